@@ -1,0 +1,83 @@
+"""Every deliberate exception of loratools. A sentence with an address, and all the problems at once.
+
+    LoraToolsError                 what `except` should name to catch everything below
+    ├── BadFile                    a file is missing, truncated, damaged, or not what it claims to be
+    │   └── InvalidFormat          an adapter breaks a numbered clause of the specification
+    ├── UnknownKind                no dialect, update or command of that name, or a file that none of them knows
+    ├── UnsupportedAdapter         a sound adapter that carries something loratools does not do (yet), by name
+    ├── IncompatibleAdapter        adapter and base model do not fit: names or shapes
+    ├── WrongBase                  the base model is not the one that the adapter was sealed with
+    ├── LossyConversion            the destination cannot say what the source says
+    ├── OutputRefused              the output exists, is an input, or is already the result
+    ├── NoSpace                    the disk is full, or a quota or file-size limit was reached
+    ├── MissingExtra               an optional dependency is not installed
+    └── HubError                   the Hub said no, or could not be reached
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class LoraToolsError(Exception):
+    """Report what was found, what was expected, and what to do, in plain words.
+
+    `message` is one sentence with an address (file, tensor); `problems` lists every fault found, one line
+    each; `hint` is the next step for the user.
+    """
+
+    def __init__(self, message: str, problems: Sequence[str] = (), *, hint: str | None = None) -> None:
+        self.message = message
+        self.problems = tuple(problems)
+        self.hint = hint
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        lines = [self.message, *(f"  {problem}" for problem in self.problems)]
+        if self.hint:
+            lines.append(self.hint)
+        return "\n".join(lines)
+
+
+class BadFile(LoraToolsError):
+    """A file is missing, truncated, damaged, or not what it claims to be."""
+
+
+class InvalidFormat(BadFile):
+    """An adapter breaks a numbered clause of the specification."""
+
+
+class UnknownKind(LoraToolsError):
+    """No dialect, update or command has that name, or none of them knows the file."""
+
+
+class UnsupportedAdapter(LoraToolsError):
+    """A sound adapter carries something that loratools does not do, named."""
+
+
+class IncompatibleAdapter(LoraToolsError):
+    """Adapter and base model do not fit each other: names or shapes."""
+
+
+class WrongBase(LoraToolsError):
+    """The base model is not the one that the adapter was sealed with."""
+
+
+class LossyConversion(LoraToolsError):
+    """The destination dialect cannot say what the source says."""
+
+
+class OutputRefused(LoraToolsError):
+    """The output exists already, is also an input, or already is the result."""
+
+
+class NoSpace(LoraToolsError):
+    """The disk is full, or a quota or file-size limit was reached; nothing was left behind."""
+
+
+class MissingExtra(LoraToolsError):
+    """An optional dependency is not installed; the message names the extra that brings it."""
+
+
+class HubError(LoraToolsError):
+    """The Hub said no, or could not be reached."""
