@@ -1,0 +1,1 @@
+"""Bytes and files: headers, checkpoints, digests, streaming writers. Knows nothing of LoRA."""

@@ -1,0 +1,111 @@
+"""The kinds of update, one file each, found by file name.
+
+A kind file is a module with
+
+    KIND         its name in the format's registry, the same as the file's
+    claims(parts)                     whether a module with these part names is of this kind
+    build(parts, scaling, alpha)      the `Update`; raises `ValueError` with a sentence where shapes do not fit
+
+`parts` maps PEFT's names of a module's tensors (`lora_A.weight`, `lora_B.weight`, …) to lazy tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any, Protocol
+
+from loratools.errors import UnknownKind
+from loratools.storage.lazy import LazyTensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from loratools.adapter.sites import Site
+
+
+class Term(Protocol):
+    """A loaded update, oriented for one site: it changes tiles of rows of the site's rectangle."""
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether `apply_rows` must be given the unchanged rows, as norms over W + ΔW need them."""
+        ...
+
+    @property
+    def needs_pass(self) -> bool:
+        """Whether `observe_rows` must see all rows before the first is changed: a norm that runs across rows."""
+        ...
+
+    def observe_rows(self, base: torch.Tensor, rows: slice) -> None:
+        """Take in unchanged rows of the rectangle; called once for each tile, in order, if `needs_pass`."""
+        ...
+
+    def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
+        """Change `W`, the tile of `rows` of the rectangle in float32 or float64, in place."""
+        ...
+
+
+class Update(Protocol):
+    """A change of one base weight; known by shapes until it is loaded."""
+
+    @property
+    def kind(self) -> str:
+        """Name of the kind: `lora`, `dora`, …"""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """Rank r of the factors."""
+        ...
+
+    @property
+    def alpha(self) -> float:
+        """Numerator of the scaling rule, as the file gave it."""
+        ...
+
+    @property
+    def scaling(self) -> float:
+        """The number s actually applied to B·A."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight it changes as the module defines it, `(out, in, …)`; a base may store it transposed."""
+        ...
+
+    @property
+    def parts(self) -> Mapping[str, LazyTensor]:
+        """Every tensor of the update under PEFT's name of it."""
+        ...
+
+    def term(self, site: Site, weight: float, dtype: torch.dtype, device: torch.device) -> Term:
+        """Load the factors, multiplied by `weight`, for a site."""
+        ...
+
+    def delta_weight(self) -> torch.Tensor:
+        """Return the dense ΔW in float32 with `shape`, for tests and small work.
+
+        Raises `ValueError` for a kind whose change depends on W.
+        """
+        ...
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """Return the names of all kinds, sorted."""
+    return tuple(sorted(module.name for module in iter_modules(__path__) if not module.name.startswith("_")))
+
+
+def get(kind: str) -> Any:
+    """Return the module of a kind; raise `UnknownKind` with the list of those that exist."""
+    if kind not in names():
+        raise UnknownKind(f"no kind of update {kind!r}; loratools knows {', '.join(names())}")
+    return import_module(f"{__name__}.{kind}")
+
+
+def claim(parts: Mapping[str, LazyTensor]) -> str | None:
+    """Return the kind whose parts these are, or None."""
+    return next((kind for kind in names() if get(kind).claims(parts)), None)

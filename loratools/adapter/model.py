@@ -1,0 +1,83 @@
+"""The hub type: every dialect reads into, and writes from, one `Adapter`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from loratools.adapter.updates import Update
+from loratools.storage.lazy import LazyTensor
+
+
+@dataclass(frozen=True, slots=True)
+class BaseIdentity:
+    """Which base model an adapter belongs to.
+
+    `id` and `revision` are names (a Hub repository and its commit). `schema` and `root` are digests of the whole base,
+    `tensors` the digests of the tensors that the adapter touches, by base tensor name (`storage/digest.py`).
+    """
+
+    id: str | None = None
+    revision: str | None = None
+    schema: str | None = None
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    root: str | None = None
+
+    @property
+    def sealed(self) -> bool:
+        """Whether any digest is recorded: only then can a wrong base be told from the right one."""
+        return bool(self.schema or self.tensors or self.root)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One operation that an adapter or a model came out of.
+
+    `inputs` are mappings with `digest` (of an adapter or a base) and, where it applies, `weight`; `seed` is set
+    wherever chance was used. Host paths and times never appear here: equal work gives equal bytes.
+    """
+
+    operation: str
+    tool: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    inputs: tuple[Mapping[str, Any], ...] = ()
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Something that a destination dialect cannot say: `where` (a module, a field) and `what`."""
+
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """A set of changes to a base model. Two adapters are equal when their delta weights are, never when A and B are.
+
+    `updates`       module path in the base, e.g. `model.layers.0.self_attn.q_proj` -> `Update`
+    `replacements`  parameter path in the base, e.g. `lm_head.weight` -> the tensor that takes its place
+    `base`          the base model it belongs to, as far as the file says
+    `provenance`    the operations that it came out of, oldest first
+    `dialect`       the name of the dialect it was read from
+    `settings`      what else its file said and a writer may want (PEFT: `task_type`, `fan_in_fan_out`, …), JSON values
+    """
+
+    updates: Mapping[str, Update]
+    replacements: Mapping[str, LazyTensor] = field(default_factory=dict)
+    base: BaseIdentity | None = None
+    provenance: tuple[Step, ...] = ()
+    dialect: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, LazyTensor]:
+        """Return every tensor of the adapter under a canonical name, `module.part` or the replaced parameter's path."""
+        found = {
+            f"{module}.{part}": lazy for module, update in self.updates.items() for part, lazy in update.parts.items()
+        }
+        return found | dict(self.replacements)

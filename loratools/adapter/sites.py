@@ -1,0 +1,52 @@
+"""Where an update lands: a rectangle of a base tensor that is seen as a matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A rectangle of a base tensor, and the part of an update's ΔW that is added there.
+
+    The tensor is seen as a matrix of shape `matrix` (a view of its C-order data: a convolution `[out, in, kh, kw]` as
+    `(out, in·kh·kw)`, stacked experts `[E, out, in]` as `(E·out, in)`). The rectangle is `rows` × `columns` of it, each
+    `(start, stop, step)`. It holds rows `part` of ΔW (output features), or their transpose where the base stores
+    `[in, out]` (`transposed`, as the Conv1D of GPT-2 does).
+    """
+
+    tensor: str
+    matrix: tuple[int, int]
+    rows: tuple[int, int, int]
+    columns: tuple[int, int, int]
+    part: tuple[int, int]
+    transposed: bool = False
+
+    @classmethod
+    def whole(cls, tensor: str, matrix: tuple[int, int], *, transposed: bool = False) -> Site:
+        """Cover a whole matrix with all of an update."""
+        out = matrix[1] if transposed else matrix[0]
+        return cls(tensor, matrix, (0, matrix[0], 1), (0, matrix[1], 1), (0, out), transposed)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the rectangle."""
+        return len(range(*self.rows)), len(range(*self.columns))
+
+    @property
+    def part_rows(self) -> slice:
+        """Rows of ΔW that land here."""
+        return slice(*self.part)
+
+    def overlap(self, start: int, stop: int) -> tuple[slice, slice] | None:
+        """Return (rows within the tile, rows within the rectangle) for the tile [`start`, `stop`) of matrix rows.
+
+        None where they do not meet. Both slices have the same length.
+        """
+        first, last, step = self.rows
+        low = max(0, -(-(start - first) // step))
+        high = -(-(min(stop, last) - first) // step)
+        if low >= high:
+            return None
+        begin = first + low * step - start
+        return slice(begin, begin + (high - low - 1) * step + 1, step), slice(low, high)

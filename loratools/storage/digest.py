@@ -1,0 +1,98 @@
+"""Digests of tensors and the three tiers of a base hash, independent of sharding, file order and header text.
+
+    tensor = H("loratools.tensor.v1\\0" ‖ name of dtype ‖ "\\0" ‖ u64 rank ‖ u64 each side ‖ data)
+    schema = H("loratools.schema.v1\\0" ‖ for each name, sorted: name ‖ "\\0" ‖ dtype, rank and sides as above)
+    root   = H("loratools.model.v1\\0"  ‖ for each name, sorted: name ‖ "\\0" ‖ 32 bytes of its tensor digest)
+
+Names are UTF-8, sorted by their bytes; numbers are little-endian; data are the raw C-order bytes as stored. H is
+BLAKE3 (256 bits) or SHA-256, and a digest is written `blake3:<64 hex digits>`. The specification: `spec/v1`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+from loratools.errors import BadFile
+
+DEFAULT = "blake3"
+ALGORITHMS = ("blake3", "sha256")
+
+
+class Hasher(Protocol):
+    """What hashlib and blake3 objects have in common."""
+
+    def update(self, data: Any, /) -> Any: ...
+    def digest(self) -> bytes: ...
+    def hexdigest(self) -> str: ...
+
+
+def new(algorithm: str = DEFAULT) -> Hasher:
+    """Return a fresh hasher of a registered algorithm; raise `BadFile` for any other."""
+    if algorithm == "blake3":
+        from blake3 import blake3
+
+        return blake3()  # type: ignore[no-any-return,unused-ignore]
+    if algorithm == "sha256":
+        return hashlib.sha256()
+    raise BadFile(f"unknown digest algorithm {algorithm!r}; registered are {', '.join(ALGORITHMS)}")
+
+
+def algorithm_of(digest: str) -> str:
+    """Return the algorithm of a written digest, `blake3:…`; raise `BadFile` unless it is well formed."""
+    algorithm, _, digits = digest.partition(":")
+    if algorithm not in ALGORITHMS or len(digits) != 64 or set(digits) - set("0123456789abcdef"):
+        raise BadFile(f"{digest!r} is not a digest; expected blake3: or sha256: and 64 lower-case hex digits")
+    return algorithm
+
+
+def start_tensor(dtype: str, shape: Iterable[int], algorithm: str = DEFAULT) -> Hasher:
+    """Return a hasher that has taken in everything of a tensor but its data."""
+    hasher = new(algorithm)
+    hasher.update(b"loratools.tensor.v1\0" + _signature(dtype, tuple(shape)))
+    return hasher
+
+
+def finish(hasher: Hasher, algorithm: str = DEFAULT) -> str:
+    """Return the written form of a digest, `algorithm:hex`."""
+    return f"{algorithm}:{hasher.hexdigest()}"
+
+
+def tensor(dtype: str, shape: Iterable[int], chunks: Iterable[Any], algorithm: str = DEFAULT) -> str:
+    """Return the digest of one tensor whose data come in `chunks` of bytes."""
+    hasher = start_tensor(dtype, shape, algorithm)
+    for chunk in chunks:
+        hasher.update(chunk)
+    return finish(hasher, algorithm)
+
+
+def schema(tensors: Mapping[str, tuple[str, tuple[int, ...]]], algorithm: str = DEFAULT) -> str:
+    """Return the `schema` tier of a base hash from names, dtypes and shapes alone."""
+    return _over_names(b"loratools.schema.v1\0", tensors, lambda name: _signature(*tensors[name]), algorithm)
+
+
+def root(digests: Mapping[str, str], algorithm: str = DEFAULT) -> str:
+    """Return the `root` tier of a base hash from the digests of all its tensors.
+
+    Raises `BadFile` if one of them is of another algorithm.
+    """
+
+    def raw(name: str) -> bytes:
+        if algorithm_of(digests[name]) != algorithm:
+            raise BadFile(f"the digest of tensor {name!r} is not {algorithm}, as the root over it is")
+        return bytes.fromhex(digests[name].partition(":")[2])
+
+    return _over_names(b"loratools.model.v1\0", digests, raw, algorithm)
+
+
+def _over_names(domain: bytes, names: Iterable[str], part: Callable[[str], bytes], algorithm: str) -> str:
+    hasher = new(algorithm)
+    hasher.update(domain)
+    for name in sorted(names, key=str.encode):
+        hasher.update(name.encode() + b"\0" + part(name))
+    return finish(hasher, algorithm)
+
+
+def _signature(dtype: str, shape: tuple[int, ...]) -> bytes:
+    return dtype.encode() + b"\0" + b"".join(n.to_bytes(8, "little") for n in (len(shape), *shape))

@@ -1,0 +1,82 @@
+"""The dtypes of safetensors: names, sizes in bits, and their torch twins. The one place that knows both."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loratools.errors import UnsupportedAdapter
+
+if TYPE_CHECKING:
+    import torch
+
+# name in a safetensors header -> (bits of one element, attribute of torch or None where torch has no such array)
+_TABLE: dict[str, tuple[int, str | None]] = {
+    "BOOL": (8, "bool"),
+    "F4": (4, None),
+    "F6_E2M3": (6, None),
+    "F6_E3M2": (6, None),
+    "U8": (8, "uint8"),
+    "I8": (8, "int8"),
+    "F8_E5M2": (8, "float8_e5m2"),
+    "F8_E4M3": (8, "float8_e4m3fn"),
+    "F8_E8M0": (8, "float8_e8m0fnu"),
+    "F8_E4M3FNUZ": (8, "float8_e4m3fnuz"),
+    "F8_E5M2FNUZ": (8, "float8_e5m2fnuz"),
+    "I16": (16, "int16"),
+    "U16": (16, "uint16"),
+    "F16": (16, "float16"),
+    "BF16": (16, "bfloat16"),
+    "I32": (32, "int32"),
+    "U32": (32, "uint32"),
+    "F32": (32, "float32"),
+    "C64": (64, "complex64"),
+    "F64": (64, "float64"),
+    "I64": (64, "int64"),
+    "U64": (64, "uint64"),
+}
+
+FLOATS = ("BF16", "F16", "F32", "F64")
+"""The dtypes that a merge may change: every value is a number of its own, not a code that needs a scale elsewhere."""
+
+MANTISSA = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}
+"""Bits of precision p, the hidden one included: rounding to nearest errs by at most 2^-p of the value."""
+
+
+def is_known(dtype: str) -> bool:
+    """Tell whether the safetensors format defines a dtype of this name."""
+    return dtype in _TABLE
+
+
+def bits(dtype: str) -> int:
+    """Return the size of one element in bits (4 and 6 occur)."""
+    return _TABLE[dtype][0]
+
+
+def to_torch(dtype: str) -> torch.dtype:
+    """Return the torch dtype of a safetensors dtype name; raise `UnsupportedAdapter` where torch has none."""
+    import torch
+
+    attribute = _TABLE[dtype][1]
+    found = getattr(torch, attribute, None) if attribute else None
+    if not isinstance(found, torch.dtype):
+        raise UnsupportedAdapter(f"this torch ({torch.__version__}) has no array of dtype {dtype}")
+    return found
+
+
+def from_torch(dtype: torch.dtype) -> str:
+    """Return the safetensors name of a torch dtype; raise `ValueError` where there is none."""
+    attribute = str(dtype).removeprefix("torch.")
+    for name, (_, twin) in _TABLE.items():
+        if twin == attribute:
+            return name
+    raise ValueError(f"safetensors has no dtype for {dtype}")
+
+
+# How configs, command lines and people spell the float dtypes.
+ALIASES = {
+    "bf16": "BF16", "bfloat16": "BF16", "f16": "F16", "fp16": "F16", "float16": "F16", "half": "F16",
+    "f32": "F32", "fp32": "F32", "float32": "F32", "float": "F32", "f64": "F64", "fp64": "F64", "float64": "F64",
+}  # fmt: skip
+
+CONFIG_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+"""How `config.json` of transformers spells them."""

@@ -1,0 +1,115 @@
+"""Positioned reads and kernel-side copies: the few system calls under every tile."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratools.errors import BadFile
+from loratools.storage import dtypes
+from loratools.storage.header import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+CHUNK = 1 << 20
+"""Bytes of one read: small enough to stay in a core's cache between reading, arithmetic and writing."""
+
+
+@contextmanager
+def descriptor(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    """Open a file by its descriptor for `os.preadv` and friends; raise `BadFile` where it cannot be opened."""
+    try:
+        opened = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if flags != os.O_RDONLY:
+            raise
+        raise BadFile(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        yield opened
+    finally:
+        os.close(opened)
+
+
+def read_into(source: int, buffer: memoryview, offset: int) -> None:
+    """Fill `buffer` from a descriptor at `offset`; raise `BadFile` at the end of the file."""
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(source, [buffer[done:]], offset + done)
+        if count == 0:
+            raise BadFile(f"a file became shorter while it was read (at byte {offset + done})")
+        done += count
+
+
+def write_from(target: int, buffer: memoryview, offset: int) -> None:
+    """Write all of `buffer` to a descriptor at `offset`."""
+    done = 0
+    while done < len(buffer):
+        done += os.pwrite(target, buffer[done:], offset + done)
+
+
+def copy_range(source: int, start: int, stop: int, target: int, offset: int) -> None:
+    """Copy bytes [`start`, `stop`) of one descriptor to another at `offset`, inside the kernel where it can."""
+    kernel = hasattr(os, "copy_file_range")
+    buffer = memoryview(b"")
+    while start < stop:
+        if kernel:
+            try:
+                count = os.copy_file_range(source, target, min(stop - start, 1 << 26), start, offset)
+            except OSError as error:
+                if error.errno in _NO_KERNEL_COPY:  # another file system, or one without the call
+                    kernel = False
+                    continue
+                raise
+            if count == 0:
+                raise BadFile(f"a file became shorter while it was copied (at byte {start})")
+        else:
+            count = min(stop - start, CHUNK)
+            buffer = buffer if len(buffer) >= count else memoryview(bytearray(CHUNK))
+            read_into(source, buffer[:count], start)
+            write_from(target, buffer[:count], offset)
+        start += count
+        offset += count
+
+
+def chunks(spec: TensorSpec, size: int = CHUNK) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor piece by piece, each valid until the next is asked for."""
+    buffer = memoryview(bytearray(min(size, max(spec.nbytes, 1))))
+    with descriptor(spec.file) as source:
+        for offset in range(spec.start, spec.stop, len(buffer)):
+            piece = buffer[: min(len(buffer), spec.stop - offset)]
+            read_into(source, piece, offset)
+            yield piece
+
+
+def read_bytes(spec: TensorSpec) -> bytearray:
+    """Return the raw bytes of a tensor."""
+    data = bytearray(spec.nbytes)
+    with descriptor(spec.file) as source:
+        read_into(source, memoryview(data), spec.start)
+    return data
+
+
+def read_tensor(spec: TensorSpec) -> torch.Tensor:
+    """Return a tensor from its file, in its stored dtype and shape.
+
+    Raises `UnsupportedAdapter` for a dtype that torch cannot hold.
+    """
+    import torch
+
+    dtype = dtypes.to_torch(spec.dtype)
+    if spec.nbytes == 0:
+        return torch.empty(spec.shape, dtype=dtype)
+    return torch.frombuffer(read_bytes(spec), dtype=dtype).view(spec.shape)
+
+
+def _errnos() -> frozenset[int]:
+    import errno
+
+    return frozenset({errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY})
+
+
+_NO_KERNEL_COPY = _errnos()

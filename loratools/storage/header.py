@@ -1,0 +1,212 @@
+"""The safetensors header: parse, check, and write it canonically. Standard library only.
+
+A file is `u64 little-endian N`, N bytes of JSON, then the data. The rules enforced here are those of the
+safetensors library (contiguous offsets, no holes, no overlap, no trailing bytes, shape × dtype = length) and
+those that it lets pass although its format text forbids them: duplicate names, unknown fields in an entry,
+a header that does not begin with `{`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from loratools.errors import BadFile
+from loratools.storage import dtypes
+
+MAX_HEADER = 100_000_000
+"""Bytes; the limit of the safetensors library."""
+
+_U64 = 2**64 - 1
+_LFS = b"version https://git-lfs"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What a header knows of a tensor: safetensors dtype, shape, and the bytes [`start`, `stop`) of `file`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return self.stop - self.start
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements."""
+        return _product(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A safetensors header: tensors in the order of their data, the string metadata, and where the data begins."""
+
+    tensors: Mapping[str, TensorSpec]
+    metadata: Mapping[str, str]
+    data_start: int
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of one safetensors file, without touching its data.
+
+    Raises `BadFile` with one sentence that names the file and, where there is one, the tensor.
+    """
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        prefix = file.read(max(8, len(_LFS)))
+        if prefix.startswith(_LFS):
+            raise BadFile(
+                f"{path}: this is a Git-LFS pointer, not the file itself", hint="Fetch it with `git lfs pull`."
+            )
+        length = int.from_bytes(prefix[:8], "little")
+        if len(prefix) < 8 or length > size - 8:
+            found = f"{size} bytes" if len(prefix) < 8 else f"a header of {length} bytes in a file of {size}"
+            raise BadFile(f"{path}: not a safetensors file, or truncated: found {found}")
+        if length > MAX_HEADER:
+            raise BadFile(f"{path}: the header is {length} bytes long; safetensors allows {MAX_HEADER}")
+        file.seek(8)
+        raw = file.read(length)
+    return parse_header(raw, size, path)
+
+
+def open_file(path: Path) -> Any:
+    """Open a file for reading bytes, with the operating system's refusals put in a sentence (`BadFile`)."""
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        raise BadFile(f"{path}: no such file") from None
+    except OSError as error:
+        raise BadFile(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def parse_header(raw: bytes, file_size: int, path: Path) -> Header:
+    """Parse the JSON of a header and check it against the size of its file.
+
+    `raw` is the JSON without its length prefix. Raises `BadFile`.
+    """
+    document = parse_json_object(raw, path)
+    metadata = document.pop("__metadata__", None)
+    if metadata is None:
+        metadata = {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise BadFile(f"{path}: __metadata__ must map strings to strings")
+    data_start = 8 + len(raw)
+    tensors = {name: _spec(name, entry, path, data_start) for name, entry in document.items()}
+    ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)))
+    expected = data_start
+    for name, spec in ordered.items():
+        if spec.start != expected:
+            fault = "a hole before it" if spec.start > expected else "it overlaps another tensor"
+            raise BadFile(f"{path}: tensor {name!r}: {fault} (begins at {spec.start}, expected {expected})")
+        expected = spec.stop
+    if expected != file_size:
+        fault = "truncated" if expected > file_size else "bytes after the last tensor"
+        raise BadFile(f"{path}: {fault}: the header describes {expected} bytes, the file has {file_size}")
+    return Header(ordered, metadata, data_start)
+
+
+def parse_json_object(raw: bytes, path: Path) -> dict[str, Any]:
+    """Parse strict JSON that must be one object: UTF-8, no duplicate names, no NaN, no lone surrogates (RFC 7493)."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            raise BadFile(f"{path}: the name {twice!r} occurs twice in one JSON object")
+        return found
+
+    def refuse(constant: str) -> NoReturn:
+        raise BadFile(f"{path}: {constant} is not a JSON number")
+
+    try:
+        text = raw.decode("utf-8")
+        if not text.startswith("{"):
+            raise BadFile(f"{path}: not the JSON object that was expected: it begins with {text[:12]!r}")
+        document = json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_int=_parse_int)
+        if re.search(r"\\u[dD][89a-fA-F]", text):
+            json.dumps(document, ensure_ascii=False).encode()  # a lone surrogate cannot be encoded
+    except UnicodeError:
+        raise BadFile(f"{path}: the JSON is not valid UTF-8") from None
+    except RecursionError:
+        raise BadFile(f"{path}: the JSON is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise BadFile(f"{path}: damaged JSON: {error.msg} at character {error.pos}") from None
+    except ValueError as error:
+        raise BadFile(f"{path}: damaged JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise BadFile(f"{path}: expected one JSON object")
+    return document
+
+
+def encode_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """Encode a header, length prefix included, for `(name, dtype, shape, nbytes)` whose data follow in this order.
+
+    Metadata first, in sorted order, then the tensors as given; padded with spaces to a multiple of eight bytes, so
+    that the data are aligned. Equal input gives equal bytes, which the safetensors library does not promise.
+    """
+    document: dict[str, Any] = {}
+    if metadata:
+        document["__metadata__"] = dict(sorted(metadata.items()))
+    offset = 0
+    for name, dtype, shape, nbytes in tensors:
+        document[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+        offset += nbytes
+    raw = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def nbytes(dtype: str, shape: Iterable[int]) -> int:
+    """Return the bytes that a tensor of this dtype and shape takes; sub-byte dtypes are packed."""
+    return _product(shape) * dtypes.bits(dtype) // 8
+
+
+def _spec(name: str, entry: Any, path: Path, data_start: int) -> TensorSpec:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise BadFile(f"{path}: tensor {name!r}: expected exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or not dtypes.is_known(dtype):
+        raise BadFile(f"{path}: tensor {name!r}: unknown dtype {dtype!r}")
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+        raise BadFile(f"{path}: tensor {name!r}: shape and data_offsets must be lists of natural numbers")
+    elements = 1
+    for side in shape:  # in this order, as the library multiplies: an overflow counts even if a zero follows
+        elements *= side
+        if elements > _U64:
+            raise BadFile(f"{path}: tensor {name!r}: shape {shape} is larger than any file")
+    size = elements * dtypes.bits(dtype)
+    start, stop = offsets
+    if size > _U64 or size % 8 or start > stop or stop - start != size // 8:
+        raise BadFile(
+            f"{path}: tensor {name!r}: {dtype} of shape {shape} takes {size / 8:g} bytes, its offsets {stop - start}"
+        )
+    return TensorSpec(dtype, tuple(shape), path, data_start + start, data_start + stop)
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= _U64 for item in value)
+
+
+def _parse_int(text: str) -> int | float:
+    # serde reads "-0" as a float; a shape of -0 must not pass here when it fails there.
+    return float(text[:40]) if text.startswith("-") or len(text) > 20 else int(text)
+
+
+def _product(shape: Iterable[int]) -> int:
+    result = 1
+    for side in shape:
+        result *= side
+    return result

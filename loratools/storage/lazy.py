@@ -1,0 +1,54 @@
+"""A tensor that is known by dtype and shape, and read when its numbers are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loratools.storage import dtypes, files
+from loratools.storage.header import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LazyTensor:
+    """A tensor to be: `dtype` (safetensors name) and `shape` now, the numbers from `load()`.
+
+    `spec` is set while the tensor is exactly some bytes of a file; only then can it be hashed or copied unread.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    load: Callable[[], torch.Tensor]
+    spec: TensorSpec | None = None
+
+    @classmethod
+    def stored(cls, spec: TensorSpec) -> LazyTensor:
+        """Stand for a tensor in a file."""
+        return cls(spec.dtype, spec.shape, lambda: files.read_tensor(spec), spec)
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> LazyTensor:
+        """Stand for a tensor that is in memory already."""
+        return cls(dtypes.from_torch(tensor.dtype), tuple(tensor.shape), lambda: tensor)
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...]) -> LazyTensor:
+        """Stand for `change(tensor)` of the given shape and the same dtype: a transpose, a slice, a permutation."""
+        load = self.load
+        return LazyTensor(self.dtype, shape, lambda: change(load()))
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements."""
+        result = 1
+        for side in self.shape:
+            result *= side
+        return result
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in its stored dtype."""
+        return self.parameters * dtypes.bits(self.dtype) // 8
