@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from loratools.errors import BadFile
 from loratools.storage import dtypes
@@ -115,8 +115,11 @@ def parse_header(raw: bytes, file_size: int, path: Path) -> Header:
     return Header(ordered, metadata, data_start)
 
 
-def parse_json_object(raw: bytes, path: Path) -> dict[str, Any]:
-    """Parse strict JSON that must be one object: UTF-8, no duplicate names, no NaN, no lone surrogates (RFC 7493)."""
+def parse_json_object(raw: bytes, path: Path, *, constants: bool = False) -> dict[str, Any]:
+    """Parse strict JSON that must be one object: UTF-8, no duplicate names, no NaN, no lone surrogates (RFC 7493).
+
+    `constants` lets NaN and Infinity pass, which transformers writes into some configs. Raises `BadFile`.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -126,14 +129,16 @@ def parse_json_object(raw: bytes, path: Path) -> dict[str, Any]:
             raise BadFile(f"{path}: the name {twice!r} occurs twice in one JSON object")
         return found
 
-    def refuse(constant: str) -> NoReturn:
+    def number(constant: str) -> float:
+        if constants:
+            return float(constant)
         raise BadFile(f"{path}: {constant} is not a JSON number")
 
     try:
         text = raw.decode("utf-8")
         if not text.startswith("{"):
             raise BadFile(f"{path}: not the JSON object that was expected: it begins with {text[:12]!r}")
-        document = json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_int=_parse_int)
+        document = json.loads(text, object_pairs_hook=unique, parse_constant=number, parse_int=_parse_int)
         if re.search(r"\\u[dD][89a-fA-F]", text):
             json.dumps(document, ensure_ascii=False).encode()  # a lone surrogate cannot be encoded
     except UnicodeError:

@@ -1,0 +1,193 @@
+"""A base or tuned model on disk, opened from headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from loratools.errors import BadFile
+from loratools.storage import digest, files
+from loratools.storage.header import TensorSpec, open_file, parse_json_object, read_header
+from loratools.storage.pickled import SUFFIXES, read_pickled
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_JSON = 200_000_000
+_INDEX = ".index.json"
+_FIRST_CHOICES = ("model", "diffusion_pytorch_model", "pytorch_model")
+# Files of tensors that are no part of a model's own weights.
+_NOT_WEIGHTS = ("adapter_model", "adapters", "pytorch_lora_weights", "optimizer", "training_args", "scheduler")
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file of tensors: its path, what its header knows, and its string metadata."""
+
+    path: Path
+    tensors: Mapping[str, TensorSpec]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """A model's tensors by name, over one file, shards with an index, a folder, or a diffusers pipeline.
+
+    `root`     the folder that holds everything (the parent, for a single file)
+    `shards`   its files of tensors, in order; every tensor is in exactly one
+    `specs`    tensor name -> `TensorSpec`; in a pipeline the component is a prefix: `unet.conv_in.weight`
+    `indexes`  index file -> its parsed JSON, for each index that was used
+    `config`   the parsed config.json, or {}
+    """
+
+    path: Path
+    root: Path
+    shards: tuple[Shard, ...]
+    specs: Mapping[str, TensorSpec]
+    indexes: Mapping[Path, Mapping[str, Any]] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    components: tuple[str, ...] = ()
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Open a model from its headers; no tensor is read.
+
+        Raises `BadFile` for a missing or truncated shard, an index and shards that disagree, a Git-LFS pointer, a
+        name that is in two files, and a folder that holds no weights. All problems are listed at once.
+        """
+        path = Path(path)
+        if path.is_dir():
+            pipeline = path / "model_index.json"
+            return _open_pipeline(path, read_json(pipeline)) if pipeline.is_file() else _open_folder(path)
+        if not path.exists():
+            raise BadFile(f"{path}: no such file or folder")
+        if path.name.endswith(_INDEX):
+            return _open_index(path)
+        if "-of-" in path.name and list(path.parent.glob(f"*{_INDEX}")):
+            raise BadFile(f"{path}: this is one shard of several", hint=f"Give the folder instead: {path.parent}")
+        return _build(path, [_open_shard(path)], {})
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor in its stored dtype; raise `BadFile` if there is none of that name."""
+        if name not in self.specs:
+            raise BadFile(f"{self.path}: no tensor {name!r}")
+        return files.read_tensor(self.specs[name])
+
+    def schema(self, algorithm: str = digest.DEFAULT) -> str:
+        """Return the `schema` tier of the base hash: names, dtypes and shapes, no bytes read."""
+        return digest.schema({name: (spec.dtype, spec.shape) for name, spec in self.specs.items()}, algorithm)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(spec.nbytes for spec in self.specs.values())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that must be one object, NaN and Infinity allowed; raise `BadFile`."""
+    with open_file(path) as file:
+        raw = file.read(MAX_JSON + 1)
+    if len(raw) > MAX_JSON:
+        raise BadFile(f"{path}: larger than {MAX_JSON} bytes")
+    return parse_json_object(raw.strip(), path, constants=True)
+
+
+def is_weights(path: Path) -> bool:
+    """Tell by its name whether a file holds tensors, of whatever kind, or lists files that do."""
+    return path.suffix in (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", *SUFFIXES) or path.name.endswith(_INDEX)
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
+    for ending in (".safetensors", ".bin"):
+        indexes = [name for name in names if name.endswith(ending + _INDEX)]
+        preferred = [f"{stem}{ending}{_INDEX}" for stem in _FIRST_CHOICES if f"{stem}{ending}{_INDEX}" in indexes]
+        if preferred or len(indexes) == 1:
+            return _open_index(folder / (preferred or indexes)[0])
+        if indexes:
+            raise BadFile(f"{folder}: several indexes: {', '.join(indexes)}", hint="Give the path of one of them.")
+        single = [f"{stem}{ending}" for stem in _FIRST_CHOICES if f"{stem}{ending}" in names]
+        loose = [name for name in names if name.endswith(ending) and not name.startswith(_NOT_WEIGHTS)]
+        if found := single[:1] or loose:
+            return _build(folder, [_open_shard(folder / name) for name in found], {})
+    seen = ", ".join(names[:8]) or "nothing"
+    hint = "This folder holds an adapter; a base model was expected." if "adapter_config.json" in names else None
+    raise BadFile(f"{folder}: no model weights (.safetensors or .bin) in this folder; found {seen}", hint=hint)
+
+
+def _open_index(path: Path) -> Checkpoint:
+    index = read_json(path)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise BadFile(f"{path}: expected weight_map, tensor names to file names")
+    problems, shards = [], []
+    for name in sorted(set(weight_map.values())):
+        listed = {tensor for tensor, file in weight_map.items() if file == name}
+        if name in (".", "..") or PurePosixPath(name).name != name or "\\" in name or "\0" in name:
+            problems.append(f"{name!r}: a shard must be a plain file name in the index's own folder")
+            continue
+        try:
+            shard = _open_shard(path.parent / name)
+        except BadFile as error:
+            problems.append(str(error))
+            continue
+        shards.append(shard)
+        problems += [
+            f"{tensor}: listed in the index, not in {name}" for tensor in sorted(listed - shard.tensors.keys())
+        ]
+        problems += [
+            f"{tensor}: in {name}, not listed in the index" for tensor in sorted(shard.tensors.keys() - listed)
+        ]
+    if problems:
+        raise BadFile(f"{path}: index and shards do not agree: {len(problems)} problem(s)", problems)
+    return _build(path.parent, shards, {path: index})
+
+
+def _open_pipeline(folder: Path, model_index: Mapping[str, Any]) -> Checkpoint:
+    shards: list[Shard] = []
+    indexes: dict[Path, Mapping[str, Any]] = {}
+    components = []
+    for name, entry in model_index.items():
+        part = folder / name
+        if not isinstance(entry, list) or entry[:1] == [None] or PurePosixPath(name).name != name or not part.is_dir():
+            continue
+        if not any(is_weights(file) for file in part.iterdir()):
+            continue  # a tokenizer, a scheduler
+        inner = _open_folder(part)
+        components.append(name)
+        indexes |= inner.indexes
+        for shard in inner.shards:
+            renamed = {f"{name}.{tensor}": spec for tensor, spec in shard.tensors.items()}
+            shards.append(Shard(shard.path, renamed, shard.metadata))
+    if not shards:
+        raise BadFile(f"{folder}: a diffusers pipeline without any component that has weights")
+    return _build(folder, shards, indexes, tuple(components))
+
+
+def _open_shard(path: Path) -> Shard:
+    if path.suffix in SUFFIXES:
+        return Shard(path, read_pickled(path))
+    header = read_header(path)
+    return Shard(path, header.tensors, header.metadata)
+
+
+def _build(
+    path: Path, shards: list[Shard], indexes: Mapping[Path, Mapping[str, Any]], components: tuple[str, ...] = ()
+) -> Checkpoint:
+    specs: dict[str, TensorSpec] = {}
+    problems = []
+    for shard in shards:
+        for name, spec in shard.tensors.items():
+            if name in specs:
+                problems.append(f"{name}: in {specs[name].file.name} and in {shard.path.name}")
+            specs[name] = spec
+    if problems:
+        raise BadFile(f"{path}: the same tensor is in two files", problems)
+    if not specs:
+        raise BadFile(f"{path}: no tensors in it")
+    root = path if path.is_dir() else path.parent
+    config_file = root / "config.json"
+    config = read_json(config_file) if config_file.is_file() and not components else {}
+    return Checkpoint(path, root, tuple(shards), specs, indexes, config, components)
