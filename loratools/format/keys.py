@@ -1,0 +1,60 @@
+"""PEFT's canonical tensor names, which are also those of the format 1.0.
+
+    base_model.model.  model.layers.0.self_attn.q_proj  .  lora_A.weight
+    PREFIX             module in the base model            part
+
+A name without an adapter part is a whole tensor that takes the place of one of the base model:
+`base_model.model.lm_head.weight`.
+The `adapter_config.json` that goes with such a file is derived in one place, `loratools/format/peft_config.py`.
+"""
+
+from __future__ import annotations
+
+PREFIX = "base_model.model."
+
+# part -> what it is, with (out, in) the shape of the weight and r the rank
+PARTS: dict[str, str] = {
+    "lora_A.weight": "factor A: (r, in), a convolution's (r, in, kh, kw), stacked experts' (E·r, in)",
+    "lora_B.weight": "factor B: (out, r), a convolution's (out, r, 1, 1), stacked experts' (out, r·E)",
+    "lora_B.bias": "bias of B: (out,), applied as s·b (PEFT's lora_bias)",
+    "lora_embedding_A": "factor A of an embedding: (r, vocabulary)",
+    "lora_embedding_B": "factor B of an embedding: (dimension, r)",
+    "lora_magnitude_vector": "DoRA's magnitude m: (out,), a convolution's (1, out, 1, 1)",
+    "lora_diag": "KaSA's diagonal between B and A: (r,)",
+    "lora_velora_embed": "VeLoRA's training-time projection",
+    "token_adapter.trainable_tokens_delta": "rows that take the place of an embedding's rows: (n, dimension)",
+}
+"""Every part that PEFT writes for LoRA, in one table."""
+
+_MARKS = frozenset(part.partition(".")[0] for part in PARTS)
+
+
+def split(name: str) -> tuple[str, str] | None:
+    """Return (module, part) of a canonical name, or None if it does not begin with `PREFIX` or names no module.
+
+    A whole tensor gives (its path in the base, ""). A part that is not in `PARTS` (`lora_A.bias`, or with an adapter's
+    name left in `lora_A.default.weight`) is returned as it stands, for the caller to refuse by name.
+
+    >>> split("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight")
+    ('model.layers.0.self_attn.q_proj', 'lora_A.weight')
+    >>> split("base_model.model.lm_head.weight")
+    ('lm_head.weight', '')
+    """
+    if not name.startswith(PREFIX):
+        return None
+    segments = name[len(PREFIX) :].split(".")
+    if "" in segments:
+        return None
+    begin = next((i for i, segment in enumerate(segments) if segment in _MARKS or segment.startswith("lora_")), None)
+    if begin is None:
+        return ".".join(segments), ""
+    return (".".join(segments[:begin]), ".".join(segments[begin:])) if begin else None
+
+
+def join(module: str, part: str = "") -> str:
+    """Return the canonical name of a module's part, or of a whole tensor if `part` is empty.
+
+    >>> join("model.layers.0.self_attn.q_proj", "lora_B.weight")
+    'base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight'
+    """
+    return f"{PREFIX}{module}.{part}" if part else f"{PREFIX}{module}"
