@@ -24,11 +24,15 @@ _NOT_WEIGHTS = ("adapter_model", "adapters", "pytorch_lora_weights", "optimizer"
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One file of tensors: its path, what its header knows, and its string metadata."""
+    """One file of tensors: its path, what its header knows, and its string metadata.
+
+    `prefix` is what stands before the names that the file itself has: a pipeline's component, `unet.`
+    """
 
     path: Path
     tensors: Mapping[str, TensorSpec]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    prefix: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -160,7 +164,7 @@ def _open_pipeline(folder: Path, model_index: Mapping[str, Any]) -> Checkpoint:
         indexes |= inner.indexes
         for shard in inner.shards:
             renamed = {f"{name}.{tensor}": spec for tensor, spec in shard.tensors.items()}
-            shards.append(Shard(shard.path, renamed, shard.metadata))
+            shards.append(Shard(shard.path, renamed, shard.metadata, f"{name}."))
     if not shards:
         raise BadFile(f"{folder}: a diffusers pipeline without any component that has weights")
     return _build(folder, shards, indexes, tuple(components))

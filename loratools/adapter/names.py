@@ -1,0 +1,89 @@
+"""Module names: the wrappers that drift in front of them, and the projections that some models store fused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+# Leading segments that only wrap a model: `language_model.model.layers.0…`, `model.language_model.layers.0…` and
+# `layers.0…` are one module. Names of towers (`vision_tower`, `encoder`, …) are no wrappers: they tell modules apart.
+WRAPPERS = frozenset({
+    "base_model", "model", "module", "language_model", "transformer", "backbone", "gpt_neox", "bert", "roberta",
+    "deberta", "electra", "distilbert", "albert", "camembert", "mpnet", "esm", "_orig_mod", "_fsdp_wrapped_module",
+})  # fmt: skip
+
+
+def normalized(path: str) -> str:
+    """Return a module path without its leading wrappers: `model.language_model.layers.0.mlp` -> `layers.0.mlp`."""
+    segments = path.split(".")
+    while len(segments) > 1 and segments[0] in WRAPPERS:
+        segments.pop(0)
+    return ".".join(segments)
+
+
+class Names:
+    """The module names of a base model, looked up exactly or past their wrappers."""
+
+    def __init__(self, tensors: Iterable[str]) -> None:
+        self._tensors = frozenset(tensors)
+        self._by_normalized: dict[str, list[str]] = {}
+        for tensor in sorted(self._tensors):
+            self._by_normalized.setdefault(normalized(tensor), []).append(tensor)
+
+    def find(self, module: str, parameter: str = "weight") -> list[str]:
+        """Return the tensors that could be `module.parameter`: one when it is clear, none, or several candidates.
+
+        An exact name always wins.
+        """
+        for wanted in (f"{module}.{parameter}", module):
+            if wanted in self._tensors:
+                return [wanted]
+        for wanted in (f"{module}.{parameter}", module):
+            if found := self._by_normalized.get(normalized(wanted)):
+                return found
+        return []
+
+    def nearest(self, module: str, count: int = 3) -> list[str]:
+        """Return the names of the base that look most like `module`, for an error message."""
+        modules = {tensor.removesuffix(".weight") for tensor in self._tensors}
+        last = module.rpartition(".")[2]
+        alike = [name for name in modules if name.rpartition(".")[2] == last] or list(modules)
+        return get_close_matches(module, sorted(alike), n=count, cutoff=0.3)
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """Projections that a model stores in one weight, in this order along the output features.
+
+    `parts` lists for each projection its possible names. `models` are the model types whose layout is simply one
+    block after the other; None means every model. `by_head` are those that store q, k, v of each head in turn.
+    """
+
+    fused: str
+    parts: tuple[tuple[str, ...], ...]
+    models: frozenset[str] | None = None
+    by_head: frozenset[str] = frozenset()
+
+    def position(self, name: str) -> int | None:
+        """Return which of the parts a projection is, or None."""
+        return next((i for i, names in enumerate(self.parts) if name in names), None)
+
+
+_QKV = (("q_proj", "query", "q"), ("k_proj", "key", "k"), ("v_proj", "value", "v"))
+
+FUSIONS = (
+    Fusion("qkv_proj", _QKV, frozenset({"phi3", "phi4", "phi4_multimodal", "phi3_v"}), frozenset({"minimax"})),
+    Fusion("query_key_value", _QKV, frozenset({"chatglm"}), frozenset({"bloom", "gpt_neox", "gpt_neox_japanese"})),
+    Fusion("c_attn", _QKV, frozenset({"gpt2", "decision_transformer", "imagegpt", "openai-gpt"})),
+    Fusion("Wqkv", _QKV, frozenset({"mpt", "modernbert"})),
+    Fusion("W_pack", _QKV, frozenset({"baichuan"})),
+    Fusion("gate_up_proj", (("gate_proj",), ("up_proj",))),
+    Fusion("dense_h_to_4h", (("gate_proj",), ("up_proj",)), frozenset({"chatglm"})),
+)
+
+# Model types whose linear layers are transformers' Conv1D, stored [in, out]; the names of those layers.
+CONV1D: Mapping[str, frozenset[str]] = dict.fromkeys(
+    ("gpt2", "decision_transformer", "imagegpt", "openai-gpt", "clvp"),
+    frozenset({"c_attn", "q_attn", "c_fc", "c_proj"}),
+)

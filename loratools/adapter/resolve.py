@@ -1,0 +1,245 @@
+"""From an adapter's modules to the tensors of a base: all the naming trouble, once. Pure: names and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from loratools.adapter.model import Adapter
+from loratools.adapter.names import CONV1D, FUSIONS, Fusion, Names
+from loratools.adapter.sites import Site
+from loratools.adapter.updates import Update
+from loratools.errors import IncompatibleAdapter
+from loratools.storage.lazy import LazyTensor
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placement:
+    """One update (or a part of it) on one site of the base."""
+
+    module: str
+    update: Update
+    site: Site
+
+
+def resolve(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any] | None = None) -> list[Placement]:
+    """Place every update of an adapter on the tensors of a base.
+
+    `shapes` are the base's tensors; `config` is its config.json, whose `model_type` decides what shapes cannot: the
+    orientation of square Conv1D weights, the order within fused projections.
+
+    Raises `IncompatibleAdapter` that lists every module without a place, every shape that does not fit and every
+    ambiguity with its candidates; and when the adapter would change nothing.
+    """
+    if not adapter.updates and not adapter.replacements:
+        raise IncompatibleAdapter("the adapter has no updates: it would change nothing")
+    resolver = _Resolver(Names(shapes), shapes, config or {}, adapter)
+    placements: list[Placement] = []
+    problems: list[str] = []
+    for module, update in adapter.updates.items():
+        try:
+            placements += [Placement(module, update, site) for site in resolver.sites(module, update)]
+        except _NoPlace as error:
+            problems.append(f"{module}: {error}")
+    problems += _overlaps(placements)
+    if problems:
+        raise IncompatibleAdapter(
+            f"the adapter does not fit this base model: {len(problems)} problem(s) in {len(adapter.updates)} modules",
+            problems,
+        )
+    return placements
+
+
+def resolve_replacements(adapter: Adapter, shapes: Shapes) -> dict[str, LazyTensor]:
+    """Find the base tensors that an adapter replaces whole.
+
+    Raises `IncompatibleAdapter` that lists every one that the base lacks or stores in another shape.
+    """
+    names, found, problems = Names(shapes), {}, []
+    for path, lazy in adapter.replacements.items():
+        module, _, parameter = path.rpartition(".")
+        tensors = names.find(module, parameter) if module else [path] if path in shapes else []
+        if len(tensors) != 1:
+            problems.append(f"{path}: {'ambiguous: ' + ', '.join(tensors) if tensors else 'not in the base'}")
+        elif shapes[tensors[0]] != lazy.shape:
+            problems.append(f"{path}: trained with shape {lazy.shape}, the base has {shapes[tensors[0]]}")
+        else:
+            found[tensors[0]] = lazy
+    if problems:
+        raise IncompatibleAdapter(f"{len(problems)} tensor(s) trained whole do not fit this base model", problems)
+    return found
+
+
+class _NoPlace(Exception):
+    """Why one module has no place; becomes a line of the error."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Resolver:
+    names: Names
+    shapes: Shapes
+    config: Mapping[str, Any]
+    adapter: Adapter
+
+    def sites(self, module: str, update: Update) -> list[Site]:
+        if tensor := self._one(module, module):
+            return [self._orient(module, tensor, update, (0, update.shape[0]), self.shapes[tensor])]
+        sites = self._into_fused(module, update) or self._out_of_fused(module, update)
+        if not sites:
+            nearest = self.names.nearest(module)
+            raise _NoPlace(f"not in the base; nearest: {', '.join(nearest)}" if nearest else "not in the base")
+        return sites
+
+    def _one(self, module: str, asked: str) -> str | None:
+        found = self.names.find(module)
+        if len(found) > 1:
+            raise _NoPlace(f"ambiguous: {asked} could be any of {', '.join(found)}")
+        return found[0] if found else None
+
+    def _orient(
+        self, module: str, tensor: str, update: Update, part: tuple[int, int], region: tuple[int, ...], start: int = 0
+    ) -> Site:
+        """Place rows `part` of an update on `region` (a shape in the tensor's own orientation) from `start` on."""
+        shape = self.shapes[tensor]
+        wanted = (part[1] - part[0], *update.shape[1:])
+        if len(shape) < 2 or len(wanted) != len(shape):
+            raise _NoPlace(f"its delta weight has shape {wanted}, {tensor} has {shape}")
+        matrix = (shape[0], _product(shape[1:]))
+        if len(shape) == 2 and self._is_conv1d(module, wanted, region):
+            if wanted[::-1] != region:
+                raise _NoPlace(f"its delta weight has shape {wanted}, {tensor} (stored [in, out]) has {shape}")
+            return Site(tensor, matrix, (0, shape[0], 1), (start, start + wanted[0], 1), part, True)
+        if wanted != region:
+            raise _NoPlace(f"its delta weight has shape {wanted}, {tensor} has {shape}")
+        return Site(tensor, matrix, (start, start + wanted[0], 1), (0, matrix[1], 1), part)
+
+    def _is_conv1d(self, module: str, wanted: tuple[int, ...], region: tuple[int, ...]) -> bool:
+        model_type = _model_type(self.config)
+        if model_type:
+            return module.rpartition(".")[2] in CONV1D.get(model_type, ())
+        if wanted[0] != wanted[1]:
+            return wanted == region[::-1]
+        # A square weight of a base without config.json: its siblings tell, if there are any.
+        votes = {
+            other.shape == self.shapes[found[0]][::-1]
+            for name, other in self.adapter.updates.items()
+            if len(other.shape) == 2 and other.shape[0] != other.shape[1] and len(found := self.names.find(name)) == 1
+            if name.rpartition(".")[2] in CONV1D["gpt2"]
+        }
+        if not votes and self.adapter.settings.get("fan_in_fan_out"):
+            raise _NoPlace("square, and no config.json tells whether the base stores it [in, out]")
+        return votes == {True}
+
+    def _into_fused(self, module: str, update: Update) -> list[Site]:
+        """Place a split projection (q_proj) in a base that stores it fused (qkv_proj)."""
+        parent, _, last = module.rpartition(".")
+        for fusion in FUSIONS:
+            position = fusion.position(last)
+            fused = _join(parent, fusion.fused)
+            if position is None or not (tensor := self._one(fused, module)):
+                continue
+            shape, rows = self.shapes[tensor], update.shape[0]
+            axis = 1 if fusion.fused in CONV1D.get(_model_type(self.config), ()) else 0
+            if len(shape) != 2 or len(update.shape) != 2:
+                raise _NoPlace(f"its delta weight has shape {update.shape}, {tensor} has {shape}")
+            total, count = shape[axis], len(fusion.parts)
+            self._check_layout(fusion, tensor)
+            if self._by_head(fusion):
+                return self._by_heads(tensor, update, position, count)
+            # The first part begins at 0; the later ones (k and v, or up) are equally large and end at the end.
+            first = 0 if position == 0 else total - (count - position) * rows
+            limit = total // 2 if count == 2 else total - (0 if position else 2)
+            if first < 0 or rows > limit or (count == 2 and rows != limit):
+                raise _NoPlace(f"its {rows} output features are no part of {tensor} with shape {shape}")
+            region = (shape[0], rows) if axis else (rows, shape[1])
+            return [self._orient(fused, tensor, update, (0, rows), region, first)]
+        return []
+
+    def _by_heads(self, tensor: str, update: Update, position: int, count: int) -> list[Site]:
+        rows, (total, columns) = update.shape[0], self.shapes[tensor]
+        heads = next((h for key in ("num_attention_heads", "n_head") if isinstance(h := self.config.get(key), int)), 0)
+        if heads < 1 or rows * count != total or rows % heads or update.shape[1] != columns:
+            shape = (total, columns)
+            raise _NoPlace(f"its delta weight {update.shape} is no third of {tensor} {shape} with {heads} heads")
+        size = rows // heads
+        return [
+            Site(tensor, (total, columns), (at, at + size, 1), (0, columns, 1), (head * size, (head + 1) * size))
+            for head in range(heads)
+            for at in [(head * count + position) * size]
+        ]
+
+    def _out_of_fused(self, module: str, update: Update) -> list[Site]:
+        """Place a fused projection (qkv_proj) in a base that stores it split (q_proj, k_proj, v_proj)."""
+        parent, _, last = module.rpartition(".")
+        for fusion in FUSIONS:
+            if fusion.fused != last:
+                continue
+            tensors = [
+                next((found for name in aliases if (found := self._one(_join(parent, name), module))), None)
+                for aliases in fusion.parts
+            ]
+            split = [tensor for tensor in tensors if tensor]
+            if len(split) < len(fusion.parts):
+                continue
+            if self._by_head(fusion):
+                raise _NoPlace(f"fused by head, while the base stores {', '.join(split)}")
+            rows = [self.shapes[tensor][0] for tensor in split]
+            if sum(rows) != update.shape[0]:
+                raise _NoPlace(f"its {update.shape[0]} output features are not the {rows} of {', '.join(split)}")
+            starts = [sum(rows[:i]) for i in range(len(rows))]
+            return [
+                self._orient(module, tensor, update, (start, start + count), self.shapes[tensor])
+                for tensor, start, count in zip(split, starts, rows, strict=True)
+            ]
+        return []
+
+    def _by_head(self, fusion: Fusion) -> bool:
+        return _model_type(self.config) in fusion.by_head
+
+    def _check_layout(self, fusion: Fusion, tensor: str) -> None:
+        model_type = _model_type(self.config)
+        if fusion.models is None or model_type in fusion.models or self._by_head(fusion):
+            return
+        said = f"model_type {model_type!r} in config.json" if model_type else "no config.json"
+        raise _NoPlace(f"ambiguous: the base stores it inside {tensor}, and {said} does not tell in which order")
+
+
+def _model_type(config: Mapping[str, Any]) -> str:
+    found = config.get("model_type")
+    return found if isinstance(found, str) else ""
+
+
+def _overlaps(placements: list[Placement]) -> Iterator[str]:
+    """Name pairs of modules that land on the same weights: a sure sign that one of them was matched wrongly."""
+    by_tensor: dict[str, list[Placement]] = {}
+    for placement in placements:
+        by_tensor.setdefault(placement.site.tensor, []).append(placement)
+    for tensor, here in by_tensor.items():
+        clashes = {
+            (one.module, other.module)
+            for one, other in combinations(here, 2)
+            if one.module != other.module and _meet(one.site.rows, other.site.rows)
+            if _meet(one.site.columns, other.site.columns)
+        }
+        for one, other in sorted(clashes):
+            yield f"{other}: lands on the same part of {tensor} as {one}"
+
+
+def _meet(one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
+    """Tell whether two ranges of one step share a number."""
+    return max(one[0], other[0]) < min(one[1], other[1]) and (one[0] - other[0]) % one[2] == 0
+
+
+def _join(parent: str, name: str) -> str:
+    return f"{parent}.{name}" if parent else name
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    result = 1
+    for side in shape:
+        result *= side
+    return result

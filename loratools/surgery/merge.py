@@ -1,0 +1,288 @@
+"""Merge adapters into a base model: W' = W + Σ wᵢ·sᵢ·Bᵢ·Aᵢ in float32, rounded once, streamed shard by shard."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, Any
+
+from loratools import dialects
+from loratools.adapter.model import Adapter
+from loratools.errors import NoSpace, OutputRefused, WrongBase
+from loratools.storage import atomic, digest, dtypes, files
+from loratools.storage.checkpoint import Checkpoint
+from loratools.surgery import companions, identity
+from loratools.surgery.plan import MergePlan, plan_merge
+from loratools.surgery.terms import load_terms
+from loratools.surgery.tiles import TensorResult, TensorTask, run
+
+if TYPE_CHECKING:
+    import torch
+
+_COPY = 64 << 20  # bytes of one copy task: large enough to be cheap, small enough to share out and to stop
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Merge:
+    """A merge that is decided but not run: the inputs, the plan, and what the output will record of itself."""
+
+    plan: MergePlan
+    output: Path
+    sources: dict[str, Path]
+    record: dict[str, Any]
+    digests: tuple[str, ...]
+    threads: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as plain data, with the free space where the output goes."""
+        free = shutil.disk_usage(self.output.absolute().parent).free
+        return self.plan.to_json(self.threads) | {
+            "output": str(self.output),
+            "other_files": len(self.sources),
+            "free_disk": free,
+            "threads": self.threads,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What a merge did. `retention` is ⟨W' − W, ΔW⟩/‖ΔW‖² in total, `by_tensor` the same for each changed tensor."""
+
+    output: str
+    changed: int
+    tensors: int
+    bytes_written: int
+    verified: int
+    adapters: list[dict[str, Any]]
+    retention: float | None
+    by_tensor: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def prepare(
+    base: str | Path | Checkpoint,
+    adapters: Sequence[str | Path | Adapter],
+    output: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str | None = None,
+    max_shard_size: int | None = None,
+    tied: str = "error",
+    check_base: str = "strict",
+    threads: int | None = None,
+    force: bool = False,
+) -> Merge:
+    """Decide everything about a merge from headers and the adapters' digests; write nothing.
+
+    Raises `IncompatibleAdapter`, `WrongBase`, `BadFile`, `UnsupportedAdapter`, `OutputRefused` (the output exists, is
+    an input, or the base already holds this adapter); `ValueError` if there is not one weight for each adapter.
+    """
+    weights = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
+    if not adapters or len(weights) != len(adapters):
+        raise ValueError(f"{len(adapters)} adapter(s) and {len(weights)} weight(s); each adapter takes one weight")
+    output = Path(output)
+    atomic.check_output(output, force=force)
+    base = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
+    opened = [adapter if isinstance(adapter, Adapter) else dialects.open_adapter(adapter) for adapter in adapters]
+    paths = [None if isinstance(adapter, Adapter) else Path(adapter) for adapter in adapters]
+    _refuse_inputs(output, [base.path, base.root if base.path.is_dir() else None, *paths])
+    digests = tuple(identity.checked_digest(a, str(p or "adapter")) for a, p in zip(opened, paths, strict=True))
+    identity.refuse_second_merge(base, digests, companions.RECORD)
+    plan = plan_merge(
+        base, opened, weights, dtype=dtype, max_shard_size=max_shard_size, tied=tied, check_base=check_base
+    )
+    sources = companions.companions(base, paths)
+    record = identity.merge_record(base, opened, weights, digests)
+    record |= {"dtype": dtype, "tied": tied if plan.config or len(plan.changes) != len(base.specs) else None}
+    threads = threads or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
+    return Merge(plan, output, sources, record, digests, threads)
+
+
+def merge(
+    base: str | Path | Checkpoint,
+    adapters: Sequence[str | Path | Adapter],
+    output: str | Path,
+    *,
+    device: str = "cpu",
+    retention: str = "sample",
+    seed: int = 0,
+    force: bool = False,
+    progress: Progress = lambda _: None,
+    **options: Any,
+) -> MergeReport:
+    """Merge adapters into a base model and write the result as a new folder.
+
+    W' = W + Σ wᵢ·sᵢ·Bᵢ·Aᵢ, accumulated in float32 (float64 for a float64 base) and rounded once, to nearest even, to
+    the base's dtype. `options` are those of `prepare`. `retention` is `sample`, `full` or `off`; `seed` chooses the
+    sampled tiles. Untouched tensors are copied byte for byte; the output appears only when it is complete.
+
+    Raises what `prepare` raises, `WrongBase` when a tensor read is not the recorded one, and `NoSpace`.
+    """
+    prepared = prepare(base, adapters, output, force=force, **options)
+    return execute(prepared, device=device, retention=retention, seed=seed, force=force, progress=progress)
+
+
+def execute(
+    prepared: Merge,
+    *,
+    device: str = "cpu",
+    retention: str = "sample",
+    seed: int = 0,
+    force: bool = False,
+    progress: Progress = lambda _: None,
+) -> MergeReport:
+    """Run a prepared merge; see `merge`."""
+    plan = prepared.plan
+    size = sum(file.size for file in plan.files)
+    free = shutil.disk_usage(prepared.output.absolute().parent).free
+    if size > free:
+        raise NoSpace(
+            f"{prepared.output}: the result takes {size} bytes, the disk has {free} free; nothing was written"
+        )
+    with atomic.new_folder(prepared.output, force=force) as scratch:
+        results = _write_weights(prepared, scratch, device, retention, seed, progress)
+        kept, total = sum(r.retained for r in results), sum(r.total for r in results)
+        rate = kept / total if total else None
+        record = prepared.record | {
+            "base": prepared.record["base"]
+            | {"tensors": {r.name: r.digests[digest.DEFAULT] for r in results if r.digests}},
+            "retention": rate,
+        }
+        companions.write_companions(plan, prepared.sources, record, scratch)
+    return MergeReport(
+        output=str(prepared.output),
+        changed=len(plan.touched()),
+        tensors=len(plan.changes),
+        bytes_written=size,
+        verified=sum(bool(change.expected) for change in plan.changes.values()),
+        adapters=prepared.record["adapters"],
+        retention=rate,
+        by_tensor={r.name: r.retained / r.total for r in results if r.total},
+        notes=plan.notes,
+    )
+
+
+def _write_weights(
+    prepared: Merge, folder: Path, device_name: str, retention: str, seed: int, progress: Progress
+) -> list[TensorResult]:
+    """Write every file of tensors; copies run beside the import of torch, arithmetic after it."""
+    plan = prepared.plan
+    rewritten = plan.rewritten()
+    stop = Event()
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(prepared.threads))
+        try:
+            copies, work = [], []
+            for file in plan.files:
+                target = folder / file.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                descriptor = stack.enter_context(files.descriptor(target, os.O_RDWR | os.O_CREAT | os.O_EXCL))
+                os.truncate(descriptor, file.size)
+                files.write_from(descriptor, memoryview(file.header), 0)
+                for slot in file.slots:
+                    if slot.name in rewritten:
+                        work.append((slot, descriptor))
+                ranges = _copy_ranges(plan, [slot for slot in file.slots if slot.name not in rewritten])
+                copies += [pool.submit(_copy, *part, descriptor, stop, progress) for part in ranges]
+            if not work:
+                return _finish(copies)
+            import torch
+
+            device = torch.device(device_name)
+            before = torch.get_num_threads()
+            torch.set_num_threads(1)
+            stack.callback(torch.set_num_threads, before)
+            if device.type == "cuda":
+                torch.backends.cuda.matmul.allow_tf32 = False
+            work.sort(key=lambda item: -item[0].nbytes)
+            tasks = [
+                pool.submit(_merge_tensor, prepared, slot, descriptor, device, retention, seed, progress, stop.is_set)
+                for slot, descriptor in work
+            ]
+            _finish(copies)
+            return sorted(_finish(tasks), key=lambda result: result.name)
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _finish(futures: Sequence[Future[Any]]) -> list[Any]:
+    return [future.result() for future in futures]
+
+
+def _copy_ranges(plan: MergePlan, slots: Sequence[Any]) -> list[tuple[Path, int, int, int]]:
+    """Join untouched tensors that follow each other in source and output into (file, start, stop, offset) pieces."""
+    runs: list[tuple[Path, int, int, int]] = []
+    for slot in slots:
+        source = plan.changes[slot.name].source
+        if runs and runs[-1][0] == source.file and runs[-1][2] == source.start:
+            file, start, stop, offset = runs[-1]
+            if slot.offset - offset == stop - start:
+                runs[-1] = (file, start, source.stop, offset)
+                continue
+        runs.append((source.file, source.start, source.stop, slot.offset))
+    return [
+        (file, at, min(at + _COPY, stop), offset + at - start)
+        for file, start, stop, offset in runs
+        for at in range(start, stop, _COPY)
+    ]
+
+
+def _copy(path: Path, start: int, stop: int, offset: int, target: int, stopped: Event, progress: Progress) -> None:
+    if stopped.is_set():
+        return
+    with files.descriptor(path) as source:
+        files.copy_range(source, start, stop, target, offset)
+    progress(stop - start)
+
+
+def _merge_tensor(
+    prepared: Merge,
+    slot: Any,
+    target: int,
+    device: torch.device,
+    retention: str,
+    seed: int,
+    progress: Progress,
+    stopped: Callable[[], bool],
+) -> TensorResult:
+    """Change one tensor and check that its bytes were those of the recorded base."""
+    plan = prepared.plan
+    change = plan.changes[slot.name]
+    terms = load_terms(plan, change, prepared.digests, slot.name, device)
+    expected = {digest.algorithm_of(value) for _, value in change.expected}
+    hashes = sorted(expected | {digest.DEFAULT}) if change.placements and not change.replaced else []
+    task = TensorTask(slot.name, change.source, slot.dtype, target, slot.offset, terms, hashes, retention, seed)
+    result = run(task, device, progress, stopped)
+    for i, value in change.expected:
+        found = result.digests[digest.algorithm_of(value)]
+        if found != value:
+            raise WrongBase(
+                f"{change.source.file}: tensor {slot.name} is not that of the base which adapter {i + 1} was sealed "
+                f"with: its digest is {found}, recorded is {value}",
+                hint="Use the right base, or --check-base off to merge without the check.",
+            )
+    return result
+
+
+def _refuse_inputs(output: Path, inputs: Sequence[Path | None]) -> None:
+    """Refuse an output that is an input, lies in one, or holds one: replacing it would destroy what is read."""
+    target = output.resolve()
+    for path in inputs:
+        if path is None:
+            continue
+        source = path.resolve()
+        if target == source or source in target.parents or target in source.parents:
+            raise OutputRefused(f"{output} is, holds or lies in the input {path}", hint="Choose another output.")
+
+
+__all__ = ["Merge", "MergeReport", "dtypes", "execute", "merge", "prepare"]

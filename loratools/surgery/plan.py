@@ -1,0 +1,245 @@
+"""What a merge will do, decided from headers alone: pure, printable, and a value that serializes to JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from loratools.adapter.model import Adapter
+from loratools.adapter.names import normalized
+from loratools.adapter.resolve import Placement, resolve, resolve_replacements
+from loratools.adapter.tied import apply_policy
+from loratools.errors import IncompatibleAdapter, WrongBase
+from loratools.storage import digest, dtypes
+from loratools.storage.checkpoint import Checkpoint, Shard
+from loratools.storage.header import TensorSpec
+from loratools.storage.writer import DEFAULT_SHARD, FilePlan, plan_file, plan_shards
+from loratools.surgery.tiles import TILE
+
+_TORCH = 260_000_000  # resident bytes of a process that has imported torch, measured on a CPU build
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Change:
+    """What becomes of one output tensor: `source` bytes, of the base or of an adapter that replaces it, plus updates.
+
+    `placements` pairs the number of an adapter with a placement of one of its updates. `expected` are the digests
+    that adapters recorded for the base tensor, each with the number of its adapter.
+    """
+
+    source: TensorSpec
+    placements: tuple[tuple[int, Placement], ...] = ()
+    replaced: bool = False
+    expected: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MergePlan:
+    """All decisions of a merge. `files` lists the output's files of tensors, `changes` has every output tensor.
+
+    `adapters` are as placed (tied heads renamed); `config` holds changed fields of config.json; `laid_out` says
+    whether files, headers and offsets are the base's own, so that untouched ranges are copied where they lie.
+    """
+
+    base: Checkpoint
+    adapters: tuple[Adapter, ...]
+    weights: tuple[float, ...]
+    files: tuple[FilePlan, ...]
+    changes: Mapping[str, Change]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    laid_out: bool = True
+    notes: tuple[str, ...] = ()
+
+    def touched(self) -> dict[str, Change]:
+        """Return the tensors whose numbers change."""
+        return {name: change for name, change in self.changes.items() if change.placements or change.replaced}
+
+    def rewritten(self) -> dict[str, Change]:
+        """Return the tensors that pass through arithmetic: updated, or cast to another dtype."""
+        slots = {slot.name: slot for plan in self.files for slot in plan.slots}
+        return {
+            name: change
+            for name, change in self.changes.items()
+            if change.placements or slots[name].dtype != change.source.dtype
+        }
+
+    def peak_memory(self, threads: int, tile_bytes: int = TILE) -> int:
+        """Estimate the resident bytes: torch, and for each thread its tiles and the factors of its largest tensor."""
+        largest = max(
+            (
+                sum(lazy.parameters * 8 + lazy.nbytes for _, p in change.placements for lazy in p.update.parts.values())
+                for change in self.changes.values()
+            ),
+            default=0,
+        )
+        return _TORCH + threads * (6 * tile_bytes + largest)
+
+    def to_json(self, threads: int) -> dict[str, Any]:
+        """Return the plan as plain data: sizes in bytes, names, no machine-dependent number but the estimate."""
+        touched, rewritten = self.touched(), self.rewritten()
+        total = sum(slot.nbytes for plan in self.files for slot in plan.slots)
+        worked = sum(slot.nbytes for plan in self.files for slot in plan.slots if slot.name in rewritten)
+        return {
+            "base": str(self.base.path),
+            "files": [{"name": plan.name, "bytes": plan.size, "tensors": len(plan.slots)} for plan in self.files],
+            "tensors": {"total": len(self.changes), "changed": len(touched), "cast": len(rewritten) - len(touched)},
+            "bytes": {"written": total, "changed": worked, "copied": total - worked},
+            "peak_memory": self.peak_memory(threads),
+            "verified_tensors": sum(bool(change.expected) for change in self.changes.values()),
+            "changed": {
+                name: [
+                    {"adapter": i, "module": p.module, "kind": p.update.kind, "rank": p.update.rank}
+                    | {"scaling": p.update.scaling, "weight": self.weights[i]}
+                    for i, p in change.placements
+                ]
+                for name, change in touched.items()
+            },
+            "config": dict(self.config),
+            "notes": list(self.notes),
+        }
+
+
+def plan_merge(
+    base: Checkpoint,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    *,
+    dtype: str | None = None,
+    max_shard_size: int | None = None,
+    tied: str = "error",
+    check_base: str = "strict",
+) -> MergePlan:
+    """Decide everything about a merge of `adapters`, times their `weights`, into `base`.
+
+    Raises `IncompatibleAdapter` for modules without a place, shapes that do not fit, quantized targets, and tied
+    embeddings without a policy; `WrongBase` when an adapter's recorded schema or tensor list contradicts the base.
+    """
+    untied = apply_policy(tuple(adapters), base.specs, base.config, tied)
+    specs = {**base.specs, **{new: base.specs[old] for new, old in untied.copies.items()}}
+    placements: dict[str, list[tuple[int, Placement]]] = {}
+    shapes = {name: spec.shape for name, spec in specs.items()}
+    for i, adapter in enumerate(untied.adapters):
+        for placement in resolve(adapter, shapes, base.config):
+            placements.setdefault(placement.site.tensor, []).append((i, placement))
+    _check_targets(specs, placements)
+    replaced = _replaced(untied.adapters, weights, shapes)
+    expected, notes = _expected(adapters, specs, placements, base, check_base)
+    changes = {
+        name: Change(replaced[name], tuple(placements.get(name, ())), replaced=True)
+        if name in replaced
+        else Change(spec, tuple(placements.get(name, ())), expected=tuple(expected.get(name, ())))
+        for name, spec in specs.items()
+    }
+    if base.components and max_shard_size is not None:
+        raise IncompatibleAdapter("a pipeline keeps the files of its components; --max-shard-size does not apply to it")
+    kept = max_shard_size is None and not any(shard.path.suffix != ".safetensors" for shard in base.shards)
+    config = dict(untied.config)
+    if dtype:
+        config |= {key: dtypes.CONFIG_NAMES[dtype] for key in ("torch_dtype", "dtype") if key in base.config}
+    if kept:
+        files = [_same_layout(base, shard, list(untied.copies), dtype, specs) for shard in base.shards]
+    else:
+        ordered = [(name, _cast(spec.dtype, dtype), spec.shape) for name, spec in specs.items()]
+        metadata = {"format": "pt"} | dict(base.shards[0].metadata)
+        files = plan_shards(ordered, max_shard_size or DEFAULT_SHARD, metadata)
+    return MergePlan(base, untied.adapters, tuple(weights), tuple(files), changes, config, kept, tuple(notes))
+
+
+def _check_targets(specs: Mapping[str, TensorSpec], placements: Mapping[str, object]) -> None:
+    problems = [
+        f"{name}: stored as {specs[name].dtype} with shape {specs[name].shape}"
+        for name in placements
+        if specs[name].dtype not in dtypes.FLOATS
+    ]
+    if problems:
+        raise IncompatibleAdapter(
+            f"{len(problems)} target tensor(s) of the base are quantized, and adding to their codes would be wrong",
+            problems,
+            hint="Merge into the unquantized base, then quantize again.",
+        )
+
+
+def _replaced(
+    adapters: Sequence[Adapter], weights: Sequence[float], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, TensorSpec]:
+    """Return the tensors that take the place of the base's; two adapters cannot replace one, nor half of one do it."""
+    found: dict[str, TensorSpec] = {}
+    problems = []
+    for i, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
+        for name, lazy in resolve_replacements(adapter, shapes).items():
+            if name in found:
+                problems.append(f"{name}: replaced by more than one adapter")
+            elif weight != 1:
+                problems.append(f"{name}: trained whole in adapter {i + 1}, which cannot have the weight {weight:g}")
+            elif lazy.spec is None:
+                problems.append(f"{name}: adapter {i + 1} does not store it in the base's layout")
+            else:
+                found[name] = lazy.spec
+    if problems:
+        raise IncompatibleAdapter("these adapters cannot be merged together", problems)
+    return found
+
+
+def _same_layout(
+    base: Checkpoint, shard: Shard, added: list[str], dtype: str | None, specs: Mapping[str, TensorSpec]
+) -> FilePlan:
+    """Keep a shard's file name, order and, where nothing forces another, its header byte for byte."""
+    name = str(shard.path.relative_to(base.root))
+    names = list(shard.tensors) + (added if shard is base.shards[-1] else [])
+    tensors = [(tensor, _cast(specs[tensor].dtype, dtype), specs[tensor].shape) for tensor in names]
+    same = len(names) == len(shard.tensors) and all(d == specs[tensor].dtype for tensor, d, _ in tensors)
+    if not same:
+        return plan_file(name, tensors, shard.metadata, prefix=shard.prefix)
+    begin = min((spec.start for spec in shard.tensors.values()), default=0)
+    with shard.path.open("rb") as file:
+        header = file.read(begin)
+    return plan_file(name, tensors, header=header)
+
+
+def _cast(stored: str, wanted: str | None) -> str:
+    return wanted if wanted and stored in dtypes.FLOATS else stored
+
+
+def _expected(
+    adapters: Sequence[Adapter],
+    specs: Mapping[str, TensorSpec],
+    placements: Mapping[str, list[tuple[int, Placement]]],
+    base: Checkpoint,
+    check_base: str,
+) -> tuple[dict[str, list[tuple[int, str]]], list[str]]:
+    """Collect the digests that adapters recorded for the tensors they touch."""
+    expected: dict[str, list[tuple[int, str]]] = {}
+    notes: list[str] = []
+    problems: list[str] = []
+    for i, adapter in enumerate(adapters):
+        identity = adapter.base
+        if check_base == "off":
+            notes.append(f"adapter {i + 1}: base model not checked (--check-base off)")
+            continue
+        if identity is None or not identity.sealed:
+            notes.append(f"adapter {i + 1}: carries no base hash, so the base model cannot be checked")
+            continue
+        if not identity.tensors:
+            if identity.schema is None:
+                notes.append(f"adapter {i + 1}: has a root hash only; compare it with `loratools hash`")
+                continue
+            algorithm = digest.algorithm_of(identity.schema)
+            if base.schema(algorithm) != identity.schema:
+                problems.append(
+                    f"adapter {i + 1}: names, dtypes or shapes of the base differ from those it was sealed with"
+                )
+            continue
+        known = {normalized(name): value for name, value in identity.tensors.items()} | dict(identity.tensors)
+        for name in sorted(name for name, here in placements.items() if any(j == i for j, _ in here)):
+            if value := known.get(name) or known.get(normalized(name)):
+                expected.setdefault(name, []).append((i, value))
+            elif name in base.specs:
+                problems.append(f"adapter {i + 1}: changes {name}, which its recorded base does not list")
+    if problems and check_base == "strict":
+        raise WrongBase(
+            f"{base.path} is not the base model that was recorded",
+            problems,
+            hint="Use the right base, or --check-base warn if you know better.",
+        )
+    return expected, notes + problems

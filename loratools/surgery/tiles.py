@@ -1,0 +1,193 @@
+"""The primitive under every merge: a tensor changed row tile by row tile, at the speed of the disk, in constant memory.
+
+A tile of about a megabyte is read into a reused buffer, widened to float32 (float64 for float64), changed in place by
+every term, rounded once, and written. It stays in the core's cache from the read to the write; digests and retention
+are fed from the same tile. Tiles depend on the tensor's shape alone, so the bytes do not depend on threads.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from loratools.adapter.sites import Site
+from loratools.adapter.updates import Term
+from loratools.errors import IncompatibleAdapter
+from loratools.storage import digest, dtypes, files
+from loratools.storage.header import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+TILE = 1 << 20
+"""Bytes of one tile, about: it is cut at whole rows."""
+
+SAMPLE = 16
+"""Retention is measured on one tile in this many, and on at least one of each tensor."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorTask:
+    """One output tensor: `source` bytes, changed by `terms`, stored as `dtype` at `offset` of the file `target`."""
+
+    name: str
+    source: TensorSpec
+    dtype: str
+    target: int
+    offset: int
+    terms: Sequence[tuple[Site, Term]] = ()
+    hashes: Sequence[str] = ()
+    retention: str = "sample"
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class TensorResult:
+    """What was measured on the way: base digests by algorithm, and the sums behind the delta retention.
+
+    retained = ⟨W' − W, ΔW⟩ and total = ⟨ΔW, ΔW⟩ over the sampled tiles, in float64, scaled up to the whole tensor.
+    """
+
+    name: str
+    digests: Mapping[str, str] = field(default_factory=dict)
+    retained: float = 0.0
+    total: float = 0.0
+    changed: float = 0.0
+
+
+def run(
+    task: TensorTask,
+    device: torch.device,
+    progress: Callable[[int], None],
+    stopped: Callable[[], bool],
+    tile_bytes: int = TILE,
+) -> TensorResult:
+    """Write one output tensor and return what was measured.
+
+    Raises `IncompatibleAdapter` when the result is not finite in the output's dtype.
+    """
+    import torch
+
+    spec = task.source
+    rows, columns = _matrix(task)
+    stored, out = dtypes.to_torch(spec.dtype), dtypes.to_torch(task.dtype)
+    work = torch.float64 if torch.float64 in (stored, out) else torch.float32
+    step = max(1, min(rows, tile_bytes // max(1, columns * max(stored.itemsize, out.itemsize))))
+    tiles = range(0, rows, step)
+    sampled = _sampled(task, len(tiles))
+    keep_base = any(term.needs_base for _, term in task.terms)
+    buffers = _Buffers(step * columns, stored, out, work, device)
+    hashers = {name: digest.start_tensor(spec.dtype, spec.shape, name) for name in task.hashes}
+    result = TensorResult(task.name)
+    with files.descriptor(spec.file) as source:
+        if any(term.needs_pass for _, term in task.terms):
+            for start in tiles:
+                stop = min(start + step, rows)
+                seen, _ = buffers.read(source, spec.start, start, stop, columns)
+                for site, term in task.terms:
+                    if term.needs_pass and (met := site.overlap(start, stop)):
+                        term.observe_rows(seen[met[0], slice(*site.columns)], met[1])
+        for index, start in enumerate(tiles):
+            if stopped():
+                raise InterruptedError
+            stop = min(start + step, rows)
+            W, raw = buffers.read(source, spec.start, start, stop, columns)
+            for hasher in hashers.values():
+                hasher.update(raw)
+            base = W.clone() if keep_base or index in sampled else None
+            for site, term in task.terms:
+                if met := site.overlap(start, stop):
+                    inside = (met[0], slice(*site.columns))
+                    term.apply_rows(W[inside], met[1], base[inside] if base is not None else None)
+            rounded, data = buffers.rounded(W)
+            _check_finite(task, W, rounded)
+            if index in sampled and base is not None:
+                _measure(result, base, W, rounded, len(tiles) / len(sampled))
+            files.write_from(task.target, data, task.offset + start * columns * out.itemsize)
+            progress(len(data))
+    result.digests = {name: digest.finish(hasher, name) for name, hasher in hashers.items()}
+    return result
+
+
+class _Buffers:
+    """The reused memory of one task: bytes as read, the tile in working precision, bytes to write."""
+
+    def __init__(
+        self, elements: int, stored: torch.dtype, out: torch.dtype, work: torch.dtype, device: torch.device
+    ) -> None:
+        import torch
+
+        pin = device.type == "cuda"
+        self._stored = torch.empty(elements, dtype=stored, pin_memory=pin)
+        self._raw = _bytes_of(self._stored)
+        self._out = torch.empty(elements, dtype=out, pin_memory=pin)
+        self._out_raw = _bytes_of(self._out)
+        self._work = torch.empty(elements, dtype=work, device=device)
+        self._itemsize = stored.itemsize, out.itemsize
+
+    def read(self, source: int, offset: int, start: int, stop: int, columns: int) -> tuple[torch.Tensor, memoryview]:
+        """Return rows [`start`, `stop`) in working precision, and their raw bytes."""
+        count = (stop - start) * columns
+        raw = self._raw[: count * self._itemsize[0]]
+        files.read_into(source, raw, offset + start * columns * self._itemsize[0])
+        self._work[:count].copy_(self._stored[:count])
+        return self._work[:count].view(stop - start, columns), raw
+
+    def rounded(self, W: torch.Tensor) -> tuple[torch.Tensor, memoryview]:
+        """Round a tile to the output dtype, to nearest even; return it and its raw bytes."""
+        count = W.numel()
+        rounded = self._out[:count].view(W.shape)
+        rounded.copy_(W)
+        return rounded, self._out_raw[: count * self._itemsize[1]]
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Return the memory of a tensor, shared, not copied."""
+    import torch
+
+    array: Any = tensor.view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def _matrix(task: TensorTask) -> tuple[int, int]:
+    """Return how the tensor is seen: the view that its sites share, or first side × rest."""
+    views = {site.matrix for site, _ in task.terms}
+    if len(views) > 1:
+        raise ValueError(f"{task.name}: sites of different views {sorted(views)}")
+    if views:
+        return views.pop()
+    rows = task.source.shape[0] if task.source.shape else 1
+    return (rows, task.source.parameters // rows) if rows else (0, 0)
+
+
+def _sampled(task: TensorTask, tiles: int) -> frozenset[int]:
+    """Choose the tiles on which retention is measured, by the seed and the tensor's name alone."""
+    if not task.terms or task.retention == "off" or not tiles:
+        return frozenset()
+    if task.retention == "full":
+        return frozenset(range(tiles))
+    start = zlib.crc32(f"{task.seed}:{task.name}".encode()) % min(tiles, SAMPLE)
+    return frozenset(range(start, tiles, SAMPLE))
+
+
+def _check_finite(task: TensorTask, W: torch.Tensor, rounded: torch.Tensor) -> None:
+    # One cheap sum finds any infinity or NaN; F16 can overflow in the rounding, so there the rounded values count.
+    suspect = rounded if task.dtype == "F16" else W
+    if task.terms and not bool(suspect.sum(dtype=W.dtype).isfinite()) and not bool(suspect.isfinite().all()):
+        raise IncompatibleAdapter(
+            f"{task.name}: the merged values are not finite in {task.dtype}",
+            hint="Either the base has infinities or NaN there, or the weights overflow this dtype.",
+        )
+
+
+def _measure(result: TensorResult, base: torch.Tensor, W: torch.Tensor, rounded: torch.Tensor, scale: float) -> None:
+    import torch
+
+    base = base.double()
+    delta = W.double().sub_(base).flatten()
+    kept = rounded.to(W.device, torch.float64).sub_(base).flatten()
+    result.retained += scale * float(kept.dot(delta))
+    result.total += scale * float(delta.dot(delta))
+    result.changed += scale * float(torch.count_nonzero(kept))
