@@ -1,0 +1,173 @@
+"""Block Krylov iteration for the leading singular values of a dense matrix: products with D and Dᵀ only.
+
+Randomised block Krylov with full re-orthogonalisation and thick restarts (Musco & Musco 2015; Tropp & Webber 2023,
+arXiv 2306.12418). Every product is kept and used, so that a given accuracy needs about half the products of subspace
+iteration, above all on the flat spectra of real delta weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from loratools.linalg.orthonormal import extend, gram, line_norms2, orthonormal_columns, product64
+
+# Blocks kept beyond the wanted rank before a restart; a restart bounds memory and the size of the small problem.
+_EXTRA_BLOCKS = 6
+_MOST_STEPS = 60
+
+
+class Krylov:
+    """Grow V (n, k) orthonormal and Y = D·V, and know the singular values of Y: those of D seen so far.
+
+    The energy that the best rank-r part of Y·Vᵀ captures, Σ_{i≤r} θᵢ with θ = eig(YᵀY) in float64, is exactly the
+    energy of D that it removes: ‖D - Y_r·V_rᵀ‖² = ‖D‖² - Σ_{i≤r} θᵢ.
+    """
+
+    def __init__(self, D: Tensor, start: Tensor, deflated: Tensor | None = None) -> None:
+        """Start from the orthonormal columns `start` (n, b), and stay orthogonal to the columns `deflated` (n, d)."""
+        self.D = D
+        self.V = D.new_empty(D.shape[1], 0)
+        self.deflated = self.V if deflated is None else deflated
+        self.parts: list[Tensor] = []
+        self.G = torch.empty(0, 0, dtype=torch.float64)
+        self.products = 0
+        self._theta: Tensor | None = None
+        self._lines: tuple[Tensor, Tensor] | None = None
+        self.append(start)
+
+    @classmethod
+    def exact(cls, D: Tensor) -> Krylov:
+        """Return the complete basis V = I, Y = D: the same algebra then gives the exact decomposition."""
+        basis = cls(D, D.new_empty(D.shape[1], 0))
+        basis.V = torch.eye(D.shape[1], dtype=D.dtype, device=D.device)
+        basis.parts, basis.G, basis.products = [D], gram(D, D), D.shape[1]
+        return basis
+
+    @property
+    def width(self) -> int:
+        """Return the number of columns of V."""
+        return self.V.shape[1]
+
+    def append(self, new: Tensor) -> None:
+        """Add orthonormal columns `new` (n, b), orthogonal to V, with their products D·new."""
+        Y = self.D @ new
+        self.products += new.shape[1]
+        self.V = torch.cat([self.V, new], 1)
+        self.parts.append(Y)
+        edge = torch.cat([gram(part, Y) for part in self.parts])
+        old = len(self.G)
+        G = edge.new_empty(self.width, self.width)
+        G[:old, :old], G[:, old:], G[old:, :] = self.G, edge, edge.T
+        self.G = G
+
+    def residual(self) -> tuple[Tensor, Tensor]:
+        """Return W = Dᵀ·Q (n, b) for Q = orth(last block of Y), and R = Qᵀ·(last block of Y) in float64."""
+        Q = orthonormal_columns(self.parts[-1])
+        self.products += Q.shape[1]
+        # (QᵀD)ᵀ rather than DᵀQ: the product then runs along the rows of D as they lie in memory.
+        return (Q.T @ self.D).T, gram(Q, self.parts[-1])
+
+    def news(self, W: Tensor) -> Tensor:
+        """Return an orthonormal basis of what W (n, b) adds to V and to the deflated columns."""
+        return extend(torch.cat([self.deflated, self.V], 1) if self.deflated.shape[1] else self.V, W)
+
+    def step(self) -> bool:
+        """Add one block: what Dᵀ·(last block of Y) shows that is new; return False when there is nothing new."""
+        W, _ = self.residual()
+        new = self.news(W)[:, : self.D.shape[1] - self.width]
+        if new.shape[1] == 0:
+            return False
+        self.append(new)
+        return True
+
+    def spectrum(self) -> Tensor:
+        """Return θ, the squared singular values of Y, in descending order, float64 (k,)."""
+        if self._theta is None or len(self._theta) != self.width:
+            self._theta = torch.linalg.eigvalsh(self.G).flip(0).clamp_min(0)
+        return self._theta
+
+    def leading(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return Y·X (m, r), θ (r,) and V·X (n, r) in float64 for the `rank` leading eigenvectors X of YᵀY."""
+        values, vectors = torch.linalg.eigh(self.G)
+        X = vectors[:, -rank:].flip(1).to(self.D.device)
+        start = 0
+        left = torch.zeros(self.D.shape[0], rank, dtype=torch.float64, device=self.D.device)
+        for part in self.parts:
+            left += product64(part, X[start : start + part.shape[1]])
+            start += part.shape[1]
+        return left, values[-rank:].flip(0).clamp_min(0), product64(self.V, X)
+
+    def residual_edges(self) -> Tensor:
+        """Return, for r = 1..k, the max row norm + max column norm of D less the leading rank-r part of Y·Vᵀ; (k,)."""
+        if self._lines is None:
+            self._lines = line_norms2(self.D)
+        Y, theta, V = self.leading(self.width)
+        rows = self._lines[0][:, None] - (Y * Y).cumsum(1)
+        columns = self._lines[1][:, None] - (V * V * theta.to(V.device)).cumsum(1)
+        return (rows.amax(0).clamp_min(0).sqrt() + columns.amax(0).clamp_min(0).sqrt()).cpu()
+
+    def restart(self, rank: int) -> None:
+        """Keep the `rank` leading directions only, and the last block's news; the iteration goes on from there."""
+        W, _ = self.residual()
+        new = self.news(W)
+        Y, theta, V = self.leading(rank)
+        self.V, self.parts, self.G = V.to(self.D.dtype), [Y.to(self.D.dtype)], torch.diag(theta)
+        self._theta = None
+        if new.shape[1]:
+            self.append(new)
+
+
+def gaussian_start(D: Tensor, block: int, seed: int) -> Tensor:
+    """Return `block` random orthonormal columns (n, block); drawn on the CPU, the same for every device and thread."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(D.shape[1], min(block, D.shape[1]), generator=generator, dtype=torch.float64)
+    return orthonormal_columns(start).to(D.dtype).to(D.device)
+
+
+def iterate(
+    D: Tensor, norm2: float, wanted: Callable[[Krylov, bool], int | None], *, block: int, least: int,
+    tolerance: float, seed: int,
+) -> tuple[Krylov, int, float]:  # fmt: skip
+    """Grow a Krylov basis until the wanted rank is known and its captured energy has stopped growing.
+
+    D is (m, n) with n ≤ m best; `norm2` is ‖D‖². `wanted(basis, complete)` says the rank that the singular values
+    seen so far call for, or None for "show me more"; `complete` is true when no more exist. It is not asked
+    before the basis has `least` columns. Stops when the
+    energy still to be won, estimated from the last two gains as a geometric series, is ≤ tolerance·(‖D‖² - captured).
+    Returns the basis, the rank, and that estimate. Always returns: a spectrum that resists only costs steps.
+    """
+    basis = Krylov(D, gaussian_start(D, block, seed))
+    short = min(D.shape)
+    last: tuple[int, float, float] | None = None  # rank, captured, gain
+    estimate = norm2
+    for _ in range(_MOST_STEPS + 2 * short // block):
+        if basis.width < min(least, short) and basis.step():
+            continue
+        theta = basis.spectrum()
+        complete = basis.width >= short
+        rank = wanted(basis, complete)
+        if complete:
+            return basis, rank if rank is not None else basis.width, 0.0
+        if rank is not None and rank <= basis.width:
+            captured = float(theta[:rank].sum())
+            left = max(norm2 - captured, 0.0)
+            gain = left
+            if last is not None and last[0] == rank:
+                gain = max(captured - last[1], 0.0)
+                # A gain shrinks by `ratio` each step. Never trust less than 0.1 (luck) or more than 0.9 (a plateau).
+                ratio = min(max(gain / last[2], 0.1), 0.9) if last[2] > 0 else 0.5
+                estimate = gain * ratio / (1 - ratio)
+                if estimate <= max(tolerance * left, 1e-14 * norm2):
+                    return basis, rank, estimate
+            last = (rank, captured, gain)
+            if basis.width + block > rank + _EXTRA_BLOCKS * block and basis.width < short // 2:
+                basis.restart(rank + block)
+                continue
+        if not basis.step():
+            # The row space is used up: what was seen is all there is.
+            rank = wanted(basis, True)
+            return basis, rank if rank is not None else basis.width, 0.0
+    return basis, min(last[0] if last else basis.width, basis.width), estimate

@@ -1,0 +1,107 @@
+"""Orthonormal bases that survive dependent columns, on CPU and CUDA by the same steps.
+
+Everything here rests on small Gram matrices in float64. They cost a few percent of one product with the matrix that
+is decomposed, need no Householder QR (slow on CUDA), and are factored on the CPU, so that both devices agree.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Columns are dependent when float64 Cholesky leaves less than this of a unit column; then directions are dropped.
+_DEPENDENT = 1e-4
+# Elements widened to float64 at a time: bounds the extra memory, and keeps it in the cache.
+_CHUNK = 1 << 20
+
+
+def row_chunks(X: Tensor, elements: int = _CHUNK) -> list[Tensor]:
+    """Return X (m, n) as views of consecutive rows, of about `elements` elements each."""
+    rows = max(1, elements // max(1, X.shape[1]))
+    return [X[start : start + rows] for start in range(0, len(X), rows)]
+
+
+def gram(X: Tensor, Y: Tensor) -> Tensor:
+    """Return XᵀY in float64 on the CPU; X is (m, a), Y is (m, b)."""
+    G = torch.zeros(X.shape[1], Y.shape[1], dtype=torch.float64, device=X.device)
+    rows = max(1, _CHUNK // max(1, X.shape[1], Y.shape[1]))
+    for start in range(0, len(X), rows):
+        G += X[start : start + rows].double().T @ Y[start : start + rows].double()
+    return G.cpu()
+
+
+def product64(X: Tensor, Y: Tensor) -> Tensor:
+    """Return X·Y in float64, X (m, k) widened a few rows at a time; Y is (k, r) in float64."""
+    return torch.cat([rows.double() @ Y for rows in row_chunks(X)])
+
+
+def squared_norm(X: Tensor) -> float:
+    """Return ‖X‖_F² of a matrix, summed in float64; NaN or infinite exactly when an element is (float32 input)."""
+    total = torch.zeros((), dtype=torch.float64, device=X.device)
+    for rows in row_chunks(X, 1 << 16):
+        flat = rows.double().flatten()
+        total += flat @ flat
+    return float(total)
+
+
+def line_norms2(X: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the squared lengths of the rows (m,) and of the columns (n,) of X (m, n), float64."""
+    columns = torch.zeros(X.shape[1], dtype=torch.float64, device=X.device)
+    rows: list[Tensor] = []
+    for chunk in row_chunks(X):
+        squares = chunk.double() ** 2
+        rows.append(squares.sum(1))
+        columns += squares.sum(0)
+    return torch.cat(rows), columns
+
+
+def orthonormal_columns(Y: Tensor, floor: float | None = None) -> Tensor:
+    """Return an orthonormal basis of the columns of Y: Q (m, k) with QᵀQ = I and k ≤ b.
+
+    Y is (m, b), finite. Columns are scaled to length one first; directions whose singular value is then ≤ `floor`
+    (default: 8·eps of Y's dtype) are rounding noise and are dropped, so k is the numerical rank. CholeskyQR with a
+    float64 Gram matrix (Yamamoto et al. 2015), with an eigendecomposition of the same Gram matrix where columns are
+    dependent; neither can fail on finite input.
+    """
+    floor = 8 * torch.finfo(Y.dtype).eps if floor is None else floor
+    Q: Tensor = _unit_columns(Y.double())
+    deflated = False
+    for repeat in (False, True):
+        # One pass leaves QᵀQ - I near 1e-8 at worst, enough for float32; float64 and deflated bases take a second.
+        if Q.shape[1] == 0 or (repeat and not deflated and Y.dtype != torch.float64):
+            break
+        G = gram(Q, Q)
+        L, info = torch.linalg.cholesky_ex(G)
+        if int(info) == 0 and float(L.diagonal().min()) > _DEPENDENT:
+            change = torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype), upper=False).T
+        else:
+            values, vectors = torch.linalg.eigh(G)
+            kept = values > max(floor * floor, 1e-15)
+            change, deflated = vectors[:, kept] / values[kept].sqrt(), True
+        Q = torch.mm(Q, change.to(Q.device))
+    return Q.to(Y.dtype)
+
+
+def extend(V: Tensor, W: Tensor) -> Tensor:
+    """Return an orthonormal basis of what the columns of W add to the orthonormal columns of V.
+
+    V is (n, a), W is (n, b); the result Q is (n, k), k ≤ b, with QᵀQ = I and VᵀQ = 0 to rounding. A column of W that
+    lies in span(V) to within 16·eps of its own length adds nothing. Block Gram-Schmidt, done twice, and once more
+    where W's columns depended on each other so much that orthonormalising them brought V back.
+    """
+    eps = torch.finfo(W.dtype).eps
+    W = _unit_columns(W)
+    W = _unit_columns(W - V @ (V.T @ W), 16 * eps)
+    Q = orthonormal_columns(W - V @ (V.T @ W))
+    overlap = V.T @ Q
+    if overlap.numel() and float(overlap.abs().max()) > 4 * eps:
+        Q = orthonormal_columns(Q - V @ overlap)
+    return Q
+
+
+def _unit_columns(X: Tensor, floor: float = 0.0) -> Tensor:
+    lengths = torch.linalg.vector_norm(X, dim=0)
+    kept = lengths > floor
+    if not bool(kept.all()):
+        X, lengths = X[:, kept], lengths[kept]
+    return torch.div(X, lengths)

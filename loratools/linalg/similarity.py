@@ -1,0 +1,59 @@
+"""Comparing low-rank updates: subspace similarity and the amplification factor of the LoRA paper (arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from loratools.linalg.factored import FactoredSVD
+
+
+def row_space(A: Tensor) -> Tensor:
+    """Return the right singular vectors of A (r, in) as orthonormal rows (k, in), leading first, float64.
+
+    What the paper's §7.2 compares (U_A for a factor A; use B.mT for its left counterpart). It changes when A and B are
+    rescaled to (B·M, M⁻¹·A); the rows of `factored_svd(B, A).Vh` do not.
+    """
+    Q, R = torch.linalg.qr(A.double().mT)
+    U, S, _ = torch.linalg.svd(R, full_matrices=False)
+    kept = int(S.gt(torch.finfo(torch.float64).eps * max(A.shape) * S[:1]).sum())
+    rows: Tensor = (Q @ U[:, :kept]).mT
+    return rows
+
+
+def subspace_similarity(V1: Tensor, V2: Tensor) -> Tensor:
+    """Return φ(i, j) = ‖V₁[:i]·V₂[:j]ᵀ‖_F²/min(i, j) for all i ≤ k₁ and j ≤ k₂, float64 (k₁, k₂), each in [0, 1].
+
+    V₁ (k₁, n) and V₂ (k₂, n) hold orthonormal rows, leading direction first. Element [i-1, j-1] is φ(i, j) of §7.2 of
+    the LoRA paper: 1 when one leading subspace contains the other, 0 when they are orthogonal. Raises ValueError when
+    the rows are of unequal length.
+    """
+    if V1.ndim != 2 or V2.ndim != 2 or V1.shape[1] != V2.shape[1]:
+        raise ValueError(f"subspaces of one space are needed, not {tuple(V1.shape)} and {tuple(V2.shape)}")
+    overlaps = ((V1.double() @ V2.double().T) ** 2).cumsum(0).cumsum(1)
+    i = torch.arange(1, V1.shape[0] + 1, device=V1.device)[:, None]
+    j = torch.arange(1, V2.shape[0] + 1, device=V2.device)[None, :]
+    return (overlaps / torch.minimum(i, j)).clamp(0, 1)
+
+
+def amplification(update: FactoredSVD, W: Tensor | Callable[[Tensor], Tensor], rank: int | None = None) -> float:
+    """Return the amplification factor ‖ΔW‖_F / ‖UᵀWV‖_F of §7.3 of the LoRA paper.
+
+    U and V are the `rank` leading singular vectors of ΔW (default: all above rounding); `W` is the base weight
+    (out, in), or a function that multiplies it by a matrix: (in, r) -> (out, r), for weights that are streamed. The
+    factor says how much ΔW strengthens directions that W hardly uses; it is infinite where W has nothing in them.
+    Raises ValueError when ΔW is zero, or `rank` exceeds its true rank.
+    """
+    true = int(update.rank())
+    rank = true if rank is None else rank
+    if true == 0:
+        raise ValueError("the amplification factor of an update that is zero is not defined")
+    if not 1 <= rank <= true:
+        raise ValueError(f"the amplification factor was asked at rank {rank}, but the update has rank {true}")
+    V = update.Vh[:rank].mT
+    WV = W(V) if callable(W) else W.double() @ V
+    strength = float(torch.linalg.matrix_norm(update.U[:, :rank].mT @ WV.double()))
+    norm = float(torch.linalg.vector_norm(update.S))
+    return norm / strength if strength > 0 else float("inf")
