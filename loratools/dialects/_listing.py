@@ -1,0 +1,114 @@
+"""What lies at a path, as a dialect sees it: file names, headers and small JSON files, read when asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loratools.errors import BadFile
+from loratools.storage.checkpoint import read_json
+from loratools.storage.header import Header, open_file, read_header
+from loratools.storage.lazy import LazyTensor
+from loratools.storage.pickled import SUFFIXES as PICKLES
+from loratools.storage.pickled import read_pickled
+
+WEIGHTS = (".safetensors", ".gguf", ".npz", *PICKLES)
+"""Endings of files that can hold an adapter's tensors."""
+
+MAX_JSON = 16_000_000
+"""Bytes of a JSON file beside an adapter; a real one has a few thousand."""
+
+_EMPTY_PICKLE = 1024
+_LFS = b"version https://git-lfs"
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """How sure a dialect is that a listing is its own: a score, and what it saw.
+
+    100 the file names its own format; 80 to 99 a config says so and the tensors agree; 50 to 79 the names of the
+    tensors say so; below 50 a guess.
+    """
+
+    score: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Listing:
+    """An adapter's folder, or one file of it.
+
+    `path`    as the user gave it
+    `folder`  where its files lie; the parent of a single file
+    `files`   names of the files that may hold tensors: all in the folder, or the single one
+    """
+
+    path: Path
+    folder: Path
+    files: tuple[str, ...]
+    _read: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, path: str | Path) -> Listing:
+        """List a folder or a single file; raise `BadFile` if there is nothing at the path or it cannot be listed."""
+        path = Path(path)
+        try:
+            if path.is_dir():
+                files = tuple(sorted(entry.name for entry in path.iterdir() if entry.is_file()))
+                return cls(path, path, files)
+            if path.is_file():
+                return cls(path, path.parent, (path.name,))
+        except OSError as error:
+            raise BadFile(f"{path}: cannot be read: {error.strerror}") from None
+        raise BadFile(f"{path}: no such file or folder")
+
+    @property
+    def single(self) -> bool:
+        """Whether the path is one file and not a folder."""
+        return self.path != self.folder
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Names of the files that by their ending can hold tensors."""
+        return tuple(name for name in self.files if name.endswith(WEIGHTS))
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """Return a JSON object in the folder, also beside a single file; None if there is no such file.
+
+        Raises `BadFile` where it is damaged, or larger than `MAX_JSON`.
+        """
+        path = self.folder / name
+        if name not in self._read:
+            if path.is_file() and path.stat().st_size > MAX_JSON:
+                raise BadFile(f"{path}: {path.stat().st_size} bytes; a configuration has at most {MAX_JSON}")
+            self._read[name] = read_json(path) if path.is_file() else None
+        found: dict[str, Any] | None = self._read[name]
+        return found
+
+    def header(self, name: str) -> Header | None:
+        """Return the header of a safetensors file, or None if the file is of another kind; raise `BadFile`."""
+        if not name.endswith(".safetensors"):
+            return None
+        if name not in self._read:
+            self._read[name] = read_header(self.folder / name)
+        found: Header = self._read[name]
+        return found
+
+    def tensors(self, name: str) -> dict[str, LazyTensor]:
+        """Return the tensors of a safetensors file (without torch) or of a `torch.save` file (with it), unread.
+
+        Raises `BadFile` for a Git-LFS pointer, a damaged file, a pickle with more than tensors, and an empty one.
+        """
+        header = self.header(name)
+        if header is not None:
+            return {tensor: LazyTensor.stored(spec) for tensor, spec in header.tensors.items()}
+        path = self.folder / name
+        with open_file(path) as file:
+            begin = file.read(_EMPTY_PICKLE + 1)
+        if len(begin) <= _EMPTY_PICKLE and not begin.startswith(_LFS):
+            raise BadFile(
+                f"{path}: an empty state dict ({len(begin)} bytes), as some early training scripts saved it",
+                hint="The trained tensors are not in this file. Look for another checkpoint of the run.",
+            )
+        return {tensor: LazyTensor.stored(spec) for tensor, spec in read_pickled(path).items()}

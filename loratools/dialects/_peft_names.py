@@ -1,0 +1,111 @@
+"""The names in a PEFT file, in whatever state a trainer left them: unwrapped, without adapter names, grouped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from loratools.format import keys
+from loratools.storage.lazy import LazyTensor
+
+# Segments that FSDP, gradient checkpointing and torch.compile put into module paths.
+_WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
+
+
+@dataclass(slots=True)
+class Groups:
+    """The tensors of a file, sorted.
+
+    `modules`   module -> part -> tensor
+    `whole`     parameter path -> the tensor that takes its place
+    `copies`    parameter paths of which the file holds an unchanged copy of the base model's
+    `adapters`  adapter names that a raw dump left in
+    `faults`    names that cannot be placed
+    """
+
+    modules: dict[str, dict[str, LazyTensor]] = field(default_factory=dict)
+    whole: dict[str, LazyTensor] = field(default_factory=dict)
+    copies: list[str] = field(default_factory=list)
+    adapters: set[str] = field(default_factory=set)
+    faults: list[str] = field(default_factory=list)
+
+
+def group(tensors: Mapping[str, LazyTensor], *, biases: bool) -> Groups:
+    """Sort tensors by module; `biases` says whether biases of the base were trained (else they are copies)."""
+    groups = Groups()
+    strangers = []
+    for name, lazy in tensors.items():
+        split = keys.split(unwrap(name))
+        if split is None:
+            strangers.append(name)
+            continue
+        place, part = split
+        if part:
+            part, adapter = _without_adapter(part)
+            home = groups.modules.setdefault(place, {})
+        else:
+            place, adapter, copied = _whole(place, biases)
+            if copied:
+                groups.copies.append(place)
+                continue
+            part, home = place, groups.whole
+        if adapter:
+            groups.adapters.add(adapter)
+        if part in home:
+            groups.faults.append(f"{name}: a second tensor for {keys.join(place, part if part != place else '')}")
+        home[part] = lazy
+    if len(groups.adapters) > 1:
+        groups.faults.append(
+            f"several adapters in one file: {', '.join(sorted(groups.adapters))}; save them one by one"
+        )
+    if strangers:
+        groups.faults.append(
+            f"{len(strangers)} tensor(s) whose names do not begin with {keys.PREFIX}: {', '.join(strangers[:5])}"
+        )
+    return groups
+
+
+def unwrap(name: str) -> str:
+    """Return a tensor name without the segments of wrappers, and without a leading `module.` (DDP, DeepSpeed).
+
+    >>> unwrap("module._orig_mod.base_model.model.layers.0._fsdp_wrapped_module.q_proj.lora_A.weight")
+    'base_model.model.layers.0.q_proj.lora_A.weight'
+    """
+    stripped = ".".join(segment for segment in name.split(".") if segment not in _WRAPPERS)
+    while stripped.startswith("module."):
+        stripped = stripped.removeprefix("module.")
+    return stripped
+
+
+def _without_adapter(part: str) -> tuple[str, str | None]:
+    """Return a part without the adapter's name, and the name: `lora_A.default.weight` -> (`lora_A.weight`, `default`).
+
+    A part that is not known even so is returned as it stands.
+    """
+    segments = part.split(".")
+    if part in keys.PARTS:
+        return part, None
+    if segments[-1] == "weight" and ".".join(segments[:-1]) in keys.PARTS:
+        return ".".join(segments[:-1]), None  # a parameter that is wrapped in a module, as DoRA's magnitude is
+    for i in range(1, len(segments)):
+        without = ".".join(segments[:i] + segments[i + 1 :])
+        for candidate in (without, without.removesuffix(".weight")):
+            if candidate in keys.PARTS:
+                return candidate, segments[i]
+    return part, None
+
+
+def _whole(path: str, biases: bool) -> tuple[str, str | None, bool]:
+    """Return a whole tensor's path in the base, the adapter's name in it, and whether it is a copy of the base's."""
+    segments = path.split(".")
+    if "modules_to_save" in segments:
+        at = segments.index("modules_to_save")
+        rest = segments[at + 1 :]
+        adapter = rest.pop(0) if len(rest) > 1 else None
+        return ".".join(segments[:at] + rest), adapter, False
+    for wrapper in ("original_module", "base_layer"):
+        if wrapper in segments:
+            place = ".".join(segment for segment in segments if segment != wrapper)
+            trained = biases and wrapper == "base_layer" and segments[-1] == "bias"
+            return place, None, not trained
+    return path, None, False

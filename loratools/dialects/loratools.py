@@ -1,0 +1,48 @@
+"""loratools' own format 1.0: one safetensors file that PEFT reads, with a manifest in its header."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from loratools.adapter.model import Adapter, Loss
+from loratools.dialects._listing import Evidence, Listing
+
+SUMMARY = "the loratools format 1.0: what PEFT reads, plus a manifest with scaling, base hash and provenance"
+EXTRA = None
+FILES = (".safetensors",)
+
+_FILE = "adapter_model.safetensors"
+
+
+def detect(listing: Listing) -> Evidence | None:
+    """Find the manifest in the header of the single file, or of the folder's `adapter_model.safetensors`."""
+    name = listing.files[0] if listing.single else _FILE
+    header = listing.header(name) if name in listing.files else None
+    if header is None or "loratools" not in header.metadata:
+        return None
+    return Evidence(100, f"the header of {name} holds a loratools manifest")
+
+
+def read(listing: Listing) -> Adapter:
+    """Read by the clauses of the specification; raise `InvalidFormat` with the clause of each fault."""
+    from loratools.format import reader
+
+    return reader.read(listing.path)
+
+
+def losses(adapter: Adapter) -> list[Loss]:
+    """List the updates whose kind the format does not register; all else that an `Adapter` holds, it holds."""
+    from loratools.format.kinds import KINDS
+
+    return [
+        Loss(module, f"the format registers no kind {update.kind!r}")
+        for module, update in adapter.updates.items()
+        if update.kind not in KINDS
+    ]
+
+
+def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
+    """Write a folder with its derived `adapter_config.json`, or the single file, which is complete by itself."""
+    from loratools.format import writer
+
+    writer.write(adapter, target, force=force)
