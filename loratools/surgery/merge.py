@@ -5,27 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loratools import dialects
 from loratools.adapter.model import Adapter
-from loratools.errors import NoSpace, OutputRefused, WrongBase
-from loratools.storage import atomic, digest, dtypes, files
+from loratools.errors import NoSpace, OutputRefused
+from loratools.storage import atomic, digest
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery import companions, identity
+from loratools.surgery.execute import Settings, write_weights
 from loratools.surgery.plan import MergePlan, plan_merge
-from loratools.surgery.terms import load_terms
-from loratools.surgery.tiles import TensorResult, TensorTask, run
-
-if TYPE_CHECKING:
-    import torch
-
-_COPY = 64 << 20  # bytes of one copy task: large enough to be cheap, small enough to share out and to stop
 
 Progress = Callable[[int], None]
 
@@ -148,7 +139,8 @@ def execute(
             f"{prepared.output}: the result takes {size} bytes, the disk has {free} free; nothing was written"
         )
     with atomic.new_folder(prepared.output, force=force) as scratch:
-        results = _write_weights(prepared, scratch, device, retention, seed, progress)
+        settings = Settings(prepared.digests, prepared.threads, device, retention, seed)
+        results = write_weights(plan, scratch, settings, progress)
         kept, total = sum(r.retained for r in results), sum(r.total for r in results)
         rate = kept / total if total else None
         record = prepared.record | {
@@ -170,110 +162,6 @@ def execute(
     )
 
 
-def _write_weights(
-    prepared: Merge, folder: Path, device_name: str, retention: str, seed: int, progress: Progress
-) -> list[TensorResult]:
-    """Write every file of tensors; copies run beside the import of torch, arithmetic after it."""
-    plan = prepared.plan
-    rewritten = plan.rewritten()
-    stop = Event()
-    with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(prepared.threads))
-        try:
-            copies, work = [], []
-            for file in plan.files:
-                target = folder / file.name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                descriptor = stack.enter_context(files.descriptor(target, os.O_RDWR | os.O_CREAT | os.O_EXCL))
-                os.truncate(descriptor, file.size)
-                files.write_from(descriptor, memoryview(file.header), 0)
-                for slot in file.slots:
-                    if slot.name in rewritten:
-                        work.append((slot, descriptor))
-                ranges = _copy_ranges(plan, [slot for slot in file.slots if slot.name not in rewritten])
-                copies += [pool.submit(_copy, *part, descriptor, stop, progress) for part in ranges]
-            if not work:
-                return _finish(copies)
-            import torch
-
-            device = torch.device(device_name)
-            before = torch.get_num_threads()
-            torch.set_num_threads(1)
-            stack.callback(torch.set_num_threads, before)
-            if device.type == "cuda":
-                torch.backends.cuda.matmul.allow_tf32 = False
-            work.sort(key=lambda item: -item[0].nbytes)
-            tasks = [
-                pool.submit(_merge_tensor, prepared, slot, descriptor, device, retention, seed, progress, stop.is_set)
-                for slot, descriptor in work
-            ]
-            _finish(copies)
-            return sorted(_finish(tasks), key=lambda result: result.name)
-        except BaseException:
-            stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-
-
-def _finish(futures: Sequence[Future[Any]]) -> list[Any]:
-    return [future.result() for future in futures]
-
-
-def _copy_ranges(plan: MergePlan, slots: Sequence[Any]) -> list[tuple[Path, int, int, int]]:
-    """Join untouched tensors that follow each other in source and output into (file, start, stop, offset) pieces."""
-    runs: list[tuple[Path, int, int, int]] = []
-    for slot in slots:
-        source = plan.changes[slot.name].source
-        if runs and runs[-1][0] == source.file and runs[-1][2] == source.start:
-            file, start, stop, offset = runs[-1]
-            if slot.offset - offset == stop - start:
-                runs[-1] = (file, start, source.stop, offset)
-                continue
-        runs.append((source.file, source.start, source.stop, slot.offset))
-    return [
-        (file, at, min(at + _COPY, stop), offset + at - start)
-        for file, start, stop, offset in runs
-        for at in range(start, stop, _COPY)
-    ]
-
-
-def _copy(path: Path, start: int, stop: int, offset: int, target: int, stopped: Event, progress: Progress) -> None:
-    if stopped.is_set():
-        return
-    with files.descriptor(path) as source:
-        files.copy_range(source, start, stop, target, offset)
-    progress(stop - start)
-
-
-def _merge_tensor(
-    prepared: Merge,
-    slot: Any,
-    target: int,
-    device: torch.device,
-    retention: str,
-    seed: int,
-    progress: Progress,
-    stopped: Callable[[], bool],
-) -> TensorResult:
-    """Change one tensor and check that its bytes were those of the recorded base."""
-    plan = prepared.plan
-    change = plan.changes[slot.name]
-    terms = load_terms(plan, change, prepared.digests, slot.name, device)
-    expected = {digest.algorithm_of(value) for _, value in change.expected}
-    hashes = sorted(expected | {digest.DEFAULT}) if change.placements and not change.replaced else []
-    task = TensorTask(slot.name, change.source, slot.dtype, target, slot.offset, terms, hashes, retention, seed)
-    result = run(task, device, progress, stopped)
-    for i, value in change.expected:
-        found = result.digests[digest.algorithm_of(value)]
-        if found != value:
-            raise WrongBase(
-                f"{change.source.file}: tensor {slot.name} is not that of the base which adapter {i + 1} was sealed "
-                f"with: its digest is {found}, recorded is {value}",
-                hint="Use the right base, or --check-base off to merge without the check.",
-            )
-    return result
-
-
 def _refuse_inputs(output: Path, inputs: Sequence[Path | None]) -> None:
     """Refuse an output that is an input, lies in one, or holds one: replacing it would destroy what is read."""
     target = output.resolve()
@@ -283,6 +171,3 @@ def _refuse_inputs(output: Path, inputs: Sequence[Path | None]) -> None:
         source = path.resolve()
         if target == source or source in target.parents or target in source.parents:
             raise OutputRefused(f"{output} is, holds or lies in the input {path}", hint="Choose another output.")
-
-
-__all__ = ["Merge", "MergeReport", "dtypes", "execute", "merge", "prepare"]

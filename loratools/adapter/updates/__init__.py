@@ -11,7 +11,7 @@ A kind file is a module with
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
@@ -83,6 +83,13 @@ class Update(Protocol):
 
     def term(self, site: Site, weight: float, dtype: torch.dtype, device: torch.device) -> Term:
         """Load the factors, multiplied by `weight`, for a site."""
+        ...
+
+    def project(self, X: torch.Tensor, weight: float, base: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return X·(W' − W)ᵀ for probes X (k, in) in float64, factor by factor, another path than `term` takes.
+
+        `base` loads W as the module defines it, `(out, in)`, for kinds whose change depends on it.
+        """
         ...
 
     def delta_weight(self) -> torch.Tensor:

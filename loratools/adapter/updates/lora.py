@@ -6,7 +6,7 @@ works it out once and hands it over as a number.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,6 +56,11 @@ class LoraUpdate:
         A = self.A.load().to(device=device, dtype=dtype)
         B = self.B.load().to(device=device, dtype=dtype)[site.part_rows] * (weight * self.scaling)
         return Product(A.T.contiguous(), B.T.contiguous()) if site.transposed else Product(B, A)
+
+    def project(self, X: torch.Tensor, weight: float, base: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return w·s·(X·Aᵀ)·Bᵀ, (k, out), float64."""
+        A, B = self.A.load().to(X), self.B.load().to(X)
+        return weight * self.scaling * ((X @ A.T) @ B.T)
 
     def delta_weight(self) -> torch.Tensor:
         """Return s·B·A, (out, in), float32."""

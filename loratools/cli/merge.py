@@ -1,0 +1,150 @@
+"""loratools merge"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loratools.cli import _options as options
+from loratools.cli import _show as show
+from loratools.cli._group import command as make
+from loratools.cli._talk import Talk, pass_talk
+
+if TYPE_CHECKING:
+    from loratools.surgery.merge import Merge, MergeReport
+
+_ENOUGH = 0.9  # delta retention under which a merge is warned about
+
+
+@make(section="Change")
+@click.argument("base", type=options.PATH)
+@click.argument("adapters", type=options.PATH, nargs=-1, required=True, metavar="ADAPTER...")
+@options.output_option
+@options.weight_option
+@click.option(
+    "--dtype",
+    type=click.Choice(["bf16", "f16", "f32", "f64"]),
+    help="Store every float tensor in this dtype.  [default: as the base has it]",
+)
+@click.option("--max-shard-size", metavar="SIZE", help="Cut the output anew: 5GB, 500MB.  [default: the base's files]")
+@click.option(
+    "--tied",
+    type=click.Choice(["error", "untie", "both"]),
+    default="error",
+    show_default=True,
+    help="What a change of a tied embedding or head does: refuse, give the head a weight of its own, or change both.",
+)
+@options.check_base_option
+@click.option(
+    "--retention",
+    type=click.Choice(["sample", "full", "off"]),
+    default="sample",
+    show_default=True,
+    help="Measure how much of the change survives rounding, on a sample of tiles, on all, or not.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Chooses the sampled tiles.")
+@options.device_option
+@options.threads_option
+@options.dry_run_option
+@click.option("--verify", is_flag=True, help="Prove the result afterwards, as `loratools verify` does.")
+@options.force_option
+@pass_talk
+def command(
+    talk: Talk,
+    base: Path,
+    adapters: tuple[Path, ...],
+    output: Path,
+    weights: tuple[float, ...],
+    dtype: str | None,
+    max_shard_size: str | None,
+    tied: str,
+    check_base: str,
+    retention: str,
+    seed: int,
+    device: str,
+    threads: int | None,
+    dry_run: bool,
+    verify: bool,
+    force: bool,
+) -> show.Report:
+    """Merge adapters into a base model: W' = W + sum of weight x scaling x B A.
+
+    The sum is made in float32 and rounded once; it does not depend on the order of the adapters or on threads. Tensors
+    that no adapter touches are copied byte for byte, and every other file of the base comes along. An adapter that was
+    sealed with a base hash is checked against the base while it is read; a wrong base leaves no output.
+
+    \b
+    Examples:
+      loratools merge base adapter -o merged
+      loratools merge base adapter other -w 0.7 -w -0.3 -o merged
+      loratools merge base adapter -o merged --dry-run
+      loratools merge base adapter -o merged --dtype f32 --max-shard-size 2GB --verify
+    """
+    from loratools.storage.dtypes import ALIASES
+    from loratools.storage.writer import parse_size
+    from loratools.surgery.merge import execute, prepare
+
+    if weights and len(weights) != len(adapters):
+        raise click.UsageError(f"{len(weights)} weight(s) for {len(adapters)} adapter(s); give -w once for each")
+    try:
+        limit = parse_size(max_shard_size) if max_shard_size else None
+    except ValueError as error:
+        raise click.UsageError(f"--max-shard-size: {error}") from None
+    prepared = prepare(
+        base, adapters, output, weights=weights or None, dtype=ALIASES[dtype] if dtype else None,
+        max_shard_size=limit, tied=tied, check_base=check_base, threads=threads, force=force,
+    )  # fmt: skip
+    for note in prepared.plan.notes:
+        talk.note(note)
+    plan = prepared.to_json()
+    if dry_run:
+        return show.Report({"dry_run": True, **plan}, _plan(prepared, plan))
+    with talk.progress("merging", plan["bytes"]["written"]) as advance:
+        report = execute(prepared, device=device, retention=retention, seed=seed, force=force, progress=advance)
+    if report.retention is not None and report.retention < _ENOUGH:
+        talk.warn(
+            f"only {report.retention:.1%} of the change survives rounding to the base's dtype; "
+            "a wider --dtype keeps more"
+        )
+    if not verify:
+        return show.Report(show.plain(report), _report(report))
+    from loratools.cli.verify import lines
+    from loratools.surgery.verify import verify as prove
+
+    with talk.progress("verifying", 2 * plan["bytes"]["written"]) as advance:
+        proof = prove(output, base, adapters, weights=weights or None, progress=advance)
+    document = {**show.plain(report), "verification": show.plain(proof)}
+    return show.Report(document, [*_report(report), *lines(proof, every=False)], proof.ok)
+
+
+def _plan(prepared: Merge, plan: dict[str, Any]) -> Iterator[str]:
+    tensors, sizes = plan["tensors"], plan["bytes"]
+    yield from show.fields(
+        [
+            ("base", plan["base"]),
+            ("output", plan["output"]),
+            ("change", f"{tensors['changed']} of {tensors['total']} tensors, {show.size(sizes['changed'])}"),
+            ("copy", show.size(sizes["copied"])),
+            ("write", f"{show.size(sizes['written'])} in {len(plan['files'])} files, {plan['other_files']} others"),
+            ("check", f"{plan['verified_tensors']} tensors against the recorded base hash"),
+            ("peak memory", f"about {show.size(plan['peak_memory'])} with {plan['threads']} threads"),
+            ("free disk", show.size(plan["free_disk"])),
+        ]
+    )
+
+
+def _report(report: MergeReport) -> Iterator[str]:
+    kept = "not measured" if report.retention is None else f"{report.retention:.2%} of the change survives rounding"
+    base = f"{report.verified} tensors are those of the recorded base" if report.verified else "not verified"
+    yield from show.fields(
+        [
+            ("merged", report.output),
+            ("changed", f"{report.changed} of {report.tensors} tensors"),
+            ("wrote", show.size(report.bytes_written)),
+            ("base", base),
+            ("retention", kept),
+        ]
+    )

@@ -1,0 +1,108 @@
+"""loratools verify"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from loratools.cli import _options as options
+from loratools.cli import _show as show
+from loratools.cli._group import command as make
+from loratools.cli._talk import Talk, pass_talk
+
+if TYPE_CHECKING:
+    from loratools.surgery.verify import Verification
+
+_MOST = 10  # lines of one kind, where not all are asked for
+
+
+@make(section="Check")
+@click.argument("model", type=options.PATH)
+@click.option("--base", type=options.PATH, required=True, metavar="PATH", help="The base model.")
+@click.option(
+    "--adapter", "adapters", type=options.PATH, required=True, multiple=True, metavar="PATH",
+    help="The adapter; once for each.",
+)  # fmt: skip
+@options.weight_option
+@click.option("--exact", is_flag=True, help="Recompute every changed tensor in float64, element by element.")
+@click.option("--tensors", is_flag=True, help="Print a line for every changed tensor, not only for those that fail.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the probes.")
+@options.threads_option
+@pass_talk
+def command(
+    talk: Talk,
+    model: Path,
+    base: Path,
+    adapters: tuple[Path, ...],
+    weights: tuple[float, ...],
+    exact: bool,
+    tensors: bool,
+    seed: int,
+    threads: int | None,
+) -> show.Report:
+    """Tell how far a model is from base + adapter.
+
+    A proof that shares no arithmetic with `merge`: tensors that no adapter touches must be equal byte by byte, names
+    must be accounted for on both sides, and the change of every other tensor is held against the adapter's, on random
+    probes in float64. Exit code 0 within the rounding of the dtype, 1 beyond it. For an adapter that was extracted from
+    a fine-tune, the error is what the low rank lost.
+
+    \b
+    Examples:
+      loratools verify merged --base base --adapter adapter
+      loratools verify merged --base base --adapter adapter --exact --tensors
+    """
+    from loratools.storage.checkpoint import Checkpoint
+    from loratools.surgery.verify import verify
+
+    if weights and len(weights) != len(adapters):
+        raise click.UsageError(f"{len(weights)} weight(s) for {len(adapters)} adapter(s); give -w once for each")
+    opened = Checkpoint.open(model)
+    with talk.progress("verifying", opened.nbytes) as advance:
+        found = verify(
+            opened, base, adapters, weights=weights or None, exact=exact, seed=seed, threads=threads or 2,
+            progress=advance,
+        )  # fmt: skip
+    return show.Report(show.plain(found), lines(found, every=tensors), found.ok)
+
+
+def lines(found: Verification, *, every: bool) -> Iterator[str]:
+    """Yield a verification for people: the tensors that fail (or every one), then the sums."""
+    shown = [check for check in found.checked if every or not check.within]
+    if shown:
+        yield from show.table(
+            ("tensor", "error of change", "error of weight", "bound", "applied", ""),
+            [
+                (
+                    check.name, f"{check.error:.2e}", f"{check.error_of_weight:.2e}", f"{check.bound:.2e}",
+                    f"{check.applied:.4f}", "ok" if check.within else "BEYOND",
+                )
+                for check in (shown if every else shown[:_MOST])
+            ],
+            right=(1, 2, 3, 4),
+        )  # fmt: skip
+        if not every and len(shown) > _MOST:
+            yield f"… and {len(shown) - _MOST} more; --tensors shows all"
+        yield ""
+    for kind, names in (
+        ("differs from the base, and no adapter changes it", found.differing),
+        ("missing in the model", found.missing),
+        ("in the model, but neither in the base nor in an adapter", found.extra),
+    ):
+        yield from (f"{name}: {kind}" for name in names[:_MOST])
+        if len(names) > _MOST:
+            yield f"… and {len(names) - _MOST} more"
+    good = sum(check.within for check in found.checked)
+    applied = [check.applied for check in found.checked]
+    yield from show.fields(
+        [
+            ("verified", "yes" if found.ok else "NO"),
+            ("changed", f"{good} of {len(found.checked)} tensors are base + adapter within rounding"),
+            ("untouched", f"{found.identical} of {found.identical + len(found.differing)} are equal byte by byte"),
+            ("largest error", f"{found.error:.2e} of the weight"),
+            ("applied", f"{min(applied):.4f} to {max(applied):.4f} of the adapter's change" if applied else "nothing"),
+        ]
+    )

@@ -1,0 +1,146 @@
+"""Run a merge plan: copies inside the kernel, arithmetic in row tiles, several tensors at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, Any
+
+from loratools.errors import WrongBase
+from loratools.storage import digest, files
+from loratools.storage.writer import Slot
+from loratools.surgery.plan import MergePlan
+from loratools.surgery.terms import load_terms
+from loratools.surgery.tiles import TILE, TensorResult, TensorTask, run
+
+if TYPE_CHECKING:
+    import torch
+
+_COPY = 64 << 20  # bytes of one copy task: large enough to be cheap, small enough to share out and to stop
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to run: nothing here changes a byte of the output, but for `device` (see the policy in the docs).
+
+    `digests` are those of the adapters, by which their products are ordered.
+    """
+
+    digests: Sequence[str]
+    threads: int
+    device: str = "cpu"
+    retention: str = "sample"
+    seed: int = 0
+    tile_bytes: int = TILE
+
+
+def write_weights(plan: MergePlan, folder: Path, settings: Settings, progress: Progress) -> list[TensorResult]:
+    """Write every file of tensors of a plan into `folder`, and return what was measured of each rewritten tensor.
+
+    Copies run beside the import of torch, arithmetic after it. Raises `WrongBase` when a tensor is not the recorded
+    one, and whatever reading, arithmetic and writing raise; then the files are not complete.
+    """
+    rewritten = plan.rewritten()
+    stop = Event()
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(settings.threads))
+        try:
+            copies, work = [], []
+            for file in plan.files:
+                target = folder / file.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                descriptor = stack.enter_context(files.descriptor(target, os.O_RDWR | os.O_CREAT | os.O_EXCL))
+                os.truncate(descriptor, file.size)
+                files.write_from(descriptor, memoryview(file.header), 0)
+                for slot in file.slots:
+                    if slot.name in rewritten:
+                        work.append((slot, descriptor))
+                ranges = _copy_ranges(plan, [slot for slot in file.slots if slot.name not in rewritten])
+                copies += [pool.submit(_copy, *part, descriptor, stop, progress) for part in ranges]
+            if not work:
+                return _finish(copies)
+            import torch
+
+            device = torch.device(settings.device)
+            before = torch.get_num_threads()
+            torch.set_num_threads(1)
+            stack.callback(torch.set_num_threads, before)
+            if device.type == "cuda":
+                torch.backends.cuda.matmul.allow_tf32 = False
+            work.sort(key=lambda item: -item[0].nbytes)
+            tasks = [
+                pool.submit(_merge_tensor, plan, slot, descriptor, device, settings, progress, stop.is_set)
+                for slot, descriptor in work
+            ]
+            _finish(copies)
+            return sorted(_finish(tasks), key=lambda result: result.name)
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _finish(futures: Sequence[Future[Any]]) -> list[Any]:
+    return [future.result() for future in futures]
+
+
+def _copy_ranges(plan: MergePlan, slots: Sequence[Slot]) -> list[tuple[Path, int, int, int]]:
+    """Join untouched tensors that follow each other in source and output into (file, start, stop, offset) pieces."""
+    runs: list[tuple[Path, int, int, int]] = []
+    for slot in slots:
+        source = plan.changes[slot.name].source
+        if runs and runs[-1][0] == source.file and runs[-1][2] == source.start:
+            file, start, stop, offset = runs[-1]
+            if slot.offset - offset == stop - start:
+                runs[-1] = (file, start, source.stop, offset)
+                continue
+        runs.append((source.file, source.start, source.stop, slot.offset))
+    return [
+        (file, at, min(at + _COPY, stop), offset + at - start)
+        for file, start, stop, offset in runs
+        for at in range(start, stop, _COPY)
+    ]
+
+
+def _copy(path: Path, start: int, stop: int, offset: int, target: int, stopped: Event, progress: Progress) -> None:
+    if stopped.is_set():
+        return
+    with files.descriptor(path) as source:
+        files.copy_range(source, start, stop, target, offset)
+    progress(stop - start)
+
+
+def _merge_tensor(
+    plan: MergePlan,
+    slot: Slot,
+    target: int,
+    device: torch.device,
+    settings: Settings,
+    progress: Progress,
+    stopped: Callable[[], bool],
+) -> TensorResult:
+    """Change one tensor and check that its bytes were those of the recorded base."""
+    change = plan.changes[slot.name]
+    terms = load_terms(plan, change, settings.digests, slot.name, device)
+    expected = {digest.algorithm_of(value) for _, value in change.expected}
+    hashes = sorted(expected | {digest.DEFAULT}) if change.placements and not change.replaced else []
+    task = TensorTask(
+        slot.name, change.source, slot.dtype, target, slot.offset, terms, hashes, settings.retention, settings.seed
+    )
+    result = run(task, device, progress, stopped, settings.tile_bytes)
+    for i, value in change.expected:
+        found = result.digests[digest.algorithm_of(value)]
+        if found != value:
+            raise WrongBase(
+                f"{change.source.file}: tensor {slot.name} is not that of the base which adapter {i + 1} was sealed "
+                f"with: its digest is {found}, recorded is {value}",
+                hint="Use the right base, or --check-base off to merge without the check.",
+            )
+    return result
