@@ -1,0 +1,14 @@
+"""What `loratools demo` shows: a small trained model, an adapter for it, and held-out text, inside the package."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+
+def data_folder() -> Path:
+    """Give the folder of the demo's data: `base/`, `adapter/`, `bible.txt`, `plays.txt` and `PROVENANCE.md`.
+
+    The path is that of an ordinary installation, where the package lies unpacked on the disk.
+    """
+    return Path(str(files("loratools.demo"))) / "data"
