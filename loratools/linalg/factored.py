@@ -140,7 +140,8 @@ def flatten_convolution(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 def _floor(B: Tensor, A: Tensor, R_B: Tensor, R_A: Tensor) -> Tensor:
     # The rounding of B·A is that of its terms, however much they cancel: measured against Σₖ ‖bₖ‖·‖aₖ‖.
     lengths = torch.linalg.vector_norm(R_B, dim=-2) * torch.linalg.vector_norm(R_A, dim=-2)
-    return _EPS * max(B.shape[-2], A.shape[-1]) * lengths.sum(-1)
+    floor: Tensor = _EPS * max(B.shape[-2], A.shape[-1]) * lengths.sum(-1)
+    return floor
 
 
 def _check(B: Tensor, A: Tensor) -> None:

@@ -101,12 +101,13 @@ class Krylov:
         return left, values[-rank:].flip(0).clamp_min(0), product64(self.V, X)
 
     def residual_edges(self) -> Tensor:
-        """Return, for r = 1..k, the max row norm + max column norm of D less the leading rank-r part of Y·Vᵀ; (k,)."""
+        """Return the max row norm + max column norm of D less the leading r-1 directions, for r = 1..k; (k,)."""
         if self._lines is None:
             self._lines = line_norms2(self.D)
         Y, theta, V = self.leading(self.width)
-        rows = self._lines[0][:, None] - (Y * Y).cumsum(1)
-        columns = self._lines[1][:, None] - (V * V * theta.to(V.device)).cumsum(1)
+        rows, columns = Y * Y, V * V * theta.to(V.device)
+        rows = self._lines[0][:, None] - rows.cumsum(1) + rows
+        columns = self._lines[1][:, None] - columns.cumsum(1) + columns
         return (rows.amax(0).clamp_min(0).sqrt() + columns.amax(0).clamp_min(0).sqrt()).cpu()
 
     def restart(self, rank: int) -> None:

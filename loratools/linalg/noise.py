@@ -68,8 +68,8 @@ class AboveNoise:
     """Keep the singular values that rounding noise cannot explain.
 
     σᵣ > min(`edge`, residual edge): `edge` is `RoundingNoise.edge` of the tuned weight. Updates smaller than one ulp
-    mostly vanish, and leave far less noise than that; so the floor is never higher than what the matrix left over by
-    the kept part can reach if it is noise: its own max row norm + max column norm.
+    mostly vanish, and leave far less noise than that; so the floor is never higher than the largest singular value
+    that the matrix less its r-1 leading directions can have if it is noise: its max row norm + max column norm.
     """
 
     edge: float

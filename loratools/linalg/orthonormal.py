@@ -59,9 +59,9 @@ def orthonormal_columns(Y: Tensor, floor: float | None = None) -> Tensor:
     """Return an orthonormal basis of the columns of Y: Q (m, k) with QᵀQ = I and k ≤ b.
 
     Y is (m, b), finite. Columns are scaled to length one first; directions whose singular value is then ≤ `floor`
-    (default: 8·eps of Y's dtype) are rounding noise and are dropped, so k is the numerical rank. CholeskyQR with a
-    float64 Gram matrix (Yamamoto et al. 2015), with an eigendecomposition of the same Gram matrix where columns are
-    dependent; neither can fail on finite input.
+    (default: 8·eps of Y's dtype; never below 3e-8, the rounding of a Gram matrix) are dropped as noise. CholeskyQR
+    with a float64 Gram matrix (Yamamoto et al. 2015), with an eigendecomposition of the same Gram matrix where columns
+    are dependent; neither can fail on finite input.
     """
     floor = 8 * torch.finfo(Y.dtype).eps if floor is None else floor
     Q: Tensor = _unit_columns(Y.double())

@@ -21,7 +21,7 @@ class Spectrum:
 
     `sigma` is descending, float64 (k,), k ≥ 1; `complete` says that the singular values not in it are all zero.
     `residual_edges()`, where D itself is at hand, is (k,): element r-1 is the max row norm + max column norm of D less
-    its leading rank-r part.
+    its r-1 leading directions, which is as large as the next singular value can be if that residual is noise.
     """
 
     sigma: Tensor
@@ -134,7 +134,10 @@ class SvFro:
 
 @dataclass(frozen=True, slots=True)
 class SvCumulative:
-    """Keep the fewest singular values with Σ_{i≤r} σᵢ ≥ t·Σσᵢ: kohya's sv_cumulative; needs the whole spectrum: factors, small matrices."""
+    """Keep the fewest singular values with Σ_{i≤r} σᵢ ≥ t·Σσᵢ: kohya's sv_cumulative.
+
+    It needs the whole spectrum: that of factors, or of a small matrix.
+    """
 
     t: float
 

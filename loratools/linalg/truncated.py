@@ -155,8 +155,8 @@ class _Wanted:
     def __call__(self, basis: krylov.Krylov, complete: bool) -> int | None:
         theta = basis.spectrum()
         sigma = theta.sqrt()
-        # Below eps·σ₁ the singular values are those of the rounding of D; to see one is to have seen all others.
-        sigma = sigma[sigma > self.eps * sigma[0]]
+        # Below this the singular values are those of rounding, D's and ours; to see one is to have seen all others.
+        sigma = sigma[sigma > 4 * self.eps * sigma[0]]
         complete = complete or len(sigma) < len(theta)
         most = min(len(sigma), self.most()) if complete else self.most()
         rank = self.rule.rank(Spectrum(sigma, self.norm2, self.shape, complete, basis.residual_edges))
