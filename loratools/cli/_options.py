@@ -1,0 +1,59 @@
+"""Options that several commands share: one name, one meaning, one help text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+PATH = click.Path(path_type=Path)
+"""A file or folder; the library says what is wrong with it, in its own words."""
+
+path_argument = click.argument("path", type=PATH)
+
+output_option = click.option(
+    "-o", "--output", type=PATH, required=True, metavar="PATH", help="Where the result goes; it must not exist yet."
+)
+force_option = click.option("--force", is_flag=True, help="Replace the output if it exists.")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Print the plan, from headers alone, and stop.")
+weight_option = click.option(
+    "-w",
+    "--weight",
+    "weights",
+    type=float,
+    multiple=True,
+    metavar="NUMBER",
+    help="Weight of an adapter, may be negative: once for each adapter, in order.  [default: 1 for each]",
+)
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Threads to work with; the result does not depend on it.  [default: one per core]",
+)
+device_option = click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where the arithmetic is done.",
+)
+check_base_option = click.option(
+    "--check-base",
+    type=click.Choice(["strict", "warn", "off"]),
+    default="strict",
+    show_default=True,
+    help="What to do when the base is not the one the adapter was sealed with.",
+)
+dialect_option = click.option(
+    "--dialect",
+    metavar="NAME",
+    help="Read the adapter as this dialect (see `loratools dialects`).  [default: by its contents]",
+)
+algorithm_option = click.option(
+    "--algorithm",
+    type=click.Choice(["blake3", "sha256"]),
+    default="blake3",
+    show_default=True,
+    help="Digest algorithm.",
+)

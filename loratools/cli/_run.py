@@ -1,0 +1,174 @@
+"""One run, from arguments to exit code: 0 done, 1 failed or differs, 2 usage, 130 interrupted, 141 closed pipe."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+
+import click
+
+from loratools import __version__
+from loratools.cli._group import Commands, common_options
+from loratools.cli._talk import Talk
+from loratools.errors import LoraToolsError
+
+HELP = """The toolkit for LoRA adapter files: read every layout, tell the truth about it, and operate on it exactly.
+
+A LoRA adapter is a low-rank change of a model, W' = W + s·B·A. loratools inspects, checks and merges adapters in
+constant memory, at the speed of a copy, and refuses an adapter that does not fit the base model. A PATH is a
+safetensors file or a folder that holds one, or several with an index.
+
+\b
+Examples:
+  loratools inspect adapter                    what is in it? (header only)
+  loratools merge base adapter -o merged       W' = W + s·B·A, exactly
+  loratools verify merged --base base --adapter adapter
+  loratools hash base                          which model exactly is it?
+"""
+
+EPILOG = """\b
+Exit codes:
+  0    done, and the answer is yes
+  1    failed, or the answer is no: not valid, not equal
+  2    wrong use of the command line
+  130  interrupted with Ctrl-C
+  141  the reader of the output went away
+
+\b
+Environment:
+  LORATOOLS_<COMMAND>_<OPTION>  default of an option, as LORATOOLS_HASH_TIER
+  LORATOOLS_JSON, LORATOOLS_QUIET, LORATOOLS_VERBOSE, LORATOOLS_NO_PROGRESS
+                                the same for the options of every command
+  LORATOOLS_DEBUG=1             show a traceback with an error
+  NO_COLOR, FORCE_COLOR         never, or always, use colours on stderr
+
+The result goes to stdout, all talk to stderr; --json makes the result one JSON document, with sizes in bytes.
+`loratools COMMAND --help` explains a command; `loratools completion SHELL` prints completion for your shell.
+"""
+
+
+def group() -> Commands:
+    """Return the root of all commands."""
+    return Commands(
+        "loratools.cli",
+        name="loratools",
+        help=HELP,
+        epilog=EPILOG,
+        params=[_version_option(), *common_options()],
+        context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "LORATOOLS"},
+        subcommand_metavar="COMMAND ...",
+    )
+
+
+def run(arguments: Sequence[str] | None = None, root: Commands | None = None) -> int:
+    """Run one command line (by default the process's own) and return its exit code; never raise."""
+    root = root or group()
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal cannot show
+    # --json must already hold while the rest of the command line is found to be wrong.
+    talk = Talk(json="--json" in arguments, color=_color())
+    try:
+        try:
+            code = _invoke(root, arguments, talk)
+        except (BrokenPipeError, click.Abort):
+            raise
+        except Exception as error:
+            code = _explain(error, talk)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except (KeyboardInterrupt, click.Abort):
+        with suppress(OSError):
+            talk.error("Interrupted", "interrupted; nothing half-written was left")
+        return 130
+    except BrokenPipeError:
+        _drop(sys.stdout)
+        return 141
+    except OSError as error:
+        _drop(sys.stdout)
+        with suppress(OSError):
+            talk.error("OSError", f"stdout: {(error.strerror or str(error)).lower()}")
+        return 1
+
+
+def _invoke(root: Commands, arguments: list[str], talk: Talk) -> int:
+    if instruction := os.environ.get("_LORATOOLS_COMPLETE"):
+        from click.shell_completion import shell_complete
+
+        return shell_complete(root, {}, "loratools", "_LORATOOLS_COMPLETE", instruction)
+    try:
+        # An empty command line is a question, not an error to be explained.
+        with root.make_context("loratools", arguments or ["--help"], obj=talk, color=talk.color) as context:
+            context.command.invoke(context)
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    return 0
+
+
+def _explain(error: Exception, talk: Talk) -> int:
+    """Say what went wrong in a sentence, never a traceback unless it was asked for; return the exit code."""
+    if os.environ.get("LORATOOLS_DEBUG", "0") not in ("", "0"):
+        import traceback
+
+        traceback.print_exception(error)
+    kind = type(error).__name__
+    if isinstance(error, LoraToolsError):
+        talk.error(kind, error.message, error.problems, error.hint)
+    elif isinstance(error, click.UsageError):
+        context = error.ctx
+        hint = f"{context.command_path} --help explains it." if context else None
+        talk.error(kind, _sentence(error.format_message()), hint=hint)
+        return error.exit_code
+    elif isinstance(error, click.ClickException):
+        talk.error(kind, _sentence(error.format_message()))
+        return error.exit_code
+    elif isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        talk.error(kind, where + (error.strerror or str(error)).lower())
+    elif isinstance(error, MemoryError):
+        talk.error(kind, "not enough memory")
+    else:
+        hint = "This is a bug in loratools. Run it again with LORATOOLS_DEBUG=1 to see where, and please report it."
+        talk.error(kind, f"internal error: {kind}: {error}".rstrip(": "), hint=hint)
+    return 1
+
+
+def _sentence(text: str) -> str:
+    text = " ".join(text.split())
+    return text[:1].lower() + text[1:].rstrip(".")
+
+
+def _version_option() -> click.Option:
+    def show(context: click.Context, option: click.Parameter, value: bool) -> None:
+        if value and not context.resilient_parsing:
+            from loratools.format.manifest import VERSION
+
+            click.echo(f"loratools {__version__} (format {VERSION})")
+            context.exit()
+
+    return click.Option(
+        ["--version"],
+        help="Print the versions of the package and of the format.",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=show,
+    )
+
+
+def _color() -> bool | None:
+    """Return True or False where the environment decides, None where the terminal does."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    return True if os.environ.get("FORCE_COLOR") else None
+
+
+def _drop(stream: object) -> None:
+    """Point a stream nobody reads at nothing, or Python would try to flush it once more and complain."""
+    with suppress(OSError, AttributeError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[attr-defined]

@@ -1,0 +1,90 @@
+"""Everything on stderr: notes, warnings, progress and errors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import Lock
+
+import click
+
+from loratools.cli._show import encode, printable
+
+PATIENCE = 0.5
+"""Seconds of work before a progress bar appears."""
+
+
+@dataclass(slots=True)
+class Talk:
+    """How one run talks: set by -q, -v, --no-progress and --json, wherever they stand.
+
+    With --json nothing but an error goes to stderr, so that it can be parsed too; warnings go into the document.
+    """
+
+    json: bool = False
+    quiet: bool = False
+    verbose: int = 0
+    no_progress: bool = False
+    color: bool | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """Say something that -q silences."""
+        if not self.quiet and not self.json:
+            self._say(text)
+
+    def detail(self, text: str) -> None:
+        """Say something that only -v shows."""
+        if self.verbose and not self.json:
+            self._say(text)
+
+    def warn(self, text: str) -> None:
+        """Warn: -q does not silence it, and with --json it is part of the document."""
+        self.warnings.append(text)
+        if not self.json:
+            self._say(text, "warning", "yellow")
+
+    def error(self, kind: str, message: str, problems: tuple[str, ...] = (), hint: str | None = None) -> None:
+        """Say what failed: one sentence, every problem, and the next step."""
+        if self.json:
+            document = {"type": kind, "message": message, "problems": problems, "hint": hint}
+            click.echo(encode({"error": document}), err=True)
+            return
+        self._say(message, "error", "red")
+        for problem in problems:
+            self._say(f"  {problem}")
+        if hint:
+            self._say(hint, "hint", "cyan")
+
+    @contextmanager
+    def progress(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Yield a function that takes the bytes done since the last call, from any thread.
+
+        On a terminal it draws a bar once the work has taken `PATIENCE`. Elsewhere, and with -q, --json or
+        --no-progress, it does nothing.
+        """
+        if self.quiet or self.json or self.no_progress or sys.stderr is None or not sys.stderr.isatty():
+            yield lambda count: None
+            return
+        from tqdm import tqdm
+
+        tqdm.monitor_interval = 0  # no extra thread
+        lock = Lock()
+        with tqdm(
+            total=total, desc=label, unit="B", unit_scale=True, leave=False, delay=PATIENCE, dynamic_ncols=True
+        ) as bar:
+
+            def advance(count: int) -> None:
+                with lock:
+                    bar.update(count)
+
+            yield advance
+
+    def _say(self, text: str, prefix: str = "", color: str = "") -> None:
+        start = click.style(f"{prefix}: ", fg=color, bold=True) if prefix else ""
+        click.echo(start + printable(text), err=True, color=self.color)
+
+
+pass_talk = click.make_pass_decorator(Talk, ensure=True)

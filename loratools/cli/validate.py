@@ -1,0 +1,70 @@
+"""loratools validate"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from loratools.cli import _options as options
+from loratools.cli._group import command as make
+from loratools.cli._show import Report
+from loratools.cli._talk import Talk, pass_talk
+
+if TYPE_CHECKING:
+    from loratools.surgery.validate import Validation
+
+
+@make(section="Check")
+@click.argument("adapter", type=options.PATH)
+@click.option("--base", type=options.PATH, metavar="PATH", help="Also compare this base model with the base hash.")
+@click.option("--header-only", is_flag=True, help="Do not read the data to compare them with the adapter's digest.")
+@options.threads_option
+@pass_talk
+def command(talk: Talk, adapter: Path, base: Path | None, header_only: bool, threads: int | None) -> Report:
+    """Check an adapter against the loratools format, clause by clause.
+
+    ADAPTER is a safetensors file or a folder. Every problem is printed with the clause of the specification that it
+    breaks (spec/v1), and the exit code is 1 if there is any. An adapter of another dialect is not valid until it is
+    sealed: loratools convert ADAPTER -o SEALED --to loratools --base BASE.
+
+    \b
+    Examples:
+      loratools validate sealed
+      loratools validate sealed --base base
+      loratools validate sealed/adapter_model.safetensors --header-only --json
+    """
+    from loratools.storage.checkpoint import Checkpoint
+    from loratools.surgery.validate import validate
+
+    opened = Checkpoint.open(base) if base else None
+    with talk.progress("hashing the base", opened.nbytes if opened else 0) as advance:
+        found = validate(adapter, opened, data=not header_only, threads=threads, progress=advance)
+    report = found.report
+    document = {
+        "path": adapter,
+        "valid": found.valid,
+        "format_version": report.format_version,
+        "problems": report.problems,
+        "clauses": report.clauses,
+        "base": None if base is None else {"path": base, "differences": found.differences},
+    }
+    return Report(document, _lines(adapter, base, found), ok=found.valid)
+
+
+def _lines(adapter: Path, base: Path | None, found: Validation) -> Iterator[str]:
+    report = found.report
+    yield from map(str, report.problems)
+    for difference in found.differences or ():
+        yield f"[base] {difference}"
+    if report.problems:
+        yield f"{adapter}: not valid: {len(report.problems)} problem(s)"
+        return
+    yield (
+        f"{adapter}: valid, format {report.format_version}: {report.modules} modules, {report.tensors} tensors, "
+        f"{len(report.clauses)} clauses checked"
+    )
+    if base and found.differences is not None:
+        yield f"{base}: {'not ' if found.differences else ''}the base model that the adapter was sealed with"

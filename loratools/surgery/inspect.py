@@ -1,0 +1,196 @@
+"""Describe an adapter or a checkpoint from its headers alone: no tensor is read, torch is not imported."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loratools.adapter.model import Adapter, BaseIdentity, Step
+from loratools.adapter.targets import compact, natural
+from loratools.dialects import Listing, detect, get, names
+from loratools.format.manifest import ORIGIN
+from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.header import TensorSpec
+from loratools.storage.lazy import LazyTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """How much of something: tensors, parameters (elements), bytes."""
+
+    tensors: int
+    parameters: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleSummary:
+    """One update of an adapter; `shape` is that of the weight it changes, (out, in, …)."""
+
+    module: str
+    kind: str
+    rank: int
+    alpha: float
+    scaling: float
+    shape: tuple[int, ...]
+    parameters: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSummary:
+    """One tensor of a checkpoint, or one that an adapter replaces whole."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The modules that share kind, rank, alpha and scaling; `targets` are their names in few lines (`compact`)."""
+
+    kind: str
+    rank: int
+    alpha: float
+    scaling: float
+    modules: int
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSummary:
+    """What an adapter is; `digest` is the one its file states, and `dtypes` counts its own tensors by dtype."""
+
+    path: Path
+    dialect: str
+    evidence: str
+    groups: tuple[Group, ...]
+    modules: tuple[ModuleSummary, ...]
+    replacements: tuple[TensorSummary, ...]
+    total: Amount
+    dtypes: Mapping[str, Amount]
+    base: BaseIdentity | None
+    digest: str | None
+    provenance: tuple[Step, ...]
+    type: str = "adapter"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSummary:
+    """What a model's files are; `schema` is the first tier of its base hash, `shards` maps file to what is in it.
+
+    `architecture`, `model_type`, `tied` and `quantization` are what its config.json says, None where it is silent.
+    """
+
+    path: Path
+    architecture: str | None
+    model_type: str | None
+    tied: bool | None
+    quantization: str | None
+    components: tuple[str, ...]
+    total: Amount
+    dtypes: Mapping[str, Amount]
+    shards: Mapping[str, Amount]
+    schema: str
+    tensors: tuple[TensorSummary, ...] = field(repr=False)
+    type: str = "checkpoint"
+
+
+def inspect(path: str | Path, dialect: str | None = None) -> AdapterSummary | CheckpointSummary:
+    """Describe what is at a path: an adapter if some dialect knows it (or the named one reads it), else a checkpoint.
+
+    Raises what opening them raises: `BadFile`, `UnknownKind`, `InvalidFormat`, `UnsupportedAdapter`.
+    """
+    listing = Listing.of(path)
+    if dialect is None:
+        if not any(get(name).detect(listing) for name in names()):
+            return describe_checkpoint(Checkpoint.open(path))
+        dialect, found = detect(listing)
+        return describe_adapter(get(dialect).read(listing), listing.path, dialect, found.reason)
+    return describe_adapter(get(dialect).read(listing), listing.path, dialect, "named by the user")
+
+
+def describe_adapter(adapter: Adapter, path: Path, dialect: str, evidence: str = "") -> AdapterSummary:
+    """Summarize an open adapter."""
+    modules = tuple(
+        ModuleSummary(
+            module, update.kind, update.rank, update.alpha, update.scaling, update.shape,
+            sum(part.parameters for part in update.parts.values()), sum(part.nbytes for part in update.parts.values()),
+        )
+        for module, update in sorted(adapter.updates.items(), key=lambda item: natural(item[0]))
+    )  # fmt: skip
+    tensors = adapter.tensors()
+    return AdapterSummary(
+        path=path,
+        dialect=dialect,
+        evidence=evidence,
+        groups=_groups(modules),
+        modules=modules,
+        replacements=tuple(_tensor(name, adapter.replacements[name]) for name in sorted(adapter.replacements)),
+        total=_amount(tensors.values()),
+        dtypes=_by_dtype(tensors.values()),
+        base=adapter.base,
+        digest=adapter.settings.get(ORIGIN, {}).get("digest"),
+        provenance=adapter.provenance,
+    )
+
+
+def describe_checkpoint(checkpoint: Checkpoint) -> CheckpointSummary:
+    """Summarize an open checkpoint."""
+    config = checkpoint.config
+    specs = checkpoint.specs
+    architectures = config.get("architectures")
+    return CheckpointSummary(
+        path=checkpoint.path,
+        architecture=architectures[0] if isinstance(architectures, list) and architectures else None,
+        model_type=config.get("model_type"),
+        tied=config.get("tie_word_embeddings"),
+        quantization=_quantization(config),
+        components=checkpoint.components,
+        total=_amount(map(LazyTensor.stored, specs.values())),
+        dtypes=_by_dtype(map(LazyTensor.stored, specs.values())),
+        shards={
+            str(shard.path.relative_to(checkpoint.root)): _amount(map(LazyTensor.stored, shard.tensors.values()))
+            for shard in checkpoint.shards
+        },
+        schema=checkpoint.schema(),
+        tensors=tuple(_tensor(name, specs[name]) for name in sorted(specs, key=natural)),
+    )
+
+
+def _groups(modules: Iterable[ModuleSummary]) -> tuple[Group, ...]:
+    shared: dict[tuple[str, int, float, float], list[str]] = defaultdict(list)
+    for one in modules:
+        shared[one.kind, one.rank, one.alpha, one.scaling].append(one.module)
+    largest_first = sorted(shared.items(), key=lambda item: (-len(item[1]), item[0]))
+    return tuple(Group(*key, len(found), tuple(compact(found))) for key, found in largest_first)
+
+
+def _quantization(config: Mapping[str, Any]) -> str | None:
+    stated = config.get("quantization_config") or config.get("quantization")
+    if not isinstance(stated, Mapping):
+        return None
+    method = str(stated.get("quant_method") or stated.get("quant_algo") or "of an unnamed method")
+    bits = stated.get("bits") or next((n for n in (4, 8) if stated.get(f"load_in_{n}bit")), None)
+    return f"{method}, {bits} bits" if bits else method
+
+
+def _tensor(name: str, tensor: LazyTensor | TensorSpec) -> TensorSummary:
+    return TensorSummary(name, tensor.dtype, tensor.shape, tensor.nbytes)
+
+
+def _amount(tensors: Iterable[LazyTensor]) -> Amount:
+    listed = list(tensors)
+    return Amount(len(listed), sum(one.parameters for one in listed), sum(one.nbytes for one in listed))
+
+
+def _by_dtype(tensors: Iterable[LazyTensor]) -> dict[str, Amount]:
+    found: dict[str, list[LazyTensor]] = defaultdict(list)
+    for tensor in tensors:
+        found[tensor.dtype].append(tensor)
+    return {dtype: _amount(listed) for dtype, listed in sorted(found.items())}

@@ -1,0 +1,60 @@
+"""Every example in the help of every command is run, on tiny real files with the names that the examples use."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import pytest
+
+from loratools.cli._run import group
+
+ROOT = group()
+CONTEXT = click.Context(ROOT)
+COMMANDS = ROOT.list_commands(CONTEXT)
+
+
+def examples(help_text: str) -> list[str]:
+    """Return the lines under `Examples:`, without the remark that three spaces set apart."""
+    block = re.search(r"Examples:\n((?: +.*\n?)+)", help_text)
+    return [re.split(r"\s{3,}", line.strip())[0] for line in block[1].splitlines()] if block else []
+
+
+def output(example: str) -> str:
+    """Return what an example makes, which must not be there yet: `-o merged`."""
+    return " ".join(re.findall(r"-o (\S+)", example))
+
+
+def of_all_commands() -> list[tuple[str, str]]:
+    found = [("loratools", ROOT.help or "")]
+    found += [(name, command.help or "") for name in COMMANDS if (command := ROOT.get_command(CONTEXT, name))]
+    return [(name, example) for name, text in found for example in examples(text)]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_an_example_of_itself(name: str) -> None:
+    command = ROOT.get_command(CONTEXT, name)
+    assert command is not None
+    assert any(f"loratools {name}" in example for example in examples(command.help or ""))
+
+
+@pytest.mark.parametrize(("name", "example"), of_all_commands(), ids=lambda value: value)
+def test_example_runs(name: str, example: str, shell: Callable, workplace: Path) -> None:
+    done = shell(f"rm -rf {output(example)}; {example}", workplace)
+    assert done.code == 0, done.err or done.out
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_prints_one_json_document(name: str, shell: Callable, workplace: Path) -> None:
+    example = next(example for own, example in of_all_commands() if own == name and example.startswith("loratools "))
+    line = example.partition(">")[0].replace(" --json", "")
+    done = shell(f"rm -rf {output(line)}; {line} --json", workplace)
+    assert done.code == 0, done.err
+    document = json.loads(done.out)
+    assert document["schema"] == 1
+    assert document["warnings"] == []
+    assert done.err == ""

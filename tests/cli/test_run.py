@@ -1,0 +1,325 @@
+"""From arguments to exit code: what a user sees when all is well, and when it is not."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import termios
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from loratools import __version__
+from loratools.cli import _talk
+from loratools.cli._group import Commands
+from loratools.cli._run import run
+from tests.conftest import clean_env
+
+# Commands that fail in ways that a sound command cannot be made to, each with the frame of a real one.
+BROKEN = {
+    "bug": "raise KeyError('lost')",
+    "interrupt": "raise KeyboardInterrupt",
+    "missing": "open('no/such/file')",
+    "memory": "raise MemoryError",
+    "wait": "import signal; print('ready', flush=True); signal.pause()",
+    "hostile": r"return Report({}, 'a\x1b[31mred\x07 name\u202e')",
+    "warns": "talk.warn('odd'); talk.note('aside'); talk.detail('at length'); return Report({'n': float('nan')}, 'x')",
+    "differs": "return Report({'equal': False}, 'not equal', ok=False)",
+}
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a package `broken_commands` of such commands."""
+    folder = tmp_path_factory.mktemp("broken")
+    package = folder / "broken_commands"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    for name, body in BROKEN.items():
+        (package / f"{name}.py").write_text(
+            "from loratools.cli._group import command as make\nfrom loratools.cli._show import Report\n"
+            "from loratools.cli._talk import pass_talk\n"
+            f"@make(section='Look')\n@pass_talk\ndef command(talk):\n    '''Fail.'''\n    {body}\n"
+        )
+    return folder
+
+
+@pytest.fixture
+def root(broken: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
+    monkeypatch.syspath_prepend(str(broken))
+    return Commands("broken_commands", name="loratools")
+
+
+def error_of(text: str) -> dict:
+    document = json.loads(text)
+    assert document.keys() == {"error"}
+    assert document["error"].keys() == {"type", "message", "problems", "hint"}
+    return document["error"]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"loratools {__version__} (format 1.0)\n"
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["--help"], []])
+def test_help_lists_the_commands_under_their_headings(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(arguments) == 0
+    page = capsys.readouterr().out
+    landmarks = ("Examples:", "\nLook:", "  inspect ", "\nCheck:", "  validate ", "\nLearn:", "Exit codes:")
+    places = [page.index(word) for word in landmarks]
+    assert places == sorted(places)
+    assert max(map(len, page.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["inspct"], 2, "no such command 'inspct'"),
+        (["inspect"], 2, "missing argument 'PATH'"),
+        (["inspect", "--modles", "x"], 2, "no such option '--modles'. Did you mean '--modules'?"),
+        (["hash", "base", "--tier", "leaf"], 2, "invalid value for '--tier'"),
+        (["hash", "base", "--threads", "0"], 2, "invalid value for '--threads'"),
+        (["hash", "base", "--tier", "root", "--include", "*"], 2, "--include chooses tensors"),
+        (["hash", "base", "--include", "nothing*"], 1, "base: no tensor matches 'nothing*'"),
+        (["inspect", "nowhere"], 1, "nowhere: no such file or folder"),
+        (["hash", "nowhere"], 1, "nowhere: no such file or folder"),
+        (["validate", "nowhere"], 1, "nowhere: no such file"),
+        (["inspect", "empty"], 1, "empty: no model weights"),
+        (["hash", "adapter"], 1, "adapter: no model weights"),
+        (["inspect", "cut"], 1, "truncated"),
+        (["hash", "cut"], 1, "truncated"),
+        (["inspect", "text.safetensors"], 1, "text.safetensors: not a safetensors file"),
+        (["inspect", "adapter", "--dialect", "morse"], 1, "no dialect 'morse'"),
+    ],
+)
+def test_every_fault_is_one_sentence(
+    arguments: list[str],
+    code: int,
+    sentence: str,
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (workplace / "empty").mkdir()
+    (workplace / "cut").mkdir()
+    whole = (workplace / "merged" / "model-00001-of-00002.safetensors").read_bytes()
+    (workplace / "cut" / "model.safetensors").write_bytes(whole[:-1000])
+    (workplace / "text.safetensors").write_text("this is not a model\n")
+    monkeypatch.chdir(workplace)
+    assert run(arguments) == code
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines()[0].startswith("error: ")
+    assert sentence in said.err.splitlines()[0]
+    assert run([*arguments, "--json"]) == code
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert sentence in error_of(said.err)["message"]
+
+
+def test_an_unreadable_file_is_named(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = workplace / "adapter" / "adapter_model.safetensors"
+    file.unlink()
+    file.mkdir()
+    assert run(["inspect", str(file.parent)]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {file.parent}")
+
+
+def test_an_unknown_exception_is_one_line_and_debug_shows_the_rest(
+    root: Commands, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["bug"], root) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "error: internal error: KeyError: 'lost'"
+    assert lines[1].startswith("hint: ")
+    assert "LORATOOLS_DEBUG=1" in lines[1]
+    assert len(lines) == 2
+    monkeypatch.setenv("LORATOOLS_DEBUG", "1")
+    assert run(["bug"], root) == 1
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "line"),
+    [
+        ("interrupt", 130, "error: interrupted; nothing half-written was left"),
+        ("missing", 1, "error: no/such/file: no such file or directory"),
+        ("memory", 1, "error: not enough memory"),
+    ],
+)
+def test_what_the_system_says(
+    name: str, code: int, line: str, root: Commands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([name], root) == code
+    assert capsys.readouterr().err == f"{line}\n"
+
+
+def test_an_answer_of_no_exits_with_1(root: Commands, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["differs"], root) == 1
+    assert capsys.readouterr().out == "not equal\n"
+    assert run(["differs", "--json"], root) == 1
+    assert json.loads(capsys.readouterr().out)["equal"] is False
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], ["warning: odd", "aside"]),
+        (["-q"], ["warning: odd"]),
+        (["-v"], ["warning: odd", "aside", "at length"]),
+        (["--json"], []),
+    ],
+)
+def test_talk_is_as_loud_as_asked(
+    options: list[str], said: list[str], root: Commands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["warns", *options], root) == 0
+    out, err = capsys.readouterr()
+    assert err.splitlines() == said
+    if "--json" in options:
+        assert json.loads(out) == {"schema": 1, "n": None, "warnings": ["odd"]}
+    else:
+        assert out == "x\n"
+
+
+def test_a_name_cannot_drive_the_terminal(root: Commands, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["hostile"], root) == 0
+    assert capsys.readouterr().out == "a\\x1b[31mred\\x07 name\\u202e\n"
+
+
+@pytest.mark.parametrize(
+    ("variables", "colored"),
+    [
+        ({}, False),
+        ({"FORCE_COLOR": "1"}, True),
+        ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False),
+        ({"NO_COLOR": ""}, False),
+    ],
+)
+def test_colors_follow_the_environment(
+    variables: dict[str, str], colored: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert run(["inspect", "nowhere"]) == 1
+    assert ("\x1b[" in capsys.readouterr().err) == colored
+
+
+def test_options_come_from_the_environment(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LORATOOLS_HASH_TIER", "schema")
+    monkeypatch.setenv("LORATOOLS_JSON", "1")
+    assert run(["hash", str(prepared / "base")]) == 0
+    assert json.loads(capsys.readouterr().out)["hash"].keys() == {"schema"}
+    assert run(["hash", "-h"]) == 0
+    assert "LORATOOLS_HASH_TIER" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", [["--json", "hash", "{base}"], ["hash", "{base}", "--json"]])
+def test_common_options_stand_before_or_after_the_command(
+    line: list[str], prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([part.format(base=prepared / "base") for part in line]) == 0
+    assert json.loads(capsys.readouterr().out)["schema"] == 1
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("options", "stderr"),
+    [
+        ({}, io.StringIO()),
+        ({"quiet": True}, Terminal()),
+        ({"no_progress": True}, Terminal()),
+        ({"json": True}, Terminal()),
+    ],
+)
+def test_progress_is_not_drawn(options: dict[str, bool], stderr: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_talk, "PATIENCE", 0)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with _talk.Talk(**options).progress("hashing", 4_000_000) as advance:
+        advance(4_000_000)
+    assert stderr.getvalue() == ""
+
+
+def test_progress_is_drawn_in_bytes_on_a_terminal() -> None:
+    program = (
+        "from threading import Thread; from loratools.cli import _talk; _talk.PATIENCE = 0\n"
+        "with _talk.Talk().progress('hashing', 4_000_000) as advance:\n"
+        "    threads = [Thread(target=advance, args=(1_000_000,)) for _ in range(4)]\n"
+        "    [thread.start() for thread in threads]; [thread.join() for thread in threads]\n"
+    )
+    terminal, stderr = os.openpty()
+    termios.tcsetwinsize(stderr, (25, 80))
+    env = clean_env() | {"TQDM_MININTERVAL": "0"}
+    done = subprocess.run([sys.executable, "-c", program], stderr=stderr, stdout=subprocess.PIPE, env=env, check=False)
+    os.set_blocking(terminal, False)
+    seen = os.read(terminal, 65536).decode()
+    os.close(terminal)
+    os.close(stderr)
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert "hashing: 100%" in seen
+    assert "4.00M/4.00M" in seen
+
+
+def test_control_c_is_quiet(broken: Path) -> None:
+    program = (
+        "import sys; from loratools.cli._group import Commands; from loratools.cli._run import run;"
+        "sys.exit(run(['wait'], Commands('broken_commands', name='loratools')))"
+    )
+    env = clean_env()
+    env["PYTHONPATH"] += f"{os.pathsep}{broken}"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate()
+    assert process.returncode == 130
+    assert err.strip() == "error: interrupted; nothing half-written was left"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["hash", "base"], ["inspect", "base", "--json"]])
+def test_a_closed_pipe_is_quiet(arguments: list[str], prepared: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as out:
+        done = subprocess.run(
+            [sys.executable, "-m", "loratools", *arguments], cwd=prepared, env=clean_env(), stdout=out,
+            stderr=subprocess.PIPE, check=False,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_under_stdout_is_one_sentence(prepared: Path, shell: Callable) -> None:
+    done = shell("loratools hash base > /dev/full", prepared)
+    assert (done.code, done.err) == (1, "error: no space left on device\n")
+
+
+def test_completion_completes_commands_and_options(prepared: Path, shell: Callable) -> None:
+    asked = 'COMP_WORDS="loratools {words}" COMP_CWORD={n} _LORATOOLS_COMPLETE=bash_complete loratools'
+    assert shell(asked.format(words="ins", n=1), prepared).out == "plain,inspect\n"
+    assert shell(asked.format(words="hash --ti", n=2), prepared).out == "plain,--tier\n"
+
+
+def test_python_dash_m_runs_it(prepared: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "loratools", "inspect", "adapter"], cwd=prepared, env=clean_env(), capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert "model.layers.[0-1].self_attn.{q,v}_proj" in done.stdout
