@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.adapter.sites import Site
 from loratools.adapter.updates import Term
+from loratools.adapter.updates.lora import Product
 from loratools.errors import IncompatibleAdapter
 from loratools.storage import digest, dtypes, files
 from loratools.storage.header import TensorSpec
@@ -81,6 +82,7 @@ def run(
     buffers = _Buffers(step * columns, stored, out, work, device)
     hashers = {name: digest.start_tensor(spec.dtype, spec.shape, name) for name in task.hashes}
     result = TensorResult(task.name)
+    delicate = _delicate(task)
     with files.descriptor(spec.file) as source:
         if any(term.needs_pass for _, term in task.terms):
             for start in tiles:
@@ -103,6 +105,10 @@ def run(
                     term.apply_rows(W[inside], met[1], base[inside] if base is not None else None)
             rounded, data = buffers.rounded(W)
             _check_finite(task, W, rounded)
+            for site, term, threshold in delicate:
+                if met := site.overlap(start, stop):
+                    inside = (met[0], slice(*site.columns))
+                    _refine(term, threshold, buffers.stored(W)[inside], rounded[inside], met[1].start)
             if index in sampled and base is not None:
                 _measure(result, base, W, rounded, len(tiles) / len(sampled))
             files.write_from(task.target, data, task.offset + start * columns * out.itemsize)
@@ -134,6 +140,10 @@ class _Buffers:
         files.read_into(source, raw, offset + start * columns * self._itemsize[0])
         self._work[:count].copy_(self._stored[:count])
         return self._work[:count].view(stop - start, columns), raw
+
+    def stored(self, W: torch.Tensor) -> torch.Tensor:
+        """Return the tile that was read last as it is stored, in the shape of `W`."""
+        return self._stored[: W.numel()].view(W.shape)
 
     def rounded(self, W: torch.Tensor) -> tuple[torch.Tensor, memoryview]:
         """Round a tile to the output dtype, to nearest even; return it and its raw bytes."""
@@ -180,6 +190,34 @@ def _check_finite(task: TensorTask, W: torch.Tensor, rounded: torch.Tensor) -> N
             f"{task.name}: the merged values are not finite in {task.dtype}",
             hint="Either the base has infinities or NaN there, or the weights overflow this dtype.",
         )
+
+
+def _delicate(task: TensorTask) -> list[tuple[Site, Product, float]]:
+    """Return the sites where float32 may not do: sums so close to zero that its error shows in a 16-bit result.
+
+    The error of a float32 sum is about 2^-24 of its largest term, which `bound` limits; it exceeds a unit in the last
+    place of a p-bit result only below 2^(p-24) of that. A factor of four is for the length of the sum.
+    """
+    if task.dtype not in ("BF16", "F16"):
+        return []
+    scale = 2.0 ** (dtypes.MANTISSA[task.dtype] - 22)
+    return [(site, term, term.bound() * scale) for site, term in task.terms if isinstance(term, Product)]
+
+
+def _refine(term: Product, threshold: float, stored: torch.Tensor, rounded: torch.Tensor, first_row: int) -> None:
+    """Compute the few results below `threshold` again, in float64, and round them once."""
+    import numpy as np
+    import torch
+
+    # As integers, 16-bit floats without their sign are in the order of their values. NumPy looks through a tile in a
+    # tenth of the time that torch takes for 16-bit integers.
+    limit = int(torch.tensor(threshold, dtype=rounded.dtype).view(torch.int16))
+    found = np.nonzero(np.bitwise_and(rounded.view(torch.int16).numpy(), 0x7FFF) < np.int16(limit))
+    rows, columns = (torch.from_numpy(indices) for indices in found)
+    if len(rows):
+        device = term.left.device
+        change = term.elements((rows + first_row).to(device), columns.to(device)).to(rounded.device)
+        rounded[rows, columns] = (stored[rows, columns].double() + change).to(rounded.dtype)
 
 
 def _measure(result: TensorResult, base: torch.Tensor, W: torch.Tensor, rounded: torch.Tensor, scale: float) -> None:

@@ -84,6 +84,14 @@ class Product:
         """Add rows of the product in place: one GEMM, no temporary ΔW."""
         W.addmm_(self.left[rows], self.right)
 
+    def bound(self) -> float:
+        """Return a bound on any element of the product: the largest row norm of left times column norm of right."""
+        return float(self.left.norm(dim=1).max() * self.right.norm(dim=0).max())
+
+    def elements(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """Return single elements of the product in float64."""
+        return (self.left[rows].double() * self.right[:, columns].T.double()).sum(1)
+
     @classmethod
     def joined(cls, products: list[Product]) -> Product:
         """Return the sum of several products as one, exactly: factors side by side along k."""
