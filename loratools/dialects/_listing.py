@@ -19,7 +19,7 @@ WEIGHTS = (".safetensors", ".gguf", ".npz", *PICKLES)
 MAX_JSON = 16_000_000
 """Bytes of a JSON file beside an adapter; a real one has a few thousand."""
 
-_EMPTY_PICKLE = 1024
+_EMPTY_PICKLE = 1024  # bytes; the smallest file of torch.save with a tensor in it has more
 _LFS = b"version https://git-lfs"
 
 
@@ -106,9 +106,11 @@ class Listing:
         path = self.folder / name
         with open_file(path) as file:
             begin = file.read(_EMPTY_PICKLE + 1)
-        if len(begin) <= _EMPTY_PICKLE and not begin.startswith(_LFS):
+        hollow = len(begin) <= _EMPTY_PICKLE and not begin.startswith(_LFS)
+        specs = {} if hollow else read_pickled(path)
+        if not specs:
             raise BadFile(
-                f"{path}: an empty state dict ({len(begin)} bytes), as some early training scripts saved it",
+                f"{path}: an empty state dict ({path.stat().st_size} bytes), as some early training scripts saved it",
                 hint="The trained tensors are not in this file. Look for another checkpoint of the run.",
             )
-        return {tensor: LazyTensor.stored(spec) for tensor, spec in read_pickled(path).items()}
+        return {tensor: LazyTensor.stored(spec) for tensor, spec in specs.items()}

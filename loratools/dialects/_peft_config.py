@@ -177,9 +177,10 @@ class PeftConfig:
     @property
     def settings(self) -> dict[str, Any]:
         """What a writer may want."""
-        kept = {
-            name: self.fields[name] for name in _SETTINGS if self.fields.get(name) not in (None, False, "none", [], {})
-        }
+        kept = {name: self.fields[name] for name in _SETTINGS if name in self.fields}
+        kept = {name: value for name, value in kept.items() if value is not False and value not in ("none", [], {}, "")}
+        if self.targets.layers:
+            kept["layers_to_transform"] = list(self.targets.layers)  # a lone 0 would look like nothing
         return kept
 
 

@@ -17,7 +17,7 @@ MAX_PATTERN = 20_000
 
 ALL_LINEAR = "all-linear"
 
-_UNBOUNDED = re.compile(r"[*+]|\{\d*,\}")
+_MANY = re.compile(r"[*+]|\{\d*,\}|\{(\d*,)?\d\d+\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,9 @@ def compiled(pattern: str) -> re.Pattern[str]:
     if len(pattern) > MAX_PATTERN:
         raise ValueError(f"a regular expression of {len(pattern)} characters; at most {MAX_PATTERN} are read")
     if repeats_within_repeats(pattern):
-        raise ValueError(f"{pattern[:80]!r} repeats a group that repeats; such a match could take exponential time")
+        raise ValueError(
+            f"{pattern[:80]!r} repeats a group that can match in several ways, which may take exponential time"
+        )
     try:
         return re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
@@ -108,19 +110,24 @@ def compiled(pattern: str) -> re.Pattern[str]:
 
 
 def repeats_within_repeats(pattern: str) -> bool:
-    """Tell whether an unbounded repeat stands around a group that holds another one, as in `(a+)+`."""
+    """Tell whether a repeated group can match one text in several ways, as `(a+)+` or `(a|a)*` can.
+
+    Told by the look of it: a group with a repeat, an option or an alternative inside, itself repeated more than a few
+    times. Harmless ones are among these, such as `(\\w+\\.)*`; trainers write none of them.
+    """
     text = re.sub(r"\\.", "x", pattern, flags=re.DOTALL)
     text = re.sub(r"\[\^?\]?[^\]]*\]", "x", text)  # in a character class, nothing repeats
-    inside = [False]  # for each open group: whether an unbounded repeat was seen in it
+    text = re.sub(r"\(\?(P<\w+>|<?[=!]|\w*:)", "(", text)
+    inside = [False]  # for each open group: whether something in it varies
     for i, character in enumerate(text):
         if character == "(":
             inside.append(False)
         elif character == ")" and len(inside) > 1:
-            repeats = inside.pop()
-            if repeats and _UNBOUNDED.match(text, i + 1):
+            varies = inside.pop()
+            if varies and _MANY.match(text, i + 1):
                 return True
-            inside[-1] = inside[-1] or repeats
-        elif _UNBOUNDED.match(text, i):
+            inside[-1] = inside[-1] or varies
+        elif character in "*+?|{":
             inside[-1] = True
     return False
 
