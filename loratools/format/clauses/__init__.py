@@ -1,0 +1,89 @@
+"""The clauses of the specification, one small function each, in one file for each chapter of `spec/v1`.
+
+A clause function takes a `Subject` and yields `(where, message)` for every fault. It looks only at what is well formed
+as far as other clauses go, so that one fault gives one problem.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loratools.format import keys
+from loratools.format.kinds import KINDS, Kind
+from loratools.storage.header import TensorSpec
+
+ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+
+Fault = tuple[str, str]
+Check = Callable[["Subject"], Iterator[Fault]]
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What the clauses look at: the header of one adapter, its manifest, and its config where it is a folder.
+
+    `specs` is None for an adapter that is not written yet.
+    """
+
+    path: Path
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    text: str = ""
+    config: Mapping[str, Any] | None = None
+    specs: Mapping[str, TensorSpec] | None = None
+
+    def entries(self, name: str = "modules") -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Yield the well-formed entries of `modules` or `replacements`."""
+        found = self.manifest.get(name)
+        if isinstance(found, Mapping):
+            yield from ((path, entry) for path, entry in found.items() if isinstance(entry, Mapping))
+
+    def modules(self) -> Iterator[tuple[str, Mapping[str, Any], Kind]]:
+        """Yield the modules of a registered kind that have a rank: (path, entry, kind)."""
+        for path, entry in self.entries():
+            kind = KINDS.get(entry.get("kind", "")) if isinstance(entry.get("kind"), str) else None
+            if kind and natural(entry.get("rank"), 1):
+                yield path, entry, kind
+
+    def parts(self) -> dict[str, dict[str, str]]:
+        """Return module path -> part -> tensor name, as the names in the file say."""
+        found: dict[str, dict[str, str]] = {}
+        for name in self.tensors:
+            if (pair := keys.split(name)) and pair[1]:
+                found.setdefault(pair[0], {})[pair[1]] = name
+        return found
+
+
+def natural(value: Any, least: int = 0) -> bool:
+    """Tell whether a JSON value is an integer of at least `least` (and not a boolean)."""
+    return type(value) is int and least <= value < 2**53
+
+
+def number(value: Any) -> bool:
+    """Tell whether a JSON value is a finite number (and not a boolean)."""
+    return type(value) in (int, float) and abs(value) < float("inf")
+
+
+def shown(value: Any) -> str:
+    """Return a value for a message, cut short: it comes from a file that nobody has checked."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+class Chapter:
+    """The clause functions of one chapter by id, in the order of their definition."""
+
+    def __init__(self) -> None:
+        self.checks: dict[str, Check] = {}
+
+    def clause(self, identifier: str) -> Callable[[Check], Check]:
+        """Register a function under a clause id."""
+
+        def register(check: Check) -> Check:
+            self.checks[identifier] = check
+            return check
+
+        return register

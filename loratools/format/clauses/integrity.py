@@ -1,0 +1,136 @@
+"""Chapters 5, 6 and 8: digests, extensions, versions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from loratools.format.clauses import Chapter, Fault, Subject, shown
+from loratools.format.clauses.manifest import is_digest
+from loratools.storage import digest, files
+
+CHAPTER = Chapter()
+UNDERSTOOD: frozenset[str] = frozenset()
+"""Names of the extensions that this reader implements: none is registered in 1.0."""
+
+_NAME = re.compile(r"[a-z0-9]+([._-][a-z0-9]+)*")
+
+
+@CHAPTER.clause("I-01")
+def own_digest(subject: Subject) -> Iterator[Fault]:
+    """Check that `digest` is well formed."""
+    if not is_digest(subject.manifest.get("digest")):
+        yield "digest", f"expected blake3: or sha256: and 64 hex digits, found {shown(subject.manifest.get('digest'))}"
+
+
+@CHAPTER.clause("I-02")
+def own_tensors(subject: Subject) -> Iterator[Fault]:
+    """Compare `digest` with the tensors of the file: the one clause that reads all data."""
+    stated = subject.manifest.get("digest")
+    if subject.specs is None or not isinstance(stated, str) or not is_digest(stated):
+        return
+    algorithm = digest.algorithm_of(stated)
+    found = digest.root(
+        {
+            name: digest.tensor(spec.dtype, spec.shape, files.chunks(spec), algorithm)
+            for name, spec in subject.specs.items()
+        },
+        algorithm,
+    )
+    if found != stated:
+        yield "digest", f"the tensors are not those that were sealed: the manifest says {stated}, the file has {found}"
+
+
+@CHAPTER.clause("I-06")
+def base_hash(subject: Subject) -> Iterator[Fault]:
+    """Check the form of the base hash: its tiers and their digests."""
+    base = subject.manifest.get("base_model")
+    if not isinstance(base, dict) or "hash" not in base:
+        return
+    tiers = base["hash"]
+    if not isinstance(tiers, dict) or not isinstance(tiers.get("tensors", {}), dict):
+        yield "base_model.hash", f"expected an object with schema, tensors and root, found {shown(tiers)}"
+        return
+    for where, value in _digests(tiers):
+        if not is_digest(value):
+            yield f"base_model.hash.{where}", f"expected a digest, found {shown(value)}"
+
+
+@CHAPTER.clause("I-07")
+def one_algorithm(subject: Subject) -> Iterator[Fault]:
+    """Check that all digests of a base hash are of one algorithm."""
+    algorithms = {digest.algorithm_of(value) for _, value in _digests(_tiers(subject)) if is_digest(value)}
+    if len(algorithms) > 1:
+        yield "base_model.hash", f"mixes digests of {' and '.join(sorted(algorithms))}"
+
+
+@CHAPTER.clause("I-08")
+def touched(subject: Subject) -> Iterator[Fault]:
+    """Check that a base hash covers each base tensor that the manifest names."""
+    covered = _tiers(subject).get("tensors")
+    if not isinstance(covered, dict):
+        return
+    for field in ("modules", "replacements"):
+        for path, entry in subject.entries(field):
+            tensor = entry.get("tensor")
+            if isinstance(tensor, str) and tensor and tensor not in covered:
+                yield path, f"base_model.hash.tensors has no digest of {shown(tensor)}"
+
+
+def _tiers(subject: Subject) -> Mapping[str, Any]:
+    base = subject.manifest.get("base_model")
+    tiers = base.get("hash") if isinstance(base, dict) else None
+    return tiers if isinstance(tiers, dict) else {}
+
+
+def _digests(tiers: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    tensors = tiers.get("tensors", {})
+    named = [(f"tensors.{name}", value) for name, value in tensors.items()] if isinstance(tensors, dict) else []
+    return [(name, tiers[name]) for name in ("schema", "root") if name in tiers] + named
+
+
+@CHAPTER.clause("X-01")
+def extensions(subject: Subject) -> Iterator[Fault]:
+    """Check that `extensions` is a list of objects with a name."""
+    found = subject.manifest.get("extensions", [])
+    if not isinstance(found, list):
+        yield "extensions", f"expected a list, found {shown(found)}"
+        return
+    for i, one in enumerate(found):
+        if (
+            not isinstance(one, dict)
+            or not isinstance(one.get("name"), str)
+            or not isinstance(one.get("must_understand", True), bool)
+            or not isinstance(one.get("configuration", {}), dict)
+        ):
+            yield f"extensions[{i}]", f"expected name, must_understand and configuration, found {shown(one)}"
+
+
+@CHAPTER.clause("X-02")
+def extension_name(subject: Subject) -> Iterator[Fault]:
+    """Check the grammar of extension names."""
+    for name, _ in _extensions(subject):
+        if len(name) > 64 or not _NAME.fullmatch(name):
+            yield "extensions", f"{shown(name)} is not a name of lower-case words with '.', '_' or '-' between them"
+
+
+@CHAPTER.clause("X-03")
+def extension_once(subject: Subject) -> Iterator[Fault]:
+    """Check that no extension occurs twice."""
+    names = [name for name, _ in _extensions(subject)]
+    yield from (("extensions", f"{shown(name)} occurs twice") for name in sorted(set(names)) if names.count(name) > 1)
+
+
+@CHAPTER.clause("X-04")
+def extension_understood(subject: Subject) -> Iterator[Fault]:
+    """Refuse an extension that must be understood and is not."""
+    for name, must in _extensions(subject):
+        if must and name not in UNDERSTOOD:
+            yield "extensions", f"{shown(name)} must be understood, and this reader does not know it"
+
+
+def _extensions(subject: Subject) -> list[tuple[str, bool]]:
+    found = subject.manifest.get("extensions", [])
+    listed = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+    return [(e["name"], e.get("must_understand", True) is True) for e in listed if isinstance(e.get("name"), str)]

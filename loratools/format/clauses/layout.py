@@ -1,0 +1,150 @@
+"""Chapter 2: the files of an adapter, and the `adapter_config.json` that says to PEFT what the manifest says."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from loratools.format.clauses import Chapter, Fault, Subject, number, shown
+from loratools.format.kinds import BIAS, MAGNITUDE
+from loratools.format.manifest import suffixes, unmatched
+
+CHAPTER = Chapter()
+TOLERANCE = 1e-6
+"""Relative: a config is written in decimal by tools that compute the scaling once more."""
+
+# Fields that make PEFT compute something else from the same tensors, unless they have one of these values.
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "exclude_modules": (None, [], ""),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga"),
+    "kasa_config": (None,),
+    "layers_to_transform": (None, []),
+    "use_bdlora": (None, False),
+    "use_qalora": (None, False),
+}
+
+
+@CHAPTER.clause("L-05")
+def peft_lora(subject: Subject) -> Iterator[Fault]:
+    """Check that the config is that of a LoRA."""
+    if subject.config is not None and subject.config.get("peft_type") != "LORA":
+        yield "adapter_config.json", f"peft_type: expected LORA, found {shown(subject.config.get('peft_type'))}"
+
+
+@CHAPTER.clause("L-06")
+def ranks(subject: Subject) -> Iterator[Fault]:
+    """Compare the rank that PEFT would give each module with the manifest's."""
+    for path, entry, rank, _ in _configured(subject):
+        if rank != entry["rank"]:
+            yield path, f"the manifest says rank {entry['rank']}, adapter_config.json {shown(rank)}"
+
+
+@CHAPTER.clause("L-07")
+def scalings(subject: Subject) -> Iterator[Fault]:
+    """Compare the scaling that PEFT would give each module with the manifest's."""
+    for path, entry, rank, alpha in _configured(subject):
+        if not number(entry.get("scaling")) or rank != entry["rank"]:
+            continue
+        rooted = bool((subject.config or {}).get("use_rslora"))
+        scaling = alpha / (math.sqrt(rank) if rooted else rank) if number(alpha) else math.nan
+        if not math.isclose(scaling, entry["scaling"], rel_tol=TOLERANCE):
+            yield path, f"the manifest says scaling {entry['scaling']:g}, adapter_config.json {scaling:g}"
+
+
+def _configured(subject: Subject) -> Iterator[tuple[str, Mapping[str, Any], Any, Any]]:
+    """Yield (path, entry, rank, alpha) with the rank and alpha that PEFT's rules give each module."""
+    if subject.config is None:
+        return
+    rank_of = _rule(subject.config, "rank_pattern", "r")
+    alpha_of = _rule(subject.config, "alpha_pattern", "lora_alpha")
+    for path, entry, _ in subject.modules():
+        name = _parameter(path, entry) or path
+        yield path, entry, rank_of(name), alpha_of(name)
+
+
+def _rule(config: Mapping[str, Any], field: str, default: str) -> Callable[[str], Any]:
+    # PEFT's patterns are regular expressions, the first that matches wins. The format allows names only, so that an
+    # untrusted file has no say in how long matching takes: `^` and the escaped path, or the path or a suffix as it is.
+    found = config.get(field)
+    patterns = found if isinstance(found, Mapping) else {}
+    order = {key: i for i, key in enumerate(patterns)}
+
+    def value(module: str) -> Any:
+        hits = [key for key in (f"^{re.escape(module)}", *suffixes(module)) if key in order]
+        return patterns[min(hits, key=order.__getitem__)] if hits else config.get(default, 8)
+
+    return value
+
+
+@CHAPTER.clause("L-08")
+def targets(subject: Subject) -> Iterator[Fault]:
+    """Compare the two lists of target modules."""
+    if subject.config is not None:
+        found, stated = subject.config.get("target_modules"), subject.manifest.get("target_modules")
+        if not isinstance(found, list) or not isinstance(stated, list) or sorted(map(str, found)) != stated:
+            yield "adapter_config.json", f"target_modules: the manifest says {shown(stated)}, found {shown(found)}"
+
+
+@CHAPTER.clause("L-09")
+def saved(subject: Subject) -> Iterator[Fault]:
+    """Check that PEFT is told of each replacement outside the modules that have updates."""
+    if subject.config is None:
+        return
+    found = subject.config.get("modules_to_save")
+    names = {name for name in found if isinstance(name, str)} if isinstance(found, list) else set()
+    biases = subject.config.get("bias", "none") != "none"
+    modules = dict(subject.entries())
+    for path, _ in subject.entries("replacements"):
+        module = path.rpartition(".")[0]
+        covered = module in modules or (biases and path.endswith(".bias"))
+        wrapping = (suffix for i, c in enumerate(f"{module}.") if c == "." for suffix in suffixes(module[:i]))
+        if not covered and names.isdisjoint(wrapping):
+            yield path, f"adapter_config.json: modules_to_save {shown(found)} does not name {module!r}"
+
+
+@CHAPTER.clause("L-10")
+def switches(subject: Subject) -> Iterator[Fault]:
+    """Check the switches that make PEFT create magnitude vectors and biases."""
+    if subject.config is None:
+        return
+    present = {part for parts in subject.parts().values() for part in parts}
+    for field, part in (("use_dora", MAGNITUDE), ("lora_bias", BIAS)):
+        if bool(subject.config.get(field)) != (part in present):
+            there = "has" if part in present else "has no"
+            yield "adapter_config.json", f"{field} is {subject.config.get(field)}, but the file {there} {part}"
+
+
+@CHAPTER.clause("L-11")
+def neutral(subject: Subject) -> Iterator[Fault]:
+    """Refuse fields that make PEFT compute another change from the same tensors."""
+    for field, allowed in _NEUTRAL.items():
+        value = (subject.config or {}).get(field, allowed[0])
+        if not any(type(value) is type(one) and value == one for one in allowed):
+            yield "adapter_config.json", f"{field}: {shown(value)} changes what the tensors mean"
+
+
+@CHAPTER.clause("L-12")
+def parameters(subject: Subject) -> Iterator[Fault]:
+    """Check that PEFT is told of each parameter of stacked experts."""
+    if subject.config is None:
+        return
+    found = subject.config.get("target_parameters")
+    targets = {name for name in found if isinstance(name, str)} if isinstance(found, list) else set()
+    for path, entry, _ in subject.modules():
+        parameter = _parameter(path, entry)
+        if parameter and unmatched([parameter], targets):
+            yield path, f"adapter_config.json: target_parameters {shown(found)} does not name {parameter!r}"
+
+
+def _parameter(path: str, entry: Mapping[str, Any]) -> str | None:
+    """Return the base parameter of stacked experts; PEFT nests one `base_layer` for each further parameter."""
+    layout = entry.get("layout")
+    if entry.get("kind") != "experts" or not isinstance(layout, dict) or not isinstance(layout.get("parameter"), str):
+        return None
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+    return f"{path}.{layout['parameter']}"

@@ -1,0 +1,104 @@
+"""Chapter 4: the tensors of an adapter, every one accounted for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from loratools.format import keys, manifest
+from loratools.format.clauses import Chapter, Check, Fault, Subject, shown
+from loratools.format.kinds import BIAS, KINDS, B
+from loratools.storage import dtypes
+
+CHAPTER = Chapter()
+
+
+@CHAPTER.clause("T-01")
+def names(subject: Subject) -> Iterator[Fault]:
+    """Check that each tensor has one of PEFT's names."""
+    for name in subject.tensors:
+        if keys.split(name) is None:
+            yield shown(name), f"the name does not have the form {keys.PREFIX}<module>.<part>"
+
+
+@CHAPTER.clause("T-02")
+def parts(subject: Subject) -> Iterator[Fault]:
+    """Check that each module has exactly the parts of its kind."""
+    found = subject.parts()
+    for path, _, kind in subject.modules():
+        have = frozenset(found.get(path, {}))
+        if not kind.accepts(have):
+            wanted = " or ".join(", ".join(sorted(one)) for one in kind.required)
+            yield path, f"kind {kind.name} has the parts {wanted}; found {', '.join(sorted(have)) or 'none'}"
+
+
+@CHAPTER.clause("T-03")
+def accounted(subject: Subject) -> Iterator[Fault]:
+    """Check that no tensor is beside the modules and replacements of the manifest."""
+    modules, expected = dict(subject.entries()), set(_replaced(subject).values())
+    for name in subject.tensors:
+        pair = keys.split(name)
+        if pair and name not in expected and (not pair[1] or pair[0] not in modules):
+            yield shown(name), "the manifest names neither a module nor a replacement for this tensor"
+
+
+@CHAPTER.clause("T-04")
+def replaced(subject: Subject) -> Iterator[Fault]:
+    """Check that each replacement has its tensor."""
+    for path, name in _replaced(subject).items():
+        if name not in subject.tensors:
+            yield path, f"the manifest promises a replacement, but the file has no tensor {name}"
+
+
+@CHAPTER.clause("T-05")
+def dtype(subject: Subject) -> Iterator[Fault]:
+    """Check that factors are floating-point numbers."""
+    for tensors in subject.parts().values():
+        for name in tensors.values():
+            if subject.tensors[name][0] not in dtypes.FLOATS:
+                yield name, f"dtype {subject.tensors[name][0]}; factors are one of {', '.join(dtypes.FLOATS)}"
+
+
+def _shape_of(kind_name: str) -> Check:
+    def shape(subject: Subject) -> Iterator[Fault]:
+        found = subject.parts()
+        for path, entry, kind in subject.modules():
+            have = found.get(path, {})
+            layout = entry.get("layout", {})
+            if kind.name != kind_name or not kind.accepts(frozenset(have)) or not _formed(layout, kind.layout):
+                continue
+            fault = kind.fault({part: subject.tensors[name][1] for part, name in have.items()}, entry["rank"], layout)
+            if fault:
+                yield path, f"{fault} (kind {kind.name}, rank {entry['rank']})"
+
+    return shape
+
+
+def _formed(layout: object, wanted: object) -> bool:
+    return wanted is None or (isinstance(layout, dict) and type(layout.get("experts")) is int and layout["experts"] > 0)
+
+
+for _kind in sorted(KINDS.values(), key=lambda kind: kind.clause):
+    CHAPTER.clause(_kind.clause)(_shape_of(_kind.name))
+
+
+@CHAPTER.clause("T-11")
+def bias(subject: Subject) -> Iterator[Fault]:
+    """Check that the bias of B has one number for each output feature."""
+    for path, tensors in subject.parts().items():
+        if BIAS in tensors and B in tensors:
+            have, out = subject.tensors[tensors[BIAS]][1], subject.tensors[tensors[B]][1][:1]
+            if have != out:
+                yield path, f"{BIAS} has shape {have}, expected {out}"
+
+
+@CHAPTER.clause("T-12")
+def empty(subject: Subject) -> Iterator[Fault]:
+    """Check that no tensor is empty."""
+    for name, (_, shape) in subject.tensors.items():
+        if 0 in shape:
+            yield shown(name), f"the tensor is empty, shape {shape} (an ungathered ZeRO-3 or FSDP save?)"
+
+
+def _replaced(subject: Subject) -> dict[str, str]:
+    sound = {"modules": dict(subject.entries()), "replacements": dict(subject.entries("replacements"))}
+    return manifest.names_of(sound)

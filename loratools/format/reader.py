@@ -1,0 +1,72 @@
+"""Read an adapter of our format into an `Adapter`, from its header alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from loratools.adapter import updates as kinds
+from loratools.adapter.model import Adapter
+from loratools.adapter.updates import Update
+from loratools.errors import UnsupportedAdapter
+from loratools.format import manifest, rules
+from loratools.format.clauses import Subject
+from loratools.format.kinds import KINDS
+from loratools.storage.lazy import LazyTensor
+
+
+def read(path: Path, *, verify: bool = False) -> Adapter:
+    """Return the adapter of a sealed file or folder; its tensors stay in the file until they are asked for.
+
+    Every clause of `spec/v1` that a header can show is checked, and with `verify` the data against the adapter's digest
+    too. `settings["loratools"]` keeps the manifest as found, so that a rewrite loses nothing.
+
+    Raises `InvalidFormat` with every clause that is broken, `UnsupportedAdapter` for a newer format, an extension that
+    must be understood, or a registered kind that this loratools does not apply yet.
+    """
+    subject = rules.open_subject(path)
+    found = [subject] if isinstance(subject, rules.Problem) else rules.problems(subject, digest=verify)
+    if found or isinstance(subject, rules.Problem):
+        raise rules.refusal(path, found)
+    document, specs = subject.manifest, subject.specs or {}
+    names = manifest.names_of(document)
+    return Adapter(
+        updates=_updates(path, subject),
+        replacements={parameter: LazyTensor.stored(specs[name]) for parameter, name in names.items()},
+        base=manifest.base_of(document),
+        provenance=manifest.steps_of(document),
+        dialect="loratools",
+        settings={**document.get("settings", {}), manifest.ORIGIN: document},
+    )
+
+
+def is_sealed(path: Path) -> bool:
+    """Tell whether a file or folder carries a manifest of this format, sound or not."""
+    subject = rules.open_subject(path)
+    return not isinstance(subject, rules.Problem) or subject.clause not in _UNSEALED
+
+
+_UNSEALED = frozenset({"L-01", "L-02", "L-03", "S-01", "S-02", "S-03", "S-04", "S-05", "S-06"})
+
+
+def _updates(path: Path, subject: Subject) -> dict[str, Update]:
+    found: dict[str, Update] = {}
+    unknown: list[str] = []
+    tensors, modules, specs = subject.parts(), subject.manifest["modules"], subject.specs or {}
+    for module, entry in modules.items():
+        kind = entry["kind"]
+        if kind not in kinds.names():
+            unknown.append(f"{module}: kind {kind!r}")
+            continue
+        parts = {part: LazyTensor.stored(specs[name]) for part, name in tensors[module].items()}
+        extra = {"layout": entry["layout"]} if KINDS[kind].layout else {}
+        update: Update = kinds.get(kind).build(parts, float(entry["scaling"]), float(entry["alpha"]), **extra)
+        if left := parts.keys() - update.parts.keys():
+            unknown.append(f"{module}: kind {kind!r} with {', '.join(sorted(left))}")
+        found[module] = update
+    if unknown:
+        raise UnsupportedAdapter(
+            f"{path}: this loratools does not apply {len(unknown)} of {len(modules)} modules; it knows"
+            f" {', '.join(kinds.names())}",
+            unknown,
+        )
+    return found

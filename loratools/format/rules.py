@@ -1,0 +1,187 @@
+"""Every clause of the specification that binds a file, checked at once (`spec/v1`).
+
+A clause is one function in `loratools/format/clauses/`; a problem names it. What must hold before anything else can be
+read (the container, the manifest's JSON, the version) is checked first, and stops the rest where it does not hold.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loratools.errors import BadFile, InvalidFormat, LoraToolsError, UnsupportedAdapter
+from loratools.format import manifest
+from loratools.format.clauses import ADAPTER_FILE, CONFIG_FILE, Check, Subject, integrity, layout, shown, tensors
+from loratools.format.clauses import manifest as fields
+from loratools.format.clauses.container import clause_of
+from loratools.storage import files
+from loratools.storage.header import parse_json_object, read_header
+
+CLAUSES: Mapping[str, Check] = {
+    **layout.CHAPTER.checks,
+    **fields.CHAPTER.checks,
+    **tensors.CHAPTER.checks,
+    **integrity.CHAPTER.checks,
+}
+"""Clause id -> the function that checks it, for all clauses behind the gate."""
+
+GATE = ("L-01", "S-01", "S-02", "S-03", "S-04", "S-05", "S-06", "L-03", "L-02", "M-01", "S-08", "M-03", "V-01", "L-04")
+"""Clauses without which nothing else can be read; `open_subject` checks them in this order."""
+
+MAX_CONFIG = 10_000_000
+"""Bytes of an `adapter_config.json` that are read."""
+
+_DATA = frozenset({"I-02"})
+_BEYOND = frozenset({"V-01", "X-04", "M-11"})
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A clause that an adapter breaks, where, and what was found."""
+
+    clause: str
+    where: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"[{self.clause}] {self.where}: {self.message}"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The result of a validation: the problems, and what was looked at.
+
+    `clauses` are the ids that were checked, `bytes_hashed` the data that went into the adapter's digest.
+    """
+
+    problems: tuple[Problem, ...]
+    clauses: tuple[str, ...]
+    format_version: str | None = None
+    modules: int = 0
+    replacements: int = 0
+    tensors: int = 0
+    bytes_hashed: int = 0
+
+
+class _Refused(Exception):
+    def __init__(self, clause: str, where: str, message: str) -> None:
+        self.problem = Problem(clause, where, message)
+
+
+def validate(path: Path, *, digest: bool = True) -> list[Problem]:
+    """Return every problem of an adapter file or folder, each with the clause it breaks; none if it conforms.
+
+    `digest` also reads all data and compares them with the adapter's own digest (clause I-02).
+    Raises `BadFile` only where there is nothing to read at all.
+    """
+    return list(report(path, digest=digest).problems)
+
+
+def report(path: Path, *, digest: bool = True) -> Report:
+    """Validate like `validate`, and say what was looked at."""
+    subject = open_subject(path)
+    if isinstance(subject, Problem):
+        return Report((subject,), GATE)
+    size = sum(spec.nbytes for spec in subject.specs.values()) if digest and subject.specs else 0
+    return Report(
+        tuple(problems(subject, digest=digest)),
+        (*GATE, *(name for name in CLAUSES if digest or name not in _DATA)),
+        subject.manifest["format_version"],
+        len(dict(subject.entries())),
+        len(dict(subject.entries("replacements"))),
+        len(subject.tensors),
+        size,
+    )
+
+
+def problems(subject: Subject, *, digest: bool) -> list[Problem]:
+    """Return the problems of a subject that came through the gate."""
+    return [
+        Problem(name, where, message)
+        for name, check in CLAUSES.items()
+        if digest or name not in _DATA
+        for where, message in check(subject)
+    ]
+
+
+def refusal(path: Path, found: list[Problem]) -> LoraToolsError:
+    """Return the exception that says these problems: `UnsupportedAdapter` if all are of what a newer reader knows."""
+    lines = tuple(map(str, found))
+    if all(problem.clause in _BEYOND for problem in found):
+        return UnsupportedAdapter(f"{path}: this adapter needs a newer reader", lines, hint="Upgrade loratools.")
+    return InvalidFormat(f"{path}: not a valid adapter of format {manifest.VERSION}: {len(found)} problem(s)", lines)
+
+
+def open_subject(path: Path) -> Subject | Problem:
+    """Read the header, the manifest and the config of an adapter file or folder, or the first clause that forbids it.
+
+    Raises `BadFile` if there is no such file or folder.
+    """
+    try:
+        if not path.is_dir():
+            return _open(path)
+        if not (path / ADAPTER_FILE).is_file():
+            raise _Refused("L-01", str(path), f"a folder without {ADAPTER_FILE}")
+        subject = _open(path / ADAPTER_FILE)
+        return replace(subject, path=path, config=_config(path / CONFIG_FILE))
+    except _Refused as refused:
+        return refused.problem
+
+
+def _open(path: Path) -> Subject:
+    try:
+        header = read_header(path)
+    except BadFile as error:
+        if not path.is_file():
+            raise
+        raise _Refused(clause_of(path), path.name, str(error)) from None
+    text = header.metadata.get(manifest.METADATA_KEY)
+    if text is None:
+        raise _Refused("L-03", path.name, "no loratools manifest: the adapter is not sealed in this format")
+    if header.metadata.get("format") != "pt":
+        raise _Refused("L-02", path.name, f"metadata format: expected pt, found {shown(header.metadata.get('format'))}")
+    document = _parse(text, path)
+    _check_version(document, path)
+    shapes = {name: (spec.dtype, spec.shape) for name, spec in header.tensors.items()}
+    return Subject(path, shapes, document, text, None, header.tensors)
+
+
+def _parse(text: str, path: Path) -> dict[str, Any]:
+    try:
+        document = parse_json_object(text.encode(), path)
+    except BadFile as error:
+        raise _Refused("M-01", path.name, f"the manifest is not a JSON object: {error}") from None
+    level: list[Any] = [document]
+    for _ in range(fields.MAX_DEPTH):
+        level = [child for one in level for child in (one.values() if isinstance(one, dict) else one)]
+        level = [child for child in level if isinstance(child, dict | list)]
+    if level:
+        raise _Refused("S-08", path.name, f"the manifest is nested more than {fields.MAX_DEPTH} levels deep")
+    return document
+
+
+def _check_version(document: Mapping[str, Any], path: Path) -> None:
+    version = document.get("format_version")
+    if not isinstance(version, str) or not re.fullmatch(r"[1-9][0-9]{0,8}\.(0|[1-9][0-9]{0,8})", version):
+        raise _Refused("M-03", path.name, f"format_version: expected MAJOR.MINOR, found {shown(version)}")
+    ours, theirs = manifest.VERSION.partition(".")[0], version.partition(".")[0]
+    if int(theirs) > int(ours):
+        raise _Refused("V-01", path.name, f"the format version is {version}; this reader knows {ours}.x")
+
+
+def _config(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise _Refused("L-04", str(path.parent), f"a folder without {CONFIG_FILE}")
+    try:
+        with files.descriptor(path) as source:
+            size = min(path.stat().st_size, MAX_CONFIG + 1)
+            buffer = bytearray(size)
+            files.read_into(source, memoryview(buffer), 0)
+        if size > MAX_CONFIG:
+            raise BadFile(f"{path}: longer than {MAX_CONFIG} bytes")
+        return parse_json_object(bytes(buffer), path)
+    except BadFile as error:
+        raise _Refused("L-05", path.name, str(error)) from None

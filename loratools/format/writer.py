@@ -1,0 +1,114 @@
+"""Write an `Adapter` in our format: one file or a folder, byte for byte the same every time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from loratools.adapter.model import Adapter
+from loratools.errors import InvalidFormat, LoraToolsError, OutputRefused
+from loratools.format import keys, manifest, rules
+from loratools.format.clauses import ADAPTER_FILE, CONFIG_FILE, Subject
+from loratools.format.peft_config import derive_config
+from loratools.storage import atomic, digest, dtypes, files
+from loratools.storage.header import encode_header
+from loratools.storage.lazy import LazyTensor
+
+
+def write(
+    adapter: Adapter,
+    target: Path,
+    *,
+    tensors: Mapping[str, str] | None = None,
+    card: str | None = None,
+    force: bool = False,
+) -> str:
+    """Write an adapter to `target`, a `.safetensors` file or a folder that PEFT loads too, and return its digest.
+
+    Stored tensors keep their bytes and dtypes. `tensors` maps a module's path, or a replaced parameter's, to the base
+    tensor that it changes; `card` is the text of the folder's README.md. The output appears whole or not at all.
+
+    Raises `InvalidFormat` if the adapter cannot be said in the format, naming each clause, and `OutputRefused` if the
+    target exists (without `force`) or is also an input.
+    """
+    document = manifest.of(adapter, tensors)
+    config = json.loads(json.dumps(derive_config(adapter)))
+    config["base_model_name_or_path"] = document.get("base_model", {}).get("id")
+    ordered = _ordered(adapter, document)
+    _check(target, document, config, ordered)
+    single = target.suffix == ".safetensors"
+    output = target if single else target / ADAPTER_FILE
+    if any(lazy.spec and lazy.spec.file.resolve() == output.resolve() for _, lazy in ordered):
+        raise OutputRefused(f"{target} is also an input", hint="Choose another output.")
+    place: AbstractContextManager[Path] = (atomic.new_file if single else atomic.new_folder)(target, force=force)
+    with place as scratch:
+        if single:
+            return _write_file(scratch, document, ordered)
+        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
+        (scratch / CONFIG_FILE).write_text(f"{text}\n", encoding="utf-8")
+        if card is not None:
+            (scratch / "README.md").write_text(card, encoding="utf-8")
+        return _write_file(scratch / ADAPTER_FILE, document, ordered)
+
+
+def _ordered(adapter: Adapter, document: Mapping[str, Any]) -> list[tuple[str, LazyTensor]]:
+    """Return (name, tensor) in the order of the data: wide dtypes first, so that all stay aligned, then by name."""
+    named = {
+        keys.join(module, part): lazy
+        for module, update in adapter.updates.items()
+        for part, lazy in update.parts.items()
+    }
+    named |= {name: adapter.replacements[path] for path, name in manifest.names_of(document).items()}
+    return sorted(named.items(), key=lambda item: (-dtypes.bits(item[1].dtype), item[0].encode()))
+
+
+def _check(
+    target: Path, document: dict[str, Any], config: dict[str, Any], ordered: Iterable[tuple[str, LazyTensor]]
+) -> None:
+    try:
+        text = manifest.canonical(document)
+    except (ValueError, RecursionError) as error:
+        raise InvalidFormat(f"{target}: the adapter's manifest cannot be written: {error}") from None
+    shapes = {name: (lazy.dtype, lazy.shape) for name, lazy in ordered}
+    subject = Subject(target, shapes, json.loads(text), text, config)
+    if found := rules.problems(subject, digest=False):
+        raise rules.refusal(target, found)
+
+
+def _write_file(path: Path, document: dict[str, Any], ordered: list[tuple[str, LazyTensor]]) -> str:
+    # The header comes first in the file and holds the digest, which is known last; its length is known at once.
+    offset = len(_header(document, ordered))
+    digests = {}
+    with files.descriptor(path, os.O_RDWR | os.O_CREAT | os.O_EXCL) as output:
+        for name, lazy in ordered:
+            hasher = digest.start_tensor(lazy.dtype, lazy.shape)
+            start = offset
+            for piece in files.chunks(lazy.spec) if lazy.spec else [_bytes(name, lazy)]:
+                hasher.update(piece)
+                files.write_from(output, piece, offset)
+                offset += len(piece)
+            if offset - start != lazy.nbytes:
+                raise LoraToolsError(f"tensor {name!r} has {offset - start} bytes, its dtype and shape {lazy.nbytes}")
+            digests[name] = digest.finish(hasher)
+        root = digest.root(digests)
+        files.write_from(output, memoryview(_header(document | {"digest": root}, ordered)), 0)
+    return root
+
+
+def _header(document: dict[str, Any], ordered: Iterable[tuple[str, LazyTensor]]) -> bytes:
+    metadata = {"format": "pt", manifest.METADATA_KEY: manifest.canonical(document)}
+    return encode_header(((name, lazy.dtype, lazy.shape, lazy.nbytes) for name, lazy in ordered), metadata)
+
+
+def _bytes(name: str, lazy: LazyTensor) -> memoryview:
+    import torch
+
+    tensor = lazy.load().detach().cpu().contiguous()
+    if dtypes.from_torch(tensor.dtype) != lazy.dtype or tuple(tensor.shape) != lazy.shape:
+        found = f"{tensor.dtype} {tuple(tensor.shape)}"
+        raise LoraToolsError(f"tensor {name!r} became {found} when loaded; announced were {lazy.dtype} {lazy.shape}")
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]

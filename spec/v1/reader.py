@@ -1,0 +1,265 @@
+"""A complete reader of format 1.x, standard library only: the specification, executable.
+
+    python reader.py ADAPTER                 print {module: {rank, scaling, delta_weight}} as canonical JSON, exit 0
+    python reader.py ADAPTER --base BASE     also compare BASE with the base hash (clause I-10)
+    python reader.py --hash CHECKPOINT       print the three tiers of a base hash, with each algorithm
+
+What breaks a clause prints `[clause] reason` and exits 1. It shares no code with the loratools package: where the two
+disagree, one of them is wrong. Beside it, `container.py` holds safetensors, canonical JSON and BLAKE3, and `updates.py`
+the kinds with their shapes and formulas.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from container import (
+    HASHES,
+    Refused,
+    Tensors,
+    canonical,
+    checkpoint,
+    depth,
+    digest,
+    load,
+    natural,
+    need,
+    number,
+    parse,
+    text,
+    tiers,
+)  # fmt: skip
+from updates import BIAS, KINDS, MAGNITUDE, Parts, delta_weight, fits, numbers
+
+PREFIX = "base_model.model."
+ZERO = f"blake3:{'0' * 64}"
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "alora_invocation_tokens": (None,), "arrow_config": (None,), "exclude_modules": (None, [], ""),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga"), "kasa_config": (None,),
+    "layers_to_transform": (None, []), "use_bdlora": (None, False), "use_qalora": (None, False),
+}  # fmt: skip
+
+
+# ---- the manifest: chapters 3, 5, 6, 8 ----------------------------------------------------------------------------
+
+
+def check_manifest(source: str) -> dict[str, Any]:
+    try:
+        m = parse(source)
+        need(isinstance(m, dict), "M-01", "the manifest is not a JSON object")
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"[M-01] {error}") from None
+    need(depth(m) <= 32, "S-08", "the manifest is nested too deeply")
+    version = m.get("format_version")
+    formed = isinstance(version, str) and re.fullmatch(r"[1-9][0-9]{0,8}\.(0|[1-9][0-9]{0,8})", version)
+    need(formed, "M-03", "format_version is not MAJOR.MINOR")
+    need(str(version).startswith("1."), "V-01", f"this reader knows version 1.x, not {version}")
+    check_extensions(m.get("extensions", []))
+    modules, replaced, targets = m.get("modules"), m.get("replacements", {}), m.get("target_modules")
+    need(objects(modules) and modules, "M-09", "modules is not an object of objects, or empty")
+    need(objects(replaced), "M-19", "replacements is not an object of objects")
+    assert isinstance(modules, dict)
+    for path, entry in [*modules.items(), *replaced.items()]:
+        need(re.fullmatch(r"[^.\x00-\x1f\x7f]+(\.[^.\x00-\x1f\x7f]+)*", path), "M-10", f"{path!r} is not a path")
+        need(text(entry.get("tensor", path)), "M-15", f"{path}: tensor")
+        need(len(path.encode()) <= 512 and len(entry.get("tensor", "").encode()) <= 512, "S-07", "a name is too long")
+    for path, entry in modules.items():
+        check_module(path, entry)
+    for name, good, clause in (("rank", natural(m.get("rank"), 1), "M-04"), ("alpha", number(m.get("alpha")), "M-05")):
+        counts = Counter(entry[name] for entry in modules.values())
+        usual = min(counts, key=lambda value: (-counts[value], value))
+        need(good and m[name] == usual, clause, f"{name} is not that of most modules")
+    good = isinstance(targets, list) and all(map(text, targets)) and targets == sorted(set(targets))
+    need(good, "M-06", "target_modules is not a sorted list of different names")
+    ours = [f".{path}" for path, entry in modules.items() if entry["kind"] != "experts"]
+    need(all(any(p.endswith(f".{t}") for p in ours) for t in targets or []), "M-07", "a target matches no module")
+    need(all(any(p.endswith(f".{t}") for t in targets or []) for p in ours), "M-08", "a module has no target")
+    check_base(m.get("base_model", {}), [e["tensor"] for e in [*modules.values(), *replaced.values()] if "tensor" in e])
+    check_provenance(m.get("provenance", []))
+    need(isinstance(m.get("settings", {}), dict), "M-23", "settings is not an object")
+    need(digest(m.get("digest")), "I-01", "digest is not a digest")
+    need(canonical(m) == source, "M-02", "the manifest is not in canonical form")
+    return dict(m)
+
+
+def check_module(path: str, entry: dict[str, Any]) -> None:
+    kind, layout = entry.get("kind"), entry.get("layout", {})
+    need(text(kind) and kind in KINDS, "M-11", f"{path}: kind {kind!r} is not registered")
+    need(natural(entry.get("rank"), 1), "M-12", f"{path}: rank {entry.get('rank')!r}")
+    need(number(entry.get("alpha")), "M-13", f"{path}: alpha {entry.get('alpha')!r}")
+    need(number(entry.get("scaling")), "M-14", f"{path}: scaling {entry.get('scaling')!r}")
+    need(isinstance(layout, dict), "M-18", f"{path}: layout is not an object")
+    stacked = kind == "experts"
+    need(isinstance(layout.get("transposed", None if stacked else False), bool), "M-18", f"{path}: layout.transposed")
+    need(not stacked or natural(layout.get("experts"), 1), "M-18", f"{path}: layout.experts")
+    need(not stacked or text(layout.get("parameter")), "M-18", f"{path}: layout.parameter")
+
+
+def objects(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(entry, dict) for entry in value.values())
+
+
+def check_base(base: Any, touched: list[str]) -> None:
+    need(isinstance(base, dict) and all(text(base.get(name, "-")) for name in ("id", "revision")), "M-16", "base_model")
+    need(not re.match(r"[./\\~]|[A-Za-z]:[/\\]|file:", base.get("id", "")), "M-17", "base_model.id is a path")
+    tier = base.get("hash", {})
+    need(isinstance(tier, dict) and isinstance(tier.get("tensors", {}), dict), "I-06", "base_model.hash")
+    stated = [*tier.get("tensors", {}).values(), *(tier[name] for name in ("schema", "root") if name in tier)]
+    need(all(map(digest, stated)), "I-06", "a tier of base_model.hash is not a digest")
+    need(len({one.partition(":")[0] for one in stated}) <= 1, "I-07", "base_model.hash mixes algorithms")
+    need("tensors" not in tier or set(touched) <= tier["tensors"].keys(), "I-08", "a touched tensor has no digest")
+
+
+def check_provenance(steps: Any) -> None:
+    need(isinstance(steps, list), "M-20", "provenance is not a list")
+    for step in steps:
+        formed = isinstance(step, dict) and text(step.get("operation")) and text(step.get("tool"))
+        need(formed and isinstance(step.get("parameters", {}), dict), "M-20", "a step lacks its operation or tool")
+        inputs = step.get("inputs", [])
+        for one in inputs if isinstance(inputs, list) else [None]:
+            formed = isinstance(one, dict) and number(one.get("weight", 1)) and digest(one.get("digest", ZERO))
+            need(formed, "M-21", "inputs is not a list of objects with digest and weight")
+        need("seed" not in step or natural(step["seed"]), "M-22", "seed")
+
+
+def check_extensions(found: Any) -> None:
+    need(isinstance(found, list), "X-01", "extensions is not a list")
+    for one in found:
+        need(isinstance(one, dict) and isinstance(one.get("name"), str), "X-01", "an extension has no name")
+        formed = isinstance(one.get("must_understand", True), bool) and isinstance(one.get("configuration", {}), dict)
+        need(formed, "X-01", f"extension {one['name']}")
+        need(len(one["name"]) <= 64 and re.fullmatch(r"[a-z0-9]+([._-][a-z0-9]+)*", one["name"]), "X-02", "a bad name")
+        need([other["name"] for other in found].count(one["name"]) == 1, "X-03", f"{one['name']} occurs twice")
+        need(not one.get("must_understand", True), "X-04", f"extension {one['name']} must be understood, and is not")
+
+
+# ---- tensors: chapter 4 -------------------------------------------------------------------------------------------
+
+
+def check_tensors(m: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Parts], dict[str, str]]:
+    """Return the parts of each module, and the tensor name of each replacement; every tensor is one or the other."""
+    names = {}
+    for path in m.get("replacements", {}):
+        module, _, parameter = path.rpartition(".")
+        names[path] = PREFIX + (f"{module}.base_layer.{parameter}" if module in m["modules"] else path)
+        need(names[path] in tensors, "T-04", f"there is no tensor {names[path]}")
+    parts: dict[str, Parts] = {path: {} for path in m["modules"]}
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"base_model\.model\.([^.]+(?:\.[^.]+)*?)(?:\.((?:lora_|token_adapter\.).+))?", name)
+        need(match and ".." not in name and not name.endswith("."), "T-01", f"{name!r} is not a name of this format")
+        need(len(name.encode()) <= 512, "S-07", "a tensor's name is too long")
+        need(0 not in tensor[1], "T-12", f"{name} is empty")
+        if name in names.values():
+            continue
+        need(match and match[2] and match[1] in parts, "T-03", f"the manifest does not account for {name}")
+        assert match
+        parts[match[1]][match[2]] = tensor
+        need(tensor[0] in ("BF16", "F16", "F32", "F64"), "T-05", f"{name} is {tensor[0]}")
+    for path, entry in m["modules"].items():
+        clause, required, optional = KINDS[entry["kind"]]
+        have = parts[path].keys()
+        good = any(one <= have <= one | optional for one in required)
+        need(good, "T-02", f"{path} has {', '.join(have) or 'no parts'}")
+        shapes = {part: tensor[1] for part, tensor in parts[path].items()}
+        need(fits(entry, shapes), clause, f"{path}: shapes {shapes} do not fit rank {entry['rank']}")
+        need(BIAS not in shapes or shapes[BIAS] == shapes["lora_B.weight"][:1], "T-11", f"{path}: {BIAS}")
+    return parts, names
+
+
+# ---- the folder: chapter 2 ----------------------------------------------------------------------------------------
+
+
+def check_config(path: Path, m: dict[str, Any], parts: dict[str, Parts]) -> None:
+    need(path.is_file(), "L-04", f"there is no {path.name}")
+    try:
+        config = parse(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"[L-05] {error}") from None
+    need(isinstance(config, dict) and config.get("peft_type") == "LORA", "L-05", "not the config of a LoRA")
+    targets = config.get("target_modules")
+    same = isinstance(targets, list) and sorted(map(str, targets)) == m["target_modules"]
+    need(same, "L-08", "target_modules differ")
+    for path_, entry in m["modules"].items():
+        stem, name = re.sub(r"(\.base_layer)+$", "", path_), path_
+        if entry["kind"] == "experts":
+            name = f"{stem}.{entry['layout']['parameter']}"
+            listed = config.get("target_parameters") or []
+            need(any(f".{name}".endswith(f".{one}") for one in listed), "L-12", f"target_parameters lacks {name}")
+        rank, alpha = pattern(config, "rank", name, "r"), pattern(config, "alpha", name, "lora_alpha")
+        need(rank == entry["rank"], "L-06", f"{path_}: rank {rank}, the manifest says {entry['rank']}")
+        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if number(alpha) else math.nan
+        close = math.isclose(scaling, entry["scaling"], rel_tol=1e-6)
+        need(close, "L-07", f"{path_}: scaling {scaling}, the manifest says {entry['scaling']}")
+    saved, biases = config.get("modules_to_save") or [], config.get("bias", "none") != "none"
+    for parameter in m.get("replacements", {}):
+        module = parameter.rpartition(".")[0]
+        covered = module in parts or (biases and parameter.endswith(".bias"))
+        need(covered or any(f".{one}." in f".{module}." for one in saved), "L-09", f"modules_to_save lacks {module}")
+    for field, part in (("use_dora", MAGNITUDE), ("lora_bias", BIAS)):
+        need(bool(config.get(field)) == any(part in have for have in parts.values()), "L-10", field)
+    for field, allowed in NEUTRAL.items():
+        value = config.get(field, allowed[0])
+        need(any(type(value) is type(one) and value == one for one in allowed), "L-11", f"{field}: {value!r}")
+
+
+def pattern(config: dict[str, Any], which: str, name: str, default: str) -> Any:
+    for key, value in (config.get(f"{which}_pattern") or {}).items():
+        if key == f"^{re.escape(name)}" or f".{name}".endswith(f".{key}"):
+            return value
+    return config.get(default, 8)
+
+
+# ---- the whole ----------------------------------------------------------------------------------------------------
+
+
+def read(path: Path, base: Path | None = None) -> dict[str, Any]:
+    """Return {module: {rank, scaling, delta_weight}}, and {parameter: {replacement}}; raise `Refused`."""
+    file = path / "adapter_model.safetensors" if path.is_dir() else path
+    need(file.is_file(), "L-01", f"there is no {file}")
+    tensors, metadata = load(file)
+    need("loratools" in metadata, "L-03", "no loratools manifest")
+    need(metadata.get("format") == "pt", "L-02", "the metadata do not say format: pt")
+    m = check_manifest(metadata["loratools"])
+    parts, names = check_tensors(m, tensors)
+    if path.is_dir():
+        check_config(path / "adapter_config.json", m, parts)
+    own = tiers(tensors, m["digest"].partition(":")[0])["root"]
+    need(own == m["digest"], "I-02", f"the tensors have the digest {own}, the manifest says {m['digest']}")
+    stated = m.get("base_model", {}).get("hash", {})
+    if base and stated:
+        algorithm = next(name for name in HASHES if name in str(stated))
+        found = tiers(checkpoint(base), algorithm)
+        for name, value in stated.get("tensors", {}).items():
+            need(found["tensors"].get(name) == value, "I-10", f"the base's {name} is not what the adapter was made for")
+        for tier in ("schema", "root"):
+            need(stated.get(tier, found[tier]) == found[tier], "I-10", f"the base has another {tier}")
+    result: dict[str, Any] = {path: {"replacement": numbers(tensors[name])} for path, name in names.items()}
+    for module, entry in m["modules"].items():
+        have = parts[module]
+        result[module] = {"rank": entry["rank"], "scaling": entry["scaling"], "delta_weight": delta_weight(entry, have)}
+        result[module] |= {"bias": [entry["scaling"] * b for b in numbers(have[BIAS])]} if BIAS in have else {}
+        result[module] |= {"magnitude": numbers(have[MAGNITUDE])} if MAGNITUDE in have else {}
+    return result
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        if arguments[:1] == ["--hash"]:
+            print(canonical({name: tiers(checkpoint(Path(arguments[1])), name) for name in HASHES}))
+        else:
+            base = Path(arguments[2]) if arguments[1:2] == ["--base"] else None
+            print(canonical(read(Path(arguments[0]), base)))
+    except Refused as refused:
+        print(refused)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
