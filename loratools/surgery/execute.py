@@ -127,6 +127,9 @@ def _merge_tensor(
     stopped: Callable[[], bool],
 ) -> TensorResult:
     """Change one tensor and check that its bytes were those of the recorded base."""
+    import torch
+
+    torch.set_num_threads(1)  # OpenMP keeps this number for each thread
     change = plan.changes[slot.name]
     terms = load_terms(plan, change, settings.digests, slot.name, device)
     expected = {digest.algorithm_of(value) for _, value in change.expected}

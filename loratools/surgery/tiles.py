@@ -212,9 +212,10 @@ def _refine(term: Product, threshold: float, stored: torch.Tensor, rounded: torc
     # As integers, 16-bit floats without their sign are in the order of their values. NumPy looks through a tile in a
     # tenth of the time that torch takes for 16-bit integers.
     limit = int(torch.tensor(threshold, dtype=rounded.dtype).view(torch.int16))
-    found = np.nonzero(np.bitwise_and(rounded.view(torch.int16).numpy(), 0x7FFF) < np.int16(limit))
-    rows, columns = (torch.from_numpy(indices) for indices in found)
-    if len(rows):
+    small = np.bitwise_and(rounded.view(torch.int16).numpy(), 0x7FFF) < np.int16(limit)
+    found = torch.from_numpy(np.flatnonzero(small))
+    if len(found):
+        rows, columns = found // rounded.shape[1], found % rounded.shape[1]
         device = term.left.device
         change = term.elements((rows + first_row).to(device), columns.to(device)).to(rounded.device)
         rounded[rows, columns] = (stored[rows, columns].double() + change).to(rounded.dtype)
@@ -223,9 +224,13 @@ def _refine(term: Product, threshold: float, stored: torch.Tensor, rounded: torc
 def _measure(result: TensorResult, base: torch.Tensor, W: torch.Tensor, rounded: torch.Tensor, scale: float) -> None:
     import torch
 
-    base = base.double()
-    delta = W.double().sub_(base).flatten()
-    kept = rounded.to(W.device, torch.float64).sub_(base).flatten()
-    result.retained += scale * float(kept.dot(delta))
-    result.total += scale * float(delta.dot(delta))
-    result.changed += scale * float(torch.count_nonzero(kept))
+    # A few rows at a time: whole tiles in float64 would leave the cache.
+    step = max(1, (1 << 16) // W.shape[1])
+    for start in range(0, len(W), step):
+        part = slice(start, start + step)
+        before = base[part].double().flatten()
+        delta = W[part].double().flatten().sub_(before)
+        kept = rounded[part].to(W.device, torch.float64).flatten().sub_(before)
+        result.retained += scale * float(kept.dot(delta))
+        result.total += scale * float(delta.dot(delta))
+        result.changed += scale * float(torch.count_nonzero(kept))
