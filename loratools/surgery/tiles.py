@@ -105,10 +105,11 @@ def run(
                     term.apply_rows(W[inside], met[1], base[inside] if base is not None else None)
             rounded, data = buffers.rounded(W)
             _check_finite(task, W, rounded)
-            for site, term, threshold in delicate:
+            for site, term, limit in delicate:
                 if met := site.overlap(start, stop):
                     inside = (met[0], slice(*site.columns))
-                    _refine(term, threshold, buffers.stored(W)[inside], rounded[inside], met[1].start)
+                    found = buffers.below(rounded[inside], limit)
+                    _refine(term, found, buffers.stored(W)[inside], rounded[inside], met[1].start)
             if index in sampled and base is not None:
                 _measure(result, base, W, rounded, len(tiles) / len(sampled))
             files.write_from(task.target, data, task.offset + start * columns * out.itemsize)
@@ -132,6 +133,7 @@ class _Buffers:
         self._out_raw = _bytes_of(self._out)
         self._work = torch.empty(elements, dtype=work, device=device)
         self._itemsize = stored.itemsize, out.itemsize
+        self._bits: Any = None
 
     def read(self, source: int, offset: int, start: int, stop: int, columns: int) -> tuple[torch.Tensor, memoryview]:
         """Return rows [`start`, `stop`) in working precision, and their raw bytes."""
@@ -140,6 +142,22 @@ class _Buffers:
         files.read_into(source, raw, offset + start * columns * self._itemsize[0])
         self._work[:count].copy_(self._stored[:count])
         return self._work[:count].view(stop - start, columns), raw
+
+    def below(self, region: torch.Tensor, limit: int) -> torch.Tensor:
+        """Return where in a 16-bit float region, flattened, the magnitude is below `limit`, both read as integers.
+
+        Without their sign, 16-bit floats are in the order of their bits. NumPy looks through a tile in a tenth of the
+        time that torch takes, and into the same memory each time.
+        """
+        import numpy as np
+        import torch
+
+        if self._bits is None:
+            self._bits = np.empty(len(self._out), np.int16), np.empty(len(self._out), np.bool_)
+        bits, small = (scratch[: region.numel()].reshape(region.shape) for scratch in self._bits)
+        np.bitwise_and(region.view(torch.int16).numpy(), 0x7FFF, out=bits)
+        np.less(bits, np.int16(limit), out=small)
+        return torch.from_numpy(np.flatnonzero(small))
 
     def stored(self, W: torch.Tensor) -> torch.Tensor:
         """Return the tile that was read last as it is stored, in the shape of `W`."""
@@ -192,28 +210,24 @@ def _check_finite(task: TensorTask, W: torch.Tensor, rounded: torch.Tensor) -> N
         )
 
 
-def _delicate(task: TensorTask) -> list[tuple[Site, Product, float]]:
-    """Return the sites where float32 may not do: sums so close to zero that its error shows in a 16-bit result.
+def _delicate(task: TensorTask) -> list[tuple[Site, Product, int]]:
+    """Return the sites where float32 may not do, each with a magnitude (its bits as an integer) below which it shows.
 
     The error of a float32 sum is about 2^-24 of its largest term, which `bound` limits; it exceeds a unit in the last
     place of a p-bit result only below 2^(p-24) of that. A factor of four is for the length of the sum.
     """
+    import torch
+
     if task.dtype not in ("BF16", "F16"):
         return []
     scale = 2.0 ** (dtypes.MANTISSA[task.dtype] - 22)
-    return [(site, term, term.bound() * scale) for site, term in task.terms if isinstance(term, Product)]
+    products = [(site, term) for site, term in task.terms if isinstance(term, Product)]
+    limits = torch.tensor([term.bound() * scale for _, term in products], dtype=dtypes.to_torch(task.dtype))
+    return [(site, term, int(bits)) for (site, term), bits in zip(products, limits.view(torch.int16), strict=True)]
 
 
-def _refine(term: Product, threshold: float, stored: torch.Tensor, rounded: torch.Tensor, first_row: int) -> None:
-    """Compute the few results below `threshold` again, in float64, and round them once."""
-    import numpy as np
-    import torch
-
-    # As integers, 16-bit floats without their sign are in the order of their values. NumPy looks through a tile in a
-    # tenth of the time that torch takes for 16-bit integers.
-    limit = int(torch.tensor(threshold, dtype=rounded.dtype).view(torch.int16))
-    small = np.bitwise_and(rounded.view(torch.int16).numpy(), 0x7FFF) < np.int16(limit)
-    found = torch.from_numpy(np.flatnonzero(small))
+def _refine(term: Product, found: torch.Tensor, stored: torch.Tensor, rounded: torch.Tensor, first_row: int) -> None:
+    """Compute the few results that were found too small again, in float64, and round them once."""
     if len(found):
         rows, columns = found // rounded.shape[1], found % rounded.shape[1]
         device = term.left.device
