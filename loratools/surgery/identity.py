@@ -8,7 +8,7 @@ from typing import Any
 import loratools
 from loratools.adapter.model import Adapter
 from loratools.errors import BadFile, OutputRefused
-from loratools.format import keys
+from loratools.format import keys, manifest
 from loratools.storage import digest, files
 from loratools.storage.checkpoint import Checkpoint, read_json
 from loratools.storage.lazy import LazyTensor
@@ -27,7 +27,8 @@ def adapter_digest(adapter: Adapter, algorithm: str = digest.DEFAULT) -> str:
         for module, update in adapter.updates.items()
         for part, lazy in update.parts.items()
     }
-    named |= {keys.join(path, ""): lazy for path, lazy in adapter.replacements.items()}
+    names = manifest.names_of({"modules": adapter.updates, "replacements": adapter.replacements})
+    named |= {name: adapter.replacements[path] for path, name in names.items()}
     return digest.root({name: _digest(lazy, algorithm) for name, lazy in named.items()}, algorithm)
 
 
@@ -42,7 +43,7 @@ def _digest(lazy: LazyTensor, algorithm: str) -> str:
 
 def checked_digest(adapter: Adapter, name: str) -> str:
     """Return an adapter's digest; raise `BadFile` if its file records another, so that a damaged file is no input."""
-    recorded = adapter.settings.get("digest")
+    recorded = adapter.settings.get(manifest.ORIGIN, {}).get("digest")
     algorithm = digest.algorithm_of(recorded) if isinstance(recorded, str) else digest.DEFAULT
     found = adapter_digest(adapter, algorithm)
     if recorded is not None and found != recorded:

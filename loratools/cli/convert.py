@@ -1,0 +1,74 @@
+"""loratools convert"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from loratools.cli import _options as options
+from loratools.cli import _show as show
+from loratools.cli._group import command as make
+from loratools.cli._talk import Talk, pass_talk
+
+if TYPE_CHECKING:
+    from loratools.surgery.convert import Conversion
+
+
+@make(section="Change")
+@click.argument("adapter", type=options.PATH)
+@options.output_option
+@click.option("--to", metavar="DIALECT", default="loratools", show_default=True, help="See `loratools dialects`.")
+@click.option("--base", type=options.PATH, metavar="PATH", help="Seal the adapter with the hash of this base model.")
+@click.option("--base-id", metavar="NAME", help="Name of the base model to record, such as org/model.")
+@click.option("--allow-loss", is_flag=True, help="Write it even where the dialect cannot say everything.")
+@options.dialect_option
+@options.force_option
+@pass_talk
+def command(
+    talk: Talk,
+    adapter: Path,
+    output: Path,
+    to: str,
+    base: Path | None,
+    base_id: str | None,
+    allow_loss: bool,
+    dialect: str | None,
+    force: bool,
+) -> show.Report:
+    """Rewrite an adapter in another dialect, or seal it with its base's hash.
+
+    The result of `--to loratools` is still a PEFT adapter: it loads in PEFT unchanged. With --base it also carries the
+    hash of every base tensor that it changes, so that merging it into any other model is refused.
+
+    \b
+    Examples:
+      loratools convert adapter -o sealed --base base
+      loratools convert sealed -o plain --to peft --allow-loss
+    """
+    from loratools import dialects
+    from loratools.storage.checkpoint import Checkpoint
+    from loratools.surgery.convert import convert
+
+    opened = dialects.open_adapter(adapter, dialect=dialect)
+    checkpoint = Checkpoint.open(base) if base else None
+    with talk.progress("hashing the base", checkpoint.nbytes if checkpoint else 0) as advance:
+        found = convert(
+            opened, output, to=to, base=checkpoint, base_id=base_id, allow_loss=allow_loss, force=force,
+            progress=advance,
+        )  # fmt: skip
+    return show.Report(show.plain(found), _lines(found))
+
+
+def _lines(found: Conversion) -> Iterator[str]:
+    base = found.base
+    rows = [
+        ("wrote", f"{found.output} ({found.dialect}, {found.modules} modules)"),
+        ("digest", found.digest),
+        ("base", (base.id if base else None) or "not named"),
+    ]
+    if base and base.root:
+        rows.append(("base hash", f"{base.root}, and {len(base.tensors)} tensors"))
+    yield from show.fields([*rows, *(("lost", str(loss)) for loss in found.losses)])
