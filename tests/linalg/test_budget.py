@@ -112,6 +112,8 @@ def test_the_threshold_is_one_for_all_layers() -> None:
     assert water_filling(spectra, shapes, 4, minimum=0) == (2, 0)
     assert water_filling(spectra, shapes, 18, importance=[0.0, 1.0]) == (1, 2)
     assert water_filling(spectra, shapes, 100, maximum=1) == (1, 1)
+    # Energy per parameter, not energy: 4 and 3.61 at cost 2 before 6.25 at cost 8.
+    assert water_filling([[3.0, 2.0, 1.9], [4.0, 2.5]], shapes, 18) == (3, 1)
 
 
 def test_a_layer_that_is_zero_gets_0_and_costs_nothing() -> None:

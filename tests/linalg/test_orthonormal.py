@@ -55,6 +55,15 @@ def test_extending_stays_orthogonal_even_where_little_is_new(seed: int, decades:
     assert Q.shape[1] == 6 or decades > 4
 
 
+def test_columns_that_add_nearly_the_same_stay_orthogonal_to_the_basis() -> None:
+    generator = torch.Generator().manual_seed(0)
+    V = orthonormal_columns(torch.randn(80, 20, generator=generator))
+    same = torch.randn(80, 1, generator=generator).expand(80, 6) + 3e-5 * torch.randn(80, 6, generator=generator)
+    Q = extend(V, V @ torch.randn(20, 6, generator=generator) + same)
+    assert Q.shape == (80, 6)
+    assert departure(torch.cat([V, Q], 1)) < 1e-6
+
+
 def test_what_lies_in_the_span_adds_nothing() -> None:
     generator = torch.Generator().manual_seed(0)
     V = orthonormal_columns(torch.randn(80, 20, generator=generator))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -258,3 +259,18 @@ def test_a_lowered_float32_precision_is_put_back_and_not_used() -> None:
     finally:
         torch.set_float32_matmul_precision("highest")
     assert torch.equal(found.U, expected.U)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_finds_what_the_cpu_finds() -> None:
+    D = signal_and_noise(1200, 900).float()
+    cpu, gpu = truncated_svd(D, 32, probe=True), truncated_svd(D.cuda(), 32, probe=True)
+    assert gpu.U.device.type == "cuda"
+    assert gpu.relative_error == pytest.approx(cpu.relative_error, rel=1e-4)
+    assert torch.allclose(gpu.S, cpu.S, rtol=1e-4)
+    assert math.sqrt(gpu.error2) == pytest.approx(measured(D.cuda(), _moved(gpu)), rel=1e-4)
+
+
+def _moved(svd: TruncatedSVD) -> TruncatedSVD:
+    return replace(svd, S=svd.S.to(svd.U.device))
