@@ -11,7 +11,20 @@ from typing import Any
 __version__ = "0.1.0"
 
 # public name -> the module that defines it
-_HOME: dict[str, str] = {}
+_HOME: dict[str, str] = {
+    "Adapter": "loratools.adapter.model",
+    "BaseIdentity": "loratools.adapter.model",
+    "Checkpoint": "loratools.storage.checkpoint",
+    "LoraToolsError": "loratools.errors",
+    "convert": "loratools.surgery.convert",
+    "hash_checkpoint": "loratools.surgery.hash",
+    "inspect": "loratools.surgery.inspect",
+    "merge": "loratools.surgery.merge",
+    "open_adapter": "loratools.dialects",
+    "save_adapter": "loratools.dialects",
+    "validate": "loratools.surgery.validate",
+    "verify": "loratools.surgery.verify",
+}
 
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604
 

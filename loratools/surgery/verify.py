@@ -178,7 +178,7 @@ def _check(
     of_weight = (error / norm) ** 0.5 if norm else 0.0
     applied = cross / expected if expected else 1.0
     if exact:
-        within = far == 0 and wrong <= found.parameters // 10_000
+        within = far == 0 and wrong <= 1 + found.parameters // 10_000
     else:
         # Where the whole change is near the dtype's rounding, a small residual alone would prove nothing.
         faint = expected < (4 * bound) ** 2 * norm

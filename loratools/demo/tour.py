@@ -1,0 +1,158 @@
+"""The guided tour: every capability once, on a real trained model that ships inside the package."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loratools import dialects
+from loratools.demo import data_folder
+from loratools.errors import WrongBase
+from loratools.storage.checkpoint import Checkpoint, read_json
+from loratools.surgery.convert import convert
+from loratools.surgery.inspect import AdapterSummary, inspect
+from loratools.surgery.merge import merge
+from loratools.surgery.verify import verify
+
+PROMPT = b"FIRST LORD.\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """One stop of the tour: what is done, the command that does it, what came of it in words and in numbers."""
+
+    title: str
+    command: str
+    lines: tuple[str, ...]
+    measured: dict[str, Any] = field(default_factory=dict)
+
+
+def tour(folder: Path) -> Iterator[Stop]:
+    """Take the tour in an empty folder, which holds base, adapter and everything made from them afterwards.
+
+    Yields each stop when it has been reached. Every number in it is measured on the way; a stop that does not find what
+    it expects raises `RuntimeError`.
+    """
+    for name in ("base", "adapter"):
+        shutil.copytree(data_folder() / name, folder / name)
+    for stop in STOPS:
+        yield stop(folder)
+
+
+def _inspect(folder: Path) -> Stop:
+    model, adapter = inspect(folder / "base"), inspect(folder / "adapter")
+    assert isinstance(adapter, AdapterSummary)
+    group = adapter.groups[0]
+    return Stop(
+        "What is in the files? Headers only, nothing is loaded.",
+        "loratools inspect adapter",
+        (
+            f"the model: {model.total.parameters:,} parameters in {model.total.tensors} tensors, trained on the Bible",
+            f"the adapter: rank {group.rank}, alpha {group.alpha:g}, scaling {group.scaling:g} on "
+            f"{len(adapter.modules)} modules, trained on Shakespeare's plays with PEFT",
+        ),
+        {"parameters": model.total.parameters, "modules": len(adapter.modules), "rank": group.rank},
+    )
+
+
+def _seal(folder: Path) -> Stop:
+    made = convert(folder / "adapter", folder / "sealed", base=folder / "base")
+    root = made.base.root if made.base else None
+    return Stop(
+        "Seal the adapter: write down, in its own file, which base model it belongs to.",
+        "loratools convert adapter -o sealed --base base",
+        (f"base hash {root}", "it is still a PEFT adapter, with the same factors byte for byte"),
+        {"root": root, "digest": made.digest},
+    )
+
+
+def _merge(folder: Path) -> Stop:
+    report = merge(folder / "base", [folder / "sealed"], folder / "merged")
+    return Stop(
+        "Merge it: W' = W + s·B·A in float32, rounded once; the base is checked against its hash as it is read.",
+        "loratools merge base sealed -o merged",
+        (
+            f"{report.changed} of {report.tensors} tensors changed, {report.verified} verified to be the base's",
+            f"{report.retention or 0:.2%} of the change survives rounding to bf16",
+        ),
+        {"changed": report.changed, "verified": report.verified, "retention": report.retention},
+    )
+
+
+def _verify(folder: Path) -> Stop:
+    proof = verify(folder / "merged", folder / "base", [folder / "adapter"], exact=True)
+    wrong = sum(check.mismatched or 0 for check in proof.checked)
+    if not proof.ok:
+        raise RuntimeError("the merged model is not base + adapter")
+    return Stop(
+        "Prove it: recompute every changed tensor in float64, compare every other byte by byte.",
+        "loratools verify merged --base base --adapter adapter --exact",
+        (
+            f"{len(proof.checked)} changed tensors are base + adapter; all elements but {wrong} are the float64 ones",
+            f"{proof.identical} untouched tensors are equal byte by byte",
+        ),
+        {"checked": len(proof.checked), "identical": proof.identical, "mismatched": wrong},
+    )
+
+
+def _losses(folder: Path) -> Stop:
+    from loratools.demo.llama import LlamaShape, generate, held_out_loss
+
+    base, merged = Checkpoint.open(folder / "base"), Checkpoint.open(folder / "merged")
+    shape = LlamaShape.from_config(read_json(folder / "base" / "config.json"))
+    opened: Any = dialects.open_adapter(folder / "adapter").updates
+    factors = {module: (u.A.load(), u.B.load(), u.scaling) for module, u in opened.items()}
+    before = {name: base.read(name) for name in base.specs}
+    after = {name: merged.read(name) for name in merged.specs}
+    text = (data_folder() / "plays.txt").read_bytes()
+    losses = {
+        "base": held_out_loss(before, shape, text),
+        "base + adapter": held_out_loss(before, shape, text, factors),
+        "merged": held_out_loss(after, shape, text),
+    }
+    if abs(losses["merged"] - losses["base + adapter"]) > 0.01:
+        raise RuntimeError("the merged model does not behave as base + adapter does")
+    said = [generate(w, shape, PROMPT, 60, temperature=0.6)[len(PROMPT) :] for w in (before, after)]
+    words = [" / ".join(filter(None, part.decode("ascii", "replace").strip().splitlines())) for part in said]
+    return Stop(
+        "Did it help? Loss on a play that neither has seen (Macbeth), in nats per byte; less is better.",
+        "",
+        (
+            *(f"{name:<15} {loss:.4f}" for name, loss in losses.items()),
+            f"after {PROMPT.decode().strip()!r} base says    … {words[0]}",
+            f"after {PROMPT.decode().strip()!r} merged says  … {words[1]}",
+        ),
+        {"held_out_loss": losses},
+    )
+
+
+def _wrong_base(folder: Path) -> Stop:
+    touched = next(iter(dialects.open_adapter(folder / "adapter").updates)) + ".weight"
+    wrong = Path(shutil.copytree(folder / "base", folder / "wrong-base"))
+    spec = Checkpoint.open(wrong).specs[touched]
+    with spec.file.open("r+b") as file:
+        file.seek(spec.start)
+        byte = file.read(1)[0]
+        file.seek(spec.start)
+        file.write(bytes([byte ^ 1]))
+    try:
+        merge(wrong, [folder / "sealed"], folder / "refused")
+    except WrongBase as error:
+        refusal = error.message.replace(f"{folder}/", "")
+    else:
+        raise RuntimeError("a wrong base was not refused")
+    if (folder / "refused").exists():
+        raise RuntimeError("a refused merge left an output behind")
+    return Stop(
+        f"Now the wrong base: the same model, but for one flipped bit in {touched}.",
+        "loratools merge wrong-base sealed -o refused",
+        (f"refused: {refusal.partition(': its digest')[0]}", "nothing was written"),
+        {"refused": True},
+    )
+
+
+STOPS: tuple[Callable[[Path], Stop], ...] = (_inspect, _seal, _merge, _verify, _losses, _wrong_base)
+"""The stops, in order; a later capability adds its own."""
