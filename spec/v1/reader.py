@@ -182,6 +182,7 @@ def check_config(path: Path, m: dict[str, Any], parts: dict[str, Parts]) -> None
     except (ValueError, RecursionError) as error:
         raise Refused(f"[L-05] {error}") from None
     need(isinstance(config, dict) and config.get("peft_type") == "LORA", "L-05", "not the config of a LoRA")
+    check_types(config)
     targets = config.get("target_modules")
     same = isinstance(targets, list) and sorted(map(str, targets)) == m["target_modules"]
     need(same, "L-08", "target_modules differ")
@@ -193,7 +194,9 @@ def check_config(path: Path, m: dict[str, Any], parts: dict[str, Parts]) -> None
             need(any(f".{name}".endswith(f".{one}") for one in listed), "L-12", f"target_parameters lacks {name}")
         rank, alpha = pattern(config, "rank", name, "r"), pattern(config, "alpha", name, "lora_alpha")
         need(rank == entry["rank"], "L-06", f"{path_}: rank {rank}, the manifest says {entry['rank']}")
-        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if number(alpha) else math.nan
+        scaling = math.nan
+        if number(alpha) and abs(alpha) < 2**1000:
+            scaling = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
         close = math.isclose(scaling, entry["scaling"], rel_tol=1e-6)
         need(close, "L-07", f"{path_}: scaling {scaling}, the manifest says {entry['scaling']}")
     saved, biases = config.get("modules_to_save") or [], config.get("bias", "none") != "none"
@@ -206,6 +209,18 @@ def check_config(path: Path, m: dict[str, Any], parts: dict[str, Parts]) -> None
     for field, allowed in NEUTRAL.items():
         value = config.get(field, allowed[0])
         need(any(type(value) is type(one) and value == one for one in allowed), "L-11", f"{field}: {value!r}")
+
+
+def check_types(config: dict[str, Any]) -> None:
+    need(natural(config.get("r", 8), 1) and number(config.get("lora_alpha", 8)), "L-05", "r or lora_alpha")
+    need(isinstance(config.get("bias", "none"), str), "L-05", "bias is not a string")
+    for name in ("rank_pattern", "alpha_pattern"):
+        need(config.get(name) is None or isinstance(config[name], dict), "L-05", f"{name} is not an object")
+    for name in ("modules_to_save", "target_parameters"):
+        found = config.get(name)
+        need(found is None or (isinstance(found, list) and all(isinstance(one, str) for one in found)), "L-05", name)
+    for name in ("use_rslora", "use_dora", "lora_bias"):
+        need(config.get(name) is None or isinstance(config[name], bool), "L-05", f"{name} is not a boolean")
 
 
 def pattern(config: dict[str, Any], which: str, name: str, default: str) -> Any:

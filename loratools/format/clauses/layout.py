@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from loratools.format.clauses import Chapter, Fault, Subject, number, shown
+from loratools.format.clauses import Chapter, Fault, Subject, natural, number, shown
 from loratools.format.kinds import BIAS, MAGNITUDE
 from loratools.format.manifest import suffixes, unmatched
 
@@ -28,11 +28,38 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 
 
+def _names(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+def _switch(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def _patterns(value: Any) -> bool:
+    return value is None or isinstance(value, dict)
+
+
+_TYPES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "peft_type": (lambda value: value == "LORA", "LORA"),
+    "r": (lambda value: natural(value, 1), "a positive integer"),
+    "lora_alpha": (number, "a number"),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (_patterns, "an object")),
+    **dict.fromkeys(("modules_to_save", "target_parameters"), (_names, "a list of strings")),
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), (_switch, "true or false")),
+    "bias": (lambda value: isinstance(value, str), "a string"),
+}
+
+
 @CHAPTER.clause("L-05")
 def peft_lora(subject: Subject) -> Iterator[Fault]:
-    """Check that the config is that of a LoRA."""
-    if subject.config is not None and subject.config.get("peft_type") != "LORA":
-        yield "adapter_config.json", f"peft_type: expected LORA, found {shown(subject.config.get('peft_type'))}"
+    """Check that the config is that of a LoRA, and the types of its fields."""
+    config = subject.config
+    if config is None:
+        return
+    for field, (formed, expected) in _TYPES.items():
+        if (field in config or field == "peft_type") and not formed(config.get(field)):
+            yield "adapter_config.json", f"{field}: expected {expected}, found {shown(config.get(field))}"
 
 
 @CHAPTER.clause("L-06")
@@ -50,9 +77,13 @@ def scalings(subject: Subject) -> Iterator[Fault]:
         if not number(entry.get("scaling")) or rank != entry["rank"]:
             continue
         rooted = bool((subject.config or {}).get("use_rslora"))
-        scaling = alpha / (math.sqrt(rank) if rooted else rank) if number(alpha) else math.nan
+        scaling = _quotient(alpha, math.sqrt(rank) if rooted else rank)
         if not math.isclose(scaling, entry["scaling"], rel_tol=TOLERANCE):
             yield path, f"the manifest says scaling {entry['scaling']:g}, adapter_config.json {scaling:g}"
+
+
+def _quotient(alpha: Any, divisor: float) -> float:
+    return float(alpha) / divisor if number(alpha) and abs(alpha) < 2**1000 else math.nan
 
 
 def _configured(subject: Subject) -> Iterator[tuple[str, Mapping[str, Any], Any, Any]]:

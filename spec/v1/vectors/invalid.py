@@ -74,6 +74,7 @@ INVALID: dict[str, Entry] = {
         "L-03", False, "a plain PEFT file: not sealed", raw(lambda h: h["__metadata__"].pop("loratools"))),
     "layout/config-missing": ("L-04", False, "a folder without the config", without_config),
     "layout/config-not-json": ("L-05", False, "the config is cut off", lambda c: c.update(config='{"peft_type":')),
+    "layout/config-patterns-a-list": ("L-05", False, "rank_pattern is a list", config(rank_pattern=["q"])),
     "layout/config-of-another-method": ("L-05", False, "peft_type LOHA", config(peft_type="LOHA")),
     "layout/config-name-twice": (
         "L-05", False, "a duplicate name", lambda c: c.update(config='{"peft_type":"LORA","r":1,"r":1}')),

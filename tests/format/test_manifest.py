@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+import math
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loratools.format import manifest
+
+# RFC 8785, appendix B, and values where ECMAScript and Python lay digits out differently.
+NUMBERS = {
+    -0.0: "0", 5e-324: "5e-324", -5e-324: "-5e-324", 1.7976931348623157e308: "1.7976931348623157e+308",
+    9007199254740991: "9007199254740991", 295147905179352830000000.0: "2.9514790517935283e+23", 1e23: "1e+23",
+    9.999999999999997e22: "9.999999999999997e+22", 1e21: "1e+21", 0.000001: "0.000001", 1e-7: "1e-7",
+    4.5: "4.5", 0.002: "0.002", 1e-27: "1e-27", 333333333.33333325: "333333333.33333325", 2.0: "2", -1.5e-9: "-1.5e-9",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "text"), NUMBERS.items())
+def test_numbers_as_in_the_rfc(value: float, text: str) -> None:
+    assert manifest.canonical(value) == text
+
+
+@given(st.binary(min_size=8, max_size=8))
+def test_every_number_reads_back_as_itself(data: bytes) -> None:
+    (value,) = struct.unpack("<d", data)
+    if not math.isfinite(value) or (2**53 <= abs(value) < 1e21):
+        with pytest.raises(ValueError):
+            manifest.canonical(value)
+        return
+    assert json.loads(manifest.canonical(value)) == value
+
+
+def test_names_are_sorted_by_utf16_and_text_is_not_escaped() -> None:
+    # RFC 8785, 3.2.3: the emoji is a surrogate pair, and comes before U+FB33.
+    value = {"€": 1, "\r": 2, "\ufb33": 3, "1": 4, "\U0001f600": 5, "\x80": 6, "ö": 7}
+    assert list(json.loads(manifest.canonical(value))) == ["\r", "1", "\x80", "ö", "€", "\U0001f600", "\ufb33"]
+    assert manifest.canonical('é"\\\n\x1f') == '"é\\"\\\\\\n\\u001f"'
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 2**53, -(2**53), "\ud800", {1: 2}, {1, 2}, b"x"])
+def test_what_json_cannot_hold_is_refused(value: object) -> None:
+    with pytest.raises(ValueError):
+        manifest.canonical(value)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "settings", "found"),
+    [
+        (["q", "v"], {}, ["q", "v"]),
+        (["v", "q", "q"], {}, ["q", "v"]),
+        (["q"], {}, ["a.q", "a.v"]),  # v is not named
+        (["q", "v", "k"], {}, ["a.q", "a.v"]),  # k names nothing
+        (["q", "v"], {"exclude_modules": ["b"]}, ["a.q", "a.v"]),  # the list alone would say more
+        (".*", {}, ["a.q", "a.v"]),
+        (None, {}, ["a.q", "a.v"]),
+    ],
+)
+def test_target_modules_are_kept_only_where_they_fit(
+    wanted: object, settings: dict[str, object], found: list[str]
+) -> None:
+    modules = {"a.q": {"kind": "lora"}, "a.v": {"kind": "lora"}}
+    assert manifest.target_modules(modules, settings | {"target_modules": wanted}, {}) == found

@@ -1,0 +1,220 @@
+"""What a Writer owes, clause by clause."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loratools.adapter.model import Adapter, BaseIdentity
+from loratools.errors import InvalidFormat, OutputRefused, UnsupportedAdapter
+from loratools.format import manifest, reader, rules, writer
+from loratools.storage import digest, dtypes
+from loratools.storage.header import read_header
+from loratools.storage.lazy import LazyTensor
+
+from .adapters import Q, V, bytes_of, lora, rich
+
+NAMES = ("adapter_model.safetensors", "adapter_config.json")
+TOUCHED = {Q: f"{Q}.weight", V: f"{V}.weight"}
+
+
+def stated(path: Path) -> dict[str, Any]:
+    """Return the manifest of a file."""
+    document: dict[str, Any] = json.loads(read_header(path).metadata["loratools"])
+    return document
+
+
+def rewritten(path: Path, target: Path, change: Any) -> Path:
+    """Copy an adapter file with another manifest."""
+    data, header = path.read_bytes(), read_header(path)
+    document = json.loads(header.metadata["loratools"])
+    change(document)
+    length = int.from_bytes(data[:8], "little")
+    whole = json.loads(data[8 : 8 + length])
+    whole["__metadata__"]["loratools"] = manifest.canonical(document)
+    encoded = json.dumps(whole, ensure_ascii=False).encode()
+    target.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data[8 + length :])
+    return target
+
+
+@pytest.mark.parametrize("name", ["folder", "one.safetensors"])
+def test_round_trip(name: str, tmp_path: Path) -> None:
+    adapter = rich()
+    written = writer.write(adapter, tmp_path / name, tensors=TOUCHED)
+    assert rules.validate(tmp_path / name) == []
+    again = reader.read(tmp_path / name, verify=True)
+    assert bytes_of(again) == bytes_of(adapter)
+    assert {path: (u.scaling, u.alpha, u.rank, u.kind) for path, u in again.updates.items()} == {
+        path: (u.scaling, u.alpha, u.rank, u.kind) for path, u in adapter.updates.items()
+    }
+    assert (again.base, again.provenance) == (adapter.base, adapter.provenance)
+    assert again.settings["task_type"] == "CAUSAL_LM"
+    assert again.settings[manifest.ORIGIN]["digest"] == written
+    assert manifest.base_tensors(again) == TOUCHED
+
+
+def test_digest_is_the_root_over_the_files_own_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    written = writer.write(rich(), path)
+    raw = path.read_bytes()
+    digests = {
+        name: digest.tensor(spec.dtype, spec.shape, [raw[spec.start : spec.stop]])
+        for name, spec in read_header(path).tensors.items()
+    }
+    assert written == stated(path)["digest"] == digest.root(digests)
+
+
+def test_safetensors_library_reads_the_same_numbers(tmp_path: Path) -> None:
+    adapter = rich()
+    writer.write(adapter, tmp_path / "a.safetensors")
+    found = load_file(tmp_path / "a.safetensors")
+    for path, update in adapter.updates.items():
+        for part, lazy in update.parts.items():
+            assert torch.equal(found.pop(f"base_model.model.{path}.{part}"), lazy.load())
+    assert torch.equal(found.pop("base_model.model.lm_head.weight"), adapter.replacements["lm_head.weight"].load())
+    assert found == {}
+
+
+def test_M_24_no_place_no_machine_no_user(tmp_path: Path) -> None:
+    base = BaseIdentity(str(tmp_path / "models" / "my-base"))
+    writer.write(replace(rich(), base=base), tmp_path / "out")
+    for name in NAMES:
+        text = (tmp_path / "out" / name).read_bytes()
+        for secret in (str(tmp_path), tmp_path.name, socket.gethostname(), str(Path.home()) + "/", str(os.getpid())):
+            assert secret.encode() not in text, secret
+    assert stated(tmp_path / "out" / NAMES[0])["base_model"]["id"] == "my-base"
+    assert json.loads((tmp_path / "out" / NAMES[1]).read_text())["base_model_name_or_path"] == "my-base"
+
+
+def test_M_25_equal_bytes_in_every_process(tmp_path: Path) -> None:
+    code = "import sys\nfrom pathlib import Path\nfrom tests.format.adapters import rich\n"
+    code += "from loratools.format import writer\nwriter.write(rich(), Path(sys.argv[1]))"
+    for seed in ("1", "2"):
+        env = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[2])}
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / f"place-{seed}")], check=True, env=env)
+    for name in NAMES:
+        assert (tmp_path / "place-1" / name).read_bytes() == (tmp_path / "place-2" / name).read_bytes()
+
+
+def test_order_of_updates_does_not_matter(tmp_path: Path) -> None:
+    adapter = rich()
+    backwards = replace(adapter, updates=dict(reversed(list(adapter.updates.items()))))
+    for name, one in (("a", adapter), ("b", backwards)):
+        writer.write(one, tmp_path / name)
+    for name in NAMES:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_T_22_wide_dtypes_first_then_by_name(tmp_path: Path) -> None:
+    writer.write(rich(), tmp_path / "a.safetensors")
+    header = read_header(tmp_path / "a.safetensors")
+    order = [(-dtypes.bits(spec.dtype), name.encode()) for name, spec in header.tensors.items()]
+    assert order == sorted(order)
+    assert len({bits for bits, _ in order}) == 2
+    assert all(spec.start % 2 == 0 for spec in header.tensors.values())
+
+
+def test_T_23_stored_tensors_keep_bytes_that_no_arithmetic_keeps(tmp_path: Path) -> None:
+    # A NaN with a payload and a negative zero: bytes, not numbers, are what is kept.
+    bits = torch.tensor([[0x7FC1, -0x8000, 0x0001, 0x3F80]], dtype=torch.int16).view(torch.bfloat16)
+    parts = {"lora_A.weight": LazyTensor.of(bits), "lora_B.weight": LazyTensor.of(torch.ones(2, 1).bfloat16())}
+    from loratools.adapter import updates
+
+    first = Adapter({"q": updates.get("lora").build(parts, 1.0, 1.0)})
+    writer.write(first, tmp_path / "a.safetensors")
+    writer.write(reader.read(tmp_path / "a.safetensors"), tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    spec = read_header(tmp_path / "b.safetensors").tensors["base_model.model.q.lora_A.weight"]
+    raw = (tmp_path / "b.safetensors").read_bytes()[spec.start : spec.stop]
+    assert raw == b"\xc1\x7f\x00\x80\x01\x00\x80\x3f"
+
+
+def test_V_04_unknown_fields_survive_a_rewrite(tmp_path: Path) -> None:
+    def grow(document: dict[str, Any]) -> None:
+        document["format_version"] = "1.9"
+        document["top"] = [1, {"a": None}]
+        document["modules"][Q]["note"] = "x"
+        document["modules"][Q]["layout"] = {"transposed": False, "more": 1}
+        document["replacements"]["lm_head.weight"]["note"] = "y"
+        document["base_model"]["licence"] = "z"
+        document["base_model"]["hash"]["tier"] = 4
+        document["provenance"][1]["note"] = "s"
+
+    writer.write(rich(), tmp_path / "a.safetensors", tensors=TOUCHED)
+    later = rewritten(tmp_path / "a.safetensors", tmp_path / "later.safetensors", grow)
+    writer.write(reader.read(later), tmp_path / "again.safetensors")
+    assert stated(tmp_path / "again.safetensors") == stated(later)
+
+
+def test_X_05_optional_extensions_survive_a_rewrite(tmp_path: Path) -> None:
+    found = [{"name": "org.example.x", "must_understand": False, "configuration": {"k": [1]}, "more": 2}]
+    writer.write(rich(), tmp_path / "a.safetensors")
+    later = rewritten(
+        tmp_path / "a.safetensors", tmp_path / "later.safetensors", lambda document: document.update(extensions=found)
+    )
+    writer.write(reader.read(later), tmp_path / "again.safetensors")
+    assert stated(tmp_path / "again.safetensors")["extensions"] == found
+
+
+def test_V_05_new_adapters_are_marked_1_0(tmp_path: Path) -> None:
+    writer.write(rich(), tmp_path / "a.safetensors")
+    assert stated(tmp_path / "a.safetensors")["format_version"] == "1.0"
+
+
+def test_config_says_what_the_manifest_says(tmp_path: Path) -> None:
+    writer.write(rich(), tmp_path / "out", card="# Card\n")
+    config = json.loads((tmp_path / "out" / NAMES[1]).read_text())
+    assert (config["peft_type"], config["r"], config["modules_to_save"]) == ("LORA", 3, ["lm_head"])
+    assert (config["task_type"], config["base_model_name_or_path"]) == ("CAUSAL_LM", "org/base")
+    assert config["target_modules"] == [Q, V]
+    assert (tmp_path / "out" / "README.md").read_text() == "# Card\n"
+
+
+def test_several_faults_are_said_at_once_and_nothing_is_written(tmp_path: Path) -> None:
+    adapter = replace(rich(), updates={f"{Q}..x": lora(0), V: lora(1, scaling=1.0)}, settings={"task_type": None})
+    base = replace(adapter.base or BaseIdentity(), root="md5:0")
+    with pytest.raises(InvalidFormat) as caught:
+        writer.write(replace(adapter, base=base), tmp_path / "out", tensors={V: "unknown.weight"})
+    said = {problem[1:5] for problem in caught.value.problems}
+    assert {"M-10", "I-06", "I-08"} <= said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_not_json_in_settings_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InvalidFormat, match="cannot be written: set is not a JSON type"):
+        writer.write(replace(rich(), settings={"x": {1}}), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_output_and_own_input_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    writer.write(rich(), path)
+    before = path.read_bytes()
+    with pytest.raises(OutputRefused, match="exists already"):
+        writer.write(rich(), path)
+    with pytest.raises(OutputRefused, match="also an input"):
+        writer.write(reader.read(path), path, force=True)
+    assert path.read_bytes() == before
+    writer.write(replace(rich(), provenance=()), path, force=True)
+    assert path.read_bytes() != before
+
+
+def test_refusals_of_what_is_newer(tmp_path: Path) -> None:
+    writer.write(rich(), tmp_path / "a.safetensors")
+    for change, clause in (
+        ({"format_version": "2.0"}, "V-01"),
+        ({"extensions": [{"name": "x", "must_understand": True}]}, "X-04"),
+    ):
+        newer = rewritten(tmp_path / "a.safetensors", tmp_path / "b.safetensors", lambda m, c=change: m.update(c))
+        with pytest.raises(UnsupportedAdapter, match=rf"\[{clause}\]"):
+            reader.read(newer)

@@ -1,0 +1,206 @@
+"""Both readers and the validator, on every vector; clauses that need no file of their own are tested by id."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reader as second
+import torch
+from container import Refused, checkpoint, tiers
+
+from loratools.adapter import updates
+from loratools.adapter.model import BaseIdentity
+from loratools.errors import InvalidFormat, LoraToolsError, UnsupportedAdapter
+from loratools.format import manifest, reader, rules
+from loratools.format.clauses import Subject
+from loratools.storage import digest, files
+from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.lazy import LazyTensor
+from loratools.surgery.validate import differences
+
+from . import SPEC, VECTORS, adapter_of, base_of, cases, note
+
+
+def test_there_are_enough_vectors_and_they_are_small() -> None:
+    assert len(cases("valid")) >= 15
+    assert len(cases("invalid")) >= 40
+    sizes = {path: path.stat().st_size for path in VECTORS.rglob("*") if path.is_file() and path.suffix != ".py"}
+    assert {path.name: size for path, size in sizes.items() if size > 2600 and path.name != "README.md"} == {}
+
+
+def test_make_py_makes_the_committed_bytes(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-S", str(VECTORS / "make.py"), str(tmp_path)], check=True)
+    made = {str(path.relative_to(tmp_path)): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    areas = ("valid", "invalid", "hash")
+    kept = [path for area in areas for path in (VECTORS / area).rglob("*") if path.is_file()]
+    assert made == {str(path.relative_to(VECTORS)): path.read_bytes() for path in kept}
+
+
+@pytest.mark.parametrize("name", cases("valid"))
+def test_second_reader_prints_the_expected_numbers(name: str) -> None:
+    expected = note("valid", name)
+    found = second.read(adapter_of("valid", name), base_of("valid", name))
+    assert close(found, expected["modules"], expected["tolerance"]), found
+
+
+@pytest.mark.parametrize("name", cases("valid"))
+def test_validator_finds_no_problem(name: str) -> None:
+    assert rules.validate(adapter_of("valid", name)) == []
+
+
+@pytest.mark.parametrize("name", [name for name in cases("valid") if name != "linear/bias"])
+def test_reader_gives_the_expected_numbers(name: str) -> None:
+    path, expected = adapter_of("valid", name), note("valid", name)
+    subject = rules.open_subject(path)
+    assert isinstance(subject, Subject)
+    if unknown := {entry["kind"] for _, entry in subject.entries()} - set(updates.names()):
+        with pytest.raises(UnsupportedAdapter, match=f"kind '{unknown.pop()}'"):
+            reader.read(path)
+        return
+    adapter = reader.read(path, verify=True)
+    found: dict[str, Any] = {}
+    for module, update in adapter.updates.items():
+        found[module] = {"rank": update.rank, "scaling": update.scaling}
+        try:
+            found[module]["delta_weight"] = update.delta_weight().tolist()
+        except ValueError:  # depends on W: the vector gives only s·B·A
+            expected["modules"][module].pop("delta_weight")
+        parts = update.parts
+        if "lora_magnitude_vector" in parts:
+            found[module]["magnitude"] = parts["lora_magnitude_vector"].load().flatten().tolist()
+    for parameter, lazy in adapter.replacements.items():
+        found[parameter] = {"replacement": lazy.load().flatten().tolist()}
+    assert close(found, expected["modules"], expected["tolerance"]), found
+
+
+def test_a_part_that_an_update_does_not_take_is_refused_and_not_dropped() -> None:
+    with pytest.raises(UnsupportedAdapter, match=r"blk\.q: kind 'lora' with lora_B\.bias"):
+        reader.read(adapter_of("valid", "linear/bias"))
+
+
+@pytest.mark.parametrize("name", cases("invalid"))
+def test_second_reader_names_the_clause(name: str) -> None:
+    with pytest.raises(Refused) as caught:
+        second.read(adapter_of("invalid", name), base_of("invalid", name))
+    assert str(caught.value).startswith(f"[{note('invalid', name)['clause']}] ")
+
+
+@pytest.mark.parametrize("name", cases("invalid"))
+def test_S_10_validator_names_the_one_clause_and_reader_refuses(name: str) -> None:
+    path, clause = adapter_of("invalid", name), note("invalid", name)["clause"]
+    if clause == "I-10":
+        return  # nothing is wrong with the file; the base is tested below
+    assert {problem.clause for problem in rules.validate(path)} == {clause}
+    with pytest.raises((InvalidFormat, UnsupportedAdapter)) as caught:
+        reader.read(path, verify=True)
+    assert f"[{clause}] " in str(caught.value)
+
+
+def test_I_10_base_is_compared_with_its_hash() -> None:
+    for area, name in (("valid", "integrity/base-in-shards"), ("invalid", "integrity/wrong-base")):
+        adapter, base = reader.read(adapter_of(area, name)), base_of(area, name)
+        assert adapter.base is not None
+        assert base is not None
+        found = differences(adapter.base, Checkpoint.open(base))
+        assert any("blk.q.weight" in one for one in found) == (area == "invalid")
+        assert bool(found) == (area == "invalid")
+
+
+@pytest.mark.parametrize("name", cases("hash"))
+def test_base_hash_of_each_implementation(name: str) -> None:
+    expected, folder = note("hash", name), VECTORS / "hash" / name / "checkpoint"
+    specs = Checkpoint.open(folder).specs
+    for algorithm in digest.ALGORITHMS:
+        assert tiers(checkpoint(folder), algorithm) == expected[algorithm]
+        tensors = {
+            tensor: digest.tensor(spec.dtype, spec.shape, files.chunks(spec), algorithm)
+            for tensor, spec in specs.items()
+        }
+        schema = digest.schema({tensor: (spec.dtype, spec.shape) for tensor, spec in specs.items()}, algorithm)
+        assert {"tensors": tensors, "schema": schema, "root": digest.root(tensors, algorithm)} == expected[algorithm]
+
+
+def test_what_a_hash_ignores_and_what_it_sees() -> None:
+    root = {name: note("hash", name)["blake3"]["root"] for name in cases("hash")}
+    same = {"one-file", "two-shards", "data-in-another-order"}
+    assert len({root[name] for name in same}) == 1
+    assert len(set(root.values())) == len(root) - len(same) + 1
+    schema = {name: note("hash", name)["blake3"]["schema"] for name in ("one-file", "one-bit-flipped")}
+    assert schema["one-file"] == schema["one-bit-flipped"]
+
+
+def test_script_needs_the_standard_library_only_and_keeps_its_contract() -> None:
+    def run(*arguments: object) -> tuple[int, str]:
+        command = [sys.executable, "-S", "-E", str(SPEC / "reader.py"), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=SPEC)
+        assert done.stderr == ""
+        return done.returncode, done.stdout
+
+    plain = {"blk.q": {"rank": 1, "scaling": 2, "delta_weight": [[2, 1, -4], [6, 3, -12]]}}
+    assert run(adapter_of("valid", "linear/plain")) == (0, manifest.canonical(plain) + "\n")
+    code, out = run(adapter_of("invalid", "manifest/scaling-missing"))
+    assert (code, out[:7]) == (1, "[M-14] ")
+    wrong = adapter_of("invalid", "integrity/wrong-base")
+    assert run(wrong)[0] == 0
+    code, out = run(wrong, "--base", wrong.parent / "base")
+    assert (code, out[:7]) == (1, "[I-10] ")
+    code, out = run("--hash", VECTORS / "hash" / "two-shards" / "checkpoint")
+    assert code == 0
+    assert json.loads(out)["sha256"] == note("hash", "two-shards")["sha256"]
+
+
+def test_T_21_products_are_computed_in_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    A, B = (torch.randn(shape, generator=generator).bfloat16() for shape in ((16, 40), (30, 16)))
+    parts = {"lora_A.weight": LazyTensor.of(A), "lora_B.weight": LazyTensor.of(B)}
+    found = updates.get("lora").build(parts, 0.3, 1.0).delta_weight().double()
+    exact = 0.3 * (B.double() @ A.double())
+    assert (found - exact).norm() <= 1e-6 * exact.norm()
+
+
+def test_a_kind_that_is_not_implemented_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(updates, "names", lambda: ("dora",))
+    with pytest.raises(UnsupportedAdapter, match=r"blk\.q: kind 'lora'"):
+        reader.read(adapter_of("valid", "linear/plain"))
+
+
+def test_unsealed_adapter_is_said_to_be_just_that() -> None:
+    path = adapter_of("invalid", "layout/manifest-missing")
+    (problem,) = rules.validate(path)
+    assert problem.clause == "L-03"
+    assert "no loratools manifest" in problem.message
+    assert not reader.is_sealed(path)
+    assert reader.is_sealed(adapter_of("valid", "linear/plain"))
+
+
+def test_missing_path_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(LoraToolsError, match="no such file"):
+        rules.validate(tmp_path / "nothing.safetensors")
+
+
+def test_base_identity_is_read_whole() -> None:
+    base = reader.read(adapter_of("valid", "integrity/base-in-shards")).base
+    assert isinstance(base, BaseIdentity)
+    assert (base.id, base.revision, base.sealed) == ("org/base", "main", True)
+    assert base.tensors.keys() == {"blk.q.weight"}
+
+
+def close(found: Any, wanted: Any, tolerance: float) -> bool:
+    if isinstance(wanted, dict):
+        return (
+            isinstance(found, dict)
+            and found.keys() == wanted.keys()
+            and all(close(found[key], wanted[key], tolerance) for key in wanted)
+        )
+    if isinstance(wanted, list):
+        return (
+            isinstance(found, list)
+            and len(found) == len(wanted)
+            and all(close(a, b, tolerance) for a, b in zip(found, wanted, strict=True))
+        )
+    return bool(abs(found - wanted) <= tolerance * abs(wanted))
