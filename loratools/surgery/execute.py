@@ -15,7 +15,7 @@ from loratools.errors import WrongBase
 from loratools.storage import digest, files
 from loratools.storage.writer import Slot
 from loratools.surgery.plan import MergePlan
-from loratools.surgery.terms import load_terms
+from loratools.surgery.terms import check_effect, load_terms
 from loratools.surgery.tiles import TILE, TensorResult, TensorTask, run
 
 if TYPE_CHECKING:
@@ -44,8 +44,9 @@ class Settings:
 def write_weights(plan: MergePlan, folder: Path, settings: Settings, progress: Progress) -> list[TensorResult]:
     """Write every file of tensors of a plan into `folder`, and return what was measured of each rewritten tensor.
 
-    Copies run beside the import of torch, arithmetic after it. Raises `WrongBase` when a tensor is not the recorded
-    one, and whatever reading, arithmetic and writing raise; then the files are not complete.
+    Copies run beside the import of torch, arithmetic after it. Raises `IncompatibleAdapter` for an adapter that would
+    change nothing, `WrongBase` when a tensor is not the recorded one, and whatever reading, arithmetic and writing
+    raise; then the files are not complete.
     """
     rewritten = plan.rewritten()
     stop = Event()
@@ -74,6 +75,7 @@ def write_weights(plan: MergePlan, folder: Path, settings: Settings, progress: P
             stack.callback(torch.set_num_threads, before)
             if device.type == "cuda":
                 torch.backends.cuda.matmul.allow_tf32 = False
+            check_effect(plan)
             work.sort(key=lambda item: -item[0].nbytes)
             tasks = [
                 pool.submit(_merge_tensor, plan, slot, descriptor, device, settings, progress, stop.is_set)
