@@ -10,16 +10,31 @@ from difflib import get_close_matches
 # `layers.0…` are one module. Names of towers (`vision_tower`, `encoder`, …) are no wrappers: they tell modules apart.
 WRAPPERS = frozenset({
     "base_model", "model", "module", "language_model", "transformer", "backbone", "gpt_neox", "bert", "roberta",
-    "deberta", "electra", "distilbert", "albert", "camembert", "mpnet", "esm", "_orig_mod", "_fsdp_wrapped_module",
+    "deberta", "electra", "distilbert", "albert", "camembert", "mpnet", "esm", "biogpt", "longformer", "rembert",
+    "roformer", "mobilebert", "nomic_bert", "layoutlm", "layoutlmv3", "vit", "deit", "beit", "dinov2", "swin",
+    "wav2vec2", "hubert", "wavlm", "_orig_mod", "_fsdp_wrapped_module",
 })  # fmt: skip
+
+# What transformers 5 renamed: checkpoints keep the old name, adapters trained since have the new one.
+RENAMED = (("embed_out", "lm_head"), ("vision_tower.vision_model", "vision_tower"))
 
 
 def normalized(path: str) -> str:
-    """Return a module path without its leading wrappers: `model.language_model.layers.0.mlp` -> `layers.0.mlp`."""
+    """Return a path without its leading wrappers, and by new names where some were changed.
+
+    >>> normalized("model.language_model.layers.0.mlp.up_proj")
+    'layers.0.mlp.up_proj'
+    >>> normalized("vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight")
+    'vision_tower.encoder.layers.0.mlp.fc1.weight'
+    """
     segments = path.split(".")
     while len(segments) > 1 and segments[0] in WRAPPERS:
         segments.pop(0)
-    return ".".join(segments)
+    bare = ".".join(segments)
+    for old, new in RENAMED:
+        if bare == old or bare.startswith(f"{old}."):
+            return new + bare.removeprefix(old)
+    return bare
 
 
 class Names:
@@ -73,7 +88,7 @@ class Fusion:
 _QKV = (("q_proj", "query", "q"), ("k_proj", "key", "k"), ("v_proj", "value", "v"))
 
 FUSIONS = (
-    Fusion("qkv_proj", _QKV, frozenset({"phi3", "phi4", "phi4_multimodal", "phi3_v"}), frozenset({"minimax"})),
+    Fusion("qkv_proj", _QKV, frozenset({"phi3", "phi4", "phi4_multimodal", "phi3_v"})),
     Fusion("query_key_value", _QKV, frozenset({"chatglm"}), frozenset({"bloom", "gpt_neox", "gpt_neox_japanese"})),
     Fusion("c_attn", _QKV, frozenset({"gpt2", "decision_transformer", "imagegpt", "openai-gpt"})),
     Fusion("Wqkv", _QKV, frozenset({"mpt", "modernbert"})),

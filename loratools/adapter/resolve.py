@@ -37,7 +37,7 @@ def resolve(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any] | None =
     """
     if not adapter.updates and not adapter.replacements:
         raise IncompatibleAdapter("the adapter has no updates: it would change nothing")
-    resolver = _Resolver(Names(shapes), shapes, config or {}, adapter)
+    resolver = _Resolver(Names(shapes), shapes, config or {})
     placements: list[Placement] = []
     problems: list[str] = []
     for module, update in adapter.updates.items():
@@ -83,7 +83,6 @@ class _Resolver:
     names: Names
     shapes: Shapes
     config: Mapping[str, Any]
-    adapter: Adapter
 
     def sites(self, module: str, update: Update) -> list[Site]:
         if tensor := self._one(module, module):
@@ -118,21 +117,16 @@ class _Resolver:
         return Site(tensor, matrix, (start, start + wanted[0], 1), (0, matrix[1], 1), part)
 
     def _is_conv1d(self, module: str, wanted: tuple[int, ...], region: tuple[int, ...]) -> bool:
-        model_type = _model_type(self.config)
+        model_type, last = _model_type(self.config), module.rpartition(".")[2]
         if model_type:
-            return module.rpartition(".")[2] in CONV1D.get(model_type, ())
+            return last in CONV1D.get(model_type, ())
+        if last not in CONV1D["gpt2"]:
+            return False
         if wanted[0] != wanted[1]:
             return wanted == region[::-1]
-        # A square weight of a base without config.json: its siblings tell, if there are any.
-        votes = {
-            other.shape == self.shapes[found[0]][::-1]
-            for name, other in self.adapter.updates.items()
-            if len(other.shape) == 2 and other.shape[0] != other.shape[1] and len(found := self.names.find(name)) == 1
-            if name.rpartition(".")[2] in CONV1D["gpt2"]
-        }
-        if not votes and self.adapter.settings.get("fan_in_fan_out"):
+        if (found := _biases_tell(self.shapes)) is None:
             raise _NoPlace("square, and no config.json tells whether the base stores it [in, out]")
-        return votes == {True}
+        return found
 
     def _into_fused(self, module: str, update: Update) -> list[Site]:
         """Place a split projection (q_proj) in a base that stores it fused (qkv_proj)."""
@@ -152,12 +146,21 @@ class _Resolver:
                 return self._by_heads(tensor, update, position, count)
             # The first part begins at 0; the later ones (k and v, or up) are equally large and end at the end.
             first = 0 if position == 0 else total - (count - position) * rows
-            limit = total // 2 if count == 2 else total - (0 if position else 2)
-            if first < 0 or rows > limit or (count == 2 and rows != limit):
+            if not self._fits(rows, position, total, count):
                 raise _NoPlace(f"its {rows} output features are no part of {tensor} with shape {shape}")
             region = (shape[0], rows) if axis else (rows, shape[1])
             return [self._orient(fused, tensor, update, (0, rows), region, first)]
         return []
+
+    def _fits(self, rows: int, position: int, total: int, count: int) -> bool:
+        """Tell whether a part can have so many rows: q at least as many as k and v each, gate as many as up."""
+        if count == 2:
+            return 2 * rows == total
+        key_rows = (total - rows) / 2 if position == 0 else rows
+        heads, groups = self.config.get("num_attention_heads"), self.config.get("num_key_value_heads")
+        if isinstance(heads, int) and isinstance(groups, int) and heads > 0 < groups:
+            return key_rows * (heads + 2 * groups) == total * groups
+        return key_rows == int(key_rows) and 0 < 3 * key_rows <= total
 
     def _by_heads(self, tensor: str, update: Update, position: int, count: int) -> list[Site]:
         rows, (total, columns) = update.shape[0], self.shapes[tensor]
@@ -185,8 +188,11 @@ class _Resolver:
             split = [tensor for tensor in tensors if tensor]
             if len(split) < len(fusion.parts):
                 continue
-            if self._by_head(fusion):
-                raise _NoPlace(f"fused by head, while the base stores {', '.join(split)}")
+            if fusion.by_head:
+                raise _NoPlace(
+                    f"ambiguous: the base stores {', '.join(split)}, and some models fuse {last} head by head "
+                    f"({', '.join(sorted(fusion.by_head))}), others block by block"
+                )
             rows = [self.shapes[tensor][0] for tensor in split]
             if sum(rows) != update.shape[0]:
                 raise _NoPlace(f"its {update.shape[0]} output features are not the {rows} of {', '.join(split)}")
@@ -206,6 +212,17 @@ class _Resolver:
             return
         said = f"model_type {model_type!r} in config.json" if model_type else "no config.json"
         raise _NoPlace(f"ambiguous: the base stores it inside {tensor}, and {said} does not tell in which order")
+
+
+def _biases_tell(shapes: Shapes) -> bool | None:
+    """Tell whether a GPT-2 without config.json stores [in, out]: a bias counts outputs, which unsquare weights show."""
+    votes = {
+        shapes[f"{module}.bias"] == shape[1:]
+        for module, shape in ((name.removesuffix(".weight"), shape) for name, shape in shapes.items())
+        if len(shape) == 2 and shape[0] != shape[1] and f"{module}.bias" in shapes
+        if module.rpartition(".")[2] in CONV1D["gpt2"]
+    }
+    return votes.pop() if len(votes) == 1 else None
 
 
 def _model_type(config: Mapping[str, Any]) -> str:
