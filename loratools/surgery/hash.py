@@ -57,11 +57,15 @@ def hash_tensors(
 
     def one(spec: TensorSpec) -> str:
         hasher = digest.start_tensor(spec.dtype, spec.shape, algorithm)
-        for chunk in files.chunks(spec):  # reading and hashing a chunk both release the GIL
-            if stop.is_set():
-                raise LoraToolsError("hashing was stopped")
-            hasher.update(chunk)
-            advance(len(chunk))
+        try:
+            for chunk in files.chunks(spec):  # reading and hashing a chunk both release the GIL
+                if stop.is_set():
+                    return ""  # nobody will see it: what stopped the work is raised instead
+                hasher.update(chunk)
+                advance(len(chunk))
+        except BaseException:
+            stop.set()
+            raise
         return digest.finish(hasher, algorithm)
 
     # Largest first, so that no thread is left alone with a big one at the end.
@@ -70,7 +74,7 @@ def hash_tensors(
         try:
             return dict(zip(order, pool.map(one, (specs[name] for name in order)), strict=True))
         except BaseException:
-            stop.set()  # an error, or Ctrl-C: do not read on to the end of a tensor, or begin the next
+            stop.set()  # Ctrl-C: do not read on to the end of a tensor, or begin the next
             raise
 
 

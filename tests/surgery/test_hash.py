@@ -1,0 +1,147 @@
+"""The base hash against its construction written out with hashlib, and against everything it must not depend on."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from blake3 import blake3
+from safetensors.torch import load_file, save_file
+
+from loratools.errors import LoraToolsError
+from loratools.storage.checkpoint import Checkpoint
+from loratools.surgery.hash import hash_checkpoint, hash_tensors
+from tests.make import tiny
+
+NAMES = {torch.bfloat16: b"BF16", torch.float32: b"F32", torch.int64: b"I64"}
+HASHES = {"sha256": hashlib.sha256, "blake3": blake3}
+
+
+def u64(*numbers: int) -> bytes:
+    return b"".join(number.to_bytes(8, "little") for number in numbers)
+
+
+def signature(tensor: torch.Tensor) -> bytes:
+    return NAMES[tensor.dtype] + b"\0" + u64(tensor.dim(), *tensor.shape)
+
+
+def by_hand(weights: dict[str, torch.Tensor], algorithm: str) -> tuple[str, dict[str, str], str]:
+    """Return the three tiers as spec/v1 constructs them."""
+    H = HASHES[algorithm]
+    names = sorted(weights, key=str.encode)
+    schema = H(b"loratools.schema.v1\0" + b"".join(n.encode() + b"\0" + signature(weights[n]) for n in names))
+    digests = {
+        name: H(b"loratools.tensor.v1\0" + signature(W) + bytes(W.contiguous().flatten().view(torch.uint8).numpy()))
+        for name, W in weights.items()
+    }
+    root = H(b"loratools.model.v1\0" + b"".join(n.encode() + b"\0" + digests[n].digest() for n in names))
+    written = {name: f"{algorithm}:{digest.hexdigest()}" for name, digest in digests.items()}
+    return f"{algorithm}:{schema.hexdigest()}", written, f"{algorithm}:{root.hexdigest()}"
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
+    """A tiny Llama, and tensors of awkward sizes: none, scalar, one byte more than a chunk, names outside ASCII."""
+    odd = torch.arange((1 << 17) + 1, dtype=torch.int64)
+    return tiny.llama_weights() | {
+        "odd": odd,
+        "empty": torch.empty(0, 3),
+        "scalar": torch.tensor(3.0),
+        "ünïcode": torch.ones(2),
+        "z.\U0001f600": torch.ones(2),
+    }
+
+
+@pytest.mark.parametrize("algorithm", ["blake3", "sha256"])
+def test_all_tiers_are_their_construction(algorithm: str, weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    save_file(weights, tmp_path / "model.safetensors")
+    found = hash_checkpoint(Checkpoint.open(tmp_path), algorithm=algorithm)
+    assert (found.schema, dict(found.tensors), found.root) == by_hand(weights, algorithm)
+
+
+def test_hash_depends_on_neither_shards_nor_threads_nor_metadata(
+    weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    reversed_weights = dict(reversed(weights.items()))
+    one = tiny.save_llama(tmp_path / "one", weights, shards=1)
+    three = tiny.save_llama(tmp_path / "three", reversed_weights, shards=3)
+    expected = hash_checkpoint(Checkpoint.open(one), threads=1)
+    assert expected.root is not None
+    for threads in (1, 2, 5):
+        assert hash_checkpoint(Checkpoint.open(three), threads=threads) == expected
+
+
+def test_one_flipped_bit_changes_its_tensor_and_the_root_only(prepared: Path, tmp_path: Path) -> None:
+    weights: dict[str, torch.Tensor] = {}
+    for file in sorted((prepared / "base").glob("*.safetensors")):
+        weights |= load_file(file)
+    before = hash_checkpoint(Checkpoint.open(prepared / "base"))
+    touched = "model.layers.1.mlp.down_proj.weight"
+    weights[touched].view(torch.int16)[5, 7] ^= 1
+    after = hash_checkpoint(Checkpoint.open(tiny.save_llama(tmp_path / "flipped", weights)))
+    assert after.schema == before.schema
+    assert after.root != before.root
+    assert {name for name in weights if after.tensors[name] != before.tensors[name]} == {touched}
+
+
+def test_tiers_are_read_only_as_asked(prepared: Path) -> None:
+    base = Checkpoint.open(prepared / "base")
+    read: list[int] = []
+    schema = hash_checkpoint(base, ("schema",), progress=read.append)
+    assert (schema.tensors, schema.root, sum(read)) == ({}, None, 0)
+    root = hash_checkpoint(base, ("root",), progress=read.append)
+    assert (root.schema, root.tensors, sum(read)) == (None, {}, base.nbytes)
+
+
+def test_include_reads_and_names_what_matches(prepared: Path) -> None:
+    base = Checkpoint.open(prepared / "base")
+    whole = hash_checkpoint(base)
+    read: list[int] = []
+    found = hash_checkpoint(base, ("tensors",), include=["*.q_proj.weight", "model.norm.*"], progress=read.append)
+    expected = [name for name in base.specs if name.endswith("q_proj.weight") or name == "model.norm.weight"]
+    assert sorted(found.tensors) == sorted(expected)
+    assert all(found.tensors[name] == whole.tensors[name] for name in expected)
+    assert sum(read) == sum(base.specs[name].nbytes for name in expected)
+    with_root = hash_checkpoint(base, include=["model.norm.*"])
+    assert (with_root.root, list(with_root.tensors)) == (whole.root, ["model.norm.weight"])
+
+
+def test_a_pattern_without_match_is_an_error(prepared: Path) -> None:
+    with pytest.raises(LoraToolsError, match=r"no tensor matches 'q_proj'"):
+        hash_checkpoint(Checkpoint.open(prepared / "base"), include=["q_proj"])
+
+
+def test_a_file_that_shrinks_after_it_was_opened_is_an_error(workplace: Path) -> None:
+    base = Checkpoint.open(workplace / "base")
+    shard = base.shards[0].path
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(LoraToolsError, match="became shorter"):
+        hash_tensors(dict(base.specs), threads=2)
+
+
+def test_a_callback_that_raises_stops_the_work(prepared: Path) -> None:
+    """As Ctrl-C does: no thread goes on to the next tensor."""
+    calls: list[int] = []
+
+    def refuse(count: int) -> None:
+        calls.append(count)
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        hash_checkpoint(Checkpoint.open(prepared / "base"), threads=1, progress=refuse)
+    assert len(calls) == 1
+
+
+@pytest.mark.real
+def test_real_model_in_shards_and_tuned(real_models: Path) -> None:
+    base = Checkpoint.open(real_models / "smol-base")
+    found = hash_checkpoint(base)
+    weights: dict[str, torch.Tensor] = {}
+    for shard in base.shards:
+        weights |= load_file(shard.path)
+    assert (found.schema, dict(found.tensors), found.root) == by_hand(weights, "blake3")
+    tuned = hash_checkpoint(Checkpoint.open(real_models / "smol-tuned"))
+    assert tuned.schema == found.schema
+    assert tuned.root != found.root
