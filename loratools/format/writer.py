@@ -36,10 +36,8 @@ def write(
     target exists (without `force`) or is also an input.
     """
     document = manifest.of(adapter, tensors)
-    config = json.loads(json.dumps(derive_config(adapter)))
-    config["base_model_name_or_path"] = document.get("base_model", {}).get("id")
     ordered = _ordered(adapter, document)
-    _check(target, document, config, ordered)
+    config = _check(target, document, derive_config(adapter), ordered)
     single = target.suffix == ".safetensors"
     output = target if single else target / ADAPTER_FILE
     if any(lazy.spec and lazy.spec.file.resolve() == output.resolve() for _, lazy in ordered):
@@ -68,15 +66,18 @@ def _ordered(adapter: Adapter, document: Mapping[str, Any]) -> list[tuple[str, L
 
 def _check(
     target: Path, document: dict[str, Any], config: dict[str, Any], ordered: Iterable[tuple[str, LazyTensor]]
-) -> None:
+) -> dict[str, Any]:
+    """Return the config as it will be read back, after every clause on headers has been checked."""
+    config["base_model_name_or_path"] = document.get("base_model", {}).get("id")
     try:
-        text = manifest.canonical(document)
+        text, config = manifest.canonical(document), json.loads(manifest.canonical(config))
     except (ValueError, RecursionError) as error:
         raise InvalidFormat(f"{target}: the adapter's manifest cannot be written: {error}") from None
     shapes = {name: (lazy.dtype, lazy.shape) for name, lazy in ordered}
     subject = Subject(target, shapes, json.loads(text), text, config)
     if found := rules.problems(subject, digest=False):
         raise rules.refusal(target, found)
+    return config
 
 
 def _write_file(path: Path, document: dict[str, Any], ordered: list[tuple[str, LazyTensor]]) -> str:
