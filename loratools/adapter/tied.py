@@ -90,7 +90,13 @@ def _onto_embedding(adapter: Adapter, embedding: str) -> Adapter:
     def place(path: str) -> str:
         return embedding if path.rpartition(".")[2] in HEADS else path
 
-    return replace(adapter, updates={place(module): update for module, update in adapter.updates.items()})
+    updates = {place(module): update for module, update in adapter.updates.items()}
+    if len(updates) < len(adapter.updates):
+        raise IncompatibleAdapter(
+            f"--tied both: one adapter changes the head and its embedding, which are one weight, {embedding}",
+            hint="Use --tied untie.",
+        )
+    return replace(adapter, updates=updates)
 
 
 def _tie_flag(config: Mapping[str, Any]) -> bool:
