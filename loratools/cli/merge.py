@@ -104,6 +104,8 @@ def command(
         return show.Report({"dry_run": True, **plan}, _plan(prepared, plan))
     with talk.progress("merging", plan["bytes"]["written"]) as advance:
         report = execute(prepared, device=device, retention=retention, seed=seed, force=force, progress=advance)
+    for warning in report.warnings:
+        talk.warn(warning)
     if report.retention is not None and report.retention < _ENOUGH:
         talk.warn(
             f"only {report.retention:.1%} of the change survives rounding to the base's dtype; "

@@ -56,6 +56,7 @@ class MergeReport:
     retention: float | None
     by_tensor: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def prepare(
@@ -154,11 +155,12 @@ def execute(
         changed=len(plan.touched()),
         tensors=len(plan.changes),
         bytes_written=size,
-        verified=sum(bool(change.expected) for change in plan.changes.values()),
+        verified=sum(bool(plan.changes[r.name].expected) and not r.warnings for r in results),
         adapters=prepared.record["adapters"],
         retention=rate,
         by_tensor={r.name: r.retained / r.total for r in results if r.total},
         notes=plan.notes,
+        warnings=tuple(warning for result in results for warning in result.warnings),
     )
 
 

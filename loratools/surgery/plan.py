@@ -39,7 +39,8 @@ class MergePlan:
     """All decisions of a merge. `files` lists the output's files of tensors, `changes` has every output tensor.
 
     `adapters` are as placed (tied heads renamed); `config` holds changed fields of config.json; `laid_out` says
-    whether files, headers and offsets are the base's own, so that untouched ranges are copied where they lie.
+    whether files, headers and offsets are the base's own, so that untouched ranges are copied where they lie. `strict`
+    makes a tensor that is not the recorded one an error, else it is reported.
     """
 
     base: Checkpoint
@@ -49,6 +50,7 @@ class MergePlan:
     changes: Mapping[str, Change]
     config: Mapping[str, Any] = field(default_factory=dict)
     laid_out: bool = True
+    strict: bool = True
     notes: tuple[str, ...] = ()
 
     def touched(self) -> dict[str, Change]:
@@ -143,7 +145,9 @@ def plan_merge(
         ordered = [(name, _cast(spec.dtype, dtype), spec.shape) for name, spec in specs.items()]
         metadata = {"format": "pt"} | dict(base.shards[0].metadata)
         files = plan_shards(ordered, max_shard_size or DEFAULT_SHARD, metadata)
-    return MergePlan(base, untied.adapters, tuple(weights), tuple(files), changes, config, kept, tuple(notes))
+    return MergePlan(
+        base, untied.adapters, tuple(weights), tuple(files), changes, config, kept, check_base == "strict", tuple(notes)
+    )
 
 
 def _check_targets(specs: Mapping[str, TensorSpec], placements: Mapping[str, object]) -> None:

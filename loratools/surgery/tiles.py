@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loratools.adapter.sites import Site
 from loratools.adapter.updates import Term
@@ -18,6 +18,7 @@ from loratools.adapter.updates.lora import Product
 from loratools.errors import IncompatibleAdapter
 from loratools.storage import digest, dtypes, files
 from loratools.storage.header import TensorSpec
+from loratools.surgery.workspace import Workspace
 
 if TYPE_CHECKING:
     import torch
@@ -56,11 +57,12 @@ class TensorResult:
     retained: float = 0.0
     total: float = 0.0
     changed: float = 0.0
+    warnings: list[str] = field(default_factory=list)
 
 
 def run(
     task: TensorTask,
-    device: torch.device,
+    workspace: Workspace,
     progress: Callable[[int], None],
     stopped: Callable[[], bool],
     tile_bytes: int = TILE,
@@ -79,7 +81,8 @@ def run(
     tiles = range(0, rows, step)
     sampled = _sampled(task, len(tiles))
     keep_base = any(term.needs_base for _, term in task.terms)
-    buffers = _Buffers(step * columns, stored, out, work, device)
+    tile = workspace.tile(step * columns, stored, out, work)
+    width = columns * stored.itemsize
     hashers = {name: digest.start_tensor(spec.dtype, spec.shape, name) for name in task.hashes}
     result = TensorResult(task.name)
     delicate = _delicate(task)
@@ -87,7 +90,7 @@ def run(
         if any(term.needs_pass for _, term in task.terms):
             for start in tiles:
                 stop = min(start + step, rows)
-                seen, _ = buffers.read(source, spec.start, start, stop, columns)
+                seen, _ = tile.read(source, spec.start + start * width, stop - start, columns)
                 for site, term in task.terms:
                     if term.needs_pass and (met := site.overlap(start, stop)):
                         term.observe_rows(seen[met[0], slice(*site.columns)], met[1])
@@ -95,88 +98,27 @@ def run(
             if stopped():
                 raise InterruptedError
             stop = min(start + step, rows)
-            W, raw = buffers.read(source, spec.start, start, stop, columns)
+            W, raw = tile.read(source, spec.start + start * width, stop - start, columns)
             for hasher in hashers.values():
                 hasher.update(raw)
-            base = W.clone() if keep_base or index in sampled else None
+            base = tile.copy_of(W) if keep_base or index in sampled else None
             for site, term in task.terms:
                 if met := site.overlap(start, stop):
                     inside = (met[0], slice(*site.columns))
                     term.apply_rows(W[inside], met[1], base[inside] if base is not None else None)
-            rounded, data = buffers.rounded(W)
+            rounded, data = tile.rounded(W)
             _check_finite(task, W, rounded)
             for site, term, limit in delicate:
                 if met := site.overlap(start, stop):
                     inside = (met[0], slice(*site.columns))
-                    found = buffers.below(rounded[inside], limit)
-                    _refine(term, found, buffers.stored(W)[inside], rounded[inside], met[1].start)
+                    found = tile.below(rounded[inside], limit)
+                    _refine(term, found, tile.stored(W)[inside], rounded[inside], met[1].start)
             if index in sampled and base is not None:
                 _measure(result, base, W, rounded, len(tiles) / len(sampled))
             files.write_from(task.target, data, task.offset + start * columns * out.itemsize)
             progress(len(data))
     result.digests = {name: digest.finish(hasher, name) for name, hasher in hashers.items()}
     return result
-
-
-class _Buffers:
-    """The reused memory of one task: bytes as read, the tile in working precision, bytes to write."""
-
-    def __init__(
-        self, elements: int, stored: torch.dtype, out: torch.dtype, work: torch.dtype, device: torch.device
-    ) -> None:
-        import torch
-
-        pin = device.type == "cuda"
-        self._stored = torch.empty(elements, dtype=stored, pin_memory=pin)
-        self._raw = _bytes_of(self._stored)
-        self._out = torch.empty(elements, dtype=out, pin_memory=pin)
-        self._out_raw = _bytes_of(self._out)
-        self._work = torch.empty(elements, dtype=work, device=device)
-        self._itemsize = stored.itemsize, out.itemsize
-        self._bits: Any = None
-
-    def read(self, source: int, offset: int, start: int, stop: int, columns: int) -> tuple[torch.Tensor, memoryview]:
-        """Return rows [`start`, `stop`) in working precision, and their raw bytes."""
-        count = (stop - start) * columns
-        raw = self._raw[: count * self._itemsize[0]]
-        files.read_into(source, raw, offset + start * columns * self._itemsize[0])
-        self._work[:count].copy_(self._stored[:count])
-        return self._work[:count].view(stop - start, columns), raw
-
-    def below(self, region: torch.Tensor, limit: int) -> torch.Tensor:
-        """Return where in a 16-bit float region, flattened, the magnitude is below `limit`, both read as integers.
-
-        Without their sign, 16-bit floats are in the order of their bits. NumPy looks through a tile in a tenth of the
-        time that torch takes, and into the same memory each time.
-        """
-        import numpy as np
-        import torch
-
-        if self._bits is None:
-            self._bits = np.empty(len(self._out), np.int16), np.empty(len(self._out), np.bool_)
-        bits, small = (scratch[: region.numel()].reshape(region.shape) for scratch in self._bits)
-        np.bitwise_and(region.view(torch.int16).numpy(), 0x7FFF, out=bits)
-        np.less(bits, np.int16(limit), out=small)
-        return torch.from_numpy(np.flatnonzero(small))
-
-    def stored(self, W: torch.Tensor) -> torch.Tensor:
-        """Return the tile that was read last as it is stored, in the shape of `W`."""
-        return self._stored[: W.numel()].view(W.shape)
-
-    def rounded(self, W: torch.Tensor) -> tuple[torch.Tensor, memoryview]:
-        """Round a tile to the output dtype, to nearest even; return it and its raw bytes."""
-        count = W.numel()
-        rounded = self._out[:count].view(W.shape)
-        rounded.copy_(W)
-        return rounded, self._out_raw[: count * self._itemsize[1]]
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """Return the memory of a tensor, shared, not copied."""
-    import torch
-
-    array: Any = tensor.view(torch.uint8).numpy()
-    return memoryview(array)
 
 
 def _matrix(task: TensorTask) -> tuple[int, int]:
