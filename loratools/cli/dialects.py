@@ -20,7 +20,13 @@ def command() -> Report:
     from loratools.dialects import get, names
 
     found = [
-        {"name": name, "summary": get(name).SUMMARY, "extra": get(name).EXTRA, "files": get(name).FILES}
+        {
+            "name": name,
+            "summary": get(name).SUMMARY,
+            "extra": get(name).EXTRA,
+            "files": get(name).FILES,
+            "cannot": get(name).CANNOT,
+        }
         for name in names()
     ]
     return Report({"dialects": found}, fields(map(_row, found)))
@@ -28,6 +34,8 @@ def command() -> Report:
 
 def _row(one: dict[str, Any]) -> tuple[str, str]:
     lines = [one["summary"], f"writes: {' or '.join((*one['files'], 'a folder'))}"]
+    if one["cannot"]:
+        lines.append(f"cannot say: {'; '.join(one['cannot'])}")
     if one["extra"]:
         lines.append(f"needs: pip install 'loratools[{one['extra']}]'")
     return one["name"], "\n".join(lines)

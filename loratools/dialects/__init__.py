@@ -5,6 +5,7 @@ A dialect is a module here with
     SUMMARY            what it is and who writes it, in one line
     EXTRA              the pip extra that it needs, or None
     FILES              endings of single files that it can write, or (): it writes folders only
+    CANNOT             what no file of it can say, one phrase each; `losses` names them for an adapter
     detect(listing)    `Evidence` that the listing is of this dialect, or None: from names, headers and small files only
     read(listing)      the `Adapter`; every tensor accounted for, or an exception that lists all problems
     losses(adapter)    every `Loss` that writing this adapter would mean
@@ -22,6 +23,7 @@ from typing import Protocol, cast
 from loratools.adapter.model import Adapter, Loss
 from loratools.dialects._listing import WEIGHTS, Evidence, Listing
 from loratools.errors import LossyConversion, OutputRefused, UnknownKind
+from loratools.storage.checkpoint import Checkpoint
 
 __all__ = ["Dialect", "Evidence", "Listing", "detect", "get", "names", "open_adapter", "save_adapter"]
 
@@ -32,6 +34,7 @@ class Dialect(Protocol):
     SUMMARY: str
     EXTRA: str | None
     FILES: tuple[str, ...]
+    CANNOT: tuple[str, ...]
 
     def detect(self, listing: Listing) -> Evidence | None:
         """Say how sure it is that the listing is of this dialect."""
@@ -81,13 +84,16 @@ def detect(listing: Listing) -> tuple[str, Evidence]:
     return first[0]
 
 
-def open_adapter(path: str | Path, *, dialect: str | None = None) -> Adapter:
+def open_adapter(
+    path: str | Path, *, dialect: str | None = None, alpha: float | None = None, base: Checkpoint | None = None
+) -> Adapter:
     """Read an adapter from a folder or a single file, of any dialect, or of the one that is named.
 
-    No tensor is read: dtypes and shapes are known, the numbers are loaded when they are asked for. torch is imported
+    `alpha` and `base` tell what some dialects leave out: loralib records no alpha, kohya's names need the base's.
+    No factor is read: dtypes and shapes are known, the numbers are loaded when they are asked for. torch is imported
     only for pickles. Raises `UnknownKind`, `BadFile`, `InvalidFormat` or `UnsupportedAdapter`.
     """
-    listing = Listing.of(path)
+    listing = Listing.of(path, alpha=alpha, base=base)
     name = dialect or detect(listing)[0]
     adapter = get(name).read(listing)
     return adapter if adapter.dialect == name else replace(adapter, dialect=name)
@@ -125,7 +131,7 @@ def save_adapter(
 
 def _check_not_input(adapter: Adapter, path: Path) -> None:
     output = path.resolve()
-    files = {lazy.spec.file.resolve() for lazy in adapter.tensors().values() if lazy.spec}
+    files = {lazy.file.resolve() for lazy in adapter.tensors().values() if lazy.file}
     if any(file == output or output in file.parents for file in files):
         raise OutputRefused(f"{path} is also an input", hint="Choose another output.")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools.errors import BadFile
-from loratools.storage.checkpoint import read_json
+from loratools.storage.checkpoint import Checkpoint, read_json
 from loratools.storage.header import Header, open_file, read_header
 from loratools.storage.lazy import LazyTensor
 from loratools.storage.pickled import SUFFIXES as PICKLES
@@ -42,23 +42,27 @@ class Listing:
     `path`    as the user gave it
     `folder`  where its files lie; the parent of a single file
     `files`   names of the files that may hold tensors: all in the folder, or the single one
+    `alpha`   what the user says alpha is, for dialects that do not record it
+    `base`    the base model, for dialects whose names or layout only the base explains
     """
 
     path: Path
     folder: Path
     files: tuple[str, ...]
+    alpha: float | None = None
+    base: Checkpoint | None = None
     _read: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, path: str | Path) -> Listing:
+    def of(cls, path: str | Path, *, alpha: float | None = None, base: Checkpoint | None = None) -> Listing:
         """List a folder or a single file; raise `BadFile` if there is nothing at the path or it cannot be listed."""
         path = Path(path)
         try:
             if path.is_dir():
                 files = tuple(sorted(entry.name for entry in path.iterdir() if entry.is_file()))
-                return cls(path, path, files)
+                return cls(path, path, files, alpha, base)
             if path.is_file():
-                return cls(path, path.parent, (path.name,))
+                return cls(path, path.parent, (path.name,), alpha, base)
         except OSError as error:
             raise BadFile(f"{path}: cannot be read: {error.strerror}") from None
         raise BadFile(f"{path}: no such file or folder")
@@ -98,12 +102,15 @@ class Listing:
     def tensors(self, name: str) -> dict[str, LazyTensor]:
         """Return the tensors of a safetensors file (without torch) or of a `torch.save` file (with it), unread.
 
+        A `torch.save` file is opened once, however many dialects look at it.
         Raises `BadFile` for a Git-LFS pointer, a damaged file, a pickle with more than tensors, and an empty one.
         """
         header = self.header(name)
         if header is not None:
             return {tensor: LazyTensor.stored(spec) for tensor, spec in header.tensors.items()}
         path = self.folder / name
+        if name in self._read:
+            return dict(self._read[name])
         with open_file(path) as file:
             begin = file.read(_EMPTY_PICKLE + 1)
         hollow = len(begin) <= _EMPTY_PICKLE and not begin.startswith(_LFS)
@@ -113,4 +120,5 @@ class Listing:
                 f"{path}: an empty state dict ({path.stat().st_size} bytes), as some early training scripts saved it",
                 hint="The trained tensors are not in this file. Look for another checkpoint of the run.",
             )
-        return {tensor: LazyTensor.stored(spec) for tensor, spec in specs.items()}
+        self._read[name] = {tensor: LazyTensor.stored(spec) for tensor, spec in specs.items()}
+        return dict(self._read[name])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from loratools.errors import LoraToolsError
-from loratools.storage import dtypes, files
+from loratools.storage import atomic, dtypes, files
 from loratools.storage.header import encode_header
 from loratools.storage.lazy import LazyTensor
 
@@ -19,6 +19,26 @@ def write(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, 
         for name, lazy in ordered:
             for piece in files.chunks(lazy.spec) if lazy.spec else [_bytes(name, lazy)]:
                 output.write(piece)
+
+
+def save(
+    target: Path,
+    name: str,
+    tensors: Mapping[str, LazyTensor],
+    metadata: Mapping[str, str],
+    *,
+    force: bool,
+    beside: Mapping[str, str] | None = None,
+) -> None:
+    """Write `target`, a single file, or a folder that holds it as `name` and the texts `beside` it; atomically."""
+    if target.suffix == ".safetensors":
+        with atomic.new_file(target, force=force) as path:
+            write(path, tensors, metadata)
+        return
+    with atomic.new_folder(target, force=force) as folder:
+        for other, text in (beside or {}).items():
+            (folder / other).write_text(text, encoding="utf-8")
+        write(folder / name, tensors, metadata)
 
 
 def _bytes(name: str, lazy: LazyTensor) -> memoryview:

@@ -10,6 +10,7 @@ from loratools.dialects._listing import Evidence, Listing
 SUMMARY = "the loratools format 1.0: what PEFT reads, plus a manifest with scaling, base hash and provenance"
 EXTRA = None
 FILES = (".safetensors",)
+CANNOT = ()
 
 _FILE = "adapter_model.safetensors"
 

@@ -28,6 +28,7 @@ from loratools.storage.pickled import SUFFIXES
 SUMMARY = "Hugging Face PEFT: adapter_config.json beside adapter_model.safetensors or .bin"
 EXTRA = None
 FILES = ()
+CANNOT = ("the hash of the base model", "provenance", "DoRA on some modules and not on others")
 
 _CONFIG = "adapter_config.json"
 _STEM = "adapter_model"

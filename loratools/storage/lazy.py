@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratools.storage import dtypes, files
@@ -18,17 +19,19 @@ class LazyTensor:
     """A tensor to be: `dtype` (safetensors name) and `shape` now, the numbers from `load()`.
 
     `spec` is set while the tensor is exactly some bytes of a file; only then can it be hashed or copied unread.
+    `file` is where its numbers come from, however they are changed on the way: what must not be overwritten.
     """
 
     dtype: str
     shape: tuple[int, ...]
     load: Callable[[], torch.Tensor]
     spec: TensorSpec | None = None
+    file: Path | None = None
 
     @classmethod
     def stored(cls, spec: TensorSpec) -> LazyTensor:
         """Stand for a tensor in a file."""
-        return cls(spec.dtype, spec.shape, lambda: files.read_tensor(spec), spec)
+        return cls(spec.dtype, spec.shape, lambda: files.read_tensor(spec), spec, spec.file)
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> LazyTensor:
@@ -38,7 +41,7 @@ class LazyTensor:
     def map(self, change: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...]) -> LazyTensor:
         """Stand for `change(tensor)` of the given shape and the same dtype: a transpose, a slice, a permutation."""
         load = self.load
-        return LazyTensor(self.dtype, shape, lambda: change(load()))
+        return LazyTensor(self.dtype, shape, lambda: change(load()), file=self.file)
 
     @property
     def parameters(self) -> int:

@@ -24,6 +24,7 @@ from loratools.dialects import Evidence
 SUMMARY = "a toy"
 EXTRA = None
 FILES = ()
+CANNOT = ("factors",)
 
 def detect(listing):
     return Evidence({score}, "there is a file toy.txt") if "toy.txt" in listing.files else None

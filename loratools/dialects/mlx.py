@@ -1,0 +1,223 @@
+"""MLX-LM: `adapters.safetensors` with factors the other way round, and a scale that is applied as it stands.
+
+    lora_a (in, r)     lora_b (r, out)     ΔW = scale·(lora_a·lora_b)ᵀ
+    lora_a (V, r)      lora_b (r, d)       an embedding: the same without the transpose
+    lora_a (E, r, in)  lora_b (E, out, r)  a switch layer, the experts of one projection stacked
+    m (out,)                               DoRA's magnitude
+
+`adapter_config.json` is the trainer's whole command line; `lora_parameters.scale` is the scaling itself and an `alpha`
+beside it means nothing (mlx-lm 0.32, `mlx_lm/tuner/utils.py`). PEFT's file of that name has `peft_type`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loratools.adapter.model import Adapter, BaseIdentity, Loss
+from loratools.adapter.updates import Update
+from loratools.dialects import _build, _factors, _losses, _safetensors
+from loratools.dialects._listing import Evidence, Listing
+from loratools.dialects._losses import A_EMBEDDING, B_EMBEDDING, MAGNITUDE, A, B
+from loratools.errors import BadFile, UnsupportedAdapter
+from loratools.storage.lazy import LazyTensor
+
+SUMMARY = "MLX-LM: adapters.safetensors (lora_a, lora_b) beside an adapter_config.json with lora_parameters"
+EXTRA = None
+FILES = ()
+CANNOT = (*_losses.IDENTITY, "DoRA on embeddings, and on some modules only", "convolutions", "biases of B")
+
+_CONFIG, _FILE = "adapter_config.json", "adapters.safetensors"
+_NAME = re.compile(r"(.+)\.(lora_a|lora_b|m)")
+# What MLX-LM's models call their embedding; its factors have the shapes of a linear layer's, so the name must tell.
+_EMBEDDINGS = frozenset({"embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embeddings", "embedding"})
+_SWITCH = re.compile(r"(.+)\.switch_mlp\.(\w+)")
+_EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)")
+
+
+def detect(listing: Listing) -> Evidence | None:
+    """Look for `lora_a` and `lora_b` in the header, and for `lora_parameters` in the config."""
+    name = _file(listing)
+    header = listing.header(name) if name else None
+    if header is None:
+        return None
+    named = sum(1 for tensor in header.tensors if tensor.endswith((".lora_a", ".lora_b")))
+    if not named:
+        return None
+    seen = f"{named} of the tensors in {name} end in lora_a or lora_b"
+    config = listing.json(_CONFIG) or {}
+    if "lora_parameters" in config:
+        return Evidence(90, f"{_CONFIG} has lora_parameters, and {seen}")
+    return Evidence(60, seen)
+
+
+def read(listing: Listing) -> Adapter:
+    """Read an adapter; the scaling of every module is `lora_parameters.scale`, alpha is scale·r.
+
+    Raises `BadFile` for a missing or wrong config and for names that are none of mlx-lm's, `UnsupportedAdapter` for
+    whole fine-tunes and for DoRA on embeddings, which divides by a norm that PEFT's DoRA does not.
+    """
+    name, path = _file(listing), listing.folder / _CONFIG
+    config = listing.json(_CONFIG)
+    if name is None or config is None:
+        raise BadFile(f"{path}: no such file, and without it the scale is unknown")
+    if config.get("fine_tune_type") == "full":
+        raise UnsupportedAdapter(f"{path}: fine_tune_type is full: whole weights, no adapter")
+    scale = _scale(config, path)
+    groups: _build.Groups = {}
+    faults: list[str] = []
+    for tensor, lazy in listing.tensors(name).items():
+        if match := _NAME.fullmatch(tensor):
+            groups.setdefault(match[1], {})[match[2]] = lazy
+        else:
+            faults.append(f"{tensor}: expected a name that ends in .lora_a, .lora_b or .m")
+    canonical: _build.Groups = {}
+    for module, found in groups.items():
+        try:
+            canonical |= _to_peft(module, found)
+        except ValueError as error:
+            faults.append(f"{module}: {error}")
+    if faults:
+        raise BadFile(f"{listing.path}: {len(faults)} problem(s) in this adapter", faults)
+    odd = [module for module, parts in canonical.items() if MAGNITUDE in parts and A_EMBEDDING in parts]
+    if odd:
+        why = "DoRA on an embedding has a magnitude for each token in mlx-lm, one for each dimension in PEFT"
+        raise UnsupportedAdapter(f"{listing.path}: it holds what loratools does not read", [f"{odd[0]}: {why}"])
+    built = _build.build(listing.path, canonical, lambda _, rank: (scale, scale * rank))
+    model = config.get("model")
+    base = BaseIdentity(model) if isinstance(model, str) and model else None
+    return Adapter(built, base=base, dialect="mlx")
+
+
+def losses(adapter: Adapter) -> list[Loss]:
+    """List what mlx-lm has no place for; ranks and scalings that differ are made equal without changing any ΔW."""
+    found = _losses.updates(
+        adapter, "mlx-lm", ("lora", "embedding", "dora"), (A, B, A_EMBEDDING, B_EMBEDDING, MAGNITUDE)
+    )
+    lost = {loss.where for loss in found}
+    kept = {module: update for module, update in adapter.updates.items() if module not in lost}
+    dora = {module for module, update in kept.items() if MAGNITUDE in update.parts}
+    for module in sorted(kept):
+        if module in dora and A_EMBEDDING in kept[module].parts:
+            found.append(Loss(module, "mlx-lm's DoRA of an embedding has a magnitude for each token, not dimension"))
+        elif dora and module not in dora:
+            found.append(Loss(module, "it has no magnitude, and mlx-lm's dora is one switch for all modules"))
+        elif (stack := _stack(module)) and not _complete(stack[0], kept):
+            found.append(Loss(module, f"not all experts of {stack[0]} have an update of one shape"))
+        elif A_EMBEDDING in kept[module].parts and module.rpartition(".")[2] not in _EMBEDDINGS:
+            found.append(Loss(module, "an embedding that its name does not show to be one"))
+    return found + _losses.replacements(adapter, "mlx-lm") + _losses.identity(adapter)
+
+
+def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
+    """Write `adapters.safetensors` and its `adapter_config.json`.
+
+    mlx-lm has one rank and one scale: smaller ranks are padded with zeros, and what a scaling has beyond the most
+    common one goes into lora_b (in float32, unless it is a power of two).
+    """
+    adapter = _losses.kept(adapter, losses(adapter))
+    updates = adapter.updates
+    rank = max((update.rank for update in updates.values()), default=8)
+    counts = Counter(update.scaling for update in updates.values() if update.scaling)
+    scale = min(counts, key=lambda value: (-counts[value], value), default=1.0)
+    groups = {module: _of_peft(update, rank, scale) for module, update in updates.items()}
+    groups = _stacked(groups)
+    config: dict[str, Any] = {
+        "fine_tune_type": "dora" if any("m" in parts for parts in groups.values()) else "lora",
+        # No suffix of a name is a target: each key below is a module's whole name, which mlx-lm looks up by itself.
+        "num_layers": -1,
+        "lora_parameters": {"keys": sorted(groups), "rank": rank, "scale": scale, "dropout": 0.0},
+    }
+    if adapter.base and adapter.base.id:
+        config["model"] = adapter.base.id
+    tensors = {f"{module}.{part}": lazy for module, parts in groups.items() for part, lazy in parts.items()}
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    _safetensors.save(target, _FILE, tensors, {"format": "mlx"}, force=force, beside={_CONFIG: text})
+
+
+def _file(listing: Listing) -> str | None:
+    if listing.single:
+        return listing.files[0] if listing.files[0].endswith(".safetensors") else None
+    return _FILE if _FILE in listing.files else None
+
+
+def _scale(config: Mapping[str, Any], path: Path) -> float:
+    parameters = config.get("lora_parameters")
+    scale = parameters.get("scale") if isinstance(parameters, dict) else None
+    if type(scale) not in (int, float) or not -1e300 < scale < 1e300:  # type: ignore[operator]
+        raise BadFile(f"{path}: lora_parameters.scale: expected a number, found {scale!r}")
+    return float(scale)  # type: ignore[arg-type]
+
+
+def _to_peft(module: str, found: Mapping[str, LazyTensor]) -> _build.Groups:
+    """Return PEFT's parts of a module, or of each expert in it."""
+    missing = sorted({"lora_a", "lora_b"} - found.keys())
+    if missing:
+        raise ValueError(f"no {missing[0]}, while its partner is there")
+    a, b = found["lora_a"], found["lora_b"]
+    dimensions = (len(a.shape), len(b.shape))
+    if dimensions == (3, 3):
+        return _experts(module, a, b)
+    if dimensions != (2, 2):
+        raise ValueError(f"lora_a {a.shape} and lora_b {b.shape}: expected (in, r) and (r, out)")
+    a, b = _factors.turned(a), _factors.turned(b)
+    names = (A_EMBEDDING, B_EMBEDDING) if module.rpartition(".")[2] in _EMBEDDINGS else (A, B)
+    parts = {names[0]: a, names[1]: b}
+    return {module: parts | ({MAGNITUDE: found["m"]} if "m" in found else {})}
+
+
+def _experts(module: str, a: LazyTensor, b: LazyTensor) -> _build.Groups:
+    match = _SWITCH.fullmatch(module)
+    if match is None or a.shape[0] != b.shape[0]:
+        raise ValueError(f"lora_a {a.shape} and lora_b {b.shape} are no stacked experts of a switch_mlp")
+    return {
+        f"{match[1]}.experts.{i}.{match[2]}": {A: _factors.item(a, i), B: _factors.item(b, i)}
+        for i in range(a.shape[0])
+    }
+
+
+def _of_peft(update: Update, rank: int, scale: float) -> dict[str, LazyTensor]:
+    """Return mlx-lm's tensors of an update, with this rank and scale."""
+    embedding = A_EMBEDDING in update.parts
+    a = update.parts[A_EMBEDDING if embedding else A]
+    b = update.parts[B_EMBEDDING if embedding else B]
+    b = _factors.scaled(b, update.scaling / scale)
+    parts = {
+        "lora_a": _factors.turned(_factors.padded(a, 0, rank)),
+        "lora_b": _factors.turned(_factors.padded(b, 1, rank)),
+    }
+    return parts | ({"m": update.parts[MAGNITUDE]} if MAGNITUDE in update.parts else {})
+
+
+def _stack(module: str) -> tuple[str, int] | None:
+    """Return the switch layer that an expert's module belongs to, and the expert's number."""
+    match = _EXPERT.fullmatch(module)
+    return (f"{match[1]}.switch_mlp.{match[3]}", int(match[2])) if match else None
+
+
+def _complete(stack: str, updates: Mapping[str, Update]) -> bool:
+    """Tell whether a switch layer's experts are all there, plain, and of one shape."""
+    found = {at[1]: update for module, update in updates.items() if (at := _stack(module)) and at[0] == stack}
+    alike = {(update.kind, update.shape) for update in found.values()}
+    return sorted(found) == list(range(len(found))) and len(alike) == 1 and next(iter(alike))[0] == "lora"
+
+
+def _stacked(groups: Mapping[str, dict[str, LazyTensor]]) -> _build.Groups:
+    """Put the experts of one projection together, as mlx-lm's models hold them."""
+    found: _build.Groups = {}
+    experts: dict[str, dict[int, dict[str, LazyTensor]]] = {}
+    for module, parts in groups.items():
+        if at := _stack(module):
+            experts.setdefault(at[0], {})[at[1]] = parts
+        else:
+            found[module] = parts
+    for module, numbered in experts.items():
+        found[module] = {
+            part: _factors.stacked([_factors.turned(numbered[i][part]) for i in sorted(numbered)])
+            for part in ("lora_a", "lora_b")
+        }
+    return found
