@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -118,8 +119,8 @@ def extension_name(subject: Subject) -> Iterator[Fault]:
 @CHAPTER.clause("X-03")
 def extension_once(subject: Subject) -> Iterator[Fault]:
     """Check that no extension occurs twice."""
-    names = [name for name, _ in _extensions(subject)]
-    yield from (("extensions", f"{shown(name)} occurs twice") for name in sorted(set(names)) if names.count(name) > 1)
+    counts = Counter(name for name, _ in _extensions(subject))
+    yield from (("extensions", f"{shown(name)} occurs twice") for name in sorted(counts) if counts[name] > 1)
 
 
 @CHAPTER.clause("X-04")
