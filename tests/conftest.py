@@ -31,27 +31,37 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-@pytest.fixture(scope="session")
-def real_models() -> Path:
-    """The folder of the real models of tests/make/real_models.py, made on first use and kept for the next run.
+@dataclass(frozen=True)
+class RealModels:
+    """The models of tests/make/real_models.py: `real_models / "smol-lora"` is a folder, made when first asked for."""
 
-    $LORATOOLS_REAL_MODELS names a folder that holds them already. Where the packages with the weights are missing the
+    folder: Path
+
+    def __truediv__(self, name: str) -> Path:
+        if not (self.folder / name).is_dir():
+            line = [sys.executable, str(REAL_SCRIPT), str(self.folder), "--only", name]
+            made = subprocess.run(line, capture_output=True, text=True, check=False, env=clean_env())
+            assert made.returncode == 0, made.stderr
+        return self.folder / name
+
+
+@pytest.fixture(scope="session")
+def real_models() -> RealModels:
+    """The real models, kept in the user's cache for the next run; each takes a minute or two to make.
+
+    $LORATOOLS_REAL_MODELS names a folder to keep them in instead. Where the packages with the weights are missing the
     tests are skipped, and fail if $CI is set.
     """
     if named := os.environ.get("LORATOOLS_REAL_MODELS"):
-        return Path(named)
+        return RealModels(Path(named))
     if missing := [package for package in REAL_PACKAGES if find_spec(package) is None]:
         reason = f"the real models need the packages {', '.join(missing)}; see tests/make/real_models.py"
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "loratools-tests" / f"real-{hashlib.sha256(REAL_SCRIPT.read_bytes()).hexdigest()[:12]}"
-    made = subprocess.run(
-        [sys.executable, str(REAL_SCRIPT), str(folder)], capture_output=True, text=True, check=False, env=clean_env()
-    )
-    assert made.returncode == 0, made.stderr
-    return folder
+    version = hashlib.sha256(REAL_SCRIPT.read_bytes()).hexdigest()[:12]
+    return RealModels(cache / "loratools-tests" / f"real-{version}")
 
 
 @pytest.fixture(scope="session")

@@ -188,10 +188,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="the folder to write to; it is made if need be")
     parser.add_argument("--steps", type=int, default=40, help="training steps of each adapter (default: 40)")
+    parser.add_argument("--only", nargs="+", choices=MAKERS, metavar="NAME", help="make these, and their bases, only")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    wanted = {part for name in args.only or MAKERS for part in (name, f"{name.partition('-')[0]}-base")}
     for name in MAKERS:
-        make(name, args.out, args.steps)
+        if name in wanted:
+            make(name, args.out, args.steps)
 
 
 if __name__ == "__main__":
