@@ -1,0 +1,54 @@
+"""Whole processes, timed from outside: wall seconds and peak resident memory of each run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What several runs of one command took."""
+
+    seconds: tuple[float, ...]
+    peak: int
+
+    @property
+    def wall(self) -> float:
+        """Median wall time in seconds."""
+        return median(self.seconds)
+
+
+def run(command: Sequence[str], environment: dict[str, str]) -> tuple[float, int]:
+    """Run a command to its end; return wall seconds and peak resident bytes. Raise if it fails."""
+    begun = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+    assert process.stderr is not None
+    said = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - begun
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{said.decode(errors='replace')}")
+    return seconds, usage.ru_maxrss * 1024
+
+
+def alternate(
+    commands: dict[str, Sequence[str]], count: int, clean: Callable[[], None], folder: Path
+) -> dict[str, Runs]:
+    """Run every command in turn, `count` times after one warm-up, so that a drift of the machine meets all alike."""
+    environment = dict(os.environ) | {"PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
+    taken: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
+    for turn in range(count + 1):
+        for name, command in commands.items():
+            clean()
+            measured = run([str(word) for word in command], environment)
+            if turn:
+                taken[name].append(measured)
+    clean()
+    return {name: Runs(tuple(s for s, _ in runs), max(p for _, p in runs)) for name, runs in taken.items()}
