@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -82,7 +82,7 @@ def _adapter(found: AdapterSummary, modules: bool) -> Iterator[str]:
 
 
 def _checkpoint(found: CheckpointSummary, modules: bool) -> Iterator[str]:
-    tied = {True: ", tied embeddings", False: "", None: ""}[found.tied]
+    tied = ", tied embeddings" if found.tied else ""
     yield from show.fields(
         [
             ("model", f"{found.path}"),
@@ -92,6 +92,7 @@ def _checkpoint(found: CheckpointSummary, modules: bool) -> Iterator[str]:
             ("parameters", show.exact(found.total.parameters)),
             ("size", f"{show.size(found.total.nbytes)} in {found.total.tensors} tensors"),
             ("schema hash", found.schema),
+            ("provenance", _made(found.record)),
         ]
     )
     for heading, amounts in (("dtype", found.dtypes), ("shard", found.shards)):
@@ -111,6 +112,14 @@ def _checkpoint(found: CheckpointSummary, modules: bool) -> Iterator[str]:
             [(one.name, one.dtype, str(list(one.shape)), show.size(one.nbytes)) for one in found.tensors],
             right=(3,),
         )
+
+
+def _made(record: Mapping[str, Any] | None) -> str:
+    if record is None:
+        return "none stated"
+    adapters = record.get("adapters")
+    of = f" of {len(adapters)} adapter(s)" if isinstance(adapters, list) else ""
+    return f"{record.get('operation')}{of}, by {record.get('tool')}"
 
 
 def _base(base: BaseIdentity | None) -> str:

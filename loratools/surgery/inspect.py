@@ -12,7 +12,7 @@ from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.adapter.targets import compact, natural
 from loratools.dialects import Listing, detect, get, names
 from loratools.format.manifest import ORIGIN
-from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.checkpoint import Checkpoint, read_json
 from loratools.storage.header import TensorSpec
 from loratools.storage.lazy import LazyTensor
 
@@ -84,7 +84,8 @@ class AdapterSummary:
 class CheckpointSummary:
     """What a model's files are; `schema` is the first tier of its base hash, `shards` maps file to what is in it.
 
-    `architecture`, `model_type`, `tied` and `quantization` are what its config.json says, None where it is silent.
+    `architecture`, `model_type`, `tied` and `quantization` are what its config.json says, None where it is silent;
+    `record` is what loratools.json says of the merge that it came out of.
     """
 
     path: Path
@@ -97,6 +98,7 @@ class CheckpointSummary:
     dtypes: Mapping[str, Amount]
     shards: Mapping[str, Amount]
     schema: str
+    record: Mapping[str, Any] | None
     tensors: tuple[TensorSummary, ...] = field(repr=False)
     type: str = "checkpoint"
 
@@ -144,12 +146,14 @@ def describe_checkpoint(checkpoint: Checkpoint) -> CheckpointSummary:
     """Summarize an open checkpoint."""
     config = checkpoint.config
     specs = checkpoint.specs
-    architectures = config.get("architectures")
+    architectures, model_type, tied = (
+        config.get(key) for key in ("architectures", "model_type", "tie_word_embeddings")
+    )
     return CheckpointSummary(
         path=checkpoint.path,
-        architecture=architectures[0] if isinstance(architectures, list) and architectures else None,
-        model_type=config.get("model_type"),
-        tied=config.get("tie_word_embeddings"),
+        architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else None,
+        model_type=model_type if isinstance(model_type, str) else None,
+        tied=tied if isinstance(tied, bool) else None,
         quantization=_quantization(config),
         components=checkpoint.components,
         total=_amount(map(LazyTensor.stored, specs.values())),
@@ -159,8 +163,16 @@ def describe_checkpoint(checkpoint: Checkpoint) -> CheckpointSummary:
             for shard in checkpoint.shards
         },
         schema=checkpoint.schema(),
+        record=_record(checkpoint.root),
         tensors=tuple(_tensor(name, specs[name]) for name in sorted(specs, key=natural)),
     )
+
+
+def _record(folder: Path) -> Mapping[str, Any] | None:
+    from loratools.surgery.companions import RECORD  # an adapter need not wait for this import
+
+    path = folder / RECORD
+    return read_json(path) if path.is_file() else None
 
 
 def _groups(modules: Iterable[ModuleSummary]) -> tuple[Group, ...]:

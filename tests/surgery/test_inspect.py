@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from loratools.cli._run import run
 from loratools.cli._show import encode
 from loratools.errors import BadFile, UnknownKind
 from loratools.surgery.inspect import AdapterSummary, Amount, CheckpointSummary, Group, inspect
@@ -129,6 +130,16 @@ def test_quantization_is_noted(config: dict, said: str | None, tmp_path: Path) -
     assert checkpoint(tmp_path).quantization == said
 
 
+def test_a_config_of_nonsense_does_no_harm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"w": torch.zeros(2, 3)}, tmp_path / "model.safetensors")
+    nonsense = {"architectures": [{}], "model_type": [1], "tie_word_embeddings": {"a": []}, "quantization_config": [4]}
+    (tmp_path / "config.json").write_text(json.dumps(nonsense))
+    found = checkpoint(tmp_path)
+    assert (found.architecture, found.model_type, found.tied, found.quantization) == ("{}", None, None, None)
+    assert run(["inspect", str(tmp_path)]) == 0
+    assert "parameters    6" in capsys.readouterr().out
+
+
 def test_pipeline_components_are_prefixes(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(
         json.dumps({"_class_name": "P", "unet": ["d", "U"], "scheduler": ["d", "S"]})
@@ -140,6 +151,13 @@ def test_pipeline_components_are_prefixes(tmp_path: Path) -> None:
     assert found.components == ("unet",)
     assert [one.name for one in found.tensors] == ["unet.conv_in.weight"]
     assert list(found.shards) == ["unet/diffusion_pytorch_model.safetensors"]
+
+
+def test_the_record_of_a_merge_is_passed_on(workplace: Path) -> None:
+    assert checkpoint(workplace / "base").record is None
+    record = {"operation": "merge", "tool": "loratools 0.1.0", "adapters": [{"weight": 0.5}]}
+    (workplace / "base" / "loratools.json").write_text(json.dumps(record))
+    assert checkpoint(workplace / "base").record == record
 
 
 @pytest.mark.parametrize("name", ["adapter", "sealed", "base"])
