@@ -185,8 +185,8 @@ def _measure(result: TensorResult, base: torch.Tensor, W: torch.Tensor, rounded:
     for start in range(0, len(W), step):
         part = slice(start, start + step)
         before = base[part].double().flatten()
-        delta = W[part].double().flatten().sub_(before)
-        kept = rounded[part].to(W.device, torch.float64).flatten().sub_(before)
+        delta = W[part].double().flatten().sub(before)  # not in place: a float64 tile is its own double
+        kept = rounded[part].to(W.device, torch.float64).flatten().sub(before)
         result.retained += scale * float(kept.dot(delta))
         result.total += scale * float(delta.dot(delta))
         result.changed += scale * float(torch.count_nonzero(kept))
