@@ -35,6 +35,8 @@ _TABLE: dict[str, tuple[int, str | None]] = {
     "U64": (64, "uint64"),
 }
 
+_FROM_TORCH = {twin: name for name, (_, twin) in _TABLE.items() if twin}
+
 FLOATS = ("BF16", "F16", "F32", "F64")
 """The dtypes that a merge may change: every value is a number of its own, not a code that needs a scale elsewhere."""
 
@@ -65,11 +67,15 @@ def to_torch(dtype: str) -> torch.dtype:
 
 def from_torch(dtype: torch.dtype) -> str:
     """Return the safetensors name of a torch dtype; raise `ValueError` where there is none."""
-    attribute = str(dtype).removeprefix("torch.")
-    for name, (_, twin) in _TABLE.items():
-        if twin == attribute:
-            return name
-    raise ValueError(f"safetensors has no dtype for {dtype}")
+    found = from_name(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ValueError(f"safetensors has no dtype for {dtype}")
+    return found
+
+
+def from_name(attribute: str) -> str | None:
+    """Return the safetensors name of a torch dtype by its name, `bfloat16`; None where there is none."""
+    return _FROM_TORCH.get(attribute)
 
 
 # How configs, command lines and people spell the float dtypes.

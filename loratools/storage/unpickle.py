@@ -1,0 +1,279 @@
+"""A pickle read as data: a machine that knows the few operations of a state dict, and no other.
+
+Python's unpickler imports and calls what a file names, and even torch's restricted one can be made to run for years or
+to ask for terabytes by a file of a kilobyte. This one builds dicts, lists, tuples, numbers, strings and descriptions of
+tensors. It imports nothing, calls nothing, hashes nothing but strings and numbers, and copies nothing: time and memory
+are bounded by the length of the pickle.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+from loratools.storage import dtypes
+
+MAX_SIDES = 64
+"""Sides of one tensor; torch has no more."""
+
+MAX_ARGUMENTS = 16
+"""Arguments of one call: a tensor has nine at most. Longer ones, used again and again, would take quadratic time."""
+
+
+class Refused(Exception):
+    """What a pickle asks for beyond tensors; becomes part of a sentence that names the file."""
+
+
+class Damaged(Exception):
+    """Where a pickle makes no sense; becomes part of a sentence that names the file."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Global:
+    """A name that the pickle asks for, `torch.FloatStorage`; only a name."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Storage:
+    """A record of raw bytes by its key; `dtype` (safetensors name, None if untyped) comes from its class."""
+
+    key: str
+    dtype: str | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class View:
+    """A tensor: a dtype, a shape and strides in elements over a storage, from element `offset` on."""
+
+    storage: Storage
+    dtype: str
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def is_contiguous(self) -> bool:
+        """Whether its elements lie one after the other, the last side fastest; sides of one have no stride."""
+        expected = 1
+        for side, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if side != 1 and stride != expected:
+                return 0 in self.shape
+            expected *= side
+        return True
+
+
+_STORAGES = {
+    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
+    "BoolStorage": "BOOL", "ComplexFloatStorage": "C64",
+}  # fmt: skip
+
+_MARK = object()
+
+
+def unpickle(raw: bytes) -> Any:
+    """Return what a pickle of `torch.save` describes, tensors as `View`; raise `Refused` or `Damaged`."""
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
+    try:
+        for opcode, given, _ in pickletools.genops(raw):
+            name, argument = opcode.name, cast(Any, given)
+            if name in _PUSHED:
+                stack.append(argument)
+            elif name in _CONSTANTS:
+                stack.append(_CONSTANTS[name]())
+            elif name in ("BINPUT", "LONG_BINPUT"):
+                memo[argument] = stack[-1]
+            elif name == "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            elif name in ("BINGET", "LONG_BINGET"):
+                stack.append(memo[argument])
+            elif name == "STOP":
+                (result,) = stack
+                return result
+            elif name not in _IGNORED:
+                if name not in _OPERATIONS:
+                    raise Refused(f"the operation {name}")
+                _OPERATIONS[name](stack, argument)
+    except (IndexError, KeyError, TypeError, AttributeError):
+        raise Damaged("its pickle has operations that do not fit each other") from None
+    except (ValueError, OverflowError) as error:
+        raise Damaged(f"its pickle cannot be read: {str(error)[:80]}") from None
+    raise Damaged("its pickle has no end")
+
+
+def _pop_to_mark(stack: list[Any]) -> list[Any]:
+    at = len(stack) - 1
+    while stack[at] is not _MARK:  # IndexError below the bottom
+        at -= 1
+        if at < 0:
+            raise IndexError
+    items = stack[at + 1 :]
+    del stack[at:]
+    return items
+
+
+def _set(target: Any, items: list[Any]) -> None:
+    if type(target) is not dict or len(items) % 2:
+        raise TypeError
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        if type(key) not in (str, int):
+            raise Refused(f"a dict with a key of type {type(key).__name__}")
+        if key in target:
+            raise Damaged("its pickle has a dict with the same key twice")
+        target[key] = value
+
+
+def _extend(target: Any, items: list[Any]) -> None:
+    if type(target) is not list:
+        raise TypeError
+    target.extend(items)
+
+
+def _set_item(stack: list[Any], _: Any) -> None:
+    value, key = stack.pop(), stack.pop()
+    _set(stack[-1], [key, value])
+
+
+def _set_items(stack: list[Any], _: Any) -> None:
+    items = _pop_to_mark(stack)
+    _set(stack[-1], items)
+
+
+def _append(stack: list[Any], _: Any) -> None:
+    item = stack.pop()
+    _extend(stack[-1], [item])
+
+
+def _appends(stack: list[Any], _: Any) -> None:
+    items = _pop_to_mark(stack)
+    _extend(stack[-1], items)
+
+
+def _tuple_of(count: int) -> Callable[[list[Any], Any], None]:
+    def operate(stack: list[Any], _: Any) -> None:
+        items = tuple(stack[-count:])
+        if len(items) < count:
+            raise IndexError
+        stack[-count:] = [items]
+
+    return operate
+
+
+def _global(stack: list[Any], argument: Any) -> None:
+    stack.append(_known(argument.replace(" ", ".")))
+
+
+def _stack_global(stack: list[Any], _: Any) -> None:
+    name, module = stack.pop(), stack.pop()
+    if type(name) is not str or type(module) is not str:
+        raise TypeError
+    stack.append(_known(f"{module}.{name}"))
+
+
+def _known(name: str) -> Global:
+    if name not in _CALLS and _storage_dtype(name) is _UNKNOWN and _dtype(name) is None:
+        raise Refused(name[:200])
+    return Global(name)
+
+
+def _persistent(stack: list[Any], _: Any) -> None:
+    kind, cls, key, _, elements = stack.pop()
+    if kind != "storage" or type(key) is not str or type(elements) is not int:
+        raise TypeError
+    dtype = _storage_dtype(cls.name)
+    if dtype is _UNKNOWN:
+        raise TypeError
+    stack.append(Storage(key, dtype))
+
+
+def _reduce(stack: list[Any], _: Any) -> None:
+    arguments = stack.pop()
+    function = stack.pop()
+    if type(arguments) is not tuple or len(arguments) > MAX_ARGUMENTS:
+        raise TypeError
+    stack.append(_CALLS[function.name](*arguments))
+
+
+def _build(stack: list[Any], _: Any) -> None:
+    stack.pop()  # attributes: a state dict carries the versions of its modules
+    if type(stack[-1]) is not dict:
+        raise TypeError
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> View:
+    """`_rebuild_tensor_v2`: after the strides come requires_grad, hooks, and perhaps bits like `conj`."""
+    return _view(storage, storage.dtype, offset, shape, strides, rest)
+
+
+def _tensor_v3(
+    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *rest: Any
+) -> View:
+    """`_rebuild_tensor_v3`, over an untyped storage: the dtype is said."""
+    return _view(storage, _dtype(dtype.name), offset, shape, strides, (grad, hooks, *rest))
+
+
+def _view(storage: Any, dtype: Any, offset: Any, shape: Any, strides: Any, rest: tuple[Any, ...]) -> View:
+    if type(storage) is not Storage or not isinstance(dtype, str) or not len(shape) == len(strides) <= MAX_SIDES:
+        raise TypeError
+    numbers = (offset, *shape, *strides)
+    if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+        raise TypeError
+    if any(extra for extra in rest[1:]):
+        raise Refused("a tensor with hooks or lazy bits (conj, neg)")
+    return View(storage, dtype, offset, tuple(shape), tuple(strides))
+
+
+def _parameter(data: Any, *_: Any) -> View:
+    if type(data) is not View:
+        raise TypeError
+    return data
+
+
+def _size(sides: Any) -> tuple[Any, ...]:
+    if len(sides) > MAX_SIDES:
+        raise TypeError
+    return tuple(sides)
+
+
+_UNKNOWN = "?"
+
+
+def _storage_dtype(name: str) -> str | None:
+    """Return the dtype that a storage class has, None for the untyped one, `_UNKNOWN` for what is no such class."""
+    if name == "torch.storage.UntypedStorage":
+        return None
+    return _STORAGES.get(name.removeprefix("torch."), _UNKNOWN) if name.startswith("torch.") else _UNKNOWN
+
+
+def _dtype(name: str) -> str | None:
+    return dtypes.from_name(name.removeprefix("torch.")) if name.startswith("torch.") else None
+
+
+_CALLS: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": lambda: {},
+    "torch.Size": _size,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_v3,
+    "torch._utils._rebuild_parameter": _parameter,
+}
+
+_IGNORED = frozenset({"PROTO", "FRAME"})
+_PUSHED = frozenset({
+    "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
+    "SHORT_BINBYTES", "BINBYTES",
+})  # fmt: skip
+_CONSTANTS: dict[str, Callable[[], Any]] = {
+    "MARK": lambda: _MARK, "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
+    "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple,
+}  # fmt: skip
+_OPERATIONS: dict[str, Callable[[list[Any], Any], None]] = {
+    "SETITEM": _set_item, "SETITEMS": _set_items, "APPEND": _append, "APPENDS": _appends,
+    "TUPLE": lambda stack, _: stack.append(tuple(_pop_to_mark(stack))),
+    "TUPLE1": _tuple_of(1), "TUPLE2": _tuple_of(2), "TUPLE3": _tuple_of(3),
+    "GLOBAL": _global, "STACK_GLOBAL": _stack_global, "BINPERSID": _persistent, "REDUCE": _reduce, "BUILD": _build,
+}  # fmt: skip
