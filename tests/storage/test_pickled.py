@@ -186,6 +186,7 @@ def _zip(path: Path, pickled: bytes) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", pickled)
         archive.writestr("archive/data/0", bytes(64))
+        archive.writestr("archive/version", b"3\n")
     return path
 
 
