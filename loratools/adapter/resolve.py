@@ -124,7 +124,7 @@ class _Resolver:
             return False
         if wanted[0] != wanted[1]:
             return wanted == region[::-1]
-        if (found := _biases_tell(self.shapes)) is None:
+        if (found := biases_tell(self.shapes)) is None:
             raise _NoPlace("square, and no config.json tells whether the base stores it [in, out]")
         return found
 
@@ -214,7 +214,7 @@ class _Resolver:
         raise _NoPlace(f"ambiguous: the base stores it inside {tensor}, and {said} does not tell in which order")
 
 
-def _biases_tell(shapes: Shapes) -> bool | None:
+def biases_tell(shapes: Shapes) -> bool | None:
     """Tell whether a GPT-2 without config.json stores [in, out]: a bias counts outputs, which unsquare weights show."""
     votes = {
         shapes[f"{module}.bias"] == shape[1:]

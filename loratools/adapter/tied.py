@@ -43,9 +43,9 @@ def apply_policy(
     """
     if policy not in POLICIES:
         raise ValueError(f"unknown policy {policy!r} for tied embeddings; one of {', '.join(POLICIES)}")
-    embedding = _stored(tensors, EMBEDDINGS)
-    head = _stored(tensors, HEADS)
-    flag = _tie_flag(config)
+    embedding = main_tensor(tensors, EMBEDDINGS)
+    head = main_tensor(tensors, HEADS)
+    flag = is_tied(config)
     if embedding is None or (head is not None and not flag):
         return Untied(adapters)
     touched = sorted({module for adapter in adapters for module in _touched(adapter)})
@@ -69,7 +69,7 @@ def apply_policy(
     return Untied(renamed)
 
 
-def _stored(tensors: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+def main_tensor(tensors: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
     """Return the tensor of the main embedding or head: the shortest path wins over those of side towers."""
     found = [name for name in tensors if name.removesuffix(".weight").rpartition(".")[2] in names]
     found = [name for name in found if name.endswith(".weight")]
@@ -99,7 +99,8 @@ def _onto_embedding(adapter: Adapter, embedding: str) -> Adapter:
     return replace(adapter, updates=updates)
 
 
-def _tie_flag(config: Mapping[str, Any]) -> bool:
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Tell whether config.json ties the output head to the input embedding."""
     inner = config.get("text_config")
     found = config.get("tie_word_embeddings")
     if found is None and isinstance(inner, Mapping):
