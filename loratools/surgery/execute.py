@@ -137,7 +137,7 @@ class _Job:
             torch.set_num_threads(1)  # OpenMP keeps this number for each thread
             self.mine.workspace = Workspace(self.device)
         change, settings = self.plan.changes[slot.name], self.settings
-        terms = load_terms(self.plan, change, settings.digests, slot.name, self.device)
+        terms = load_terms(self.plan, change, slot.dtype, settings.digests, slot.name, self.device)
         expected = {digest.algorithm_of(value) for _, value in change.expected}
         hashes = sorted(expected | {digest.DEFAULT}) if change.placements and not change.replaced else []
         task = TensorTask(

@@ -10,7 +10,6 @@ from loratools.adapter.sites import Site
 from loratools.adapter.updates import Term
 from loratools.adapter.updates.lora import Product
 from loratools.errors import IncompatibleAdapter
-from loratools.storage import dtypes
 
 if TYPE_CHECKING:
     import torch
@@ -19,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def load_terms(
-    plan: MergePlan, change: Change, digests: Sequence[str], name: str, device: torch.device
+    plan: MergePlan, change: Change, dtype: str, digests: Sequence[str], name: str, device: torch.device
 ) -> list[tuple[Site, Term]]:
-    """Load the terms of one tensor, in float32, or float64 where base or output is.
+    """Load the terms of one tensor, in float32, or float64 where the base's or the output's `dtype` is.
 
     Products on one site become one product: one GEMM, and one sum over all adapters before the rounding. They are
     joined in the order of the adapters' digests, so that the order on the command line cannot show in the bytes.
@@ -30,7 +29,7 @@ def load_terms(
     """
     import torch
 
-    work = torch.float64 if dtypes.to_torch(change.source.dtype) == torch.float64 else torch.float32
+    work = torch.float64 if "F64" in (change.source.dtype, dtype) else torch.float32
     loaded = [(i, p, p.update.term(p.site, plan.weights[i], work, device)) for i, p in change.placements]
     for i, placement, term in loaded:
         _check(i, placement, term, name)
