@@ -1,9 +1,18 @@
-"""A file or a folder appears under its final name whole, or not at all."""
+"""A file or a folder appears under its final name whole, or not at all.
+
+Work happens in a scratch folder `.NAME.partial-XXXXXXXX` beside the output, locked (flock) by the process that writes
+it; at the end it is renamed. The kernel drops the lock when the process dies, however it dies, so the next run for the
+same output can tell what is abandoned from what another process is writing. Process numbers could not tell: they are
+used again, and mean nothing in another container or on another machine.
+"""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,86 +28,46 @@ def new_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield an empty scratch folder beside `target` that becomes `target` when the block succeeds.
 
     Any exception, an interrupt included, removes the scratch folder and leaves `target` as it was. A killed process
-    leaves only a folder `.NAME.partial-PID`, which the next run for the same target removes.
+    leaves only its scratch folder, which the next run for the same target removes.
 
-    Raises `OutputRefused` if `target` exists and `force` is not set, `NoSpace` when the disk is full.
+    Raises `OutputRefused` if `target` exists and `force` is not set, or is a file, `NoSpace` when the disk is full.
     """
     with _scratch(target, force) as scratch:
-        scratch.mkdir()
+        _check_kind(target, folder=True)
         yield scratch
+        _install(scratch, target.absolute(), force, scratch.name.rpartition("-")[2])
 
 
 @contextmanager
 def new_file(target: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield the path of a scratch file that becomes `target` when the block succeeds; see `new_folder`."""
     with _scratch(target, force) as scratch:
-        yield scratch
+        _check_kind(target, folder=False)
+        path = scratch / target.name
+        yield path
+        check_output(target, force=force)
+        path.replace(target.absolute())
+        remove(scratch)
 
 
 def check_output(target: Path, *, force: bool = False) -> None:
-    """Refuse an output that exists (`OutputRefused`), or whose parent folder is missing (`BadFile`)."""
+    """Refuse an output that exists (`OutputRefused`), or whose parent folder is missing (`BadFile`).
+
+    With `force` an existing one is accepted, but for symbolic links and folders that hold the current folder or the
+    home folder: a slip like `-o . --force` must not delete them.
+    """
     if target.is_symlink() or target.exists():
         if not force:
             raise OutputRefused(f"{target} exists already", hint="Choose another output, or replace it with --force.")
         if target.is_symlink():
             raise OutputRefused(f"{target} is a symbolic link; loratools does not write through links")
+        resolved = target.resolve()
+        for name, find in (("current", Path.cwd), ("home", Path.home)):
+            with suppress(OSError, RuntimeError):  # there may be no such folder
+                if (place := find().resolve()) == resolved or resolved in place.parents:
+                    raise OutputRefused(f"{target} is or holds the {name} folder; it will not be replaced")
     if not target.absolute().parent.is_dir():
         raise BadFile(f"{target.absolute().parent}: no such folder to write {target.name} into")
-
-
-@contextmanager
-def _scratch(target: Path, force: bool) -> Iterator[Path]:
-    target = target.absolute()
-    check_output(target, force=force)
-    _sweep(target)
-    scratch = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    try:
-        yield scratch
-        _install(scratch, target)
-    except BaseException as error:
-        remove(scratch)
-        if isinstance(error, OSError) and error.errno in _FULL:
-            reason = os.strerror(error.errno or 0).lower()
-            raise NoSpace(
-                f"{target}: {reason}; nothing was written", hint="Free some space and run it again."
-            ) from None
-        raise
-
-
-def _install(scratch: Path, target: Path) -> None:
-    # A folder cannot be replaced in one step: move the old one aside, put the new one in, then drop the old.
-    aside = None
-    if target.is_dir() and scratch.is_dir():
-        aside = target.with_name(f".{target.name}.replaced-{os.getpid()}")
-        target.rename(aside)
-    elif target.is_dir():
-        raise OutputRefused(f"{target} is a folder; the output would be a file")
-    try:
-        scratch.replace(target)
-    except BaseException:
-        if aside is not None:
-            aside.rename(target)
-        raise
-    if aside is not None:
-        remove(aside)
-
-
-def _sweep(target: Path) -> None:
-    """Remove what killed runs for the same target left behind; a scratch of a living process is not ours."""
-    for leftover in target.parent.glob(f".{target.name}.partial-*"):
-        owner = leftover.name.rpartition("-")[2]
-        if owner.isdigit() and int(owner) != os.getpid() and not _alive(int(owner)):
-            remove(leftover)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def remove(path: Path) -> None:
@@ -108,3 +77,88 @@ def remove(path: Path) -> None:
     else:
         with suppress(FileNotFoundError):
             path.unlink()
+
+
+@contextmanager
+def _scratch(target: Path, force: bool) -> Iterator[Path]:
+    absolute = target.absolute()
+    _sweep(absolute)
+    check_output(target, force=force)
+    scratch = absolute.with_name(f".{absolute.name}.partial-{secrets.token_hex(4)}")
+    lock = None
+    try:
+        scratch.mkdir()
+        lock = _lock(scratch)
+        yield scratch
+    except BaseException as error:
+        remove(scratch)
+        if isinstance(error, OSError) and error.errno in _FULL:
+            reason = os.strerror(error.errno or 0).lower()
+            raise NoSpace(
+                f"{target}: {reason}; nothing was written", hint="Free some space and run it again."
+            ) from None
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _check_kind(target: Path, *, folder: bool) -> None:
+    if target.exists() and target.is_dir() != folder:
+        found, made = ("a folder", "a file") if target.is_dir() else ("a file", "a folder")
+        raise OutputRefused(f"{target} is {found}; the output would be {made}", hint="Choose another output.")
+
+
+def _install(scratch: Path, target: Path, force: bool, token: str) -> None:
+    check_output(target, force=force)  # again: hours may have passed
+    # A folder cannot be replaced in one step: move the old one aside, put the new one in, then drop the old.
+    aside = None
+    if target.is_dir():
+        aside = target.with_name(f".{target.name}.replaced-{token}")
+        target.rename(aside)
+    try:
+        scratch.replace(target)
+    except BaseException:
+        if aside is not None and not target.exists():
+            aside.rename(target)
+        raise
+    if aside is not None:
+        remove(aside)
+
+
+def _sweep(target: Path) -> None:
+    """Clean up after killed runs for the same target; what another process is writing is left alone.
+
+    A run that was killed in the middle of a replacement has moved the old folder aside: it is put back.
+    """
+    pattern = re.compile(re.escape(f".{target.name}.") + r"(partial|replaced)-([0-9a-f]{8})")
+    with suppress(OSError):
+        found = [match for path in target.parent.iterdir() if (match := pattern.fullmatch(path.name))]
+        for match in sorted(found, key=lambda match: match[1], reverse=True):  # the replaced ones first
+            leftover = target.with_name(match[0])
+            owner = target.with_name(f".{target.name}.partial-{match[2]}")
+            lock = _lock(owner)
+            if lock is None and owner.exists():
+                continue
+            try:
+                if match[1] == "replaced" and not target.exists():
+                    leftover.rename(target)
+                else:
+                    remove(leftover)
+            finally:
+                if lock is not None:
+                    os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder for as long as the returned descriptor is open; None if another process has, or it cannot be."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # locked, or a file system without locks, where nothing is ever swept
+        os.close(descriptor)
+        return None
+    return descriptor
