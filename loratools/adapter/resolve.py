@@ -239,16 +239,10 @@ def _overlaps(placements: list[Placement]) -> Iterator[str]:
         clashes = {
             (one.module, other.module)
             for one, other in combinations(here, 2)
-            if one.module != other.module and _meet(one.site.rows, other.site.rows)
-            if _meet(one.site.columns, other.site.columns)
+            if one.module != other.module and one.site.meets(other.site)
         }
         for one, other in sorted(clashes):
             yield f"{other}: lands on the same part of {tensor} as {one}"
-
-
-def _meet(one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
-    """Tell whether two ranges of one step share a number."""
-    return max(one[0], other[0]) < min(one[1], other[1]) and (one[0] - other[0]) % one[2] == 0
 
 
 def _join(parent: str, name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,3 +51,12 @@ class Site:
             return None
         begin = first + low * step - start
         return slice(begin, begin + (high - low - 1) * step + 1, step), slice(low, high)
+
+    def meets(self, other: Site) -> bool:
+        """Tell whether this rectangle shares an element with another of the same tensor."""
+        return _meet(self.rows, other.rows) and _meet(self.columns, other.columns)
+
+
+def _meet(one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
+    """Tell whether two ranges share a number; with steps that differ, whether they could."""
+    return max(one[0], other[0]) < min(one[1], other[1]) and (one[0] - other[0]) % gcd(one[2], other[2]) == 0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 from loratools.adapter.resolve import Placement
 from loratools.adapter.sites import Site
 from loratools.adapter.updates import Term
-from loratools.adapter.updates.lora import Product
+from loratools.adapter.updates._product import LowRank, Product
 from loratools.errors import IncompatibleAdapter
 
 if TYPE_CHECKING:
@@ -17,29 +18,47 @@ if TYPE_CHECKING:
     from loratools.surgery.plan import Change, MergePlan
 
 
+def is_wide(change: Change, dtype: str) -> bool:
+    """Tell whether a tensor is to be changed in float64: where the base's or the output's `dtype` is.
+
+    And where one update acts on what another has changed (other than products that are joined to one), for float32
+    would lose digits at each step.
+    """
+    pairs = combinations([placement for _, placement in change.placements], 2)
+    return "F64" in (change.source.dtype, dtype) or any(
+        one.site.meets(other.site)
+        and not (one.site == other.site and isinstance(one.update, LowRank) and isinstance(other.update, LowRank))
+        for one, other in pairs
+    )
+
+
 def load_terms(
     plan: MergePlan, change: Change, dtype: str, digests: Sequence[str], name: str, device: torch.device
 ) -> list[tuple[Site, Term]]:
-    """Load the terms of one tensor, in float32, or float64 where the base's or the output's `dtype` is.
+    """Load the terms of one tensor, in float32, or float64 where `is_wide` for the output's `dtype` says so.
 
     Products on one site become one product: one GEMM, and one sum over all adapters before the rounding. They are
-    joined in the order of the adapters' digests, so that the order on the command line cannot show in the bytes.
+    joined in the order of the adapters' digests, so that the order on the command line cannot show in the bytes. Where
+    an update is not additive (DoRA), the adapters act in the order given.
 
     Raises `IncompatibleAdapter` for factors that are not finite.
     """
     import torch
 
-    work = torch.float64 if "F64" in (change.source.dtype, dtype) else torch.float32
+    work = torch.float64 if is_wide(change, dtype) else torch.float32
     loaded = [(i, p, p.update.term(p.site, plan.weights[i], work, device)) for i, p in change.placements]
     for i, placement, term in loaded:
         _check(i, placement, term, name)
-    if not all(isinstance(term, Product) for _, _, term in loaded):
+    if not all(placement.update.additive for _, placement, _ in loaded):
         return [(placement.site, term) for _, placement, term in loaded]
     products: dict[Site, list[Product]] = {}
+    others: list[tuple[Site, Term]] = []
     for _, placement, term in sorted(loaded, key=lambda item: (digests[item[0]], plan.weights[item[0]])):
         if isinstance(term, Product):
             products.setdefault(placement.site, []).append(term)
-    return [(site, Product.joined(terms)) for site, terms in products.items()]
+        else:
+            others.append((placement.site, term))
+    return [*((site, Product.joined(terms)) for site, terms in products.items()), *others]
 
 
 def check_effect(plan: MergePlan) -> None:
@@ -66,13 +85,20 @@ def _acts(term: Term) -> bool:
 
 
 def _check(number: int, placement: Placement, term: Term, name: str) -> None:
-    import torch
-
-    tensors = [
-        value for slot in getattr(term, "__slots__", ()) if isinstance(value := getattr(term, slot), torch.Tensor)
-    ]
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+    if not all(bool(tensor.isfinite().all()) for tensor in _tensors(term)):
         raise IncompatibleAdapter(
             f"adapter {number + 1}: {placement.module} has NaN or infinite factors (for {name})",
             hint="The training diverged, or the file is damaged; such an adapter would destroy the model.",
         )
+
+
+def _tensors(term: object) -> Iterator[torch.Tensor]:
+    """Yield every tensor that a term holds, and those of the terms within it."""
+    import torch
+
+    for slot in getattr(term, "__slots__", ()):
+        value = getattr(term, slot)
+        if isinstance(value, torch.Tensor):
+            yield value
+        else:
+            yield from _tensors(value)

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from loratools.adapter.sites import Site
-from loratools.adapter.updates import Term
-from loratools.adapter.updates.lora import Product
+from loratools.adapter.updates import Refinable, Term
 from loratools.errors import IncompatibleAdapter
 from loratools.storage import digest, dtypes, files
 from loratools.storage.header import TensorSpec
@@ -32,7 +31,10 @@ SAMPLE = 16
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorTask:
-    """One output tensor: `source` bytes, changed by `terms`, stored as `dtype` at `offset` of the file `target`."""
+    """One output tensor: `source` bytes, changed by `terms`, stored as `dtype` at `offset` of the file `target`.
+
+    `terms` act in this order, in float64 where `wide` says so or a dtype is F64, else in float32.
+    """
 
     name: str
     source: TensorSpec
@@ -43,6 +45,7 @@ class TensorTask:
     hashes: Sequence[str] = ()
     retention: str = "sample"
     seed: int = 0
+    wide: bool = False
 
 
 @dataclass(slots=True)
@@ -76,11 +79,12 @@ def run(
     spec = task.source
     rows, columns = _matrix(task)
     stored, out = dtypes.to_torch(spec.dtype), dtypes.to_torch(task.dtype)
-    work = torch.float64 if torch.float64 in (stored, out) else torch.float32
+    work = torch.float64 if task.wide or torch.float64 in (stored, out) else torch.float32
     step = max(1, min(rows, tile_bytes // max(1, columns * max(stored.itemsize, out.itemsize))))
     tiles = range(0, rows, step)
     sampled = _sampled(task, len(tiles))
-    keep_base = any(term.needs_base for _, term in task.terms)
+    fresh = [not any(site.meets(other) for other, _ in task.terms[:i]) for i, (site, _) in enumerate(task.terms)]
+    keep_base = any(term.needs_base and not first for (_, term), first in zip(task.terms, fresh, strict=True))
     tile = workspace.tile(step * columns, stored, out, work)
     width = columns * stored.itemsize
     hashers = {name: digest.start_tensor(spec.dtype, spec.shape, name) for name in task.hashes}
@@ -102,16 +106,16 @@ def run(
             for hasher in hashers.values():
                 hasher.update(raw)
             base = tile.copy_of(W) if keep_base or index in sampled else None
-            for site, term in task.terms:
+            for (site, term), first in zip(task.terms, fresh, strict=True):
                 if met := site.overlap(start, stop):
                     inside = (met[0], slice(*site.columns))
-                    term.apply_rows(W[inside], met[1], base[inside] if base is not None else None)
+                    term.apply_rows(W[inside], met[1], None if first or base is None else base[inside])
             rounded, data = tile.rounded(W)
             _check_finite(task, W, rounded)
-            for site, term, limit in delicate:
+            for site, term, bound in delicate:
                 if met := site.overlap(start, stop):
                     inside = (met[0], slice(*site.columns))
-                    found = tile.below(rounded[inside], limit)
+                    found = tile.below(rounded[inside], _bits(bound * term.gain(met[1]), out))
                     _refine(term, found, tile.stored(W)[inside], rounded[inside], met[1].start)
             if index in sampled and base is not None:
                 _measure(result, base, W, rounded, len(tiles) / len(sampled))
@@ -152,29 +156,31 @@ def _check_finite(task: TensorTask, W: torch.Tensor, rounded: torch.Tensor) -> N
         )
 
 
-def _delicate(task: TensorTask) -> list[tuple[Site, Product, int]]:
-    """Return the sites where float32 may not do, each with a magnitude (its bits as an integer) below which it shows.
+def _delicate(task: TensorTask) -> list[tuple[Site, Refinable, float]]:
+    """Return the sites where float32 may not do, each with a magnitude below which it shows (before any gain).
 
     The error of a float32 sum is about 2^-24 of its largest term, which `bound` limits; it exceeds a unit in the last
     place of a p-bit result only below 2^(p-24) of that. A factor of four is for the length of the sum.
     """
-    import torch
-
-    if task.dtype not in ("BF16", "F16"):
+    if task.dtype not in ("BF16", "F16") or task.wide:
         return []
     scale = 2.0 ** (dtypes.MANTISSA[task.dtype] - 22)
-    products = [(site, term) for site, term in task.terms if isinstance(term, Product)]
-    limits = torch.tensor([term.bound() * scale for _, term in products], dtype=dtypes.to_torch(task.dtype))
-    return [(site, term, int(bits)) for (site, term), bits in zip(products, limits.view(torch.int16), strict=True)]
+    return [(site, term, term.bound() * scale) for site, term in task.terms if isinstance(term, Refinable)]
 
 
-def _refine(term: Product, found: torch.Tensor, stored: torch.Tensor, rounded: torch.Tensor, first_row: int) -> None:
+def _bits(limit: float, dtype: torch.dtype) -> int:
+    """Return a number, rounded to a 16-bit float dtype, as the integer of its bits."""
+    import torch
+
+    return int(torch.tensor([limit], dtype=dtype).view(torch.int16))
+
+
+def _refine(term: Refinable, found: torch.Tensor, stored: torch.Tensor, rounded: torch.Tensor, first_row: int) -> None:
     """Compute the few results that were found too small again, in float64, and round them once."""
     if len(found):
         rows, columns = found // rounded.shape[1], found % rounded.shape[1]
-        device = term.left.device
-        change = term.elements((rows + first_row).to(device), columns.to(device)).to(rounded.device)
-        rounded[rows, columns] = (stored[rows, columns].double() + change).to(rounded.dtype)
+        values = term.elements(stored[rows, columns].double(), rows + first_row, columns)
+        rounded[rows, columns] = values.to(rounded.device, rounded.dtype)
 
 
 def _measure(result: TensorResult, base: torch.Tensor, W: torch.Tensor, rounded: torch.Tensor, scale: float) -> None:

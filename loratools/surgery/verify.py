@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -226,15 +227,34 @@ def _probes(plan: MergePlan, name: str, change: Change, exact: bool, seed: int) 
 def _projected(
     plan: MergePlan, group: list[tuple[int, Placement]], X: torch.Tensor, source: TensorSpec
 ) -> torch.Tensor:
-    """Return X·ΔWᵀ summed over the adapters, for the rows of ΔW that land on the site."""
+    """Return X·(W' − W)ᵀ of all updates in their order, for the rows of W that land on the site."""
+    site = group[0][1].site
 
+    @cache
     def base() -> torch.Tensor:
-        site = group[0][1].site
         W = files.read_tensor(source).double().view(site.matrix)[slice(*site.rows), slice(*site.columns)]
         return W.T if site.transposed else W
 
-    parts = [p.update.project(X, plan.weights[i], base)[:, p.site.part_rows] for i, p in group]
-    return sum(parts[1:], parts[0])
+    out = site.shape[1] if site.transposed else site.shape[0]
+    additive = all(placement.update.additive for _, placement in group)
+    # Sums do not depend on W, so there it need not be loaded: it is taken for zero, before and after.
+    state: Callable[[torch.Tensor], torch.Tensor] = (
+        (lambda X: X.new_zeros(len(X), out)) if additive else (lambda X: X @ base().T)
+    )
+    before = state(X)
+    for i, placement in group:
+        state = partial(_after, placement, plan.weights[i], base, state)
+    return state(X) - before
+
+
+def _after(
+    placement: Placement,
+    weight: float,
+    base: Callable[[], torch.Tensor],
+    below: Callable[[torch.Tensor], torch.Tensor],
+    X: torch.Tensor,
+) -> torch.Tensor:
+    return placement.update.project(X, weight, placement.site, base, below)
 
 
 def _tiles(

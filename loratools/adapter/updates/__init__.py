@@ -4,9 +4,11 @@ A kind file is a module with
 
     KIND         its name in the format's registry, the same as the file's
     claims(parts)                     whether a module with these part names is of this kind
-    build(parts, scaling, alpha)      the `Update`; raises `ValueError` with a sentence where shapes do not fit
+    build(parts, scaling, alpha)      the `Update`; raises `ValueError` with a sentence where shapes do not fit. A kind
+                                      that shapes cannot tell all about takes `layout` besides, a mapping
 
-`parts` maps PEFT's names of a module's tensors (`lora_A.weight`, `lora_B.weight`, …) to lazy tensors.
+`parts` maps PEFT's names of a module's tensors (`lora_A.weight`, `lora_B.weight`, …) to lazy tensors. Kinds of two
+factors build on `_product.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from loratools.errors import UnknownKind
 from loratools.storage.lazy import LazyTensor
@@ -44,7 +46,33 @@ class Term(Protocol):
         ...
 
     def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
-        """Change `W`, the tile of `rows` of the rectangle in float32 or float64, in place."""
+        """Change `W`, the tile of `rows` of the rectangle in float32 or float64, in place.
+
+        `base` has the same rows unchanged; it is None where `W` is still unchanged itself.
+        """
+        ...
+
+
+@runtime_checkable
+class Refinable(Term, Protocol):
+    """A term whose single results can be computed again in float64, where float32 does not do.
+
+    |W + ΔW| elements far below `bound` have lost digits: the error of a float32 sum is that of its largest term.
+    """
+
+    def bound(self) -> float:
+        """Return a bound on the magnitude of any element of ΔW."""
+        ...
+
+    def gain(self, rows: slice) -> float:
+        """Return the largest factor that `apply_rows` multiplied the sum with in these rows."""
+        ...
+
+    def elements(self, W: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """Return single elements of the result in float64, from `W`, the unchanged ones in float64.
+
+        `rows` and `columns` count in the rectangle.
+        """
         ...
 
 
@@ -81,14 +109,33 @@ class Update(Protocol):
         """Every tensor of the update under PEFT's name of it."""
         ...
 
+    @property
+    def additive(self) -> bool:
+        """Whether it adds the same ΔW to any W: then the order among such updates means nothing."""
+        ...
+
+    @property
+    def bias(self) -> LazyTensor | None:
+        """What is added, times s, to the module's bias (out,): PEFT's `lora_bias`."""
+        ...
+
     def term(self, site: Site, weight: float, dtype: torch.dtype, device: torch.device) -> Term:
         """Load the factors, multiplied by `weight`, for a site."""
         ...
 
-    def project(self, X: torch.Tensor, weight: float, base: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Return X·(W' − W)ᵀ for probes X (k, in) in float64, factor by factor, another path than `term` takes.
+    def project(
+        self,
+        X: torch.Tensor,
+        weight: float,
+        site: Site,
+        base: Callable[[], torch.Tensor],
+        below: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """Return X·W'ᵀ for probes X (k, in) in float64, (k, rows of the site), by another path than `term` takes.
 
-        `base` loads W as the module defines it, `(out, in)`, for kinds whose change depends on it.
+        `below(X)` is X·Wᵀ with the weight W that this update finds; updates before it have changed it already, and W is
+        taken for zero where all of them are additive. `base` loads the unchanged W₀ of the site as the module defines
+        it, (out, in), in float64.
         """
         ...
 

@@ -1,0 +1,119 @@
+"""The sum that most kinds come to, W += left · right, and what kinds of two factors have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loratools.storage.lazy import LazyTensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from loratools.adapter.sites import Site
+
+
+class LowRank(ABC):
+    """An update s·left·right of the weight seen as a matrix: its first side × all others.
+
+    A kind says by `matrices` which of its tensors stand left and right; everything else follows.
+    """
+
+    __slots__ = ()
+    additive = True
+
+    kind: str
+    scaling: float
+    alpha: float
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """Rank r of the factors."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight as the module defines it."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> Mapping[str, LazyTensor]:
+        """Every tensor of the update under PEFT's name of it."""
+
+    @property
+    def bias(self) -> LazyTensor | None:
+        """What is added, times s, to the module's bias."""
+        return None
+
+    @abstractmethod
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Load (rows, r) and (r, columns), in the dtypes of the file, without the scaling."""
+
+    def term(self, site: Site, weight: float, dtype: torch.dtype, device: torch.device) -> Product:
+        """Return `Product(w·s·left, right)`, or `Product(w·s·rightᵀ, leftᵀ)` where the base stores the transpose."""
+        left, right = (factor.to(device=device, dtype=dtype) for factor in self.matrices())
+        left = left[site.part_rows] * (weight * self.scaling)
+        if site.transposed:
+            return Product(right.T.contiguous(), left.T.contiguous())
+        return Product(left, right.contiguous())
+
+    def project(
+        self,
+        X: torch.Tensor,
+        weight: float,
+        site: Site,
+        base: Callable[[], torch.Tensor],
+        below: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """Return X·Wᵀ + w·s·(X·rightᵀ)·leftᵀ."""
+        left, right = (factor.to(X) for factor in self.matrices())
+        return below(X) + weight * self.scaling * ((X @ right.T) @ left[site.part_rows].T)
+
+    def delta_weight(self) -> torch.Tensor:
+        """Return s·left·right in float32, with `shape`."""
+        left, right = (factor.float() for factor in self.matrices())
+        return (self.scaling * (left @ right)).reshape(self.shape)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Product:
+    """The term W += left · right, with left (rows, k) and right (k, columns)."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+
+    needs_base = False
+    needs_pass = False
+
+    def observe_rows(self, base: torch.Tensor, rows: slice) -> None:
+        """Nothing to see: the sum does not depend on W."""
+
+    def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
+        """Add rows of the product in place: one GEMM, no temporary ΔW."""
+        W.addmm_(self.left[rows], self.right)
+
+    def bound(self) -> float:
+        """Return a bound on any element of the product: the largest row norm of left times column norm of right."""
+        return float(self.left.norm(dim=1).max() * self.right.norm(dim=0).max())
+
+    def gain(self, rows: slice) -> float:
+        """Return 1: nothing is scaled after the sum."""
+        return 1.0
+
+    def elements(self, W: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """Return single elements of W + left·right in float64; `W` are those of the unchanged weight, in float64."""
+        here = self.left.device
+        change = (self.left[rows.to(here)].double() * self.right[:, columns.to(here)].T.double()).sum(1)
+        return W + change.to(W.device)
+
+    @classmethod
+    def joined(cls, products: list[Product]) -> Product:
+        """Return the sum of several products as one, exactly: factors side by side along k."""
+        import torch
+
+        if len(products) == 1:
+            return products[0]
+        return cls(torch.cat([p.left for p in products], 1), torch.cat([p.right for p in products], 0))
