@@ -16,6 +16,8 @@ import huggingface_hub.utils._http
 import pytest
 from huggingface_hub import HfApi, constants
 
+import loratools.hub.faults
+
 from .server import LocalHub
 
 ROOT = Path(__file__).parents[2]
@@ -79,9 +81,9 @@ def aim(monkeypatch: pytest.MonkeyPatch, hub: LocalHub, home: Path) -> None:
 
 
 def without_naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Make the client's back-off take no time, and return the list that records how long it would have slept."""
+    """Make back-off, the client's and ours, take no time; return the list that records how long it would have slept."""
     naps: list[float] = []
     clock = SimpleNamespace(**{**vars(time), "sleep": naps.append})
-    for module in (huggingface_hub.utils._http, huggingface_hub.file_download):
+    for module in (huggingface_hub.utils._http, huggingface_hub.file_download, loratools.hub.faults):
         monkeypatch.setattr(module, "time", clock)
     return naps

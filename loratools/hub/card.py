@@ -1,0 +1,147 @@
+"""The model card: what a person wrote stays, our facts go into the front matter and into one section of our own.
+
+    ---
+    base_model: org/base            fields that are missing are added; a person's are kept as they are, line by line
+    tags: [mine, lora, loratools]   tags are joined
+    ---
+    A person's text.
+    <!-- loratools card local=… text=… -->
+    the section, written anew each time
+    <!-- /loratools card -->
+
+The opening mark holds digests of front matter and text as they were in the folder, and as they were pushed, so that at
+the next push it is known on which side a person has changed them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from loratools.errors import BadFile, HubError
+
+Side = Literal["local", "hub"]
+
+_SECTION = re.compile(
+    r"\n*<!-- loratools card local=(?P<local>[0-9a-f]*) text=(?P<text>[0-9a-f]*) -->\n.*?<!-- /loratools card -->\n*",
+    re.DOTALL,
+)
+_KEY = re.compile(r"([A-Za-z_][\w-]*|\"[^\"]+\"|'[^']+')\s*:(?=\s|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A README.md in its parts: lines of the front matter, a person's text, and the two digests of our mark."""
+
+    front: tuple[str, ...] = ()
+    text: str = ""
+    local: str = ""
+    pushed: str = ""
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hex digits of the front matter and the person's text, white space at their ends aside."""
+        whole = "\n".join(self.front).strip() + "\n---\n" + self.text.strip()
+        return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+    def data(self) -> dict[str, Any]:
+        """Return the front matter; raise `BadFile` where it is not YAML of names and values."""
+        import yaml  # type: ignore[import-untyped,unused-ignore]
+
+        try:
+            found = yaml.safe_load("\n".join(self.front))
+        except yaml.YAMLError as error:
+            raise BadFile(f"README.md: the front matter is not YAML: {' '.join(str(error).split())[:200]}") from None
+        if found is not None and not isinstance(found, dict):
+            raise BadFile("README.md: the front matter is not names and values")
+        return found or {}
+
+
+def parse(readme: str) -> Card:
+    """Take a README.md apart; raise `BadFile` where its front matter has no end."""
+    lines = readme.replace("\r\n", "\n").removeprefix("\ufeff").split("\n")
+    front: list[str] = []
+    if lines[0].rstrip() == "---":
+        end = next((i for i, line in enumerate(lines[1:], 1) if line.rstrip() == "---"), None)
+        if end is None:
+            raise BadFile("README.md: the front matter is not closed by a line ---")
+        front, lines = lines[1:end], lines[end + 1 :]
+    body = "\n".join(lines)
+    mark = _SECTION.search(body)
+    text = body if mark is None else _SECTION.sub("\n\n", body)
+    found = mark.groupdict() if mark else {}
+    return Card(tuple(front), text.strip("\n"), found.get("local") or "", found.get("text") or "")
+
+
+def merged(
+    local: str | None, remote: str | None, facts: Mapping[str, Any], section: str, *, force: Mapping[str, Any],
+    keep: Side | None = None,
+) -> str:  # fmt: skip
+    """Return the README.md to push, from that of the folder and that on the Hub.
+
+    `facts` are fields of the front matter that are set where a person has not, `force` those that are set anyway.
+    `keep` says whose text stays where both sides have changed; without it that is a `HubError`.
+    """
+    ours, theirs = parse(local or ""), parse(remote or "")
+    base = _choose(ours, theirs, local is not None, remote is not None, keep)
+    front = tuple(_front(base, facts, force))
+    # A folder that came from the Hub, or has no card, tells nothing new of the one that was pushed.
+    seen = theirs.local if local is None or (remote is not None and ours.digest == theirs.digest) else ours.digest
+    mark = f"<!-- loratools card local={seen} text={Card(front, base.text).digest} -->"
+    text = f"{base.text}\n\n" if base.text.strip() else ""
+    return "\n".join(["---", *front, "---", "", f"{text}{mark}\n{section.strip()}\n<!-- /loratools card -->", ""])
+
+
+def _choose(ours: Card, theirs: Card, here: bool, there: bool, keep: Side | None) -> Card:
+    if not here or not there:
+        return ours if here else theirs
+    if keep:
+        return ours if keep == "local" else theirs
+    if ours.digest in (theirs.local, theirs.digest):
+        return theirs  # the folder's has not changed since it was pushed
+    if theirs.digest == theirs.pushed:
+        return ours  # the Hub's has not changed since then
+    known = theirs.data()
+    if ours.text.strip() == theirs.text.strip() and all(known.get(name) == it for name, it in ours.data().items()):
+        return theirs  # which says the same, and more
+    if not theirs.text.strip() and all(ours.data().get(name) == it for name, it in known.items()):
+        return ours
+    raise HubError(
+        "README.md in the folder and on the Hub are two different texts",
+        hint="Say which one stays: --card local, or --card hub.",
+    )
+
+
+def _front(card: Card, facts: Mapping[str, Any], force: Mapping[str, Any]) -> list[str]:
+    """Return the lines of the front matter with our fields set; every other line is the person's."""
+    present, lines = card.data(), list(card.front)
+    for name, value in {**facts, **force}.items():
+        if name == "tags":
+            given = present.get("tags") or []
+            given = given if isinstance(given, list) else [given]
+            if missing := [tag for tag in value if tag not in given]:
+                lines = _set(lines, name, [*given, *missing])
+        elif present.get(name) is None or (name in force and present[name] != value):
+            lines = _set(lines, name, value)
+    return lines
+
+
+def _set(lines: list[str], name: str, value: Any) -> list[str]:
+    """Replace a top-level field where it stands, or add it at the end."""
+    import yaml
+
+    new = yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=True, width=1000).rstrip("\n").split("\n")
+    starts = [i for i, line in enumerate(lines) if _KEY.match(line)]
+    for at, start in enumerate(starts):
+        found = _KEY.match(lines[start])
+        if found and found[1].strip("\"'") == name:
+            end = starts[at + 1] if at + 1 < len(starts) else len(lines)
+            while end > start + 1 and re.fullmatch(r"\s*(#.*)?", lines[end - 1]):
+                end -= 1  # a remark above the next field belongs to that one
+            return [*lines[:start], *new, *lines[end:]]
+    while lines and not lines[-1].strip():
+        lines = lines[:-1]
+    return [*lines, *new]

@@ -1,0 +1,155 @@
+"""Which files of a repository, or of a folder to be sent there, an adapter or a model is made of. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+from loratools.errors import BadFile
+from loratools.hub.refs import is_plain
+
+Kind = Literal["adapter", "checkpoint"]
+Index = Callable[[str], Mapping[str, Any]]
+"""Reads a JSON file of the repository: path -> the parsed object."""
+
+PIPELINE = "model_index.json"
+PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".svg"})
+
+# Files of weights by their stems, first choice first, as PEFT, diffusers, MLX and transformers name them.
+_STEMS: Mapping[Kind, tuple[str, ...]] = {
+    "adapter": ("adapter_model", "pytorch_lora_weights", "adapters"),
+    "checkpoint": ("model", "diffusion_pytorch_model", "pytorch_model"),
+}
+_ENDINGS: Mapping[Kind, tuple[str, ...]] = {
+    "adapter": (".safetensors", ".bin", ".npz", ".pt", ".pth", ".ckpt", ".gguf"),
+    "checkpoint": (".safetensors", ".bin"),
+}
+_INDEX = ".index.json"
+_TEXTS = frozenset({".json", ".txt", ".md", ".model", ".jinja", ".tiktoken", ".yaml", ".yml", ".py"})
+_LEGAL = re.compile(r"(licen[cs]e|notice|use_policy|copying)", re.IGNORECASE)
+# What training leaves beside a model: state of the run, and pickles that may hold a token or a path.
+_LEFT_BY_TRAINING = re.compile(
+    r"(optimizer|scheduler\.|rng_state|training_args|trainer_state|events\.out|.*_results\.)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The files that are needed: those that hold tensors or list such files, and all others, sorted."""
+
+    weights: tuple[str, ...]
+    others: tuple[str, ...]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All of them; the weights first."""
+        return (*self.weights, *self.others)
+
+
+def kind_of(paths: Collection[str]) -> Kind:
+    """Tell by the names at the top whether a repository holds an adapter or a whole model."""
+    top = {path for path in paths if "/" not in path}
+    if PIPELINE in top:
+        return "checkpoint"
+    if any(name.startswith(_STEMS["adapter"]) or name == "adapter_config.json" for name in top):
+        return "adapter"
+    model = tuple(f"{stem}{middle}" for stem in _STEMS["checkpoint"] for middle in (".", "-0"))
+    return "checkpoint" if any(name.startswith(model) for name in top) else "adapter"
+
+
+def under(paths: Iterable[str], path: str | None) -> dict[str, str]:
+    """Return name -> path in the repository of what lies in the folder `path`, or of the file itself and its JSON.
+
+    Raises `BadFile` if there is neither.
+    """
+    paths = list(paths)
+    if path is None:
+        return {one: one for one in paths}
+    if path in paths:
+        parent = path.rpartition("/")[0]
+        beside = {name: one for name, one in under(paths, parent or None).items() if "/" not in name}
+        name = PurePosixPath(path).name
+        return {one: at for one, at in beside.items() if one == name or one == "adapter_config.json"}
+    inside = {one.removeprefix(f"{path}/"): one for one in paths if one.startswith(f"{path}/")}
+    if not inside:
+        raise BadFile(f"no file or folder {path} in this repository")
+    return inside
+
+
+def select(paths: Collection[str], kind: Kind, index: Index) -> Selection:
+    """Return what of `paths` an adapter or a model is made of, as loratools would read it.
+
+    One set of weights only: safetensors before pickles, an index and its shards before a single file. Of a diffusers
+    pipeline the folders that its model_index.json names. Nothing of the state of a training run, nothing hidden.
+    Raises `BadFile` where there are no weights, an index names what is not there, or a path leaves its folder.
+    """
+    folders = [""]
+    if kind == "checkpoint" and PIPELINE in paths:
+        named = [name for name, entry in index(PIPELINE).items() if isinstance(entry, list) and entry[:1] != [None]]
+        folders += [f"{name}/" for name in named if is_plain(name)]
+    weights: list[str] = []
+    others: list[str] = []
+    for folder in folders:
+        inside = [path.removeprefix(folder) for path in paths if path.startswith(folder)]
+        names = {name for name in inside if "/" not in name and not name.startswith(".")}
+        found = [] if folders[1:] and not folder else _weights(names, kind, lambda name, at=folder: index(at + name))  # type: ignore[misc]
+        weights += [folder + name for name in found]
+        others += [folder + name for name in names if _is_companion(name) and name not in found]
+    if not weights:
+        shown = ", ".join(sorted(paths)[:8]) or "nothing"
+        raise BadFile(f"no weights of {'an adapter' if kind == 'adapter' else 'a model'} among its files: {shown}")
+    problems = [f"{path!r}: not among the files" for path in weights if path not in paths]
+    problems += [f"{path!r}: leads out of the folder, or cannot be written" for path in weights if not is_plain(path)]
+    if problems:
+        raise BadFile("the files do not belong together", problems)
+    return Selection(tuple(sorted(weights)), tuple(sorted(path for path in others if is_plain(path))))
+
+
+def stale(existing: Iterable[str], weights: Iterable[str]) -> tuple[str, ...]:
+    """Return the files of an earlier version that a reader would take for part of the new: other shards, an index."""
+    weights = set(weights)
+    stems = {match[1] for name in weights if (match := _SHARD.fullmatch(name))}
+    return tuple(
+        sorted(name for name in existing if name not in weights and (m := _SHARD.fullmatch(name)) and m[1] in stems)
+    )
+
+
+_SHARD = re.compile(r"((?:[^/]+/)*[^/]+?)(?:-\d{5,}-of-\d{5,})?\.(?:safetensors|bin)(?:\.index\.json)?")
+
+
+def _weights(names: set[str], kind: Kind, index: Index) -> list[str]:
+    stems, endings = _STEMS[kind], _ENDINGS[kind]
+    for ending in endings:
+        listed = [name for name in names if name.endswith(ending + _INDEX)]
+        first = [f"{stem}{ending}{_INDEX}" for stem in stems if f"{stem}{ending}{_INDEX}" in listed]
+        if first or len(listed) == 1:
+            return _shards((first or listed)[0], index)
+        if single := [f"{stem}{ending}" for stem in stems if f"{stem}{ending}" in names]:
+            return single[:1]
+    other = _STEMS["checkpoint" if kind == "adapter" else "adapter"]
+    for ending in endings:
+        if loose := sorted(
+            name
+            for name in names
+            if name.endswith(ending)
+            and not _LEFT_BY_TRAINING.match(name)
+            and not (kind == "checkpoint" and name.startswith(other))
+        ):
+            return loose
+    return []
+
+
+def _shards(name: str, index: Index) -> list[str]:
+    weight_map = index(name).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise BadFile(f"{name}: expected weight_map, tensor names to file names")
+    return [name, *sorted(set(weight_map.values()))]
+
+
+def _is_companion(name: str) -> bool:
+    if _LEFT_BY_TRAINING.match(name) or name.endswith(_INDEX):
+        return False
+    return PurePosixPath(name).suffix in _TEXTS or _LEGAL.match(name) is not None

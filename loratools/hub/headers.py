@@ -1,0 +1,102 @@
+"""A folder of headers alone, fetched by range requests: enough for `inspect` and for the schema tier of a base hash."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from loratools.errors import BadFile
+from loratools.hub import files
+from loratools.hub.client import Hub, RemoteFile, quiet
+from loratools.hub.refs import Ref
+from loratools.storage.checkpoint import MAX_JSON
+from loratools.storage.header import MAX_HEADER, parse_json_object
+
+FIRST = 1 << 16
+"""Bytes of the first request for a header; a longer header takes a second one for exactly the rest."""
+
+_SMALL = 1_000_000
+_NOT_NEEDED = ("tokenizer", "vocab", "special_tokens_map", "added_tokens", "trainer_state")
+
+
+def headers_of(hub: Hub, ref: Ref) -> Path:
+    """Return a folder, or the file in it, that has the headers and small JSON files of what `ref` names.
+
+    Every file has its full size there, but zeros where a tensor's data, a tokenizer or a text would be: to be read by
+    what looks at headers only. The folder lives as long as this process.
+
+    Raises `HubError`, and `BadFile` where the weights are not safetensors.
+    """
+    with quiet():
+        commit = hub.commit(ref.repo, ref.revision)
+        tree = hub.tree(ref.repo, commit)
+        folder = Path(tempfile.mkdtemp(prefix="loratools-headers-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return _fill(hub, ref, commit, tree, folder)
+
+
+def _fill(hub: Hub, ref: Ref, commit: str, tree: Mapping[str, RemoteFile], folder: Path) -> Path:
+    found, names = choose(hub, ref, commit, tree)
+    if pickles := [name for name in found.weights if not name.endswith((".safetensors", ".json"))]:
+        raise BadFile(
+            f"{ref}: {pickles[0]} has no header that can be read from afar",
+            hint=f"Fetch it first: loratools pull {ref.repo} -o DIR",
+        )
+
+    def one(name: str) -> None:
+        target, file = folder / name, tree[names[name]]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("wb") as output:
+            if name.endswith(".safetensors"):
+                output.write(_header(hub, ref.repo, commit, file))
+            elif name in found.weights or _is_config(name, file):
+                output.write(hub.small(ref.repo, commit, file, MAX_JSON))
+            output.truncate(file.size)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(one, found.paths))
+    return folder / Path(ref.path).name if ref.path in names.values() and ref.path else folder
+
+
+def choose(
+    hub: Hub, ref: Ref, commit: str, tree: Mapping[str, RemoteFile], kind: files.Kind | None = None
+) -> tuple[files.Selection, dict[str, str]]:
+    """Return what is needed of what `ref` names, and name -> path in the repository of all that lies there."""
+    try:
+        names = files.under(tree, ref.path)
+
+        def index(name: str) -> dict[str, Any]:
+            if name not in names:
+                raise BadFile(f"{name} is not there")
+            return parse_json_object(hub.small(ref.repo, commit, tree[names[name]], MAX_JSON).strip(), Path(name))
+
+        if ref.path in tree and ref.path:  # a file that was asked for by name is what is wanted
+            name = Path(ref.path).name
+            return files.Selection((name,), tuple(sorted(names.keys() - {name}))), names
+        return files.select(names, kind or files.kind_of(names), index), names
+    except BadFile as error:
+        raise BadFile(f"{ref}: {error.message}", error.problems, hint=error.hint) from None
+
+
+def _header(hub: Hub, repo: str, commit: str, file: RemoteFile) -> bytes:
+    begin = hub.part(repo, commit, file, 0, min(FIRST, file.size))
+    stop = 8 + int.from_bytes(begin[:8], "little")
+    if len(begin) < stop <= min(file.size, 8 + MAX_HEADER):
+        begin += hub.part(repo, commit, file, len(begin), stop)
+    return begin[:stop]
+
+
+def _is_config(name: str, file: RemoteFile) -> bool:
+    return name.endswith(".json") and file.size <= _SMALL and not Path(name).name.startswith(_NOT_NEEDED)
+
+
+def schema_of(hub: Hub, ref: Ref, algorithm: str) -> str:
+    """Return the schema tier of the base hash of a model on the Hub, from its headers alone."""
+    from loratools.storage.checkpoint import Checkpoint
+
+    return Checkpoint.open(headers_of(hub, ref)).schema(algorithm)

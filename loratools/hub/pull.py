@@ -1,0 +1,216 @@
+"""A repository becomes a folder, whole or not at all; or lands in the cache of huggingface_hub."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Thread
+
+from loratools import dialects
+from loratools.adapter.model import BaseIdentity
+from loratools.errors import LoraToolsError, UnknownKind, UnsupportedAdapter
+from loratools.format import rules
+from loratools.format.manifest import ORIGIN
+from loratools.hub import files
+from loratools.hub.client import Hub, RemoteFile, quiet
+from loratools.hub.headers import choose, schema_of
+from loratools.hub.refs import Need, Ref, Watch
+from loratools.storage import atomic, digest
+from loratools.storage.checkpoint import Checkpoint
+
+Progress = Callable[[int], None]
+
+RECORD = Path(".loratools") / "pulled.json"
+"""Where a pulled folder came from; hidden, so that it is not pushed again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """What is fetched: name in the output -> file of the commit. `single` is the one file asked for, if any."""
+
+    ref: Ref
+    commit: str
+    kind: files.Kind
+    files: Mapping[str, RemoteFile]
+    single: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files.values())
+
+
+@dataclass(frozen=True, slots=True)
+class BaseCheck:
+    """Whether the Hub has the model that an adapter was sealed with; `same` is None where nothing was compared."""
+
+    id: str
+    same: bool | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """What `pull` did; `digest` is the adapter's own, checked; `notes` say what could not be checked."""
+
+    output: Path
+    repo: str
+    commit: str
+    kind: files.Kind
+    files: int
+    nbytes: int
+    digest: str | None
+    base: BaseCheck | None
+    notes: tuple[str, ...] = ()
+
+
+def prepare(hub: Hub, ref: Ref, kind: files.Kind | None = None) -> Pull:
+    """Resolve the revision to a commit, once, and decide what is needed of it; fetch nothing but lists."""
+    commit = hub.commit(ref.repo, ref.revision)
+    tree = hub.tree(ref.repo, commit)
+    selection, names = choose(hub, ref, commit, tree, kind)
+    single = Path(ref.path).name if ref.path and ref.path in tree else None
+    wanted = {name: tree[names[name]] for name in sorted(selection.paths)}
+    return Pull(ref, commit, kind or files.kind_of(names), wanted, single)
+
+
+def pull(
+    hub: Hub,
+    prepared: Pull,
+    output: Path,
+    *,
+    force: bool = False,
+    check_base: bool = True,
+    progress: Progress | None = None,
+) -> Pulled:
+    """Write the files of a prepared pull as a new folder; it appears whole, checked, or not at all.
+
+    Each file is compared with the digest that the Hub lists, a sealed adapter with its own digest too, and everything
+    must open. What was fetched before a failure stays in a hidden folder beside the output, and is not fetched again.
+    With `check_base` the model that an adapter was sealed with is looked up, and its headers compared.
+
+    Raises `HubError`, `BadFile`, `InvalidFormat`, `OutputRefused`, `NoSpace`.
+    """
+    atomic.check_output(output, force=force)
+    ref, name = prepared.ref, output.absolute().name
+    stage = output.absolute().with_name(f".{name}.pull-{prepared.commit[:16]}")
+    for leftover in stage.parent.glob(f".{glob.escape(name)}.pull-*"):
+        if leftover != stage:  # of another commit
+            atomic.remove(leftover)
+    with quiet(), _watched(stage, progress):
+        for file in prepared.files.values():
+            hub.fetch(ref.repo, prepared.commit, file, stage)
+    with atomic.new_folder(output, force=force) as scratch:
+        for path, file in prepared.files.items():
+            (scratch / path).parent.mkdir(parents=True, exist_ok=True)
+            (stage / file.path).replace(scratch / path)
+        atomic.remove(stage)
+        record = {"schema": 1, "repo": ref.repo, "commit": prepared.commit, "revision": ref.revision, "path": ref.path}
+        (scratch / RECORD).parent.mkdir()
+        (scratch / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        own, base, notes = _check(hub, prepared, scratch, check_base)
+    return Pulled(
+        output, ref.repo, prepared.commit, prepared.kind, len(prepared.files), prepared.nbytes, own, base, notes
+    )
+
+
+def cached(hub: Hub, ref: Ref, need: Need, *, progress: Watch | None = None) -> Path:
+    """Return the folder in huggingface_hub's cache that has what is needed of `ref`, or the file that it names.
+
+    Offline (HF_HUB_OFFLINE) what the cache has is taken.
+    """
+    from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+
+    if constants.HF_HUB_OFFLINE:
+
+        def known() -> str:
+            return str(snapshot_download(ref.repo, revision=ref.revision, local_files_only=True))
+
+        folder = Path(hub.once(known, ref.repo, ref.revision))
+        return folder / ref.path if ref.path else folder
+    prepared = prepare(hub, ref, "checkpoint" if need == "checkpoint" else "adapter")
+    missing = [
+        file
+        for file in prepared.files.values()
+        if not isinstance(try_to_load_from_cache(ref.repo, file.path, revision=prepared.commit), str)
+    ]
+    blobs = Path(constants.HF_HUB_CACHE) / f"models--{ref.repo.replace('/', '--')}" / "blobs"
+    begin = progress or (lambda total: nullcontext(lambda count: None))
+    with quiet(), begin(sum(file.size for file in missing)) as advance, _watched(blobs, advance):
+        paths = {file.path: hub.fetch(ref.repo, prepared.commit, file) for file in prepared.files.values()}
+    path, at = next(iter(paths.items()))
+    root = at.parents[path.count("/")]
+    return root / ref.path if ref.path else root
+
+
+def _check(
+    hub: Hub, prepared: Pull, folder: Path, check_base: bool
+) -> tuple[str | None, BaseCheck | None, tuple[str, ...]]:
+    """Open what was fetched; return the digest that an adapter states, checked, and what is known of its base."""
+    if prepared.kind == "checkpoint":
+        Checkpoint.open(folder)
+        return None, None, ()
+    path = folder / prepared.single if prepared.single else folder
+    try:
+        adapter = dialects.open_adapter(path)
+    except (UnknownKind, UnsupportedAdapter) as error:  # sound files, as far as the Hub knows
+        return None, None, (f"not opened: {error.message}",)
+    own = None
+    if adapter.dialect == "loratools":
+        if found := rules.validate(path):
+            raise rules.refusal(path, found)
+        own = adapter.settings[ORIGIN].get("digest")
+    return own, _base(hub, adapter.base) if check_base and adapter.base else None, ()
+
+
+def _base(hub: Hub, base: BaseIdentity) -> BaseCheck | None:
+    if base.id is None:
+        return None
+    if not base.schema:
+        return BaseCheck(base.id, None, "the adapter states no schema hash of its base")
+    try:
+        found = schema_of(hub, Ref(base.id, base.revision), digest.algorithm_of(base.schema))
+    except LoraToolsError as error:
+        return BaseCheck(base.id, None, error.message)
+    same = found == base.schema
+    return BaseCheck(base.id, same, f"names, dtypes and shapes are {'' if same else 'not '}those of the sealed base")
+
+
+@contextmanager
+def _watched(folder: Path, progress: Progress | None) -> Iterator[None]:
+    """Tell `progress` how the folder grows: not every huggingface_hub can say how far a download is."""
+    if progress is None:
+        yield
+        return
+    done, stop = _size(folder), Event()
+
+    def look() -> None:
+        nonlocal done
+        now = _size(folder)
+        progress(max(0, now - done))
+        done = max(done, now)
+
+    def watch() -> None:
+        while not stop.wait(0.2):
+            look()
+
+    thread = Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        look()
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # it was renamed while it was looked at
+            total += path.stat().st_size if path.is_file() else 0
+    return total

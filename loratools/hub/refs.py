@@ -1,0 +1,94 @@
+"""`hf://org/name[@revision][/file]`, wherever a path is taken."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import unquote
+
+from loratools.errors import BadFile
+
+Need = Literal["adapter", "checkpoint", "header"]
+"""What of a repository is needed: an adapter's files, a model's, or the headers of either."""
+
+Watch = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+"""Begins to show progress: bytes in all -> a context with the function that takes the bytes since the last call."""
+
+SCHEME = "hf://"
+_NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}"
+_REF = re.compile(
+    rf"(?:{SCHEME})?(?:models/)?(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>refs/[a-z]+/[^/@]+|[^/@]+))?(?:/(?P<path>.+?))?/?"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A place on the Hub: a model repository, a branch, tag or commit of it, and a file or folder in it."""
+
+    repo: str
+    revision: str | None = None
+    path: str | None = None
+
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"{SCHEME}{self.repo}{revision}{f'/{self.path}' if self.path else ''}"
+
+
+def is_ref(text: str | Path) -> bool:
+    """Tell whether a text is a reference to the Hub, sound or not; a `Path` never is: it has lost the slashes."""
+    return isinstance(text, str) and text.startswith(SCHEME)
+
+
+def parse(text: str) -> Ref:
+    """Return the reference that a text is, with or without `hf://`; a revision may be percent-encoded.
+
+    >>> parse("hf://org/name@refs/pr/1/adapter_model.safetensors")
+    Ref(repo='org/name', revision='refs/pr/1', path='adapter_model.safetensors')
+
+    Raises `BadFile` for anything else, a data set or a space among it.
+    """
+    found = _REF.fullmatch(text)
+    if found is None or found["repo"].partition("/")[0] in ("datasets", "spaces", "buckets", "kernels"):
+        raise BadFile(
+            f"{text!r} is not a model on the Hub", hint="Expected hf://org/name, hf://org/name@revision or with /file."
+        )
+    path = found["path"]
+    if path and not is_plain(path):
+        raise BadFile(f"{text!r}: {path!r} is not a path inside a repository")
+    return Ref(found["repo"], unquote(found["revision"]) if found["revision"] else None, path)
+
+
+def is_plain(path: str) -> bool:
+    """Tell whether a path from elsewhere is relative and stays inside the folder that it is put into."""
+    parts = path.split("/")
+    return not any(part in ("", ".", "..") for part in parts) and not re.search(r"[\\\0:]|[\x01-\x1f]", path)
+
+
+def local(
+    path_or_ref: str | Path,
+    *,
+    need: Need = "adapter",
+    token: str | None = None,
+    progress: Watch | None = None,
+) -> Path:
+    """Return a local path for a path or a reference to the Hub.
+
+    A path is returned as it is, and an existing local path always wins. What a reference names is downloaded to the
+    cache of huggingface_hub, each file checked against the Hub's own digest; `header` fetches only headers and small
+    JSON files, by range requests, into a folder that lives as long as this process. `progress` is called with the bytes
+    to fetch, and gives a context whose function takes the bytes that arrived since the last call.
+
+    Raises `HubError`, and `BadFile` for a reference that is none.
+    """
+    if not is_ref(path_or_ref) or Path(path_or_ref).exists():
+        return Path(path_or_ref)
+    from loratools.hub.client import Hub
+    from loratools.hub.headers import headers_of
+    from loratools.hub.pull import cached
+
+    ref, hub = parse(str(path_or_ref)), Hub(token=token)
+    return headers_of(hub, ref) if need == "header" else cached(hub, ref, need, progress=progress)

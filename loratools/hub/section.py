@@ -1,0 +1,163 @@
+"""What a model card says of an adapter or a model: fields of the front matter, and the section in Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from loratools.surgery.inspect import AdapterSummary, CheckpointSummary
+
+# PEFT's task_type -> the Hub's pipeline_tag
+_TASKS = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+_VLLM_RANK = 16  # vLLM's default of --max-lora-rank
+_RANKS = (16, 32, 64, 128, 256, 320, 512)  # those that it takes
+
+
+def adapter_facts(
+    found: AdapterSummary, base_model: str | None, task: str | None, base_card: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the front matter of an adapter's card; what is not known is not there."""
+    diffusers = base_card.get("library_name") == "diffusers"
+    tags = ["lora", "loratools"]
+    if base_model:
+        tags.insert(0, f"base_model:adapter:{base_model}")
+    if task == "CAUSAL_LM":
+        tags.append("transformers")
+    facts = {
+        "base_model": base_model,
+        "base_model_relation": "adapter" if base_model else None,
+        "library_name": "diffusers" if diffusers else "peft",
+        "pipeline_tag": _TASKS.get(task or "") or base_card.get("pipeline_tag"),
+        **licence(base_card),
+        "tags": tags,
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def checkpoint_facts(
+    found: CheckpointSummary, base_model: str | None, record: Mapping[str, Any], base_card: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the front matter of a model's card; `record` is that of the merge that made it, if one did."""
+    adapters = record.get("adapters") if record.get("operation") == "merge" else None
+    several = isinstance(adapters, list) and len(adapters) > 1
+    facts = {
+        "base_model": base_model,
+        "base_model_relation": ("merge" if several else "finetune") if base_model and adapters else None,
+        "library_name": "diffusers" if found.components else "transformers",
+        "pipeline_tag": base_card.get("pipeline_tag") or ("text-generation" if _is_causal(found) else None),
+        **licence(base_card),
+        "tags": [*(["merge"] if adapters else []), "loratools"],
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def licence(card: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the licence that a card states, with the name and address that `other` needs."""
+    return {name: card[name] for name in ("license", "license_name", "license_link") if card.get(name)}
+
+
+def adapter_section(found: AdapterSummary, repo: str, base_model: str | None, task: str | None) -> str:
+    """Return the section of an adapter's card: what it is, what it belongs to, and how to load it."""
+    lines = ["## The adapter", ""]
+    lines += _table(
+        ("kind", "rank", "alpha", "scaling", "modules", "target modules"),
+        [
+            (
+                one.kind,
+                one.rank,
+                f"{one.alpha:g}",
+                f"{one.scaling:.6g}",
+                one.modules,
+                "<br>".join(map(_code, one.targets)),
+            )
+            for one in found.groups
+        ],
+    )
+    lines += ["", *_table(("", ""), _identity(found, base_model)), "", "## How to load it", ""]
+    lines += list(_loading(found, repo, base_model, task))
+    return "\n".join(lines)
+
+
+def checkpoint_section(found: CheckpointSummary, repo: str, base_model: str | None) -> str:
+    """Return the section of a model's card."""
+    rows = [
+        *([("architecture", _code(found.architecture))] if found.architecture else []),
+        *([("base model", _code(base_model))] if base_model else []),
+        ("parameters", f"{found.total.parameters:,}"),
+        ("dtypes", ", ".join(found.dtypes)),
+        ("schema hash", _code(found.schema)),
+    ]
+    lines = ["## The model", "", *_table(("", ""), rows)]
+    if not found.components:
+        load = "AutoModelForCausalLM" if _is_causal(found) else "AutoModel"
+        code = _python(f"from transformers import {load}", "", f'model = {load}.from_pretrained("{repo}")')
+        lines += ["", "## How to load it", "", *code]
+    return "\n".join(lines)
+
+
+def _is_causal(found: CheckpointSummary) -> bool:
+    return (found.architecture or "").endswith("ForCausalLM")
+
+
+def _identity(found: AdapterSummary, base_model: str | None) -> Iterator[tuple[str, str]]:
+    yield "base model", _code(base_model) if base_model else "not named"
+    base = found.base
+    if base and base.revision:
+        yield "base revision", _code(base.revision)
+    if base and base.sealed:
+        tiers = [f"schema {_code(base.schema)}"] if base.schema else []
+        tiers += [f"root {_code(base.root)}"] if base.root else []
+        tiers += [f"digests of {len(base.tensors)} tensors"] if base.tensors else []
+        yield "base hash", "<br>".join(tiers)
+    yield "parameters", f"{found.total.parameters:,} ({', '.join(found.dtypes)})"
+    if found.digest:
+        yield "digest", _code(found.digest)
+    if found.provenance:
+        yield "made by", "<br>".join(_code(f"{step.operation}, {step.tool}") for step in found.provenance)
+
+
+def _loading(found: AdapterSummary, repo: str, base_model: str | None, task: str | None) -> Iterator[str]:
+    base = base_model or "BASE"
+    if task == "CAUSAL_LM":
+        yield from _python(
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f'model = AutoModelForCausalLM.from_pretrained("{base}")',
+            f'model = PeftModel.from_pretrained(model, "{repo}")',
+        )
+        rank = max((one.rank for one in found.groups), default=0)
+        wide = f" --max-lora-rank {next((r for r in _RANKS if r >= rank), rank)}" if rank > _VLLM_RANK else ""
+        name = repo.rpartition("/")[2]
+        yield from ("", *_shell(f"vllm serve {base} --enable-lora{wide} --lora-modules {name}={repo}"))
+    else:
+        yield from _python("from peft import PeftModel", "", f'model = PeftModel.from_pretrained(model, "{repo}")')
+    target = f"hf://{base_model}" if base_model and "/" in base_model else "BASE"
+    yield from ("", *_shell(f"loratools inspect hf://{repo}", f"loratools merge {target} hf://{repo} -o merged"))
+
+
+def _python(*lines: str) -> list[str]:
+    return ["```python", *lines, "```"]
+
+
+def _shell(*lines: str) -> list[str]:
+    return ["```sh", *lines, "```"]
+
+
+def _table(heading: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
+    heading = list(heading)
+    body = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    return [f"| {' | '.join(heading)} |", f"|{'---|' * len(heading)}", *body]
+
+
+def _code(text: str | None) -> str:
+    """Return text of a file that nobody has checked as code in one cell: no mark-up, no end of line, no way out."""
+    cleaned = re.sub(r"[`|<>\x00-\x1f]", " ", text or "")[:300]
+    return f"`{cleaned}`"
