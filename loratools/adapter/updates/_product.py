@@ -53,12 +53,12 @@ class LowRank(ABC):
         """Load (rows, r) and (r, columns), in the dtypes of the file, without the scaling."""
 
     def term(self, site: Site, weight: float, dtype: torch.dtype, device: torch.device) -> Product:
-        """Return `Product(w·s·left, right)`, or `Product(w·s·rightᵀ, leftᵀ)` where the base stores the transpose."""
+        """Return w·s·left · right, or w·s·rightᵀ · leftᵀ where the base stores the transpose."""
         left, right = (factor.to(device=device, dtype=dtype) for factor in self.matrices())
-        left = left[site.part_rows] * (weight * self.scaling)
+        left = left[site.part_rows]
         if site.transposed:
-            return Product(right.T.contiguous(), left.T.contiguous())
-        return Product(left, right.contiguous())
+            left, right = right.T, left.T
+        return Product.of(weight * self.scaling, left.contiguous(), right.contiguous())
 
     def project(
         self,
@@ -80,13 +80,27 @@ class LowRank(ABC):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Product:
-    """The term W += left · right, with left (rows, k) and right (k, columns)."""
+    """The term W += left · right, with left (rows, k) and right (k, columns).
+
+    `left` is `factor` · diag(`scale`), rounded. What it was made of is kept, for a product of w·s, which no float32
+    holds exactly, would cost single elements their last digits where they cancel.
+    """
 
     left: torch.Tensor
     right: torch.Tensor
+    factor: torch.Tensor
+    scale: torch.Tensor
 
     needs_base = False
     needs_pass = False
+
+    @classmethod
+    def of(cls, scale: float, factor: torch.Tensor, right: torch.Tensor) -> Product:
+        """Return scale · factor · right."""
+        import torch
+
+        scales = torch.full((len(right),), scale, dtype=torch.float64, device=factor.device)
+        return cls(factor * scale, right, factor, scales)
 
     def observe_rows(self, base: torch.Tensor, rows: slice) -> None:
         """Nothing to see: the sum does not depend on W."""
@@ -104,10 +118,10 @@ class Product:
         return 1.0
 
     def elements(self, W: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        """Return single elements of W + left·right in float64; `W` are those of the unchanged weight, in float64."""
+        """Return single elements of W + scale·factor·right in float64; `W` are those of the unchanged weight."""
         here = self.left.device
-        change = (self.left[rows.to(here)].double() * self.right[:, columns.to(here)].T.double()).sum(1)
-        return W + change.to(W.device)
+        change = self.factor[rows.to(here)].double() * self.scale * self.right[:, columns.to(here)].T.double()
+        return W + change.sum(1).to(W.device)
 
     @classmethod
     def joined(cls, products: list[Product]) -> Product:
@@ -116,4 +130,5 @@ class Product:
 
         if len(products) == 1:
             return products[0]
-        return cls(torch.cat([p.left for p in products], 1), torch.cat([p.right for p in products], 0))
+        left, right = torch.cat([p.left for p in products], 1), torch.cat([p.right for p in products], 0)
+        return cls(left, right, torch.cat([p.factor for p in products], 1), torch.cat([p.scale for p in products]))
