@@ -1,0 +1,213 @@
+"""From what became of each tensor to one adapter that PEFT loads, with its record and its card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from loratools.adapter import updates
+from loratools.adapter.model import Adapter, BaseIdentity, Step
+from loratools.adapter.updates import Update
+from loratools.format import manifest
+from loratools.format.kinds import A_EMBEDDING, B_EMBEDDING, A, B
+from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.lazy import LazyTensor
+from loratools.surgery import certificate
+from loratools.surgery.companions import TOKENIZER_FILES
+from loratools.surgery.factor import Settings
+from loratools.surgery.identity import TOOL, adapter_digest
+from loratools.surgery.pairs import Pair, Pairing
+from loratools.surgery.spool import Spooled
+
+CLASSES = {
+    "factored": "as B·A",
+    "whole": "saved whole",
+    "unchanged": "the same in both",
+    "dropped": "left out on request",
+}
+"""What can become of a tensor; every tensor of the fine-tune is in exactly one class."""
+
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}  # fmt: skip
+_KINDS = {"linear": "lora", "conv": "conv", "embedding": "embedding"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """What became of one tensor: its class, why, ‖W' − W‖_F² (‖W'‖_F² where there was nothing to compare with).
+
+    `rows` counts changed rows of tensors that were not factored.
+    """
+
+    pair: Pair
+    outcome: str
+    shape: tuple[int, ...]
+    dtype: str
+    norm2: float
+    why: str = ""
+    rows: int = 0
+    rank: int = 0
+    layer: certificate.Layer | None = None
+    factors: Spooled | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Assembled:
+    """The adapter, its digest, the outcomes as they are in the end, the text of its card, and what to tell the user."""
+
+    adapter: Adapter
+    digest: str
+    outcomes: tuple[Outcome, ...]
+    card: str
+    notes: tuple[str, ...]
+
+
+def assemble(
+    base: Checkpoint, tuned: Checkpoint, pairing: Pairing, outcomes: Iterable[Outcome], identity: BaseIdentity,
+    tuned_root: str, settings: Settings,
+) -> Assembled:  # fmt: skip
+    """Return the adapter of these outcomes.
+
+    PEFT saves modules whole, never single parameters, so a norm whose weight changed brings its bias along. Biases of
+    linear layers stand alone, under PEFT's `bias` setting.
+    """
+    outcomes = tuple(sorted(_with_siblings(list(outcomes)), key=lambda one: (one.pair.path, one.pair.name)))
+    factored = [one for one in outcomes if one.outcome == "factored"]
+    whole = [one for one in outcomes if one.outcome == "whole"]
+    built = {one.pair.path: _update(one, settings.dtype) for one in factored}
+    kept = {one.pair.path: LazyTensor.stored(tuned.specs[one.pair.name]) for one in whole}
+    touched = sorted({one.pair.base for one in (*factored, *whole) if one.pair.base})
+    identity = replace(identity, tensors={name: identity.tensors[name] for name in touched})
+    layers = [one.layer for one in factored if one.layer]
+    step = _step(layers, outcomes, pairing, settings, identity, tuned_root)
+    adapter = Adapter(built, kept, identity, (step,), "loratools", _settings(base, tuned, pairing, factored, whole))
+    return Assembled(adapter, adapter_digest(adapter), outcomes, _card(identity, outcomes, layers), _notes(outcomes))
+
+
+def tokenizer_files(base: Checkpoint, tuned: Checkpoint) -> list[Path]:
+    """Return the fine-tune's tokenizer files that the base lacks or has otherwise: they belong to the change."""
+    found = []
+    for path in sorted(tuned.root.iterdir()) if tuned.path.is_dir() else ():
+        old = base.root / path.name
+        same = old.is_file() and path.is_file() and old.read_bytes() == path.read_bytes()
+        if path.name in TOKENIZER_FILES and path.is_file() and not same:
+            found.append(path)
+    return found
+
+
+def _with_siblings(outcomes: list[Outcome]) -> list[Outcome]:
+    """Return the outcomes with unchanged parameters of modules that are saved whole saved too."""
+    factored = {one.pair.path for one in outcomes if one.outcome == "factored"}
+    matrices = {_module(one) for one in outcomes if one.pair.path.endswith(".weight") and len(one.shape) > 1}
+    matrices -= {_module(one) for one in outcomes if one.outcome == "whole" and one.pair.path.endswith(".weight")}
+    alone = factored | matrices  # their biases need not bring the weight along
+    modules = {_module(one) for one in outcomes if one.outcome == "whole"} - alone - {""}
+    return [
+        replace(one, outcome="whole", why="comes with its module")
+        if one.outcome == "unchanged" and _module(one) in modules and one.pair.plan != "factor"
+        else one
+        for one in outcomes
+    ]
+
+
+def _module(one: Outcome) -> str:
+    return one.pair.path if one.pair.plan == "factor" else one.pair.path.rpartition(".")[0]
+
+
+def _update(one: Outcome, dtype: str) -> Update:
+    """Return the update of one outcome: alpha = r, so that the scaling is 1 for every reader."""
+    assert one.factors is not None
+    left, right = one.factors.lazy(one.rank, dtype)
+    kind = _KINDS[one.pair.kind]
+    if kind == "conv":
+        sides = one.shape[2:]
+        left = left.map(lambda B: B.reshape(*B.shape, *(1 for _ in sides)), (*left.shape, *(1 for _ in sides)))
+        inner = (one.rank, *one.shape[1:])
+        right = right.map(lambda A: A.reshape(inner), inner)
+    parts = {A_EMBEDDING: right, B_EMBEDDING: left} if kind == "embedding" else {A: right, B: left}
+    built: Update = updates.get(kind).build(parts, 1.0, float(one.rank))
+    return built
+
+
+def _settings(
+    base: Checkpoint, tuned: Checkpoint, pairing: Pairing, factored: list[Outcome], whole: list[Outcome]
+) -> dict[str, Any]:
+    """Return what PEFT's config has to say beyond ranks, and which base tensor belongs to which module."""
+    paths = {one.pair.path for one in factored}
+    saved = {_module(one) for one in whole if not one.pair.path.endswith(".bias")}
+    settings: dict[str, Any] = {"task_type": _task(tuned) or _task(base)}
+    if any(one.pair.path.endswith(".bias") and _module(one) not in saved for one in whole):
+        settings["bias"] = "all"
+    if any(one.pair.transposed for one in factored):
+        settings["fan_in_fan_out"] = True
+    if pairing.tied and any(one.pair.kind == "embedding" for one in (*factored, *whole)):
+        settings["ensure_weight_tying"] = True
+    short = {path.rpartition(".")[2] for path in paths}
+    modules = {name.rpartition(".")[0] for name in base.specs}
+    if not any(module.rpartition(".")[2] in short and module not in paths for module in modules):
+        settings["target_modules"] = sorted(short)
+    origin = {
+        group: {one.pair.path: {"tensor": one.pair.base} for one in members if one.pair.base}
+        for group, members in (("modules", factored), ("replacements", whole))
+    }
+    return settings | {manifest.ORIGIN: origin}
+
+
+def _task(model: Checkpoint) -> str | None:
+    architectures = model.config.get("architectures")
+    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    return next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
+
+
+def _step(
+    layers: list[certificate.Layer], outcomes: tuple[Outcome, ...], pairing: Pairing, settings: Settings,
+    identity: BaseIdentity, tuned_root: str,
+) -> Step:  # fmt: skip
+    ranks = settings.ranks
+    chosen: dict[str, Any] = {
+        "minimum": ranks.minimum, "maximum": ranks.maximum, "multiple_of": ranks.multiple_of, "uniform": ranks.uniform,
+        "budget": ranks.budget, "noise": ranks.noise or None,
+        "rule": None if ranks.rule is None else f"{ranks.rule!r}",
+    }  # fmt: skip
+    counts = {name: sum(one.outcome == name for one in outcomes) for name in CLASSES}
+    lost = sum(one.norm2 for one in outcomes if one.outcome == "dropped")
+    everything = sum(one.norm2 for one in outcomes)
+    parameters = {
+        "method": "block Krylov", "ranks": {key: value for key, value in chosen.items() if value is not None},
+        "dtype": settings.dtype, "tolerance": settings.tolerance,
+        "tensors": counts | {"missing": len(pairing.missing)},
+        "dropped_energy": float(f"{lost / everything if everything else 0:.6g}"),
+        "certificate": certificate.to_json(layers),
+    }  # fmt: skip
+    inputs: tuple[Mapping[str, Any], ...] = ({"digest": identity.root}, {"digest": tuned_root})
+    return Step("extract-svd", TOOL, parameters, inputs, settings.seed)
+
+
+def _notes(outcomes: tuple[Outcome, ...]) -> tuple[str, ...]:
+    notes = []
+    if new := [one.pair.path for one in outcomes if one.outcome == "whole" and one.pair.base is None]:
+        notes.append(f"{len(new)} tensor(s) are new, and no part of the base: {', '.join(new[:5])}")
+    return tuple(notes)
+
+
+def _card(identity: BaseIdentity, outcomes: tuple[Outcome, ...], layers: list[certificate.Layer]) -> str:
+    """Return a README with what the adapter is, in Hugging Face's form."""
+    sums = certificate.total(layers)
+    head = ["library_name: peft", "tags: [lora, loratools]"]
+    if identity.id:
+        head.insert(0, f"base_model: {manifest.canonical(identity.id)}\nbase_model_relation: adapter")
+    rows = "\n".join(f"| {CLASSES[name]} | {sum(o.outcome == name for o in outcomes)} |" for name in CLASSES)
+    return (
+        "---\n" + "\n".join(head) + "\n---\n\n"
+        "# Extracted from a full fine-tune\n\n"
+        f"Made by `loratools extract-svd` from the base model {identity.id or 'named by its hash'} "
+        f"(`{identity.root}`).\n\n"
+        f"| tensors | count |\n|---|---|\n{rows}\n\n"
+        f"Of the change in the {sums.layers} factored layers, {sums.captured:.2%} of the energy is kept; the relative "
+        f"error is {sums.error:.4f}. The certificate of each layer is in the header of the safetensors file.\n"
+    )

@@ -1,0 +1,92 @@
+"""Factor one ΔW, keep its factors on disk, and remember what its certificate needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loratools.storage import dtypes, files
+from loratools.storage.header import TensorSpec
+from loratools.surgery.allocate import Ranks
+from loratools.surgery.certificate import rounding2
+from loratools.surgery.deltas import Delta
+from loratools.surgery.pairs import Pair
+from loratools.surgery.spool import Spool, Spooled
+
+if TYPE_CHECKING:
+    import torch
+
+    from loratools.linalg.ranks import RankRule
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to factor: ranks, the dtype of the factors, the seed of the sketches, tolerance, and tight bounds or not."""
+
+    ranks: Ranks
+    dtype: str = "F32"
+    seed: int = 0
+    tolerance: float = 3e-4
+    tight: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factored:
+    """The leading part of one ΔW: its factors on disk, its singular values σ, and its error at full rank.
+
+    `complete` says that there is no more to be seen of it: all σ are known, or no rule may take more. `lost2` is the
+    squared error at full rank, `rounded2` what storing the factors at full rank in the wanted dtype adds.
+    """
+
+    factors: Spooled
+    sigma: tuple[float, ...]
+    complete: bool
+    lost2: float
+    rounded2: float
+    excess2: float
+    bound2: float
+
+    def error2(self, rank: int, dtype: str) -> float:
+        """Return ‖ΔW − B̃·Ã‖_F² of the leading `rank` factors as stored in `dtype`."""
+        error2 = self.lost2 + sum(sigma * sigma for sigma in self.sigma[rank:])
+        if rank == len(self.sigma):
+            return error2 + self.rounded2
+        wanted = dtypes.to_torch(dtype)
+        B, A = self.factors.load(rank)
+        return error2 + rounding2((B, A), (B.to(wanted), A.to(wanted)))
+
+
+def factor(
+    pair: Pair, delta: Delta, tuned: TensorSpec, shapes: Sequence[tuple[int, int]], settings: Settings, spool: Spool,
+    rule: RankRule | None = None,
+) -> Factored:  # fmt: skip
+    """Return the truncated SVD of a ΔW at the rank that the settings choose, or a `rule` given here."""
+    from loratools.linalg.truncated import truncated_svd
+
+    assert delta.D is not None
+    D = delta.D.T if pair.transposed or pair.kind == "embedding" else delta.D
+    rule = rule or settings.ranks.first(shapes, _edge(tuned) if settings.ranks.noise else 0.0)
+    svd = truncated_svd(
+        D, rule, tolerance=settings.tolerance, seed=settings.seed, max_rank=settings.ranks.maximum, probe=settings.tight
+    )
+    B, A = svd.factors()
+    root = svd.S.sqrt()
+    exact = (svd.U.double() * root, root[:, None] * svd.Vh.double())
+    wanted = dtypes.to_torch(settings.dtype)
+    sigma = tuple(float(one) for one in svd.S)
+    # A fixed rank that was not reached has met the end of the spectrum, as has one that fills the short side.
+    asked = getattr(rule, "r", None)
+    complete = svd.rank == min(D.shape) or (asked is not None and svd.rank < asked)
+    return Factored(
+        spool.add(B, A), sigma, complete, svd.error2, rounding2(exact, (B.to(wanted), A.to(wanted))),
+        svd.excess_estimate, svd.excess_bound,
+    )  # fmt: skip
+
+
+def _edge(spec: TensorSpec) -> float:
+    """Return the largest singular value that rounding this weight to its dtype can leave."""
+    from loratools.linalg.noise import rounding_noise
+
+    W: torch.Tensor = files.read_tensor(spec)
+    return rounding_noise(W.view(len(W), -1), W.dtype).edge

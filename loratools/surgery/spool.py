@@ -1,0 +1,67 @@
+"""Factors on disk while an extraction runs: memory stays that of a few tensors, however large the adapter becomes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from loratools.storage import dtypes, files
+from loratools.storage.header import TensorSpec
+from loratools.storage.lazy import LazyTensor
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Spooled:
+    """Factors B (out, R) and A (R, in) of one layer, in a file."""
+
+    B: TensorSpec
+    A: TensorSpec
+
+    @property
+    def rank(self) -> int:
+        """Return R."""
+        return self.A.shape[0]
+
+    def load(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return B (out, rank) and A (rank, in), contiguous."""
+        return files.read_tensor(self.B)[:, :rank].contiguous(), files.read_tensor(self.A)[:rank].contiguous()
+
+    def lazy(self, rank: int, dtype: str) -> tuple[LazyTensor, LazyTensor]:
+        """Return (B, A) of the leading `rank`, rounded to `dtype` when they are loaded."""
+        if rank == self.rank and dtype == self.A.dtype:
+            return LazyTensor.stored(self.B), LazyTensor.stored(self.A)
+        wanted = dtypes.to_torch(dtype)
+        return (
+            LazyTensor(dtype, (self.B.shape[0], rank), lambda: self.load(rank)[0].to(wanted)),
+            LazyTensor(dtype, (rank, self.A.shape[1]), lambda: self.load(rank)[1].to(wanted)),
+        )
+
+
+class Spool:
+    """A file that threads append tensors to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._end = 0
+        self._lock = Lock()
+        path.touch(exist_ok=False)
+
+    def add(self, B: torch.Tensor, A: torch.Tensor) -> Spooled:
+        """Write the factors of one layer."""
+        return Spooled(self._append(B), self._append(A))
+
+    def _append(self, tensor: torch.Tensor) -> TensorSpec:
+        import torch
+
+        raw = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
+        with self._lock:
+            start, self._end = self._end, self._end + len(raw)
+        with files.descriptor(self.path, os.O_WRONLY) as target:
+            files.write_from(target, raw, start)
+        return TensorSpec(dtypes.from_torch(tensor.dtype), tuple(tensor.shape), self.path, start, start + len(raw))
