@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 MAX_JSON = 200_000_000
 _INDEX = ".index.json"
+_SHOWN = 200  # problems listed of one index; a hostile one could have millions
 _FIRST_CHOICES = ("model", "diffusion_pytorch_model", "pytorch_model")
 # Files of tensors that are no part of a model's own weights.
 _NOT_WEIGHTS = ("adapter_model", "adapters", "pytorch_lora_weights", "optimizer", "training_args", "scheduler")
@@ -62,11 +63,14 @@ class Checkpoint:
         name that is in two files, and a folder that holds no weights. All problems are listed at once.
         """
         path = Path(path)
-        if path.is_dir():
-            pipeline = path / "model_index.json"
-            return _open_pipeline(path, read_json(pipeline)) if pipeline.is_file() else _open_folder(path)
-        if not path.exists():
-            raise BadFile(f"{path}: no such file or folder")
+        try:
+            if path.is_dir():
+                pipeline = path / "model_index.json"
+                return _open_pipeline(path, read_json(pipeline)) if pipeline.is_file() else _open_folder(path)
+            if not path.exists():
+                raise BadFile(f"{path}: no such file or folder")
+        except OSError as error:
+            raise BadFile(f"{error.filename or path}: cannot be read: {error.strerror}") from None
         if path.name.endswith(_INDEX):
             return _open_index(path)
         if "-of-" in path.name and list(path.parent.glob(f"*{_INDEX}")):
@@ -126,10 +130,12 @@ def _open_index(path: Path) -> Checkpoint:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise BadFile(f"{path}: expected weight_map, tensor names to file names")
+    files_of: dict[str, set[str]] = {}
+    for tensor, file in weight_map.items():
+        files_of.setdefault(file, set()).add(tensor)
     problems, shards = [], []
-    for name in sorted(set(weight_map.values())):
-        listed = {tensor for tensor, file in weight_map.items() if file == name}
-        if name in (".", "..") or PurePosixPath(name).name != name or "\\" in name or "\0" in name:
+    for name, listed in sorted(files_of.items()):
+        if not _is_plain(name):
             problems.append(f"{name!r}: a shard must be a plain file name in the index's own folder")
             continue
         try:
@@ -145,7 +151,8 @@ def _open_index(path: Path) -> Checkpoint:
             f"{tensor}: in {name}, not listed in the index" for tensor in sorted(shard.tensors.keys() - listed)
         ]
     if problems:
-        raise BadFile(f"{path}: index and shards do not agree: {len(problems)} problem(s)", problems)
+        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        raise BadFile(f"{path}: index and shards do not agree: {len(problems)} problem(s)", [*problems[:_SHOWN], *more])
     return _build(path.parent, shards, {path: index})
 
 
@@ -155,7 +162,7 @@ def _open_pipeline(folder: Path, model_index: Mapping[str, Any]) -> Checkpoint:
     components = []
     for name, entry in model_index.items():
         part = folder / name
-        if not isinstance(entry, list) or entry[:1] == [None] or PurePosixPath(name).name != name or not part.is_dir():
+        if not isinstance(entry, list) or entry[:1] == [None] or not _is_plain(name) or not part.is_dir():
             continue
         if not any(is_weights(file) for file in part.iterdir()):
             continue  # a tokenizer, a scheduler
@@ -168,6 +175,11 @@ def _open_pipeline(folder: Path, model_index: Mapping[str, Any]) -> Checkpoint:
     if not shards:
         raise BadFile(f"{folder}: a diffusers pipeline without any component that has weights")
     return _build(folder, shards, indexes, tuple(components))
+
+
+def _is_plain(name: str) -> bool:
+    """Tell whether a name from a file stays in its folder: no separators, no `..`, no NUL."""
+    return name not in ("", ".", "..") and PurePosixPath(name).name == name and "\\" not in name and "\0" not in name
 
 
 def _open_shard(path: Path) -> Shard:

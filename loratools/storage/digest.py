@@ -90,6 +90,8 @@ def _over_names(domain: bytes, names: Iterable[str], part: Callable[[str], bytes
     hasher = new(algorithm)
     hasher.update(domain)
     for name in sorted(names, key=str.encode):
+        if "\0" in name:  # it ends a name, so two different models could have one digest
+            raise BadFile(f"the tensor name {name!r} holds a NUL character, which no model needs and no digest allows")
         hasher.update(name.encode() + b"\0" + part(name))
     return finish(hasher, algorithm)
 

@@ -34,13 +34,13 @@ def descriptor(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
         os.close(opened)
 
 
-def read_into(source: int, buffer: memoryview, offset: int) -> None:
-    """Fill `buffer` from a descriptor at `offset`; raise `BadFile` at the end of the file."""
+def read_into(source: int, buffer: memoryview, offset: int, path: Path | str = "a file") -> None:
+    """Fill `buffer` from a descriptor at `offset`; raise `BadFile`, which names `path`, at the end of the file."""
     done = 0
     while done < len(buffer):
         count = os.preadv(source, [buffer[done:]], offset + done)
         if count == 0:
-            raise BadFile(f"a file became shorter while it was read (at byte {offset + done})")
+            raise BadFile(f"{path}: became shorter while it was read (ends at byte {offset + done})")
         done += count
 
 
@@ -51,8 +51,11 @@ def write_from(target: int, buffer: memoryview, offset: int) -> None:
         done += os.pwrite(target, buffer[done:], offset + done)
 
 
-def copy_range(source: int, start: int, stop: int, target: int, offset: int) -> None:
-    """Copy bytes [`start`, `stop`) of one descriptor to another at `offset`, inside the kernel where it can."""
+def copy_range(source: int, start: int, stop: int, target: int, offset: int, path: Path | str = "a file") -> None:
+    """Copy bytes [`start`, `stop`) of one descriptor to another at `offset`, inside the kernel where it can.
+
+    Raises `BadFile`, which names `path`, where the source ends too early.
+    """
     kernel = hasattr(os, "copy_file_range")
     buffer = memoryview(b"")
     while start < stop:
@@ -65,11 +68,11 @@ def copy_range(source: int, start: int, stop: int, target: int, offset: int) -> 
                     continue
                 raise
             if count == 0:
-                raise BadFile(f"a file became shorter while it was copied (at byte {start})")
+                raise BadFile(f"{path}: became shorter while it was copied (ends at byte {start})")
         else:
             count = min(stop - start, CHUNK)
             buffer = buffer if len(buffer) >= count else memoryview(bytearray(CHUNK))
-            read_into(source, buffer[:count], start)
+            read_into(source, buffer[:count], start, path)
             write_from(target, buffer[:count], offset)
         start += count
         offset += count
@@ -81,7 +84,7 @@ def chunks(spec: TensorSpec, size: int = CHUNK) -> Iterator[memoryview]:
     with descriptor(spec.file) as source:
         for offset in range(spec.start, spec.stop, len(buffer)):
             piece = buffer[: min(len(buffer), spec.stop - offset)]
-            read_into(source, piece, offset)
+            read_into(source, piece, offset, spec.file)
             yield piece
 
 
@@ -89,7 +92,7 @@ def read_bytes(spec: TensorSpec) -> bytearray:
     """Return the raw bytes of a tensor."""
     data = bytearray(spec.nbytes)
     with descriptor(spec.file) as source:
-        read_into(source, memoryview(data), spec.start)
+        read_into(source, memoryview(data), spec.start, spec.file)
     return data
 
 

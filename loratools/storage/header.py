@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,9 @@ def read_header(path: Path) -> Header:
 def open_file(path: Path) -> Any:
     """Open a file for reading bytes, with the operating system's refusals put in a sentence (`BadFile`)."""
     try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise BadFile(f"{path}: not a regular file")  # opening a pipe would wait for its writer
         return path.open("rb")
     except FileNotFoundError:
         raise BadFile(f"{path}: no such file") from None
