@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from loratools.errors import LoraToolsError
@@ -13,12 +13,26 @@ from loratools.storage.lazy import LazyTensor
 
 def write(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> None:
     """Write tensors, wide dtypes first so that all stay aligned, then by name; stored ones are copied unread."""
-    ordered = sorted(tensors.items(), key=lambda item: (-dtypes.bits(item[1].dtype), item[0]))
     with path.open("wb") as output:
-        output.write(encode_header(((name, lazy.dtype, lazy.shape, lazy.nbytes) for name, lazy in ordered), metadata))
-        for name, lazy in ordered:
-            for piece in files.chunks(lazy.spec) if lazy.spec else [_bytes(name, lazy)]:
-                output.write(piece)
+        output.write(header(tensors, metadata))
+        for piece in pieces(tensors):
+            output.write(piece)
+
+
+def header(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> bytes:
+    """Return the header that `write` begins with, length prefix included."""
+    entries = ((name, lazy.dtype, lazy.shape, lazy.nbytes) for name, lazy in _ordered(tensors))
+    return encode_header(entries, metadata)
+
+
+def pieces(tensors: Mapping[str, LazyTensor]) -> Iterator[memoryview]:
+    """Yield the data that `write` puts after the header, each piece valid until the next is asked for."""
+    for name, lazy in _ordered(tensors):
+        yield from files.chunks(lazy.spec) if lazy.spec else [_bytes(name, lazy)]
+
+
+def _ordered(tensors: Mapping[str, LazyTensor]) -> list[tuple[str, LazyTensor]]:
+    return sorted(tensors.items(), key=lambda item: (-dtypes.bits(item[1].dtype), item[0]))
 
 
 def save(

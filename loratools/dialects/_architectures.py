@@ -1,0 +1,110 @@
+"""The module names of known architectures, shipped as short lists in `_keys`: how a flattened name finds its dots.
+
+kohya's names have `_` for every `.`: `down_blocks_0_attentions_0_proj_in`. Nothing in such a name tells which `_` was
+a dot, so it is looked up, among the names of the base or of these architectures, and never taken apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+_FOLDER = Path(__file__).parent / "_keys"
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """One list: its name, the component whose modules it lists (`diffusion_model` for originals), flat -> dotted."""
+
+    name: str
+    component: str
+    by_flat: Mapping[str, str]
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """Return the names of all lists, sorted."""
+    return tuple(sorted(path.stem for path in _FOLDER.glob("*.txt")))
+
+
+@cache
+def get(name: str) -> Architecture:
+    """Return one list; raise `ValueError` if two of its names become one when flattened."""
+    lines = [line for line in (_FOLDER / f"{name}.txt").read_text("utf-8").splitlines() if not line.startswith("#")]
+    component = lines[0].removeprefix("component ")
+    return Architecture(name, component, flatten(module for line in lines[1:] for module in expand(line)))
+
+
+def expand(pattern: str) -> Iterator[str]:
+    """Expand braces as a shell does: `{a,b}` and `{0..2}`, also within each other.
+
+    >>> list(expand("x.{0..1}.{q,k.{a,b}}"))
+    ['x.0.q', 'x.0.k.a', 'x.0.k.b', 'x.1.q', 'x.1.k.a', 'x.1.k.b']
+    """
+    pieces: list[list[str]] = []
+    at = 0
+    while at < len(pattern):
+        if pattern[at] != "{":
+            end = pattern.find("{", at)
+            end = len(pattern) if end < 0 else end
+            pieces.append([pattern[at:end]])
+        else:
+            end = _closing(pattern, at) + 1
+            pieces.append([name for choice in _choices(pattern[at + 1 : end - 1]) for name in choice])
+        at = end
+    for combination in product(*pieces):
+        yield "".join(combination)
+
+
+def flatten(modules: Iterable[str]) -> dict[str, str]:
+    """Return flat -> dotted; raise `ValueError` for two names that are one when flattened."""
+    found: dict[str, str] = {}
+    for module in modules:
+        flat = module.replace(".", "_")
+        if found.setdefault(flat, module) != module:
+            raise ValueError(f"{found[flat]} and {module} both become {flat}")
+    return found
+
+
+def explain(flat: Iterable[str], components: Iterable[str]) -> list[tuple[Architecture, dict[str, str]]]:
+    """Return each architecture that knows all of these flat names, with their dotted ones; the same reading once."""
+    wanted, allowed = sorted(set(flat)), set(components)
+    readings: list[tuple[Architecture, dict[str, str]]] = []
+    for one in map(get, names()):
+        if one.component in allowed and all(name in one.by_flat for name in wanted):
+            reading = {name: one.by_flat[name] for name in wanted}
+            if all((one.component, reading) != (other.component, known) for other, known in readings):
+                readings.append((one, reading))
+    return readings
+
+
+def knowing(modules: Iterable[str], components: Iterable[str]) -> list[Architecture]:
+    """Return each architecture that has all of these dotted names."""
+    wanted, allowed = set(modules), set(components)
+    return [one for one in map(get, names()) if one.component in allowed and wanted <= set(one.by_flat.values())]
+
+
+def _closing(pattern: str, at: int) -> int:
+    depth = 0
+    for i in range(at, len(pattern)):
+        depth += {"{": 1, "}": -1}.get(pattern[i], 0)
+        if depth == 0:
+            return i
+    raise ValueError(f"an open brace in {pattern!r}")
+
+
+def _choices(inside: str) -> Iterator[list[str]]:
+    if match := _RANGE.fullmatch(inside):
+        yield [str(i) for i in range(int(match[1]), int(match[2]) + 1)]
+        return
+    depth, begin = 0, 0
+    for i, character in enumerate(inside + ","):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if character == "," and depth == 0:
+            yield list(expand(inside[begin:i]))
+            begin = i + 1
