@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -96,9 +97,10 @@ class Checkpoint:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that must be one object, NaN and Infinity allowed; raise `BadFile`."""
     with open_file(path) as file:
-        raw = file.read(MAX_JSON + 1)
-    if len(raw) > MAX_JSON:
-        raise BadFile(f"{path}: larger than {MAX_JSON} bytes")
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_JSON:
+            raise BadFile(f"{path}: larger than {MAX_JSON} bytes")
+        raw = file.read(size)  # not MAX_JSON: Python sets aside what it is asked for
     return parse_json_object(raw.strip(), path, constants=True)
 
 
