@@ -9,18 +9,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, local
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loratools.errors import WrongBase
 from loratools.storage import digest, files
 from loratools.storage.writer import Slot
-from loratools.surgery.plan import MergePlan
-from loratools.surgery.terms import check_effect, load_terms
+from loratools.surgery import bits, products
+from loratools.surgery.plan import Change, MergePlan
+from loratools.surgery.terms import check_effect, is_wide, load_terms
 from loratools.surgery.tiles import TILE, TensorResult, TensorTask, run
 from loratools.surgery.workspace import Workspace
-
-if TYPE_CHECKING:
-    import torch
 
 _COPY = 64 << 20  # bytes of one copy task: large enough to be cheap, small enough to share out and to stop
 
@@ -45,9 +43,9 @@ class Settings:
 def write_weights(plan: MergePlan, folder: Path, settings: Settings, progress: Progress) -> list[TensorResult]:
     """Write every file of tensors of a plan into `folder`, and return what was measured of each rewritten tensor.
 
-    Copies run beside the import of torch, arithmetic after it. Raises `IncompatibleAdapter` for an adapter that would
-    change nothing, `WrongBase` when a tensor is not the recorded one, and whatever reading, arithmetic and writing
-    raise; then the files are not complete.
+    Plain LoRA on the CPU is merged in NumPy; for anything else torch is imported, while copies run beside it. Raises
+    `IncompatibleAdapter` for an adapter that would change nothing, `WrongBase` when a tensor is not the recorded one,
+    and whatever reading, arithmetic and writing raise; then the files are not complete.
     """
     rewritten = plan.rewritten()
     stop = Event()
@@ -68,24 +66,40 @@ def write_weights(plan: MergePlan, folder: Path, settings: Settings, progress: P
                 copies += [pool.submit(_copy, *part, descriptor, stop, progress) for part in ranges]
             if not work:
                 return _finish(copies)
-            import torch
-
-            device = torch.device(settings.device)
-            before = torch.get_num_threads()
-            torch.set_num_threads(1)
-            stack.callback(torch.set_num_threads, before)
-            if device.type == "cuda":
-                torch.backends.cuda.matmul.allow_tf32 = False
-            check_effect(plan)
+            job = _Job(plan, settings, progress, stop, local())
+            plain = settings.device == "cpu" and products.serves(plan)
+            merge_tensor = _with_numpy(job, stack) if plain else _with_torch(job, stack)
             work.sort(key=lambda item: -item[0].nbytes)
-            job = _Job(plan, settings, device, progress, stop, local())
-            tasks = [pool.submit(job.merge_tensor, slot, descriptor) for slot, descriptor in work]
+            tasks = [pool.submit(merge_tensor, slot, descriptor) for slot, descriptor in work]
             _finish(copies)
             return sorted(_finish(tasks), key=lambda result: result.name)
         except BaseException:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _with_numpy(job: _Job, stack: ExitStack) -> Callable[[Slot, int], TensorResult]:
+    """Import NumPy; its BLAS has one thread until the stack is closed, for the workers share the cores already."""
+    import numpy  # noqa: F401  (the limit below holds for libraries that are loaded)
+    from threadpoolctl import threadpool_limits
+
+    stack.enter_context(threadpool_limits(1, user_api="blas"))
+    products.check_effect(job.plan)
+    return job.add_products
+
+
+def _with_torch(job: _Job, stack: ExitStack) -> Callable[[Slot, int], TensorResult]:
+    """Import torch, while copies run; its settings are as they were found when the stack is closed."""
+    import torch
+
+    stack.callback(torch.set_num_threads, torch.get_num_threads())
+    torch.set_num_threads(1)
+    if job.settings.device == "cuda":
+        stack.callback(setattr, torch.backends.cuda.matmul, "allow_tf32", torch.backends.cuda.matmul.allow_tf32)
+        torch.backends.cuda.matmul.allow_tf32 = False
+    check_effect(job.plan)
+    return job.run_terms
 
 
 def _finish(futures: Sequence[Future[Any]]) -> list[Any]:
@@ -120,30 +134,46 @@ def _copy(path: Path, start: int, stop: int, offset: int, target: int, stopped: 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Job:
-    """What all tasks of one run share; `mine` holds the workspace of each thread."""
+    """What all tasks of one run share; `mine` holds the memory of each thread."""
 
     plan: MergePlan
     settings: Settings
-    device: torch.device
     progress: Progress
     stop: Event
     mine: local
 
-    def merge_tensor(self, slot: Slot, target: int) -> TensorResult:
-        """Change one tensor and check that its bytes were those of the recorded base."""
+    def add_products(self, slot: Slot, target: int) -> TensorResult:
+        """Add plain products to one tensor, in NumPy, and check that its bytes were those of the recorded base."""
+        if not hasattr(self.mine, "buffers"):
+            self.mine.buffers = bits.Buffers()
+        change, settings = self.plan.changes[slot.name], self.settings
+        task = products.ProductTask(
+            slot.name, change.source, target, slot.offset,
+            products.load(self.plan, change, settings.digests, slot.name), _hashes(change),
+            settings.retention, settings.seed,
+        )  # fmt: skip
+        result = products.run(task, self.mine.buffers, self.progress, self.stop.is_set, settings.tile_bytes)
+        return self._checked(slot, result)
+
+    def run_terms(self, slot: Slot, target: int) -> TensorResult:
+        """Change one tensor by terms of any kind, in torch, and check its base likewise."""
         import torch
 
+        device = torch.device(self.settings.device)
         if not hasattr(self.mine, "workspace"):
             torch.set_num_threads(1)  # OpenMP keeps this number for each thread
-            self.mine.workspace = Workspace(self.device)
+            self.mine.workspace = Workspace(device)
         change, settings = self.plan.changes[slot.name], self.settings
-        terms = load_terms(self.plan, change, slot.dtype, settings.digests, slot.name, self.device)
-        expected = {digest.algorithm_of(value) for _, value in change.expected}
-        hashes = sorted(expected | {digest.DEFAULT}) if change.placements and not change.replaced else []
+        terms = load_terms(self.plan, change, slot.dtype, settings.digests, slot.name, device)
         task = TensorTask(
-            slot.name, change.source, slot.dtype, target, slot.offset, terms, hashes, settings.retention, settings.seed
-        )
+            slot.name, change.source, slot.dtype, target, slot.offset, terms, _hashes(change),
+            settings.retention, settings.seed, is_wide(change, slot.dtype),
+        )  # fmt: skip
         result = run(task, self.mine.workspace, self.progress, self.stop.is_set, settings.tile_bytes)
+        return self._checked(slot, result)
+
+    def _checked(self, slot: Slot, result: TensorResult) -> TensorResult:
+        change = self.plan.changes[slot.name]
         for i, value in change.expected:
             found = result.digests[digest.algorithm_of(value)]
             if found == value:
@@ -156,3 +186,10 @@ class _Job:
                 )
             result.warnings.append(said)
         return result
+
+
+def _hashes(change: Change) -> list[str]:
+    """Return the algorithms to hash a base tensor with: those that adapters recorded, and the default one."""
+    if not change.placements or change.replaced:
+        return []
+    return sorted({digest.algorithm_of(value) for _, value in change.expected} | {digest.DEFAULT})

@@ -82,7 +82,7 @@ def run(
     work = torch.float64 if task.wide or torch.float64 in (stored, out) else torch.float32
     step = max(1, min(rows, tile_bytes // max(1, columns * max(stored.itemsize, out.itemsize))))
     tiles = range(0, rows, step)
-    sampled = _sampled(task, len(tiles))
+    sampled = sampled_tiles(task.name, task.seed, task.retention if task.terms else "off", len(tiles))
     fresh = [not any(site.meets(other) for other, _ in task.terms[:i]) for i, (site, _) in enumerate(task.terms)]
     keep_base = any(term.needs_base and not first for (_, term), first in zip(task.terms, fresh, strict=True))
     tile = workspace.tile(step * columns, stored, out, work)
@@ -136,13 +136,13 @@ def _matrix(task: TensorTask) -> tuple[int, int]:
     return (rows, task.source.parameters // rows) if rows else (0, 0)
 
 
-def _sampled(task: TensorTask, tiles: int) -> frozenset[int]:
-    """Choose the tiles on which retention is measured, by the seed and the tensor's name alone."""
-    if not task.terms or task.retention == "off" or not tiles:
+def sampled_tiles(name: str, seed: int, retention: str, tiles: int) -> frozenset[int]:
+    """Choose the tiles of a tensor on which retention is measured, by the seed and the tensor's name alone."""
+    if retention == "off" or not tiles:
         return frozenset()
-    if task.retention == "full":
+    if retention == "full":
         return frozenset(range(tiles))
-    start = zlib.crc32(f"{task.seed}:{task.name}".encode()) % min(tiles, SAMPLE)
+    start = zlib.crc32(f"{seed}:{name}".encode()) % min(tiles, SAMPLE)
     return frozenset(range(start, tiles, SAMPLE))
 
 

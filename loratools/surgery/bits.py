@@ -1,0 +1,79 @@
+"""BF16, F16 and F32 in NumPy, which has no BF16: there the bits stand for the numbers, as unsigned integers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+SERVED = frozenset({"BF16", "F16", "F32"})
+
+
+def numpy_dtype(dtype: str) -> Any:
+    """Return the NumPy dtype that holds a stored one; BF16 as its bits."""
+    import numpy as np
+
+    return {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}[dtype]
+
+
+def exactly(values: Array, dtype: str) -> Array:
+    """Return stored values as numbers; BF16 from its bits."""
+    import numpy as np
+
+    return (values.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else values
+
+
+class Buffers:
+    """The memory of one worker thread, reused from tensor to tensor."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Any] = {}
+
+    def of(self, name: str, elements: int, dtype: Any) -> Array:
+        """Return an array of so many elements under a name; what it held is lost."""
+        import numpy as np
+
+        nbytes = elements * np.dtype(dtype).itemsize
+        held = self._held.get(name)
+        if held is None or len(held) < nbytes:
+            self._held[name] = held = np.empty(nbytes, np.uint8)
+        view: Array = held[:nbytes].view(dtype)
+        return view
+
+
+def widened(stored: Array, dtype: str, buffers: Buffers) -> Array:
+    """Return a tile in float32, in memory of its own."""
+    import numpy as np
+
+    W = buffers.of("work", stored.size, np.float32).reshape(stored.shape)
+    if dtype == "BF16":
+        np.left_shift(stored, 16, out=W.view(np.uint32), dtype=np.uint32, casting="unsafe")
+    else:
+        W[...] = stored
+    return W
+
+
+def rounded(W: Array, dtype: str, buffers: Buffers) -> Array:
+    """Return a finite float32 tile rounded to nearest even; BF16 as its bits."""
+    import numpy as np
+
+    out = buffers.of("out", W.size, numpy_dtype(dtype)).reshape(W.shape)
+    if dtype != "BF16":
+        out[...] = W
+        return out
+    bits, odd = W.view(np.uint32), buffers.of("odd", W.size, np.uint32).reshape(W.shape)
+    np.right_shift(bits, 16, out=odd)
+    np.bitwise_and(odd, 1, out=odd)
+    np.add(odd, 0x7FFF, out=odd)
+    np.add(odd, bits, out=odd)
+    np.right_shift(odd, 16, out=out, casting="unsafe")
+    return out
+
+
+def bytes_of(values: Array) -> memoryview:
+    """Return the memory of a contiguous array, shared, not copied."""
+    shared: Any = values
+    return memoryview(shared).cast("B")

@@ -1,0 +1,247 @@
+"""Plain LoRA into plain dtypes, on the CPU, in NumPy alone: the merge that most people run, without torch.
+
+Importing torch takes longer than merging a model of a billion parameters, so the common case does without: every update
+is s·B·A with factors as stored, every tensor is BF16, F16 or F32 and stays so. What is computed is what `tiles.run`
+computes: a tile is widened to float32, all products are added at once, the sum is rounded once, and sums near zero are
+computed again in float64. Anything else goes through `tiles.run`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loratools.adapter.sites import Site
+from loratools.adapter.updates.lora import LoraUpdate
+from loratools.errors import IncompatibleAdapter
+from loratools.storage import digest, dtypes, files
+from loratools.storage.header import TensorSpec
+from loratools.surgery import bits
+from loratools.surgery.tiles import TILE, TensorResult, sampled_tiles
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from loratools.surgery.plan import Change, MergePlan
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+_MEASURED = 1 << 16  # elements of a sampled tile on which retention is measured
+
+
+def serves(plan: MergePlan) -> bool:
+    """Tell whether a plan holds nothing but plain LoRA, stored as such, on tensors of the dtypes served here."""
+    slots = {slot.name: slot for file in plan.files for slot in file.slots}
+    return all(
+        slots[name].dtype == change.source.dtype in bits.SERVED and all(_plain(p.update) for _, p in change.placements)
+        for name, change in plan.rewritten().items()
+    )
+
+
+def _plain(update: object) -> bool:
+    if type(update) is not LoraUpdate or update.bias is not None:
+        return False
+    return all(lazy.spec is not None and lazy.dtype in bits.SERVED for lazy in (update.A, update.B))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SumOfProducts:
+    """Σ w·s·B·A over the adapters for one site as left · right; left (rows, k) is `factor` · diag(`scale`), rounded."""
+
+    site: Site
+    left: Array
+    right: Array
+    factor: Array
+    scale: Array
+
+    def bound(self) -> float:
+        """Return a bound on any element: the largest row norm of left times column norm of right."""
+        import numpy as np
+
+        return float(np.linalg.norm(self.left, axis=1).max() * np.linalg.norm(self.right, axis=0).max())
+
+
+def load(plan: MergePlan, change: Change, digests: Sequence[str], name: str) -> list[SumOfProducts]:
+    """Load the products of one tensor in float32, joined for each site in the order of the adapters' digests.
+
+    Raises `IncompatibleAdapter` for factors that are not finite.
+    """
+    import numpy as np
+
+    parts: dict[Site, list[tuple[Array, Array, float]]] = {}
+    for i, placement in sorted(change.placements, key=lambda item: (digests[item[0]], plan.weights[item[0]])):
+        update, site = placement.update, placement.site
+        assert isinstance(update, LoraUpdate)
+        A, B = _read(update.A.spec), _read(update.B.spec)[site.part_rows]
+        if not np.isfinite(A).all() or not np.isfinite(B).all():
+            raise IncompatibleAdapter(
+                f"adapter {i + 1}: {placement.module} has NaN or infinite factors (for {name})",
+                hint="The training diverged, or the file is damaged; such an adapter would destroy the model.",
+            )
+        factor, right = (A.T, B.T) if site.transposed else (B, A)
+        parts.setdefault(site, []).append((factor, right, plan.weights[i] * update.scaling))
+    return [_joined(site, group) for site, group in parts.items()]
+
+
+def _joined(site: Site, group: list[tuple[Array, Array, float]]) -> SumOfProducts:
+    import numpy as np
+
+    factor = np.concatenate([factor for factor, _, _ in group], axis=1)
+    right = np.ascontiguousarray(np.concatenate([right for _, right, _ in group], axis=0))
+    scale = np.concatenate([np.full(len(right), s) for _, right, s in group])
+    return SumOfProducts(site, (factor * scale).astype(np.float32), right, factor, scale)
+
+
+def check_effect(plan: MergePlan) -> None:
+    """Raise `IncompatibleAdapter` for adapters whose ΔW is exactly zero; the first module that is not settles it."""
+    idle = []
+    for i, weight in enumerate(plan.weights):
+        here = (p.update for change in plan.changes.values() for j, p in change.placements if j == i)
+        acts = any(
+            isinstance(update, LoraUpdate) and bool((_read(update.B.spec).any(0) & _read(update.A.spec).any(1)).any())
+            for update in here
+        )
+        if not plan.adapters[i].replacements and (weight == 0 or not acts):
+            reason = "its weight is 0" if weight == 0 else "s·B·A is zero in every module, as before training"
+            idle.append(f"adapter {i + 1}: {reason}")
+    if idle:
+        raise IncompatibleAdapter("a merge that would change nothing", idle, hint="Leave it out, or check the file.")
+
+
+def _read(spec: TensorSpec | None) -> Array:
+    """Return a stored factor in float32."""
+    import numpy as np
+
+    assert spec is not None
+    raw = np.frombuffer(files.read_bytes(spec), dtype=bits.numpy_dtype(spec.dtype)).reshape(spec.shape)
+    return bits.exactly(raw, spec.dtype).astype(np.float32, copy=False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ProductTask:
+    """One output tensor: `source` bytes, changed by `terms`, stored at `offset` of the file `target`."""
+
+    name: str
+    source: TensorSpec
+    target: int
+    offset: int
+    terms: Sequence[SumOfProducts]
+    hashes: Sequence[str]
+    retention: str
+    seed: int
+
+
+def run(
+    task: ProductTask,
+    buffers: bits.Buffers,
+    progress: Callable[[int], None],
+    stopped: Callable[[], bool],
+    tile_bytes: int = TILE,
+) -> TensorResult:
+    """Write one output tensor and return what was measured; see `tiles.run`.
+
+    Raises `IncompatibleAdapter` when the result is not finite in the output's dtype.
+    """
+    import numpy as np
+
+    spec = task.source
+    rows, columns = task.terms[0].site.matrix
+    width = columns * dtypes.bits(spec.dtype) // 8
+    step = max(1, min(rows, tile_bytes // max(1, width)))
+    starts = range(0, rows, step)
+    sampled = sampled_tiles(task.name, task.seed, task.retention, len(starts))
+    limits = [_limit(term, task.source.dtype) for term in task.terms]
+    hashers = {name: digest.start_tensor(spec.dtype, spec.shape, name) for name in task.hashes}
+    result = TensorResult(task.name)
+    measured = 0
+    with files.descriptor(spec.file) as source, np.errstate(over="ignore", invalid="ignore"):
+        for index, start in enumerate(starts):
+            if stopped():
+                raise InterruptedError
+            count = min(step, rows - start)
+            stored = buffers.of("stored", count * columns, bits.numpy_dtype(spec.dtype)).reshape(count, columns)
+            raw = bits.bytes_of(stored)
+            files.read_into(source, raw, spec.start + start * width)
+            for hasher in hashers.values():
+                hasher.update(raw)
+            W = bits.widened(stored, spec.dtype, buffers)
+            for term in task.terms:
+                if met := term.site.overlap(start, start + count):
+                    change = buffers.of("change", (met[1].stop - met[1].start) * term.right.shape[1], np.float32)
+                    change = change.reshape(-1, term.right.shape[1])
+                    W[met[0], slice(*term.site.columns)] += np.matmul(term.left[met[1]], term.right, out=change)
+            out = bits.rounded(W, task.source.dtype, buffers)
+            _check_finite(task, W, out)
+            for term, limit in zip(task.terms, limits, strict=True):
+                if limit and (met := term.site.overlap(start, start + count)):
+                    inside = (met[0], slice(*term.site.columns))
+                    _refine(term, limit, met[1].start, stored[inside], out[inside], task, buffers)
+            if index in sampled:
+                part = slice(0, count if task.retention == "full" else max(1, _MEASURED // columns))
+                _measure(result, stored[part], W[part], out[part], spec.dtype)
+                measured += W[part].size
+            files.write_from(task.target, bits.bytes_of(out), task.offset + start * width)
+            progress(out.nbytes)
+    share = spec.parameters / measured if measured else 0.0
+    result.retained, result.total, result.changed = (x * share for x in (result.retained, result.total, result.changed))
+    result.digests = {name: digest.finish(hasher, name) for name, hasher in hashers.items()}
+    return result
+
+
+def _check_finite(task: ProductTask, W: Array, out: Array) -> None:
+    import numpy as np
+
+    # One cheap sum finds any infinity or NaN; F16 can overflow in the rounding, so there the rounded values count.
+    suspect = out if task.source.dtype == "F16" else W
+    if not math.isfinite(suspect.sum(dtype=np.float32)) and not np.isfinite(suspect).all():
+        raise IncompatibleAdapter(
+            f"{task.name}: the merged values are not finite in {task.source.dtype}",
+            hint="Either the base has infinities or NaN there, or the weights overflow this dtype.",
+        )
+
+
+def _limit(term: SumOfProducts, dtype: str) -> int:
+    """Return the magnitude, its bits as an integer, below which float32's error may show; 0 where it cannot.
+
+    The error of a float32 sum is about 2^-24 of its largest term, which `bound` limits; it exceeds a unit in the last
+    place of a p-bit result only below 2^(p-24) of that. A factor of four is for the length of the sum.
+    """
+    import numpy as np
+
+    if dtype == "F32":
+        return 0
+    threshold = np.float32(term.bound() * 2.0 ** (dtypes.MANTISSA[dtype] - 22))
+    code = threshold.view(np.uint32) >> np.uint32(16) if dtype == "BF16" else np.float16(threshold).view(np.uint16)
+    return int(code) + 1
+
+
+def _refine(
+    term: SumOfProducts, limit: int, first: int, stored: Array, out: Array, task: ProductTask, buffers: bits.Buffers
+) -> None:
+    """Compute the few results near zero again, in float64, and round them once."""
+    import numpy as np
+
+    magnitude = buffers.of("magnitude", out.size, np.uint16).reshape(out.shape)
+    small = buffers.of("small", out.size, np.bool_).reshape(out.shape)
+    np.bitwise_and(out.view(np.uint16), 0x7FFF, out=magnitude)
+    np.less(magnitude, limit, out=small)
+    found = np.flatnonzero(small)
+    if not len(found):
+        return
+    rows, columns = np.divmod(found, out.shape[1])
+    W = bits.exactly(stored[rows, columns], task.source.dtype)
+    change = (term.factor[rows + first] * term.scale * term.right[:, columns].T).sum(axis=1, dtype=np.float64)
+    exact = (W.astype(np.float64) + change).astype(np.float32)
+    out[rows, columns] = bits.rounded(exact, task.source.dtype, bits.Buffers())
+
+
+def _measure(result: TensorResult, stored: Array, W: Array, out: Array, dtype: str) -> None:
+    import numpy as np
+
+    base, rounded = (bits.exactly(values, dtype).astype(np.float64).ravel() for values in (stored, out))
+    delta, kept = W.astype(np.float64).ravel() - base, rounded - base
+    result.retained += float(kept @ delta)
+    result.total += float(delta @ delta)
+    result.changed += float(np.count_nonzero(kept))
