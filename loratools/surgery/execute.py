@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Event, local
 from typing import Any
@@ -85,7 +86,7 @@ def _with_numpy(job: _Job, stack: ExitStack) -> Callable[[Slot, int], TensorResu
     from threadpoolctl import threadpool_limits
 
     stack.enter_context(threadpool_limits(1, user_api="blas"))
-    products.check_effect(job.plan)
+    check_effect(job.plan, partial(products.acts, job.plan))
     return job.add_products
 
 

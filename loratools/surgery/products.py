@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from loratools.adapter.resolve import Placement
 from loratools.adapter.sites import Site
 from loratools.adapter.updates.lora import LoraUpdate
 from loratools.errors import IncompatibleAdapter
@@ -94,20 +95,12 @@ def _joined(site: Site, group: list[tuple[Array, Array, float]]) -> SumOfProduct
     return SumOfProducts(site, (factor * scale).astype(np.float32), right, factor, scale)
 
 
-def check_effect(plan: MergePlan) -> None:
-    """Raise `IncompatibleAdapter` for adapters whose ΔW is exactly zero; the first module that is not settles it."""
-    idle = []
-    for i, weight in enumerate(plan.weights):
-        here = (p.update for change in plan.changes.values() for j, p in change.placements if j == i)
-        acts = any(
-            isinstance(update, LoraUpdate) and bool((_read(update.B.spec).any(0) & _read(update.A.spec).any(1)).any())
-            for update in here
-        )
-        if not plan.adapters[i].replacements and (weight == 0 or not acts):
-            reason = "its weight is 0" if weight == 0 else "s·B·A is zero in every module, as before training"
-            idle.append(f"adapter {i + 1}: {reason}")
-    if idle:
-        raise IncompatibleAdapter("a merge that would change nothing", idle, hint="Leave it out, or check the file.")
+def acts(plan: MergePlan, number: int, placement: Placement) -> bool:
+    """Tell whether a placement of plain LoRA changes anything: a rank whose column of B and row of A are not zero."""
+    update = placement.update
+    assert isinstance(update, LoraUpdate)
+    scale = plan.weights[number] * update.scaling
+    return scale != 0 and bool((_read(update.B.spec).any(0) & _read(update.A.spec).any(1)).any())
 
 
 def _read(spec: TensorSpec | None) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING
 
@@ -61,27 +61,28 @@ def load_terms(
     return [*((site, Product.joined(terms)) for site, terms in products.items()), *others]
 
 
-def check_effect(plan: MergePlan) -> None:
+def check_effect(plan: MergePlan, acts: Callable[[int, Placement], bool] | None = None) -> None:
     """Raise `IncompatibleAdapter` for adapters whose ΔW is exactly zero: merging them would change nothing.
 
-    The first module that is not zero settles it, so little is read.
+    `acts` tells it of one placement of an adapter, by its number; the first that is not zero settles it, so little is
+    read.
     """
-    import torch
+
+    def loaded(number: int, placement: Placement) -> bool:
+        import torch
+
+        term = placement.update.term(placement.site, plan.weights[number], torch.float32, torch.device("cpu"))
+        # A product acts if there is a rank whose column of B and row of A both are not zero.
+        return not isinstance(term, Product) or bool((term.left.any(0) & term.right.any(1)).any())
 
     idle = []
     for i, adapter in enumerate(plan.adapters):
         here = (p for change in plan.changes.values() for j, p in change.placements if j == i)
-        terms = (p.update.term(p.site, plan.weights[i], torch.float32, torch.device("cpu")) for p in here)
-        if not adapter.replacements and not any(_acts(term) for term in terms):
+        if not adapter.replacements and not any((acts or loaded)(i, p) for p in here):
             reason = "its weight is 0" if plan.weights[i] == 0 else "s·B·A is zero in every module, as before training"
             idle.append(f"adapter {i + 1}: {reason}")
     if idle:
         raise IncompatibleAdapter("a merge that would change nothing", idle, hint="Leave it out, or check the file.")
-
-
-def _acts(term: Term) -> bool:
-    """Tell whether a product has a rank whose column of B and row of A both are not zero."""
-    return not isinstance(term, Product) or bool((term.left.any(0) & term.right.any(1)).any())
 
 
 def _check(number: int, placement: Placement, term: Term, name: str) -> None:
