@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from loratools.cli._show import Report, emit
+from loratools.cli._sources import fetch
 from loratools.cli._talk import Talk
 
 SECTIONS = ("Look", "Check", "Change", "Share", "Learn")
@@ -29,7 +30,8 @@ class Command(click.Command):
         self.params += self.common
 
     def invoke(self, ctx: click.Context) -> None:
-        """Run the function, print its report, and exit with 1 where the report says so."""
+        """Fetch what is on the Hub, run the function, print its report, and exit with 1 where the report says so."""
+        fetch(ctx)
         report = super().invoke(ctx)
         if isinstance(report, Report):
             emit(report, ctx.find_root().ensure_object(Talk))

@@ -6,10 +6,15 @@ from pathlib import Path
 
 import click
 
+from loratools.cli._sources import Source
+
 PATH = click.Path(path_type=Path)
 """A file or folder; the library says what is wrong with it, in its own words."""
 
-path_argument = click.argument("path", type=PATH)
+ADAPTER, CHECKPOINT, HEADER = Source("adapter"), Source("checkpoint"), Source("header")
+"""An input here or on the Hub, by what is read of it: all of an adapter, all of a model, the headers of either."""
+
+path_argument = click.argument("path", type=HEADER)
 
 output_option = click.option(
     "-o", "--output", type=PATH, required=True, metavar="PATH", help="Where the result goes; it must not exist yet."

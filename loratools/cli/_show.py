@@ -33,15 +33,20 @@ class Report:
 def emit(report: Report, talk: Talk) -> None:
     """Print a report to stdout: its document with --json, else its text."""
     if talk.json:
-        click.echo(encode({"schema": SCHEMA, **report.document, "warnings": talk.warnings}))
+        click.echo(talk.named(encode({"schema": SCHEMA, **report.document, "warnings": talk.warnings})))
         return
     for line in [report.text] if isinstance(report.text, str) else report.text:
-        click.echo(printable(line))
+        click.echo(printable(talk.named(line)))
 
 
 def encode(document: Mapping[str, Any]) -> str:
     """Return a JSON document in ASCII, of `plain` values."""
     return json.dumps(plain(document), indent=2, allow_nan=False)
+
+
+def encode_text(text: str) -> str:
+    """Return a text as it stands between the quotes of a JSON document."""
+    return json.dumps(text)[1:-1]
 
 
 def plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ from threading import Lock
 
 import click
 
-from loratools.cli._show import encode, printable
+from loratools.cli._show import encode, encode_text, printable
 
 PATIENCE = 0.5
 """Seconds of work before a progress bar appears."""
@@ -21,6 +21,7 @@ class Talk:
     """How one run talks: set by -q, -v, --no-progress and --json, wherever they stand.
 
     With --json nothing but an error goes to stderr, so that it can be parsed too; warnings go into the document.
+    `names` maps paths that are only known to this process to what the user called them.
     """
 
     json: bool = False
@@ -29,6 +30,7 @@ class Talk:
     no_progress: bool = False
     color: bool | None = None
     warnings: list[str] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)
 
     def note(self, text: str) -> None:
         """Say something that -q silences."""
@@ -50,7 +52,7 @@ class Talk:
         """Say what failed: one sentence, every problem, and the next step."""
         if self.json:
             document = {"type": kind, "message": message, "problems": problems, "hint": hint}
-            click.echo(encode({"error": document}), err=True)
+            click.echo(self.named(encode({"error": document})), err=True)
             return
         self._say(message, "error", "red")
         for problem in problems:
@@ -82,9 +84,15 @@ class Talk:
 
             yield advance
 
+    def named(self, text: str) -> str:
+        """Return a text, JSON too, with what the user called a path in the place of the path."""
+        for path, name in self.names.items():
+            text = text.replace(encode_text(path), encode_text(name)).replace(path, name)
+        return text
+
     def _say(self, text: str, prefix: str = "", color: str = "") -> None:
         start = click.style(f"{prefix}: ", fg=color, bold=True) if prefix else ""
-        click.echo(start + printable(text), err=True, color=self.color)
+        click.echo(start + printable(self.named(text)), err=True, color=self.color)
 
 
 pass_talk = click.make_pass_decorator(Talk, ensure=True)

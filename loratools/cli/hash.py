@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from loratools.cli import _options as options
 from loratools.cli._group import command as make
 from loratools.cli._show import Report
+from loratools.cli._sources import Need, Source
 from loratools.cli._talk import Talk, pass_talk
 
 if TYPE_CHECKING:
@@ -19,8 +20,12 @@ if TYPE_CHECKING:
 TIERS = ("schema", "tensors", "root")
 
 
+def _need(params: Mapping[str, Any]) -> Need:
+    return "header" if params["tier"] == "schema" and not params["include"] else "checkpoint"
+
+
 @make(section="Look")
-@click.argument("checkpoint", type=options.PATH)
+@click.argument("checkpoint", type=Source(_need))
 @click.option(
     "--tier",
     type=click.Choice([*TIERS, "all"]),
@@ -52,6 +57,7 @@ def command(
     Examples:
       loratools hash base
       loratools hash base --tier schema
+      loratools hash hf://lab/base --tier schema
       loratools hash base --include '*.self_attn.q_proj.weight' --algorithm sha256
     """
     from loratools.storage.checkpoint import Checkpoint

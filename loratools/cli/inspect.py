@@ -33,6 +33,7 @@ def command(path: Path, modules: bool, dialect: str | None) -> show.Report:
       loratools inspect adapter
       loratools inspect adapter --modules
       loratools inspect base --json
+      loratools inspect hf://lab/adapter
     """
     from loratools.surgery.inspect import AdapterSummary, inspect
 

@@ -11,6 +11,7 @@ import click
 from loratools.cli import _options as options
 from loratools.cli import _show as show
 from loratools.cli._group import command as make
+from loratools.cli._sources import Source
 from loratools.cli._talk import Talk, pass_talk
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ _ENOUGH = 0.9  # delta retention under which a merge is warned about
 
 
 @make(section="Change")
-@click.argument("base", type=options.PATH)
-@click.argument("adapters", type=options.PATH, nargs=-1, required=True, metavar="ADAPTER...")
+@click.argument("base", type=Source(lambda params: "header" if params["dry_run"] else "checkpoint"))
+@click.argument("adapters", type=options.ADAPTER, nargs=-1, required=True, metavar="ADAPTER...")
 @options.output_option
 @options.weight_option
 @click.option(
@@ -79,6 +80,7 @@ def command(
     \b
     Examples:
       loratools merge base adapter -o merged
+      loratools merge hf://lab/base hf://lab/adapter -o merged
       loratools merge base adapter other -w 0.7 -w -0.3 -o merged
       loratools merge base adapter -o merged --dry-run
       loratools merge base adapter -o merged --dtype f32 --max-shard-size 2GB --verify

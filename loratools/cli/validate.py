@@ -11,6 +11,7 @@ import click
 from loratools.cli import _options as options
 from loratools.cli._group import command as make
 from loratools.cli._show import Report
+from loratools.cli._sources import Source
 from loratools.cli._talk import Talk, pass_talk
 
 if TYPE_CHECKING:
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
 
 
 @make(section="Check")
-@click.argument("adapter", type=options.PATH)
-@click.option("--base", type=options.PATH, metavar="PATH", help="Also compare this base model with the base hash.")
+@click.argument("adapter", type=Source(lambda params: "header" if params["header_only"] else "adapter"))
+@click.option(
+    "--base", type=options.CHECKPOINT, metavar="PATH", help="Also compare this base model with the base hash."
+)
 @click.option("--header-only", is_flag=True, help="Do not read the data to compare them with the adapter's digest.")
 @options.threads_option
 @pass_talk

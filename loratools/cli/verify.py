@@ -20,10 +20,10 @@ _MOST = 10  # lines of one kind, where not all are asked for
 
 
 @make(section="Check")
-@click.argument("model", type=options.PATH)
-@click.option("--base", type=options.PATH, required=True, metavar="PATH", help="The base model.")
+@click.argument("model", type=options.CHECKPOINT)
+@click.option("--base", type=options.CHECKPOINT, required=True, metavar="PATH", help="The base model.")
 @click.option(
-    "--adapter", "adapters", type=options.PATH, required=True, multiple=True, metavar="PATH",
+    "--adapter", "adapters", type=options.ADAPTER, required=True, multiple=True, metavar="PATH",
     help="The adapter; once for each.",
 )  # fmt: skip
 @options.weight_option

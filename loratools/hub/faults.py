@@ -124,6 +124,9 @@ def in_words(error: Exception, repo: str, endpoint: str, revision: str | None = 
         return _refused(error, code, repo)
     if passes(error):
         first = next(one for one in chain(error) if _is_network(one) or "Consistency" in str(one))
+        if type(first).__name__.startswith("Connect"):
+            hint = "Check the connection, and HF_ENDPOINT if it is set."
+            return HubError(f"{repo}: {endpoint} cannot be reached: {_first_line(first)}", hint=hint)
         what = "a file arrived incomplete" if "Consistency" in str(first) else _first_line(first)
         return HubError(f"{repo}: {endpoint} did not answer as it should: {what}", hint="Try again later.")
     if any(type(one).__module__.startswith(("huggingface_hub", "hf_xet")) for one in chain(error)):
@@ -134,8 +137,10 @@ def in_words(error: Exception, repo: str, endpoint: str, revision: str | None = 
 def _refused(error: Exception, code: int, repo: str) -> HubError:
     said = next((getattr(one, "server_message", None) for one in chain(error)), None)
     tail = f": {_clean(said)}" if said else ""
-    if code == 401:
+    if code == 401 and "credentials" in (said or ""):
         return HubError(f"{repo}: the Hub does not accept the token", hint="Log in again with `hf auth login`.")
+    if code == 401:
+        return HubError(f"{repo}: the Hub asks who you are", hint=f"{_LOGIN[0].upper()}{_LOGIN[1:]}.")
     if code == 403:
         return HubError(f"{repo}: you may not do this{tail}", hint=f"If another account may, {_LOGIN}.")
     if code == 429:

@@ -12,13 +12,13 @@ from threading import Event, Thread
 
 from loratools import dialects
 from loratools.adapter.model import BaseIdentity
-from loratools.errors import LoraToolsError, UnknownKind, UnsupportedAdapter
+from loratools.errors import HubError, LoraToolsError, UnknownKind, UnsupportedAdapter
 from loratools.format import rules
 from loratools.format.manifest import ORIGIN
 from loratools.hub import files
 from loratools.hub.client import Hub, RemoteFile, quiet
 from loratools.hub.headers import choose, schema_of
-from loratools.hub.refs import Need, Ref, Watch
+from loratools.hub.refs import Need, Ref, Watch, is_plain
 from loratools.storage import atomic, digest
 from loratools.storage.checkpoint import Checkpoint
 
@@ -123,27 +123,32 @@ def cached(hub: Hub, ref: Ref, need: Need, *, progress: Watch | None = None) -> 
 
     Offline (HF_HUB_OFFLINE) what the cache has is taken.
     """
-    from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+    from huggingface_hub import constants, try_to_load_from_cache
 
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{ref.repo.replace('/', '--')}"
+    named = folder / "refs" / (ref.revision or "main")  # as huggingface_hub notes what a branch was last
     if constants.HF_HUB_OFFLINE:
-
-        def known() -> str:
-            return str(snapshot_download(ref.repo, revision=ref.revision, local_files_only=True))
-
-        folder = Path(hub.once(known, ref.repo, ref.revision))
-        return folder / ref.path if ref.path else folder
+        commit = named.read_text(encoding="utf-8").strip() if named.is_file() else str(ref.revision)
+        root = folder / "snapshots" / commit
+        if not is_plain(commit) or not root.is_dir():
+            raise HubError(
+                f"{ref}: HF_HUB_OFFLINE is set, and the cache does not hold it", hint="Unset HF_HUB_OFFLINE."
+            )
+        return root / ref.path if ref.path else root
     prepared = prepare(hub, ref, "checkpoint" if need == "checkpoint" else "adapter")
     missing = [
         file
         for file in prepared.files.values()
         if not isinstance(try_to_load_from_cache(ref.repo, file.path, revision=prepared.commit), str)
     ]
-    blobs = Path(constants.HF_HUB_CACHE) / f"models--{ref.repo.replace('/', '--')}" / "blobs"
     begin = progress or (lambda total: nullcontext(lambda count: None))
-    with quiet(), begin(sum(file.size for file in missing)) as advance, _watched(blobs, advance):
+    with quiet(), begin(sum(file.size for file in missing)) as advance, _watched(folder / "blobs", advance):
         paths = {file.path: hub.fetch(ref.repo, prepared.commit, file) for file in prepared.files.values()}
     path, at = next(iter(paths.items()))
     root = at.parents[path.count("/")]
+    if prepared.commit != ref.revision:
+        named.parent.mkdir(parents=True, exist_ok=True)
+        named.write_text(prepared.commit, encoding="utf-8")
     return root / ref.path if ref.path else root
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
 import pytest
 
 from loratools.cli._run import group
+from tests.hub.client import environment
+from tests.hub.server import LocalHub
+from tests.hub.trips import contents
 
 ROOT = group()
 CONTEXT = click.Context(ROOT)
@@ -21,6 +24,18 @@ def examples(help_text: str) -> list[str]:
     """Return the lines under `Examples:`, without the remark that three spaces set apart."""
     block = re.search(r"Examples:\n((?: +.*\n?)+)", help_text)
     return [re.split(r"\s{3,}", line.strip())[0] for line in block[1].splitlines()] if block else []
+
+
+@pytest.fixture(scope="module")
+def lab(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment in which examples find lab/base and lab/adapter on a Hub of their own."""
+    home = tmp_path_factory.mktemp("lab")
+    with LocalHub(home / "hub") as hub:
+        licensed = {"README.md": b"---\nlicense: apache-2.0\n---\n"}
+        hub.seed("lab/base", contents(prepared / "base") | licensed)
+        hub.seed("lab/adapter", contents(prepared / "adapter"))
+        names = environment(hub, home / "home")
+        yield {name: value for name, value in names.items() if name.startswith("HF_")}
 
 
 def output(example: str) -> str:
@@ -42,17 +57,19 @@ def test_every_command_has_an_example_of_itself(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "example"), of_all_commands(), ids=lambda value: value)
-def test_example_runs(name: str, example: str, shell: Callable, workplace: Path) -> None:
-    done = shell(f"rm -rf {output(example)}; {example}", workplace)
+def test_example_runs(name: str, example: str, shell: Callable, workplace: Path, lab: dict[str, str]) -> None:
+    done = shell(f"rm -rf {output(example)}; {example}", workplace, **lab)
     assert done.code == 0, done.err or done.out
     assert "Traceback" not in done.err
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_prints_one_json_document(name: str, shell: Callable, workplace: Path) -> None:
+def test_every_command_prints_one_json_document(
+    name: str, shell: Callable, workplace: Path, lab: dict[str, str]
+) -> None:
     example = next(example for own, example in of_all_commands() if own == name and example.startswith("loratools "))
     line = example.partition(">")[0].replace(" --json", "")
-    done = shell(f"rm -rf {output(line)}; {line} --json", workplace)
+    done = shell(f"rm -rf {output(line)}; {line} --json", workplace, **lab)
     assert done.code == 0, done.err
     document = json.loads(done.out)
     assert document["schema"] == 1

@@ -98,7 +98,9 @@ def test_a_file_that_does_not_fit_its_own_digest_is_refused(hub: LocalHub, workp
 
 
 def test_a_long_rate_limit_is_reported_and_not_waited_for(hub: LocalHub, tmp_path: Path, naps: list[float]) -> None:
-    hub.faults.add("GET", "/tree/", times=None, status=429, headers={"Retry-After": "299", "ratelimit": '"api";r=0;t=299'})
+    hub.faults.add(
+        "GET", "/tree/", times=None, status=429, headers={"Retry-After": "299", "ratelimit": '"api";r=0;t=299'}
+    )
     with pytest.raises(HubError) as caught:
         fetch(tmp_path / "down")
     assert "rate limit" in caught.value.message

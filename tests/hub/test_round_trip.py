@@ -123,10 +123,8 @@ def test_a_damaged_adapter_is_not_pushed(hub: LocalHub, workplace: Path) -> None
 
 def test_pull_takes_one_set_of_weights_and_no_training_state(hub: LocalHub, workplace: Path, tmp_path: Path) -> None:
     stored(hub, workplace / "adapter", REPO)
-    more = {
-        name: b"x" * 1000
-        for name in ("adapter_model.bin", "optimizer.pt", "runs/events.out.1", "checkpoint-9/adapter_model.safetensors")
-    }
+    names = ("adapter_model.bin", "optimizer.pt", "runs/events.out.1", "checkpoint-9/adapter_model.safetensors")
+    more = dict.fromkeys(names, b"x" * 1000)
     hub.seed(REPO, {**more, "sample.png": b"png", "tokenizer.json": b"{}", "README.md": b"# Mine"})
     fetch(tmp_path / "down")
     assert contents(tmp_path / "down") == {

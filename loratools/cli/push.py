@@ -1,0 +1,128 @@
+"""loratools push"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loratools.cli import _options as options
+from loratools.cli import _show as show
+from loratools.cli._group import command as make
+from loratools.cli._talk import Talk, pass_talk
+
+if TYPE_CHECKING:
+    from loratools.hub.push import Push
+    from loratools.hub.upload import Committed
+
+
+@make(section="Share")
+@click.argument("path", type=options.PATH)
+@click.argument("repo", metavar="REPO")
+@click.option("--revision", metavar="BRANCH", help="The branch to push to; it is made if it is not there.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of changing the branch.")
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("-m", "--message", metavar="TEXT", help="The title of the commit.")
+@click.option("--base-model", metavar="ORG/NAME", help="The base model's name on the Hub.  [default: as the files say]")
+@click.option(
+    "--license", metavar="ID", help="The licence, as apache-2.0.  [default: README.md's, or the base model's]"
+)
+@click.option(
+    "--card",
+    type=click.Choice(["local", "hub"]),
+    help="Whose README.md stays where the folder's and the Hub's have both been changed.",
+)
+@options.dry_run_option
+@pass_talk
+def command(
+    talk: Talk,
+    path: Path,
+    repo: str,
+    revision: str | None,
+    create_pr: bool,
+    private: bool,
+    message: str | None,
+    base_model: str | None,
+    license: str | None,
+    card: Any,
+    dry_run: bool,
+) -> show.Report:
+    """Send an adapter or a model to the Hub, in one commit.
+
+    PATH is validated first. REPO is org/name; it is made if it is not there. The model card keeps what a person wrote:
+    missing fields of its front matter are added, and one section on the adapter is written anew. Training state
+    (optimizer, training_args.bin) stays here, and so does every path of this machine. What the repository has already
+    is not sent again. If the branch moves meanwhile nothing is committed. Log in with `hf auth login`, or set HF_TOKEN.
+
+    \b
+    Examples:
+      loratools push adapter lab/adapter --base-model lab/base
+      loratools push adapter lab/adapter --create-pr -m 'Trained for longer'
+      loratools push merged lab/merged --license apache-2.0 --dry-run
+    """
+    from loratools.hub import push
+    from loratools.hub.client import Hub
+    from loratools.hub.refs import Ref, parse
+
+    named = parse(repo)
+    if named.path or (named.revision and revision):
+        raise click.UsageError(f"expected org/name, found {repo!r}")
+    subject = push.read(path, base_model=base_model)
+    hub = Hub()
+    prepared = push.prepare(
+        hub, subject, Ref(named.repo, revision or named.revision), create_pr=create_pr, license=license,
+        keep_card=card, base_model_given=base_model is not None,
+    )  # fmt: skip
+    for note in prepared.notes:
+        talk.warn(note)
+    if dry_run:
+        return show.Report({"dry_run": True, **_document(prepared)}, _plan(prepared))
+    with talk.progress("pushing", prepared.nbytes) as advance:
+        done = push.push(hub, prepared, message=message, private=private, progress=advance)
+    return show.Report({"dry_run": False, **_document(prepared), **show.plain(done)}, _report(prepared, done))
+
+
+def _document(prepared: Push) -> dict[str, Any]:
+    return {
+        "path": prepared.subject.path,
+        "type": prepared.subject.kind,
+        "repo": prepared.target.repo,
+        "revision": prepared.target.revision,
+        "creates_repo": not prepared.target.exists,
+        "parent": prepared.target.head,
+        "send": prepared.send,
+        "bytes": prepared.nbytes,
+        "already_there": prepared.unchanged,
+        "remove": prepared.remove,
+    }
+
+
+def _plan(prepared: Push) -> Iterator[str]:
+    new = "" if prepared.target.exists else ", which is made"
+    yield f"would push {prepared.subject.path} to {prepared.target.repo}{new}:"
+    yield from show.table(
+        ("file", "size", ""),
+        [
+            *((name, show.size(size), "send") for name, size in prepared.send.items()),
+            *((name, "", "already there") for name in prepared.unchanged),
+            *((name, "", "remove") for name in prepared.remove),
+        ],
+        right=(1,),
+    )
+    yield f"{show.size(prepared.nbytes)} to send"
+
+
+def _report(prepared: Push, done: Committed) -> Iterator[str]:
+    if not done.new:
+        yield f"{done.url}: everything is there already; no commit was made"
+        return
+    yield from show.fields(
+        [
+            ("pushed", f"{len(prepared.send)} files, {show.size(prepared.nbytes)}"),
+            ("already there", f"{len(prepared.unchanged)} files"),
+            ("commit", f"{done.commit}"),
+            ("at", done.pull_request or done.url),
+        ]
+    )

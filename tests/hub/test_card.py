@@ -1,0 +1,236 @@
+"""The card keeps what a person wrote, byte for byte, and says what the Hub takes."""
+
+from pathlib import Path
+
+import pytest
+import yaml  # type: ignore[import-untyped]
+
+from loratools.errors import BadFile, HubError
+from loratools.hub.card import merged, parse
+
+from . import card as the_hubs
+from .server import LocalHub
+from .trips import REPO, send
+
+FACTS = {"base_model": "org/base", "library_name": "peft", "license": "mit", "tags": ["lora", "loratools"]}
+
+
+def front(text: str) -> dict[str, object]:
+    """Return the front matter as the Hub reads it."""
+    found = yaml.safe_load(text.split("---\n")[1])
+    assert isinstance(found, dict)
+    return found
+
+
+def person(text: str) -> str:
+    """Return what stands between the front matter and our section."""
+    return text.split("---\n", 2)[2].split("<!-- loratools")[0].strip("\n")
+
+
+def merge(local: str | None, remote: str | None, section: str = "the section", **more: object) -> str:
+    """Merge two cards."""
+    return merged(local, remote, FACTS, section, force=more.pop("force", {}), **more)  # type: ignore[arg-type]
+
+
+def test_a_new_card() -> None:
+    text = merge(None, None)
+    assert front(text) == FACTS
+    assert the_hubs.check(text) == ([], [])
+    assert "the section\n<!-- /loratools card -->\n" in text
+
+
+HUMAN = """---
+# my remark
+license: apache-2.0   # kept
+language:
+- en
+tags:
+- mine
+- lora
+# about the data
+datasets: [a, b]
+extra: {x: 1}
+---
+
+# My adapter
+
+It *does* things.
+
+---
+
+<!-- a remark -->
+| a | b |
+"""
+
+
+def test_every_line_of_a_person_stays() -> None:
+    text = merge(HUMAN, None)
+    assert person(text) == HUMAN.split("---\n", 2)[2].strip("\n")
+    lines = text.split("---\n")[1].splitlines()
+    kept = [line for line in HUMAN.split("---\n")[1].splitlines() if line not in ("tags:", "- mine", "- lora")]
+    assert [line for line in lines if line in kept] == kept
+    assert front(text) == {
+        **front(HUMAN), "tags": ["mine", "lora", "loratools"], "base_model": "org/base", "library_name": "peft",
+    }  # fmt: skip
+    assert merge(HUMAN, text) == text
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_a_card_without_front_matter(ending: str) -> None:
+    text = merge(f"# Title{ending}{ending}Text{ending}", None)
+    assert person(text) == "# Title\n\nText"
+    assert front(text) == FACTS
+
+
+def test_forced_fields_replace_and_others_do_not() -> None:
+    text = merge("---\nlicense: gemma\nbase_model: other/base\n---\n", None, force={"license": "apache-2.0"})
+    assert front(text)["license"] == "apache-2.0"
+    assert front(text)["base_model"] == "other/base"
+    assert text.index("license") < text.index("base_model")
+
+
+def test_the_section_is_replaced_and_the_text_around_it_stays() -> None:
+    first = merge("# Mine\n", None)
+    edited = first.replace("# Mine", "# Mine\n\nMore.") + "\nBelow the section.\n"
+    text = merge(None, edited, "a new section")
+    assert person(text) == "# Mine\n\nMore.\n\nBelow the section."
+    assert text.count("<!-- loratools card") == 1
+    assert "the section\n" not in text.replace("a new section", "")
+    assert merge(None, text, "a new section") == text
+
+
+def test_which_side_changed_is_known() -> None:
+    local = "# Mine\n"
+    pushed = merge(local, None)
+    on_the_hub = pushed.replace("# Mine", "# Edited on the Hub")
+    kept = merge(local, on_the_hub)  # the folder's is as it was
+    assert person(kept) == "# Edited on the Hub"
+    assert person(merge(local, kept)) == "# Edited on the Hub"  # and stays so the next time
+    assert person(merge("# Edited here\n", pushed)) == "# Edited here"
+    both = "# Edited here\n", on_the_hub
+    with pytest.raises(HubError, match="two different texts") as caught:
+        merge(*both)
+    assert "--card local" in str(caught.value.hint)
+    assert person(merge(*both, keep="local")) == "# Edited here"
+    assert person(merge(*both, keep="hub")) == "# Edited on the Hub"
+    settled = merge(*both, keep="local")
+    assert merge("# Edited here\n", settled) == settled
+
+
+def test_a_card_on_the_hub_that_loratools_never_saw() -> None:
+    only_licence = "---\nlicense: mit\n---\n"
+    assert person(merge("---\nlicense: mit\n---\n# Mine\n", only_licence)) == "# Mine"
+    assert person(merge("# Same\n", "---\nlicense: mit\n---\n# Same\n")) == "# Same"
+    with pytest.raises(HubError, match="two different texts"):
+        merge("# Mine\n", "# Theirs\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("---\na: 1\n# never closed", "not closed"),
+        ("---\na: [1\n---\n", "not YAML"),
+        ("---\n- a\n---\n", "names and values"),
+    ],
+)
+def test_front_matter_that_cannot_be_read(text: str, message: str) -> None:
+    with pytest.raises(BadFile, match=message):
+        merge(text, None)
+
+
+def test_parse_takes_nothing_for_a_section_that_is_none() -> None:
+    text = "a\n<!-- loratools merge -->\nb\n<!-- /loratools merge -->\n---\nc"
+    assert parse(text).text == text
+
+
+# On the Hub
+
+
+def test_the_licence_of_the_base_is_taken_over_with_its_name(hub: LocalHub, workplace: Path) -> None:
+    card = "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\npipeline_tag: text-classification\n---\n"
+    hub.seed("lab/base", {"README.md": card.encode()})
+    send(workplace / "adapter", base_model="lab/base")
+    data = front(hub.files(REPO)["README.md"].decode())
+    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "own", "LICENSE")
+    assert data["pipeline_tag"] == "text-generation"  # what the adapter says of itself
+
+
+def test_a_licence_is_never_guessed(hub: LocalHub, workplace: Path) -> None:
+    from loratools.hub import push
+    from loratools.hub.client import Hub
+    from loratools.hub.refs import Ref
+
+    prepared = push.prepare(Hub(), push.read(workplace / "adapter", base_model="lab/none"), Ref(REPO))
+    assert "license" not in front(prepared.card)
+    assert any("states no licence" in note for note in prepared.notes)
+    assert any("lab/none" in note for note in prepared.notes)
+    asked = push.prepare(Hub(), push.read(workplace / "adapter"), Ref(REPO), license="mit")
+    assert front(asked.card)["license"] == "mit"
+    assert not any("licence" in note for note in asked.notes)
+
+
+def test_a_persons_text_on_the_hub_outlives_pushes(hub: LocalHub, workplace: Path) -> None:
+    (workplace / "adapter" / "README.md").write_text("# As trained\n")
+    send(workplace / "adapter")
+    text = hub.files(REPO)["README.md"].decode()
+    hub.seed(REPO, {"README.md": text.replace("# As trained", "# As I say it\n\nCare.").encode()})
+    (workplace / "adapter" / "tokenizer.json").write_text("{}")
+    for _ in range(2):
+        send(workplace / "adapter")
+        assert person(hub.files(REPO)["README.md"].decode()) == "# As I say it\n\nCare."
+    assert len(hub.commits(REPO)) == 4
+
+
+def test_no_path_of_this_machine_is_sent(hub: LocalHub, workplace: Path) -> None:
+    from tests.make import tiny
+
+    path = "/home/somebody/models/llama"
+    tiny.save_peft(workplace / "local", tiny.lora_factors(), base=path)
+    (workplace / "local" / "README.md").write_text(
+        f"---\nbase_model: {path}\ntags:\n- base_model:adapter:{path}\n- lora\n---\nTuned from [{path}]({path}).\n"
+    )
+    with pytest.raises(BadFile, match="names the base model by a path of this machine") as caught:
+        send(workplace / "local")
+    assert "--base-model" in str(caught.value.hint)
+    hub.seed("lab/base", {})
+    send(workplace / "local", base_model="lab/base")
+    assert not [name for name, data in hub.files(REPO).items() if b"somebody" in data]
+    data = front(hub.files(REPO)["README.md"].decode())
+    assert data["base_model"] == "lab/base"
+    assert data["tags"] == ["base_model:adapter:lab/base", "lora", "loratools", "transformers"]
+    assert b'"base_model_name_or_path": "lab/base"' in hub.files(REPO)["adapter_config.json"]
+    with pytest.raises(BadFile, match="not the name of a model"):
+        send(workplace / "adapter", base_model="../x")
+
+
+def test_text_of_a_file_cannot_break_out_of_its_cell(hub: LocalHub, workplace: Path, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from loratools.adapter.model import Step
+    from loratools.dialects import open_adapter, save_adapter
+
+    step = Step("a|b`c\n<!-- /loratools card -->", "<script>alert(1)</script>")
+    adapter = replace(open_adapter(workplace / "sealed"), provenance=(step,))
+    save_adapter(adapter, tmp_path / "odd")
+    send(tmp_path / "odd")
+    text = hub.files(REPO)["README.md"].decode()
+    assert text.count("<!--") == 2
+    assert "<script" not in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| made by")]
+    assert row.count("|") == 3
+    assert row.count("`") == 2
+
+
+def test_a_merged_model(hub: LocalHub, workplace: Path) -> None:
+    from loratools.surgery.merge import merge as merge_models
+
+    (workplace / "base" / "README.md").write_text("# The base\n")
+    merge_models(workplace / "base", [workplace / "adapter"], workplace / "new")
+    hub.seed("lab/base", {"README.md": b"---\nlicense: mit\n---\n"})
+    send(workplace / "new", base_model="lab/base")
+    text = hub.files(REPO)["README.md"].decode()
+    data = front(text)
+    assert (data["base_model"], data["base_model_relation"], data["license"]) == ("lab/base", "finetune", "mit")
+    assert {"merge", "loratools"} <= set(data["tags"])  # type: ignore[call-overload]
+    assert "## How this model was made" in text
+    assert the_hubs.check(text) == ([], [])
