@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapter.model import Adapter, Loss
-from loratools.dialects import _build, _losses, _safetensors
+from loratools.dialects import _build, _image_names, _losses, _safetensors
 from loratools.dialects._diffusers_names import ALPHA, MODEL_LEVEL, component, inside, split
 from loratools.dialects._listing import Evidence, Listing
 from loratools.dialects._losses import BIAS, MAGNITUDE, A, B
@@ -103,6 +103,7 @@ def read(listing: Listing) -> Adapter:
 
 def losses(adapter: Adapter) -> list[Loss]:
     """List what diffusers has no words for; ranks and scalings that differ go into the header's patterns."""
+    adapter = _image_names.to_diffusers(adapter)
     found = _losses.updates(adapter, "diffusers", ("lora", "dora", "conv"), (A, B, BIAS, MAGNITUDE))
     kept = _losses.kept(adapter, found).updates
     named = any(component(module) for module in kept)
@@ -113,6 +114,12 @@ def losses(adapter: Adapter) -> list[Loss]:
             for module, update in sorted(kept.items())
             if component(module) in having and part not in update.parts
         ]
+    found += [
+        Loss(module, "diffusers' name of it is not known")
+        for module in sorted(kept)
+        if module.startswith((f"{_image_names.ORIGINAL}.", "text_encoders."))
+    ]
+    kept = {module: update for module, update in kept.items() if not module.startswith(f"{_image_names.ORIGINAL}.")}
     if named:
         found += [Loss(module, "it begins with no component") for module in sorted(kept) if not component(module)]
     return found + _losses.replacements(adapter, "diffusers") + _losses.identity(adapter)
@@ -120,7 +127,7 @@ def losses(adapter: Adapter) -> list[Loss]:
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     """Write the current spelling, with each component's LoraConfig in the header so that no scale is lost."""
-    adapter = _losses.kept(adapter, losses(adapter))
+    adapter = _losses.kept(_image_names.to_diffusers(adapter), losses(adapter))
     tensors = {
         f"{module}.{part}": lazy for module, update in adapter.updates.items() for part, lazy in update.parts.items()
     }

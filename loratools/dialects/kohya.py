@@ -19,7 +19,7 @@ from typing import Any
 
 from loratools.adapter.model import Adapter, BaseIdentity, Loss
 from loratools.adapter.updates import Update
-from loratools.dialects import _build, _factors, _kohya_hashes, _losses, _safetensors
+from loratools.dialects import _build, _factors, _image_names, _kohya_hashes, _losses, _safetensors
 from loratools.dialects._kohya_names import NAMES_KEY, dotted, flattened, head_of
 from loratools.dialects._listing import Evidence, Listing
 from loratools.dialects._losses import MAGNITUDE, A, B
@@ -94,7 +94,7 @@ def read(listing: Listing) -> Adapter:
         alpha = alphas.get(module, float(rank))
         return alpha / rank, alpha
 
-    built = _build.build(listing.path, {module: _to_peft(parts) for module, parts in groups.items()}, rule)
+    built = _build.build(listing.path, {module: to_peft(parts) for module, parts in groups.items()}, rule)
     kept = {key: value for key, value in metadata.items() if not key.startswith("sshs_") and key != NAMES_KEY}
     trained_on = metadata.get("ss_sd_model_name")
     return Adapter(
@@ -107,6 +107,7 @@ def read(listing: Listing) -> Adapter:
 
 def losses(adapter: Adapter) -> list[Loss]:
     """List what kohya has no words for, and modules whose names become one when they are flattened."""
+    adapter = _image_names.to_original(adapter, unet=False)
     known = frozenset({A, B, MAGNITUDE})
     found = []
     names, _ = flattened(adapter.updates)
@@ -121,18 +122,11 @@ def losses(adapter: Adapter) -> list[Loss]:
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     """Write one safetensors file with alphas in float32 (float64 where float32 would round them) and its hashes."""
-    adapter = _losses.kept(adapter, losses(adapter))
+    adapter = _losses.kept(_image_names.to_original(adapter, unet=False), losses(adapter))
     names, unknown = flattened(adapter.updates)
     tensors: dict[str, LazyTensor] = {}
     for module, update in adapter.updates.items():
-        parts = {_SUFFIXES.get(part, part): lazy for part, lazy in update.parts.items() if part != MAGNITUDE}
-        if MAGNITUDE in update.parts:
-            magnitude = update.parts[MAGNITUDE]
-            sides = (magnitude.parameters, *(1,) * (len(update.parts[A].shape) - 1))
-            parts[_DORA] = _factors.reshaped(magnitude, sides)
-        if A in update.parts or update.scaling != 1:
-            parts[_ALPHA] = _number(_alpha(update))
-        tensors |= {f"{names[module]}.{suffix}": lazy for suffix, lazy in parts.items()}
+        tensors |= {f"{names[module]}.{suffix}": lazy for suffix, lazy in of_peft(update).items()}
     metadata = _metadata(adapter)
     if unknown:
         metadata[NAMES_KEY] = json.dumps(unknown, sort_keys=True)
@@ -145,7 +139,7 @@ def _file(listing: Listing) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def _to_peft(parts: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+def to_peft(parts: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Return the parts with DoRA's magnitude as PEFT has it, where it is one number for each output feature."""
     found = dict(parts)
     scale = parts.get(_DORA)
@@ -155,6 +149,18 @@ def _to_peft(parts: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
             del found[_DORA]
             found[MAGNITUDE] = _factors.reshaped(scale, (out,) if sides == 2 else (1, out, *(1,) * (sides - 2)))
     return found
+
+
+def of_peft(update: Update) -> dict[str, LazyTensor]:
+    """Return an update's tensors by kohya's suffixes."""
+    parts = {_SUFFIXES.get(part, part): lazy for part, lazy in update.parts.items() if part != MAGNITUDE}
+    if MAGNITUDE in update.parts:
+        magnitude = update.parts[MAGNITUDE]
+        sides = (magnitude.parameters, *(1,) * (len(update.parts[A].shape) - 1))
+        parts[_DORA] = _factors.reshaped(magnitude, sides)
+    if A in update.parts or update.scaling != 1:
+        parts[_ALPHA] = _number(_alpha(update))
+    return parts
 
 
 def _alpha(update: Update) -> float:

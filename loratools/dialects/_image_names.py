@@ -1,0 +1,100 @@
+"""An adapter of an image model under diffusers' module names, or under the original implementation's.
+
+Modules that neither table knows keep their names; a dialect that cannot say them lists them as losses.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+
+from loratools.adapter.model import Adapter
+from loratools.adapter.updates import Update
+from loratools.dialects import _flux_names, _fusing, _sd_names
+
+ORIGINAL = "diffusion_model"
+"""What ComfyUI calls the image model of a checkpoint; here the component of all modules with the original's names."""
+
+_SAME = ("transformer_blocks.", "img_in", "txt_in", "time_text_embed.", "norm_out.", "proj_out")
+
+
+def to_diffusers(adapter: Adapter) -> Adapter:
+    """Return the adapter with `unet.` and `transformer.` names; fused projections of Flux become single ones."""
+    found: dict[str, Update] = {}
+    original = {module.removeprefix(f"{ORIGINAL}."): update.shape for module, update in adapter.updates.items()
+                if module.startswith(f"{ORIGINAL}.")}  # fmt: skip
+    flux = _flux_names.is_original(original)
+    for module, update in adapter.updates.items():
+        component, _, name = module.partition(".")
+        if component == ORIGINAL and (sd := _sd_names.to_diffusers(name)):
+            found[f"unet.{sd}"] = update
+        elif component == ORIGINAL and flux and (place := _flux_names.to_diffusers(name)):
+            found |= _apart(module, name, update, place)
+        else:
+            found[module] = update
+    return replace(adapter, updates=found)
+
+
+def to_original(adapter: Adapter, *, unet: bool = True) -> Adapter:
+    """Return the adapter with `diffusion_model.` names; Flux's single projections become fused ones.
+
+    `unet` says whether Stable Diffusion is renamed too; kohya's files have it under diffusers' names.
+    """
+    xl = _sd_names.is_xl(adapter.updates)
+    qwen = any(".img_mlp." in module or ".txt_mlp." in module for module in adapter.updates)
+    named = [module.removeprefix("transformer.") for module in adapter.updates if module.startswith("transformer.")]
+    flux = bool(named) and _flux_names.is_diffusers(named, (adapter.base.id if adapter.base else None) or "")
+    found: dict[str, Update] = {}
+    fused: dict[str, dict[int, tuple[str, Update]]] = defaultdict(dict)
+    for module, update in adapter.updates.items():
+        component, _, name = module.partition(".")
+        original = _flux_names.to_original(name) if component == "transformer" and flux else None
+        if component == "unet" and unet and (sd := _sd_names.to_original(name, xl=xl)):
+            found[f"{ORIGINAL}.{sd}"] = update
+        elif component == "transformer" and qwen and name.startswith(_SAME) and unet:
+            found[f"{ORIGINAL}.{name}"] = update
+        elif original and original[1] is not None:
+            fused[original[0]][original[1]] = module, update
+        elif original:
+            found |= _renamed(module, f"{ORIGINAL}.{original[0]}", original[0], update)
+        else:
+            found[module] = update
+    for name, parts in fused.items():
+        found |= _together(name, parts)
+    return replace(adapter, updates=found)
+
+
+def _apart(module: str, name: str, update: Update, place: _flux_names.Place) -> dict[str, Update]:
+    if len(place.names) == 1:
+        return _renamed(module, f"transformer.{place.names[0]}", name, update)
+    try:
+        if not _fusing.divisible(update):
+            raise ValueError("no plain product")
+        blocks = _fusing.apart(update, place.sizes(update.shape[1]))
+    except ValueError:
+        return {module: update}
+    return {f"transformer.{part}": block for part, block in zip(place.names, blocks, strict=True) if block is not None}
+
+
+def _together(name: str, parts: Mapping[int, tuple[str, Update]]) -> dict[str, Update]:
+    place = _flux_names.to_diffusers(name)
+    assert place is not None
+    blocks = [parts[i][1] if i in parts else None for i in range(len(place.names))]
+    width = next(iter(parts.values()))[1].shape[1]
+    try:
+        sizes = place.sizes(width)
+        if any(block is not None and block.shape[0] != size for block, size in zip(blocks, sizes, strict=True)):
+            raise ValueError("not the sizes of Flux")
+        return {f"{ORIGINAL}.{name}": _fusing.together(blocks, sizes)}
+    except ValueError:
+        return dict(parts.values())
+
+
+def _renamed(old: str, new: str, original: str, update: Update) -> dict[str, Update]:
+    if original not in _flux_names.SWAPPED:
+        return {new: update}
+    try:
+        return {new: _fusing.swapped(update)}
+    except ValueError:
+        return {old: update}

@@ -1,0 +1,182 @@
+"""ComfyUI and trainers that keep the original implementation's names: ai-toolkit, musubi-tuner, BFL, XLabs.
+
+    diffusion_model.double_blocks.0.img_attn.qkv . lora_A.weight (or lora_down.weight), lora_B.weight, alpha
+    text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1 . lora_A.weight
+    double_blocks.0.processor.qkv_lora1.down.weight            XLabs: lora1 the image's stream, lora2 the text's
+    double_blocks.0.img_attn.qkv.lora_B.bias, ….query_norm.scale        BFL's control adapters, without a component
+
+s = alpha/r, and 1 where there is no alpha. ComfyUI's own reader maps names from the base that is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loratools.adapter.model import Adapter, BaseIdentity, Loss
+from loratools.adapter.updates import Update
+from loratools.dialects import _build, _factors, _image_names, _losses, _safetensors, kohya
+from loratools.dialects._listing import Evidence, Listing
+from loratools.dialects._losses import MAGNITUDE, A, B
+from loratools.errors import BadFile
+from loratools.format import keys
+from loratools.storage.lazy import LazyTensor
+
+SUMMARY = "ComfyUI, ai-toolkit, musubi-tuner, BFL, XLabs: the original implementation's names (diffusion_model.…)"
+EXTRA = None
+FILES = (".safetensors",)
+CANNOT = (*_losses.IDENTITY, "tensors trained whole", "models whose original names are not known here", "biases of B")
+
+_FILE = "lora.safetensors"
+_SUFFIX = re.compile(
+    r"(?P<module>.+?)\.(?P<part>lora_(?:A|B|down|up)(?:\.default)?\.weight|lora_B\.bias|lora_mid\.weight|alpha"
+    r"|dora_scale|(?:hada|lokr)_\w+|diff|diff_b|w_norm|b_norm|set_weight|reshape_weight|[ab][12]\.weight|oft_\w+)"
+)
+_PARTS = {"lora_A.weight": A, "lora_B.weight": B, "lora_down.weight": A, "lora_up.weight": B}
+_XLABS = re.compile(
+    r"(?:diffusion_model\.)?(double|single)_blocks\.(\d+)\.processor\.(qkv|proj)_lora([12]?)\.(down|up)\.weight"
+)
+_XLABS_NAMES = {
+    "qkv1": "img_attn.qkv", "qkv2": "txt_attn.qkv", "proj1": "img_attn.proj", "proj2": "txt_attn.proj",
+    "qkv": "linear1", "proj": "linear2",
+}  # fmt: skip
+_BARE = re.compile(
+    r"(?:double|single)_blocks\.\d+\.(?:img_|txt_|linear|modulation|norm)|(?:img|txt|time|vector|guidance)_in\b|final_layer"
+)
+_ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"}
+_ENCODER = re.compile(r"text_encoders\.(\w+)\.transformer\.(.+)")
+
+
+def detect(listing: Listing) -> Evidence | None:
+    """Look for `diffusion_model.`, for XLabs' processors, and for the names of BFL's blocks."""
+    name = _file(listing)
+    header = listing.header(name) if name else None
+    if name is None or header is None:
+        return None
+    names = [tensor for tensor in header.tensors if _SUFFIX.fullmatch(tensor) or _XLABS.fullmatch(tensor)]
+    for score, what, mark in (
+        (80, "are of XLabs' processors", _XLABS.fullmatch),
+        (80, "begin with diffusion_model.", re.compile(r"diffusion_model\.").match),
+        (80, "begin with text_encoders.", _ENCODER.match),
+        (65, "have names of BFL's blocks", _BARE.match),
+    ):
+        if found := [tensor for tensor in names if mark(tensor)]:
+            return Evidence(score, f"{len(found)} of the tensors in {name} {what}, such as {found[0]}")
+    return None
+
+
+def read(listing: Listing) -> Adapter:
+    """Read an adapter; modules keep the original's names, behind `diffusion_model.`.
+
+    Raises `BadFile` with all names that are none of this dialect's, `UnsupportedAdapter` for kinds that no one claims.
+    """
+    name = _file(listing)
+    if name is None:
+        raise BadFile(f"{listing.path}: expected one safetensors file in this folder")
+    tensors = listing.tensors(name)
+    flux = any(".double_blocks." in f".{tensor}" for tensor in tensors)
+    groups: _build.Groups = {}
+    alphas: dict[str, float] = {}
+    whole: dict[str, LazyTensor] = {}
+    faults: list[str] = []
+    short = set()
+    for tensor, lazy in tensors.items():
+        if match := _XLABS.fullmatch(tensor):
+            kind, number, what, stream, side = match.groups()
+            module = f"{_image_names.ORIGINAL}.{kind}_blocks.{number}.{_XLABS_NAMES[what + stream]}"
+            _build.add(groups, module, A if side == "down" else B, lazy, tensor, faults)
+            short |= {module} if kind == "single" and what == "qkv" else set()
+        elif match := _SUFFIX.fullmatch(tensor):
+            module, part = _module(match["module"], flux), match["part"].replace(".default", "")
+            if part == "alpha":
+                alphas[module] = _build.number(lazy, f"{listing.folder / name}: {tensor}")
+            else:
+                _build.add(groups, module, _PARTS.get(part, part), lazy, tensor, faults)
+        elif tensor.endswith("_norm.scale"):
+            whole[_module(tensor, flux)] = lazy
+        else:
+            faults.append(f"{tensor}: no name that this dialect gives to a part of an adapter")
+    faults += [f"{module}: an alpha without factors" for module in sorted(alphas.keys() - groups.keys())]
+    if faults:
+        raise BadFile(f"{listing.path}: {len(faults)} problem(s) in this adapter", faults)
+    for module in short:
+        groups[module] = _into_linear1(groups[module])
+
+    def rule(module: str, rank: int) -> tuple[float, float]:
+        alpha = alphas.get(module, float(rank))
+        return alpha / rank, alpha
+
+    built = _build.build(listing.path, {module: kohya.to_peft(parts) for module, parts in groups.items()}, rule)
+    header = listing.header(name)
+    metadata = {key: value for key, value in header.metadata.items() if key != "format"} if header else {}
+    trained_on = metadata.get("ss_base_model")
+    base = BaseIdentity(trained_on) if trained_on else None
+    return Adapter(built, whole, base, dialect="comfy", settings={"metadata": metadata} if metadata else {})
+
+
+def losses(adapter: Adapter) -> list[Loss]:
+    """List the modules that no original implementation known here has, and parts that ComfyUI does not read."""
+    adapter = _image_names.to_original(adapter)
+    found = []
+    for module, update in adapter.updates.items():
+        foreign = sorted(part for part in update.parts if part in keys.PARTS and part not in (A, B, MAGNITUDE))
+        if _name(module) is None:
+            found.append(Loss(module, "its name in the original implementation is not known"))
+        elif foreign or update.kind == "experts":
+            found.append(Loss(module, f"ComfyUI has no {', '.join(foreign) or 'stacked experts'}"))
+    return found + _losses.replacements(adapter, "ComfyUI") + _losses.identity(adapter)
+
+
+def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
+    """Write `lora_A` and `lora_B` under the original's names, with an alpha wherever the scaling is not 1."""
+    lost = losses(adapter)
+    adapter = _losses.kept(_image_names.to_original(adapter), lost)
+    tensors: dict[str, LazyTensor] = {}
+    for module, update in adapter.updates.items():
+        tensors |= {f"{_name(module)}.{suffix}": lazy for suffix, lazy in _of_peft(update).items()}
+    kept: Any = adapter.settings.get("metadata")
+    metadata = {"format": "pt"} | ({str(k): str(v) for k, v in kept.items()} if isinstance(kept, Mapping) else {})
+    if adapter.base and adapter.base.id:
+        metadata.setdefault("ss_base_model", adapter.base.id)
+    _safetensors.save(target, _FILE, tensors, metadata, force=force)
+
+
+def _file(listing: Listing) -> str | None:
+    found = [name for name in listing.files if name.endswith(".safetensors")]
+    return found[0] if len(found) == 1 else None
+
+
+def _module(name: str, flux: bool) -> str:
+    """Return the module's name in an adapter: text encoders as diffusers calls them, the rest as it is."""
+    if match := _ENCODER.fullmatch(name):
+        if match[1] in _ENCODERS:
+            encoder = "text_encoder_2" if flux and match[1] == "t5xxl" else _ENCODERS[match[1]]
+            return f"{encoder}.{match[2]}"
+        return name
+    return name if name.startswith("diffusion_model.") or not _BARE.match(name) else f"diffusion_model.{name}"
+
+
+def _name(module: str) -> str | None:
+    """Return ComfyUI's name of a module, or None where it has none."""
+    component, _, rest = module.partition(".")
+    if component == _image_names.ORIGINAL or _ENCODER.fullmatch(module):
+        return module
+    t5 = rest.startswith(("encoder.block.", "shared"))
+    encoder = "t5xxl" if t5 else {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}.get(component)
+    return f"text_encoders.{encoder}.transformer.{rest}" if encoder and component.startswith("text_encoder") else None
+
+
+def _of_peft(update: Update) -> dict[str, LazyTensor]:
+    found = kohya.of_peft(update)
+    names = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
+    return {names.get(s, s): lazy for s, lazy in found.items() if s != "alpha" or update.scaling != 1}
+
+
+def _into_linear1(parts: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Return XLabs' q, k, v of a single block as an update of linear1, whose rows go on with the MLP's: zeros."""
+    b = parts.get(B)
+    if b is None or b.shape[0] % 3:
+        return dict(parts)
+    return {**parts, B: _factors.padded(b, 0, b.shape[0] // 3 * 7)}
