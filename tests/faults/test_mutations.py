@@ -29,9 +29,8 @@ from tests.make import tiny
 
 Contents = dict[str, tuple[str, tuple[int, ...], bytes]]
 
-# Python's own objects for the JSON of a header take several times its text: a list of empty lists is the worst, and
-# json.loads, the check for duplicates and the error message each hold a part of it for a moment.
-PER_BYTE, FIXED = 64, 300_000
+# Python's objects for the JSON of a header take several times its text; the constant is for code and caches.
+PER_BYTE, FIXED = 16, 250_000
 
 
 def contents(specs: dict[str, TensorSpec] | Any) -> Contents:
