@@ -6,6 +6,7 @@
     files     which files of a repository an adapter, or a model, is made of
     headers   a folder of headers alone, fetched by range requests
     pull      a repository becomes a folder, whole or not at all
+    stream    a model is sent while it is being made
     upload    files become one commit, whatever gets lost on the way
     push      an adapter or a model becomes a repository, with its card
     card      the model card: front matter and one section of our own in a person's text

@@ -19,7 +19,7 @@ from loratools.hub.upload import Committed, Target, Uploader, look
 from loratools.storage.checkpoint import Checkpoint, read_json
 from loratools.surgery.inspect import AdapterSummary, CheckpointSummary, describe_adapter, describe_checkpoint
 
-_CARD, _CONFIG, _WEIGHTS = "README.md", "adapter_config.json", "adapter_model.safetensors"
+CARD, _CONFIG, _WEIGHTS = "README.md", "adapter_config.json", "adapter_model.safetensors"
 _MAX_CARD = 10_000_000
 
 
@@ -107,18 +107,16 @@ def prepare(
     Raises `HubError`, and `BadFile` for a README.md whose front matter cannot be read.
     """
     target = look(hub, ref.repo, revision=ref.revision, create_pr=create_pr)
-    notes: list[str] = []
-    base_card = _base_card(hub, subject.base_model, notes)
-    text = _card(hub, subject, target, base_card, license, keep_card, base_model_given)
-    if not any(line.startswith("license:") for line in card.parse(text).front):
-        notes.append("the card states no licence: neither the base model nor README.md has one; give it with --license")
+    text, notes = card_for(
+        hub, subject, target, license=license, keep_card=keep_card, base_model_given=base_model_given
+    )
     if subject.kind == "adapter" and not subject.task:
         notes.append("the adapter states no task_type, so the Hub shows no code to load it")
     if subject.left_out:
         shown = ", ".join(subject.left_out[:8]) + (" …" if len(subject.left_out) > 8 else "")
         notes.append(f"{len(subject.left_out)} file(s) are no part of it and stay here: {shown}")
     send, unchanged = {}, []
-    for name, content in {**subject.content, _CARD: text.encode()}.items():
+    for name, content in {**subject.content, CARD: text.encode()}.items():
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         if _same(target, name, content):
             unchanged.append(name)
@@ -138,11 +136,11 @@ def push(
     """
     if not prepared.send and not prepared.remove:
         return Committed(prepared.target.head, f"{hub.endpoint}/{prepared.target.repo}", new=False)
-    if _CARD in prepared.send:  # before a single file is sent
+    if CARD in prepared.send:  # before a single file is sent
         hub.validate_card(prepared.target.repo, prepared.card)
     advance = progress or (lambda count: None)
     uploader = Uploader(hub, prepared.target, private=private)
-    content = {**prepared.subject.content, _CARD: prepared.card.encode()}
+    content = {**prepared.subject.content, CARD: prepared.card.encode()}
     for name, size in prepared.send.items():
         data = content[name]
         if isinstance(data, bytes):
@@ -217,23 +215,29 @@ def _base_card(hub: Hub, base_model: str | None, notes: list[str]) -> Mapping[st
     return found.to_dict() if found else {}
 
 
-def _card(
+def card_for(
     hub: Hub,
     subject: Subject,
     target: Target,
-    base_card: Mapping[str, Any],
-    license: str | None,
-    keep: card.Side | None,
-    base_model_given: bool,
-) -> str:
-    own = subject.content.get(_CARD)
+    *,
+    license: str | None = None,
+    keep_card: card.Side | None = None,
+    base_model_given: bool = False,
+) -> tuple[str, list[str]]:
+    """Return the model card to push, and what should be said about it; see `card.merged`.
+
+    Raises `HubError` where folder and Hub have two different texts and `keep_card` does not say which one stays.
+    """
+    notes: list[str] = []
+    base_card = _base_card(hub, subject.base_model, notes)
+    own = subject.content.get(CARD)
     local = _text(own.read_bytes(), str(own)) if isinstance(own, Path) else None
     if local is not None and subject.base_path and subject.base_model:
         local = local.replace(subject.base_path, subject.base_model)  # PEFT and TRL write it there
-    there = target.tree.get(_CARD)
+    there = target.tree.get(CARD)
     remote = None
     if there and target.head:
-        remote = _text(hub.small(target.repo, target.head, there, _MAX_CARD), f"hf://{target.repo}/{_CARD}")
+        remote = _text(hub.small(target.repo, target.head, there, _MAX_CARD), f"hf://{target.repo}/{CARD}")
     summary = subject.summary
     if isinstance(summary, AdapterSummary):
         facts = section.adapter_facts(summary, subject.base_model, subject.task, base_card)
@@ -249,7 +253,10 @@ def _card(
         force["base_model"] = subject.base_model
     if license or any(one.get("license") for one in stated):
         facts = {name: value for name, value in facts.items() if not name.startswith("license")}
-    return card.merged(local, remote, facts, text, force=force, keep=keep)
+    written = card.merged(local, remote, facts, text, force=force, keep=keep_card)
+    if not any(line.startswith("license:") for line in card.parse(written).front):
+        notes.append("the card states no licence: neither the base model nor README.md has one; give it with --license")
+    return written, notes
 
 
 def _text(data: bytes, where: str) -> str:

@@ -1,0 +1,65 @@
+"""A model is sent while it is being made: one commit at the end, and never a second copy of it on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from loratools.hub import card, files, push
+from loratools.hub.client import Hub
+from loratools.hub.refs import Ref
+from loratools.hub.upload import Committed, Uploader, look
+
+
+class Stream:
+    """Takes the finished shards of a model that is written into `folder`, in any order, then everything beside them.
+
+    stream = Stream(Hub(), Ref("org/name"), folder)
+    stream.shard(folder / "model-00001-of-00002.safetensors")   # sent; only its header stays on disk
+    ...
+    stream.finish("Merged with loratools")                      # config, tokenizer, index, card; the one commit
+    """
+
+    def __init__(self, hub: Hub, ref: Ref, folder: Path, *, private: bool = False, create_pr: bool = False) -> None:
+        target = look(hub, ref.repo, revision=ref.revision, create_pr=create_pr)
+        self.hub, self.folder, self.uploader = hub, folder, Uploader(hub, target, private=private)
+        self._done: set[str] = set()
+
+    def shard(self, path: Path) -> None:
+        """Send a finished safetensors file, then give its place on disk back: header and size stay, data do not.
+
+        Safe to call from one thread at a time. Raises `HubError`; the file is then still whole.
+        """
+        name = path.relative_to(self.folder).as_posix()
+        self.uploader.send(name, path)
+        self._done.add(name)
+        size = path.stat().st_size
+        with path.open("r+b") as file:
+            header = 8 + int.from_bytes(file.read(8), "little")
+            file.truncate(min(header, size))
+            file.truncate(size)
+
+    def finish(
+        self,
+        message: str,
+        *,
+        base_model: str | None = None,
+        license: str | None = None,
+        keep_card: card.Side | None = None,
+    ) -> tuple[Committed, list[str]]:
+        """Send what lies beside the shards, with the model card, and make the one commit; return it, and what to say.
+
+        Shards of an earlier version that the new one does not have are removed by the same commit. Raises `HubError`.
+        """
+        subject = push.read(self.folder, base_model=base_model)
+        target = self.uploader.target
+        text, notes = push.card_for(
+            self.hub, subject, target, license=license, keep_card=keep_card, base_model_given=base_model is not None
+        )
+        self.hub.validate_card(target.repo, text)
+        for name, content in subject.content.items():
+            if isinstance(content, Path) and name not in self._done | {push.CARD}:
+                self.uploader.send(name, content)
+        self.uploader.write(push.CARD, text.encode())
+        for name in files.stale(target.tree, subject.content):
+            self.uploader.remove(name)
+        return self.uploader.commit(message), notes
