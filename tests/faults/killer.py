@@ -19,6 +19,8 @@ import random
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +118,13 @@ def main(base: str, adapter: str, place: str, seed: int = 0) -> dict[str, Any]:
     import numpy  # noqa: F401
     import torch  # noqa: F401
 
-    import loratools.cli.merge
-    import loratools.surgery.merge  # noqa: F401
+    from loratools.cli._run import run
 
     chance, folder = random.Random(seed), Path(place)
     reference = folder / "reference"
     common = ["--quiet", "--threads", "2"]
+    with redirect_stdout(StringIO()):  # imports everything else
+        assert run(["merge", base, adapter, "-o", str(reference), "--dry-run", *common]) == 0
     code, events = count_events(["merge", base, adapter, "-o", str(reference), *common])
     assert code == 0, code
     right = hashes(reference)
