@@ -61,7 +61,9 @@ class SumOfProducts:
         """Return a bound on any element: the largest row norm of left times column norm of right."""
         import numpy as np
 
-        return float(np.linalg.norm(self.left, axis=1).max() * np.linalg.norm(self.right, axis=0).max())
+        rows = np.square(self.left, dtype=np.float64).sum(axis=1)
+        columns = np.square(self.right, dtype=np.float64).sum(axis=0)
+        return math.sqrt(rows.max() * columns.max())
 
 
 def load(plan: MergePlan, change: Change, digests: Sequence[str], name: str) -> list[SumOfProducts]:
@@ -92,7 +94,9 @@ def _joined(site: Site, group: list[tuple[Array, Array, float]]) -> SumOfProduct
     factor = np.concatenate([factor for factor, _, _ in group], axis=1)
     right = np.ascontiguousarray(np.concatenate([right for _, right, _ in group], axis=0))
     scale = np.concatenate([np.full(len(right), s) for _, right, s in group])
-    return SumOfProducts(site, (factor * scale).astype(np.float32), right, factor, scale)
+    with np.errstate(over="ignore"):  # what overflows shows in the sums, and is refused there
+        left = (factor * scale).astype(np.float32)
+    return SumOfProducts(site, left, right, factor, scale)
 
 
 def acts(plan: MergePlan, number: int, placement: Placement) -> bool:
@@ -205,8 +209,9 @@ def _limit(term: SumOfProducts, dtype: str) -> int:
 
     if dtype == "F32":
         return 0
-    threshold = np.float32(term.bound() * 2.0 ** (dtypes.MANTISSA[dtype] - 22))
-    code = threshold.view(np.uint32) >> np.uint32(16) if dtype == "BF16" else np.float16(threshold).view(np.uint16)
+    with np.errstate(over="ignore"):  # infinity stands for every magnitude
+        threshold = np.float32(term.bound() * 2.0 ** (dtypes.MANTISSA[dtype] - 22))
+        code = threshold.view(np.uint32) >> np.uint32(16) if dtype == "BF16" else np.float16(threshold).view(np.uint16)
     return int(code) + 1
 
 
