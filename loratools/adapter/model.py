@@ -61,7 +61,10 @@ class Adapter:
     """A set of changes to a base model. Two adapters are equal when their delta weights are, never when A and B are.
 
     `updates`       module path in the base, e.g. `model.layers.0.self_attn.q_proj` -> `Update`
-    `replacements`  parameter path in the base, e.g. `lm_head.weight` -> the tensor that takes its place
+    `replacements`  parameter path in the base, e.g. `lm_head.weight` -> the tensor that takes its place; it comes first
+                    where an update changes the same weight
+    `copies`        parameter path -> a copy of the base's own tensor that came along in the file; no part of the change
+                    unless it turns out that it differs from the base, as after a resize of the vocabulary
     `base`          the base model it belongs to, as far as the file says
     `provenance`    the operations that it came out of, oldest first
     `dialect`       the name of the dialect it was read from
@@ -74,9 +77,13 @@ class Adapter:
     provenance: tuple[Step, ...] = ()
     dialect: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    copies: Mapping[str, LazyTensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, LazyTensor]:
-        """Return every tensor of the adapter under a canonical name, `module.part` or the replaced parameter's path."""
+        """Return every tensor of the adapter under a canonical name, `module.part` or the replaced parameter's path.
+
+        Copies of the base's tensors are not among them.
+        """
         found = {
             f"{module}.{part}": lazy for module, update in self.updates.items() for part, lazy in update.parts.items()
         }

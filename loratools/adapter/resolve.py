@@ -11,8 +11,8 @@ from loratools.adapter.model import Adapter
 from loratools.adapter.names import CONV1D, FUSIONS, Fusion, Names
 from loratools.adapter.sites import Site
 from loratools.adapter.updates import Update
+from loratools.adapter.updates._bias import BiasUpdate
 from loratools.errors import IncompatibleAdapter
-from loratools.storage.lazy import LazyTensor
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -42,7 +42,7 @@ def resolve(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any] | None =
     problems: list[str] = []
     for module, update in adapter.updates.items():
         try:
-            placements += [Placement(module, update, site) for site in resolver.sites(module, update)]
+            placements += resolver.place(module, update)
         except _NoPlace as error:
             problems.append(f"{module}: {error}")
     problems += _overlaps(placements)
@@ -52,26 +52,6 @@ def resolve(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any] | None =
             problems,
         )
     return placements
-
-
-def resolve_replacements(adapter: Adapter, shapes: Shapes) -> dict[str, LazyTensor]:
-    """Find the base tensors that an adapter replaces whole.
-
-    Raises `IncompatibleAdapter` that lists every one that the base lacks or stores in another shape.
-    """
-    names, found, problems = Names(shapes), {}, []
-    for path, lazy in adapter.replacements.items():
-        module, _, parameter = path.rpartition(".")
-        tensors = names.find(module, parameter) if module else [path] if path in shapes else []
-        if len(tensors) != 1:
-            problems.append(f"{path}: {'ambiguous: ' + ', '.join(tensors) if tensors else 'not in the base'}")
-        elif shapes[tensors[0]] != lazy.shape:
-            problems.append(f"{path}: trained with shape {lazy.shape}, the base has {shapes[tensors[0]]}")
-        else:
-            found[tensors[0]] = lazy
-    if problems:
-        raise IncompatibleAdapter(f"{len(problems)} tensor(s) trained whole do not fit this base model", problems)
-    return found
 
 
 class _NoPlace(Exception):
@@ -84,6 +64,32 @@ class _Resolver:
     shapes: Shapes
     config: Mapping[str, Any]
 
+    def place(self, module: str, update: Update) -> list[Placement]:
+        """Return the placements of an update: on the weight, or parts of it, and on the bias if it has one."""
+        # `base_layer` marks the inner one of two modules that PEFT wraps; the base knows nothing of it.
+        path = ".".join(segment for segment in module.split(".") if segment != "base_layer")
+        if (fitted := getattr(update, "fitted", None)) and (tensor := self._one(path, path)):
+            try:
+                update = fitted(self.shapes[tensor])
+            except ValueError as error:
+                raise _NoPlace(str(error)) from None
+        placed = [Placement(module, update, site) for site in self.sites(path, update)]
+        if update.bias is not None:
+            added = BiasUpdate(update.bias, update.scaling, update.alpha)
+            placed += [Placement(module, added, self._bias(one.site)) for one in placed]
+        return placed
+
+    def _bias(self, site: Site) -> Site:
+        """Return where the outputs of a weight's site lie in the bias beside it."""
+        name = site.tensor.removesuffix("weight") + "bias"
+        out, rows = (site.matrix[1], site.columns) if site.transposed else (site.matrix[0], site.rows)
+        if name == site.tensor or self.shapes.get(name) != (out,):
+            raise _NoPlace(
+                f"trained with lora_bias, and the base has no {name} with {out} numbers to add it to; "
+                f"found {self.shapes.get(name, 'none')}"
+            )
+        return Site(name, (out, 1), rows, (0, 1, 1), site.part)
+
     def sites(self, module: str, update: Update) -> list[Site]:
         if tensor := self._one(module, module):
             return [self._orient(module, tensor, update, (0, update.shape[0]), self.shapes[tensor])]
@@ -94,7 +100,7 @@ class _Resolver:
         return sites
 
     def _one(self, module: str, asked: str) -> str | None:
-        found = self.names.find(module)
+        found = self.names.find(module) or self.names.find(module, "in_proj_weight")  # nn.MultiheadAttention
         if len(found) > 1:
             raise _NoPlace(f"ambiguous: {asked} could be any of {', '.join(found)}")
         return found[0] if found else None

@@ -40,18 +40,31 @@ def faults(groups: Groups, config: PeftConfig) -> list[str]:
             missing = [part for part in pair if part not in parts]
             if len(missing) == 1:
                 found.append(f"{keys.join(module, missing[0])}: missing, while its partner is there")
-        if config.fields.get("use_dora") and "lora_A.weight" in parts and "lora_magnitude_vector" not in parts:
+        factored = not {"lora_A.weight", "lora_embedding_A"}.isdisjoint(parts)
+        if config.fields.get("use_dora") and factored and "lora_magnitude_vector" not in parts:
             found.append(f"{keys.join(module, 'lora_magnitude_vector')}: missing, and the config says use_dora")
         for part, lazy in parts.items():
             if not lazy.dtype.startswith(("F", "BF")):
                 found.append(f"{keys.join(module, part)}: {lazy.dtype} numbers, expected floating point")
-        if any(part.startswith("lora_") for part in parts) and not _targeted(module, config):
+        if any(part.startswith("lora_") for part in parts) and not _targeted(
+            module.partition(".base_layer.")[0], config
+        ):
             found.append(f"{module}: has tensors, but the config does not target it, so PEFT would ignore them")
     return found + [
         f"{name}: the config targets it by its full name, but it has no tensors"
         for name in config.targets.unused(groups.modules)
         if _in_layer(name) and config.targets.select(name)
     ]
+
+
+def is_plain(module: str, groups: Groups) -> bool:
+    """Tell whether a module's name says which weight it is.
+
+    Under `base_layer` lies the inner one of two targets in one place, which it does not; but for the output projection
+    of an `nn.MultiheadAttention`, which PEFT always wraps together with the attention itself.
+    """
+    outer, nested, inner = module.partition(".base_layer.")
+    return "base_layer" not in module.split(".") or (bool(nested) and inner == "out_proj" and outer in groups.modules)
 
 
 def _targeted(module: str, config: PeftConfig) -> bool:

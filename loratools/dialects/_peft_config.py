@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,10 @@ def _map_to(test: Test) -> Test:
     return lambda value: isinstance(value, dict) and all(test(item) for item in value.values())
 
 
+def _indices(value: Any) -> bool:
+    return _list_of(int)(value) and all(0 <= index < 2**31 for index in value)
+
+
 def _text(value: Any) -> bool:
     return isinstance(value, str)
 
@@ -69,6 +74,10 @@ _TYPES: dict[str, tuple[Test, str]] = {
     "revision": (_text, "a string"),
     "task_type": (_text, "a string"),
     "peft_type": (_text, "a string"),
+    "trainable_token_indices": (
+        lambda value: _indices(value) or (isinstance(value, dict) and all(_indices(one) for one in value.values())),
+        "token indices, or names to token indices",
+    ),
     "auto_mapping": (lambda value: isinstance(value, dict), "an object"),
     "lora_dropout": (_number, "a number"),
 } | dict.fromkeys(
@@ -77,9 +86,11 @@ _TYPES: dict[str, tuple[Test, str]] = {
 
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
+_SUBTRACTED_INITS = ("pissa", "olora", "corda")
+"""Of these the base is W − s·B₀·A₀ with the initial adapter's factors, so that it can be accounted for."""
 _INIT_REASON = (
     "PEFT changes the base model whenever this adapter is loaded, so W + s·B·A is not what was trained; "
-    "save it with path_initial_model_for_weight_conversion"
+    "save it with path_initial_model_for_weight_conversion, or combine it with --initial"
 )
 
 # field, whether a value is refused, why
@@ -100,8 +111,7 @@ _REFUSED: tuple[tuple[str, Test, str], ...] = (
 # Fields that say how it was trained, how it is computed, or whose tensors speak for themselves.
 _SILENT = (
     "inference_mode", "peft_version", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config",
-    "qalora_group_size", "megatron_config", "megatron_core", "runtime_config", "trainable_token_indices",
-    "merge_weights",
+    "qalora_group_size", "megatron_config", "megatron_core", "runtime_config", "merge_weights",
 )  # fmt: skip
 _KNOWN = {*_TYPES, *_SILENT, *(field for field, _, _ in _REFUSED)}
 
@@ -122,8 +132,11 @@ class PeftConfig:
     notes: tuple[str, ...]
 
     @classmethod
-    def parse(cls, document: Mapping[str, Any], path: Path) -> PeftConfig:
-        """Check a config; raise `BadFile` with all fields of a wrong type, or `UnsupportedAdapter` with all reasons."""
+    def parse(cls, document: Mapping[str, Any], path: Path, *, initial: bool = False) -> PeftConfig:
+        """Check a config; raise `BadFile` with all fields of a wrong type, or `UnsupportedAdapter` with all reasons.
+
+        With `initial` an adapter of a changed base is let in, for the initial one will be taken away from it.
+        """
         fields = {name: value for name, value in document.items() if value is not None}
         faults = [
             f"{name}: expected {expected}, found {str(fields[name])[:80]!r}"
@@ -133,12 +146,13 @@ class PeftConfig:
         faults = faults or targets.problems(fields)
         if faults:
             raise BadFile(f"{path}: {len(faults)} field(s) that PEFT would not accept", faults)
+        init = str(fields.get("init_lora_weights", True)).lower()
+        accounted = initial and init.startswith(_SUBTRACTED_INITS)
         refused = [
             f"{name} = {str(fields[name])[:80]}: {reason}"
             for name, refuses, reason in _REFUSED
-            if name in fields and refuses(fields[name])
+            if name in fields and refuses(fields[name]) and not (accounted and name == "init_lora_weights")
         ]
-        init = str(fields.get("init_lora_weights", True)).lower()
         if init not in ("true", "false", *_PLAIN_INITS) and not init.startswith(_BASE_CHANGING_INITS):
             refused.append(f"init_lora_weights = {init[:80]}: not known here; it may change the base model")
         if refused:
@@ -167,6 +181,23 @@ class PeftConfig:
     def scaling(self, module: str, rank: int) -> float:
         """Return s = α/r, or α/√r with rsLoRA."""
         return self.alpha(module) / (math.sqrt(rank) if self.rslora else rank)
+
+    def applied_twice(self, module: str) -> int:
+        """Return how often ΔW is added: 2 for the output projection of an `nn.MultiheadAttention`, else 1.
+
+        PEFT up to 0.21 computes with W + 2·s·B·A there, in training too (huggingface/peft#3774), so that this is what
+        such an adapter was trained for. A config without a version is from such a PEFT.
+        """
+        version = re.match(r"(\d+)\.(\d+)", str(self.fields.get("peft_version", "")))
+        fixed = version is not None and (int(version[1]), int(version[2])) > (0, 21)
+        return 2 if module.endswith(".base_layer.out_proj") and not fixed else 1
+
+    def token_rows(self, module: str) -> list[int] | None:
+        """Return the token indices of an embedding's trained rows; a bare list is for whatever module has them."""
+        given = self.fields.get("trainable_token_indices")
+        if isinstance(given, Mapping):
+            given = next((rows for name, rows in given.items() if targets.matches_name(module, name)), None)
+        return given
 
     @property
     def base(self) -> BaseIdentity | None:

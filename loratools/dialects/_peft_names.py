@@ -11,6 +11,8 @@ from loratools.storage.lazy import LazyTensor
 # Segments that FSDP, gradient checkpointing and torch.compile put into module paths.
 _WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
 
+_ROWS_OF_COPY = "token_adapter.base_layer."
+
 
 @dataclass(slots=True)
 class Groups:
@@ -18,14 +20,16 @@ class Groups:
 
     `modules`   module -> part -> tensor
     `whole`     parameter path -> the tensor that takes its place
-    `copies`    parameter paths of which the file holds an unchanged copy of the base model's
+    `copies`    parameter path -> the copy of the base's own tensor that PEFT saves where embeddings are targeted
+    `originals` parameter paths of what a raw dump kept beside the trained tensors; PEFT does not load it
     `adapters`  adapter names that a raw dump left in
     `faults`    names that cannot be placed
     """
 
     modules: dict[str, dict[str, LazyTensor]] = field(default_factory=dict)
     whole: dict[str, LazyTensor] = field(default_factory=dict)
-    copies: list[str] = field(default_factory=list)
+    copies: dict[str, LazyTensor] = field(default_factory=dict)
+    originals: list[str] = field(default_factory=list)
     adapters: set[str] = field(default_factory=set)
     faults: list[str] = field(default_factory=list)
 
@@ -40,15 +44,17 @@ def group(tensors: Mapping[str, LazyTensor], *, biases: bool) -> Groups:
             strangers.append(name)
             continue
         place, part = split
+        if part.startswith(_ROWS_OF_COPY):  # the embedding under trained rows, saved after a resize
+            place, part = f"{place}.base_layer.{part.removeprefix(_ROWS_OF_COPY)}", ""
         if part:
             part, adapter = _without_adapter(part)
             home = groups.modules.setdefault(place, {})
         else:
-            place, adapter, copied = _whole(place, biases)
-            if copied:
-                groups.copies.append(place)
+            place, adapter, role = _whole(place, biases)
+            if role == "original":
+                groups.originals.append(place)
                 continue
-            part, home = place, groups.whole
+            part, home = place, groups.copies if role == "copy" else groups.whole
         if adapter:
             groups.adapters.add(adapter)
         if part in home:
@@ -95,17 +101,17 @@ def _without_adapter(part: str) -> tuple[str, str | None]:
     return part, None
 
 
-def _whole(path: str, biases: bool) -> tuple[str, str | None, bool]:
-    """Return a whole tensor's path in the base, the adapter's name in it, and whether it is a copy of the base's."""
+def _whole(path: str, biases: bool) -> tuple[str, str | None, str]:
+    """Return a whole tensor's path in the base, the adapter's name in it, and its role: trained, copy or original."""
     segments = path.split(".")
     if "modules_to_save" in segments:
         at = segments.index("modules_to_save")
         rest = segments[at + 1 :]
         adapter = rest.pop(0) if len(rest) > 1 else None
-        return ".".join(segments[:at] + rest), adapter, False
-    for wrapper in ("original_module", "base_layer"):
+        return ".".join(segments[:at] + rest), adapter, "trained"
+    for wrapper, role in (("original_module", "original"), ("base_layer", "copy")):
         if wrapper in segments:
             place = ".".join(segment for segment in segments if segment != wrapper)
-            trained = biases and wrapper == "base_layer" and segments[-1] == "bias"
-            return place, None, not trained
-    return path, None, False
+            trained = biases and role == "copy" and segments[-1].endswith("bias")
+            return place, None, "trained" if trained else role
+    return path, None, "trained"

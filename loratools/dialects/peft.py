@@ -14,6 +14,7 @@ from pathlib import Path
 from loratools.adapter import updates
 from loratools.adapter.model import Adapter, Loss
 from loratools.adapter.updates import Update
+from loratools.adapter.updates.tokens import TokensUpdate
 from loratools.dialects import _peft_checks, _safetensors
 from loratools.dialects._listing import Evidence, Listing
 from loratools.dialects._peft_config import PeftConfig
@@ -67,12 +68,10 @@ def read(listing: Listing) -> Adapter:
             hint=f"Put the {_CONFIG} that was saved with {_files(listing)[0]} beside it.",
         )
     _peft_checks.check_gathered(listing.path, tensors)
-    config = PeftConfig.parse(document, path)
+    config = PeftConfig.parse(document, path, initial=listing.initial)
     groups = group(tensors, biases=config.fields.get("bias", "none") != "none")
     built, unsupported, faults = _build(groups, config)
     faults = [*groups.faults, *_peft_checks.faults(groups, config), *faults]
-    if groups.whole:
-        unsupported.append(f"{_some(list(groups.whole))}: trained whole, which is not read yet")
     if faults:
         raise BadFile(f"{listing.path}: {len(faults)} problem(s) in this adapter", faults)
     if unsupported:
@@ -82,7 +81,7 @@ def read(listing: Listing) -> Adapter:
     settings = config.settings
     if notes := [*config.notes, *_notes(groups, config)]:
         settings["notes"] = notes
-    return Adapter(built, groups.whole, config.base, dialect="peft", settings=settings)
+    return Adapter(built, groups.whole, config.base, dialect="peft", settings=settings, copies=groups.copies)
 
 
 def losses(adapter: Adapter) -> list[Loss]:
@@ -102,7 +101,13 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     tensors = {keys.join(module, part): lazy for module, update in kept.items() for part, lazy in update.parts.items()}
     places = manifest.names_of({"replacements": adapter.replacements, "modules": kept})
     tensors |= {name: adapter.replacements[path] for path, name in places.items()}
-    said = Adapter(kept, adapter.replacements, adapter.base, settings=adapter.settings)
+    copies = manifest.names_of({"replacements": adapter.copies, "modules": kept})
+    tensors |= {name: adapter.copies[path] for path, name in copies.items()}
+    # Trained rows are no target, they have a field of their own.
+    rows = {module: update.layout["rows"] for module, update in kept.items() if isinstance(update, TokensUpdate)}
+    settings = {**adapter.settings, "trainable_token_indices": rows} if rows else adapter.settings
+    targets = {module: update for module, update in kept.items() if module not in rows}
+    said = Adapter(targets, adapter.replacements, adapter.base, settings=settings)
     config = json.dumps(derive_config(said), indent=2, sort_keys=True, ensure_ascii=False)
     with atomic.new_folder(target, force=force) as folder:
         (folder / _CONFIG).write_text(config + "\n", encoding="utf-8")
@@ -152,20 +157,23 @@ def _build(groups: Groups, config: PeftConfig) -> tuple[dict[str, Update], list[
     faults = []
     for module, found in groups.modules.items():
         parts = {part: lazy for part, lazy in found.items() if part not in _TRAINING_ONLY}
-        # A module under `base_layer` is the inner one of two targets in one place, which a plain name cannot say.
-        kind = None if "base_layer" in module.split(".") else updates.claim(parts)
+        kind = updates.claim(parts) if _peft_checks.is_plain(module, groups) else None
         if kind is None:
             unclaimed[", ".join(sorted(f"{part} ({len(lazy.shape)}-D)" for part, lazy in parts.items()))].append(module)
             continue
         build = updates.get(kind).build
+        layout = {"layout": {"rows": rows}} if (rows := config.token_rows(module)) and kind == "tokens" else {}
+        named = module.partition(".base_layer.")[0]  # patterns know the outer module
         try:
-            rank = build(parts, 1.0, 1.0).rank  # each kind knows where its rank stands
-            built[module] = build(parts, config.scaling(module, rank), config.alpha(module))
+            rank = build(parts, 1.0, 1.0, **layout).rank  # each kind knows where its rank stands
+            twice = config.applied_twice(module)
+            scaling = config.scaling(named, rank) if rank else 1.0
+            built[module] = build(parts, twice * scaling, twice * config.alpha(named), **layout)
         except ValueError as error:
             faults.append(f"{module}: {error}")
             continue
-        stated = config.rank(module)
-        if stated is not None and stated != rank:
+        stated = config.rank(named)
+        if rank and stated is not None and stated != rank:
             faults.append(f"{module}: its tensors have rank {rank}, the config says {stated}")
     unsupported = [
         f"{_some(modules)}: no kind of update that loratools knows consists of {parts}"
@@ -175,7 +183,11 @@ def _build(groups: Groups, config: PeftConfig) -> tuple[dict[str, Update], list[
 
 
 def _notes(groups: Groups, config: PeftConfig) -> list[str]:
-    found = [f"{_some(groups.copies)}: copies of the base model's, passed over"] if groups.copies else []
+    found = []
+    if doubled := [module for module in groups.modules if config.applied_twice(module) == 2]:
+        found.append(f"{_some(doubled)}: applied twice, as PEFT up to 0.21 does when it trains and when it merges")
+    if groups.originals:
+        found.append(f"{_some(groups.originals)}: copies of the base model's, which PEFT does not load")
     found += [f"the adapter's name {name!r} was left in the names of the tensors" for name in sorted(groups.adapters)]
     if unused := config.targets.unused(groups.modules):
         found.append(f"no tensors for these target_modules: {', '.join(unused[:20])}")
@@ -194,6 +206,6 @@ def _unsayable(adapter: Adapter) -> dict[str, str]:
             found[module] = f"PEFT has no {', '.join(unknown)} (kind {update.kind})"
     scaled = {module for module, update in adapter.updates.items() if "lora_magnitude_vector" in update.parts}
     if scaled:
-        plain = sorted(adapter.updates.keys() - scaled - found.keys())
+        plain = sorted(m for m, update in adapter.updates.items() if m not in scaled and update.rank and m not in found)
         found |= dict.fromkeys(plain, "it has no magnitude, and PEFT's use_dora is one switch for all modules")
     return found

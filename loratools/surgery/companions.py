@@ -18,6 +18,9 @@ from loratools.surgery.plan import MergePlan
 RECORD = "loratools.json"
 """What was done, beside the shards of a model that loratools wrote."""
 
+RESIDUAL = "unmerge.residual"
+"""What rounding destroyed; not a name that a loader would take for weights."""
+
 # An adapter that was trained with its own tokenizer or chat template brings them; they win over the base's.
 TOKENIZER_FILES = frozenset({
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -39,7 +42,12 @@ def companions(base: Checkpoint, adapter_folders: Iterable[Path | None]) -> dict
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             for name in sorted(names):
                 path = Path(folder) / name
-                if not name.startswith(".") and name != RECORD and path.is_file() and not is_weights(path):
+                if (
+                    not name.startswith(".")
+                    and name not in (RECORD, RESIDUAL)
+                    and path.is_file()
+                    and not is_weights(path)
+                ):
                     found[str(path.relative_to(base.root))] = path
     own: dict[str, Path] = {}
     problems = []
@@ -55,6 +63,12 @@ def companions(base: Checkpoint, adapter_folders: Iterable[Path | None]) -> dict
     if problems:
         raise IncompatibleAdapter("the adapters bring different tokenizers; merge them one at a time", problems)
     return found | own
+
+
+def own_config(folder: Path | None) -> dict[str, Any] | None:
+    """Return the config.json that an adapter's folder brings, if it brings one."""
+    path = folder / "config.json" if folder is not None and folder.is_dir() else None
+    return read_json(path) if path is not None and path.is_file() else None
 
 
 def write_companions(plan: MergePlan, sources: Mapping[str, Path], record: Mapping[str, Any], folder: Path) -> None:
@@ -116,3 +130,8 @@ def card(text: str, record: Mapping[str, Any]) -> str:
         named = f"base_model: {json.dumps(identity)}\nbase_model_relation: merge\n" if identity else ""
         body = f"---\n{named}library_name: transformers\ntags: [loratools, merge]\n---"
     return f"{body}\n\n{section}"
+
+
+def without_section(text: str, record: Mapping[str, Any]) -> str:
+    """Return a model card as it was before a merge: without its section; empty if the merge wrote all of it."""
+    return "" if text == card("", record) else _SECTION.sub("\n", text).strip("\n") + "\n"

@@ -9,8 +9,9 @@ from typing import Any
 
 from loratools import dialects
 from loratools.adapter.model import Adapter, BaseIdentity, Loss, Step
-from loratools.adapter.resolve import resolve, resolve_replacements
+from loratools.adapter.resolve import resolve
 from loratools.adapter.tied import apply_policy
+from loratools.adapter.whole import resolve_replacements
 from loratools.format import manifest
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.hash import hash_checkpoint
@@ -64,7 +65,7 @@ def seal(adapter: Adapter, base: Checkpoint, progress: Callable[[int], None] | N
     shapes = {name: spec.shape for name, spec in base.specs.items()}
     placements = resolve(untied, shapes, base.config)
     touched = {placement.site.tensor for placement in placements}
-    paths = resolve_replacements(untied, shapes)
+    paths = {name: lazy for name, lazy in resolve_replacements(untied, shapes).items() if name in shapes}
     hashes = hash_checkpoint(base, progress=progress)
     old = adapter.base or BaseIdentity()
     identity = BaseIdentity(

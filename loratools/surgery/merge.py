@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery import companions, identity
 from loratools.surgery.execute import Settings, write_weights
 from loratools.surgery.plan import MergePlan, plan_merge
+from loratools.surgery.replacing import Account, accounts, settle
 
 Progress = Callable[[int], None]
 
@@ -31,6 +32,7 @@ class Merge:
     record: dict[str, Any]
     digests: tuple[str, ...]
     threads: int
+    accounts: tuple[Account, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain data, with the free space where the output goes."""
@@ -40,12 +42,16 @@ class Merge:
             "other_files": len(self.sources),
             "free_disk": free,
             "threads": self.threads,
+            "consumed": [asdict(account) for account in self.accounts],
         }
 
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What a merge did. `retention` is ⟨W' − W, ΔW⟩/‖ΔW‖² in total, `by_tensor` the same for each changed tensor."""
+    """What a merge did. `retention` is ⟨W' − W, ΔW⟩/‖ΔW‖² in total, `by_tensor` the same for each changed tensor.
+
+    `consumed` says for each adapter what became of its tensors: all of them are applied, replaced or passed over.
+    """
 
     output: str
     changed: int
@@ -57,6 +63,7 @@ class MergeReport:
     by_tensor: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    consumed: tuple[Account, ...] = ()
 
 
 def prepare(
@@ -88,14 +95,17 @@ def prepare(
     _refuse_inputs(output, [base.path, base.root if base.path.is_dir() else None, *paths])
     digests = tuple(identity.checked_digest(a, str(p or "adapter")) for a, p in zip(opened, paths, strict=True))
     identity.refuse_second_merge(base, digests, companions.RECORD)
+    settled, decided = settle(base, opened, strict=check_base == "strict")
     plan = plan_merge(
-        base, opened, weights, dtype=dtype, max_shard_size=max_shard_size, tied=tied, check_base=check_base
-    )
+        base, settled, weights, dtype=dtype, max_shard_size=max_shard_size, tied=tied, check_base=check_base,
+        configs=[companions.own_config(path) for path in paths],
+    )  # fmt: skip
+    plan = replace(plan, notes=(*plan.notes, *decided))
     sources = companions.companions(base, paths)
     record = identity.merge_record(base, opened, weights, digests)
     record |= {"dtype": dtype, "tied": tied if plan.config or len(plan.changes) != len(base.specs) else None}
     threads = threads or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
-    return Merge(plan, output, sources, record, digests, threads)
+    return Merge(plan, output, sources, record, digests, threads, tuple(accounts(plan, opened)))
 
 
 def merge(
@@ -161,6 +171,7 @@ def execute(
         by_tensor={r.name: r.retained / r.total for r in results if r.total},
         notes=plan.notes,
         warnings=tuple(warning for result in results for warning in result.warnings),
+        consumed=prepared.accounts,
     )
 
 

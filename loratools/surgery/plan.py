@@ -8,15 +8,18 @@ from typing import Any
 
 from loratools.adapter.model import Adapter
 from loratools.adapter.names import normalized
-from loratools.adapter.resolve import Placement, resolve, resolve_replacements
+from loratools.adapter.resolve import Placement, resolve
 from loratools.adapter.tied import apply_policy
+from loratools.adapter.whole import check_vocabulary, follow, resolve_replacements
 from loratools.errors import IncompatibleAdapter, WrongBase
 from loratools.storage import digest, dtypes
 from loratools.storage.checkpoint import Checkpoint, Shard
 from loratools.storage.header import TensorSpec
 from loratools.storage.writer import DEFAULT_SHARD, FilePlan, plan_file, plan_shards
+from loratools.surgery.replacing import replaced, usual_dtype
 from loratools.surgery.tiles import TILE
 
+_Tensor = tuple[str, str, tuple[int, ...]]
 _TORCH = 260_000_000  # resident bytes of a process that has imported torch, measured on a CPU build
 
 
@@ -111,50 +114,80 @@ def plan_merge(
     max_shard_size: int | None = None,
     tied: str = "error",
     check_base: str = "strict",
+    configs: Sequence[Mapping[str, Any] | None] = (),
 ) -> MergePlan:
     """Decide everything about a merge of `adapters`, times their `weights`, into `base`.
+
+    The adapters are settled (`surgery/replacing.py`); `configs` are their own config.json, where they brought one.
 
     Raises `IncompatibleAdapter` for modules without a place, shapes that do not fit, quantized targets, and tied
     embeddings without a policy; `WrongBase` when an adapter's recorded schema or tensor list contradicts the base.
     """
     untied = apply_policy(tuple(adapters), base.specs, base.config, tied)
     specs = {**base.specs, **{new: base.specs[old] for new, old in untied.copies.items()}}
-    placements: dict[str, list[tuple[int, Placement]]] = {}
     shapes = {name: spec.shape for name, spec in specs.items()}
+    whole = replaced(untied.adapters, weights, shapes)
+    usual = usual_dtype(base.specs)
+    outputs = {name: (specs[name].dtype if name in specs else usual) for name in {**specs, **whole}}
+    sources = {**specs, **whole}
+    check_vocabulary(shapes, {name: spec.shape for name, spec in whole.items()})
+    placements: dict[str, list[tuple[int, Placement]]] = {}
     for i, adapter in enumerate(untied.adapters):
-        for placement in resolve(adapter, shapes, base.config):
+        for placement in resolve(adapter, {name: spec.shape for name, spec in sources.items()}, base.config):
             placements.setdefault(placement.site.tensor, []).append((i, placement))
-    _check_targets(specs, placements)
-    replaced = _replaced(untied.adapters, weights, shapes)
+    _check_targets({name: specs[name] for name in {**placements, **whole} if name in specs})
     expected, notes = _expected(adapters, specs, placements, base, check_base)
     changes = {
-        name: Change(replaced[name], tuple(placements.get(name, ())), replaced=True)
-        if name in replaced
-        else Change(spec, tuple(placements.get(name, ())), expected=tuple(expected.get(name, ())))
-        for name, spec in specs.items()
+        name: Change(
+            source,
+            tuple(placements.get(name, ())),
+            name in whole,
+            () if name in whole else tuple(expected.get(name, ())),
+        )
+        for name, source in sources.items()
     }
     if base.components and max_shard_size is not None:
         raise IncompatibleAdapter("a pipeline keeps the files of its components; --max-shard-size does not apply to it")
     kept = max_shard_size is None and not any(shard.path.suffix != ".safetensors" for shard in base.shards)
-    config = dict(untied.config)
+    config = {**base.config, **untied.config}
+    for i, adapter in enumerate(untied.adapters):
+        found = {name: lazy.shape for name, lazy in resolve_replacements(adapter, shapes).items()}
+        fields, said = follow(config, shapes, found, adapter, configs[i] if configs else None)
+        config |= fields
+        notes += [f"adapter {i + 1}: {one}" for one in said]
     if dtype:
         config |= {key: dtypes.CONFIG_NAMES[dtype] for key in ("torch_dtype", "dtype") if key in base.config}
+    config = {key: value for key, value in config.items() if key not in base.config or base.config[key] != value}
+    added = [name for name in sources if name not in base.specs]
+    notes += [f"added to the model: {', '.join(sorted(added))}"] if added else []
+    notes += _order(placements, len(adapters))
+    planned = [(name, _cast(outputs[name], dtype), sources[name].shape) for name in sources]
     if kept:
-        files = [_same_layout(base, shard, list(untied.copies), dtype, specs) for shard in base.shards]
+        files = [_same_layout(base, shard, added, {one[0]: one for one in planned}) for shard in base.shards]
     else:
-        ordered = [(name, _cast(spec.dtype, dtype), spec.shape) for name, spec in specs.items()]
         metadata = {"format": "pt"} | dict(base.shards[0].metadata)
-        files = plan_shards(ordered, max_shard_size or DEFAULT_SHARD, metadata)
+        files = plan_shards(planned, max_shard_size or DEFAULT_SHARD, metadata)
     return MergePlan(
         base, untied.adapters, tuple(weights), tuple(files), changes, config, kept, check_base == "strict", tuple(notes)
     )
 
 
-def _check_targets(specs: Mapping[str, TensorSpec], placements: Mapping[str, object]) -> None:
+def _order(placements: Mapping[str, Sequence[tuple[int, Placement]]], count: int) -> list[str]:
+    """Say where the order of the adapters means something: where several change a tensor, and not all only add."""
+    tensors = [
+        name
+        for name, here in placements.items()
+        if len({i for i, _ in here}) > 1 and not all(placement.update.additive for _, placement in here)
+    ]
+    order = ", then ".join(str(i + 1) for i in range(count))
+    return [f"the order matters for {len(tensors)} tensor(s), and is as given: adapter {order}"] if tensors else []
+
+
+def _check_targets(specs: Mapping[str, TensorSpec]) -> None:
     problems = [
-        f"{name}: stored as {specs[name].dtype} with shape {specs[name].shape}"
-        for name in placements
-        if specs[name].dtype not in dtypes.FLOATS
+        f"{name}: stored as {spec.dtype} with shape {spec.shape}"
+        for name, spec in specs.items()
+        if spec.dtype not in dtypes.FLOATS
     ]
     if problems:
         raise IncompatibleAdapter(
@@ -164,36 +197,11 @@ def _check_targets(specs: Mapping[str, TensorSpec], placements: Mapping[str, obj
         )
 
 
-def _replaced(
-    adapters: Sequence[Adapter], weights: Sequence[float], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, TensorSpec]:
-    """Return the tensors that take the place of the base's; two adapters cannot replace one, nor half of one do it."""
-    found: dict[str, TensorSpec] = {}
-    problems = []
-    for i, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
-        for name, lazy in resolve_replacements(adapter, shapes).items():
-            if name in found:
-                problems.append(f"{name}: replaced by more than one adapter")
-            elif weight != 1:
-                problems.append(f"{name}: trained whole in adapter {i + 1}, which cannot have the weight {weight:g}")
-            elif lazy.spec is None:
-                problems.append(f"{name}: adapter {i + 1} does not store it in the base's layout")
-            else:
-                found[name] = lazy.spec
-    if problems:
-        raise IncompatibleAdapter("these adapters cannot be merged together", problems)
-    return found
-
-
-def _same_layout(
-    base: Checkpoint, shard: Shard, added: list[str], dtype: str | None, specs: Mapping[str, TensorSpec]
-) -> FilePlan:
+def _same_layout(base: Checkpoint, shard: Shard, added: list[str], planned: Mapping[str, _Tensor]) -> FilePlan:
     """Keep a shard's file name, order and, where nothing forces another, its header byte for byte."""
     name = str(shard.path.relative_to(base.root))
-    names = list(shard.tensors) + (added if shard is base.shards[-1] else [])
-    tensors = [(tensor, _cast(specs[tensor].dtype, dtype), specs[tensor].shape) for tensor in names]
-    same = len(names) == len(shard.tensors) and all(d == specs[tensor].dtype for tensor, d, _ in tensors)
-    if not same:
+    tensors = [planned[tensor] for tensor in list(shard.tensors) + (added if shard is base.shards[-1] else [])]
+    if tensors != [(tensor, spec.dtype, spec.shape) for tensor, spec in shard.tensors.items()]:
         return plan_file(name, tensors, shard.metadata, prefix=shard.prefix)
     begin = min((spec.start for spec in shard.tensors.values()), default=0)
     with shard.path.open("rb") as file:

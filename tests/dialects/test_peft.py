@@ -146,7 +146,7 @@ def test_safetensors_come_before_bin(tmp_path: Path) -> None:
     expect(dialects.open_adapter(folder), V0, 2, 2.0)
 
 
-def test_copies_of_the_base_are_passed_over_and_noted(tmp_path: Path) -> None:
+def test_copies_of_the_base_are_kept_apart(tmp_path: Path) -> None:
     tensors = state()
     A, B = factors(5)
     tensors |= {
@@ -158,7 +158,8 @@ def test_copies_of_the_base_are_passed_over_and_noted(tmp_path: Path) -> None:
     adapter = dialects.open_adapter(folder)
     expect(adapter, "lm_head", 5, 2.0)
     assert not adapter.replacements
-    assert adapter.settings["notes"] == ["lm_head.weight: copies of the base model's, passed over"]
+    assert list(adapter.copies) == ["lm_head.weight"]
+    torch.testing.assert_close(adapter.copies["lm_head.weight"].load(), torch.ones(12, 10))
 
 
 def test_a_target_that_the_model_lacks_is_only_noted(tmp_path: Path) -> None:
@@ -176,14 +177,14 @@ def test_a_kind_that_appears_is_read_without_a_change_here(tmp_path: Path, monke
     (tmp_path / "kinds" / "toy.py").write_text(
         "from loratools.adapter.updates import lora\n"
         "KIND = 'toy'\n"
-        "def claims(parts):\n    return 'lora_magnitude_vector' in parts\n"
+        "def claims(parts):\n    return 'lora_diag' in parts\n"
         "def build(parts, scaling, alpha):\n"
         "    return lora.LoraUpdate(parts['lora_A.weight'], parts['lora_B.weight'], scaling, alpha)\n"
     )
     tensors = state()
-    tensors[f"base_model.model.{Q0}.lora_magnitude_vector"] = torch.ones(12)
+    tensors[f"base_model.model.{Q0}.lora_diag"] = torch.ones(4)
     folder = peft_folder(tmp_path / "a", tensors)
-    with pytest.raises(LoraToolsError, match="lora_magnitude_vector"):
+    with pytest.raises(LoraToolsError, match="lora_diag"):
         dialects.open_adapter(folder)
     from loratools.adapter import updates
 

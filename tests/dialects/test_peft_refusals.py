@@ -182,17 +182,8 @@ def test_a_target_by_full_name_that_has_no_tensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "shape", "sentence"),
     [
-        (f"{Q0}.lora_magnitude_vector", (12,), rf"{Q0}: no kind of update .* lora_magnitude_vector \(1-D\)"),
-        (f"{Q0}.lora_B.bias", (12,), rf"{Q0}: no kind of update .* lora_B.bias \(1-D\)"),
         (f"{Q0}.lora_diag", (4,), rf"{Q0}: no kind of update .* lora_diag \(1-D\)"),
         (f"{Q0}.lora_new.weight", (4,), rf"{Q0}: no kind of update .* lora_new.weight \(1-D\)"),
-        (
-            "model.embed_tokens.token_adapter.trainable_tokens_delta",
-            (2, 10),
-            r"model.embed_tokens: no kind of update .* token_adapter.trainable_tokens_delta \(2-D\)",
-        ),
-        ("lm_head.weight", (12, 10), "lm_head.weight: trained whole, which is not read yet"),
-        ("score.modules_to_save.default.weight", (2, 10), "score.weight: trained whole, which is not read yet"),
     ],
 )
 def test_tensors_of_kinds_that_are_not_read_are_named(
@@ -204,13 +195,45 @@ def test_tensors_of_kinds_that_are_not_read_are_named(
         dialects.open_adapter(peft_folder(tmp_path / "a", tensors))
 
 
-def test_trained_biases_are_named_and_untrained_ones_are_copies(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "shape", "sentence"),
+    [
+        (f"{Q0}.lora_magnitude_vector", (9,), "has shape (9,), expected one number for each of 12 features"),
+        (f"{Q0}.lora_magnitude_vector", (3, 4), "has shape (3, 4), expected one number for each of 12 features"),
+        (f"{Q0}.lora_B.bias", (9,), "lora_B.bias has shape (9,), expected (12,)"),
+        (
+            "model.embed_tokens.token_adapter.trainable_tokens_delta",
+            (2, 10),
+            "nothing says which token indices these rows are for (trainable_token_indices)",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_the_others(tmp_path: Path, name: str, shape: tuple[int, ...], sentence: str) -> None:
+    tensors = state()
+    tensors[f"base_model.model.{name}"] = torch.ones(shape)
+    with pytest.raises(BadFile) as refusal:
+        dialects.open_adapter(peft_folder(tmp_path / "a", tensors))
+    assert sentence in refusal.value.problems[0]
+
+
+def test_trained_biases_replace_and_untrained_ones_are_copies(tmp_path: Path) -> None:
     tensors = state()
     tensors[f"base_model.model.{Q0}.base_layer.bias"] = torch.ones(12)
-    with pytest.raises(UnsupportedAdapter, match=rf"{Q0}.bias: trained whole"):
-        dialects.open_adapter(peft_folder(tmp_path / "a", tensors, bias="lora_only"))
+    adapter = dialects.open_adapter(peft_folder(tmp_path / "a", tensors, bias="lora_only"))
+    assert (list(adapter.replacements), list(adapter.copies)) == ([f"{Q0}.bias"], [])
     adapter = dialects.open_adapter(peft_folder(tmp_path / "b", tensors))
-    assert adapter.settings["notes"] == [f"{Q0}.bias: copies of the base model's, passed over"]
+    assert (list(adapter.replacements), list(adapter.copies)) == ([], [f"{Q0}.bias"])
+
+
+def test_what_a_raw_dump_kept_beside_trained_tensors(tmp_path: Path) -> None:
+    """PEFT's wrapper of modules_to_save holds both; only the trained one means anything."""
+    tensors = state()
+    tensors["base_model.model.score.modules_to_save.default.weight"] = torch.ones(2, 10)
+    tensors["base_model.model.score.original_module.weight"] = torch.zeros(2, 10)
+    adapter = dialects.open_adapter(peft_folder(tmp_path / "a", tensors))
+    assert (list(adapter.replacements), list(adapter.copies)) == (["score.weight"], [])
+    torch.testing.assert_close(adapter.replacements["score.weight"].load(), torch.ones(2, 10))
+    assert "score.weight: copies of the base model's, which PEFT does not load" in adapter.settings["notes"]
 
 
 def test_dora_without_its_magnitude(tmp_path: Path) -> None:

@@ -195,7 +195,9 @@ def _squares(W: torch.Tensor, axis: int) -> torch.Tensor:
     import torch
 
     step = max(1, _CHUNK // W.shape[1])
-    parts = [W[start : start + step].double().square_().sum(axis) for start in range(0, len(W), step)]
+    parts = [
+        W[start : start + step].to(torch.float64, copy=True).square_().sum(axis) for start in range(0, len(W), step)
+    ]
     return torch.cat(parts) if axis == 1 else torch.stack(parts).sum(0)
 
 

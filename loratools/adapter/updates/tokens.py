@@ -32,7 +32,8 @@ class TokensUpdate:
 
     kind = KIND
     additive = False
-    whole = True
+    whole = True  # it replaces, so no weight can scale it
+    keeps_tie = True
     rank = 0
     alpha = scaling = 1.0
     bias: None = None
