@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 @make(section="Change")
-@click.argument("adapter", type=options.PATH)
+@click.argument("adapter", type=options.ADAPTER)
 @options.output_option
 @click.option("--to", metavar="DIALECT", default="loratools", show_default=True, help="See `loratools dialects`.")
-@click.option("--base", type=options.PATH, metavar="PATH", help="Seal the adapter with the hash of this base model.")
+@click.option("--base", type=options.CHECKPOINT, metavar="PATH", help="Seal the adapter with the hash of this base model.")
 @click.option("--base-id", metavar="NAME", help="Name of the base model to record, such as org/model.")
 @click.option("--allow-loss", is_flag=True, help="Write it even where the dialect cannot say everything.")
 @options.dialect_option
