@@ -56,7 +56,10 @@ class DialectContract:
                 read = again.updates[module]
                 assert read.kind == update.kind
                 assert self.refactors or read.scaling == pytest.approx(update.scaling, rel=1e-12)
-                torch.testing.assert_close(read.delta_weight(), update.delta_weight(), rtol=1e-6, atol=1e-6)
+                wanted = update.delta_weight()
+                # Another order of the same float32 sum may differ by as much as its largest terms' rounding.
+                atol = 1e-6 * max(1.0, float(wanted.abs().max())) if self.refactors else 1e-6
+                torch.testing.assert_close(read.delta_weight(), wanted, rtol=1e-6, atol=atol)
             for place, lazy in adapter.replacements.items():
                 assert torch.equal(again.replacements[place].load(), lazy.load()), (label, place)
 

@@ -1,0 +1,97 @@
+"""GGUF files as such: fields and tensors, through the `gguf` package, which is an extra."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loratools.errors import BadFile, MissingExtra, UnsupportedAdapter
+from loratools.storage import atomic
+from loratools.storage.header import TensorSpec
+from loratools.storage.lazy import LazyTensor
+
+
+def package() -> Any:
+    """Return the `gguf` package; raise `MissingExtra` if it is not installed."""
+    try:
+        import gguf
+    except ImportError:
+        raise MissingExtra("GGUF files need the gguf package", hint="pip install 'loratools[gguf]'") from None
+    return gguf
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
+    """Return the fields (lists and strings as Python has them) and the tensors, unread, row-major.
+
+    Raises `BadFile` for a damaged file, `UnsupportedAdapter` for quantized tensors.
+    """
+    gguf = package()
+    try:
+        reader = gguf.GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        listed = [
+            (
+                one.name,
+                one.tensor_type.name,
+                tuple(map(int, reversed(one.shape))),
+                int(one.data_offset),
+                int(one.n_bytes),
+            )
+            for one in reader.tensors
+        ]
+    except Exception as error:  # a damaged file fails in as many ways as there are bytes
+        raise BadFile(
+            f"{path}: damaged GGUF file: {str(error).splitlines()[0][:200] if str(error) else error!r}"
+        ) from None
+    if odd := [f"{name}: {dtype}" for name, dtype, *_ in listed if dtype not in ("F32", "F16", "BF16", "F64")]:
+        raise UnsupportedAdapter(f"{path}: quantized tensors of an adapter are not read", odd[:12])
+    size = path.stat().st_size
+    if outside := [name for name, _, _, start, length in listed if start + length > size]:
+        raise BadFile(f"{path}: truncated: {outside[0]} ends after the file")
+    tensors = {
+        name: LazyTensor.stored(TensorSpec(dtype, shape, path, start, start + length))
+        for name, dtype, shape, start, length in listed
+    }
+    return fields, tensors
+
+
+def save(
+    target: Path,
+    name: str,
+    architecture: str,
+    fields: Mapping[str, Any],
+    tensors: Mapping[str, LazyTensor],
+    *,
+    force: bool,
+) -> None:
+    """Write `target`, a .gguf file, or a folder that holds it as `name`; atomically."""
+    package()
+    if target.suffix == ".gguf":
+        with atomic.new_file(target, force=force) as path:
+            _write(path, architecture, fields, tensors)
+        return
+    with atomic.new_folder(target, force=force) as folder:
+        _write(folder / name, architecture, fields, tensors)
+
+
+def _write(path: Path, architecture: str, fields: Mapping[str, Any], tensors: Mapping[str, LazyTensor]) -> None:
+    import torch
+
+    gguf = package()
+    writer = gguf.GGUFWriter(path, architecture)
+    add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}
+    for name, value in fields.items():
+        add[type(value)](name, value)
+    types = gguf.GGMLQuantizationType
+    for name, lazy in tensors.items():
+        tensor = lazy.load().contiguous()
+        if lazy.dtype == "BF16":
+            raw = tensor.view(torch.uint16).numpy().view("uint8")
+            writer.add_tensor(name, raw, raw_dtype=types.BF16)
+        else:
+            writer.add_tensor(name, tensor.numpy() if lazy.dtype in ("F16", "F32") else tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

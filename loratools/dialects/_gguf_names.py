@@ -1,0 +1,117 @@
+"""llama.cpp's architectures: which models they are, which of their tensors are what, and where rows are permuted.
+
+llama.cpp turns pairs of neighbouring rows of q and k by RoPE, transformers the two halves of a head; for architectures
+of the first sort its converter permutes the rows (`LlamaModel.undo_permute`), and so the rows of lora_B.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+ARCHITECTURES: Mapping[str, str] = {
+    "llama": "llama", "mistral": "llama", "mixtral": "llama", "granite": "granite", "smollm3": "smollm3",
+    "qwen2": "qwen2", "qwen2_moe": "qwen2moe", "qwen3": "qwen3", "qwen3_moe": "qwen3moe", "gemma": "gemma",
+    "gemma2": "gemma2", "gemma3_text": "gemma3", "gemma3": "gemma3", "phi3": "phi3", "olmo2": "olmo2",
+}  # fmt: skip
+"""transformers' model_type -> `general.architecture`."""
+
+PERMUTED = frozenset({"llama", "granite", "smollm3"})
+"""Architectures with RoPE over neighbouring rows."""
+
+_BLOCK = {
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "attn_qkv": "self_attn.qkv_proj", "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+_PHI3 = {"ffn_up": "mlp.gate_up_proj"}
+_EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
+_MIXTRAL = {"ffn_gate_exps": "w1", "ffn_up_exps": "w3", "ffn_down_exps": "w2"}
+_WHOLE = {"token_embd": "model.embed_tokens", "output": "lm_head"}
+_EXPERT = re.compile(r"(?:.+\.)?layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)")
+_LAYER = re.compile(r"(?:model\.|language_model\.|text_model\.)*layers\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A tensor of the base in a GGUF file, and which expert of it, where experts are stacked."""
+
+    tensor: str
+    expert: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What has to be known of a base: its architecture, and its heads where rows are permuted."""
+
+    architecture: str
+    heads: int | None = None
+    kv_heads: int | None = None
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any]) -> Layout | None:
+        """Read it from a config.json, also from the text model's part of it; None for a model that is not known."""
+        inner = config.get("text_config")
+        config = {**config, **inner} if isinstance(inner, Mapping) else config
+        architecture = ARCHITECTURES.get(str(config.get("model_type")))
+        heads = config.get("num_attention_heads")
+        kv_heads = config.get("num_key_value_heads") or heads
+        numbers = [one if isinstance(one, int) and one > 0 else None for one in (heads, kv_heads)]
+        return cls(architecture, *numbers) if architecture else None
+
+    def heads_of(self, tensor: str) -> int | None:
+        """Return by how many heads a tensor's rows are permuted; None where they are not.
+
+        Raises `ValueError` where they are and the number of heads is not known.
+        """
+        name = tensor.rpartition(".")[2]
+        if self.architecture not in PERMUTED or name not in ("attn_q", "attn_k"):
+            return None
+        found = self.heads if name == "attn_q" else self.kv_heads
+        if found is None:
+            raise ValueError(f"the rows of {tensor} are permuted by heads, and their number is not known")
+        return found
+
+
+def place(module: str, architecture: str) -> Place | None:
+    """Return where llama.cpp has a module of transformers, or None.
+
+    >>> place("model.layers.3.mlp.experts.5.up_proj", "qwen3moe")
+    Place(tensor='blk.3.ffn_up_exps', expert=5)
+    """
+    if match := _EXPERT.fullmatch(module):
+        names = {name: tensor for tensor, name in _experts(architecture).items()}
+        return Place(f"blk.{match[1]}.{names[match[3]]}", int(match[2])) if match[3] in names else None
+    if match := _LAYER.fullmatch(module):
+        names = {name: tensor for tensor, name in _block(architecture).items()}
+        return Place(f"blk.{match[1]}.{names[match[2]]}") if match[2] in names else None
+    last = module.rpartition(".")[2]
+    return next((Place(tensor) for tensor, name in _WHOLE.items() if last == name.rpartition(".")[2]), None)
+
+
+def module_of(tensor: str, architecture: str, expert: int | None = None, base: Iterable[str] = ()) -> str | None:
+    """Return transformers' name of a tensor in a GGUF file; that of the base's modules which lands there, if given."""
+    found = next((name for name in base if place(name, architecture) == Place(tensor, expert)), None)
+    if found:
+        return found
+    if tensor in _WHOLE:
+        return _WHOLE[tensor]
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)", tensor)
+    if match is None:
+        return None
+    if expert is not None:
+        home = "block_sparse_moe" if architecture == "llama" else "mlp"
+        name = _experts(architecture).get(match[2])
+        return f"model.layers.{match[1]}.{home}.experts.{expert}.{name}" if name else None
+    name = _block(architecture).get(match[2])
+    return f"model.layers.{match[1]}.{name}" if name else None
+
+
+def _block(architecture: str) -> dict[str, str]:
+    return _BLOCK | _PHI3 if architecture == "phi3" else _BLOCK
+
+
+def _experts(architecture: str) -> dict[str, str]:
+    return _MIXTRAL if architecture == "llama" else _EXPERTS
