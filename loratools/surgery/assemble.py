@@ -9,6 +9,7 @@ from typing import Any
 
 from loratools.adapter import updates
 from loratools.adapter.model import Adapter, BaseIdentity, Step
+from loratools.adapter.tied import EMBEDDINGS, main_tensor
 from loratools.adapter.updates import Update
 from loratools.format import manifest
 from loratools.format.kinds import A_EMBEDDING, B_EMBEDDING, A, B
@@ -17,7 +18,7 @@ from loratools.storage.lazy import LazyTensor
 from loratools.surgery import certificate
 from loratools.surgery.companions import TOKENIZER_FILES
 from loratools.surgery.factor import Settings
-from loratools.surgery.identity import TOOL, adapter_digest
+from loratools.surgery.identity import TOOL
 from loratools.surgery.pairs import Pair, Pairing
 from loratools.surgery.spool import Spooled
 
@@ -58,10 +59,9 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Assembled:
-    """The adapter, its digest, the outcomes as they are in the end, the text of its card, and what to tell the user."""
+    """The adapter, the outcomes as they are in the end, the text of its card, and what to tell the user."""
 
     adapter: Adapter
-    digest: str
     outcomes: tuple[Outcome, ...]
     card: str
     notes: tuple[str, ...]
@@ -84,20 +84,19 @@ def assemble(
     touched = sorted({one.pair.base for one in (*factored, *whole) if one.pair.base})
     identity = replace(identity, tensors={name: identity.tensors[name] for name in touched})
     layers = [one.layer for one in factored if one.layer]
+    if pairing.head:  # one weight, which PEFT saves under both names
+        kept |= {pairing.head: kept[one.pair.path] for one in whole if _main(one, base)}
     step = _step(layers, outcomes, pairing, settings, identity, tuned_root)
     adapter = Adapter(built, kept, identity, (step,), "loratools", _settings(base, tuned, pairing, factored, whole))
-    return Assembled(adapter, adapter_digest(adapter), outcomes, _card(identity, outcomes, layers), _notes(outcomes))
+    return Assembled(adapter, outcomes, _card(identity, outcomes, layers), _notes(outcomes))
 
 
 def tokenizer_files(base: Checkpoint, tuned: Checkpoint) -> list[Path]:
     """Return the fine-tune's tokenizer files that the base lacks or has otherwise: they belong to the change."""
-    found = []
-    for path in sorted(tuned.root.iterdir()) if tuned.path.is_dir() else ():
-        old = base.root / path.name
-        same = old.is_file() and path.is_file() and old.read_bytes() == path.read_bytes()
-        if path.name in TOKENIZER_FILES and path.is_file() and not same:
-            found.append(path)
-    return found
+    names = sorted(TOKENIZER_FILES) if tuned.path.is_dir() else []
+    found = [tuned.root / name for name in names if (tuned.root / name).is_file()]
+    old = {path: base.root / path.name for path in found}
+    return [path for path in found if not (old[path].is_file() and old[path].read_bytes() == path.read_bytes())]
 
 
 def _with_siblings(outcomes: list[Outcome]) -> list[Outcome]:
@@ -113,6 +112,11 @@ def _with_siblings(outcomes: list[Outcome]) -> list[Outcome]:
         else one
         for one in outcomes
     ]
+
+
+def _main(one: Outcome, base: Checkpoint) -> bool:
+    """Tell whether this is the embedding that the head is tied to."""
+    return one.pair.base is not None and one.pair.base == main_tensor(base.specs, EMBEDDINGS)
 
 
 def _module(one: Outcome) -> str:
@@ -145,7 +149,7 @@ def _settings(
         settings["bias"] = "all"
     if any(one.pair.transposed for one in factored):
         settings["fan_in_fan_out"] = True
-    if pairing.tied and any(one.pair.kind == "embedding" for one in (*factored, *whole)):
+    if pairing.head and any(_main(one, base) for one in (*factored, *whole)):
         settings["ensure_weight_tying"] = True
     short = {path.rpartition(".")[2] for path in paths}
     modules = {name.rpartition(".")[0] for name in base.specs}

@@ -50,6 +50,7 @@ class Total:
     delta_norm: float
     captured: float
     error: float
+    excess: float
     excess_bound: float
     noise: float
 
@@ -72,6 +73,7 @@ def total(layers: Iterable[Layer]) -> Total:
     layers = list(layers)
     energy = math.fsum(one.delta_norm**2 for one in layers)
     error2 = math.fsum((one.error * one.delta_norm) ** 2 for one in layers)
+    near2 = math.fsum((one.error * one.delta_norm / (1 + one.excess)) ** 2 for one in layers)
     least2 = math.fsum((one.error * one.delta_norm / (1 + one.excess_bound)) ** 2 for one in layers)
     noise2 = math.fsum(one.noise * one.delta_norm**2 for one in layers)
     return Total(
@@ -81,6 +83,7 @@ def total(layers: Iterable[Layer]) -> Total:
         math.sqrt(energy),
         1 - error2 / energy if energy else 1.0,
         math.sqrt(error2 / energy) if energy else 0.0,
+        _excess(error2, error2 - near2),
         _excess(error2, error2 - least2),
         noise2 / energy if energy else 0.0,
     )

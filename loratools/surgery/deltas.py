@@ -121,19 +121,19 @@ def _tiles(
 
 
 def _noise2(spec: TensorSpec, columns: int) -> float:
-    """Estimate Σ ulp(W')²/12 from about 2^17 elements spread over the rows."""
+    """Estimate Σ ulp(W')²/12 from about 2^17 elements, in eight blocks of rows."""
     import torch
 
     from loratools.linalg.noise import ulp
 
     dtype = dtypes.to_torch(spec.dtype)
     total = spec.parameters // columns
-    step = max(1, total // max(1, (1 << 17) // columns))
-    raw = bytearray(columns * dtype.itemsize)
-    sampled, seen = 0.0, 0
+    rows = min(total, max(1, (1 << 14) // columns))
+    raw = bytearray(rows * columns * dtype.itemsize)
+    sampled, blocks = 0.0, 8
     with files.descriptor(spec.file) as opened:
-        for row in range(step // 2, total, step):
-            files.read_into(opened, memoryview(raw), spec.start + row * len(raw))
-            sampled += float((ulp(torch.frombuffer(raw, dtype=dtype), dtype).double() ** 2).sum())
-            seen += columns
-    return sampled / seen / 12 * spec.parameters if seen else 0.0
+        for block in range(blocks):
+            row = (total - rows) * block // (blocks - 1)
+            files.read_into(opened, memoryview(raw), spec.start + row * columns * dtype.itemsize)
+            sampled += float(ulp(torch.frombuffer(raw, dtype=dtype), dtype).double().square().sum())
+    return sampled / (blocks * rows * columns) / 12 * spec.parameters

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from loratools import dialects
 from loratools.errors import IncompatibleAdapter, OutputRefused
+from loratools.format import manifest
 from loratools.storage import atomic
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.allocate import Ranks
@@ -94,6 +95,7 @@ def extract(
             )
         target = scratch / "adapter"
         dialects.save_adapter(made.adapter, target)
+        written = dialects.open_adapter(target).settings[manifest.ORIGIN]["digest"]
         spool.path.unlink()
         for file in sorted(target.iterdir()):
             file.rename(scratch / file.name)
@@ -105,7 +107,7 @@ def extract(
     lost = sum(one.norm2 for one in made.outcomes if one.outcome == "dropped")
     tensors = made.adapter.tensors().values()
     return Extraction(
-        str(output), made.digest, made.outcomes, pairing.missing,
+        str(output), written, made.outcomes, pairing.missing,
         total(one.layer for one in made.outcomes if one.layer), lost / energy if energy else 0.0,
         hashes[0].root or "", hashes[1], dtype, seed,
         sum(one.parameters for one in tensors), sum(one.nbytes for one in tensors), (*pairing.notes, *made.notes),

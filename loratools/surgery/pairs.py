@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from loratools.adapter.names import CONV1D, Names
@@ -41,15 +41,14 @@ class Pair:
 class Pairing:
     """All pairs, by the fine-tune's names; `missing` are tensors of the base that it lacks.
 
-    `tied` says that one weight serves as embedding and head in both models, `copies` names heads that are stored
-    although the embedding counts.
+    `head` is the path of the output head where one weight serves as it and as the embedding in both models: PEFT then
+    wants its change twice.
     """
 
     pairs: tuple[Pair, ...]
     missing: tuple[str, ...] = ()
-    tied: bool = False
-    copies: tuple[str, ...] = ()
-    notes: tuple[str, ...] = field(default_factory=tuple)
+    head: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pairing:
@@ -84,7 +83,8 @@ def pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pairing:
         _decide(name, source, path, base, tuned, old if source else new, selection) for name, source, path in asked
     ]
     missing = tuple(sorted(base.specs.keys() - used - ({heads.base_copy} if heads.base_copy else set())))
-    return Pairing(tuple(found), missing, heads.tied, (heads.copy,) if heads.copy else (), tuple(_notes(heads)))
+    head = (heads.base_copy or heads.copy or "lm_head.weight") if heads.tied else None
+    return Pairing(tuple(found), missing, head, tuple(_notes(heads)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +106,9 @@ class _Heads:
         if before is None or after is None:
             return cls(before, after)
         was_tied, is_now = old is None or is_tied(base.config), new is None or is_tied(tuned.config)
-        has_head = is_tied(base.config) or is_tied(tuned.config) or old or new
+        has_head = is_tied(base.config) or is_tied(tuned.config) or bool(old or new)
         if was_tied and is_now:
-            return cls(before, after, bool(has_head), new, old)
+            return cls(before, after, has_head, new, old)
         if was_tied:
             return cls(before, after, untied=new, base_copy=old)
         return cls(before, after, retied=old, copy=new) if is_now else cls(before, after)

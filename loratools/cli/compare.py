@@ -1,0 +1,92 @@
+"""loratools compare"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loratools.cli import _options as options
+from loratools.cli import _show as show
+from loratools.cli._group import command as make
+
+if TYPE_CHECKING:
+    from loratools.surgery.compare import Comparison, ModuleComparison
+
+_MOST = 10  # modules shown unless all are asked for
+
+
+@make(section="Look")
+@click.argument("first", type=options.PATH)
+@click.argument("second", type=options.PATH)
+@click.option("--base", type=options.PATH, metavar="PATH", help="Base model, to measure amplification factors too.")
+@click.option("--modules", is_flag=True, help="Print every module, not only the least alike.")
+@click.option("--grid", metavar="MODULE", help="Print the whole grid of similarities of one module.")
+def command(first: Path, second: Path, base: Path | None, modules: bool, grid: str | None) -> show.Report:
+    """Tell how alike two adapters are: the angle between their changes, and the subspaces they use.
+
+    The cosine is that of the two dW = scaling B A, computed from the factors. The input (output) overlap is the
+    normalized subspace similarity of the LoRA paper, section 7.2, between the right (left) singular vectors at full
+    rank: 1 when one subspace contains the other; random ones would reach what stands beside it as chance. With --base
+    the amplification factor of section 7.3 says how much an adapter strengthens directions that the base hardly uses.
+
+    \b
+    Examples:
+      loratools compare adapter other
+      loratools compare adapter other --base base --modules
+      loratools compare adapter other --grid model.layers.0.self_attn.q_proj
+    """
+    from loratools.surgery.compare import compare
+
+    found = compare(first, second, base)
+    document: dict[str, Any] = show.plain(found)
+    for data, one in zip(document["modules"], found.modules, strict=True):
+        data |= {"input_overlap": one.input_overlap, "output_overlap": one.output_overlap}
+    if grid is None:
+        return show.Report(document, _lines(found, modules))
+    chosen = [one for one in found.modules if one.module == grid]
+    if not chosen:
+        raise click.UsageError(f"--grid: the adapters do not both change {grid}")
+    return show.Report(document, _grid(chosen[0]))
+
+
+def _lines(found: Comparison, every: bool) -> Iterator[str]:
+    shown = list(found.modules) if every else sorted(found.modules, key=lambda one: abs(one.cosine))[:_MOST]
+    amplified = any(value is not None for one in found.modules for value in one.amplification)
+    heading = ["module", "ranks", "|dW| first", "second", "cosine", "input", "chance", "output", "chance"]
+    yield from show.table(
+        [*heading, *(("amplified", "second") if amplified else ())],
+        [
+            [
+                one.module, f"{one.ranks[0]} {one.ranks[1]}", *map(show.number, one.norms), f"{one.cosine:+.4f}",
+                f"{one.input_overlap:.4f}", f"{one.chance[0]:.4f}", f"{one.output_overlap:.4f}",
+                f"{one.chance[1]:.4f}",
+                *(("-" if value is None else show.number(value) for value in one.amplification) if amplified else ()),
+            ]
+            for one in shown
+        ],
+        right=tuple(range(2, 11 if amplified else 9)),
+    )  # fmt: skip
+    if len(shown) < len(found.modules):
+        yield f"… and {len(found.modules) - len(shown)} more, alike at least as much; --modules shows all"
+    yield ""
+    yield from show.fields(
+        [
+            ("cosine", f"{found.cosine:+.4f}"),
+            ("distance", f"{found.distance:.4g} of the first adapter's change"),
+            ("norms", " and ".join(map(show.number, found.norms))),
+            ("modules", f"{len(found.modules)} shared, {len(found.only[0])} only in the first, "
+                        f"{len(found.only[1])} only in the second"),
+        ]
+    )  # fmt: skip
+
+
+def _grid(one: ModuleComparison) -> Iterator[str]:
+    for side, values in (("input", one.input_similarity), ("output", one.output_similarity)):
+        yield f"{side} side of {one.module}: phi(i, j), i along the first adapter (down), j along the second"
+        columns = range(1, len(values[0]) + 1 if values else 1)
+        rows = [[str(i), *(f"{value:.3f}" for value in line)] for i, line in enumerate(values, 1)]
+        yield from show.table(["i \\ j", *map(str, columns)], rows, right=tuple(range(len(columns) + 1)))
+        yield ""

@@ -1,0 +1,91 @@
+"""The singular values of an adapter, module by module, in factor space: how much of its rank it really uses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loratools import dialects
+from loratools.adapter.model import Adapter
+from loratools.adapter.targets import natural
+from loratools.surgery.matrices import load, products
+
+SHARES = (0.99, 0.999)
+"""Shares of the energy for which the needed rank is given."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleSpectrum:
+    """The spectrum of one ΔW = s·B·A, with `shape` that of ΔW as a matrix.
+
+    `sigma` are its singular values (0 where they are only rounding), `norm` = ‖ΔW‖_F, `true_rank` how many are not 0.
+    `stable_rank` = Σσ²/σ₁²; `effective_rank` = exp(−Σ pᵢ ln pᵢ) with pᵢ = σᵢ/Σσ (Roy & Vetterli 2007). `needed` is the
+    least rank that keeps each of `SHARES` of Σσ²; all are 0 for ΔW = 0.
+    """
+
+    module: str
+    kind: str
+    shape: tuple[int, int]
+    rank: int
+    true_rank: int
+    norm: float
+    stable_rank: float
+    effective_rank: float
+    needed: tuple[int, ...]
+    sigma: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpectrum:
+    """All modules, and what the ranks that they need come to in parameters; `skipped` have no factors."""
+
+    modules: tuple[ModuleSpectrum, ...]
+    skipped: tuple[str, ...]
+    norm: float
+    parameters: int
+    needed_parameters: tuple[int, ...]
+    uniform_rank: tuple[int, ...]
+
+
+def spectrum(adapter: str | Path | Adapter, dialect: str | None = None) -> AdapterSpectrum:
+    """Return the singular values of every ΔW = s·B·A, from QR and an r × r core in float64; no dense ΔW is built."""
+    opened = adapter if isinstance(adapter, Adapter) else dialects.open_adapter(adapter, dialect=dialect)
+    from loratools.linalg.factored import singular_values
+
+    found = []
+    for module, part in sorted(products(opened).items(), key=lambda item: natural(item[0])):
+        B, A = load(part)
+        found.append(_of(module, part.kind, (len(B), A.shape[1]), part.rank, singular_values(B, A).tolist()))
+    skipped = tuple(sorted(opened.updates.keys() - {one.module for one in found}))
+    sizes = [sum(one.shape) for one in found]
+    return AdapterSpectrum(
+        tuple(found),
+        skipped,
+        math.sqrt(math.fsum(one.norm**2 for one in found)),
+        sum(one.rank * size for one, size in zip(found, sizes, strict=True)),
+        tuple(sum(one.needed[i] * size for one, size in zip(found, sizes, strict=True)) for i in range(len(SHARES))),
+        tuple(max((one.needed[i] for one in found), default=0) for i in range(len(SHARES))),
+    )
+
+
+def _of(module: str, kind: str, shape: tuple[int, int], rank: int, sigma: Sequence[float]) -> ModuleSpectrum:
+    energy, lengths = math.fsum(value * value for value in sigma), math.fsum(sigma)
+    if energy == 0:
+        return ModuleSpectrum(module, kind, shape, rank, 0, 0.0, 0.0, 0.0, (0,) * len(SHARES), tuple(sigma))
+    shares = [value / lengths for value in sigma if value > 0]
+    return ModuleSpectrum(
+        module, kind, shape, rank, len(shares), math.sqrt(energy), energy / sigma[0] ** 2,
+        math.exp(-math.fsum(share * math.log(share) for share in shares)),
+        tuple(_needed(sigma, share * energy) for share in SHARES), tuple(sigma),
+    )  # fmt: skip
+
+
+def _needed(sigma: Sequence[float], energy: float) -> int:
+    captured = 0.0
+    for rank, value in enumerate(sigma, 1):
+        captured += value * value
+        if captured >= energy * (1 - 1e-14):
+            return rank
+    return len(sigma)
