@@ -1,4 +1,4 @@
-"""Every kind of update that PEFT writes, merged on disk, against PEFT's own `merge_and_unload`: same names and numbers."""
+"""Every kind of update that PEFT writes, merged on disk, against PEFT's `merge_and_unload`: same names and numbers."""
 
 from __future__ import annotations
 
