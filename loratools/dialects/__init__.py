@@ -91,15 +91,18 @@ def open_adapter(
     alpha: float | None = None,
     base: Checkpoint | None = None,
     initial: bool = False,
+    enabled: tuple[bool, ...] | None = None,
 ) -> Adapter:
     """Read an adapter from a folder or a single file, of any dialect, or of the one that is named.
 
-    `alpha` and `base` tell what some dialects leave out: loralib records no alpha, kohya's names need the base's.
-    `initial` lets in what only makes sense less the adapter that its training started from (PiSSA, OLoRA, CorDA), for
-    a caller that takes that one away. No factor is read: dtypes and shapes are known, the numbers are loaded when they are asked for. torch is imported
+    `alpha`, `base` and `enabled` tell what some dialects leave out: loralib records neither alpha nor which projections
+    of a MergedLinear are enabled, kohya's names need the base's. `initial` lets in what only makes sense less the
+    adapter that its training started from (PiSSA, OLoRA, CorDA), for a caller that takes that one away.
+
+    No factor is read: dtypes and shapes are known, the numbers are loaded when they are asked for. torch is imported
     only for pickles. Raises `UnknownKind`, `BadFile`, `InvalidFormat` or `UnsupportedAdapter`.
     """
-    listing = Listing.of(path, alpha=alpha, base=base, initial=initial)
+    listing = Listing.of(path, alpha=alpha, base=base, initial=initial, enabled=enabled)
     name = dialect or detect(listing)[0]
     adapter = get(name).read(listing)
     return adapter if adapter.dialect == name else replace(adapter, dialect=name)

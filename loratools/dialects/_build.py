@@ -18,6 +18,10 @@ from loratools.storage.lazy import LazyTensor
 Groups = dict[str, dict[str, LazyTensor]]
 """module -> part, by PEFT's name of it -> tensor"""
 
+# An embedding's factors have the shapes of a linear layer's; where a dialect calls them alike, the module's name tells.
+EMBEDDINGS = frozenset({"embed_tokens", "wte", "wpe", "tok_embeddings", "word_embeddings", "embeddings", "embedding"})
+"""What models call their embedding."""
+
 Rule = Callable[[str, int], tuple[float, float]]
 """(module, rank) -> (scaling, alpha)"""
 

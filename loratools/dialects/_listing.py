@@ -44,6 +44,7 @@ class Listing:
     `files`   names of the files that may hold tensors: all in the folder, or the single one
     `alpha`   what the user says alpha is, for dialects that do not record it
     `base`    the base model, for dialects whose names or layout only the base explains
+    `enabled` which of the projections in one weight have factors, for loralib's MergedLinear
     `initial` that the adapter which training started from is at hand too, and will be taken away from this one
     """
 
@@ -53,20 +54,27 @@ class Listing:
     alpha: float | None = None
     base: Checkpoint | None = None
     initial: bool = False
+    enabled: tuple[bool, ...] | None = None
     _read: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, path: str | Path, *, alpha: float | None = None, base: Checkpoint | None = None, initial: bool = False
+        cls,
+        path: str | Path,
+        *,
+        alpha: float | None = None,
+        base: Checkpoint | None = None,
+        initial: bool = False,
+        enabled: tuple[bool, ...] | None = None,
     ) -> Listing:
         """List a folder or a single file; raise `BadFile` if there is nothing at the path or it cannot be listed."""
         path = Path(path)
         try:
             if path.is_dir():
                 files = tuple(sorted(entry.name for entry in path.iterdir() if entry.is_file()))
-                return cls(path, path, files, alpha, base, initial)
+                return cls(path, path, files, alpha, base, initial, enabled)
             if path.is_file():
-                return cls(path, path.parent, (path.name,), alpha, base, initial)
+                return cls(path, path.parent, (path.name,), alpha, base, initial, enabled)
         except OSError as error:
             raise BadFile(f"{path}: cannot be read: {error.strerror}") from None
         raise BadFile(f"{path}: no such file or folder")

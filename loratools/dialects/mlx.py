@@ -33,8 +33,6 @@ CANNOT = (*_losses.IDENTITY, "DoRA on embeddings, and on some modules only", "co
 
 _CONFIG, _FILE = "adapter_config.json", "adapters.safetensors"
 _NAME = re.compile(r"(.+)\.(lora_a|lora_b|m)")
-# What MLX-LM's models call their embedding; its factors have the shapes of a linear layer's, so the name must tell.
-_EMBEDDINGS = frozenset({"embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embeddings", "embedding"})
 _SWITCH = re.compile(r"(.+)\.switch_mlp\.(\w+)")
 _EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)")
 
@@ -108,7 +106,7 @@ def losses(adapter: Adapter) -> list[Loss]:
             found.append(Loss(module, "it has no magnitude, and mlx-lm's dora is one switch for all modules"))
         elif (stack := _stack(module)) and not _complete(stack[0], kept):
             found.append(Loss(module, f"not all experts of {stack[0]} have an update of one shape"))
-        elif A_EMBEDDING in kept[module].parts and module.rpartition(".")[2] not in _EMBEDDINGS:
+        elif A_EMBEDDING in kept[module].parts and module.rpartition(".")[2] not in _build.EMBEDDINGS:
             found.append(Loss(module, "an embedding that its name does not show to be one"))
     return found + _losses.replacements(adapter, "mlx-lm") + _losses.identity(adapter)
 
@@ -165,7 +163,7 @@ def _to_peft(module: str, found: Mapping[str, LazyTensor]) -> _build.Groups:
     if dimensions != (2, 2):
         raise ValueError(f"lora_a {a.shape} and lora_b {b.shape}: expected (in, r) and (r, out)")
     a, b = _factors.turned(a), _factors.turned(b)
-    names = (A_EMBEDDING, B_EMBEDDING) if module.rpartition(".")[2] in _EMBEDDINGS else (A, B)
+    names = (A_EMBEDDING, B_EMBEDDING) if module.rpartition(".")[2] in _build.EMBEDDINGS else (A, B)
     parts = {names[0]: a, names[1]: b}
     return {module: parts | ({MAGNITUDE: found["m"]} if "m" in found else {})}
 
