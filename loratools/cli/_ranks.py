@@ -1,0 +1,96 @@
+"""Options that choose ranks, and what becomes of them; kohya's names where it has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from loratools.surgery.allocate import Ranks
+
+_OPTIONS = (
+    click.option("--rank", type=click.IntRange(min=1), metavar="R", help="The same rank for every module."),
+    click.option("--energy", type=float, metavar="E", help="Least rank that keeps this share of the squared norm."),
+    click.option("--sv-ratio", type=float, metavar="T", help="Keep singular values above the largest divided by T."),
+    click.option("--sv-fro", type=float, metavar="T", help="Least rank that keeps this share of the norm."),
+    click.option(
+        "--sv-cumulative",
+        type=float,
+        metavar="T",
+        help="Least rank that keeps this share of the sum of singular values.",
+    ),
+    click.option(
+        "--budget",
+        metavar="SIZE",
+        help="Share out this many parameters (2M), or bytes (8MB), among all modules, to the greatest effect.",
+    ),
+    click.option("--max-rank", type=click.IntRange(min=1), metavar="R", help="No module has more."),
+    click.option(
+        "--multiple-of", type=click.IntRange(min=1), default=1, metavar="N", help="Round ranks up to multiples of this."
+    ),
+    click.option("--uniform", is_flag=True, help="Give every module the one rank that the neediest calls for."),
+)
+_RULES = ("rank", "energy", "sv_ratio", "sv_fro", "sv_cumulative", "budget")
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+def rank_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command all options that choose ranks."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def ranks_of(given: dict[str, Any], dtype: str) -> Ranks | None:
+    """Return how ranks are to be chosen, None where no option says so; raise `UsageError` for what contradicts itself.
+
+    `given` are the values of all options of `rank_options`; `dtype` is that of the result, for budgets in bytes.
+    """
+    from loratools.linalg import ranks
+    from loratools.surgery.allocate import Ranks
+
+    rules: dict[str, Callable[[Any], ranks.RankRule]] = {
+        "rank": ranks.Fixed,
+        "energy": ranks.Energy,
+        "sv_ratio": ranks.SvRatio,
+        "sv_fro": ranks.SvFro,
+        "sv_cumulative": ranks.SvCumulative,
+    }
+    named = [name for name in _RULES if given[name] is not None]
+    bounds = {"uniform": given["uniform"], "maximum": given["max_rank"], "multiple_of": given["multiple_of"]}
+    if not named:
+        if bounds != {"uniform": False, "maximum": None, "multiple_of": 1}:
+            raise click.UsageError("--max-rank, --multiple-of and --uniform need one of " + _listed(_RULES))
+        return None
+    if len(named) > 1:
+        raise click.UsageError(f"{_listed(named)} contradict each other; give one")
+    try:
+        if named == ["budget"]:
+            return Ranks(budget=budget(given["budget"], dtype), **bounds)
+        return Ranks(rules[named[0]](given[named[0]]), **bounds)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def budget(text: str, dtype: str) -> int:
+    """Return the parameters of a budget: `500000`, `2M`, or bytes such as `8MB` of a dtype; raise `ValueError`."""
+    from loratools.storage.dtypes import bits
+    from loratools.storage.writer import parse_size
+
+    plain = text.strip().upper()
+    if plain.endswith("B"):
+        return parse_size(text) * 8 // bits(dtype)
+    number, unit = (plain[:-1], plain[-1]) if plain[-1:] in _UNITS else (plain, "")
+    try:
+        found = int(float(number) * _UNITS[unit])
+    except (ValueError, OverflowError):
+        raise ValueError(f"{text!r} is no budget; write parameters like 500000 or 2M, or bytes like 8MB") from None
+    if found < 1:
+        raise ValueError(f"{text!r} is no budget above zero")
+    return found
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)

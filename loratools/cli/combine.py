@@ -1,0 +1,151 @@
+"""loratools combine"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loratools.cli import _options as options
+from loratools.cli import _show as show
+from loratools.cli._group import command as make
+from loratools.cli._ranks import rank_options, ranks_of
+from loratools.cli._talk import Talk, pass_talk
+
+if TYPE_CHECKING:
+    from loratools.surgery.combine import Combination
+
+
+@make(section="Change")
+@click.argument("adapters", type=options.ADAPTER, nargs=-1, required=True, metavar="ADAPTER...")
+@options.output_option
+@click.option(
+    "-w",
+    "--weight",
+    "weights",
+    multiple=True,
+    metavar="WEIGHT",
+    help="Weight of an adapter, once for each in order: a number, which may be negative; PATTERN=NUMBER for some of "
+    "its modules, after a comma; or lbw: and a number for each block of an image model.  [default: 1 for each]",
+)
+@click.option(
+    "--method", default="linear", show_default=True, metavar="NAME", help="How changes are combined: see below."
+)
+@rank_options
+@click.option("--density", type=float, metavar="D", help="Share of elements that a method keeps.")
+@click.option("--gamma", type=float, metavar="G", help="Share of outliers that breadcrumbs drops.  [default: 0.01]")
+@click.option(
+    "--epsilon", type=float, metavar="E", help="Half the range of chances that della gives.  [default: 0.15 or less]"
+)
+@click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Seed of a method that draws.  [default: 0]")
+@click.option("--like", type=click.Choice(["peft"]), help="Where a method's definitions differ, take this library's.")
+@click.option(
+    "--initial",
+    type=options.ADAPTER,
+    metavar="PATH",
+    help="Take away the adapter that training started from, which turns PiSSA, OLoRA and CorDA into plain LoRA.",
+)
+@click.option(
+    "--check-base",
+    type=click.Choice(["strict", "warn", "off"]),
+    default="strict",
+    show_default=True,
+    help="What to do when the adapters belong to different base models.",
+)
+@click.option(
+    "--dtype", type=click.Choice(["f32", "bf16", "f16"]), default="f32", show_default=True, help="Of the factors."
+)
+@click.option("--modules", is_flag=True, help="List what each module keeps.")
+@options.threads_option
+@options.force_option
+@pass_talk
+def command(
+    talk: Talk,
+    /,
+    adapters: tuple[Path, ...],
+    output: Path,
+    weights: tuple[str, ...],
+    method: str,
+    density: float | None,
+    gamma: float | None,
+    epsilon: float | None,
+    seed: int | None,
+    like: str | None,
+    initial: Path | None,
+    check_base: str,
+    dtype: str,
+    modules: bool,
+    threads: int | None,
+    force: bool,
+    **ranks: Any,
+) -> show.Report:
+    """Combine adapters into one, with weights, without the base model.
+
+    The default is the weighted sum of their changes, exact for any ranks, scalings, targets and signs; with --rank,
+    --energy or --budget it is the nearest there is, and the error is printed. A negative weight takes an adapter away.
+
+    Methods: linear; magnitude_prune, ties, dare, dare_ties, della, breadcrumbs and sce prune or average single
+    elements; knots and core_space do what ties does, in a space that the adapters share. All but linear need --density.
+
+    \b
+    Examples:
+      loratools combine sealed -w 0.5 -o half
+      loratools combine adapter other -w 0.7 -w -0.3 -o sum
+      loratools combine adapter other -w q_proj=0.5,v_proj=1 -w 1 --rank 4 -o sum
+      loratools combine adapter other --method ties --density 0.5 --budget 8000 -o ties
+    """
+    from loratools.storage.dtypes import ALIASES
+    from loratools.surgery import methods
+    from loratools.surgery.combine import combine
+
+    if weights and len(weights) != len(adapters):
+        raise click.UsageError(f"{len(weights)} weight(s) for {len(adapters)} adapter(s); give -w once for each")
+    wanted = ranks_of(ranks, ALIASES[dtype])
+    chosen = methods.Options(density, gamma, epsilon, seed, like)
+    found = combine(
+        adapters, output, weights=weights or None, method=method.replace("-", "_"), options=chosen, ranks=wanted,
+        initial=initial, check_base=check_base, dtype=ALIASES[dtype], threads=threads, force=force,
+    )  # fmt: skip
+    for warning in found.warnings:
+        talk.warn(warning)
+    return show.Report(show.plain(found), [*lines(found, "combined"), *(table(found) if modules else ())])
+
+
+def lines(found: Combination, done: str) -> Iterator[str]:
+    """Yield what was written and how near it is."""
+    ranks = sorted({share.rank for share in found.shares})
+    rows = [
+        (done, f"{found.output} ({found.method}, {len(found.shares)} modules)"),
+        ("rank", " to ".join(dict.fromkeys(str(rank) for rank in (ranks[:1] + ranks[-1:]))) or "none"),
+        ("parameters", show.exact(found.parameters)),
+        ("error", f"{found.error:.3g} of the change ({found.optimum:.3g} is the least at these ranks)"),
+        ("digest", found.digest),
+    ]
+    if found.seed is not None:
+        rows.append(("seed", str(found.seed)))
+    if found.replaced:
+        rows.append(("whole", f"{len(found.replaced)} tensors"))
+    if found.dropped:
+        rows.append(("left out", f"{len(found.dropped)} modules, whose change is zero"))
+    yield from show.fields(rows)
+
+
+def table(found: Combination) -> Iterator[str]:
+    """Yield what each module keeps."""
+    from loratools.adapter.targets import natural
+
+    heading = ("module", "rank", "of", "energy kept", "error", "sigma first", "last kept")
+    yield ""
+    yield from show.table(
+        heading,
+        (
+            (
+                share.module, str(share.rank), str(share.true_rank), f"{share.energy:.2%}",
+                f"{share.error / share.norm:.2e}", show.number(share.largest), show.number(share.smallest),
+            )
+            for share in sorted(found.shares, key=lambda share: natural(share.module))
+        ),
+        right=range(1, len(heading)),
+    )  # fmt: skip

@@ -1,0 +1,63 @@
+"""loratools resize"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loratools.cli import _options as options
+from loratools.cli import _show as show
+from loratools.cli._group import command as make
+from loratools.cli._ranks import rank_options, ranks_of
+from loratools.cli._talk import Talk, pass_talk
+
+
+@make(section="Change")
+@click.argument("adapter", type=options.ADAPTER)
+@options.output_option
+@rank_options
+@click.option(
+    "--dtype", type=click.Choice(["f32", "bf16", "f16"]), default="f32", show_default=True, help="Of the factors."
+)
+@options.dialect_option
+@options.threads_option
+@options.force_option
+@pass_talk
+def command(
+    talk: Talk,
+    /,
+    adapter: Path,
+    output: Path,
+    dtype: str,
+    dialect: str | None,
+    threads: int | None,
+    force: bool,
+    **ranks: Any,
+) -> show.Report:
+    """Give an adapter other ranks, with the least error there is, and print what each module keeps.
+
+    The singular values of every change are found in factor space, in float64. --sv-ratio, --sv-fro and --sv-cumulative
+    are kohya's rules, without the one rank more that its script keeps; --energy E is --sv-fro of the square root of E.
+    --budget shares one number of parameters out among all modules. A rank above the true one changes nothing.
+
+    \b
+    Examples:
+      loratools resize adapter --rank 2 -o small
+      loratools resize adapter --energy 0.9 -o small
+      loratools resize adapter --budget 2000 -o small
+    """
+    from loratools import dialects
+    from loratools.cli.combine import lines, table
+    from loratools.storage.dtypes import ALIASES
+    from loratools.surgery.resize import resize
+
+    wanted = ranks_of(ranks, ALIASES[dtype])
+    if wanted is None:
+        raise click.UsageError(
+            "say how ranks are chosen: --rank, --energy, --sv-ratio, --sv-fro, --sv-cumulative or --budget"
+        )
+    opened = dialects.open_adapter(adapter, dialect=dialect)
+    found = resize(opened, output, wanted, dtype=ALIASES[dtype], threads=threads, force=force)
+    return show.Report(show.plain(found), [*lines(found, "resized"), *table(found)])

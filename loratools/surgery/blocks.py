@@ -1,0 +1,70 @@
+"""Weights by the blocks of Stable Diffusion's UNet, one number for each, as image people write them.
+
+The blocks are those of CompVis' model, in the order that sd-webui-lora-block-weight made common: BASE (text encoders),
+IN00…IN11, MID, OUT00…OUT11. Shorter lists name only blocks that have attention: 17 for SD 1 and 2, 12 and 20 for SDXL
+(kohya-ss/sd-scripts, `svd_merge_lora.py --lbws`). A block that a list leaves out has weight 0.
+"""
+
+from __future__ import annotations
+
+import re
+
+from loratools.errors import LoraToolsError
+
+
+def _some(inner: str, outer: str) -> tuple[str, ...]:
+    inside, outside = ([int(number) for number in numbers.split()] for numbers in (inner, outer))
+    return ("BASE", *(f"IN{i:02d}" for i in inside), "MID", *(f"OUT{i:02d}" for i in outside))
+
+
+_ALL = "0 1 2 3 4 5 6 7 8 9 10 11"
+LISTS = {
+    len(blocks): blocks
+    for blocks in (
+        _some("4 5 7 8", "0 1 2 3 4 5"),
+        _some("1 2 4 5 7 8", "3 4 5 6 7 8 9 10 11"),
+        _some("0 1 2 3 4 5 6 7 8", "0 1 2 3 4 5 6 7 8"),
+        _some(_ALL, _ALL),
+    )
+}
+"""Length of a list of weights -> the blocks that they are for, in order."""
+
+_DIFFUSERS = re.compile(r"(?:^|[._])(down|up)_blocks[._](\d+)[._](resnets|attentions|downsamplers|upsamplers)[._](\d+)")
+_COMPVIS = re.compile(r"(?:^|[._])(input|output)_blocks[._](\d+)")
+_MIDDLE = re.compile(r"(?:^|[._])(mid_block|middle_block)(?:[._]|$)")
+_FIRST = re.compile(r"(?:^|[._])(conv_in|time_embedding|time_embed|label_emb|add_embedding)(?:[._]|$)")
+_TEXT = re.compile(r"(?:^|[._])(text_encoder|text_model|te\d?|conditioner|cond_stage_model)")
+
+
+def weights_of(values: list[float]) -> dict[str, float]:
+    """Return block -> weight for a list of 12, 17, 20 or 26 numbers; raise `LoraToolsError` for any other length."""
+    if len(values) not in LISTS:
+        raise LoraToolsError(
+            f"{len(values)} block weights; there are lists of {', '.join(map(str, sorted(LISTS)))} numbers: SDXL 12 or"
+            " 20, SD 1 and 2 17 or 26"
+        )
+    return dict(zip(LISTS[len(values)], values, strict=True))
+
+
+def block_of(module: str) -> str:
+    """Return the block of a module by diffusers' or CompVis' name of it.
+
+    Raises `LoraToolsError` for a module that is in none of them: of another model than Stable Diffusion's UNet.
+
+    >>> block_of("unet.down_blocks.1.attentions.0.proj_in"), block_of("text_encoder.text_model.encoder.layers.0.fc1")
+    ('IN04', 'BASE')
+    """
+    if found := _DIFFUSERS.search(module):
+        side, level, part, position = found[1], int(found[2]), found[3], int(found[4])
+        if side == "down":
+            return f"IN{3 * level + (3 if part == 'downsamplers' else position + 1):02d}"
+        return f"OUT{3 * level + (2 if part == 'upsamplers' else position):02d}"
+    if found := _COMPVIS.search(module):
+        return f"{'IN' if found[1] == 'input' else 'OUT'}{int(found[2]):02d}"
+    if _MIDDLE.search(module):
+        return "MID"
+    if _TEXT.search(module):
+        return "BASE"
+    if _FIRST.search(module):
+        return "IN00"
+    raise LoraToolsError(f"{module} is in no block of Stable Diffusion's UNet: block weights have none for it")

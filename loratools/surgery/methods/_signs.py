@@ -1,0 +1,23 @@
+"""Sign election and disjoint mean, the second and third step of TIES (arXiv 2306.01708), which other methods share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def disjoint_mean(X: Tensor, weights: Tensor, like: str | None = None) -> Tensor:
+    """Return the mean of weighted elements w·x over those whose sign is the elected one; X is (T, …), zeros abstain.
+
+    The elected sign is sgn(Σ w·x), as in the paper, where all weights are equal: the sign with more mass. Where the
+    masses cancel exactly nothing is elected and the result is 0. With `like` "peft" it is the sign of Σ x, without the
+    weights, and + where the sum is 0 (peft.utils.merge_utils.ties). mergekit divides by Σw instead of the number.
+    """
+    weighted = X * weights
+    if like == "peft":
+        elected = torch.where(X.sum(0) >= 0, 1.0, -1.0)
+        kept = X.sign() == elected
+    else:
+        elected = weighted.sum(0).sign()
+        kept = (weighted.sign() == elected) & (elected != 0)
+    return (weighted * kept).sum(0) / kept.sum(0).clamp_min(1)
