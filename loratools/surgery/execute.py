@@ -14,7 +14,7 @@ from typing import Any
 
 from loratools.errors import WrongBase
 from loratools.storage import digest, files
-from loratools.storage.writer import Slot
+from loratools.storage.writer import FilePlan, Slot
 from loratools.surgery import bits, products
 from loratools.surgery.plan import Change, MergePlan
 from loratools.surgery.terms import check_effect, is_wide, load_terms
@@ -41,43 +41,65 @@ class Settings:
     tile_bytes: int = TILE
 
 
-def write_weights(plan: MergePlan, folder: Path, settings: Settings, progress: Progress) -> list[TensorResult]:
+def write_weights(
+    plan: MergePlan,
+    folder: Path,
+    settings: Settings,
+    progress: Progress,
+    finished: Callable[[Path], None] | None = None,
+) -> list[TensorResult]:
     """Write every file of tensors of a plan into `folder`, and return what was measured of each rewritten tensor.
 
-    Plain LoRA on the CPU is merged in NumPy; for anything else torch is imported, while copies run beside it. Raises
-    `IncompatibleAdapter` for an adapter that would change nothing, `WrongBase` when a tensor is not the recorded one,
-    and whatever reading, arithmetic and writing raise; then the files are not complete.
+    Plain LoRA on the CPU is merged in NumPy; for anything else torch is imported, while copies run beside it. With
+    `finished` the files are written one after another, and it is called with each when it is complete; without, all at
+    once, which keeps the threads busier. Raises `IncompatibleAdapter` for an adapter that would change nothing,
+    `WrongBase` when a tensor is not the recorded one, and whatever reading, arithmetic and writing raise; then the
+    files are not complete.
     """
-    rewritten = plan.rewritten()
+    groups = [[file] for file in plan.files] if finished else [list(plan.files)]
     stop = Event()
     with ExitStack() as stack:
+        job = _Job(plan, settings, progress, stop, local())
         pool = stack.enter_context(ThreadPoolExecutor(settings.threads))
         try:
-            copies, work = [], []
-            for file in plan.files:
-                target = folder / file.name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                descriptor = stack.enter_context(files.descriptor(target, os.O_RDWR | os.O_CREAT | os.O_EXCL))
-                os.truncate(descriptor, file.size)
-                files.write_from(descriptor, memoryview(file.header), 0)
-                for slot in file.slots:
-                    if slot.name in rewritten:
-                        work.append((slot, descriptor))
-                ranges = _copy_ranges(plan, [slot for slot in file.slots if slot.name not in rewritten])
-                copies += [pool.submit(_copy, *part, descriptor, stop, progress) for part in ranges]
-            if not work:
-                return _finish(copies)
-            job = _Job(plan, settings, progress, stop, local())
-            plain = settings.device == "cpu" and products.serves(plan)
-            merge_tensor = _with_numpy(job, stack) if plain else _with_torch(job, stack)
-            work.sort(key=lambda item: -item[0].nbytes)
-            tasks = [pool.submit(merge_tensor, slot, descriptor) for slot, descriptor in work]
-            _finish(copies)
-            return sorted(_finish(tasks), key=lambda result: result.name)
+            results: list[TensorResult] = []
+            merge_tensor: Callable[[Slot, int], TensorResult] | None = None
+            for group in groups:
+                with ExitStack() as opened:
+                    work, copies = [], []
+                    for file in group:
+                        more, ranges = _open(plan, file, folder, opened)
+                        work += more
+                        copies += [pool.submit(_copy, *part, stop, progress) for part in ranges]
+                    if work and merge_tensor is None:
+                        plain = settings.device == "cpu" and products.serves(plan)
+                        merge_tensor = _with_numpy(job, stack) if plain else _with_torch(job, stack)
+                    work.sort(key=lambda item: -item[0].nbytes)
+                    tasks = [pool.submit(merge_tensor, *item) for item in work if merge_tensor]
+                    _finish(copies)
+                    results += _finish(tasks)
+                if finished:
+                    finished(folder / group[0].name)
+            return sorted(results, key=lambda result: result.name)
         except BaseException:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _open(
+    plan: MergePlan, file: FilePlan, folder: Path, opened: ExitStack
+) -> tuple[list[tuple[Slot, int]], list[tuple[Path, int, int, int, int]]]:
+    """Make an output file with its header; return its tensors that are to be changed, and its ranges to be copied."""
+    rewritten = plan.rewritten()
+    target = folder / file.name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = opened.enter_context(files.descriptor(target, os.O_RDWR | os.O_CREAT | os.O_EXCL))
+    os.truncate(descriptor, file.size)
+    files.write_from(descriptor, memoryview(file.header), 0)
+    work = [(slot, descriptor) for slot in file.slots if slot.name in rewritten]
+    ranges = _copy_ranges(plan, [slot for slot in file.slots if slot.name not in rewritten])
+    return work, [(*part, descriptor) for part in ranges]
 
 
 def _with_numpy(job: _Job, stack: ExitStack) -> Callable[[Slot, int], TensorResult]:
