@@ -87,17 +87,17 @@ def test_several_adapters_of_both_signs(dtype: str, size: float, tmp_path: Path)
     expect_rounded_once(found, weights, adapters, DTYPES[dtype])
 
 
-@pytest.mark.parametrize("dtype", ["BF16", "F16"])
-def test_results_near_zero(dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stored", "out"), [("BF16", "BF16"), ("F16", "F16"), ("F32", "BF16")])
+def test_results_near_zero(stored: str, out: str, tmp_path: Path) -> None:
     """Where ΔW undoes W all over, float32 sums keep few right digits; still no result is off by more than a unit."""
     adapter = lora({"a": (400, 500)}, rank=8, scale=0.3, weight=0.3)
-    weights = {"a.weight": (-adapter.delta("a")).to(DTYPES[dtype])}
+    weights = {"a.weight": (-adapter.delta("a")).to(DTYPES[stored])}
     base, paths = save(tmp_path, weights, [adapter])
-    merge(base, paths, tmp_path / "out", weights=[0.3])
+    merge(base, paths, tmp_path / "out", weights=[0.3], dtype=out)
     found = load(tmp_path / "out")
-    expect_rounded_once(found, weights, [adapter], DTYPES[dtype], ties=0.05)
+    expect_rounded_once(found, weights, [adapter], DTYPES[out], ties=0.05)
     left = found["a.weight"].double().norm() / weights["a.weight"].double().norm()
-    assert 0 < float(left) < 2.0 ** -PRECISION[DTYPES[dtype]]
+    assert 0 < float(left) < 2.0 ** -PRECISION[DTYPES[stored]]
 
 
 def test_order_threads_and_tiles_do_not_show(tmp_path: Path) -> None:
@@ -149,6 +149,21 @@ def test_cast(dtype: str, out: str, tmp_path: Path) -> None:
     assert {W.dtype for W in found.values()} == {DTYPES[out]}
     assert same_bytes(found["norm.weight"], weights["norm.weight"].to(DTYPES[out]))
     expect_rounded_once(found, weights, [adapter], DTYPES[out])
+
+
+@pytest.mark.parametrize("out", ["BF16", "F32", "F64"])
+def test_conv1d_is_stored_transposed(out: str, tmp_path: Path) -> None:
+    """A square weight shows by its numbers only."""
+    shapes = {"h.0.attn.c_proj": (96, 96), "h.0.mlp.c_fc": (200, 96)}
+    weights = {
+        f"{name}.weight": W.T.contiguous()
+        for name, W in zip(shapes, weights_of(shapes, torch.bfloat16).values(), strict=True)
+    }
+    adapter = lora(shapes)
+    base, paths = save(tmp_path, weights, [adapter], model_type="gpt2")
+    merge(base, paths, tmp_path / "out", dtype=out)
+    found = {name: W.T for name, W in load(tmp_path / "out").items()}
+    expect_rounded_once(found, {name: W.T for name, W in weights.items()}, [adapter], DTYPES[out])
 
 
 def test_retention_is_the_projection(tmp_path: Path) -> None:

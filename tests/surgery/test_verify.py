@@ -115,6 +115,19 @@ def test_faults_in_touched_tensors(fault: str, dtype: str, size: float, tmp_path
         assert failed == (wrong or ["a.weight", "b.weight", "square.weight"])
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.0, WEIGHT, 2.0, -1.0])
+def test_a_change_below_one_unit_of_every_element(factor: float, tmp_path: Path) -> None:
+    """No element is far off then, whatever was applied; but what survives of a change shows how large it was."""
+    W = (random(128, 96).sign() * (0.5 + 0.5 * random(128, 96, seed=3).abs().clamp(max=0.99))).to(torch.bfloat16)
+    given = lora({"a": (128, 96)}, scale=0.011)
+    base = save_base(tmp_path / "base", {"a.weight": W})
+    delta = given.delta("a")
+    assert float(delta.abs().max()) < 2.0**-8
+    model = save_base(tmp_path / "model", {"a.weight": (W.double() + factor * delta).to(W.dtype)})
+    for exact in (False, True):
+        assert verify(model, base, [save_adapter(tmp_path / f"{exact}", given)], exact=exact).ok is (factor == 1)
+
+
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
 def test_how_much_was_applied(dtype: str, tmp_path: Path) -> None:
     """⟨ΔW', ΔW⟩/‖ΔW‖² and ‖E‖/‖ΔW'‖, estimated by probes, against the same in full."""
