@@ -12,8 +12,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from loratools.dialects import _regex
+from loratools.errors import UnsupportedAdapter
+
 MAX_PATTERN = 20_000
 """Characters of one regular expression; the longest that trainers write have a few hundred."""
+
+MAX_NAME = 1_000
+"""Characters of a module name in which layers are counted; real ones have about fifty."""
 
 ALL_LINEAR = "all-linear"
 
@@ -66,6 +72,8 @@ class Targets:
     def _in_layers(self, module: str) -> bool:
         if not self.layers:
             return True
+        if len(module) > MAX_NAME:
+            raise UnsupportedAdapter(f"a module name of {len(module)} characters: {module[:80]!r}")
         # The first numbered segment is the layer; a greedy search would find an expert's number.
         patterns = [rf"(?:^|.*?\.){name}\.(?P<index>\d+)\." for name in self.layers_pattern] or [
             r".*?\.[^.]*\.(?P<index>\d+)\."
@@ -85,13 +93,13 @@ def pattern_key(patterns: Iterable[str], module: str) -> str | None:
 
 
 def begins(pattern: str, text: str) -> bool:
-    """`re.match`, compiled once."""
-    return compiled(pattern).match(text) is not None
+    """Tell what `re.match` would, in bounded time."""
+    return _regex.matches(pattern, text, whole=False)
 
 
 def fullmatch(pattern: str, text: str) -> bool:
-    """`re.fullmatch`, compiled once."""
-    return compiled(pattern).fullmatch(text) is not None
+    """Tell what `re.fullmatch` would, in bounded time."""
+    return _regex.matches(pattern, text, whole=True)
 
 
 @lru_cache(maxsize=4096)
@@ -103,10 +111,8 @@ def compiled(pattern: str) -> re.Pattern[str]:
         raise ValueError(
             f"{pattern[:80]!r} repeats a group that can match in several ways, which may take exponential time"
         )
-    try:
-        return re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{pattern[:80]!r} is not a regular expression: {error}") from None
+    _regex.check(pattern)
+    return re.compile(pattern)
 
 
 def repeats_within_repeats(pattern: str) -> bool:
@@ -132,6 +138,9 @@ def repeats_within_repeats(pattern: str) -> bool:
     return False
 
 
+_PLAIN = re.compile(r"[\w.-]+")
+
+
 def problems(document: Mapping[str, Any]) -> list[str]:
     """List the regular expressions of a config that cannot be used."""
     found = []
@@ -145,7 +154,7 @@ def problems(document: Mapping[str, Any]) -> list[str]:
         expressions += [(field, rf"(.*\.)?({key})$") for key in document.get(field) or ()]
     pattern = document.get("layers_pattern") or ()
     pattern = (pattern,) if isinstance(pattern, str) else pattern
-    expressions += [("layers_pattern", rf"(?:^|.*?\.){name}\.(?P<index>\d+)\.") for name in pattern]
+    found += [f"layers_pattern: {name[:80]!r} is no plain name" for name in pattern if not _PLAIN.fullmatch(name)]
     for field, expression in expressions:
         try:
             compiled(expression)
