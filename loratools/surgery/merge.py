@@ -92,7 +92,10 @@ def prepare(
     base = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
     opened = [adapter if isinstance(adapter, Adapter) else dialects.open_adapter(adapter) for adapter in adapters]
     paths = [None if isinstance(adapter, Adapter) else Path(adapter) for adapter in adapters]
-    _refuse_inputs(output, [base.path, base.root if base.path.is_dir() else None, *paths])
+    # By their own places too: an adapter may come opened, and the files of a base may be links.
+    own = {lazy.spec.file for adapter in opened for lazy in adapter.tensors().values() if lazy.spec}
+    own |= {shard.path for shard in base.shards}
+    _refuse_inputs(output, [base.path, base.root if base.path.is_dir() else None, *paths, *sorted(own)])
     digests = tuple(identity.checked_digest(a, str(p or "adapter")) for a, p in zip(opened, paths, strict=True))
     identity.refuse_second_merge(base, digests, companions.RECORD)
     settled, decided = settle(base, opened, strict=check_base == "strict")
