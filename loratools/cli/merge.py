@@ -47,6 +47,9 @@ _ENOUGH = 0.9  # delta retention under which a merge is warned about
     help="Measure how much of the change survives rounding, on a sample of tiles, on all, or not.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses the sampled tiles.")
+@click.option(
+    "--keep-residual", is_flag=True, help="Keep what rounding destroys, so that `loratools unmerge` restores every bit."
+)
 @options.device_option
 @options.threads_option
 @options.dry_run_option
@@ -65,6 +68,7 @@ def command(
     check_base: str,
     retention: str,
     seed: int,
+    keep_residual: bool,
     device: str,
     threads: int | None,
     dry_run: bool,
@@ -104,8 +108,11 @@ def command(
     plan = prepared.to_json()
     if dry_run:
         return show.Report({"dry_run": True, **plan}, _plan(prepared, plan))
-    with talk.progress("merging", plan["bytes"]["written"]) as advance:
-        report = execute(prepared, device=device, retention=retention, seed=seed, force=force, progress=advance)
+    with talk.progress("merging", plan["bytes"]["written"] + keep_residual * plan["bytes"]["changed"]) as advance:
+        report = execute(
+            prepared, device=device, retention=retention, seed=seed, keep_residual=keep_residual, force=force,
+            progress=advance,
+        )  # fmt: skip
     for warning in report.warnings:
         talk.warn(warning)
     if report.retention is not None and report.retention < _ENOUGH:
@@ -150,5 +157,10 @@ def _report(report: MergeReport) -> Iterator[str]:
             ("wrote", show.size(report.bytes_written)),
             ("base", base),
             ("retention", kept),
+            *(
+                [("residual", f"{show.size(left.nbytes)}, {left.share:.2%} of the bytes that were touched")]
+                if (left := report.residual)
+                else []
+            ),
         ]
     )

@@ -15,6 +15,7 @@ from loratools.storage.checkpoint import Checkpoint, read_json
 from loratools.surgery.convert import convert
 from loratools.surgery.inspect import AdapterSummary, inspect
 from loratools.surgery.merge import merge
+from loratools.surgery.unmerge import unmerge
 from loratools.surgery.verify import verify
 
 PROMPT = b"FIRST LORD.\n"
@@ -98,6 +99,22 @@ def _verify(folder: Path) -> Stop:
     )
 
 
+def _unmerge(folder: Path) -> Stop:
+    made = merge(folder / "base", [folder / "sealed"], folder / "kept", keep_residual=True)
+    found = unmerge(folder / "kept", [folder / "adapter"], folder / "unmerged")
+    if found.proved != "root hash" or made.residual is None:
+        raise RuntimeError("the base model did not come back")
+    return Stop(
+        "Take it out again, without the base: what rounding destroyed was kept beside the merged model.",
+        "loratools merge base sealed -o kept --keep-residual && loratools unmerge kept adapter -o unmerged",
+        (
+            f"the residual takes {made.residual.nbytes:,} bytes, {made.residual.share:.2%} of what the merge touched",
+            f"every bit is the base's: root hash {found.root}",
+        ),
+        {"residual": made.residual.nbytes, "share": made.residual.share, "root": found.root},
+    )
+
+
 def _losses(folder: Path) -> Stop:
     from loratools.demo.llama import LlamaShape, generate, held_out_loss
 
@@ -154,5 +171,5 @@ def _wrong_base(folder: Path) -> Stop:
     )
 
 
-STOPS: tuple[Callable[[Path], Stop], ...] = (_inspect, _seal, _merge, _verify, _losses, _wrong_base)
+STOPS: tuple[Callable[[Path], Stop], ...] = (_inspect, _seal, _merge, _verify, _unmerge, _losses, _wrong_base)
 """The stops, in order; a later capability adds its own."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from loratools.storage import atomic, digest
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery import companions, identity
 from loratools.surgery.execute import Settings, write_weights
+from loratools.surgery.hash import hash_tensors
+from loratools.surgery.keep import Kept, keep
 from loratools.surgery.plan import MergePlan, plan_merge
 from loratools.surgery.replacing import Account, accounts, settle
 
@@ -51,6 +53,7 @@ class MergeReport:
     """What a merge did. `retention` is ⟨W' − W, ΔW⟩/‖ΔW‖² in total, `by_tensor` the same for each changed tensor.
 
     `consumed` says for each adapter what became of its tensors: all of them are applied, replaced or passed over.
+    `residual` is what it takes to restore the base exactly, where that was kept.
     """
 
     output: str
@@ -64,6 +67,7 @@ class MergeReport:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     consumed: tuple[Account, ...] = ()
+    residual: Kept | None = None
 
 
 def prepare(
@@ -106,7 +110,7 @@ def prepare(
     plan = replace(plan, notes=(*plan.notes, *decided))
     sources = companions.companions(base, paths)
     record = identity.merge_record(base, opened, weights, digests)
-    record |= {"dtype": dtype, "tied": tied if plan.config or len(plan.changes) != len(base.specs) else None}
+    record |= {"dtype": dtype, "tied": tied if tied != "error" else None}
     threads = threads or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
     return Merge(plan, output, sources, record, digests, threads, tuple(accounts(plan, opened)))
 
@@ -119,6 +123,7 @@ def merge(
     device: str = "cpu",
     retention: str = "sample",
     seed: int = 0,
+    keep_residual: bool = False,
     force: bool = False,
     progress: Progress = lambda _: None,
     **options: Any,
@@ -128,11 +133,15 @@ def merge(
     W' = W + Σ wᵢ·sᵢ·Bᵢ·Aᵢ, accumulated in float32 (float64 for a float64 base) and rounded once, to nearest even, to
     the base's dtype. `options` are those of `prepare`. `retention` is `sample`, `full` or `off`; `seed` chooses the
     sampled tiles. Untouched tensors are copied byte for byte; the output appears only when it is complete.
+    `keep_residual` writes beside them what rounding destroyed (`surgery/residual.py`) and records the base's root hash.
 
     Raises what `prepare` raises, `WrongBase` when a tensor read is not the recorded one, and `NoSpace`.
     """
     prepared = prepare(base, adapters, output, force=force, **options)
-    return execute(prepared, device=device, retention=retention, seed=seed, force=force, progress=progress)
+    return execute(
+        prepared, device=device, retention=retention, seed=seed, keep_residual=keep_residual, force=force,
+        progress=progress,
+    )  # fmt: skip
 
 
 def execute(
@@ -141,6 +150,7 @@ def execute(
     device: str = "cpu",
     retention: str = "sample",
     seed: int = 0,
+    keep_residual: bool = False,
     force: bool = False,
     progress: Progress = lambda _: None,
 ) -> MergeReport:
@@ -155,13 +165,21 @@ def execute(
     with atomic.new_folder(prepared.output, force=force) as scratch:
         settings = Settings(prepared.digests, prepared.threads, device, retention, seed)
         results = write_weights(plan, scratch, settings, progress)
-        kept, total = sum(r.retained for r in results), sum(r.total for r in results)
-        rate = kept / total if total else None
+        retained, total = sum(r.retained for r in results), sum(r.total for r in results)
+        rate = retained / total if total else None
+        {result.name: result.digests[digest.DEFAULT] for result in results if result.digests}
         record = prepared.record | {
             "base": prepared.record["base"]
-            | {"tensors": {r.name: r.digests[digest.DEFAULT] for r in results if r.digests}},
+            | {
+                "tensors": {
+                    r.name: r.digests[digest.DEFAULT] for r in results if r.digests and r.name in plan.base.specs
+                }
+            },
             "retention": rate,
         }
+        kept = keep(plan, scratch, prepared.threads, progress) if keep_residual else None
+        if kept:
+            record["base"]["root"] = _root(plan, record["base"]["tensors"], prepared.threads)
         companions.write_companions(plan, prepared.sources, record, scratch)
     return MergeReport(
         output=str(prepared.output),
@@ -175,7 +193,14 @@ def execute(
         notes=plan.notes,
         warnings=tuple(warning for result in results for warning in result.warnings),
         consumed=prepared.accounts,
+        residual=kept,
     )
+
+
+def _root(plan: MergePlan, known: Mapping[str, str], threads: int) -> str:
+    """Return the root hash of the base; `known` are the digests that the merge has worked out already."""
+    rest = {name: spec for name, spec in plan.base.specs.items() if name not in known}
+    return digest.root({**known, **hash_tensors(rest, digest.DEFAULT, threads)})
 
 
 def _refuse_inputs(output: Path, inputs: Sequence[Path | None]) -> None:

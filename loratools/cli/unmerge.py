@@ -1,0 +1,82 @@
+"""loratools unmerge"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from loratools.cli import _options as options
+from loratools.cli import _show as show
+from loratools.cli._group import command as make
+from loratools.cli._talk import Talk, pass_talk
+
+if TYPE_CHECKING:
+    from loratools.surgery.unmerge import Unmerge
+
+_WAYS = {
+    "base": "copied from the base",
+    "residual": "restored from the merged model and its residual, bit for bit",
+    "approximate": "APPROXIMATE: W' − ΔW, without what rounding destroyed",
+}
+
+
+@make(section="Change")
+@click.argument("model", type=options.CHECKPOINT)
+@click.argument("adapters", type=options.ADAPTER, nargs=-1, required=True, metavar="ADAPTER...")
+@options.output_option
+@click.option("--base", type=options.CHECKPOINT, metavar="PATH", help="The base model, where it is at hand.")
+@options.weight_option
+@options.threads_option
+@options.force_option
+@pass_talk
+def command(
+    talk: Talk,
+    model: Path,
+    adapters: tuple[Path, ...],
+    output: Path,
+    base: Path | None,
+    weights: tuple[float, ...],
+    threads: int | None,
+    force: bool,
+) -> show.Report:
+    """Take adapters out of a merged model again.
+
+    With --base, the base is copied and held against what the merge recorded of it. With the residual that `merge
+    --keep-residual` left beside the model, every bit is restored from the model and the adapters alone, and the result
+    is proved by the hash of the base that was recorded at the merge. With neither, the result is W' - ΔW in float32,
+    rounded once: it is said to be approximate, and how far it can be from the base.
+
+    \b
+    Examples:
+      loratools unmerge merged adapter -o unmerged --base base
+      loratools unmerge merged adapter -o unmerged
+    """
+    from loratools.storage.checkpoint import Checkpoint
+    from loratools.surgery.unmerge import unmerge
+
+    if weights and len(weights) != len(adapters):
+        raise click.UsageError(f"{len(weights)} weight(s) for {len(adapters)} adapter(s); give -w once for each")
+    with talk.progress("unmerging", Checkpoint.open(base or model).nbytes) as advance:
+        report = unmerge(
+            model, adapters, output, base=base, weights=weights or None, threads=threads, force=force, progress=advance
+        )
+    for note in report.notes:
+        talk.warn(note)
+    return show.Report(show.plain(report), _lines(report))
+
+
+def _lines(report: Unmerge) -> Iterator[str]:
+    exact = "0: every bit is the base's"
+    yield from show.fields(
+        [
+            ("unmerged", report.output),
+            ("how", _WAYS[report.method]),
+            ("restored", f"{report.restored} of {report.tensors} tensors"),
+            ("proved by", report.proved or "nothing"),
+            *([("root hash", report.root)] if report.root else []),
+            ("error", f"at most {report.error_bound:.3g} in any element" if report.error_bound else exact),
+        ]
+    )
