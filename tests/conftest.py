@@ -72,6 +72,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     adapter/  a PEFT LoRA for it: rank 4, alpha 8, q_proj and v_proj; other/ another, rank 2, on all linear layers
     sealed/   adapter/ in the loratools format, with the hash of base/
     merged/   base + adapter, computed in float64 and rounded once
+    tuned/    a full fine-tune of base/: other numbers in every tensor but the embedding and the head
     """
     from loratools.dialects import open_adapter
     from loratools.format import writer
@@ -85,6 +86,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.save_peft(folder / "adapter", factors)
     tiny.save_peft(folder / "other", tiny.lora_factors(tiny.SHAPES, rank=2, seed=2), alpha=2)
     tiny.save_llama(folder / "merged", tiny.merged_weights(weights, factors, 8 / 4))
+    tiny.save_llama(folder / "tuned", tiny.tuned_weights(weights))
     adapter = open_adapter(folder / "adapter")
     touched = {module: f"{module}.weight" for module in factors}
     identity = hash_checkpoint(Checkpoint.open(folder / "base"), include=touched.values())

@@ -19,9 +19,11 @@ _MOST = 10  # modules shown unless all are asked for
 
 
 @make(section="Look")
-@click.argument("first", type=options.PATH)
-@click.argument("second", type=options.PATH)
-@click.option("--base", type=options.PATH, metavar="PATH", help="Base model, to measure amplification factors too.")
+@click.argument("first", type=options.ADAPTER)
+@click.argument("second", type=options.ADAPTER)
+@click.option(
+    "--base", type=options.CHECKPOINT, metavar="PATH", help="Base model, to measure amplification factors too."
+)
 @click.option("--modules", is_flag=True, help="Print every module, not only the least alike.")
 @click.option("--grid", metavar="MODULE", help="Print the whole grid of similarities of one module.")
 def command(first: Path, second: Path, base: Path | None, modules: bool, grid: str | None) -> show.Report:

@@ -25,8 +25,8 @@ _SHOWN = 8  # patterns of one class in the text
 
 
 @make(section="Change")
-@click.argument("base", type=options.PATH)
-@click.argument("tuned", type=options.PATH)
+@click.argument("base", type=options.CHECKPOINT)
+@click.argument("tuned", type=options.CHECKPOINT)
 @options.output_option
 @click.option("--rank", type=click.IntRange(min=1), metavar="R", help="The same rank everywhere.  [default: 32]")
 @click.option("--energy", type=float, metavar="SHARE", help="Per layer, the least rank that keeps this share of ΔW².")
@@ -56,7 +56,12 @@ _SHOWN = 8  # patterns of one class in the text
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sketches.")
 @click.option("--base-id", metavar="NAME", help="Name of the base model to record, such as org/model.")
 @click.option("--layers", is_flag=True, help="Print the certificate of every layer, not only the total.")
-@options.threads_option
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Threads to work with; another number may change the last bits of factors.  [default: one per core]",
+)
 @options.dry_run_option
 @options.force_option
 @pass_talk
@@ -73,6 +78,7 @@ def command(talk: Talk, /, base: Path, tuned: Path, output: Path, **given: Any) 
       loratools extract-svd base tuned -o extracted
       loratools extract-svd base tuned -o small --energy 0.9 --max-rank 64 --layers
       loratools extract-svd base tuned -o served --budget 64MB --uniform --drop-whole
+      loratools extract-svd base tuned -o extracted --dry-run
     """
     from loratools.storage.checkpoint import Checkpoint
     from loratools.surgery.extract import extract, plan

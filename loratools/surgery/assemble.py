@@ -85,15 +85,19 @@ def assemble(
     identity = replace(identity, tensors={name: identity.tensors[name] for name in touched})
     layers = [one.layer for one in factored if one.layer]
     if pairing.head:  # one weight, which PEFT saves under both names
-        kept |= {pairing.head: kept[one.pair.path] for one in whole if _main(one, base)}
+        kept |= {path: kept[one.pair.path] for one in whole if _main(one, base) for path in [pairing.head]}
     step = _step(layers, outcomes, pairing, settings, identity, tuned_root)
     adapter = Adapter(built, kept, identity, (step,), "loratools", _settings(base, tuned, pairing, factored, whole))
     return Assembled(adapter, outcomes, _card(identity, outcomes, layers), _notes(outcomes))
 
 
-def tokenizer_files(base: Checkpoint, tuned: Checkpoint) -> list[Path]:
-    """Return the fine-tune's tokenizer files that the base lacks or has otherwise: they belong to the change."""
-    names = sorted(TOKENIZER_FILES) if tuned.path.is_dir() else []
+def companion_files(base: Checkpoint, tuned: Checkpoint, outcomes: Iterable[Outcome]) -> list[Path]:
+    """Return files of the fine-tune that belong to the change: tokenizer files that the base lacks or has otherwise.
+
+    Its config.json comes along where tensors are new or have another shape, for `merge` to follow.
+    """
+    reshaped = any(one.outcome == "whole" and one.pair.reshaped for one in outcomes)
+    names = sorted(TOKENIZER_FILES | ({"config.json"} if reshaped else set())) if tuned.path.is_dir() else []
     found = [tuned.root / name for name in names if (tuned.root / name).is_file()]
     old = {path: base.root / path.name for path in found}
     return [path for path in found if not (old[path].is_file() and old[path].read_bytes() == path.read_bytes())]

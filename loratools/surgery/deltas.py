@@ -23,10 +23,10 @@ TILE = 4 << 20
 class Delta:
     """What one pass over W (base) and W' (fine-tune) found.
 
-    `base_norm2` = ‖W‖_F², `norm2` = ‖W' − W‖_F², both summed in float64. `identical` says that no value differs,
-    `rows` lists the rows (of the first dimension) that do, where D is not kept. `D` is W' − W in float32 (float64 where
-    one of them is), as a matrix (first dimension, the rest), if it was asked for. `digests` are those of base and
-    fine-tune. `noise2` is the energy that rounding W' to its dtype alone accounts for, estimated from a sample.
+    `norm2` = ‖W' − W‖_F² and, where D is kept, `base_norm2` = ‖W‖_F², in float64. `identical` says that no value
+    differs, `rows` lists the rows (of the first dimension) that do, where D is not kept. `D` is W' − W in float32
+    (float64 where one of them is), as a matrix (first dimension, the rest), if it was asked for. `digests` are those of
+    base and fine-tune. `noise2` is the energy that rounding W' to its dtype alone accounts for, from a sample.
     """
 
     base_norm2: float
@@ -54,7 +54,7 @@ def read_delta(base: TensorSpec, tuned: TensorSpec, progress: Progress, *, keep:
     for raw, (before, after) in _tiles(base, tuned, columns):
         for hasher, piece in zip(hashers, raw, strict=True):
             hasher.update(piece)
-        base_norm2 += squared_norm(before.to(wide))
+        base_norm2 += squared_norm(before.to(wide)) if keep else 0.0
         count = len(after)
         if base.dtype == tuned.dtype and bytes(raw[0]) == bytes(raw[1]):
             if D is not None:

@@ -16,7 +16,7 @@ from loratools.format import manifest
 from loratools.storage import atomic
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.allocate import Ranks
-from loratools.surgery.assemble import Outcome, assemble, tokenizer_files
+from loratools.surgery.assemble import Outcome, assemble, companion_files
 from loratools.surgery.certificate import Total, total
 from loratools.surgery.deltas import Progress
 from loratools.surgery.factor import Settings
@@ -100,7 +100,7 @@ def extract(
         for file in sorted(target.iterdir()):
             file.rename(scratch / file.name)
         target.rmdir()
-        for source in tokenizer_files(base, tuned):
+        for source in companion_files(base, tuned, made.outcomes):
             (scratch / source.name).write_bytes(source.read_bytes())
         (scratch / "README.md").write_text(made.card, encoding="utf-8")
     energy = sum(one.norm2 for one in made.outcomes)

@@ -25,7 +25,7 @@ class Pair:
     `name` is what it is called there, `base` the tensor it came from (None: it is new), `path` the module in the base
     where `plan` is `factor`, else the parameter's path. `plan` says what happens if the two differ: `factor`, `whole`
     or `drop`; `why` gives the reason of the latter two. `kind` is one of `selection.KINDS` or `other`; `transposed`
-    weights are stored [in, out].
+    weights are stored [in, out], `reshaped` ones are new or had another shape.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Pair:
     kind: str
     why: str = ""
     transposed: bool = False
+    reshaped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +142,11 @@ def _decide(
     kind, transposed = kinds.of(path, after.shape)
     if why := selection.dropped(path):
         return Pair(name, source, path, "drop", kind, why, transposed)
+    reshaped = before is None or before.shape != after.shape
     whole = _why_whole(path, kind, after, before, selection)
     if whole is None:
         return Pair(name, source, path.removesuffix(".weight"), "factor", kind, "", transposed)
-    return Pair(name, source, path, "drop" if selection.drop_whole else "whole", kind, whole, transposed)
+    return Pair(name, source, path, "drop" if selection.drop_whole else "whole", kind, whole, transposed, reshaped)
 
 
 def _why_whole(path: str, kind: str, spec: TensorSpec, source: TensorSpec | None, selection: Selection) -> str | None:

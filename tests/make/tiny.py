@@ -119,3 +119,17 @@ def merged_weights(
         W = weights[f"{module}.weight"]
         merged[f"{module}.weight"] = (W.double() + scaling * (B.double() @ A.double())).to(W.dtype)
     return merged
+
+
+def tuned_weights(weights: Mapping[str, Tensor], seed: int = 3) -> dict[str, Tensor]:
+    """Return a full fine-tune: a falling spectrum on every linear layer, other norms, the same embedding and head."""
+    generator = torch.Generator().manual_seed(seed)
+    tuned = dict(weights)
+    for name, W in weights.items():
+        if ".layers." in name and W.ndim == 2:
+            scales = 0.02 * torch.arange(1, 17).float() ** -1.0
+            left = torch.randn(W.shape[0], 16, generator=generator) * scales
+            tuned[name] = (W.float() + left @ torch.randn(16, W.shape[1], generator=generator)).to(W.dtype)
+        elif W.ndim == 1:
+            tuned[name] = (W.float() * (1 + 0.05 * torch.randn(W.shape, generator=generator))).to(W.dtype)
+    return tuned
