@@ -116,3 +116,17 @@ def units_off(found: Tensor, wanted: Tensor) -> Tensor:
 
     assert found.dtype == wanted.dtype
     return (ordinal(found) - ordinal(wanted)).abs()
+
+
+def save(folder: Path, weights: dict[str, Tensor], adapters: list[Lora], **options: object) -> tuple[Path, list[Path]]:
+    """Write a base and adapters for it; return where they are."""
+    base = save_base(folder / "base", weights, **options)  # type: ignore[arg-type]
+    return base, [save_adapter(folder / f"adapter{i}", one) for i, one in enumerate(adapters)]
+
+
+def weights_of(shapes: dict[str, tuple[int, int]], dtype: torch.dtype, scale: float = 0.05) -> dict[str, Tensor]:
+    """Return random weights of modules."""
+    return {
+        f"{name}.weight": random(*shape, seed=i, scale=scale, dtype=dtype)
+        for i, (name, shape) in enumerate(shapes.items())
+    }

@@ -1,0 +1,63 @@
+"""The factors of updates, for analysis in factor space: s·left·right, whatever the kind calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from loratools.adapter.model import Adapter
+from loratools.adapter.resolve import Placement
+from loratools.adapter.updates import Update
+from loratools.adapter.updates._product import LowRank
+
+if TYPE_CHECKING:
+    import torch
+
+    from loratools.storage.checkpoint import Checkpoint
+
+
+def low_rank(update: Update) -> LowRank | None:
+    """Return the low-rank part of an update, DoRA's without its magnitude; None for a kind that has none."""
+    inner = getattr(update, "inner", update)
+    return inner if isinstance(inner, LowRank) else None
+
+
+def products(adapter: Adapter) -> dict[str, LowRank]:
+    """Return module -> low-rank part, for the modules that have one."""
+    return {module: part for module, update in adapter.updates.items() if (part := low_rank(update)) is not None}
+
+
+def load(part: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return B (rows, r) with the scaling folded in, and A (r, columns), both float64: ΔW = B·A as a matrix."""
+    left, right = part.matrices()
+    return left.double() * part.scaling, right.double()
+
+
+def base_matrix(checkpoint: Checkpoint, placements: Iterable[Placement]) -> torch.Tensor:
+    """Return the base weight under one update as that update's ΔW is laid out, in float64, (rows, columns).
+
+    The placements are those of one module: several where the base stores its projections apart or fused.
+    """
+    import torch
+
+    placements = list(placements)
+    rows = max(placement.site.part_rows.stop for placement in placements)
+    W: torch.Tensor | None = None
+    for placement in placements:
+        site = placement.site
+        block = checkpoint.read(site.tensor).view(site.matrix)[slice(*site.rows), slice(*site.columns)].double()
+        block = block.T if site.transposed else block
+        if W is None:
+            W = torch.zeros(rows, block.shape[1], dtype=torch.float64)
+        W[site.part_rows] = block
+    assert W is not None
+    return W
+
+
+def by_module(placements: Iterable[Placement]) -> Mapping[str, list[Placement]]:
+    """Group placements of weights by module; those of biases are left out."""
+    found: dict[str, list[Placement]] = {}
+    for placement in placements:
+        if low_rank(placement.update) is not None:
+            found.setdefault(placement.module, []).append(placement)
+    return found
