@@ -40,6 +40,11 @@ class Mixed(nn.Module):
         return X
 
 
+def mixed() -> Any:
+    """Return the plain module; what its attributes are, nn.Module does not tell."""
+    return Mixed()
+
+
 def save_mixed(folder: Path, model: nn.Module) -> Path:
     """Save a plain module as a checkpoint."""
     folder.mkdir()
@@ -109,7 +114,7 @@ MIXED: Mapping[str, tuple[dict[str, Any], int]] = {
 @pytest.mark.parametrize("name", sorted(MIXED))
 def test_a_module_of_every_kind(name: str, tmp_path: Path) -> None:
     settings, changed = MIXED[name]
-    base = Mixed()
+    base = mixed()
     folder = save_mixed(tmp_path / "base", base)
     train(base, **settings).save_pretrained(tmp_path / "adapter")
     report, worst = against_peft(base, folder, tmp_path / "adapter", tmp_path)
@@ -152,7 +157,7 @@ def test_dora_in_bfloat16(tmp_path: Path) -> None:
 def test_several_adapters_compose_as_in_peft(second: dict[str, Any], transposed: bool, tmp_path: Path) -> None:
     from peft import PeftModel
 
-    base = FAMILIES["gpt2"].build() if transposed else Mixed()
+    base = FAMILIES["gpt2"].build() if transposed else mixed()
     targets = ["c_attn", "wte"] if transposed else ["linear", "conv2", "embed"]
     if transposed:
         base.save_pretrained(tmp_path / "base")
@@ -179,7 +184,7 @@ def test_several_adapters_compose_as_in_peft(second: dict[str, Any], transposed:
 def test_a_weight_scales_s_as_set_scale_does(tmp_path: Path) -> None:
     from peft import PeftModel
 
-    base = Mixed()
+    base = mixed()
     folder = save_mixed(tmp_path / "base", base)
     train(base, target_modules=["linear", "conv2", "embed"], use_dora=True).save_pretrained(tmp_path / "adapter")
     peft = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter")
@@ -192,7 +197,7 @@ def test_a_weight_scales_s_as_set_scale_does(tmp_path: Path) -> None:
 
 
 def test_a_feature_without_a_direction(tmp_path: Path) -> None:
-    base = Mixed()
+    base = mixed()
     with torch.no_grad():
         base.linear.weight[2] = 0
     folder = save_mixed(tmp_path / "base", base)
@@ -205,7 +210,7 @@ def test_a_feature_without_a_direction(tmp_path: Path) -> None:
 
 
 def test_a_bias_that_the_base_lacks(tmp_path: Path) -> None:
-    base = Mixed()
+    base = mixed()
     train(base, target_modules=["linear"], lora_bias=True).save_pretrained(tmp_path / "adapter")
     base.linear.bias = None
     with pytest.raises(IncompatibleAdapter) as raised:
@@ -227,7 +232,7 @@ def test_grouped_convolutions_are_refused_as_in_peft(tmp_path: Path) -> None:
 
 
 def test_half_of_a_tensor_trained_whole(tmp_path: Path) -> None:
-    base = Mixed()
+    base = mixed()
     folder = save_mixed(tmp_path / "base", base)
     train(base, target_modules=["linear"], modules_to_save=["score"]).save_pretrained(tmp_path / "adapter")
     with pytest.raises(IncompatibleAdapter) as raised:
