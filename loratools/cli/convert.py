@@ -21,7 +21,22 @@ if TYPE_CHECKING:
 @click.argument("adapter", type=options.ADAPTER)
 @options.output_option
 @click.option("--to", metavar="DIALECT", default="loratools", show_default=True, help="See `loratools dialects`.")
-@click.option("--base", type=options.CHECKPOINT, metavar="PATH", help="Seal the adapter with the hash of this base model.")
+@click.option(
+    "--base", type=options.CHECKPOINT, metavar="PATH", help="Seal the adapter with the hash of this base model."
+)
+@click.option(
+    "--profile",
+    type=click.Choice(["serving", "vllm", "sglang"]),
+    help="With --to peft: as this consumer reads it, or refused; serving is what all of them read.",
+)
+@click.option(
+    "--alpha", type=float, metavar="NUMBER", help="The alpha it was trained with, for dialects that do not record it."
+)
+@click.option(
+    "--enable-lora",
+    metavar="T,F,T",
+    help="Which projections of a fused weight have factors, for loralib's MergedLinear.",
+)
 @click.option("--base-id", metavar="NAME", help="Name of the base model to record, such as org/model.")
 @click.option("--allow-loss", is_flag=True, help="Write it even where the dialect cannot say everything.")
 @options.dialect_option
@@ -33,6 +48,9 @@ def command(
     output: Path,
     to: str,
     base: Path | None,
+    profile: str | None,
+    alpha: float | None,
+    enable_lora: str | None,
     base_id: str | None,
     allow_loss: bool,
     dialect: str | None,
@@ -43,23 +61,38 @@ def command(
     The result of `--to loratools` is still a PEFT adapter: it loads in PEFT unchanged. With --base it also carries the
     hash of every base tensor that it changes, so that merging it into any other model is refused.
 
+    Dialects that neither record a hash nor the names of modules take them from --base: kohya's flattened names are
+    looked up in it, GGUF's architecture and heads are read from its config.json.
+
     \b
     Examples:
       loratools convert adapter -o sealed --base base
+      loratools convert adapter -o served --to peft --profile serving --base base
       loratools convert sealed -o plain --to peft --allow-loss
     """
     from loratools import dialects
     from loratools.storage.checkpoint import Checkpoint
     from loratools.surgery.convert import convert
 
-    opened = dialects.open_adapter(adapter, dialect=dialect)
+    if profile and to != "peft":
+        raise click.UsageError("--profile is for --to peft")
     checkpoint = Checkpoint.open(base) if base else None
+    opened = dialects.open_adapter(
+        adapter, dialect=dialect, alpha=alpha, base=checkpoint, enabled=_switches(enable_lora) if enable_lora else None
+    )
     with talk.progress("hashing the base", checkpoint.nbytes if checkpoint else 0) as advance:
         found = convert(
-            opened, output, to=to, base=checkpoint, base_id=base_id, allow_loss=allow_loss, force=force,
-            progress=advance,
+            opened, output, to=to, base=checkpoint, base_id=base_id, profile=profile, allow_loss=allow_loss,
+            force=force, progress=advance,
         )  # fmt: skip
     return show.Report(show.plain(found), _lines(found))
+
+
+def _switches(text: str) -> tuple[bool, ...]:
+    found = [part.strip().lower() for part in text.split(",")]
+    if not set(found) <= {"t", "f", "true", "false"}:
+        raise click.UsageError(f"--enable-lora: expected T and F with commas, found {text!r}")
+    return tuple(part.startswith("t") for part in found)
 
 
 def _lines(found: Conversion) -> Iterator[str]:

@@ -104,7 +104,8 @@ def losses(adapter: Adapter) -> list[Loss]:
     layout = layout_of(adapter)
     if layout is None:
         known = ", ".join(sorted(ARCHITECTURES))
-        return [Loss("architecture", f"not known without the base model (--base); known are {known}")]
+        why = f"not known without the base model (--base); known are {known}"
+        return [Loss("architecture", why), *_losses.identity(adapter)]
     found = _losses.updates(adapter, "llama.cpp", ("lora", "embedding"), (A, B, A_EMBEDDING, B_EMBEDDING))
     kept = _losses.kept(adapter, found).updates
     stacks = _stacks(kept, layout)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,15 @@ from loratools.adapter.model import Adapter, BaseIdentity, Loss, Step
 from loratools.adapter.resolve import resolve
 from loratools.adapter.tied import apply_policy
 from loratools.adapter.whole import resolve_replacements
+from loratools.dialects import _peft_profiles
 from loratools.format import manifest
+from loratools.format.manifest import NO_DIGEST
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.hash import hash_checkpoint
 from loratools.surgery.identity import TOOL, adapter_digest
+
+BASE_CONFIG = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
+"""Fields of a base's config.json that an adapter keeps as `settings["base_config"]`: GGUF's layout depends on them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,21 +42,31 @@ def convert(
     to: str = "loratools",
     base: str | Path | Checkpoint | None = None,
     base_id: str | None = None,
+    profile: str | None = None,
     allow_loss: bool = False,
     force: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Conversion:
-    """Write an adapter in the dialect `to`, sealed with the hash of `base` when one is given.
+    """Write an adapter in the dialect `to`; with a `base`, sealed with its hash where the dialect can record one.
 
-    The bytes of the factors stay as they are wherever the dialect stores them alike. Losses are refused by name unless
-    `allow_loss`. Raises `LossyConversion`, `IncompatibleAdapter` when it does not fit the base, `OutputRefused`.
+    The base also tells what some dialects need to know (`BASE_CONFIG`). `profile` makes the adapter as one consumer of
+    PEFT adapters reads it (`serving`, `vllm`, `sglang`). The bytes of the factors stay as they are wherever the dialect
+    stores them alike. Losses are refused by name unless `allow_loss`. Raises `LossyConversion`, `IncompatibleAdapter`
+    when it does not fit the base, `OutputRefused`, `UnknownKind`.
     """
-    opened = adapter if isinstance(adapter, Adapter) else dialects.open_adapter(adapter)
-    opened = replace(opened, provenance=(*opened.provenance, _step(opened, to, base is not None)))
+    checkpoint = base if isinstance(base, Checkpoint) or base is None else Checkpoint.open(base)
+    opened = adapter if isinstance(adapter, Adapter) else dialects.open_adapter(adapter, base=checkpoint)
+    records = _records(to)
+    if records:
+        opened = replace(opened, provenance=(*opened.provenance, _step(opened, to, base is not None)))
     if base_id is not None:
         opened = replace(opened, base=replace(opened.base or BaseIdentity(), id=base_id))
-    if base is not None:
-        opened = seal(opened, base if isinstance(base, Checkpoint) else Checkpoint.open(base), progress)
+    if checkpoint is not None:
+        opened = _with_config(opened, checkpoint)
+        opened = seal(opened, checkpoint, progress) if records else _fitting(opened, checkpoint)
+    if profile is not None:
+        shapes = {name: spec.shape for name, spec in checkpoint.specs.items()} if checkpoint else None
+        opened = _peft_profiles.apply(opened, profile, shapes)
     losses = dialects.save_adapter(opened, output, dialect=to, allow_loss=allow_loss, force=force)
     return Conversion(str(output), to, adapter_digest(opened), len(opened.updates), opened.base, tuple(losses))
 
@@ -64,8 +79,8 @@ def seal(adapter: Adapter, base: Checkpoint, progress: Callable[[int], None] | N
     untied = apply_policy((adapter,), base.specs, base.config, "both").adapters[0]
     shapes = {name: spec.shape for name, spec in base.specs.items()}
     placements = resolve(untied, shapes, base.config)
-    touched = {placement.site.tensor for placement in placements}
     paths = {name: lazy for name, lazy in resolve_replacements(untied, shapes).items() if name in shapes}
+    touched = {placement.site.tensor for placement in placements} | paths.keys()
     hashes = hash_checkpoint(base, progress=progress)
     old = adapter.base or BaseIdentity()
     identity = BaseIdentity(
@@ -76,6 +91,30 @@ def seal(adapter: Adapter, base: Checkpoint, progress: Callable[[int], None] | N
         first.setdefault(placement.module, placement.site.tensor)
     first |= {path: tensor for path, lazy in untied.replacements.items() for tensor in paths if paths[tensor] is lazy}
     return replace(adapter, base=identity, settings=_with_tensors(adapter, first))
+
+
+def _records(dialect: str) -> bool:
+    """Tell whether a dialect can record a base's hash and the provenance: ask it about an adapter of nothing else."""
+    probe = Adapter({}, base=BaseIdentity(root=NO_DIGEST), provenance=(Step("convert", TOOL),))
+    lost = {loss.where for loss in dialects.get(dialect).losses(probe)}
+    return not lost & {"base model", "provenance"}
+
+
+def _with_config(adapter: Adapter, base: Checkpoint) -> Adapter:
+    """Return the adapter with what the base's config.json says of its architecture and heads."""
+    inner = base.config.get("text_config")
+    config = {**base.config, **inner} if isinstance(inner, Mapping) else base.config
+    said = {name: config[name] for name in BASE_CONFIG if isinstance(config.get(name), str | int)}
+    return replace(adapter, settings={**adapter.settings, "base_config": said}) if said else adapter
+
+
+def _fitting(adapter: Adapter, base: Checkpoint) -> Adapter:
+    """Return the adapter if it fits the base; raise `IncompatibleAdapter` if not."""
+    untied = apply_policy((adapter,), base.specs, base.config, "both").adapters[0]
+    shapes = {name: spec.shape for name, spec in base.specs.items()}
+    resolve(untied, shapes, base.config)
+    resolve_replacements(untied, shapes)
+    return adapter
 
 
 def _with_tensors(adapter: Adapter, tensors: dict[str, str]) -> dict[str, Any]:
