@@ -41,3 +41,11 @@ def sizeable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (base / "README.md").write_text("# A base\n")
     tiny.save_peft(folder / "adapter", factors)
     return folder
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder with `base` (two shards), `adapter`, and nothing else."""
+    tiny.save_llama(tmp_path / "base", tiny.llama_weights())
+    tiny.save_peft(tmp_path / "adapter", tiny.lora_factors())
+    return tmp_path

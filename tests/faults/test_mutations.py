@@ -170,7 +170,7 @@ def test_legacy_files(tmp_path: Path) -> None:
         seen["read"] += 1
     assert seen["read"] >= 20
     assert seen["refused"] >= 50
-    assert seen["torch refuses"] <= 60, seen
+    assert seen["torch refuses"] <= 20, seen  # the version record, say, which is not looked at
 
 
 def test_indexes(tmp_path: Path) -> None:
