@@ -47,14 +47,17 @@ class Factored:
     excess2: float
     bound2: float
 
-    def error2(self, rank: int, dtype: str) -> float:
-        """Return ‖ΔW − B̃·Ã‖_F² of the leading `rank` factors as stored in `dtype`."""
-        error2 = self.lost2 + sum(sigma * sigma for sigma in self.sigma[rank:])
+    def error2(self, rank: int) -> float:
+        """Return ‖ΔW − B·A‖_F² of the leading `rank` factors, before they are rounded."""
+        return self.lost2 + sum(sigma * sigma for sigma in self.sigma[rank:])
+
+    def rounding2(self, rank: int, dtype: str) -> float:
+        """Return what storing the leading `rank` factors in `dtype` adds to the squared error."""
         if rank == len(self.sigma):
-            return error2 + self.rounded2
+            return self.rounded2
         wanted = dtypes.to_torch(dtype)
         B, A = self.factors.load(rank)
-        return error2 + rounding2((B, A), (B.to(wanted), A.to(wanted)))
+        return rounding2((B, A), (B.to(wanted), A.to(wanted)))
 
 
 def factor(

@@ -109,9 +109,10 @@ class Sweep:
         known = (spec.shape, spec.dtype, result.norm2)
         if result.factored and rank:
             factored, shape = result.factored, self._shape(one)
+            error2, rounding = factored.error2(rank), factored.rounding2(rank, self.settings.dtype)
             layer = certify(
                 one.path, one.kind, shape, rank, base_norm2=result.base_norm2, norm2=result.norm2,
-                error2=factored.error2(rank, self.settings.dtype), excess2=factored.excess2, bound2=factored.bound2,
+                error2=error2 + rounding, excess2=factored.excess2 + rounding, bound2=factored.bound2 + rounding,
                 noise2=result.noise2, sigma1=factored.sigma[0],
             )  # fmt: skip
             return Outcome(one, "factored", *known, rank=rank, layer=layer, factors=factored.factors)
