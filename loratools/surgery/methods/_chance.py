@@ -41,8 +41,8 @@ class Seeded:
 class AsPeft:
     """The draws of PEFT: `torch.bernoulli` over one stream, adapter after adapter, module after module.
 
-    A run of `add_weighted_adapter` after `torch.manual_seed(seed)` draws the same masks, if it visits the modules in
-    the same order: here it is the natural order of their names.
+    `peft.utils.merge_utils` draws the same masks after `torch.manual_seed(seed)` if it is called for the modules in the
+    natural order of their names. `add_weighted_adapter` draws the factors of a new adapter from that stream first.
     """
 
     def __init__(self, seed: int) -> None:

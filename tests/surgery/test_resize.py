@@ -1,0 +1,109 @@
+"""Resizing: each rule against the singular values of the dense matrix, and the identity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from loratools.adapter.model import Adapter
+from loratools.dialects import open_adapter
+from loratools.errors import LoraToolsError
+from loratools.linalg.ranks import Energy, Fixed, Ratio, SvCumulative, SvFro, SvRatio
+from loratools.storage.lazy import LazyTensor
+from loratools.surgery.allocate import Ranks
+from loratools.surgery.resize import resize
+from tests.make import tiny
+from tests.surgery.test_combine import adapter, best, dense, distance, update
+
+
+def graded(r: int = 8) -> Adapter:
+    """Return an adapter whose singular values are 2·1, 2·1/2, 2·1/4, … in one module and flat in the other."""
+    Q = torch.linalg.qr(torch.randn(20, r, generator=torch.Generator().manual_seed(0)))[0]
+    steep = update("lora", 2.0, A=Q.T.contiguous(), B=Q * 2.0 ** -torch.arange(r))
+    flat = update("lora", 2.0, A=Q.T.contiguous(), B=Q * 0.3)
+    return Adapter({"steep": steep, "flat": flat})
+
+
+RULES: list[tuple[Ranks, int, int]] = [
+    # (rule, rank of σ = 1, ½, ¼, … ; rank of eight equal ones), by hand
+    (Ranks(Fixed(3)), 3, 3),
+    (Ranks(Energy(0.75)), 1, 6),  # Σσ² = 1.33: the first keeps 75.0 %
+    (Ranks(Energy(0.76)), 2, 7),
+    (Ranks(Ratio(0.2)), 3, 8),
+    (Ranks(SvRatio(4.5)), 3, 8),  # σ > σ₁/4.5; kohya's script keeps 4
+    (Ranks(SvFro(0.97)), 3, 8),  # share of the norm: √(1 − 4⁻ᵏ) ≥ 0.97 from k = 3 on
+    (Ranks(SvCumulative(0.7)), 2, 6),  # (1 + ½)/1.992 = 0.753
+    (Ranks(SvRatio(100.0), maximum=4, multiple_of=4), 4, 4),
+]
+
+
+@pytest.mark.parametrize(("ranks", "steep", "flat"), RULES, ids=[repr(rule[0].rule) for rule in RULES])
+def test_rules_keep_what_they_say(ranks: Ranks, steep: int, flat: int, tmp_path: Path) -> None:
+    source = graded()
+    report = resize(source, tmp_path / "small", ranks)
+    kept = {share.module: share.rank for share in report.shares}
+    assert kept == {"steep": steep, "flat": flat}
+    measured = distance(dense(tmp_path / "small"), dense(source))
+    assert measured == pytest.approx(best(dense(source), kept), rel=1e-5, abs=1e-7)
+    assert report.error == pytest.approx(measured, rel=1e-5)
+    for share in report.shares:
+        assert share.true_rank == share.given == 8
+        assert share.energy == pytest.approx(1 - (share.error / share.norm) ** 2)
+
+
+def test_a_budget_goes_where_the_energy_is(tmp_path: Path) -> None:
+    source = graded()  # each rank costs 40 parameters; σ² are 4, 1, ¼, … and eight times 0.36
+    report = resize(source, tmp_path / "small", Ranks(budget=40 * 6 + 39))
+    assert {share.module: share.rank for share in report.shares} == {"steep": 2, "flat": 4}
+    assert report.parameters == 40 * 6
+    with pytest.raises(LoraToolsError, match="too small"):
+        resize(source, tmp_path / "none", Ranks(budget=79))
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("rank", [4, 9])
+def test_the_same_rank_or_more_changes_nothing(rank: int, tmp_path: Path) -> None:
+    source = tiny.save_peft(tmp_path / "source", tiny.lora_factors(), use_rslora=True)
+    report = resize(source, tmp_path / "same", Ranks(Fixed(rank)))
+    assert distance(dense(tmp_path / "same"), dense(source)) < 1e-6
+    assert {share.rank for share in report.shares} == {4}
+
+
+def test_the_true_rank_is_told(tmp_path: Path) -> None:
+    twice = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+    one = update("lora", 1.0, A=torch.cat([twice, twice]), B=torch.ones(5, 4) * torch.tensor([1.0, 2, 3, 4]))
+    report = resize(Adapter({"a": one}), tmp_path / "small", Ranks(Fixed(4)))
+    (share,) = report.shares
+    assert (share.given, share.true_rank, share.rank) == (4, 1, 1)
+
+
+def test_what_else_an_adapter_holds_comes_along(tmp_path: Path) -> None:
+    head = torch.randn(3, 4)
+    source = adapter(0)
+    source = Adapter(source.updates, {"lm_head.weight": LazyTensor.of(head)}, source.base, settings={"task_type": "X"})
+    resize(source, tmp_path / "small", Ranks(Fixed(1)))
+    found = open_adapter(tmp_path / "small")
+    assert torch.equal(found.replacements["lm_head.weight"].load(), head)
+    assert found.settings["task_type"] == "X"
+    assert found.provenance[-1].operation == "resize"
+
+
+def test_command(shell: Callable, workplace: Path) -> None:
+    done = shell("loratools resize adapter --energy 0.5 -o small && loratools inspect small --json", workplace)
+    assert done.code == 0, done.err
+    assert "energy kept" in done.out
+    for line, reason in (
+        ("resize adapter -o x", "say how ranks"),
+        ("resize adapter --rank 2 --energy 0.5 -o x", "contradict"),
+        ("resize adapter --energy 2 -o x", "share"),
+        ("resize adapter --budget soon -o x", "budget"),
+        ("combine adapter other -w 1 -o x", "1 weight(s) for 2"),
+        ("combine adapter --max-rank 3 -o x", "need one of"),
+    ):
+        refused = shell(f"loratools {line}", workplace)
+        assert refused.code == 2, line
+        assert reason in refused.err
+    assert not (workplace / "x").exists()
