@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,6 +16,7 @@ from loratools.cli._sources import Source
 from loratools.cli._talk import Talk, pass_talk
 
 if TYPE_CHECKING:
+    from loratools.hub.stream import Stream
     from loratools.surgery.merge import Merge, MergeReport
 
 _ENOUGH = 0.9  # delta retention under which a merge is warned about
@@ -23,7 +25,13 @@ _ENOUGH = 0.9  # delta retention under which a merge is warned about
 @make(section="Change")
 @click.argument("base", type=Source(lambda params: "header" if params["dry_run"] else "checkpoint"))
 @click.argument("adapters", type=options.ADAPTER, nargs=-1, required=True, metavar="ADAPTER...")
-@options.output_option
+@click.option(
+    "-o",
+    "--output",
+    type=options.PATH,
+    metavar="PATH",
+    help="Where the result goes; it must not exist yet. Needed unless --no-local.",
+)
 @options.weight_option
 @click.option(
     "--dtype",
@@ -50,6 +58,11 @@ _ENOUGH = 0.9  # delta retention under which a merge is warned about
 @click.option(
     "--keep-residual", is_flag=True, help="Keep what rounding destroys, so that `loratools unmerge` restores every bit."
 )
+@click.option("--push", metavar="REPO", help="Send each shard to this repository of the Hub as it is finished.")
+@click.option("--no-local", is_flag=True, help="With --push: keep nothing here, never more than a shard at a time.")
+@click.option("--private", is_flag=True, help="With --push: make a new repository private.")
+@click.option("--base-model", metavar="ORG/NAME", help="With --push: the base model's name on the Hub, for the card.")
+@click.option("--license", metavar="ID", help="With --push: the licence, for the card.")
 @options.device_option
 @options.threads_option
 @options.dry_run_option
@@ -60,7 +73,7 @@ def command(
     talk: Talk,
     base: Path,
     adapters: tuple[Path, ...],
-    output: Path,
+    output: Path | None,
     weights: tuple[float, ...],
     dtype: str | None,
     max_shard_size: str | None,
@@ -69,6 +82,11 @@ def command(
     retention: str,
     seed: int,
     keep_residual: bool,
+    push: str | None,
+    no_local: bool,
+    private: bool,
+    base_model: str | None,
+    license: str | None,
     device: str,
     threads: int | None,
     dry_run: bool,
@@ -88,31 +106,42 @@ def command(
       loratools merge base adapter other -w 0.7 -w -0.3 -o merged
       loratools merge base adapter -o merged --dry-run
       loratools merge base adapter -o merged --dtype f32 --max-shard-size 2GB --verify
+      loratools merge base adapter --push lab/merged --no-local --license mit --base-model lab/base
     """
+    from contextlib import ExitStack
+
     from loratools.storage.dtypes import ALIASES
     from loratools.storage.writer import parse_size
     from loratools.surgery.merge import execute, prepare
 
     if weights and len(weights) != len(adapters):
         raise click.UsageError(f"{len(weights)} weight(s) for {len(adapters)} adapter(s); give -w once for each")
+    if no_local and (not push or keep_residual or verify):
+        raise click.UsageError("--no-local needs --push, and leaves nothing for --keep-residual or --verify")
+    if output is None and not no_local:
+        raise click.UsageError("missing option '-o' / '--output'")
     try:
         limit = parse_size(max_shard_size) if max_shard_size else None
     except ValueError as error:
         raise click.UsageError(f"--max-shard-size: {error}") from None
-    prepared = prepare(
-        base, adapters, output, weights=weights or None, dtype=ALIASES[dtype] if dtype else None,
-        max_shard_size=limit, tied=tied, check_base=check_base, threads=threads, force=force,
-    )  # fmt: skip
-    for note in prepared.plan.notes:
-        talk.note(note)
-    plan = prepared.to_json()
-    if dry_run:
-        return show.Report({"dry_run": True, **plan}, _plan(prepared, plan))
-    with talk.progress("merging", plan["bytes"]["written"] + keep_residual * plan["bytes"]["changed"]) as advance:
-        report = execute(
-            prepared, device=device, retention=retention, seed=seed, keep_residual=keep_residual, force=force,
-            progress=advance,
+    with ExitStack() as stack:
+        if no_local or output is None:
+            output = Path(stack.enter_context(TemporaryDirectory(prefix="loratools-"))) / "merged"
+        prepared = prepare(
+            base, adapters, output, weights=weights or None, dtype=ALIASES[dtype] if dtype else None,
+            max_shard_size=limit, tied=tied, check_base=check_base, threads=threads, force=force,
         )  # fmt: skip
+        for note in prepared.plan.notes:
+            talk.note(note)
+        plan = prepared.to_json()
+        if dry_run:
+            return show.Report({"dry_run": True, **plan}, _plan(prepared, plan))
+        sender = Sender(push, private, base_model, license, keep=not no_local) if push else None
+        with talk.progress("merging", plan["bytes"]["written"] + keep_residual * plan["bytes"]["changed"]) as advance:
+            report = execute(
+                prepared, device=device, retention=retention, seed=seed, keep_residual=keep_residual, force=force,
+                progress=advance, sink=sender,
+            )  # fmt: skip
     for warning in report.warnings:
         talk.warn(warning)
     if report.retention is not None and report.retention < _ENOUGH:
@@ -120,15 +149,47 @@ def command(
             f"only {report.retention:.1%} of the change survives rounding to the base's dtype; "
             "a wider --dtype keeps more"
         )
+    document = show.plain(report)
+    text = list(_report(report))
+    if sender and sender.stream and sender.stream.done:
+        committed, notes = sender.stream.done
+        for said in notes:
+            talk.warn(said)
+        document |= {"output": None if no_local else document["output"], "pushed": show.plain(committed)}
+        text = [*(text[1:] if no_local else text), f"pushed     {committed.url}"]
     if not verify:
-        return show.Report(show.plain(report), _report(report))
+        return show.Report(document, text)
     from loratools.cli.verify import lines
     from loratools.surgery.verify import verify as prove
 
     with talk.progress("verifying", 2 * plan["bytes"]["written"]) as advance:
         proof = prove(output, base, adapters, weights=weights or None, progress=advance)
-    document = {**show.plain(report), "verification": show.plain(proof)}
-    return show.Report(document, [*_report(report), *lines(proof, every=False)], proof.ok)
+    document["verification"] = show.plain(proof)
+    return show.Report(document, [*text, *lines(proof, every=False)], proof.ok)
+
+
+class Sender:
+    """Opens the stream to the Hub when the folder that is written is known."""
+
+    def __init__(self, repo: str, private: bool, base_model: str | None, license: str | None, *, keep: bool) -> None:
+        from loratools.hub.refs import parse
+
+        self.ref = parse(repo)
+        if self.ref.path:
+            raise click.UsageError(f"expected org/name, found {repo!r}")
+        self.private, self.base_model, self.license, self.keep = private, base_model, license, keep
+        self.stream: Stream | None = None
+
+    def __call__(self, folder: Path) -> Stream:
+        """Return the stream for a folder."""
+        from loratools.hub.client import Hub
+        from loratools.hub.stream import Stream
+
+        self.stream = Stream(
+            Hub(), self.ref, folder, private=self.private, keep=self.keep, base_model=self.base_model,
+            license=self.license,
+        )  # fmt: skip
+        return self.stream
 
 
 def _plan(prepared: Merge, plan: dict[str, Any]) -> Iterator[str]:

@@ -17,12 +17,27 @@ class Stream:
     stream.shard(folder / "model-00001-of-00002.safetensors")   # sent; only its header stays on disk
     ...
     stream.finish("Merged with loratools")                      # config, tokenizer, index, card; the one commit
+
+    With `keep` the shards stay on disk as they are. What the commit was, and what to say of it, is in `done`.
     """
 
-    def __init__(self, hub: Hub, ref: Ref, folder: Path, *, private: bool = False, create_pr: bool = False) -> None:
+    def __init__(
+        self,
+        hub: Hub,
+        ref: Ref,
+        folder: Path,
+        *,
+        private: bool = False,
+        create_pr: bool = False,
+        keep: bool = False,
+        base_model: str | None = None,
+        license: str | None = None,
+    ) -> None:
         target = look(hub, ref.repo, revision=ref.revision, create_pr=create_pr)
         self.hub, self.folder, self.uploader = hub, folder, Uploader(hub, target, private=private)
-        self._done: set[str] = set()
+        self.keep, self.base_model, self.license = keep, base_model, license
+        self._sent: set[str] = set()
+        self.done: tuple[Committed, list[str]] | None = None
 
     def shard(self, path: Path) -> None:
         """Send a finished safetensors file, then give its place on disk back: header and size stay, data do not.
@@ -31,35 +46,36 @@ class Stream:
         """
         name = path.relative_to(self.folder).as_posix()
         self.uploader.send(name, path)
-        self._done.add(name)
+        self._sent.add(name)
+        if self.keep:
+            return
         size = path.stat().st_size
         with path.open("r+b") as file:
             header = 8 + int.from_bytes(file.read(8), "little")
             file.truncate(min(header, size))
             file.truncate(size)
 
-    def finish(
-        self,
-        message: str,
-        *,
-        base_model: str | None = None,
-        license: str | None = None,
-        keep_card: card.Side | None = None,
-    ) -> tuple[Committed, list[str]]:
+    def finish(self, message: str, *, keep_card: card.Side | None = None) -> tuple[Committed, list[str]]:
         """Send what lies beside the shards, with the model card, and make the one commit; return it, and what to say.
 
         Shards of an earlier version that the new one does not have are removed by the same commit. Raises `HubError`.
         """
-        subject = push.read(self.folder, base_model=base_model)
+        subject = push.read(self.folder, base_model=self.base_model)
         target = self.uploader.target
         text, notes = push.card_for(
-            self.hub, subject, target, license=license, keep_card=keep_card, base_model_given=base_model is not None
+            self.hub,
+            subject,
+            target,
+            license=self.license,
+            keep_card=keep_card,
+            base_model_given=self.base_model is not None,
         )
         self.hub.validate_card(target.repo, text)
         for name, content in subject.content.items():
-            if isinstance(content, Path) and name not in self._done | {push.CARD}:
+            if isinstance(content, Path) and name not in self._sent | {push.CARD}:
                 self.uploader.send(name, content)
         self.uploader.write(push.CARD, text.encode())
         for name in files.stale(target.tree, subject.content):
             self.uploader.remove(name)
-        return self.uploader.commit(message), notes
+        self.done = self.uploader.commit(message), notes
+        return self.done

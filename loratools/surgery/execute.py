@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Event, local
@@ -30,7 +30,9 @@ Progress = Callable[[int], None]
 class Settings:
     """How to run: nothing here changes a byte of the output, but for `device` (see the policy in the docs).
 
-    `digests` are those of the adapters, by which their products are ordered.
+    `digests` are those of the adapters, by which their products are ordered. `before` has functions for tensors that are
+    to be changed where they will lie in the output: each is called with its file's descriptor and puts the base's bytes
+    there.
     """
 
     digests: Sequence[str]
@@ -39,6 +41,7 @@ class Settings:
     retention: str = "sample"
     seed: int = 0
     tile_bytes: int = TILE
+    before: Mapping[str, Callable[[int], None]] = field(default_factory=dict)
 
 
 def write_weights(
@@ -151,7 +154,7 @@ def _copy(path: Path, start: int, stop: int, offset: int, target: int, stopped: 
     if stopped.is_set():
         return
     with files.descriptor(path) as source:
-        files.copy_range(source, start, stop, target, offset)
+        files.copy_range(source, start, stop, target, offset, path)
     progress(stop - start)
 
 
@@ -164,6 +167,12 @@ class _Job:
     progress: Progress
     stop: Event
     mine: local
+
+    def prepared(self, merge_tensor: Callable[[Slot, int], TensorResult], slot: Slot, target: int) -> TensorResult:
+        """Put the base's bytes in place where the settings say how, then change them."""
+        if before := self.settings.before.get(slot.name):
+            before(target)
+        return merge_tensor(slot, target)
 
     def add_products(self, slot: Slot, target: int) -> TensorResult:
         """Add plain products to one tensor, in NumPy, and check that its bytes were those of the recorded base."""

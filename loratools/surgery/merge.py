@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from loratools import dialects
 from loratools.adapter.model import Adapter
@@ -22,6 +22,18 @@ from loratools.surgery.plan import MergePlan, plan_merge
 from loratools.surgery.replacing import Account, accounts, settle
 
 Progress = Callable[[int], None]
+
+
+class Sink(Protocol):
+    """Takes the finished shards of a model that is being written, then everything beside them (`hub/stream.py`)."""
+
+    def shard(self, path: Path) -> None:
+        """Take one finished file of tensors; its data may be gone from the folder afterwards."""
+        ...
+
+    def finish(self, message: str) -> object:
+        """Take what lies beside the shards; the folder is complete."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -153,34 +165,30 @@ def execute(
     keep_residual: bool = False,
     force: bool = False,
     progress: Progress = lambda _: None,
+    sink: Callable[[Path], Sink] | None = None,
 ) -> MergeReport:
-    """Run a prepared merge; see `merge`."""
+    """Run a prepared merge; see `merge`. `sink` makes, for the folder being written, what takes each finished shard."""
     plan = prepared.plan
     size = sum(file.size for file in plan.files)
     free = shutil.disk_usage(prepared.output.absolute().parent).free
-    if size > free:
+    if size > free and not sink:
         raise NoSpace(
             f"{prepared.output}: the result takes {size} bytes, the disk has {free} free; nothing was written"
         )
     with atomic.new_folder(prepared.output, force=force) as scratch:
         settings = Settings(prepared.digests, prepared.threads, device, retention, seed)
-        results = write_weights(plan, scratch, settings, progress)
+        sent = sink(scratch) if sink else None
+        results = write_weights(plan, scratch, settings, progress, sent.shard if sent else None)
         retained, total = sum(r.retained for r in results), sum(r.total for r in results)
         rate = retained / total if total else None
-        {result.name: result.digests[digest.DEFAULT] for result in results if result.digests}
-        record = prepared.record | {
-            "base": prepared.record["base"]
-            | {
-                "tensors": {
-                    r.name: r.digests[digest.DEFAULT] for r in results if r.digests and r.name in plan.base.specs
-                }
-            },
-            "retention": rate,
-        }
+        digests = {r.name: r.digests[digest.DEFAULT] for r in results if r.digests and r.name in plan.base.specs}
+        record = prepared.record | {"base": prepared.record["base"] | {"tensors": digests}, "retention": rate}
         kept = keep(plan, scratch, prepared.threads, progress) if keep_residual else None
         if kept:
-            record["base"]["root"] = _root(plan, record["base"]["tensors"], prepared.threads)
+            record["base"]["root"] = _root(plan, digests, prepared.threads)
         companions.write_companions(plan, prepared.sources, record, scratch)
+        if sent:
+            sent.finish(f"Merge {len(prepared.digests)} adapter(s) with {identity.TOOL}")
     return MergeReport(
         output=str(prepared.output),
         changed=len(plan.touched()),

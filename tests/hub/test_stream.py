@@ -8,6 +8,7 @@ from loratools.errors import HubError
 from loratools.hub.client import Hub
 from loratools.hub.refs import Ref
 from loratools.hub.stream import Stream
+from loratools.surgery.merge import execute, prepare
 
 from .server import LocalHub
 from .trips import REPO, contents, fetch
@@ -24,7 +25,7 @@ def test_a_model_is_sent_while_it_is_made(hub: LocalHub, workplace: Path, tmp_pa
     shards = {name: data for name, data in whole.items() if name.endswith(".safetensors")}
     folder = tmp_path / "made"
     folder.mkdir()
-    stream = Stream(Hub(), Ref(REPO), folder)
+    stream = Stream(Hub(), Ref(REPO), folder, license="mit")
     for name, data in shards.items():
         before = used(folder)
         (folder / name).write_bytes(data)
@@ -34,7 +35,7 @@ def test_a_model_is_sent_while_it_is_made(hub: LocalHub, workplace: Path, tmp_pa
     assert len(hub.commits(REPO)) == 2
     for name, data in whole.items() - shards.items():
         (folder / name).write_bytes(data)
-    done, notes = stream.finish("Made on the way", license="mit")
+    done, notes = stream.finish("Made on the way")
     assert notes == []
     sent = hub.files(REPO)
     assert sent.pop("README.md").startswith(b"---\nlibrary_name: transformers\n")
@@ -54,3 +55,21 @@ def test_a_shard_that_could_not_be_sent_stays_whole(hub: LocalHub, workplace: Pa
         stream.shard(folder / "model-00001-of-00002.safetensors")
     assert contents(folder) == before
     assert hub.files(REPO) == {}
+
+
+def test_a_merge_holds_never_more_than_one_shard_on_the_disk(hub: LocalHub, workplace: Path, tmp_path: Path) -> None:
+    held: list[int] = []
+
+    class Watched(Stream):
+        def shard(self, path: Path) -> None:
+            held.append(sum(file.stat().st_blocks * 512 for file in self.folder.rglob("*.safetensors")))
+            super().shard(path)
+
+    prepared = prepare(workplace / "base", [workplace / "adapter"], tmp_path / "out", max_shard_size=8_000)
+    sizes = [file.size for file in prepared.plan.files]
+    assert len(sizes) >= 4
+    execute(prepared, sink=lambda folder: Watched(Hub(), Ref(REPO), folder, license="mit", base_model="lab/base"))
+    block = 4096
+    assert len(held) == len(sizes)
+    assert all(used <= size + 2 * block * len(sizes) for used, size in zip(held, sizes, strict=True))
+    assert len([name for name in hub.files(REPO) if name.endswith(".safetensors")]) == len(sizes)
