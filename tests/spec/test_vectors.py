@@ -78,9 +78,10 @@ def test_reader_gives_the_expected_numbers(name: str) -> None:
     assert close(found, expected["modules"], expected["tolerance"]), found
 
 
-def test_a_part_that_an_update_does_not_take_is_refused_and_not_dropped() -> None:
-    with pytest.raises(UnsupportedAdapter, match=r"blk\.q: kind 'lora' with lora_B\.bias"):
-        reader.read(adapter_of("valid", "linear/bias"))
+def test_every_part_of_a_module_is_kept() -> None:
+    update = reader.read(adapter_of("valid", "linear/bias")).updates["blk.q"]
+    assert set(update.parts) == {"lora_A.weight", "lora_B.weight", "lora_B.bias"}
+    assert update.parts["lora_B.bias"].load().shape == update.shape[:1]
 
 
 @pytest.mark.parametrize("name", cases("invalid"))
