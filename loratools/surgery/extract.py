@@ -7,6 +7,7 @@ low-rank form is saved whole, so that base + adapter is the fine-tune but for th
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -88,11 +89,7 @@ def extract(
         outcomes, hashes = work.run(threads or _cores())
         identity = replace(hashes[0], id=base_id)
         made = assemble(base, tuned, pairing, outcomes, identity, hashes[1], settings)
-        if not made.adapter.updates and not made.adapter.replacements:
-            raise IncompatibleAdapter(
-                f"{tuned.path} does not differ from {base.path} in any tensor that was to be extracted",
-                hint="Check that the two paths are the right ones.",
-            )
+        _refuse_empty(base, tuned, made.outcomes)
         target = scratch / "adapter"
         dialects.save_adapter(made.adapter, target)
         written = dialects.open_adapter(target).settings[manifest.ORIGIN]["digest"]
@@ -128,6 +125,23 @@ def _prepare(base: Checkpoint, tuned: Checkpoint, output: Path, selection: Selec
         if target == path.resolve() or target in path.resolve().parents:
             raise OutputRefused(f"{output} is or holds the input {path}", hint="Choose another output.")
     return pair(base, tuned, selection)
+
+
+def _refuse_empty(base: Checkpoint, tuned: Checkpoint, outcomes: Sequence[Outcome]) -> None:
+    """Raise `IncompatibleAdapter` where nothing was factored: without a low-rank module there is no adapter."""
+    if any(one.outcome == "factored" for one in outcomes):
+        return
+    if any(one.outcome == "whole" for one in outcomes):
+        names = [one.pair.path for one in outcomes if one.outcome == "whole"]
+        raise IncompatibleAdapter(
+            f"{tuned.path} differs from {base.path} in {len(names)} tensor(s), and none of them can be factored",
+            names[:20],
+            hint="An adapter needs a module with factors: see --kind and --save-module.",
+        )
+    raise IncompatibleAdapter(
+        f"{tuned.path} does not differ from {base.path} in any tensor that was to be extracted",
+        hint="Check that the two paths are the right ones.",
+    )
 
 
 def _cores() -> int:

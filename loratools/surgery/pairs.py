@@ -24,8 +24,9 @@ class Pair:
 
     `name` is what it is called there, `base` the tensor it came from (None: it is new), `path` the module in the base
     where `plan` is `factor`, else the parameter's path. `plan` says what happens if the two differ: `factor`, `whole`
-    or `drop`; `why` gives the reason of the latter two. `kind` is one of `selection.KINDS` or `other`; `transposed`
-    weights are stored [in, out], `reshaped` ones are new or had another shape.
+    or `drop`, and `why` gives the reason; or `ignore`, for a tied head's copy that models do not look at. `kind` is one
+    of `selection.KINDS` or `other`; `transposed` weights are stored [in, out], `reshaped` ones are new or had another
+    shape.
     """
 
     name: str
@@ -83,6 +84,8 @@ def pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pairing:
     found = [
         _decide(name, source, path, base, tuned, old if source else new, selection) for name, source, path in asked
     ]
+    if heads.copy:
+        found.append(Pair(heads.copy, None, heads.copy, "ignore", "other", "tied: the embedding counts"))
     missing = tuple(sorted(base.specs.keys() - used - ({heads.base_copy} if heads.base_copy else set())))
     head = (heads.base_copy or heads.copy or "lm_head.weight") if heads.tied else None
     return Pairing(tuple(found), missing, head, tuple(_notes(heads)))

@@ -88,7 +88,7 @@ class Sweep:
         if one.base is None or source.shape != spec.shape:
             norm2, found = read_norm2(spec, self.progress)
             old = read_norm2(source, self.progress)[1] if one.base else ""
-            return _Result(one, norm2, 0.0, (old, found))
+            return _Result(one, 0.0 if one.plan == "ignore" else norm2, 0.0, (old, found))
         delta = read_delta(source, spec, self.progress, keep=one.plan == "factor")
         if one.plan == "factor" and not delta.identical:
             assert delta.D is not None
@@ -118,6 +118,8 @@ class Sweep:
             return Outcome(one, "factored", *known, rank=rank, layer=layer, factors=factored.factors)
         if result.factored:
             return Outcome(one, "dropped", *known, why="the budget left it no rank")
+        if one.plan == "ignore":
+            return Outcome(one, "unchanged", *known, one.why)
         if result.norm2 == 0 and one.base is not None and spec.shape == self.base.specs[one.base].shape:
             return Outcome(one, "unchanged", *known)
         return Outcome(one, "dropped" if one.plan == "drop" else "whole", *known, one.why, result.rows)

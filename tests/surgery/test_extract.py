@@ -164,7 +164,7 @@ def test_budget_is_kept_and_captures_more_than_one_rank_for_all(models: tuple[Pa
         assert one.layer is not None
         error = float((deltas(models)[one.pair.path] - products(tmp_path / "filled")[one.pair.path]).norm())
         assert one.layer.error == pytest.approx(error / one.layer.delta_norm, rel=1e-5, abs=1e-8)
-        assert error <= optimum(deltas(models)[one.pair.path], one.rank) * 1.0005
+        assert error <= optimum(deltas(models)[one.pair.path], one.rank) * 1.0005 + 1e-6
 
 
 def test_budget_looks_again_at_a_layer_that_deserves_more(tmp_path: Path) -> None:
