@@ -69,7 +69,7 @@ def apply(adapter: Adapter, name: str, base: Shapes | None = None) -> Adapter:
             hint="Merge it into the base model instead, or give the base model with --base where layers are missing.",
         )
     if profile.uniform:
-        adapter = _uniform(adapter)
+        adapter = uniform(adapter)
     return _short_targets(adapter, base)
 
 
@@ -93,7 +93,7 @@ def _refused(adapter: Adapter, profile: Profile) -> Iterable[str]:
                 yield f"{module}: it is loaded only together with {partner}, which has no update"
 
 
-def _uniform(adapter: Adapter) -> Adapter:
+def uniform(adapter: Adapter) -> Adapter:
     """Return all updates with the largest rank, by zeros, and the most common scaling, the rest of it in B."""
     rank = max(update.rank for update in adapter.updates.values())
     counts = Counter(update.scaling for update in adapter.updates.values() if update.scaling)

@@ -37,13 +37,18 @@ def names(listing: Listing) -> list[str]:
 
 def save(target: Path, name: str, tensors: Mapping[str, LazyTensor], *, force: bool) -> None:
     """Write `target`, a file of `torch.save`, or a folder that holds it as `name`; atomically."""
+    if target.suffix in SUFFIXES:
+        with atomic.new_file(target, force=force) as path:
+            write(path, tensors)
+        return
+    with atomic.new_folder(target, force=force) as folder:
+        write(folder / name, tensors)
+
+
+def write(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    """Write one file, the same bytes for the same tensors."""
     import torch
 
     memory = io.BytesIO()  # a path would put its own name into the zip's records
     torch.save({name: lazy.load().clone() for name, lazy in sorted(tensors.items())}, memory)
-    if target.suffix in SUFFIXES:
-        with atomic.new_file(target, force=force) as path:
-            path.write_bytes(memory.getbuffer())
-        return
-    with atomic.new_folder(target, force=force) as folder:
-        (folder / name).write_bytes(memory.getbuffer())
+    path.write_bytes(memory.getbuffer())

@@ -1,0 +1,115 @@
+"""Tinker (Thinking Machines): PEFT's files with names of its own for the head and for experts. Read only.
+
+    ….mlp.experts.w1.lora_A.weight (E or 1, r, in)   ….lora_B.weight (E or 1, out, r)   one of them may be shared by all
+    model.unembed_tokens                              lm_head
+
+w1, w3, w2 are gate, up, down; where w3 is empty (Nemotron has no gate) w1 is up. s = lora_alpha/r of the config
+(tinker-cookbook 0.6.1, `weights/_adapter.py`). What it exports for serving is plain PEFT; so can it be written here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from loratools.adapter.model import Adapter, BaseIdentity, Loss
+from loratools.dialects import _build, _factors
+from loratools.dialects._listing import Evidence, Listing
+from loratools.dialects._losses import A, B
+from loratools.errors import BadFile, UnsupportedAdapter
+from loratools.format import keys
+from loratools.storage.lazy import LazyTensor
+
+SUMMARY = "Tinker: PEFT's files with stacked experts (experts.w1) and unembed_tokens; read only"
+EXTRA = None
+FILES = ()
+CANNOT = ("anything: it is only read; Tinker's services read PEFT",)
+
+_CONFIG, _FILE = "adapter_config.json", "adapter_model.safetensors"
+_EXPERTS = re.compile(r"(.+\.experts)\.(w[123])")
+_GATED = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_UNGATED = {"w1": "up_proj", "w2": "down_proj"}
+
+
+def detect(listing: Listing) -> Evidence | None:
+    """Look for stacked experts called w1, w2, w3, and for `unembed_tokens`."""
+    header = listing.header(_FILE) if _FILE in listing.files else None
+    for name in header.tensors if header else ():
+        split = keys.split(name)
+        if split and (_EXPERTS.fullmatch(split[0]) or split[0].endswith("unembed_tokens")) and split[1] in (A, B):
+            return Evidence(95, f"{_FILE} has names of Tinker, such as {name}")
+    return None
+
+
+def read(listing: Listing) -> Adapter:
+    """Read an adapter, experts one by one under transformers' names.
+
+    Raises `BadFile` for names that are none of PEFT's, factors without a partner, experts of different numbers.
+    """
+    config = listing.json(_CONFIG) or {}
+    alpha, r = config.get("lora_alpha"), config.get("r")
+    if type(alpha) not in (int, float) or type(r) is not int or r < 1:
+        raise BadFile(f"{listing.folder / _CONFIG}: expected numbers r and lora_alpha, found {r!r} and {alpha!r}")
+    found: _build.Groups = {}
+    faults = []
+    for tensor, lazy in listing.tensors(_FILE).items():
+        split = keys.split(tensor)
+        if split is None or split[1] not in (A, B):
+            faults.append(f"{tensor}: no factor that Tinker writes")
+        else:
+            found.setdefault(split[0], {})[split[1]] = lazy
+    groups: _build.Groups = {}
+    for module, parts in found.items():
+        try:
+            groups |= _modules(module, parts, found)
+        except ValueError as error:
+            faults.append(f"{module}: {error}")
+    if faults:
+        raise BadFile(f"{listing.path}: {len(faults)} problem(s) in this adapter", faults)
+    scaling = alpha / r  # type: ignore[operator]
+    built = _build.build(listing.path, groups, lambda _, rank: (scaling, scaling * rank))
+    base = config.get("base_model_name_or_path")
+    return Adapter(built, base=BaseIdentity(base) if isinstance(base, str) and base else None, dialect="tinker")
+
+
+def losses(adapter: Adapter) -> list[Loss]:
+    """Everything is lost: this dialect is only read."""
+    return [Loss("adapter", "files of Tinker are only read here; Tinker's services read PEFT (--to peft)")]
+
+
+def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
+    """Refuse."""
+    raise UnsupportedAdapter(f"{target}: {losses(adapter)[0]}")
+
+
+def _modules(module: str, parts: Mapping[str, LazyTensor], all_of: _build.Groups) -> _build.Groups:
+    if parts.keys() != {A, B}:
+        raise ValueError("a factor without its partner")
+    a, b = parts[A], parts[B]
+    match = _EXPERTS.fullmatch(module)
+    if match is None:
+        return {_renamed(module): dict(parts)}
+    if 0 in a.shape and 0 in b.shape:
+        return {}  # a placeholder for a projection that the model has not
+    counts = {a.shape[0], b.shape[0]} - {1}
+    if len(a.shape) != 3 or len(b.shape) != 3 or len(counts) != 1:
+        raise ValueError(f"A {a.shape} and B {b.shape} are no stacked experts")
+    third = all_of.get(f"{match[1]}.w3", {}).get(A)
+    name = (_UNGATED if third is not None and 0 in third.shape else _GATED)[match[2]]
+    return {
+        f"{_renamed(match[1])}.{i}.{name}": {
+            part: _factors.item(lazy, i if lazy.shape[0] > 1 else 0) for part, lazy in parts.items()
+        }
+        for i in range(counts.pop())
+    }
+
+
+def _renamed(module: str) -> str:
+    """Return transformers' name of a module.
+
+    >>> _renamed("language_model.model.unembed_tokens"), _renamed("model.layers.0.attn.q_proj")
+    ('language_model.lm_head', 'model.layers.0.self_attn.q_proj')
+    """
+    module = re.sub(r"(?:^|(?<=\.))model\.unembed_tokens$", "lm_head", module)
+    return re.sub(r"(\.layers\.\d+)\.attn\.", r"\1.self_attn.", module)

@@ -1,0 +1,173 @@
+"""torchtune: `adapter_model.pt`, names of its own, rows of q and k in Meta's RoPE order.
+
+    layers.0.attn.q_proj.lora_a.weight (r, in)   lora_b.weight (out, r)   magnitude (out,)
+
+The `adapter_config.json` beside it (torchtune 0.6 writes PEFT's, with r and lora_alpha) tells the scaling, alpha/r; the
+base's config.json tells whether rows are permuted, and by how many heads. The `adapter_model.safetensors` that is
+written as well is PEFT's, and a folder that has one is read as such.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from loratools.adapter.model import Adapter, Loss
+from loratools.dialects import _build, _factors, _losses, _peft_profiles, _pickles
+from loratools.dialects._gguf_names import Layout
+from loratools.dialects._listing import Evidence, Listing
+from loratools.dialects._losses import MAGNITUDE, A, B
+from loratools.dialects.gguf import permuted
+from loratools.errors import BadFile, UnsupportedAdapter
+from loratools.storage import atomic
+from loratools.storage.lazy import LazyTensor
+
+SUMMARY = "torchtune: adapter_model.pt with names of its own (layers.0.attn.q_proj.lora_a.weight)"
+EXTRA = None
+FILES = ()
+CANNOT = (*_losses.IDENTITY, "tensors trained whole", "embeddings", "convolutions", "biases of B", "unknown models")
+
+_FILE, _CONFIG = "adapter_model.pt", "adapter_config.json"
+_NAME = re.compile(r"(layers\.\d+\.(?:attn|mlp)\.\w+|output)\.(lora_a\.weight|lora_b\.weight|magnitude)")
+_PARTS = {"lora_a.weight": A, "lora_b.weight": B, "magnitude": MAGNITUDE}
+_TARGETS = {
+    "attn.q_proj": "self_attn.q_proj", "attn.k_proj": "self_attn.k_proj", "attn.v_proj": "self_attn.v_proj",
+    "attn.output_proj": "self_attn.o_proj", "mlp.w1": "mlp.gate_proj", "mlp.w2": "mlp.down_proj",
+    "mlp.w3": "mlp.up_proj",
+}  # fmt: skip
+_BACK = {theirs: ours for ours, theirs in _TARGETS.items()}
+# Whether torchtune's own conversion of the base permutes q and k (`models/*/_convert_weights.py`).
+_PERMUTED = {"llama": True, "mistral": True, "gemma": True, "gemma2": True, "qwen2": False}
+_SETTING = "base_config"
+
+
+def detect(listing: Listing) -> Evidence | None:
+    """Look for names that end in `lora_a.weight` in a file of `torch.save`."""
+    named = [name for name in _pickles.names(listing) if _NAME.fullmatch(name)]
+    if not named:
+        return None
+    return Evidence(85, f"{len(named)} of the tensors in {_pickles.file_of(listing)} are called as {named[0]}")
+
+
+def read(listing: Listing) -> Adapter:
+    """Read an adapter under transformers' names, rows of q and k in transformers' order.
+
+    Raises `UnsupportedAdapter` where the scaling, or the order of rows, cannot be known, `BadFile` for strange names.
+    """
+    name = _pickles.file_of(listing)
+    if name is None:
+        raise BadFile(f"{listing.path}: expected one file of torch.save")
+    alpha, stated = _scaling(listing)
+    found: _build.Groups = {}
+    faults = []
+    for tensor, lazy in listing.tensors(name).items():
+        match = _NAME.fullmatch(tensor)
+        module = _module(match[1]) if match else None
+        if match is None or module is None:
+            faults.append(f"{tensor}: no name that torchtune gives to a part of an adapter of a known model")
+        else:
+            found.setdefault(module, {})[_PARTS[match[2]]] = lazy
+    if faults:
+        raise BadFile(f"{listing.path}: {len(faults)} problem(s) in this adapter", faults)
+    turned = [module for module in found if module.endswith((".q_proj", ".k_proj"))]
+    config = listing.base.config if listing.base else {}
+    heads = _heads(config) if turned else {}
+    if turned and heads is None:
+        raise UnsupportedAdapter(
+            f"{listing.path}: the rows of {turned[0]} are in another order for some models, and the model is not known",
+            hint="Give the base model with --base: its config.json tells the model and its heads.",
+        )
+    groups = {module: _permuted(parts, (heads or {}).get(module[-6:]), back=True) for module, parts in found.items()}
+    built = _build.build(listing.path, groups, lambda _, rank: (alpha / (stated or rank), alpha))
+    return Adapter(built, dialect="torchtune")
+
+
+def losses(adapter: Adapter) -> list[Loss]:
+    """List what torchtune has no place for; ranks and scalings that differ are made equal without changing any ΔW."""
+    config = adapter.settings.get(_SETTING)
+    if not isinstance(config, Mapping) or _heads(config) is None:
+        why = f"not known without the base model (--base); known are {', '.join(_PERMUTED)}"
+        return [Loss("model", why), *_losses.identity(adapter)]
+    found = _losses.updates(adapter, "torchtune", ("lora",), (A, B))
+    lost = {loss.where for loss in found}
+    for module in adapter.updates:
+        if module not in lost and _name(module) is None:
+            found.append(Loss(module, "torchtune has no name for it"))
+    if adapter.base and adapter.base.id:
+        found.append(Loss("base model", f"its name, {adapter.base.id}"))
+    return found + _losses.replacements(adapter, "torchtune") + _losses.identity(adapter)
+
+
+def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
+    """Write `adapter_model.pt` and its `adapter_config.json`, of one rank and one scaling as its recipes are."""
+    config = adapter.settings.get(_SETTING)
+    heads = _heads(config) if isinstance(config, Mapping) else None
+    if heads is None:
+        raise UnsupportedAdapter(f"{target}: the model is {losses(adapter)[0].what}")
+    adapter = _peft_profiles.uniform(_losses.kept(adapter, losses(adapter)))
+    first = next(iter(adapter.updates.values()))
+    tensors = {}
+    for module, update in adapter.updates.items():
+        for part, lazy in _permuted(update.parts, heads.get(module[-6:]), back=False).items():
+            tensors[f"{_name(module)}.{'lora_a' if part == A else 'lora_b'}.weight"] = lazy
+    said = {
+        "r": first.rank,
+        "lora_alpha": first.alpha,
+        "target_modules": sorted({module.rpartition(".")[2] for module in adapter.updates}),
+        "peft_type": "LORA",
+    }
+    with atomic.new_folder(target, force=force) as folder:
+        (folder / _CONFIG).write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        _pickles.write(folder / _FILE, tensors)
+
+
+def _scaling(listing: Listing) -> tuple[float, int | None]:
+    """Return alpha and r: the config's, or the alpha that was told and each tensor's own r."""
+    config = listing.json(_CONFIG) or {}
+    alpha, r = config.get("lora_alpha"), config.get("r")
+    if listing.alpha is not None:
+        return listing.alpha, None
+    if type(alpha) in (int, float) and type(r) is int and r > 0:
+        return float(alpha), r  # type: ignore[arg-type]
+    raise UnsupportedAdapter(
+        f"{listing.path}: no {_CONFIG} with r and lora_alpha beside it, and without them the scaling is unknown",
+        hint="Put the one that torchtune saved beside it, or give --alpha NUMBER.",
+    )
+
+
+def _heads(config: Mapping[str, object]) -> dict[str, int] | None:
+    """Return projection -> heads by which its rows are permuted, none for a model that has them in order."""
+    model = str(config.get("model_type"))
+    if model not in _PERMUTED:
+        return None
+    if not _PERMUTED[model]:
+        return {}
+    layout = Layout.of_config(config)
+    return {"q_proj": layout.heads, "k_proj": layout.kv_heads} if layout and layout.heads and layout.kv_heads else None
+
+
+def _permuted(parts: Mapping[str, LazyTensor], heads: int | None, *, back: bool) -> dict[str, LazyTensor]:
+    """Return the parts with B's rows, and the magnitude's, in transformers' order (`back`) or torchtune's."""
+    found = dict(parts)
+    for part in (B, MAGNITUDE):
+        if part in found and heads:
+            lazy = found[part]
+            matrix = _factors.reshaped(lazy, (lazy.shape[0], lazy.parameters // lazy.shape[0]))
+            found[part] = _factors.reshaped(permuted(matrix, heads, back=back), lazy.shape)
+    return found
+
+
+def _module(name: str) -> str | None:
+    if name == "output":
+        return "lm_head"
+    _, layer, target = name.split(".", 2)
+    return f"model.layers.{layer}.{_TARGETS[target]}" if target in _TARGETS else None
+
+
+def _name(module: str) -> str | None:
+    if module == "lm_head":
+        return "output"
+    match = re.fullmatch(r"(?:model\.)?layers\.(\d+)\.(\w+\.\w+)", module)
+    return f"layers.{match[1]}.{_BACK[match[2]]}" if match and match[2] in _BACK else None
