@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -30,9 +30,8 @@ Progress = Callable[[int], None]
 class Settings:
     """How to run: nothing here changes a byte of the output, but for `device` (see the policy in the docs).
 
-    `digests` are those of the adapters, by which their products are ordered. `before` has functions for tensors that are
-    to be changed where they will lie in the output: each is called with its file's descriptor and puts the base's bytes
-    there.
+    `digests` are those of the adapters, by which their products are ordered. `before` has functions for tensors that
+    are changed where they will lie in the output: each puts the base's bytes there, given the file's descriptor.
     """
 
     digests: Sequence[str]
@@ -71,14 +70,14 @@ def write_weights(
                 with ExitStack() as opened:
                     work, copies = [], []
                     for file in group:
-                        more, ranges = _open(plan, file, folder, opened)
+                        more, ranges = _open(plan, file, folder, settings.before.keys(), opened)
                         work += more
                         copies += [pool.submit(_copy, *part, stop, progress) for part in ranges]
                     if work and merge_tensor is None:
                         plain = settings.device == "cpu" and products.serves(plan)
                         merge_tensor = _with_numpy(job, stack) if plain else _with_torch(job, stack)
                     work.sort(key=lambda item: -item[0].nbytes)
-                    tasks = [pool.submit(merge_tensor, *item) for item in work if merge_tensor]
+                    tasks = [pool.submit(job.prepared, merge_tensor, *item) for item in work if merge_tensor]
                     _finish(copies)
                     results += _finish(tasks)
                 if finished:
@@ -91,10 +90,10 @@ def write_weights(
 
 
 def _open(
-    plan: MergePlan, file: FilePlan, folder: Path, opened: ExitStack
+    plan: MergePlan, file: FilePlan, folder: Path, before: Set[str], opened: ExitStack
 ) -> tuple[list[tuple[Slot, int]], list[tuple[Path, int, int, int, int]]]:
     """Make an output file with its header; return its tensors that are to be changed, and its ranges to be copied."""
-    rewritten = plan.rewritten()
+    rewritten = plan.rewritten().keys() | before
     target = folder / file.name
     target.parent.mkdir(parents=True, exist_ok=True)
     descriptor = opened.enter_context(files.descriptor(target, os.O_RDWR | os.O_CREAT | os.O_EXCL))
@@ -169,9 +168,12 @@ class _Job:
     mine: local
 
     def prepared(self, merge_tensor: Callable[[Slot, int], TensorResult], slot: Slot, target: int) -> TensorResult:
-        """Put the base's bytes in place where the settings say how, then change them."""
+        """Put the base's bytes in place where the settings say how; then change them, if anything does."""
         if before := self.settings.before.get(slot.name):
             before(target)
+            change = self.plan.changes[slot.name]
+            if not change.placements and change.source.dtype == slot.dtype:
+                return TensorResult(slot.name)
         return merge_tensor(slot, target)
 
     def add_products(self, slot: Slot, target: int) -> TensorResult:

@@ -71,7 +71,7 @@ def restore(
     Tensors are written as they become ready, each by one thread; memory is that of a few tiles and of the residuals of
     the tensors under work.
     """
-    plans = [_file_plan(model, file) for file in residual.layout]
+    plans = [file_plan(model, file) for file in residual.layout]
     missing = [
         slot.name
         for plan in plans
@@ -161,7 +161,7 @@ def _same(spec: TensorSpec | None, slot: Slot) -> bool:
     return spec is not None and (spec.dtype, spec.shape) == (slot.dtype, slot.shape)
 
 
-def _file_plan(model: Checkpoint, file: Layout) -> FilePlan:
+def file_plan(model: Checkpoint, file: Layout) -> FilePlan:
     """Lay out one of the base's files; where the merged model has the same header, its bytes are taken over."""
     for shard in model.shards:
         here = [(name, spec.dtype, spec.shape) for name, spec in shard.tensors.items()]

@@ -1,0 +1,85 @@
+"""loratools switch"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from loratools.cli import _options as options
+from loratools.cli import _show as show
+from loratools.cli._group import command as make
+from loratools.cli._talk import Talk, pass_talk
+
+if TYPE_CHECKING:
+    from loratools.surgery.switch import Switch
+
+
+@make(section="Change")
+@click.argument("model", type=options.CHECKPOINT)
+@click.option(
+    "--out", type=options.ADAPTER, required=True, multiple=True, metavar="PATH",
+    help="Adapter to take out; once for each.",
+)  # fmt: skip
+@click.option(
+    "--in", "into", type=options.ADAPTER, required=True, multiple=True, metavar="PATH",
+    help="Adapter to put in; once for each.",
+)  # fmt: skip
+@options.output_option
+@options.weight_option
+@options.check_base_option
+@options.threads_option
+@options.force_option
+@pass_talk
+def command(
+    talk: Talk,
+    model: Path,
+    out: tuple[Path, ...],
+    into: tuple[Path, ...],
+    output: Path,
+    weights: tuple[float, ...],
+    check_base: str,
+    threads: int | None,
+    force: bool,
+) -> show.Report:
+    """Take one adapter out of a merged model and put another in, in one pass.
+
+    Beside the residual of `merge --keep-residual` this is exact: each tensor of the base is restored, checked, and
+    merged with the new adapter, as if that were merged into the base. Without a residual the result is
+    W' - dW(out) + dW(in) in float32, rounded once, which is said to be approximate. Weights are those of the adapters
+    that are put in.
+
+    \b
+    Examples:
+      loratools switch merged --out adapter --in other -o switched
+    """
+    from loratools.storage.checkpoint import Checkpoint
+    from loratools.surgery.switch import switch
+
+    if weights and len(weights) != len(into):
+        raise click.UsageError(f"{len(weights)} weight(s) for {len(into)} adapter(s); give -w once for each")
+    with talk.progress("switching", Checkpoint.open(model).nbytes) as advance:
+        report = switch(
+            model, out, into, output, weights=weights or None, check_base=check_base, threads=threads, force=force,
+            progress=advance,
+        )  # fmt: skip
+    for note in report.notes:
+        talk.note(note) if report.exact else talk.warn(note)
+    return show.Report(show.plain(report), _lines(report))
+
+
+def _lines(report: Switch) -> Iterator[str]:
+    how = "exactly: the residual brought every bit of the base back" if report.exact else "APPROXIMATE: no residual"
+    error = f"at most {report.error_bound:.3g} in any element" if report.error_bound else "0: as merged into the base"
+    kept = "not measured" if report.retention is None else f"{report.retention:.2%} of the change survives rounding"
+    yield from show.fields(
+        [
+            ("switched", report.output),
+            ("how", how),
+            ("changed", f"{report.changed} of {report.tensors} tensors"),
+            ("error", error),
+            ("retention", kept),
+        ]
+    )
