@@ -66,7 +66,7 @@ def command(
             progress=advance,
         )  # fmt: skip
     for note in report.notes:
-        talk.note(note) if report.exact else talk.warn(note)
+        talk.note(note)
     return show.Report(show.plain(report), _lines(report))
 
 
