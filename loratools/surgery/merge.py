@@ -14,7 +14,7 @@ from loratools.adapter.model import Adapter
 from loratools.errors import NoSpace, OutputRefused
 from loratools.storage import atomic, digest
 from loratools.storage.checkpoint import Checkpoint
-from loratools.surgery import companions, identity
+from loratools.surgery import companions, identity, products
 from loratools.surgery.execute import Settings, write_weights
 from loratools.surgery.hash import hash_tensors
 from loratools.surgery.keep import Kept, keep
@@ -51,7 +51,7 @@ class Merge:
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain data, with the free space where the output goes."""
         free = shutil.disk_usage(self.output.absolute().parent).free
-        return self.plan.to_json(self.threads) | {
+        return self.plan.to_json(self.threads, torch=not products.serves(self.plan)) | {
             "output": str(self.output),
             "other_files": len(self.sources),
             "free_disk": free,

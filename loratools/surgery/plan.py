@@ -20,7 +20,8 @@ from loratools.surgery.replacing import replaced, usual_dtype
 from loratools.surgery.tiles import TILE
 
 _Tensor = tuple[str, str, tuple[int, ...]]
-_TORCH = 260_000_000  # resident bytes of a process that has imported torch, measured on a CPU build
+# Resident bytes of a process that has imported torch (a CPU build), and of one that has not; measured.
+_TORCH, _NUMPY = 260_000_000, 50_000_000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,8 +70,8 @@ class MergePlan:
             if change.placements or slots[name].dtype != change.source.dtype
         }
 
-    def peak_memory(self, threads: int, tile_bytes: int = TILE) -> int:
-        """Estimate the resident bytes: torch, and for each thread its tiles and the factors of its largest tensor."""
+    def peak_memory(self, threads: int, *, torch: bool = True, tile_bytes: int = TILE) -> int:
+        """Estimate the resident bytes: libraries, and for each thread its tiles and the factors of its largest tensor."""
         largest = max(
             (
                 sum(lazy.parameters * 8 + lazy.nbytes for _, p in change.placements for lazy in p.update.parts.values())
@@ -78,9 +79,9 @@ class MergePlan:
             ),
             default=0,
         )
-        return _TORCH + threads * (6 * tile_bytes + largest)
+        return (_TORCH if torch else _NUMPY) + threads * (6 * tile_bytes + largest)
 
-    def to_json(self, threads: int) -> dict[str, Any]:
+    def to_json(self, threads: int, *, torch: bool = True) -> dict[str, Any]:
         """Return the plan as plain data: sizes in bytes, names, no machine-dependent number but the estimate."""
         touched, rewritten = self.touched(), self.rewritten()
         total = sum(slot.nbytes for plan in self.files for slot in plan.slots)
@@ -90,7 +91,7 @@ class MergePlan:
             "files": [{"name": plan.name, "bytes": plan.size, "tensors": len(plan.slots)} for plan in self.files],
             "tensors": {"total": len(self.changes), "changed": len(touched), "cast": len(rewritten) - len(touched)},
             "bytes": {"written": total, "changed": worked, "copied": total - worked},
-            "peak_memory": self.peak_memory(threads),
+            "peak_memory": self.peak_memory(threads, torch=torch),
             "verified_tensors": sum(bool(change.expected) for change in self.changes.values()),
             "changed": {
                 name: [
