@@ -71,7 +71,7 @@ class MergePlan:
         }
 
     def peak_memory(self, threads: int, *, torch: bool = True, tile_bytes: int = TILE) -> int:
-        """Estimate the resident bytes: libraries, and for each thread its tiles and the factors of its largest tensor."""
+        """Estimate the resident bytes: libraries, and for each thread its tiles and its largest factors."""
         largest = max(
             (
                 sum(lazy.parameters * 8 + lazy.nbytes for _, p in change.placements for lazy in p.update.parts.values())
