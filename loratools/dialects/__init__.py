@@ -25,7 +25,7 @@ from loratools.dialects._listing import WEIGHTS, Evidence, Listing
 from loratools.errors import LossyConversion, OutputRefused, UnknownKind
 from loratools.storage.checkpoint import Checkpoint
 
-__all__ = ["Dialect", "Evidence", "Listing", "detect", "get", "names", "open_adapter", "save_adapter"]
+__all__ = ["Dialect", "Evidence", "Listing", "detect", "get", "named_for", "names", "open_adapter", "save_adapter"]
 
 
 class Dialect(Protocol):
@@ -106,6 +106,17 @@ def open_adapter(
     name = dialect or detect(listing)[0]
     adapter = get(name).read(listing)
     return adapter if adapter.dialect == name else replace(adapter, dialect=name)
+
+
+def named_for(adapter: Adapter, base: Checkpoint) -> Adapter:
+    """Return an adapter of an image model under the module names of a base, diffusers' or the original's.
+
+    Fused projections come apart or together where the base stores them so. Adapters of other models, and those that fit
+    the base under no naming, are returned as they are.
+    """
+    from loratools.dialects import _image_names
+
+    return _image_names.for_base(adapter, base.specs)
 
 
 def save_adapter(

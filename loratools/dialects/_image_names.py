@@ -6,10 +6,11 @@ Modules that neither table knows keep their names; a dialect that cannot say the
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from loratools.adapter.model import Adapter
+from loratools.adapter.names import Names
 from loratools.adapter.updates import Update
 from loratools.dialects import _flux_names, _fusing, _sd_names
 
@@ -63,6 +64,22 @@ def to_original(adapter: Adapter, *, unet: bool = True) -> Adapter:
     for name, parts in fused.items():
         found |= _together(name, parts)
     return replace(adapter, updates=found)
+
+
+def for_base(adapter: Adapter, tensors: Iterable[str]) -> Adapter:
+    """Return the adapter under the names of a base: a pipeline's, one model's of it, or an original checkpoint's.
+
+    The first naming is taken under which the base has all modules; none such leaves the adapter as it is, for the
+    resolver to say what is missing.
+    """
+    names = Names(tensors)
+    for naming in (lambda one: one, to_diffusers, to_original):
+        named = naming(adapter)
+        for cut in ("", *(f"{name}." for name in (ORIGINAL, "unet", "transformer"))):
+            updates = {module.removeprefix(cut): update for module, update in named.updates.items()}
+            if len(updates) == len(named.updates) and all(names.find(module) for module in updates):
+                return replace(named, updates=updates)
+    return adapter
 
 
 def _apart(module: str, name: str, update: Update, place: _flux_names.Place) -> dict[str, Update]:

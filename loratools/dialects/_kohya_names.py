@@ -146,9 +146,12 @@ def _of_base(tensors: Iterable[str]) -> dict[str, set[str]]:
     found: dict[str, set[str]] = defaultdict(set)
     for tensor in tensors:
         module = tensor.removesuffix(".weight")
+        image = module.startswith("model.diffusion_model.")  # which the other dialects call diffusion_model
         for root in _ROOTS:
             if module.startswith(root):
-                found[module.removeprefix(root).replace(".", "_")].add(module)
+                found[module.removeprefix(root).replace(".", "_")].add(
+                    module.removeprefix("model.") if image else module
+                )
     return found
 
 

@@ -42,7 +42,7 @@ def detect(listing: Listing) -> Evidence | None:
         return None
     if header is None:
         return Evidence(60, f"the file is called {name}") if name == f"{_STEM}.bin" else None
-    splits = [found for tensor in header.tensors if (found := split(tensor)) and "." in found[0]]
+    splits = [found for tensor in header.tensors if (found := split(tensor)) and "." in found[0] and found[1] != ALPHA]
     named = sum(1 for module, _ in splits if component(module))
     if _KEY in header.metadata and splits:
         return Evidence(95, f"the header of {name} has {_KEY}, and {len(splits)} tensors have names of diffusers")

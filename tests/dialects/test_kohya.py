@@ -167,7 +167,7 @@ def test_the_base_decides_where_it_is_given(tmp_path: Path) -> None:
     with pytest.raises(BadFile, match="cannot be turned back"):
         dialects.open_adapter(path)
     adapter = dialects.open_adapter(path, base=base)
-    expect(adapter, "model.diffusion_model.double_blocks.0.img_attn_qkv", 0, 2.0)
+    expect(adapter, "diffusion_model.double_blocks.0.img_attn_qkv", 0, 2.0)
     expect(adapter, Q0, 1, 2.0)
 
 
