@@ -32,13 +32,19 @@ def read(listing: Listing) -> Adapter:
 
 
 def losses(adapter: Adapter) -> list[Loss]:
-    """List the updates whose kind the format does not register; all else that an `Adapter` holds, it holds."""
+    """List the updates whose kind the format does not register, and copies of base tensors that were not compared.
+
+    All else that an `Adapter` holds, the format holds.
+    """
     from loratools.format.kinds import KINDS
 
     return [
         Loss(module, f"the format registers no kind {update.kind!r}")
         for module, update in adapter.updates.items()
         if update.kind not in KINDS
+    ] + [
+        Loss(path, "a copy of the base's tensor came along, and only the base can tell whether it is one (--base)")
+        for path in adapter.copies
     ]
 
 

@@ -18,6 +18,7 @@ from loratools.format.manifest import NO_DIGEST
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.hash import hash_checkpoint
 from loratools.surgery.identity import TOOL, adapter_digest
+from loratools.surgery.replacing import settle
 
 BASE_CONFIG = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
 """Fields of a base's config.json that an adapter keeps as `settings["base_config"]`: GGUF's layout depends on them."""
@@ -62,7 +63,7 @@ def convert(
     if base_id is not None:
         opened = replace(opened, base=replace(opened.base or BaseIdentity(), id=base_id))
     if checkpoint is not None:
-        opened = _with_config(opened, checkpoint)
+        opened = _with_config(settle(checkpoint, [opened])[0][0], checkpoint)
         opened = seal(opened, checkpoint, progress) if records else _fitting(opened, checkpoint)
     if profile is not None:
         shapes = {name: spec.shape for name, spec in checkpoint.specs.items()} if checkpoint else None
@@ -78,8 +79,9 @@ def seal(adapter: Adapter, base: Checkpoint, progress: Callable[[int], None] | N
     """
     untied = apply_policy((adapter,), base.specs, base.config, "both").adapters[0]
     shapes = {name: spec.shape for name, spec in base.specs.items()}
-    placements = resolve(untied, shapes, base.config)
-    paths = {name: lazy for name, lazy in resolve_replacements(untied, shapes).items() if name in shapes}
+    whole = resolve_replacements(untied, shapes)
+    placements = resolve(untied, shapes | {name: lazy.shape for name, lazy in whole.items()}, base.config)
+    paths = {name: lazy for name, lazy in whole.items() if name in shapes}
     touched = {placement.site.tensor for placement in placements} | paths.keys()
     hashes = hash_checkpoint(base, progress=progress)
     old = adapter.base or BaseIdentity()
@@ -112,8 +114,8 @@ def _fitting(adapter: Adapter, base: Checkpoint) -> Adapter:
     """Return the adapter if it fits the base; raise `IncompatibleAdapter` if not."""
     untied = apply_policy((adapter,), base.specs, base.config, "both").adapters[0]
     shapes = {name: spec.shape for name, spec in base.specs.items()}
-    resolve(untied, shapes, base.config)
-    resolve_replacements(untied, shapes)
+    whole = resolve_replacements(untied, shapes)
+    resolve(untied, shapes | {name: lazy.shape for name, lazy in whole.items()}, base.config)
     return adapter
 
 

@@ -187,7 +187,7 @@ def test_a_weight_scales_s_as_set_scale_does(tmp_path: Path) -> None:
     base = mixed()
     folder = save_mixed(tmp_path / "base", base)
     train(base, target_modules=["linear", "conv2", "embed"], use_dora=True).save_pretrained(tmp_path / "adapter")
-    peft = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter")
+    peft: Any = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter")
     for module in peft.modules():
         if hasattr(module, "set_scale"):
             module.set_scale("default", 0.3)

@@ -1,0 +1,91 @@
+"""Adapters of every kind, written in PEFT's dialect and in our own: PEFT loads them and merges the same numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loratools import dialects
+from loratools.errors import LoraToolsError, LossyConversion
+from loratools.surgery.convert import convert
+from loratools.surgery.merge import merge
+from tests.interop.models import FAMILIES, load, merge_by_peft
+from tests.interop.test_kinds import MIXED, difference, mixed, save_mixed, train
+
+pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.mark.parametrize("dialect", ["peft", "loratools"])
+@pytest.mark.parametrize("name", sorted(MIXED))
+def test_every_kind_is_written_as_it_was_read(name: str, dialect: str, tmp_path: Path) -> None:
+    base = mixed()
+    folder = save_mixed(tmp_path / "base", base)
+    train(base, **MIXED[name][0]).save_pretrained(tmp_path / "adapter")
+    theirs = merge_by_peft(base, tmp_path / "adapter").state_dict()
+    convert(tmp_path / "adapter", tmp_path / "written", to=dialect, base=folder, allow_loss=True)
+    before, after = (load_file(tmp_path / one / "adapter_model.safetensors") for one in ("adapter", "written"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[part], after[part]) for part in before)
+    again = merge_by_peft(base, tmp_path / "written").state_dict()
+    assert all(torch.equal(theirs[one], again[one]) for one in theirs)
+    merge(folder, [tmp_path / "adapter"], tmp_path / "one")
+    merge(folder, [tmp_path / "written"], tmp_path / "other")
+    one, other = load(tmp_path / "one"), load(tmp_path / "other")
+    assert all(torch.equal(one[tensor], other[tensor]) for tensor in one)
+
+
+SAVED: dict[str, dict[str, Any]] = {
+    "rows": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [5, 2], "lm_head": [9]}},
+    "rows-of-a-list": {"target_modules": ["q_proj"], "trainable_token_indices": [5, 2]},
+    "head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    "copies": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "dora": {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
+}
+
+
+@pytest.mark.parametrize("name", sorted(SAVED))
+def test_what_peft_loads_again(name: str, tmp_path: Path) -> None:
+    base = FAMILIES["llama"].build()
+    base.save_pretrained(tmp_path / "base")
+    train(base, **SAVED[name]).save_pretrained(tmp_path / "adapter")
+    adapter = dialects.open_adapter(tmp_path / "adapter")
+    dialects.save_adapter(adapter, tmp_path / "written", dialect="peft")
+    theirs, again = (merge_by_peft(base, tmp_path / one).state_dict() for one in ("adapter", "written"))
+    assert max(difference(again[one], theirs[one]) for one in theirs) == 0
+
+
+def test_rows_have_no_kind_in_the_format(tmp_path: Path) -> None:
+    """Version 1.0 registers none, so they are refused by name and never dropped."""
+    base = FAMILIES["llama"].build()
+    train(base, **SAVED["rows"]).save_pretrained(tmp_path / "adapter")
+    adapter = dialects.open_adapter(tmp_path / "adapter")
+    with pytest.raises(LoraToolsError, match="tokens"):
+        dialects.save_adapter(adapter, tmp_path / "written", dialect="loratools")
+    assert not (tmp_path / "written").exists()
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens", "lm_head"]], ids=["whole", "lora"])
+def test_a_resized_vocabulary_sealed_with_its_base(tied: bool, targets: list[str], tmp_path: Path) -> None:
+    """The base tells that the copies in the file are none; without it that is not known, and is said."""
+    base = FAMILIES["llama"].build(tie_word_embeddings=tied)
+    base.save_pretrained(tmp_path / "base")
+    base = type(base).from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(70)
+    targets = targets[:2] if tied else targets
+    train(base, target_modules=targets).save_pretrained(tmp_path / "adapter")
+    if len(targets) > 1:
+        with pytest.raises(LossyConversion, match=r"only the base can tell"):
+            convert(tmp_path / "adapter", tmp_path / "sealed")
+    convert(tmp_path / "adapter", tmp_path / "sealed", base=tmp_path / "base")
+    policy = "both" if tied and len(targets) > 1 else "error"
+    for name in ("adapter", "sealed"):
+        merge(tmp_path / "base", [tmp_path / name], tmp_path / f"by-{name}", tied=policy)
+    one, other = load(tmp_path / "by-adapter"), load(tmp_path / "by-sealed")
+    assert one["model.embed_tokens.weight"].shape == (70, 32)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
