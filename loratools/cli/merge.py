@@ -63,6 +63,9 @@ _ENOUGH = 0.9  # delta retention under which a merge is warned about
 @click.option("--private", is_flag=True, help="With --push: make a new repository private.")
 @click.option("--base-model", metavar="ORG/NAME", help="With --push: the base model's name on the Hub, for the card.")
 @click.option("--license", metavar="ID", help="With --push: the licence, for the card.")
+@click.option(
+    "--resume", is_flag=True, help="Keep what is complete when interrupted, and go on from there the next time."
+)
 @options.device_option
 @options.threads_option
 @options.dry_run_option
@@ -87,6 +90,7 @@ def command(
     private: bool,
     base_model: str | None,
     license: str | None,
+    resume: bool,
     device: str,
     threads: int | None,
     dry_run: bool,
@@ -116,6 +120,8 @@ def command(
 
     if weights and len(weights) != len(adapters):
         raise click.UsageError(f"{len(weights)} weight(s) for {len(adapters)} adapter(s); give -w once for each")
+    if resume and push:
+        raise click.UsageError("--resume does not go with --push: what was sent is not sent again anyway")
     if no_local and (not push or keep_residual or verify):
         raise click.UsageError("--no-local needs --push, and leaves nothing for --keep-residual or --verify")
     if output is None and not no_local:
@@ -140,7 +146,7 @@ def command(
         with talk.progress("merging", plan["bytes"]["written"] + keep_residual * plan["bytes"]["changed"]) as advance:
             report = execute(
                 prepared, device=device, retention=retention, seed=seed, keep_residual=keep_residual, force=force,
-                progress=advance, sink=sender,
+                progress=advance, sink=sender, resume=resume,
             )  # fmt: skip
     for warning in report.warnings:
         talk.warn(warning)

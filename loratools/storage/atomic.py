@@ -18,21 +18,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from loratools.errors import BadFile, NoSpace, OutputRefused
+from loratools.errors import BadFile, LoraToolsError, NoSpace, OutputRefused
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
-def new_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
+def new_folder(target: Path, *, force: bool = False, key: str | None = None) -> Iterator[Path]:
     """Yield an empty scratch folder beside `target` that becomes `target` when the block succeeds.
 
     Any exception, an interrupt included, removes the scratch folder and leaves `target` as it was. A killed process
     leaves only its scratch folder, which the next run for the same target removes.
 
-    Raises `OutputRefused` if `target` exists and `force` is not set, or is a file, `NoSpace` when the disk is full.
+    With a `key` (hex digits, at least eight) an interruption or a full disk leaves the scratch folder too, and the next
+    run with that key finds it as it was left; a run without removes it. So does an error that would be the same again.
+
+    Raises `OutputRefused` if `target` exists and `force` is not set, or is a file, or another process is writing into
+    the folder of that key; `NoSpace` when the disk is full.
     """
-    with _scratch(target, force) as scratch:
+    with _scratch(target, force, f"resume-{key[:8]}" if key else None) as scratch:
         _check_kind(target, folder=True)
         yield scratch
         _install(scratch, target.absolute(), force, scratch.name.rpartition("-")[2])
@@ -80,18 +84,21 @@ def remove(path: Path) -> None:
 
 
 @contextmanager
-def _scratch(target: Path, force: bool) -> Iterator[Path]:
+def _scratch(target: Path, force: bool, kept: str | None = None) -> Iterator[Path]:
     absolute = target.absolute()
-    _sweep(absolute)
+    scratch = absolute.parent / (f".{absolute.name}.{kept or f'partial-{secrets.token_hex(4)}'}")
+    _sweep(absolute, scratch)
     check_output(target, force=force)
-    scratch = absolute.with_name(f".{absolute.name}.partial-{secrets.token_hex(4)}")
     lock = None
     try:
-        scratch.mkdir()
+        scratch.mkdir(exist_ok=kept is not None)
         lock = _lock(scratch)
+        if kept and lock is None:
+            raise _Busy(f"{target} is being written by another process", hint="Wait for it, or choose another output.")
         yield scratch
     except BaseException as error:
-        remove(scratch)
+        if not isinstance(error, _Busy) and (kept is None or isinstance(error, LoraToolsError)):
+            remove(scratch)
         if isinstance(error, OSError) and error.errno in _FULL:
             reason = os.strerror(error.errno or 0).lower()
             raise NoSpace(
@@ -101,6 +108,10 @@ def _scratch(target: Path, force: bool) -> Iterator[Path]:
     finally:
         if lock is not None:
             os.close(lock)
+
+
+class _Busy(OutputRefused):
+    """Another process holds the scratch folder: it is not ours to remove."""
 
 
 def _check_kind(target: Path, *, folder: bool) -> None:
@@ -126,17 +137,20 @@ def _install(scratch: Path, target: Path, force: bool, token: str) -> None:
         remove(aside)
 
 
-def _sweep(target: Path) -> None:
-    """Clean up after killed runs for the same target; what another process is writing is left alone.
+def _sweep(target: Path, mine: Path) -> None:
+    """Clean up after killed runs for the same target; what another process is writing is left alone, and `mine`.
 
     A run that was killed in the middle of a replacement has moved the old folder aside: it is put back.
     """
-    pattern = re.compile(re.escape(f".{target.name}.") + r"(partial|replaced)-([0-9a-f]{8})")
+    pattern = re.compile(re.escape(f".{target.name}.") + r"(partial|replaced|resume)-([0-9a-f]{8})")
     with suppress(OSError):
         found = [match for path in target.parent.iterdir() if (match := pattern.fullmatch(path.name))]
         for match in sorted(found, key=lambda match: match[1], reverse=True):  # the replaced ones first
             leftover = target.with_name(match[0])
-            owner = target.with_name(f".{target.name}.partial-{match[2]}")
+            if leftover == mine:
+                continue
+            kind = "partial" if match[1] == "replaced" else match[1]
+            owner = target.with_name(f".{target.name}.{kind}-{match[2]}")
             lock = _lock(owner)
             if lock is None and owner.exists():
                 continue

@@ -48,15 +48,15 @@ def write_weights(
     folder: Path,
     settings: Settings,
     progress: Progress,
-    finished: Callable[[Path], None] | None = None,
+    finished: Callable[[Path, list[TensorResult]], None] | None = None,
 ) -> list[TensorResult]:
     """Write every file of tensors of a plan into `folder`, and return what was measured of each rewritten tensor.
 
     Plain LoRA on the CPU is merged in NumPy; for anything else torch is imported, while copies run beside it. With
-    `finished` the files are written one after another, and it is called with each when it is complete; without, all at
-    once, which keeps the threads busier. Raises `IncompatibleAdapter` for an adapter that would change nothing,
-    `WrongBase` when a tensor is not the recorded one, and whatever reading, arithmetic and writing raise; then the
-    files are not complete.
+    `finished` the files are written one after another, and it is called with each that is complete, and what was
+    measured in it; without, all at once, which keeps the threads busier. Raises `IncompatibleAdapter` for an adapter
+    that would change nothing, `WrongBase` when a tensor is not the recorded one, and whatever reading, arithmetic and
+    writing raise; then the files are not complete.
     """
     groups = [[file] for file in plan.files] if finished else [list(plan.files)]
     stop = Event()
@@ -79,9 +79,9 @@ def write_weights(
                     work.sort(key=lambda item: -item[0].nbytes)
                     tasks = [pool.submit(job.prepared, merge_tensor, *item) for item in work if merge_tensor]
                     _finish(copies)
-                    results += _finish(tasks)
+                    results += (measured := _finish(tasks))
                 if finished:
-                    finished(folder / group[0].name)
+                    finished(folder / group[0].name, measured)
             return sorted(results, key=lambda result: result.name)
         except BaseException:
             stop.set()

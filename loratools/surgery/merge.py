@@ -20,6 +20,8 @@ from loratools.surgery.hash import hash_tensors
 from loratools.surgery.keep import Kept, keep
 from loratools.surgery.plan import MergePlan, plan_merge
 from loratools.surgery.replacing import Account, accounts, settle
+from loratools.surgery.resume import Journal, fingerprint
+from loratools.surgery.tiles import TensorResult
 
 Progress = Callable[[int], None]
 
@@ -65,7 +67,8 @@ class MergeReport:
     """What a merge did. `retention` is ⟨W' − W, ΔW⟩/‖ΔW‖² in total, `by_tensor` the same for each changed tensor.
 
     `consumed` says for each adapter what became of its tensors: all of them are applied, replaced or passed over.
-    `residual` is what it takes to restore the base exactly, where that was kept.
+    `residual` is what it takes to restore the base exactly, where that was kept; `reused` are the files that an
+    interrupted run had completed.
     """
 
     output: str
@@ -80,6 +83,7 @@ class MergeReport:
     warnings: tuple[str, ...] = ()
     consumed: tuple[Account, ...] = ()
     residual: Kept | None = None
+    reused: tuple[str, ...] = ()
 
 
 def prepare(
@@ -137,6 +141,7 @@ def merge(
     seed: int = 0,
     keep_residual: bool = False,
     force: bool = False,
+    resume: bool = False,
     progress: Progress = lambda _: None,
     **options: Any,
 ) -> MergeReport:
@@ -146,13 +151,14 @@ def merge(
     the base's dtype. `options` are those of `prepare`. `retention` is `sample`, `full` or `off`; `seed` chooses the
     sampled tiles. Untouched tensors are copied byte for byte; the output appears only when it is complete.
     `keep_residual` writes beside them what rounding destroyed (`surgery/residual.py`) and records the base's root hash.
+    With `resume` an interruption leaves the files that are complete, and the same call goes on from there.
 
     Raises what `prepare` raises, `WrongBase` when a tensor read is not the recorded one, and `NoSpace`.
     """
     prepared = prepare(base, adapters, output, force=force, **options)
     return execute(
         prepared, device=device, retention=retention, seed=seed, keep_residual=keep_residual, force=force,
-        progress=progress,
+        resume=resume, progress=progress,
     )  # fmt: skip
 
 
@@ -166,19 +172,33 @@ def execute(
     force: bool = False,
     progress: Progress = lambda _: None,
     sink: Callable[[Path], Sink] | None = None,
+    resume: bool = False,
 ) -> MergeReport:
     """Run a prepared merge; see `merge`. `sink` makes, for the folder being written, what takes each finished shard."""
     plan = prepared.plan
     size = sum(file.size for file in plan.files)
     free = shutil.disk_usage(prepared.output.absolute().parent).free
-    if size > free and not sink:
+    if size > free and not sink and not resume:
         raise NoSpace(
             f"{prepared.output}: the result takes {size} bytes, the disk has {free} free; nothing was written"
         )
-    with atomic.new_folder(prepared.output, force=force) as scratch:
-        settings = Settings(prepared.digests, prepared.threads, device, retention, seed)
+    settings = Settings(prepared.digests, prepared.threads, device, retention, seed)
+    key = fingerprint(plan, settings) if resume else None
+    with atomic.new_folder(prepared.output, force=force, key=key) as scratch:
         sent = sink(scratch) if sink else None
-        results = write_weights(plan, scratch, settings, progress, sent.shard if sent else None)
+        journal = Journal(scratch, key) if key else None
+        reused = tuple(journal.done) if journal else ()
+
+        def finished(path: Path, measured: list[TensorResult]) -> None:
+            if journal:
+                journal.add(path, measured)
+            if sent:
+                sent.shard(path)
+
+        left = replace(plan, files=tuple(file for file in plan.files if file.name not in reused))
+        progress(sum(file.size for file in plan.files if file.name in reused))
+        results = write_weights(left, scratch, settings, progress, finished if sent or journal else None)
+        results = journal.close() if journal else results
         retained, total = sum(r.retained for r in results), sum(r.total for r in results)
         rate = retained / total if total else None
         digests = {r.name: r.digests[digest.DEFAULT] for r in results if r.digests and r.name in plan.base.specs}
@@ -202,6 +222,7 @@ def execute(
         warnings=tuple(warning for result in results for warning in result.warnings),
         consumed=prepared.accounts,
         residual=kept,
+        reused=reused,
     )
 
 

@@ -63,12 +63,8 @@ class MergePlan:
 
     def rewritten(self) -> dict[str, Change]:
         """Return the tensors that pass through arithmetic: updated, or cast to another dtype."""
-        slots = {slot.name: slot for plan in self.files for slot in plan.slots}
-        return {
-            name: change
-            for name, change in self.changes.items()
-            if change.placements or slots[name].dtype != change.source.dtype
-        }
+        changes = ((slot, self.changes[slot.name]) for plan in self.files for slot in plan.slots)
+        return {slot.name: change for slot, change in changes if change.placements or slot.dtype != change.source.dtype}
 
     def peak_memory(self, threads: int, *, torch: bool = True, tile_bytes: int = TILE) -> int:
         """Estimate the resident bytes: libraries, and for each thread its tiles and its largest factors."""
