@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from loratools.surgery import certificate
 from loratools.surgery.companions import TOKENIZER_FILES
 from loratools.surgery.factor import Settings
 from loratools.surgery.identity import TOOL
-from loratools.surgery.pairs import Pair, Pairing
+from loratools.surgery.pairs import HEAD_OF_TASK, Pair, Pairing, heads_of_task, task
 from loratools.surgery.spool import Spooled
 
 CLASSES = {
@@ -30,11 +30,6 @@ CLASSES = {
 }
 """What can become of a tensor; every tensor of the fine-tune is in exactly one class."""
 
-_TASKS = {
-    "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}  # fmt: skip
 _KINDS = {"linear": "lora", "conv": "conv", "embedding": "embedding"}
 
 
@@ -88,7 +83,7 @@ def assemble(
         kept |= {path: kept[one.pair.path] for one in whole if _main(one, base) for path in [pairing.head]}
     step = _step(layers, outcomes, pairing, settings, identity, tuned_root)
     adapter = Adapter(built, kept, identity, (step,), "loratools", _settings(base, tuned, pairing, factored, whole))
-    return Assembled(adapter, outcomes, _card(identity, outcomes, layers), _notes(outcomes))
+    return Assembled(adapter, outcomes, _card(identity, outcomes, layers), tuple(_notes(base, outcomes, pairing)))
 
 
 def companion_files(base: Checkpoint, tuned: Checkpoint, outcomes: Iterable[Outcome]) -> list[Path]:
@@ -110,10 +105,12 @@ def _with_siblings(outcomes: list[Outcome]) -> list[Outcome]:
     matrices -= {_module(one) for one in outcomes if one.outcome == "whole" and one.pair.path.endswith(".weight")}
     alone = factored | matrices  # their biases need not bring the weight along
     modules = {_module(one) for one in outcomes if one.outcome == "whole"} - alone - {""}
+
+    def along(one: Outcome) -> bool:
+        return one.pair.plan == "whole" and (_module(one) in modules or one.pair.why == HEAD_OF_TASK)
+
     return [
-        replace(one, outcome="whole", why="comes with its module")
-        if one.outcome == "unchanged" and _module(one) in modules and one.pair.plan != "factor"
-        else one
+        replace(one, outcome="whole", why="comes with its module") if one.outcome == "unchanged" and along(one) else one
         for one in outcomes
     ]
 
@@ -147,16 +144,19 @@ def _settings(
 ) -> dict[str, Any]:
     """Return what PEFT's config has to say beyond ranks, and which base tensor belongs to which module."""
     paths = {one.pair.path for one in factored}
+    heads = heads_of_task(tuned) | heads_of_task(base)
     saved = {_module(one) for one in whole if not one.pair.path.endswith(".bias")}
-    settings: dict[str, Any] = {"task_type": _task(tuned) or _task(base)}
+    settings: dict[str, Any] = {"task_type": task(tuned) or task(base)}
     if any(one.pair.path.endswith(".bias") and _module(one) not in saved for one in whole):
         settings["bias"] = "all"
+    if tops := {_upto(one.pair.path, heads) for one in whole if heads & set(one.pair.path.split("."))}:
+        settings["modules_to_save"] = sorted(tops)
     if any(one.pair.transposed for one in factored):
         settings["fan_in_fan_out"] = True
     if pairing.head and any(_main(one, base) for one in (*factored, *whole)):
         settings["ensure_weight_tying"] = True
     short = {path.rpartition(".")[2] for path in paths}
-    modules = {name.rpartition(".")[0] for name in base.specs}
+    modules = {".".join(parts[:i]) for name in base.specs for parts in [name.split(".")] for i in range(1, len(parts))}
     if not any(module.rpartition(".")[2] in short and module not in paths for module in modules):
         settings["target_modules"] = sorted(short)
     origin = {
@@ -166,10 +166,10 @@ def _settings(
     return settings | {manifest.ORIGIN: origin}
 
 
-def _task(model: Checkpoint) -> str | None:
-    architectures = model.config.get("architectures")
-    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
-    return next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
+def _upto(path: str, names: frozenset[str]) -> str:
+    """Return a path up to the first segment that is one of these names."""
+    segments = path.split(".")
+    return ".".join(segments[: 1 + next(i for i, segment in enumerate(segments) if segment in names)])
 
 
 def _step(
@@ -196,11 +196,17 @@ def _step(
     return Step("extract-svd", TOOL, parameters, inputs, settings.seed)
 
 
-def _notes(outcomes: tuple[Outcome, ...]) -> tuple[str, ...]:
-    notes = []
-    if new := [one.pair.path for one in outcomes if one.outcome == "whole" and one.pair.base is None]:
-        notes.append(f"{len(new)} tensor(s) are new, and no part of the base: {', '.join(new[:5])}")
-    return tuple(notes)
+def _notes(base: Checkpoint, outcomes: tuple[Outcome, ...], pairing: Pairing) -> Iterator[str]:
+    """Say what is new, and what PEFT will refuse to load although `merge` takes it."""
+    whole = [one for one in outcomes if one.outcome == "whole"]
+    if new := [one.pair.path for one in whole if one.pair.base is None]:
+        yield f"{len(new)} tensor(s) are new, and no part of the base: {', '.join(new[:5])}"
+    inner = {".".join(parts[:i]) for one in outcomes if one.outcome == "factored"
+             for parts in [one.pair.path.split(".")] for i in range(1, len(parts))}  # fmt: skip
+    if loose := [one.pair.path for one in whole if _module(one) in inner]:
+        yield f"PEFT cannot load {', '.join(loose[:5])}: it saves modules whole, and there are factored ones inside"
+    if pairing.head and task(base) != "CAUSAL_LM" and any(_main(one, base) for one in whole):
+        yield "PEFT may refuse to load the embedding, which this kind of model ties in more places than the head"
 
 
 def _card(identity: BaseIdentity, outcomes: tuple[Outcome, ...], layers: list[certificate.Layer]) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from loratools.adapter.names import CONV1D, Names
+from loratools.adapter.names import CONV1D, RENAMED, Names
 from loratools.adapter.resolve import biases_tell
 from loratools.adapter.tied import EMBEDDINGS, HEADS, is_tied, main_tensor
 from loratools.errors import IncompatibleAdapter
@@ -14,6 +14,18 @@ from loratools.storage import dtypes
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import TensorSpec
 from loratools.surgery.selection import Selection
+
+HEAD_OF_TASK = "head of its task"
+"""Why a classifier is saved whole: PEFT does so for these tasks, and asks for it when it loads."""
+
+# Ends of transformers' class names -> PEFT's task, and the heads that it then saves whole.
+_TASKS = {
+    "ForCausalLM": ("CAUSAL_LM", ()), "LMHeadModel": ("CAUSAL_LM", ()),
+    "ForConditionalGeneration": ("SEQ_2_SEQ_LM", ()),
+    "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
+    "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
+    "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
+}  # fmt: skip
 
 _EMBEDDINGS = frozenset({*EMBEDDINGS, "wpe", "relative_attention_bias"})
 
@@ -71,9 +83,9 @@ def pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pairing:
         raise IncompatibleAdapter(
             f"{base.path} and {tuned.path} have no tensor in common, so one is no fine-tune of the other"
         )
-    paths = {name: source or name for name, source in counterparts.items()}
+    paths = {name: _current(source or name) for name, source in counterparts.items()}
     if heads.untied:
-        paths[heads.untied] = heads.untied
+        paths[heads.untied] = _current(heads.untied)
     if heads.retied:
         used.add(heads.retied)
     selection.check([*paths.values(), *([heads.retied] if heads.retied else [])])
@@ -81,6 +93,9 @@ def pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pairing:
     asked = [(name, source, paths[name]) for name, source in sorted(counterparts.items())]
     if heads.retied and heads.tuned_embedding:
         asked.append((heads.tuned_embedding, heads.retied, heads.retied))
+    if heads.tied and str(heads.base_embedding).removesuffix(".weight").rpartition(".")[2] != "embed_tokens":
+        # PEFT knows only embed_tokens to be tied: factors of any other would leave the head as it was.
+        selection = replace(selection, save=(*selection.save, str(heads.base_embedding)))
     found = [
         _decide(name, source, path, base, tuned, old if source else new, selection) for name, source, path in asked
     ]
@@ -118,6 +133,12 @@ class _Heads:
         return cls(before, after, retied=old, copy=new) if is_now else cls(before, after)
 
 
+def _current(path: str) -> str:
+    """Return a path as transformers names it today, where it renamed a module that checkpoints keep the old name of."""
+    module, dot, parameter = path.rpartition(".")
+    return f"{dict(RENAMED).get(module, module)}{dot}{parameter}"
+
+
 def _counterparts(base: Checkpoint, tuned: Checkpoint) -> dict[str, str | None]:
     """Return each tensor of the fine-tune with its tensor in the base: the same name, else the same past wrappers."""
     found: dict[str, str | None] = {name: name for name in tuned.specs if name in base.specs}
@@ -142,17 +163,19 @@ def _decide(
     name: str, source: str | None, path: str, base: Checkpoint, tuned: Checkpoint, kinds: Kinds, selection: Selection
 ) -> Pair:
     before, after = base.specs[source] if source else None, tuned.specs[name]
-    kind, transposed = kinds.of(path, after.shape)
+    kind, transposed = kinds.of(source if source and _current(source) == path else path, after.shape)
     if why := selection.dropped(path):
         return Pair(name, source, path, "drop", kind, why, transposed)
     reshaped = before is None or before.shape != after.shape
-    whole = _why_whole(path, kind, after, before, selection)
+    whole = _why_whole(path, kind, after, before, selection, kinds.heads)
     if whole is None:
         return Pair(name, source, path.removesuffix(".weight"), "factor", kind, "", transposed)
     return Pair(name, source, path, "drop" if selection.drop_whole else "whole", kind, whole, transposed, reshaped)
 
 
-def _why_whole(path: str, kind: str, spec: TensorSpec, source: TensorSpec | None, selection: Selection) -> str | None:
+def _why_whole(
+    path: str, kind: str, spec: TensorSpec, source: TensorSpec | None, selection: Selection, heads: frozenset[str]
+) -> str | None:
     """Return why a change cannot or should not be factored, or None."""
     if source is None:
         return "new: the base has no such tensor"
@@ -160,6 +183,8 @@ def _why_whole(path: str, kind: str, spec: TensorSpec, source: TensorSpec | None
         return f"its shape was {list(source.shape)} and is {list(spec.shape)}"
     if asked := selection.saved(path):
         return asked
+    if set(path.split(".")) & heads:
+        return HEAD_OF_TASK
     if {source.dtype, spec.dtype} - set(dtypes.FLOATS):
         return f"stored as {spec.dtype}"
     if kind == "other":
@@ -176,6 +201,7 @@ class Kinds:
         model_type = config.get("model_type")
         named = isinstance(model_type, str)
         self._conv1d = CONV1D.get(str(model_type), frozenset()) if named else CONV1D["gpt2"]
+        self.heads = frozenset(_task_of(config)[1])
         self._turned = bool(self._conv1d) and (named or bool(biases_tell(self._shapes)))
 
     def of(self, path: str, shape: tuple[int, ...]) -> tuple[str, bool]:
@@ -195,6 +221,22 @@ class Kinds:
         if named and f"{module}.bias" not in self._shapes:
             return "embedding", False
         return "linear", self._turned and last in self._conv1d
+
+
+def task(model: Checkpoint) -> str | None:
+    """Return PEFT's name for the task of a model, by the architecture in its config.json."""
+    return _task_of(model.config)[0]
+
+
+def heads_of_task(model: Checkpoint) -> frozenset[str]:
+    """Return the names of the heads that PEFT saves whole for the task of a model."""
+    return frozenset(_task_of(model.config)[1])
+
+
+def _task_of(config: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]]:
+    architectures = config.get("architectures")
+    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    return next((found for ending, found in _TASKS.items() if name.endswith(ending)), (None, ()))
 
 
 def _notes(heads: _Heads) -> Iterator[str]:
