@@ -12,9 +12,12 @@ from loratools import dialects
 from loratools.demo import data_folder
 from loratools.errors import WrongBase
 from loratools.storage.checkpoint import Checkpoint, read_json
+from loratools.surgery.allocate import Ranks
+from loratools.surgery.combine import combine
 from loratools.surgery.convert import convert
 from loratools.surgery.inspect import AdapterSummary, inspect
 from loratools.surgery.merge import merge
+from loratools.surgery.resize import resize
 from loratools.surgery.unmerge import unmerge
 from loratools.surgery.verify import verify
 
@@ -115,6 +118,28 @@ def _unmerge(folder: Path) -> Stop:
     )
 
 
+def _combine(folder: Path) -> Stop:
+    from loratools.linalg.ranks import Fixed
+
+    half = sum(lazy.parameters for lazy in dialects.open_adapter(folder / "adapter").tensors().values()) // 2
+    small = resize(folder / "adapter", folder / "small", Ranks(budget=half))
+    even = resize(folder / "adapter", folder / "even", Ranks(Fixed(4)))
+    both = combine([folder / "sealed", folder / "small"], folder / "both", weights=[0.7, -0.3])
+    if not small.error < even.error or both.error > 1e-6:
+        raise RuntimeError("a combination is further from the sum than it may be")
+    return Stop(
+        "Make it half as large, and add adapters up: in factor space, without the model.",
+        f"loratools resize adapter --budget {half} -o small",
+        (
+            f"{small.parameters:,} parameters where they matter most: {small.error:.3f} of the change is lost,",
+            f"where rank 4 everywhere, {even.parameters:,} parameters, would lose {even.error:.3f}",
+            f"0.7 of the one less 0.3 of the other: exact to {both.error:.0e}, in one adapter of rank "
+            f"{max(share.rank for share in both.shares)}",
+        ),
+        {"error": small.error, "even_error": even.error, "combined_error": both.error},
+    )
+
+
 def _losses(folder: Path) -> Stop:
     from loratools.demo.llama import LlamaShape, generate, held_out_loss
 
@@ -171,5 +196,5 @@ def _wrong_base(folder: Path) -> Stop:
     )
 
 
-STOPS: tuple[Callable[[Path], Stop], ...] = (_inspect, _seal, _merge, _verify, _unmerge, _losses, _wrong_base)
+STOPS: tuple[Callable[[Path], Stop], ...] = (_inspect, _seal, _merge, _verify, _unmerge, _combine, _losses, _wrong_base)
 """The stops, in order; a later capability adds its own."""
