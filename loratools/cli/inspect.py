@@ -20,24 +20,32 @@ if TYPE_CHECKING:
 @make(section="Look")
 @options.path_argument
 @click.option("--modules", is_flag=True, help="List every module of an adapter, every tensor of a checkpoint.")
+@click.option("--spectrum", is_flag=True, help="Singular values of every module of an adapter; this reads the factors.")
 @options.dialect_option
-def command(path: Path, modules: bool, dialect: str | None) -> show.Report:
-    """Describe an adapter or a model, from headers alone.
+def command(path: Path, modules: bool, spectrum: bool, dialect: str | None) -> show.Report:
+    """Describe an adapter or a model, from headers alone unless --spectrum is given.
 
     Of an adapter: its dialect, ranks, alpha and scaling, target modules, size, the base model it belongs to and what
     it was made by. Of a model: architecture, parameters, dtypes, shards and the schema tier of its base hash. Layer
-    numbers are collapsed: model.layers.[0-29].self_attn.{q,v}_proj means 60 modules.
+    numbers are collapsed: model.layers.[0-29].self_attn.{q,v}_proj means 60 modules. With --spectrum: the singular
+    values of each dW = scaling B A, as bars from 1 (the largest) down to 1/1000 on a logarithmic scale, and the rank
+    that 99 % and 99.9 % of its energy need.
 
     \b
     Examples:
       loratools inspect adapter
       loratools inspect adapter --modules
+      loratools inspect adapter --spectrum
       loratools inspect base --json
       loratools inspect hf://lab/adapter
     """
     from loratools.surgery.inspect import AdapterSummary, inspect
 
     found = inspect(path, dialect)
+    if spectrum:
+        from loratools.cli._spectrum import report
+
+        return report(path, dialect, found)
     if isinstance(found, AdapterSummary):
         return show.Report(show.plain(found), _adapter(found, modules))
     return show.Report(show.plain(found), _checkpoint(found, modules))
