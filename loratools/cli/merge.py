@@ -54,7 +54,14 @@ _ENOUGH = 0.9  # delta retention under which a merge is warned about
     show_default=True,
     help="Measure how much of the change survives rounding, on a sample of tiles, on all, or not.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Chooses the sampled tiles.")
+@click.option(
+    "--rounding",
+    type=click.Choice(["nearest", "stochastic"]),
+    default="nearest",
+    show_default=True,
+    help="Stochastic rounding keeps, on average, changes that are too small for bf16 or f16.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="For the sampled tiles and stochastic rounding.")
 @click.option(
     "--keep-residual", is_flag=True, help="Keep what rounding destroys, so that `loratools unmerge` restores every bit."
 )
@@ -83,6 +90,7 @@ def command(
     tied: str,
     check_base: str,
     retention: str,
+    rounding: str,
     seed: int,
     keep_residual: bool,
     push: str | None,
@@ -145,8 +153,8 @@ def command(
         sender = Sender(push, private, base_model, license, keep=not no_local) if push else None
         with talk.progress("merging", plan["bytes"]["written"] + keep_residual * plan["bytes"]["changed"]) as advance:
             report = execute(
-                prepared, device=device, retention=retention, seed=seed, keep_residual=keep_residual, force=force,
-                progress=advance, sink=sender, resume=resume,
+                prepared, device=device, retention=retention, seed=seed, rounding=rounding,
+                keep_residual=keep_residual, force=force, progress=advance, sink=sender, resume=resume,
             )  # fmt: skip
     for warning in report.warnings:
         talk.warn(warning)

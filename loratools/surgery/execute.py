@@ -15,7 +15,7 @@ from typing import Any
 from loratools.errors import WrongBase
 from loratools.storage import digest, files
 from loratools.storage.writer import FilePlan, Slot
-from loratools.surgery import bits, products
+from loratools.surgery import bits, products, stochastic
 from loratools.surgery.plan import Change, MergePlan
 from loratools.surgery.terms import check_effect, is_wide, load_terms
 from loratools.surgery.tiles import TILE, TensorResult, TensorTask, run
@@ -28,7 +28,8 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to run: nothing here changes a byte of the output, but for `device` (see the policy in the docs).
+    """How to run: nothing here changes a byte of the output, but for `device` (see the policy in the docs), and
+    `rounding`, `nearest` or `stochastic`, which draws by `seed`.
 
     `digests` are those of the adapters, by which their products are ordered. `before` has functions for tensors that
     are changed where they will lie in the output: each puts the base's bytes there, given the file's descriptor.
@@ -39,6 +40,7 @@ class Settings:
     device: str = "cpu"
     retention: str = "sample"
     seed: int = 0
+    rounding: str = "nearest"
     tile_bytes: int = TILE
     before: Mapping[str, Callable[[int], None]] = field(default_factory=dict)
 
@@ -74,7 +76,7 @@ def write_weights(
                         work += more
                         copies += [pool.submit(_copy, *part, stop, progress) for part in ranges]
                     if work and merge_tensor is None:
-                        plain = settings.device == "cpu" and products.serves(plan)
+                        plain = settings.device == "cpu" and settings.rounding == "nearest" and products.serves(plan)
                         merge_tensor = _with_numpy(job, stack) if plain else _with_torch(job, stack)
                     work.sort(key=lambda item: -item[0].nbytes)
                     tasks = [pool.submit(job.prepared, merge_tensor, *item) for item in work if merge_tensor]
@@ -199,9 +201,11 @@ class _Job:
             self.mine.workspace = Workspace(device)
         change, settings = self.plan.changes[slot.name], self.settings
         terms = load_terms(self.plan, change, slot.dtype, settings.digests, slot.name, device)
+        random = settings.rounding == "stochastic" and slot.dtype in stochastic.DTYPES
         task = TensorTask(
             slot.name, change.source, slot.dtype, target, slot.offset, terms, _hashes(change),
             settings.retention, settings.seed, is_wide(change, slot.dtype),
+            stochastic.Stochastic(settings.seed, slot.name, slot.dtype) if random else None,
         )  # fmt: skip
         result = run(task, self.mine.workspace, self.progress, self.stop.is_set, settings.tile_bytes)
         return self._checked(slot, result)

@@ -139,6 +139,7 @@ def merge(
     device: str = "cpu",
     retention: str = "sample",
     seed: int = 0,
+    rounding: str = "nearest",
     keep_residual: bool = False,
     force: bool = False,
     resume: bool = False,
@@ -149,7 +150,8 @@ def merge(
 
     W' = W + Σ wᵢ·sᵢ·Bᵢ·Aᵢ, accumulated in float32 (float64 for a float64 base) and rounded once, to nearest even, to
     the base's dtype. `options` are those of `prepare`. `retention` is `sample`, `full` or `off`; `seed` chooses the
-    sampled tiles. Untouched tensors are copied byte for byte; the output appears only when it is complete.
+    sampled tiles. `rounding="stochastic"` rounds BF16 and F16 up or down at random, by `seed`
+    (`surgery/stochastic.py`). Untouched tensors are copied byte for byte; the output appears only when it is complete.
     `keep_residual` writes beside them what rounding destroyed (`surgery/residual.py`) and records the base's root hash.
     With `resume` an interruption leaves the files that are complete, and the same call goes on from there.
 
@@ -157,8 +159,8 @@ def merge(
     """
     prepared = prepare(base, adapters, output, force=force, **options)
     return execute(
-        prepared, device=device, retention=retention, seed=seed, keep_residual=keep_residual, force=force,
-        resume=resume, progress=progress,
+        prepared, device=device, retention=retention, seed=seed, rounding=rounding,
+        keep_residual=keep_residual, force=force, resume=resume, progress=progress,
     )  # fmt: skip
 
 
@@ -168,6 +170,7 @@ def execute(
     device: str = "cpu",
     retention: str = "sample",
     seed: int = 0,
+    rounding: str = "nearest",
     keep_residual: bool = False,
     force: bool = False,
     progress: Progress = lambda _: None,
@@ -182,7 +185,7 @@ def execute(
         raise NoSpace(
             f"{prepared.output}: the result takes {size} bytes, the disk has {free} free; nothing was written"
         )
-    settings = Settings(prepared.digests, prepared.threads, device, retention, seed)
+    settings = Settings(prepared.digests, prepared.threads, device, retention, seed, rounding)
     key = fingerprint(plan, settings) if resume else None
     with atomic.new_folder(prepared.output, force=force, key=key) as scratch:
         sent = sink(scratch) if sink else None
@@ -203,6 +206,8 @@ def execute(
         rate = retained / total if total else None
         digests = {r.name: r.digests[digest.DEFAULT] for r in results if r.digests and r.name in plan.base.specs}
         record = prepared.record | {"base": prepared.record["base"] | {"tensors": digests}, "retention": rate}
+        if rounding == "stochastic":
+            record |= {"rounding": {"method": rounding, "seed": seed}}
         kept = keep(plan, scratch, prepared.threads, progress) if keep_residual else None
         if kept:
             record["base"]["root"] = _root(plan, digests, prepared.threads)

@@ -17,6 +17,7 @@ from loratools.adapter.updates import Refinable, Term
 from loratools.errors import IncompatibleAdapter
 from loratools.storage import digest, dtypes, files
 from loratools.storage.header import TensorSpec
+from loratools.surgery.stochastic import Stochastic
 from loratools.surgery.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ SAMPLE = 16
 class TensorTask:
     """One output tensor: `source` bytes, changed by `terms`, stored as `dtype` at `offset` of the file `target`.
 
-    `terms` act in this order, in float64 where `wide` says so or a dtype is F64, else in float32.
+    `terms` act in this order, in float64 where `wide` says so or a dtype is F64, else in float32. `stochastic` rounds
+    at random, where it is given.
     """
 
     name: str
@@ -46,6 +48,7 @@ class TensorTask:
     retention: str = "sample"
     seed: int = 0
     wide: bool = False
+    stochastic: Stochastic | None = None
 
 
 @dataclass(slots=True)
@@ -110,7 +113,7 @@ def run(
                 if met := site.overlap(start, stop):
                     inside = (met[0], slice(*site.columns))
                     term.apply_rows(W[inside], met[1], None if first or base is None else base[inside])
-            rounded, data = tile.rounded(W)
+            rounded, data = tile.rounded(task.stochastic(W, start * columns) if task.stochastic else W)
             _check_finite(task, W, rounded)
             for site, term, bound in delicate:
                 if met := site.overlap(start, stop):
@@ -148,7 +151,7 @@ def sampled_tiles(name: str, seed: int, retention: str, tiles: int) -> frozenset
 
 def _check_finite(task: TensorTask, W: torch.Tensor, rounded: torch.Tensor) -> None:
     # One cheap sum finds any infinity or NaN; F16 can overflow in the rounding, so there the rounded values count.
-    suspect = rounded if task.dtype == "F16" else W
+    suspect = rounded if task.dtype == "F16" or task.stochastic else W
     if task.terms and not bool(suspect.sum(dtype=W.dtype).isfinite()) and not bool(suspect.isfinite().all()):
         raise IncompatibleAdapter(
             f"{task.name}: the merged values are not finite in {task.dtype}",
@@ -162,7 +165,7 @@ def _delicate(task: TensorTask) -> list[tuple[Site, Refinable, float]]:
     The error of a float32 sum is about 2^-24 of its largest term, which `bound` limits; it exceeds a unit in the last
     place of a p-bit result only below 2^(p-24) of that. A factor of four is for the length of the sum.
     """
-    if task.dtype not in ("BF16", "F16") or task.wide:
+    if task.dtype not in ("BF16", "F16") or task.wide or task.stochastic:
         return []
     scale = 2.0 ** (dtypes.MANTISSA[task.dtype] - 22)
     return [(site, term, term.bound() * scale) for site, term in task.terms if isinstance(term, Refinable)]
