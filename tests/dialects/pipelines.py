@@ -21,13 +21,14 @@ def unet(**changes: Any) -> Any:
     return UNet2DConditionModel(**config | changes)
 
 
-def clip() -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel
+def clip(*, projection: bool = False) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(0)
-    return CLIPTextModel(
-        CLIPTextConfig(hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
+    config = CLIPTextConfig(
+        hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
     )
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
 
 
 def flux(layers: int = 2, single: int = 2) -> Any:
@@ -48,6 +49,17 @@ def pipeline(name: str) -> Any:
         return FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=clip(), tokenizer=None,
             text_encoder_2=None, tokenizer_2=None, transformer=flux(),
+        )  # fmt: skip
+    if name == "sdxl":
+        from diffusers import StableDiffusionXLPipeline
+
+        extra = {
+            "transformer_layers_per_block": (1, 2), "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 80, "use_linear_projection": True,
+        }  # fmt: skip
+        return StableDiffusionXLPipeline(
+            vae=None, text_encoder=clip(), text_encoder_2=clip(projection=True), tokenizer=None, tokenizer_2=None,
+            unet=unet(**extra), scheduler=DDIMScheduler(clip_sample=False),
         )  # fmt: skip
     return StableDiffusionPipeline(
         vae=None, text_encoder=clip(), tokenizer=None, unet=unet(), scheduler=DDIMScheduler(clip_sample=False),
@@ -84,7 +96,7 @@ def loaded(name: str, path: Path) -> dict[str, torch.Tensor]:
     pipe = pipeline(name)
     pipe.load_lora_weights(path)
     found = {}
-    for component in ("unet", "transformer", "text_encoder"):
+    for component in ("unet", "transformer", "text_encoder", "text_encoder_2"):
         model = getattr(pipe, component, None)
         if model is not None:
             found |= deltas(model, f"{component}.")

@@ -125,6 +125,12 @@ CASES: dict[str, tuple[str, dict[str, tuple[list[str], dict[str, Any]]]]] = {
         "text_encoder": (["q_proj", "fc1"], {"lora_alpha": 6, "alpha_pattern": {"layers.1.self_attn.q_proj": 2}}),
     }),
     "attention": ("sd", {"unet": (["to_q", "to_out.0"], {}), "text_encoder": (["q_proj", "out_proj"], {"r": 2})}),
+    "sdxl": ("sdxl", {
+        "unet": (["to_q", "to_out.0", "ff.net.0.proj"], {"rank_pattern": {"to_out.0": 3}}),
+        "text_encoder": (["v_proj"], {}),
+        "text_encoder_2": (["v_proj", "out_proj"], {"lora_alpha": 3, "alpha_pattern": {"out_proj": 7}}),
+    }),
+    "conv": ("sd", {"unet": (["conv1", "conv_in", "to_q"], {"r": 2})}),
     "rslora": ("sd", {"unet": (["to_v"], {"use_rslora": True, "r": 3})}),
     "flux": ("flux", {"transformer": (["to_q", "add_k_proj", "proj_mlp", "proj_out"], {"lora_alpha": 3})}),
 }  # fmt: skip
