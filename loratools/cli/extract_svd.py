@@ -11,12 +11,12 @@ import click
 
 from loratools.cli import _options as options
 from loratools.cli import _show as show
+from loratools.cli._certificate import table
 from loratools.cli._group import command as make
 from loratools.cli._talk import Talk, pass_talk
 
 if TYPE_CHECKING:
     from loratools.surgery.allocate import Ranks
-    from loratools.surgery.certificate import Layer
     from loratools.surgery.extract import Extraction
     from loratools.surgery.pairs import Pairing
 
@@ -118,22 +118,6 @@ def document(found: Extraction) -> dict[str, Any]:
     plain["layers"] = [show.plain(one.layer) | {"change": one.layer.change} for one in found.outcomes if one.layer]
     del plain["outcomes"]
     return plain
-
-
-def table(layers: list[Layer]) -> Iterator[str]:
-    """Yield certificates of layers as a table."""
-    yield from show.table(
-        ("module", "shape", "rank", "|W|", "|dW|", "change", "captured", "error", "<= optimum x", "noise", "stable"),
-        [
-            (
-                one.module, " x ".join(map(str, one.shape)), str(one.rank), show.number(one.base_norm),
-                show.number(one.delta_norm), f"{one.change:.2%}", f"{one.captured:.2%}", f"{one.error:.4g}",
-                f"{1 + one.excess_bound:.4f}", f"{one.noise:.2%}", f"{one.stable_rank:.1f}",
-            )
-            for one in layers
-        ],
-        right=tuple(range(2, 11)),
-    )  # fmt: skip
 
 
 def _ranks(given: dict[str, Any], dtype: str) -> Ranks:

@@ -29,6 +29,10 @@ _MOST = 10  # lines of one kind, where not all are asked for
 @options.weight_option
 @click.option("--exact", is_flag=True, help="Recompute every changed tensor in float64, element by element.")
 @click.option("--tensors", is_flag=True, help="Print a line for every changed tensor, not only for those that fail.")
+@click.option(
+    "--certificate", is_flag=True,
+    help="For an adapter that stands for a fine-tune: how much of each layer's change it holds, beside the optimum.",
+)  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the probes.")
 @options.threads_option
 @pass_talk
@@ -40,6 +44,7 @@ def command(
     weights: tuple[float, ...],
     exact: bool,
     tensors: bool,
+    certificate: bool,
     seed: int,
     threads: int | None,
 ) -> show.Report:
@@ -48,12 +53,14 @@ def command(
     A proof that shares no arithmetic with `merge`: tensors that no adapter touches must be equal byte by byte, names
     must be accounted for on both sides, and the change of every other tensor is held against the adapter's, on random
     probes in float64. Exit code 0 within the rounding of the dtype, 1 beyond it. For an adapter that was extracted from
-    a fine-tune, the error is what the low rank lost.
+    a fine-tune, the error is what the low rank lost; --certificate then gives the table of `loratools extract-svd`, for
+    an adapter of any origin, and fails nothing.
 
     \b
     Examples:
       loratools verify merged --base base --adapter adapter
       loratools verify merged --base base --adapter adapter --exact --tensors
+      loratools verify tuned --base base --adapter adapter --certificate
     """
     from loratools.storage.checkpoint import Checkpoint
     from loratools.surgery.verify import verify
@@ -61,6 +68,12 @@ def command(
     if weights and len(weights) != len(adapters):
         raise click.UsageError(f"{len(weights)} weight(s) for {len(adapters)} adapter(s); give -w once for each")
     opened = Checkpoint.open(model)
+    if certificate:
+        from loratools.cli._certificate import report
+
+        if len(adapters) > 1 or weights:
+            raise click.UsageError("--certificate measures one adapter, at full strength")
+        return report(talk, opened, base, adapters[0], seed, threads or 2)
     with talk.progress("verifying", opened.nbytes) as advance:
         found = verify(
             opened, base, adapters, weights=weights or None, exact=exact, seed=seed, threads=threads or 2,

@@ -70,7 +70,7 @@ def read_delta(base: TensorSpec, tuned: TensorSpec, progress: Progress, *, keep:
         wrong = tuned if base_norm2 < float("inf") else base
         raise BadFile(f"NaN or infinity in {wrong.file}, so the change has no norm")
     found = tuple(digest.finish(hasher) for hasher in hashers)
-    noise2 = _noise2(tuned, columns) if norm2 and keep else 0.0
+    noise2 = rounding_energy(tuned) if norm2 and keep else 0.0
     return Delta(base_norm2, norm2, norm2 == 0, tuple(rows), (found[0], found[1]), noise2, D if norm2 else None)
 
 
@@ -120,13 +120,14 @@ def _tiles(
             yield raw, (tiles[0], tiles[1])
 
 
-def _noise2(spec: TensorSpec, columns: int) -> float:
-    """Estimate Σ ulp(W')²/12 from about 2^17 elements, in eight blocks of rows."""
+def rounding_energy(spec: TensorSpec) -> float:
+    """Estimate Σ ulp(W)²/12, what rounding to its dtype did to a tensor, from about 2^17 elements in eight blocks."""
     import torch
 
     from loratools.linalg.noise import ulp
 
     dtype = dtypes.to_torch(spec.dtype)
+    columns = max(1, spec.parameters // max(1, spec.shape[0] if spec.shape else 1))
     total = spec.parameters // columns
     rows = min(total, max(1, (1 << 14) // columns))
     raw = bytearray(rows * columns * dtype.itemsize)

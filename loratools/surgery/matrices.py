@@ -33,10 +33,13 @@ def load(part: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
     return left.double() * part.scaling, right.double()
 
 
-def base_matrix(checkpoint: Checkpoint, placements: Iterable[Placement]) -> torch.Tensor:
-    """Return the base weight under one update as that update's ΔW is laid out, in float64, (rows, columns).
+def base_matrix(
+    checkpoint: Checkpoint, placements: Iterable[Placement], names: Mapping[str, str] | None = None
+) -> torch.Tensor:
+    """Return the weight under one update as that update's ΔW is laid out, in float64, (rows, columns).
 
-    The placements are those of one module: several where the base stores its projections apart or fused.
+    The placements are those of one module: several where the base stores its projections apart or fused. `names` maps
+    the base's tensor names to those of this checkpoint, where they differ.
     """
     import torch
 
@@ -45,7 +48,8 @@ def base_matrix(checkpoint: Checkpoint, placements: Iterable[Placement]) -> torc
     W: torch.Tensor | None = None
     for placement in placements:
         site = placement.site
-        block = checkpoint.read(site.tensor).view(site.matrix)[slice(*site.rows), slice(*site.columns)].double()
+        name = names[site.tensor] if names else site.tensor
+        block = checkpoint.read(name).view(site.matrix)[slice(*site.rows), slice(*site.columns)].double()
         block = block.T if site.transposed else block
         if W is None:
             W = torch.zeros(rows, block.shape[1], dtype=torch.float64)
