@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from loratools.cli._ranks import rank_options, ranks_of
 from loratools.cli._talk import Talk, pass_talk
 
 if TYPE_CHECKING:
+    from loratools.adapter.model import Adapter
     from loratools.surgery.combine import Combination
 
 
@@ -96,6 +97,7 @@ def command(
       loratools combine adapter other -w q_proj=0.5,v_proj=1 -w 1 --rank 4 -o sum
       loratools combine adapter other --method ties --density 0.5 --budget 8000 -o ties
     """
+    from loratools import dialects
     from loratools.storage.dtypes import ALIASES
     from loratools.surgery import methods
     from loratools.surgery.combine import combine
@@ -104,13 +106,24 @@ def command(
         raise click.UsageError(f"{len(weights)} weight(s) for {len(adapters)} adapter(s); give -w once for each")
     wanted = ranks_of(ranks, ALIASES[dtype])
     chosen = methods.Options(density, gamma, epsilon, seed, like)
-    found = combine(
-        adapters, output, weights=weights or None, method=method.replace("-", "_"), options=chosen, ranks=wanted,
-        initial=initial, check_base=check_base, dtype=ALIASES[dtype], threads=threads, force=force,
-    )  # fmt: skip
+    sources = [*adapters, *([initial] if initial else [])]
+    with talk.progress(
+        "combining", size_of(dialects.open_adapter(one, initial=bool(initial)) for one in sources)
+    ) as bar:
+        found = combine(
+            adapters, output, weights=weights or None, method=method.replace("-", "_"), options=chosen, ranks=wanted,
+            initial=initial, check_base=check_base, dtype=ALIASES[dtype], threads=threads, force=force, progress=bar,
+        )  # fmt: skip
     for warning in found.warnings:
         talk.warn(warning)
     return show.Report(show.plain(found), [*lines(found, "combined"), *(table(found) if modules else ())])
+
+
+def size_of(adapters: Iterable[Adapter]) -> int:
+    """Return the bytes of all factors."""
+    return sum(
+        lazy.nbytes for adapter in adapters for update in adapter.updates.values() for lazy in update.parts.values()
+    )
 
 
 def lines(found: Combination, done: str) -> Iterator[str]:

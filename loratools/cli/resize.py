@@ -49,7 +49,7 @@ def command(
       loratools resize adapter --budget 2000 -o small
     """
     from loratools import dialects
-    from loratools.cli.combine import lines, table
+    from loratools.cli.combine import lines, size_of, table
     from loratools.storage.dtypes import ALIASES
     from loratools.surgery.resize import resize
 
@@ -59,5 +59,6 @@ def command(
             "say how ranks are chosen: --rank, --energy, --sv-ratio, --sv-fro, --sv-cumulative or --budget"
         )
     opened = dialects.open_adapter(adapter, dialect=dialect)
-    found = resize(opened, output, wanted, dtype=ALIASES[dtype], threads=threads, force=force)
+    with talk.progress("resizing", size_of([opened])) as bar:
+        found = resize(opened, output, wanted, dtype=ALIASES[dtype], threads=threads, force=force, progress=bar)
     return show.Report(show.plain(found), [*lines(found, "resized"), *table(found)])

@@ -86,7 +86,7 @@ def combine(
     product take rank Σrᵢ (with `like` "peft" the largest rᵢ, as PEFT does) where none is given. Scaling is 1 in the
     result. With `initial`, the one adapter's change is taken against that of `initial`, from which its training started
     (PiSSA, OLoRA, CorDA): BA − B₀A₀, plain LoRA for the unchanged base. `weights` are numbers, texts that
-    `Weight.parse` reads, or `Weight`s; `progress` counts modules; `operation` is what the provenance calls it.
+    `Weight.parse` reads, or `Weight`s; `progress` counts bytes of factors; `operation` is what the provenance calls it.
 
     Raises `UnsupportedAdapter` for kinds and tensors that cannot be combined, `IncompatibleAdapter` for shapes that
     differ, numbers that are not finite and a result that is empty, `WrongBase` where the bases differ, `OutputRefused`,

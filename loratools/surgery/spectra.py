@@ -54,7 +54,7 @@ class Task:
 
         terms = [term for member in members if (term := self._term(module, member)).weight != 0]
         change = methods.get(self.method).merge(terms, self.options, chance) if terms else None
-        progress(1)
+        progress(sum(lazy.nbytes for member in members for lazy in member.update.parts.values()))
         if change is None:
             return None
         size = sum(abs(term.weight) * float(squared_norm(term.left, term.right)) ** 0.5 for term in terms)
