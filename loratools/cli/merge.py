@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 _ENOUGH = 0.9  # delta retention under which a merge is warned about
 
 
+def _needed(context: click.Context, option: click.Parameter, value: Path | None) -> Path | None:
+    """Refuse a missing output, unless nothing is to stay here."""
+    if value is None and not context.params.get("no_local") and not context.resilient_parsing:
+        raise click.MissingParameter(ctx=context, param=option)
+    return value
+
+
 @make(section="Change")
 @click.argument("base", type=Source(lambda params: "header" if params["dry_run"] else "checkpoint"))
 @click.argument("adapters", type=options.ADAPTER, nargs=-1, required=True, metavar="ADAPTER...")
@@ -30,6 +37,7 @@ _ENOUGH = 0.9  # delta retention under which a merge is warned about
     "--output",
     type=options.PATH,
     metavar="PATH",
+    callback=_needed,
     help="Where the result goes; it must not exist yet. Needed unless --no-local.",
 )
 @options.weight_option
@@ -45,6 +53,9 @@ _ENOUGH = 0.9  # delta retention under which a merge is warned about
     default="error",
     show_default=True,
     help="What a change of a tied embedding or head does: refuse, give the head a weight of its own, or change both.",
+)
+@click.option(
+    "--model-type", metavar="NAME", help="What the base is (gpt2, gpt_oss, …), where its config.json does not say it."
 )
 @options.check_base_option
 @click.option(
@@ -66,7 +77,9 @@ _ENOUGH = 0.9  # delta retention under which a merge is warned about
     "--keep-residual", is_flag=True, help="Keep what rounding destroys, so that `loratools unmerge` restores every bit."
 )
 @click.option("--push", metavar="REPO", help="Send each shard to this repository of the Hub as it is finished.")
-@click.option("--no-local", is_flag=True, help="With --push: keep nothing here, never more than a shard at a time.")
+@click.option(
+    "--no-local", is_flag=True, is_eager=True, help="With --push: keep nothing here, never more than a shard at a time."
+)
 @click.option("--private", is_flag=True, help="With --push: make a new repository private.")
 @click.option("--base-model", metavar="ORG/NAME", help="With --push: the base model's name on the Hub, for the card.")
 @click.option("--license", metavar="ID", help="With --push: the licence, for the card.")
@@ -88,6 +101,7 @@ def command(
     dtype: str | None,
     max_shard_size: str | None,
     tied: str,
+    model_type: str | None,
     check_base: str,
     retention: str,
     rounding: str,
@@ -132,8 +146,6 @@ def command(
         raise click.UsageError("--resume does not go with --push: what was sent is not sent again anyway")
     if no_local and (not push or keep_residual or verify):
         raise click.UsageError("--no-local needs --push, and leaves nothing for --keep-residual or --verify")
-    if output is None and not no_local:
-        raise click.UsageError("missing option '-o' / '--output'")
     try:
         limit = parse_size(max_shard_size) if max_shard_size else None
     except ValueError as error:
@@ -144,6 +156,7 @@ def command(
         prepared = prepare(
             base, adapters, output, weights=weights or None, dtype=ALIASES[dtype] if dtype else None,
             max_shard_size=limit, tied=tied, check_base=check_base, threads=threads, force=force,
+            model_type=model_type,
         )  # fmt: skip
         for note in prepared.plan.notes:
             talk.note(note)
