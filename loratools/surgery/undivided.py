@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from loratools.adapter.model import Adapter
+from loratools.adapter.targets import compact
 from loratools.errors import UnsupportedAdapter
 from loratools.storage import dtypes
 from loratools.storage.lazy import LazyTensor
@@ -39,16 +40,17 @@ def replacements(
         for own, lazy in adapter.replacements.items():
             path = aligned.path(number, own)
             found.setdefault(path, []).append((number, weights[number].of(own), lazy))
-    kept, problems = {}, []
+    kept: dict[str, LazyTensor] = {}
+    problems: dict[str, list[str]] = {}
     for path, group in found.items():
         if reason := _refusal(group, names, method):
-            problems.append(f"{path}: {reason}")
+            problems.setdefault(reason, []).append(path)
         else:
             kept[path] = _sum(group)
     if problems:
         raise UnsupportedAdapter(
-            f"{len(problems)} tensor(s) trained whole cannot be combined without the base model",
-            problems,
+            f"{sum(map(len, problems.values()))} tensor(s) trained whole cannot be combined without the base model",
+            [f"{', '.join(compact(paths))}: {reason}" for reason, paths in problems.items()],
             hint="W + sum of w (W_i - W) needs no base where the weights sum to 1. Or merge into the base model.",
         )
     return kept

@@ -136,6 +136,22 @@ def test_truncation_is_optimal_and_its_error_is_the_printed_one(ranks: Ranks, tm
         assert len({share.rank for share in tails.values()}) > 1
 
 
+def test_trained_adapters_of_other_ranks_and_scalings(real_models: Any, tmp_path: Path) -> None:
+    names, weights = ["smol-lora", "smol-rslora"], [0.7, -1.3]
+    adapters = [open_adapter(real_models / name) for name in names]
+    expected = total(adapters, weights)
+    report = combine([real_models / name for name in names], tmp_path / "sum", weights=weights)
+    assert distance(dense(tmp_path / "sum"), expected) < 1e-6
+    small = combine([real_models / name for name in names], tmp_path / "small", weights=weights, ranks=Ranks(Fixed(8)))
+    measured = distance(dense(tmp_path / "small"), expected)
+    assert small.error == pytest.approx(measured, rel=1e-6)
+    some = {share.module: share for share in small.shares[::30]}  # a dense SVD of each takes its time
+    for module, share in some.items():
+        tail = torch.linalg.svdvals(expected[module])[share.rank :]
+        assert share.error == pytest.approx(float(tail.norm()), rel=1e-5, abs=1e-7 * share.norm)
+    assert report.optimum == 0
+
+
 def test_half_precision_is_in_the_error_that_is_printed(tmp_path: Path) -> None:
     adapters = [adapter(0), adapter(9)]
     report = combine(adapters, tmp_path / "sum", dtype="BF16")
