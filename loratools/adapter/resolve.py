@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeVar
 
+from loratools.adapter import stacks
 from loratools.adapter.model import Adapter
 from loratools.adapter.names import CONV1D, FUSIONS, Fusion, Names
 from loratools.adapter.sites import Site
 from loratools.adapter.updates import Update
 from loratools.adapter.updates._bias import BiasUpdate
+from loratools.adapter.updates.experts import ExpertsUpdate
 from loratools.errors import IncompatibleAdapter
 
+T = TypeVar("T")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -73,11 +76,26 @@ class _Resolver:
                 update = fitted(self.shapes[tensor])
             except ValueError as error:
                 raise _NoPlace(str(error)) from None
+        if isinstance(update, ExpertsUpdate):
+            return self._experts(module, path, update)
         placed = [Placement(module, update, site) for site in self.sites(path, update)]
         if update.bias is not None:
             added = BiasUpdate(update.bias, update.scaling, update.alpha)
             placed += [Placement(module, added, self._bias(one.site)) for one in placed]
         return placed
+
+    def _experts(self, module: str, path: str, update: ExpertsUpdate) -> list[Placement]:
+        """Return the placements of the experts of a stack, one by one."""
+        for spelled in stacks.spellings(path):
+            if found := self._sure(stacks.stack_sites, spelled, update):
+                return [Placement(module, expert, site) for expert, site in found]
+        raise _NoPlace(f"no {update.parameter} of its experts in the base, neither stacked nor one by one")
+
+    def _sure(self, find: Callable[..., T], module: str, update: Update) -> T:
+        try:
+            return find(module, update, self.names, self.shapes, self.config)
+        except stacks.Ambiguous as error:
+            raise _NoPlace(str(error)) from None
 
     def _bias(self, site: Site) -> Site:
         """Return where the outputs of a weight's site lie in the bias beside it."""
@@ -94,13 +112,16 @@ class _Resolver:
         if tensor := self._one(module, module):
             return [self._orient(module, tensor, update, (0, update.shape[0]), self.shapes[tensor])]
         sites = self._into_fused(module, update) or self._out_of_fused(module, update)
+        if not sites and (site := self._sure(stacks.expert_site, module, update)):
+            return [site]
         if not sites:
             nearest = self.names.nearest(module)
             raise _NoPlace(f"not in the base; nearest: {', '.join(nearest)}" if nearest else "not in the base")
         return sites
 
     def _one(self, module: str, asked: str) -> str | None:
-        found = self.names.find(module) or self.names.find(module, "in_proj_weight")  # nn.MultiheadAttention
+        spelled = (found for path in stacks.spellings(module) if (found := self.names.find(path)))
+        found = next(spelled, []) or self.names.find(module, "in_proj_weight")  # nn.MultiheadAttention
         if len(found) > 1:
             raise _NoPlace(f"ambiguous: {asked} could be any of {', '.join(found)}")
         return found[0] if found else None

@@ -47,7 +47,7 @@ def faults(groups: Groups, config: PeftConfig) -> list[str]:
             if not lazy.dtype.startswith(("F", "BF")):
                 found.append(f"{keys.join(module, part)}: {lazy.dtype} numbers, expected floating point")
         if any(part.startswith("lora_") for part in parts) and not _targeted(
-            module.partition(".base_layer.")[0], config
+            re.sub(r"(\.base_layer)+$", "", module.partition(".base_layer.")[0]), config
         ):
             found.append(f"{module}: has tensors, but the config does not target it, so PEFT would ignore them")
     return found + [

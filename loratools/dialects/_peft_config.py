@@ -104,7 +104,6 @@ _REFUSED: tuple[tuple[str, Test, str], ...] = (
     ("kasa_config", _given, "KaSA also takes the smallest singular components out of the base model"),
     ("monteclora_config", _given, "MonteCLoRA samples its factors; there is no single B·A"),
     ("enable_lora", bool, "PEFT 0.2's fused attention (enable_lora) has grouped factors; save it again with PEFT"),
-    ("target_parameters", bool, "adapters of parameters (stacked experts) are not read yet"),
     ("layer_replication", bool, "adapters of a model with replicated layers are not read yet"),
 )  # fmt: skip
 
@@ -119,6 +118,7 @@ _KNOWN = {*_TYPES, *_SILENT, *(field for field, _, _ in _REFUSED)}
 _SETTINGS = (
     "task_type", "auto_mapping", "fan_in_fan_out", "bias", "lora_dropout", "use_rslora", "target_modules",
     "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "trainable_token_indices",
+    "target_parameters",
     "ensure_weight_tying",
 )  # fmt: skip
 

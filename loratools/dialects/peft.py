@@ -15,7 +15,7 @@ from loratools.adapter import updates
 from loratools.adapter.model import Adapter, Loss
 from loratools.adapter.updates import Update
 from loratools.adapter.updates.tokens import TokensUpdate
-from loratools.dialects import _peft_checks, _safetensors
+from loratools.dialects import _peft_checks, _peft_experts, _safetensors
 from loratools.dialects._listing import Evidence, Listing
 from loratools.dialects._peft_config import PeftConfig
 from loratools.dialects._peft_names import Groups, group, unwrap
@@ -154,16 +154,19 @@ def _build(groups: Groups, config: PeftConfig) -> tuple[dict[str, Update], list[
     """Return the updates, what no kind claims (one line for each set of parts), and what contradicts itself."""
     built: dict[str, Update] = {}
     unclaimed: dict[str, list[str]] = defaultdict(list)
-    faults = []
+    experts, faults = _peft_experts.layouts(groups, config)
     for module, found in groups.modules.items():
         parts = {part: lazy for part, lazy in found.items() if part not in _TRAINING_ONLY}
         kind = updates.claim(parts) if _peft_checks.is_plain(module, groups) else None
+        kind = "experts" if module in experts and kind in ("lora", None) else kind
         if kind is None:
             unclaimed[", ".join(sorted(f"{part} ({len(lazy.shape)}-D)" for part, lazy in parts.items()))].append(module)
             continue
         build = updates.get(kind).build
         layout = {"layout": {"rows": rows}} if (rows := config.token_rows(module)) and kind == "tokens" else {}
         named = module.partition(".base_layer.")[0]  # patterns know the outer module
+        if stack := experts.get(module):
+            layout, named = {"layout": stack}, f"{_peft_experts.outer(module)}.{stack['parameter']}"
         try:
             rank = build(parts, 1.0, 1.0, **layout).rank  # each kind knows where its rank stands
             twice = config.applied_twice(module)

@@ -39,8 +39,8 @@ def derive_config(adapter: Adapter) -> dict[str, Any]:
     """
     settings, updates = adapter.settings, adapter.updates
     rslora = uses_rslora(updates.values())
-    ranks = {module: update.rank for module, update in updates.items()}
-    alphas = {module: _alpha(update, rslora) for module, update in updates.items()}
+    ranks = {_path(module, update): update.rank for module, update in updates.items()}
+    alphas = {_path(module, update): _alpha(update, rslora) for module, update in updates.items()}
     r, alpha = _usual(ranks.values(), 8), _usual(alphas.values(), 8)
     base = adapter.base
     config: dict[str, Any] = {
@@ -70,6 +70,12 @@ def derive_config(adapter: Adapter) -> dict[str, Any]:
     for update in updates.values():
         config |= {_SWITCHES[part]: True for part in update.parts if part in _SWITCHES}
     return dict(sorted(config.items()))
+
+
+def _path(module: str, update: Update) -> str:
+    """Return what PEFT's patterns are matched with: a module's path, or that of a stack's parameter."""
+    parameter = (getattr(update, "layout", None) or {}).get("parameter")
+    return f"{re.sub(r'([.]base_layer)+$', '', module)}.{parameter}" if parameter else module
 
 
 def uses_rslora(updates: Iterable[Update]) -> bool:

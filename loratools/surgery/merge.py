@@ -98,8 +98,11 @@ def prepare(
     check_base: str = "strict",
     threads: int | None = None,
     force: bool = False,
+    model_type: str | None = None,
 ) -> Merge:
     """Decide everything about a merge from headers and the adapters' digests; write nothing.
+
+    `model_type` says what the base is where its config.json does not, and shapes leave open how a weight lies.
 
     Raises `IncompatibleAdapter`, `WrongBase`, `BadFile`, `UnsupportedAdapter`, `OutputRefused` (the output exists, is
     an input, or the base already holds this adapter); `ValueError` if there is not one weight for each adapter.
@@ -110,6 +113,7 @@ def prepare(
     output = Path(output)
     atomic.check_output(output, force=force)
     base = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
+    base = replace(base, config={**base.config, "model_type": model_type}) if model_type else base
     opened = [adapter if isinstance(adapter, Adapter) else dialects.open_adapter(adapter) for adapter in adapters]
     paths = [None if isinstance(adapter, Adapter) else Path(adapter) for adapter in adapters]
     # By their own places too: an adapter may come opened, and the files of a base may be links.

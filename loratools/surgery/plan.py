@@ -68,13 +68,10 @@ class MergePlan:
 
     def peak_memory(self, threads: int, *, torch: bool = True, tile_bytes: int = TILE) -> int:
         """Estimate the resident bytes: libraries, and for each thread its tiles and its largest factors."""
-        largest = max(
-            (
-                sum(lazy.parameters * 8 + lazy.nbytes for _, p in change.placements for lazy in p.update.parts.values())
-                for change in self.changes.values()
-            ),
-            default=0,
-        )
+        largest = 0
+        for change in self.changes.values():
+            parts = {id(lazy): lazy for _, p in change.placements for lazy in p.update.parts.values()}
+            largest = max(largest, sum(lazy.parameters * 8 + lazy.nbytes for lazy in parts.values()))
         return (_TORCH if torch else _NUMPY) + threads * (6 * tile_bytes + largest)
 
     def to_json(self, threads: int, *, torch: bool = True) -> dict[str, Any]:
