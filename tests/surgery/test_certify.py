@@ -73,7 +73,7 @@ def test_fused_bases_and_layers_that_did_not_change(tmp_path: Path) -> None:
         "layers.0.mlp.up_proj": (random(2, 12, seed=4), random(20, 2, seed=3)),
         "layers.0.mlp.gate_proj": (random(2, 12), random(20, 2)),
     }
-    up, gate = certify(models[1], models[0], save_adapter(tmp_path / "a", Lora(factors, alpha=2))).layers
+    gate, up = certify(models[1], models[0], save_adapter(tmp_path / "a", Lora(factors, alpha=2))).layers
     assert up.error < 1e-6
     assert (gate.delta_norm, gate.error) == (0, 0)
 
