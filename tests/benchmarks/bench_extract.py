@@ -38,8 +38,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=10, help="layers whose error is held against the optimum")
     args = parser.parse_args()
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    print(f"{machine}, {args.runs} runs, medians
-")
+    print(f"{machine}, {args.runs} runs, medians\n")
     with tempfile.TemporaryDirectory(dir=args.tuned.parent) as scratch:
         folder = Path(scratch)
         ours, theirs = folder / "ours", folder / "theirs"
