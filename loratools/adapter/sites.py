@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from math import gcd
 
 
@@ -55,6 +57,28 @@ class Site:
     def meets(self, other: Site) -> bool:
         """Tell whether this rectangle shares an element with another of the same tensor."""
         return _meet(self.rows, other.rows) and _meet(self.columns, other.columns)
+
+    def cut(self, others: Iterable[Site]) -> list[Site]:
+        """Return the pieces of this site between the ends, along the output features, of `others` that it meets.
+
+        Two sites that are cut by each other have pieces that are equal or do not meet. Rows with a step stay whole.
+        """
+        start, stop, step = self.outputs
+        ends = {end for other in others if self.meets(other) for end in other.outputs[:2] if start < end < stop}
+        if step != 1 or not ends:
+            return [self]
+        points = [start, *sorted(ends), stop]
+        return [self._piece(at, to, self.part[0] + at - start) for at, to in pairwise(points)]
+
+    @property
+    def outputs(self) -> tuple[int, int, int]:
+        """The range of the tensor's rows or columns that are output features."""
+        return self.columns if self.transposed else self.rows
+
+    def _piece(self, start: int, stop: int, part: int) -> Site:
+        place = (start, stop, 1)
+        rows, columns = (self.rows, place) if self.transposed else (place, self.columns)
+        return Site(self.tensor, self.matrix, rows, columns, (part, part + stop - start), self.transposed)
 
 
 def _meet(one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING
 
@@ -67,8 +67,10 @@ def draw(plan: MergePlan, name: str, change_of: Change, exact: bool, seed: int) 
     import torch
 
     groups: dict[Site, list[tuple[int, Placement]]] = {}
+    sites = [placement.site for _, placement in change_of.placements]
     for number, placement in change_of.placements:
-        groups.setdefault(placement.site, []).append((number, placement))
+        for site in placement.site.cut(sites):  # a fused projection and a part of it share rows
+            groups.setdefault(site, []).append((number, replace(placement, site=site)))
     generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
     probes = []
     for site, group in groups.items():

@@ -20,6 +20,7 @@ from loratools.errors import IncompatibleAdapter
 from loratools.storage import digest, dtypes, files
 from loratools.storage.header import TensorSpec
 from loratools.surgery import bits
+from loratools.surgery.terms import is_wide
 from loratools.surgery.tiles import TILE, TensorResult, sampled_tiles
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ def serves(plan: MergePlan) -> bool:
     """Tell whether a plan holds nothing but plain LoRA, stored as such, on tensors of the dtypes served here."""
     slots = {slot.name: slot for file in plan.files for slot in file.slots}
     return all(
-        slots[name].dtype == change.source.dtype in bits.SERVED and all(_plain(p.update) for _, p in change.placements)
+        slots[name].dtype == change.source.dtype in bits.SERVED
+        and all(_plain(p.update) for _, p in change.placements)
+        and not is_wide(change, slots[name].dtype)
         for name, change in plan.rewritten().items()
     )
 

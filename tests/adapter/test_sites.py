@@ -32,3 +32,22 @@ def test_overlaps_with_all_tiles_cover_each_row_once(data: st.DataObject) -> Non
 def test_whole() -> None:
     assert Site.whole("W", (3, 5)) == Site("W", (3, 5), (0, 3, 1), (0, 5, 1), (0, 3))
     assert Site.whole("W", (3, 5), transposed=True).part_rows == slice(0, 5)
+
+
+def test_sites_cut_by_each_other() -> None:
+    """Pieces of overlapping sites are equal or do not meet, and carry their rows of ΔW along."""
+    fused = Site.whole("w", (12, 5))
+    q = Site("w", (12, 5), (0, 6, 1), (0, 5, 1), (0, 6))
+    v = Site("w", (12, 5), (9, 12, 1), (0, 5, 1), (0, 3))
+    places = [(one.rows, one.part) for one in fused.cut([fused, q, v])]
+    assert places == [((0, 6, 1), (0, 6)), ((6, 9, 1), (6, 9)), ((9, 12, 1), (9, 12))]
+    assert q.cut([fused, q, v]) == [q]
+    late = Site("w", (12, 5), (4, 12, 1), (0, 5, 1), (1, 9))
+    assert [(one.rows, one.part) for one in late.cut([v])] == [((4, 9, 1), (1, 6)), ((9, 12, 1), (6, 9))]
+    turned = Site.whole("w", (5, 12), transposed=True)
+    part = Site("w", (5, 12), (0, 5, 1), (4, 8, 1), (0, 4), True)
+    cut = [(one.columns, one.part, one.rows) for one in turned.cut([part])]
+    assert cut == [((0, 4, 1), (0, 4), (0, 5, 1)), ((4, 8, 1), (4, 8), (0, 5, 1)), ((8, 12, 1), (8, 12), (0, 5, 1))]
+    stepped = Site("w", (12, 5), (0, 12, 2), (0, 5, 1), (0, 6))
+    assert stepped.cut([q]) == [stepped]
+    assert not stepped.meets(Site("w", (12, 5), (1, 12, 2), (0, 5, 1), (0, 6)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -241,3 +242,38 @@ def test_half_of_a_tensor_trained_whole(tmp_path: Path) -> None:
         "score.bias: trained whole in adapter 1, which cannot have the weight 0.5",
         "score.weight: trained whole in adapter 1, which cannot have the weight 0.5",
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_a_fused_projection_and_a_part_of_it(settings: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
+    """One adapter trained on qkv_proj, another on q_proj: they share rows, and what they add to them."""
+    base = FAMILIES["phi3"].build().to(dtype)
+    base.save_pretrained(tmp_path / "base")
+    train(base, 1, target_modules=["qkv_proj"], **settings).save_pretrained(tmp_path / "fused")
+    tensors = load_file(tmp_path / "fused" / "adapter_model.safetensors")
+    (tmp_path / "split").mkdir()
+    rows = slice(0, 32)
+    split = {
+        name.replace("qkv_proj", "q_proj"): -0.5 * W[rows] if "lora_B" in name else W.clone()
+        for name, W in tensors.items()
+        if "magnitude" not in name
+    }
+    save_file({name: W.contiguous() for name, W in split.items()}, tmp_path / "split" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 10, "target_modules": ["q_proj"]}
+    (tmp_path / "split" / "adapter_config.json").write_text(json.dumps(config))
+    merge(tmp_path / "base", [tmp_path / "fused", tmp_path / "split"], tmp_path / "ours")
+    found, before = load(tmp_path / "ours"), load(tmp_path / "base")
+    for layer in range(2):
+        name = f"model.layers.{layer}.self_attn.qkv_proj"
+        A, B = (tensors[f"base_model.model.{name}.lora_{one}.weight"].double() for one in "AB")
+        W = before[f"{name}.weight"].double() + 2.5 * B @ A
+        if settings:
+            m = tensors[f"base_model.model.{name}.lora_magnitude_vector"].double()
+            W *= (m / W.norm(dim=1))[:, None]
+        W[rows] -= 0.5 * 2.5 * B[rows] @ A
+        off = found[f"{name}.weight"] != W.to(dtype)
+        assert int(off.sum()) <= (2 if dtype == torch.bfloat16 else off.numel())
+        assert difference(found[f"{name}.weight"].float(), W.float()) <= (2**-8 if dtype == torch.bfloat16 else 1e-6)
+    assert verify(tmp_path / "ours", tmp_path / "base", [tmp_path / "fused", tmp_path / "split"]).ok
+    assert verify(tmp_path / "ours", tmp_path / "base", [tmp_path / "fused", tmp_path / "split"], exact=True).ok
