@@ -7,18 +7,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from loratools.adapter import updates
 from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.adapter.tied import EMBEDDINGS, main_tensor
-from loratools.adapter.updates import Update
 from loratools.format import manifest
-from loratools.format.kinds import A_EMBEDDING, B_EMBEDDING, A, B
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
 from loratools.surgery import certificate
 from loratools.surgery.companions import TOKENIZER_FILES
 from loratools.surgery.factor import Settings
 from loratools.surgery.identity import TOOL
+from loratools.surgery.kinds import build, module_names
 from loratools.surgery.pairs import HEAD_OF_TASK, Pair, Pairing, heads_of_task, task
 from loratools.surgery.spool import Spooled
 
@@ -29,8 +27,6 @@ CLASSES = {
     "dropped": "left out on request",
 }
 """What can become of a tensor; every tensor of the fine-tune is in exactly one class."""
-
-_KINDS = {"linear": "lora", "conv": "conv", "embedding": "embedding"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,7 +70,12 @@ def assemble(
     outcomes = tuple(sorted(_with_siblings(list(outcomes)), key=lambda one: (one.pair.path, one.pair.name)))
     factored = [one for one in outcomes if one.outcome == "factored"]
     whole = [one for one in outcomes if one.outcome == "whole"]
-    built = {one.pair.path: _update(one, settings.dtype) for one in factored}
+    names = module_names(one.pair for one in factored)
+    built = {
+        names[one.pair.path]: build(one.pair, one.shape, one.rank, one.factors.lazy(one.rank, settings.dtype))
+        for one in factored
+        if one.factors
+    }
     kept = {one.pair.path: LazyTensor.stored(tuned.specs[one.pair.name]) for one in whole}
     touched = sorted({one.pair.base for one in (*factored, *whole) if one.pair.base})
     identity = replace(identity, tensors={name: identity.tensors[name] for name in touched})
@@ -124,26 +125,11 @@ def _module(one: Outcome) -> str:
     return one.pair.path if one.pair.plan == "factor" else one.pair.path.rpartition(".")[0]
 
 
-def _update(one: Outcome, dtype: str) -> Update:
-    """Return the update of one outcome: alpha = r, so that the scaling is 1 for every reader."""
-    assert one.factors is not None
-    left, right = one.factors.lazy(one.rank, dtype)
-    kind = _KINDS[one.pair.kind]
-    if kind == "conv":
-        sides = one.shape[2:]
-        left = left.map(lambda B: B.reshape(*B.shape, *(1 for _ in sides)), (*left.shape, *(1 for _ in sides)))
-        inner = (one.rank, *one.shape[1:])
-        right = right.map(lambda A: A.reshape(inner), inner)
-    parts = {A_EMBEDDING: right, B_EMBEDDING: left} if kind == "embedding" else {A: right, B: left}
-    built: Update = updates.get(kind).build(parts, 1.0, float(one.rank))
-    return built
-
-
 def _settings(
     base: Checkpoint, tuned: Checkpoint, pairing: Pairing, factored: list[Outcome], whole: list[Outcome]
 ) -> dict[str, Any]:
     """Return what PEFT's config has to say beyond ranks, and which base tensor belongs to which module."""
-    paths = {one.pair.path for one in factored}
+    paths = {one.pair.path for one in factored if one.pair.kind != "experts"}
     heads = heads_of_task(tuned) | heads_of_task(base)
     saved = {_module(one) for one in whole if not one.pair.path.endswith(".bias")}
     settings: dict[str, Any] = {"task_type": task(tuned) or task(base)}
@@ -151,7 +137,9 @@ def _settings(
         settings["bias"] = "all"
     if tops := {_upto(one.pair.path, heads) for one in whole if heads & set(one.pair.path.split("."))}:
         settings["modules_to_save"] = sorted(tops)
-    if any(one.pair.transposed for one in factored):
+    if stacks := sorted(one.pair.path for one in factored if one.pair.kind == "experts"):
+        settings["target_parameters"] = stacks
+    if any(one.pair.transposed and one.pair.kind == "linear" for one in factored):
         settings["fan_in_fan_out"] = True
     if pairing.head and any(_main(one, base) for one in (*factored, *whole)):
         settings["ensure_weight_tying"] = True
@@ -159,9 +147,10 @@ def _settings(
     modules = {".".join(parts[:i]) for name in base.specs for parts in [name.split(".")] for i in range(1, len(parts))}
     if not any(module.rpartition(".")[2] in short and module not in paths for module in modules):
         settings["target_modules"] = sorted(short)
+    names = module_names(one.pair for one in factored)
     origin = {
-        group: {one.pair.path: {"tensor": one.pair.base} for one in members if one.pair.base}
-        for group, members in (("modules", factored), ("replacements", whole))
+        group: {names.get(one.pair.path, one.pair.path): {"tensor": one.pair.base} for one in part if one.pair.base}
+        for group, part in (("modules", factored), ("replacements", whole))
     }
     return settings | {manifest.ORIGIN: origin}
 

@@ -25,6 +25,7 @@ class Layer:
     kind: str
     shape: tuple[int, ...]
     rank: int
+    parameters: int
     base_norm: float
     delta_norm: float
     captured: float
@@ -56,13 +57,13 @@ class Total:
 
 
 def layer(
-    module: str, kind: str, shape: tuple[int, ...], rank: int, *, base_norm2: float, norm2: float, error2: float,
-    excess2: float, bound2: float, noise2: float, sigma1: float,
+    module: str, kind: str, shape: tuple[int, ...], rank: int, parameters: int, *, base_norm2: float, norm2: float,
+    error2: float, excess2: float, bound2: float, noise2: float, sigma1: float,
 ) -> Layer:  # fmt: skip
     """Return a layer's certificate from sums of squares (see `Layer`); `norm2` is not zero."""
     error2 = max(error2, 0.0)
     return Layer(
-        module, kind, shape, rank, math.sqrt(base_norm2), math.sqrt(norm2), 1 - error2 / norm2,
+        module, kind, shape, rank, parameters, math.sqrt(base_norm2), math.sqrt(norm2), 1 - error2 / norm2,
         math.sqrt(error2 / norm2), _excess(error2, excess2), _excess(error2, bound2), noise2 / norm2,
         norm2 / sigma1**2 if sigma1 else math.inf,
     )  # fmt: skip
@@ -78,7 +79,7 @@ def total(layers: Iterable[Layer]) -> Total:
     noise2 = math.fsum(one.noise * one.delta_norm**2 for one in layers)
     return Total(
         len(layers),
-        sum(one.rank * (one.shape[0] + math.prod(one.shape[1:])) for one in layers),
+        sum(one.parameters for one in layers),
         math.sqrt(math.fsum(one.base_norm**2 for one in layers)),
         math.sqrt(energy),
         1 - error2 / energy if energy else 1.0,
@@ -90,9 +91,9 @@ def total(layers: Iterable[Layer]) -> Total:
 
 
 def rounding2(exact: tuple[torch.Tensor, torch.Tensor], stored: tuple[torch.Tensor, torch.Tensor]) -> float:
-    """Return ‖B̃Ã − BA‖_F² of rounded and exact factors (B (out, r), A (r, in)), in float64 and in factor space.
+    """Return ‖B̃Ã − BA‖_F² of rounded and exact factors (B (…, out, r), A (…, r, in)), in float64 and in factor space.
 
-    B̃Ã − BA = (B̃ − B)·Ã + B·(Ã − A), a sum of small terms: nothing cancels.
+    B̃Ã − BA = (B̃ − B)·Ã + B·(Ã − A), a sum of small terms: nothing cancels. Leading dimensions are summed over.
     """
     import torch
 
@@ -100,7 +101,7 @@ def rounding2(exact: tuple[torch.Tensor, torch.Tensor], stored: tuple[torch.Tens
 
     B, A = (factor.double() for factor in exact)
     B_stored, A_stored = (factor.double() for factor in stored)
-    return float(squared_norm(torch.cat([B_stored - B, B], 1), torch.cat([A_stored, A_stored - A], 0)))
+    return float(squared_norm(torch.cat([B_stored - B, B], -1), torch.cat([A_stored, A_stored - A], -2)).sum())
 
 
 def to_json(layers: Iterable[Layer]) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def certify(
         tuple(sorted(changed.keys() & replaced)),
         tuple((name, norm2**0.5) for name, norm2 in sorted(uncovered.items())),
         sum(uncovered.values()) / energy if energy else 0.0,
-        tuple(sorted(factors.updates.keys() - modules.keys())),
+        tuple(sorted(factors.updates.keys() - {p.module for here in modules.values() for p in here})),
     )
 
 
@@ -119,15 +119,15 @@ def _layer(
     progress(sum(base.specs[p.site.tensor].nbytes + tuned.specs[counterparts[p.site.tensor]].nbytes for p in here))
     B, A = load(update)
     error2 = residual2(D, B, A)
+    parameters = update.rank * sum(D.shape)
     best = truncated_svd(D, min(update.rank, *D.shape), seed=seed)
     if best.norm2 == 0:
-        empty = Layer(
-            module, update.kind, update.shape, update.rank, base_norm2**0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-        )
+        empty = Layer(module, update.kind, update.shape, update.rank, parameters, base_norm2**0.5, *(0.0,) * 7)
         return empty, 0.0
     made = layer(
-        module, update.kind, update.shape, update.rank, base_norm2=base_norm2, norm2=best.norm2, error2=error2,
-        excess2=error2 - best.error2 + best.excess_estimate, bound2=error2 - best.error2 + best.excess_bound,
+        module, update.kind, update.shape, update.rank, parameters, base_norm2=base_norm2, norm2=best.norm2,
+        error2=error2, excess2=error2 - best.error2 + best.excess_estimate,
+        bound2=error2 - best.error2 + best.excess_bound,
         noise2=sum(_noise2(tuned.specs[counterparts[p.site.tensor]], p) for p in here), sigma1=float(best.S[0]),
     )  # fmt: skip
     return made, best.relative_error

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from loratools.linalg.ranks import RankRule
+    from loratools.linalg.truncated import TruncatedSVD
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,8 @@ class Factored:
     """The leading part of one ΔW: its factors on disk, its singular values σ, and its error at full rank.
 
     `complete` says that there is no more to be seen of it: all σ are known, or no rule may take more. `lost2` is the
-    squared error at full rank, `rounded2` what storing the factors at full rank in the wanted dtype adds.
+    squared error at full rank, `rounded2` what storing the factors at full rank in the wanted dtype adds. In a stack of
+    `blocks` experts (`experts.py`) σᵢ is the root of the energy that all their i-th directions hold.
     """
 
     factors: Spooled
@@ -46,6 +48,7 @@ class Factored:
     rounded2: float
     excess2: float
     bound2: float
+    blocks: int = 1
 
     def error2(self, rank: int) -> float:
         """Return ‖ΔW − B·A‖_F² of the leading `rank` factors, before they are rounded."""
@@ -57,6 +60,7 @@ class Factored:
             return self.rounded2
         wanted = dtypes.to_torch(dtype)
         B, A = self.factors.load(rank)
+        B, A = B.view(self.blocks, -1, rank), A.view(rank, self.blocks, -1).transpose(0, 1)
         return rounding2((B, A), (B.to(wanted), A.to(wanted)))
 
 
@@ -65,29 +69,37 @@ def factor(
     rule: RankRule | None = None,
 ) -> Factored:  # fmt: skip
     """Return the truncated SVD of a ΔW at the rank that the settings choose, or a `rule` given here."""
-    from loratools.linalg.truncated import truncated_svd
-
     assert delta.D is not None
     D = delta.D.T if pair.transposed or pair.kind == "embedding" else delta.D
-    rule = rule or settings.ranks.first(shapes, _edge(tuned) if settings.ranks.noise else 0.0)
-    svd = truncated_svd(
-        D, rule, tolerance=settings.tolerance, seed=settings.seed, max_rank=settings.ranks.maximum, probe=settings.tight
-    )
+    rule = rule or settings.ranks.first(shapes, noise_edge(tuned) if settings.ranks.noise else 0.0)
+    svd = decompose(D, rule, settings)
     B, A = svd.factors()
-    root = svd.S.sqrt()
-    exact = (svd.U.double() * root, root[:, None] * svd.Vh.double())
-    wanted = dtypes.to_torch(settings.dtype)
-    sigma = tuple(float(one) for one in svd.S)
     # A fixed rank that was not reached has met the end of the spectrum, as has one that fills the short side.
     asked = getattr(rule, "r", None)
     complete = svd.rank == min(D.shape) or (asked is not None and svd.rank < asked)
     return Factored(
-        spool.add(B, A), sigma, complete, svd.error2, rounding2(exact, (B.to(wanted), A.to(wanted))),
+        spool.add(B, A), tuple(float(one) for one in svd.S), complete, svd.error2, stored2(svd, settings.dtype),
         svd.excess_estimate, svd.excess_bound,
     )  # fmt: skip
 
 
-def _edge(spec: TensorSpec) -> float:
+def decompose(D: torch.Tensor, rule: RankRule, settings: Settings) -> TruncatedSVD:
+    """Return the truncated SVD of a matrix as the settings ask for it."""
+    from loratools.linalg.truncated import truncated_svd
+
+    return truncated_svd(
+        D, rule, tolerance=settings.tolerance, seed=settings.seed, max_rank=settings.ranks.maximum, probe=settings.tight
+    )
+
+
+def stored2(svd: TruncatedSVD, dtype: str) -> float:
+    """Return what storing the balanced factors in a dtype adds to the squared error."""
+    wanted, root = dtypes.to_torch(dtype), svd.S.sqrt()
+    B, A = svd.factors()
+    return rounding2((svd.U.double() * root, root[:, None] * svd.Vh.double()), (B.to(wanted), A.to(wanted)))
+
+
+def noise_edge(spec: TensorSpec) -> float:
     """Return the largest singular value that rounding this weight to its dtype can leave."""
     from loratools.linalg.noise import rounding_noise
 

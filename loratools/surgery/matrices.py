@@ -9,6 +9,7 @@ from loratools.adapter.model import Adapter
 from loratools.adapter.resolve import Placement
 from loratools.adapter.updates import Update
 from loratools.adapter.updates._product import LowRank
+from loratools.adapter.updates.experts import Expert, ExpertsUpdate
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +24,14 @@ def low_rank(update: Update) -> LowRank | None:
 
 
 def products(adapter: Adapter) -> dict[str, LowRank]:
-    """Return module -> low-rank part, for the modules that have one."""
-    return {module: part for module, update in adapter.updates.items() if (part := low_rank(update)) is not None}
+    """Return module -> low-rank part, of modules that have one; a stack of experts has one for each, `module.7`."""
+    found: dict[str, LowRank] = {}
+    for module, update in adapter.updates.items():
+        if isinstance(update, ExpertsUpdate):
+            found |= {f"{module}.{e}": update.expert(e) for e in range(update.experts)}
+        elif (part := low_rank(update)) is not None:
+            found[module] = part
+    return found
 
 
 def load(part: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,9 +66,10 @@ def base_matrix(
 
 
 def by_module(placements: Iterable[Placement]) -> Mapping[str, list[Placement]]:
-    """Group placements of weights by module; those of biases are left out."""
+    """Group placements of weights by module, as `products` names them; those of biases are left out."""
     found: dict[str, list[Placement]] = {}
     for placement in placements:
         if low_rank(placement.update) is not None:
-            found.setdefault(placement.module, []).append(placement)
+            number = f".{placement.update.number}" if isinstance(placement.update, Expert) else ""
+            found.setdefault(placement.module + number, []).append(placement)
     return found

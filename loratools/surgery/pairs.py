@@ -8,6 +8,7 @@ from typing import Any
 
 from loratools.adapter.names import CONV1D, RENAMED, Names
 from loratools.adapter.resolve import biases_tell
+from loratools.adapter.stacks import TRANSPOSED
 from loratools.adapter.tied import EMBEDDINGS, HEADS, is_tied, main_tensor
 from loratools.errors import IncompatibleAdapter
 from loratools.storage import dtypes
@@ -202,14 +203,15 @@ class Kinds:
         named = isinstance(model_type, str)
         self._conv1d = CONV1D.get(str(model_type), frozenset()) if named else CONV1D["gpt2"]
         self.heads = frozenset(_task_of(config)[1])
+        self._stacks_turned = model_type in TRANSPOSED
         self._turned = bool(self._conv1d) and (named or bool(biases_tell(self._shapes)))
 
     def of(self, path: str, shape: tuple[int, ...]) -> tuple[str, bool]:
         """Return one of `selection.KINDS` or `other`, and whether the weight is stored [in, out]."""
         module, _, parameter = path.rpartition(".")
         parent, _, last = module.rpartition(".")
-        if len(shape) == 3 and "experts" in path.split("."):
-            return "experts", False
+        if len(shape) == 3 and module.endswith("experts"):
+            return "experts", self._stacks_turned
         if parameter != "weight" or not 2 <= len(shape) <= 5 or 0 in shape:
             return "other", False
         if last in ("gate", "router") and parent in self._with_experts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 from loratools.adapter.model import BaseIdentity
@@ -14,6 +15,7 @@ from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.assemble import Outcome
 from loratools.surgery.certificate import layer as certify
 from loratools.surgery.deltas import Progress, prefetch, read_delta, read_norm2
+from loratools.surgery.experts import factor_stack
 from loratools.surgery.factor import Factored, Settings, factor
 from loratools.surgery.hash import hash_tensors
 from loratools.surgery.pairs import Pair, Pairing
@@ -89,7 +91,11 @@ class Sweep:
             norm2, found = read_norm2(spec, self.progress)
             old = read_norm2(source, self.progress)[1] if one.base else ""
             return _Result(one, 0.0 if one.plan == "ignore" else norm2, 0.0, (old, found))
-        delta = read_delta(source, spec, self.progress, keep=one.plan == "factor")
+        stacked = one.kind == "experts"
+        delta = read_delta(source, spec, self.progress, keep=one.plan == "factor" and not stacked)
+        if one.plan == "factor" and stacked and not delta.identical:
+            stack = factor_stack(one, source, spec, shapes, self.settings, self.spool, lambda _: None)
+            return _Result(one, stack.norm2, stack.base_norm2, delta.digests, stack.factored, noise2=stack.noise2)
         if one.plan == "factor" and not delta.identical:
             assert delta.D is not None
             factored = factor(one, delta, spec, shapes, self.settings, self.spool)
@@ -101,6 +107,9 @@ class Sweep:
     def _again(self, job: tuple[_Result, Any]) -> _Result:
         result, rule = job
         source, spec = self._specs(result.pair)[-1], self.tuned.specs[result.pair.name]
+        if result.pair.kind == "experts":
+            stack = factor_stack(result.pair, source, spec, (), self.settings, self.spool, lambda _: None, rule)
+            return replace(result, factored=stack.factored)
         delta = read_delta(source, spec, lambda _: None, keep=True)
         return replace(result, factored=factor(result.pair, delta, spec, (), self.settings, self.spool, rule))
 
@@ -111,7 +120,8 @@ class Sweep:
             factored, shape = result.factored, self._shape(one)
             error2, rounding = factored.error2(rank), factored.rounding2(rank, self.settings.dtype)
             layer = certify(
-                one.path, one.kind, shape, rank, base_norm2=result.base_norm2, norm2=result.norm2,
+                one.path, one.kind, shape, rank, rank * sum(self._matrix(one)),
+                base_norm2=result.base_norm2, norm2=result.norm2,
                 error2=error2 + rounding, excess2=factored.excess2 + rounding, bound2=factored.bound2 + rounding,
                 noise2=result.noise2, sigma1=factored.sigma[0],
             )  # fmt: skip
@@ -138,15 +148,15 @@ class Sweep:
 
     def _shape(self, one: Pair) -> tuple[int, ...]:
         """Return the shape of the weight as the module defines it."""
-        shape = self.tuned.specs[one.name].shape
-        return shape[::-1] if one.transposed else shape
+        *stack, first, last = self.tuned.specs[one.name].shape if one.transposed else (0, 0)
+        return (*stack, last, first) if one.transposed else self.tuned.specs[one.name].shape
 
     def _matrix(self, one: Pair) -> tuple[int, int]:
-        out, *rest = self._shape(one)
-        inner = 1
-        for side in rest:
-            inner *= side
-        return out, inner
+        """Return the sides whose sum a rank costs: (out, in), of a stack those of all experts together."""
+        shape = self._shape(one)
+        if one.kind == "experts":
+            return shape[0] * shape[1], shape[0] * shape[2]
+        return shape[0], prod(shape[1:])
 
 
 _NUMBERS = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "U16", "U32", "U64", "BOOL"})

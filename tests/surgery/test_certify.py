@@ -85,3 +85,13 @@ def test_strangers_are_refused(tmp_path: Path) -> None:
     models = pair(tmp_path, base, tuned)
     with pytest.raises(IncompatibleAdapter, match="lacks what the adapter changes"):
         certify(models[1], models[0], save_adapter(tmp_path / "a", lora({UP: (36, 24)})))
+
+
+def test_experts_are_certified_one_by_one(tmp_path: Path) -> None:
+    base = {"mlp.experts.down_proj": random(3, 12, 8, seed=1)}
+    D = random(3, 12, 8, seed=2)
+    models = pair(tmp_path, base, {"mlp.experts.down_proj": base["mlp.experts.down_proj"] + D}, model_type="mixtral")
+    extract(*models, tmp_path / "out", Ranks(Fixed(3)))
+    for e, one in enumerate(certify(models[1], models[0], tmp_path / "out").layers):
+        assert one.module == f"mlp.experts.{e}"
+        assert one.error == pytest.approx(optimum(D[e], 3) / float(D[e].norm()), rel=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,12 +11,12 @@ import torch
 from torch import Tensor
 
 from loratools.errors import IncompatibleAdapter
-from loratools.linalg.ranks import Fixed
+from loratools.linalg.ranks import Energy, Fixed
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.allocate import Ranks
 from loratools.surgery.extract import Extraction, extract, plan
 from loratools.surgery.selection import Selection
-from tests.surgery.finetunes import H, V, llama, moved, pair, restored
+from tests.surgery.finetunes import H, V, llama, moved, optimum, pair, restored
 from tests.surgery.models import load, random, save_base
 
 RANK = Ranks(Fixed(3))
@@ -268,3 +269,39 @@ def test_float64_keeps_what_float32_would_lose(tmp_path: Path) -> None:
     found = extract(*pair(tmp_path, base, {"a.weight": base["a.weight"] + delta}), tmp_path / "out", Ranks(Fixed(2)))
     assert found.total.error < 1e-3  # W + ΔW itself keeps four digits of ΔW
     assert found.total.delta_norm == pytest.approx(float(delta.norm()), rel=1e-3)
+
+
+@pytest.mark.parametrize(("model_type", "turned"), [("mixtral", False), ("gpt_oss", True)])
+def test_stacked_experts(tmp_path: Path, model_type: str, turned: bool) -> None:
+    shapes = {"gate_up_proj": (3, 20, 8), "down_proj": (3, 8, 10)}
+    stored = {name: (e, inner, out) if turned else (e, out, inner) for name, (e, out, inner) in shapes.items()}
+    base = {f"model.layers.0.mlp.experts.{name}": random(*shape, seed=1) for name, shape in stored.items()}
+    tuned = {name: W.clone() for name, W in base.items()}
+    for W in tuned.values():
+        for e, rank in ((0, 2), (2, 1)):  # the second expert did not change
+            W[e] += random(W.shape[1], rank, seed=e + 5) @ random(rank, W.shape[2], seed=e + 9)
+    found, merged = round_trip(tmp_path, base, tuned, model_type=model_type)
+    assert_same(merged, tuned)
+    assert {one.pair.path.rpartition(".")[2]: one.layer.shape for one in found.of("factored") if one.layer} == shapes
+    assert found.total.parameters == 3 * 2 * (20 + 8) + 3 * 2 * (8 + 10)  # rank 2 is all there is
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert len(config["target_parameters"]) == 2
+
+
+@pytest.mark.parametrize("ranks", [Ranks(Fixed(2)), Ranks(Energy(0.8)), Ranks(budget=3 * 2 * 60)])
+def test_certificate_of_a_stack_is_that_of_its_experts_together(tmp_path: Path, ranks: Ranks) -> None:
+    base = {"mlp.experts.down_proj": random(3, 40, 20, seed=1)}
+    D = torch.stack([random(40, 20, seed=e) * torch.arange(1, 21) ** -(0.5 + e) for e in range(3)]).double()
+    tuned = {name: (W.double() + D).float() for name, W in base.items()}
+    D = tuned["mlp.experts.down_proj"].double() - base["mlp.experts.down_proj"].double()
+    found, merged = round_trip(tmp_path, base, tuned, ranks=ranks, model_type="mixtral")
+    (one,) = found.of("factored")
+    assert one.layer is not None
+    error = float((tuned["mlp.experts.down_proj"].double() - merged["mlp.experts.down_proj"].double()).norm())
+    assert one.layer.error == pytest.approx(error / float(D.norm()), rel=1e-4)
+    assert error <= 1.0005 * sum(optimum(D[e], one.rank) ** 2 for e in range(3)) ** 0.5
+    if ranks.rule == Energy(0.8):
+        share = [torch.linalg.svdvals(D[e]).square().cumsum(0) / D[e].square().sum() for e in range(3)]
+        assert one.rank == max(int((part < 0.8).sum()) + 1 for part in share)
+    if ranks.budget:
+        assert one.rank == 2
