@@ -9,7 +9,7 @@ from loratools.adapter import updates
 from loratools.adapter.sites import Site
 from loratools.errors import IncompatibleAdapter
 from loratools.storage.lazy import LazyTensor
-from tests.adapter.updates.reference import Parts, applied, build, random
+from tests.adapter.updates.reference import Parts, applied, build, merged, random
 from tests.adapter.updates.test_kinds import CONV, EMBEDDING, KINDS, LINEAR, magnitude, weight_of
 
 
@@ -137,3 +137,15 @@ def test_rows_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="token index 9 is beyond the base's 9 rows"):
         tokens([9]).fitted((9, 10))  # type: ignore[attr-defined]
     assert tokens([8]).fitted((9, 10)).shape == (9, 10)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e25])
+@pytest.mark.parametrize("columns", [64, 192, 70])
+def test_norms_of_float32_rows(scale: float, columns: int) -> None:
+    """Whatever the size of the numbers, also where float32 could not hold their squares."""
+    W = random(5, columns) * scale
+    parts = {"lora_A.weight": random(2, columns) * scale, "lora_B.weight": random(5, 2)}
+    parts["lora_magnitude_vector"] = 1 + random(5).abs()
+    found = applied(W, [(build(parts), 1.0)], transposed=False, rows=2, dtype=torch.float32).double()
+    expected = merged(W, parts, 0.7)
+    assert float((found - expected).abs().max() / expected.abs().max()) <= 3e-7
