@@ -78,11 +78,18 @@ class _Resolver:
                 raise _NoPlace(str(error)) from None
         if isinstance(update, ExpertsUpdate):
             return self._experts(module, path, update)
-        placed = [Placement(module, update, site) for site in self.sites(path, update)]
+        placed = [Placement(module, update, self._seen(update, site)) for site in self.sites(path, update)]
         if update.bias is not None:
             added = BiasUpdate(update.bias, update.scaling, update.alpha)
             placed += [Placement(module, added, self._bias(one.site)) for one in placed]
         return placed
+
+    def _seen(self, update: Update, site: Site) -> Site:
+        """Return a site in the view that a kind needs of it."""
+        try:
+            return update.seen(site) if hasattr(update, "seen") else site
+        except ValueError as error:
+            raise _NoPlace(str(error)) from None
 
     def _experts(self, module: str, path: str, update: ExpertsUpdate) -> list[Placement]:
         """Return the placements of the experts of a stack, one by one."""
@@ -132,6 +139,8 @@ class _Resolver:
         """Place rows `part` of an update on `region` (a shape in the tensor's own orientation) from `start` on."""
         shape = self.shapes[tensor]
         wanted = (part[1] - part[0], *update.shape[1:])
+        if len(shape) == 1 and wanted == shape:
+            return Site(tensor, (shape[0], 1), (0, shape[0], 1), (0, 1, 1), part)
         if len(shape) < 2 or len(wanted) != len(shape):
             raise _NoPlace(f"its delta weight has shape {wanted}, {tensor} has {shape}")
         matrix = (shape[0], _product(shape[1:]))

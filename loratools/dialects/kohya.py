@@ -92,7 +92,7 @@ def read(listing: Listing) -> Adapter:
 
     def rule(module: str, rank: int) -> tuple[float, float]:
         alpha = alphas.get(module, float(rank))
-        return alpha / rank, alpha
+        return (alpha / rank, alpha) if rank else (1.0, 1.0)
 
     built = _build.build(listing.path, {module: to_peft(parts) for module, parts in groups.items()}, rule)
     kept = {key: value for key, value in metadata.items() if not key.startswith("sshs_") and key != NAMES_KEY}

@@ -1,0 +1,132 @@
+"""Every kind of LyCORIS against its own `forward()`: the layer with the merged weight computes what the module does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from loratools import dialects
+from loratools.storage.checkpoint import Checkpoint
+from loratools.surgery.merge import merge
+from loratools.surgery.unmerge import unmerge
+from loratools.surgery.verify import verify
+from tests.surgery.models import load
+
+lycoris = pytest.importorskip("lycoris.modules")
+pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")]
+
+
+def linear() -> nn.Module:
+    return nn.Linear(24, 36)
+
+
+def square() -> nn.Module:
+    return nn.Linear(24, 24)
+
+
+def conv() -> nn.Module:
+    return nn.Conv2d(12, 18, 3, padding=1)
+
+
+def pointwise() -> nn.Module:
+    return nn.Conv2d(12, 18, 1)
+
+
+def conv1d() -> nn.Module:
+    return nn.Conv1d(12, 18, 3)
+
+
+def layernorm() -> nn.Module:
+    return nn.LayerNorm(24)
+
+
+LAYERS = (linear, square, conv, pointwise, conv1d)
+CASES: list[tuple[str, Callable[[], nn.Module], str, dict[str, Any]]] = [
+    *((f"{kind}-{layer.__name__}-{name}", layer, module, options)
+      for layer in LAYERS
+      for kind, module, name, options in (
+          ("loha", "LohaModule", "plain", {}),
+          ("loha", "LohaModule", "wd-out", {"weight_decompose": True}),
+          ("loha", "LohaModule", "wd-in", {"weight_decompose": True, "wd_on_out": False}),
+          ("lokr", "LokrModule", "plain", {}),
+          ("lokr", "LokrModule", "factored", {"decompose_both": True, "factor": 3, "lora_dim": 1}),
+          ("lokr", "LokrModule", "whole", {"full_matrix": True}),
+          ("lokr", "LokrModule", "wd-in", {"weight_decompose": True, "wd_on_out": False}),
+          ("locon", "LoConModule", "plain", {}),
+          ("locon", "LoConModule", "rs", {"rs_lora": True}),
+          ("locon", "LoConModule", "wd-out", {"weight_decompose": True}),
+          ("locon", "LoConModule", "wd-in", {"weight_decompose": True, "wd_on_out": False}),
+          ("glora", "GLoRAModule", "plain", {}),
+          ("full", "FullModule", "plain", {}),
+          ("ia3", "IA3Module", "out", {}),
+          ("ia3", "IA3Module", "in", {"train_on_input": True}),
+          ("oft", "DiagOFTModule", "plain", {}),
+          ("oft", "DiagOFTModule", "rescaled", {"rescaled": True}),
+          ("oft", "DiagOFTModule", "constrained", {"constraint": 0.02}),
+      )),
+    *((f"{kind}-tucker-{layer.__name__}", layer, module, {"use_tucker": True})
+      for layer in (conv, conv1d)
+      for kind, module in (("loha", "LohaModule"), ("lokr", "LokrModule"), ("locon", "LoConModule"))),
+    ("norm-layernorm", layernorm, "NormModule", {}),
+]  # fmt: skip
+
+
+def module_of(layer: nn.Module, name: str, options: dict[str, Any], multiplier: float) -> nn.Module:
+    """Return a LyCORIS module around a layer, with random numbers in all its parameters."""
+    found = {}
+    for package in ("loha", "lokr", "locon", "glora", "full", "ia3", "diag_oft", "norms"):
+        found |= vars(__import__(f"lycoris.modules.{package}", fromlist=["x"]))
+    arguments = {"lora_dim": 4, "alpha": 3, "bypass_mode": False} | options
+    made: nn.Module = found[name]("lora_unet_block_part", layer, multiplier, **arguments)
+    generator = torch.Generator().manual_seed(3)
+    for key, parameter in made.named_parameters():
+        if "org" not in key and "dora_scale" not in key:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+        elif "dora_scale" in key:
+            parameter.data = parameter.data * (1 + 0.3 * torch.rand(parameter.shape, generator=generator))
+    return made.eval()
+
+
+@pytest.mark.parametrize("multiplier", [1.0, -0.6])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
+def test_the_merged_layer_computes_what_forward_does(case: Any, multiplier: float, tmp_path: Path) -> None:
+    kind, make, name, options = case
+    if multiplier != 1 and name == "LoConModule" and options == {"weight_decompose": True}:
+        multiplier = 1.0  # read as PEFT's DoRA, where a weight acts on s, not on the factors
+    torch.manual_seed(1)
+    layer = make().eval()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    weights = {f"block.part.{key}": W.detach().clone() for key, W in layer.state_dict().items()}
+    (tmp_path / "base").mkdir()
+    save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    module = module_of(layer, name, options, multiplier)
+    if name == "FullModule":  # it holds the whole weight once it is applied
+        module.apply_to()
+    stored = {key: W.detach().clone().contiguous() for key, W in module.state_dict().items() if "org_module" not in key}
+    save_file({f"lora_unet_block_part.{key}": W for key, W in stored.items()}, tmp_path / "adapter.safetensors")
+    adapter = dialects.open_adapter(tmp_path / "adapter.safetensors", base=Checkpoint.open(tmp_path / "base"))
+    sides = weights["block.part.weight"].shape
+    inputs = torch.randn(2, sides[1] if len(sides) > 1 else sides[0], *(7,) * (len(sides) - 2))
+    report = merge(tmp_path / "base", [adapter], tmp_path / "merged", weights=[multiplier], keep_residual=True)
+    with torch.no_grad():
+        wanted, found = module(inputs), layer_with(load(tmp_path / "merged"), make)(inputs)
+        before = layer_with(weights, make)(inputs)
+    assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+    assert float((before - wanted).abs().max()) > 1e-3
+    assert report.consumed[0].applied == report.consumed[0].tensors == len(adapter.tensors())
+    assert verify(tmp_path / "merged", tmp_path / "base", [adapter], weights=[multiplier]).ok, kind
+    assert unmerge(tmp_path / "merged", [adapter], tmp_path / "back").proved == "root hash"
+
+
+def layer_with(weights: dict[str, Tensor], make: Callable[[], nn.Module]) -> nn.Module:
+    layer = make().eval()
+    layer.load_state_dict({key.removeprefix("block.part."): W for key, W in weights.items()})
+    return layer
