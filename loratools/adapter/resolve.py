@@ -78,18 +78,11 @@ class _Resolver:
                 raise _NoPlace(str(error)) from None
         if isinstance(update, ExpertsUpdate):
             return self._experts(module, path, update)
-        placed = [Placement(module, update, self._seen(update, site)) for site in self.sites(path, update)]
+        placed = [Placement(module, update, site) for site in self.sites(path, update)]
         if update.bias is not None:
             added = BiasUpdate(update.bias, update.scaling, update.alpha)
             placed += [Placement(module, added, self._bias(one.site)) for one in placed]
         return placed
-
-    def _seen(self, update: Update, site: Site) -> Site:
-        """Return a site in the view that a kind needs of it."""
-        try:
-            return update.seen(site) if hasattr(update, "seen") else site
-        except ValueError as error:
-            raise _NoPlace(str(error)) from None
 
     def _experts(self, module: str, path: str, update: ExpertsUpdate) -> list[Placement]:
         """Return the placements of the experts of a stack, one by one."""

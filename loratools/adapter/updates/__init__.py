@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 
 class Term(Protocol):
-    """A loaded update, oriented for one site: it changes tiles of rows of the site's rectangle."""
+    """A loaded update, oriented for one site: it changes tiles of rows of the site's rectangle.
+
+    One that needs several rows at once (a rotation) has an attribute `together`, their number; tiles are multiples.
+    """
 
     @property
     def needs_base(self) -> bool:

@@ -11,11 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from loratools.adapter.sites import Site
+from loratools.errors import IncompatibleAdapter
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
     import torch
+
+    from loratools.adapter.sites import Site
 
 KIND = "oft"
 BLOCKS_PART, RESCALE_PART = "oft_blocks", "rescale"
@@ -48,14 +50,6 @@ class OftUpdate:
         """Return the update of a base weight of this shape, which the blocks alone do not tell."""
         return replace(self, weight_shape=shape)
 
-    def seen(self, site: Site) -> Site:
-        """Return the site with a whole block in each row of the matrix, for a block's rows depend on each other."""
-        count, size, _ = self.blocks.shape
-        if site.transposed or site.part != (0, count * size) or site.shape != site.matrix:
-            raise ValueError("OFT rotates all output features of a weight; this base stores it fused or transposed")
-        matrix = (count, size * site.matrix[1])
-        return Site(site.tensor, matrix, (0, count, 1), (0, matrix[1], 1), (0, count))
-
     @property
     def rank(self) -> int:
         """The size b of a block."""
@@ -85,7 +79,11 @@ class OftUpdate:
         return (one + weight * (R - one)).transpose(1, 2), factors.double().reshape(count, size)
 
     def term(self, site: Site, weight: float, dtype: torch.dtype, device: torch.device) -> Rotation:
-        """Return the rotations and the factors of all blocks."""
+        """Return the rotations; raise `IncompatibleAdapter` where the base stores the weight fused or transposed."""
+        if site.transposed or site.part != (0, self.shape[0]) or site.rows != (0, site.matrix[0], 1):
+            raise IncompatibleAdapter(
+                f"{site.tensor}: OFT needs the weight whole, as [out, in, …]"
+            )
         R, factors = self._rotation(weight)
         return Rotation((R * factors[:, :, None]).to(device, dtype))
 
@@ -97,11 +95,10 @@ class OftUpdate:
         base: Callable[[], torch.Tensor],
         below: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """Return X·W'ᵀ for W with a block in each row: ⟨X, f∘RᵀW⟩ = ⟨R(f∘X), W⟩, from the unchanged W."""
+        """Return X·Wᵀ with the outputs of each block rotated, and scaled."""
         R, factors = self._rotation(weight)
-        W = base().view(len(R), R.shape[1], -1)
-        turned = (X.view(len(X), 1, R.shape[1], -1) * factors.to(X)[None, :, :, None]).transpose(2, 3)
-        return (((turned @ R.to(X)).transpose(2, 3)) * W).sum((2, 3))
+        found = below(X).view(len(X), len(R), 1, -1) @ R.to(X).transpose(1, 2)
+        return (found[:, :, 0] * factors.to(X)).flatten(1)
 
     def delta_weight(self) -> torch.Tensor:
         """Raise `ValueError`: the change depends on W."""
@@ -110,20 +107,26 @@ class OftUpdate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rotation:
-    """The term W ← blocks·W, for a matrix whose rows are whole blocks."""
+    """The term W ← blocks·W; the rows of a block must come together."""
 
     blocks: torch.Tensor
 
     needs_base = False
     needs_pass = False
 
+    @property
+    def together(self) -> int:
+        """Rows that must be in one tile: those of a block."""
+        return self.blocks.shape[1]
+
     def observe_rows(self, base: torch.Tensor, rows: slice) -> None:
-        """Nothing to see: each row of the matrix is turned by itself."""
+        """Nothing to see: a block is turned by itself."""
 
     def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
         """Rotate in place."""
-        size = self.blocks.shape[1]
-        W.copy_((self.blocks[rows] @ W.reshape(len(W), size, -1)).reshape(W.shape))
+        size = self.together
+        here = self.blocks[rows.start // size : rows.stop // size]
+        W.copy_((here @ W.reshape(len(here), size, -1)).reshape(W.shape))
 
 
 def claims(parts: Mapping[str, LazyTensor]) -> bool:

@@ -2,7 +2,8 @@
 
 m is `dora_scale`. Its shape says which norm is meant: (out, 1, …) that of each output feature, (1, in, …) that of each
 input feature over outputs and kernel, which PEFT's DoRA does not know. The weight w acts on the factors alone, as in
-LyCORIS. It acts on the weight that it finds: the order counts.
+LyCORIS. After other updates of the same weight the norm is still that of the unchanged base + ΔW, as with kind `dora`,
+and the factors act on what is there: the order counts.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ class Decomposed:
     weight: float
     squares: torch.Tensor | None = None
 
-    needs_base = False
+    needs_base = True
 
     @property
     def needs_pass(self) -> bool:
@@ -138,11 +139,15 @@ class Decomposed:
     def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
         """Add ΔW and scale, in place."""
         self.inner.apply_rows(W, rows, None)
-        if self.squares is None:
-            W.mul_(self._factors(W.double().square_().sum(1), rows)[:, None].to(W.dtype))
-        else:
+        if self.squares is not None:
             factors = self._factors(self.squares, slice(None))
             W.mul_(factors.repeat_interleave(self.kernel).to(W.dtype))
+            return
+        changed = W
+        if base is not None:
+            changed = base.clone()
+            self.inner.apply_rows(changed, rows, None)
+        W.mul_(self._factors(changed.double().square_().sum(1), rows)[:, None].to(W.dtype))
 
     def _factors(self, squares: torch.Tensor, features: slice) -> torch.Tensor:
         if not bool(squares.all()):
