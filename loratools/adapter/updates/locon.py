@@ -52,12 +52,11 @@ class LoconUpdate(LowRank):
         return {A_PART: self.down, B_PART: self.up, MID_PART: self.mid}
 
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return up, and mid with down, (out, m) and (m, in·kh·kw), in float32 or better."""
+        """Return up, and mid with down, (out, m) and (m, in·kh·kw), in float64."""
         import torch
 
         mid, down = self.mid.load().double(), self.down.load().double().flatten(1)
-        folded = torch.einsum("mn...,ni->mi...", mid, down).flatten(1)
-        return self.up.load().flatten(1), folded.to(torch.float64 if self.mid.dtype == "F64" else torch.float32)
+        return self.up.load().double().flatten(1), torch.einsum("mn...,ni->mi...", mid, down).flatten(1)
 
 
 def claims(parts: Mapping[str, LazyTensor]) -> bool:
