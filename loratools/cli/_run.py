@@ -18,7 +18,7 @@ from loratools.errors import LoraToolsError
 HELP = """The toolkit for LoRA adapter files: read every layout, tell the truth about it, and operate on it exactly.
 
 A LoRA adapter is a low-rank change of a model, W' = W + s·B·A. loratools inspects, checks and merges adapters in
-constant memory, at the speed of a copy, and refuses an adapter that does not fit the base model. A PATH is a
+constant memory and exactly, and refuses an adapter that does not fit the base model. A PATH is a
 safetensors file or a folder that holds one, or several with an index.
 
 \b
