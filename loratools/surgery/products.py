@@ -1,9 +1,9 @@
-"""Plain LoRA into plain dtypes, on the CPU, in NumPy alone: the merge that most people run, without torch.
+"""LoRA and DoRA of linear layers into plain dtypes, on the CPU, in NumPy alone: what most people merge, without torch.
 
 Importing torch takes longer than merging a model of a billion parameters, so the common case does without: every update
-is s·B·A with factors as stored, every tensor is BF16, F16 or F32 and stays so. What is computed is what `tiles.run`
-computes: a tile is widened to float32, all products are added at once, the sum is rounded once, and sums near zero are
-computed again in float64. Anything else goes through `tiles.run`.
+is s·B·A with factors as stored, rescaled or not, every tensor is BF16, F16 or F32 and stays so. What is computed is
+what `tiles.run` computes: a tile is widened to float32, all products are added at once, the sum is rounded once, and
+sums near zero are computed again in float64. Anything else goes through `tiles.run`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.adapter.resolve import Placement
 from loratools.adapter.sites import Site
+from loratools.adapter.updates import Update
+from loratools.adapter.updates.dora import DoraUpdate
 from loratools.adapter.updates.lora import LoraUpdate
 from loratools.errors import IncompatibleAdapter
 from loratools.storage import digest, dtypes, files
 from loratools.storage.header import TensorSpec
 from loratools.surgery import bits
+from loratools.surgery.sums import RescaledSum, SumOfProducts
 from loratools.surgery.terms import is_wide
 from loratools.surgery.tiles import TILE, TensorResult, sampled_tiles
 
@@ -38,35 +41,25 @@ def serves(plan: MergePlan) -> bool:
     slots = {slot.name: slot for file in plan.files for slot in file.slots}
     return all(
         slots[name].dtype == change.source.dtype in bits.SERVED
-        and all(_plain(p.update) for _, p in change.placements)
+        and all(_plain(p) for _, p in change.placements)
         and not is_wide(change, slots[name].dtype)
         for name, change in plan.rewritten().items()
     )
 
 
-def _plain(update: object) -> bool:
-    if type(update) is not LoraUpdate or update.bias is not None:
+def _plain(placement: Placement) -> bool:
+    """Tell whether an update is LoRA on a linear layer, or DoRA where a feature is a row; with factors as stored."""
+    update = placement.update
+    if update.bias is not None or type(_inner(update)) is not LoraUpdate:
         return False
-    return all(lazy.spec is not None and lazy.dtype in bits.SERVED for lazy in (update.A, update.B))
+    if isinstance(update, DoraUpdate) and placement.site.transposed:
+        return False
+    return all(lazy.spec is not None and lazy.dtype in bits.SERVED for lazy in update.parts.values())
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class SumOfProducts:
-    """Σ w·s·B·A over the adapters for one site as left · right; left (rows, k) is `factor` · diag(`scale`), rounded."""
-
-    site: Site
-    left: Array
-    right: Array
-    factor: Array
-    scale: Array
-
-    def bound(self) -> float:
-        """Return a bound on any element: the largest row norm of left times column norm of right."""
-        import numpy as np
-
-        rows = np.square(self.left, dtype=np.float64).sum(axis=1)
-        columns = np.square(self.right, dtype=np.float64).sum(axis=0)
-        return math.sqrt(rows.max() * columns.max())
+def _inner(update: Update) -> Update:
+    """Return what updates the direction of a DoRA, or the update itself."""
+    return update.inner if isinstance(update, DoraUpdate) else update
 
 
 def load(plan: MergePlan, change: Change, digests: Sequence[str], name: str) -> list[SumOfProducts]:
@@ -77,21 +70,24 @@ def load(plan: MergePlan, change: Change, digests: Sequence[str], name: str) -> 
     import numpy as np
 
     parts: dict[Site, list[tuple[Array, Array, float]]] = {}
+    magnitudes: dict[Site, Array] = {}
     for i, placement in sorted(change.placements, key=lambda item: (digests[item[0]], plan.weights[item[0]])):
-        update, site = placement.update, placement.site
+        update, site = _inner(placement.update), placement.site
         assert isinstance(update, LoraUpdate)
         A, B = _read(update.A.spec), _read(update.B.spec)[site.part_rows]
-        if not np.isfinite(A).all() or not np.isfinite(B).all():
+        if isinstance(placement.update, DoraUpdate):  # alone on its site, or `serves` would have said no
+            magnitudes[site] = _read(placement.update.magnitude.spec).ravel()[site.part_rows].astype(np.float64)
+        if not all(np.isfinite(one).all() for one in (A, B, magnitudes.get(site, A))):
             raise IncompatibleAdapter(
                 f"adapter {i + 1}: {placement.module} has NaN or infinite factors (for {name})",
                 hint="The training diverged, or the file is damaged; such an adapter would destroy the model.",
             )
         factor, right = (A.T, B.T) if site.transposed else (B, A)
         parts.setdefault(site, []).append((factor, right, plan.weights[i] * update.scaling))
-    return [_joined(site, group) for site, group in parts.items()]
+    return [_joined(site, group, magnitudes.get(site)) for site, group in parts.items()]
 
 
-def _joined(site: Site, group: list[tuple[Array, Array, float]]) -> SumOfProducts:
+def _joined(site: Site, group: list[tuple[Array, Array, float]], magnitude: Array | None) -> SumOfProducts:
     import numpy as np
 
     factor = np.concatenate([factor for factor, _, _ in group], axis=1)
@@ -99,12 +95,16 @@ def _joined(site: Site, group: list[tuple[Array, Array, float]]) -> SumOfProduct
     scale = np.concatenate([np.full(len(right), s) for _, right, s in group])
     with np.errstate(over="ignore"):  # what overflows shows in the sums, and is refused there
         left = (factor * scale).astype(np.float32)
+    if magnitude is not None:
+        return RescaledSum(site, left, right, factor, scale, magnitude, np.zeros_like(magnitude))
     return SumOfProducts(site, left, right, factor, scale)
 
 
 def acts(plan: MergePlan, number: int, placement: Placement) -> bool:
-    """Tell whether a placement of plain LoRA changes anything: a rank whose column of B and row of A are not zero."""
+    """Tell whether a placement changes anything: a rank whose column of B and row of A are not zero, or a magnitude."""
     update = placement.update
+    if isinstance(update, DoraUpdate):
+        return True
     assert isinstance(update, LoraUpdate)
     scale = plan.weights[number] * update.scaling
     return scale != 0 and bool((_read(update.B.spec).any(0) & _read(update.A.spec).any(1)).any())
@@ -152,7 +152,7 @@ def run(
     step = max(1, min(rows, tile_bytes // max(1, width)))
     starts = range(0, rows, step)
     sampled = sampled_tiles(task.name, task.seed, task.retention, len(starts))
-    limits = [_limit(term, task.source.dtype) for term in task.terms]
+    bounds = [term.bound() for term in task.terms]
     hashers = {name: digest.start_tensor(spec.dtype, spec.shape, name) for name in task.hashes}
     result = TensorResult(task.name)
     measured = 0
@@ -171,17 +171,19 @@ def run(
                 if met := term.site.overlap(start, start + count):
                     change = buffers.of("change", (met[1].stop - met[1].start) * term.right.shape[1], np.float32)
                     change = change.reshape(-1, term.right.shape[1])
-                    W[met[0], slice(*term.site.columns)] += np.matmul(term.left[met[1]], term.right, out=change)
+                    part = W[met[0], slice(*term.site.columns)]
+                    part += np.matmul(term.left[met[1]], term.right, out=change)
+                    term.finish(part, met[1], buffers)
             out = bits.rounded(W, task.source.dtype, buffers)
             _check_finite(task, W, out)
-            for term, limit in zip(task.terms, limits, strict=True):
-                if limit and (met := term.site.overlap(start, start + count)):
-                    inside = (met[0], slice(*term.site.columns))
+            for term, bound in zip(task.terms, bounds, strict=True):
+                if spec.dtype != "F32" and (met := term.site.overlap(start, start + count)):
+                    inside, limit = (met[0], slice(*term.site.columns)), _limit(bound * term.gain(met[1]), spec.dtype)
                     _refine(term, limit, met[1].start, stored[inside], out[inside], task, buffers)
             if index in sampled:
-                part = slice(0, count if task.retention == "full" else max(1, _MEASURED // columns))
-                _measure(result, stored[part], W[part], out[part], spec.dtype)
-                measured += W[part].size
+                some = slice(0, count if task.retention == "full" else max(1, _MEASURED // columns))
+                _measure(result, stored[some], W[some], out[some], spec.dtype)
+                measured += W[some].size
             files.write_from(task.target, bits.bytes_of(out), task.offset + start * width)
             progress(out.nbytes)
     share = spec.parameters / measured if measured else 0.0
@@ -202,18 +204,16 @@ def _check_finite(task: ProductTask, W: Array, out: Array) -> None:
         )
 
 
-def _limit(term: SumOfProducts, dtype: str) -> int:
-    """Return the magnitude, its bits as an integer, below which float32's error may show; 0 where it cannot.
+def _limit(bound: float, dtype: str) -> int:
+    """Return the magnitude, its bits as an integer, below which float32's error may show in BF16 or F16.
 
     The error of a float32 sum is about 2^-24 of its largest term, which `bound` limits; it exceeds a unit in the last
     place of a p-bit result only below 2^(p-24) of that. A factor of four is for the length of the sum.
     """
     import numpy as np
 
-    if dtype == "F32":
-        return 0
     with np.errstate(over="ignore"):  # infinity stands for every magnitude
-        threshold = np.float32(term.bound() * 2.0 ** (dtypes.MANTISSA[dtype] - 22))
+        threshold = np.float32(bound * 2.0 ** (dtypes.MANTISSA[dtype] - 22))
         code = threshold.view(np.uint32) >> np.uint32(16) if dtype == "BF16" else np.float16(threshold).view(np.uint16)
     return int(code) + 1
 
@@ -232,9 +232,8 @@ def _refine(
     if not len(found):
         return
     rows, columns = np.divmod(found, out.shape[1])
-    W = bits.exactly(stored[rows, columns], task.source.dtype)
-    change = (term.factor[rows + first] * term.scale * term.right[:, columns].T).sum(axis=1, dtype=np.float64)
-    exact = (W.astype(np.float64) + change).astype(np.float32)
+    W = bits.exactly(stored[rows, columns], task.source.dtype).astype(np.float64)
+    exact = term.exact(W, rows + first, columns).astype(np.float32)
     out[rows, columns] = bits.rounded(exact, task.source.dtype, bits.Buffers())
 
 

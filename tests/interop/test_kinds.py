@@ -141,15 +141,19 @@ def llama(**changes: Any) -> Any:
     return FAMILIES["llama"].build(**changes)
 
 
-def test_dora_in_bfloat16(tmp_path: Path) -> None:
-    """One rounding at the end: at most a unit in the last place from PEFT's float32 result, rounded."""
-    base = llama().to(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["q_proj", "embed_tokens"]], ids=["linear", "embedding"])
+def test_dora_in_half_precision(targets: list[str], dtype: torch.dtype, tmp_path: Path) -> None:
+    """One rounding at the end: at most a few ties go another way than PEFT's float32 result, rounded."""
+    base = llama().to(dtype)
     base.save_pretrained(tmp_path / "base")
-    train(base, target_modules=["q_proj", "down_proj"], use_dora=True).save_pretrained(tmp_path / "adapter")
+    train(base, target_modules=targets, use_dora=True).save_pretrained(tmp_path / "adapter")
     exact = merge_by_peft(base.float(), tmp_path / "adapter").state_dict()
     merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "ours")
     ours = load(tmp_path / "ours")
-    assert sum(not torch.equal(ours[name], exact[name].bfloat16()) for name in ours) <= 1
+    off = sum(int(torch.count_nonzero(ours[name] != exact[name].to(dtype))) for name in ours)
+    assert off <= (3 if dtype == torch.bfloat16 else 30)
+    assert all(difference(ours[name].float(), exact[name]) <= 2**-8 for name in ours)
     assert verify(tmp_path / "ours", tmp_path / "base", [tmp_path / "adapter"], exact=True).ok
 
 

@@ -170,12 +170,7 @@ class Rescaling:
 
     def _factors(self, squares: torch.Tensor, features: slice) -> torch.Tensor:
         if not bool(squares.all()):
-            at = features.start + int((squares == 0).nonzero()[0])
-            raise IncompatibleAdapter(
-                f"{self.site.tensor}: W + ΔW is zero in all of output feature {self.site.part[0] + at}, "
-                "so DoRA's factor m / ‖W + ΔW‖ has no value",
-                hint="PEFT would write NaN there. Check that this is the base model that the adapter was trained on.",
-            )
+            raise no_direction(self.site, features.start + int((squares == 0).nonzero()[0]))
         return self.magnitude[features] / squares.sqrt()
 
     def bound(self) -> float:
@@ -190,6 +185,15 @@ class Rescaling:
         """Return single elements of g∘(W + left·right) in float64, of rows that were applied before."""
         factors = self.factors.to(W.device)[columns if self.across else rows]
         return factors * self.product.elements(W, rows, columns)
+
+
+def no_direction(site: Site, feature: int) -> IncompatibleAdapter:
+    """Return the exception for an output feature of a site that is zero in all of W + ΔW."""
+    return IncompatibleAdapter(
+        f"{site.tensor}: W + ΔW is zero in all of output feature {site.part[0] + feature}, "
+        "so DoRA's factor m / ‖W + ΔW‖ has no value",
+        hint="PEFT would write NaN there. Check that this is the base model that the adapter was trained on.",
+    )
 
 
 def _squares(W: torch.Tensor, axis: int) -> torch.Tensor:

@@ -1,0 +1,82 @@
+"""What `products.py` does to one site of a tensor: add a sum of products, and with DoRA rescale its rows. In NumPy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loratools.adapter.sites import Site
+from loratools.adapter.updates.dora import no_direction
+from loratools.surgery import bits
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+_CHUNK = 1 << 16  # elements widened to float64 at a time: they stay in the core's cache
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SumOfProducts:
+    """Σ w·s·B·A over the adapters for one site as left · right; left (rows, k) is `factor` · diag(`scale`), rounded."""
+
+    site: Site
+    left: Array
+    right: Array
+    factor: Array
+    scale: Array
+
+    def bound(self) -> float:
+        """Return a bound on any element: the largest row norm of left times column norm of right."""
+        import numpy as np
+
+        return float(np.linalg.norm(self.left, axis=1).max() * np.linalg.norm(self.right, axis=0).max())
+
+    def finish(self, W: Array, rows: slice, buffers: bits.Buffers) -> None:
+        """Leave the sum as it is."""
+
+    def gain(self, rows: slice) -> float:
+        """Return 1: nothing is scaled after the sum."""
+        return 1.0
+
+    def exact(self, W: Array, rows: Array, columns: Array) -> Array:
+        """Return single elements of W + left·right in float64; `W` are those of the unchanged weight, in float64."""
+        import numpy as np
+
+        change = (self.factor[rows] * self.scale * self.right[:, columns].T).sum(axis=1, dtype=np.float64)
+        found: Array = W + change
+        return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RescaledSum(SumOfProducts):
+    """DoRA: g∘(W + left·right), g = `magnitude` / ‖W + left·right‖ for each row. `factors` keeps g as tiles pass."""
+
+    magnitude: Array
+    factors: Array
+
+    def finish(self, W: Array, rows: slice, buffers: bits.Buffers) -> None:
+        """Rescale rows of the sum in place; raise `IncompatibleAdapter` for one that is zero."""
+        import numpy as np
+
+        squares = np.empty(len(W))
+        step = max(1, _CHUNK // W.shape[1])
+        for start in range(0, len(W), step):
+            part = W[start : start + step]
+            wide = buffers.of("wide", part.size, np.float64).reshape(part.shape)
+            np.copyto(wide, part)
+            np.einsum("ij,ij->i", wide, wide, out=squares[start : start + step])
+        if not squares.all():
+            raise no_direction(self.site, rows.start + int(np.flatnonzero(squares == 0)[0]))
+        self.factors[rows] = self.magnitude[rows] / np.sqrt(squares)
+        W *= self.factors[rows, None].astype(np.float32)
+
+    def gain(self, rows: slice) -> float:
+        """Return the largest factor in these rows."""
+        return float(abs(self.factors[rows]).max())
+
+    def exact(self, W: Array, rows: Array, columns: Array) -> Array:
+        """Return single elements of g∘(W + left·right) in float64, of rows that were rescaled before."""
+        found: Array = self.factors[rows] * SumOfProducts.exact(self, W, rows, columns)
+        return found
