@@ -168,7 +168,9 @@ def _lines(found: Extraction, every: bool) -> Iterator[str]:
     if every:
         yield from table(layers)
         yield ""
-    classes: dict[str, dict[str, list[str]]] = {name: {} for name in ("factored", "whole", "unchanged", "dropped")}
+    classes: dict[str, dict[str, list[str]]] = {
+        name: {} for name in ("factored", "rows", "whole", "unchanged", "dropped")
+    }
     for one in found.outcomes:
         classes[one.outcome].setdefault(one.why, []).append(one.pair.path)
     yield from _classes(classes, found.missing)

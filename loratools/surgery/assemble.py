@@ -22,6 +22,7 @@ from loratools.surgery.spool import Spooled
 
 CLASSES = {
     "factored": "as B·A",
+    "rows": "as the few rows that changed",
     "whole": "saved whole",
     "unchanged": "the same in both",
     "dropped": "left out on request",
@@ -68,11 +69,11 @@ def assemble(
     linear layers stand alone, under PEFT's `bias` setting.
     """
     outcomes = tuple(sorted(_with_siblings(list(outcomes)), key=lambda one: (one.pair.path, one.pair.name)))
-    factored = [one for one in outcomes if one.outcome == "factored"]
+    factored = [one for one in outcomes if one.outcome in ("factored", "rows")]
     whole = [one for one in outcomes if one.outcome == "whole"]
     names = module_names(one.pair for one in factored)
     built = {
-        names[one.pair.path]: build(one.pair, one.shape, one.rank, one.factors.lazy(one.rank, settings.dtype))
+        names[one.pair.path]: build(one.pair, one.shape, one.rank, _factors(one, settings))
         for one in factored
         if one.factors
     }
@@ -99,9 +100,15 @@ def companion_files(base: Checkpoint, tuned: Checkpoint, outcomes: Iterable[Outc
     return [path for path in found if not (old[path].is_file() and old[path].read_bytes() == path.read_bytes())]
 
 
+def _factors(one: Outcome, settings: Settings) -> tuple[LazyTensor, LazyTensor]:
+    """Return (B, A) in the dtype that was asked for; rows that are exact stay as they are."""
+    assert one.factors is not None
+    return one.factors.lazy(one.rank, settings.dtype if one.layer else one.factors.A.dtype)
+
+
 def _with_siblings(outcomes: list[Outcome]) -> list[Outcome]:
     """Return the outcomes with unchanged parameters of modules that are saved whole saved too."""
-    factored = {one.pair.path for one in outcomes if one.outcome == "factored"}
+    factored = {one.pair.path for one in outcomes if one.factors}
     matrices = {_module(one) for one in outcomes if one.pair.path.endswith(".weight") and len(one.shape) > 1}
     matrices -= {_module(one) for one in outcomes if one.outcome == "whole" and one.pair.path.endswith(".weight")}
     alone = factored | matrices  # their biases need not bring the weight along
@@ -190,7 +197,7 @@ def _notes(base: Checkpoint, outcomes: tuple[Outcome, ...], pairing: Pairing) ->
     whole = [one for one in outcomes if one.outcome == "whole"]
     if new := [one.pair.path for one in whole if one.pair.base is None]:
         yield f"{len(new)} tensor(s) are new, and no part of the base: {', '.join(new[:5])}"
-    inner = {".".join(parts[:i]) for one in outcomes if one.outcome == "factored"
+    inner = {".".join(parts[:i]) for one in outcomes if one.factors
              for parts in [one.pair.path.split(".")] for i in range(1, len(parts))}  # fmt: skip
     if loose := [one.pair.path for one in whole if _module(one) in inner]:
         yield f"PEFT cannot load {', '.join(loose[:5])}: it saves modules whole, and there are factored ones inside"

@@ -129,7 +129,7 @@ def _prepare(base: Checkpoint, tuned: Checkpoint, output: Path, selection: Selec
 
 def _refuse_empty(base: Checkpoint, tuned: Checkpoint, outcomes: Sequence[Outcome]) -> None:
     """Raise `IncompatibleAdapter` where nothing was factored: without a low-rank module there is no adapter."""
-    if any(one.outcome == "factored" for one in outcomes):
+    if any(one.factors for one in outcomes):
         return
     if any(one.outcome == "whole" for one in outcomes):
         names = [one.pair.path for one in outcomes if one.outcome == "whole"]

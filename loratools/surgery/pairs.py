@@ -39,7 +39,7 @@ class Pair:
     where `plan` is `factor`, else the parameter's path. `plan` says what happens if the two differ: `factor`, `whole`
     or `drop`, and `why` gives the reason; or `ignore`, for a tied head's copy that models do not look at. `kind` is one
     of `selection.KINDS` or `other`; `transposed` weights are stored [in, out], `reshaped` ones are new or had another
-    shape.
+    shape, and `sparse` ones may be saved row by row if few rows changed.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Pair:
     why: str = ""
     transposed: bool = False
     reshaped: bool = False
+    sparse: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +95,11 @@ def pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pairing:
     asked = [(name, source, paths[name]) for name, source in sorted(counterparts.items())]
     if heads.retied and heads.tuned_embedding:
         asked.append((heads.tuned_embedding, heads.retied, heads.retied))
-    if heads.tied and str(heads.base_embedding).removesuffix(".weight").rpartition(".")[2] != "embed_tokens":
-        # PEFT knows only embed_tokens to be tied: factors of any other would leave the head as it was.
-        selection = replace(selection, save=(*selection.save, str(heads.base_embedding)))
     found = [
         _decide(name, source, path, base, tuned, old if source else new, selection) for name, source, path in asked
     ]
+    if heads.tied and str(heads.base_embedding).removesuffix(".weight").rpartition(".")[2] != "embed_tokens":
+        found = [_as_tied(one, selection) if one.base == heads.base_embedding else one for one in found]
     if heads.copy:
         found.append(Pair(heads.copy, None, heads.copy, "ignore", "other", "tied: the embedding counts"))
     missing = tuple(sorted(base.specs.keys() - used - ({heads.base_copy} if heads.base_copy else set())))
@@ -140,6 +140,15 @@ def _current(path: str) -> str:
     return f"{dict(RENAMED).get(module, module)}{dot}{parameter}"
 
 
+def _as_tied(one: Pair, selection: Selection) -> Pair:
+    """Keep an embedding whole: PEFT knows only embed_tokens to be tied, and would leave the head as it was."""
+    if one.plan == "drop":
+        return one
+    path = one.path if one.path.endswith(".weight") else f"{one.path}.weight"
+    plan = "drop" if selection.drop_whole else "whole"
+    return replace(one, path=path, plan=plan, why="tied to the head", sparse=False)
+
+
 def _counterparts(base: Checkpoint, tuned: Checkpoint) -> dict[str, str | None]:
     """Return each tensor of the fine-tune with its tensor in the base: the same name, else the same past wrappers."""
     found: dict[str, str | None] = {name: name for name in tuned.specs if name in base.specs}
@@ -171,6 +180,8 @@ def _decide(
     whole = _why_whole(path, kind, after, before, selection, kinds.heads)
     if whole is None:
         return Pair(name, source, path.removesuffix(".weight"), "factor", kind, "", transposed)
+    if kind == "embedding" and whole.startswith("--kind"):
+        return Pair(name, source, path, "drop" if selection.drop_whole else "whole", kind, whole, sparse=True)
     return Pair(name, source, path, "drop" if selection.drop_whole else "whole", kind, whole, transposed, reshaped)
 
 

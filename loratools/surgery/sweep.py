@@ -19,7 +19,8 @@ from loratools.surgery.experts import factor_stack
 from loratools.surgery.factor import Factored, Settings, factor
 from loratools.surgery.hash import hash_tensors
 from loratools.surgery.pairs import Pair, Pairing
-from loratools.surgery.spool import Spool
+from loratools.surgery.rows import is_sparse, row_factors
+from loratools.surgery.spool import Spool, Spooled
 
 WORKERS = 4
 """Tensors at once: memory is bounded by a few of the largest; further cores share the arithmetic of each."""
@@ -100,6 +101,10 @@ class Sweep:
             assert delta.D is not None
             factored = factor(one, delta, spec, shapes, self.settings, self.spool)
             return _Result(one, delta.norm2, delta.base_norm2, delta.digests, factored, noise2=delta.noise2)
+        if one.plan == "whole" and is_sparse(one, delta, spec.shape):
+            few = replace(one, path=one.path.removesuffix(".weight"), plan="factor")
+            spooled = self.spool.add(*row_factors(source, spec, delta.rows))
+            return _Result(few, delta.norm2, delta.base_norm2, delta.digests, rows=len(delta.rows), exact=spooled)
         if not delta.identical and spec.dtype not in _NUMBERS and len(spec.shape) > 1:
             raise LoraToolsError(f"stored as {spec.dtype}: a quantized weight, whose codes cannot be subtracted")
         return _Result(one, delta.norm2, delta.base_norm2, delta.digests, rows=len(delta.rows))
@@ -126,6 +131,8 @@ class Sweep:
                 noise2=result.noise2, sigma1=factored.sigma[0],
             )  # fmt: skip
             return Outcome(one, "factored", *known, rank=rank, layer=layer, factors=factored.factors)
+        if result.exact:
+            return Outcome(one, "rows", *known, rows=result.rows, rank=result.rows, factors=result.exact)
         if result.factored:
             return Outcome(one, "dropped", *known, why="the budget left it no rank")
         if one.plan == "ignore":
@@ -173,6 +180,7 @@ class _Result:
     factored: Factored | None = None
     rows: int = 0
     noise2: float = 0.0
+    exact: Spooled | None = None
 
 
 def _collect(pool: ThreadPoolExecutor, jobs: Sequence[tuple[str, Callable[[Any], _Result], Any]]) -> list[_Result]:

@@ -305,3 +305,31 @@ def test_certificate_of_a_stack_is_that_of_its_experts_together(tmp_path: Path, 
         assert one.rank == max(int((part < 0.8).sum()) + 1 for part in share)
     if ranks.budget:
         assert one.rank == 2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_few_changed_tokens_are_saved_as_rows(tmp_path: Path, dtype: torch.dtype, tied: bool) -> None:
+    base = llama(dtype, tied=tied)
+    tuned = moved(base, "up_proj.weight")
+    rows = [3, 17, 39]
+    tuned["model.embed_tokens.weight"] = base["model.embed_tokens.weight"].clone()
+    tuned["model.embed_tokens.weight"][rows] = random(3, H, seed=9, scale=0.5, dtype=dtype)
+    found, merged = round_trip(
+        tmp_path, base, tuned, ranks=Ranks(Fixed(2)), tied="both" if tied else "error", tie_word_embeddings=tied
+    )
+    (one,) = found.of("rows")
+    assert (one.pair.name, one.rows, one.rank) == ("model.embed_tokens.weight", 3, 3)
+    torch.testing.assert_close(
+        merged["model.embed_tokens.weight"], tuned["model.embed_tokens.weight"], rtol=0, atol=2.4e-7
+    )
+    assert found.total.layers == 1
+
+
+def test_many_changed_tokens_are_saved_whole(tmp_path: Path) -> None:
+    base = llama()
+    tuned = moved(base, "up_proj.weight")
+    tuned["model.embed_tokens.weight"] = base["model.embed_tokens.weight"].clone()
+    tuned["model.embed_tokens.weight"][:20] += 1
+    found, _ = round_trip(tmp_path, base, tuned)
+    assert [(one.outcome, one.rows) for one in found.outcomes if "embed" in one.pair.name] == [("whole", 20)]
