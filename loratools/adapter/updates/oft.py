@@ -81,9 +81,7 @@ class OftUpdate:
     def term(self, site: Site, weight: float, dtype: torch.dtype, device: torch.device) -> Rotation:
         """Return the rotations; raise `IncompatibleAdapter` where the base stores the weight fused or transposed."""
         if site.transposed or site.part != (0, self.shape[0]) or site.rows != (0, site.matrix[0], 1):
-            raise IncompatibleAdapter(
-                f"{site.tensor}: OFT needs the weight whole, as [out, in, …]"
-            )
+            raise IncompatibleAdapter(f"{site.tensor}: OFT needs the weight whole, as [out, in, …]")
         R, factors = self._rotation(weight)
         return Rotation((R * factors[:, :, None]).to(device, dtype))
 
