@@ -31,7 +31,8 @@ class SumOfProducts:
         """Return a bound on any element: the largest row norm of left times column norm of right."""
         import numpy as np
 
-        return float(np.linalg.norm(self.left, axis=1).max() * np.linalg.norm(self.right, axis=0).max())
+        with np.errstate(over="ignore"):  # infinity stands for every magnitude
+            return float(np.linalg.norm(self.left, axis=1).max() * np.linalg.norm(self.right, axis=0).max())
 
     def finish(self, W: Array, rows: slice, buffers: bits.Buffers) -> None:
         """Leave the sum as it is."""
