@@ -146,9 +146,13 @@ def _parameters(text: str, dtype: str) -> int:
     from loratools.storage import dtypes
     from loratools.storage.writer import parse_size
 
-    if text.strip().upper().endswith("B"):
-        return parse_size(text) * 8 // dtypes.bits(dtype)
-    return parse_size(f"{text.strip()}B" if text.strip()[-1:].isalpha() else text)
+    amount = text.strip()
+    try:
+        if amount.upper().endswith("B"):
+            return parse_size(amount) * 8 // dtypes.bits(dtype)
+        return parse_size(f"{amount}B" if amount[-1:].isalpha() else amount)
+    except ValueError:
+        raise ValueError(f"--budget {text!r} is no amount: write 20M parameters, or 64MB") from None
 
 
 def _dry(pairing: Pairing, before: Any, after: Any) -> show.Report:
