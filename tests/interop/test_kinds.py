@@ -281,3 +281,20 @@ def test_a_fused_projection_and_a_part_of_it(settings: dict[str, Any], dtype: to
         assert difference(found[f"{name}.weight"].float(), W.float()) <= (2**-8 if dtype == torch.bfloat16 else 1e-6)
     assert verify(tmp_path / "ours", tmp_path / "base", [tmp_path / "fused", tmp_path / "split"]).ok
     assert verify(tmp_path / "ours", tmp_path / "base", [tmp_path / "fused", tmp_path / "split"], exact=True).ok
+
+
+def test_trained_biases_under_their_older_name(tmp_path: Path) -> None:
+    """PEFT once wrote `linear.bias`, where it now writes `linear.base_layer.bias`; both take the bias's place."""
+    base = mixed()
+    folder = save_mixed(tmp_path / "base", base)
+    train(base, target_modules=["linear", "conv1"], bias="lora_only").save_pretrained(tmp_path / "adapter")
+    merge(folder, [tmp_path / "adapter"], tmp_path / "new")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    assert sum(name.endswith(".base_layer.bias") for name in tensors) == 2
+    save_file({name.replace(".base_layer.bias", ".bias"): W for name, W in tensors.items()}, file, {"format": "pt"})
+    report = merge(folder, [tmp_path / "adapter"], tmp_path / "old")
+    assert (report.consumed[0].applied, report.consumed[0].replaced) == (4, 2)
+    new, old = load(tmp_path / "new"), load(tmp_path / "old")
+    assert all(torch.equal(new[name], old[name]) for name in new)
+    assert torch.equal(new["linear.bias"], tensors["base_model.model.linear.base_layer.bias"])
