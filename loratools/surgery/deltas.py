@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from threading import local
 from typing import TYPE_CHECKING
 
 from loratools.errors import BadFile
@@ -15,8 +16,10 @@ if TYPE_CHECKING:
     import torch
 
 Progress = Callable[[int], None]
-TILE = 4 << 20
-"""Bytes of one read: large against the cost of a call, small against any tensor that counts."""
+TILE = 1 << 20
+"""Bytes of one read: small enough that what is done with it stays in the core's cache."""
+
+_OWN = local()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,7 +42,10 @@ class Delta:
 
 
 def read_delta(base: TensorSpec, tuned: TensorSpec, progress: Progress, *, keep: bool) -> Delta:
-    """Compare two tensors of one shape; `keep` returns D too. Raises `BadFile` where a number is NaN or infinite."""
+    """Compare two tensors of one shape; `keep` returns D too, valid until this thread keeps the next.
+
+    Raises `BadFile` where a number is NaN or infinite.
+    """
     import torch
 
     from loratools.linalg.orthonormal import squared_norm
@@ -47,21 +53,23 @@ def read_delta(base: TensorSpec, tuned: TensorSpec, progress: Progress, *, keep:
     hashers = [digest.start_tensor(spec.dtype, spec.shape) for spec in (base, tuned)]
     columns = max(1, tuned.parameters // max(1, tuned.shape[0] if tuned.shape else 1))
     wide = torch.float64 if "F64" in (base.dtype, tuned.dtype) else torch.float32
-    D = torch.empty(tuned.parameters // columns, columns, dtype=wide) if keep else None
+    D = _scratch((tuned.parameters // columns, columns), wide) if keep else None
+    work = torch.empty(0, dtype=wide)
     base_norm2 = norm2 = 0.0
     rows: list[int] = []
     start = 0
     for raw, (before, after) in _tiles(base, tuned, columns):
         for hasher, piece in zip(hashers, raw, strict=True):
             hasher.update(piece)
-        base_norm2 += squared_norm(before.to(wide)) if keep else 0.0
         count = len(after)
-        if base.dtype == tuned.dtype and bytes(raw[0]) == bytes(raw[1]):
-            if D is not None:
-                D[start : start + count] = 0
+        target = work.resize_(after.shape) if D is None else D[start : start + count]
+        if D is not None:
+            base_norm2 += squared_norm(target.copy_(before))
+        # Where something differs already nobody asks for equality, and comparing costs as much as subtracting.
+        if not (keep and norm2) and base.dtype == tuned.dtype and bytes(raw[0]) == bytes(raw[1]):
+            target.zero_()
         else:
-            target = D[start : start + count] if D is not None else torch.empty(after.shape, dtype=wide)
-            torch.sub(after.to(wide), before.to(wide), out=target)
+            target.copy_(after).sub_(before)
             norm2 += squared_norm(target)
             rows += [] if keep else (target.any(1).nonzero()[:, 0] + start).tolist()
         start += count
@@ -72,6 +80,16 @@ def read_delta(base: TensorSpec, tuned: TensorSpec, progress: Progress, *, keep:
     found = tuple(digest.finish(hasher) for hasher in hashers)
     noise2 = rounding_energy(tuned) if norm2 and keep else 0.0
     return Delta(base_norm2, norm2, norm2 == 0, tuple(rows), (found[0], found[1]), noise2, D if norm2 else None)
+
+
+def _scratch(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Return memory of this thread for a D, which lives until the thread keeps the next: fresh pages cost more."""
+    import torch
+
+    held: torch.Tensor | None = getattr(_OWN, "D", None)
+    if held is None or held.dtype != dtype or held.numel() < shape[0] * shape[1]:
+        _OWN.D = held = torch.empty(shape[0] * shape[1], dtype=dtype)
+    return held[: shape[0] * shape[1]].view(shape)
 
 
 def read_norm2(spec: TensorSpec, progress: Progress) -> tuple[float, str]:
