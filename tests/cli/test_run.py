@@ -290,7 +290,7 @@ def test_control_c_is_quiet(broken: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate()
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.strip() == "error: interrupted; nothing half-written was left"
 

@@ -253,7 +253,7 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
             (scratch / "mine").write_text("mine")
         assert names(theirs) == ["new"]
         other.stdin.close()
-        assert other.wait() == 1  # it finds that the output exists by now
+        assert other.wait(timeout=60) == 1  # it finds that the output exists by now
     assert names(tmp_path) == ["out"]
     assert names(target) == ["mine"]
 
