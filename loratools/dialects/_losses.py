@@ -15,12 +15,20 @@ IDENTITY = ("the hash of the base model", "provenance")
 
 def identity(adapter: Adapter) -> list[Loss]:
     """List the base's hash and the provenance, if the adapter has them."""
-    found = []
+    found = replication(adapter)
     if adapter.base and adapter.base.sealed:
         found.append(Loss("base model", "its hash, by which a wrong base is refused"))
     if adapter.provenance:
         found.append(Loss("provenance", f"{len(adapter.provenance)} recorded operation(s)"))
     return found
+
+
+def replication(adapter: Adapter) -> list[Loss]:
+    """List the repeated layers of the base, if the adapter was trained on such a model."""
+    layers = adapter.settings.get("layer_replication")
+    return (
+        [Loss("layer_replication", f"its layers are those of a base with layers repeated: {layers}")] if layers else []
+    )
 
 
 def updates(adapter: Adapter, dialect: str, kinds: Iterable[str], parts: Iterable[str]) -> list[Loss]:

@@ -17,6 +17,8 @@ from loratools.errors import BadFile, UnsupportedAdapter
 DEFAULT_R = DEFAULT_ALPHA = 8
 """What PEFT takes where a config does not say."""
 
+_LAYERS = 4096  # layers that a config may ask for; the largest models have some hundred
+
 Test = Callable[[Any], bool]
 
 
@@ -42,6 +44,11 @@ def _map_to(test: Test) -> Test:
 
 def _indices(value: Any) -> bool:
     return _list_of(int)(value) and all(0 <= index < 2**31 for index in value)
+
+
+def _ranges(value: Any) -> bool:
+    pairs = isinstance(value, list) and all(_indices(one) and len(one) == 2 and one[0] < one[1] for one in value)
+    return pairs and sum(stop - start for start, stop in value) <= _LAYERS
 
 
 def _text(value: Any) -> bool:
@@ -79,6 +86,7 @@ _TYPES: dict[str, tuple[Test, str]] = {
         "token indices, or names to token indices",
     ),
     "auto_mapping": (lambda value: isinstance(value, dict), "an object"),
+    "layer_replication": (_ranges, f"pairs [start, stop] of layers, {_LAYERS} at most in all"),
     "lora_dropout": (_number, "a number"),
 } | dict.fromkeys(
     ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying"), (_switch, "a switch")
@@ -104,7 +112,6 @@ _REFUSED: tuple[tuple[str, Test, str], ...] = (
     ("kasa_config", _given, "KaSA also takes the smallest singular components out of the base model"),
     ("monteclora_config", _given, "MonteCLoRA samples its factors; there is no single B·A"),
     ("enable_lora", bool, "PEFT 0.2's fused attention (enable_lora) has grouped factors; save it again with PEFT"),
-    ("layer_replication", bool, "adapters of a model with replicated layers are not read yet"),
 )  # fmt: skip
 
 # Fields that say how it was trained, how it is computed, or whose tensors speak for themselves.
@@ -118,8 +125,7 @@ _KNOWN = {*_TYPES, *_SILENT, *(field for field, _, _ in _REFUSED)}
 _SETTINGS = (
     "task_type", "auto_mapping", "fan_in_fan_out", "bias", "lora_dropout", "use_rslora", "target_modules",
     "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "trainable_token_indices",
-    "target_parameters",
-    "ensure_weight_tying",
+    "target_parameters", "ensure_weight_tying", "layer_replication",
 )  # fmt: skip
 
 

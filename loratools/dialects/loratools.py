@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from loratools.adapter.model import Adapter, Loss
+from loratools.dialects import _losses
 from loratools.dialects._listing import Evidence, Listing
 
 SUMMARY = "the loratools format 1.0: what PEFT reads, plus a manifest with scaling, base hash and provenance"
 EXTRA = None
 FILES = (".safetensors",)
-CANNOT = ()
+CANNOT = ("layers of the base that are repeated (layer_replication)",)
 
 _FILE = "adapter_model.safetensors"
 
@@ -38,14 +39,18 @@ def losses(adapter: Adapter) -> list[Loss]:
     """
     from loratools.format.kinds import KINDS
 
-    return [
-        Loss(module, f"the format registers no kind {update.kind!r}")
-        for module, update in adapter.updates.items()
-        if update.kind not in KINDS
-    ] + [
-        Loss(path, "a copy of the base's tensor came along, and only the base can tell whether it is one (--base)")
-        for path in adapter.copies
-    ]
+    return (
+        [
+            Loss(module, f"the format registers no kind {update.kind!r}")
+            for module, update in adapter.updates.items()
+            if update.kind not in KINDS
+        ]
+        + [
+            Loss(path, "a copy of the base's tensor came along, and only the base can tell whether it is one (--base)")
+            for path in adapter.copies
+        ]
+        + _losses.replication(adapter)
+    )
 
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:

@@ -46,6 +46,8 @@ class Checkpoint:
     `specs`    tensor name -> `TensorSpec`; in a pipeline the component is a prefix: `unet.conv_in.weight`
     `indexes`  index file -> its parsed JSON, for each index that was used
     `config`   the parsed config.json, or {}
+    `stored`   where this is a view of a model, with its layers repeated: the model as it is on disk
+    `origins`  then, tensor name -> its name on disk
     """
 
     path: Path
@@ -55,6 +57,8 @@ class Checkpoint:
     indexes: Mapping[Path, Mapping[str, Any]] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     components: tuple[str, ...] = ()
+    stored: Checkpoint | None = None
+    origins: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -86,7 +90,12 @@ class Checkpoint:
 
     def schema(self, algorithm: str = digest.DEFAULT) -> str:
         """Return the `schema` tier of the base hash: names, dtypes and shapes, no bytes read."""
-        return digest.schema({name: (spec.dtype, spec.shape) for name, spec in self.specs.items()}, algorithm)
+        specs = (self.stored or self).specs
+        return digest.schema({name: (spec.dtype, spec.shape) for name, spec in specs.items()}, algorithm)
+
+    def origin(self, name: str) -> str:
+        """Return the name that a tensor has on disk."""
+        return self.origins.get(name, name)
 
     @property
     def nbytes(self) -> int:

@@ -13,12 +13,14 @@ from loratools.adapter.resolve import resolve
 from loratools.adapter.tied import apply_policy
 from loratools.adapter.whole import resolve_replacements
 from loratools.dialects import _peft_profiles
+from loratools.errors import IncompatibleAdapter
 from loratools.format import manifest
 from loratools.format.manifest import NO_DIGEST
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.hash import hash_checkpoint
 from loratools.surgery.identity import TOOL, adapter_digest
 from loratools.surgery.replacing import settle
+from loratools.surgery.replication import replicated
 
 BASE_CONFIG = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
 """Fields of a base's config.json that an adapter keeps as `settings["base_config"]`: GGUF's layout depends on them."""
@@ -57,6 +59,7 @@ def convert(
     """
     checkpoint = base if isinstance(base, Checkpoint) or base is None else Checkpoint.open(base)
     opened = adapter if isinstance(adapter, Adapter) else dialects.open_adapter(adapter, base=checkpoint)
+    checkpoint = checkpoint and replicated(checkpoint, [opened])
     records = _records(to)
     if records:
         opened = replace(opened, provenance=(*opened.provenance, _step(opened, to, base is not None)))
@@ -77,6 +80,8 @@ def seal(adapter: Adapter, base: Checkpoint, progress: Callable[[int], None] | N
 
     The `tensors` tier holds the tensors that the adapter touches. Raises `IncompatibleAdapter` if it does not fit.
     """
+    if base.origins:
+        raise IncompatibleAdapter("the format 1.0 has no words for a base with repeated layers (layer_replication)")
     untied = apply_policy((adapter,), base.specs, base.config, "both").adapters[0]
     shapes = {name: spec.shape for name, spec in base.specs.items()}
     whole = resolve_replacements(untied, shapes)

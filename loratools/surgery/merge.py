@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from loratools import dialects
 from loratools.adapter.model import Adapter
-from loratools.errors import NoSpace, OutputRefused
+from loratools.errors import IncompatibleAdapter, NoSpace, OutputRefused
 from loratools.storage import atomic, digest
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery import companions, identity, products
@@ -20,6 +20,7 @@ from loratools.surgery.hash import hash_tensors
 from loratools.surgery.keep import Kept, keep
 from loratools.surgery.plan import MergePlan, plan_merge
 from loratools.surgery.replacing import Account, accounts, settle
+from loratools.surgery.replication import replicated
 from loratools.surgery.resume import Journal, fingerprint
 from loratools.surgery.tiles import TensorResult
 
@@ -115,6 +116,7 @@ def prepare(
     base = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
     base = replace(base, config={**base.config, "model_type": model_type}) if model_type else base
     opened = [adapter if isinstance(adapter, Adapter) else dialects.open_adapter(adapter) for adapter in adapters]
+    base = replicated(base, opened)
     paths = [None if isinstance(adapter, Adapter) else Path(adapter) for adapter in adapters]
     # By their own places too: an adapter may come opened, and the files of a base may be links.
     own = {lazy.spec.file for adapter in opened for lazy in adapter.tensors().values() if lazy.spec}
@@ -183,6 +185,11 @@ def execute(
 ) -> MergeReport:
     """Run a prepared merge; see `merge`. `sink` makes, for the folder being written, what takes each finished shard."""
     plan = prepared.plan
+    if keep_residual and plan.base.origins:
+        raise IncompatibleAdapter(
+            "a residual restores the tensors of a base one by one, and this merge repeats its layers",
+            hint="Merge without --keep-residual; `unmerge --base` leads back.",
+        )
     size = sum(file.size for file in plan.files)
     free = shutil.disk_usage(prepared.output.absolute().parent).free
     if size > free and not sink and not resume:
@@ -208,7 +215,8 @@ def execute(
         results = journal.close() if journal else results
         retained, total = sum(r.retained for r in results), sum(r.total for r in results)
         rate = retained / total if total else None
-        digests = {r.name: r.digests[digest.DEFAULT] for r in results if r.digests and r.name in plan.base.specs}
+        changed = [result for result in results if result.digests and result.name in plan.base.specs]
+        digests = {plan.base.origin(result.name): result.digests[digest.DEFAULT] for result in changed}
         record = prepared.record | {"base": prepared.record["base"] | {"tensors": digests}, "retention": rate}
         if rounding == "stochastic":
             record |= {"rounding": {"method": rounding, "seed": seed}}

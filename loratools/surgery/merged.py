@@ -15,6 +15,7 @@ from loratools.storage.checkpoint import Checkpoint, read_json
 from loratools.storage.header import TensorSpec
 from loratools.surgery import candidates, companions, identity
 from loratools.surgery.plan import MergePlan
+from loratools.surgery.replication import replicates
 from loratools.surgery.residual import Residual
 
 
@@ -76,6 +77,14 @@ class Merged:
         """Open the residual, if the merge kept one."""
         path = self.model.root / companions.RESIDUAL
         return Residual.open(path) if self.record and path.is_file() else None
+
+    def check_layers(self) -> None:
+        """Raise `IncompatibleAdapter` if the merge repeated layers: one of the base is several of the model."""
+        if replicates(self.adapters):
+            raise IncompatibleAdapter(
+                f"{self.model.path}: the merge repeated layers of the base (layer_replication)",
+                hint="Only the base model leads back to it: unmerge with --base.",
+            )
 
     def check_complete(self) -> None:
         """Raise `IncompatibleAdapter` unless all merged adapters were given: only all of them lead back to the base."""

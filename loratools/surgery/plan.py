@@ -151,7 +151,8 @@ def plan_merge(
         notes += [f"adapter {i + 1}: {one}" for one in said]
     if dtype:
         config |= {key: dtypes.CONFIG_NAMES[dtype] for key in ("torch_dtype", "dtype") if key in base.config}
-    config = {key: value for key, value in config.items() if key not in base.config or base.config[key] != value}
+    own = (base.stored or base).config
+    config = {key: value for key, value in config.items() if key not in own or own[key] != value}
     added = [name for name in sources if name not in base.specs]
     notes += [f"added to the model: {', '.join(sorted(added))}"] if added else []
     notes += _order(placements, len(adapters))
@@ -195,7 +196,7 @@ def _same_layout(base: Checkpoint, shard: Shard, added: list[str], planned: Mapp
     """Keep a shard's file name, order and, where nothing forces another, its header byte for byte."""
     name = str(shard.path.relative_to(base.root))
     tensors = [planned[tensor] for tensor in list(shard.tensors) + (added if shard is base.shards[-1] else [])]
-    if tensors != [(tensor, spec.dtype, spec.shape) for tensor, spec in shard.tensors.items()]:
+    if base.origins or tensors != [(tensor, spec.dtype, spec.shape) for tensor, spec in shard.tensors.items()]:
         return plan_file(name, tensors, shard.metadata, prefix=shard.prefix)
     begin = min((spec.start for spec in shard.tensors.values()), default=0)
     with shard.path.open("rb") as file:
@@ -238,7 +239,7 @@ def _expected(
             continue
         known = {normalized(name): value for name, value in identity.tensors.items()} | dict(identity.tensors)
         for name in sorted(name for name, here in placements.items() if any(j == i for j, _ in here)):
-            if value := known.get(name) or known.get(normalized(name)):
+            if value := known.get(base.origin(name)) or known.get(normalized(base.origin(name))):
                 expected.setdefault(name, []).append((i, value))
             elif name in base.specs:
                 problems.append(f"adapter {i + 1}: changes {name}, which its recorded base does not list")

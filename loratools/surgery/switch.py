@@ -77,6 +77,7 @@ def switch(
     output = Path(output)
     atomic.check_output(output, force=force)
     merged = Merged.open(model, out, None)
+    merged.check_layers()
     paths = tuple(None if isinstance(one, Adapter) else Path(one) for one in into)
     refuse_inputs(output, [merged.model.path, *paths])
     opened = tuple(one if isinstance(one, Adapter) else dialects.open_adapter(one) for one in into)

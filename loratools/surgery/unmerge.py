@@ -71,6 +71,8 @@ def unmerge(
     refuse_inputs(output, [merged.model.path, base])
     threads = threads or os.cpu_count() or 1
     residual = merged.residual() if base is None else None
+    if base is None:
+        merged.check_layers()
     if base is not None or residual is not None:
         merged.check_complete()
     size = (Checkpoint.open(base) if base is not None else merged.model).nbytes

@@ -23,6 +23,7 @@ from loratools.storage.header import TensorSpec
 from loratools.surgery import probes as probing
 from loratools.surgery.plan import Change, MergePlan, plan_merge
 from loratools.surgery.replacing import settle
+from loratools.surgery.replication import replicated
 
 if TYPE_CHECKING:
     import torch
@@ -89,6 +90,7 @@ def verify(
     model = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
     base = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
     opened = [adapter if isinstance(adapter, Adapter) else dialects.open_adapter(adapter) for adapter in adapters]
+    base = replicated(base, opened)
     weights = [1.0] * len(opened) if weights is None else list(weights)
     if not opened or len(weights) != len(opened):
         raise ValueError(f"{len(opened)} adapter(s) and {len(weights)} weight(s); each adapter takes one weight")

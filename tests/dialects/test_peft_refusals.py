@@ -38,7 +38,6 @@ A0, B0 = f"base_model.model.{Q0}.lora_A.weight", f"base_model.model.{Q0}.lora_B.
         ({"kasa_config": {}}, "KaSA also takes the smallest singular components out of the base model"),
         ({"monteclora_config": {}}, "MonteCLoRA samples its factors"),
         ({"enable_lora": [True, False, True]}, r"PEFT 0.2's fused attention \(enable_lora\) has grouped factors"),
-        ({"layer_replication": [[0, 4], [2, 5]]}, "adapters of a model with replicated layers"),
     ],
 )
 def test_configs_that_are_sound_but_not_plain_lora(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
