@@ -8,7 +8,6 @@ sums near zero are computed again in float64. Anything else goes through `tiles.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -172,14 +171,17 @@ def run(
                     change = buffers.of("change", (met[1].stop - met[1].start) * term.right.shape[1], np.float32)
                     change = change.reshape(-1, term.right.shape[1])
                     part = W[met[0], slice(*term.site.columns)]
-                    part += np.matmul(term.left[met[1]], term.right, out=change)
+                    term.add_to(part, met[1], change)
                     term.finish(part, met[1], buffers)
-            out = bits.rounded(W, task.source.dtype, buffers)
-            _check_finite(task, W, out)
+            out = bits.rounded(W, spec.dtype, buffers)
+            magnitude = bits.magnitudes(W if spec.dtype == "F32" else out, buffers)
+            _check_finite(task, magnitude)
             for term, bound in zip(task.terms, bounds, strict=True):
                 if spec.dtype != "F32" and (met := term.site.overlap(start, start + count)):
                     inside, limit = (met[0], slice(*term.site.columns)), _limit(bound * term.gain(met[1]), spec.dtype)
-                    _refine(term, limit, met[1].start, stored[inside], out[inside], task, buffers)
+                    small = buffers.of("small", magnitude[inside].size, np.bool_).reshape(magnitude[inside].shape)
+                    np.less(magnitude[inside], limit, out=small)
+                    _refine(term, small, met[1].start, stored[inside], out[inside], task)
             if index in sampled:
                 some = slice(0, count if task.retention == "full" else max(1, _MEASURED // columns))
                 _measure(result, stored[some], W[some], out[some], spec.dtype)
@@ -192,12 +194,10 @@ def run(
     return result
 
 
-def _check_finite(task: ProductTask, W: Array, out: Array) -> None:
-    import numpy as np
-
-    # One cheap sum finds any infinity or NaN; F16 can overflow in the rounding, so there the rounded values count.
-    suspect = out if task.source.dtype == "F16" else W
-    if not math.isfinite(suspect.sum(dtype=np.float32)) and not np.isfinite(suspect).all():
+def _check_finite(task: ProductTask, magnitude: Array) -> None:
+    # Infinity and NaN have the largest bits of all. A NaN cannot have rounded to another number: what adding makes of
+    # a stored one, or of infinities, has zeros where BF16 ends.
+    if magnitude.max() >= bits.INFINITY[task.source.dtype]:
         raise IncompatibleAdapter(
             f"{task.name}: the merged values are not finite in {task.source.dtype}",
             hint="Either the base has infinities or NaN there, or the weights overflow this dtype.",
@@ -218,20 +218,15 @@ def _limit(bound: float, dtype: str) -> int:
     return int(code) + 1
 
 
-def _refine(
-    term: SumOfProducts, limit: int, first: int, stored: Array, out: Array, task: ProductTask, buffers: bits.Buffers
-) -> None:
+def _refine(term: SumOfProducts, small: Array, first: int, stored: Array, out: Array, task: ProductTask) -> None:
     """Compute the few results near zero again, in float64, and round them once."""
     import numpy as np
 
-    magnitude = buffers.of("magnitude", out.size, np.uint16).reshape(out.shape)
-    small = buffers.of("small", out.size, np.bool_).reshape(out.shape)
-    np.bitwise_and(out.view(np.uint16), 0x7FFF, out=magnitude)
-    np.less(magnitude, limit, out=small)
-    found = np.flatnonzero(small)
-    if not len(found):
+    some = np.flatnonzero(small.any(axis=1))  # nonzero costs far more than any, and few rows have one
+    if not len(some):
         return
-    rows, columns = np.divmod(found, out.shape[1])
+    rows, columns = np.divmod(np.flatnonzero(small[some]), small.shape[1])
+    rows = some[rows]
     W = bits.exactly(stored[rows, columns], task.source.dtype).astype(np.float64)
     exact = term.exact(W, rows + first, columns).astype(np.float32)
     out[rows, columns] = bits.rounded(exact, task.source.dtype, bits.Buffers())
