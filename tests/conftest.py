@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import signal
@@ -47,9 +48,12 @@ class RealModels:
 
     def __truediv__(self, name: str) -> Path:
         if not (self.folder / name).is_dir():
-            line = [sys.executable, str(REAL_SCRIPT), str(self.folder), "--only", name]
-            made = subprocess.run(line, capture_output=True, text=True, check=False, env=clean_env())
-            assert made.returncode == 0, made.stderr
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / ".lock").open("w") as lock:  # processes that share the tests make each model once
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                line = [sys.executable, str(REAL_SCRIPT), str(self.folder), "--only", name]
+                made = subprocess.run(line, capture_output=True, text=True, check=False, env=clean_env())
+                assert made.returncode == 0, made.stderr
         return self.folder / name
 
 
