@@ -17,6 +17,7 @@ from typing import Any
 from loratools.errors import BadFile
 from loratools.storage.header import TensorSpec, nbytes, open_file
 from loratools.storage.unpickle import Damaged, Refused, View, unpickle
+from loratools.storage.window import Window
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -29,14 +30,16 @@ _WRAPPERS = ("state_dict", "model_state_dict", "module", "model")
 _DAMAGED = (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error, OverflowError, EOFError)
 
 
-def read_pickled(path: Path) -> dict[str, TensorSpec]:
-    """Return where each tensor of a `torch.save` file lies.
+def read_pickled(path: Path, within: tuple[int, int] | None = None) -> dict[str, TensorSpec]:
+    """Return where each tensor of a `torch.save` file lies; `within` are the bytes of a larger file that hold it.
 
     Raises `BadFile` for the pre-2020 format, compressed records, pickles that hold anything but tensors and plain
     containers, tensors that are views with gaps, and ranges outside their record.
     """
     with open_file(path) as file:
-        magic = file.read(30)
+        start, stop = within or (0, os.fstat(file.fileno()).st_size)
+        file.seek(start)
+        magic = file.read(min(30, stop - start))
     if magic.startswith(b"version https://git-lfs"):
         raise BadFile(f"{path}: this is a Git-LFS pointer, not the file itself", hint="Fetch it with `git lfs pull`.")
     if not magic.startswith(b"PK\x03\x04"):
@@ -44,7 +47,7 @@ def read_pickled(path: Path) -> dict[str, TensorSpec]:
             f"{path}: not a zip file of torch.save (the format from before PyTorch 1.6, or not a checkpoint)",
             hint="Load it where it came from and save it again as safetensors.",
         )
-    records = _records(path)
+    records = _records(path, start, stop)
     folder, pickled = _description(path, records)
     state = _state_dict(path, pickled)
     problems, specs = [], {}
@@ -59,22 +62,21 @@ def read_pickled(path: Path) -> dict[str, TensorSpec]:
     return specs
 
 
-def _records(path: Path) -> dict[str, tuple[int, int]]:
-    """Map the name of each record to where its bytes begin and end."""
+def _records(path: Path, begin: int, end: int) -> dict[str, tuple[int, int]]:
+    """Map the name of each record of the zip at bytes [`begin`, `end`) to where its bytes begin and end."""
     found: dict[str, tuple[int, int]] = {}
     try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+        with path.open("rb") as file, zipfile.ZipFile(Window(file, begin, end)) as archive:
             for info in archive.infolist():
                 if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
                     raise BadFile(f"{path}: record {info.filename!r} is compressed; torch.save never does that")
-                file.seek(info.header_offset)
+                file.seek(begin + info.header_offset)
                 local = file.read(30)
                 if len(local) < 30 or not local.startswith(b"PK\x03\x04"):
                     raise zipfile.BadZipFile(f"record {info.filename!r} is not where the directory says")
                 skip = 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
-                start = info.header_offset + skip
-                if info.file_size != info.compress_size or start + info.file_size > size:
+                start = begin + info.header_offset + skip
+                if info.file_size != info.compress_size or start + info.file_size > end:
                     raise zipfile.BadZipFile(f"record {info.filename!r} reaches beyond the file")
                 if info.filename in found:
                     raise zipfile.BadZipFile(f"two records are named {info.filename!r}")
