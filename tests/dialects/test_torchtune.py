@@ -1,7 +1,7 @@
 """torchtune: its names and its order of rows.
 
-Files are made by hand, as `torchtune/models/convert_weights.py` 0.6.1 has them: the package is not among those that the
-tests need, for it wants a torch of its own.
+Files are made by hand, as `torchtune/models/convert_weights.py` 0.6.1 has them; torchtune itself, where it is
+installed, is asked in tests/interop/test_torchtune.py.
 """
 
 from __future__ import annotations
