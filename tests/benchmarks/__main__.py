@@ -51,7 +51,7 @@ def measure(folder: Path, size: str, count: int, *, peft: bool) -> None:
     }
     if peft:
         commands["PEFT load, merge, save"] = [sys.executable, HERE / "peft_merge.py", base, adapter, output]
-    runs = alternate(commands, count, lambda: shutil.rmtree(output, ignore_errors=True), folder)
+    runs = alternate(commands, count, lambda: shutil.rmtree(output, ignore_errors=True))
     copy = runs["cp -r"].wall
     for name, run in runs.items():
         print(f"| {size} | {name} | {run.wall:.2f} | {run.wall / copy:.2f} | {run.peak / 1e6:.0f} |", flush=True)

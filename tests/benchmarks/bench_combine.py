@@ -55,7 +55,7 @@ def measure(folder: Path, size: str, count: int, peft: list[str]) -> None:
         if size == "mini" or kind not in elementwise
     }
     commands["resize to 8"] = [*run, "resize", adapters[0], "--rank", "8", "-o", output]
-    runs = alternate(commands, count, lambda: shutil.rmtree(output, ignore_errors=True), folder)
+    runs = alternate(commands, count, lambda: shutil.rmtree(output, ignore_errors=True))
     for name, taken in runs.items():
         theirs = f"{seconds_of_peft(folder, name):.2f}" if name in peft else ""
         ratio = f"{float(theirs) / taken.wall:.0f}" if theirs else ""

@@ -24,7 +24,7 @@ from torch import Tensor
 from loratools.dialects import open_adapter
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.matrices import load, products
-from tests.benchmarks.process import alternate
+from tests.benchmarks.process import alternate, measure
 
 
 def main() -> None:
@@ -54,11 +54,11 @@ def main() -> None:
             for path in (ours, theirs):
                 shutil.rmtree(path, ignore_errors=True)
 
-        runs = alternate(commands, args.runs, clean, folder)
+        runs = alternate(commands, args.runs, clean)
         print("| what | seconds | × ours | peak MB | error / optimum | worst layer |\n|---|---|---|---|---|---|")
         for name, run in runs.items():
             output = ours if name.startswith("loratools") else theirs
-            alternate({name: commands[name]}, 0, lambda: None, folder)  # `clean` took the output away
+            measure(commands[name])  # `clean` took the output away
             total, worst = accuracy(args.base, args.tuned, output, args.layers)
             ratio = run.wall / runs["loratools extract-svd"].wall
             numbers = f"{run.wall:.2f} | {ratio:.1f} | {run.peak / 1e6:.0f} | {total:.6f} | {worst:.6f}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -24,8 +24,10 @@ class Runs:
         return median(self.seconds)
 
 
-def run(command: Sequence[str], environment: dict[str, str]) -> tuple[float, int]:
+def measure(words: Sequence[object]) -> tuple[float, int]:
     """Run a command to its end; return wall seconds and peak resident bytes. Raise if it fails."""
+    command = [str(word) for word in words]
+    environment = dict(os.environ) | {"PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
     begun = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
     assert process.stderr is not None
@@ -38,16 +40,13 @@ def run(command: Sequence[str], environment: dict[str, str]) -> tuple[float, int
     return seconds, usage.ru_maxrss * 1024
 
 
-def alternate(
-    commands: dict[str, Sequence[str]], count: int, clean: Callable[[], None], folder: Path
-) -> dict[str, Runs]:
+def alternate(commands: Mapping[str, Sequence[object]], count: int, clean: Callable[[], None]) -> dict[str, Runs]:
     """Run every command in turn, `count` times after one warm-up, so that a drift of the machine meets all alike."""
-    environment = dict(os.environ) | {"PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
     taken: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
     for turn in range(count + 1):
         for name, command in commands.items():
             clean()
-            measured = run([str(word) for word in command], environment)
+            measured = measure(command)
             if turn:
                 taken[name].append(measured)
     clean()
