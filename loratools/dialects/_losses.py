@@ -9,18 +9,24 @@ from loratools.adapter.model import Adapter, Loss
 A, B, BIAS, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
 A_EMBEDDING, B_EMBEDDING = "lora_embedding_A", "lora_embedding_B"
 
-IDENTITY = ("the hash of the base model", "provenance")
+IDENTITY = ("the hash of the base model", "provenance", "copies of the base's tensors")
 """For a dialect's `CANNOT`: what `identity` lists."""
 
 
 def identity(adapter: Adapter) -> list[Loss]:
-    """List the base's hash and the provenance, if the adapter has them."""
-    found = replication(adapter)
+    """List the base's hash, the provenance, and copies of the base's tensors, if the adapter has them."""
+    found = [*replication(adapter), *copies(adapter)]
     if adapter.base and adapter.base.sealed:
         found.append(Loss("base model", "its hash, by which a wrong base is refused"))
     if adapter.provenance:
         found.append(Loss("provenance", f"{len(adapter.provenance)} recorded operation(s)"))
     return found
+
+
+def copies(adapter: Adapter) -> list[Loss]:
+    """List the copies of the base's tensors that came along and were not compared with the base."""
+    why = "a copy of the base's tensor came along, and only the base can tell whether it is one (--base)"
+    return [Loss(path, why) for path in adapter.copies]
 
 
 def replication(adapter: Adapter) -> list[Loss]:

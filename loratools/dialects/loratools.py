@@ -45,10 +45,7 @@ def losses(adapter: Adapter) -> list[Loss]:
             for module, update in adapter.updates.items()
             if update.kind not in KINDS
         ]
-        + [
-            Loss(path, "a copy of the base's tensor came along, and only the base can tell whether it is one (--base)")
-            for path in adapter.copies
-        ]
+        + _losses.copies(adapter)
         + _losses.replication(adapter)
     )
 

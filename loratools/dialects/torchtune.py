@@ -27,7 +27,15 @@ from loratools.storage.lazy import LazyTensor
 SUMMARY = "torchtune: adapter_model.pt with names of its own (layers.0.attn.q_proj.lora_a.weight)"
 EXTRA = None
 FILES = ()
-CANNOT = (*_losses.IDENTITY, "tensors trained whole", "embeddings", "convolutions", "biases of B", "unknown models")
+CANNOT = (
+    *_losses.IDENTITY,
+    "tensors trained whole",
+    "embeddings",
+    "convolutions",
+    "DoRA",
+    "biases of B",
+    "unknown models",
+)
 
 _FILE, _CONFIG = "adapter_model.pt", "adapter_config.json"
 _NAME = re.compile(r"(layers\.\d+\.(?:attn|mlp)\.\w+|output)\.(lora_a\.weight|lora_b\.weight|magnitude)")
