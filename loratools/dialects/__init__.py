@@ -109,14 +109,14 @@ def open_adapter(
 
 
 def named_for(adapter: Adapter, base: Checkpoint) -> Adapter:
-    """Return an adapter of an image model under the module names of a base, diffusers' or the original's.
+    """Return an adapter of an image model under the module names of a base: a pipeline's, a component's, or a file's.
 
-    Fused projections come apart or together where the base stores them so. Adapters of other models, and those that fit
-    the base under no naming, are returned as they are.
+    Fused projections come apart or together where the base stores them so. Adapters of other models, and modules that
+    the base has under no naming, keep their names.
     """
-    from loratools.dialects import _image_names
+    from loratools.dialects import _image_bases
 
-    return _image_names.for_base(adapter, base.specs)
+    return _image_bases.for_base(adapter, {name: spec.shape for name, spec in base.specs.items()})
 
 
 def save_adapter(

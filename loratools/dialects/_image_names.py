@@ -6,11 +6,10 @@ Modules that neither table knows keep their names; a dialect that cannot say the
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from loratools.adapter.model import Adapter
-from loratools.adapter.names import Names
 from loratools.adapter.updates import Update
 from loratools.dialects import _flux_names, _fusing, _sd_names
 
@@ -37,15 +36,17 @@ def to_diffusers(adapter: Adapter) -> Adapter:
     return replace(adapter, updates=found)
 
 
-def to_original(adapter: Adapter, *, unet: bool = True) -> Adapter:
+def to_original(adapter: Adapter, *, unet: bool = True, xl: bool | None = None, flux: bool | None = None) -> Adapter:
     """Return the adapter with `diffusion_model.` names; Flux's single projections become fused ones.
 
-    `unet` says whether Stable Diffusion is renamed too; kohya's files have it under diffusers' names.
+    `unet` says whether Stable Diffusion is renamed too; kohya's files have it under diffusers' names. `xl` and `flux`
+    say that the model is SDXL or Flux.1, where a base tells it; else the adapter's own names do.
     """
-    xl = _sd_names.is_xl(adapter.updates)
+    xl = _sd_names.is_xl(adapter.updates) if xl is None else xl
     qwen = any(".img_mlp." in module or ".txt_mlp." in module for module in adapter.updates)
     named = [module.removeprefix("transformer.") for module in adapter.updates if module.startswith("transformer.")]
-    flux = bool(named) and _flux_names.is_diffusers(named, (adapter.base.id if adapter.base else None) or "")
+    if flux is None:
+        flux = bool(named) and _flux_names.is_diffusers(named, (adapter.base.id if adapter.base else None) or "")
     found: dict[str, Update] = {}
     fused: dict[str, dict[int, tuple[str, Update]]] = defaultdict(dict)
     for module, update in adapter.updates.items():
@@ -64,22 +65,6 @@ def to_original(adapter: Adapter, *, unet: bool = True) -> Adapter:
     for name, parts in fused.items():
         found |= _together(name, parts)
     return replace(adapter, updates=found)
-
-
-def for_base(adapter: Adapter, tensors: Iterable[str]) -> Adapter:
-    """Return the adapter under the names of a base: a pipeline's, one model's of it, or an original checkpoint's.
-
-    The first naming is taken under which the base has all modules; none such leaves the adapter as it is, for the
-    resolver to say what is missing.
-    """
-    names = Names(tensors)
-    for naming in (lambda one: one, to_diffusers, to_original):
-        named = naming(adapter)
-        for cut in ("", *(f"{name}." for name in (ORIGINAL, "unet", "transformer"))):
-            updates = {module.removeprefix(cut): update for module, update in named.updates.items()}
-            if len(updates) == len(named.updates) and all(names.find(module) for module in updates):
-                return replace(named, updates=updates)
-    return adapter
 
 
 def _apart(module: str, name: str, update: Update, place: _flux_names.Place) -> dict[str, Update]:

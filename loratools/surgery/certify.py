@@ -65,7 +65,8 @@ def certify(
 
     tuned = tuned if isinstance(tuned, Checkpoint) else Checkpoint.open(tuned)
     base = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
-    opened = adapter if isinstance(adapter, Adapter) else dialects.open_adapter(adapter)
+    opened = adapter if isinstance(adapter, Adapter) else dialects.open_adapter(adapter, base=base)
+    opened = dialects.named_for(opened, base)
     factors = apply_policy((replace(opened, replacements={}),), base.specs, base.config, "both").adapters[0]
     shapes = {name: spec.shape for name, spec in base.specs.items()}
     modules = by_module(resolve(factors, shapes, base.config))

@@ -67,7 +67,11 @@ def convert(
         opened = replace(opened, base=replace(opened.base or BaseIdentity(), id=base_id))
     if checkpoint is not None:
         opened = _with_config(settle(checkpoint, [opened])[0][0], checkpoint)
-        opened = seal(opened, checkpoint, progress) if records else _fitting(opened, checkpoint)
+        named = dialects.named_for(opened, checkpoint)
+        if records:
+            opened = seal(named, checkpoint, progress)
+        else:
+            _check_fits(named, checkpoint)
     if profile is not None:
         shapes = {name: spec.shape for name, spec in checkpoint.specs.items()} if checkpoint else None
         opened = _peft_profiles.apply(opened, profile, shapes)
@@ -115,13 +119,12 @@ def _with_config(adapter: Adapter, base: Checkpoint) -> Adapter:
     return replace(adapter, settings={**adapter.settings, "base_config": said}) if said else adapter
 
 
-def _fitting(adapter: Adapter, base: Checkpoint) -> Adapter:
-    """Return the adapter if it fits the base; raise `IncompatibleAdapter` if not."""
+def _check_fits(adapter: Adapter, base: Checkpoint) -> None:
+    """Raise `IncompatibleAdapter` unless the adapter fits the base."""
     untied = apply_policy((adapter,), base.specs, base.config, "both").adapters[0]
     shapes = {name: spec.shape for name, spec in base.specs.items()}
     whole = resolve_replacements(untied, shapes)
     resolve(untied, shapes | {name: lazy.shape for name, lazy in whole.items()}, base.config)
-    return adapter
 
 
 def _with_tensors(adapter: Adapter, tensors: dict[str, str]) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def prepare(
     atomic.check_output(output, force=force)
     base = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
     base = replace(base, config={**base.config, "model_type": model_type}) if model_type else base
-    opened = [adapter if isinstance(adapter, Adapter) else dialects.open_adapter(adapter) for adapter in adapters]
+    opened = [one if isinstance(one, Adapter) else dialects.open_adapter(one, base=base) for one in adapters]
     base = replicated(base, opened)
     paths = [None if isinstance(adapter, Adapter) else Path(adapter) for adapter in adapters]
     # By their own places too: an adapter may come opened, and the files of a base may be links.
@@ -124,7 +124,8 @@ def prepare(
     _refuse_inputs(output, [base.path, base.root if base.path.is_dir() else None, *paths, *sorted(own)])
     digests = tuple(identity.checked_digest(a, str(p or "adapter")) for a, p in zip(opened, paths, strict=True))
     identity.refuse_second_merge(base, digests, companions.RECORD)
-    settled, decided = settle(base, opened, strict=check_base == "strict")
+    named = [dialects.named_for(one, base) for one in opened]
+    settled, decided = settle(base, named, strict=check_base == "strict")
     plan = plan_merge(
         base, settled, weights, dtype=dtype, max_shard_size=max_shard_size, tied=tied, check_base=check_base,
         configs=[companions.own_config(path) for path in paths],

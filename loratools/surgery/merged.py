@@ -21,13 +21,17 @@ from loratools.surgery.residual import Residual
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Merged:
-    """A merged model, its record ({} if it has none), and its adapters in the order of the record, with weights."""
+    """A merged model, its record ({} if it has none), and its adapters in the order of the record, with weights.
+
+    The adapters are under the model's names; `digests` are those of the adapters as they were read.
+    """
 
     model: Checkpoint
     record: Mapping[str, Any]
     adapters: tuple[Adapter, ...]
     weights: tuple[float, ...]
     left: tuple[str, ...]
+    digests: tuple[str, ...]
 
     @classmethod
     def open(
@@ -39,15 +43,16 @@ class Merged:
         beside one they must be those recorded. Raises `IncompatibleAdapter` for an adapter that was not merged.
         """
         model = Checkpoint.open(path)
-        opened = [one if isinstance(one, Adapter) else dialects.open_adapter(one) for one in adapters]
+        opened = [one if isinstance(one, Adapter) else dialects.open_adapter(one, base=model) for one in adapters]
         if not opened or (weights is not None and len(weights) != len(opened)):
             raise ValueError(f"{len(opened)} adapter(s) and {len(weights or ())} weight(s)")
         file = model.root / companions.RECORD
         record = read_json(file) if model.root.is_dir() and file.is_file() else {}
         entries: Any = record.get("adapters")
-        if record.get("operation") != "merge" or not _is_complete(record):
-            return cls(model, {}, tuple(opened), tuple(weights or [1.0] * len(opened)), ())
         digests = [identity.checked_digest(one, str(given)) for one, given in zip(opened, adapters, strict=True)]
+        named = [dialects.named_for(one, model) for one in opened]
+        if record.get("operation") != "merge" or not _is_complete(record):
+            return cls(model, {}, tuple(named), tuple(weights or [1.0] * len(opened)), (), tuple(digests))
         free = list(range(len(entries)))
         places: list[tuple[int, int]] = []
         problems = []
@@ -69,8 +74,8 @@ class Merged:
             )
         places.sort()
         return cls(
-            model, record, tuple(opened[i] for _, i in places), tuple(float(entries[k]["weight"]) for k, _ in places),
-            tuple(str(entries[k]["digest"]) for k in free),
+            model, record, tuple(named[i] for _, i in places), tuple(float(entries[k]["weight"]) for k, _ in places),
+            tuple(str(entries[k]["digest"]) for k in free), tuple(digests[i] for _, i in places),
         )  # fmt: skip
 
     def residual(self) -> Residual | None:

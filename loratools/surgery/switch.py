@@ -45,7 +45,7 @@ class Switch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _New:
-    """The adapters that are put in."""
+    """The adapters that are put in, under the model's names; `digests` are those of the adapters as they were read."""
 
     adapters: tuple[Adapter, ...]
     paths: tuple[Path | None, ...]
@@ -80,12 +80,14 @@ def switch(
     merged.check_layers()
     paths = tuple(None if isinstance(one, Adapter) else Path(one) for one in into)
     refuse_inputs(output, [merged.model.path, *paths])
-    opened = tuple(one if isinstance(one, Adapter) else dialects.open_adapter(one) for one in into)
+    base = merged.model
+    opened = tuple(one if isinstance(one, Adapter) else dialects.open_adapter(one, base=base) for one in into)
     weights = [1.0] * len(opened) if weights is None else list(weights)
     if not opened or len(weights) != len(opened):
         raise ValueError(f"{len(opened)} adapter(s) and {len(weights)} weight(s); each adapter takes one weight")
     digests = tuple(identity.checked_digest(a, str(p or "adapter")) for a, p in zip(opened, paths, strict=True))
-    new = _New(opened, paths, tuple(map(float, weights)), digests)
+    named = tuple(dialects.named_for(one, base) for one in opened)
+    new = _New(named, paths, tuple(map(float, weights)), digests)
     residual = merged.residual()
     work = _approximate if residual is None else partial(_exact, residual, check_base)
     with atomic.new_folder(output, force=force) as scratch:
@@ -166,7 +168,7 @@ def _approximate(merged: Merged, new: _New, threads: int, progress: Progress, ou
     adapters = (*merged.adapters, *new.adapters)
     plan = plan_merge(model, adapters, weights, tied=merged.record.get("tied") or "error", check_base="off")
     check_sums(plan)
-    digests = [*(identity.adapter_digest(adapter) for adapter in merged.adapters), *new.digests]
+    digests = (*merged.digests, *new.digests)
     results = write_weights(plan, scratch, Settings(digests, threads, retention="off"), progress)
     bound = max((error_bound(plan, scratch, result.name) for result in results), default=0.0)
     record = identity.merge_record(model, adapters, weights, digests)

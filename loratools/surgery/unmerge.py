@@ -132,10 +132,9 @@ def _approximate(merged: Merged, threads: int, progress: Progress, output: Path,
     tied = merged.record.get("tied") or "both"
     plan = plan_merge(model, merged.adapters, [-weight for weight in merged.weights], tied=tied, check_base="off")
     check_sums(plan)
-    digests = [identity.adapter_digest(adapter) for adapter in merged.adapters]
-    results = write_weights(plan, scratch, Settings(digests, threads, retention="off"), progress)
+    results = write_weights(plan, scratch, Settings(merged.digests, threads, retention="off"), progress)
     bound = max((error_bound(plan, scratch, result.name) for result in results), default=0.0)
-    record = identity.merge_record(model, merged.adapters, [-weight for weight in merged.weights], digests)
+    record = identity.merge_record(model, merged.adapters, [-weight for weight in merged.weights], merged.digests)
     record |= {"operation": "unmerge", "approximate": True, "error_bound": bound}
     companions.write_companions(plan, companions.companions(model, ()), record, scratch)
     notes = ("not the base model, but W' − ΔW: what rounding destroyed at the merge is lost",)

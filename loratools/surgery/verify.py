@@ -89,13 +89,13 @@ def verify(
     """
     model = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
     base = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
-    opened = [adapter if isinstance(adapter, Adapter) else dialects.open_adapter(adapter) for adapter in adapters]
+    opened = [one if isinstance(one, Adapter) else dialects.open_adapter(one, base=base) for one in adapters]
     base = replicated(base, opened)
     weights = [1.0] * len(opened) if weights is None else list(weights)
     if not opened or len(weights) != len(opened):
         raise ValueError(f"{len(opened)} adapter(s) and {len(weights)} weight(s); each adapter takes one weight")
     tied = "untie" if model.specs.keys() - base.specs.keys() else "both"
-    settled, _ = settle(base, opened, strict=False)
+    settled, _ = settle(base, [dialects.named_for(one, base) for one in opened], strict=False)
     plan = plan_merge(base, settled, weights, tied=tied, check_base="off")
     shared = {name: change for name, change in plan.changes.items() if name in model.specs}
     differing: list[str] = []
