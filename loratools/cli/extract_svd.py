@@ -52,7 +52,7 @@ _SHOWN = 8  # patterns of one class in the text
     "--dtype", type=click.Choice(["f32", "bf16", "f16"]), default="f32", show_default=True, help="Dtype of the factors."
 )
 @click.option("--tight", is_flag=True, help="Spend as much again on far tighter bounds.")
-@click.option("--tolerance", type=float, default=3e-4, show_default=True, help="Excess over the optimal error², about.")
+@click.option("--tolerance", type=float, default=6e-4, show_default=True, help="Excess over the optimal error², about.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sketches.")
 @click.option("--base-id", metavar="NAME", help="Name of the base model to record, such as org/model.")
 @click.option("--layers", is_flag=True, help="Print the certificate of every layer, not only the total.")

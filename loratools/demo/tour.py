@@ -15,6 +15,7 @@ from loratools.storage.checkpoint import Checkpoint, read_json
 from loratools.surgery.allocate import Ranks
 from loratools.surgery.combine import combine
 from loratools.surgery.convert import convert
+from loratools.surgery.extract import extract
 from loratools.surgery.inspect import AdapterSummary, inspect
 from loratools.surgery.merge import merge
 from loratools.surgery.resize import resize
@@ -140,6 +141,22 @@ def _combine(folder: Path) -> Stop:
     )
 
 
+def _extract(folder: Path) -> Stop:
+    made = extract(folder / "base", folder / "merged", folder / "extracted", Ranks(noise=True))
+    ranks = sorted({one.rank for one in made.of("factored")})
+    if ranks != [8] or made.total.error > 0.01:
+        raise RuntimeError("extraction did not find the adapter in the merged model")
+    return Stop(
+        "And with only the two models at hand? Extract the change again, as far as it stands above the rounding.",
+        "loratools extract-svd base merged -o extracted --noise",
+        (
+            f"rank {ranks[0]} in all {made.total.layers} layers, which is the adapter's: it was found again",
+            f"{made.total.captured:.4%} of the change; the rest, an error of {made.total.error:.4f}, is rounding",
+        ),
+        {"rank": ranks[0], "error": made.total.error, "captured": made.total.captured},
+    )
+
+
 def _losses(folder: Path) -> Stop:
     from loratools.demo.llama import LlamaShape, generate, held_out_loss
 
@@ -196,5 +213,15 @@ def _wrong_base(folder: Path) -> Stop:
     )
 
 
-STOPS: tuple[Callable[[Path], Stop], ...] = (_inspect, _seal, _merge, _verify, _unmerge, _combine, _losses, _wrong_base)
+STOPS: tuple[Callable[[Path], Stop], ...] = (
+    _inspect,
+    _seal,
+    _merge,
+    _verify,
+    _unmerge,
+    _combine,
+    _extract,
+    _losses,
+    _wrong_base,
+)
 """The stops, in order; a later capability adds its own."""

@@ -62,7 +62,7 @@ def extract(
     selection: Selection | None = None,
     dtype: str = "F32",
     seed: int = 0,
-    tolerance: float = 3e-4,
+    tolerance: float = 6e-4,
     tight: bool = False,
     base_id: str | None = None,
     threads: int | None = None,

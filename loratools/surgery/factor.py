@@ -28,7 +28,7 @@ class Settings:
     ranks: Ranks
     dtype: str = "F32"
     seed: int = 0
-    tolerance: float = 3e-4
+    tolerance: float = 6e-4
     tight: bool = False
 
 
