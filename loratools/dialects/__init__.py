@@ -68,10 +68,12 @@ def get(name: str) -> Dialect:
 def detect(listing: Listing) -> tuple[str, Evidence]:
     """Return the dialect with the best evidence, and the evidence.
 
-    Raises `UnknownKind` where no dialect knows the listing, or where the best two are equally sure.
+    Raises `UnknownKind` where no dialect knows the listing, or where the best two are equally sure; `BadFile` where the
+    reason is a file that cannot be opened.
     """
     found = [(name, evidence) for name in names() if (evidence := get(name).detect(listing))]
     if not found:
+        listing.check()
         raise _unknown(listing)
     best = max(evidence.score for _, evidence in found)
     first = [(name, evidence) for name, evidence in found if evidence.score == best]

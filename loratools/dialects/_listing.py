@@ -134,3 +134,20 @@ class Listing:
             )
         self._read[name] = {tensor: LazyTensor.stored(spec) for tensor, spec in specs.items()}
         return dict(self._read[name])
+
+    def check(self) -> None:
+        """Raise `BadFile` for what may keep every dialect from seeing an adapter: pointers, and a file that is no use.
+
+        Opened is only a file that holds tensors alone; beside others may lie what a trainer left, which no one reads.
+        """
+        for name in self.weights:
+            with open_file(self.folder / name) as file:
+                check_pointer(file.read(len(_LFS)), self.folder / name)
+        if len(self.weights) == 1 and self.weights[0].endswith((".safetensors", *PICKLES)):
+            self.tensors(self.weights[0])
+
+
+def check_pointer(begin: bytes, path: Path) -> None:
+    """Raise `BadFile` where a file begins as a Git-LFS pointer does."""
+    if begin.startswith(_LFS):
+        raise BadFile(f"{path}: this is a Git-LFS pointer, not the file itself", hint="Fetch it with `git lfs pull`.")

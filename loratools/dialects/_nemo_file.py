@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loratools.dialects._listing import Listing
+from loratools.dialects._listing import Listing, check_pointer
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.storage.header import open_file
 from loratools.storage.lazy import LazyTensor
@@ -82,7 +82,9 @@ def read(listing: Listing) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
 def members(path: Path) -> Members:
     """Return the files in an uncompressed tar; raise `BadFile` where it is compressed, damaged or has too many."""
     with open_file(path) as file:
-        if file.read(2) == b"\x1f\x8b":
+        begin = file.read(32)
+        check_pointer(begin, path)
+        if begin.startswith(b"\x1f\x8b"):
             raise BadFile(
                 f"{path}: a compressed archive, whose tensors cannot be read in place",
                 hint=f"Unpack it with `tar xzf {path.name}` into a folder of its own, and give the folder.",

@@ -11,6 +11,7 @@ from typing import Any
 from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.adapter.targets import compact, natural
 from loratools.dialects import Listing, detect, get, names
+from loratools.errors import BadFile
 from loratools.format.manifest import ORIGIN
 from loratools.storage.checkpoint import Checkpoint, read_json
 from loratools.storage.header import TensorSpec
@@ -111,7 +112,11 @@ def inspect(path: str | Path, dialect: str | None = None) -> AdapterSummary | Ch
     listing = Listing.of(path)
     if dialect is None:
         if not any(get(name).detect(listing) for name in names()):
-            return describe_checkpoint(Checkpoint.open(path))
+            try:
+                return describe_checkpoint(Checkpoint.open(path))
+            except BadFile:
+                listing.check()  # which may say more of a file that is no model's
+                raise
         dialect, found = detect(listing)
         return describe_adapter(get(dialect).read(listing), listing.path, dialect, found.reason)
     return describe_adapter(get(dialect).read(listing), listing.path, dialect, "named by the user")
