@@ -26,6 +26,18 @@ Rule = Callable[[str, int], tuple[float, float]]
 """(module, rank) -> (scaling, alpha)"""
 
 
+def check_gathered(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    """Raise `BadFile` if tensors are empty: before their shapes are looked at for more."""
+    found = [f"{name}: shape {lazy.shape}" for name, lazy in tensors.items() if 0 in lazy.shape]
+    if found:
+        raise BadFile(
+            f"{path}: {len(found)} of {len(tensors)} tensors are empty: saved under DeepSpeed ZeRO-3 or FSDP without"
+            " gathering",
+            found[:12],
+            hint="Save it again with the parameters gathered; what is missing is not in this file.",
+        )
+
+
 def build(path: Path, groups: Mapping[str, Mapping[str, LazyTensor]], rule: Rule) -> dict[str, Update]:
     """Return the update of each module; the kinds decide what its parts mean.
 

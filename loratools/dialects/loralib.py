@@ -51,7 +51,9 @@ def read(listing: Listing) -> Adapter:
     found: _build.Groups = {}
     biases: dict[str, LazyTensor] = {}
     weights = []
-    for tensor, lazy in listing.tensors(name).items():
+    tensors = listing.tensors(name)
+    _build.check_gathered(listing.path, tensors)
+    for tensor, lazy in tensors.items():
         if match := _NAME.fullmatch(tensor):
             found.setdefault(match[1], {})[match[2]] = lazy
         elif tensor.endswith("bias"):

@@ -52,6 +52,7 @@ def read(listing: Listing) -> Adapter:
     distributed checkpoints; `BadFile` for what does not fit together.
     """
     tensors, document = _nemo_file.read(listing)
+    _build.check_gathered(listing.path, tensors)
     shape, (alpha, dim) = _shape(document, listing), _numbers(document, listing)
     found: dict[tuple[str, str], dict[str, LazyTensor]] = {}
     strangers = []
@@ -114,8 +115,6 @@ def _apart(at: Place, parts: Mapping[str, LazyTensor], shape: Shape) -> list[tup
         raise ValueError(f"no {'linear_in' if missing[0] == A else 'linear_out'}, while its partner is there")
     if not at.fused:
         return [(at.projection, part, lazy) for part, lazy in parts.items()]
-    if any(0 in lazy.shape for lazy in parts.values()):
-        return [(at.projection, part, lazy) for part, lazy in parts.items()]  # refused by name when it is built
     rows = {part: shape.apart(at.projection, lazy) for part, lazy in parts.items() if part != A}
     return [
         entry

@@ -68,7 +68,9 @@ def read(listing: Listing) -> Adapter:
     scale = _scale(config, path)
     groups: _build.Groups = {}
     faults: list[str] = []
-    for tensor, lazy in listing.tensors(name).items():
+    tensors = listing.tensors(name)
+    _build.check_gathered(listing.path, tensors)
+    for tensor, lazy in tensors.items():
         if match := _NAME.fullmatch(tensor):
             groups.setdefault(match[1], {})[match[2]] = lazy
         else:

@@ -130,6 +130,7 @@ def _tensors(listing: Listing) -> dict[str, LazyTensor]:
     """Return all tensors under the names in the files; shards are joined."""
     files = _files(listing)
     if not files:
+        listing.check()
         found = ", ".join(listing.files[:12]) or "no files"
         raise BadFile(f"{listing.path}: no {_STEM}.safetensors or {_STEM}.bin in this folder; it holds {found}")
     if shard := _SHARD.fullmatch(files[0]):

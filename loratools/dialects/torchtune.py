@@ -70,7 +70,9 @@ def read(listing: Listing) -> Adapter:
     alpha, stated = _scaling(listing)
     found: _build.Groups = {}
     faults = []
-    for tensor, lazy in listing.tensors(name).items():
+    tensors = listing.tensors(name)
+    _build.check_gathered(listing.path, tensors)
+    for tensor, lazy in tensors.items():
         match = _NAME.fullmatch(tensor)
         module = _module(match[1]) if match else None
         if match is None or module is None:
