@@ -1,16 +1,9 @@
-"""Megatron-Bridge and NeMo: interleaved projections, against Megatron's own way of taking them apart.
-
-No exporter of NeMo runs without its GPU stack, so files are made by hand: names and archive as NeMo 1.x has them
-(`merge_lora_weights/merge.py`, `NLPSaveRestoreConnector`), configuration and canonical names as Megatron-Bridge 0.3.1.
-Factors are small whole numbers, whose products float32 has exactly: every ΔW is compared bit by bit.
-"""
+"""Megatron-Bridge and NeMo: interleaved projections, against Megatron's own way of taking them apart."""
 
 from __future__ import annotations
 
 import ast
-import io
 import json
-import os
 import subprocess
 import sys
 import tarfile
@@ -22,8 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from safetensors.torch import save_file
 
 from loratools import dialects
 from loratools.adapter.model import Adapter
@@ -34,106 +25,27 @@ from tests.conftest import Result
 from tests.make import tiny
 
 from .adapters import Q0, lora
-
-HIDDEN, HEADS, GROUPS, HEAD, FFN, RANK, ALPHA = 16, 6, 2, 4, 10, 3, 12.0
-ROWS = {"qkv": (HEADS + 2 * GROUPS) * HEAD, "proj": HIDDEN, "fc1": 2 * FFN, "fc2": HIDDEN}
-COLUMNS = {"qkv": HIDDEN, "proj": HEADS * HEAD, "fc1": HIDDEN, "fc2": FFN}
-NEMO = {
-    "qkv": "self_attention.adapter_layer.lora_kqv_adapter",
-    "proj": "self_attention.adapter_layer.lora_dense_attention_adapter",
-    "fc1": "mlp.adapter_layer.lora_hto4h_adapter", "fc2": "mlp.adapter_layer.lora_4htoh_adapter",
-}  # fmt: skip
-BRIDGE = {
-    "qkv": "self_attention.linear_qkv.adapter", "proj": "self_attention.linear_proj.adapter",
-    "fc1": "mlp.linear_fc1.adapter", "fc2": "mlp.linear_fc2.adapter",
-}  # fmt: skip
-MODEL = {"num_attention_heads": HEADS, "num_query_groups": GROUPS, "kv_channels": HEAD, "hidden_size": HIDDEN}
-NEMO_CONFIG: dict[str, Any] = {
-    **MODEL, "activation": "fast-swiglu", "tensor_model_parallel_size": 1,
-    "peft": {"peft_scheme": "lora", "lora_tuning": {"adapter_dim": RANK, "alpha": ALPHA}},
-}  # fmt: skip
-RUN_CONFIG: dict[str, Any] = {
-    "model": {**MODEL, "gated_linear_unit": True}, "peft": {"dim": RANK, "alpha": 12},
-}  # fmt: skip
-
-
-def factors(kind: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return whole-numbered linear_in (r, in) and linear_out (out, r)."""
-    generator = torch.Generator().manual_seed(seed)
-    sides = (RANK, COLUMNS[kind]), (ROWS[kind], RANK)
-    A, B = (torch.randint(-8, 9, side, generator=generator).float() for side in sides)
-    return A, B
-
-
-def state(names: dict[str, str], prefix: str, layers: int = 2) -> dict[str, torch.Tensor]:
-    found = {}
-    for layer in range(layers):
-        for seed, (kind, name) in enumerate(names.items()):
-            A, B = factors(kind, 10 * layer + seed)
-            path = f"{prefix}layers.{layer}.{name}"
-            found |= {f"{path}.linear_in.weight": A, f"{path}.linear_out.weight": B}
-    return found
-
-
-def by_megatron(mixed: torch.Tensor, layer: str) -> dict[str, torch.Tensor]:
-    """Take linear_qkv's rows apart as Megatron's attention does with its output (`get_query_key_value_tensors`)."""
-    each = HEADS // GROUPS
-    query, key, value = torch.split(mixed.view(GROUPS, (each + 2) * HEAD, -1), [each * HEAD, HEAD, HEAD], dim=1)
-    parts = {"q_proj": query.reshape(HEADS * HEAD, -1), "k_proj": key, "v_proj": value}
-    return {f"{layer}.self_attn.{name}": rows.reshape(-1, mixed.shape[1]) for name, rows in parts.items()}
-
-
-def wanted(scaling: float, layers: int = 2) -> dict[str, torch.Tensor]:
-    """Return transformers' module -> ΔW, in float64."""
-    found: dict[str, torch.Tensor] = {}
-    for number in range(layers):
-        layer = f"model.layers.{number}"
-        delta = {}
-        for seed, kind in enumerate(NEMO):
-            A, B = factors(kind, 10 * number + seed)
-            delta[kind] = scaling * (B.double() @ A.double())
-        found |= by_megatron(delta["qkv"], layer)
-        found[f"{layer}.self_attn.o_proj"], found[f"{layer}.mlp.down_proj"] = delta["proj"], delta["fc2"]
-        found[f"{layer}.mlp.gate_proj"], found[f"{layer}.mlp.up_proj"] = delta["fc1"].chunk(2)
-    return found
-
-
-def expect(adapter: Adapter, deltas: dict[str, torch.Tensor]) -> None:
-    assert adapter.dialect == "megatron"
-    assert adapter.updates.keys() == deltas.keys()
-    for module, delta in deltas.items():
-        assert torch.equal(adapter.updates[module].delta_weight().double(), delta), module
-
-
-def nemo(path: Path, tensors: Any, config: dict[str, Any] | None, mode: str = "w:", name: str = "") -> Path:
-    """Write an archive as NeMo 1.x does, by `tar.add(folder, arcname=".")`, which puts `./` before its names."""
-    memory = io.BytesIO()
-    torch.save(tensors, memory)
-    members = {name or "model_weights.ckpt": memory.getvalue()}
-    if config is not None:
-        members["model_config.yaml"] = yaml.safe_dump(config).encode()
-    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
-        for member, data in members.items():
-            info = tarfile.TarInfo(f"./{member}")
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return path
-
-
-def bridge(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any] | None = RUN_CONFIG) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter.safetensors")
-    if config is not None:
-        (folder / "run_config.yaml").write_text(yaml.safe_dump(config))
-    return folder
-
-
-def base(folder: Path, gate: bool = True, **config: Any) -> Checkpoint:
-    folder.mkdir()
-    name = "gate_proj" if gate else "up_proj"
-    save_file({f"model.layers.0.mlp.{name}.weight": torch.ones(2, 2)}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config))
-    return Checkpoint.open(folder)
+from .megatron_files import (
+    ALPHA,
+    BRIDGE,
+    GROUPS,
+    HEAD,
+    HEADS,
+    MODEL,
+    NEMO,
+    NEMO_CONFIG,
+    RANK,
+    ROWS,
+    RUN_CONFIG,
+    base,
+    bridge,
+    by_megatron,
+    expect,
+    factors,
+    nemo,
+    state,
+    wanted,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("prefix", ["model.decoder.", "model.module.decoder.", "model.language_model.encoder."])
@@ -303,88 +215,6 @@ def test_rows_that_are_not_those_of_the_heads(tmp_path: Path) -> None:
     assert refusal.value.problems == (
         "model.layers.0.self_attn.qkv: 40 rows are not those of 6 heads in 2 groups, of 2 features",
     )
-
-
-class Exploit:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, ("hacked",)
-
-
-def test_pickles_with_code_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    path = nemo(tmp_path / "a.nemo", {"model.x": Exploit()}, NEMO_CONFIG)
-    with pytest.raises(BadFile, match=r"a\.nemo: this pickle holds more than tensors.*mkdir"):
-        dialects.open_adapter(path)
-    with tarfile.open(path) as archive:
-        archive.extractall(tmp_path / "unpacked", filter="data")
-    with pytest.raises(BadFile, match="this pickle holds more than tensors"):
-        dialects.open_adapter(tmp_path / "unpacked")
-    assert not (tmp_path / "hacked").exists()
-
-
-@pytest.mark.parametrize("inside", ["", "weights"])
-def test_distributed_checkpoints_are_refused_by_name(tmp_path: Path, inside: str) -> None:
-    folder = tmp_path / "ckpt" / inside
-    folder.mkdir(parents=True)
-    for name in ("__0_0.distcp", "__1_0.distcp", ".metadata", "common.pt"):
-        (folder / name).write_bytes(b"x")
-    with pytest.raises(UnsupportedAdapter, match=r"a distributed checkpoint \(2 \.distcp file\(s\)\)") as refusal:
-        dialects.open_adapter(tmp_path / "ckpt")
-    assert "Export it" in str(refusal.value.hint)
-
-
-def test_other_archives_are_refused_by_name(tmp_path: Path) -> None:
-    tensors = state(NEMO, "model.decoder.", 1)
-    with pytest.raises(BadFile, match="a compressed archive") as compressed:
-        dialects.open_adapter(nemo(tmp_path / "a.nemo", tensors, NEMO_CONFIG, mode="w:gz"))
-    assert "tar xzf a.nemo" in str(compressed.value.hint)
-    ranks = nemo(tmp_path / "b.nemo", tensors, NEMO_CONFIG, name="mp_rank_00/model_weights.ckpt")
-    with pytest.raises(UnsupportedAdapter, match=r"saved in 1 parts .* such as mp_rank_00/model_weights\.ckpt"):
-        dialects.open_adapter(ranks)
-    with pytest.raises(UnsupportedAdapter, match=r"no model_weights\.ckpt in it; it holds model_config\.yaml, other"):
-        dialects.open_adapter(nemo(tmp_path / "c.nemo", tensors, NEMO_CONFIG, name="other"))
-    whole = nemo(tmp_path / "d.nemo", tensors, NEMO_CONFIG)
-    for size in (2000, 300):
-        whole.write_bytes(whole.read_bytes()[:size])
-        with pytest.raises(BadFile, match=r"damaged|reaches beyond|no archive"):
-            dialects.open_adapter(whole)
-
-
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        ("a: &a [1, 1]\nb: [*a, *a]\n", "has aliases"),
-        ("a: " + "[" * 200 + "]" * 200, "has aliases, or is nested more than 64 deep"),
-        ("!!python/object/apply:os.mkdir [hacked]", "is not plain YAML"),
-        ("- 1\n", "is not names and values"),
-        ("a: " + "x" * 1_000_001, "larger than 1000000 bytes"),
-    ],
-)
-def test_configurations_are_data(tmp_path: Path, text: str, sentence: str) -> None:
-    folder = bridge(tmp_path / "a", state(BRIDGE, "decoder.", 1), None)
-    (folder / "run_config.yaml").write_text(text)
-    with pytest.raises(BadFile, match=sentence):
-        dialects.open_adapter(folder)
-
-
-def test_what_is_not_read_is_named(tmp_path: Path) -> None:
-    A, B = factors("fc1", 0)
-    expert = "decoder.layers.0.mlp.experts.local_experts.3.linear_fc1.adapter"
-    tensors = state(BRIDGE, "decoder.", 1) | {f"{expert}.linear_in.weight": A, f"{expert}.linear_out.weight": B}
-    with pytest.raises(UnsupportedAdapter) as refusal:
-        dialects.open_adapter(bridge(tmp_path / "a", tensors))
-    assert "local_experts.3" in refusal.value.problems[0]
-    assert "experts are not read" in refusal.value.problems[0]
-    ranks = {**RUN_CONFIG, "model": {**RUN_CONFIG["model"], "tensor_model_parallel_size": 2}}
-    with pytest.raises(UnsupportedAdapter, match="trained by 2 tensor-parallel ranks"):
-        dialects.open_adapter(bridge(tmp_path / "b", state(BRIDGE, "decoder.", 1), ranks))
-    path = f"decoder.layers.0.{BRIDGE['qkv']}"
-    with pytest.raises(BadFile) as partner:
-        dialects.open_adapter(bridge(tmp_path / "c", {f"{path}.linear_in.weight": A}))
-    assert partner.value.problems == ("model.layers.0.self_attn.qkv: no linear_out, while its partner is there",)
-    empty = {f"{path}.linear_in.weight": torch.ones(0), f"{path}.linear_out.weight": torch.ones(0)}
-    with pytest.raises(BadFile, match="2 of 2 tensors are empty: saved under DeepSpeed ZeRO-3"):
-        dialects.open_adapter(bridge(tmp_path / "d", empty))
 
 
 def test_it_is_read_only_and_becomes_peft(tmp_path: Path, shell: Callable[..., Result]) -> None:
