@@ -54,32 +54,13 @@ def for_base(adapter: Adapter, shapes: Shapes) -> Adapter:
     names = Names(shapes)
     if all(names.find(module) for module in adapter.updates):
         return adapter
-    whole = with_components(adapter)
+    whole = _image_names.spelled_out(adapter)
     named = max(
         (_named(naming, shapes) for naming in _namings(whole, shapes)),
         key=lambda found: sum(f"{module}.weight" in shapes for module in found),
     )
     named = _open_clip(named, shapes)
     return replace(adapter, updates=named, replacements=_replacements(adapter, shapes))
-
-
-def with_components(adapter: Adapter) -> Adapter:
-    """Return the adapter with `unet.`, `transformer.`, … before names that begin inside one known model.
-
-    That is how `save_lora_adapter` of diffusers writes them, and how PEFT does. Lists of several components that know
-    the names leave them as they are.
-    """
-    bare = [module for module in adapter.updates if not module.startswith(tuple(f"{one}." for one in COMPONENTS))]
-    bare = [module for module in bare if not module.startswith((f"{ORIGINAL}.", "text_encoders."))]
-    allowed = ("unet", "transformer", ORIGINAL, "text_encoder")
-    found = {one.component for one in _architectures.knowing(bare, allowed)} if bare else set()
-    if len(found) != 1:
-        return adapter
-    component = found.pop()
-    return replace(
-        adapter,
-        updates={f"{component}.{m}" if m in set(bare) else m: update for m, update in adapter.updates.items()},
-    )
 
 
 def _namings(adapter: Adapter, shapes: Shapes) -> Iterator[Adapter]:

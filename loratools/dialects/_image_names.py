@@ -5,18 +5,36 @@ Modules that neither table knows keep their names; a dialect that cannot say the
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 
 from loratools.adapter.model import Adapter
 from loratools.adapter.updates import Update
-from loratools.dialects import _flux_names, _fusing, _sd_names
+from loratools.dialects import _architectures, _flux_names, _fusing, _sd_names
+from loratools.dialects._diffusers_names import component
 
 ORIGINAL = "diffusion_model"
 """What ComfyUI calls the image model of a checkpoint; here the component of all modules with the original's names."""
 
+_LISTED = ("unet", "transformer", ORIGINAL)
+_CLIP = re.compile(r"^(text_encoder(?:_[23])?)\.encoder\.layers\.")
 _SAME = ("transformer_blocks.", "img_in", "txt_in", "time_text_embed.", "norm_out.", "proj_out")
+
+
+def spelled_out(adapter: Adapter) -> Adapter:
+    """Return the adapter with the component before every module, and `text_model` in CLIP's names.
+
+    `save_lora_adapter` of diffusers, and PEFT, leave the component out; it is told by the lists of known models, unless
+    those of several components have the names. transformers 5 took `text_model` out; checkpoints and kohya keep it.
+    """
+    bare = {m for m in adapter.updates if not component(m) and not m.startswith((f"{ORIGINAL}.", "text_encoders."))}
+    found = {one.component for one in _architectures.knowing(bare, _LISTED)} if bare else set()
+    prefix = f"{found.pop()}." if len(found) == 1 else ""
+    named = {prefix + module if module in bare else module: update for module, update in adapter.updates.items()}
+    named = {_CLIP.sub(r"\1.text_model.encoder.layers.", module): update for module, update in named.items()}
+    return replace(adapter, updates=named) if len(named) == len(adapter.updates) else adapter
 
 
 def to_diffusers(adapter: Adapter) -> Adapter:
@@ -26,10 +44,10 @@ def to_diffusers(adapter: Adapter) -> Adapter:
                 if module.startswith(f"{ORIGINAL}.")}  # fmt: skip
     flux = _flux_names.is_original(original)
     for module, update in adapter.updates.items():
-        component, _, name = module.partition(".")
-        if component == ORIGINAL and (sd := _sd_names.to_diffusers(name)):
+        first, _, name = module.partition(".")
+        if first == ORIGINAL and (sd := _sd_names.to_diffusers(name)):
             found[f"unet.{sd}"] = update
-        elif component == ORIGINAL and flux and (place := _flux_names.to_diffusers(name)):
+        elif first == ORIGINAL and flux and (place := _flux_names.to_diffusers(name)):
             found |= _apart(module, name, update, place)
         else:
             found[module] = update
@@ -42,6 +60,7 @@ def to_original(adapter: Adapter, *, unet: bool = True, xl: bool | None = None, 
     `unet` says whether Stable Diffusion is renamed too; kohya's files have it under diffusers' names. `xl` and `flux`
     say that the model is SDXL or Flux.1, where a base tells it; else the adapter's own names do.
     """
+    adapter = spelled_out(adapter)
     xl = _sd_names.is_xl(adapter.updates) if xl is None else xl
     qwen = any(".img_mlp." in module or ".txt_mlp." in module for module in adapter.updates)
     named = [module.removeprefix("transformer.") for module in adapter.updates if module.startswith("transformer.")]
@@ -50,11 +69,11 @@ def to_original(adapter: Adapter, *, unet: bool = True, xl: bool | None = None, 
     found: dict[str, Update] = {}
     fused: dict[str, dict[int, tuple[str, Update]]] = defaultdict(dict)
     for module, update in adapter.updates.items():
-        component, _, name = module.partition(".")
-        original = _flux_names.to_original(name) if component == "transformer" and flux else None
-        if component == "unet" and unet and (sd := _sd_names.to_original(name, xl=xl)):
+        first, _, name = module.partition(".")
+        original = _flux_names.to_original(name) if first == "transformer" and flux else None
+        if first == "unet" and unet and (sd := _sd_names.to_original(name, xl=xl)):
             found[f"{ORIGINAL}.{sd}"] = update
-        elif component == "transformer" and qwen and name.startswith(_SAME) and unet:
+        elif first == "transformer" and qwen and name.startswith(_SAME) and unet:
             found[f"{ORIGINAL}.{name}"] = update
         elif original and original[1] is not None:
             fused[original[0]][original[1]] = module, update

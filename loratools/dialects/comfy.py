@@ -32,8 +32,10 @@ CANNOT = (*_losses.IDENTITY, "tensors trained whole", "models whose original nam
 _FILE = "lora.safetensors"
 _SUFFIX = re.compile(
     r"(?P<module>.+?)\.(?P<part>lora_(?:A|B|down|up)(?:\.default)?\.weight|lora_B\.bias|lora_mid\.weight|alpha"
-    r"|dora_scale|(?:hada|lokr)_\w+|diff|diff_b|w_norm|b_norm|set_weight|reshape_weight|[ab][12]\.weight|oft_\w+)"
+    r"|dora_scale|(?:hada|lokr)_\w+|diff|diff_b|w_norm|b_norm|set_weight|reshape_weight|[ab][12]\.weight|oft_\w+"
+    r"|rescale)"
 )
+_KINDS = frozenset({"lora", "dora", "conv", "locon", "loha", "lokr", "glora", "full", "norm", "oft", "wdora"})
 _PARTS = {"lora_A.weight": A, "lora_B.weight": B, "lora_down.weight": A, "lora_up.weight": B}
 _XLABS = re.compile(
     r"(?:diffusion_model\.)?(double|single)_blocks\.(\d+)\.processor\.(qkv|proj)_lora([12]?)\.(down|up)\.weight"
@@ -105,8 +107,8 @@ def read(listing: Listing) -> Adapter:
         groups[module] = _into_linear1(groups[module])
 
     def rule(module: str, rank: int) -> tuple[float, float]:
-        alpha = alphas.get(module, float(rank))
-        return alpha / rank, alpha
+        alpha = alphas.get(module, float(rank or 1))
+        return alpha / (rank or 1), alpha
 
     built = _build.build(listing.path, {module: kohya.to_peft(parts) for module, parts in groups.items()}, rule)
     header = listing.header(name)
@@ -122,10 +124,11 @@ def losses(adapter: Adapter) -> list[Loss]:
     found = []
     for module, update in adapter.updates.items():
         foreign = sorted(part for part in update.parts if part in keys.PARTS and part not in (A, B, MAGNITUDE))
+        unread = None if update.kind in _KINDS else f"updates of kind {update.kind}"
         if _name(module) is None:
             found.append(Loss(module, "its name in the original implementation is not known"))
-        elif foreign or update.kind == "experts":
-            found.append(Loss(module, f"ComfyUI has no {', '.join(foreign) or 'stacked experts'}"))
+        elif foreign or unread:
+            found.append(Loss(module, f"ComfyUI has no {', '.join(foreign) or unread}"))
     return found + _losses.replacements(adapter, "ComfyUI") + _losses.identity(adapter)
 
 
@@ -171,7 +174,8 @@ def _name(module: str) -> str | None:
 def _of_peft(update: Update) -> dict[str, LazyTensor]:
     found = kohya.of_peft(update)
     names = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
-    return {names.get(s, s): lazy for s, lazy in found.items() if s != "alpha" or update.scaling != 1}
+    needed = kohya.alpha_of(update) != update.rank
+    return {names.get(s, s): lazy for s, lazy in found.items() if s != "alpha" or needed}
 
 
 def _into_linear1(parts: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loratools.adapter import updates
 from loratools.adapter.model import Adapter, BaseIdentity, Loss
 from loratools.adapter.updates import Update
 from loratools.dialects import _build, _factors, _image_names, _kohya_hashes, _losses, _safetensors
@@ -91,8 +92,8 @@ def read(listing: Listing) -> Adapter:
         raise BadFile(f"{listing.path}: {len(faults)} problem(s) in this adapter", faults)
 
     def rule(module: str, rank: int) -> tuple[float, float]:
-        alpha = alphas.get(module, float(rank))
-        return (alpha / rank, alpha) if rank else (1.0, 1.0)
+        alpha = alphas.get(module, float(rank or 1))
+        return alpha / (rank or 1), alpha
 
     built = _build.build(listing.path, {module: to_peft(parts) for module, parts in groups.items()}, rule)
     kept = {key: value for key, value in metadata.items() if not key.startswith("sshs_") and key != NAMES_KEY}
@@ -158,16 +159,21 @@ def of_peft(update: Update) -> dict[str, LazyTensor]:
         magnitude = update.parts[MAGNITUDE]
         sides = (magnitude.parameters, *(1,) * (len(update.parts[A].shape) - 1))
         parts[_DORA] = _factors.reshaped(magnitude, sides)
-    if A in update.parts or update.scaling != 1:
-        parts[_ALPHA] = _number(_alpha(update))
+    alpha = alpha_of(update)
+    if update.rank or alpha != 1:
+        parts[_ALPHA] = _number(alpha)
     return parts
 
 
-def _alpha(update: Update) -> float:
-    """Return the alpha that gives this scaling when it is divided by the rank."""
-    solved = update.scaling * update.rank
+def alpha_of(update: Update) -> float:
+    """Return the alpha that gives this scaling when it is divided by the rank; the update's own where that does.
+
+    Some kinds have alphas that are no part of a scaling: OFT's is its constraint.
+    """
+    rank, build = update.rank or 1, updates.get(update.kind).build
+    solved = update.scaling * rank
     near = (update.alpha, solved, math.nextafter(solved, -math.inf), math.nextafter(solved, math.inf))
-    return float(next((value for value in near if value / update.rank == update.scaling), solved))
+    return float(next((v for v in near if build(update.parts, v / rank, v).scaling == update.scaling), solved))
 
 
 def _number(value: float) -> LazyTensor:
@@ -186,9 +192,8 @@ def _metadata(adapter: Adapter) -> dict[str, str]:
     kept: Any = adapter.settings.get("metadata")
     if isinstance(kept, Mapping) and any(str(key).startswith(("ss_", "modelspec.")) for key in kept):
         return {str(key): str(value) for key, value in kept.items()}
-    updates = adapter.updates.values()
-    dims = Counter(str(update.rank) for update in updates).most_common(1)
-    alphas = Counter(f"{_alpha(update):g}" for update in updates).most_common(1)
+    dims = Counter(str(update.rank) for update in adapter.updates.values()).most_common(1)
+    alphas = Counter(f"{alpha_of(update):g}" for update in adapter.updates.values()).most_common(1)
     found = {"ss_network_module": "networks.lora"}
     found |= {"ss_network_dim": dims[0][0], "ss_network_alpha": alphas[0][0]} if dims else {}
     return found | ({"ss_sd_model_name": adapter.base.id} if adapter.base and adapter.base.id else {})

@@ -31,8 +31,9 @@ TARGETS: Mapping[str, Mapping[str, list[str]]] = {
 
 
 def unet(*, xl: bool = False) -> Any:
-    from diffusers import UNet2DConditionModel
+    import diffusers
 
+    make: Any = diffusers.UNet2DConditionModel
     torch.manual_seed(0)
     config: dict[str, Any] = {
         "layers_per_block": 2, "sample_size": 8, "cross_attention_dim": 32, "attention_head_dim": 4,
@@ -46,7 +47,7 @@ def unet(*, xl: bool = False) -> Any:
             "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "use_linear_projection": True,
             "projection_class_embeddings_input_dim": 80,
         }  # fmt: skip
-    return UNet2DConditionModel(**config)
+    return make(**config)
 
 
 def clip(seed: int = 0, *, projection: bool = False) -> Any:
@@ -57,14 +58,16 @@ def clip(seed: int = 0, *, projection: bool = False) -> Any:
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99,
         projection_dim=32, max_position_embeddings=16,
     )  # fmt: skip
-    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
+    model: Any = (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
+    return model.eval()
 
 
 def flux() -> Any:
-    from diffusers import FluxTransformer2DModel
+    import diffusers
 
+    make: Any = diffusers.FluxTransformer2DModel
     torch.manual_seed(0)
-    return FluxTransformer2DModel(
+    return make(
         patch_size=1, in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8), guidance_embeds=True,
     )  # fmt: skip
@@ -72,8 +75,9 @@ def flux() -> Any:
 
 def pipeline(name: str) -> Any:
     """Return a pipeline of Stable Diffusion 1, SDXL or Flux shape, without VAE and tokenizers."""
-    import diffusers
+    import diffusers as package
 
+    diffusers: Any = package
     none: Any = dict.fromkeys(("vae", "tokenizer"))
     if name == "flux":
         scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler()
@@ -251,12 +255,8 @@ def from_original(name: str, tensors: Mapping[str, torch.Tensor]) -> Any:
     convert: Any = single_file_utils
     pipe = pipeline(name)
     if name == "flux":
-        # Flux.1's hidden size is a number in diffusers' function; here it is the tiny model's.
-        source = inspect.getsource(convert.convert_flux_transformer_checkpoint_to_diffusers)
-        assert source.count("inner_dim = 3072") == 1
-        scope: dict[str, Any] = {"torch": torch}
-        exec(source.replace("inner_dim = 3072", "inner_dim = 32"), scope)
-        pipe.transformer.load_state_dict(scope["convert_flux_transformer_checkpoint_to_diffusers"](dict(tensors)))
+        convert_flux = resized(convert.convert_flux_transformer_checkpoint_to_diffusers, "inner_dim = 3072")
+        pipe.transformer.load_state_dict(convert_flux(dict(tensors)))
         return pipe
     pipe.unet.load_state_dict(convert.convert_ldm_unet_checkpoint(dict(tensors), pipe.unet.config))
     root = "conditioner.embedders.0.transformer." if name == "sdxl" else "cond_stage_model.transformer."
@@ -267,6 +267,16 @@ def from_original(name: str, tensors: Mapping[str, torch.Tensor]) -> Any:
         )
         _load(pipe.text_encoder_2, found)
     return pipe
+
+
+def resized(function: Any, *lines: str) -> Any:
+    """Return a function of diffusers with Flux.1's sizes, in these lines of its source, made the tiny model's."""
+    source, scope = inspect.getsource(function), dict(function.__globals__)
+    for line in lines:
+        assert source.count(line) == 1
+        source = source.replace(line, line.replace("12288", "128").replace("3072", "32"))
+    exec(source, scope)
+    return scope[function.__name__]
 
 
 def _load(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from loratools import dialects
+from loratools.adapter.model import BaseIdentity
+from loratools.dialects import _image_names
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.convert import convert
 from loratools.surgery.merge import merge
@@ -55,10 +57,6 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def with_base(name: str, folder: Path) -> Any:
-    from dataclasses import replace
-
-    from loratools.adapter.model import BaseIdentity
-
     adapter = dialects.open_adapter(folder)
     return replace(adapter, base=BaseIdentity("black-forest-labs/FLUX.1-dev")) if name == "flux" else adapter
 
@@ -113,12 +111,37 @@ def test_the_folder_of_one_component(case: Case, dialect: str, tmp_path: Path) -
 
 def only(adapter: Path, component: str, folder: Path) -> Path:
     """Return the part of an adapter in diffusers' names that changes one component."""
-    from dataclasses import replace
-
-    from loratools.dialects import _image_names
-
     opened = _image_names.to_diffusers(dialects.open_adapter(adapter))
     updates = {module: update for module, update in opened.updates.items() if module.startswith(f"{component}.")}
     assert updates
     dialects.save_adapter(replace(opened, updates=updates), folder, dialect="diffusers", allow_loss=True)
     return folder
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_diffusers_computes_the_same_with_what_is_written(case: Case, dialect: str, tmp_path: Path) -> None:
+    convert(case.adapters[dialect], tmp_path / "written", to="diffusers", allow_loss=True)
+    pipe = images.reopened(case.name, case.pipeline)
+    pipe.load_lora_weights(tmp_path / "written")
+    assert images.distance(images.outputs(pipe), case.wanted) < 1e-5
+
+
+def test_diffusers_computes_the_same_with_kohyas_file(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers converts names and alphas itself; of Flux' last layer it drops the alpha and the component."""
+    from diffusers.loaders import lora_pipeline
+
+    name = "_convert_kohya_flux_lora_to_diffusers"
+    resized = images.resized(getattr(lora_pipeline, name), "dims=[3072, 3072, 3072, 12288]")
+    monkeypatch.setattr(lora_pipeline, name, resized)
+    adapter = with_base(case.name, case.adapters["diffusers"])
+    updates = {module: update for module, update in adapter.updates.items() if module != "transformer.proj_out"}
+    for dialect in ("diffusers", "kohya"):
+        target = tmp_path / f"{dialect}.safetensors"
+        dialects.save_adapter(replace(adapter, updates=updates), target, dialect=dialect, allow_loss=True)
+    found, wanted = (images.reopened(case.name, case.pipeline) for _ in range(2))
+    found.load_lora_weights(tmp_path / "kohya.safetensors")
+    wanted.load_lora_weights(tmp_path / "diffusers.safetensors")
+    assert images.distance(images.outputs(found), images.outputs(wanted)) < 1e-5
+    assert images.distance(images.outputs(found), case.before) > 0.1
