@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 
 from loratools.dialects import _architectures
 from loratools.dialects._build import some
+from loratools.dialects._diffusers_names import component
 
 NAMES_KEY = "loratools_names"
 """Header entry with flat -> dotted, as JSON, for modules of no known architecture; only what cannot be looked up."""
@@ -55,13 +56,13 @@ def dotted(
     found = {(prefix, flat): stated[prefix + flat] for prefix, flats in by_prefix.items() for flat in flats
              if prefix + flat in stated}  # fmt: skip
     faults: list[str] = []
+    alone = len(by_prefix.keys() & _ENCODERS.keys()) == 1
     of_base = _of_base(base) if base is not None else {}
     main = ""
     for prefix in sorted(by_prefix, key=lambda prefix: (prefix not in ("lora_unet_", "lora_transformer_"), prefix)):
         left = {flat for flat in by_prefix[prefix] if (prefix, flat) not in found}
         for flat in sorted(left):
-            candidates = of_base.get(flat, set())
-            candidates = {one for one in candidates if _fits(prefix, one)} or candidates
+            candidates = {one for one in of_base.get(flat, ()) if _fits(prefix, one, alone=alone)}
             if len(candidates) == 1:
                 found[prefix, flat] = next(iter(candidates))
             elif candidates:
@@ -155,10 +156,17 @@ def _of_base(tensors: Iterable[str]) -> dict[str, set[str]]:
     return found
 
 
-def _fits(prefix: str, module: str) -> bool:
+def _fits(prefix: str, module: str, *, alone: bool) -> bool:
+    """Tell whether a prefix can stand for this module.
+
+    That of an encoder stands for that one, or for T5, which tools number as they like; where it is `alone`, also for
+    one that is the whole base.
+    """
+    encoder = module.startswith("text_encoder")
     if prefix in _ENCODERS:
-        return module.startswith(f"text_encoder{_ENCODERS[prefix]}.")
-    return not module.startswith("text_encoder")
+        own = module.startswith(f"text_encoder{_ENCODERS[prefix]}.")
+        return own or (".block." in module if encoder else alone and not component(module))
+    return prefix == "lycoris_" or not encoder
 
 
 def _ambiguous(prefix: str, readings: list[tuple[_architectures.Architecture, dict[str, str]]]) -> str:
