@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from loratools import dialects
-from loratools.errors import BadFile, UnsupportedAdapter
+from loratools.errors import BadFile, LoraToolsError, UnsupportedAdapter
 
 from .megatron_files import (
     BRIDGE,
@@ -105,3 +106,30 @@ def test_what_is_not_read_is_named(tmp_path: Path) -> None:
     empty = {f"{path}.linear_in.weight": torch.ones(0), f"{path}.linear_out.weight": torch.ones(0)}
     with pytest.raises(BadFile, match="2 of 2 tensors are empty: saved under DeepSpeed ZeRO-3"):
         dialects.open_adapter(bridge(tmp_path / "d", empty))
+
+
+def test_a_damaged_archive_is_a_sentence_or_an_adapter(tmp_path: Path) -> None:
+    """Bytes of tar headers, of the pickle and of anything are changed: nothing but loratools' own exceptions comes."""
+    whole = nemo(tmp_path / "a.nemo", state(NEMO, "model.decoder.", 1), NEMO_CONFIG).read_bytes()
+    with tarfile.open(tmp_path / "a.nemo") as archive:
+        headers = [member.offset for member in archive]
+    chance = random.Random(0)
+    refused = 0
+    for _ in range(300):
+        data = bytearray(whole)
+        at, size = chance.choice([*((header, 512) for header in headers), (512, 6000), (0, len(whole))])
+        for _ in range(chance.choice((1, 2, 8))):
+            data[at + chance.randrange(min(size, len(data) - at))] = chance.choice(
+                (0, 48, 55, 255, chance.randrange(256))
+            )
+        for header in headers:  # a true checksum, or the tar module would look no further
+            block = data[header : header + 512]
+            data[header + 148 : header + 156] = b"%06o\0 " % (256 + sum(block[:148]) + sum(block[156:]))
+        path = tmp_path / "damaged.nemo"
+        path.write_bytes(data[: chance.randrange(len(data))] if chance.random() < 0.1 else data)
+        try:
+            for lazy in dialects.open_adapter(path).tensors().values():
+                lazy.load()
+        except LoraToolsError:
+            refused += 1
+    assert 100 < refused < 300
