@@ -121,11 +121,15 @@ class Krylov:
             self.append(new)
 
 
-def gaussian_start(D: Tensor, block: int, seed: int) -> Tensor:
-    """Return `block` random orthonormal columns (n, block); drawn on the CPU, the same for every device and thread."""
+def sketched_start(D: Tensor, block: int, seed: int) -> Tensor:
+    """Return an orthonormal basis (n, k), k ≤ `block`, of the columns of (S·D)ᵀ, S (block, m) Gaussian.
+
+    S is drawn on the CPU, the same for every device and thread. To begin with DᵀSᵀ instead of random columns
+    saves a product and a block: the columns already lean towards the leading directions.
+    """
     generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(D.shape[1], min(block, D.shape[1]), generator=generator, dtype=torch.float64)
-    return orthonormal_columns(start).to(D.dtype).to(D.device)
+    S = torch.randn(min(block, D.shape[1]), D.shape[0], generator=generator, dtype=D.dtype).to(D.device)
+    return orthonormal_columns((S @ D).T)
 
 
 def iterate(
@@ -140,7 +144,8 @@ def iterate(
     energy still to be won, estimated from the last two gains as a geometric series, is ≤ tolerance·(‖D‖² - captured).
     Returns the basis, the rank, and that estimate. Always returns: a spectrum that resists only costs steps.
     """
-    basis = Krylov(D, gaussian_start(D, block, seed))
+    basis = Krylov(D, sketched_start(D, block, seed))
+    basis.products += block
     short = min(D.shape)
     last: tuple[int, float, float] | None = None  # rank, captured, gain
     estimate = norm2

@@ -24,6 +24,8 @@ _EXACT_SIDE = 256
 _EXACT_SIDE_LARGE_RANK = 512
 # Below this share of ‖D‖², ‖D‖² - Σσ² is a difference of nearly equal numbers; the residual is then summed itself.
 _CANCELLED = 1e-5
+# Of the tolerance, where a rule chooses the rank: it hangs on single singular values, not only on their sum.
+_FINER = 0.1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -182,6 +184,7 @@ def _basis(
         return basis, wanted(basis, True) or 1, 0.0, "gram"
     # Wide enough to use the cores well, narrow enough that the basis deepens: both cost products with D.
     block = min(64, max(16, -(-fixed // 8) * 8))
+    tolerance = tolerance if isinstance(wanted.rule, Fixed) else _FINER * tolerance
     return *krylov.iterate(D, norm2, wanted, block=block, least=fixed + block, tolerance=tolerance, seed=seed), "krylov"
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loratools.linalg.certificate import excess_bound, spectral_norm2
-from loratools.linalg.krylov import Krylov, gaussian_start
+from loratools.linalg.krylov import Krylov, sketched_start
 from loratools.linalg.orthonormal import squared_norm
 
 from .matrices import power_law, signal_and_noise
@@ -15,7 +15,7 @@ from .matrices import power_law, signal_and_noise
 @pytest.mark.parametrize("exponent", [-0.1, -0.5, -1.0])
 def test_spectral_norm_of_what_is_left_is_bounded_within_a_factor(exponent: float) -> None:
     D = power_law(exponent, 640, 576).float()
-    V = Krylov(D, gaussian_start(D, 40, 0)).V
+    V = Krylov(D, sketched_start(D, 40, 0)).V
     E = D.double() - (D.double() @ V.double()) @ V.double().T
     true = float(torch.linalg.matrix_norm(E, 2)) ** 2
     for seed in range(5):
@@ -34,7 +34,7 @@ def test_bounds_hold_at_every_stage_of_the_iteration(matrix: str, steps: int) ->
     D = {"flat": power_law(-0.3, 640, 576), "steep": power_law(-1.5, 640, 576), "noisy": signal_and_noise(640, 576)}[
         matrix
     ].float()
-    basis, rank, norm2 = Krylov(D, gaussian_start(D, 16, 0)), 12, squared_norm(D)
+    basis, rank, norm2 = Krylov(D, sketched_start(D, 16, 0)), 12, squared_norm(D)
     for _ in range(steps):
         assert basis.step()
     best = float((torch.linalg.svdvals(D.double())[:rank] ** 2).sum())
