@@ -30,8 +30,11 @@ def divisible(update: Update) -> bool:
 def apart(update: Update, sizes: Sequence[int]) -> list[Update | None]:
     """Return the updates of consecutive blocks of output features; None for a block that is not changed at all.
 
-    Loads B to see which of its columns are zero. Raises `ValueError` where the sizes do not add up.
+    Loads B to see which of its columns are zero. Raises `ValueError` for what is no plain product, or where the sizes
+    do not add up.
     """
+    if not divisible(update):
+        raise ValueError("no plain product")
     parts, kind = update.parts, updates.get(update.kind)
     if sum(sizes) != parts[B].shape[0]:
         raise ValueError(f"{parts[B].shape[0]} output features, expected {' + '.join(map(str, sizes))}")

@@ -18,7 +18,7 @@ from dataclasses import replace
 from loratools.adapter.model import Adapter
 from loratools.adapter.names import Names
 from loratools.adapter.updates import Update
-from loratools.dialects import _architectures, _flux_names, _fusing, _image_names
+from loratools.dialects import _architectures, _flux_names, _image_names, _row_blocks
 from loratools.dialects._diffusers_names import COMPONENTS
 from loratools.dialects._image_names import ORIGINAL
 from loratools.storage.lazy import LazyTensor
@@ -65,7 +65,7 @@ def for_base(adapter: Adapter, shapes: Shapes) -> Adapter:
 
 def _namings(adapter: Adapter, shapes: Shapes) -> Iterator[Adapter]:
     yield adapter
-    yield _image_names.to_diffusers(adapter)
+    yield _image_names.to_diffusers(adapter, by=_row_blocks)
     found = {name.removesuffix(".weight").removeprefix(root): shape for name, shape in shapes.items()
              for root in _ROOTS if name.startswith(root) and name.endswith(".weight")}  # fmt: skip
     xl = any(name.startswith(("output_blocks.0.1.", "label_emb.")) for name in found)
@@ -73,7 +73,7 @@ def _namings(adapter: Adapter, shapes: Shapes) -> Iterator[Adapter]:
     flux = "double_blocks.0.img_mod.lin" in found and _flux_names.is_original(
         {name: shape for name, shape in found.items() if name in known}
     )
-    yield _image_names.to_original(adapter, xl=xl, flux=flux or None)
+    yield _image_names.to_original(adapter, xl=xl, flux=flux or None, by=_row_blocks)
 
 
 def _named(adapter: Adapter, shapes: Shapes) -> dict[str, Update]:
@@ -122,7 +122,7 @@ def _open_clip(named: Mapping[str, Update], shapes: Shapes) -> dict[str, Update]
             if any(update.shape[0] != width for _, update in parts.values()):
                 raise ValueError("not a third of it")
             blocks = [parts[i][1] if i in parts else None for i in range(3)]
-            found[name] = _fusing.together(blocks, (width,) * 3)
+            found[name] = _row_blocks.together(blocks, (width,) * 3)
         except ValueError:
             found |= dict(parts.values())
     return found

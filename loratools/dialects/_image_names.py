@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from loratools.adapter.model import Adapter
 from loratools.adapter.updates import Update
@@ -21,6 +22,22 @@ ORIGINAL = "diffusion_model"
 _LISTED = ("unet", "transformer", ORIGINAL)
 _CLIP = re.compile(r"^(text_encoder(?:_[23])?)\.encoder\.layers\.")
 _SAME = ("transformer_blocks.", "img_in", "txt_in", "time_text_embed.", "norm_out.", "proj_out")
+
+
+class Fusing(Protocol):
+    """How fused projections come apart and together: a module like `_fusing.py`, whose functions these are."""
+
+    def apart(self, update: Update, sizes: Sequence[int]) -> list[Update | None]:
+        """Return the updates of consecutive blocks of output features."""
+        ...
+
+    def together(self, blocks: Sequence[Update | None], sizes: Sequence[int]) -> Update:
+        """Return one update of the consecutive blocks."""
+        ...
+
+    def swapped(self, update: Update) -> Update:
+        """Return the update with the two halves of its output features swapped."""
+        ...
 
 
 def spelled_out(adapter: Adapter) -> Adapter:
@@ -37,7 +54,7 @@ def spelled_out(adapter: Adapter) -> Adapter:
     return replace(adapter, updates=named) if len(named) == len(adapter.updates) else adapter
 
 
-def to_diffusers(adapter: Adapter) -> Adapter:
+def to_diffusers(adapter: Adapter, *, by: Fusing = _fusing) -> Adapter:
     """Return the adapter with `unet.` and `transformer.` names; fused projections of Flux become single ones."""
     found: dict[str, Update] = {}
     original = {module.removeprefix(f"{ORIGINAL}."): update.shape for module, update in adapter.updates.items()
@@ -48,13 +65,15 @@ def to_diffusers(adapter: Adapter) -> Adapter:
         if first == ORIGINAL and (sd := _sd_names.to_diffusers(name)):
             found[f"unet.{sd}"] = update
         elif first == ORIGINAL and flux and (place := _flux_names.to_diffusers(name)):
-            found |= _apart(module, name, update, place)
+            found |= _apart(module, name, update, place, by)
         else:
             found[module] = update
     return replace(adapter, updates=found)
 
 
-def to_original(adapter: Adapter, *, unet: bool = True, xl: bool | None = None, flux: bool | None = None) -> Adapter:
+def to_original(
+    adapter: Adapter, *, unet: bool = True, xl: bool | None = None, flux: bool | None = None, by: Fusing = _fusing
+) -> Adapter:
     """Return the adapter with `diffusion_model.` names; Flux's single projections become fused ones.
 
     `unet` says whether Stable Diffusion is renamed too; kohya's files have it under diffusers' names. `xl` and `flux`
@@ -78,27 +97,25 @@ def to_original(adapter: Adapter, *, unet: bool = True, xl: bool | None = None, 
         elif original and original[1] is not None:
             fused[original[0]][original[1]] = module, update
         elif original:
-            found |= _renamed(module, f"{ORIGINAL}.{original[0]}", original[0], update)
+            found |= _renamed(module, f"{ORIGINAL}.{original[0]}", original[0], update, by)
         else:
             found[module] = update
     for name, parts in fused.items():
-        found |= _together(name, parts)
+        found |= _together(name, parts, by)
     return replace(adapter, updates=found)
 
 
-def _apart(module: str, name: str, update: Update, place: _flux_names.Place) -> dict[str, Update]:
+def _apart(module: str, name: str, update: Update, place: _flux_names.Place, by: Fusing) -> dict[str, Update]:
     if len(place.names) == 1:
-        return _renamed(module, f"transformer.{place.names[0]}", name, update)
+        return _renamed(module, f"transformer.{place.names[0]}", name, update, by)
     try:
-        if not _fusing.divisible(update):
-            raise ValueError("no plain product")
-        blocks = _fusing.apart(update, place.sizes(update.shape[1]))
+        blocks = by.apart(update, place.sizes(update.shape[1]))
     except ValueError:
         return {module: update}
     return {f"transformer.{part}": block for part, block in zip(place.names, blocks, strict=True) if block is not None}
 
 
-def _together(name: str, parts: Mapping[int, tuple[str, Update]]) -> dict[str, Update]:
+def _together(name: str, parts: Mapping[int, tuple[str, Update]], by: Fusing) -> dict[str, Update]:
     place = _flux_names.to_diffusers(name)
     assert place is not None
     blocks = [parts[i][1] if i in parts else None for i in range(len(place.names))]
@@ -107,15 +124,15 @@ def _together(name: str, parts: Mapping[int, tuple[str, Update]]) -> dict[str, U
         sizes = place.sizes(width)
         if any(block is not None and block.shape[0] != size for block, size in zip(blocks, sizes, strict=True)):
             raise ValueError("not the sizes of Flux")
-        return {f"{ORIGINAL}.{name}": _fusing.together(blocks, sizes)}
+        return {f"{ORIGINAL}.{name}": by.together(blocks, sizes)}
     except ValueError:
         return dict(parts.values())
 
 
-def _renamed(old: str, new: str, original: str, update: Update) -> dict[str, Update]:
+def _renamed(old: str, new: str, original: str, update: Update, by: Fusing) -> dict[str, Update]:
     if original not in _flux_names.SWAPPED:
         return {new: update}
     try:
-        return {new: _fusing.swapped(update)}
+        return {new: by.swapped(update)}
     except ValueError:
         return {old: update}

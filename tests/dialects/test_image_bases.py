@@ -222,6 +222,75 @@ def test_an_encoders_prefix_stands_for_no_other_encoder() -> None:
     assert found["lora_te3_", t5] == "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q"
 
 
+def loha(out: int, width: int, seed: int, scaling: float = 1.5) -> updates.Update:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"hada_w1_a": (out, 2), "hada_w1_b": (2, width), "hada_w2_a": (out, 2), "hada_w2_b": (2, width)}
+    parts = {name: LazyTensor.of(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
+    built: updates.Update = updates.get("loha").build(parts, scaling, 2 * scaling)
+    return built
+
+
+def lokr(out: int, width: int, seed: int) -> updates.Update:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"lokr_w1": (out // 4, 2), "lokr_w2_a": (4, 1), "lokr_w2_b": (1, width // 2)}
+    parts = {name: LazyTensor.of(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
+    built: updates.Update = updates.get("lokr").build(parts, 0.7, 0.7)
+    return built
+
+
+QKV, LINEAR1 = "double_blocks.3.img_attn.qkv", "single_blocks.7.linear1"
+LAST = "final_layer.adaLN_modulation.1"
+TO, ONE = "transformer_blocks.3.attn.to_", "single_transformer_blocks.7."
+
+
+def test_lycoris_on_fused_projections_merges_where_they_are_apart(run: Run, tmp_path: Path) -> None:
+    modules = {f"diffusion_model.{QKV}": lokr(24, 8, 1), f"diffusion_model.{LINEAR1}": loha(56, 8, 2)}
+    modules |= {f"diffusion_model.{LAST}": loha(16, 8, 3)}
+    apart = {f"{TO}{name}": (8, 8) for name in "qkv"} | {f"{ONE}attn.to_{name}": (8, 8) for name in "qkv"}
+    base = pipeline(tmp_path / "base", transformer={**apart, f"{ONE}proj_mlp": (32, 8), "norm_out.linear": (16, 8)})
+    wanted = {module: update.delta_weight().double() for module, update in modules.items()}
+    for dialect in ("kohya", "comfy"):
+        path, out = tmp_path / f"{dialect}.safetensors", tmp_path / f"{dialect}-merged"
+        dialects.save_adapter(Adapter(modules), path, dialect=dialect)
+        run("merge", base, path, "-o", out, "--keep-residual")
+        found = {name.removeprefix("transformer.").removesuffix(".weight"): d for name, d in change(base, out).items()}
+        q, k, v = (found[f"{TO}{name}"] for name in "qkv")
+        torch.testing.assert_close(torch.cat([q, k, v]), wanted[f"diffusion_model.{QKV}"], rtol=0, atol=2e-6)
+        parts = [*(f"{ONE}attn.to_{name}" for name in "qkv"), f"{ONE}proj_mlp"]
+        one = torch.cat([found[part] for part in parts])
+        torch.testing.assert_close(one, wanted[f"diffusion_model.{LINEAR1}"], rtol=0, atol=1e-5)
+        shift, scale = wanted[f"diffusion_model.{LAST}"].chunk(2)
+        torch.testing.assert_close(found["norm_out.linear"], torch.cat([scale, shift]), rtol=0, atol=1e-5)
+        run("verify", out, "--base", base, "--adapter", path, "--exact")
+        run("unmerge", out, path, "-o", tmp_path / f"{dialect}-back")
+        assert not change(base, tmp_path / f"{dialect}-back")
+        said = run("convert", path, "-o", tmp_path / "d", "--to", "diffusers", code=1)
+        assert "diffusers has no updates of kind lokr" in said
+
+
+def test_lycoris_on_single_projections_merges_where_they_are_fused(run: Run, tmp_path: Path) -> None:
+    modules = {f"transformer.{TO}q": lokr(8, 8, 1), f"transformer.{TO}v": loha(8, 8, 2, 0.4)}
+    modules |= {f"transformer.{ONE}proj_mlp": lokr(32, 8, 3), f"text_encoder_2.{K}": loha(8, 8, 4)}
+    save_file(open_clip() | {f"{QKV}.weight": torch.randn(24, 8), f"{LINEAR1}.weight": torch.randn(56, 8),
+              "double_blocks.0.img_mod.lin.weight": torch.randn(48, 8)}, tmp_path / "base.safetensors")  # fmt: skip
+    names = {f"lycoris_{module.removeprefix('transformer.').replace('.', '_')}" if "transformer." in module
+             else f"lora_te2_{K.replace('.', '_')}": update for module, update in modules.items()}  # fmt: skip
+    tensors = {f"{name}.{part}": lazy.load() for name, update in names.items() for part, lazy in update.parts.items()}
+    tensors |= {f"{name}.alpha": torch.tensor(update.alpha) for name, update in names.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    run("merge", tmp_path / "base.safetensors", tmp_path / "a.safetensors", "-o", tmp_path / "merged")
+    found = change(tmp_path / "base.safetensors", tmp_path / "merged" / "base.safetensors")
+    in_proj = "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight"
+    assert found.keys() == {f"{QKV}.weight", f"{LINEAR1}.weight", in_proj}
+    zero = torch.zeros(8, 8, dtype=torch.float64)
+    q, v, mlp, k = (update.delta_weight().double() for update in modules.values())
+    for name, blocks in (
+        (f"{QKV}.weight", [q, zero, v]), (f"{LINEAR1}.weight", [zero, zero, zero, mlp]), (in_proj, [zero, k, zero]),
+    ):  # fmt: skip
+        torch.testing.assert_close(found[name], torch.cat(blocks), rtol=0, atol=1e-5)
+    run("verify", tmp_path / "merged", "--base", tmp_path / "base.safetensors", "--adapter", tmp_path / "a.safetensors")
+
+
 def test_language_models_are_left_alone(tmp_path: Path) -> None:
     shapes = {"model.layers.0.self_attn.q_proj.weight": (12, 10)}
     adapter = Adapter({"model.layers.0.self_attn.q_proj": lora(1)}, base=BaseIdentity("x"))
