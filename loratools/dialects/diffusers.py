@@ -103,7 +103,7 @@ def read(listing: Listing) -> Adapter:
 
 def losses(adapter: Adapter) -> list[Loss]:
     """List what diffusers has no words for; ranks and scalings that differ go into the header's patterns."""
-    adapter = _image_names.to_diffusers(adapter)
+    adapter = _named(adapter)
     found = _losses.updates(adapter, "diffusers", ("lora", "dora", "conv"), (A, B, BIAS, MAGNITUDE))
     kept = _losses.kept(adapter, found).updates
     named = any(component(module) for module in kept)
@@ -127,7 +127,7 @@ def losses(adapter: Adapter) -> list[Loss]:
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     """Write the current spelling, with each component's LoraConfig in the header so that no scale is lost."""
-    adapter = _losses.kept(_image_names.to_diffusers(adapter), losses(adapter))
+    adapter = _losses.kept(_named(adapter), losses(adapter))
     tensors = {
         f"{module}.{part}": lazy for module, update in adapter.updates.items() for part, lazy in update.parts.items()
     }
@@ -138,6 +138,11 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
         configs |= {prefix + field: value for field, value in _config(adapter, name).items()}
     metadata |= {"format": "pt", _KEY: json.dumps(configs, indent=2, sort_keys=True)}
     _safetensors.save(target, f"{_STEM}.safetensors", tensors, metadata, force=force)
+
+
+def _named(adapter: Adapter) -> Adapter:
+    """Return the adapter under diffusers' names; one that was read without components keeps to that."""
+    return _image_names.to_diffusers(adapter if adapter.dialect == "diffusers" else _image_names.spelled_out(adapter))
 
 
 def _kept(adapter: Adapter) -> Mapping[str, str]:

@@ -192,12 +192,18 @@ def test_names_without_a_component_find_the_pipelines(run: Run, tmp_path: Path) 
     to_q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     base = pipeline(tmp_path / "base", unet={to_q: (8, 8), "conv_in": (8, 4, 3, 3)})
     update = product(8, 8, 1)
-    dialects.save_adapter(Adapter({to_q: update}), tmp_path / "bare.safetensors", dialect="diffusers")
+    bare = Adapter({to_q: update}, dialect="diffusers")
+    dialects.save_adapter(bare, tmp_path / "bare.safetensors", dialect="diffusers")
     assert f"{to_q}.lora_A.weight" in load_file(tmp_path / "bare.safetensors")
     run("merge", base, tmp_path / "bare.safetensors", "-o", tmp_path / "merged")
     close(change(base, tmp_path / "merged")[f"unet.{to_q}.weight"], update)
     run("convert", tmp_path / "bare.safetensors", "-o", tmp_path / "k.safetensors", "--to", "kohya")
     assert f"lora_unet_{to_q.replace('.', '_')}.lora_down.weight" in load_file(tmp_path / "k.safetensors")
+    run("convert", tmp_path / "k.safetensors", "-o", tmp_path / "d.safetensors", "--to", "diffusers", "--base", base)
+    assert f"unet.{to_q}.lora_A.weight" in load_file(tmp_path / "d.safetensors")
+    other = ("-o", tmp_path / "e.safetensors", "--to", "diffusers", "--base", base / "unet")
+    run("convert", tmp_path / "k.safetensors", *other)  # the base's own names have no component
+    assert load_file(tmp_path / "e.safetensors").keys() == load_file(tmp_path / "d.safetensors").keys()
 
 
 def test_sdxls_first_upsampler_is_told_by_the_base() -> None:
