@@ -4,7 +4,8 @@
 
 The `adapter_config.json` beside it (torchtune 0.6 writes PEFT's, with r and lora_alpha) tells the scaling, alpha/r; the
 base's config.json tells whether rows are permuted, and by how many heads. The `adapter_model.safetensors` that is
-written as well is PEFT's, and a folder that has one is read as such.
+written as well is PEFT's, and a folder that has one is read as such; for Qwen2, and for DoRA's magnitudes, torchtune
+0.6.1 exports other rows than its model has, and `adapter_model.pt` alone is right.
 """
 
 from __future__ import annotations

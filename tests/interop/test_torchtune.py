@@ -176,8 +176,20 @@ def test_dora_is_what_torchtune_computes(trained: Callable[..., Trained], tmp_pa
     base = Checkpoint.open(theirs.base)
     adapter = dialects.open_adapter(theirs.epoch / "adapter_model.pt", base=base)
     assert {update.kind for update in adapter.updates.values()} == {"dora"}
+    # Its file for PEFT has q and k with their rows turned, but not their magnitudes: another adapter.
+    exported = load_file(theirs.epoch / "adapter_model.safetensors")
+    differ = {name for name, lazy in adapter.tensors().items() if not torch.equal(lazy.load(), _named(exported, name))}
+    assert {name.rpartition("self_attn.")[2] for name in differ} == {
+        "q_proj.lora_magnitude_vector", "k_proj.lora_magnitude_vector",
+    }  # fmt: skip
     merge(base, [adapter], tmp_path / "merged")
     torch.testing.assert_close(logits(tmp_path / "merged"), theirs.logits(), rtol=1e-5, atol=1e-5)
+
+
+def _named(exported: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """Return an exported tensor; torchtune puts `.weight` behind a magnitude's name."""
+    found = f"base_model.model.{name}"
+    return exported[found] if found in exported else exported[f"{found}.weight"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
