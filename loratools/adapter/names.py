@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -12,11 +13,27 @@ WRAPPERS = frozenset({
     "base_model", "model", "module", "language_model", "transformer", "backbone", "gpt_neox", "bert", "roberta",
     "deberta", "electra", "distilbert", "albert", "camembert", "mpnet", "esm", "biogpt", "longformer", "rembert",
     "roformer", "mobilebert", "nomic_bert", "layoutlm", "layoutlmv3", "vit", "deit", "beit", "dinov2", "swin",
+    "dinov2_with_registers", "segformer",
     "wav2vec2", "hubert", "wavlm", "_orig_mod", "_fsdp_wrapped_module",
 })  # fmt: skip
 
 # What transformers 5 renamed: checkpoints keep the old name, adapters trained since have the new one.
 RENAMED = (("embed_out", "lm_head"), ("vision_tower.vision_model", "vision_tower"))
+
+# The same inside the layers of image encoders: ViT, DeiT, BEiT, MAE, DINOv2, Swin, SegFormer. Names of other models
+# that look like the old ones are renamed alike, on both sides, which changes nothing: what counts is which are equal.
+_INSIDE = (
+    (re.compile(r"encoder\.block\.(\d+)\.(?=\d)"), r"stages.\1.blocks."),
+    (re.compile(r"encoder\.layer\."), "layers."),
+    (re.compile(r"\battention\.(?:attention|self)\.query\b"), "attention.q_proj"),
+    (re.compile(r"\battention\.(?:attention|self)\.key\b"), "attention.k_proj"),
+    (re.compile(r"\battention\.(?:attention|self)\.value\b"), "attention.v_proj"),
+    (re.compile(r"\battention\.output\.dense\b"), "attention.o_proj"),
+    (re.compile(r"\bmlp\.dense([12])\b"), r"mlp.fc\1"),
+    (re.compile(r"\bintermediate\.dense\b"), "mlp.fc1"),
+    (re.compile(r"\boutput\.dense\b"), "mlp.fc2"),
+)
+_SIGNS = ("encoder.", "attention.", "dense")  # what all of them have; most names have none
 
 
 def normalized(path: str) -> str:
@@ -26,6 +43,8 @@ def normalized(path: str) -> str:
     'layers.0.mlp.up_proj'
     >>> normalized("vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight")
     'vision_tower.encoder.layers.0.mlp.fc1.weight'
+    >>> normalized("vit.encoder.layer.0.attention.attention.query")
+    'layers.0.attention.q_proj'
     """
     segments = path.split(".")
     while len(segments) > 1 and segments[0] in WRAPPERS:
@@ -34,6 +53,9 @@ def normalized(path: str) -> str:
     for old, new in RENAMED:
         if bare == old or bare.startswith(f"{old}."):
             return new + bare.removeprefix(old)
+    if any(sign in bare for sign in _SIGNS):
+        for pattern, new in _INSIDE:
+            bare = pattern.sub(new, bare)
     return bare
 
 

@@ -26,6 +26,7 @@ _VISION = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
     "patch_size": 8,
 }  # fmt: skip
+_VIT = {**_VISION, "num_hidden_layers": LAYERS}
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Family:
 
 
 _SELF = ("q_proj", "k_proj", "v_proj", "o_proj")
+_VIT_SELF = ("q_proj", "k_proj", "v_proj", "attention.o_proj")
 _BERT_SELF = ("query", "key", "value", "attention.output.dense")
 FAMILIES = {
     "gpt2": Family("GPT2LMHeadModel", "GPT2Config", ("c_attn", "attn.c_proj"), 4, 8, _GPT),
@@ -110,6 +112,19 @@ FAMILIES = {
     "gemma3-vl": Family(
         "Gemma3ForConditionalGeneration", "Gemma3Config", _SELF[:3], 9, 23,
         {"text_config": {**_LLAMA, "head_dim": 16}, "vision_config": _VISION, "mm_tokens_per_image": 4},
+    ),
+    "vit": Family("ViTForImageClassification", "ViTConfig", _VIT_SELF, 8, 13, _VIT),
+    "deit": Family("DeiTForImageClassification", "DeiTConfig", _VIT_SELF, 8, 13, _VIT),
+    "beit": Family("BeitForImageClassification", "BeitConfig", _VIT_SELF, 8, 13, _VIT),
+    "dinov2": Family("Dinov2ForImageClassification", "Dinov2Config", _VIT_SELF, 8, 13, _VIT),
+    "swin": Family(
+        "SwinForImageClassification", "SwinConfig", _VIT_SELF, 8, 14,
+        {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "image_size": 16, "patch_size": 2, "window_size": 2},
+    ),
+    "segformer": Family(
+        "SegformerForImageClassification", "SegformerConfig", _VIT_SELF, 8, 13,
+        {"hidden_sizes": [8, 16], "depths": [1, 1], "num_encoder_blocks": 2, "num_attention_heads": [1, 2],
+         "sr_ratios": [2, 1], "patch_sizes": [3, 3], "strides": [2, 2], "mlp_ratios": [2, 2], "decoder_hidden_size": 8},
     ),
 }  # fmt: skip
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from loratools.adapter.names import Names
 from loratools.dialects import open_adapter
 from loratools.surgery.merge import merge
 from tests.interop.models import FAMILIES, SCALINGS, adapt, changed, load, merge_by_peft
@@ -49,3 +50,20 @@ def test_merged_weights_are_those_of_peft(
     assert changed(base, ours) == touched
     assert (len(touched), report.changed) == (count, count)
     assert [name for name in sorted(touched) if not close(ours[name], theirs[name])] == []
+
+
+def test_names_of_modules_and_of_files_lead_to_each_other(family: tuple[str, Any, Path]) -> None:
+    """transformers 5 renames modules as it loads; adapters may have either name, and so may checkpoints."""
+    _, model, folder = family
+    linear = {
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Embedding)
+    }
+    inside, stored = Names(model.state_dict()), load(folder)
+    on_disk = Names(stored)
+    where = {name: on_disk.find(name) for name in linear}
+    for name, found in where.items():
+        if found:  # of tied weights one is stored
+            assert len(found) == 1, name
+            assert torch.equal(stored[found[0]], model.get_submodule(name).weight)
+            assert inside.find(found[0].removesuffix(".weight")) == [f"{name}.weight"]
+    assert sum(map(bool, where.values())) == len({model.get_submodule(name).weight.data_ptr() for name in linear})
