@@ -75,17 +75,17 @@ class RescaledSum(SumOfProducts):
         """Rescale rows of the sum in place; raise `IncompatibleAdapter` for one that is zero."""
         import numpy as np
 
-        squares = np.empty(len(W))
         step = max(1, _CHUNK // W.shape[1])
         for start in range(0, len(W), step):
             part = W[start : start + step]
             wide = buffers.of("wide", part.size, np.float64).reshape(part.shape)
             np.copyto(wide, part)
-            np.einsum("ij,ij->i", wide, wide, out=squares[start : start + step])
-        if not squares.all():
-            raise no_direction(self.site, rows.start + int(np.flatnonzero(squares == 0)[0]))
-        self.factors[rows] = self.magnitude[rows] / np.sqrt(squares)
-        W *= self.factors[rows, None].astype(np.float32)
+            squares = np.matmul(wide[:, None, :], wide[:, :, None])[:, 0, 0]
+            own = slice(rows.start + start, rows.start + start + len(part))
+            if not squares.all():
+                raise no_direction(self.site, own.start + int(np.flatnonzero(squares == 0)[0]))
+            self.factors[own] = self.magnitude[own] / np.sqrt(squares)
+            part *= self.factors[own, None].astype(np.float32)
 
     def gain(self, rows: slice) -> float:
         """Return the largest factor in these rows."""
