@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratools.storage.lazy import LazyTensor
+from loratools.adapter.updates._shared import Additive
 
 if TYPE_CHECKING:
     import torch
@@ -15,38 +15,13 @@ if TYPE_CHECKING:
     from loratools.adapter.sites import Site
 
 
-class LowRank(ABC):
+class LowRank(Additive):
     """An update s·left·right of the weight seen as a matrix: its first side × all others.
 
     A kind says by `matrices` which of its tensors stand left and right; everything else follows.
     """
 
     __slots__ = ()
-    additive = True
-
-    kind: str
-    scaling: float
-    alpha: float
-
-    @property
-    @abstractmethod
-    def rank(self) -> int:
-        """Rank r of the factors."""
-
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight as the module defines it."""
-
-    @property
-    @abstractmethod
-    def parts(self) -> Mapping[str, LazyTensor]:
-        """Every tensor of the update under PEFT's name of it."""
-
-    @property
-    def bias(self) -> LazyTensor | None:
-        """What is added, times s, to the module's bias."""
-        return None
 
     @abstractmethod
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Self
 
-from loratools.storage.lazy import LazyTensor
+from loratools.adapter.updates._shared import Additive
 
 if TYPE_CHECKING:
     import torch
@@ -19,35 +19,10 @@ Rows = Callable[[slice], "torch.Tensor"]
 """Rows of a matrix, made when they are asked for."""
 
 
-class Rowwise(ABC):
+class Rowwise(Additive):
     """An update s·ΔW of the weight seen as a matrix, first side × all others, that makes rows of ΔW by themselves."""
 
     __slots__ = ()
-    additive = True
-
-    kind: str
-    scaling: float
-    alpha: float
-
-    @property
-    @abstractmethod
-    def rank(self) -> int:
-        """Rank by which alpha is divided; 0 where there is none."""
-
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight as the module defines it."""
-
-    @property
-    @abstractmethod
-    def parts(self) -> Mapping[str, LazyTensor]:
-        """Every tensor of the update under its name."""
-
-    @property
-    def bias(self) -> LazyTensor | None:
-        """What is added, times s, to the module's bias."""
-        return None
 
     def fitted(self, shape: tuple[int, ...]) -> Self:
         """Return the update of a base weight of this shape: flat factors do not tell the sides of a kernel."""

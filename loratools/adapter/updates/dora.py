@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from loratools.adapter import updates
 from loratools.adapter.updates._product import LowRank, Product
+from loratools.adapter.updates._shared import Wrapper
 from loratools.errors import IncompatibleAdapter
 from loratools.storage.lazy import LazyTensor
 
@@ -34,14 +35,13 @@ _SAFE = 1e-24  # the squares of numbers with such a sum are far from where float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class DoraUpdate:
+class DoraUpdate(Wrapper):
     """A low-rank update and a magnitude for each output feature. Raises `ValueError` where their sizes differ."""
 
     inner: LowRank
     magnitude: LazyTensor
 
     kind = KIND
-    additive = False
 
     def __post_init__(self) -> None:
         shape, features = self.magnitude.shape, self.features
@@ -57,22 +57,6 @@ class DoraUpdate:
     def features(self) -> int:
         """Number of output features."""
         return self.shape[1 if self.by_column else 0]
-
-    @property
-    def rank(self) -> int:
-        return self.inner.rank
-
-    @property
-    def alpha(self) -> float:
-        return self.inner.alpha
-
-    @property
-    def scaling(self) -> float:
-        return self.inner.scaling
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.inner.shape
 
     @property
     def bias(self) -> LazyTensor | None:

@@ -14,6 +14,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from loratools.adapter import updates
+from loratools.adapter.updates._shared import Wrapper
 from loratools.errors import IncompatibleAdapter
 from loratools.storage.lazy import LazyTensor
 
@@ -29,14 +30,13 @@ _INNER = ("lora", "conv", "locon", "loha", "lokr")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class WdoraUpdate:
+class WdoraUpdate(Wrapper):
     """An additive update and the magnitudes of its features. Raises `ValueError` where their shapes do not fit."""
 
     inner: Update
     magnitude: LazyTensor
 
     kind = KIND
-    additive = False
     bias: None = None
 
     def __post_init__(self) -> None:
@@ -53,22 +53,6 @@ class WdoraUpdate:
     def by_input(self) -> bool:
         """Whether there is a magnitude for each input feature."""
         return self.magnitude.shape[0] == 1 and self.inner.shape[0] != 1
-
-    @property
-    def rank(self) -> int:
-        return self.inner.rank
-
-    @property
-    def alpha(self) -> float:
-        return self.inner.alpha
-
-    @property
-    def scaling(self) -> float:
-        return self.inner.scaling
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.inner.shape
 
     @property
     def parts(self) -> Mapping[str, LazyTensor]:
