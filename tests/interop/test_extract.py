@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]
 
 RANK = 3
 REFUSED = {
+    **dict.fromkeys(("beit", "deit", "dinov2", "vit"), "transformers 5 renames their modules as it loads the files"),
     "bert": "the embedding is tied to cls.predictions.decoder, which no file of the base names",
     "deberta": "attention.self has parameters of its own, and factored modules inside",
     "gemma3-vl": "its files keep the names of older transformers, which PEFT does not translate for whole modules",
@@ -32,6 +33,8 @@ REFUSED = {
     "t5": "the embedding is tied to those of encoder and decoder too",
 }
 """Families whose whole tensors PEFT refuses to load, with a KeyError that names one; `merge` takes them all."""
+UNSEEN = ("segformer", "swin")
+"""Families whose factors PEFT passes over without a word, as transformers 5 renames their modules; `merge` does not."""
 
 
 def fine_tune(model: Any) -> Any:
@@ -90,7 +93,8 @@ def test_peft_makes_the_fine_tune_of_base_and_adapter(
             PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "out"))
         return
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "out"))
-    assert differing(effective(loaded), dict(tuned.named_parameters(remove_duplicate=False))) == {}
+    far = differing(effective(loaded), dict(tuned.named_parameters(remove_duplicate=False)))
+    assert bool(far) == (family in UNSEEN), far
 
 
 def test_merge_makes_the_fine_tune_of_base_and_adapter(models: tuple[str, Any, Any, Path], tmp_path: Path) -> None:
