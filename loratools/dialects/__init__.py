@@ -21,6 +21,7 @@ from pkgutil import iter_modules
 from typing import Protocol, cast
 
 from loratools.adapter.model import Adapter, Loss
+from loratools.adapter.names import Names
 from loratools.dialects._listing import WEIGHTS, Evidence, Listing
 from loratools.errors import LossyConversion, OutputRefused, UnknownKind
 from loratools.storage.checkpoint import Checkpoint
@@ -116,6 +117,9 @@ def named_for(adapter: Adapter, base: Checkpoint) -> Adapter:
     Fused projections come apart or together where the base stores them so. Adapters of other models, and modules that
     the base has under no naming, keep their names.
     """
+    names = Names(base.specs)
+    if all(names.find(module) for module in adapter.updates):  # most adapters; what follows takes time to import
+        return adapter
     from loratools.dialects import _image_bases
 
     return _image_bases.for_base(adapter, {name: spec.shape for name, spec in base.specs.items()})

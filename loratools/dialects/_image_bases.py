@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from loratools.adapter.model import Adapter
-from loratools.adapter.names import Names
 from loratools.adapter.updates import Update
 from loratools.dialects import _architectures, _flux_names, _image_names, _row_blocks
 from loratools.dialects._diffusers_names import COMPONENTS
@@ -51,9 +50,6 @@ def for_base(adapter: Adapter, shapes: Shapes) -> Adapter:
 
     Modules that the base has under no known name keep theirs, for the resolver to say what is missing.
     """
-    names = Names(shapes)
-    if all(names.find(module) for module in adapter.updates):
-        return adapter
     whole = _image_names.spelled_out(adapter)
     named = max(
         (_named(naming, shapes) for naming in _namings(whole, shapes)),

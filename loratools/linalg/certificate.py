@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loratools.linalg.krylov import Krylov
-from loratools.linalg.orthonormal import extend
+from loratools.linalg.orthonormal import extend, gram
 
 # Eight Gaussian probes all miss the leading direction (component below 0.1) with probability (0.2/√(2π))⁸ = 1.6e-9.
 _PROBES, _COMPONENT, _DEPTH = 8, 0.1, 5
@@ -27,7 +27,8 @@ def excess_bound(basis: Krylov, rank: int, norm2: float, *, probe: bool, seed: i
     unseen = max(norm2 - float(theta.sum()), 0.0)
     if not probe or unseen == 0 or basis.width >= min(basis.D.shape):
         return 0.0 if basis.width >= min(basis.D.shape) else unseen
-    W, R = basis.residual()
+    W, Q = basis.residual()
+    R = gram(Q, basis.parts[-1])
     for _ in range(2):
         W = W - basis.V @ (basis.V.T @ W)
     X = W.double()

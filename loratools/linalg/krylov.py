@@ -53,7 +53,7 @@ class Krylov:
 
     def append(self, new: Tensor) -> None:
         """Add orthonormal columns `new` (n, b), orthogonal to V, with their products D·new."""
-        Y = self.D @ new
+        Y = (new.T @ self.D.T).T  # faster than D·new where D itself is a transpose, and never slower
         self.products += new.shape[1]
         self.V = torch.cat([self.V, new], 1)
         self.parts.append(Y)
@@ -64,11 +64,11 @@ class Krylov:
         self.G = G
 
     def residual(self) -> tuple[Tensor, Tensor]:
-        """Return W = Dᵀ·Q (n, b) for Q = orth(last block of Y), and R = Qᵀ·(last block of Y) in float64."""
+        """Return W = Dᵀ·Q (n, b) for Q = orth(last block of Y), and Q (m, b)."""
         Q = orthonormal_columns(self.parts[-1])
         self.products += Q.shape[1]
         # (QᵀD)ᵀ rather than DᵀQ: the product then runs along the rows of D as they lie in memory.
-        return (Q.T @ self.D).T, gram(Q, self.parts[-1])
+        return (Q.T @ self.D).T, Q
 
     def news(self, W: Tensor) -> Tensor:
         """Return an orthonormal basis of what W (n, b) adds to V and to the deflated columns."""

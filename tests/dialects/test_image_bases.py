@@ -298,8 +298,9 @@ def test_lycoris_on_single_projections_merges_where_they_are_fused(run: Run, tmp
 
 
 def test_language_models_are_left_alone(tmp_path: Path) -> None:
-    shapes = {"model.layers.0.self_attn.q_proj.weight": (12, 10)}
+    save_file({"model.layers.0.self_attn.q_proj.weight": torch.zeros(12, 10)}, tmp_path / "model.safetensors")
+    base = Checkpoint.open(tmp_path)
     adapter = Adapter({"model.layers.0.self_attn.q_proj": lora(1)}, base=BaseIdentity("x"))
-    assert _image_bases.for_base(adapter, shapes) is adapter
+    assert dialects.named_for(adapter, base) is adapter
     strange = Adapter({"model.layers.9.self_attn.q_proj": lora(1)})
-    assert _image_bases.for_base(strange, shapes).updates == strange.updates
+    assert dialects.named_for(strange, base).updates == strange.updates
