@@ -13,6 +13,9 @@ SERVED = frozenset({"BF16", "F16", "F32"})
 INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 """The bits of infinity: those of every finite number, without the sign, are less as integers, those of NaN greater."""
 
+SCRATCH = "scratch"
+"""The buffer of whatever one step alone needs: the less memory a tile touches, the more of it is in the cache."""
+
 
 def numpy_dtype(dtype: str) -> Any:
     """Return the NumPy dtype that holds a stored one; BF16 as its bits."""
@@ -68,7 +71,7 @@ def rounded(W: Array, dtype: str, buffers: Buffers) -> Array:
     if dtype != "BF16":
         out[...] = W
         return out
-    bits, odd = W.view(np.uint32), buffers.of("odd", W.size, np.uint32).reshape(W.shape)
+    bits, odd = W.view(np.uint32), buffers.of(SCRATCH, W.size, np.uint32).reshape(W.shape)
     np.right_shift(bits, 16, out=odd)
     np.bitwise_and(odd, 1, out=odd)
     np.add(odd, 0x7FFF, out=odd)
@@ -83,7 +86,7 @@ def magnitudes(values: Array, buffers: Buffers) -> Array:
     import numpy as np
 
     bits: Array = values.view({2: np.uint16, 4: np.uint32}[values.dtype.itemsize])
-    found = buffers.of("magnitude", bits.size, bits.dtype).reshape(bits.shape)
+    found = buffers.of(SCRATCH, bits.size, bits.dtype).reshape(bits.shape)
     return np.bitwise_and(bits, np.iinfo(bits.dtype).max >> 1, out=found)
 
 

@@ -168,7 +168,7 @@ def run(
             W = bits.widened(stored, spec.dtype, buffers)
             for term in task.terms:
                 if met := term.site.overlap(start, start + count):
-                    change = buffers.of("change", (met[1].stop - met[1].start) * term.right.shape[1], np.float32)
+                    change = buffers.of(bits.SCRATCH, (met[1].stop - met[1].start) * term.right.shape[1], np.float32)
                     change = change.reshape(-1, term.right.shape[1])
                     part = W[met[0], slice(*term.site.columns)]
                     term.add_to(part, met[1], change)
