@@ -3,7 +3,7 @@
     python -m tests.benchmarks FOLDER [--sizes mini 1b] [--runs 5] [--no-peft]
 
 FOLDER takes the models (mini 0.3 GB, 1b 2.5 GB, 3b 6.4 GB, 8b 16 GB) and keeps them for later runs. Files are in the
-page cache after the warm-up. Whole processes, medians; the ratios are what counts, on an idle machine.
+page cache. Whole processes, medians; the ratios are what counts, on an idle machine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.benchmarks.process import alternate
+from tests.benchmarks.process import alternate, warm
 
 HERE = Path(__file__).parent
 MAKE = HERE.parent / "make" / "big_checkpoint.py"
@@ -51,7 +51,12 @@ def measure(folder: Path, size: str, count: int, *, peft: bool) -> None:
     }
     if peft:
         commands["PEFT load, merge, save"] = [sys.executable, HERE / "peft_merge.py", base, adapter, output]
-    runs = alternate(commands, count, lambda: shutil.rmtree(output, ignore_errors=True))
+
+    def prepare() -> None:
+        shutil.rmtree(output, ignore_errors=True)
+        warm(base)
+
+    runs = alternate(commands, count, prepare)
     copy = runs["cp -r"].wall
     for name, run in runs.items():
         print(f"| {size} | {name} | {run.wall:.2f} | {run.wall / copy:.2f} | {run.peak / 1e6:.0f} |", flush=True)

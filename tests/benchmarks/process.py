@@ -40,14 +40,24 @@ def measure(words: Sequence[object]) -> tuple[float, int]:
     return seconds, usage.ru_maxrss * 1024
 
 
-def alternate(commands: Mapping[str, Sequence[object]], count: int, clean: Callable[[], None]) -> dict[str, Runs]:
+def warm(folder: Path) -> None:
+    """Read every file below a folder, so that it is in the page cache: a large process may have pushed it out."""
+    piece = bytearray(1 << 24)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb", buffering=0) as opened:
+                while opened.readinto(piece):
+                    pass
+
+
+def alternate(commands: Mapping[str, Sequence[object]], count: int, prepare: Callable[[], None]) -> dict[str, Runs]:
     """Run every command in turn, `count` times after one warm-up, so that a drift of the machine meets all alike."""
     taken: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
     for turn in range(count + 1):
         for name, command in commands.items():
-            clean()
+            prepare()
             measured = measure(command)
             if turn:
                 taken[name].append(measured)
-    clean()
+    prepare()
     return {name: Runs(tuple(s for s, _ in runs), max(p for _, p in runs)) for name, runs in taken.items()}
