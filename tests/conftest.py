@@ -52,7 +52,9 @@ class RealModels:
             with (self.folder / ".lock").open("w") as lock:  # processes that share the tests make each model once
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 line = [sys.executable, str(REAL_SCRIPT), str(self.folder), "--only", name]
-                made = subprocess.run(line, capture_output=True, text=True, check=False, env=clean_env())
+                # The others soon wait for it, so it may have all cores.
+                env = {name: value for name, value in clean_env().items() if name != "OMP_NUM_THREADS"}
+                made = subprocess.run(line, capture_output=True, text=True, check=False, env=env)
                 assert made.returncode == 0, made.stderr
         return self.folder / name
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -109,16 +111,24 @@ def weight_of(module: Any, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 @pytest.fixture(scope="module")
-def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
-    folder = tmp_path_factory.mktemp(request.param)
-    pipe = images.pipeline(request.param)
-    pipe.save_pretrained(folder / "pipeline")
-    return request.param, folder / "pipeline", images.save_original(pipe, folder / "original.safetensors")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """Return what makes the pipeline folder and the single file of a model, once."""
+
+    @cache
+    def made(name: str) -> tuple[Path, Path]:
+        folder = tmp_path_factory.mktemp(name)
+        pipe = images.pipeline(name)
+        pipe.save_pretrained(folder / "pipeline")
+        return folder / "pipeline", images.save_original(pipe, folder / "original.safetensors")
+
+    return made
 
 
-@pytest.mark.parametrize(("base", "algorithm"), CASES, indirect=["base"])
-def test_merged_weights_are_those_of_forward(base: tuple[str, Path, Path], algorithm: str, tmp_path: Path) -> None:
-    name, folder, _ = base
+@pytest.mark.parametrize(("name", "algorithm"), CASES)
+def test_merged_weights_are_those_of_forward(
+    bases: Callable[[str], tuple[Path, Path]], name: str, algorithm: str, tmp_path: Path
+) -> None:
+    folder, _ = bases(name)
     pipe, fresh = images.pipeline(name), images.pipeline(name)
     layers = {id(module): key for key, module in everything(pipe).items()}
     made = network(pipe, xl=name == "sdxl", **ALGORITHMS[algorithm])
@@ -160,21 +170,24 @@ def everything(pipe: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def written(base: tuple[str, Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return the file of each algorithm."""
-    name, found = base[0], {}
-    for algorithm, options in ALGORITHMS.items():
-        made = network(images.pipeline(name), xl=name == "sdxl", **options)
-        found[algorithm] = tmp_path_factory.mktemp("files") / f"{algorithm}.safetensors"
-        made.save_weights(str(found[algorithm]), None, {"ss_network_module": "lycoris.kohya"})
-    return found
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """Return what makes the file of a model and an algorithm, once."""
+
+    @cache
+    def made(name: str, algorithm: str) -> Path:
+        file = tmp_path_factory.mktemp("files") / f"{algorithm}.safetensors"
+        trained = network(images.pipeline(name), xl=name == "sdxl", **ALGORITHMS[algorithm])
+        trained.save_weights(str(file), None, {"ss_network_module": "lycoris.kohya"})
+        return file
+
+    return made
 
 
-@pytest.mark.parametrize(("base", "algorithm"), CASES, indirect=["base"])
+@pytest.mark.parametrize(("name", "algorithm"), CASES)
 def test_round_trips_keep_every_tensor_or_name_the_loss(
-    base: tuple[str, Path, Path], written: dict[str, Path], algorithm: str, tmp_path: Path
+    written: Callable[[str, str], Path], name: str, algorithm: str, tmp_path: Path
 ) -> None:
-    start = written[algorithm]
+    start = written(name, algorithm)
     before = load_file(start)
     convert(start, tmp_path / "same.safetensors", to="kohya")
     same(load_file(tmp_path / "same.safetensors"), known_to_kohya(before))
@@ -194,7 +207,7 @@ def test_round_trips_keep_every_tensor_or_name_the_loss(
         again = dialects.open_adapter(middle)
         assert again.dialect == through
         convert(again, tmp_path / f"{through}-back.safetensors", to="kohya", allow_loss=through == "loratools")
-        renamed = through == "comfy" and base[0] == "sd"  # ComfyUI's are the original's names
+        renamed = through == "comfy" and name == "sd"  # ComfyUI's are the original's names
         found = load_file(tmp_path / f"{through}-back.safetensors")
         same({ours(name) if renamed else name: tensor for name, tensor in found.items()}, known_to_kohya(before))
 
@@ -221,12 +234,16 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         assert torch.equal(found[name].float(), tensor.float()), name
 
 
-@pytest.mark.parametrize(("base", "algorithm"), CASES, indirect=["base"])
+@pytest.mark.parametrize(("name", "algorithm"), CASES)
 def test_every_naming_merges_into_every_layout_alike(
-    base: tuple[str, Path, Path], written: dict[str, Path], algorithm: str, tmp_path: Path
+    bases: Callable[[str], tuple[Path, Path]],
+    written: Callable[[str, str], Path],
+    name: str,
+    algorithm: str,
+    tmp_path: Path,
 ) -> None:
-    name, folder, file = base
-    files = {"kohya": unet_only(written[algorithm], tmp_path / "kohya.safetensors")}
+    folder, file = bases(name)
+    files = {"kohya": unet_only(written(name, algorithm), tmp_path / "kohya.safetensors")}
     text = load_file(files["kohya"])
     if name == "sd":
         files["lycoris"] = tmp_path / "lycoris.safetensors"
