@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from loratools.adapter.resolve import Placement
 from loratools.adapter.sites import Site
+from loratools.adapter.updates import Underlying
 from loratools.storage import dtypes, files
 from loratools.storage.header import TensorSpec
 from loratools.surgery.plan import Change, MergePlan
@@ -107,18 +108,9 @@ def _projected(
     )
     before = state(X)
     for i, placement in group:
-        state = partial(_after, placement, plan.weights[i], base, state)
+        under = Underlying(site, base, state)
+        state = partial(placement.update.project, weight=plan.weights[i], under=under)
     return state(X) - before
-
-
-def _after(
-    placement: Placement,
-    weight: float,
-    base: Callable[[], torch.Tensor],
-    below: Callable[[torch.Tensor], torch.Tensor],
-    X: torch.Tensor,
-) -> torch.Tensor:
-    return placement.update.project(X, weight, placement.site, base, below)
 
 
 def compare(

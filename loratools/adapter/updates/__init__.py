@@ -14,6 +14,7 @@ factors build on `_product.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
@@ -79,6 +80,20 @@ class Refinable(Term, Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Underlying:
+    """The weight of a site under an update, for `Update.project`: by its products, or loaded.
+
+    `below(X)` is X·Wᵀ with the weight W that the update finds; updates before it have changed it already, and W is
+    taken for zero where all of them are additive. `base` loads the unchanged W₀ of the site as the module defines it,
+    (out, in), in float64.
+    """
+
+    site: Site
+    base: Callable[[], torch.Tensor]
+    below: Callable[[torch.Tensor], torch.Tensor]
+
+
 class Update(Protocol):
     """A change of one base weight; known by shapes until it is loaded."""
 
@@ -126,20 +141,8 @@ class Update(Protocol):
         """Load the factors, multiplied by `weight`, for a site."""
         ...
 
-    def project(
-        self,
-        X: torch.Tensor,
-        weight: float,
-        site: Site,
-        base: Callable[[], torch.Tensor],
-        below: Callable[[torch.Tensor], torch.Tensor],
-    ) -> torch.Tensor:
-        """Return X·W'ᵀ for probes X (k, in) in float64, (k, rows of the site), by another path than `term` takes.
-
-        `below(X)` is X·Wᵀ with the weight W that this update finds; updates before it have changed it already, and W is
-        taken for zero where all of them are additive. `base` loads the unchanged W₀ of the site as the module defines
-        it, (out, in), in float64.
-        """
+    def project(self, X: torch.Tensor, weight: float, under: Underlying) -> torch.Tensor:
+        """Return X·W'ᵀ for probes X (k, in) in float64, (k, rows of the site), by another path than `term` takes."""
         ...
 
     def delta_weight(self) -> torch.Tensor:

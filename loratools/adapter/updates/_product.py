@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratools.adapter.updates._shared import Additive
+from loratools.adapter.updates._shared import Additive, RowByRow
 
 if TYPE_CHECKING:
     import torch
 
     from loratools.adapter.sites import Site
+    from loratools.adapter.updates import Underlying
 
 
 class LowRank(Additive):
@@ -35,17 +35,10 @@ class LowRank(Additive):
             left, right = right.T, left.T
         return Product.of(weight * self.scaling, left.contiguous(), right.contiguous())
 
-    def project(
-        self,
-        X: torch.Tensor,
-        weight: float,
-        site: Site,
-        base: Callable[[], torch.Tensor],
-        below: Callable[[torch.Tensor], torch.Tensor],
-    ) -> torch.Tensor:
+    def project(self, X: torch.Tensor, weight: float, under: Underlying) -> torch.Tensor:
         """Return X·Wᵀ + w·s·(X·rightᵀ)·leftᵀ."""
         left, right = (factor.to(X) for factor in self.matrices())
-        return below(X) + weight * self.scaling * ((X @ right.T) @ left[site.part_rows].T)
+        return under.below(X) + weight * self.scaling * ((X @ right.T) @ left[under.site.part_rows].T)
 
     def delta_weight(self) -> torch.Tensor:
         """Return s·left·right in float32, with `shape`."""
@@ -54,7 +47,7 @@ class LowRank(Additive):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Product:
+class Product(RowByRow):
     """The term W += left · right, with left (rows, k) and right (k, columns).
 
     `left` is `factor` · diag(`scale`), rounded. What it was made of is kept, for a product of w·s, which no float32
@@ -66,9 +59,6 @@ class Product:
     factor: torch.Tensor
     scale: torch.Tensor
 
-    needs_base = False
-    needs_pass = False
-
     @classmethod
     def of(cls, scale: float, factor: torch.Tensor, right: torch.Tensor) -> Product:
         """Return scale · factor · right."""
@@ -76,9 +66,6 @@ class Product:
 
         scales = torch.full((len(right),), scale, dtype=torch.float64, device=factor.device)
         return cls(factor * scale, right, factor, scales)
-
-    def observe_rows(self, base: torch.Tensor, rows: slice) -> None:
-        """Nothing to see: the sum does not depend on W."""
 
     def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
         """Add rows of the product in place: one GEMM, no temporary ΔW."""

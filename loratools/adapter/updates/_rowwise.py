@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Self
 
-from loratools.adapter.updates._shared import Additive
+from loratools.adapter.updates._shared import Additive, RowByRow
+from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
     import torch
 
     from loratools.adapter.sites import Site
+    from loratools.adapter.updates import Underlying
 
 Rows = Callable[[slice], "torch.Tensor"]
 """Rows of a matrix, made when they are asked for."""
@@ -46,16 +48,9 @@ class Rowwise(Additive):
             return Added(lambda rows: made(rows)[:, first:last], weight * self.scaling)
         return Added(lambda rows: made(slice(first + rows.start, first + rows.stop)), weight * self.scaling)
 
-    def project(
-        self,
-        X: torch.Tensor,
-        weight: float,
-        site: Site,
-        base: Callable[[], torch.Tensor],
-        below: Callable[[torch.Tensor], torch.Tensor],
-    ) -> torch.Tensor:
+    def project(self, X: torch.Tensor, weight: float, under: Underlying) -> torch.Tensor:
         """Return X·Wᵀ + w·s·X·ΔWᵀ."""
-        return below(X) + weight * self.scaling * (X @ self.dense().to(X)[site.part_rows].T)
+        return under.below(X) + weight * self.scaling * (X @ self.dense().to(X)[under.site.part_rows].T)
 
     def delta_weight(self) -> torch.Tensor:
         """Return s·ΔW in float32, with `shape`."""
@@ -63,17 +58,25 @@ class Rowwise(Additive):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Added:
+class Named(Rowwise):
+    """One that keeps its tensors by the names they have in files; flat factors learn the weight's shape from a base."""
+
+    tensors: Mapping[str, LazyTensor]
+    scaling: float
+    alpha: float
+    weight_shape: tuple[int, ...] | None = None
+
+    @property
+    def parts(self) -> Mapping[str, LazyTensor]:
+        return self.tensors
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Added(RowByRow):
     """The term W += scale·rows."""
 
     made: Rows
     scale: float
-
-    needs_base = False
-    needs_pass = False
-
-    def observe_rows(self, base: torch.Tensor, rows: slice) -> None:
-        """Nothing to see: the sum does not depend on W."""
 
     def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
         """Add the rows in place."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratools.storage.lazy import LazyTensor
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Additive(ABC):
@@ -40,11 +43,39 @@ class Additive(ABC):
         return None
 
 
-class Wrapper:
-    """An update around another one, `inner`, whose rank, scaling and shape are its own."""
+class OnWeight:
+    """An update whose change depends on the weight it finds: no ΔW stands for it, and the order counts."""
 
     __slots__ = ()
     additive = False
+
+    kind: str
+
+    @property
+    def bias(self) -> LazyTensor | None:
+        """Nothing is added to the module's bias."""
+        return None
+
+    def delta_weight(self) -> torch.Tensor:
+        """Raise `ValueError`: the change depends on W."""
+        raise ValueError(f"the change that {self.kind} makes depends on the base weight; there is no ΔW without it")
+
+
+class RowByRow:
+    """A term that changes each row by itself, whatever the base had there."""
+
+    __slots__ = ()
+    needs_base = False
+    needs_pass = False
+
+    def observe_rows(self, base: torch.Tensor, rows: slice) -> None:
+        """Nothing to see: rows do not depend on each other, nor on the unchanged base."""
+
+
+class Wrapper(OnWeight):
+    """An update around another one, `inner`, whose rank, scaling and shape are its own."""
+
+    __slots__ = ()
 
     inner: Any
 

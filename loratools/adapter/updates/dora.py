@@ -11,7 +11,7 @@ not W₀ itself. A feature whose norm is zero has no direction, and is an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from loratools.adapter.sites import Site
+    from loratools.adapter.updates import Underlying
 
 KIND = "dora"
 MAGNITUDE_PART = "lora_magnitude_vector"
@@ -82,35 +83,24 @@ class DoraUpdate(Wrapper):
             return Rescaling(product, m, site, True, m.new_zeros(len(m)))
         return Rescaling(product, m, site, False, m.new_zeros(len(m)))
 
-    def project(
-        self,
-        X: torch.Tensor,
-        weight: float,
-        site: Site,
-        base: Callable[[], torch.Tensor],
-        below: Callable[[torch.Tensor], torch.Tensor],
-    ) -> torch.Tensor:
+    def project(self, X: torch.Tensor, weight: float, under: Underlying) -> torch.Tensor:
         """Return g∘(X·Wᵀ + X·Δᵀ), or (X∘g)·(W + Δ)ᵀ for an embedding.
 
         The norm takes another path than `term`: ‖w + Δ‖² = ‖w‖² + 2⟨w, Δ⟩ + ‖Δ‖², from the factors, without a dense Δ.
         """
-        W, m = base(), self.magnitude.load().flatten().to(X)
+        W, m = under.base(), self.magnitude.load().flatten().to(X)
         left, right = (factor.to(X) for factor in self.inner.matrices())
-        left = left[site.part_rows] * (weight * self.scaling)
+        left = left[under.site.part_rows] * (weight * self.scaling)
         if self.by_column:
             W, left, right = W.T, right.T, left.T
         else:
-            m = m[site.part_rows]
+            m = m[under.site.part_rows]
         cross = (left * (W @ right.T)).sum(1)
         squares = W.square().sum(1) + 2 * cross + (left * (left @ (right @ right.T))).sum(1)
         g = m / squares.sqrt()
         if self.by_column:
-            return below(X * g) + ((X * g) @ left) @ right
-        return g * (below(X) + (X @ right.T) @ left.T)
-
-    def delta_weight(self) -> torch.Tensor:
-        """Raise `ValueError`: the change depends on W."""
-        raise ValueError("the change that DoRA makes depends on the base weight; there is no ΔW without it")
+            return under.below(X * g) + ((X * g) @ left) @ right
+        return g * (under.below(X) + (X @ right.T) @ left.T)
 
 
 @dataclass(slots=True, eq=False)

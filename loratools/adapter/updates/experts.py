@@ -9,7 +9,7 @@ Where `transposed` is None it is settled by the base's shape, or by what its mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from loratools.adapter.sites import Site
-    from loratools.adapter.updates import Term
+    from loratools.adapter.updates import Term, Underlying
 
 KIND = "experts"
 
@@ -76,16 +76,9 @@ class ExpertsUpdate:
         """Raise `ValueError`: a site holds one expert."""
         raise ValueError("a stack of experts lands on one site for each expert")
 
-    def project(
-        self,
-        X: torch.Tensor,
-        weight: float,
-        site: Site,
-        base: Callable[[], torch.Tensor],
-        below: Callable[[torch.Tensor], torch.Tensor],
-    ) -> torch.Tensor:
+    def project(self, X: torch.Tensor, weight: float, under: Underlying) -> torch.Tensor:
         """Raise `ValueError`: a site holds one expert."""
-        raise ValueError("a stack of experts lands on one site for each expert")
+        raise ValueError("a stack of experts lands on one under.site for each expert")
 
     def delta_weight(self) -> torch.Tensor:
         """Return s·B[e]·A[e] of every expert in float32, (E, out, in)."""

@@ -6,10 +6,11 @@ that the update finds, so among several updates the order counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from loratools.adapter.updates._shared import OnWeight, RowByRow
 from loratools.errors import IncompatibleAdapter
 from loratools.storage.lazy import LazyTensor
 
@@ -17,13 +18,14 @@ if TYPE_CHECKING:
     import torch
 
     from loratools.adapter.sites import Site
+    from loratools.adapter.updates import Underlying
 
 KIND = "glora"
 _PARTS = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class GloraUpdate:
+class GloraUpdate(OnWeight):
     """The four factors. Raises `ValueError` where their shapes do not go together."""
 
     tensors: Mapping[str, LazyTensor]
@@ -31,8 +33,6 @@ class GloraUpdate:
     alpha: float
 
     kind = KIND
-    additive = False
-    bias: None = None
 
     def __post_init__(self) -> None:
         a1, a2, b1, b2 = (self.tensors[name].shape for name in _PARTS)
@@ -63,39 +63,22 @@ class GloraUpdate:
         scale = weight * self.scaling
         return Mixing(a1 * scale, a2, b1[site.part_rows] * scale, b2)
 
-    def project(
-        self,
-        X: torch.Tensor,
-        weight: float,
-        site: Site,
-        base: Callable[[], torch.Tensor],
-        below: Callable[[torch.Tensor], torch.Tensor],
-    ) -> torch.Tensor:
+    def project(self, X: torch.Tensor, weight: float, under: Underlying) -> torch.Tensor:
         """Return Y(X) + w·s·(Y(X·(a1·a2)ᵀ) + X·(b1·b2)ᵀ), Y(X) = X·Wᵀ."""
         a1, a2, b1, b2 = (factor.to(X) for factor in self._factors())
         inner = len(a1)
         mixed = ((a1 @ a2) @ X.view(len(X), inner, -1)).flatten(1)
-        return below(X) + weight * self.scaling * (below(mixed) + X @ (b1[site.part_rows] @ b2).T)
-
-    def delta_weight(self) -> torch.Tensor:
-        """Raise `ValueError`: the change depends on W."""
-        raise ValueError("the change that GLoRA makes depends on the base weight; there is no ΔW without it")
+        return under.below(X) + weight * self.scaling * (under.below(mixed) + X @ (b1[under.site.part_rows] @ b2).T)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Mixing:
+class Mixing(RowByRow):
     """The term W += (W·a1)·a2 + b1·b2; the factors on the left are scaled."""
 
     a1: torch.Tensor
     a2: torch.Tensor
     b1: torch.Tensor
     b2: torch.Tensor
-
-    needs_base = False
-    needs_pass = False
-
-    def observe_rows(self, base: torch.Tensor, rows: slice) -> None:
-        """Nothing to see: rows do not depend on each other."""
 
     def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
         """Mix the inputs of each row and add the product, in place."""

@@ -5,23 +5,25 @@ As LyCORIS stores it: `weight` (n,), or (1, n, 1, 1) of a convolution, and `on_i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from loratools.adapter.updates._shared import OnWeight, RowByRow
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
     import torch
 
     from loratools.adapter.sites import Site
+    from loratools.adapter.updates import Underlying
 
 KIND = "ia3"
 WEIGHT_PART, INPUT_PART = "weight", "on_input"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Ia3Update:
+class Ia3Update(OnWeight):
     """The numbers v, and whether they are for inputs; the weight's shape is the base's, once that is known."""
 
     vector: LazyTensor
@@ -30,10 +32,8 @@ class Ia3Update:
     weight_shape: tuple[int, ...] | None = None
 
     kind = KIND
-    additive = False
     rank = 0
     scaling = alpha = 1.0
-    bias: None = None
 
     def __post_init__(self) -> None:
         count, shape = self.vector.parameters, self.weight_shape
@@ -70,35 +70,18 @@ class Ia3Update:
         factors, columns = self._factors(site, weight)
         return Scaling(factors.to(device, dtype), columns != site.transposed)
 
-    def project(
-        self,
-        X: torch.Tensor,
-        weight: float,
-        site: Site,
-        base: Callable[[], torch.Tensor],
-        below: Callable[[torch.Tensor], torch.Tensor],
-    ) -> torch.Tensor:
+    def project(self, X: torch.Tensor, weight: float, under: Underlying) -> torch.Tensor:
         """Return (X∘f)·Wᵀ or f∘(X·Wᵀ)."""
-        factors, columns = self._factors(site, weight)
-        return below(X * factors.to(X)) if columns else below(X) * factors.to(X)
-
-    def delta_weight(self) -> torch.Tensor:
-        """Raise `ValueError`: the change depends on W."""
-        raise ValueError("(IA)³ multiplies the base weight; there is no ΔW without it")
+        factors, columns = self._factors(under.site, weight)
+        return under.below(X * factors.to(X)) if columns else under.below(X) * factors.to(X)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Scaling:
+class Scaling(RowByRow):
     """The term W *= factors, of rows or of columns."""
 
     factors: torch.Tensor
     columns: bool
-
-    needs_base = False
-    needs_pass = False
-
-    def observe_rows(self, base: torch.Tensor, rows: slice) -> None:
-        """Nothing to see: the factors do not depend on W."""
 
     def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
         """Multiply in place."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratools.adapter.updates._rowwise import Rows, Rowwise
+from loratools.adapter.updates._rowwise import Named, Rows
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
@@ -23,13 +23,8 @@ _T = ("hada_t1", "hada_t2")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LohaUpdate(Rowwise):
+class LohaUpdate(Named):
     """Two pairs of factors, with or without cores. Raises `ValueError` where their shapes do not go together."""
-
-    tensors: Mapping[str, LazyTensor]
-    scaling: float
-    alpha: float
-    weight_shape: tuple[int, ...] | None = None
 
     kind = KIND
 
@@ -60,10 +55,6 @@ class LohaUpdate(Rowwise):
             return self.weight_shape
         a, b = self.tensors["hada_w1_a"].shape, self.tensors["hada_w1_b"].shape
         return (a[1], b[1], *self.tensors[_T[0]].shape[2:]) if _T[0] in self.tensors else (a[0], b[1])
-
-    @property
-    def parts(self) -> Mapping[str, LazyTensor]:
-        return self.tensors
 
     def rows(self, dtype: torch.dtype, device: torch.device, transposed: bool) -> Rows:
         """Return rows of each product, multiplied."""

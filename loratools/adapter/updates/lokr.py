@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratools.adapter.updates._rowwise import Rows, Rowwise
+from loratools.adapter.updates._rowwise import Named, Rows
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
@@ -25,13 +25,8 @@ _SECOND = (
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LokrUpdate(Rowwise):
+class LokrUpdate(Named):
     """The factors of w1 and w2. Raises `ValueError` where their shapes do not go together."""
-
-    tensors: Mapping[str, LazyTensor]
-    scaling: float
-    alpha: float
-    weight_shape: tuple[int, ...] | None = None
 
     kind = KIND
 
@@ -65,10 +60,6 @@ class LokrUpdate(Rowwise):
         if core := self.tensors.get("lokr_t2") if w == "w2" else None:
             return a[1], b[1], *core.shape[2:]
         return a[0], *b[1:]
-
-    @property
-    def parts(self) -> Mapping[str, LazyTensor]:
-        return self.tensors
 
     def matrix(self, w: str) -> torch.Tensor:
         """Return w1 or w2 in float64, with all its sides."""

@@ -7,10 +7,11 @@ With a weight w it is W + w·(W' − W) before the rescaling. It acts on the wei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from loratools.adapter.updates._shared import OnWeight, RowByRow
 from loratools.errors import IncompatibleAdapter
 from loratools.storage.lazy import LazyTensor
 
@@ -18,13 +19,14 @@ if TYPE_CHECKING:
     import torch
 
     from loratools.adapter.sites import Site
+    from loratools.adapter.updates import Underlying
 
 KIND = "oft"
 BLOCKS_PART, RESCALE_PART = "oft_blocks", "rescale"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class OftUpdate:
+class OftUpdate(OnWeight):
     """The blocks and the factors of rows. Raises `ValueError` for shapes that are none of a rotation."""
 
     blocks: LazyTensor
@@ -33,9 +35,7 @@ class OftUpdate:
     weight_shape: tuple[int, ...] | None = None
 
     kind = KIND
-    additive = False
     scaling = 1.0
-    bias: None = None
 
     def __post_init__(self) -> None:
         blocks = self.blocks.shape
@@ -85,40 +85,23 @@ class OftUpdate:
         R, factors = self._rotation(weight)
         return Rotation((R * factors[:, :, None]).to(device, dtype))
 
-    def project(
-        self,
-        X: torch.Tensor,
-        weight: float,
-        site: Site,
-        base: Callable[[], torch.Tensor],
-        below: Callable[[torch.Tensor], torch.Tensor],
-    ) -> torch.Tensor:
+    def project(self, X: torch.Tensor, weight: float, under: Underlying) -> torch.Tensor:
         """Return X·Wᵀ with the outputs of each block rotated, and scaled."""
         R, factors = self._rotation(weight)
-        found = below(X).view(len(X), len(R), 1, -1) @ R.to(X).transpose(1, 2)
+        found = under.below(X).view(len(X), len(R), 1, -1) @ R.to(X).transpose(1, 2)
         return (found[:, :, 0] * factors.to(X)).flatten(1)
-
-    def delta_weight(self) -> torch.Tensor:
-        """Raise `ValueError`: the change depends on W."""
-        raise ValueError("OFT rotates the base weight; there is no ΔW without it")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rotation:
+class Rotation(RowByRow):
     """The term W ← blocks·W; the rows of a block must come together."""
 
     blocks: torch.Tensor
-
-    needs_base = False
-    needs_pass = False
 
     @property
     def together(self) -> int:
         """Rows that must be in one tile: those of a block."""
         return self.blocks.shape[1]
-
-    def observe_rows(self, base: torch.Tensor, rows: slice) -> None:
-        """Nothing to see: a block is turned by itself."""
 
     def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
         """Rotate in place."""

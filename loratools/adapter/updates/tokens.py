@@ -7,23 +7,25 @@ the same rows, so that a tied model stays tied.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from loratools.adapter.updates._shared import OnWeight, RowByRow
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
     import torch
 
     from loratools.adapter.sites import Site
+    from loratools.adapter.updates import Underlying
 
 KIND = "tokens"
 ROWS_PART = "token_adapter.trainable_tokens_delta"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class TokensUpdate:
+class TokensUpdate(OnWeight):
     """Rows and the indices where they go. Raises `ValueError` where their numbers differ or an index comes twice."""
 
     values: LazyTensor
@@ -31,12 +33,10 @@ class TokensUpdate:
     vocabulary: int | None = None
 
     kind = KIND
-    additive = False
     whole = True  # it replaces, so no weight can scale it
     keeps_tie = True
     rank = 0
     alpha = scaling = 1.0
-    bias: None = None
 
     def __post_init__(self) -> None:
         shape, count = self.values.shape, len(self.indices)
@@ -73,36 +73,19 @@ class TokensUpdate:
         values = self.values.load().to(device=device, dtype=dtype)[order]
         return Rows(values, torch.tensor(sorted(self.indices), device=device))
 
-    def project(
-        self,
-        X: torch.Tensor,
-        weight: float,
-        site: Site,
-        base: Callable[[], torch.Tensor],
-        below: Callable[[torch.Tensor], torch.Tensor],
-    ) -> torch.Tensor:
+    def project(self, X: torch.Tensor, weight: float, under: Underlying) -> torch.Tensor:
         """Return X·Wᵀ with the columns of the replaced rows put in their place."""
-        Y = below(X).clone()
+        Y = under.below(X).clone()
         Y[:, list(self.indices)] = X @ self.values.load().to(X).T
         return Y
 
-    def delta_weight(self) -> torch.Tensor:
-        """Raise `ValueError`: the change depends on W."""
-        raise ValueError("rows that replace others change W by an amount that depends on it")
-
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rows:
+class Rows(RowByRow):
     """The term W[indices] = values, indices ascending."""
 
     values: torch.Tensor
     indices: torch.Tensor
-
-    needs_base = False
-    needs_pass = False
-
-    def observe_rows(self, base: torch.Tensor, rows: slice) -> None:
-        """Nothing to see: what is replaced does not matter."""
 
     def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
         """Replace the rows of this tile."""

@@ -8,10 +8,10 @@ and the factors act on what is there: the order counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loratools.adapter import updates
 from loratools.adapter.updates._shared import Wrapper
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from loratools.adapter.sites import Site
-    from loratools.adapter.updates import Term, Update
+    from loratools.adapter.updates import Term, Underlying, Update
 
 KIND = "wdora"
 SCALE_PART = "dora_scale"
@@ -37,7 +37,6 @@ class WdoraUpdate(Wrapper):
     magnitude: LazyTensor
 
     kind = KIND
-    bias: None = None
 
     def __post_init__(self) -> None:
         shape, (out, columns) = self.magnitude.shape, (self.inner.shape[0], prod(self.inner.shape[1:]))
@@ -68,31 +67,16 @@ class WdoraUpdate(Wrapper):
         m = m if self.by_input else m[site.part_rows]
         return Decomposed(self.inner.term(site, 1.0, dtype, device), m, site, self.by_input, kernel, weight)
 
-    def project(
-        self,
-        X: torch.Tensor,
-        weight: float,
-        site: Site,
-        base: Callable[[], torch.Tensor],
-        below: Callable[[torch.Tensor], torch.Tensor],
-    ) -> torch.Tensor:
+    def project(self, X: torch.Tensor, weight: float, under: Underlying) -> torch.Tensor:
         """Return X·W'ᵀ from the dense W + ΔW in float64; W is the unchanged one for the norm."""
         m = self.magnitude.load().to(X).flatten()
-        changed = base() + self.inner.delta_weight().double().flatten(1)[site.part_rows]
+        changed = under.base() + self.inner.delta_weight().double().flatten(1)[under.site.part_rows]
         if not self.by_input:
-            factors: torch.Tensor = 1 + weight * (m[site.part_rows] / changed.norm(dim=1) - 1)
-            return self._below(X, site, base, below) * factors
+            factors: torch.Tensor = 1 + weight * (m[under.site.part_rows] / changed.norm(dim=1) - 1)
+            return self.inner.project(X, 1.0, under) * factors
         norms = changed.view(len(changed), len(m), -1).norm(dim=(0, 2))
         factors = (1 + weight * (m / norms - 1)).repeat_interleave(changed.shape[1] // len(m))
-        return self._below(X * factors, site, base, below)
-
-    def _below(self, X: torch.Tensor, site: Site, base: Any, below: Any) -> torch.Tensor:
-        changed: torch.Tensor = self.inner.project(X, 1.0, site, base, below)
-        return changed
-
-    def delta_weight(self) -> torch.Tensor:
-        """Raise `ValueError`: the change depends on W."""
-        raise ValueError("the change that a weight decomposition makes depends on the base; there is no ΔW without it")
+        return self.inner.project(X * factors, 1.0, under)
 
 
 @dataclass(slots=True, eq=False)

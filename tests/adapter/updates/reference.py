@@ -9,7 +9,7 @@ import torch
 
 from loratools.adapter import updates
 from loratools.adapter.sites import Site
-from loratools.adapter.updates import Update
+from loratools.adapter.updates import Underlying, Update
 from loratools.storage.lazy import LazyTensor
 
 Parts = dict[str, torch.Tensor]
@@ -82,6 +82,6 @@ def projected(W: torch.Tensor, given: Sequence[tuple[Update, float]], X: torch.T
         if count == 0:
             return probes @ matrix.T
         update, weight = given[count - 1]
-        return update.project(probes, weight, site, lambda: matrix, partial(after, count - 1))
+        return update.project(probes, weight, Underlying(site, lambda: matrix, partial(after, count - 1)))
 
     return after(len(given), X)

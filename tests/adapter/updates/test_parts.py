@@ -123,7 +123,7 @@ def test_rows_take_the_place_of_others(rows: int) -> None:
     assert torch.equal(found, expected)
     X = random(4, 10)
     site = Site.whole("w", (9, 10))
-    projected = update.project(X, 1.0, site, lambda: W, lambda probes: probes @ W.T)
+    projected = update.project(X, 1.0, updates.Underlying(site, lambda: W, lambda probes: probes @ W.T))
     torch.testing.assert_close(projected, X @ expected.T)
 
 
