@@ -54,7 +54,7 @@ def write_weights(
 ) -> list[TensorResult]:
     """Write every file of tensors of a plan into `folder`, and return what was measured of each rewritten tensor.
 
-    Plain LoRA on the CPU is merged in NumPy; for anything else torch is imported, while copies run beside it. With
+    Plain LoRA on the CPU is merged without torch; for anything else torch is imported, while copies run beside it. With
     `finished` the files are written one after another, and it is called with each that is complete, and what was
     measured in it; without, all at once, which keeps the threads busier. Raises `IncompatibleAdapter` for an adapter
     that would change nothing, `WrongBase` when a tensor is not the recorded one, and whatever reading, arithmetic and
@@ -179,7 +179,7 @@ class _Job:
         return merge_tensor(slot, target)
 
     def add_products(self, slot: Slot, target: int) -> TensorResult:
-        """Add plain products to one tensor, in NumPy, and check that its bytes were those of the recorded base."""
+        """Add plain products to one tensor, without torch, and check that its bytes were those of the recorded base."""
         if not hasattr(self.mine, "buffers"):
             self.mine.buffers = bits.Buffers()
         change, settings = self.plan.changes[slot.name], self.settings

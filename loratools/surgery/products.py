@@ -1,9 +1,10 @@
-"""LoRA and DoRA of linear layers into plain dtypes, on the CPU, in NumPy alone: what most people merge, without torch.
+"""LoRA and DoRA of linear layers into plain dtypes, on the CPU: what most people merge, without torch.
 
 Importing torch takes longer than merging a model of a billion parameters, so the common case does without: every update
 is s·B·A with factors as stored, rescaled or not, every tensor is BF16, F16 or F32 and stays so. What is computed is
 what `tiles.run` computes: a tile is widened to float32, all products are added at once, the sum is rounded once, and
-sums near zero are computed again in float64. Anything else goes through `tiles.run`.
+sums near zero are computed again in float64; in C (`fused.py`) or in NumPy (`stepwise.py`). Anything else goes through
+`tiles.run`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from loratools.adapter.updates.lora import LoraUpdate
 from loratools.errors import IncompatibleAdapter
 from loratools.storage import digest, dtypes, files
 from loratools.storage.header import TensorSpec
-from loratools.surgery import bits
+from loratools.surgery import bits, fused
+from loratools.surgery.fused import Fused
+from loratools.surgery.stepwise import Stepwise
 from loratools.surgery.sums import RescaledSum, SumOfProducts
 from loratools.surgery.terms import is_wide
 from loratools.surgery.tiles import TILE, TensorResult, sampled_tiles
@@ -138,24 +141,24 @@ def run(
     progress: Callable[[int], None],
     stopped: Callable[[], bool],
     tile_bytes: int = TILE,
+    in_c: bool = True,
 ) -> TensorResult:
     """Write one output tensor and return what was measured; see `tiles.run`.
 
-    Raises `IncompatibleAdapter` when the result is not finite in the output's dtype.
+    With `in_c` the arithmetic is done in C where that serves, else in NumPy, which differs in the last bit of float32
+    sums at most. Raises `IncompatibleAdapter` when the result is not finite in the output's dtype.
     """
-    import numpy as np
-
     spec = task.source
     rows, columns = task.terms[0].site.matrix
     width = columns * dtypes.bits(spec.dtype) // 8
     step = max(1, min(rows, tile_bytes // max(1, width)))
     starts = range(0, rows, step)
     sampled = sampled_tiles(task.name, task.seed, task.retention, len(starts))
-    bounds = [term.bound() for term in task.terms]
     hashers = {name: digest.start_tensor(spec.dtype, spec.shape, name) for name in task.hashes}
     result = TensorResult(task.name)
+    arithmetic = (Fused if in_c and fused.serves(task) else Stepwise)(task, buffers, result)
     measured = 0
-    with files.descriptor(spec.file) as source, np.errstate(over="ignore", invalid="ignore"):
+    with files.descriptor(spec.file) as source:
         for index, start in enumerate(starts):
             if stopped():
                 raise InterruptedError
@@ -165,78 +168,14 @@ def run(
             files.read_into(source, raw, spec.start + start * width)
             for hasher in hashers.values():
                 hasher.update(raw)
-            W = bits.widened(stored, spec.dtype, buffers)
-            for term in task.terms:
-                if met := term.site.overlap(start, start + count):
-                    change = buffers.of(bits.SCRATCH, (met[1].stop - met[1].start) * term.right.shape[1], np.float32)
-                    change = change.reshape(-1, term.right.shape[1])
-                    part = W[met[0], slice(*term.site.columns)]
-                    term.add_to(part, met[1], change)
-                    term.finish(part, met[1], buffers)
-            out = bits.rounded(W, spec.dtype, buffers)
-            magnitude = bits.magnitudes(W if spec.dtype == "F32" else out, buffers)
-            _check_finite(task, magnitude)
-            for term, bound in zip(task.terms, bounds, strict=True):
-                if spec.dtype != "F32" and (met := term.site.overlap(start, start + count)):
-                    inside, limit = (met[0], slice(*term.site.columns)), _limit(bound * term.gain(met[1]), spec.dtype)
-                    small = buffers.of("small", magnitude[inside].size, np.bool_).reshape(magnitude[inside].shape)
-                    np.less(magnitude[inside], limit, out=small)
-                    _refine(term, small, met[1].start, stored[inside], out[inside], task)
+            some = 0
             if index in sampled:
-                some = slice(0, count if task.retention == "full" else max(1, _MEASURED // columns))
-                _measure(result, stored[some], W[some], out[some], spec.dtype)
-                measured += W[some].size
+                some = count if task.retention == "full" else min(count, max(1, _MEASURED // columns))
+                measured += some * columns
+            out = arithmetic.change(stored, start, some)
             files.write_from(task.target, bits.bytes_of(out), task.offset + start * width)
             progress(out.nbytes)
     share = spec.parameters / measured if measured else 0.0
     result.retained, result.total, result.changed = (x * share for x in (result.retained, result.total, result.changed))
     result.digests = {name: digest.finish(hasher, name) for name, hasher in hashers.items()}
     return result
-
-
-def _check_finite(task: ProductTask, magnitude: Array) -> None:
-    # Infinity and NaN have the largest bits of all. A NaN cannot have rounded to another number: what adding makes of
-    # a stored one, or of infinities, has zeros where BF16 ends.
-    if magnitude.max() >= bits.INFINITY[task.source.dtype]:
-        raise IncompatibleAdapter(
-            f"{task.name}: the merged values are not finite in {task.source.dtype}",
-            hint="Either the base has infinities or NaN there, or the weights overflow this dtype.",
-        )
-
-
-def _limit(bound: float, dtype: str) -> int:
-    """Return the magnitude, its bits as an integer, below which float32's error may show in BF16 or F16.
-
-    The error of a float32 sum is about 2^-24 of its largest term, which `bound` limits; it exceeds a unit in the last
-    place of a p-bit result only below 2^(p-24) of that. A factor of four is for the length of the sum.
-    """
-    import numpy as np
-
-    with np.errstate(over="ignore"):  # infinity stands for every magnitude
-        threshold = np.float32(bound * 2.0 ** (dtypes.MANTISSA[dtype] - 22))
-        code = threshold.view(np.uint32) >> np.uint32(16) if dtype == "BF16" else np.float16(threshold).view(np.uint16)
-    return int(code) + 1
-
-
-def _refine(term: SumOfProducts, small: Array, first: int, stored: Array, out: Array, task: ProductTask) -> None:
-    """Compute the few results near zero again, in float64, and round them once."""
-    import numpy as np
-
-    some = np.flatnonzero(small.any(axis=1))  # nonzero costs far more than any, and few rows have one
-    if not len(some):
-        return
-    rows, columns = np.divmod(np.flatnonzero(small[some]), small.shape[1])
-    rows = some[rows]
-    W = bits.exactly(stored[rows, columns], task.source.dtype).astype(np.float64)
-    exact = term.exact(W, rows + first, columns).astype(np.float32)
-    out[rows, columns] = bits.rounded(exact, task.source.dtype, bits.Buffers())
-
-
-def _measure(result: TensorResult, stored: Array, W: Array, out: Array, dtype: str) -> None:
-    import numpy as np
-
-    base, rounded = (bits.exactly(values, dtype).astype(np.float64).ravel() for values in (stored, out))
-    delta, kept = W.astype(np.float64).ravel() - base, rounded - base
-    result.retained += float(kept @ delta)
-    result.total += float(delta @ delta)
-    result.changed += float(np.count_nonzero(kept))

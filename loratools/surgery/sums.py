@@ -51,9 +51,11 @@ class SumOfProducts:
     def finish(self, W: Array, rows: slice, buffers: bits.Buffers) -> None:
         """Leave the sum as it is."""
 
-    def gain(self, rows: slice) -> float:
-        """Return 1: nothing is scaled after the sum."""
-        return 1.0
+    def gains(self, rows: slice) -> Array:
+        """Return what the sums in these rows were multiplied by, without signs, (rows, 1): nothing, or 1."""
+        import numpy as np
+
+        return np.ones((1, 1))
 
     def exact(self, W: Array, rows: Array, columns: Array) -> Array:
         """Return single elements of W + left·right in float64; `W` are those of the unchanged weight, in float64."""
@@ -87,9 +89,10 @@ class RescaledSum(SumOfProducts):
             self.factors[own] = self.magnitude[own] / np.sqrt(squares)
             part *= self.factors[own, None].astype(np.float32)
 
-    def gain(self, rows: slice) -> float:
-        """Return the largest factor in these rows."""
-        return float(abs(self.factors[rows]).max())
+    def gains(self, rows: slice) -> Array:
+        """Return the factors of these rows, without signs, (rows, 1)."""
+        found: Array = abs(self.factors[rows, None])
+        return found
 
     def exact(self, W: Array, rows: Array, columns: Array) -> Array:
         """Return single elements of g∘(W + left·right) in float64, of rows that were rescaled before."""

@@ -37,7 +37,7 @@ def main() -> None:
 def measure(folder: Path, size: str, count: int, *, peft: bool) -> None:
     """Print the rows of one size."""
     subprocess.run([sys.executable, str(MAKE), size, str(folder)], check=True, stdout=subprocess.DEVNULL)
-    base, adapter, sealed, output = (folder / name for name in ("base", "adapter", "sealed", "output"))
+    base, adapter, sealed, dora, output = (folder / name for name in ("base", "adapter", "sealed", "dora", "output"))
     loratools = [sys.executable, "-m", "loratools", "-q"]
     if not sealed.exists():
         subprocess.run([*loratools, "convert", adapter, "-o", sealed, "--base", base], check=True, cwd=HERE.parents[1],
@@ -45,6 +45,7 @@ def measure(folder: Path, size: str, count: int, *, peft: bool) -> None:
     commands = {
         "cp -r": ["cp", "-r", base, output],
         "loratools merge, base verified": [*loratools, "merge", base, sealed, "-o", output],
+        "loratools merge, DoRA": [*loratools, "merge", base, dora, "-o", output],
         "loratools hash": [*loratools, "hash", base],
         "loratools inspect": [*loratools, "inspect", sealed],
         "loratools validate": [*loratools, "validate", sealed],

@@ -8,6 +8,7 @@ It writes these folders under OUT:
     base/        safetensors shards of about 1 GB, index and config.json, bf16
     adapter/     a PEFT LoRA, F32, on all seven linear layers of every block
     adapter2/    another one, to combine with it
+    dora/        a PEFT DoRA on the same layers, its magnitudes near the norms of the rows
     tuned/       with --tuned: base plus a delta whose singular values fall like i^-0.8 up to rank 128,
                  plus white noise, plus changed norms; the same shards, bf16
 
@@ -156,7 +157,7 @@ def write_checkpoint(folder: Path, tensors: Iterator[tuple[str, Tensor]], size: 
     (folder / "config.json").write_text(json.dumps(size.config, indent=1))
 
 
-def write_adapter(folder: Path, size: Size, rank: int, seed: int) -> None:
+def write_adapter(folder: Path, size: Size, rank: int, seed: int, dora: bool = False) -> None:
     """Write a LoRA as PEFT does, with A and B drawn at random, alpha = 2·rank."""
     generator = torch.Generator().manual_seed(seed)
     factors = {}
@@ -165,6 +166,9 @@ def write_adapter(folder: Path, size: Size, rank: int, seed: int) -> None:
             prefix = f"base_model.model.model.layers.{layer}.{module}"
             factors[f"{prefix}.lora_A.weight"] = normal(generator, rank, columns)
             factors[f"{prefix}.lora_B.weight"] = normal(generator, rows, rank, std=0.01)
+            if dora:
+                norms = 0.02 * columns**0.5 * (1 + normal(generator, rows, std=0.05))
+                factors[f"{prefix}.lora_magnitude_vector"] = norms
     save_file(factors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {
         "peft_type": "LORA",
@@ -177,6 +181,7 @@ def write_adapter(folder: Path, size: Size, rank: int, seed: int) -> None:
         "lora_dropout": 0.0,
         "fan_in_fan_out": False,
         "inference_mode": True,
+        "use_dora": dora,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
 
@@ -204,13 +209,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("out", type=Path, help="the folder to write to; it is made if need be")
-    parser.add_argument("--rank", type=int, default=16, help="rank of the two adapters (default: 16)")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the adapters (default: 16)")
     parser.add_argument("--tuned", action="store_true", help="make a fine-tune of the base model too")
     args = parser.parse_args()
     size: Size = SIZES[args.size]
     make(args.out / "base", lambda folder: write_checkpoint(folder, base_tensors(size), size), **size.config)
-    for name, seed in (("adapter", 2), ("adapter2", 3)):
-        make(args.out / name, partial(write_adapter, size=size, rank=args.rank, seed=seed), r=args.rank)
+    for name, seed in (("adapter", 2), ("adapter2", 3), ("dora", 4)):
+        write = partial(write_adapter, size=size, rank=args.rank, seed=seed, dora=name == "dora")
+        make(args.out / name, write, r=args.rank)
     if args.tuned:
         tuned = tuned_tensors(args.out / "base")
         make(args.out / "tuned", lambda folder: write_checkpoint(folder, tuned, size), **size.config)

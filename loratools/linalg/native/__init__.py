@@ -1,0 +1,143 @@
+"""`rows.c`, the one piece of C: W + left·right on rows of bfloat16, rescaled and rounded, in one pass.
+
+It is compiled when the package is installed, where there is a C compiler (`build.py`). Without it the same is done in
+NumPy, several times slower: only the last float32 bit of a sum may differ then.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+LIBRARY = Path(__file__).with_name("librows.so")
+LANES = 16  # as in rows.c, both
+TOGETHER = 4
+
+
+class _Rows(ctypes.Structure):
+    """The same fields, in the same order, as `Rows` in rows.c, where they are explained."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("W", "out")),
+        *((name, ctypes.c_size_t) for name in ("stride", "rows", "columns", "rank")),
+        *((name, ctypes.c_void_p) for name in ("left", "right", "factor", "scale", "magnitude", "gains")),
+        ("bound", ctypes.c_double),
+        ("sums", ctypes.c_void_p),
+        ("measured", ctypes.c_size_t),
+        *((name, ctypes.c_double) for name in ("retained", "total", "changed")),
+        ("zero_row", ctypes.c_int64),
+        ("largest", ctypes.c_uint32),
+    )
+
+
+@cache
+def _library() -> Any:
+    """Return the compiled library, or None where there is none for this processor."""
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError:
+        return None
+    library.loratools_rows_size.restype = ctypes.c_size_t
+    if library.loratools_rows_size() != ctypes.sizeof(_Rows):
+        return None  # compiled from another rows.c, or for processors unlike this one
+    library.loratools_add_products.argtypes = [ctypes.POINTER(_Rows)]
+    library.loratools_add_products.restype = None
+    return library
+
+
+def available() -> bool:
+    """Tell whether the C code was compiled at installation, and is fast on this processor."""
+    return _library() is not None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Products:
+    """left·right as the C code takes it: rows one after another, the columns of right in panels. See `products`."""
+
+    left: Array
+    panels: Array
+    factor: Array
+    scale: Array
+    magnitude: Array | None
+    columns: int
+
+    @property
+    def memory(self) -> int:
+        """Number of sums that a call needs memory for."""
+        return TOGETHER * LANES * len(self.panels)
+
+
+def products(left: Array, right: Array, factor: Array, scale: Array, magnitude: Array | None = None) -> Products:
+    """Arrange left (rows, r) and right (r, columns) in float32, left being `factor`·diag(`scale`) rounded.
+
+    `factor` is in float32, `scale` and the `magnitude` of each row, if any, in float64.
+    """
+    import numpy as np
+
+    rank, columns = right.shape
+    count = -(-columns // LANES)
+    padded = np.zeros((rank, count * LANES), np.float32)
+    padded[:, :columns] = right
+    panels = np.ascontiguousarray(padded.reshape(rank, count, LANES).transpose(1, 0, 2))
+    left, factor = (np.ascontiguousarray(one, np.float32) for one in (left, factor))
+    if magnitude is not None:
+        magnitude = np.ascontiguousarray(magnitude, np.float64)
+    return Products(left, panels, factor, np.ascontiguousarray(scale, np.float64), magnitude, columns)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a call met: the bits of the largest magnitude, a row without direction, the sums behind the retention."""
+
+    largest: int
+    zero_row: int | None
+    retained: float
+    total: float
+    changed: int
+
+
+def add_products(
+    W: Array,
+    out: Array,
+    terms: Products,
+    rows: slice,
+    sums: Array,
+    *,
+    gains: Array | None = None,
+    bound: float,
+    measured: int = 0,
+) -> Found:
+    """Store g∘(W + left·right) for `rows` of the products in `out`; both are bfloat16 as uint16, (rows, columns).
+
+    g is 1, or magnitude / ‖W + left·right‖ for each row, which is left in `gains`. Sums are in float32, rounded once;
+    results of a magnitude below |g|·`bound` are computed in float64. The first `measured` rows are compared with W.
+    `sums` is memory for so many float32 numbers as the products say. NaN and infinities are results like others.
+    Raises `ValueError` for arrays of other shapes.
+    """
+    count = rows.stop - rows.start
+    if W.shape != (count, terms.columns) or out.shape != W.shape or out.strides != W.strides or W.strides[1] != 2:
+        raise ValueError(f"W {W.shape} and out {out.shape} are not ({count}, {terms.columns}) rows laid out alike")
+    if (gains is None) != (terms.magnitude is None) or sums.size < terms.memory:
+        raise ValueError(f"gains go with a magnitude; sums take {terms.memory} numbers, not {sums.size}")
+    if any(rows.stop > len(one) for one in (terms.left, gains) if one is not None):
+        raise ValueError(f"{rows} are not rows of left, {terms.left.shape}, or have no gains")
+
+    def at(array: Array | None, part: slice = slice(None)) -> int | None:
+        return None if array is None else array[part].ctypes.data
+
+    call = _Rows(
+        at(W), at(out), W.strides[0] // 2, count, terms.columns, terms.left.shape[1],
+        at(terms.left, rows), at(terms.panels), at(terms.factor, rows), at(terms.scale), at(terms.magnitude, rows),
+        at(gains, rows), bound, at(sums), measured,
+    )  # fmt: skip
+    _library().loratools_add_products(ctypes.byref(call))
+    zero_row = None if call.zero_row < 0 else rows.start + call.zero_row
+    return Found(call.largest, zero_row, call.retained, call.total, int(call.changed))
