@@ -11,6 +11,7 @@ LoraToolsError                 what `except` should name to catch everything bel
 ├── OutputRefused              the output exists, is an input, or is already the result
 ├── NoSpace                    the disk is full, or a quota or file-size limit was reached
 ├── MissingExtra               an optional dependency is not installed
+├── NoDevice                   the machine has no such device to compute on
 └── HubError                   the Hub said no, or could not be reached
 """
 
@@ -77,6 +78,10 @@ class NoSpace(LoraToolsError):
 
 class MissingExtra(LoraToolsError):
     """An optional dependency is not installed; the message names the extra that brings it."""
+
+
+class NoDevice(LoraToolsError):
+    """The machine has no such device to compute on, or torch cannot use it."""
 
 
 class HubError(LoraToolsError):

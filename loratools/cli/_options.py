@@ -41,7 +41,7 @@ device_option = click.option(
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
     show_default=True,
-    help="Where the arithmetic is done.",
+    help="Where the arithmetic is done; cuda may round one element in some ten thousand to its other neighbour.",
 )
 check_base_option = click.option(
     "--check-base",

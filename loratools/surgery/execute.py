@@ -16,9 +16,10 @@ from loratools.errors import WrongBase
 from loratools.storage import digest, files
 from loratools.storage.writer import FilePlan, Slot
 from loratools.surgery import bits, products, stochastic
+from loratools.surgery.device import TILES, exact_products, own_stream
 from loratools.surgery.plan import Change, MergePlan
 from loratools.surgery.terms import check_effect, is_wide, load_terms
-from loratools.surgery.tiles import TILE, TensorResult, TensorTask, run
+from loratools.surgery.tiles import TensorResult, TensorTask, run
 from loratools.surgery.workspace import Workspace
 
 _COPY = 64 << 20  # bytes of one copy task: large enough to be cheap, small enough to share out and to stop
@@ -28,7 +29,7 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to run: nothing here changes a byte of the output, but for `device` (see the policy in the docs), and
+    """How to run: nothing here changes a byte of the output, but for `device` (`device.py` has the policy), and
     `rounding`, `nearest` or `stochastic`, which draws by `seed`.
 
     `digests` are those of the adapters, by which their products are ordered. `before` has functions for tensors that
@@ -41,8 +42,13 @@ class Settings:
     retention: str = "sample"
     seed: int = 0
     rounding: str = "nearest"
-    tile_bytes: int = TILE
+    tile_bytes: int | None = None
     before: Mapping[str, Callable[[int], None]] = field(default_factory=dict)
+
+    @property
+    def tile(self) -> int:
+        """Bytes of one tile: `tile_bytes`, or what suits the device."""
+        return self.tile_bytes or TILES[self.device]
 
 
 def write_weights(
@@ -118,13 +124,7 @@ def _with_numpy(job: _Job, stack: ExitStack) -> Callable[[Slot, int], TensorResu
 
 def _with_torch(job: _Job, stack: ExitStack) -> Callable[[Slot, int], TensorResult]:
     """Import torch, while copies run; its settings are as they were found when the stack is closed."""
-    import torch
-
-    stack.callback(torch.set_num_threads, torch.get_num_threads())
-    torch.set_num_threads(1)
-    if job.settings.device == "cuda":
-        stack.callback(setattr, torch.backends.cuda.matmul, "allow_tf32", torch.backends.cuda.matmul.allow_tf32)
-        torch.backends.cuda.matmul.allow_tf32 = False
+    stack.enter_context(exact_products(job.settings.device))
     check_effect(job.plan)
     return job.run_terms
 
@@ -188,7 +188,7 @@ class _Job:
             products.load(self.plan, change, settings.digests, slot.name), _hashes(change),
             settings.retention, settings.seed,
         )  # fmt: skip
-        result = products.run(task, self.mine.buffers, self.progress, self.stop.is_set, settings.tile_bytes)
+        result = products.run(task, self.mine.buffers, self.progress, self.stop.is_set, settings.tile)
         return self._checked(slot, result)
 
     def run_terms(self, slot: Slot, target: int) -> TensorResult:
@@ -200,14 +200,15 @@ class _Job:
             torch.set_num_threads(1)  # OpenMP keeps this number for each thread
             self.mine.workspace = Workspace(device)
         change, settings = self.plan.changes[slot.name], self.settings
-        terms = load_terms(self.plan, change, slot.dtype, settings.digests, slot.name, device)
         random = settings.rounding == "stochastic" and slot.dtype in stochastic.DTYPES
-        task = TensorTask(
-            slot.name, change.source, slot.dtype, target, slot.offset, terms, _hashes(change),
-            settings.retention, settings.seed, is_wide(change, slot.dtype),
-            stochastic.Stochastic(settings.seed, slot.name, slot.dtype) if random else None,
-        )  # fmt: skip
-        result = run(task, self.mine.workspace, self.progress, self.stop.is_set, settings.tile_bytes)
+        with own_stream(device):
+            terms = load_terms(self.plan, change, slot.dtype, settings.digests, slot.name, device)
+            task = TensorTask(
+                slot.name, change.source, slot.dtype, target, slot.offset, terms, _hashes(change),
+                settings.retention, settings.seed, is_wide(change, slot.dtype),
+                stochastic.Stochastic(settings.seed, slot.name, slot.dtype) if random else None,
+            )  # fmt: skip
+            result = run(task, self.mine.workspace, self.progress, self.stop.is_set, settings.tile)
         return self._checked(slot, result)
 
     def _checked(self, slot: Slot, result: TensorResult) -> TensorResult:

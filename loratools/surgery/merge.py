@@ -15,6 +15,7 @@ from loratools.errors import IncompatibleAdapter, NoSpace, OutputRefused
 from loratools.storage import atomic, digest
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery import companions, identity, products
+from loratools.surgery.device import check as check_device
 from loratools.surgery.execute import Settings, write_weights
 from loratools.surgery.hash import hash_tensors
 from loratools.surgery.keep import Kept, keep
@@ -156,13 +157,14 @@ def merge(
     """Merge adapters into a base model and write the result as a new folder.
 
     W' = W + Σ wᵢ·sᵢ·Bᵢ·Aᵢ, accumulated in float32 (float64 for a float64 base) and rounded once, to nearest even, to
-    the base's dtype. `options` are those of `prepare`. `retention` is `sample`, `full` or `off`; `seed` chooses the
-    sampled tiles. `rounding="stochastic"` rounds BF16 and F16 up or down at random, by `seed`
-    (`surgery/stochastic.py`). Untouched tensors are copied byte for byte; the output appears only when it is complete.
-    `keep_residual` writes beside them what rounding destroyed (`surgery/residual.py`) and records the base's root hash.
-    With `resume` an interruption leaves the files that are complete, and the same call goes on from there.
+    the base's dtype. `options` are those of `prepare`. `device` is `cpu` or `cuda` (`surgery/device.py` says what may
+    differ). `retention` is `sample`, `full` or `off`; `seed` chooses the sampled tiles. `rounding="stochastic"` rounds
+    BF16 and F16 up or down at random, by `seed` (`surgery/stochastic.py`). Untouched tensors are copied byte for byte;
+    the output appears only when it is complete. `keep_residual` writes beside them what rounding destroyed
+    (`surgery/residual.py`) and records the base's root hash. With `resume` an interruption leaves the files that are
+    complete, and the same call goes on from there.
 
-    Raises what `prepare` raises, `WrongBase` when a tensor read is not the recorded one, and `NoSpace`.
+    Raises what `prepare` raises, `WrongBase` when a tensor read is not the recorded one, `NoSpace`, and `NoDevice`.
     """
     prepared = prepare(base, adapters, output, force=force, **options)
     return execute(
@@ -186,6 +188,7 @@ def execute(
 ) -> MergeReport:
     """Run a prepared merge; see `merge`. `sink` makes, for the folder being written, what takes each finished shard."""
     plan = prepared.plan
+    check_device(device)
     if keep_residual and plan.base.origins:
         raise IncompatibleAdapter(
             "a residual restores the tensors of a base one by one, and this merge repeats its layers",

@@ -27,6 +27,7 @@ class Workspace:
 
         return Tile(
             self._of("stored", elements, stored),
+            self._of("arrived", elements if self.device.type != "cpu" else 0, stored),
             self._of("out", elements, out),
             self._of("work", elements, work),
             self._of("base", elements, work),
@@ -40,7 +41,7 @@ class Workspace:
         nbytes = elements * dtype.itemsize
         held = self._memory.get(name)
         if held is None or len(held) < nbytes:
-            on_device = name in ("work", "base")
+            on_device = name in ("arrived", "work", "base")
             pinned = self.device.type == "cuda" and name in ("stored", "out")
             where = self.device if on_device else torch.device("cpu")
             self._memory[name] = held = torch.empty(nbytes, dtype=torch.uint8, device=where, pin_memory=pinned)
@@ -49,9 +50,10 @@ class Workspace:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tile:
-    """The buffers of one tensor's tiles; `work` and `base` lie on the device, the others on the host."""
+    """The buffers of one tensor's tiles; `arrived`, `work` and `base` lie on the device, the others on the host."""
 
     _stored: torch.Tensor
+    _arrived: torch.Tensor
     _out: torch.Tensor
     _work: torch.Tensor
     _base: torch.Tensor
@@ -63,7 +65,10 @@ class Tile:
         count = rows * columns
         raw = _bytes_of(self._stored[:count])
         files.read_into(source, raw, offset)
-        self._work[:count].copy_(self._stored[:count])
+        stored = self._stored[:count]
+        if len(self._arrived):  # moved as it is stored, and widened there: half the bytes of float32
+            stored = self._arrived[:count].copy_(stored, non_blocking=True)
+        self._work[:count].copy_(stored)
         return self._work[:count].view(rows, columns), raw
 
     def copy_of(self, W: torch.Tensor) -> torch.Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -29,6 +31,7 @@ KINDS = {
 }
 
 Parts = dict[str, Tensor]
+Mixture = list[tuple[float, dict[str, tuple[str, int, int]]]]
 
 
 def parts_of(kind: str, shape: tuple[int, ...], r: int, seed: int) -> Parts:
@@ -98,7 +101,7 @@ def changed(W: Tensor, base: Tensor, kind: str, p: Parts, s: float, w: float) ->
 
 
 @st.composite
-def mixtures(draw: st.DrawFn) -> list[tuple[float, dict[str, tuple[str, int, int]]]]:
+def mixtures(draw: st.DrawFn) -> Mixture:
     """Draw one to three adapters: a weight, and for some layers a kind, a rank and a seed."""
     found = []
     for _ in range(draw(st.integers(1, 3))):
@@ -120,8 +123,20 @@ def mixtures(draw: st.DrawFn) -> list[tuple[float, dict[str, tuple[str, int, int
 )
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_mixture_is_its_definition_in_float64(
-    mixture: list[tuple[float, dict[str, tuple[str, int, int]]]], dtype: str, shards: int, threads: int, tile: int
+    mixture: Mixture, dtype: str, shards: int, threads: int, tile: int
 ) -> None:
+    check(mixture, dtype, shards, Settings((), threads, tile_bytes=tile))
+
+
+@pytest.mark.gpu
+@given(mixture=mixtures(), dtype=st.sampled_from(sorted(DTYPES)), tile=st.sampled_from([50, 1 << 20]))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_any_mixture_is_its_definition_on_a_gpu_too(mixture: Mixture, dtype: str, tile: int) -> None:
+    check(mixture, dtype, 2, Settings((), 2, "cuda", tile_bytes=tile))
+
+
+def check(mixture: Mixture, dtype: str, shards: int, how: Settings) -> None:
+    """Merge a mixture into a base of this dtype, and hold every element against float64."""
     weights, adapters = {}, []
     for i, (name, shape) in enumerate(LAYERS.items()):
         tensor = f"{name}.down_proj" if shape == EXPERTS else f"{name}.weight"
@@ -143,7 +158,7 @@ def test_any_mixture_is_its_definition_in_float64(
         out = Path(place) / "out"
         out.mkdir()
         digests = [str(i) for i in range(len(adapters))]
-        write_weights(plan, out, Settings(digests, threads, tile_bytes=tile), lambda _: None)
+        write_weights(plan, out, replace(how, digests=digests), lambda _: None)
         found = load(out)
     assert found.keys() == wanted.keys()
     for tensor, W in wanted.items():
