@@ -10,6 +10,7 @@ import torch
 
 from loratools.dialects import _architectures as architectures
 from loratools.dialects._kohya_names import dotted, flattened
+from tests.dialects.test_unflatten import SDXL
 
 PREFIXES = {"unet": "lora_unet_", "transformer": "lora_transformer_", "diffusion_model": "lora_unet_"}
 
@@ -59,18 +60,11 @@ def test_the_lists_hold_every_layer_of_the_real_models() -> None:
     diffusers: Any = pytest.importorskip("diffusers")
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-    sdxl = {
-        "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048, "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
-    }  # fmt: skip
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         real = {
             "sd": linear(diffusers.UNet2DConditionModel(cross_attention_dim=768))
-            | linear(diffusers.UNet2DConditionModel(**sdxl)),
+            | linear(diffusers.UNet2DConditionModel(**SDXL)),
             "flux": linear(diffusers.FluxTransformer2DModel(guidance_embeds=True)),
             "sd3": linear(diffusers.SD3Transformer2DModel(num_layers=24, dual_attention_layers=tuple(range(13)))),
             "qwen-image": linear(diffusers.QwenImageTransformer2DModel()),

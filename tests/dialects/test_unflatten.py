@@ -14,7 +14,7 @@ from loratools import dialects
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]
 
-_SDXL = {
+SDXL = {
     "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -23,7 +23,7 @@ _SDXL = {
 }  # fmt: skip
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "sd-1": ("UNet2DConditionModel", {"cross_attention_dim": 768}, "unet"),
-    "sdxl": ("UNet2DConditionModel", _SDXL, "unet"),
+    "sdxl": ("UNet2DConditionModel", SDXL, "unet"),
     "sd3": ("SD3Transformer2DModel", {"num_layers": 24, "dual_attention_layers": tuple(range(13))}, "transformer"),
     "flux": ("FluxTransformer2DModel", {"guidance_embeds": True}, "transformer"),
     "qwen-image": ("QwenImageTransformer2DModel", {}, "transformer"),
