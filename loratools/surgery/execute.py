@@ -20,11 +20,14 @@ from loratools.surgery.device import TILES, exact_products, own_stream
 from loratools.surgery.plan import Change, MergePlan
 from loratools.surgery.terms import check_effect, is_wide, load_terms
 from loratools.surgery.tiles import TensorResult, TensorTask, run
+from loratools.surgery.turns import Queue, Turns
 from loratools.surgery.workspace import Workspace
 
 _COPY = 64 << 20  # bytes of one copy task: large enough to be cheap, small enough to share out and to stop
 
 Progress = Callable[[int], None]
+_MergeTensor = Callable[[Slot, int], TensorResult]
+_Range = tuple[Path, int, int, int]  # of a file, from, to; and where it goes
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,50 +72,53 @@ def write_weights(
     groups = [[file] for file in plan.files] if finished else [list(plan.files)]
     stop = Event()
     with ExitStack() as stack:
-        job = _Job(plan, settings, progress, stop, local())
+        job, turns = _Job(plan, settings, progress, stop, local()), Turns()
         pool = stack.enter_context(ThreadPoolExecutor(settings.threads))
-        try:
-            results: list[TensorResult] = []
-            merge_tensor: Callable[[Slot, int], TensorResult] | None = None
-            for group in groups:
-                with ExitStack() as opened:
-                    work, copies = [], []
+        results: list[TensorResult] = []
+        merge_tensor: _MergeTensor | None = None
+        for group in groups:
+            with ExitStack() as opened:
+                try:
+                    work, ranges = [], []
                     for file in group:
-                        more, ranges = _open(plan, file, folder, settings.before.keys(), opened)
+                        more, parts = _open(plan, file, folder, settings.before.keys(), opened)
                         work += more
-                        copies += [pool.submit(_copy, *part, stop, progress) for part in ranges]
+                        ranges += parts
+                    copies = Queue(turns, ranges, alone=True).start(pool, settings.threads, job.copy)
                     if work and merge_tensor is None:
                         plain = settings.device == "cpu" and settings.rounding == "nearest" and products.serves(plan)
                         merge_tensor = _with_numpy(job, stack) if plain else _with_torch(job, stack)
-                    work.sort(key=lambda item: -item[0].nbytes)
-                    tasks = [pool.submit(job.prepared, merge_tensor, *item) for item in work if merge_tensor]
-                    _finish(copies)
-                    results += (measured := _finish(tasks))
-                if finished:
-                    finished(folder / group[0].name, measured)
-            return sorted(results, key=lambda result: result.name)
-        except BaseException:
-            stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+                    tasks = Queue(turns, work).start(pool, settings.threads, partial(job.prepared, merge_tensor))
+                    _finish(copies, len(ranges))
+                    results += (measured := _finish(tasks, len(work)))
+                except BaseException:  # no thread may write any more when the files are closed
+                    stop.set()
+                    pool.shutdown(wait=True, cancel_futures=True)
+                    raise
+            if finished:
+                finished(folder / group[0].name, measured)
+        return sorted(results, key=lambda result: result.name)
 
 
 def _open(
     plan: MergePlan, file: FilePlan, folder: Path, before: Set[str], opened: ExitStack
-) -> tuple[list[tuple[Slot, int]], list[tuple[Path, int, int, int, int]]]:
-    """Make an output file with its header; return its tensors that are to be changed, and its ranges to be copied."""
+) -> tuple[list[tuple[int, Slot]], list[tuple[int, _Range]]]:
+    """Make an output file with its header; return its tensors that are to be changed, and its ranges to be copied.
+
+    Both come with its descriptor. The largest tensors are first, so that threads end together.
+    """
     rewritten = plan.rewritten().keys() | before
     target = folder / file.name
     target.parent.mkdir(parents=True, exist_ok=True)
     descriptor = opened.enter_context(files.descriptor(target, os.O_RDWR | os.O_CREAT | os.O_EXCL))
     os.truncate(descriptor, file.size)
     files.write_from(descriptor, memoryview(file.header), 0)
-    work = [(slot, descriptor) for slot in file.slots if slot.name in rewritten]
+    work = sorted((slot for slot in file.slots if slot.name in rewritten), key=lambda slot: -slot.nbytes)
     ranges = _copy_ranges(plan, [slot for slot in file.slots if slot.name not in rewritten])
-    return work, [(*part, descriptor) for part in ranges]
+    return [(descriptor, slot) for slot in work], [(descriptor, part) for part in ranges]
 
 
-def _with_numpy(job: _Job, stack: ExitStack) -> Callable[[Slot, int], TensorResult]:
+def _with_numpy(job: _Job, stack: ExitStack) -> _MergeTensor:
     """Import NumPy; its BLAS has one thread until the stack is closed, for the workers share the cores already."""
     import numpy  # noqa: F401  (the limit below holds for libraries that are loaded)
     from threadpoolctl import threadpool_limits
@@ -122,20 +128,24 @@ def _with_numpy(job: _Job, stack: ExitStack) -> Callable[[Slot, int], TensorResu
     return job.add_products
 
 
-def _with_torch(job: _Job, stack: ExitStack) -> Callable[[Slot, int], TensorResult]:
+def _with_torch(job: _Job, stack: ExitStack) -> _MergeTensor:
     """Import torch, while copies run; its settings are as they were found when the stack is closed."""
     stack.enter_context(exact_products(job.settings.device))
     check_effect(job.plan)
     return job.run_terms
 
 
-def _finish(futures: Sequence[Future[Any]]) -> list[Any]:
-    return [future.result() for future in futures]
+def _finish(futures: Sequence[Future[list[Any]]], count: int) -> list[Any]:
+    """Wait for all results; whatever was not done would be zeros in the output."""
+    results = [result for future in futures for result in future.result()]
+    if len(results) != count:
+        raise RuntimeError(f"{count - len(results)} of {count} pieces of the output were not written")
+    return results
 
 
-def _copy_ranges(plan: MergePlan, slots: Sequence[Slot]) -> list[tuple[Path, int, int, int]]:
+def _copy_ranges(plan: MergePlan, slots: Sequence[Slot]) -> list[_Range]:
     """Join untouched tensors that follow each other in source and output into (file, start, stop, offset) pieces."""
-    runs: list[tuple[Path, int, int, int]] = []
+    runs: list[_Range] = []
     for slot in slots:
         source = plan.changes[slot.name].source
         if runs and runs[-1][0] == source.file and runs[-1][2] == source.start:
@@ -151,14 +161,6 @@ def _copy_ranges(plan: MergePlan, slots: Sequence[Slot]) -> list[tuple[Path, int
     ]
 
 
-def _copy(path: Path, start: int, stop: int, offset: int, target: int, stopped: Event, progress: Progress) -> None:
-    if stopped.is_set():
-        return
-    with files.descriptor(path) as source:
-        files.copy_range(source, start, stop, target, offset, path)
-    progress(stop - start)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Job:
     """What all tasks of one run share; `mine` holds the memory of each thread."""
@@ -169,8 +171,17 @@ class _Job:
     stop: Event
     mine: local
 
-    def prepared(self, merge_tensor: Callable[[Slot, int], TensorResult], slot: Slot, target: int) -> TensorResult:
+    def copy(self, target: int, piece: _Range) -> None:
+        """Copy bytes of the base as they are."""
+        path, start, stop, offset = piece
+        if not self.stop.is_set():
+            with files.descriptor(path) as source:
+                files.copy_range(source, start, stop, target, offset, path)
+            self.progress(stop - start)
+
+    def prepared(self, merge_tensor: _MergeTensor | None, target: int, slot: Slot) -> TensorResult:
         """Put the base's bytes in place where the settings say how; then change them, if anything does."""
+        assert merge_tensor
         if before := self.settings.before.get(slot.name):
             before(target)
             change = self.plan.changes[slot.name]
