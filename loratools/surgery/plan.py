@@ -125,10 +125,7 @@ def plan_merge(
     outputs = {name: (specs[name].dtype if name in specs else usual) for name in {**specs, **whole}}
     sources = {**specs, **whole}
     check_vocabulary(shapes, {name: spec.shape for name, spec in whole.items()})
-    placements: dict[str, list[tuple[int, Placement]]] = {}
-    for i, adapter in enumerate(untied.adapters):
-        for placement in resolve(adapter, {name: spec.shape for name, spec in sources.items()}, base.config):
-            placements.setdefault(placement.site.tensor, []).append((i, placement))
+    placements = _placed(untied.adapters, {name: spec.shape for name, spec in sources.items()}, base)
     _check_targets({name: specs[name] for name in {**placements, **whole} if name in specs})
     expected, notes = _expected(adapters, specs, placements, base, check_base)
     changes = {
@@ -165,6 +162,27 @@ def plan_merge(
     return MergePlan(
         base, untied.adapters, tuple(weights), tuple(files), changes, config, kept, check_base == "strict", tuple(notes)
     )
+
+
+def _placed(
+    adapters: Sequence[Adapter], shapes: Mapping[str, tuple[int, ...]], base: Checkpoint
+) -> dict[str, list[tuple[int, Placement]]]:
+    """Return the placements on each tensor, with the adapters' numbers; an error says which adapters do not fit."""
+    found: dict[str, list[tuple[int, Placement]]] = {}
+    misfits: dict[str, IncompatibleAdapter] = {}
+    for i, adapter in enumerate(adapters):
+        try:
+            for placement in resolve(adapter, shapes, base.config):
+                found.setdefault(placement.site.tensor, []).append((i, placement))
+        except IncompatibleAdapter as error:
+            misfits[f"adapter {i + 1}: " if len(adapters) > 1 else ""] = error
+    if misfits:
+        raise IncompatibleAdapter(
+            f"{base.path}: " + "; ".join(f"{who}{error.message}" for who, error in misfits.items()),
+            [f"{who}{problem}" for who, error in misfits.items() for problem in error.problems],
+            hint="Was it trained on this base model? `loratools inspect --modules` shows the names of both.",
+        )
+    return found
 
 
 def _order(placements: Mapping[str, Sequence[tuple[int, Placement]]], count: int) -> list[str]:

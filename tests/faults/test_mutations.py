@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save
 
 from loratools import dialects
+from loratools.adapter import updates
 from loratools.adapter.model import Adapter
 from loratools.errors import LoraToolsError
 from loratools.storage import files
@@ -121,6 +122,8 @@ def test_adapters(prepared: Path, tmp_path: Path, part: int) -> None:
         for file in (prepared / kind).iterdir():
             (tmp_path / kind / file.name).write_bytes(file.read_bytes())
         dialects.open_adapter(tmp_path / kind)  # imports and caches are not what is measured
+    for name in updates.names():
+        updates.get(name)
     seen = Counter()
     for number in range(250):
         kind = chance.choice(kinds)
