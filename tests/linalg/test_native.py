@@ -143,6 +143,9 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         run(W[:3], B, A, scale, rows=slice(0, 4))
     with pytest.raises(ValueError, match="are not rows of left"):
         run(W, B, A, scale, rows=slice(2, 6))
+    for wrong in ((B[1:], B, scale, m), (B, B[:, :1], scale, m), (B, B, scale[1:], m), (B, B, scale, m[1:])):
+        with pytest.raises(ValueError, match="left, factor, scale and magnitude have the shapes"):
+            native.products(wrong[0], A, *wrong[1:])
     terms = native.products(B, A, B, scale, m)
     with pytest.raises(ValueError, match="gains go with a magnitude"):
         native.add_products(W, W.copy(), terms, slice(0, 4), np.empty(terms.memory, np.float32), bound=0.0)

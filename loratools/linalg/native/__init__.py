@@ -78,11 +78,16 @@ class Products:
 def products(left: Array, right: Array, factor: Array, scale: Array, magnitude: Array | None = None) -> Products:
     """Arrange left (rows, r) and right (r, columns) in float32, left being `factor`·diag(`scale`) rounded.
 
-    `factor` is in float32, `scale` and the `magnitude` of each row, if any, in float64.
+    `factor` is in float32, `scale` and the `magnitude` of each row, if any, in float64. Raises `ValueError` for arrays
+    that do not go together.
     """
     import numpy as np
 
     rank, columns = right.shape
+    found = [left.shape, factor.shape, scale.shape, *([] if magnitude is None else [magnitude.shape])]
+    wanted = [(len(left), rank), (len(left), rank), (rank,), (len(left),)]
+    if found != wanted[: len(found)]:
+        raise ValueError(f"left, factor, scale and magnitude have the shapes {found}, expected {wanted}")
     count = -(-columns // LANES)
     padded = np.zeros((rank, count * LANES), np.float32)
     padded[:, :columns] = right
@@ -119,8 +124,8 @@ def add_products(
 
     g is 1, or magnitude / ‖W + left·right‖ for each row, which is left in `gains`. Sums are in float32, rounded once;
     results of a magnitude below |g|·`bound` are computed in float64. The first `measured` rows are compared with W.
-    `sums` is memory for so many float32 numbers as the products say. NaN and infinities are results like others.
-    Raises `ValueError` for arrays of other shapes.
+    `sums` is memory for so many float32 numbers as the products say, `gains` is in float64.
+    NaN and infinities are results like others. Raises `ValueError` for arrays of other shapes.
     """
     count = rows.stop - rows.start
     if W.shape != (count, terms.columns) or out.shape != W.shape or out.strides != W.strides or W.strides[1] != 2:
