@@ -187,7 +187,7 @@ def make(name: str, out: Path, steps: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="the folder to write to; it is made if need be")
-    parser.add_argument("--steps", type=int, default=40, help="training steps of each adapter (default: 40)")
+    parser.add_argument("--steps", type=int, default=20, help="training steps of each adapter (default: 20)")
     parser.add_argument("--only", nargs="+", choices=MAKERS, metavar="NAME", help="make these, and their bases, only")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

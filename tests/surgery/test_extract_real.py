@@ -26,7 +26,8 @@ def test_rank_32_is_within_a_two_thousandth_of_the_optimum(real_models: Any, tmp
     found = extract(base, tuned, tmp_path / "out", Ranks(Fixed(32)))
     layers = {one.layer.module: one.layer for one in found.outcomes if one.layer}
     assert len(layers) == 210
-    assert {one.outcome for one in found.outcomes} == {"factored", "whole"}
+    assert len(found.of("factored")) == 210
+    assert {one.outcome for one in found.outcomes} <= {"factored", "whole", "unchanged"}  # a norm may stay as it was
     before, after, parts = Checkpoint.open(base), Checkpoint.open(tuned), products(open_adapter(tmp_path / "out"))
     for module in sorted(layers)[::30]:
         D = after.read(f"{module}.weight").double() - before.read(f"{module}.weight").double()
@@ -45,7 +46,7 @@ def test_a_budget_captures_more_than_uniform_ranks_or_energy_thresholds(real_mod
 
     parameters, even = captured("even", Ranks(Fixed(12)))
     spent, filled = captured("filled", Ranks(budget=parameters))
-    generous, threshold = captured("threshold", Ranks(Energy(0.45)))
+    generous, threshold = captured("threshold", Ranks(Energy(even)))
     assert parameters - 1200 < spent <= parameters < generous
     assert filled > even + 0.005
     assert filled > threshold  # although the thresholds spent more
