@@ -3,7 +3,7 @@
 The policy: a CUDA device computes what the processor does, in float32 without TF32 (float64 where the processor does),
 rounded once, and results near zero again in float64 on the host. Only the last bit of a float32 sum may differ, for its
 order does; where that bit decides a tie, one element in some ten thousand of a BF16 tensor is the other neighbour.
-Bytes that are the same on every machine come from the processor.
+Processors of other kinds may differ likewise; on one machine threads, their order and repetition change no byte.
 
 Each worker thread has a stream of its own and page-locked memory for what it reads and writes, so that while one tile
 is computed, another one is on its way: with two threads that is double buffering.

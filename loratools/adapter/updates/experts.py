@@ -78,7 +78,7 @@ class ExpertsUpdate:
 
     def project(self, X: torch.Tensor, weight: float, under: Underlying) -> torch.Tensor:
         """Raise `ValueError`: a site holds one expert."""
-        raise ValueError("a stack of experts lands on one under.site for each expert")
+        raise ValueError("a stack of experts lands on one site for each expert")
 
     def delta_weight(self) -> torch.Tensor:
         """Return s·B[e]·A[e] of every expert in float32, (E, out, in)."""
