@@ -16,7 +16,7 @@ _HOME: dict[str, str] = {
     "BaseIdentity": "loratools.adapter.model",
     "Checkpoint": "loratools.storage.checkpoint",
     "LoraToolsError": "loratools.errors",
-    "certify": "loratools.surgery.certify",
+    "certify": "loratools.surgery.extract.certify",
     "combine": "loratools.surgery.combine",
     "compare": "loratools.surgery.compare",
     "convert": "loratools.surgery.convert",

@@ -16,10 +16,11 @@ PACKAGE = REPOSITORY / "loratools"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 FLOORS = (
     {"loratools", "errors"},
+    {"parallel"},
     {"storage", "linalg"},
     {"adapter"},
     {"format"},
-    {"dialects"},
+    {"dialects", "engine"},
     {"surgery"},
     {"hub"},
     {"demo"},

@@ -1,1 +1,1 @@
-"""What an adapter is: its updates, the names of their targets, and where they land in a base model. No files."""
+"""What an adapter is: modules, the updates that change them, their names, and where they land in a base model."""

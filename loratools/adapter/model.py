@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from loratools.adapter.updates import Update
+from loratools.adapter.kinds import Update
 from loratools.storage.lazy import LazyTensor
 
 

@@ -11,8 +11,8 @@ from loratools.cli._talk import Talk
 
 if TYPE_CHECKING:
     from loratools.storage.checkpoint import Checkpoint
-    from loratools.surgery.certificate import Layer
-    from loratools.surgery.certify import Certification
+    from loratools.surgery.extract.certificate import Layer
+    from loratools.surgery.extract.certify import Certification
 
 _MOST = 10  # names of one kind
 
@@ -35,7 +35,7 @@ def table(layers: Sequence[Layer]) -> Iterator[str]:
 
 def report(talk: Talk, tuned: Checkpoint, base: Path, adapter: Path, seed: int, threads: int) -> show.Report:
     """Certify any adapter against a fine-tune, and return the report."""
-    from loratools.surgery.certify import certify
+    from loratools.surgery.extract.certify import certify
 
     with talk.progress("certifying", 2 * tuned.nbytes) as advance:
         found = certify(tuned, base, adapter, seed=seed, threads=threads, progress=advance)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from loratools.cli._show import Report, emit
+from loratools.cli._show import SCHEMA, Report, encode, printable
 from loratools.cli._sources import fetch
 from loratools.cli._talk import Talk
+
+if TYPE_CHECKING:
+    from loratools.cli._talk import Talk
 
 SECTIONS = ("Look", "Check", "Change", "Share", "Learn")
 """Headings of `loratools --help`, in order; a command names its own."""
@@ -120,3 +123,12 @@ def common_options() -> list[click.Parameter]:
         flag("-v", "--verbose", help="Say more on stderr.", count=True),
         flag("--no-progress", help="Draw no progress bars.", is_flag=True),
     ]
+
+
+def emit(report: Report, talk: Talk) -> None:
+    """Print a report to stdout: its document with --json, else its text."""
+    if talk.json:
+        click.echo(talk.named(encode({"schema": SCHEMA, **report.document, "warnings": talk.warnings})))
+        return
+    for line in [report.text] if isinstance(report.text, str) else report.text:
+        click.echo(printable(talk.named(line)))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from loratools.surgery.allocate import Ranks
+    from loratools.linalg.ranks.allocate import Ranks
 
 _OPTIONS = (
     click.option("--rank", type=click.IntRange(min=1), metavar="R", help="The same rank for every module."),
@@ -48,15 +48,15 @@ def ranks_of(given: dict[str, Any], dtype: str) -> Ranks | None:
 
     `given` are the values of all options of `rank_options`; `dtype` is that of the result, for budgets in bytes.
     """
-    from loratools.linalg import ranks
-    from loratools.surgery.allocate import Ranks
+    from loratools.linalg.ranks.allocate import Ranks
+    from loratools.linalg.ranks.rules import Energy, Fixed, RankRule, SvCumulative, SvFro, SvRatio
 
-    rules: dict[str, Callable[[Any], ranks.RankRule]] = {
-        "rank": ranks.Fixed,
-        "energy": ranks.Energy,
-        "sv_ratio": ranks.SvRatio,
-        "sv_fro": ranks.SvFro,
-        "sv_cumulative": ranks.SvCumulative,
+    rules: dict[str, Callable[[Any], RankRule]] = {
+        "rank": Fixed,
+        "energy": Energy,
+        "sv_ratio": SvRatio,
+        "sv_fro": SvFro,
+        "sv_cumulative": SvCumulative,
     }
     named = [name for name in _RULES if given[name] is not None]
     bounds = {"uniform": given["uniform"], "maximum": given["max_rank"], "multiple_of": given["multiple_of"]}
@@ -76,8 +76,8 @@ def ranks_of(given: dict[str, Any], dtype: str) -> Ranks | None:
 
 def budget(text: str, dtype: str) -> int:
     """Return the parameters of a budget: `500000`, `2M`, or bytes such as `8MB` of a dtype; raise `ValueError`."""
+    from loratools.cli._sizes import parse_size
     from loratools.storage.dtypes import bits
-    from loratools.storage.writer import parse_size
 
     plain = text.strip().upper()
     if plain.endswith("B"):

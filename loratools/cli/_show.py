@@ -9,10 +9,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import click
-
 if TYPE_CHECKING:
-    from loratools.cli._talk import Talk
+    pass
 
 SCHEMA = 1
 """Version of the JSON documents: it changes when a key is removed or changes its meaning."""
@@ -28,15 +26,6 @@ class Report:
     document: Mapping[str, Any]
     text: str | Iterable[str]
     ok: bool = True
-
-
-def emit(report: Report, talk: Talk) -> None:
-    """Print a report to stdout: its document with --json, else its text."""
-    if talk.json:
-        click.echo(talk.named(encode({"schema": SCHEMA, **report.document, "warnings": talk.warnings})))
-        return
-    for line in [report.text] if isinstance(report.text, str) else report.text:
-        click.echo(printable(talk.named(line)))
 
 
 def encode(document: Mapping[str, Any]) -> str:

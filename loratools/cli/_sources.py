@@ -45,7 +45,7 @@ def fetch(ctx: click.Context) -> None:
 def _local(given: str | Path, need: Need, ctx: click.Context) -> Path:
     if not isinstance(given, str):
         return given
-    from loratools.hub.refs import local
+    from loratools.hub.local import local
 
     talk = ctx.find_root().ensure_object(Talk)
     path = local(given, need=need, progress=lambda total: talk.progress(f"fetching {given}", total))

@@ -99,13 +99,13 @@ def command(
     """
     from loratools import dialects
     from loratools.storage.dtypes import ALIASES
-    from loratools.surgery import methods
     from loratools.surgery.combine import combine
+    from loratools.surgery.combine.methods._terms import Options
 
     if weights and len(weights) != len(adapters):
         raise click.UsageError(f"{len(weights)} weight(s) for {len(adapters)} adapter(s); give -w once for each")
     wanted = ranks_of(ranks, ALIASES[dtype])
-    chosen = methods.Options(density, gamma, epsilon, seed, like)
+    chosen = Options(density, gamma, epsilon, seed, like)
     sources = [*adapters, *([initial] if initial else [])]
     with talk.progress(
         "combining", size_of(dialects.open_adapter(one, initial=bool(initial)) for one in sources)
@@ -147,7 +147,7 @@ def lines(found: Combination, done: str) -> Iterator[str]:
 
 def table(found: Combination) -> Iterator[str]:
     """Yield what each module keeps."""
-    from loratools.adapter.targets import natural
+    from loratools.adapter.naming.compact import natural
 
     heading = ("module", "rank", "of", "energy kept", "error", "sigma first", "last kept")
     yield ""

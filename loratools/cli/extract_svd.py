@@ -16,9 +16,9 @@ from loratools.cli._group import command as make
 from loratools.cli._talk import Talk, pass_talk
 
 if TYPE_CHECKING:
-    from loratools.surgery.allocate import Ranks
+    from loratools.linalg.ranks.allocate import Ranks
     from loratools.surgery.extract import Extraction
-    from loratools.surgery.pairs import Pairing
+    from loratools.surgery.extract.pairs import Pairing
 
 _DEFAULT_RANK = 32
 _SHOWN = 8  # patterns of one class in the text
@@ -80,9 +80,9 @@ def command(talk: Talk, /, base: Path, tuned: Path, output: Path, **given: Any) 
       loratools extract-svd base tuned -o served --budget 64MB --uniform --drop-whole
       loratools extract-svd base tuned -o extracted --dry-run
     """
+    from loratools.adapter.naming.selection import Selection
     from loratools.storage.checkpoint import Checkpoint
     from loratools.surgery.extract import extract, plan
-    from loratools.surgery.selection import Selection
 
     before, after = Checkpoint.open(base), Checkpoint.open(tuned)
     kinds = {"kinds": frozenset(given["kinds"])} if given["kinds"] else {}
@@ -121,8 +121,8 @@ def document(found: Extraction) -> dict[str, Any]:
 
 
 def _ranks(given: dict[str, Any], dtype: str) -> Ranks:
-    from loratools.linalg.ranks import Energy, Fixed, Ratio
-    from loratools.surgery.allocate import Ranks
+    from loratools.linalg.ranks.allocate import Ranks
+    from loratools.linalg.ranks.rules import Energy, Fixed, Ratio
 
     asked = [name for name in ("rank", "energy", "ratio", "noise", "budget") if given[name] not in (None, False)]
     if len(asked) > 1:
@@ -143,8 +143,8 @@ def _ranks(given: dict[str, Any], dtype: str) -> Ranks:
 
 def _parameters(text: str, dtype: str) -> int:
     """Return a budget as a number of parameters: `20M` and `20000000` are parameters, `64MB` and `64MiB` are bytes."""
+    from loratools.cli._sizes import parse_size
     from loratools.storage import dtypes
-    from loratools.storage.writer import parse_size
 
     amount = text.strip()
     try:
@@ -206,7 +206,7 @@ def _lines(found: Extraction, every: bool) -> Iterator[str]:
 
 def _classes(classes: dict[str, dict[str, list[str]]], missing: tuple[str, ...]) -> Iterator[str]:
     """Yield the names in each class, many in few lines."""
-    from loratools.adapter.targets import compact
+    from loratools.adapter.naming.compact import compact
 
     for name, reasons in {
         **classes,

@@ -136,8 +136,8 @@ def command(
     """
     from contextlib import ExitStack
 
+    from loratools.cli._sizes import parse_size
     from loratools.storage.dtypes import ALIASES
-    from loratools.storage.writer import parse_size
     from loratools.surgery.merge import execute, prepare
 
     if weights and len(weights) != len(adapters):

@@ -11,8 +11,8 @@ from typing import Any
 from loratools import dialects
 from loratools.demo import data_folder
 from loratools.errors import WrongBase
+from loratools.linalg.ranks.allocate import Ranks
 from loratools.storage.checkpoint import Checkpoint, read_json
-from loratools.surgery.allocate import Ranks
 from loratools.surgery.combine import combine
 from loratools.surgery.convert import convert
 from loratools.surgery.extract import extract
@@ -120,7 +120,7 @@ def _unmerge(folder: Path) -> Stop:
 
 
 def _combine(folder: Path) -> Stop:
-    from loratools.linalg.ranks import Fixed
+    from loratools.linalg.ranks.rules import Fixed
 
     half = sum(lazy.parameters for lazy in dialects.open_adapter(folder / "adapter").tensors().values()) // 2
     small = resize(folder / "adapter", folder / "small", Ranks(budget=half))

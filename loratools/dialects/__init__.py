@@ -21,8 +21,7 @@ from pkgutil import iter_modules
 from typing import Protocol, cast
 
 from loratools.adapter.model import Adapter, Loss
-from loratools.adapter.names import Names
-from loratools.dialects._listing import WEIGHTS, Evidence, Listing
+from loratools.dialects._frame.listing import WEIGHTS, Evidence, Listing
 from loratools.errors import LossyConversion, OutputRefused, UnknownKind
 from loratools.storage.checkpoint import Checkpoint
 
@@ -109,20 +108,6 @@ def open_adapter(
     name = dialect or detect(listing)[0]
     adapter = get(name).read(listing)
     return adapter if adapter.dialect == name else replace(adapter, dialect=name)
-
-
-def named_for(adapter: Adapter, base: Checkpoint) -> Adapter:
-    """Return an adapter of an image model under the module names of a base: a pipeline's, a component's, or a file's.
-
-    Fused projections come apart or together where the base stores them so. Adapters of other models, and modules that
-    the base has under no naming, keep their names.
-    """
-    names = Names(base.specs)
-    if all(names.find(module) for module in adapter.updates):  # most adapters; what follows takes time to import
-        return adapter
-    from loratools.dialects import _image_bases
-
-    return _image_bases.for_base(adapter, {name: spec.shape for name, spec in base.specs.items()})
 
 
 def save_adapter(

@@ -15,13 +15,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loratools.adapter import factors
+from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, BaseIdentity, Loss
-from loratools.adapter.updates import Update
-from loratools.dialects import _build, _factors, _image_names, _losses, _safetensors, kohya
-from loratools.dialects._listing import Evidence, Listing
-from loratools.dialects._losses import MAGNITUDE, A, B
+from loratools.adapter.naming.image import rename
+from loratools.adapter.parts import MAGNITUDE, A, B
+from loratools.dialects import kohya
+from loratools.dialects._frame import build
+from loratools.dialects._frame import losses as _losses
+from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.errors import BadFile
 from loratools.format import keys
+from loratools.storage import save
 from loratools.storage.lazy import LazyTensor
 
 SUMMARY = "ComfyUI, ai-toolkit, musubi-tuner, BFL, XLabs: the original implementation's names (diffusion_model.…)"
@@ -79,7 +84,7 @@ def read(listing: Listing) -> Adapter:
         raise BadFile(f"{listing.path}: expected one safetensors file in this folder")
     tensors = listing.tensors(name)
     flux = any(".double_blocks." in f".{tensor}" for tensor in tensors)
-    groups: _build.Groups = {}
+    groups: build.Groups = {}
     alphas: dict[str, float] = {}
     whole: dict[str, LazyTensor] = {}
     faults: list[str] = []
@@ -87,15 +92,15 @@ def read(listing: Listing) -> Adapter:
     for tensor, lazy in tensors.items():
         if match := _XLABS.fullmatch(tensor):
             kind, number, what, stream, side = match.groups()
-            module = f"{_image_names.ORIGINAL}.{kind}_blocks.{number}.{_XLABS_NAMES[what + stream]}"
-            _build.add(groups, module, A if side == "down" else B, lazy, tensor, faults)
+            module = f"{rename.ORIGINAL}.{kind}_blocks.{number}.{_XLABS_NAMES[what + stream]}"
+            build.add(groups, module, A if side == "down" else B, lazy, tensor, faults)
             short |= {module} if kind == "single" and what == "qkv" else set()
         elif match := _SUFFIX.fullmatch(tensor):
             module, part = _module(match["module"], flux), match["part"].replace(".default", "")
             if part == "alpha":
-                alphas[module] = _build.number(lazy, f"{listing.folder / name}: {tensor}")
+                alphas[module] = build.number(lazy, f"{listing.folder / name}: {tensor}")
             else:
-                _build.add(groups, module, _PARTS.get(part, part), lazy, tensor, faults)
+                build.add(groups, module, _PARTS.get(part, part), lazy, tensor, faults)
         elif tensor.endswith("_norm.scale"):
             whole[_module(tensor, flux)] = lazy
         else:
@@ -110,7 +115,7 @@ def read(listing: Listing) -> Adapter:
         alpha = alphas.get(module, float(rank or 1))
         return alpha / (rank or 1), alpha
 
-    built = _build.build(listing.path, {module: kohya.to_peft(parts) for module, parts in groups.items()}, rule)
+    built = build.build(listing.path, {module: kohya.to_peft(parts) for module, parts in groups.items()}, rule)
     header = listing.header(name)
     metadata = {key: value for key, value in header.metadata.items() if key != "format"} if header else {}
     trained_on = metadata.get("ss_base_model")
@@ -120,7 +125,7 @@ def read(listing: Listing) -> Adapter:
 
 def losses(adapter: Adapter) -> list[Loss]:
     """List the modules that no original implementation known here has, and parts that ComfyUI does not read."""
-    adapter = _image_names.to_original(adapter)
+    adapter = rename.to_original(adapter)
     found = []
     for module, update in adapter.updates.items():
         foreign = sorted(part for part in update.parts if part in keys.PARTS and part not in (A, B, MAGNITUDE))
@@ -135,7 +140,7 @@ def losses(adapter: Adapter) -> list[Loss]:
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     """Write `lora_A` and `lora_B` under the original's names, with an alpha wherever the scaling is not 1."""
     lost = losses(adapter)
-    adapter = _losses.kept(_image_names.to_original(adapter), lost)
+    adapter = _losses.kept(rename.to_original(adapter), lost)
     tensors: dict[str, LazyTensor] = {}
     for module, update in adapter.updates.items():
         tensors |= {f"{_name(module)}.{suffix}": lazy for suffix, lazy in _of_peft(update).items()}
@@ -143,7 +148,7 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     metadata = {"format": "pt"} | ({str(k): str(v) for k, v in kept.items()} if isinstance(kept, Mapping) else {})
     if adapter.base and adapter.base.id:
         metadata.setdefault("ss_base_model", adapter.base.id)
-    _safetensors.save(target, _FILE, tensors, metadata, force=force)
+    save.save(target, _FILE, tensors, metadata, force=force)
 
 
 def _file(listing: Listing) -> str | None:
@@ -164,7 +169,7 @@ def _module(name: str, flux: bool) -> str:
 def _name(module: str) -> str | None:
     """Return ComfyUI's name of a module, or None where it has none."""
     component, _, rest = module.partition(".")
-    if component == _image_names.ORIGINAL or _ENCODER.fullmatch(module):
+    if component == rename.ORIGINAL or _ENCODER.fullmatch(module):
         return module
     t5 = rest.startswith(("encoder.block.", "shared"))
     encoder = "t5xxl" if t5 else {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}.get(component)
@@ -183,4 +188,4 @@ def _into_linear1(parts: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     b = parts.get(B)
     if b is None or b.shape[0] % 3:
         return dict(parts)
-    return {**parts, B: _factors.padded(b, 0, b.shape[0] // 3 * 7)}
+    return {**parts, B: factors.padded(b, 0, b.shape[0] // 3 * 7)}

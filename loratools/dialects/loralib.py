@@ -14,18 +14,20 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+from loratools.adapter import factors
 from loratools.adapter.model import Adapter, Loss
-from loratools.dialects import _build, _factors, _losses, _pickles
-from loratools.dialects._listing import Evidence, Listing
-from loratools.dialects._losses import A_EMBEDDING, B_EMBEDDING, A, B
+from loratools.adapter.parts import A_EMBEDDING, B_EMBEDDING, A, B
+from loratools.dialects._frame import build, pickles
+from loratools.dialects._frame.listing import Evidence, Listing
+from loratools.dialects._frame.losses import IDENTITY, identity, kept, replacements, updates
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.storage.lazy import LazyTensor
-from loratools.storage.pickled import SUFFIXES
+from loratools.storage.pickles.archive import SUFFIXES
 
 SUMMARY = "microsoft/loralib: a state dict of lora_A and lora_B; alpha must be told (--alpha)"
 EXTRA = None
 FILES = SUFFIXES
-CANNOT = (*_losses.IDENTITY, "alpha", "the name of the base model", "tensors trained whole but biases", "DoRA", "conv")
+CANNOT = (*IDENTITY, "alpha", "the name of the base model", "tensors trained whole but biases", "DoRA", "conv")
 
 _NAME = re.compile(r"(.+)\.(lora_A|lora_B)")
 _FILE = "lora.pt"
@@ -33,10 +35,10 @@ _FILE = "lora.pt"
 
 def detect(listing: Listing) -> Evidence | None:
     """Look for names that end in `lora_A` and `lora_B`."""
-    named = [name for name in _pickles.names(listing) if _NAME.fullmatch(name)]
+    named = [name for name in pickles.names(listing) if _NAME.fullmatch(name)]
     if not named:
         return None
-    return Evidence(70, f"{len(named)} of the tensors in {_pickles.file_of(listing)} are called as {named[0]}")
+    return Evidence(70, f"{len(named)} of the tensors in {pickles.file_of(listing)} are called as {named[0]}")
 
 
 def read(listing: Listing) -> Adapter:
@@ -45,14 +47,14 @@ def read(listing: Listing) -> Adapter:
     Raises `UnsupportedAdapter` where alpha, or what a MergedLinear enables, is not told, and where the base's weights
     are there too: saved in eval mode they contain ΔW already; `BadFile` for all that does not fit together.
     """
-    name = _pickles.file_of(listing)
+    name = pickles.file_of(listing)
     if name is None:
         raise BadFile(f"{listing.path}: expected one file of torch.save")
-    found: _build.Groups = {}
+    found: build.Groups = {}
     biases: dict[str, LazyTensor] = {}
     weights = []
     tensors = listing.tensors(name)
-    _build.check_gathered(listing.path, tensors)
+    build.check_gathered(listing.path, tensors)
     for tensor, lazy in tensors.items():
         if match := _NAME.fullmatch(tensor):
             found.setdefault(match[1], {})[match[2]] = lazy
@@ -87,35 +89,35 @@ def read(listing: Listing) -> Adapter:
     if untold:
         hint = "Say which are: --enable-lora T,F,T for query and value of a query-key-value weight."
         raise UnsupportedAdapter(f"{listing.path}: which projections are enabled is not recorded", untold, hint=hint)
-    built = _build.build(listing.path, groups, lambda module, rank: _rule(alpha, ranks[module], rank))
+    built = build.build(listing.path, groups, lambda module, rank: _rule(alpha, ranks[module], rank))
     return Adapter(built, biases, dialect="loralib")
 
 
 def losses(adapter: Adapter) -> list[Loss]:
     """List what loralib has no place for; alpha always is a loss, and the line says which one to tell the reader."""
-    found = _losses.updates(adapter, "loralib", ("lora", "embedding"), (A, B, A_EMBEDDING, B_EMBEDDING))
-    for module, update in _losses.kept(adapter, found).updates.items():
-        if (A_EMBEDDING in update.parts) != (module.rpartition(".")[2] in _build.EMBEDDINGS):
+    found = updates(adapter, "loralib", ("lora", "embedding"), (A, B, A_EMBEDDING, B_EMBEDDING))
+    for module, update in kept(adapter, found).updates.items():
+        if (A_EMBEDDING in update.parts) != (module.rpartition(".")[2] in build.EMBEDDINGS):
             found.append(Loss(module, "its name does not show whether it is an embedding"))
-    found += [loss for loss in _losses.replacements(adapter, "loralib") if not loss.where.endswith("bias")]
+    found += [loss for loss in replacements(adapter, "loralib") if not loss.where.endswith("bias")]
     if adapter.base and adapter.base.id:
         found.append(Loss("base model", f"its name, {adapter.base.id}"))
     found.append(
         Loss("alpha", f"loralib's files do not record it; read this one again with --alpha {_alpha(adapter):g}")
     )
-    return found + _losses.identity(adapter)
+    return found + identity(adapter)
 
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     """Write the state dict; what s·r has beyond the most common one goes into B."""
-    adapter = _losses.kept(adapter, losses(adapter))
+    adapter = kept(adapter, losses(adapter))
     alpha = _alpha(adapter)
     tensors = dict(adapter.replacements)
     for module, update in adapter.updates.items():
         names = (A_EMBEDDING, B_EMBEDDING) if A_EMBEDDING in update.parts else (A, B)
         tensors[f"{module}.lora_A"] = update.parts[names[0]]
-        tensors[f"{module}.lora_B"] = _factors.scaled(update.parts[names[1]], update.scaling * update.rank / alpha)
-    _pickles.save(target, _FILE, tensors, force=force)
+        tensors[f"{module}.lora_B"] = factors.scaled(update.parts[names[1]], update.scaling * update.rank / alpha)
+    pickles.save(target, _FILE, tensors, force=force)
 
 
 def _alpha(adapter: Adapter) -> float:
@@ -139,7 +141,7 @@ def _to_peft(module: str, a: LazyTensor, b: LazyTensor, listing: Listing) -> tup
     shape = _shape(module, listing)
     if len(shape) == 4:
         return _conv(a, b, shape), r // shape[-1]
-    embedding = module.rpartition(".")[2] in _build.EMBEDDINGS
+    embedding = module.rpartition(".")[2] in build.EMBEDDINGS
     if shape and shape[0] != shape[1]:
         embedding = shape == (a.shape[1], b.shape[0])
     return ({A_EMBEDDING: a, B_EMBEDDING: b} if embedding else {A: a, B: b}), r

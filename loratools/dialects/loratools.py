@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from loratools.adapter.model import Adapter, Loss
-from loratools.dialects import _losses
-from loratools.dialects._listing import Evidence, Listing
+from loratools.dialects._frame.listing import Evidence, Listing
+from loratools.dialects._frame.losses import copies, replication
 
 SUMMARY = "the loratools format 1.0: what PEFT reads, plus a manifest with scaling, base hash and provenance"
 EXTRA = None
@@ -37,7 +37,7 @@ def losses(adapter: Adapter) -> list[Loss]:
 
     All else that an `Adapter` holds, the format holds.
     """
-    from loratools.format.kinds import KINDS
+    from loratools.format.registry import KINDS
 
     return (
         [
@@ -45,8 +45,8 @@ def losses(adapter: Adapter) -> list[Loss]:
             for module, update in adapter.updates.items()
             if update.kind not in KINDS
         ]
-        + _losses.copies(adapter)
-        + _losses.replication(adapter)
+        + copies(adapter)
+        + replication(adapter)
     )
 
 

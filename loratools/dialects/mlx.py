@@ -18,12 +18,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loratools.adapter import factors
+from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, BaseIdentity, Loss
-from loratools.adapter.updates import Update
-from loratools.dialects import _build, _factors, _losses, _safetensors
-from loratools.dialects._listing import Evidence, Listing
-from loratools.dialects._losses import A_EMBEDDING, B_EMBEDDING, MAGNITUDE, A, B
+from loratools.adapter.parts import A_EMBEDDING, B_EMBEDDING, MAGNITUDE, A, B
+from loratools.dialects._frame import build
+from loratools.dialects._frame import losses as _losses
+from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.errors import BadFile, UnsupportedAdapter
+from loratools.storage import save
 from loratools.storage.lazy import LazyTensor
 
 SUMMARY = "MLX-LM: adapters.safetensors (lora_a, lora_b) beside an adapter_config.json with lora_parameters"
@@ -66,16 +69,16 @@ def read(listing: Listing) -> Adapter:
     if config.get("fine_tune_type") == "full":
         raise UnsupportedAdapter(f"{path}: fine_tune_type is full: whole weights, no adapter")
     scale = _scale(config, path)
-    groups: _build.Groups = {}
+    groups: build.Groups = {}
     faults: list[str] = []
     tensors = listing.tensors(name)
-    _build.check_gathered(listing.path, tensors)
+    build.check_gathered(listing.path, tensors)
     for tensor, lazy in tensors.items():
         if match := _NAME.fullmatch(tensor):
             groups.setdefault(match[1], {})[match[2]] = lazy
         else:
             faults.append(f"{tensor}: expected a name that ends in .lora_a, .lora_b or .m")
-    canonical: _build.Groups = {}
+    canonical: build.Groups = {}
     for module, found in groups.items():
         try:
             canonical |= _to_peft(module, found)
@@ -87,7 +90,7 @@ def read(listing: Listing) -> Adapter:
     if odd:
         why = "DoRA on an embedding has a magnitude for each token in mlx-lm, one for each dimension in PEFT"
         raise UnsupportedAdapter(f"{listing.path}: it holds what loratools does not read", [f"{odd[0]}: {why}"])
-    built = _build.build(listing.path, canonical, lambda _, rank: (scale, scale * rank))
+    built = build.build(listing.path, canonical, lambda _, rank: (scale, scale * rank))
     model = config.get("model")
     base = BaseIdentity(model) if isinstance(model, str) and model else None
     return Adapter(built, base=base, dialect="mlx")
@@ -108,7 +111,7 @@ def losses(adapter: Adapter) -> list[Loss]:
             found.append(Loss(module, "it has no magnitude, and mlx-lm's dora is one switch for all modules"))
         elif (stack := _stack(module)) and not _complete(stack[0], kept):
             found.append(Loss(module, f"not all experts of {stack[0]} have an update of one shape"))
-        elif A_EMBEDDING in kept[module].parts and module.rpartition(".")[2] not in _build.EMBEDDINGS:
+        elif A_EMBEDDING in kept[module].parts and module.rpartition(".")[2] not in build.EMBEDDINGS:
             found.append(Loss(module, "an embedding that its name does not show to be one"))
     return found + _losses.replacements(adapter, "mlx-lm") + _losses.identity(adapter)
 
@@ -136,7 +139,7 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
         config["model"] = adapter.base.id
     tensors = {f"{module}.{part}": lazy for module, parts in groups.items() for part, lazy in parts.items()}
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    _safetensors.save(target, _FILE, tensors, {"format": "mlx"}, force=force, beside={_CONFIG: text})
+    save.save(target, _FILE, tensors, {"format": "mlx"}, force=force, beside={_CONFIG: text})
 
 
 def _file(listing: Listing) -> str | None:
@@ -153,7 +156,7 @@ def _scale(config: Mapping[str, Any], path: Path) -> float:
     return float(scale)  # type: ignore[arg-type]
 
 
-def _to_peft(module: str, found: Mapping[str, LazyTensor]) -> _build.Groups:
+def _to_peft(module: str, found: Mapping[str, LazyTensor]) -> build.Groups:
     """Return PEFT's parts of a module, or of each expert in it."""
     missing = sorted({"lora_a", "lora_b"} - found.keys())
     if missing:
@@ -164,19 +167,18 @@ def _to_peft(module: str, found: Mapping[str, LazyTensor]) -> _build.Groups:
         return _experts(module, a, b)
     if dimensions != (2, 2):
         raise ValueError(f"lora_a {a.shape} and lora_b {b.shape}: expected (in, r) and (r, out)")
-    a, b = _factors.turned(a), _factors.turned(b)
-    names = (A_EMBEDDING, B_EMBEDDING) if module.rpartition(".")[2] in _build.EMBEDDINGS else (A, B)
+    a, b = factors.turned(a), factors.turned(b)
+    names = (A_EMBEDDING, B_EMBEDDING) if module.rpartition(".")[2] in build.EMBEDDINGS else (A, B)
     parts = {names[0]: a, names[1]: b}
     return {module: parts | ({MAGNITUDE: found["m"]} if "m" in found else {})}
 
 
-def _experts(module: str, a: LazyTensor, b: LazyTensor) -> _build.Groups:
+def _experts(module: str, a: LazyTensor, b: LazyTensor) -> build.Groups:
     match = _SWITCH.fullmatch(module)
     if match is None or a.shape[0] != b.shape[0]:
         raise ValueError(f"lora_a {a.shape} and lora_b {b.shape} are no stacked experts of a switch_mlp")
     return {
-        f"{match[1]}.experts.{i}.{match[2]}": {A: _factors.item(a, i), B: _factors.item(b, i)}
-        for i in range(a.shape[0])
+        f"{match[1]}.experts.{i}.{match[2]}": {A: factors.item(a, i), B: factors.item(b, i)} for i in range(a.shape[0])
     }
 
 
@@ -185,10 +187,10 @@ def _of_peft(update: Update, rank: int, scale: float) -> dict[str, LazyTensor]:
     embedding = A_EMBEDDING in update.parts
     a = update.parts[A_EMBEDDING if embedding else A]
     b = update.parts[B_EMBEDDING if embedding else B]
-    b = _factors.scaled(b, update.scaling / scale)
+    b = factors.scaled(b, update.scaling / scale)
     parts = {
-        "lora_a": _factors.turned(_factors.padded(a, 0, rank)),
-        "lora_b": _factors.turned(_factors.padded(b, 1, rank)),
+        "lora_a": factors.turned(factors.padded(a, 0, rank)),
+        "lora_b": factors.turned(factors.padded(b, 1, rank)),
     }
     return parts | ({"m": update.parts[MAGNITUDE]} if MAGNITUDE in update.parts else {})
 
@@ -206,9 +208,9 @@ def _complete(stack: str, updates: Mapping[str, Update]) -> bool:
     return sorted(found) == list(range(len(found))) and len(alike) == 1 and next(iter(alike))[0] == "lora"
 
 
-def _stacked(groups: Mapping[str, dict[str, LazyTensor]]) -> _build.Groups:
+def _stacked(groups: Mapping[str, dict[str, LazyTensor]]) -> build.Groups:
     """Put the experts of one projection together, as mlx-lm's models hold them."""
-    found: _build.Groups = {}
+    found: build.Groups = {}
     experts: dict[str, dict[int, dict[str, LazyTensor]]] = {}
     for module, parts in groups.items():
         if at := _stack(module):
@@ -217,7 +219,7 @@ def _stacked(groups: Mapping[str, dict[str, LazyTensor]]) -> _build.Groups:
             found[module] = parts
     for module, numbered in experts.items():
         found[module] = {
-            part: _factors.stacked([_factors.turned(numbered[i][part]) for i in sorted(numbered)])
+            part: factors.stacked([factors.turned(numbered[i][part]) for i in sorted(numbered)])
             for part in ("lora_a", "lora_b")
         }
     return found

@@ -13,10 +13,11 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from loratools.adapter import factors
 from loratools.adapter.model import Adapter, BaseIdentity, Loss
-from loratools.dialects import _build, _factors
-from loratools.dialects._listing import Evidence, Listing
-from loratools.dialects._losses import A, B
+from loratools.adapter.parts import A, B
+from loratools.dialects._frame import build
+from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.format import keys
 from loratools.storage.lazy import LazyTensor
@@ -51,7 +52,7 @@ def read(listing: Listing) -> Adapter:
     alpha, r = config.get("lora_alpha"), config.get("r")
     if type(alpha) not in (int, float) or type(r) is not int or r < 1:
         raise BadFile(f"{listing.folder / _CONFIG}: expected numbers r and lora_alpha, found {r!r} and {alpha!r}")
-    found: _build.Groups = {}
+    found: build.Groups = {}
     faults = []
     for tensor, lazy in listing.tensors(_FILE).items():
         split = keys.split(tensor)
@@ -59,7 +60,7 @@ def read(listing: Listing) -> Adapter:
             faults.append(f"{tensor}: no factor that Tinker writes")
         else:
             found.setdefault(split[0], {})[split[1]] = lazy
-    groups: _build.Groups = {}
+    groups: build.Groups = {}
     for module, parts in found.items():
         try:
             groups |= _modules(module, parts, found)
@@ -68,7 +69,7 @@ def read(listing: Listing) -> Adapter:
     if faults:
         raise BadFile(f"{listing.path}: {len(faults)} problem(s) in this adapter", faults)
     scaling = alpha / r  # type: ignore[operator]
-    built = _build.build(listing.path, groups, lambda _, rank: (scaling, scaling * rank))
+    built = build.build(listing.path, groups, lambda _, rank: (scaling, scaling * rank))
     base = config.get("base_model_name_or_path")
     return Adapter(built, base=BaseIdentity(base) if isinstance(base, str) and base else None, dialect="tinker")
 
@@ -83,7 +84,7 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     raise UnsupportedAdapter(f"{target}: {losses(adapter)[0]}")
 
 
-def _modules(module: str, parts: Mapping[str, LazyTensor], all_of: _build.Groups) -> _build.Groups:
+def _modules(module: str, parts: Mapping[str, LazyTensor], all_of: build.Groups) -> build.Groups:
     if parts.keys() != {A, B}:
         raise ValueError("a factor without its partner")
     a, b = parts[A], parts[B]
@@ -99,7 +100,7 @@ def _modules(module: str, parts: Mapping[str, LazyTensor], all_of: _build.Groups
     name = (_UNGATED if third is not None and 0 in third.shape else _GATED)[match[2]]
     return {
         f"{_renamed(match[1])}.{i}.{name}": {
-            part: _factors.item(lazy, i if lazy.shape[0] > 1 else 0) for part, lazy in parts.items()
+            part: factors.item(lazy, i if lazy.shape[0] > 1 else 0) for part, lazy in parts.items()
         }
         for i in range(counts.pop())
     }

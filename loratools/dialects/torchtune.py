@@ -15,12 +15,15 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from loratools.adapter import factors
 from loratools.adapter.model import Adapter, Loss
-from loratools.dialects import _build, _factors, _losses, _peft_profiles, _pickles
-from loratools.dialects._gguf_names import Layout
-from loratools.dialects._listing import Evidence, Listing
-from loratools.dialects._losses import MAGNITUDE, A, B
+from loratools.adapter.parts import MAGNITUDE, A, B
+from loratools.dialects._frame import build, pickles
+from loratools.dialects._frame.listing import Evidence, Listing
+from loratools.dialects._frame.losses import IDENTITY, identity, kept, replacements, updates
 from loratools.dialects.gguf import permuted
+from loratools.dialects.gguf.names import Layout
+from loratools.dialects.peft import profiles
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.storage import atomic
 from loratools.storage.lazy import LazyTensor
@@ -29,7 +32,7 @@ SUMMARY = "torchtune: adapter_model.pt with names of its own (layers.0.attn.q_pr
 EXTRA = None
 FILES = ()
 CANNOT = (
-    *_losses.IDENTITY,
+    *IDENTITY,
     "tensors trained whole",
     "embeddings",
     "convolutions",
@@ -54,10 +57,10 @@ _SETTING = "base_config"
 
 def detect(listing: Listing) -> Evidence | None:
     """Look for names that end in `lora_a.weight` in a file of `torch.save`."""
-    named = [name for name in _pickles.names(listing) if _NAME.fullmatch(name)]
+    named = [name for name in pickles.names(listing) if _NAME.fullmatch(name)]
     if not named:
         return None
-    return Evidence(85, f"{len(named)} of the tensors in {_pickles.file_of(listing)} are called as {named[0]}")
+    return Evidence(85, f"{len(named)} of the tensors in {pickles.file_of(listing)} are called as {named[0]}")
 
 
 def read(listing: Listing) -> Adapter:
@@ -65,14 +68,14 @@ def read(listing: Listing) -> Adapter:
 
     Raises `UnsupportedAdapter` where the scaling, or the order of rows, cannot be known, `BadFile` for strange names.
     """
-    name = _pickles.file_of(listing)
+    name = pickles.file_of(listing)
     if name is None:
         raise BadFile(f"{listing.path}: expected one file of torch.save")
     alpha, stated = _scaling(listing)
-    found: _build.Groups = {}
+    found: build.Groups = {}
     faults = []
     tensors = listing.tensors(name)
-    _build.check_gathered(listing.path, tensors)
+    build.check_gathered(listing.path, tensors)
     for tensor, lazy in tensors.items():
         match = _NAME.fullmatch(tensor)
         module = _module(match[1]) if match else None
@@ -91,7 +94,7 @@ def read(listing: Listing) -> Adapter:
             hint="Give the base model with --base: its config.json tells the model and its heads.",
         )
     groups = {module: _permuted(parts, (heads or {}).get(module[-6:]), back=True) for module, parts in found.items()}
-    built = _build.build(listing.path, groups, lambda _, rank: (alpha / (stated or rank), alpha))
+    built = build.build(listing.path, groups, lambda _, rank: (alpha / (stated or rank), alpha))
     return Adapter(built, dialect="torchtune")
 
 
@@ -100,15 +103,15 @@ def losses(adapter: Adapter) -> list[Loss]:
     config = adapter.settings.get(_SETTING)
     if not isinstance(config, Mapping) or _heads(config) is None:
         why = f"not known without the base model (--base); known are {', '.join(_PERMUTED)}"
-        return [Loss("model", why), *_losses.identity(adapter)]
-    found = _losses.updates(adapter, "torchtune", ("lora",), (A, B))
+        return [Loss("model", why), *identity(adapter)]
+    found = updates(adapter, "torchtune", ("lora",), (A, B))
     lost = {loss.where for loss in found}
     for module in adapter.updates:
         if module not in lost and _name(module) is None:
             found.append(Loss(module, "torchtune has no name for it"))
     if adapter.base and adapter.base.id:
         found.append(Loss("base model", f"its name, {adapter.base.id}"))
-    return found + _losses.replacements(adapter, "torchtune") + _losses.identity(adapter)
+    return found + replacements(adapter, "torchtune") + identity(adapter)
 
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
@@ -117,7 +120,7 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     heads = _heads(config) if isinstance(config, Mapping) else None
     if heads is None:
         raise UnsupportedAdapter(f"{target}: the model is {losses(adapter)[0].what}")
-    adapter = _peft_profiles.uniform(_losses.kept(adapter, losses(adapter)))
+    adapter = profiles.uniform(kept(adapter, losses(adapter)))
     first = next(iter(adapter.updates.values()))
     tensors = {}
     for module, update in adapter.updates.items():
@@ -131,7 +134,7 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     }
     with atomic.new_folder(target, force=force) as folder:
         (folder / _CONFIG).write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        _pickles.write(folder / _FILE, tensors)
+        pickles.write(folder / _FILE, tensors)
 
 
 def _scaling(listing: Listing) -> tuple[float, int | None]:
@@ -165,8 +168,8 @@ def _permuted(parts: Mapping[str, LazyTensor], heads: int | None, *, back: bool)
     for part in (B, MAGNITUDE):
         if part in found and heads:
             lazy = found[part]
-            matrix = _factors.reshaped(lazy, (lazy.shape[0], lazy.parameters // lazy.shape[0]))
-            found[part] = _factors.reshaped(permuted(matrix, heads, back=back), lazy.shape)
+            matrix = factors.reshaped(lazy, (lazy.shape[0], lazy.parameters // lazy.shape[0]))
+            found[part] = factors.reshaped(permuted(matrix, heads, back=back), lazy.shape)
     return found
 
 

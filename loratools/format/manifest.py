@@ -14,6 +14,7 @@ from decimal import Decimal
 from typing import Any
 
 from loratools.adapter.model import Adapter, BaseIdentity, Step
+from loratools.adapter.naming.compact import suffixes
 from loratools.format import keys
 from loratools.storage import digest
 
@@ -97,12 +98,6 @@ def target_modules(
             if not unmatched(ours, names) and not unused(ours, names):
                 return names
     return sorted(ours)
-
-
-def suffixes(module: str) -> list[str]:
-    """Return what PEFT's rule for a list entry lets name a module: its path, and each suffix of it after a dot."""
-    segments = module.split(".")
-    return [".".join(segments[i:]) for i in range(len(segments))]
 
 
 def unmatched(modules: Iterable[str], targets: Iterable[str]) -> list[str]:

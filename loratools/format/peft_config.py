@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter
-from loratools.adapter.updates import Update
 from loratools.format import manifest
 
 # Settings that PEFT wrote and reads again, as long as they say something; older versions of PEFT refuse unknown fields,

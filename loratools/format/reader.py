@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loratools.adapter import updates as kinds
+from loratools.adapter import kinds
+from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter
-from loratools.adapter.updates import Update
 from loratools.errors import UnsupportedAdapter
-from loratools.format import manifest, rules
+from loratools.format import manifest, validate
 from loratools.format.clauses import Subject
-from loratools.format.kinds import KINDS
+from loratools.format.registry import KINDS
 from loratools.storage.lazy import LazyTensor
 
 
@@ -23,10 +23,10 @@ def read(path: Path, *, verify: bool = False) -> Adapter:
     Raises `InvalidFormat` with every clause that is broken, `UnsupportedAdapter` for a newer format, an extension that
     must be understood, or a registered kind that this loratools does not apply yet.
     """
-    subject = rules.open_subject(path)
-    found = [subject] if isinstance(subject, rules.Problem) else rules.problems(subject, digest=verify)
-    if found or isinstance(subject, rules.Problem):
-        raise rules.refusal(path, found)
+    subject = validate.open_subject(path)
+    found = [subject] if isinstance(subject, validate.Problem) else validate.problems(subject, digest=verify)
+    if found or isinstance(subject, validate.Problem):
+        raise validate.refusal(path, found)
     document, specs = subject.manifest, subject.specs or {}
     names = manifest.names_of(document)
     return Adapter(
@@ -41,8 +41,8 @@ def read(path: Path, *, verify: bool = False) -> Adapter:
 
 def is_sealed(path: Path) -> bool:
     """Tell whether a file or folder carries a manifest of this format, sound or not."""
-    subject = rules.open_subject(path)
-    return not isinstance(subject, rules.Problem) or subject.clause not in _UNSEALED
+    subject = validate.open_subject(path)
+    return not isinstance(subject, validate.Problem) or subject.clause not in _UNSEALED
 
 
 _UNSEALED = frozenset({"L-01", "L-02", "L-03", "S-01", "S-02", "S-03", "S-04", "S-05", "S-06"})

@@ -11,7 +11,7 @@ from typing import Any
 
 from loratools.adapter.model import Adapter
 from loratools.errors import InvalidFormat, LoraToolsError, OutputRefused
-from loratools.format import keys, manifest, rules
+from loratools.format import keys, manifest, validate
 from loratools.format.clauses import ADAPTER_FILE, CONFIG_FILE, Subject
 from loratools.format.peft_config import derive_config
 from loratools.storage import atomic, digest, dtypes, files
@@ -75,8 +75,8 @@ def _check(
         raise InvalidFormat(f"{target}: the adapter's manifest cannot be written: {error}") from None
     shapes = {name: (lazy.dtype, lazy.shape) for name, lazy in ordered}
     subject = Subject(target, shapes, json.loads(text), text, config)
-    if found := rules.problems(subject, digest=False):
-        raise rules.refusal(target, found)
+    if found := validate.problems(subject, digest=False):
+        raise validate.refusal(target, found)
     return config
 
 

@@ -13,7 +13,7 @@ from threading import Event, Thread
 from loratools import dialects
 from loratools.adapter.model import BaseIdentity
 from loratools.errors import HubError, LoraToolsError, UnknownKind, UnsupportedAdapter
-from loratools.format import rules
+from loratools.format import validate
 from loratools.format.manifest import ORIGIN
 from loratools.hub import files
 from loratools.hub.client import Hub, RemoteFile, quiet
@@ -166,8 +166,8 @@ def _check(
         return None, None, (f"not opened: {error.message}",)
     own = None
     if adapter.dialect == "loratools":
-        if found := rules.validate(path):
-            raise rules.refusal(path, found)
+        if found := validate.validate(path):
+            raise validate.refusal(path, found)
         own = adapter.settings[ORIGIN].get("digest")
     return own, _base(hub, adapter.base) if check_base and adapter.base else None, ()
 

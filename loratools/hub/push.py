@@ -10,7 +10,7 @@ from typing import Any
 
 from loratools import dialects
 from loratools.errors import BadFile, LoraToolsError
-from loratools.format import manifest, rules
+from loratools.format import manifest, validate
 from loratools.format.peft_config import derive_config
 from loratools.hub import card, files, section
 from loratools.hub.client import Hub
@@ -82,7 +82,7 @@ def read(path: Path, *, base_model: str | None = None) -> Subject:
     content: dict[str, Path | bytes] = {name: found[name] for name in chosen}
     left_out = tuple(sorted(found.keys() - content.keys()))
     if kind == "checkpoint":
-        from loratools.surgery.companions import RECORD
+        from loratools.storage.companions import RECORD
 
         record = read_json(found[RECORD]) if RECORD in found else {}
         stated = record.get("base")
@@ -170,8 +170,8 @@ def _adapter(
     path: Path, content: dict[str, Path | bytes], left_out: tuple[str, ...], base_model: str | None
 ) -> Subject:
     adapter = dialects.open_adapter(path)
-    if adapter.dialect == "loratools" and (problems := rules.validate(path)):
-        raise rules.refusal(path, problems)
+    if adapter.dialect == "loratools" and (problems := validate.validate(path)):
+        raise validate.refusal(path, problems)
     stated = adapter.base.id if adapter.base else None
     base_path = stated if stated and manifest.is_path(stated) else None
     if base_path and not base_model:

@@ -10,9 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -153,3 +157,17 @@ def _check(B: Tensor, A: Tensor) -> None:
         if not bool(torch.isfinite(factor).all()):
             bad = int((~torch.isfinite(factor)).sum())
             raise ValueError(f"factor {name} {tuple(factor.shape)} holds {bad} NaN or infinite elements")
+
+
+def rounding2(exact: tuple[torch.Tensor, torch.Tensor], stored: tuple[torch.Tensor, torch.Tensor]) -> float:
+    """Return ‖B̃Ã − BA‖_F² of rounded and exact factors (B (…, out, r), A (…, r, in)), in float64 and in factor space.
+
+    B̃Ã − BA = (B̃ − B)·Ã + B·(Ã − A), a sum of small terms: nothing cancels. Leading dimensions are summed over.
+    """
+    import torch
+
+    from loratools.linalg.factored import squared_norm
+
+    B, A = (factor.double() for factor in exact)
+    B_stored, A_stored = (factor.double() for factor in stored)
+    return float(squared_norm(torch.cat([B_stored - B, B], -1), torch.cat([A_stored, A_stored - A], -2)).sum())

@@ -1,1 +1,1 @@
-"""Bytes and files: headers, checkpoints, digests, streaming writers. Knows nothing of LoRA."""
+"""Bytes and files: headers, checkpoints, digests, atomic output. Knows nothing of adapters."""

@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -176,3 +176,12 @@ def _lock(folder: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+def refuse_inputs(output: Path, inputs: Sequence[str | Path | None]) -> None:
+    """Refuse an output that is an input, lies in one, or holds one."""
+    target = output.resolve()
+    for path in inputs:
+        source = Path(path).resolve() if path is not None else None
+        if source and (target == source or source in target.parents or target in source.parents):
+            raise OutputRefused(f"{output} is, holds or lies in the input {path}", hint="Choose another output.")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from loratools.errors import BadFile
 from loratools.storage import digest, files
 from loratools.storage.header import TensorSpec, open_file, parse_json_object, read_header
-from loratools.storage.pickled import SUFFIXES, read_pickled
+from loratools.storage.pickles.archive import SUFFIXES, read_pickled
 
 if TYPE_CHECKING:
     import torch

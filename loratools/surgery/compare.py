@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratools import dialects
+from loratools.adapter.kinds._product import LowRank
+from loratools.adapter.low_rank import load, products
 from loratools.adapter.model import Adapter
-from loratools.adapter.names import normalized
-from loratools.adapter.resolve import Placement, resolve
-from loratools.adapter.targets import natural
-from loratools.adapter.tied import apply_policy
-from loratools.adapter.updates._product import LowRank
+from loratools.adapter.naming.compact import natural
+from loratools.adapter.naming.wrappers import normalized
+from loratools.adapter.placement.resolve import Placement, resolve
+from loratools.adapter.placement.tied import apply_policy
+from loratools.adapter.placement.weight import base_matrix, by_module
 from loratools.errors import IncompatibleAdapter
 from loratools.storage.checkpoint import Checkpoint
-from loratools.surgery.matrices import base_matrix, by_module, load, products
 
 if TYPE_CHECKING:
     from loratools.linalg.factored import FactoredSVD

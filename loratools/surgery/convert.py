@@ -9,18 +9,20 @@ from typing import Any
 
 from loratools import dialects
 from loratools.adapter.model import Adapter, BaseIdentity, Loss, Step
-from loratools.adapter.resolve import resolve
-from loratools.adapter.tied import apply_policy
-from loratools.adapter.whole import resolve_replacements
-from loratools.dialects import _peft_profiles
+from loratools.adapter.placement.image import named_for
+from loratools.adapter.placement.layers import replicated
+from loratools.adapter.placement.resolve import resolve
+from loratools.adapter.placement.settle import settle
+from loratools.adapter.placement.tied import apply_policy
+from loratools.adapter.placement.whole import resolve_replacements
+from loratools.dialects.peft import profiles
 from loratools.errors import IncompatibleAdapter
 from loratools.format import manifest
+from loratools.format.digest import adapter_digest
 from loratools.format.manifest import NO_DIGEST
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.hash import hash_checkpoint
-from loratools.surgery.identity import TOOL, adapter_digest
-from loratools.surgery.replacing import settle
-from loratools.surgery.replication import replicated
+from loratools.surgery.record import TOOL
 
 BASE_CONFIG = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
 """Fields of a base's config.json that an adapter keeps as `settings["base_config"]`: GGUF's layout depends on them."""
@@ -67,14 +69,14 @@ def convert(
         opened = replace(opened, base=replace(opened.base or BaseIdentity(), id=base_id))
     if checkpoint is not None:
         opened = _with_config(settle(checkpoint, [opened])[0][0], checkpoint)
-        named = dialects.named_for(opened, checkpoint)
+        named = named_for(opened, checkpoint)
         if records:
             opened = seal(named, checkpoint, progress)
         else:
             _check_fits(named, checkpoint)
     if profile is not None:
         shapes = {name: spec.shape for name, spec in checkpoint.specs.items()} if checkpoint else None
-        opened = _peft_profiles.apply(opened, profile, shapes)
+        opened = profiles.apply(opened, profile, shapes)
     losses = dialects.save_adapter(opened, output, dialect=to, allow_loss=allow_loss, force=force)
     return Conversion(str(output), to, adapter_digest(opened), len(opened.updates), opened.base, tuple(losses))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapter.model import Adapter, BaseIdentity, Step
-from loratools.adapter.targets import compact, natural
+from loratools.adapter.naming.compact import compact, natural
 from loratools.dialects import Listing, detect, get, names
 from loratools.errors import BadFile
 from loratools.format.manifest import ORIGIN
@@ -174,7 +174,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> CheckpointSummary:
 
 
 def _record(folder: Path) -> Mapping[str, Any] | None:
-    from loratools.surgery.companions import RECORD  # an adapter need not wait for this import
+    from loratools.storage.companions import RECORD  # an adapter need not wait for this import
 
     path = folder / RECORD
     return read_json(path) if path.is_file() else None

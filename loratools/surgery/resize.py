@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from loratools.surgery.allocate import Ranks
+from loratools.linalg.ranks.allocate import Ranks
 from loratools.surgery.combine import Combination, Source, combine
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratools import dialects
+from loratools.adapter.low_rank import load, products
 from loratools.adapter.model import Adapter
-from loratools.adapter.targets import natural
-from loratools.surgery.matrices import load, products
+from loratools.adapter.naming.compact import natural
 
 SHARES = (0.99, 0.999)
 """Shares of the energy for which the needed rank is given."""

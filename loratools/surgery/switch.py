@@ -11,18 +11,22 @@ from typing import Any
 
 from loratools import dialects
 from loratools.adapter.model import Adapter
+from loratools.adapter.placement.image import named_for
+from loratools.engine.residual import Lost, Residual
+from loratools.engine.residual.restore import Restorer, file_plan, lost_tensors
+from loratools.engine.run import Settings, write_weights
 from loratools.errors import IncompatibleAdapter, WrongBase
+from loratools.format.digest import checked_digest
 from loratools.storage import atomic, digest, files
+from loratools.storage.atomic import refuse_inputs
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.companions import companions
 from loratools.storage.header import TensorSpec
-from loratools.storage.writer import Slot
-from loratools.surgery import companions, identity
-from loratools.surgery.execute import Settings, write_weights
-from loratools.surgery.merged import Merged, check_sums, error_bound
-from loratools.surgery.plan import plan_merge
-from loratools.surgery.residual import Lost, Residual
-from loratools.surgery.restore import Restorer, file_plan, lost_tensors
-from loratools.surgery.unmerge import refuse_inputs
+from loratools.storage.layout import Slot
+from loratools.surgery.merge import folder
+from loratools.surgery.merge.plan import plan_merge
+from loratools.surgery.record import merge_record
+from loratools.surgery.unmerge.merged import Merged, check_sums, error_bound
 
 Progress = Callable[[int], None]
 
@@ -85,8 +89,8 @@ def switch(
     weights = [1.0] * len(opened) if weights is None else list(weights)
     if not opened or len(weights) != len(opened):
         raise ValueError(f"{len(opened)} adapter(s) and {len(weights)} weight(s); each adapter takes one weight")
-    digests = tuple(identity.checked_digest(a, str(p or "adapter")) for a, p in zip(opened, paths, strict=True))
-    named = tuple(dialects.named_for(one, base) for one in opened)
+    digests = tuple(checked_digest(a, str(p or "adapter")) for a, p in zip(opened, paths, strict=True))
+    named = tuple(named_for(one, base) for one in opened)
     new = _New(named, paths, tuple(map(float, weights)), digests)
     residual = merged.residual()
     work = _approximate if residual is None else partial(_exact, residual, check_base)
@@ -113,10 +117,10 @@ def _exact(
     results = write_weights(plan, scratch, Settings(new.digests, threads, before=before), progress)
     total = sum(result.total for result in results)
     retention = sum(result.retained for result in results) / total if total else None
-    record: dict[str, Any] = identity.merge_record(base, new.adapters, new.weights, new.digests)
+    record: dict[str, Any] = merge_record(base, new.adapters, new.weights, new.digests)
     known = {r.name: r.digests[digest.DEFAULT] for r in results if r.digests}
     record |= {"base": {**merged.record["base"], "tensors": known}, "tied": None, "dtype": None, "retention": retention}
-    companions.write_companions(plan, companions.companions(merged.model, new.paths), record, scratch)
+    folder.write_companions(plan, companions(merged.model, new.paths), record, scratch)
     changed = len(plan.touched().keys() | lost.keys())
     return Switch(str(output), True, changed, len(plan.changes), 0.0, retention, plan.notes)
 
@@ -171,9 +175,9 @@ def _approximate(merged: Merged, new: _New, threads: int, progress: Progress, ou
     digests = (*merged.digests, *new.digests)
     results = write_weights(plan, scratch, Settings(digests, threads, retention="off"), progress)
     bound = max((error_bound(plan, scratch, result.name) for result in results), default=0.0)
-    record = identity.merge_record(model, adapters, weights, digests)
+    record = merge_record(model, adapters, weights, digests)
     record |= {"operation": "switch", "approximate": True, "error_bound": bound}
-    companions.write_companions(plan, companions.companions(model, new.paths), record, scratch)
+    folder.write_companions(plan, companions(model, new.paths), record, scratch)
     notes = (
         "approximate: W' − ΔW_out + ΔW_in, for no residual of the merge was kept",
         "no base hash of the new adapters was checked",

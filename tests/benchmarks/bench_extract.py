@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from loratools.adapter.low_rank import load, products
 from loratools.dialects import open_adapter
 from loratools.storage.checkpoint import Checkpoint
-from loratools.surgery.matrices import load, products
 from tests.benchmarks.process import alternate, measure
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from loratools.adapter import updates
+from loratools.adapter import kinds
 from loratools.adapter.model import Adapter, BaseIdentity
 from loratools.storage.lazy import LazyTensor
 
@@ -26,11 +26,11 @@ def factors(seed: int, rank: int = 4, dtype: torch.dtype = torch.float32) -> tup
     return A, torch.randn(OUT, rank, generator=generator).to(dtype)
 
 
-def lora(seed: int, rank: int = 4, alpha: float = 8, scaling: float | None = None, **options: Any) -> updates.Update:
+def lora(seed: int, rank: int = 4, alpha: float = 8, scaling: float | None = None, **options: Any) -> kinds.Update:
     """Return an update in memory; s = alpha/rank unless it is given."""
     A, B = factors(seed, rank, **options)
     parts = {"lora_A.weight": LazyTensor.of(A), "lora_B.weight": LazyTensor.of(B)}
-    built: updates.Update = updates.get("lora").build(parts, alpha / rank if scaling is None else scaling, alpha)
+    built: kinds.Update = kinds.get("lora").build(parts, alpha / rank if scaling is None else scaling, alpha)
     return built
 
 

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loratools import dialects
-from loratools.adapter import updates
+from loratools.adapter import kinds
 from loratools.adapter.model import Adapter, BaseIdentity
-from loratools.dialects import _architectures, _image_names, _sd_names
+from loratools.adapter.naming.image import architectures, rename, stable_diffusion
 from loratools.errors import LossyConversion
 from loratools.storage.lazy import LazyTensor
 
@@ -26,9 +26,7 @@ DOUBLE, SINGLE = "diffusion_model.double_blocks.3", "diffusion_model.single_bloc
 SPLIT, SPLIT_ONE = "transformer.transformer_blocks.3", "transformer.single_transformer_blocks.7"
 
 
-def product(
-    out: int, width: int, seed: int, rank: int = 2, scaling: float = 1.5, **more: torch.Tensor
-) -> updates.Update:
+def product(out: int, width: int, seed: int, rank: int = 2, scaling: float = 1.5, **more: torch.Tensor) -> kinds.Update:
     generator = torch.Generator().manual_seed(seed)
     parts = {
         "lora_A.weight": torch.randn(rank, width, generator=generator),
@@ -38,11 +36,11 @@ def product(
     }
     kind = "dora" if "magnitude" in more else "lora"
     lazy = {part: LazyTensor.of(tensor) for part, tensor in parts.items()}
-    built: updates.Update = updates.get(kind).build(lazy, scaling, scaling * rank)
+    built: kinds.Update = kinds.get(kind).build(lazy, scaling, scaling * rank)
     return built
 
 
-def flux_original() -> dict[str, updates.Update]:
+def flux_original() -> dict[str, kinds.Update]:
     return {
         f"{DOUBLE}.img_attn.qkv": product(3 * H, H, 1),
         f"{DOUBLE}.txt_attn.qkv": product(3 * H, H, 2, 3, 0.7),
@@ -84,7 +82,7 @@ def delta(adapter: Adapter) -> dict[str, torch.Tensor]:
 
 def test_fused_projections_of_flux_are_split_and_fused_again_exactly() -> None:
     original = Adapter(flux_original())
-    split = _image_names.to_diffusers(original)
+    split = rename.to_diffusers(original)
     before, after = delta(original), delta(split)
     assert len(after) == 3 + 3 + 1 + 1 + 4 + 1 + 1 + 1
     qkv = before[f"{DOUBLE}.img_attn.qkv"]
@@ -95,7 +93,7 @@ def test_fused_projections_of_flux_are_split_and_fused_again_exactly() -> None:
     assert torch.equal(after[f"{SPLIT_ONE}.proj_mlp"], linear1[3 * H :])
     modulation = before["diffusion_model.final_layer.adaLN_modulation.1"]
     assert torch.equal(after["transformer.norm_out.linear"], torch.cat([modulation[H:], modulation[:H]]))
-    again = _image_names.to_original(Adapter(split.updates, base=FLUX))
+    again = rename.to_original(Adapter(split.updates, base=FLUX))
     assert again.updates.keys() == original.updates.keys()
     for module, update in original.updates.items():
         assert again.updates[module].rank == update.rank, module
@@ -111,7 +109,7 @@ def test_projections_trained_apart_are_fused_on_the_diagonal_and_come_apart_as_t
         f"{SPLIT_ONE}.proj_mlp": product(4 * H, H, 4, 2, 0.7),
         "transformer.single_transformer_blocks.37.attn.to_q": product(H, H, 5),
     }
-    fused = _image_names.to_original(Adapter(split))
+    fused = rename.to_original(Adapter(split))
     assert {module: update.rank for module, update in fused.updates.items()} == {
         f"{DOUBLE}.img_attn.qkv": 5,
         f"{SINGLE}.linear1": 4,
@@ -123,7 +121,7 @@ def test_projections_trained_apart_are_fused_on_the_diagonal_and_come_apart_as_t
     torch.testing.assert_close(found[f"{DOUBLE}.img_attn.qkv"], torch.cat([q, zero, v]), rtol=1e-6, atol=1e-6)
     k, mlp = wanted[f"{SPLIT_ONE}.attn.to_k"], wanted[f"{SPLIT_ONE}.proj_mlp"]
     torch.testing.assert_close(found[f"{SINGLE}.linear1"], torch.cat([zero, k, zero, mlp]), rtol=1e-6, atol=1e-6)
-    again = _image_names.to_diffusers(fused)
+    again = rename.to_diffusers(fused)
     assert {module: update.rank for module, update in again.updates.items()} == {
         module: update.rank for module, update in split.items()
     }
@@ -137,25 +135,25 @@ def test_magnitudes_and_biases_go_with_their_rows() -> None:
         f"{DOUBLE}.img_attn.qkv": product(3 * H, H, 1, magnitude=magnitude),
         f"{DOUBLE}.txt_attn.qkv": product(3 * H, H, 2, bias=bias),
     }
-    split = _image_names.to_diffusers(Adapter(fused))
+    split = rename.to_diffusers(Adapter(fused))
     assert torch.equal(split.updates[f"{SPLIT}.attn.to_k"].parts["lora_magnitude_vector"].load(), magnitude[H : 2 * H])
     assert torch.equal(split.updates[f"{SPLIT}.attn.add_v_proj"].parts["lora_B.bias"].load(), bias[2 * H :])
-    again = _image_names.to_original(Adapter(split.updates, base=FLUX))
+    again = rename.to_original(Adapter(split.updates, base=FLUX))
     for module, update in fused.items():
         for part, lazy in update.parts.items():
             assert torch.equal(again.updates[module].parts[part].load(), lazy.load())
     del split.updates[f"{SPLIT}.attn.to_k"]  # type: ignore[attr-defined]
-    kept = _image_names.to_original(Adapter(split.updates, base=FLUX))
+    kept = rename.to_original(Adapter(split.updates, base=FLUX))
     assert f"{SPLIT}.attn.to_q" in kept.updates  # no magnitude can be made up for k
 
 
 def test_models_with_flux_like_names_are_not_taken_for_flux() -> None:
     flux2 = {f"{DOUBLE}.img_attn.qkv": product(3 * H, H, 1), f"{DOUBLE}.img_mlp.0": product(6 * H, H, 2)}
-    assert _image_names.to_diffusers(Adapter(flux2)).updates.keys() == flux2.keys()
+    assert rename.to_diffusers(Adapter(flux2)).updates.keys() == flux2.keys()
     hunyuan = {f"transformer.single_transformer_blocks.{i}.proj_out": product(H, 5 * H, i) for i in (0, 39)}
-    assert _image_names.to_original(Adapter(hunyuan)).updates.keys() == hunyuan.keys()
+    assert rename.to_original(Adapter(hunyuan)).updates.keys() == hunyuan.keys()
     short = {"transformer.transformer_blocks.3.attn.to_q": product(H, H, 1)}
-    assert _image_names.to_original(Adapter(short)).updates.keys() == short.keys()
+    assert rename.to_original(Adapter(short)).updates.keys() == short.keys()
 
 
 def test_unknown_original_names_are_a_loss_for_diffusers(tmp_path: Path) -> None:
@@ -228,14 +226,14 @@ def test_flux_through_each_dialect_and_back(tmp_path: Path, through: str) -> Non
 
 def test_the_unet_under_both_names() -> None:
     """Every module of the original's list that SDXL or SD1 has comes back from diffusers' name."""
-    ours = set(_architectures.get("sd").by_flat.values())
+    ours = set(architectures.get("sd").by_flat.values())
     there = 0
-    for module in _architectures.get("sd-original").by_flat.values():
-        name = _sd_names.to_diffusers(module)
+    for module in architectures.get("sd-original").by_flat.values():
+        name = stable_diffusion.to_diffusers(module)
         if name in ours:
             there += 1
             xl = ".2.conv" in module
-            assert _sd_names.to_original(str(name), xl=xl) == module or module.endswith(".conv")
+            assert stable_diffusion.to_original(str(name), xl=xl) == module or module.endswith(".conv")
     assert there > 1800
 
 
@@ -262,10 +260,10 @@ def test_the_unets_names_are_those_of_diffusers() -> None:
             ("output_blocks", "up_blocks"),
         ):
             theirs = theirs.replace(old, new)  # as its next step does
-        ours = _sd_names.to_diffusers(module)
+        ours = stable_diffusion.to_diffusers(module)
         assert ours is not None
         assert f"lora_unet_{ours.replace('.', '_')}" == theirs
-        assert _sd_names.to_original(ours, xl=True) == module
+        assert stable_diffusion.to_original(ours, xl=True) == module
 
 
 @pytest.mark.interop
@@ -301,7 +299,7 @@ def test_xlabs_is_read_as_diffusers_reads_it(tmp_path: Path) -> None:
     )
     save_file(tensors, tmp_path / "a.safetensors")
     theirs = _convert_xlabs_flux_lora_to_diffusers(dict(tensors))
-    found = delta(_image_names.to_diffusers(dialects.open_adapter(tmp_path / "a.safetensors")))
+    found = delta(rename.to_diffusers(dialects.open_adapter(tmp_path / "a.safetensors")))
     modules = {name.rsplit(".lora_", 1)[0] for name in theirs}
     assert found.keys() == modules
     for module in modules:

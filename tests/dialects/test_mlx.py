@@ -204,11 +204,11 @@ def test_mlx_lm_loads_what_is_written(tmp_path: Path) -> None:
 
 
 def _random(out: int, width: int, rank: int, scaling: float) -> Any:
-    from loratools.adapter import updates
+    from loratools.adapter import kinds
 
     generator = torch.Generator().manual_seed(5)
     parts = {
         "lora_A.weight": LazyTensor.of(torch.randn(rank, width, generator=generator)),
         "lora_B.weight": LazyTensor.of(torch.randn(out, rank, generator=generator)),
     }
-    return updates.get("lora").build(parts, scaling, scaling * rank)
+    return kinds.get("lora").build(parts, scaling, scaling * rank)

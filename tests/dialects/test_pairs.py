@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from loratools import dialects
-from loratools.adapter import updates
+from loratools.adapter import kinds
 from loratools.adapter.model import Adapter, BaseIdentity
-from loratools.dialects import _image_names
+from loratools.adapter.naming.image import rename
+from loratools.adapter.placement.image import named_for
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
 from loratools.surgery.merge import merge
@@ -25,10 +26,10 @@ RECORDS = {"alpha", "base model"}  # what loralib loses of any adapter, and the 
 NAMES = [name for name in dialects.names() if name not in ("tinker", "megatron")]  # which are only read
 
 
-def conv() -> updates.Update:
+def conv() -> kinds.Update:
     parts = {"lora_A.weight": torch.randn(2, 5, 3, 3), "lora_B.weight": torch.randn(6, 2, 1, 1)}
     lazy = {part: LazyTensor.of(tensor) for part, tensor in parts.items()}
-    built: updates.Update = updates.get("conv").build(lazy, 1.5, 3.0)
+    built: kinds.Update = kinds.get("conv").build(lazy, 1.5, 3.0)
     return built
 
 
@@ -78,7 +79,7 @@ def test_there_and_back(tmp_path: Path, base: Checkpoint, start: str, through: s
             continue
         assert last is not None
         # A dialect that can say both namings keeps the one it was given.
-        first, last = _image_names.to_diffusers(first), _image_names.to_diffusers(last)
+        first, last = rename.to_diffusers(first), rename.to_diffusers(last)
         assert last.updates.keys() == first.updates.keys()
         for module, update in first.updates.items():
             wanted = update.delta_weight()
@@ -113,7 +114,7 @@ def test_an_image_adapter_merges_into_a_base_of_any_naming(tmp_path: Path, namin
         path = tmp_path / "base.safetensors"
         save_file({name.replace("diffusion_model.", prefix): zero for name, zero in zeros.items()}, path)
     base = Checkpoint.open(path)
-    merge(base, [dialects.named_for(adapter, base)], tmp_path / "out")
+    merge(base, [named_for(adapter, base)], tmp_path / "out")
     merged = Checkpoint.open(tmp_path / "out")
     found = {name: merged.read(name) for name in merged.specs}
     qkv = modules[f"{DOUBLE}.img_attn.qkv"].delta_weight()
@@ -129,4 +130,4 @@ def test_an_image_adapter_merges_into_a_base_of_any_naming(tmp_path: Path, namin
 
 def test_named_for_leaves_language_models_alone(base: Checkpoint) -> None:
     adapter = Adapter({Q0: lora(1)}, base=BaseIdentity("x"))
-    assert dialects.named_for(adapter, base).updates == adapter.updates
+    assert named_for(adapter, base).updates == adapter.updates

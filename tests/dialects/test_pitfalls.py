@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from loratools import dialects
 from loratools.adapter.model import Adapter
-from loratools.dialects import _image_names
+from loratools.adapter.naming.image import rename
 from loratools.errors import UnsupportedAdapter
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.merge import merge
@@ -24,32 +24,32 @@ from .adapters import Q0, Q1, V0, expect, lora, peft_folder, state
 
 REGISTER: dict[str, tuple[str, ...]] = {
     "1 rsLoRA divides by the root of r; GGUF has no word for it": (
-        "dialects.test_peft:test_rslora_divides_by_the_root_of_r",
+        "dialects.peft.test_peft:test_rslora_divides_by_the_root_of_r",
         "dialects.test_pitfalls:test_gguf_gets_the_scaling_of_rslora_as_its_alpha",
-        "dialects.test_peft_profiles:test_one_rank_one_scaling_and_no_patterns",
+        "dialects.peft.test_profiles:test_one_rank_one_scaling_and_no_patterns",
     ),
     "2 stacked experts: A expert-major, B expert-minor": (
-        "adapter.test_stacks:test_delta_is_expert_major_in_A_and_minor_in_B",
+        "adapter.placement.test_experts:test_delta_is_expert_major_in_A_and_minor_in_B",
         "interop.test_experts:test_as_peft_merges",
     ),
     "3 stacked experts without parameter names": ("interop.test_experts:test_as_peft_merges",),
     "4 gate and up interleaved or one after the other": (
-        "adapter.test_stacks:test_single_experts_in_a_stack",
+        "adapter.placement.test_experts:test_single_experts_in_a_stack",
         "interop.test_experts:test_an_adapter_of_each_expert_gives_the_same",
     ),
     "5 inits that change the base": (
-        "dialects.test_peft_refusals:test_configs_that_are_sound_but_not_plain_lora",
+        "dialects.peft.test_refusals:test_configs_that_are_sound_but_not_plain_lora",
         "interop.test_combine_peft:test_training_of_a_changed_base_as_peft_converts_it",
     ),
     "6 r and alpha are 8 where the config has none": (
-        "dialects.test_peft:test_missing_r_and_alpha_are_what_peft_takes_and_noted",
+        "dialects.peft.test_peft:test_missing_r_and_alpha_are_what_peft_takes_and_noted",
     ),
     "7 overlapping patterns change places when saved": (
-        "dialects.test_peft_interop:test_overlapping_rank_patterns_that_saving_reordered",
-        "dialects.test_peft:test_alpha_patterns_in_the_order_of_the_file",
+        "dialects.peft.test_interop:test_overlapping_rank_patterns_that_saving_reordered",
+        "dialects.peft.test_peft:test_alpha_patterns_in_the_order_of_the_file",
     ),
     "8 trainable_tokens_delta replaces rows": (
-        "adapter.updates.test_parts:test_rows_take_the_place_of_others",
+        "adapter.kinds.test_parts:test_rows_take_the_place_of_others",
         "interop.test_whole:test_rows_of_single_tokens",
     ),
     "9 whole tensors though modules_to_save is null": (
@@ -64,20 +64,20 @@ REGISTER: dict[str, tuple[str, ...]] = {
         "dialects.test_mlx:test_delta_weights_are_those_of_mlx_lm",
     ),
     "12 diffusers loses the scale; its kohya files say alpha = rank": (
-        "dialects.test_diffusers:test_a_file_of_an_older_script_has_the_scale_that_diffusers_applies",
-        "dialects.test_kohya:test_a_file_that_diffusers_turned_into_kohya_names",
+        "dialects.diffusers.test_diffusers:test_a_file_of_an_older_script_has_the_scale_that_diffusers_applies",
+        "dialects.kohya.test_kohya:test_a_file_that_diffusers_turned_into_kohya_names",
     ),
     "13 flattened names need a list": (
         "dialects.test_unflatten:test_every_layer_comes_back_under_its_own_name",
-        "dialects.test_architectures:test_no_two_names_become_one_and_each_is_found_again",
-        "dialects.test_kohya:test_the_base_decides_where_it_is_given",
+        "adapter.naming.image.test_architectures:test_no_two_names_become_one_and_each_is_found_again",
+        "dialects.kohya.test_kohya:test_the_base_decides_where_it_is_given",
     ),
     "14 split_qkv: rank 3r, alpha of r, a block-sparse up": (
         "dialects.test_pitfalls:test_split_qkv_is_what_a_loader_computes_and_comes_apart_at_its_true_rank",
     ),
     "15 DoRA's axis": (
-        "adapter.updates.test_parts:test_magnitudes_of_every_shape_in_the_wild",
-        "dialects.test_kohya:test_a_magnitude_for_each_input_is_not_taken_for_one_for_each_output",
+        "adapter.kinds.test_parts:test_magnitudes_of_every_shape_in_the_wild",
+        "dialects.kohya.test_kohya:test_a_magnitude_for_each_input_is_not_taken_for_one_for_each_output",
         "dialects.test_pitfalls:test_doras_of_embeddings_in_mlx_are_refused",
     ),
     "16 a whole LoKr ignores alpha": ("dialects.test_pitfalls:test_a_whole_lokr_ignores_alpha",),
@@ -85,12 +85,12 @@ REGISTER: dict[str, tuple[str, ...]] = {
         "interop.test_lycoris:test_the_merged_layer_computes_what_forward_does",
     ),
     "18 RoPE: rows of B are permuted for some models": (
-        "dialects.test_gguf:test_rows_of_q_and_k_come_back_from_llamas_order",
-        "dialects.test_gguf:test_rows_of_qwen_stay",
+        "dialects.gguf.test_gguf:test_rows_of_q_and_k_come_back_from_llamas_order",
+        "dialects.gguf.test_gguf:test_rows_of_qwen_stay",
         "interop.test_torchtune:test_the_merged_model_computes_what_torchtune_does",
     ),
     "19 Conv1D: square matrices hide it": (
-        "adapter.test_resolve:test_square_conv1d_is_transposed",
+        "adapter.placement.test_resolve:test_square_conv1d_is_transposed",
         "interop.test_bases:test_square_conv1d_alone_without_config",
         "interop.test_families:test_merged_weights_are_those_of_peft",
     ),
@@ -103,11 +103,11 @@ REGISTER: dict[str, tuple[str, ...]] = {
         "interop.test_bases:test_untied_head_computes_what_peft_computes_unmerged",
     ),
     "22 aLoRA, QA-LoRA, BD-LoRA, arrow": (
-        "dialects.test_peft_refusals:test_configs_that_are_sound_but_not_plain_lora",
+        "dialects.peft.test_refusals:test_configs_that_are_sound_but_not_plain_lora",
     ),
     "23 Megatron interleaves q, k and v by groups": (
-        "dialects.test_megatron:test_an_archive_of_nemo",
-        "dialects.test_megatron:test_it_merges_as_megatron_would",
+        "dialects.megatron.test_megatron:test_an_archive_of_nemo",
+        "dialects.megatron.test_megatron:test_it_merges_as_megatron_would",
     ),
     "24 names in memory and names on disk": (
         "interop.test_bases:test_prefixes_that_drift",
@@ -118,13 +118,13 @@ REGISTER: dict[str, tuple[str, ...]] = {
         "dialects.test_refused:test_empty_tensors_are_refused_by_name_in_every_dialect",
         "dialects.test_refused:test_pointers_are_refused_by_name_in_every_dialect",
         "dialects.test_refused:test_files_of_torch_that_are_refused_by_name",
-        "dialects.test_peft_refusals:test_an_empty_bin",
+        "dialects.peft.test_refusals:test_an_empty_bin",
     ),
     "27 safetensors: metadata in any order, names twice": (
         "storage.test_header:test_faults_are_refused_by_their_sentence",
         "dialects.contract:DialectContract",
     ),
-    "28 alpha in half precision": ("dialects.test_kohya:test_alphas_in_every_dtype_and_none_at_all",),
+    "28 alpha in half precision": ("dialects.kohya.test_kohya:test_alphas_in_every_dtype_and_none_at_all",),
     "29 grouped convolutions": ("interop.test_kinds:test_grouped_convolutions_are_refused_as_in_peft",),
     "30 PEFT and MLX call their configs alike": (
         "dialects.test_pitfalls:test_one_file_name_two_dialects",
@@ -187,7 +187,7 @@ def test_split_qkv_is_what_a_loader_computes_and_comes_apart_at_its_true_rank(tm
     adapter = dialects.open_adapter(tmp_path / "a.safetensors")
     fused = adapter.updates["diffusion_model.double_blocks.0.img_attn.qkv"]
     assert (fused.rank, fused.scaling) == (3 * r, alpha / (3 * r))
-    apart = _image_names.to_diffusers(adapter).updates
+    apart = rename.to_diffusers(adapter).updates
     for i, part in enumerate("qkv"):
         update = apart[f"transformer.transformer_blocks.0.attn.to_{part}"]
         assert (update.rank, update.scaling) == (r, alpha / (3 * r))

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from loratools import dialects
-from loratools.adapter import updates
+from loratools.adapter import kinds
 from loratools.adapter.model import Adapter
 from loratools.errors import BadFile, LossyConversion, UnsupportedAdapter
 from loratools.storage.checkpoint import Checkpoint
@@ -127,6 +127,6 @@ def test_losses(tmp_path: Path) -> None:
         "lora_A.weight": LazyTensor.of(torch.ones(2, 3, 1, 1)),
         "lora_B.weight": LazyTensor.of(torch.ones(4, 2, 1, 1)),
     }
-    strange = Adapter({Q0: lora(1), "x": lora(2), "c": updates.get("conv").build(conv, 1.0, 2.0)}, settings=known)
+    strange = Adapter({Q0: lora(1), "x": lora(2), "c": kinds.get("conv").build(conv, 1.0, 2.0)}, settings=known)
     lost = dialects.save_adapter(strange, tmp_path / "a", dialect="torchtune", allow_loss=True)
     assert [loss.where for loss in lost] == ["c", "x"]

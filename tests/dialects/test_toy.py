@@ -25,15 +25,16 @@ TOY = '''
 import json
 
 from loratools.adapter.model import Adapter
-from loratools.dialects import _build, _losses
-from loratools.dialects._listing import Evidence
+from loratools.adapter.parts import A, B
+from loratools.dialects._frame import build, losses as named
+from loratools.dialects._frame.listing import Evidence
 from loratools.storage import atomic
 from loratools.storage.lazy import LazyTensor
 
 SUMMARY = "toy: numbers that a person can read"
 EXTRA = None
 FILES = ()
-CANNOT = (*_losses.IDENTITY, "tensors trained whole", "anything but plain LoRA")
+CANNOT = (*named.IDENTITY, "tensors trained whole", "anything but plain LoRA")
 
 _FILE = "toy.json"
 
@@ -54,16 +55,16 @@ def read(listing):
     def rule(module, rank):
         return found[module]["s"], found[module]["alpha"]
 
-    return Adapter(_build.build(listing.path, groups, rule))
+    return Adapter(build.build(listing.path, groups, rule))
 
 
 def losses(adapter):
-    found = _losses.updates(adapter, "toy", ("lora",), (_losses.A, _losses.B))
-    return found + _losses.replacements(adapter, "toy") + _losses.identity(adapter)
+    found = named.updates(adapter, "toy", ("lora",), (A, B))
+    return found + named.replacements(adapter, "toy") + named.identity(adapter)
 
 
 def write(adapter, target, *, force=False):
-    kept = _losses.kept(adapter, losses(adapter)).updates
+    kept = named.kept(adapter, losses(adapter)).updates
     document = {
         module: {
             "s": update.scaling, "alpha": update.alpha,

@@ -18,13 +18,13 @@ import torch
 from safetensors.torch import save
 
 from loratools import dialects
-from loratools.adapter import updates
+from loratools.adapter.kinds import get, names
 from loratools.adapter.model import Adapter
 from loratools.errors import LoraToolsError
 from loratools.storage import files
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import TensorSpec, read_header
-from loratools.storage.pickled import read_pickled
+from loratools.storage.pickles.archive import read_pickled
 from tests.faults import mutate
 from tests.make import tiny
 
@@ -122,8 +122,8 @@ def test_adapters(prepared: Path, tmp_path: Path, part: int) -> None:
         for file in (prepared / kind).iterdir():
             (tmp_path / kind / file.name).write_bytes(file.read_bytes())
         dialects.open_adapter(tmp_path / kind)  # imports and caches are not what is measured
-    for name in updates.names():
-        updates.get(name)
+    for name in names():
+        get(name)
     seen = Counter()
     for number in range(250):
         kind = chance.choice(kinds)

@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from loratools.engine.run import Settings, write_weights
 from loratools.storage import files
 from loratools.storage.checkpoint import Checkpoint
-from loratools.surgery.execute import Settings, write_weights
 from loratools.surgery.merge import merge, prepare
 from tests.faults.killer import hashes
 from tests.make import tiny

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from loratools.adapter import updates
+from loratools.adapter import kinds
 from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.storage.lazy import LazyTensor
 
@@ -16,12 +16,12 @@ ZERO = "blake3:" + "0" * 64
 
 def lora(
     seed: int, rank: int = 4, alpha: float = 8, scaling: float = 2.0, dtype: torch.dtype = torch.float32
-) -> updates.Update:
+) -> kinds.Update:
     """Return an update of a (12, 10) weight."""
     generator = torch.Generator().manual_seed(seed)
     A = LazyTensor.of(torch.randn(rank, 10, generator=generator).to(dtype))
     B = LazyTensor.of(torch.randn(12, rank, generator=generator).to(dtype))
-    built: updates.Update = updates.get("lora").build({"lora_A.weight": A, "lora_B.weight": B}, scaling, alpha)
+    built: kinds.Update = kinds.get("lora").build({"lora_A.weight": A, "lora_B.weight": B}, scaling, alpha)
     return built
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from loratools.adapter.model import Adapter
 from loratools.dialects import open_adapter
-from loratools.format import keys, reader, rules, writer
+from loratools.format import keys, reader, validate, writer
 from loratools.storage.header import read_header
 from loratools.storage.lazy import LazyTensor
 from tests import spec
@@ -80,7 +80,7 @@ def test_logits_are_those_of_the_original(label: str, tmp_path: Path) -> None:
         wanted = model(tokens).logits
     model.save_pretrained(tmp_path / "peft")
     writer.write(opened(tmp_path / "peft"), tmp_path / "sealed")
-    assert rules.validate(tmp_path / "sealed") == []
+    assert validate.validate(tmp_path / "sealed") == []
     with torch.no_grad():
         found = PeftModel.from_pretrained(llama(), tmp_path / "sealed").eval()(tokens).logits
         plain = llama()(tokens).logits
@@ -198,8 +198,8 @@ def test_peft_loads_the_vectors_of_kind_lora() -> None:
 
 
 def reader_rank(path: Path) -> int:
-    subject = rules.open_subject(path)
-    assert not isinstance(subject, rules.Problem)
+    subject = validate.open_subject(path)
+    assert not isinstance(subject, validate.Problem)
     return int(subject.manifest["rank"])
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from loratools.adapter.model import Adapter, BaseIdentity
 from loratools.errors import InvalidFormat, OutputRefused, UnsupportedAdapter
-from loratools.format import manifest, reader, rules, writer
+from loratools.format import manifest, reader, validate, writer
 from loratools.storage import digest, dtypes
 from loratools.storage.header import read_header
 from loratools.storage.lazy import LazyTensor
@@ -51,7 +51,7 @@ def rewritten(path: Path, target: Path, change: Any) -> Path:
 def test_round_trip(name: str, tmp_path: Path) -> None:
     adapter = rich()
     written = writer.write(adapter, tmp_path / name, tensors=TOUCHED)
-    assert rules.validate(tmp_path / name) == []
+    assert validate.validate(tmp_path / name) == []
     again = reader.read(tmp_path / name, verify=True)
     assert bytes_of(again) == bytes_of(adapter)
     assert {path: (u.scaling, u.alpha, u.rank, u.kind) for path, u in again.updates.items()} == {
@@ -128,9 +128,9 @@ def test_T_23_stored_tensors_keep_bytes_that_no_arithmetic_keeps(tmp_path: Path)
     # A NaN with a payload and a negative zero: bytes, not numbers, are what is kept.
     bits = torch.tensor([[0x7FC1, -0x8000, 0x0001, 0x3F80]], dtype=torch.int16).view(torch.bfloat16)
     parts = {"lora_A.weight": LazyTensor.of(bits), "lora_B.weight": LazyTensor.of(torch.ones(2, 1).bfloat16())}
-    from loratools.adapter import updates
+    from loratools.adapter import kinds
 
-    first = Adapter({"q": updates.get("lora").build(parts, 1.0, 1.0)})
+    first = Adapter({"q": kinds.get("lora").build(parts, 1.0, 1.0)})
     writer.write(first, tmp_path / "a.safetensors")
     writer.write(reader.read(tmp_path / "a.safetensors"), tmp_path / "b.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()

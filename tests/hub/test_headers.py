@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from loratools.errors import BadFile, HubError
-from loratools.hub.refs import local
+from loratools.hub.local import local
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import read_header
 from loratools.surgery.inspect import AdapterSummary, CheckpointSummary, inspect

@@ -7,7 +7,7 @@ from huggingface_hub import constants
 
 from loratools.errors import HubError
 from loratools.hub.client import Hub
-from loratools.hub.refs import local
+from loratools.hub.local import local
 
 from .client import environment
 from .server import LocalHub

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from loratools.dialects import _flux_names, _sd_names
+from loratools.adapter.naming.image import stable_diffusion
+from loratools.adapter.naming.image.flux import to_original
 
 TE = ["q_proj", "k_proj", "out_proj", "fc1"]
 TARGETS: Mapping[str, Mapping[str, list[str]]] = {
@@ -180,7 +181,7 @@ def original(pipe: Any) -> dict[str, torch.Tensor]:
     found = {}
     for name, tensor in pipe.unet.state_dict().items():
         module, _, parameter = name.rpartition(".")
-        found[f"model.diffusion_model.{_sd_names.to_original(module, xl=xl)}.{parameter}"] = tensor
+        found[f"model.diffusion_model.{stable_diffusion.to_original(module, xl=xl)}.{parameter}"] = tensor
     found |= _prefixed(
         "conditioner.embedders.0.transformer." if xl else "cond_stage_model.transformer.", _clip(pipe.text_encoder)
     )
@@ -232,7 +233,7 @@ def _flux_original(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
             block = "double" if kind == "transformer_blocks" else "single"
             found[f"{block}_blocks.{number}.{stream}norm.{norms[last]}.scale"] = tensor
             continue
-        place = _flux_names.to_original(module)
+        place = to_original(module)
         assert place is not None, name
         if place[1] is None:
             halves = tensor.chunk(2)

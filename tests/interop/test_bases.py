@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loratools.adapter.names import normalized
+from loratools.adapter.naming.wrappers import normalized
 from loratools.errors import IncompatibleAdapter
 from loratools.surgery.merge import merge
 from tests.interop.models import FAMILIES, adapt, changed, load, merge_by_peft

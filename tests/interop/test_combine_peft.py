@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from loratools.dialects import open_adapter
-from loratools.linalg.ranks import Fixed
-from loratools.surgery.allocate import Ranks
+from loratools.linalg.ranks.allocate import Ranks
+from loratools.linalg.ranks.rules import Fixed
 from loratools.surgery.combine import combine
+from loratools.surgery.combine.methods._terms import Options
 from loratools.surgery.merge import merge
-from loratools.surgery.methods import Options
 from tests.interop.models import FAMILIES, adapt, load, merge_by_peft
 
 pytestmark = pytest.mark.interop

@@ -12,12 +12,12 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 
-from loratools.linalg.ranks import Fixed
+from loratools.adapter.naming.selection import Selection
+from loratools.linalg.ranks.allocate import Ranks
+from loratools.linalg.ranks.rules import Fixed
 from loratools.storage.checkpoint import Checkpoint
-from loratools.surgery.allocate import Ranks
 from loratools.surgery.extract import extract
 from loratools.surgery.merge import merge
-from loratools.surgery.selection import Selection
 from tests.interop.models import FAMILIES
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]

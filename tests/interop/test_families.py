@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from loratools.adapter.names import Names
+from loratools.adapter.naming.wrappers import Names
 from loratools.dialects import open_adapter
 from loratools.surgery.merge import merge
 from tests.interop.models import FAMILIES, SCALINGS, adapt, changed, load, merge_by_peft

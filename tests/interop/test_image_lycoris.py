@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from loratools import dialects
-from loratools.dialects import _image_names, _sd_names
+from loratools.adapter.naming.image import rename, stable_diffusion
 from loratools.errors import LossyConversion
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.convert import convert
@@ -56,7 +56,7 @@ def names_of(pipe: Any, *, xl: bool) -> nn.Module:
     root = nn.Module()
     for name, layer in pipe.unet.named_modules():
         if not list(layer.children()) and name:
-            *path, last = str(_sd_names.to_original(name, xl=xl) if xl else name).split(".")
+            *path, last = str(stable_diffusion.to_original(name, xl=xl) if xl else name).split(".")
             home = root
             for one in path:
                 if not hasattr(home, one):
@@ -195,7 +195,7 @@ def test_round_trips_keep_every_tensor_or_name_the_loss(
         adapter = dialects.open_adapter(start)
         lost = {loss.where for loss in dialects.get(through).losses(adapter)}
         unknown = {"comfy": "ia3", "loratools": "locon loha lokr glora full norm ia3 oft wdora"}[through].split()
-        named = _image_names.to_original(adapter) if through == "comfy" else adapter
+        named = rename.to_original(adapter) if through == "comfy" else adapter
         assert lost == {module for module, update in named.updates.items() if update.kind in unknown}
         middle = tmp_path / f"{through}.safetensors"
         if lost:
@@ -214,11 +214,11 @@ def test_round_trips_keep_every_tensor_or_name_the_loss(
 
 def ours(name: str) -> str:
     """Return kohya's name of a module of diffusers, for that of the original."""
-    from loratools.dialects import _architectures
+    from loratools.adapter.naming.image import architectures
 
     head, _, suffix = name.partition(".")
-    original = _architectures.get("sd-original").by_flat.get(head.removeprefix("lora_unet_"))
-    found = _sd_names.to_diffusers(original) if original else None
+    original = architectures.get("sd-original").by_flat.get(head.removeprefix("lora_unet_"))
+    found = stable_diffusion.to_diffusers(original) if original else None
     head = f"lora_unet_{found.replace('.', '_')}" if found else head.replace("lora_te1_", "lora_te_")
     return f"{head}.{suffix}"
 

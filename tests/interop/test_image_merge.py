@@ -11,7 +11,7 @@ import torch
 
 from loratools import dialects
 from loratools.adapter.model import BaseIdentity
-from loratools.dialects import _image_names
+from loratools.adapter.naming.image import rename
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.convert import convert
 from loratools.surgery.merge import merge
@@ -111,7 +111,7 @@ def test_the_folder_of_one_component(case: Case, dialect: str, tmp_path: Path) -
 
 def only(adapter: Path, component: str, folder: Path) -> Path:
     """Return the part of an adapter in diffusers' names that changes one component."""
-    opened = _image_names.to_diffusers(dialects.open_adapter(adapter))
+    opened = rename.to_diffusers(dialects.open_adapter(adapter))
     updates = {module: update for module, update in opened.updates.items() if module.startswith(f"{component}.")}
     assert updates
     dialects.save_adapter(replace(opened, updates=updates), folder, dialect="diffusers", allow_loss=True)

@@ -21,7 +21,7 @@ from loratools.linalg.factored import (
     singular_values,
     squared_norm,
 )
-from loratools.linalg.ranks import Energy, Spectrum
+from loratools.linalg.ranks.rules import Energy, Spectrum
 
 Pair = tuple[Tensor, Tensor]
 seeds = st.integers(0, 999)

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loratools.engine.arithmetic.numpy import near_zero
 from loratools.linalg import native
-from loratools.surgery.stepwise import near_zero
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="installed without a C compiler")
 

@@ -12,7 +12,7 @@ import reader as second
 from container import Refused, canonical, load
 
 from loratools.errors import LoraToolsError
-from loratools.format import rules
+from loratools.format import validate
 
 from . import adapter_of, cases
 
@@ -25,7 +25,7 @@ JUNK: list[Any] = [
 def agree(path: Path) -> bool:
     """Return whether both accept the file; fail where only one does."""
     try:
-        ours = not rules.validate(path)
+        ours = not validate.validate(path)
     except LoraToolsError:
         ours = False
     try:

@@ -12,8 +12,8 @@ import container
 import jsonschema
 import pytest
 
-from loratools.format import manifest, rules
-from loratools.format.kinds import KINDS
+from loratools.format import manifest, validate
+from loratools.format.registry import KINDS
 from loratools.storage.header import parse_json_object
 
 from . import SPEC, adapter_of, cases, note
@@ -55,8 +55,8 @@ def test_ids_are_unique_and_cited_ids_exist() -> None:
 
 
 def test_rules_check_exactly_the_clauses_on_files() -> None:
-    assert {*rules.CLAUSES, *rules.GATE} == file_clauses() | {"X-04", "V-01"}
-    assert not set(rules.CLAUSES) & set(rules.GATE)
+    assert {*validate.CLAUSES, *validate.GATE} == file_clauses() | {"X-04", "V-01"}
+    assert not set(validate.CLAUSES) & set(validate.GATE)
 
 
 def test_every_clause_is_shown_by_a_vector_or_by_a_test_named_for_it() -> None:

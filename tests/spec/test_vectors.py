@@ -13,15 +13,15 @@ import reader as second
 import torch
 from container import Refused, checkpoint, tiers
 
-from loratools.adapter import updates
+from loratools.adapter import kinds
 from loratools.adapter.model import BaseIdentity
 from loratools.errors import InvalidFormat, LoraToolsError, UnsupportedAdapter
-from loratools.format import manifest, reader, rules
+from loratools.format import manifest, reader, validate
 from loratools.format.clauses import Subject
 from loratools.storage import digest, files
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
-from loratools.surgery.validate import differences
+from loratools.surgery.base import differences
 
 from . import SPEC, VECTORS, adapter_of, base_of, cases, note
 
@@ -50,15 +50,15 @@ def test_second_reader_prints_the_expected_numbers(name: str) -> None:
 
 @pytest.mark.parametrize("name", cases("valid"))
 def test_validator_finds_no_problem(name: str) -> None:
-    assert rules.validate(adapter_of("valid", name)) == []
+    assert validate.validate(adapter_of("valid", name)) == []
 
 
 @pytest.mark.parametrize("name", [name for name in cases("valid") if name != "linear/bias"])
 def test_reader_gives_the_expected_numbers(name: str) -> None:
     path, expected = adapter_of("valid", name), note("valid", name)
-    subject = rules.open_subject(path)
+    subject = validate.open_subject(path)
     assert isinstance(subject, Subject)
-    if unknown := {entry["kind"] for _, entry in subject.entries()} - set(updates.names()):
+    if unknown := {entry["kind"] for _, entry in subject.entries()} - set(kinds.names()):
         with pytest.raises(UnsupportedAdapter, match=f"kind '{unknown.pop()}'"):
             reader.read(path)
         return
@@ -99,7 +99,7 @@ def test_S_10_validator_names_the_one_clause_and_reader_refuses(name: str) -> No
     path, clause = adapter_of("invalid", name), note("invalid", name)["clause"]
     if clause == "I-10":
         return  # nothing is wrong with the file; the base is tested below
-    assert {problem.clause for problem in rules.validate(path)} == {clause}
+    assert {problem.clause for problem in validate.validate(path)} == {clause}
     with pytest.raises((InvalidFormat, UnsupportedAdapter)) as caught:
         reader.read(path, verify=True)
     assert f"[{clause}] " in str(caught.value)
@@ -162,20 +162,20 @@ def test_T_21_products_are_computed_in_float32() -> None:
     generator = torch.Generator().manual_seed(0)
     A, B = (torch.randn(shape, generator=generator).bfloat16() for shape in ((16, 40), (30, 16)))
     parts = {"lora_A.weight": LazyTensor.of(A), "lora_B.weight": LazyTensor.of(B)}
-    found = updates.get("lora").build(parts, 0.3, 1.0).delta_weight().double()
+    found = kinds.get("lora").build(parts, 0.3, 1.0).delta_weight().double()
     exact = 0.3 * (B.double() @ A.double())
     assert (found - exact).norm() <= 1e-6 * exact.norm()
 
 
 def test_a_kind_that_is_not_implemented_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(updates, "names", lambda: ("dora",))
+    monkeypatch.setattr(kinds, "names", lambda: ("dora",))
     with pytest.raises(UnsupportedAdapter, match=r"blk\.q: kind 'lora'"):
         reader.read(adapter_of("valid", "linear/plain"))
 
 
 def test_unsealed_adapter_is_said_to_be_just_that() -> None:
     path = adapter_of("invalid", "layout/manifest-missing")
-    (problem,) = rules.validate(path)
+    (problem,) = validate.validate(path)
     assert problem.clause == "L-03"
     assert "no loratools manifest" in problem.message
     assert not reader.is_sealed(path)
@@ -184,7 +184,7 @@ def test_unsealed_adapter_is_said_to_be_just_that() -> None:
 
 def test_missing_path_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(LoraToolsError, match="no such file"):
-        rules.validate(tmp_path / "nothing.safetensors")
+        validate.validate(tmp_path / "nothing.safetensors")
 
 
 def test_base_identity_is_read_whole() -> None:

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from loratools import dialects
+from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter
-from loratools.adapter.updates import Update
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.convert import convert
 from loratools.surgery.merge import merge

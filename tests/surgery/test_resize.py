@@ -11,12 +11,12 @@ import torch
 from loratools.adapter.model import Adapter
 from loratools.dialects import open_adapter
 from loratools.errors import LoraToolsError
-from loratools.linalg.ranks import Energy, Fixed, Ratio, SvCumulative, SvFro, SvRatio
+from loratools.linalg.ranks.allocate import Ranks
+from loratools.linalg.ranks.rules import Energy, Fixed, Ratio, SvCumulative, SvFro, SvRatio
 from loratools.storage.lazy import LazyTensor
-from loratools.surgery.allocate import Ranks
 from loratools.surgery.resize import resize
 from tests.make import tiny
-from tests.surgery.test_combine import adapter, best, dense, distance, update
+from tests.surgery.combine.test_combine import adapter, best, dense, distance, update
 
 
 def graded(r: int = 8) -> Adapter:

@@ -10,7 +10,7 @@ import torch
 
 from loratools.errors import IncompatibleAdapter, WrongBase
 from loratools.storage.checkpoint import Checkpoint
-from loratools.surgery.companions import RECORD, RESIDUAL
+from loratools.storage.companions import RECORD, RESIDUAL
 from loratools.surgery.merge import merge
 from loratools.surgery.switch import switch
 from loratools.surgery.unmerge import unmerge

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from loratools.adapter.model import BaseIdentity
 from loratools.storage.checkpoint import Checkpoint
+from loratools.surgery.base import differences
 from loratools.surgery.hash import hash_checkpoint
-from loratools.surgery.validate import differences, validate
+from loratools.surgery.validate import validate
 
 
 def change(folder: Path, name: str, weight: torch.Tensor | None) -> None:

@@ -13,7 +13,7 @@ from reprlib import Repr
 from typing import Any
 
 from loratools.format import keys
-from loratools.format.kinds import KINDS, Kind
+from loratools.format.registry import KINDS, Kind
 from loratools.storage.header import TensorSpec
 
 ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"

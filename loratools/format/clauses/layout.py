@@ -7,9 +7,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from loratools.adapter.naming.compact import suffixes
+from loratools.adapter.parts import BIAS, MAGNITUDE
 from loratools.format.clauses import Chapter, Fault, Subject, natural, number, shown
-from loratools.format.kinds import BIAS, MAGNITUDE
-from loratools.format.manifest import suffixes, unmatched
+from loratools.format.manifest import unmatched
 
 CHAPTER = Chapter()
 TOLERANCE = 1e-6

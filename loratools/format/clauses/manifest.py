@@ -9,8 +9,8 @@ from typing import Any
 
 from loratools.errors import BadFile
 from loratools.format.clauses import Chapter, Fault, Subject, natural, number, shown
-from loratools.format.kinds import KINDS
 from loratools.format.manifest import canonical, is_path, unmatched, unused
+from loratools.format.registry import KINDS
 from loratools.storage import digest
 
 CHAPTER = Chapter()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from loratools.adapter.parts import BIAS, B
 from loratools.format import keys, manifest
 from loratools.format.clauses import Chapter, Check, Fault, Subject, shown
-from loratools.format.kinds import BIAS, KINDS, B
+from loratools.format.registry import KINDS
 from loratools.storage import dtypes
 
 CHAPTER = Chapter()

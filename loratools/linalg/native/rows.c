@@ -1,6 +1,6 @@
 /* One pass over rows of a bfloat16 matrix: out = g∘(W + left·right), rounded once, to nearest even.
  *
- * It does what `surgery/stepwise.py` does in ten passes of NumPy, on rows that stay in the core's cache: products are
+ * It does what `engine/arithmetic/numpy.py` does in ten passes of NumPy, on rows that stay in the core's cache: products are
  * summed by fused multiply-adds in the order of the rank, W is added to the sum, the rows are rescaled where there is a
  * magnitude (DoRA: g = m / ‖W + left·right‖, its squares summed in float64), and results so near zero that float32's
  * error shows in them are computed again in float64. C for its speed alone: a merge that has this waits for the disk.

@@ -1,0 +1,174 @@
+"""Updates that are no product of two factors, on projections that the base stores apart or together: rows of ΔW.
+
+LoHa, LoKr and whole differences cannot be taken apart into factors of their own, as `products.py` takes products apart;
+but they make their rows one tile at a time, so a merge can place some of them, or several below each other. Nothing
+here is ever written: only `placement/image.py` makes these, for a merge and its proof.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loratools.adapter import factors
+from loratools.adapter.fusing import products
+from loratools.adapter.kinds import Update
+from loratools.adapter.kinds._rowwise import Rows, Rowwise
+from loratools.storage.lazy import LazyTensor
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part(Rowwise):
+    """Rows [start, stop) of the ΔW of a linear layer."""
+
+    source: Rowwise
+    start: int
+    stop: int
+    kind: str
+    scaling: float
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return self.source.rank
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.stop - self.start, *self.source.shape[1:])
+
+    @property
+    def parts(self) -> Mapping[str, LazyTensor]:
+        return self.source.parts
+
+    @property
+    def bias(self) -> LazyTensor | None:
+        """Rows of the bias."""
+        bias = self.source.bias
+        return None if bias is None else factors.rows(bias, self.start, self.stop)
+
+    def rows(self, dtype: torch.dtype, device: torch.device, transposed: bool) -> Rows:
+        """Return some rows of the whole, or of its transpose some columns."""
+        made, start, stop = self.source.rows(dtype, device, transposed), self.start, self.stop
+        if transposed:
+            return lambda rows: made(rows)[:, start:stop]
+        return lambda rows: made(slice(start + rows.start, start + rows.stop))
+
+    def dense(self) -> torch.Tensor:
+        """Return the rows."""
+        return self.source.dense()[self.start : self.stop]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stack(Rowwise):
+    """Several ΔW below each other, with rows of zeros where there is None; each with its own scaling."""
+
+    blocks: tuple[Rowwise | None, ...]
+    sizes: tuple[int, ...]
+    kind: str
+    scaling: float = 1.0
+    alpha: float = 1.0
+
+    @property
+    def given(self) -> tuple[Rowwise, ...]:
+        """The blocks that there are."""
+        return tuple(block for block in self.blocks if block is not None)
+
+    @property
+    def rank(self) -> int:
+        return max(block.rank for block in self.given)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(self.sizes), *self.given[0].shape[1:])
+
+    @property
+    def parts(self) -> Mapping[str, LazyTensor]:
+        return {f"{i}.{name}": lazy for i, block in enumerate(self.blocks) if block is not None
+                for name, lazy in block.parts.items()}  # fmt: skip
+
+    def rows(self, dtype: torch.dtype, device: torch.device, transposed: bool) -> Rows:
+        """Return the rows of each block that are asked for, below each other (transposed: beside each other)."""
+        made = [block.rows(dtype, device, transposed) if block else None for block in self.blocks]
+
+        def piece(i: int, first: int, last: int) -> torch.Tensor:
+            import torch
+
+            block, rows = self.blocks[i], made[i]
+            if block is None or rows is None:
+                sides = (last - first, self.sizes[i] if transposed else self.shape[1])
+                return torch.zeros(sides, dtype=dtype, device=device)
+            return rows(slice(first, last)) * block.scaling
+
+        def across(rows: slice) -> torch.Tensor:
+            import torch
+
+            return torch.cat([piece(i, rows.start, rows.stop) for i in range(len(made))], 1)
+
+        def below(rows: slice) -> torch.Tensor:
+            import torch
+
+            found, at = [], 0
+            for i, size in enumerate(self.sizes):
+                first, last = max(rows.start - at, 0), min(rows.stop - at, size)
+                if first < last:
+                    found.append(piece(i, first, last))
+                at += size
+            return torch.cat(found)
+
+        return across if transposed else below
+
+    def dense(self) -> torch.Tensor:
+        """Return all blocks, scaled, below each other."""
+        import torch
+
+        found = [
+            torch.zeros(size, self.shape[1], dtype=torch.float64) if block is None else block.scaling * block.dense()
+            for block, size in zip(self.blocks, self.sizes, strict=True)
+        ]
+        return torch.cat(found)
+
+
+def apart(update: Update, sizes: Sequence[int]) -> list[Update | None]:
+    """Return the updates of consecutive blocks of output features: factors of their own, or rows of the whole.
+
+    Raises `ValueError` for an update that cannot give single rows, or where the sizes do not add up.
+    """
+    if products.divisible(update):
+        return products.apart(update, sizes)
+    if not isinstance(update, Rowwise) or len(update.shape) != 2 or update.shape[0] != sum(sizes):
+        raise ValueError(f"no update of kind {update.kind} can be divided so")
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [
+        Part(update, start, start + size, update.kind, update.scaling, update.alpha)
+        for start, size in zip(starts, sizes, strict=True)
+    ]
+
+
+def together(blocks: Sequence[Update | None], sizes: Sequence[int]) -> Update:
+    """Return one update of the consecutive blocks: of joined factors, or their rows below each other.
+
+    Raises `ValueError` where one of them cannot give single rows, or has a bias, which the others would need too.
+    """
+    given = [block for block in blocks if block is not None]
+    if all(products.divisible(block) for block in given):
+        return products.together(blocks, sizes)
+    found = tuple(block for block in given if isinstance(block, Rowwise) and block.bias is None)
+    shapes = [None if block is None else block.shape for block in blocks]
+    fits = all(shape in (None, (size, given[0].shape[1])) for shape, size in zip(shapes, sizes, strict=True))
+    if len(found) != len(given) or not fits:
+        raise ValueError("not all of them can be put together")
+    kind = "+".join(sorted({block.kind for block in found}))
+    return Stack(tuple(block if isinstance(block, Rowwise) else None for block in blocks), tuple(sizes), kind)
+
+
+def swapped(update: Update) -> Update:
+    """Return the update with the two halves of its output features swapped."""
+    if products.divisible(update):
+        return products.swapped(update)
+    half = update.shape[0] // 2
+    first, second = apart(update, (half, half))
+    return together((second, first), (half, half))

@@ -1,0 +1,171 @@
+"""The kinds of update, one file each, found by file name.
+
+A kind file is a module with
+
+    KIND         its name in the format's registry, the same as the file's
+    claims(parts)                     whether a module with these part names is of this kind
+    build(parts, scaling, alpha)      the `Update`; raises `ValueError` with a sentence where shapes do not fit. A kind
+                                      that shapes cannot tell all about takes `layout` besides, a mapping
+
+`parts` maps PEFT's names of a module's tensors (`lora_A.weight`, `lora_B.weight`, …) to lazy tensors. Kinds of two
+factors build on `_product.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from loratools.errors import UnknownKind
+from loratools.storage.lazy import LazyTensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from loratools.adapter.site import Site
+
+
+class Term(Protocol):
+    """A loaded update, oriented for one site: it changes tiles of rows of the site's rectangle.
+
+    One that needs several rows at once (a rotation) has an attribute `together`, their number; tiles are multiples.
+    """
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether `apply_rows` must be given the unchanged rows, as norms over W + ΔW need them."""
+        ...
+
+    @property
+    def needs_pass(self) -> bool:
+        """Whether `observe_rows` must see all rows before the first is changed: a norm that runs across rows."""
+        ...
+
+    def observe_rows(self, base: torch.Tensor, rows: slice) -> None:
+        """Take in unchanged rows of the rectangle; called once for each tile, in order, if `needs_pass`."""
+        ...
+
+    def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
+        """Change `W`, the tile of `rows` of the rectangle in float32 or float64, in place.
+
+        `base` has the same rows unchanged; it is None where `W` is still unchanged itself.
+        """
+        ...
+
+
+@runtime_checkable
+class Refinable(Term, Protocol):
+    """A term whose single results can be computed again in float64, where float32 does not do.
+
+    |W + ΔW| elements far below `bound` have lost digits: the error of a float32 sum is that of its largest term.
+    """
+
+    def bound(self) -> float:
+        """Return a bound on the magnitude of any element of ΔW."""
+        ...
+
+    def gain(self, rows: slice) -> float:
+        """Return the largest factor that `apply_rows` multiplied the sum with in these rows."""
+        ...
+
+    def elements(self, W: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """Return single elements of the result in float64, from `W`, the unchanged ones in float64.
+
+        `rows` and `columns` count in the rectangle.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Underlying:
+    """The weight of a site under an update, for `Update.project`: by its products, or loaded.
+
+    `below(X)` is X·Wᵀ with the weight W that the update finds; updates before it have changed it already, and W is
+    taken for zero where all of them are additive. `base` loads the unchanged W₀ of the site as the module defines it,
+    (out, in), in float64.
+    """
+
+    site: Site
+    base: Callable[[], torch.Tensor]
+    below: Callable[[torch.Tensor], torch.Tensor]
+
+
+class Update(Protocol):
+    """A change of one base weight; known by shapes until it is loaded."""
+
+    @property
+    def kind(self) -> str:
+        """Name of the kind: `lora`, `dora`, …"""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """Rank r of the factors."""
+        ...
+
+    @property
+    def alpha(self) -> float:
+        """Numerator of the scaling rule, as the file gave it."""
+        ...
+
+    @property
+    def scaling(self) -> float:
+        """The number s actually applied to B·A."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight it changes as the module defines it, `(out, in, …)`; a base may store it transposed."""
+        ...
+
+    @property
+    def parts(self) -> Mapping[str, LazyTensor]:
+        """Every tensor of the update under PEFT's name of it."""
+        ...
+
+    @property
+    def additive(self) -> bool:
+        """Whether it adds the same ΔW to any W: then the order among such updates means nothing."""
+        ...
+
+    @property
+    def bias(self) -> LazyTensor | None:
+        """What is added, times s, to the module's bias (out,): PEFT's `lora_bias`."""
+        ...
+
+    def term(self, site: Site, weight: float, dtype: torch.dtype, device: torch.device) -> Term:
+        """Load the factors, multiplied by `weight`, for a site."""
+        ...
+
+    def project(self, X: torch.Tensor, weight: float, under: Underlying) -> torch.Tensor:
+        """Return X·W'ᵀ for probes X (k, in) in float64, (k, rows of the site), by another path than `term` takes."""
+        ...
+
+    def delta_weight(self) -> torch.Tensor:
+        """Return the dense ΔW in float32 with `shape`, for tests and small work.
+
+        Raises `ValueError` for a kind whose change depends on W.
+        """
+        ...
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """Return the names of all kinds, sorted."""
+    return tuple(sorted(module.name for module in iter_modules(__path__) if not module.name.startswith("_")))
+
+
+def get(kind: str) -> Any:
+    """Return the module of a kind; raise `UnknownKind` with the list of those that exist."""
+    if kind not in names():
+        raise UnknownKind(f"no kind of update {kind!r}; loratools knows {', '.join(names())}")
+    return import_module(f"{__name__}.{kind}")
+
+
+def claim(parts: Mapping[str, LazyTensor]) -> str | None:
+    """Return the kind whose parts these are, or None."""
+    return next((kind for kind in names() if get(kind).claims(parts)), None)

@@ -1,0 +1,83 @@
+"""What kinds have in common whose ΔW is no product of two factors, but whose rows can be made one tile at a time."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TYPE_CHECKING, Self
+
+from loratools.adapter.kinds._shared import Additive, RowByRow
+from loratools.storage.lazy import LazyTensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from loratools.adapter.kinds import Underlying
+    from loratools.adapter.site import Site
+
+Rows = Callable[[slice], "torch.Tensor"]
+"""Rows of a matrix, made when they are asked for."""
+
+
+class Rowwise(Additive):
+    """An update s·ΔW of the weight seen as a matrix, first side × all others, that makes rows of ΔW by themselves."""
+
+    __slots__ = ()
+
+    def fitted(self, shape: tuple[int, ...]) -> Self:
+        """Return the update of a base weight of this shape: flat factors do not tell the sides of a kernel."""
+        own = self.shape
+        flat = len(own) == 2 and len(shape) > 2 and own == (shape[0], prod(shape[1:]))
+        return replace(self, weight_shape=shape) if flat else self  # type: ignore[type-var]
+
+    @abstractmethod
+    def rows(self, dtype: torch.dtype, device: torch.device, transposed: bool) -> Rows:
+        """Load what it takes, and return the rows of ΔW, or of its transpose, without the scaling."""
+
+    @abstractmethod
+    def dense(self) -> torch.Tensor:
+        """Return ΔW in float64 as a matrix, without the scaling, by another formula than `rows`."""
+
+    def term(self, site: Site, weight: float, dtype: torch.dtype, device: torch.device) -> Added:
+        """Return w·s·ΔW of a site."""
+        made = self.rows(dtype, device, site.transposed)
+        first, last, *_ = site.part
+        if site.transposed:
+            return Added(lambda rows: made(rows)[:, first:last], weight * self.scaling)
+        return Added(lambda rows: made(slice(first + rows.start, first + rows.stop)), weight * self.scaling)
+
+    def project(self, X: torch.Tensor, weight: float, under: Underlying) -> torch.Tensor:
+        """Return X·Wᵀ + w·s·X·ΔWᵀ."""
+        return under.below(X) + weight * self.scaling * (X @ self.dense().to(X)[under.site.part_rows].T)
+
+    def delta_weight(self) -> torch.Tensor:
+        """Return s·ΔW in float32, with `shape`."""
+        return (self.scaling * self.dense()).float().reshape(self.shape)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Named(Rowwise):
+    """One that keeps its tensors by the names they have in files; flat factors learn the weight's shape from a base."""
+
+    tensors: Mapping[str, LazyTensor]
+    scaling: float
+    alpha: float
+    weight_shape: tuple[int, ...] | None = None
+
+    @property
+    def parts(self) -> Mapping[str, LazyTensor]:
+        return self.tensors
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Added(RowByRow):
+    """The term W += scale·rows."""
+
+    made: Rows
+    scale: float
+
+    def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
+        """Add the rows in place."""
+        W.add_(self.made(rows), alpha=self.scale)

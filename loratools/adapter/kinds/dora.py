@@ -1,0 +1,205 @@
+"""DoRA: W'_o = m_o · (W + s·ΔW)_o / ‖(W + s·ΔW)_o‖₂ (Liu et al. 2024, arXiv 2402.09353), with PEFT's meaning.
+
+X_o is all of X that belongs to output feature o: row o of a linear weight, X[o, …] of a convolution, column o of an
+embedding (V, d). ΔW is that of `lora`, `conv` or `embedding`; the bias of the layer stays as it is.
+
+Several adapters on one weight compose in the order given, W ← g₂·(g₁·(W₀ + Δ₁) + Δ₂), and every g = m / ‖W₀ + own Δ‖
+takes its norm from the unchanged base W₀, as PEFT ≥ 0.20 does when it computes and when it merges. This is not
+commutative. A weight w of the merge scales s, as PEFT's `set_scale` does: w = 0 leaves W₀ with its rows rescaled to m,
+not W₀ itself. A feature whose norm is zero has no direction, and is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loratools.adapter import kinds
+from loratools.adapter.kinds._product import LowRank, Product
+from loratools.adapter.kinds._shared import Wrapper
+from loratools.errors import IncompatibleAdapter
+from loratools.storage.lazy import LazyTensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from loratools.adapter.kinds import Underlying
+    from loratools.adapter.site import Site
+
+KIND = "dora"
+MAGNITUDE_PART = "lora_magnitude_vector"
+_INNER = ("lora", "conv", "embedding")
+_CHUNK = 1 << 16  # elements widened to float64 at a time: they stay in the core's cache
+_BLOCK = 64
+_SAFE = 1e-24  # the squares of numbers with such a sum are far from where float32 ends
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DoraUpdate(Wrapper):
+    """A low-rank update and a magnitude for each output feature. Raises `ValueError` where their sizes differ."""
+
+    inner: LowRank
+    magnitude: LazyTensor
+
+    kind = KIND
+
+    def __post_init__(self) -> None:
+        shape, features = self.magnitude.shape, self.features
+        if self.magnitude.parameters != features or sum(side != 1 for side in shape) > 1:
+            raise ValueError(f"{MAGNITUDE_PART} has shape {shape}, expected one number for each of {features} features")
+
+    @property
+    def by_column(self) -> bool:
+        """Whether an output feature is a column of the weight as the module defines it: so it is in an embedding."""
+        return self.inner.kind == "embedding"
+
+    @property
+    def features(self) -> int:
+        """Number of output features."""
+        return self.shape[1 if self.by_column else 0]
+
+    @property
+    def bias(self) -> LazyTensor | None:
+        return self.inner.bias
+
+    @property
+    def parts(self) -> Mapping[str, LazyTensor]:
+        """The factors and the magnitude, in the shape that PEFT gives it: (out,), or (1, out, 1…) of a convolution."""
+        sides = len(self.shape) - 2
+        shape = (1, self.features, *(1,) * sides) if sides else (self.features,)
+        m = self.magnitude
+        m = m if m.shape == shape else m.map(lambda tensor: tensor.reshape(shape), shape)
+        return {**self.inner.parts, MAGNITUDE_PART: m}
+
+    def term(self, site: Site, weight: float, dtype: torch.dtype, device: torch.device) -> Rescaling:
+        """Return the term of a site, with m of the features that land there."""
+        import torch
+
+        m = self.magnitude.load().flatten().to(device=device, dtype=torch.float64)
+        m = m if self.by_column else m[site.part_rows]
+        product = self.inner.term(site, weight, dtype, device)
+        if self.by_column != site.transposed:
+            return Rescaling(product, m, site, True, m.new_zeros(len(m)))
+        return Rescaling(product, m, site, False, m.new_zeros(len(m)))
+
+    def project(self, X: torch.Tensor, weight: float, under: Underlying) -> torch.Tensor:
+        """Return g∘(X·Wᵀ + X·Δᵀ), or (X∘g)·(W + Δ)ᵀ for an embedding.
+
+        The norm takes another path than `term`: ‖w + Δ‖² = ‖w‖² + 2⟨w, Δ⟩ + ‖Δ‖², from the factors, without a dense Δ.
+        """
+        W, m = under.base(), self.magnitude.load().flatten().to(X)
+        left, right = (factor.to(X) for factor in self.inner.matrices())
+        left = left[under.site.part_rows] * (weight * self.scaling)
+        if self.by_column:
+            W, left, right = W.T, right.T, left.T
+        else:
+            m = m[under.site.part_rows]
+        cross = (left * (W @ right.T)).sum(1)
+        squares = W.square().sum(1) + 2 * cross + (left * (left @ (right @ right.T))).sum(1)
+        g = m / squares.sqrt()
+        if self.by_column:
+            return under.below(X * g) + ((X * g) @ left) @ right
+        return g * (under.below(X) + (X @ right.T) @ left.T)
+
+
+@dataclass(slots=True, eq=False)
+class Rescaling:
+    """The term W ← g∘(W + left·right), g = m / ‖W₀ + left·right‖, along rows of the rectangle or across them.
+
+    `across` says that a feature is a column of the rectangle: then `observe_rows` gathers `squares` in a pass of its
+    own. Otherwise each tile has the whole of its features. `factors` keeps g in float64.
+    """
+
+    product: Product
+    magnitude: torch.Tensor
+    site: Site
+    across: bool
+    factors: torch.Tensor
+    squares: torch.Tensor | None = None
+
+    needs_base = True
+
+    @property
+    def needs_pass(self) -> bool:
+        return self.across
+
+    def observe_rows(self, base: torch.Tensor, rows: slice) -> None:
+        """Add the squares of W₀ + left·right, column by column; the last tile makes factors of them."""
+        changed = base.addmm(self.product.left[rows], self.product.right)
+        self.squares = _squares(changed, 0) if self.squares is None else self.squares + _squares(changed, 0)
+        if rows.stop == self.site.shape[0]:
+            self.factors[:] = self._factors(self.squares, slice(0, len(self.magnitude)))
+
+    def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
+        """Add the product and rescale, in place."""
+        if not self.across:
+            changed = None if base is None else base.addmm(self.product.left[rows], self.product.right)
+            self.product.apply_rows(W, rows, None)
+            self.factors[rows] = self._factors(_squares(W if changed is None else changed, 1), rows)
+            W.mul_(self.factors[rows, None].to(W.dtype))
+        else:
+            self.product.apply_rows(W, rows, None)
+            W.mul_(self.factors.to(W.dtype))
+
+    def _factors(self, squares: torch.Tensor, features: slice) -> torch.Tensor:
+        if not bool(squares.all()):
+            raise no_direction(self.site, features.start + int((squares == 0).nonzero()[0]))
+        return self.magnitude[features] / squares.sqrt()
+
+    def bound(self) -> float:
+        """Return a bound on any element of left·right."""
+        return self.product.bound()
+
+    def gain(self, rows: slice) -> float:
+        """Return the largest factor in these rows, which were applied before."""
+        return float(self.factors[slice(None) if self.across else rows].abs().max())
+
+    def elements(self, W: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """Return single elements of g∘(W + left·right) in float64, of rows that were applied before."""
+        factors = self.factors.to(W.device)[columns if self.across else rows]
+        return factors * self.product.elements(W, rows, columns)
+
+
+def no_direction(site: Site, feature: int) -> IncompatibleAdapter:
+    """Return the exception for an output feature of a site that is zero in all of W + ΔW."""
+    return IncompatibleAdapter(
+        f"{site.tensor}: W + ΔW is zero in all of output feature {site.part[0] + feature}, "
+        "so DoRA's factor m / ‖W + ΔW‖ has no value",
+        hint="PEFT would write NaN there. Check that this is the base model that the adapter was trained on.",
+    )
+
+
+def _squares(W: torch.Tensor, axis: int) -> torch.Tensor:
+    """Return the sums of squares along an axis in float64.
+
+    Along rows of float32 numbers, blocks of 64 are summed in float32 first: that errs by 2e-8, less than the numbers
+    themselves do, and takes a quarter of the time. Sums that float32 could not hold are not made so.
+    """
+    import torch
+
+    if axis == 1 and W.dtype == torch.float32 and W.shape[1] % _BLOCK == 0:
+        sums = W.view(len(W), -1, _BLOCK).square().sum(2).double().sum(1)
+        if bool(((sums > _SAFE) & (sums < 1 / _SAFE)).all()):
+            return sums
+    step = max(1, _CHUNK // W.shape[1])
+    parts = [
+        W[start : start + step].to(torch.float64, copy=True).square_().sum(axis) for start in range(0, len(W), step)
+    ]
+    return torch.cat(parts) if axis == 1 else torch.stack(parts).sum(0)
+
+
+def claims(parts: Mapping[str, LazyTensor]) -> bool:
+    """Tell whether this is a magnitude beside the factors of another kind."""
+    return MAGNITUDE_PART in parts and any(kinds.get(kind).claims(_without(parts)) for kind in _INNER)
+
+
+def build(parts: Mapping[str, LazyTensor], scaling: float, alpha: float) -> DoraUpdate:
+    """Return the update of two factors and a magnitude."""
+    rest = _without(parts)
+    kind = next(kind for kind in _INNER if kinds.get(kind).claims(rest))
+    return DoraUpdate(kinds.get(kind).build(rest, scaling, alpha), parts[MAGNITUDE_PART])
+
+
+def _without(parts: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    return {part: lazy for part, lazy in parts.items() if part != MAGNITUDE_PART}

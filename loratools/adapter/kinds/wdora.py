@@ -1,0 +1,142 @@
+"""LyCORIS' weight decomposition: W' = (W + ΔW)∘(1 + w·(m/‖W + ΔW‖ − 1)), over any additive kind.
+
+m is `dora_scale`. Its shape says which norm is meant: (out, 1, …) that of each output feature, (1, in, …) that of each
+input feature over outputs and kernel, which PEFT's DoRA does not know. The weight w acts on the factors alone, as in
+LyCORIS. After other updates of the same weight the norm is still that of the unchanged base + ΔW, as with kind `dora`,
+and the factors act on what is there: the order counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TYPE_CHECKING
+
+from loratools.adapter import kinds
+from loratools.adapter.kinds._shared import Wrapper
+from loratools.errors import IncompatibleAdapter
+from loratools.storage.lazy import LazyTensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from loratools.adapter.kinds import Term, Underlying, Update
+    from loratools.adapter.site import Site
+
+KIND = "wdora"
+SCALE_PART = "dora_scale"
+_INNER = ("lora", "conv", "locon", "loha", "lokr")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WdoraUpdate(Wrapper):
+    """An additive update and the magnitudes of its features. Raises `ValueError` where their shapes do not fit."""
+
+    inner: Update
+    magnitude: LazyTensor
+
+    kind = KIND
+
+    def __post_init__(self) -> None:
+        shape, (out, columns) = self.magnitude.shape, (self.inner.shape[0], prod(self.inner.shape[1:]))
+        if len(shape) < 2 or prod(shape[2:]) != 1 or (shape[:2] != (out, 1) and (shape[0] != 1 or columns % shape[1])):
+            raise ValueError(f"{SCALE_PART} has shape {shape}, expected {(out, 1)} or one number for each input")
+
+    def fitted(self, shape: tuple[int, ...]) -> WdoraUpdate:
+        """Return the update of a base weight of this shape."""
+        fitted = getattr(self.inner, "fitted", None)
+        return replace(self, inner=fitted(shape)) if fitted else self
+
+    @property
+    def by_input(self) -> bool:
+        """Whether there is a magnitude for each input feature."""
+        return self.magnitude.shape[0] == 1 and self.inner.shape[0] != 1
+
+    @property
+    def parts(self) -> Mapping[str, LazyTensor]:
+        return {**self.inner.parts, SCALE_PART: self.magnitude}
+
+    def term(self, site: Site, weight: float, dtype: torch.dtype, device: torch.device) -> Decomposed:
+        """Return the term; raise `IncompatibleAdapter` where the features of a norm do not all lie on the site."""
+        whole = site.part == (0, self.shape[0])
+        if site.transposed or (self.by_input and not whole):
+            raise IncompatibleAdapter(f"{site.tensor}: {KIND} needs the weight whole, as [out, in, …]")
+        m = self.magnitude.load().to(device).double().flatten()
+        kernel = site.shape[1] // len(m) if self.by_input else 1
+        m = m if self.by_input else m[site.part_rows]
+        return Decomposed(self.inner.term(site, 1.0, dtype, device), m, site, self.by_input, kernel, weight)
+
+    def project(self, X: torch.Tensor, weight: float, under: Underlying) -> torch.Tensor:
+        """Return X·W'ᵀ from the dense W + ΔW in float64; W is the unchanged one for the norm."""
+        m = self.magnitude.load().to(X).flatten()
+        changed = under.base() + self.inner.delta_weight().double().flatten(1)[under.site.part_rows]
+        if not self.by_input:
+            factors: torch.Tensor = 1 + weight * (m[under.site.part_rows] / changed.norm(dim=1) - 1)
+            return self.inner.project(X, 1.0, under) * factors
+        norms = changed.view(len(changed), len(m), -1).norm(dim=(0, 2))
+        factors = (1 + weight * (m / norms - 1)).repeat_interleave(changed.shape[1] // len(m))
+        return self.inner.project(X * factors, 1.0, under)
+
+
+@dataclass(slots=True, eq=False)
+class Decomposed:
+    """The term W ← f∘(W + ΔW). Norms over rows are those of a tile; norms over columns take a pass of their own."""
+
+    inner: Term
+    magnitude: torch.Tensor
+    site: Site
+    by_input: bool
+    kernel: int
+    weight: float
+    squares: torch.Tensor | None = None
+
+    needs_base = True
+
+    @property
+    def needs_pass(self) -> bool:
+        return self.by_input
+
+    def observe_rows(self, base: torch.Tensor, rows: slice) -> None:
+        """Add the squares of W + ΔW, input feature by input feature."""
+        changed = base.clone()
+        self.inner.apply_rows(changed, rows, None)
+        found = changed.double().square_().sum(0).view(-1, self.kernel).sum(1)
+        self.squares = found if self.squares is None else self.squares + found
+
+    def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
+        """Add ΔW and scale, in place."""
+        self.inner.apply_rows(W, rows, None)
+        if self.squares is not None:
+            factors = self._factors(self.squares, slice(None))
+            W.mul_(factors.repeat_interleave(self.kernel).to(W.dtype))
+            return
+        changed = W
+        if base is not None:
+            changed = base.clone()
+            self.inner.apply_rows(changed, rows, None)
+        W.mul_(self._factors(changed.double().square_().sum(1), rows)[:, None].to(W.dtype))
+
+    def _factors(self, squares: torch.Tensor, features: slice) -> torch.Tensor:
+        if not bool(squares.all()):
+            raise IncompatibleAdapter(
+                f"{self.site.tensor}: W + ΔW is zero in all of a feature, so m / ‖W + ΔW‖ has no value",
+                hint="Check that this is the base model that the adapter was trained on.",
+            )
+        return 1 + self.weight * (self.magnitude[features] / squares.sqrt() - 1)
+
+
+def claims(parts: Mapping[str, LazyTensor]) -> bool:
+    """Tell whether this is a `dora_scale` beside the factors of another kind."""
+    return SCALE_PART in parts and _kind(parts) is not None
+
+
+def build(parts: Mapping[str, LazyTensor], scaling: float, alpha: float) -> WdoraUpdate:
+    """Return the update of factors and magnitudes."""
+    rest = {part: lazy for part, lazy in parts.items() if part != SCALE_PART}
+    return WdoraUpdate(kinds.get(str(_kind(parts))).build(rest, scaling, alpha), parts[SCALE_PART])
+
+
+def _kind(parts: Mapping[str, LazyTensor]) -> str | None:
+    rest = {part: lazy for part, lazy in parts.items() if part != SCALE_PART}
+    return next((kind for kind in _INNER if kinds.get(kind).claims(rest)), None)

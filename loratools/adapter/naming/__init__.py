@@ -1,0 +1,1 @@
+"""Names of modules: wrappers around them, compact patterns for many, and selections by pattern."""

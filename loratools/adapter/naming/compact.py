@@ -1,0 +1,79 @@
+"""Many module names in few lines: `model.layers.[0-29].self_attn.{q,v}_proj`."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+
+# A pattern: for each place between the dots, the set of what stands there. It means every combination.
+_Pattern = tuple[frozenset[str], ...]
+
+
+def compact(names: Iterable[str]) -> list[str]:
+    """Return patterns that together mean exactly these names, in natural order.
+
+    Names are joined when they differ in one place only: numbers first (`[0-3,7]`), then words (`{q,v}_proj`), so a
+    pattern never means a name that was not given.
+
+    >>> compact(["h.0.attn.q_proj", "h.0.attn.v_proj", "h.1.attn.q_proj", "h.1.attn.v_proj"])
+    ['h.[0-1].attn.{q,v}_proj']
+    """
+    patterns = {tuple(frozenset({part}) for part in name.split(".")) for name in names}
+    longest = max(map(len, patterns), default=0)
+    places = range(longest - 1, -1, -1)
+    for numbers in (True, False):
+        for place in places:
+            patterns = _join(patterns, place, numbers)
+    return sorted((".".join(map(_show, pattern)) for pattern in patterns), key=natural)
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Return a sort key that puts layer 9 before layer 10."""
+    return [(int(part), "") if _is_number(part) else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _is_number(part: str) -> bool:
+    return re.fullmatch(r"0|[1-9][0-9]{0,17}", part) is not None
+
+
+def _join(patterns: set[_Pattern], place: int, numbers: bool) -> set[_Pattern]:
+    groups: dict[tuple[_Pattern, _Pattern], set[str]] = defaultdict(set)
+    others = set()
+    for pattern in patterns:
+        if place < len(pattern) and all(map(_is_number, pattern[place])) == numbers:
+            groups[pattern[:place], pattern[place + 1 :]] |= pattern[place]
+        else:
+            others.add(pattern)
+    return others | {(*before, frozenset(here), *after) for (before, after), here in groups.items()}
+
+
+def _show(parts: frozenset[str]) -> str:
+    if len(parts) == 1:
+        return next(iter(parts))
+    ordered = sorted(parts, key=natural)
+    if all(map(_is_number, ordered)):
+        return f"[{','.join(_ranges([int(part) for part in ordered]))}]"
+    words = [part.split("_") for part in ordered]
+    head = tail = 0
+    while all(len(word) > head + 1 and word[head] == words[0][head] for word in words):
+        head += 1
+    while all(len(word) > head + tail + 1 and word[-1 - tail] == words[0][-1 - tail] for word in words):
+        tail += 1
+    middle = ",".join("_".join(word[head : len(word) - tail]) for word in words)
+    return "_".join([*words[0][:head], f"{{{middle}}}", *words[0][len(words[0]) - tail :]])
+
+
+def _ranges(numbers: list[int]) -> Iterable[str]:
+    start = last = numbers[0]
+    for number in [*numbers[1:], None]:
+        if number != last + 1:
+            yield str(start) if start == last else f"{start}-{last}"
+            start = number  # type: ignore[assignment]
+        last = number  # type: ignore[assignment]
+
+
+def suffixes(module: str) -> list[str]:
+    """Return what PEFT's rule for a list entry lets name a module: its path, and each suffix of it after a dot."""
+    segments = module.split(".")
+    return [".".join(segments[i:]) for i in range(len(segments))]

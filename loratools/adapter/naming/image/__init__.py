@@ -1,0 +1,1 @@
+"""Names of the modules of image models, in every spelling in use, and the tables that lead from one to another."""

@@ -1,0 +1,26 @@
+"""The components of an image pipeline, and the module names inside them."""
+
+from __future__ import annotations
+
+COMPONENTS = frozenset({
+    "unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "prior", "decoder",
+    "connectors", "controlnet",
+})  # fmt: skip
+"""Parts of a pipeline that take adapters; the first segment of a name."""
+
+
+MODEL_LEVEL = frozenset(
+    {"down_blocks", "mid_block", "up_blocks", "transformer_blocks", "single_transformer_blocks", "blocks"}
+)
+"""First segments of the models themselves, as `save_lora_adapter` and `load_attn_procs` leave them."""
+
+
+def component(module: str) -> str:
+    """Return the component that a module belongs to, or "" where the name begins inside the model."""
+    first = module.partition(".")[0]
+    return first if first in COMPONENTS else ""
+
+
+def inside(module: str) -> str:
+    """Return a module's name without its component."""
+    return module.removeprefix(f"{component(module)}.") if component(module) else module

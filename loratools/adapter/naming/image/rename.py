@@ -1,0 +1,140 @@
+"""An adapter of an image model under diffusers' module names, or under the original implementation's.
+
+Modules that neither table knows keep their names; a dialect that cannot say them lists them as losses.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from loratools.adapter.fusing import products
+from loratools.adapter.kinds import Update
+from loratools.adapter.model import Adapter
+from loratools.adapter.naming.image import architectures, stable_diffusion
+from loratools.adapter.naming.image import flux as _flux_names
+from loratools.adapter.naming.image.components import component
+
+ORIGINAL = "diffusion_model"
+"""What ComfyUI calls the image model of a checkpoint; here the component of all modules with the original's names."""
+
+_LISTED = ("unet", "transformer", ORIGINAL)
+_CLIP = re.compile(r"^(text_encoder(?:_[23])?)\.encoder\.layers\.")
+_SAME = ("transformer_blocks.", "img_in", "txt_in", "time_text_embed.", "norm_out.", "proj_out")
+
+
+class Fusing(Protocol):
+    """How fused projections come apart and together: a module like `fusing/products.py`, whose functions these are."""
+
+    def apart(self, update: Update, sizes: Sequence[int]) -> list[Update | None]:
+        """Return the updates of consecutive blocks of output features."""
+        ...
+
+    def together(self, blocks: Sequence[Update | None], sizes: Sequence[int]) -> Update:
+        """Return one update of the consecutive blocks."""
+        ...
+
+    def swapped(self, update: Update) -> Update:
+        """Return the update with the two halves of its output features swapped."""
+        ...
+
+
+def spelled_out(adapter: Adapter) -> Adapter:
+    """Return the adapter with the component before every module, and `text_model` in CLIP's names.
+
+    `save_lora_adapter` of diffusers, and PEFT, leave the component out; it is told by the lists of known models, unless
+    those of several components have the names. transformers 5 took `text_model` out; checkpoints and kohya keep it.
+    """
+    bare = {m for m in adapter.updates if not component(m) and not m.startswith((f"{ORIGINAL}.", "text_encoders."))}
+    found = {one.component for one in architectures.knowing(bare, _LISTED)} if bare else set()
+    prefix = f"{found.pop()}." if len(found) == 1 else ""
+    named = {prefix + module if module in bare else module: update for module, update in adapter.updates.items()}
+    named = {_CLIP.sub(r"\1.text_model.encoder.layers.", module): update for module, update in named.items()}
+    return replace(adapter, updates=named) if len(named) == len(adapter.updates) else adapter
+
+
+def to_diffusers(adapter: Adapter, *, by: Fusing = products) -> Adapter:
+    """Return the adapter with `unet.` and `transformer.` names; fused projections of Flux become single ones."""
+    found: dict[str, Update] = {}
+    original = {module.removeprefix(f"{ORIGINAL}."): update.shape for module, update in adapter.updates.items()
+                if module.startswith(f"{ORIGINAL}.")}  # fmt: skip
+    flux = _flux_names.is_original(original)
+    for module, update in adapter.updates.items():
+        first, _, name = module.partition(".")
+        if first == ORIGINAL and (sd := stable_diffusion.to_diffusers(name)):
+            found[f"unet.{sd}"] = update
+        elif first == ORIGINAL and flux and (place := _flux_names.to_diffusers(name)):
+            found |= _apart(module, name, update, place, by)
+        else:
+            found[module] = update
+    return replace(adapter, updates=found)
+
+
+def to_original(
+    adapter: Adapter, *, unet: bool = True, xl: bool | None = None, flux: bool | None = None, by: Fusing = products
+) -> Adapter:
+    """Return the adapter with `diffusion_model.` names; Flux's single projections become fused ones.
+
+    `unet` says whether Stable Diffusion is renamed too; kohya's files have it under diffusers' names. `xl` and `flux`
+    say that the model is SDXL or Flux.1, where a base tells it; else the adapter's own names do.
+    """
+    adapter = spelled_out(adapter)
+    xl = stable_diffusion.is_xl(adapter.updates) if xl is None else xl
+    qwen = any(".img_mlp." in module or ".txt_mlp." in module for module in adapter.updates)
+    named = [module.removeprefix("transformer.") for module in adapter.updates if module.startswith("transformer.")]
+    if flux is None:
+        flux = bool(named) and _flux_names.is_diffusers(named, (adapter.base.id if adapter.base else None) or "")
+    found: dict[str, Update] = {}
+    fused: dict[str, dict[int, tuple[str, Update]]] = defaultdict(dict)
+    for module, update in adapter.updates.items():
+        first, _, name = module.partition(".")
+        original = _flux_names.to_original(name) if first == "transformer" and flux else None
+        if first == "unet" and unet and (sd := stable_diffusion.to_original(name, xl=xl)):
+            found[f"{ORIGINAL}.{sd}"] = update
+        elif first == "transformer" and qwen and name.startswith(_SAME) and unet:
+            found[f"{ORIGINAL}.{name}"] = update
+        elif original and original[1] is not None:
+            fused[original[0]][original[1]] = module, update
+        elif original:
+            found |= _renamed(module, f"{ORIGINAL}.{original[0]}", original[0], update, by)
+        else:
+            found[module] = update
+    for name, parts in fused.items():
+        found |= _together(name, parts, by)
+    return replace(adapter, updates=found)
+
+
+def _apart(module: str, name: str, update: Update, place: _flux_names.Place, by: Fusing) -> dict[str, Update]:
+    if len(place.names) == 1:
+        return _renamed(module, f"transformer.{place.names[0]}", name, update, by)
+    try:
+        blocks = by.apart(update, place.sizes(update.shape[1]))
+    except ValueError:
+        return {module: update}
+    return {f"transformer.{part}": block for part, block in zip(place.names, blocks, strict=True) if block is not None}
+
+
+def _together(name: str, parts: Mapping[int, tuple[str, Update]], by: Fusing) -> dict[str, Update]:
+    place = _flux_names.to_diffusers(name)
+    assert place is not None
+    blocks = [parts[i][1] if i in parts else None for i in range(len(place.names))]
+    width = next(iter(parts.values()))[1].shape[1]
+    try:
+        sizes = place.sizes(width)
+        if any(block is not None and block.shape[0] != size for block, size in zip(blocks, sizes, strict=True)):
+            raise ValueError("not the sizes of Flux")
+        return {f"{ORIGINAL}.{name}": by.together(blocks, sizes)}
+    except ValueError:
+        return dict(parts.values())
+
+
+def _renamed(old: str, new: str, original: str, update: Update, by: Fusing) -> dict[str, Update]:
+    if original not in _flux_names.SWAPPED:
+        return {new: update}
+    try:
+        return {new: by.swapped(update)}
+    except ValueError:
+        return {old: update}

@@ -1,0 +1,285 @@
+"""From an adapter's modules to the tensors of a base: all the naming trouble, once. Pure: names and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, TypeVar
+
+from loratools.adapter.kinds import Update
+from loratools.adapter.kinds._bias import BiasUpdate
+from loratools.adapter.kinds.experts import ExpertsUpdate
+from loratools.adapter.model import Adapter
+from loratools.adapter.naming.wrappers import CONV1D, FUSIONS, Fusion, Names
+from loratools.adapter.placement import experts
+from loratools.adapter.site import Site
+from loratools.errors import IncompatibleAdapter
+
+T = TypeVar("T")
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placement:
+    """One update (or a part of it) on one site of the base."""
+
+    module: str
+    update: Update
+    site: Site
+
+
+def resolve(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any] | None = None) -> list[Placement]:
+    """Place every update of an adapter on the tensors of a base.
+
+    `shapes` are the base's tensors; `config` is its config.json, whose `model_type` decides what shapes cannot: the
+    orientation of square Conv1D weights, the order within fused projections.
+
+    Raises `IncompatibleAdapter` that lists every module without a place, every shape that does not fit and every
+    ambiguity with its candidates; and when the adapter would change nothing.
+    """
+    if not adapter.updates and not adapter.replacements:
+        raise IncompatibleAdapter("the adapter has no updates: it would change nothing")
+    resolver = _Resolver(Names(shapes), shapes, config or {})
+    placements: list[Placement] = []
+    problems: list[str] = []
+    for module, update in adapter.updates.items():
+        try:
+            placements += resolver.place(module, update)
+        except _NoPlace as error:
+            problems.append(f"{module}: {error}")
+    problems += _overlaps(placements)
+    if problems:
+        raise IncompatibleAdapter(
+            f"the adapter does not fit this base model: {len(problems)} problem(s) in {len(adapter.updates)} modules",
+            problems,
+        )
+    return placements
+
+
+class _NoPlace(Exception):
+    """Why one module has no place; becomes a line of the error."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Resolver:
+    names: Names
+    shapes: Shapes
+    config: Mapping[str, Any]
+
+    def place(self, module: str, update: Update) -> list[Placement]:
+        """Return the placements of an update: on the weight, or parts of it, and on the bias if it has one."""
+        # `base_layer` marks the inner one of two modules that PEFT wraps; the base knows nothing of it.
+        path = ".".join(segment for segment in module.split(".") if segment != "base_layer")
+        if (fitted := getattr(update, "fitted", None)) and (tensor := self._one(path, path)):
+            try:
+                update = fitted(self.shapes[tensor])
+            except ValueError as error:
+                raise _NoPlace(str(error)) from None
+        if isinstance(update, ExpertsUpdate):
+            return self._experts(module, path, update)
+        placed = [Placement(module, update, site) for site in self.sites(path, update)]
+        if update.bias is not None:
+            added = BiasUpdate(update.bias, update.scaling, update.alpha)
+            placed += [Placement(module, added, self._bias(one.site)) for one in placed]
+        return placed
+
+    def _experts(self, module: str, path: str, update: ExpertsUpdate) -> list[Placement]:
+        """Return the placements of the experts of a stack, one by one."""
+        for spelled in experts.spellings(path):
+            if found := self._sure(experts.stack_sites, spelled, update):
+                return [Placement(module, expert, site) for expert, site in found]
+        raise _NoPlace(f"no {update.parameter} of its experts in the base, neither stacked nor one by one")
+
+    def _sure(self, find: Callable[..., T], module: str, update: Update) -> T:
+        try:
+            return find(module, update, self.names, self.shapes, self.config)
+        except experts.Ambiguous as error:
+            raise _NoPlace(str(error)) from None
+
+    def _bias(self, site: Site) -> Site:
+        """Return where the outputs of a weight's site lie in the bias beside it."""
+        name = site.tensor.removesuffix("weight") + "bias"
+        out, rows = (site.matrix[1], site.columns) if site.transposed else (site.matrix[0], site.rows)
+        if name == site.tensor or self.shapes.get(name) != (out,):
+            raise _NoPlace(
+                f"trained with lora_bias, and the base has no {name} with {out} numbers to add it to; "
+                f"found {self.shapes.get(name, 'none')}"
+            )
+        return Site(name, (out, 1), rows, (0, 1, 1), site.part)
+
+    def sites(self, module: str, update: Update) -> list[Site]:
+        if tensor := self._one(module, module):
+            return [self._orient(module, tensor, update, (0, update.shape[0]), self.shapes[tensor])]
+        sites = self._into_fused(module, update) or self._out_of_fused(module, update)
+        if not sites and (site := self._sure(experts.expert_site, module, update)):
+            return [site]
+        if not sites:
+            nearest = self.names.nearest(module)
+            raise _NoPlace(f"not in the base; nearest: {', '.join(nearest)}" if nearest else "not in the base")
+        return sites
+
+    def _one(self, module: str, asked: str) -> str | None:
+        spelled = (found for path in experts.spellings(module) if (found := self.names.find(path)))
+        found = next(spelled, []) or self.names.find(module, "in_proj_weight")  # nn.MultiheadAttention
+        if len(found) > 1:
+            raise _NoPlace(f"ambiguous: {asked} could be any of {', '.join(found)}")
+        return found[0] if found else None
+
+    def _orient(
+        self, module: str, tensor: str, update: Update, part: tuple[int, int], region: tuple[int, ...], start: int = 0
+    ) -> Site:
+        """Place rows `part` of an update on `region` (a shape in the tensor's own orientation) from `start` on."""
+        shape = self.shapes[tensor]
+        wanted = (part[1] - part[0], *update.shape[1:])
+        if len(shape) == 1 and wanted == shape:
+            return Site(tensor, (shape[0], 1), (0, shape[0], 1), (0, 1, 1), part)
+        if len(shape) < 2 or len(wanted) != len(shape):
+            raise _NoPlace(f"its delta weight has shape {wanted}, {tensor} has {shape}")
+        matrix = (shape[0], _product(shape[1:]))
+        if len(shape) == 2 and self._is_conv1d(module, wanted, region):
+            if wanted[::-1] != region:
+                raise _NoPlace(f"its delta weight has shape {wanted}, {tensor} (stored [in, out]) has {shape}")
+            return Site(tensor, matrix, (0, shape[0], 1), (start, start + wanted[0], 1), part, True)
+        if wanted != region:
+            raise _NoPlace(f"its delta weight has shape {wanted}, {tensor} has {shape}")
+        return Site(tensor, matrix, (start, start + wanted[0], 1), (0, matrix[1], 1), part)
+
+    def _is_conv1d(self, module: str, wanted: tuple[int, ...], region: tuple[int, ...]) -> bool:
+        model_type, last = _model_type(self.config), module.rpartition(".")[2]
+        if model_type:
+            return last in CONV1D.get(model_type, ())
+        if last not in CONV1D["gpt2"]:
+            return False
+        if wanted[0] != wanted[1]:
+            return wanted == region[::-1]
+        if (found := biases_tell(self.shapes)) is None:
+            raise _NoPlace("square, and no config.json tells whether the base stores it [in, out]")
+        return found
+
+    def _into_fused(self, module: str, update: Update) -> list[Site]:
+        """Place a split projection (q_proj) in a base that stores it fused (qkv_proj)."""
+        parent, _, last = module.rpartition(".")
+        for fusion in FUSIONS:
+            position = fusion.position(last)
+            fused = _join(parent, fusion.fused)
+            if position is None or not (tensor := self._one(fused, module)):
+                continue
+            shape, rows = self.shapes[tensor], update.shape[0]
+            axis = 1 if fusion.fused in CONV1D.get(_model_type(self.config), ()) else 0
+            if len(shape) != 2 or len(update.shape) != 2:
+                raise _NoPlace(f"its delta weight has shape {update.shape}, {tensor} has {shape}")
+            total, count = shape[axis], len(fusion.parts)
+            self._check_layout(fusion, tensor)
+            if self._by_head(fusion):
+                return self._by_heads(tensor, update, position, count)
+            # The first part begins at 0; the later ones (k and v, or up) are equally large and end at the end.
+            first = 0 if position == 0 else total - (count - position) * rows
+            if not self._fits(rows, position, total, count):
+                raise _NoPlace(f"its {rows} output features are no part of {tensor} with shape {shape}")
+            region = (shape[0], rows) if axis else (rows, shape[1])
+            return [self._orient(fused, tensor, update, (0, rows), region, first)]
+        return []
+
+    def _fits(self, rows: int, position: int, total: int, count: int) -> bool:
+        """Tell whether a part can have so many rows: q at least as many as k and v each, gate as many as up."""
+        if count == 2:
+            return 2 * rows == total
+        key_rows = (total - rows) / 2 if position == 0 else rows
+        heads, groups = self.config.get("num_attention_heads"), self.config.get("num_key_value_heads")
+        if isinstance(heads, int) and isinstance(groups, int) and heads > 0 < groups:
+            return key_rows * (heads + 2 * groups) == total * groups
+        return key_rows == int(key_rows) and 0 < 3 * key_rows <= total
+
+    def _by_heads(self, tensor: str, update: Update, position: int, count: int) -> list[Site]:
+        rows, (total, columns) = update.shape[0], self.shapes[tensor]
+        heads = next((h for key in ("num_attention_heads", "n_head") if isinstance(h := self.config.get(key), int)), 0)
+        if heads < 1 or rows * count != total or rows % heads or update.shape[1] != columns:
+            shape = (total, columns)
+            raise _NoPlace(f"its delta weight {update.shape} is no third of {tensor} {shape} with {heads} heads")
+        size = rows // heads
+        return [
+            Site(tensor, (total, columns), (at, at + size, 1), (0, columns, 1), (head * size, (head + 1) * size))
+            for head in range(heads)
+            for at in [(head * count + position) * size]
+        ]
+
+    def _out_of_fused(self, module: str, update: Update) -> list[Site]:
+        """Place a fused projection (qkv_proj) in a base that stores it split (q_proj, k_proj, v_proj)."""
+        parent, _, last = module.rpartition(".")
+        for fusion in FUSIONS:
+            if fusion.fused != last:
+                continue
+            tensors = [
+                next((found for name in aliases if (found := self._one(_join(parent, name), module))), None)
+                for aliases in fusion.parts
+            ]
+            split = [tensor for tensor in tensors if tensor]
+            if len(split) < len(fusion.parts):
+                continue
+            if fusion.by_head:
+                raise _NoPlace(
+                    f"ambiguous: the base stores {', '.join(split)}, and some models fuse {last} head by head "
+                    f"({', '.join(sorted(fusion.by_head))}), others block by block"
+                )
+            rows = [self.shapes[tensor][0] for tensor in split]
+            if sum(rows) != update.shape[0]:
+                raise _NoPlace(f"its {update.shape[0]} output features are not the {rows} of {', '.join(split)}")
+            starts = [sum(rows[:i]) for i in range(len(rows))]
+            return [
+                self._orient(module, tensor, update, (start, start + count), self.shapes[tensor])
+                for tensor, start, count in zip(split, starts, rows, strict=True)
+            ]
+        return []
+
+    def _by_head(self, fusion: Fusion) -> bool:
+        return _model_type(self.config) in fusion.by_head
+
+    def _check_layout(self, fusion: Fusion, tensor: str) -> None:
+        model_type = _model_type(self.config)
+        if fusion.models is None or model_type in fusion.models or self._by_head(fusion):
+            return
+        said = f"model_type {model_type!r} in config.json" if model_type else "no config.json"
+        raise _NoPlace(f"ambiguous: the base stores it inside {tensor}, and {said} does not tell in which order")
+
+
+def biases_tell(shapes: Shapes) -> bool | None:
+    """Tell whether a GPT-2 without config.json stores [in, out]: a bias counts outputs, which unsquare weights show."""
+    votes = {
+        shapes[f"{module}.bias"] == shape[1:]
+        for module, shape in ((name.removesuffix(".weight"), shape) for name, shape in shapes.items())
+        if len(shape) == 2 and shape[0] != shape[1] and f"{module}.bias" in shapes
+        if module.rpartition(".")[2] in CONV1D["gpt2"]
+    }
+    return votes.pop() if len(votes) == 1 else None
+
+
+def _model_type(config: Mapping[str, Any]) -> str:
+    found = config.get("model_type")
+    return found if isinstance(found, str) else ""
+
+
+def _overlaps(placements: list[Placement]) -> Iterator[str]:
+    """Name pairs of modules that land on the same weights: a sure sign that one of them was matched wrongly."""
+    by_tensor: dict[str, list[Placement]] = {}
+    for placement in placements:
+        by_tensor.setdefault(placement.site.tensor, []).append(placement)
+    for tensor, here in by_tensor.items():
+        clashes = {
+            (one.module, other.module)
+            for one, other in combinations(here, 2)
+            if one.module != other.module and one.site.meets(other.site)
+        }
+        for one, other in sorted(clashes):
+            yield f"{other}: lands on the same part of {tensor} as {one}"
+
+
+def _join(parent: str, name: str) -> str:
+    return f"{parent}.{name}" if parent else name
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    result = 1
+    for side in shape:
+        result *= side
+    return result

@@ -1,0 +1,181 @@
+"""Tied embeddings: a checkpoint that stores one weight for the input embedding and the output head.
+
+A change of one of the two then has no place of its own. What is to happen is the user's to say:
+
+    error   refuse, and say what the choices are (the default)
+    untie   store the head as a tensor of its own, change only what the adapter changed, set tie_word_embeddings false
+    both    let the change act on both, as models that keep the tie do
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from loratools.adapter.model import Adapter
+from loratools.adapter.naming.wrappers import normalized
+from loratools.errors import IncompatibleAdapter
+from loratools.storage.lazy import LazyTensor
+
+POLICIES = ("error", "untie", "both")
+HEADS = ("lm_head", "embed_out", "output_projection")
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Untied:
+    """What a policy came to: the adapters as they are to be placed, and what the output needs for it.
+
+    `copies` maps new tensors of the output to the base tensors that they start as; `config` holds changed fields.
+    """
+
+    adapters: tuple[Adapter, ...]
+    copies: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+def apply_policy(
+    adapters: tuple[Adapter, ...], tensors: Mapping[str, Any], config: Mapping[str, Any], policy: str
+) -> Untied:
+    """Decide where changes of a tied head or embedding go.
+
+    Two kinds of change keep the tie by themselves, under any policy: rows trained for single tokens, which PEFT gives
+    head and embedding alike, and a head that is replaced by the very tensor which replaces the embedding.
+
+    Raises `IncompatibleAdapter` under `error` when an adapter touches either, `ValueError` for an unknown policy.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"unknown policy {policy!r} for tied embeddings; one of {', '.join(POLICIES)}")
+    embedding = main_tensor(tensors, EMBEDDINGS)
+    head = main_tensor(tensors, HEADS)
+    flag = is_tied(config)
+    if embedding is None or (head is not None and not flag):
+        return Untied(adapters)
+    touched = sorted({module for adapter in adapters for module in _touched(adapter)})
+    adapters = adapters if head else tuple(_without_same_head(adapter) for adapter in adapters)
+    if not touched or (head is None and _is_headless(config) and not any(map(_is_head, touched))):
+        return Untied(_rows_on_both(adapters, head))
+    if policy == "error":
+        raise IncompatibleAdapter(
+            f"this base ties its output head to {embedding}, and the adapter changes one of the two",
+            [f"{module}: shares its weight" for module in touched],
+            hint="--tied untie gives the head a weight of its own; --tied both changes the shared weight.",
+        )
+    if policy == "untie":
+        name = head or _head_name(adapters, embedding)
+        return Untied(_rows_on_both(adapters, name), {} if head else {name: embedding}, _set_tie(config))
+    if head is not None:
+        raise IncompatibleAdapter(
+            f"--tied both: this base stores {head} beside {embedding}, so there is no one weight to change",
+            hint="Use --tied untie.",
+        )
+    renamed = tuple(_onto_embedding(adapter, embedding.removesuffix(".weight")) for adapter in adapters)
+    return Untied(renamed)
+
+
+def main_tensor(tensors: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    """Return the tensor of the main embedding or head: the shortest path wins over those of side towers."""
+    found = [name for name in tensors if name.removesuffix(".weight").rpartition(".")[2] in names]
+    found = [name for name in found if name.endswith(".weight")]
+    return min(found, key=lambda name: (len(normalized(name)), name)) if found else None
+
+
+def _touched(adapter: Adapter) -> list[str]:
+    """Return the modules whose change breaks the tie: heads and embeddings, but for what keeps it by itself."""
+    same = _same(adapter)
+    paths = [module for module, update in adapter.updates.items() if not getattr(update, "keeps_tie", False)]
+    paths += [path.removesuffix(".weight") for path, lazy in adapter.replacements.items() if lazy not in same]
+    return [path for path in paths if path.rpartition(".")[2] in HEADS + EMBEDDINGS]
+
+
+def _same(adapter: Adapter) -> list[LazyTensor]:
+    """Return the tensors that replace a head and an embedding alike."""
+    heads = [lazy for path, lazy in adapter.replacements.items() if _is_head(path.removesuffix(".weight"))]
+    return [
+        lazy
+        for path, lazy in adapter.replacements.items()
+        if path.removesuffix(".weight").rpartition(".")[2] in EMBEDDINGS and lazy in heads
+    ]
+
+
+def _without_same_head(adapter: Adapter) -> Adapter:
+    """Leave the replacement of a head away where the embedding's, to which it is tied, is the same tensor."""
+    same = _same(adapter)
+    kept = {
+        path: lazy
+        for path, lazy in adapter.replacements.items()
+        if lazy not in same or not _is_head(path.removesuffix(".weight"))
+    }
+    return replace(adapter, replacements=kept) if same else adapter
+
+
+def _rows_on_both(adapters: tuple[Adapter, ...], head: str | None) -> tuple[Adapter, ...]:
+    """Give the rows of single tokens to a head that the output stores beside its embedding."""
+    if head is None:
+        return adapters
+    module = head.removesuffix(".weight")
+
+    def grown(adapter: Adapter) -> Adapter:
+        rows = [
+            update
+            for path, update in adapter.updates.items()
+            if getattr(update, "keeps_tie", False) and path.rpartition(".")[2] in EMBEDDINGS
+        ]
+        if not rows or any(_is_head(path) for path in adapter.updates):
+            return adapter
+        return replace(adapter, updates={**adapter.updates, module: rows[0]})
+
+    return tuple(grown(adapter) for adapter in adapters)
+
+
+def _is_head(module: str) -> bool:
+    return module.rpartition(".")[2] in HEADS
+
+
+def _is_headless(config: Mapping[str, Any]) -> bool:
+    """Tell whether the architecture is one without any output head over the vocabulary, so that nothing is tied."""
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        return False
+    return not any(re.search("LM|Generation|Causal|PreTraining", str(name)) for name in architectures)
+
+
+def _head_name(adapters: tuple[Adapter, ...], embedding: str) -> str:
+    heads = [path for adapter in adapters for path in _touched(adapter) if path.rpartition(".")[2] in HEADS]
+    return f"{heads[0] if heads else 'lm_head'}.weight"
+
+
+def _onto_embedding(adapter: Adapter, embedding: str) -> Adapter:
+    def place(path: str) -> str:
+        return embedding if path.rpartition(".")[2] in HEADS else path
+
+    updates = {place(module): update for module, update in adapter.updates.items()}
+    whole = {
+        f"{place(path.removesuffix('.weight'))}.weight" if path.endswith(".weight") else path: lazy
+        for path, lazy in adapter.replacements.items()
+    }
+    if len(updates) < len(adapter.updates) or len(whole) < len(adapter.replacements):
+        raise IncompatibleAdapter(
+            f"--tied both: one adapter changes the head and its embedding, which are one weight, {embedding}",
+            hint="Use --tied untie.",
+        )
+    return replace(adapter, updates=updates, replacements=whole)
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Tell whether config.json ties the output head to the input embedding."""
+    inner = config.get("text_config")
+    found = config.get("tie_word_embeddings")
+    if found is None and isinstance(inner, Mapping):
+        found = inner.get("tie_word_embeddings")
+    return bool(found)
+
+
+def _set_tie(config: Mapping[str, Any]) -> dict[str, Any]:
+    changed: dict[str, Any] = {"tie_word_embeddings": False}
+    inner = config.get("text_config")
+    if isinstance(inner, Mapping) and "tie_word_embeddings" in inner:
+        changed["text_config"] = {**inner, "tie_word_embeddings": False}
+    return changed

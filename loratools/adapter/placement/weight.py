@@ -1,0 +1,50 @@
+"""The factors of updates, for analysis in factor space: s·left·right, whatever the kind calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from loratools.adapter.kinds.experts import Expert
+from loratools.adapter.low_rank import low_rank
+from loratools.adapter.placement.resolve import Placement
+
+if TYPE_CHECKING:
+    import torch
+
+    from loratools.storage.checkpoint import Checkpoint
+
+
+def base_matrix(
+    checkpoint: Checkpoint, placements: Iterable[Placement], names: Mapping[str, str] | None = None
+) -> torch.Tensor:
+    """Return the weight under one update as that update's ΔW is laid out, in float64, (rows, columns).
+
+    The placements are those of one module: several where the base stores its projections apart or fused. `names` maps
+    the base's tensor names to those of this checkpoint, where they differ.
+    """
+    import torch
+
+    placements = list(placements)
+    rows = max(placement.site.part_rows.stop for placement in placements)
+    W: torch.Tensor | None = None
+    for placement in placements:
+        site = placement.site
+        name = names[site.tensor] if names else site.tensor
+        block = checkpoint.read(name).view(site.matrix)[slice(*site.rows), slice(*site.columns)].double()
+        block = block.T if site.transposed else block
+        if W is None:
+            W = torch.zeros(rows, block.shape[1], dtype=torch.float64)
+        W[site.part_rows] = block
+    assert W is not None
+    return W
+
+
+def by_module(placements: Iterable[Placement]) -> Mapping[str, list[Placement]]:
+    """Group placements of weights by module, as `products` names them; those of biases are left out."""
+    found: dict[str, list[Placement]] = {}
+    for placement in placements:
+        if low_rank(placement.update) is not None:
+            number = f".{placement.update.number}" if isinstance(placement.update, Expert) else ""
+            found.setdefault(placement.module + number, []).append(placement)
+    return found

@@ -1,0 +1,133 @@
+"""Tensors that were trained whole: where they go, and what config.json has to say of it. Pure: names and shapes.
+
+They come as `modules_to_save`, as a new head, as biases, or as an embedding and a head that were saved after the
+vocabulary was resized. A tensor that the base lacks is added; one outside the numbered layers may have more or fewer
+rows than the base's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from loratools.adapter.model import Adapter
+from loratools.adapter.naming.wrappers import Names
+from loratools.adapter.placement.tied import EMBEDDINGS, HEADS, main_tensor
+from loratools.errors import IncompatibleAdapter
+from loratools.storage.lazy import LazyTensor
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+FOLLOWED = ("architectures", "num_labels", "id2label", "label2id", "problem_type")
+"""Fields of an adapter's own config.json that a new head brings with it."""
+
+# PEFT's task types with a head of their own -> what transformers calls such a model
+_TASKS = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+}
+_LABELLED = ("SEQ_CLS", "TOKEN_CLS")
+
+
+def resolve_replacements(adapter: Adapter, shapes: Shapes) -> dict[str, LazyTensor]:
+    """Return output tensor name -> the tensor that takes its place, or is added under its own path.
+
+    Raises `IncompatibleAdapter` that lists every one that is ambiguous, that does not fit, or that is part of a
+    numbered layer, an embedding or an output head and that the base lacks: those are no new heads.
+    """
+    names, found, problems = Names(shapes), {}, []
+    for path, lazy in adapter.replacements.items():
+        module, _, parameter = path.rpartition(".")
+        tensors = names.find(module, parameter) if module else [path] if path in shapes else []
+        if len(tensors) > 1:
+            problems.append(f"{path}: ambiguous: {', '.join(tensors)}")
+        elif not tensors and (_in_layer(path) or module.rpartition(".")[2] in EMBEDDINGS):
+            problems.append(f"{path}: not in the base")
+        elif tensors and not _fits(tensors[0], lazy.shape, shapes[tensors[0]]):
+            problems.append(f"{path}: trained with shape {lazy.shape}, the base has {shapes[tensors[0]]}")
+        elif (name := tensors[0] if tensors else path) in found:
+            problems.append(f"{path}: a second tensor for {name}")
+        else:
+            found[name] = lazy
+    if problems:
+        raise IncompatibleAdapter(f"{len(problems)} tensor(s) trained whole do not fit this base model", problems)
+    return found
+
+
+def check_vocabulary(shapes: Shapes, found: Shapes) -> None:
+    """Raise `IncompatibleAdapter` if embedding and head had one number of rows and now do not.
+
+    `shapes` are the base's, `found` those of the tensors that take their place.
+    """
+    embedding, head = main_tensor(shapes, EMBEDDINGS), main_tensor(shapes, HEADS)
+    if embedding is None or head is None or shapes[embedding][0] != shapes[head][0]:
+        return
+    rows = {name: found.get(name, shapes[name])[0] for name in (embedding, head)}
+    if rows[embedding] != rows[head]:
+        raise IncompatibleAdapter(
+            "the adapter resizes the vocabulary, but brings only one of embedding and output head",
+            [f"{name}: {count} rows after the merge" for name, count in rows.items()],
+            hint="Save it with both: save_pretrained(..., save_embedding_layers=True).",
+        )
+
+
+def follow(
+    config: Mapping[str, Any], shapes: Shapes, found: Shapes, adapter: Adapter, own: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the fields of config.json that change with tensors trained whole, and notes on them.
+
+    `vocab_size` becomes the number of the embedding's rows. With a head that is new, or has another number of rows, the
+    architecture and the labels become those of `own`, the adapter's own config.json; without one they are told by
+    PEFT's task type and by the head's rows, where that is possible.
+    """
+    changes: dict[str, Any] = {}
+    embedding = main_tensor(shapes, EMBEDDINGS)
+    if embedding is not None and embedding in found and found[embedding][0] != shapes[embedding][0]:
+        changes |= _vocabulary(config, found[embedding][0])
+    heads = {
+        name: shape
+        for name, shape in found.items()
+        if name.removesuffix(".weight").rpartition(".")[2] not in EMBEDDINGS + HEADS and shapes.get(name) != shape
+    }
+    if not heads or not config:
+        return changes, []
+    if own and (brought := {key: own[key] for key in FOLLOWED if key in own}):
+        return changes | brought, [f"{', '.join(brought)} of config.json are those of the adapter's own"]
+    told = _told(config, heads, str(adapter.settings.get("task_type") or ""))
+    if not told:
+        return changes, [
+            f"config.json says nothing of {', '.join(sorted(heads))}: the adapter brings no config of its own"
+        ]
+    return changes | told, [f"{', '.join(told)} of config.json are told by the task type and the rows of the head"]
+
+
+def _told(config: Mapping[str, Any], heads: Shapes, task: str) -> dict[str, Any]:
+    told: dict[str, Any] = {}
+    given = config.get("architectures")
+    if task in _TASKS and isinstance(given, list) and given and isinstance(given[0], str):
+        stem = re.sub(r"(LMHeadModel|Model|For[A-Z]\w*)$", "", given[0])
+        told["architectures"] = [stem + _TASKS[task]]
+    counts = [shape[0] for name, shape in heads.items() if name.endswith("weight") and len(shape) == 2]
+    labels = config.get("id2label")
+    if task in _LABELLED and counts and (not isinstance(labels, dict) or len(labels) != min(counts)):
+        told["id2label"] = {str(i): f"LABEL_{i}" for i in range(min(counts))}
+        told["label2id"] = {f"LABEL_{i}": i for i in range(min(counts))}
+    return told
+
+
+def _vocabulary(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    changes: dict[str, Any] = {"vocab_size": rows} if "vocab_size" in config else {}
+    inner = config.get("text_config")
+    if isinstance(inner, Mapping) and "vocab_size" in inner:
+        changes["text_config"] = {**inner, "vocab_size": rows}
+    return changes
+
+
+def _fits(name: str, shape: tuple[int, ...], stored: tuple[int, ...]) -> bool:
+    return shape == stored or (not _in_layer(name) and len(shape) == len(stored) > 0 and shape[1:] == stored[1:])
+
+
+def _in_layer(path: str) -> bool:
+    return re.search(r"\.\d+\.", f".{path}") is not None

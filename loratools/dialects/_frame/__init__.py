@@ -1,0 +1,1 @@
+"""What dialects are made of: the listing of a source's files, building an adapter, naming losses, reading pickles."""

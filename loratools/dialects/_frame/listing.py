@@ -1,0 +1,153 @@
+"""What lies at a path, as a dialect sees it: file names, headers and small JSON files, read when asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loratools.errors import BadFile
+from loratools.storage.checkpoint import Checkpoint, read_json
+from loratools.storage.header import Header, open_file, read_header
+from loratools.storage.lazy import LazyTensor
+from loratools.storage.pickles.archive import SUFFIXES as PICKLES
+from loratools.storage.pickles.archive import read_pickled
+
+WEIGHTS = (".safetensors", ".gguf", ".npz", *PICKLES)
+"""Endings of files that can hold an adapter's tensors."""
+
+MAX_JSON = 16_000_000
+"""Bytes of a JSON file beside an adapter; a real one has a few thousand."""
+
+_EMPTY_PICKLE = 1024  # bytes; the smallest file of torch.save with a tensor in it has more
+_LFS = b"version https://git-lfs"
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """How sure a dialect is that a listing is its own: a score, and what it saw.
+
+    100 the file names its own format; 80 to 99 a config says so and the tensors agree; 50 to 79 the names of the
+    tensors say so; below 50 a guess.
+    """
+
+    score: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Listing:
+    """An adapter's folder, or one file of it.
+
+    `path`    as the user gave it
+    `folder`  where its files lie; the parent of a single file
+    `files`   names of the files that may hold tensors: all in the folder, or the single one
+    `alpha`   what the user says alpha is, for dialects that do not record it
+    `base`    the base model, for dialects whose names or layout only the base explains
+    `enabled` which of the projections in one weight have factors, for loralib's MergedLinear
+    `initial` that the adapter which training started from is at hand too, and will be taken away from this one
+    """
+
+    path: Path
+    folder: Path
+    files: tuple[str, ...]
+    alpha: float | None = None
+    base: Checkpoint | None = None
+    initial: bool = False
+    enabled: tuple[bool, ...] | None = None
+    _read: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        path: str | Path,
+        *,
+        alpha: float | None = None,
+        base: Checkpoint | None = None,
+        initial: bool = False,
+        enabled: tuple[bool, ...] | None = None,
+    ) -> Listing:
+        """List a folder or a single file; raise `BadFile` if there is nothing at the path or it cannot be listed."""
+        path = Path(path)
+        try:
+            if path.is_dir():
+                files = tuple(sorted(entry.name for entry in path.iterdir() if entry.is_file()))
+                return cls(path, path, files, alpha, base, initial, enabled)
+            if path.is_file():
+                return cls(path, path.parent, (path.name,), alpha, base, initial, enabled)
+        except OSError as error:
+            raise BadFile(f"{path}: cannot be read: {error.strerror}") from None
+        raise BadFile(f"{path}: no such file or folder")
+
+    @property
+    def single(self) -> bool:
+        """Whether the path is one file and not a folder."""
+        return self.path != self.folder
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Names of the files that by their ending can hold tensors."""
+        return tuple(name for name in self.files if name.endswith(WEIGHTS))
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """Return a JSON object in the folder, also beside a single file; None if there is no such file.
+
+        Raises `BadFile` where it is damaged, or larger than `MAX_JSON`.
+        """
+        path = self.folder / name
+        if name not in self._read:
+            if path.is_file() and path.stat().st_size > MAX_JSON:
+                raise BadFile(f"{path}: {path.stat().st_size} bytes; a configuration has at most {MAX_JSON}")
+            self._read[name] = read_json(path) if path.is_file() else None
+        found: dict[str, Any] | None = self._read[name]
+        return found
+
+    def header(self, name: str) -> Header | None:
+        """Return the header of a safetensors file, or None if the file is of another kind; raise `BadFile`."""
+        if not name.endswith(".safetensors"):
+            return None
+        if name not in self._read:
+            self._read[name] = read_header(self.folder / name)
+        found: Header = self._read[name]
+        return found
+
+    def tensors(self, name: str) -> dict[str, LazyTensor]:
+        """Return the tensors of a safetensors file (without torch) or of a `torch.save` file (with it), unread.
+
+        A `torch.save` file is opened once, however many dialects look at it.
+        Raises `BadFile` for a Git-LFS pointer, a damaged file, a pickle with more than tensors, and an empty one.
+        """
+        header = self.header(name)
+        if header is not None:
+            return {tensor: LazyTensor.stored(spec) for tensor, spec in header.tensors.items()}
+        path = self.folder / name
+        if name in self._read:
+            return dict(self._read[name])
+        with open_file(path) as file:
+            begin = file.read(_EMPTY_PICKLE + 1)
+        hollow = len(begin) <= _EMPTY_PICKLE and not begin.startswith(_LFS)
+        specs = {} if hollow else read_pickled(path)
+        if not specs:
+            raise BadFile(
+                f"{path}: an empty state dict ({path.stat().st_size} bytes), as some early training scripts saved it",
+                hint="The trained tensors are not in this file. Look for another checkpoint of the run.",
+            )
+        self._read[name] = {tensor: LazyTensor.stored(spec) for tensor, spec in specs.items()}
+        return dict(self._read[name])
+
+    def check(self) -> None:
+        """Raise `BadFile` for what may keep every dialect from seeing an adapter: pointers, and a file that is no use.
+
+        Opened is only a file that holds tensors alone; beside others may lie what a trainer left, which no one reads.
+        """
+        for name in self.weights:
+            with open_file(self.folder / name) as file:
+                check_pointer(file.read(len(_LFS)), self.folder / name)
+        if len(self.weights) == 1 and self.weights[0].endswith((".safetensors", *PICKLES)):
+            self.tensors(self.weights[0])
+
+
+def check_pointer(begin: bytes, path: Path) -> None:
+    """Raise `BadFile` where a file begins as a Git-LFS pointer does."""
+    if begin.startswith(_LFS):
+        raise BadFile(f"{path}: this is a Git-LFS pointer, not the file itself", hint="Fetch it with `git lfs pull`.")

@@ -1,0 +1,54 @@
+"""State dicts of `torch.save`, for dialects that come as such: found by their names, written byte-reproducibly."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+from loratools.dialects._frame.listing import Listing
+from loratools.errors import BadFile
+from loratools.storage import atomic
+from loratools.storage.lazy import LazyTensor
+from loratools.storage.pickles.archive import SUFFIXES
+
+
+def file_of(listing: Listing) -> str | None:
+    """Return the single file of `torch.save` that the listing holds, if there is nothing else that holds tensors."""
+    found = listing.weights
+    return found[0] if len(found) == 1 and found[0].endswith(SUFFIXES) else None
+
+
+def names(listing: Listing) -> list[str]:
+    """Return the names of the tensors in it; none where there is no such file.
+
+    Raises `BadFile` for a single file that cannot be opened safely; of one in a folder, another dialect may know more.
+    """
+    name = file_of(listing)
+    if name is None:
+        return []
+    try:
+        return list(listing.tensors(name))
+    except BadFile:
+        if listing.single:
+            raise
+        return []
+
+
+def save(target: Path, name: str, tensors: Mapping[str, LazyTensor], *, force: bool) -> None:
+    """Write `target`, a file of `torch.save`, or a folder that holds it as `name`; atomically."""
+    if target.suffix in SUFFIXES:
+        with atomic.new_file(target, force=force) as path:
+            write(path, tensors)
+        return
+    with atomic.new_folder(target, force=force) as folder:
+        write(folder / name, tensors)
+
+
+def write(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    """Write one file, the same bytes for the same tensors."""
+    import torch
+
+    memory = io.BytesIO()  # a path would put its own name into the zip's records
+    torch.save({name: lazy.load().clone() for name, lazy in sorted(tensors.items())}, memory)
+    path.write_bytes(memory.getbuffer())

@@ -1,0 +1,196 @@
+"""diffusers: `pytorch_lora_weights.safetensors`, PEFT's names behind a component's, the config in the header.
+
+    unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q . lora_A.weight      component.module.part
+
+The header's `lora_adapter_metadata` is a JSON object of each component's LoraConfig, `unet.r`, `unet.lora_alpha`, …
+Files without it (all before 2025, and most since) have lost their scale: diffusers applies 1.0, or alpha/r where there
+are tensors `….alpha`. Read are the older spellings too (`names.py`); written is the current one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from loratools.adapter.model import Adapter, Loss
+from loratools.adapter.naming.image import rename
+from loratools.adapter.naming.image.components import MODEL_LEVEL, component, inside
+from loratools.adapter.parts import BIAS, MAGNITUDE, A, B
+from loratools.dialects._frame import build
+from loratools.dialects._frame import losses as _losses
+from loratools.dialects._frame.listing import Evidence, Listing
+from loratools.dialects.diffusers.names import ALPHA, split
+from loratools.dialects.peft.config import PeftConfig
+from loratools.errors import BadFile
+from loratools.format.peft_config import derive_config
+from loratools.storage import save
+from loratools.storage.header import parse_json_object
+
+SUMMARY = "diffusers: pytorch_lora_weights.safetensors; also older lora.down/up names and attention processors"
+EXTRA = None
+FILES = (".safetensors",)
+CANNOT = (*_losses.IDENTITY, "tensors trained whole", "embeddings", "DoRA on some modules of a component only")
+
+_STEM = "pytorch_lora_weights"
+_KEY = "lora_adapter_metadata"
+
+
+def detect(listing: Listing) -> Evidence | None:
+    """Look for the metadata, for components in front of the names, and for the names of diffusers' models."""
+    name = _file(listing)
+    header = listing.header(name) if name else None
+    if name is None or (header is None and not (name == f"{_STEM}.bin" or listing.single)):
+        return None
+    if header is None:
+        return Evidence(60, f"the file is called {name}") if name == f"{_STEM}.bin" else None
+    splits = [found for tensor in header.tensors if (found := split(tensor)) and "." in found[0] and found[1] != ALPHA]
+    named = sum(1 for module, _ in splits if component(module))
+    if _KEY in header.metadata and splits:
+        return Evidence(95, f"the header of {name} has {_KEY}, and {len(splits)} tensors have names of diffusers")
+    if named:
+        return Evidence(70, f"{named} of the tensors in {name} begin with a component, such as {splits[0][0]}")
+    if known := sum(1 for module, _ in splits if module.partition(".")[0] in MODEL_LEVEL):
+        return Evidence(55, f"{known} of the tensors in {name} have names of diffusers' models, such as {splits[0][0]}")
+    return None
+
+
+def read(listing: Listing) -> Adapter:
+    """Read an adapter; the scaling is that of the header's config, else alpha/r of alpha tensors, else 1.0.
+
+    Raises `BadFile` for names of no known spelling and for what contradicts the header's config, `UnsupportedAdapter`.
+    """
+    name = _file(listing)
+    if name is None:
+        raise BadFile(f"{listing.path}: no {_STEM}.safetensors or {_STEM}.bin in this folder")
+    groups: build.Groups = {}
+    alphas: dict[str, float] = {}
+    faults: list[str] = []
+    for tensor, lazy in listing.tensors(name).items():
+        found = split(tensor)
+        if found is None:
+            faults.append(f"{tensor}: no name that diffusers gives to a part of an adapter")
+        elif found[1] == ALPHA:
+            alphas[found[0]] = build.number(lazy, f"{listing.folder / name}: {tensor}")
+        else:
+            build.add(groups, *found, lazy, tensor, faults)
+    faults += [f"{module}: an alpha without factors" for module in alphas if module not in groups]
+    if faults:
+        raise BadFile(f"{listing.path}: {len(faults)} problem(s) in this adapter", faults)
+    configs = _configs(listing, name, {component(module) for module in groups})
+    header = listing.header(name)
+    lost: set[str] = set()
+
+    def rule(module: str, rank: int) -> tuple[float, float]:
+        config, within = configs.get(component(module)), inside(module)
+        if config is not None:
+            if config.rank(within) not in (None, rank):
+                raise ValueError(f"its tensors have rank {rank}, the header's config says {config.rank(within)}")
+            return config.scaling(within, rank), config.alpha(within)
+        if module not in alphas:
+            lost.add(component(module) or "the model")
+        alpha = alphas.get(module, float(rank))
+        return alpha / rank, alpha
+
+    built = build.build(listing.path, groups, rule)
+    settings: dict[str, Any] = {}
+    if lost:
+        text = "the file records no scale; 1.0 is applied, as diffusers does"
+        settings["notes"] = [f"{where}: {text}" for where in sorted(lost)]
+    if header and (kept := {key: value for key, value in header.metadata.items() if key not in (_KEY, "format")}):
+        settings["metadata"] = kept
+    base = next((config.base for config in configs.values() if config.base), None)
+    return Adapter(built, base=base, dialect="diffusers", settings=settings)
+
+
+def losses(adapter: Adapter) -> list[Loss]:
+    """List what diffusers has no words for; ranks and scalings that differ go into the header's patterns."""
+    adapter = _named(adapter)
+    found = _losses.updates(adapter, "diffusers", ("lora", "dora", "conv"), (A, B, BIAS, MAGNITUDE))
+    kept = _losses.kept(adapter, found).updates
+    named = any(component(module) for module in kept)
+    for part, what in ((MAGNITUDE, "no magnitude, and use_dora"), (BIAS, "no bias of B, and lora_bias")):
+        having = {component(module) for module, update in kept.items() if part in update.parts}
+        found += [
+            Loss(module, f"it has {what} is one switch for all modules of a component")
+            for module, update in sorted(kept.items())
+            if component(module) in having and part not in update.parts
+        ]
+    found += [
+        Loss(module, "diffusers' name of it is not known")
+        for module in sorted(kept)
+        if module.startswith((f"{rename.ORIGINAL}.", "text_encoders."))
+    ]
+    kept = {module: update for module, update in kept.items() if not module.startswith(f"{rename.ORIGINAL}.")}
+    if named:
+        found += [Loss(module, "it begins with no component") for module in sorted(kept) if not component(module)]
+    return found + _losses.replacements(adapter, "diffusers") + _losses.identity(adapter)
+
+
+def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
+    """Write the current spelling, with each component's LoraConfig in the header so that no scale is lost."""
+    adapter = _losses.kept(_named(adapter), losses(adapter))
+    tensors = {
+        f"{module}.{part}": lazy for module, update in adapter.updates.items() for part, lazy in update.parts.items()
+    }
+    metadata = {key: value for key, value in _kept(adapter).items() if key not in (_KEY, "format")}
+    configs: dict[str, Any] = {}
+    for name in sorted({component(module) for module in adapter.updates}):
+        prefix = f"{name}." if name else ""
+        configs |= {prefix + field: value for field, value in _config(adapter, name).items()}
+    metadata |= {"format": "pt", _KEY: json.dumps(configs, indent=2, sort_keys=True)}
+    save.save(target, f"{_STEM}.safetensors", tensors, metadata, force=force)
+
+
+def _named(adapter: Adapter) -> Adapter:
+    """Return the adapter under diffusers' names; one that was read without components keeps to that."""
+    return rename.to_diffusers(adapter if adapter.dialect == "diffusers" else rename.spelled_out(adapter))
+
+
+def _kept(adapter: Adapter) -> Mapping[str, str]:
+    found: Any = adapter.settings.get("metadata")
+    return found if isinstance(found, Mapping) and adapter.dialect == "diffusers" else {}
+
+
+def _file(listing: Listing) -> str | None:
+    if listing.single:
+        return listing.files[0] if listing.weights else None
+    for name in (f"{_STEM}.safetensors", f"{_STEM}.bin"):
+        if name in listing.files:
+            return name
+    return listing.weights[0] if len(listing.weights) == 1 else None
+
+
+def _configs(listing: Listing, name: str, components: set[str]) -> dict[str, PeftConfig]:
+    """Return the LoraConfig of each component that the header has one for."""
+    header = listing.header(name)
+    text = header.metadata.get(_KEY) if header else None
+    if text is None:
+        return {}
+    path = listing.folder / name
+    document = parse_json_object(text.encode(), path)
+    found = {}
+    for one in sorted(components):
+        prefix = f"{one}." if one else ""
+        fields = {key.removeprefix(prefix): value for key, value in document.items() if key.startswith(prefix)}
+        if not one:
+            fields = {key: value for key, value in fields.items() if not component(key)}
+        if fields:
+            found[one] = PeftConfig.parse(fields, path)
+    return found
+
+
+def _config(adapter: Adapter, name: str) -> dict[str, Any]:
+    """Return the LoraConfig of one component."""
+    own = {inside(module): update for module, update in adapter.updates.items() if component(module) == name}
+    config = derive_config(replace(adapter, updates=own, replacements={}, settings={}))
+    if name.startswith("text_encoder"):
+        # transformers 5 took the level `text_model` out of CLIP; unanchored and without it a name fits both.
+        config["target_modules"] = [module.removeprefix("text_model.") for module in config["target_modules"]]
+        for field in ("rank_pattern", "alpha_pattern"):
+            config[field] = {
+                key.removeprefix("^").removeprefix(r"text_model\."): value for key, value in config[field].items()
+            }
+    return config

@@ -1,0 +1,253 @@
+"""GGUF, llama.cpp's LoRA: `blk.0.attn_q.weight.lora_a`, architecture names, one alpha for all.
+
+    lora_a (r, in), lora_b (out, r); experts stacked (E, r, in), (E, out, r); token_embd flipped: (V, r), (d, r)
+
+s = alpha/r for each tensor, alpha a float32 in the file and 1 if it is 0 (llama.cpp, `llama_adapter_lora`). Rows of
+lora_b of q and k are permuted where the architecture's are (`names.py`). Through the `gguf` package.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratools.adapter import factors
+from loratools.adapter.kinds import Update
+from loratools.adapter.model import Adapter, BaseIdentity, Loss
+from loratools.adapter.parts import A_EMBEDDING, B_EMBEDDING, A, B
+from loratools.dialects._frame import build
+from loratools.dialects._frame import losses as _losses
+from loratools.dialects._frame.listing import Evidence, Listing
+from loratools.dialects.gguf.names import ARCHITECTURES, Layout, module_of, place
+from loratools.errors import BadFile, UnsupportedAdapter
+from loratools.storage import gguf
+from loratools.storage.header import open_file
+from loratools.storage.lazy import LazyTensor
+
+if TYPE_CHECKING:
+    import torch
+
+SUMMARY = "GGUF: a LoRA adapter of llama.cpp, with architecture names and one alpha"
+EXTRA = "gguf"
+FILES = (".gguf",)
+CANNOT = (*_losses.IDENTITY, "tensors trained whole", "DoRA", "convolutions", "biases of B", "unknown architectures")
+
+_FILE = "adapter.gguf"
+_KEY = "gguf"  # in settings: what the file said of its architecture
+
+
+def detect(listing: Listing) -> Evidence | None:
+    """Look at the file's first four bytes."""
+    name = _file(listing)
+    if name is None:
+        return None
+    with open_file(listing.folder / name) as file:
+        return Evidence(100, f"{name} begins with GGUF") if file.read(4) == b"GGUF" else None
+
+
+def read(listing: Listing) -> Adapter:
+    """Read an adapter; alpha is the file's, heads are the file's or the base's.
+
+    Raises `BadFile` for what is no LoRA adapter and for names of no known tensor, `UnsupportedAdapter` for an unknown
+    architecture or where the number of heads is needed and not known, `MissingExtra` without the `gguf` package.
+    """
+    name = _file(listing)
+    if name is None:
+        raise BadFile(f"{listing.path}: expected one .gguf file in this folder")
+    path = listing.folder / name
+    fields, tensors = gguf.read(path)
+    kind = (fields.get("general.type"), fields.get("adapter.type"))
+    if kind != ("adapter", "lora"):
+        raise BadFile(f"{path}: general.type is {kind[0]!r} and adapter.type {kind[1]!r}, expected a LoRA adapter")
+    layout = _layout(fields, listing, path)
+    alpha = fields.get("adapter.lora.alpha")
+    if not isinstance(alpha, float):
+        raise BadFile(f"{path}: adapter.lora.alpha: expected a number, found {alpha!r}")
+    if "adapter.alora.invocation_tokens" in fields:
+        raise UnsupportedAdapter(
+            f"{path}: an activated LoRA acts only after its invocation tokens; it cannot be merged"
+        )
+    modules = [spec.removesuffix(".weight") for spec in listing.base.specs] if listing.base else []
+    groups: build.Groups = {}
+    faults, unknown = [], []
+    for tensor, lazy in sorted(tensors.items()):
+        target, _, part = tensor.rpartition(".")
+        if part not in ("lora_a", "lora_b") or not target.endswith(".weight"):
+            faults.append(f"{tensor}: expected a name that ends in .weight.lora_a or .weight.lora_b")
+            continue
+        try:
+            found = _to_peft(target.removesuffix(".weight"), part, lazy, layout, modules)
+        except ValueError as error:
+            unknown.append(str(error))
+            continue
+        for module, peft_part, one in found:
+            groups.setdefault(module, {})[peft_part] = one
+    if faults:
+        raise BadFile(f"{listing.path}: {len(faults)} problem(s) in this adapter", faults)
+    if unknown:
+        raise UnsupportedAdapter(
+            f"{listing.path}: it holds what loratools does not read", unknown, hint="Give the base model with --base."
+        )
+    built = build.build(listing.path, groups, lambda _, rank: ((alpha or rank) / rank, alpha or float(rank)))
+    said = {"architecture": layout.architecture, "heads": layout.heads, "kv_heads": layout.kv_heads}
+    base = fields.get("general.base_model.0.name")
+    return Adapter(
+        built,
+        base=BaseIdentity(base) if isinstance(base, str) and base else None,
+        dialect="gguf",
+        settings={_KEY: {key: value for key, value in said.items() if value is not None}},
+    )
+
+
+def losses(adapter: Adapter) -> list[Loss]:
+    """List what llama.cpp has no tensor for; scalings that differ go into lora_b without changing any ΔW."""
+    layout = layout_of(adapter)
+    if layout is None:
+        known = ", ".join(sorted(ARCHITECTURES))
+        why = f"not known without the base model (--base); known are {known}"
+        return [Loss("architecture", why), *_losses.identity(adapter)]
+    found = _losses.updates(adapter, "llama.cpp", ("lora", "embedding"), (A, B, A_EMBEDDING, B_EMBEDDING))
+    kept = _losses.kept(adapter, found).updates
+    stacks = _stacks(kept, layout)
+    for module in sorted(kept):
+        at = place(module, layout.architecture)
+        if at is None:
+            found.append(Loss(module, f"no tensor of the architecture {layout.architecture} is known for it"))
+        elif at.expert is not None and sorted(map(_order, stacks[at.tensor])) != list(range(len(stacks[at.tensor]))):
+            found.append(Loss(module, f"not all experts of {at.tensor} have an update"))
+        elif (A_EMBEDDING in kept[module].parts) != (at.tensor == "token_embd"):
+            found.append(Loss(module, "llama.cpp reads token_embd, and nothing else, as an embedding"))
+        else:
+            try:
+                layout.heads_of(at.tensor)
+            except ValueError as error:
+                found.append(Loss(module, f"{error} without the base model (--base)"))
+    return found + _losses.replacements(adapter, "llama.cpp") + _losses.identity(adapter)
+
+
+def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
+    """Write one GGUF file with the most common s·r as its alpha; what differs goes into lora_b."""
+    layout = layout_of(adapter)
+    if layout is None:
+        raise UnsupportedAdapter(f"{target}: {losses(adapter)[0]}")
+    updates = _losses.kept(adapter, losses(adapter)).updates
+    alpha = _alpha(update.scaling * update.rank for update in updates.values())
+    tensors: dict[str, LazyTensor] = {}
+    for tensor, numbered in sorted(_stacks(updates, layout).items()):
+        ranks = max(update.rank for update in numbered.values())
+        pairs = [_of_peft(numbered[i], ranks, alpha, layout.heads_of(tensor)) for i in sorted(numbered, key=_order)]
+        a, b = pairs[0] if None in numbered else (factors.stacked([pair[i] for pair in pairs]) for i in (0, 1))
+        tensors |= {f"{tensor}.weight.lora_a": a, f"{tensor}.weight.lora_b": b}
+    fields: dict[str, Any] = {
+        "general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": alpha,
+    }  # fmt: skip
+    if layout.heads and layout.kv_heads:
+        fields[f"{layout.architecture}.attention.head_count"] = layout.heads
+        fields[f"{layout.architecture}.attention.head_count_kv"] = layout.kv_heads
+    if adapter.base and adapter.base.id:
+        fields |= {"general.base_model.count": 1, "general.base_model.0.name": adapter.base.id}
+    gguf.save(target, _FILE, layout.architecture, fields, tensors, force=force)
+
+
+def layout_of(adapter: Adapter) -> Layout | None:
+    """Return the architecture as the adapter's own GGUF file said it, or as the base's config does."""
+    said = adapter.settings.get(_KEY)
+    if isinstance(said, Mapping):
+        return Layout(str(said.get("architecture")), said.get("heads"), said.get("kv_heads"))
+    config = adapter.settings.get("base_config")
+    return Layout.of_config(config) if isinstance(config, Mapping) else None
+
+
+def _file(listing: Listing) -> str | None:
+    found = [name for name in listing.files if name.endswith(".gguf")]
+    return found[0] if len(found) == 1 else None
+
+
+def _layout(fields: Mapping[str, Any], listing: Listing, path: Path) -> Layout:
+    architecture = fields.get("general.architecture")
+    if architecture not in ARCHITECTURES.values():
+        raise UnsupportedAdapter(
+            f"{path}: whether llama.cpp permutes rows of the architecture {architecture!r} is not known here;"
+            f" known are {', '.join(sorted(set(ARCHITECTURES.values())))}"
+        )
+    of_base = Layout.of_config(listing.base.config) if listing.base else None
+    if of_base and of_base.architecture == architecture:
+        return of_base
+    if of_base:
+        raise BadFile(f"{path}: its architecture is {architecture!r}, that of the base {of_base.architecture!r}")
+    heads, kv_heads = (fields.get(f"{architecture}.attention.{key}") for key in ("head_count", "head_count_kv"))
+    return Layout(
+        str(architecture), heads if isinstance(heads, int) else None, kv_heads if isinstance(kv_heads, int) else None
+    )
+
+
+def _to_peft(
+    tensor: str, part: str, lazy: LazyTensor, layout: Layout, modules: list[str]
+) -> list[tuple[str, str, LazyTensor]]:
+    """Return (module, PEFT's part, tensor) for one tensor, one of each expert where they are stacked."""
+    stacked = len(lazy.shape) == 3
+    found = []
+    for i in range(lazy.shape[0]) if stacked else [None]:
+        module = module_of(tensor, layout.architecture, i, modules)
+        if module is None:
+            raise ValueError(f"{tensor}: no module of the architecture {layout.architecture} is known for it")
+        one = lazy if i is None else factors.item(lazy, i)
+        if tensor == "token_embd":
+            found.append((module, A_EMBEDDING, factors.turned(one)) if part == "lora_a" else (module, B_EMBEDDING, one))
+        elif part == "lora_a":
+            found.append((module, A, one))
+        else:
+            found.append((module, B, permuted(one, layout.heads_of(tensor), back=True)))
+    return found
+
+
+def _of_peft(update: Update, rank: int, alpha: float, heads: int | None) -> tuple[LazyTensor, LazyTensor]:
+    embedding = A_EMBEDDING in update.parts
+    a, b = (update.parts[part] for part in ((A_EMBEDDING, B_EMBEDDING) if embedding else (A, B)))
+    a = factors.padded(a, 0, rank)
+    b = permuted(factors.padded(factors.scaled(b, update.scaling * rank / alpha), 1, rank), heads)
+    return (factors.turned(a) if embedding else a), b
+
+
+def permuted(lazy: LazyTensor, heads: int | None, *, back: bool = False) -> LazyTensor:
+    """Return B with the rows of each head as llama.cpp has them: halves become pairs; or `back`.
+
+    Raises `ValueError` where the rows are not those of so many heads.
+    """
+    if heads is None:
+        return lazy
+    out, rank = lazy.shape
+    if out % heads or out // heads % 2:
+        raise ValueError(f"{out} output features are not those of {heads} heads")
+    sides = (heads, out // heads // 2, 2, rank) if back else (heads, 2, out // heads // 2, rank)
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.reshape(sides).transpose(1, 2).reshape(out, rank).contiguous()
+
+    return lazy.map(change, lazy.shape)
+
+
+def _stacks(updates: Mapping[str, Update], layout: Layout) -> dict[str, dict[int | None, Update]]:
+    """Return the tensor that each update lands on -> the number of the expert, or None -> the update."""
+    found: dict[str, dict[int | None, Update]] = defaultdict(dict)
+    for module, update in updates.items():
+        if at := place(module, layout.architecture):
+            found[at.tensor][at.expert] = update
+    return found
+
+
+def _order(expert: int | None) -> int:
+    return -1 if expert is None else expert
+
+
+def _alpha(values: Iterable[float]) -> float:
+    """Return the most common value that float32 has exactly; 1 where there is none, and then all goes into lora_b."""
+    counts = Counter(value for value in values if value and _is_float32(value))
+    return float(max(counts, key=lambda value: (counts[value], value), default=1.0))
+
+
+def _is_float32(value: float) -> bool:
+    return abs(value) < 3e38 and struct.unpack("<f", struct.pack("<f", value))[0] == value

@@ -1,0 +1,203 @@
+"""kohya-ss sd-scripts and LyCORIS: flattened names, `lora_down`, `lora_up` and an `alpha` for each module.
+
+    lora_unet_down_blocks_0_attentions_0_proj_in . lora_down.weight (r, in[, kh, kw])  lora_up.weight (out, r[, 1, 1])
+                                                   alpha ()                            dora_scale (out, 1[, 1, 1])
+
+s = alpha/r, and 1 where there is no alpha (sd-scripts 48d368fa, LyCORIS 4.1.3, which folds rsLoRA into alpha). The
+header's `ss_*` and `modelspec.*` are kept; `sshs_*` are hashes of the data and are computed anew.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loratools.adapter import factors, kinds
+from loratools.adapter.kinds import Update
+from loratools.adapter.model import Adapter, BaseIdentity, Loss
+from loratools.adapter.naming.image import rename
+from loratools.adapter.parts import MAGNITUDE, A, B
+from loratools.dialects._frame import build as _build
+from loratools.dialects._frame import losses as _losses
+from loratools.dialects._frame.listing import Evidence, Listing
+from loratools.dialects.kohya import hashes
+from loratools.dialects.kohya.names import NAMES_KEY, dotted, flattened, head_of
+from loratools.errors import BadFile
+from loratools.format import keys
+from loratools.storage import save
+from loratools.storage.lazy import LazyTensor
+
+SUMMARY = "kohya-ss sd-scripts and LyCORIS: flattened names (lora_unet_…), lora_down and lora_up, alpha"
+EXTRA = None
+FILES = (".safetensors",)
+CANNOT = (*_losses.IDENTITY, "tensors trained whole", "embeddings", "biases of B", "stacked experts")
+
+_FILE = "lora.safetensors"
+_PARTS = {"lora_down.weight": A, "lora_up.weight": B}
+_SUFFIXES = {part: suffix for suffix, part in _PARTS.items()}
+_ALPHA, _DORA = "alpha", "dora_scale"
+
+
+def detect(listing: Listing) -> Evidence | None:
+    """Look for kohya's prefixes in the names, and for `ss_network_module` in the header."""
+    name = _file(listing)
+    header = listing.header(name) if name else None
+    if name is None or header is None:
+        return None
+    named = [tensor for tensor in header.tensors if head_of(tensor)]
+    if not named:
+        return None
+    module = header.metadata.get("ss_network_module")
+    said = f"the header of {name} names {module}, and " if module else ""
+    return Evidence(90 if module else 75, f"{said}{len(named)} tensors have flattened names, such as {named[0]}")
+
+
+def read(listing: Listing) -> Adapter:
+    """Read an adapter; each flattened name is looked up, in the base if one is given.
+
+    Raises `BadFile` with all names that are none of kohya's, that cannot be looked up, or that have two readings, and
+    `UnsupportedAdapter` for kinds of update that no one claims.
+    """
+    name = _file(listing)
+    if name is None:
+        raise BadFile(f"{listing.path}: expected one safetensors file in this folder")
+    header = listing.header(name)
+    metadata = dict(header.metadata) if header else {}
+    flat: dict[tuple[str, str], dict[str, LazyTensor]] = {}
+    strangers = []
+    for tensor, lazy in listing.tensors(name).items():
+        if head := head_of(tensor):
+            flat.setdefault(head[:2], {})[head[2]] = lazy
+        else:
+            strangers.append(tensor)
+    base = list(listing.base.specs) if listing.base else None
+    modules, faults = dotted(flat, metadata, base)
+    if strangers:
+        faults.append(f"{len(strangers)} name(s) that are none of kohya's: {_build.some(strangers)}")
+    if faults:
+        hint = None if listing.base else "Give the base model that it was trained on with --base: its names decide."
+        raise BadFile(f"{listing.path}: its names cannot be turned back into modules", faults, hint=hint)
+    groups: _build.Groups = {}
+    alphas: dict[str, float] = {}
+    for (prefix, path), parts in flat.items():
+        module = modules[prefix, path]
+        if _ALPHA in parts:
+            alphas[module] = _build.number(parts.pop(_ALPHA), f"{listing.folder / name}: {prefix}{path}.alpha")
+        for suffix, lazy in parts.items():
+            _build.add(groups, module, _PARTS.get(suffix, suffix), lazy, f"{prefix}{path}.{suffix}", faults)
+    if lonely := sorted(alphas.keys() - groups.keys()):
+        faults.append(f"an alpha without factors: {_build.some(lonely)}")
+    if faults:
+        raise BadFile(f"{listing.path}: {len(faults)} problem(s) in this adapter", faults)
+
+    def rule(module: str, rank: int) -> tuple[float, float]:
+        alpha = alphas.get(module, float(rank or 1))
+        return alpha / (rank or 1), alpha
+
+    built = _build.build(listing.path, {module: to_peft(parts) for module, parts in groups.items()}, rule)
+    kept = {key: value for key, value in metadata.items() if not key.startswith("sshs_") and key != NAMES_KEY}
+    trained_on = metadata.get("ss_sd_model_name")
+    return Adapter(
+        built,
+        base=BaseIdentity(trained_on) if trained_on else None,
+        dialect="kohya",
+        settings={"metadata": kept} if kept else {},
+    )
+
+
+def losses(adapter: Adapter) -> list[Loss]:
+    """List what kohya has no words for, and modules whose names become one when they are flattened."""
+    adapter = rename.to_original(adapter, unet=False)
+    known = frozenset({A, B, MAGNITUDE})
+    found = []
+    names, _ = flattened(adapter.updates)
+    for module, update in adapter.updates.items():
+        foreign = sorted(part for part in update.parts if part in keys.PARTS and part not in known)
+        if foreign or update.kind == "experts":
+            found.append(Loss(module, f"kohya has no {', '.join(foreign) or 'stacked experts'}"))
+        elif module not in names:
+            found.append(Loss(module, "its flattened name is that of another module too"))
+    return found + _losses.replacements(adapter, "kohya") + _losses.identity(adapter)
+
+
+def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
+    """Write one safetensors file with alphas in float32 (float64 where float32 would round them) and its hashes."""
+    adapter = _losses.kept(rename.to_original(adapter, unet=False), losses(adapter))
+    names, unknown = flattened(adapter.updates)
+    tensors: dict[str, LazyTensor] = {}
+    for module, update in adapter.updates.items():
+        tensors |= {f"{names[module]}.{suffix}": lazy for suffix, lazy in of_peft(update).items()}
+    metadata = _metadata(adapter)
+    if unknown:
+        metadata[NAMES_KEY] = json.dumps(unknown, sort_keys=True)
+    metadata |= hashes.hashes(tensors, metadata)
+    save.save(target, _FILE, tensors, metadata, force=force)
+
+
+def _file(listing: Listing) -> str | None:
+    found = [name for name in listing.files if name.endswith(".safetensors")]
+    return found[0] if len(found) == 1 else None
+
+
+def to_peft(parts: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Return the parts with DoRA's magnitude as PEFT has it, where it is one number for each output feature."""
+    found = dict(parts)
+    scale = parts.get(_DORA)
+    if scale is not None and found.keys() == {A, B, _DORA}:
+        out, sides = parts[B].shape[0], len(parts[A].shape)
+        if scale.shape == (out, *(1,) * (sides - 1)) and len(scale.shape) == sides:
+            del found[_DORA]
+            found[MAGNITUDE] = factors.reshaped(scale, (out,) if sides == 2 else (1, out, *(1,) * (sides - 2)))
+    return found
+
+
+def of_peft(update: Update) -> dict[str, LazyTensor]:
+    """Return an update's tensors by kohya's suffixes."""
+    parts = {_SUFFIXES.get(part, part): lazy for part, lazy in update.parts.items() if part != MAGNITUDE}
+    if MAGNITUDE in update.parts:
+        magnitude = update.parts[MAGNITUDE]
+        sides = (magnitude.parameters, *(1,) * (len(update.parts[A].shape) - 1))
+        parts[_DORA] = factors.reshaped(magnitude, sides)
+    alpha = alpha_of(update)
+    if update.rank or alpha != 1:
+        parts[_ALPHA] = _number(alpha)
+    return parts
+
+
+def alpha_of(update: Update) -> float:
+    """Return the alpha that gives this scaling when it is divided by the rank; the update's own where that does.
+
+    Some kinds have alphas that are no part of a scaling: OFT's is its constraint.
+    """
+    rank, build = update.rank or 1, kinds.get(update.kind).build
+    solved = update.scaling * rank
+    near = (update.alpha, solved, math.nextafter(solved, -math.inf), math.nextafter(solved, math.inf))
+    return float(next((v for v in near if build(update.parts, v / rank, v).scaling == update.scaling), solved))
+
+
+def _number(value: float) -> LazyTensor:
+    exact = abs(value) < 3e38 and struct.unpack("<f", struct.pack("<f", value))[0] == value
+
+    def load() -> Any:
+        import torch
+
+        return torch.tensor(value, dtype=torch.float32 if exact else torch.float64)
+
+    return LazyTensor("F32" if exact else "F64", (), load)
+
+
+def _metadata(adapter: Adapter) -> dict[str, str]:
+    """Return what the file said when it was read, or the little that tools look for."""
+    kept: Any = adapter.settings.get("metadata")
+    if isinstance(kept, Mapping) and any(str(key).startswith(("ss_", "modelspec.")) for key in kept):
+        return {str(key): str(value) for key, value in kept.items()}
+    dims = Counter(str(update.rank) for update in adapter.updates.values()).most_common(1)
+    alphas = Counter(f"{alpha_of(update):g}" for update in adapter.updates.values()).most_common(1)
+    found = {"ss_network_module": "networks.lora"}
+    found |= {"ss_network_dim": dims[0][0], "ss_network_alpha": alphas[0][0]} if dims else {}
+    return found | ({"ss_sd_model_name": adapter.base.id} if adapter.base and adapter.base.id else {})

@@ -1,0 +1,33 @@
+"""The hashes in a kohya file's header, of its data alone, so that they stay when the header changes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+from loratools.storage import save
+from loratools.storage.lazy import LazyTensor
+
+_LEGACY_START, _LEGACY_LENGTH = 0x100000, 0x10000
+
+
+def hashes(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return `sshs_model_hash`, `sshs_legacy_hash`, and `modelspec.hash_sha256` if the metadata have one.
+
+    The first is SHA-256 of the data section. The legacy one is 8 digits of SHA-256 of 64 KiB at 1 MiB of the file as
+    it would be with the `ss_` entries alone (sd-scripts, `precalculate_safetensors_hashes`). ModelSpec's is the first
+    one with `0x` before it.
+    """
+    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    at = len(save.header(tensors, training))
+    data, legacy = hashlib.sha256(), hashlib.sha256()
+    for piece in save.pieces(tensors):
+        data.update(piece)
+        first, last = max(_LEGACY_START - at, 0), _LEGACY_START + _LEGACY_LENGTH - at
+        if last > first:
+            legacy.update(piece[first:last])
+        at += len(piece)
+    found = {"sshs_model_hash": data.hexdigest(), "sshs_legacy_hash": legacy.hexdigest()[:8]}
+    if "modelspec.hash_sha256" in metadata:
+        found["modelspec.hash_sha256"] = f"0x{data.hexdigest()}"
+    return found

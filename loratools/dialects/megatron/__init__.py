@@ -1,0 +1,195 @@
+"""Megatron-Bridge and NeMo: linear_in and linear_out, on projections that Megatron fuses and interleaves. Read only.
+
+    decoder.layers.0.self_attention.linear_qkv.adapter . linear_in.weight (r, in)   linear_out.weight (out, r)
+    model.decoder.layers.0.self_attention.adapter_layer.lora_kqv_adapter . …        the same in NeMo 1.x
+    ….linear_qkv.adapter.adapter_q, ….linear_fc1.adapter.adapter_gate               canonical LoRA: projections apart
+
+s = alpha/dim of the configuration beside the tensors, where an alpha that is missing is dim (Megatron-Bridge 0.3.1,
+`peft/utils.py`). Modules get transformers' names for a Llama; the rows are put in its order (`names.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loratools.adapter.model import Adapter, Loss
+from loratools.adapter.parts import MAGNITUDE, A, B
+from loratools.dialects._frame import build, pickles
+from loratools.dialects._frame.listing import Evidence, Listing
+from loratools.dialects.megatron import nemo
+from loratools.dialects.megatron.names import FC1, Place, Shape, place
+from loratools.errors import BadFile, UnsupportedAdapter
+from loratools.storage.lazy import LazyTensor
+
+SUMMARY = "Megatron-Bridge and NeMo: linear_in and linear_out on fused projections (.nemo, state dicts); read only"
+EXTRA = None
+FILES = ()
+CANNOT = ("anything: it is only read; Megatron's own tools import PEFT",)
+
+_FACTORS = {"linear_in.weight": A, "linear_out.weight": B, "weight_magnitude": MAGNITUDE}
+_GATED = frozenset({"swiglu", "fast-swiglu", "geglu", "fast-geglu", "reglu", "fast-reglu"})  # NeMo's `activation`
+
+
+def detect(listing: Listing) -> Evidence | None:
+    """Look for a `.nemo` archive, for `.distcp` shards, and for Megatron's names of an adapter's factors."""
+    if archive := nemo.archive_of(listing):
+        return Evidence(100, f"{archive} is called as NeMo's archives are")
+    if shards := nemo.shards_of(listing):
+        return Evidence(90, f"{shards} file(s) of a distributed checkpoint (.distcp)")
+    if {nemo.WEIGHTS, nemo.CONFIG} <= set(listing.files):
+        return Evidence(90, f"{nemo.CONFIG} beside {nemo.WEIGHTS}, as in NeMo's archives")
+    name = nemo.file_of(listing)
+    header = listing.header(name) if name else None
+    named = [one for one in (header.tensors if header else pickles.names(listing)) if place(one)]
+    return Evidence(85, f"{len(named)} of the tensors in {name} are called as {named[0]}") if named else None
+
+
+def read(listing: Listing) -> Adapter:
+    """Read an adapter, its fused projections taken apart by rows, so exactly.
+
+    Raises `UnsupportedAdapter` where alpha, the heads or the gate are not known, for experts and other layers, and for
+    distributed checkpoints; `BadFile` for what does not fit together.
+    """
+    tensors, document = nemo.read(listing)
+    build.check_gathered(listing.path, tensors)
+    shape, (alpha, dim) = _shape(document, listing), _numbers(document, listing)
+    found: dict[tuple[str, str], dict[str, LazyTensor]] = {}
+    strangers = []
+    for name, lazy in tensors.items():
+        at = place(name)
+        if at is not None:
+            found.setdefault((at.block, at.projection), {})[_FACTORS[at.factor]] = lazy
+        elif not name.endswith("_extra_state"):
+            strangers.append(name)
+    if strangers:
+        raise UnsupportedAdapter(
+            f"{listing.path}: it holds what loratools does not read",
+            [f"{build.some(strangers)}: no adapter of an attention or MLP layer (experts are not read)"],
+        )
+    ranks = _count(_model(document), "tensor_model_parallel_size") or 1
+    if ranks > 1 and shape.gated and any(projection == FC1 for _, projection in found):
+        raise UnsupportedAdapter(
+            f"{listing.path}: trained by {ranks} tensor-parallel ranks, and whether linear_fc1 has gate and up of each"
+            " rank in turn is not recorded",
+            hint="Save it again with tensor_model_parallel_size 1.",
+        )
+    groups: build.Groups = {}
+    faults: list[str] = []
+    unknown: list[str] = []
+    for (block, projection), parts in found.items():
+        try:
+            for name, part, lazy in _apart(Place(block, projection, ""), parts, shape):
+                build.add(groups, f"{block}.{name}", part, lazy, f"{block}.{projection}", faults)
+        except LookupError as error:
+            unknown.append(f"{block}.{projection}: {error.args[0]}")
+        except ValueError as error:
+            faults.append(f"{block}.{projection}: {error}")
+    if faults:
+        raise BadFile(f"{listing.path}: {len(faults)} problem(s) in this adapter", faults)
+    if unknown:
+        hint = "Give the base model with --base: its config.json and its weights tell."
+        raise UnsupportedAdapter(f"{listing.path}: fused projections cannot be taken apart", unknown, hint=hint)
+
+    def rule(module: str, rank: int) -> tuple[float, float]:
+        if dim is not None and dim != rank:
+            raise ValueError(f"its tensors have rank {rank}, the configuration says {dim}")
+        return (1.0, float(rank)) if alpha is None else (alpha / rank, alpha)
+
+    return Adapter(build.build(listing.path, groups, rule), dialect="megatron")
+
+
+def losses(adapter: Adapter) -> list[Loss]:
+    """Everything is lost: this dialect is only read."""
+    return [Loss("adapter", "files of Megatron and NeMo are only read here; their own tools import PEFT (--to peft)")]
+
+
+def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
+    """Refuse."""
+    raise UnsupportedAdapter(f"{target}: {losses(adapter)[0]}")
+
+
+def _apart(at: Place, parts: Mapping[str, LazyTensor], shape: Shape) -> list[tuple[str, str, LazyTensor]]:
+    """Return (projection, PEFT's part, tensor) for each of transformers' projections in one of Megatron's."""
+    if missing := sorted({A, B} - parts.keys()):
+        raise ValueError(f"no {'linear_in' if missing[0] == A else 'linear_out'}, while its partner is there")
+    if not at.fused:
+        return [(at.projection, part, lazy) for part, lazy in parts.items()]
+    rows = {part: shape.apart(at.projection, lazy) for part, lazy in parts.items() if part != A}
+    return [
+        entry
+        for name in rows[B]
+        for entry in ((name, A, parts[A]), *((name, part, of[name]) for part, of in rows.items()))
+    ]
+
+
+def _numbers(document: Mapping[str, Any], listing: Listing) -> tuple[float | None, int | None]:
+    """Return alpha and dim; alpha is None where the configuration says that it is dim.
+
+    Raises `UnsupportedAdapter` where nothing says what alpha is.
+    """
+    if listing.alpha is not None:
+        return listing.alpha, None
+    peft = document.get("peft")
+    tuning = peft.get("lora_tuning", peft) if isinstance(peft, Mapping) else None
+    if not isinstance(tuning, Mapping):
+        raise UnsupportedAdapter(
+            f"{listing.path}: no configuration with peft.alpha beside it, and without it the scaling is unknown",
+            hint=f"Put {nemo.CONFIG} or run_config.yaml beside it, or give --alpha NUMBER.",
+        )
+    alpha, dim = tuning.get("alpha"), tuning.get("adapter_dim", tuning.get("dim"))
+    if alpha is not None and (type(alpha) not in (int, float) or not -1e300 < alpha < 1e300):
+        raise BadFile(f"{listing.path}: alpha of its configuration: expected a number, found {alpha!r}")
+    return (None if alpha is None else float(alpha)), (dim if type(dim) is int else None)
+
+
+def _shape(document: Mapping[str, Any], listing: Listing) -> Shape:
+    """Return heads, groups and gate as the configuration says them, and the base where it does not.
+
+    Raises `BadFile` where the two contradict each other.
+    """
+    said = _model(document)
+    config = listing.base.config if listing.base else {}
+    nested = config.get("text_config")
+    config = {**config, **nested} if isinstance(nested, Mapping) else config
+    ours = {**_attention(said, "num_query_groups", "kv_channels"), "gated": _gated(said)}
+    base = {**_attention(config, "num_key_value_heads", "head_dim"), "gated": _gate_of_base(listing)}
+    known = {what: base[what] if value is None else value for what, value in ours.items()}
+    odd = [what for what, value in base.items() if value is not None and value != known[what]]
+    if odd:
+        lines = [f"{what}: {known[what]} here, {base[what]} in the base" for what in odd]
+        raise BadFile(f"{listing.path}: its configuration is not that of the base", lines)
+    return Shape(**known)
+
+
+def _model(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the model's part of a configuration; NeMo 1.x writes it without a level of its own."""
+    inner = document.get("model")
+    return inner if isinstance(inner, Mapping) else document
+
+
+def _attention(config: Mapping[str, Any], groups: str, head: str) -> dict[str, Any]:
+    """Return query heads, key heads (as many where the configuration is silent) and the size of one."""
+    heads, hidden = _count(config, "num_attention_heads"), _count(config, "hidden_size")
+    size = _count(config, head) or (hidden // heads if hidden and heads else None)
+    return {"heads": heads, "groups": _count(config, groups) or heads, "head": size}
+
+
+def _count(config: Mapping[str, Any], key: str) -> int | None:
+    value = config.get(key)
+    return value if type(value) is int and 0 < value < 1_000_000 else None
+
+
+def _gated(config: Mapping[str, Any]) -> bool | None:
+    if isinstance(config.get("gated_linear_unit"), bool):
+        return bool(config["gated_linear_unit"])
+    activation = config.get("activation")
+    return activation in _GATED if isinstance(activation, str) else None
+
+
+def _gate_of_base(listing: Listing) -> bool | None:
+    names = listing.base.specs if listing.base else ()
+    if any(".mlp.gate_proj." in name or ".mlp.gate_up_proj." in name for name in names):
+        return True
+    return False if any(".mlp.up_proj." in name for name in names) else None

@@ -1,0 +1,150 @@
+"""Where NeMo and Megatron leave an adapter: a `.nemo` archive, the same unpacked, or a bare state dict.
+
+    x.nemo      an uncompressed tar of model_config.yaml and model_weights.ckpt, a file of torch.save (NeMo 1.x)
+    folder      the same two; or one file of tensors, beside Megatron-Bridge's run_config.yaml
+
+Tensors are read where they lie. Nothing is unpacked and no code that a file names is run; distributed checkpoints
+(`.distcp`) are described by a pickle of classes, and are refused.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loratools.dialects._frame.listing import Listing, check_pointer
+from loratools.errors import BadFile, UnsupportedAdapter
+from loratools.storage.header import open_file
+from loratools.storage.lazy import LazyTensor
+from loratools.storage.pickles.archive import SUFFIXES, read_pickled
+
+ENDING = ".nemo"
+WEIGHTS, CONFIG = "model_weights.ckpt", "model_config.yaml"
+_CONFIGS = (CONFIG, "run_config.yaml")
+
+MAX_YAML = 1_000_000
+"""Bytes of a configuration; NeMo's have about twenty thousand."""
+
+_MAX_MEMBERS, _MAX_DEPTH = 10_000, 64
+_DAMAGED = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError)
+
+Members = Mapping[str, tuple[int, int]]
+"""Name in the archive -> the bytes of the archive that hold it."""
+
+
+def archive_of(listing: Listing) -> str | None:
+    """Return the `.nemo` file that the listing is, or holds as the only one."""
+    found = [name for name in listing.files if name.endswith(ENDING)]
+    return found[0] if len(found) == 1 else None
+
+
+def shards_of(listing: Listing) -> int:
+    """Count the shards of a distributed checkpoint, in the folder or in its `weights`, where NeMo 2 puts them."""
+    if listing.single:
+        return int(listing.path.suffix == ".distcp")
+    inside = listing.folder / "weights"
+    return sum(1 for place in (listing.folder, inside) if place.is_dir() for _ in place.glob("*.distcp"))
+
+
+def file_of(listing: Listing) -> str | None:
+    """Return the one file of tensors that the listing holds."""
+    found = [name for name in listing.weights if name.endswith((".safetensors", *SUFFIXES))]
+    return found[0] if len(found) == 1 else None
+
+
+def read(listing: Listing) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
+    """Return the tensors by the names they have, and the configuration, empty where there is none.
+
+    Raises `UnsupportedAdapter` for distributed checkpoints and those of several ranks, `BadFile` for what is damaged.
+    """
+    if shards := shards_of(listing):
+        raise UnsupportedAdapter(
+            f"{listing.path}: a distributed checkpoint ({shards} .distcp file(s)), which cannot be read without running"
+            " what its pickled description names",
+            hint="Export it where it was trained: Megatron-Bridge and NeMo 2 write Hugging Face PEFT adapters.",
+        )
+    if archive := archive_of(listing):
+        path = listing.folder / archive
+        inside = members(path)
+        return _weights(path, inside), _document(path, inside)
+    name = file_of(listing)
+    if name is None:
+        raise BadFile(f"{listing.path}: expected one {ENDING} archive, or one file of tensors")
+    beside = [config for config in _CONFIGS if (listing.folder / config).is_file()]
+    if not beside:
+        return listing.tensors(name), {}
+    with open_file(listing.folder / beside[0]) as file:
+        return listing.tensors(name), parse(file.read(MAX_YAML + 1), listing.folder / beside[0])
+
+
+def members(path: Path) -> Members:
+    """Return the files in an uncompressed tar; raise `BadFile` where it is compressed, damaged or has too many."""
+    with open_file(path) as file:
+        begin = file.read(32)
+        check_pointer(begin, path)
+        if begin.startswith(b"\x1f\x8b"):
+            raise BadFile(
+                f"{path}: a compressed archive, whose tensors cannot be read in place",
+                hint=f"Unpack it with `tar xzf {path.name}` into a folder of its own, and give the folder.",
+            )
+        size = file.seek(0, 2)
+        file.seek(0)
+        found: dict[str, tuple[int, int]] = {}
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                for count, member in enumerate(archive):
+                    if count >= _MAX_MEMBERS:
+                        raise BadFile(f"{path}: more than {_MAX_MEMBERS} files in this archive")
+                    if member.isfile() and not member.issparse():
+                        found[member.name.removeprefix("./")] = (member.offset_data, member.offset_data + member.size)
+        except _DAMAGED as error:
+            raise BadFile(f"{path}: no archive of NeMo, or a damaged one: {error}") from None
+    if long := [name for name, (_, stop) in found.items() if stop > size]:
+        raise BadFile(f"{path}: damaged or truncated: {long[0]} reaches beyond the archive")
+    return found
+
+
+def _weights(path: Path, inside: Members) -> dict[str, LazyTensor]:
+    if WEIGHTS in inside:
+        return {name: LazyTensor.stored(spec) for name, spec in read_pickled(path, inside[WEIGHTS]).items()}
+    if ranks := sorted(name for name in inside if name.endswith(f"/{WEIGHTS}")):
+        raise UnsupportedAdapter(
+            f"{path}: saved in {len(ranks)} parts by tensor- or pipeline-parallel rank, such as {ranks[0]}",
+            hint="Join them with NeMo's scripts/checkpoint_converters/lora_converters/to_tp1.py.",
+        )
+    raise UnsupportedAdapter(f"{path}: no {WEIGHTS} in it; it holds {', '.join(sorted(inside)[:8]) or 'no files'}")
+
+
+def _document(path: Path, inside: Members) -> dict[str, Any]:
+    if CONFIG not in inside:
+        return {}
+    start, stop = inside[CONFIG]
+    with open_file(path) as file:
+        file.seek(start)
+        return parse(file.read(min(stop - start, MAX_YAML + 1)), path)
+
+
+def parse(raw: bytes, path: Path) -> dict[str, Any]:
+    """Return a YAML document of names and plain values.
+
+    Raises `BadFile` for tags, and for aliases and depth by which a short document becomes an endless one.
+    """
+    import yaml  # type: ignore[import-untyped,unused-ignore]
+
+    if len(raw) > MAX_YAML:
+        raise BadFile(f"{path}: its configuration is larger than {MAX_YAML} bytes")
+    depth = 0
+    try:
+        text = raw.decode()
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > _MAX_DEPTH:
+                raise BadFile(f"{path}: its configuration has aliases, or is nested more than {_MAX_DEPTH} deep")
+        document = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise BadFile(f"{path}: its configuration is not plain YAML: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(document, dict):
+        raise BadFile(f"{path}: its configuration is not names and values")
+    return document

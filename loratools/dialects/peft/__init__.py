@@ -1,0 +1,216 @@
+"""Hugging Face PEFT: `adapter_config.json` beside `adapter_model.safetensors`, or the older `.bin`.
+
+Followed to the letter is PEFT 0.21: its names (`format/keys.py`), its config (`config.py`) and its matching rules
+(`targets.py`). What a module's tensors mean is not decided here but by the kinds of update that claim them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from loratools.adapter import kinds
+from loratools.adapter.kinds import Update
+from loratools.adapter.kinds.tokens import TokensUpdate
+from loratools.adapter.model import Adapter, Loss
+from loratools.dialects._frame.listing import Evidence, Listing
+from loratools.dialects.peft import checks
+from loratools.dialects.peft.config import PeftConfig
+from loratools.dialects.peft.experts import layouts, outer
+from loratools.dialects.peft.names import Groups, group, unwrap
+from loratools.errors import BadFile, UnsupportedAdapter
+from loratools.format import keys, manifest
+from loratools.format.peft_config import derive_config
+from loratools.storage import atomic, save
+from loratools.storage.lazy import LazyTensor
+from loratools.storage.pickles.archive import SUFFIXES
+
+SUMMARY = "Hugging Face PEFT: adapter_config.json beside adapter_model.safetensors or .bin"
+EXTRA = None
+FILES = ()
+CANNOT = ("the hash of the base model", "provenance", "DoRA on some modules and not on others")
+
+_CONFIG = "adapter_config.json"
+_STEM = "adapter_model"
+_SHARD = re.compile(r"adapter_model-(\d{5})-of-(\d{5})\.(safetensors|bin)")
+_TRAINING_ONLY = frozenset({"lora_velora_embed"})  # only VeLoRA's backward pass uses it
+
+
+def detect(listing: Listing) -> Evidence | None:
+    """Look for `peft_type` in the config, and for PEFT's names in the header."""
+    config = listing.json(_CONFIG)
+    stated = config is not None and "peft_type" in config
+    files = _files(listing)
+    if listing.single and not listing.path.name.endswith((".safetensors", *SUFFIXES)):
+        return None
+    header = listing.header(files[0]) if files else None
+    named = sum(1 for name in header.tensors if (split := keys.split(unwrap(name))) and split[1]) if header else 0
+    if named:
+        names = f"{named} of the tensors in {files[0]} have PEFT's names"
+        return Evidence(90, f"{_CONFIG} has peft_type, and {names}") if stated else Evidence(60, names)
+    if stated:
+        return Evidence(40 if header else 80, f"{_CONFIG} has peft_type")
+    return None
+
+
+def read(listing: Listing) -> Adapter:
+    """Read an adapter; every tensor becomes part of an update, or is named in an exception.
+
+    Scaling is α/r, or α/√r with rsLoRA, with r from the tensor and α by PEFT's first-match rule. Raises `BadFile` for
+    what is damaged or contradicts itself, `UnsupportedAdapter` for what is sound and not read; all problems at once.
+    """
+    tensors = _tensors(listing)
+    path, document = listing.folder / _CONFIG, listing.json(_CONFIG)
+    if document is None:
+        raise BadFile(
+            f"{path}: no such file, and without it the scaling is unknown",
+            hint=f"Put the {_CONFIG} that was saved with {_files(listing)[0]} beside it.",
+        )
+    checks.check_gathered(listing.path, tensors)
+    config = PeftConfig.parse(document, path, initial=listing.initial)
+    groups = group(tensors, biases=config.fields.get("bias", "none") != "none")
+    built, unsupported, faults = _build(groups, config)
+    faults = [*groups.faults, *checks.faults(groups, config), *faults]
+    if faults:
+        raise BadFile(f"{listing.path}: {len(faults)} problem(s) in this adapter", faults)
+    if unsupported:
+        raise UnsupportedAdapter(f"{listing.path}: it holds what loratools does not read", unsupported)
+    if not built and not groups.whole:
+        raise BadFile(f"{listing.path}: no LoRA tensors in it")
+    settings = config.settings
+    if notes := [*config.notes, *_notes(groups, config)]:
+        settings["notes"] = notes
+    return Adapter(built, groups.whole, config.base, dialect="peft", settings=settings, copies=groups.copies)
+
+
+def losses(adapter: Adapter) -> list[Loss]:
+    """List what neither PEFT's tensors nor its config can say."""
+    found = [Loss(module, reason) for module, reason in _unsayable(adapter).items()]
+    if adapter.base and adapter.base.sealed:
+        found.append(Loss("base model", "its hash, by which a wrong base is refused"))
+    if adapter.provenance:
+        found.append(Loss("provenance", f"{len(adapter.provenance)} recorded operation(s)"))
+    return found
+
+
+def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
+    """Write `adapter_model.safetensors` and the `adapter_config.json` derived from it, byte-reproducibly."""
+    lost = _unsayable(adapter)
+    kept = {module: update for module, update in adapter.updates.items() if module not in lost}
+    tensors = {keys.join(module, part): lazy for module, update in kept.items() for part, lazy in update.parts.items()}
+    places = manifest.names_of({"replacements": adapter.replacements, "modules": kept})
+    tensors |= {name: adapter.replacements[path] for path, name in places.items()}
+    copies = manifest.names_of({"replacements": adapter.copies, "modules": kept})
+    tensors |= {name: adapter.copies[path] for path, name in copies.items()}
+    # Trained rows are no target, they have a field of their own.
+    rows = {module: update.layout["rows"] for module, update in kept.items() if isinstance(update, TokensUpdate)}
+    settings = {**adapter.settings, "trainable_token_indices": rows} if rows else adapter.settings
+    targets = {module: update for module, update in kept.items() if module not in rows}
+    said = Adapter(targets, adapter.replacements, adapter.base, settings=settings)
+    config = json.dumps(derive_config(said), indent=2, sort_keys=True, ensure_ascii=False)
+    with atomic.new_folder(target, force=force) as folder:
+        (folder / _CONFIG).write_text(config + "\n", encoding="utf-8")
+        save.write(folder / f"{_STEM}.safetensors", tensors, {"format": "pt"})
+
+
+def _files(listing: Listing) -> list[str]:
+    """Return the names of the files that hold the adapter: as PEFT looks for them, or shards, or the single file."""
+    if listing.single:
+        return list(listing.files)
+    for ending in (".safetensors", ".bin"):
+        if _STEM + ending in listing.files:
+            return [_STEM + ending]
+        if shards := [name for name in listing.files if _SHARD.fullmatch(name) and name.endswith(ending)]:
+            return shards
+    return []
+
+
+def _tensors(listing: Listing) -> dict[str, LazyTensor]:
+    """Return all tensors under the names in the files; shards are joined."""
+    files = _files(listing)
+    if not files:
+        listing.check()
+        found = ", ".join(listing.files[:12]) or "no files"
+        raise BadFile(f"{listing.path}: no {_STEM}.safetensors or {_STEM}.bin in this folder; it holds {found}")
+    if shard := _SHARD.fullmatch(files[0]):
+        if listing.single:
+            raise BadFile(f"{listing.path}: this is one shard of several", hint=f"Give the folder: {listing.folder}")
+        count, ending = int(shard[2]), shard[3]
+        wanted = [f"{_STEM}-{i:05d}-of-{count:05d}.{ending}" for i in range(1, count + 1)]
+        if missing := sorted(set(wanted) - set(files)):
+            raise BadFile(f"{listing.path}: missing shard(s): {', '.join(missing[:12])}")
+        if extra := sorted(set(files) - set(wanted)):
+            raise BadFile(f"{listing.path}: shards of two savings: {', '.join(extra[:12])} do not belong to {files[0]}")
+    tensors: dict[str, LazyTensor] = {}
+    for name in files:
+        inside = listing.tensors(name)
+        if twice := sorted(inside.keys() & tensors.keys()):
+            raise BadFile(f"{listing.folder / name}: {twice[0]} is in another shard too")
+        tensors |= inside
+    return tensors
+
+
+def _build(groups: Groups, config: PeftConfig) -> tuple[dict[str, Update], list[str], list[str]]:
+    """Return the updates, what no kind claims (one line for each set of parts), and what contradicts itself."""
+    built: dict[str, Update] = {}
+    unclaimed: dict[str, list[str]] = defaultdict(list)
+    experts, faults = layouts(groups, config)
+    for module, found in groups.modules.items():
+        parts = {part: lazy for part, lazy in found.items() if part not in _TRAINING_ONLY}
+        kind = kinds.claim(parts) if checks.is_plain(module, groups) else None
+        kind = "experts" if module in experts and kind in ("lora", None) else kind
+        if kind is None:
+            unclaimed[", ".join(sorted(f"{part} ({len(lazy.shape)}-D)" for part, lazy in parts.items()))].append(module)
+            continue
+        build = kinds.get(kind).build
+        layout = {"layout": {"rows": rows}} if (rows := config.token_rows(module)) and kind == "tokens" else {}
+        named = module.partition(".base_layer.")[0]  # patterns know the outer module
+        if stack := experts.get(module):
+            layout, named = {"layout": stack}, f"{outer(module)}.{stack['parameter']}"
+        try:
+            rank = build(parts, 1.0, 1.0, **layout).rank  # each kind knows where its rank stands
+            twice = config.applied_twice(module)
+            scaling = config.scaling(named, rank) if rank else 1.0
+            built[module] = build(parts, twice * scaling, twice * config.alpha(named), **layout)
+        except ValueError as error:
+            faults.append(f"{module}: {error}")
+            continue
+        stated = config.rank(named)
+        if rank and stated is not None and stated != rank:
+            faults.append(f"{module}: its tensors have rank {rank}, the config says {stated}")
+    unsupported = [
+        f"{_some(modules)}: no kind of update that loratools knows consists of {parts}"
+        for parts, modules in unclaimed.items()
+    ]
+    return built, unsupported, faults
+
+
+def _notes(groups: Groups, config: PeftConfig) -> list[str]:
+    found = []
+    if doubled := [module for module in groups.modules if config.applied_twice(module) == 2]:
+        found.append(f"{_some(doubled)}: applied twice, as PEFT up to 0.21 does when it trains and when it merges")
+    if groups.originals:
+        found.append(f"{_some(groups.originals)}: copies of the base model's, which PEFT does not load")
+    found += [f"the adapter's name {name!r} was left in the names of the tensors" for name in sorted(groups.adapters)]
+    if unused := config.targets.unused(groups.modules):
+        found.append(f"no tensors for these target_modules: {', '.join(unused[:20])}")
+    return found
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _unsayable(adapter: Adapter) -> dict[str, str]:
+    """Return the modules whose update PEFT has no words for, and why."""
+    found = {}
+    for module, update in adapter.updates.items():
+        if unknown := sorted(update.parts.keys() - keys.PARTS.keys()):
+            found[module] = f"PEFT has no {', '.join(unknown)} (kind {update.kind})"
+    scaled = {module for module, update in adapter.updates.items() if "lora_magnitude_vector" in update.parts}
+    if scaled:
+        plain = sorted(m for m, update in adapter.updates.items() if m not in scaled and update.rank and m not in found)
+        found |= dict.fromkeys(plain, "it has no magnitude, and PEFT's use_dora is one switch for all modules")
+    return found

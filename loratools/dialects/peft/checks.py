@@ -1,0 +1,77 @@
+"""What must agree in a PEFT adapter: its tensors with each other, and with its config."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from loratools.dialects.peft.config import PeftConfig
+from loratools.dialects.peft.names import Groups, unwrap
+from loratools.errors import BadFile
+from loratools.format import keys
+from loratools.storage.lazy import LazyTensor
+
+_PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
+_FACTOR = re.compile(r"\.lora_[AB]\.([^.]+\.)?weight$")
+
+
+def check_gathered(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    """Raise `BadFile` if tensors are empty, or flat where a factor has rows and columns: a save of one rank's share."""
+    found = [
+        f"{name}: shape {lazy.shape}"
+        for name, lazy in tensors.items()
+        if 0 in lazy.shape or "_flat_param" in name or (len(lazy.shape) == 1 and _FACTOR.search(unwrap(name)))
+    ]
+    if found:
+        raise BadFile(
+            f"{path}: {len(found)} of {len(tensors)} tensors are empty or flattened: "
+            "saved under DeepSpeed ZeRO-3 or FSDP without gathering",
+            found[:12],
+            hint="Save it again with the parameters gathered; what is missing is not in this file.",
+        )
+
+
+def faults(groups: Groups, config: PeftConfig) -> list[str]:
+    """List missing partners, tensors that the config contradicts, and targets of the config without tensors."""
+    found = []
+    for module, parts in groups.modules.items():
+        for pair in _PAIRS:
+            missing = [part for part in pair if part not in parts]
+            if len(missing) == 1:
+                found.append(f"{keys.join(module, missing[0])}: missing, while its partner is there")
+        factored = not {"lora_A.weight", "lora_embedding_A"}.isdisjoint(parts)
+        if config.fields.get("use_dora") and factored and "lora_magnitude_vector" not in parts:
+            found.append(f"{keys.join(module, 'lora_magnitude_vector')}: missing, and the config says use_dora")
+        for part, lazy in parts.items():
+            if not lazy.dtype.startswith(("F", "BF")):
+                found.append(f"{keys.join(module, part)}: {lazy.dtype} numbers, expected floating point")
+        if any(part.startswith("lora_") for part in parts) and not _targeted(
+            re.sub(r"(\.base_layer)+$", "", module.partition(".base_layer.")[0]), config
+        ):
+            found.append(f"{module}: has tensors, but the config does not target it, so PEFT would ignore them")
+    return found + [
+        f"{name}: the config targets it by its full name, but it has no tensors"
+        for name in config.targets.unused(groups.modules)
+        if _in_layer(name) and config.targets.select(name)
+    ]
+
+
+def is_plain(module: str, groups: Groups) -> bool:
+    """Tell whether a module's name says which weight it is.
+
+    Under `base_layer` lies the inner one of two targets in one place, which it does not; but for the output projection
+    of an `nn.MultiheadAttention`, which PEFT always wraps together with the attention itself.
+    """
+    outer, nested, inner = module.partition(".base_layer.")
+    return "base_layer" not in module.split(".") or (bool(nested) and inner == "out_proj" and outer in groups.modules)
+
+
+def _targeted(module: str, config: PeftConfig) -> bool:
+    # A tied layer gets an adapter that target_modules does not name.
+    tied = bool(config.fields.get("ensure_weight_tying")) and not _in_layer(module)
+    return tied or config.targets.select(module)
+
+
+def _in_layer(name: str) -> bool:
+    return re.search(r"\.\d+\.", name) is not None

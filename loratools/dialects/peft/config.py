@@ -1,0 +1,254 @@
+"""`adapter_config.json` as PEFT 0.21 reads it: a field is honoured, changes nothing, or is refused with a reason."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratools.adapter.model import BaseIdentity
+from loratools.dialects.peft import targets
+from loratools.dialects.peft.targets import Targets
+from loratools.errors import BadFile, UnsupportedAdapter
+
+DEFAULT_R = DEFAULT_ALPHA = 8
+"""What PEFT takes where a config does not say."""
+
+_LAYERS = 4096  # layers that a config may ask for; the largest models have some hundred
+
+Test = Callable[[Any], bool]
+
+
+def _list_of(kind: type) -> Test:
+    return lambda value: isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+def _rank(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**31
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)
+
+
+def _one_or_list(kind: type) -> Test:
+    return lambda value: type(value) is kind or _list_of(kind)(value)
+
+
+def _map_to(test: Test) -> Test:
+    return lambda value: isinstance(value, dict) and all(test(item) for item in value.values())
+
+
+def _indices(value: Any) -> bool:
+    return _list_of(int)(value) and all(0 <= index < 2**31 for index in value)
+
+
+def _ranges(value: Any) -> bool:
+    pairs = isinstance(value, list) and all(_indices(one) and len(one) == 2 and one[0] < one[1] for one in value)
+    return pairs and sum(stop - start for start, stop in value) <= _LAYERS
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _switch(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _given(value: Any) -> bool:
+    return value is not False  # null was left out before; an empty object switches a variant on
+
+
+# field -> (test of a value that is there, what was expected)
+_TYPES: dict[str, tuple[Test, str]] = {
+    "r": (_rank, "a rank above zero"),
+    "lora_alpha": (_number, "a number"),
+    "rank_pattern": (_map_to(_rank), "names to ranks"),
+    "alpha_pattern": (_map_to(_number), "names to numbers"),
+    "target_modules": (_one_or_list(str), "a list of names or a regular expression"),
+    "exclude_modules": (_one_or_list(str), "a list of names or a regular expression"),
+    "target_parameters": (_list_of(str), "a list of names"),
+    "modules_to_save": (_list_of(str), "a list of names"),
+    "layers_to_transform": (_one_or_list(int), "layer numbers"),
+    "layers_pattern": (_one_or_list(str), "names"),
+    "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
+    "init_lora_weights": (lambda value: isinstance(value, bool | str), "true, false or a name"),
+    "base_model_name_or_path": (_text, "a string"),
+    "revision": (_text, "a string"),
+    "task_type": (_text, "a string"),
+    "peft_type": (_text, "a string"),
+    "trainable_token_indices": (
+        lambda value: _indices(value) or (isinstance(value, dict) and all(_indices(one) for one in value.values())),
+        "token indices, or names to token indices",
+    ),
+    "auto_mapping": (lambda value: isinstance(value, dict), "an object"),
+    "layer_replication": (_ranges, f"pairs [start, stop] of layers, {_LAYERS} at most in all"),
+    "lora_dropout": (_number, "a number"),
+} | dict.fromkeys(
+    ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying"), (_switch, "a switch")
+)
+
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
+_SUBTRACTED_INITS = ("pissa", "olora", "corda")
+"""Of these the base is W − s·B₀·A₀ with the initial adapter's factors, so that it can be accounted for."""
+_INIT_REASON = (
+    "PEFT changes the base model whenever this adapter is loaded, so W + s·B·A is not what was trained; "
+    "save it with path_initial_model_for_weight_conversion, or combine it with --initial"
+)
+
+# field, whether a value is refused, why
+_REFUSED: tuple[tuple[str, Test, str], ...] = (
+    ("peft_type", lambda value: value != "LORA", "only LORA is read"),
+    ("init_lora_weights", lambda value: str(value).lower().startswith(_BASE_CHANGING_INITS), _INIT_REASON),
+    ("use_qalora", bool, "QA-LoRA pools the input in groups before A; it is no plain LoRA"),
+    ("use_bdlora", _given, "BD-LoRA stores block-diagonal factors in a compact form; they are no plain factors"),
+    ("alora_invocation_tokens", _given, "an activated LoRA acts only after its invocation tokens and cannot be merged"),
+    ("arrow_config", _given, "an arrow router chooses among several adapters and is none itself"),
+    ("kasa_config", _given, "KaSA also takes the smallest singular components out of the base model"),
+    ("monteclora_config", _given, "MonteCLoRA samples its factors; there is no single B·A"),
+    ("enable_lora", bool, "PEFT 0.2's fused attention (enable_lora) has grouped factors; save it again with PEFT"),
+)  # fmt: skip
+
+# Fields that say how it was trained, how it is computed, or whose tensors speak for themselves.
+_SILENT = (
+    "inference_mode", "peft_version", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config",
+    "qalora_group_size", "megatron_config", "megatron_core", "runtime_config", "merge_weights",
+)  # fmt: skip
+_KNOWN = {*_TYPES, *_SILENT, *(field for field, _, _ in _REFUSED)}
+
+# What a writer may want, kept in `Adapter.settings` where it says something.
+_SETTINGS = (
+    "task_type", "auto_mapping", "fan_in_fan_out", "bias", "lora_dropout", "use_rslora", "target_modules",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "trainable_token_indices",
+    "target_parameters", "ensure_weight_tying", "layer_replication",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class PeftConfig:
+    """A config that was checked: types are right, patterns compile, nothing in it is refused."""
+
+    fields: Mapping[str, Any]
+    targets: Targets
+    notes: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, document: Mapping[str, Any], path: Path, *, initial: bool = False) -> PeftConfig:
+        """Check a config; raise `BadFile` with all fields of a wrong type, or `UnsupportedAdapter` with all reasons.
+
+        With `initial` an adapter of a changed base is let in, for the initial one will be taken away from it.
+        """
+        fields = {name: value for name, value in document.items() if value is not None}
+        faults = [
+            f"{name}: expected {expected}, found {str(fields[name])[:80]!r}"
+            for name, (test, expected) in _TYPES.items()
+            if name in fields and not test(fields[name])
+        ]
+        faults = faults or targets.problems(fields)
+        if faults:
+            raise BadFile(f"{path}: {len(faults)} field(s) that PEFT would not accept", faults)
+        init = str(fields.get("init_lora_weights", True)).lower()
+        accounted = initial and init.startswith(_SUBTRACTED_INITS)
+        refused = [
+            f"{name} = {str(fields[name])[:80]}: {reason}"
+            for name, refuses, reason in _REFUSED
+            if name in fields and refuses(fields[name]) and not (accounted and name == "init_lora_weights")
+        ]
+        if init not in ("true", "false", *_PLAIN_INITS) and not init.startswith(_BASE_CHANGING_INITS):
+            refused.append(f"init_lora_weights = {init[:80]}: not known here; it may change the base model")
+        if refused:
+            raise UnsupportedAdapter(f"{path}: loratools does not read this adapter", refused)
+        return cls(fields, _targets(fields), tuple(_notes(fields)))
+
+    @property
+    def rslora(self) -> bool:
+        """Whether scaling is α/√r."""
+        return bool(self.fields.get("use_rslora"))
+
+    def rank(self, module: str) -> int | None:
+        """Return the rank that the config states for a module, by PEFT's first-match rule; None if it states none."""
+        patterns = self.fields.get("rank_pattern", {})
+        key = targets.pattern_key(patterns, module)
+        found: int | None = self.fields.get("r") if key is None else patterns[key]
+        return found
+
+    def alpha(self, module: str) -> float:
+        """Return the alpha of a module, by PEFT's first-match rule."""
+        patterns = self.fields.get("alpha_pattern", {})
+        key = targets.pattern_key(patterns, module)
+        found: float = self.fields.get("lora_alpha", DEFAULT_ALPHA) if key is None else patterns[key]
+        return found
+
+    def scaling(self, module: str, rank: int) -> float:
+        """Return s = α/r, or α/√r with rsLoRA."""
+        return self.alpha(module) / (math.sqrt(rank) if self.rslora else rank)
+
+    def applied_twice(self, module: str) -> int:
+        """Return how often ΔW is added: 2 for the output projection of an `nn.MultiheadAttention`, else 1.
+
+        PEFT up to 0.21 computes with W + 2·s·B·A there, in training too (huggingface/peft#3774), so that this is what
+        such an adapter was trained for. A config without a version is from such a PEFT.
+        """
+        version = re.match(r"(\d+)\.(\d+)", str(self.fields.get("peft_version", "")))
+        fixed = version is not None and (int(version[1]), int(version[2])) > (0, 21)
+        return 2 if module.endswith(".base_layer.out_proj") and not fixed else 1
+
+    def token_rows(self, module: str) -> list[int] | None:
+        """Return the token indices of an embedding's trained rows; a bare list is for whatever module has them."""
+        given = self.fields.get("trainable_token_indices")
+        if isinstance(given, Mapping):
+            given = next((rows for name, rows in given.items() if targets.matches_name(module, name)), None)
+        return given
+
+    @property
+    def base(self) -> BaseIdentity | None:
+        """The base model's name and revision; an empty name, as an unnamed model leaves, is none."""
+        name, revision = self.fields.get("base_model_name_or_path") or None, self.fields.get("revision") or None
+        return BaseIdentity(name, revision) if name or revision else None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a writer may want."""
+        kept = {name: self.fields[name] for name in _SETTINGS if name in self.fields}
+        kept = {name: value for name, value in kept.items() if value is not False and value not in ("none", [], {}, "")}
+        if self.targets.layers:
+            kept["layers_to_transform"] = list(self.targets.layers)  # a lone 0 would look like nothing
+        return kept
+
+
+def _targets(fields: Mapping[str, Any]) -> Targets:
+    def several(name: str) -> tuple[Any, ...]:
+        value = fields.get(name, ())
+        return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+    modules = fields.get("target_modules")
+    exclude = fields.get("exclude_modules", ())
+    return Targets(
+        tuple(modules) if isinstance(modules, list) else modules,
+        exclude if isinstance(exclude, str) else tuple(exclude),
+        several("layers_to_transform") or None,
+        several("layers_pattern"),
+        several("modules_to_save"),
+        several("target_parameters"),
+    )
+
+
+def _notes(fields: Mapping[str, Any]) -> list[str]:
+    found = [
+        f"the config does not say {name}; {default} is what PEFT takes"
+        for name, default in (("r", DEFAULT_R), ("lora_alpha", DEFAULT_ALPHA), ("peft_type", "LORA"))
+        if name not in fields
+    ]
+    if fields.get("init_lora_weights") == "lora_ga":
+        found.append(
+            "LoRA-GA training started from a changed base model; PEFT applies the adapter to the unchanged one"
+        )
+    unknown = sorted(name for name, value in fields.items() if name not in _KNOWN and value)
+    if unknown:
+        found.append(f"fields of the config that PEFT 0.21 does not know: {', '.join(unknown)[:500]}")
+    return found

@@ -1,0 +1,87 @@
+"""Which parameter each level of PEFT's wrappers around a stack of experts is for: the names in the file do not say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import permutations
+from typing import Any
+
+from loratools.adapter.kinds.lora import A_PART, B_PART
+from loratools.dialects.peft.config import PeftConfig
+from loratools.dialects.peft.names import Groups
+from loratools.dialects.peft.targets import matches_name
+
+_NESTED = re.compile(r"(\.base_layer)+$")
+_SWAPPED_BEFORE = (0, 19)  # PEFT's version that turned in and out of stacked parameters round
+
+
+def outer(module: str) -> str:
+    """Return a module's path without the `base_layer` that marks the inner one of several wrappers."""
+    return _NESTED.sub("", module)
+
+
+def layouts(groups: Groups, config: PeftConfig) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return module -> layout of the stacks of experts in a file, and what is wrong with them.
+
+    PEFT wraps a module once for each targeted parameter, the first innermost. In which order, shapes tell: gate_up_proj
+    (H → 2I) feeds down_proj (I → H). Where they do not, the order is that of the models, gate_up_proj innermost.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    faults = []
+    levels: dict[str, list[str]] = {}
+    for module in groups.modules:
+        if _parameters(outer(module), config):
+            levels.setdefault(outer(module), []).append(module)
+    for path, modules in levels.items():
+        parameters = _parameters(path, config)
+        modules.sort(key=len, reverse=True)  # innermost first
+        if len(modules) != len(parameters):
+            faults.append(
+                f"{path}: {len(modules)} wrapper(s) for {len(parameters)} parameters, {', '.join(parameters)}"
+            )
+            continue
+        shapes = [_sides(groups.modules[module]) for module in modules]
+        for module, parameter in zip(modules, _order(parameters, shapes), strict=True):
+            rank = config.rank(f"{path}.{parameter}")
+            rows = groups.modules[module][A_PART].shape[0] if A_PART in groups.modules[module] else 0
+            if not rank or rows % rank:
+                faults.append(f"{module}: A has {rows} rows, which is no multiple of the rank {rank} of {parameter}")
+                continue
+            found[module] = {"experts": rows // rank, "parameter": parameter, "transposed": _transposed(config)}
+    return found, faults
+
+
+def _parameters(path: str, config: PeftConfig) -> list[str]:
+    """Return the names of the parameters of a module that the config targets, each once."""
+    names = [target.rpartition(".") for target in config.fields.get("target_parameters") or ()]
+    return sorted({name for place, _, name in names if place and matches_name(path, place)}, key=_registered)
+
+
+def _registered(name: str) -> tuple[bool, str]:
+    """Sort as models register their parameters: gate_up_proj before down_proj, others by name."""
+    return name != "gate_up_proj", name
+
+
+def _order(parameters: Sequence[str], shapes: Sequence[tuple[int, int]]) -> Sequence[str]:
+    if set(parameters) != {"gate_up_proj", "down_proj"}:
+        return parameters
+    fitting = [order for order in permutations(parameters) if _feeds(dict(zip(order, shapes, strict=True)))]
+    return fitting[0] if len(fitting) == 1 else parameters
+
+
+def _feeds(sides: Mapping[str, tuple[int, int]]) -> bool:
+    """Tell whether (in, out) of the two parameters go together, as they are or turned round."""
+    (hidden, wide), (inner, back) = sides["gate_up_proj"], sides["down_proj"]
+    return (wide == 2 * inner and back == hidden) or (hidden == 2 * back and inner == wide)
+
+
+def _sides(parts: Mapping[str, Any]) -> tuple[int, int]:
+    """Return (in, out) of a module's factors, (0, 0) if one is missing."""
+    return (parts[A_PART].shape[-1], parts[B_PART].shape[0]) if {A_PART, B_PART} <= parts.keys() else (0, 0)
+
+
+def _transposed(config: PeftConfig) -> bool | None:
+    """Return True where an old PEFT took every stack for (E, in, out); None where the base decides."""
+    version = re.match(r"(\d+)\.(\d+)", str(config.fields.get("peft_version") or ""))
+    return True if version and (int(version[1]), int(version[2])) < _SWAPPED_BEFORE else None

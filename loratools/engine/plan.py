@@ -1,0 +1,92 @@
+"""What a merge will do to each tensor: pure, printable, and a value that serializes to JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from loratools.adapter.model import Adapter
+from loratools.adapter.placement.resolve import Placement
+from loratools.engine.tensor import TILE
+from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.header import TensorSpec
+from loratools.storage.layout import FilePlan
+
+# Resident bytes of a process that has imported torch (a CPU build), and of one that has not; measured.
+_TORCH, _NUMPY = 260_000_000, 50_000_000
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Change:
+    """What becomes of one output tensor: `source` bytes, of the base or of an adapter that replaces it, plus updates.
+
+    `placements` pairs the number of an adapter with a placement of one of its updates. `expected` are the digests
+    that adapters recorded for the base tensor, each with the number of its adapter.
+    """
+
+    source: TensorSpec
+    placements: tuple[tuple[int, Placement], ...] = ()
+    replaced: bool = False
+    expected: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MergePlan:
+    """All decisions of a merge. `files` lists the output's files of tensors, `changes` has every output tensor.
+
+    `adapters` are as placed (tied heads renamed); `config` holds changed fields of config.json; `laid_out` says
+    whether files, headers and offsets are the base's own, so that untouched ranges are copied where they lie. `strict`
+    makes a tensor that is not the recorded one an error, else it is reported.
+    """
+
+    base: Checkpoint
+    adapters: tuple[Adapter, ...]
+    weights: tuple[float, ...]
+    files: tuple[FilePlan, ...]
+    changes: Mapping[str, Change]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    laid_out: bool = True
+    strict: bool = True
+    notes: tuple[str, ...] = ()
+
+    def touched(self) -> dict[str, Change]:
+        """Return the tensors whose numbers change."""
+        return {name: change for name, change in self.changes.items() if change.placements or change.replaced}
+
+    def rewritten(self) -> dict[str, Change]:
+        """Return the tensors that pass through arithmetic: updated, or cast to another dtype."""
+        changes = ((slot, self.changes[slot.name]) for plan in self.files for slot in plan.slots)
+        return {slot.name: change for slot, change in changes if change.placements or slot.dtype != change.source.dtype}
+
+    def peak_memory(self, threads: int, *, torch: bool = True, tile_bytes: int = TILE) -> int:
+        """Estimate the resident bytes: libraries, and for each thread its tiles and its largest factors."""
+        largest = 0
+        for change in self.changes.values():
+            parts = {id(lazy): lazy for _, p in change.placements for lazy in p.update.parts.values()}
+            largest = max(largest, sum(lazy.parameters * 8 + lazy.nbytes for lazy in parts.values()))
+        return (_TORCH if torch else _NUMPY) + threads * (6 * tile_bytes + largest)
+
+    def to_json(self, threads: int, *, torch: bool = True) -> dict[str, Any]:
+        """Return the plan as plain data: sizes in bytes, names, no machine-dependent number but the estimate."""
+        touched, rewritten = self.touched(), self.rewritten()
+        total = sum(slot.nbytes for plan in self.files for slot in plan.slots)
+        worked = sum(slot.nbytes for plan in self.files for slot in plan.slots if slot.name in rewritten)
+        return {
+            "base": str(self.base.path),
+            "files": [{"name": plan.name, "bytes": plan.size, "tensors": len(plan.slots)} for plan in self.files],
+            "tensors": {"total": len(self.changes), "changed": len(touched), "cast": len(rewritten) - len(touched)},
+            "bytes": {"written": total, "changed": worked, "copied": total - worked},
+            "peak_memory": self.peak_memory(threads, torch=torch),
+            "verified_tensors": sum(bool(change.expected) for change in self.changes.values()),
+            "changed": {
+                name: [
+                    {"adapter": i, "module": p.module, "kind": p.update.kind, "rank": p.update.rank}
+                    | {"scaling": p.update.scaling, "weight": self.weights[i]}
+                    for i, p in change.placements
+                ]
+                for name, change in touched.items()
+            },
+            "config": dict(self.config),
+            "notes": list(self.notes),
+        }

@@ -1,0 +1,146 @@
+"""The residual of a merge: what rounding destroyed, coded so compactly that it can always be kept.
+
+`unmerge.residual` beside a merged model is a safetensors file with one U8 tensor for each tensor of the base that is
+not in the model as it was. Its metadata say how the base was laid out, and in which way each tensor is coded:
+
+    predicted   factors g of DoRA, then a block (`engine/residual/codes.py`) for each tile, each after its u32 length;
+                the tiles' predictions are made from the merged tensor and the adapters (`engine/residual/predict.py`)
+    direct      blocks alone: what a cast changed, or a tensor that was trained whole, is predicted to be as it now is
+    stored      the base's bytes, deflated: where the merged model has nothing to predict them from
+
+Equal merges give equal residuals, whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratools.adapter.placement.resolve import Placement
+from loratools.engine.residual.predict import Step
+from loratools.errors import BadFile
+from loratools.storage import files
+from loratools.storage.codecs.floats import bytes_of, unsigned, widen
+from loratools.storage.header import TensorSpec, parse_json_object, read_header
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+VERSION = 1
+ELEMENTS = 1 << 17  # of a tile: its float64 product stays in the core's cache
+LENGTH = struct.Struct("<I")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lost:
+    """One tensor of the base that the merged model does not hold as it was.
+
+    `after` is what the model has under its name; None where there is nothing to predict it from. `placements` are the
+    updates that made the change, with the weights of their adapters.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    after: TensorSpec | None
+    placements: tuple[tuple[Placement, float], ...] = ()
+
+    @property
+    def mode(self) -> str:
+        """Return how the tensor is coded; see the head of this file."""
+        return "stored" if self.after is None else "predicted" if self.placements else "direct"
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Return how the tensor is seen: the view that its sites share, or first side × rest."""
+        views = {placement.site.matrix for placement, _ in self.placements}
+        if len(views) == 1:
+            return views.pop()
+        rows = self.shape[0] if self.shape else 1
+        count = 1
+        for side in self.shape:
+            count *= side
+        return (rows, count // rows) if rows else (0, 0)
+
+    def tiles(self) -> Iterator[tuple[int, int]]:
+        """Yield (start, stop) of the rows of each tile: by the shape alone."""
+        rows, columns = self.matrix
+        step = max(1, ELEMENTS // max(1, columns))
+        return ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """One of the base's files of tensors: `(name, dtype, shape)` in order, string metadata, prefix of its component."""
+
+    name: str
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]]
+    metadata: Mapping[str, str]
+    prefix: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Residual:
+    """An opened residual: the base's `layout`, and what a merge changed in `config` and `indexes` as it was before.
+
+    A field of the config that is null was not there; `indexes` are the metadata of each index by its relative path.
+    """
+
+    path: Path
+    tensors: Mapping[str, TensorSpec]
+    modes: Mapping[str, str]
+    layout: Sequence[Layout]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    indexes: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path) -> Residual:
+        """Open the residual of a merged model from its header; raise `BadFile`."""
+        header = read_header(path)
+        document = parse_json_object(header.metadata.get("residual", "{}").encode(), path, constants=True)
+        if document.get("version") != VERSION:
+            raise BadFile(f"{path}: a residual of version {document.get('version')}, this loratools reads {VERSION}")
+        try:
+            layout = [
+                Layout(str(name), [(str(n), str(d), tuple(map(int, s))) for n, d, s in tensors], dict(metadata), str(p))
+                for name, tensors, metadata, p in document["layout"]
+            ]
+            modes, config = dict(document["modes"]), dict(document["config"])
+            indexes = dict(document["indexes"])
+        except (KeyError, TypeError, ValueError):
+            raise BadFile(f"{path}: its description of the base's layout is damaged") from None
+        listed = {name for file in layout for name, _, _ in file.tensors}
+        paths = [Path(name) for name in [*(file.name for file in layout), *indexes]]
+        bad = [path for path in paths if path.is_absolute() or ".." in path.parts or "\0" in str(path)]
+        if bad or modes.keys() != header.tensors.keys() or not modes.keys() <= listed:
+            raise BadFile(f"{path}: its description of the base's layout does not fit its tensors")
+        return cls(path, header.tensors, modes, layout, config, indexes)
+
+
+def prediction(lost: Lost, after: Array, steps: Sequence[Step], start: int) -> Array:
+    """Return W' − ΔW of a tile, flat; in float64 where one of the dtypes is, else in float32."""
+    import numpy as np
+
+    assert lost.after is not None
+    work = np.float64 if "F64" in (lost.dtype, lost.after.dtype) else np.float32
+    W = widen(after, lost.after.dtype, work).reshape(-1, lost.matrix[1])
+    with np.errstate(all="ignore"):
+        for step in reversed(steps):
+            step.take_back(W, start)
+    return W.reshape(-1)
+
+
+def read_bits(source: int, spec: TensorSpec, start: int, stop: int) -> Array:
+    """Return the bits of elements [`start`, `stop`) of a tensor."""
+    import numpy as np
+
+    bits = np.empty(stop - start, unsigned(spec.dtype))
+    if not len(bits):
+        return bits
+    files.read_into(source, bytes_of(bits), spec.start + start * bits.itemsize, spec.file)
+    return bits

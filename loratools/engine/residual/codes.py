@@ -1,0 +1,190 @@
+"""Code a float by its place among the candidates that a prediction leaves. Pure NumPy, arrays in and bytes out.
+
+A merge rounds W + ΔW to W'. From W' and ΔW the weight is known but for what that rounding destroyed: nothing, where W'
+lies in a binade no higher than W's; else one of about 2^k candidates, k binades apart, all equally likely. So each
+element is coded by the rank of W among the floats around the prediction P, nearest first, in k bits; where ranks do not
+fit (ties, ends of binades), the rest follows in a compressed list of exceptions. Both sides derive P and k from W' and
+the adapter, so where k is 0 nothing at all is written.
+
+    block = u8 form ‖ u32 number of exceptions ‖ u32 bytes of ranks ‖ u32 bytes of exceptions ‖ ranks ‖ exceptions
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import TYPE_CHECKING, Any
+
+from loratools.errors import BadFile
+from loratools.storage.codecs.floats import _FORMATS, narrow, widen
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+_HEAD = struct.Struct("<BIII")
+_SPARSE, _DENSE = 0, 1
+_FEW = 16  # exceptions are listed by position while there are fewer than one in so many elements
+
+
+def encode(W: Array, after: Array, prediction: Array, dtype: str, after_dtype: str) -> bytes:
+    """Return what tells `W` from a prediction.
+
+    `W` holds the bits of the base's elements in `dtype`, flat; `after` those of the merged ones in `after_dtype`;
+    `prediction` is W' − ΔW as numbers, before it is rounded.
+    """
+    import numpy as np
+
+    P = narrow(prediction, dtype)
+    coarse, spread = _coarse(P, after, dtype, after_dtype)
+    off = W != P
+    off[coarse] = False
+    stray = np.flatnonzero(off)
+    at = np.concatenate([coarse, stray])
+    rank = _rank(W[at], P[at], _above(prediction[at], P[at], dtype))
+    ranks = _pack(rank[: len(coarse)], spread)
+    rank[: len(coarse)] >>= spread
+    found = np.flatnonzero(rank)
+    if len(found) * _FEW < len(W):
+        order = np.argsort(at[found], kind="stable")
+        positions, values = at[found][order], rank[found][order]
+        raw = np.diff(positions, prepend=0).astype("<u4").tobytes() + _planes(values)
+        form, count = _SPARSE, len(values)
+    else:
+        every = np.zeros(len(W), rank.dtype)
+        every[at] = rank
+        raw, form, count = _planes(every), _DENSE, len(every)
+    packed = zlib.compress(raw, 6) if count else b""
+    return _HEAD.pack(form, count, len(ranks), len(packed)) + ranks + packed
+
+
+def decode(block: memoryview, after: Array, prediction: Array, dtype: str, after_dtype: str) -> Array:
+    """Return the bits of W that `encode` was given; raise `BadFile` where the block does not fit what it is about."""
+    import numpy as np
+
+    P = narrow(prediction, dtype)
+    coarse, spread = _coarse(P, after, dtype, after_dtype)
+    if len(block) < _HEAD.size:
+        raise BadFile("a block of the residual is truncated")
+    form, count, ranks_size, packed_size = _HEAD.unpack(block[: _HEAD.size])
+    if len(block) != _HEAD.size + ranks_size + packed_size or count > len(P) or form not in (_SPARSE, _DENSE):
+        raise BadFile("a block of the residual contradicts itself")
+    low = _unpack(block[_HEAD.size : _HEAD.size + ranks_size], spread, P.dtype)
+    width = P.itemsize
+    raw = _inflate(block[_HEAD.size + ranks_size :], count * (width + (4 if form == _SPARSE else 0)))
+    high = np.zeros(len(P), P.dtype)
+    if form == _DENSE:
+        if count != len(P):
+            raise BadFile("a block of the residual is of another size than its tile")
+        high[:] = _unplanes(raw, P.dtype)
+    elif count:
+        positions = np.frombuffer(raw[: 4 * count], "<u4").cumsum(dtype=np.int64)
+        if int(positions[-1]) >= len(P):
+            raise BadFile("a block of the residual points beyond its tile")
+        high[positions] = _unplanes(raw[4 * count :], P.dtype)
+    high[coarse] = (high[coarse] << spread) | low
+    at = np.flatnonzero(high)
+    P[at] = _at_rank(high[at], P[at], _above(prediction[at], P[at], dtype))
+    return P
+
+
+def _coarse(P: Array, after: Array, dtype: str, after_dtype: str) -> tuple[Array, Array]:
+    """Return where W' lies in a higher binade than the prediction, and by how many, as far as a mantissa goes."""
+    import numpy as np
+
+    bits, mantissa = _FORMATS[dtype]
+    if dtype != after_dtype:  # only equal dtypes have comparable binades; a cast leaves exceptions
+        return np.zeros(0, np.int64), np.zeros(0, P.dtype)
+    exponent = P.dtype.type(((1 << (bits - 1)) - 1) & ~((1 << mantissa) - 1))
+    coarse = np.flatnonzero((after & exponent) > (P & exponent))
+    spread = ((after[coarse] & exponent) >> mantissa) - ((P[coarse] & exponent) >> mantissa)
+    return coarse, np.minimum(spread, P.dtype.type(mantissa))
+
+
+def _above(prediction: Array, P: Array, dtype: str) -> Array:
+    """Tell where the prediction lies above its rounding: that side has the second nearest candidate."""
+    return prediction > widen(P, dtype, prediction.dtype)
+
+
+def _ordered(bits: Array) -> Array:
+    """Return integers in the order of the floats, signed, one for each bit pattern."""
+    import numpy as np
+
+    signed = bits.view(np.dtype(f"<i{bits.itemsize}"))
+    found: Array = signed ^ ((signed >> (8 * bits.itemsize - 1)) & np.iinfo(signed.dtype).max)
+    return found
+
+
+def _rank(W: Array, P: Array, above: Array) -> Array:
+    """Return 0, 1, 2, … for W = P, the next float on the prediction's side, the next on the other, and so on."""
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        steps = _ordered(W) - _ordered(P)
+        np.negative(steps, out=steps, where=above)
+        return ((steps << 1) ^ (steps >> (8 * W.itemsize - 1))).view(W.dtype)
+
+
+def _at_rank(rank: Array, P: Array, above: Array) -> Array:
+    """Return the float of a rank: the inverse of `_rank`."""
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        steps = ((rank >> 1) ^ (~(rank & 1) + 1)).view(f"<i{P.itemsize}")
+        np.negative(steps, out=steps, where=above)
+        return _ordered((_ordered(P) + steps).view(P.dtype)).view(P.dtype)
+
+
+def _pack(rank: Array, spread: Array) -> bytes:
+    """Write the low `spread` bits of each rank, plane after plane."""
+    import numpy as np
+
+    top = int(spread.max()) if len(spread) else 0
+    planes = [((rank[spread > bit] >> bit) & 1).astype(np.uint8) for bit in range(top)]
+    return np.packbits(np.concatenate(planes)).tobytes() if planes else b""
+
+
+def _unpack(data: memoryview, spread: Array, dtype: Any) -> Array:
+    import numpy as np
+
+    total = int(spread.sum(dtype=np.int64))
+    if len(data) != -(-total // 8):
+        raise BadFile("a block of the residual was made for another merge: it has another number of candidates")
+    bits = np.unpackbits(np.frombuffer(data, np.uint8), count=total)
+    rank = np.zeros(len(spread), dtype)
+    start = 0
+    for bit in range(int(spread.max()) if len(spread) else 0):
+        here = spread > bit
+        count = int(here.sum())
+        rank[here] |= bits[start : start + count].astype(dtype) << bit
+        start += count
+    return rank
+
+
+def _planes(values: Array) -> bytes:
+    """Return first all the lowest bytes, then all the next: high ones are nearly all zero."""
+    import numpy as np
+
+    little = values.astype(values.dtype.newbyteorder("<"), copy=False)
+    return np.ascontiguousarray(little.view(np.uint8).reshape(-1, values.itemsize).T).tobytes()
+
+
+def _unplanes(raw: bytes, dtype: Any) -> Array:
+    import numpy as np
+
+    values: Array = np.ascontiguousarray(np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1).T).view(dtype).ravel()
+    return values
+
+
+def _inflate(packed: memoryview, size: int) -> bytes:
+    if not size:
+        return b""
+    try:
+        inflater = zlib.decompressobj()
+        raw = inflater.decompress(packed, size)
+    except zlib.error:
+        raise BadFile("a block of the residual is damaged") from None
+    if len(raw) != size:
+        raise BadFile("a block of the residual is truncated")
+    return raw

@@ -1,0 +1,133 @@
+"""Keep the residual of a merge: look at every touched tensor once more, and write what its rounding destroyed."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratools.engine.residual import ELEMENTS, LENGTH, VERSION, Lost, codes, prediction, read_bits
+from loratools.engine.residual import predict as undo
+from loratools.storage import dtypes, files
+from loratools.storage.codecs.floats import widen
+from loratools.storage.companions import RESIDUAL
+from loratools.storage.header import TensorSpec
+from loratools.storage.layout import plan_file
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from loratools.engine.plan import MergePlan
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a residual takes: bytes of its file, and those of the base's tensors that it can bring back."""
+
+    nbytes: int
+    touched: int
+
+    @property
+    def share(self) -> float:
+        """Return bytes of the residual over bytes of the tensors that the merge touched."""
+        return self.nbytes / self.touched if self.touched else 0.0
+
+
+def keep(plan: MergePlan, folder: Path, threads: int, progress: Progress = lambda _: None) -> Kept:
+    """Write the residual of a merge whose tensors are in `folder`, from the base and the result; return its size.
+
+    Needs a second look at every touched tensor, which the page cache still has.
+    """
+    lost = list(_lost(plan, folder))
+    with ThreadPoolExecutor(threads) as pool, (folder / f".{RESIDUAL}.spool").open("w+b") as spool:
+        sizes, waiting, left = [], deque[Any](), iter(lost)
+        submit = lambda one: pool.submit(_encode, one, plan.base.specs[one.name], progress)  # noqa: E731
+        waiting.extend(map(submit, islice(left, threads + 1)))
+        while waiting:
+            blob = waiting.popleft().result()
+            waiting.extend(map(submit, islice(left, 1)))
+            sizes.append(len(blob))
+            spool.write(blob)
+        spool.flush()
+        document = {
+            "version": VERSION,
+            "modes": {one.name: one.mode for one in lost},
+            "layout": [
+                [str(shard.path.relative_to(plan.base.root).with_suffix(".safetensors")),
+                 [[name, spec.dtype, spec.shape] for name, spec in shard.tensors.items()],
+                 dict(shard.metadata), shard.prefix]
+                for shard in plan.base.shards
+            ],
+            "config": {key: plan.base.config.get(key) for key in plan.config},
+            "indexes": {
+                str(path.relative_to(plan.base.root)).replace(".bin.index", ".safetensors.index"):
+                    {key: value for key, value in (index.get("metadata") or {}).items() if key != "total_size"}
+                for path, index in plan.base.indexes.items()
+            },
+        }  # fmt: skip
+        metadata = {"residual": json.dumps(document, separators=(",", ":"), ensure_ascii=False)}
+        file = plan_file(RESIDUAL, [(o.name, "U8", (n,)) for o, n in zip(lost, sizes, strict=True)], metadata)
+        with files.descriptor(folder / RESIDUAL, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as target:
+            files.write_from(target, memoryview(file.header), 0)
+            files.copy_range(spool.fileno(), 0, sum(sizes), target, len(file.header))
+    (folder / f".{RESIDUAL}.spool").unlink()
+    return Kept(file.size, sum(plan.base.specs[one.name].nbytes for one in lost))
+
+
+def _lost(plan: MergePlan, folder: Path) -> Iterator[Lost]:
+    """Find the base's tensors that the output does not hold byte for byte, and what became of them."""
+    slots = {slot.name: (file, slot) for file in plan.files for slot in file.slots}
+    for name, spec in plan.base.specs.items():
+        change, found = plan.changes.get(name), slots.get(name)
+        if change is None or found is None:
+            yield Lost(name, spec.dtype, spec.shape, None)
+            continue
+        file, slot = found
+        if not change.placements and not change.replaced and slot.dtype == spec.dtype:
+            continue
+        predictable = not change.replaced and undo.is_predictable([p for _, p in change.placements])
+        placements = tuple((p, plan.weights[i]) for i, p in change.placements) if predictable else ()
+        comparable = slot.shape == spec.shape and {slot.dtype, spec.dtype} <= set(dtypes.FLOATS)
+        after = TensorSpec(slot.dtype, slot.shape, folder / file.name, slot.offset, slot.offset + slot.nbytes)
+        yield Lost(name, spec.dtype, spec.shape, after if comparable else None, placements)
+
+
+def _encode(lost: Lost, base: TensorSpec, progress: Progress) -> bytes:
+    """Return the coded tensor."""
+    import numpy as np
+    import torch
+
+    if lost.after is None:
+        progress(base.nbytes)
+        packer = zlib.compressobj(6)
+        return b"".join([*(packer.compress(chunk) for chunk in files.chunks(base)), packer.flush()])
+    torch.set_num_threads(1)  # for this thread: the tensors share the cores already
+    columns = lost.matrix[1]
+    with files.descriptor(base.file) as source, files.descriptor(lost.after.file) as result:
+
+        def rows(start: int, stop: int) -> Array:
+            bits = read_bits(source, base, start * columns, stop * columns)
+            return widen(bits, base.dtype, np.float64).reshape(-1, columns)
+
+        steps = undo.steps(lost.placements)
+        undo.measure(lost.placements, steps, rows, max(1, ELEMENTS // max(1, columns)))
+        parts = [step.factors.astype("<f4").tobytes() for step in steps if step.factors is not None]
+        for start, stop in lost.tiles():
+            W = read_bits(source, base, start * columns, stop * columns)
+            after = read_bits(result, lost.after, start * columns, stop * columns)
+            predicted = prediction(lost, after, steps, start)
+            block = codes.encode(W, after, predicted, base.dtype, lost.after.dtype)
+            parts += [LENGTH.pack(len(block)), block]
+            progress(W.nbytes)
+    return b"".join(parts)

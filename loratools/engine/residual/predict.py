@@ -1,0 +1,150 @@
+"""From merged numbers back: the prediction W' − ΔW (or W'/g − ΔW), the same to the last bit on every machine.
+
+What tells W from its prediction is kept in a residual, so whoever reads it must come to the very same prediction. A
+matrix product in floating point depends on the machine, for sums are made in another order. Here both factors are first
+rounded to fixed point, each row of left and column of right to as many bits as let every product and every sum of them
+be exact in float64; then no order matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loratools.adapter.kinds._product import LowRank
+from loratools.adapter.kinds.dora import DoraUpdate
+from loratools.adapter.placement.resolve import Placement
+from loratools.adapter.site import Site
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+_EXACT = 52  # bits of a float64 sum that leave nothing to round
+
+Rows = Callable[[int, int], "Array"]
+"""Rows [start, stop) of the base's matrix in float64."""
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """One change of a tensor that can be taken back: W ← g∘(W + left·right), or without g.
+
+    `left` (rows, k) and `right` (k, columns) are in fixed point; `factors` is g in float32, for each row of the
+    rectangle, or for each column where `across`.
+    """
+
+    site: Site
+    left: torch.Tensor
+    right: torch.Tensor
+    across: bool = False
+    factors: Array | None = None
+
+    @property
+    def features(self) -> int:
+        """Return how many factors g has."""
+        return self.site.shape[1 if self.across else 0]
+
+    def delta(self, rows: slice) -> Array:
+        """Return rows of left·right in float64, exactly."""
+        found: Array = (self.left[rows] @ self.right).numpy()
+        return found
+
+    def take_back(self, W: Array, start: int) -> None:
+        """Turn a tile of changed rows, from `start` on, into what they were before, in place."""
+        met = self.site.overlap(start, start + len(W))
+        if met is None:
+            return
+        region = W[met[0], slice(*self.site.columns)]
+        if self.factors is not None:
+            region /= self.factors if self.across else self.factors[met[1], None]
+        region -= self.delta(met[1]).astype(W.dtype, copy=False)
+
+
+def is_predictable(placements: Sequence[Placement]) -> bool:
+    """Tell whether the changes of a tensor are all of kinds that can be taken back here: products, and DoRA."""
+    return all(isinstance(placement.update, LowRank | DoraUpdate) for placement in placements)
+
+
+def steps(placements: Sequence[tuple[Placement, float]]) -> list[Step]:
+    """Return the steps of one tensor, in the order in which they were made.
+
+    `placements` are pairs of a placement, which `is_predictable`, and the weight of its adapter. Products on one site
+    become one step if no DoRA is among them. The factors g of DoRA are not known yet: see `measure`.
+    """
+    found: list[Step] = []
+    if any(isinstance(p.update, DoraUpdate) for p, _ in placements):
+        for placement, weight in placements:
+            found.append(_step(placement.site, [_factors(placement, weight)]))
+            update = placement.update
+            if isinstance(update, DoraUpdate):
+                found[-1].across = update.by_column != placement.site.transposed
+                found[-1].factors = _ones(found[-1].features)
+        return found
+    groups: dict[Site, list[tuple[Array, Array]]] = {}
+    for placement, weight in placements:
+        groups.setdefault(placement.site, []).append(_factors(placement, weight))
+    return [_step(site, group) for site, group in groups.items()]
+
+
+def measure(placements: Sequence[tuple[Placement, float]], found: Sequence[Step], base: Rows, height: int) -> None:
+    """Work out g = m / ‖W₀ + own ΔW‖ of every DoRA step from the unchanged base, `height` rows at a time."""
+    import numpy as np
+
+    for (placement, _), step in zip(placements, found, strict=False):
+        if step.factors is None:
+            continue
+        update, site = placement.update, step.site
+        assert isinstance(update, DoraUpdate)
+        squares = np.zeros(step.features)
+        for start in range(0, site.matrix[0], height):
+            stop = min(start + height, site.matrix[0])
+            if met := site.overlap(start, stop):
+                changed = base(start, stop)[met[0], slice(*site.columns)] + step.delta(met[1])
+                if step.across:
+                    squares += np.square(changed).sum(0)
+                else:
+                    squares[met[1]] = np.square(changed).sum(1)
+        m: Any = update.magnitude.load().double().flatten().numpy()
+        m = m if update.by_column else m[site.part_rows]
+        with np.errstate(all="ignore"):
+            g = (m / np.sqrt(squares)).astype(np.float32)
+        step.factors = np.where(np.isfinite(g) & (g != 0), g, np.float32(1))
+
+
+def _ones(count: int) -> Array:
+    import numpy as np
+
+    return np.ones(count, np.float32)
+
+
+def _factors(placement: Placement, weight: float) -> tuple[Array, Array]:
+    """Return (left, right) of a placement in float64, as they lie on its site, with the scaling in left."""
+    update, site = placement.update, placement.site
+    product = update.inner if isinstance(update, DoraUpdate) else update
+    assert isinstance(product, LowRank)
+    left, right = (factor.double().numpy() for factor in product.matrices())
+    left = left[site.part_rows] * (weight * product.scaling)
+    return (right.T, left.T) if site.transposed else (left, right)
+
+
+def _step(site: Site, group: Sequence[tuple[Array, Array]]) -> Step:
+    import numpy as np
+    import torch
+
+    left = np.concatenate([left for left, _ in group], axis=1)
+    right = np.concatenate([right for _, right in group], axis=0)
+    bits = (_EXACT - int(np.ceil(np.log2(max(2, len(right)))))) // 2
+    return Step(site, torch.from_numpy(_fixed(left, bits, 1)), torch.from_numpy(_fixed(right, bits, 0)))
+
+
+def _fixed(factor: Array, bits: int, axis: int) -> Array:
+    """Return each row (`axis` 1) or column rounded to multiples of 2^-bits of the power of two above its largest."""
+    import numpy as np
+
+    _, exponent = np.frexp(np.abs(factor).max(axis=axis, keepdims=True))
+    fixed: Array = np.ldexp(np.rint(np.ldexp(factor, bits - exponent)), exponent - bits)
+    return fixed

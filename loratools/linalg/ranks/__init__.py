@@ -1,0 +1,1 @@
+"""Choosing ranks: by rules over singular values, by what rises above noise, and within a budget for a whole model."""

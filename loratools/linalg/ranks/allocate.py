@@ -1,0 +1,90 @@
+"""The ranks of all layers: a rule for each, one for all, or the best use of a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loratools.linalg.ranks.rules import RankRule
+
+Shapes = Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """How ranks are chosen. Exactly one of `rule`, `noise` and `budget` is set.
+
+    `rule` is applied to each layer; `noise` keeps what stands above the rounding of the fine-tune's dtype; `budget` is
+    a number of parameters, shared out so that the most energy is captured. Ranks lie in [minimum, maximum] and are
+    multiples of `multiple_of` where the shape allows it; `uniform` gives all layers one rank: the largest that a rule
+    calls for, or that the budget allows. Raises `ValueError` for bounds that contradict each other.
+    """
+
+    rule: RankRule | None = None
+    noise: bool = False
+    budget: int | None = None
+    uniform: bool = False
+    minimum: int = 1
+    maximum: int | None = None
+    multiple_of: int = 1
+
+    def __post_init__(self) -> None:
+        from loratools.linalg.ranks.rules import check_bounds
+
+        check_bounds(self.minimum, self.maximum, self.multiple_of)
+        if sum((self.rule is not None, self.noise, self.budget is not None)) != 1:
+            raise ValueError("one way to choose ranks is needed: a rank, energy, ratio, noise or a budget")
+
+    def first(self, shapes: Shapes, edge: float) -> RankRule:
+        """Return the rule of the first look at a layer; `edge` is the noise edge of its fine-tuned weight."""
+        from loratools.linalg.ranks.noise import AboveNoise
+        from loratools.linalg.ranks.rules import Bounded, Fixed
+
+        if self.budget is not None:
+            # Twice the uniform rank shows most layers as much as they will get; `decide` names those that need more.
+            even = self.budget // max(1, sum(m + n for m, n in shapes))
+            return Fixed(max(1, self.minimum, min(2 * even + 8, self.maximum or 2 * even + 8)))
+        rule: RankRule = AboveNoise(edge) if self.rule is None else self.rule
+        bounds = (self.minimum, self.maximum, self.multiple_of)
+        return rule if bounds == (1, None, 1) else Bounded(rule, *bounds)
+
+    def decide(self, spectra: Sequence[Sequence[float]], shapes: Shapes, known: Sequence[bool]) -> Decision:
+        """Return the rank of each layer from the singular values seen, and which layers must be shown further.
+
+        `known` says for each layer that no more singular values exist, or may be used. A layer that would take all it
+        was shown may deserve more.
+        """
+        from loratools.linalg.ranks import budget
+        from loratools.linalg.ranks.rules import bounded
+
+        if self.budget is not None and self.uniform:
+            spread = budget.uniform(spectra, shapes, self.budget, multiple_of=self.multiple_of)
+            ranks = tuple(min(rank, self.maximum or rank) for rank in spread)
+        elif self.budget is not None:
+            ranks = budget.water_filling(
+                spectra, shapes, self.budget,
+                minimum=self.minimum, maximum=self.maximum, multiple_of=self.multiple_of,
+            )  # fmt: skip
+        elif self.uniform:
+            # What one layer needs all get; the extra directions cost nothing in accuracy.
+            rank = bounded(max(map(len, spectra), default=1), self.minimum, self.maximum, self.multiple_of)
+            short = {i: rank for i, spectrum in enumerate(spectra) if len(spectrum) < rank and not known[i]}
+            return Decision(tuple(min(rank, len(spectrum)) for spectrum in spectra), short)
+        else:
+            return Decision(tuple(map(len, spectra)), {})
+        more = {
+            i: 2 * len(spectrum)
+            for i, (rank, spectrum) in enumerate(zip(ranks, spectra, strict=True))
+            if rank == len(spectrum) and not known[i] and rank != self.maximum
+        }
+        return Decision(ranks, more)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The rank of each layer so far, and layer -> how many singular values it should be shown next."""
+
+    ranks: tuple[int, ...]
+    more: dict[int, int]

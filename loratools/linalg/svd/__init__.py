@@ -1,0 +1,1 @@
+"""Truncated singular value decompositions of large matrices, with certificates of their error."""

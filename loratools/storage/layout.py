@@ -1,0 +1,94 @@
+"""Where each tensor of an output lies, planned before a byte is written. Pure, and byte-reproducible."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from loratools.storage.header import encode_header, nbytes
+
+DEFAULT_SHARD = 5_000_000_000
+"""Bytes of a shard where nothing else is asked, as transformers has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The place of one tensor in an output file: name, dtype, shape, and the offset from the file's beginning."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class FilePlan:
+    """One output file: its name, its complete header, and the slots of its tensors in order."""
+
+    name: str
+    header: bytes
+    slots: tuple[Slot, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the finished file."""
+        return len(self.header) + sum(slot.nbytes for slot in self.slots)
+
+
+def plan_file(
+    name: str,
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    header: bytes | None = None,
+    prefix: str = "",
+) -> FilePlan:
+    """Lay out `(name, dtype, shape)` one after the other.
+
+    `header` is taken as it is where the caller has one; else the names go into it without `prefix`.
+    """
+    sized = [(tensor, dtype, shape, nbytes(dtype, shape)) for tensor, dtype, shape in tensors]
+    if header is None:
+        own = [(tensor.removeprefix(prefix), dtype, shape, size) for tensor, dtype, shape, size in sized]
+        header = encode_header(own, metadata)
+    slots, offset = [], len(header)
+    for tensor, dtype, shape, size in sized:
+        slots.append(Slot(tensor, dtype, shape, offset, size))
+        offset += size
+    return FilePlan(name, header, tuple(slots))
+
+
+def plan_shards(
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]],
+    limit: int,
+    metadata: Mapping[str, str] | None = None,
+    stem: str = "model",
+) -> list[FilePlan]:
+    """Cut tensors, in order, into files of at most `limit` bytes of data; a larger tensor has a file of its own.
+
+    Named as transformers names them: `model.safetensors`, or `model-00001-of-00003.safetensors`.
+    """
+    groups: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
+    used = 0
+    for tensor in tensors:
+        size = nbytes(tensor[1], tensor[2])
+        if groups[-1] and used + size > limit:
+            groups.append([])
+            used = 0
+        groups[-1].append(tensor)
+        used += size
+    count = len(groups)
+    names = (
+        [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        if count > 1
+        else [f"{stem}.safetensors"]
+    )
+    return [plan_file(name, group, metadata) for name, group in zip(names, groups, strict=True)]
+
+
+def index_json(plans: Sequence[FilePlan], metadata: Mapping[str, object] | None = None) -> dict[str, object]:
+    """Return the index of a sharded model; `total_size` counts the bytes of all tensors."""
+    total = sum(slot.nbytes for plan in plans for slot in plan.slots)
+    weight_map = {slot.name: plan.name for plan in plans for slot in plan.slots}
+    return {"metadata": {**(metadata or {}), "total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -1,0 +1,81 @@
+"""The combined change of every module, decomposed: one task for each module, several at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loratools.adapter import low_rank
+from loratools.adapter.naming.compact import natural
+from loratools.linalg.ranks.allocate import Ranks
+from loratools.parallel import each
+from loratools.surgery.combine import methods, truncate
+from loratools.surgery.combine.align import Aligned, Member
+from loratools.surgery.combine.methods._terms import Options, Term
+from loratools.surgery.combine.weights import Weight
+
+if TYPE_CHECKING:
+    from loratools.linalg.ranks.rules import RankRule
+    from loratools.surgery.combine.methods._chance import Chance
+
+Found = dict[str, truncate.Decomposed | None]
+"""module -> its decomposed change, None where it is zero"""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Task:
+    """What is to be combined: the modules of all adapters, the adapters' digests and weights, the method, the ranks."""
+
+    aligned: Aligned
+    digests: Sequence[str]
+    weights: Sequence[Weight]
+    method: str
+    options: Options
+    ranks: Ranks | None
+
+    def run(self, threads: int | None, progress: Callable[[int], None]) -> Found:
+        """Return the change of every module; the numbers do not depend on `threads`.
+
+        Raises `IncompatibleAdapter` with every module that fails: numbers that are not finite, rules that do not apply.
+        """
+        from loratools.surgery.combine.methods._chance import AsPeft, Seeded
+
+        seed = self.options.seed or 0
+        chance: Chance = Seeded(seed)
+        if self.options.like == "peft" and methods.seed_of(self.method, self.options) is not None:
+            # One stream for all modules: they must draw from it one after the other.
+            chance, threads = AsPeft(seed), 1
+        ordered = {module: self.aligned.modules[module] for module in sorted(self.aligned.modules, key=natural)}
+        return each(lambda module, members: self._one(module, members, chance, progress), ordered, threads)
+
+    def _one(
+        self, module: str, members: Sequence[Member], chance: Chance, progress: Callable[[int], None]
+    ) -> truncate.Decomposed | None:
+        from loratools.linalg.factored import squared_norm
+
+        terms = [term for member in members if (term := self._term(module, member)).weight != 0]
+        change = methods.get(self.method).merge(terms, self.options, chance) if terms else None
+        progress(sum(lazy.nbytes for member in members for lazy in member.update.parts.values()))
+        if change is None:
+            return None
+        size = sum(abs(term.weight) * float(squared_norm(term.left, term.right)) ** 0.5 for term in terms)
+        return truncate.decompose(change, self._rule(members), size)
+
+    def _term(self, module: str, member: Member) -> Term:
+        left, right = low_rank.matrices(member.update)
+        for name, factor in (("B", left), ("A", right)):
+            if not bool(factor.isfinite().all()):
+                raise ValueError(f"adapter {member.adapter + 1} has NaN or infinite elements in factor {name}")
+        weight = self.weights[member.adapter].of(module)
+        identity = f"{self.digests[member.adapter]}|{module}"
+        return Term(weight, left.double() * member.update.scaling, right.double(), identity)
+
+    def _rule(self, members: Sequence[Member]) -> RankRule:
+        """Return how far a change that is no product is decomposed."""
+        from loratools.linalg.ranks.rules import Fixed
+
+        if self.ranks is not None and self.ranks.budget is None:
+            return self.ranks.first([], 0.0)
+        given = [member.update.rank for member in members]
+        return Fixed(max(given) if self.options.like else sum(given))

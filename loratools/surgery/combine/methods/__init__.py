@@ -1,0 +1,70 @@
+"""The ways to combine the changes that several adapters make to one module; one file each, found by file name.
+
+A method is a module here with
+
+    SUMMARY    what it does, in one line
+    OPTIONS    the names of the options it takes, of `Options`
+    LIKE       the libraries whose numbers it can give instead, where they differ from the paper's
+    merge(terms, options, chance)   the combined change: two factors where it is a product, else a dense matrix
+
+Only `linear` keeps factors as they are; `knots` and `core_space` work in a space of Σr dimensions that all share. The
+others look at single elements of ΔW and so need one module's matrix, which `_deltas` makes a few rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Protocol, cast
+
+from loratools.errors import LoraToolsError, UnknownKind
+from loratools.surgery.combine.methods._terms import Options, Term
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loratools.surgery.combine.methods._chance import Chance
+
+
+class Method(Protocol):
+    """A method's module; see the top of this file."""
+
+    SUMMARY: str
+    OPTIONS: frozenset[str]
+    LIKE: frozenset[str]
+
+    def merge(self, terms: Sequence[Term], options: Options, chance: Chance) -> tuple[Tensor, Tensor] | Tensor:
+        """Return the combined change of one module: left (rows, k) and right (k, columns), or the matrix itself."""
+        ...
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of all methods, sorted."""
+    return tuple(sorted(module.name for module in iter_modules(__path__) if not module.name.startswith("_")))
+
+
+def get(name: str) -> Method:
+    """Return a method's module; raise `UnknownKind` with the list of those that exist."""
+    if name not in names():
+        raise UnknownKind(f"no method {name!r}; loratools knows {', '.join(names())}")
+    return cast(Method, import_module(f"{__name__}.{name}"))
+
+
+def seed_of(name: str, options: Options) -> int | None:
+    """Return the seed of a method that leaves something to chance, 0 where none is given; None for the others."""
+    return (options.seed or 0) if "seed" in get(name).OPTIONS else None
+
+
+def check(name: str, options: Options) -> None:
+    """Raise `LoraToolsError` with every option that a method does not take, or lacks."""
+    method, problems = get(name), []
+    for option in ("density", "gamma", "epsilon", "seed"):
+        if getattr(options, option) is not None and option not in method.OPTIONS:
+            problems.append(f"it takes no {option}")
+    if "density" in method.OPTIONS and options.density is None:
+        problems.append("it needs a density, the share of elements that it keeps, such as 0.5")
+    if options.like is not None and options.like not in method.LIKE:
+        problems.append(f"there is no {name} of {options.like} to be like")
+    if problems:
+        raise LoraToolsError(f"method {name}: {'; '.join(problems)}")

@@ -1,0 +1,94 @@
+"""The changes that several adapters make to one matrix, a few rows at a time: never all of them dense at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from loratools.surgery.combine.methods._terms import Term
+
+Bits = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+
+TILE = 1 << 20
+"""Elements of a tile. It belongs to what a seed means: draws are made tile by tile."""
+
+
+class Deltas:
+    """Rows of ΔW₁ … ΔW_T of one module, float32, without their weights."""
+
+    def __init__(self, terms: Sequence[Term], *, whole: bool = False) -> None:
+        self.terms = tuple(terms)
+        self.factors = [(term.left.float(), term.right.float()) for term in terms]
+        self.shape = (terms[0].left.shape[0], terms[0].right.shape[1])
+        self.step = self.shape[0] if whole else max(1, TILE // self.shape[1])
+        self.weights = torch.tensor([term.weight for term in terms], dtype=torch.float32)[:, None, None]
+
+    def tiles(self) -> Iterator[Tensor]:
+        """Yield (T, rows, columns), the same numbers every time."""
+        return map(torch.stack, zip(*map(self.tiles_of, range(len(self.terms))), strict=True))
+
+    def tiles_of(self, number: int) -> Iterator[Tensor]:
+        """Yield (rows, columns) of one adapter."""
+        left, right = self.factors[number]
+        return (left[start : start + self.step] @ right for start in range(0, self.shape[0], self.step))
+
+    def merged(self, combine: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """Return the matrix that `combine(rows of all, number of the tile)` makes tile by tile."""
+        D, start = torch.empty(self.shape), 0
+        for number, tile in enumerate(self.tiles()):
+            D[start : start + tile.shape[1]] = combine(tile, number)
+            start += tile.shape[1]
+        return D
+
+    def cuts(self, *counts: int) -> list[Tensor]:
+        """Return the magnitude of the `count`-th largest element of each ΔW, (T, 1, 1), for each count."""
+        found = [largest(partial(self.tiles_of, i), counts) for i in range(len(self.terms))]
+        return [torch.tensor(cut)[:, None, None] for cut in zip(*found, strict=True)]
+
+    @property
+    def elements(self) -> int:
+        """Number of elements of the matrix."""
+        return self.shape[0] * self.shape[1]
+
+
+def largest(tiles: Callable[[], Iterable[Tensor]], counts: Sequence[int]) -> tuple[float, ...]:
+    """Return the magnitude of the `count`-th largest element of float32 tiles, exactly, for each count; infinity for 0.
+
+    Two passes: without their sign, floats are in the order of their bits, so a histogram of the upper half of the bits
+    finds the bin and one of the lower half inside it the number.
+    """
+    high = np.zeros(1 << 15, dtype=np.int64)
+    for tile in tiles():
+        high += np.bincount(_bits(tile) >> 16, minlength=len(high))
+    places = [_bin(high, count) for count in counts if count > 0]
+    low = {upper: np.zeros(1 << 16, dtype=np.int64) for upper, _ in places}
+    for tile in tiles():
+        bits = _bits(tile)
+        for upper, histogram in low.items():
+            histogram += np.bincount(bits[bits >> 16 == upper] & 0xFFFF, minlength=len(histogram))
+    found = iter(
+        upper << 16 | _bin(low[upper], count - above)[0]
+        for (upper, above), count in zip(places, (count for count in counts if count > 0), strict=True)
+    )
+    return tuple(_float(next(found)) if count > 0 else float("inf") for count in counts)
+
+
+def _float(bits: int) -> float:
+    return float(np.array([bits], dtype=np.uint32).view(np.float32)[0])
+
+
+def _bits(tile: Tensor) -> Bits:
+    return tile.contiguous().view(torch.int32).numpy().reshape(-1) & 0x7FFFFFFF
+
+
+def _bin(histogram: Bits, count: int) -> tuple[int, int]:
+    """Return the bin with the `count`-th largest element, and how many elements lie in higher bins."""
+    reached = histogram[::-1].cumsum()
+    place = int(np.searchsorted(reached, count))
+    above = int(reached[place - 1]) if place else 0
+    return len(histogram) - 1 - place, above

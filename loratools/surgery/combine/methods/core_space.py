@@ -1,0 +1,48 @@
+"""Core Space: bring the adapters into one small common space and merge there by TIES (arXiv 2509.17786).
+
+With orthonormal U of [left₁ | …] and V of [right₁; …], each change is U·Mᵢ·Vᵀ without loss, Mᵢ of Σr × Σr; the Mᵢ,
+trimmed by `density`, are merged as TIES merges, and the result is U·M·Vᵀ. The bases are the singular vectors of the
+stacked factors, balanced, so that the result does not depend on how a factor is scaled against its partner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from loratools.linalg.factored import factored_svd
+from loratools.surgery.combine.methods._chance import Chance
+from loratools.surgery.combine.methods._signs import disjoint_mean
+from loratools.surgery.combine.methods._terms import Options, Term
+from loratools.surgery.combine.methods.knots import trimmed
+
+SUMMARY = "TIES on the small cores of the adapters in a common space"
+OPTIONS = frozenset({"density"})
+LIKE = frozenset[str]()
+
+
+def merge(terms: Sequence[Term], options: Options, chance: Chance) -> tuple[Tensor, Tensor]:
+    """Return left = U (rows, k) and right = M·Vᵀ (k, columns), in float64."""
+    assert options.density is not None
+    balanced = [_balanced(term) for term in terms]
+    U = _basis(torch.cat([left for left, _ in balanced], 1))
+    V = _basis(torch.cat([right.T for _, right in balanced], 1))
+    cores = torch.stack([(U.T @ term.left) @ (term.right @ V) for term in terms])
+    weights = torch.tensor([term.weight for term in terms], dtype=torch.float64)[:, None, None]
+    return U, disjoint_mean(trimmed(cores, options.density), weights) @ V.T
+
+
+def _balanced(term: Term) -> tuple[Tensor, Tensor]:
+    svd = factored_svd(term.left, term.right)
+    left, right, _ = svd.truncated(max(1, int(svd.rank())))
+    return left, right
+
+
+def _basis(stacked: Tensor) -> Tensor:
+    """Return the left singular vectors of stacked factors, leading first, without those of rounding."""
+    U, S, _ = torch.linalg.svd(stacked, full_matrices=False)
+    kept = int(S.gt(S[:1] * max(stacked.shape) * torch.finfo(torch.float64).eps).sum())
+    basis: Tensor = U[:, : max(1, kept)]
+    return basis

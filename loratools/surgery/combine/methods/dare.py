@@ -1,0 +1,36 @@
+"""DARE: drop elements at random, rescale the rest by 1/density, then Σ wᵢ·ΔWᵢ (Yu et al. 2023, arXiv 2311.03099).
+
+The paper's drop rate p is 1 − density. mergekit's `rescale` matches the L1 norm instead; PEFT draws from one unseeded
+stream: `like` "peft" draws as it does after `torch.manual_seed(seed)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from loratools.surgery.combine.methods._chance import Chance
+from loratools.surgery.combine.methods._deltas import Deltas
+from loratools.surgery.combine.methods._terms import Options, Term
+
+SUMMARY = "drop elements at random and rescale, then the weighted sum"
+OPTIONS = frozenset({"density", "seed"})
+LIKE = frozenset({"peft"})
+
+
+def merge(terms: Sequence[Term], options: Options, chance: Chance) -> Tensor:
+    """Return Σ wᵢ·xᵢ·mᵢ/density with random masks m."""
+    assert options.density is not None
+    deltas = Deltas(terms, whole=options.like == "peft")
+    density = options.density
+    return deltas.merged(lambda X, tile: (dropped(X, terms, density, chance, tile) * deltas.weights).sum(0))
+
+
+def dropped(X: Tensor, terms: Sequence[Term], density: float, chance: Chance, tile: int) -> Tensor:
+    """Return X·m/density, (T, rows, columns)."""
+    if density == 1:
+        return X
+    probability = torch.full(X.shape[1:], density)
+    return X * torch.stack([chance.keep(term, tile, probability) for term in terms]) / density

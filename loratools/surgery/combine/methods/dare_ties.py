@@ -1,0 +1,28 @@
+"""DARE-TIES: drop at random and rescale as DARE does, then elect signs and average as TIES does (arXiv 2311.03099)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from loratools.surgery.combine.methods._chance import Chance
+from loratools.surgery.combine.methods._deltas import Deltas
+from loratools.surgery.combine.methods._signs import disjoint_mean
+from loratools.surgery.combine.methods._terms import Options, Term
+from loratools.surgery.combine.methods.dare import dropped
+
+SUMMARY = "drop elements at random and rescale, then elect sign and average"
+OPTIONS = frozenset({"density", "seed"})
+LIKE = frozenset({"peft"})
+
+
+def merge(terms: Sequence[Term], options: Options, chance: Chance) -> Tensor:
+    """Return the disjoint mean of the changes that are left."""
+    assert options.density is not None
+    deltas, density = Deltas(terms, whole=options.like == "peft"), options.density
+
+    def combine(X: Tensor, tile: int) -> Tensor:
+        return disjoint_mean(dropped(X, terms, density, chance, tile), deltas.weights, options.like)
+
+    return deltas.merged(combine)

@@ -1,0 +1,47 @@
+"""KnOTS: align the adapters by one SVD, then TIES on their right factors (Stoica et al. 2024, arXiv 2410.19735).
+
+[ΔW₁ | … | ΔW_T] = U·Σ·[V₁ | … | V_T]; the Vᵢ (k, columns), trimmed by `density`, are merged as TIES merges, and the
+result is U·Σ·V. Here the SVD is that of the Σr × Σr core of the factors: nothing dense is made, and the result is a
+product of rank at most Σr, exactly. Averaging the Vᵢ instead would give the linear sum again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from loratools.linalg.factored import factored_svd
+from loratools.surgery.combine.methods._chance import Chance
+from loratools.surgery.combine.methods._signs import disjoint_mean
+from loratools.surgery.combine.methods._terms import Options, Term
+
+SUMMARY = "TIES on right factors that one SVD has aligned"
+OPTIONS = frozenset({"density"})
+LIKE = frozenset[str]()
+
+
+def merge(terms: Sequence[Term], options: Options, chance: Chance) -> tuple[Tensor, Tensor]:
+    """Return left = U·Σ (rows, k) and right = TIES of the aligned Vᵢ (k, columns), in float64."""
+    assert options.density is not None
+    svd = factored_svd(torch.cat([term.left for term in terms], 1), _side_by_side([term.right for term in terms]))
+    k = max(1, int(svd.rank()))
+    aligned = torch.stack(svd.Vh[:k].chunk(len(terms), 1))
+    weights = torch.tensor([term.weight for term in terms], dtype=torch.float64)[:, None, None]
+    return svd.U[:, :k] * svd.S[:k], disjoint_mean(trimmed(aligned, options.density), weights)
+
+
+def _side_by_side(blocks: Sequence[Tensor]) -> Tensor:
+    diagonal: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return diagonal
+
+
+def trimmed(X: Tensor, density: float) -> Tensor:
+    """Return X (T, …) with the share `density` of largest elements of each, the rest 0."""
+    size = X[0].numel()
+    kept = int(density * size)
+    if kept < 1:
+        return torch.zeros_like(X)
+    cuts = X.abs().flatten(1).kthvalue(size - kept + 1, 1).values
+    return X * (X.abs() >= cuts.view(-1, *(1 for _ in X.shape[1:])))

@@ -1,0 +1,23 @@
+"""Magnitude pruning: of each ΔWᵢ the share `density` of largest elements is kept, then Σ wᵢ·ΔWᵢ. PEFT's definition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from loratools.surgery.combine.methods._chance import Chance
+from loratools.surgery.combine.methods._deltas import Deltas
+from loratools.surgery.combine.methods._terms import Options, Term
+
+SUMMARY = "each adapter's largest elements only, then the weighted sum"
+OPTIONS = frozenset({"density"})
+LIKE = frozenset({"peft"})
+
+
+def merge(terms: Sequence[Term], options: Options, chance: Chance) -> Tensor:
+    """Return Σ wᵢ·xᵢ·[|xᵢ| ≥ tᵢ], tᵢ the magnitude of element number ⌊density·mn⌋; elements equal to it all stay."""
+    assert options.density is not None
+    deltas = Deltas(terms)
+    (cuts,) = deltas.cuts(int(options.density * deltas.elements))
+    return deltas.merged(lambda X, _: (X * (X.abs() >= cuts) * deltas.weights).sum(0))

@@ -1,0 +1,29 @@
+"""TIES: trim, elect sign, disjoint mean (Yadav et al. 2023, arXiv 2306.01708).
+
+Trim keeps the share `density` of largest elements of each ΔWᵢ (the paper takes 0.2); the sign with more mass is elected
+for each element, and the trimmed elements of that sign are averaged. The paper has one λ for all adapters; here each
+has its weight from the election on, as in mergekit. PEFT elects without the weights: `like` "peft".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from loratools.surgery.combine.methods._chance import Chance
+from loratools.surgery.combine.methods._deltas import Deltas
+from loratools.surgery.combine.methods._signs import disjoint_mean
+from loratools.surgery.combine.methods._terms import Options, Term
+
+SUMMARY = "trim, elect sign, disjoint mean"
+OPTIONS = frozenset({"density"})
+LIKE = frozenset({"peft"})
+
+
+def merge(terms: Sequence[Term], options: Options, chance: Chance) -> Tensor:
+    """Return the disjoint mean of the trimmed changes."""
+    assert options.density is not None
+    deltas = Deltas(terms)
+    (cuts,) = deltas.cuts(int(options.density * deltas.elements))
+    return deltas.merged(lambda X, _: disjoint_mean(X * (X.abs() >= cuts), deltas.weights, options.like))

@@ -1,0 +1,110 @@
+"""The adapter that several become: its settings, the base tensors it names, its provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from loratools.adapter.kinds import Update
+from loratools.adapter.model import Adapter, BaseIdentity, Step
+from loratools.errors import UnsupportedAdapter
+from loratools.format import manifest
+from loratools.storage.lazy import LazyTensor
+from loratools.surgery.combine.align import Aligned
+
+# Settings that the result keeps where no adapter says otherwise; the rest describes factors that are gone.
+_SHARED = ("task_type", "auto_mapping", "fan_in_fan_out", "ensure_weight_tying", "layer_replication", "lora_dropout")
+_BIAS = ("none", "lora_only", "all")
+_ENTRY = ("tensor", "layout")
+
+
+def joined(
+    adapters: Sequence[Adapter],
+    aligned: Aligned,
+    updates: Mapping[str, Update],
+    replacements: Mapping[str, LazyTensor],
+    base: BaseIdentity | None,
+    done: Step,
+) -> Adapter:
+    """Return the adapter of new updates and replacements, with what its inputs agree on, and their provenance.
+
+    Raises `UnsupportedAdapter` where adapters bring different copies of a tensor of the base.
+    """
+    settings: dict[str, Any] = {}
+    for key in _SHARED:
+        values = [adapter.settings[key] for adapter in adapters if key in adapter.settings]
+        if values and all(value == values[0] for value in values):
+            settings[key] = values[0]
+    saved = {name for adapter in adapters for name in adapter.settings.get("modules_to_save") or ()}
+    if saved and replacements:
+        settings["modules_to_save"] = sorted(saved)
+    biases = [adapter.settings.get("bias", "none") for adapter in adapters]
+    if replacements and (bias := max(biases, key=lambda one: _BIAS.index(one) if one in _BIAS else 0)) != "none":
+        settings["bias"] = bias
+    if len(updates) == len(aligned.modules) and (targets := _targets(adapters)):
+        settings["target_modules"] = targets
+    settings[manifest.ORIGIN] = _origin(adapters, aligned, updates, replacements)
+    history = {_key(entry): entry for adapter in adapters for entry in adapter.provenance}
+    provenance = (*history.values(), done)
+    return Adapter(
+        updates, replacements, base, provenance, "loratools", settings, copies=_copies(adapters, aligned, replacements)
+    )
+
+
+def _targets(adapters: Sequence[Adapter]) -> list[str]:
+    """Return the union of the target lists, where it names what they name; full names serve where it might not."""
+    lists = [adapter.settings.get("target_modules") for adapter in adapters]
+    narrowed = any(
+        adapter.settings.get(key) for adapter in adapters for key in ("exclude_modules", "layers_to_transform")
+    )
+    if narrowed or not all(isinstance(names, list | tuple | set | frozenset) for names in lists):
+        return []
+    return sorted({str(name) for names in lists if names for name in names})
+
+
+def _origin(
+    adapters: Sequence[Adapter],
+    aligned: Aligned,
+    updates: Mapping[str, Update],
+    replacements: Mapping[str, LazyTensor],
+) -> dict[str, Any]:
+    """Return the base tensor, and a layout, of each module and replaced parameter, as far as an input says it."""
+    origin: dict[str, dict[str, Any]] = {"modules": {}, "replacements": {}}
+    for number, adapter in enumerate(adapters):
+        old = adapter.settings.get(manifest.ORIGIN, {})
+        for group, kept in (("modules", updates), ("replacements", replacements)):
+            for own, entry in old.get(group, {}).items():
+                path = aligned.renamed[number].get(own) or aligned.path(number, own)
+                if path in kept and (said := {key: entry[key] for key in _ENTRY if key in entry}):
+                    origin[group].setdefault(path, said)
+    return {group: entries for group, entries in origin.items() if entries}
+
+
+def _copies(
+    adapters: Sequence[Adapter], aligned: Aligned, replacements: Mapping[str, LazyTensor]
+) -> dict[str, LazyTensor]:
+    found: dict[str, LazyTensor] = {}
+    problems = []
+    for number, adapter in enumerate(adapters):
+        for own, lazy in adapter.copies.items():
+            path = aligned.path(number, own)
+            if path in replacements:
+                continue
+            if path in found and not _equal(found[path], lazy):
+                problems.append(f"{path}: copies that differ came along with the adapters")
+            found.setdefault(path, lazy)
+    if problems:
+        raise UnsupportedAdapter("adapters of different bases, or of different vocabularies", problems)
+    return found
+
+
+def _equal(one: LazyTensor, other: LazyTensor) -> bool:
+    import torch
+
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and torch.equal(one.load(), other.load())
+
+
+def _key(entry: Step) -> str:
+    return manifest.canonical(
+        [entry.operation, entry.tool, entry.parameters, [dict(one) for one in entry.inputs], entry.seed]
+    )

@@ -1,0 +1,152 @@
+"""From the change of each module to factors of a chosen rank: decompose, choose ranks together, round once.
+
+ΔW = U·Σ·Vᵀ of factors costs a QR of each and an SVD of their small core, in float64; what is kept is U√Σ and √ΣVᵀ,
+rounded once. The error of the result, as stored, is √(Σ_{i>r} σᵢ² + ‖rounding‖²): the optimum, and what rounding adds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loratools.adapter.kinds import Update
+from loratools.linalg.factored import rounding2
+from loratools.linalg.ranks.allocate import Ranks
+from loratools.storage import dtypes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loratools.linalg.ranks.rules import RankRule
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decomposed:
+    """The leading part left·right of one change, balanced, in float64: left (m, k), right (k, n), `sigma` descending.
+
+    `norm2` is ‖ΔW‖_F², `lost2` what is not in left·right; 0 for a product, whose rank is k. `size` is Σ |wᵢ|·‖ΔWᵢ‖_F of
+    what it was made of: where that is far larger, the terms cancel.
+    """
+
+    left: Tensor
+    right: Tensor
+    sigma: tuple[float, ...]
+    norm2: float
+    lost2: float = 0.0
+    size: float = 0.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Sides (m, n) of the matrix."""
+        return self.left.shape[0], self.right.shape[1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """What is stored of a change: factors in their final dtype, and the squared errors, as stored and at best."""
+
+    left: Tensor
+    right: Tensor
+    error2: float
+    optimum2: float
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one module keeps.
+
+    `given` is the sum of the ranks that came in, `true_rank` the number of nonzero singular values, `rank` what is
+    kept; `norm` is ‖ΔW‖_F, `error` ‖ΔW − result‖_F as stored, `optimum` the least that any result of this rank has.
+    """
+
+    module: str
+    kind: str
+    shape: tuple[int, ...]
+    given: int
+    true_rank: int
+    rank: int
+    norm: float
+    error: float
+    optimum: float
+    largest: float
+    smallest: float
+
+    @property
+    def energy(self) -> float:
+        """Share of ‖ΔW‖_F² that is kept."""
+        return 1 - (self.error / self.norm) ** 2 if self.norm else 1.0
+
+
+def share(module: str, like: Update, given: int, one: Decomposed, rank: int, kept: Kept) -> Share:
+    """Return what a module keeps; `like` is one of the updates that came in."""
+    return Share(
+        module, like.kind, like.shape, given, len(one.sigma), rank, math.sqrt(one.norm2), math.sqrt(kept.error2),
+        math.sqrt(kept.optimum2), one.sigma[0], one.sigma[rank - 1],
+    )  # fmt: skip
+
+
+def errors(shares: Sequence[Share]) -> tuple[list[float], list[float]]:
+    """Return the errors of all modules, and the least there could be."""
+    return [one.error for one in shares], [one.optimum for one in shares]
+
+
+def decompose(change: tuple[Tensor, Tensor] | Tensor, rule: RankRule, size: float) -> Decomposed | None:
+    """Return the singular value decomposition of a change, or None if it is zero.
+
+    A product is decomposed completely. A dense matrix is decomposed as far as `rule` asks (`linalg.truncated`), and its
+    rank is then decided. Raises `ValueError` where numbers are not finite.
+    """
+    from loratools.linalg.factored import factored_svd
+    from loratools.linalg.svd.truncated import truncated_svd
+
+    if isinstance(change, tuple):
+        svd = factored_svd(*change)
+        rank = int(svd.rank())
+        if not rank:
+            return None
+        left, right, _ = svd.truncated(rank)
+        norm2 = math.fsum(sigma * sigma for sigma in svd.S.tolist())
+        return Decomposed(left, right, tuple(svd.S[:rank].tolist()), norm2, size=size)
+    found = truncated_svd(change, rule)
+    if not found.rank:
+        return None
+    root = found.S.sqrt()
+    left, right = found.U.double() * root, root[:, None] * found.Vh.double()
+    return Decomposed(left, right, tuple(found.S.tolist()), found.norm2, found.error2, size)
+
+
+def choose(found: Sequence[Decomposed], ranks: Ranks | None) -> list[int]:
+    """Return the rank that each change keeps, at least 1: all there is without `ranks`.
+
+    Raises `ValueError` for a budget that is too small.
+    """
+    import torch
+
+    from loratools.linalg.ranks.rules import Spectrum, bounded
+
+    most = [len(one.sigma) for one in found]
+    if ranks is None or not found:
+        return most
+    shapes = [one.shape for one in found]
+    if ranks.budget is not None:
+        return list(ranks.decide([one.sigma for one in found], shapes, [True] * len(found)).ranks)
+    rule, wanted = ranks.first(shapes, 0.0), []
+    for one, limit in zip(found, most, strict=True):
+        sigma = torch.tensor(one.sigma, dtype=torch.float64)
+        rank = None if one.lost2 else rule.rank(Spectrum(sigma, one.norm2, one.shape))
+        wanted.append(limit if rank is None else min(rank, limit))
+    if ranks.uniform:
+        rank = bounded(max(wanted), ranks.minimum, ranks.maximum, ranks.multiple_of)
+        wanted = [min(rank, limit) for limit in most]
+    return wanted
+
+
+def keep(one: Decomposed, rank: int, dtype: str) -> Kept:
+    """Return the leading `rank` of a change, rounded to `dtype` (a safetensors name)."""
+    left, right = one.left[:, :rank], one.right[:rank]
+    wanted = dtypes.to_torch(dtype)
+    stored = left.to(wanted), right.to(wanted)
+    optimum2 = one.lost2 + math.fsum(sigma * sigma for sigma in one.sigma[rank:])
+    return Kept(*stored, optimum2 + rounding2((left, right), stored), optimum2)

@@ -1,0 +1,108 @@
+"""What adapters hold beside products, combined by stated rules: tensors trained whole, and biases of factors.
+
+A tensor trained whole, Wᵢ in place of W, stands for the change Wᵢ − W. Then W + Σ wᵢ·(Wᵢ − W) = Σ wᵢ·Wᵢ where the
+weights of the adapters that bring it sum to 1; else the base is needed, which is not at hand, and the tensor is refused
+by name. A bias of B adds s·c to a module's bias, so biases add up as Σ wᵢ·sᵢ·cᵢ, with every method.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from loratools.adapter import low_rank
+from loratools.adapter.model import Adapter
+from loratools.adapter.naming.compact import compact
+from loratools.errors import UnsupportedAdapter
+from loratools.storage import dtypes
+from loratools.storage.lazy import LazyTensor
+from loratools.surgery.combine.align import Aligned, Member
+from loratools.surgery.combine.weights import Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Weighted = tuple[int, float, LazyTensor]
+"""(number of the adapter, its weight, the tensor)"""
+
+
+def replacements(
+    names: Sequence[str], adapters: Sequence[Adapter], weights: Sequence[Weight], aligned: Aligned, method: str
+) -> dict[str, LazyTensor]:
+    """Return path -> tensor for everything that the adapters replace whole.
+
+    A tensor that one adapter brings, with weight 1, stays as it is, byte for byte. Raises `UnsupportedAdapter` with
+    every tensor that cannot be combined, and why.
+    """
+    found: dict[str, list[Weighted]] = {}
+    for number, adapter in enumerate(adapters):
+        for own, lazy in adapter.replacements.items():
+            path = aligned.path(number, own)
+            found.setdefault(path, []).append((number, weights[number].of(own), lazy))
+    kept: dict[str, LazyTensor] = {}
+    problems: dict[str, list[str]] = {}
+    for path, group in found.items():
+        if reason := _refusal(group, names, method):
+            problems.setdefault(reason, []).append(path)
+        else:
+            kept[path] = _sum(group)
+    if problems:
+        raise UnsupportedAdapter(
+            f"{sum(map(len, problems.values()))} tensor(s) trained whole cannot be combined without the base model",
+            [f"{', '.join(compact(paths))}: {reason}" for reason, paths in problems.items()],
+            hint="W + sum of w (W_i - W) needs no base where the weights sum to 1. Or merge into the base model.",
+        )
+    return kept
+
+
+def biases(
+    modules: Mapping[str, tuple[Member, ...]], weight: Callable[[int, str], float], dtype: str
+) -> dict[str, Tensor]:
+    """Return module -> Σ wᵢ·sᵢ·cᵢ, rounded to `dtype`; empty where no update has a bias.
+
+    PEFT's `lora_bias` is one switch for all modules, so where one has a bias all that can have one get one.
+    """
+    import torch
+
+    if not any(low_rank.bias(member.update) for members in modules.values() for member in members):
+        return {}
+    found = {}
+    for module, members in modules.items():
+        if low_rank.takes_bias(members[0].update):
+            total = torch.zeros(members[0].update.shape[0], dtype=torch.float64)
+            for member in members:
+                if (c := low_rank.bias(member.update)) is not None:
+                    total += weight(member.adapter, module) * member.update.scaling * c.load().double()
+            found[module] = total.to(dtypes.to_torch(dtype))
+    return found
+
+
+def _refusal(group: Sequence[Weighted], names: Sequence[str], method: str) -> str | None:
+    who = " and ".join(names[number] for number, _, _ in group)
+    total = math.fsum(weight for _, weight, _ in group)
+    if len({lazy.shape for _, _, lazy in group}) > 1:
+        return f"of different shapes in {who}"
+    if abs(total - 1) > 1e-9:
+        return f"trained whole in {who}, with weights that sum to {total:g}, not 1"
+    if len(group) > 1 and method != "linear":
+        return f"trained whole in {who}; method {method} is for products only"
+    return None
+
+
+def _sum(group: Sequence[Weighted]) -> LazyTensor:
+    (_, weight, first), *rest = group
+    if not rest and weight == 1:
+        return first
+    same = {lazy.dtype for _, _, lazy in group} == {first.dtype} and first.dtype in dtypes.FLOATS
+    dtype = first.dtype if same else "F32"
+
+    def load() -> Tensor:
+        import torch
+
+        total = torch.zeros(first.shape, dtype=torch.float64)
+        for _, w, lazy in group:
+            total += w * lazy.load().double()
+        return total.to(dtypes.to_torch(dtype))
+
+    return LazyTensor(dtype, first.shape, load, file=first.file)

@@ -1,0 +1,113 @@
+"""What an adapter keeps of a change, layer by layer and in total: numbers that are exact, and bounds that hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The certificate of one factored layer.
+
+    `base_norm` = ‖W‖_F and `delta_norm` = ‖ΔW‖_F with ΔW = W' − W. `captured` = 1 − error², with `error` =
+    ‖ΔW − s·B̃·Ã‖/‖ΔW‖ for the factors as stored, after rounding. No adapter of this rank has an error below
+    error/(1 + `excess_bound`), and error/(1 + `excess`) is where the iteration was heading. `noise` is the share of
+    ‖ΔW‖² that rounding the fine-tune to its dtype alone explains, `stable_rank` = ‖ΔW‖_F²/σ₁².
+    """
+
+    module: str
+    kind: str
+    shape: tuple[int, ...]
+    rank: int
+    parameters: int
+    base_norm: float
+    delta_norm: float
+    captured: float
+    error: float
+    excess: float
+    excess_bound: float
+    noise: float
+    stable_rank: float
+
+    @property
+    def change(self) -> float:
+        """Return ‖ΔW‖/‖W‖, infinite where the base is zero."""
+        return self.delta_norm / self.base_norm if self.base_norm else math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """The sums over all layers: `error` = √(Σ‖ΔW − s·B̃·Ã‖²/Σ‖ΔW‖²), and the bounds in the same sense."""
+
+    layers: int
+    parameters: int
+    base_norm: float
+    delta_norm: float
+    captured: float
+    error: float
+    excess: float
+    excess_bound: float
+    noise: float
+
+
+def layer(
+    module: str, kind: str, shape: tuple[int, ...], rank: int, parameters: int, *, base_norm2: float, norm2: float,
+    error2: float, excess2: float, bound2: float, noise2: float, sigma1: float,
+) -> Layer:  # fmt: skip
+    """Return a layer's certificate from sums of squares (see `Layer`); `norm2` is not zero."""
+    error2 = max(error2, 0.0)
+    return Layer(
+        module, kind, shape, rank, parameters, math.sqrt(base_norm2), math.sqrt(norm2), 1 - error2 / norm2,
+        math.sqrt(error2 / norm2), _excess(error2, excess2), _excess(error2, bound2), noise2 / norm2,
+        norm2 / sigma1**2 if sigma1 else math.inf,
+    )  # fmt: skip
+
+
+def total(layers: Iterable[Layer]) -> Total:
+    """Add up layers."""
+    layers = list(layers)
+    energy = math.fsum(one.delta_norm**2 for one in layers)
+    error2 = math.fsum((one.error * one.delta_norm) ** 2 for one in layers)
+    near2 = math.fsum((one.error * one.delta_norm / (1 + one.excess)) ** 2 for one in layers)
+    least2 = math.fsum((one.error * one.delta_norm / (1 + one.excess_bound)) ** 2 for one in layers)
+    noise2 = math.fsum(one.noise * one.delta_norm**2 for one in layers)
+    return Total(
+        len(layers),
+        sum(one.parameters for one in layers),
+        math.sqrt(math.fsum(one.base_norm**2 for one in layers)),
+        math.sqrt(energy),
+        1 - error2 / energy if energy else 1.0,
+        math.sqrt(error2 / energy) if energy else 0.0,
+        _excess(error2, error2 - near2),
+        _excess(error2, error2 - least2),
+        noise2 / energy if energy else 0.0,
+    )
+
+
+def to_json(layers: Iterable[Layer]) -> dict[str, Any]:
+    """Return the certificate as the provenance keeps it: one row of numbers for each module, six digits."""
+    columns = [field.name for field in fields(Layer) if field.name != "module"]
+    rows = {one.module: [_plain(getattr(one, column)) for column in columns] for one in layers}
+    return {"columns": columns, "modules": rows}
+
+
+def _excess(error2: float, excess2: float) -> float:
+    """Return by which share an error exceeds what is left of it: error/√(error² − excess²) − 1."""
+    least = error2 - min(excess2, error2)
+    if least > 0:
+        return math.sqrt(error2 / least) - 1
+    return math.inf if error2 > 0 else 0.0
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value

@@ -1,0 +1,107 @@
+"""Factor one ΔW, keep its factors on disk, and remember what its certificate needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loratools.linalg.factored import rounding2
+from loratools.linalg.ranks.allocate import Ranks
+from loratools.storage import dtypes, files
+from loratools.storage.header import TensorSpec
+from loratools.surgery.extract.pairs import Pair
+from loratools.surgery.extract.read import Delta
+from loratools.surgery.extract.spool import Spool, Spooled
+
+if TYPE_CHECKING:
+    import torch
+
+    from loratools.linalg.ranks.rules import RankRule
+    from loratools.linalg.svd.truncated import TruncatedSVD
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to factor: ranks, the dtype of the factors, the seed of the sketches, tolerance, and tight bounds or not."""
+
+    ranks: Ranks
+    dtype: str = "F32"
+    seed: int = 0
+    tolerance: float = 6e-4
+    tight: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factored:
+    """The leading part of one ΔW: its factors on disk, its singular values σ, and its error at full rank.
+
+    `complete` says that there is no more to be seen of it: all σ are known, or no rule may take more. `lost2` is the
+    squared error at full rank, `rounded2` what storing the factors at full rank in the wanted dtype adds. In a stack of
+    `blocks` experts (`experts.py`) σᵢ is the root of the energy that all their i-th directions hold.
+    """
+
+    factors: Spooled
+    sigma: tuple[float, ...]
+    complete: bool
+    lost2: float
+    rounded2: float
+    excess2: float
+    bound2: float
+    blocks: int = 1
+
+    def error2(self, rank: int) -> float:
+        """Return ‖ΔW − B·A‖_F² of the leading `rank` factors, before they are rounded."""
+        return self.lost2 + sum(sigma * sigma for sigma in self.sigma[rank:])
+
+    def rounding2(self, rank: int, dtype: str) -> float:
+        """Return what storing the leading `rank` factors in `dtype` adds to the squared error."""
+        if rank == len(self.sigma):
+            return self.rounded2
+        wanted = dtypes.to_torch(dtype)
+        B, A = self.factors.load(rank)
+        B, A = B.view(self.blocks, -1, rank), A.view(rank, self.blocks, -1).transpose(0, 1)
+        return rounding2((B, A), (B.to(wanted), A.to(wanted)))
+
+
+def factor(
+    pair: Pair, delta: Delta, tuned: TensorSpec, shapes: Sequence[tuple[int, int]], settings: Settings, spool: Spool,
+    rule: RankRule | None = None,
+) -> Factored:  # fmt: skip
+    """Return the truncated SVD of a ΔW at the rank that the settings choose, or a `rule` given here."""
+    assert delta.D is not None
+    D = delta.D.T if pair.transposed or pair.kind == "embedding" else delta.D
+    rule = rule or settings.ranks.first(shapes, noise_edge(tuned) if settings.ranks.noise else 0.0)
+    svd = decompose(D, rule, settings)
+    B, A = svd.factors()
+    # A fixed rank that was not reached has met the end of the spectrum, as has one that fills the short side.
+    asked = getattr(rule, "r", None)
+    complete = svd.rank == min(D.shape) or (asked is not None and svd.rank < asked)
+    return Factored(
+        spool.add(B, A), tuple(float(one) for one in svd.S), complete, svd.error2, stored2(svd, settings.dtype),
+        svd.excess_estimate, svd.excess_bound,
+    )  # fmt: skip
+
+
+def decompose(D: torch.Tensor, rule: RankRule, settings: Settings) -> TruncatedSVD:
+    """Return the truncated SVD of a matrix as the settings ask for it."""
+    from loratools.linalg.svd.truncated import truncated_svd
+
+    return truncated_svd(
+        D, rule, tolerance=settings.tolerance, seed=settings.seed, max_rank=settings.ranks.maximum, probe=settings.tight
+    )
+
+
+def stored2(svd: TruncatedSVD, dtype: str) -> float:
+    """Return what storing the balanced factors in a dtype adds to the squared error."""
+    wanted, root = dtypes.to_torch(dtype), svd.S.sqrt()
+    B, A = svd.factors()
+    return rounding2((svd.U.double() * root, root[:, None] * svd.Vh.double()), (B.to(wanted), A.to(wanted)))
+
+
+def noise_edge(spec: TensorSpec) -> float:
+    """Return the largest singular value that rounding this weight to its dtype can leave."""
+    from loratools.linalg.ranks.noise import rounding_noise
+
+    W: torch.Tensor = files.read_tensor(spec)
+    return rounding_noise(W.view(len(W), -1), W.dtype).edge

@@ -1,0 +1,261 @@
+"""Every tensor of a fine-tune beside its counterpart in the base, and what is to become of its change. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from loratools.adapter.naming.selection import Selection
+from loratools.adapter.naming.wrappers import CONV1D, RENAMED, Names
+from loratools.adapter.placement.experts import TRANSPOSED
+from loratools.adapter.placement.resolve import biases_tell
+from loratools.adapter.placement.tied import EMBEDDINGS, HEADS, is_tied, main_tensor
+from loratools.errors import IncompatibleAdapter
+from loratools.storage import dtypes
+from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.header import TensorSpec
+
+HEAD_OF_TASK = "head of its task"
+"""Why a classifier is saved whole: PEFT does so for these tasks, and asks for it when it loads."""
+
+# Ends of transformers' class names -> PEFT's task, and the heads that it then saves whole.
+_TASKS = {
+    "ForCausalLM": ("CAUSAL_LM", ()), "LMHeadModel": ("CAUSAL_LM", ()),
+    "ForConditionalGeneration": ("SEQ_2_SEQ_LM", ()),
+    "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
+    "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
+    "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
+}  # fmt: skip
+
+_EMBEDDINGS = frozenset({*EMBEDDINGS, "wpe", "relative_attention_bias"})
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One tensor of the fine-tune.
+
+    `name` is what it is called there, `base` the tensor it came from (None: it is new), `path` the module in the base
+    where `plan` is `factor`, else the parameter's path. `plan` says what happens if the two differ: `factor`, `whole`
+    or `drop`, and `why` gives the reason; or `ignore`, for a tied head's copy that models do not look at. `kind` is one
+    of `selection.KINDS` or `other`; `transposed` weights are stored [in, out], `reshaped` ones are new or had another
+    shape, and `sparse` ones may be saved row by row if few rows changed.
+    """
+
+    name: str
+    base: str | None
+    path: str
+    plan: str
+    kind: str
+    why: str = ""
+    transposed: bool = False
+    reshaped: bool = False
+    sparse: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """All pairs, by the fine-tune's names; `missing` are tensors of the base that it lacks.
+
+    `head` is the path of the output head where one weight serves as it and as the embedding in both models: PEFT then
+    wants its change twice.
+    """
+
+    pairs: tuple[Pair, ...]
+    missing: tuple[str, ...] = ()
+    head: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pairing:
+    """Put every tensor of the fine-tune beside its counterpart and decide its class, should it have changed.
+
+    Names may differ by wrappers (`model.`, `language_model.`). Where one model ties its head to the embedding and the
+    other stores it, the head is compared with the embedding that serves as one. Raises `IncompatibleAdapter` when the
+    models have nothing in common or names are ambiguous, `LoraToolsError` for patterns that match nothing.
+    """
+    heads = _Heads.of(base, tuned)
+    counterparts = _counterparts(base, tuned)
+    if heads.copy:
+        counterparts.pop(heads.copy, None)
+    if heads.untied:
+        counterparts[heads.untied] = heads.base_embedding
+    used = set(counterparts.values())
+    if not used - {None}:
+        raise IncompatibleAdapter(
+            f"{base.path} and {tuned.path} have no tensor in common, so one is no fine-tune of the other"
+        )
+    paths = {name: _current(source or name) for name, source in counterparts.items()}
+    if heads.untied:
+        paths[heads.untied] = _current(heads.untied)
+    if heads.retied:
+        used.add(heads.retied)
+    selection.check([*paths.values(), *([heads.retied] if heads.retied else [])])
+    old, new = Kinds(base.specs, base.config), Kinds(tuned.specs, tuned.config)
+    asked = [(name, source, paths[name]) for name, source in sorted(counterparts.items())]
+    if heads.retied and heads.tuned_embedding:
+        asked.append((heads.tuned_embedding, heads.retied, heads.retied))
+    found = [
+        _decide(name, source, path, base, tuned, old if source else new, selection) for name, source, path in asked
+    ]
+    if heads.tied and str(heads.base_embedding).removesuffix(".weight").rpartition(".")[2] != "embed_tokens":
+        found = [_as_tied(one, selection) if one.base == heads.base_embedding else one for one in found]
+    if heads.copy:
+        found.append(Pair(heads.copy, None, heads.copy, "ignore", "other", "tied: the embedding counts"))
+    missing = tuple(sorted(base.specs.keys() - used - ({heads.base_copy} if heads.base_copy else set())))
+    head = (heads.base_copy or heads.copy or "lm_head.weight") if heads.tied else None
+    return Pairing(tuple(found), missing, head, tuple(_notes(heads)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Heads:
+    """What heads and embeddings are, where one model ties them and the other does not."""
+
+    base_embedding: str | None
+    tuned_embedding: str | None
+    tied: bool = False
+    copy: str | None = None  # in the fine-tune, stored although tied
+    base_copy: str | None = None  # the same in the base
+    untied: str | None = None  # the fine-tune's head, compared with the base's embedding
+    retied: str | None = None  # the base's head, compared with the fine-tune's embedding
+
+    @classmethod
+    def of(cls, base: Checkpoint, tuned: Checkpoint) -> _Heads:
+        before, after = main_tensor(base.specs, EMBEDDINGS), main_tensor(tuned.specs, EMBEDDINGS)
+        old, new = main_tensor(base.specs, HEADS), main_tensor(tuned.specs, HEADS)
+        if before is None or after is None:
+            return cls(before, after)
+        was_tied, is_now = old is None or is_tied(base.config), new is None or is_tied(tuned.config)
+        has_head = is_tied(base.config) or is_tied(tuned.config) or bool(old or new)
+        if was_tied and is_now:
+            return cls(before, after, has_head, new, old)
+        if was_tied:
+            return cls(before, after, untied=new, base_copy=old)
+        return cls(before, after, retied=old, copy=new) if is_now else cls(before, after)
+
+
+def _current(path: str) -> str:
+    """Return a path as transformers names it today, where it renamed a module that checkpoints keep the old name of."""
+    module, dot, parameter = path.rpartition(".")
+    return f"{dict(RENAMED).get(module, module)}{dot}{parameter}"
+
+
+def _as_tied(one: Pair, selection: Selection) -> Pair:
+    """Keep an embedding whole: PEFT knows only embed_tokens to be tied, and would leave the head as it was."""
+    if one.plan == "drop":
+        return one
+    path = one.path if one.path.endswith(".weight") else f"{one.path}.weight"
+    plan = "drop" if selection.drop_whole else "whole"
+    return replace(one, path=path, plan=plan, why="tied to the head", sparse=False)
+
+
+def _counterparts(base: Checkpoint, tuned: Checkpoint) -> dict[str, str | None]:
+    """Return each tensor of the fine-tune with its tensor in the base: the same name, else the same past wrappers."""
+    found: dict[str, str | None] = {name: name for name in tuned.specs if name in base.specs}
+    others = Names(base.specs.keys() - found.keys())
+    problems = []
+    for name in sorted(tuned.specs.keys() - found.keys()):
+        module, _, parameter = name.rpartition(".")
+        candidates = others.find(module, parameter) if module else []
+        if len(candidates) > 1:
+            problems.append(f"{name}: could be any of {', '.join(candidates)}")
+        found[name] = candidates[0] if len(candidates) == 1 else None
+    claimed: dict[str, str] = {}
+    for name, source in found.items():
+        if source and claimed.setdefault(source, name) != name:
+            problems.append(f"{name} and {claimed[source]} both are {source} of the base")
+    if problems:
+        raise IncompatibleAdapter(f"{tuned.path}: {len(problems)} name(s) are ambiguous in {base.path}", problems)
+    return found
+
+
+def _decide(
+    name: str, source: str | None, path: str, base: Checkpoint, tuned: Checkpoint, kinds: Kinds, selection: Selection
+) -> Pair:
+    before, after = base.specs[source] if source else None, tuned.specs[name]
+    kind, transposed = kinds.of(source if source and _current(source) == path else path, after.shape)
+    if why := selection.dropped(path):
+        return Pair(name, source, path, "drop", kind, why, transposed)
+    reshaped = before is None or before.shape != after.shape
+    whole = _why_whole(path, kind, after, before, selection, kinds.heads)
+    if whole is None:
+        return Pair(name, source, path.removesuffix(".weight"), "factor", kind, "", transposed)
+    if kind == "embedding" and whole.startswith("--kind"):
+        return Pair(name, source, path, "drop" if selection.drop_whole else "whole", kind, whole, sparse=True)
+    return Pair(name, source, path, "drop" if selection.drop_whole else "whole", kind, whole, transposed, reshaped)
+
+
+def _why_whole(
+    path: str, kind: str, spec: TensorSpec, source: TensorSpec | None, selection: Selection, heads: frozenset[str]
+) -> str | None:
+    """Return why a change cannot or should not be factored, or None."""
+    if source is None:
+        return "new: the base has no such tensor"
+    if source.shape != spec.shape:
+        return f"its shape was {list(source.shape)} and is {list(spec.shape)}"
+    if asked := selection.saved(path):
+        return asked
+    if set(path.split(".")) & heads:
+        return HEAD_OF_TASK
+    if {source.dtype, spec.dtype} - set(dtypes.FLOATS):
+        return f"stored as {spec.dtype}"
+    if kind == "other":
+        return "norm" if "norm" in path or "ln_" in path else "bias" if path.endswith(".bias") else "no matrix"
+    return None if kind in selection.kinds else f"--kind {kind} was not asked for"
+
+
+class Kinds:
+    """Tells what the parameters of a model belong to, by names and shapes."""
+
+    def __init__(self, specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> None:
+        self._shapes = {name: spec.shape for name, spec in specs.items()}
+        self._with_experts = {name.partition(".experts.")[0] for name in specs if ".experts." in name}
+        model_type = config.get("model_type")
+        named = isinstance(model_type, str)
+        self._conv1d = CONV1D.get(str(model_type), frozenset()) if named else CONV1D["gpt2"]
+        self.heads = frozenset(_task_of(config)[1])
+        self._stacks_turned = model_type in TRANSPOSED
+        self._turned = bool(self._conv1d) and (named or bool(biases_tell(self._shapes)))
+
+    def of(self, path: str, shape: tuple[int, ...]) -> tuple[str, bool]:
+        """Return one of `selection.KINDS` or `other`, and whether the weight is stored [in, out]."""
+        module, _, parameter = path.rpartition(".")
+        parent, _, last = module.rpartition(".")
+        if len(shape) == 3 and module.endswith("experts"):
+            return "experts", self._stacks_turned
+        if parameter != "weight" or not 2 <= len(shape) <= 5 or 0 in shape:
+            return "other", False
+        if last in ("gate", "router") and parent in self._with_experts:
+            return "other", False  # a router is a module of its own kind, which PEFT cannot give factors
+        if len(shape) > 2:
+            return "conv", False
+        # An embedding has no bias; Flux's x_embedder, which is a linear layer, does.
+        named = last in _EMBEDDINGS or ("embed" in last and last not in HEADS)
+        if named and f"{module}.bias" not in self._shapes:
+            return "embedding", False
+        return "linear", self._turned and last in self._conv1d
+
+
+def task(model: Checkpoint) -> str | None:
+    """Return PEFT's name for the task of a model, by the architecture in its config.json."""
+    return _task_of(model.config)[0]
+
+
+def heads_of_task(model: Checkpoint) -> frozenset[str]:
+    """Return the names of the heads that PEFT saves whole for the task of a model."""
+    return frozenset(_task_of(model.config)[1])
+
+
+def _task_of(config: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]]:
+    architectures = config.get("architectures")
+    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    return next((found for ending, found in _TASKS.items() if name.endswith(ending)), (None, ()))
+
+
+def _notes(heads: _Heads) -> Iterator[str]:
+    if heads.copy and heads.tied:
+        yield f"{heads.copy} is stored, but the fine-tune ties its head to the embedding, so it does not count"
+    if heads.untied:
+        yield f"the fine-tune has a head of its own, {heads.untied}, where the base ties it: merge with --tied untie"
+    if heads.retied:
+        yield f"the fine-tune ties its head to the embedding: {heads.retied} is compared with {heads.tuned_embedding}"

@@ -1,0 +1,158 @@
+"""Read two tensors side by side: ΔW in float32, its norms, the rows that changed, and both digests, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from threading import local
+from typing import TYPE_CHECKING
+
+from loratools.errors import BadFile
+from loratools.storage import digest, dtypes, files
+from loratools.storage.header import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+Progress = Callable[[int], None]
+TILE = 1 << 20
+"""Bytes of one read: small enough that what is done with it stays in the core's cache."""
+
+_OWN = local()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Delta:
+    """What one pass over W (base) and W' (fine-tune) found.
+
+    `norm2` = ‖W' − W‖_F² and, where D is kept, `base_norm2` = ‖W‖_F², in float64. `identical` says that no value
+    differs, `rows` lists the rows (of the first dimension) that do, where D is not kept. `D` is W' − W in float32
+    (float64 where one of them is), as a matrix (first dimension, the rest), if it was asked for. `digests` are those of
+    base and fine-tune. `noise2` is the energy that rounding W' to its dtype alone accounts for, from a sample.
+    """
+
+    base_norm2: float
+    norm2: float
+    identical: bool
+    rows: tuple[int, ...]
+    digests: tuple[str, str]
+    noise2: float = 0.0
+    D: torch.Tensor | None = field(default=None, repr=False)
+
+
+def read_delta(base: TensorSpec, tuned: TensorSpec, progress: Progress, *, keep: bool) -> Delta:
+    """Compare two tensors of one shape; `keep` returns D too, valid until this thread keeps the next.
+
+    Raises `BadFile` where a number is NaN or infinite.
+    """
+    import torch
+
+    from loratools.linalg.orthonormal import squared_norm
+
+    hashers = [digest.start_tensor(spec.dtype, spec.shape) for spec in (base, tuned)]
+    columns = max(1, tuned.parameters // max(1, tuned.shape[0] if tuned.shape else 1))
+    wide = torch.float64 if "F64" in (base.dtype, tuned.dtype) else torch.float32
+    D = _scratch((tuned.parameters // columns, columns), wide) if keep else None
+    work = torch.empty(0, dtype=wide)
+    base_norm2 = norm2 = 0.0
+    rows: list[int] = []
+    start = 0
+    for raw, (before, after) in _tiles(base, tuned, columns):
+        for hasher, piece in zip(hashers, raw, strict=True):
+            hasher.update(piece)
+        count = len(after)
+        target = work.resize_(after.shape) if D is None else D[start : start + count]
+        if D is not None:
+            base_norm2 += squared_norm(target.copy_(before))
+        # Where something differs already nobody asks for equality, and comparing costs as much as subtracting.
+        if not (keep and norm2) and base.dtype == tuned.dtype and bytes(raw[0]) == bytes(raw[1]):
+            target.zero_()
+        else:
+            target.copy_(after).sub_(before)
+            norm2 += squared_norm(target)
+            rows += [] if keep else (target.any(1).nonzero()[:, 0] + start).tolist()
+        start += count
+        progress(sum(len(piece) for piece in raw))
+    if not norm2 < float("inf"):
+        wrong = tuned if base_norm2 < float("inf") else base
+        raise BadFile(f"NaN or infinity in {wrong.file}, so the change has no norm")
+    found = tuple(digest.finish(hasher) for hasher in hashers)
+    noise2 = rounding_energy(tuned) if norm2 and keep else 0.0
+    return Delta(base_norm2, norm2, norm2 == 0, tuple(rows), (found[0], found[1]), noise2, D if norm2 else None)
+
+
+def _scratch(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Return memory of this thread for a D, which lives until the thread keeps the next: fresh pages cost more."""
+    import torch
+
+    held: torch.Tensor | None = getattr(_OWN, "D", None)
+    if held is None or held.dtype != dtype or held.numel() < shape[0] * shape[1]:
+        _OWN.D = held = torch.empty(shape[0] * shape[1], dtype=dtype)
+    return held[: shape[0] * shape[1]].view(shape)
+
+
+def read_norm2(spec: TensorSpec, progress: Progress) -> tuple[float, str]:
+    """Return ‖W‖_F² and the digest of one tensor, in one pass."""
+    from loratools.linalg.orthonormal import squared_norm
+
+    hasher = digest.start_tensor(spec.dtype, spec.shape)
+    total = 0.0
+    for raw, (W, _) in _tiles(spec, spec, 1):
+        hasher.update(raw[0])
+        total += squared_norm(W.double())
+        progress(len(raw[0]))
+    return total, digest.finish(hasher)
+
+
+def prefetch(specs: tuple[TensorSpec, ...]) -> None:
+    """Ask the system to read tensors ahead, while others are worked on; a hint, which some systems do not take."""
+    import os
+
+    if hasattr(os, "posix_fadvise"):
+        for spec in specs:
+            with files.descriptor(spec.file) as opened:
+                os.posix_fadvise(opened, spec.start, spec.nbytes, os.POSIX_FADV_WILLNEED)
+
+
+def _tiles(
+    base: TensorSpec, tuned: TensorSpec, columns: int
+) -> Iterator[tuple[list[memoryview], tuple[torch.Tensor, torch.Tensor]]]:
+    """Yield the bytes of some rows of both, and the rows themselves as matrices; valid until the next is asked for."""
+    import torch
+
+    types = [dtypes.to_torch(spec.dtype) for spec in (base, tuned)]
+    total = tuned.parameters // columns
+    step = max(1, TILE // (columns * max(dtype.itemsize for dtype in types)))
+    buffers = [bytearray(min(step, total) * columns * dtype.itemsize) for dtype in types]
+    with ExitStack() as stack:
+        opened = [stack.enter_context(files.descriptor(spec.file)) for spec in (base, tuned)]
+        for start in range(0, total, step):
+            count = (min(start + step, total) - start) * columns
+            raw, tiles = [], []
+            for source, spec, dtype, buffer in zip(opened, (base, tuned), types, buffers, strict=True):
+                piece = memoryview(buffer)[: count * dtype.itemsize]
+                files.read_into(source, piece, spec.start + start * columns * dtype.itemsize)
+                raw.append(piece)
+                tiles.append(torch.frombuffer(buffer, dtype=dtype, count=count).view(-1, columns))
+            yield raw, (tiles[0], tiles[1])
+
+
+def rounding_energy(spec: TensorSpec) -> float:
+    """Estimate Σ ulp(W)²/12, what rounding to its dtype did to a tensor, from about 2^17 elements in eight blocks."""
+    import torch
+
+    from loratools.linalg.ranks.noise import ulp
+
+    dtype = dtypes.to_torch(spec.dtype)
+    columns = max(1, spec.parameters // max(1, spec.shape[0] if spec.shape else 1))
+    total = spec.parameters // columns
+    rows = min(total, max(1, (1 << 14) // columns))
+    raw = bytearray(rows * columns * dtype.itemsize)
+    sampled, blocks = 0.0, 8
+    with files.descriptor(spec.file) as opened:
+        for block in range(blocks):
+            row = (total - rows) * block // (blocks - 1)
+            files.read_into(opened, memoryview(raw), spec.start + row * columns * dtype.itemsize)
+            sampled += float(ulp(torch.frombuffer(raw, dtype=dtype), dtype).double().square().sum())
+    return sampled / (blocks * rows * columns) / 12 * spec.parameters

@@ -1,0 +1,201 @@
+"""One pass over a base and a fine-tune, several tensors at a time: what differs, factors, ranks, digests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+from loratools.adapter.model import BaseIdentity
+from loratools.errors import BadFile, LoraToolsError
+from loratools.storage import digest
+from loratools.storage.checkpoint import Checkpoint
+from loratools.surgery.extract.assemble import Outcome
+from loratools.surgery.extract.certificate import layer as certify
+from loratools.surgery.extract.experts import factor_stack
+from loratools.surgery.extract.factor import Factored, Settings, factor
+from loratools.surgery.extract.pairs import Pair, Pairing
+from loratools.surgery.extract.read import Progress, prefetch, read_delta, read_norm2
+from loratools.surgery.extract.rows import is_sparse, row_factors
+from loratools.surgery.extract.spool import Spool, Spooled
+from loratools.surgery.hash import hash_tensors
+
+WORKERS = 4
+"""Tensors at once: memory is bounded by a few of the largest; further cores share the arithmetic of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """One run over all pairs."""
+
+    base: Checkpoint
+    tuned: Checkpoint
+    pairing: Pairing
+    settings: Settings
+    spool: Spool
+    progress: Progress
+
+    def run(self, threads: int) -> tuple[list[Outcome], tuple[BaseIdentity, str]]:
+        """Work on all pairs, several at a time, then on those whose ranks need a second look."""
+        import torch
+
+        workers = min(threads, WORKERS)
+        before = torch.get_num_threads()
+        try:
+            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
+                results = self._first(pool, workers)
+                outcomes = self._settle(pool, results)
+        finally:
+            torch.set_num_threads(before)
+        return outcomes, self._hashes(results, threads)
+
+    def _first(self, pool: ThreadPoolExecutor, ahead: int) -> list[_Result]:
+        pairs = sorted(self.pairing.pairs, key=lambda one: (-self.tuned.specs[one.name].nbytes, one.path))
+        shapes = [self._matrix(one) for one in pairs if one.plan == "factor"]
+
+        def work(index: int) -> _Result:
+            if index + ahead < len(pairs):
+                prefetch(self._specs(pairs[index + ahead]))
+            return self._one(pairs[index], shapes)
+
+        return _collect(pool, [(pairs[i].path, work, i) for i in range(len(pairs))])
+
+    def _settle(self, pool: ThreadPoolExecutor, results: list[_Result]) -> list[Outcome]:
+        """Decide all ranks; look again at layers that deserve more than was seen of them."""
+        layers = [result for result in results if result.factored]
+        ranks = self.settings.ranks
+        while True:
+            found = [one.factored for one in layers if one.factored]
+            decision = ranks.decide(
+                [one.sigma for one in found],
+                [self._matrix(one.pair) for one in layers],
+                [one.complete for one in found],
+            )
+            if not decision.more:
+                break
+            from loratools.linalg.ranks.rules import Fixed
+
+            again = sorted(decision.more)
+            seen = _collect(
+                pool, [(layers[i].pair.path, self._again, (layers[i], Fixed(decision.more[i]))) for i in again]
+            )
+            for i, result in zip(again, seen, strict=True):
+                layers[i] = result
+        kept = {one.pair.path: (one, rank) for one, rank in zip(layers, decision.ranks, strict=True)}
+        return [self._outcome(*kept.get(one.pair.path, (one, 0))) for one in results]
+
+    def _one(self, one: Pair, shapes: Sequence[tuple[int, int]]) -> _Result:
+        source, spec = self._specs(one)[-1], self.tuned.specs[one.name]
+        if one.base is None or source.shape != spec.shape:
+            norm2, found = read_norm2(spec, self.progress)
+            old = read_norm2(source, self.progress)[1] if one.base else ""
+            return _Result(one, 0.0 if one.plan == "ignore" else norm2, 0.0, (old, found))
+        stacked = one.kind == "experts"
+        delta = read_delta(source, spec, self.progress, keep=one.plan == "factor" and not stacked)
+        if one.plan == "factor" and stacked and not delta.identical:
+            stack = factor_stack(one, source, spec, shapes, self.settings, self.spool, lambda _: None)
+            return _Result(one, stack.norm2, stack.base_norm2, delta.digests, stack.factored, noise2=stack.noise2)
+        if one.plan == "factor" and not delta.identical:
+            assert delta.D is not None
+            factored = factor(one, delta, spec, shapes, self.settings, self.spool)
+            return _Result(one, delta.norm2, delta.base_norm2, delta.digests, factored, noise2=delta.noise2)
+        if one.plan == "whole" and is_sparse(one, delta, spec.shape):
+            few = replace(one, path=one.path.removesuffix(".weight"), plan="factor")
+            spooled = self.spool.add(*row_factors(source, spec, delta.rows))
+            return _Result(few, delta.norm2, delta.base_norm2, delta.digests, rows=len(delta.rows), exact=spooled)
+        if not delta.identical and spec.dtype not in _NUMBERS and len(spec.shape) > 1:
+            raise LoraToolsError(f"stored as {spec.dtype}: a quantized weight, whose codes cannot be subtracted")
+        return _Result(one, delta.norm2, delta.base_norm2, delta.digests, rows=len(delta.rows))
+
+    def _again(self, job: tuple[_Result, Any]) -> _Result:
+        result, rule = job
+        source, spec = self._specs(result.pair)[-1], self.tuned.specs[result.pair.name]
+        if result.pair.kind == "experts":
+            stack = factor_stack(result.pair, source, spec, (), self.settings, self.spool, lambda _: None, rule)
+            return replace(result, factored=stack.factored)
+        delta = read_delta(source, spec, lambda _: None, keep=True)
+        return replace(result, factored=factor(result.pair, delta, spec, (), self.settings, self.spool, rule))
+
+    def _outcome(self, result: _Result, rank: int) -> Outcome:
+        one, spec = result.pair, self.tuned.specs[result.pair.name]
+        known = (spec.shape, spec.dtype, result.norm2)
+        if result.factored and rank:
+            factored, shape = result.factored, self._shape(one)
+            error2, rounding = factored.error2(rank), factored.rounding2(rank, self.settings.dtype)
+            layer = certify(
+                one.path, one.kind, shape, rank, rank * sum(self._matrix(one)),
+                base_norm2=result.base_norm2, norm2=result.norm2,
+                error2=error2 + rounding, excess2=factored.excess2 + rounding, bound2=factored.bound2 + rounding,
+                noise2=result.noise2, sigma1=factored.sigma[0],
+            )  # fmt: skip
+            return Outcome(one, "factored", *known, rank=rank, layer=layer, factors=factored.factors)
+        if result.exact:
+            return Outcome(one, "rows", *known, rows=result.rows, rank=result.rows, factors=result.exact)
+        if result.factored:
+            return Outcome(one, "dropped", *known, why="the budget left it no rank")
+        if one.plan == "ignore":
+            return Outcome(one, "unchanged", *known, one.why)
+        if result.norm2 == 0 and one.base is not None and spec.shape == self.base.specs[one.base].shape:
+            return Outcome(one, "unchanged", *known)
+        return Outcome(one, "dropped" if one.plan == "drop" else "whole", *known, one.why, result.rows)
+
+    def _hashes(self, results: list[_Result], threads: int) -> tuple[BaseIdentity, str]:
+        """Return the base's identity and the fine-tune's root, from digests taken while the tensors were read."""
+        old = {one.pair.base: one.digests[0] for one in results if one.pair.base}
+        new = {one.pair.name: one.digests[1] for one in results}
+        old |= hash_tensors({n: s for n, s in self.base.specs.items() if n not in old}, threads=threads)
+        new |= hash_tensors({n: s for n, s in self.tuned.specs.items() if n not in new}, threads=threads)
+        return BaseIdentity(None, None, self.base.schema(), old, digest.root(old)), digest.root(new)
+
+    def _specs(self, one: Pair) -> tuple[Any, ...]:
+        spec = self.tuned.specs[one.name]
+        return (spec, self.base.specs[one.base]) if one.base else (spec,)
+
+    def _shape(self, one: Pair) -> tuple[int, ...]:
+        """Return the shape of the weight as the module defines it."""
+        *stack, first, last = self.tuned.specs[one.name].shape if one.transposed else (0, 0)
+        return (*stack, last, first) if one.transposed else self.tuned.specs[one.name].shape
+
+    def _matrix(self, one: Pair) -> tuple[int, int]:
+        """Return the sides whose sum a rank costs: (out, in), of a stack those of all experts together."""
+        shape = self._shape(one)
+        if one.kind == "experts":
+            return shape[0] * shape[1], shape[0] * shape[2]
+        return shape[0], prod(shape[1:])
+
+
+_NUMBERS = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "U16", "U32", "U64", "BOOL"})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Result:
+    """What one pass over a pair found."""
+
+    pair: Pair
+    norm2: float
+    base_norm2: float
+    digests: tuple[str, str]
+    factored: Factored | None = None
+    rows: int = 0
+    noise2: float = 0.0
+    exact: Spooled | None = None
+
+
+def _collect(pool: ThreadPoolExecutor, jobs: Sequence[tuple[str, Callable[[Any], _Result], Any]]) -> list[_Result]:
+    """Run jobs `(name, function, argument)` and return their results in order; all failures become one error."""
+    futures: list[Future[_Result]] = [pool.submit(function, argument) for _, function, argument in jobs]
+    results, problems = [], []
+    try:
+        for (name, _, _), future in zip(jobs, futures, strict=True):
+            try:
+                results.append(future.result())
+            except (LoraToolsError, ValueError) as error:
+                problems.append(f"{name}: {error}")
+    except BaseException:
+        pool.shutdown(wait=True, cancel_futures=True)
+        raise
+    if problems:
+        raise BadFile(f"{len(problems)} tensor(s) cannot be compared", problems)
+    return results

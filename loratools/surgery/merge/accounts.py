@@ -1,0 +1,52 @@
+"""Tensors trained whole, on a real base: copies told from changes, what is replaced, and that nothing is left over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loratools.adapter.model import Adapter
+from loratools.errors import IncompatibleAdapter
+
+if TYPE_CHECKING:
+    from loratools.engine.plan import MergePlan
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What became of the tensors of one adapter; `tensors` is the sum of the other three.
+
+    `applied` are parts of updates, `replaced` took the place of a tensor or were added, `passed_over` are copies of the
+    base's own tensors, and a tied head's copy of the embedding.
+    """
+
+    tensors: int
+    applied: int
+    replaced: int
+    passed_over: int
+
+
+def accounts(plan: MergePlan, given: Sequence[Adapter]) -> list[Account]:
+    """Return what became of every tensor of the adapters as they were `given`, before `settle`.
+
+    Raises `IncompatibleAdapter` if a part of an update has no place in the plan: nothing is dropped in silence.
+    """
+    found, problems = [], []
+    for i, adapter in enumerate(given):
+        placed: set[tuple[str, str]] = set()
+        for change in plan.changes.values():
+            for j, placement in change.placements:
+                update = placement.update
+                if j == i:
+                    own = update.parts.keys() - ({"lora_B.bias"} if update.bias is not None else set())
+                    placed |= {(placement.module.replace(".base_layer", ""), part) for part in own}
+        used = plan.adapters[i]
+        parts = {(m.replace(".base_layer", ""), part) for m, update in used.updates.items() for part in update.parts}
+        problems += [f"adapter {i + 1}: {module}.{part}" for module, part in sorted(parts - placed)]
+        total = len(adapter.tensors()) + len(adapter.copies)
+        applied = sum(len(update.parts) for update in adapter.updates.values())
+        found.append(Account(total, applied, len(used.replacements), total - applied - len(used.replacements)))
+    if problems:
+        raise IncompatibleAdapter("tensors of the adapter have no place in the plan of the merge", problems)
+    return found

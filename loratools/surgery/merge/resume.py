@@ -1,0 +1,89 @@
+"""What an interrupted merge has finished: which files are complete, and that they still are, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from loratools.engine.plan import MergePlan
+from loratools.engine.run import Settings
+from loratools.engine.tensor import TensorResult
+from loratools.errors import BadFile
+from loratools.storage import digest
+from loratools.storage.checkpoint import read_json
+
+_NAME = ".merge.json"
+_CHUNK = 1 << 20
+
+
+def fingerprint(plan: MergePlan, settings: Settings) -> str:
+    """Return a digest of everything that the bytes of a merge's output depend on.
+
+    The base is told by the size and the time of its files: reading it all would take as long as merging it.
+    """
+    said = {key: value for key, value in asdict(settings).items() if key != "threads"}  # they do not change the bytes
+    files = [file.name for file in plan.files]
+    shards = [(str(s.path.resolve()), (found := s.path.stat()).st_size, found.st_mtime_ns) for s in plan.base.shards]
+    document = {"plan": plan.to_json(1), "files": files, "base": shards, "settings": said}
+    hasher = digest.new()
+    hasher.update(json.dumps(document, sort_keys=True, default=str).encode())
+    for file in plan.files:
+        hasher.update(file.header)
+    return hasher.hexdigest()
+
+
+class Journal:
+    """The list of complete files in the folder of a merge that may be interrupted, written anew after each of them."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        """Find what an earlier run with the same `key` (a `fingerprint`) completed, and delete everything else."""
+        self._folder, self._key = folder, key
+        self.done: dict[str, list[TensorResult]] = {}
+        self._entries: dict[str, Any] = {}
+        for name, entry in self._recorded().items():
+            path = folder / name
+            if path.is_file() and _digest(path) == entry["digest"]:
+                self._entries[name] = entry
+                self.done[name] = [TensorResult(**result) for result in entry["results"]]
+        for path in folder.rglob("*"):
+            if not path.is_dir() and str(path.relative_to(folder)) not in self.done:
+                path.unlink()
+
+    def add(self, path: Path, results: Sequence[TensorResult]) -> None:
+        """Take down a complete file, and what was measured while it was written; both are on disk afterwards."""
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        name = str(path.relative_to(self._folder))
+        self._entries[name] = {"digest": _digest(path), "results": [asdict(result) for result in results]}
+        self.done[name] = list(results)
+        fresh = self._folder / f"{_NAME}.new"
+        with fresh.open("w", encoding="utf-8") as file:
+            json.dump({"key": self._key, "files": self._entries}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(self._folder / _NAME)
+
+    def close(self) -> list[TensorResult]:
+        """Remove the list, for the output is complete; return all that was measured."""
+        (self._folder / _NAME).unlink(missing_ok=True)
+        return sorted((result for results in self.done.values() for result in results), key=lambda one: one.name)
+
+    def _recorded(self) -> dict[str, Any]:
+        path = self._folder / _NAME
+        try:
+            document = read_json(path) if path.is_file() else {}
+        except BadFile:
+            document = {}
+        return dict(document["files"]) if document.get("key") == self._key else {}
+
+
+def _digest(path: Path) -> str:
+    hasher = digest.new()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            hasher.update(chunk)
+    return hasher.hexdigest()

@@ -1,0 +1,132 @@
+"""Where experts land, by hand: every layout, and an error that names what decides where there are two answers."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+from loratools.adapter.kinds.experts import ExpertsUpdate
+from loratools.adapter.kinds.lora import LoraUpdate
+from loratools.adapter.model import Adapter
+from loratools.adapter.placement.resolve import resolve
+from loratools.errors import IncompatibleAdapter
+from loratools.storage.lazy import LazyTensor
+from tests.surgery.models import random
+
+EXPERTS, RANK = 3, 2
+
+
+def stack(out: int, inner: int, parameter: str, transposed: bool | None = None) -> ExpertsUpdate:
+    A, B = random(EXPERTS * RANK, inner, seed=1), random(out, RANK * EXPERTS, seed=2)
+    return ExpertsUpdate(LazyTensor.of(A), LazyTensor.of(B), 1.5, 3.0, EXPERTS, parameter, transposed)
+
+
+def single(out: int, inner: int, seed: int = 0) -> LoraUpdate:
+    A, B = random(RANK, inner, seed=seed), random(out, RANK, seed=seed + 50)
+    return LoraUpdate(LazyTensor.of(A), LazyTensor.of(B), 1.5, 3.0)
+
+
+def change(updates: dict[str, object], shapes: dict[str, tuple[int, ...]], **config: object) -> dict[str, Tensor]:
+    """Return what an adapter adds to tensors of zeros."""
+    found = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    for placement in resolve(Adapter(updates), shapes, config):  # type: ignore[arg-type]
+        site = placement.site
+        W = found[site.tensor].view(site.matrix)[slice(*site.rows), slice(*site.columns)]
+        term = placement.update.term(site, 1.0, torch.float32, torch.device("cpu"))
+        term.apply_rows(W, slice(0, site.shape[0]), None)
+    return found
+
+
+def test_delta_is_expert_major_in_A_and_minor_in_B() -> None:
+    update = stack(6, 4, "down_proj")
+    A, B = update.A.load(), update.B.load()
+    wanted = torch.zeros(EXPERTS, 6, 4)
+    for e in range(EXPERTS):
+        for q in range(RANK):
+            wanted[e] += 1.5 * torch.outer(B[:, q * EXPERTS + e], A[e * RANK + q])
+    assert torch.allclose(update.delta_weight(), wanted, atol=1e-6)
+    name = "m.layers.0.mlp.experts"
+    straight = change({name: update}, {f"{name}.down_proj": (EXPERTS, 6, 4)})[f"{name}.down_proj"]
+    turned = change({name: update}, {f"{name}.down_proj": (EXPERTS, 4, 6)})[f"{name}.down_proj"]
+    assert torch.allclose(straight, wanted, atol=1e-6)
+    assert torch.allclose(turned, wanted.transpose(1, 2), atol=1e-6)
+
+
+def test_a_stack_on_experts_of_their_own() -> None:
+    update, name = stack(8, 5, "gate_up_proj"), "model.layers.0.mlp.experts"
+    delta = update.delta_weight()
+    for prefix, first, second in (("mlp", "gate_proj", "up_proj"), ("block_sparse_moe", "w1", "w3")):
+        place = f"model.layers.0.{prefix}.experts"
+        shapes = {f"{place}.{e}.{part}.weight": (4, 5) for e in range(EXPERTS) for part in (first, second)}
+        found = change({name: update}, shapes)
+        for e in range(EXPERTS):
+            assert torch.allclose(found[f"{place}.{e}.{first}.weight"], delta[e, :4], atol=1e-6)
+            assert torch.allclose(found[f"{place}.{e}.{second}.weight"], delta[e, 4:], atol=1e-6)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "llama4"])
+def test_single_experts_in_a_stack(model_type: str) -> None:
+    """Side by side in rows, in turn in columns, side by side in columns."""
+    name = "model.layers.0.mlp.experts"
+    gate, up = single(4, 5, 1), single(4, 5, 2)
+    shape = (EXPERTS, 8, 5) if model_type == "qwen3_moe" else (EXPERTS, 5, 8)
+    updates = {f"{name}.1.gate_proj": gate, f"{name}.2.up_proj": up}
+    found = change(updates, {f"{name}.gate_up_proj": shape}, model_type=model_type)[f"{name}.gate_up_proj"]
+    wanted = torch.zeros(shape)
+    if model_type == "qwen3_moe":
+        wanted[1, :4], wanted[2, 4:] = gate.delta_weight(), up.delta_weight()
+    elif model_type == "gpt_oss":
+        wanted[1, :, 0::2], wanted[2, :, 1::2] = gate.delta_weight().T, up.delta_weight().T
+    else:
+        wanted[1, :, :4], wanted[2, :, 4:] = gate.delta_weight().T, up.delta_weight().T
+    assert torch.allclose(found, wanted, atol=1e-6)
+
+
+def test_square_experts_need_the_model_type() -> None:
+    update, name = stack(4, 4, "down_proj"), "m.experts"
+    shapes = {f"{name}.down_proj": (EXPERTS, 4, 4)}
+    with pytest.raises(IncompatibleAdapter, match="--model-type"):
+        change({name: update}, shapes)
+    delta = update.delta_weight()
+    straight = change({name: update}, shapes, model_type="qwen3_moe")[f"{name}.down_proj"]
+    turned = change({name: update}, shapes, model_type="gpt_oss")[f"{name}.down_proj"]
+    assert torch.allclose(straight, delta, atol=1e-6)
+    assert torch.allclose(turned, delta.transpose(1, 2), atol=1e-6)
+    said = stack(4, 4, "down_proj", transposed=True)
+    found = change({name: said}, shapes, model_type="qwen3_moe")[f"{name}.down_proj"]
+    assert torch.allclose(found, delta.transpose(1, 2), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("updates", "shapes", "said"),
+    [
+        ({"m.experts": stack(6, 4, "down_proj")}, {"m.experts.down_proj": (4, 6, 4)}, "for 3 experts"),
+        ({"m.experts": stack(6, 4, "down_proj")}, {"m.experts.down_proj": (3, 6, 5)}, "has shape (6, 4)"),
+        ({"m.experts": stack(6, 4, "down_proj")}, {"m.other": (3, 6)}, "neither stacked nor one by one"),
+        ({"m.experts": stack(6, 4, "down_proj")}, {"m.experts.0.down_proj.weight": (6, 5)}, "has shape (6, 4)"),
+        ({"m.experts.5.w2": single(6, 4)}, {"m.experts.down_proj": (3, 6, 4)}, "has 3 experts"),
+        ({"m.experts.0.w1": single(6, 4)}, {"m.experts.gate_up_proj": (3, 4, 12)}, "--model-type"),
+        ({"m.experts.0.w1": single(6, 12)}, {"m.experts.gate_up_proj": (3, 12, 12)}, "--model-type"),
+        (
+            {"m.experts": stack(4, 8, "gate_up_proj", True)},
+            {f"m.experts.{e}.{part}_proj.weight": (4, 4) for e in range(3) for part in ("gate", "up")},
+            "old PEFT",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    updates: dict[str, object], shapes: dict[str, tuple[int, ...]], said: str
+) -> None:
+    with pytest.raises(IncompatibleAdapter, match=re.escape(said)):
+        change(updates, shapes)
+
+
+def test_factors_that_are_no_stack_are_refused() -> None:
+    A, B = LazyTensor.of(random(6, 4)), LazyTensor.of(random(5, 6))
+    with pytest.raises(ValueError, match="same rank"):
+        ExpertsUpdate(A, B, 1.0, 1.0, 4, "down_proj")
+    with pytest.raises(ValueError, match="do not share"):
+        ExpertsUpdate(A, LazyTensor.of(random(5, 4)), 1.0, 1.0, 3, "down_proj")

@@ -1,0 +1,44 @@
+"""The bounds behind the certificate, where they are tight enough to fail if their constants were wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loratools.linalg.orthonormal import squared_norm
+from loratools.linalg.svd.certificate import excess_bound, spectral_norm2
+from loratools.linalg.svd.krylov import Krylov, sketched_start
+from tests.linalg.matrices import power_law, signal_and_noise
+
+
+@pytest.mark.parametrize("exponent", [-0.1, -0.5, -1.0])
+def test_spectral_norm_of_what_is_left_is_bounded_within_a_factor(exponent: float) -> None:
+    D = power_law(exponent, 640, 576).float()
+    V = Krylov(D, sketched_start(D, 40, 0)).V
+    E = D.double() - (D.double() @ V.double()) @ V.double().T
+    true = float(torch.linalg.matrix_norm(E, 2)) ** 2
+    for seed in range(5):
+        assert true <= spectral_norm2(D, V, seed=seed) <= 1.8 * true
+
+
+def test_nothing_is_left_beside_a_complete_basis() -> None:
+    D = power_law(-1.0, 30, 20).float()
+    assert spectral_norm2(D, torch.eye(20), seed=0) == 0
+    assert excess_bound(Krylov.exact(D), 3, squared_norm(D), probe=True, seed=0) == 0
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 4])
+@pytest.mark.parametrize("matrix", ["flat", "steep", "noisy"])
+def test_bounds_hold_at_every_stage_of_the_iteration(matrix: str, steps: int) -> None:
+    D = {"flat": power_law(-0.3, 640, 576), "steep": power_law(-1.5, 640, 576), "noisy": signal_and_noise(640, 576)}[
+        matrix
+    ].float()
+    basis, rank, norm2 = Krylov(D, sketched_start(D, 16, 0)), 12, squared_norm(D)
+    for _ in range(steps):
+        assert basis.step()
+    best = float((torch.linalg.svdvals(D.double())[:rank] ** 2).sum())
+    excess = best - float(basis.spectrum()[:rank].sum())
+    sure = excess_bound(basis, rank, norm2, probe=False, seed=0)
+    probed = excess_bound(basis, rank, norm2, probe=True, seed=0)
+    assert -1e-6 * norm2 <= excess <= probed <= sure
+    assert sure == pytest.approx(norm2 - float(basis.spectrum().sum()), rel=1e-9)

@@ -1,0 +1,273 @@
+"""Each method on matrices of 2 x 3, worked out by hand from the definition in its paper, and what chance must obey."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from loratools.errors import LoraToolsError, UnknownKind
+from loratools.linalg.ranks.allocate import Ranks
+from loratools.linalg.ranks.rules import Fixed
+from loratools.surgery.combine import combine, methods
+from loratools.surgery.combine.methods import _deltas
+from loratools.surgery.combine.methods._chance import Seeded
+from loratools.surgery.combine.methods._deltas import Deltas, largest
+from loratools.surgery.combine.methods._terms import Options, Term
+from loratools.surgery.combine.methods.della import probabilities
+from tests.surgery.combine.test_combine import adapter, best, dense, distance
+
+X1 = torch.tensor([[4.0, -3.0, 0.5], [2.0, 1.0, -6.0]])
+X2 = torch.tensor([[1.0, 5.0, 0.25], [-3.0, 2.0, -4.0]])
+X3 = torch.tensor([[-2.0, -4.0, 8.0], [1.0, 7.0, 0.5]])
+
+
+class Fair:
+    """Keeps what a fixed mask says, to see what a method does with it."""
+
+    def __init__(self, masks: Sequence[list[list[int]]]) -> None:
+        self.masks = list(masks)
+
+    def keep(self, term: Term, tile: int, probability: Tensor) -> Tensor:
+        return torch.tensor(self.masks.pop(0)).bool()
+
+
+def term(weight: float, X: Tensor, name: str = "") -> Term:
+    return Term(weight, torch.eye(2, dtype=torch.float64), X.double(), name)
+
+
+def run(method: str, *terms: tuple[float, Tensor], chance: Any = None, **options: Any) -> Tensor:
+    found = methods.get(method).merge([term(*pair) for pair in terms], Options(**options), chance or Seeded(0))
+    return found[0] @ found[1] if isinstance(found, tuple) else found
+
+
+def equal(found: Tensor, expected: list[list[float]]) -> bool:
+    return torch.allclose(found.double(), torch.tensor(expected, dtype=torch.float64), atol=1e-6)
+
+
+def test_linear_takes_away() -> None:
+    assert equal(run("linear", (1, X1), (-0.5, X2)), (X1 - 0.5 * X2).tolist())
+
+
+def test_magnitude_prune() -> None:
+    # Half of six elements stay: -6, 4, -3 of the first, 5, -4, -3 of the second.
+    found = run("magnitude_prune", (1, X1), (2, X2), density=0.5)
+    assert equal(found, [[4, -3 + 2 * 5, 0], [2 * -3, 0, -6 + 2 * -4]])
+
+
+def test_ties() -> None:
+    # Trimmed: [4 -3 0; 0 0 -6], [0 5 0; -3 0 -4], [0 -4 8; 0 7 0]. Sums: 4, -2, 8; -3, 7, -10.
+    found = run("ties", (1, X1), (1, X2), (1, X3), density=0.5)
+    assert equal(found, [[4, (-3 - 4) / 2, 8], [-3, 7, (-6 - 4) / 2]])
+
+
+def test_ties_elects_by_what_is_added_and_peft_by_what_came_in() -> None:
+    # Weighted elements -1·4 + 1·1 and so on: the sign of the sum of these, against that of 4 + 1.
+    one, other = torch.tensor([[4.0, -3.0, 2.0], [1.0, 1.0, 1.0]]), torch.tensor([[1.0, 5.0, -2.0], [1.0, 1.0, 1.0]])
+    ours = run("ties", (-1, one), (1, other), density=1)
+    assert equal(ours, [[-4, (3 + 5) / 2, (-2 - 2) / 2], [0, 0, 0]])  # -1 and 1 cancel: nothing is elected
+    theirs = run("ties", (-1, one), (1, other), density=1, like="peft")
+    assert equal(theirs, [[(-4 + 1) / 2, 5, -2], [0, 0, 0]])  # 4+1 > 0: both; -3+5 > 0: 5; 2-2: + by decree, so the 2
+
+
+def test_dare_rescales_what_it_keeps() -> None:
+    masks = [[[1, 0, 1], [0, 1, 0]], [[0, 1, 1], [0, 0, 1]]]
+    found = run("dare", (1, X1), (-2, X2), density=0.25, chance=Fair(masks))
+    assert equal(found, [[16, -40, 2 - 2], [0, 4, 32]])
+
+
+def test_dare_ties() -> None:
+    masks = [[[1, 1, 0], [1, 1, 0]], [[1, 1, 1], [1, 0, 1]]]
+    found = run("dare_ties", (1, X1), (1, X2), density=0.5, chance=Fair(masks))
+    assert equal(found, [[(8 + 2) / 2, 10, 0.5], [-6, 2, -8]])
+
+
+def test_della_keeps_large_elements_more_often_and_divides_by_the_chance() -> None:
+    chances = probabilities(X1, 0.5, 0.2)
+    assert equal(chances, [[0.7, 0.5, 0.3], [0.5, 0.3, 0.7]])
+    masks = [[[1, 1, 0], [1, 1, 0]], [[1, 0, 1], [1, 1, 1]]]
+    found = run("della", (1, X1), (1, X2), density=0.5, epsilon=0.2, chance=Fair(masks))
+    # Of X2 the chances are [.5 .7 .3; .5 .3 .7].
+    first, second = [4 / 0.7, -3 / 0.5, 0, 2 / 0.5, 1 / 0.3, 0], [1 / 0.5, 0, 0.25 / 0.3, -3 / 0.5, 2 / 0.3, -4 / 0.7]
+    expected = [
+        [(first[0] + second[0]) / 2, first[1], second[2]],
+        [second[3], (first[4] + second[4]) / 2, second[5]],
+    ]
+    assert equal(found, expected)
+    with pytest.raises(LoraToolsError, match="probabilities"):
+        run("della", (1, X1), density=0.9, epsilon=0.2)
+
+
+def test_breadcrumbs_drops_both_ends() -> None:
+    # Of six: the largest goes (gamma 1/6), the next three stay: 4, -3, 2 of the first; -4, -3, 2 of the second.
+    found = run("breadcrumbs", (1, X1), (2, X2), density=0.5, gamma=0.17)
+    assert equal(found, [[4, -3, 0], [2 + 2 * -3, 2 * 2, 2 * -4]])
+    # Where there are too few elements, fewer outliers go.
+    assert equal(run("breadcrumbs", (1, X1), density=1, gamma=0.5), X1.tolist())
+
+
+def test_sce() -> None:
+    one, other = torch.tensor([[4.0, 1.0, 3.0], [0.0, 2.0, 1.0]]), torch.tensor([[2.0, 1.0, -3.0], [0.0, 1.0, -4.0]])
+    # Variances 1, 0, 9; 0, 1/4, 25/4. Half of the four that differ are selected: 3 | -3 and 1 | -4.
+    # Energies 9 + 1 and 9 + 16, so c = 10/35 and 25/35; sums 0 (counts as +) and -3.
+    found = run("sce", (1, one), (1, other), density=0.5)
+    assert equal(found, [[0, 0, 3], [0, 0, -4]])
+    # Without selection: energies 31 and 31, so it is the mean of those of the elected sign.
+    assert equal(run("sce", (1, one), (1, other), density=1), [[3, 1, 3], [0, 1.5, -4]])
+    with pytest.raises(LoraToolsError, match="leave them out"):
+        run("sce", (2, one), (1, other), density=1)
+
+
+def oracle_ties(X: Tensor, density: float) -> Tensor:
+    """TIES of stacked matrices, sorted the plain way."""
+    kept = int(density * X[0].numel())
+    cut = X.abs().flatten(1).sort(1, descending=True).values[:, kept - 1]
+    X = X * (X.abs() >= cut[:, None, None])
+    agree = (X.sign() == X.sum(0).sign()) & (X != 0)
+    return (X * agree).sum(0) / agree.sum(0).clamp_min(1)
+
+
+def low_rank(seed: int, m: int = 7, n: int = 5, r: int = 2) -> Term:
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((m, r), (r, n)))
+    return Term(1.0, left, right)
+
+
+def test_knots_is_ties_between_the_right_factors_of_one_dense_svd() -> None:
+    terms = [low_rank(0), low_rank(1)]
+    deltas = [t.left @ t.right for t in terms]
+    U, S, Vh = torch.linalg.svd(torch.cat(deltas, 1), full_matrices=False)
+    k = int((S > 1e-9).sum())
+    expected = (U[:, :k] * S[:k]) @ oracle_ties(torch.stack(Vh[:k].chunk(2, 1)), 0.6)
+    left, right = methods.get("knots").merge(terms, Options(density=0.6), Seeded(0))
+    assert left.shape[1] == k == 4
+    assert torch.allclose(left @ right, expected, atol=1e-10)
+
+
+def test_core_space_is_lossless_and_merges_the_cores() -> None:
+    terms = [low_rank(3), low_rank(4)]
+    deltas = [t.left @ t.right for t in terms]
+    left, right = methods.get("core_space").merge(terms[:1], Options(density=1), Seeded(0))
+    assert torch.allclose(left @ right, deltas[0], atol=1e-10)
+    left, right = methods.get("core_space").merge(terms, Options(density=0.5), Seeded(0))
+    V = torch.linalg.svd(torch.cat([_balanced(D)[1].T for D in deltas], 1), full_matrices=False)[0]
+    U = torch.linalg.svd(torch.cat([_balanced(D)[0] for D in deltas], 1), full_matrices=False)[0]
+    # Singular vectors have a sign of their own; TIES on cores does not depend on it.
+    expected = U @ oracle_ties(torch.stack([U.T @ D @ V for D in deltas]), 0.5) @ V.T
+    assert torch.allclose(left @ right, expected, atol=1e-9)
+
+
+def _balanced(D: Tensor, r: int = 2) -> tuple[Tensor, Tensor]:
+    U, S, Vh = torch.linalg.svd(D)
+    return U[:, :r] * S[:r].sqrt(), S[:r].sqrt()[:, None] * Vh[:r]
+
+
+@pytest.mark.parametrize("method", ["knots", "core_space", "ties", "magnitude_prune", "breadcrumbs"])
+def test_at_full_density_of_one_adapter_nothing_changes(method: str) -> None:
+    one = low_rank(5)
+    options = Options(density=1, gamma=0) if method == "breadcrumbs" else Options(density=1)
+    found = methods.get(method).merge([one], options, Seeded(0))
+    D = found[0] @ found[1] if isinstance(found, tuple) else found.double()
+    assert torch.allclose(D, one.left @ one.right, atol=1e-5)
+
+
+def test_the_count_largest_element_is_found_exactly() -> None:
+    X = torch.randn(64, 33, generator=torch.Generator().manual_seed(0)) ** 5
+    X[3] = 0
+    X[4] = X[5]  # ties
+    ordered = X.abs().flatten().sort(descending=True).values
+    counts = [0, 1, 2, 500, X.numel() - 33, X.numel() - 32, X.numel()]
+    found = largest(lambda: X.split(7), counts)
+    assert found == (float("inf"), *(float(ordered[count - 1]) for count in counts[1:]))
+
+
+def test_tiles_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_all() -> list[Tensor]:
+        terms = [low_rank(0, 40, 30), low_rank(1, 40, 30)]
+        return [
+            methods.get(name).merge(terms, Options(density=0.3), Seeded(0)) for name in ("ties", "breadcrumbs", "sce")
+        ]
+
+    whole = run_all()
+    monkeypatch.setattr(_deltas, "TILE", 70)
+    assert Deltas([low_rank(0, 40, 30)]).step == 2
+    for one, tiled in zip(whole, run_all(), strict=True):
+        assert torch.allclose(one, tiled, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["dare", "dare_ties", "della"])
+def test_chance_is_seeded_and_recorded(method: str, tmp_path: Path) -> None:
+    adapters = [adapter(0), adapter(9)]
+
+    def run_once(name: str, seed: int | None, order: int = 1, threads: int = 2) -> Path:
+        report = combine(
+            adapters[::order], tmp_path / name, method=method, options=Options(density=0.5, seed=seed), threads=threads
+        )
+        assert report.seed == (seed or 0)
+        return tmp_path / name
+
+    first = run_once("first", 5)
+    assert distance(dense(run_once("again", 5, threads=1)), dense(first)) == 0
+    assert distance(dense(run_once("turned", 5, order=-1)), dense(first)) < 1e-6
+    assert distance(dense(run_once("other", 6)), dense(first)) > 0.1
+    from loratools.dialects import open_adapter
+
+    step = open_adapter(first).provenance[-1]
+    assert (step.seed, step.parameters["method"], step.parameters["density"]) == (5, method, 0.5)
+
+
+def test_draws_are_fair() -> None:
+    probability = torch.full((100, 100), 0.3)
+    masks = [Seeded(0).keep(term(1, X1, name), tile, probability) for name in "ab" for tile in (0, 1)]
+    for mask in masks:
+        assert float(mask.float().mean()) == pytest.approx(0.3, abs=0.02)
+    assert float((masks[0] & masks[1]).float().mean()) == pytest.approx(0.09, abs=0.02)
+    assert float((masks[0] & masks[2]).float().mean()) == pytest.approx(0.09, abs=0.02)
+
+
+@pytest.mark.parametrize("method", sorted(set(methods.names()) - {"linear"}))
+def test_the_rank_that_is_asked_for_and_the_error_that_is_printed(method: str, tmp_path: Path) -> None:
+    adapters = [adapter(0), adapter(9)]
+    options = Options(density=0.7)
+    full = combine(adapters, tmp_path / "full", method=method, options=options, ranks=Ranks(Fixed(99)))
+    target = dense(tmp_path / "full")
+    report = combine(adapters, tmp_path / "small", method=method, options=options, ranks=Ranks(Fixed(2)))
+    assert {share.rank for share in report.shares} == {2}
+    assert full.error < 1e-6
+    measured = distance(dense(tmp_path / "small"), target)
+    assert report.error == pytest.approx(measured, rel=1e-4)
+    assert measured == pytest.approx(best(target, dict.fromkeys(target, 2)), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "reason"),
+    [
+        ("ties", Options(), "needs a density"),
+        ("linear", Options(density=0.5), "takes no density"),
+        ("ties", Options(density=0.5, seed=1), "takes no seed"),
+        ("della", Options(density=0.5, like="peft"), "no della of peft"),
+        ("breadcrumbs", Options(gamma=0.1, epsilon=0.1), "takes no epsilon; it needs a density"),
+    ],
+)
+def test_options_that_a_method_does_not_take(method: str, options: Options, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(LoraToolsError, match=reason):
+        combine([adapter(0)], tmp_path / "x", method=method, options=options)
+
+
+@pytest.mark.parametrize("make", [lambda: Options(density=0), lambda: Options(density=1.5), lambda: Options(gamma=1)])
+def test_options_out_of_range(make: Callable[[], Options]) -> None:
+    with pytest.raises(LoraToolsError, match="share"):
+        make()
+
+
+def test_every_method_says_what_it_is() -> None:
+    for name in methods.names():
+        method = methods.get(name)
+        assert method.SUMMARY
+        assert {"density", "gamma", "epsilon", "seed"} >= method.OPTIONS
+    with pytest.raises(UnknownKind, match="ties"):
+        methods.get("merge_all")
