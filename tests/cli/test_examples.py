@@ -11,8 +11,8 @@ import click
 import pytest
 
 from loratools.cli._run import group
-from tests.hub.client import environment
 from tests.hub.server import LocalHub
+from tests.hub.server.client import environment
 from tests.hub.trips import contents
 
 ROOT = group()

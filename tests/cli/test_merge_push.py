@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub.client import environment
 from tests.hub.fixtures import hub, hub_home
 from tests.hub.server import LocalHub
+from tests.hub.server.client import environment
 from tests.hub.trips import contents
 
 __all__ = ["hub", "hub_home"]

@@ -1,5 +1,5 @@
 """The local Hub for every test of this folder."""
 
-from .fixtures import hub, hub_home, naps, pytest_collection_modifyitems, xet_hub
+from tests.hub.fixtures import hub, hub_home, naps, pytest_collection_modifyitems, xet_hub
 
 __all__ = ["hub", "hub_home", "naps", "pytest_collection_modifyitems", "xet_hub"]

@@ -1,14 +1,19 @@
 """Fixtures: a running local Hub with the client of this process pointed at it. Other conftest files may import them."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub.file_download
+import huggingface_hub.utils._http
 import pytest
 from huggingface_hub import close_session
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from .client import aim, without_naps
-from .server import LocalHub
+import loratools.hub.faults
+from tests.hub.server import LocalHub
+from tests.hub.server.client import aim
 
 # Raised inside the client's own upload, in every version; it says nothing about the code under test.
 _CLIENTS_OWN = "ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning"
@@ -56,5 +61,9 @@ def xet_hub(tmp_path: Path, hub_home: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The client's back-off takes no time; the list says how long it would have slept."""
-    return without_naps(monkeypatch)
+    """Make back-off, the client's and ours, take no time; the list records how long it would have slept."""
+    seconds: list[float] = []
+    clock = SimpleNamespace(**{**vars(time), "sleep": seconds.append})
+    for module in (huggingface_hub.utils._http, huggingface_hub.file_download, loratools.hub.faults):
+        monkeypatch.setattr(module, "time", clock)
+    return seconds

@@ -7,10 +7,9 @@ import yaml  # type: ignore[import-untyped]
 
 from loratools.errors import BadFile, HubError
 from loratools.hub.card import merged, parse
-
-from . import card as the_hubs
-from .server import LocalHub
-from .trips import REPO, send
+from tests.hub.server import LocalHub
+from tests.hub.server import card as the_hubs
+from tests.hub.trips import REPO, send
 
 FACTS = {"base_model": "org/base", "library_name": "peft", "license": "mit", "tags": ["lora", "loratools"]}
 

@@ -11,10 +11,9 @@ from loratools.hub.local import local
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import read_header
 from loratools.surgery.inspect import AdapterSummary, CheckpointSummary, inspect
-
-from .sample import safetensors
-from .server import LocalHub
-from .trips import REPO, stored
+from tests.hub.server import LocalHub
+from tests.hub.server.sample import safetensors
+from tests.hub.trips import REPO, stored
 
 ADAPTER = f"hf://{REPO}"
 

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from loratools.errors import HubError, LoraToolsError
-
-from .client import environment
-from .server import LocalHub
-from .trips import REPO, contents, fetch, shelf, stored
+from tests.hub.server import LocalHub
+from tests.hub.server.client import environment
+from tests.hub.trips import REPO, contents, fetch, shelf, stored
 
 # Every kind of request of a pull, and whether its answer has a body.
 KINDS = {

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from loratools.errors import HubError
-
-from .client import environment
-from .server import LocalHub
-from .trips import REPO, contents, send
+from tests.hub.server import LocalHub
+from tests.hub.server.client import environment
+from tests.hub.trips import REPO, contents, send
 
 # Every kind of request of a push to a new repository; those with a second element only to one that is there.
 KINDS = {

@@ -10,10 +10,9 @@ from loratools.errors import BadFile, OutputRefused
 from loratools.hub.client import Hub
 from loratools.hub.pull import RECORD, prepare
 from loratools.hub.refs import Ref
-
-from .client import api
-from .server import LocalHub
-from .trips import REPO, contents, fetch, send, shelf, stored
+from tests.hub.server import LocalHub
+from tests.hub.server.client import api
+from tests.hub.trips import REPO, contents, fetch, send, shelf, stored
 
 
 @pytest.mark.parametrize("name", ["adapter", "sealed", "base"])

@@ -9,9 +9,8 @@ from loratools.hub.client import Hub
 from loratools.hub.refs import Ref
 from loratools.hub.stream import Stream
 from loratools.surgery.merge import execute, prepare
-
-from .server import LocalHub
-from .trips import REPO, contents, fetch
+from tests.hub.server import LocalHub
+from tests.hub.trips import REPO, contents, fetch
 
 
 def used(folder: Path) -> int:

@@ -10,10 +10,9 @@ import pytest
 from loratools.errors import HubError
 from loratools.hub.client import Hub
 from loratools.hub.upload import Uploader, look
-
-from .client import run
-from .server import LocalHub
-from .trips import REPO, contents, shelf
+from tests.hub.server import LocalHub
+from tests.hub.server.client import run
+from tests.hub.trips import REPO, contents, shelf
 
 
 def shards(folder: Path, count: int = 4, size: int = 11_000_000) -> dict[str, str]:

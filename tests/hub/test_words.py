@@ -8,10 +8,9 @@ from huggingface_hub import constants
 from loratools.errors import HubError
 from loratools.hub.client import Hub
 from loratools.hub.local import local
-
-from .client import environment
-from .server import LocalHub
-from .trips import REPO, fetch, send, stored
+from tests.hub.server import LocalHub
+from tests.hub.server.client import environment
+from tests.hub.trips import REPO, fetch, send, stored
 
 
 @pytest.fixture(autouse=True)

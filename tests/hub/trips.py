@@ -8,8 +8,7 @@ from loratools.hub.client import Hub
 from loratools.hub.pull import Pulled
 from loratools.hub.refs import Ref
 from loratools.hub.upload import Committed
-
-from .server import LocalHub
+from tests.hub.server import LocalHub
 
 REPO = "tester/sent"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from threading import Event, Lock
 from typing import Any
 
-from .wire import HubError, Reply, Request, error_reply
+from tests.hub.server.wire import HubError, Reply, Request, error_reply
 
 
 @dataclass

@@ -9,9 +9,9 @@ from huggingface_hub import get_session
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils._http import http_backoff
 
-from .client import api, run
-from .sample import FILES, REPO, WEIGHTS, add
-from .server import LocalHub
+from tests.hub.server import LocalHub
+from tests.hub.server.client import api, run
+from tests.hub.server.sample import FILES, REPO, WEIGHTS, add
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]  # comes with huggingface_hub, which these tests drive anyway
 
-from .store import Commit
+from tests.hub.server.store import Commit
 
 # fmt: off
 LICENSES = frozenset((

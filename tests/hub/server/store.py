@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from threading import RLock
 from typing import Literal
 
-from .wire import HubError
+from tests.hub.server.wire import HubError
 
 # What the Hub writes at creation (shortened); it decides which uploads go to large file storage.
 LFS_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.npz", "*.npy", "*.onnx", "*.zip")

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from .store import Repo, Store
-from .wire import HubError, Request
+from tests.hub.server.store import Repo, Store
+from tests.hub.server.wire import HubError, Request
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import pytest
 from huggingface_hub import get_hf_file_metadata
 from huggingface_hub.hf_api import RepoFile
 
-from .client import api, run
-from .sample import REPO, write
-from .server import LocalHub
-from .xet import files_in_shard, hash_hex
+from tests.hub.server import LocalHub
+from tests.hub.server.client import api, run
+from tests.hub.server.sample import REPO, write
+from tests.hub.server.xet import files_in_shard, hash_hex
 
 PUSH = """
 import json, sys

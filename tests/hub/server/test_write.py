@@ -11,9 +11,9 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
 )
 
-from .client import api
-from .sample import CARD, FILES, REPO, WEIGHTS, add, write
-from .server import LocalHub
+from tests.hub.server import LocalHub
+from tests.hub.server.client import api
+from tests.hub.server.sample import CARD, FILES, REPO, WEIGHTS, add, write
 
 
 def test_a_folder_goes_up_in_one_commit_and_comes_down_byte_for_byte(hub: LocalHub, tmp_path: Path) -> None:

@@ -6,13 +6,13 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from . import accounts, card, objects
-from .routes import route
-from .store import Blob, Commit, Repo, upload_mode
-from .wire import HubError, Reply, Request, json_reply
+from tests.hub.server import accounts, card, objects
+from tests.hub.server.routes import route
+from tests.hub.server.store import Blob, Commit, Repo, upload_mode
+from tests.hub.server.wire import HubError, Reply, Request, json_reply
 
 if TYPE_CHECKING:
-    from .server import LocalHub
+    from tests.hub.server.hub import LocalHub
 
 _GIT_LFS = "application/vnd.git-lfs+json"
 

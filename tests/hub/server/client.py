@@ -6,21 +6,15 @@ huggingface_hub freezes its constants at import, so setting HF_ENDPOINT later ha
 
 import os
 import subprocess
-import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 
-import huggingface_hub.file_download
-import huggingface_hub.utils._http
 import pytest
 from huggingface_hub import HfApi, constants
 
-import loratools.hub.faults
+from tests.hub.server.hub import LocalHub
 
-from .server import LocalHub
-
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def api(hub: LocalHub, token: str | None = LocalHub.token) -> HfApi:
@@ -78,12 +72,3 @@ def aim(monkeypatch: pytest.MonkeyPatch, hub: LocalHub, home: Path) -> None:
     for name, value in environment(hub, home).items():
         if name.startswith("HF_"):
             monkeypatch.setenv(name, value)
-
-
-def without_naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Make back-off, the client's and ours, take no time; return the list that records how long it would have slept."""
-    naps: list[float] = []
-    clock = SimpleNamespace(**{**vars(time), "sleep": naps.append})
-    for module in (huggingface_hub.utils._http, huggingface_hub.file_download, loratools.hub.faults):
-        monkeypatch.setattr(module, "time", clock)
-    return naps

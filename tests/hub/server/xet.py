@@ -1,4 +1,4 @@
-"""Xet storage: tokens for the real hf-xet client, and reading back what it stored in a `local://` folder.
+"""Xet storage: reading back what the real hf-xet client stored in a `local://` folder.
 
 The client never tells the Hub which xet hash a sha256 has, so the Hub reads it from the shards the client wrote.
 A shard is a run of 48-byte records. A file's records are: its hash (32 bytes), flags and a count (u32 each, then
@@ -11,14 +11,8 @@ import struct
 import time
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
 
-from . import accounts
-from .routes import route
-from .wire import HubError, Reply, Request, json_reply
-
-if TYPE_CHECKING:
-    from .server import LocalHub
+from tests.hub.server.wire import HubError
 
 _RECORD = 48
 _HEADER = struct.Struct("<32sII")
@@ -85,33 +79,3 @@ class Cas:
             if hashlib.sha256(partial.read_bytes()).hexdigest() != sha256:
                 raise HubError(500, f"xet storage gave other bytes for {sha256}")
             partial.replace(target)
-
-
-@route("GET", "/api/models/{repo}/xet-read-token/{revision}")
-def read_token(hub: "LocalHub", request: Request, repo: str, revision: str) -> Reply:
-    """Hand out a storage token for reading."""
-    accounts.check_files(hub.find(request, repo), hub.user(request))
-    return _token(hub)
-
-
-@route("GET", "/api/models/{repo}/xet-write-token/{revision}")
-def write_token(hub: "LocalHub", request: Request, repo: str, revision: str) -> Reply:
-    """Hand out a storage token for writing."""
-    found = hub.find(request, repo)
-    accounts.check_write(found.owner, hub.user(request), pull=bool(request.query("create_pr")))
-    return _token(hub)
-
-
-def _token(hub: "LocalHub") -> Reply:
-    if hub.cas_url is None:
-        raise HubError(404, "This Hub has no xet storage: set HF_HUB_DISABLE_XET=1 or give it one.")
-    expiry = int(time.time()) + 3600
-    body = {"casUrl": hub.cas_url, "accessToken": "storage-token", "exp": expiry}
-    headers = {
-        "X-Xet-Cas-Url": hub.cas_url,
-        "X-Xet-Access-Token": "storage-token",
-        "X-Xet-Token-Expiration": str(expiry),
-    }
-    reply = json_reply(body)
-    reply.headers.update(headers)
-    return reply

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
-from .wire import HubError, Origin, Reply, Request
+from tests.hub.server.wire import HubError, Origin, Reply, Request
 
 if TYPE_CHECKING:
-    from .server import LocalHub
+    from tests.hub.server.hub import LocalHub
 
 Handler = Callable[..., Reply]
 

@@ -2,13 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
-from . import accounts, card
-from .routes import route
-from .store import Pull, Repo
-from .wire import HubError, Reply, Request, json_reply
+from tests.hub.server import accounts, card
+from tests.hub.server.routes import route
+from tests.hub.server.store import Pull, Repo
+from tests.hub.server.wire import HubError, Reply, Request, json_reply
 
 if TYPE_CHECKING:
-    from .server import LocalHub
+    from tests.hub.server.hub import LocalHub
 
 
 @route("GET", "/api/whoami-v2")

@@ -7,7 +7,7 @@ from pathlib import Path
 from threading import Lock
 from urllib.parse import urlencode
 
-from .wire import FileSlice, HubError, Request
+from tests.hub.server.wire import FileSlice, HubError, Request
 
 _KEY = b"the loopback hub's signing key"
 

@@ -4,13 +4,13 @@ import json
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote, urlencode
 
-from . import accounts, objects
-from .routes import route
-from .store import Blob, Commit, Repo, git_blob_oid
-from .wire import FileSlice, HubError, Reply, Request, json_reply, ranged
+from tests.hub.server import accounts, objects
+from tests.hub.server.routes import route
+from tests.hub.server.store import Blob, Commit, Repo, git_blob_oid
+from tests.hub.server.wire import FileSlice, HubError, Reply, Request, json_reply, ranged
 
 if TYPE_CHECKING:
-    from .server import LocalHub
+    from tests.hub.server.hub import LocalHub
 
 
 def _entry(repo: Repo, commit: Commit, path: str, expand: bool) -> dict[str, Any] | None:

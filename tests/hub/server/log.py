@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from threading import Lock
 
-from .wire import Origin, Request
+from tests.hub.server.wire import Origin, Request
 
 _SMALL = 1 << 20
 

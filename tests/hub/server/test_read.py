@@ -19,9 +19,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile
 
-from .client import api
-from .sample import FILES, REPO, WEIGHTS, add, safetensors
-from .server import LocalHub
+from tests.hub.server import LocalHub
+from tests.hub.server.client import api
+from tests.hub.server.sample import FILES, REPO, WEIGHTS, add, safetensors
 
 
 def test_refs_and_revisions(hub: LocalHub) -> None:
