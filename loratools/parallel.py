@@ -1,47 +1,82 @@
-"""The same work on many modules, several at a time: each on one thread of torch, so that no number depends on them."""
+"""Work shared between threads: how many cores there are, pools that stop at the first failure, and progress."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
-from loratools.errors import IncompatibleAdapter
+from loratools.errors import LoraToolsError
 
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
+Progress = Callable[[int], None]
+"""Takes the number of bytes done since its last call, from any thread."""
+
+Key = TypeVar("Key")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def each(work: Callable[[str, Item], Result], items: Mapping[str, Item], threads: int | None) -> dict[str, Result]:
-    """Return module -> work(module, item), begun in the order of the items; `threads` is by default one per core.
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    Raises `IncompatibleAdapter` with every module for which `work` raises `ValueError`, and why.
+
+@contextmanager
+def workers(threads: int, torch_threads: int | None = None) -> Iterator[ThreadPoolExecutor]:
+    """Give a pool of `threads` threads; when the block raises, tasks that have not begun are cancelled.
+
+    With `torch_threads` each of them computes on so many threads of torch; without, torch is left alone (and is not
+    imported). Torch's own number is restored at the end.
     """
-    import torch
+    from concurrent.futures import ThreadPoolExecutor
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    found: dict[str, Result] = {}
-    problems = []
+    start = restore = None
+    if torch_threads:
+        import torch
+
+        start = partial(torch.set_num_threads, torch_threads)
+        restore = partial(torch.set_num_threads, torch.get_num_threads())
     try:
-        with ThreadPoolExecutor(threads or _cores()) as pool:
-            futures = {module: pool.submit(work, module, item) for module, item in items.items()}
+        with ThreadPoolExecutor(threads, initializer=start) as pool:
             try:
-                for module, future in futures.items():
-                    try:
-                        found[module] = future.result()
-                    except ValueError as error:
-                        problems.append(f"{module}: {error}")
+                yield pool
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
     finally:
-        torch.set_num_threads(before)
-    if problems:
-        raise IncompatibleAdapter(f"{len(problems)} module(s) cannot be worked on", problems)
-    return found
+        if restore:
+            restore()
 
 
-def _cores() -> int:
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
+def each(
+    work: Callable[[Key, Item], Result],
+    items: Mapping[Key, Item],
+    threads: int,
+    *,
+    torch_threads: int | None = None,
+    refuse: Callable[[Sequence[str]], LoraToolsError] | None = None,
+) -> dict[Key, Result]:
+    """Return key -> work(key, item), in the order of `items`, which is the order in which the work begins.
+
+    `threads` and `torch_threads` are those of `workers`. The first exception ends the work. With `refuse` every
+    `LoraToolsError` and `ValueError` is waited for instead, and `refuse` makes one error of them: a line for each key.
+    """
+    results: dict[Key, Result] = {}
+    problems = []
+    with workers(threads, torch_threads) as pool:
+        futures = {key: pool.submit(work, key, item) for key, item in items.items()}
+        for key, future in futures.items():
+            try:
+                results[key] = future.result()
+            except (LoraToolsError, ValueError) as error:
+                if refuse is None:
+                    raise
+                problems.append(f"{key}: {error}")
+    if refuse and problems:
+        raise refuse(problems)
+    return results

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Lock
@@ -11,6 +11,7 @@ from threading import Lock
 import click
 
 from loratools.cli._show import encode, encode_text, printable
+from loratools.parallel import Progress
 
 PATIENCE = 0.5
 """Seconds of work before a progress bar appears."""
@@ -61,7 +62,7 @@ class Talk:
             self._say(hint, "hint", "cyan")
 
     @contextmanager
-    def progress(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+    def progress(self, label: str, total: int) -> Iterator[Progress]:
         """Yield a function that takes the bytes done since the last call, from any thread.
 
         On a terminal it draws a bar once the work has taken `PATIENCE`. Elsewhere, and with -q, --json or

@@ -25,6 +25,7 @@ from loratools.engine.arithmetic.sums import RescaledSum, SumOfProducts
 from loratools.engine.load import is_wide
 from loratools.engine.tensor import TILE, TensorResult, sampled_tiles
 from loratools.errors import IncompatibleAdapter
+from loratools.parallel import Progress
 from loratools.storage import digest, dtypes, files
 from loratools.storage.codecs import floats
 from loratools.storage.header import TensorSpec
@@ -139,7 +140,7 @@ class ProductTask:
 def run(
     task: ProductTask,
     buffers: floats.Buffers,
-    progress: Callable[[int], None],
+    progress: Progress,
     stopped: Callable[[], bool],
     tile_bytes: int = TILE,
     in_c: bool = True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence, Set
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,13 +20,13 @@ from loratools.engine.plan import Change, MergePlan
 from loratools.engine.tensor import TensorResult, TensorTask, run
 from loratools.engine.turns import Queue, Turns
 from loratools.errors import WrongBase
+from loratools.parallel import Progress, workers
 from loratools.storage import digest, files
 from loratools.storage.codecs import floats
 from loratools.storage.layout import FilePlan, Slot
 
 _COPY = 64 << 20  # bytes of one copy task: large enough to be cheap, small enough to share out and to stop
 
-Progress = Callable[[int], None]
 _MergeTensor = Callable[[Slot, int], TensorResult]
 _Range = tuple[Path, int, int, int]  # of a file, from, to; and where it goes
 
@@ -74,7 +74,7 @@ def write_weights(
     stop = Event()
     with ExitStack() as stack:
         job, turns = _Job(plan, settings, progress, stop, local()), Turns()
-        pool = stack.enter_context(ThreadPoolExecutor(settings.threads))
+        pool = stack.enter_context(workers(settings.threads))
         results: list[TensorResult] = []
         merge_tensor: _MergeTensor | None = None
         for group in groups:

@@ -18,6 +18,7 @@ from loratools.adapter.site import Site
 from loratools.engine.arithmetic.torch import Workspace
 from loratools.engine.stochastic import Stochastic
 from loratools.errors import IncompatibleAdapter
+from loratools.parallel import Progress
 from loratools.storage import digest, dtypes, files
 from loratools.storage.header import TensorSpec
 
@@ -70,7 +71,7 @@ class TensorResult:
 def run(
     task: TensorTask,
     workspace: Workspace,
-    progress: Callable[[int], None],
+    progress: Progress,
     stopped: Callable[[], bool],
     tile_bytes: int = TILE,
 ) -> TensorResult:

@@ -6,7 +6,6 @@ import atexit
 import shutil
 import tempfile
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from loratools.errors import BadFile
 from loratools.hub import files
 from loratools.hub.client import Hub, RemoteFile, quiet
 from loratools.hub.refs import Ref
+from loratools.parallel import each
 from loratools.storage.checkpoint import MAX_JSON
 from loratools.storage.header import MAX_HEADER, parse_json_object
 
@@ -48,8 +48,8 @@ def _fill(hub: Hub, ref: Ref, commit: str, tree: Mapping[str, RemoteFile], folde
             hint=f"Fetch it first: loratools pull {ref.repo} -o DIR",
         )
 
-    def one(name: str) -> None:
-        target, file = folder / name, tree[names[name]]
+    def fetch(name: str, file: RemoteFile) -> None:
+        target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("wb") as output:
             if name.endswith(".safetensors"):
@@ -58,8 +58,7 @@ def _fill(hub: Hub, ref: Ref, commit: str, tree: Mapping[str, RemoteFile], folde
                 output.write(hub.small(ref.repo, commit, file, MAX_JSON))
             output.truncate(file.size)
 
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(one, found.paths))
+    each(fetch, {name: tree[names[name]] for name in found.paths}, 8)
     return folder / Path(ref.path).name if ref.path in names.values() and ref.path else folder
 
 

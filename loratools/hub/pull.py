@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,9 @@ from loratools.hub import files
 from loratools.hub.client import Hub, RemoteFile, quiet
 from loratools.hub.headers import choose, schema_of
 from loratools.hub.refs import Need, Ref, Watch, is_plain
+from loratools.parallel import Progress
 from loratools.storage import atomic, digest
 from loratools.storage.checkpoint import Checkpoint
-
-Progress = Callable[[int], None]
 
 RECORD = Path(".loratools") / "pulled.json"
 """Where a pulled folder came from; hidden, so that it is not pushed again."""

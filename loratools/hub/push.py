@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from loratools.hub import card, files, section
 from loratools.hub.client import Hub
 from loratools.hub.refs import Ref, is_plain, parse
 from loratools.hub.upload import Committed, Target, Uploader, look
+from loratools.parallel import Progress
 from loratools.storage.checkpoint import Checkpoint, read_json
 from loratools.surgery.inspect import AdapterSummary, CheckpointSummary, describe_adapter, describe_checkpoint
 
@@ -128,7 +129,7 @@ def prepare(
 
 def push(
     hub: Hub, prepared: Push, *, message: str | None = None, private: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Committed:  # fmt: skip
     """Send a prepared push in one commit; where the repository has everything already, make none.
 

@@ -11,11 +11,12 @@ from typing import Literal
 from urllib.parse import unquote
 
 from loratools.errors import BadFile
+from loratools.parallel import Progress
 
 Need = Literal["adapter", "checkpoint", "header"]
 """What of a repository is needed: an adapter's files, a model's, or the headers of either."""
 
-Watch = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+Watch = Callable[[int], AbstractContextManager[Progress]]
 """Begins to show progress: bytes in all -> a context with the function that takes the bytes since the last call."""
 
 SCHEME = "hf://"

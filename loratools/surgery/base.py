@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -12,6 +12,7 @@ from loratools.adapter.model import Adapter, BaseIdentity
 from loratools.adapter.naming.wrappers import normalized
 from loratools.adapter.placement.resolve import Placement
 from loratools.errors import WrongBase
+from loratools.parallel import Progress
 from loratools.storage import digest
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import TensorSpec
@@ -178,7 +179,7 @@ def differences(
     base: Checkpoint,
     *,
     threads: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[str]:
     """Return in what a base differs from the one an adapter was sealed with, a sentence each; none if it is that base.
 

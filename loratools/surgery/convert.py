@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from loratools.errors import IncompatibleAdapter
 from loratools.format import manifest
 from loratools.format.digest import adapter_digest
 from loratools.format.manifest import NO_DIGEST
+from loratools.parallel import Progress
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.hash import hash_checkpoint
 from loratools.surgery.record import TOOL
@@ -50,7 +51,7 @@ def convert(
     profile: str | None = None,
     allow_loss: bool = False,
     force: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Conversion:
     """Write an adapter in the dialect `to`; with a `base`, sealed with its hash where the dialect can record one.
 
@@ -81,7 +82,7 @@ def convert(
     return Conversion(str(output), to, adapter_digest(opened), len(opened.updates), opened.base, tuple(losses))
 
 
-def seal(adapter: Adapter, base: Checkpoint, progress: Callable[[int], None] | None = None) -> Adapter:
+def seal(adapter: Adapter, base: Checkpoint, progress: Progress | None = None) -> Adapter:
     """Return the adapter bound to a base: all three tiers of its hash, and the base tensor of each module.
 
     The `tensors` tier holds the tensors that the adapter touches. Raises `IncompatibleAdapter` if it does not fit.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 from threading import Event
 
 from loratools.adapter.model import BaseIdentity
 from loratools.errors import LoraToolsError
+from loratools.parallel import Progress, cores, workers
 from loratools.storage import digest, files
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import TensorSpec
@@ -23,7 +23,7 @@ def hash_checkpoint(
     *,
     include: Iterable[str] | None = None,
     threads: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> BaseIdentity:
     """Return the asked `tiers` of the base hash of a checkpoint (spec/v1; construction in `storage/digest.py`).
 
@@ -47,11 +47,9 @@ def hash_tensors(
     specs: dict[str, TensorSpec],
     algorithm: str = digest.DEFAULT,
     threads: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, str]:
     """Return the digest of each tensor; see `hash_checkpoint`."""
-    from concurrent.futures import ThreadPoolExecutor
-
     stop = Event()
     advance = progress or (lambda count: None)
 
@@ -70,7 +68,7 @@ def hash_tensors(
 
     # Largest first, so that no thread is left alone with a big one at the end.
     order = sorted(specs, key=lambda name: (-specs[name].nbytes, name))
-    with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+    with workers(threads or cores()) as pool:
         try:
             return dict(zip(order, pool.map(one, (specs[name] for name in order)), strict=True))
         except BaseException:

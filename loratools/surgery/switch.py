@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from loratools.engine.residual.restore import Restorer, file_plan, lost_tensors
 from loratools.engine.run import Settings, write_weights
 from loratools.errors import IncompatibleAdapter, WrongBase
 from loratools.format.digest import checked_digest
+from loratools.parallel import Progress, cores
 from loratools.storage import atomic, digest, files
 from loratools.storage.atomic import refuse_inputs
 from loratools.storage.checkpoint import Checkpoint
@@ -27,8 +27,6 @@ from loratools.surgery.merge import folder
 from loratools.surgery.merge.plan import plan_merge
 from loratools.surgery.record import merge_record
 from loratools.surgery.unmerge.merged import Merged, check_sums, error_bound
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +93,7 @@ def switch(
     residual = merged.residual()
     work = _approximate if residual is None else partial(_exact, residual, check_base)
     with atomic.new_folder(output, force=force) as scratch:
-        return work(merged, new, threads or os.cpu_count() or 1, progress, output, scratch)
+        return work(merged, new, threads or cores(), progress, output, scratch)
 
 
 def _exact(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from loratools.adapter.model import BaseIdentity
 from loratools.format import reader
 from loratools.format import validate as rules
+from loratools.parallel import Progress
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.base import differences
 
@@ -32,7 +32,7 @@ def validate(
     *,
     data: bool = True,
     threads: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Validation:
     """Check every clause of the specification, and with `base` every tier of the base hash that the adapter states.
 

@@ -6,8 +6,7 @@ import json
 import os
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.engine.residual import ELEMENTS, LENGTH, VERSION, Lost, codes, prediction, read_bits
 from loratools.engine.residual import predict as undo
+from loratools.parallel import Progress, workers
 from loratools.storage import dtypes, files
 from loratools.storage.codecs.floats import widen
 from loratools.storage.companions import RESIDUAL
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from loratools.engine.plan import MergePlan
 
     Array = np.ndarray[Any, np.dtype[Any]]
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +48,7 @@ def keep(plan: MergePlan, folder: Path, threads: int, progress: Progress = lambd
     Needs a second look at every touched tensor, which the page cache still has.
     """
     lost = list(_lost(plan, folder))
-    with ThreadPoolExecutor(threads) as pool, (folder / f".{RESIDUAL}.spool").open("w+b") as spool:
+    with workers(threads) as pool, (folder / f".{RESIDUAL}.spool").open("w+b") as spool:
         sizes, waiting, left = [], deque[Any](), iter(lost)
         submit = lambda one: pool.submit(_encode, one, plan.base.specs[one.name], progress)  # noqa: E731
         waiting.extend(map(submit, islice(left, threads + 1)))

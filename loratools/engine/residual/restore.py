@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,11 @@ from loratools.adapter.placement.tied import apply_policy
 from loratools.engine.residual import LENGTH, Layout, Lost, Residual, codes, prediction, read_bits
 from loratools.engine.residual.predict import Step, steps
 from loratools.errors import BadFile
+from loratools.parallel import Progress, each
 from loratools.storage import digest, dtypes, files
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import TensorSpec
 from loratools.storage.layout import FilePlan, Slot, index_json, plan_file
-
-Progress = Callable[[int], None]
 
 
 def lost_tensors(
@@ -86,28 +84,23 @@ def restore(
             os.truncate(target, plan.size)
             files.write_from(target, memoryview(plan.header), 0)
 
-    def one(path: Path, slot: Slot) -> tuple[str, str]:
+    def one(name: str, place: tuple[Slot, Path]) -> str:
+        slot, path = place
         hasher = digest.start_tensor(slot.dtype, slot.shape)
         at = slot.offset
         with files.descriptor(path, os.O_WRONLY) as target:
-            for piece in _pieces(model, residual, lost, slot.name):
+            for piece in _pieces(model, residual, lost, name):
                 hasher.update(piece)
                 files.write_from(target, memoryview(piece), at)
                 at += len(piece)
                 progress(len(piece))
         if at != slot.offset + slot.nbytes:
-            raise BadFile(f"{residual.path}: tensor {slot.name!r} has {at - slot.offset} bytes, expected {slot.nbytes}")
-        return slot.name, digest.finish(hasher)
+            raise BadFile(f"{residual.path}: tensor {name!r} has {at - slot.offset} bytes, expected {slot.nbytes}")
+        return digest.finish(hasher)
 
-    with ThreadPoolExecutor(threads) as pool:
-        work = [(folder / plan.name, slot) for plan in plans for slot in plan.slots]
-        work.sort(key=lambda item: -item[1].nbytes)
-        try:
-            futures = [pool.submit(one, *item) for item in work]
-            digests = dict(future.result() for future in futures)
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    slots = [(slot, folder / plan.name) for plan in plans for slot in plan.slots]
+    slots.sort(key=lambda item: -item[0].nbytes)
+    digests = each(one, {slot.name: (slot, path) for slot, path in slots}, threads)
     _write_indexes(plans, residual, folder)
     return digests
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.errors import IncompatibleAdapter, LoraToolsError, OutputRefused
 from loratools.format.digest import adapter_digest, checked_digest
 from loratools.linalg.ranks.allocate import Ranks
-from loratools.parallel import each
+from loratools.parallel import Progress
 from loratools.storage import atomic
 from loratools.surgery.base import agree
 from loratools.surgery.combine import methods, truncate
 from loratools.surgery.combine import whole as undivided
 from loratools.surgery.combine.align import Aligned, align
-from loratools.surgery.combine.change import Found, Task
+from loratools.surgery.combine.change import Found, Task, for_each_module
 from loratools.surgery.combine.methods._terms import Options
 from loratools.surgery.combine.result import joined
 from loratools.surgery.combine.weights import Weight
@@ -29,7 +29,6 @@ from loratools.surgery.record import TOOL
 
 Source = str | Path | Adapter
 _CANCELLED = 1e-5  # of what went in; float32 factors are rounded to 6e-8, bfloat16 to 4e-3
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +187,7 @@ def _updates(
     except ValueError as error:
         raise LoraToolsError(str(error)) from None
     ranked = dict(zip(there, zip(there.values(), chosen, strict=True), strict=True))
-    rounded = each(lambda _, item: truncate.keep(*item, dtype), ranked, threads)
+    rounded = for_each_module(lambda _, item: truncate.keep(*item, dtype), ranked, threads)
     updates: dict[str, Update] = {}
     shares = []
     for module, (one, rank) in ranked.items():

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from loratools.adapter import low_rank
 from loratools.adapter.naming.compact import natural
+from loratools.errors import IncompatibleAdapter
 from loratools.linalg.ranks.allocate import Ranks
-from loratools.parallel import each
+from loratools.parallel import Progress, cores, each
 from loratools.surgery.combine import methods, truncate
 from loratools.surgery.combine.align import Aligned, Member
 from loratools.surgery.combine.methods._terms import Options, Term
@@ -18,6 +19,9 @@ from loratools.surgery.combine.weights import Weight
 if TYPE_CHECKING:
     from loratools.linalg.ranks.rules import RankRule
     from loratools.surgery.combine.methods._chance import Chance
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 Found = dict[str, truncate.Decomposed | None]
 """module -> its decomposed change, None where it is zero"""
@@ -34,7 +38,7 @@ class Task:
     options: Options
     ranks: Ranks | None
 
-    def run(self, threads: int | None, progress: Callable[[int], None]) -> Found:
+    def run(self, threads: int | None, progress: Progress) -> Found:
         """Return the change of every module; the numbers do not depend on `threads`.
 
         Raises `IncompatibleAdapter` with every module that fails: numbers that are not finite, rules that do not apply.
@@ -47,10 +51,10 @@ class Task:
             # One stream for all modules: they must draw from it one after the other.
             chance, threads = AsPeft(seed), 1
         ordered = {module: self.aligned.modules[module] for module in sorted(self.aligned.modules, key=natural)}
-        return each(lambda module, members: self._one(module, members, chance, progress), ordered, threads)
+        return for_each_module(lambda module, members: self._one(module, members, chance, progress), ordered, threads)
 
     def _one(
-        self, module: str, members: Sequence[Member], chance: Chance, progress: Callable[[int], None]
+        self, module: str, members: Sequence[Member], chance: Chance, progress: Progress
     ) -> truncate.Decomposed | None:
         from loratools.linalg.factored import squared_norm
 
@@ -79,3 +83,17 @@ class Task:
             return self.ranks.first([], 0.0)
         given = [member.update.rank for member in members]
         return Fixed(max(given) if self.options.like else sum(given))
+
+
+def for_each_module(
+    work: Callable[[str, Item], Result], modules: Mapping[str, Item], threads: int | None
+) -> dict[str, Result]:
+    """Return module -> work(module, item); each thread uses one of torch, so that no number depends on them.
+
+    Raises `IncompatibleAdapter` with every module for which `work` raises `ValueError`, and why.
+    """
+
+    def refuse(problems: Sequence[str]) -> IncompatibleAdapter:
+        return IncompatibleAdapter(f"{len(problems)} module(s) cannot be worked on", problems)
+
+    return each(work, modules, threads or min(8, cores()), torch_threads=1, refuse=refuse)

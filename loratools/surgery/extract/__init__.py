@@ -6,7 +6,6 @@ no low-rank form is saved whole, so that base + adapter is the fine-tune but for
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,13 +15,13 @@ from loratools.adapter.naming.selection import Selection
 from loratools.errors import IncompatibleAdapter, OutputRefused
 from loratools.format import manifest
 from loratools.linalg.ranks.allocate import Ranks
+from loratools.parallel import Progress, cores
 from loratools.storage import atomic
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.extract.assemble import Outcome, assemble, companion_files
 from loratools.surgery.extract.certificate import Total, total
 from loratools.surgery.extract.factor import Settings
 from loratools.surgery.extract.pairs import Pairing, pair
-from loratools.surgery.extract.read import Progress
 from loratools.surgery.extract.spool import Spool
 from loratools.surgery.extract.sweep import Sweep
 
@@ -86,7 +85,7 @@ def extract(
     with atomic.new_folder(output, force=force) as scratch, full_float32():
         spool = Spool(scratch / ".factors")
         work = Sweep(base, tuned, pairing, settings, spool, progress)
-        outcomes, hashes = work.run(threads or _cores())
+        outcomes, hashes = work.run(threads or cores())
         identity = replace(hashes[0], id=base_id)
         made = assemble(base, tuned, pairing, outcomes, identity, hashes[1], settings)
         _refuse_empty(base, tuned, made.outcomes)
@@ -142,7 +141,3 @@ def _refuse_empty(base: Checkpoint, tuned: Checkpoint, outcomes: Sequence[Outcom
         f"{tuned.path} does not differ from {base.path} in any tensor that was to be extracted",
         hint="Check that the two paths are the right ones.",
     )
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +17,7 @@ from loratools.adapter.placement.tied import apply_policy
 from loratools.adapter.placement.weight import base_matrix, by_module
 from loratools.adapter.placement.whole import resolve_replacements
 from loratools.errors import IncompatibleAdapter
+from loratools.parallel import Progress, workers
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import TensorSpec
 from loratools.surgery.extract.certificate import Layer, Total, layer, total
@@ -27,8 +26,6 @@ from loratools.surgery.extract.read import read_delta, rounding_energy
 
 if TYPE_CHECKING:
     import torch
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +76,7 @@ def certify(
         raise IncompatibleAdapter(f"{tuned.path}: the fine-tune lacks what the adapter changes", lost[:20])
     covered = {p.site.tensor for here in modules.values() for p in here}
     replaced = set(resolve_replacements(opened, shapes))
-    with ThreadPoolExecutor(threads) as pool, full_float32():
+    with workers(threads) as pool, full_float32():
         jobs = [
             pool.submit(_layer, module, here, base, tuned, counterparts, seed, progress)
             for module, here in modules.items()

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from loratools.parallel import Progress
 from loratools.storage.header import TensorSpec
 from loratools.surgery.extract.factor import Factored, Settings, decompose, noise_edge, stored2
 from loratools.surgery.extract.pairs import Pair
-from loratools.surgery.extract.read import Progress, read_delta
+from loratools.surgery.extract.read import read_delta
 from loratools.surgery.extract.spool import Spool
 
 if TYPE_CHECKING:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from threading import local
 from typing import TYPE_CHECKING
 
 from loratools.errors import BadFile
+from loratools.parallel import Progress
 from loratools.storage import digest, dtypes, files
 from loratools.storage.header import TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
-Progress = Callable[[int], None]
 TILE = 1 << 20
 """Bytes of one read: small enough that what is done with it stays in the core's cache."""
 

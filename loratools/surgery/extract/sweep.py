@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any
 
 from loratools.adapter.model import BaseIdentity
 from loratools.errors import BadFile, LoraToolsError
+from loratools.parallel import Progress, each
 from loratools.storage import digest
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.extract.assemble import Outcome
@@ -17,13 +18,17 @@ from loratools.surgery.extract.certificate import layer as certify
 from loratools.surgery.extract.experts import factor_stack
 from loratools.surgery.extract.factor import Factored, Settings, factor
 from loratools.surgery.extract.pairs import Pair, Pairing
-from loratools.surgery.extract.read import Progress, prefetch, read_delta, read_norm2
+from loratools.surgery.extract.read import prefetch, read_delta, read_norm2
 from loratools.surgery.extract.rows import is_sparse, row_factors
 from loratools.surgery.extract.spool import Spool, Spooled
 from loratools.surgery.hash import hash_tensors
 
 WORKERS = 4
 """Tensors at once: memory is bounded by a few of the largest; further cores share the arithmetic of each."""
+
+
+_Several = Callable[..., dict[str, "_Result"]]
+"""`each`, with the threads of this run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,30 +44,23 @@ class Sweep:
 
     def run(self, threads: int) -> tuple[list[Outcome], tuple[BaseIdentity, str]]:
         """Work on all pairs, several at a time, then on those whose ranks need a second look."""
-        import torch
-
         workers = min(threads, WORKERS)
-        before = torch.get_num_threads()
-        try:
-            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
-                results = self._first(pool, workers)
-                outcomes = self._settle(pool, results)
-        finally:
-            torch.set_num_threads(before)
-        return outcomes, self._hashes(results, threads)
+        several = partial(each, threads=workers, torch_threads=threads // workers, refuse=_refuse)
+        results = self._first(several, workers)
+        return self._settle(several, results), self._hashes(results, threads)
 
-    def _first(self, pool: ThreadPoolExecutor, ahead: int) -> list[_Result]:
+    def _first(self, several: _Several, ahead: int) -> list[_Result]:
         pairs = sorted(self.pairing.pairs, key=lambda one: (-self.tuned.specs[one.name].nbytes, one.path))
         shapes = [self._matrix(one) for one in pairs if one.plan == "factor"]
 
-        def work(index: int) -> _Result:
+        def work(_: str, index: int) -> _Result:
             if index + ahead < len(pairs):
                 prefetch(self._specs(pairs[index + ahead]))
             return self._one(pairs[index], shapes)
 
-        return _collect(pool, [(pairs[i].path, work, i) for i in range(len(pairs))])
+        return list(several(work, {one.path: i for i, one in enumerate(pairs)}).values())
 
-    def _settle(self, pool: ThreadPoolExecutor, results: list[_Result]) -> list[Outcome]:
+    def _settle(self, several: _Several, results: list[_Result]) -> list[Outcome]:
         """Decide all ranks; look again at layers that deserve more than was seen of them."""
         layers = [result for result in results if result.factored]
         ranks = self.settings.ranks
@@ -77,12 +75,9 @@ class Sweep:
                 break
             from loratools.linalg.ranks.rules import Fixed
 
-            again = sorted(decision.more)
-            seen = _collect(
-                pool, [(layers[i].pair.path, self._again, (layers[i], Fixed(decision.more[i]))) for i in again]
-            )
-            for i, result in zip(again, seen, strict=True):
-                layers[i] = result
+            again = {layers[i].pair.path: (layers[i], Fixed(decision.more[i])) for i in sorted(decision.more)}
+            deeper = several(self._again, again)
+            layers = [deeper.get(layer.pair.path, layer) for layer in layers]
         kept = {one.pair.path: (one, rank) for one, rank in zip(layers, decision.ranks, strict=True)}
         return [self._outcome(*kept.get(one.pair.path, (one, 0))) for one in results]
 
@@ -109,7 +104,7 @@ class Sweep:
             raise LoraToolsError(f"stored as {spec.dtype}: a quantized weight, whose codes cannot be subtracted")
         return _Result(one, delta.norm2, delta.base_norm2, delta.digests, rows=len(delta.rows))
 
-    def _again(self, job: tuple[_Result, Any]) -> _Result:
+    def _again(self, _: str, job: tuple[_Result, Any]) -> _Result:
         result, rule = job
         source, spec = self._specs(result.pair)[-1], self.tuned.specs[result.pair.name]
         if result.pair.kind == "experts":
@@ -183,19 +178,5 @@ class _Result:
     exact: Spooled | None = None
 
 
-def _collect(pool: ThreadPoolExecutor, jobs: Sequence[tuple[str, Callable[[Any], _Result], Any]]) -> list[_Result]:
-    """Run jobs `(name, function, argument)` and return their results in order; all failures become one error."""
-    futures: list[Future[_Result]] = [pool.submit(function, argument) for _, function, argument in jobs]
-    results, problems = [], []
-    try:
-        for (name, _, _), future in zip(jobs, futures, strict=True):
-            try:
-                results.append(future.result())
-            except (LoraToolsError, ValueError) as error:
-                problems.append(f"{name}: {error}")
-    except BaseException:
-        pool.shutdown(wait=True, cancel_futures=True)
-        raise
-    if problems:
-        raise BadFile(f"{len(problems)} tensor(s) cannot be compared", problems)
-    return results
+def _refuse(problems: Sequence[str]) -> BadFile:
+    return BadFile(f"{len(problems)} tensor(s) cannot be compared", problems)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,6 +21,7 @@ from loratools.engine.run import Settings, write_weights
 from loratools.engine.tensor import TensorResult
 from loratools.errors import IncompatibleAdapter, NoSpace, OutputRefused
 from loratools.format.digest import checked_digest
+from loratools.parallel import Progress, cores
 from loratools.storage import atomic, digest
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.companions import RECORD, companions, own_config
@@ -31,8 +31,6 @@ from loratools.surgery.merge.accounts import Account, accounts
 from loratools.surgery.merge.plan import plan_merge
 from loratools.surgery.merge.resume import Journal, fingerprint
 from loratools.surgery.record import TOOL, merge_record, refuse_second_merge
-
-Progress = Callable[[int], None]
 
 
 class Sink(Protocol):
@@ -142,7 +140,7 @@ def prepare(
     sources = companions(base, paths)
     record = merge_record(base, opened, weights, digests)
     record |= {"dtype": dtype, "tied": tied if tied != "error" else None}
-    threads = threads or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
+    threads = threads or min(8, cores())
     return Merge(plan, output, sources, record, digests, threads, tuple(accounts(plan, opened)))
 
 

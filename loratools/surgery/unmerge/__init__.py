@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from loratools.engine.residual import Residual
 from loratools.engine.residual.restore import lost_tensors, restore
 from loratools.engine.run import Settings, write_weights
 from loratools.errors import NoSpace, WrongBase
+from loratools.parallel import Progress, cores
 from loratools.storage import atomic, digest, files
 from loratools.storage.atomic import refuse_inputs
 from loratools.storage.checkpoint import Checkpoint, read_json
@@ -28,8 +29,6 @@ from loratools.surgery.merge.plan import plan_merge
 from loratools.surgery.record import merge_record
 from loratools.surgery.unmerge.merged import Merged, check_sums, error_bound
 from loratools.surgery.verify import verify
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,7 @@ def unmerge(
     atomic.check_output(output, force=force)
     merged = Merged.open(model, adapters, weights)
     refuse_inputs(output, [merged.model.path, base])
-    threads = threads or os.cpu_count() or 1
+    threads = threads or cores()
     residual = merged.residual() if base is None else None
     if base is None:
         merged.check_layers()

@@ -9,8 +9,7 @@ they give whole columns of ΔW, so there every element of W' is known, and how m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ from loratools.adapter.placement.image import named_for
 from loratools.adapter.placement.layers import replicated
 from loratools.adapter.placement.settle import settle
 from loratools.engine.plan import Change, MergePlan
+from loratools.parallel import Progress, workers
 from loratools.storage import dtypes, files
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import TensorSpec
@@ -30,7 +30,6 @@ from loratools.surgery.verify import probes as probing
 if TYPE_CHECKING:
     import torch
 
-Progress = Callable[[int], None]
 
 # On the bound: the estimate from k·out numbers scatters a little, and wide dtypes are no wider than their own sums.
 _SLACK = {"BF16": 1.02, "F16": 1.02, "F32": 8.0, "F64": 8.0}
@@ -102,7 +101,7 @@ def verify(
     shared = {name: change for name, change in plan.changes.items() if name in model.specs}
     differing: list[str] = []
     checked: list[TensorCheck] = []
-    with ThreadPoolExecutor(threads) as pool:
+    with workers(threads) as pool:
         same = {
             name: pool.submit(_same, change.source, model.specs[name], progress)
             for name, change in shared.items()
