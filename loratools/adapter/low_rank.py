@@ -6,15 +6,9 @@ from typing import TYPE_CHECKING
 
 from loratools.adapter import kinds
 from loratools.adapter.kinds import Update
-from loratools.adapter.kinds._product import LowRank
-from loratools.adapter.kinds.experts import ExpertsUpdate
 from loratools.adapter.model import Adapter
 from loratools.adapter.parts import A_EMBEDDING, B_EMBEDDING, BIAS, A, B
 from loratools.storage.lazy import LazyTensor
-
-if TYPE_CHECKING:
-    import torch
-
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,24 +83,28 @@ def _names(update: Update) -> tuple[str, str, bool]:
     return found
 
 
-def low_rank(update: Update) -> LowRank | None:
-    """Return the low-rank part of an update, DoRA's without its magnitude; None for a kind that has none."""
-    inner = getattr(update, "inner", update)
-    return inner if isinstance(inner, LowRank) else None
+def low_rank(update: Update) -> Update | None:
+    """Return the part of an update that is a product, DoRA's without its magnitude; None for a kind that has none."""
+    direction = update.direction
+    return direction if direction.factored() else None
 
 
-def products(adapter: Adapter) -> dict[str, LowRank]:
-    """Return module -> low-rank part, of modules that have one; a stack of experts has one for each, `module.7`."""
-    found: dict[str, LowRank] = {}
+def products(adapter: Adapter) -> dict[str, Update]:
+    """Return module -> part that is a product, where there is one; a stack of experts has one for each, `module.7`."""
+    parts: dict[str, Update] = {}
     for module, update in adapter.updates.items():
-        if isinstance(update, ExpertsUpdate):
-            found |= {f"{module}.{e}": update.expert(e) for e in range(update.experts)}
-        elif (part := low_rank(update)) is not None:
-            found[module] = part
-    return found
+        parts |= {f"{module}.{e}": expert for e, expert in enumerate(update.members)}
+        if (part := low_rank(update)) is not None:
+            parts[module] = part
+    return parts
 
 
-def load(part: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return B (rows, r) with the scaling folded in, and A (r, columns), both float64: ΔW = B·A as a matrix."""
-    left, right = part.matrices()
-    return left.double() * part.scaling, right.double()
+def load(part: Update) -> tuple[Tensor, Tensor]:
+    """Return B (rows, r) with the scaling folded in, and A (r, columns), both float64: ΔW = B·A as a matrix.
+
+    Raises `ValueError` for an update that is no product.
+    """
+    if (factors := part.factored()) is None:
+        raise ValueError(f"kind {part.kind}: its change is no product of two factors")
+    left, right = factors.load()
+    return left.double() * factors.scale, right.double()

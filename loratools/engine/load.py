@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-from loratools.adapter.kinds import Term
-from loratools.adapter.kinds._product import LowRank, Product
+from loratools.adapter.kinds import Term, Update
 from loratools.adapter.placement.resolve import Placement
 from loratools.adapter.site import Site
 from loratools.errors import IncompatibleAdapter
@@ -27,9 +26,13 @@ def is_wide(change: Change, dtype: str) -> bool:
     pairs = combinations([placement for _, placement in change.placements], 2)
     return "F64" in (change.source.dtype, dtype) or any(
         one.site.meets(other.site)
-        and not (one.site == other.site and isinstance(one.update, LowRank) and isinstance(other.update, LowRank))
+        and not (one.site == other.site and _is_product(one.update) and _is_product(other.update))
         for one, other in pairs
     )
+
+
+def _is_product(update: Update) -> bool:
+    return update.additive and update.factored() is not None
 
 
 def load_terms(
@@ -51,14 +54,19 @@ def load_terms(
         _check(i, placement, term, name)
     if not all(placement.update.additive for _, placement, _ in loaded):
         return [(placement.site, term) for _, placement, term in loaded]
-    products: dict[Site, list[Product]] = {}
-    others: list[tuple[Site, Term]] = []
+    terms: dict[Site, list[Term]] = {}
     for _, placement, term in sorted(loaded, key=lambda item: (digests[item[0]], plan.weights[item[0]])):
-        if isinstance(term, Product):
-            products.setdefault(placement.site, []).append(term)
-        else:
-            others.append((placement.site, term))
-    return [*((site, Product.joined(terms)) for site, terms in products.items()), *others]
+        add_term(terms.setdefault(placement.site, []), term)
+    return [(site, term) for site, others in terms.items() for term in others]
+
+
+def add_term(terms: list[Term], term: Term) -> None:
+    """Add a term to those of its site: into the first with which it is one sum, else after them."""
+    for i, other in enumerate(terms):
+        if (total := other.plus(term)) is not None:
+            terms[i] = total
+            return
+    terms.append(term)
 
 
 def check_effect(plan: MergePlan, acts: Callable[[int, Placement], bool] | None = None) -> None:
@@ -72,8 +80,7 @@ def check_effect(plan: MergePlan, acts: Callable[[int, Placement], bool] | None 
         import torch
 
         term = placement.update.term(placement.site, plan.weights[number], torch.float32, torch.device("cpu"))
-        # A product acts if there is a rank whose column of B and row of A both are not zero.
-        return not isinstance(term, Product) or bool((term.left.any(0) & term.right.any(1)).any())
+        return not term.is_zero()
 
     idle = []
     for i, adapter in enumerate(plan.adapters):
@@ -86,20 +93,8 @@ def check_effect(plan: MergePlan, acts: Callable[[int, Placement], bool] | None 
 
 
 def _check(number: int, placement: Placement, term: Term, name: str) -> None:
-    if not all(bool(tensor.isfinite().all()) for tensor in _tensors(term)):
+    if not term.is_finite():
         raise IncompatibleAdapter(
             f"adapter {number + 1}: {placement.module} has NaN or infinite factors (for {name})",
             hint="The training diverged, or the file is damaged; such an adapter would destroy the model.",
         )
-
-
-def _tensors(term: object) -> Iterator[torch.Tensor]:
-    """Yield every tensor that a term holds, and those of the terms within it."""
-    import torch
-
-    for slot in getattr(term, "__slots__", ()):
-        value = getattr(term, slot)
-        if isinstance(value, torch.Tensor):
-            yield value
-        else:
-            yield from _tensors(value)

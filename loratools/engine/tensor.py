@@ -86,7 +86,7 @@ def run(
     stored, out = dtypes.to_torch(spec.dtype), dtypes.to_torch(task.dtype)
     work = torch.float64 if task.wide or torch.float64 in (stored, out) else torch.float32
     step = max(1, min(rows, tile_bytes // max(1, columns * max(stored.itemsize, out.itemsize))))
-    block = lcm(*(getattr(term, "together", 1) for _, term in task.terms))
+    block = lcm(*(term.together for _, term in task.terms))
     step = max(block, step - step % block)
     tiles = range(0, rows, step)
     sampled = sampled_tiles(task.name, task.seed, task.retention if task.terms else "off", len(tiles))

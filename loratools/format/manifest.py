@@ -56,7 +56,7 @@ def of(adapter: Adapter, tensors: Mapping[str, str] | None = None) -> dict[str, 
         entry: dict[str, Any] = {
             "kind": update.kind, "rank": update.rank, "alpha": update.alpha, "scaling": update.scaling,
         }  # fmt: skip
-        layout = getattr(update, "layout", None) or old.get(path, {}).get("layout")
+        layout = update.layout or old.get(path, {}).get("layout")
         entry |= {"layout": dict(layout)} if layout else {}
         entry |= {"tensor": named[path]} if path in named else {}
         modules[path] = _unknown(old.get(path, {}), _MODULE) | entry

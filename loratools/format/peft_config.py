@@ -74,7 +74,7 @@ def derive_config(adapter: Adapter) -> dict[str, Any]:
 
 def _path(module: str, update: Update) -> str:
     """Return what PEFT's patterns are matched with: a module's path, or that of a stack's parameter."""
-    parameter = (getattr(update, "layout", None) or {}).get("parameter")
+    parameter = update.layout.get("parameter")
     return f"{re.sub(r'([.]base_layer)+$', '', module)}.{parameter}" if parameter else module
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +37,13 @@ class LazyTensor:
     def of(cls, tensor: torch.Tensor) -> LazyTensor:
         """Stand for a tensor that is in memory already."""
         return cls(dtypes.from_torch(tensor.dtype), tuple(tensor.shape), lambda: tensor)
+
+    def reshaped(self, shape: tuple[int, ...]) -> LazyTensor:
+        """Stand for the same bytes in another shape of as many elements, in C order: `spec` is kept, with the shape."""
+        if shape == self.shape:
+            return self
+        load, spec = self.load, self.spec and replace(self.spec, shape=shape)
+        return LazyTensor(self.dtype, shape, lambda: load().reshape(shape), spec, self.file)
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...]) -> LazyTensor:
         """Stand for `change(tensor)` of the given shape and the same dtype: a transpose, a slice, a permutation."""

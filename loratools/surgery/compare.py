@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratools import dialects
-from loratools.adapter.kinds._product import LowRank
+from loratools.adapter.kinds import Update
 from loratools.adapter.low_rank import load, products
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.compact import natural
@@ -108,7 +108,7 @@ def compare(
 
 
 def _module(
-    name: str, sides: tuple[LowRank, LowRank], places: tuple[list[Placement], list[Placement]], model: Checkpoint | None
+    name: str, sides: tuple[Update, Update], places: tuple[list[Placement], list[Placement]], model: Checkpoint | None
 ) -> ModuleComparison:
     from loratools.linalg.factored import cosine, factored_svd
     from loratools.linalg.similarity import subspace_similarity
@@ -143,13 +143,13 @@ def _places(adapter: Adapter, model: Checkpoint) -> Mapping[str, list[Placement]
     return by_module(resolve(adapter, {name: spec.shape for name, spec in model.specs.items()}, model.config))
 
 
-def _norm2(part: LowRank) -> float:
+def _norm2(part: Update) -> float:
     from loratools.linalg.factored import squared_norm
 
     return float(squared_norm(*load(part)))
 
 
-def _check(parts: tuple[dict[str, LowRank], dict[str, LowRank]], pairs: Mapping[str, str]) -> None:
+def _check(parts: tuple[dict[str, Update], dict[str, Update]], pairs: Mapping[str, str]) -> None:
     if not pairs:
         examples = " and ".join(next(iter(sorted(side)), "nothing") for side in parts)
         raise IncompatibleAdapter(f"the two adapters change no module in common: the first of each are {examples}")

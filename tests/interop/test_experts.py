@@ -126,7 +126,7 @@ def by_expert(folder: Path, model: str, names: tuple[str, str, str], module: str
             continue
         layer = path.split(".layers.")[1].split(".")[0]
         for e in range(4):
-            B, A = stack.expert(e).matrices()
+            B, A = stack.members[e].factored().load()
             halves = torch.tensor_split(B, 2) if stack.parameter == "gate_up_proj" else (B,)
             if model.startswith("gpt_oss") and len(halves) == 2:
                 halves = (B[0::2], B[1::2])

@@ -13,7 +13,7 @@ factors build on `_product.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -29,10 +29,30 @@ if TYPE_CHECKING:
     from loratools.adapter.site import Site
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Factors:
+    """A change that is a product: ΔW = scale·left·right of the weight seen as a matrix, first side × all others.
+
+    `left` is (rows, k) and `right` (k, columns), for the weight as its module defines it ((V, d) of an embedding).
+    `spec` of either is set where it is exactly bytes of a file. With a `magnitude` m, one number for each row or,
+    `by_column`, for each column, w being the adapter's weight in a merge, W' = g∘(W + w·ΔW), g = m/‖W₀ + w·ΔW‖₂.
+    """
+
+    left: LazyTensor
+    right: LazyTensor
+    scale: float
+    magnitude: LazyTensor | None = None
+    by_column: bool = False
+
+    def load(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Load left and right, in the dtypes of the file, without the scale."""
+        return self.left.load(), self.right.load()
+
+
 class Term(Protocol):
     """A loaded update, oriented for one site: it changes tiles of rows of the site's rectangle.
 
-    One that needs several rows at once (a rotation) has an attribute `together`, their number; tiles are multiples.
+    `_shared.Loaded` has the answers of most: rows one by one, whatever the base had there, and no sum with others.
     """
 
     @property
@@ -43,6 +63,23 @@ class Term(Protocol):
     @property
     def needs_pass(self) -> bool:
         """Whether `observe_rows` must see all rows before the first is changed: a norm that runs across rows."""
+        ...
+
+    @property
+    def together(self) -> int:
+        """Number of rows that must come in one tile, as those of a rotation's block must; tiles are multiples of it."""
+        ...
+
+    def is_finite(self) -> bool:
+        """Tell whether all numbers that were loaded are finite."""
+        ...
+
+    def is_zero(self) -> bool:
+        """Tell whether it is certain to change no weight: its ΔW is exactly zero."""
+        ...
+
+    def plus(self, other: Term) -> Term | None:
+        """Return one term for what this and another of the same site add, as one sum; None where they are no sum."""
         ...
 
     def observe_rows(self, base: torch.Tensor, rows: slice) -> None:
@@ -95,7 +132,10 @@ class Underlying:
 
 
 class Update(Protocol):
-    """A change of one base weight; known by shapes until it is loaded."""
+    """A change of one base weight; known by shapes until it is loaded.
+
+    `_shared.Additive` and `_shared.OnWeight` have the answers of most to what is asked of special kinds only.
+    """
 
     @property
     def kind(self) -> str:
@@ -135,6 +175,37 @@ class Update(Protocol):
     @property
     def bias(self) -> LazyTensor | None:
         """What is added, times s, to the module's bias (out,): PEFT's `lora_bias`."""
+        ...
+
+    @property
+    def layout(self) -> Mapping[str, Any]:
+        """What the shapes of its parts do not say and `build` has to be told, as JSON values; empty for most kinds."""
+        ...
+
+    @property
+    def direction(self) -> Update:
+        """The update without the rescaling of a kind like DoRA, whose magnitudes it leaves out; most are their own."""
+        ...
+
+    @property
+    def members(self) -> Sequence[Update]:
+        """The updates of which it is a stack, one for each expert, each with sites of its own; empty for most kinds."""
+        ...
+
+    @property
+    def replaced_rows(self) -> Sequence[int]:
+        """Rows of the weight that it replaces whole, whatever is there: then no weight of a merge can scale it."""
+        ...
+
+    def fitted(self, shape: tuple[int, ...]) -> Update:
+        """Return the update for a base weight of this shape, where its parts alone do not tell the shape.
+
+        Raises `ValueError` where it does not go with such a weight.
+        """
+        ...
+
+    def factored(self) -> Factors | None:
+        """Return the factors of ΔW, from shapes alone; None where the change is no such product."""
         ...
 
     def term(self, site: Site, weight: float, dtype: torch.dtype, device: torch.device) -> Term:

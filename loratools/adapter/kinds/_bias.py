@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from loratools.adapter.kinds import Factors
 from loratools.adapter.kinds._product import LowRank
 from loratools.storage.lazy import LazyTensor
 
@@ -32,7 +33,12 @@ class BiasUpdate(LowRank):
     def parts(self) -> Mapping[str, LazyTensor]:
         return {"lora_B.bias": self.c}
 
-    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Load c as a column, and a one."""
-        c = self.c.load()
-        return c[:, None], c.new_ones(1, 1)
+    def factored(self) -> Factors:
+        """Return c as a column, and a one."""
+        return Factors(self.c.reshaped(self.shape), LazyTensor("F32", (1, 1), _one), self.scaling)
+
+
+def _one() -> torch.Tensor:
+    import torch
+
+    return torch.ones(1, 1)

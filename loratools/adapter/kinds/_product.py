@@ -6,30 +6,30 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratools.adapter.kinds._shared import Additive, RowByRow
+from loratools.adapter.kinds._shared import Additive, Loaded
 
 if TYPE_CHECKING:
     import torch
 
-    from loratools.adapter.kinds import Underlying
+    from loratools.adapter.kinds import Factors, Term, Underlying
     from loratools.adapter.site import Site
 
 
 class LowRank(Additive):
     """An update s·left·right of the weight seen as a matrix: its first side × all others.
 
-    A kind says by `matrices` which of its tensors stand left and right; everything else follows.
+    A kind says by `factored` which of its tensors stand left and right; everything else follows.
     """
 
     __slots__ = ()
 
     @abstractmethod
-    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Load (rows, r) and (r, columns), in the dtypes of the file, without the scaling."""
+    def factored(self) -> Factors:
+        """Return (rows, r) and (r, columns), with the scaling."""
 
     def term(self, site: Site, weight: float, dtype: torch.dtype, device: torch.device) -> Product:
         """Return w·s·left · right, or w·s·rightᵀ · leftᵀ where the base stores the transpose."""
-        left, right = (factor.to(device=device, dtype=dtype) for factor in self.matrices())
+        left, right = (factor.to(device=device, dtype=dtype) for factor in self.factored().load())
         left = left[site.part_rows]
         if site.transposed:
             left, right = right.T, left.T
@@ -37,17 +37,17 @@ class LowRank(Additive):
 
     def project(self, X: torch.Tensor, weight: float, under: Underlying) -> torch.Tensor:
         """Return X·Wᵀ + w·s·(X·rightᵀ)·leftᵀ."""
-        left, right = (factor.to(X) for factor in self.matrices())
+        left, right = (factor.to(X) for factor in self.factored().load())
         return under.below(X) + weight * self.scaling * ((X @ right.T) @ left[under.site.part_rows].T)
 
     def delta_weight(self) -> torch.Tensor:
         """Return s·left·right in float32, with `shape`."""
-        left, right = (factor.float() for factor in self.matrices())
+        left, right = (factor.float() for factor in self.factored().load())
         return (self.scaling * (left @ right)).reshape(self.shape)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Product(RowByRow):
+class Product(Loaded):
     """The term W += left · right, with left (rows, k) and right (k, columns).
 
     `left` is `factor` · diag(`scale`), rounded. What it was made of is kept, for a product of w·s, which no float32
@@ -85,12 +85,17 @@ class Product(RowByRow):
         change = self.factor[rows.to(here)].double() * self.scale * self.right[:, columns.to(here)].T.double()
         return W + change.sum(1).to(W.device)
 
-    @classmethod
-    def joined(cls, products: list[Product]) -> Product:
-        """Return the sum of several products as one, exactly: factors side by side along k."""
+    def is_zero(self) -> bool:
+        """Tell whether no rank has both a column of left and a row of right that are not zero."""
+        return not bool((self.left.any(0) & self.right.any(1)).any())
+
+    def plus(self, other: Term) -> Term | None:
+        """Return the sum of two products as one, exactly: factors side by side along k."""
         import torch
 
-        if len(products) == 1:
-            return products[0]
-        left, right = torch.cat([p.left for p in products], 1), torch.cat([p.right for p in products], 0)
-        return cls(left, right, torch.cat([p.factor for p in products], 1), torch.cat([p.scale for p in products]))
+        if not isinstance(other, Product):
+            return None
+        return Product(
+            torch.cat([self.left, other.left], 1), torch.cat([self.right, other.right]),
+            torch.cat([self.factor, other.factor], 1), torch.cat([self.scale, other.scale]),
+        )  # fmt: skip

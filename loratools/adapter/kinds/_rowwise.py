@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Self
 
-from loratools.adapter.kinds._shared import Additive, RowByRow
+from loratools.adapter.kinds._shared import Additive, Loaded
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Named(Rowwise):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Added(RowByRow):
+class Added(Loaded):
     """The term W += scale·rows."""
 
     made: Rows

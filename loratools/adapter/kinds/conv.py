@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from math import prod
 
+from loratools.adapter.kinds import Factors
 from loratools.adapter.kinds._product import LowRank
 from loratools.adapter.kinds.lora import A_PART, B_PART, BIAS_PART, check_bias
 from loratools.storage.lazy import LazyTensor
-
-if TYPE_CHECKING:
-    import torch
 
 KIND = "conv"
 
@@ -62,9 +60,10 @@ class ConvUpdate(LowRank):
     def parts(self) -> Mapping[str, LazyTensor]:
         return {A_PART: self.A, B_PART: self.B} | ({BIAS_PART: self.C} if self.C else {})
 
-    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Load B as (out, r) and A as (r, in·k…)."""
-        return self.B.load().flatten(1), self.A.load().flatten(1)
+    def factored(self) -> Factors:
+        """Return B as (out, r) and A as (r, in·k…)."""
+        out, rank = self.B.shape[:2]
+        return Factors(self.B.reshaped((out, rank)), self.A.reshaped((rank, prod(self.A.shape[1:]))), self.scaling)
 
 
 def claims(parts: Mapping[str, LazyTensor]) -> bool:

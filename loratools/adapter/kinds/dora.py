@@ -12,12 +12,13 @@ not W₀ itself. A feature whose norm is zero has no direction, and is an error.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loratools.adapter import kinds
+from loratools.adapter.kinds import Factors
 from loratools.adapter.kinds._product import LowRank, Product
-from loratools.adapter.kinds._shared import Wrapper
+from loratools.adapter.kinds._shared import Loaded, Wrapper
 from loratools.errors import IncompatibleAdapter
 from loratools.storage.lazy import LazyTensor
 
@@ -68,9 +69,13 @@ class DoraUpdate(Wrapper):
         """The factors and the magnitude, in the shape that PEFT gives it: (out,), or (1, out, 1…) of a convolution."""
         sides = len(self.shape) - 2
         shape = (1, self.features, *(1,) * sides) if sides else (self.features,)
-        m = self.magnitude
-        m = m if m.shape == shape else m.map(lambda tensor: tensor.reshape(shape), shape)
-        return {**self.inner.parts, MAGNITUDE_PART: m}
+        return {**self.inner.parts, MAGNITUDE_PART: self.magnitude.reshaped(shape)}
+
+    def factored(self) -> Factors:
+        """Return the factors of the inner update, and m."""
+        return replace(
+            self.inner.factored(), magnitude=self.magnitude.reshaped((self.features,)), by_column=self.by_column
+        )
 
     def term(self, site: Site, weight: float, dtype: torch.dtype, device: torch.device) -> Rescaling:
         """Return the term of a site, with m of the features that land there."""
@@ -89,7 +94,7 @@ class DoraUpdate(Wrapper):
         The norm takes another path than `term`: ‖w + Δ‖² = ‖w‖² + 2⟨w, Δ⟩ + ‖Δ‖², from the factors, without a dense Δ.
         """
         W, m = under.base(), self.magnitude.load().flatten().to(X)
-        left, right = (factor.to(X) for factor in self.inner.matrices())
+        left, right = (factor.to(X) for factor in self.inner.factored().load())
         left = left[under.site.part_rows] * (weight * self.scaling)
         if self.by_column:
             W, left, right = W.T, right.T, left.T
@@ -104,7 +109,7 @@ class DoraUpdate(Wrapper):
 
 
 @dataclass(slots=True, eq=False)
-class Rescaling:
+class Rescaling(Loaded):
     """The term W ← g∘(W + left·right), g = m / ‖W₀ + left·right‖, along rows of the rectangle or across them.
 
     `across` says that a feature is a column of the rectangle: then `observe_rows` gathers `squares` in a pass of its

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from loratools.adapter.kinds import Factors
 from loratools.adapter.kinds._product import LowRank
 from loratools.storage.lazy import LazyTensor
-
-if TYPE_CHECKING:
-    import torch
 
 KIND = "embedding"
 A_PART, B_PART = "lora_embedding_A", "lora_embedding_B"
@@ -49,9 +46,10 @@ class EmbeddingUpdate(LowRank):
     def parts(self) -> Mapping[str, LazyTensor]:
         return {A_PART: self.A, B_PART: self.B}
 
-    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Load Aᵀ (V, r) and Bᵀ (r, d)."""
-        return self.A.load().T, self.B.load().T
+    def factored(self) -> Factors:
+        """Return Aᵀ (V, r) and Bᵀ (r, d)."""
+        left, right = (lazy.map(lambda tensor: tensor.T, lazy.shape[::-1]) for lazy in (self.A, self.B))
+        return Factors(left, right, self.scaling)
 
 
 def claims(parts: Mapping[str, LazyTensor]) -> bool:

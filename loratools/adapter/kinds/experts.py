@@ -9,12 +9,14 @@ Where `transposed` is None it is settled by the base's shape, or by what its mod
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from loratools.adapter.kinds import Factors
 from loratools.adapter.kinds._product import LowRank
+from loratools.adapter.kinds._shared import Additive
 from loratools.adapter.kinds.lora import A_PART, B_PART
 from loratools.storage.lazy import LazyTensor
 
@@ -28,7 +30,7 @@ KIND = "experts"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ExpertsUpdate:
+class ExpertsUpdate(Additive):
     """The factors of all experts. Raises `ValueError` where A and B do not hold E equal ranks."""
 
     A: LazyTensor
@@ -40,8 +42,6 @@ class ExpertsUpdate:
     transposed: bool | None = None
 
     kind = KIND
-    additive = True
-    bias: None = None
 
     def __post_init__(self) -> None:
         A, B = self.A.shape, self.B.shape
@@ -68,9 +68,10 @@ class ExpertsUpdate:
         """What the shapes do not say."""
         return {"experts": self.experts, "parameter": self.parameter, "transposed": self.transposed}
 
-    def expert(self, number: int) -> Expert:
-        """Return the update of one expert."""
-        return Expert(self, number)
+    @property
+    def members(self) -> Sequence[Expert]:
+        """The update of each expert."""
+        return [Expert(self, number) for number in range(self.experts)]
 
     def term(self, site: Site, weight: float, dtype: torch.dtype, device: torch.device) -> Term:
         """Raise `ValueError`: a site holds one expert."""
@@ -84,7 +85,7 @@ class ExpertsUpdate:
         """Return s·B[e]·A[e] of every expert in float32, (E, out, in)."""
         import torch
 
-        return torch.stack([self.expert(e).delta_weight() for e in range(self.experts)])
+        return torch.stack([expert.delta_weight() for expert in self.members])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,10 +118,12 @@ class Expert(LowRank):
         """The tensors of the whole stack, in which it lies."""
         return self.stack.parts
 
-    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Load B[e] and A[e]."""
-        A, B = _loaded(self.stack)
-        return B[:, :, self.number], A[self.number]
+    def factored(self) -> Factors:
+        """Return B[e] and A[e]."""
+        (out, columns), A, B = self.shape, self.stack.A, self.stack.B
+        left = LazyTensor(B.dtype, (out, self.rank), lambda: _loaded(self.stack)[1][:, :, self.number], file=B.file)
+        right = LazyTensor(A.dtype, (self.rank, columns), lambda: _loaded(self.stack)[0][self.number], file=A.file)
+        return Factors(left, right, self.scaling)
 
 
 @lru_cache(maxsize=4)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from loratools.adapter.kinds._shared import OnWeight, RowByRow
+from loratools.adapter.kinds._shared import Loaded, OnWeight
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Ia3Update(OnWeight):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Scaling(RowByRow):
+class Scaling(Loaded):
     """The term W *= factors, of rows or of columns."""
 
     factors: torch.Tensor

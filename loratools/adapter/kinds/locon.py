@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
+from loratools.adapter.kinds import Factors
 from loratools.adapter.kinds._product import LowRank
 from loratools.adapter.kinds.lora import A_PART, B_PART
 from loratools.storage.lazy import LazyTensor
@@ -51,12 +53,17 @@ class LoconUpdate(LowRank):
     def parts(self) -> Mapping[str, LazyTensor]:
         return {A_PART: self.down, B_PART: self.up, MID_PART: self.mid}
 
-    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return up, and mid with down, (out, m) and (m, in·kh·kw), in float64."""
+    def factored(self) -> Factors:
+        """Return up as (out, m), and mid with down as (m, in·kh·kw), in float64."""
+        rank, columns = self.mid.shape[0], prod(self.shape[1:])
+        right = LazyTensor("F64", (rank, columns), self._mid_down, file=self.mid.file)
+        return Factors(self.up.reshaped((self.shape[0], rank)), right, self.scaling)
+
+    def _mid_down(self) -> torch.Tensor:
         import torch
 
         mid, down = self.mid.load().double(), self.down.load().double().flatten(1)
-        return self.up.load().double().flatten(1), torch.einsum("mn...,ni->mi...", mid, down).flatten(1)
+        return torch.einsum("mn...,ni->mi...", mid, down).flatten(1)
 
 
 def claims(parts: Mapping[str, LazyTensor]) -> bool:

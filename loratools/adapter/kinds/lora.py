@@ -10,13 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from loratools.adapter.kinds import Factors
 from loratools.adapter.kinds._product import LowRank
 from loratools.storage.lazy import LazyTensor
-
-if TYPE_CHECKING:
-    import torch
 
 KIND = "lora"
 A_PART, B_PART, BIAS_PART = "lora_A.weight", "lora_B.weight", "lora_B.bias"
@@ -58,9 +55,9 @@ class LoraUpdate(LowRank):
     def parts(self) -> Mapping[str, LazyTensor]:
         return {A_PART: self.A, B_PART: self.B} | ({BIAS_PART: self.C} if self.C else {})
 
-    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Load B and A."""
-        return self.B.load(), self.A.load()
+    def factored(self) -> Factors:
+        """Return B and A."""
+        return Factors(self.B, self.A, self.scaling)
 
 
 def check_bias(bias: LazyTensor | None, out: int) -> None:

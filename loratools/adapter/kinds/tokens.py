@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from loratools.adapter.kinds._shared import OnWeight, RowByRow
+from loratools.adapter.kinds._shared import Loaded, OnWeight
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ class TokensUpdate(OnWeight):
     vocabulary: int | None = None
 
     kind = KIND
-    whole = True  # it replaces, so no weight can scale it
-    keeps_tie = True
     rank = 0
     alpha = scaling = 1.0
 
@@ -55,6 +53,10 @@ class TokensUpdate(OnWeight):
     def layout(self) -> Mapping[str, Any]:
         """The rows that are replaced."""
         return {"rows": list(self.indices)}
+
+    @property
+    def replaced_rows(self) -> Sequence[int]:
+        return self.indices
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -81,7 +83,7 @@ class TokensUpdate(OnWeight):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rows(RowByRow):
+class Rows(Loaded):
     """The term W[indices] = values, indices ascending."""
 
     values: torch.Tensor

@@ -14,7 +14,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from loratools.adapter import kinds
-from loratools.adapter.kinds._shared import Wrapper
+from loratools.adapter.kinds._shared import Loaded, Wrapper
 from loratools.errors import IncompatibleAdapter
 from loratools.storage.lazy import LazyTensor
 
@@ -45,8 +45,7 @@ class WdoraUpdate(Wrapper):
 
     def fitted(self, shape: tuple[int, ...]) -> WdoraUpdate:
         """Return the update of a base weight of this shape."""
-        fitted = getattr(self.inner, "fitted", None)
-        return replace(self, inner=fitted(shape)) if fitted else self
+        return replace(self, inner=self.inner.fitted(shape))
 
     @property
     def by_input(self) -> bool:
@@ -80,7 +79,7 @@ class WdoraUpdate(Wrapper):
 
 
 @dataclass(slots=True, eq=False)
-class Decomposed:
+class Decomposed(Loaded):
     """The term W ← f∘(W + ΔW). Norms over rows are those of a tile; norms over columns take a pass of their own."""
 
     inner: Term

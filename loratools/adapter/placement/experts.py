@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from loratools.adapter.kinds import Update
-from loratools.adapter.kinds.experts import ExpertsUpdate
 from loratools.adapter.naming.wrappers import Names
 from loratools.adapter.site import Site
 
@@ -41,29 +40,27 @@ class Ambiguous(Exception):
 
 
 def stack_sites(
-    module: str, update: ExpertsUpdate, names: Names, shapes: Shapes, config: Mapping[str, Any]
-) -> list[tuple[Update, Site]]:
-    """Return each expert of a stack with its site: in the stacked tensor, or in the tensors of the experts.
+    module: str, update: Update, names: Names, shapes: Shapes, config: Mapping[str, Any]
+) -> list[tuple[int, Site]]:
+    """Return each expert of a stack, by number, with its site: in the stacked tensor, or in those of the experts.
 
     Returns [] where the base has neither. Raises `Ambiguous` for shapes that do not fit, or fit in two ways.
     """
-    found = [name for name in names.find(module, update.parameter) if len(shapes[name]) == 3]
+    parameter, experts = update.layout["parameter"], len(update.members)
+    found = [name for name in names.find(module, parameter) if len(shapes[name]) == 3]
     if len(found) > 1:
-        raise Ambiguous(f"ambiguous: {update.parameter} could be any of {', '.join(found)}")
+        raise Ambiguous(f"ambiguous: {parameter} could be any of {', '.join(found)}")
     if found:
         tensor, (count, first, second) = found[0], shapes[found[0]]
-        if count != update.experts:
-            raise Ambiguous(f"it is for {update.experts} experts, {tensor} has {count}")
+        if count != experts:
+            raise Ambiguous(f"it is for {experts} experts, {tensor} has {count}")
         transposed = _orientation(update, (first, second), tensor, config)
         matrix, out = (count * first, second), update.shape[1]
         return [
-            (
-                update.expert(e),
-                Site(tensor, matrix, (e * first, (e + 1) * first, 1), (0, second, 1), (0, out), transposed),
-            )
+            (e, Site(tensor, matrix, (e * first, (e + 1) * first, 1), (0, second, 1), (0, out), transposed))
             for e in range(count)
         ]
-    return [pair for e in range(update.experts) for pair in _by_expert(module, update, e, names, shapes)]
+    return [pair for e in range(experts) for pair in _by_expert(module, update, e, names, shapes)]
 
 
 def expert_site(module: str, update: Update, names: Names, shapes: Shapes, config: Mapping[str, Any]) -> Site | None:
@@ -92,12 +89,12 @@ def spellings(module: str) -> Iterator[str]:
             yield f".{module}.".replace(old, new).strip(".")
 
 
-def _orientation(update: ExpertsUpdate, sides: tuple[int, int], tensor: str, config: Mapping[str, Any]) -> bool:
+def _orientation(update: Update, sides: tuple[int, int], tensor: str, config: Mapping[str, Any]) -> bool:
     """Tell whether each expert is stored transposed, (in, out)."""
     out, inner = update.shape[1:]
     fits = [transposed for transposed, wanted in ((False, (out, inner)), (True, (inner, out))) if wanted == sides]
-    if update.transposed is not None:
-        fits = [one for one in fits if one == update.transposed]
+    if (stated := update.layout["transposed"]) is not None:
+        fits = [transposed for transposed in fits if transposed == stated]
     if not fits:
         raise Ambiguous(f"its delta weight has shape {(out, inner)} for each expert, {tensor} has {sides}")
     if len(fits) == 1:
@@ -107,11 +104,9 @@ def _orientation(update: ExpertsUpdate, sides: tuple[int, int], tensor: str, con
     return model_type in TRANSPOSED
 
 
-def _by_expert(
-    module: str, update: ExpertsUpdate, number: int, names: Names, shapes: Shapes
-) -> Iterator[tuple[Update, Site]]:
+def _by_expert(module: str, update: Update, number: int, names: Names, shapes: Shapes) -> Iterator[tuple[int, Site]]:
     """Yield the sites of one expert in the tensors that are its own: half of gate_up_proj is gate_proj."""
-    projections = PARAMETERS.get(update.parameter, ())
+    projections = PARAMETERS.get(update.layout["parameter"], ())
     count, (out, inner) = len(projections), update.shape[1:]
     for i, known in enumerate(projections):
         paths = [f"{path}.{number}.{name}" for path in spellings(module) for name in known]
@@ -120,7 +115,7 @@ def _by_expert(
         tensor = tensors[0]
         straight = shapes[tensor] == (out // count, inner)
         # PEFT before 0.19 took stacks for (E, in, out), so its factors are those of the transpose.
-        turned = shapes[tensor] == (inner // count, out) and (update.transposed is True or not straight)
+        turned = shapes[tensor] == (inner // count, out) and (update.layout["transposed"] is True or not straight)
         if not straight and not turned:
             raise Ambiguous(f"its delta weight has shape {(out, inner)}, and {tensor} has {shapes[tensor]}")
         if turned and (straight or count > 1):
@@ -131,7 +126,7 @@ def _by_expert(
         rows = shapes[tensor][0]
         part = (0, out) if turned else (i * rows, (i + 1) * rows)
         matrix = (rows, shapes[tensor][1])
-        yield update.expert(number), Site(tensor, matrix, (0, rows, 1), (0, matrix[1], 1), part, turned)
+        yield number, Site(tensor, matrix, (0, rows, 1), (0, matrix[1], 1), part, turned)
 
 
 def _in_stack(

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 from loratools.adapter.kinds import Update
 from loratools.adapter.kinds._bias import BiasUpdate
-from loratools.adapter.kinds.experts import ExpertsUpdate
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.wrappers import CONV1D, FUSIONS, Fusion, Names
 from loratools.adapter.placement import experts
@@ -22,11 +21,12 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Placement:
-    """One update (or a part of it) on one site of the base."""
+    """One update (or a part of it) on one site of the base; of a stack it is the update of one `expert`."""
 
     module: str
     update: Update
     site: Site
+    expert: int | None = None
 
 
 def resolve(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any] | None = None) -> list[Placement]:
@@ -71,25 +71,25 @@ class _Resolver:
         """Return the placements of an update: on the weight, or parts of it, and on the bias if it has one."""
         # `base_layer` marks the inner one of two modules that PEFT wraps; the base knows nothing of it.
         path = ".".join(segment for segment in module.split(".") if segment != "base_layer")
-        if (fitted := getattr(update, "fitted", None)) and (tensor := self._one(path, path)):
+        if update.members:
+            return self._experts(module, path, update)
+        if tensor := self._one(path, path):
             try:
-                update = fitted(self.shapes[tensor])
+                update = update.fitted(self.shapes[tensor])
             except ValueError as error:
                 raise _NoPlace(str(error)) from None
-        if isinstance(update, ExpertsUpdate):
-            return self._experts(module, path, update)
-        placed = [Placement(module, update, site) for site in self.sites(path, update)]
+        placed = [Placement(module, update, site) for site in self.sites(path, update, tensor)]
         if update.bias is not None:
             added = BiasUpdate(update.bias, update.scaling, update.alpha)
             placed += [Placement(module, added, self._bias(one.site)) for one in placed]
         return placed
 
-    def _experts(self, module: str, path: str, update: ExpertsUpdate) -> list[Placement]:
+    def _experts(self, module: str, path: str, update: Update) -> list[Placement]:
         """Return the placements of the experts of a stack, one by one."""
         for spelled in experts.spellings(path):
             if found := self._sure(experts.stack_sites, spelled, update):
-                return [Placement(module, expert, site) for expert, site in found]
-        raise _NoPlace(f"no {update.parameter} of its experts in the base, neither stacked nor one by one")
+                return [Placement(module, update.members[expert], site, expert) for expert, site in found]
+        raise _NoPlace(f"no {update.layout['parameter']} of its experts in the base, neither stacked nor one by one")
 
     def _sure(self, find: Callable[..., T], module: str, update: Update) -> T:
         try:
@@ -108,8 +108,9 @@ class _Resolver:
             )
         return Site(name, (out, 1), rows, (0, 1, 1), site.part)
 
-    def sites(self, module: str, update: Update) -> list[Site]:
-        if tensor := self._one(module, module):
+    def sites(self, module: str, update: Update, tensor: str | None) -> list[Site]:
+        """Return where an update lies: on `tensor`, the module's own weight, or in or around fused projections."""
+        if tensor:
             return [self._orient(module, tensor, update, (0, update.shape[0]), self.shapes[tensor])]
         sites = self._into_fused(module, update) or self._out_of_fused(module, update)
         if not sites and (site := self._sure(experts.expert_site, module, update)):

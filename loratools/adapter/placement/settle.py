@@ -67,13 +67,11 @@ def replaced(
     problems = []
     for i, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
         for module, update in adapter.updates.items():
-            if not getattr(update, "whole", False):
-                continue
-            if weight != 1:
+            if update.replaced_rows and weight != 1:
                 problems.append(
                     f"{module}: rows trained whole in adapter {i + 1}, which cannot have the weight {weight:g}"
                 )
-            taken = [row for row in update.layout["rows"] if rows.setdefault((module, row), i) != i]  # type: ignore[attr-defined]
+            taken = [row for row in update.replaced_rows if rows.setdefault((module, row), i) != i]
             problems += [f"{module}: row {row} is replaced by more than one adapter" for row in taken[:3]]
         for name, lazy in resolve_replacements(adapter, shapes).items():
             if name in found:

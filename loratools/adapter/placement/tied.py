@@ -85,7 +85,7 @@ def main_tensor(tensors: Mapping[str, Any], names: tuple[str, ...]) -> str | Non
 def _touched(adapter: Adapter) -> list[str]:
     """Return the modules whose change breaks the tie: heads and embeddings, but for what keeps it by itself."""
     same = _same(adapter)
-    paths = [module for module, update in adapter.updates.items() if not getattr(update, "keeps_tie", False)]
+    paths = [module for module, update in adapter.updates.items() if not update.replaced_rows]
     paths += [path.removesuffix(".weight") for path, lazy in adapter.replacements.items() if lazy not in same]
     return [path for path in paths if path.rpartition(".")[2] in HEADS + EMBEDDINGS]
 
@@ -121,7 +121,7 @@ def _rows_on_both(adapters: tuple[Adapter, ...], head: str | None) -> tuple[Adap
         rows = [
             update
             for path, update in adapter.updates.items()
-            if getattr(update, "keeps_tie", False) and path.rpartition(".")[2] in EMBEDDINGS
+            if update.replaced_rows and path.rpartition(".")[2] in EMBEDDINGS
         ]
         if not rows or any(_is_head(path) for path in adapter.updates):
             return adapter

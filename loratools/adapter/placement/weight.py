@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from loratools.adapter.kinds.experts import Expert
 from loratools.adapter.low_rank import low_rank
 from loratools.adapter.placement.resolve import Placement
 
@@ -45,6 +44,6 @@ def by_module(placements: Iterable[Placement]) -> Mapping[str, list[Placement]]:
     found: dict[str, list[Placement]] = {}
     for placement in placements:
         if low_rank(placement.update) is not None:
-            number = f".{placement.update.number}" if isinstance(placement.update, Expert) else ""
+            number = "" if placement.expert is None else f".{placement.expert}"
             found.setdefault(placement.module + number, []).append(placement)
     return found

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from loratools.adapter import kinds
 from loratools.adapter.kinds import Update
-from loratools.adapter.kinds.tokens import TokensUpdate
 from loratools.adapter.model import Adapter, Loss
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects.peft import checks
@@ -105,7 +104,7 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     copies = manifest.names_of({"replacements": adapter.copies, "modules": kept})
     tensors |= {name: adapter.copies[path] for path, name in copies.items()}
     # Trained rows are no target, they have a field of their own.
-    rows = {module: update.layout["rows"] for module, update in kept.items() if isinstance(update, TokensUpdate)}
+    rows = {module: list(update.replaced_rows) for module, update in kept.items() if update.replaced_rows}
     settings = {**adapter.settings, "trainable_token_indices": rows} if rows else adapter.settings
     targets = {module: update for module, update in kept.items() if module not in rows}
     said = Adapter(targets, adapter.replacements, adapter.base, settings=settings)

@@ -126,7 +126,7 @@ def _factors(placement: Placement, weight: float) -> tuple[Array, Array]:
     update, site = placement.update, placement.site
     product = update.inner if isinstance(update, DoraUpdate) else update
     assert isinstance(product, LowRank)
-    left, right = (factor.double().numpy() for factor in product.matrices())
+    left, right = (factor.double().numpy() for factor in product.factored().load())
     left = left[site.part_rows] * (weight * product.scaling)
     return (right.T, left.T) if site.transposed else (left, right)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratools import dialects
-from loratools.adapter.kinds._product import LowRank
 from loratools.adapter.low_rank import load
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.selection import Selection
@@ -69,7 +68,7 @@ def certify(
     factors = apply_policy((replace(opened, replacements={}),), base.specs, base.config, "both").adapters[0]
     shapes = {name: spec.shape for name, spec in base.specs.items()}
     modules = by_module(resolve(factors, shapes, base.config))
-    modules = {module: here for module, here in modules.items() if isinstance(here[0].update, LowRank)}
+    modules = {module: here for module, here in modules.items() if here[0].update.additive}
     counterparts = {one.base: one.name for one in pair(base, tuned, Selection()).pairs if one.base}
     lost = sorted({p.site.tensor for here in modules.values() for p in here} - counterparts.keys())
     if not modules or lost:
@@ -112,7 +111,6 @@ def _layer(
 
     torch.set_num_threads(1)  # OpenMP keeps this number for each thread
     update = here[0].update
-    assert isinstance(update, LowRank)
     W = base_matrix(base, here)
     base_norm2 = float(W.square().sum())
     D: torch.Tensor = base_matrix(tuned, here, counterparts).sub_(W).float()

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from loratools.adapter import kinds
 from loratools.adapter.kinds import Term
-from loratools.adapter.kinds._product import LowRank
+from loratools.storage.files import read_tensor
+from loratools.storage.header import read_header
+from loratools.storage.lazy import LazyTensor
 from tests.adapter.kinds.reference import Parts, applied, build, delta, merged, projected, random
 
 LINEAR: Parts = {"lora_A.weight": random(3, 10), "lora_B.weight": random(7, 3)}
@@ -84,7 +90,28 @@ def test_delta_weights_ranks_and_shapes(name: str) -> None:
     update = build(PLAIN[name])
     assert (update.rank, update.additive, update.shape) == (3, True, tuple(weight_of(PLAIN[name]).shape))
     torch.testing.assert_close(update.delta_weight().double(), delta(PLAIN[name], 0.7), rtol=1e-5, atol=1e-5)
-    assert isinstance(update, LowRank)
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_factors_are_the_change_and_stay_bytes_of_a_file(name: str, tmp_path: Path) -> None:
+    """ΔW = scale·left·right as a matrix; all but the transposed factors of an embedding can be read without torch."""
+    save_file(KINDS[name], tmp_path / "a.safetensors")
+    stored = {part: LazyTensor.stored(spec) for part, spec in read_header(tmp_path / "a.safetensors").tensors.items()}
+    factors = kinds.get(str(kinds.claim(stored))).build(stored, 0.7, 2.1).factored()
+    left, right = factors.load()
+    expected = delta(KINDS[name], 0.7)
+    by_column = "embedding" in name
+    torch.testing.assert_close(factors.scale * left @ right, expected.flatten(1), rtol=1e-14, atol=1e-14)
+    for lazy in (factors.left, factors.right):
+        assert (lazy.spec is None) == by_column
+        if lazy.spec:
+            assert lazy.spec.shape == lazy.shape
+            assert torch.equal(read_tensor(lazy.spec), lazy.load())
+    m = KINDS[name].get("lora_magnitude_vector")
+    assert (factors.magnitude is None) == (m is None)
+    if m is not None:
+        assert (factors.by_column, factors.magnitude.shape) == (by_column, (m.numel(),))
+        assert torch.equal(read_tensor(factors.magnitude.spec), m.flatten())
 
 
 @pytest.mark.parametrize("name", sorted(KINDS))
