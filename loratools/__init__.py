@@ -8,7 +8,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from loratools.storage import sources
+
 __version__ = "0.1.0"
+
+sources.install("hf://", "loratools.hub.local", "resolve")
 
 # public name -> the module that defines it
 _HOME: dict[str, str] = {

@@ -17,7 +17,7 @@ LoraToolsError                 what `except` should name to catch everything bel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 class LoraToolsError(Exception):
@@ -32,6 +32,12 @@ class LoraToolsError(Exception):
         self.problems = tuple(problems)
         self.hint = hint
         super().__init__(message)
+
+    def reword(self, change: Callable[[str], str]) -> None:
+        """Pass every text of the error through a function, which may know better names for what it speaks of."""
+        self.message, self.hint = change(self.message), self.hint and change(self.hint)
+        self.problems = tuple(map(change, self.problems))
+        self.args = (self.message,)
 
     def __str__(self) -> str:
         lines = [self.message, *(f"  {problem}" for problem in self.problems)]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
 from loratools.cli._talk import Talk
-
-Need = Literal["adapter", "checkpoint", "header"]
+from loratools.storage.sources import Need, is_reference
 
 
 class Source(click.Path):
@@ -26,7 +25,7 @@ class Source(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Keep a reference to the Hub as the text that it is; an existing local path always wins."""
-        if isinstance(value, str) and value.startswith("hf://") and not Path(value).exists():
+        if is_reference(value):
             return value
         return super().convert(value, param, ctx)
 
@@ -45,10 +44,9 @@ def fetch(ctx: click.Context) -> None:
 def _local(given: str | Path, need: Need, ctx: click.Context) -> Path:
     if not isinstance(given, str):
         return given
-    from loratools.hub.local import local
+    from loratools.storage.sources import local, session
 
     talk = ctx.find_root().ensure_object(Talk)
-    path = local(given, need=need, progress=lambda total: talk.progress(f"fetching {given}", total))
-    if need == "header":
-        talk.names[str(path)] = given  # a folder that goes away with this process tells nobody anything
-    return path
+    current = ctx.with_resource(session(lambda name, total: talk.progress(f"fetching {name}", total)))
+    talk.names = current.names  # a folder that goes away with this process tells nobody anything
+    return local(given, need)

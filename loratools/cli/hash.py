@@ -11,8 +11,9 @@ import click
 from loratools.cli import _options as options
 from loratools.cli._group import command as make
 from loratools.cli._show import Report
-from loratools.cli._sources import Need, Source
+from loratools.cli._sources import Source
 from loratools.cli._talk import Talk, pass_talk
+from loratools.storage.sources import Need
 
 if TYPE_CHECKING:
     from loratools.adapter.model import BaseIdentity

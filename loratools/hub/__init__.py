@@ -1,6 +1,7 @@
 """The only place that touches the network; nothing here is imported before a Hub is asked for.
 
-    refs      hf://org/name[@revision][/file], and `local`: a path or a reference becomes a local path
+    refs      hf://org/name[@revision][/file]
+    local     a reference becomes a local path; `loratools.storage.sources` calls it
     client    `Hub`: reads that are retried and checked, refusals in the user's words
     faults    which failures pass, how long to wait, and what to say of those that stay
     files     which files of a repository an adapter, or a model, is made of

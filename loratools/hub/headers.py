@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from loratools.errors import BadFile
@@ -24,19 +22,17 @@ _SMALL = 1_000_000
 _NOT_NEEDED = ("tokenizer", "vocab", "special_tokens_map", "added_tokens", "trainer_state")
 
 
-def headers_of(hub: Hub, ref: Ref) -> Path:
-    """Return a folder, or the file in it, that has the headers and small JSON files of what `ref` names.
+def headers_of(hub: Hub, ref: Ref, folder: Path) -> Path:
+    """Fill a folder with the headers and small JSON files of what `ref` names; return it, or the file in it.
 
     Every file has its full size there, but zeros where a tensor's data, a tokenizer or a text would be: to be read by
-    what looks at headers only. The folder lives as long as this process.
+    what looks at headers only.
 
     Raises `HubError`, and `BadFile` where the weights are not safetensors.
     """
     with quiet():
         commit = hub.commit(ref.repo, ref.revision)
         tree = hub.tree(ref.repo, commit)
-        folder = Path(tempfile.mkdtemp(prefix="loratools-headers-"))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
         return _fill(hub, ref, commit, tree, folder)
 
 
@@ -98,4 +94,5 @@ def schema_of(hub: Hub, ref: Ref, algorithm: str) -> str:
     """Return the schema tier of the base hash of a model on the Hub, from its headers alone."""
     from loratools.storage.checkpoint import Checkpoint
 
-    return Checkpoint.open(headers_of(hub, ref)).schema(algorithm)
+    with TemporaryDirectory(prefix="loratools-headers-") as folder:
+        return Checkpoint.open(headers_of(hub, ref, Path(folder))).schema(algorithm)

@@ -1,33 +1,26 @@
-"""A path or a reference becomes a local path."""
+"""A reference to the Hub becomes a local path; `loratools.storage.sources` calls this when it meets `hf://`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from loratools.hub.refs import Need, Watch, is_ref, parse
+from loratools.hub.client import Hub
+from loratools.hub.headers import headers_of
+from loratools.hub.pull import cached
+from loratools.hub.refs import parse
+from loratools.storage.sources import Need, Watch
 
 
-def local(
-    path_or_ref: str | Path,
-    *,
-    need: Need = "adapter",
-    token: str | None = None,
-    progress: Watch | None = None,
-) -> Path:
-    """Return a local path for a path or a reference to the Hub.
+def resolve(reference: str, need: Need, watch: Watch, folder: Callable[[], Path], *, token: str | None = None) -> Path:
+    """Return a local path of what a reference to the Hub names.
 
-    A path is returned as it is, and an existing local path always wins. What a reference names is downloaded to the
-    cache of huggingface_hub, each file checked against the Hub's own digest; `header` fetches only headers and small
-    JSON files, by range requests, into a folder that lives as long as this process. `progress` is called with the bytes
-    to fetch, and gives a context whose function takes the bytes that arrived since the last call.
+    `adapter` and `checkpoint` are downloaded to the cache of huggingface_hub, each file checked against the Hub's own
+    digest; `watch` shows the progress of that. For `header`, headers and small JSON files are fetched by range
+    requests into the folder that `folder` makes. `token` is by default that of huggingface_hub (HF_TOKEN, `hf auth
+    login`).
 
     Raises `HubError`, and `BadFile` for a reference that is none.
     """
-    if not is_ref(path_or_ref) or Path(path_or_ref).exists():
-        return Path(path_or_ref)
-    from loratools.hub.client import Hub
-    from loratools.hub.headers import headers_of
-    from loratools.hub.pull import cached
-
-    ref, hub = parse(str(path_or_ref)), Hub(token=token)
-    return headers_of(hub, ref) if need == "header" else cached(hub, ref, need, progress=progress)
+    ref, hub = parse(reference), Hub(token=token)
+    return headers_of(hub, ref, folder()) if need == "header" else cached(hub, ref, need, watch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
@@ -18,10 +18,11 @@ from loratools.format.manifest import ORIGIN
 from loratools.hub import files
 from loratools.hub.client import Hub, RemoteFile, quiet
 from loratools.hub.headers import choose, schema_of
-from loratools.hub.refs import Need, Ref, Watch, is_plain
+from loratools.hub.refs import Ref, is_plain
 from loratools.parallel import Progress
 from loratools.storage import atomic, digest
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.sources import Need, Watch
 
 RECORD = Path(".loratools") / "pulled.json"
 """Where a pulled folder came from; hidden, so that it is not pushed again."""
@@ -117,7 +118,7 @@ def pull(
     )
 
 
-def cached(hub: Hub, ref: Ref, need: Need, *, progress: Watch | None = None) -> Path:
+def cached(hub: Hub, ref: Ref, need: Need, watch: Watch) -> Path:
     """Return the folder in huggingface_hub's cache that has what is needed of `ref`, or the file that it names.
 
     Offline (HF_HUB_OFFLINE) what the cache has is taken.
@@ -140,8 +141,7 @@ def cached(hub: Hub, ref: Ref, need: Need, *, progress: Watch | None = None) -> 
         for file in prepared.files.values()
         if not isinstance(try_to_load_from_cache(ref.repo, file.path, revision=prepared.commit), str)
     ]
-    begin = progress or (lambda total: nullcontext(lambda count: None))
-    with quiet(), begin(sum(file.size for file in missing)) as advance, _watched(folder / "blobs", advance):
+    with quiet(), watch(sum(file.size for file in missing)) as advance, _watched(folder / "blobs", advance):
         paths = {file.path: hub.fetch(ref.repo, prepared.commit, file) for file in prepared.files.values()}
     path, at = next(iter(paths.items()))
     root = at.parents[path.count("/")]

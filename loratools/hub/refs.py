@@ -3,21 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 from urllib.parse import unquote
 
 from loratools.errors import BadFile
-from loratools.parallel import Progress
-
-Need = Literal["adapter", "checkpoint", "header"]
-"""What of a repository is needed: an adapter's files, a model's, or the headers of either."""
-
-Watch = Callable[[int], AbstractContextManager[Progress]]
-"""Begins to show progress: bytes in all -> a context with the function that takes the bytes since the last call."""
 
 SCHEME = "hf://"
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}"
@@ -37,11 +26,6 @@ class Ref:
     def __str__(self) -> str:
         revision = f"@{self.revision}" if self.revision else ""
         return f"{SCHEME}{self.repo}{revision}{f'/{self.path}' if self.path else ''}"
-
-
-def is_ref(text: str | Path) -> bool:
-    """Tell whether a text is a reference to the Hub, sound or not; a `Path` never is: it has lost the slashes."""
-    return isinstance(text, str) and text.startswith(SCHEME)
 
 
 def parse(text: str) -> Ref:

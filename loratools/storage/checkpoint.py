@@ -12,6 +12,7 @@ from loratools.errors import BadFile
 from loratools.storage import digest, files
 from loratools.storage.header import TensorSpec, open_file, parse_json_object, read_header
 from loratools.storage.pickles.archive import SUFFIXES, read_pickled
+from loratools.storage.sources import Location, local
 
 if TYPE_CHECKING:
     import torch
@@ -61,13 +62,16 @@ class Checkpoint:
     origins: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, path: str | Path) -> Checkpoint:
+    def open(cls, path: Location) -> Checkpoint:
         """Open a model from its headers; no tensor is read.
+
+        `path` is a safetensors or torch file, an index, a folder of them, a diffusers pipeline, or `hf://org/name`,
+        which is downloaded to the cache of huggingface_hub.
 
         Raises `BadFile` for a missing or truncated shard, an index and shards that disagree, a Git-LFS pointer, a
         name that is in two files, and a folder that holds no weights. All problems are listed at once.
         """
-        path = Path(path)
+        path = local(path, "checkpoint")
         try:
             if path.is_dir():
                 pipeline = path / "model_index.json"

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from loratools.errors import BadFile, HubError
-from loratools.hub.local import local
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import read_header
+from loratools.storage.sources import local
 from loratools.surgery.inspect import AdapterSummary, CheckpointSummary, inspect
 from tests.hub.server import LocalHub
 from tests.hub.server.sample import safetensors

@@ -3,7 +3,8 @@
 import pytest
 
 from loratools.errors import BadFile
-from loratools.hub.refs import Ref, is_plain, is_ref, parse
+from loratools.hub.refs import Ref, is_plain, parse
+from loratools.storage.sources import is_reference
 
 
 @pytest.mark.parametrize(
@@ -44,9 +45,9 @@ def test_what_is_not_a_model(text: str) -> None:
 def test_only_texts_with_the_scheme_are_references() -> None:
     from pathlib import Path
 
-    assert is_ref("hf://org/name")
-    assert not is_ref("org/name")
-    assert not is_ref(Path("hf://org/name"))
+    assert is_reference("hf://org/name")
+    assert not is_reference("org/name")
+    assert not is_reference(Path("hf://org/name"))
 
 
 @pytest.mark.parametrize("path", ["../a", "a/../b", "/a", "a//b", "", ".", "a\\b", "c:x", "a\0", "a\nb", "a/"])

@@ -1,5 +1,6 @@
 """What the Hub refuses, in the user's words: what happened, and what to do."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ from huggingface_hub import constants
 
 from loratools.errors import HubError
 from loratools.hub.client import Hub
-from loratools.hub.local import local
+from loratools.hub.local import resolve
+from loratools.storage.sources import local
 from tests.hub.server import LocalHub
 from tests.hub.server.client import environment
 from tests.hub.trips import REPO, fetch, send, stored
@@ -123,7 +125,7 @@ def test_a_token_given_is_used_and_kept_nowhere(
     log_in(monkeypatch, None)
     stored(hub, workplace / "adapter", REPO)
     hub.seed(REPO, {}, private=True)
-    path = local(f"hf://{REPO}", token=hub.token)
+    path = resolve(f"hf://{REPO}", "adapter", lambda total: nullcontext(lambda count: None), Path, token=hub.token)
     assert (path / "adapter_config.json").is_file()
     assert Hub(token=hub.token).commit(REPO)
     for file in [*hub_home.rglob("*"), *path.rglob("*")]:

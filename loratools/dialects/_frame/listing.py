@@ -12,6 +12,7 @@ from loratools.storage.header import Header, open_file, read_header
 from loratools.storage.lazy import LazyTensor
 from loratools.storage.pickles.archive import SUFFIXES as PICKLES
 from loratools.storage.pickles.archive import read_pickled
+from loratools.storage.sources import Location, Need, local
 
 WEIGHTS = (".safetensors", ".gguf", ".npz", *PICKLES)
 """Endings of files that can hold an adapter's tensors."""
@@ -60,15 +61,19 @@ class Listing:
     @classmethod
     def of(
         cls,
-        path: str | Path,
+        path: Location,
         *,
+        need: Need = "adapter",
         alpha: float | None = None,
         base: Checkpoint | None = None,
         initial: bool = False,
         enabled: tuple[bool, ...] | None = None,
     ) -> Listing:
-        """List a folder or a single file; raise `BadFile` if there is nothing at the path or it cannot be listed."""
-        path = Path(path)
+        """List a folder or a single file; raise `BadFile` if there is nothing at the path or it cannot be listed.
+
+        `need` says what will be read of a reference: `header` fetches headers alone.
+        """
+        path = local(path, need)
         try:
             if path.is_dir():
                 files = tuple(sorted(entry.name for entry in path.iterdir() if entry.is_file()))

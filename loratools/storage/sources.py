@@ -1,0 +1,131 @@
+"""Where an input lies: a path, or a reference such as `hf://org/name` of which an installed resolver makes a path.
+
+A resolver is installed by the names of its module and function, and imported when a reference is met: nothing below
+`hub/` imports it, and every function that opens an adapter or a model takes references.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Literal
+
+from loratools.errors import LoraToolsError
+from loratools.parallel import Progress
+
+Location = str | os.PathLike[str]
+"""A path, or a reference. A reference is a text: a `Path` has lost one of its slashes."""
+
+Need = Literal["adapter", "checkpoint", "header"]
+"""What of an input will be read: an adapter's files, a model's, or the headers of either."""
+
+Watch = Callable[[int], AbstractContextManager[Progress]]
+"""Begins to show progress: bytes in all -> a context with the function that takes the bytes since the last call."""
+
+Fetching = Callable[[str, int], AbstractContextManager[Progress]]
+"""The same for references: the reference, and the bytes in all."""
+
+_RESOLVERS: dict[str, tuple[str, str]] = {}
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """What became of references in the course of one task: each was resolved once.
+
+    `names` are paths that go away with the task, and the references that they stood for; `folders` hold them.
+    """
+
+    fetching: Fetching = lambda reference, total: nullcontext(lambda count: None)
+    paths: dict[tuple[str, Need], Path] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    folders: list[str] = field(default_factory=list)
+
+    def named(self, text: str) -> str:
+        """Return a text with references in the place of paths that only this task knows."""
+        for path, reference in self.names.items():
+            text = text.replace(path, reference)
+        return text
+
+    def folder(self) -> Path:
+        """Return a new folder that goes away with the task, or with the process."""
+        from tempfile import mkdtemp
+
+        self.folders.append(mkdtemp(prefix="loratools-headers-"))
+        return Path(self.folders[-1])
+
+    def close(self) -> None:
+        """Remove the folders."""
+        if self.folders:
+            from shutil import rmtree
+
+            for folder in self.folders:
+                rmtree(folder, ignore_errors=True)
+
+
+_CURRENT: ContextVar[Session | None] = ContextVar("session", default=None)
+
+
+def install(prefix: str, module: str, function: str) -> None:
+    """Have `function` of `module` resolve references that begin with `prefix`.
+
+    It is called as `function(reference, need, watch, folder)` and returns a local path; `folder()` makes a folder for
+    headers, which goes away when they have been read.
+    """
+    _RESOLVERS[prefix] = (module, function)
+
+
+def is_reference(location: object) -> bool:
+    """Tell whether an input is a text that begins as a reference does, and no path that exists."""
+    return isinstance(location, str) and location.startswith(tuple(_RESOLVERS)) and not Path(location).exists()
+
+
+def local(location: Location, need: Need = "adapter") -> Path:
+    """Return a path for a path or a reference; what a reference names is fetched as far as `need` says.
+
+    Raises what the resolver raises (`HubError`, `BadFile`), and `TypeError` for what is neither a text nor a path.
+    """
+    if not isinstance(location, str) or not is_reference(location):
+        return Path(location)
+    current = _CURRENT.get()
+    if current is None:
+        current = Session()
+        atexit.register(current.close)
+    enough: tuple[Need, ...] = ("header", "checkpoint", "adapter") if need == "header" else (need,)
+    for fetched in enough:
+        if (location, fetched) in current.paths:
+            return current.paths[location, fetched]
+    module, function = next(where for prefix, where in _RESOLVERS.items() if location.startswith(prefix))
+    resolve = getattr(import_module(module), function)
+    path: Path = resolve(location, need, partial(current.fetching, location), current.folder)
+    current.paths[location, need] = path
+    if need == "header":
+        current.names[str(path)] = location
+    return path
+
+
+@contextmanager
+def session(fetching: Fetching | None = None) -> Iterator[Session]:
+    """Resolve each reference once while a task runs, and name it in errors as the user did.
+
+    `fetching` shows progress. Within another session, that one goes on.
+    """
+    if outer := _CURRENT.get():
+        yield outer
+        return
+    current = Session() if fetching is None else Session(fetching)
+    token = _CURRENT.set(current)
+    try:
+        yield current
+    except LoraToolsError as error:
+        error.reword(current.named)
+        raise
+    finally:
+        _CURRENT.reset(token)
+        current.close()
