@@ -4,6 +4,7 @@ LoraToolsError                 what `except` should name to catch everything bel
 ├── BadFile                    a file is missing, truncated, damaged, or not what it claims to be
 │   └── InvalidFormat          an adapter breaks a numbered clause of the specification
 ├── UnknownKind                no dialect, update or command of that name, or a file that none of them knows
+├── InvalidOption              an option has a value that it cannot have; also a `ValueError`
 ├── UnsupportedAdapter         a sound adapter that carries something loratools does not do (yet), by name
 ├── IncompatibleAdapter        adapter and base model do not fit: names or shapes
 ├── WrongBase                  the base model is not the one that the adapter was sealed with
@@ -56,6 +57,10 @@ class InvalidFormat(BadFile):
 
 class UnknownKind(LoraToolsError):
     """No dialect, update or command has that name, or none of them knows the file."""
+
+
+class InvalidOption(LoraToolsError, ValueError):
+    """An option has a value that it cannot have; the message lists those that it can have."""
 
 
 class UnsupportedAdapter(LoraToolsError):

@@ -80,3 +80,7 @@ def each(
     if refuse and problems:
         raise refuse(problems)
     return results
+
+
+def no_progress(count: int) -> None:
+    """Take the number of bytes done, and tell nobody."""

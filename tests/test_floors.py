@@ -16,7 +16,7 @@ PACKAGE = REPOSITORY / "loratools"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 FLOORS = (
     {"loratools", "errors"},
-    {"parallel"},
+    {"options", "parallel"},
     {"storage", "linalg"},
     {"adapter"},
     {"format"},

@@ -76,8 +76,8 @@ def ranks_of(given: dict[str, Any], dtype: str) -> Ranks | None:
 
 def budget(text: str, dtype: str) -> int:
     """Return the parameters of a budget: `500000`, `2M`, or bytes such as `8MB` of a dtype; raise `ValueError`."""
-    from loratools.cli._sizes import parse_size
     from loratools.storage.dtypes import bits
+    from loratools.storage.sizes import parse_size
 
     plain = text.strip().upper()
     if plain.endswith("B"):

@@ -143,8 +143,8 @@ def _ranks(given: dict[str, Any], dtype: str) -> Ranks:
 
 def _parameters(text: str, dtype: str) -> int:
     """Return a budget as a number of parameters: `20M` and `20000000` are parameters, `64MB` and `64MiB` are bytes."""
-    from loratools.cli._sizes import parse_size
     from loratools.storage import dtypes
+    from loratools.storage.sizes import parse_size
 
     amount = text.strip()
     try:

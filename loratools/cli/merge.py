@@ -17,7 +17,10 @@ from loratools.cli._talk import Talk, pass_talk
 
 if TYPE_CHECKING:
     from loratools.hub.stream import Stream
+    from loratools.options import CheckBase
+    from loratools.storage.dtypes import FloatName
     from loratools.surgery.merge import Merge, MergeReport
+    from loratools.surgery.merge.options import Device, Retention, Rounding, Tied
 
 _ENOUGH = 0.9  # delta retention under which a merge is warned about
 
@@ -98,13 +101,13 @@ def command(
     adapters: tuple[Path, ...],
     output: Path | None,
     weights: tuple[float, ...],
-    dtype: str | None,
+    dtype: FloatName | None,
     max_shard_size: str | None,
-    tied: str,
+    tied: Tied,
     model_type: str | None,
-    check_base: str,
-    retention: str,
-    rounding: str,
+    check_base: CheckBase,
+    retention: Retention,
+    rounding: Rounding,
     seed: int,
     keep_residual: bool,
     push: str | None,
@@ -113,7 +116,7 @@ def command(
     base_model: str | None,
     license: str | None,
     resume: bool,
-    device: str,
+    device: Device,
     threads: int | None,
     dry_run: bool,
     verify: bool,
@@ -136,9 +139,8 @@ def command(
     """
     from contextlib import ExitStack
 
-    from loratools.cli._sizes import parse_size
-    from loratools.storage.dtypes import ALIASES
     from loratools.surgery.merge import execute, prepare
+    from loratools.surgery.merge.options import MergeOptions
 
     if weights and len(weights) != len(adapters):
         raise click.UsageError(f"{len(weights)} weight(s) for {len(adapters)} adapter(s); give -w once for each")
@@ -146,18 +148,15 @@ def command(
         raise click.UsageError("--resume does not go with --push: what was sent is not sent again anyway")
     if no_local and (not push or keep_residual or verify):
         raise click.UsageError("--no-local needs --push, and leaves nothing for --keep-residual or --verify")
-    try:
-        limit = parse_size(max_shard_size) if max_shard_size else None
-    except ValueError as error:
-        raise click.UsageError(f"--max-shard-size: {error}") from None
     with ExitStack() as stack:
         if no_local or output is None:
             output = Path(stack.enter_context(TemporaryDirectory(prefix="loratools-"))) / "merged"
-        prepared = prepare(
-            base, adapters, output, weights=weights or None, dtype=ALIASES[dtype] if dtype else None,
-            max_shard_size=limit, tied=tied, check_base=check_base, threads=threads, force=force,
-            model_type=model_type,
+        choices = MergeOptions(
+            dtype=dtype, max_shard_size=max_shard_size, tied=tied, model_type=model_type, check_base=check_base,
+            retention=retention, rounding=rounding, seed=seed, keep_residual=keep_residual, resume=resume,
+            device=device, threads=threads, force=force,
         )  # fmt: skip
+        prepared = prepare(base, adapters, output, weights=weights or None, options=choices)
         for note in prepared.plan.notes:
             talk.note(note)
         plan = prepared.to_json()
@@ -165,10 +164,7 @@ def command(
             return show.Report({"dry_run": True, **plan}, _plan(prepared, plan))
         sender = Sender(push, private, base_model, license, keep=not no_local) if push else None
         with talk.progress("merging", plan["bytes"]["written"] + keep_residual * plan["bytes"]["changed"]) as advance:
-            report = execute(
-                prepared, device=device, retention=retention, seed=seed, rounding=rounding,
-                keep_residual=keep_residual, force=force, progress=advance, sink=sender, resume=resume,
-            )  # fmt: skip
+            report = execute(prepared, progress=advance, sink=sender)
     for warning in report.warnings:
         talk.warn(warning)
     if report.retention is not None and report.retention < _ENOUGH:

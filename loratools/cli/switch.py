@@ -14,6 +14,7 @@ from loratools.cli._group import command as make
 from loratools.cli._talk import Talk, pass_talk
 
 if TYPE_CHECKING:
+    from loratools.options import CheckBase
     from loratools.surgery.switch import Switch
 
 
@@ -40,7 +41,7 @@ def command(
     into: tuple[Path, ...],
     output: Path,
     weights: tuple[float, ...],
-    check_base: str,
+    check_base: CheckBase,
     threads: int | None,
     force: bool,
 ) -> show.Report:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from loratools.errors import UnsupportedAdapter
 
@@ -82,7 +82,27 @@ def from_name(attribute: str) -> str | None:
 ALIASES = {
     "bf16": "BF16", "bfloat16": "BF16", "f16": "F16", "fp16": "F16", "float16": "F16", "half": "F16",
     "f32": "F32", "fp32": "F32", "float32": "F32", "float": "F32", "f64": "F64", "fp64": "F64", "float64": "F64",
+    "double": "F64",
 }  # fmt: skip
+
+FloatName = Literal[
+    "bf16", "f16", "f32", "f64", "BF16", "F16", "F32", "F64", "bfloat16", "float16", "float32", "float64",
+]  # fmt: skip
+"""The spellings of a float dtype that editors offer; `parse_float` reads every one of `ALIASES`."""
+
+
+def parse_float(dtype: str | torch.dtype) -> str:
+    """Return the safetensors name of a float dtype in any spelling: `bf16`, `BF16`, `bfloat16`, `torch.bfloat16`.
+
+    Raises `ValueError` for any other dtype.
+    """
+    found = ALIASES.get(str(dtype).removeprefix("torch.").lower())
+    if found is None:
+        raise ValueError(
+            f"{str(dtype)!r} is not a dtype that a model can be written in; it can be bf16, f16, f32 or f64"
+        )
+    return found
+
 
 CONFIG_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 """How `config.json` of transformers spells them."""

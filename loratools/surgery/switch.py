@@ -16,6 +16,7 @@ from loratools.engine.residual.restore import Restorer, file_plan, lost_tensors
 from loratools.engine.run import Settings, write_weights
 from loratools.errors import IncompatibleAdapter, WrongBase
 from loratools.format.digest import checked_digest
+from loratools.options import CheckBase
 from loratools.parallel import Progress, cores
 from loratools.storage import atomic, digest, files
 from loratools.storage.atomic import refuse_inputs
@@ -23,7 +24,8 @@ from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.companions import companions
 from loratools.storage.header import TensorSpec
 from loratools.storage.layout import Slot
-from loratools.surgery.merge import folder
+from loratools.surgery.merge.folder import write_companions
+from loratools.surgery.merge.options import MergeOptions
 from loratools.surgery.merge.plan import plan_merge
 from loratools.surgery.record import merge_record
 from loratools.surgery.unmerge.merged import Merged, check_sums, error_bound
@@ -62,7 +64,7 @@ def switch(
     output: str | Path,
     *,
     weights: Sequence[float] | None = None,
-    check_base: str = "strict",
+    check_base: CheckBase = "strict",
     threads: int | None = None,
     force: bool = False,
     progress: Progress = lambda _: None,
@@ -98,7 +100,7 @@ def switch(
 
 def _exact(
     residual: Residual,
-    check_base: str,
+    check_base: CheckBase,
     merged: Merged,
     new: _New,
     threads: int,
@@ -109,7 +111,7 @@ def _exact(
     merged.check_complete()
     lost = lost_tensors(merged.model, residual, merged.adapters, merged.weights, merged.record.get("tied") or "error")
     base, slots = _as_it_was(merged.model, residual, lost, scratch)
-    plan = plan_merge(base, new.adapters, new.weights, tied="error", check_base=check_base)
+    plan = plan_merge(base, new.adapters, new.weights, MergeOptions(check_base=check_base))
     recorded: Mapping[str, str] = merged.record["base"]["tensors"]
     before = {name: partial(_put_back, one, residual, slots[name], recorded) for name, one in lost.items()}
     results = write_weights(plan, scratch, Settings(new.digests, threads, before=before), progress)
@@ -118,7 +120,7 @@ def _exact(
     record: dict[str, Any] = merge_record(base, new.adapters, new.weights, new.digests)
     known = {r.name: r.digests[digest.DEFAULT] for r in results if r.digests}
     record |= {"base": {**merged.record["base"], "tensors": known}, "tied": None, "dtype": None, "retention": retention}
-    folder.write_companions(plan, companions(merged.model, new.paths), record, scratch)
+    write_companions(plan, companions(merged.model, new.paths), record, scratch)
     changed = len(plan.touched().keys() | lost.keys())
     return Switch(str(output), True, changed, len(plan.changes), 0.0, retention, plan.notes)
 
@@ -168,14 +170,15 @@ def _approximate(merged: Merged, new: _New, threads: int, progress: Progress, ou
     model = merged.model
     weights = (*(-weight for weight in merged.weights), *new.weights)
     adapters = (*merged.adapters, *new.adapters)
-    plan = plan_merge(model, adapters, weights, tied=merged.record.get("tied") or "error", check_base="off")
+    options = MergeOptions(tied=merged.record.get("tied") or "error", check_base="off")
+    plan = plan_merge(model, adapters, weights, options)
     check_sums(plan)
     digests = (*merged.digests, *new.digests)
     results = write_weights(plan, scratch, Settings(digests, threads, retention="off"), progress)
     bound = max((error_bound(plan, scratch, result.name) for result in results), default=0.0)
     record = merge_record(model, adapters, weights, digests)
     record |= {"operation": "switch", "approximate": True, "error_bound": bound}
-    folder.write_companions(plan, companions(model, new.paths), record, scratch)
+    write_companions(plan, companions(model, new.paths), record, scratch)
     notes = (
         "approximate: W' − ΔW_out + ΔW_in, for no residual of the merge was kept",
         "no base hash of the new adapters was checked",

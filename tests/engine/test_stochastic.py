@@ -10,7 +10,7 @@ import torch
 
 from loratools.engine.run import Settings, write_weights
 from loratools.engine.stochastic import Stochastic
-from loratools.surgery.merge import merge, prepare
+from loratools.surgery.merge import MergeOptions, merge, prepare
 from tests.surgery.models import DTYPES, PRECISION, load, lora, merged, random, save_adapter, save_base, units_off
 
 SHAPE = (48, 56)
@@ -73,7 +73,7 @@ def test_changes_below_half_a_unit_survive(dtype: str, tmp_path: Path) -> None:
 def test_wider_dtypes_are_rounded_to_nearest(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", {"a.weight": random(*SHAPE)})
     adapter = save_adapter(tmp_path / "adapter", lora({"a": SHAPE}, scale=0.01))
-    plan = prepare(base, [adapter], tmp_path / "out", dtype="F64").plan
+    plan = prepare(base, [adapter], tmp_path / "out", options=MergeOptions(dtype="F64")).plan
     for rounding in ("nearest", "stochastic"):
         (tmp_path / rounding).mkdir()
         write_weights(plan, tmp_path / rounding, Settings("x", 1, rounding=rounding), lambda _: None)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from loratools.engine.run import Settings, write_weights
 from loratools.storage import files
 from loratools.storage.checkpoint import Checkpoint
-from loratools.surgery.merge import merge, prepare
+from loratools.surgery.merge import MergeOptions, merge, prepare
 from tests.faults.killer import hashes
 from tests.make import tiny
 
@@ -44,7 +44,9 @@ def test_threads_and_the_order_of_adapters_do_not_show(model: Path, dtype: str |
 def test_the_size_of_tiles_does_not_show(model: Path, dtype: str | None) -> None:
     """In what is rounded to 16 bits: not in an element of 10,000. Else: not beyond the last bits of the arithmetic."""
     adapters, weights = three(model)
-    prepared = prepare(model / "base", adapters, model / "out", weights=weights, dtype=dtype, threads=1)
+    prepared = prepare(
+        model / "base", adapters, model / "out", weights=weights, options=MergeOptions(dtype=dtype, threads=1)
+    )
     found = []
     for tile in (1, 1000, 1 << 20):
         folder = model / f"tiles of {tile}"

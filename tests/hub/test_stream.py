@@ -8,7 +8,7 @@ from loratools.errors import HubError
 from loratools.hub.client import Hub
 from loratools.hub.refs import Ref
 from loratools.hub.stream import Stream
-from loratools.surgery.merge import execute, prepare
+from loratools.surgery.merge import MergeOptions, execute, prepare
 from tests.hub.server import LocalHub
 from tests.hub.trips import REPO, contents, fetch
 
@@ -64,7 +64,9 @@ def test_a_merge_holds_never_more_than_one_shard_on_the_disk(hub: LocalHub, work
             held.append(sum(file.stat().st_blocks * 512 for file in self.folder.rglob("*.safetensors")))
             super().shard(path)
 
-    prepared = prepare(workplace / "base", [workplace / "adapter"], tmp_path / "out", max_shard_size=8_000)
+    prepared = prepare(
+        workplace / "base", [workplace / "adapter"], tmp_path / "out", options=MergeOptions(max_shard_size=8_000)
+    )
     sizes = [file.size for file in prepared.plan.files]
     assert len(sizes) >= 4
     execute(prepared, sink=lambda folder: Watched(Hub(), Ref(REPO), folder, license="mit", base_model="lab/base"))

@@ -10,9 +10,9 @@ import safetensors
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loratools.cli._sizes import parse_size
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.layout import FilePlan, index_json, plan_file, plan_shards
+from loratools.storage.sizes import parse_size
 
 TENSORS = st.lists(
     st.tuples(st.sampled_from(["F32", "BF16", "U8"]), st.lists(st.integers(0, 6), max_size=3).map(tuple)), max_size=12

@@ -17,6 +17,7 @@ from loratools.storage.checkpoint import Checkpoint, Shard
 from loratools.storage.header import TensorSpec
 from loratools.storage.layout import DEFAULT_SHARD, FilePlan, plan_file, plan_shards
 from loratools.surgery.base import _expected
+from loratools.surgery.merge.options import MergeOptions
 
 _Tensor = tuple[str, str, tuple[int, ...]]
 
@@ -25,11 +26,8 @@ def plan_merge(
     base: Checkpoint,
     adapters: Sequence[Adapter],
     weights: Sequence[float],
+    options: MergeOptions,
     *,
-    dtype: str | None = None,
-    max_shard_size: int | None = None,
-    tied: str = "error",
-    check_base: str = "strict",
     configs: Sequence[Mapping[str, Any] | None] = (),
 ) -> MergePlan:
     """Decide everything about a merge of `adapters`, times their `weights`, into `base`.
@@ -39,7 +37,7 @@ def plan_merge(
     Raises `IncompatibleAdapter` for modules without a place, shapes that do not fit, quantized targets, and tied
     embeddings without a policy; `WrongBase` when an adapter's recorded schema or tensor list contradicts the base.
     """
-    untied = apply_policy(tuple(adapters), base.specs, base.config, tied)
+    untied = apply_policy(tuple(adapters), base.specs, base.config, options.tied)
     specs = {**base.specs, **{new: base.specs[old] for new, old in untied.copies.items()}}
     shapes = {name: spec.shape for name, spec in specs.items()}
     whole = replaced(untied.adapters, weights, shapes)
@@ -49,7 +47,7 @@ def plan_merge(
     check_vocabulary(shapes, {name: spec.shape for name, spec in whole.items()})
     placements = _placed(untied.adapters, {name: spec.shape for name, spec in sources.items()}, base)
     _check_targets({name: specs[name] for name in {**placements, **whole} if name in specs})
-    expected, notes = _expected(adapters, specs, placements, base, check_base)
+    expected, notes = _expected(adapters, specs, placements, base, options.check_base)
     changes = {
         name: Change(
             source,
@@ -59,6 +57,7 @@ def plan_merge(
         )
         for name, source in sources.items()
     }
+    dtype, max_shard_size = options.output_dtype, options.shard_bytes
     if base.components and max_shard_size is not None:
         raise IncompatibleAdapter("a pipeline keeps the files of its components; --max-shard-size does not apply to it")
     kept = max_shard_size is None and not any(shard.path.suffix != ".safetensors" for shard in base.shards)
@@ -81,9 +80,8 @@ def plan_merge(
     else:
         metadata = {"format": "pt"} | dict(base.shards[0].metadata)
         files = plan_shards(planned, max_shard_size or DEFAULT_SHARD, metadata)
-    return MergePlan(
-        base, untied.adapters, tuple(weights), tuple(files), changes, config, kept, check_base == "strict", tuple(notes)
-    )
+    strict = options.check_base == "strict"
+    return MergePlan(base, untied.adapters, tuple(weights), tuple(files), changes, config, kept, strict, tuple(notes))
 
 
 def _placed(

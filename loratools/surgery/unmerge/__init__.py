@@ -23,8 +23,9 @@ from loratools.storage.checkpoint import Checkpoint, read_json
 from loratools.storage.companions import companions
 from loratools.surgery.base import prove
 from loratools.surgery.hash import hash_tensors
-from loratools.surgery.merge import folder
 from loratools.surgery.merge.card import without_section
+from loratools.surgery.merge.folder import write_companions
+from loratools.surgery.merge.options import MergeOptions, Tied
 from loratools.surgery.merge.plan import plan_merge
 from loratools.surgery.record import merge_record
 from loratools.surgery.unmerge.merged import Merged, check_sums, error_bound
@@ -134,14 +135,15 @@ def _from_residual(
 
 def _approximate(merged: Merged, threads: int, progress: Progress, output: Path, scratch: Path) -> Unmerge:
     model = merged.model
-    tied = merged.record.get("tied") or "both"
-    plan = plan_merge(model, merged.adapters, [-weight for weight in merged.weights], tied=tied, check_base="off")
+    tied: Tied = merged.record.get("tied") or "both"
+    options = MergeOptions(tied=tied, check_base="off")
+    plan = plan_merge(model, merged.adapters, [-weight for weight in merged.weights], options)
     check_sums(plan)
     results = write_weights(plan, scratch, Settings(merged.digests, threads, retention="off"), progress)
     bound = max((error_bound(plan, scratch, result.name) for result in results), default=0.0)
     record = merge_record(model, merged.adapters, [-weight for weight in merged.weights], merged.digests)
     record |= {"operation": "unmerge", "approximate": True, "error_bound": bound}
-    folder.write_companions(plan, companions(model, ()), record, scratch)
+    write_companions(plan, companions(model, ()), record, scratch)
     notes = ("not the base model, but W' − ΔW: what rounding destroyed at the merge is lost",)
     return Unmerge(str(output), "approximate", len(plan.changes), len(plan.touched()), None, None, bound, notes)
 

@@ -24,6 +24,7 @@ from loratools.parallel import Progress, workers
 from loratools.storage import dtypes, files
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import TensorSpec
+from loratools.surgery.merge.options import MergeOptions, Tied
 from loratools.surgery.merge.plan import plan_merge
 from loratools.surgery.verify import probes as probing
 
@@ -95,9 +96,9 @@ def verify(
     weights = [1.0] * len(opened) if weights is None else list(weights)
     if not opened or len(weights) != len(opened):
         raise ValueError(f"{len(opened)} adapter(s) and {len(weights)} weight(s); each adapter takes one weight")
-    tied = "untie" if model.specs.keys() - base.specs.keys() else "both"
+    tied: Tied = "untie" if model.specs.keys() - base.specs.keys() else "both"
     settled, _ = settle(base, [named_for(one, base) for one in opened], strict=False)
-    plan = plan_merge(base, settled, weights, tied=tied, check_base="off")
+    plan = plan_merge(base, settled, weights, MergeOptions(tied=tied, check_base="off"))
     shared = {name: change for name, change in plan.changes.items() if name in model.specs}
     differing: list[str] = []
     checked: list[TensorCheck] = []

@@ -16,7 +16,7 @@ from loratools.cli._run import run
 from loratools.errors import IncompatibleAdapter, NoSpace
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.hash import hash_checkpoint
-from loratools.surgery.merge import execute, merge, prepare
+from loratools.surgery.merge import MergeOptions, execute, merge, prepare
 from tests.surgery import models
 from tests.surgery.models import load, lora, random, same_bytes, save_adapter, save_base
 
@@ -201,7 +201,7 @@ def test_untied_head_in_shards(place: Path) -> None:
 def test_the_plan_is_what_happens(options: dict[str, object], place: Path) -> None:
     save_adapter(place / "other", lora({"a": (64, 48)}, rank=7, seed=9))
     adapters = [place / "adapter", place / "other"]
-    prepared = prepare(place / "base", adapters, place / "out", weights=[1, -0.5], **options)  # type: ignore[arg-type]
+    prepared = prepare(place / "base", adapters, place / "out", weights=[1, -0.5], options=MergeOptions(**options))  # type: ignore[arg-type]
     plan = json.loads(json.dumps(prepared.to_json()))
     assert not (place / "out").exists()
     done: list[int] = []

@@ -16,7 +16,7 @@ from torch import Tensor
 from loratools import dialects
 from loratools.engine.run import Settings, write_weights
 from loratools.storage.checkpoint import Checkpoint
-from loratools.surgery.merge import merge, prepare
+from loratools.surgery.merge import MergeOptions, merge, prepare
 from loratools.surgery.merge.plan import plan_merge
 from tests.surgery import models
 from tests.surgery.models import DTYPES, PRECISION, Lora, load, lora, random, same_bytes, save, weights_of
@@ -203,7 +203,7 @@ def test_any_shapes_ranks_dtypes_and_tiles(case: tuple[dict[str, Tensor], list[L
     with tempfile.TemporaryDirectory() as name:
         base, paths = save(Path(name), weights, adapters)
         opened = [dialects.open_adapter(path) for path in paths]
-        plan = plan_merge(Checkpoint.open(base), opened, [one.weight for one in adapters], dtype=out)
+        plan = plan_merge(Checkpoint.open(base), opened, [one.weight for one in adapters], MergeOptions(dtype=out))
         (Path(name) / "out").mkdir()
         settings = Settings([str(path) for path in paths], threads, tile_bytes=tile, retention="full")
         write_weights(plan, Path(name) / "out", settings, lambda _: None)

@@ -18,6 +18,7 @@ from loratools.adapter.model import Adapter
 from loratools.engine.run import Settings, write_weights
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
+from loratools.surgery.merge.options import MergeOptions
 from loratools.surgery.merge.plan import plan_merge
 from tests.surgery.models import DTYPES, PRECISION, load, random, save_base
 
@@ -154,7 +155,7 @@ def check(mixture: Mixture, dtype: str, shards: int, how: Settings) -> None:
         adapters.append(Adapter(built))
     with tempfile.TemporaryDirectory() as place:
         base = save_base(Path(place) / "base", weights, shards, model_type="llama")
-        plan = plan_merge(Checkpoint.open(base), adapters, [weight for weight, _ in mixture])
+        plan = plan_merge(Checkpoint.open(base), adapters, [weight for weight, _ in mixture], MergeOptions())
         out = Path(place) / "out"
         out.mkdir()
         digests = [str(i) for i in range(len(adapters))]

@@ -1,0 +1,66 @@
+"""Check options when a value that holds them is built: every wrong word, number and switch is told at once.
+
+A list of words stands in one place, as a `Literal` type; `words` reads it back for messages and command lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar, get_args
+
+from loratools.errors import InvalidOption
+
+CheckBase = Literal["strict", "warn", "off"]
+"""What happens where a base model is not the recorded one: an error, a warning, or no comparison at all."""
+
+Value = TypeVar("Value")
+
+
+def words(literal: Any) -> tuple[str, ...]:
+    """Return the words of a `Literal` type, in their order."""
+    return get_args(literal)
+
+
+def either(choices: Sequence[str]) -> str:
+    """Return "a, b or c"."""
+    *first, last = choices
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+class Options:
+    """The options of one call while they are checked; `done` raises for all that are wrong."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def word(self, name: str, value: object, literal: Any) -> None:
+        """Note a problem unless `value` is one of the words of a `Literal` type."""
+        if value not in words(literal):
+            self.problems.append(f"{name} is {value!r}; it can be {either(words(literal))}")
+
+    def number(self, name: str, value: object, *, least: int | None = None, optional: bool = False) -> None:
+        """Note a problem unless `value` is a whole number, at least `least`; None passes where it is `optional`."""
+        if optional and value is None:
+            return
+        if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
+            range_of = f" of at least {least}" if least is not None else ""
+            self.problems.append(f"{name} is {value!r}; it can be a whole number{range_of}{' or None' * optional}")
+
+    def flag(self, name: str, value: object) -> None:
+        """Note a problem unless `value` is True or False."""
+        if not isinstance(value, bool):
+            self.problems.append(f"{name} is {value!r}; it can be True or False")
+
+    def parsed(self, name: str, parse: Callable[[Any], Value], value: object) -> Value | None:
+        """Return `parse(value)`; note a problem where that raises `ValueError`, whose text says what can be."""
+        try:
+            return None if value is None else parse(value)
+        except ValueError as error:
+            self.problems.append(f"{name}: {error}")
+            return None
+
+    def done(self) -> None:
+        """Raise `InvalidOption` if there was a problem: one is the message, several are listed under it."""
+        if self.problems:
+            single = self.problems[0] if len(self.problems) == 1 else None
+            raise InvalidOption(single or f"{len(self.problems)} options are wrong", () if single else self.problems)
