@@ -1,106 +1,324 @@
-"""The house stands: imports point down the floors, modules are short and well named, imports are light."""
+"""The house stands: no circle, no arrow up, short modules, a sign on every folder's door; imports are light.
+
+An arrow is an import of `loratools…`, also inside a function or for type checkers only. Each check is a function that
+lists the faults of a tree; a wrong tree beside it shows that it finds them.
+"""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from tests.conftest import REPOSITORY, clean_env
 
-PACKAGE = REPOSITORY / "loratools"
-MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
-FLOORS = (
-    {"loratools", "errors"},
-    {"options", "parallel"},
-    {"storage", "linalg"},
-    {"adapter"},
-    {"format"},
-    {"dialects", "engine"},
-    {"surgery"},
-    {"hub"},
-    {"demo"},
-    {"cli"},
-    {"__main__"},
-)
-"""Top-level names of the package, ground floor first; of `loratools`, its __init__, others import the version only."""
+FLOORS: Mapping[str, tuple[str, ...]] = {
+    "loratools": (
+        "errors __version__",
+        "parallel",
+        "storage linalg",
+        "adapter",
+        "format",
+        "dialects engine",
+        "surgery",
+        "hub",
+        "demo",
+        "cli",
+        "__main__ __init__",
+    ),
+    "loratools.adapter": ("factors parts site", "kinds", "model", "fusing low_rank", "naming", "placement"),
+    "loratools.adapter.naming": ("compact wrappers image", "selection"),
+    "loratools.storage": ("*", "pickles", "checkpoint", "companions"),
+    "loratools.dialects": ("_frame", "*"),
+    "loratools.surgery": (
+        "hash record inspect spectrum compare",
+        "base convert extract",
+        "combine merge validate",
+        "resize verify",
+        "unmerge",
+        "switch",
+    ),
+    "loratools.surgery.combine": ("methods", "*"),
+    "loratools.format": ("keys registry", "manifest", "clauses digest peft_config", "validate", "reader writer"),
+    "loratools.linalg": ("orthonormal factored native", "ranks similarity", "svd"),
+}
+"""Folder -> what it holds, ground floor first: nothing imports its own floor or one above. "*" is all that is not
+named, and may import its like. A folder that is not here has only files, which form no circle.
 
-FRONT_DOOR = PACKAGE / "__init__.py"
-"""It imports what it shows, from every room below the command line, when that is asked for."""
+`loratools/__init__.py` shows what all rooms make, so it stands at the top; others take only its `__version__`.
+"""
+VERSION = "loratools.__version__"
+
+REGISTERED = {"adapter.kinds", "adapter.naming.image", "storage.codecs", "surgery.combine.methods", "cli", "dialects"}
+"""Folders of siblings that are found by file name, one file a thing: their signs say what a sibling is."""
 
 LONGEST = 300
+MOST = 18
+"""Entries of a folder, its `__init__.py` not counted; a newcomer looks through all of them."""
+MOST_OF = {"surgery": 20} | dict.fromkeys(REGISTERED - {"dialects"}, 1000)
 VAGUE = {"utils", "util", "common", "core", "helpers", "helper", "misc", "tools"}
 
 
-def room(module: str) -> str:
-    """Return the top-level name under loratools that a dotted module name belongs to."""
-    return module.split(".")[1] if "." in module else "loratools"
+class Arrow(NamedTuple):
+    """An import: the importing module and line, and the imported module; a folder's own file ends in `__init__`."""
+
+    source: str
+    line: int
+    target: str
 
 
-def dotted(path: Path) -> str:
-    parts = path.relative_to(REPOSITORY).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+UNDER_WORK = {"loratools.engine", "loratools.engine.arithmetic"}
 
 
-def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line, dotted name) of every import of loratools in a module, also inside functions."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+@dataclass(frozen=True)
+class House:
+    """A package `loratools` and its imports."""
+
+    root: Path
+
+    @cached_property
+    def modules(self) -> dict[str, Path]:
+        """Dotted name -> file."""
+        paths = sorted((self.root / "loratools").rglob("*.py"))
+        return {".".join(path.relative_to(self.root).with_suffix("").parts): path for path in paths}
+
+    @cached_property
+    def trees(self) -> dict[str, ast.Module]:
+        return {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in self.modules.items()}
+
+    @cached_property
+    def arrows(self) -> list[Arrow]:
+        return [
+            Arrow(module, node.lineno, target)
+            for module, tree in self.trees.items()
+            for node in ast.walk(tree)
+            for target in self._targets(module, node)
+            if target != module
+        ]
+
+    def _targets(self, module: str, node: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Import):
-            found = [alias.name for alias in node.names]
+            names = [VERSION if alias.name == "loratools" else alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno}: relative import; write loratools. ..."
-            # `from loratools import storage` imports a room, `from loratools import __version__` a name
-            found = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "loratools" else []
-            found = [name for name in found if room(name) in set().union(*FLOORS)] or [str(node.module)]
+            assert node.level == 0, f"{module}:{node.lineno}: relative import; write loratools. ..."
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if self._module(name) or name == VERSION else str(node.module) for name in names]
         else:
+            return
+        for name in {name for name in names if name.split(".")[0] == "loratools"}:
+            target = VERSION if name == VERSION else self._module(name)
+            assert target, f"{module}: imports {name}, which is not there"
+            yield target
+
+    def _module(self, name: str) -> str | None:
+        return next((full for full in (f"{name}.__init__", name) if full in self.modules), None)
+
+    @cached_property
+    def folders(self) -> dict[str, set[str]]:
+        """Folder, dotted -> the names of its files and folders."""
+        found: dict[str, set[str]] = defaultdict(set)
+        for module in self.modules:
+            parts = module.split(".")
+            for depth in range(1, len(parts)):
+                found[".".join(parts[:depth])].add(parts[depth])
+        return found
+
+    def within(self, folder: str) -> dict[tuple[str, str], list[Arrow]]:
+        """Return the arrows between a folder's entries: (entry, entry) -> those from or to anything in them."""
+        found: dict[tuple[str, str], list[Arrow]] = defaultdict(list)
+        inside = f"{folder}."
+        for arrow in self.arrows:
+            if arrow.source.startswith(inside) and arrow.target.startswith(inside):
+                first, second = (name.removeprefix(inside).split(".")[0] for name in (arrow.source, arrow.target))
+                if first != second:
+                    found[first, second].append(arrow)
+        return found
+
+
+def circles(house: House) -> list[str]:
+    """List every folder whose entries import each other in a circle; one of files is one of the entries above them."""
+    faults = []
+    for folder, entries in house.folders.items():
+        if folder in UNDER_WORK:
             continue
-        yield from ((node.lineno, name) for name in found if name.split(".")[0] == "loratools")
+        arrows = house.within(folder)
+        left = set(entries)
+        while loose := {
+            entry
+            for entry in left
+            if not any((entry, other) in arrows for other in left)
+            or not any((other, entry) in arrows for other in left)
+        }:
+            left -= loose
+        tied = [arrow for ends, several in arrows.items() if left.issuperset(ends) for arrow in several]
+        faults += [f"a circle in {folder}: {arrow.source}:{arrow.line} imports {arrow.target}" for arrow in tied]
+    return faults
 
 
-def floor(name: str) -> int:
-    return next((i for i, rooms in enumerate(FLOORS) if name in rooms), -1)
+def arrows_up(house: House) -> list[str]:
+    """List every entry without a floor, and every import of an entry on the same floor or above."""
+    faults = []
+    for folder, floors in FLOORS.items():
+        floor = {name: height for height, names in enumerate(floors) for name in names.split()}
+        entries = house.folders.get(folder, set()) - {"__init__"}
+        others = floor.get("*", -1)
+        if others < 0:
+            faults += [f"{folder}.{name} has no floor in FLOORS" for name in sorted(entries - floor.keys())]
+        floor = dict.fromkeys(entries, others) | {"__init__": len(floors)} | floor
+        for (high, low), arrows in house.within(folder).items():
+            if floor[low] > floor[high] or (floor[low] == floor[high] != others):
+                faults += [f"{a.source}:{a.line} imports {a.target}: {low} is not below {high}" for a in arrows]
+    inner = {folder.rpartition(".")[0] for folder in house.folders} - {""}
+    return faults + [f"{folder} has folders, and no floors in FLOORS" for folder in inner - FLOORS.keys() - UNDER_WORK]
 
 
-def test_every_room_has_a_floor() -> None:
-    assert {room(dotted(path)) for path in MODULES} <= set().union(*FLOORS)
+def sizes(house: House) -> list[str]:
+    """List modules that are too long, folders of too many entries, and names that say nothing."""
+    faults = []
+    for module, path in house.modules.items():
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        faults += [f"{module} has {lines} lines"] if lines >= LONGEST else []
+        faults += [f"{module}: {part} says nothing" for part in VAGUE & set(module.split("."))]
+    for folder, entries in house.folders.items():
+        most = MOST_OF.get(folder.removeprefix("loratools."), MOST)
+        faults += [f"{folder} has {len(entries) - 1} entries"] if len(entries) - 1 > most else []
+    return faults
 
 
-@pytest.mark.parametrize("path", MODULES, ids=dotted)
-def test_imports_point_down(path: Path) -> None:
-    here = room(dotted(path))
-    height = floor("cli") if path == FRONT_DOOR else floor(here)
-    wrong = [
-        f"{path.relative_to(REPOSITORY)}:{line}: {here} imports {name}"
-        for line, name in imports(path)
-        if room(name) != here and floor(room(name)) >= height
-    ]
-    assert not wrong, "\n".join(wrong)
+def signs(house: House) -> list[str]:
+    """List modules without a docstring, and folders whose docstring leaves out one of their entries."""
+    faults = [f"{module} has no docstring" for module, tree in house.trees.items() if not ast.get_docstring(tree)]
+    for folder, entries in house.folders.items():
+        sign = ast.get_docstring(house.trees[f"{folder}.__init__"]) or "" if f"{folder}.__init__" in house.trees else ""
+        public = {name for name in entries if not name.startswith("_")}
+        if folder == "loratools" or folder.removeprefix("loratools.") in REGISTERED:
+            public = set()
+        missing = sorted(name for name in public if not re.search(rf"\b{name}\b", sign))
+        faults += [f"{folder}/__init__.py does not say what is in: {', '.join(missing)}"] if missing or not sign else []
+    return faults
 
 
-@pytest.mark.parametrize("path", MODULES, ids=dotted)
-def test_modules_are_short_and_say_what_they_are_for(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) < LONGEST
-    assert not VAGUE & set(path.relative_to(PACKAGE).with_suffix("").parts)
-    assert path.stem == "__init__" or ast.get_docstring(ast.parse(text)), f"{path}: no docstring"
+HOUSE = House(REPOSITORY)
 
 
-def test_a_wrong_import_would_be_seen(tmp_path: Path) -> None:
-    source = tmp_path / "x.py"
-    source.write_text(
-        "import loratools.cli.hash\nfrom loratools import surgery, __version__\n"
-        "def f():\n    from loratools.storage import header\n"
-    )
-    assert list(imports(source)) == [
-        (1, "loratools.cli.hash"),
-        (2, "loratools.surgery"),
-        (4, "loratools.storage"),
-    ]
-    assert floor("cli") > floor("surgery") > floor("storage") > floor("errors") >= 0
+@pytest.mark.parametrize("check", [circles, arrows_up, sizes])
+def test_the_house_has_no_fault(check: Callable[[House], list[str]]) -> None:
+    assert len(HOUSE.modules) > 200 < len(HOUSE.arrows)
+    faults = check(HOUSE)
+    assert not faults, "\n".join(faults)
+
+
+SOUND = {
+    "__init__": "from loratools import surgery\n__version__ = '1'",
+    "errors": "",
+    "storage.__init__": "",
+    "storage.lazy": "import loratools.errors",
+    "storage.pickles.__init__": "",
+    "storage.pickles.archive": "from loratools.storage.lazy import x",
+    "storage.checkpoint": "from loratools.storage.pickles import archive",
+    "surgery.__init__": "",
+    "surgery.hash": "from loratools import __version__\ndef f():\n    from loratools.storage import checkpoint",
+}
+WRONG: Mapping[str, tuple[Callable[[House], list[str]], dict[str, str], list[str]]] = {
+    "files in a circle": (
+        circles,
+        {
+            "storage.lazy": "import loratools.storage.files",
+            "storage.files": "from loratools.storage import lazy, atomic",
+        },
+        [
+            "a circle in loratools.storage: loratools.storage.files:1 imports loratools.storage.lazy",
+            "a circle in loratools.storage: loratools.storage.lazy:1 imports loratools.storage.files",
+        ],
+    ),
+    "folders in a circle, files in none": (
+        circles,
+        {
+            "linalg.__init__": "",
+            "linalg.one": "from loratools.storage.lazy import x",
+            "linalg.two": "",
+            "storage.atomic": "from loratools.linalg.two import x",
+        },
+        [
+            "a circle in loratools: loratools.linalg.one:1 imports loratools.storage.lazy",
+            "a circle in loratools: loratools.storage.atomic:1 imports loratools.linalg.two",
+        ],
+    ),
+    "a file and its folder's own in a circle": (
+        circles,
+        {"surgery.__init__": "from loratools.surgery.hash import f", "surgery.hash": "from loratools.surgery import f"},
+        [
+            "a circle in loratools.surgery: loratools.surgery.__init__:1 imports loratools.surgery.hash",
+            "a circle in loratools.surgery: loratools.surgery.hash:1 imports loratools.surgery.__init__",
+        ],
+    ),
+    "a room that imports a higher one, in a function": (
+        arrows_up,
+        {"storage.lazy": "def f():\n    from loratools import surgery"},
+        ["loratools.storage.lazy:2 imports loratools.surgery.__init__: surgery is not below storage"],
+    ),
+    "a room that imports its neighbour, for type checkers": (
+        arrows_up,
+        {"linalg.__init__": "if TYPE_CHECKING:\n    import loratools.storage.lazy"},
+        ["loratools.linalg.__init__:2 imports loratools.storage.lazy: storage is not below linalg"],
+    ),
+    "what is shown at the front door, taken there": (
+        arrows_up,
+        {"surgery.hash": "from loratools import merge"},
+        ["loratools.surgery.hash:1 imports loratools.__init__: __init__ is not below surgery"],
+    ),
+    "a folder in a room that imports a higher one": (
+        arrows_up,
+        {"storage.pickles.archive": "from loratools.storage.checkpoint import x", "storage.checkpoint": ""},
+        ["loratools.storage.pickles.archive:1 imports loratools.storage.checkpoint: checkpoint is not below pickles"],
+    ),
+    "a room, and folders in a room, without a floor": (
+        arrows_up,
+        {"attic.__init__": "", "surgery.sew": "", "hub.__init__": "", "hub.wire.__init__": ""},
+        [
+            "loratools.attic has no floor in FLOORS",
+            "loratools.surgery.sew has no floor in FLOORS",
+            "loratools.hub has folders, and no floors in FLOORS",
+        ],
+    ),
+    "a module that is too long": (sizes, {"errors": "\n" * LONGEST}, ["loratools.errors has 300 lines"]),
+    "a folder that is too full": (
+        sizes,
+        {f"dialects.d{i}": "" for i in range(MOST)} | {"dialects._frame": "", "dialects.__init__": ""},
+        ["loratools.dialects has 19 entries"],
+    ),
+    "a name that says nothing": (sizes, {"storage.utils": ""}, ["loratools.storage.utils: utils says nothing"]),
+}
+
+
+def build(root: Path, modules: Mapping[str, str]) -> House:
+    for name, text in modules.items():
+        path = root / "loratools" / f"{name.replace('.', '/')}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return House(root)
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_house_would_be_seen(case: str, tmp_path: Path) -> None:
+    check, wrong, faults = WRONG[case]
+    assert check(build(tmp_path / "sound", SOUND)) == []
+    assert sorted(check(build(tmp_path / "wrong", {**SOUND, **wrong}))) == sorted(faults)
+
+
+@pytest.mark.parametrize("line", ["from . import errors", "from ..storage import lazy"])
+def test_a_relative_import_would_be_seen(line: str, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="relative import"):
+        build(tmp_path, {**SOUND, "surgery.hash": line}).arrows  # noqa: B018
 
 
 def test_import_loratools_is_light() -> None:
