@@ -24,7 +24,7 @@ from tests.conftest import REPOSITORY, clean_env
 FLOORS: Mapping[str, tuple[str, ...]] = {
     "loratools": (
         "errors __version__",
-        "parallel",
+        "options parallel",
         "storage linalg",
         "adapter",
         "format",
