@@ -164,7 +164,7 @@ def _build(groups: Groups, config: PeftConfig) -> tuple[dict[str, Update], list[
             unclaimed[", ".join(sorted(f"{part} ({len(lazy.shape)}-D)" for part, lazy in parts.items()))].append(module)
             continue
         build = kinds.get(kind).build
-        layout = {"layout": {"rows": rows}} if (rows := config.token_rows(module)) and kind == "tokens" else {}
+        layout = {"layout": {"rows": rows}} if kind == "tokens" and (rows := config.token_rows(module)) else {}
         named = module.partition(".base_layer.")[0]  # patterns know the outer module
         if stack := experts.get(module):
             layout, named = {"layout": stack}, f"{outer(module)}.{stack['parameter']}"

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapter.model import BaseIdentity
-from loratools.dialects.peft import targets
-from loratools.dialects.peft.targets import Targets
+from loratools.dialects.peft.patterns import NameList, PatternKeys, TimeLimit
+from loratools.dialects.peft.targets import Targets, problems
 from loratools.errors import BadFile, UnsupportedAdapter
 
 DEFAULT_R = DEFAULT_ALPHA = 8
@@ -136,6 +136,8 @@ class PeftConfig:
     fields: Mapping[str, Any]
     targets: Targets
     notes: tuple[str, ...]
+    rank_keys: PatternKeys
+    alpha_keys: PatternKeys
 
     @classmethod
     def parse(cls, document: Mapping[str, Any], path: Path, *, initial: bool = False) -> PeftConfig:
@@ -149,7 +151,7 @@ class PeftConfig:
             for name, (test, expected) in _TYPES.items()
             if name in fields and not test(fields[name])
         ]
-        faults = faults or targets.problems(fields)
+        faults = faults or problems(fields)
         if faults:
             raise BadFile(f"{path}: {len(faults)} field(s) that PEFT would not accept", faults)
         init = str(fields.get("init_lora_weights", True)).lower()
@@ -163,7 +165,14 @@ class PeftConfig:
             refused.append(f"init_lora_weights = {init[:80]}: not known here; it may change the base model")
         if refused:
             raise UnsupportedAdapter(f"{path}: loratools does not read this adapter", refused)
-        return cls(fields, _targets(fields), tuple(_notes(fields)))
+        limit = TimeLimit()
+        return cls(
+            fields,
+            Targets.of(fields, path, limit),
+            tuple(_notes(fields)),
+            PatternKeys(fields.get("rank_pattern", ()), "rank_pattern", path, limit),
+            PatternKeys(fields.get("alpha_pattern", ()), "alpha_pattern", path, limit),
+        )
 
     @property
     def rslora(self) -> bool:
@@ -172,17 +181,17 @@ class PeftConfig:
 
     def rank(self, module: str) -> int | None:
         """Return the rank that the config states for a module, by PEFT's first-match rule; None if it states none."""
-        patterns = self.fields.get("rank_pattern", {})
-        key = targets.pattern_key(patterns, module)
-        found: int | None = self.fields.get("r") if key is None else patterns[key]
-        return found
+        key = self.rank_keys.first(module)
+        rank: int | None = self.fields.get("r") if key is None else self.fields["rank_pattern"][key]
+        return rank
 
     def alpha(self, module: str) -> float:
         """Return the alpha of a module, by PEFT's first-match rule."""
-        patterns = self.fields.get("alpha_pattern", {})
-        key = targets.pattern_key(patterns, module)
-        found: float = self.fields.get("lora_alpha", DEFAULT_ALPHA) if key is None else patterns[key]
-        return found
+        key = self.alpha_keys.first(module)
+        alpha: float = (
+            self.fields.get("lora_alpha", DEFAULT_ALPHA) if key is None else self.fields["alpha_pattern"][key]
+        )
+        return alpha
 
     def scaling(self, module: str, rank: int) -> float:
         """Return s = α/r, or α/√r with rsLoRA."""
@@ -200,10 +209,11 @@ class PeftConfig:
 
     def token_rows(self, module: str) -> list[int] | None:
         """Return the token indices of an embedding's trained rows; a bare list is for whatever module has them."""
-        given = self.fields.get("trainable_token_indices")
-        if isinstance(given, Mapping):
-            given = next((rows for name, rows in given.items() if targets.matches_name(module, name)), None)
-        return given
+        indices = self.fields.get("trainable_token_indices")
+        if isinstance(indices, Mapping):
+            name = NameList(indices).first(module)
+            indices = None if name is None else indices[name]
+        return indices
 
     @property
     def base(self) -> BaseIdentity | None:
@@ -219,23 +229,6 @@ class PeftConfig:
         if self.targets.layers:
             kept["layers_to_transform"] = list(self.targets.layers)  # a lone 0 would look like nothing
         return kept
-
-
-def _targets(fields: Mapping[str, Any]) -> Targets:
-    def several(name: str) -> tuple[Any, ...]:
-        value = fields.get(name, ())
-        return tuple(value) if isinstance(value, list | tuple) else (value,)
-
-    modules = fields.get("target_modules")
-    exclude = fields.get("exclude_modules", ())
-    return Targets(
-        tuple(modules) if isinstance(modules, list) else modules,
-        exclude if isinstance(exclude, str) else tuple(exclude),
-        several("layers_to_transform") or None,
-        several("layers_pattern"),
-        several("modules_to_save"),
-        several("target_parameters"),
-    )
 
 
 def _notes(fields: Mapping[str, Any]) -> list[str]:

@@ -8,9 +8,9 @@ from itertools import permutations
 from typing import Any
 
 from loratools.adapter.kinds.lora import A_PART, B_PART
+from loratools.adapter.naming.compact import suffixes
 from loratools.dialects.peft.config import PeftConfig
 from loratools.dialects.peft.names import Groups
-from loratools.dialects.peft.targets import matches_name
 
 _NESTED = re.compile(r"(\.base_layer)+$")
 _SWAPPED_BEFORE = (0, 19)  # PEFT's version that turned in and out of stacked parameters round
@@ -30,11 +30,16 @@ def layouts(groups: Groups, config: PeftConfig) -> tuple[dict[str, dict[str, Any
     found: dict[str, dict[str, Any]] = {}
     faults = []
     levels: dict[str, list[str]] = {}
-    for module in groups.modules:
-        if _parameters(outer(module), config):
+    targeted: dict[str, set[str]] = {}
+    for target in config.fields.get("target_parameters", ()):
+        place, _, name = target.rpartition(".")
+        if place:
+            targeted.setdefault(place, set()).add(name)
+    for module in groups.modules if targeted else ():
+        if _parameters(outer(module), targeted):
             levels.setdefault(outer(module), []).append(module)
     for path, modules in levels.items():
-        parameters = _parameters(path, config)
+        parameters = _parameters(path, targeted)
         modules.sort(key=len, reverse=True)  # innermost first
         if len(modules) != len(parameters):
             faults.append(
@@ -52,10 +57,9 @@ def layouts(groups: Groups, config: PeftConfig) -> tuple[dict[str, dict[str, Any
     return found, faults
 
 
-def _parameters(path: str, config: PeftConfig) -> list[str]:
-    """Return the names of the parameters of a module that the config targets, each once."""
-    names = [target.rpartition(".") for target in config.fields.get("target_parameters") or ()]
-    return sorted({name for place, _, name in names if place and matches_name(path, place)}, key=_registered)
+def _parameters(path: str, targeted: Mapping[str, set[str]]) -> list[str]:
+    """Return the names of the targeted parameters of a module, as models register them."""
+    return sorted({name for suffix in suffixes(path) for name in targeted.get(suffix, ())}, key=_registered)
 
 
 def _registered(name: str) -> tuple[bool, str]:

@@ -60,6 +60,8 @@ def group(tensors: Mapping[str, LazyTensor], *, biases: bool) -> Groups:
         if part in home:
             groups.faults.append(f"{name}: a second tensor for {keys.join(place, part if part != place else '')}")
         home[part] = lazy
+    if broken := [name for name in tensors if "\n" in name]:
+        groups.faults.append(f"{len(broken)} tensor(s) with a line break in the name: {broken[0]!r}")
     if len(groups.adapters) > 1:
         groups.faults.append(
             f"several adapters in one file: {', '.join(sorted(groups.adapters))}; save them one by one"

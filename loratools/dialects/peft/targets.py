@@ -1,169 +1,122 @@
-"""PEFT's matching rules, exactly: which modules a config targets, and which pattern's rank and alpha they get.
-
-The rules are those of `check_target_module_exists` and `get_pattern_key` of PEFT 0.21. A config comes from anywhere, so
-its regular expressions are looked at before they run.
-"""
+"""Which modules a config targets, by the rule of PEFT 0.21 (`check_target_module_exists`)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
-from loratools.dialects.peft import regex
+from loratools.adapter.naming.compact import suffixes
+from loratools.dialects.peft.patterns import (
+    Expression,
+    NameList,
+    SavedModules,
+    TimeLimit,
+    compile_checked,
+    expressions_of,
+)
 from loratools.errors import UnsupportedAdapter
-
-MAX_PATTERN = 20_000
-"""Characters of one regular expression; the longest that trainers write have a few hundred."""
 
 MAX_NAME = 1_000
 """Characters of a module name in which layers are counted; real ones have about fifty."""
 
 ALL_LINEAR = "all-linear"
 
-_MANY = re.compile(r"[*+]|\{\d*,\}|\{(\d*,)?\d\d+\}")
+_PLAIN = re.compile(r"[\w.-]{1,1000}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Targets:
     """Which modules a config targets.
 
-    `modules` are given by a regular expression (str), by names or suffixes (tuple), or not at all (None). `layers` are
-    the only layer indices, or None for all; `layers_pattern` names the lists that they count. `saved` modules are
-    trained whole, and `parameters` (experts) are targeted by their own path.
+    `modules` and `exclude` are names or a regular expression; `modules` is None where the config leaves it open, as
+    with "all-linear". `layers` are the only layer indices, () for all; `layer_lists` match a name up to such an index.
+    `saved` modules are trained whole. `parameters` are the modules whose own parameters (experts) are targeted.
     """
 
-    modules: str | tuple[str, ...] | None
-    exclude: str | tuple[str, ...] = ()
-    layers: tuple[int, ...] | None = None
-    layers_pattern: tuple[str, ...] = ()
-    saved: tuple[str, ...] = ()
-    parameters: tuple[str, ...] = ()
+    modules: NameList | Expression | None
+    exclude: NameList | Expression
+    layers: tuple[int, ...]
+    layer_lists: tuple[re.Pattern[str], ...]
+    saved: SavedModules
+    parameters: NameList
+    all_linear: bool
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any], path: Path, limit: TimeLimit) -> Targets:
+        """Read them from the fields of a config, in which `problems` finds nothing."""
+
+        def rule(name: str) -> NameList | Expression:
+            value = fields.get(name, ())
+            return Expression(value, name, path, limit) if isinstance(value, str) and value else NameList(value)
+
+        modules = fields.get("target_modules")
+        all_linear = isinstance(modules, str) and modules.lower() == ALL_LINEAR
+        lists = [rf"(?:^|.*?\.){name}\.(?P<index>\d+)\." for name in several(fields, "layers_pattern")]
+        return cls(
+            None if modules is None or all_linear else rule("target_modules"),
+            rule("exclude_modules"),
+            several(fields, "layers_to_transform"),
+            # Without a list's name, the first numbered segment is the layer; a later one is an expert's number.
+            tuple(map(re.compile, lists or [r".*?\.[^.]*\.(?P<index>\d+)\."])),
+            SavedModules(several(fields, "modules_to_save"), path, limit),
+            NameList(parameter.rpartition(".")[0] for parameter in several(fields, "target_parameters")),
+            all_linear,
+        )
 
     def select(self, module: str) -> bool:
         """Tell whether PEFT would give this module an adapter; always true where the config leaves it open."""
-        if any(matches_name(module, path.rpartition(".")[0]) for path in self.parameters):
+        if self.parameters.matches(module):
             return True
-        if self._excludes(module):
+        if self.exclude.matches(module) or self.saved.matches(module):
             return False
         if self.modules is None:
-            return not self.parameters
-        if isinstance(self.modules, str):
-            return self.modules.lower() == ALL_LINEAR or fullmatch(self.modules, module)
-        if module in self.modules:
-            return True
-        return any(module.endswith(f".{target}") for target in self.modules) and self._in_layers(module)
+            return self.all_linear or not self.parameters.names
+        if isinstance(self.modules, Expression):
+            return self.modules.matches(module)
+        return module in self.modules or (self.modules.matches(module) and self._in_layers(module))
 
     def unused(self, modules: Collection[str]) -> list[str]:
         """Return the listed names that none of these modules answers to; [] for a regular expression."""
-        names = self.modules if isinstance(self.modules, tuple) else ()
-        return [name for name in names if not any(matches_name(module, name) for module in modules)]
-
-    def _excludes(self, module: str) -> bool:
-        if isinstance(self.exclude, str):
-            if self.exclude and fullmatch(self.exclude, module):
-                return True
-        elif any(matches_name(module, name) for name in self.exclude):
-            return True
-        return any(begins(rf"(^|.*\.){name}($|\..*)", module) for name in self.saved)
+        names = self.modules.names if isinstance(self.modules, NameList) else ()
+        answered = {suffix for module in modules for suffix in suffixes(module)} if names else set()
+        return [name for name in names if name not in answered]
 
     def _in_layers(self, module: str) -> bool:
         if not self.layers:
             return True
         if len(module) > MAX_NAME:
             raise UnsupportedAdapter(f"a module name of {len(module)} characters: {module[:80]!r}")
-        # The first numbered segment is the layer; a greedy search would find an expert's number.
-        patterns = [rf"(?:^|.*?\.){name}\.(?P<index>\d+)\." for name in self.layers_pattern] or [
-            r".*?\.[^.]*\.(?P<index>\d+)\."
-        ]
-        found = next((match for pattern in patterns if (match := compiled(pattern).match(module))), None)
-        return found is not None and int(found["index"]) in self.layers
+        match = next((match for pattern in self.layer_lists if (match := pattern.match(module))), None)
+        return match is not None and int(match["index"]) in self.layers
 
 
-def matches_name(module: str, name: str) -> bool:
-    """Tell whether a module has this name, or ends in it after a dot."""
-    return module == name or module.endswith(f".{name}")
+def several(fields: Mapping[str, Any], name: str) -> tuple[Any, ...]:
+    """Return the values of a field that is a list or a single value; () where it is not there, or is empty text."""
+    value = fields.get(name, "")
+    if isinstance(value, list | tuple):
+        return tuple(value)
+    return () if value == "" else (value,)
 
 
-def pattern_key(patterns: Iterable[str], module: str) -> str | None:
-    r"""Return the first key K, in the order of the file, for which `re.match(rf"(.*\.)?({K})$", module)`, or None."""
-    return next((key for key in patterns if begins(rf"(.*\.)?({key})$", module)), None)
-
-
-def begins(pattern: str, text: str) -> bool:
-    """Tell what `re.match` would, in bounded time."""
-    return regex.matches(pattern, text, whole=False)
-
-
-def fullmatch(pattern: str, text: str) -> bool:
-    """Tell what `re.fullmatch` would, in bounded time."""
-    return regex.matches(pattern, text, whole=True)
-
-
-@lru_cache(maxsize=4096)
-def compiled(pattern: str) -> re.Pattern[str]:
-    """Return a compiled expression; raise `ValueError` if it is invalid, overlong, or could take exponential time."""
-    if len(pattern) > MAX_PATTERN:
-        raise ValueError(f"a regular expression of {len(pattern)} characters; at most {MAX_PATTERN} are read")
-    if repeats_within_repeats(pattern):
-        raise ValueError(
-            f"{pattern[:80]!r} repeats a group that can match in several ways, which may take exponential time"
-        )
-    regex.check(pattern)
-    return re.compile(pattern)
-
-
-def repeats_within_repeats(pattern: str) -> bool:
-    """Tell whether a repeated group can match one text in several ways, as `(a+)+` or `(a|a)*` can.
-
-    Told by the look of it: a group with a repeat, an option or an alternative inside, itself repeated more than a few
-    times. Harmless ones are among these, such as `(\\w+\\.)*`; trainers write none of them.
-    """
-    text = re.sub(r"\\.", "x", pattern, flags=re.DOTALL)
-    text = re.sub(r"\[\^?\]?[^\]]*\]", "x", text)  # in a character class, nothing repeats
-    text = re.sub(r"\(\?(P<\w+>|<?[=!]|\w*:)", "(", text)
-    inside = [False]  # for each open group: whether something in it varies
-    for i, character in enumerate(text):
-        if character == "(":
-            inside.append(False)
-        elif character == ")" and len(inside) > 1:
-            varies = inside.pop()
-            if varies and _MANY.match(text, i + 1):
-                return True
-            inside[-1] = inside[-1] or varies
-        elif character in "*+?|{":
-            inside[-1] = True
-    return False
-
-
-_PLAIN = re.compile(r"[\w.-]+")
-
-
-def problems(document: Mapping[str, Any]) -> list[str]:
-    """List the regular expressions of a config that cannot be used."""
-    found = []
-    expressions: list[tuple[str, str]] = [
-        (field, document[field])
-        for field in ("target_modules", "exclude_modules")
-        if isinstance(document.get(field), str)
+def problems(fields: Mapping[str, Any]) -> list[str]:
+    """List the names and regular expressions of a config that cannot be used."""
+    lines = [
+        f"layers_pattern: {name[:80]!r} is no plain name"
+        for name in several(fields, "layers_pattern")
+        if not _PLAIN.fullmatch(name)
     ]
-    expressions += [("modules_to_save", rf"(^|.*\.){name}($|\..*)") for name in document.get("modules_to_save") or ()]
-    for field in ("rank_pattern", "alpha_pattern"):
-        expressions += [(field, rf"(.*\.)?({key})$") for key in document.get(field) or ()]
-    pattern = document.get("layers_pattern") or ()
-    pattern = (pattern,) if isinstance(pattern, str) else pattern
-    found += [f"layers_pattern: {name[:80]!r} is no plain name" for name in pattern if not _PLAIN.fullmatch(name)]
-    for field, expression in expressions:
+    for field, expression in expressions_of(fields):
         try:
-            compiled(expression)
+            compile_checked(expression)
         except ValueError as error:
-            found.append(f"{field}: {error}")
-    if isinstance(document.get("target_modules"), str) and (
-        document.get("layers_to_transform") is not None or document.get("layers_pattern")
+            lines.append(f"{field}: {error}")
+    if isinstance(fields.get("target_modules"), str) and (
+        fields.get("layers_to_transform") is not None or fields.get("layers_pattern")
     ):
-        found.append(
+        lines.append(
             "target_modules is a regular expression, with which PEFT allows no layers_to_transform or layers_pattern"
         )
-    return found
+    return lines

@@ -1,0 +1,238 @@
+"""The names and regular expressions of a config, matched as PEFT matches them, in bounded time.
+
+A config comes from anywhere. Names are looked up: a module costs as many look-ups as its path has segments, however
+many names there are. Regular expressions run in the `regex` package, which stops them after a time; only those that it
+and Python's `re`, which PEFT uses, read alike are let through.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratools.adapter.naming.compact import suffixes
+from loratools.errors import UnsupportedAdapter
+
+if TYPE_CHECKING:
+    import regex
+
+MAX_PATTERN = 20_000
+"""Characters of one regular expression; the longest that trainers write have a few hundred."""
+
+SECONDS = 2.0
+"""Processor time that one expression may take for one module; a real one takes a microsecond."""
+
+SECONDS_OF_CONFIG = 60.0
+"""Processor time that all expressions of one config may take for all modules."""
+
+# The parts of an expression that `regex` and `re` read alike.
+_PART = r"""
+    \\[dDwWsSbBAZ]                                                      # a class of characters, or a place
+    | \\[^a-zA-Z0-9]                                                    # an escaped character
+    | \[\^?\]? (?: (?!--|&&|~~|\|\|) [^\]\\\[] | \\[dDwWsS] | \\[^a-zA-Z0-9] )* \]   # a set, without sets in it
+    | \( (?: \?(?: P<\w+> | : | = | ! | <= | <! ) | (?!\?) ) | \) | \|  # groups and alternatives, looking around
+    | (?: [*+?] | \{(?:\d+(?:,\d*)?|,\d+)\} ) \?? (?!\+)                # repeats, not possessive
+    | [^\\\[(){}*+?|]                                                   # a character, also ^ . $
+"""
+_READ_ALIKE = re.compile(rf"(?:\(\?i\))?(?:{_PART})*+", re.VERBOSE | re.ASCII)
+# Letters and digits of other scripts are classified, and their case is folded, by tables of each package's own.
+_BY_TABLE = re.compile(r"\\[dDwWsSbB]|^\(\?i\)")
+
+# A key of a pattern that is a name: each character means itself, and a dot any character.
+_NAME = re.compile(r"(\^?)((?:\\[^a-zA-Z0-9]|[^\\^$*+?{}\[\]|()])*)\$?")
+_SEGMENT = re.compile(r"[\w-]+")
+_CHARACTER = re.compile(r"\\(.)|(.)", re.DOTALL)
+_MOST_SHAPES = 64  # of names of one length; real configs have one or two
+
+
+class TimeLimit:
+    """The processor time that the expressions of one config have left."""
+
+    def __init__(self) -> None:
+        self.left = SECONDS_OF_CONFIG
+
+
+class NameList:
+    """A list of names; a module answers to its path and to each suffix of it after a dot."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = tuple(names)
+        self._positions = {name: position for position, name in reversed(list(enumerate(self.names)))}
+
+    def __contains__(self, module: str) -> bool:
+        return module in self._positions
+
+    def first(self, module: str) -> str | None:
+        """Return the first name of the list that a module answers to, or None."""
+        if not self._positions:
+            return None
+        positions = [self._positions[name] for name in suffixes(module) if name in self._positions]
+        return self.names[min(positions)] if positions else None
+
+    def matches(self, module: str) -> bool:
+        """Tell whether a module answers to any of the names."""
+        return self.first(module) is not None
+
+
+class Expression:
+    """One regular expression of a config.
+
+    `pattern` matches a whole name, as `re.fullmatch` does, or with `whole=False` its beginning, as `re.match` does.
+    `field` and `path` (the field of the config and its file) stand in the errors; `limit` is the config's.
+    """
+
+    def __init__(self, pattern: str, field: str, path: Path, limit: TimeLimit, *, whole: bool = True) -> None:
+        self._pattern, self._field, self._path, self._limit = pattern, field, path, limit
+        compiled = compile_checked(pattern)
+        self._match = compiled.fullmatch if whole else compiled.match
+        self._by_table = _BY_TABLE.search(pattern) is not None
+
+    def matches(self, name: str) -> bool:
+        """Tell whether the expression matches a module's name.
+
+        Raises `UnsupportedAdapter` where that takes too long, or hangs on what a letter beyond ASCII is.
+        """
+        if self._by_table and not (name.isascii() and name.isprintable()):
+            raise UnsupportedAdapter(
+                f"{self._path}: {self._field}: whether {self._pattern[:80]!r} matches {name[:80]!r} depends on the"
+                " version of Unicode",
+                hint="List the names of the modules instead of a regular expression.",
+            )
+        start = time.thread_time()
+        try:
+            if self._limit.left <= 0:
+                raise TimeoutError
+            matched: bool = self._match(name, timeout=min(SECONDS, self._limit.left)) is not None
+        except TimeoutError:
+            raise UnsupportedAdapter(
+                f"{self._path}: {self._field}: the regular expression {self._pattern[:80]!r} takes too long to match"
+                f" {name[:80]!r}",
+                hint="Write it without repeats within repeats, or list the names of the modules.",
+            ) from None
+        self._limit.left -= time.thread_time() - start
+        return matched
+
+
+class PatternKeys:
+    r"""The keys of a `rank_pattern` or `alpha_pattern`: K is that of a module for which `re.match(rf"(.*\.)?({K})$")`.
+
+    A key that is a name, escaped or not, is looked up. In an unescaped one a dot stands for any character, so names are
+    kept by where their dots are, and a module is looked up with dots in those places.
+    """
+
+    def __init__(self, keys: Iterable[str], field: str, path: Path, limit: TimeLimit) -> None:
+        self._keys = tuple(keys)
+        self._names: dict[tuple[bool, int], dict[tuple[int, ...], dict[str, int]]] = {}
+        self._expressions: list[tuple[int, Expression]] = []
+        self._first: dict[str, str | None] = {}
+        for position, key in enumerate(self._keys):
+            if not self._add_name(position, key):
+                self._expressions.append((position, Expression(wrapped(key), field, path, limit, whole=False)))
+
+    def first(self, module: str) -> str | None:
+        """Return the first key, in the order of the file, that matches a module's name; None where none does."""
+        if module not in self._first:
+            self._first[module] = self._find(module)
+        return self._first[module]
+
+    def _find(self, module: str) -> str | None:
+        if "\n" in module:
+            raise UnsupportedAdapter(f"a module name with a line break in it: {module[:80]!r}")
+        best = len(self._keys)
+        for anchored, text in ((True, module), *((False, suffix) for suffix in suffixes(module))):
+            for dots, positions in self._names.get((anchored, len(text)), {}).items():
+                best = min(best, positions.get(_with_dots(text, dots), best))
+        for position, expression in self._expressions:
+            if position < best and expression.matches(module):
+                return self._keys[position]
+        return self._keys[best] if best < len(self._keys) else None
+
+    def _add_name(self, position: int, key: str) -> bool:
+        """Keep a key that is a name; return False for one that is not, or whose shape is one too many."""
+        match = _NAME.fullmatch(key)
+        if match is None:
+            return False
+        characters = _CHARACTER.findall(match[2])
+        name = "".join(escaped or plain for escaped, plain in characters)
+        dots = tuple(i for i, (_, plain) in enumerate(characters) if plain == ".")
+        shapes = self._names.setdefault((bool(match[1]), len(name)), {})
+        if dots not in shapes and len(shapes) == _MOST_SHAPES:
+            return False
+        shapes.setdefault(dots, {}).setdefault(name, position)
+        return True
+
+
+class SavedModules:
+    r"""The names in `modules_to_save`: N is that of a module for which `re.match(rf"(^|.*\.){N}($|\..*)")`."""
+
+    def __init__(self, names: Iterable[str], path: Path, limit: TimeLimit) -> None:
+        names = tuple(names)
+        self._segments = frozenset(name for name in names if _SEGMENT.fullmatch(name))
+        self._expressions = [
+            Expression(saved(name), "modules_to_save", path, limit, whole=False)
+            for name in names
+            if name not in self._segments
+        ]
+
+    def matches(self, module: str) -> bool:
+        """Tell whether a module is saved whole, or lies inside one that is."""
+        if not self._segments.isdisjoint(module.split(".")):
+            return True
+        return any(expression.matches(module) for expression in self._expressions)
+
+
+def expressions_of(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (field, regular expression) for all of a config that is not looked up."""
+    for field in ("target_modules", "exclude_modules"):
+        if isinstance(fields.get(field), str):
+            yield field, fields[field]
+    for name in fields.get("modules_to_save", ()):
+        if not _SEGMENT.fullmatch(name):
+            yield "modules_to_save", saved(name)
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in fields.get(field, ()):
+            if not _NAME.fullmatch(key) or len(key) > MAX_PATTERN:
+                yield field, wrapped(key)
+
+
+def wrapped(key: str) -> str:
+    r"""Return the expression that PEFT makes of a key of a pattern.
+
+    >>> wrapped("[qv]_proj")
+    '(.*\\.)?([qv]_proj)$'
+    """
+    return rf"(.*\.)?({key})$"
+
+
+def saved(name: str) -> str:
+    """Return the expression that PEFT makes of a name in `modules_to_save`."""
+    return rf"(^|.*\.){name}($|\..*)"
+
+
+@lru_cache(maxsize=4096)
+def compile_checked(pattern: str) -> regex.Pattern[str]:
+    """Return an expression, compiled; raise `ValueError` for one that is overlong, wrong, or read in two ways."""
+    import regex  # most configs need none
+
+    if len(pattern) > MAX_PATTERN:
+        raise ValueError(f"a regular expression of {len(pattern)} characters; at most {MAX_PATTERN} are read")
+    foreign = pattern.startswith("(?i)") and not pattern.isascii()
+    if foreign or not _READ_ALIKE.fullmatch(pattern):
+        raise ValueError(f"{pattern[:80]!r} is not a regular expression, or has in it what no trainer writes")
+    try:
+        re.compile(pattern)  # what PEFT cannot use is refused, also where `regex` could
+        return regex.compile(pattern, regex.V0, cache_pattern=False)
+    except (re.error, regex.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{pattern[:80]!r} is not a regular expression: {error}") from None
+
+
+def _with_dots(text: str, dots: Iterable[int]) -> str:
+    """Return a text with dots in some places."""
+    characters = list(text)
+    for place in dots:
+        characters[place] = "."
+    return "".join(characters)

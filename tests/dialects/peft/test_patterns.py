@@ -1,0 +1,157 @@
+"""Names and regular expressions of a config: matched as Python's `re` matches them, in bounded time."""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from loratools.dialects.peft import patterns
+from loratools.dialects.peft.patterns import Expression, NameList, PatternKeys, SavedModules, TimeLimit, compile_checked
+from loratools.errors import UnsupportedAdapter
+
+CONFIG = Path("adapter_config.json")
+ATOMS = [
+    "a", "b", "A", "ab", ".", r"\.", r"\d", r"\w", r"\W", r"\s", "[ab]", "[^a]", "^", "$", r"\b", r"\B", r"\A", r"\Z",
+    "(a|b)", "(?:ab|)", "(?=a)", "(?!b)", "(?<=a)", "(?<!ab)", "a*", "b+?", "a{2,3}", "a{3}", "(ab)*", r"[a-c\d]?",
+    ".*?", ".*", ".{0,2}", "(?P<x>a)", "((a)|b)+", "(?:a*)*", "(?:)*", "|", "a{,2}", "(?=(?!b)a)", r"[\]\-b]", "[]a]",
+    r"\_", "]", "(a??)+", "(?=a*b)",
+]  # fmt: skip
+
+
+def expression(pattern: str, *, whole: bool = True, limit: TimeLimit | None = None) -> Expression:
+    return Expression(pattern, "target_modules", CONFIG, limit or TimeLimit(), whole=whole)
+
+
+def keys(*names: str) -> PatternKeys:
+    return PatternKeys(names, "rank_pattern", CONFIG, TimeLimit())
+
+
+def first_by_re(names: list[str], module: str) -> str | None:
+    """Return what PEFT's `get_pattern_key` would."""
+    return next((key for key in names if re.match(rf"(.*\.)?({key})$", module)), None)
+
+
+def test_an_expression_matches_what_python_matches() -> None:
+    chance, compared, true, unread = random.Random(0), 0, 0, 0
+    for _ in range(8000):
+        pattern = "".join(chance.choice(ATOMS) for _ in range(chance.randint(1, 7)))
+        if chance.random() < 0.1:
+            pattern = "(?i)" + pattern
+        text = "".join(chance.choice("aabbAB.1 -]_") for _ in range(chance.randint(1, 9)))
+        try:
+            python = re.compile(pattern)
+        except re.error:
+            with pytest.raises(ValueError, match="is not a regular expression"):
+                compile_checked(pattern)
+            continue
+        try:
+            compile_checked(pattern)
+        except ValueError:
+            unread += 1
+            continue
+        expected = python.match(text) is not None, python.fullmatch(text) is not None
+        ours = expression(pattern, whole=False).matches(text), expression(pattern).matches(text)
+        assert ours == expected, (pattern, text)
+        compared, true = compared + 1, true + sum(expected)
+    assert compared > 4000
+    assert true > 1500
+    assert not unread
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        # as Unsloth writes them
+        r"(?:.*?(?:vision|image|visual).*?(?:self_attn|mlp).*?(?:q_proj|k_proj).*?)"
+        r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|k_proj)))",
+        r".*decoder.*(SelfAttention|EncDecAttention).*(q|v)$",
+        r"^(?!.*visual).*(?:q_proj|v_proj).*",
+        r"model\.layers\.(1[0-9]|[0-9])\.self_attn\.[qv]_proj",
+        r"(.*\.)?(q_proj)$",
+        r"(?:\w+\.)*q_proj",
+        r"(?i)MODEL\.layers\.(?:[0-9]|1[0-5])\..*",
+        r"^(?:(?!mlp|lm_head)[a-z0-9_.])+$",
+    ],
+)
+def test_what_trainers_write_is_read(pattern: str) -> None:
+    for name in ("model.layers.12.self_attn.q_proj", "visual.0.self_attn.k_proj", "q_proj", "decoder.SelfAttention.v"):
+        assert expression(pattern).matches(name) == bool(re.fullmatch(pattern, name))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"(a)\1", "(?P<x>a)(?P=x)", "(?>a)", "a*+", "(?i:a)", "(?m)^a", "(a)?(?(1)b)", "(?:ab){e<=1}", "[[:alpha:]]",
+     "[a[:alpha:]]", "[a--b]", r"\p{L}", r"\X", "(?R)", "(?|a|b)", "(*SKIP)", r"\x61", r"(?i)\u212a", "(?<=a+)b",
+     "(?i)ß", "*", "(", "[b-a]", "a{2}{3}", "(" * 1000 + ")" * 1000, "a" * 20_001],
+    ids=lambda pattern: pattern[:20],
+)  # fmt: skip
+def test_what_the_two_packages_may_read_differently_is_refused(pattern: str) -> None:
+    with pytest.raises(ValueError, match="regular expression"):
+        compile_checked(pattern)
+
+
+def test_a_match_that_runs_away_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "SECONDS", 0.05)
+    limit = TimeLimit()
+    with pytest.raises(UnsupportedAdapter, match=r"config.json: target_modules: .*'\(\?:a\|a\|.*' takes too long"):
+        expression("(?:a|a|aa)*b[cd]", limit=limit).matches("a" * 60 + "bx")
+
+
+def test_all_matches_of_a_config_share_a_limit() -> None:
+    limit = TimeLimit()
+    limit.left = 0
+    with pytest.raises(UnsupportedAdapter, match="takes too long"):
+        expression(".*q", limit=limit).matches("model.q")
+
+
+def test_letters_whose_class_is_a_matter_of_tables() -> None:
+    assert expression(".*q_proj").matches("модель.q_proj")
+    with pytest.raises(UnsupportedAdapter, match="depends on the version of Unicode"):
+        expression(r"\w+\.q_proj").matches("модель.q_proj")
+
+
+def test_the_first_key_is_that_of_python() -> None:
+    """Names with and without escapes and anchors, dots that stand for other characters, and expressions among them."""
+    chance, true = random.Random(1), 0
+    names = ["a.b", "a_b", "x.a.b", "a.1.b", "x.a_b", "b", "axb", "a.b.b", "x-y.b"]
+    makers = (
+        lambda name: name,
+        re.escape,
+        lambda name: "^" + name,
+        lambda name: "^" + re.escape(name) + "$",
+        lambda name: name.replace("a", "[ac]"),
+        lambda name: name + "|" + name[::-1],
+        lambda name: name.replace("b", r".*"),
+    )
+    for _ in range(3000):
+        listed = list(dict.fromkeys(chance.choice(makers)(chance.choice(names)) for _ in range(chance.randint(0, 6))))
+        module = chance.choice(names) if chance.random() < 0.6 else f"{chance.choice('xa')}.{chance.choice(names)}"
+        assert keys(*listed).first(module) == first_by_re(listed, module), (listed, module)
+        true += first_by_re(listed, module) is not None
+    assert true > 1000
+
+
+def test_more_shapes_of_names_than_are_looked_up() -> None:
+    listed = [f"{i:010b}".replace("0", ".").replace("1", "a") for i in range(1024)]
+    for module in ("a" * 10, "aaaaa.aaaa", "bbbbbbbbbb", "x.babababaab"):
+        assert keys(*listed).first(module) == first_by_re(listed, module)
+
+
+def test_a_line_break_in_a_module_name_is_refused() -> None:
+    with pytest.raises(UnsupportedAdapter, match="line break"):
+        keys("q").first("q\n")
+
+
+def test_the_first_of_a_list_of_names() -> None:
+    names = NameList(["b", "a.b", "c", "b"])
+    assert [names.first(module) for module in ("x.a.b", "xb", "c", "b.c.d")] == ["b", None, "c", None]
+
+
+def test_modules_that_are_saved_whole() -> None:
+    listed = ["head", "a.b", "re[gk]"]
+    saved = SavedModules(listed, CONFIG, TimeLimit())
+    for module in ("head", "x.head", "x.head.y", "heads", "a.b.c", "a_b", "x.a_b.c", "ab", "reg", "x.rek.y"):
+        assert saved.matches(module) == any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in listed), module
