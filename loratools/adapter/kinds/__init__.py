@@ -208,6 +208,14 @@ class Update(Protocol):
         """Return the factors of ΔW, from shapes alone; None where the change is no such product."""
         ...
 
+    def with_factors(self, left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> Update:
+        """Return an update of the same weight with ΔW = left·right, its alpha the rank, so that its scaling is 1.
+
+        `left` and `right` are as in `Factors`; `bias` (out,) is what is added to the module's bias. Raises `ValueError`
+        for a kind that is not made of two factors alone.
+        """
+        ...
+
     def term(self, site: Site, weight: float, dtype: torch.dtype, device: torch.device) -> Term:
         """Load the factors, multiplied by `weight`, for a site."""
         ...

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TYPE_CHECKING, ClassVar, Self
 
+from loratools.adapter import parts as part_names
+from loratools.adapter.kinds import Factors
 from loratools.adapter.kinds._shared import Additive, Loaded
+from loratools.adapter.parts import BIAS
+from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
     import torch
 
-    from loratools.adapter.kinds import Factors, Term, Underlying
+    from loratools.adapter.kinds import Term, Underlying
     from loratools.adapter.site import Site
 
 
@@ -44,6 +50,91 @@ class LowRank(Additive):
         """Return s·left·right in float32, with `shape`."""
         left, right = (factor.float() for factor in self.factored().load())
         return (self.scaling * (left @ right)).reshape(self.shape)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TwoFactors(LowRank):
+    """s·B·A of two tensors as a file has them, A (r, in, …) and B (out, r, …), with or without a bias (out,) of B.
+
+    Kinds state the class variables. Raises `ValueError` where A and B are not factors as `expected` says, do not share
+    a rank, or one is empty.
+    """
+
+    A: LazyTensor
+    B: LazyTensor
+    scaling: float
+    alpha: float
+    C: LazyTensor | None = None
+
+    names: ClassVar[tuple[str, str]] = (part_names.A, part_names.B)  # of the parts A and B
+    sides: ClassVar[tuple[int, ...]] = (2,)  # how many A can have
+    expected: ClassVar[str] = "(r, in) and (out, r)"
+    takes_bias: ClassVar[bool] = True
+    transposed: ClassVar[bool] = False  # the weight is (in, out), an embedding's (V, d)
+
+    def __post_init__(self) -> None:
+        A, B = self.A.shape, self.B.shape
+        if 0 in A + B:
+            raise ValueError(f"empty factors, A {A} and B {B} (an ungathered ZeRO-3 or FSDP save?)")
+        if len(A) not in self.sides or len(B) != len(A) or set(B[2:]) > {1}:
+            raise ValueError(f"A {A} and B {B} are no factors of kind {self.kind}; expected {self.expected}")
+        if A[0] != B[1]:
+            grouped = len(A) > 2 and A[0] > B[1] and A[0] % B[1] == 0
+            why = f": a convolution with {A[0] // B[1]} groups, which cannot be merged" if grouped else ""
+            raise ValueError(f"A {A} and B {B} do not share a rank{why or '; expected ' + self.expected}")
+        if self.C is not None and self.C.shape != B[:1]:
+            raise ValueError(f"{BIAS} has shape {self.C.shape}, expected {B[:1]}")
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = self.B.shape[0], *self.A.shape[1:]
+        return shape[::-1] if self.transposed else shape
+
+    @property
+    def bias(self) -> LazyTensor | None:
+        return self.C
+
+    @property
+    def parts(self) -> Mapping[str, LazyTensor]:
+        return dict(zip(self.names, (self.A, self.B), strict=True)) | ({BIAS: self.C} if self.C else {})
+
+    def factored(self) -> Factors:
+        """Return B as (out, r) and A as (r, in·…), or Aᵀ and Bᵀ."""
+        A = self.A.reshaped((self.rank, prod(self.A.shape[1:])))
+        B = self.B.reshaped((self.B.shape[0], self.rank))
+        if not self.transposed:
+            return Factors(B, A, self.scaling)
+        left, right = (lazy.map(lambda tensor: tensor.T, lazy.shape[::-1]) for lazy in (A, B))
+        return Factors(left, right, self.scaling)
+
+    def with_factors(self, left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> Self:
+        """Return an update of the same kind and shape whose tensors are these."""
+        rank = left.shape[1]
+        B, A = (right.T, left.T) if self.transposed else (left, right)
+        return replace(
+            self,
+            A=LazyTensor.of(A.reshape(rank, *self.A.shape[1:]).contiguous()),
+            B=LazyTensor.of(B.reshape(len(B), rank, *self.B.shape[2:]).contiguous()),
+            C=None if bias is None else LazyTensor.of(bias),
+            scaling=1.0,
+            alpha=float(rank),
+        )
+
+    @classmethod
+    def claims(cls, parts: Mapping[str, LazyTensor]) -> bool:
+        """Tell whether these are the two factors, with or without a bias of B."""
+        names = parts.keys() - {BIAS} if cls.takes_bias else parts.keys()
+        return names == set(cls.names) and len(parts[cls.names[0]].shape) in cls.sides
+
+    @classmethod
+    def build(cls, parts: Mapping[str, LazyTensor], scaling: float, alpha: float) -> Self:
+        """Return the update of two factors."""
+        A, B = (parts[name] for name in cls.names)
+        return cls(A, B, scaling, alpha, parts.get(BIAS))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -55,6 +55,10 @@ class Usual:
         """Return None: the change is no product."""
         return None
 
+    def with_factors(self, left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+        """Raise `ValueError`: it is not made of two factors alone."""
+        raise ValueError(f"kind {self.kind} is not made of two factors alone")
+
 
 class Additive(Usual, ABC):
     """An update that adds s·ΔW to the weight."""

@@ -7,6 +7,8 @@ Several adapters on one weight compose in the order given, W ← g₂·(g₁·(W
 takes its norm from the unchanged base W₀, as PEFT ≥ 0.20 does when it computes and when it merges. This is not
 commutative. A weight w of the merge scales s, as PEFT's `set_scale` does: w = 0 leaves W₀ with its rows rescaled to m,
 not W₀ itself. A feature whose norm is zero has no direction, and is an error.
+
+What g is stands in `gains`, of norms by `squares`, for all who work with torch; `project` proves it on another path.
 """
 
 from __future__ import annotations
@@ -79,14 +81,9 @@ class DoraUpdate(Wrapper):
 
     def term(self, site: Site, weight: float, dtype: torch.dtype, device: torch.device) -> Rescaling:
         """Return the term of a site, with m of the features that land there."""
-        import torch
-
-        m = self.magnitude.load().flatten().to(device=device, dtype=torch.float64)
-        m = m if self.by_column else m[site.part_rows]
-        product = self.inner.term(site, weight, dtype, device)
-        if self.by_column != site.transposed:
-            return Rescaling(product, m, site, True, m.new_zeros(len(m)))
-        return Rescaling(product, m, site, False, m.new_zeros(len(m)))
+        m, across = magnitudes(self.factored(), site)
+        m = m.to(device)
+        return Rescaling(self.inner.term(site, weight, dtype, device), m, site, across, m.new_zeros(len(m)))
 
     def project(self, X: torch.Tensor, weight: float, under: Underlying) -> torch.Tensor:
         """Return g∘(X·Wᵀ + X·Δᵀ), or (X∘g)·(W + Δ)ᵀ for an embedding.
@@ -132,25 +129,21 @@ class Rescaling(Loaded):
     def observe_rows(self, base: torch.Tensor, rows: slice) -> None:
         """Add the squares of W₀ + left·right, column by column; the last tile makes factors of them."""
         changed = base.addmm(self.product.left[rows], self.product.right)
-        self.squares = _squares(changed, 0) if self.squares is None else self.squares + _squares(changed, 0)
+        self.squares = squares(changed, 0) if self.squares is None else self.squares + squares(changed, 0)
         if rows.stop == self.site.shape[0]:
-            self.factors[:] = self._factors(self.squares, slice(0, len(self.magnitude)))
+            self.factors[:] = gains(self.site, self.magnitude, self.squares)
 
     def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
         """Add the product and rescale, in place."""
         if not self.across:
             changed = None if base is None else base.addmm(self.product.left[rows], self.product.right)
             self.product.apply_rows(W, rows, None)
-            self.factors[rows] = self._factors(_squares(W if changed is None else changed, 1), rows)
+            norms2 = squares(W if changed is None else changed, 1)
+            self.factors[rows] = gains(self.site, self.magnitude[rows], norms2, rows.start)
             W.mul_(self.factors[rows, None].to(W.dtype))
         else:
             self.product.apply_rows(W, rows, None)
             W.mul_(self.factors.to(W.dtype))
-
-    def _factors(self, squares: torch.Tensor, features: slice) -> torch.Tensor:
-        if not bool(squares.all()):
-            raise no_direction(self.site, features.start + int((squares == 0).nonzero()[0]))
-        return self.magnitude[features] / squares.sqrt()
 
     def bound(self) -> float:
         """Return a bound on any element of left·right."""
@@ -166,16 +159,35 @@ class Rescaling(Loaded):
         return factors * self.product.elements(W, rows, columns)
 
 
-def no_direction(site: Site, feature: int) -> IncompatibleAdapter:
-    """Return the exception for an output feature of a site that is zero in all of W + ΔW."""
+def magnitudes(factors: Factors, site: Site) -> tuple[torch.Tensor, bool]:
+    """Return m of the features that land on a site in float64, and whether a feature is a column of its rectangle."""
+    assert factors.magnitude is not None
+    m = factors.magnitude.load().flatten().double()
+    return m if factors.by_column else m[site.part_rows], factors.by_column != site.transposed
+
+
+def gains(
+    site: Site, magnitude: torch.Tensor, squares: torch.Tensor, first: int = 0, side: str = "output"
+) -> torch.Tensor:
+    """Return g = m / ‖W₀ + ΔW‖ of features, of which `first` is the first, from their sums of squares.
+
+    Raises `IncompatibleAdapter` for a feature that is zero everywhere; `side` says what features these are.
+    """
+    if not bool(squares.all()):
+        raise no_direction(site, first + int((squares == 0).nonzero()[0]), side)
+    return magnitude / squares.sqrt()
+
+
+def no_direction(site: Site, feature: int, side: str = "output") -> IncompatibleAdapter:
+    """Return the exception for a feature of a site that is zero in all of W + ΔW."""
     return IncompatibleAdapter(
-        f"{site.tensor}: W + ΔW is zero in all of output feature {site.part[0] + feature}, "
+        f"{site.tensor}: W + ΔW is zero in all of {side} feature {site.part[0] + feature}, "
         "so DoRA's factor m / ‖W + ΔW‖ has no value",
         hint="PEFT would write NaN there. Check that this is the base model that the adapter was trained on.",
     )
 
 
-def _squares(W: torch.Tensor, axis: int) -> torch.Tensor:
+def squares(W: torch.Tensor, axis: int) -> torch.Tensor:
     """Return the sums of squares along an axis in float64.
 
     Along rows of float32 numbers, blocks of 64 are summed in float32 first: that errs by 2e-8, less than the numbers

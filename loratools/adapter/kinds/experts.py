@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from loratools.adapter.kinds import Factors
 from loratools.adapter.kinds._product import LowRank
 from loratools.adapter.kinds._shared import Additive
-from loratools.adapter.kinds.lora import A_PART, B_PART
+from loratools.adapter.parts import A, B
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class ExpertsUpdate(Additive):
 
     @property
     def parts(self) -> Mapping[str, LazyTensor]:
-        return {A_PART: self.A, B_PART: self.B}
+        return {A: self.A, B: self.B}
 
     @property
     def layout(self) -> Mapping[str, Any]:
@@ -145,5 +145,5 @@ def build(
     if not layout:
         raise ValueError("nothing says how many experts are stacked here, and in which parameter")
     return ExpertsUpdate(
-        parts[A_PART], parts[B_PART], scaling, alpha, layout["experts"], layout["parameter"], layout.get("transposed")
+        parts[A], parts[B], scaling, alpha, layout["experts"], layout["parameter"], layout.get("transposed")
     )

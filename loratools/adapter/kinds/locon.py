@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from loratools.adapter.kinds import Factors
 from loratools.adapter.kinds._product import LowRank
-from loratools.adapter.kinds.lora import A_PART, B_PART
+from loratools.adapter.kinds.conv import ConvUpdate
+from loratools.adapter.parts import BIAS, A, B
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
@@ -51,13 +52,22 @@ class LoconUpdate(LowRank):
 
     @property
     def parts(self) -> Mapping[str, LazyTensor]:
-        return {A_PART: self.down, B_PART: self.up, MID_PART: self.mid}
+        return {A: self.down, B: self.up, MID_PART: self.mid}
 
     def factored(self) -> Factors:
         """Return up as (out, m), and mid with down as (m, in·kh·kw), in float64."""
         rank, columns = self.mid.shape[0], prod(self.shape[1:])
         right = LazyTensor("F64", (rank, columns), self._mid_down, file=self.mid.file)
         return Factors(self.up.reshaped((self.shape[0], rank)), right, self.scaling)
+
+    def with_factors(self, left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> ConvUpdate:
+        """Return an update of kind `conv`: a core would only be one factor more."""
+        points = (1,) * (len(self.shape) - 2)
+        rank = left.shape[1]
+        parts = {A: right.reshape(rank, *self.shape[1:]), B: left.reshape(len(left), rank, *points)}
+        parts |= {} if bias is None else {BIAS: bias}
+        lazy = {name: LazyTensor.of(tensor.contiguous()) for name, tensor in parts.items()}
+        return ConvUpdate.build(lazy, 1.0, float(rank))
 
     def _mid_down(self) -> torch.Tensor:
         import torch
@@ -68,9 +78,9 @@ class LoconUpdate(LowRank):
 
 def claims(parts: Mapping[str, LazyTensor]) -> bool:
     """Tell whether these are two pointwise convolutions with a core between them."""
-    return parts.keys() == {A_PART, B_PART, MID_PART}
+    return parts.keys() == {A, B, MID_PART}
 
 
 def build(parts: Mapping[str, LazyTensor], scaling: float, alpha: float) -> LoconUpdate:
     """Return the update of the three factors."""
-    return LoconUpdate(parts[A_PART], parts[MID_PART], parts[B_PART], scaling, alpha)
+    return LoconUpdate(parts[A], parts[MID_PART], parts[B], scaling, alpha)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from loratools.adapter import kinds
 from loratools.adapter.kinds._shared import Loaded, Wrapper
+from loratools.adapter.kinds.dora import gains, squares
 from loratools.errors import IncompatibleAdapter
 from loratools.storage.lazy import LazyTensor
 
@@ -100,29 +101,25 @@ class Decomposed(Loaded):
         """Add the squares of W + ΔW, input feature by input feature."""
         changed = base.clone()
         self.inner.apply_rows(changed, rows, None)
-        found = changed.double().square_().sum(0).view(-1, self.kernel).sum(1)
-        self.squares = found if self.squares is None else self.squares + found
+        norms2 = squares(changed, 0).view(-1, self.kernel).sum(1)
+        self.squares = norms2 if self.squares is None else self.squares + norms2
 
     def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
         """Add ΔW and scale, in place."""
         self.inner.apply_rows(W, rows, None)
         if self.squares is not None:
-            factors = self._factors(self.squares, slice(None))
-            W.mul_(factors.repeat_interleave(self.kernel).to(W.dtype))
+            g = gains(self.site, self.magnitude, self.squares, side="input")
+            W.mul_(self._toward(g).repeat_interleave(self.kernel).to(W.dtype))
             return
         changed = W
         if base is not None:
             changed = base.clone()
             self.inner.apply_rows(changed, rows, None)
-        W.mul_(self._factors(changed.double().square_().sum(1), rows)[:, None].to(W.dtype))
+        g = gains(self.site, self.magnitude[rows], squares(changed, 1), rows.start)
+        W.mul_(self._toward(g)[:, None].to(W.dtype))
 
-    def _factors(self, squares: torch.Tensor, features: slice) -> torch.Tensor:
-        if not bool(squares.all()):
-            raise IncompatibleAdapter(
-                f"{self.site.tensor}: W + ΔW is zero in all of a feature, so m / ‖W + ΔW‖ has no value",
-                hint="Check that this is the base model that the adapter was trained on.",
-            )
-        return 1 + self.weight * (self.magnitude[features] / squares.sqrt() - 1)
+    def _toward(self, g: torch.Tensor) -> torch.Tensor:
+        return 1 + self.weight * (g - 1)
 
 
 def claims(parts: Mapping[str, LazyTensor]) -> bool:

@@ -21,12 +21,16 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Placement:
-    """One update (or a part of it) on one site of the base; of a stack it is the update of one `expert`."""
+    """One update (or a part of it) on one site of the base.
+
+    Of a stack it is the update of one `expert`, by number; `bias` marks what is added to the bias beside a weight.
+    """
 
     module: str
     update: Update
     site: Site
     expert: int | None = None
+    bias: bool = False
 
 
 def resolve(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any] | None = None) -> list[Placement]:
@@ -81,7 +85,7 @@ class _Resolver:
         placed = [Placement(module, update, site) for site in self.sites(path, update, tensor)]
         if update.bias is not None:
             added = BiasUpdate(update.bias, update.scaling, update.alpha)
-            placed += [Placement(module, added, self._bias(one.site)) for one in placed]
+            placed += [Placement(module, added, self._bias(weight.site), bias=True) for weight in placed]
         return placed
 
     def _experts(self, module: str, path: str, update: Update) -> list[Placement]:

@@ -41,9 +41,9 @@ def base_matrix(
 
 def by_module(placements: Iterable[Placement]) -> Mapping[str, list[Placement]]:
     """Group placements of weights by module, as `products` names them; those of biases are left out."""
-    found: dict[str, list[Placement]] = {}
+    grouped: dict[str, list[Placement]] = {}
     for placement in placements:
-        if low_rank(placement.update) is not None:
+        if low_rank(placement.update) is not None and not placement.bias:
             number = "" if placement.expert is None else f".{placement.expert}"
-            found.setdefault(placement.module + number, []).append(placement)
-    return found
+            grouped.setdefault(placement.module + number, []).append(placement)
+    return grouped

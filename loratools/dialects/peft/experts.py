@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from itertools import permutations
 from typing import Any
 
-from loratools.adapter.kinds.lora import A_PART, B_PART
 from loratools.adapter.naming.compact import suffixes
+from loratools.adapter.parts import A, B
 from loratools.dialects.peft.config import PeftConfig
 from loratools.dialects.peft.names import Groups
 
@@ -49,7 +49,7 @@ def layouts(groups: Groups, config: PeftConfig) -> tuple[dict[str, dict[str, Any
         shapes = [_sides(groups.modules[module]) for module in modules]
         for module, parameter in zip(modules, _order(parameters, shapes), strict=True):
             rank = config.rank(f"{path}.{parameter}")
-            rows = groups.modules[module][A_PART].shape[0] if A_PART in groups.modules[module] else 0
+            rows = groups.modules[module][A].shape[0] if A in groups.modules[module] else 0
             if not rank or rows % rank:
                 faults.append(f"{module}: A has {rows} rows, which is no multiple of the rank {rank} of {parameter}")
                 continue
@@ -82,7 +82,7 @@ def _feeds(sides: Mapping[str, tuple[int, int]]) -> bool:
 
 def _sides(parts: Mapping[str, Any]) -> tuple[int, int]:
     """Return (in, out) of a module's factors, (0, 0) if one is missing."""
-    return (parts[A_PART].shape[-1], parts[B_PART].shape[0]) if {A_PART, B_PART} <= parts.keys() else (0, 0)
+    return (parts[A].shape[-1], parts[B].shape[0]) if {A, B} <= parts.keys() else (0, 0)
 
 
 def _transposed(config: PeftConfig) -> bool | None:

@@ -120,7 +120,7 @@ def _encode(lost: Lost, base: TensorSpec, progress: Progress) -> bytes:
 
         steps = undo.steps(lost.placements)
         undo.measure(lost.placements, steps, rows, max(1, ELEMENTS // max(1, columns)))
-        parts = [step.factors.astype("<f4").tobytes() for step in steps if step.factors is not None]
+        parts = [step.gains.astype("<f4").tobytes() for step in steps if step.gains is not None]
         for start, stop in lost.tiles():
             W = read_bits(source, base, start * columns, stop * columns)
             after = read_bits(result, lost.after, start * columns, stop * columns)

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loratools.adapter.kinds._product import LowRank
-from loratools.adapter.kinds.dora import DoraUpdate
+from loratools.adapter.kinds import Factors
+from loratools.adapter.kinds.dora import gains, magnitudes, squares
 from loratools.adapter.placement.resolve import Placement
 from loratools.adapter.site import Site
 
@@ -33,7 +33,7 @@ Rows = Callable[[int, int], "Array"]
 class Step:
     """One change of a tensor that can be taken back: W ← g∘(W + left·right), or without g.
 
-    `left` (rows, k) and `right` (k, columns) are in fixed point; `factors` is g in float32, for each row of the
+    `left` (rows, k) and `right` (k, columns) are in fixed point; `gains` is g in float32, for each row of the
     rectangle, or for each column where `across`.
     """
 
@@ -41,17 +41,17 @@ class Step:
     left: torch.Tensor
     right: torch.Tensor
     across: bool = False
-    factors: Array | None = None
+    gains: Array | None = None
 
     @property
     def features(self) -> int:
-        """Return how many factors g has."""
+        """Return how many numbers g has."""
         return self.site.shape[1 if self.across else 0]
 
     def delta(self, rows: slice) -> Array:
         """Return rows of left·right in float64, exactly."""
-        found: Array = (self.left[rows] @ self.right).numpy()
-        return found
+        product: Array = (self.left[rows] @ self.right).numpy()
+        return product
 
     def take_back(self, W: Array, start: int) -> None:
         """Turn a tile of changed rows, from `start` on, into what they were before, in place."""
@@ -59,14 +59,14 @@ class Step:
         if met is None:
             return
         region = W[met[0], slice(*self.site.columns)]
-        if self.factors is not None:
-            region /= self.factors if self.across else self.factors[met[1], None]
+        if self.gains is not None:
+            region /= self.gains if self.across else self.gains[met[1], None]
         region -= self.delta(met[1]).astype(W.dtype, copy=False)
 
 
 def is_predictable(placements: Sequence[Placement]) -> bool:
-    """Tell whether the changes of a tensor are all of kinds that can be taken back here: products, and DoRA."""
-    return all(isinstance(placement.update, LowRank | DoraUpdate) for placement in placements)
+    """Tell whether the changes of a tensor can all be taken back: those that are products, rescaled (DoRA) or not."""
+    return all(placement.update.factored() for placement in placements)
 
 
 def steps(placements: Sequence[tuple[Placement, float]]) -> list[Step]:
@@ -75,44 +75,48 @@ def steps(placements: Sequence[tuple[Placement, float]]) -> list[Step]:
     `placements` are pairs of a placement, which `is_predictable`, and the weight of its adapter. Products on one site
     become one step if no DoRA is among them. The factors g of DoRA are not known yet: see `measure`.
     """
-    found: list[Step] = []
-    if any(isinstance(p.update, DoraUpdate) for p, _ in placements):
-        for placement, weight in placements:
-            found.append(_step(placement.site, [_factors(placement, weight)]))
-            update = placement.update
-            if isinstance(update, DoraUpdate):
-                found[-1].across = update.by_column != placement.site.transposed
-                found[-1].factors = _ones(found[-1].features)
-        return found
-    groups: dict[Site, list[tuple[Array, Array]]] = {}
-    for placement, weight in placements:
-        groups.setdefault(placement.site, []).append(_factors(placement, weight))
-    return [_step(site, group) for site, group in groups.items()]
+    changes = [(placement.site, _factors(placement), weight) for placement, weight in placements]
+    if all(factors.magnitude is None for _, factors, _ in changes):
+        groups: dict[Site, list[tuple[Array, Array]]] = {}
+        for site, factors, weight in changes:
+            groups.setdefault(site, []).append(_matrices(site, factors, weight))
+        return [_step(site, group) for site, group in groups.items()]
+    made = []
+    for site, factors, weight in changes:
+        step = _step(site, [_matrices(site, factors, weight)])
+        if factors.magnitude is not None:
+            step.across = factors.by_column != site.transposed
+            step.gains = _ones(step.features)
+        made.append(step)
+    return made
 
 
-def measure(placements: Sequence[tuple[Placement, float]], found: Sequence[Step], base: Rows, height: int) -> None:
-    """Work out g = m / ‖W₀ + own ΔW‖ of every DoRA step from the unchanged base, `height` rows at a time."""
+def measure(placements: Sequence[tuple[Placement, float]], made: Sequence[Step], base: Rows, height: int) -> None:
+    """Work out g of every DoRA step from the unchanged base, `height` rows at a time.
+
+    Only here may a sum depend on the machine, so g is the kind's own: the residual keeps it, and nobody has to find
+    the same bits again. Where it is 0 or no float32, 1 takes its place.
+    """
     import numpy as np
+    import torch
 
-    for (placement, _), step in zip(placements, found, strict=False):
-        if step.factors is None:
+    for (placement, _), step in zip(placements, made, strict=False):
+        if step.gains is None:
             continue
-        update, site = placement.update, step.site
-        assert isinstance(update, DoraUpdate)
-        squares = np.zeros(step.features)
+        site = step.site
+        norms2 = torch.zeros(step.features, dtype=torch.float64)
         for start in range(0, site.matrix[0], height):
             stop = min(start + height, site.matrix[0])
             if met := site.overlap(start, stop):
-                changed = base(start, stop)[met[0], slice(*site.columns)] + step.delta(met[1])
+                changed = torch.from_numpy(base(start, stop)[met[0], slice(*site.columns)] + step.delta(met[1]))
                 if step.across:
-                    squares += np.square(changed).sum(0)
+                    norms2 += squares(changed, 0)
                 else:
-                    squares[met[1]] = np.square(changed).sum(1)
-        m: Any = update.magnitude.load().double().flatten().numpy()
-        m = m if update.by_column else m[site.part_rows]
-        with np.errstate(all="ignore"):
-            g = (m / np.sqrt(squares)).astype(np.float32)
-        step.factors = np.where(np.isfinite(g) & (g != 0), g, np.float32(1))
+                    norms2[met[1]] = squares(changed, 1)
+        m, _ = magnitudes(_factors(placement), site)
+        with np.errstate(over="ignore"):
+            g = gains(site, m, norms2).numpy().astype(np.float32)
+        step.gains = np.where(np.isfinite(g) & (g != 0), g, np.float32(1))
 
 
 def _ones(count: int) -> Array:
@@ -121,13 +125,16 @@ def _ones(count: int) -> Array:
     return np.ones(count, np.float32)
 
 
-def _factors(placement: Placement, weight: float) -> tuple[Array, Array]:
-    """Return (left, right) of a placement in float64, as they lie on its site, with the scaling in left."""
-    update, site = placement.update, placement.site
-    product = update.inner if isinstance(update, DoraUpdate) else update
-    assert isinstance(product, LowRank)
-    left, right = (factor.double().numpy() for factor in product.factored().load())
-    left = left[site.part_rows] * (weight * product.scaling)
+def _factors(placement: Placement) -> Factors:
+    factors = placement.update.factored()
+    assert factors is not None  # else `is_predictable` said no
+    return factors
+
+
+def _matrices(site: Site, factors: Factors, weight: float) -> tuple[Array, Array]:
+    """Return (left, right) in float64 as they lie on a site, with weight and scaling in left."""
+    left, right = (factor.double().numpy() for factor in factors.load())
+    left = left[site.part_rows] * (weight * factors.scale)
     return (right.T, left.T) if site.transposed else (left, right)
 
 

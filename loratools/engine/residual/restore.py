@@ -151,9 +151,9 @@ class Restorer:
         self._steps = steps(lost.placements)
         at = 0
         for step in self._steps:
-            if step.factors is not None:
+            if step.gains is not None:
                 size = 4 * step.features
-                step.factors = np.frombuffer(self._piece(at, size), "<f4").astype(np.float32)
+                step.gains = np.frombuffer(self._piece(at, size), "<f4").astype(np.float32)
                 at += size
         for _ in lost.tiles():
             (size,) = LENGTH.unpack(self._piece(at, LENGTH.size))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from loratools import dialects
-from loratools.adapter import low_rank
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.errors import IncompatibleAdapter, LoraToolsError, OutputRefused
@@ -193,11 +192,11 @@ def _updates(
     for module, (one, rank) in ranked.items():
         members, kept = aligned.modules[module], rounded[module]
         like = members[0].update
-        updates[module] = low_rank.rebuilt(like, kept.left, kept.right, biases.get(module))
+        updates[module] = like.with_factors(kept.left, kept.right, biases.get(module))
         shares.append(truncate.share(module, like, sum(member.update.rank for member in members), one, rank, kept))
     for module, bias in biases.items():
         if module not in updates and bool(bias.any()):
-            updates[module] = low_rank.bare(aligned.modules[module][0].update, bias)
+            updates[module] = undivided.only_bias(aligned.modules[module][0].update, bias)
     return updates, shares
 
 

@@ -67,13 +67,13 @@ class Task:
         return truncate.decompose(change, self._rule(members), size)
 
     def _term(self, module: str, member: Member) -> Term:
-        left, right = low_rank.matrices(member.update)
+        left, right = low_rank.load(member.update)
         for name, factor in (("B", left), ("A", right)):
             if not bool(factor.isfinite().all()):
                 raise ValueError(f"adapter {member.adapter + 1} has NaN or infinite elements in factor {name}")
         weight = self.weights[member.adapter].of(module)
         identity = f"{self.digests[member.adapter]}|{module}"
-        return Term(weight, left.double() * member.update.scaling, right.double(), identity)
+        return Term(weight, left, right, identity)
 
     def _rule(self, members: Sequence[Member]) -> RankRule:
         """Return how far a change that is no product is decomposed."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import TYPE_CHECKING
 
-from loratools.adapter import low_rank
+from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.compact import compact
+from loratools.adapter.parts import B
 from loratools.errors import UnsupportedAdapter
 from loratools.storage import dtypes
 from loratools.storage.lazy import LazyTensor
@@ -65,17 +67,23 @@ def biases(
     """
     import torch
 
-    if not any(low_rank.bias(member.update) for members in modules.values() for member in members):
+    if not any(member.update.bias for members in modules.values() for member in members):
         return {}
     found = {}
     for module, members in modules.items():
-        if low_rank.takes_bias(members[0].update):
+        if B in members[0].update.parts:
             total = torch.zeros(members[0].update.shape[0], dtype=torch.float64)
             for member in members:
-                if (c := low_rank.bias(member.update)) is not None:
+                if (c := member.update.bias) is not None:
                     total += weight(member.adapter, module) * member.update.scaling * c.load().double()
             found[module] = total.to(dtypes.to_torch(dtype))
     return found
+
+
+def only_bias(like: Update, bias: Tensor) -> Update:
+    """Return an update of the weight of `like` that changes nothing but the bias: of rank 1, for no rank is 0."""
+    rows, columns = like.shape[0], prod(like.shape[1:])
+    return like.with_factors(bias.new_zeros(rows, 1), bias.new_zeros(1, columns), bias)
 
 
 def _refusal(group: Sequence[Weighted], names: Sequence[str], method: str) -> str | None:

@@ -268,6 +268,18 @@ def test_convolutions_and_embeddings(tmp_path: Path) -> None:
     assert report.error == pytest.approx(measured, rel=1e-6)
 
 
+def test_a_core_goes_into_the_factors_of_a_plain_convolution(tmp_path: Path) -> None:
+    parts = {"lora_A.weight": random(2, 3, 1, 1, seed=0), "lora_B.weight": random(6, 4, 1, 1, seed=1)}
+    parts["lora_mid.weight"] = random(4, 2, 3, 3, seed=2)
+    core = kinds.get("locon").build({part: LazyTensor.of(tensor) for part, tensor in parts.items()}, 0.5, 1.0)
+    combine([Adapter({"conv": core})], tmp_path / "plain", weights=[-2.0])
+    (made,) = open_adapter(tmp_path / "plain").updates.values()
+    assert (made.kind, made.rank, made.shape) == ("conv", 4, (6, 3, 3, 3))
+    down, up, mid = (tensor.double() for tensor in parts.values())
+    expected = -2.0 * 0.5 * torch.einsum("om,mnkl,ni->oikl", up.flatten(1), mid, down.flatten(1))
+    torch.testing.assert_close(made.delta_weight().double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_names_are_one_past_their_wrappers(tmp_path: Path) -> None:
     one = adapter(0, modules={"model.layers.0.q_proj": (8, 6)})
     other = adapter(5, modules={"base_model.model.layers.0.q_proj": (8, 6)})
