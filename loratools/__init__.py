@@ -1,49 +1,157 @@
-"""The toolkit for LoRA adapter files: an exact, versioned format, and surgery on models with it.
+"""The toolkit for LoRA adapter files: read every layout, tell the truth about it, and operate on it exactly.
 
-The public names load on first use (PEP 562): `import loratools` imports neither torch nor numpy.
+A LoRA adapter is a low-rank change of a model, W' = W + s·B·A. A first example:
+
+    import loratools
+
+    print(loratools.inspect("adapter").groups)               # ranks, scalings, target modules: from headers alone
+    loratools.convert("adapter", "sealed", base="base")      # now it knows which base model it belongs to
+    report = loratools.merge("base", "sealed", "merged")     # exact, streamed; a wrong base is refused
+    assert loratools.verify("merged", "base", ["sealed"]).ok # proved by another path than the one that made it
+
+Every function is a command of `loratools` under the same name. An input is a path, a reference such as
+`hf://org/name`, or an opened value (`Adapter`, `Checkpoint`); where several adapters are expected, one may stand alone.
+An error is a `LoraToolsError`: one sentence, every problem, and what to do. `import loratools` is light: torch is
+imported by what computes.
+
+Look
+    inspect          what is in this file? An adapter or a model, from headers alone
+    spectrum         the singular values of every ΔW = s·B·A, and the rank that they need
+    compare          how alike two adapters are: angles between their changes, and their subspaces
+    hash             which model exactly is this? The base hash, in three tiers
+Check
+    verify           how far is a model from base + adapters? A proof that shares no arithmetic with merge
+    validate         an adapter against the specification, clause by clause
+    certify          how much of a fine-tune an adapter holds, layer by layer
+Change
+    merge            W' = W + Σ w·s·B·A in float32, rounded once
+    unmerge          take adapters out of a merged model again, bit for bit where the merge kept what that takes
+    switch           take one adapter out and put another in, in one pass
+    combine          one adapter of several: weighted sums, TIES, DARE, KnOTS and more
+    resize           other ranks, with the least error there is
+    extract_svd      the low-rank change of a full fine-tune, near the optimum
+    convert          another dialect; or seal an adapter with its base's hash
+Share
+    push, pull       an adapter or a model to the Hub in one commit, and back, every file checked
+Open and save
+    open_adapter     any dialect -> `Adapter`: updates by module, their factors unread
+    save_adapter     an `Adapter` -> any dialect, with the losses that this means
+    Checkpoint.open  a model -> `Checkpoint`: tensors by name, unread
+    MergeOptions     the options of a merge as one value, checked when it is built
+    BaseIdentity     which base model an adapter belongs to
+Learn
+    list_dialects    the layouts that can be read and written
+    run_demo         a guided tour on a small trained model inside the package
+
+`help(loratools.merge)` explains every parameter. On the command line: `loratools --help`. The README shows all of it at
+work; the format is specified in spec/.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
 from loratools.storage import sources
 
+if TYPE_CHECKING:
+    from loratools.adapter.model import Adapter, BaseIdentity
+    from loratools.demo.tour import run_demo
+    from loratools.dialects import list_dialects, open_adapter, save_adapter
+    from loratools.errors import LoraToolsError
+    from loratools.hub.transfer import pull, push
+    from loratools.storage.checkpoint import Checkpoint
+    from loratools.surgery.combine import combine
+    from loratools.surgery.compare import compare
+    from loratools.surgery.convert import convert
+    from loratools.surgery.extract import extract
+    from loratools.surgery.extract import extract as extract_svd
+    from loratools.surgery.extract.certify import certify
+    from loratools.surgery.hash import hash_checkpoint
+    from loratools.surgery.hash import hash_checkpoint as hash
+    from loratools.surgery.inspect import inspect
+    from loratools.surgery.merge import merge
+    from loratools.surgery.merge.options import MergeOptions
+    from loratools.surgery.resize import resize
+    from loratools.surgery.spectrum import spectrum
+    from loratools.surgery.switch import switch
+    from loratools.surgery.unmerge import unmerge
+    from loratools.surgery.validate import validate
+    from loratools.surgery.verify import verify
+else:
+    # Checkers read the imports above; at run time a name is imported when it is asked for (PEP 562).
+    _HOME = {
+        "Adapter": "loratools.adapter.model:Adapter",
+        "BaseIdentity": "loratools.adapter.model:BaseIdentity",
+        "Checkpoint": "loratools.storage.checkpoint:Checkpoint",
+        "LoraToolsError": "loratools.errors:LoraToolsError",
+        "MergeOptions": "loratools.surgery.merge.options:MergeOptions",
+        "certify": "loratools.surgery.extract.certify:certify",
+        "combine": "loratools.surgery.combine:combine",
+        "compare": "loratools.surgery.compare:compare",
+        "convert": "loratools.surgery.convert:convert",
+        "extract": "loratools.surgery.extract:extract",
+        "extract_svd": "loratools.surgery.extract:extract",
+        "hash": "loratools.surgery.hash:hash_checkpoint",
+        "hash_checkpoint": "loratools.surgery.hash:hash_checkpoint",
+        "inspect": "loratools.surgery.inspect:inspect",
+        "list_dialects": "loratools.dialects:list_dialects",
+        "merge": "loratools.surgery.merge:merge",
+        "open_adapter": "loratools.dialects:open_adapter",
+        "pull": "loratools.hub.transfer:pull",
+        "push": "loratools.hub.transfer:push",
+        "resize": "loratools.surgery.resize:resize",
+        "run_demo": "loratools.demo.tour:run_demo",
+        "save_adapter": "loratools.dialects:save_adapter",
+        "spectrum": "loratools.surgery.spectrum:spectrum",
+        "switch": "loratools.surgery.switch:switch",
+        "unmerge": "loratools.surgery.unmerge:unmerge",
+        "validate": "loratools.surgery.validate:validate",
+        "verify": "loratools.surgery.verify:verify",
+    }
+
+    def __getattr__(name):
+        if name not in _HOME:
+            raise AttributeError(f"module 'loratools' has no attribute {name!r}")
+        from importlib import import_module
+
+        module, _, attribute = _HOME[name].partition(":")
+        return getattr(import_module(module), attribute)
+
+    def __dir__():
+        return list(__all__)
+
+
 __version__ = "0.1.0"
 
+__all__ = [
+    "Adapter",
+    "BaseIdentity",
+    "Checkpoint",
+    "LoraToolsError",
+    "MergeOptions",
+    "__version__",
+    "certify",
+    "combine",
+    "compare",
+    "convert",
+    "extract",
+    "extract_svd",
+    "hash",
+    "hash_checkpoint",
+    "inspect",
+    "list_dialects",
+    "merge",
+    "open_adapter",
+    "pull",
+    "push",
+    "resize",
+    "run_demo",
+    "save_adapter",
+    "spectrum",
+    "switch",
+    "unmerge",
+    "validate",
+    "verify",
+]
+
 sources.install("hf://", "loratools.hub.local", "resolve")
-
-# public name -> the module that defines it
-_HOME: dict[str, str] = {
-    "Adapter": "loratools.adapter.model",
-    "BaseIdentity": "loratools.adapter.model",
-    "Checkpoint": "loratools.storage.checkpoint",
-    "LoraToolsError": "loratools.errors",
-    "certify": "loratools.surgery.extract.certify",
-    "combine": "loratools.surgery.combine",
-    "compare": "loratools.surgery.compare",
-    "convert": "loratools.surgery.convert",
-    "extract": "loratools.surgery.extract",
-    "hash_checkpoint": "loratools.surgery.hash",
-    "inspect": "loratools.surgery.inspect",
-    "merge": "loratools.surgery.merge",
-    "open_adapter": "loratools.dialects",
-    "resize": "loratools.surgery.resize",
-    "save_adapter": "loratools.dialects",
-    "spectrum": "loratools.surgery.spectrum",
-    "validate": "loratools.surgery.validate",
-    "verify": "loratools.surgery.verify",
-}
-
-__all__ = ["__version__", *_HOME]  # noqa: PLE0604
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'loratools' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)

@@ -23,7 +23,7 @@ from tests.conftest import REPOSITORY, clean_env
 
 FLOORS: Mapping[str, tuple[str, ...]] = {
     "loratools": (
-        "errors __version__",
+        "errors decisions __version__",
         "options parallel",
         "storage linalg",
         "adapter",

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from loratools.cli._show import SCHEMA, Report, encode, printable
 from loratools.cli._sources import fetch
 from loratools.cli._talk import Talk
-
-if TYPE_CHECKING:
-    from loratools.cli._talk import Talk
 
 SECTIONS = ("Look", "Check", "Change", "Share", "Learn")
 """Headings of `loratools --help`, in order; a command names its own."""
@@ -34,10 +31,12 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> None:
         """Fetch what is on the Hub, run the function, print its report, and exit with 1 where the report says so."""
-        fetch(ctx)
-        report = super().invoke(ctx)
+        talk = ctx.find_root().ensure_object(Talk)
+        with talk.decisions():
+            fetch(ctx)
+            report = super().invoke(ctx)
         if isinstance(report, Report):
-            emit(report, ctx.find_root().ensure_object(Talk))
+            emit(report, talk)
             if not report.ok:
                 ctx.exit(1)
 
@@ -120,7 +119,7 @@ def common_options() -> list[click.Parameter]:
     return [
         flag("--json", help="Print the result, and any error, as one JSON document.", is_flag=True),
         flag("-q", "--quiet", help="Say nothing on stderr but warnings and errors.", is_flag=True),
-        flag("-v", "--verbose", help="Say more on stderr.", count=True),
+        flag("-v", "--verbose", help="Say on stderr what is decided, and why.", count=True),
         flag("--no-progress", help="Draw no progress bars.", is_flag=True),
     ]
 

@@ -13,7 +13,7 @@ import click
 from loratools import __version__
 from loratools.cli._group import Commands, common_options
 from loratools.cli._talk import Talk
-from loratools.errors import LoraToolsError
+from loratools.errors import InvalidOption, LoraToolsError
 
 HELP = """The toolkit for LoRA adapter files: read every layout, tell the truth about it, and operate on it exactly.
 
@@ -119,7 +119,8 @@ def _explain(error: Exception, talk: Talk) -> int:
     kind = type(error).__name__
     if isinstance(error, LoraToolsError):
         talk.error(kind, error.message, error.problems, error.hint)
-    elif isinstance(error, click.UsageError):
+        return 2 if isinstance(error, InvalidOption) else 1
+    if isinstance(error, click.UsageError):
         context = error.ctx
         hint = f"{context.command_path} --help explains it." if context else None
         talk.error(kind, _sentence(error.format_message()), hint=hint)

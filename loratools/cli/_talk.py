@@ -38,11 +38,6 @@ class Talk:
         if not self.quiet and not self.json:
             self._say(text)
 
-    def detail(self, text: str) -> None:
-        """Say something that only -v shows."""
-        if self.verbose and not self.json:
-            self._say(text)
-
     def warn(self, text: str) -> None:
         """Warn: -q does not silence it, and with --json it is part of the document."""
         self.warnings.append(text)
@@ -60,6 +55,30 @@ class Talk:
             self._say(f"  {problem}")
         if hint:
             self._say(hint, "hint", "cyan")
+
+    @contextmanager
+    def decisions(self) -> Iterator[None]:
+        """With -v, say what the library decides while the block runs, and why."""
+        if not self.verbose or self.json:
+            yield
+            return
+        import logging
+
+        say = self._say
+
+        class Told(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                say(record.getMessage())
+
+        logger, told = logging.getLogger("loratools"), Told(logging.INFO)
+        before = logger.level
+        logger.addHandler(told)
+        logger.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            logger.removeHandler(told)
+            logger.setLevel(before)
 
     @contextmanager
     def progress(self, label: str, total: int) -> Iterator[Progress]:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import click
 
 from loratools.cli import _options as options
 from loratools.cli import _show as show
 from loratools.cli._group import command as make
-from loratools.cli._talk import Talk, pass_talk
+
+if TYPE_CHECKING:
+    from loratools.demo.tour import Tour
 
 
 @make(section="Learn")
 @click.option(
     "--keep", type=options.PATH, metavar="PATH", help="Make everything in this new folder, and leave it there."
 )
-@pass_talk
-def command(talk: Talk, keep: Path | None) -> show.Report:
+def command(keep: Path | None) -> show.Report:
     """Take the guided tour, on a small real model that is part of this package.
 
     A byte-level language model that learned from the Bible, and a LoRA that taught it Shakespeare, are inspected,
@@ -31,34 +31,22 @@ def command(talk: Talk, keep: Path | None) -> show.Report:
       loratools demo
       loratools demo --keep tour
     """
-    from loratools.storage.atomic import new_folder
+    from loratools.demo.tour import run_demo
 
-    if keep is not None:
-        with new_folder(keep) as folder:
-            return _run(folder, talk)
-    with TemporaryDirectory(prefix="loratools-demo-") as name:
-        return _run(Path(name), talk)
+    made = run_demo(keep)
+    document = {"seconds": made.seconds, "stops": [{"title": stop.title, **stop.measured} for stop in made.stops]}
+    return show.Report(document, _lines(made))
 
 
-def _run(folder: Path, talk: Talk) -> show.Report:
-    from loratools.demo.tour import tour
-
-    begun = time.monotonic()
-    stops = list(tour(folder))
-    seconds = time.monotonic() - begun
-
-    def lines() -> Iterator[str]:
-        for number, stop in enumerate(stops, 1):
-            yield f"{number}. {stop.title}"
-            if stop.command:
-                yield f"   $ {stop.command}"
-            yield from (f"   {line}" for line in stop.lines)
-            yield ""
-        loss = next(stop.measured["held_out_loss"] for stop in stops if "held_out_loss" in stop.measured)
-        yield (
-            f"Measured on this machine in {seconds:.1f} s: the adapter takes the loss from {loss['base']:.2f} to "
-            f"{loss['base + adapter']:.2f}, and the merged model keeps it ({loss['merged']:.2f})."
-        )
-
-    document = {"seconds": seconds, "stops": [{"title": stop.title, **stop.measured} for stop in stops]}
-    return show.Report(document, list(lines()))
+def _lines(made: Tour) -> Iterator[str]:
+    for number, stop in enumerate(made.stops, 1):
+        yield f"{number}. {stop.title}"
+        if stop.command:
+            yield f"   $ {stop.command}"
+        yield from (f"   {line}" for line in stop.lines)
+        yield ""
+    loss = next(stop.measured["held_out_loss"] for stop in made.stops if "held_out_loss" in stop.measured)
+    yield (
+        f"Measured on this machine in {made.seconds:.1f} s: the adapter takes the loss from {loss['base']:.2f} to "
+        f"{loss['base + adapter']:.2f}, and the merged model keeps it ({loss['merged']:.2f})."
+    )

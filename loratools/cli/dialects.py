@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from loratools.cli._group import command as make
-from loratools.cli._show import Report, fields
+from loratools.cli._show import Report, fields, plain
+
+if TYPE_CHECKING:
+    from loratools.dialects import DialectSummary
 
 
 @make(section="Learn")
@@ -17,25 +20,16 @@ def command() -> Report:
       loratools dialects
       loratools dialects --json
     """
-    from loratools.dialects import get, names
+    from loratools.dialects import list_dialects
 
-    found = [
-        {
-            "name": name,
-            "summary": get(name).SUMMARY,
-            "extra": get(name).EXTRA,
-            "files": get(name).FILES,
-            "cannot": get(name).CANNOT,
-        }
-        for name in names()
-    ]
-    return Report({"dialects": found}, fields(map(_row, found)))
+    listed = list_dialects()
+    return Report({"dialects": plain(listed)}, fields(map(_row, listed)))
 
 
-def _row(one: dict[str, Any]) -> tuple[str, str]:
-    lines = [one["summary"], f"writes: {' or '.join((*one['files'], 'a folder'))}"]
-    if one["cannot"]:
-        lines.append(f"cannot say: {'; '.join(one['cannot'])}")
-    if one["extra"]:
-        lines.append(f"needs: pip install 'loratools[{one['extra']}]'")
-    return one["name"], "\n".join(lines)
+def _row(dialect: DialectSummary) -> tuple[str, str]:
+    lines = [dialect.summary, f"writes: {' or '.join((*dialect.files, 'a folder'))}"]
+    if dialect.cannot:
+        lines.append(f"cannot say: {'; '.join(dialect.cannot)}")
+    if dialect.extra:
+        lines.append(f"needs: pip install 'loratools[{dialect.extra}]'")
+    return dialect.name, "\n".join(lines)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,16 +43,9 @@ def command(
       loratools pull lab/base@main -o pulled --dry-run
     """
     from loratools.hub import pull
-    from loratools.hub.client import Hub
-    from loratools.hub.refs import parse
-    from loratools.storage.atomic import check_output
+    from loratools.hub.transfer import prepare_pull
 
-    ref = parse(repo)
-    if revision and ref.revision:
-        raise click.UsageError(f"--revision {revision}, but REPO names the revision {ref.revision} too")
-    check_output(output, force=force)
-    hub = Hub()
-    prepared = pull.prepare(hub, replace(ref, revision=revision or ref.revision))
+    hub, prepared = prepare_pull(repo, output, revision=revision, force=force)
     if dry_run:
         return show.Report({"dry_run": True, **_document(prepared)}, _plan(prepared, output))
     with talk.progress("pulling", prepared.nbytes) as advance:

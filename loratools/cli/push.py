@@ -63,18 +63,11 @@ def command(
       loratools push merged lab/merged --license apache-2.0 --dry-run
     """
     from loratools.hub import push
-    from loratools.hub.client import Hub
-    from loratools.hub.refs import Ref, parse
+    from loratools.hub.transfer import prepare_push
 
-    named = parse(repo)
-    if named.path or (named.revision and revision):
-        raise click.UsageError(f"expected org/name, found {repo!r}")
-    subject = push.read(path, base_model=base_model)
-    hub = Hub()
-    prepared = push.prepare(
-        hub, subject, Ref(named.repo, revision or named.revision), create_pr=create_pr, license=license,
-        keep_card=card, base_model_given=base_model is not None,
-    )  # fmt: skip
+    hub, prepared = prepare_push(
+        path, repo, revision=revision, create_pr=create_pr, base_model=base_model, license=license, card=card
+    )
     for note in prepared.notes:
         talk.warn(note)
     if dry_run:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from loratools import dialects
 from loratools.demo import data_folder
 from loratools.errors import WrongBase
 from loratools.linalg.ranks.allocate import Ranks
+from loratools.storage.atomic import new_folder
 from loratools.storage.checkpoint import Checkpoint, read_json
+from loratools.storage.sources import Location
 from loratools.surgery.combine import combine
 from loratools.surgery.convert import convert
 from loratools.surgery.extract import extract
@@ -33,6 +37,38 @@ class Stop:
     command: str
     lines: tuple[str, ...]
     measured: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Tour:
+    """The stops of a tour, and the seconds that they took."""
+
+    stops: tuple[Stop, ...]
+    seconds: float
+
+
+def run_demo(folder: Location | None = None) -> Tour:
+    """Take the guided tour on the small trained model of this package: inspect, seal, merge, verify, measure, refuse.
+
+    Args:
+        folder: A new folder for base, adapter and everything that is made from them. Default: one that goes away.
+
+    Returns:
+        The stops, each with what was measured on this machine.
+
+    Raises:
+        RuntimeError: A stop did not find what it expects.
+        OutputRefused: The folder exists already.
+
+    Example:
+        >>> len(run_demo().stops)
+        9
+    """
+    place = TemporaryDirectory(prefix="loratools-demo-") if folder is None else new_folder(Path(folder))
+    began = time.monotonic()
+    with place as root:
+        stops = tuple(tour(Path(root)))
+        return Tour(stops, time.monotonic() - began)
 
 
 def tour(folder: Path) -> Iterator[Stop]:

@@ -14,18 +14,19 @@ A dialect is a module here with
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Protocol, cast
 
 from loratools.adapter.model import Adapter, Loss
+from loratools.decisions import decided
 from loratools.dialects._frame.listing import WEIGHTS, Evidence, Listing
 from loratools.errors import LossyConversion, OutputRefused, UnknownKind
 from loratools.storage.checkpoint import Checkpoint
 
-__all__ = ["Dialect", "Evidence", "Listing", "detect", "get", "named_for", "names", "open_adapter", "save_adapter"]
+__all__ = ["Dialect", "Evidence", "Listing", "detect", "get", "list_dialects", "names", "open_adapter", "save_adapter"]
 
 
 class Dialect(Protocol):
@@ -63,6 +64,30 @@ def get(name: str) -> Dialect:
     if name not in names():
         raise UnknownKind(f"no dialect {name!r}; loratools knows {', '.join(names())}")
     return cast(Dialect, import_module(f"{__name__}.{name}"))
+
+
+@dataclass(frozen=True, slots=True)
+class DialectSummary:
+    """What `Dialect` says of itself: its name, what it is, the files it writes, what it cannot say, and its extra."""
+
+    name: str
+    summary: str
+    extra: str | None
+    files: tuple[str, ...]
+    cannot: tuple[str, ...]
+
+
+def list_dialects() -> tuple[DialectSummary, ...]:
+    """List the layouts of adapter files that loratools reads and writes, sorted by name.
+
+    Example:
+        >>> "peft" in [dialect.name for dialect in list_dialects()]
+        True
+    """
+    return tuple(
+        DialectSummary(name, dialect.SUMMARY, dialect.EXTRA, dialect.FILES, dialect.CANNOT)
+        for name, dialect in ((name, get(name)) for name in names())
+    )
 
 
 def detect(listing: Listing) -> tuple[str, Evidence]:
@@ -105,8 +130,9 @@ def open_adapter(
     only for pickles. Raises `UnknownKind`, `BadFile`, `InvalidFormat` or `UnsupportedAdapter`.
     """
     listing = Listing.of(path, alpha=alpha, base=base, initial=initial, enabled=enabled)
-    name = dialect or detect(listing)[0]
+    name, evidence = (dialect, None) if dialect else detect(listing)
     adapter = get(name).read(listing)
+    decided("%s: dialect %s: %s", listing.path, name, evidence.reason if evidence else "as the call says")
     return adapter if adapter.dialect == name else replace(adapter, dialect=name)
 
 

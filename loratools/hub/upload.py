@@ -34,13 +34,14 @@ class Target:
 class Committed:
     """Where the files are: the commit, its address, and that of the pull request if one was asked for.
 
-    `new` is False where there was nothing to commit.
+    `new` is False where there was nothing to commit; `notes` say what the card lacks, and what was not sent.
     """
 
     commit: str | None
     url: str
     pull_request: str | None = None
     new: bool = True
+    notes: tuple[str, ...] = ()
 
 
 def look(hub: Hub, repo: str, *, revision: str | None = None, create_pr: bool = False) -> Target:

@@ -28,7 +28,8 @@ BROKEN = {
     "memory": "raise MemoryError",
     "wait": "import signal; print('ready', flush=True); signal.pause()",
     "hostile": r"return Report({}, 'a\x1b[31mred\x07 name\u202e')",
-    "warns": "talk.warn('odd'); talk.note('aside'); talk.detail('at length'); return Report({'n': float('nan')}, 'x')",
+    "warns": "talk.warn('odd'); talk.note('aside'); decided('%s length', 'at')\n"
+    "    return Report({'n': float('nan')}, 'x')",
     "differs": "return Report({'equal': False}, 'not equal', ok=False)",
 }
 
@@ -43,7 +44,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, body in BROKEN.items():
         (package / f"{name}.py").write_text(
             "from loratools.cli._group import command as make\nfrom loratools.cli._show import Report\n"
-            "from loratools.cli._talk import pass_talk\n"
+            "from loratools.cli._talk import pass_talk\nfrom loratools.decisions import decided\n"
             f"@make(section='Look')\n@pass_talk\ndef command(talk):\n    '''Fail.'''\n    {body}\n"
         )
     return folder

@@ -1,48 +1,24 @@
 """Pushing and pulling in one line each, as the command line does."""
 
 from pathlib import Path
+from typing import Any
 
-from loratools.hub import pull, push
-from loratools.hub.card import Side
-from loratools.hub.client import Hub
 from loratools.hub.pull import Pulled
-from loratools.hub.refs import Ref
+from loratools.hub.transfer import pull, push
 from loratools.hub.upload import Committed
 from tests.hub.server import LocalHub
 
 REPO = "tester/sent"
 
 
-def send(
-    path: Path,
-    repo: str = REPO,
-    *,
-    revision: str | None = None,
-    create_pr: bool = False,
-    base_model: str | None = None,
-    license: str | None = None,
-    keep_card: Side | None = None,
-    private: bool = False,
-    message: str | None = None,
-) -> Committed:
+def send(path: Path, repo: str = REPO, **options: Any) -> Committed:
     """Push a file or folder."""
-    hub = Hub()
-    prepared = push.prepare(
-        hub,
-        push.read(path, base_model=base_model),
-        Ref(repo, revision),
-        create_pr=create_pr,
-        license=license,
-        keep_card=keep_card,
-        base_model_given=base_model is not None,
-    )
-    return push.push(hub, prepared, message=message, private=private)
+    return push(path, repo, **options)
 
 
 def fetch(output: Path, repo: str = REPO, revision: str | None = None, path: str | None = None) -> Pulled:
-    """Pull a repository."""
-    hub = Hub()
-    return pull.pull(hub, pull.prepare(hub, Ref(repo, revision, path)), output)
+    """Pull a repository, or a file of it."""
+    return pull(f"{repo}/{path}" if path else repo, output, revision=revision)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
