@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, ClassVar, Self
 
+from loratools.adapter import kinds
 from loratools.adapter import parts as part_names
 from loratools.adapter.kinds import Factors
 from loratools.adapter.kinds._shared import Additive, Loaded
@@ -17,7 +18,7 @@ from loratools.storage.lazy import LazyTensor
 if TYPE_CHECKING:
     import torch
 
-    from loratools.adapter.kinds import Term, Underlying
+    from loratools.adapter.kinds import Term, Underlying, Update
     from loratools.adapter.site import Site
 
 
@@ -45,6 +46,18 @@ class LowRank(Additive):
         """Return X·Wᵀ + w·s·(X·rightᵀ)·leftᵀ."""
         left, right = (factor.to(X) for factor in self.factored().load())
         return under.below(X) + weight * self.scaling * ((X @ right.T) @ left[under.site.part_rows].T)
+
+    def with_factors(self, left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> Update:
+        """Return a plain product, of kind `lora` or `conv` by the shape: what else a kind has is in the factors."""
+        out, rank, *inner = *left.shape, *self.shape[1:]
+        parts = {
+            part_names.A: right.reshape(rank, *inner),
+            part_names.B: left.reshape(out, rank, *(1 for _ in inner[1:])),
+        }
+        parts |= {} if bias is None else {BIAS: bias}
+        lazy = {name: LazyTensor.of(tensor.contiguous()) for name, tensor in parts.items()}
+        update: Update = kinds.get("conv" if len(inner) > 1 else "lora").build(lazy, 1.0, float(rank))
+        return update
 
     def delta_weight(self) -> torch.Tensor:
         """Return s·left·right in float32, with `shape`."""

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 
 from loratools.adapter.kinds import Factors
 from loratools.adapter.kinds._product import LowRank
-from loratools.adapter.kinds.conv import ConvUpdate
-from loratools.adapter.parts import BIAS, A, B
+from loratools.adapter.parts import A, B
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
@@ -59,15 +58,6 @@ class LoconUpdate(LowRank):
         rank, columns = self.mid.shape[0], prod(self.shape[1:])
         right = LazyTensor("F64", (rank, columns), self._mid_down, file=self.mid.file)
         return Factors(self.up.reshaped((self.shape[0], rank)), right, self.scaling)
-
-    def with_factors(self, left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> ConvUpdate:
-        """Return an update of kind `conv`: a core would only be one factor more."""
-        points = (1,) * (len(self.shape) - 2)
-        rank = left.shape[1]
-        parts = {A: right.reshape(rank, *self.shape[1:]), B: left.reshape(len(left), rank, *points)}
-        parts |= {} if bias is None else {BIAS: bias}
-        lazy = {name: LazyTensor.of(tensor.contiguous()) for name, tensor in parts.items()}
-        return ConvUpdate.build(lazy, 1.0, float(rank))
 
     def _mid_down(self) -> torch.Tensor:
         import torch
