@@ -15,8 +15,9 @@ from loratools.demo import data_folder
 from loratools.errors import WrongBase
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.storage.atomic import new_folder
-from loratools.storage.checkpoint import Checkpoint, read_json
+from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.sources import Location
+from loratools.storage.strict_json import read_json
 from loratools.surgery.combine import combine
 from loratools.surgery.convert import convert
 from loratools.surgery.extract import extract

@@ -18,7 +18,8 @@ from loratools.format.clauses import ADAPTER_FILE, CONFIG_FILE, Check, Subject, 
 from loratools.format.clauses import manifest as fields
 from loratools.format.clauses.container import clause_of
 from loratools.storage import files
-from loratools.storage.header import parse_json_object, read_header
+from loratools.storage.header import read_header
+from loratools.storage.strict_json import parse_json_object
 
 CLAUSES: Mapping[str, Check] = {
     **layout.CHAPTER.checks,

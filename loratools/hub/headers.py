@@ -12,8 +12,8 @@ from loratools.hub import files
 from loratools.hub.client import Hub, RemoteFile, quiet
 from loratools.hub.refs import Ref
 from loratools.parallel import each
-from loratools.storage.checkpoint import MAX_JSON
-from loratools.storage.header import MAX_HEADER, parse_json_object
+from loratools.storage.header import MAX_HEADER
+from loratools.storage.strict_json import MAX_JSON, parse_json_object
 
 FIRST = 1 << 16
 """Bytes of the first request for a header; a longer header takes a second one for exactly the rest."""

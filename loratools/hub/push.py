@@ -17,7 +17,8 @@ from loratools.hub.client import Hub
 from loratools.hub.refs import Ref, is_plain, parse
 from loratools.hub.upload import Committed, Target, Uploader, look
 from loratools.parallel import Progress
-from loratools.storage.checkpoint import Checkpoint, read_json
+from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.strict_json import read_json
 from loratools.surgery.inspect import AdapterSummary, CheckpointSummary, describe_adapter, describe_checkpoint
 
 CARD, _CONFIG, _WEIGHTS = "README.md", "adapter_config.json", "adapter_model.safetensors"

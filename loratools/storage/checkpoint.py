@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -10,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.errors import BadFile
 from loratools.storage import digest, files
-from loratools.storage.header import TensorSpec, open_file, parse_json_object, read_header
+from loratools.storage.header import TensorSpec, read_header
 from loratools.storage.pickles.archive import SUFFIXES, read_pickled
 from loratools.storage.sources import Location, local
+from loratools.storage.strict_json import read_json
 
 if TYPE_CHECKING:
     import torch
 
-MAX_JSON = 200_000_000
 _INDEX = ".index.json"
 _SHOWN = 200  # problems listed of one index; a hostile one could have millions
 _FIRST_CHOICES = ("model", "diffusion_pytorch_model", "pytorch_model")
@@ -105,16 +104,6 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(spec.nbytes for spec in self.specs.values())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file that must be one object, NaN and Infinity allowed; raise `BadFile`."""
-    with open_file(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > MAX_JSON:
-            raise BadFile(f"{path}: larger than {MAX_JSON} bytes")
-        raw = file.read(size)  # not MAX_JSON: Python sets aside what it is asked for
-    return parse_json_object(raw.strip(), path, constants=True)
 
 
 def is_weights(path: Path) -> bool:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from loratools.errors import IncompatibleAdapter
-from loratools.storage.checkpoint import Checkpoint, is_weights, read_json
+from loratools.storage.checkpoint import Checkpoint, is_weights
+from loratools.storage.strict_json import read_json
 
 RECORD = "loratools.json"
 """What was done, beside the shards of a model that loratools wrote."""

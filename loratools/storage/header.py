@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from loratools.errors import BadFile
 from loratools.storage import dtypes
+from loratools.storage.sources import open_file
+from loratools.storage.strict_json import parse_json_object
 
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library."""
@@ -45,7 +46,7 @@ class TensorSpec:
     @property
     def parameters(self) -> int:
         """Number of elements."""
-        return _product(self.shape)
+        return prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,19 +81,6 @@ def read_header(path: Path) -> Header:
     return parse_header(raw, size, path)
 
 
-def open_file(path: Path) -> Any:
-    """Open a file for reading bytes, with the operating system's refusals put in a sentence (`BadFile`)."""
-    try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            raise BadFile(f"{path}: not a regular file")  # opening a pipe would wait for its writer
-        return path.open("rb")
-    except FileNotFoundError:
-        raise BadFile(f"{path}: no such file") from None
-    except OSError as error:
-        raise BadFile(f"{path}: cannot be read: {error.strerror}") from None
-
-
 def parse_header(raw: bytes, file_size: int, path: Path) -> Header:
     """Parse the JSON of a header and check it against the size of its file.
 
@@ -119,45 +107,6 @@ def parse_header(raw: bytes, file_size: int, path: Path) -> Header:
     return Header(ordered, metadata, data_start)
 
 
-def parse_json_object(raw: bytes, path: Path, *, constants: bool = False) -> dict[str, Any]:
-    """Parse strict JSON that must be one object: UTF-8, no duplicate names, no NaN, no lone surrogates (RFC 7493).
-
-    `constants` lets NaN and Infinity pass, which transformers writes into some configs. Raises `BadFile`.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            seen: set[str] = set()
-            twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-            raise BadFile(f"{path}: the name {twice!r} occurs twice in one JSON object")
-        return found
-
-    def number(constant: str) -> float:
-        if constants:
-            return float(constant)
-        raise BadFile(f"{path}: {constant} is not a JSON number")
-
-    try:
-        text = raw.decode("utf-8")
-        if not text.startswith("{"):
-            raise BadFile(f"{path}: not the JSON object that was expected: it begins with {text[:12]!r}")
-        document = json.loads(text, object_pairs_hook=unique, parse_constant=number, parse_int=_parse_int)
-        if re.search(r"\\u[dD][89a-fA-F]", text):
-            json.dumps(document, ensure_ascii=False).encode()  # a lone surrogate cannot be encoded
-    except UnicodeError:
-        raise BadFile(f"{path}: the JSON is not valid UTF-8") from None
-    except RecursionError:
-        raise BadFile(f"{path}: the JSON is nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise BadFile(f"{path}: damaged JSON: {error.msg} at character {error.pos}") from None
-    except ValueError as error:
-        raise BadFile(f"{path}: damaged JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise BadFile(f"{path}: expected one JSON object")
-    return document
-
-
 def encode_header(
     tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str] | None = None
 ) -> bytes:
@@ -180,7 +129,7 @@ def encode_header(
 
 def nbytes(dtype: str, shape: Iterable[int]) -> int:
     """Return the bytes that a tensor of this dtype and shape takes; sub-byte dtypes are packed."""
-    return _product(shape) * dtypes.bits(dtype) // 8
+    return prod(shape) * dtypes.bits(dtype) // 8
 
 
 def _spec(name: str, entry: Any, path: Path, data_start: int) -> TensorSpec:
@@ -207,15 +156,3 @@ def _spec(name: str, entry: Any, path: Path, data_start: int) -> TensorSpec:
 
 def _naturals(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item <= _U64 for item in value)
-
-
-def _parse_int(text: str) -> int | float:
-    # serde reads "-0" as a float; a shape of -0 must not pass here when it fails there.
-    return float(text[:40]) if text.startswith("-") or len(text) > 20 else int(text)
-
-
-def _product(shape: Iterable[int]) -> int:
-    result = 1
-    for side in shape:
-        result *= side
-    return result

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -15,9 +16,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
-from loratools.errors import LoraToolsError
+from loratools.errors import BadFile, LoraToolsError
 from loratools.parallel import Progress
 
 Location = str | os.PathLike[str]
@@ -129,3 +130,16 @@ def session(fetching: Fetching | None = None) -> Iterator[Session]:
     finally:
         _CURRENT.reset(token)
         current.close()
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """Open a file for reading bytes, with the operating system's refusals put in a sentence (`BadFile`)."""
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise BadFile(f"{path}: not a regular file")  # opening a pipe would wait for its writer
+        return path.open("rb")
+    except FileNotFoundError:
+        raise BadFile(f"{path}: no such file") from None
+    except OSError as error:
+        raise BadFile(f"{path}: cannot be read: {error.strerror}") from None

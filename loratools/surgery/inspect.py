@@ -13,9 +13,10 @@ from loratools.adapter.naming.compact import compact, natural
 from loratools.dialects import Listing, detect, get, names
 from loratools.errors import BadFile
 from loratools.format.manifest import ORIGIN
-from loratools.storage.checkpoint import Checkpoint, read_json
+from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import TensorSpec
 from loratools.storage.lazy import LazyTensor
+from loratools.storage.strict_json import read_json
 
 
 @dataclass(frozen=True, slots=True)

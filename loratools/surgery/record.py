@@ -8,7 +8,8 @@ from typing import Any
 import loratools
 from loratools.adapter.model import Adapter
 from loratools.errors import OutputRefused
-from loratools.storage.checkpoint import Checkpoint, read_json
+from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.strict_json import read_json
 
 TOOL = f"loratools {loratools.__version__}"
 

@@ -14,7 +14,7 @@ import pytest
 
 from loratools.format import manifest, validate
 from loratools.format.registry import KINDS
-from loratools.storage.header import parse_json_object
+from loratools.storage.strict_json import parse_json_object
 
 from . import SPEC, adapter_of, cases, note
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.storage import files
-from loratools.storage.checkpoint import Checkpoint, is_weights, read_json
+from loratools.storage.checkpoint import Checkpoint, is_weights
 
 INDEX = "model.safetensors.index.json"
 
@@ -292,15 +292,6 @@ def test_dtypes_that_torch_lacks_are_known_but_not_read(tmp_path: Path) -> None:
     assert files.read_bytes(checkpoint.specs["w"]) == b"abc"
     with pytest.raises(UnsupportedAdapter, match="F6_E2M3"):
         checkpoint.read("w")
-
-
-def test_json_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps({"a": "x" * 1000}))
-    assert read_json(path)["a"] == "x" * 1000
-    monkeypatch.setattr("loratools.storage.checkpoint.MAX_JSON", 1000)
-    with pytest.raises(BadFile, match="larger than 1000 bytes"):
-        read_json(path)
 
 
 def test_what_counts_as_weights() -> None:

@@ -270,12 +270,3 @@ def test_canonical_bytes() -> None:
     assert encode_header([]) == (8).to_bytes(8, "little") + b"{}      "
     loaded = load(raw + bytes(12) + b"\x00\x00\x80\x3f")
     assert loaded["a"].item() == 1.0
-
-
-def test_configs_may_hold_what_headers_may_not(tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
-    with pytest.raises(BadFile, match="NaN is not a JSON number"):
-        header.parse_json_object(b'{"a":NaN}', path)
-    assert str(header.parse_json_object(b'{"a":NaN,"b":-Infinity}', path, constants=True)) == "{'a': nan, 'b': -inf}"
-    with pytest.raises(BadFile, match="occurs twice"):
-        header.parse_json_object(b'{"a":{"b":1,"b":1}}', path, constants=True)

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from loratools.errors import BadFile
-from loratools.storage.checkpoint import Checkpoint, read_json
-from loratools.storage.header import Header, open_file, read_header
+from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.header import Header, read_header
 from loratools.storage.lazy import LazyTensor
 from loratools.storage.pickles.archive import SUFFIXES as PICKLES
 from loratools.storage.pickles.archive import read_pickled
-from loratools.storage.sources import Location, Need, local
+from loratools.storage.sources import Location, Need, local, open_file
+from loratools.storage.strict_json import read_json
 
 WEIGHTS = (".safetensors", ".gguf", ".npz", *PICKLES)
 """Endings of files that can hold an adapter's tensors."""

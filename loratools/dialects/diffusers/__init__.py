@@ -27,7 +27,7 @@ from loratools.dialects.peft.config import PeftConfig
 from loratools.errors import BadFile
 from loratools.format.peft_config import derive_config
 from loratools.storage import save
-from loratools.storage.header import parse_json_object
+from loratools.storage.strict_json import parse_json_object
 
 SUMMARY = "diffusers: pytorch_lora_weights.safetensors; also older lora.down/up names and attention processors"
 EXTRA = None

@@ -24,8 +24,8 @@ from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects.gguf.names import ARCHITECTURES, Layout, module_of, place
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.storage import gguf
-from loratools.storage.header import open_file
 from loratools.storage.lazy import LazyTensor
+from loratools.storage.sources import open_file
 
 if TYPE_CHECKING:
     import torch

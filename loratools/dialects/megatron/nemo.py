@@ -16,9 +16,9 @@ from typing import Any
 
 from loratools.dialects._frame.listing import Listing, check_pointer
 from loratools.errors import BadFile, UnsupportedAdapter
-from loratools.storage.header import open_file
 from loratools.storage.lazy import LazyTensor
 from loratools.storage.pickles.archive import SUFFIXES, read_pickled
+from loratools.storage.sources import open_file
 
 ENDING = ".nemo"
 WEIGHTS, CONFIG = "model_weights.ckpt", "model_config.yaml"

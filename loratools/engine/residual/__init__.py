@@ -24,7 +24,8 @@ from loratools.engine.residual.predict import Step
 from loratools.errors import BadFile
 from loratools.storage import files
 from loratools.storage.codecs.floats import bytes_of, unsigned, widen
-from loratools.storage.header import TensorSpec, parse_json_object, read_header
+from loratools.storage.header import TensorSpec, read_header
+from loratools.storage.strict_json import parse_json_object
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,7 +8,9 @@ from typing import Any
 from loratools.errors import BadFile
 from loratools.format.clauses import natural
 from loratools.storage import dtypes
-from loratools.storage.header import MAX_HEADER, nbytes, open_file, parse_json_object
+from loratools.storage.header import MAX_HEADER, nbytes
+from loratools.storage.sources import open_file
+from loratools.storage.strict_json import parse_json_object
 
 _FIELDS = {"dtype", "shape", "data_offsets"}
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from loratools.errors import BadFile
-from loratools.storage.header import TensorSpec, nbytes, open_file
+from loratools.storage.header import TensorSpec, nbytes
 from loratools.storage.pickles.unpickle import Damaged, Refused, View, unpickle
 from loratools.storage.pickles.window import Window
+from loratools.storage.sources import open_file
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from loratools.engine.plan import MergePlan
-from loratools.storage.checkpoint import read_json
 from loratools.storage.companions import RECORD
 from loratools.storage.layout import index_json
+from loratools.storage.strict_json import read_json
 from loratools.surgery.merge.card import card
 
 

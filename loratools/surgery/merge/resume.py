@@ -14,7 +14,7 @@ from loratools.engine.run import Settings
 from loratools.engine.tensor import TensorResult
 from loratools.errors import BadFile
 from loratools.storage import digest
-from loratools.storage.checkpoint import read_json
+from loratools.storage.strict_json import read_json
 
 _NAME = ".merge.json"
 _CHUNK = 1 << 20

@@ -19,8 +19,9 @@ from loratools.errors import NoSpace, WrongBase
 from loratools.parallel import Progress, cores
 from loratools.storage import atomic, digest, files
 from loratools.storage.atomic import refuse_inputs
-from loratools.storage.checkpoint import Checkpoint, read_json
+from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.companions import companions
+from loratools.storage.strict_json import read_json
 from loratools.surgery.base import prove
 from loratools.surgery.hash import hash_tensors
 from loratools.surgery.merge.card import without_section

@@ -16,10 +16,11 @@ from loratools.engine.residual import Residual
 from loratools.errors import IncompatibleAdapter
 from loratools.format.digest import checked_digest
 from loratools.storage import dtypes, files
-from loratools.storage.checkpoint import Checkpoint, read_json
+from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.codecs.floats import unsigned, widen
 from loratools.storage.companions import RECORD, RESIDUAL
 from loratools.storage.header import TensorSpec
+from loratools.storage.strict_json import read_json
 
 
 @dataclass(frozen=True, slots=True, eq=False)

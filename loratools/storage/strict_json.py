@@ -1,0 +1,69 @@
+"""Strict JSON, for files that strangers wrote: one object, in UTF-8, with no name twice and only finite numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from loratools.errors import BadFile
+from loratools.storage.sources import open_file
+
+MAX_JSON = 200_000_000
+"""Bytes of a JSON file; a longer one is refused."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that must be one object, NaN and Infinity allowed; raise `BadFile`."""
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_JSON:
+            raise BadFile(f"{path}: larger than {MAX_JSON} bytes")
+        raw = file.read(size)  # not MAX_JSON: Python sets aside what it is asked for
+    return parse_json_object(raw.strip(), path, constants=True)
+
+
+def parse_json_object(raw: bytes, path: Path, *, constants: bool = False) -> dict[str, Any]:
+    """Parse strict JSON that must be one object: UTF-8, no duplicate names, no NaN, no lone surrogates (RFC 7493).
+
+    `constants` lets NaN and Infinity pass, which transformers writes into some configs. Raises `BadFile`.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        members = dict(pairs)
+        if len(members) != len(pairs):
+            twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            raise BadFile(f"{path}: the name {twice!r} occurs twice in one JSON object")
+        return members
+
+    def constant(text: str) -> float:
+        if constants:
+            return float(text)
+        raise BadFile(f"{path}: {text} is not a JSON number")
+
+    try:
+        text = raw.decode("utf-8")
+        if not text.startswith("{"):
+            raise BadFile(f"{path}: not the JSON object that was expected: it begins with {text[:12]!r}")
+        document = json.loads(text, object_pairs_hook=unique, parse_constant=constant, parse_int=_parse_int)
+        if re.search(r"\\u[dD][89a-fA-F]", text):
+            json.dumps(document, ensure_ascii=False).encode()  # a lone surrogate cannot be encoded
+    except UnicodeError:
+        raise BadFile(f"{path}: the JSON is not valid UTF-8") from None
+    except RecursionError:
+        raise BadFile(f"{path}: the JSON is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise BadFile(f"{path}: damaged JSON: {error.msg} at character {error.pos}") from None
+    except ValueError as error:
+        raise BadFile(f"{path}: damaged JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise BadFile(f"{path}: expected one JSON object")
+    return document
+
+
+def _parse_int(text: str) -> int | float:
+    # serde reads "-0" as a float; a shape of -0 must not pass here when it fails there.
+    return float(text[:40]) if text.startswith("-") or len(text) > 20 else int(text)
