@@ -200,7 +200,7 @@ def test_it_is_inspected_merged_and_proved(
 def test_it_is_taken_out_bit_for_bit(toyed: Callable[[str], str], workplace: Path) -> None:
     """A product is undone with what the residual says of its prediction; another change is copied from the base."""
     toyed("loratools merge base gated -o new --keep-residual && loratools unmerge new gated -o old")
-    toyed("loratools merge base mirror -o other && loratools unmerge other mirror --base base -o copied")
+    toyed("loratools merge base mirror -o mirrored && loratools unmerge mirrored mirror --base base -o copied")
     base = Checkpoint.open(workplace / "base")
     modes = Residual.open(workplace / "new" / RESIDUAL).modes
     assert modes == {f"{module}.weight": "predicted" for module in GATED}
