@@ -13,6 +13,18 @@ from loratools.errors import InvalidOption
 CheckBase = Literal["strict", "warn", "off"]
 """What happens where a base model is not the recorded one: an error, a warning, or no comparison at all."""
 
+Tied = Literal["error", "untie", "both"]
+"""What a change of an embedding does to a head that is the same tensor: refuse, untie the head, or change both."""
+
+Retention = Literal["sample", "full", "off"]
+"""On how many tiles the part of the change that survives rounding is measured: a sample, all, none."""
+
+Rounding = Literal["nearest", "stochastic"]
+"""How results become numbers of a shorter dtype: to the nearest, ties to even, or up or down at random."""
+
+Device = Literal["cpu", "cuda"]
+"""Where the arithmetic is done."""
+
 Value = TypeVar("Value")
 
 

@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from loratools.cli._sources import Source
+
+if TYPE_CHECKING:
+    Choice = click.Choice[str]
+else:
+    Choice = click.Choice
+
+
+class Words(Choice):
+    """The words that the library has for an option: a `Literal` type, or a list, imported when they are asked for."""
+
+    def __init__(self, module: str, name: str, *more: str) -> None:
+        self.case_sensitive = True
+        self._place, self._more = (module, name), more
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "choices":
+            raise AttributeError(name)
+        from loratools.options import words
+
+        module, attribute = self._place
+        listed = getattr(import_module(module), attribute)
+        self.choices = (*(words(listed) or listed), *self._more)
+        return self.choices
+
 
 PATH = click.Path(path_type=Path)
 """A file or folder; the library says what is wrong with it, in its own words."""
@@ -38,14 +64,14 @@ threads_option = click.option(
 )
 device_option = click.option(
     "--device",
-    type=click.Choice(["cpu", "cuda"]),
+    type=Words("loratools.options", "Device"),
     default="cpu",
     show_default=True,
     help="Where the arithmetic is done; cuda may round one element in some ten thousand to its other neighbour.",
 )
 check_base_option = click.option(
     "--check-base",
-    type=click.Choice(["strict", "warn", "off"]),
+    type=Words("loratools.options", "CheckBase"),
     default="strict",
     show_default=True,
     help="What to do when the base is not the one the adapter was sealed with.",
@@ -57,7 +83,7 @@ dialect_option = click.option(
 )
 algorithm_option = click.option(
     "--algorithm",
-    type=click.Choice(["blake3", "sha256"]),
+    type=Words("loratools.storage.digest", "ALGORITHMS"),
     default="blake3",
     show_default=True,
     help="Digest algorithm.",

@@ -7,10 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 SCHEMA = 1
 """Version of the JSON documents: it changes when a key is removed or changes its meaning."""

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--check-base",
-    type=click.Choice(["strict", "warn", "off"]),
+    type=options.Words("loratools.options", "CheckBase"),
     default="strict",
     show_default=True,
     help="What to do when the adapters belong to different base models.",

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--profile",
-    type=click.Choice(["serving", "vllm", "sglang"]),
+    type=options.Words("loratools.dialects.peft.profiles", "PROFILES"),
     help="With --to peft: as this consumer reads it, or refused; serving is what all of them read.",
 )
 @click.option(

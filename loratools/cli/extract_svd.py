@@ -44,7 +44,7 @@ _SHOWN = 8  # patterns of one class in the text
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Not these; their change is lost, and reported.")
 @click.option("--save-module", "save", multiple=True, metavar="PATTERN", help="Keep these whole, not factored.")
 @click.option(
-    "--kind", "kinds", multiple=True, type=click.Choice(["linear", "conv", "embedding", "experts"]),
+    "--kind", "kinds", multiple=True, type=options.Words("loratools.adapter.naming.selection", "KINDS"),
     help="Kinds of modules that are factored; others are saved whole.  [default: linear, conv, experts]",
 )  # fmt: skip
 @click.option("--drop-whole", is_flag=True, help="Leave out what is not factored, for servers that take only factors.")

@@ -18,8 +18,6 @@ from loratools.storage.sources import Need
 if TYPE_CHECKING:
     from loratools.adapter.model import BaseIdentity
 
-TIERS = ("schema", "tensors", "root")
-
 
 def _need(params: Mapping[str, Any]) -> Need:
     return "header" if params["tier"] == "schema" and not params["include"] else "checkpoint"
@@ -29,7 +27,7 @@ def _need(params: Mapping[str, Any]) -> Need:
 @click.argument("checkpoint", type=Source(_need))
 @click.option(
     "--tier",
-    type=click.Choice([*TIERS, "all"]),
+    type=options.Words("loratools.surgery.hash", "TIERS", "all"),
     default="all",
     show_default=True,
     metavar="TIER",
@@ -62,7 +60,7 @@ def command(
       loratools hash base --include '*.self_attn.q_proj.weight' --algorithm sha256
     """
     from loratools.storage.checkpoint import Checkpoint
-    from loratools.surgery.hash import hash_checkpoint
+    from loratools.surgery.hash import TIERS, hash_checkpoint
 
     if include and tier not in ("all", "tensors"):
         raise click.UsageError(f"--include chooses tensors; it does not go with --tier {tier}")

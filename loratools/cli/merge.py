@@ -17,10 +17,9 @@ from loratools.cli._talk import Talk, pass_talk
 
 if TYPE_CHECKING:
     from loratools.hub.stream import Stream
-    from loratools.options import CheckBase
+    from loratools.options import CheckBase, Device, Retention, Rounding, Tied
     from loratools.storage.dtypes import FloatName
     from loratools.surgery.merge import Merge, MergeReport
-    from loratools.surgery.merge.options import Device, Retention, Rounding, Tied
 
 _ENOUGH = 0.9  # delta retention under which a merge is warned about
 
@@ -46,13 +45,13 @@ def _needed(context: click.Context, option: click.Parameter, value: Path | None)
 @options.weight_option
 @click.option(
     "--dtype",
-    type=click.Choice(["bf16", "f16", "f32", "f64"]),
+    type=options.Words("loratools.storage.dtypes", "SPELLINGS"),
     help="Store every float tensor in this dtype.  [default: as the base has it]",
 )
 @click.option("--max-shard-size", metavar="SIZE", help="Cut the output anew: 5GB, 500MB.  [default: the base's files]")
 @click.option(
     "--tied",
-    type=click.Choice(["error", "untie", "both"]),
+    type=options.Words("loratools.options", "Tied"),
     default="error",
     show_default=True,
     help="What a change of a tied embedding or head does: refuse, give the head a weight of its own, or change both.",
@@ -63,14 +62,14 @@ def _needed(context: click.Context, option: click.Parameter, value: Path | None)
 @options.check_base_option
 @click.option(
     "--retention",
-    type=click.Choice(["sample", "full", "off"]),
+    type=options.Words("loratools.options", "Retention"),
     default="sample",
     show_default=True,
     help="Measure how much of the change survives rounding, on a sample of tiles, on all, or not.",
 )
 @click.option(
     "--rounding",
-    type=click.Choice(["nearest", "stochastic"]),
+    type=options.Words("loratools.options", "Rounding"),
     default="nearest",
     show_default=True,
     help="Stochastic rounding keeps, on average, changes that are too small for bf16 or f16.",

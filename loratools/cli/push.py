@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--card",
-    type=click.Choice(["local", "hub"]),
+    type=options.Words("loratools.hub.card", "Side"),
     help="Whose README.md stays where the folder's and the Hub's have both been changed.",
 )
 @options.dry_run_option

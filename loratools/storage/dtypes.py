@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from loratools.errors import UnsupportedAdapter
+from loratools.options import either
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +86,9 @@ ALIASES = {
     "double": "F64",
 }  # fmt: skip
 
+SPELLINGS = ("bf16", "f16", "f32", "f64")
+"""The shortest spelling of each: what messages and the command line list."""
+
 FloatName = Literal[
     "bf16", "f16", "f32", "f64", "BF16", "F16", "F32", "F64", "bfloat16", "float16", "float32", "float64",
 ]  # fmt: skip
@@ -98,9 +102,7 @@ def parse_float(dtype: str | torch.dtype) -> str:
     """
     found = ALIASES.get(str(dtype).removeprefix("torch.").lower())
     if found is None:
-        raise ValueError(
-            f"{str(dtype)!r} is not a dtype that a model can be written in; it can be bf16, f16, f32 or f64"
-        )
+        raise ValueError(f"{str(dtype)!r} is not a dtype that a model can be written in; it can be {either(SPELLINGS)}")
     return found
 
 

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from loratools.options import CheckBase, Options
+from loratools.options import CheckBase, Device, Options, Retention, Rounding, Tied
 from loratools.storage import dtypes
 from loratools.storage.sizes import parse_size
 
 if TYPE_CHECKING:
     import torch
 
-Tied = Literal["error", "untie", "both"]
-"""What a change of an embedding does to a head that is the same tensor: refuse, untie the head, or change both."""
-
-Retention = Literal["sample", "full", "off"]
-"""On how many tiles the part of the change that survives rounding is measured: a sample, all, none."""
-
-Rounding = Literal["nearest", "stochastic"]
-"""How results become numbers of a shorter dtype: to the nearest, ties to even, or up or down at random."""
-
-Device = Literal["cpu", "cuda"]
-"""Where the arithmetic is done."""
+__all__ = ["Device", "MergeOptions", "Retention", "Rounding", "Tied"]
 
 
 @dataclass(frozen=True, slots=True)
