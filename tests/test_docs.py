@@ -22,8 +22,9 @@ import pytest
 
 from loratools.cli._run import group
 from tests.conftest import REPOSITORY, Result, clean_env
+from tests.test_floors import FLOORS
 
-README = REPOSITORY / "README.md"
+README, CONTRIBUTING = REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,32 @@ def test_what_the_console_shows(shell: Callable[..., Result], workplace: Path) -
 @pytest.mark.parametrize("name", group().list_commands(click.Context(group())))
 def test_every_command_is_documented(name: str) -> None:
     assert re.search(rf"\bloratools {name}\b", readme()), f"README.md does not show `loratools {name}`"
+
+
+def rows(text: str, heading: str) -> list[list[str]]:
+    """Return the cells of the rows under a heading of a Markdown table."""
+    table = text.partition(heading)[2].partition("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def test_a_newcomers_walk_leads_there() -> None:
+    walk = rows(CONTRIBUTING.read_text(encoding="utf-8"), "| question | file | name |")
+    assert [question for question, _, _ in walk if question] == [
+        "Where is TIES?",
+        "Where is kohya's naming?",
+        "Where are the bytes written?",
+        "Where is the base compared?",
+        "How do I add a kind?",
+    ]
+    for _, file, name in walk:
+        assert name.strip("`") in (REPOSITORY / file.strip("`")).read_text(encoding="utf-8"), f"{file}: no {name}"
+
+
+def test_the_floors_are_those_that_are_kept() -> None:
+    table = rows(CONTRIBUTING.read_text(encoding="utf-8"), "| floor | folder | what |")
+    listed = {int(floor): set(re.findall(r"`(\w+)(?:/|\.py)`", folders)) for floor, folders, _ in table}
+    kept = {floor: set(names.split()) - {"__version__"} for floor, names in enumerate(FLOORS["loratools"])}
+    assert listed == kept
 
 
 def test_this_test_can_fail() -> None:
