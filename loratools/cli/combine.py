@@ -16,7 +16,10 @@ from loratools.cli._talk import Talk, pass_talk
 
 if TYPE_CHECKING:
     from loratools.adapter.model import Adapter
+    from loratools.options import CheckBase
+    from loratools.storage.dtypes import FloatName
     from loratools.surgery.combine import Combination
+    from loratools.surgery.combine.methods._terms import Library
 
 
 @make(section="Change")
@@ -73,10 +76,10 @@ def command(
     gamma: float | None,
     epsilon: float | None,
     seed: int | None,
-    like: str | None,
+    like: Library | None,
     initial: Path | None,
-    check_base: str,
-    dtype: str,
+    check_base: CheckBase,
+    dtype: FloatName,
     modules: bool,
     threads: int | None,
     force: bool,
@@ -100,19 +103,18 @@ def command(
     from loratools import dialects
     from loratools.storage.dtypes import ALIASES
     from loratools.surgery.combine import combine
-    from loratools.surgery.combine.methods._terms import Options
 
     if weights and len(weights) != len(adapters):
         raise click.UsageError(f"{len(weights)} weight(s) for {len(adapters)} adapter(s); give -w once for each")
     wanted = ranks_of(ranks, ALIASES[dtype])
-    chosen = Options(density, gamma, epsilon, seed, like)
     sources = [*adapters, *([initial] if initial else [])]
     with talk.progress(
         "combining", size_of(dialects.open_adapter(one, initial=bool(initial)) for one in sources)
     ) as bar:
         found = combine(
-            adapters, output, weights=weights or None, method=method.replace("-", "_"), options=chosen, ranks=wanted,
-            initial=initial, check_base=check_base, dtype=ALIASES[dtype], threads=threads, force=force, progress=bar,
+            adapters, output, weights=weights or None, method=method.replace("-", "_"), density=density, gamma=gamma,
+            epsilon=epsilon, seed=seed, like=like, ranks=wanted, initial=initial, check_base=check_base, dtype=dtype,
+            threads=threads, force=force, progress=bar,
         )  # fmt: skip
     for warning in found.warnings:
         talk.warn(warning)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,9 @@ from loratools.cli import _show as show
 from loratools.cli._group import command as make
 from loratools.cli._ranks import rank_options, ranks_of
 from loratools.cli._talk import Talk, pass_talk
+
+if TYPE_CHECKING:
+    from loratools.storage.dtypes import FloatName
 
 
 @make(section="Change")
@@ -30,7 +33,7 @@ def command(
     /,
     adapter: Path,
     output: Path,
-    dtype: str,
+    dtype: FloatName,
     dialect: str | None,
     threads: int | None,
     force: bool,
@@ -60,5 +63,5 @@ def command(
         )
     opened = dialects.open_adapter(adapter, dialect=dialect)
     with talk.progress("resizing", size_of([opened])) as bar:
-        found = resize(opened, output, wanted, dtype=ALIASES[dtype], threads=threads, force=force, progress=bar)
+        found = resize(opened, output, wanted, dtype=dtype, threads=threads, force=force, progress=bar)
     return show.Report(show.plain(found), [*lines(found, "resized"), *table(found)])

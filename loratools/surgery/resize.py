@@ -3,16 +3,58 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from loratools.linalg.ranks.allocate import Ranks
-from loratools.surgery.combine import Combination, Source, combine
+from loratools.parallel import Progress
+from loratools.storage.dtypes import FloatName
+from loratools.surgery.combine import Combination, run
+from loratools.surgery.combine.inputs import Source
+from loratools.surgery.combine.options import CombineOptions
+
+if TYPE_CHECKING:
+    import torch
 
 
-def resize(adapter: Source, output: str | Path, ranks: Ranks, **options: Any) -> Combination:
-    """Write an adapter with the nearest change to s·B·A at the ranks that `ranks` chooses (Eckart-Young).
+def resize(
+    adapter: Source,
+    output: str | Path,
+    ranks: Ranks | int,
+    *,
+    dtype: FloatName | torch.dtype = "F32",
+    threads: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Combination:
+    """Write an adapter with the nearest change to s·B·A at other ranks (Eckart-Young).
 
-    A rank above a module's true rank gives the true rank, and the same change. The scaling is 1 in the result.
-    `options` are `dtype`, `threads`, `force` and `progress` of `combine`, which also lists what is raised.
+    The singular values of every change are found in factor space, in float64: ‖s·B·A − result‖² = Σ_{i>r} σᵢ². A rank
+    above a module's true rank gives the true rank, and the same change. The scaling is 1 in the result.
+
+    Args:
+        adapter: A path, an `hf://` reference, or an open `Adapter`.
+        output: The folder to write, in the loratools format; it must not exist, unless `force`.
+        ranks: How ranks are chosen: a number for every module, or `Ranks`: by a rule (`Energy(0.99)`, kohya's
+            `SvRatio(20)`, …) for each, or a `budget` of parameters shared out among all.
+        dtype: The float dtype of the factors: `"f32"`, `"bf16"`, `"f16"`, or torch's. Default: `"F32"`.
+        threads: Threads to work with; no byte depends on it. Default: one per core, at most 8.
+        force: Whether to replace an output that exists. Default: no.
+        progress: Called with the bytes of factors that were worked on since the last call. Default: nobody is told.
+
+    Returns:
+        What was written, its error beside the least at these ranks, and what each module keeps.
+
+    Raises:
+        InvalidOption: A word or a number is wrong; all are listed.
+        UnsupportedAdapter: A change is no product, such as DoRA's.
+        IncompatibleAdapter: Numbers are not finite, or every change is zero.
+        LoraToolsError: A budget is too small.
+        OutputRefused: The output exists, or is the input.
+
+    Example:
+        >>> report = resize("adapter", "small", 2)
+        >>> {share.rank for share in report.shares}
+        {2}
     """
-    return combine([adapter], output, ranks=ranks, operation="resize", **options)
+    options = CombineOptions(ranks=ranks, dtype=dtype, threads=threads, force=force)
+    return run([adapter], output, options, operation="resize", progress=progress)

@@ -14,7 +14,6 @@ from loratools.dialects import open_adapter
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.linalg.ranks.rules import Fixed
 from loratools.surgery.combine import combine
-from loratools.surgery.combine.methods._terms import Options
 from loratools.surgery.merge import merge
 from tests.interop.models import FAMILIES, adapt, load, merge_by_peft
 
@@ -107,9 +106,7 @@ def test_svd_of_peft_is_linear_here(llama: Any, weights: list[float], tmp_path: 
 def test_pruning_like_peft(llama: Any, method: str, kind: str, weights: list[float], tmp_path: Path) -> None:
     model, _, adapters = llama
     pair = [adapters[0], adapters[2]]
-    combine(
-        pair, tmp_path / "sum", weights=weights, method=method, options=Options(density=0.4, like="peft"), ranks=FULL
-    )
+    combine(pair, tmp_path / "sum", weights=weights, method=method, density=0.4, like="peft", ranks=FULL)
     expected = deltas_of_peft(model, pair, weights, kind, svd_rank=32, density=0.4)
     assert close(deltas(tmp_path / "sum"), expected)
 
@@ -122,8 +119,7 @@ def test_the_same_masks_as_peft(llama: Any, method: str, kind: str, tmp_path: Pa
 
     model, _, adapters = llama
     pair, weights = [adapters[0], adapters[2]], [0.8, -0.5]
-    options = Options(density=0.4, seed=11, like="peft")
-    combine(pair, tmp_path / "sum", weights=weights, method=method, options=options, ranks=FULL)
+    combine(pair, tmp_path / "sum", weights=weights, method=method, density=0.4, seed=11, like="peft", ranks=FULL)
     tuned = peft.PeftModel.from_pretrained(copy.deepcopy(model), pair[0], adapter_name="a0")
     tuned.load_adapter(pair[1], adapter_name="a1")
     torch.manual_seed(11)
@@ -135,7 +131,7 @@ def test_the_same_masks_as_peft(llama: Any, method: str, kind: str, tmp_path: Pa
             expected[name.removeprefix("base_model.model.")] = merged
     assert len(expected) == 4
     assert close(deltas(tmp_path / "sum"), expected)
-    combine(pair, tmp_path / "other", weights=weights, method=method, options=Options(density=0.4, seed=11), ranks=FULL)
+    combine(pair, tmp_path / "other", weights=weights, method=method, density=0.4, seed=11, ranks=FULL)
     assert not close(deltas(tmp_path / "other"), expected, 0.1)
 
 
@@ -143,10 +139,10 @@ def test_ties_differs_from_peft_where_weights_differ(llama: Any, tmp_path: Path)
     model, _, adapters = llama
     pair = [adapters[0], adapters[2]]
     expected = deltas_of_peft(model, pair, [1.0, -1.0], "ties_svd", svd_rank=32, density=0.4)
-    combine(pair, tmp_path / "sum", weights=[1, -1], method="ties", options=Options(density=0.4), ranks=FULL)
+    combine(pair, tmp_path / "sum", weights=[1, -1], method="ties", density=0.4, ranks=FULL)
     assert not close(deltas(tmp_path / "sum"), expected, 0.1)
     same = deltas_of_peft(model, pair, [1.0, 1.0], "ties_svd", svd_rank=32, density=0.4)
-    combine(pair, tmp_path / "even", method="ties", options=Options(density=0.4), ranks=FULL)
+    combine(pair, tmp_path / "even", method="ties", density=0.4, ranks=FULL)
     assert close(deltas(tmp_path / "even"), same)
 
 

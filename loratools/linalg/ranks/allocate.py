@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from loratools.options import Options
+
 if TYPE_CHECKING:
     from loratools.linalg.ranks.rules import RankRule
 
@@ -19,7 +21,7 @@ class Ranks:
     `rule` is applied to each layer; `noise` keeps what stands above the rounding of the fine-tune's dtype; `budget` is
     a number of parameters, shared out so that the most energy is captured. Ranks lie in [minimum, maximum] and are
     multiples of `multiple_of` where the shape allows it; `uniform` gives all layers one rank: the largest that a rule
-    calls for, or that the budget allows. Raises `ValueError` for bounds that contradict each other.
+    calls for, or that the budget allows. Raises `InvalidOption` for bounds that contradict each other.
     """
 
     rule: RankRule | None = None
@@ -33,9 +35,28 @@ class Ranks:
     def __post_init__(self) -> None:
         from loratools.linalg.ranks.rules import check_bounds
 
-        check_bounds(self.minimum, self.maximum, self.multiple_of)
-        if sum((self.rule is not None, self.noise, self.budget is not None)) != 1:
-            raise ValueError("one way to choose ranks is needed: a rank, energy, ratio, noise or a budget")
+        checked = Options()
+        checked.flag("noise", self.noise)
+        checked.flag("uniform", self.uniform)
+        checked.number("budget", self.budget, least=1, optional=True)
+        if sum((self.rule is not None, self.noise is True, self.budget is not None)) != 1:
+            checked.problems.append("one way to choose ranks is needed: a rule (a rank, energy, …), noise or a budget")
+        try:
+            check_bounds(self.minimum, self.maximum, self.multiple_of)
+        except ValueError as error:
+            checked.problems.append(str(error))
+        checked.done()
+
+    @classmethod
+    def of(cls, ranks: Ranks | int) -> Ranks:
+        """Return `ranks` itself, or for a number that rank everywhere; raise `ValueError` for anything else."""
+        from loratools.linalg.ranks.rules import Fixed
+
+        if isinstance(ranks, Ranks):
+            return ranks
+        if not isinstance(ranks, int) or isinstance(ranks, bool):
+            raise ValueError(f"{ranks!r} is no way to choose ranks; give a number, or `Ranks`")
+        return cls(Fixed(ranks))
 
     def first(self, shapes: Shapes, edge: float) -> RankRule:
         """Return the rule of the first look at a layer; `edge` is the noise edge of its fine-tuned weight."""

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratools import dialects
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, BaseIdentity, Step
-from loratools.errors import IncompatibleAdapter, LoraToolsError, OutputRefused
-from loratools.format.digest import adapter_digest, checked_digest
+from loratools.errors import IncompatibleAdapter, LoraToolsError
+from loratools.format.digest import adapter_digest
 from loratools.linalg.ranks.allocate import Ranks
+from loratools.options import CheckBase
 from loratools.parallel import Progress
 from loratools.storage import atomic
+from loratools.storage.dtypes import FloatName
 from loratools.surgery.base import agree
-from loratools.surgery.combine import methods, truncate
-from loratools.surgery.combine import whole as undivided
+from loratools.surgery.combine import methods, truncate, whole
 from loratools.surgery.combine.align import Aligned, align
-from loratools.surgery.combine.change import Found, Task, for_each_module
-from loratools.surgery.combine.methods._terms import Options
-from loratools.surgery.combine.result import joined
+from loratools.surgery.combine.change import Changes, Task, for_each_module
+from loratools.surgery.combine.inputs import Inputs, Source, open_inputs, refuse_inputs
+from loratools.surgery.combine.methods._terms import Library
+from loratools.surgery.combine.options import CombineOptions
+from loratools.surgery.combine.result import assemble
 from loratools.surgery.combine.weights import Weight
 from loratools.surgery.record import TOOL
 
-Source = str | Path | Adapter
+if TYPE_CHECKING:
+    import torch
+
 _CANCELLED = 1e-5  # of what went in; float32 factors are rounded to 6e-8, bfloat16 to 4e-3
 
 
@@ -55,176 +60,167 @@ class Combination:
     warnings: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Inputs:
-    """Adapters, opened, with a name for messages, a weight and a digest each."""
-
-    adapters: tuple[Adapter, ...]
-    names: tuple[str, ...]
-    weights: tuple[Weight, ...]
-    digests: tuple[str, ...]
-
-
 def combine(
-    adapters: Sequence[Source],
+    adapters: Source | Sequence[Source],
     output: str | Path,
     *,
-    weights: Sequence[float | str | Weight] | None = None,
+    weights: float | str | Weight | Sequence[float | str | Weight] | None = None,
     method: str = "linear",
-    options: Options | None = None,
-    ranks: Ranks | None = None,
+    density: float | None = None,
+    gamma: float | None = None,
+    epsilon: float | None = None,
+    seed: int | None = None,
+    like: Library | None = None,
+    ranks: Ranks | int | None = None,
     initial: Source | None = None,
-    check_base: str = "strict",
-    dtype: str = "F32",
+    check_base: CheckBase = "strict",
+    dtype: FloatName | torch.dtype = "F32",
     threads: int | None = None,
     force: bool = False,
-    progress: Progress = lambda _: None,
-    operation: str = "combine",
+    progress: Progress | None = None,
 ) -> Combination:
-    """Write one adapter whose change is that of several, combined by `method`.
+    """Write one adapter whose change is that of several, combined in factor space, without the base model.
 
     `linear` is Σ wᵢ·sᵢ·Bᵢ·Aᵢ for any ranks, targets and scaling rules, exact without `ranks`: its rank is then the true
     one, at most Σrᵢ. With `ranks` it is truncated, and no adapter of these ranks is nearer. Methods whose result is no
-    product take rank Σrᵢ (with `like` "peft" the largest rᵢ, as PEFT does) where none is given. Scaling is 1 in the
-    result. With `initial`, the one adapter's change is taken against that of `initial`, from which its training started
-    (PiSSA, OLoRA, CorDA): BA − B₀A₀, plain LoRA for the unchanged base. `weights` are numbers, texts that
-    `Weight.parse` reads, or `Weight`s; `progress` counts bytes of factors; `operation` is what the provenance calls it.
+    product take rank Σrᵢ (with `like` "peft" the largest rᵢ, as PEFT does) where none is given. The scaling is 1 in the
+    result. The same inputs give the same bytes.
 
-    Raises `UnsupportedAdapter` for kinds and tensors that cannot be combined, `IncompatibleAdapter` for shapes that
-    differ, numbers that are not finite and a result that is empty, `WrongBase` where the bases differ, `OutputRefused`,
-    and `LoraToolsError` for options that a method does not take, patterns that match nothing and impossible budgets.
+    Args:
+        adapters: One adapter or several, each a path, an `hf://` reference, or an open `Adapter`. Modules are one where
+            their names are, past wrappers such as `base_model.model.`.
+        output: The folder to write, in the loratools format; it must not exist, unless `force`.
+        weights: wᵢ, one for each adapter: a number, which may be negative; a text with a number for modules that
+            patterns name (`"q_proj=0.5,v_proj=-1"`, `"0.7,*.mlp.*=0"`) or for each block of an image model
+            (`"lbw:1,0,0,…"`); or a `Weight`. Default: 1 for each.
+        method: How changes are combined: `"linear"`, or one that looks at single elements (`"ties"`, `"dare"`,
+            `"dare_ties"`, `"della"`, `"breadcrumbs"`, `"magnitude_prune"`, `"sce"`) or works in a space that the
+            adapters share (`"knots"`, `"core_space"`). Default: `"linear"`.
+        density: Share of elements that a method keeps, above 0 and at most 1; all methods but `linear` need it.
+        gamma: Share of the largest elements that `breadcrumbs` drops, from 0 to below 1. Default: 0.01.
+        epsilon: How far `della` lets the chance of keeping an element lie from the density, to both sides. Default:
+            0.15, or less where the density leaves less.
+        seed: A whole number that chooses what `dare`, `dare_ties` and `della` keep. Default: 0.
+        like: `"peft"` takes PEFT's definition of a method where it differs from the paper's. Default: the paper's.
+        ranks: How ranks are chosen: a number for every module, or `Ranks`. Default: all there is.
+        initial: The adapter from which the training of the one adapter started (PiSSA, OLoRA, CorDA), which is taken
+            away: BA − B₀A₀ is plain LoRA for the unchanged base. Default: none.
+        check_base: What happens where the adapters belong to different base models: `"strict"` raises, `"warn"`
+            reports, `"off"` compares nothing. Default: `"strict"`.
+        dtype: The float dtype of the factors: `"f32"`, `"bf16"`, `"f16"`, or torch's. Default: `"F32"`.
+        threads: Threads to work with; no byte depends on it. Default: one per core, at most 8.
+        force: Whether to replace an output that exists. Default: no.
+        progress: Called with the bytes of factors that were worked on since the last call. Default: nobody is told.
+
+    Returns:
+        What was written, its error ‖asked − stored‖/‖asked‖ beside the least at these ranks, and what each module
+        keeps.
+
+    Raises:
+        InvalidOption: A word, a number or the count of weights is wrong, or a method does not take an option; all are
+            listed.
+        UnsupportedAdapter: A change is no product, or a tensor trained whole cannot be combined without its base.
+        IncompatibleAdapter: Shapes differ, numbers are not finite, or the result is empty.
+        WrongBase: The adapters belong to different bases, and `check_base` is `"strict"`.
+        LoraToolsError: A pattern names no module, or a budget is too small.
+        OutputRefused: The output exists, or is an input.
+
+    Example:
+        >>> report = combine(["adapter", "other"], "sum", weights=[0.7, -0.3], ranks=4)
+        >>> report.method, report.shares[0].rank
+        ('linear', 4)
     """
-    options = options or Options()
-    methods.check(method, options)
-    atomic.check_output(Path(output), force=force)
-    _refuse_inputs(Path(output), [*adapters, *([initial] if initial is not None else [])])
-    given = _open(adapters, weights, initial, method)
-    agreement = agree(given.names, [adapter.base for adapter in given.adapters], check_base)
-    aligned = align(given.names, given.adapters)
-    _check_patterns(given, aligned)
-    whole = undivided.replacements(given.names, given.adapters, given.weights, aligned, method)
-    biases = undivided.biases(aligned.modules, lambda i, module: given.weights[i].of(module), dtype)
-    found = Task(aligned, given.digests, given.weights, method, options, ranks).run(threads, progress)
-    updates, shares = _updates(aligned, found, biases, ranks, dtype, threads)
-    if not updates and not whole:
+    options = CombineOptions(
+        density=density, gamma=gamma, epsilon=epsilon, seed=seed, like=like, method=method, ranks=ranks,
+        check_base=check_base, dtype=dtype, threads=threads, force=force,
+    )  # fmt: skip
+    sources = [adapters] if isinstance(adapters, str | Path | Adapter) else list(adapters)
+    numbers = [weights] if isinstance(weights, int | float | str | Weight) else weights
+    return run(sources, output, options, numbers, initial, progress=progress)
+
+
+def run(
+    adapters: Sequence[Source],
+    output: str | Path,
+    options: CombineOptions,
+    weights: Sequence[float | str | Weight] | None = None,
+    initial: Source | None = None,
+    *,
+    operation: str = "combine",
+    progress: Progress | None = None,
+) -> Combination:
+    """Do what `combine` says; `operation` is what the provenance calls it."""
+    atomic.check_output(Path(output), force=options.force)
+    refuse_inputs(Path(output), [*adapters, *([initial] if initial is not None else [])])
+    inputs = open_inputs(adapters, weights, initial, options.method)
+    agreement = agree(inputs.names, [adapter.base for adapter in inputs.adapters], options.check_base)
+    aligned = align(inputs.names, inputs.adapters)
+    inputs.check_patterns(aligned)
+    replaced = whole.replacements(inputs.names, inputs.adapters, inputs.weights, aligned, options.method)
+    biases = whole.biases(aligned.modules, lambda i, module: inputs.weights[i].of(module), options.stored)
+    changes = Task(aligned, inputs.digests, inputs.weights, options).run(progress or (lambda _: None))
+    updates, shares = _updates(aligned, changes, biases, options)
+    if not updates and not replaced:
         raise IncompatibleAdapter(
             "the result is empty: the combined change is zero in every module, so nothing was written",
-            [f"{name}: weight {weight.to_json()}" for name, weight in zip(given.names, given.weights, strict=True)],
+            [f"{name}: weight {weight.to_json()}" for name, weight in zip(inputs.names, inputs.weights, strict=True)],
         )
     norm = math.hypot(*(share.norm for share in shares))
     error, optimum = (math.hypot(*sizes) / norm if norm else 0.0 for sizes in truncate.errors(shares))
     warnings = [*agreement.warnings]
-    if norm < _CANCELLED * math.fsum(one.size for one in found.values() if one):
+    if norm < _CANCELLED * math.fsum(change.size for change in changes.values() if change):
         warnings.append(
             "the adapters take each other away almost completely: what is left may be the rounding of their numbers"
         )
-    done = _step(operation, given, method, options, ranks, initial is not None, dtype, error)
-    result = joined(given.adapters, aligned, updates, whole, agreement.base, done)
-    dialects.save_adapter(result, output, force=force)
+    done = _step(operation, inputs, options, initial is not None, error)
+    result = assemble(inputs.adapters, aligned, updates, replaced, agreement.base, done)
+    dialects.save_adapter(result, output, force=options.force)
     return Combination(
-        str(output), adapter_digest(result), method, sum(lazy.parameters for lazy in result.tensors().values()),
+        str(output), adapter_digest(result), options.method,
+        sum(lazy.parameters for lazy in result.tensors().values()),
         norm, error, optimum, tuple(shares), tuple(sorted(aligned.modules.keys() - updates.keys())),
-        tuple(sorted(whole)), result.base, done.inputs, done.seed, tuple(warnings),
+        tuple(sorted(replaced)), result.base, done.inputs, done.seed, tuple(warnings),
     )  # fmt: skip
 
 
-def _open(
-    adapters: Sequence[Source], weights: Sequence[float | str | Weight] | None, initial: Source | None, method: str
-) -> _Inputs:
-    given = [one if isinstance(one, Weight) else Weight.parse(one) for one in weights or [1.0] * len(adapters)]
-    if not adapters or len(given) != len(adapters):
-        raise ValueError(f"{len(adapters)} adapter(s) and {len(given)} weight(s); each adapter takes one weight")
-    sources = list(adapters)
-    if initial is not None:
-        if len(adapters) > 1 or method != "linear":
-            raise LoraToolsError("an initial adapter is taken away from one adapter, with method linear")
-        sources, given = [*sources, initial], [given[0], given[0].negated()]
-    opened = [
-        one if isinstance(one, Adapter) else dialects.open_adapter(one, initial=initial is not None) for one in sources
-    ]
-    if initial is not None:
-        opened[1] = _starting_point(opened[0], opened[1])
-    names = [f"adapter {i + 1}" if isinstance(one, Adapter) else str(one) for i, one in enumerate(sources)]
-    digests = [checked_digest(adapter, name) for adapter, name in zip(opened, names, strict=True)]
-    return _Inputs(tuple(opened), tuple(names), tuple(given), tuple(digests))
-
-
-def _starting_point(trained: Adapter, initial: Adapter) -> Adapter:
-    """Return the updates of an initial adapter; raise `IncompatibleAdapter` unless it is of the same modules."""
-    if trained.updates.keys() != initial.updates.keys():
-        other = sorted(trained.updates.keys() ^ initial.updates.keys())
-        raise IncompatibleAdapter(
-            "the initial adapter is not that of the trained one: they have different modules",
-            [f"{module}: only in the {'trained' if module in trained.updates else 'initial'} one" for module in other],
-        )
-    return Adapter(initial.updates, base=initial.base, dialect=initial.dialect, settings=initial.settings)
-
-
-def _check_patterns(given: _Inputs, aligned: Aligned) -> None:
-    problems = []
-    for number, weight in enumerate(given.weights):
-        paths = [*aligned.renamed[number].values(), *given.adapters[number].replacements]
-        problems += [
-            f"{given.names[number]}: {pattern} names none of its modules" for pattern in weight.unmatched(paths)
-        ]
-    if problems:
-        raise LoraToolsError(f"{len(problems)} weight(s) are for nothing", problems)
-
-
 def _updates(
-    aligned: Aligned,
-    found: Found,
-    biases: Mapping[str, Any],
-    ranks: Ranks | None,
-    dtype: str,
-    threads: int | None,
+    aligned: Aligned, changes: Changes, biases: Mapping[str, Any], options: CombineOptions
 ) -> tuple[dict[str, Update], list[truncate.Share]]:
     """Choose ranks, round, and rebuild updates; a module whose change and bias are zero is left out."""
-    there = {module: one for module, one in sorted(found.items()) if one is not None}
+    nonzero = {module: change for module, change in sorted(changes.items()) if change is not None}
     try:
-        chosen = truncate.choose(list(there.values()), ranks)
+        chosen = truncate.choose(list(nonzero.values()), options.rule)
     except ValueError as error:
         raise LoraToolsError(str(error)) from None
-    ranked = dict(zip(there, zip(there.values(), chosen, strict=True), strict=True))
-    rounded = for_each_module(lambda _, item: truncate.keep(*item, dtype), ranked, threads)
+    ranked = dict(zip(nonzero, zip(nonzero.values(), chosen, strict=True), strict=True))
+    rounded = for_each_module(lambda _, item: truncate.keep(*item, options.stored), ranked, options.threads)
     updates: dict[str, Update] = {}
     shares = []
-    for module, (one, rank) in ranked.items():
+    for module, (change, rank) in ranked.items():
         members, kept = aligned.modules[module], rounded[module]
         like = members[0].update
         updates[module] = like.with_factors(kept.left, kept.right, biases.get(module))
-        shares.append(truncate.share(module, like, sum(member.update.rank for member in members), one, rank, kept))
+        shares.append(truncate.share(module, like, sum(member.update.rank for member in members), change, rank, kept))
     for module, bias in biases.items():
         if module not in updates and bool(bias.any()):
-            updates[module] = undivided.only_bias(aligned.modules[module][0].update, bias)
+            updates[module] = whole.only_bias(aligned.modules[module][0].update, bias)
     return updates, shares
 
 
-def _step(
-    operation: str, given: _Inputs, method: str, options: Options, ranks: Ranks | None, initial: bool,
-    dtype: str, error: float,
-) -> Step:  # fmt: skip
-    recorded: dict[str, Any] = {"method": method, "dtype": dtype, "error": float(f"{error:.6g}")}
-    recorded |= {key: value for key, value in asdict(options).items() if value is not None and key != "seed"}
-    if ranks is not None:
+def _step(operation: str, inputs: Inputs, options: CombineOptions, initial: bool, error: float) -> Step:
+    recorded: dict[str, Any] = {"method": options.method, "dtype": options.stored, "error": float(f"{error:.6g}")}
+    stated = {"density": options.density, "gamma": options.gamma, "epsilon": options.epsilon, "like": options.like}
+    recorded |= {name: value for name, value in stated.items() if value is not None}
+    if (ranks := options.rule) is not None:
         chosen = {"rule": repr(ranks.rule) if ranks.rule else None, "budget": ranks.budget, "uniform": ranks.uniform,
                   "minimum": ranks.minimum, "maximum": ranks.maximum, "multiple_of": ranks.multiple_of}  # fmt: skip
-        recorded["ranks"] = {key: value for key, value in chosen.items() if value is not None}
+        recorded["ranks"] = {name: value for name, value in chosen.items() if value is not None}
     if initial:
         recorded["initial"] = True
-    if not all(weight.plain for weight in given.weights):
-        recorded["weights"] = [weight.to_json() for weight in given.weights]
-    inputs = tuple(
+    if not all(weight.plain for weight in inputs.weights):
+        recorded["weights"] = [weight.to_json() for weight in inputs.weights]
+    named = tuple(
         {"digest": digest} | ({"weight": weight.default} if weight.plain else {})
-        for digest, weight in zip(given.digests, given.weights, strict=True)
+        for digest, weight in zip(inputs.digests, inputs.weights, strict=True)
     )
-    return Step(operation, TOOL, recorded, inputs, methods.seed_of(method, options))
-
-
-def _refuse_inputs(output: Path, sources: Sequence[Source]) -> None:
-    target = output.resolve()
-    for one in sources:
-        if not isinstance(one, Adapter):
-            source = Path(one).resolve()
-            if target == source or target in source.parents or source in target.parents:
-                raise OutputRefused(f"{output} is, holds or lies in the input {one}", hint="Choose another output.")
+    return Step(operation, TOOL, recorded, named, methods.seed_of(options.method, options))

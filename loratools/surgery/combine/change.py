@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, TypeVar
 from loratools.adapter import low_rank
 from loratools.adapter.naming.compact import natural
 from loratools.errors import IncompatibleAdapter
-from loratools.linalg.ranks.allocate import Ranks
 from loratools.parallel import Progress, cores, each
 from loratools.surgery.combine import methods, truncate
 from loratools.surgery.combine.align import Aligned, Member
-from loratools.surgery.combine.methods._terms import Options, Term
+from loratools.surgery.combine.methods._terms import Term
+from loratools.surgery.combine.options import CombineOptions
 from loratools.surgery.combine.weights import Weight
 
 if TYPE_CHECKING:
@@ -23,43 +23,43 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-Found = dict[str, truncate.Decomposed | None]
+Changes = dict[str, truncate.Decomposed | None]
 """module -> its decomposed change, None where it is zero"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Task:
-    """What is to be combined: the modules of all adapters, the adapters' digests and weights, the method, the ranks."""
+    """What is to be combined, and how: the modules of all adapters, their digests and weights, the options."""
 
     aligned: Aligned
     digests: Sequence[str]
     weights: Sequence[Weight]
-    method: str
-    options: Options
-    ranks: Ranks | None
+    options: CombineOptions
 
-    def run(self, threads: int | None, progress: Progress) -> Found:
-        """Return the change of every module; the numbers do not depend on `threads`.
+    def run(self, progress: Progress) -> Changes:
+        """Return the change of every module; no number depends on the threads.
 
         Raises `IncompatibleAdapter` with every module that fails: numbers that are not finite, rules that do not apply.
         """
         from loratools.surgery.combine.methods._chance import AsPeft, Seeded
 
-        seed = self.options.seed or 0
+        seed, threads = self.options.seed or 0, self.options.threads
         chance: Chance = Seeded(seed)
-        if self.options.like == "peft" and methods.seed_of(self.method, self.options) is not None:
+        if self.options.like == "peft" and methods.seed_of(self.options.method, self.options) is not None:
             # One stream for all modules: they must draw from it one after the other.
             chance, threads = AsPeft(seed), 1
         ordered = {module: self.aligned.modules[module] for module in sorted(self.aligned.modules, key=natural)}
-        return for_each_module(lambda module, members: self._one(module, members, chance, progress), ordered, threads)
+        return for_each_module(
+            lambda module, members: self._change(module, members, chance, progress), ordered, threads
+        )
 
-    def _one(
+    def _change(
         self, module: str, members: Sequence[Member], chance: Chance, progress: Progress
     ) -> truncate.Decomposed | None:
         from loratools.linalg.factored import squared_norm
 
         terms = [term for member in members if (term := self._term(module, member)).weight != 0]
-        change = methods.get(self.method).merge(terms, self.options, chance) if terms else None
+        change = methods.get(self.options.method).merge(terms, self.options, chance) if terms else None
         progress(sum(lazy.nbytes for member in members for lazy in member.update.parts.values()))
         if change is None:
             return None
@@ -79,10 +79,11 @@ class Task:
         """Return how far a change that is no product is decomposed."""
         from loratools.linalg.ranks.rules import Fixed
 
-        if self.ranks is not None and self.ranks.budget is None:
-            return self.ranks.first([], 0.0)
-        given = [member.update.rank for member in members]
-        return Fixed(max(given) if self.options.like else sum(given))
+        ranks = self.options.rule
+        if ranks is not None and ranks.budget is None:
+            return ranks.first([], 0.0)
+        own = [member.update.rank for member in members]
+        return Fixed(max(own) if self.options.like else sum(own))
 
 
 def for_each_module(

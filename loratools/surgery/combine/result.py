@@ -18,7 +18,7 @@ _BIAS = ("none", "lora_only", "all")
 _ENTRY = ("tensor", "layout")
 
 
-def joined(
+def assemble(
     adapters: Sequence[Adapter],
     aligned: Aligned,
     updates: Mapping[str, Update],

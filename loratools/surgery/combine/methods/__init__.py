@@ -3,7 +3,7 @@
 A method is a module here with
 
     SUMMARY    what it does, in one line
-    OPTIONS    the names of the options it takes, of `Options`
+    OPTIONS    the names of the options it takes, of `MethodOptions`
     LIKE       the libraries whose numbers it can give instead, where they differ from the paper's
     merge(terms, options, chance)   the combined change: two factors where it is a product, else a dense matrix
 
@@ -18,8 +18,9 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Protocol, cast
 
-from loratools.errors import LoraToolsError, UnknownKind
-from loratools.surgery.combine.methods._terms import Options, Term
+from loratools.errors import UnknownKind
+from loratools.options import either
+from loratools.surgery.combine.methods._terms import MethodOptions, Term
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +35,7 @@ class Method(Protocol):
     OPTIONS: frozenset[str]
     LIKE: frozenset[str]
 
-    def merge(self, terms: Sequence[Term], options: Options, chance: Chance) -> tuple[Tensor, Tensor] | Tensor:
+    def merge(self, terms: Sequence[Term], options: MethodOptions, chance: Chance) -> tuple[Tensor, Tensor] | Tensor:
         """Return the combined change of one module: left (rows, k) and right (k, columns), or the matrix itself."""
         ...
 
@@ -51,20 +52,22 @@ def get(name: str) -> Method:
     return cast(Method, import_module(f"{__name__}.{name}"))
 
 
-def seed_of(name: str, options: Options) -> int | None:
+def seed_of(name: str, options: MethodOptions) -> int | None:
     """Return the seed of a method that leaves something to chance, 0 where none is given; None for the others."""
     return (options.seed or 0) if "seed" in get(name).OPTIONS else None
 
 
-def check(name: str, options: Options) -> None:
-    """Raise `LoraToolsError` with every option that a method does not take, or lacks."""
-    method, problems = get(name), []
-    for option in ("density", "gamma", "epsilon", "seed"):
-        if getattr(options, option) is not None and option not in method.OPTIONS:
-            problems.append(f"it takes no {option}")
+def problems(name: str, options: MethodOptions) -> list[str]:
+    """Return a sentence about every option that a method does not take, or lacks; or about a name of no method."""
+    if name not in names():
+        return [f"method is {name!r}; it can be {either(names())}"]
+    method, faults = get(name), []
+    stated = {"density": options.density, "gamma": options.gamma, "epsilon": options.epsilon, "seed": options.seed}
+    for option, value in stated.items():
+        if value is not None and option not in method.OPTIONS:
+            faults.append(f"it takes no {option}")
     if "density" in method.OPTIONS and options.density is None:
-        problems.append("it needs a density, the share of elements that it keeps, such as 0.5")
+        faults.append("it needs a density, the share of elements that it keeps, such as 0.5")
     if options.like is not None and options.like not in method.LIKE:
-        problems.append(f"there is no {name} of {options.like} to be like")
-    if problems:
-        raise LoraToolsError(f"method {name}: {'; '.join(problems)}")
+        faults.append(f"there is no {name} of {options.like} to be like")
+    return [f"method {name}: {'; '.join(faults)}"] if faults else []

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loratools.surgery.combine.methods._chance import Chance
 from loratools.surgery.combine.methods._deltas import Deltas
-from loratools.surgery.combine.methods._terms import Options, Term
+from loratools.surgery.combine.methods._terms import MethodOptions, Term
 
 SUMMARY = "drop outliers and small elements, then the weighted sum"
 OPTIONS = frozenset({"density", "gamma"})
@@ -21,7 +21,7 @@ LIKE = frozenset[str]()
 GAMMA = 0.01
 
 
-def merge(terms: Sequence[Term], options: Options, chance: Chance) -> Tensor:
+def merge(terms: Sequence[Term], options: MethodOptions, chance: Chance) -> Tensor:
     """Return Σ wᵢ·xᵢ·[low ≤ |xᵢ| < high] with the cuts of each adapter."""
     assert options.density is not None
     deltas = Deltas(terms)

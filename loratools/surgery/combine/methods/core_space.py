@@ -15,7 +15,7 @@ from torch import Tensor
 from loratools.linalg.factored import factored_svd
 from loratools.surgery.combine.methods._chance import Chance
 from loratools.surgery.combine.methods._signs import disjoint_mean
-from loratools.surgery.combine.methods._terms import Options, Term
+from loratools.surgery.combine.methods._terms import MethodOptions, Term
 from loratools.surgery.combine.methods.knots import trimmed
 
 SUMMARY = "TIES on the small cores of the adapters in a common space"
@@ -23,7 +23,7 @@ OPTIONS = frozenset({"density"})
 LIKE = frozenset[str]()
 
 
-def merge(terms: Sequence[Term], options: Options, chance: Chance) -> tuple[Tensor, Tensor]:
+def merge(terms: Sequence[Term], options: MethodOptions, chance: Chance) -> tuple[Tensor, Tensor]:
     """Return left = U (rows, k) and right = M·Vᵀ (k, columns), in float64."""
     assert options.density is not None
     balanced = [_balanced(term) for term in terms]

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from loratools.surgery.combine.methods._chance import Chance
 from loratools.surgery.combine.methods._deltas import Deltas
-from loratools.surgery.combine.methods._terms import Options, Term
+from loratools.surgery.combine.methods._terms import MethodOptions, Term
 
 SUMMARY = "drop elements at random and rescale, then the weighted sum"
 OPTIONS = frozenset({"density", "seed"})
 LIKE = frozenset({"peft"})
 
 
-def merge(terms: Sequence[Term], options: Options, chance: Chance) -> Tensor:
+def merge(terms: Sequence[Term], options: MethodOptions, chance: Chance) -> Tensor:
     """Return Σ wᵢ·xᵢ·mᵢ/density with random masks m."""
     assert options.density is not None
     deltas = Deltas(terms, whole=options.like == "peft")

@@ -9,7 +9,7 @@ from torch import Tensor
 from loratools.surgery.combine.methods._chance import Chance
 from loratools.surgery.combine.methods._deltas import Deltas
 from loratools.surgery.combine.methods._signs import disjoint_mean
-from loratools.surgery.combine.methods._terms import Options, Term
+from loratools.surgery.combine.methods._terms import MethodOptions, Term
 from loratools.surgery.combine.methods.dare import dropped
 
 SUMMARY = "drop elements at random and rescale, then elect sign and average"
@@ -17,7 +17,7 @@ OPTIONS = frozenset({"density", "seed"})
 LIKE = frozenset({"peft"})
 
 
-def merge(terms: Sequence[Term], options: Options, chance: Chance) -> Tensor:
+def merge(terms: Sequence[Term], options: MethodOptions, chance: Chance) -> Tensor:
     """Return the disjoint mean of the changes that are left."""
     assert options.density is not None
     deltas, density = Deltas(terms, whole=options.like == "peft"), options.density

@@ -16,7 +16,7 @@ from loratools.errors import LoraToolsError
 from loratools.surgery.combine.methods._chance import Chance
 from loratools.surgery.combine.methods._deltas import Deltas
 from loratools.surgery.combine.methods._signs import disjoint_mean
-from loratools.surgery.combine.methods._terms import Options, Term
+from loratools.surgery.combine.methods._terms import MethodOptions, Term
 
 SUMMARY = "drop small elements more often than large ones and rescale, then elect sign and average"
 OPTIONS = frozenset({"density", "epsilon", "seed"})
@@ -26,7 +26,7 @@ EPSILON = 0.15
 """Taken where none is given, as in mergekit; less where the density leaves less."""
 
 
-def merge(terms: Sequence[Term], options: Options, chance: Chance) -> Tensor:
+def merge(terms: Sequence[Term], options: MethodOptions, chance: Chance) -> Tensor:
     """Return the disjoint mean of x·m/p with P(m) = p. Raises `LoraToolsError` where p would leave (0, 1]."""
     assert options.density is not None
     density = options.density

@@ -15,14 +15,14 @@ from torch import Tensor
 from loratools.linalg.factored import factored_svd
 from loratools.surgery.combine.methods._chance import Chance
 from loratools.surgery.combine.methods._signs import disjoint_mean
-from loratools.surgery.combine.methods._terms import Options, Term
+from loratools.surgery.combine.methods._terms import MethodOptions, Term
 
 SUMMARY = "TIES on right factors that one SVD has aligned"
 OPTIONS = frozenset({"density"})
 LIKE = frozenset[str]()
 
 
-def merge(terms: Sequence[Term], options: Options, chance: Chance) -> tuple[Tensor, Tensor]:
+def merge(terms: Sequence[Term], options: MethodOptions, chance: Chance) -> tuple[Tensor, Tensor]:
     """Return left = U·Σ (rows, k) and right = TIES of the aligned Vᵢ (k, columns), in float64."""
     assert options.density is not None
     svd = factored_svd(torch.cat([term.left for term in terms], 1), _side_by_side([term.right for term in terms]))

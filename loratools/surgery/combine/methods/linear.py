@@ -12,13 +12,13 @@ from torch import Tensor
 
 from loratools.linalg.factored import concatenate
 from loratools.surgery.combine.methods._chance import Chance
-from loratools.surgery.combine.methods._terms import Options, Term
+from loratools.surgery.combine.methods._terms import MethodOptions, Term
 
 SUMMARY = "the weighted sum, exact; negative weights take an adapter away (task arithmetic)"
 OPTIONS = frozenset[str]()
 LIKE = frozenset({"peft"})
 
 
-def merge(terms: Sequence[Term], options: Options, chance: Chance) -> tuple[Tensor, Tensor]:
+def merge(terms: Sequence[Term], options: MethodOptions, chance: Chance) -> tuple[Tensor, Tensor]:
     """Return factors of Σ wᵢ·leftᵢ·rightᵢ at rank Σrᵢ."""
     return concatenate([(term.weight, term.left, term.right) for term in terms])

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from loratools.surgery.combine.methods._chance import Chance
 from loratools.surgery.combine.methods._deltas import Deltas
-from loratools.surgery.combine.methods._terms import Options, Term
+from loratools.surgery.combine.methods._terms import MethodOptions, Term
 
 SUMMARY = "each adapter's largest elements only, then the weighted sum"
 OPTIONS = frozenset({"density"})
 LIKE = frozenset({"peft"})
 
 
-def merge(terms: Sequence[Term], options: Options, chance: Chance) -> Tensor:
+def merge(terms: Sequence[Term], options: MethodOptions, chance: Chance) -> Tensor:
     """Return Σ wᵢ·xᵢ·[|xᵢ| ≥ tᵢ], tᵢ the magnitude of element number ⌊density·mn⌋; elements equal to it all stay."""
     assert options.density is not None
     deltas = Deltas(terms)

@@ -15,14 +15,14 @@ from torch import Tensor
 from loratools.errors import LoraToolsError
 from loratools.surgery.combine.methods._chance import Chance
 from loratools.surgery.combine.methods._deltas import Deltas, largest
-from loratools.surgery.combine.methods._terms import Options, Term
+from loratools.surgery.combine.methods._terms import MethodOptions, Term
 
 SUMMARY = "select what differs most, weigh by energy, erase minority signs; takes no weights"
 OPTIONS = frozenset({"density"})
 LIKE = frozenset[str]()
 
 
-def merge(terms: Sequence[Term], options: Options, chance: Chance) -> Tensor:
+def merge(terms: Sequence[Term], options: MethodOptions, chance: Chance) -> Tensor:
     """Return Σ cᵢx̂ᵢ/Σ cᵢ over the adapters of the elected sign. Raises `LoraToolsError` for weights other than 1."""
     assert options.density is not None
     if any(term.weight != 1 for term in terms):

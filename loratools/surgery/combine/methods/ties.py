@@ -14,14 +14,14 @@ from torch import Tensor
 from loratools.surgery.combine.methods._chance import Chance
 from loratools.surgery.combine.methods._deltas import Deltas
 from loratools.surgery.combine.methods._signs import disjoint_mean
-from loratools.surgery.combine.methods._terms import Options, Term
+from loratools.surgery.combine.methods._terms import MethodOptions, Term
 
 SUMMARY = "trim, elect sign, disjoint mean"
 OPTIONS = frozenset({"density"})
 LIKE = frozenset({"peft"})
 
 
-def merge(terms: Sequence[Term], options: Options, chance: Chance) -> Tensor:
+def merge(terms: Sequence[Term], options: MethodOptions, chance: Chance) -> Tensor:
     """Return the disjoint mean of the trimmed changes."""
     assert options.density is not None
     deltas = Deltas(terms)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from loratools.errors import LoraToolsError, UnknownKind
+from loratools.errors import InvalidOption, LoraToolsError, UnknownKind
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.linalg.ranks.rules import Fixed
 from loratools.surgery.combine import combine, methods
 from loratools.surgery.combine.methods import _deltas
 from loratools.surgery.combine.methods._chance import Seeded
 from loratools.surgery.combine.methods._deltas import Deltas, largest
-from loratools.surgery.combine.methods._terms import Options, Term
+from loratools.surgery.combine.methods._terms import MethodOptions, Term
 from loratools.surgery.combine.methods.della import probabilities
 from tests.surgery.combine.test_combine import adapter, best, dense, distance
 
@@ -41,7 +41,7 @@ def term(weight: float, X: Tensor, name: str = "") -> Term:
 
 
 def run(method: str, *terms: tuple[float, Tensor], chance: Any = None, **options: Any) -> Tensor:
-    found = methods.get(method).merge([term(*pair) for pair in terms], Options(**options), chance or Seeded(0))
+    found = methods.get(method).merge([term(*pair) for pair in terms], MethodOptions(**options), chance or Seeded(0))
     return found[0] @ found[1] if isinstance(found, tuple) else found
 
 
@@ -143,7 +143,7 @@ def test_knots_is_ties_between_the_right_factors_of_one_dense_svd() -> None:
     U, S, Vh = torch.linalg.svd(torch.cat(deltas, 1), full_matrices=False)
     k = int((S > 1e-9).sum())
     expected = (U[:, :k] * S[:k]) @ oracle_ties(torch.stack(Vh[:k].chunk(2, 1)), 0.6)
-    left, right = methods.get("knots").merge(terms, Options(density=0.6), Seeded(0))
+    left, right = methods.get("knots").merge(terms, MethodOptions(density=0.6), Seeded(0))
     assert left.shape[1] == k == 4
     assert torch.allclose(left @ right, expected, atol=1e-10)
 
@@ -151,9 +151,9 @@ def test_knots_is_ties_between_the_right_factors_of_one_dense_svd() -> None:
 def test_core_space_is_lossless_and_merges_the_cores() -> None:
     terms = [low_rank(3), low_rank(4)]
     deltas = [t.left @ t.right for t in terms]
-    left, right = methods.get("core_space").merge(terms[:1], Options(density=1), Seeded(0))
+    left, right = methods.get("core_space").merge(terms[:1], MethodOptions(density=1), Seeded(0))
     assert torch.allclose(left @ right, deltas[0], atol=1e-10)
-    left, right = methods.get("core_space").merge(terms, Options(density=0.5), Seeded(0))
+    left, right = methods.get("core_space").merge(terms, MethodOptions(density=0.5), Seeded(0))
     V = torch.linalg.svd(torch.cat([_balanced(D)[1].T for D in deltas], 1), full_matrices=False)[0]
     U = torch.linalg.svd(torch.cat([_balanced(D)[0] for D in deltas], 1), full_matrices=False)[0]
     # Singular vectors have a sign of their own; TIES on cores does not depend on it.
@@ -169,7 +169,7 @@ def _balanced(D: Tensor, r: int = 2) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("method", ["knots", "core_space", "ties", "magnitude_prune", "breadcrumbs"])
 def test_at_full_density_of_one_adapter_nothing_changes(method: str) -> None:
     one = low_rank(5)
-    options = Options(density=1, gamma=0) if method == "breadcrumbs" else Options(density=1)
+    options = MethodOptions(density=1, gamma=0) if method == "breadcrumbs" else MethodOptions(density=1)
     found = methods.get(method).merge([one], options, Seeded(0))
     D = found[0] @ found[1] if isinstance(found, tuple) else found.double()
     assert torch.allclose(D, one.left @ one.right, atol=1e-5)
@@ -189,7 +189,8 @@ def test_tiles_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     def run_all() -> list[Tensor]:
         terms = [low_rank(0, 40, 30), low_rank(1, 40, 30)]
         return [
-            methods.get(name).merge(terms, Options(density=0.3), Seeded(0)) for name in ("ties", "breadcrumbs", "sce")
+            methods.get(name).merge(terms, MethodOptions(density=0.3), Seeded(0))
+            for name in ("ties", "breadcrumbs", "sce")
         ]
 
     whole = run_all()
@@ -204,9 +205,7 @@ def test_chance_is_seeded_and_recorded(method: str, tmp_path: Path) -> None:
     adapters = [adapter(0), adapter(9)]
 
     def run_once(name: str, seed: int | None, order: int = 1, threads: int = 2) -> Path:
-        report = combine(
-            adapters[::order], tmp_path / name, method=method, options=Options(density=0.5, seed=seed), threads=threads
-        )
+        report = combine(adapters[::order], tmp_path / name, method=method, density=0.5, seed=seed, threads=threads)
         assert report.seed == (seed or 0)
         return tmp_path / name
 
@@ -232,10 +231,9 @@ def test_draws_are_fair() -> None:
 @pytest.mark.parametrize("method", sorted(set(methods.names()) - {"linear"}))
 def test_the_rank_that_is_asked_for_and_the_error_that_is_printed(method: str, tmp_path: Path) -> None:
     adapters = [adapter(0), adapter(9)]
-    options = Options(density=0.7)
-    full = combine(adapters, tmp_path / "full", method=method, options=options, ranks=Ranks(Fixed(99)))
+    full = combine(adapters, tmp_path / "full", method=method, density=0.7, ranks=Ranks(Fixed(99)))
     target = dense(tmp_path / "full")
-    report = combine(adapters, tmp_path / "small", method=method, options=options, ranks=Ranks(Fixed(2)))
+    report = combine(adapters, tmp_path / "small", method=method, density=0.7, ranks=Ranks(Fixed(2)))
     assert {share.rank for share in report.shares} == {2}
     assert full.error < 1e-6
     measured = distance(dense(tmp_path / "small"), target)
@@ -246,22 +244,40 @@ def test_the_rank_that_is_asked_for_and_the_error_that_is_printed(method: str, t
 @pytest.mark.parametrize(
     ("method", "options", "reason"),
     [
-        ("ties", Options(), "needs a density"),
-        ("linear", Options(density=0.5), "takes no density"),
-        ("ties", Options(density=0.5, seed=1), "takes no seed"),
-        ("della", Options(density=0.5, like="peft"), "no della of peft"),
-        ("breadcrumbs", Options(gamma=0.1, epsilon=0.1), "takes no epsilon; it needs a density"),
+        ("ties", {}, "needs a density"),
+        ("linear", {"density": 0.5}, "takes no density"),
+        ("ties", {"density": 0.5, "seed": 1}, "takes no seed"),
+        ("della", {"density": 0.5, "like": "peft"}, "no della of peft"),
+        ("breadcrumbs", {"gamma": 0.1, "epsilon": 0.1}, "takes no epsilon; it needs a density"),
     ],
 )
-def test_options_that_a_method_does_not_take(method: str, options: Options, reason: str, tmp_path: Path) -> None:
+def test_options_that_a_method_does_not_take(method: str, options: dict[str, Any], reason: str, tmp_path: Path) -> None:
     with pytest.raises(LoraToolsError, match=reason):
-        combine([adapter(0)], tmp_path / "x", method=method, options=options)
+        combine(adapter(0), tmp_path / "x", method=method, **options)
 
 
-@pytest.mark.parametrize("make", [lambda: Options(density=0), lambda: Options(density=1.5), lambda: Options(gamma=1)])
-def test_options_out_of_range(make: Callable[[], Options]) -> None:
-    with pytest.raises(LoraToolsError, match="share"):
-        make()
+def test_every_option_out_of_range_is_named() -> None:
+    with pytest.raises(InvalidOption) as caught:
+        MethodOptions(density=1.5, gamma=1, seed=-1, like="mergekit")  # type: ignore[arg-type]
+    assert caught.value.problems == (
+        "density is 1.5; it is a share of elements, above 0 and at most 1",
+        "gamma is 1; it is a share of elements, at least 0 and below 1",
+        "seed is -1; it lies between 0 and 2^53 - 1",
+        "like is 'mergekit'; it can be peft",
+    )
+
+
+def test_words_that_do_not_exist_are_answered_with_the_list(tmp_path: Path) -> None:
+    with pytest.raises(InvalidOption) as caught:
+        combine(adapter(0), tmp_path / "x", method="tie", dtype="int8", ranks=0, check_base="no")  # type: ignore[arg-type]
+    method, base, dtype, ranks = caught.value.problems
+    assert method == f"method is 'tie'; it can be {', '.join(methods.names()[:-1])} or ties"
+    assert base == "check_base is 'no'; it can be strict, warn or off"
+    assert dtype.endswith("it can be bf16, f16, f32 or f64")
+    assert ranks == "ranks: a rank must be at least 1, not 0"
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(InvalidOption, match="noise is that of a fine-tune"):
+        combine(adapter(0), tmp_path / "x", ranks=Ranks(noise=True))
 
 
 def test_every_method_says_what_it_is() -> None:

@@ -1,0 +1,87 @@
+"""The inputs of a combination: adapters, open, with a name for messages, a weight and a digest each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loratools import dialects
+from loratools.adapter.model import Adapter
+from loratools.errors import IncompatibleAdapter, InvalidOption, LoraToolsError, OutputRefused
+from loratools.format.digest import checked_digest
+from loratools.surgery.combine.align import Aligned
+from loratools.surgery.combine.weights import Weight
+
+Source = str | Path | Adapter
+"""An adapter: a path, a reference such as `hf://org/name`, or an open `Adapter`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Inputs:
+    """Adapters, opened, with a name for messages, a weight and a digest each."""
+
+    adapters: tuple[Adapter, ...]
+    names: tuple[str, ...]
+    weights: tuple[Weight, ...]
+    digests: tuple[str, ...]
+
+    def check_patterns(self, aligned: Aligned) -> None:
+        """Raise `LoraToolsError` with every pattern of a weight that names no module of its adapter."""
+        problems = []
+        for number, weight in enumerate(self.weights):
+            paths = [*aligned.renamed[number].values(), *self.adapters[number].replacements]
+            problems += [
+                f"{self.names[number]}: {pattern} names none of its modules" for pattern in weight.unmatched(paths)
+            ]
+        if problems:
+            raise LoraToolsError(f"{len(problems)} weight(s) are for nothing", problems)
+
+
+def open_inputs(
+    adapters: Sequence[Source], weights: Sequence[float | str | Weight] | None, initial: Source | None, method: str
+) -> Inputs:
+    """Open the adapters, with a weight each (1 where None); an `initial` one comes last, with the negated weight.
+
+    Raises `InvalidOption` unless each adapter has one weight, and what opening raises.
+    """
+    parsed = [
+        weight if isinstance(weight, Weight) else Weight.parse(weight) for weight in weights or [1.0] * len(adapters)
+    ]
+    if not adapters or len(parsed) != len(adapters):
+        raise InvalidOption(f"{len(adapters)} adapter(s) and {len(parsed)} weight(s); each adapter takes one weight")
+    sources = list(adapters)
+    if initial is not None:
+        if len(adapters) > 1 or method != "linear":
+            raise InvalidOption("an initial adapter is taken away from one adapter, with method linear")
+        sources, parsed = [*sources, initial], [parsed[0], parsed[0].negated()]
+    opened = [
+        source if isinstance(source, Adapter) else dialects.open_adapter(source, initial=initial is not None)
+        for source in sources
+    ]
+    if initial is not None:
+        opened[1] = _starting_point(opened[0], opened[1])
+    names = [f"adapter {i + 1}" if isinstance(source, Adapter) else str(source) for i, source in enumerate(sources)]
+    digests = [checked_digest(adapter, name) for adapter, name in zip(opened, names, strict=True)]
+    return Inputs(tuple(opened), tuple(names), tuple(parsed), tuple(digests))
+
+
+def _starting_point(trained: Adapter, initial: Adapter) -> Adapter:
+    """Return the updates of an initial adapter; raise `IncompatibleAdapter` unless it is of the same modules."""
+    if trained.updates.keys() != initial.updates.keys():
+        other = sorted(trained.updates.keys() ^ initial.updates.keys())
+        raise IncompatibleAdapter(
+            "the initial adapter is not that of the trained one: they have different modules",
+            [f"{module}: only in the {'trained' if module in trained.updates else 'initial'} one" for module in other],
+        )
+    return Adapter(initial.updates, base=initial.base, dialect=initial.dialect, settings=initial.settings)
+
+
+def refuse_inputs(output: Path, sources: Sequence[Source]) -> None:
+    """Raise `OutputRefused` where the output is an input, lies in one or holds one."""
+    target = output.resolve()
+    for source in sources:
+        if not isinstance(source, Adapter):
+            place = Path(source).resolve()
+            if target == place or target in place.parents or place in target.parents:
+                raise OutputRefused(f"{output} is, holds or lies in the input {source}", hint="Choose another output.")

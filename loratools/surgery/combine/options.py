@@ -1,0 +1,63 @@
+"""The options of combine and resize, one frozen value that is valid once built; library and command line share it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loratools.linalg.ranks.allocate import Ranks
+from loratools.options import CheckBase, Options
+from loratools.storage import dtypes
+from loratools.surgery.combine import methods
+from loratools.surgery.combine.methods._terms import MethodOptions
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class CombineOptions(MethodOptions):
+    """Every option of a combination that is not an input. Building one raises `InvalidOption` with all that is wrong.
+
+    `method`      the name of a file in `methods/`
+    `ranks`       how ranks are chosen; a number is that rank for every module; None: all there is
+    `check_base`  what happens where the adapters' bases differ: `strict` raises `WrongBase`, `warn` reports, `off`
+    `dtype`       float dtype of the factors, in any spelling; held as the name in a safetensors header
+    `threads`     threads to work with, at least 1; no number depends on it. None: one per core, at most 8
+    `force`       whether to replace an output that exists
+    """
+
+    method: str = "linear"
+    ranks: Ranks | int | None = None
+    check_base: CheckBase = "strict"
+    dtype: dtypes.FloatName | torch.dtype = "F32"
+    threads: int | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        checked = Options()
+        MethodOptions.check(self, checked)
+        checked.problems += methods.problems(self.method, self)
+        checked.word("check_base", self.check_base, CheckBase)
+        object.__setattr__(self, "dtype", checked.parsed("dtype", dtypes.parse_float, self.dtype))
+        object.__setattr__(self, "ranks", checked.parsed("ranks", _ranks, self.ranks))
+        checked.number("threads", self.threads, least=1, optional=True)
+        checked.flag("force", self.force)
+        checked.done()
+
+    @property
+    def rule(self) -> Ranks | None:
+        """`ranks` as it is held."""
+        return self.ranks if isinstance(self.ranks, Ranks) else None
+
+    @property
+    def stored(self) -> str:
+        """`dtype` as it is held."""
+        return str(self.dtype)
+
+
+def _ranks(ranks: Ranks | int) -> Ranks:
+    chosen = Ranks.of(ranks)
+    if chosen.noise:
+        raise ValueError("noise is that of a fine-tune's dtype, which factors do not have")
+    return chosen
