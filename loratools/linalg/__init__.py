@@ -1,12 +1,9 @@
 """Tensor maths without files: arrays in, arrays out.
 
-truncated.py     truncated SVD of a dense matrix, near-optimal, with its certificate
-  krylov.py        the iteration, products with D and Dᵀ only
-  certificate.py   how far from the optimum the result can be
-  orthonormal.py   bases that survive dependent columns; sums in float64
-ranks.py         rules that choose one matrix's rank: fixed, energy, ratio, absolute, kohya's
-  noise.py         the rounding floor of the stored dtype, and the rule that stops at it
-  budget.py        one budget for all layers: water-filling, uniform
-factored.py      algebra of ΔW = B·A in factor space: sums, SVD, norms, inner products
-  similarity.py    subspace similarity and amplification, as in the LoRA paper
+factored      algebra of ΔW = B·A in factor space: sums, SVD, norms, inner products; no matrix of ΔW's size
+similarity    subspace similarity and amplification, as in the LoRA paper
+orthonormal   orthonormal bases, also of columns that depend on each other; sums in float64
+svd           the truncated SVD of a large matrix, near-optimal, with a certificate of its error
+ranks         which rank to keep: by a rule, above the noise of rounding, or within a budget for all layers
+native        rows.c, the one piece of C: W + left·right on rows of a weight
 """

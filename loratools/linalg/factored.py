@@ -10,13 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    import torch
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -62,8 +58,8 @@ def concatenate(terms: Sequence[tuple[float, Tensor, Tensor]]) -> tuple[Tensor, 
     for _, B, A in terms:
         _check(B, A)
     if len({(B.shape[:-1], A.shape[-1], A.shape[:-2]) for _, B, A in terms}) > 1:
-        found = ", ".join(f"{tuple(B.shape)}·{tuple(A.shape)}" for _, B, A in terms)
-        raise ValueError(f"updates of one matrix must have its shape, but these differ: {found}")
+        shapes = ", ".join(f"{tuple(B.shape)}·{tuple(A.shape)}" for _, B, A in terms)
+        raise ValueError(f"updates of one matrix must have its shape, but these differ: {shapes}")
     for c, _, _ in terms:
         if not math.isfinite(c):
             raise ValueError(f"a weight must be a finite number, not {c}")
@@ -121,24 +117,21 @@ def squared_norm(B: Tensor, A: Tensor) -> Tensor:
     return inner_product(B, A, B, A).clamp_min(0)
 
 
+def rounding2(exact: tuple[Tensor, Tensor], stored: tuple[Tensor, Tensor]) -> float:
+    """Return ‖B̃Ã − BA‖_F² of rounded and exact factors (B (…, out, r), A (…, r, in)), in float64 and in factor space.
+
+    B̃Ã − BA = (B̃ − B)·Ã + B·(Ã − A), a sum of small terms: nothing cancels. Leading dimensions are summed over.
+    """
+    B, A = (factor.double() for factor in exact)
+    B_stored, A_stored = (factor.double() for factor in stored)
+    return float(squared_norm(torch.cat([B_stored - B, B], -1), torch.cat([A_stored, A_stored - A], -2)).sum())
+
+
 def cosine(B1: Tensor, A1: Tensor, B2: Tensor, A2: Tensor) -> Tensor:
     """Return ⟨ΔW₁, ΔW₂⟩/(‖ΔW₁‖·‖ΔW₂‖) in [-1, 1], float64 (...,); 0 where one of them is zero."""
     norms = (squared_norm(B1, A1) * squared_norm(B2, A2)).sqrt()
     product = inner_product(B1, A1, B2, A2)
     return torch.where(norms > 0, product / norms.clamp_min(torch.finfo(torch.float64).tiny), 0.0).clamp(-1, 1)
-
-
-def flatten_convolution(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """Return convolution factors (out, r, 1, …) and (r, in, k, …) as matrices (out, r) and (r, in·k·…).
-
-    Their product is ΔW.flatten(1) of a convolution with groups = 1 (PEFT's and kohya's layout). Raises ValueError
-    when B has a kernel larger than 1, which is no product of two matrices.
-    """
-    if B.ndim < 2 or A.ndim < 2 or B[0, 0].numel() != 1:
-        raise ValueError(
-            f"convolution factors are (out, r, 1, …) and (r, in, k, …), not {tuple(B.shape)}, {tuple(A.shape)}"
-        )
-    return B.flatten(1), A.flatten(1)
 
 
 def _floor(B: Tensor, A: Tensor, R_B: Tensor, R_A: Tensor) -> Tensor:
@@ -157,17 +150,3 @@ def _check(B: Tensor, A: Tensor) -> None:
         if not bool(torch.isfinite(factor).all()):
             bad = int((~torch.isfinite(factor)).sum())
             raise ValueError(f"factor {name} {tuple(factor.shape)} holds {bad} NaN or infinite elements")
-
-
-def rounding2(exact: tuple[torch.Tensor, torch.Tensor], stored: tuple[torch.Tensor, torch.Tensor]) -> float:
-    """Return ‖B̃Ã − BA‖_F² of rounded and exact factors (B (…, out, r), A (…, r, in)), in float64 and in factor space.
-
-    B̃Ã − BA = (B̃ − B)·Ã + B·(Ã − A), a sum of small terms: nothing cancels. Leading dimensions are summed over.
-    """
-    import torch
-
-    from loratools.linalg.factored import squared_norm
-
-    B, A = (factor.double() for factor in exact)
-    B_stored, A_stored = (factor.double() for factor in stored)
-    return float(squared_norm(torch.cat([B_stored - B, B], -1), torch.cat([A_stored, A_stored - A], -2)).sum())

@@ -10,19 +10,6 @@ from torch import Tensor
 from loratools.linalg.factored import FactoredSVD
 
 
-def row_space(A: Tensor) -> Tensor:
-    """Return the right singular vectors of A (r, in) as orthonormal rows (k, in), leading first, float64.
-
-    What the paper's §7.2 compares (U_A for a factor A; use B.mT for its left counterpart). It changes when A and B are
-    rescaled to (B·M, M⁻¹·A); the rows of `factored_svd(B, A).Vh` do not.
-    """
-    Q, R = torch.linalg.qr(A.double().mT)
-    U, S, _ = torch.linalg.svd(R, full_matrices=False)
-    kept = int(S.gt(torch.finfo(torch.float64).eps * max(A.shape) * S[:1]).sum())
-    rows: Tensor = (Q @ U[:, :kept]).mT
-    return rows
-
-
 def subspace_similarity(V1: Tensor, V2: Tensor) -> Tensor:
     """Return φ(i, j) = ‖V₁[:i]·V₂[:j]ᵀ‖_F²/min(i, j) for all i ≤ k₁ and j ≤ k₂, float64 (k₁, k₂), each in [0, 1].
 

@@ -16,7 +16,6 @@ from loratools.linalg.factored import (
     concatenate,
     cosine,
     factored_svd,
-    flatten_convolution,
     inner_product,
     singular_values,
     squared_norm,
@@ -166,18 +165,6 @@ def test_rules_of_ranks_apply_to_factors() -> None:
 def test_half_precision_factors_are_widened_first() -> None:
     B, A = (factor.bfloat16() for factor in factors(40, 4, 30, 0))
     assert torch.allclose(factored_svd(B, A).S, torch.linalg.svdvals(dense(B, A))[:4], rtol=1e-12)
-
-
-def test_convolution_factors_as_matrices() -> None:
-    generator = torch.Generator().manual_seed(0)
-    B = torch.randn(6, 2, 1, 1, generator=generator, dtype=torch.float64)
-    A = torch.randn(2, 5, 3, 3, generator=generator, dtype=torch.float64)
-    image = torch.randn(1, 5, 8, 8, generator=generator, dtype=torch.float64)
-    left, right = flatten_convolution(B, A)
-    whole = torch.nn.functional.conv2d(image, (left @ right).view(6, 5, 3, 3))
-    assert torch.allclose(whole, torch.nn.functional.conv2d(torch.nn.functional.conv2d(image, A), B), atol=1e-12)
-    with pytest.raises(ValueError, match="convolution factors are"):
-        flatten_convolution(A, B)
 
 
 def test_cosine_by_hand_and_of_zero() -> None:

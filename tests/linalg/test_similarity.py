@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from loratools.linalg.factored import factored_svd
-from loratools.linalg.similarity import amplification, row_space, subspace_similarity
+from loratools.linalg.similarity import amplification, subspace_similarity
 
 EYE = torch.eye(6, dtype=torch.float64)
 
@@ -24,23 +24,14 @@ def test_subspace_similarity_by_hand() -> None:
 
 def test_similarity_is_the_papers_formula() -> None:
     generator = torch.Generator().manual_seed(0)
-    A8, A64 = torch.randn(8, 40, generator=generator), torch.randn(16, 40, generator=generator)
-    phi = subspace_similarity(row_space(A8), row_space(A64))
-    U8, U64 = (torch.linalg.svd(A.double(), full_matrices=False).Vh.T for A in (A8, A64))
+    A8, A64 = (torch.randn(r, 40, generator=generator, dtype=torch.float64) for r in (8, 16))
+    V8, V64 = (torch.linalg.svd(A, full_matrices=False).Vh for A in (A8, A64))
+    phi = subspace_similarity(V8, V64)
     for i, j in ((1, 1), (3, 7), (8, 16), (8, 2)):
-        expected = float(torch.linalg.matrix_norm(U8[:, :i].T @ U64[:, :j]) ** 2) / min(i, j)
-        assert float(phi[i - 1, j - 1]) == pytest.approx(expected, rel=1e-10)
-    assert torch.allclose(
-        subspace_similarity(row_space(A8), row_space(A8)).diagonal(), torch.ones(8, dtype=torch.float64)
-    )
-
-
-def test_row_space_drops_dependent_rows() -> None:
-    A = torch.ones(3, 5)
-    rows = row_space(A)
-    assert rows.shape == (1, 5)
-    assert torch.allclose(rows.abs(), torch.full((1, 5), 5**-0.5, dtype=torch.float64))
-    assert row_space(torch.zeros(2, 5)).shape == (0, 5)
+        # By the projections onto the spans, which know nothing of the bases: tr(P₁P₂) = ‖V₁V₂ᵀ‖².
+        P1, P2 = (torch.linalg.pinv(V[:k]) @ V[:k] for V, k in ((V8, i), (V64, j)))
+        assert float(phi[i - 1, j - 1]) == pytest.approx(float(torch.trace(P1 @ P2)) / min(i, j), rel=1e-10)
+    assert torch.allclose(subspace_similarity(V8, V8).diagonal(), torch.ones(8, dtype=torch.float64))
 
 
 def test_amplification_is_the_papers_formula() -> None:

@@ -18,21 +18,18 @@ def water_filling(
     minimum: int = 1,
     maximum: int | None = None,
     multiple_of: int = 1,
-    importance: Sequence[float] | None = None,
 ) -> tuple[int, ...]:
-    """Return one rank for each layer, maximising Σ_l w_l·Σ_{i≤r_l} σ²_{l,i} with Σ_l r_l·(m_l + n_l) ≤ `parameters`.
+    """Return one rank for each layer, maximising Σ_l Σ_{i≤r_l} σ²_{l,i} with Σ_l r_l·(m_l + n_l) ≤ `parameters`.
 
-    `spectra[l]` is descending, `shapes[l]` is (m, n), `importance` the weights w (default 1: plain energy). Ranks grow
-    in steps of `multiple_of`, the step with the most energy per parameter first; energies fall along a spectrum, so
-    this greedy order is water-filling with one threshold on σ²/(m + n), and optimal for the parameters it spends. Once
-    the best step no longer fits, smaller ones that do are taken. A rank never exceeds the number of nonzero singular
-    values, even where that is no multiple; a layer whose spectrum is zero gets 0, and any layer may when `minimum` is
-    0. Raises ValueError for lists of unequal length, spectra that are not descending and finite, impossible bounds,
-    and a budget that the minimum ranks already exceed.
+    `spectra[l]` is descending, `shapes[l]` is (m, n). Ranks grow in steps of `multiple_of`, the step with the most
+    energy per parameter first; energies fall along a spectrum, so this greedy order is water-filling with one threshold
+    on σ²/(m + n), and optimal for the parameters it spends. Once the best step no longer fits, smaller ones that do are
+    taken. A rank never exceeds the number of nonzero singular values, even where that is no multiple; a layer whose
+    spectrum is zero gets 0, and any layer may when `minimum` is 0. Raises ValueError for lists of unequal length,
+    spectra that are not descending and finite, impossible bounds, and a budget that the minimum ranks already exceed.
     """
     check_bounds(minimum, maximum, multiple_of)
-    weights = [1.0] * len(spectra) if importance is None else list(importance)
-    _check_lists(spectra, shapes, weights)
+    _check_lists(spectra, shapes)
     most = [_most(spectrum, maximum) for spectrum in spectra]
     ranks = [min(limit, bounded(minimum, minimum, maximum, multiple_of) if minimum else 0) for limit in most]
     left = parameters - sum(rank * (m + n) for rank, (m, n) in zip(ranks, shapes, strict=True))
@@ -48,7 +45,7 @@ def water_filling(
         stop = min(most[layer], (start // multiple_of + 1) * multiple_of)
         energy = math.fsum(sigma * sigma for sigma in spectra[layer][start:stop])
         cost = (stop - start) * sum(shapes[layer])
-        return -weights[layer] * energy / cost, layer, stop
+        return -energy / cost, layer, stop
 
     steps = [step(layer) for layer, limit in enumerate(most) if ranks[layer] < limit]
     heapq.heapify(steps)
@@ -72,7 +69,7 @@ def uniform(
     multiple fits, and for lists of unequal length or broken spectra.
     """
     check_bounds(1, None, multiple_of)
-    _check_lists(spectra, shapes, [1.0] * len(spectra))
+    _check_lists(spectra, shapes)
     most = [_most(spectrum, None) for spectrum in spectra]
 
     def ranks(rank: int) -> tuple[int, ...]:
@@ -97,18 +94,12 @@ def _most(spectrum: Sequence[float], maximum: int | None) -> int:
     return nonzero if maximum is None else min(nonzero, maximum)
 
 
-def _check_lists(
-    spectra: Sequence[Sequence[float]], shapes: Sequence[tuple[int, int]], weights: Sequence[float]
-) -> None:
-    if not len(spectra) == len(shapes) == len(weights):
+def _check_lists(spectra: Sequence[Sequence[float]], shapes: Sequence[tuple[int, int]]) -> None:
+    if len(spectra) != len(shapes):
         raise ValueError(
-            f"one shape and one weight for each spectrum are needed: there are {len(spectra)} spectra, {len(shapes)} "
-            f"shapes and {len(weights)} weights"
+            f"one shape for each spectrum is needed: there are {len(spectra)} spectra and {len(shapes)} shapes"
         )
-    for layer, (spectrum, weight) in enumerate(zip(spectra, weights, strict=True)):
+    for layer, spectrum in enumerate(spectra):
         falls = all(a >= b for a, b in itertools.pairwise(spectrum))
-        if not falls or not all(0 <= sigma < math.inf for sigma in spectrum) or not 0 <= weight < math.inf:
-            raise ValueError(
-                f"layer {layer}: singular values must be finite, not negative and in descending order, "
-                f"and its weight ({weight}) finite and not negative"
-            )
+        if not falls or not all(0 <= sigma < math.inf for sigma in spectrum):
+            raise ValueError(f"layer {layer}: singular values must be finite, not negative and in descending order")

@@ -16,10 +16,9 @@ from loratools.linalg.ranks.rules import Energy, Spectrum
 Shapes = list[tuple[int, int]]
 
 
-def captured(spectra: Sequence[Sequence[float]], ranks: Sequence[int], weights: Sequence[float] | None = None) -> float:
-    """Return Σ_l w_l Σ_{i≤r_l} σ²."""
-    weights = weights or [1.0] * len(spectra)
-    return sum(w * sum(s * s for s in sigma[:r]) for w, sigma, r in zip(weights, spectra, ranks, strict=True))
+def captured(spectra: Sequence[Sequence[float]], ranks: Sequence[int]) -> float:
+    """Return Σ_l Σ_{i≤r_l} σ²."""
+    return sum(sum(s * s for s in sigma[:r]) for sigma, r in zip(spectra, ranks, strict=True))
 
 
 def cost(shapes: Shapes, ranks: Sequence[int]) -> int:
@@ -110,7 +109,6 @@ def test_the_threshold_is_one_for_all_layers() -> None:
     assert water_filling(spectra, shapes, 21) == (3, 1)
     assert water_filling(spectra, shapes, 22) == (3, 2)
     assert water_filling(spectra, shapes, 4, minimum=0) == (2, 0)
-    assert water_filling(spectra, shapes, 18, importance=[0.0, 1.0]) == (1, 2)
     assert water_filling(spectra, shapes, 100, maximum=1) == (1, 1)
     # Energy per parameter, not energy: 4 and 3.61 at cost 2 before 6.25 at cost 8.
     assert water_filling([[3.0, 2.0, 1.9], [4.0, 2.5]], shapes, 18) == (3, 1)
@@ -137,7 +135,7 @@ def test_what_cannot_be_is_refused_in_a_sentence() -> None:
         water_filling([[1.0], [1.0, 2.0]], [(2, 3), (2, 3)], 99)
     with pytest.raises(ValueError, match="layer 0: singular values must be"):
         water_filling([[float("nan")]], [(2, 3)], 99)
-    with pytest.raises(ValueError, match="there are 1 spectra, 2 shapes and 1 weights"):
+    with pytest.raises(ValueError, match="there are 1 spectra and 2 shapes"):
         water_filling([[1.0]], [(2, 3), (2, 3)], 99)
     with pytest.raises(ValueError, match="ranks between 3 and 2"):
         water_filling([[1.0]], [(2, 3)], 99, minimum=3, maximum=2)
