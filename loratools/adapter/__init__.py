@@ -1,1 +1,12 @@
-"""What an adapter is: modules, the updates that change them, their names, and where they land in a base model."""
+"""What an adapter is: modules, the updates that change them, their names, and where they land in a base model.
+
+model       `Adapter`, which every dialect reads into and writes from; `BaseIdentity`, the base that it belongs to
+kinds       one file for each kind of update: its formula
+parts       the names that PEFT gives the tensors of a module
+site        where an update lands: a rectangle of a base tensor
+factors     factors that are not loaded yet: turned, cut, permuted, padded
+low_rank    updates that are products, ΔW = s·left·right: their factors, and updates made of factors
+fusing      several modules as one, and one as several: qkv, gate and up
+naming      what modules are called, by trainers and by models
+placement   which tensors of a base an adapter changes
+"""

@@ -1,4 +1,9 @@
-"""What `loratools demo` shows: a small trained model, an adapter for it, and held-out text, inside the package."""
+"""What `loratools demo` shows: a small trained model, an adapter for it, and held-out text, inside the package.
+
+tour    every capability once
+llama   the model's forward pass: what an adapter does to it
+data    model, adapter and text
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,19 @@
-"""Bytes and files: headers, checkpoints, digests, atomic output. Knows nothing of adapters."""
+"""Bytes and files; nothing here knows of adapters.
+
+sources       an input: a path, or a reference of which an installed resolver makes a path
+checkpoint    a model on disk: one file, shards with an index, a folder, a pipeline
+header        the safetensors header: read, checked, written canonically
+strict_json   JSON files and texts of strangers
+dtypes        the dtypes of safetensors: names, bits, torch's twins
+codecs        how numbers are stored, one file for each family of encodings
+lazy          a tensor that is read when its numbers are asked for
+files         positioned reads and writes, copies inside the kernel
+digest        digests of tensors and the three tiers of a base hash
+pickles       tensors in torch's pickled files, without running any code of theirs
+gguf          GGUF files: fields and tensors
+companions    the files beside a model's weights: which of them come along
+layout        where each tensor of an output lies: shards, offsets, the index
+save          a safetensors file of lazy tensors
+atomic        an output appears whole, or not at all
+sizes         sizes in bytes, as people write them
+"""

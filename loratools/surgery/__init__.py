@@ -1,1 +1,8 @@
-"""What is done with adapters and models: one verb a file, or a folder where a verb needs more."""
+"""What is done with adapters and models: one verb a file, or a folder where a verb needs more.
+
+inspect, spectrum, compare, hash   look at them
+validate, verify                   check them
+merge, unmerge, switch             change a model
+combine, resize, extract, convert  make an adapter
+base, record                       whether an adapter belongs to a base; what a merged model says of itself
+"""

@@ -1,1 +1,7 @@
-"""Names of modules: wrappers around them, compact patterns for many, and selections by pattern."""
+"""Names of modules.
+
+wrappers    what trainers put before a name, and the projections that some models store fused
+compact     many names in few lines: `model.layers.[0-29].self_attn.{q,v}_proj`
+selection   which modules a command works on: names, globs, regular expressions
+image       the modules of image models, in every spelling in use
+"""

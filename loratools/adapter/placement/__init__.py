@@ -1,1 +1,11 @@
-"""Where an adapter's updates land in a base model: modules to tensors, slices, experts, ties and layers."""
+"""Where an adapter's updates land in a base model. Pure: names and shapes, until `settle` reads tensors.
+
+resolve   from modules to the tensors of a base, and the rectangles of them
+experts   experts of a mixture, stacked in one tensor or each in tensors of its own
+tied      one weight for the input embedding and the output head
+layers    a base with its layers repeated, as `layer_replication` has it
+image     an adapter of an image model under the names of a base
+whole     tensors that were trained whole: where they go, and what config.json has to say of it
+settle    what in an adapter is a copy of the base's own tensors, and what replaces them
+weight    the base's weight under an update
+"""

@@ -1,4 +1,4 @@
-"""The factors of updates, for analysis in factor space: s·left·right, whatever the kind calls them."""
+"""The weight of a module in a base model, as the one matrix that an update changes; placements by module."""
 
 from __future__ import annotations
 

@@ -5,6 +5,9 @@
 
 s = alpha/r, and 1 where there is no alpha (sd-scripts 48d368fa, LyCORIS 4.1.3, which folds rsLoRA into alpha). The
 header's `ss_*` and `modelspec.*` are kept; `sshs_*` are hashes of the data and are computed anew.
+
+    names    flattened names, and how they find their dots
+    hashes   the `sshs_*` hashes of the data
 """
 
 from __future__ import annotations

@@ -6,6 +6,9 @@
 
 s = alpha/dim of the configuration beside the tensors, where an alpha that is missing is dim (Megatron-Bridge 0.3.1,
 `peft/utils.py`). Modules get transformers' names for a Llama; the rows are put in its order (`names.py`).
+
+    names    the parts of a layer, and the rows of those that are fused
+    nemo     where NeMo and Megatron leave an adapter: a `.nemo` archive, unpacked, or a bare state dict
 """
 
 from __future__ import annotations

@@ -2,6 +2,14 @@
 
 Followed to the letter is PEFT 0.21: its names (`format/keys.py`), its config (`config.py`) and its matching rules
 (`targets.py`). What a module's tensors mean is not decided here but by the kinds of update that claim them.
+
+    names      the names in a file, in whatever state a trainer left them
+    config     `adapter_config.json`, field by field
+    targets    which modules a config targets
+    patterns   names and regular expressions, matched as PEFT matches them
+    experts    which parameter each level of wrappers around a stack of experts is for
+    checks     what must agree: tensors with each other, and with the config
+    profiles   what vLLM and other consumers ask beyond PEFT
 """
 
 from __future__ import annotations

@@ -2,6 +2,12 @@
 
 A clause function takes a `Subject` and yields `(where, message)` for every fault. It looks only at what is well formed
 as far as other clauses go, so that one fault gives one problem.
+
+    layout       chapter 2: the files of an adapter, and what `adapter_config.json` says to PEFT
+    manifest     chapter 3: the fields of the manifest
+    tensors      chapter 4: every tensor accounted for
+    integrity    chapters 5, 6 and 8: digests, extensions, versions
+    container    chapter 7: the safetensors file itself
 """
 
 from __future__ import annotations

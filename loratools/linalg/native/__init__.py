@@ -2,6 +2,9 @@
 
 It is compiled when the package is installed, where there is a C compiler (`build.py`). Without it the same is done in
 NumPy, several times slower: only the last float32 bit of a sum may differ then.
+
+    rows.c   the C code
+    build    compiles it when the package is installed
 """
 
 from __future__ import annotations

@@ -1,1 +1,4 @@
-"""How numbers are stored: one file for each family of encodings."""
+"""How numbers are stored, one file for each family of encodings.
+
+floats   bfloat16, float16, float32 and float64, read and rounded in NumPy
+"""

@@ -1,1 +1,6 @@
-"""Tensors in pickled PyTorch files, read without running any code of theirs."""
+"""Tensors in pickled PyTorch files, read without running any code of theirs.
+
+archive    the zip file of `torch.save`: where each tensor's bytes lie
+unpickle   its pickle, read as data
+window     a file inside a file: a member of a tar archive
+"""

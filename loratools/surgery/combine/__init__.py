@@ -1,4 +1,14 @@
-"""Combine adapters into one, in factor space: Σ wᵢ·ΔWᵢ exactly, or by a method of `methods/`, at any rank."""
+"""Combine adapters into one, in factor space: Σ wᵢ·ΔWᵢ exactly, or by a method of `methods/`, at any rank.
+
+align      adapters side by side: which of their modules are one module
+weights    the weight of an adapter: one number, or one for each module pattern
+blocks     weights by the blocks of Stable Diffusion's UNet
+methods    the ways to combine, one file each
+change     the combined change of every module
+truncate   from changes to factors of chosen ranks
+whole      tensors trained whole, and biases, combined
+result     the adapter that several become: its settings and provenance
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,18 @@
 
 ΔW = W' − W is formed in float32 from each operand, one tensor at a time; `linalg/svd/truncated.py` factors it. What has
 no low-rank form is saved whole, so that base + adapter is the fine-tune but for the printed error.
+
+    pairs         every tensor of the fine-tune beside its counterpart, and what is to become of its change
+    sweep         one pass over all pairs, several at a time
+    read          two tensors side by side: ΔW, its norms, both digests
+    factor        one ΔW becomes factors
+    experts       a stack of experts becomes factors of one rank
+    rows          a few changed rows of an embedding as exact factors
+    spool         factors on disk while the extraction runs
+    updates       from factors to the updates of each kind
+    assemble      the adapter, its record and its card
+    certificate   what an adapter keeps of a change, in numbers
+    certify       the same for any adapter after the fact
 """
 
 from __future__ import annotations

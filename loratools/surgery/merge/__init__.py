@@ -1,4 +1,14 @@
-"""Merge adapters into a base model: W' = W + Σ wᵢ·sᵢ·Bᵢ·Aᵢ in float32, rounded once, streamed shard by shard."""
+"""Merge adapters into a base model: W' = W + Σ wᵢ·sᵢ·Bᵢ·Aᵢ in float32, rounded once, streamed shard by shard.
+
+options     the options, one value that is checked when it is built
+prepared    open, check and plan: nothing is written
+plan        what becomes of every tensor, from headers alone
+accounts    tensors trained whole, held against a real base
+run         write the tensors, then everything beside them
+resume      what an interrupted merge has finished
+folder      the files beside the weights
+card        the model card
+"""
 
 from __future__ import annotations
 

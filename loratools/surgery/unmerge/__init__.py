@@ -1,4 +1,7 @@
-"""Take adapters out of a merged model again: exactly from the base or the residual, else within a stated bound."""
+"""Take adapters out of a merged model again: exactly from the base or the residual, else within a stated bound.
+
+merged   a merged model, its record, and the adapters that it names
+"""
 
 from __future__ import annotations
 

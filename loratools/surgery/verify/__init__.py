@@ -5,6 +5,8 @@ float64. With k independent standard normal probes the expectation of ‖X·Eᵀ
 norm of the error E = W' − W − ΔW itself, to about 1/√(k·out). A correctly rounded merge has |E| ≤ 2^-p·|W'| in every
 element, p the bits of the dtype's mantissa. As a change may be smaller than that, k unit vectors are probes as well:
 they give whole columns of ΔW, so there every element of W' is known, and how much of ΔW must survive the rounding.
+
+    probes   the vectors, and what a change is and should be along them
 """
 
 from __future__ import annotations
