@@ -1,5 +1,7 @@
 """Combine adapters into one, in factor space: Σ wᵢ·ΔWᵢ exactly, or by a method of `methods/`, at any rank.
 
+inputs     the adapters, open, with a name, a weight and a digest each
+options    the options, one value that is checked when it is built
 align      adapters side by side: which of their modules are one module
 weights    the weight of an adapter: one number, or one for each module pattern
 blocks     weights by the blocks of Stable Diffusion's UNet
