@@ -11,8 +11,8 @@ from loratools.cli._talk import Talk
 
 if TYPE_CHECKING:
     from loratools.storage.checkpoint import Checkpoint
-    from loratools.surgery.extract.certificate import Layer
     from loratools.surgery.extract.certify import Certification
+    from loratools.surgery.extract.layers import Layer
 
 _MOST = 10  # names of one kind
 

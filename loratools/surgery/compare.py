@@ -22,6 +22,7 @@ from loratools.adapter.placement.tied import apply_policy
 from loratools.adapter.placement.weight import base_matrix, by_module
 from loratools.errors import IncompatibleAdapter
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.sources import Location
 
 if TYPE_CHECKING:
     from loratools.linalg.factored import FactoredSVD
@@ -74,35 +75,53 @@ class Comparison:
 
 
 def compare(
-    first: str | Path | Adapter, second: str | Path | Adapter, base: str | Path | Checkpoint | None = None
+    first: str | Path | Adapter, second: str | Path | Adapter, base: Location | Checkpoint | None = None
 ) -> Comparison:
-    """Compare two adapters module by module and in total; with a base model, also amplification factors.
+    """Tell how alike two adapters are: the angle between their changes, and the subspaces that they use.
 
-    Modules are matched by name, past wrappers (`model.`, `base_model.`). Raises `IncompatibleAdapter` when no module
-    is shared, when shapes differ, and when an adapter does not fit the base.
+    cos = ⟨ΔW₁, ΔW₂⟩/(‖ΔW₁‖·‖ΔW₂‖) for ΔW = s·B·A, in float64 from the factors. Modules are matched by name, past
+    wrappers (`model.`, `base_model.`).
+
+    Args:
+        first: An adapter: a path, an `hf://` reference, or an open `Adapter`.
+        second: Another, likewise.
+        base: Their base model (a path, a reference, or an open `Checkpoint`), to measure amplification ‖ΔW‖/‖UᵀWV‖.
+            Default: none, and no amplification.
+
+    Returns:
+        Norms, cosine and similarities of each shared module, those of the whole adapters, and the modules of one alone.
+
+    Raises:
+        IncompatibleAdapter: No module is shared, shapes differ, or an adapter does not fit the base.
+        BadFile, UnsupportedAdapter: An input cannot be read.
+
+    Example:
+        >>> found = compare("adapter", "adapter")
+        >>> round(found.cosine, 6), len(found.modules)
+        (1.0, 4)
     """
-    one, other = (x if isinstance(x, Adapter) else dialects.open_adapter(x) for x in (first, second))
-    parts = products(one), products(other)
-    named = {normalized(module): module for module in parts[1]}
-    pairs = {module: named[normalized(module)] for module in parts[0] if normalized(module) in named}
+    adapters = tuple(x if isinstance(x, Adapter) else dialects.open_adapter(x) for x in (first, second))
+    parts = products(adapters[0]), products(adapters[1])
+    by_name = {normalized(module): module for module in parts[1]}
+    pairs = {module: by_name[normalized(module)] for module in parts[0] if normalized(module) in by_name}
     _check(parts, pairs)
-    model = Checkpoint.open(base) if isinstance(base, str | Path) else base
-    places = (_places(one, model), _places(other, model)) if model else ({}, {})
-    found, squares = [], [0.0, 0.0]
-    inner = 0.0
-    for module in sorted(pairs, key=natural):
-        sides = (parts[0][module], parts[1][pairs[module]])
-        compared = _module(module, sides, (places[0].get(module, []), places[1].get(pairs[module], [])), model)
-        found.append(compared)
-        inner += compared.cosine * compared.norms[0] * compared.norms[1]
+    model = base if isinstance(base, Checkpoint) or base is None else Checkpoint.open(base)
+    places = tuple(_places(adapter, model) if model else {} for adapter in adapters)
+    modules = []
+    for module, other in sorted(pairs.items(), key=lambda pair: natural(pair[0])):
+        sides = (parts[0][module], parts[1][other])
+        modules.append(_module(module, sides, (places[0].get(module, []), places[1].get(other, [])), model))
+    inner = math.fsum(module.cosine * module.norms[0] * module.norms[1] for module in modules)
     only = (tuple(sorted(parts[0].keys() - pairs)), tuple(sorted(parts[1].keys() - set(pairs.values()))))
-    for side in (0, 1):
-        squares[side] = math.fsum(compared.norms[side] ** 2 for compared in found)
-        squares[side] += math.fsum(_norm2(parts[side][module]) for module in only[side])
+    squares = [
+        math.fsum(module.norms[side] ** 2 for module in modules)
+        + math.fsum(_norm2(parts[side][module]) for module in only[side])
+        for side in (0, 1)
+    ]
     scale = math.sqrt(squares[0] * squares[1])
     distance2 = max(squares[0] - 2 * inner + squares[1], 0.0)
     return Comparison(
-        tuple(found), only, (math.sqrt(squares[0]), math.sqrt(squares[1])), inner / scale if scale else 0.0,
+        tuple(modules), only, (math.sqrt(squares[0]), math.sqrt(squares[1])), inner / scale if scale else 0.0,
         math.sqrt(distance2 / squares[0]) if squares[0] else math.inf,
     )  # fmt: skip
 
@@ -114,18 +133,18 @@ def _module(
     from loratools.linalg.similarity import subspace_similarity
 
     (B1, A1), (B2, A2) = load(sides[0]), load(sides[1])
-    one, other = factored_svd(B1, A1), factored_svd(B2, A2)
-    ranks = int(one.rank()), int(other.rank())
-    inputs = subspace_similarity(one.Vh[: ranks[0]], other.Vh[: ranks[1]]) if all(ranks) else None
-    outputs = subspace_similarity(one.U[:, : ranks[0]].mT, other.U[:, : ranks[1]].mT) if all(ranks) else None
+    svds = factored_svd(B1, A1), factored_svd(B2, A2)
+    ranks = int(svds[0].rank()), int(svds[1].rank())
+    inputs = subspace_similarity(svds[0].Vh[: ranks[0]], svds[1].Vh[: ranks[1]]) if all(ranks) else None
+    outputs = subspace_similarity(svds[0].U[:, : ranks[0]].mT, svds[1].U[:, : ranks[1]].mT) if all(ranks) else None
     rows, columns = len(B1), A1.shape[1]
     return ModuleComparison(
-        name, (rows, columns), ranks, (float(one.S.square().sum().sqrt()), float(other.S.square().sum().sqrt())),
+        name, (rows, columns), ranks, (float(svds[0].S.square().sum().sqrt()), float(svds[1].S.square().sum().sqrt())),
         float(cosine(B1, A1, B2, A2)),
         tuple(map(tuple, inputs.tolist())) if inputs is not None else (),
         tuple(map(tuple, outputs.tolist())) if outputs is not None else (),
         (max(ranks) / columns, max(ranks) / rows),
-        (_amplification(one, places[0], model), _amplification(other, places[1], model)),
+        (_amplification(svds[0], places[0], model), _amplification(svds[1], places[1], model)),
     )  # fmt: skip
 
 

@@ -50,24 +50,41 @@ class AdapterSpectrum:
 
 
 def spectrum(adapter: str | Path | Adapter, dialect: str | None = None) -> AdapterSpectrum:
-    """Return the singular values of every ΔW = s·B·A, from QR and an r × r core in float64; no dense ΔW is built."""
-    opened = adapter if isinstance(adapter, Adapter) else dialects.open_adapter(adapter, dialect=dialect)
+    """Return the singular values of every ΔW = s·B·A, and the rank that they need.
+
+    From a QR of each factor and an r × r core in float64; no dense ΔW is built. A module of DoRA is that of its
+    product, without the magnitudes.
+
+    Args:
+        adapter: A path, an `hf://` reference, or an open `Adapter`.
+        dialect: The layout that a path is to be read in, one of `list_dialects()`. Default: what is found in the file.
+
+    Returns:
+        The spectrum of each module (σ in descending order), and what the ranks that they need come to in parameters.
+
+    Raises:
+        BadFile, UnsupportedAdapter, UnknownKind: The adapter cannot be read.
+
+    Example:
+        >>> found = spectrum("adapter")
+        >>> found.modules[0].rank, len(found.modules[0].sigma)
+        (4, 4)
+    """
     from loratools.linalg.factored import singular_values
 
-    found = []
+    opened = adapter if isinstance(adapter, Adapter) else dialects.open_adapter(adapter, dialect=dialect)
+    modules = []
     for module, part in sorted(products(opened).items(), key=lambda item: natural(item[0])):
         B, A = load(part)
-        found.append(_of(module, part.kind, (len(B), A.shape[1]), part.rank, singular_values(B, A).tolist()))
-    skipped = tuple(sorted(opened.updates.keys() - {one.module for one in found}))
-    sizes = [sum(one.shape) for one in found]
+        modules.append(_of(module, part.kind, (len(B), A.shape[1]), part.rank, singular_values(B, A).tolist()))
+    skipped = tuple(sorted(opened.updates.keys() - {module.module for module in modules}))
+    sizes = [sum(module.shape) for module in modules]
     return AdapterSpectrum(
-        tuple(found),
-        skipped,
-        math.sqrt(math.fsum(one.norm**2 for one in found)),
-        sum(one.rank * size for one, size in zip(found, sizes, strict=True)),
-        tuple(sum(one.needed[i] * size for one, size in zip(found, sizes, strict=True)) for i in range(len(SHARES))),
-        tuple(max((one.needed[i] for one in found), default=0) for i in range(len(SHARES))),
-    )
+        tuple(modules), skipped, math.sqrt(math.fsum(module.norm**2 for module in modules)),
+        sum(module.rank * size for module, size in zip(modules, sizes, strict=True)),
+        tuple(sum(m.needed[i] * size for m, size in zip(modules, sizes, strict=True)) for i in range(len(SHARES))),
+        tuple(max((module.needed[i] for module in modules), default=0) for i in range(len(SHARES))),
+    )  # fmt: skip
 
 
 def _of(module: str, kind: str, shape: tuple[int, int], rank: int, sigma: Sequence[float]) -> ModuleSpectrum:

@@ -139,7 +139,7 @@ def combine(
 
     Example:
         >>> report = combine(["adapter", "other"], "sum", weights=[0.7, -0.3], ranks=4)
-        >>> report.method, report.shares[0].rank
+        >>> report.method, max(share.rank for share in report.shares)
         ('linear', 4)
     """
     options = CombineOptions(

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratools import dialects
 from loratools.adapter.naming.selection import Selection
@@ -30,12 +31,17 @@ from loratools.linalg.ranks.allocate import Ranks
 from loratools.parallel import Progress, cores
 from loratools.storage import atomic
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.dtypes import FloatName
+from loratools.storage.sources import Location
 from loratools.surgery.extract.assemble import Outcome, assemble, companion_files
-from loratools.surgery.extract.certificate import Total, total
-from loratools.surgery.extract.factor import Settings
+from loratools.surgery.extract.layers import Total, total
+from loratools.surgery.extract.options import ExtractOptions
 from loratools.surgery.extract.pairs import Pairing, pair
 from loratools.surgery.extract.spool import Spool
 from loratools.surgery.extract.sweep import Sweep
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,47 +65,79 @@ class Extraction:
     nbytes: int
     notes: tuple[str, ...]
 
-    def of(self, kind: str) -> list[Outcome]:
-        """Return the tensors of one class."""
-        return [one for one in self.outcomes if one.outcome == kind]
+    def of(self, outcome: str) -> list[Outcome]:
+        """Return the tensors of one class: `factored`, `rows`, `whole`, `unchanged` or `dropped`."""
+        return [tensor for tensor in self.outcomes if tensor.outcome == outcome]
 
 
 def extract(
-    base: str | Path | Checkpoint,
-    tuned: str | Path | Checkpoint,
+    base: Location | Checkpoint,
+    tuned: Location | Checkpoint,
     output: str | Path,
-    ranks: Ranks,
+    ranks: Ranks | int = 32,
     *,
     selection: Selection | None = None,
-    dtype: str = "F32",
+    dtype: FloatName | torch.dtype = "F32",
     seed: int = 0,
     tolerance: float = 6e-4,
     tight: bool = False,
     base_id: str | None = None,
     threads: int | None = None,
     force: bool = False,
-    progress: Progress = lambda _: None,
+    progress: Progress | None = None,
 ) -> Extraction:
-    """Write the change from `base` to `tuned` as an adapter: B·A near the best of its rank, alpha = r, the rest whole.
+    """Write the change from a base model to its fine-tune as an adapter: near-optimal factors, and the rest whole.
 
-    min ‖W' − W − B·A‖_F per layer, within `tolerance` of the optimal error²; ranks as `ranks` says, factors stored in
-    `dtype`. `tight` spends about as much again on bounds that are far tighter. The same seed and thread count give the
-    same bytes. Raises `IncompatibleAdapter` (the models do not belong together, quantized weights), `BadFile` (NaN),
-    `OutputRefused`, and `ValueError` for a budget that is too small.
+    min ‖W' − W − B·A‖_F for each layer, with alpha = r, so that the scaling is 1. ΔW = W' − W is formed in float32 from
+    each operand. What has no low-rank form (norms, biases, embeddings) is saved whole, so that base + adapter is the
+    fine-tune but for the error that is told. The adapter is sealed with the hash of the base.
+
+    Args:
+        base: The base model: a folder, a safetensors file, an index, an `hf://` reference, or an open `Checkpoint`.
+        tuned: The fine-tune, likewise. Names may differ by wrappers such as `language_model.`.
+        output: The folder to write, in the loratools format; it must not exist, unless `force`.
+        ranks: How ranks are chosen: a number for every layer, or `Ranks`: by a rule (`Energy(0.9)`, …), by what stands
+            above the `noise` of the fine-tune's dtype, or by a `budget` of parameters. Default: 32.
+        selection: What is factored, saved whole or dropped: patterns for modules, and kinds. Default: linear layers,
+            convolutions and stacked experts are factored, the rest is saved whole.
+        dtype: The float dtype of the factors: `"f32"`, `"bf16"`, `"f16"`, or torch's. Default: `"F32"`.
+        seed: A whole number that chooses the random sketches. Default: 0.
+        tolerance: By which share a layer's squared error may exceed the optimum, about. Default: 6e-4.
+        tight: Whether to spend about as much again on bounds that are far tighter. Default: no.
+        base_id: Name of the base model to record, such as `"org/model"`. Default: its hash alone.
+        threads: Threads to work with; another number may change the last bits of factors. Default: one per core.
+        force: Whether to replace an output that exists. Default: no.
+        progress: Called with the bytes read since the last call, from any thread. Default: nobody is told.
+
+    Returns:
+        The account of every tensor, a certificate for every layer and in total, both models' hashes, and notes.
+
+    Raises:
+        InvalidOption: A word or a number is wrong; all are listed.
+        IncompatibleAdapter: The models do not belong together, or do not differ where anything can be factored.
+        BadFile: A tensor has NaN or infinities, is quantized, or cannot be read.
+        LoraToolsError: A pattern of `selection` names no module.
+        OutputRefused: The output exists, or is an input.
+        ValueError: A budget is too small for the lowest ranks.
+
+    Example:
+        >>> found = extract("base", "tuned", "extracted", 8)
+        >>> len(found.of("factored")), found.total.captured > 0.1
+        (14, True)
     """
     from loratools.linalg.svd.truncated import full_float32
 
+    options = ExtractOptions(ranks, dtype, seed, tolerance, tight, threads, force)
     output = Path(output)
     base = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
     tuned = tuned if isinstance(tuned, Checkpoint) else Checkpoint.open(tuned)
     pairing = _prepare(base, tuned, output, selection or Selection(), force)
-    settings = Settings(ranks, dtype, seed, tolerance, tight)
     with atomic.new_folder(output, force=force) as scratch, full_float32():
         spool = Spool(scratch / ".factors")
-        work = Sweep(base, tuned, pairing, settings, spool, progress)
+        work = Sweep(base, tuned, pairing, options, spool, progress or (lambda _: None))
         outcomes, hashes = work.run(threads or cores())
         identity = replace(hashes[0], id=base_id)
-        made = assemble(base, tuned, pairing, outcomes, identity, hashes[1], settings)
+        made = assemble(base, tuned, pairing, outcomes, identity, hashes[1], options)
         _refuse_empty(base, tuned, made.outcomes)
         target = scratch / "adapter"
         dialects.save_adapter(made.adapter, target)
@@ -117,13 +155,13 @@ def extract(
     return Extraction(
         str(output), written, made.outcomes, pairing.missing,
         total(one.layer for one in made.outcomes if one.layer), lost / energy if energy else 0.0,
-        hashes[0].root or "", hashes[1], dtype, seed,
+        hashes[0].root or "", hashes[1], options.stored, seed,
         sum(one.parameters for one in tensors), sum(one.nbytes for one in tensors), (*pairing.notes, *made.notes),
     )  # fmt: skip
 
 
-def plan(base: str | Path | Checkpoint, tuned: str | Path | Checkpoint, selection: Selection | None = None) -> Pairing:
-    """Return what would become of every tensor if it had changed, from headers alone."""
+def plan(base: Location | Checkpoint, tuned: Location | Checkpoint, selection: Selection | None = None) -> Pairing:
+    """Return what would become of every tensor if it had changed, from headers alone; parameters as of `extract`."""
     base = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
     tuned = tuned if isinstance(tuned, Checkpoint) else Checkpoint.open(tuned)
     return pair(base, tuned, selection or Selection())

@@ -13,8 +13,8 @@ from loratools.format import manifest
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.companions import TOKENIZER_FILES
 from loratools.storage.lazy import LazyTensor
-from loratools.surgery.extract import certificate
-from loratools.surgery.extract.factor import Settings
+from loratools.surgery.extract.layers import Layer, to_json, total
+from loratools.surgery.extract.options import ExtractOptions
 from loratools.surgery.extract.pairs import HEAD_OF_TASK, Pair, Pairing, heads_of_task, task
 from loratools.surgery.extract.spool import Spooled
 from loratools.surgery.extract.updates import build, module_names
@@ -45,7 +45,7 @@ class Outcome:
     why: str = ""
     rows: int = 0
     rank: int = 0
-    layer: certificate.Layer | None = None
+    layer: Layer | None = None
     factors: Spooled | None = field(default=None, repr=False)
 
 
@@ -61,7 +61,7 @@ class Assembled:
 
 def assemble(
     base: Checkpoint, tuned: Checkpoint, pairing: Pairing, outcomes: Iterable[Outcome], identity: BaseIdentity,
-    tuned_root: str, settings: Settings,
+    tuned_root: str, options: ExtractOptions,
 ) -> Assembled:  # fmt: skip
     """Return the adapter of these outcomes.
 
@@ -73,7 +73,7 @@ def assemble(
     whole = [one for one in outcomes if one.outcome == "whole"]
     names = module_names(one.pair for one in factored)
     built = {
-        names[one.pair.path]: build(one.pair, one.shape, one.rank, _factors(one, settings))
+        names[one.pair.path]: build(one.pair, one.shape, one.rank, _factors(one, options))
         for one in factored
         if one.factors
     }
@@ -83,7 +83,7 @@ def assemble(
     layers = [one.layer for one in factored if one.layer]
     if pairing.head:  # one weight, which PEFT saves under both names
         kept |= {path: kept[one.pair.path] for one in whole if _main(one, base) for path in [pairing.head]}
-    step = _step(layers, outcomes, pairing, settings, identity, tuned_root)
+    step = _step(layers, outcomes, pairing, options, identity, tuned_root)
     adapter = Adapter(built, kept, identity, (step,), "loratools", _settings(base, tuned, pairing, factored, whole))
     return Assembled(adapter, outcomes, _card(identity, outcomes, layers), tuple(_notes(base, outcomes, pairing)))
 
@@ -100,10 +100,10 @@ def companion_files(base: Checkpoint, tuned: Checkpoint, outcomes: Iterable[Outc
     return [path for path in found if not (old[path].is_file() and old[path].read_bytes() == path.read_bytes())]
 
 
-def _factors(one: Outcome, settings: Settings) -> tuple[LazyTensor, LazyTensor]:
+def _factors(one: Outcome, options: ExtractOptions) -> tuple[LazyTensor, LazyTensor]:
     """Return (B, A) in the dtype that was asked for; rows that are exact stay as they are."""
     assert one.factors is not None
-    return one.factors.lazy(one.rank, settings.dtype if one.layer else one.factors.A.dtype)
+    return one.factors.lazy(one.rank, options.stored if one.layer else one.factors.A.dtype)
 
 
 def _with_siblings(outcomes: list[Outcome]) -> list[Outcome]:
@@ -169,10 +169,10 @@ def _upto(path: str, names: frozenset[str]) -> str:
 
 
 def _step(
-    layers: list[certificate.Layer], outcomes: tuple[Outcome, ...], pairing: Pairing, settings: Settings,
+    layers: list[Layer], outcomes: tuple[Outcome, ...], pairing: Pairing, options: ExtractOptions,
     identity: BaseIdentity, tuned_root: str,
 ) -> Step:  # fmt: skip
-    ranks = settings.ranks
+    ranks = options.rank_choice
     chosen: dict[str, Any] = {
         "minimum": ranks.minimum, "maximum": ranks.maximum, "multiple_of": ranks.multiple_of, "uniform": ranks.uniform,
         "budget": ranks.budget, "noise": ranks.noise or None,
@@ -183,13 +183,13 @@ def _step(
     everything = sum(one.norm2 for one in outcomes)
     parameters = {
         "method": "block Krylov", "ranks": {key: value for key, value in chosen.items() if value is not None},
-        "dtype": settings.dtype, "tolerance": settings.tolerance,
+        "dtype": options.stored, "tolerance": options.tolerance,
         "tensors": counts | {"missing": len(pairing.missing)},
         "dropped_energy": float(f"{lost / everything if everything else 0:.6g}"),
-        "certificate": certificate.to_json(layers),
+        "certificate": to_json(layers),
     }  # fmt: skip
     inputs: tuple[Mapping[str, Any], ...] = ({"digest": identity.root}, {"digest": tuned_root})
-    return Step("extract-svd", TOOL, parameters, inputs, settings.seed)
+    return Step("extract-svd", TOOL, parameters, inputs, options.seed)
 
 
 def _notes(base: Checkpoint, outcomes: tuple[Outcome, ...], pairing: Pairing) -> Iterator[str]:
@@ -205,9 +205,9 @@ def _notes(base: Checkpoint, outcomes: tuple[Outcome, ...], pairing: Pairing) ->
         yield "PEFT may refuse to load the embedding, which this kind of model ties in more places than the head"
 
 
-def _card(identity: BaseIdentity, outcomes: tuple[Outcome, ...], layers: list[certificate.Layer]) -> str:
+def _card(identity: BaseIdentity, outcomes: tuple[Outcome, ...], layers: list[Layer]) -> str:
     """Return a README with what the adapter is, in Hugging Face's form."""
-    sums = certificate.total(layers)
+    sums = total(layers)
     head = ["library_name: peft", "tags: [lora, loratools]"]
     if identity.id:
         head.insert(0, f"base_model: {manifest.canonical(identity.id)}\nbase_model_relation: adapter")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from loratools.parallel import Progress
 from loratools.storage.header import TensorSpec
-from loratools.surgery.extract.factor import Factored, Settings, decompose, noise_edge, stored2
+from loratools.surgery.extract.factor import Factored, decompose, noise_edge, stored2
+from loratools.surgery.extract.options import ExtractOptions
 from loratools.surgery.extract.pairs import Pair
 from loratools.surgery.extract.read import read_delta
 from loratools.surgery.extract.spool import Spool
@@ -31,7 +32,7 @@ class Stack:
 
 
 def factor_stack(
-    pair: Pair, base: TensorSpec, tuned: TensorSpec, shapes: Sequence[tuple[int, int]], settings: Settings,
+    pair: Pair, base: TensorSpec, tuned: TensorSpec, shapes: Sequence[tuple[int, int]], options: ExtractOptions,
     spool: Spool, progress: Progress, rule: RankRule | None = None,
 ) -> Stack:  # fmt: skip
     """Return the truncated SVD of each expert's ΔW at the largest rank that any of them calls for.
@@ -53,8 +54,8 @@ def factor_stack(
             old, new = expert(base, e), expert(tuned, e)
             delta = read_delta(old, new, progress if not turn else lambda _: None, keep=True)
             D = None if delta.D is None else delta.D.T if pair.transposed else delta.D
-            chosen = rule or settings.ranks.first(shapes, noise_edge(new) if settings.ranks.noise else 0.0)
-            svd = None if D is None else decompose(D, Fixed(most) if turn else chosen, settings)
+            chosen = rule or options.rank_choice.first(shapes, noise_edge(new) if options.rank_choice.noise else 0.0)
+            svd = None if D is None else decompose(D, Fixed(most) if turn else chosen, options)
             if turn:
                 shown[e] = svd
                 continue
@@ -63,11 +64,11 @@ def factor_stack(
     found = [svd for svd in shown if svd]
     sides = tuned.shape[:0:-1] if pair.transposed else tuned.shape[1:]
     B, A, sigma2 = _stacked(shown, sides, torch.float64 if "F64" in (base.dtype, tuned.dtype) else torch.float32)
-    asked = getattr(rule or chosen, "r", None)
-    complete = len(sigma2) == min(sides) or (asked is not None and len(sigma2) < asked)
+    last = rule or chosen
+    complete = len(sigma2) == min(sides) or (isinstance(last, Fixed) and len(sigma2) < last.r)
     factored = Factored(
         spool.add(B, A), tuple(value**0.5 for value in sigma2), complete, sum(svd.error2 for svd in found),
-        sum(stored2(svd, settings.dtype) for svd in found), sum(svd.excess_estimate for svd in found),
+        sum(stored2(svd, options.stored) for svd in found), sum(svd.excess_estimate for svd in found),
         sum(svd.excess_bound for svd in found), count,
     )  # fmt: skip
     return Stack(factored, *sums)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratools.linalg.factored import rounding2
-from loratools.linalg.ranks.allocate import Ranks
 from loratools.storage import dtypes, files
 from loratools.storage.header import TensorSpec
+from loratools.surgery.extract.options import ExtractOptions
 from loratools.surgery.extract.pairs import Pair
 from loratools.surgery.extract.read import Delta
 from loratools.surgery.extract.spool import Spool, Spooled
@@ -19,17 +19,6 @@ if TYPE_CHECKING:
 
     from loratools.linalg.ranks.rules import RankRule
     from loratools.linalg.svd.truncated import TruncatedSVD
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How to factor: ranks, the dtype of the factors, the seed of the sketches, tolerance, and tight bounds or not."""
-
-    ranks: Ranks
-    dtype: str = "F32"
-    seed: int = 0
-    tolerance: float = 6e-4
-    tight: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,30 +54,37 @@ class Factored:
 
 
 def factor(
-    pair: Pair, delta: Delta, tuned: TensorSpec, shapes: Sequence[tuple[int, int]], settings: Settings, spool: Spool,
-    rule: RankRule | None = None,
+    pair: Pair, delta: Delta, tuned: TensorSpec, shapes: Sequence[tuple[int, int]], options: ExtractOptions,
+    spool: Spool, rule: RankRule | None = None,
 ) -> Factored:  # fmt: skip
-    """Return the truncated SVD of a ΔW at the rank that the settings choose, or a `rule` given here."""
+    """Return the truncated SVD of a ΔW at the rank that the options choose, or a `rule` given here."""
+    from loratools.linalg.ranks.rules import Fixed
+
     assert delta.D is not None
     D = delta.D.T if pair.transposed or pair.kind == "embedding" else delta.D
-    rule = rule or settings.ranks.first(shapes, noise_edge(tuned) if settings.ranks.noise else 0.0)
-    svd = decompose(D, rule, settings)
+    ranks = options.rank_choice
+    rule = rule or ranks.first(shapes, noise_edge(tuned) if ranks.noise else 0.0)
+    svd = decompose(D, rule, options)
     B, A = svd.factors()
     # A fixed rank that was not reached has met the end of the spectrum, as has one that fills the short side.
-    asked = getattr(rule, "r", None)
-    complete = svd.rank == min(D.shape) or (asked is not None and svd.rank < asked)
+    complete = svd.rank == min(D.shape) or (isinstance(rule, Fixed) and svd.rank < rule.r)
     return Factored(
-        spool.add(B, A), tuple(float(one) for one in svd.S), complete, svd.error2, stored2(svd, settings.dtype),
+        spool.add(B, A), tuple(float(one) for one in svd.S), complete, svd.error2, stored2(svd, options.stored),
         svd.excess_estimate, svd.excess_bound,
     )  # fmt: skip
 
 
-def decompose(D: torch.Tensor, rule: RankRule, settings: Settings) -> TruncatedSVD:
-    """Return the truncated SVD of a matrix as the settings ask for it."""
+def decompose(D: torch.Tensor, rule: RankRule, options: ExtractOptions) -> TruncatedSVD:
+    """Return the truncated SVD of a matrix as the options ask for it."""
     from loratools.linalg.svd.truncated import truncated_svd
 
     return truncated_svd(
-        D, rule, tolerance=settings.tolerance, seed=settings.seed, max_rank=settings.ranks.maximum, probe=settings.tight
+        D,
+        rule,
+        tolerance=options.tolerance,
+        seed=options.seed,
+        max_rank=options.rank_choice.maximum,
+        probe=options.tight,
     )
 
 

@@ -14,9 +14,10 @@ from loratools.parallel import Progress, each
 from loratools.storage import digest
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.extract.assemble import Outcome
-from loratools.surgery.extract.certificate import layer as certify
 from loratools.surgery.extract.experts import factor_stack
-from loratools.surgery.extract.factor import Factored, Settings, factor
+from loratools.surgery.extract.factor import Factored, factor
+from loratools.surgery.extract.layers import layer as certify
+from loratools.surgery.extract.options import ExtractOptions
 from loratools.surgery.extract.pairs import Pair, Pairing
 from loratools.surgery.extract.read import prefetch, read_delta, read_norm2
 from loratools.surgery.extract.rows import is_sparse, row_factors
@@ -38,7 +39,7 @@ class Sweep:
     base: Checkpoint
     tuned: Checkpoint
     pairing: Pairing
-    settings: Settings
+    options: ExtractOptions
     spool: Spool
     progress: Progress
 
@@ -63,7 +64,7 @@ class Sweep:
     def _settle(self, several: _Several, results: list[_Result]) -> list[Outcome]:
         """Decide all ranks; look again at layers that deserve more than was seen of them."""
         layers = [result for result in results if result.factored]
-        ranks = self.settings.ranks
+        ranks = self.options.rank_choice
         while True:
             found = [one.factored for one in layers if one.factored]
             decision = ranks.decide(
@@ -90,11 +91,11 @@ class Sweep:
         stacked = one.kind == "experts"
         delta = read_delta(source, spec, self.progress, keep=one.plan == "factor" and not stacked)
         if one.plan == "factor" and stacked and not delta.identical:
-            stack = factor_stack(one, source, spec, shapes, self.settings, self.spool, lambda _: None)
+            stack = factor_stack(one, source, spec, shapes, self.options, self.spool, lambda _: None)
             return _Result(one, stack.norm2, stack.base_norm2, delta.digests, stack.factored, noise2=stack.noise2)
         if one.plan == "factor" and not delta.identical:
             assert delta.D is not None
-            factored = factor(one, delta, spec, shapes, self.settings, self.spool)
+            factored = factor(one, delta, spec, shapes, self.options, self.spool)
             return _Result(one, delta.norm2, delta.base_norm2, delta.digests, factored, noise2=delta.noise2)
         if one.plan == "whole" and is_sparse(one, delta, spec.shape):
             few = replace(one, path=one.path.removesuffix(".weight"), plan="factor")
@@ -108,17 +109,17 @@ class Sweep:
         result, rule = job
         source, spec = self._specs(result.pair)[-1], self.tuned.specs[result.pair.name]
         if result.pair.kind == "experts":
-            stack = factor_stack(result.pair, source, spec, (), self.settings, self.spool, lambda _: None, rule)
+            stack = factor_stack(result.pair, source, spec, (), self.options, self.spool, lambda _: None, rule)
             return replace(result, factored=stack.factored)
         delta = read_delta(source, spec, lambda _: None, keep=True)
-        return replace(result, factored=factor(result.pair, delta, spec, (), self.settings, self.spool, rule))
+        return replace(result, factored=factor(result.pair, delta, spec, (), self.options, self.spool, rule))
 
     def _outcome(self, result: _Result, rank: int) -> Outcome:
         one, spec = result.pair, self.tuned.specs[result.pair.name]
         known = (spec.shape, spec.dtype, result.norm2)
         if result.factored and rank:
             factored, shape = result.factored, self._shape(one)
-            error2, rounding = factored.error2(rank), factored.rounding2(rank, self.settings.dtype)
+            error2, rounding = factored.error2(rank), factored.rounding2(rank, self.options.stored)
             layer = certify(
                 one.path, one.kind, shape, rank, rank * sum(self._matrix(one)),
                 base_norm2=result.base_norm2, norm2=result.norm2,

@@ -1,0 +1,57 @@
+"""The options of an extraction, one frozen value that is valid once built; library and command line share it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loratools.linalg.ranks.allocate import Ranks
+from loratools.options import Options
+from loratools.storage import dtypes
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractOptions:
+    """Every option of an extraction that is not an input. Building one raises `InvalidOption` with all that is wrong.
+
+    `ranks`      how ranks are chosen; a number is that rank for every layer
+    `dtype`      float dtype of the factors, in any spelling; held as the name in a safetensors header
+    `seed`       of the random sketches, a whole number from 0 on
+    `tolerance`  by which share a squared error may exceed the optimum, about; above 0
+    `tight`      whether to spend as much again on bounds that are far tighter
+    `threads`    threads to work with, at least 1; another number may change the last bits. None: one per core
+    `force`      whether to replace an output that exists
+    """
+
+    ranks: Ranks | int
+    dtype: dtypes.FloatName | torch.dtype = "F32"
+    seed: int = 0
+    tolerance: float = 6e-4
+    tight: bool = False
+    threads: int | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        checked = Options()
+        object.__setattr__(self, "ranks", checked.parsed("ranks", Ranks.of, self.ranks))
+        object.__setattr__(self, "dtype", checked.parsed("dtype", dtypes.parse_float, self.dtype))
+        checked.number("seed", self.seed, least=0)
+        if not 0 < self.tolerance < 1:
+            checked.problems.append(f"tolerance is {self.tolerance}; it is a share, above 0 and below 1")
+        checked.flag("tight", self.tight)
+        checked.number("threads", self.threads, least=1, optional=True)
+        checked.flag("force", self.force)
+        checked.done()
+
+    @property
+    def rank_choice(self) -> Ranks:
+        """`ranks` as it is held."""
+        return Ranks.of(self.ranks)
+
+    @property
+    def stored(self) -> str:
+        """`dtype` as it is held."""
+        return str(self.dtype)
