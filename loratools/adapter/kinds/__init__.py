@@ -7,8 +7,9 @@ A kind file is a module with
     build(parts, scaling, alpha)      the `Update`; raises `ValueError` with a sentence where shapes do not fit. A kind
                                       that shapes cannot tell all about takes `layout` besides, a mapping
 
-`parts` maps PEFT's names of a module's tensors (`lora_A.weight`, `lora_B.weight`, …) to lazy tensors. Kinds of two
-factors build on `_product.py`.
+`parts` maps PEFT's names of a module's tensors (`lora_A.weight`, `lora_B.weight`, …) to lazy tensors. What others ask
+of an update is in the protocols of this file, and `_shared.py` has the usual answers. A kind whose ΔW is a product
+builds on `_product.LowRank` (two tensors as they are: `TwoFactors`), one that can make ΔW row by row on `_rowwise.py`.
 """
 
 from __future__ import annotations

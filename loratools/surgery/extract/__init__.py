@@ -12,8 +12,9 @@ no low-rank form is saved whole, so that base + adapter is the fine-tune but for
     spool         factors on disk while the extraction runs
     updates       from factors to the updates of each kind
     assemble      the adapter, its record and its card
-    certificate   what an adapter keeps of a change, in numbers
+    layers        what an adapter keeps of a change: the certificate of each layer and their total
     certify       the same for any adapter after the fact
+    options       the options, one value that is checked when it is built
 """
 
 from __future__ import annotations
