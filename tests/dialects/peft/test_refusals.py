@@ -102,9 +102,7 @@ def test_an_expression_that_runs_away_is_named(
     tmp_path: Path, field: str, value: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(patterns, "SECONDS", 0.02)
-    sentence = (
-        rf"adapter_config.json: {field}: the regular expression .*\[xy\]z.* takes too long to match 'model.layers"
-    )
+    sentence = rf"adapter_config.json: {field}: the regular expression .*xyz.* takes too long to match 'model.layers"
     with pytest.raises(UnsupportedAdapter, match=sentence):
         dialects.open_adapter(peft_folder(tmp_path / "a", **{field: value}))
 
