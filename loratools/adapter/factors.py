@@ -1,11 +1,15 @@
-"""Changes of a factor that is not loaded yet: turned, cut, permuted, padded, scaled."""
+"""Changes of factors that are not loaded yet: turned, cut, selected, padded, scaled, joined."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from loratools.storage.lazy import LazyTensor
+
+if TYPE_CHECKING:
+    import torch
 
 
 def turned(lazy: LazyTensor) -> LazyTensor:
@@ -30,29 +34,54 @@ def reshaped(lazy: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
     return lazy.reshaped(shape)
 
 
-def padded(lazy: LazyTensor, axis: int, size: int) -> LazyTensor:
-    """Append zeros along an axis up to `size`; the rank axis of A and of B can grow so without changing B·A."""
-    have = lazy.shape[axis]
-    if have == size:
+def padded(lazy: LazyTensor, axis: int, size: int, *, start: int = 0) -> LazyTensor:
+    """Put zeros before `start` and after the tensor along an axis, `size` in all.
+
+    The rank axis of A and of B can grow so without changing B·A.
+    """
+    length = lazy.shape[axis]
+    if length == size:
         return lazy
     shape = (*lazy.shape[:axis], size, *lazy.shape[axis + 1 :])
 
-    def change(tensor: object) -> object:
-        import torch
-
-        assert isinstance(tensor, torch.Tensor)
+    def change(tensor: torch.Tensor) -> torch.Tensor:
         grown = tensor.new_zeros(shape)
-        grown.narrow(axis, 0, have).copy_(tensor)
+        grown.narrow(axis, start, length).copy_(tensor)
         return grown
 
-    return lazy.map(change, shape)  # type: ignore[arg-type]
+    return lazy.map(change, shape)
+
+
+def selected(lazy: LazyTensor, axis: int, indices: Sequence[int]) -> LazyTensor:
+    """Take entries of an axis, in this order."""
+    shape = (*lazy.shape[:axis], len(indices), *lazy.shape[axis + 1 :])
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        return tensor.index_select(axis, torch.tensor(indices)).contiguous()
+
+    return lazy.map(change, shape)
+
+
+def zeros(shape: tuple[int, ...], dtype: str) -> LazyTensor:
+    """Stand for zeros; `dtype` is a name of safetensors."""
+
+    def load() -> torch.Tensor:
+        import torch
+
+        from loratools.storage.dtypes import to_torch
+
+        return torch.zeros(shape, dtype=to_torch(dtype))
+
+    return LazyTensor(dtype, shape, load)
 
 
 def scaled(lazy: LazyTensor, factor: float) -> LazyTensor:
     """Multiply by a factor, in float64, and round once.
 
-    A power of two keeps the dtype, for it changes exponents only; any other factor (and any with float16, whose
-    exponents end soon) gives float32, so that no more than 2^-24 of a number is lost.
+    A power of two keeps the dtype, for it changes exponents only. Any other factor gives float32, so that no more than
+    2^-24 of a number is lost; so does every factor of a float16 tensor, whose exponents end soon.
     """
     if factor == 1:
         return lazy
@@ -60,36 +89,35 @@ def scaled(lazy: LazyTensor, factor: float) -> LazyTensor:
     dtype = lazy.dtype if keeps else "F32"
     load = lazy.load
 
-    def change() -> object:
+    def change() -> torch.Tensor:
         from loratools.storage.dtypes import to_torch
 
         return (load().double() * factor).to(to_torch(dtype))
 
-    return LazyTensor(dtype, lazy.shape, change, file=lazy.file)  # type: ignore[arg-type]
+    return LazyTensor(dtype, lazy.shape, change, file=lazy.file)
 
 
 def joined(parts: Sequence[LazyTensor], axis: int = 0) -> LazyTensor:
-    """Put tensors one after the other along an axis, in the widest of their dtypes."""
+    """Put tensors one after the other along an axis, in their common dtype, or else in the wider of float32, float64."""
     first = parts[0]
-    dtype = first.dtype if {one.dtype for one in parts} == {first.dtype} else "F32"
-    if "F64" in {one.dtype for one in parts}:
-        dtype = "F64"
-    total = sum(one.shape[axis] for one in parts)
+    dtypes = {part.dtype for part in parts}
+    dtype = "F64" if "F64" in dtypes else first.dtype if dtypes == {first.dtype} else "F32"
+    total = sum(part.shape[axis] for part in parts)
     shape = (*first.shape[:axis], total, *first.shape[axis + 1 :])
 
-    def load() -> object:
+    def load() -> torch.Tensor:
         import torch
 
         from loratools.storage.dtypes import to_torch
 
-        return torch.cat([one.load().to(to_torch(dtype)) for one in parts], axis)
+        return torch.cat([part.load().to(to_torch(dtype)) for part in parts], axis)
 
-    return LazyTensor(dtype, shape, load, file=first.file)  # type: ignore[arg-type]
+    return LazyTensor(dtype, shape, load, file=first.file)
 
 
 def stacked(parts: Sequence[LazyTensor]) -> LazyTensor:
     """Put tensors of one shape on top of each other, along a new first axis."""
-    return joined([reshaped(one, (1, *one.shape)) for one in parts])
+    return joined([part.reshaped((1, *part.shape)) for part in parts])
 
 
 def item(lazy: LazyTensor, index: int) -> LazyTensor:

@@ -84,7 +84,7 @@ class Adapter:
 
         Copies of the base's tensors are not among them.
         """
-        found = {
+        tensors = {
             f"{module}.{part}": lazy for module, update in self.updates.items() for part, lazy in update.parts.items()
         }
-        return found | dict(self.replacements)
+        return tensors | dict(self.replacements)

@@ -81,6 +81,8 @@ class Site:
         return Site(self.tensor, self.matrix, rows, columns, (part, part + stop - start), self.transposed)
 
 
-def _meet(one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
+def _meet(first: tuple[int, int, int], second: tuple[int, int, int]) -> bool:
     """Tell whether two ranges share a number; with steps that differ, whether they could."""
-    return max(one[0], other[0]) < min(one[1], other[1]) and (one[0] - other[0]) % gcd(one[2], other[2]) == 0
+    return (
+        max(first[0], second[0]) < min(first[1], second[1]) and (first[0] - second[0]) % gcd(first[2], second[2]) == 0
+    )

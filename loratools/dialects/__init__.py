@@ -96,12 +96,12 @@ def detect(listing: Listing) -> tuple[str, Evidence]:
     Raises `UnknownKind` where no dialect knows the listing, or where the best two are equally sure; `BadFile` where the
     reason is a file that cannot be opened.
     """
-    found = [(name, evidence) for name in names() if (evidence := get(name).detect(listing))]
-    if not found:
+    candidates = [(name, evidence) for name in names() if (evidence := get(name).detect(listing))]
+    if not candidates:
         listing.check()
         raise _unknown(listing)
-    best = max(evidence.score for _, evidence in found)
-    first = [(name, evidence) for name, evidence in found if evidence.score == best]
+    best = max(evidence.score for _, evidence in candidates)
+    first = [(name, evidence) for name, evidence in candidates if evidence.score == best]
     if len(first) > 1:
         raise UnknownKind(
             f"{listing.path}: can be read as {' or as '.join(name for name, _ in first)}",

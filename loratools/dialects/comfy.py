@@ -69,8 +69,8 @@ def detect(listing: Listing) -> Evidence | None:
         (80, "begin with text_encoders.", _ENCODER.match),
         (65, "have names of BFL's blocks", _BARE.match),
     ):
-        if found := [tensor for tensor in names if mark(tensor)]:
-            return Evidence(score, f"{len(found)} of the tensors in {name} {what}, such as {found[0]}")
+        if named := [tensor for tensor in names if mark(tensor)]:
+            return Evidence(score, f"{len(named)} of the tensors in {name} {what}, such as {named[0]}")
     return None
 
 
@@ -126,15 +126,15 @@ def read(listing: Listing) -> Adapter:
 def losses(adapter: Adapter) -> list[Loss]:
     """List the modules that no original implementation known here has, and parts that ComfyUI does not read."""
     adapter = rename.to_original(adapter)
-    found = []
+    losses_of_modules = []
     for module, update in adapter.updates.items():
         foreign = sorted(part for part in update.parts if part in keys.PARTS and part not in (A, B, MAGNITUDE))
         unread = None if update.kind in _KINDS else f"updates of kind {update.kind}"
         if _name(module) is None:
-            found.append(Loss(module, "its name in the original implementation is not known"))
+            losses_of_modules.append(Loss(module, "its name in the original implementation is not known"))
         elif foreign or unread:
-            found.append(Loss(module, f"ComfyUI has no {', '.join(foreign) or unread}"))
-    return found + _losses.replacements(adapter, "ComfyUI") + _losses.identity(adapter)
+            losses_of_modules.append(Loss(module, f"ComfyUI has no {', '.join(foreign) or unread}"))
+    return losses_of_modules + _losses.replacements(adapter, "ComfyUI") + _losses.identity(adapter)
 
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
@@ -144,8 +144,10 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     tensors: dict[str, LazyTensor] = {}
     for module, update in adapter.updates.items():
         tensors |= {f"{_name(module)}.{suffix}": lazy for suffix, lazy in _of_peft(update).items()}
-    kept: Any = adapter.settings.get("metadata")
-    metadata = {"format": "pt"} | ({str(k): str(v) for k, v in kept.items()} if isinstance(kept, Mapping) else {})
+    metadata_read: Any = adapter.settings.get("metadata")
+    metadata = {"format": "pt"} | (
+        {str(k): str(v) for k, v in metadata_read.items()} if isinstance(metadata_read, Mapping) else {}
+    )
     if adapter.base and adapter.base.id:
         metadata.setdefault("ss_base_model", adapter.base.id)
     save.save(target, _FILE, tensors, metadata, force=force)
@@ -177,10 +179,10 @@ def _name(module: str) -> str | None:
 
 
 def _of_peft(update: Update) -> dict[str, LazyTensor]:
-    found = kohya.of_peft(update)
+    tensors = kohya.of_peft(update)
     names = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
     needed = kohya.alpha_of(update) != update.rank
-    return {names.get(s, s): lazy for s, lazy in found.items() if s != "alpha" or needed}
+    return {names.get(s, s): lazy for s, lazy in tensors.items() if s != "alpha" or needed}
 
 
 def _into_linear1(parts: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:

@@ -35,10 +35,12 @@ _FILE = "lora.pt"
 
 def detect(listing: Listing) -> Evidence | None:
     """Look for names that end in `lora_A` and `lora_B`."""
-    named = [name for name in pickles.names(listing) if _NAME.fullmatch(name)]
-    if not named:
+    factors_found = [name for name in pickles.names(listing) if _NAME.fullmatch(name)]
+    if not factors_found:
         return None
-    return Evidence(70, f"{len(named)} of the tensors in {pickles.file_of(listing)} are called as {named[0]}")
+    return Evidence(
+        70, f"{len(factors_found)} of the tensors in {pickles.file_of(listing)} are called as {factors_found[0]}"
+    )
 
 
 def read(listing: Listing) -> Adapter:
@@ -50,14 +52,14 @@ def read(listing: Listing) -> Adapter:
     name = pickles.file_of(listing)
     if name is None:
         raise BadFile(f"{listing.path}: expected one file of torch.save")
-    found: build.Groups = {}
+    factors_of: build.Groups = {}
     biases: dict[str, LazyTensor] = {}
     weights = []
     tensors = listing.tensors(name)
     build.check_gathered(listing.path, tensors)
     for tensor, lazy in tensors.items():
         if match := _NAME.fullmatch(tensor):
-            found.setdefault(match[1], {})[match[2]] = lazy
+            factors_of.setdefault(match[1], {})[match[2]] = lazy
         elif tensor.endswith("bias"):
             biases[tensor] = lazy
         else:
@@ -74,7 +76,7 @@ def read(listing: Listing) -> Adapter:
             hint="Give the lora_alpha that it was trained with: --alpha NUMBER.",
         )
     alpha, groups, ranks, faults, untold = listing.alpha, {}, {}, [], []
-    for module, parts in found.items():
+    for module, parts in factors_of.items():
         if missing := sorted({"lora_A", "lora_B"} - parts.keys()):
             faults.append(f"{module}.{missing[0]}: missing, while its partner is there")
             continue
@@ -95,17 +97,17 @@ def read(listing: Listing) -> Adapter:
 
 def losses(adapter: Adapter) -> list[Loss]:
     """List what loralib has no place for; alpha always is a loss, and the line says which one to tell the reader."""
-    found = updates(adapter, "loralib", ("lora", "embedding"), (A, B, A_EMBEDDING, B_EMBEDDING))
-    for module, update in kept(adapter, found).updates.items():
+    lost = updates(adapter, "loralib", ("lora", "embedding"), (A, B, A_EMBEDDING, B_EMBEDDING))
+    for module, update in kept(adapter, lost).updates.items():
         if (A_EMBEDDING in update.parts) != (module.rpartition(".")[2] in build.EMBEDDINGS):
-            found.append(Loss(module, "its name does not show whether it is an embedding"))
-    found += [loss for loss in replacements(adapter, "loralib") if not loss.where.endswith("bias")]
+            lost.append(Loss(module, "its name does not show whether it is an embedding"))
+    lost += [loss for loss in replacements(adapter, "loralib") if not loss.where.endswith("bias")]
     if adapter.base and adapter.base.id:
-        found.append(Loss("base model", f"its name, {adapter.base.id}"))
-    found.append(
+        lost.append(Loss("base model", f"its name, {adapter.base.id}"))
+    lost.append(
         Loss("alpha", f"loralib's files do not record it; read this one again with --alpha {_alpha(adapter):g}")
     )
-    return found + identity(adapter)
+    return lost + identity(adapter)
 
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
@@ -159,8 +161,8 @@ def _shape(module: str, listing: Listing) -> tuple[int, ...]:
 def _placed(b: LazyTensor, groups: int, r: int, enabled: tuple[bool, ...] | None) -> LazyTensor:
     """Return B of rank g·r over all n projections: block i of rows in the columns of its own A, zeros elsewhere."""
     if enabled is None or sum(enabled) != groups or b.shape[0] % groups:
-        said = f"{sum(enabled)} enabled were told" if enabled else "none were told"
-        raise LookupError(f"a MergedLinear with {groups} enabled projections of unknown places; {said}")
+        stated = f"{sum(enabled)} enabled were told" if enabled else "none were told"
+        raise LookupError(f"a MergedLinear with {groups} enabled projections of unknown places; {stated}")
     size = b.shape[0] // groups
     shape = (size * len(enabled), groups * r)
 

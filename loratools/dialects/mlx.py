@@ -46,10 +46,10 @@ def detect(listing: Listing) -> Evidence | None:
     header = listing.header(name) if name else None
     if header is None:
         return None
-    named = sum(1 for tensor in header.tensors if tensor.endswith((".lora_a", ".lora_b")))
-    if not named:
+    factors_found = sum(1 for tensor in header.tensors if tensor.endswith((".lora_a", ".lora_b")))
+    if not factors_found:
         return None
-    seen = f"{named} of the tensors in {name} end in lora_a or lora_b"
+    seen = f"{factors_found} of the tensors in {name} end in lora_a or lora_b"
     config = listing.json(_CONFIG) or {}
     if "lora_parameters" in config:
         return Evidence(90, f"{_CONFIG} has lora_parameters, and {seen}")
@@ -79,9 +79,9 @@ def read(listing: Listing) -> Adapter:
         else:
             faults.append(f"{tensor}: expected a name that ends in .lora_a, .lora_b or .m")
     canonical: build.Groups = {}
-    for module, found in groups.items():
+    for module, parts in groups.items():
         try:
-            canonical |= _to_peft(module, found)
+            canonical |= _to_peft(module, parts)
         except ValueError as error:
             faults.append(f"{module}: {error}")
     if faults:
@@ -98,22 +98,24 @@ def read(listing: Listing) -> Adapter:
 
 def losses(adapter: Adapter) -> list[Loss]:
     """List what mlx-lm has no place for; ranks and scalings that differ are made equal without changing any ΔW."""
-    found = _losses.updates(
+    lost_here = _losses.updates(
         adapter, "mlx-lm", ("lora", "embedding", "dora"), (A, B, A_EMBEDDING, B_EMBEDDING, MAGNITUDE)
     )
-    lost = {loss.where for loss in found}
-    kept = {module: update for module, update in adapter.updates.items() if module not in lost}
-    dora = {module for module, update in kept.items() if MAGNITUDE in update.parts}
-    for module in sorted(kept):
-        if module in dora and A_EMBEDDING in kept[module].parts:
-            found.append(Loss(module, "mlx-lm's DoRA of an embedding has a magnitude for each token, not dimension"))
+    unsayable = {loss.where for loss in lost_here}
+    sayable = {module: update for module, update in adapter.updates.items() if module not in unsayable}
+    dora = {module for module, update in sayable.items() if MAGNITUDE in update.parts}
+    for module in sorted(sayable):
+        if module in dora and A_EMBEDDING in sayable[module].parts:
+            lost_here.append(
+                Loss(module, "mlx-lm's DoRA of an embedding has a magnitude for each token, not dimension")
+            )
         elif dora and module not in dora:
-            found.append(Loss(module, "it has no magnitude, and mlx-lm's dora is one switch for all modules"))
-        elif (stack := _stack(module)) and not _complete(stack[0], kept):
-            found.append(Loss(module, f"not all experts of {stack[0]} have an update of one shape"))
-        elif A_EMBEDDING in kept[module].parts and module.rpartition(".")[2] not in build.EMBEDDINGS:
-            found.append(Loss(module, "an embedding that its name does not show to be one"))
-    return found + _losses.replacements(adapter, "mlx-lm") + _losses.identity(adapter)
+            lost_here.append(Loss(module, "it has no magnitude, and mlx-lm's dora is one switch for all modules"))
+        elif (stack := _stack(module)) and not _complete(stack[0], sayable):
+            lost_here.append(Loss(module, f"not all experts of {stack[0]} have an update of one shape"))
+        elif A_EMBEDDING in sayable[module].parts and module.rpartition(".")[2] not in build.EMBEDDINGS:
+            lost_here.append(Loss(module, "an embedding that its name does not show to be one"))
+    return lost_here + _losses.replacements(adapter, "mlx-lm") + _losses.identity(adapter)
 
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
@@ -156,12 +158,12 @@ def _scale(config: Mapping[str, Any], path: Path) -> float:
     return float(scale)  # type: ignore[arg-type]
 
 
-def _to_peft(module: str, found: Mapping[str, LazyTensor]) -> build.Groups:
+def _to_peft(module: str, parts: Mapping[str, LazyTensor]) -> build.Groups:
     """Return PEFT's parts of a module, or of each expert in it."""
-    missing = sorted({"lora_a", "lora_b"} - found.keys())
+    missing = sorted({"lora_a", "lora_b"} - parts.keys())
     if missing:
         raise ValueError(f"no {missing[0]}, while its partner is there")
-    a, b = found["lora_a"], found["lora_b"]
+    a, b = parts["lora_a"], parts["lora_b"]
     dimensions = (len(a.shape), len(b.shape))
     if dimensions == (3, 3):
         return _experts(module, a, b)
@@ -169,8 +171,8 @@ def _to_peft(module: str, found: Mapping[str, LazyTensor]) -> build.Groups:
         raise ValueError(f"lora_a {a.shape} and lora_b {b.shape}: expected (in, r) and (r, out)")
     a, b = factors.turned(a), factors.turned(b)
     names = (A_EMBEDDING, B_EMBEDDING) if module.rpartition(".")[2] in build.EMBEDDINGS else (A, B)
-    parts = {names[0]: a, names[1]: b}
-    return {module: parts | ({MAGNITUDE: found["m"]} if "m" in found else {})}
+    converted = {names[0]: a, names[1]: b}
+    return {module: converted | ({MAGNITUDE: parts["m"]} if "m" in parts else {})}
 
 
 def _experts(module: str, a: LazyTensor, b: LazyTensor) -> build.Groups:
@@ -203,23 +205,23 @@ def _stack(module: str) -> tuple[str, int] | None:
 
 def _complete(stack: str, updates: Mapping[str, Update]) -> bool:
     """Tell whether a switch layer's experts are all there, plain, and of one shape."""
-    found = {at[1]: update for module, update in updates.items() if (at := _stack(module)) and at[0] == stack}
-    alike = {(update.kind, update.shape) for update in found.values()}
-    return sorted(found) == list(range(len(found))) and len(alike) == 1 and next(iter(alike))[0] == "lora"
+    experts = {at[1]: update for module, update in updates.items() if (at := _stack(module)) and at[0] == stack}
+    alike = {(update.kind, update.shape) for update in experts.values()}
+    return sorted(experts) == list(range(len(experts))) and len(alike) == 1 and next(iter(alike))[0] == "lora"
 
 
 def _stacked(groups: Mapping[str, dict[str, LazyTensor]]) -> build.Groups:
     """Put the experts of one projection together, as mlx-lm's models hold them."""
-    found: build.Groups = {}
+    stacked: build.Groups = {}
     experts: dict[str, dict[int, dict[str, LazyTensor]]] = {}
     for module, parts in groups.items():
         if at := _stack(module):
             experts.setdefault(at[0], {})[at[1]] = parts
         else:
-            found[module] = parts
+            stacked[module] = parts
     for module, numbered in experts.items():
-        found[module] = {
+        stacked[module] = {
             part: factors.stacked([factors.turned(numbered[i][part]) for i in sorted(numbered)])
             for part in ("lora_a", "lora_b")
         }
-    return found
+    return stacked

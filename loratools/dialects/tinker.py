@@ -52,18 +52,18 @@ def read(listing: Listing) -> Adapter:
     alpha, r = config.get("lora_alpha"), config.get("r")
     if type(alpha) not in (int, float) or type(r) is not int or r < 1:
         raise BadFile(f"{listing.folder / _CONFIG}: expected numbers r and lora_alpha, found {r!r} and {alpha!r}")
-    found: build.Groups = {}
+    factors_of: build.Groups = {}
     faults = []
     for tensor, lazy in listing.tensors(_FILE).items():
         split = keys.split(tensor)
         if split is None or split[1] not in (A, B):
             faults.append(f"{tensor}: no factor that Tinker writes")
         else:
-            found.setdefault(split[0], {})[split[1]] = lazy
+            factors_of.setdefault(split[0], {})[split[1]] = lazy
     groups: build.Groups = {}
-    for module, parts in found.items():
+    for module, parts in factors_of.items():
         try:
-            groups |= _modules(module, parts, found)
+            groups |= _modules(module, parts, factors_of)
         except ValueError as error:
             faults.append(f"{module}: {error}")
     if faults:

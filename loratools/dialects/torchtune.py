@@ -57,10 +57,12 @@ _SETTING = "base_config"
 
 def detect(listing: Listing) -> Evidence | None:
     """Look for names that end in `lora_a.weight` in a file of `torch.save`."""
-    named = [name for name in pickles.names(listing) if _NAME.fullmatch(name)]
-    if not named:
+    factors_found = [name for name in pickles.names(listing) if _NAME.fullmatch(name)]
+    if not factors_found:
         return None
-    return Evidence(85, f"{len(named)} of the tensors in {pickles.file_of(listing)} are called as {named[0]}")
+    return Evidence(
+        85, f"{len(factors_found)} of the tensors in {pickles.file_of(listing)} are called as {factors_found[0]}"
+    )
 
 
 def read(listing: Listing) -> Adapter:
@@ -72,7 +74,7 @@ def read(listing: Listing) -> Adapter:
     if name is None:
         raise BadFile(f"{listing.path}: expected one file of torch.save")
     alpha, stated = _scaling(listing)
-    found: build.Groups = {}
+    parts_of: build.Groups = {}
     faults = []
     tensors = listing.tensors(name)
     build.check_gathered(listing.path, tensors)
@@ -82,10 +84,10 @@ def read(listing: Listing) -> Adapter:
         if match is None or module is None:
             faults.append(f"{tensor}: no name that torchtune gives to a part of an adapter of a known model")
         else:
-            found.setdefault(module, {})[_PARTS[match[2]]] = lazy
+            parts_of.setdefault(module, {})[_PARTS[match[2]]] = lazy
     if faults:
         raise BadFile(f"{listing.path}: {len(faults)} problem(s) in this adapter", faults)
-    turned = [module for module in found if module.endswith((".q_proj", ".k_proj"))]
+    turned = [module for module in parts_of if module.endswith((".q_proj", ".k_proj"))]
     config = listing.base.config if listing.base else {}
     heads = _heads(config) if turned else {}
     if turned and heads is None:
@@ -93,7 +95,7 @@ def read(listing: Listing) -> Adapter:
             f"{listing.path}: the rows of {turned[0]} are in another order for some models, and the model is not known",
             hint="Give the base model with --base: its config.json tells the model and its heads.",
         )
-    groups = {module: _permuted(parts, (heads or {}).get(module[-6:]), back=True) for module, parts in found.items()}
+    groups = {module: _permuted(parts, (heads or {}).get(module[-6:]), back=True) for module, parts in parts_of.items()}
     built = build.build(listing.path, groups, lambda _, rank: (alpha / (stated or rank), alpha))
     return Adapter(built, dialect="torchtune")
 
@@ -104,14 +106,14 @@ def losses(adapter: Adapter) -> list[Loss]:
     if not isinstance(config, Mapping) or _heads(config) is None:
         why = f"not known without the base model (--base); known are {', '.join(_PERMUTED)}"
         return [Loss("model", why), *identity(adapter)]
-    found = updates(adapter, "torchtune", ("lora",), (A, B))
-    lost = {loss.where for loss in found}
+    lost = updates(adapter, "torchtune", ("lora",), (A, B))
+    unsayable = {loss.where for loss in lost}
     for module in adapter.updates:
-        if module not in lost and _name(module) is None:
-            found.append(Loss(module, "torchtune has no name for it"))
+        if module not in unsayable and _name(module) is None:
+            lost.append(Loss(module, "torchtune has no name for it"))
     if adapter.base and adapter.base.id:
-        found.append(Loss("base model", f"its name, {adapter.base.id}"))
-    return found + replacements(adapter, "torchtune") + identity(adapter)
+        lost.append(Loss("base model", f"its name, {adapter.base.id}"))
+    return lost + replacements(adapter, "torchtune") + identity(adapter)
 
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
@@ -126,14 +128,14 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     for module, update in adapter.updates.items():
         for part, lazy in _permuted(update.parts, heads.get(module[-6:]), back=False).items():
             tensors[f"{_name(module)}.{'lora_a' if part == A else 'lora_b'}.weight"] = lazy
-    said = {
+    config = {
         "r": first.rank,
         "lora_alpha": first.alpha,
         "target_modules": sorted({module.rpartition(".")[2] for module in adapter.updates}),
         "peft_type": "LORA",
     }
     with atomic.new_folder(target, force=force) as folder:
-        (folder / _CONFIG).write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         pickles.write(folder / _FILE, tensors)
 
 
@@ -164,13 +166,13 @@ def _heads(config: Mapping[str, object]) -> dict[str, int] | None:
 
 def _permuted(parts: Mapping[str, LazyTensor], heads: int | None, *, back: bool) -> dict[str, LazyTensor]:
     """Return the parts with B's rows, and the magnitude's, in transformers' order (`back`) or torchtune's."""
-    found = dict(parts)
+    permuted_parts = dict(parts)
     for part in (B, MAGNITUDE):
-        if part in found and heads:
-            lazy = found[part]
+        if part in permuted_parts and heads:
+            lazy = permuted_parts[part]
             matrix = factors.reshaped(lazy, (lazy.shape[0], lazy.parameters // lazy.shape[0]))
-            found[part] = factors.reshaped(permuted(matrix, heads, back=back), lazy.shape)
-    return found
+            permuted_parts[part] = factors.reshaped(permuted(matrix, heads, back=back), lazy.shape)
+    return permuted_parts
 
 
 def _module(name: str) -> str | None:

@@ -1,5 +1,5 @@
-"""Modules that a model stores fused (qkv, gate and up): one update of several, and several of one.
+"""Updates of projections that one model stores fused and another apart.
 
-products   of updates that are products of two factors
-rows       of all others, by the rows of ΔW
+products.py   products B·A: factors of their own, or joined factors
+rows.py       the other kinds: rows of ΔW, which a merge places
 """

@@ -1,11 +1,11 @@
-"""Several projections in one weight, and apart again, without changing any ΔW.
+"""Fuse the updates of several projections into one, and take them apart again, without changing any ΔW.
 
     apart:    ΔW = s·[B₀; B₁; …]·A    gives    s·Bᵢ·A each, without the columns of Bᵢ that are zero and their rows of A
     together: sᵢ·Bᵢ·A of one A        gives    s·[B₀; B₁; …]·A
               sᵢ·Bᵢ·Aᵢ                gives    s·diag(B₀, B₁, …)·[A₀; A₁; …], of rank Σrᵢ
 
-Both are exact; only scalings that differ cost one rounding of B in float32. A DoRA magnitude is one number for each row
-and goes with its rows.
+Both are exact, except that scalings which differ cost one rounding of B in float32. A DoRA magnitude has one number for
+each row, and goes with its rows.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _PARTS = frozenset({A, B, BIAS, MAGNITUDE})
 
 
 def divisible(update: Update) -> bool:
-    """Tell whether an update is a plain product of a linear layer, with or without a magnitude or a bias."""
+    """Tell whether an update is a product B·A on a linear layer, with or without a magnitude or a bias."""
     parts = update.parts
     return update.kind in ("lora", "dora") and {A, B} <= parts.keys() <= _PARTS and len(parts[A].shape) == 2
 
 
 def apart(update: Update, sizes: Sequence[int]) -> list[Update | None]:
-    """Return the updates of consecutive blocks of output features; None for a block that is not changed at all.
+    """Return the updates of consecutive blocks of output features; None for a block whose ΔW is zero.
 
-    Loads B to see which of its columns are zero. Raises `ValueError` for what is no plain product, or where the sizes
-    do not add up.
+    `sizes` are the output features of the blocks. Loads B, to leave out the columns that are zero in a block.
+    Raises `ValueError` for an update that is not `divisible`, or where the sizes do not add up.
     """
     if not divisible(update):
         raise ValueError("no plain product")
@@ -38,53 +38,55 @@ def apart(update: Update, sizes: Sequence[int]) -> list[Update | None]:
     if sum(sizes) != parts[B].shape[0]:
         raise ValueError(f"{parts[B].shape[0]} output features, expected {' + '.join(map(str, sizes))}")
     used = parts[B].load() != 0
-    found: list[Update | None] = []
+    updates: list[Update | None] = []
     start = 0
     for size in sizes:
         stop = start + size
         columns = used[start:stop].any(0).nonzero().flatten().tolist()
         if not columns and MAGNITUDE not in parts and BIAS not in parts:
-            found.append(None)
+            updates.append(None)
         else:
             columns = columns or [0]
-            some = {A: _taken(parts[A], 0, columns), B: _taken(factors.rows(parts[B], start, stop), 1, columns)}
+            rows = factors.rows(parts[B], start, stop)
+            some = {A: _columns(parts[A], 0, columns), B: _columns(rows, 1, columns)}
             some |= {part: factors.rows(parts[part], start, stop) for part in (BIAS, MAGNITUDE) if part in parts}
-            found.append(kind.build(some, update.scaling, update.scaling * len(columns)))
+            updates.append(kind.build(some, update.scaling, update.scaling * len(columns)))
         start = stop
-    return found if any(found) else [kind.build(_block(parts, sizes, i), update.scaling, update.alpha)
-                                     for i in range(len(sizes))]  # fmt: skip
+    if any(updates):
+        return updates
+    return [kind.build(_block(parts, sizes, i), update.scaling, update.alpha) for i in range(len(sizes))]
 
 
 def together(blocks: Sequence[Update | None], sizes: Sequence[int]) -> Update:
-    """Return one update of the consecutive blocks, zero where there is none.
+    """Return one update of consecutive blocks, whose ΔW is zero where a block is None.
 
-    Raises `ValueError` for a magnitude that not all of them have, for without the base none can be made up.
+    `sizes` are the output features of the blocks. Raises `ValueError` for blocks that are not `divisible`, of different
+    input features, or of which only some have a magnitude: what the others' would be, only the base tells.
     """
-    given = [one for one in blocks if one is not None]
-    if not all(divisible(one) for one in given) or {one.parts[A].shape[1] for one in given} != {given[0].shape[1]}:
+    present = [block for block in blocks if block is not None]
+    if not all(map(divisible, present)) or len({block.parts[A].shape[1] for block in present}) != 1:
         raise ValueError("not all of them are plain products of one width")
-    doras = [one is not None and MAGNITUDE in one.parts for one in blocks]
+    doras = [block is not None and MAGNITUDE in block.parts for block in blocks]
     if any(doras) and not all(doras):
         raise ValueError("only some of them have a magnitude")
-    scaling = given[0].scaling or 1.0
-    scaled = [None if one is None else factors.scaled(one.parts[B], one.scaling / scaling) for one in blocks]
-    if _one_factor(given):
-        rank = given[0].rank
-        factor = given[0].parts[A]
-        rows = [_zeros(lazy, size, rank, factor) for lazy, size in zip(scaled, sizes, strict=True)]
-        parts = {A: factor, B: factors.joined(rows)}
+    scaling, dtype = present[0].scaling or 1.0, present[0].parts[A].dtype
+    scaled = [None if block is None else factors.scaled(block.parts[B], block.scaling / scaling) for block in blocks]
+    if _one_factor(present):
+        rank = present[0].rank
+        rows = [lazy or factors.zeros((size, rank), dtype) for lazy, size in zip(scaled, sizes, strict=True)]
+        parts = {A: present[0].parts[A], B: factors.joined(rows)}
     else:
-        rank = sum(one.rank for one in given)
-        parts = {A: factors.joined([one.parts[A] for one in given]), B: _diagonal(scaled, sizes, rank)}
-    if any(BIAS in one.parts for one in given):
+        rank = sum(block.rank for block in present)
+        parts = {A: factors.joined([block.parts[A] for block in present]), B: _diagonal(scaled, sizes, rank)}
+    if any(BIAS in block.parts for block in present):
         parts[BIAS] = factors.joined([
-            factors.scaled(one.parts[BIAS], one.scaling / scaling)
-            if one is not None and BIAS in one.parts
-            else _empty((size,), given[0].parts[A])
-            for one, size in zip(blocks, sizes, strict=True)
+            factors.scaled(block.parts[BIAS], block.scaling / scaling)
+            if block is not None and BIAS in block.parts
+            else factors.zeros((size,), dtype)
+            for block, size in zip(blocks, sizes, strict=True)
         ])  # fmt: skip
     if all(doras):
-        parts[MAGNITUDE] = factors.joined([one.parts[MAGNITUDE] for one in given])
+        parts[MAGNITUDE] = factors.joined([block.parts[MAGNITUDE] for block in present])
     built: Update = kinds.get("dora" if all(doras) else "lora").build(parts, scaling, scaling * rank)
     return built
 
@@ -109,67 +111,27 @@ def _block(parts: Mapping[str, LazyTensor], sizes: Sequence[int], i: int) -> dic
     return {part: lazy if part == A else factors.rows(lazy, start, start + sizes[i]) for part, lazy in parts.items()}
 
 
-def _taken(lazy: LazyTensor, axis: int, wanted: list[int]) -> LazyTensor:
-    if len(wanted) == lazy.shape[axis]:
-        return lazy
-    shape = (*lazy.shape[:axis], len(wanted), *lazy.shape[axis + 1 :])
-
-    def change(tensor: object) -> object:
-        import torch
-
-        assert isinstance(tensor, torch.Tensor)
-        return tensor.index_select(axis, torch.tensor(wanted)).contiguous()
-
-    return lazy.map(change, shape)  # type: ignore[arg-type]
+def _columns(lazy: LazyTensor, axis: int, indices: Sequence[int]) -> LazyTensor:
+    return lazy if len(indices) == lazy.shape[axis] else factors.selected(lazy, axis, indices)
 
 
-def _one_factor(given: Sequence[Update]) -> bool:
+def _one_factor(updates: Sequence[Update]) -> bool:
     """Tell whether all have the same A, number for number."""
-    first = given[0].parts[A]
-    others = [one.parts[A] for one in given[1:] if one.parts[A] is not first]
-    if any((one.shape, one.dtype) != (first.shape, first.dtype) for one in others):
+    first = updates[0].parts[A]
+    others = [update.parts[A] for update in updates[1:] if update.parts[A] is not first]
+    if any((other.shape, other.dtype) != (first.shape, first.dtype) for other in others):
         return False
-    return all(bool((one.load() == first.load()).all()) for one in others)
-
-
-def _empty(shape: tuple[int, ...], like: LazyTensor) -> LazyTensor:
-    def load() -> object:
-        import torch
-
-        from loratools.storage.dtypes import to_torch
-
-        return torch.zeros(shape, dtype=to_torch(like.dtype))
-
-    return LazyTensor(like.dtype, shape, load)  # type: ignore[arg-type]
-
-
-def _zeros(lazy: LazyTensor | None, size: int, rank: int, like: LazyTensor) -> LazyTensor:
-    return _empty((size, rank), like) if lazy is None else lazy
+    return all(bool((other.load() == first.load()).all()) for other in others)
 
 
 def _diagonal(blocks: Sequence[LazyTensor | None], sizes: Sequence[int], rank: int) -> LazyTensor:
     """Return diag(B₀, B₁, …), with rows of zeros for a block that is None."""
-    given = [lazy for lazy in blocks if lazy is not None]
+    dtype = next(lazy.dtype for lazy in blocks if lazy is not None)
     rows, column = [], 0
     for lazy, size in zip(blocks, sizes, strict=True):
         if lazy is None:
-            rows.append(_empty((size, rank), given[0]))
-            continue
-        rows.append(_placed(lazy, column, rank))
-        column += lazy.shape[1]
+            rows.append(factors.zeros((size, rank), dtype))
+        else:
+            rows.append(factors.padded(lazy, 1, rank, start=column))
+            column += lazy.shape[1]
     return factors.joined(rows)
-
-
-def _placed(lazy: LazyTensor, column: int, rank: int) -> LazyTensor:
-    """Return a block with columns of zeros before and after it."""
-    shape = (lazy.shape[0], rank)
-
-    def change(tensor: object) -> object:
-        import torch
-
-        assert isinstance(tensor, torch.Tensor)
-        grown = tensor.new_zeros(shape)
-        grown[:, column : column + tensor.shape[1]] = tensor
-        return grown
-
-    return lazy.map(change, shape)  # type: ignore[arg-type]

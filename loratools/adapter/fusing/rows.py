@@ -1,8 +1,8 @@
-"""Updates that are no product of two factors, on projections that the base stores apart or together: rows of ΔW.
+"""Rows of an update's ΔW, and several below each other: for projections that the base stores apart or together.
 
-LoHa, LoKr and whole differences cannot be taken apart into factors of their own, as `products.py` takes products apart;
-but they make their rows one tile at a time, so a merge can place some of them, or several below each other. Nothing
-here is ever written: only `placement/image.py` makes these, for a merge and its proof.
+LoHa, LoKr and whole differences have no factors that `products.py` could take apart. They make their rows one tile at a
+time, so a merge can place some of the rows. No file holds such updates: `placement/image.py` makes them for a merge and
+its proof.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Part(Rowwise):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stack(Rowwise):
-    """Several ΔW below each other, with rows of zeros where there is None; each with its own scaling."""
+    """Several ΔW below each other, each with its own scaling; rows of zeros where a block is None."""
 
     blocks: tuple[Rowwise | None, ...]
     sizes: tuple[int, ...]
@@ -111,13 +111,13 @@ class Stack(Rowwise):
         def below(rows: slice) -> torch.Tensor:
             import torch
 
-            found, at = [], 0
+            tiles, at = [], 0
             for i, size in enumerate(self.sizes):
                 first, last = max(rows.start - at, 0), min(rows.stop - at, size)
                 if first < last:
-                    found.append(piece(i, first, last))
+                    tiles.append(piece(i, first, last))
                 at += size
-            return torch.cat(found)
+            return torch.cat(tiles)
 
         return across if transposed else below
 
@@ -125,15 +125,15 @@ class Stack(Rowwise):
         """Return all blocks, scaled, below each other."""
         import torch
 
-        found = [
+        blocks = [
             torch.zeros(size, self.shape[1], dtype=torch.float64) if block is None else block.scaling * block.dense()
             for block, size in zip(self.blocks, self.sizes, strict=True)
         ]
-        return torch.cat(found)
+        return torch.cat(blocks)
 
 
 def apart(update: Update, sizes: Sequence[int]) -> list[Update | None]:
-    """Return the updates of consecutive blocks of output features: factors of their own, or rows of the whole.
+    """Return the updates of consecutive blocks of output features, `sizes` each: factors where possible, else rows.
 
     Raises `ValueError` for an update that cannot give single rows, or where the sizes do not add up.
     """
@@ -149,19 +149,19 @@ def apart(update: Update, sizes: Sequence[int]) -> list[Update | None]:
 
 
 def together(blocks: Sequence[Update | None], sizes: Sequence[int]) -> Update:
-    """Return one update of the consecutive blocks: of joined factors, or their rows below each other.
+    """Return one update of consecutive blocks, of `sizes` output features: joined factors where possible, else rows.
 
-    Raises `ValueError` where one of them cannot give single rows, or has a bias, which the others would need too.
+    Raises `ValueError` where a block cannot give single rows, or has a bias.
     """
-    given = [block for block in blocks if block is not None]
-    if all(products.divisible(block) for block in given):
+    present = [block for block in blocks if block is not None]
+    if all(products.divisible(block) for block in present):
         return products.together(blocks, sizes)
-    found = tuple(block for block in given if isinstance(block, Rowwise) and block.bias is None)
+    rowwise = tuple(block for block in present if isinstance(block, Rowwise) and block.bias is None)
     shapes = [None if block is None else block.shape for block in blocks]
-    fits = all(shape in (None, (size, given[0].shape[1])) for shape, size in zip(shapes, sizes, strict=True))
-    if len(found) != len(given) or not fits:
+    fits = all(shape in (None, (size, present[0].shape[1])) for shape, size in zip(shapes, sizes, strict=True))
+    if len(rowwise) != len(present) or not fits:
         raise ValueError("not all of them can be put together")
-    kind = "+".join(sorted({block.kind for block in found}))
+    kind = "+".join(sorted({block.kind for block in rowwise}))
     return Stack(tuple(block if isinstance(block, Rowwise) else None for block in blocks), tuple(sizes), kind)
 
 

@@ -45,7 +45,7 @@ def _join(patterns: set[_Pattern], place: int, numbers: bool) -> set[_Pattern]:
             groups[pattern[:place], pattern[place + 1 :]] |= pattern[place]
         else:
             others.add(pattern)
-    return others | {(*before, frozenset(here), *after) for (before, after), here in groups.items()}
+    return others | {(*before, frozenset(parts), *after) for (before, after), parts in groups.items()}
 
 
 def _show(parts: frozenset[str]) -> str:

@@ -77,8 +77,8 @@ class Names:
             if wanted in self._tensors:
                 return [wanted]
         for wanted in (f"{module}.{parameter}", module):
-            if found := self._by_normalized.get(normalized(wanted)):
-                return found
+            if tensors := self._by_normalized.get(normalized(wanted)):
+                return tensors
         return []
 
     def nearest(self, module: str, count: int = 3) -> list[str]:

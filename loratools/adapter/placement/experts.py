@@ -47,11 +47,11 @@ def stack_sites(
     Returns [] where the base has neither. Raises `Ambiguous` for shapes that do not fit, or fit in two ways.
     """
     parameter, experts = update.layout["parameter"], len(update.members)
-    found = [name for name in names.find(module, parameter) if len(shapes[name]) == 3]
-    if len(found) > 1:
-        raise Ambiguous(f"ambiguous: {parameter} could be any of {', '.join(found)}")
-    if found:
-        tensor, (count, first, second) = found[0], shapes[found[0]]
+    stacks = [name for name in names.find(module, parameter) if len(shapes[name]) == 3]
+    if len(stacks) > 1:
+        raise Ambiguous(f"ambiguous: {parameter} could be any of {', '.join(stacks)}")
+    if stacks:
+        tensor, (count, first, second) = stacks[0], shapes[stacks[0]]
         if count != experts:
             raise Ambiguous(f"it is for {experts} experts, {tensor} has {count}")
         transposed = _orientation(update, (first, second), tensor, config)

@@ -55,23 +55,23 @@ def for_base(adapter: Adapter, shapes: Shapes) -> Adapter:
     Modules that the base has under no known name keep theirs, for the resolver to say what is missing.
     """
     whole = rename.spelled_out(adapter)
-    named = max(
+    updates = max(
         (_named(naming, shapes) for naming in _namings(whole, shapes)),
-        key=lambda found: sum(f"{module}.weight" in shapes for module in found),
+        key=lambda candidate: sum(f"{module}.weight" in shapes for module in candidate),
     )
-    named = _open_clip(named, shapes)
-    return replace(adapter, updates=named, replacements=_replacements(adapter, shapes))
+    updates = _open_clip(updates, shapes)
+    return replace(adapter, updates=updates, replacements=_replacements(adapter, shapes))
 
 
 def _namings(adapter: Adapter, shapes: Shapes) -> Iterator[Adapter]:
     yield adapter
     yield rename.to_diffusers(adapter, by=rows)
-    found = {name.removesuffix(".weight").removeprefix(root): shape for name, shape in shapes.items()
+    shapes_of_model = {name.removesuffix(".weight").removeprefix(root): shape for name, shape in shapes.items()
              for root in _ROOTS if name.startswith(root) and name.endswith(".weight")}  # fmt: skip
-    xl = any(name.startswith(("output_blocks.0.1.", "label_emb.")) for name in found)
+    xl = any(name.startswith(("output_blocks.0.1.", "label_emb.")) for name in shapes_of_model)
     known = set(architectures.get("flux-original").by_flat.values())
-    flux = "double_blocks.0.img_mod.lin" in found and is_original(
-        {name: shape for name, shape in found.items() if name in known}
+    flux = "double_blocks.0.img_mod.lin" in shapes_of_model and is_original(
+        {name: shape for name, shape in shapes_of_model.items() if name in known}
     )
     yield rename.to_original(adapter, xl=xl, flux=flux or None, by=rows)
 
@@ -81,8 +81,8 @@ def _named(adapter: Adapter, shapes: Shapes) -> dict[str, Update]:
     names = {module: module for module in adapter.updates if f"{module}.weight" in shapes}
     taken = set(adapter.updates)
     for module in adapter.updates.keys() - names.keys():
-        found = (one for one in _spellings(module) if f"{one}.weight" in shapes and one not in taken)
-        names[module] = next(found, module)
+        free = (spelling for spelling in _spellings(module) if f"{spelling}.weight" in shapes and spelling not in taken)
+        names[module] = next(free, module)
         taken.add(names[module])
     return {names[module]: update for module, update in adapter.updates.items()}
 
@@ -101,37 +101,37 @@ def _spellings(module: str) -> Iterator[str]:
         yield rest
 
 
-def _open_clip(named: Mapping[str, Update], shapes: Shapes) -> dict[str, Update]:
+def _open_clip(updates: Mapping[str, Update], shapes: Shapes) -> dict[str, Update]:
     """Return the updates with those of text encoders under OpenCLIP's names, where the base has such a one."""
-    found: dict[str, Update] = {}
+    renamed: dict[str, Update] = {}
     fused: dict[str, dict[int, tuple[str, Update]]] = defaultdict(dict)
-    for module, update in named.items():
+    for module, update in updates.items():
         component, _, rest = module.partition(".")
         match = _LAYER.fullmatch(rest)
         layers = [f"{root}transformer.resblocks.{match[1]}." for root in _OPEN_CLIP.get(component, ())] if match else []
-        layer = next((one for one in layers if f"{one}attn.in_proj_weight" in shapes), None)
+        layer = next((layer_root for layer_root in layers if f"{layer_root}attn.in_proj_weight" in shapes), None)
         if not match or layer is None or f"{module}.weight" in shapes:
-            found[module] = update
+            renamed[module] = update
         elif match[2] in _PROJECTIONS:
             fused[f"{layer}attn"][_PROJECTIONS.index(match[2])] = module, update
         else:
-            found[layer + _OPEN_CLIP_LAYER[match[2]] if match[2] in _OPEN_CLIP_LAYER else module] = update
+            renamed[layer + _OPEN_CLIP_LAYER[match[2]] if match[2] in _OPEN_CLIP_LAYER else module] = update
     for name, parts in fused.items():
         width = shapes[f"{name}.in_proj_weight"][0] // 3
         try:
             if any(update.shape[0] != width for _, update in parts.values()):
                 raise ValueError("not a third of it")
             blocks = [parts[i][1] if i in parts else None for i in range(3)]
-            found[name] = rows.together(blocks, (width,) * 3)
+            renamed[name] = rows.together(blocks, (width,) * 3)
         except ValueError:
-            found |= dict(parts.values())
-    return found
+            renamed |= dict(parts.values())
+    return renamed
 
 
 def _replacements(adapter: Adapter, shapes: Shapes) -> dict[str, LazyTensor]:
     """Return the tensors trained whole under the base's names, where only the root differs."""
     return {
-        next((one for one in _spellings(path) if one in shapes), path): lazy
+        next((spelling for spelling in _spellings(path) if spelling in shapes), path): lazy
         for path, lazy in adapter.replacements.items()
     }
 

@@ -32,14 +32,14 @@ def replicated(base: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:
     ranges = [[tuple(part) for part in adapter.settings.get(SETTING) or ()] for adapter in adapters]
     if not any(ranges):
         return base
-    if any(one != ranges[0] for one in ranges):
+    if any(layers != ranges[0] for layers in ranges):
         raise IncompatibleAdapter(
             "these adapters are for models of different layers, and cannot be merged together",
-            [f"adapter {i + 1}: {SETTING} {list(map(list, one)) or 'none'}" for i, one in enumerate(ranges)],
+            [f"adapter {i + 1}: {SETTING} {list(map(list, layers)) or 'none'}" for i, layers in enumerate(ranges)],
         )
-    found = {name: match for name in base.specs if (match := _LAYER.fullmatch(name))}
-    lists = sorted({match[1] for match in found.values()})
-    count = 1 + max((int(match[2]) for match in found.values()), default=-1)
+    matches = {name: match for name in base.specs if (match := _LAYER.fullmatch(name))}
+    lists = sorted({match[1] for match in matches.values()})
+    count = 1 + max((int(match[2]) for match in matches.values()), default=-1)
     order = [layer for start, stop in ranges[0] for layer in range(start, stop)]
     if len(lists) != 1 or max(order) >= count:
         raise IncompatibleAdapter(
@@ -53,7 +53,7 @@ def replicated(base: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:
     origins = {
         name if match is None else f"{match[1]}.{new}.{match[3]}": name
         for name in base.specs
-        for match in [found.get(name)]
+        for match in [matches.get(name)]
         for new in (copies.get(int(match[2]), []) if match else [0])
     }
     shards = [

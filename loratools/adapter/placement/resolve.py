@@ -91,8 +91,8 @@ class _Resolver:
     def _experts(self, module: str, path: str, update: Update) -> list[Placement]:
         """Return the placements of the experts of a stack, one by one."""
         for spelled in experts.spellings(path):
-            if found := self._sure(experts.stack_sites, spelled, update):
-                return [Placement(module, update.members[expert], site, expert) for expert, site in found]
+            if sites := self._sure(experts.stack_sites, spelled, update):
+                return [Placement(module, update.members[expert], site, expert) for expert, site in sites]
         raise _NoPlace(f"no {update.layout['parameter']} of its experts in the base, neither stacked nor one by one")
 
     def _sure(self, find: Callable[..., T], module: str, update: Update) -> T:
@@ -125,11 +125,11 @@ class _Resolver:
         return sites
 
     def _one(self, module: str, asked: str) -> str | None:
-        spelled = (found for path in experts.spellings(module) if (found := self.names.find(path)))
-        found = next(spelled, []) or self.names.find(module, "in_proj_weight")  # nn.MultiheadAttention
-        if len(found) > 1:
-            raise _NoPlace(f"ambiguous: {asked} could be any of {', '.join(found)}")
-        return found[0] if found else None
+        spelled = (tensors for path in experts.spellings(module) if (tensors := self.names.find(path)))
+        tensors = next(spelled, []) or self.names.find(module, "in_proj_weight")  # nn.MultiheadAttention
+        if len(tensors) > 1:
+            raise _NoPlace(f"ambiguous: {asked} could be any of {', '.join(tensors)}")
+        return tensors[0] if tensors else None
 
     def _orient(
         self, module: str, tensor: str, update: Update, part: tuple[int, int], region: tuple[int, ...], start: int = 0
@@ -158,9 +158,9 @@ class _Resolver:
             return False
         if wanted[0] != wanted[1]:
             return wanted == region[::-1]
-        if (found := biases_tell(self.shapes)) is None:
+        if (stored_in_out := biases_tell(self.shapes)) is None:
             raise _NoPlace("square, and no config.json tells whether the base stores it [in, out]")
-        return found
+        return stored_in_out
 
     def _into_fused(self, module: str, update: Update) -> list[Site]:
         """Place a split projection (q_proj) in a base that stores it fused (qkv_proj)."""
@@ -216,7 +216,7 @@ class _Resolver:
             if fusion.fused != last:
                 continue
             tensors = [
-                next((found for name in aliases if (found := self._one(_join(parent, name), module))), None)
+                next((tensor_of for name in aliases if (tensor_of := self._one(_join(parent, name), module))), None)
                 for aliases in fusion.parts
             ]
             split = [tensor for tensor in tensors if tensor]
@@ -244,8 +244,8 @@ class _Resolver:
         model_type = _model_type(self.config)
         if fusion.models is None or model_type in fusion.models or self._by_head(fusion):
             return
-        said = f"model_type {model_type!r} in config.json" if model_type else "no config.json"
-        raise _NoPlace(f"ambiguous: the base stores it inside {tensor}, and {said} does not tell in which order")
+        known = f"model_type {model_type!r} in config.json" if model_type else "no config.json"
+        raise _NoPlace(f"ambiguous: the base stores it inside {tensor}, and {known} does not tell in which order")
 
 
 def biases_tell(shapes: Shapes) -> bool | None:
@@ -260,8 +260,8 @@ def biases_tell(shapes: Shapes) -> bool | None:
 
 
 def _model_type(config: Mapping[str, Any]) -> str:
-    found = config.get("model_type")
-    return found if isinstance(found, str) else ""
+    name = config.get("model_type")
+    return name if isinstance(name, str) else ""
 
 
 def _overlaps(placements: list[Placement]) -> Iterator[str]:
@@ -269,14 +269,14 @@ def _overlaps(placements: list[Placement]) -> Iterator[str]:
     by_tensor: dict[str, list[Placement]] = {}
     for placement in placements:
         by_tensor.setdefault(placement.site.tensor, []).append(placement)
-    for tensor, here in by_tensor.items():
+    for tensor, together in by_tensor.items():
         clashes = {
-            (one.module, other.module)
-            for one, other in combinations(here, 2)
-            if one.module != other.module and one.site.meets(other.site)
+            (first.module, second.module)
+            for first, second in combinations(together, 2)
+            if first.module != second.module and first.site.meets(second.site)
         }
-        for one, other in sorted(clashes):
-            yield f"{other}: lands on the same part of {tensor} as {one}"
+        for first, second in sorted(clashes):
+            yield f"{second}: lands on the same part of {tensor} as {first}"
 
 
 def _join(parent: str, name: str) -> str:

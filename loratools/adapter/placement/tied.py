@@ -77,9 +77,9 @@ def apply_policy(
 
 def main_tensor(tensors: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
     """Return the tensor of the main embedding or head: the shortest path wins over those of side towers."""
-    found = [name for name in tensors if name.removesuffix(".weight").rpartition(".")[2] in names]
-    found = [name for name in found if name.endswith(".weight")]
-    return min(found, key=lambda name: (len(normalized(name)), name)) if found else None
+    candidates = [name for name in tensors if name.removesuffix(".weight").rpartition(".")[2] in names]
+    candidates = [name for name in candidates if name.endswith(".weight")]
+    return min(candidates, key=lambda name: (len(normalized(name)), name)) if candidates else None
 
 
 def _touched(adapter: Adapter) -> list[str]:
@@ -103,12 +103,12 @@ def _same(adapter: Adapter) -> list[LazyTensor]:
 def _without_same_head(adapter: Adapter) -> Adapter:
     """Leave the replacement of a head away where the embedding's, to which it is tied, is the same tensor."""
     same = _same(adapter)
-    kept = {
+    replacements = {
         path: lazy
         for path, lazy in adapter.replacements.items()
         if lazy not in same or not _is_head(path.removesuffix(".weight"))
     }
-    return replace(adapter, replacements=kept) if same else adapter
+    return replace(adapter, replacements=replacements) if same else adapter
 
 
 def _rows_on_both(adapters: tuple[Adapter, ...], head: str | None) -> tuple[Adapter, ...]:
@@ -167,10 +167,10 @@ def _onto_embedding(adapter: Adapter, embedding: str) -> Adapter:
 def is_tied(config: Mapping[str, Any]) -> bool:
     """Tell whether config.json ties the output head to the input embedding."""
     inner = config.get("text_config")
-    found = config.get("tie_word_embeddings")
-    if found is None and isinstance(inner, Mapping):
-        found = inner.get("tie_word_embeddings")
-    return bool(found)
+    tied = config.get("tie_word_embeddings")
+    if tied is None and isinstance(inner, Mapping):
+        tied = inner.get("tie_word_embeddings")
+    return bool(tied)
 
 
 def _set_tie(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def resolve_replacements(adapter: Adapter, shapes: Shapes) -> dict[str, LazyTens
     Raises `IncompatibleAdapter` that lists every one that is ambiguous, that does not fit, or that is part of a
     numbered layer, an embedding or an output head and that the base lacks: those are no new heads.
     """
-    names, found, problems = Names(shapes), {}, []
+    names, replaced, problems = Names(shapes), {}, []
     for path, lazy in adapter.replacements.items():
         module, _, parameter = path.rpartition(".")
         tensors = names.find(module, parameter) if module else [path] if path in shapes else []
@@ -47,16 +47,16 @@ def resolve_replacements(adapter: Adapter, shapes: Shapes) -> dict[str, LazyTens
             problems.append(f"{path}: not in the base")
         elif tensors and not _fits(tensors[0], lazy.shape, shapes[tensors[0]]):
             problems.append(f"{path}: trained with shape {lazy.shape}, the base has {shapes[tensors[0]]}")
-        elif (name := tensors[0] if tensors else path) in found:
+        elif (name := tensors[0] if tensors else path) in replaced:
             problems.append(f"{path}: a second tensor for {name}")
         else:
-            found[name] = lazy
+            replaced[name] = lazy
     if problems:
         raise IncompatibleAdapter(f"{len(problems)} tensor(s) trained whole do not fit this base model", problems)
-    return found
+    return replaced
 
 
-def check_vocabulary(shapes: Shapes, found: Shapes) -> None:
+def check_vocabulary(shapes: Shapes, replaced: Shapes) -> None:
     """Raise `IncompatibleAdapter` if embedding and head had one number of rows and now do not.
 
     `shapes` are the base's, `found` those of the tensors that take their place.
@@ -64,7 +64,7 @@ def check_vocabulary(shapes: Shapes, found: Shapes) -> None:
     embedding, head = main_tensor(shapes, EMBEDDINGS), main_tensor(shapes, HEADS)
     if embedding is None or head is None or shapes[embedding][0] != shapes[head][0]:
         return
-    rows = {name: found.get(name, shapes[name])[0] for name in (embedding, head)}
+    rows = {name: replaced.get(name, shapes[name])[0] for name in (embedding, head)}
     if rows[embedding] != rows[head]:
         raise IncompatibleAdapter(
             "the adapter resizes the vocabulary, but brings only one of embedding and output head",
@@ -74,7 +74,7 @@ def check_vocabulary(shapes: Shapes, found: Shapes) -> None:
 
 
 def follow(
-    config: Mapping[str, Any], shapes: Shapes, found: Shapes, adapter: Adapter, own: Mapping[str, Any] | None
+    config: Mapping[str, Any], shapes: Shapes, replaced: Shapes, adapter: Adapter, own: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the fields of config.json that change with tensors trained whole, and notes on them.
 
@@ -84,37 +84,39 @@ def follow(
     """
     changes: dict[str, Any] = {}
     embedding = main_tensor(shapes, EMBEDDINGS)
-    if embedding is not None and embedding in found and found[embedding][0] != shapes[embedding][0]:
-        changes |= _vocabulary(config, found[embedding][0])
+    if embedding is not None and embedding in replaced and replaced[embedding][0] != shapes[embedding][0]:
+        changes |= _vocabulary(config, replaced[embedding][0])
     heads = {
         name: shape
-        for name, shape in found.items()
+        for name, shape in replaced.items()
         if name.removesuffix(".weight").rpartition(".")[2] not in EMBEDDINGS + HEADS and shapes.get(name) != shape
     }
     if not heads or not config:
         return changes, []
     if own and (brought := {key: own[key] for key in FOLLOWED if key in own}):
         return changes | brought, [f"{', '.join(brought)} of config.json are those of the adapter's own"]
-    told = _told(config, heads, str(adapter.settings.get("task_type") or ""))
-    if not told:
+    derived = _told(config, heads, str(adapter.settings.get("task_type") or ""))
+    if not derived:
         return changes, [
             f"config.json says nothing of {', '.join(sorted(heads))}: the adapter brings no config of its own"
         ]
-    return changes | told, [f"{', '.join(told)} of config.json are told by the task type and the rows of the head"]
+    return changes | derived, [
+        f"{', '.join(derived)} of config.json are told by the task type and the rows of the head"
+    ]
 
 
 def _told(config: Mapping[str, Any], heads: Shapes, task: str) -> dict[str, Any]:
-    told: dict[str, Any] = {}
-    given = config.get("architectures")
-    if task in _TASKS and isinstance(given, list) and given and isinstance(given[0], str):
-        stem = re.sub(r"(LMHeadModel|Model|For[A-Z]\w*)$", "", given[0])
-        told["architectures"] = [stem + _TASKS[task]]
+    fields: dict[str, Any] = {}
+    names = config.get("architectures")
+    if task in _TASKS and isinstance(names, list) and names and isinstance(names[0], str):
+        stem = re.sub(r"(LMHeadModel|Model|For[A-Z]\w*)$", "", names[0])
+        fields["architectures"] = [stem + _TASKS[task]]
     counts = [shape[0] for name, shape in heads.items() if name.endswith("weight") and len(shape) == 2]
     labels = config.get("id2label")
     if task in _LABELLED and counts and (not isinstance(labels, dict) or len(labels) != min(counts)):
-        told["id2label"] = {str(i): f"LABEL_{i}" for i in range(min(counts))}
-        told["label2id"] = {f"LABEL_{i}": i for i in range(min(counts))}
-    return told
+        fields["id2label"] = {str(i): f"LABEL_{i}" for i in range(min(counts))}
+        fields["label2id"] = {f"LABEL_{i}": i for i in range(min(counts))}
+    return fields
 
 
 def _vocabulary(config: Mapping[str, Any], rows: int) -> dict[str, Any]:

@@ -1,39 +1,48 @@
 """From a file's tensors, sorted by module and part, to updates: the last step of reading, the same for every dialect.
 
-PEFT has its own, since its config has rules of its own.
+PEFT has a loop of its own, since its config has rules of its own.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from loratools.adapter import kinds
 from loratools.adapter.kinds import Update
 from loratools.errors import BadFile, UnsupportedAdapter
-from loratools.storage import files
 from loratools.storage.lazy import LazyTensor
 
 Groups = dict[str, dict[str, LazyTensor]]
 """module -> part, by PEFT's name of it -> tensor"""
 
-# An embedding's factors have the shapes of a linear layer's; where a dialect calls them alike, the module's name tells.
 EMBEDDINGS = frozenset({"embed_tokens", "wte", "wpe", "tok_embeddings", "word_embeddings", "embeddings", "embedding"})
-"""What models call their embedding."""
+"""What models call their embedding. Its factors have the shapes of a linear layer's, so that only the name tells."""
 
 Rule = Callable[[str, int], tuple[float, float]]
 """(module, rank) -> (scaling, alpha)"""
 
 
-def check_gathered(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """Raise `BadFile` if tensors are empty: before their shapes are looked at for more."""
-    found = [f"{name}: shape {lazy.shape}" for name, lazy in tensors.items() if 0 in lazy.shape]
-    if found:
+def is_embedding(module: str) -> bool:
+    """Tell whether a module is an embedding, by the last segment of its name."""
+    return module.rpartition(".")[2] in EMBEDDINGS
+
+
+def check_gathered(
+    path: Path, tensors: Mapping[str, LazyTensor], flattened: Callable[[str, LazyTensor], bool] | None = None
+) -> None:
+    """Raise `BadFile` if tensors are empty, or `flattened` as that function tells: a save of one rank's share."""
+    ungathered = [
+        f"{name}: shape {lazy.shape}"
+        for name, lazy in tensors.items()
+        if 0 in lazy.shape or (flattened and flattened(name, lazy))
+    ]
+    if ungathered:
         raise BadFile(
-            f"{path}: {len(found)} of {len(tensors)} tensors are empty: saved under DeepSpeed ZeRO-3 or FSDP without"
-            " gathering",
-            found[:12],
+            f"{path}: {len(ungathered)} of {len(tensors)} tensors are empty{' or flattened' if flattened else ''}: saved"
+            " under DeepSpeed ZeRO-3 or FSDP without gathering",
+            ungathered[:12],
             hint="Save it again with the parameters gathered; what is missing is not in this file.",
         )
 
@@ -43,7 +52,7 @@ def build(path: Path, groups: Mapping[str, Mapping[str, LazyTensor]], rule: Rule
 
     Raises `BadFile` with all that contradicts itself, or `UnsupportedAdapter` with all that no kind claims.
     """
-    built: dict[str, Update] = {}
+    updates: dict[str, Update] = {}
     unclaimed: dict[str, list[str]] = defaultdict(list)
     faults = []
     for module, parts in groups.items():
@@ -52,24 +61,48 @@ def build(path: Path, groups: Mapping[str, Mapping[str, LazyTensor]], rule: Rule
             continue
         kind = kinds.claim(parts)
         if kind is None:
-            unclaimed[", ".join(sorted(f"{part} ({len(lazy.shape)}-D)" for part, lazy in parts.items()))].append(module)
+            unclaimed[described(parts)].append(module)
             continue
         make = kinds.get(kind).build
         try:
             rank = make(parts, 1.0, 1.0).rank  # each kind knows where its rank stands
-            built[module] = make(parts, *rule(module, rank))
+            updates[module] = make(parts, *rule(module, rank))
         except ValueError as error:
             faults.append(f"{module}: {error}")
+    check_faults(path, faults)
+    check_read(
+        path, [f"{some(modules)}: no kind of update consists of {parts}" for parts, modules in unclaimed.items()]
+    )
+    if not updates:
+        raise BadFile(f"{path}: no LoRA tensors in it")
+    return updates
+
+
+def check_faults(path: Path, faults: Sequence[str]) -> None:
+    """Raise `BadFile` with all faults of an adapter, if it has any."""
     if faults:
         raise BadFile(f"{path}: {len(faults)} problem(s) in this adapter", faults)
-    if unclaimed:
-        raise UnsupportedAdapter(
-            f"{path}: it holds what loratools does not read",
-            [f"{some(found)}: no kind of update consists of {parts}" for parts, found in unclaimed.items()],
-        )
-    if not built:
-        raise BadFile(f"{path}: no LoRA tensors in it")
-    return built
+
+
+def check_read(path: Path, unsupported: Sequence[str], hint: str | None = None) -> None:
+    """Raise `UnsupportedAdapter` with all of an adapter that is sound and not read, if there is any."""
+    if unsupported:
+        raise UnsupportedAdapter(f"{path}: it holds what loratools does not read", unsupported, hint=hint)
+
+
+def lonely_alphas(alphas: Iterable[str], groups: Groups) -> list[str]:
+    """List the modules that have an alpha and no factors."""
+    return [f"{module}: an alpha without factors" for module in sorted(set(alphas) - groups.keys())]
+
+
+def alpha_rule(alphas: Mapping[str, float]) -> Rule:
+    """Return the rule of files with an alpha for each module: s = alpha/r, and 1 where there is no alpha."""
+
+    def rule(module: str, rank: int) -> tuple[float, float]:
+        alpha = alphas.get(module, float(rank or 1))
+        return alpha / (rank or 1), alpha
+
+    return rule
 
 
 def add(groups: Groups, module: str, part: str, lazy: LazyTensor, name: str, faults: list[str]) -> None:
@@ -80,24 +113,11 @@ def add(groups: Groups, module: str, part: str, lazy: LazyTensor, name: str, fau
     home[part] = lazy
 
 
-def number(lazy: LazyTensor, name: str) -> float:
-    """Return the one number that a stored tensor holds, without torch; raise `BadFile` where it is none."""
-    import struct
-
-    spec = lazy.spec
-    if spec is None or lazy.parameters != 1 or lazy.dtype not in ("BF16", "F16", "F32", "F64", "I64", "I32"):
-        raise BadFile(f"{name}: expected one number, found {lazy.dtype} of shape {lazy.shape}")
-    raw = bytes(files.read_bytes(spec))
-    if lazy.dtype == "BF16":
-        raw, code = b"\0\0" + raw, "<f"
-    else:
-        code = {"F16": "<e", "F32": "<f", "F64": "<d", "I64": "<q", "I32": "<i"}[lazy.dtype]
-    value = float(struct.unpack(code, raw)[0])
-    if not -1e300 < value < 1e300:
-        raise BadFile(f"{name}: {value} is no alpha")
-    return value
+def described(parts: Mapping[str, LazyTensor]) -> str:
+    """Return the parts of a module with their numbers of dimensions, for a message."""
+    return ", ".join(sorted(f"{part} ({len(lazy.shape)}-D)" for part, lazy in parts.items()))
 
 
-def some(names: list[str]) -> str:
+def some(names: Sequence[str]) -> str:
     """Return the first names of a list, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

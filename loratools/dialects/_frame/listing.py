@@ -1,4 +1,4 @@
-"""What lies at a path, as a dialect sees it: file names, headers and small JSON files, read when asked for."""
+"""What lies at a path: file names, headers and small JSON files, read when a dialect asks for them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,12 @@ _LFS = b"version https://git-lfs"
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """How sure a dialect is that a listing is its own: a score, and what it saw.
+    """How sure a dialect is that a listing is its own: a score, and the reason for it.
 
-    100 the file names its own format; 80 to 99 a config says so and the tensors agree; 50 to 79 the names of the
-    tensors say so; below 50 a guess.
+    100        the file names its own format
+    80 to 99   a config says so, and the tensors agree
+    50 to 79   the names of the tensors say so
+    below 50   a guess
     """
 
     score: int
@@ -39,15 +41,15 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Listing:
-    """An adapter's folder, or one file of it.
+    """An adapter's folder, or a single file.
 
-    `path`    as the user gave it
-    `folder`  where its files lie; the parent of a single file
-    `files`   names of the files that may hold tensors: all in the folder, or the single one
-    `alpha`   what the user says alpha is, for dialects that do not record it
-    `base`    the base model, for dialects whose names or layout only the base explains
-    `enabled` which of the projections in one weight have factors, for loralib's MergedLinear
-    `initial` that the adapter which training started from is at hand too, and will be taken away from this one
+    `path`     the path that the user named
+    `folder`   where the files lie; the parent of a single file
+    `files`    names of all files in the folder, sorted, or of the single one
+    `alpha`    the user's alpha, for dialects whose files do not record it
+    `base`     the base model, for dialects whose names or layout only the base explains
+    `initial`  whether the caller subtracts the adapter that training started from (PiSSA, OLoRA, CorDA)
+    `enabled`  which of the projections in one weight have factors, for loralib's MergedLinear
     """
 
     path: Path
@@ -90,6 +92,11 @@ class Listing:
         """Whether the path is one file and not a folder."""
         return self.path != self.folder
 
+    def only(self, *endings: str) -> str | None:
+        """Return the name of the one file that ends so; None where there is none, or more than one."""
+        names = [name for name in self.files if name.endswith(endings)]
+        return names[0] if len(names) == 1 else None
+
     @property
     def weights(self) -> tuple[str, ...]:
         """Names of the files that by their ending can hold tensors."""
@@ -105,8 +112,8 @@ class Listing:
             if path.is_file() and path.stat().st_size > MAX_JSON:
                 raise BadFile(f"{path}: {path.stat().st_size} bytes; a configuration has at most {MAX_JSON}")
             self._read[name] = read_json(path) if path.is_file() else None
-        found: dict[str, Any] | None = self._read[name]
-        return found
+        document: dict[str, Any] | None = self._read[name]
+        return document
 
     def header(self, name: str) -> Header | None:
         """Return the header of a safetensors file, or None if the file is of another kind; raise `BadFile`."""
@@ -114,8 +121,8 @@ class Listing:
             return None
         if name not in self._read:
             self._read[name] = read_header(self.folder / name)
-        found: Header = self._read[name]
-        return found
+        header: Header = self._read[name]
+        return header
 
     def tensors(self, name: str) -> dict[str, LazyTensor]:
         """Return the tensors of a safetensors file (without torch) or of a `torch.save` file (with it), unread.
@@ -142,9 +149,9 @@ class Listing:
         return dict(self._read[name])
 
     def check(self) -> None:
-        """Raise `BadFile` for what may keep every dialect from seeing an adapter: pointers, and a file that is no use.
+        """Raise `BadFile` where a Git-LFS pointer, or the damage of a lone file, keeps every dialect from an adapter.
 
-        Opened is only a file that holds tensors alone; beside others may lie what a trainer left, which no one reads.
+        Only a lone file of tensors is opened: among several, some may be a trainer's own, which no dialect reads.
         """
         for name in self.weights:
             with open_file(self.folder / name) as file:

@@ -1,4 +1,4 @@
-"""State dicts of `torch.save`, for dialects that come as such: found by their names, written byte-reproducibly."""
+"""State dicts of `torch.save`: found by their names, written with the same bytes for the same tensors."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from loratools.storage.pickles.archive import SUFFIXES
 
 
 def file_of(listing: Listing) -> str | None:
-    """Return the single file of `torch.save` that the listing holds, if there is nothing else that holds tensors."""
-    found = listing.weights
-    return found[0] if len(found) == 1 and found[0].endswith(SUFFIXES) else None
+    """Return the listing's file of `torch.save`, or None where there is none, or another file with tensors."""
+    weights = listing.weights
+    return weights[0] if len(weights) == 1 and weights[0].endswith(SUFFIXES) else None
 
 
 def names(listing: Listing) -> list[str]:
-    """Return the names of the tensors in it; none where there is no such file.
+    """Return the names of the tensors in the file of `torch.save`; none where there is no such file.
 
-    Raises `BadFile` for a single file that cannot be opened safely; of one in a folder, another dialect may know more.
+    Raises `BadFile` for a single file that cannot be opened safely. A file in a folder gives no names then, since
+    another dialect may read the folder.
     """
     name = file_of(listing)
     if name is None:

@@ -46,12 +46,16 @@ def detect(listing: Listing) -> Evidence | None:
         return None
     if header is None:
         return Evidence(60, f"the file is called {name}") if name == f"{_STEM}.bin" else None
-    splits = [found for tensor in header.tensors if (found := split(tensor)) and "." in found[0] and found[1] != ALPHA]
-    named = sum(1 for module, _ in splits if component(module))
+    splits = [
+        module_and_part
+        for tensor in header.tensors
+        if (module_and_part := split(tensor)) and "." in module_and_part[0] and module_and_part[1] != ALPHA
+    ]
+    with_component = sum(1 for module, _ in splits if component(module))
     if _KEY in header.metadata and splits:
         return Evidence(95, f"the header of {name} has {_KEY}, and {len(splits)} tensors have names of diffusers")
-    if named:
-        return Evidence(70, f"{named} of the tensors in {name} begin with a component, such as {splits[0][0]}")
+    if with_component:
+        return Evidence(70, f"{with_component} of the tensors in {name} begin with a component, such as {splits[0][0]}")
     if known := sum(1 for module, _ in splits if module.partition(".")[0] in MODEL_LEVEL):
         return Evidence(55, f"{known} of the tensors in {name} have names of diffusers' models, such as {splits[0][0]}")
     return None
@@ -69,13 +73,13 @@ def read(listing: Listing) -> Adapter:
     alphas: dict[str, float] = {}
     faults: list[str] = []
     for tensor, lazy in listing.tensors(name).items():
-        found = split(tensor)
-        if found is None:
+        module_and_part = split(tensor)
+        if module_and_part is None:
             faults.append(f"{tensor}: no name that diffusers gives to a part of an adapter")
-        elif found[1] == ALPHA:
-            alphas[found[0]] = build.number(lazy, f"{listing.folder / name}: {tensor}")
+        elif module_and_part[1] == ALPHA:
+            alphas[module_and_part[0]] = build.number(lazy, f"{listing.folder / name}: {tensor}")
         else:
-            build.add(groups, *found, lazy, tensor, faults)
+            build.add(groups, *module_and_part, lazy, tensor, faults)
     faults += [f"{module}: an alpha without factors" for module in alphas if module not in groups]
     if faults:
         raise BadFile(f"{listing.path}: {len(faults)} problem(s) in this adapter", faults)
@@ -99,8 +103,8 @@ def read(listing: Listing) -> Adapter:
     if lost:
         text = "the file records no scale; 1.0 is applied, as diffusers does"
         settings["notes"] = [f"{where}: {text}" for where in sorted(lost)]
-    if header and (kept := {key: value for key, value in header.metadata.items() if key not in (_KEY, "format")}):
-        settings["metadata"] = kept
+    if header and (extra := {key: value for key, value in header.metadata.items() if key not in (_KEY, "format")}):
+        settings["metadata"] = extra
     base = next((config.base for config in configs.values() if config.base), None)
     return Adapter(built, base=base, dialect="diffusers", settings=settings)
 
@@ -108,25 +112,25 @@ def read(listing: Listing) -> Adapter:
 def losses(adapter: Adapter) -> list[Loss]:
     """List what diffusers has no words for; ranks and scalings that differ go into the header's patterns."""
     adapter = _named(adapter)
-    found = _losses.updates(adapter, "diffusers", ("lora", "dora", "conv"), (A, B, BIAS, MAGNITUDE))
-    kept = _losses.kept(adapter, found).updates
-    named = any(component(module) for module in kept)
+    lost = _losses.updates(adapter, "diffusers", ("lora", "dora", "conv"), (A, B, BIAS, MAGNITUDE))
+    sayable = _losses.kept(adapter, lost).updates
+    with_component = any(component(module) for module in sayable)
     for part, what in ((MAGNITUDE, "no magnitude, and use_dora"), (BIAS, "no bias of B, and lora_bias")):
-        having = {component(module) for module, update in kept.items() if part in update.parts}
-        found += [
+        having = {component(module) for module, update in sayable.items() if part in update.parts}
+        lost += [
             Loss(module, f"it has {what} is one switch for all modules of a component")
-            for module, update in sorted(kept.items())
+            for module, update in sorted(sayable.items())
             if component(module) in having and part not in update.parts
         ]
-    found += [
+    lost += [
         Loss(module, "diffusers' name of it is not known")
-        for module in sorted(kept)
+        for module in sorted(sayable)
         if module.startswith((f"{rename.ORIGINAL}.", "text_encoders."))
     ]
-    kept = {module: update for module, update in kept.items() if not module.startswith(f"{rename.ORIGINAL}.")}
-    if named:
-        found += [Loss(module, "it begins with no component") for module in sorted(kept) if not component(module)]
-    return found + _losses.replacements(adapter, "diffusers") + _losses.identity(adapter)
+    sayable = {module: update for module, update in sayable.items() if not module.startswith(f"{rename.ORIGINAL}.")}
+    if with_component:
+        lost += [Loss(module, "it begins with no component") for module in sorted(sayable) if not component(module)]
+    return lost + _losses.replacements(adapter, "diffusers") + _losses.identity(adapter)
 
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
@@ -150,8 +154,8 @@ def _named(adapter: Adapter) -> Adapter:
 
 
 def _kept(adapter: Adapter) -> Mapping[str, str]:
-    found: Any = adapter.settings.get("metadata")
-    return found if isinstance(found, Mapping) and adapter.dialect == "diffusers" else {}
+    metadata: Any = adapter.settings.get("metadata")
+    return metadata if isinstance(metadata, Mapping) and adapter.dialect == "diffusers" else {}
 
 
 def _file(listing: Listing) -> str | None:
@@ -171,15 +175,15 @@ def _configs(listing: Listing, name: str, components: set[str]) -> dict[str, Pef
         return {}
     path = listing.folder / name
     document = parse_json_object(text.encode(), path)
-    found = {}
-    for one in sorted(components):
-        prefix = f"{one}." if one else ""
+    configs = {}
+    for name in sorted(components):
+        prefix = f"{name}." if name else ""
         fields = {key.removeprefix(prefix): value for key, value in document.items() if key.startswith(prefix)}
-        if not one:
+        if not name:
             fields = {key: value for key, value in fields.items() if not component(key)}
         if fields:
-            found[one] = PeftConfig.parse(fields, path)
-    return found
+            configs[name] = PeftConfig.parse(fields, path)
+    return configs
 
 
 def _config(adapter: Adapter, name: str) -> dict[str, Any]:

@@ -79,12 +79,12 @@ def read(listing: Listing) -> Adapter:
             faults.append(f"{tensor}: expected a name that ends in .weight.lora_a or .weight.lora_b")
             continue
         try:
-            found = _to_peft(target.removesuffix(".weight"), part, lazy, layout, modules)
+            parts = _to_peft(target.removesuffix(".weight"), part, lazy, layout, modules)
         except ValueError as error:
             unknown.append(str(error))
             continue
-        for module, peft_part, one in found:
-            groups.setdefault(module, {})[peft_part] = one
+        for module, peft_part, expert in parts:
+            groups.setdefault(module, {})[peft_part] = expert
     if faults:
         raise BadFile(f"{listing.path}: {len(faults)} problem(s) in this adapter", faults)
     if unknown:
@@ -92,13 +92,13 @@ def read(listing: Listing) -> Adapter:
             f"{listing.path}: it holds what loratools does not read", unknown, hint="Give the base model with --base."
         )
     built = build.build(listing.path, groups, lambda _, rank: ((alpha or rank) / rank, alpha or float(rank)))
-    said = {"architecture": layout.architecture, "heads": layout.heads, "kv_heads": layout.kv_heads}
+    layout_fields = {"architecture": layout.architecture, "heads": layout.heads, "kv_heads": layout.kv_heads}
     base = fields.get("general.base_model.0.name")
     return Adapter(
         built,
         base=BaseIdentity(base) if isinstance(base, str) and base else None,
         dialect="gguf",
-        settings={_KEY: {key: value for key, value in said.items() if value is not None}},
+        settings={_KEY: {key: value for key, value in layout_fields.items() if value is not None}},
     )
 
 
@@ -109,23 +109,23 @@ def losses(adapter: Adapter) -> list[Loss]:
         known = ", ".join(sorted(ARCHITECTURES))
         why = f"not known without the base model (--base); known are {known}"
         return [Loss("architecture", why), *_losses.identity(adapter)]
-    found = _losses.updates(adapter, "llama.cpp", ("lora", "embedding"), (A, B, A_EMBEDDING, B_EMBEDDING))
-    kept = _losses.kept(adapter, found).updates
-    stacks = _stacks(kept, layout)
-    for module in sorted(kept):
+    lost = _losses.updates(adapter, "llama.cpp", ("lora", "embedding"), (A, B, A_EMBEDDING, B_EMBEDDING))
+    sayable = _losses.kept(adapter, lost).updates
+    stacks = _stacks(sayable, layout)
+    for module in sorted(sayable):
         at = place(module, layout.architecture)
         if at is None:
-            found.append(Loss(module, f"no tensor of the architecture {layout.architecture} is known for it"))
+            lost.append(Loss(module, f"no tensor of the architecture {layout.architecture} is known for it"))
         elif at.expert is not None and sorted(map(_order, stacks[at.tensor])) != list(range(len(stacks[at.tensor]))):
-            found.append(Loss(module, f"not all experts of {at.tensor} have an update"))
-        elif (A_EMBEDDING in kept[module].parts) != (at.tensor == "token_embd"):
-            found.append(Loss(module, "llama.cpp reads token_embd, and nothing else, as an embedding"))
+            lost.append(Loss(module, f"not all experts of {at.tensor} have an update"))
+        elif (A_EMBEDDING in sayable[module].parts) != (at.tensor == "token_embd"):
+            lost.append(Loss(module, "llama.cpp reads token_embd, and nothing else, as an embedding"))
         else:
             try:
                 layout.heads_of(at.tensor)
             except ValueError as error:
-                found.append(Loss(module, f"{error} without the base model (--base)"))
-    return found + _losses.replacements(adapter, "llama.cpp") + _losses.identity(adapter)
+                lost.append(Loss(module, f"{error} without the base model (--base)"))
+    return lost + _losses.replacements(adapter, "llama.cpp") + _losses.identity(adapter)
 
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
@@ -154,9 +154,9 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
 
 def layout_of(adapter: Adapter) -> Layout | None:
     """Return the architecture as the adapter's own GGUF file said it, or as the base's config does."""
-    said = adapter.settings.get(_KEY)
-    if isinstance(said, Mapping):
-        return Layout(str(said.get("architecture")), said.get("heads"), said.get("kv_heads"))
+    fields = adapter.settings.get(_KEY)
+    if isinstance(fields, Mapping):
+        return Layout(str(fields.get("architecture")), fields.get("heads"), fields.get("kv_heads"))
     config = adapter.settings.get("base_config")
     return Layout.of_config(config) if isinstance(config, Mapping) else None
 
@@ -189,19 +189,21 @@ def _to_peft(
 ) -> list[tuple[str, str, LazyTensor]]:
     """Return (module, PEFT's part, tensor) for one tensor, one of each expert where they are stacked."""
     stacked = len(lazy.shape) == 3
-    found = []
+    parts = []
     for i in range(lazy.shape[0]) if stacked else [None]:
         module = module_of(tensor, layout.architecture, i, modules)
         if module is None:
             raise ValueError(f"{tensor}: no module of the architecture {layout.architecture} is known for it")
-        one = lazy if i is None else factors.item(lazy, i)
+        factor = lazy if i is None else factors.item(lazy, i)
         if tensor == "token_embd":
-            found.append((module, A_EMBEDDING, factors.turned(one)) if part == "lora_a" else (module, B_EMBEDDING, one))
+            parts.append(
+                (module, A_EMBEDDING, factors.turned(factor)) if part == "lora_a" else (module, B_EMBEDDING, factor)
+            )
         elif part == "lora_a":
-            found.append((module, A, one))
+            parts.append((module, A, factor))
         else:
-            found.append((module, B, permuted(one, layout.heads_of(tensor), back=True)))
-    return found
+            parts.append((module, B, permuted(factor, layout.heads_of(tensor), back=True)))
+    return parts
 
 
 def _of_peft(update: Update, rank: int, alpha: float, heads: int | None) -> tuple[LazyTensor, LazyTensor]:
@@ -232,11 +234,11 @@ def permuted(lazy: LazyTensor, heads: int | None, *, back: bool = False) -> Lazy
 
 def _stacks(updates: Mapping[str, Update], layout: Layout) -> dict[str, dict[int | None, Update]]:
     """Return the tensor that each update lands on -> the number of the expert, or None -> the update."""
-    found: dict[str, dict[int | None, Update]] = defaultdict(dict)
+    stacks: dict[str, dict[int | None, Update]] = defaultdict(dict)
     for module, update in updates.items():
         if at := place(module, layout.architecture):
-            found[at.tensor][at.expert] = update
-    return found
+            stacks[at.tensor][at.expert] = update
+    return stacks
 
 
 def _order(expert: int | None) -> int:

@@ -58,7 +58,7 @@ class Layout:
         architecture = ARCHITECTURES.get(str(config.get("model_type")))
         heads = config.get("num_attention_heads")
         kv_heads = config.get("num_key_value_heads") or heads
-        numbers = [one if isinstance(one, int) and one > 0 else None for one in (heads, kv_heads)]
+        numbers = [number if isinstance(number, int) and number > 0 else None for number in (heads, kv_heads)]
         return cls(architecture, *numbers) if architecture else None
 
     def heads_of(self, tensor: str) -> int | None:
@@ -69,10 +69,10 @@ class Layout:
         name = tensor.rpartition(".")[2]
         if self.architecture not in PERMUTED or name not in ("attn_q", "attn_k"):
             return None
-        found = self.heads if name == "attn_q" else self.kv_heads
-        if found is None:
+        heads = self.heads if name == "attn_q" else self.kv_heads
+        if heads is None:
             raise ValueError(f"the rows of {tensor} are permuted by heads, and their number is not known")
-        return found
+        return heads
 
 
 def place(module: str, architecture: str) -> Place | None:

@@ -52,12 +52,15 @@ def detect(listing: Listing) -> Evidence | None:
     header = listing.header(name) if name else None
     if name is None or header is None:
         return None
-    named = [tensor for tensor in header.tensors if head_of(tensor)]
-    if not named:
+    flattened_names = [tensor for tensor in header.tensors if head_of(tensor)]
+    if not flattened_names:
         return None
     module = header.metadata.get("ss_network_module")
-    said = f"the header of {name} names {module}, and " if module else ""
-    return Evidence(90 if module else 75, f"{said}{len(named)} tensors have flattened names, such as {named[0]}")
+    trainer = f"the header of {name} names {module}, and " if module else ""
+    return Evidence(
+        90 if module else 75,
+        f"{trainer}{len(flattened_names)} tensors have flattened names, such as {flattened_names[0]}",
+    )
 
 
 def read(listing: Listing) -> Adapter:
@@ -103,13 +106,13 @@ def read(listing: Listing) -> Adapter:
         return alpha / (rank or 1), alpha
 
     built = _build.build(listing.path, {module: to_peft(parts) for module, parts in groups.items()}, rule)
-    kept = {key: value for key, value in metadata.items() if not key.startswith("sshs_") and key != NAMES_KEY}
+    kept_metadata = {key: value for key, value in metadata.items() if not key.startswith("sshs_") and key != NAMES_KEY}
     trained_on = metadata.get("ss_sd_model_name")
     return Adapter(
         built,
         base=BaseIdentity(trained_on) if trained_on else None,
         dialect="kohya",
-        settings={"metadata": kept} if kept else {},
+        settings={"metadata": kept_metadata} if kept_metadata else {},
     )
 
 
@@ -117,15 +120,15 @@ def losses(adapter: Adapter) -> list[Loss]:
     """List what kohya has no words for, and modules whose names become one when they are flattened."""
     adapter = rename.to_original(adapter, unet=False)
     known = frozenset({A, B, MAGNITUDE})
-    found = []
+    lost = []
     names, _ = flattened(adapter.updates)
     for module, update in adapter.updates.items():
         foreign = sorted(part for part in update.parts if part in keys.PARTS and part not in known)
         if foreign or update.kind == "experts":
-            found.append(Loss(module, f"kohya has no {', '.join(foreign) or 'stacked experts'}"))
+            lost.append(Loss(module, f"kohya has no {', '.join(foreign) or 'stacked experts'}"))
         elif module not in names:
-            found.append(Loss(module, "its flattened name is that of another module too"))
-    return found + _losses.replacements(adapter, "kohya") + _losses.identity(adapter)
+            lost.append(Loss(module, "its flattened name is that of another module too"))
+    return lost + _losses.replacements(adapter, "kohya") + _losses.identity(adapter)
 
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
@@ -149,14 +152,14 @@ def _file(listing: Listing) -> str | None:
 
 def to_peft(parts: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Return the parts with DoRA's magnitude as PEFT has it, where it is one number for each output feature."""
-    found = dict(parts)
+    converted = dict(parts)
     scale = parts.get(_DORA)
-    if scale is not None and found.keys() == {A, B, _DORA}:
+    if scale is not None and converted.keys() == {A, B, _DORA}:
         out, sides = parts[B].shape[0], len(parts[A].shape)
         if scale.shape == (out, *(1,) * (sides - 1)) and len(scale.shape) == sides:
-            del found[_DORA]
-            found[MAGNITUDE] = factors.reshaped(scale, (out,) if sides == 2 else (1, out, *(1,) * (sides - 2)))
-    return found
+            del converted[_DORA]
+            converted[MAGNITUDE] = factors.reshaped(scale, (out,) if sides == 2 else (1, out, *(1,) * (sides - 2)))
+    return converted
 
 
 def of_peft(update: Update) -> dict[str, LazyTensor]:
@@ -196,11 +199,11 @@ def _number(value: float) -> LazyTensor:
 
 def _metadata(adapter: Adapter) -> dict[str, str]:
     """Return what the file said when it was read, or the little that tools look for."""
-    kept: Any = adapter.settings.get("metadata")
-    if isinstance(kept, Mapping) and any(str(key).startswith(("ss_", "modelspec.")) for key in kept):
-        return {str(key): str(value) for key, value in kept.items()}
+    read: Any = adapter.settings.get("metadata")
+    if isinstance(read, Mapping) and any(str(key).startswith(("ss_", "modelspec.")) for key in read):
+        return {str(key): str(value) for key, value in read.items()}
     dims = Counter(str(update.rank) for update in adapter.updates.values()).most_common(1)
     alphas = Counter(f"{alpha_of(update):g}" for update in adapter.updates.values()).most_common(1)
-    found = {"ss_network_module": "networks.lora"}
-    found |= {"ss_network_dim": dims[0][0], "ss_network_alpha": alphas[0][0]} if dims else {}
-    return found | ({"ss_sd_model_name": adapter.base.id} if adapter.base and adapter.base.id else {})
+    metadata = {"ss_network_module": "networks.lora"}
+    metadata |= {"ss_network_dim": dims[0][0], "ss_network_alpha": alphas[0][0]} if dims else {}
+    return metadata | ({"ss_sd_model_name": adapter.base.id} if adapter.base and adapter.base.id else {})

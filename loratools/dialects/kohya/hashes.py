@@ -27,7 +27,7 @@ def hashes(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> di
         if last > first:
             legacy.update(piece[first:last])
         at += len(piece)
-    found = {"sshs_model_hash": data.hexdigest(), "sshs_legacy_hash": legacy.hexdigest()[:8]}
+    digests = {"sshs_model_hash": data.hexdigest(), "sshs_legacy_hash": legacy.hexdigest()[:8]}
     if "modelspec.hash_sha256" in metadata:
-        found["modelspec.hash_sha256"] = f"0x{data.hexdigest()}"
-    return found
+        digests["modelspec.hash_sha256"] = f"0x{data.hexdigest()}"
+    return digests

@@ -53,21 +53,21 @@ def dotted(
     for prefix, flat in heads:
         by_prefix[prefix].add(flat)
     stated = _stated(metadata)
-    found = {(prefix, flat): stated[prefix + flat] for prefix, flats in by_prefix.items() for flat in flats
+    modules = {(prefix, flat): stated[prefix + flat] for prefix, flats in by_prefix.items() for flat in flats
              if prefix + flat in stated}  # fmt: skip
     faults: list[str] = []
     alone = len(by_prefix.keys() & _ENCODERS.keys()) == 1
     of_base = _of_base(base) if base is not None else {}
     main = ""
     for prefix in sorted(by_prefix, key=lambda prefix: (prefix not in ("lora_unet_", "lora_transformer_"), prefix)):
-        left = {flat for flat in by_prefix[prefix] if (prefix, flat) not in found}
+        left = {flat for flat in by_prefix[prefix] if (prefix, flat) not in modules}
         for flat in sorted(left):
-            candidates = {one for one in of_base.get(flat, ()) if _fits(prefix, one, alone=alone)}
+            candidates = {module for module in of_base.get(flat, ()) if _fits(prefix, module, alone=alone)}
             if len(candidates) == 1:
-                found[prefix, flat] = next(iter(candidates))
+                modules[prefix, flat] = next(iter(candidates))
             elif candidates:
                 faults.append(f"{prefix}{flat}: could be any of {', '.join(sorted(candidates))} of the base")
-        left = {flat for flat in left if (prefix, flat) not in found}
+        left = {flat for flat in left if (prefix, flat) not in modules}
         if not left or (base is not None and faults):
             continue
         readings = architectures.explain(left, _COMPONENTS.get(prefix, ()))
@@ -77,10 +77,10 @@ def dotted(
             architecture, reading = readings[0]
             main = architecture.name if prefix == "lora_unet_" else main
             component = _component(prefix, architecture, main)
-            found |= {(prefix, flat): f"{component}.{module}" for flat, module in reading.items()}
+            modules |= {(prefix, flat): f"{component}.{module}" for flat, module in reading.items()}
         else:
             faults.append(_unknown(prefix, left))
-    return found, faults
+    return modules, faults
 
 
 def flattened(modules: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -130,30 +130,30 @@ def _component(prefix: str, architecture: architectures.Architecture, main: str)
 def _stated(metadata: Mapping[str, str]) -> dict[str, str]:
     """Return what the file itself says of its names, as far as it can be true."""
     try:
-        found = json.loads(metadata.get(NAMES_KEY, "{}"))
+        stated = json.loads(metadata.get(NAMES_KEY, "{}"))
     except (ValueError, RecursionError):
         return {}
-    if not isinstance(found, dict):
+    if not isinstance(stated, dict):
         return {}
     return {
         flat: module
-        for flat, module in found.items()
+        for flat, module in stated.items()
         if isinstance(module, str) and flat.endswith(module.partition(".")[2].replace(".", "_")) and module
     }
 
 
 def _of_base(tensors: Iterable[str]) -> dict[str, set[str]]:
     """Return flat -> the base's modules of that name, with and without the roots that kohya leaves out."""
-    found: dict[str, set[str]] = defaultdict(set)
+    by_flat: dict[str, set[str]] = defaultdict(set)
     for tensor in tensors:
         module = tensor.removesuffix(".weight")
         image = module.startswith("model.diffusion_model.")  # which the other dialects call diffusion_model
         for root in _ROOTS:
             if module.startswith(root):
-                found[module.removeprefix(root).replace(".", "_")].add(
+                by_flat[module.removeprefix(root).replace(".", "_")].add(
                     module.removeprefix("model.") if image else module
                 )
-    return found
+    return by_flat
 
 
 def _fits(prefix: str, module: str, *, alone: bool) -> bool:
@@ -172,17 +172,25 @@ def _fits(prefix: str, module: str, *, alone: bool) -> bool:
 def _ambiguous(prefix: str, readings: list[tuple[architectures.Architecture, dict[str, str]]]) -> str:
     first = readings[0][1]
     differing = next(
-        flat for flat in sorted(first) if len({(one.component, found[flat]) for one, found in readings}) > 1
+        flat
+        for flat in sorted(first)
+        if len({(architecture.component, reading[flat]) for architecture, reading in readings}) > 1
     )
-    shown = ", ".join(f"{one.component}.{found[differing]} ({one.name})" for one, found in readings)
+    shown = ", ".join(
+        f"{architecture.component}.{reading[differing]} ({architecture.name})" for architecture, reading in readings
+    )
     return f"{prefix}{differing}: could be {shown}"
 
 
 def _unknown(prefix: str, flats: set[str]) -> str:
     """Say which names no list has; those of the list that knows most of them are left out."""
     allowed = set(_COMPONENTS.get(prefix, ()))
-    lists = [one for one in map(architectures.get, architectures.names()) if one.component in allowed]
-    best = max(lists, key=lambda one: len(flats & one.by_flat.keys()), default=None)
+    lists = [
+        architecture
+        for architecture in map(architectures.get, architectures.names())
+        if architecture.component in allowed
+    ]
+    best = max(lists, key=lambda architecture: len(flats & architecture.by_flat.keys()), default=None)
     strange = sorted(flats - best.by_flat.keys()) if best else sorted(flats)
     near = f", most of them of {best.name}" if best and len(strange) < len(flats) else ""
     return (

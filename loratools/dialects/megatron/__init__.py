@@ -45,8 +45,12 @@ def detect(listing: Listing) -> Evidence | None:
         return Evidence(90, f"{nemo.CONFIG} beside {nemo.WEIGHTS}, as in NeMo's archives")
     name = nemo.file_of(listing)
     header = listing.header(name) if name else None
-    named = [one for one in (header.tensors if header else pickles.names(listing)) if place(one)]
-    return Evidence(85, f"{len(named)} of the tensors in {name} are called as {named[0]}") if named else None
+    factors_found = [tensor for tensor in (header.tensors if header else pickles.names(listing)) if place(tensor)]
+    return (
+        Evidence(85, f"{len(factors_found)} of the tensors in {name} are called as {factors_found[0]}")
+        if factors_found
+        else None
+    )
 
 
 def read(listing: Listing) -> Adapter:
@@ -58,12 +62,12 @@ def read(listing: Listing) -> Adapter:
     tensors, document = nemo.read(listing)
     build.check_gathered(listing.path, tensors)
     shape, (alpha, dim) = _shape(document, listing), _numbers(document, listing)
-    found: dict[tuple[str, str], dict[str, LazyTensor]] = {}
+    fused: dict[tuple[str, str], dict[str, LazyTensor]] = {}
     strangers = []
     for name, lazy in tensors.items():
         at = place(name)
         if at is not None:
-            found.setdefault((at.block, at.projection), {})[_FACTORS[at.factor]] = lazy
+            fused.setdefault((at.block, at.projection), {})[_FACTORS[at.factor]] = lazy
         elif not name.endswith("_extra_state"):
             strangers.append(name)
     if strangers:
@@ -72,7 +76,7 @@ def read(listing: Listing) -> Adapter:
             [f"{build.some(strangers)}: no adapter of an attention or MLP layer (experts are not read)"],
         )
     ranks = _count(_model(document), "tensor_model_parallel_size") or 1
-    if ranks > 1 and shape.gated and any(projection == FC1 for _, projection in found):
+    if ranks > 1 and shape.gated and any(projection == FC1 for _, projection in fused):
         raise UnsupportedAdapter(
             f"{listing.path}: trained by {ranks} tensor-parallel ranks, and whether linear_fc1 has gate and up of each"
             " rank in turn is not recorded",
@@ -81,7 +85,7 @@ def read(listing: Listing) -> Adapter:
     groups: build.Groups = {}
     faults: list[str] = []
     unknown: list[str] = []
-    for (block, projection), parts in found.items():
+    for (block, projection), parts in fused.items():
         try:
             for name, part, lazy in _apart(Place(block, projection, ""), parts, shape):
                 build.add(groups, f"{block}.{name}", part, lazy, f"{block}.{projection}", faults)
@@ -152,11 +156,11 @@ def _shape(document: Mapping[str, Any], listing: Listing) -> Shape:
 
     Raises `BadFile` where the two contradict each other.
     """
-    said = _model(document)
+    stated = _model(document)
     config = listing.base.config if listing.base else {}
     nested = config.get("text_config")
     config = {**config, **nested} if isinstance(nested, Mapping) else config
-    ours = {**_attention(said, "num_query_groups", "kv_channels"), "gated": _gated(said)}
+    ours = {**_attention(stated, "num_query_groups", "kv_channels"), "gated": _gated(stated)}
     base = {**_attention(config, "num_key_value_heads", "head_dim"), "gated": _gate_of_base(listing)}
     known = {what: base[what] if value is None else value for what, value in ours.items()}
     odd = [what for what, value in base.items() if value is not None and value != known[what]]

@@ -92,8 +92,8 @@ class Shape:
         slots, each = self.heads + 2 * self.groups, self.heads // self.groups
         size = self.head or rows // slots
         if self.heads % self.groups or rows != slots * size:
-            said = f"{self.heads} heads in {self.groups} groups" + (f", of {self.head} features" if self.head else "")
-            raise ValueError(f"{rows} rows are not those of {said}")
+            stated = f"{self.heads} heads in {self.groups} groups" + (f", of {self.head} features" if self.head else "")
+            raise ValueError(f"{rows} rows are not those of {stated}")
         sides = (self.groups, each + 2, size, *rest)
         spans = {"q_proj": (0, each), "k_proj": (each, each + 1), "v_proj": (each + 1, each + 2)}
         return {name: _taken(lazy, sides, *span) for name, span in spans.items()}

@@ -91,19 +91,19 @@ def members(path: Path) -> Members:
             )
         size = file.seek(0, 2)
         file.seek(0)
-        found: dict[str, tuple[int, int]] = {}
+        spans: dict[str, tuple[int, int]] = {}
         try:
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 for count, member in enumerate(archive):
                     if count >= _MAX_MEMBERS:
                         raise BadFile(f"{path}: more than {_MAX_MEMBERS} files in this archive")
                     if member.isfile() and not member.issparse():
-                        found[member.name.removeprefix("./")] = (member.offset_data, member.offset_data + member.size)
+                        spans[member.name.removeprefix("./")] = (member.offset_data, member.offset_data + member.size)
         except _DAMAGED as error:
             raise BadFile(f"{path}: no archive of NeMo, or a damaged one: {error}") from None
-    if long := [name for name, (_, stop) in found.items() if stop > size]:
+    if long := [name for name, (_, stop) in spans.items() if stop > size]:
         raise BadFile(f"{path}: damaged or truncated: {long[0]} reaches beyond the archive")
-    return found
+    return spans
 
 
 def _weights(path: Path, inside: Members) -> dict[str, LazyTensor]:

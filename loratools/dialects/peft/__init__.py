@@ -53,9 +53,9 @@ def detect(listing: Listing) -> Evidence | None:
     if listing.single and not listing.path.name.endswith((".safetensors", *SUFFIXES)):
         return None
     header = listing.header(files[0]) if files else None
-    named = sum(1 for name in header.tensors if (split := keys.split(unwrap(name))) and split[1]) if header else 0
-    if named:
-        names = f"{named} of the tensors in {files[0]} have PEFT's names"
+    count = sum(1 for name in header.tensors if (split := keys.split(unwrap(name))) and split[1]) if header else 0
+    if count:
+        names = f"{count} of the tensors in {files[0]} have PEFT's names"
         return Evidence(90, f"{_CONFIG} has peft_type, and {names}") if stated else Evidence(60, names)
     if stated:
         return Evidence(40 if header else 80, f"{_CONFIG} has peft_type")
@@ -94,29 +94,31 @@ def read(listing: Listing) -> Adapter:
 
 def losses(adapter: Adapter) -> list[Loss]:
     """List what neither PEFT's tensors nor its config can say."""
-    found = [Loss(module, reason) for module, reason in _unsayable(adapter).items()]
+    lost = [Loss(module, reason) for module, reason in _unsayable(adapter).items()]
     if adapter.base and adapter.base.sealed:
-        found.append(Loss("base model", "its hash, by which a wrong base is refused"))
+        lost.append(Loss("base model", "its hash, by which a wrong base is refused"))
     if adapter.provenance:
-        found.append(Loss("provenance", f"{len(adapter.provenance)} recorded operation(s)"))
-    return found
+        lost.append(Loss("provenance", f"{len(adapter.provenance)} recorded operation(s)"))
+    return lost
 
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     """Write `adapter_model.safetensors` and the `adapter_config.json` derived from it, byte-reproducibly."""
     lost = _unsayable(adapter)
-    kept = {module: update for module, update in adapter.updates.items() if module not in lost}
-    tensors = {keys.join(module, part): lazy for module, update in kept.items() for part, lazy in update.parts.items()}
-    places = manifest.names_of({"replacements": adapter.replacements, "modules": kept})
+    updates = {module: update for module, update in adapter.updates.items() if module not in lost}
+    tensors = {
+        keys.join(module, part): lazy for module, update in updates.items() for part, lazy in update.parts.items()
+    }
+    places = manifest.names_of({"replacements": adapter.replacements, "modules": updates})
     tensors |= {name: adapter.replacements[path] for path, name in places.items()}
-    copies = manifest.names_of({"replacements": adapter.copies, "modules": kept})
+    copies = manifest.names_of({"replacements": adapter.copies, "modules": updates})
     tensors |= {name: adapter.copies[path] for path, name in copies.items()}
     # Trained rows are no target, they have a field of their own.
-    rows = {module: list(update.replaced_rows) for module, update in kept.items() if update.replaced_rows}
+    rows = {module: list(update.replaced_rows) for module, update in updates.items() if update.replaced_rows}
     settings = {**adapter.settings, "trainable_token_indices": rows} if rows else adapter.settings
-    targets = {module: update for module, update in kept.items() if module not in rows}
-    said = Adapter(targets, adapter.replacements, adapter.base, settings=settings)
-    config = json.dumps(derive_config(said), indent=2, sort_keys=True, ensure_ascii=False)
+    targets = {module: update for module, update in updates.items() if module not in rows}
+    sayable = Adapter(targets, adapter.replacements, adapter.base, settings=settings)
+    config = json.dumps(derive_config(sayable), indent=2, sort_keys=True, ensure_ascii=False)
     with atomic.new_folder(target, force=force) as folder:
         (folder / _CONFIG).write_text(config + "\n", encoding="utf-8")
         save.write(folder / f"{_STEM}.safetensors", tensors, {"format": "pt"})
@@ -139,8 +141,8 @@ def _tensors(listing: Listing) -> dict[str, LazyTensor]:
     files = _files(listing)
     if not files:
         listing.check()
-        found = ", ".join(listing.files[:12]) or "no files"
-        raise BadFile(f"{listing.path}: no {_STEM}.safetensors or {_STEM}.bin in this folder; it holds {found}")
+        shown = ", ".join(listing.files[:12]) or "no files"
+        raise BadFile(f"{listing.path}: no {_STEM}.safetensors or {_STEM}.bin in this folder; it holds {shown}")
     if shard := _SHARD.fullmatch(files[0]):
         if listing.single:
             raise BadFile(f"{listing.path}: this is one shard of several", hint=f"Give the folder: {listing.folder}")
@@ -164,8 +166,8 @@ def _build(groups: Groups, config: PeftConfig) -> tuple[dict[str, Update], list[
     built: dict[str, Update] = {}
     unclaimed: dict[str, list[str]] = defaultdict(list)
     experts, faults = layouts(groups, config)
-    for module, found in groups.modules.items():
-        parts = {part: lazy for part, lazy in found.items() if part not in _TRAINING_ONLY}
+    for module, all_parts in groups.modules.items():
+        parts = {part: lazy for part, lazy in all_parts.items() if part not in _TRAINING_ONLY}
         kind = kinds.claim(parts) if checks.is_plain(module, groups) else None
         kind = "experts" if module in experts and kind in ("lora", None) else kind
         if kind is None:
@@ -173,18 +175,18 @@ def _build(groups: Groups, config: PeftConfig) -> tuple[dict[str, Update], list[
             continue
         build = kinds.get(kind).build
         layout = {"layout": {"rows": rows}} if kind == "tokens" and (rows := config.token_rows(module)) else {}
-        named = module.partition(".base_layer.")[0]  # patterns know the outer module
+        path = module.partition(".base_layer.")[0]  # patterns know the outer module
         if stack := experts.get(module):
-            layout, named = {"layout": stack}, f"{outer(module)}.{stack['parameter']}"
+            layout, path = {"layout": stack}, f"{outer(module)}.{stack['parameter']}"
         try:
             rank = build(parts, 1.0, 1.0, **layout).rank  # each kind knows where its rank stands
             twice = config.applied_twice(module)
-            scaling = config.scaling(named, rank) if rank else 1.0
-            built[module] = build(parts, twice * scaling, twice * config.alpha(named), **layout)
+            scaling = config.scaling(path, rank) if rank else 1.0
+            built[module] = build(parts, twice * scaling, twice * config.alpha(path), **layout)
         except ValueError as error:
             faults.append(f"{module}: {error}")
             continue
-        stated = config.rank(named)
+        stated = config.rank(path)
         if rank and stated is not None and stated != rank:
             faults.append(f"{module}: its tensors have rank {rank}, the config says {stated}")
     unsupported = [
@@ -195,15 +197,15 @@ def _build(groups: Groups, config: PeftConfig) -> tuple[dict[str, Update], list[
 
 
 def _notes(groups: Groups, config: PeftConfig) -> list[str]:
-    found = []
+    notes = []
     if doubled := [module for module in groups.modules if config.applied_twice(module) == 2]:
-        found.append(f"{_some(doubled)}: applied twice, as PEFT up to 0.21 does when it trains and when it merges")
+        notes.append(f"{_some(doubled)}: applied twice, as PEFT up to 0.21 does when it trains and when it merges")
     if groups.originals:
-        found.append(f"{_some(groups.originals)}: copies of the base model's, which PEFT does not load")
-    found += [f"the adapter's name {name!r} was left in the names of the tensors" for name in sorted(groups.adapters)]
+        notes.append(f"{_some(groups.originals)}: copies of the base model's, which PEFT does not load")
+    notes += [f"the adapter's name {name!r} was left in the names of the tensors" for name in sorted(groups.adapters)]
     if unused := config.targets.unused(groups.modules):
-        found.append(f"no tensors for these target_modules: {', '.join(unused[:20])}")
-    return found
+        notes.append(f"no tensors for these target_modules: {', '.join(unused[:20])}")
+    return notes
 
 
 def _some(names: list[str]) -> str:
@@ -212,12 +214,14 @@ def _some(names: list[str]) -> str:
 
 def _unsayable(adapter: Adapter) -> dict[str, str]:
     """Return the modules whose update PEFT has no words for, and why."""
-    found = {}
+    reasons = {}
     for module, update in adapter.updates.items():
         if unknown := sorted(update.parts.keys() - keys.PARTS.keys()):
-            found[module] = f"PEFT has no {', '.join(unknown)} (kind {update.kind})"
+            reasons[module] = f"PEFT has no {', '.join(unknown)} (kind {update.kind})"
     scaled = {module for module, update in adapter.updates.items() if "lora_magnitude_vector" in update.parts}
     if scaled:
-        plain = sorted(m for m, update in adapter.updates.items() if m not in scaled and update.rank and m not in found)
-        found |= dict.fromkeys(plain, "it has no magnitude, and PEFT's use_dora is one switch for all modules")
-    return found
+        plain = sorted(
+            m for m, update in adapter.updates.items() if m not in scaled and update.rank and m not in reasons
+        )
+        reasons |= dict.fromkeys(plain, "it has no magnitude, and PEFT's use_dora is one switch for all modules")
+    return reasons

@@ -18,39 +18,39 @@ _FACTOR = re.compile(r"\.lora_[AB]\.([^.]+\.)?weight$")
 
 def check_gathered(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
     """Raise `BadFile` if tensors are empty, or flat where a factor has rows and columns: a save of one rank's share."""
-    found = [
+    ungathered = [
         f"{name}: shape {lazy.shape}"
         for name, lazy in tensors.items()
         if 0 in lazy.shape or "_flat_param" in name or (len(lazy.shape) == 1 and _FACTOR.search(unwrap(name)))
     ]
-    if found:
+    if ungathered:
         raise BadFile(
-            f"{path}: {len(found)} of {len(tensors)} tensors are empty or flattened: "
+            f"{path}: {len(ungathered)} of {len(tensors)} tensors are empty or flattened: "
             "saved under DeepSpeed ZeRO-3 or FSDP without gathering",
-            found[:12],
+            ungathered[:12],
             hint="Save it again with the parameters gathered; what is missing is not in this file.",
         )
 
 
 def faults(groups: Groups, config: PeftConfig) -> list[str]:
     """List missing partners, tensors that the config contradicts, and targets of the config without tensors."""
-    found = []
+    lines = []
     for module, parts in groups.modules.items():
         for pair in _PAIRS:
             missing = [part for part in pair if part not in parts]
             if len(missing) == 1:
-                found.append(f"{keys.join(module, missing[0])}: missing, while its partner is there")
+                lines.append(f"{keys.join(module, missing[0])}: missing, while its partner is there")
         factored = not {"lora_A.weight", "lora_embedding_A"}.isdisjoint(parts)
         if config.fields.get("use_dora") and factored and "lora_magnitude_vector" not in parts:
-            found.append(f"{keys.join(module, 'lora_magnitude_vector')}: missing, and the config says use_dora")
+            lines.append(f"{keys.join(module, 'lora_magnitude_vector')}: missing, and the config says use_dora")
         for part, lazy in parts.items():
             if not lazy.dtype.startswith(("F", "BF")):
-                found.append(f"{keys.join(module, part)}: {lazy.dtype} numbers, expected floating point")
+                lines.append(f"{keys.join(module, part)}: {lazy.dtype} numbers, expected floating point")
         if any(part.startswith("lora_") for part in parts) and not _targeted(
             re.sub(r"(\.base_layer)+$", "", module.partition(".base_layer.")[0]), config
         ):
-            found.append(f"{module}: has tensors, but the config does not target it, so PEFT would ignore them")
-    return found + [
+            lines.append(f"{module}: has tensors, but the config does not target it, so PEFT would ignore them")
+    return lines + [
         f"{name}: the config targets it by its full name, but it has no tensors"
         for name in config.targets.unused(groups.modules)
         if _in_layer(name) and config.targets.select(name)

@@ -47,7 +47,7 @@ def _indices(value: Any) -> bool:
 
 
 def _ranges(value: Any) -> bool:
-    pairs = isinstance(value, list) and all(_indices(one) and len(one) == 2 and one[0] < one[1] for one in value)
+    pairs = isinstance(value, list) and all(_indices(pair) and len(pair) == 2 and pair[0] < pair[1] for pair in value)
     return pairs and sum(stop - start for start, stop in value) <= _LAYERS
 
 
@@ -224,24 +224,26 @@ class PeftConfig:
     @property
     def settings(self) -> dict[str, Any]:
         """What a writer may want."""
-        kept = {name: self.fields[name] for name in _SETTINGS if name in self.fields}
-        kept = {name: value for name, value in kept.items() if value is not False and value not in ("none", [], {}, "")}
+        settings = {name: self.fields[name] for name in _SETTINGS if name in self.fields}
+        settings = {
+            name: value for name, value in settings.items() if value is not False and value not in ("none", [], {}, "")
+        }
         if self.targets.layers:
-            kept["layers_to_transform"] = list(self.targets.layers)  # a lone 0 would look like nothing
-        return kept
+            settings["layers_to_transform"] = list(self.targets.layers)  # a lone 0 would look like nothing
+        return settings
 
 
 def _notes(fields: Mapping[str, Any]) -> list[str]:
-    found = [
+    notes = [
         f"the config does not say {name}; {default} is what PEFT takes"
         for name, default in (("r", DEFAULT_R), ("lora_alpha", DEFAULT_ALPHA), ("peft_type", "LORA"))
         if name not in fields
     ]
     if fields.get("init_lora_weights") == "lora_ga":
-        found.append(
+        notes.append(
             "LoRA-GA training started from a changed base model; PEFT applies the adapter to the unchanged one"
         )
     unknown = sorted(name for name, value in fields.items() if name not in _KNOWN and value)
     if unknown:
-        found.append(f"fields of the config that PEFT 0.21 does not know: {', '.join(unknown)[:500]}")
-    return found
+        notes.append(f"fields of the config that PEFT 0.21 does not know: {', '.join(unknown)[:500]}")
+    return notes

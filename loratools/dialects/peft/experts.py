@@ -27,7 +27,7 @@ def layouts(groups: Groups, config: PeftConfig) -> tuple[dict[str, dict[str, Any
     PEFT wraps a module once for each targeted parameter, the first innermost. In which order, shapes tell: gate_up_proj
     (H → 2I) feeds down_proj (I → H). Where they do not, the order is that of the models, gate_up_proj innermost.
     """
-    found: dict[str, dict[str, Any]] = {}
+    by_module: dict[str, dict[str, Any]] = {}
     faults = []
     levels: dict[str, list[str]] = {}
     targeted: dict[str, set[str]] = {}
@@ -53,8 +53,8 @@ def layouts(groups: Groups, config: PeftConfig) -> tuple[dict[str, dict[str, Any
             if not rank or rows % rank:
                 faults.append(f"{module}: A has {rows} rows, which is no multiple of the rank {rank} of {parameter}")
                 continue
-            found[module] = {"experts": rows // rank, "parameter": parameter, "transposed": _transposed(config)}
-    return found, faults
+            by_module[module] = {"experts": rows // rank, "parameter": parameter, "transposed": _transposed(config)}
+    return by_module, faults
 
 
 def _parameters(path: str, targeted: Mapping[str, set[str]]) -> list[str]:

@@ -85,10 +85,10 @@ def _refused(adapter: Adapter, profile: Profile) -> Iterable[str]:
         if not set(path.split(".")[-2:-1]) & profile.whole:
             yield f"{path}: a tensor trained whole is not loaded"
     if profile.needs:
-        one, other = profile.needs
+        target, needed = profile.needs
         for module in adapter.updates:
-            partner = f"{module.removesuffix(one)}{other}"
-            if module.endswith(f".{one}") and partner not in adapter.updates:
+            partner = f"{module.removesuffix(target)}{needed}"
+            if module.endswith(f".{target}") and partner not in adapter.updates:
                 yield f"{module}: it is loaded only together with {partner}, which has no update"
 
 
@@ -97,14 +97,14 @@ def uniform(adapter: Adapter) -> Adapter:
     rank = max(update.rank for update in adapter.updates.values())
     counts = Counter(update.scaling for update in adapter.updates.values() if update.scaling)
     scaling = max(counts, key=lambda value: (counts[value], value), default=1.0)
-    found: dict[str, Update] = {}
+    updates: dict[str, Update] = {}
     for module, update in adapter.updates.items():
         parts = {
             A: factors.padded(update.parts[A], 0, rank),
             B: factors.padded(factors.scaled(update.parts[B], update.scaling / scaling), 1, rank),
         }
-        found[module] = kinds.get("lora").build(parts, scaling, scaling * rank)
-    return replace(adapter, updates=found)
+        updates[module] = kinds.get("lora").build(parts, scaling, scaling * rank)
+    return replace(adapter, updates=updates)
 
 
 def _every_layer(adapter: Adapter, base: Shapes | None) -> tuple[Adapter, list[str]]:
@@ -114,18 +114,18 @@ def _every_layer(adapter: Adapter, base: Shapes | None) -> tuple[Adapter, list[s
         if match := _LAYER.fullmatch(module):
             kinds_of[match[1], match[3]][int(match[2])] = update
     wanted = _layers(base) if base is not None else None
-    last = max((max(found) for found in kinds_of.values()), default=0)
+    last = max((max(updates) for updates in kinds_of.values()), default=0)
     added: dict[str, Update] = {}
     problems = []
-    for (front, target), found in kinds_of.items():
+    for (front, target), updates in kinds_of.items():
         layers = set(range(last + 1)) if wanted is None else wanted.get((normalized(f"{front}.0"), target), {}).keys()
-        missing = sorted(layers - found.keys())
+        missing = sorted(layers - updates.keys())
         if missing and wanted is None:
             problems.append(
                 f"{front}.*.{target}: no update in layer(s) {', '.join(map(str, missing[:12]))} of {last + 1}"
             )
             continue
-        like = next(iter(found.values()))
+        like = next(iter(updates.values()))
         for layer in missing:
             shape = (wanted or {})[normalized(f"{front}.0"), target][layer]
             shape = like.shape if shape[::-1] == like.shape else shape  # a Conv1D is stored [in, out]
@@ -135,12 +135,12 @@ def _every_layer(adapter: Adapter, base: Shapes | None) -> tuple[Adapter, list[s
 
 def _layers(base: Shapes) -> dict[tuple[str, str], dict[int, tuple[int, ...]]]:
     """Return (where the layers are, target) -> layer -> shape, for all matrices of the base."""
-    found: dict[tuple[str, str], dict[int, tuple[int, ...]]] = defaultdict(dict)
+    shapes: dict[tuple[str, str], dict[int, tuple[int, ...]]] = defaultdict(dict)
     for tensor, shape in base.items():
         match = _LAYER.fullmatch(tensor.removesuffix(".weight"))
         if match and len(shape) == 2 and tensor.endswith(".weight"):
-            found[normalized(f"{match[1]}.0"), match[3]][int(match[2])] = shape
-    return found
+            shapes[normalized(f"{match[1]}.0"), match[3]][int(match[2])] = shape
+    return shapes
 
 
 def _nothing(shape: tuple[int, ...], dtype: str) -> Update:
@@ -154,8 +154,8 @@ def _nothing(shape: tuple[int, ...], dtype: str) -> Update:
 
         return LazyTensor(dtype, sides, load)  # type: ignore[arg-type]
 
-    built: Update = kinds.get("lora").build({A: zeros(1, shape[1]), B: zeros(shape[0], 1)}, 1.0, 1.0)
-    return built
+    update: Update = kinds.get("lora").build({A: zeros(1, shape[1]), B: zeros(shape[0], 1)}, 1.0, 1.0)
+    return update
 
 
 def _short_targets(adapter: Adapter, base: Shapes | None) -> Adapter:

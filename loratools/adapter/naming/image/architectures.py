@@ -63,30 +63,34 @@ def expand(pattern: str) -> Iterator[str]:
 
 def flatten(modules: Iterable[str]) -> dict[str, str]:
     """Return flat -> dotted; raise `ValueError` for two names that are one when flattened."""
-    found: dict[str, str] = {}
+    by_flat: dict[str, str] = {}
     for module in modules:
         flat = module.replace(".", "_")
-        if found.setdefault(flat, module) != module:
-            raise ValueError(f"{found[flat]} and {module} both become {flat}")
-    return found
+        if by_flat.setdefault(flat, module) != module:
+            raise ValueError(f"{by_flat[flat]} and {module} both become {flat}")
+    return by_flat
 
 
 def explain(flat: Iterable[str], components: Iterable[str]) -> list[tuple[Architecture, dict[str, str]]]:
     """Return each architecture that knows all of these flat names, with their dotted ones; the same reading once."""
     wanted, allowed = sorted(set(flat)), set(components)
     readings: list[tuple[Architecture, dict[str, str]]] = []
-    for one in map(get, names()):
-        if one.component in allowed and all(name in one.by_flat for name in wanted):
-            reading = {name: one.by_flat[name] for name in wanted}
-            if all((one.component, reading) != (other.component, known) for other, known in readings):
-                readings.append((one, reading))
+    for architecture in map(get, names()):
+        if architecture.component in allowed and all(name in architecture.by_flat for name in wanted):
+            reading = {name: architecture.by_flat[name] for name in wanted}
+            if all((architecture.component, reading) != (other.component, known) for other, known in readings):
+                readings.append((architecture, reading))
     return readings
 
 
 def knowing(modules: Iterable[str], components: Iterable[str]) -> list[Architecture]:
     """Return each architecture that has all of these dotted names."""
     wanted, allowed = set(modules), set(components)
-    return [one for one in map(get, names()) if one.component in allowed and wanted <= set(one.by_flat.values())]
+    return [
+        architecture
+        for architecture in map(get, names())
+        if architecture.component in allowed and wanted <= set(architecture.by_flat.values())
+    ]
 
 
 def _closing(pattern: str, at: int) -> int:

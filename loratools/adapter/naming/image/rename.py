@@ -49,28 +49,28 @@ def spelled_out(adapter: Adapter) -> Adapter:
     those of several components have the names. transformers 5 took `text_model` out; checkpoints and kohya keep it.
     """
     bare = {m for m in adapter.updates if not component(m) and not m.startswith((f"{ORIGINAL}.", "text_encoders."))}
-    found = {one.component for one in architectures.knowing(bare, _LISTED)} if bare else set()
-    prefix = f"{found.pop()}." if len(found) == 1 else ""
-    named = {prefix + module if module in bare else module: update for module, update in adapter.updates.items()}
-    named = {_CLIP.sub(r"\1.text_model.encoder.layers.", module): update for module, update in named.items()}
-    return replace(adapter, updates=named) if len(named) == len(adapter.updates) else adapter
+    components = {architecture.component for architecture in architectures.knowing(bare, _LISTED)} if bare else set()
+    prefix = f"{components.pop()}." if len(components) == 1 else ""
+    updates = {prefix + module if module in bare else module: update for module, update in adapter.updates.items()}
+    updates = {_CLIP.sub(r"\1.text_model.encoder.layers.", module): update for module, update in updates.items()}
+    return replace(adapter, updates=updates) if len(updates) == len(adapter.updates) else adapter
 
 
 def to_diffusers(adapter: Adapter, *, by: Fusing = products) -> Adapter:
     """Return the adapter with `unet.` and `transformer.` names; fused projections of Flux become single ones."""
-    found: dict[str, Update] = {}
+    updates: dict[str, Update] = {}
     original = {module.removeprefix(f"{ORIGINAL}."): update.shape for module, update in adapter.updates.items()
                 if module.startswith(f"{ORIGINAL}.")}  # fmt: skip
     flux = _flux_names.is_original(original)
     for module, update in adapter.updates.items():
         first, _, name = module.partition(".")
         if first == ORIGINAL and (sd := stable_diffusion.to_diffusers(name)):
-            found[f"unet.{sd}"] = update
+            updates[f"unet.{sd}"] = update
         elif first == ORIGINAL and flux and (place := _flux_names.to_diffusers(name)):
-            found |= _apart(module, name, update, place, by)
+            updates |= _apart(module, name, update, place, by)
         else:
-            found[module] = update
-    return replace(adapter, updates=found)
+            updates[module] = update
+    return replace(adapter, updates=updates)
 
 
 def to_original(
@@ -84,27 +84,31 @@ def to_original(
     adapter = spelled_out(adapter)
     xl = stable_diffusion.is_xl(adapter.updates) if xl is None else xl
     qwen = any(".img_mlp." in module or ".txt_mlp." in module for module in adapter.updates)
-    named = [module.removeprefix("transformer.") for module in adapter.updates if module.startswith("transformer.")]
+    transformer = [
+        module.removeprefix("transformer.") for module in adapter.updates if module.startswith("transformer.")
+    ]
     if flux is None:
-        flux = bool(named) and _flux_names.is_diffusers(named, (adapter.base.id if adapter.base else None) or "")
-    found: dict[str, Update] = {}
+        flux = bool(transformer) and _flux_names.is_diffusers(
+            transformer, (adapter.base.id if adapter.base else None) or ""
+        )
+    updates: dict[str, Update] = {}
     fused: dict[str, dict[int, tuple[str, Update]]] = defaultdict(dict)
     for module, update in adapter.updates.items():
         first, _, name = module.partition(".")
         original = _flux_names.to_original(name) if first == "transformer" and flux else None
         if first == "unet" and unet and (sd := stable_diffusion.to_original(name, xl=xl)):
-            found[f"{ORIGINAL}.{sd}"] = update
+            updates[f"{ORIGINAL}.{sd}"] = update
         elif first == "transformer" and qwen and name.startswith(_SAME) and unet:
-            found[f"{ORIGINAL}.{name}"] = update
+            updates[f"{ORIGINAL}.{name}"] = update
         elif original and original[1] is not None:
             fused[original[0]][original[1]] = module, update
         elif original:
-            found |= _renamed(module, f"{ORIGINAL}.{original[0]}", original[0], update, by)
+            updates |= _renamed(module, f"{ORIGINAL}.{original[0]}", original[0], update, by)
         else:
-            found[module] = update
+            updates[module] = update
     for name, parts in fused.items():
-        found |= _together(name, parts, by)
-    return replace(adapter, updates=found)
+        updates |= _together(name, parts, by)
+    return replace(adapter, updates=updates)
 
 
 def _apart(module: str, name: str, update: Update, place: _flux_names.Place, by: Fusing) -> dict[str, Update]:

@@ -1,0 +1,45 @@
+"""Single numbers in a file: alphas that are read, and scalings for which a file has one value only."""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from collections.abc import Iterable
+
+from loratools.errors import BadFile
+from loratools.storage import files
+from loratools.storage.lazy import LazyTensor
+
+LARGEST = 1e300
+"""No alpha or scaling of a real adapter is near it; beyond, products with it overflow."""
+
+_CODES = {"BF16": "<f", "F16": "<e", "F32": "<f", "F64": "<d", "I64": "<q", "I32": "<i"}
+
+
+def read_number(lazy: LazyTensor, name: str) -> float:
+    """Return the one number that a stored tensor holds, without torch; raise `BadFile` where it is none."""
+    if lazy.spec is None or lazy.parameters != 1 or lazy.dtype not in _CODES:
+        raise BadFile(f"{name}: expected one number, found {lazy.dtype} of shape {lazy.shape}")
+    raw = bytes(files.read_bytes(lazy.spec))
+    padding = b"\0\0" if lazy.dtype == "BF16" else b""  # the upper half of a float32
+    value = float(struct.unpack(_CODES[lazy.dtype], padding + raw)[0])
+    if not is_number(value):
+        raise BadFile(f"{name}: {value} is no alpha")
+    return value
+
+
+def is_number(value: object) -> bool:
+    """Tell whether a value of a configuration is a finite number that can be a scaling."""
+    return type(value) in (int, float) and -LARGEST < value < LARGEST  # type: ignore[operator]
+
+
+def is_float32(value: float) -> bool:
+    """Tell whether float32 has exactly this value."""
+    return abs(value) < 3e38 and struct.unpack("<f", struct.pack("<f", value))[0] == value
+
+
+def most_common(values: Iterable[float], *, smallest: bool = False) -> float:
+    """Return the most common value but zero, the largest (or the `smallest`) of equally common ones; 1 if there is none."""
+    counts = Counter(value for value in values if value)
+    sign = -1 if smallest else 1
+    return max(counts, key=lambda value: (counts[value], sign * value), default=1.0)
