@@ -29,11 +29,6 @@ def columns(lazy: LazyTensor, start: int, stop: int) -> LazyTensor:
     return lazy.map(lambda tensor: tensor[:, start:stop].contiguous(), shape)
 
 
-def reshaped(lazy: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
-    """See the same numbers in another shape."""
-    return lazy.reshaped(shape)
-
-
 def padded(lazy: LazyTensor, axis: int, size: int, *, start: int = 0) -> LazyTensor:
     """Put zeros before `start` and after the tensor along an axis, `size` in all.
 
@@ -98,7 +93,7 @@ def scaled(lazy: LazyTensor, factor: float) -> LazyTensor:
 
 
 def joined(parts: Sequence[LazyTensor], axis: int = 0) -> LazyTensor:
-    """Put tensors one after the other along an axis, in their common dtype, or else in the wider of float32, float64."""
+    """Put tensors one after the other along an axis, in their common dtype, else in float32 or float64."""
     first = parts[0]
     dtypes = {part.dtype for part in parts}
     dtype = "F64" if "F64" in dtypes else first.dtype if dtypes == {first.dtype} else "F32"

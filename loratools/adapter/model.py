@@ -24,6 +24,11 @@ class BaseIdentity:
     tensors: Mapping[str, str] = field(default_factory=dict)
     root: str | None = None
 
+    @classmethod
+    def of_name(cls, name: object) -> BaseIdentity | None:
+        """Return the identity of a base model known by name only; None where a file says no name, or an empty one."""
+        return cls(name) if isinstance(name, str) and name else None
+
     @property
     def sealed(self) -> bool:
         """Whether any digest is recorded: only then can a wrong base be told from the right one."""

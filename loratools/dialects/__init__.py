@@ -1,21 +1,31 @@
-"""The layouts of adapters in the wild, one file each, found by file name; all through the one `Adapter`.
+"""The layouts of adapter files: each is read into an `Adapter`, and written from one.
 
-A dialect is a module here with
+A dialect is a module or a package here, found by its name, with
 
     SUMMARY            what it is and who writes it, in one line
     EXTRA              the pip extra that it needs, or None
-    FILES              endings of single files that it can write, or (): it writes folders only
-    CANNOT             what no file of it can say, one phrase each; `losses` names them for an adapter
-    detect(listing)    `Evidence` that the listing is of this dialect, or None: from names, headers and small files only
-    read(listing)      the `Adapter`; every tensor accounted for, or an exception that lists all problems
+    FILES              endings of the single files that it can write; () if it writes folders only
+    CANNOT             what no file of it can say, a phrase for each; `losses` names them for an adapter
+    detect(listing)    `Evidence` that a listing is of this dialect, or None; from names, headers and small files only
+    read(listing)      the `Adapter`: every tensor becomes part of it, or an exception lists all problems
     losses(adapter)    every `Loss` that writing this adapter would mean
     write(adapter, target, force)   write the folder `target`, or a file of an ending in FILES, by `storage.atomic`
+
+The entries:
+
+    comfy       ComfyUI, ai-toolkit, musubi-tuner, BFL, XLabs        mlx         MLX-LM
+    diffusers   Hugging Face diffusers                               peft        Hugging Face PEFT
+    gguf        llama.cpp                                            tinker      Tinker, read only
+    kohya       sd-scripts and LyCORIS                               torchtune   torchtune
+    loralib     microsoft/loralib                                    _frame      what dialects are made of
+    loratools   our own format                                       megatron    Megatron-Bridge and NeMo, read only
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from importlib import import_module
+from os import PathLike
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Protocol, cast
@@ -30,7 +40,7 @@ __all__ = ["Dialect", "Evidence", "Listing", "detect", "get", "list_dialects", "
 
 
 class Dialect(Protocol):
-    """A dialect's module; see the top of this file."""
+    """A dialect's module, as the docstring of `loratools.dialects` describes it."""
 
     SUMMARY: str
     EXTRA: str | None
@@ -38,7 +48,7 @@ class Dialect(Protocol):
     CANNOT: tuple[str, ...]
 
     def detect(self, listing: Listing) -> Evidence | None:
-        """Say how sure it is that the listing is of this dialect."""
+        """Return how sure the dialect is that the listing is its own, or None."""
         ...
 
     def read(self, listing: Listing) -> Adapter:
@@ -46,21 +56,31 @@ class Dialect(Protocol):
         ...
 
     def losses(self, adapter: Adapter) -> list[Loss]:
-        """List what it cannot say of the adapter."""
+        """List what the dialect cannot say of the adapter."""
         ...
 
     def write(self, adapter: Adapter, target: Path, *, force: bool) -> None:
-        """Write what it can say of the adapter, whole or not at all."""
+        """Write what the dialect can say of the adapter, whole or not at all."""
         ...
 
 
 def names() -> tuple[str, ...]:
-    """Return the names of all dialects, sorted."""
+    """Return the names of all dialects, sorted.
+
+    >>> "peft" in names(), "_frame" in names()
+    (True, False)
+    """
     return tuple(sorted(module.name for module in iter_modules(__path__) if not module.name.startswith("_")))
 
 
 def get(name: str) -> Dialect:
-    """Return a dialect's module; raise `UnknownKind` with the list of those that exist."""
+    """Return a dialect's module.
+
+    `name` is one of `names()`. Raises `UnknownKind` with the list of them for any other name.
+
+    >>> get("gguf").FILES
+    ('.gguf',)
+    """
     if name not in names():
         raise UnknownKind(f"no dialect {name!r}; loratools knows {', '.join(names())}")
     return cast(Dialect, import_module(f"{__name__}.{name}"))
@@ -91,10 +111,10 @@ def list_dialects() -> tuple[DialectSummary, ...]:
 
 
 def detect(listing: Listing) -> tuple[str, Evidence]:
-    """Return the dialect with the best evidence, and the evidence.
+    """Return the name of the dialect with the best evidence, and the evidence.
 
-    Raises `UnknownKind` where no dialect knows the listing, or where the best two are equally sure; `BadFile` where the
-    reason is a file that cannot be opened.
+    `listing` is what lies at a path, `Listing.of(path)`. Raises `UnknownKind` where no dialect knows it, or where the
+    best two are equally sure; `BadFile` where a file that cannot be opened is the reason.
     """
     candidates = [(name, evidence) for name in names() if (evidence := get(name).detect(listing))]
     if not candidates:
@@ -112,7 +132,7 @@ def detect(listing: Listing) -> tuple[str, Evidence]:
 
 
 def open_adapter(
-    path: str | Path,
+    path: str | PathLike[str] | Adapter,
     *,
     dialect: str | None = None,
     alpha: float | None = None,
@@ -120,15 +140,30 @@ def open_adapter(
     initial: bool = False,
     enabled: tuple[bool, ...] | None = None,
 ) -> Adapter:
-    """Read an adapter from a folder or a single file, of any dialect, or of the one that is named.
+    """Read an adapter from a folder or a single file.
 
-    `alpha`, `base` and `enabled` tell what some dialects leave out: loralib records neither alpha nor which projections
-    of a MergedLinear are enabled, kohya's names need the base's. `initial` lets in what only makes sense less the
-    adapter that its training started from (PiSSA, OLoRA, CorDA), for a caller that takes that one away.
+    Reads names, dtypes and shapes; the numbers of a factor are loaded when they are asked for. Imports torch for
+    pickles only.
 
-    No factor is read: dtypes and shapes are known, the numbers are loaded when they are asked for. torch is imported
-    only for pickles. Raises `UnknownKind`, `BadFile`, `InvalidFormat` or `UnsupportedAdapter`.
+    path      folder or file; an `Adapter` is returned as it is
+    dialect   the dialect to read it as, one of `names()`; by default the one that `detect` finds
+    alpha     the alpha of training, for dialects whose files record none (loralib, torchtune, Megatron); one that is
+              given here wins over a recorded one there, and other dialects ignore it
+    base      the base model, for dialects whose names (kohya, GGUF) or row order (torchtune, GGUF, Megatron) only the
+              base explains; by default they use what the file itself says, and refuse where that is too little
+    initial   read an adapter whose training changed the base model (PiSSA, OLoRA, CorDA), which makes sense only less
+              the adapter that training started from; by default it is refused
+    enabled   which of the projections in one weight have factors, in order (loralib's MergedLinear); by default a file
+              with such a weight is refused
+
+    Raises `UnknownKind` for what no dialect reads, `BadFile` and `InvalidFormat` for what is damaged or contradicts
+    itself, `UnsupportedAdapter` for what is sound and not read; each lists all problems.
+
+        adapter = open_adapter("my-lora")
+        adapter.updates["model.layers.0.self_attn.q_proj"].rank
     """
+    if isinstance(path, Adapter):
+        return path
     listing = Listing.of(path, alpha=alpha, base=base, initial=initial, enabled=enabled)
     name, evidence = (dialect, None) if dialect else detect(listing)
     adapter = get(name).read(listing)
@@ -138,7 +173,7 @@ def open_adapter(
 
 def save_adapter(
     adapter: Adapter,
-    path: str | Path,
+    path: str | PathLike[str],
     *,
     dialect: str = "loratools",
     allow_loss: bool = False,
@@ -146,9 +181,17 @@ def save_adapter(
 ) -> list[Loss]:
     """Write an adapter in a dialect, whole or not at all; return what the dialect could not say.
 
-    A path that ends as a file of tensors does (`.safetensors`, …) becomes a single file, any other a folder. Raises
-    `LossyConversion` with every loss unless `allow_loss`, `OutputRefused` where the output exists and `force` is not
-    set, the output is also an input, or the dialect writes no such file, `NoSpace`.
+    adapter      what `open_adapter` or another function returned
+    path         the output: a single file where it ends as a file of tensors does (`.safetensors`, `.gguf`, …), else a
+                 folder
+    dialect      the dialect to write, one of `names()`; "loratools", our own format, by default
+    allow_loss   write the adapter without what the dialect cannot say; by default every loss is an error
+    force        replace an output that exists; by default it is an error
+
+    Raises `LossyConversion` with every loss; `OutputRefused` where the output exists, is also an input, or ends as no
+    file of this dialect does; `UnknownKind` for another dialect; `NoSpace` where the disk is full.
+
+        losses = save_adapter(open_adapter("my-lora"), "my-lora.gguf", dialect="gguf", allow_loss=True)
     """
     path, writer = Path(path), get(dialect)
     losses = writer.losses(adapter)

@@ -5,7 +5,7 @@
     double_blocks.0.processor.qkv_lora1.down.weight            XLabs: lora1 the image's stream, lora2 the text's
     double_blocks.0.img_attn.qkv.lora_B.bias, ….query_norm.scale        BFL's control adapters, without a component
 
-s = alpha/r, and 1 where there is no alpha. ComfyUI's own reader maps names from the base that is loaded.
+s = alpha/r, and 1 where there is no alpha. ComfyUI itself maps the names by the base that it has loaded.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from loratools.adapter import factors
 from loratools.adapter.kinds import Update
@@ -21,9 +20,11 @@ from loratools.adapter.model import Adapter, BaseIdentity, Loss
 from loratools.adapter.naming.image import rename
 from loratools.adapter.parts import MAGNITUDE, A, B
 from loratools.dialects import kohya
-from loratools.dialects._frame import build
-from loratools.dialects._frame import losses as _losses
+from loratools.dialects._frame.build import Groups, add, alpha_rule, build, check_faults, lonely_alphas
 from loratools.dialects._frame.listing import Evidence, Listing
+from loratools.dialects._frame.losses import IDENTITY, identity_losses, replacement_losses, without
+from loratools.dialects._frame.metadata import metadata_of, settings_with
+from loratools.dialects._frame.numbers import read_number
 from loratools.errors import BadFile
 from loratools.format import keys
 from loratools.storage import save
@@ -32,7 +33,7 @@ from loratools.storage.lazy import LazyTensor
 SUMMARY = "ComfyUI, ai-toolkit, musubi-tuner, BFL, XLabs: the original implementation's names (diffusion_model.…)"
 EXTRA = None
 FILES = (".safetensors",)
-CANNOT = (*_losses.IDENTITY, "tensors trained whole", "models whose original names are not known here", "biases of B")
+CANNOT = (*IDENTITY, "tensors trained whole", "models whose original names are not known here", "biases of B")
 
 _FILE = "lora.safetensors"
 _SUFFIX = re.compile(
@@ -58,7 +59,7 @@ _ENCODER = re.compile(r"text_encoders\.(\w+)\.transformer\.(.+)")
 
 def detect(listing: Listing) -> Evidence | None:
     """Look for `diffusion_model.`, for XLabs' processors, and for the names of BFL's blocks."""
-    name = _file(listing)
+    name = listing.only(*FILES)
     header = listing.header(name) if name else None
     if name is None or header is None:
         return None
@@ -69,22 +70,22 @@ def detect(listing: Listing) -> Evidence | None:
         (80, "begin with text_encoders.", _ENCODER.match),
         (65, "have names of BFL's blocks", _BARE.match),
     ):
-        if named := [tensor for tensor in names if mark(tensor)]:
-            return Evidence(score, f"{len(named)} of the tensors in {name} {what}, such as {named[0]}")
+        if marked := [tensor for tensor in names if mark(tensor)]:
+            return Evidence(score, f"{len(marked)} of the tensors in {name} {what}, such as {marked[0]}")
     return None
 
 
 def read(listing: Listing) -> Adapter:
     """Read an adapter; modules keep the original's names, behind `diffusion_model.`.
 
-    Raises `BadFile` with all names that are none of this dialect's, `UnsupportedAdapter` for kinds that no one claims.
+    Raises `BadFile` with all names that this dialect does not have, `UnsupportedAdapter` for parts of no known kind.
     """
-    name = _file(listing)
+    name = listing.only(*FILES)
     if name is None:
         raise BadFile(f"{listing.path}: expected one safetensors file in this folder")
     tensors = listing.tensors(name)
     flux = any(".double_blocks." in f".{tensor}" for tensor in tensors)
-    groups: build.Groups = {}
+    groups: Groups = {}
     alphas: dict[str, float] = {}
     whole: dict[str, LazyTensor] = {}
     faults: list[str] = []
@@ -93,73 +94,59 @@ def read(listing: Listing) -> Adapter:
         if match := _XLABS.fullmatch(tensor):
             kind, number, what, stream, side = match.groups()
             module = f"{rename.ORIGINAL}.{kind}_blocks.{number}.{_XLABS_NAMES[what + stream]}"
-            build.add(groups, module, A if side == "down" else B, lazy, tensor, faults)
+            add(groups, module, A if side == "down" else B, lazy, tensor, faults)
             short |= {module} if kind == "single" and what == "qkv" else set()
         elif match := _SUFFIX.fullmatch(tensor):
             module, part = _module(match["module"], flux), match["part"].replace(".default", "")
             if part == "alpha":
-                alphas[module] = build.number(lazy, f"{listing.folder / name}: {tensor}")
+                alphas[module] = read_number(lazy, f"{listing.folder / name}: {tensor}")
             else:
-                build.add(groups, module, _PARTS.get(part, part), lazy, tensor, faults)
+                add(groups, module, _PARTS.get(part, part), lazy, tensor, faults)
         elif tensor.endswith("_norm.scale"):
             whole[_module(tensor, flux)] = lazy
         else:
             faults.append(f"{tensor}: no name that this dialect gives to a part of an adapter")
-    faults += [f"{module}: an alpha without factors" for module in sorted(alphas.keys() - groups.keys())]
-    if faults:
-        raise BadFile(f"{listing.path}: {len(faults)} problem(s) in this adapter", faults)
+    faults += lonely_alphas(alphas, groups)
+    check_faults(listing.path, faults)
     for module in short:
         groups[module] = _into_linear1(groups[module])
-
-    def rule(module: str, rank: int) -> tuple[float, float]:
-        alpha = alphas.get(module, float(rank or 1))
-        return alpha / (rank or 1), alpha
-
-    built = build.build(listing.path, {module: kohya.to_peft(parts) for module, parts in groups.items()}, rule)
+    canonical = {module: kohya.to_peft(parts) for module, parts in groups.items()}
+    updates = build(listing.path, canonical, alpha_rule(alphas))
     header = listing.header(name)
-    metadata = {key: value for key, value in header.metadata.items() if key != "format"} if header else {}
-    trained_on = metadata.get("ss_base_model")
-    base = BaseIdentity(trained_on) if trained_on else None
-    return Adapter(built, whole, base, dialect="comfy", settings={"metadata": metadata} if metadata else {})
+    metadata = header.metadata if header else {}
+    base = BaseIdentity.of_name(metadata.get("ss_base_model"))
+    settings = settings_with(metadata, lambda key: key != "format")
+    return Adapter(updates, whole, base, dialect="comfy", settings=settings)
 
 
 def losses(adapter: Adapter) -> list[Loss]:
-    """List the modules that no original implementation known here has, and parts that ComfyUI does not read."""
+    """List modules without a known name in an original implementation, and parts that ComfyUI does not read."""
     adapter = rename.to_original(adapter)
-    losses_of_modules = []
+    lost = []
     for module, update in adapter.updates.items():
         foreign = sorted(part for part in update.parts if part in keys.PARTS and part not in (A, B, MAGNITUDE))
         unread = None if update.kind in _KINDS else f"updates of kind {update.kind}"
         if _name(module) is None:
-            losses_of_modules.append(Loss(module, "its name in the original implementation is not known"))
+            lost.append(Loss(module, "its name in the original implementation is not known"))
         elif foreign or unread:
-            losses_of_modules.append(Loss(module, f"ComfyUI has no {', '.join(foreign) or unread}"))
-    return losses_of_modules + _losses.replacements(adapter, "ComfyUI") + _losses.identity(adapter)
+            lost.append(Loss(module, f"ComfyUI has no {', '.join(foreign) or unread}"))
+    return lost + replacement_losses(adapter, "ComfyUI") + identity_losses(adapter)
 
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     """Write `lora_A` and `lora_B` under the original's names, with an alpha wherever the scaling is not 1."""
-    lost = losses(adapter)
-    adapter = _losses.kept(rename.to_original(adapter), lost)
+    adapter = without(rename.to_original(adapter), losses(adapter))
     tensors: dict[str, LazyTensor] = {}
     for module, update in adapter.updates.items():
         tensors |= {f"{_name(module)}.{suffix}": lazy for suffix, lazy in _of_peft(update).items()}
-    metadata_read: Any = adapter.settings.get("metadata")
-    metadata = {"format": "pt"} | (
-        {str(k): str(v) for k, v in metadata_read.items()} if isinstance(metadata_read, Mapping) else {}
-    )
+    metadata = {"format": "pt", **metadata_of(adapter)}
     if adapter.base and adapter.base.id:
         metadata.setdefault("ss_base_model", adapter.base.id)
     save.save(target, _FILE, tensors, metadata, force=force)
 
 
-def _file(listing: Listing) -> str | None:
-    found = [name for name in listing.files if name.endswith(".safetensors")]
-    return found[0] if len(found) == 1 else None
-
-
 def _module(name: str, flux: bool) -> str:
-    """Return the module's name in an adapter: text encoders as diffusers calls them, the rest as it is."""
+    """Return the module's name in an `Adapter`: diffusers' for text encoders, else the one in the file."""
     if match := _ENCODER.fullmatch(name):
         if match[1] in _ENCODERS:
             encoder = "text_encoder_2" if flux and match[1] == "t5xxl" else _ENCODERS[match[1]]
@@ -179,6 +166,7 @@ def _name(module: str) -> str | None:
 
 
 def _of_peft(update: Update) -> dict[str, LazyTensor]:
+    """Return an update's tensors by this dialect's suffixes."""
     tensors = kohya.of_peft(update)
     names = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
     needed = kohya.alpha_of(update) != update.rank
@@ -186,7 +174,7 @@ def _of_peft(update: Update) -> dict[str, LazyTensor]:
 
 
 def _into_linear1(parts: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Return XLabs' q, k, v of a single block as an update of linear1, whose rows go on with the MLP's: zeros."""
+    """Return XLabs' q, k, v of a single block as an update of linear1, with zeros for the rows of the MLP in it."""
     b = parts.get(B)
     if b is None or b.shape[0] % 3:
         return dict(parts)

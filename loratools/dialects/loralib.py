@@ -4,25 +4,38 @@
     lora_A (g·r, in)      lora_B (g·out/n, r)     MergedLinear: g of n projections; block i is B_i·A_i
     lora_A (r·k, in·k)    lora_B (out·k, r·k)     Conv2d with kernel k: (B·A).view(out, in, k, k)
 
-s = alpha/r (loralib 0.1.2). Neither alpha nor which projections are enabled is in the file: both must be told.
+s = alpha/r (loralib 0.1.2). The file holds neither alpha nor which projections are enabled: the user must say both.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratools.adapter import factors
 from loratools.adapter.model import Adapter, Loss
 from loratools.adapter.parts import A_EMBEDDING, B_EMBEDDING, A, B
-from loratools.dialects._frame import build, pickles
+from loratools.dialects._frame import pickles
+from loratools.dialects._frame.build import Groups, build, check_faults, check_gathered, is_embedding
 from loratools.dialects._frame.listing import Evidence, Listing
-from loratools.dialects._frame.losses import IDENTITY, identity, kept, replacements, updates
+from loratools.dialects._frame.losses import (
+    IDENTITY,
+    identity_losses,
+    name_losses,
+    replacement_losses,
+    update_losses,
+    without,
+)
+from loratools.dialects._frame.numbers import most_common
 from loratools.errors import BadFile, UnsupportedAdapter
+from loratools.storage.header import TensorSpec
 from loratools.storage.lazy import LazyTensor
 from loratools.storage.pickles.archive import SUFFIXES
+
+if TYPE_CHECKING:
+    import torch
 
 SUMMARY = "microsoft/loralib: a state dict of lora_A and lora_B; alpha must be told (--alpha)"
 EXTRA = None
@@ -35,28 +48,24 @@ _FILE = "lora.pt"
 
 def detect(listing: Listing) -> Evidence | None:
     """Look for names that end in `lora_A` and `lora_B`."""
-    factors_found = [name for name in pickles.names(listing) if _NAME.fullmatch(name)]
-    if not factors_found:
-        return None
-    return Evidence(
-        70, f"{len(factors_found)} of the tensors in {pickles.file_of(listing)} are called as {factors_found[0]}"
-    )
+    return pickles.evidence(listing, 70, _NAME.fullmatch)
 
 
 def read(listing: Listing) -> Adapter:
-    """Read an adapter with the alpha that was told; biases take the place of the base's.
+    """Read an adapter with the user's alpha; its biases take the place of the base's.
 
-    Raises `UnsupportedAdapter` where alpha, or what a MergedLinear enables, is not told, and where the base's weights
-    are there too: saved in eval mode they contain ΔW already; `BadFile` for all that does not fit together.
+    Raises `UnsupportedAdapter` without an alpha, without the enabled projections of a MergedLinear, and for a file that
+    also holds weights of the base, which contain ΔW already when they were saved in eval mode. Raises `BadFile` for all
+    that does not fit together.
     """
     name = pickles.file_of(listing)
     if name is None:
         raise BadFile(f"{listing.path}: expected one file of torch.save")
-    factors_of: build.Groups = {}
+    factors_of: Groups = {}
     biases: dict[str, LazyTensor] = {}
     weights = []
     tensors = listing.tensors(name)
-    build.check_gathered(listing.path, tensors)
+    check_gathered(listing.path, tensors)
     for tensor, lazy in tensors.items():
         if match := _NAME.fullmatch(tensor):
             factors_of.setdefault(match[1], {})[match[2]] = lazy
@@ -75,7 +84,7 @@ def read(listing: Listing) -> Adapter:
             f"{listing.path}: loralib's files do not record alpha, and without it the scaling is unknown",
             hint="Give the lora_alpha that it was trained with: --alpha NUMBER.",
         )
-    alpha, groups, ranks, faults, untold = listing.alpha, {}, {}, [], []
+    alpha, groups, ranks, faults, unknown = listing.alpha, {}, {}, [], []
     for module, parts in factors_of.items():
         if missing := sorted({"lora_A", "lora_B"} - parts.keys()):
             faults.append(f"{module}.{missing[0]}: missing, while its partner is there")
@@ -83,36 +92,32 @@ def read(listing: Listing) -> Adapter:
         try:
             groups[module], ranks[module] = _to_peft(module, parts["lora_A"], parts["lora_B"], listing)
         except LookupError as error:
-            untold.append(f"{module}: {error.args[0]}")
+            unknown.append(f"{module}: {error.args[0]}")
         except ValueError as error:
             faults.append(f"{module}: {error}")
-    if faults:
-        raise BadFile(f"{listing.path}: {len(faults)} problem(s) in this adapter", faults)
-    if untold:
+    check_faults(listing.path, faults)
+    if unknown:
         hint = "Say which are: --enable-lora T,F,T for query and value of a query-key-value weight."
-        raise UnsupportedAdapter(f"{listing.path}: which projections are enabled is not recorded", untold, hint=hint)
-    built = build.build(listing.path, groups, lambda module, rank: _rule(alpha, ranks[module], rank))
-    return Adapter(built, biases, dialect="loralib")
+        raise UnsupportedAdapter(f"{listing.path}: which projections are enabled is not recorded", unknown, hint=hint)
+    # The rank of the factors as built is g·r or r·k; with loralib's r, s = alpha/r.
+    updates = build(listing.path, groups, lambda module, rank: (alpha / ranks[module], alpha * rank / ranks[module]))
+    return Adapter(updates, biases, dialect="loralib")
 
 
 def losses(adapter: Adapter) -> list[Loss]:
-    """List what loralib has no place for; alpha always is a loss, and the line says which one to tell the reader."""
-    lost = updates(adapter, "loralib", ("lora", "embedding"), (A, B, A_EMBEDDING, B_EMBEDDING))
-    for module, update in kept(adapter, lost).updates.items():
-        if (A_EMBEDDING in update.parts) != (module.rpartition(".")[2] in build.EMBEDDINGS):
+    """List what loralib has no place for. Alpha always is a loss, and its line says which alpha to read it with."""
+    lost = update_losses(adapter, "loralib", ("lora", "embedding"), (A, B, A_EMBEDDING, B_EMBEDDING))
+    for module, update in without(adapter, lost).updates.items():
+        if (A_EMBEDDING in update.parts) != is_embedding(module):
             lost.append(Loss(module, "its name does not show whether it is an embedding"))
-    lost += [loss for loss in replacements(adapter, "loralib") if not loss.where.endswith("bias")]
-    if adapter.base and adapter.base.id:
-        lost.append(Loss("base model", f"its name, {adapter.base.id}"))
-    lost.append(
-        Loss("alpha", f"loralib's files do not record it; read this one again with --alpha {_alpha(adapter):g}")
-    )
-    return lost + identity(adapter)
+    lost += [loss for loss in replacement_losses(adapter, "loralib") if not loss.where.endswith("bias")]
+    alpha = Loss("alpha", f"loralib's files do not record it; read this one again with --alpha {_alpha(adapter):g}")
+    return [*lost, *name_losses(adapter), alpha, *identity_losses(adapter)]
 
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
-    """Write the state dict; what s·r has beyond the most common one goes into B."""
-    adapter = kept(adapter, losses(adapter))
+    """Write the state dict. The file has one alpha, the most common s·r; B takes the ratio to it."""
+    adapter = without(adapter, losses(adapter))
     alpha = _alpha(adapter)
     tensors = dict(adapter.replacements)
     for module, update in adapter.updates.items():
@@ -124,17 +129,14 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
 
 def _alpha(adapter: Adapter) -> float:
     """Return the most common s·r."""
-    counts = Counter(update.scaling * update.rank for update in adapter.updates.values() if update.scaling)
-    return max(counts, key=lambda value: (counts[value], value), default=1.0)
-
-
-def _rule(alpha: float, r: int, rank: int) -> tuple[float, float]:
-    """Return s = alpha/r with loralib's r, and the alpha that gives it with the rank of the factors as built."""
-    return alpha / r, alpha * rank / r
+    return most_common(update.scaling * update.rank for update in adapter.updates.values())
 
 
 def _to_peft(module: str, a: LazyTensor, b: LazyTensor, listing: Listing) -> tuple[dict[str, LazyTensor], int]:
-    """Return PEFT's parts, and loralib's r. Raises `LookupError` for a MergedLinear that is not explained."""
+    """Return PEFT's parts, and loralib's r.
+
+    Raises `ValueError` for factors that do not fit, `LookupError` for a MergedLinear without its enabled projections.
+    """
     if len(a.shape) != 2 or len(b.shape) != 2 or 0 in a.shape + b.shape or a.shape[0] % b.shape[1]:
         raise ValueError(f"lora_A {a.shape} and lora_B {b.shape} do not share a rank")
     groups, r = a.shape[0] // b.shape[1], b.shape[1]
@@ -143,7 +145,7 @@ def _to_peft(module: str, a: LazyTensor, b: LazyTensor, listing: Listing) -> tup
     shape = _shape(module, listing)
     if len(shape) == 4:
         return _conv(a, b, shape), r // shape[-1]
-    embedding = module.rpartition(".")[2] in build.EMBEDDINGS
+    embedding = is_embedding(module)
     if shape and shape[0] != shape[1]:
         embedding = shape == (a.shape[1], b.shape[0])
     return ({A_EMBEDDING: a, B_EMBEDDING: b} if embedding else {A: a, B: b}), r
@@ -151,11 +153,9 @@ def _to_peft(module: str, a: LazyTensor, b: LazyTensor, listing: Listing) -> tup
 
 def _shape(module: str, listing: Listing) -> tuple[int, ...]:
     """Return the shape of the base's weight, or () where it is not known."""
-    specs: Mapping[str, object] = listing.base.specs if listing.base else {}
-    for name in (f"{module}.weight", f"{module}.conv.weight"):
-        if name in specs:
-            return tuple(getattr(specs[name], "shape", ()))
-    return ()
+    specs: Mapping[str, TensorSpec] = listing.base.specs if listing.base else {}
+    names = (f"{module}.weight", f"{module}.conv.weight")
+    return next((specs[name].shape for name in names if name in specs), ())
 
 
 def _placed(b: LazyTensor, groups: int, r: int, enabled: tuple[bool, ...] | None) -> LazyTensor:
@@ -166,42 +166,35 @@ def _placed(b: LazyTensor, groups: int, r: int, enabled: tuple[bool, ...] | None
     size = b.shape[0] // groups
     shape = (size * len(enabled), groups * r)
 
-    def change(tensor: object) -> object:
-        import torch
-
-        assert isinstance(tensor, torch.Tensor)
+    def change(tensor: torch.Tensor) -> torch.Tensor:
         grown = tensor.new_zeros(shape)
         for i, place in enumerate(place for place, on in enumerate(enabled) if on):
             grown[place * size : (place + 1) * size, i * r : (i + 1) * r] = tensor[i * size : (i + 1) * size]
         return grown
 
-    return b.map(change, shape)  # type: ignore[arg-type]
+    return b.map(change, shape)
 
 
 def _conv(a: LazyTensor, b: LazyTensor, shape: tuple[int, ...]) -> dict[str, LazyTensor]:
-    """Return the factors of a convolution with the same ΔW, k times as many.
+    """Return PEFT's factors of a convolution, of k times the rank, with the same ΔW.
 
-    Row o·k + j of B·A is row j of the slice of output o, seen as (k, in·k): so B' = [B_0 … B_{k-1}] side by side, B_j
-    the rows of that j, and A' = diag(A, …, A).
+    Row o·k + j of B·A is row j of the kernels of output o, seen as (k, in·k). So B' = [B_0 … B_{k-1}] side by side,
+    where B_j holds the rows of that j, and A' = diag(A, …, A).
     """
     out, inputs, k, _ = shape
     if a.shape[1] != inputs * k or b.shape[0] != out * k or shape[2] != shape[3]:
         raise ValueError(f"lora_A {a.shape} and lora_B {b.shape} do not fit a convolution of shape {shape} (one group)")
     rank = a.shape[0]
 
-    def down(tensor: object) -> object:
+    def down(tensor: torch.Tensor) -> torch.Tensor:
         import torch
 
-        assert isinstance(tensor, torch.Tensor)
         return torch.kron(torch.eye(k, dtype=tensor.dtype), tensor).reshape(k * rank, inputs, k, k)
 
-    def up(tensor: object) -> object:
-        import torch
-
-        assert isinstance(tensor, torch.Tensor)
+    def up(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.reshape(out, k * rank, 1, 1).contiguous()
 
     return {
-        A: a.map(down, (k * rank, inputs, k, k)),  # type: ignore[arg-type]
-        B: b.map(up, (out, k * rank, 1, 1)),  # type: ignore[arg-type]
+        A: a.map(down, (k * rank, inputs, k, k)),
+        B: b.map(up, (out, k * rank, 1, 1)),
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from loratools.adapter.model import Adapter, Loss
 from loratools.dialects._frame.listing import Evidence, Listing
-from loratools.dialects._frame.losses import copies, replication
+from loratools.dialects._frame.losses import copy_losses, replication_losses
 
 SUMMARY = "the loratools format 1.0: what PEFT reads, plus a manifest with scaling, base hash and provenance"
 EXTRA = None
@@ -33,21 +33,18 @@ def read(listing: Listing) -> Adapter:
 
 
 def losses(adapter: Adapter) -> list[Loss]:
-    """List the updates whose kind the format does not register, and copies of base tensors that were not compared.
+    """List updates of unregistered kinds, copies of base tensors that no one compared, and repeated layers.
 
-    All else that an `Adapter` holds, the format holds.
+    The format holds all else that an `Adapter` holds.
     """
     from loratools.format.registry import KINDS
 
-    return (
-        [
-            Loss(module, f"the format registers no kind {update.kind!r}")
-            for module, update in adapter.updates.items()
-            if update.kind not in KINDS
-        ]
-        + copies(adapter)
-        + replication(adapter)
-    )
+    kinds = [
+        Loss(module, f"the format registers no kind {update.kind!r}")
+        for module, update in adapter.updates.items()
+        if update.kind not in KINDS
+    ]
+    return [*kinds, *copy_losses(adapter), *replication_losses(adapter)]
 
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:

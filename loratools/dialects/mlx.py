@@ -1,19 +1,18 @@
-"""MLX-LM: `adapters.safetensors` with factors the other way round, and a scale that is applied as it stands.
+"""MLX-LM: `adapters.safetensors` with transposed factors, and a scale that is the scaling itself.
 
     lora_a (in, r)     lora_b (r, out)     ΔW = scale·(lora_a·lora_b)ᵀ
     lora_a (V, r)      lora_b (r, d)       an embedding: the same without the transpose
     lora_a (E, r, in)  lora_b (E, out, r)  a switch layer, the experts of one projection stacked
     m (out,)                               DoRA's magnitude
 
-`adapter_config.json` is the trainer's whole command line; `lora_parameters.scale` is the scaling itself and an `alpha`
-beside it means nothing (mlx-lm 0.32, `mlx_lm/tuner/utils.py`). PEFT's file of that name has `peft_type`.
+`adapter_config.json` is the trainer's whole command line; its `lora_parameters.scale` counts, and mlx-lm ignores an
+`alpha` beside it (mlx-lm 0.32, `mlx_lm/tuner/utils.py`). PEFT's file of that name has `peft_type`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,10 @@ from loratools.adapter import factors
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, BaseIdentity, Loss
 from loratools.adapter.parts import A_EMBEDDING, B_EMBEDDING, MAGNITUDE, A, B
-from loratools.dialects._frame import build
-from loratools.dialects._frame import losses as _losses
+from loratools.dialects._frame.build import Groups, build, check_faults, check_gathered, check_read, is_embedding
 from loratools.dialects._frame.listing import Evidence, Listing
+from loratools.dialects._frame.losses import IDENTITY, identity_losses, replacement_losses, update_losses, without
+from loratools.dialects._frame.numbers import is_number, most_common
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.storage import save
 from loratools.storage.lazy import LazyTensor
@@ -32,7 +32,7 @@ from loratools.storage.lazy import LazyTensor
 SUMMARY = "MLX-LM: adapters.safetensors (lora_a, lora_b) beside an adapter_config.json with lora_parameters"
 EXTRA = None
 FILES = ()
-CANNOT = (*_losses.IDENTITY, "DoRA on embeddings, and on some modules only", "convolutions", "biases of B")
+CANNOT = (*IDENTITY, "DoRA on embeddings, and on some modules only", "convolutions", "biases of B")
 
 _CONFIG, _FILE = "adapter_config.json", "adapters.safetensors"
 _NAME = re.compile(r"(.+)\.(lora_a|lora_b|m)")
@@ -46,10 +46,10 @@ def detect(listing: Listing) -> Evidence | None:
     header = listing.header(name) if name else None
     if header is None:
         return None
-    factors_found = sum(1 for tensor in header.tensors if tensor.endswith((".lora_a", ".lora_b")))
-    if not factors_found:
+    count = sum(1 for tensor in header.tensors if tensor.endswith((".lora_a", ".lora_b")))
+    if not count:
         return None
-    seen = f"{factors_found} of the tensors in {name} end in lora_a or lora_b"
+    seen = f"{count} of the tensors in {name} end in lora_a or lora_b"
     config = listing.json(_CONFIG) or {}
     if "lora_parameters" in config:
         return Evidence(90, f"{_CONFIG} has lora_parameters, and {seen}")
@@ -59,8 +59,8 @@ def detect(listing: Listing) -> Evidence | None:
 def read(listing: Listing) -> Adapter:
     """Read an adapter; the scaling of every module is `lora_parameters.scale`, alpha is scale·r.
 
-    Raises `BadFile` for a missing or wrong config and for names that are none of mlx-lm's, `UnsupportedAdapter` for
-    whole fine-tunes and for DoRA on embeddings, which divides by a norm that PEFT's DoRA does not.
+    Raises `BadFile` for a missing or wrong config and for names that mlx-lm does not write, `UnsupportedAdapter` for
+    whole fine-tunes, and for DoRA on embeddings, which divides by another norm than PEFT's.
     """
     name, path = _file(listing), listing.folder / _CONFIG
     config = listing.json(_CONFIG)
@@ -69,71 +69,62 @@ def read(listing: Listing) -> Adapter:
     if config.get("fine_tune_type") == "full":
         raise UnsupportedAdapter(f"{path}: fine_tune_type is full: whole weights, no adapter")
     scale = _scale(config, path)
-    groups: build.Groups = {}
+    groups: Groups = {}
     faults: list[str] = []
     tensors = listing.tensors(name)
-    build.check_gathered(listing.path, tensors)
+    check_gathered(listing.path, tensors)
     for tensor, lazy in tensors.items():
         if match := _NAME.fullmatch(tensor):
             groups.setdefault(match[1], {})[match[2]] = lazy
         else:
             faults.append(f"{tensor}: expected a name that ends in .lora_a, .lora_b or .m")
-    canonical: build.Groups = {}
+    canonical: Groups = {}
     for module, parts in groups.items():
         try:
             canonical |= _to_peft(module, parts)
         except ValueError as error:
             faults.append(f"{module}: {error}")
-    if faults:
-        raise BadFile(f"{listing.path}: {len(faults)} problem(s) in this adapter", faults)
+    check_faults(listing.path, faults)
     odd = [module for module, parts in canonical.items() if MAGNITUDE in parts and A_EMBEDDING in parts]
-    if odd:
-        why = "DoRA on an embedding has a magnitude for each token in mlx-lm, one for each dimension in PEFT"
-        raise UnsupportedAdapter(f"{listing.path}: it holds what loratools does not read", [f"{odd[0]}: {why}"])
-    built = build.build(listing.path, canonical, lambda _, rank: (scale, scale * rank))
-    model = config.get("model")
-    base = BaseIdentity(model) if isinstance(model, str) and model else None
-    return Adapter(built, base=base, dialect="mlx")
+    why = "DoRA on an embedding has a magnitude for each token in mlx-lm, one for each dimension in PEFT"
+    check_read(listing.path, [f"{module}: {why}" for module in odd[:1]])
+    updates = build(listing.path, canonical, lambda _, rank: (scale, scale * rank))
+    return Adapter(updates, base=BaseIdentity.of_name(config.get("model")), dialect="mlx")
 
 
 def losses(adapter: Adapter) -> list[Loss]:
     """List what mlx-lm has no place for; ranks and scalings that differ are made equal without changing any ΔW."""
-    lost_here = _losses.updates(
-        adapter, "mlx-lm", ("lora", "embedding", "dora"), (A, B, A_EMBEDDING, B_EMBEDDING, MAGNITUDE)
-    )
-    unsayable = {loss.where for loss in lost_here}
-    sayable = {module: update for module, update in adapter.updates.items() if module not in unsayable}
+    parts = (A, B, A_EMBEDDING, B_EMBEDDING, MAGNITUDE)
+    lost = update_losses(adapter, "mlx-lm", ("lora", "embedding", "dora"), parts)
+    sayable = without(adapter, lost).updates
+    complete = _complete(sayable)
     dora = {module for module, update in sayable.items() if MAGNITUDE in update.parts}
     for module in sorted(sayable):
         if module in dora and A_EMBEDDING in sayable[module].parts:
-            lost_here.append(
-                Loss(module, "mlx-lm's DoRA of an embedding has a magnitude for each token, not dimension")
-            )
+            lost.append(Loss(module, "mlx-lm's DoRA of an embedding has a magnitude for each token, not dimension"))
         elif dora and module not in dora:
-            lost_here.append(Loss(module, "it has no magnitude, and mlx-lm's dora is one switch for all modules"))
-        elif (stack := _stack(module)) and not _complete(stack[0], sayable):
-            lost_here.append(Loss(module, f"not all experts of {stack[0]} have an update of one shape"))
-        elif A_EMBEDDING in sayable[module].parts and module.rpartition(".")[2] not in build.EMBEDDINGS:
-            lost_here.append(Loss(module, "an embedding that its name does not show to be one"))
-    return lost_here + _losses.replacements(adapter, "mlx-lm") + _losses.identity(adapter)
+            lost.append(Loss(module, "it has no magnitude, and mlx-lm's dora is one switch for all modules"))
+        elif (stack := _stack(module)) and stack[0] not in complete:
+            lost.append(Loss(module, f"not all experts of {stack[0]} have an update of one shape"))
+        elif A_EMBEDDING in sayable[module].parts and not is_embedding(module):
+            lost.append(Loss(module, "an embedding that its name does not show to be one"))
+    return lost + replacement_losses(adapter, "mlx-lm") + identity_losses(adapter)
 
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     """Write `adapters.safetensors` and its `adapter_config.json`.
 
-    mlx-lm has one rank and one scale: smaller ranks are padded with zeros, and what a scaling has beyond the most
-    common one goes into lora_b (in float32, unless it is a power of two).
+    mlx-lm has one rank, the largest here, and one scale, the most common here. Zeros fill up smaller ranks, and lora_b
+    takes the ratio of another scaling to the scale (in float32, unless it is a power of two).
     """
-    adapter = _losses.kept(adapter, losses(adapter))
+    adapter = without(adapter, losses(adapter))
     updates = adapter.updates
     rank = max((update.rank for update in updates.values()), default=8)
-    counts = Counter(update.scaling for update in updates.values() if update.scaling)
-    scale = min(counts, key=lambda value: (-counts[value], value), default=1.0)
-    groups = {module: _of_peft(update, rank, scale) for module, update in updates.items()}
-    groups = _stacked(groups)
+    scale = most_common((update.scaling for update in updates.values()), smallest=True)
+    groups = _stacked({module: _of_peft(update, rank, scale) for module, update in updates.items()})
     config: dict[str, Any] = {
         "fine_tune_type": "dora" if any("m" in parts for parts in groups.values()) else "lora",
-        # No suffix of a name is a target: each key below is a module's whole name, which mlx-lm looks up by itself.
+        # mlx-lm counts layers for keys that are suffixes; the keys below are whole names, which it looks up.
         "num_layers": -1,
         "lora_parameters": {"keys": sorted(groups), "rank": rank, "scale": scale, "dropout": 0.0},
     }
@@ -153,12 +144,12 @@ def _file(listing: Listing) -> str | None:
 def _scale(config: Mapping[str, Any], path: Path) -> float:
     parameters = config.get("lora_parameters")
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
-    if type(scale) not in (int, float) or not -1e300 < scale < 1e300:  # type: ignore[operator]
+    if not is_number(scale):
         raise BadFile(f"{path}: lora_parameters.scale: expected a number, found {scale!r}")
     return float(scale)  # type: ignore[arg-type]
 
 
-def _to_peft(module: str, parts: Mapping[str, LazyTensor]) -> build.Groups:
+def _to_peft(module: str, parts: Mapping[str, LazyTensor]) -> Groups:
     """Return PEFT's parts of a module, or of each expert in it."""
     missing = sorted({"lora_a", "lora_b"} - parts.keys())
     if missing:
@@ -170,12 +161,12 @@ def _to_peft(module: str, parts: Mapping[str, LazyTensor]) -> build.Groups:
     if dimensions != (2, 2):
         raise ValueError(f"lora_a {a.shape} and lora_b {b.shape}: expected (in, r) and (r, out)")
     a, b = factors.turned(a), factors.turned(b)
-    names = (A_EMBEDDING, B_EMBEDDING) if module.rpartition(".")[2] in build.EMBEDDINGS else (A, B)
+    names = (A_EMBEDDING, B_EMBEDDING) if is_embedding(module) else (A, B)
     converted = {names[0]: a, names[1]: b}
     return {module: converted | ({MAGNITUDE: parts["m"]} if "m" in parts else {})}
 
 
-def _experts(module: str, a: LazyTensor, b: LazyTensor) -> build.Groups:
+def _experts(module: str, a: LazyTensor, b: LazyTensor) -> Groups:
     match = _SWITCH.fullmatch(module)
     if match is None or a.shape[0] != b.shape[0]:
         raise ValueError(f"lora_a {a.shape} and lora_b {b.shape} are no stacked experts of a switch_mlp")
@@ -203,16 +194,23 @@ def _stack(module: str) -> tuple[str, int] | None:
     return (f"{match[1]}.switch_mlp.{match[3]}", int(match[2])) if match else None
 
 
-def _complete(stack: str, updates: Mapping[str, Update]) -> bool:
-    """Tell whether a switch layer's experts are all there, plain, and of one shape."""
-    experts = {at[1]: update for module, update in updates.items() if (at := _stack(module)) and at[0] == stack}
-    alike = {(update.kind, update.shape) for update in experts.values()}
-    return sorted(experts) == list(range(len(experts))) and len(alike) == 1 and next(iter(alike))[0] == "lora"
+def _complete(updates: Mapping[str, Update]) -> set[str]:
+    """Return the switch layers whose experts all have an update, plain and of one shape."""
+    stacks: dict[str, dict[int, Update]] = {}
+    for module, update in updates.items():
+        if at := _stack(module):
+            stacks.setdefault(at[0], {})[at[1]] = update
+    return {
+        stack
+        for stack, experts in stacks.items()
+        if sorted(experts) == list(range(len(experts)))
+        and {(update.kind, update.shape) for update in experts.values()} == {("lora", experts[0].shape)}
+    }
 
 
-def _stacked(groups: Mapping[str, dict[str, LazyTensor]]) -> build.Groups:
+def _stacked(groups: Mapping[str, dict[str, LazyTensor]]) -> Groups:
     """Put the experts of one projection together, as mlx-lm's models hold them."""
-    stacked: build.Groups = {}
+    stacked: Groups = {}
     experts: dict[str, dict[int, dict[str, LazyTensor]]] = {}
     for module, parts in groups.items():
         if at := _stack(module):

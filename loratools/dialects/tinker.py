@@ -1,10 +1,10 @@
 """Tinker (Thinking Machines): PEFT's files with names of its own for the head and for experts. Read only.
 
-    ….mlp.experts.w1.lora_A.weight (E or 1, r, in)   ….lora_B.weight (E or 1, out, r)   one of them may be shared by all
+    ….mlp.experts.w1.lora_A.weight (E or 1, r, in)   ….lora_B.weight (E or 1, out, r)   all experts may share one factor
     model.unembed_tokens                              lm_head
 
 w1, w3, w2 are gate, up, down; where w3 is empty (Nemotron has no gate) w1 is up. s = lora_alpha/r of the config
-(tinker-cookbook 0.6.1, `weights/_adapter.py`). What it exports for serving is plain PEFT; so can it be written here.
+(tinker-cookbook 0.6.1, `weights/_adapter.py`). Tinker serves plain PEFT, which the dialect `peft` writes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from loratools.adapter import factors
 from loratools.adapter.model import Adapter, BaseIdentity, Loss
 from loratools.adapter.parts import A, B
-from loratools.dialects._frame import build
+from loratools.dialects._frame.build import Groups, build, check_faults
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.format import keys
@@ -44,15 +44,16 @@ def detect(listing: Listing) -> Evidence | None:
 
 
 def read(listing: Listing) -> Adapter:
-    """Read an adapter, experts one by one under transformers' names.
+    """Read an adapter, with each expert of a stack under transformers' name of it.
 
-    Raises `BadFile` for names that are none of PEFT's, factors without a partner, experts of different numbers.
+    Raises `BadFile` for a config without r and lora_alpha, for names that Tinker does not write, for a factor without
+    its partner, and for factors of different numbers of experts.
     """
     config = listing.json(_CONFIG) or {}
     alpha, r = config.get("lora_alpha"), config.get("r")
     if type(alpha) not in (int, float) or type(r) is not int or r < 1:
         raise BadFile(f"{listing.folder / _CONFIG}: expected numbers r and lora_alpha, found {r!r} and {alpha!r}")
-    factors_of: build.Groups = {}
+    factors_of: Groups = {}
     faults = []
     for tensor, lazy in listing.tensors(_FILE).items():
         split = keys.split(tensor)
@@ -60,22 +61,20 @@ def read(listing: Listing) -> Adapter:
             faults.append(f"{tensor}: no factor that Tinker writes")
         else:
             factors_of.setdefault(split[0], {})[split[1]] = lazy
-    groups: build.Groups = {}
+    groups: Groups = {}
     for module, parts in factors_of.items():
         try:
             groups |= _modules(module, parts, factors_of)
         except ValueError as error:
             faults.append(f"{module}: {error}")
-    if faults:
-        raise BadFile(f"{listing.path}: {len(faults)} problem(s) in this adapter", faults)
+    check_faults(listing.path, faults)
     scaling = alpha / r  # type: ignore[operator]
-    built = build.build(listing.path, groups, lambda _, rank: (scaling, scaling * rank))
-    base = config.get("base_model_name_or_path")
-    return Adapter(built, base=BaseIdentity(base) if isinstance(base, str) and base else None, dialect="tinker")
+    updates = build(listing.path, groups, lambda _, rank: (scaling, scaling * rank))
+    return Adapter(updates, base=BaseIdentity.of_name(config.get("base_model_name_or_path")), dialect="tinker")
 
 
 def losses(adapter: Adapter) -> list[Loss]:
-    """Everything is lost: this dialect is only read."""
+    """Return one loss, the whole adapter: loratools only reads this dialect."""
     return [Loss("adapter", "files of Tinker are only read here; Tinker's services read PEFT (--to peft)")]
 
 
@@ -84,7 +83,8 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     raise UnsupportedAdapter(f"{target}: {losses(adapter)[0]}")
 
 
-def _modules(module: str, parts: Mapping[str, LazyTensor], all_of: build.Groups) -> build.Groups:
+def _modules(module: str, parts: Mapping[str, LazyTensor], all_of: Groups) -> Groups:
+    """Return the modules that one of Tinker's stands for: itself, or each expert of its stack."""
     if parts.keys() != {A, B}:
         raise ValueError("a factor without its partner")
     a, b = parts[A], parts[B]

@@ -2,10 +2,11 @@
 
     layers.0.attn.q_proj.lora_a.weight (r, in)   lora_b.weight (out, r)   magnitude (out,)
 
-The `adapter_config.json` beside it (torchtune 0.6 writes PEFT's, with r and lora_alpha) tells the scaling, alpha/r; the
-base's config.json tells whether rows are permuted, and by how many heads. The `adapter_model.safetensors` that is
-written as well is PEFT's, and a folder that has one is read as such; for Qwen2, and for DoRA's magnitudes, torchtune
-0.6.1 exports other rows than its model has, and `adapter_model.pt` alone is right.
+The `adapter_config.json` beside it (torchtune 0.6 writes PEFT's, with r and lora_alpha) tells the scaling, alpha/r. The
+base's config.json tells whether rows are permuted, and by how many heads.
+
+torchtune also writes PEFT's `adapter_model.safetensors`, and a folder that has one is PEFT's. For Qwen2, and for DoRA's
+magnitudes, torchtune 0.6.1 exports other rows there than its model has; then only `adapter_model.pt` is right.
 """
 
 from __future__ import annotations
@@ -15,15 +16,23 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from loratools.adapter import factors
 from loratools.adapter.model import Adapter, Loss
 from loratools.adapter.parts import MAGNITUDE, A, B
-from loratools.dialects._frame import build, pickles
+from loratools.dialects._frame import pickles
+from loratools.dialects._frame.build import Groups, build, check_faults, check_gathered
 from loratools.dialects._frame.listing import Evidence, Listing
-from loratools.dialects._frame.losses import IDENTITY, identity, kept, replacements, updates
-from loratools.dialects.gguf import permuted
+from loratools.dialects._frame.losses import (
+    IDENTITY,
+    identity_losses,
+    name_losses,
+    replacement_losses,
+    update_losses,
+    without,
+)
+from loratools.dialects._frame.numbers import is_number
 from loratools.dialects.gguf.names import Layout
-from loratools.dialects.peft import profiles
+from loratools.dialects.gguf.rows import permuted
+from loratools.dialects.peft.profiles import uniform
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.storage import atomic
 from loratools.storage.lazy import LazyTensor
@@ -32,14 +41,8 @@ SUMMARY = "torchtune: adapter_model.pt with names of its own (layers.0.attn.q_pr
 EXTRA = None
 FILES = ()
 CANNOT = (
-    *IDENTITY,
-    "tensors trained whole",
-    "embeddings",
-    "convolutions",
-    "DoRA",
-    "biases of B",
-    "unknown models",
-)
+    *IDENTITY, "tensors trained whole", "embeddings", "convolutions", "DoRA", "biases of B", "unknown models",
+)  # fmt: skip
 
 _FILE, _CONFIG = "adapter_model.pt", "adapter_config.json"
 _NAME = re.compile(r"(layers\.\d+\.(?:attn|mlp)\.\w+|output)\.(lora_a\.weight|lora_b\.weight|magnitude)")
@@ -57,12 +60,7 @@ _SETTING = "base_config"
 
 def detect(listing: Listing) -> Evidence | None:
     """Look for names that end in `lora_a.weight` in a file of `torch.save`."""
-    factors_found = [name for name in pickles.names(listing) if _NAME.fullmatch(name)]
-    if not factors_found:
-        return None
-    return Evidence(
-        85, f"{len(factors_found)} of the tensors in {pickles.file_of(listing)} are called as {factors_found[0]}"
-    )
+    return pickles.evidence(listing, 85, _NAME.fullmatch)
 
 
 def read(listing: Listing) -> Adapter:
@@ -74,10 +72,10 @@ def read(listing: Listing) -> Adapter:
     if name is None:
         raise BadFile(f"{listing.path}: expected one file of torch.save")
     alpha, stated = _scaling(listing)
-    parts_of: build.Groups = {}
+    parts_of: Groups = {}
     faults = []
     tensors = listing.tensors(name)
-    build.check_gathered(listing.path, tensors)
+    check_gathered(listing.path, tensors)
     for tensor, lazy in tensors.items():
         match = _NAME.fullmatch(tensor)
         module = _module(match[1]) if match else None
@@ -85,8 +83,7 @@ def read(listing: Listing) -> Adapter:
             faults.append(f"{tensor}: no name that torchtune gives to a part of an adapter of a known model")
         else:
             parts_of.setdefault(module, {})[_PARTS[match[2]]] = lazy
-    if faults:
-        raise BadFile(f"{listing.path}: {len(faults)} problem(s) in this adapter", faults)
+    check_faults(listing.path, faults)
     turned = [module for module in parts_of if module.endswith((".q_proj", ".k_proj"))]
     config = listing.base.config if listing.base else {}
     heads = _heads(config) if turned else {}
@@ -96,8 +93,8 @@ def read(listing: Listing) -> Adapter:
             hint="Give the base model with --base: its config.json tells the model and its heads.",
         )
     groups = {module: _permuted(parts, (heads or {}).get(module[-6:]), back=True) for module, parts in parts_of.items()}
-    built = build.build(listing.path, groups, lambda _, rank: (alpha / (stated or rank), alpha))
-    return Adapter(built, dialect="torchtune")
+    updates = build(listing.path, groups, lambda _, rank: (alpha / (stated or rank), alpha))
+    return Adapter(updates, dialect="torchtune")
 
 
 def losses(adapter: Adapter) -> list[Loss]:
@@ -105,15 +102,18 @@ def losses(adapter: Adapter) -> list[Loss]:
     config = adapter.settings.get(_SETTING)
     if not isinstance(config, Mapping) or _heads(config) is None:
         why = f"not known without the base model (--base); known are {', '.join(_PERMUTED)}"
-        return [Loss("model", why), *identity(adapter)]
-    lost = updates(adapter, "torchtune", ("lora",), (A, B))
+        return [Loss("model", why), *identity_losses(adapter)]
+    lost = update_losses(adapter, "torchtune", ("lora",), (A, B))
     unsayable = {loss.where for loss in lost}
     for module in adapter.updates:
         if module not in unsayable and _name(module) is None:
             lost.append(Loss(module, "torchtune has no name for it"))
-    if adapter.base and adapter.base.id:
-        lost.append(Loss("base model", f"its name, {adapter.base.id}"))
-    return lost + replacements(adapter, "torchtune") + identity(adapter)
+    return [
+        *lost,
+        *name_losses(adapter),
+        *replacement_losses(adapter, "torchtune"),
+        *identity_losses(adapter),
+    ]
 
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
@@ -122,30 +122,30 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     heads = _heads(config) if isinstance(config, Mapping) else None
     if heads is None:
         raise UnsupportedAdapter(f"{target}: the model is {losses(adapter)[0].what}")
-    adapter = profiles.uniform(kept(adapter, losses(adapter)))
+    adapter = uniform(without(adapter, losses(adapter)))
     first = next(iter(adapter.updates.values()))
     tensors = {}
     for module, update in adapter.updates.items():
         for part, lazy in _permuted(update.parts, heads.get(module[-6:]), back=False).items():
             tensors[f"{_name(module)}.{'lora_a' if part == A else 'lora_b'}.weight"] = lazy
-    config = {
+    peft_config = {
         "r": first.rank,
         "lora_alpha": first.alpha,
         "target_modules": sorted({module.rpartition(".")[2] for module in adapter.updates}),
         "peft_type": "LORA",
     }
     with atomic.new_folder(target, force=force) as folder:
-        (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / _CONFIG).write_text(json.dumps(peft_config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         pickles.write(folder / _FILE, tensors)
 
 
 def _scaling(listing: Listing) -> tuple[float, int | None]:
-    """Return alpha and r: the config's, or the alpha that was told and each tensor's own r."""
+    """Return alpha and r: the config's, or the user's alpha and None, for each tensor's own r."""
     config = listing.json(_CONFIG) or {}
     alpha, r = config.get("lora_alpha"), config.get("r")
     if listing.alpha is not None:
         return listing.alpha, None
-    if type(alpha) in (int, float) and type(r) is int and r > 0:
+    if is_number(alpha) and type(r) is int and r > 0:
         return float(alpha), r  # type: ignore[arg-type]
     raise UnsupportedAdapter(
         f"{listing.path}: no {_CONFIG} with r and lora_alpha beside it, and without them the scaling is unknown",
@@ -154,7 +154,7 @@ def _scaling(listing: Listing) -> tuple[float, int | None]:
 
 
 def _heads(config: Mapping[str, object]) -> dict[str, int] | None:
-    """Return projection -> heads by which its rows are permuted, none for a model that has them in order."""
+    """Return projection -> the heads that permute its rows: {} for a model with rows in order, None if unknown."""
     model = str(config.get("model_type"))
     if model not in _PERMUTED:
         return None
@@ -166,16 +166,17 @@ def _heads(config: Mapping[str, object]) -> dict[str, int] | None:
 
 def _permuted(parts: Mapping[str, LazyTensor], heads: int | None, *, back: bool) -> dict[str, LazyTensor]:
     """Return the parts with B's rows, and the magnitude's, in transformers' order (`back`) or torchtune's."""
-    permuted_parts = dict(parts)
+    ordered = dict(parts)
     for part in (B, MAGNITUDE):
-        if part in permuted_parts and heads:
-            lazy = permuted_parts[part]
-            matrix = factors.reshaped(lazy, (lazy.shape[0], lazy.parameters // lazy.shape[0]))
-            permuted_parts[part] = factors.reshaped(permuted(matrix, heads, back=back), lazy.shape)
-    return permuted_parts
+        if part in ordered and heads:
+            lazy = ordered[part]
+            matrix = lazy.reshaped((lazy.shape[0], lazy.parameters // lazy.shape[0]))
+            ordered[part] = permuted(matrix, heads, back=back).reshaped(lazy.shape)
+    return ordered
 
 
 def _module(name: str) -> str | None:
+    """Return transformers' name of one of torchtune's modules; None for one that no known model has."""
     if name == "output":
         return "lm_head"
     _, layer, target = name.split(".", 2)
@@ -183,6 +184,7 @@ def _module(name: str) -> str | None:
 
 
 def _name(module: str) -> str | None:
+    """Return torchtune's name of one of transformers' modules; None where it has none."""
     if module == "lm_head":
         return "output"
     match = re.fullmatch(r"(?:model\.)?layers\.(\d+)\.(\w+\.\w+)", module)

@@ -26,7 +26,8 @@ import json
 
 from loratools.adapter.model import Adapter
 from loratools.adapter.parts import A, B
-from loratools.dialects._frame import build, losses as named
+from loratools.dialects._frame import losses as lost
+from loratools.dialects._frame.build import build
 from loratools.dialects._frame.listing import Evidence
 from loratools.storage import atomic
 from loratools.storage.lazy import LazyTensor
@@ -34,7 +35,7 @@ from loratools.storage.lazy import LazyTensor
 SUMMARY = "toy: numbers that a person can read"
 EXTRA = None
 FILES = ()
-CANNOT = (*named.IDENTITY, "tensors trained whole", "anything but plain LoRA")
+CANNOT = (*lost.IDENTITY, "tensors trained whole", "anything but plain LoRA")
 
 _FILE = "toy.json"
 
@@ -55,16 +56,19 @@ def read(listing):
     def rule(module, rank):
         return found[module]["s"], found[module]["alpha"]
 
-    return Adapter(build.build(listing.path, groups, rule))
+    return Adapter(build(listing.path, groups, rule))
 
 
 def losses(adapter):
-    found = named.updates(adapter, "toy", ("lora",), (A, B))
-    return found + named.replacements(adapter, "toy") + named.identity(adapter)
+    return [
+        *lost.update_losses(adapter, "toy", ("lora",), (A, B)),
+        *lost.replacement_losses(adapter, "toy"),
+        *lost.identity_losses(adapter),
+    ]
 
 
 def write(adapter, target, *, force=False):
-    kept = named.kept(adapter, losses(adapter)).updates
+    kept = lost.without(adapter, losses(adapter)).updates
     document = {
         module: {
             "s": update.scaling, "alpha": update.alpha,

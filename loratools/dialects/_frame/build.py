@@ -18,7 +18,7 @@ Groups = dict[str, dict[str, LazyTensor]]
 """module -> part, by PEFT's name of it -> tensor"""
 
 EMBEDDINGS = frozenset({"embed_tokens", "wte", "wpe", "tok_embeddings", "word_embeddings", "embeddings", "embedding"})
-"""What models call their embedding. Its factors have the shapes of a linear layer's, so that only the name tells."""
+"""What models call their embedding; its factors are shaped as a linear layer's, so only the name tells."""
 
 Rule = Callable[[str, int], tuple[float, float]]
 """(module, rank) -> (scaling, alpha)"""
@@ -32,7 +32,7 @@ def is_embedding(module: str) -> bool:
 def check_gathered(
     path: Path, tensors: Mapping[str, LazyTensor], flattened: Callable[[str, LazyTensor], bool] | None = None
 ) -> None:
-    """Raise `BadFile` if tensors are empty, or `flattened` as that function tells: a save of one rank's share."""
+    """Raise `BadFile` for tensors that are empty, or that `flattened` recognises: a save of one rank's share."""
     ungathered = [
         f"{name}: shape {lazy.shape}"
         for name, lazy in tensors.items()
@@ -40,8 +40,8 @@ def check_gathered(
     ]
     if ungathered:
         raise BadFile(
-            f"{path}: {len(ungathered)} of {len(tensors)} tensors are empty{' or flattened' if flattened else ''}: saved"
-            " under DeepSpeed ZeRO-3 or FSDP without gathering",
+            f"{path}: {len(ungathered)} of {len(tensors)} tensors are empty{' or flattened' if flattened else ''}:"
+            " saved under DeepSpeed ZeRO-3 or FSDP without gathering",
             ungathered[:12],
             hint="Save it again with the parameters gathered; what is missing is not in this file.",
         )

@@ -12,7 +12,7 @@ IDENTITY = ("the hash of the base model", "provenance", "copies of the base's te
 
 
 def identity_losses(adapter: Adapter) -> list[Loss]:
-    """List the base's hash, the provenance, copies of the base's tensors and repeated layers, as far as there are any."""
+    """List repeated layers, copies of the base's tensors, the base's hash, the provenance."""
     return [*replication_losses(adapter), *copy_losses(adapter), *record_losses(adapter)]
 
 

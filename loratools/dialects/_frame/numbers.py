@@ -39,7 +39,7 @@ def is_float32(value: float) -> bool:
 
 
 def most_common(values: Iterable[float], *, smallest: bool = False) -> float:
-    """Return the most common value but zero, the largest (or the `smallest`) of equally common ones; 1 if there is none."""
+    """Return the most common value but 0, of equally common ones the largest (or `smallest`); 1 if there is none."""
     counts = Counter(value for value in values if value)
     sign = -1 if smallest else 1
     return max(counts, key=lambda value: (counts[value], sign * value), default=1.0)

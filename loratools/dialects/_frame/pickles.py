@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from loratools.dialects._frame.listing import Listing
+from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.errors import BadFile
 from loratools.storage import atomic
 from loratools.storage.lazy import LazyTensor
@@ -34,6 +34,13 @@ def names(listing: Listing) -> list[str]:
         if listing.single:
             raise
         return []
+
+
+def evidence(listing: Listing, score: int, is_part: Callable[[str], object]) -> Evidence | None:
+    """Return evidence of a score where the file of `torch.save` has tensors whose names `is_part` recognises."""
+    parts = [name for name in names(listing) if is_part(name)]
+    reason = f"{len(parts)} of the tensors in {file_of(listing)} are called as {parts[0]}" if parts else ""
+    return Evidence(score, reason) if parts else None
 
 
 def save(target: Path, name: str, tensors: Mapping[str, LazyTensor], *, force: bool) -> None:

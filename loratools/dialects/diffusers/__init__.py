@@ -1,16 +1,17 @@
-"""diffusers: `pytorch_lora_weights.safetensors`, PEFT's names behind a component's, the config in the header.
+"""diffusers: `pytorch_lora_weights.safetensors`, PEFT's names behind a component's, the configs in the header.
 
     unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q . lora_A.weight      component.module.part
 
 The header's `lora_adapter_metadata` is a JSON object of each component's LoraConfig, `unet.r`, `unet.lora_alpha`, …
 Files without it (all before 2025, and most since) have lost their scale: diffusers applies 1.0, or alpha/r where there
-are tensors `….alpha`. Read are the older spellings too (`names.py`); written is the current one.
+are tensors `….alpha`. Writing uses the current spelling of names. Beside this file:
+
+    names.py   every spelling since 2023
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from loratools.adapter.model import Adapter, Loss
 from loratools.adapter.naming.image import rename
 from loratools.adapter.naming.image.components import MODEL_LEVEL, component, inside
 from loratools.adapter.parts import BIAS, MAGNITUDE, A, B
-from loratools.dialects._frame import build
-from loratools.dialects._frame import losses as _losses
+from loratools.dialects._frame.build import Groups, add, build, check_faults, lonely_alphas
 from loratools.dialects._frame.listing import Evidence, Listing
+from loratools.dialects._frame.losses import IDENTITY, identity_losses, replacement_losses, update_losses, without
+from loratools.dialects._frame.metadata import metadata_of, settings_with
+from loratools.dialects._frame.numbers import read_number
 from loratools.dialects.diffusers.names import ALPHA, split
 from loratools.dialects.peft.config import PeftConfig
 from loratools.errors import BadFile
@@ -32,7 +35,7 @@ from loratools.storage.strict_json import parse_json_object
 SUMMARY = "diffusers: pytorch_lora_weights.safetensors; also older lora.down/up names and attention processors"
 EXTRA = None
 FILES = (".safetensors",)
-CANNOT = (*_losses.IDENTITY, "tensors trained whole", "embeddings", "DoRA on some modules of a component only")
+CANNOT = (*IDENTITY, "tensors trained whole", "embeddings", "DoRA on some modules of a component only")
 
 _STEM = "pytorch_lora_weights"
 _KEY = "lora_adapter_metadata"
@@ -64,12 +67,13 @@ def detect(listing: Listing) -> Evidence | None:
 def read(listing: Listing) -> Adapter:
     """Read an adapter; the scaling is that of the header's config, else alpha/r of alpha tensors, else 1.0.
 
-    Raises `BadFile` for names of no known spelling and for what contradicts the header's config, `UnsupportedAdapter`.
+    Raises `BadFile` for names of no known spelling and for what contradicts the header's config, `UnsupportedAdapter`
+    for parts of no known kind.
     """
     name = _file(listing)
     if name is None:
         raise BadFile(f"{listing.path}: no {_STEM}.safetensors or {_STEM}.bin in this folder")
-    groups: build.Groups = {}
+    groups: Groups = {}
     alphas: dict[str, float] = {}
     faults: list[str] = []
     for tensor, lazy in listing.tensors(name).items():
@@ -77,12 +81,11 @@ def read(listing: Listing) -> Adapter:
         if module_and_part is None:
             faults.append(f"{tensor}: no name that diffusers gives to a part of an adapter")
         elif module_and_part[1] == ALPHA:
-            alphas[module_and_part[0]] = build.number(lazy, f"{listing.folder / name}: {tensor}")
+            alphas[module_and_part[0]] = read_number(lazy, f"{listing.folder / name}: {tensor}")
         else:
-            build.add(groups, *module_and_part, lazy, tensor, faults)
-    faults += [f"{module}: an alpha without factors" for module in alphas if module not in groups]
-    if faults:
-        raise BadFile(f"{listing.path}: {len(faults)} problem(s) in this adapter", faults)
+            add(groups, *module_and_part, lazy, tensor, faults)
+    faults += lonely_alphas(alphas, groups)
+    check_faults(listing.path, faults)
     configs = _configs(listing, name, {component(module) for module in groups})
     header = listing.header(name)
     lost: set[str] = set()
@@ -98,22 +101,20 @@ def read(listing: Listing) -> Adapter:
         alpha = alphas.get(module, float(rank))
         return alpha / rank, alpha
 
-    built = build.build(listing.path, groups, rule)
-    settings: dict[str, Any] = {}
+    updates = build(listing.path, groups, rule)
+    settings = settings_with(header.metadata if header else {}, lambda key: key not in (_KEY, "format"))
     if lost:
         text = "the file records no scale; 1.0 is applied, as diffusers does"
         settings["notes"] = [f"{where}: {text}" for where in sorted(lost)]
-    if header and (extra := {key: value for key, value in header.metadata.items() if key not in (_KEY, "format")}):
-        settings["metadata"] = extra
     base = next((config.base for config in configs.values() if config.base), None)
-    return Adapter(built, base=base, dialect="diffusers", settings=settings)
+    return Adapter(updates, base=base, dialect="diffusers", settings=settings)
 
 
 def losses(adapter: Adapter) -> list[Loss]:
-    """List what diffusers has no words for; ranks and scalings that differ go into the header's patterns."""
-    adapter = _named(adapter)
-    lost = _losses.updates(adapter, "diffusers", ("lora", "dora", "conv"), (A, B, BIAS, MAGNITUDE))
-    sayable = _losses.kept(adapter, lost).updates
+    """List what diffusers has no words for; it has patterns in the header for ranks and scalings that differ."""
+    adapter = _renamed(adapter)
+    lost = update_losses(adapter, "diffusers", ("lora", "dora", "conv"), (A, B, BIAS, MAGNITUDE))
+    sayable = without(adapter, lost).updates
     with_component = any(component(module) for module in sayable)
     for part, what in ((MAGNITUDE, "no magnitude, and use_dora"), (BIAS, "no bias of B, and lora_bias")):
         having = {component(module) for module, update in sayable.items() if part in update.parts}
@@ -130,16 +131,17 @@ def losses(adapter: Adapter) -> list[Loss]:
     sayable = {module: update for module, update in sayable.items() if not module.startswith(f"{rename.ORIGINAL}.")}
     if with_component:
         lost += [Loss(module, "it begins with no component") for module in sorted(sayable) if not component(module)]
-    return lost + _losses.replacements(adapter, "diffusers") + _losses.identity(adapter)
+    return lost + replacement_losses(adapter, "diffusers") + identity_losses(adapter)
 
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     """Write the current spelling, with each component's LoraConfig in the header so that no scale is lost."""
-    adapter = _losses.kept(_named(adapter), losses(adapter))
+    adapter = without(_renamed(adapter), losses(adapter))
     tensors = {
         f"{module}.{part}": lazy for module, update in adapter.updates.items() for part, lazy in update.parts.items()
     }
-    metadata = {key: value for key, value in _kept(adapter).items() if key not in (_KEY, "format")}
+    entries = metadata_of(adapter) if adapter.dialect == "diffusers" else {}
+    metadata = {key: value for key, value in entries.items() if key not in (_KEY, "format")}
     configs: dict[str, Any] = {}
     for name in sorted({component(module) for module in adapter.updates}):
         prefix = f"{name}." if name else ""
@@ -148,14 +150,9 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     save.save(target, f"{_STEM}.safetensors", tensors, metadata, force=force)
 
 
-def _named(adapter: Adapter) -> Adapter:
-    """Return the adapter under diffusers' names; one that was read without components keeps to that."""
+def _renamed(adapter: Adapter) -> Adapter:
+    """Return the adapter under diffusers' names; one that diffusers wrote without components stays without them."""
     return rename.to_diffusers(adapter if adapter.dialect == "diffusers" else rename.spelled_out(adapter))
-
-
-def _kept(adapter: Adapter) -> Mapping[str, str]:
-    metadata: Any = adapter.settings.get("metadata")
-    return metadata if isinstance(metadata, Mapping) and adapter.dialect == "diffusers" else {}
 
 
 def _file(listing: Listing) -> str | None:

@@ -1,4 +1,4 @@
-"""The spellings of diffusers' LoRA names, from 2023's attention processors to PEFT's: each to (module, part)."""
+"""The spellings of diffusers' LoRA names, from the attention processors of 2023 to PEFT's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 ALPHA = "alpha"
 
 _DOWN_UP = {"down": "lora_A.weight", "up": "lora_B.weight"}
-# In the attention processors of 2023 a projection's name stood in the parameter's; CLIP's were called like the UNet's.
+# Attention processors of 2023 had the projection in the parameter's name, and CLIP's projections had the UNet's names.
 _OUT = {"to_out": "to_out.0"}
 _CLIP = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 

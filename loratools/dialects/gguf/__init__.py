@@ -2,46 +2,47 @@
 
     lora_a (r, in), lora_b (out, r); experts stacked (E, r, in), (E, out, r); token_embd flipped: (V, r), (d, r)
 
-s = alpha/r for each tensor, alpha a float32 in the file and 1 if it is 0 (llama.cpp, `llama_adapter_lora`). Rows of
-lora_b of q and k are permuted where the architecture's are (`names.py`). Through the `gguf` package.
+s = alpha/r for each tensor; alpha is a float32 in the file, and s = 1 if it is 0 (llama.cpp, `llama_adapter_lora`). The
+`gguf` package reads and writes the container. Beside this file:
+
+    names.py   architectures, and which of their tensors is which module
+    rows.py    the order of the rows of lora_b of q and k, which some architectures permute
 """
 
 from __future__ import annotations
 
-import struct
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loratools.adapter import factors
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, BaseIdentity, Loss
 from loratools.adapter.parts import A_EMBEDDING, B_EMBEDDING, A, B
-from loratools.dialects._frame import build
-from loratools.dialects._frame import losses as _losses
+from loratools.dialects._frame.build import Groups, build, check_faults, check_read
 from loratools.dialects._frame.listing import Evidence, Listing
-from loratools.dialects.gguf.names import ARCHITECTURES, Layout, module_of, place
+from loratools.dialects._frame.losses import IDENTITY, identity_losses, replacement_losses, update_losses, without
+from loratools.dialects._frame.numbers import is_float32, most_common
+from loratools.dialects.gguf.names import ARCHITECTURES, Layout, Place, module_of, place
+from loratools.dialects.gguf.rows import permuted
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.storage import gguf
 from loratools.storage.lazy import LazyTensor
 from loratools.storage.sources import open_file
 
-if TYPE_CHECKING:
-    import torch
-
 SUMMARY = "GGUF: a LoRA adapter of llama.cpp, with architecture names and one alpha"
 EXTRA = "gguf"
 FILES = (".gguf",)
-CANNOT = (*_losses.IDENTITY, "tensors trained whole", "DoRA", "convolutions", "biases of B", "unknown architectures")
+CANNOT = (*IDENTITY, "tensors trained whole", "DoRA", "convolutions", "biases of B", "unknown architectures")
 
 _FILE = "adapter.gguf"
-_KEY = "gguf"  # in settings: what the file said of its architecture
+_KEY = "gguf"  # of settings: the architecture and the heads that the file states
 
 
 def detect(listing: Listing) -> Evidence | None:
     """Look at the file's first four bytes."""
-    name = _file(listing)
+    name = listing.only(*FILES)
     if name is None:
         return None
     with open_file(listing.folder / name) as file:
@@ -49,12 +50,12 @@ def detect(listing: Listing) -> Evidence | None:
 
 
 def read(listing: Listing) -> Adapter:
-    """Read an adapter; alpha is the file's, heads are the file's or the base's.
+    """Read an adapter; alpha is the file's, heads are the base's or else the file's.
 
-    Raises `BadFile` for what is no LoRA adapter and for names of no known tensor, `UnsupportedAdapter` for an unknown
-    architecture or where the number of heads is needed and not known, `MissingExtra` without the `gguf` package.
+    Raises `BadFile` for a file that is no LoRA adapter, `UnsupportedAdapter` for an unknown architecture, for names of
+    no known tensor and for a number of heads that is needed and not known, `MissingExtra` without the `gguf` package.
     """
-    name = _file(listing)
+    name = listing.only(*FILES)
     if name is None:
         raise BadFile(f"{listing.path}: expected one .gguf file in this folder")
     path = listing.folder / name
@@ -70,8 +71,8 @@ def read(listing: Listing) -> Adapter:
         raise UnsupportedAdapter(
             f"{path}: an activated LoRA acts only after its invocation tokens; it cannot be merged"
         )
-    modules = [spec.removesuffix(".weight") for spec in listing.base.specs] if listing.base else []
-    groups: build.Groups = {}
+    modules = _modules_of(listing, layout.architecture)
+    groups: Groups = {}
     faults, unknown = [], []
     for tensor, lazy in sorted(tensors.items()):
         target, _, part = tensor.rpartition(".")
@@ -85,18 +86,13 @@ def read(listing: Listing) -> Adapter:
             continue
         for module, peft_part, expert in parts:
             groups.setdefault(module, {})[peft_part] = expert
-    if faults:
-        raise BadFile(f"{listing.path}: {len(faults)} problem(s) in this adapter", faults)
-    if unknown:
-        raise UnsupportedAdapter(
-            f"{listing.path}: it holds what loratools does not read", unknown, hint="Give the base model with --base."
-        )
-    built = build.build(listing.path, groups, lambda _, rank: ((alpha or rank) / rank, alpha or float(rank)))
+    check_faults(listing.path, faults)
+    check_read(listing.path, unknown, hint="Give the base model with --base.")
+    updates = build(listing.path, groups, lambda _, rank: ((alpha or rank) / rank, alpha or float(rank)))
     layout_fields = {"architecture": layout.architecture, "heads": layout.heads, "kv_heads": layout.kv_heads}
-    base = fields.get("general.base_model.0.name")
     return Adapter(
-        built,
-        base=BaseIdentity(base) if isinstance(base, str) and base else None,
+        updates,
+        base=BaseIdentity.of_name(fields.get("general.base_model.0.name")),
         dialect="gguf",
         settings={_KEY: {key: value for key, value in layout_fields.items() if value is not None}},
     )
@@ -108,15 +104,18 @@ def losses(adapter: Adapter) -> list[Loss]:
     if layout is None:
         known = ", ".join(sorted(ARCHITECTURES))
         why = f"not known without the base model (--base); known are {known}"
-        return [Loss("architecture", why), *_losses.identity(adapter)]
-    lost = _losses.updates(adapter, "llama.cpp", ("lora", "embedding"), (A, B, A_EMBEDDING, B_EMBEDDING))
-    sayable = _losses.kept(adapter, lost).updates
+        return [Loss("architecture", why), *identity_losses(adapter)]
+    lost = update_losses(adapter, "llama.cpp", ("lora", "embedding"), (A, B, A_EMBEDDING, B_EMBEDDING))
+    sayable = without(adapter, lost).updates
     stacks = _stacks(sayable, layout)
+    complete = {
+        tensor for tensor, numbered in stacks.items() if sorted(map(_order, numbered)) == [*range(len(numbered))]
+    }
     for module in sorted(sayable):
         at = place(module, layout.architecture)
         if at is None:
             lost.append(Loss(module, f"no tensor of the architecture {layout.architecture} is known for it"))
-        elif at.expert is not None and sorted(map(_order, stacks[at.tensor])) != list(range(len(stacks[at.tensor]))):
+        elif at.expert is not None and at.tensor not in complete:
             lost.append(Loss(module, f"not all experts of {at.tensor} have an update"))
         elif (A_EMBEDDING in sayable[module].parts) != (at.tensor == "token_embd"):
             lost.append(Loss(module, "llama.cpp reads token_embd, and nothing else, as an embedding"))
@@ -125,16 +124,16 @@ def losses(adapter: Adapter) -> list[Loss]:
                 layout.heads_of(at.tensor)
             except ValueError as error:
                 lost.append(Loss(module, f"{error} without the base model (--base)"))
-    return lost + _losses.replacements(adapter, "llama.cpp") + _losses.identity(adapter)
+    return lost + replacement_losses(adapter, "llama.cpp") + identity_losses(adapter)
 
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
-    """Write one GGUF file with the most common s·r as its alpha; what differs goes into lora_b."""
+    """Write one GGUF file. Its alpha is the most common s·r that float32 has exactly; lora_b takes the ratio to it."""
     layout = layout_of(adapter)
     if layout is None:
         raise UnsupportedAdapter(f"{target}: {losses(adapter)[0]}")
-    updates = _losses.kept(adapter, losses(adapter)).updates
-    alpha = _alpha(update.scaling * update.rank for update in updates.values())
+    updates = without(adapter, losses(adapter)).updates
+    alpha = float(most_common(s for u in updates.values() if is_float32(s := u.scaling * u.rank)))
     tensors: dict[str, LazyTensor] = {}
     for tensor, numbered in sorted(_stacks(updates, layout).items()):
         ranks = max(update.rank for update in numbered.values())
@@ -153,17 +152,12 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
 
 
 def layout_of(adapter: Adapter) -> Layout | None:
-    """Return the architecture as the adapter's own GGUF file said it, or as the base's config does."""
+    """Return the architecture that the adapter's own GGUF file states, or else the config of the base."""
     fields = adapter.settings.get(_KEY)
     if isinstance(fields, Mapping):
         return Layout(str(fields.get("architecture")), fields.get("heads"), fields.get("kv_heads"))
     config = adapter.settings.get("base_config")
     return Layout.of_config(config) if isinstance(config, Mapping) else None
-
-
-def _file(listing: Listing) -> str | None:
-    found = [name for name in listing.files if name.endswith(".gguf")]
-    return found[0] if len(found) == 1 else None
 
 
 def _layout(fields: Mapping[str, Any], listing: Listing, path: Path) -> Layout:
@@ -184,14 +178,23 @@ def _layout(fields: Mapping[str, Any], listing: Listing, path: Path) -> Layout:
     )
 
 
+def _modules_of(listing: Listing, architecture: str) -> dict[Place, str]:
+    """Return the tensor in a GGUF file -> the module of the base that lands there."""
+    modules: dict[Place, str] = {}
+    for name in listing.base.specs if listing.base else ():
+        if at := place(module := name.removesuffix(".weight"), architecture):
+            modules.setdefault(at, module)
+    return modules
+
+
 def _to_peft(
-    tensor: str, part: str, lazy: LazyTensor, layout: Layout, modules: list[str]
+    tensor: str, part: str, lazy: LazyTensor, layout: Layout, modules: Mapping[Place, str]
 ) -> list[tuple[str, str, LazyTensor]]:
-    """Return (module, PEFT's part, tensor) for one tensor, one of each expert where they are stacked."""
+    """Return (module, PEFT's part, tensor) for one tensor; for stacked experts, one of each."""
     stacked = len(lazy.shape) == 3
     parts = []
     for i in range(lazy.shape[0]) if stacked else [None]:
-        module = module_of(tensor, layout.architecture, i, modules)
+        module = modules.get(Place(tensor, i)) or module_of(tensor, layout.architecture, i)
         if module is None:
             raise ValueError(f"{tensor}: no module of the architecture {layout.architecture} is known for it")
         factor = lazy if i is None else factors.item(lazy, i)
@@ -214,24 +217,6 @@ def _of_peft(update: Update, rank: int, alpha: float, heads: int | None) -> tupl
     return (factors.turned(a) if embedding else a), b
 
 
-def permuted(lazy: LazyTensor, heads: int | None, *, back: bool = False) -> LazyTensor:
-    """Return B with the rows of each head as llama.cpp has them: halves become pairs; or `back`.
-
-    Raises `ValueError` where the rows are not those of so many heads.
-    """
-    if heads is None:
-        return lazy
-    out, rank = lazy.shape
-    if out % heads or out // heads % 2:
-        raise ValueError(f"{out} output features are not those of {heads} heads")
-    sides = (heads, out // heads // 2, 2, rank) if back else (heads, 2, out // heads // 2, rank)
-
-    def change(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.reshape(sides).transpose(1, 2).reshape(out, rank).contiguous()
-
-    return lazy.map(change, lazy.shape)
-
-
 def _stacks(updates: Mapping[str, Update], layout: Layout) -> dict[str, dict[int | None, Update]]:
     """Return the tensor that each update lands on -> the number of the expert, or None -> the update."""
     stacks: dict[str, dict[int | None, Update]] = defaultdict(dict)
@@ -243,13 +228,3 @@ def _stacks(updates: Mapping[str, Update], layout: Layout) -> dict[str, dict[int
 
 def _order(expert: int | None) -> int:
     return -1 if expert is None else expert
-
-
-def _alpha(values: Iterable[float]) -> float:
-    """Return the most common value that float32 has exactly; 1 where there is none, and then all goes into lora_b."""
-    counts = Counter(value for value in values if value and _is_float32(value))
-    return float(max(counts, key=lambda value: (counts[value], value), default=1.0))
-
-
-def _is_float32(value: float) -> bool:
-    return abs(value) < 3e38 and struct.unpack("<f", struct.pack("<f", value))[0] == value

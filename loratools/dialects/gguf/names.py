@@ -1,13 +1,13 @@
 """llama.cpp's architectures: which models they are, which of their tensors are what, and where rows are permuted.
 
-llama.cpp turns pairs of neighbouring rows of q and k by RoPE, transformers the two halves of a head; for architectures
-of the first sort its converter permutes the rows (`LlamaModel.undo_permute`), and so the rows of lora_B.
+RoPE turns pairs of neighbouring rows of q and k in some of llama.cpp's architectures. For those its converter permutes
+the rows of transformers' weights (`LlamaModel.undo_permute`), and so the rows of lora_B.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ _LAYER = re.compile(r"(?:model\.|language_model\.|text_model\.)*layers\.(\d+)\.(
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A tensor of the base in a GGUF file, and which expert of it, where experts are stacked."""
+    """A tensor of the base in a GGUF file; of a stack of experts, also the number of one."""
 
     tensor: str
     expert: int | None = None
@@ -44,7 +44,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What has to be known of a base: its architecture, and its heads where rows are permuted."""
+    """What a reader needs to know of a base: its architecture, and its heads where rows are permuted."""
 
     architecture: str
     heads: int | None = None
@@ -52,7 +52,7 @@ class Layout:
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any]) -> Layout | None:
-        """Read it from a config.json, also from the text model's part of it; None for a model that is not known."""
+        """Read it from a config.json, or from its part for the text model; None for an unknown model."""
         inner = config.get("text_config")
         config = {**config, **inner} if isinstance(inner, Mapping) else config
         architecture = ARCHITECTURES.get(str(config.get("model_type")))
@@ -62,9 +62,9 @@ class Layout:
         return cls(architecture, *numbers) if architecture else None
 
     def heads_of(self, tensor: str) -> int | None:
-        """Return by how many heads a tensor's rows are permuted; None where they are not.
+        """Return by how many heads a tensor's rows are permuted; None where they keep their order.
 
-        Raises `ValueError` where they are and the number of heads is not known.
+        Raises `ValueError` where they are permuted and the number of heads is not known.
         """
         name = tensor.rpartition(".")[2]
         if self.architecture not in PERMUTED or name not in ("attn_q", "attn_k"):
@@ -91,11 +91,8 @@ def place(module: str, architecture: str) -> Place | None:
     return next((Place(tensor) for tensor, name in _WHOLE.items() if last == name.rpartition(".")[2]), None)
 
 
-def module_of(tensor: str, architecture: str, expert: int | None = None, base: Iterable[str] = ()) -> str | None:
-    """Return transformers' name of a tensor in a GGUF file; that of the base's modules which lands there, if given."""
-    found = next((name for name in base if place(name, architecture) == Place(tensor, expert)), None)
-    if found:
-        return found
+def module_of(tensor: str, architecture: str, expert: int | None = None) -> str | None:
+    """Return transformers' usual name of a tensor in a GGUF file, or of one expert in it; None if it has none."""
     if tensor in _WHOLE:
         return _WHOLE[tensor]
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)", tensor)

@@ -4,41 +4,46 @@
                                                    alpha ()                            dora_scale (out, 1[, 1, 1])
 
 s = alpha/r, and 1 where there is no alpha (sd-scripts 48d368fa, LyCORIS 4.1.3, which folds rsLoRA into alpha). The
-header's `ss_*` and `modelspec.*` are kept; `sshs_*` are hashes of the data and are computed anew.
+header's `ss_*` and `modelspec.*` stay with the adapter. Beside this file:
 
-    names    flattened names, and how they find their dots
-    hashes   the `sshs_*` hashes of the data
+    names.py    flattened names and the way back, by look-up
+    hashes.py   the header's `sshs_*`, which writing computes anew
 """
 
 from __future__ import annotations
 
 import json
 import math
-import struct
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from loratools.adapter import factors, kinds
+from loratools.adapter import kinds
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, BaseIdentity, Loss
 from loratools.adapter.naming.image import rename
 from loratools.adapter.parts import MAGNITUDE, A, B
-from loratools.dialects._frame import build as _build
-from loratools.dialects._frame import losses as _losses
+from loratools.dialects._frame.build import Groups, add, alpha_rule, build, check_faults, lonely_alphas, some
 from loratools.dialects._frame.listing import Evidence, Listing
+from loratools.dialects._frame.losses import IDENTITY, identity_losses, replacement_losses, without
+from loratools.dialects._frame.metadata import metadata_of, settings_with
+from loratools.dialects._frame.numbers import is_float32, read_number
 from loratools.dialects.kohya import hashes
 from loratools.dialects.kohya.names import NAMES_KEY, dotted, flattened, head_of
 from loratools.errors import BadFile
 from loratools.format import keys
 from loratools.storage import save
+from loratools.storage.dtypes import to_torch
 from loratools.storage.lazy import LazyTensor
+
+if TYPE_CHECKING:
+    import torch
 
 SUMMARY = "kohya-ss sd-scripts and LyCORIS: flattened names (lora_unet_…), lora_down and lora_up, alpha"
 EXTRA = None
 FILES = (".safetensors",)
-CANNOT = (*_losses.IDENTITY, "tensors trained whole", "embeddings", "biases of B", "stacked experts")
+CANNOT = (*IDENTITY, "tensors trained whole", "embeddings", "biases of B", "stacked experts")
 
 _FILE = "lora.safetensors"
 _PARTS = {"lora_down.weight": A, "lora_up.weight": B}
@@ -48,7 +53,7 @@ _ALPHA, _DORA = "alpha", "dora_scale"
 
 def detect(listing: Listing) -> Evidence | None:
     """Look for kohya's prefixes in the names, and for `ss_network_module` in the header."""
-    name = _file(listing)
+    name = listing.only(*FILES)
     header = listing.header(name) if name else None
     if name is None or header is None:
         return None
@@ -64,12 +69,12 @@ def detect(listing: Listing) -> Evidence | None:
 
 
 def read(listing: Listing) -> Adapter:
-    """Read an adapter; each flattened name is looked up, in the base if one is given.
+    """Read an adapter, and look up each flattened name: in the file, the base, or the lists of known architectures.
 
-    Raises `BadFile` with all names that are none of kohya's, that cannot be looked up, or that have two readings, and
-    `UnsupportedAdapter` for kinds of update that no one claims.
+    Raises `BadFile` with all names that kohya does not write, that no list has, or that have two readings, and
+    `UnsupportedAdapter` for parts of no known kind.
     """
-    name = _file(listing)
+    name = listing.only(*FILES)
     if name is None:
         raise BadFile(f"{listing.path}: expected one safetensors file in this folder")
     header = listing.header(name)
@@ -84,35 +89,27 @@ def read(listing: Listing) -> Adapter:
     base = list(listing.base.specs) if listing.base else None
     modules, faults = dotted(flat, metadata, base)
     if strangers:
-        faults.append(f"{len(strangers)} name(s) that are none of kohya's: {_build.some(strangers)}")
+        faults.append(f"{len(strangers)} name(s) that are none of kohya's: {some(strangers)}")
     if faults:
         hint = None if listing.base else "Give the base model that it was trained on with --base: its names decide."
         raise BadFile(f"{listing.path}: its names cannot be turned back into modules", faults, hint=hint)
-    groups: _build.Groups = {}
+    groups: Groups = {}
     alphas: dict[str, float] = {}
     for (prefix, path), parts in flat.items():
         module = modules[prefix, path]
         if _ALPHA in parts:
-            alphas[module] = _build.number(parts.pop(_ALPHA), f"{listing.folder / name}: {prefix}{path}.alpha")
+            alphas[module] = read_number(parts.pop(_ALPHA), f"{listing.folder / name}: {prefix}{path}.alpha")
         for suffix, lazy in parts.items():
-            _build.add(groups, module, _PARTS.get(suffix, suffix), lazy, f"{prefix}{path}.{suffix}", faults)
-    if lonely := sorted(alphas.keys() - groups.keys()):
-        faults.append(f"an alpha without factors: {_build.some(lonely)}")
-    if faults:
-        raise BadFile(f"{listing.path}: {len(faults)} problem(s) in this adapter", faults)
-
-    def rule(module: str, rank: int) -> tuple[float, float]:
-        alpha = alphas.get(module, float(rank or 1))
-        return alpha / (rank or 1), alpha
-
-    built = _build.build(listing.path, {module: to_peft(parts) for module, parts in groups.items()}, rule)
-    kept_metadata = {key: value for key, value in metadata.items() if not key.startswith("sshs_") and key != NAMES_KEY}
-    trained_on = metadata.get("ss_sd_model_name")
+            add(groups, module, _PARTS.get(suffix, suffix), lazy, f"{prefix}{path}.{suffix}", faults)
+    faults += lonely_alphas(alphas, groups)
+    check_faults(listing.path, faults)
+    canonical = {module: to_peft(parts) for module, parts in groups.items()}
+    updates = build(listing.path, canonical, alpha_rule(alphas))
     return Adapter(
-        built,
-        base=BaseIdentity(trained_on) if trained_on else None,
+        updates,
+        base=BaseIdentity.of_name(metadata.get("ss_sd_model_name")),
         dialect="kohya",
-        settings={"metadata": kept_metadata} if kept_metadata else {},
+        settings=settings_with(metadata, lambda key: not key.startswith("sshs_") and key != NAMES_KEY),
     )
 
 
@@ -128,12 +125,12 @@ def losses(adapter: Adapter) -> list[Loss]:
             lost.append(Loss(module, f"kohya has no {', '.join(foreign) or 'stacked experts'}"))
         elif module not in names:
             lost.append(Loss(module, "its flattened name is that of another module too"))
-    return lost + _losses.replacements(adapter, "kohya") + _losses.identity(adapter)
+    return lost + replacement_losses(adapter, "kohya") + identity_losses(adapter)
 
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     """Write one safetensors file with alphas in float32 (float64 where float32 would round them) and its hashes."""
-    adapter = _losses.kept(rename.to_original(adapter, unet=False), losses(adapter))
+    adapter = without(rename.to_original(adapter, unet=False), losses(adapter))
     names, unknown = flattened(adapter.updates)
     tensors: dict[str, LazyTensor] = {}
     for module, update in adapter.updates.items():
@@ -145,20 +142,15 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     save.save(target, _FILE, tensors, metadata, force=force)
 
 
-def _file(listing: Listing) -> str | None:
-    found = [name for name in listing.files if name.endswith(".safetensors")]
-    return found[0] if len(found) == 1 else None
-
-
 def to_peft(parts: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Return the parts with DoRA's magnitude as PEFT has it, where it is one number for each output feature."""
+    """Return the parts with DoRA's magnitude in PEFT's shape, if it has one number for each output feature."""
     converted = dict(parts)
     scale = parts.get(_DORA)
     if scale is not None and converted.keys() == {A, B, _DORA}:
         out, sides = parts[B].shape[0], len(parts[A].shape)
         if scale.shape == (out, *(1,) * (sides - 1)) and len(scale.shape) == sides:
             del converted[_DORA]
-            converted[MAGNITUDE] = factors.reshaped(scale, (out,) if sides == 2 else (1, out, *(1,) * (sides - 2)))
+            converted[MAGNITUDE] = scale.reshaped((out,) if sides == 2 else (1, out, *(1,) * (sides - 2)))
     return converted
 
 
@@ -168,7 +160,7 @@ def of_peft(update: Update) -> dict[str, LazyTensor]:
     if MAGNITUDE in update.parts:
         magnitude = update.parts[MAGNITUDE]
         sides = (magnitude.parameters, *(1,) * (len(update.parts[A].shape) - 1))
-        parts[_DORA] = factors.reshaped(magnitude, sides)
+        parts[_DORA] = magnitude.reshaped(sides)
     alpha = alpha_of(update)
     if update.rank or alpha != 1:
         parts[_ALPHA] = _number(alpha)
@@ -176,9 +168,9 @@ def of_peft(update: Update) -> dict[str, LazyTensor]:
 
 
 def alpha_of(update: Update) -> float:
-    """Return the alpha that gives this scaling when it is divided by the rank; the update's own where that does.
+    """Return the alpha which, divided by the rank, gives exactly this scaling: the update's own where it does.
 
-    Some kinds have alphas that are no part of a scaling: OFT's is its constraint.
+    In some kinds alpha is no part of a scaling: OFT's is its constraint. So each candidate is tried by building.
     """
     rank, build = update.rank or 1, kinds.get(update.kind).build
     solved = update.scaling * rank
@@ -187,21 +179,22 @@ def alpha_of(update: Update) -> float:
 
 
 def _number(value: float) -> LazyTensor:
-    exact = abs(value) < 3e38 and struct.unpack("<f", struct.pack("<f", value))[0] == value
+    """Stand for one number: float32, or float64 where float32 would round it."""
+    dtype = "F32" if is_float32(value) else "F64"
 
-    def load() -> Any:
+    def load() -> torch.Tensor:
         import torch
 
-        return torch.tensor(value, dtype=torch.float32 if exact else torch.float64)
+        return torch.tensor(value, dtype=to_torch(dtype))
 
-    return LazyTensor("F32" if exact else "F64", (), load)
+    return LazyTensor(dtype, (), load)
 
 
 def _metadata(adapter: Adapter) -> dict[str, str]:
-    """Return what the file said when it was read, or the little that tools look for."""
-    read: Any = adapter.settings.get("metadata")
-    if isinstance(read, Mapping) and any(str(key).startswith(("ss_", "modelspec.")) for key in read):
-        return {str(key): str(value) for key, value in read.items()}
+    """Return the header entries that a trainer wrote, or else the few that tools look for."""
+    entries = metadata_of(adapter)
+    if any(key.startswith(("ss_", "modelspec.")) for key in entries):
+        return entries
     dims = Counter(str(update.rank) for update in adapter.updates.values()).most_common(1)
     alphas = Counter(f"{alpha_of(update):g}" for update in adapter.updates.values()).most_common(1)
     metadata = {"ss_network_module": "networks.lora"}

@@ -1,4 +1,4 @@
-"""The hashes in a kohya file's header, of its data alone, so that they stay when the header changes."""
+"""The hashes in a kohya file's header: of its data alone, so that they stay the same when the header changes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _LEGACY_START, _LEGACY_LENGTH = 0x100000, 0x10000
 def hashes(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> dict[str, str]:
     """Return `sshs_model_hash`, `sshs_legacy_hash`, and `modelspec.hash_sha256` if the metadata have one.
 
-    The first is SHA-256 of the data section. The legacy one is 8 digits of SHA-256 of 64 KiB at 1 MiB of the file as
-    it would be with the `ss_` entries alone (sd-scripts, `precalculate_safetensors_hashes`). ModelSpec's is the first
-    one with `0x` before it.
+    `sshs_model_hash` is the SHA-256 of the data section; ModelSpec's is the same with `0x` before it. The legacy hash
+    is the first 8 digits of the SHA-256 of 64 KiB, from 1 MiB on, of a file whose header has only the `ss_` entries
+    (sd-scripts, `precalculate_safetensors_hashes`).
     """
     training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     at = len(save.header(tensors, training))

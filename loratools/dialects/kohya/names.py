@@ -1,6 +1,6 @@
 """kohya's flattened names and back: `lora_unet_` + a module's path with every `.` made `_`.
 
-The way back is a look-up: in a list of names that the file itself carries, in the base model's, or in those of known
+The way back is a look-up: in the names that the file itself carries, in the base model's, or in the lists of known
 architectures (`adapter/naming/image/architectures.py`).
 """
 
@@ -16,7 +16,7 @@ from loratools.adapter.naming.image.components import component
 from loratools.dialects._frame.build import some
 
 NAMES_KEY = "loratools_names"
-"""Header entry with flat -> dotted, as JSON, for modules of no known architecture; only what cannot be looked up."""
+"""Header entry with flat -> dotted, as JSON, for the modules that no list of a known architecture has."""
 
 _HEAD = re.compile(r"(lora_unet_|lora_te[123]?_|lora_transformer_|lora_prior_unet_|lora_prior_te_|lycoris_)_?(.+)")
 
@@ -48,7 +48,11 @@ def head_of(name: str) -> tuple[str, str, str] | None:
 def dotted(
     heads: Iterable[tuple[str, str]], metadata: Mapping[str, str], base: Iterable[str] | None
 ) -> tuple[dict[tuple[str, str], str], list[str]]:
-    """Return (prefix, flat) -> module, and a sentence for all that cannot be looked up or is ambiguous."""
+    """Return (prefix, flat) -> module, and a sentence for each name that no list has, or that has several readings.
+
+    `heads` are the (prefix, flat) of a file, `metadata` its header's entries, `base` the tensor names of the base
+    model, or None without one.
+    """
     by_prefix: dict[str, set[str]] = defaultdict(set)
     for prefix, flat in heads:
         by_prefix[prefix].add(flat)
@@ -84,9 +88,9 @@ def dotted(
 
 
 def flattened(modules: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Return module -> flattened name with its prefix, and those names that only `NAMES_KEY` can turn back.
+    """Return module -> flattened name with its prefix, and flat -> module for the names that need `NAMES_KEY`.
 
-    Two modules that would get one name are left out of both but the first.
+    Of modules that share a flattened name, only the first is among them.
     """
     modules = list(modules)
     components = {module.partition(".")[0] for module in modules}
@@ -128,7 +132,7 @@ def _component(prefix: str, architecture: architectures.Architecture, main: str)
 
 
 def _stated(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return what the file itself says of its names, as far as it can be true."""
+    """Return flat -> module as the file itself states it, where the one is the other flattened."""
     try:
         stated = json.loads(metadata.get(NAMES_KEY, "{}"))
     except (ValueError, RecursionError):
@@ -143,7 +147,7 @@ def _stated(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _of_base(tensors: Iterable[str]) -> dict[str, set[str]]:
-    """Return flat -> the base's modules of that name, with and without the roots that kohya leaves out."""
+    """Return flat -> the base's modules of that name; kohya's names leave out roots such as `unet.`."""
     by_flat: dict[str, set[str]] = defaultdict(set)
     for tensor in tensors:
         module = tensor.removesuffix(".weight")
@@ -159,8 +163,8 @@ def _of_base(tensors: Iterable[str]) -> dict[str, set[str]]:
 def _fits(prefix: str, module: str, *, alone: bool) -> bool:
     """Tell whether a prefix can stand for this module.
 
-    That of an encoder stands for that one, or for T5, which tools number as they like; where it is `alone`, also for
-    one that is the whole base.
+    An encoder's prefix stands for that encoder, or for T5, which tools number as they like. The only such prefix in a
+    file (`alone`) also stands for a base that is nothing but the encoder.
     """
     encoder = module.startswith("text_encoder")
     if prefix in _ENCODERS:
@@ -183,7 +187,7 @@ def _ambiguous(prefix: str, readings: list[tuple[architectures.Architecture, dic
 
 
 def _unknown(prefix: str, flats: set[str]) -> str:
-    """Say which names no list has; those of the list that knows most of them are left out."""
+    """Say which names the list that knows most of them lacks."""
     allowed = set(_COMPONENTS.get(prefix, ()))
     lists = [
         architecture

@@ -4,11 +4,11 @@
     model.decoder.layers.0.self_attention.adapter_layer.lora_kqv_adapter . …        the same in NeMo 1.x
     ….linear_qkv.adapter.adapter_q, ….linear_fc1.adapter.adapter_gate               canonical LoRA: projections apart
 
-s = alpha/dim of the configuration beside the tensors, where an alpha that is missing is dim (Megatron-Bridge 0.3.1,
-`peft/utils.py`). Modules get transformers' names for a Llama; the rows are put in its order (`names.py`).
+s = alpha/dim of the configuration beside the tensors, 1 without an alpha (Megatron-Bridge 0.3.1, `peft/utils.py`).
+Modules get transformers' names for a Llama, and rows its order. Beside this file:
 
-    names    the parts of a layer, and the rows of those that are fused
-    nemo     where NeMo and Megatron leave an adapter: a `.nemo` archive, unpacked, or a bare state dict
+    names.py   Megatron's names of a layer's parts, and the rows of those that it fuses
+    nemo.py    `.nemo` archives, the same unpacked, and their configurations
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from typing import Any
 
 from loratools.adapter.model import Adapter, Loss
 from loratools.adapter.parts import MAGNITUDE, A, B
-from loratools.dialects._frame import build, pickles
+from loratools.dialects._frame import pickles
+from loratools.dialects._frame.build import Groups, add, build, check_faults, check_gathered, check_read, some
 from loratools.dialects._frame.listing import Evidence, Listing
+from loratools.dialects._frame.numbers import is_number
 from loratools.dialects.megatron import nemo
 from loratools.dialects.megatron.names import FC1, Place, Shape, place
 from loratools.errors import BadFile, UnsupportedAdapter
@@ -45,22 +47,20 @@ def detect(listing: Listing) -> Evidence | None:
         return Evidence(90, f"{nemo.CONFIG} beside {nemo.WEIGHTS}, as in NeMo's archives")
     name = nemo.file_of(listing)
     header = listing.header(name) if name else None
-    factors_found = [tensor for tensor in (header.tensors if header else pickles.names(listing)) if place(tensor)]
-    return (
-        Evidence(85, f"{len(factors_found)} of the tensors in {name} are called as {factors_found[0]}")
-        if factors_found
-        else None
-    )
+    if header is None:
+        return pickles.evidence(listing, 85, place)
+    parts = [tensor for tensor in header.tensors if place(tensor)]
+    return Evidence(85, f"{len(parts)} of the tensors in {name} are called as {parts[0]}") if parts else None
 
 
 def read(listing: Listing) -> Adapter:
-    """Read an adapter, its fused projections taken apart by rows, so exactly.
+    """Read an adapter, and take its fused projections apart by rows, which is exact.
 
     Raises `UnsupportedAdapter` where alpha, the heads or the gate are not known, for experts and other layers, and for
-    distributed checkpoints; `BadFile` for what does not fit together.
+    distributed checkpoints. Raises `BadFile` for what does not fit together.
     """
     tensors, document = nemo.read(listing)
-    build.check_gathered(listing.path, tensors)
+    check_gathered(listing.path, tensors)
     shape, (alpha, dim) = _shape(document, listing), _numbers(document, listing)
     fused: dict[tuple[str, str], dict[str, LazyTensor]] = {}
     strangers = []
@@ -71,10 +71,8 @@ def read(listing: Listing) -> Adapter:
         elif not name.endswith("_extra_state"):
             strangers.append(name)
     if strangers:
-        raise UnsupportedAdapter(
-            f"{listing.path}: it holds what loratools does not read",
-            [f"{build.some(strangers)}: no adapter of an attention or MLP layer (experts are not read)"],
-        )
+        why = "no adapter of an attention or MLP layer (experts are not read)"
+        check_read(listing.path, [f"{some(strangers)}: {why}"])
     ranks = _count(_model(document), "tensor_model_parallel_size") or 1
     if ranks > 1 and shape.gated and any(projection == FC1 for _, projection in fused):
         raise UnsupportedAdapter(
@@ -82,19 +80,18 @@ def read(listing: Listing) -> Adapter:
             " rank in turn is not recorded",
             hint="Save it again with tensor_model_parallel_size 1.",
         )
-    groups: build.Groups = {}
+    groups: Groups = {}
     faults: list[str] = []
     unknown: list[str] = []
     for (block, projection), parts in fused.items():
         try:
             for name, part, lazy in _apart(Place(block, projection, ""), parts, shape):
-                build.add(groups, f"{block}.{name}", part, lazy, f"{block}.{projection}", faults)
+                add(groups, f"{block}.{name}", part, lazy, f"{block}.{projection}", faults)
         except LookupError as error:
             unknown.append(f"{block}.{projection}: {error.args[0]}")
         except ValueError as error:
             faults.append(f"{block}.{projection}: {error}")
-    if faults:
-        raise BadFile(f"{listing.path}: {len(faults)} problem(s) in this adapter", faults)
+    check_faults(listing.path, faults)
     if unknown:
         hint = "Give the base model with --base: its config.json and its weights tell."
         raise UnsupportedAdapter(f"{listing.path}: fused projections cannot be taken apart", unknown, hint=hint)
@@ -104,11 +101,11 @@ def read(listing: Listing) -> Adapter:
             raise ValueError(f"its tensors have rank {rank}, the configuration says {dim}")
         return (1.0, float(rank)) if alpha is None else (alpha / rank, alpha)
 
-    return Adapter(build.build(listing.path, groups, rule), dialect="megatron")
+    return Adapter(build(listing.path, groups, rule), dialect="megatron")
 
 
 def losses(adapter: Adapter) -> list[Loss]:
-    """Everything is lost: this dialect is only read."""
+    """Return one loss, the whole adapter: loratools only reads this dialect."""
     return [Loss("adapter", "files of Megatron and NeMo are only read here; their own tools import PEFT (--to peft)")]
 
 
@@ -132,9 +129,9 @@ def _apart(at: Place, parts: Mapping[str, LazyTensor], shape: Shape) -> list[tup
 
 
 def _numbers(document: Mapping[str, Any], listing: Listing) -> tuple[float | None, int | None]:
-    """Return alpha and dim; alpha is None where the configuration says that it is dim.
+    """Return alpha and dim. An alpha of None is that of a configuration without one, for which s = 1.
 
-    Raises `UnsupportedAdapter` where nothing says what alpha is.
+    Raises `UnsupportedAdapter` without a configuration and without the user's alpha.
     """
     if listing.alpha is not None:
         return listing.alpha, None
@@ -146,13 +143,13 @@ def _numbers(document: Mapping[str, Any], listing: Listing) -> tuple[float | Non
             hint=f"Put {nemo.CONFIG} or run_config.yaml beside it, or give --alpha NUMBER.",
         )
     alpha, dim = tuning.get("alpha"), tuning.get("adapter_dim", tuning.get("dim"))
-    if alpha is not None and (type(alpha) not in (int, float) or not -1e300 < alpha < 1e300):
+    if alpha is not None and not is_number(alpha):
         raise BadFile(f"{listing.path}: alpha of its configuration: expected a number, found {alpha!r}")
     return (None if alpha is None else float(alpha)), (dim if type(dim) is int else None)
 
 
 def _shape(document: Mapping[str, Any], listing: Listing) -> Shape:
-    """Return heads, groups and gate as the configuration says them, and the base where it does not.
+    """Return heads, groups and gate of the configuration, and those of the base where it lacks them.
 
     Raises `BadFile` where the two contradict each other.
     """

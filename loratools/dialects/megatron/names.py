@@ -21,7 +21,7 @@ _NAME = re.compile(
     r"(?:(?:model|module)\.)*(?:decoder\.|language_model\.encoder\.)?layers\.(\d+)\."
     r"(self_attention|mlp)\.(.+)\.(linear_in\.weight|linear_out\.weight|weight_magnitude)"
 )
-# By what stands between the block and the factor: as NeMo 1.x calls it, and as Megatron-Bridge and NeMo 2 do.
+# What stands in a name between the block and the factor: in NeMo 1.x, and in Megatron-Bridge and NeMo 2.
 QKV, FC1 = "qkv", "fc1"
 _PARTS: Mapping[tuple[str, str], str] = {
     ("self_attention", "adapter_layer.lora_kqv_adapter"): QKV,
@@ -57,7 +57,7 @@ class Place:
 
 
 def place(name: str) -> Place | None:
-    """Return where a tensor belongs, None for a name that is none of Megatron's adapters of known layers.
+    """Return where a tensor belongs; None for a name that Megatron does not give to adapters of known layers.
 
     >>> place("module.decoder.layers.3.self_attention.linear_qkv.adapter.linear_in.weight")
     Place(block='model.layers.3.self_attn', projection='qkv', factor='linear_in.weight')
@@ -71,7 +71,7 @@ def place(name: str) -> Place | None:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What has to be known of a model to take its fused projections apart; None where it is not known."""
+    """What a reader needs to know of a model to take its fused projections apart; None where it is not known."""
 
     heads: int | None = None
     groups: int | None = None
@@ -81,7 +81,7 @@ class Shape:
     def apart(self, projection: str, lazy: LazyTensor) -> dict[str, LazyTensor]:
         """Return the rows of each projection in a fused one.
 
-        Raises `LookupError` for what is not known of the model, `ValueError` where the rows do not fit what is.
+        Raises `LookupError` where the model is not known well enough, `ValueError` where the rows do not fit it.
         """
         return self._qkv(lazy) if projection == QKV else self._fc1(lazy)
 

@@ -3,8 +3,8 @@
     x.nemo      an uncompressed tar of model_config.yaml and model_weights.ckpt, a file of torch.save (NeMo 1.x)
     folder      the same two; or one file of tensors, beside Megatron-Bridge's run_config.yaml
 
-Tensors are read where they lie. Nothing is unpacked and no code that a file names is run; distributed checkpoints
-(`.distcp`) are described by a pickle of classes, and are refused.
+Tensors are read where they lie: nothing is unpacked, and no code that a file names is run. Distributed checkpoints
+(`.distcp`) are refused, since a pickle of classes describes them.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ Members = Mapping[str, tuple[int, int]]
 
 def archive_of(listing: Listing) -> str | None:
     """Return the `.nemo` file that the listing is, or holds as the only one."""
-    found = [name for name in listing.files if name.endswith(ENDING)]
-    return found[0] if len(found) == 1 else None
+    return listing.only(ENDING)
 
 
 def shards_of(listing: Listing) -> int:
@@ -50,12 +49,11 @@ def shards_of(listing: Listing) -> int:
 
 def file_of(listing: Listing) -> str | None:
     """Return the one file of tensors that the listing holds."""
-    found = [name for name in listing.weights if name.endswith((".safetensors", *SUFFIXES))]
-    return found[0] if len(found) == 1 else None
+    return listing.only(".safetensors", *SUFFIXES)
 
 
 def read(listing: Listing) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
-    """Return the tensors by the names they have, and the configuration, empty where there is none.
+    """Return the tensors by name, and the configuration, {} where there is none.
 
     Raises `UnsupportedAdapter` for distributed checkpoints and those of several ranks, `BadFile` for what is damaged.
     """

@@ -1,15 +1,14 @@
 """Hugging Face PEFT: `adapter_config.json` beside `adapter_model.safetensors`, or the older `.bin`.
 
-Followed to the letter is PEFT 0.21: its names (`format/keys.py`), its config (`config.py`) and its matching rules
-(`targets.py`). What a module's tensors mean is not decided here but by the kinds of update that claim them.
+This dialect follows PEFT 0.21 to the letter; the kinds of update decide what a module's tensors mean. Beside this file:
 
-    names      the names in a file, in whatever state a trainer left them
-    config     `adapter_config.json`, field by field
-    targets    which modules a config targets
-    patterns   names and regular expressions, matched as PEFT matches them
-    experts    which parameter each level of wrappers around a stack of experts is for
-    checks     what must agree: tensors with each other, and with the config
-    profiles   what vLLM and other consumers ask beyond PEFT
+    config.py     the fields of a config: honoured, without effect, or refused with a reason
+    targets.py    which modules a config targets
+    patterns.py   names and regular expressions of a config, matched in bounded time
+    names.py      the names in a file, in whatever state a trainer left them
+    checks.py     what must agree: tensors with each other, and with the config
+    experts.py    which parameter each wrapper around a stack of experts is for
+    profiles.py   what consumers ask beyond PEFT: serving, vLLM, SGLang
 """
 
 from __future__ import annotations
@@ -22,12 +21,14 @@ from pathlib import Path
 from loratools.adapter import kinds
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, Loss
+from loratools.dialects._frame.build import check_faults, check_read, described, some
 from loratools.dialects._frame.listing import Evidence, Listing
+from loratools.dialects._frame.losses import record_losses
 from loratools.dialects.peft import checks
 from loratools.dialects.peft.config import PeftConfig
 from loratools.dialects.peft.experts import layouts, outer
 from loratools.dialects.peft.names import Groups, group, unwrap
-from loratools.errors import BadFile, UnsupportedAdapter
+from loratools.errors import BadFile
 from loratools.format import keys, manifest
 from loratools.format.peft_config import derive_config
 from loratools.storage import atomic, save
@@ -78,28 +79,20 @@ def read(listing: Listing) -> Adapter:
     checks.check_gathered(listing.path, tensors)
     config = PeftConfig.parse(document, path, initial=listing.initial)
     groups = group(tensors, biases=config.fields.get("bias", "none") != "none")
-    built, unsupported, faults = _build(groups, config)
-    faults = [*groups.faults, *checks.faults(groups, config), *faults]
-    if faults:
-        raise BadFile(f"{listing.path}: {len(faults)} problem(s) in this adapter", faults)
-    if unsupported:
-        raise UnsupportedAdapter(f"{listing.path}: it holds what loratools does not read", unsupported)
-    if not built and not groups.whole:
+    updates, unsupported, faults = _build(groups, config)
+    check_faults(listing.path, [*groups.faults, *checks.faults(groups, config), *faults])
+    check_read(listing.path, unsupported)
+    if not updates and not groups.whole:
         raise BadFile(f"{listing.path}: no LoRA tensors in it")
     settings = config.settings
     if notes := [*config.notes, *_notes(groups, config)]:
         settings["notes"] = notes
-    return Adapter(built, groups.whole, config.base, dialect="peft", settings=settings, copies=groups.copies)
+    return Adapter(updates, groups.whole, config.base, dialect="peft", settings=settings, copies=groups.copies)
 
 
 def losses(adapter: Adapter) -> list[Loss]:
     """List what neither PEFT's tensors nor its config can say."""
-    lost = [Loss(module, reason) for module, reason in _unsayable(adapter).items()]
-    if adapter.base and adapter.base.sealed:
-        lost.append(Loss("base model", "its hash, by which a wrong base is refused"))
-    if adapter.provenance:
-        lost.append(Loss("provenance", f"{len(adapter.provenance)} recorded operation(s)"))
-    return lost
+    return [*(Loss(module, reason) for module, reason in _unsayable(adapter).items()), *record_losses(adapter)]
 
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
@@ -162,8 +155,8 @@ def _tensors(listing: Listing) -> dict[str, LazyTensor]:
 
 
 def _build(groups: Groups, config: PeftConfig) -> tuple[dict[str, Update], list[str], list[str]]:
-    """Return the updates, what no kind claims (one line for each set of parts), and what contradicts itself."""
-    built: dict[str, Update] = {}
+    """Return the updates, a line for each set of parts that no kind claims, and a line for each contradiction."""
+    updates: dict[str, Update] = {}
     unclaimed: dict[str, list[str]] = defaultdict(list)
     experts, faults = layouts(groups, config)
     for module, all_parts in groups.modules.items():
@@ -171,7 +164,7 @@ def _build(groups: Groups, config: PeftConfig) -> tuple[dict[str, Update], list[
         kind = kinds.claim(parts) if checks.is_plain(module, groups) else None
         kind = "experts" if module in experts and kind in ("lora", None) else kind
         if kind is None:
-            unclaimed[", ".join(sorted(f"{part} ({len(lazy.shape)}-D)" for part, lazy in parts.items()))].append(module)
+            unclaimed[described(parts)].append(module)
             continue
         build = kinds.get(kind).build
         layout = {"layout": {"rows": rows}} if kind == "tokens" and (rows := config.token_rows(module)) else {}
@@ -182,7 +175,7 @@ def _build(groups: Groups, config: PeftConfig) -> tuple[dict[str, Update], list[
             rank = build(parts, 1.0, 1.0, **layout).rank  # each kind knows where its rank stands
             twice = config.applied_twice(module)
             scaling = config.scaling(path, rank) if rank else 1.0
-            built[module] = build(parts, twice * scaling, twice * config.alpha(path), **layout)
+            updates[module] = build(parts, twice * scaling, twice * config.alpha(path), **layout)
         except ValueError as error:
             faults.append(f"{module}: {error}")
             continue
@@ -190,26 +183,22 @@ def _build(groups: Groups, config: PeftConfig) -> tuple[dict[str, Update], list[
         if rank and stated is not None and stated != rank:
             faults.append(f"{module}: its tensors have rank {rank}, the config says {stated}")
     unsupported = [
-        f"{_some(modules)}: no kind of update that loratools knows consists of {parts}"
+        f"{some(modules)}: no kind of update that loratools knows consists of {parts}"
         for parts, modules in unclaimed.items()
     ]
-    return built, unsupported, faults
+    return updates, unsupported, faults
 
 
 def _notes(groups: Groups, config: PeftConfig) -> list[str]:
     notes = []
     if doubled := [module for module in groups.modules if config.applied_twice(module) == 2]:
-        notes.append(f"{_some(doubled)}: applied twice, as PEFT up to 0.21 does when it trains and when it merges")
+        notes.append(f"{some(doubled)}: applied twice, as PEFT up to 0.21 does when it trains and when it merges")
     if groups.originals:
-        notes.append(f"{_some(groups.originals)}: copies of the base model's, which PEFT does not load")
+        notes.append(f"{some(groups.originals)}: copies of the base model's, which PEFT does not load")
     notes += [f"the adapter's name {name!r} was left in the names of the tensors" for name in sorted(groups.adapters)]
     if unused := config.targets.unused(groups.modules):
         notes.append(f"no tensors for these target_modules: {', '.join(unused[:20])}")
     return notes
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _unsayable(adapter: Adapter) -> dict[str, str]:

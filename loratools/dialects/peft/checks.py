@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from loratools.dialects._frame import build
 from loratools.dialects.peft.config import PeftConfig
 from loratools.dialects.peft.names import Groups, unwrap
-from loratools.errors import BadFile
 from loratools.format import keys
 from loratools.storage.lazy import LazyTensor
 
@@ -18,18 +18,11 @@ _FACTOR = re.compile(r"\.lora_[AB]\.([^.]+\.)?weight$")
 
 def check_gathered(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
     """Raise `BadFile` if tensors are empty, or flat where a factor has rows and columns: a save of one rank's share."""
-    ungathered = [
-        f"{name}: shape {lazy.shape}"
-        for name, lazy in tensors.items()
-        if 0 in lazy.shape or "_flat_param" in name or (len(lazy.shape) == 1 and _FACTOR.search(unwrap(name)))
-    ]
-    if ungathered:
-        raise BadFile(
-            f"{path}: {len(ungathered)} of {len(tensors)} tensors are empty or flattened: "
-            "saved under DeepSpeed ZeRO-3 or FSDP without gathering",
-            ungathered[:12],
-            hint="Save it again with the parameters gathered; what is missing is not in this file.",
-        )
+    build.check_gathered(
+        path,
+        tensors,
+        lambda name, lazy: "_flat_param" in name or (len(lazy.shape) == 1 and _FACTOR.search(unwrap(name)) is not None),
+    )
 
 
 def faults(groups: Groups, config: PeftConfig) -> list[str]:
@@ -60,15 +53,15 @@ def faults(groups: Groups, config: PeftConfig) -> list[str]:
 def is_plain(module: str, groups: Groups) -> bool:
     """Tell whether a module's name says which weight it is.
 
-    Under `base_layer` lies the inner one of two targets in one place, which it does not; but for the output projection
-    of an `nn.MultiheadAttention`, which PEFT always wraps together with the attention itself.
+    A name with `base_layer` does not: PEFT wraps two targets in one place there, and the name does not say which. The
+    exception is the output projection of an `nn.MultiheadAttention`, which PEFT always wraps with the attention itself.
     """
     outer, nested, inner = module.partition(".base_layer.")
     return "base_layer" not in module.split(".") or (bool(nested) and inner == "out_proj" and outer in groups.modules)
 
 
 def _targeted(module: str, config: PeftConfig) -> bool:
-    # A tied layer gets an adapter that target_modules does not name.
+    # PEFT gives a tied layer an adapter without a name in target_modules.
     tied = bool(config.fields.get("ensure_weight_tying")) and not _in_layer(module)
     return tied or config.targets.select(module)
 

@@ -1,4 +1,4 @@
-"""`adapter_config.json` as PEFT 0.21 reads it: a field is honoured, changes nothing, or is refused with a reason."""
+"""`adapter_config.json` as PEFT 0.21 reads it: each field is honoured, without effect, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapter.model import BaseIdentity
+from loratools.dialects._frame.numbers import is_number
 from loratools.dialects.peft.patterns import NameList, PatternKeys, TimeLimit
 from loratools.dialects.peft.targets import Targets, problems
 from loratools.errors import BadFile, UnsupportedAdapter
@@ -28,10 +29,6 @@ def _list_of(kind: type) -> Test:
 
 def _rank(value: Any) -> bool:
     return type(value) is int and 0 < value < 2**31
-
-
-def _number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)
 
 
 def _one_or_list(kind: type) -> Test:
@@ -59,16 +56,16 @@ def _switch(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def _given(value: Any) -> bool:
-    return value is not False  # null was left out before; an empty object switches a variant on
+def _not_false(value: Any) -> bool:
+    return value is not False  # fields that are null are gone by now; an empty object switches a variant on
 
 
 # field -> (test of a value that is there, what was expected)
 _TYPES: dict[str, tuple[Test, str]] = {
     "r": (_rank, "a rank above zero"),
-    "lora_alpha": (_number, "a number"),
+    "lora_alpha": (is_number, "a number"),
     "rank_pattern": (_map_to(_rank), "names to ranks"),
-    "alpha_pattern": (_map_to(_number), "names to numbers"),
+    "alpha_pattern": (_map_to(is_number), "names to numbers"),
     "target_modules": (_one_or_list(str), "a list of names or a regular expression"),
     "exclude_modules": (_one_or_list(str), "a list of names or a regular expression"),
     "target_parameters": (_list_of(str), "a list of names"),
@@ -82,12 +79,12 @@ _TYPES: dict[str, tuple[Test, str]] = {
     "task_type": (_text, "a string"),
     "peft_type": (_text, "a string"),
     "trainable_token_indices": (
-        lambda value: _indices(value) or (isinstance(value, dict) and all(_indices(one) for one in value.values())),
+        lambda value: _indices(value) or _map_to(_indices)(value),
         "token indices, or names to token indices",
     ),
     "auto_mapping": (lambda value: isinstance(value, dict), "an object"),
     "layer_replication": (_ranges, f"pairs [start, stop] of layers, {_LAYERS} at most in all"),
-    "lora_dropout": (_number, "a number"),
+    "lora_dropout": (is_number, "a number"),
 } | dict.fromkeys(
     ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying"), (_switch, "a switch")
 )
@@ -95,7 +92,7 @@ _TYPES: dict[str, tuple[Test, str]] = {
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
 _SUBTRACTED_INITS = ("pissa", "olora", "corda")
-"""Of these the base is W − s·B₀·A₀ with the initial adapter's factors, so that it can be accounted for."""
+"""Those whose changed base is W − s·B₀·A₀, so that subtracting the initial adapter undoes the change."""
 _INIT_REASON = (
     "PEFT changes the base model whenever this adapter is loaded, so W + s·B·A is not what was trained; "
     "save it with path_initial_model_for_weight_conversion, or combine it with --initial"
@@ -106,11 +103,11 @@ _REFUSED: tuple[tuple[str, Test, str], ...] = (
     ("peft_type", lambda value: value != "LORA", "only LORA is read"),
     ("init_lora_weights", lambda value: str(value).lower().startswith(_BASE_CHANGING_INITS), _INIT_REASON),
     ("use_qalora", bool, "QA-LoRA pools the input in groups before A; it is no plain LoRA"),
-    ("use_bdlora", _given, "BD-LoRA stores block-diagonal factors in a compact form; they are no plain factors"),
-    ("alora_invocation_tokens", _given, "an activated LoRA acts only after its invocation tokens and cannot be merged"),
-    ("arrow_config", _given, "an arrow router chooses among several adapters and is none itself"),
-    ("kasa_config", _given, "KaSA also takes the smallest singular components out of the base model"),
-    ("monteclora_config", _given, "MonteCLoRA samples its factors; there is no single B·A"),
+    ("use_bdlora", _not_false, "BD-LoRA stores block-diagonal factors in a compact form; they are no plain factors"),
+    ("alora_invocation_tokens", _not_false, "an activated LoRA acts only after its invocation tokens, so it cannot merge"),
+    ("arrow_config", _not_false, "an arrow router chooses among several adapters and is none itself"),
+    ("kasa_config", _not_false, "KaSA also takes the smallest singular components out of the base model"),
+    ("monteclora_config", _not_false, "MonteCLoRA samples its factors; there is no single B·A"),
     ("enable_lora", bool, "PEFT 0.2's fused attention (enable_lora) has grouped factors; save it again with PEFT"),
 )  # fmt: skip
 
@@ -131,7 +128,11 @@ _SETTINGS = (
 
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
-    """A config that was checked: types are right, patterns compile, nothing in it is refused."""
+    """A config without faults: types are right, expressions compile, no field is refused.
+
+    `fields` are those that are not null, `notes` what a reader should know of them. `targets`, `rank_keys` and
+    `alpha_keys` match modules by PEFT's rules.
+    """
 
     fields: Mapping[str, Any]
     targets: Targets
@@ -143,7 +144,8 @@ class PeftConfig:
     def parse(cls, document: Mapping[str, Any], path: Path, *, initial: bool = False) -> PeftConfig:
         """Check a config; raise `BadFile` with all fields of a wrong type, or `UnsupportedAdapter` with all reasons.
 
-        With `initial` an adapter of a changed base is let in, for the initial one will be taken away from it.
+        `path` is its file, for messages. `initial` lets in an adapter of a changed base (PiSSA, OLoRA, CorDA), for a
+        caller that subtracts the initial adapter from it.
         """
         fields = {name: value for name, value in document.items() if value is not None}
         faults = [
@@ -155,11 +157,11 @@ class PeftConfig:
         if faults:
             raise BadFile(f"{path}: {len(faults)} field(s) that PEFT would not accept", faults)
         init = str(fields.get("init_lora_weights", True)).lower()
-        accounted = initial and init.startswith(_SUBTRACTED_INITS)
+        subtracted = initial and init.startswith(_SUBTRACTED_INITS)
         refused = [
             f"{name} = {str(fields[name])[:80]}: {reason}"
             for name, refuses, reason in _REFUSED
-            if name in fields and refuses(fields[name]) and not (accounted and name == "init_lora_weights")
+            if name in fields and refuses(fields[name]) and not (subtracted and name == "init_lora_weights")
         ]
         if init not in ("true", "false", *_PLAIN_INITS) and not init.startswith(_BASE_CHANGING_INITS):
             refused.append(f"init_lora_weights = {init[:80]}: not known here; it may change the base model")
@@ -200,15 +202,15 @@ class PeftConfig:
     def applied_twice(self, module: str) -> int:
         """Return how often ΔW is added: 2 for the output projection of an `nn.MultiheadAttention`, else 1.
 
-        PEFT up to 0.21 computes with W + 2·s·B·A there, in training too (huggingface/peft#3774), so that this is what
-        such an adapter was trained for. A config without a version is from such a PEFT.
+        PEFT up to 0.21 computes W + 2·s·B·A there, in training too (huggingface/peft#3774), so such an adapter was
+        trained for it. A config without a version is from such a PEFT.
         """
         version = re.match(r"(\d+)\.(\d+)", str(self.fields.get("peft_version", "")))
         fixed = version is not None and (int(version[1]), int(version[2])) > (0, 21)
         return 2 if module.endswith(".base_layer.out_proj") and not fixed else 1
 
     def token_rows(self, module: str) -> list[int] | None:
-        """Return the token indices of an embedding's trained rows; a bare list is for whatever module has them."""
+        """Return the token indices of an embedding's trained rows; a bare list is that of every such module."""
         indices = self.fields.get("trainable_token_indices")
         if isinstance(indices, Mapping):
             name = NameList(indices).first(module)
@@ -217,7 +219,7 @@ class PeftConfig:
 
     @property
     def base(self) -> BaseIdentity | None:
-        """The base model's name and revision; an empty name, as an unnamed model leaves, is none."""
+        """The base model's name and revision; None where neither is there, or both are empty."""
         name, revision = self.fields.get("base_model_name_or_path") or None, self.fields.get("revision") or None
         return BaseIdentity(name, revision) if name or revision else None
 

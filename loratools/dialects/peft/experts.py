@@ -1,4 +1,4 @@
-"""Which parameter each level of PEFT's wrappers around a stack of experts is for: the names in the file do not say."""
+"""Which parameter each of PEFT's wrappers around a stack of experts is for; the names in a file do not say it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def outer(module: str) -> str:
 def layouts(groups: Groups, config: PeftConfig) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Return module -> layout of the stacks of experts in a file, and what is wrong with them.
 
-    PEFT wraps a module once for each targeted parameter, the first innermost. In which order, shapes tell: gate_up_proj
-    (H → 2I) feeds down_proj (I → H). Where they do not, the order is that of the models, gate_up_proj innermost.
+    PEFT wraps a module once for each targeted parameter, the first innermost. Shapes tell the order: gate_up_proj
+    (H → 2I) feeds down_proj (I → H). Where they leave both possible, it is the models' order, gate_up_proj innermost.
     """
     by_module: dict[str, dict[str, Any]] = {}
     faults = []

@@ -1,4 +1,4 @@
-"""The names in a PEFT file, in whatever state a trainer left them: unwrapped, without adapter names, grouped."""
+"""The names in a PEFT file: without the wrappers and adapter names that trainers leave in, grouped by module."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Groups:
     `modules`   module -> part -> tensor
     `whole`     parameter path -> the tensor that takes its place
     `copies`    parameter path -> the copy of the base's own tensor that PEFT saves where embeddings are targeted
-    `originals` parameter paths of what a raw dump kept beside the trained tensors; PEFT does not load it
-    `adapters`  adapter names that a raw dump left in
-    `faults`    names that cannot be placed
+    `originals` parameter paths of the base's tensors in a raw dump, which PEFT does not load
+    `adapters`  adapter names in the tensor names of a raw dump
+    `faults`    a line for each name that has no place
     """
 
     modules: dict[str, dict[str, LazyTensor]] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Groups:
 
 
 def group(tensors: Mapping[str, LazyTensor], *, biases: bool) -> Groups:
-    """Sort tensors by module; `biases` says whether biases of the base were trained (else they are copies)."""
+    """Sort tensors by module; `biases` says whether biases of the base were trained, or else are copies."""
     groups = Groups()
     strangers = []
     for name, lazy in tensors.items():
@@ -88,7 +88,7 @@ def unwrap(name: str) -> str:
 def _without_adapter(part: str) -> tuple[str, str | None]:
     """Return a part without the adapter's name, and the name: `lora_A.default.weight` -> (`lora_A.weight`, `default`).
 
-    A part that is not known even so is returned as it stands.
+    A part that PEFT does not have, with or without an adapter's name, comes back unchanged.
     """
     segments = part.split(".")
     if part in keys.PARTS:

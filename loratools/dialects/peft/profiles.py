@@ -1,4 +1,4 @@
-"""What consumers of PEFT adapters ask beyond PEFT: an adapter is made so that they apply the same ΔW, or is refused.
+"""What consumers of PEFT adapters ask beyond PEFT: an adapter is changed so that they apply the same ΔW, or refused.
 
 serving   what all of them read: one rank, one scaling, no patterns, no rsLoRA, every layer of every target type
 vllm      vLLM 0.33: patterns and rsLoRA are read; ranks up to 512; score and classifier may be trained whole
@@ -8,7 +8,7 @@ sglang    SGLang 0.5.23: scaling is lora_alpha/r for all, patterns are ignored w
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -16,9 +16,9 @@ from loratools.adapter import factors, kinds
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.wrappers import normalized
-from loratools.adapter.parts import A, B
+from loratools.adapter.parts import A_EMBEDDING, B_EMBEDDING, A, B
+from loratools.dialects._frame.numbers import most_common
 from loratools.errors import LossyConversion, UnknownKind
-from loratools.storage.lazy import LazyTensor
 
 _LAYER = re.compile(r"(.*?)\.(\d+)\.(.+)")
 Shapes = Mapping[str, tuple[int, ...]]
@@ -26,8 +26,15 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What one consumer reads. `kinds` of update, tensors trained `whole` (last module's name), whether all must be of
-    one rank and scaling (`uniform`), in `every_layer`, and pairs of targets (one, the other that it `needs`)."""
+    """What one consumer reads.
+
+    `kinds`        kinds of update
+    `whole`        last segments of the modules whose tensors may be trained whole
+    `uniform`      whether all updates must have one rank and one scaling
+    `every_layer`  whether a target needs an update in every layer
+    `needs`        a target, and the one that it needs beside it
+    `max_rank`     the largest rank, or None for any
+    """
 
     name: str
     kinds: frozenset[str]
@@ -39,8 +46,8 @@ class Profile:
 
 
 PROFILES: Mapping[str, Profile] = {
-    one.name: one
-    for one in (
+    profile.name: profile
+    for profile in (
         Profile("serving", frozenset({"lora"}), every_layer=True),
         Profile("vllm", frozenset({"lora", "embedding"}), frozenset({"score", "classifier"}), False, max_rank=512),
         Profile("sglang", frozenset({"lora"}), needs=("q_proj", "v_proj")),
@@ -51,8 +58,9 @@ PROFILES: Mapping[str, Profile] = {
 def apply(adapter: Adapter, name: str, base: Shapes | None = None) -> Adapter:
     """Return the adapter as a consumer reads it, with every ΔW the same.
 
-    `base` are the shapes of the base's tensors, from which absent layers get zero factors. Raises `LossyConversion`
-    with all that the consumer refuses or would drop, `UnknownKind` for a profile of another name.
+    `name` is one of `PROFILES`. `base` holds the shapes of the base's tensors: absent layers get zero factors by them,
+    and without it they are refused. Raises `LossyConversion` with all that the consumer refuses or would drop,
+    `UnknownKind` for another name.
     """
     if name not in PROFILES:
         raise UnknownKind(f"no profile {name!r}; there are {', '.join(PROFILES)}")
@@ -74,7 +82,7 @@ def apply(adapter: Adapter, name: str, base: Shapes | None = None) -> Adapter:
 
 def _refused(adapter: Adapter, profile: Profile) -> Iterable[str]:
     for module, update in adapter.updates.items():
-        extra = sorted(update.parts.keys() - {A, B, "lora_embedding_A", "lora_embedding_B"})
+        extra = sorted(update.parts.keys() - {A, B, A_EMBEDDING, B_EMBEDDING})
         if update.kind not in profile.kinds:
             yield f"{module}: updates of kind {update.kind} are not applied"
         elif extra:
@@ -93,10 +101,9 @@ def _refused(adapter: Adapter, profile: Profile) -> Iterable[str]:
 
 
 def uniform(adapter: Adapter) -> Adapter:
-    """Return all updates with the largest rank, by zeros, and the most common scaling, the rest of it in B."""
+    """Return all updates with the largest rank, filled up by zeros, and the most common scaling; B takes the ratio."""
     rank = max(update.rank for update in adapter.updates.values())
-    counts = Counter(update.scaling for update in adapter.updates.values() if update.scaling)
-    scaling = max(counts, key=lambda value: (counts[value], value), default=1.0)
+    scaling = most_common(update.scaling for update in adapter.updates.values())
     updates: dict[str, Update] = {}
     for module, update in adapter.updates.items():
         parts = {
@@ -129,7 +136,7 @@ def _every_layer(adapter: Adapter, base: Shapes | None) -> tuple[Adapter, list[s
         for layer in missing:
             shape = (wanted or {})[normalized(f"{front}.0"), target][layer]
             shape = like.shape if shape[::-1] == like.shape else shape  # a Conv1D is stored [in, out]
-            added[f"{front}.{layer}.{target}"] = _nothing(shape, like.parts[A].dtype)
+            added[f"{front}.{layer}.{target}"] = _zero_update(shape, like.parts[A].dtype)
     return replace(adapter, updates={**adapter.updates, **added}), problems
 
 
@@ -143,18 +150,9 @@ def _layers(base: Shapes) -> dict[tuple[str, str], dict[int, tuple[int, ...]]]:
     return shapes
 
 
-def _nothing(shape: tuple[int, ...], dtype: str) -> Update:
-    def zeros(*sides: int) -> LazyTensor:
-        def load() -> object:
-            import torch
-
-            from loratools.storage.dtypes import to_torch
-
-            return torch.zeros(sides, dtype=to_torch(dtype))
-
-        return LazyTensor(dtype, sides, load)  # type: ignore[arg-type]
-
-    update: Update = kinds.get("lora").build({A: zeros(1, shape[1]), B: zeros(shape[0], 1)}, 1.0, 1.0)
+def _zero_update(shape: tuple[int, ...], dtype: str) -> Update:
+    parts = {A: factors.zeros((1, shape[1]), dtype), B: factors.zeros((shape[0], 1), dtype)}
+    update: Update = kinds.get("lora").build(parts, 1.0, 1.0)
     return update
 
 

@@ -1,4 +1,4 @@
-"""The components of an image pipeline, and the module names inside them."""
+"""The components of an image pipeline: the first segment of a module's name, or none inside a single model."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ COMPONENTS = frozenset({
 })  # fmt: skip
 """Parts of a pipeline that take adapters; the first segment of a name."""
 
-
 MODEL_LEVEL = frozenset(
     {"down_blocks", "mid_block", "up_blocks", "transformer_blocks", "single_transformer_blocks", "blocks"}
 )
-"""First segments of the models themselves, as `save_lora_adapter` and `load_attn_procs` leave them."""
+"""First segments of names inside a model, as diffusers' `save_lora_adapter` and `load_attn_procs` write them."""
 
 
 def component(module: str) -> str:
-    """Return the component that a module belongs to, or "" where the name begins inside the model."""
+    """Return the component that a module belongs to, or "" where the name begins inside the model.
+
+    >>> component("unet.mid_block.attentions.0.proj_in"), component("mid_block.attentions.0.proj_in")
+    ('unet', '')
+    """
     first = module.partition(".")[0]
     return first if first in COMPONENTS else ""
 
