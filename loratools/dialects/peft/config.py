@@ -56,7 +56,7 @@ def _switch(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def _not_false(value: Any) -> bool:
+def _set(value: Any) -> bool:
     return value is not False  # fields that are null are gone by now; an empty object switches a variant on
 
 
@@ -103,11 +103,11 @@ _REFUSED: tuple[tuple[str, Test, str], ...] = (
     ("peft_type", lambda value: value != "LORA", "only LORA is read"),
     ("init_lora_weights", lambda value: str(value).lower().startswith(_BASE_CHANGING_INITS), _INIT_REASON),
     ("use_qalora", bool, "QA-LoRA pools the input in groups before A; it is no plain LoRA"),
-    ("use_bdlora", _not_false, "BD-LoRA stores block-diagonal factors in a compact form; they are no plain factors"),
-    ("alora_invocation_tokens", _not_false, "an activated LoRA acts only after its invocation tokens, so it cannot merge"),
-    ("arrow_config", _not_false, "an arrow router chooses among several adapters and is none itself"),
-    ("kasa_config", _not_false, "KaSA also takes the smallest singular components out of the base model"),
-    ("monteclora_config", _not_false, "MonteCLoRA samples its factors; there is no single B·A"),
+    ("use_bdlora", _set, "BD-LoRA stores block-diagonal factors in a compact form; they are no plain factors"),
+    ("alora_invocation_tokens", _set, "an activated LoRA acts only after its invocation tokens and cannot be merged"),
+    ("arrow_config", _set, "an arrow router chooses among several adapters and is none itself"),
+    ("kasa_config", _set, "KaSA also takes the smallest singular components out of the base model"),
+    ("monteclora_config", _set, "MonteCLoRA samples its factors; there is no single B·A"),
     ("enable_lora", bool, "PEFT 0.2's fused attention (enable_lora) has grouped factors; save it again with PEFT"),
 )  # fmt: skip
 
