@@ -67,8 +67,9 @@ class Dialect(Protocol):
 def names() -> tuple[str, ...]:
     """Return the names of all dialects, sorted.
 
-    >>> "peft" in names(), "_frame" in names()
-    (True, False)
+    Example:
+        >>> "peft" in names(), "_frame" in names()
+        (True, False)
     """
     return tuple(sorted(module.name for module in iter_modules(__path__) if not module.name.startswith("_")))
 
@@ -76,10 +77,15 @@ def names() -> tuple[str, ...]:
 def get(name: str) -> Dialect:
     """Return a dialect's module.
 
-    `name` is one of `names()`. Raises `UnknownKind` with the list of them for any other name.
+    Args:
+        name: One of `names()`.
 
-    >>> get("gguf").FILES
-    ('.gguf',)
+    Raises:
+        UnknownKind: There is no such dialect; the error lists those that exist.
+
+    Example:
+        >>> get("gguf").FILES
+        ('.gguf',)
     """
     if name not in names():
         raise UnknownKind(f"no dialect {name!r}; loratools knows {', '.join(names())}")
@@ -113,8 +119,16 @@ def list_dialects() -> tuple[DialectSummary, ...]:
 def detect(listing: Listing) -> tuple[str, Evidence]:
     """Return the name of the dialect with the best evidence, and the evidence.
 
-    `listing` is what lies at a path, `Listing.of(path)`. Raises `UnknownKind` where no dialect knows it, or where the
-    best two are equally sure; `BadFile` where a file that cannot be opened is the reason.
+    Args:
+        listing: What lies at a path, `Listing.of(path)`.
+
+    Raises:
+        UnknownKind: No dialect knows it, or the best two are equally sure.
+        BadFile: No dialect knows it, because a file in it cannot be opened.
+
+    Example:
+        >>> detect(Listing.of("my-lora"))[0]  # doctest: +SKIP
+        'peft'
     """
     candidates = [(name, evidence) for name in names() if (evidence := get(name).detect(listing))]
     if not candidates:
@@ -145,22 +159,27 @@ def open_adapter(
     Reads names, dtypes and shapes; the numbers of a factor are loaded when they are asked for. Imports torch for
     pickles only.
 
-    path      folder or file; an `Adapter` is returned as it is
-    dialect   the dialect to read it as, one of `names()`; by default the one that `detect` finds
-    alpha     the alpha of training, for dialects whose files record none (loralib, torchtune, Megatron); one that is
-              given here wins over a recorded one there, and other dialects ignore it
-    base      the base model, for dialects whose names (kohya, GGUF) or row order (torchtune, GGUF, Megatron) only the
-              base explains; by default they use what the file itself says, and refuse where that is too little
-    initial   read an adapter whose training changed the base model (PiSSA, OLoRA, CorDA), which makes sense only less
-              the adapter that training started from; by default it is refused
-    enabled   which of the projections in one weight have factors, in order (loralib's MergedLinear); by default a file
-              with such a weight is refused
+    Args:
+        path: A folder or a single file. An `Adapter` comes back as it is.
+        dialect: The dialect to read it as, one of `names()`. Default: the one that `detect` finds.
+        alpha: The alpha of training, a number, for files of loralib, torchtune and Megatron that record none; it wins
+            over one that a file records there. Other dialects ignore it. Default: the file's.
+        base: The base model, whose names (kohya, GGUF) or heads (torchtune, GGUF, Megatron) explain the file. Default:
+            what the file itself says; where that is too little, the adapter is refused.
+        initial: Read an adapter whose training changed the base model (PiSSA, OLoRA, CorDA): the caller subtracts the
+            adapter that training started from. Default: it is refused.
+        enabled: Which of the projections in one weight have factors, in order (loralib's MergedLinear). Default: a file
+            with such a weight is refused.
 
-    Raises `UnknownKind` for what no dialect reads, `BadFile` and `InvalidFormat` for what is damaged or contradicts
-    itself, `UnsupportedAdapter` for what is sound and not read; each lists all problems.
+    Raises:
+        UnknownKind: No dialect reads it, or two are equally sure.
+        BadFile, InvalidFormat: It is damaged, or contradicts itself; the error lists all problems.
+        UnsupportedAdapter: It is sound and not read; the error lists all reasons.
 
-        adapter = open_adapter("my-lora")
-        adapter.updates["model.layers.0.self_attn.q_proj"].rank
+    Example:
+        >>> adapter = open_adapter("my-lora")  # doctest: +SKIP
+        >>> adapter.updates["model.layers.0.self_attn.q_proj"].rank  # doctest: +SKIP
+        8
     """
     if isinstance(path, Adapter):
         return path
@@ -181,17 +200,26 @@ def save_adapter(
 ) -> list[Loss]:
     """Write an adapter in a dialect, whole or not at all; return what the dialect could not say.
 
-    adapter      what `open_adapter` or another function returned
-    path         the output: a single file where it ends as a file of tensors does (`.safetensors`, `.gguf`, …), else a
-                 folder
-    dialect      the dialect to write, one of `names()`; "loratools", our own format, by default
-    allow_loss   write the adapter without what the dialect cannot say; by default every loss is an error
-    force        replace an output that exists; by default it is an error
+    Args:
+        adapter: An adapter, from `open_adapter` or another function.
+        path: The output: a single file where it ends as a file of tensors does (`.safetensors`, `.gguf`, …), else a
+            folder.
+        dialect: The dialect to write, one of `names()`. Default: `"loratools"`, our own format.
+        allow_loss: Write the adapter without what the dialect cannot say. Default: any loss is an error.
+        force: Replace an output that exists. Default: that is an error.
 
-    Raises `LossyConversion` with every loss; `OutputRefused` where the output exists, is also an input, or ends as no
-    file of this dialect does; `UnknownKind` for another dialect; `NoSpace` where the disk is full.
+    Returns:
+        What the dialect could not say; [] if nothing.
 
-        losses = save_adapter(open_adapter("my-lora"), "my-lora.gguf", dialect="gguf", allow_loss=True)
+    Raises:
+        LossyConversion: Something would be lost, and `allow_loss` is not set; the error lists every loss.
+        OutputRefused: The output exists, is also an input, or ends as no file of this dialect does.
+        UnknownKind: There is no such dialect.
+        NoSpace: The disk is too full.
+
+    Example:
+        >>> save_adapter(open_adapter("my-lora"), "my-lora.gguf", dialect="gguf", allow_loss=True)  # doctest: +SKIP
+        []
     """
     path, writer = Path(path), get(dialect)
     losses = writer.losses(adapter)

@@ -4,9 +4,9 @@
 
 The header's `lora_adapter_metadata` is a JSON object of each component's LoraConfig, `unet.r`, `unet.lora_alpha`, …
 Files without it (all before 2025, and most since) have lost their scale: diffusers applies 1.0, or alpha/r where there
-are tensors `….alpha`. Writing uses the current spelling of names. Beside this file:
+are tensors `….alpha`. Writing uses the current spelling of names.
 
-    names.py   every spelling since 2023
+    names   every spelling since 2023
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     lora_a (r, in), lora_b (out, r); experts stacked (E, r, in), (E, out, r); token_embd flipped: (V, r), (d, r)
 
 s = alpha/r for each tensor; alpha is a float32 in the file, and s = 1 if it is 0 (llama.cpp, `llama_adapter_lora`). The
-`gguf` package reads and writes the container. Beside this file:
+`gguf` package reads and writes the container.
 
-    names.py   architectures, and which of their tensors is which module
-    rows.py    the order of the rows of lora_b of q and k, which some architectures permute
+    names   architectures, and which of their tensors is which module
+    rows    the order of the rows of lora_b of q and k, which some architectures permute
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@
                                                    alpha ()                            dora_scale (out, 1[, 1, 1])
 
 s = alpha/r, and 1 where there is no alpha (sd-scripts 48d368fa, LyCORIS 4.1.3, which folds rsLoRA into alpha). The
-header's `ss_*` and `modelspec.*` stay with the adapter. Beside this file:
+header's `ss_*` and `modelspec.*` stay with the adapter.
 
-    names.py    flattened names and the way back, by look-up
-    hashes.py   the header's `sshs_*`, which writing computes anew
+    names    flattened names and the way back, by look-up
+    hashes   the header's `sshs_*`, which writing computes anew
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@
     ….linear_qkv.adapter.adapter_q, ….linear_fc1.adapter.adapter_gate               canonical LoRA: projections apart
 
 s = alpha/dim of the configuration beside the tensors, 1 without an alpha (Megatron-Bridge 0.3.1, `peft/utils.py`).
-Modules get transformers' names for a Llama, and rows its order. Beside this file:
+Modules get transformers' names for a Llama, and rows its order.
 
-    names.py   Megatron's names of a layer's parts, and the rows of those that it fuses
-    nemo.py    `.nemo` archives, the same unpacked, and their configurations
+    names   Megatron's names of a layer's parts, and the rows of those that it fuses
+    nemo    `.nemo` archives, the same unpacked, and their configurations
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Hugging Face PEFT: `adapter_config.json` beside `adapter_model.safetensors`, or the older `.bin`.
 
-This dialect follows PEFT 0.21 to the letter; the kinds of update decide what a module's tensors mean. Beside this file:
+This dialect follows PEFT 0.21 to the letter; the kinds of update decide what a module's tensors mean.
 
-    config.py     the fields of a config: honoured, without effect, or refused with a reason
-    targets.py    which modules a config targets
-    patterns.py   names and regular expressions of a config, matched in bounded time
-    names.py      the names in a file, in whatever state a trainer left them
-    checks.py     what must agree: tensors with each other, and with the config
-    experts.py    which parameter each wrapper around a stack of experts is for
-    profiles.py   what consumers ask beyond PEFT: serving, vLLM, SGLang
+    config     the fields of a config: honoured, without effect, or refused with a reason
+    targets    which modules a config targets
+    patterns   names and regular expressions of a config, matched in bounded time
+    names      the names in a file, in whatever state a trainer left them
+    checks     what must agree: tensors with each other, and with the config
+    experts    which parameter each wrapper around a stack of experts is for
+    profiles   what consumers ask beyond PEFT: serving, vLLM, SGLang
 """
 
 from __future__ import annotations
