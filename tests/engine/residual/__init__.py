@@ -1,0 +1,1 @@
+"""Tests of the residual: predictions, and the codes of what they miss."""
