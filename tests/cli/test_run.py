@@ -309,8 +309,9 @@ def test_a_closed_pipe_is_quiet(arguments: list[str], prepared: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-def test_a_full_disk_under_stdout_is_one_sentence(prepared: Path, shell: Callable) -> None:
-    done = shell("loratools hash base > /dev/full", prepared)
+@pytest.mark.parametrize("environment", [{}, {"PYTHONUNBUFFERED": "1"}], ids=["buffered", "unbuffered"])
+def test_a_full_disk_under_stdout_is_one_sentence(prepared: Path, shell: Callable, environment: dict[str, str]) -> None:
+    done = shell("loratools hash base > /dev/full", prepared, **environment)
     assert (done.code, done.err) == (1, "error: no space left on device\n")
 
 

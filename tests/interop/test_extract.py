@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 
 from loratools.adapter.naming.selection import Selection
 from loratools.linalg.ranks.allocate import Ranks
@@ -71,6 +68,9 @@ def differing(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -
 
 def effective(loaded: Any) -> dict[str, torch.Tensor]:
     """Return every parameter as PEFT's forward pass uses it: `merge_and_unload` would add a tied change twice."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
     model, found = loaded.base_model.model, {}
     for path, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
@@ -85,6 +85,8 @@ def effective(loaded: Any) -> dict[str, torch.Tensor]:
 def test_peft_makes_the_fine_tune_of_base_and_adapter(
     models: tuple[str, Any, Any, Path], tmp_path: Path, kinds: tuple[str, ...]
 ) -> None:
+    from peft import PeftModel
+
     family, base, tuned, folder = models
     selection = Selection(kinds=frozenset(kinds))
     extract(folder / "base", folder / "tuned", tmp_path / "out", Ranks(Fixed(RANK)), selection=selection)

