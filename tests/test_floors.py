@@ -35,12 +35,12 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
         "cli",
         "__main__ __init__",
     ),
-    "loratools.adapter": ("factors parts site", "kinds", "model", "fusing low_rank", "naming", "placement"),
+    "loratools.adapter": ("factors parts site", "kinds", "model", "fusing identity low_rank", "naming", "placement"),
     "loratools.adapter.naming": ("compact wrappers image", "selection"),
     "loratools.storage": ("*", "pickles", "checkpoint", "companions"),
     "loratools.dialects": ("_frame", "*"),
     "loratools.surgery": (
-        "hash record inspect spectrum compare",
+        "hash inputs inspect spectrum compare",
         "base convert extract",
         "combine merge validate",
         "resize verify",
@@ -48,7 +48,7 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
         "switch",
     ),
     "loratools.surgery.combine": ("methods", "*"),
-    "loratools.format": ("keys registry", "manifest", "clauses digest peft_config", "validate", "reader writer"),
+    "loratools.format": ("keys registry", "manifest", "clauses digest peft_config", "validate", "reader writer record"),
     "loratools.linalg": ("orthonormal factored native", "ranks similarity", "svd"),
 }
 """Folder -> what it holds, ground floor first: nothing imports its own floor or one above. "*" is all that is not

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from loratools.adapter.kinds import Update
@@ -93,3 +94,17 @@ class Adapter:
             f"{module}.{part}": lazy for module, update in self.updates.items() for part, lazy in update.parts.items()
         }
         return tensors | dict(self.replacements)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AdapterInput:
+    """One adapter of a call, and what goes with it on its whole way: the weight of its change, digest, and origin.
+
+    `adapter` is replaced as the call goes on: by one under the base's names, without copies, with untied heads.
+    `digest` stays that of the adapter as it was read. `path` is None for an adapter that came open.
+    """
+
+    adapter: Adapter
+    weight: float = 1.0
+    digest: str = ""
+    path: Path | None = None

@@ -15,7 +15,7 @@ from loratools.cli._talk import Talk, pass_talk
 
 if TYPE_CHECKING:
     from loratools.options import CheckBase
-    from loratools.surgery.switch import Switch
+    from loratools.surgery.switch import SwitchReport
 
 
 @make(section="Change")
@@ -71,7 +71,7 @@ def command(
     return show.Report(show.plain(report), _lines(report))
 
 
-def _lines(report: Switch) -> Iterator[str]:
+def _lines(report: SwitchReport) -> Iterator[str]:
     how = "exactly: the residual brought every bit of the base back" if report.exact else "APPROXIMATE: no residual"
     error = f"at most {report.error_bound:.3g} in any element" if report.error_bound else "0: as merged into the base"
     kept = "not measured" if report.retention is None else f"{report.retention:.2%} of the change survives rounding"

@@ -14,7 +14,7 @@ from loratools.cli._group import command as make
 from loratools.cli._talk import Talk, pass_talk
 
 if TYPE_CHECKING:
-    from loratools.surgery.unmerge import Unmerge
+    from loratools.surgery.unmerge import UnmergeReport
 
 _WAYS = {
     "base": "copied from the base",
@@ -68,7 +68,7 @@ def command(
     return show.Report(show.plain(report), _lines(report))
 
 
-def _lines(report: Unmerge) -> Iterator[str]:
+def _lines(report: UnmergeReport) -> Iterator[str]:
     exact = "0: every bit is the base's"
     yield from show.fields(
         [

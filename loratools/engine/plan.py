@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from loratools.adapter.model import Adapter
+from loratools.adapter.model import Adapter, AdapterInput
 from loratools.adapter.placement.resolve import Placement
 from loratools.engine.tensor import TILE
 from loratools.storage.checkpoint import Checkpoint
@@ -35,20 +35,34 @@ class Change:
 class MergePlan:
     """All decisions of a merge. `files` lists the output's files of tensors, `changes` has every output tensor.
 
-    `adapters` are as placed (tied heads renamed); `config` holds changed fields of config.json; `laid_out` says
-    whether files, headers and offsets are the base's own, so that untouched ranges are copied where they lie. `strict`
-    makes a tensor that is not the recorded one an error, else it is reported.
+    `inputs` are the adapters as they are placed, in the order of the call; `config` holds changed fields of
+    config.json; `laid_out` says whether files, headers and offsets are the base's own, so that untouched ranges are
+    copied where they lie. `strict` makes a tensor that is not the recorded one an error, else it is reported.
     """
 
     base: Checkpoint
-    adapters: tuple[Adapter, ...]
-    weights: tuple[float, ...]
+    inputs: tuple[AdapterInput, ...]
     files: tuple[FilePlan, ...]
     changes: Mapping[str, Change]
     config: Mapping[str, Any] = field(default_factory=dict)
     laid_out: bool = True
     strict: bool = True
     notes: tuple[str, ...] = ()
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """The adapters, in the order of the call."""
+        return tuple(one.adapter for one in self.inputs)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weight of each adapter's change."""
+        return tuple(one.weight for one in self.inputs)
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """The digest of each adapter as it was read: it orders their products."""
+        return tuple(one.digest for one in self.inputs)
 
     def touched(self) -> dict[str, Change]:
         """Return the tensors whose numbers change."""

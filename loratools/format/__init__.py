@@ -9,4 +9,5 @@ clauses       the clauses of the specification, one function each
 validate      all clauses at once
 reader        a file or folder -> `Adapter`
 writer        `Adapter` -> a file or folder, the same bytes every time
+record        what a merged model says of its merge, in `loratools.json`
 """

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,41 +29,57 @@ TOKENIZER_FILES = frozenset({
 })  # fmt: skip
 
 
-def companions(base: Checkpoint, adapter_folders: Iterable[Path | None]) -> dict[str, Path]:
+def companions(base: Checkpoint, adapter_paths: Iterable[Path | None]) -> dict[str, Path]:
     """Return relative path -> source of every file that comes along: no weights, no hidden files, no cache.
 
     Raises `IncompatibleAdapter` when two adapters bring different tokenizer files.
     """
-    found: dict[str, Path] = {}
+    of_base: dict[str, Path] = {}
     if base.path.is_dir() or base.indexes:
         for folder, subfolders, names in os.walk(base.root):
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             for name in sorted(names):
                 path = Path(folder) / name
-                if (
-                    not name.startswith(".")
-                    and name not in (RECORD, RESIDUAL)
-                    and path.is_file()
-                    and not is_weights(path)
-                ):
-                    found[str(path.relative_to(base.root))] = path
-    own: dict[str, Path] = {}
+                ours = name.startswith(".") or name in (RECORD, RESIDUAL)
+                if not ours and path.is_file() and not is_weights(path):
+                    of_base[str(path.relative_to(base.root))] = path
+    of_adapters: dict[str, Path] = {}
     problems = []
-    for folder_of_adapter in adapter_folders:
-        if folder_of_adapter is None or not folder_of_adapter.is_dir():
-            continue
-        for path in sorted(folder_of_adapter.iterdir()):
+    for adapter in adapter_paths:
+        for path in sorted(adapter.iterdir()) if adapter is not None and adapter.is_dir() else ():
             if path.name not in TOKENIZER_FILES or not path.is_file():
                 continue
-            if path.name in own and own[path.name].read_bytes() != path.read_bytes():
-                problems.append(f"{path.name}: {own[path.name]} and {path} differ")
-            own[path.name] = path
+            if path.name in of_adapters and of_adapters[path.name].read_bytes() != path.read_bytes():
+                problems.append(f"{path.name}: {of_adapters[path.name]} and {path} differ")
+            of_adapters[path.name] = path
     if problems:
         raise IncompatibleAdapter("the adapters bring different tokenizers; merge them one at a time", problems)
-    return found | own
+    return of_base | of_adapters
 
 
-def own_config(folder: Path | None) -> dict[str, Any] | None:
+def own_config(adapter: Path | None) -> dict[str, Any] | None:
     """Return the config.json that an adapter's folder brings, if it brings one."""
-    path = folder / "config.json" if folder is not None and folder.is_dir() else None
+    path = adapter / "config.json" if adapter is not None and adapter.is_dir() else None
     return read_json(path) if path is not None and path.is_file() else None
+
+
+def copy_companions(sources: Mapping[str, Path], folder: Path, texts: Mapping[str, str | None]) -> None:
+    """Copy files into `folder` under their relative paths; one with a text in `texts` gets that, or None: is left out.
+
+    A name that is in `texts` alone is written too.
+    """
+    for name in [*sources, *(texts.keys() - sources.keys())]:
+        target = folder / name
+        text = texts.get(name)
+        if name in texts and text is None:
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if text is None:
+            shutil.copyfile(sources[name], target)
+        else:
+            target.write_text(text, encoding="utf-8")
+
+
+def json_text(document: Mapping[str, Any]) -> str:
+    """Return a JSON document as the files beside a model have it: indented, readable, with a final newline."""
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"

@@ -88,6 +88,13 @@ def chunks(spec: TensorSpec, size: int = CHUNK) -> Iterator[memoryview]:
             yield piece
 
 
+def same_bytes(first: TensorSpec, second: TensorSpec) -> bool:
+    """Tell whether two tensors have one dtype, one shape, and the same bytes."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    return all(bytes(a) == bytes(b) for a, b in zip(chunks(first), chunks(second), strict=True))
+
+
 def read_bytes(spec: TensorSpec) -> bytearray:
     """Return the raw bytes of a tensor."""
     data = bytearray(spec.nbytes)

@@ -4,5 +4,5 @@ inspect, spectrum, compare, hash   look at them
 validate, verify                   check them
 merge, unmerge, switch             change a model
 combine, resize, extract, convert  make an adapter
-base, record                       whether an adapter belongs to a base; what a merged model says of itself
+inputs, base                       what a verb opens; whether adapters and models belong to one base
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools import dialects
-from loratools.adapter.model import Adapter, BaseIdentity, Loss, Step
+from loratools.adapter.model import Adapter, AdapterInput, BaseIdentity, Loss, Step
 from loratools.adapter.placement.image import named_for
 from loratools.adapter.placement.layers import replicated
 from loratools.adapter.placement.resolve import resolve
@@ -20,10 +20,10 @@ from loratools.errors import IncompatibleAdapter
 from loratools.format import manifest
 from loratools.format.digest import adapter_digest
 from loratools.format.manifest import NO_DIGEST
+from loratools.format.record import TOOL
 from loratools.parallel import Progress
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.hash import hash_checkpoint
-from loratools.surgery.record import TOOL
 
 BASE_CONFIG = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
 """Fields of a base's config.json that an adapter keeps as `settings["base_config"]`: GGUF's layout depends on them."""
@@ -69,7 +69,7 @@ def convert(
     if base_id is not None:
         opened = replace(opened, base=replace(opened.base or BaseIdentity(), id=base_id))
     if checkpoint is not None:
-        opened = _with_config(settle(checkpoint, [opened])[0][0], checkpoint)
+        opened = _with_config(settle(checkpoint, [AdapterInput(opened)])[0][0].adapter, checkpoint)
         named = named_for(opened, checkpoint)
         if records:
             opened = seal(named, checkpoint, progress)

@@ -87,10 +87,10 @@ def test_bytes_depend_on_the_seed_alone(tmp_path: Path) -> None:
     plan = prepare(base, [adapter], tmp_path / "out")
     made = {}
     for name, settings in {
-        "one": Settings(plan.digests, 1, rounding="stochastic", seed=1),
-        "threads": Settings(plan.digests, 3, rounding="stochastic", seed=1),
-        "tiles": Settings(plan.digests, 2, rounding="stochastic", seed=1, tile_bytes=56 * 2 * 5),
-        "seed": Settings(plan.digests, 1, rounding="stochastic", seed=2),
+        "one": Settings(plan.plan.digests, 1, rounding="stochastic", seed=1),
+        "threads": Settings(plan.plan.digests, 3, rounding="stochastic", seed=1),
+        "tiles": Settings(plan.plan.digests, 2, rounding="stochastic", seed=1, tile_bytes=56 * 2 * 5),
+        "seed": Settings(plan.plan.digests, 1, rounding="stochastic", seed=2),
     }.items():
         (tmp_path / name).mkdir()
         write_weights(plan.plan, tmp_path / name, settings, lambda _: None)

@@ -51,7 +51,7 @@ def test_the_size_of_tiles_does_not_show(model: Path, dtype: str | None) -> None
     for tile in (1, 1000, 1 << 20):
         folder = model / f"tiles of {tile}"
         folder.mkdir()
-        settings = Settings(prepared.digests, 2, retention="off", tile_bytes=tile)
+        settings = Settings(prepared.plan.digests, 2, retention="off", tile_bytes=tile)
         write_weights(prepared.plan, folder, settings, lambda _: None)
         found.append({name: tensor for path in sorted(folder.iterdir()) for name, tensor in load_file(path).items()})
     for other in found[:2]:

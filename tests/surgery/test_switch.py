@@ -73,7 +73,7 @@ def test_what_is_not_the_recorded_merge_is_refused(tmp_path: Path) -> None:
         byte = file.read(1)[0]
         file.seek(spec.start)
         file.write(bytes([byte ^ 1]))
-    with pytest.raises(WrongBase, match=r"a\.down\.weight did not come back"):
+    with pytest.raises(WrongBase, match=r"a\.down\.weight was not restored"):
         switch(tmp_path / "merged", [old], [new], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -25,6 +25,7 @@ from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.errors import IncompatibleAdapter, LoraToolsError
 from loratools.format.digest import adapter_digest
+from loratools.format.record import TOOL
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.options import CheckBase
 from loratools.parallel import Progress
@@ -39,7 +40,6 @@ from loratools.surgery.combine.methods._terms import Library
 from loratools.surgery.combine.options import CombineOptions
 from loratools.surgery.combine.result import assemble
 from loratools.surgery.combine.weights import Weight
-from loratools.surgery.record import TOOL
 
 if TYPE_CHECKING:
     import torch

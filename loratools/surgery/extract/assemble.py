@@ -10,6 +10,7 @@ from typing import Any
 from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.adapter.placement.tied import EMBEDDINGS, main_tensor
 from loratools.format import manifest
+from loratools.format.record import TOOL
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.companions import TOKENIZER_FILES
 from loratools.storage.lazy import LazyTensor
@@ -18,7 +19,6 @@ from loratools.surgery.extract.options import ExtractOptions
 from loratools.surgery.extract.pairs import HEAD_OF_TASK, Pair, Pairing, heads_of_task, task
 from loratools.surgery.extract.spool import Spooled
 from loratools.surgery.extract.updates import build, module_names
-from loratools.surgery.record import TOOL
 
 CLASSES = {
     "factored": "as B·A",

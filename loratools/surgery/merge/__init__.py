@@ -3,7 +3,7 @@
 options     the options, one value that is checked when it is built
 prepared    open, check and plan: nothing is written
 plan        what becomes of every tensor, from headers alone
-accounts    tensors trained whole, held against a real base
+accounts    what became of every tensor of the adapters
 run         write the tensors, then everything beside them
 resume      what an interrupted merge has finished
 folder      the files beside the weights
@@ -16,11 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratools.adapter.model import Adapter
 from loratools.options import CheckBase
 from loratools.parallel import Progress
-from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.dtypes import FloatName
+from loratools.surgery.inputs import AdapterSource, ModelSource
 from loratools.surgery.merge.options import Device, MergeOptions, Retention, Rounding, Tied
 from loratools.surgery.merge.prepared import Merge, prepare
 from loratools.surgery.merge.run import MergeReport, Sink, execute
@@ -32,8 +31,8 @@ __all__ = ["Merge", "MergeOptions", "MergeReport", "Sink", "execute", "merge", "
 
 
 def merge(
-    base: str | Path | Checkpoint,
-    adapters: str | Path | Adapter | Sequence[str | Path | Adapter],
+    base: ModelSource,
+    adapters: AdapterSource | Sequence[AdapterSource],
     output: str | Path,
     *,
     weights: float | Sequence[float] | None = None,

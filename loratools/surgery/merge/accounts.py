@@ -1,4 +1,4 @@
-"""Tensors trained whole, on a real base: copies told from changes, what is replaced, and that nothing is left over."""
+"""What became of every tensor of the adapters: none is left over."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratools.adapter.model import Adapter
+from loratools.adapter.model import AdapterInput
 from loratools.errors import IncompatibleAdapter
 
 if TYPE_CHECKING:
@@ -27,13 +27,13 @@ class Account:
     passed_over: int
 
 
-def accounts(plan: MergePlan, given: Sequence[Adapter]) -> list[Account]:
-    """Return what became of every tensor of the adapters as they were `given`, before `settle`.
+def accounts(plan: MergePlan, inputs: Sequence[AdapterInput]) -> list[Account]:
+    """Return what became of every tensor of the adapters, which are as they were opened, with copies and all.
 
     Raises `IncompatibleAdapter` if a part of an update has no place in the plan: nothing is dropped in silence.
     """
-    found, problems = [], []
-    for i, adapter in enumerate(given):
+    every, problems = [], []
+    for i, one in enumerate(inputs):
         placed: set[tuple[str, str]] = set()
         for change in plan.changes.values():
             for j, placement in change.placements:
@@ -41,12 +41,12 @@ def accounts(plan: MergePlan, given: Sequence[Adapter]) -> list[Account]:
                 if j == i:
                     own = update.parts.keys() - ({"lora_B.bias"} if update.bias is not None else set())
                     placed |= {(placement.module.replace(".base_layer", ""), part) for part in own}
-        used = plan.adapters[i]
-        parts = {(m.replace(".base_layer", ""), part) for m, update in used.updates.items() for part in update.parts}
+        merged = plan.inputs[i].adapter
+        parts = {(m.replace(".base_layer", ""), part) for m, update in merged.updates.items() for part in update.parts}
         problems += [f"adapter {i + 1}: {module}.{part}" for module, part in sorted(parts - placed)]
-        total = len(adapter.tensors()) + len(adapter.copies)
-        applied = sum(len(update.parts) for update in adapter.updates.values())
-        found.append(Account(total, applied, len(used.replacements), total - applied - len(used.replacements)))
+        total = len(one.adapter.tensors()) + len(one.adapter.copies)
+        applied = sum(len(update.parts) for update in one.adapter.updates.values())
+        every.append(Account(total, applied, len(merged.replacements), total - applied - len(merged.replacements)))
     if problems:
         raise IncompatibleAdapter("tensors of the adapter have no place in the plan of the merge", problems)
-    return found
+    return every

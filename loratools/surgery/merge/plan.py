@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from loratools.adapter.model import Adapter
+from loratools.adapter.identity import compare
+from loratools.adapter.model import AdapterInput
+from loratools.adapter.naming.wrappers import normalized
 from loratools.adapter.placement.resolve import Placement, resolve
 from loratools.adapter.placement.settle import replaced, usual_dtype
 from loratools.adapter.placement.tied import apply_policy
 from loratools.adapter.placement.whole import check_vocabulary, follow, resolve_replacements
 from loratools.engine.plan import Change, MergePlan
-from loratools.errors import IncompatibleAdapter
+from loratools.errors import IncompatibleAdapter, WrongBase
+from loratools.options import CheckBase
 from loratools.storage import dtypes
 from loratools.storage.checkpoint import Checkpoint, Shard
 from loratools.storage.header import TensorSpec
 from loratools.storage.layout import DEFAULT_SHARD, FilePlan, plan_file, plan_shards
-from loratools.surgery.base import _expected
+from loratools.surgery.base import of_headers
 from loratools.surgery.merge.options import MergeOptions
 
 _Tensor = tuple[str, str, tuple[int, ...]]
@@ -24,30 +28,29 @@ _Tensor = tuple[str, str, tuple[int, ...]]
 
 def plan_merge(
     base: Checkpoint,
-    adapters: Sequence[Adapter],
-    weights: Sequence[float],
+    inputs: Sequence[AdapterInput],
     options: MergeOptions,
     *,
     configs: Sequence[Mapping[str, Any] | None] = (),
 ) -> MergePlan:
-    """Decide everything about a merge of `adapters`, times their `weights`, into `base`.
+    """Decide everything about a merge of adapters into `base`.
 
-    The adapters are settled (`surgery/merge/accounts.py`); `configs` are their own config.json, where they brought one.
+    The adapters have the base's names and no copies of its tensors (`adapter/placement/settle.py`); `configs` are
+    their own config.json, where they brought one.
 
     Raises `IncompatibleAdapter` for modules without a place, shapes that do not fit, quantized targets, and tied
     embeddings without a policy; `WrongBase` when an adapter's recorded schema or tensor list contradicts the base.
     """
-    untied = apply_policy(tuple(adapters), base.specs, base.config, options.tied)
+    untied = apply_policy(tuple(one.adapter for one in inputs), base.specs, base.config, options.tied)
+    inputs = tuple(replace(one, adapter=adapter) for one, adapter in zip(inputs, untied.adapters, strict=True))
     specs = {**base.specs, **{new: base.specs[old] for new, old in untied.copies.items()}}
     shapes = {name: spec.shape for name, spec in specs.items()}
-    whole = replaced(untied.adapters, weights, shapes)
-    usual = usual_dtype(base.specs)
-    outputs = {name: (specs[name].dtype if name in specs else usual) for name in {**specs, **whole}}
+    whole = replaced(inputs, shapes)
     sources = {**specs, **whole}
     check_vocabulary(shapes, {name: spec.shape for name, spec in whole.items()})
-    placements = _placed(untied.adapters, {name: spec.shape for name, spec in sources.items()}, base)
+    placements = _placements(inputs, {name: spec.shape for name, spec in sources.items()}, base)
     _check_targets({name: specs[name] for name in {**placements, **whole} if name in specs})
-    expected, notes = _expected(adapters, specs, placements, base, options.check_base)
+    expected, notes = _recorded_digests(inputs, placements, base, options.check_base)
     changes = {
         name: Change(
             source,
@@ -57,60 +60,124 @@ def plan_merge(
         )
         for name, source in sources.items()
     }
-    dtype, max_shard_size = options.output_dtype, options.shard_bytes
-    if base.components and max_shard_size is not None:
+    added = [name for name in sources if name not in base.specs]
+    config, followed = _config(base, inputs, untied.config, shapes, options.output_dtype, configs)
+    notes += followed
+    notes += [f"added to the model: {', '.join(sorted(added))}"] if added else []
+    notes += _order(placements, len(inputs))
+    files, laid_out = _files(base, specs, sources, added, options)
+    strict = options.check_base == "strict"
+    return MergePlan(base, inputs, files, changes, config, laid_out, strict, tuple(notes))
+
+
+def _files(
+    base: Checkpoint,
+    specs: Mapping[str, TensorSpec],
+    sources: Mapping[str, TensorSpec],
+    added: list[str],
+    options: MergeOptions,
+) -> tuple[tuple[FilePlan, ...], bool]:
+    """Lay out the output's files of tensors; tell whether they are the base's own."""
+    if base.components and options.shard_bytes is not None:
         raise IncompatibleAdapter("a pipeline keeps the files of its components; --max-shard-size does not apply to it")
-    kept = max_shard_size is None and not any(shard.path.suffix != ".safetensors" for shard in base.shards)
-    config = {**base.config, **untied.config}
-    for i, adapter in enumerate(untied.adapters):
-        found = {name: lazy.shape for name, lazy in resolve_replacements(adapter, shapes).items()}
-        fields, said = follow(config, shapes, found, adapter, configs[i] if configs else None)
+    usual = usual_dtype(base.specs)
+    stored = {name: specs[name].dtype if name in specs else usual for name in sources}
+    planned = {name: (name, _cast(stored[name], options.output_dtype), spec.shape) for name, spec in sources.items()}
+    if options.shard_bytes is None and all(shard.path.suffix == ".safetensors" for shard in base.shards):
+        return tuple(_same_layout(base, shard, added, planned) for shard in base.shards), True
+    metadata = {"format": "pt"} | dict(base.shards[0].metadata)
+    return tuple(plan_shards(list(planned.values()), options.shard_bytes or DEFAULT_SHARD, metadata)), False
+
+
+def _config(
+    base: Checkpoint,
+    inputs: Sequence[AdapterInput],
+    untied: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: str | None,
+    configs: Sequence[Mapping[str, Any] | None],
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the fields of config.json that change, and notes: what an untied head, new tensors and a dtype ask for."""
+    config, notes = {**base.config, **untied}, []
+    for i, one in enumerate(inputs):
+        whole = {name: tensor.shape for name, tensor in resolve_replacements(one.adapter, shapes).items()}
+        fields, said = follow(config, shapes, whole, one.adapter, configs[i] if configs else None)
         config |= fields
-        notes += [f"adapter {i + 1}: {one}" for one in said]
+        notes += [f"adapter {i + 1}: {sentence}" for sentence in said]
     if dtype:
         config |= {key: dtypes.CONFIG_NAMES[dtype] for key in ("torch_dtype", "dtype") if key in base.config}
     own = (base.stored or base).config
-    config = {key: value for key, value in config.items() if key not in own or own[key] != value}
-    added = [name for name in sources if name not in base.specs]
-    notes += [f"added to the model: {', '.join(sorted(added))}"] if added else []
-    notes += _order(placements, len(adapters))
-    planned = [(name, _cast(outputs[name], dtype), sources[name].shape) for name in sources]
-    if kept:
-        files = [_same_layout(base, shard, added, {one[0]: one for one in planned}) for shard in base.shards]
-    else:
-        metadata = {"format": "pt"} | dict(base.shards[0].metadata)
-        files = plan_shards(planned, max_shard_size or DEFAULT_SHARD, metadata)
-    strict = options.check_base == "strict"
-    return MergePlan(base, untied.adapters, tuple(weights), tuple(files), changes, config, kept, strict, tuple(notes))
+    return {key: value for key, value in config.items() if key not in own or own[key] != value}, notes
 
 
-def _placed(
-    adapters: Sequence[Adapter], shapes: Mapping[str, tuple[int, ...]], base: Checkpoint
+def _placements(
+    inputs: Sequence[AdapterInput], shapes: Mapping[str, tuple[int, ...]], base: Checkpoint
 ) -> dict[str, list[tuple[int, Placement]]]:
     """Return the placements on each tensor, with the adapters' numbers; an error says which adapters do not fit."""
-    found: dict[str, list[tuple[int, Placement]]] = {}
+    placements: dict[str, list[tuple[int, Placement]]] = {}
     misfits: dict[str, IncompatibleAdapter] = {}
-    for i, adapter in enumerate(adapters):
+    for i, one in enumerate(inputs):
         try:
-            for placement in resolve(adapter, shapes, base.config):
-                found.setdefault(placement.site.tensor, []).append((i, placement))
+            for placement in resolve(one.adapter, shapes, base.config):
+                placements.setdefault(placement.site.tensor, []).append((i, placement))
         except IncompatibleAdapter as error:
-            misfits[f"adapter {i + 1}: " if len(adapters) > 1 else ""] = error
+            misfits[f"adapter {i + 1}: " if len(inputs) > 1 else ""] = error
     if misfits:
         raise IncompatibleAdapter(
-            f"{base.path}: " + "; ".join(f"{who}{error.message}" for who, error in misfits.items()),
-            [f"{who}{problem}" for who, error in misfits.items() for problem in error.problems],
+            f"{base.path}: " + "; ".join(f"{which}{error.message}" for which, error in misfits.items()),
+            [f"{which}{problem}" for which, error in misfits.items() for problem in error.problems],
             hint="Was it trained on this base model? `loratools inspect --modules` shows the names of both.",
         )
-    return found
+    return placements
+
+
+def _recorded_digests(
+    inputs: Sequence[AdapterInput],
+    placements: Mapping[str, Sequence[tuple[int, Placement]]],
+    base: Checkpoint,
+    check_base: CheckBase,
+) -> tuple[dict[str, list[tuple[int, str]]], list[str]]:
+    """Return the digests that adapters recorded of the tensors that they change, with their numbers; and notes.
+
+    The digests are compared while the tensors are read. An adapter that recorded a schema alone is compared here.
+    """
+    expected: dict[str, list[tuple[int, str]]] = {}
+    notes: list[str] = []
+    problems: list[str] = []
+    for i, one in enumerate(inputs):
+        who, identity = f"adapter {i + 1}", one.adapter.base
+        if check_base == "off":
+            notes.append(f"{who}: base model not checked (--check-base off)")
+        elif identity is None or not identity.sealed:
+            notes.append(f"{who}: carries no base hash, so the base model cannot be checked")
+        elif not identity.tensors and identity.schema is None:
+            notes.append(f"{who}: has a root hash only; compare it with `loratools hash`")
+        elif not identity.tensors:
+            if compare(identity, of_headers(base, identity)).differing:
+                problems.append(f"{who}: names, dtypes or shapes of the base differ from those it was sealed with")
+        else:
+            recorded = {normalized(name): value for name, value in identity.tensors.items()} | dict(identity.tensors)
+            for name in sorted(name for name, on_it in placements.items() if any(j == i for j, _ in on_it)):
+                origin = base.origin(name)
+                if value := recorded.get(origin) or recorded.get(normalized(origin)):
+                    expected.setdefault(name, []).append((i, value))
+                elif name in base.specs:
+                    problems.append(f"{who}: changes {name}, which its recorded base does not list")
+    if problems and check_base == "strict":
+        raise WrongBase(
+            f"{base.path} is not the base model that was recorded",
+            problems,
+            hint="Use the right base, or --check-base warn if you know better.",
+        )
+    return expected, notes + problems
 
 
 def _order(placements: Mapping[str, Sequence[tuple[int, Placement]]], count: int) -> list[str]:
     """Say where the order of the adapters means something: where several change a tensor, and not all only add."""
     tensors = [
         name
-        for name, here in placements.items()
-        if len({i for i, _ in here}) > 1 and not all(placement.update.additive for _, placement in here)
+        for name, on_it in placements.items()
+        if len({i for i, _ in on_it}) > 1 and not all(placement.update.additive for _, placement in on_it)
     ]
     order = ", then ".join(str(i + 1) for i in range(count))
     return [f"the order matters for {len(tensors)} tensor(s), and is as given: adapter {order}"] if tensors else []

@@ -14,6 +14,7 @@ from loratools.engine.residual.keep import Kept, keep
 from loratools.engine.run import Settings, write_weights
 from loratools.engine.tensor import TensorResult
 from loratools.errors import IncompatibleAdapter, NoSpace
+from loratools.format.record import TOOL
 from loratools.parallel import Progress, no_progress
 from loratools.storage import atomic, digest
 from loratools.surgery.hash import hash_tensors
@@ -21,7 +22,6 @@ from loratools.surgery.merge.accounts import Account
 from loratools.surgery.merge.folder import write_companions
 from loratools.surgery.merge.prepared import Merge
 from loratools.surgery.merge.resume import Journal, fingerprint
-from loratools.surgery.record import TOOL
 
 
 class Sink(Protocol):
@@ -82,7 +82,7 @@ def execute(
         raise NoSpace(
             f"{prepared.output}: the result takes {size} bytes, the disk has {free} free; nothing was written"
         )
-    settings = Settings(prepared.digests, threads, options.device, options.retention, options.seed, options.rounding)
+    settings = Settings(plan.digests, threads, options.device, options.retention, options.seed, options.rounding)
     key = fingerprint(plan, settings) if options.resume else None
     with atomic.new_folder(prepared.output, force=options.force, key=key) as scratch:
         sent = sink(scratch) if sink else None
@@ -111,7 +111,7 @@ def execute(
             record["base"]["root"] = _root(plan, digests, threads)
         write_companions(plan, prepared.sources, record, scratch)
         if sent:
-            sent.finish(f"Merge {len(prepared.digests)} adapter(s) with {TOOL}")
+            sent.finish(f"Merge {len(plan.inputs)} adapter(s) with {TOOL}")
     return MergeReport(
         output=str(prepared.output),
         changed=len(plan.touched()),

@@ -1,181 +1,206 @@
 """Take adapters out of a merged model again: exactly from the base or the residual, else within a stated bound.
 
-merged   a merged model, its record, and the adapters that it names
+merged     a merged model, its record, and the adapters that are to be taken out
+subtract   W̃ = W' − ΔW, and the bound of its error
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from loratools.adapter.model import Adapter
 from loratools.engine.residual import Residual
-from loratools.engine.residual.restore import lost_tensors, restore
-from loratools.engine.run import Settings, write_weights
+from loratools.engine.residual.restore import restore
 from loratools.errors import NoSpace, WrongBase
-from loratools.parallel import Progress, cores
+from loratools.options import Options
+from loratools.parallel import Progress, cores, no_progress
 from loratools.storage import atomic, digest, files
 from loratools.storage.atomic import refuse_inputs
 from loratools.storage.checkpoint import Checkpoint
-from loratools.storage.companions import companions
+from loratools.storage.companions import companions, copy_companions, json_text
 from loratools.storage.strict_json import read_json
 from loratools.surgery.base import prove
 from loratools.surgery.hash import hash_tensors
+from loratools.surgery.inputs import AdapterSource, ModelSource, open_model, places
 from loratools.surgery.merge.card import without_section
-from loratools.surgery.merge.folder import write_companions
 from loratools.surgery.merge.options import MergeOptions, Tied
-from loratools.surgery.merge.plan import plan_merge
-from loratools.surgery.record import merge_record
-from loratools.surgery.unmerge.merged import Merged, check_sums, error_bound
+from loratools.surgery.unmerge.merged import MergedModel
+from loratools.surgery.unmerge.subtract import subtract
 from loratools.surgery.verify import verify
+
+Method = Literal["base", "residual", "approximate"]
+Proof = Literal["root hash", "tensor digests", "verify"]
 
 
 @dataclass(frozen=True, slots=True)
-class Unmerge:
-    """What became of a model. `method` is `base`, `residual` or `approximate`.
+class UnmergeReport:
+    """What became of a model, and by which `method`.
 
-    `proved` says by what the result is known to be the base: `root hash`, `tensor digests` or `verify`; None where it
-    is not. `error_bound` limits |W̃ − W| of every element of an approximate result; it is 0 for an exact one.
+    `proved` says what shows that the result is the base; None where nothing does. `restored` counts the tensors that
+    the merge had changed. `root` is the root hash of an exact result. `error_bound` limits |W̃ − W| of every element of
+    an approximate result; it is 0 for an exact one.
     """
 
     output: str
-    method: str
+    method: Method
     tensors: int
     restored: int
     root: str | None
-    proved: str | None
+    proved: Proof | None
     error_bound: float
     notes: tuple[str, ...] = ()
 
 
 def unmerge(
-    model: str | Path,
-    adapters: Sequence[str | Path | Adapter],
+    model: ModelSource,
+    adapters: AdapterSource | Sequence[AdapterSource],
     output: str | Path,
     *,
-    base: str | Path | None = None,
-    weights: Sequence[float] | None = None,
+    base: ModelSource | None = None,
+    weights: float | Sequence[float] | None = None,
     threads: int | None = None,
     force: bool = False,
-    progress: Progress = lambda _: None,
-) -> Unmerge:
-    """Write the model as it was before `adapters` were merged into it.
+    progress: Progress | None = None,
+) -> UnmergeReport:
+    """Write a merged model as it was before the adapters were merged into it.
 
-    With `base`, that is copied, and held against what the merge recorded of it (or the merge is verified, where nothing
-    was recorded). With a residual beside the model every element is restored, W = P(W' − ΔW) plus the residual, and
-    the result proved by the base's recorded hash. With neither, W̃ = W' − ΔW in float32, rounded once, is within
-    2^-p·(|W'| + |W̃|) of W, p the bits of the dtype's mantissa, and what the float32 sums cost.
+    With `base`, that is copied and compared with what the merge recorded of it; a model without a record is verified.
+    With a residual beside the model every element is restored, W = P(W' − ΔW) plus the residual, and the recorded hash
+    of the base proves the result. With neither, W̃ = W' − ΔW in float32, rounded once, is within 2^-p·(|W'| + |W̃|) of
+    W, p the bits of the dtype's mantissa, plus the error of the float32 sums.
 
-    Raises `IncompatibleAdapter` for adapters that were not merged, or cannot be taken out that way, `WrongBase` where
-    the result is not the recorded base, `BadFile` for a damaged residual, `OutputRefused`, `NoSpace`.
+    Args:
+        model: The merged model: a path, an `hf://` reference, or an open `Checkpoint`.
+        adapters: The adapters to take out, one or several. The base and the residual need every adapter of the merge.
+        output: The folder to write; it must not exist, unless `force`.
+        base: The base model, where it is at hand. Default: the result comes from the merged model.
+        weights: The weights of the merge, for a model without a record of it; beside a record they must be those
+            recorded. Default: those recorded, or 1 for each.
+        threads: Threads to work with; no byte depends on it. Default: one per core.
+        force: Whether to replace an output that exists. Default: no.
+        progress: Called with the bytes written since the last call, from any thread. Default: nobody is told.
+
+    Returns:
+        By which method the model was written, what proves it, and how far it can be from the base.
+
+    Raises:
+        InvalidOption: A number, or the count of weights, is wrong.
+        IncompatibleAdapter: An adapter was not merged, one is missing, or the merge did more than to add and kept no
+            residual.
+        WrongBase: The result is not the recorded base.
+        BadFile: The residual, or another input, is damaged.
+        OutputRefused, NoSpace: The output exists or is an input; the disk is too small.
+
+    Example:
+        >>> unmerge("merged", "adapter", "unmerged", base="base").proved
+        'tensor digests'
     """
-    output = Path(output)
+    options = Options()
+    options.number("threads", threads, least=1, optional=True)
+    options.flag("force", force)
+    options.done()
+    output, threads, progress = Path(output), threads or cores(), progress or no_progress
     atomic.check_output(output, force=force)
-    merged = Merged.open(model, adapters, weights)
-    refuse_inputs(output, [merged.model.path, base])
-    threads = threads or cores()
-    residual = merged.residual() if base is None else None
-    if base is None:
+    merged = MergedModel.open(model, adapters, weights)
+    original = None if base is None else open_model(base)
+    refuse_inputs(output, [merged.model.path, *([original.path] if original else []), *places(merged.inputs)])
+    residual = None if original else merged.residual()
+    if original is None:
         merged.check_layers()
-    if base is not None or residual is not None:
+    if original is not None or residual is not None:
         merged.check_complete()
-    size = (Checkpoint.open(base) if base is not None else merged.model).nbytes
+    size = (original or merged.model).nbytes
     if size > shutil.disk_usage(output.absolute().parent).free:
         raise NoSpace(
             f"{output}: the result takes about {size} bytes, more than the disk has free; nothing was written"
         )
-    if base is not None:
-        make = partial(_from_base, merged, Checkpoint.open(base), threads, progress)
+    if original is not None:
+        write = partial(_copy_base, merged, original)
     elif residual is not None:
-        make = partial(_from_residual, merged, residual, threads, progress)
+        write = partial(_restore, merged, residual)
     else:
-        make = partial(_approximate, merged, threads, progress)
+        write = partial(_subtract, merged)
     with atomic.new_folder(output, force=force) as scratch:
-        return make(output, scratch)
+        return write(threads, progress, output, scratch)
 
 
-def _from_base(
-    merged: Merged, base: Checkpoint, threads: int, progress: Progress, output: Path, scratch: Path
-) -> Unmerge:
-    recorded: Any = merged.record["base"]["tensors"] if merged.record else {}
-    restored, proved = len(recorded), "verify"
-    if not merged.record:
-        found = verify(merged.model, base, merged.adapters, weights=merged.weights, threads=threads)
-        if not found.ok:
+def _copy_base(
+    merged: MergedModel, base: Checkpoint, threads: int, progress: Progress, output: Path, scratch: Path
+) -> UnmergeReport:
+    proved: Proof = "verify"
+    if merged.record:
+        restored = len(merged.record["base"]["tensors"])
+    else:
+        adapters, weights = [one.adapter for one in merged.inputs], [one.weight for one in merged.inputs]
+        verification = verify(merged.model, base, adapters, weights=weights, threads=threads)
+        if not verification.ok:
             raise WrongBase(
                 f"{merged.model.path}: this is not {base.path} with these adapters, and no record tells of its merge",
                 hint="`loratools verify` shows where they differ.",
             )
-        restored = len(found.checked)
+        restored = len(verification.checked)
     for shard in base.shards:
         _copy(shard.path, scratch / shard.path.relative_to(base.root), progress)
     for path in base.indexes:
-        _copy(path, scratch / path.relative_to(base.root), lambda _: None)
-    for name, source in companions(base, ()).items():
-        _copy(source, scratch / name, lambda _: None)
+        _copy(path, scratch / path.relative_to(base.root), no_progress)
+    copy_companions(companions(base, ()), scratch, {})
     digests = hash_tensors(dict(Checkpoint.open(scratch).specs), digest.DEFAULT, threads)
-    root = digest.root(digests)
     if merged.record:
         proved = "root hash" if prove(merged.record, digests, base.path) else "tensor digests"
-    return Unmerge(str(output), "base", len(base.specs), restored, root, proved, 0.0)
+    return UnmergeReport(str(output), "base", len(base.specs), restored, digest.root(digests), proved, 0.0)
 
 
-def _from_residual(
-    merged: Merged, residual: Residual, threads: int, progress: Progress, output: Path, scratch: Path
-) -> Unmerge:
-    tied = merged.record.get("tied") or "error"
-    lost = lost_tensors(merged.model, residual, merged.adapters, merged.weights, tied)
+def _restore(
+    merged: MergedModel, residual: Residual, threads: int, progress: Progress, output: Path, scratch: Path
+) -> UnmergeReport:
+    lost = merged.lost(residual)
     digests = restore(merged.model, residual, lost, scratch, threads, progress)
-    proved = "root hash" if prove(merged.record, digests, merged.model.path) else "tensor digests"
-    copy_companions(merged.model, residual, merged.record, scratch)
-    return Unmerge(str(output), "residual", len(digests), len(lost), digest.root(digests), proved, 0.0)
+    proved: Proof = "root hash" if prove(merged.record, digests, merged.model.path) else "tensor digests"
+    sources = companions(merged.model, ())
+    copy_companions(sources, scratch, _unmerged_texts(sources, residual, merged.record))
+    return UnmergeReport(str(output), "residual", len(digests), len(lost), digest.root(digests), proved, 0.0)
 
 
-def _approximate(merged: Merged, threads: int, progress: Progress, output: Path, scratch: Path) -> Unmerge:
-    model = merged.model
+def _subtract(merged: MergedModel, threads: int, progress: Progress, output: Path, scratch: Path) -> UnmergeReport:
     tied: Tied = merged.record.get("tied") or "both"
     options = MergeOptions(tied=tied, check_base="off")
-    plan = plan_merge(model, merged.adapters, [-weight for weight in merged.weights], options)
-    check_sums(plan)
-    results = write_weights(plan, scratch, Settings(merged.digests, threads, retention="off"), progress)
-    bound = max((error_bound(plan, scratch, result.name) for result in results), default=0.0)
-    record = merge_record(model, merged.adapters, [-weight for weight in merged.weights], merged.digests)
-    record |= {"operation": "unmerge", "approximate": True, "error_bound": bound}
-    write_companions(plan, companions(model, ()), record, scratch)
+    made = subtract(merged, (), "unmerge", options, threads, progress, scratch)
     notes = ("not the base model, but W' − ΔW: what rounding destroyed at the merge is lost",)
-    return Unmerge(str(output), "approximate", len(plan.changes), len(plan.touched()), None, None, bound, notes)
+    return UnmergeReport(
+        str(output), "approximate", len(made.plan.changes), len(made.plan.touched()), None, None, made.error_bound,
+        notes,
+    )  # fmt: skip
 
 
 def _copy(source: Path, target: Path, progress: Progress) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     size = source.stat().st_size
     with (
-        files.descriptor(source) as opened,
-        files.descriptor(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as made,
+        files.descriptor(source) as original,
+        files.descriptor(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as copy,
     ):
         for start in range(0, size, 1 << 26):
             stop = min(start + (1 << 26), size)
-            files.copy_range(opened, start, stop, made, start, source)
+            files.copy_range(original, start, stop, copy, start, source)
             progress(stop - start)
 
 
-def copy_companions(model: Checkpoint, residual: Residual, record: Mapping[str, Any], folder: Path) -> None:
-    """Copy the other files of the merged model, without what the merge wrote into them."""
-    for name, source in companions(model, ()).items():
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if name == "config.json" and residual.config:
-            config = {**read_json(source), **residual.config}
-            config = {key: value for key, value in config.items() if value is not None or key not in residual.config}
-            target.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        elif name == "README.md":
-            if text := without_section(source.read_text(encoding="utf-8", errors="replace"), record):
-                target.write_text(text, encoding="utf-8")
-        else:
-            shutil.copyfile(source, target)
+def _unmerged_texts(
+    sources: Mapping[str, Path], residual: Residual, record: Mapping[str, Any]
+) -> dict[str, str | None]:
+    """Return the texts of the files that the merge changed, as they were before: config.json and the model card."""
+    texts: dict[str, str | None] = {}
+    if "config.json" in sources and residual.config:
+        config = {**read_json(sources["config.json"]), **residual.config}
+        texts["config.json"] = json_text(
+            {key: value for key, value in config.items() if value is not None or key not in residual.config}
+        )
+    if "README.md" in sources:
+        text = sources["README.md"].read_text(encoding="utf-8", errors="replace")
+        texts["README.md"] = without_section(text, record) or None
+    return texts

@@ -1,6 +1,6 @@
 """Prove a merge after the fact, by another path than the one that made it.
 
-For seeded probes X the change that is there, X·(W' − W)ᵀ, is held against the change that should be, w·s·(X·Aᵀ)·Bᵀ, in
+For seeded probes X the change that is there, X·(W' − W)ᵀ, is compared with the change that should be, w·s·(X·Aᵀ)·Bᵀ, in
 float64. With k independent standard normal probes the expectation of ‖X·Eᵀ‖² is k·‖E‖_F², so the residual estimates the
 norm of the error E = W' − W − ΔW itself, to about 1/√(k·out). A correctly rounded merge has |E| ≤ 2^-p·|W'| in every
 element, p the bits of the dtype's mantissa. As a change may be smaller than that, k unit vectors are probes as well:
@@ -13,19 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratools import dialects
-from loratools.adapter.model import Adapter
-from loratools.adapter.placement.image import named_for
 from loratools.adapter.placement.layers import replicated
 from loratools.adapter.placement.settle import settle
 from loratools.engine.plan import Change, MergePlan
-from loratools.parallel import Progress, workers
+from loratools.options import Options
+from loratools.parallel import Progress, cores, no_progress, workers
 from loratools.storage import dtypes, files
-from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import TensorSpec
+from loratools.surgery.inputs import AdapterSource, ModelSource, open_adapters, open_model, under_names_of
 from loratools.surgery.merge.options import MergeOptions, Tied
 from loratools.surgery.merge.plan import plan_merge
 from loratools.surgery.verify import probes as probing
@@ -41,10 +38,10 @@ _TILE = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class TensorCheck:
-    """What was found of one changed tensor.
+    """The errors of one changed tensor.
 
     `error` = ‖W' − W − ΔW‖/‖ΔW'‖ with ΔW' = W' − W, the part of the change that the adapter does not explain;
-    `error_of_weight` = ‖W' − W − ΔW‖/‖W'‖, to be held against `bound`; `applied` = ⟨ΔW', ΔW⟩/‖ΔW‖², which is 1 for a
+    `error_of_weight` = ‖W' − W − ΔW‖/‖W'‖, to be compared with `bound`; `applied` = ⟨ΔW', ΔW⟩/‖ΔW‖², which is 1 for a
     change that was applied once. With `exact`, `mismatched` counts the elements that are not W + ΔW in float64, rounded
     once.
     """
@@ -74,109 +71,126 @@ class Verification:
 
 
 def verify(
-    model: str | Path | Checkpoint,
-    base: str | Path | Checkpoint,
-    adapters: Sequence[str | Path | Adapter],
+    model: ModelSource,
+    base: ModelSource,
+    adapters: AdapterSource | Sequence[AdapterSource],
     *,
-    weights: Sequence[float] | None = None,
+    weights: float | Sequence[float] | None = None,
     exact: bool = False,
     seed: int = 0,
-    threads: int = 2,
-    progress: Progress = lambda _: None,
+    threads: int | None = None,
+    progress: Progress | None = None,
 ) -> Verification:
     """Tell how far a model is from base + adapters: names, untouched bytes, and every changed tensor.
 
-    `exact` recomputes each changed tensor densely in float64 and compares element by element, allowing what float32
-    sums may cost: one unit in the last place in at most one element of 10,000 (1,000 for F16), and for F32 the error
-    of such sums, 8·2^-24 of the largest terms. Otherwise that is done for 16 seeded columns, with one unit allowed in
-    each element, as other tools may have rounded twice. Raises what planning a merge raises.
+    Args:
+        model: The merged model: a path, an `hf://` reference, or an open `Checkpoint`.
+        base: The base model, likewise.
+        adapters: The adapters of the merge, one or several, in its order.
+        weights: The weights of the merge, a number for each adapter; one number for one adapter. Default: 1 for each.
+        exact: Whether to recompute each changed tensor in float64 and compare every element with it, rounded once.
+            Float32 sums may put one element of 10,000 (1,000 for F16) one unit in the last place off, and err in F32
+            by 8·2^-24 of the largest terms. Default: no, 16 random columns are compared so, with one unit allowed in
+            each element, as other tools may have rounded twice, and 16 random probes estimate the error of the rest.
+        seed: A whole number that draws the probes. Default: 0.
+        threads: Threads to work with. Default: one per core, at most 8.
+        progress: Called with the bytes read since the last call, from any thread. Default: nobody is told.
+
+    Returns:
+        The account: `ok` only if every tensor of both models is explained.
+
+    Raises:
+        InvalidOption: A number, or the count of weights, is wrong.
+        IncompatibleAdapter, BadFile, UnsupportedAdapter: What planning a merge raises.
+
+    Example:
+        >>> verify("merged", "base", "adapter").ok
+        True
     """
-    model = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
-    base = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
-    opened = [one if isinstance(one, Adapter) else dialects.open_adapter(one, base=base) for one in adapters]
-    base = replicated(base, opened)
-    weights = [1.0] * len(opened) if weights is None else list(weights)
-    if not opened or len(weights) != len(opened):
-        raise ValueError(f"{len(opened)} adapter(s) and {len(weights)} weight(s); each adapter takes one weight")
+    options = Options()
+    options.flag("exact", exact)
+    options.number("seed", seed)
+    options.number("threads", threads, least=1, optional=True)
+    options.done()
+    progress = progress or no_progress
+    model, base = open_model(model), open_model(base)
+    inputs = open_adapters(adapters, base, weights)
+    base = replicated(base, [one.adapter for one in inputs])
     tied: Tied = "untie" if model.specs.keys() - base.specs.keys() else "both"
-    settled, _ = settle(base, [named_for(one, base) for one in opened], strict=False)
-    plan = plan_merge(base, settled, weights, MergeOptions(tied=tied, check_base="off"))
+    inputs, _ = settle(base, under_names_of(base, inputs), strict=False)
+    plan = plan_merge(base, inputs, MergeOptions(tied=tied, check_base="off"))
     shared = {name: change for name, change in plan.changes.items() if name in model.specs}
-    differing: list[str] = []
-    checked: list[TensorCheck] = []
-    with workers(threads) as pool:
-        same = {
+    with workers(threads or min(8, cores())) as pool:
+        compared = {
             name: pool.submit(_same, change.source, model.specs[name], progress)
             for name, change in shared.items()
             if not change.placements
         }
-        found = {
+        measured = {
             name: pool.submit(_check, plan, name, change, model.specs[name], exact, seed, progress)
             for name, change in shared.items()
             if change.placements
         }
-        differing = sorted(name for name, future in same.items() if not future.result())
-        checked = [found[name].result() for name in sorted(found)]
+        differing = sorted(name for name, future in compared.items() if not future.result())
+        checked = [measured[name].result() for name in sorted(measured)]
     missing = tuple(sorted(plan.changes.keys() - model.specs.keys()))
     extra = tuple(sorted(model.specs.keys() - plan.changes.keys()))
     ok = not (differing or missing or extra) and all(check.within for check in checked)
     worst = max((check.error_of_weight for check in checked), default=0.0)
     return Verification(
-        ok, tuple(checked), len(same) - len(differing), tuple(differing), missing, extra, worst, exact, seed
+        ok, tuple(checked), len(compared) - len(differing), tuple(differing), missing, extra, worst, exact, seed
     )
 
 
-def _same(source: TensorSpec, found: TensorSpec, progress: Progress) -> bool:
+def _same(base: TensorSpec, merged: TensorSpec, progress: Progress) -> bool:
     """Compare an untouched tensor byte by byte; where the dtype was changed, with the base rounded to it."""
-    progress(found.nbytes)
-    if source.shape != found.shape:
-        return False
-    if source.dtype == found.dtype:
-        return all(bytes(a) == bytes(b) for a, b in zip(files.chunks(source), files.chunks(found), strict=True))
+    progress(merged.nbytes)
+    if base.shape != merged.shape or base.dtype == merged.dtype:
+        return files.same_bytes(base, merged)
     import torch
 
-    return torch.equal(files.read_tensor(source).to(dtypes.to_torch(found.dtype)), files.read_tensor(found))
+    return torch.equal(files.read_tensor(base).to(dtypes.to_torch(merged.dtype)), files.read_tensor(merged))
 
 
 def _check(
-    plan: MergePlan, name: str, change: Change, found: TensorSpec, exact: bool, seed: int, progress: Progress
+    plan: MergePlan, name: str, change: Change, merged: TensorSpec, exact: bool, seed: int, progress: Progress
 ) -> TensorCheck:
-    """Hold one changed tensor against its base and the adapters."""
+    """Compare one changed tensor with its base and the adapters."""
     import torch
 
-    bound = 2.0 ** -dtypes.MANTISSA.get(found.dtype, 0)
-    if found.shape != change.source.shape or found.dtype not in dtypes.MANTISSA:
+    bound = 2.0 ** -dtypes.MANTISSA.get(merged.dtype, 0)
+    if merged.shape != change.source.shape or merged.dtype not in dtypes.MANTISSA:
         return TensorCheck(name, float("inf"), float("inf"), bound, 0.0, False)
     probes = probing.draw(plan, name, change, exact, seed)
     norm, strays, tally = 0.0, 0, probing.Tally()
-    for start, before, after in _tiles(probes[0].site.matrix, change.source, found):
+    for start, before, after in _tiles(probes[0].site.matrix, change.source, merged):
         delta = after - before
         norm += float(after.square().sum())
         for probe in probes:
-            if met := probe.site.overlap(start, start + len(delta)):
-                inside = (met[0], slice(*probe.site.columns))
+            if overlap := probe.site.overlap(start, start + len(delta)):
+                inside = (overlap[0], slice(*probe.site.columns))
                 if probe.site.transposed:
-                    probe.Y += probe.X[:, met[1]] @ delta[inside]
+                    probe.Y += probe.X[:, overlap[1]] @ delta[inside]
                 else:
-                    probe.Y[:, met[1]] = probe.X @ delta[inside].T
-                probing.compare(tally, probe, met[1], before[inside], after[inside], found.dtype, exact)
+                    probe.Y[:, overlap[1]] = probe.X @ delta[inside].T
+                probing.compare(tally, probe, overlap[1], before[inside], after[inside], merged.dtype, exact)
         for probe in probes:
-            if met := probe.site.overlap(start, start + len(delta)):
-                delta[met[0], slice(*probe.site.columns)] = 0
+            if overlap := probe.site.overlap(start, start + len(delta)):
+                delta[overlap[0], slice(*probe.site.columns)] = 0
         strays += int(torch.count_nonzero(delta))
-        progress(delta.numel() * found.nbytes // max(1, found.parameters))
+        progress(delta.numel() * merged.nbytes // max(1, merged.parameters))
     error = sum(float((probe.Y - probe.wanted).square().sum()) for probe in probes) / probing.PROBES
-    there = sum(float(probe.Y.square().sum()) for probe in probes) / probing.PROBES
+    actual = sum(float(probe.Y.square().sum()) for probe in probes) / probing.PROBES
     expected = sum(float(probe.wanted.square().sum()) for probe in probes) / probing.PROBES
     cross = sum(float((probe.Y * probe.wanted).sum()) for probe in probes) / probing.PROBES
     of_weight = (error / norm) ** 0.5 if norm else 0.0
     applied = cross / expected if expected else 1.0
-    within = of_weight <= bound * _SLACK[found.dtype] and tally.far == 0 and tally.survived
+    within = of_weight <= bound * _SLACK[merged.dtype] and tally.far == 0 and tally.survived
     if exact:
-        within = tally.far == 0 and tally.wrong <= 1 + tally.compared * probing.TIES[found.dtype]
+        within = tally.far == 0 and tally.wrong <= 1 + tally.compared * probing.TIES[merged.dtype]
     return TensorCheck(
         name,
-        (error / there) ** 0.5 if there else 0.0,
+        (error / actual) ** 0.5 if actual else 0.0,
         of_weight,
         bound,
         applied,
@@ -186,20 +200,21 @@ def _check(
 
 
 def _tiles(
-    matrix: tuple[int, int], source: TensorSpec, found: TensorSpec
+    matrix: tuple[int, int], base: TensorSpec, merged: TensorSpec
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Yield (first row, rows of the base, rows of the model), both in float64."""
+    """Yield (first row, rows of the base, rows of the merged model), both in float64."""
     import torch
 
     rows, columns = matrix
-    types = [dtypes.to_torch(spec.dtype) for spec in (source, found)]
     step = max(1, _TILE // (8 * columns))
-    with files.descriptor(source.file) as one, files.descriptor(found.file) as other:
+    with files.descriptor(base.file) as base_file, files.descriptor(merged.file) as merged_file:
+
+        def read(file: int, spec: TensorSpec, start: int, count: int) -> torch.Tensor:
+            dtype = dtypes.to_torch(spec.dtype)
+            raw = bytearray(count * columns * dtype.itemsize)
+            files.read_into(file, memoryview(raw), spec.start + start * columns * dtype.itemsize)
+            return torch.frombuffer(raw, dtype=dtype).double().view(-1, columns)
+
         for start in range(0, rows, step):
-            count = (min(start + step, rows) - start) * columns
-            pair = []
-            for opened, spec, dtype in zip((one, other), (source, found), types, strict=True):
-                raw = bytearray(count * dtype.itemsize)
-                files.read_into(opened, memoryview(raw), spec.start + start * columns * dtype.itemsize)
-                pair.append(torch.frombuffer(raw, dtype=dtype).double().view(-1, columns))
-            yield start, pair[0], pair[1]
+            count = min(step, rows - start)
+            yield start, read(base_file, base, start, count), read(merged_file, merged, start, count)

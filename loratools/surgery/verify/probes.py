@@ -31,7 +31,7 @@ TIES = {"BF16": 1e-4, "F16": 1e-3, "F32": 1.0, "F64": 1.0}
 
 @dataclass(slots=True)
 class Probe:
-    """What is gathered over one site while its tensor is read tile by tile.
+    """Sums over one site while its tensor is read tile by tile.
 
     Of the input features `known` the whole change is there, oriented as the base stores it; `reach` is the largest
     element that the change of a single adapter has: the rounding error of its sums does not cancel.
@@ -48,19 +48,19 @@ class Probe:
 
 @dataclass(slots=True)
 class Tally:
-    """Elements compared, not the expected ones, off by more than allowed; ⟨W' − W, ΔW⟩ as found and as expected."""
+    """Elements compared, not the expected ones, off by more than allowed; ⟨W' − W, ΔW⟩, actual and expected."""
 
     compared: int = 0
     wrong: int = 0
     far: int = 0
-    found: float = 0.0
+    actual: float = 0.0
     expected: float = 0.0
     total: float = 0.0
 
     @property
     def survived(self) -> bool:
         """Whether about as much of the change is there as correct rounding leaves of it."""
-        return abs(self.found - self.expected) <= 0.05 * max(abs(self.expected), 0.05 * self.total)
+        return abs(self.actual - self.expected) <= 0.05 * max(abs(self.expected), 0.05 * self.total)
 
 
 def draw(plan: MergePlan, name: str, change_of: Change, exact: bool, seed: int) -> list[Probe]:
@@ -81,7 +81,9 @@ def draw(plan: MergePlan, name: str, change_of: Change, exact: bool, seed: int) 
         units = torch.zeros(len(known), inputs, dtype=torch.float64)
         units[torch.arange(len(known)), known] = 1
         change = _projected(plan, group, units, change_of.source)
-        parts = [_projected(plan, [one], units, change_of.source) for one in group] if len(group) > 1 else [change]
+        parts = (
+            [_projected(plan, [member], units, change_of.source) for member in group] if len(group) > 1 else [change]
+        )
         reach = sum(float(part.abs().max()) for part in parts)
         change = change if site.transposed else change.T
         Y = torch.zeros(PROBES, out, dtype=torch.float64)
@@ -116,16 +118,16 @@ def _projected(
 def compare(
     tally: Tally, probe: Probe, rows: slice, before: torch.Tensor, after: torch.Tensor, dtype: str, once: bool
 ) -> None:
-    """Hold the known elements in these rows of the site against `before + change`, rounded to `dtype`.
+    """Compare the known elements in these rows of the site with `before + change`, rounded to `dtype`.
 
     One unit in the last place is allowed: of the result, or, unless all was rounded only `once`, of the change.
     """
     import torch
 
     if probe.site.transposed:
-        here = (probe.known >= rows.start) & (probe.known < rows.stop)
-        picked = probe.known[here] - rows.start
-        before, after, change = before[picked], after[picked], probe.change[here]
+        inside = (probe.known >= rows.start) & (probe.known < rows.stop)
+        picked = probe.known[inside] - rows.start
+        before, after, change = before[picked], after[picked], probe.change[inside]
     else:
         before, after, change = before[:, probe.known], after[:, probe.known], probe.change[rows]
     if not change.numel():
@@ -140,6 +142,6 @@ def compare(
     tally.compared += off.numel()
     tally.wrong += int(torch.count_nonzero(off))
     tally.far += int(torch.count_nonzero(off > unit))
-    tally.found += float(((after - before) * change).sum())
+    tally.actual += float(((after - before) * change).sum())
     tally.expected += float(((rounded - before) * change).sum())
     tally.total += float(change.square().sum())

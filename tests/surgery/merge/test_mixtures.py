@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loratools.adapter import kinds
-from loratools.adapter.model import Adapter
+from loratools.adapter.model import Adapter, AdapterInput
 from loratools.engine.run import Settings, write_weights
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
@@ -138,7 +138,7 @@ def test_any_mixture_is_its_definition_on_a_gpu_too(mixture: Mixture, dtype: str
 
 def check(mixture: Mixture, dtype: str, shards: int, how: Settings) -> None:
     """Merge a mixture into a base of this dtype, and hold every element against float64."""
-    weights, adapters = {}, []
+    weights, inputs = {}, []
     for i, (name, shape) in enumerate(LAYERS.items()):
         tensor = f"{name}.down_proj" if shape == EXPERTS else f"{name}.weight"
         weights[tensor] = random(*shape, seed=i, dtype=DTYPES[dtype])
@@ -152,14 +152,13 @@ def check(mixture: Mixture, dtype: str, shards: int, how: Settings) -> None:
             lazy = {part: LazyTensor.of(value) for part, value in parts.items()}
             built[name] = kinds.get(kind).build(lazy, 1.5, 0.0 if kind == "oft" else 3.0, **layout)
             wanted[tensor] = changed(wanted[tensor], weights[tensor].double(), kind, parts, 1.5, weight)
-        adapters.append(Adapter(built))
+        inputs.append(AdapterInput(Adapter(built), weight, str(len(inputs))))
     with tempfile.TemporaryDirectory() as place:
         base = save_base(Path(place) / "base", weights, shards, model_type="llama")
-        plan = plan_merge(Checkpoint.open(base), adapters, [weight for weight, _ in mixture], MergeOptions())
+        plan = plan_merge(Checkpoint.open(base), inputs, MergeOptions())
         out = Path(place) / "out"
         out.mkdir()
-        digests = [str(i) for i in range(len(adapters))]
-        write_weights(plan, out, replace(how, digests=digests), lambda _: None)
+        write_weights(plan, out, replace(how, digests=plan.digests), lambda _: None)
         found = load(out)
     assert found.keys() == wanted.keys()
     for tensor, W in wanted.items():

@@ -1,0 +1,87 @@
+"""The record of a merge, `loratools.json` beside the shards of a model: which adapters, which base, how.
+
+Written by a merge; read by whoever undoes it, or must not apply an adapter twice. It has no host path and no time, so
+equal merges have equal records. A person may have edited it: `read` gives what is there, `is_complete` checks it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import loratools
+from loratools.adapter.model import AdapterInput, BaseIdentity
+from loratools.errors import OutputRefused
+from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.companions import RECORD
+from loratools.storage.strict_json import read_json
+
+TOOL = f"loratools {loratools.__version__}"
+
+
+def of_merge(base: Checkpoint, inputs: Sequence[AdapterInput]) -> dict[str, Any]:
+    """Return what a record says before the merge runs."""
+    ids = {one.adapter.base.id for one in inputs if one.adapter.base and one.adapter.base.id}
+    return {
+        "schema": 1,
+        "operation": "merge",
+        "tool": TOOL,
+        "base": {"id": ids.pop() if len(ids) == 1 else None, "schema": base.schema()},
+        "adapters": [
+            {
+                "digest": one.digest,
+                "weight": one.weight,
+                "dialect": one.adapter.dialect,
+                "modules": len(one.adapter.updates),
+                "kinds": ", ".join(sorted({update.kind for update in one.adapter.updates.values()})),
+                "ranks": ", ".join(str(r) for r in sorted({update.rank for update in one.adapter.updates.values()})),
+            }
+            for one in inputs
+        ],
+    }
+
+
+def read(model: Checkpoint) -> dict[str, Any]:
+    """Return the record in a model's folder, of a merge or of another operation; {} where there is none."""
+    path = model.root / RECORD
+    return read_json(path) if model.root.is_dir() and path.is_file() else {}
+
+
+def is_complete(record: Mapping[str, Any]) -> bool:
+    """Tell whether a record is that of a merge, and has what is needed to take its adapters out again."""
+    adapters, base = record.get("adapters"), record.get("base")
+    return (
+        record.get("operation") == "merge"
+        and isinstance(adapters, list)
+        and all(
+            isinstance(entry, Mapping)
+            and isinstance(entry.get("digest"), str)
+            and isinstance(entry.get("weight"), int | float)
+            for entry in adapters
+        )
+        and isinstance(base, Mapping)
+        and isinstance(base.get("tensors"), Mapping)
+    )
+
+
+def base_of(record: Mapping[str, Any]) -> BaseIdentity:
+    """Return what a record says of the base: digests of the changed tensors, and the root where a residual was kept.
+
+    The schema in a record is that of the base as it was merged, which may have had layers repeated: it proves nothing
+    of the files, and is left out.
+    """
+    base: Any = record.get("base")
+    base = base if isinstance(base, Mapping) else {}
+    return BaseIdentity(base.get("id"), tensors=base.get("tensors") or {}, root=base.get("root"))
+
+
+def refuse_second_merge(base: Checkpoint, digests: Sequence[str]) -> None:
+    """Raise `OutputRefused` if a base is itself a merge of an adapter of one of these digests."""
+    record = read(base)
+    entries: Any = record.get("adapters") if record.get("operation") == "merge" else None
+    merged = {entry.get("digest") for entry in entries or () if isinstance(entry, Mapping)}
+    if again := sorted(set(digests) & merged):
+        raise OutputRefused(
+            f"{base.path} already is a merge of this adapter ({again[0]}); merging again would apply it twice",
+            hint=f"Merge into the base model instead, or remove {RECORD} if you mean it.",
+        )

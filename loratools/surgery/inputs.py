@@ -1,0 +1,75 @@
+"""The inputs of a verb: paths, references to the Hub and opened values alike, one where several are expected."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from loratools import dialects
+from loratools.adapter.model import Adapter, AdapterInput
+from loratools.adapter.placement.image import named_for
+from loratools.errors import InvalidOption
+from loratools.format.digest import checked_digest
+from loratools.storage import sources
+from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.sources import Location
+
+AdapterSource = Location | Adapter
+"""An adapter: a path, a reference such as `hf://org/name`, or an open `Adapter`."""
+
+ModelSource = Location | Checkpoint
+"""A model: a path, a reference such as `hf://org/name`, or an open `Checkpoint`."""
+
+
+def open_model(model: ModelSource) -> Checkpoint:
+    """Return a model, open."""
+    return model if isinstance(model, Checkpoint) else Checkpoint.open(model)
+
+
+def open_adapters(
+    adapters: AdapterSource | Sequence[AdapterSource], base: Checkpoint, weights: float | Sequence[float] | None = None
+) -> tuple[AdapterInput, ...]:
+    """Open one adapter or several, with a weight each (1 where None), and check their digests.
+
+    `base` tells names that some dialects leave out. Raises `InvalidOption` for weights that are not a finite number for
+    each adapter, `BadFile` for an adapter whose tensors are not those that were sealed, and what opening raises.
+    """
+    listed = [adapters] if isinstance(adapters, str | os.PathLike | Adapter) else list(adapters)
+    numbers = _weights(weights, len(listed))
+    return tuple(_open(adapter, weight, base) for adapter, weight in zip(listed, numbers, strict=True))
+
+
+def under_names_of(base: Checkpoint, inputs: Sequence[AdapterInput]) -> tuple[AdapterInput, ...]:
+    """Return the inputs with their adapters under the module names of a base (image models have several namings)."""
+    return tuple(replace(one, adapter=named_for(one.adapter, base)) for one in inputs)
+
+
+def places(inputs: Sequence[AdapterInput]) -> Iterator[Path]:
+    """Yield where inputs lie: an adapter that came open is known by its files alone."""
+    for one in inputs:
+        if one.path is not None:
+            yield one.path
+        yield from sorted({lazy.spec.file for lazy in one.adapter.tensors().values() if lazy.spec})
+
+
+def _open(adapter: AdapterSource, weight: float, base: Checkpoint) -> AdapterInput:
+    if isinstance(adapter, Adapter):
+        return AdapterInput(adapter, weight, checked_digest(adapter, "adapter"))
+    path = sources.local(adapter)
+    opened = dialects.open_adapter(path, base=base)
+    return AdapterInput(opened, weight, checked_digest(opened, str(path)), path)
+
+
+def _weights(weights: float | Sequence[float] | None, count: int) -> list[float]:
+    if weights is None:
+        numbers = [1.0] * count
+    else:
+        numbers = [float(weight) for weight in ([weights] if isinstance(weights, int | float) else weights)]
+    if not count or len(numbers) != count:
+        raise InvalidOption(f"{count} adapter(s) and {len(numbers)} weight(s); each adapter takes one weight")
+    if problems := [f"weight {i + 1} is {number}" for i, number in enumerate(numbers) if not math.isfinite(number)]:
+        raise InvalidOption("a weight is a finite number", problems)
+    return numbers

@@ -1,0 +1,78 @@
+"""Comparing two identities of a base: for each tier every combination of known, unknown, equal and different."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from loratools.adapter.identity import Comparison, compare
+from loratools.adapter.model import BaseIdentity
+from loratools.errors import BadFile
+
+ONE, OTHER = "blake3:" + "1" * 64, "blake3:" + "2" * 64
+SHA = "sha256:" + "1" * 64
+
+STATES = {
+    "neither": (None, None, None),
+    "first alone": (ONE, None, "unknown"),
+    "second alone": (None, ONE, "unknown"),
+    "equal": (ONE, ONE, "agreeing"),
+    "different": (ONE, OTHER, "differing"),
+    "other algorithm": (ONE, SHA, "unknown"),
+}
+"""What two identities state of one tier: the digests of both, and the list in which the pair belongs."""
+
+
+def identity(schema: str | None, tensor: str | None, root: str | None, name: str | None = None) -> BaseIdentity:
+    return BaseIdentity(name, None, schema, {"a.weight": tensor} if tensor else {}, root)
+
+
+def listed(comparison: Comparison) -> dict[str, str]:
+    return {pair.tier: group for group in ("agreeing", "differing", "unknown") for pair in getattr(comparison, group)}
+
+
+@pytest.mark.parametrize(("schema", "tensor", "root"), list(product(STATES, repeat=3)))
+def test_every_combination_of_tiers(schema: str, tensor: str, root: str) -> None:
+    states = {"schema": STATES[schema], "tensors": STATES[tensor], "root": STATES[root]}
+    first, second = (identity(*(state[side] for state in states.values())) for side in (0, 1))
+    comparison = compare(first, second)
+    assert listed(comparison) == {tier: group for tier, (_, _, group) in states.items() if group}
+    groups = {group for _, _, group in states.values()}
+    assert comparison.by_digest is (False if "differing" in groups else True if "agreeing" in groups else None)
+    assert comparison.by_name is None
+    backwards = compare(second, first)
+    assert (listed(backwards), backwards.by_digest) == (listed(comparison), comparison.by_digest)
+
+
+@pytest.mark.parametrize(("state", "group"), [(name, STATES[name][2]) for name in STATES])
+def test_a_complete_list_of_tensors_has_no_unknown_ones(state: str, group: str | None) -> None:
+    first, second, _ = STATES[state]
+    comparison = compare(identity(None, first, None), identity(None, second, None), complete=True)
+    wanted = "differing" if state == "first alone" else group
+    assert listed(comparison) == ({"tensors": wanted} if wanted else {})
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "by_name"),
+    [(None, None, None), ("org/base", None, None), (None, "org/base", None), ("org/base", "org/base", True),
+     ("org/base", "org/other", False)],
+)  # fmt: skip
+def test_names_are_compared_apart_from_digests(first: str | None, second: str | None, by_name: bool | None) -> None:
+    comparison = compare(identity(ONE, None, None, first), identity(ONE, None, None, second))
+    assert (comparison.by_name, comparison.by_digest) == (by_name, True)
+
+
+def test_tensors_are_paired_by_name() -> None:
+    first = BaseIdentity(tensors={"a": ONE, "b": ONE, "c": ONE})
+    second = BaseIdentity(tensors={"b": ONE, "c": OTHER, "d": ONE})
+    comparison = compare(first, second)
+    assert [pair.name for pair in comparison.agreeing] == ["b"]
+    assert [(pair.name, pair.first, pair.second) for pair in comparison.differing] == [("c", ONE, OTHER)]
+    assert [pair.name for pair in comparison.unknown] == ["a", "d"]
+    assert [pair.name for pair in compare(first, second, complete=True).differing] == ["a", "c"]
+
+
+def test_what_is_no_digest_is_told() -> None:
+    with pytest.raises(BadFile, match="is not a digest"):
+        compare(BaseIdentity(schema="md5:1"), BaseIdentity(schema=ONE))
