@@ -17,6 +17,7 @@ from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.adapter.naming.compact import suffixes
 from loratools.format import keys
 from loratools.storage import digest
+from loratools.storage.lazy import LazyTensor
 
 VERSION = "1.0"
 METADATA_KEY = "loratools"
@@ -49,7 +50,7 @@ def of(adapter: Adapter, tensors: Mapping[str, str] | None = None) -> dict[str, 
     extensions, are kept (clauses V-04 and X-05).
     """
     origin: Mapping[str, Any] = adapter.settings.get(ORIGIN, {})
-    named = base_tensors(adapter) | dict(tensors or {})
+    base_names = base_tensors(adapter) | dict(tensors or {})
     old = origin.get("modules", {})
     modules = {}
     for path, update in sorted(adapter.updates.items()):
@@ -58,12 +59,12 @@ def of(adapter: Adapter, tensors: Mapping[str, str] | None = None) -> dict[str, 
         }  # fmt: skip
         layout = update.layout or old.get(path, {}).get("layout")
         entry |= {"layout": dict(layout)} if layout else {}
-        entry |= {"tensor": named[path]} if path in named else {}
+        entry |= {"tensor": base_names[path]} if path in base_names else {}
         modules[path] = _unknown(old.get(path, {}), _MODULE) | entry
     document: dict[str, Any] = _unknown(origin, _FIELDS) | {
         "format_version": origin.get("format_version", VERSION),
-        "rank": _usual(update.rank for update in adapter.updates.values()),
-        "alpha": _usual(update.alpha for update in adapter.updates.values()),
+        "rank": usual(update.rank for update in adapter.updates.values()),
+        "alpha": usual(update.alpha for update in adapter.updates.values()),
         "target_modules": target_modules(modules, adapter.settings, origin),
         "modules": modules,
         "digest": NO_DIGEST,
@@ -71,7 +72,8 @@ def of(adapter: Adapter, tensors: Mapping[str, str] | None = None) -> dict[str, 
     if adapter.replacements:
         old = origin.get("replacements", {})
         document["replacements"] = {
-            path: _unknown(old.get(path, {}), _REPLACEMENT) | ({"tensor": named[path]} if path in named else {})
+            path: _unknown(old.get(path, {}), _REPLACEMENT)
+            | ({"tensor": base_names[path]} if path in base_names else {})
             for path in sorted(adapter.replacements)
         }
     if adapter.base:
@@ -100,6 +102,12 @@ def target_modules(
     return sorted(ours)
 
 
+def usual(values: Iterable[float], default: float = 0) -> float:
+    """Return the value that most modules have, the smallest of several such; `default` where there is none."""
+    counts = Counter(values)
+    return min(counts, key=lambda value: (-counts[value], value), default=default)
+
+
 def unmatched(modules: Iterable[str], targets: Iterable[str]) -> list[str]:
     """Return the modules that no target names."""
     known = set(targets)
@@ -108,8 +116,8 @@ def unmatched(modules: Iterable[str], targets: Iterable[str]) -> list[str]:
 
 def unused(modules: Iterable[str], targets: Iterable[str]) -> list[str]:
     """Return the targets that name no module."""
-    named = {suffix for module in modules for suffix in suffixes(module)}
-    return [target for target in targets if target not in named]
+    matching = {suffix for module in modules for suffix in suffixes(module)}
+    return [target for target in targets if target not in matching]
 
 
 def names_of(document: Mapping[str, Any]) -> dict[str, str]:
@@ -117,12 +125,23 @@ def names_of(document: Mapping[str, Any]) -> dict[str, str]:
 
     PEFT moves a parameter of a module that has an update of its own under `base_layer`, and so does the name.
     """
-    found = {}
+    names = {}
     for path in document.get("replacements", {}):
         module, _, parameter = path.rpartition(".")
         inside = module in document["modules"]
-        found[path] = keys.join(f"{module}.base_layer.{parameter}" if inside else path)
-    return found
+        names[path] = keys.join(f"{module}.base_layer.{parameter}" if inside else path)
+    return names
+
+
+def tensors_of(adapter: Adapter) -> dict[str, LazyTensor]:
+    """Return every tensor of an adapter by its name in the file."""
+    names = names_of({"modules": adapter.updates, "replacements": adapter.replacements})
+    parts = {
+        keys.join(module, part): lazy
+        for module, update in adapter.updates.items()
+        for part, lazy in update.parts.items()
+    }
+    return parts | {name: adapter.replacements[path] for path, name in names.items()}
 
 
 def base_tensors(adapter: Adapter) -> dict[str, str]:
@@ -196,11 +215,6 @@ def _number(value: int | float) -> str:
     return f"-{text}" if sign else text
 
 
-def _usual(values: Iterable[float]) -> float:
-    counts = Counter(values)
-    return min(counts, key=lambda value: (-counts[value], value))
-
-
 def _unknown(origin: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]:
     return {name: value for name, value in origin.items() if name not in known}
 
@@ -224,15 +238,15 @@ def is_path(identifier: str) -> bool:
 
 
 def _provenance(steps: tuple[Step, ...], origin: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    found = []
+    entries = []
     for i, step in enumerate(steps):
         entry: dict[str, Any] = {"operation": step.operation, "tool": step.tool}
         entry |= {"parameters": dict(step.parameters)} if step.parameters else {}
-        entry |= {"inputs": [dict(one) for one in step.inputs]} if step.inputs else {}
+        entry |= {"inputs": [dict(item) for item in step.inputs]} if step.inputs else {}
         entry |= {"seed": step.seed} if step.seed is not None else {}
         same = i < len(origin) and _step(origin[i]) == step
-        found.append(_unknown(origin[i], _STEP) | entry if same else entry)
-    return found
+        entries.append(_unknown(origin[i], _STEP) | entry if same else entry)
+    return entries
 
 
 def _step(entry: Mapping[str, Any]) -> Step:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -41,7 +40,7 @@ def derive_config(adapter: Adapter) -> dict[str, Any]:
     rslora = uses_rslora(updates.values())
     ranks = {_path(module, update): update.rank for module, update in updates.items()}
     alphas = {_path(module, update): _alpha(update, rslora) for module, update in updates.items()}
-    r, alpha = _usual(ranks.values(), 8), _usual(alphas.values(), 8)
+    r, alpha = manifest.usual(ranks.values(), 8), manifest.usual(alphas.values(), 8)
     base = adapter.base
     config: dict[str, Any] = {
         "alpha_pattern": {_exactly(module): value for module, value in sorted(alphas.items()) if value != alpha},
@@ -95,11 +94,6 @@ def _alpha(update: Update, rslora: bool) -> float:
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
-def _usual(values: Iterable[float], default: float) -> float:
-    counts = Counter(values)
-    return min(counts, key=lambda value: (-counts[value], value), default=default)
-
-
 def _exactly(module: str) -> str:
     # PEFT matches `(.*\.)?(KEY)$`; the anchor keeps `a.b` from matching `x.a.b`.
     return "^" + re.escape(module)
@@ -107,8 +101,8 @@ def _exactly(module: str) -> str:
 
 def _modules_to_save(adapter: Adapter) -> list[str] | None:
     """Return the list as given, and the modules of replaced tensors that it does not name (real files lack some)."""
-    given = list(adapter.settings.get("modules_to_save") or ()) if adapter.replacements else []
+    listed = list(adapter.settings.get("modules_to_save") or ()) if adapter.replacements else []
     biases = adapter.settings.get("bias", "none") != "none"
     whole = {path.rpartition(".")[0] for path in adapter.replacements if not (biases and path.endswith(".bias"))}
-    missing = {module for module in whole - {""} if not any(f".{name}." in f".{module}." for name in given)}
-    return sorted({*given, *missing}) or None
+    missing = {module for module in whole - {""} if not any(f".{name}." in f".{module}." for name in listed)}
+    return sorted({*listed, *missing}) or None

@@ -24,9 +24,9 @@ def read(path: Path, *, verify: bool = False) -> Adapter:
     must be understood, or a registered kind that this loratools does not apply yet.
     """
     subject = validate.open_subject(path)
-    found = [subject] if isinstance(subject, validate.Problem) else validate.problems(subject, digest=verify)
-    if found or isinstance(subject, validate.Problem):
-        raise validate.refusal(path, found)
+    problems = [subject] if isinstance(subject, validate.Problem) else validate.problems(subject, digest=verify)
+    if problems or isinstance(subject, validate.Problem):
+        raise validate.refusal(path, problems)
     document, specs = subject.manifest, subject.specs or {}
     names = manifest.names_of(document)
     return Adapter(
@@ -49,7 +49,7 @@ _UNSEALED = frozenset({"L-01", "L-02", "L-03", "S-01", "S-02", "S-03", "S-04", "
 
 
 def _updates(path: Path, subject: Subject) -> dict[str, Update]:
-    found: dict[str, Update] = {}
+    updates: dict[str, Update] = {}
     unknown: list[str] = []
     tensors, modules, specs = subject.parts(), subject.manifest["modules"], subject.specs or {}
     for module, entry in modules.items():
@@ -62,11 +62,11 @@ def _updates(path: Path, subject: Subject) -> dict[str, Update]:
         update: Update = kinds.get(kind).build(parts, float(entry["scaling"]), float(entry["alpha"]), **extra)
         if left := parts.keys() - update.parts.keys():
             unknown.append(f"{module}: kind {kind!r} with {', '.join(sorted(left))}")
-        found[module] = update
+        updates[module] = update
     if unknown:
         raise UnsupportedAdapter(
             f"{path}: this loratools does not apply {len(unknown)} of {len(modules)} modules; it knows"
             f" {', '.join(kinds.names())}",
             unknown,
         )
-    return found
+    return updates

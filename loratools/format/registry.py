@@ -32,7 +32,7 @@ class Kind:
 
     def accepts(self, parts: frozenset[str]) -> bool:
         """Tell whether a module of this kind may have exactly these parts."""
-        return any(one <= parts <= one | self.optional for one in self.required)
+        return any(required <= parts <= required | self.optional for required in self.required)
 
 
 def _linear(shapes: Shapes, rank: int, layout: Mapping[str, Any]) -> str | None:

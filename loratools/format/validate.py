@@ -108,12 +108,12 @@ def problems(subject: Subject, *, digest: bool) -> list[Problem]:
     ]
 
 
-def refusal(path: Path, found: list[Problem]) -> LoraToolsError:
+def refusal(path: Path, problems: list[Problem]) -> LoraToolsError:
     """Return the exception that says these problems: `UnsupportedAdapter` if all are of what a newer reader knows."""
-    lines = tuple(map(str, found))
-    if all(problem.clause in _BEYOND for problem in found):
+    lines = tuple(map(str, problems))
+    if all(problem.clause in _BEYOND for problem in problems):
         return UnsupportedAdapter(f"{path}: this adapter needs a newer reader", lines, hint="Upgrade loratools.")
-    return InvalidFormat(f"{path}: not a valid adapter of format {manifest.VERSION}: {len(found)} problem(s)", lines)
+    return InvalidFormat(f"{path}: not a valid adapter of format {manifest.VERSION}: {len(problems)} problem(s)", lines)
 
 
 def open_subject(path: Path) -> Subject | Problem:
@@ -157,7 +157,7 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
         raise _Refused("M-01", path.name, f"the manifest is not a JSON object: {error}") from None
     level: list[Any] = [document]
     for _ in range(fields.MAX_DEPTH):
-        level = [child for one in level for child in (one.values() if isinstance(one, dict) else one)]
+        level = [child for parent in level for child in (parent.values() if isinstance(parent, dict) else parent)]
         level = [child for child in level if isinstance(child, dict | list)]
     if level:
         raise _Refused("S-08", path.name, f"the manifest is nested more than {fields.MAX_DEPTH} levels deep")

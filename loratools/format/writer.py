@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from loratools.adapter.model import Adapter
 from loratools.errors import InvalidFormat, LoraToolsError, OutputRefused
-from loratools.format import keys, manifest, validate
+from loratools.format import manifest, validate
 from loratools.format.clauses import ADAPTER_FILE, CONFIG_FILE, Subject
 from loratools.format.peft_config import derive_config
-from loratools.storage import atomic, digest, dtypes, files
-from loratools.storage.header import encode_header
+from loratools.storage import atomic, digest, files
 from loratools.storage.lazy import LazyTensor
+from loratools.storage.save import header, ordered
 
 
 def write(
@@ -36,36 +36,25 @@ def write(
     target exists (without `force`) or is also an input.
     """
     document = manifest.of(adapter, tensors)
-    ordered = _ordered(adapter, document)
-    config = _check(target, document, derive_config(adapter), ordered)
+    lazies = ordered(manifest.tensors_of(adapter))
+    config = _check(target, document, derive_config(adapter), lazies)
     single = target.suffix == ".safetensors"
     output = target if single else target / ADAPTER_FILE
-    if any(lazy.spec and lazy.spec.file.resolve() == output.resolve() for _, lazy in ordered):
+    if any(lazy.spec and lazy.spec.file.resolve() == output.resolve() for lazy in lazies.values()):
         raise OutputRefused(f"{target} is also an input", hint="Choose another output.")
     place: AbstractContextManager[Path] = (atomic.new_file if single else atomic.new_folder)(target, force=force)
     with place as scratch:
         if single:
-            return _write_file(scratch, document, ordered)
+            return _write_file(scratch, document, lazies)
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
         (scratch / CONFIG_FILE).write_text(f"{text}\n", encoding="utf-8")
         if card is not None:
             (scratch / "README.md").write_text(card, encoding="utf-8")
-        return _write_file(scratch / ADAPTER_FILE, document, ordered)
-
-
-def _ordered(adapter: Adapter, document: Mapping[str, Any]) -> list[tuple[str, LazyTensor]]:
-    """Return (name, tensor) in the order of the data: wide dtypes first, so that all stay aligned, then by name."""
-    named = {
-        keys.join(module, part): lazy
-        for module, update in adapter.updates.items()
-        for part, lazy in update.parts.items()
-    }
-    named |= {name: adapter.replacements[path] for path, name in manifest.names_of(document).items()}
-    return sorted(named.items(), key=lambda item: (-dtypes.bits(item[1].dtype), item[0].encode()))
+        return _write_file(scratch / ADAPTER_FILE, document, lazies)
 
 
 def _check(
-    target: Path, document: dict[str, Any], config: dict[str, Any], ordered: Iterable[tuple[str, LazyTensor]]
+    target: Path, document: dict[str, Any], config: dict[str, Any], lazies: Mapping[str, LazyTensor]
 ) -> dict[str, Any]:
     """Return the config as it will be read back, after every clause on headers has been checked."""
     config["base_model_name_or_path"] = document.get("base_model", {}).get("id")
@@ -73,22 +62,26 @@ def _check(
         text, config = manifest.canonical(document), json.loads(manifest.canonical(config))
     except (ValueError, RecursionError) as error:
         raise InvalidFormat(f"{target}: the adapter's manifest cannot be written: {error}") from None
-    shapes = {name: (lazy.dtype, lazy.shape) for name, lazy in ordered}
+    shapes = {name: (lazy.dtype, lazy.shape) for name, lazy in lazies.items()}
     subject = Subject(target, shapes, json.loads(text), text, config)
-    if found := validate.problems(subject, digest=False):
-        raise validate.refusal(target, found)
+    if problems := validate.problems(subject, digest=False):
+        raise validate.refusal(target, problems)
     return config
 
 
-def _write_file(path: Path, document: dict[str, Any], ordered: list[tuple[str, LazyTensor]]) -> str:
+def _write_file(path: Path, document: dict[str, Any], lazies: Mapping[str, LazyTensor]) -> str:
     # The header comes first in the file and holds the digest, which is known last; its length is known at once.
-    offset = len(_header(document, ordered))
+    def encoded(stated: str) -> bytes:
+        text = manifest.canonical(document | {"digest": stated})
+        return header(lazies, {"format": "pt", manifest.METADATA_KEY: text})
+
+    offset = len(encoded(manifest.NO_DIGEST))
     digests = {}
     with files.descriptor(path, os.O_RDWR | os.O_CREAT | os.O_EXCL) as output:
-        for name, lazy in ordered:
+        for name, lazy in lazies.items():
             hasher = digest.start_tensor(lazy.dtype, lazy.shape)
             start = offset
-            for piece in files.chunks(lazy.spec) if lazy.spec else [_bytes(name, lazy)]:
+            for piece in lazy.chunks(name):
                 hasher.update(piece)
                 files.write_from(output, piece, offset)
                 offset += len(piece)
@@ -96,20 +89,5 @@ def _write_file(path: Path, document: dict[str, Any], ordered: list[tuple[str, L
                 raise LoraToolsError(f"tensor {name!r} has {offset - start} bytes, its dtype and shape {lazy.nbytes}")
             digests[name] = digest.finish(hasher)
         root = digest.root(digests)
-        files.write_from(output, memoryview(_header(document | {"digest": root}, ordered)), 0)
+        files.write_from(output, memoryview(encoded(root)), 0)
     return root
-
-
-def _header(document: dict[str, Any], ordered: Iterable[tuple[str, LazyTensor]]) -> bytes:
-    metadata = {"format": "pt", manifest.METADATA_KEY: manifest.canonical(document)}
-    return encode_header(((name, lazy.dtype, lazy.shape, lazy.nbytes) for name, lazy in ordered), metadata)
-
-
-def _bytes(name: str, lazy: LazyTensor) -> memoryview:
-    import torch
-
-    tensor = lazy.load().detach().cpu().contiguous()
-    if dtypes.from_torch(tensor.dtype) != lazy.dtype or tuple(tensor.shape) != lazy.shape:
-        found = f"{tensor.dtype} {tuple(tensor.shape)}"
-        raise LoraToolsError(f"tensor {name!r} became {found} when loaded; announced were {lazy.dtype} {lazy.shape}")
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]

@@ -52,12 +52,12 @@ class Card:
         import yaml  # type: ignore[import-untyped,unused-ignore]
 
         try:
-            found = yaml.safe_load("\n".join(self.front))
+            fields = yaml.safe_load("\n".join(self.front))
         except yaml.YAMLError as error:
             raise BadFile(f"README.md: the front matter is not YAML: {' '.join(str(error).split())[:200]}") from None
-        if found is not None and not isinstance(found, dict):
+        if fields is not None and not isinstance(fields, dict):
             raise BadFile("README.md: the front matter is not names and values")
-        return found or {}
+        return fields or {}
 
 
 def parse(readme: str) -> Card:
@@ -72,8 +72,8 @@ def parse(readme: str) -> Card:
     body = "\n".join(lines)
     mark = _SECTION.search(body)
     text = body if mark is None else _SECTION.sub("\n\n", body)
-    found = mark.groupdict() if mark else {}
-    return Card(tuple(front), text.strip("\n"), found.get("local") or "", found.get("text") or "")
+    digests = mark.groupdict() if mark else {}
+    return Card(tuple(front), text.strip("\n"), digests.get("local") or "", digests.get("text") or "")
 
 
 def merged(
@@ -95,9 +95,9 @@ def merged(
     return "\n".join(["---", *front, "---", "", f"{text}{mark}\n{section.strip()}\n<!-- /loratools card -->", ""])
 
 
-def _choose(ours: Card, theirs: Card, here: bool, there: bool, keep: Side | None) -> Card:
-    if not here or not there:
-        return ours if here else theirs
+def _choose(ours: Card, theirs: Card, has_local: bool, has_remote: bool, keep: Side | None) -> Card:
+    if not has_local or not has_remote:
+        return ours if has_local else theirs
     if keep:
         return ours if keep == "local" else theirs
     if ours.digest in (theirs.local, theirs.digest):
@@ -105,9 +105,11 @@ def _choose(ours: Card, theirs: Card, here: bool, there: bool, keep: Side | None
     if theirs.digest == theirs.pushed:
         return ours  # the Hub's has not changed since then
     known = theirs.data()
-    if ours.text.strip() == theirs.text.strip() and all(known.get(name) == it for name, it in ours.data().items()):
+    if ours.text.strip() == theirs.text.strip() and all(
+        known.get(name) == value for name, value in ours.data().items()
+    ):
         return theirs  # which says the same, and more
-    if not theirs.text.strip() and all(ours.data().get(name) == it for name, it in known.items()):
+    if not theirs.text.strip() and all(ours.data().get(name) == value for name, value in known.items()):
         return ours
     raise HubError(
         "README.md in the folder and on the Hub are two different texts",
@@ -120,10 +122,10 @@ def _front(card: Card, facts: Mapping[str, Any], force: Mapping[str, Any]) -> li
     present, lines = card.data(), list(card.front)
     for name, value in {**facts, **force}.items():
         if name == "tags":
-            given = present.get("tags") or []
-            given = given if isinstance(given, list) else [given]
-            if missing := [tag for tag in value if tag not in given]:
-                lines = _set(lines, name, [*given, *missing])
+            tags = present.get("tags") or []
+            tags = tags if isinstance(tags, list) else [tags]
+            if missing := [tag for tag in value if tag not in tags]:
+                lines = _set(lines, name, [*tags, *missing])
         elif present.get(name) is None or (name in force and present[name] != value):
             lines = _set(lines, name, value)
     return lines
@@ -136,8 +138,8 @@ def _set(lines: list[str], name: str, value: Any) -> list[str]:
     new = yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=True, width=1000).rstrip("\n").split("\n")
     starts = [i for i, line in enumerate(lines) if _KEY.match(line)]
     for at, start in enumerate(starts):
-        found = _KEY.match(lines[start])
-        if found and found[1].strip("\"'") == name:
+        key = _KEY.match(lines[start])
+        if key and key[1].strip("\"'") == name:
             end = starts[at + 1] if at + 1 < len(starts) else len(lines)
             while end > start + 1 and re.fullmatch(r"\s*(#.*)?", lines[end - 1]):
                 end -= 1  # a remark above the next field belongs to that one

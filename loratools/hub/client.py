@@ -70,10 +70,10 @@ class Hub:
             with quiet():
                 return call()
         except Exception as error:
-            said = faults.in_words(error, repo, self.endpoint, revision)
-            if said is error:
+            refusal = faults.in_words(error, repo, self.endpoint, revision)
+            if refusal is error:
                 raise
-            raise said from error
+            raise refusal from error
 
     def info(self, repo: str, revision: str | None = None) -> Any:
         """Return what the Hub says of a repository at a revision: `sha`, `card_data`, …"""
@@ -152,7 +152,7 @@ class Hub:
                 response.raise_for_status()
             return response.json()
 
-        if objections := [str(one.get("message")) for one in self.read(ask, repo).get("errors", ())]:
+        if objections := [str(objection.get("message")) for objection in self.read(ask, repo).get("errors", ())]:
             raise HubError(f"{repo}: the Hub refuses the front matter of README.md", objections)
 
     def _part(self, repo: str, commit: str, path: str, start: int, stop: int) -> bytes:
@@ -175,10 +175,10 @@ class Hub:
         return bytes(data[skip : skip + stop - start])
 
     def _headers(self) -> dict[str, str]:
-        found: dict[str, str] = _utils().build_hf_headers(
+        headers: dict[str, str] = _utils().build_hf_headers(
             token=self.api.token, library_name="loratools", library_version=loratools.__version__
         )
-        return found
+        return headers
 
 
 def _damaged(repo: str, file: RemoteFile) -> faults.Damaged:

@@ -39,17 +39,17 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def status(error: BaseException) -> int | None:
     """Return the HTTP status of the answer that an error is about, or None if there was none."""
-    found = (getattr(getattr(one, "response", None), "status_code", None) for one in chain(error))
-    return next((code for code in found if isinstance(code, int)), None)
+    codes = (getattr(getattr(cause, "response", None), "status_code", None) for cause in chain(error))
+    return next((code for code in codes if isinstance(code, int)), None)
 
 
 def passes(error: BaseException) -> bool:
     """Tell whether the same request may succeed later: no answer, a cut or damaged body, 429, or a server's error."""
-    if any(isinstance(one, Damaged) for one in chain(error)):
+    if any(isinstance(cause, Damaged) for cause in chain(error)):
         return True
     if (code := status(error)) is not None:
         return code in _PASSING
-    return any(_is_network(one) or "Consistency check failed" in str(one) for one in chain(error))
+    return any(_is_network(cause) or "Consistency check failed" in str(cause) for cause in chain(error))
 
 
 def retried(call: Callable[[], T], tries: int = TRIES) -> T:
@@ -73,16 +73,18 @@ def pause(error: BaseException, attempt: int) -> None:
 
 
 def _pause(error: BaseException, attempt: int) -> float:
-    named = _named_wait(error) if status(error) == 429 else None
-    return random.uniform(0, 2**attempt) if named is None else named + random.uniform(0, 1)
+    wait = _named_wait(error) if status(error) == 429 else None
+    return random.uniform(0, 2**attempt) if wait is None else wait + random.uniform(0, 1)
 
 
 def _named_wait(error: BaseException) -> float | None:
     """Return the seconds that a rate limit names: `Retry-After: 3`, or `ratelimit: "api";r=0;t=3`."""
-    answers: list[Any] = [getattr(one, "response", None) for one in chain(error)]
+    answers: list[Any] = [getattr(cause, "response", None) for cause in chain(error)]
     headers: Any = next((answer.headers for answer in answers if answer is not None), {})
-    found = re.fullmatch(r"\d+", headers.get("retry-after", "")) or re.search(r"t=(\d+)", headers.get("ratelimit", ""))
-    return float(re.sub(r"\D", "", found[0])) if found else None
+    seconds = re.fullmatch(r"\d+", headers.get("retry-after", "")) or re.search(
+        r"t=(\d+)", headers.get("ratelimit", "")
+    )
+    return float(re.sub(r"\D", "", seconds[0])) if seconds else None
 
 
 def _is_network(error: BaseException) -> bool:
@@ -104,7 +106,7 @@ def in_words(error: Exception, repo: str, endpoint: str, revision: str | None = 
         return NoSpace(f"{repo}: the disk is full", hint="Free some space and run it again; it goes on from there.")
 
     def is_a(kind: type[BaseException]) -> bool:
-        return any(isinstance(one, kind) for one in chain(error))
+        return any(isinstance(cause, kind) for cause in chain(error))
 
     code = status(error)
     if is_a(errors.OfflineModeIsEnabled):
@@ -123,21 +125,21 @@ def in_words(error: Exception, repo: str, endpoint: str, revision: str | None = 
     if code is not None:
         return _refused(error, code, repo)
     if passes(error):
-        first = next(one for one in chain(error) if _is_network(one) or "Consistency" in str(one))
+        first = next(cause for cause in chain(error) if _is_network(cause) or "Consistency" in str(cause))
         if type(first).__name__.startswith("Connect"):
             hint = "Check the connection, and HF_ENDPOINT if it is set."
             return HubError(f"{repo}: {endpoint} cannot be reached: {_first_line(first)}", hint=hint)
-        what = "a file arrived incomplete" if "Consistency" in str(first) else _first_line(first)
-        return HubError(f"{repo}: {endpoint} did not answer as it should: {what}", hint="Try again later.")
-    if any(type(one).__module__.startswith(("huggingface_hub", "hf_xet")) for one in chain(error)):
+        reason = "a file arrived incomplete" if "Consistency" in str(first) else _first_line(first)
+        return HubError(f"{repo}: {endpoint} did not answer as it should: {reason}", hint="Try again later.")
+    if any(type(cause).__module__.startswith(("huggingface_hub", "hf_xet")) for cause in chain(error)):
         return HubError(f"{repo}: {_first_line(error)}")
     return error
 
 
 def _refused(error: Exception, code: int, repo: str) -> HubError:
-    said = next((getattr(one, "server_message", None) for one in chain(error)), None)
-    tail = f": {_clean(said)}" if said else ""
-    if code == 401 and "credentials" in (said or ""):
+    message = next((getattr(cause, "server_message", None) for cause in chain(error)), None)
+    tail = f": {_clean(message)}" if message else ""
+    if code == 401 and "credentials" in (message or ""):
         return HubError(f"{repo}: the Hub does not accept the token", hint="Log in again with `hf auth login`.")
     if code == 401:
         return HubError(f"{repo}: the Hub asks who you are", hint=f"{_LOGIN[0].upper()}{_LOGIN[1:]}.")

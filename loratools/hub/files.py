@@ -67,13 +67,13 @@ def under(paths: Iterable[str], path: str | None) -> dict[str, str]:
     """
     paths = list(paths)
     if path is None:
-        return {one: one for one in paths}
+        return {other: other for other in paths}
     if path in paths:
         parent = path.rpartition("/")[0]
-        beside = {name: one for name, one in under(paths, parent or None).items() if "/" not in name}
+        beside = {name: other for name, other in under(paths, parent or None).items() if "/" not in name}
         name = PurePosixPath(path).name
-        return {one: at for one, at in beside.items() if one == name or one == "adapter_config.json"}
-    inside = {one.removeprefix(f"{path}/"): one for one in paths if one.startswith(f"{path}/")}
+        return {other: at for other, at in beside.items() if other == name or other == "adapter_config.json"}
+    inside = {other.removeprefix(f"{path}/"): other for other in paths if other.startswith(f"{path}/")}
     if not inside:
         raise BadFile(f"no file or folder {path} in this repository")
     return inside
@@ -88,16 +88,18 @@ def select(paths: Collection[str], kind: Kind, index: Index) -> Selection:
     """
     folders = [""]
     if kind == "checkpoint" and PIPELINE in paths:
-        named = [name for name, entry in index(PIPELINE).items() if isinstance(entry, list) and entry[:1] != [None]]
-        folders += [f"{name}/" for name in named if is_plain(name)]
+        components = [
+            name for name, entry in index(PIPELINE).items() if isinstance(entry, list) and entry[:1] != [None]
+        ]
+        folders += [f"{name}/" for name in components if is_plain(name)]
     weights: list[str] = []
     others: list[str] = []
     for folder in folders:
         inside = [path.removeprefix(folder) for path in paths if path.startswith(folder)]
         names = {name for name in inside if "/" not in name and not name.startswith(".")}
-        found = [] if folders[1:] and not folder else _weights(names, kind, lambda name, at=folder: index(at + name))  # type: ignore[misc]
-        weights += [folder + name for name in found]
-        others += [folder + name for name in names if _is_companion(name) and name not in found]
+        chosen = [] if folders[1:] and not folder else _weights(names, kind, lambda name, at=folder: index(at + name))  # type: ignore[misc]
+        weights += [folder + name for name in chosen]
+        others += [folder + name for name in names if _is_companion(name) and name not in chosen]
     if not weights:
         shown = ", ".join(sorted(paths)[:8]) or "nothing"
         raise BadFile(f"no weights of {'an adapter' if kind == 'adapter' else 'a model'} among its files: {shown}")

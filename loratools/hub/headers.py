@@ -37,8 +37,8 @@ def headers_of(hub: Hub, ref: Ref, folder: Path) -> Path:
 
 
 def _fill(hub: Hub, ref: Ref, commit: str, tree: Mapping[str, RemoteFile], folder: Path) -> Path:
-    found, names = choose(hub, ref, commit, tree)
-    if pickles := [name for name in found.weights if not name.endswith((".safetensors", ".json"))]:
+    selection, names = choose(hub, ref, commit, tree)
+    if pickles := [name for name in selection.weights if not name.endswith((".safetensors", ".json"))]:
         raise BadFile(
             f"{ref}: {pickles[0]} has no header that can be read from afar",
             hint=f"Fetch it first: loratools pull {ref.repo} -o DIR",
@@ -50,11 +50,11 @@ def _fill(hub: Hub, ref: Ref, commit: str, tree: Mapping[str, RemoteFile], folde
         with target.open("wb") as output:
             if name.endswith(".safetensors"):
                 output.write(_header(hub, ref.repo, commit, file))
-            elif name in found.weights or _is_config(name, file):
+            elif name in selection.weights or _is_config(name, file):
                 output.write(hub.small(ref.repo, commit, file, MAX_JSON))
             output.truncate(file.size)
 
-    each(fetch, {name: tree[names[name]] for name in found.paths}, 8)
+    each(fetch, {name: tree[names[name]] for name in selection.paths}, 8)
     return folder / Path(ref.path).name if ref.path in names.values() and ref.path else folder
 
 

@@ -126,9 +126,9 @@ def cached(hub: Hub, ref: Ref, need: Need, watch: Watch) -> Path:
     from huggingface_hub import constants, try_to_load_from_cache
 
     folder = Path(constants.HF_HUB_CACHE) / f"models--{ref.repo.replace('/', '--')}"
-    named = folder / "refs" / (ref.revision or "main")  # as huggingface_hub notes what a branch was last
+    noted = folder / "refs" / (ref.revision or "main")  # as huggingface_hub notes what a branch was last
     if constants.HF_HUB_OFFLINE:
-        commit = named.read_text(encoding="utf-8").strip() if named.is_file() else str(ref.revision)
+        commit = noted.read_text(encoding="utf-8").strip() if noted.is_file() else str(ref.revision)
         root = folder / "snapshots" / commit
         if not is_plain(commit) or not root.is_dir():
             raise HubError(
@@ -146,8 +146,8 @@ def cached(hub: Hub, ref: Ref, need: Need, watch: Watch) -> Path:
     path, at = next(iter(paths.items()))
     root = at.parents[path.count("/")]
     if prepared.commit != ref.revision:
-        named.parent.mkdir(parents=True, exist_ok=True)
-        named.write_text(prepared.commit, encoding="utf-8")
+        noted.parent.mkdir(parents=True, exist_ok=True)
+        noted.write_text(prepared.commit, encoding="utf-8")
     return root / ref.path if ref.path else root
 
 
@@ -165,8 +165,8 @@ def _check(
         return None, None, (f"not opened: {error.message}",)
     own = None
     if adapter.dialect == "loratools":
-        if found := validate.validate(path):
-            raise validate.refusal(path, found)
+        if problems := validate.validate(path):
+            raise validate.refusal(path, problems)
         own = adapter.settings[ORIGIN].get("digest")
     return own, _base(hub, adapter.base) if check_base and adapter.base else None, ()
 
@@ -177,10 +177,10 @@ def _base(hub: Hub, base: BaseIdentity) -> BaseCheck | None:
     if not base.schema:
         return BaseCheck(base.id, None, "the adapter states no schema hash of its base")
     try:
-        found = schema_of(hub, Ref(base.id, base.revision), digest.algorithm_of(base.schema))
+        schema = schema_of(hub, Ref(base.id, base.revision), digest.algorithm_of(base.schema))
     except LoraToolsError as error:
         return BaseCheck(base.id, None, error.message)
-    same = found == base.schema
+    same = schema == base.schema
     return BaseCheck(base.id, same, f"names, dtypes and shapes are {'' if same else 'not '}those of the sealed base")
 
 

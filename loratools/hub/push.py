@@ -70,27 +70,27 @@ def read(path: Path, *, base_model: str | None = None) -> Subject:
     """
     if not path.exists():
         raise BadFile(f"{path}: no such file or folder")
-    found = _walk(path) if path.is_dir() else {path.name: path}
-    kind = files.kind_of(found) if path.is_dir() else "adapter"
+    present = _walk(path) if path.is_dir() else {path.name: path}
+    kind = files.kind_of(present) if path.is_dir() else "adapter"
     if path.is_dir():
         try:
-            selection = files.select(found, kind, lambda name: read_json(found[name]))
+            selection = files.select(present, kind, lambda name: read_json(present[name]))
         except BadFile as error:
             raise BadFile(f"{path}: {error.message}", error.problems, hint=error.hint) from None
-        pictures = [name for name in found if Path(name).suffix.lower() in files.PICTURES]
+        pictures = [name for name in present if Path(name).suffix.lower() in files.PICTURES]
         chosen = sorted({*selection.paths, *pictures})
     else:
         chosen = [path.name]
-    content: dict[str, Path | bytes] = {name: found[name] for name in chosen}
-    left_out = tuple(sorted(found.keys() - content.keys()))
+    content: dict[str, Path | bytes] = {name: present[name] for name in chosen}
+    left_out = tuple(sorted(present.keys() - content.keys()))
     if kind == "checkpoint":
         from loratools.storage.companions import RECORD
 
-        record = read_json(found[RECORD]) if RECORD in found else {}
+        record = read_json(present[RECORD]) if RECORD in present else {}
         stated = record.get("base")
-        named = base_model or (stated.get("id") if isinstance(stated, Mapping) else None)
+        stated_name = base_model or (stated.get("id") if isinstance(stated, Mapping) else None)
         summary = describe_checkpoint(Checkpoint.open(path))
-        return Subject(path, kind, content, summary, _name(named, path), None, None, record, left_out)
+        return Subject(path, kind, content, summary, _name(stated_name, path), None, None, record, left_out)
     return _adapter(path, content, left_out, base_model)
 
 
@@ -157,15 +157,15 @@ def push(
 
 def _walk(folder: Path) -> dict[str, Path]:
     """Return relative path -> file of everything that is not hidden; linked folders are not entered."""
-    found: dict[str, Path] = {}
+    present: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or not is_plain(path.name):
             continue
         if path.is_dir() and not path.is_symlink():
-            found |= {f"{path.name}/{name}": file for name, file in _walk(path).items()}
+            present |= {f"{path.name}/{name}": file for name, file in _walk(path).items()}
         elif path.is_file():
-            found[path.name] = path
-    return found
+            present[path.name] = path
+    return present
 
 
 def _adapter(
@@ -181,16 +181,16 @@ def _adapter(
             f"{path}: {_CONFIG} names the base model by a path of this machine, {base_path}",
             hint="Name it as the Hub does: --base-model org/name",
         )
-    named = _name(base_model or stated, path)
+    name = _name(base_model or stated, path)
     if not path.is_dir() and adapter.dialect == "loratools":
         config = json.dumps(derive_config(adapter), indent=2, sort_keys=True, ensure_ascii=False)
         content = {_WEIGHTS: path, _CONFIG: f"{config}\n".encode()}
     elif base_path and isinstance(config_file := content.get(_CONFIG), Path):
-        config = json.dumps({**read_json(config_file), "base_model_name_or_path": named}, indent=2, ensure_ascii=False)
+        config = json.dumps({**read_json(config_file), "base_model_name_or_path": name}, indent=2, ensure_ascii=False)
         content[_CONFIG] = f"{config}\n".encode()
     summary = describe_adapter(adapter, path, adapter.dialect)
     task = adapter.settings.get("task_type")
-    return Subject(path, "adapter", content, summary, named, base_path, task, left_out=left_out)
+    return Subject(path, "adapter", content, summary, name, base_path, task, left_out=left_out)
 
 
 def _name(base_model: str | None, path: Path) -> str | None:
@@ -210,11 +210,11 @@ def _base_card(hub: Hub, base_model: str | None, notes: list[str]) -> Mapping[st
     if base_model is None:
         return {}
     try:
-        found = hub.info(parse(base_model).repo).card_data
+        data = hub.info(parse(base_model).repo).card_data
     except LoraToolsError as error:
         notes.append(f"nothing is taken over from the card of the base model {base_model}: {error.message}")
         return {}
-    return found.to_dict() if found else {}
+    return data.to_dict() if data else {}
 
 
 def card_for(
@@ -247,13 +247,13 @@ def card_for(
     else:
         facts = section.checkpoint_facts(summary, subject.base_model, subject.record, base_card)
         text = section.checkpoint_section(summary, target.repo, subject.base_model)
-    stated = [card.parse(one).data() for one in (local, remote) if one]
+    stated = [card.parse(readme).data() for readme in (local, remote) if readme]
     force: dict[str, Any] = {"license": license} if license else {}
     if subject.base_model and (
-        base_model_given or any(manifest.is_path(str(one.get("base_model", ""))) for one in stated)
+        base_model_given or any(manifest.is_path(str(front.get("base_model", ""))) for front in stated)
     ):
         force["base_model"] = subject.base_model
-    if license or any(one.get("license") for one in stated):
+    if license or any(front.get("license") for front in stated):
         facts = {name: value for name, value in facts.items() if not name.startswith("license")}
     written = card.merged(local, remote, facts, text, force=force, keep=keep_card)
     if not any(line.startswith("license:") for line in card.parse(written).front):

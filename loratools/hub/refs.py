@@ -36,15 +36,15 @@ def parse(text: str) -> Ref:
 
     Raises `BadFile` for anything else, a data set or a space among it.
     """
-    found = _REF.fullmatch(text)
-    if found is None or found["repo"].partition("/")[0] in ("datasets", "spaces", "buckets", "kernels"):
+    match = _REF.fullmatch(text)
+    if match is None or match["repo"].partition("/")[0] in ("datasets", "spaces", "buckets", "kernels"):
         raise BadFile(
             f"{text!r} is not a model on the Hub", hint="Expected hf://org/name, hf://org/name@revision or with /file."
         )
-    path = found["path"]
+    path = match["path"]
     if path and not is_plain(path):
         raise BadFile(f"{text!r}: {path!r} is not a path inside a repository")
-    return Ref(found["repo"], unquote(found["revision"]) if found["revision"] else None, path)
+    return Ref(match["repo"], unquote(match["revision"]) if match["revision"] else None, path)
 
 
 def is_plain(path: str) -> bool:

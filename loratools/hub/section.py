@@ -21,7 +21,7 @@ _RANKS = (16, 32, 64, 128, 256, 320, 512)  # those that it takes
 
 
 def adapter_facts(
-    found: AdapterSummary, base_model: str | None, task: str | None, base_card: Mapping[str, Any]
+    summary: AdapterSummary, base_model: str | None, task: str | None, base_card: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the front matter of an adapter's card; what is not known is not there."""
     diffusers = base_card.get("library_name") == "diffusers"
@@ -42,7 +42,7 @@ def adapter_facts(
 
 
 def checkpoint_facts(
-    found: CheckpointSummary, base_model: str | None, record: Mapping[str, Any], base_card: Mapping[str, Any]
+    summary: CheckpointSummary, base_model: str | None, record: Mapping[str, Any], base_card: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the front matter of a model's card; `record` is that of the merge that made it, if one did."""
     adapters = record.get("adapters") if record.get("operation") == "merge" else None
@@ -50,8 +50,8 @@ def checkpoint_facts(
     facts = {
         "base_model": base_model,
         "base_model_relation": ("merge" if several else "finetune") if base_model and adapters else None,
-        "library_name": "diffusers" if found.components else "transformers",
-        "pipeline_tag": base_card.get("pipeline_tag") or ("text-generation" if _is_causal(found) else None),
+        "library_name": "diffusers" if summary.components else "transformers",
+        "pipeline_tag": base_card.get("pipeline_tag") or ("text-generation" if _is_causal(summary) else None),
         **licence(base_card),
         "tags": [*(["merge"] if adapters else []), "loratools"],
     }
@@ -63,52 +63,52 @@ def licence(card: Mapping[str, Any]) -> dict[str, Any]:
     return {name: card[name] for name in ("license", "license_name", "license_link") if card.get(name)}
 
 
-def adapter_section(found: AdapterSummary, repo: str, base_model: str | None, task: str | None) -> str:
+def adapter_section(summary: AdapterSummary, repo: str, base_model: str | None, task: str | None) -> str:
     """Return the section of an adapter's card: what it is, what it belongs to, and how to load it."""
     lines = ["## The adapter", ""]
     lines += _table(
         ("kind", "rank", "alpha", "scaling", "modules", "target modules"),
         [
             (
-                one.kind,
-                one.rank,
-                f"{one.alpha:g}",
-                f"{one.scaling:.6g}",
-                one.modules,
-                "<br>".join(map(_code, one.targets)),
+                group.kind,
+                group.rank,
+                f"{group.alpha:g}",
+                f"{group.scaling:.6g}",
+                group.modules,
+                "<br>".join(map(_code, group.targets)),
             )
-            for one in found.groups
+            for group in summary.groups
         ],
     )
-    lines += ["", *_table(("", ""), _identity(found, base_model)), "", "## How to load it", ""]
-    lines += list(_loading(found, repo, base_model, task))
+    lines += ["", *_table(("", ""), _identity(summary, base_model)), "", "## How to load it", ""]
+    lines += list(_loading(summary, repo, base_model, task))
     return "\n".join(lines)
 
 
-def checkpoint_section(found: CheckpointSummary, repo: str, base_model: str | None) -> str:
+def checkpoint_section(summary: CheckpointSummary, repo: str, base_model: str | None) -> str:
     """Return the section of a model's card."""
     rows = [
-        *([("architecture", _code(found.architecture))] if found.architecture else []),
+        *([("architecture", _code(summary.architecture))] if summary.architecture else []),
         *([("base model", _code(base_model))] if base_model else []),
-        ("parameters", f"{found.total.parameters:,}"),
-        ("dtypes", ", ".join(found.dtypes)),
-        ("schema hash", _code(found.schema)),
+        ("parameters", f"{summary.total.parameters:,}"),
+        ("dtypes", ", ".join(summary.dtypes)),
+        ("schema hash", _code(summary.schema)),
     ]
     lines = ["## The model", "", *_table(("", ""), rows)]
-    if not found.components:
-        load = "AutoModelForCausalLM" if _is_causal(found) else "AutoModel"
+    if not summary.components:
+        load = "AutoModelForCausalLM" if _is_causal(summary) else "AutoModel"
         code = _python(f"from transformers import {load}", "", f'model = {load}.from_pretrained("{repo}")')
         lines += ["", "## How to load it", "", *code]
     return "\n".join(lines)
 
 
-def _is_causal(found: CheckpointSummary) -> bool:
-    return (found.architecture or "").endswith("ForCausalLM")
+def _is_causal(summary: CheckpointSummary) -> bool:
+    return (summary.architecture or "").endswith("ForCausalLM")
 
 
-def _identity(found: AdapterSummary, base_model: str | None) -> Iterator[tuple[str, str]]:
+def _identity(summary: AdapterSummary, base_model: str | None) -> Iterator[tuple[str, str]]:
     yield "base model", _code(base_model) if base_model else "not named"
-    base = found.base
+    base = summary.base
     if base and base.revision:
         yield "base revision", _code(base.revision)
     if base and base.sealed:
@@ -116,14 +116,14 @@ def _identity(found: AdapterSummary, base_model: str | None) -> Iterator[tuple[s
         tiers += [f"root {_code(base.root)}"] if base.root else []
         tiers += [f"digests of {len(base.tensors)} tensors"] if base.tensors else []
         yield "base hash", "<br>".join(tiers)
-    yield "parameters", f"{found.total.parameters:,} ({', '.join(found.dtypes)})"
-    if found.digest:
-        yield "digest", _code(found.digest)
-    if found.provenance:
-        yield "made by", "<br>".join(_code(f"{step.operation}, {step.tool}") for step in found.provenance)
+    yield "parameters", f"{summary.total.parameters:,} ({', '.join(summary.dtypes)})"
+    if summary.digest:
+        yield "digest", _code(summary.digest)
+    if summary.provenance:
+        yield "made by", "<br>".join(_code(f"{step.operation}, {step.tool}") for step in summary.provenance)
 
 
-def _loading(found: AdapterSummary, repo: str, base_model: str | None, task: str | None) -> Iterator[str]:
+def _loading(summary: AdapterSummary, repo: str, base_model: str | None, task: str | None) -> Iterator[str]:
     base = base_model or "BASE"
     if task == "CAUSAL_LM":
         yield from _python(
@@ -133,7 +133,7 @@ def _loading(found: AdapterSummary, repo: str, base_model: str | None, task: str
             f'model = AutoModelForCausalLM.from_pretrained("{base}")',
             f'model = PeftModel.from_pretrained(model, "{repo}")',
         )
-        rank = max((one.rank for one in found.groups), default=0)
+        rank = max((group.rank for group in summary.groups), default=0)
         wide = f" --max-lora-rank {next((r for r in _RANKS if r >= rank), rank)}" if rank > _VLLM_RANK else ""
         name = repo.rpartition("/")[2]
         yield from ("", *_shell(f"vllm serve {base} --enable-lora{wide} --lora-modules {name}={repo}"))

@@ -118,15 +118,15 @@ class Uploader:
                     raise faults.in_words(error, target.repo, hub.endpoint, target.revision) from error
                 last = error
             try:
-                found, head = self._landed(known), hub.commit(target.repo, target.revision)
+                landed, head = self._landed(known), hub.commit(target.repo, target.revision)
             except HubError as error:
                 raise HubError(
                     f"{target.repo}: the answer to the commit was lost, and so was the question whether it was made",
                     [error.message],
                     hint="Run it again later: what is there already is not sent twice.",
                 ) from last
-            if found:
-                return found
+            if landed:
+                return landed
             if not target.create_pr and head != target.head:
                 raise HubError(
                     f"{target.repo} changed while it was pushed to; nothing was committed", hint="Run it again."
@@ -168,11 +168,11 @@ class Uploader:
         """Return the commit if it was made although its answer was lost."""
         hub, target = self.hub, self.target
         if target.create_pr:
-            found = {ref: commit for ref, commit in self._pulls().items() if ref not in known}
+            new = {ref: commit for ref, commit in self._pulls().items() if ref not in known}
         else:
             head = hub.commit(target.repo, target.revision)
-            found = {"": head} if head != target.head else {}
-        for ref, commit in found.items():
+            new = {"": head} if head != target.head else {}
+        for ref, commit in new.items():
             if self._holds(hub.tree(target.repo, commit)):
                 discussion = f"{hub.endpoint}/{target.repo}/discussions/{ref.rpartition('/')[2]}" if ref else None
                 return Committed(commit, f"{hub.endpoint}/{target.repo}/commit/{commit}", discussion)
@@ -188,5 +188,5 @@ class Uploader:
     def _pulls(self) -> dict[str, str]:
         """Return the pull requests of the repository: ref -> its commit."""
         repo = self.target.repo
-        found = self.hub.read(lambda: self.hub.api.list_repo_refs(repo, include_pull_requests=True), repo)
-        return {entry.ref: entry.target_commit for entry in found.pull_requests or ()}
+        refs = self.hub.read(lambda: self.hub.api.list_repo_refs(repo, include_pull_requests=True), repo)
+        return {entry.ref: entry.target_commit for entry in refs.pull_requests or ()}

@@ -116,8 +116,8 @@ class _Busy(OutputRefused):
 
 def _check_kind(target: Path, *, folder: bool) -> None:
     if target.exists() and target.is_dir() != folder:
-        found, made = ("a folder", "a file") if target.is_dir() else ("a file", "a folder")
-        raise OutputRefused(f"{target} is {found}; the output would be {made}", hint="Choose another output.")
+        existing, wanted = ("a folder", "a file") if target.is_dir() else ("a file", "a folder")
+        raise OutputRefused(f"{target} is {existing}; the output would be {wanted}", hint="Choose another output.")
 
 
 def _install(scratch: Path, target: Path, force: bool, token: str) -> None:
@@ -144,8 +144,8 @@ def _sweep(target: Path, mine: Path) -> None:
     """
     pattern = re.compile(re.escape(f".{target.name}.") + r"(partial|replaced|resume)-([0-9a-f]{8})")
     with suppress(OSError):
-        found = [match for path in target.parent.iterdir() if (match := pattern.fullmatch(path.name))]
-        for match in sorted(found, key=lambda match: match[1], reverse=True):  # the replaced ones first
+        leftovers = [match for path in target.parent.iterdir() if (match := pattern.fullmatch(path.name))]
+        for match in sorted(leftovers, key=lambda match: match[1], reverse=True):  # the replaced ones first
             leftover = target.with_name(match[0])
             if leftover == mine:
                 continue

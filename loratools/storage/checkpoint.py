@@ -122,8 +122,8 @@ def _open_folder(folder: Path) -> Checkpoint:
             raise BadFile(f"{folder}: several indexes: {', '.join(indexes)}", hint="Give the path of one of them.")
         single = [f"{stem}{ending}" for stem in _FIRST_CHOICES if f"{stem}{ending}" in names]
         loose = [name for name in names if name.endswith(ending) and not name.startswith(_NOT_WEIGHTS)]
-        if found := single[:1] or loose:
-            return _build(folder, [_open_shard(folder / name) for name in found], {})
+        if chosen := single[:1] or loose:
+            return _build(folder, [_open_shard(folder / name) for name in chosen], {})
     seen = ", ".join(names[:8]) or "nothing"
     hint = "This folder holds an adapter; a base model was expected." if "adapter_config.json" in names else None
     raise BadFile(f"{folder}: no model weights (.safetensors or .bin) in this folder; found {seen}", hint=hint)

@@ -60,18 +60,18 @@ def to_torch(dtype: str) -> torch.dtype:
     import torch
 
     attribute = _TABLE[dtype][1]
-    found = getattr(torch, attribute, None) if attribute else None
-    if not isinstance(found, torch.dtype):
+    twin = getattr(torch, attribute, None) if attribute else None
+    if not isinstance(twin, torch.dtype):
         raise UnsupportedAdapter(f"this torch ({torch.__version__}) has no array of dtype {dtype}")
-    return found
+    return twin
 
 
 def from_torch(dtype: torch.dtype) -> str:
     """Return the safetensors name of a torch dtype; raise `ValueError` where there is none."""
-    found = from_name(str(dtype).removeprefix("torch."))
-    if found is None:
+    name = from_name(str(dtype).removeprefix("torch."))
+    if name is None:
         raise ValueError(f"safetensors has no dtype for {dtype}")
-    return found
+    return name
 
 
 def from_name(attribute: str) -> str | None:
@@ -100,10 +100,10 @@ def parse_float(dtype: str | torch.dtype) -> str:
 
     Raises `ValueError` for any other dtype.
     """
-    found = ALIASES.get(str(dtype).removeprefix("torch.").lower())
-    if found is None:
+    name = ALIASES.get(str(dtype).removeprefix("torch.").lower())
+    if name is None:
         raise ValueError(f"{str(dtype)!r} is not a dtype that a model can be written in; it can be {either(SPELLINGS)}")
-    return found
+    return name
 
 
 CONFIG_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}

@@ -23,15 +23,15 @@ CHUNK = 1 << 20
 def descriptor(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
     """Open a file by its descriptor for `os.preadv` and friends; raise `BadFile` where it cannot be opened."""
     try:
-        opened = os.open(path, flags | os.O_CLOEXEC, 0o666)
+        number = os.open(path, flags | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if flags != os.O_RDONLY:
             raise
         raise BadFile(f"{path}: cannot be read: {error.strerror}") from None
     try:
-        yield opened
+        yield number
     finally:
-        os.close(opened)
+        os.close(number)
 
 
 def read_into(source: int, buffer: memoryview, offset: int, path: Path | str = "a file") -> None:

@@ -32,13 +32,13 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
         fields = {name: field.contents() for name, field in reader.fields.items()}
         listed = [
             (
-                one.name,
-                one.tensor_type.name,
-                tuple(map(int, reversed(one.shape))),
-                int(one.data_offset),
-                int(one.n_bytes),
+                tensor.name,
+                tensor.tensor_type.name,
+                tuple(map(int, reversed(tensor.shape))),
+                int(tensor.data_offset),
+                int(tensor.n_bytes),
             )
-            for one in reader.tensors
+            for tensor in reader.tensors
         ]
     except Exception as error:  # a damaged file fails in as many ways as there are bytes
         raise BadFile(

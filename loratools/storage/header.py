@@ -72,8 +72,8 @@ def read_header(path: Path) -> Header:
             )
         length = int.from_bytes(prefix[:8], "little")
         if len(prefix) < 8 or length > size - 8:
-            found = f"{size} bytes" if len(prefix) < 8 else f"a header of {length} bytes in a file of {size}"
-            raise BadFile(f"{path}: not a safetensors file, or truncated: found {found}")
+            extent = f"{size} bytes" if len(prefix) < 8 else f"a header of {length} bytes in a file of {size}"
+            raise BadFile(f"{path}: not a safetensors file, or truncated: found {extent}")
         if length > MAX_HEADER:
             raise BadFile(f"{path}: the header is {length} bytes long; safetensors allows {MAX_HEADER}")
         file.seek(8)

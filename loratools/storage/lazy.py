@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratools.errors import LoraToolsError
 from loratools.storage import dtypes, files
 from loratools.storage.header import TensorSpec
 
@@ -50,13 +52,26 @@ class LazyTensor:
         load = self.load
         return LazyTensor(self.dtype, shape, lambda: change(load()), file=self.file)
 
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """Yield its bytes, each piece valid until the next is asked for; those of a file are not loaded by torch.
+
+        Raises `LoraToolsError`, which calls the tensor by its `name`, where `load` gives another dtype or shape.
+        """
+        if self.spec:
+            yield from files.chunks(self.spec)
+            return
+        import torch
+
+        tensor = self.load().detach().cpu().contiguous()
+        if dtypes.from_torch(tensor.dtype) != self.dtype or tuple(tensor.shape) != self.shape:
+            loaded = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise LoraToolsError(f"tensor {name!r} became {loaded} when loaded, expected {self.dtype} {self.shape}")
+        yield memoryview(tensor.reshape(-1).view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
+
     @property
     def parameters(self) -> int:
         """Number of elements."""
-        result = 1
-        for side in self.shape:
-            result *= side
-        return result
+        return prod(self.shape)
 
     @property
     def nbytes(self) -> int:

@@ -44,9 +44,9 @@ class Subject:
 
     def entries(self, name: str = "modules") -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Yield the well-formed entries of `modules` or `replacements`."""
-        found = self.manifest.get(name)
-        if isinstance(found, Mapping):
-            yield from ((path, entry) for path, entry in found.items() if isinstance(entry, Mapping))
+        value = self.manifest.get(name)
+        if isinstance(value, Mapping):
+            yield from ((path, entry) for path, entry in value.items() if isinstance(entry, Mapping))
 
     def modules(self) -> Iterator[tuple[str, Mapping[str, Any], Kind]]:
         """Yield the modules of a registered kind that have a rank: (path, entry, kind)."""
@@ -57,11 +57,11 @@ class Subject:
 
     def parts(self) -> dict[str, dict[str, str]]:
         """Return module path -> part -> tensor name, as the names in the file say."""
-        found: dict[str, dict[str, str]] = {}
+        names: dict[str, dict[str, str]] = {}
         for name in self.tensors:
             if (pair := keys.split(name)) and pair[1]:
-                found.setdefault(pair[0], {})[pair[1]] = name
-        return found
+                names.setdefault(pair[0], {})[pair[1]] = name
+        return names
 
 
 def natural(value: Any, least: int = 0) -> bool:

@@ -32,15 +32,18 @@ def own_tensors(subject: Subject) -> Iterator[Fault]:
     if subject.specs is None or not isinstance(stated, str) or not is_digest(stated):
         return
     algorithm = digest.algorithm_of(stated)
-    found = digest.root(
+    computed = digest.root(
         {
             name: digest.tensor(spec.dtype, spec.shape, files.chunks(spec), algorithm)
             for name, spec in subject.specs.items()
         },
         algorithm,
     )
-    if found != stated:
-        yield "digest", f"the tensors are not those that were sealed: the manifest says {stated}, the file has {found}"
+    if computed != stated:
+        yield (
+            "digest",
+            f"the tensors are not those that were sealed: the manifest says {stated}, the file has {computed}",
+        )
 
 
 @CHAPTER.clause("I-06")
@@ -87,25 +90,25 @@ def _tiers(subject: Subject) -> Mapping[str, Any]:
 
 def _digests(tiers: Mapping[str, Any]) -> list[tuple[str, Any]]:
     tensors = tiers.get("tensors", {})
-    named = [(f"tensors.{name}", value) for name, value in tensors.items()] if isinstance(tensors, dict) else []
-    return [(name, tiers[name]) for name in ("schema", "root") if name in tiers] + named
+    covered = [(f"tensors.{name}", value) for name, value in tensors.items()] if isinstance(tensors, dict) else []
+    return [(name, tiers[name]) for name in ("schema", "root") if name in tiers] + covered
 
 
 @CHAPTER.clause("X-01")
 def extensions(subject: Subject) -> Iterator[Fault]:
     """Check that `extensions` is a list of objects with a name."""
-    found = subject.manifest.get("extensions", [])
-    if not isinstance(found, list):
-        yield "extensions", f"expected a list, found {shown(found)}"
+    listed = subject.manifest.get("extensions", [])
+    if not isinstance(listed, list):
+        yield "extensions", f"expected a list, found {shown(listed)}"
         return
-    for i, one in enumerate(found):
+    for i, extension in enumerate(listed):
         if (
-            not isinstance(one, dict)
-            or not isinstance(one.get("name"), str)
-            or not isinstance(one.get("must_understand", True), bool)
-            or not isinstance(one.get("configuration", {}), dict)
+            not isinstance(extension, dict)
+            or not isinstance(extension.get("name"), str)
+            or not isinstance(extension.get("must_understand", True), bool)
+            or not isinstance(extension.get("configuration", {}), dict)
         ):
-            yield f"extensions[{i}]", f"expected name, must_understand and configuration, found {shown(one)}"
+            yield f"extensions[{i}]", f"expected name, must_understand and configuration, found {shown(extension)}"
 
 
 @CHAPTER.clause("X-02")
@@ -132,6 +135,9 @@ def extension_understood(subject: Subject) -> Iterator[Fault]:
 
 
 def _extensions(subject: Subject) -> list[tuple[str, bool]]:
-    found = subject.manifest.get("extensions", [])
-    listed = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
-    return [(e["name"], e.get("must_understand", True) is True) for e in listed if isinstance(e.get("name"), str)]
+    listed = subject.manifest.get("extensions", [])
+    return [
+        (extension["name"], extension.get("must_understand", True) is True)
+        for extension in (listed if isinstance(listed, list) else [])
+        if isinstance(extension, dict) and isinstance(extension.get("name"), str)
+    ]

@@ -101,8 +101,8 @@ def _configured(subject: Subject) -> Iterator[tuple[str, Mapping[str, Any], Any,
 def _rule(config: Mapping[str, Any], field: str, default: str) -> Callable[[str], Any]:
     # PEFT's patterns are regular expressions, the first that matches wins. The format allows names only, so that an
     # untrusted file has no say in how long matching takes: `^` and the escaped path, or the path or a suffix as it is.
-    found = config.get(field)
-    patterns = found if isinstance(found, Mapping) else {}
+    stated = config.get(field)
+    patterns = stated if isinstance(stated, Mapping) else {}
     order = {key: i for i, key in enumerate(patterns)}
 
     def value(module: str) -> Any:
@@ -116,9 +116,9 @@ def _rule(config: Mapping[str, Any], field: str, default: str) -> Callable[[str]
 def targets(subject: Subject) -> Iterator[Fault]:
     """Compare the two lists of target modules."""
     if subject.config is not None:
-        found, stated = subject.config.get("target_modules"), subject.manifest.get("target_modules")
-        if not isinstance(found, list) or not isinstance(stated, list) or sorted(map(str, found)) != stated:
-            yield "adapter_config.json", f"target_modules: the manifest says {shown(stated)}, found {shown(found)}"
+        ours, stated = subject.config.get("target_modules"), subject.manifest.get("target_modules")
+        if not isinstance(ours, list) or not isinstance(stated, list) or sorted(map(str, ours)) != stated:
+            yield "adapter_config.json", f"target_modules: the manifest says {shown(stated)}, found {shown(ours)}"
 
 
 @CHAPTER.clause("L-09")
@@ -126,8 +126,8 @@ def saved(subject: Subject) -> Iterator[Fault]:
     """Check that PEFT is told of each replacement outside the modules that have updates."""
     if subject.config is None:
         return
-    found = subject.config.get("modules_to_save")
-    names = {name for name in found if isinstance(name, str)} if isinstance(found, list) else set()
+    listed = subject.config.get("modules_to_save")
+    names = {name for name in listed if isinstance(name, str)} if isinstance(listed, list) else set()
     biases = subject.config.get("bias", "none") != "none"
     modules = dict(subject.entries())
     for path, _ in subject.entries("replacements"):
@@ -135,7 +135,7 @@ def saved(subject: Subject) -> Iterator[Fault]:
         covered = module in modules or (biases and path.endswith(".bias"))
         wrapping = (suffix for i, c in enumerate(f"{module}.") if c == "." for suffix in suffixes(module[:i]))
         if not covered and names.isdisjoint(wrapping):
-            yield path, f"adapter_config.json: modules_to_save {shown(found)} does not name {module!r}"
+            yield path, f"adapter_config.json: modules_to_save {shown(listed)} does not name {module!r}"
 
 
 @CHAPTER.clause("L-10")
@@ -155,7 +155,7 @@ def neutral(subject: Subject) -> Iterator[Fault]:
     """Refuse fields that make PEFT compute another change from the same tensors."""
     for field, allowed in _NEUTRAL.items():
         value = (subject.config or {}).get(field, allowed[0])
-        if not any(type(value) is type(one) and value == one for one in allowed):
+        if not any(type(value) is type(harmless) and value == harmless for harmless in allowed):
             yield "adapter_config.json", f"{field}: {shown(value)} changes what the tensors mean"
 
 
@@ -164,12 +164,12 @@ def parameters(subject: Subject) -> Iterator[Fault]:
     """Check that PEFT is told of each parameter of stacked experts."""
     if subject.config is None:
         return
-    found = subject.config.get("target_parameters")
-    targets = {name for name in found if isinstance(name, str)} if isinstance(found, list) else set()
+    listed = subject.config.get("target_parameters")
+    targets = {name for name in listed if isinstance(name, str)} if isinstance(listed, list) else set()
     for path, entry, _ in subject.modules():
         parameter = _parameter(path, entry)
         if parameter and unmatched([parameter], targets):
-            yield path, f"adapter_config.json: target_parameters {shown(found)} does not name {parameter!r}"
+            yield path, f"adapter_config.json: target_parameters {shown(listed)} does not name {parameter!r}"
 
 
 def _parameter(path: str, entry: Mapping[str, Any]) -> str | None:

@@ -52,7 +52,7 @@ def _usual(subject: Subject, name: str, formed: Callable[[Any], bool], expected:
         yield name, f"expected {expected}, found {shown(value)}"
     elif values and all(map(formed, values)):
         counts: Counter[Any] = Counter(values)
-        usual = min(counts, key=lambda one: (-counts[one], one))
+        usual = min(counts, key=lambda candidate: (-counts[candidate], candidate))
         if value != usual:
             yield name, f"is {shown(value)}, but most modules have {shown(usual)}"
 
@@ -61,8 +61,8 @@ def _usual(subject: Subject, name: str, formed: Callable[[Any], bool], expected:
 def target_modules(subject: Subject) -> Iterator[Fault]:
     """Check that `target_modules` is a sorted list of different names."""
     if _targets(subject) is None:
-        found = shown(subject.manifest.get("target_modules"))
-        yield "target_modules", f"expected a sorted list of different non-empty strings, found {found}"
+        value = shown(subject.manifest.get("target_modules"))
+        yield "target_modules", f"expected a sorted list of different non-empty strings, found {value}"
 
 
 @CHAPTER.clause("M-07")
@@ -81,10 +81,10 @@ def modules_targeted(subject: Subject) -> Iterator[Fault]:
 
 
 def _targets(subject: Subject) -> list[str] | None:
-    found = subject.manifest.get("target_modules")
-    if not isinstance(found, list) or not all(isinstance(target, str) and target for target in found):
+    names = subject.manifest.get("target_modules")
+    if not isinstance(names, list) or not all(isinstance(target, str) and target for target in names):
         return None
-    return found if found == sorted(set(found)) else None
+    return names if names == sorted(set(names)) else None
 
 
 def _targeted(subject: Subject) -> list[str]:
@@ -94,11 +94,15 @@ def _targeted(subject: Subject) -> list[str]:
 @CHAPTER.clause("M-09")
 def modules(subject: Subject) -> Iterator[Fault]:
     """Check that `modules` is an object with at least one entry, each an object."""
-    found = subject.manifest.get("modules")
-    if not isinstance(found, dict) or not found:
-        yield "modules", f"expected an object with at least one module, found {shown(found)}"
+    value = subject.manifest.get("modules")
+    if not isinstance(value, dict) or not value:
+        yield "modules", f"expected an object with at least one module, found {shown(value)}"
         return
-    yield from ((path, f"expected an object, found {shown(e)}") for path, e in found.items() if not isinstance(e, dict))
+    yield from (
+        (path, f"expected an object, found {shown(entry)}")
+        for path, entry in value.items()
+        if not isinstance(entry, dict)
+    )
 
 
 @CHAPTER.clause("M-10")
@@ -114,9 +118,9 @@ def paths(subject: Subject) -> Iterator[Fault]:
 def kind(subject: Subject) -> Iterator[Fault]:
     """Check that each kind is registered."""
     for path, entry in subject.entries():
-        found = entry.get("kind")
-        if not isinstance(found, str) or found not in KINDS:
-            yield path, f"kind {shown(found)} is not one that version 1.0 registers: {', '.join(KINDS)}"
+        name = entry.get("kind")
+        if not isinstance(name, str) or name not in KINDS:
+            yield path, f"kind {shown(name)} is not one that version 1.0 registers: {', '.join(KINDS)}"
 
 
 @CHAPTER.clause("M-12")
@@ -168,43 +172,43 @@ def base_model(subject: Subject) -> Iterator[Fault]:
 def base_id(subject: Subject) -> Iterator[Fault]:
     """Check that the base model's id is a name and not a path of some machine."""
     base = subject.manifest.get("base_model")
-    found = base.get("id") if isinstance(base, dict) else None
-    if isinstance(found, str) and is_path(found):
-        yield "base_model.id", f"{shown(found)} is a path of some machine, not a name"
+    identifier = base.get("id") if isinstance(base, dict) else None
+    if isinstance(identifier, str) and is_path(identifier):
+        yield "base_model.id", f"{shown(identifier)} is a path of some machine, not a name"
 
 
 @CHAPTER.clause("M-18")
 def layout(subject: Subject) -> Iterator[Fault]:
     """Check the layout of each module, and that it is there where its kind needs it."""
     for path, entry, kind in subject.modules():
-        found = entry.get("layout")
-        if found is None and "layout" not in entry and kind.layout is None:
+        value = entry.get("layout")
+        if value is None and "layout" not in entry and kind.layout is None:
             continue
-        if not isinstance(found, dict):
-            yield path, f"layout: kind {kind.name} expected an object, found {shown(found)}"
+        if not isinstance(value, dict):
+            yield path, f"layout: kind {kind.name} expected an object, found {shown(value)}"
             continue
         for name, kind_of in {"transposed": bool, **(kind.layout or {})}.items():
             formed, expected = _LAYOUT[kind_of]
-            if (kind.layout or name in found) and not formed(found.get(name)):
-                yield path, f"layout.{name}: expected {expected}, found {shown(found.get(name))}"
+            if (kind.layout or name in value) and not formed(value.get(name)):
+                yield path, f"layout.{name}: expected {expected}, found {shown(value.get(name))}"
 
 
 @CHAPTER.clause("M-19")
 def replacements(subject: Subject) -> Iterator[Fault]:
     """Check that `replacements` is an object of objects."""
-    found = subject.manifest.get("replacements", {})
-    if not isinstance(found, dict) or not all(isinstance(entry, dict) for entry in found.values()):
-        yield "replacements", f"expected an object of objects, found {shown(found)}"
+    value = subject.manifest.get("replacements", {})
+    if not isinstance(value, dict) or not all(isinstance(entry, dict) for entry in value.values()):
+        yield "replacements", f"expected an object of objects, found {shown(value)}"
 
 
 @CHAPTER.clause("M-20")
 def provenance(subject: Subject) -> Iterator[Fault]:
     """Check that `provenance` is a list of steps, each with its operation and tool."""
-    found = subject.manifest.get("provenance", [])
-    if not isinstance(found, list):
-        yield "provenance", f"expected a list, found {shown(found)}"
+    steps = subject.manifest.get("provenance", [])
+    if not isinstance(steps, list):
+        yield "provenance", f"expected a list, found {shown(steps)}"
         return
-    for i, step in enumerate(found):
+    for i, step in enumerate(steps):
         formed = isinstance(step, dict) and _text(step.get("operation")) and _text(step.get("tool"))
         if not formed or not isinstance(step.get("parameters", {}), dict):
             yield f"provenance[{i}]", f"expected an object with operation and tool, found {shown(step)}"
@@ -214,11 +218,11 @@ def provenance(subject: Subject) -> Iterator[Fault]:
 def inputs(subject: Subject) -> Iterator[Fault]:
     """Check the inputs of each step: objects with a digest, a weight or neither."""
     for i, step in enumerate(_steps(subject)):
-        found = step.get("inputs", [])
-        for one in found if isinstance(found, list) else [found]:
-            formed = isinstance(found, list) and isinstance(one, dict) and number(one.get("weight", 1))
-            if not formed or ("digest" in one and not is_digest(one["digest"])):
-                yield f"provenance[{i}]", f"inputs: expected objects with digest and weight, found {shown(one)}"
+        listed = step.get("inputs", [])
+        for item in listed if isinstance(listed, list) else [listed]:
+            formed = isinstance(listed, list) and isinstance(item, dict) and number(item.get("weight", 1))
+            if not formed or ("digest" in item and not is_digest(item["digest"])):
+                yield f"provenance[{i}]", f"inputs: expected objects with digest and weight, found {shown(item)}"
 
 
 @CHAPTER.clause("M-22")
@@ -230,8 +234,8 @@ def seed(subject: Subject) -> Iterator[Fault]:
 
 
 def _steps(subject: Subject) -> list[dict[str, Any]]:
-    found = subject.manifest.get("provenance", [])
-    return [step for step in found if isinstance(step, dict)] if isinstance(found, list) else []
+    steps = subject.manifest.get("provenance", [])
+    return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
 
 
 @CHAPTER.clause("M-23")

@@ -24,11 +24,11 @@ def names(subject: Subject) -> Iterator[Fault]:
 @CHAPTER.clause("T-02")
 def parts(subject: Subject) -> Iterator[Fault]:
     """Check that each module has exactly the parts of its kind."""
-    found = subject.parts()
+    names = subject.parts()
     for path, _, kind in subject.modules():
-        have = frozenset(found.get(path, {}))
+        have = frozenset(names.get(path, {}))
         if not kind.accepts(have):
-            wanted = " or ".join(", ".join(sorted(one)) for one in kind.required)
+            wanted = " or ".join(", ".join(sorted(required)) for required in kind.required)
             yield path, f"kind {kind.name} has the parts {wanted}; found {', '.join(sorted(have)) or 'none'}"
 
 
@@ -61,9 +61,9 @@ def dtype(subject: Subject) -> Iterator[Fault]:
 
 def _shape_of(kind_name: str) -> Check:
     def shape(subject: Subject) -> Iterator[Fault]:
-        found = subject.parts()
+        names = subject.parts()
         for path, entry, kind in subject.modules():
-            have = found.get(path, {})
+            have = names.get(path, {})
             layout = entry.get("layout", {})
             if kind.name != kind_name or not kind.accepts(frozenset(have)) or not _formed(layout, kind.layout):
                 continue

@@ -65,7 +65,7 @@ def read_pickled(path: Path, within: tuple[int, int] | None = None) -> dict[str,
 
 def _records(path: Path, begin: int, end: int) -> dict[str, tuple[int, int]]:
     """Map the name of each record of the zip at bytes [`begin`, `end`) to where its bytes begin and end."""
-    found: dict[str, tuple[int, int]] = {}
+    records: dict[str, tuple[int, int]] = {}
     try:
         with path.open("rb") as file, zipfile.ZipFile(Window(file, begin, end)) as archive:
             for info in archive.infolist():
@@ -79,20 +79,20 @@ def _records(path: Path, begin: int, end: int) -> dict[str, tuple[int, int]]:
                 start = begin + info.header_offset + skip
                 if info.file_size != info.compress_size or start + info.file_size > end:
                     raise zipfile.BadZipFile(f"record {info.filename!r} reaches beyond the file")
-                if info.filename in found:
+                if info.filename in records:
                     raise zipfile.BadZipFile(f"two records are named {info.filename!r}")
-                found[info.filename] = (start, start + info.file_size)
+                records[info.filename] = (start, start + info.file_size)
     except _DAMAGED as error:
         raise BadFile(f"{path}: damaged or truncated zip file: {error}") from None
-    return found
+    return records
 
 
 def _description(path: Path, records: Mapping[str, tuple[int, int]]) -> tuple[str, bytes]:
     """Return the folder of the records inside the zip, and the pickle that describes the tensors."""
-    found = [name for name in records if name.endswith("/data.pkl")]
-    if len(found) != 1:
+    pickles = [name for name in records if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
         raise BadFile(f"{path}: a zip file, but none of torch.save: it has no record data.pkl")
-    folder = found[0].removesuffix("/data.pkl")
+    folder = pickles[0].removesuffix("/data.pkl")
     with open_file(path) as file:
 
         def read(record: tuple[int, int]) -> bytes:
@@ -100,7 +100,7 @@ def _description(path: Path, records: Mapping[str, tuple[int, int]]) -> tuple[st
             raw: bytes = file.read(min(record[1] - record[0], MAX_PICKLE + 1))
             return raw
 
-        pickled = read(records[found[0]])
+        pickled = read(records[pickles[0]])
         order = read(records[f"{folder}/byteorder"]) if f"{folder}/byteorder" in records else b"little"
     if len(pickled) > MAX_PICKLE:
         raise BadFile(f"{path}: its description of the tensors is larger than {MAX_PICKLE} bytes")

@@ -79,8 +79,8 @@ def unpickle(raw: bytes) -> Any:
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     try:
-        for opcode, given, _ in pickletools.genops(raw):
-            name, argument = opcode.name, cast(Any, given)
+        for opcode, value, _ in pickletools.genops(raw):
+            name, argument = opcode.name, cast(Any, value)
             if name in _PUSHED:
                 stack.append(argument)
             elif name in _CONSTANTS:
