@@ -76,6 +76,7 @@ class Arrow(NamedTuple):
     target: str
 
 
+KINDS = "loratools.adapter.kinds"
 UNDER_WORK = {"loratools.engine", "loratools.engine.arithmetic", "loratools.engine.residual"}
 
 
@@ -218,10 +219,43 @@ def signs(house: House) -> list[str]:
     return faults
 
 
+def strangers_to_kinds(house: House) -> list[str]:
+    """List where code outside `adapter/kinds/` asks an update for its class, or for what its protocol lacks.
+
+    That is `isinstance`, `type(…) is` or a `case` with a class of a kind, and `getattr` with the name of a member.
+    """
+    inside = [tree for module, tree in house.trees.items() if module.startswith(f"{KINDS}.")]
+    bodies = [node for tree in inside for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    protocols = {node.name for node in bodies if any("Protocol" in ast.unparse(base) for base in node.bases)}
+    classes = {node.name for node in bodies} - protocols
+    members = {
+        item.name if isinstance(item, ast.FunctionDef) else item.target.id
+        for node in bodies
+        for item in node.body
+        if isinstance(item, ast.FunctionDef) or (isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name))
+    }
+    faults = []
+    for module, tree in house.trees.items():
+        if module.startswith((f"{KINDS}.", *(f"{folder}." for folder in UNDER_WORK))):
+            continue
+        for node in ast.walk(tree):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if called == "isinstance" or (isinstance(node, ast.Compare) and ast.unparse(node.left).startswith("type(")):
+                asked = {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)} & classes
+            elif isinstance(node, ast.MatchClass):
+                asked = {ast.unparse(node.cls).rpartition(".")[2]} & classes
+            elif called in ("getattr", "hasattr"):
+                asked = {inner.value for inner in node.args[1:2] if isinstance(inner, ast.Constant)} & members
+            else:
+                continue
+            faults += [f"{module}:{node.lineno} asks for {name}" for name in sorted(asked)]
+    return faults
+
+
 HOUSE = House(REPOSITORY)
 
 
-@pytest.mark.parametrize("check", [circles, arrows_up, sizes, signs])
+@pytest.mark.parametrize("check", [circles, arrows_up, sizes, signs, strangers_to_kinds])
 def test_the_house_has_no_fault(check: Callable[[House], list[str]]) -> None:
     assert len(HOUSE.modules) > 200 < len(HOUSE.arrows)
     faults = check(HOUSE)
@@ -318,6 +352,22 @@ WRONG: Mapping[str, tuple[Callable[[House], list[str]], dict[str, str], list[str
         signs,
         {"errors": "", "hub.__init__": "import os"},
         ["loratools.errors has no docstring", "loratools.hub.__init__ has no docstring"],
+    ),
+    "a kind that is asked for by its class, or for what its protocol lacks": (
+        strangers_to_kinds,
+        {
+            "adapter.__init__": "",
+            "adapter.kinds.__init__": "class Update(Protocol):\n def term(self): ...",
+            "adapter.kinds.lora": "class LoraUpdate:\n width: int\n def f(self):\n  isinstance(self, LoraUpdate)",
+            "surgery.hash": "isinstance(x, int | LoraUpdate)\nisinstance(x, Update)\ngetattr(x, 'width')\nx.width",
+            "surgery.inspect": "match x:\n case LoraUpdate():\n  x.term()\nx = type(x) is LoraUpdate",
+        },
+        [
+            "loratools.surgery.hash:1 asks for LoraUpdate",
+            "loratools.surgery.hash:3 asks for width",
+            "loratools.surgery.inspect:2 asks for LoraUpdate",
+            "loratools.surgery.inspect:4 asks for LoraUpdate",
+        ],
     ),
     "a folder without a door": (signs, {"hub.client": '"""What."""'}, ["loratools.hub has no __init__.py"]),
 }

@@ -1,6 +1,6 @@
 """The kinds of update that the format registers: their tensors and the shapes these have. Twin of `spec/v1/kinds.csv`.
 
-What a kind *does* to a weight is in `loratools/adapter/updates/`; here is only what a header can show.
+What a kind does to a weight is in `loratools/adapter/kinds/`; a registered kind says only what a header can show.
 """
 
 from __future__ import annotations

@@ -61,7 +61,10 @@ class Hub:
         self._known: dict[tuple[str, str, str], bytes] = {}
 
     def read(self, call: Callable[[], T], repo: str, revision: str | None = None) -> T:
-        """Return `call()`, repeated when a failure passes: only for what may be done twice. Raises `HubError`."""
+        """Return `call()`, repeated after a failure that may pass; the call must be harmless when done twice.
+
+        Raises `HubError`.
+        """
         return self.once(lambda: faults.retried(call), repo, revision)
 
     def once(self, call: Callable[[], T], repo: str, revision: str | None = None) -> T:

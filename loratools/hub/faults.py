@@ -1,6 +1,6 @@
-"""Which failures of a Hub pass, how long to wait for it, and what to say of those that stay.
+"""Which failures of a Hub may pass, how long to wait before asking again, and what to say of all others.
 
-Nothing of the HTTP library is named here: huggingface_hub changed it from requests to httpx to httpx2.
+The module names nothing of the HTTP library: huggingface_hub changed it from requests to httpx to httpx2.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 class Damaged(HubError):
-    """Bytes arrived that are not those the Hub lists; asking again may help."""
+    """Bytes arrived that differ from those that the Hub lists; asking again may help."""
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -53,7 +53,7 @@ def passes(error: BaseException) -> bool:
 
 
 def retried(call: Callable[[], T], tries: int = TRIES) -> T:
-    """Return `call()`, repeated after a failure that passes: only for what may be done twice.
+    """Return `call()`, repeated after a failure that may pass; the call must be harmless when done twice.
 
     Waits a random time up to 1, 2, 4, … seconds ("full jitter", Brooker 2015), or as long as a rate limit says.
     """

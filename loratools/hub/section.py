@@ -23,7 +23,7 @@ _RANKS = (16, 32, 64, 128, 256, 320, 512)  # those that it takes
 def adapter_facts(
     summary: AdapterSummary, base_model: str | None, task: str | None, base_card: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the front matter of an adapter's card; what is not known is not there."""
+    """Return the front matter of an adapter's card, without the fields that are unknown."""
     diffusers = base_card.get("library_name") == "diffusers"
     tags = ["lora", "loratools"]
     if base_model:

@@ -30,8 +30,9 @@ def new_folder(target: Path, *, force: bool = False, key: str | None = None) -> 
     Any exception, an interrupt included, removes the scratch folder and leaves `target` as it was. A killed process
     leaves only its scratch folder, which the next run for the same target removes.
 
-    With a `key` (hex digits, at least eight) an interruption or a full disk leaves the scratch folder too, and the next
-    run with that key finds it as it was left; a run without removes it. So does an error that would be the same again.
+    With a `key` (at least eight hex digits) the scratch folder outlives an interruption and a full disk: the next run
+    with the same key finds it as it was, a run without removes it. A `LoraToolsError` removes it at once, for the next
+    run would meet the same error.
 
     Raises `OutputRefused` if `target` exists and `force` is not set, or is a file, or another process is writing into
     the folder of that key; `NoSpace` when the disk is full.
@@ -57,8 +58,8 @@ def new_file(target: Path, *, force: bool = False) -> Iterator[Path]:
 def check_output(target: Path, *, force: bool = False) -> None:
     """Refuse an output that exists (`OutputRefused`), or whose parent folder is missing (`BadFile`).
 
-    With `force` an existing one is accepted, but for symbolic links and folders that hold the current folder or the
-    home folder: a slip like `-o . --force` must not delete them.
+    With `force` an existing output is accepted, unless it is a symbolic link, or a folder that holds the current folder
+    or the home folder: a slip like `-o . --force` must not delete those.
     """
     if target.is_symlink() or target.exists():
         if not force:
@@ -138,9 +139,9 @@ def _install(scratch: Path, target: Path, force: bool, token: str) -> None:
 
 
 def _sweep(target: Path, mine: Path) -> None:
-    """Clean up after killed runs for the same target; what another process is writing is left alone, and `mine`.
+    """Remove what killed runs for the same target left, except `mine` and what another process is writing.
 
-    A run that was killed in the middle of a replacement has moved the old folder aside: it is put back.
+    A run that was killed in the middle of a replacement had moved the old folder aside; put that folder back.
     """
     pattern = re.compile(re.escape(f".{target.name}.") + r"(partial|replaced|resume)-([0-9a-f]{8})")
     with suppress(OSError):
@@ -165,7 +166,7 @@ def _sweep(target: Path, mine: Path) -> None:
 
 
 def _lock(folder: Path) -> int | None:
-    """Lock a folder for as long as the returned descriptor is open; None if another process has, or it cannot be."""
+    """Lock a folder while the returned descriptor is open; return None where another process holds the lock."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:

@@ -26,9 +26,9 @@ _NOT_WEIGHTS = ("adapter_model", "adapters", "pytorch_lora_weights", "optimizer"
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One file of tensors: its path, what its header knows, and its string metadata.
+    """One file of tensors: its path, the tensors of its header by name, and its string metadata.
 
-    `prefix` is what stands before the names that the file itself has: a pipeline's component, `unet.`
+    `prefix` stands in `tensors` before the names that the file has: a pipeline's component, `unet.`
     """
 
     path: Path
@@ -41,13 +41,15 @@ class Shard:
 class Checkpoint:
     """A model's tensors by name, over one file, shards with an index, a folder, or a diffusers pipeline.
 
-    `root`     the folder that holds everything (the parent, for a single file)
-    `shards`   its files of tensors, in order; every tensor is in exactly one
-    `specs`    tensor name -> `TensorSpec`; in a pipeline the component is a prefix: `unet.conv_in.weight`
-    `indexes`  index file -> its parsed JSON, for each index that was used
-    `config`   the parsed config.json, or {}
-    `stored`   where this is a view of a model, with its layers repeated: the model as it is on disk
-    `origins`  then, tensor name -> its name on disk
+    `path`        what was opened: a file, an index or a folder
+    `root`        the folder that holds everything (the parent, for a single file)
+    `shards`      its files of tensors, in order; every tensor is in exactly one
+    `specs`       tensor name -> `TensorSpec`; in a pipeline the component is a prefix: `unet.conv_in.weight`
+    `indexes`     index file -> its parsed JSON, for each index that was used
+    `config`      the parsed config.json; {} where there is none, and for a pipeline
+    `components`  the folders of a pipeline that hold weights; () for any other model
+    `stored`      the model on disk, where this is a view of it with layers repeated; None for any other model
+    `origins`     tensor name -> its name on disk, in such a view
     """
 
     path: Path

@@ -21,7 +21,7 @@ ALGORITHMS = ("blake3", "sha256")
 
 
 class Hasher(Protocol):
-    """What hashlib and blake3 objects have in common."""
+    """A hash object of hashlib or blake3."""
 
     def update(self, data: Any, /) -> Any: ...
     def digest(self) -> bytes: ...
@@ -48,7 +48,7 @@ def algorithm_of(digest: str) -> str:
 
 
 def start_tensor(dtype: str, shape: Iterable[int], algorithm: str = DEFAULT) -> Hasher:
-    """Return a hasher that has taken in everything of a tensor but its data."""
+    """Return a hasher that has taken in a tensor's dtype and shape; its data come next."""
     hasher = new(algorithm)
     hasher.update(b"loratools.tensor.v1\0" + _signature(dtype, tuple(shape)))
     return hasher

@@ -1,4 +1,4 @@
-"""Positioned reads and kernel-side copies: the few system calls under every tile."""
+"""Reads and writes at an offset, and copies inside the kernel: the few system calls under every tile."""
 
 from __future__ import annotations
 

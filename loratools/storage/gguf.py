@@ -1,4 +1,4 @@
-"""GGUF files as such: fields and tensors, through the `gguf` package, which is an extra."""
+"""Read and write GGUF files: fields and tensors, through the `gguf` package, which is an extra."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where each tensor of an output lies, planned before a byte is written. Pure, and byte-reproducible."""
+"""Plan the files of an output before a byte is written: shards, headers, the offset of each tensor, the index. Pure."""
 
 from __future__ import annotations
 
@@ -44,9 +44,10 @@ def plan_file(
     header: bytes | None = None,
     prefix: str = "",
 ) -> FilePlan:
-    """Lay out `(name, dtype, shape)` one after the other.
+    """Return the plan of a file called `name` that holds `tensors`, (name, dtype, shape) each, in this order.
 
-    `header` is taken as it is where the caller has one; else the names go into it without `prefix`.
+    The header is encoded from the tensors, their names without `prefix`, and the string `metadata`; a `header` that is
+    given stands in its place, byte for byte.
     """
     sized = [(tensor, dtype, shape, nbytes(dtype, shape)) for tensor, dtype, shape in tensors]
     if header is None:
@@ -65,9 +66,10 @@ def plan_shards(
     metadata: Mapping[str, str] | None = None,
     stem: str = "model",
 ) -> list[FilePlan]:
-    """Cut tensors, in order, into files of at most `limit` bytes of data; a larger tensor has a file of its own.
+    """Cut tensors, (name, dtype, shape) each, in order into files of at most `limit` bytes of data.
 
-    Named as transformers names them: `model.safetensors`, or `model-00001-of-00003.safetensors`.
+    A tensor that is larger has a file of its own. The files have the names that transformers gives them:
+    `model.safetensors`, or `model-00001-of-00003.safetensors`, `stem` in the place of `model`; all have `metadata`.
     """
     groups: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
     used = 0

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LazyTensor:
-    """A tensor to be: `dtype` (safetensors name) and `shape` now, the numbers from `load()`.
+    """A tensor whose `dtype` (safetensors name) and `shape` are known, and whose numbers `load()` reads.
 
-    `spec` is set while the tensor is exactly some bytes of a file; only then can it be hashed or copied unread.
-    `file` is where its numbers come from, however they are changed on the way: what must not be overwritten.
+    `spec` is set where the tensor is exactly some bytes of a file: then it is hashed and copied without torch. `file`
+    is the file that its numbers come from, however they are changed on the way, and must not be overwritten.
     """
 
     dtype: str

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from loratools.adapter import factors
 from loratools.adapter.fusing import products
-from loratools.adapter.kinds import Update
-from loratools.adapter.kinds._rowwise import Rows, Rowwise
+from loratools.adapter.kinds import ByRows, Rows, Update
+from loratools.adapter.kinds._rowwise import Rowwise
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Part(Rowwise):
     """Rows [start, stop) of the ΔW of a linear layer."""
 
-    source: Rowwise
+    source: ByRows
     start: int
     stop: int
     kind: str
@@ -66,24 +66,24 @@ class Part(Rowwise):
 class Stack(Rowwise):
     """Several ΔW below each other, each with its own scaling; rows of zeros where a block is None."""
 
-    blocks: tuple[Rowwise | None, ...]
+    blocks: tuple[ByRows | None, ...]
     sizes: tuple[int, ...]
     kind: str
     scaling: float = 1.0
     alpha: float = 1.0
 
     @property
-    def given(self) -> tuple[Rowwise, ...]:
-        """The blocks that there are."""
+    def present(self) -> tuple[ByRows, ...]:
+        """The blocks that are not None."""
         return tuple(block for block in self.blocks if block is not None)
 
     @property
     def rank(self) -> int:
-        return max(block.rank for block in self.given)
+        return max(block.rank for block in self.present)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (sum(self.sizes), *self.given[0].shape[1:])
+        return (sum(self.sizes), *self.present[0].shape[1:])
 
     @property
     def parts(self) -> Mapping[str, LazyTensor]:
@@ -139,11 +139,12 @@ def apart(update: Update, sizes: Sequence[int]) -> list[Update | None]:
     """
     if products.divisible(update):
         return products.apart(update, sizes)
-    if not isinstance(update, Rowwise) or len(update.shape) != 2 or update.shape[0] != sum(sizes):
+    source = update.by_rows
+    if source is None or len(update.shape) != 2 or update.shape[0] != sum(sizes):
         raise ValueError(f"no update of kind {update.kind} can be divided so")
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return [
-        Part(update, start, start + size, update.kind, update.scaling, update.alpha)
+        Part(source, start, start + size, update.kind, update.scaling, update.alpha)
         for start, size in zip(starts, sizes, strict=True)
     ]
 
@@ -156,13 +157,13 @@ def together(blocks: Sequence[Update | None], sizes: Sequence[int]) -> Update:
     present = [block for block in blocks if block is not None]
     if all(products.divisible(block) for block in present):
         return products.together(blocks, sizes)
-    rowwise = tuple(block for block in present if isinstance(block, Rowwise) and block.bias is None)
+    by_rows = [None if block is None else block.by_rows for block in blocks]
     shapes = [None if block is None else block.shape for block in blocks]
     fits = all(shape in (None, (size, present[0].shape[1])) for shape, size in zip(shapes, sizes, strict=True))
-    if len(rowwise) != len(present) or not fits:
+    if not fits or any(block.by_rows is None or block.bias is not None for block in present):
         raise ValueError("not all of them can be put together")
-    kind = "+".join(sorted({block.kind for block in rowwise}))
-    return Stack(tuple(block if isinstance(block, Rowwise) else None for block in blocks), tuple(sizes), kind)
+    kind = "+".join(sorted({block.kind for block in present}))
+    return Stack(tuple(by_rows), tuple(sizes), kind)
 
 
 def swapped(update: Update) -> Update:

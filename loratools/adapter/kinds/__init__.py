@@ -198,6 +198,11 @@ class Update(Protocol):
         """Rows of the weight that it replaces whole, whatever is there: then no weight of a merge can scale it."""
         ...
 
+    @property
+    def by_rows(self) -> ByRows | None:
+        """The update as one that makes single rows of its ΔW; None for kinds that cannot, or need no other way."""
+        ...
+
     def fitted(self, shape: tuple[int, ...]) -> Update:
         """Return the update for a base weight of this shape, where its parts alone do not tell the shape.
 
@@ -230,6 +235,22 @@ class Update(Protocol):
 
         Raises `ValueError` for a kind whose change depends on W.
         """
+        ...
+
+
+Rows = Callable[[slice], "torch.Tensor"]
+"""Rows of a matrix, made when they are asked for."""
+
+
+class ByRows(Update, Protocol):
+    """An update that is no product of two factors, whose rows of ΔW can be made one tile at a time."""
+
+    def rows(self, dtype: torch.dtype, device: torch.device, transposed: bool) -> Rows:
+        """Load what it takes, and return the rows of ΔW, or of its transpose, without the scaling."""
+        ...
+
+    def dense(self) -> torch.Tensor:
+        """Return ΔW in float64 as a matrix, without the scaling, by another formula than `rows`."""
         ...
 
 

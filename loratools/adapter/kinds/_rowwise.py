@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Self
@@ -14,17 +14,19 @@ from loratools.storage.lazy import LazyTensor
 if TYPE_CHECKING:
     import torch
 
-    from loratools.adapter.kinds import Underlying
+    from loratools.adapter.kinds import Rows, Underlying
     from loratools.adapter.site import Site
-
-Rows = Callable[[slice], "torch.Tensor"]
-"""Rows of a matrix, made when they are asked for."""
 
 
 class Rowwise(Additive):
     """An update s·ΔW of the weight seen as a matrix, first side × all others, that makes rows of ΔW by themselves."""
 
     __slots__ = ()
+
+    @property
+    def by_rows(self) -> Self:
+        """The update itself."""
+        return self
 
     def fitted(self, shape: tuple[int, ...]) -> Self:
         """Return the update of a base weight of this shape: flat factors do not tell the sides of a kernel."""

@@ -47,6 +47,11 @@ class Usual:
         """The rows that it replaces whole: none."""
         return ()
 
+    @property
+    def by_rows(self) -> Any:
+        """The update as one that makes single rows: None."""
+        return None
+
     def fitted(self, shape: tuple[int, ...]) -> Any:
         """Return the update as it is: its parts tell the shape."""
         return self

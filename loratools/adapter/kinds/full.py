@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratools.adapter.kinds._rowwise import Rows, Rowwise
+from loratools.adapter.kinds._rowwise import Rowwise
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
     import torch
+
+    from loratools.adapter.kinds import Rows
 
 KIND = "full"
 WEIGHT_PART, BIAS_PART = "diff", "diff_b"

@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratools.adapter.kinds._rowwise import Named, Rows
+from loratools.adapter.kinds._rowwise import Named
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
     import torch
+
+    from loratools.adapter.kinds import Rows
 
 KIND = "loha"
 _W = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
