@@ -185,8 +185,8 @@ class Product(Loaded):
 
     def elements(self, W: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """Return single elements of W + scale·factor·right in float64; `W` are those of the unchanged weight."""
-        here = self.left.device
-        change = self.factor[rows.to(here)].double() * self.scale * self.right[:, columns.to(here)].T.double()
+        device = self.left.device
+        change = self.factor[rows.to(device)].double() * self.scale * self.right[:, columns.to(device)].T.double()
         return W + change.sum(1).to(W.device)
 
     def is_zero(self) -> bool:

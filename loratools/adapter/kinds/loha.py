@@ -83,8 +83,8 @@ class LohaUpdate(Named):
         if _T[0] not in self.tensors:
             return torch.einsum("or,ri,os,si->oi", a1, b1, a2, b2)
         t1, t2 = (self.tensors[name].load().double() for name in _T)
-        one = torch.einsum("pq...,po,qi->oi...", t1, a1, b1)
-        return (one * torch.einsum("pq...,po,qi->oi...", t2, a2, b2)).flatten(1)
+        first = torch.einsum("pq...,po,qi->oi...", t1, a1, b1)
+        return (first * torch.einsum("pq...,po,qi->oi...", t2, a2, b2)).flatten(1)
 
 
 def claims(parts: Mapping[str, LazyTensor]) -> bool:

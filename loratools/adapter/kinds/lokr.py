@@ -45,8 +45,8 @@ class LokrUpdate(Named):
     @property
     def rank(self) -> int:
         """The rank of w2, or of w1; 0 where both are whole."""
-        found = [self.tensors[name].shape[0] for name in ("lokr_w2_b", "lokr_w1_b") if name in self.tensors]
-        return found[0] if found else 0
+        ranks = [self.tensors[name].shape[0] for name in ("lokr_w2_b", "lokr_w1_b") if name in self.tensors]
+        return ranks[0] if ranks else 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -83,8 +83,8 @@ class LokrUpdate(Named):
 
         def made(rows: slice) -> torch.Tensor:
             at = torch.arange(rows.start, rows.stop, device=device)
-            one, other = w1[at // len(w2)], w2[at % len(w2)]
-            return (one[:, :, None] * other[:, None, :]).flatten(1)
+            left, right = w1[at // len(w2)], w2[at % len(w2)]
+            return (left[:, :, None] * right[:, None, :]).flatten(1)
 
         return made
 
@@ -98,7 +98,7 @@ class LokrUpdate(Named):
 def claims(parts: Mapping[str, LazyTensor]) -> bool:
     """Tell whether these are w1 and w2, each whole or factored."""
     names = frozenset(parts)
-    return names <= _NAMES and any(names == one | other for one in _FIRST for other in _SECOND)
+    return names <= _NAMES and any(names == first | second for first in _FIRST for second in _SECOND)
 
 
 def build(parts: Mapping[str, LazyTensor], scaling: float, alpha: float) -> LokrUpdate:

@@ -73,10 +73,10 @@ class OftUpdate(OnWeight):
         Q = X - X.transpose(1, 2)
         limit, length = self.alpha * count * size, float(Q.norm()) + 1e-8
         Q = Q * (limit / length) if 0 < limit < length else Q
-        one = torch.eye(size, dtype=torch.float64)
-        R = (one + Q) @ torch.linalg.inv(one - Q)
+        identity = torch.eye(size, dtype=torch.float64)
+        R = (identity + Q) @ torch.linalg.inv(identity - Q)
         factors = torch.ones(count, size) if self.rescale is None else self.rescale.load()
-        return (one + weight * (R - one)).transpose(1, 2), factors.double().reshape(count, size)
+        return (identity + weight * (R - identity)).transpose(1, 2), factors.double().reshape(count, size)
 
     def term(self, site: Site, weight: float, dtype: torch.dtype, device: torch.device) -> Rotation:
         """Return the rotations; raise `IncompatibleAdapter` where the base stores the weight fused or transposed."""
@@ -88,8 +88,8 @@ class OftUpdate(OnWeight):
     def project(self, X: torch.Tensor, weight: float, under: Underlying) -> torch.Tensor:
         """Return X·Wᵀ with the outputs of each block rotated, and scaled."""
         R, factors = self._rotation(weight)
-        found = under.below(X).view(len(X), len(R), 1, -1) @ R.to(X).transpose(1, 2)
-        return (found[:, :, 0] * factors.to(X)).flatten(1)
+        outputs = under.below(X).view(len(X), len(R), 1, -1) @ R.to(X).transpose(1, 2)
+        return (outputs[:, :, 0] * factors.to(X)).flatten(1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,8 +106,8 @@ class Rotation(Loaded):
     def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
         """Rotate in place."""
         size = self.together
-        here = self.blocks[rows.start // size : rows.stop // size]
-        W.copy_((here @ W.reshape(len(here), size, -1)).reshape(W.shape))
+        blocks = self.blocks[rows.start // size : rows.stop // size]
+        W.copy_((blocks @ W.reshape(len(blocks), size, -1)).reshape(W.shape))
 
 
 def claims(parts: Mapping[str, LazyTensor]) -> bool:

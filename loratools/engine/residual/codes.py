@@ -45,10 +45,10 @@ def encode(W: Array, after: Array, prediction: Array, dtype: str, after_dtype: s
     rank = _rank(W[at], P[at], _above(prediction[at], P[at], dtype))
     ranks = _pack(rank[: len(coarse)], spread)
     rank[: len(coarse)] >>= spread
-    found = np.flatnonzero(rank)
-    if len(found) * _FEW < len(W):
-        order = np.argsort(at[found], kind="stable")
-        positions, values = at[found][order], rank[found][order]
+    exceptions = np.flatnonzero(rank)
+    if len(exceptions) * _FEW < len(W):
+        order = np.argsort(at[exceptions], kind="stable")
+        positions, values = at[exceptions][order], rank[exceptions][order]
         raw = np.diff(positions, prepend=0).astype("<u4").tobytes() + _planes(values)
         form, count = _SPARSE, len(values)
     else:
@@ -112,8 +112,8 @@ def _ordered(bits: Array) -> Array:
     import numpy as np
 
     signed = bits.view(np.dtype(f"<i{bits.itemsize}"))
-    found: Array = signed ^ ((signed >> (8 * bits.itemsize - 1)) & np.iinfo(signed.dtype).max)
-    return found
+    ordered: Array = signed ^ ((signed >> (8 * bits.itemsize - 1)) & np.iinfo(signed.dtype).max)
+    return ordered
 
 
 def _rank(W: Array, P: Array, above: Array) -> Array:
@@ -155,9 +155,9 @@ def _unpack(data: memoryview, spread: Array, dtype: Any) -> Array:
     rank = np.zeros(len(spread), dtype)
     start = 0
     for bit in range(int(spread.max()) if len(spread) else 0):
-        here = spread > bit
-        count = int(here.sum())
-        rank[here] |= bits[start : start + count].astype(dtype) << bit
+        inside = spread > bit
+        count = int(inside.sum())
+        rank[inside] |= bits[start : start + count].astype(dtype) << bit
         start += count
     return rank
 

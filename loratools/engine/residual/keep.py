@@ -50,7 +50,7 @@ def keep(plan: MergePlan, folder: Path, threads: int, progress: Progress = lambd
     lost = list(_lost(plan, folder))
     with workers(threads) as pool, (folder / f".{RESIDUAL}.spool").open("w+b") as spool:
         sizes, waiting, left = [], deque[Any](), iter(lost)
-        submit = lambda one: pool.submit(_encode, one, plan.base.specs[one.name], progress)  # noqa: E731
+        submit = lambda tensor: pool.submit(_encode, tensor, plan.base.specs[tensor.name], progress)  # noqa: E731
         waiting.extend(map(submit, islice(left, threads + 1)))
         while waiting:
             blob = waiting.popleft().result()
@@ -60,7 +60,7 @@ def keep(plan: MergePlan, folder: Path, threads: int, progress: Progress = lambd
         spool.flush()
         document = {
             "version": VERSION,
-            "modes": {one.name: one.mode for one in lost},
+            "modes": {tensor.name: tensor.mode for tensor in lost},
             "layout": [
                 [str(shard.path.relative_to(plan.base.root).with_suffix(".safetensors")),
                  [[name, spec.dtype, spec.shape] for name, spec in shard.tensors.items()],
@@ -80,18 +80,18 @@ def keep(plan: MergePlan, folder: Path, threads: int, progress: Progress = lambd
             files.write_from(target, memoryview(file.header), 0)
             files.copy_range(spool.fileno(), 0, sum(sizes), target, len(file.header))
     (folder / f".{RESIDUAL}.spool").unlink()
-    return Kept(file.size, sum(plan.base.specs[one.name].nbytes for one in lost))
+    return Kept(file.size, sum(plan.base.specs[tensor.name].nbytes for tensor in lost))
 
 
 def _lost(plan: MergePlan, folder: Path) -> Iterator[Lost]:
     """Find the base's tensors that the output does not hold byte for byte, and what became of them."""
     slots = {slot.name: (file, slot) for file in plan.files for slot in file.slots}
     for name, spec in plan.base.specs.items():
-        change, found = plan.changes.get(name), slots.get(name)
-        if change is None or found is None:
+        change, output = plan.changes.get(name), slots.get(name)
+        if change is None or output is None:
             yield Lost(name, spec.dtype, spec.shape, None)
             continue
-        file, slot = found
+        file, slot = output
         if not change.placements and not change.replaced and slot.dtype == spec.dtype:
             continue
         predictable = not change.replaced and undo.is_predictable([p for _, p in change.placements])

@@ -40,12 +40,12 @@ def lost_tensors(
     for adapter, weight in zip(untied.adapters, weights, strict=True):
         for placement in resolve(adapter, shapes, config):
             placements.setdefault(placement.site.tensor, []).append((placement, weight))
-    found = {}
+    lost = {}
     for name, mode in residual.modes.items():
         dtype, shape = described[name]
         after = model.specs.get(name)
         if mode == "stored":
-            found[name] = Lost(name, dtype, shape, None)
+            lost[name] = Lost(name, dtype, shape, None)
         elif (
             mode not in ("predicted", "direct")
             or after is None
@@ -54,10 +54,8 @@ def lost_tensors(
         ):
             raise BadFile(f"{residual.path}: tensor {name!r} cannot be predicted from this model ({mode})")
         else:
-            found[name] = Lost(
-                name, dtype, shape, after, tuple(placements.get(name, ())) if mode == "predicted" else ()
-            )
-    return found
+            lost[name] = Lost(name, dtype, shape, after, tuple(placements.get(name, ())) if mode == "predicted" else ())
+    return lost
 
 
 def restore(
@@ -84,7 +82,7 @@ def restore(
             os.truncate(target, plan.size)
             files.write_from(target, memoryview(plan.header), 0)
 
-    def one(name: str, place: tuple[Slot, Path]) -> str:
+    def write(name: str, place: tuple[Slot, Path]) -> str:
         slot, path = place
         hasher = digest.start_tensor(slot.dtype, slot.shape)
         at = slot.offset
@@ -100,7 +98,7 @@ def restore(
 
     slots = [(slot, folder / plan.name) for plan in plans for slot in plan.slots]
     slots.sort(key=lambda item: -item[0].nbytes)
-    digests = each(one, {slot.name: (slot, path) for slot, path in slots}, threads)
+    digests = each(write, {slot.name: (slot, path) for slot, path in slots}, threads)
     _write_indexes(plans, residual, folder)
     return digests
 
@@ -116,8 +114,8 @@ def _same(spec: TensorSpec | None, slot: Slot) -> bool:
 def file_plan(model: Checkpoint, file: Layout) -> FilePlan:
     """Lay out one of the base's files; where the merged model has the same header, its bytes are taken over."""
     for shard in model.shards:
-        here = [(name, spec.dtype, spec.shape) for name, spec in shard.tensors.items()]
-        if str(shard.path.relative_to(model.root)) == file.name and here == list(file.tensors):
+        listed = [(name, spec.dtype, spec.shape) for name, spec in shard.tensors.items()]
+        if str(shard.path.relative_to(model.root)) == file.name and listed == list(file.tensors):
             begin = min((spec.start for spec in shard.tensors.values()), default=0)
             with shard.path.open("rb") as opened:
                 return plan_file(file.name, file.tensors, header=opened.read(begin))

@@ -78,11 +78,11 @@ def _check(names: Sequence[str], modules: Mapping[str, Sequence[Member]]) -> Non
         for other in members[1:]:
             kinds, shapes = (first.update.kind, other.update.kind), (first.update.shape, other.update.shape)
             if kinds[0] != kinds[1]:
-                found = f"kind {kinds[0]} in {names[first.adapter]}, {kinds[1]} in {names[other.adapter]}"
+                difference = f"kind {kinds[0]} in {names[first.adapter]}, {kinds[1]} in {names[other.adapter]}"
             elif shapes[0] != shapes[1]:
-                found = f"shape {shapes[0]} in {names[first.adapter]}, {shapes[1]} in {names[other.adapter]}"
+                difference = f"shape {shapes[0]} in {names[first.adapter]}, {shapes[1]} in {names[other.adapter]}"
             else:
                 continue
-            problems.append(f"{module}: {found}")
+            problems.append(f"{module}: {difference}")
     if problems:
         raise IncompatibleAdapter(f"the adapters differ in {len(problems)} module(s) that they share", problems)

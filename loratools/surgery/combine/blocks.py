@@ -54,13 +54,13 @@ def block_of(module: str) -> str:
     >>> block_of("unet.down_blocks.1.attentions.0.proj_in"), block_of("text_encoder.text_model.encoder.layers.0.fc1")
     ('IN04', 'BASE')
     """
-    if found := _DIFFUSERS.search(module):
-        side, level, part, position = found[1], int(found[2]), found[3], int(found[4])
+    if match := _DIFFUSERS.search(module):
+        side, level, part, position = match[1], int(match[2]), match[3], int(match[4])
         if side == "down":
             return f"IN{3 * level + (3 if part == 'downsamplers' else position + 1):02d}"
         return f"OUT{3 * level + (2 if part == 'upsamplers' else position):02d}"
-    if found := _COMPVIS.search(module):
-        return f"{'IN' if found[1] == 'input' else 'OUT'}{int(found[2]):02d}"
+    if match := _COMPVIS.search(module):
+        return f"{'IN' if match[1] == 'input' else 'OUT'}{int(match[2]):02d}"
     if _MIDDLE.search(module):
         return "MID"
     if _TEXT.search(module):

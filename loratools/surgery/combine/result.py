@@ -39,7 +39,10 @@ def assemble(
     if saved and replacements:
         settings["modules_to_save"] = sorted(saved)
     biases = [adapter.settings.get("bias", "none") for adapter in adapters]
-    if replacements and (bias := max(biases, key=lambda one: _BIAS.index(one) if one in _BIAS else 0)) != "none":
+    if (
+        replacements
+        and (bias := max(biases, key=lambda setting: _BIAS.index(setting) if setting in _BIAS else 0)) != "none"
+    ):
         settings["bias"] = bias
     if len(updates) == len(aligned.modules) and (targets := _targets(adapters)):
         settings["target_modules"] = targets
@@ -75,27 +78,27 @@ def _origin(
         for group, kept in (("modules", updates), ("replacements", replacements)):
             for own, entry in old.get(group, {}).items():
                 path = aligned.renamed[number].get(own) or aligned.path(number, own)
-                if path in kept and (said := {key: entry[key] for key in _ENTRY if key in entry}):
-                    origin[group].setdefault(path, said)
+                if path in kept and (stated := {key: entry[key] for key in _ENTRY if key in entry}):
+                    origin[group].setdefault(path, stated)
     return {group: entries for group, entries in origin.items() if entries}
 
 
 def _copies(
     adapters: Sequence[Adapter], aligned: Aligned, replacements: Mapping[str, LazyTensor]
 ) -> dict[str, LazyTensor]:
-    found: dict[str, LazyTensor] = {}
+    copies: dict[str, LazyTensor] = {}
     problems = []
     for number, adapter in enumerate(adapters):
         for own, lazy in adapter.copies.items():
             path = aligned.path(number, own)
             if path in replacements:
                 continue
-            if path in found and not _equal(found[path], lazy):
+            if path in copies and not _equal(copies[path], lazy):
                 problems.append(f"{path}: copies that differ came along with the adapters")
-            found.setdefault(path, lazy)
+            copies.setdefault(path, lazy)
     if problems:
         raise UnsupportedAdapter("adapters of different bases, or of different vocabularies", problems)
-    return found
+    return copies
 
 
 def _equal(one: LazyTensor, other: LazyTensor) -> bool:
@@ -106,5 +109,5 @@ def _equal(one: LazyTensor, other: LazyTensor) -> bool:
 
 def _key(entry: Step) -> str:
     return manifest.canonical(
-        [entry.operation, entry.tool, entry.parameters, [dict(one) for one in entry.inputs], entry.seed]
+        [entry.operation, entry.tool, entry.parameters, [dict(source) for source in entry.inputs], entry.seed]
     )

@@ -79,17 +79,17 @@ class Share:
         return 1 - (self.error / self.norm) ** 2 if self.norm else 1.0
 
 
-def share(module: str, like: Update, given: int, one: Decomposed, rank: int, kept: Kept) -> Share:
+def share(module: str, like: Update, given: int, change: Decomposed, rank: int, kept: Kept) -> Share:
     """Return what a module keeps; `like` is one of the updates that came in."""
     return Share(
-        module, like.kind, like.shape, given, len(one.sigma), rank, math.sqrt(one.norm2), math.sqrt(kept.error2),
-        math.sqrt(kept.optimum2), one.sigma[0], one.sigma[rank - 1],
+        module, like.kind, like.shape, given, len(change.sigma), rank, math.sqrt(change.norm2), math.sqrt(kept.error2),
+        math.sqrt(kept.optimum2), change.sigma[0], change.sigma[rank - 1],
     )  # fmt: skip
 
 
 def errors(shares: Sequence[Share]) -> tuple[list[float], list[float]]:
     """Return the errors of all modules, and the least there could be."""
-    return [one.error for one in shares], [one.optimum for one in shares]
+    return [share.error for share in shares], [share.optimum for share in shares]
 
 
 def decompose(change: tuple[Tensor, Tensor] | Tensor, rule: RankRule, size: float) -> Decomposed | None:
@@ -109,15 +109,15 @@ def decompose(change: tuple[Tensor, Tensor] | Tensor, rule: RankRule, size: floa
         left, right, _ = svd.truncated(rank)
         norm2 = math.fsum(sigma * sigma for sigma in svd.S.tolist())
         return Decomposed(left, right, tuple(svd.S[:rank].tolist()), norm2, size=size)
-    found = truncated_svd(change, rule)
-    if not found.rank:
+    leading = truncated_svd(change, rule)
+    if not leading.rank:
         return None
-    root = found.S.sqrt()
-    left, right = found.U.double() * root, root[:, None] * found.Vh.double()
-    return Decomposed(left, right, tuple(found.S.tolist()), found.norm2, found.error2, size)
+    root = leading.S.sqrt()
+    left, right = leading.U.double() * root, root[:, None] * leading.Vh.double()
+    return Decomposed(left, right, tuple(leading.S.tolist()), leading.norm2, leading.error2, size)
 
 
-def choose(found: Sequence[Decomposed], ranks: Ranks | None) -> list[int]:
+def choose(changes: Sequence[Decomposed], ranks: Ranks | None) -> list[int]:
     """Return the rank that each change keeps, at least 1: all there is without `ranks`.
 
     Raises `ValueError` for a budget that is too small.
@@ -126,16 +126,16 @@ def choose(found: Sequence[Decomposed], ranks: Ranks | None) -> list[int]:
 
     from loratools.linalg.ranks.rules import Spectrum, bounded
 
-    most = [len(one.sigma) for one in found]
-    if ranks is None or not found:
+    most = [len(change.sigma) for change in changes]
+    if ranks is None or not changes:
         return most
-    shapes = [one.shape for one in found]
+    shapes = [change.shape for change in changes]
     if ranks.budget is not None:
-        return list(ranks.decide([one.sigma for one in found], shapes, [True] * len(found)).ranks)
+        return list(ranks.decide([change.sigma for change in changes], shapes, [True] * len(changes)).ranks)
     rule, wanted = ranks.first(shapes, 0.0), []
-    for one, limit in zip(found, most, strict=True):
-        sigma = torch.tensor(one.sigma, dtype=torch.float64)
-        rank = None if one.lost2 else rule.rank(Spectrum(sigma, one.norm2, one.shape))
+    for change, limit in zip(changes, most, strict=True):
+        sigma = torch.tensor(change.sigma, dtype=torch.float64)
+        rank = None if change.lost2 else rule.rank(Spectrum(sigma, change.norm2, change.shape))
         wanted.append(limit if rank is None else min(rank, limit))
     if ranks.uniform:
         rank = bounded(max(wanted), ranks.minimum, ranks.maximum, ranks.multiple_of)
@@ -143,10 +143,10 @@ def choose(found: Sequence[Decomposed], ranks: Ranks | None) -> list[int]:
     return wanted
 
 
-def keep(one: Decomposed, rank: int, dtype: str) -> Kept:
+def keep(change: Decomposed, rank: int, dtype: str) -> Kept:
     """Return the leading `rank` of a change, rounded to `dtype` (a safetensors name)."""
-    left, right = one.left[:, :rank], one.right[:rank]
+    left, right = change.left[:, :rank], change.right[:rank]
     wanted = dtypes.to_torch(dtype)
     stored = left.to(wanted), right.to(wanted)
-    optimum2 = one.lost2 + math.fsum(sigma * sigma for sigma in one.sigma[rank:])
+    optimum2 = change.lost2 + math.fsum(sigma * sigma for sigma in change.sigma[rank:])
     return Kept(*stored, optimum2 + rounding2((left, right), stored), optimum2)

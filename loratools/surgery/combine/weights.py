@@ -71,7 +71,7 @@ class Weight:
     def unmatched(self, modules: Iterable[str]) -> list[str]:
         """Return the patterns that name none of the modules."""
         modules = list(modules)
-        return [pattern for pattern, _ in self.patterns if not any(matches(pattern, one) for one in modules)]
+        return [pattern for pattern, _ in self.patterns if not any(matches(pattern, module) for module in modules)]
 
     def to_json(self) -> float | dict[str, object]:
         """Return it as it is recorded: a number, or what differs from module to module."""

@@ -37,14 +37,14 @@ def replacements(
     A tensor that one adapter brings, with weight 1, stays as it is, byte for byte. Raises `UnsupportedAdapter` with
     every tensor that cannot be combined, and why.
     """
-    found: dict[str, list[Weighted]] = {}
+    replaced: dict[str, list[Weighted]] = {}
     for number, adapter in enumerate(adapters):
         for own, lazy in adapter.replacements.items():
             path = aligned.path(number, own)
-            found.setdefault(path, []).append((number, weights[number].of(own), lazy))
+            replaced.setdefault(path, []).append((number, weights[number].of(own), lazy))
     kept: dict[str, LazyTensor] = {}
     problems: dict[str, list[str]] = {}
-    for path, group in found.items():
+    for path, group in replaced.items():
         if reason := _refusal(group, names, method):
             problems.setdefault(reason, []).append(path)
         else:
@@ -69,15 +69,15 @@ def biases(
 
     if not any(member.update.bias for members in modules.values() for member in members):
         return {}
-    found = {}
+    totals = {}
     for module, members in modules.items():
         if B in members[0].update.parts:
             total = torch.zeros(members[0].update.shape[0], dtype=torch.float64)
             for member in members:
                 if (c := member.update.bias) is not None:
                     total += weight(member.adapter, module) * member.update.scaling * c.load().double()
-            found[module] = total.to(dtypes.to_torch(dtype))
-    return found
+            totals[module] = total.to(dtypes.to_torch(dtype))
+    return totals
 
 
 def only_bias(like: Update, bias: Tensor) -> Update:

@@ -150,14 +150,14 @@ def extract(
         for source in companion_files(base, tuned, made.outcomes):
             (scratch / source.name).write_bytes(source.read_bytes())
         (scratch / "README.md").write_text(made.card, encoding="utf-8")
-    energy = sum(one.norm2 for one in made.outcomes)
-    lost = sum(one.norm2 for one in made.outcomes if one.outcome == "dropped")
+    energy = sum(outcome.norm2 for outcome in made.outcomes)
+    lost = sum(outcome.norm2 for outcome in made.outcomes if outcome.outcome == "dropped")
     tensors = made.adapter.tensors().values()
     return Extraction(
         str(output), written, made.outcomes, pairing.missing,
-        total(one.layer for one in made.outcomes if one.layer), lost / energy if energy else 0.0,
+        total(outcome.layer for outcome in made.outcomes if outcome.layer), lost / energy if energy else 0.0,
         hashes[0].root or "", hashes[1], options.stored, seed,
-        sum(one.parameters for one in tensors), sum(one.nbytes for one in tensors), (*pairing.notes, *made.notes),
+        sum(lazy.parameters for lazy in tensors), sum(lazy.nbytes for lazy in tensors), (*pairing.notes, *made.notes),
     )  # fmt: skip
 
 
@@ -179,10 +179,10 @@ def _prepare(base: Checkpoint, tuned: Checkpoint, output: Path, selection: Selec
 
 def _refuse_empty(base: Checkpoint, tuned: Checkpoint, outcomes: Sequence[Outcome]) -> None:
     """Raise `IncompatibleAdapter` where nothing was factored: without a low-rank module there is no adapter."""
-    if any(one.factors for one in outcomes):
+    if any(tensor.factors for tensor in outcomes):
         return
-    if any(one.outcome == "whole" for one in outcomes):
-        names = [one.pair.path for one in outcomes if one.outcome == "whole"]
+    if any(tensor.outcome == "whole" for tensor in outcomes):
+        names = [tensor.pair.path for tensor in outcomes if tensor.outcome == "whole"]
         raise IncompatibleAdapter(
             f"{tuned.path} differs from {base.path} in {len(names)} tensor(s), and none of them can be factored",
             names[:20],

@@ -68,21 +68,21 @@ def assemble(
     PEFT saves modules whole, never single parameters, so a norm whose weight changed brings its bias along. Biases of
     linear layers stand alone, under PEFT's `bias` setting.
     """
-    outcomes = tuple(sorted(_with_siblings(list(outcomes)), key=lambda one: (one.pair.path, one.pair.name)))
-    factored = [one for one in outcomes if one.outcome in ("factored", "rows")]
-    whole = [one for one in outcomes if one.outcome == "whole"]
-    names = module_names(one.pair for one in factored)
+    outcomes = tuple(sorted(_with_siblings(list(outcomes)), key=lambda tensor: (tensor.pair.path, tensor.pair.name)))
+    factored = [tensor for tensor in outcomes if tensor.outcome in ("factored", "rows")]
+    whole = [tensor for tensor in outcomes if tensor.outcome == "whole"]
+    names = module_names(tensor.pair for tensor in factored)
     built = {
-        names[one.pair.path]: build(one.pair, one.shape, one.rank, _factors(one, options))
-        for one in factored
-        if one.factors
+        names[tensor.pair.path]: build(tensor.pair, tensor.shape, tensor.rank, _factors(tensor, options))
+        for tensor in factored
+        if tensor.factors
     }
-    kept = {one.pair.path: LazyTensor.stored(tuned.specs[one.pair.name]) for one in whole}
-    touched = sorted({one.pair.base for one in (*factored, *whole) if one.pair.base})
+    kept = {tensor.pair.path: LazyTensor.stored(tuned.specs[tensor.pair.name]) for tensor in whole}
+    touched = sorted({tensor.pair.base for tensor in (*factored, *whole) if tensor.pair.base})
     identity = replace(identity, tensors={name: identity.tensors[name] for name in touched})
-    layers = [one.layer for one in factored if one.layer]
+    layers = [tensor.layer for tensor in factored if tensor.layer]
     if pairing.head:  # one weight, which PEFT saves under both names
-        kept |= {path: kept[one.pair.path] for one in whole if _main(one, base) for path in [pairing.head]}
+        kept |= {path: kept[tensor.pair.path] for tensor in whole if _main(tensor, base) for path in [pairing.head]}
     step = _step(layers, outcomes, pairing, options, identity, tuned_root)
     adapter = Adapter(built, kept, identity, (step,), "loratools", _settings(base, tuned, pairing, factored, whole))
     return Assembled(adapter, outcomes, _card(identity, outcomes, layers), tuple(_notes(base, outcomes, pairing)))
@@ -93,70 +93,80 @@ def companion_files(base: Checkpoint, tuned: Checkpoint, outcomes: Iterable[Outc
 
     Its config.json comes along where tensors are new or have another shape, for `merge` to follow.
     """
-    reshaped = any(one.outcome == "whole" and one.pair.reshaped for one in outcomes)
+    reshaped = any(tensor.outcome == "whole" and tensor.pair.reshaped for tensor in outcomes)
     names = sorted(TOKENIZER_FILES | ({"config.json"} if reshaped else set())) if tuned.path.is_dir() else []
-    found = [tuned.root / name for name in names if (tuned.root / name).is_file()]
-    old = {path: base.root / path.name for path in found}
-    return [path for path in found if not (old[path].is_file() and old[path].read_bytes() == path.read_bytes())]
+    companions = [tuned.root / name for name in names if (tuned.root / name).is_file()]
+    old = {path: base.root / path.name for path in companions}
+    return [path for path in companions if not (old[path].is_file() and old[path].read_bytes() == path.read_bytes())]
 
 
-def _factors(one: Outcome, options: ExtractOptions) -> tuple[LazyTensor, LazyTensor]:
+def _factors(tensor: Outcome, options: ExtractOptions) -> tuple[LazyTensor, LazyTensor]:
     """Return (B, A) in the dtype that was asked for; rows that are exact stay as they are."""
-    assert one.factors is not None
-    return one.factors.lazy(one.rank, options.stored if one.layer else one.factors.A.dtype)
+    assert tensor.factors is not None
+    return tensor.factors.lazy(tensor.rank, options.stored if tensor.layer else tensor.factors.A.dtype)
 
 
 def _with_siblings(outcomes: list[Outcome]) -> list[Outcome]:
     """Return the outcomes with unchanged parameters of modules that are saved whole saved too."""
-    factored = {one.pair.path for one in outcomes if one.factors}
-    matrices = {_module(one) for one in outcomes if one.pair.path.endswith(".weight") and len(one.shape) > 1}
-    matrices -= {_module(one) for one in outcomes if one.outcome == "whole" and one.pair.path.endswith(".weight")}
+    factored = {tensor.pair.path for tensor in outcomes if tensor.factors}
+    matrices = {
+        _module(tensor) for tensor in outcomes if tensor.pair.path.endswith(".weight") and len(tensor.shape) > 1
+    }
+    matrices -= {
+        _module(tensor) for tensor in outcomes if tensor.outcome == "whole" and tensor.pair.path.endswith(".weight")
+    }
     alone = factored | matrices  # their biases need not bring the weight along
-    modules = {_module(one) for one in outcomes if one.outcome == "whole"} - alone - {""}
+    modules = {_module(tensor) for tensor in outcomes if tensor.outcome == "whole"} - alone - {""}
 
-    def along(one: Outcome) -> bool:
-        return one.pair.plan == "whole" and (_module(one) in modules or one.pair.why == HEAD_OF_TASK)
+    def along(tensor: Outcome) -> bool:
+        return tensor.pair.plan == "whole" and (_module(tensor) in modules or tensor.pair.why == HEAD_OF_TASK)
 
     return [
-        replace(one, outcome="whole", why="comes with its module") if one.outcome == "unchanged" and along(one) else one
-        for one in outcomes
+        replace(tensor, outcome="whole", why="comes with its module")
+        if tensor.outcome == "unchanged" and along(tensor)
+        else tensor
+        for tensor in outcomes
     ]
 
 
-def _main(one: Outcome, base: Checkpoint) -> bool:
+def _main(tensor: Outcome, base: Checkpoint) -> bool:
     """Tell whether this is the embedding that the head is tied to."""
-    return one.pair.base is not None and one.pair.base == main_tensor(base.specs, EMBEDDINGS)
+    return tensor.pair.base is not None and tensor.pair.base == main_tensor(base.specs, EMBEDDINGS)
 
 
-def _module(one: Outcome) -> str:
-    return one.pair.path if one.pair.plan == "factor" else one.pair.path.rpartition(".")[0]
+def _module(tensor: Outcome) -> str:
+    return tensor.pair.path if tensor.pair.plan == "factor" else tensor.pair.path.rpartition(".")[0]
 
 
 def _settings(
     base: Checkpoint, tuned: Checkpoint, pairing: Pairing, factored: list[Outcome], whole: list[Outcome]
 ) -> dict[str, Any]:
     """Return what PEFT's config has to say beyond ranks, and which base tensor belongs to which module."""
-    paths = {one.pair.path for one in factored if one.pair.kind != "experts"}
+    paths = {tensor.pair.path for tensor in factored if tensor.pair.kind != "experts"}
     heads = heads_of_task(tuned) | heads_of_task(base)
-    saved = {_module(one) for one in whole if not one.pair.path.endswith(".bias")}
+    saved = {_module(tensor) for tensor in whole if not tensor.pair.path.endswith(".bias")}
     settings: dict[str, Any] = {"task_type": task(tuned) or task(base)}
-    if any(one.pair.path.endswith(".bias") and _module(one) not in saved for one in whole):
+    if any(tensor.pair.path.endswith(".bias") and _module(tensor) not in saved for tensor in whole):
         settings["bias"] = "all"
-    if tops := {_upto(one.pair.path, heads) for one in whole if heads & set(one.pair.path.split("."))}:
+    if tops := {_upto(tensor.pair.path, heads) for tensor in whole if heads & set(tensor.pair.path.split("."))}:
         settings["modules_to_save"] = sorted(tops)
-    if stacks := sorted(one.pair.path for one in factored if one.pair.kind == "experts"):
+    if stacks := sorted(tensor.pair.path for tensor in factored if tensor.pair.kind == "experts"):
         settings["target_parameters"] = stacks
-    if any(one.pair.transposed and one.pair.kind == "linear" for one in factored):
+    if any(tensor.pair.transposed and tensor.pair.kind == "linear" for tensor in factored):
         settings["fan_in_fan_out"] = True
-    if pairing.head and any(_main(one, base) for one in (*factored, *whole)):
+    if pairing.head and any(_main(tensor, base) for tensor in (*factored, *whole)):
         settings["ensure_weight_tying"] = True
     short = {path.rpartition(".")[2] for path in paths}
     modules = {".".join(parts[:i]) for name in base.specs for parts in [name.split(".")] for i in range(1, len(parts))}
     if not any(module.rpartition(".")[2] in short and module not in paths for module in modules):
         settings["target_modules"] = sorted(short)
-    names = module_names(one.pair for one in factored)
+    names = module_names(tensor.pair for tensor in factored)
     origin = {
-        group: {names.get(one.pair.path, one.pair.path): {"tensor": one.pair.base} for one in part if one.pair.base}
+        group: {
+            names.get(tensor.pair.path, tensor.pair.path): {"tensor": tensor.pair.base}
+            for tensor in part
+            if tensor.pair.base
+        }
         for group, part in (("modules", factored), ("replacements", whole))
     }
     return settings | {manifest.ORIGIN: origin}
@@ -178,9 +188,9 @@ def _step(
         "budget": ranks.budget, "noise": ranks.noise or None,
         "rule": None if ranks.rule is None else f"{ranks.rule!r}",
     }  # fmt: skip
-    counts = {name: sum(one.outcome == name for one in outcomes) for name in CLASSES}
-    lost = sum(one.norm2 for one in outcomes if one.outcome == "dropped")
-    everything = sum(one.norm2 for one in outcomes)
+    counts = {name: sum(tensor.outcome == name for tensor in outcomes) for name in CLASSES}
+    lost = sum(tensor.norm2 for tensor in outcomes if tensor.outcome == "dropped")
+    everything = sum(tensor.norm2 for tensor in outcomes)
     parameters = {
         "method": "block Krylov", "ranks": {key: value for key, value in chosen.items() if value is not None},
         "dtype": options.stored, "tolerance": options.tolerance,
@@ -194,14 +204,14 @@ def _step(
 
 def _notes(base: Checkpoint, outcomes: tuple[Outcome, ...], pairing: Pairing) -> Iterator[str]:
     """Say what is new, and what PEFT will refuse to load although `merge` takes it."""
-    whole = [one for one in outcomes if one.outcome == "whole"]
-    if new := [one.pair.path for one in whole if one.pair.base is None]:
+    whole = [tensor for tensor in outcomes if tensor.outcome == "whole"]
+    if new := [tensor.pair.path for tensor in whole if tensor.pair.base is None]:
         yield f"{len(new)} tensor(s) are new, and no part of the base: {', '.join(new[:5])}"
-    inner = {".".join(parts[:i]) for one in outcomes if one.factors
-             for parts in [one.pair.path.split(".")] for i in range(1, len(parts))}  # fmt: skip
-    if loose := [one.pair.path for one in whole if _module(one) in inner]:
+    inner = {".".join(parts[:i]) for tensor in outcomes if tensor.factors
+             for parts in [tensor.pair.path.split(".")] for i in range(1, len(parts))}  # fmt: skip
+    if loose := [tensor.pair.path for tensor in whole if _module(tensor) in inner]:
         yield f"PEFT cannot load {', '.join(loose[:5])}: it saves modules whole, and there are factored ones inside"
-    if pairing.head and task(base) != "CAUSAL_LM" and any(_main(one, base) for one in whole):
+    if pairing.head and task(base) != "CAUSAL_LM" and any(_main(tensor, base) for tensor in whole):
         yield "PEFT may refuse to load the embedding, which this kind of model ties in more places than the head"
 
 

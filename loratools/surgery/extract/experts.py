@@ -61,15 +61,15 @@ def factor_stack(
                 continue
             shown.append(svd)
             sums = [a + b for a, b in zip(sums, (delta.base_norm2, delta.norm2, delta.noise2), strict=True)]
-    found = [svd for svd in shown if svd]
+    svds = [svd for svd in shown if svd]
     sides = tuned.shape[:0:-1] if pair.transposed else tuned.shape[1:]
     B, A, sigma2 = _stacked(shown, sides, torch.float64 if "F64" in (base.dtype, tuned.dtype) else torch.float32)
     last = rule or chosen
     complete = len(sigma2) == min(sides) or (isinstance(last, Fixed) and len(sigma2) < last.r)
     factored = Factored(
-        spool.add(B, A), tuple(value**0.5 for value in sigma2), complete, sum(svd.error2 for svd in found),
-        sum(stored2(svd, options.stored) for svd in found), sum(svd.excess_estimate for svd in found),
-        sum(svd.excess_bound for svd in found), count,
+        spool.add(B, A), tuple(value**0.5 for value in sigma2), complete, sum(svd.error2 for svd in svds),
+        sum(stored2(svd, options.stored) for svd in svds), sum(svd.excess_estimate for svd in svds),
+        sum(svd.excess_bound for svd in svds), count,
     )  # fmt: skip
     return Stack(factored, *sums)
 

@@ -69,7 +69,7 @@ def factor(
     # A fixed rank that was not reached has met the end of the spectrum, as has one that fills the short side.
     complete = svd.rank == min(D.shape) or (isinstance(rule, Fixed) and svd.rank < rule.r)
     return Factored(
-        spool.add(B, A), tuple(float(one) for one in svd.S), complete, svd.error2, stored2(svd, options.stored),
+        spool.add(B, A), tuple(float(sigma) for sigma in svd.S), complete, svd.error2, stored2(svd, options.stored),
         svd.excess_estimate, svd.excess_bound,
     )  # fmt: skip
 

@@ -72,15 +72,15 @@ def layer(
 def total(layers: Iterable[Layer]) -> Total:
     """Add up layers."""
     layers = list(layers)
-    energy = math.fsum(one.delta_norm**2 for one in layers)
-    error2 = math.fsum((one.error * one.delta_norm) ** 2 for one in layers)
-    near2 = math.fsum((one.error * one.delta_norm / (1 + one.excess)) ** 2 for one in layers)
-    least2 = math.fsum((one.error * one.delta_norm / (1 + one.excess_bound)) ** 2 for one in layers)
-    noise2 = math.fsum(one.noise * one.delta_norm**2 for one in layers)
+    energy = math.fsum(layer.delta_norm**2 for layer in layers)
+    error2 = math.fsum((layer.error * layer.delta_norm) ** 2 for layer in layers)
+    near2 = math.fsum((layer.error * layer.delta_norm / (1 + layer.excess)) ** 2 for layer in layers)
+    least2 = math.fsum((layer.error * layer.delta_norm / (1 + layer.excess_bound)) ** 2 for layer in layers)
+    noise2 = math.fsum(layer.noise * layer.delta_norm**2 for layer in layers)
     return Total(
         len(layers),
-        sum(one.parameters for one in layers),
-        math.sqrt(math.fsum(one.base_norm**2 for one in layers)),
+        sum(layer.parameters for layer in layers),
+        math.sqrt(math.fsum(layer.base_norm**2 for layer in layers)),
         math.sqrt(energy),
         1 - error2 / energy if energy else 1.0,
         math.sqrt(error2 / energy) if energy else 0.0,
@@ -93,7 +93,7 @@ def total(layers: Iterable[Layer]) -> Total:
 def to_json(layers: Iterable[Layer]) -> dict[str, Any]:
     """Return the certificate as the provenance keeps it: one row of numbers for each module, six digits."""
     columns = [field.name for field in fields(Layer) if field.name != "module"]
-    rows = {one.module: [_plain(getattr(one, column)) for column in columns] for one in layers}
+    rows = {layer.module: [_plain(getattr(layer, column)) for column in columns] for layer in layers}
     return {"columns": columns, "modules": rows}
 
 

@@ -92,19 +92,19 @@ def pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pairing:
         used.add(heads.retied)
     selection.check([*paths.values(), *([heads.retied] if heads.retied else [])])
     old, new = Kinds(base.specs, base.config), Kinds(tuned.specs, tuned.config)
-    asked = [(name, source, paths[name]) for name, source in sorted(counterparts.items())]
+    matched = [(name, source, paths[name]) for name, source in sorted(counterparts.items())]
     if heads.retied and heads.tuned_embedding:
-        asked.append((heads.tuned_embedding, heads.retied, heads.retied))
-    found = [
-        _decide(name, source, path, base, tuned, old if source else new, selection) for name, source, path in asked
+        matched.append((heads.tuned_embedding, heads.retied, heads.retied))
+    pairs = [
+        _decide(name, source, path, base, tuned, old if source else new, selection) for name, source, path in matched
     ]
     if heads.tied and str(heads.base_embedding).removesuffix(".weight").rpartition(".")[2] != "embed_tokens":
-        found = [_as_tied(one, selection) if one.base == heads.base_embedding else one for one in found]
+        pairs = [_as_tied(match, selection) if match.base == heads.base_embedding else match for match in pairs]
     if heads.copy:
-        found.append(Pair(heads.copy, None, heads.copy, "ignore", "other", "tied: the embedding counts"))
+        pairs.append(Pair(heads.copy, None, heads.copy, "ignore", "other", "tied: the embedding counts"))
     missing = tuple(sorted(base.specs.keys() - used - ({heads.base_copy} if heads.base_copy else set())))
     head = (heads.base_copy or heads.copy or "lm_head.weight") if heads.tied else None
-    return Pairing(tuple(found), missing, head, tuple(_notes(heads)))
+    return Pairing(tuple(pairs), missing, head, tuple(_notes(heads)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,33 +140,33 @@ def _current(path: str) -> str:
     return f"{dict(RENAMED).get(module, module)}{dot}{parameter}"
 
 
-def _as_tied(one: Pair, selection: Selection) -> Pair:
+def _as_tied(match: Pair, selection: Selection) -> Pair:
     """Keep an embedding whole: PEFT knows only embed_tokens to be tied, and would leave the head as it was."""
-    if one.plan == "drop":
-        return one
-    path = one.path if one.path.endswith(".weight") else f"{one.path}.weight"
+    if match.plan == "drop":
+        return match
+    path = match.path if match.path.endswith(".weight") else f"{match.path}.weight"
     plan = "drop" if selection.drop_whole else "whole"
-    return replace(one, path=path, plan=plan, why="tied to the head", sparse=False)
+    return replace(match, path=path, plan=plan, why="tied to the head", sparse=False)
 
 
 def _counterparts(base: Checkpoint, tuned: Checkpoint) -> dict[str, str | None]:
     """Return each tensor of the fine-tune with its tensor in the base: the same name, else the same past wrappers."""
-    found: dict[str, str | None] = {name: name for name in tuned.specs if name in base.specs}
-    others = Names(base.specs.keys() - found.keys())
+    sources: dict[str, str | None] = {name: name for name in tuned.specs if name in base.specs}
+    others = Names(base.specs.keys() - sources.keys())
     problems = []
-    for name in sorted(tuned.specs.keys() - found.keys()):
+    for name in sorted(tuned.specs.keys() - sources.keys()):
         module, _, parameter = name.rpartition(".")
         candidates = others.find(module, parameter) if module else []
         if len(candidates) > 1:
             problems.append(f"{name}: could be any of {', '.join(candidates)}")
-        found[name] = candidates[0] if len(candidates) == 1 else None
+        sources[name] = candidates[0] if len(candidates) == 1 else None
     claimed: dict[str, str] = {}
-    for name, source in found.items():
+    for name, source in sources.items():
         if source and claimed.setdefault(source, name) != name:
             problems.append(f"{name} and {claimed[source]} both are {source} of the base")
     if problems:
         raise IncompatibleAdapter(f"{tuned.path}: {len(problems)} name(s) are ambiguous in {base.path}", problems)
-    return found
+    return sources
 
 
 def _decide(
@@ -193,8 +193,8 @@ def _why_whole(
         return "new: the base has no such tensor"
     if source.shape != spec.shape:
         return f"its shape was {list(source.shape)} and is {list(spec.shape)}"
-    if asked := selection.saved(path):
-        return asked
+    if pattern := selection.saved(path):
+        return pattern
     if set(path.split(".")) & heads:
         return HEAD_OF_TASK
     if {source.dtype, spec.dtype} - set(dtypes.FLOATS):
@@ -249,7 +249,7 @@ def heads_of_task(model: Checkpoint) -> frozenset[str]:
 def _task_of(config: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]]:
     architectures = config.get("architectures")
     name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
-    return next((found for ending, found in _TASKS.items() if name.endswith(ending)), (None, ()))
+    return next((known for ending, known in _TASKS.items() if name.endswith(ending)), (None, ()))
 
 
 def _notes(heads: _Heads) -> Iterator[str]:

@@ -77,9 +77,9 @@ def read_delta(base: TensorSpec, tuned: TensorSpec, progress: Progress, *, keep:
     if not norm2 < float("inf"):
         wrong = tuned if base_norm2 < float("inf") else base
         raise BadFile(f"NaN or infinity in {wrong.file}, so the change has no norm")
-    found = tuple(digest.finish(hasher) for hasher in hashers)
+    digests = tuple(digest.finish(hasher) for hasher in hashers)
     noise2 = rounding_energy(tuned) if norm2 and keep else 0.0
-    return Delta(base_norm2, norm2, norm2 == 0, tuple(rows), (found[0], found[1]), noise2, D if norm2 else None)
+    return Delta(base_norm2, norm2, norm2 == 0, tuple(rows), (digests[0], digests[1]), noise2, D if norm2 else None)
 
 
 def _scratch(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:

@@ -48,29 +48,29 @@ class Sweep:
         workers = min(threads, WORKERS)
         several = partial(each, threads=workers, torch_threads=threads // workers, refuse=_refuse)
         results = self._first(several, workers)
-        return self._settle(several, results), self._hashes(results, threads)
+        return self._decided(several, results), self._hashes(results, threads)
 
     def _first(self, several: _Several, ahead: int) -> list[_Result]:
-        pairs = sorted(self.pairing.pairs, key=lambda one: (-self.tuned.specs[one.name].nbytes, one.path))
-        shapes = [self._matrix(one) for one in pairs if one.plan == "factor"]
+        pairs = sorted(self.pairing.pairs, key=lambda pair: (-self.tuned.specs[pair.name].nbytes, pair.path))
+        shapes = [self._matrix(pair) for pair in pairs if pair.plan == "factor"]
 
         def work(_: str, index: int) -> _Result:
             if index + ahead < len(pairs):
                 prefetch(self._specs(pairs[index + ahead]))
-            return self._one(pairs[index], shapes)
+            return self._compared(pairs[index], shapes)
 
-        return list(several(work, {one.path: i for i, one in enumerate(pairs)}).values())
+        return list(several(work, {pair.path: i for i, pair in enumerate(pairs)}).values())
 
-    def _settle(self, several: _Several, results: list[_Result]) -> list[Outcome]:
+    def _decided(self, several: _Several, results: list[_Result]) -> list[Outcome]:
         """Decide all ranks; look again at layers that deserve more than was seen of them."""
         layers = [result for result in results if result.factored]
         ranks = self.options.rank_choice
         while True:
-            found = [one.factored for one in layers if one.factored]
+            factored = [result.factored for result in layers if result.factored]
             decision = ranks.decide(
-                [one.sigma for one in found],
-                [self._matrix(one.pair) for one in layers],
-                [one.complete for one in found],
+                [result.sigma for result in factored],
+                [self._matrix(result.pair) for result in layers],
+                [result.complete for result in factored],
             )
             if not decision.more:
                 break
@@ -79,31 +79,31 @@ class Sweep:
             again = {layers[i].pair.path: (layers[i], Fixed(decision.more[i])) for i in sorted(decision.more)}
             deeper = several(self._again, again)
             layers = [deeper.get(layer.pair.path, layer) for layer in layers]
-        kept = {one.pair.path: (one, rank) for one, rank in zip(layers, decision.ranks, strict=True)}
-        return [self._outcome(*kept.get(one.pair.path, (one, 0))) for one in results]
+        kept = {result.pair.path: (result, rank) for result, rank in zip(layers, decision.ranks, strict=True)}
+        return [self._outcome(*kept.get(result.pair.path, (result, 0))) for result in results]
 
-    def _one(self, one: Pair, shapes: Sequence[tuple[int, int]]) -> _Result:
-        source, spec = self._specs(one)[-1], self.tuned.specs[one.name]
-        if one.base is None or source.shape != spec.shape:
-            norm2, found = read_norm2(spec, self.progress)
-            old = read_norm2(source, self.progress)[1] if one.base else ""
-            return _Result(one, 0.0 if one.plan == "ignore" else norm2, 0.0, (old, found))
-        stacked = one.kind == "experts"
-        delta = read_delta(source, spec, self.progress, keep=one.plan == "factor" and not stacked)
-        if one.plan == "factor" and stacked and not delta.identical:
-            stack = factor_stack(one, source, spec, shapes, self.options, self.spool, lambda _: None)
-            return _Result(one, stack.norm2, stack.base_norm2, delta.digests, stack.factored, noise2=stack.noise2)
-        if one.plan == "factor" and not delta.identical:
+    def _compared(self, pair: Pair, shapes: Sequence[tuple[int, int]]) -> _Result:
+        source, spec = self._specs(pair)[-1], self.tuned.specs[pair.name]
+        if pair.base is None or source.shape != spec.shape:
+            norm2, new = read_norm2(spec, self.progress)
+            old = read_norm2(source, self.progress)[1] if pair.base else ""
+            return _Result(pair, 0.0 if pair.plan == "ignore" else norm2, 0.0, (old, new))
+        stacked = pair.kind == "experts"
+        delta = read_delta(source, spec, self.progress, keep=pair.plan == "factor" and not stacked)
+        if pair.plan == "factor" and stacked and not delta.identical:
+            stack = factor_stack(pair, source, spec, shapes, self.options, self.spool, lambda _: None)
+            return _Result(pair, stack.norm2, stack.base_norm2, delta.digests, stack.factored, noise2=stack.noise2)
+        if pair.plan == "factor" and not delta.identical:
             assert delta.D is not None
-            factored = factor(one, delta, spec, shapes, self.options, self.spool)
-            return _Result(one, delta.norm2, delta.base_norm2, delta.digests, factored, noise2=delta.noise2)
-        if one.plan == "whole" and is_sparse(one, delta, spec.shape):
-            few = replace(one, path=one.path.removesuffix(".weight"), plan="factor")
+            factored = factor(pair, delta, spec, shapes, self.options, self.spool)
+            return _Result(pair, delta.norm2, delta.base_norm2, delta.digests, factored, noise2=delta.noise2)
+        if pair.plan == "whole" and is_sparse(pair, delta, spec.shape):
+            few = replace(pair, path=pair.path.removesuffix(".weight"), plan="factor")
             spooled = self.spool.add(*row_factors(source, spec, delta.rows))
             return _Result(few, delta.norm2, delta.base_norm2, delta.digests, rows=len(delta.rows), exact=spooled)
         if not delta.identical and spec.dtype not in _NUMBERS and len(spec.shape) > 1:
             raise LoraToolsError(f"stored as {spec.dtype}: a quantized weight, whose codes cannot be subtracted")
-        return _Result(one, delta.norm2, delta.base_norm2, delta.digests, rows=len(delta.rows))
+        return _Result(pair, delta.norm2, delta.base_norm2, delta.digests, rows=len(delta.rows))
 
     def _again(self, _: str, job: tuple[_Result, Any]) -> _Result:
         result, rule = job
@@ -115,49 +115,49 @@ class Sweep:
         return replace(result, factored=factor(result.pair, delta, spec, (), self.options, self.spool, rule))
 
     def _outcome(self, result: _Result, rank: int) -> Outcome:
-        one, spec = result.pair, self.tuned.specs[result.pair.name]
+        pair, spec = result.pair, self.tuned.specs[result.pair.name]
         known = (spec.shape, spec.dtype, result.norm2)
         if result.factored and rank:
-            factored, shape = result.factored, self._shape(one)
+            factored, shape = result.factored, self._shape(pair)
             error2, rounding = factored.error2(rank), factored.rounding2(rank, self.options.stored)
             layer = certify(
-                one.path, one.kind, shape, rank, rank * sum(self._matrix(one)),
+                pair.path, pair.kind, shape, rank, rank * sum(self._matrix(pair)),
                 base_norm2=result.base_norm2, norm2=result.norm2,
                 error2=error2 + rounding, excess2=factored.excess2 + rounding, bound2=factored.bound2 + rounding,
                 noise2=result.noise2, sigma1=factored.sigma[0],
             )  # fmt: skip
-            return Outcome(one, "factored", *known, rank=rank, layer=layer, factors=factored.factors)
+            return Outcome(pair, "factored", *known, rank=rank, layer=layer, factors=factored.factors)
         if result.exact:
-            return Outcome(one, "rows", *known, rows=result.rows, rank=result.rows, factors=result.exact)
+            return Outcome(pair, "rows", *known, rows=result.rows, rank=result.rows, factors=result.exact)
         if result.factored:
-            return Outcome(one, "dropped", *known, why="the budget left it no rank")
-        if one.plan == "ignore":
-            return Outcome(one, "unchanged", *known, one.why)
-        if result.norm2 == 0 and one.base is not None and spec.shape == self.base.specs[one.base].shape:
-            return Outcome(one, "unchanged", *known)
-        return Outcome(one, "dropped" if one.plan == "drop" else "whole", *known, one.why, result.rows)
+            return Outcome(pair, "dropped", *known, why="the budget left it no rank")
+        if pair.plan == "ignore":
+            return Outcome(pair, "unchanged", *known, pair.why)
+        if result.norm2 == 0 and pair.base is not None and spec.shape == self.base.specs[pair.base].shape:
+            return Outcome(pair, "unchanged", *known)
+        return Outcome(pair, "dropped" if pair.plan == "drop" else "whole", *known, pair.why, result.rows)
 
     def _hashes(self, results: list[_Result], threads: int) -> tuple[BaseIdentity, str]:
         """Return the base's identity and the fine-tune's root, from digests taken while the tensors were read."""
-        old = {one.pair.base: one.digests[0] for one in results if one.pair.base}
-        new = {one.pair.name: one.digests[1] for one in results}
+        old = {result.pair.base: result.digests[0] for result in results if result.pair.base}
+        new = {result.pair.name: result.digests[1] for result in results}
         old |= hash_tensors({n: s for n, s in self.base.specs.items() if n not in old}, threads=threads)
         new |= hash_tensors({n: s for n, s in self.tuned.specs.items() if n not in new}, threads=threads)
         return BaseIdentity(None, None, self.base.schema(), old, digest.root(old)), digest.root(new)
 
-    def _specs(self, one: Pair) -> tuple[Any, ...]:
-        spec = self.tuned.specs[one.name]
-        return (spec, self.base.specs[one.base]) if one.base else (spec,)
+    def _specs(self, pair: Pair) -> tuple[Any, ...]:
+        spec = self.tuned.specs[pair.name]
+        return (spec, self.base.specs[pair.base]) if pair.base else (spec,)
 
-    def _shape(self, one: Pair) -> tuple[int, ...]:
+    def _shape(self, pair: Pair) -> tuple[int, ...]:
         """Return the shape of the weight as the module defines it."""
-        *stack, first, last = self.tuned.specs[one.name].shape if one.transposed else (0, 0)
-        return (*stack, last, first) if one.transposed else self.tuned.specs[one.name].shape
+        *stack, first, last = self.tuned.specs[pair.name].shape if pair.transposed else (0, 0)
+        return (*stack, last, first) if pair.transposed else self.tuned.specs[pair.name].shape
 
-    def _matrix(self, one: Pair) -> tuple[int, int]:
+    def _matrix(self, pair: Pair) -> tuple[int, int]:
         """Return the sides whose sum a rank costs: (out, in), of a stack those of all experts together."""
-        shape = self._shape(one)
-        if one.kind == "experts":
+        shape = self._shape(pair)
+        if pair.kind == "experts":
             return shape[0] * shape[1], shape[0] * shape[2]
         return shape[0], prod(shape[1:])
 

@@ -34,11 +34,11 @@ def module_names(pairs: Iterable[Pair]) -> dict[str, str]:
         if pair.kind == "experts":
             module, _, parameter = pair.path.rpartition(".")
             stacks.setdefault(module, []).append(parameter)
-    found = {pair.path: pair.path for pair in pairs}
+    names = {pair.path: pair.path for pair in pairs}
     for module, parameters in stacks.items():
         outermost_first = sorted(parameters, key=lambda name: (name == "gate_up_proj", name))
-        found |= {f"{module}.{name}": module + ".base_layer" * depth for depth, name in enumerate(outermost_first)}
-    return found
+        names |= {f"{module}.{name}": module + ".base_layer" * depth for depth, name in enumerate(outermost_first)}
+    return names
 
 
 def _linear(pair: Pair, shape: tuple[int, ...], rank: int, B: LazyTensor, A: LazyTensor) -> Update:
@@ -47,10 +47,7 @@ def _linear(pair: Pair, shape: tuple[int, ...], rank: int, B: LazyTensor, A: Laz
 
 def _conv(pair: Pair, shape: tuple[int, ...], rank: int, B: LazyTensor, A: LazyTensor) -> Update:
     outer, inner = (*B.shape, *(1 for _ in shape[2:])), (rank, *shape[1:])
-    return ConvUpdate(
-        A.map(lambda tensor: tensor.reshape(inner), inner), B.map(lambda tensor: tensor.reshape(outer), outer), 1.0,
-        float(rank),
-    )  # fmt: skip
+    return ConvUpdate(A.reshaped(inner), B.reshaped(outer), 1.0, float(rank))
 
 
 def _embedding(pair: Pair, shape: tuple[int, ...], rank: int, B: LazyTensor, A: LazyTensor) -> Update:

@@ -47,8 +47,8 @@ class Deltas:
 
     def cuts(self, *counts: int) -> list[Tensor]:
         """Return the magnitude of the `count`-th largest element of each ΔW, (T, 1, 1), for each count."""
-        found = [largest(partial(self.tiles_of, i), counts) for i in range(len(self.terms))]
-        return [torch.tensor(cut)[:, None, None] for cut in zip(*found, strict=True)]
+        cuts = [largest(partial(self.tiles_of, i), counts) for i in range(len(self.terms))]
+        return [torch.tensor(cut)[:, None, None] for cut in zip(*cuts, strict=True)]
 
     @property
     def elements(self) -> int:
@@ -71,11 +71,11 @@ def largest(tiles: Callable[[], Iterable[Tensor]], counts: Sequence[int]) -> tup
         bits = _bits(tile)
         for upper, histogram in low.items():
             histogram += np.bincount(bits[bits >> 16 == upper] & 0xFFFF, minlength=len(histogram))
-    found = iter(
+    magnitudes = iter(
         upper << 16 | _bin(low[upper], count - above)[0]
         for (upper, above), count in zip(places, (count for count in counts if count > 0), strict=True)
     )
-    return tuple(_float(next(found)) if count > 0 else float("inf") for count in counts)
+    return tuple(_float(next(magnitudes)) if count > 0 else float("inf") for count in counts)
 
 
 def _float(bits: int) -> float:
