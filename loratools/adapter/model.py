@@ -38,7 +38,7 @@ class BaseIdentity:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One operation that an adapter or a model came out of.
+    """One operation in the making of an adapter or a model.
 
     `inputs` are mappings with `digest` (of an adapter or a base) and, where it applies, `weight`; `seed` is set
     wherever chance was used. Host paths and times never appear here: equal work gives equal bytes.
@@ -69,12 +69,12 @@ class Adapter:
     `updates`       module path in the base, e.g. `model.layers.0.self_attn.q_proj` -> `Update`
     `replacements`  parameter path in the base, e.g. `lm_head.weight` -> the tensor that takes its place; it comes first
                     where an update changes the same weight
-    `copies`        parameter path -> a copy of the base's own tensor that came along in the file; no part of the change
-                    unless it turns out that it differs from the base, as after a resize of the vocabulary
+    `copies`        parameter path -> a copy of the base's own tensor in the adapter's file; it changes nothing, unless
+                    it differs from the base's, as after a resize of the vocabulary
     `base`          the base model it belongs to, as far as the file says
-    `provenance`    the operations that it came out of, oldest first
-    `dialect`       the name of the dialect it was read from
-    `settings`      what else its file said and a writer may want (PEFT: `task_type`, `fan_in_fan_out`, …), JSON values
+    `provenance`    the operations that made it, oldest first
+    `dialect`       the name of the dialect that read it
+    `settings`      what else its file says and a writer may want (PEFT: `task_type`, `fan_in_fan_out`, …), JSON values
     """
 
     updates: Mapping[str, Update]

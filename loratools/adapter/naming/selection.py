@@ -1,4 +1,4 @@
-"""Which modules a command is to work on: the field's names, globs, or regular expressions."""
+"""Which modules a command works on: names, globs, or regular expressions."""
 
 from __future__ import annotations
 

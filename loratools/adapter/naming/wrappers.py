@@ -1,4 +1,4 @@
-"""Module names: the wrappers that drift in front of them, and the projections that some models store fused."""
+"""Module names: the wrappers that trainers and models put before them, and the projections that some models fuse."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ WRAPPERS = frozenset({
 # What transformers 5 renamed: checkpoints keep the old name, adapters trained since have the new one.
 RENAMED = (("embed_out", "lm_head"), ("vision_tower.vision_model", "vision_tower"))
 
-# The same inside the layers of image encoders: ViT, DeiT, BEiT, MAE, DINOv2, Swin, SegFormer. Names of other models
-# that look like the old ones are renamed alike, on both sides, which changes nothing: what counts is which are equal.
+# The same inside the layers of image encoders: ViT, DeiT, BEiT, MAE, DINOv2, Swin, SegFormer. Other models' names that
+# look like the old ones change too, in the adapter and in the base alike, so that equal names stay equal.
 _INSIDE = (
     (re.compile(r"encoder\.block\.(\d+)\.(?=\d)"), r"stages.\1.blocks."),
     (re.compile(r"encoder\.layer\."), "layers."),
@@ -33,7 +33,7 @@ _INSIDE = (
     (re.compile(r"\bintermediate\.dense\b"), "mlp.fc1"),
     (re.compile(r"\boutput\.dense\b"), "mlp.fc2"),
 )
-_SIGNS = ("encoder.", "attention.", "dense")  # what all of them have; most names have none
+_SIGNS = ("encoder.", "attention.", "dense")  # every name that _INSIDE changes has one, most names have none
 
 
 def normalized(path: str) -> str:

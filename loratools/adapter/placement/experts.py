@@ -1,4 +1,4 @@
-"""Where the experts of a mixture lie: stacked in one tensor, or each in tensors of its own, and one in the other. Pure.
+"""Where the experts of a mixture lie: stacked in one tensor, or each in tensors of its own; by names and shapes alone.
 
     stacked     mlp.experts.gate_up_proj (E, 2I, H) and mlp.experts.down_proj (E, H, I), as transformers 5 computes;
                 or (E, H, 2I) and (E, I, H), as gpt-oss does, with the rows of gate and up in turn
@@ -36,7 +36,7 @@ _HINT = "--model-type says which model this is"
 
 
 class Ambiguous(Exception):
-    """Why a stack or an expert has no certain place; names what decides."""
+    """Why a stack or an expert has no certain place, and what would decide it."""
 
 
 def stack_sites(
@@ -82,7 +82,7 @@ def expert_site(module: str, update: Update, names: Names, shapes: Shapes, confi
 
 
 def spellings(module: str) -> Iterator[str]:
-    """Yield a module's path, and what transformers 5 renamed it to, or from."""
+    """Yield a module's path, and the path that it has before or after the renaming of transformers 5."""
     yield module
     for old, new in ((".block_sparse_moe.", ".mlp."), (".mlp.", ".block_sparse_moe.")):
         if old in f".{module}.":

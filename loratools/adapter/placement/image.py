@@ -52,7 +52,7 @@ _PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 def for_base(adapter: Adapter, shapes: Shapes) -> Adapter:
     """Return the adapter under the names of a base, whose tensors have these shapes.
 
-    Modules that the base has under no known name keep theirs, for the resolver to say what is missing.
+    Modules without a known name in the base keep theirs, and the resolver reports them.
     """
     whole = rename.spelled_out(adapter)
     updates = max(
@@ -66,18 +66,18 @@ def for_base(adapter: Adapter, shapes: Shapes) -> Adapter:
 def _namings(adapter: Adapter, shapes: Shapes) -> Iterator[Adapter]:
     yield adapter
     yield rename.to_diffusers(adapter, by=rows)
-    shapes_of_model = {name.removesuffix(".weight").removeprefix(root): shape for name, shape in shapes.items()
+    model = {name.removesuffix(".weight").removeprefix(root): shape for name, shape in shapes.items()
              for root in _ROOTS if name.startswith(root) and name.endswith(".weight")}  # fmt: skip
-    xl = any(name.startswith(("output_blocks.0.1.", "label_emb.")) for name in shapes_of_model)
+    xl = any(name.startswith(("output_blocks.0.1.", "label_emb.")) for name in model)
     known = set(architectures.get("flux-original").by_flat.values())
-    flux = "double_blocks.0.img_mod.lin" in shapes_of_model and is_original(
-        {name: shape for name, shape in shapes_of_model.items() if name in known}
+    is_flux = "double_blocks.0.img_mod.lin" in model and is_original(
+        {name: shape for name, shape in model.items() if name in known}
     )
-    yield rename.to_original(adapter, xl=xl, flux=flux or None, by=rows)
+    yield rename.to_original(adapter, xl=xl, is_flux=is_flux or None, by=rows)
 
 
 def _named(adapter: Adapter, shapes: Shapes) -> dict[str, Update]:
-    """Return the updates under the base's names, as far as it has them; two never get one name."""
+    """Return the updates under the base's names of their modules, where it has one; no two get the same name."""
     names = {module: module for module in adapter.updates if f"{module}.weight" in shapes}
     taken = set(adapter.updates)
     for module in adapter.updates.keys() - names.keys():
@@ -102,14 +102,14 @@ def _spellings(module: str) -> Iterator[str]:
 
 
 def _open_clip(updates: Mapping[str, Update], shapes: Shapes) -> dict[str, Update]:
-    """Return the updates with those of text encoders under OpenCLIP's names, where the base has such a one."""
+    """Return the updates with those of text encoders under OpenCLIP's names, where the base has an OpenCLIP."""
     renamed: dict[str, Update] = {}
     fused: dict[str, dict[int, tuple[str, Update]]] = defaultdict(dict)
     for module, update in updates.items():
         component, _, rest = module.partition(".")
         match = _LAYER.fullmatch(rest)
         layers = [f"{root}transformer.resblocks.{match[1]}." for root in _OPEN_CLIP.get(component, ())] if match else []
-        layer = next((layer_root for layer_root in layers if f"{layer_root}attn.in_proj_weight" in shapes), None)
+        layer = next((root for root in layers if f"{root}attn.in_proj_weight" in shapes), None)
         if not match or layer is None or f"{module}.weight" in shapes:
             renamed[module] = update
         elif match[2] in _PROJECTIONS:
@@ -139,8 +139,8 @@ def _replacements(adapter: Adapter, shapes: Shapes) -> dict[str, LazyTensor]:
 def named_for(adapter: Adapter, base: Checkpoint) -> Adapter:
     """Return an adapter of an image model under the module names of a base: a pipeline's, a component's, or a file's.
 
-    Fused projections come apart or together where the base stores them so. Adapters of other models, and modules that
-    the base has under no naming, keep their names.
+    Takes fused projections apart, or fuses them, where the base stores them so. Adapters of other models, and modules
+    without a known name in the base, keep their names.
     """
     names = Names(base.specs)
     if all(names.find(module) for module in adapter.updates):  # most adapters; what follows takes time to import

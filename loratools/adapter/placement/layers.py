@@ -23,7 +23,7 @@ def replicates(adapters: Sequence[Adapter]) -> bool:
 
 
 def replicated(base: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:
-    """Return the base with the layers that its adapters were trained on; the base itself if they say nothing of it.
+    """Return the base with its layers repeated as the adapters say; the base itself if they say nothing.
 
     `[[0, 4], [2, 5]]` makes the layers 0, 1, 2, 3, 2, 3, 4 of a model of five, as in PEFT's `replicate_layers`. Each
     tensor is known in `origins` by its name in the files. Raises `IncompatibleAdapter` if adapters disagree, if the

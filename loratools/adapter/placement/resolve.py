@@ -1,4 +1,4 @@
-"""From an adapter's modules to the tensors of a base: all the naming trouble, once. Pure: names and shapes."""
+"""From an adapter's modules to the tensors of a base and the rectangles of them, by names and shapes alone."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def resolve(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any] | None =
     orientation of square Conv1D weights, the order within fused projections.
 
     Raises `IncompatibleAdapter` that lists every module without a place, every shape that does not fit and every
-    ambiguity with its candidates; and when the adapter would change nothing.
+    ambiguity with its candidates; also for an adapter that would change nothing.
     """
     if not adapter.updates and not adapter.replacements:
         raise IncompatibleAdapter("the adapter has no updates: it would change nothing")
@@ -77,7 +77,7 @@ class _Resolver:
         path = ".".join(segment for segment in module.split(".") if segment != "base_layer")
         if update.members:
             return self._experts(module, path, update)
-        if tensor := self._one(path, path):
+        if tensor := self._tensor_of(path, path):
             try:
                 update = update.fitted(self.shapes[tensor])
             except ValueError as error:
@@ -124,7 +124,7 @@ class _Resolver:
             raise _NoPlace(f"not in the base; nearest: {', '.join(nearest)}" if nearest else "not in the base")
         return sites
 
-    def _one(self, module: str, asked: str) -> str | None:
+    def _tensor_of(self, module: str, asked: str) -> str | None:
         spelled = (tensors for path in experts.spellings(module) if (tensors := self.names.find(path)))
         tensors = next(spelled, []) or self.names.find(module, "in_proj_weight")  # nn.MultiheadAttention
         if len(tensors) > 1:
@@ -168,7 +168,7 @@ class _Resolver:
         for fusion in FUSIONS:
             position = fusion.position(last)
             fused = _join(parent, fusion.fused)
-            if position is None or not (tensor := self._one(fused, module)):
+            if position is None or not (tensor := self._tensor_of(fused, module)):
                 continue
             shape, rows = self.shapes[tensor], update.shape[0]
             axis = 1 if fusion.fused in CONV1D.get(_model_type(self.config), ()) else 0
@@ -216,7 +216,7 @@ class _Resolver:
             if fusion.fused != last:
                 continue
             tensors = [
-                next((tensor_of for name in aliases if (tensor_of := self._one(_join(parent, name), module))), None)
+                next((tensor for name in aliases if (tensor := self._tensor_of(_join(parent, name), module))), None)
                 for aliases in fusion.parts
             ]
             split = [tensor for tensor in tensors if tensor]
@@ -244,8 +244,8 @@ class _Resolver:
         model_type = _model_type(self.config)
         if fusion.models is None or model_type in fusion.models or self._by_head(fusion):
             return
-        known = f"model_type {model_type!r} in config.json" if model_type else "no config.json"
-        raise _NoPlace(f"ambiguous: the base stores it inside {tensor}, and {known} does not tell in which order")
+        config = f"model_type {model_type!r} in config.json" if model_type else "no config.json"
+        raise _NoPlace(f"ambiguous: the base stores it inside {tensor}, and {config} does not tell in which order")
 
 
 def biases_tell(shapes: Shapes) -> bool | None:
@@ -265,7 +265,7 @@ def _model_type(config: Mapping[str, Any]) -> str:
 
 
 def _overlaps(placements: list[Placement]) -> Iterator[str]:
-    """Name pairs of modules that land on the same weights: a sure sign that one of them was matched wrongly."""
+    """Name pairs of modules that land on the same weights: one of the two has the wrong place."""
     by_tensor: dict[str, list[Placement]] = {}
     for placement in placements:
         by_tensor.setdefault(placement.site.tensor, []).append(placement)

@@ -1,6 +1,6 @@
 """Tied embeddings: a checkpoint that stores one weight for the input embedding and the output head.
 
-A change of one of the two then has no place of its own. What is to happen is the user's to say:
+A change of one of the two then has no weight of its own. The user says what happens to it:
 
     error   refuse, and say what the choices are (the default)
     untie   store the head as a tensor of its own, change only what the adapter changed, set tie_word_embeddings false
@@ -26,7 +26,7 @@ EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "t
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Untied:
-    """What a policy came to: the adapters as they are to be placed, and what the output needs for it.
+    """The result of a policy: the adapters to place, and what the output needs for them.
 
     `copies` maps new tensors of the output to the base tensors that they start as; `config` holds changed fields.
     """
@@ -83,14 +83,14 @@ def main_tensor(tensors: Mapping[str, Any], names: tuple[str, ...]) -> str | Non
 
 
 def _touched(adapter: Adapter) -> list[str]:
-    """Return the modules whose change breaks the tie: heads and embeddings, but for what keeps it by itself."""
-    same = _same(adapter)
+    """Return the heads and embeddings whose change breaks the tie."""
+    same = _shared_tensors(adapter)
     paths = [module for module, update in adapter.updates.items() if not update.replaced_rows]
     paths += [path.removesuffix(".weight") for path, lazy in adapter.replacements.items() if lazy not in same]
     return [path for path in paths if path.rpartition(".")[2] in HEADS + EMBEDDINGS]
 
 
-def _same(adapter: Adapter) -> list[LazyTensor]:
+def _shared_tensors(adapter: Adapter) -> list[LazyTensor]:
     """Return the tensors that replace a head and an embedding alike."""
     heads = [lazy for path, lazy in adapter.replacements.items() if _is_head(path.removesuffix(".weight"))]
     return [
@@ -101,8 +101,8 @@ def _same(adapter: Adapter) -> list[LazyTensor]:
 
 
 def _without_same_head(adapter: Adapter) -> Adapter:
-    """Leave the replacement of a head away where the embedding's, to which it is tied, is the same tensor."""
-    same = _same(adapter)
+    """Leave out the replacement of a head that is the same tensor as the embedding's, to which it is tied."""
+    same = _shared_tensors(adapter)
     replacements = {
         path: lazy
         for path, lazy in adapter.replacements.items()
@@ -135,7 +135,7 @@ def _is_head(module: str) -> bool:
 
 
 def _is_headless(config: Mapping[str, Any]) -> bool:
-    """Tell whether the architecture is one without any output head over the vocabulary, so that nothing is tied."""
+    """Tell whether the architecture has no output head over the vocabulary, so that nothing is tied."""
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or not architectures:
         return False

@@ -1,8 +1,8 @@
-"""Tensors that were trained whole: where they go, and what config.json has to say of it. Pure: names and shapes.
+"""Tensors trained whole: where they go in a base, and which fields of config.json change with them.
 
-They come as `modules_to_save`, as a new head, as biases, or as an embedding and a head that were saved after the
-vocabulary was resized. A tensor that the base lacks is added; one outside the numbered layers may have more or fewer
-rows than the base's.
+Trainers save them as `modules_to_save`, a new head, biases, or the embedding and the head of a resized vocabulary. The
+output gains a tensor that the base lacks; a tensor outside the numbered layers may have more or fewer rows than the
+base's. Everything here goes by names and shapes.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _LABELLED = ("SEQ_CLS", "TOKEN_CLS")
 def resolve_replacements(adapter: Adapter, shapes: Shapes) -> dict[str, LazyTensor]:
     """Return output tensor name -> the tensor that takes its place, or is added under its own path.
 
-    Raises `IncompatibleAdapter` that lists every one that is ambiguous, that does not fit, or that is part of a
-    numbered layer, an embedding or an output head and that the base lacks: those are no new heads.
+    Raises `IncompatibleAdapter` that lists every tensor which is ambiguous, which does not fit, or which the base lacks
+    although it belongs to a numbered layer or an embedding, so that it is no new head.
     """
     names, replaced, problems = Names(shapes), {}, []
     for path, lazy in adapter.replacements.items():
@@ -79,8 +79,8 @@ def follow(
     """Return the fields of config.json that change with tensors trained whole, and notes on them.
 
     `vocab_size` becomes the number of the embedding's rows. With a head that is new, or has another number of rows, the
-    architecture and the labels become those of `own`, the adapter's own config.json; without one they are told by
-    PEFT's task type and by the head's rows, where that is possible.
+    architecture and the labels become those of `own`, the adapter's own config.json. Without `own`, PEFT's task type
+    and the head's rows tell them, as far as they can.
     """
     changes: dict[str, Any] = {}
     embedding = main_tensor(shapes, EMBEDDINGS)
@@ -95,7 +95,7 @@ def follow(
         return changes, []
     if own and (brought := {key: own[key] for key in FOLLOWED if key in own}):
         return changes | brought, [f"{', '.join(brought)} of config.json are those of the adapter's own"]
-    derived = _told(config, heads, str(adapter.settings.get("task_type") or ""))
+    derived = _derived(config, heads, str(adapter.settings.get("task_type") or ""))
     if not derived:
         return changes, [
             f"config.json says nothing of {', '.join(sorted(heads))}: the adapter brings no config of its own"
@@ -105,7 +105,7 @@ def follow(
     ]
 
 
-def _told(config: Mapping[str, Any], heads: Shapes, task: str) -> dict[str, Any]:
+def _derived(config: Mapping[str, Any], heads: Shapes, task: str) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     names = config.get("architectures")
     if task in _TASKS and isinstance(names, list) and names and isinstance(names[0], str):

@@ -94,7 +94,7 @@ class Targets:
 
 
 def several(fields: Mapping[str, Any], name: str) -> tuple[Any, ...]:
-    """Return the values of a field that is a list or a single value; () where it is not there, or is empty text."""
+    """Return the values of a field that is a list or a single value; () for a field that is missing or empty text."""
     value = fields.get(name, "")
     if isinstance(value, list | tuple):
         return tuple(value)

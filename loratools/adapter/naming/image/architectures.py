@@ -1,7 +1,7 @@
 """The module names of known architectures, shipped as short lists in `_keys`: how a flattened name finds its dots.
 
-kohya's names have `_` for every `.`: `down_blocks_0_attentions_0_proj_in`. Nothing in such a name tells which `_` was
-a dot, so it is looked up, among the names of the base or of these architectures, and never taken apart.
+kohya's names have `_` for every `.`: `down_blocks_0_attentions_0_proj_in`. Such a name does not tell which `_` was a
+dot, so readers look it up among the names of the base or of these architectures, and never take it apart.
 """
 
 from __future__ import annotations

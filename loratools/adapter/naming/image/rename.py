@@ -1,6 +1,6 @@
 """An adapter of an image model under diffusers' module names, or under the original implementation's.
 
-Modules that neither table knows keep their names; a dialect that cannot say them lists them as losses.
+Modules that neither table has keep their names; a dialect without a name for them lists them as losses.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from typing import Protocol
 from loratools.adapter.fusing import products
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter
-from loratools.adapter.naming.image import architectures, stable_diffusion
-from loratools.adapter.naming.image import flux as _flux_names
+from loratools.adapter.naming.image import architectures, flux, stable_diffusion
 from loratools.adapter.naming.image.components import component
 
 ORIGINAL = "diffusion_model"
-"""What ComfyUI calls the image model of a checkpoint; here the component of all modules with the original's names."""
+"""ComfyUI's name for the image model of a checkpoint: the component of all modules with the original's names."""
 
 _LISTED = ("unet", "transformer", ORIGINAL)
 _CLIP = re.compile(r"^(text_encoder(?:_[23])?)\.encoder\.layers\.")
@@ -27,7 +26,7 @@ _SAME = ("transformer_blocks.", "img_in", "txt_in", "time_text_embed.", "norm_ou
 
 
 class Fusing(Protocol):
-    """How fused projections come apart and together: a module like `fusing/products.py`, whose functions these are."""
+    """How to take fused projections apart and to fuse them: the functions of `fusing/products.py`, or of `rows.py`."""
 
     def apart(self, update: Update, sizes: Sequence[int]) -> list[Update | None]:
         """Return the updates of consecutive blocks of output features."""
@@ -45,8 +44,8 @@ class Fusing(Protocol):
 def spelled_out(adapter: Adapter) -> Adapter:
     """Return the adapter with the component before every module, and `text_model` in CLIP's names.
 
-    `save_lora_adapter` of diffusers, and PEFT, leave the component out; it is told by the lists of known models, unless
-    those of several components have the names. transformers 5 took `text_model` out; checkpoints and kohya keep it.
+    `save_lora_adapter` of diffusers, and PEFT, leave the component out. The lists of known models tell it, unless lists
+    of several components have all the names. transformers 5 took `text_model` out; checkpoints and kohya keep it.
     """
     bare = {m for m in adapter.updates if not component(m) and not m.startswith((f"{ORIGINAL}.", "text_encoders."))}
     components = {architecture.component for architecture in architectures.knowing(bare, _LISTED)} if bare else set()
@@ -61,12 +60,12 @@ def to_diffusers(adapter: Adapter, *, by: Fusing = products) -> Adapter:
     updates: dict[str, Update] = {}
     original = {module.removeprefix(f"{ORIGINAL}."): update.shape for module, update in adapter.updates.items()
                 if module.startswith(f"{ORIGINAL}.")}  # fmt: skip
-    flux = _flux_names.is_original(original)
+    is_flux = flux.is_original(original)
     for module, update in adapter.updates.items():
         first, _, name = module.partition(".")
         if first == ORIGINAL and (sd := stable_diffusion.to_diffusers(name)):
             updates[f"unet.{sd}"] = update
-        elif first == ORIGINAL and flux and (place := _flux_names.to_diffusers(name)):
+        elif first == ORIGINAL and is_flux and (place := flux.to_diffusers(name)):
             updates |= _apart(module, name, update, place, by)
         else:
             updates[module] = update
@@ -74,12 +73,13 @@ def to_diffusers(adapter: Adapter, *, by: Fusing = products) -> Adapter:
 
 
 def to_original(
-    adapter: Adapter, *, unet: bool = True, xl: bool | None = None, flux: bool | None = None, by: Fusing = products
+    adapter: Adapter, *, unet: bool = True, xl: bool | None = None, is_flux: bool | None = None, by: Fusing = products
 ) -> Adapter:
     """Return the adapter with `diffusion_model.` names; Flux's single projections become fused ones.
 
-    `unet` says whether Stable Diffusion is renamed too; kohya's files have it under diffusers' names. `xl` and `flux`
-    say that the model is SDXL or Flux.1, where a base tells it; else the adapter's own names do.
+    `unet` renames Stable Diffusion too; kohya's files have it under diffusers' names. `xl` and `is_flux` say whether
+    the model is SDXL or Flux.1, if a base tells it; by default the adapter's own names tell. `by` takes projections
+    apart and fuses them.
     """
     adapter = spelled_out(adapter)
     xl = stable_diffusion.is_xl(adapter.updates) if xl is None else xl
@@ -87,15 +87,15 @@ def to_original(
     transformer = [
         module.removeprefix("transformer.") for module in adapter.updates if module.startswith("transformer.")
     ]
-    if flux is None:
-        flux = bool(transformer) and _flux_names.is_diffusers(
+    if is_flux is None:
+        is_flux = bool(transformer) and flux.is_diffusers(
             transformer, (adapter.base.id if adapter.base else None) or ""
         )
     updates: dict[str, Update] = {}
     fused: dict[str, dict[int, tuple[str, Update]]] = defaultdict(dict)
     for module, update in adapter.updates.items():
         first, _, name = module.partition(".")
-        original = _flux_names.to_original(name) if first == "transformer" and flux else None
+        original = flux.to_original(name) if first == "transformer" and is_flux else None
         if first == "unet" and unet and (sd := stable_diffusion.to_original(name, xl=xl)):
             updates[f"{ORIGINAL}.{sd}"] = update
         elif first == "transformer" and qwen and name.startswith(_SAME) and unet:
@@ -111,7 +111,7 @@ def to_original(
     return replace(adapter, updates=updates)
 
 
-def _apart(module: str, name: str, update: Update, place: _flux_names.Place, by: Fusing) -> dict[str, Update]:
+def _apart(module: str, name: str, update: Update, place: flux.Place, by: Fusing) -> dict[str, Update]:
     if len(place.names) == 1:
         return _renamed(module, f"transformer.{place.names[0]}", name, update, by)
     try:
@@ -122,7 +122,7 @@ def _apart(module: str, name: str, update: Update, place: _flux_names.Place, by:
 
 
 def _together(name: str, parts: Mapping[int, tuple[str, Update]], by: Fusing) -> dict[str, Update]:
-    place = _flux_names.to_diffusers(name)
+    place = flux.to_diffusers(name)
     assert place is not None
     blocks = [parts[i][1] if i in parts else None for i in range(len(place.names))]
     width = next(iter(parts.values()))[1].shape[1]
@@ -136,7 +136,7 @@ def _together(name: str, parts: Mapping[int, tuple[str, Update]], by: Fusing) ->
 
 
 def _renamed(old: str, new: str, original: str, update: Update, by: Fusing) -> dict[str, Update]:
-    if original not in _flux_names.SWAPPED:
+    if original not in flux.SWAPPED:
         return {new: update}
     try:
         return {new: by.swapped(update)}
