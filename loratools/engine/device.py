@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
-from loratools.engine.tensor import TILE
+from loratools.engine.task import TILE
 from loratools.errors import NoDevice
 
 if TYPE_CHECKING:

@@ -1,38 +1,119 @@
-"""From placements to loaded terms: factors in working precision, checked, joined, in an order of their own."""
+"""From placements to loaded factors: checked, joined for each site, in an order of their own.
+
+`load_products` gives NumPy arrays of factors that are bytes of files, without torch; `load_terms` what any kind makes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from loratools.adapter.kinds import Term, Update
+from loratools.adapter.kinds import Factors, Term, Update
 from loratools.adapter.placement.resolve import Placement
 from loratools.adapter.site import Site
+from loratools.engine.plan import Change, MergePlan
 from loratools.errors import IncompatibleAdapter
+from loratools.storage import files
+from loratools.storage.codecs import floats
+from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
-    from loratools.engine.plan import Change, MergePlan
+    Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def is_wide(change: Change, dtype: str) -> bool:
     """Tell whether a tensor is to be changed in float64: where the base's or the output's `dtype` is.
 
-    And where one update acts on what another has changed (other than products that are joined to one), for float32
-    would lose digits at each step.
+    And where updates act one on the other's result, for float32 would lose digits at each step.
     """
+    return "F64" in (change.source.dtype, dtype) or _in_turn(change)
+
+
+def _in_turn(change: Change) -> bool:
+    """Tell whether one update acts on what another has changed, other than products that are joined to one."""
     pairs = combinations([placement for _, placement in change.placements], 2)
-    return "F64" in (change.source.dtype, dtype) or any(
-        one.site.meets(other.site)
-        and not (one.site == other.site and _is_product(one.update) and _is_product(other.update))
-        for one, other in pairs
+    return any(
+        a.site.meets(b.site) and not (a.site == b.site and _is_product(a.update) and _is_product(b.update))
+        for a, b in pairs
     )
 
 
 def _is_product(update: Update) -> bool:
     return update.additive and update.factored() is not None
+
+
+def is_stored(factors: Factors | None) -> bool:
+    """Tell whether these are factors that `load_products` can read: bytes of files, in BF16, F16 or F32."""
+    if factors is None:
+        return False
+    tensors = [factors.left, factors.right, *([factors.magnitude] if factors.magnitude else [])]
+    return all(lazy.spec is not None and lazy.dtype in floats.SERVED for lazy in tensors)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SiteProduct:
+    """Σ w·s·left·right over the adapters for one site: `factor` (rows, k) · diag(`scale`) · `right` (k, columns).
+
+    Factors are in float32, `scale` and DoRA's `magnitude` of each row, if there is one, in float64.
+    """
+
+    site: Site
+    factor: Array
+    scale: Array
+    right: Array
+    magnitude: Array | None = None
+
+
+def load_products(plan: MergePlan, change: Change, digests: Sequence[str], name: str) -> list[SiteProduct]:
+    """Load the stored factors of a tensor, joined for each site in the order of the adapters' `digests`.
+
+    Raises `IncompatibleAdapter` for factors that are not finite.
+    """
+    import numpy as np
+
+    sites: dict[Site, list[SiteProduct]] = {}
+    for number, placement in _in_order(plan, change, digests):
+        site, factors = placement.site, placement.update.factored()
+        assert factors is not None
+        left, right = _read(factors.left)[site.part_rows], _read(factors.right)
+        if site.transposed:
+            left, right = right.T, left.T
+        magnitude = None
+        if factors.magnitude is not None:
+            magnitude = _read(factors.magnitude)[site.part_rows].astype(np.float64)
+        if not all(np.isfinite(array).all() for array in (left, right, magnitude) if array is not None):
+            raise _damaged(number, placement, name)
+        scale = np.full(len(right), plan.weights[number] * factors.scale)
+        sites.setdefault(site, []).append(SiteProduct(site, left, scale, right, magnitude))
+    return [_joined(products) for products in sites.values()]
+
+
+def _joined(products: Sequence[SiteProduct]) -> SiteProduct:
+    """Return the sum of products on one site as one product: factors side by side along k."""
+    import numpy as np
+
+    if len(products) == 1:
+        return products[0]
+    return SiteProduct(
+        products[0].site,
+        np.concatenate([product.factor for product in products], axis=1),
+        np.concatenate([product.scale for product in products]),
+        np.concatenate([product.right for product in products], axis=0),
+    )
+
+
+def _read(lazy: LazyTensor) -> Array:
+    """Return a stored factor in float32."""
+    import numpy as np
+
+    assert lazy.spec is not None
+    raw = np.frombuffer(files.read_bytes(lazy.spec), dtype=floats.numpy_dtype(lazy.dtype)).reshape(lazy.shape)
+    return floats.exactly(raw, lazy.dtype).astype(np.float32, copy=False)
 
 
 def load_terms(
@@ -41,23 +122,26 @@ def load_terms(
     """Load the terms of one tensor, in float32, or float64 where `is_wide` for the output's `dtype` says so.
 
     Products on one site become one product: one GEMM, and one sum over all adapters before the rounding. They are
-    joined in the order of the adapters' digests, so that the order on the command line cannot show in the bytes. Where
-    an update is not additive (DoRA), the adapters act in the order given.
+    joined in the order of the adapters' `digests`, so that the order on the command line cannot show in the bytes.
+    Where an update that is not additive (DoRA) meets another, all act in the order given.
 
     Raises `IncompatibleAdapter` for factors that are not finite.
     """
     import torch
 
     work = torch.float64 if is_wide(change, dtype) else torch.float32
-    loaded = [(i, p, p.update.term(p.site, plan.weights[i], work, device)) for i, p in change.placements]
-    for i, placement, term in loaded:
-        _check(i, placement, term, name)
-    if not all(placement.update.additive for _, placement, _ in loaded):
-        return [(placement.site, term) for _, placement, term in loaded]
+    commute = all(placement.update.additive for _, placement in change.placements) or not _in_turn(change)
+    given: list[tuple[Site, Term]] = []
     terms: dict[Site, list[Term]] = {}
-    for _, placement, term in sorted(loaded, key=lambda item: (digests[item[0]], plan.weights[item[0]])):
-        add_term(terms.setdefault(placement.site, []), term)
-    return [(site, term) for site, others in terms.items() for term in others]
+    for number, placement in _in_order(plan, change, digests) if commute else change.placements:
+        term = placement.update.term(placement.site, plan.weights[number], work, device)
+        if not term.is_finite():
+            raise _damaged(number, placement, name)
+        if commute:
+            add_term(terms.setdefault(placement.site, []), term)
+        else:
+            given.append((placement.site, term))
+    return given or [(site, term) for site, others in terms.items() for term in others]
 
 
 def add_term(terms: list[Term], term: Term) -> None:
@@ -69,32 +153,43 @@ def add_term(terms: list[Term], term: Term) -> None:
     terms.append(term)
 
 
-def check_effect(plan: MergePlan, acts: Callable[[int, Placement], bool] | None = None) -> None:
+def _in_order(plan: MergePlan, change: Change, digests: Sequence[str]) -> list[tuple[int, Placement]]:
+    """Return the placements of a tensor, each with the number of its adapter, in the order of the adapters' digests."""
+    return sorted(change.placements, key=lambda item: (digests[item[0]], plan.weights[item[0]]))
+
+
+def _damaged(number: int, placement: Placement, name: str) -> IncompatibleAdapter:
+    return IncompatibleAdapter(
+        f"adapter {number + 1}: {placement.module} has NaN or infinite factors (for {name})",
+        hint="The training diverged, or the file is damaged; such an adapter would destroy the model.",
+    )
+
+
+def check_effect(plan: MergePlan) -> None:
     """Raise `IncompatibleAdapter` for adapters whose ΔW is exactly zero: merging them would change nothing.
 
-    `acts` tells it of one placement of an adapter, by its number; the first that is not zero settles it, so little is
-    read.
+    The first update that is not zero settles it for an adapter, so little is read; stored factors are looked at first.
     """
-
-    def loaded(number: int, placement: Placement) -> bool:
-        import torch
-
-        term = placement.update.term(placement.site, plan.weights[number], torch.float32, torch.device("cpu"))
-        return not term.is_zero()
-
     idle = []
-    for i, adapter in enumerate(plan.adapters):
-        here = (p for change in plan.changes.values() for j, p in change.placements if j == i)
-        if not adapter.replacements and not any((acts or loaded)(i, p) for p in here):
-            reason = "its weight is 0" if plan.weights[i] == 0 else "s·B·A is zero in every module, as before training"
-            idle.append(f"adapter {i + 1}: {reason}")
+    for number, adapter in enumerate(plan.adapters):
+        weight = plan.weights[number]
+        placements = [p for change in plan.changes.values() for i, p in change.placements if i == number]
+        placements.sort(key=lambda placement: not is_stored(placement.update.factored()))
+        if not adapter.replacements and not any(_acts(placement, weight) for placement in placements):
+            reason = "its weight is 0" if weight == 0 else "s·B·A is zero in every module, as before training"
+            idle.append(f"adapter {number + 1}: {reason}")
     if idle:
         raise IncompatibleAdapter("a merge that would change nothing", idle, hint="Leave it out, or check the file.")
 
 
-def _check(number: int, placement: Placement, term: Term, name: str) -> None:
-    if not term.is_finite():
-        raise IncompatibleAdapter(
-            f"adapter {number + 1}: {placement.module} has NaN or infinite factors (for {name})",
-            hint="The training diverged, or the file is damaged; such an adapter would destroy the model.",
-        )
+def _acts(placement: Placement, weight: float) -> bool:
+    """Tell whether an update may change a weight: a product does by a column of left and its row of right."""
+    factors = placement.update.factored()
+    if factors is None or not is_stored(factors):
+        import torch
+
+        return not placement.update.term(placement.site, weight, torch.float32, torch.device("cpu")).is_zero()
+    if factors.magnitude is not None:
+        return True
+    scale = weight * factors.scale
+    return scale != 0 and bool((_read(factors.left).any(0) & _read(factors.right).any(1)).any())

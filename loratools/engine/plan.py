@@ -8,7 +8,7 @@ from typing import Any
 
 from loratools.adapter.model import Adapter, AdapterInput
 from loratools.adapter.placement.resolve import Placement
-from loratools.engine.tensor import TILE
+from loratools.engine.task import TILE
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import TensorSpec
 from loratools.storage.layout import FilePlan
@@ -29,6 +29,20 @@ class Change:
     placements: tuple[tuple[int, Placement], ...] = ()
     replaced: bool = False
     expected: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of the tensor as it is seen: the view that its sites share, or first side × rest.
+
+        Raises `ValueError` for sites of different views.
+        """
+        views = {placement.site.matrix for _, placement in self.placements}
+        if len(views) > 1:
+            raise ValueError(f"{self.source.file}: sites of different views {sorted(views)}")
+        if views:
+            return views.pop()
+        rows = self.source.shape[0] if self.source.shape else 1
+        return (rows, self.source.parameters // rows) if rows else (0, 0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,4 +1,7 @@
-"""Run a merge plan: copies inside the kernel, arithmetic in row tiles, several tensors at a time."""
+"""Run a merge plan: copies inside the kernel, arithmetic in row tiles, several tensors at a time.
+
+The arithmetic is chosen for each tensor by what becomes of it alone, so its bytes do not depend on any other.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,18 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from threading import Event, local
 from typing import Any
 
-from loratools.engine import products, stochastic
-from loratools.engine.arithmetic.torch import Workspace
+from loratools.engine import stochastic
+from loratools.engine.arithmetic import native
+from loratools.engine.arithmetic.torch import TorchRows, Workspace
 from loratools.engine.device import TILES, exact_products, own_stream
-from loratools.engine.load import check_effect, is_wide, load_terms
+from loratools.engine.load import check_effect, is_wide, load_products, load_terms
 from loratools.engine.plan import Change, MergePlan
-from loratools.engine.tensor import TensorResult, TensorTask, run
+from loratools.engine.task import Arithmetic, TensorResult, TensorTask
+from loratools.engine.tensor import run
 from loratools.engine.turns import Queue, Turns
 from loratools.errors import WrongBase
 from loratools.parallel import Progress, workers
@@ -27,7 +31,6 @@ from loratools.storage.layout import FilePlan, Slot
 
 _COPY = 64 << 20  # bytes of one copy task: large enough to be cheap, small enough to share out and to stop
 
-_MergeTensor = Callable[[Slot, int], TensorResult]
 _Range = tuple[Path, int, int, int]  # of a file, from, to; and where it goes
 
 
@@ -54,6 +57,24 @@ class Settings:
         """Bytes of one tile: `tile_bytes`, or what suits the device."""
         return self.tile_bytes or TILES[self.device]
 
+    def random(self, dtype: str) -> bool:
+        """Tell whether a tensor of this dtype is rounded at random."""
+        return self.rounding == "stochastic" and dtype in stochastic.DTYPES
+
+
+def in_torch(plan: MergePlan, settings: Settings | None = None) -> Set[str]:
+    """Return the names of the tensors that torch has to change; where there is none, torch is not imported.
+
+    Without `settings` those are meant that change no byte: on the processor, rounded to nearest.
+    """
+    settings = settings or Settings((), 1)
+    slots = {slot.name: slot.dtype for file in plan.files for slot in file.slots}
+    return {
+        name
+        for name, change in plan.rewritten().items()
+        if settings.device != "cpu" or settings.random(slots[name]) or not native.serves(change, slots[name])
+    }
+
 
 def write_weights(
     plan: MergePlan,
@@ -64,76 +85,62 @@ def write_weights(
 ) -> list[TensorResult]:
     """Write every file of tensors of a plan into `folder`, and return what was measured of each rewritten tensor.
 
-    Plain LoRA on the CPU is merged without torch; for anything else torch is imported, while copies run beside it. With
-    `finished` the files are written one after another, and it is called with each that is complete, and what was
-    measured in it; without, all at once, which keeps the threads busier. Raises `IncompatibleAdapter` for an adapter
-    that would change nothing, `WrongBase` when a tensor is not the recorded one, and whatever reading, arithmetic and
-    writing raise; then the files are not complete.
+    What the C code serves is merged first, without torch; where other tensors need torch it is imported beside that
+    and the copies. With `finished` the files are written one after another, and it is called with each that is
+    complete, and what was measured in it; without, all at once, which keeps the threads busier. Raises
+    `IncompatibleAdapter` for an adapter that would change nothing, `WrongBase` when a tensor is not the recorded one,
+    and whatever reading, arithmetic and writing raise; then the files are not complete.
     """
     groups = [[file] for file in plan.files] if finished else [list(plan.files)]
-    stop = Event()
-    with ExitStack() as stack:
-        job, turns = _Job(plan, settings, progress, stop, local()), Turns()
-        pool = stack.enter_context(workers(settings.threads))
-        results: list[TensorResult] = []
-        merge_tensor: _MergeTensor | None = None
+    late, turns = in_torch(plan, settings), Turns()
+    job = _Job(plan, settings, progress, late, Event(), local())
+    results: list[TensorResult] = []
+    with workers(settings.threads) as pool:
         for group in groups:
             with ExitStack() as opened:
                 try:
-                    work, ranges = [], []
-                    for file in group:
-                        more, parts = _open(plan, file, folder, settings.before.keys(), opened)
-                        work += more
-                        ranges += parts
+                    work, ranges = _open(plan, group, folder, settings.before.keys(), opened)
                     copies = Queue(turns, ranges, alone=True).start(pool, settings.threads, job.copy)
-                    if work and merge_tensor is None:
-                        plain = settings.device == "cpu" and settings.rounding == "nearest" and products.serves(plan)
-                        merge_tensor = _with_numpy(job, stack) if plain else _with_torch(job, stack)
-                    tasks = Queue(turns, work).start(pool, settings.threads, partial(job.prepared, merge_tensor))
+                    soon = [item for item in work if item[1].name not in late]
+                    tasks = [*Queue(turns, soon).start(pool, settings.threads, job.merge)]
+                    if group is groups[0]:
+                        check_effect(plan)
+                    if len(soon) < len(work):
+                        opened.enter_context(exact_products(settings.device))
+                        later = [item for item in work if item[1].name in late]
+                        tasks += Queue(turns, later).start(pool, settings.threads, job.merge)
                     _finish(copies, len(ranges))
                     results += (measured := _finish(tasks, len(work)))
                 except BaseException:  # no thread may write any more when the files are closed
-                    stop.set()
+                    job.stop.set()
                     pool.shutdown(wait=True, cancel_futures=True)
                     raise
             if finished:
                 finished(folder / group[0].name, measured)
-        return sorted(results, key=lambda result: result.name)
+    return sorted(results, key=lambda result: result.name)
 
 
 def _open(
-    plan: MergePlan, file: FilePlan, folder: Path, before: Set[str], opened: ExitStack
+    plan: MergePlan, group: Sequence[FilePlan], folder: Path, before: Set[str], opened: ExitStack
 ) -> tuple[list[tuple[int, Slot]], list[tuple[int, _Range]]]:
-    """Make an output file with its header; return its tensors that are to be changed, and its ranges to be copied.
+    """Make output files with their headers; return their tensors that are to be changed, and the ranges to be copied.
 
-    Both come with its descriptor. The largest tensors are first, so that threads end together.
+    Both come with their file's descriptor. The largest tensors are first, so that threads end together.
     """
     rewritten = plan.rewritten().keys() | before
-    target = folder / file.name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = opened.enter_context(files.descriptor(target, os.O_RDWR | os.O_CREAT | os.O_EXCL))
-    os.truncate(descriptor, file.size)
-    files.write_from(descriptor, memoryview(file.header), 0)
-    work = sorted((slot for slot in file.slots if slot.name in rewritten), key=lambda slot: -slot.nbytes)
-    ranges = _copy_ranges(plan, [slot for slot in file.slots if slot.name not in rewritten])
-    return [(descriptor, slot) for slot in work], [(descriptor, part) for part in ranges]
-
-
-def _with_numpy(job: _Job, stack: ExitStack) -> _MergeTensor:
-    """Import NumPy; its BLAS has one thread until the stack is closed, for the workers share the cores already."""
-    import numpy  # noqa: F401  (the limit below holds for libraries that are loaded)
-    from threadpoolctl import threadpool_limits
-
-    stack.enter_context(threadpool_limits(1, user_api="blas"))
-    check_effect(job.plan, partial(products.acts, job.plan))
-    return job.add_products
-
-
-def _with_torch(job: _Job, stack: ExitStack) -> _MergeTensor:
-    """Import torch, while copies run; its settings are as they were found when the stack is closed."""
-    stack.enter_context(exact_products(job.settings.device))
-    check_effect(job.plan)
-    return job.run_terms
+    work: list[tuple[int, Slot]] = []
+    ranges: list[tuple[int, _Range]] = []
+    for file in group:
+        target = folder / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = opened.enter_context(files.descriptor(target, os.O_RDWR | os.O_CREAT | os.O_EXCL))
+        os.truncate(descriptor, file.size)
+        files.write_from(descriptor, memoryview(file.header), 0)
+        changed = [slot for slot in file.slots if slot.name in rewritten]
+        work += [(descriptor, slot) for slot in sorted(changed, key=lambda slot: -slot.nbytes)]
+        kept = [slot for slot in file.slots if slot.name not in rewritten]
+        ranges += [(descriptor, part) for part in _copy_ranges(plan, kept)]
+    return work, ranges
 
 
 def _finish(futures: Sequence[Future[list[Any]]], count: int) -> list[Any]:
@@ -164,11 +171,12 @@ def _copy_ranges(plan: MergePlan, slots: Sequence[Slot]) -> list[_Range]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Job:
-    """What all tasks of one run share; `mine` holds the memory of each thread."""
+    """What all tasks of one run share. `late` are the tensors for torch; `mine` holds the memory of each thread."""
 
     plan: MergePlan
     settings: Settings
     progress: Progress
+    late: Set[str]
     stop: Event
     mine: local
 
@@ -180,63 +188,59 @@ class _Job:
                 files.copy_range(source, start, stop, target, offset, path)
             self.progress(stop - start)
 
-    def prepared(self, merge_tensor: _MergeTensor | None, target: int, slot: Slot) -> TensorResult:
+    def merge(self, target: int, slot: Slot) -> TensorResult:
         """Put the base's bytes in place where the settings say how; then change them, if anything does."""
-        assert merge_tensor
-        if before := self.settings.before.get(slot.name):
+        change, settings = self.plan.changes[slot.name], self.settings
+        if before := settings.before.get(slot.name):
             before(target)
-            change = self.plan.changes[slot.name]
             if not change.placements and change.source.dtype == slot.dtype:
                 return TensorResult(slot.name)
-        return merge_tensor(slot, target)
+        task = TensorTask(
+            slot.name, change.source, change.matrix, slot.dtype, target, slot.offset, _hashes(change),
+            settings.retention if change.placements else "off", settings.seed,
+        )  # fmt: skip
+        merge = self._in_torch if slot.name in self.late else self._in_c
+        result = merge(task, change)
+        self._check_base(result, change)
+        return result
 
-    def add_products(self, slot: Slot, target: int) -> TensorResult:
-        """Add plain products to one tensor, without torch, and check that its bytes were those of the recorded base."""
+    def _in_c(self, task: TensorTask, change: Change) -> TensorResult:
         if not hasattr(self.mine, "buffers"):
             self.mine.buffers = floats.Buffers()
-        change, settings = self.plan.changes[slot.name], self.settings
-        task = products.ProductTask(
-            slot.name, change.source, target, slot.offset,
-            products.load(self.plan, change, settings.digests, slot.name), _hashes(change),
-            settings.retention, settings.seed,
-        )  # fmt: skip
-        result = products.run(task, self.mine.buffers, self.progress, self.stop.is_set, settings.tile)
-        return self._checked(slot, result)
+        products = load_products(self.plan, change, self.settings.digests, task.name)
+        return self._run(task, native.NativeRows(task, products, self.mine.buffers))
 
-    def run_terms(self, slot: Slot, target: int) -> TensorResult:
-        """Change one tensor by terms of any kind, in torch, and check its base likewise."""
+    def _in_torch(self, task: TensorTask, change: Change) -> TensorResult:
         import torch
 
-        device = torch.device(self.settings.device)
+        device, settings = torch.device(self.settings.device), self.settings
         if not hasattr(self.mine, "workspace"):
             torch.set_num_threads(1)  # OpenMP keeps this number for each thread
             self.mine.workspace = Workspace(device)
-        change, settings = self.plan.changes[slot.name], self.settings
-        random = settings.rounding == "stochastic" and slot.dtype in stochastic.DTYPES
         with own_stream(device):
-            terms = load_terms(self.plan, change, slot.dtype, settings.digests, slot.name, device)
-            task = TensorTask(
-                slot.name, change.source, slot.dtype, target, slot.offset, terms, _hashes(change),
-                settings.retention, settings.seed, is_wide(change, slot.dtype),
-                stochastic.Stochastic(settings.seed, slot.name, slot.dtype) if random else None,
-            )  # fmt: skip
-            result = run(task, self.mine.workspace, self.progress, self.stop.is_set, settings.tile)
-        return self._checked(slot, result)
+            terms = load_terms(self.plan, change, task.dtype, settings.digests, task.name, device)
+            random = (
+                stochastic.Stochastic(settings.seed, task.name, task.dtype) if settings.random(task.dtype) else None
+            )
+            wide = is_wide(change, task.dtype)
+            return self._run(task, TorchRows(task, terms, self.mine.workspace, wide=wide, stochastic=random))
 
-    def _checked(self, slot: Slot, result: TensorResult) -> TensorResult:
-        change = self.plan.changes[slot.name]
-        for i, value in change.expected:
-            found = result.digests[digest.algorithm_of(value)]
-            if found == value:
+    def _run(self, task: TensorTask, arithmetic: Arithmetic) -> TensorResult:
+        return run(task, arithmetic, self.progress, self.stop.is_set, self.settings.tile)
+
+    def _check_base(self, result: TensorResult, change: Change) -> None:
+        """Hold the digests of a tensor of the base against the recorded ones: raise `WrongBase`, or warn."""
+        for number, recorded in change.expected:
+            read = result.digests[digest.algorithm_of(recorded)]
+            if read == recorded:
                 continue
-            said = f"tensor {slot.name} is not that of the base which adapter {i + 1} was sealed with"
+            text = f"tensor {result.name} is not that of the base which adapter {number + 1} was sealed with"
             if self.plan.strict:
                 raise WrongBase(
-                    f"{change.source.file}: {said}: its digest is {found}, recorded is {value}",
+                    f"{change.source.file}: {text}: its digest is {read}, recorded is {recorded}",
                     hint="Use the right base, or --check-base warn to merge all the same.",
                 )
-            result.warnings.append(said)
-        return result
+            result.warnings.append(text)
 
 
 def _hashes(change: Change) -> list[str]:

@@ -1,76 +1,106 @@
-"""A tile of a tensor to which products are added, in one pass of C (`linalg/native`): `numpy.py` takes ten."""
+"""Products on rows of BF16, F16 and F32, as LoRA and DoRA are, in one pass of C (`linalg/native`) and without torch.
+
+Importing torch takes longer than merging a model of a billion parameters, so what most people merge does without.
+"""
 
 from __future__ import annotations
 
-from itertools import combinations
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from loratools.adapter.kinds.dora import no_direction
-from loratools.engine.arithmetic.numpy import check_finite, near_zero
-from loratools.engine.arithmetic.sums import RescaledSum
-from loratools.engine.tensor import TensorResult
+from loratools.adapter.placement.resolve import Placement
+from loratools.engine.load import SiteProduct, is_stored, is_wide
+from loratools.engine.plan import Change
+from loratools.engine.task import Changed, TensorTask, near_zero, not_finite
 from loratools.linalg import native
 from loratools.storage.codecs import floats
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from loratools.engine.products import ProductTask
-
     Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def serves(task: ProductTask) -> bool:
-    """Tell whether the C code is there, and made for this tensor: BF16, in rectangles of adjacent columns, apart."""
-    sites = [term.site for term in task.terms]
+def serves(change: Change, dtype: str) -> bool:
+    """Tell whether the C code is there, and made for this tensor: stored products on a dtype that it knows and keeps.
+
+    A kind with magnitudes (DoRA) must have one for each row of its site.
+    """
     return (
-        task.source.dtype == "BF16"
-        and all(site.columns[2] == 1 for site in sites)
-        and not any(one.meets(other) for one, other in combinations(sites, 2))
+        bool(change.placements)
+        and change.source.dtype == dtype in floats.SERVED
+        and all(_is_product_of_rows(placement) for _, placement in change.placements)
+        and not is_wide(change, dtype)
         and native.available()
     )
 
 
-class Fused:
-    """The products of a tensor, arranged for the C code once."""
+def _is_product_of_rows(placement: Placement) -> bool:
+    factors = placement.update.factored()
+    across = factors is not None and factors.magnitude is not None and (placement.site.transposed or factors.by_column)
+    return is_stored(factors) and not across
 
-    def __init__(self, task: ProductTask, buffers: floats.Buffers, result: TensorResult) -> None:
-        self._task, self._buffers, self._result = task, buffers, result
-        self._products = [
-            native.products(
-                term.left, term.right, term.factor, term.scale,
-                term.magnitude if isinstance(term, RescaledSum) else None,
-            )
-            for term in task.terms
-        ]  # fmt: skip
-        self._bounds = [term.bound() * near_zero("BF16") for term in task.terms]
-        covered = sum(term.site.shape[0] * term.site.shape[1] for term in task.terms)
-        self._all = covered == task.source.parameters
 
-    def change(self, stored: Array, start: int, measured: int) -> Array:
-        """Return the tile whose first row is `start` changed, and add what is measured in its first rows to the result.
+class _Site:
+    """The product of a site, arranged for the C code once."""
 
-        Raises `IncompatibleAdapter` when a value is not finite, or a row has no direction.
-        """
+    def __init__(self, product: SiteProduct, dtype: str) -> None:
         import numpy as np
 
-        out = self._buffers.of("out", stored.size, np.uint16).reshape(stored.shape)
-        if not self._all:
-            out[...] = stored
-            check_finite(self._task, int(floats.magnitudes(stored, self._buffers).max()))
-        for term, products, bound in zip(self._task.terms, self._products, self._bounds, strict=True):
-            if not (met := term.site.overlap(start, start + len(stored))):
+        with np.errstate(over="ignore"):  # what overflows shows in the sums, and is refused there
+            left = (product.factor * product.scale).astype(np.float32)
+            bound = float(np.linalg.norm(left, axis=1).max() * np.linalg.norm(product.right, axis=0).max())
+        self.site = product.site
+        self.products = native.products(left, product.right, product.factor, product.scale, product.magnitude)
+        self.bound = bound * (near_zero(dtype) or 0.0)
+        self.gains = None if product.magnitude is None else np.zeros_like(product.magnitude)
+
+
+class NativeRows:
+    """The tiles of one tensor in C. Its sites do not meet: `serves` says so."""
+
+    together = 1
+    needs_pass = False
+
+    def __init__(self, task: TensorTask, products: Sequence[SiteProduct], buffers: floats.Buffers) -> None:
+        self._task, self._buffers = task, buffers
+        self._dtype = floats.numpy_dtype(task.dtype)
+        self._sites = [_Site(product, task.dtype) for product in products]
+        covered = sum(site.site.shape[0] * site.site.shape[1] for site in self._sites)
+        self._everywhere = covered == task.source.parameters
+
+    def room(self, rows: int) -> memoryview:
+        """Return memory for a tile of so many rows as stored."""
+        return floats.bytes_of(self._buffers.of("stored", rows * self._task.matrix[1], self._dtype))
+
+    def observe(self, stored: memoryview, first: int) -> None:
+        """Nothing to see: each row has all that its results take."""
+
+    def change(self, stored: memoryview, first: int, measured: int) -> Changed:
+        """Return the tile changed. Raises `IncompatibleAdapter` for what is not finite, or a row without direction."""
+        import numpy as np
+
+        W = np.frombuffer(stored, self._dtype).reshape(-1, self._task.matrix[1])
+        out = self._buffers.of("out", W.size, self._dtype).reshape(W.shape)
+        largest, retained, total, changed = 0, 0.0, 0.0, 0
+        if not self._everywhere:
+            out[...] = W
+            largest = floats.largest(W, self._buffers)
+        for place in self._sites:
+            if not (met := place.site.overlap(first, first + len(W))):
                 continue
-            inside = (met[0], slice(*term.site.columns))
-            found = native.add_products(
-                stored[inside], out[inside], products, met[1], self._buffers.of("sums", products.memory, np.float32),
-                gains=term.factors if isinstance(term, RescaledSum) else None,
-                bound=bound, measured=len(range(*met[0].indices(measured))),
+            inside = (met[0], slice(*place.site.columns))
+            outcome = native.add_products(
+                W[inside], out[inside], place.products, met[1],
+                self._buffers.of("sums", place.products.memory, np.float32),
+                gains=place.gains, bound=place.bound, measured=len(range(*met[0].indices(measured))),
             )  # fmt: skip
-            if found.zero_row is not None:
-                raise no_direction(term.site, found.zero_row)
-            check_finite(self._task, found.largest)
-            self._result.retained += found.retained
-            self._result.total += found.total
-            self._result.changed += found.changed
-        return out
+            if outcome.zero_row is not None:
+                raise no_direction(place.site, outcome.zero_row)
+            largest = max(largest, outcome.largest)
+            retained, total = retained + outcome.retained, total + outcome.total
+            changed += outcome.changed
+        if largest >= floats.INFINITY[self._task.dtype]:
+            raise not_finite(self._task.name, self._task.dtype)
+        return Changed(floats.bytes_of(out), retained, total, changed)

@@ -1,92 +1,179 @@
-"""The memory of one worker thread: a tile as read, in working precision, and as written. Reused from tensor to tensor.
+"""Any kind of update on any dtype in torch, on the processor or a CUDA device; and the memory of a thread that does it.
 
-Fresh memory costs a page fault for every four kilobytes, which for a merge would cost more than its arithmetic.
+Rows are worked on in blocks that depend on the tensor's shape alone, whatever the tiles: a matrix product of other
+shape may add in another order. A block is widened to float32 (float64 for float64), changed in place by every term and
+rounded once; results near zero are computed again in float64.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from math import lcm
 from typing import TYPE_CHECKING, Any
 
-from loratools.storage import files
+from loratools.adapter.kinds import Refinable, Term
+from loratools.adapter.site import Site
+from loratools.engine.device import TILES
+from loratools.engine.stochastic import Stochastic
+from loratools.engine.task import Changed, TensorTask, near_zero, not_finite
+from loratools.storage import dtypes
 
 if TYPE_CHECKING:
     import torch
 
+_ON_DEVICE = ("arrived", "work", "base")
+_SENT = ("stored", "out")  # page-locked where there is a device
+
 
 class Workspace:
-    """Grown on demand, never shared between threads."""
+    """The memory of one thread, reused from tensor to tensor; grown on demand, never shared between threads.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    Fresh memory costs a page fault for every four kilobytes, which for a merge would cost more than its arithmetic.
+    `moves` says that tiles move to the `device` and back, as they do unless it is the processor.
+    """
+
+    def __init__(self, device: torch.device, moves: bool | None = None) -> None:
+        self.device, self.moves = device, device.type != "cpu" if moves is None else moves
         self._memory: dict[str, torch.Tensor] = {}
 
-    def tile(self, elements: int, stored: torch.dtype, out: torch.dtype, work: torch.dtype) -> Tile:
-        """Return the buffers for tiles of at most so many elements; they are valid until the next call."""
-        import torch
-
-        return Tile(
-            self._of("stored", elements, stored),
-            self._of("arrived", elements if self.device.type != "cpu" else 0, stored),
-            self._of("out", elements, out),
-            self._of("work", elements, work),
-            self._of("base", elements, work),
-            self._of("bits", elements, torch.int16),
-            self._of("mask", elements, torch.bool),
-        )
-
-    def _of(self, name: str, elements: int, dtype: torch.dtype) -> torch.Tensor:
+    def of(self, name: str, elements: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return so many elements under a name; what they held is lost."""
         import torch
 
         nbytes = elements * dtype.itemsize
         held = self._memory.get(name)
         if held is None or len(held) < nbytes:
-            on_device = name in ("arrived", "work", "base")
-            pinned = self.device.type == "cuda" and name in ("stored", "out")
-            where = self.device if on_device else torch.device("cpu")
+            pinned = self.device.type == "cuda" and name in _SENT
+            where = self.device if name in _ON_DEVICE else torch.device("cpu")
             self._memory[name] = held = torch.empty(nbytes, dtype=torch.uint8, device=where, pin_memory=pinned)
         return held[:nbytes].view(dtype)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Tile:
-    """The buffers of one tensor's tiles; `arrived`, `work` and `base` lie on the device, the others on the host."""
+class TorchRows:
+    """The tiles of one tensor in torch: terms act in their order, in float64 where it is `wide`, else in float32.
 
-    _stored: torch.Tensor
-    _arrived: torch.Tensor
-    _out: torch.Tensor
-    _work: torch.Tensor
-    _base: torch.Tensor
-    _bits: torch.Tensor
-    _mask: torch.Tensor
+    `stochastic` rounds at random, where it is given; else rounding is to nearest even.
+    """
 
-    def read(self, source: int, offset: int, rows: int, columns: int) -> tuple[torch.Tensor, memoryview]:
-        """Read rows at `offset` of a descriptor; return them in working precision, and their raw bytes."""
-        count = rows * columns
-        raw = _bytes_of(self._stored[:count])
-        files.read_into(source, raw, offset)
-        stored = self._stored[:count]
-        if len(self._arrived):  # moved as it is stored, and widened there: half the bytes of float32
-            stored = self._arrived[:count].copy_(stored, non_blocking=True)
-        self._work[:count].copy_(stored)
-        return self._work[:count].view(rows, columns), raw
+    def __init__(
+        self,
+        task: TensorTask,
+        terms: Sequence[tuple[Site, Term]],
+        workspace: Workspace,
+        *,
+        wide: bool = False,
+        stochastic: Stochastic | None = None,
+    ) -> None:
+        import torch
 
-    def copy_of(self, W: torch.Tensor) -> torch.Tensor:
-        """Return a copy of the tile, as it is before it is changed."""
-        return self._base[: W.numel()].view(W.shape).copy_(W)
+        self._task, self._terms, self._workspace, self._stochastic = task, terms, workspace, stochastic
+        self._stored, self._out = dtypes.to_torch(task.source.dtype), dtypes.to_torch(task.dtype)
+        double = wide or torch.float64 in (self._stored, self._out)
+        self._work = torch.float64 if double else torch.float32
+        # Whether a term comes to rows that no other has changed
+        self._first = [not any(site.meets(other) for other, _ in terms[:i]) for i, (site, _) in enumerate(terms)]
+        self._keep_base = any(
+            term.needs_base and not first for (_, term), first in zip(terms, self._first, strict=True)
+        )
+        self._delicate = [] if wide or stochastic else self._near_zero()
+        block = lcm(*(term.together for _, term in terms))
+        width = max(1, task.matrix[1] * max(self._stored.itemsize, self._out.itemsize))
+        self._rows = max(block, TILES[workspace.device.type] // width // block * block)
 
-    def stored(self, W: torch.Tensor) -> torch.Tensor:
-        """Return the tile that was read last as it is stored, in the shape of `W`."""
-        return self._stored[: W.numel()].view(W.shape)
+    def _near_zero(self) -> list[tuple[Site, Refinable, float]]:
+        """Return the sites where float32 may not do, each with a magnitude below which it shows (before any gain)."""
+        share = near_zero(self._task.dtype)
+        if share is None:
+            return []
+        return [(site, term, term.bound() * share) for site, term in self._terms if isinstance(term, Refinable)]
 
-    def rounded(self, W: torch.Tensor) -> tuple[torch.Tensor, memoryview]:
-        """Round a tile to the output dtype, to nearest even; return it and its raw bytes."""
-        rounded = self._out[: W.numel()].view(W.shape)
-        rounded.copy_(W)
-        return rounded, _bytes_of(self._out[: W.numel()])
+    @property
+    def together(self) -> int:
+        """Number of rows of a block."""
+        return self._rows
 
-    def below(self, region: torch.Tensor, limit: int) -> torch.Tensor:
-        """Return where in a 16-bit float region, flattened, the magnitude is below `limit`, both read as integers.
+    @property
+    def needs_pass(self) -> bool:
+        """Whether a norm runs across rows."""
+        return any(term.needs_pass for _, term in self._terms)
+
+    def room(self, rows: int) -> memoryview:
+        """Return memory for a tile of so many rows as stored, and take as much for the result."""
+        elements = rows * self._task.matrix[1]
+        self._workspace.of("out", elements, self._out)
+        return _bytes_of(self._workspace.of("stored", elements, self._stored))
+
+    def observe(self, stored: memoryview, first: int) -> None:
+        """Let terms see unchanged rows, in working precision."""
+        for start, block in self._blocks(stored):
+            W = self._widened(block)
+            for site, term in self._terms:
+                if term.needs_pass and (met := site.overlap(first + start, first + start + len(block))):
+                    term.observe_rows(W[met[0], slice(*site.columns)], met[1])
+
+    def change(self, stored: memoryview, first: int, measured: int) -> Changed:
+        """Return the tile changed; raise `IncompatibleAdapter` when a value is not finite."""
+        retained = total = changed = 0.0
+        out = self._workspace.of("out", len(stored) // self._stored.itemsize, self._out)
+        for start, block in self._blocks(stored):
+            W = self._widened(block)
+            rows = min(len(W), max(0, measured - start))
+            base = self._base(block if self._keep_base else block[:rows])
+            self._apply(W, base, first + start)
+            rounded = out[start * W.shape[1] :][: W.numel()].view(W.shape)
+            rounded.copy_(self._stochastic(W, (first + start) * W.shape[1]) if self._stochastic else W)
+            self._check_finite(W, rounded)
+            self._refine(block, rounded, first + start)
+            some = _measured(base[:rows], W, rounded)
+            retained, total, changed = retained + some[0], total + some[1], changed + some[2]
+        return Changed(_bytes_of(out), retained, total, changed)
+
+    def _blocks(self, stored: memoryview) -> list[tuple[int, torch.Tensor]]:
+        """Return the blocks of a tile as stored, each with its first row in the tile."""
+        import torch
+
+        if not stored:
+            return []
+        tile = torch.frombuffer(stored, dtype=self._stored).view(-1, self._task.matrix[1])
+        return [(start, tile[start : start + self._rows]) for start in range(0, len(tile), self._rows)]
+
+    def _widened(self, block: torch.Tensor) -> torch.Tensor:
+        """Return a block in working precision, on the device; it moves there as it is stored, in half the bytes."""
+        if self._workspace.moves:
+            block = self._workspace.of("arrived", block.numel(), self._stored).view(block.shape).copy_(block, True)
+        return self._workspace.of("work", block.numel(), self._work).view(block.shape).copy_(block)
+
+    def _base(self, block: torch.Tensor) -> torch.Tensor:
+        """Return a block in working precision once more, as it is before it is changed."""
+        return self._workspace.of("base", block.numel(), self._work).view(block.shape).copy_(block)
+
+    def _apply(self, W: torch.Tensor, base: torch.Tensor, first: int) -> None:
+        for (site, term), fresh in zip(self._terms, self._first, strict=True):
+            if met := site.overlap(first, first + len(W)):
+                inside = (met[0], slice(*site.columns))
+                term.apply_rows(W[inside], met[1], None if fresh or not term.needs_base else base[inside])
+
+    def _check_finite(self, W: torch.Tensor, rounded: torch.Tensor) -> None:
+        # One cheap sum finds any infinity or NaN; F16 can overflow in the rounding, so there the rounded values count.
+        suspect = rounded if self._task.dtype == "F16" or self._stochastic else W
+        if self._terms and not bool(suspect.sum(dtype=W.dtype).isfinite()) and not bool(suspect.isfinite().all()):
+            raise not_finite(self._task.name, self._task.dtype)
+
+    def _refine(self, block: torch.Tensor, rounded: torch.Tensor, first: int) -> None:
+        """Compute results that are too near zero again, in float64, and round them once."""
+        for site, term, bound in self._delicate:
+            if not (met := site.overlap(first, first + len(block))):
+                continue
+            inside = (met[0], slice(*site.columns))
+            region = rounded[inside]
+            near = self._below(region, _bits(bound * term.gain(met[1]), self._out))
+            if len(near):
+                rows, columns = near // region.shape[1], near % region.shape[1]
+                values = term.elements(block[inside][rows, columns].double(), rows + met[1].start, columns)
+                region[rows, columns] = values.to(region.device, region.dtype)
+
+    def _below(self, region: torch.Tensor, limit: int) -> torch.Tensor:
+        """Return where in a 16-bit float region, flattened, the magnitude is at most `limit`, both read as integers.
 
         Without their sign, 16-bit floats are in the order of their bits. NumPy looks through a tile in a tenth of the
         time that torch takes.
@@ -94,11 +181,38 @@ class Tile:
         import numpy as np
         import torch
 
-        count = region.numel()
-        bits, mask = (scratch[:count].numpy().reshape(region.shape) for scratch in (self._bits, self._mask))
+        bits, mask = (
+            self._workspace.of(name, region.numel(), dtype).numpy().reshape(region.shape)
+            for name, dtype in (("bits", torch.int16), ("mask", torch.bool))
+        )
         np.bitwise_and(region.view(torch.int16).numpy(), 0x7FFF, out=bits)
-        np.less(bits, np.int16(limit), out=mask)
+        np.less_equal(bits, np.int16(limit), out=mask)
         return torch.from_numpy(np.flatnonzero(mask))
+
+
+def _bits(limit: float, dtype: torch.dtype) -> int:
+    """Return a number, rounded to a 16-bit float dtype, as the integer of its bits."""
+    import torch
+
+    return int(torch.tensor([limit], dtype=dtype).view(torch.int16))
+
+
+def _measured(base: torch.Tensor, W: torch.Tensor, rounded: torch.Tensor) -> tuple[float, float, float]:
+    """Return ⟨rounded − base, W − base⟩, ⟨W − base, W − base⟩ and the count of rounded ≠ base, over the base's rows."""
+    import torch
+
+    retained = total = changed = 0.0
+    # A few rows at a time: whole tiles in float64 would leave the cache.
+    step = max(1, (1 << 16) // max(1, W.shape[1]))
+    for start in range(0, len(base), step):
+        part = slice(start, min(start + step, len(base)))
+        before = base[part].double().flatten()
+        delta = W[part].double().flatten().sub(before)  # not in place: a float64 tile is its own double
+        kept = rounded[part].to(W.device, torch.float64).flatten().sub(before)
+        retained += float(kept.dot(delta))
+        total += float(delta.dot(delta))
+        changed += float(torch.count_nonzero(kept))
+    return retained, total, changed
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

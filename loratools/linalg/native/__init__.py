@@ -1,10 +1,11 @@
-"""`rows.c`, the one piece of C: W + left·right on rows of bfloat16, rescaled and rounded, in one pass.
+"""`rows.c`, the one piece of C: W + left·right on rows of BF16, F16 or F32, rescaled and rounded, in one pass.
 
-It is compiled when the package is installed, where there is a C compiler (`build.py`). Without it the same is done in
-NumPy, several times slower: only the last float32 bit of a sum may differ then.
+It is compiled when the package is installed, where there is a C compiler (`build.py`). Without it torch does the same,
+several times slower: only the last float32 bit of a sum may differ then.
 
-    rows.c   the C code
-    build    compiles it when the package is installed
+    rows.c     who calls and what for, and which processor is served
+    kernel.h   the arithmetic, compiled once for each width of vectors
+    build      compiles them when the package is installed
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
 LIBRARY = Path(__file__).with_name("librows.so")
-LANES = 16  # as in rows.c, both
-TOGETHER = 4
+LANES = 32  # as in rows.c, both
+MOST_ROWS = 8
+_DTYPES = {"uint16": 0, "float16": 1, "float32": 2}  # BF16 as its bits, F16, F32
 
 
 class _Rows(ctypes.Structure):
@@ -30,7 +32,7 @@ class _Rows(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("W", "out")),
-        *((name, ctypes.c_size_t) for name in ("stride", "rows", "columns", "rank")),
+        *((name, ctypes.c_size_t) for name in ("dtype", "stride", "step", "rows", "columns", "rank")),
         *((name, ctypes.c_void_p) for name in ("left", "right", "factor", "scale", "magnitude", "gains")),
         ("bound", ctypes.c_double),
         ("sums", ctypes.c_void_p),
@@ -74,8 +76,8 @@ class Products:
 
     @property
     def memory(self) -> int:
-        """Number of sums that a call needs memory for."""
-        return TOGETHER * LANES * len(self.panels)
+        """Number of float32 sums that a call needs memory for."""
+        return (MOST_ROWS + 2) * LANES * len(self.panels)
 
 
 def products(left: Array, right: Array, factor: Array, scale: Array, magnitude: Array | None = None) -> Products:
@@ -87,22 +89,22 @@ def products(left: Array, right: Array, factor: Array, scale: Array, magnitude: 
     import numpy as np
 
     rank, columns = right.shape
-    found = [left.shape, factor.shape, scale.shape, *([] if magnitude is None else [magnitude.shape])]
+    shapes = [left.shape, factor.shape, scale.shape, *([] if magnitude is None else [magnitude.shape])]
     wanted = [(len(left), rank), (len(left), rank), (rank,), (len(left),)]
-    if found != wanted[: len(found)]:
-        raise ValueError(f"left, factor, scale and magnitude have the shapes {found}, expected {wanted}")
+    if shapes != wanted[: len(shapes)]:
+        raise ValueError(f"left, factor, scale and magnitude have the shapes {shapes}, expected {wanted}")
     count = -(-columns // LANES)
     padded = np.zeros((rank, count * LANES), np.float32)
     padded[:, :columns] = right
     panels = np.ascontiguousarray(padded.reshape(rank, count, LANES).transpose(1, 0, 2))
-    left, factor = (np.ascontiguousarray(one, np.float32) for one in (left, factor))
+    left, factor = (np.ascontiguousarray(matrix, np.float32) for matrix in (left, factor))
     if magnitude is not None:
         magnitude = np.ascontiguousarray(magnitude, np.float64)
     return Products(left, panels, factor, np.ascontiguousarray(scale, np.float64), magnitude, columns)
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Outcome:
     """What a call met: the bits of the largest magnitude, a row without direction, the sums behind the retention."""
 
     largest: int
@@ -120,32 +122,34 @@ def add_products(
     sums: Array,
     *,
     gains: Array | None = None,
-    bound: float,
+    bound: float = 0.0,
     measured: int = 0,
-) -> Found:
-    """Store g∘(W + left·right) for `rows` of the products in `out`; both are bfloat16 as uint16, (rows, columns).
+) -> Outcome:
+    """Store g∘(W + left·right) for `rows` of the products in `out`; W and out are (rows, columns) of one dtype.
 
-    g is 1, or magnitude / ‖W + left·right‖ for each row, which is left in `gains`. Sums are in float32, rounded once;
+    They are BF16 as uint16, float16 or float32, with any steps from row to row and column to column. g is 1, or
+    magnitude / ‖W + left·right‖ for each row, which is left in `gains`. Sums are in float32, rounded once; 16-bit
     results of a magnitude below |g|·`bound` are computed in float64. The first `measured` rows are compared with W.
     `sums` is memory for so many float32 numbers as the products say, `gains` is in float64.
     NaN and infinities are results like others. Raises `ValueError` for arrays of other shapes.
     """
     count = rows.stop - rows.start
-    if W.shape != (count, terms.columns) or out.shape != W.shape or out.strides != W.strides or W.strides[1] != 2:
+    if W.shape != (count, terms.columns) or (out.shape, out.strides, out.dtype) != (W.shape, W.strides, W.dtype):
         raise ValueError(f"W {W.shape} and out {out.shape} are not ({count}, {terms.columns}) rows laid out alike")
     if (gains is None) != (terms.magnitude is None) or sums.size < terms.memory:
         raise ValueError(f"gains go with a magnitude; sums take {terms.memory} numbers, not {sums.size}")
-    if any(rows.stop > len(one) for one in (terms.left, gains) if one is not None):
+    if any(rows.stop > len(array) for array in (terms.left, gains) if array is not None):
         raise ValueError(f"{rows} are not rows of left, {terms.left.shape}, or have no gains")
+    stride, step = (stride // W.itemsize for stride in W.strides)
 
     def at(array: Array | None, part: slice = slice(None)) -> int | None:
         return None if array is None else array[part].ctypes.data
 
     call = _Rows(
-        at(W), at(out), W.strides[0] // 2, count, terms.columns, terms.left.shape[1],
+        at(W), at(out), _DTYPES[W.dtype.name], stride, step, count, terms.columns, terms.left.shape[1],
         at(terms.left, rows), at(terms.panels), at(terms.factor, rows), at(terms.scale), at(terms.magnitude, rows),
         at(gains, rows), bound, at(sums), measured,
     )  # fmt: skip
     _library().loratools_add_products(ctypes.byref(call))
     zero_row = None if call.zero_row < 0 else rows.start + call.zero_row
-    return Found(call.largest, zero_row, call.retained, call.total, int(call.changed))
+    return Outcome(call.largest, zero_row, call.retained, call.total, int(call.changed))

@@ -12,7 +12,6 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fPIC", "-shared")
-VARIANTS: tuple[tuple[str, ...], ...] = ((), ("-DONE_CPU",))  # not every compiler makes code for several CPUs
 
 
 class NativeRows(BuildHookInterface[Any]):
@@ -24,17 +23,22 @@ class NativeRows(BuildHookInterface[Any]):
         library = folder / "librows.so"
         library.unlink(missing_ok=True)
         compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[0]
-        for variant in VARIANTS:
-            command = [compiler, *FLAGS, *variant, str(folder / "rows.c"), "-o", str(library), "-lm"]
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-            except OSError as error:
-                self.app.display_warning(f"{compiler}: {error.strerror}; merges will run in NumPy alone")
-                return
-            if done.returncode == 0:
-                build_data["artifacts"].append("loratools/linalg/native/librows.so")
-                build_data["pure_python"] = False
-                build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
-                return
-        library.unlink(missing_ok=True)
-        self.app.display_warning(f"{compiler} could not compile rows.c; merges will run in NumPy alone:\n{done.stderr}")
+        try:
+            done = subprocess.run(
+                [compiler, *FLAGS, str(folder / "rows.c"), "-o", str(library), "-lm"],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        except OSError as error:
+            self.app.display_warning(f"{compiler}: {error.strerror}; merges will run in torch alone, slower")
+            return
+        if done.returncode:
+            library.unlink(missing_ok=True)
+            self.app.display_warning(
+                f"{compiler} could not compile rows.c; merges will run in torch alone, slower:\n{done.stderr}"
+            )
+            return
+        build_data["artifacts"].append("loratools/linalg/native/librows.so")
+        build_data["pure_python"] = False
+        build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"

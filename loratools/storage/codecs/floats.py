@@ -13,9 +13,6 @@ SERVED = frozenset({"BF16", "F16", "F32"})
 INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 """The bits of infinity: those of every finite number, without the sign, are less as integers, those of NaN greater."""
 
-SCRATCH = "scratch"
-"""The buffer of whatever one step alone needs: the less memory a tile touches, the more of it is in the cache."""
-
 
 def numpy_dtype(dtype: str) -> Any:
     """Return the NumPy dtype that holds a stored one; BF16 as its bits."""
@@ -49,45 +46,16 @@ class Buffers:
         return view
 
 
-def widened(stored: Array, dtype: str, buffers: Buffers) -> Array:
-    """Return a tile in float32, in memory of its own."""
-    import numpy as np
+def largest(values: Array, buffers: Buffers) -> int:
+    """Return the bits of the largest magnitude of a tile, which are ordered as the magnitudes are; NaN is the largest.
 
-    W = buffers.of("work", stored.size, np.float32).reshape(stored.shape)
-    if dtype == "BF16":
-        bits = W.view(np.uint32)
-        bits[...] = stored  # a cast and a shift, each at full width, are faster than a shift that casts
-        np.left_shift(bits, 16, out=bits)
-    else:
-        W[...] = stored
-    return W
-
-
-def rounded(W: Array, dtype: str, buffers: Buffers) -> Array:
-    """Return a finite float32 tile rounded to nearest even; BF16 as its bits."""
-    import numpy as np
-
-    out = buffers.of("out", W.size, numpy_dtype(dtype)).reshape(W.shape)
-    if dtype != "BF16":
-        out[...] = W
-        return out
-    bits, odd = W.view(np.uint32), buffers.of(SCRATCH, W.size, np.uint32).reshape(W.shape)
-    np.right_shift(bits, 16, out=odd)
-    np.bitwise_and(odd, 1, out=odd)
-    np.add(odd, 0x7FFF, out=odd)
-    np.add(odd, bits, out=odd)
-    np.right_shift(odd, 16, out=odd)
-    np.copyto(out, odd, casting="unsafe")
-    return out
-
-
-def magnitudes(values: Array, buffers: Buffers) -> Array:
-    """Return the bits of numbers without their sign, which are ordered as the magnitudes are."""
+    `values` is 2-dimensional and contiguous, BF16 as its bits.
+    """
     import numpy as np
 
     bits: Array = values.view({2: np.uint16, 4: np.uint32}[values.dtype.itemsize])
-    found = buffers.of(SCRATCH, bits.size, bits.dtype).reshape(bits.shape)
-    return np.bitwise_and(bits, np.iinfo(bits.dtype).max >> 1, out=found)
+    scratch = buffers.of("magnitudes", bits.size, bits.dtype).reshape(bits.shape)
+    return int(np.bitwise_and(bits, np.iinfo(bits.dtype).max >> 1, out=scratch).max())
 
 
 def bytes_of(values: Array) -> memoryview:

@@ -10,8 +10,8 @@ from typing import Any
 
 from loratools.adapter.placement.layers import replicated
 from loratools.adapter.placement.settle import settle
-from loratools.engine import products
 from loratools.engine.plan import MergePlan
+from loratools.engine.run import in_torch
 from loratools.format.record import of_merge, refuse_second_merge
 from loratools.parallel import cores
 from loratools.storage import atomic
@@ -42,7 +42,7 @@ class Merge:
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain data, with the free space where the output goes."""
         free = shutil.disk_usage(self.output.absolute().parent).free
-        return self.plan.to_json(self.threads, torch=not products.serves(self.plan)) | {
+        return self.plan.to_json(self.threads, torch=bool(in_torch(self.plan))) | {
             "output": str(self.output),
             "other_files": len(self.sources),
             "free_disk": free,

@@ -11,7 +11,7 @@ from typing import Any
 
 from loratools.engine.plan import MergePlan
 from loratools.engine.run import Settings
-from loratools.engine.tensor import TensorResult
+from loratools.engine.task import TensorResult
 from loratools.errors import BadFile
 from loratools.storage import digest
 from loratools.storage.strict_json import read_json

@@ -12,7 +12,7 @@ from loratools.engine.device import check as check_device
 from loratools.engine.plan import MergePlan
 from loratools.engine.residual.keep import Kept, keep
 from loratools.engine.run import Settings, write_weights
-from loratools.engine.tensor import TensorResult
+from loratools.engine.task import TensorResult
 from loratools.errors import IncompatibleAdapter, NoSpace
 from loratools.format.record import TOOL
 from loratools.parallel import Progress, no_progress

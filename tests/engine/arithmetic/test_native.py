@@ -1,133 +1,149 @@
-"""One tensor by the C code and by NumPy: the same bytes and the same measurements, whatever the sites and the tiles."""
+"""One tensor in C: float64 rounded once, the same bytes for all tiles; what is refused; what it is chosen for."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loratools.adapter import kinds
+from loratools.adapter.kinds import Update
+from loratools.adapter.placement.resolve import Placement
 from loratools.adapter.site import Site
-from loratools.engine import products
-from loratools.engine.arithmetic import native as fused
-from loratools.engine.arithmetic.sums import RescaledSum, SumOfProducts
-from loratools.engine.tensor import TensorResult
+from loratools.engine.arithmetic.native import NativeRows, serves
+from loratools.engine.load import SiteProduct
+from loratools.engine.plan import Change
+from loratools.engine.task import TensorTask
 from loratools.errors import IncompatibleAdapter
 from loratools.linalg import native
 from loratools.storage.codecs import floats
 from loratools.storage.header import TensorSpec
+from loratools.storage.lazy import LazyTensor
+from tests.engine.arithmetic import sites as cases
+from tests.engine.arithmetic.sites import MATRIX, SITES, TILES, WHOLE
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="installed without a C compiler")
-
-MATRIX = (24, 40)
-WHOLE = Site.whole("W", MATRIX)
-SITES = {
-    "whole": [WHOLE],
-    "two parts": [
-        Site("W", MATRIX, (0, 8, 1), (0, 40, 1), (0, 8)),
-        Site("W", MATRIX, (8, 24, 1), (0, 40, 1), (0, 16)),
-    ],
-    "one part": [Site("W", MATRIX, (9, 20, 1), (0, 40, 1), (0, 11))],
-    "interleaved": [
-        Site("W", MATRIX, (0, 24, 2), (0, 40, 1), (0, 12)),
-        Site("W", MATRIX, (1, 24, 2), (0, 40, 1), (0, 12)),
-    ],
-    "columns": [Site("W", MATRIX, (0, 24, 1), (5, 29, 1), (0, 24), True)],
-}
+DTYPES = ["BF16", "F16", "F32"]
 
 
-def term(site: Site, rank: int, seed: int, dora: bool) -> SumOfProducts:
-    """Return random products for a site."""
-    random = np.random.default_rng(seed)
-    rows, columns = site.shape
-    factor, right = (random.standard_normal(shape).astype(np.float32) for shape in ((rows, rank), (rank, columns)))
-    scale = random.standard_normal(rank) * 0.1
-    left = (factor * scale).astype(np.float32)
-    if not dora:
-        return SumOfProducts(site, left, right, factor, scale)
-    return RescaledSum(site, left, right, factor, scale, random.uniform(1, 9, rows), np.zeros(rows))
+def in_c(items: list[SiteProduct]) -> Callable[[TensorTask], NativeRows]:
+    return lambda task: NativeRows(task, items, floats.Buffers())
 
 
-def save(path: Path, seed: int) -> TensorSpec:
-    W = np.random.default_rng(seed).standard_normal(MATRIX).astype(np.float32)
-    path.write_bytes((W.view(np.uint32) >> 16).astype(np.uint16).tobytes())
-    return TensorSpec("BF16", MATRIX, path, 0, path.stat().st_size)
-
-
-def run(spec: TensorSpec, terms: list[SumOfProducts], out: Path, in_c: bool, tile: int) -> tuple[bytes, TensorResult]:
-    """Change the tensor, and return its bytes and what was measured."""
-    target = os.open(out, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-    try:
-        task = products.ProductTask("W", spec, target, 0, terms, ["blake3"], "full", 0)
-        assert fused.serves(task) or not in_c
-        result = products.run(task, floats.Buffers(), lambda _: None, lambda: False, tile, in_c)
-    finally:
-        os.close(target)
-    return out.read_bytes(), result
-
-
-tiles = st.sampled_from([80, 400, 1920])  # bytes: a row, five, all
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.sampled_from(sorted(SITES)), st.integers(1, 9), st.integers(0, 99), st.booleans(), tiles)
-def test_both_write_the_same_bytes(
-    tmp_path_factory: pytest.TempPathFactory, sites: str, rank: int, seed: int, dora: bool, tile: int
+@settings(max_examples=120, deadline=None)
+@given(st.sampled_from(DTYPES), st.sampled_from(sorted(SITES)), st.integers(1, 9), st.integers(0, 99), st.booleans())
+def test_every_site_is_float64_rounded_once_in_any_tiles(
+    tmp_path_factory: pytest.TempPathFactory, dtype: str, sites: str, rank: int, seed: int, dora: bool
 ) -> None:
-    folder = tmp_path_factory.mktemp("fused")
-    spec = save(folder / "W", seed)
+    folder = tmp_path_factory.mktemp("native")
+    spec = cases.save(folder / "W", dtype, seed)
+    products = cases.products(sites, rank, seed, dora)
+    wanted, error = cases.expected(cases.base(spec), products)
+    made = [cases.write(spec, in_c(products), folder / "out", tile) for tile in TILES]
+    for raw, result in made:
+        assert raw == made[0][0]
+        assert result.digests == made[0][1].digests
+        cases.expect_measured(result, cases.base(spec), wanted, cases.numbers(raw, dtype))
+    cases.expect_rounded(made[0][0], dtype, wanted, error)
+    untouched = np.full(MATRIX, True)
+    for site in SITES[sites]:
+        untouched[slice(*site.rows), slice(*site.columns)] = False
+    assert (cases.numbers(made[0][0], dtype) == cases.base(spec))[untouched].all()
 
-    def terms() -> list[SumOfProducts]:
-        return [term(site, rank, seed + i, dora and not site.transposed) for i, site in enumerate(SITES[sites])]
 
-    (native_bytes, found), (numpy_bytes, wanted) = (
-        run(spec, terms(), folder / "out", in_c, size) for in_c, size in ((True, tile), (False, 1920))
-    )
-    one, other = (np.frombuffer(raw, np.uint16).astype(np.int64) for raw in (native_bytes, numpy_bytes))
-    assert (one != other).sum() <= 1  # the last bit of a float32 sum, where it decides a tie
-    assert np.abs(one - other).max() <= 1
-    assert found.digests == wanted.digests
-    assert (found.retained, found.total) == pytest.approx((wanted.retained, wanted.total), rel=1e-4)
-    assert found.changed == pytest.approx(wanted.changed, abs=1)
-
-
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("place", [(0, 0), (12, 30)])
-@pytest.mark.parametrize("in_c", [True, False])
 def test_infinities_of_the_base_are_refused_wherever_they_are(
-    tmp_path: Path, place: tuple[int, int], in_c: bool
+    tmp_path: Path, dtype: str, place: tuple[int, int]
 ) -> None:
-    spec = save(tmp_path / "W", seed=1)
-    raw = np.fromfile(spec.file, np.uint16).reshape(MATRIX)
-    raw[place] = 0x7F80
-    raw.tofile(spec.file)
-    with pytest.raises(IncompatibleAdapter, match="W: the merged values are not finite in BF16"):
-        run(spec, [term(SITES["one part"][0], 3, 1, dora=False)], tmp_path / "out", in_c, 400)
+    spec = cases.save(tmp_path / "W", dtype, seed=1)
+    W = torch.from_numpy(cases.base(spec)).to(cases.TORCH[dtype])
+    W[place] = torch.inf
+    spec.file.write_bytes(W.view(torch.uint8).numpy().tobytes())
+    with pytest.raises(IncompatibleAdapter, match=f"W: the merged values are not finite in {dtype}"):
+        cases.write(spec, in_c(cases.products("one part", 3, 1)), tmp_path / "out", 400)
 
 
-@pytest.mark.parametrize("in_c", [True, False])
-def test_a_row_without_direction_is_named(tmp_path: Path, in_c: bool) -> None:
-    spec = save(tmp_path / "W", seed=1)
+def test_an_overflow_is_refused(tmp_path: Path) -> None:
+    for dtype, size in (("F16", 1e6), ("BF16", 1e40), ("F32", 1e40)):
+        spec = cases.save(tmp_path / "W", dtype, seed=1)
+        item = cases.product(WHOLE, 2, 1)
+        large = SiteProduct(item.site, item.factor, item.scale * size, item.right)
+        with pytest.raises(IncompatibleAdapter, match=f"not finite in {dtype}"):
+            cases.write(spec, in_c([large]), tmp_path / "out")
+
+
+def test_a_row_without_direction_is_named(tmp_path: Path) -> None:
+    spec = cases.save(tmp_path / "W", "BF16", seed=1)
     raw = np.fromfile(spec.file, np.uint16).reshape(MATRIX)
     raw[9 + 7] = 0
     raw.tofile(spec.file)
-    given = term(SITES["one part"][0], 3, 1, dora=True)
-    given.left[7], given.factor[7] = 0, 0
+    items = cases.products("one part", 3, 1, dora=True)
+    items[0].factor[7] = 0
     with pytest.raises(IncompatibleAdapter, match="zero in all of output feature 7"):
-        run(spec, [given], tmp_path / "out", in_c, 400)
+        cases.write(spec, in_c(items), tmp_path / "out", 400)
 
 
-def test_what_the_c_code_is_not_made_for_goes_through_numpy(tmp_path: Path) -> None:
-    spec = save(tmp_path / "W", seed=1)
+def stored(*shape: int, dtype: str = "F32") -> LazyTensor:
+    """Return a factor that is known by its header."""
+    return LazyTensor.stored(TensorSpec(dtype, shape, Path("adapter"), 0, int(np.prod(shape)) * 4))
 
-    def serves(*sites: Site, dtype: str = "BF16") -> bool:
-        source = TensorSpec(dtype, MATRIX, spec.file, 0, spec.stop)
-        terms = [term(site, 2, i, dora=False) for i, site in enumerate(sites)]
-        return fused.serves(products.ProductTask("W", source, 0, 0, terms, [], "off", 0))
 
-    assert serves(WHOLE)
-    assert not serves(WHOLE, dtype="F16")
-    assert not serves(WHOLE, SITES["one part"][0])  # they overlap
-    assert not serves(Site("W", MATRIX, (0, 24, 1), (0, 40, 2), (0, 20), True))
+def placed(site: Site = WHOLE, kind: str = "lora", dtype: str = "F32", file: bool = True) -> Placement:
+    """Return an update of a site, with factors in files or made in memory."""
+    out, columns = site.shape[::-1] if site.transposed else site.shape
+    parts = {"lora_A.weight": stored(2, columns, dtype=dtype), "lora_B.weight": stored(out, 2, dtype=dtype)}
+    if kind == "dora":
+        parts["lora_magnitude_vector"] = stored(out, dtype=dtype)
+    if not file:
+        parts = {part: lazy.map(lambda tensor: tensor, lazy.shape) for part, lazy in parts.items()}
+    update: Update = kinds.get(kind).build(parts, 1.0, 2.0)
+    return Placement("W", update, site)
+
+
+def chosen(*placements: Placement, source: str = "BF16", out: str | None = None) -> bool:
+    size = MATRIX[0] * MATRIX[1] * (4 if source == "F32" else 2)
+    change = Change(TensorSpec(source, MATRIX, Path("base"), 0, size), tuple(enumerate(placements)))
+    return serves(change, out or source)
+
+
+@pytest.mark.parametrize("source", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_stored_products_on_dtypes_that_stay_are_served(source: str, dtype: str, kind: str) -> None:
+    assert chosen(placed(kind=kind, dtype=dtype), source=source)
+    assert chosen(*(placed(site, kind, dtype) for site in SITES["interleaved"]), source=source)
+
+
+def test_what_else_is_served_and_what_is_not() -> None:
+    turned = SITES["every second column"][0]
+    assert chosen(placed(), placed())  # two adapters
+    assert chosen(placed(turned))
+    conv = {"lora_A.weight": stored(2, 10, 2, 2), "lora_B.weight": stored(24, 2, 1, 1)}
+    assert chosen(Placement("W", kinds.get("conv").build(conv, 1.0, 2.0), WHOLE))
+    assert not chosen()  # a cast alone
+    assert not chosen(placed(), source="F32", out="BF16")
+    assert not chosen(placed(), source="F64")
+    assert not chosen(placed(dtype="F64"))
+    assert not chosen(placed(file=False))
+    assert not chosen(placed(turned, "dora"))  # norms across rows
+    assert not chosen(placed(), placed(SITES["one part"][0]))  # they overlap
+    assert not chosen(placed(kind="dora"), placed())
+    embedding = {"lora_embedding_A": stored(2, 24), "lora_embedding_B": stored(40, 2)}
+    assert not chosen(Placement("W", kinds.get("embedding").build(embedding, 1.0, 2.0), WHOLE))
+
+
+def test_nothing_is_served_where_nothing_was_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen(placed())
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "librows.so")
+    native._library.cache_clear()
+    try:
+        assert not chosen(placed())
+    finally:
+        monkeypatch.undo()
+        native._library.cache_clear()

@@ -1,0 +1,126 @@
+"""One output tensor of a merge, what is measured on it, and what computes its tiles."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from loratools.errors import IncompatibleAdapter
+from loratools.storage import dtypes
+from loratools.storage.header import TensorSpec
+
+TILE = 1 << 20
+"""Bytes of one tile, about: it is cut at whole rows."""
+
+SAMPLE = 16
+"""Retention is measured on one tile in this many, and on at least one of each tensor."""
+
+_PART, _FEWEST = 8, 1 << 16  # of a sampled tile one row in so many, first ones, or rows of so many elements
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorTask:
+    """One output tensor: `source` bytes, seen as a `matrix`, stored as `dtype` at `offset` of the descriptor `target`.
+
+    `hashes` are the algorithms by which the source is hashed on the way. `retention` is `sample`, `full` or `off`;
+    `seed` chooses the sample.
+    """
+
+    name: str
+    source: TensorSpec
+    matrix: tuple[int, int]
+    dtype: str
+    target: int
+    offset: int
+    hashes: Sequence[str] = ()
+    retention: str = "sample"
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class TensorResult:
+    """What was measured on the way: base digests by algorithm, and the sums behind the delta retention.
+
+    retained = ⟨W' − W, ΔW⟩ and total = ⟨ΔW, ΔW⟩ over the measured rows, and the number of elements that `changed`, in
+    float64, scaled up to the whole tensor.
+    """
+
+    name: str
+    digests: Mapping[str, str] = field(default_factory=dict)
+    retained: float = 0.0
+    total: float = 0.0
+    changed: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """A tile as it is to be written, and the sums of `TensorResult` over its measured rows."""
+
+    raw: memoryview
+    retained: float
+    total: float
+    changed: float
+
+
+class Arithmetic(Protocol):
+    """What computes the tiles of one tensor. One file of `engine/arithmetic` each; a thread's own."""
+
+    @property
+    def together(self) -> int:
+        """Number of rows that must come in one tile: tiles are multiples of it."""
+        ...
+
+    @property
+    def needs_pass(self) -> bool:
+        """Whether `observe` must see all tiles, in order, before the first is changed."""
+        ...
+
+    def room(self, rows: int) -> memoryview:
+        """Return memory for a tile of so many rows as stored; valid until a thread's next tensor."""
+        ...
+
+    def observe(self, stored: memoryview, first: int) -> None:
+        """Take in a tile whose first row is `first`, if `needs_pass`."""
+        ...
+
+    def change(self, stored: memoryview, first: int, measured: int) -> Changed:
+        """Return the tile whose first row is `first` changed and rounded; its first `measured` rows are measured.
+
+        Raises `IncompatibleAdapter` where a value is not finite in the output's dtype.
+        """
+        ...
+
+
+def sampled_tiles(name: str, seed: int, retention: str, tiles: int) -> frozenset[int]:
+    """Choose the tiles of a tensor on which retention is measured, by the seed and the tensor's name alone."""
+    if retention == "off" or not tiles:
+        return frozenset()
+    if retention == "full":
+        return frozenset(range(tiles))
+    start = zlib.crc32(f"{seed}:{name}".encode()) % min(tiles, SAMPLE)
+    return frozenset(range(start, tiles, SAMPLE))
+
+
+def sampled_rows(retention: str, rows: int, columns: int) -> int:
+    """Return how many rows of a sampled tile are measured: all if all of the tensor is, else enough of them."""
+    return rows if retention == "full" else min(rows, max(1, rows // _PART, _FEWEST // max(1, columns)))
+
+
+def near_zero(dtype: str) -> float | None:
+    """Return the share of the largest term of a sum below which its error shows in a `dtype`; None where it never does.
+
+    The error of a float32 sum is about 2^-24 of its largest term; it exceeds a unit in the last place of a p-bit result
+    only below 2^(p-24) of that. A factor of four is for the length of the sum.
+    """
+    return 2.0 ** (dtypes.MANTISSA[dtype] - 22) if dtype in ("BF16", "F16") else None
+
+
+def not_finite(name: str, dtype: str) -> IncompatibleAdapter:
+    """Return the exception for a tensor with values that are not finite after the merge."""
+    return IncompatibleAdapter(
+        f"{name}: the merged values are not finite in {dtype}",
+        hint="Either the base has infinities or NaN there, or the weights overflow this dtype.",
+    )

@@ -1,0 +1,235 @@
+/* The arithmetic of rows.c for vectors of WIDTH numbers, with the instructions of TARGET, TOGETHER rows at a time.
+ *
+ * `dtype` is a constant wherever these functions are inlined: what stands once here becomes a loop for each dtype.
+ */
+#define Vector NAMED(Vector, WIDTH)
+#define Bits NAMED(Bits, WIDTH)
+#define Halves NAMED(Halves, WIDTH)
+#define HalfVector NAMED(HalfVector, WIDTH)
+#define Doubles NAMED(Doubles, WIDTH)
+
+typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
+typedef float HalfVector __attribute__((vector_size(2 * WIDTH), aligned(4), may_alias));
+typedef double Doubles __attribute__((vector_size(4 * WIDTH), aligned(8), may_alias));
+
+/* WIDTH stored numbers from element j on, as float32. */
+INLINE Vector NAMED(widened, WIDTH)(const char *row, size_t j, int dtype)
+{
+    if (dtype == F32) return *(const Vector *)(row + 4 * j);
+    Halves stored = *(const Halves *)(row + 2 * j);
+    if (dtype == BF16) return (Vector)(__builtin_convertvector(stored, Bits) << 16);
+#if WIDTH == 16
+    return (Vector)_mm512_cvtph_ps((__m256i)stored);
+#elif WIDTH == 8
+    return (Vector)_mm256_cvtph_ps((__m128i)stored);
+#else
+    Vector numbers;
+    for (int n = 0; n < WIDTH; n++) {
+        _Float16 number;
+        memcpy(&number, row + 2 * (j + n), 2);
+        numbers[n] = (float)number;
+    }
+    return numbers;
+#endif
+}
+
+/* Store numbers from element j on, rounded to nearest even. */
+INLINE void NAMED(round_to, WIDTH)(char *row, size_t j, Vector numbers, int dtype)
+{
+    if (dtype == F32) {
+        *(Vector *)(row + 4 * j) = numbers;
+        return;
+    }
+    if (dtype == BF16) {
+        Bits bits = (Bits)numbers;
+        bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        *(Halves *)(row + 2 * j) = __builtin_convertvector(bits, Halves);
+        return;
+    }
+#if WIDTH == 16
+    *(Halves *)(row + 2 * j) = (Halves)_mm512_cvtps_ph((__m512)numbers, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif WIDTH == 8
+    *(Halves *)(row + 2 * j) = (Halves)_mm256_cvtps_ph((__m256)numbers, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    for (int n = 0; n < WIDTH; n++) {
+        _Float16 number = (_Float16)numbers[n];
+        memcpy(row + 2 * (j + n), &number, 2);
+    }
+#endif
+}
+
+/* One number, as it is stored. */
+INLINE uint16_t NAMED(half_of, WIDTH)(float x, int dtype)
+{
+    uint16_t block[WIDTH];
+    Vector numbers = {x};
+    NAMED(round_to, WIDTH)((char *)block, 0, numbers, dtype);
+    return block[0];
+}
+
+/* sums = left·right for `count` rows, a constant where this is inlined. */
+INLINE void NAMED(multiply, WIDTH)(
+    const float *left, const float *right, size_t rank, size_t panels, float *sums, int count)
+{
+    enum { VECTORS = LANES / WIDTH };
+    for (size_t p = 0; p < panels; p++, right += rank * LANES) {
+        Vector sum[TOGETHER][VECTORS] = {{{0}}}; /* these stay in registers */
+        for (size_t k = 0; k < rank; k++)
+            for (int i = 0; i < count; i++)
+                for (int n = 0; n < VECTORS; n++)
+                    sum[i][n] += left[i * rank + k] * *(const Vector *)(right + k * LANES + n * WIDTH);
+        for (int i = 0; i < count; i++)
+            for (int n = 0; n < VECTORS; n++) *(Vector *)(sums + (i * panels + p) * LANES + n * WIDTH) = sum[i][n];
+    }
+}
+
+/* Add W to the sums of a row; return the sum of their squares. */
+INLINE double NAMED(squares, WIDTH)(const char *W, float *sums, size_t padded, int dtype)
+{
+    enum { VECTORS = PARTS / WIDTH, PIECES = 2 * VECTORS };
+    Doubles parts[PIECES] = {{0}};
+    for (size_t j = 0; j < padded; j += PARTS) {
+        for (int n = 0; n < VECTORS; n++)
+            *(Vector *)(sums + j + n * WIDTH) += NAMED(widened, WIDTH)(W, j + n * WIDTH, dtype);
+        for (int n = 0; n < PIECES; n++) {
+            Doubles x = __builtin_convertvector(*(const HalfVector *)(sums + j + n * WIDTH / 2), Doubles);
+            parts[n] += x * x;
+        }
+    }
+    double total = 0;
+    for (int n = 0; n < PARTS; n++) total += parts[n / (WIDTH / 2)][n % (WIDTH / 2)];
+    return total;
+}
+
+/* Compute 16-bit results of columns [first, last) of a row again in float64, where they are below the limit. */
+INLINE void NAMED(refine, WIDTH)(
+    const Rows *at, size_t i, const char *W, char *out, size_t first, size_t last, double gain, uint32_t limit, int dtype)
+{
+    for (size_t j = first; j < last; j++) {
+        uint16_t *result = (uint16_t *)out + j;
+        if ((*result & 0x7fff) >= limit) continue;
+        const float *right = at->right + j / LANES * LANES * at->rank + j % LANES;
+        double change = 0, base = NAMED(widened, WIDTH)(W, j / WIDTH * WIDTH, dtype)[j % WIDTH];
+        for (size_t k = 0; k < at->rank; k++)
+            change += at->factor[i * at->rank + k] * at->scale[k] * right[k * LANES];
+        *result = NAMED(half_of, WIDTH)((float)(gain * (base + change)), dtype);
+    }
+}
+
+/* Tell the largest and the least of 16-bit magnitudes. */
+INLINE void NAMED(extremes, WIDTH)(const char *out, size_t first, size_t last, uint16_t *largest, uint16_t *least)
+{
+    uint16_t high = 0, low = 0x7fff;
+    for (size_t j = first; j < last; j++) {
+        uint16_t magnitude = ((const uint16_t *)out)[j] & 0x7fff;
+        high = magnitude > high ? magnitude : high;
+        low = magnitude < low ? magnitude : low;
+    }
+    *largest = high;
+    *least = low;
+}
+
+INLINE void NAMED(measure, WIDTH)(Rows *at, const char *W, const char *out, const float *sums, size_t padded, int dtype)
+{
+    double retained[PARTS] = {0}, total[PARTS] = {0};
+    size_t changed = 0;
+    for (size_t j = 0; j < padded; j += WIDTH) {
+        Vector base = NAMED(widened, WIDTH)(W, j, dtype), after = NAMED(widened, WIDTH)(out, j, dtype);
+        for (int n = 0; n < WIDTH; n++) {
+            double delta = (double)sums[j + n] - base[n], kept = (double)after[n] - base[n];
+            retained[(j + n) % PARTS] += kept * delta;
+            total[(j + n) % PARTS] += delta * delta;
+            changed += base[n] != after[n];
+        }
+    }
+    for (int n = 0; n < PARTS; n++) {
+        at->retained += retained[n];
+        at->total += total[n];
+    }
+    at->changed += (double)changed;
+}
+
+/* Make a row of results from W and the sums, which have zeros beyond the columns, up to a whole panel. */
+INLINE void NAMED(finish, WIDTH)(Rows *at, size_t i, const char *W, char *out, float *sums, size_t padded, int dtype)
+{
+    enum { CHUNK = 64 };
+    int rescaled = at->magnitude != NULL, measured = i < at->measured;
+    double gain = 1;
+    if (rescaled) {
+        double squares = NAMED(squares, WIDTH)(W, sums, padded, dtype);
+        if (squares == 0 && at->zero_row < 0) at->zero_row = (int64_t)i;
+        at->gains[i] = gain = at->magnitude[i] / sqrt(squares);
+    }
+    float by = (float)gain;
+    for (size_t j = 0; j < padded; j += WIDTH) {
+        Vector x = *(const Vector *)(sums + j);
+        x = rescaled ? x * by : NAMED(widened, WIDTH)(W, j, dtype) + x;
+        if (measured) *(Vector *)(sums + j) = x;
+        NAMED(round_to, WIDTH)(out, j, x, dtype);
+    }
+    if (dtype == F32) {
+        uint32_t largest = 0;
+        for (size_t j = 0; j < at->columns; j++) {
+            uint32_t magnitude = ((const uint32_t *)out)[j] & 0x7fffffff;
+            largest = magnitude > largest ? magnitude : largest;
+        }
+        at->largest = largest > at->largest ? largest : at->largest;
+    } else {
+        uint32_t limit = NAMED(half_of, WIDTH)((float)(at->bound * fabs(gain)), dtype) + 1;
+        for (size_t first = 0; first < at->columns; first += CHUNK) {
+            size_t last = first + CHUNK < at->columns ? first + CHUNK : at->columns;
+            uint16_t largest, least;
+            NAMED(extremes, WIDTH)(out, first, last, &largest, &least);
+            if (least < limit) {
+                NAMED(refine, WIDTH)(at, i, W, out, first, last, gain, limit, dtype);
+                NAMED(extremes, WIDTH)(out, first, last, &largest, &least);
+            }
+            at->largest = largest > at->largest ? largest : at->largest;
+        }
+    }
+    if (measured) NAMED(measure, WIDTH)(at, W, out, sums, padded, dtype);
+}
+
+/* Finish a row where it lies, or in memory beside the sums where its columns are apart or fill no whole panel. */
+INLINE void NAMED(place, WIDTH)(Rows *at, size_t i, float *sums, size_t padded, int dtype)
+{
+    size_t size = dtype == F32 ? 4 : 2, columns = at->columns, step = at->step * size;
+    const char *W = at->W + i * at->stride * size;
+    char *out = at->out + i * at->stride * size;
+    if (at->step == 1 && columns == padded) {
+        NAMED(finish, WIDTH)(at, i, W, out, sums, padded, dtype);
+        return;
+    }
+    char *base = (char *)(at->sums + MOST_ROWS * padded), *result = (char *)(at->sums + (MOST_ROWS + 1) * padded);
+    memset(base + columns * size, 0, (padded - columns) * size);
+    if (at->step == 1) memcpy(base, W, columns * size);
+    else for (size_t j = 0; j < columns; j++) memcpy(base + j * size, W + j * step, size);
+    NAMED(finish, WIDTH)(at, i, base, result, sums, padded, dtype);
+    if (at->step == 1) memcpy(out, result, columns * size);
+    else for (size_t j = 0; j < columns; j++) memcpy(out + j * step, result + j * size, size);
+}
+
+INLINE void NAMED(rows, WIDTH)(Rows *at, int dtype)
+{
+    size_t panels = (at->columns + LANES - 1) / LANES, padded = panels * LANES, i = 0;
+    at->zero_row = -1;
+    for (; i + TOGETHER <= at->rows; i += TOGETHER) {
+        NAMED(multiply, WIDTH)(at->left + i * at->rank, at->right, at->rank, panels, at->sums, TOGETHER);
+        for (size_t n = 0; n < TOGETHER; n++) NAMED(place, WIDTH)(at, i + n, at->sums + n * padded, padded, dtype);
+    }
+    for (; i < at->rows; i++) {
+        NAMED(multiply, WIDTH)(at->left + i * at->rank, at->right, at->rank, panels, at->sums, 1);
+        NAMED(place, WIDTH)(at, i, at->sums, padded, dtype);
+    }
+}
+
+static TARGET void NAMED(add_products, WIDTH)(Rows *at)
+{
+    switch (at->dtype) {
+    case BF16: NAMED(rows, WIDTH)(at, BF16); break;
+    case F16: NAMED(rows, WIDTH)(at, F16); break;
+    default: NAMED(rows, WIDTH)(at, F32);
+    }
+}
