@@ -1,13 +1,16 @@
 """The streaming engine: a plan of a model's tensors is run tile by tile, in constant memory, and can be undone.
 
-plan         what becomes of each tensor: a value, made from headers
-run          runs a plan: copies beside arithmetic, which is chosen for each tensor
-turns        shares the work out, so that two threads seldom write to one file
-load         from placements to loaded factors
-task         one output tensor, what is measured on it, and what an arithmetic offers
-tensor       the tile loop: read, hash, change, write
-arithmetic   what is computed on a tile: in C, or in torch
-stochastic   rounding at random
-device       the processor or a CUDA device
-residual     what rounding destroyed, kept to undo a merge
+How a merge goes through it:
+
+    plan         what becomes of each tensor: a value, made from headers
+    run          runs a plan: copies beside arithmetic, which is chosen for each tensor
+    turns        shares the work out, so that two threads seldom write to one file
+    load         from placements to loaded factors
+    task         one output tensor, what is measured on it, and what an arithmetic offers
+    tensor       the tile loop: read, hash, change, write
+    arithmetic   what is computed on a tile: in C, or in torch
+    stochastic   rounding at random
+    device       the processor or a CUDA device
+
+`residual` keeps what rounding destroyed, to undo a merge.
 """

@@ -69,15 +69,15 @@ class SiteProduct:
     magnitude: Array | None = None
 
 
-def load_products(plan: MergePlan, change: Change, digests: Sequence[str], name: str) -> list[SiteProduct]:
-    """Load the stored factors of a tensor, joined for each site in the order of the adapters' `digests`.
+def load_products(plan: MergePlan, change: Change, name: str) -> list[SiteProduct]:
+    """Load the stored factors of a tensor, joined for each site in the order of the adapters' digests.
 
     Raises `IncompatibleAdapter` for factors that are not finite.
     """
     import numpy as np
 
     sites: dict[Site, list[SiteProduct]] = {}
-    for number, placement in _in_order(plan, change, digests):
+    for number, placement in _in_order(plan, change):
         site, factors = placement.site, placement.update.factored()
         assert factors is not None
         left, right = _read(factors.left)[site.part_rows], _read(factors.right)
@@ -88,7 +88,7 @@ def load_products(plan: MergePlan, change: Change, digests: Sequence[str], name:
             magnitude = _read(factors.magnitude)[site.part_rows].astype(np.float64)
         if not all(np.isfinite(array).all() for array in (left, right, magnitude) if array is not None):
             raise _damaged(number, placement, name)
-        scale = np.full(len(right), plan.weights[number] * factors.scale)
+        scale = np.full(len(right), plan.inputs[number].weight * factors.scale)
         sites.setdefault(site, []).append(SiteProduct(site, left, scale, right, magnitude))
     return [_joined(products) for products in sites.values()]
 
@@ -116,13 +116,11 @@ def _read(lazy: LazyTensor) -> Array:
     return floats.exactly(raw, lazy.dtype).astype(np.float32, copy=False)
 
 
-def load_terms(
-    plan: MergePlan, change: Change, dtype: str, digests: Sequence[str], name: str, device: torch.device
-) -> list[tuple[Site, Term]]:
+def load_terms(plan: MergePlan, change: Change, dtype: str, name: str, device: torch.device) -> list[tuple[Site, Term]]:
     """Load the terms of one tensor, in float32, or float64 where `is_wide` for the output's `dtype` says so.
 
     Products on one site become one product: one GEMM, and one sum over all adapters before the rounding. They are
-    joined in the order of the adapters' `digests`, so that the order on the command line cannot show in the bytes.
+    joined in the order of the adapters' digests, so that the order on the command line cannot show in the bytes.
     Where an update that is not additive (DoRA) meets another, all act in the order given.
 
     Raises `IncompatibleAdapter` for factors that are not finite.
@@ -133,8 +131,8 @@ def load_terms(
     commute = all(placement.update.additive for _, placement in change.placements) or not _in_turn(change)
     given: list[tuple[Site, Term]] = []
     terms: dict[Site, list[Term]] = {}
-    for number, placement in _in_order(plan, change, digests) if commute else change.placements:
-        term = placement.update.term(placement.site, plan.weights[number], work, device)
+    for number, placement in _in_order(plan, change) if commute else change.placements:
+        term = placement.update.term(placement.site, plan.inputs[number].weight, work, device)
         if not term.is_finite():
             raise _damaged(number, placement, name)
         if commute:
@@ -153,9 +151,10 @@ def add_term(terms: list[Term], term: Term) -> None:
     terms.append(term)
 
 
-def _in_order(plan: MergePlan, change: Change, digests: Sequence[str]) -> list[tuple[int, Placement]]:
+def _in_order(plan: MergePlan, change: Change) -> list[tuple[int, Placement]]:
     """Return the placements of a tensor, each with the number of its adapter, in the order of the adapters' digests."""
-    return sorted(change.placements, key=lambda item: (digests[item[0]], plan.weights[item[0]]))
+    order = [(adapter.digest, adapter.weight) for adapter in plan.inputs]
+    return sorted(change.placements, key=lambda item: order[item[0]])
 
 
 def _damaged(number: int, placement: Placement, name: str) -> IncompatibleAdapter:
@@ -171,11 +170,11 @@ def check_effect(plan: MergePlan) -> None:
     The first update that is not zero settles it for an adapter, so little is read; stored factors are looked at first.
     """
     idle = []
-    for number, adapter in enumerate(plan.adapters):
-        weight = plan.weights[number]
+    for number, given in enumerate(plan.inputs):
+        weight = given.weight
         placements = [p for change in plan.changes.values() for i, p in change.placements if i == number]
         placements.sort(key=lambda placement: not is_stored(placement.update.factored()))
-        if not adapter.replacements and not any(_acts(placement, weight) for placement in placements):
+        if not given.adapter.replacements and not any(_acts(placement, weight) for placement in placements):
             reason = "its weight is 0" if weight == 0 else "s·B·A is zero in every module, as before training"
             idle.append(f"adapter {number + 1}: {reason}")
     if idle:

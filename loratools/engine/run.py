@@ -39,11 +39,10 @@ class Settings:
     """How to run: nothing here changes a byte of the output, but for `device` (`device.py` has the policy), and
     `rounding`, `nearest` or `stochastic`, which draws by `seed`.
 
-    `digests` are those of the adapters, by which their products are ordered. `before` has functions for tensors that
-    are changed where they will lie in the output: each puts the base's bytes there, given the file's descriptor.
+    `before` has functions for tensors that are changed where they will lie in the output: each puts the base's bytes
+    there, given the file's descriptor.
     """
 
-    digests: Sequence[str]
     threads: int
     device: str = "cpu"
     retention: str = "sample"
@@ -67,7 +66,7 @@ def in_torch(plan: MergePlan, settings: Settings | None = None) -> Set[str]:
 
     Without `settings` those are meant that change no byte: on the processor, rounded to nearest.
     """
-    settings = settings or Settings((), 1)
+    settings = settings or Settings(1)
     slots = {slot.name: slot.dtype for file in plan.files for slot in file.slots}
     return {
         name
@@ -207,7 +206,7 @@ class _Job:
     def _in_c(self, task: TensorTask, change: Change) -> TensorResult:
         if not hasattr(self.mine, "buffers"):
             self.mine.buffers = floats.Buffers()
-        products = load_products(self.plan, change, self.settings.digests, task.name)
+        products = load_products(self.plan, change, task.name)
         return self._run(task, native.NativeRows(task, products, self.mine.buffers))
 
     def _in_torch(self, task: TensorTask, change: Change) -> TensorResult:
@@ -218,7 +217,7 @@ class _Job:
             torch.set_num_threads(1)  # OpenMP keeps this number for each thread
             self.mine.workspace = Workspace(device)
         with own_stream(device):
-            terms = load_terms(self.plan, change, task.dtype, settings.digests, task.name, device)
+            terms = load_terms(self.plan, change, task.dtype, task.name, device)
             random = (
                 stochastic.Stochastic(settings.seed, task.name, task.dtype) if settings.random(task.dtype) else None
             )

@@ -119,7 +119,7 @@ def _restore_and_merge(
     before = {
         name: partial(_restore, tensor, residual, slots[name], recorded.get(name)) for name, tensor in lost.items()
     }
-    settings = Settings(plan.digests, options.threads or cores(), before=before)
+    settings = Settings(options.threads or cores(), before=before)
     results = write_weights(plan, scratch, settings, progress)
     total = sum(result.total for result in results)
     retention = sum(result.retained for result in results) / total if total else None

@@ -6,7 +6,6 @@ import hashlib
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,7 +94,7 @@ def test_the_golden_merge_is_its_definition_in_float64(tmp_path: Path, dtype: st
 
 def write(prepared: Merge, folder: Path, settings: Settings) -> dict[str, Tensor]:
     folder.mkdir()
-    write_weights(prepared.plan, folder, replace(settings, digests=prepared.digests), lambda _: None)
+    write_weights(prepared.plan, folder, settings, lambda _: None)
     return load(folder)
 
 
@@ -112,7 +111,7 @@ def test_threads_tiles_and_the_order_of_adapters_do_not_show(
         prepared = prepare(base, [paths[i] for i in order], tmp_path / "out", weights=[weights[i] for i in order])
         assert bool(in_torch(prepared.plan)) == (not compiled)
         for threads, tile in ((1, None), (2, 1), (4, 1000), (1, 1 << 23)):
-            settings = Settings((), threads, retention="off", tile_bytes=tile)
+            settings = Settings(threads, retention="off", tile_bytes=tile)
             made.append(sha256(write(prepared, tmp_path / f"{order}{threads}{tile}", settings)))
     assert len(set(made)) == 1
 
@@ -138,11 +137,11 @@ def test_other_tensors_of_the_plan_do_not_show(tmp_path: Path, dtype: str) -> No
     base = save_base(tmp_path / "more" / "base", weights, shards=2)
     prepared = prepare(base, paths, tmp_path / "more" / "out", weights=scales)
     assert in_torch(prepared.plan) == {"tokens.weight"}
-    beside = write(prepared, tmp_path / "beside", Settings((), 2))
+    beside = write(prepared, tmp_path / "beside", Settings(2))
     assert sha256({name: beside[name] for name in alone}) == sha256(alone)
     folder, done = tmp_path / "by file", list[str]()
     folder.mkdir()
-    settings = Settings(prepared.digests, 2)
+    settings = Settings(2)
     write_weights(prepared.plan, folder, settings, lambda _: None, lambda path, _: done.append(path.name))
     assert sha256(load(folder)) == sha256(beside)
     assert done == [file.name for file in prepared.plan.files]

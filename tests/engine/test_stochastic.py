@@ -76,7 +76,7 @@ def test_wider_dtypes_are_rounded_to_nearest(tmp_path: Path) -> None:
     plan = prepare(base, [adapter], tmp_path / "out", options=MergeOptions(dtype="F64")).plan
     for rounding in ("nearest", "stochastic"):
         (tmp_path / rounding).mkdir()
-        write_weights(plan, tmp_path / rounding, Settings("x", 1, rounding=rounding), lambda _: None)
+        write_weights(plan, tmp_path / rounding, Settings(1, rounding=rounding), lambda _: None)
     one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("nearest", "stochastic"))
     assert one == other
 
@@ -87,10 +87,10 @@ def test_bytes_depend_on_the_seed_alone(tmp_path: Path) -> None:
     plan = prepare(base, [adapter], tmp_path / "out")
     made = {}
     for name, settings in {
-        "one": Settings(plan.plan.digests, 1, rounding="stochastic", seed=1),
-        "threads": Settings(plan.plan.digests, 3, rounding="stochastic", seed=1),
-        "tiles": Settings(plan.plan.digests, 2, rounding="stochastic", seed=1, tile_bytes=56 * 2 * 5),
-        "seed": Settings(plan.plan.digests, 1, rounding="stochastic", seed=2),
+        "one": Settings(1, rounding="stochastic", seed=1),
+        "threads": Settings(3, rounding="stochastic", seed=1),
+        "tiles": Settings(2, rounding="stochastic", seed=1, tile_bytes=56 * 2 * 5),
+        "seed": Settings(1, rounding="stochastic", seed=2),
     }.items():
         (tmp_path / name).mkdir()
         write_weights(plan.plan, tmp_path / name, settings, lambda _: None)

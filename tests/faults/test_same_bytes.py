@@ -53,7 +53,7 @@ def test_the_size_of_tiles_does_not_show(model: Path, dtype: str | None, monkeyp
     for tile in (1, 5000, 1 << 20):
         folder = model / f"tiles of {tile}"
         folder.mkdir()
-        settings = Settings(prepared.plan.digests, 2, retention="off", tile_bytes=tile)
+        settings = Settings(2, retention="off", tile_bytes=tile)
         write_weights(prepared.plan, folder, settings, lambda _: None)
         made.append(hashes(folder))
     assert made[0] == made[1] == made[2]

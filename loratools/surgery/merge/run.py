@@ -82,7 +82,7 @@ def execute(
         raise NoSpace(
             f"{prepared.output}: the result takes {size} bytes, the disk has {free} free; nothing was written"
         )
-    settings = Settings(plan.digests, threads, options.device, options.retention, options.seed, options.rounding)
+    settings = Settings(threads, options.device, options.retention, options.seed, options.rounding)
     key = fingerprint(plan, settings) if options.resume else None
     with atomic.new_folder(prepared.output, force=options.force, key=key) as scratch:
         sent = sink(scratch) if sink else None

@@ -46,7 +46,7 @@ def subtract(
     inputs = (*merged.negated(), *added)
     plan = plan_merge(merged.model, inputs, options)
     _check_sums(plan)
-    results = write_weights(plan, scratch, Settings(plan.digests, threads, retention="off"), progress)
+    results = write_weights(plan, scratch, Settings(threads, retention="off"), progress)
     written = {
         slot.name: TensorSpec(slot.dtype, slot.shape, scratch / file.name, slot.offset, slot.offset + slot.nbytes)
         for file in plan.files

@@ -105,7 +105,7 @@ def test_order_threads_and_tiles_do_not_show(tmp_path: Path) -> None:
     for tile in (1, 50_000, 1 << 30):
         folder = tmp_path / f"tile{tile}"
         folder.mkdir()
-        write_weights(plan.plan, folder, Settings(plan.plan.digests, 2, tile_bytes=tile), lambda _: None)
+        write_weights(plan.plan, folder, Settings(2, tile_bytes=tile), lambda _: None)
         if tile > 1:
             assert all(file.read_bytes() == outputs[0][file.name] for file in folder.iterdir())
         else:  # a single row is another product (GEMV) to a BLAS, so ties may fall otherwise
@@ -209,7 +209,7 @@ def test_any_shapes_ranks_dtypes_and_tiles(case: tuple[dict[str, Tensor], list[L
         ]
         plan = plan_merge(Checkpoint.open(base), inputs, MergeOptions(dtype=out))
         (Path(name) / "out").mkdir()
-        settings = Settings(plan.digests, threads, tile_bytes=tile, retention="full")
+        settings = Settings(threads, tile_bytes=tile, retention="full")
         write_weights(plan, Path(name) / "out", settings, lambda _: None)
         found = load(Path(name) / "out")
     expect_rounded_once(found, weights, adapters, DTYPES[out], ties=1)

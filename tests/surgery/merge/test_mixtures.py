@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +128,7 @@ def test_any_mixture_is_its_definition_in_float64(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TILES, "cpu", tile)  # of blocks in torch too, which do not go by the tiles of a run
-        check(mixture, dtype, shards, Settings((), threads))
+        check(mixture, dtype, shards, Settings(threads))
 
 
 @pytest.mark.gpu
@@ -138,7 +137,7 @@ def test_any_mixture_is_its_definition_in_float64(
 def test_any_mixture_is_its_definition_on_a_gpu_too(mixture: Mixture, dtype: str, tile: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TILES, "cuda", tile)
-        check(mixture, dtype, 2, Settings((), 2, "cuda"))
+        check(mixture, dtype, 2, Settings(2, "cuda"))
 
 
 def check(mixture: Mixture, dtype: str, shards: int, how: Settings) -> None:
@@ -163,7 +162,7 @@ def check(mixture: Mixture, dtype: str, shards: int, how: Settings) -> None:
         plan = plan_merge(Checkpoint.open(base), inputs, MergeOptions())
         out = Path(place) / "out"
         out.mkdir()
-        write_weights(plan, out, replace(how, digests=plan.digests), lambda _: None)
+        write_weights(plan, out, how, lambda _: None)
         found = load(out)
     assert found.keys() == wanted.keys()
     for tensor, W in wanted.items():
