@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,6 +93,34 @@ def same_bytes(first: TensorSpec, second: TensorSpec) -> bool:
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     return all(bytes(a) == bytes(b) for a, b in zip(chunks(first), chunks(second), strict=True))
+
+
+def row_tiles(
+    specs: Sequence[TensorSpec], columns: int, nbytes: int
+) -> Iterator[tuple[int, list[memoryview], list[torch.Tensor]]]:
+    """Read tensors of as many elements side by side, each as a matrix of `columns` columns, some rows at a time.
+
+    Yields the number of the first row, and for each tensor the bytes of the rows and the rows themselves, (k, columns)
+    in the stored dtype; both share memory, and are valid until the next tile is asked for. A tile of the widest dtype
+    takes about `nbytes`, at least one row.
+    """
+    import torch
+
+    twins = [dtypes.to_torch(spec.dtype) for spec in specs]
+    total = specs[0].parameters // columns
+    step = max(1, nbytes // (columns * max(twin.itemsize for twin in twins)))
+    buffers = [bytearray(min(step, total) * columns * twin.itemsize) for twin in twins]
+    with ExitStack() as stack:
+        sources = [stack.enter_context(descriptor(spec.file)) for spec in specs]
+        for first in range(0, total, step):
+            count = (min(first + step, total) - first) * columns
+            pieces, rows = [], []
+            for source, spec, twin, buffer in zip(sources, specs, twins, buffers, strict=True):
+                piece = memoryview(buffer)[: count * twin.itemsize]
+                read_into(source, piece, spec.start + first * columns * twin.itemsize, spec.file)
+                pieces.append(piece)
+                rows.append(torch.frombuffer(buffer, dtype=twin, count=count).view(-1, columns))
+            yield first, pieces, rows
 
 
 def read_bytes(spec: TensorSpec) -> bytearray:

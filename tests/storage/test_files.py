@@ -128,3 +128,24 @@ def test_no_descriptor_is_left_open(source: Path) -> None:
             raise ValueError("x")
         list(files.chunks(TensorSpec("U8", (10,), source, 0, 10)))
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
+@pytest.mark.parametrize("nbytes", [1, 200, 1 << 20])
+def test_row_tiles_give_every_row_of_both_tensors_once(tmp_path: Path, nbytes: int) -> None:
+    tensors = [torch.arange(7 * 11).view(7, 11).to(dtype) for dtype in (torch.bfloat16, torch.float32)]
+    specs = []
+    for i, (tensor, dtype) in enumerate(zip(tensors, ("BF16", "F32"), strict=True)):
+        raw = b"before" + tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        (tmp_path / str(i)).write_bytes(raw)
+        specs.append(TensorSpec(dtype, (7, 11), tmp_path / str(i), 6, len(raw)))
+    seen, firsts = ([], []), []
+    for first, pieces, rows in files.row_tiles(specs, 11, nbytes):
+        firsts.append(first)
+        for i, (piece, tile) in enumerate(zip(pieces, rows, strict=True)):
+            assert bytes(piece) == tile.view(torch.uint8).numpy().tobytes()
+            seen[i].append(tile.clone())
+    assert firsts == list(range(0, 7, max(1, nbytes // 44)))
+    assert all(torch.equal(torch.cat(tiles), tensor) for tiles, tensor in zip(seen, tensors, strict=True))
+    os.truncate(specs[1].file, 200)
+    with pytest.raises(BadFile, match="became shorter while it was read"):
+        list(files.row_tiles(specs, 11, nbytes))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from threading import local
 from typing import TYPE_CHECKING
@@ -57,8 +55,7 @@ def read_delta(base: TensorSpec, tuned: TensorSpec, progress: Progress, *, keep:
     work = torch.empty(0, dtype=wide)
     base_norm2 = norm2 = 0.0
     rows: list[int] = []
-    start = 0
-    for raw, (before, after) in _tiles(base, tuned, columns):
+    for start, raw, (before, after) in files.row_tiles((base, tuned), columns, TILE):
         for hasher, piece in zip(hashers, raw, strict=True):
             hasher.update(piece)
         count = len(after)
@@ -72,14 +69,13 @@ def read_delta(base: TensorSpec, tuned: TensorSpec, progress: Progress, *, keep:
             target.copy_(after).sub_(before)
             norm2 += squared_norm(target)
             rows += [] if keep else (target.any(1).nonzero()[:, 0] + start).tolist()
-        start += count
         progress(sum(len(piece) for piece in raw))
     if not norm2 < float("inf"):
         wrong = tuned if base_norm2 < float("inf") else base
         raise BadFile(f"NaN or infinity in {wrong.file}, so the change has no norm")
-    digests = tuple(digest.finish(hasher) for hasher in hashers)
+    old, new = (digest.finish(hasher) for hasher in hashers)
     noise2 = rounding_energy(tuned) if norm2 and keep else 0.0
-    return Delta(base_norm2, norm2, norm2 == 0, tuple(rows), (digests[0], digests[1]), noise2, D if norm2 else None)
+    return Delta(base_norm2, norm2, norm2 == 0, tuple(rows), (old, new), noise2, D if norm2 else None)
 
 
 def _scratch(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
@@ -98,10 +94,10 @@ def read_norm2(spec: TensorSpec, progress: Progress) -> tuple[float, str]:
 
     hasher = digest.start_tensor(spec.dtype, spec.shape)
     total = 0.0
-    for raw, (W, _) in _tiles(spec, spec, 1):
-        hasher.update(raw[0])
+    for _, (raw,), (W,) in files.row_tiles((spec,), 1, TILE):
+        hasher.update(raw)
         total += squared_norm(W.double())
-        progress(len(raw[0]))
+        progress(len(raw))
     return total, digest.finish(hasher)
 
 
@@ -111,31 +107,8 @@ def prefetch(specs: tuple[TensorSpec, ...]) -> None:
 
     if hasattr(os, "posix_fadvise"):
         for spec in specs:
-            with files.descriptor(spec.file) as opened:
-                os.posix_fadvise(opened, spec.start, spec.nbytes, os.POSIX_FADV_WILLNEED)
-
-
-def _tiles(
-    base: TensorSpec, tuned: TensorSpec, columns: int
-) -> Iterator[tuple[list[memoryview], tuple[torch.Tensor, torch.Tensor]]]:
-    """Yield the bytes of some rows of both, and the rows themselves as matrices; valid until the next is asked for."""
-    import torch
-
-    types = [dtypes.to_torch(spec.dtype) for spec in (base, tuned)]
-    total = tuned.parameters // columns
-    step = max(1, TILE // (columns * max(dtype.itemsize for dtype in types)))
-    buffers = [bytearray(min(step, total) * columns * dtype.itemsize) for dtype in types]
-    with ExitStack() as stack:
-        opened = [stack.enter_context(files.descriptor(spec.file)) for spec in (base, tuned)]
-        for start in range(0, total, step):
-            count = (min(start + step, total) - start) * columns
-            raw, tiles = [], []
-            for source, spec, dtype, buffer in zip(opened, (base, tuned), types, buffers, strict=True):
-                piece = memoryview(buffer)[: count * dtype.itemsize]
-                files.read_into(source, piece, spec.start + start * columns * dtype.itemsize)
-                raw.append(piece)
-                tiles.append(torch.frombuffer(buffer, dtype=dtype, count=count).view(-1, columns))
-            yield raw, (tiles[0], tiles[1])
+            with files.descriptor(spec.file) as source:
+                os.posix_fadvise(source, spec.start, spec.nbytes, os.POSIX_FADV_WILLNEED)
 
 
 def rounding_energy(spec: TensorSpec) -> float:
@@ -150,9 +123,9 @@ def rounding_energy(spec: TensorSpec) -> float:
     rows = min(total, max(1, (1 << 14) // columns))
     raw = bytearray(rows * columns * dtype.itemsize)
     sampled, blocks = 0.0, 8
-    with files.descriptor(spec.file) as opened:
+    with files.descriptor(spec.file) as source:
         for block in range(blocks):
             row = (total - rows) * block // (blocks - 1)
-            files.read_into(opened, memoryview(raw), spec.start + row * columns * dtype.itemsize)
+            files.read_into(source, memoryview(raw), spec.start + row * columns * dtype.itemsize, spec.file)
             sampled += float(ulp(torch.frombuffer(raw, dtype=dtype), dtype).double().square().sum())
     return sampled / (blocks * rows * columns) / 12 * spec.parameters

@@ -11,9 +11,8 @@ they give whole columns of ΔW, so there every element of W' is known, and how m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from loratools.adapter.placement.layers import replicated
 from loratools.adapter.placement.settle import settle
@@ -27,13 +26,9 @@ from loratools.surgery.merge.options import MergeOptions, Tied
 from loratools.surgery.merge.plan import plan_merge
 from loratools.surgery.verify import probes as probing
 
-if TYPE_CHECKING:
-    import torch
-
-
 # On the bound: the estimate from k·out numbers scatters a little, and wide dtypes are no wider than their own sums.
 _SLACK = {"BF16": 1.02, "F16": 1.02, "F32": 8.0, "F64": 8.0}
-_TILE = 4 << 20
+_TILE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +158,9 @@ def _check(
         return TensorCheck(name, float("inf"), float("inf"), bound, 0.0, False)
     probes = probing.draw(plan, name, change, exact, seed)
     norm, strays, tally = 0.0, 0, probing.Tally()
-    for start, before, after in _tiles(probes[0].site.matrix, change.source, merged):
+    columns = probes[0].site.matrix[1]
+    for start, _, rows in files.row_tiles((change.source, merged), columns, _TILE):
+        before, after = (stored.double() for stored in rows)
         delta = after - before
         norm += float(after.square().sum())
         for probe in probes:
@@ -197,24 +194,3 @@ def _check(
         within and strays == 0,
         tally.wrong if exact else None,
     )
-
-
-def _tiles(
-    matrix: tuple[int, int], base: TensorSpec, merged: TensorSpec
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Yield (first row, rows of the base, rows of the merged model), both in float64."""
-    import torch
-
-    rows, columns = matrix
-    step = max(1, _TILE // (8 * columns))
-    with files.descriptor(base.file) as base_file, files.descriptor(merged.file) as merged_file:
-
-        def read(file: int, spec: TensorSpec, start: int, count: int) -> torch.Tensor:
-            dtype = dtypes.to_torch(spec.dtype)
-            raw = bytearray(count * columns * dtype.itemsize)
-            files.read_into(file, memoryview(raw), spec.start + start * columns * dtype.itemsize)
-            return torch.frombuffer(raw, dtype=dtype).double().view(-1, columns)
-
-        for start in range(0, rows, step):
-            count = min(step, rows - start)
-            yield start, read(base_file, base, start, count), read(merged_file, merged, start, count)
