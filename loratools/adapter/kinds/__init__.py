@@ -8,14 +8,14 @@ A kind file is a module with
                                       that shapes cannot tell all about takes `layout` besides, a mapping
 
 `parts` maps PEFT's names of a module's tensors (`lora_A.weight`, `lora_B.weight`, …) to lazy tensors. What others ask
-of an update is in the protocols of this file, and `_shared.py` has the usual answers. A kind whose ΔW is a product
-builds on `_product.LowRank` (two tensors as they are: `TwoFactors`), one that can make ΔW row by row on `_rowwise.py`.
+of an update is in the protocols here; `Usual` and `Term` have the answers of most. A kind whose ΔW is a product builds
+on `_product.LowRank` (two tensors as they are: `TwoFactors`), one that can make ΔW row by row on `_rowwise.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
@@ -53,39 +53,47 @@ class Factors:
 class Term(Protocol):
     """A loaded update, oriented for one site: it changes tiles of rows of the site's rectangle.
 
-    `_shared.Loaded` has the answers of most: rows one by one, whatever the base had there, and no sum with others.
+    Most are dataclasses of what was loaded that derive from it and have `apply_rows` alone: they change each row by
+    itself, whatever the base had there.
     """
+
+    __slots__ = ()
 
     @property
     def needs_base(self) -> bool:
         """Whether `apply_rows` must be given the unchanged rows, as norms over W + ΔW need them."""
-        ...
+        return False
 
     @property
     def needs_pass(self) -> bool:
         """Whether `observe_rows` must see all rows before the first is changed: a norm that runs across rows."""
-        ...
+        return False
 
     @property
     def together(self) -> int:
         """Number of rows that must come in one tile, as those of a rotation's block must; tiles are multiples of it."""
-        ...
+        return 1
 
     def is_finite(self) -> bool:
-        """Tell whether all numbers that were loaded are finite."""
-        ...
+        """Tell whether every tensor among the fields is finite, and those of the terms within it."""
+        import torch
+
+        values = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        terms = [value for value in values if hasattr(value, "is_finite")]
+        return all(bool(tensor.isfinite().all()) for tensor in tensors) and all(term.is_finite() for term in terms)
 
     def is_zero(self) -> bool:
         """Tell whether it is certain to change no weight: its ΔW is exactly zero."""
-        ...
+        return False
 
     def plus(self, other: Term) -> Term | None:
         """Return one term for what this and another of the same site add, as one sum; None where they are no sum."""
-        ...
+        return None
 
     def observe_rows(self, base: torch.Tensor, rows: slice) -> None:
         """Take in unchanged rows of the rectangle; called once for each tile, in order, if `needs_pass`."""
-        ...
+        return
 
     def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
         """Change `W`, the tile of `rows` of the rectangle in float32 or float64, in place.
@@ -132,11 +140,65 @@ class Underlying:
     below: Callable[[torch.Tensor], torch.Tensor]
 
 
-class Update(Protocol):
-    """A change of one base weight; known by shapes until it is loaded.
+class Usual(Protocol):
+    """What is asked of special kinds only, with the answers of all others, which derive from it."""
 
-    `_shared.Additive` and `_shared.OnWeight` have the answers of most to what is asked of special kinds only.
-    """
+    __slots__ = ()
+
+    @property
+    def bias(self) -> LazyTensor | None:
+        """What is added, times s, to the module's bias (out,): PEFT's `lora_bias`."""
+        return None
+
+    @property
+    def layout(self) -> Mapping[str, Any]:
+        """What the shapes of its parts do not say and `build` has to be told, as JSON values; empty for most kinds."""
+        return {}
+
+    @property
+    def direction(self) -> Update:
+        """The update without the rescaling of a kind like DoRA, whose magnitudes it leaves out; most are their own."""
+        return self  # type: ignore[return-value]
+
+    @property
+    def members(self) -> Sequence[Update]:
+        """The updates of which it is a stack, one for each expert, each with sites of its own; empty for most kinds."""
+        return ()
+
+    @property
+    def replaced_rows(self) -> Sequence[int]:
+        """Rows of the weight that it replaces whole, whatever is there: then no weight of a merge can scale it."""
+        return ()
+
+    @property
+    def by_rows(self) -> ByRows | None:
+        """The update as one that makes single rows of its ΔW; None for kinds that cannot, or need no other way."""
+        return None
+
+    def fitted(self, shape: tuple[int, ...]) -> Update:
+        """Return the update for a base weight of this shape, where its parts alone do not tell the shape.
+
+        Raises `ValueError` where it does not go with such a weight.
+        """
+        return self  # type: ignore[return-value]
+
+    def factored(self) -> Factors | None:
+        """Return the factors of ΔW, from shapes alone; None where the change is no such product."""
+        return None
+
+    def with_factors(self, left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> Update:
+        """Return an update of the same weight with ΔW = left·right, its alpha the rank, so that its scaling is 1.
+
+        `left` and `right` are as in `Factors`; `bias` (out,) is what is added to the module's bias. Raises `ValueError`
+        for a kind that is not made of two factors alone.
+        """
+        raise ValueError("an update of this kind is not made of two factors alone")
+
+
+class Update(Usual, Protocol):
+    """A change of one base weight; known by shapes until it is loaded."""
+
+    __slots__ = ()
 
     @property
     def kind(self) -> str:
@@ -171,55 +233,6 @@ class Update(Protocol):
     @property
     def additive(self) -> bool:
         """Whether it adds the same ΔW to any W: then the order among such updates means nothing."""
-        ...
-
-    @property
-    def bias(self) -> LazyTensor | None:
-        """What is added, times s, to the module's bias (out,): PEFT's `lora_bias`."""
-        ...
-
-    @property
-    def layout(self) -> Mapping[str, Any]:
-        """What the shapes of its parts do not say and `build` has to be told, as JSON values; empty for most kinds."""
-        ...
-
-    @property
-    def direction(self) -> Update:
-        """The update without the rescaling of a kind like DoRA, whose magnitudes it leaves out; most are their own."""
-        ...
-
-    @property
-    def members(self) -> Sequence[Update]:
-        """The updates of which it is a stack, one for each expert, each with sites of its own; empty for most kinds."""
-        ...
-
-    @property
-    def replaced_rows(self) -> Sequence[int]:
-        """Rows of the weight that it replaces whole, whatever is there: then no weight of a merge can scale it."""
-        ...
-
-    @property
-    def by_rows(self) -> ByRows | None:
-        """The update as one that makes single rows of its ΔW; None for kinds that cannot, or need no other way."""
-        ...
-
-    def fitted(self, shape: tuple[int, ...]) -> Update:
-        """Return the update for a base weight of this shape, where its parts alone do not tell the shape.
-
-        Raises `ValueError` where it does not go with such a weight.
-        """
-        ...
-
-    def factored(self) -> Factors | None:
-        """Return the factors of ΔW, from shapes alone; None where the change is no such product."""
-        ...
-
-    def with_factors(self, left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> Update:
-        """Return an update of the same weight with ΔW = left·right, its alpha the rank, so that its scaling is 1.
-
-        `left` and `right` are as in `Factors`; `bias` (out,) is what is added to the module's bias. Raises `ValueError`
-        for a kind that is not made of two factors alone.
-        """
         ...
 
     def term(self, site: Site, weight: float, dtype: torch.dtype, device: torch.device) -> Term:

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from loratools.adapter import kinds
 from loratools.adapter import parts as part_names
-from loratools.adapter.kinds import Factors
-from loratools.adapter.kinds._shared import Additive, Loaded
+from loratools.adapter.kinds import Factors, Term
+from loratools.adapter.kinds._shared import Additive
 from loratools.adapter.parts import BIAS
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
     import torch
 
-    from loratools.adapter.kinds import Term, Underlying, Update
+    from loratools.adapter.kinds import Underlying, Update
     from loratools.adapter.site import Site
 
 
@@ -151,7 +151,7 @@ class TwoFactors(LowRank):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Product(Loaded):
+class Product(Term):
     """The term W += left · right, with left (rows, k) and right (k, columns).
 
     `left` is `factor` · diag(`scale`), rounded. What it was made of is kept, for a product of w·s, which no float32

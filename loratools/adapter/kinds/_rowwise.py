@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Self
 
-from loratools.adapter.kinds._shared import Additive, Loaded
+from loratools.adapter.kinds import Term
+from loratools.adapter.kinds._shared import Additive
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Named(Rowwise):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Added(Loaded):
+class Added(Term):
     """The term W += scale·rows."""
 
     made: Rows

@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loratools.adapter import kinds
-from loratools.adapter.kinds import Factors
+from loratools.adapter.kinds import Factors, Term
 from loratools.adapter.kinds._product import LowRank, Product
-from loratools.adapter.kinds._shared import Loaded, Wrapper
+from loratools.adapter.kinds._shared import Wrapper
 from loratools.errors import IncompatibleAdapter
 from loratools.storage.lazy import LazyTensor
 
@@ -106,7 +106,7 @@ class DoraUpdate(Wrapper):
 
 
 @dataclass(slots=True, eq=False)
-class Rescaling(Loaded):
+class Rescaling(Term):
     """The term W ← g∘(W + left·right), g = m / ‖W₀ + left·right‖, along rows of the rectangle or across them.
 
     `across` says that a feature is a column of the rectangle: then `observe_rows` gathers `squares` in a pass of its

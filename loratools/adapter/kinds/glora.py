@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratools.adapter.kinds._shared import Loaded, OnWeight
+from loratools.adapter.kinds import Term
+from loratools.adapter.kinds._shared import OnWeight
 from loratools.errors import IncompatibleAdapter
 from loratools.storage.lazy import LazyTensor
 
@@ -72,7 +73,7 @@ class GloraUpdate(OnWeight):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Mixing(Loaded):
+class Mixing(Term):
     """The term W += (W·a1)·a2 + b1·b2; the factors on the left are scaled."""
 
     a1: torch.Tensor

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from loratools.adapter.kinds._shared import Loaded, OnWeight
+from loratools.adapter.kinds import Term
+from loratools.adapter.kinds._shared import OnWeight
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class Ia3Update(OnWeight):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Scaling(Loaded):
+class Scaling(Term):
     """The term W *= factors, of rows or of columns."""
 
     factors: torch.Tensor

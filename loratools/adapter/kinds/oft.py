@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from loratools.adapter.kinds._shared import Loaded, OnWeight
+from loratools.adapter.kinds import Term
+from loratools.adapter.kinds._shared import OnWeight
 from loratools.errors import IncompatibleAdapter
 from loratools.storage.lazy import LazyTensor
 
@@ -93,7 +94,7 @@ class OftUpdate(OnWeight):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rotation(Loaded):
+class Rotation(Term):
     """The term W ← blocks·W; the rows of a block must come together."""
 
     blocks: torch.Tensor

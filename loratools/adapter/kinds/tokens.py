@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from loratools.adapter.kinds._shared import Loaded, OnWeight
+from loratools.adapter.kinds import Term
+from loratools.adapter.kinds._shared import OnWeight
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class TokensUpdate(OnWeight):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rows(Loaded):
+class Rows(Term):
     """The term W[indices] = values, indices ascending."""
 
     values: torch.Tensor

@@ -14,7 +14,8 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from loratools.adapter import kinds
-from loratools.adapter.kinds._shared import Loaded, Wrapper
+from loratools.adapter.kinds import Term
+from loratools.adapter.kinds._shared import Wrapper
 from loratools.adapter.kinds.dora import gains, squares
 from loratools.errors import IncompatibleAdapter
 from loratools.storage.lazy import LazyTensor
@@ -22,7 +23,7 @@ from loratools.storage.lazy import LazyTensor
 if TYPE_CHECKING:
     import torch
 
-    from loratools.adapter.kinds import Term, Underlying, Update
+    from loratools.adapter.kinds import Underlying, Update
     from loratools.adapter.site import Site
 
 KIND = "wdora"
@@ -80,7 +81,7 @@ class WdoraUpdate(Wrapper):
 
 
 @dataclass(slots=True, eq=False)
-class Decomposed(Loaded):
+class Decomposed(Term):
     """The term W ← f∘(W + ΔW). Norms over rows are those of a tile; norms over columns take a pass of their own."""
 
     inner: Term

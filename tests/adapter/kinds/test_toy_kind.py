@@ -78,7 +78,8 @@ ON_WEIGHT = '''
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loratools.adapter.kinds._shared import Loaded, OnWeight
+from loratools.adapter.kinds import Term
+from loratools.adapter.kinds._shared import OnWeight
 from loratools.storage.lazy import LazyTensor
 
 KIND = "mirror"
@@ -114,7 +115,7 @@ class MirrorUpdate(OnWeight):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Reflection(Loaded):
+class Reflection(Term):
     left: Any
     right: Any
 
