@@ -14,6 +14,7 @@ from loratools.cli._group import command as make
 from loratools.cli._talk import Talk, pass_talk
 
 if TYPE_CHECKING:
+    from loratools.dialects.peft.profiles import Name
     from loratools.surgery.convert import Conversion
 
 
@@ -48,7 +49,7 @@ def command(
     output: Path,
     to: str,
     base: Path | None,
-    profile: str | None,
+    profile: Name | None,
     alpha: float | None,
     enable_lora: str | None,
     base_id: str | None,

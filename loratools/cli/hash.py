@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -17,6 +17,8 @@ from loratools.storage.sources import Need
 
 if TYPE_CHECKING:
     from loratools.adapter.model import BaseIdentity
+    from loratools.storage.digest import Algorithm
+    from loratools.surgery.hash import Tier
 
 
 def _need(params: Mapping[str, Any]) -> Need:
@@ -44,7 +46,12 @@ def _need(params: Mapping[str, Any]) -> Need:
 @options.threads_option
 @pass_talk
 def command(
-    talk: Talk, checkpoint: Path, tier: str, include: tuple[str, ...], algorithm: str, threads: int | None
+    talk: Talk,
+    checkpoint: Path,
+    tier: Tier | Literal["all"],
+    include: tuple[str, ...],
+    algorithm: Algorithm,
+    threads: int | None,
 ) -> Report:
     """Print the base hash of a model: which model exactly is this?
 
@@ -65,7 +72,7 @@ def command(
     if include and tier not in ("all", "tensors"):
         raise click.UsageError(f"--include chooses tensors; it does not go with --tier {tier}")
     opened = Checkpoint.open(checkpoint)
-    tiers = ("tensors",) if include else TIERS if tier == "all" else (tier,)
+    tiers: tuple[Tier, ...] = ("tensors",) if include else TIERS if tier == "all" else (tier,)
     with talk.progress("hashing", 0 if tiers == ("schema",) else opened.nbytes) as advance:
         found = hash_checkpoint(opened, tiers, algorithm, include=include or None, threads=threads, progress=advance)
     asked = {tier: getattr(found, tier) for tier in tiers}

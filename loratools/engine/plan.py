@@ -66,17 +66,17 @@ class MergePlan:
     @property
     def adapters(self) -> tuple[Adapter, ...]:
         """The adapters, in the order of the call."""
-        return tuple(one.adapter for one in self.inputs)
+        return tuple(each.adapter for each in self.inputs)
 
     @property
     def weights(self) -> tuple[float, ...]:
         """The weight of each adapter's change."""
-        return tuple(one.weight for one in self.inputs)
+        return tuple(each.weight for each in self.inputs)
 
     @property
     def digests(self) -> tuple[str, ...]:
         """The digest of each adapter as it was read: it orders their products."""
-        return tuple(one.digest for one in self.inputs)
+        return tuple(each.digest for each in self.inputs)
 
     def touched(self) -> dict[str, Change]:
         """Return the tensors whose numbers change."""

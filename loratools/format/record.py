@@ -21,7 +21,7 @@ TOOL = f"loratools {loratools.__version__}"
 
 def of_merge(base: Checkpoint, inputs: Sequence[AdapterInput]) -> dict[str, Any]:
     """Return what a record says before the merge runs."""
-    ids = {one.adapter.base.id for one in inputs if one.adapter.base and one.adapter.base.id}
+    ids = {each.adapter.base.id for each in inputs if each.adapter.base and each.adapter.base.id}
     return {
         "schema": 1,
         "operation": "merge",
@@ -29,14 +29,14 @@ def of_merge(base: Checkpoint, inputs: Sequence[AdapterInput]) -> dict[str, Any]
         "base": {"id": ids.pop() if len(ids) == 1 else None, "schema": base.schema()},
         "adapters": [
             {
-                "digest": one.digest,
-                "weight": one.weight,
-                "dialect": one.adapter.dialect,
-                "modules": len(one.adapter.updates),
-                "kinds": ", ".join(sorted({update.kind for update in one.adapter.updates.values()})),
-                "ranks": ", ".join(str(r) for r in sorted({update.rank for update in one.adapter.updates.values()})),
+                "digest": each.digest,
+                "weight": each.weight,
+                "dialect": each.adapter.dialect,
+                "modules": len(each.adapter.updates),
+                "kinds": ", ".join(sorted({update.kind for update in each.adapter.updates.values()})),
+                "ranks": ", ".join(str(r) for r in sorted({update.rank for update in each.adapter.updates.values()})),
             }
-            for one in inputs
+            for each in inputs
         ],
     }
 

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from loratools.errors import BadFile
 
-DEFAULT = "blake3"
-ALGORITHMS = ("blake3", "sha256")
+Algorithm = Literal["blake3", "sha256"]
+
+DEFAULT: Algorithm = "blake3"
+ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 
 
 class Hasher(Protocol):

@@ -11,7 +11,7 @@ from loratools import dialects
 from loratools.adapter.model import Adapter, AdapterInput, BaseIdentity, Loss, Step
 from loratools.adapter.placement.image import named_for
 from loratools.adapter.placement.layers import replicated
-from loratools.adapter.placement.resolve import resolve
+from loratools.adapter.placement.resolve import Placement, resolve
 from loratools.adapter.placement.settle import settle
 from loratools.adapter.placement.tied import apply_policy
 from loratools.adapter.placement.whole import resolve_replacements
@@ -21,9 +21,12 @@ from loratools.format import manifest
 from loratools.format.digest import adapter_digest
 from loratools.format.manifest import NO_DIGEST
 from loratools.format.record import TOOL
+from loratools.options import Options
 from loratools.parallel import Progress
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.lazy import LazyTensor
 from loratools.surgery.hash import hash_checkpoint
+from loratools.surgery.inputs import AdapterSource, ModelSource, open_model
 
 BASE_CONFIG = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
 """Fields of a base's config.json that an adapter keeps as `settings["base_config"]`: GGUF's layout depends on them."""
@@ -42,44 +45,80 @@ class Conversion:
 
 
 def convert(
-    adapter: str | Path | Adapter,
+    adapter: AdapterSource,
     output: str | Path,
     *,
     to: str = "loratools",
-    base: str | Path | Checkpoint | None = None,
+    base: ModelSource | None = None,
     base_id: str | None = None,
-    profile: str | None = None,
+    profile: profiles.Name | None = None,
     allow_loss: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Write an adapter in the dialect `to`; with a `base`, sealed with its hash where the dialect can record one.
+    """Write an adapter in another dialect; with a base, sealed with its hash where the dialect can record one.
 
-    The base also tells what some dialects need to know (`BASE_CONFIG`). `profile` makes the adapter as one consumer of
-    PEFT adapters reads it (`serving`, `vllm`, `sglang`). The bytes of the factors stay as they are wherever the dialect
-    stores them alike. Losses are refused by name unless `allow_loss`. Raises `LossyConversion`, `IncompatibleAdapter`
-    when it does not fit the base, `OutputRefused`, `UnknownKind`.
+    The bytes of the factors stay as they are wherever the dialect stores them alike.
+
+    Args:
+        adapter: A path, an `hf://` reference, or an open `Adapter`.
+        output: The file or folder to write; it must not exist, unless `force`. A name that ends as files of tensors do
+            (`.safetensors`, …) makes a single file.
+        to: The dialect (`loratools.list_dialects()`). Default: `"loratools"`, which PEFT reads too.
+        base: The base model: a path, an `hf://` reference, or an open `Checkpoint`. It tells what some dialects need to
+            know, and all of it is read to seal the adapter. Default: the adapter stays sealed as it is, or unsealed.
+        base_id: The base model's name to record, such as `"org/model"`. Default: the one that the adapter states.
+        profile: With `to="peft"`: make the adapter as a consumer of PEFT adapters reads it, `"serving"` (what all of
+            them read), `"vllm"` or `"sglang"`. Default: as PEFT reads it.
+        allow_loss: Whether to write it where the dialect cannot say everything; the losses are in the result. Default:
+            no, they are an error.
+        force: Whether to replace an output that exists. Default: no.
+        progress: Called with the bytes of the base hashed since the last call, from any thread. Default: nobody is
+            told.
+
+    Returns:
+        What was written: dialect, digest of the adapter's tensors, base identity, losses.
+
+    Raises:
+        InvalidOption: A word or a switch cannot be.
+        UnknownKind: There is no such dialect.
+        LossyConversion: The dialect, or the profile's consumer, cannot say something; every loss is listed.
+        IncompatibleAdapter: The adapter does not fit the base.
+        OutputRefused: The output exists, is the input, or the dialect writes no such file.
+
+    Example:
+        >>> convert("adapter", "sealed", base="base").base.sealed
+        True
     """
-    checkpoint = base if isinstance(base, Checkpoint) or base is None else Checkpoint.open(base)
-    opened = adapter if isinstance(adapter, Adapter) else dialects.open_adapter(adapter, base=checkpoint)
-    checkpoint = checkpoint and replicated(checkpoint, [opened])
+    options = Options()
+    if profile is not None:
+        options.word("profile", profile, profiles.Name)
+        if to != "peft":
+            options.problems.append(f"profile is {profile!r}, which is for to='peft', not {to!r}")
+    options.flag("allow_loss", allow_loss)
+    options.flag("force", force)
+    options.done()
+    checkpoint = None if base is None else open_model(base)
+    converted = adapter if isinstance(adapter, Adapter) else dialects.open_adapter(adapter, base=checkpoint)
+    checkpoint = checkpoint and replicated(checkpoint, [converted])
     records = _records(to)
     if records:
-        opened = replace(opened, provenance=(*opened.provenance, _step(opened, to, base is not None)))
+        converted = replace(converted, provenance=(*converted.provenance, _step(converted, to, base is not None)))
     if base_id is not None:
-        opened = replace(opened, base=replace(opened.base or BaseIdentity(), id=base_id))
+        converted = replace(converted, base=replace(converted.base or BaseIdentity(), id=base_id))
     if checkpoint is not None:
-        opened = _with_config(settle(checkpoint, [AdapterInput(opened)])[0][0].adapter, checkpoint)
-        named = named_for(opened, checkpoint)
+        ((settled,), _) = settle(checkpoint, [AdapterInput(converted)])
+        converted = _with_config(settled.adapter, checkpoint)
+        in_base = named_for(converted, checkpoint)
         if records:
-            opened = seal(named, checkpoint, progress)
+            converted = seal(in_base, checkpoint, progress)
         else:
-            _check_fits(named, checkpoint)
+            _placed(in_base, checkpoint)  # which raises if it does not fit
     if profile is not None:
         shapes = {name: spec.shape for name, spec in checkpoint.specs.items()} if checkpoint else None
-        opened = profiles.apply(opened, profile, shapes)
-    losses = dialects.save_adapter(opened, output, dialect=to, allow_loss=allow_loss, force=force)
-    return Conversion(str(output), to, adapter_digest(opened), len(opened.updates), opened.base, tuple(losses))
+        converted = profiles.apply(converted, profile, shapes)
+    losses = dialects.save_adapter(converted, output, dialect=to, allow_loss=allow_loss, force=force)
+    return Conversion(str(output), to, adapter_digest(converted), len(converted.updates), converted.base, tuple(losses))
 
 
 def seal(adapter: Adapter, base: Checkpoint, progress: Progress | None = None) -> Adapter:
@@ -89,22 +128,35 @@ def seal(adapter: Adapter, base: Checkpoint, progress: Progress | None = None) -
     """
     if base.origins:
         raise IncompatibleAdapter("the format 1.0 has no words for a base with repeated layers (layer_replication)")
+    untied, placements, whole = _placed(adapter, base)
+    replacements = {name: tensor for name, tensor in whole.items() if name in base.specs}
+    touched = {placement.site.tensor for placement in placements} | replacements.keys()
+    hashes = hash_checkpoint(base, progress=progress)
+    stated = adapter.base or BaseIdentity()
+    digests = {name: hashes.tensors[name] for name in sorted(touched)}
+    identity = BaseIdentity(stated.id, stated.revision, hashes.schema, digests, hashes.root)
+    tensor_of: dict[str, str] = {}
+    for placement in placements:
+        tensor_of.setdefault(placement.module, placement.site.tensor)
+    tensor_of |= {
+        path: name
+        for path, replacement in untied.replacements.items()
+        for name, tensor in replacements.items()
+        if tensor is replacement
+    }
+    return replace(adapter, base=identity, settings=_with_tensors(adapter, tensor_of))
+
+
+def _placed(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, list[Placement], dict[str, LazyTensor]]:
+    """Return the adapter as it is placed, its placements, and base tensor -> what replaces it.
+
+    Raises `IncompatibleAdapter` unless the adapter fits the base.
+    """
     untied = apply_policy((adapter,), base.specs, base.config, "both").adapters[0]
     shapes = {name: spec.shape for name, spec in base.specs.items()}
     whole = resolve_replacements(untied, shapes)
-    placements = resolve(untied, shapes | {name: lazy.shape for name, lazy in whole.items()}, base.config)
-    paths = {name: lazy for name, lazy in whole.items() if name in shapes}
-    touched = {placement.site.tensor for placement in placements} | paths.keys()
-    hashes = hash_checkpoint(base, progress=progress)
-    old = adapter.base or BaseIdentity()
-    identity = BaseIdentity(
-        old.id, old.revision, hashes.schema, {name: hashes.tensors[name] for name in sorted(touched)}, hashes.root
-    )
-    first: dict[str, str] = {}
-    for placement in placements:
-        first.setdefault(placement.module, placement.site.tensor)
-    first |= {path: tensor for path, lazy in untied.replacements.items() for tensor in paths if paths[tensor] is lazy}
-    return replace(adapter, base=identity, settings=_with_tensors(adapter, first))
+    after = shapes | {name: tensor.shape for name, tensor in whole.items()}
+    return untied, list(resolve(untied, after, base.config)), whole
 
 
 def _records(dialect: str) -> bool:
@@ -118,16 +170,8 @@ def _with_config(adapter: Adapter, base: Checkpoint) -> Adapter:
     """Return the adapter with what the base's config.json says of its architecture and heads."""
     inner = base.config.get("text_config")
     config = {**base.config, **inner} if isinstance(inner, Mapping) else base.config
-    said = {name: config[name] for name in BASE_CONFIG if isinstance(config.get(name), str | int)}
-    return replace(adapter, settings={**adapter.settings, "base_config": said}) if said else adapter
-
-
-def _check_fits(adapter: Adapter, base: Checkpoint) -> None:
-    """Raise `IncompatibleAdapter` unless the adapter fits the base."""
-    untied = apply_policy((adapter,), base.specs, base.config, "both").adapters[0]
-    shapes = {name: spec.shape for name, spec in base.specs.items()}
-    whole = resolve_replacements(untied, shapes)
-    resolve(untied, shapes | {name: lazy.shape for name, lazy in whole.items()}, base.config)
+    kept = {name: config[name] for name in BASE_CONFIG if isinstance(config.get(name), str | int)}
+    return replace(adapter, settings={**adapter.settings, "base_config": kept}) if kept else adapter
 
 
 def _with_tensors(adapter: Adapter, tensors: dict[str, str]) -> dict[str, Any]:

@@ -2,65 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from threading import Event
+from typing import Literal, get_args
 
 from loratools.adapter.model import BaseIdentity
 from loratools.errors import LoraToolsError
-from loratools.parallel import Progress, cores, workers
+from loratools.options import Options
+from loratools.parallel import Progress, cores, no_progress, workers
 from loratools.storage import digest, files
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.digest import Algorithm
 from loratools.storage.header import TensorSpec
+from loratools.storage.sources import Location, local
 
-TIERS = ("schema", "tensors", "root")
+Tier = Literal["schema", "tensors", "root"]
+"""A part of the base hash: of names, dtypes and shapes; of each tensor; of all tensors."""
+
+TIERS: tuple[Tier, ...] = get_args(Tier)
 
 
 def hash_checkpoint(
-    checkpoint: Checkpoint,
-    tiers: Collection[str] = TIERS,
-    algorithm: str = digest.DEFAULT,
+    checkpoint: Location | Checkpoint,
+    tiers: Tier | Collection[Tier] = TIERS,
+    algorithm: Algorithm = digest.DEFAULT,
     *,
-    include: Iterable[str] | None = None,
+    include: str | Iterable[str] | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> BaseIdentity:
-    """Return the asked `tiers` of the base hash of a checkpoint (spec/v1; construction in `storage/digest.py`).
+    """Return the base hash of a model: which model exactly is this? (spec/v1; construction in `storage/digest.py`)
 
-    `schema` reads no tensor; `tensors` reads those that match one of the patterns `include` (all by default; `*` and
-    `?` as in a shell); `root` reads all. `threads` (one per core by default) share the tensors, largest first; the
-    result does not depend on them. `progress` is called with the bytes read since the last call, from any thread.
+    The hash does not depend on how the tensors are spread over files, on their order, or on threads.
 
-    Raises `LoraToolsError` for a pattern that matches nothing, `BadFile` for a file that cannot be read.
+    Args:
+        checkpoint: The model: a path, an `hf://` reference (of which `"schema"` alone fetches the headers only), or an
+            open `Checkpoint`.
+        tiers: Which parts of the hash, one or several: `"schema"` reads no tensor, `"tensors"` those that `include`
+            names, `"root"` all. Default: all three.
+        algorithm: `"blake3"` or `"sha256"`. Default: `"blake3"`.
+        include: Patterns of tensor names for `"tensors"`, one or several, with `*` and `?` as in a shell. Default: all.
+        threads: Threads that share the tensors, largest first. Default: one per core.
+        progress: Called with the bytes read since the last call, from any thread. Default: nobody is told.
+
+    Returns:
+        An identity with the tiers that were asked for.
+
+    Raises:
+        InvalidOption: A tier, the algorithm or the number of threads cannot be.
+        LoraToolsError: A pattern matches no tensor.
+        BadFile: A file cannot be read.
+
+    Example:
+        >>> hash_checkpoint("base", "root").root
+        'blake3:6e1f…'
     """
-    wanted = _select(checkpoint, include) if include is not None else set(checkpoint.specs)
-    read = (wanted if "tensors" in tiers else set()) | (set(checkpoint.specs) if "root" in tiers else set())
+    tiers = (tiers,) if isinstance(tiers, str) else tuple(tiers)
+    options = Options()
+    for tier in tiers:
+        options.word("tiers", tier, Tier)
+    options.word("algorithm", algorithm, Algorithm)
+    options.number("threads", threads, least=1, optional=True)
+    options.done()
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = Checkpoint.open(local(checkpoint, "header" if set(tiers) <= {"schema"} else "checkpoint"))
+    selected = set(checkpoint.specs) if include is None else _select(checkpoint, include)
+    read = (selected if "tensors" in tiers else set()) | (set(checkpoint.specs) if "root" in tiers else set())
     digests = hash_tensors({name: checkpoint.specs[name] for name in read}, algorithm, threads, progress)
     return BaseIdentity(
         schema=checkpoint.schema(algorithm) if "schema" in tiers else None,
-        tensors={name: digests[name] for name in sorted(wanted)} if "tensors" in tiers else {},
+        tensors={name: digests[name] for name in sorted(selected)} if "tensors" in tiers else {},
         root=digest.root(digests, algorithm) if "root" in tiers else None,
     )
 
 
 def hash_tensors(
-    specs: dict[str, TensorSpec],
+    specs: Mapping[str, TensorSpec],
     algorithm: str = digest.DEFAULT,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, str]:
-    """Return the digest of each tensor; see `hash_checkpoint`."""
+    """Return the digest of each tensor; the parameters are those of `hash_checkpoint`."""
     stop = Event()
-    advance = progress or (lambda count: None)
+    progress = progress or no_progress
 
-    def one(spec: TensorSpec) -> str:
+    def hash_one(spec: TensorSpec) -> str:
         hasher = digest.start_tensor(spec.dtype, spec.shape, algorithm)
         try:
             for chunk in files.chunks(spec):  # reading and hashing a chunk both release the GIL
                 if stop.is_set():
                     return ""  # nobody will see it: what stopped the work is raised instead
                 hasher.update(chunk)
-                advance(len(chunk))
+                progress(len(chunk))
         except BaseException:
             stop.set()
             raise
@@ -70,18 +104,22 @@ def hash_tensors(
     order = sorted(specs, key=lambda name: (-specs[name].nbytes, name))
     with workers(threads or cores()) as pool:
         try:
-            return dict(zip(order, pool.map(one, (specs[name] for name in order)), strict=True))
+            return dict(zip(order, pool.map(hash_one, (specs[name] for name in order)), strict=True))
         except BaseException:
             stop.set()  # Ctrl-C: do not read on to the end of a tensor, or begin the next
             raise
 
 
-def _select(checkpoint: Checkpoint, include: Iterable[str]) -> set[str]:
-    found: set[str] = set()
-    for pattern in include:
+def _select(checkpoint: Checkpoint, include: str | Iterable[str]) -> set[str]:
+    """Return the names that match the patterns; raise `LoraToolsError` with every pattern that matches none."""
+    selected: set[str] = set()
+    unmatched = []
+    for pattern in [include] if isinstance(include, str) else include:
         matches = {name for name in checkpoint.specs if fnmatchcase(name, pattern)}
-        if not matches:
-            hint = "`loratools inspect --modules` lists the names."
-            raise LoraToolsError(f"{checkpoint.path}: no tensor matches {pattern!r}", hint=hint)
-        found |= matches
-    return found
+        unmatched += [] if matches else [pattern]
+        selected |= matches
+    if unmatched:
+        patterns = ", ".join(map(repr, unmatched))
+        hint = "`loratools inspect --modules` lists the names."
+        raise LoraToolsError(f"{checkpoint.path}: no tensor matches {patterns}", hint=hint)
+    return selected

@@ -44,15 +44,15 @@ def open_adapters(
 
 def under_names_of(base: Checkpoint, inputs: Sequence[AdapterInput]) -> tuple[AdapterInput, ...]:
     """Return the inputs with their adapters under the module names of a base (image models have several namings)."""
-    return tuple(replace(one, adapter=named_for(one.adapter, base)) for one in inputs)
+    return tuple(replace(each, adapter=named_for(each.adapter, base)) for each in inputs)
 
 
 def places(inputs: Sequence[AdapterInput]) -> Iterator[Path]:
     """Yield where inputs lie: an adapter that came open is known by its files alone."""
-    for one in inputs:
-        if one.path is not None:
-            yield one.path
-        yield from sorted({lazy.spec.file for lazy in one.adapter.tensors().values() if lazy.spec})
+    for each in inputs:
+        if each.path is not None:
+            yield each.path
+        yield from sorted({lazy.spec.file for lazy in each.adapter.tensors().values() if lazy.spec})
 
 
 def _open(adapter: AdapterSource, weight: float, base: Checkpoint) -> AdapterInput:

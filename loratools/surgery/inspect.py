@@ -16,6 +16,7 @@ from loratools.format.manifest import ORIGIN
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import TensorSpec
 from loratools.storage.lazy import LazyTensor
+from loratools.storage.sources import Location
 from loratools.storage.strict_json import read_json
 
 
@@ -105,22 +106,45 @@ class CheckpointSummary:
     type: str = "checkpoint"
 
 
-def inspect(path: str | Path, dialect: str | None = None) -> AdapterSummary | CheckpointSummary:
-    """Describe what is at a path: an adapter if some dialect knows it (or the named one reads it), else a checkpoint.
+def inspect(path: Location | Adapter | Checkpoint, dialect: str | None = None) -> AdapterSummary | CheckpointSummary:
+    """Describe an adapter or a model from its headers alone: no tensor is read, torch is not imported.
 
-    Raises what opening them raises: `BadFile`, `UnknownKind`, `InvalidFormat`, `UnsupportedAdapter`.
+    Args:
+        path: A path, an `hf://` reference of which the headers are fetched, an open `Adapter` or an open `Checkpoint`.
+        dialect: The dialect to read an adapter as (`loratools.list_dialects()`). Default: the one that knows its
+            contents best; what no dialect knows is a model.
+
+    Returns:
+        An `AdapterSummary` or a `CheckpointSummary`.
+
+    Raises:
+        BadFile, InvalidFormat, UnsupportedAdapter: What is there cannot be read.
+        UnknownKind: There is no such dialect, or two know the contents equally well.
+
+    Example:
+        >>> inspect("adapter").groups[0].rank
+        8
     """
-    listing = Listing.of(path)
-    if dialect is None:
-        if not any(get(name).detect(listing) for name in names()):
-            try:
-                return describe_checkpoint(Checkpoint.open(path))
-            except BadFile:
-                listing.check()  # which may say more of a file that is no model's
-                raise
-        dialect, found = detect(listing)
-        return describe_adapter(get(dialect).read(listing), listing.path, dialect, found.reason)
-    return describe_adapter(get(dialect).read(listing), listing.path, dialect, "named by the user")
+    if isinstance(path, Adapter):
+        return describe_adapter(path, _place(path), path.dialect, "opened by the caller")
+    if isinstance(path, Checkpoint):
+        return describe_checkpoint(path)
+    listing = Listing.of(path, need="header")
+    if dialect is not None:
+        return describe_adapter(get(dialect).read(listing), listing.path, dialect, "named by the user")
+    if not any(get(name).detect(listing) for name in names()):
+        try:
+            return describe_checkpoint(Checkpoint.open(listing.path))
+        except BadFile:
+            listing.check()  # which may say more of a file that is no model's
+            raise
+    dialect, evidence = detect(listing)
+    return describe_adapter(get(dialect).read(listing), listing.path, dialect, evidence.reason)
+
+
+def _place(adapter: Adapter) -> Path:
+    """Return the folder that an open adapter was read from; an empty path for one that was made in memory."""
+    return next((lazy.spec.file.parent for lazy in adapter.tensors().values() if lazy.spec), Path())
 
 
 def describe_adapter(adapter: Adapter, path: Path, dialect: str, evidence: str = "") -> AdapterSummary:
@@ -183,10 +207,10 @@ def _record(folder: Path) -> Mapping[str, Any] | None:
 
 def _groups(modules: Iterable[ModuleSummary]) -> tuple[Group, ...]:
     shared: dict[tuple[str, int, float, float], list[str]] = defaultdict(list)
-    for one in modules:
-        shared[one.kind, one.rank, one.alpha, one.scaling].append(one.module)
+    for summary in modules:
+        shared[summary.kind, summary.rank, summary.alpha, summary.scaling].append(summary.module)
     largest_first = sorted(shared.items(), key=lambda item: (-len(item[1]), item[0]))
-    return tuple(Group(*key, len(found), tuple(compact(found))) for key, found in largest_first)
+    return tuple(Group(*key, len(members), tuple(compact(members))) for key, members in largest_first)
 
 
 def _quantization(config: Mapping[str, Any]) -> str | None:
@@ -204,11 +228,11 @@ def _tensor(name: str, tensor: LazyTensor | TensorSpec) -> TensorSummary:
 
 def _amount(tensors: Iterable[LazyTensor]) -> Amount:
     listed = list(tensors)
-    return Amount(len(listed), sum(one.parameters for one in listed), sum(one.nbytes for one in listed))
+    return Amount(len(listed), sum(tensor.parameters for tensor in listed), sum(tensor.nbytes for tensor in listed))
 
 
 def _by_dtype(tensors: Iterable[LazyTensor]) -> dict[str, Amount]:
-    found: dict[str, list[LazyTensor]] = defaultdict(list)
+    groups: dict[str, list[LazyTensor]] = defaultdict(list)
     for tensor in tensors:
-        found[tensor.dtype].append(tensor)
-    return {dtype: _amount(listed) for dtype, listed in sorted(found.items())}
+        groups[tensor.dtype].append(tensor)
+    return {dtype: _amount(listed) for dtype, listed in sorted(groups.items())}

@@ -127,7 +127,7 @@ def _restore_and_merge(
     digests = {result.name: result.digests[digest.DEFAULT] for result in results if result.digests}
     of_base = {**merged.record["base"], "tensors": digests}
     record |= {"base": of_base, "tied": None, "dtype": None, "retention": retention}
-    write_companions(plan, companions(merged.model, [one.path for one in inputs]), record, scratch)
+    write_companions(plan, companions(merged.model, [each.path for each in inputs]), record, scratch)
     changed = len(plan.touched().keys() | lost.keys())
     return SwitchReport(str(output), True, changed, len(plan.changes), 0.0, retention, plan.notes)
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from loratools.adapter.model import BaseIdentity
 from loratools.format import reader
 from loratools.format import validate as rules
+from loratools.options import Options
 from loratools.parallel import Progress
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.sources import Location, local
 from loratools.surgery.base import differences
 
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """What `validate` found: the clause report, and where a base was given, how it differs from the sealed one."""
+    """The report on every clause and, where a base was given, how it differs from the sealed one."""
 
     report: rules.Report
     differences: tuple[str, ...] | None = None
@@ -27,20 +28,43 @@ class Validation:
 
 
 def validate(
-    path: str | Path,
-    base: Checkpoint | None = None,
+    path: Location,
+    base: Location | Checkpoint | None = None,
     *,
     data: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Validation:
-    """Check every clause of the specification, and with `base` every tier of the base hash that the adapter states.
+    """Check an adapter against every clause of the specification, and a base against the hash that it was sealed with.
 
-    `data` also reads the adapter's tensors and compares them with its digest; all else comes from the header. The base
-    is compared only when the adapter itself is valid. Raises `BadFile` where there is nothing to read.
+    Args:
+        path: The adapter: a safetensors file, a folder that holds one, or an `hf://` reference.
+        base: The base model: a path, an `hf://` reference, or an open `Checkpoint`. It is compared in every tier of the
+            base hash that the adapter states, if the adapter itself is valid. Default: no base is compared.
+        data: Whether to read the adapter's tensors and compare them with its digest; all else comes from the header.
+            Default: yes.
+        threads: Threads that read the base. Default: one per core.
+        progress: Called with the bytes of the base read since the last call, from any thread. Default: nobody is told.
+
+    Returns:
+        The report on the clauses, and the differences of the base, a sentence each.
+
+    Raises:
+        BadFile: There is nothing to read.
+        InvalidOption: `data` or `threads` cannot be.
+
+    Example:
+        >>> validate("sealed", "base").valid
+        True
     """
-    report = rules.report(Path(path), digest=data)
+    options = Options()
+    options.flag("data", data)
+    options.number("threads", threads, least=1, optional=True)
+    options.done()
+    path = local(path, "adapter" if data else "header")
+    report = rules.report(path, digest=data)
     if report.problems or base is None:
         return Validation(report)
-    identity = reader.read(Path(path)).base or BaseIdentity()
-    return Validation(report, tuple(differences(identity, base, threads=threads, progress=progress)))
+    identity = reader.read(path).base or BaseIdentity()
+    checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
+    return Validation(report, tuple(differences(identity, checkpoint, threads=threads, progress=progress)))

@@ -20,7 +20,7 @@ from loratools.errors import (
     UnsupportedAdapter,
 )
 from loratools.storage.checkpoint import Checkpoint
-from loratools.surgery.merge import merge, prepare
+from loratools.surgery.merge import MergeOptions, merge, prepare
 from tests.faults import mutate
 from tests.faults.expect import edit, outcome, refused
 from tests.make import tiny
@@ -162,7 +162,8 @@ def test_a_hostile_config_of_the_base(model: Path) -> None:
     for number in range(150):
         path.write_text(json.dumps(mutate.json_value(document, chance)))
         name, dtype = chance.choice(sorted(adapters)), chance.choice([None, "F32"])
-        decide = partial(prepare, model / "base", [model / f"adapter-{name}"], model / "out", dtype=dtype)
+        options = MergeOptions(dtype=dtype)
+        decide = partial(prepare, model / "base", model / f"adapter-{name}", model / "out", options=options)
         if not isinstance(found := outcome(decide), str):
             done += 1
             touched = set(found.plan.touched())

@@ -28,9 +28,9 @@ def settle(
     """
     without_copies, notes, problems = [], [], []
     names = Names(base.specs)
-    for i, one in enumerate(inputs):
-        replacements = dict(one.adapter.replacements)
-        for path, copy in one.adapter.copies.items():
+    for i, each in enumerate(inputs):
+        replacements = dict(each.adapter.replacements)
+        for path, copy in each.adapter.copies.items():
             name = _of_base(names, base, path)
             if name is not None and base.specs[name].shape == copy.shape:
                 if _equal(copy, base.specs[name]):
@@ -43,8 +43,8 @@ def settle(
             for path in replacements.keys() - heads:
                 if _last(path) in EMBEDDINGS and _same(replacements[head], replacements[path]):
                     replacements[head] = replacements[path]
-        adapter = replace(one.adapter, replacements=replacements, copies={})
-        without_copies.append(replace(one, adapter=adapter))
+        adapter = replace(each.adapter, replacements=replacements, copies={})
+        without_copies.append(replace(each, adapter=adapter))
     if problems and strict:
         raise WrongBase(
             f"{base.path} is not the base model that was copied into the adapter",
@@ -62,17 +62,17 @@ def replaced(inputs: Sequence[AdapterInput], shapes: Mapping[str, tuple[int, ...
     replacements: dict[str, TensorSpec] = {}
     rows: dict[tuple[str, int], int] = {}
     problems = []
-    for i, one in enumerate(inputs):
-        half = f"adapter {i + 1}, which cannot have the weight {one.weight:g}"
-        for module, update in one.adapter.updates.items():
-            if update.replaced_rows and one.weight != 1:
+    for i, each in enumerate(inputs):
+        half = f"adapter {i + 1}, which cannot have the weight {each.weight:g}"
+        for module, update in each.adapter.updates.items():
+            if update.replaced_rows and each.weight != 1:
                 problems.append(f"{module}: rows trained whole in {half}")
             taken = [row for row in update.replaced_rows if rows.setdefault((module, row), i) != i]
             problems += [f"{module}: row {row} is replaced by more than one adapter" for row in taken[:3]]
-        for name, tensor in resolve_replacements(one.adapter, shapes).items():
+        for name, tensor in resolve_replacements(each.adapter, shapes).items():
             if name in replacements:
                 problems.append(f"{name}: replaced by more than one adapter")
-            elif one.weight != 1:
+            elif each.weight != 1:
                 problems.append(f"{name}: trained whole in {half}")
             elif tensor.spec is None:
                 problems.append(f"{name}: adapter {i + 1} does not store it in the base's layout")

@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from loratools.adapter import factors, kinds
 from loratools.adapter.kinds import Update
@@ -44,6 +45,8 @@ class Profile:
     needs: tuple[str, str] | None = None
     max_rank: int | None = None
 
+
+Name = Literal["serving", "vllm", "sglang"]
 
 PROFILES: Mapping[str, Profile] = {
     profile.name: profile

@@ -33,7 +33,7 @@ def accounts(plan: MergePlan, inputs: Sequence[AdapterInput]) -> list[Account]:
     Raises `IncompatibleAdapter` if a part of an update has no place in the plan: nothing is dropped in silence.
     """
     every, problems = [], []
-    for i, one in enumerate(inputs):
+    for i, each in enumerate(inputs):
         placed: set[tuple[str, str]] = set()
         for change in plan.changes.values():
             for j, placement in change.placements:
@@ -44,8 +44,8 @@ def accounts(plan: MergePlan, inputs: Sequence[AdapterInput]) -> list[Account]:
         merged = plan.inputs[i].adapter
         parts = {(m.replace(".base_layer", ""), part) for m, update in merged.updates.items() for part in update.parts}
         problems += [f"adapter {i + 1}: {module}.{part}" for module, part in sorted(parts - placed)]
-        total = len(one.adapter.tensors()) + len(one.adapter.copies)
-        applied = sum(len(update.parts) for update in one.adapter.updates.values())
+        total = len(each.adapter.tensors()) + len(each.adapter.copies)
+        applied = sum(len(update.parts) for update in each.adapter.updates.values())
         every.append(Account(total, applied, len(merged.replacements), total - applied - len(merged.replacements)))
     if problems:
         raise IncompatibleAdapter("tensors of the adapter have no place in the plan of the merge", problems)

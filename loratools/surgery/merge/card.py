@@ -32,8 +32,8 @@ def card(text: str, record: Mapping[str, Any]) -> str:
     body = _SECTION.sub("\n", text).rstrip("\n")
     if not body:
         identity = base.get("id")
-        named = f"base_model: {json.dumps(identity)}\nbase_model_relation: merge\n" if identity else ""
-        body = f"---\n{named}library_name: transformers\ntags: [loratools, merge]\n---"
+        front = f"base_model: {json.dumps(identity)}\nbase_model_relation: merge\n" if identity else ""
+        body = f"---\n{front}library_name: transformers\ntags: [loratools, merge]\n---"
     return f"{body}\n\n{section}"
 
 

@@ -41,8 +41,8 @@ def plan_merge(
     Raises `IncompatibleAdapter` for modules without a place, shapes that do not fit, quantized targets, and tied
     embeddings without a policy; `WrongBase` when an adapter's recorded schema or tensor list contradicts the base.
     """
-    untied = apply_policy(tuple(one.adapter for one in inputs), base.specs, base.config, options.tied)
-    inputs = tuple(replace(one, adapter=adapter) for one, adapter in zip(inputs, untied.adapters, strict=True))
+    untied = apply_policy(tuple(each.adapter for each in inputs), base.specs, base.config, options.tied)
+    inputs = tuple(replace(each, adapter=adapter) for each, adapter in zip(inputs, untied.adapters, strict=True))
     specs = {**base.specs, **{new: base.specs[old] for new, old in untied.copies.items()}}
     shapes = {name: spec.shape for name, spec in specs.items()}
     whole = replaced(inputs, shapes)
@@ -99,11 +99,11 @@ def _config(
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the fields of config.json that change, and notes: what an untied head, new tensors and a dtype ask for."""
     config, notes = {**base.config, **untied}, []
-    for i, one in enumerate(inputs):
-        whole = {name: tensor.shape for name, tensor in resolve_replacements(one.adapter, shapes).items()}
-        fields, said = follow(config, shapes, whole, one.adapter, configs[i] if configs else None)
+    for i, each in enumerate(inputs):
+        whole = {name: tensor.shape for name, tensor in resolve_replacements(each.adapter, shapes).items()}
+        fields, sentences = follow(config, shapes, whole, each.adapter, configs[i] if configs else None)
         config |= fields
-        notes += [f"adapter {i + 1}: {sentence}" for sentence in said]
+        notes += [f"adapter {i + 1}: {sentence}" for sentence in sentences]
     if dtype:
         config |= {key: dtypes.CONFIG_NAMES[dtype] for key in ("torch_dtype", "dtype") if key in base.config}
     own = (base.stored or base).config
@@ -116,9 +116,9 @@ def _placements(
     """Return the placements on each tensor, with the adapters' numbers; an error says which adapters do not fit."""
     placements: dict[str, list[tuple[int, Placement]]] = {}
     misfits: dict[str, IncompatibleAdapter] = {}
-    for i, one in enumerate(inputs):
+    for i, each in enumerate(inputs):
         try:
-            for placement in resolve(one.adapter, shapes, base.config):
+            for placement in resolve(each.adapter, shapes, base.config):
                 placements.setdefault(placement.site.tensor, []).append((i, placement))
         except IncompatibleAdapter as error:
             misfits[f"adapter {i + 1}: " if len(inputs) > 1 else ""] = error
@@ -144,8 +144,8 @@ def _recorded_digests(
     expected: dict[str, list[tuple[int, str]]] = {}
     notes: list[str] = []
     problems: list[str] = []
-    for i, one in enumerate(inputs):
-        who, identity = f"adapter {i + 1}", one.adapter.base
+    for i, each in enumerate(inputs):
+        who, identity = f"adapter {i + 1}", each.adapter.base
         if check_base == "off":
             notes.append(f"{who}: base model not checked (--check-base off)")
         elif identity is None or not identity.sealed:

@@ -72,15 +72,15 @@ def prepare(
     if options.model_type:
         base = replace(base, config={**base.config, "model_type": options.model_type})
     inputs = open_adapters(adapters, base, weights)
-    base = replicated(base, [one.adapter for one in inputs])
+    base = replicated(base, [each.adapter for each in inputs])
     # By the places of its files too: those of a base may be links.
     of_base = [base.path, *([base.root] if base.path.is_dir() else []), *(shard.path for shard in base.shards)]
     refuse_inputs(output, [*of_base, *places(inputs)])
-    refuse_second_merge(base, [one.digest for one in inputs])
+    refuse_second_merge(base, [each.digest for each in inputs])
     settled, decided = settle(base, under_names_of(base, inputs), strict=options.check_base == "strict")
-    plan = plan_merge(base, settled, options, configs=[own_config(one.path) for one in inputs])
+    plan = plan_merge(base, settled, options, configs=[own_config(each.path) for each in inputs])
     plan = replace(plan, notes=(*plan.notes, *decided))
     record = of_merge(base, inputs)
     record |= {"dtype": options.output_dtype, "tied": options.tied if options.tied != "error" else None}
-    sources = companions(base, [one.path for one in inputs])
+    sources = companions(base, [each.path for each in inputs])
     return Merge(plan, output, sources, record, options, tuple(accounts(plan, inputs)))

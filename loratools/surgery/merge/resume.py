@@ -25,10 +25,12 @@ def fingerprint(plan: MergePlan, settings: Settings) -> str:
 
     The base is told by the size and the time of its files: reading it all would take as long as merging it.
     """
-    said = {key: value for key, value in asdict(settings).items() if key != "threads"}  # they do not change the bytes
+    # The number of threads does not change the bytes.
+    chosen = {key: value for key, value in asdict(settings).items() if key != "threads"}
     files = [file.name for file in plan.files]
-    shards = [(str(s.path.resolve()), (found := s.path.stat()).st_size, found.st_mtime_ns) for s in plan.base.shards]
-    document = {"plan": plan.to_json(1), "files": files, "base": shards, "settings": said}
+    paths = [shard.path.resolve() for shard in plan.base.shards]
+    shards = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    document = {"plan": plan.to_json(1), "files": files, "base": shards, "settings": chosen}
     hasher = digest.new()
     hasher.update(json.dumps(document, sort_keys=True, default=str).encode())
     for file in plan.files:
@@ -70,7 +72,7 @@ class Journal:
     def close(self) -> list[TensorResult]:
         """Remove the list, for the output is complete; return all that was measured."""
         (self._folder / _NAME).unlink(missing_ok=True)
-        return sorted((result for results in self.done.values() for result in results), key=lambda one: one.name)
+        return sorted((result for results in self.done.values() for result in results), key=lambda result: result.name)
 
     def _recorded(self) -> dict[str, Any]:
         path = self._folder / _NAME

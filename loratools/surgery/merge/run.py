@@ -95,9 +95,9 @@ def execute(
             if sent:
                 sent.shard(path)
 
-        left = replace(plan, files=tuple(file for file in plan.files if file.name not in reused))
+        remaining = replace(plan, files=tuple(file for file in plan.files if file.name not in reused))
         progress(sum(file.size for file in plan.files if file.name in reused))
-        results = write_weights(left, scratch, settings, progress, finished if sent or journal else None)
+        results = write_weights(remaining, scratch, settings, progress, finished if sent or journal else None)
         results = journal.close() if journal else results
         retained, total = sum(r.retained for r in results), sum(r.total for r in results)
         rate = retained / total if total else None

@@ -136,7 +136,7 @@ def _copy_base(
     if merged.record:
         restored = len(merged.record["base"]["tensors"])
     else:
-        adapters, weights = [one.adapter for one in merged.inputs], [one.weight for one in merged.inputs]
+        adapters, weights = [each.adapter for each in merged.inputs], [each.weight for each in merged.inputs]
         verification = verify(merged.model, base, adapters, weights=weights, threads=threads)
         if not verification.ok:
             raise WrongBase(

@@ -51,16 +51,16 @@ class MergedModel:
         remaining = list(range(len(entries)))
         recorded: dict[int, AdapterInput] = {}
         problems = []
-        for i, one in enumerate(inputs):
-            number = next((k for k in remaining if entries[k]["digest"] == one.digest), None)
+        for i, each in enumerate(inputs):
+            number = next((k for k in remaining if entries[k]["digest"] == each.digest), None)
             if number is None:
-                problems.append(f"adapter {i + 1}: its digest is {one.digest}")
+                problems.append(f"adapter {i + 1}: its digest is {each.digest}")
                 continue
             weight = entries[number]["weight"]
-            if weights is not None and one.weight != weight:
-                problems.append(f"adapter {i + 1}: merged with weight {weight:g}, given {one.weight:g}")
+            if weights is not None and each.weight != weight:
+                problems.append(f"adapter {i + 1}: merged with weight {weight:g}, given {each.weight:g}")
             remaining.remove(number)
-            recorded[number] = replace(one, weight=float(weight))
+            recorded[number] = replace(each, weight=float(weight))
         if problems:
             raise IncompatibleAdapter(
                 f"{model.root / RECORD}: the record of this model's merge does not list what is to be taken out",
@@ -76,16 +76,16 @@ class MergedModel:
 
     def lost(self, residual: Residual) -> dict[str, Lost]:
         """Return the tensors of the base that the residual brings back; see `engine/residual/restore.py`."""
-        adapters, weights = [one.adapter for one in self.inputs], [one.weight for one in self.inputs]
+        adapters, weights = [each.adapter for each in self.inputs], [each.weight for each in self.inputs]
         return lost_tensors(self.model, residual, adapters, weights, self.record.get("tied") or "error")
 
     def negated(self) -> tuple[AdapterInput, ...]:
         """Return the inputs with the weights that take them out again."""
-        return tuple(replace(one, weight=-one.weight) for one in self.inputs)
+        return tuple(replace(each, weight=-each.weight) for each in self.inputs)
 
     def check_layers(self) -> None:
         """Raise `IncompatibleAdapter` if the merge repeated layers: one of the base is several of the model."""
-        if replicates([one.adapter for one in self.inputs]):
+        if replicates([each.adapter for each in self.inputs]):
             raise IncompatibleAdapter(
                 f"{self.model.path}: the merge repeated layers of the base (layer_replication)",
                 hint="Only the base model leads back to it: unmerge with --base.",

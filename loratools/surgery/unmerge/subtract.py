@@ -52,10 +52,12 @@ def subtract(
         for file in plan.files
         for slot in file.slots
     }
-    bound = max((_error_bound(plan.changes[one.name].source, written[one.name]) for one in results), default=0.0)
+    bound = max(
+        (_error_bound(plan.changes[result.name].source, written[result.name]) for result in results), default=0.0
+    )
     record = of_merge(merged.model, inputs)
     record |= {"operation": operation, "approximate": True, "error_bound": bound}
-    write_companions(plan, companions(merged.model, [one.path for one in added]), record, scratch)
+    write_companions(plan, companions(merged.model, [each.path for each in added]), record, scratch)
     return Subtraction(plan, bound)
 
 

@@ -110,7 +110,7 @@ def verify(
     progress = progress or no_progress
     model, base = open_model(model), open_model(base)
     inputs = open_adapters(adapters, base, weights)
-    base = replicated(base, [one.adapter for one in inputs])
+    base = replicated(base, [each.adapter for each in inputs])
     tied: Tied = "untie" if model.specs.keys() - base.specs.keys() else "both"
     inputs, _ = settle(base, under_names_of(base, inputs), strict=False)
     plan = plan_merge(base, inputs, MergeOptions(tied=tied, check_base="off"))
