@@ -8,7 +8,8 @@ not in the model as it was. Its metadata say how the base was laid out, and in w
     direct      blocks alone: what a cast changed, or a tensor that was trained whole, is predicted to be as it now is
     stored      the base's bytes, deflated: where the merged model has nothing to predict them from
 
-Equal merges give equal residuals, whatever the number of threads.
+Equal merges give equal residuals, whatever the number of threads. `keep` writes the file after a merge, and `restore`
+writes the base again from it.
 """
 
 from __future__ import annotations
