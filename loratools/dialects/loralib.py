@@ -163,16 +163,15 @@ def _placed(b: LazyTensor, groups: int, r: int, enabled: tuple[bool, ...] | None
     if enabled is None or sum(enabled) != groups or b.shape[0] % groups:
         stated = f"{sum(enabled)} enabled were told" if enabled else "none were told"
         raise LookupError(f"a MergedLinear with {groups} enabled projections of unknown places; {stated}")
-    size = b.shape[0] // groups
-    shape = (size * len(enabled), groups * r)
-
-    def change(tensor: torch.Tensor) -> torch.Tensor:
-        grown = tensor.new_zeros(shape)
-        for i, place in enumerate(place for place, on in enumerate(enabled) if on):
-            grown[place * size : (place + 1) * size, i * r : (i + 1) * r] = tensor[i * size : (i + 1) * size]
-        return grown
-
-    return b.map(change, shape)
+    size, blocks, i = b.shape[0] // groups, [], 0
+    for on in enabled:
+        if on:
+            block = factors.rows(b, i * size, (i + 1) * size)
+            blocks.append(factors.padded(block, 1, groups * r, start=i * r))
+            i += 1
+        else:
+            blocks.append(factors.zeros((size, groups * r), b.dtype))
+    return factors.joined(blocks)
 
 
 def _conv(a: LazyTensor, b: LazyTensor, shape: tuple[int, ...]) -> dict[str, LazyTensor]:
