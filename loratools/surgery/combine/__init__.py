@@ -35,7 +35,7 @@ from loratools.surgery.base import agree
 from loratools.surgery.combine import methods, truncate, whole
 from loratools.surgery.combine.align import Aligned, align
 from loratools.surgery.combine.change import Changes, Task, for_each_module
-from loratools.surgery.combine.inputs import Inputs, Source, open_inputs, refuse_inputs
+from loratools.surgery.combine.inputs import Inputs, Source, open_inputs
 from loratools.surgery.combine.methods._terms import Library
 from loratools.surgery.combine.options import CombineOptions
 from loratools.surgery.combine.result import assemble
@@ -163,7 +163,8 @@ def run(
 ) -> Combination:
     """Do what `combine` says; `operation` is what the provenance calls it."""
     atomic.check_output(Path(output), force=options.force)
-    refuse_inputs(Path(output), [*adapters, *([initial] if initial is not None else [])])
+    sources = [*adapters, initial]
+    atomic.refuse_inputs(Path(output), [None if isinstance(each, Adapter) else each for each in sources])
     inputs = open_inputs(adapters, weights, initial, options.method)
     agreement = agree(inputs.names, [adapter.base for adapter in inputs.adapters], options.check_base)
     aligned = align(inputs.names, inputs.adapters)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loratools import dialects
 from loratools.adapter.model import Adapter
-from loratools.errors import IncompatibleAdapter, InvalidOption, LoraToolsError, OutputRefused
+from loratools.errors import IncompatibleAdapter, InvalidOption, LoraToolsError
 from loratools.format.digest import checked_digest
 from loratools.surgery.combine.align import Aligned
 from loratools.surgery.combine.weights import Weight
@@ -75,13 +75,3 @@ def _starting_point(trained: Adapter, initial: Adapter) -> Adapter:
             [f"{module}: only in the {'trained' if module in trained.updates else 'initial'} one" for module in other],
         )
     return Adapter(initial.updates, base=initial.base, dialect=initial.dialect, settings=initial.settings)
-
-
-def refuse_inputs(output: Path, sources: Sequence[Source]) -> None:
-    """Raise `OutputRefused` where the output is an input, lies in one or holds one."""
-    target = output.resolve()
-    for source in sources:
-        if not isinstance(source, Adapter):
-            place = Path(source).resolve()
-            if target == place or target in place.parents or place in target.parents:
-                raise OutputRefused(f"{output} is, holds or lies in the input {source}", hint="Choose another output.")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from loratools.cli._run import run
 from loratools.errors import InvalidOption, LoraToolsError
 from loratools.surgery.merge import MergeOptions, merge
 from tests.surgery.models import load, lora, same_bytes, save, weights_of
@@ -94,3 +95,15 @@ def test_one_path_and_one_weight_are_lists_of_one(tmp_path: Path) -> None:
     merge(base, paths, tmp_path / "listed", weights=[0.5])
     merge(str(base), str(paths[0]), str(tmp_path / "single"), weights=0.5)
     assert same_bytes(load(tmp_path / "listed")["a.weight"], load(tmp_path / "single")["a.weight"])
+
+
+@pytest.mark.parametrize("name", ["dtype", "tied", "check_base", "retention", "rounding", "device", "max_shard_size"])
+def test_the_command_line_has_the_same_lists(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    value, sentence = WRONG[name]
+    save(tmp_path, weights_of({"a": (24, 16)}, torch.float32), [lora({"a": (24, 16)})])
+    paths = [str(tmp_path / part) for part in ("base", "adapter0")]
+    assert run(["merge", *paths, "-o", str(tmp_path / "out"), f"--{name.replace('_', '-')}", value]) != 0
+    message = capsys.readouterr().err
+    *_, choices = sentence.rpartition("it can be " if "it can be" in sentence else "like ")
+    assert all(word in message for word in choices.replace(",", "").replace(" or ", " ").split())
+    assert not (tmp_path / "out").exists()
