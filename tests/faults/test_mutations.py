@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import regex  # noqa: F401  (imported on first need; an import is no memory that a file takes)
 import safetensors
 import torch
 from safetensors.torch import save
