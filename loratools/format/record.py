@@ -1,7 +1,8 @@
 """The record of a merge, `loratools.json` beside the shards of a model: which adapters, which base, how.
 
-Written by a merge; read by whoever undoes it, or must not apply an adapter twice. It has no host path and no time, so
-equal merges have equal records. A person may have edited it: `read` gives what is there, `is_complete` checks it.
+A merge writes it; `unmerge` and `switch` read it, and a merge that must not apply an adapter twice. It has no host
+path and no time, so equal merges have equal records. A person may have edited it: `read` gives what is there,
+`is_complete` checks it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Is it this base? What verbs ask of it: of adapters among themselves, of a checkpoint, and of a merge that is undone.
+"""Is it this base? Verbs ask it of adapters among themselves, of a checkpoint, and of what `unmerge` writes.
 
 All of them put the question to `adapter/identity.py`, which compares two identities; here is what each makes of it.
 """
