@@ -7,7 +7,7 @@ A LoRA adapter is a low-rank change of a model, W' = W + s·B·A. A first exampl
     print(loratools.inspect("adapter").groups)               # ranks, scalings, target modules: from headers alone
     loratools.convert("adapter", "sealed", base="base")      # now it knows which base model it belongs to
     report = loratools.merge("base", "sealed", "merged")     # exact, streamed; a wrong base is refused
-    assert loratools.verify("merged", "base", ["sealed"]).ok # proved by another path than the one that made it
+    assert loratools.verify("merged", "base", "sealed").ok   # proved by another path than the one that made it
 
 Every function is a command of `loratools` under the same name. An input is a path, a reference such as
 `hf://org/name`, or an opened value (`Adapter`, `Checkpoint`); where several adapters are expected, one may stand alone.

@@ -8,9 +8,11 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import iter_modules
+from typing import Any
 
 import click
 import pytest
@@ -18,6 +20,11 @@ import pytest
 import loratools
 from loratools.cli._run import group
 from tests.conftest import REPOSITORY, clean_env
+from tests.hub.fixtures import hub, hub_home
+from tests.hub.server import LocalHub
+from tests.hub.trips import stored
+
+__all__ = ["hub", "hub_home"]
 
 PAGE = loratools.__doc__ or ""
 NAMES = {"dialects": "list_dialects", "demo": "run_demo", "extract-svd": "extract_svd"}
@@ -29,11 +36,11 @@ import loratools
 adapter = loratools.open_adapter(Path("adapter"))
 rank = adapter.updates["model.layers.0.self_attn.q_proj"].rank
 report = loratools.merge("base", adapter, "merged", weights=0.5, dtype="bf16", max_shard_size="5GB")
-assert report.changed > rank and loratools.verify("merged", "base", ["hf://lab/adapter"], weights=[0.5]).ok
-loratools.unmerge("merged", [adapter], "unmerged", base="base")
-loratools.switch("merged", ["adapter"], [Path("other"), adapter], "switched", check_base="warn")
+assert report.changed > rank and loratools.verify("merged", "base", "hf://lab/adapter", weights=0.5).ok
+loratools.unmerge("merged", [adapter], "unmerged", base=loratools.Checkpoint.open("base"))
+loratools.switch("merged", "adapter", [Path("other"), adapter], "switched", check_base="warn")
 loratools.push("merged", "lab/merged", private=True)
-digests: str | None = loratools.hash(loratools.Checkpoint.open("base")).root
+digests: str | None = loratools.hash("base").root
 """
 CONFIG = """\
 [mypy]
@@ -102,6 +109,80 @@ def test_the_first_example_runs(workplace: Path) -> None:
     for made in ("sealed", "merged"):
         shutil.rmtree(workplace / made)
     subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=workplace, env=clean_env(), check=True)
+
+
+def kinds_of_input(workplace: Path, hub: LocalHub) -> dict[str, Callable[[str], Any]]:
+    """Return how an input of the workplace is given: by a text, a `Path`, a reference to the Hub, an open value."""
+    for name in ("base", "adapter", "other", "sealed", "merged", "tuned"):
+        stored(hub, workplace / name, f"lab/{name}")
+
+    def opened(name: str) -> Any:
+        is_model = name in ("base", "merged", "tuned")
+        return (loratools.Checkpoint.open if is_model else loratools.open_adapter)(workplace / name)
+
+    return {
+        "text": lambda name: str(workplace / name),
+        "path": lambda name: workplace / name,
+        "reference": lambda name: f"hf://lab/{name}",
+        "open": opened,
+    }
+
+
+@pytest.mark.parametrize("kind", ["text", "path", "reference", "open"])
+def test_every_function_takes_every_kind_of_input(
+    kind: str, hub: LocalHub, workplace: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    of = kinds_of_input(workplace, hub)[kind]
+    base, adapter, other, tuned = of("base"), of("adapter"), of("other"), of("tuned")
+    here = loratools.Checkpoint.open(workplace / "base")
+    identity = loratools.hash(here)
+    out = iter(tmp_path / f"made-{number}" for number in range(20))
+
+    assert loratools.inspect(adapter).total.parameters == loratools.inspect(workplace / "adapter").total.parameters
+    assert loratools.inspect(base).type == "checkpoint"
+    assert loratools.hash(base) == identity
+    assert loratools.hash(base, "schema").schema == identity.schema
+    assert loratools.spectrum(adapter).norm == loratools.spectrum(workplace / "adapter").norm
+    assert (
+        loratools.compare(adapter, other, base).cosine
+        == loratools.compare(workplace / "adapter", workplace / "other", here).cosine
+    )
+    if kind != "open":  # what is validated is a file
+        assert loratools.validate(of("sealed"), base).valid
+    assert loratools.verify(of("merged"), base, adapter).ok
+    sealed = loratools.convert(adapter, next(out), base=base)
+    assert sealed.base
+    assert sealed.base.root == identity.root
+    kept = next(out)
+    assert loratools.merge(base, adapter, next(out), dtype="bf16", max_shard_size="5GB").changed == 4
+    assert loratools.merge(base, [adapter], kept, weights=[1], keep_residual=True).residual
+    assert loratools.unmerge(kept, adapter, next(out)).root == identity.root
+    assert loratools.unmerge(loratools.Checkpoint.open(kept), [adapter], next(out), base=base).method == "base"
+    assert loratools.switch(kept, adapter, other, next(out)).exact
+    assert loratools.combine(adapter, next(out), weights=0.5).error < 1e-6
+    assert loratools.combine([adapter, other], next(out), ranks=2, check_base="off").error < 1
+    assert loratools.resize(adapter, next(out), 2).error < 1
+    made = next(out)
+    assert loratools.extract_svd(base, tuned, made, 4).total.layers
+    assert loratools.certify(tuned, base, made).layers
+    assert "loratools-headers" not in capfd.readouterr().err
+
+
+def test_folders_of_headers_go_away(
+    hub: LocalHub, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    of = kinds_of_input(workplace, hub)["reference"]
+    before = set(tmp_path.iterdir())
+    summary = loratools.inspect(of("sealed"))
+    assert summary.path == "hf://lab/sealed"
+    loratools.hash(of("base"), "schema")
+    assert loratools.validate(of("sealed"), data=False).valid
+    assert set(tmp_path.iterdir()) == before
+    hub.seed("lab/bad", {"adapter_config.json": b'{"peft_type": "LORA"}', "adapter_model.safetensors": b"x" * 100})
+    with pytest.raises(loratools.LoraToolsError, match=r"^hf://lab/bad/adapter_model\.safetensors: "):
+        loratools.inspect("hf://lab/bad")
+    assert set(tmp_path.iterdir()) == before
 
 
 @pytest.mark.skipif(find_spec("mypy") is None, reason="mypy is not installed")

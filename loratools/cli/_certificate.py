@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratools.cli import _show as show
@@ -33,7 +32,7 @@ def table(layers: Sequence[Layer]) -> Iterator[str]:
     )  # fmt: skip
 
 
-def report(talk: Talk, tuned: Checkpoint, base: Path, adapter: Path, seed: int, threads: int) -> show.Report:
+def report(talk: Talk, tuned: Checkpoint, base: str, adapter: str, seed: int, threads: int) -> show.Report:
     """Certify any adapter against a fine-tune, and return the report."""
     from loratools.surgery.extract.certify import certify
 

@@ -10,8 +10,8 @@ from typing import Any
 import click
 
 from loratools.cli._show import SCHEMA, Report, encode, printable
-from loratools.cli._sources import fetch
 from loratools.cli._talk import Talk
+from loratools.storage import sources
 
 SECTIONS = ("Look", "Check", "Change", "Share", "Learn")
 """Headings of `loratools --help`, in order; a command names its own."""
@@ -30,10 +30,10 @@ class Command(click.Command):
         self.params += self.common
 
     def invoke(self, ctx: click.Context) -> None:
-        """Fetch what is on the Hub, run the function, print its report, and exit with 1 where the report says so."""
+        """Run the function, print its report, and exit with 1 where the report says so."""
         talk = ctx.find_root().ensure_object(Talk)
-        with talk.decisions():
-            fetch(ctx)
+        with sources.session(talk.fetching) as session, talk.decisions():
+            talk.names = session.names
             report = super().invoke(ctx)
         if isinstance(report, Report):
             emit(report, talk)

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loratools.cli._sources import Source
-
 if TYPE_CHECKING:
     Choice = click.Choice[str]
 else:
@@ -34,13 +32,14 @@ class Words(Choice):
         return self.choices
 
 
+FACTORS = Words("loratools.storage.dtypes", "FACTORS")
+"""The dtypes that factors are stored in."""
+
 PATH = click.Path(path_type=Path)
 """A file or folder; the library says what is wrong with it, in its own words."""
 
-ADAPTER, CHECKPOINT, HEADER = Source("adapter"), Source("checkpoint"), Source("header")
-"""An input here or on the Hub, by what is read of it: all of an adapter, all of a model, the headers of either."""
-
-path_argument = click.argument("path", type=HEADER)
+INPUT = click.Path()
+"""A text that the library takes as it is: a file or folder, here or on the Hub."""
 
 output_option = click.option(
     "-o", "--output", type=PATH, required=True, metavar="PATH", help="Where the result goes; it must not exist yet."

@@ -33,7 +33,6 @@ _OPTIONS = (
     click.option("--uniform", is_flag=True, help="Give every module the one rank that the neediest calls for."),
 )
 _RULES = ("rank", "energy", "sv_ratio", "sv_fro", "sv_cumulative", "budget")
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
 def rank_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,6 +49,8 @@ def ranks_of(given: dict[str, Any], dtype: str) -> Ranks | None:
     """
     from loratools.linalg.ranks.allocate import Ranks
     from loratools.linalg.ranks.rules import Energy, Fixed, RankRule, SvCumulative, SvFro, SvRatio
+    from loratools.storage.dtypes import bits
+    from loratools.storage.sizes import parse_budget
 
     rules: dict[str, Callable[[Any], RankRule]] = {
         "rank": Fixed,
@@ -68,28 +69,10 @@ def ranks_of(given: dict[str, Any], dtype: str) -> Ranks | None:
         raise click.UsageError(f"{_listed(named)} contradict each other; give one")
     try:
         if named == ["budget"]:
-            return Ranks(budget=budget(given["budget"], dtype), **bounds)
+            return Ranks(budget=parse_budget(given["budget"], bits(dtype)), **bounds)
         return Ranks(rules[named[0]](given[named[0]]), **bounds)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-
-
-def budget(text: str, dtype: str) -> int:
-    """Return the parameters of a budget: `500000`, `2M`, or bytes such as `8MB` of a dtype; raise `ValueError`."""
-    from loratools.storage.dtypes import bits
-    from loratools.storage.sizes import parse_size
-
-    plain = text.strip().upper()
-    if plain.endswith("B"):
-        return parse_size(text) * 8 // bits(dtype)
-    number, unit = (plain[:-1], plain[-1]) if plain[-1:] in _UNITS else (plain, "")
-    try:
-        found = int(float(number) * _UNITS[unit])
-    except (ValueError, OverflowError):
-        raise ValueError(f"{text!r} is no budget; write parameters like 500000 or 2M, or bytes like 8MB") from None
-    if found < 1:
-        raise ValueError(f"{text!r} is no budget above zero")
-    return found
 
 
 def _listed(names: Any) -> str:

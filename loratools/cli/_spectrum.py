@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -20,7 +19,7 @@ _DECADES = 3  # a bar is full at σ₁ and empty at σ₁/1000
 _WIDTH = 32
 
 
-def report(path: Path, dialect: str | None, summary: AdapterSummary | CheckpointSummary) -> show.Report:
+def report(path: str, dialect: str | None, summary: AdapterSummary | CheckpointSummary) -> show.Report:
     """Return the report on an adapter's spectrum; raise `click.UsageError` for a model, which has none."""
     from loratools.surgery.spectrum import spectrum
 

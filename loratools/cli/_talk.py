@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from threading import Lock
 
@@ -103,6 +103,10 @@ class Talk:
                     bar.update(count)
 
             yield advance
+
+    def fetching(self, reference: str, total: int) -> AbstractContextManager[Progress]:
+        """Show how far the download of a reference is."""
+        return self.progress(f"fetching {reference}", total)
 
     def named(self, text: str) -> str:
         """Return a text, JSON too, with what the user called a path in the place of the path."""

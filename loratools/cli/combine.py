@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @make(section="Change")
-@click.argument("adapters", type=options.ADAPTER, nargs=-1, required=True, metavar="ADAPTER...")
+@click.argument("adapters", type=options.INPUT, nargs=-1, required=True, metavar="ADAPTER...")
 @options.output_option
 @click.option(
     "-w",
@@ -44,10 +44,14 @@ if TYPE_CHECKING:
     "--epsilon", type=float, metavar="E", help="Half the range of chances that della gives.  [default: 0.15 or less]"
 )
 @click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Seed of a method that draws.  [default: 0]")
-@click.option("--like", type=click.Choice(["peft"]), help="Where a method's definitions differ, take this library's.")
+@click.option(
+    "--like",
+    type=options.Words("loratools.surgery.combine.methods._terms", "Library"),
+    help="Where a method's definitions differ, take this library's.",
+)
 @click.option(
     "--initial",
-    type=options.ADAPTER,
+    type=options.INPUT,
     metavar="PATH",
     help="Take away the adapter that training started from, which turns PiSSA, OLoRA and CorDA into plain LoRA.",
 )
@@ -58,9 +62,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="What to do when the adapters belong to different base models.",
 )
-@click.option(
-    "--dtype", type=click.Choice(["f32", "bf16", "f16"]), default="f32", show_default=True, help="Of the factors."
-)
+@click.option("--dtype", type=options.FACTORS, default="f32", show_default=True, help="Of the factors.")
 @click.option("--modules", is_flag=True, help="List what each module keeps.")
 @options.threads_option
 @options.force_option
@@ -68,7 +70,7 @@ if TYPE_CHECKING:
 def command(
     talk: Talk,
     /,
-    adapters: tuple[Path, ...],
+    adapters: tuple[str, ...],
     output: Path,
     weights: tuple[str, ...],
     method: str,
@@ -77,7 +79,7 @@ def command(
     epsilon: float | None,
     seed: int | None,
     like: Library | None,
-    initial: Path | None,
+    initial: str | None,
     check_base: CheckBase,
     dtype: FloatName,
     modules: bool,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,14 +18,12 @@ _MOST = 10  # modules shown unless all are asked for
 
 
 @make(section="Look")
-@click.argument("first", type=options.ADAPTER)
-@click.argument("second", type=options.ADAPTER)
-@click.option(
-    "--base", type=options.CHECKPOINT, metavar="PATH", help="Base model, to measure amplification factors too."
-)
+@click.argument("first", type=options.INPUT)
+@click.argument("second", type=options.INPUT)
+@click.option("--base", type=options.INPUT, metavar="PATH", help="Base model, to measure amplification factors too.")
 @click.option("--modules", is_flag=True, help="Print every module, not only the least alike.")
 @click.option("--grid", metavar="MODULE", help="Print the whole grid of similarities of one module.")
-def command(first: Path, second: Path, base: Path | None, modules: bool, grid: str | None) -> show.Report:
+def command(first: str, second: str, base: str | None, modules: bool, grid: str | None) -> show.Report:
     """Tell how alike two adapters are: the angle between their changes, and the subspaces they use.
 
     The cosine is that of the two dW = scaling B A, computed from the factors. The input (output) overlap is the

@@ -19,12 +19,10 @@ if TYPE_CHECKING:
 
 
 @make(section="Change")
-@click.argument("adapter", type=options.ADAPTER)
+@click.argument("adapter", type=options.INPUT)
 @options.output_option
 @click.option("--to", metavar="DIALECT", default="loratools", show_default=True, help="See `loratools dialects`.")
-@click.option(
-    "--base", type=options.CHECKPOINT, metavar="PATH", help="Seal the adapter with the hash of this base model."
-)
+@click.option("--base", type=options.INPUT, metavar="PATH", help="Seal the adapter with the hash of this base model.")
 @click.option(
     "--profile",
     type=options.Words("loratools.dialects.peft.profiles", "PROFILES"),
@@ -45,10 +43,10 @@ if TYPE_CHECKING:
 @pass_talk
 def command(
     talk: Talk,
-    adapter: Path,
+    adapter: str,
     output: Path,
     to: str,
-    base: Path | None,
+    base: str | None,
     profile: Name | None,
     alpha: float | None,
     enable_lora: str | None,

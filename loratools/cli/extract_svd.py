@@ -25,8 +25,8 @@ _SHOWN = 8  # patterns of one class in the text
 
 
 @make(section="Change")
-@click.argument("base", type=options.CHECKPOINT)
-@click.argument("tuned", type=options.CHECKPOINT)
+@click.argument("base", type=options.INPUT)
+@click.argument("tuned", type=options.INPUT)
 @options.output_option
 @click.option("--rank", type=click.IntRange(min=1), metavar="R", help="The same rank everywhere.  [default: 32]")
 @click.option("--energy", type=float, metavar="SHARE", help="Per layer, the least rank that keeps this share of ΔW².")
@@ -48,9 +48,7 @@ _SHOWN = 8  # patterns of one class in the text
     help="Kinds of modules that are factored; others are saved whole.  [default: linear, conv, experts]",
 )  # fmt: skip
 @click.option("--drop-whole", is_flag=True, help="Leave out what is not factored, for servers that take only factors.")
-@click.option(
-    "--dtype", type=click.Choice(["f32", "bf16", "f16"]), default="f32", show_default=True, help="Dtype of the factors."
-)
+@click.option("--dtype", type=options.FACTORS, default="f32", show_default=True, help="Dtype of the factors.")
 @click.option("--tight", is_flag=True, help="Spend as much again on far tighter bounds.")
 @click.option("--tolerance", type=float, default=6e-4, show_default=True, help="Excess over the optimal error², about.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sketches.")
@@ -65,7 +63,7 @@ _SHOWN = 8  # patterns of one class in the text
 @options.dry_run_option
 @options.force_option
 @pass_talk
-def command(talk: Talk, /, base: Path, tuned: Path, output: Path, **given: Any) -> show.Report:
+def command(talk: Talk, /, base: str, tuned: str, output: Path, **given: Any) -> show.Report:
     """Extract the difference of a fine-tune and its base as an adapter.
 
     Every changed weight W' - W becomes factors B A near the best of their rank, in float32, with alpha = rank; what has
@@ -123,6 +121,8 @@ def document(found: Extraction) -> dict[str, Any]:
 def _ranks(given: dict[str, Any], dtype: str) -> Ranks:
     from loratools.linalg.ranks.allocate import Ranks
     from loratools.linalg.ranks.rules import Energy, Fixed, Ratio
+    from loratools.storage.dtypes import bits
+    from loratools.storage.sizes import parse_budget
 
     asked = [name for name in ("rank", "energy", "ratio", "noise", "budget") if given[name] not in (None, False)]
     if len(asked) > 1:
@@ -130,7 +130,7 @@ def _ranks(given: dict[str, Any], dtype: str) -> Ranks:
     bounds = (given["uniform"], given["min_rank"], given["max_rank"], given["multiple_of"])
     try:
         if given["budget"]:
-            return Ranks(None, False, _parameters(given["budget"], dtype), *bounds)
+            return Ranks(None, False, parse_budget(given["budget"], bits(dtype)), *bounds)
         if given["noise"]:
             return Ranks(None, True, None, *bounds)
         if given["energy"] is not None:
@@ -139,20 +139,6 @@ def _ranks(given: dict[str, Any], dtype: str) -> Ranks:
         return Ranks(rule, False, None, *bounds)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-
-
-def _parameters(text: str, dtype: str) -> int:
-    """Return a budget as a number of parameters: `20M` and `20000000` are parameters, `64MB` and `64MiB` are bytes."""
-    from loratools.storage import dtypes
-    from loratools.storage.sizes import parse_size
-
-    amount = text.strip()
-    try:
-        if amount.upper().endswith("B"):
-            return parse_size(amount) * 8 // dtypes.bits(dtype)
-        return parse_size(f"{amount}B" if amount[-1:].isalpha() else amount)
-    except ValueError:
-        raise ValueError(f"--budget {text!r} is no amount: write 20M parameters, or 64MB") from None
 
 
 def _dry(pairing: Pairing, before: Any, after: Any) -> show.Report:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from loratools.cli import _options as options
 from loratools.cli._group import command as make
 from loratools.cli._show import Report
-from loratools.cli._sources import Source
 from loratools.cli._talk import Talk, pass_talk
-from loratools.storage.sources import Need
 
 if TYPE_CHECKING:
     from loratools.adapter.model import BaseIdentity
@@ -21,12 +18,8 @@ if TYPE_CHECKING:
     from loratools.surgery.hash import Tier
 
 
-def _need(params: Mapping[str, Any]) -> Need:
-    return "header" if params["tier"] == "schema" and not params["include"] else "checkpoint"
-
-
 @make(section="Look")
-@click.argument("checkpoint", type=Source(_need))
+@click.argument("checkpoint", type=options.INPUT)
 @click.option(
     "--tier",
     type=options.Words("loratools.surgery.hash", "TIERS", "all"),
@@ -46,13 +39,9 @@ def _need(params: Mapping[str, Any]) -> Need:
 @options.threads_option
 @pass_talk
 def command(
-    talk: Talk,
-    checkpoint: Path,
-    tier: Tier | Literal["all"],
-    include: tuple[str, ...],
-    algorithm: Algorithm,
+    talk: Talk, checkpoint: str, tier: Tier | Literal["all"], include: tuple[str, ...], algorithm: Algorithm,
     threads: int | None,
-) -> Report:
+) -> Report:  # fmt: skip
     """Print the base hash of a model: which model exactly is this?
 
     CHECKPOINT is a safetensors file, or a folder of them with or without an index. The hash does not depend on how
@@ -66,23 +55,24 @@ def command(
       loratools hash hf://lab/base --tier schema
       loratools hash base --include '*.self_attn.q_proj.weight' --algorithm sha256
     """
+    from loratools.storage import sources
     from loratools.storage.checkpoint import Checkpoint
     from loratools.surgery.hash import TIERS, hash_checkpoint
 
     if include and tier not in ("all", "tensors"):
         raise click.UsageError(f"--include chooses tensors; it does not go with --tier {tier}")
-    opened = Checkpoint.open(checkpoint)
     tiers: tuple[Tier, ...] = ("tensors",) if include else TIERS if tier == "all" else (tier,)
-    with talk.progress("hashing", 0 if tiers == ("schema",) else opened.nbytes) as advance:
-        found = hash_checkpoint(opened, tiers, algorithm, include=include or None, threads=threads, progress=advance)
-    asked = {tier: getattr(found, tier) for tier in tiers}
-    return Report({"path": checkpoint, "algorithm": algorithm, "hash": asked}, _lines(found))
+    model = Checkpoint.open(sources.local(checkpoint, "header" if tiers == ("schema",) else "checkpoint"))
+    with talk.progress("hashing", 0 if tiers == ("schema",) else model.nbytes) as advance:
+        identity = hash_checkpoint(model, tiers, algorithm, include=include or None, threads=threads, progress=advance)
+    asked = {tier: getattr(identity, tier) for tier in tiers}
+    return Report({"path": checkpoint, "algorithm": algorithm, "hash": asked}, _lines(identity))
 
 
-def _lines(found: BaseIdentity) -> Iterator[str]:
-    for name, digest in found.tensors.items():
+def _lines(identity: BaseIdentity) -> Iterator[str]:
+    for name, digest in identity.tensors.items():
         yield f"{digest}  {name}"
-    if found.schema:
-        yield f"{found.schema}  (schema)"
-    if found.root:
-        yield f"{found.root}  (root)"
+    if identity.schema:
+        yield f"{identity.schema}  (schema)"
+    if identity.root:
+        yield f"{identity.root}  (root)"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,11 +17,11 @@ if TYPE_CHECKING:
 
 
 @make(section="Look")
-@options.path_argument
+@click.argument("path", type=options.INPUT)
 @click.option("--modules", is_flag=True, help="List every module of an adapter, every tensor of a checkpoint.")
 @click.option("--spectrum", is_flag=True, help="Singular values of every module of an adapter; this reads the factors.")
 @options.dialect_option
-def command(path: Path, modules: bool, spectrum: bool, dialect: str | None) -> show.Report:
+def command(path: str, modules: bool, spectrum: bool, dialect: str | None) -> show.Report:
     """Describe an adapter or a model, from headers alone unless --spectrum is given.
 
     Of an adapter: its dialect, ranks, alpha and scaling, target modules, size, the base model it belongs to and what

@@ -12,7 +12,6 @@ import click
 from loratools.cli import _options as options
 from loratools.cli import _show as show
 from loratools.cli._group import command as make
-from loratools.cli._sources import Source
 from loratools.cli._talk import Talk, pass_talk
 
 if TYPE_CHECKING:
@@ -32,8 +31,8 @@ def _needed(context: click.Context, option: click.Parameter, value: Path | None)
 
 
 @make(section="Change")
-@click.argument("base", type=Source(lambda params: "header" if params["dry_run"] else "checkpoint"))
-@click.argument("adapters", type=options.ADAPTER, nargs=-1, required=True, metavar="ADAPTER...")
+@click.argument("base", type=options.INPUT)
+@click.argument("adapters", type=options.INPUT, nargs=-1, required=True, metavar="ADAPTER...")
 @click.option(
     "-o",
     "--output",
@@ -96,8 +95,8 @@ def _needed(context: click.Context, option: click.Parameter, value: Path | None)
 @pass_talk
 def command(
     talk: Talk,
-    base: Path,
-    adapters: tuple[Path, ...],
+    base: str,
+    adapters: tuple[str, ...],
     output: Path | None,
     weights: tuple[float, ...],
     dtype: FloatName | None,
@@ -138,6 +137,8 @@ def command(
     """
     from contextlib import ExitStack
 
+    from loratools.storage import sources
+    from loratools.storage.checkpoint import Checkpoint
     from loratools.surgery.merge import execute, prepare
     from loratools.surgery.merge.options import MergeOptions
 
@@ -147,6 +148,7 @@ def command(
         raise click.UsageError("--resume does not go with --push: what was sent is not sent again anyway")
     if no_local and (not push or keep_residual or verify):
         raise click.UsageError("--no-local needs --push, and leaves nothing for --keep-residual or --verify")
+    model = Checkpoint.open(sources.local(base, "header" if dry_run else "checkpoint"))
     with ExitStack() as stack:
         if no_local or output is None:
             output = Path(stack.enter_context(TemporaryDirectory(prefix="loratools-"))) / "merged"
@@ -155,7 +157,7 @@ def command(
             retention=retention, rounding=rounding, seed=seed, keep_residual=keep_residual, resume=resume,
             device=device, threads=threads, force=force,
         )  # fmt: skip
-        prepared = prepare(base, adapters, output, weights=weights or None, options=choices)
+        prepared = prepare(model, adapters, output, weights=weights or None, options=choices)
         for note in prepared.plan.notes:
             talk.note(note)
         plan = prepared.to_json()
@@ -185,7 +187,7 @@ def command(
     from loratools.surgery.verify import verify as prove
 
     with talk.progress("verifying", 2 * plan["bytes"]["written"]) as advance:
-        proof = prove(output, base, adapters, weights=weights or None, progress=advance)
+        proof = prove(output, model, adapters, weights=weights or None, progress=advance)
     document["verification"] = show.plain(proof)
     return show.Report(document, [*text, *lines(proof, every=False)], proof.ok)
 

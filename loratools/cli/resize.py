@@ -18,12 +18,10 @@ if TYPE_CHECKING:
 
 
 @make(section="Change")
-@click.argument("adapter", type=options.ADAPTER)
+@click.argument("adapter", type=options.INPUT)
 @options.output_option
 @rank_options
-@click.option(
-    "--dtype", type=click.Choice(["f32", "bf16", "f16"]), default="f32", show_default=True, help="Of the factors."
-)
+@click.option("--dtype", type=options.FACTORS, default="f32", show_default=True, help="Of the factors.")
 @options.dialect_option
 @options.threads_option
 @options.force_option
@@ -31,7 +29,7 @@ if TYPE_CHECKING:
 def command(
     talk: Talk,
     /,
-    adapter: Path,
+    adapter: str,
     output: Path,
     dtype: FloatName,
     dialect: str | None,

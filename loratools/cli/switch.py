@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 @make(section="Change")
-@click.argument("model", type=options.CHECKPOINT)
+@click.argument("model", type=options.INPUT)
 @click.option(
-    "--out", type=options.ADAPTER, required=True, multiple=True, metavar="PATH",
+    "--out", type=options.INPUT, required=True, multiple=True, metavar="PATH",
     help="Adapter to take out; once for each.",
 )  # fmt: skip
 @click.option(
-    "--in", "into", type=options.ADAPTER, required=True, multiple=True, metavar="PATH",
+    "--in", "into", type=options.INPUT, required=True, multiple=True, metavar="PATH",
     help="Adapter to put in; once for each.",
 )  # fmt: skip
 @options.output_option
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 @pass_talk
 def command(
     talk: Talk,
-    model: Path,
-    out: tuple[Path, ...],
-    into: tuple[Path, ...],
+    model: str,
+    out: tuple[str, ...],
+    into: tuple[str, ...],
     output: Path,
     weights: tuple[float, ...],
     check_base: CheckBase,
@@ -63,8 +63,8 @@ def command(
         raise click.UsageError(f"{len(weights)} weight(s) for {len(into)} adapter(s); give -w once for each")
     with talk.progress("switching", Checkpoint.open(model).nbytes) as advance:
         report = switch(
-            model, out, into, output, weights=weights or None, check_base=check_base, threads=threads, force=force,
-            progress=advance,
+            model, out, into, output, weights=weights or None,
+            check_base=check_base, threads=threads, force=force, progress=advance,
         )  # fmt: skip
     for note in report.notes:
         talk.note(note)

@@ -24,20 +24,20 @@ _WAYS = {
 
 
 @make(section="Change")
-@click.argument("model", type=options.CHECKPOINT)
-@click.argument("adapters", type=options.ADAPTER, nargs=-1, required=True, metavar="ADAPTER...")
+@click.argument("model", type=options.INPUT)
+@click.argument("adapters", type=options.INPUT, nargs=-1, required=True, metavar="ADAPTER...")
 @options.output_option
-@click.option("--base", type=options.CHECKPOINT, metavar="PATH", help="The base model, where it is at hand.")
+@click.option("--base", type=options.INPUT, metavar="PATH", help="The base model, where it is at hand.")
 @options.weight_option
 @options.threads_option
 @options.force_option
 @pass_talk
 def command(
     talk: Talk,
-    model: Path,
-    adapters: tuple[Path, ...],
+    model: str,
+    adapters: tuple[str, ...],
     output: Path,
-    base: Path | None,
+    base: str | None,
     weights: tuple[float, ...],
     threads: int | None,
     force: bool,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -11,7 +10,6 @@ import click
 from loratools.cli import _options as options
 from loratools.cli._group import command as make
 from loratools.cli._show import Report
-from loratools.cli._sources import Source
 from loratools.cli._talk import Talk, pass_talk
 
 if TYPE_CHECKING:
@@ -19,14 +17,12 @@ if TYPE_CHECKING:
 
 
 @make(section="Check")
-@click.argument("adapter", type=Source(lambda params: "header" if params["header_only"] else "adapter"))
-@click.option(
-    "--base", type=options.CHECKPOINT, metavar="PATH", help="Also compare this base model with the base hash."
-)
+@click.argument("adapter", type=options.INPUT)
+@click.option("--base", type=options.INPUT, metavar="PATH", help="Also compare this base model with the base hash.")
 @click.option("--header-only", is_flag=True, help="Do not read the data to compare them with the adapter's digest.")
 @options.threads_option
 @pass_talk
-def command(talk: Talk, adapter: Path, base: Path | None, header_only: bool, threads: int | None) -> Report:
+def command(talk: Talk, adapter: str, base: str | None, header_only: bool, threads: int | None) -> Report:
     """Check an adapter against the loratools format, clause by clause.
 
     ADAPTER is a safetensors file or a folder. Every problem is printed with the clause of the specification that it
@@ -57,7 +53,7 @@ def command(talk: Talk, adapter: Path, base: Path | None, header_only: bool, thr
     return Report(document, _lines(adapter, base, found), ok=found.valid)
 
 
-def _lines(adapter: Path, base: Path | None, found: Validation) -> Iterator[str]:
+def _lines(adapter: str, base: str | None, found: Validation) -> Iterator[str]:
     report = found.report
     yield from map(str, report.problems)
     for difference in found.differences or ():

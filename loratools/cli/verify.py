@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -20,10 +19,10 @@ _MOST = 10  # lines of one kind, where not all are asked for
 
 
 @make(section="Check")
-@click.argument("model", type=options.CHECKPOINT)
-@click.option("--base", type=options.CHECKPOINT, required=True, metavar="PATH", help="The base model.")
+@click.argument("model", type=options.INPUT)
+@click.option("--base", type=options.INPUT, required=True, metavar="PATH", help="The base model.")
 @click.option(
-    "--adapter", "adapters", type=options.ADAPTER, required=True, multiple=True, metavar="PATH",
+    "--adapter", "adapters", type=options.INPUT, required=True, multiple=True, metavar="PATH",
     help="The adapter; once for each.",
 )  # fmt: skip
 @options.weight_option
@@ -38,9 +37,9 @@ _MOST = 10  # lines of one kind, where not all are asked for
 @pass_talk
 def command(
     talk: Talk,
-    model: Path,
-    base: Path,
-    adapters: tuple[Path, ...],
+    model: str,
+    base: str,
+    adapters: tuple[str, ...],
     weights: tuple[float, ...],
     exact: bool,
     tensors: bool,

@@ -89,7 +89,7 @@ def read(path: Path, *, base_model: str | None = None) -> Subject:
         record = read_json(present[RECORD]) if RECORD in present else {}
         stated = record.get("base")
         stated_name = base_model or (stated.get("id") if isinstance(stated, Mapping) else None)
-        summary = describe_checkpoint(Checkpoint.open(path))
+        summary = describe_checkpoint(Checkpoint.open(path), path)
         return Subject(path, kind, content, summary, _name(stated_name, path), None, None, record, left_out)
     return _adapter(path, content, left_out, base_model)
 

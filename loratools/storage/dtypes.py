@@ -89,6 +89,9 @@ ALIASES = {
 SPELLINGS = ("bf16", "f16", "f32", "f64")
 """The shortest spelling of each: what messages and the command line list."""
 
+FACTORS = ("f32", "bf16", "f16")
+"""Those that the factors of an adapter are stored in."""
+
 FloatName = Literal[
     "bf16", "f16", "f32", "f64", "BF16", "F16", "F32", "F64", "bfloat16", "float16", "float32", "float64",
 ]  # fmt: skip

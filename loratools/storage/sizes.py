@@ -25,3 +25,17 @@ def _read(size: object) -> int:
         return int(float(number) * _UNITS[text[len(number) :].strip().upper()])
     except (ValueError, KeyError, OverflowError):
         raise ValueError(f"{size!r} is not a size; write it like 5GB, 500MB or 2GiB") from None
+
+
+def parse_budget(text: str, bits: int) -> int:
+    """Return a budget as a number of parameters: `500000` or `2M`, or what `8MB` hold of parameters of so many bits.
+
+    Raises `ValueError` for a text that is neither, and for a budget that is not above zero.
+    """
+    letters = text.strip().upper()
+    try:
+        if letters.endswith("B"):
+            return parse_size(text) * 8 // bits
+        return parse_size(f"{text.strip()}B" if letters[-1:] in ("K", "M", "G") else text)
+    except ValueError:
+        raise ValueError(f"{text!r} is no budget: write 20M parameters, or 64MB") from None

@@ -12,7 +12,6 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -36,17 +35,17 @@ Fetching = Callable[[str, int], AbstractContextManager[Progress]]
 _RESOLVERS: dict[str, tuple[str, str]] = {}
 
 
-@dataclass(slots=True, eq=False)
 class Session:
     """What became of references in the course of one task: each was resolved once.
 
     `names` are paths that go away with the task, and the references that they stood for; `folders` hold them.
     """
 
-    fetching: Fetching = lambda reference, total: nullcontext(lambda count: None)
-    paths: dict[tuple[str, Need], Path] = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)
-    folders: list[str] = field(default_factory=list)
+    def __init__(self, fetching: Fetching | None = None) -> None:
+        self.fetching = fetching or (lambda reference, total: nullcontext(lambda count: None))
+        self.paths: dict[tuple[str, Need], Path] = {}
+        self.names: dict[str, str] = {}
+        self.folders: list[str] = []
 
     def named(self, text: str) -> str:
         """Return a text with references in the place of paths that only this task knows."""
@@ -120,7 +119,7 @@ def session(fetching: Fetching | None = None) -> Iterator[Session]:
     if outer := _CURRENT.get():
         yield outer
         return
-    current = Session() if fetching is None else Session(fetching)
+    current = Session(fetching)
     token = _CURRENT.set(current)
     try:
         yield current

@@ -15,7 +15,7 @@ from loratools.storage import digest, files
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.digest import Algorithm
 from loratools.storage.header import TensorSpec
-from loratools.storage.sources import Location, local
+from loratools.storage.sources import Location, local, session
 
 Tier = Literal["schema", "tensors", "root"]
 """A part of the base hash: of names, dtypes and shapes; of each tensor; of all tensors."""
@@ -23,6 +23,7 @@ Tier = Literal["schema", "tensors", "root"]
 TIERS: tuple[Tier, ...] = get_args(Tier)
 
 
+@session()
 def hash_checkpoint(
     checkpoint: Location | Checkpoint,
     tiers: Tier | Collection[Tier] = TIERS,

@@ -16,7 +16,7 @@ from loratools.format.manifest import ORIGIN
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import TensorSpec
 from loratools.storage.lazy import LazyTensor
-from loratools.storage.sources import Location
+from loratools.storage.sources import Location, session
 from loratools.storage.strict_json import read_json
 
 
@@ -67,9 +67,12 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class AdapterSummary:
-    """What an adapter is; `digest` is the one its file states, and `dtypes` counts its own tensors by dtype."""
+    """What an adapter is; `digest` is the one its file states, and `dtypes` counts its own tensors by dtype.
 
-    path: Path
+    `path` is as the call has it; of an open adapter it is the folder of its files.
+    """
+
+    path: str
     dialect: str
     evidence: str
     groups: tuple[Group, ...]
@@ -91,7 +94,7 @@ class CheckpointSummary:
     `record` is what loratools.json says of the merge that it came out of.
     """
 
-    path: Path
+    path: str
     architecture: str | None
     model_type: str | None
     tied: bool | None
@@ -106,6 +109,7 @@ class CheckpointSummary:
     type: str = "checkpoint"
 
 
+@session()
 def inspect(path: Location | Adapter | Checkpoint, dialect: str | None = None) -> AdapterSummary | CheckpointSummary:
     """Describe an adapter or a model from its headers alone: no tensor is read, torch is not imported.
 
@@ -128,18 +132,18 @@ def inspect(path: Location | Adapter | Checkpoint, dialect: str | None = None) -
     if isinstance(path, Adapter):
         return describe_adapter(path, _place(path), path.dialect, "opened by the caller")
     if isinstance(path, Checkpoint):
-        return describe_checkpoint(path)
+        return describe_checkpoint(path, path.path)
     listing = Listing.of(path, need="header")
     if dialect is not None:
-        return describe_adapter(get(dialect).read(listing), listing.path, dialect, "named by the user")
+        return describe_adapter(get(dialect).read(listing), path, dialect, "named by the user")
     if not any(get(name).detect(listing) for name in names()):
         try:
-            return describe_checkpoint(Checkpoint.open(listing.path))
+            return describe_checkpoint(Checkpoint.open(listing.path), path)
         except BadFile:
             listing.check()  # which may say more of a file that is no model's
             raise
     dialect, evidence = detect(listing)
-    return describe_adapter(get(dialect).read(listing), listing.path, dialect, evidence.reason)
+    return describe_adapter(get(dialect).read(listing), path, dialect, evidence.reason)
 
 
 def _place(adapter: Adapter) -> Path:
@@ -147,8 +151,8 @@ def _place(adapter: Adapter) -> Path:
     return next((lazy.spec.file.parent for lazy in adapter.tensors().values() if lazy.spec), Path())
 
 
-def describe_adapter(adapter: Adapter, path: Path, dialect: str, evidence: str = "") -> AdapterSummary:
-    """Summarize an open adapter."""
+def describe_adapter(adapter: Adapter, path: Location, dialect: str, evidence: str = "") -> AdapterSummary:
+    """Summarize an open adapter; `path` is where it is said to lie."""
     modules = tuple(
         ModuleSummary(
             module, update.kind, update.rank, update.alpha, update.scaling, update.shape,
@@ -158,7 +162,7 @@ def describe_adapter(adapter: Adapter, path: Path, dialect: str, evidence: str =
     )  # fmt: skip
     tensors = adapter.tensors()
     return AdapterSummary(
-        path=path,
+        path=str(path),
         dialect=dialect,
         evidence=evidence,
         groups=_groups(modules),
@@ -172,15 +176,15 @@ def describe_adapter(adapter: Adapter, path: Path, dialect: str, evidence: str =
     )
 
 
-def describe_checkpoint(checkpoint: Checkpoint) -> CheckpointSummary:
-    """Summarize an open checkpoint."""
+def describe_checkpoint(checkpoint: Checkpoint, path: Location) -> CheckpointSummary:
+    """Summarize an open checkpoint; `path` is where it is said to lie."""
     config = checkpoint.config
     specs = checkpoint.specs
     architectures, model_type, tied = (
         config.get(key) for key in ("architectures", "model_type", "tie_word_embeddings")
     )
     return CheckpointSummary(
-        path=checkpoint.path,
+        path=str(path),
         architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else None,
         model_type=model_type if isinstance(model_type, str) else None,
         tied=tied if isinstance(tied, bool) else None,

@@ -10,7 +10,7 @@ from loratools.format import validate as rules
 from loratools.options import Options
 from loratools.parallel import Progress
 from loratools.storage.checkpoint import Checkpoint
-from loratools.storage.sources import Location, local
+from loratools.storage.sources import Location, local, session
 from loratools.surgery.base import differences
 
 
@@ -27,6 +27,7 @@ class Validation:
         return not self.report.problems and not self.differences
 
 
+@session()
 def validate(
     path: Location,
     base: Location | Checkpoint | None = None,

@@ -23,7 +23,7 @@ def run(shell: Callable, line: str, folder: Path) -> dict:
     [
         ("--rank 4 --energy 0.9", "--rank and --energy are different ways to choose ranks; give one"),
         ("--energy 1.5", "energy is a share"),
-        ("--budget much", "--budget 'much' is no amount: write 20M parameters, or 64MB"),
+        ("--budget much", "'much' is no budget: write 20M parameters, or 64MB"),
         ("--min-rank 9 --max-rank 4", "ranks between 9 and 4"),
         ("--rank 0", "0 is not in the range"),
     ],
