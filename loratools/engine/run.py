@@ -14,6 +14,7 @@ from pathlib import Path
 from threading import Event, local
 from typing import Any
 
+from loratools.decisions import decided
 from loratools.engine import stochastic
 from loratools.engine.arithmetic import native
 from loratools.engine.arithmetic.torch import TorchRows, Workspace
@@ -24,6 +25,7 @@ from loratools.engine.task import Arithmetic, TensorResult, TensorTask
 from loratools.engine.tensor import run
 from loratools.engine.turns import Queue, Turns
 from loratools.errors import WrongBase
+from loratools.linalg.native import available
 from loratools.parallel import Progress, workers
 from loratools.storage import digest, files
 from loratools.storage.codecs import floats
@@ -92,6 +94,11 @@ def write_weights(
     """
     groups = [[file] for file in plan.files] if finished else [list(plan.files)]
     late, turns = in_torch(plan, settings), Turns()
+    decided(
+        "arithmetic on %s: %d tensors in C, %d in torch%s",
+        settings.device, len(plan.rewritten()) - len(late), len(late),
+        "" if not late else f", such as {min(late)}" if available() else "; the C code is not compiled here",
+    )  # fmt: skip
     job = _Job(plan, settings, progress, late, Event(), local())
     results: list[TensorResult] = []
     with workers(settings.threads) as pool:

@@ -15,6 +15,7 @@ from loratools.adapter.placement.resolve import Placement, resolve
 from loratools.adapter.placement.settle import settle
 from loratools.adapter.placement.tied import apply_policy
 from loratools.adapter.placement.whole import resolve_replacements
+from loratools.decisions import decided
 from loratools.dialects.peft import profiles
 from loratools.errors import IncompatibleAdapter
 from loratools.format import manifest
@@ -144,6 +145,7 @@ def seal(adapter: Adapter, base: Checkpoint, progress: Progress | None = None) -
         for name, tensor in replacements.items()
         if tensor is replacement
     }
+    decided("sealed with %s: the digests of %d of its %d tensors", base.path, len(digests), len(base.specs))
     return replace(adapter, base=identity, settings=_with_tensors(adapter, tensor_of))
 
 

@@ -13,6 +13,7 @@ from loratools.adapter.model import Adapter
 from loratools.adapter.naming.wrappers import CONV1D, FUSIONS, Fusion, Names
 from loratools.adapter.placement import experts
 from loratools.adapter.site import Site
+from loratools.decisions import decided
 from loratools.errors import IncompatibleAdapter
 
 T = TypeVar("T")
@@ -58,6 +59,13 @@ def resolve(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any] | None =
             f"the adapter does not fit this base model: {len(problems)} problem(s) in {len(adapter.updates)} modules",
             problems,
         )
+    for placement in placements[:1]:
+        decided(
+            "%d modules change %d tensors of the base; %s is %s, rows %d:%d and columns %d:%d of %d x %d%s",
+            len(adapter.updates), len({each.site.tensor for each in placements}), placement.module,
+            placement.site.tensor, *placement.site.rows[:2], *placement.site.columns[:2], *placement.site.matrix,
+            ", transposed" if placement.site.transposed else "",
+        )  # fmt: skip
     return placements
 
 

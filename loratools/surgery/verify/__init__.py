@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from loratools.adapter.placement.layers import replicated
 from loratools.adapter.placement.settle import settle
+from loratools.decisions import decided
 from loratools.engine.plan import Change, MergePlan
 from loratools.options import Options
 from loratools.parallel import Progress, cores, no_progress, workers
@@ -115,6 +116,9 @@ def verify(
     inputs, _ = settle(base, under_names_of(base, inputs), strict=False)
     plan = plan_merge(base, inputs, MergeOptions(tied=tied, check_base="off"))
     shared = {name: change for name, change in plan.changes.items() if name in model.specs}
+    count = sum(bool(change.placements) for change in shared.values())
+    how = "every element" if exact else f"{probing.PROBES} columns and {probing.PROBES} random probes of seed {seed}"
+    decided("%d tensors change: %s of each are compared; %d are byte for byte", count, how, len(shared) - count)
     with workers(threads or min(8, cores())) as pool:
         compared = {
             name: pool.submit(_same, change.source, model.specs[name], progress)
