@@ -3,7 +3,8 @@
 The policy: a CUDA device computes what the processor does, in float32 without TF32 (float64 where the processor does),
 rounded once, and results near zero again in float64 on the host. Only the last bit of a float32 sum may differ, for its
 order does; where that bit decides a tie, one element in some ten thousand of a BF16 tensor is the other neighbour.
-Processors of other kinds may differ likewise; on one machine threads, their order and repetition change no byte.
+Processors of other kinds may differ likewise in what torch computes; the C code writes the same bytes on all of them.
+On one machine threads, tiles, their order and repetition change no byte.
 
 Each worker thread has a stream of its own and page-locked memory for what it reads and writes, so that while one tile
 is computed, another one is on its way: with two threads that is double buffering.

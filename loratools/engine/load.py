@@ -129,7 +129,7 @@ def load_terms(plan: MergePlan, change: Change, dtype: str, name: str, device: t
 
     work = torch.float64 if is_wide(change, dtype) else torch.float32
     commute = all(placement.update.additive for _, placement in change.placements) or not _in_turn(change)
-    given: list[tuple[Site, Term]] = []
+    sequence: list[tuple[Site, Term]] = []
     terms: dict[Site, list[Term]] = {}
     for number, placement in _in_order(plan, change) if commute else change.placements:
         term = placement.update.term(placement.site, plan.inputs[number].weight, work, device)
@@ -138,8 +138,8 @@ def load_terms(plan: MergePlan, change: Change, dtype: str, name: str, device: t
         if commute:
             add_term(terms.setdefault(placement.site, []), term)
         else:
-            given.append((placement.site, term))
-    return given or [(site, term) for site, others in terms.items() for term in others]
+            sequence.append((placement.site, term))
+    return sequence or [(site, term) for site, others in terms.items() for term in others]
 
 
 def add_term(terms: list[Term], term: Term) -> None:
@@ -170,11 +170,11 @@ def check_effect(plan: MergePlan) -> None:
     The first update that is not zero settles it for an adapter, so little is read; stored factors are looked at first.
     """
     idle = []
-    for number, given in enumerate(plan.inputs):
-        weight = given.weight
+    for number, adapter in enumerate(plan.inputs):
+        weight = adapter.weight
         placements = [p for change in plan.changes.values() for i, p in change.placements if i == number]
         placements.sort(key=lambda placement: not is_stored(placement.update.factored()))
-        if not given.adapter.replacements and not any(_acts(placement, weight) for placement in placements):
+        if not adapter.adapter.replacements and not any(_acts(placement, weight) for placement in placements):
             reason = "its weight is 0" if weight == 0 else "s·B·A is zero in every module, as before training"
             idle.append(f"adapter {number + 1}: {reason}")
     if idle:

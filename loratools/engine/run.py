@@ -103,16 +103,16 @@ def write_weights(
     results: list[TensorResult] = []
     with workers(settings.threads) as pool:
         for group in groups:
-            with ExitStack() as opened:
+            with ExitStack() as descriptors:
                 try:
-                    work, ranges = _open(plan, group, folder, settings.before.keys(), opened)
+                    work, ranges = _open(plan, group, folder, settings.before.keys(), descriptors)
                     copies = Queue(turns, ranges, alone=True).start(pool, settings.threads, job.copy)
                     soon = [item for item in work if item[1].name not in late]
                     tasks = [*Queue(turns, soon).start(pool, settings.threads, job.merge)]
                     if group is groups[0]:
                         check_effect(plan)
                     if len(soon) < len(work):
-                        opened.enter_context(exact_products(settings.device))
+                        descriptors.enter_context(exact_products(settings.device))
                         later = [item for item in work if item[1].name in late]
                         tasks += Queue(turns, later).start(pool, settings.threads, job.merge)
                     _finish(copies, len(ranges))
@@ -127,7 +127,7 @@ def write_weights(
 
 
 def _open(
-    plan: MergePlan, group: Sequence[FilePlan], folder: Path, before: Set[str], opened: ExitStack
+    plan: MergePlan, group: Sequence[FilePlan], folder: Path, before: Set[str], descriptors: ExitStack
 ) -> tuple[list[tuple[int, Slot]], list[tuple[int, _Range]]]:
     """Make output files with their headers; return their tensors that are to be changed, and the ranges to be copied.
 
@@ -139,7 +139,7 @@ def _open(
     for file in group:
         target = folder / file.name
         target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = opened.enter_context(files.descriptor(target, os.O_RDWR | os.O_CREAT | os.O_EXCL))
+        descriptor = descriptors.enter_context(files.descriptor(target, os.O_RDWR | os.O_CREAT | os.O_EXCL))
         os.truncate(descriptor, file.size)
         files.write_from(descriptor, memoryview(file.header), 0)
         changed = [slot for slot in file.slots if slot.name in rewritten]

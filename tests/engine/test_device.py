@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from loratools.engine.device import check, exact_products, own_stream
 from loratools.errors import NoDevice
 from loratools.surgery.merge import merge
 from tests.surgery.models import load, lora, random, save_adapter, save_base
@@ -38,3 +39,28 @@ def test_a_gpu_differs_from_the_processor_in_ties_alone(tmp_path: Path) -> None:
     bits = {name: (cpu[name].view(torch.int16).int() - cuda[name].view(torch.int16).int()).abs() for name in cpu}
     assert max(int(off.max()) for off in bits.values()) <= 1
     assert sum(int(off.sum()) for off in bits.values()) <= 1e-3 * sum(off.numel() for off in bits.values())
+
+
+def test_settings_of_torch_come_back() -> None:
+    matmul, before = torch.backends.cuda.matmul, (torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32)
+
+    def fail() -> None:
+        with exact_products("cuda"):
+            assert (torch.get_num_threads(), matmul.allow_tf32) == (1, False)
+            raise InterruptedError
+
+    try:
+        torch.set_num_threads(2)
+        matmul.allow_tf32 = True
+        with pytest.raises(InterruptedError):
+            fail()
+        assert (torch.get_num_threads(), matmul.allow_tf32) == (2, True)
+    finally:
+        torch.set_num_threads(before[0])
+        matmul.allow_tf32 = before[1]
+
+
+def test_the_processor_has_no_streams_and_needs_no_check() -> None:
+    check("cpu")
+    with own_stream(torch.device("cpu")) as stream:
+        assert stream is None
