@@ -56,12 +56,6 @@ def real_models() -> Path:
 
 
 @pytest.fixture(scope="session")
-def whole(pytestconfig: pytest.Config) -> bool:
-    """Whether all is to be tried of what a sample is tried of else."""
-    return bool(pytestconfig.option.whole)
-
-
-@pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tiny files of every sort, under the names that examples use. Read only: see `workplace`.
 

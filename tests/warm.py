@@ -5,7 +5,8 @@ A start takes two seconds of a core, most of them for torch, and the tests start
 a fork of itself. The fork takes over the asker's streams, folder, environment and arguments, runs `main`, and its exit
 code goes back: it is a process of its own in all that a test can see. Where the asker's environment differs in what
 Python or torch read as they start, and on systems other than Linux, the script starts an ordinary process instead.
-`COLD=1` in the environment always does so; test_startup.py and test_docs.py, which prove that loratools starts, use it.
+`COLD=1` in the environment always does so. That loratools starts by itself is proven by test_startup.py, tests/faults
+and what CI runs of the README.
 
 `python -m tests.warm NAME` serves on the abstract socket NAME until its stdin ends, which it does with the process
 that started it, however that one ends.

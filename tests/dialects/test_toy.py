@@ -81,14 +81,19 @@ def write(adapter, target, *, force=False):
 '''
 
 
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for the path with a loratools that has one more file in `dialects/`; every other is as it is here."""
+    package, folder = Path(loratools.__file__).parent, tmp_path_factory.mktemp("site")
+    shutil.copytree(package, folder / "loratools", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "loratools" / "dialects" / "toy.py").write_text(TOY)
+    return folder
+
+
 @pytest.fixture
-def toyed(workplace: Path, tmp_path: Path, shell: Callable[..., Result]) -> Callable[[str], Result]:
-    """Return a command line of loratools with one more file in `dialects/`; every other file is as it is here."""
-    package = Path(loratools.__file__).parent
-    copied = tmp_path / "site" / "loratools"
-    shutil.copytree(package, copied, ignore=shutil.ignore_patterns("__pycache__"))
-    (copied / "dialects" / "toy.py").write_text(TOY)
-    return lambda line: shell(line, workplace, PYTHONPATH=str(copied.parent))
+def toyed(workplace: Path, site: Path, shell: Callable[..., Result]) -> Callable[[str], Result]:
+    """Return a function that runs a command line of that loratools in `workplace`."""
+    return lambda line: shell(line, workplace, PYTHONPATH=str(site))
 
 
 def test_it_appears_in_every_command(toyed: Callable[[str], Result], workplace: Path) -> None:

@@ -1,4 +1,6 @@
-"""Run merges in forked processes and end them at chosen moments: `python -m tests.faults.killer BASE ADAPTER FOLDER`.
+"""Run merges in forked processes and end them at chosen moments.
+
+    python -m tests.faults.killer BASE ADAPTER FOLDER SEED SHARE
 
 A moment is the n-th event of a merge: a file opened, truncated, renamed, made or deleted (Python's audit events), or a
 positioned read, a write or a copy about to be made. Three ways to end:
@@ -112,8 +114,11 @@ def stop(arguments: list[str], moment: int, way: str) -> int:
     return ended(process)
 
 
-def main(base: str, adapter: str, place: str, seed: int = 0) -> dict[str, Any]:
-    """Return what came of each trial: the way, the moment, the exit code, the state before and after a rerun."""
+def main(base: str, adapter: str, place: str, seed: int, share: int) -> dict[str, Any]:
+    """Return what came of each trial: the way, the moment, the exit code, the state before and after a rerun.
+
+    One in `share` of the 75 trials of a merge and of some 20 of a replacement is made.
+    """
     import blake3  # noqa: F401
     import numpy  # noqa: F401
     import torch  # noqa: F401
@@ -133,7 +138,7 @@ def main(base: str, adapter: str, place: str, seed: int = 0) -> dict[str, Any]:
         return "nothing" if not target.exists() else "complete" if hashes(target) == right else "BROKEN"
 
     trials = []
-    ways = ["exact"] * 30 + ["late"] * 20 + ["interrupt"] * 25
+    ways = ["exact"] * (30 // share) + ["late"] * (20 // share) + ["interrupt"] * (25 // share)
     for way in ways:
         room = folder / "room"
         room.mkdir()
@@ -154,7 +159,8 @@ def main(base: str, adapter: str, place: str, seed: int = 0) -> dict[str, Any]:
     arguments = ["merge", base, adapter, "-o", str(room / "out"), "--force", *common]
     assert ended(fork(arguments, lambda: None)) == 0
     _, events = count_events(arguments)
-    for moment in [*range(events - 40, events + 1, 3), *(chance.randint(1, events) for _ in range(6))]:
+    moments = [*range(events - 40, events + 1, 3), *(chance.randint(1, events) for _ in range(6))]
+    for moment in chance.sample(moments, len(moments) // share):
         before = stop(arguments, moment, "exact")
         states = state(room / "out")
         code = ended(fork(arguments, lambda: None))
@@ -166,4 +172,4 @@ def main(base: str, adapter: str, place: str, seed: int = 0) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(*sys.argv[1:4])))
+    print(json.dumps(main(*sys.argv[1:4], *map(int, sys.argv[4:6]))))

@@ -30,22 +30,29 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def outcome(sizeable: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, object]]]:
+def share(pytestconfig: pytest.Config) -> int:
+    """One in how many of the kills is made."""
+    return 1 if pytestconfig.option.whole else 5
+
+
+@pytest.fixture(scope="module")
+def outcome(
+    sizeable: Path, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config, share: int
+) -> dict[str, list[dict[str, object]]]:
     """What became of 50 merges killed and 25 interrupted at random moments, and of 20 killed while replacing."""
-    place = tmp_path_factory.mktemp("killed")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.faults.killer", str(sizeable / "base"), str(sizeable / "adapter"), str(place)],
-        capture_output=True, text=True, env=clean_env(), cwd=REPOSITORY, check=False,
-    )  # fmt: skip
+    inputs = (sizeable / "base", sizeable / "adapter", tmp_path_factory.mktemp("killed"))
+    command = [sys.executable, "-m", "tests.faults.killer", *inputs, str(pytestconfig.option.seed), str(share)]
+    done = subprocess.run(command, capture_output=True, text=True, env=clean_env(), cwd=REPOSITORY, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, list[dict[str, object]]] = json.loads(done.stdout)
     return found
 
 
 @pytest.mark.slow
-def test_fifty_killed_merges(outcome: dict[str, list[dict[str, object]]]) -> None:
+@pytest.mark.kills
+def test_killed_merges(outcome: dict[str, list[dict[str, object]]], share: int) -> None:
     killed = [trial for trial in outcome["trials"] if trial["way"] != "interrupt"]
-    assert len(killed) == 50
+    assert len(killed) == 50 // share
     for trial in killed:
         assert trial["code"] == -signal.SIGKILL or (trial["way"] == "late" and trial["code"] == 0), trial
         assert trial["before"] in ("nothing", "complete"), trial
@@ -54,21 +61,23 @@ def test_fifty_killed_merges(outcome: dict[str, list[dict[str, object]]]) -> Non
         assert trial["after"] == "complete", trial
         assert trial["names"] == ["out"], trial
     seen = Counter(trial["left"] for trial in killed if trial["before"] == "nothing")
-    assert seen[1] >= 20, seen  # most of them were killed with a half-written folder beside
+    assert seen[1] >= 20 // share, seen  # most of them were killed with a half-written folder beside
 
 
 @pytest.mark.slow
-def test_interrupted_merges(outcome: dict[str, list[dict[str, object]]]) -> None:
+@pytest.mark.kills
+def test_interrupted_merges(outcome: dict[str, list[dict[str, object]]], share: int) -> None:
     stopped = [trial for trial in outcome["trials"] if trial["way"] == "interrupt"]
     for trial in stopped:
         assert (trial["code"], trial["before"]) in ((130, "nothing"), (130, "complete"), (0, "complete")), trial
         assert trial["left"] == 0, trial
         assert trial["after"] == "complete", trial
         assert trial["names"] == ["out"], trial
-    assert Counter(trial["code"] for trial in stopped)[130] >= 20
+    assert Counter(trial["code"] for trial in stopped)[130] >= 20 // share
 
 
 @pytest.mark.slow
+@pytest.mark.kills
 def test_killed_while_replacing(outcome: dict[str, list[dict[str, object]]]) -> None:
     for trial in outcome["forced"]:
         assert trial["before"] in ("nothing", "complete"), trial

@@ -81,6 +81,7 @@ def checkpoint_bytes() -> bytes:
     return save(tensors, {"format": "pt", "note": "é"})
 
 
+@pytest.mark.fuzz(1)
 @pytest.mark.parametrize("part", range(4))
 def test_checkpoints(tmp_path: Path, part: int) -> None:
     """1,000 files, in four parts."""
@@ -113,6 +114,7 @@ def read_adapter(path: Path) -> list[tuple[str, tuple[int, ...], bytes]]:
     return whole(dialects.open_adapter(path))
 
 
+@pytest.mark.fuzz(1)
 @pytest.mark.parametrize("part", range(4))
 def test_adapters(prepared: Path, tmp_path: Path, part: int) -> None:
     """1,000 files, in four parts: of PEFT and of the format, as folders and alone."""
@@ -144,9 +146,11 @@ def test_adapters(prepared: Path, tmp_path: Path, part: int) -> None:
     assert seen["refused"] >= 150
 
 
-def test_legacy_files(tmp_path: Path) -> None:
-    """300 damaged files of torch.save: what is accepted is what torch reads."""
-    chance, path = random.Random(7), tmp_path / "pytorch_model.bin"
+@pytest.mark.fuzz(1)
+@pytest.mark.parametrize("part", range(3))
+def test_legacy_files(tmp_path: Path, part: int) -> None:
+    """300 damaged files of torch.save, in three parts: what is accepted is what torch reads."""
+    chance, path = random.Random(200 + part), tmp_path / "pytorch_model.bin"
     generator = torch.Generator().manual_seed(0)
     state = {f"layers.{i}.weight": torch.randn(2, 3, generator=generator) for i in range(3)}
     state["tied"], state["half"] = state["layers.0.weight"], torch.ones(2, dtype=torch.bfloat16)
@@ -154,7 +158,7 @@ def test_legacy_files(tmp_path: Path) -> None:
     original = path.read_bytes()
     read_pickled(path)
     seen = Counter()
-    for number in range(300):
+    for number in range(100):
         damage = chance.choice(mutate.ANY)
         path.write_bytes(damage(original, chance))
         read = attempt(lambda: contents(read_pickled(path)), path, path.stat().st_size)
@@ -172,21 +176,23 @@ def test_legacy_files(tmp_path: Path) -> None:
             raw = bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
             assert read[name][1:] == (tuple(tensor.shape), raw), f"{damage.__name__}, number {number}: {name}"
         seen["read"] += 1
-    assert seen["read"] >= 20
-    assert seen["refused"] >= 50
-    assert seen["torch refuses"] <= 20, seen  # the version record, say, which is not looked at
+    assert seen["read"] >= 5
+    assert seen["refused"] >= 15
+    assert seen["torch refuses"] <= 10, seen  # the version record, say, which is not looked at
 
 
-def test_indexes(tmp_path: Path) -> None:
-    """300 damaged indexes: no shard is left out, none outside the folder is opened."""
-    chance = random.Random(8)
+@pytest.mark.fuzz(1)
+@pytest.mark.parametrize("part", range(3))
+def test_indexes(tmp_path: Path, part: int) -> None:
+    """300 damaged indexes, in three parts: no shard is left out, none outside the folder is opened."""
+    chance = random.Random(300 + part)
     folder = tiny.save_llama(tmp_path / "model", tiny.llama_weights(1))
     path = folder / "model.safetensors.index.json"
     document = json.loads(path.read_text())
     right = contents(Checkpoint.open(folder).specs)
     size = sum(file.stat().st_size for file in folder.iterdir())
     seen = Counter()
-    for _ in range(300):
+    for _ in range(100):
         if chance.random() < 0.5:
             path.write_text(json.dumps(mutate.json_value(document, chance)))
         else:
@@ -194,12 +200,14 @@ def test_indexes(tmp_path: Path) -> None:
         read = attempt(lambda: contents(Checkpoint.open(folder).specs), folder, size)
         assert read in (None, right)
         seen["refused" if read is None else "read"] += 1
-    assert min(seen.values()) >= 10
+    assert min(seen.values()) >= 3
 
 
-def test_adapter_configs(prepared: Path, tmp_path: Path) -> None:
-    """600 damaged configs: an adapter with all its tensors and finite scaling, or a sentence."""
-    chance, folder = random.Random(9), tmp_path / "adapter"
+@pytest.mark.fuzz(1)
+@pytest.mark.parametrize("part", range(6))
+def test_adapter_configs(prepared: Path, tmp_path: Path, part: int) -> None:
+    """600 damaged configs, in six parts: an adapter with all its tensors and finite scaling, or a sentence."""
+    chance, folder = random.Random(400 + part), tmp_path / "adapter"
     folder.mkdir()
     (folder / "adapter_model.safetensors").write_bytes(
         (prepared / "adapter" / "adapter_model.safetensors").read_bytes()
@@ -210,7 +218,7 @@ def test_adapter_configs(prepared: Path, tmp_path: Path) -> None:
     path.write_text(json.dumps(document))
     right = whole(dialects.open_adapter(folder))
     seen = Counter()
-    for _ in range(600):
+    for _ in range(100):
         if chance.random() < 0.7:
             path.write_text(json.dumps(mutate.json_value(document, chance)))
         else:
@@ -220,4 +228,4 @@ def test_adapter_configs(prepared: Path, tmp_path: Path) -> None:
             assert whole(adapter) == right
             assert all(abs(update.scaling) < float("inf") for update in adapter.updates.values())
         seen["refused" if adapter is None else "read"] += 1
-    assert min(seen.values()) >= 50
+    assert min(seen.values()) >= 5

@@ -300,6 +300,7 @@ def test_patterns_that_match_nothing_are_all_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process alone is known on Linux only")
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """Twenty layers need no more than four: what is held is a few of the largest tensors."""
     peaks = {}
