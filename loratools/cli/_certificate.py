@@ -22,39 +22,42 @@ def table(layers: Sequence[Layer]) -> Iterator[str]:
         ("module", "shape", "rank", "|W|", "|dW|", "change", "captured", "error", "<= optimum x", "noise", "stable"),
         [
             (
-                one.module, " x ".join(map(str, one.shape)), str(one.rank), show.number(one.base_norm),
-                show.number(one.delta_norm), f"{one.change:.2%}", f"{one.captured:.2%}", f"{one.error:.4g}",
-                f"{1 + one.excess_bound:.4f}", f"{one.noise:.2%}", f"{one.stable_rank:.1f}",
+                layer.module, " x ".join(map(str, layer.shape)), str(layer.rank), show.number(layer.base_norm),
+                show.number(layer.delta_norm), f"{layer.change:.2%}", f"{layer.captured:.2%}", f"{layer.error:.4g}",
+                f"{1 + layer.excess_bound:.4f}", f"{layer.noise:.2%}", f"{layer.stable_rank:.1f}",
             )
-            for one in layers
+            for layer in layers
         ],
         right=tuple(range(2, 11)),
     )  # fmt: skip
 
 
-def report(talk: Talk, tuned: Checkpoint, base: str, adapter: str, seed: int, threads: int) -> show.Report:
+def report(talk: Talk, tuned: Checkpoint, base: str, adapter: str, seed: int, threads: int | None) -> show.Report:
     """Certify any adapter against a fine-tune, and return the report."""
     from loratools.surgery.extract.certify import certify
 
     with talk.progress("certifying", 2 * tuned.nbytes) as advance:
-        found = certify(tuned, base, adapter, seed=seed, threads=threads, progress=advance)
-    return show.Report(show.plain(found), lines(found))
+        certification = certify(tuned, base, adapter, seed=seed, threads=threads, progress=advance)
+    return show.Report(show.plain(certification), lines(certification))
 
 
-def lines(found: Certification) -> Iterator[str]:
+def lines(certification: Certification) -> Iterator[str]:
     """Yield the table, the sums, and what the adapter does not hold."""
-    yield from table(found.layers)
+    yield from table(certification.layers)
     yield ""
-    sums = found.total
+    sums = certification.total
     rows = [
         ("layers", f"{sums.layers}, {show.exact(sums.parameters)} parameters"),
         ("captured", f"{sums.captured:.2%} of the energy of these layers"),
         ("error", f"{sums.error:.4g} of the change; factors of the same ranks can be better by {_gap(sums.excess)}"),
-        ("whole", f"{len(found.whole)} other changed tensors are replaced by the adapter"),
-        ("uncovered", f"{len(found.uncovered)} changed tensors, {found.uncovered_energy:.2%} of the whole change"),
+        ("whole", f"{len(certification.whole)} other changed tensors are replaced by the adapter"),
+        (
+            "uncovered",
+            f"{len(certification.uncovered)} changed tensors, {certification.uncovered_energy:.2%} of the whole change",
+        ),
     ]
-    rows += [("", f"{name}: |dW| = {show.number(norm)}") for name, norm in found.uncovered[:_MOST]]
-    rows += [("not measured", f"{module}: its update is no product") for module in found.skipped[:_MOST]]
+    rows += [("", f"{name}: |dW| = {show.number(norm)}") for name, norm in certification.uncovered[:_MOST]]
+    rows += [("not measured", f"{module}: its update is no product") for module in certification.skipped[:_MOST]]
     yield from show.fields(rows)
 
 

@@ -57,16 +57,16 @@ class Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all commands, sorted."""
-        found = iter_modules(import_module(self.package).__path__)
-        return sorted(module.name.replace("_", "-") for module in found if not module.name.startswith("_"))
+        modules = iter_modules(import_module(self.package).__path__)
+        return sorted(module.name.replace("_", "-") for module in modules if not module.name.startswith("_"))
 
     def get_command(self, ctx: click.Context, name: str) -> Command | None:
         """Return a command by name, or None."""
         if name not in self.list_commands(ctx):
             return None
-        found: Command = import_module(f"{self.package}.{name.replace('-', '_')}").command
-        found.name = name
-        return found
+        loaded: Command = import_module(f"{self.package}.{name.replace('-', '_')}").command
+        loaded.name = name
+        return loaded
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands before the options."""
@@ -77,8 +77,8 @@ class Commands(click.Group):
         """List the commands under their headings, each with its first sentence."""
         sections: dict[str, list[tuple[str, str]]] = {section: [] for section in SECTIONS}
         for name in self.list_commands(ctx):
-            if found := self.get_command(ctx, name):
-                sections.setdefault(found.section, []).append((name, found.get_short_help_str(70)))
+            if loaded := self.get_command(ctx, name):
+                sections.setdefault(loaded.section, []).append((name, loaded.get_short_help_str(70)))
         for section, records in sections.items():
             if records:
                 with formatter.section(section):

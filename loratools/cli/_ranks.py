@@ -42,10 +42,10 @@ def rank_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def ranks_of(given: dict[str, Any], dtype: str) -> Ranks | None:
+def ranks_of(values: dict[str, Any], dtype: str) -> Ranks | None:
     """Return how ranks are to be chosen, None where no option says so; raise `UsageError` for what contradicts itself.
 
-    `given` are the values of all options of `rank_options`; `dtype` is that of the result, for budgets in bytes.
+    `values` are those of all the options of `rank_options`; `dtype` is that of the result, for budgets in bytes.
     """
     from loratools.linalg.ranks.allocate import Ranks
     from loratools.linalg.ranks.rules import Energy, Fixed, RankRule, SvCumulative, SvFro, SvRatio
@@ -59,18 +59,18 @@ def ranks_of(given: dict[str, Any], dtype: str) -> Ranks | None:
         "sv_fro": SvFro,
         "sv_cumulative": SvCumulative,
     }
-    named = [name for name in _RULES if given[name] is not None]
-    bounds = {"uniform": given["uniform"], "maximum": given["max_rank"], "multiple_of": given["multiple_of"]}
-    if not named:
+    chosen = [name for name in _RULES if values[name] is not None]
+    bounds = {"uniform": values["uniform"], "maximum": values["max_rank"], "multiple_of": values["multiple_of"]}
+    if not chosen:
         if bounds != {"uniform": False, "maximum": None, "multiple_of": 1}:
             raise click.UsageError("--max-rank, --multiple-of and --uniform need one of " + _listed(_RULES))
         return None
-    if len(named) > 1:
-        raise click.UsageError(f"{_listed(named)} contradict each other; give one")
+    if len(chosen) > 1:
+        raise click.UsageError(f"{_listed(chosen)} contradict each other; give one")
     try:
-        if named == ["budget"]:
-            return Ranks(budget=parse_budget(given["budget"], bits(dtype)), **bounds)
-        return Ranks(rules[named[0]](given[named[0]]), **bounds)
+        if chosen == ["budget"]:
+            return Ranks(budget=parse_budget(values["budget"], bits(dtype)), **bounds)
+        return Ranks(rules[chosen[0]](values[chosen[0]]), **bounds)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
 

@@ -25,29 +25,31 @@ def report(path: str, dialect: str | None, summary: AdapterSummary | CheckpointS
 
     if summary.type != "adapter":
         raise click.UsageError(f"--spectrum: {path} is a model; it describes adapters")
-    found = spectrum(path, dialect)
-    return show.Report(show.plain(summary) | {"spectrum": show.plain(found)}, lines(found))
+    measured = spectrum(path, dialect)
+    return show.Report(show.plain(summary) | {"spectrum": show.plain(measured)}, lines(measured))
 
 
-def lines(found: AdapterSpectrum) -> Iterator[str]:
+def lines(measured: AdapterSpectrum) -> Iterator[str]:
     """Yield a line for each module, and what the adapter could be shrunk to."""
     yield from show.table(
         ("module", "rank", "|dW|", "stable", "effective", "99%", "99.9%", "singular values"),
         [
             (
-                one.module, str(one.rank), show.number(one.norm), f"{one.stable_rank:.2f}",
-                f"{one.effective_rank:.2f}", *map(str, one.needed), bars(one.sigma),
+                module.module, str(module.rank), show.number(module.norm), f"{module.stable_rank:.2f}",
+                f"{module.effective_rank:.2f}", *map(str, module.needed), bars(module.sigma),
             )
-            for one in found.modules
+            for module in measured.modules
         ],
         right=range(1, 7),
     )  # fmt: skip
     yield ""
-    rows = [("norm", show.number(found.norm)), ("parameters", show.exact(found.parameters))]
-    for share, parameters, rank in zip(("99 %", "99.9 %"), found.needed_parameters, found.uniform_rank, strict=True):
-        part = f"{parameters / found.parameters:.0%} of them" if found.parameters else "none"
+    rows = [("norm", show.number(measured.norm)), ("parameters", show.exact(measured.parameters))]
+    for share, parameters, rank in zip(
+        ("99 %", "99.9 %"), measured.needed_parameters, measured.uniform_rank, strict=True
+    ):
+        part = f"{parameters / measured.parameters:.0%} of them" if measured.parameters else "none"
         rows.append((share, f"of the energy needs {show.exact(parameters)} parameters, {part}; at most rank {rank}"))
-    rows += [("no factors", ", ".join(found.skipped))] if found.skipped else []
+    rows += [("no factors", ", ".join(measured.skipped))] if measured.skipped else []
     yield from show.fields(rows)
 
 

@@ -111,16 +111,18 @@ def command(
     wanted = ranks_of(ranks, ALIASES[dtype])
     sources = [*adapters, *([initial] if initial else [])]
     with talk.progress(
-        "combining", size_of(dialects.open_adapter(one, initial=bool(initial)) for one in sources)
+        "combining", size_of(dialects.open_adapter(source, initial=bool(initial)) for source in sources)
     ) as bar:
-        found = combine(
+        combination = combine(
             adapters, output, weights=weights or None, method=method.replace("-", "_"), density=density, gamma=gamma,
             epsilon=epsilon, seed=seed, like=like, ranks=wanted, initial=initial, check_base=check_base, dtype=dtype,
             threads=threads, force=force, progress=bar,
         )  # fmt: skip
-    for warning in found.warnings:
+    for warning in combination.warnings:
         talk.warn(warning)
-    return show.Report(show.plain(found), [*lines(found, "combined"), *(table(found) if modules else ())])
+    return show.Report(
+        show.plain(combination), [*lines(combination, "combined"), *(table(combination) if modules else ())]
+    )
 
 
 def size_of(adapters: Iterable[Adapter]) -> int:
@@ -130,26 +132,26 @@ def size_of(adapters: Iterable[Adapter]) -> int:
     )
 
 
-def lines(found: Combination, done: str) -> Iterator[str]:
+def lines(combination: Combination, done: str) -> Iterator[str]:
     """Yield what was written and how near it is."""
-    ranks = sorted({share.rank for share in found.shares})
+    ranks = sorted({share.rank for share in combination.shares})
     rows = [
-        (done, f"{found.output} ({found.method}, {len(found.shares)} modules)"),
+        (done, f"{combination.output} ({combination.method}, {len(combination.shares)} modules)"),
         ("rank", " to ".join(dict.fromkeys(str(rank) for rank in (ranks[:1] + ranks[-1:]))) or "none"),
-        ("parameters", show.exact(found.parameters)),
-        ("error", f"{found.error:.3g} of the change ({found.optimum:.3g} is the least at these ranks)"),
-        ("digest", found.digest),
+        ("parameters", show.exact(combination.parameters)),
+        ("error", f"{combination.error:.3g} of the change ({combination.optimum:.3g} is the least at these ranks)"),
+        ("digest", combination.digest),
     ]
-    if found.seed is not None:
-        rows.append(("seed", str(found.seed)))
-    if found.replaced:
-        rows.append(("whole", f"{len(found.replaced)} tensors"))
-    if found.dropped:
-        rows.append(("left out", f"{len(found.dropped)} modules, whose change is zero"))
+    if combination.seed is not None:
+        rows.append(("seed", str(combination.seed)))
+    if combination.replaced:
+        rows.append(("whole", f"{len(combination.replaced)} tensors"))
+    if combination.dropped:
+        rows.append(("left out", f"{len(combination.dropped)} modules, whose change is zero"))
     yield from show.fields(rows)
 
 
-def table(found: Combination) -> Iterator[str]:
+def table(combination: Combination) -> Iterator[str]:
     """Yield what each module keeps."""
     from loratools.adapter.naming.compact import natural
 
@@ -162,7 +164,7 @@ def table(found: Combination) -> Iterator[str]:
                 share.module, str(share.rank), str(share.true_rank), f"{share.energy:.2%}",
                 f"{share.error / share.norm:.2e}", show.number(share.largest), show.number(share.smallest),
             )
-            for share in sorted(found.shares, key=lambda share: natural(share.module))
+            for share in sorted(combination.shares, key=lambda share: natural(share.module))
         ),
         right=range(1, len(heading)),
     )  # fmt: skip

@@ -39,52 +39,58 @@ def command(first: str, second: str, base: str | None, modules: bool, grid: str 
     """
     from loratools.surgery.compare import compare
 
-    found = compare(first, second, base)
-    document: dict[str, Any] = show.plain(found)
-    for data, one in zip(document["modules"], found.modules, strict=True):
-        data |= {"input_overlap": one.input_overlap, "output_overlap": one.output_overlap}
+    comparison = compare(first, second, base)
+    document: dict[str, Any] = show.plain(comparison)
+    for data, module in zip(document["modules"], comparison.modules, strict=True):
+        data |= {"input_overlap": module.input_overlap, "output_overlap": module.output_overlap}
     if grid is None:
-        return show.Report(document, _lines(found, modules))
-    chosen = [one for one in found.modules if one.module == grid]
+        return show.Report(document, _lines(comparison, modules))
+    chosen = [module for module in comparison.modules if module.module == grid]
     if not chosen:
         raise click.UsageError(f"--grid: the adapters do not both change {grid}")
     return show.Report(document, _grid(chosen[0]))
 
 
-def _lines(found: Comparison, every: bool) -> Iterator[str]:
-    shown = list(found.modules) if every else sorted(found.modules, key=lambda one: abs(one.cosine))[:_MOST]
-    amplified = any(value is not None for one in found.modules for value in one.amplification)
+def _lines(comparison: Comparison, every: bool) -> Iterator[str]:
+    shown = (
+        list(comparison.modules) if every else sorted(comparison.modules, key=lambda module: abs(module.cosine))[:_MOST]
+    )
+    amplified = any(value is not None for module in comparison.modules for value in module.amplification)
     heading = ["module", "ranks", "|dW| first", "second", "cosine", "input", "chance", "output", "chance"]
     yield from show.table(
         [*heading, *(("amplified", "second") if amplified else ())],
         [
             [
-                one.module, f"{one.ranks[0]} {one.ranks[1]}", *map(show.number, one.norms), f"{one.cosine:+.4f}",
-                f"{one.input_overlap:.4f}", f"{one.chance[0]:.4f}", f"{one.output_overlap:.4f}",
-                f"{one.chance[1]:.4f}",
-                *(("-" if value is None else show.number(value) for value in one.amplification) if amplified else ()),
+                module.module, f"{module.ranks[0]} {module.ranks[1]}", *map(show.number, module.norms),
+                f"{module.cosine:+.4f}", f"{module.input_overlap:.4f}",
+                f"{module.chance[0]:.4f}", f"{module.output_overlap:.4f}",
+                f"{module.chance[1]:.4f}", *(map(_optional, module.amplification) if amplified else ()),
             ]
-            for one in shown
+            for module in shown
         ],
         right=tuple(range(2, 11 if amplified else 9)),
     )  # fmt: skip
-    if len(shown) < len(found.modules):
-        yield f"… and {len(found.modules) - len(shown)} more, alike at least as much; --modules shows all"
+    if len(shown) < len(comparison.modules):
+        yield f"… and {len(comparison.modules) - len(shown)} more, alike at least as much; --modules shows all"
     yield ""
     yield from show.fields(
         [
-            ("cosine", f"{found.cosine:+.4f}"),
-            ("distance", f"{found.distance:.4g} of the first adapter's change"),
-            ("norms", " and ".join(map(show.number, found.norms))),
-            ("modules", f"{len(found.modules)} shared, {len(found.only[0])} only in the first, "
-                        f"{len(found.only[1])} only in the second"),
+            ("cosine", f"{comparison.cosine:+.4f}"),
+            ("distance", f"{comparison.distance:.4g} of the first adapter's change"),
+            ("norms", " and ".join(map(show.number, comparison.norms))),
+            ("modules", f"{len(comparison.modules)} shared, {len(comparison.only[0])} only in the first, "
+                        f"{len(comparison.only[1])} only in the second"),
         ]
     )  # fmt: skip
 
 
-def _grid(one: ModuleComparison) -> Iterator[str]:
-    for side, values in (("input", one.input_similarity), ("output", one.output_similarity)):
-        yield f"{side} side of {one.module}: phi(i, j), i along the first adapter (down), j along the second"
+def _optional(value: float | None) -> str:
+    return "-" if value is None else show.number(value)
+
+
+def _grid(module: ModuleComparison) -> Iterator[str]:
+    for side, values in (("input", module.input_similarity), ("output", module.output_similarity)):
+        yield f"{side} side of {module.module}: phi(i, j), i along the first adapter (down), j along the second"
         columns = range(1, len(values[0]) + 1 if values else 1)
         rows = [[str(i), *(f"{value:.3f}" for value in line)] for i, line in enumerate(values, 1)]
         yield from show.table(["i \\ j", *map(str, columns)], rows, right=tuple(range(len(columns) + 1)))

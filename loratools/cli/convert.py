@@ -76,31 +76,31 @@ def command(
     if profile and to != "peft":
         raise click.UsageError("--profile is for --to peft")
     checkpoint = Checkpoint.open(base) if base else None
-    opened = dialects.open_adapter(
+    source = dialects.open_adapter(
         adapter, dialect=dialect, alpha=alpha, base=checkpoint, enabled=_switches(enable_lora) if enable_lora else None
     )
     with talk.progress("hashing the base", checkpoint.nbytes if checkpoint else 0) as advance:
-        found = convert(
-            opened, output, to=to, base=checkpoint, base_id=base_id, profile=profile, allow_loss=allow_loss,
+        conversion = convert(
+            source, output, to=to, base=checkpoint, base_id=base_id, profile=profile, allow_loss=allow_loss,
             force=force, progress=advance,
         )  # fmt: skip
-    return show.Report(show.plain(found), _lines(found))
+    return show.Report(show.plain(conversion), _lines(conversion))
 
 
 def _switches(text: str) -> tuple[bool, ...]:
-    found = [part.strip().lower() for part in text.split(",")]
-    if not set(found) <= {"t", "f", "true", "false"}:
+    parts = [part.strip().lower() for part in text.split(",")]
+    if not set(parts) <= {"t", "f", "true", "false"}:
         raise click.UsageError(f"--enable-lora: expected T and F with commas, found {text!r}")
-    return tuple(part.startswith("t") for part in found)
+    return tuple(part.startswith("t") for part in parts)
 
 
-def _lines(found: Conversion) -> Iterator[str]:
-    base = found.base
+def _lines(conversion: Conversion) -> Iterator[str]:
+    base = conversion.base
     rows = [
-        ("wrote", f"{found.output} ({found.dialect}, {found.modules} modules)"),
-        ("digest", found.digest),
+        ("wrote", f"{conversion.output} ({conversion.dialect}, {conversion.modules} modules)"),
+        ("digest", conversion.digest),
         ("base", (base.id if base else None) or "not named"),
     ]
     if base and base.root:
         rows.append(("base hash", f"{base.root}, and {len(base.tensors)} tensors"))
-    yield from show.fields([*rows, *(("lost", str(loss)) for loss in found.losses)])
+    yield from show.fields([*rows, *(("lost", str(loss)) for loss in conversion.losses)])

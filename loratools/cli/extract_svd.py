@@ -63,7 +63,7 @@ _SHOWN = 8  # patterns of one class in the text
 @options.dry_run_option
 @options.force_option
 @pass_talk
-def command(talk: Talk, /, base: str, tuned: str, output: Path, **given: Any) -> show.Report:
+def command(talk: Talk, /, base: str, tuned: str, output: Path, **values: Any) -> show.Report:
     """Extract the difference of a fine-tune and its base as an adapter.
 
     Every changed weight W' - W becomes factors B A near the best of their rank, in float32, with alpha = rank; what has
@@ -83,59 +83,63 @@ def command(talk: Talk, /, base: str, tuned: str, output: Path, **given: Any) ->
     from loratools.surgery.extract import extract, plan
 
     before, after = Checkpoint.open(base), Checkpoint.open(tuned)
-    kinds = {"kinds": frozenset(given["kinds"])} if given["kinds"] else {}
-    selection = Selection(given["include"], given["exclude"], given["save"], drop_whole=given["drop_whole"], **kinds)
-    if given["dry_run"]:
+    kinds = {"kinds": frozenset(values["kinds"])} if values["kinds"] else {}
+    selection = Selection(
+        values["include"], values["exclude"], values["save"], drop_whole=values["drop_whole"], **kinds
+    )
+    if values["dry_run"]:
         return _dry(plan(before, after, selection), before, after)
-    dtype = given["dtype"].upper()
-    ranks = _ranks(given, dtype)
+    dtype = values["dtype"].upper()
+    ranks = _ranks(values, dtype)
     with talk.progress("extracting", before.nbytes + after.nbytes) as advance:
-        found = extract(
-            before, after, output, ranks, selection=selection, dtype=dtype, seed=given["seed"],
-            tolerance=given["tolerance"], tight=given["tight"], base_id=given["base_id"], threads=given["threads"],
-            force=given["force"], progress=advance,
+        extraction = extract(
+            before, after, output, ranks, selection=selection, dtype=dtype, seed=values["seed"],
+            tolerance=values["tolerance"], tight=values["tight"], base_id=values["base_id"], threads=values["threads"],
+            force=values["force"], progress=advance,
         )  # fmt: skip
-    for note in found.notes:
+    for note in extraction.notes:
         talk.note(note)
-    if found.dropped_energy > 0:
-        talk.warn(f"{found.dropped_energy:.2%} of the change was left out on request")
-    return show.Report(document(found), _lines(found, given["layers"]))
+    if extraction.dropped_energy > 0:
+        talk.warn(f"{extraction.dropped_energy:.2%} of the change was left out on request")
+    return show.Report(document(extraction), _lines(extraction, values["layers"]))
 
 
-def document(found: Extraction) -> dict[str, Any]:
+def document(extraction: Extraction) -> dict[str, Any]:
     """Return an extraction as data: the account of every tensor, and the certificate."""
-    plain: dict[str, Any] = show.plain(found)
+    plain: dict[str, Any] = show.plain(extraction)
     plain["tensors"] = [
         {
-            "name": one.pair.name, "base": one.pair.base, "path": one.pair.path, "class": one.outcome, "why": one.why,
-            "kind": one.pair.kind, "dtype": one.dtype, "shape": list(one.shape), "change_norm": one.norm2**0.5,
-            "changed_rows": one.rows or None,
+            "name": outcome.pair.name, "base": outcome.pair.base, "path": outcome.pair.path,
+            "class": outcome.outcome, "why": outcome.why, "kind": outcome.pair.kind, "dtype": outcome.dtype,
+            "shape": list(outcome.shape), "change_norm": outcome.norm2**0.5, "changed_rows": outcome.rows or None,
         }
-        for one in found.outcomes
+        for outcome in extraction.outcomes
     ]  # fmt: skip
-    plain["layers"] = [show.plain(one.layer) | {"change": one.layer.change} for one in found.outcomes if one.layer]
+    plain["layers"] = [
+        show.plain(outcome.layer) | {"change": outcome.layer.change} for outcome in extraction.outcomes if outcome.layer
+    ]
     del plain["outcomes"]
     return plain
 
 
-def _ranks(given: dict[str, Any], dtype: str) -> Ranks:
+def _ranks(values: dict[str, Any], dtype: str) -> Ranks:
     from loratools.linalg.ranks.allocate import Ranks
     from loratools.linalg.ranks.rules import Energy, Fixed, Ratio
     from loratools.storage.dtypes import bits
     from loratools.storage.sizes import parse_budget
 
-    asked = [name for name in ("rank", "energy", "ratio", "noise", "budget") if given[name] not in (None, False)]
+    asked = [name for name in ("rank", "energy", "ratio", "noise", "budget") if values[name] not in (None, False)]
     if len(asked) > 1:
         raise click.UsageError(f"--{' and --'.join(asked)} are different ways to choose ranks; give one")
-    bounds = (given["uniform"], given["min_rank"], given["max_rank"], given["multiple_of"])
+    bounds = (values["uniform"], values["min_rank"], values["max_rank"], values["multiple_of"])
     try:
-        if given["budget"]:
-            return Ranks(None, False, parse_budget(given["budget"], bits(dtype)), *bounds)
-        if given["noise"]:
+        if values["budget"]:
+            return Ranks(None, False, parse_budget(values["budget"], bits(dtype)), *bounds)
+        if values["noise"]:
             return Ranks(None, True, None, *bounds)
-        if given["energy"] is not None:
-            return Ranks(Energy(given["energy"]), False, None, *bounds)
-        rule = Ratio(given["ratio"]) if given["ratio"] is not None else Fixed(given["rank"] or _DEFAULT_RANK)
+        if values["energy"] is not None:
+            return Ranks(Energy(values["energy"]), False, None, *bounds)
+        rule = Ratio(values["ratio"]) if values["ratio"] is not None else Fixed(values["rank"] or _DEFAULT_RANK)
         return Ranks(rule, False, None, *bounds)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
@@ -144,28 +148,28 @@ def _ranks(given: dict[str, Any], dtype: str) -> Ranks:
 def _dry(pairing: Pairing, before: Any, after: Any) -> show.Report:
     """Report what would become of every tensor if it had changed."""
     rows = defaultdict(list)
-    for one in pairing.pairs:
-        rows[one.plan, one.kind, one.why].append(one.path)
+    for pair in pairing.pairs:
+        rows[pair.plan, pair.kind, pair.why].append(pair.path)
     data = {
         "dry_run": True, "base": before.path, "tuned": after.path, "missing": pairing.missing, "notes": pairing.notes,
-        "tensors": [show.plain(one) for one in pairing.pairs],
+        "tensors": [show.plain(pair) for pair in pairing.pairs],
     }  # fmt: skip
     return show.Report(data, _classes({f"{p} {k}": {w: paths} for (p, k, w), paths in rows.items()}, pairing.missing))
 
 
-def _lines(found: Extraction, every: bool) -> Iterator[str]:
-    layers = [one.layer for one in found.outcomes if one.layer]
+def _lines(extraction: Extraction, every: bool) -> Iterator[str]:
+    layers = [outcome.layer for outcome in extraction.outcomes if outcome.layer]
     if every:
         yield from table(layers)
         yield ""
     classes: dict[str, dict[str, list[str]]] = {
         name: {} for name in ("factored", "rows", "whole", "unchanged", "dropped")
     }
-    for one in found.outcomes:
-        classes[one.outcome].setdefault(one.why, []).append(one.pair.path)
-    yield from _classes(classes, found.missing)
+    for outcome in extraction.outcomes:
+        classes[outcome.outcome].setdefault(outcome.why, []).append(outcome.pair.path)
+    yield from _classes(classes, extraction.missing)
     yield ""
-    sums, ranks = found.total, sorted(one.rank for one in layers)
+    sums, ranks = extraction.total, sorted(outcome.rank for outcome in layers)
     spread = (
         f"rank {ranks[0]}"
         if ranks and ranks[0] == ranks[-1]
@@ -173,8 +177,14 @@ def _lines(found: Extraction, every: bool) -> Iterator[str]:
     )
     yield from show.fields(
         [
-            ("wrote", f"{found.output}, {show.size(found.nbytes)}, {show.exact(found.parameters)} parameters"),
-            ("factors", f"{sums.layers} layers, {spread}, {show.exact(sums.parameters)} parameters, {found.dtype}"),
+            (
+                "wrote",
+                f"{extraction.output}, {show.size(extraction.nbytes)}, {show.exact(extraction.parameters)} parameters",
+            ),
+            (
+                "factors",
+                f"{sums.layers} layers, {spread}, {show.exact(sums.parameters)} parameters, {extraction.dtype}",
+            ),
             ("change", f"{sums.delta_norm / sums.base_norm:.3%} of the weights they change" if sums.base_norm else "-"),
             ("captured", f"{sums.captured:.2%} of the energy of the factored layers"),
             (
@@ -183,9 +193,9 @@ def _lines(found: Extraction, every: bool) -> Iterator[str]:
                 f"by no more than a factor of {1 + sums.excess_bound:.4f}",
             ),
             ("noise", f"{sums.noise:.2%} of the energy is what rounding to the fine-tune's dtype leaves"),
-            ("dropped", f"{found.dropped_energy:.2%} of the whole change"),
-            ("base hash", found.base),
-            ("tuned hash", found.tuned),
+            ("dropped", f"{extraction.dropped_energy:.2%} of the whole change"),
+            ("base hash", extraction.base),
+            ("tuned hash", extraction.tuned),
         ]
     )
 
@@ -202,6 +212,6 @@ def _classes(classes: dict[str, dict[str, list[str]]], missing: tuple[str, ...])
         for why, paths in reasons.items():
             shown = compact(paths)
             rest = f" and {len(shown) - _SHOWN} more patterns" if len(shown) > _SHOWN else ""
-            yield from (f"  {one}{f'  ({why})' if why else ''}" for one in shown[:_SHOWN])
+            yield from (f"  {pattern}{f'  ({why})' if why else ''}" for pattern in shown[:_SHOWN])
             if rest:
                 yield f"  …{rest}"

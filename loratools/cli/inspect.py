@@ -40,70 +40,73 @@ def command(path: str, modules: bool, spectrum: bool, dialect: str | None) -> sh
     """
     from loratools.surgery.inspect import AdapterSummary, inspect
 
-    found = inspect(path, dialect)
+    summary = inspect(path, dialect)
     if spectrum:
         from loratools.cli._spectrum import report
 
-        return report(path, dialect, found)
-    if isinstance(found, AdapterSummary):
-        return show.Report(show.plain(found), _adapter(found, modules))
-    return show.Report(show.plain(found), _checkpoint(found, modules))
+        return report(path, dialect, summary)
+    if isinstance(summary, AdapterSummary):
+        return show.Report(show.plain(summary), _adapter(summary, modules))
+    return show.Report(show.plain(summary), _checkpoint(summary, modules))
 
 
-def _adapter(found: AdapterSummary, modules: bool) -> Iterator[str]:
+def _adapter(summary: AdapterSummary, modules: bool) -> Iterator[str]:
     yield from show.fields(
         [
-            ("adapter", f"{found.path}"),
-            ("dialect", found.dialect),
-            ("base model", _base(found.base)),
-            ("modules", f"{len(found.modules)}{_replaced(len(found.replacements))}"),
-            ("parameters", show.exact(found.total.parameters)),
-            ("size", f"{show.size(found.total.nbytes)} in {found.total.tensors} tensors, {', '.join(found.dtypes)}"),
-            ("digest", found.digest or "none stated"),
+            ("adapter", f"{summary.path}"),
+            ("dialect", summary.dialect),
+            ("base model", _base(summary.base)),
+            ("modules", f"{len(summary.modules)}{_replaced(len(summary.replacements))}"),
+            ("parameters", show.exact(summary.total.parameters)),
+            (
+                "size",
+                f"{show.size(summary.total.nbytes)} in {summary.total.tensors} tensors, {', '.join(summary.dtypes)}",
+            ),
+            ("digest", summary.digest or "none stated"),
             (
                 "provenance",
-                "\n".join(f"{step.operation}, by {step.tool}" for step in found.provenance) or "none stated",
+                "\n".join(f"{step.operation}, by {step.tool}" for step in summary.provenance) or "none stated",
             ),
         ]
     )
-    for group in found.groups:
+    for group in summary.groups:
         yield ""
         yield f"{group.kind}: rank {group.rank}, alpha {show.number(group.alpha)}, scaling {show.number(group.scaling)}"
         yield from (f"  {target}" for target in group.targets)
-    if found.replacements:
+    if summary.replacements:
         yield ""
         yield "replaced whole:"
-        yield from (f"  {one.name}  {one.dtype} {list(one.shape)}" for one in found.replacements)
+        yield from (f"  {tensor.name}  {tensor.dtype} {list(tensor.shape)}" for tensor in summary.replacements)
     if modules:
         yield ""
         yield from show.table(
             ("module", "kind", "rank", "alpha", "scaling", "weight", "parameters"),
             [
                 (
-                    one.module, one.kind, str(one.rank), show.number(one.alpha), show.number(one.scaling),
-                    " x ".join(map(str, one.shape)), show.exact(one.parameters),
+                    module.module, module.kind, str(module.rank), show.number(module.alpha),
+                    show.number(module.scaling), " x ".join(map(str, module.shape)), show.exact(module.parameters),
                 )
-                for one in found.modules
+                for module in summary.modules
             ],
             right=(2, 3, 4, 6),
         )  # fmt: skip
 
 
-def _checkpoint(found: CheckpointSummary, modules: bool) -> Iterator[str]:
-    tied = ", tied embeddings" if found.tied else ""
+def _checkpoint(summary: CheckpointSummary, modules: bool) -> Iterator[str]:
+    tied = ", tied embeddings" if summary.tied else ""
     yield from show.fields(
         [
-            ("model", f"{found.path}"),
-            ("architecture", f"{found.architecture or 'not stated'}{tied}"),
-            *([("components", ", ".join(found.components))] if found.components else []),
-            *([("quantization", found.quantization)] if found.quantization else []),
-            ("parameters", show.exact(found.total.parameters)),
-            ("size", f"{show.size(found.total.nbytes)} in {found.total.tensors} tensors"),
-            ("schema hash", found.schema),
-            ("provenance", _made(found.record)),
+            ("model", f"{summary.path}"),
+            ("architecture", f"{summary.architecture or 'not stated'}{tied}"),
+            *([("components", ", ".join(summary.components))] if summary.components else []),
+            *([("quantization", summary.quantization)] if summary.quantization else []),
+            ("parameters", show.exact(summary.total.parameters)),
+            ("size", f"{show.size(summary.total.nbytes)} in {summary.total.tensors} tensors"),
+            ("schema hash", summary.schema),
+            ("provenance", _made(summary.record)),
         ]
     )
-    for heading, amounts in (("dtype", found.dtypes), ("shard", found.shards)):
+    for heading, amounts in (("dtype", summary.dtypes), ("shard", summary.shards)):
         yield ""
         yield from show.table(
             (heading, "tensors", "parameters", "size"),
@@ -117,7 +120,10 @@ def _checkpoint(found: CheckpointSummary, modules: bool) -> Iterator[str]:
         yield ""
         yield from show.table(
             ("tensor", "dtype", "shape", "size"),
-            [(one.name, one.dtype, str(list(one.shape)), show.size(one.nbytes)) for one in found.tensors],
+            [
+                (tensor.name, tensor.dtype, str(list(tensor.shape)), show.size(tensor.nbytes))
+                for tensor in summary.tensors
+            ],
             right=(3,),
         )
 

@@ -177,8 +177,8 @@ def command(
     text = list(_report(report))
     if sender and sender.stream and sender.stream.done:
         committed, notes = sender.stream.done
-        for said in notes:
-            talk.warn(said)
+        for note in notes:
+            talk.warn(note)
         document |= {"output": None if no_local else document["output"], "pushed": show.plain(committed)}
         text = [*(text[1:] if no_local else text), f"pushed     {committed.url}"]
     if not verify:

@@ -59,7 +59,7 @@ def command(
         raise click.UsageError(
             "say how ranks are chosen: --rank, --energy, --sv-ratio, --sv-fro, --sv-cumulative or --budget"
         )
-    opened = dialects.open_adapter(adapter, dialect=dialect)
-    with talk.progress("resizing", size_of([opened])) as bar:
-        found = resize(opened, output, wanted, dtype=dtype, threads=threads, force=force, progress=bar)
-    return show.Report(show.plain(found), [*lines(found, "resized"), *table(found)])
+    source = dialects.open_adapter(adapter, dialect=dialect)
+    with talk.progress("resizing", size_of([source])) as bar:
+        resized = resize(source, output, wanted, dtype=dtype, threads=threads, force=force, progress=bar)
+    return show.Report(show.plain(resized), [*lines(resized, "resized"), *table(resized)])

@@ -38,25 +38,25 @@ def command(talk: Talk, adapter: str, base: str | None, header_only: bool, threa
     from loratools.storage.checkpoint import Checkpoint
     from loratools.surgery.validate import validate
 
-    opened = Checkpoint.open(base) if base else None
-    with talk.progress("hashing the base", opened.nbytes if opened else 0) as advance:
-        found = validate(adapter, opened, data=not header_only, threads=threads, progress=advance)
-    report = found.report
+    model = Checkpoint.open(base) if base else None
+    with talk.progress("hashing the base", model.nbytes if model else 0) as advance:
+        validation = validate(adapter, model, data=not header_only, threads=threads, progress=advance)
+    report = validation.report
     document = {
         "path": adapter,
-        "valid": found.valid,
+        "valid": validation.valid,
         "format_version": report.format_version,
         "problems": report.problems,
         "clauses": report.clauses,
-        "base": None if base is None else {"path": base, "differences": found.differences},
+        "base": None if base is None else {"path": base, "differences": validation.differences},
     }
-    return Report(document, _lines(adapter, base, found), ok=found.valid)
+    return Report(document, _lines(adapter, base, validation), ok=validation.valid)
 
 
-def _lines(adapter: str, base: str | None, found: Validation) -> Iterator[str]:
-    report = found.report
+def _lines(adapter: str, base: str | None, validation: Validation) -> Iterator[str]:
+    report = validation.report
     yield from map(str, report.problems)
-    for difference in found.differences or ():
+    for difference in validation.differences or ():
         yield f"[base] {difference}"
     if report.problems:
         yield f"{adapter}: not valid: {len(report.problems)} problem(s)"
@@ -65,5 +65,5 @@ def _lines(adapter: str, base: str | None, found: Validation) -> Iterator[str]:
         f"{adapter}: valid, format {report.format_version}: {report.modules} modules, {report.tensors} tensors, "
         f"{len(report.clauses)} clauses checked"
     )
-    if base and found.differences is not None:
-        yield f"{base}: {'not ' if found.differences else ''}the base model that the adapter was sealed with"
+    if base and validation.differences is not None:
+        yield f"{base}: {'not ' if validation.differences else ''}the base model that the adapter was sealed with"

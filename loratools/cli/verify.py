@@ -66,24 +66,24 @@ def command(
 
     if weights and len(weights) != len(adapters):
         raise click.UsageError(f"{len(weights)} weight(s) for {len(adapters)} adapter(s); give -w once for each")
-    opened = Checkpoint.open(model)
+    merged = Checkpoint.open(model)
     if certificate:
         from loratools.cli._certificate import report
 
         if len(adapters) > 1 or weights:
             raise click.UsageError("--certificate measures one adapter, at full strength")
-        return report(talk, opened, base, adapters[0], seed, threads or 2)
-    with talk.progress("verifying", opened.nbytes) as advance:
-        found = verify(
-            opened, base, adapters, weights=weights or None, exact=exact, seed=seed, threads=threads or 2,
+        return report(talk, merged, base, adapters[0], seed, threads)
+    with talk.progress("verifying", merged.nbytes) as advance:
+        verification = verify(
+            merged, base, adapters, weights=weights or None, exact=exact, seed=seed, threads=threads,
             progress=advance,
         )  # fmt: skip
-    return show.Report(show.plain(found), lines(found, every=tensors), found.ok)
+    return show.Report(show.plain(verification), lines(verification, every=tensors), verification.ok)
 
 
-def lines(found: Verification, *, every: bool) -> Iterator[str]:
+def lines(verification: Verification, *, every: bool) -> Iterator[str]:
     """Yield a verification for people: the tensors that fail (or every one), then the sums."""
-    shown = [check for check in found.checked if every or not check.within]
+    shown = [check for check in verification.checked if every or not check.within]
     if shown:
         yield from show.table(
             ("tensor", "error of change", "error of weight", "bound", "applied", ""),
@@ -100,21 +100,25 @@ def lines(found: Verification, *, every: bool) -> Iterator[str]:
             yield f"… and {len(shown) - _MOST} more; --tensors shows all"
         yield ""
     for kind, names in (
-        ("differs from the base, and no adapter changes it", found.differing),
-        ("missing in the model", found.missing),
-        ("in the model, but neither in the base nor in an adapter", found.extra),
+        ("differs from the base, and no adapter changes it", verification.differing),
+        ("missing in the model", verification.missing),
+        ("in the model, but neither in the base nor in an adapter", verification.extra),
     ):
         yield from (f"{name}: {kind}" for name in names[:_MOST])
         if len(names) > _MOST:
             yield f"… and {len(names) - _MOST} more"
-    good = sum(check.within for check in found.checked)
-    applied = [check.applied for check in found.checked]
+    good = sum(check.within for check in verification.checked)
+    untouched = verification.identical + len(verification.differing)
+    applied = [check.applied for check in verification.checked]
     yield from show.fields(
         [
-            ("verified", "yes" if found.ok else "NO"),
-            ("changed", f"{good} of {len(found.checked)} tensors are base + adapter within rounding"),
-            ("untouched", f"{found.identical} of {found.identical + len(found.differing)} are equal byte by byte"),
-            ("largest error", f"{found.error:.2e} of the weight"),
+            ("verified", "yes" if verification.ok else "NO"),
+            ("changed", f"{good} of {len(verification.checked)} tensors are base + adapter within rounding"),
+            (
+                "untouched",
+                f"{verification.identical} of {untouched} are equal byte by byte",
+            ),
+            ("largest error", f"{verification.error:.2e} of the weight"),
             ("applied", f"{min(applied):.4f} to {max(applied):.4f} of the adapter's change" if applied else "nothing"),
         ]
     )

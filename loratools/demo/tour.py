@@ -142,17 +142,17 @@ def _verify(folder: Path) -> Stop:
 
 def _unmerge(folder: Path) -> Stop:
     made = merge(folder / "base", [folder / "sealed"], folder / "kept", keep_residual=True)
-    found = unmerge(folder / "kept", [folder / "adapter"], folder / "unmerged")
-    if found.proved != "root hash" or made.residual is None:
+    unmerged = unmerge(folder / "kept", [folder / "adapter"], folder / "unmerged")
+    if unmerged.proved != "root hash" or made.residual is None:
         raise RuntimeError("the base model did not come back")
     return Stop(
         "Take it out again, without the base: what rounding destroyed was kept beside the merged model.",
         "loratools merge base sealed -o kept --keep-residual && loratools unmerge kept adapter -o unmerged",
         (
             f"the residual takes {made.residual.nbytes:,} bytes, {made.residual.share:.2%} of what the merge touched",
-            f"every bit is the base's: root hash {found.root}",
+            f"every bit is the base's: root hash {unmerged.root}",
         ),
-        {"residual": made.residual.nbytes, "share": made.residual.share, "root": found.root},
+        {"residual": made.residual.nbytes, "share": made.residual.share, "root": unmerged.root},
     )
 
 
@@ -180,7 +180,7 @@ def _combine(folder: Path) -> Stop:
 
 def _extract(folder: Path) -> Stop:
     made = extract(folder / "base", folder / "merged", folder / "extracted", Ranks(noise=True))
-    ranks = sorted({one.rank for one in made.of("factored")})
+    ranks = sorted({outcome.rank for outcome in made.of("factored")})
     if ranks != [8] or made.total.error > 0.01:
         raise RuntimeError("extraction did not find the adapter in the merged model")
     return Stop(
@@ -199,8 +199,8 @@ def _losses(folder: Path) -> Stop:
 
     base, merged = Checkpoint.open(folder / "base"), Checkpoint.open(folder / "merged")
     shape = LlamaShape.from_config(read_json(folder / "base" / "config.json"))
-    opened: Any = dialects.open_adapter(folder / "adapter").updates
-    factors = {module: (u.A.load(), u.B.load(), u.scaling) for module, u in opened.items()}
+    updates: Any = dialects.open_adapter(folder / "adapter").updates
+    factors = {module: (u.A.load(), u.B.load(), u.scaling) for module, u in updates.items()}
     before = {name: base.read(name) for name in base.specs}
     after = {name: merged.read(name) for name in merged.specs}
     text = (data_folder() / "plays.txt").read_bytes()
@@ -211,8 +211,8 @@ def _losses(folder: Path) -> Stop:
     }
     if abs(losses["merged"] - losses["base + adapter"]) > 0.01:
         raise RuntimeError("the merged model does not behave as base + adapter does")
-    said = [generate(w, shape, PROMPT, 60, temperature=0.6)[len(PROMPT) :] for w in (before, after)]
-    words = [" / ".join(filter(None, part.decode("ascii", "replace").strip().splitlines())) for part in said]
+    texts = [generate(w, shape, PROMPT, 60, temperature=0.6)[len(PROMPT) :] for w in (before, after)]
+    words = [" / ".join(filter(None, part.decode("ascii", "replace").strip().splitlines())) for part in texts]
     return Stop(
         "Did it help? Loss on a play that neither has seen (Macbeth), in nats per byte; less is better.",
         "",
