@@ -59,7 +59,7 @@ def resolve_replacements(adapter: Adapter, shapes: Shapes) -> dict[str, LazyTens
 def check_vocabulary(shapes: Shapes, replaced: Shapes) -> None:
     """Raise `IncompatibleAdapter` if embedding and head had one number of rows and now do not.
 
-    `shapes` are the base's, `found` those of the tensors that take their place.
+    `shapes` are the base's, `replaced` those of the tensors that take their place.
     """
     embedding, head = main_tensor(shapes, EMBEDDINGS), main_tensor(shapes, HEADS)
     if embedding is None or head is None or shapes[embedding][0] != shapes[head][0]:
