@@ -6,7 +6,7 @@ A list of words stands in one place, as a `Literal` type; `words` reads it back 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 from loratools.errors import InvalidOption
 
@@ -40,28 +40,34 @@ def either(choices: Sequence[str]) -> str:
 
 
 class Options:
-    """The options of one call while they are checked; `done` raises for all that are wrong."""
+    """The options of one call while they are checked, one after another; `done` raises for all that are wrong."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
 
-    def word(self, name: str, value: object, literal: Any) -> None:
+    def word(self, name: str, value: object, literal: Any) -> Self:
         """Note a problem unless `value` is one of the words of a `Literal` type."""
         if value not in words(literal):
             self.problems.append(f"{name} is {value!r}; it can be {either(words(literal))}")
+        return self
 
-    def number(self, name: str, value: object, *, least: int | None = None, optional: bool = False) -> None:
+    def number(self, name: str, value: object, *, least: int | None = None, optional: bool = False) -> Self:
         """Note a problem unless `value` is a whole number, at least `least`; None passes where it is `optional`."""
-        if optional and value is None:
-            return
-        if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
+        whole = isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
+        if not whole and not (optional and value is None):
             range_of = f" of at least {least}" if least is not None else ""
             self.problems.append(f"{name} is {value!r}; it can be a whole number{range_of}{' or None' * optional}")
+        return self
 
-    def flag(self, name: str, value: object) -> None:
+    def threads(self, value: object) -> Self:
+        """Note a problem unless `value` is a number of threads, or None."""
+        return self.number("threads", value, least=1, optional=True)
+
+    def flag(self, name: str, value: object) -> Self:
         """Note a problem unless `value` is True or False."""
         if not isinstance(value, bool):
             self.problems.append(f"{name} is {value!r}; it can be True or False")
+        return self
 
     def parsed(self, name: str, parse: Callable[[Any], Value], value: object) -> Value | None:
         """Return `parse(value)`; note a problem where that raises `ValueError`, whose text says what can be."""

@@ -55,6 +55,12 @@ class TensorResult:
     warnings: list[str] = field(default_factory=list)
 
 
+def retention(results: Sequence[TensorResult]) -> float | None:
+    """Return ⟨W' − W, ΔW⟩/‖ΔW‖² over tensors, the part of the change that survived; None where nothing was measured."""
+    total = sum(result.total for result in results)
+    return sum(result.retained for result in results) / total if total else None
+
+
 @dataclass(frozen=True, slots=True)
 class Changed:
     """A tile as it is to be written, and the sums of `TensorResult` over its measured rows."""

@@ -55,6 +55,17 @@ def new_file(target: Path, *, force: bool = False) -> Iterator[Path]:
         remove(scratch)
 
 
+def free_space(target: Path) -> int:
+    """Return the bytes that are free on the disk of an output."""
+    return shutil.disk_usage(target.absolute().parent).free
+
+
+def check_space(target: Path, size: int) -> None:
+    """Raise `NoSpace` where an output of `size` bytes does not fit on its disk."""
+    if size > (free := free_space(target)):
+        raise NoSpace(f"{target}: the result takes {size} bytes, the disk has {free} free; nothing was written")
+
+
 def check_output(target: Path, *, force: bool = False) -> None:
     """Refuse an output that exists (`OutputRefused`), or whose parent folder is missing (`BadFile`).
 

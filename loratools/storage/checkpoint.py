@@ -36,6 +36,16 @@ class Shard:
     metadata: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""
 
+    @property
+    def layout(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Name, dtype and shape of each tensor, in order."""
+        return [(name, spec.dtype, spec.shape) for name, spec in self.tensors.items()]
+
+    def header(self) -> bytes:
+        """Read the bytes before the first tensor."""
+        with self.path.open("rb") as file:
+            return file.read(min((spec.start for spec in self.tensors.values()), default=0))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from loratools.storage.header import encode_header, nbytes
+from loratools.storage.header import TensorSpec, encode_header, nbytes
 
 DEFAULT_SHARD = 5_000_000_000
 """Bytes of a shard where nothing else is asked, as transformers has it."""
@@ -34,6 +35,11 @@ class FilePlan:
     def size(self) -> int:
         """Bytes of the finished file."""
         return len(self.header) + sum(slot.nbytes for slot in self.slots)
+
+    def specs(self, folder: Path) -> dict[str, TensorSpec]:
+        """Return the tensors as they lie in the finished file in `folder`, by name."""
+        path = folder / self.name
+        return {s.name: TensorSpec(s.dtype, s.shape, path, s.offset, s.offset + s.nbytes) for s in self.slots}
 
 
 def plan_file(
@@ -89,8 +95,14 @@ def plan_shards(
     return [plan_file(name, group, metadata) for name, group in zip(names, groups, strict=True)]
 
 
-def index_json(plans: Sequence[FilePlan], metadata: Mapping[str, object] | None = None) -> dict[str, object]:
-    """Return the index of a sharded model; `total_size` counts the bytes of all tensors."""
-    total = sum(slot.nbytes for plan in plans for slot in plan.slots)
-    weight_map = {slot.name: plan.name for plan in plans for slot in plan.slots}
+def index_json(
+    plans: Sequence[FilePlan], metadata: Mapping[str, object] | None = None, folder: Path = Path(), prefix: str = ""
+) -> dict[str, object]:
+    """Return the index of the files in one folder of a model; `total_size` counts the bytes of all their tensors.
+
+    Names of tensors stand in it without `prefix`, as in the files.
+    """
+    slots = [(slot, Path(plan.name)) for plan in plans for slot in plan.slots if Path(plan.name).parent == folder]
+    weight_map = {slot.name.removeprefix(prefix): path.name for slot, path in slots}
+    total = sum(slot.nbytes for slot, _ in slots)
     return {"metadata": {**(metadata or {}), "total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -6,25 +6,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from loratools.adapter.model import AdapterInput
+from loratools.engine.plan import MergePlan
 from loratools.engine.residual import Lost, Residual
-from loratools.engine.residual.restore import Restorer, file_plan
+from loratools.engine.residual.restore import Restorer, file_plan, write_pieces
 from loratools.engine.run import Settings, write_weights
+from loratools.engine.task import retention
 from loratools.errors import IncompatibleAdapter, WrongBase
 from loratools.format.record import of_merge
 from loratools.options import CheckBase
 from loratools.parallel import Progress, cores, no_progress
-from loratools.storage import atomic, digest, files
-from loratools.storage.atomic import refuse_inputs
+from loratools.storage import atomic, digest
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.companions import companions
 from loratools.storage.header import TensorSpec
-from loratools.storage.layout import Slot
 from loratools.surgery.inputs import AdapterSource, ModelSource, open_adapters, places, under_names_of
 from loratools.surgery.merge.folder import write_companions
-from loratools.surgery.merge.options import MergeOptions, Tied
+from loratools.surgery.merge.options import MergeOptions
 from loratools.surgery.merge.plan import plan_merge
 from loratools.surgery.unmerge.merged import MergedModel
 from loratools.surgery.unmerge.subtract import subtract
@@ -90,105 +89,74 @@ def switch(
         True
     """
     options = MergeOptions(check_base=check_base, threads=threads, force=force)
-    output = Path(output)
+    output, threads, progress = Path(output), threads or cores(), progress or no_progress
     atomic.check_output(output, force=force)
     merged = MergedModel.open(model, out, None)
     merged.check_layers()
     inputs = under_names_of(merged.model, open_adapters(into, merged.model, weights))
-    refuse_inputs(output, [merged.model.path, *places(merged.inputs), *places(inputs)])
+    atomic.refuse_inputs(output, [merged.model.path, *places(merged.inputs), *places(inputs)])
     residual = merged.residual()
-    write = _subtract if residual is None else partial(_restore_and_merge, residual)
     with atomic.new_folder(output, force=force) as scratch:
-        return write(merged, inputs, options, progress or no_progress, output, scratch)
+        if residual is not None:
+            plan, changed, survived = _restore_and_merge(merged, residual, inputs, options, threads, progress, scratch)
+            return SwitchReport(str(output), True, changed, len(plan.changes), 0.0, survived, plan.notes)
+        options = replace(options, tied=merged.record.get("tied") or "error", check_base="off")
+        plan, bound = subtract(merged, inputs, options, threads, progress, scratch)
+        notes = (
+            "approximate: W' − ΔW_out + ΔW_in, for no residual of the merge was kept",
+            "no base hash of the new adapters was checked",
+        )
+        return SwitchReport(str(output), False, len(plan.touched()), len(plan.changes), bound, None, notes)
 
 
 def _restore_and_merge(
-    residual: Residual,
-    merged: MergedModel,
-    inputs: Sequence[AdapterInput],
-    options: MergeOptions,
-    progress: Progress,
-    output: Path,
-    scratch: Path,
-) -> SwitchReport:
+    merged: MergedModel, residual: Residual, inputs: Sequence[AdapterInput], options: MergeOptions, threads: int,
+    progress: Progress, scratch: Path,
+) -> tuple[MergePlan, int, float | None]:  # fmt: skip
+    """Merge anew, each lost tensor restored first; return the plan, how many tensors changed, and the retention."""
     merged.check_complete()
     lost = merged.lost(residual)
-    base, slots = _base_in(scratch, merged.model, residual, lost)
+    base = _base_in(scratch, merged.model, residual, lost)
     plan = plan_merge(base, inputs, options)
     recorded: Mapping[str, str] = merged.record["base"]["tensors"]
     before = {
-        name: partial(_restore, tensor, residual, slots[name], recorded.get(name)) for name, tensor in lost.items()
+        name: partial(_restore, tensor, residual, base.specs[name], recorded.get(name)) for name, tensor in lost.items()
     }
-    settings = Settings(options.threads or cores(), before=before)
-    results = write_weights(plan, scratch, settings, progress)
-    total = sum(result.total for result in results)
-    retention = sum(result.retained for result in results) / total if total else None
-    record: dict[str, Any] = of_merge(base, inputs)
+    results = write_weights(plan, scratch, Settings(threads, before=before), progress)
+    record = of_merge(base, inputs)
     digests = {result.name: result.digests[digest.DEFAULT] for result in results if result.digests}
     of_base = {**merged.record["base"], "tensors": digests}
-    record |= {"base": of_base, "tied": None, "dtype": None, "retention": retention}
+    record |= {"base": of_base, "tied": None, "dtype": None, "retention": retention(results)}
     write_companions(plan, companions(merged.model, [each.path for each in inputs]), record, scratch)
-    changed = len(plan.touched().keys() | lost.keys())
-    return SwitchReport(str(output), True, changed, len(plan.changes), 0.0, retention, plan.notes)
+    return plan, len(plan.touched().keys() | lost.keys()), retention(results)
 
 
-def _base_in(
-    scratch: Path, model: Checkpoint, residual: Residual, lost: Mapping[str, Lost]
-) -> tuple[Checkpoint, dict[str, Slot]]:
-    """Return the base as if it were opened, with lost tensors where they will be restored, and their slots."""
-    plans = {file.name: file_plan(model, file) for file in residual.layout}
-    shards = {str(shard.path.relative_to(model.root)): shard for shard in model.shards}
-    laid_out = {name: [(slot.name, slot.dtype, slot.offset) for slot in plan.slots] for name, plan in plans.items()}
-    same = laid_out == {
-        name: [(tensor, spec.dtype, spec.start) for tensor, spec in shard.tensors.items()]
-        for name, shard in shards.items()
-    }
-    if not same or residual.config or any(tensor.mode == "stored" for tensor in lost.values()):
+def _base_in(scratch: Path, model: Checkpoint, residual: Residual, lost: Mapping[str, Lost]) -> Checkpoint:
+    """Return the base as if it were opened, with lost tensors where they will be restored."""
+    restored = {Path(file.name): file_plan(model, file).specs(scratch) for file in residual.layout}
+    merged = {shard.path.relative_to(model.root): shard.tensors for shard in model.shards}
+
+    def offsets(files: Mapping[Path, Mapping[str, TensorSpec]]) -> dict[Path, list[tuple[str, str, int]]]:
+        return {
+            path: [(name, spec.dtype, spec.start) for name, spec in tensors.items()] for path, tensors in files.items()
+        }
+
+    stored = any(tensor.mode == "stored" for tensor in lost.values())
+    if offsets(restored) != offsets(merged) or residual.config or stored:
         raise IncompatibleAdapter(
             f"{model.path}: the merge changed its layout or config.json besides its numbers, so one pass does not do",
             hint="Run `loratools unmerge`, then `loratools merge`.",
         )
-    slots = {slot.name: slot for plan in plans.values() for slot in plan.slots}
-    files_of = {slot.name: scratch / name for name, plan in plans.items() for slot in plan.slots}
-    specs = {
-        name: TensorSpec(spec.dtype, spec.shape, files_of[name], spec.start, spec.stop) if name in lost else spec
-        for name, spec in model.specs.items()
-    }
-    shards_of_base = tuple(
-        replace(shard, tensors={name: specs[name] for name in shard.tensors}) for shard in model.shards
-    )
-    return replace(model, shards=shards_of_base, specs=specs), slots
+    moved = {name: spec for tensors in restored.values() for name, spec in tensors.items() if name in lost}
+    shards = [replace(shard, tensors={n: moved.get(n, s) for n, s in shard.tensors.items()}) for shard in model.shards]
+    return replace(model, shards=tuple(shards), specs={**model.specs, **moved})
 
 
-def _restore(lost: Lost, residual: Residual, slot: Slot, recorded: str | None, target: int) -> None:
-    """Write a tensor of the base to its slot; raise `WrongBase` unless it has its recorded digest."""
-    offset, hasher = slot.offset, digest.start_tensor(lost.dtype, lost.shape)
-    for piece in Restorer(lost, residual).pieces():
-        hasher.update(piece)
-        files.write_from(target, memoryview(piece), offset)
-        offset += len(piece)
-    restored = digest.finish(hasher)
+def _restore(lost: Lost, residual: Residual, spec: TensorSpec, recorded: str | None, target: int) -> None:
+    """Write a tensor of the base to its place; raise `WrongBase` unless it has its recorded digest."""
+    restored = write_pieces(Restorer(lost, residual).pieces(), lost.name, spec, target, residual.path)
     if recorded is not None and restored != recorded:
         raise WrongBase(
             f"{residual.path}: tensor {lost.name} was not restored: digest {restored}, recorded {recorded}",
             hint="One of the files was changed since, or the residual belongs to another merge.",
         )
-
-
-def _subtract(
-    merged: MergedModel,
-    inputs: Sequence[AdapterInput],
-    options: MergeOptions,
-    progress: Progress,
-    output: Path,
-    scratch: Path,
-) -> SwitchReport:
-    tied: Tied = merged.record.get("tied") or "error"
-    options = replace(options, tied=tied, check_base="off")
-    made = subtract(merged, inputs, "switch", options, options.threads or cores(), progress, scratch)
-    notes = (
-        "approximate: W' − ΔW_out + ΔW_in, for no residual of the merge was kept",
-        "no base hash of the new adapters was checked",
-    )
-    changed, tensors = len(made.plan.touched()), len(made.plan.changes)
-    return SwitchReport(str(output), False, changed, tensors, made.error_bound, None, notes)

@@ -63,8 +63,7 @@ def keep(plan: MergePlan, folder: Path, threads: int, progress: Progress = lambd
             "modes": {tensor.name: tensor.mode for tensor in lost},
             "layout": [
                 [str(shard.path.relative_to(plan.base.root).with_suffix(".safetensors")),
-                 [[name, spec.dtype, spec.shape] for name, spec in shard.tensors.items()],
-                 dict(shard.metadata), shard.prefix]
+                 shard.layout, dict(shard.metadata), shard.prefix]
                 for shard in plan.base.shards
             ],
             "config": {key: plan.base.config.get(key) for key in plan.config},
@@ -85,19 +84,17 @@ def keep(plan: MergePlan, folder: Path, threads: int, progress: Progress = lambd
 
 def _lost(plan: MergePlan, folder: Path) -> Iterator[Lost]:
     """Find the base's tensors that the output does not hold byte for byte, and what became of them."""
-    slots = {slot.name: (file, slot) for file in plan.files for slot in file.slots}
+    written = {name: spec for file in plan.files for name, spec in file.specs(folder).items()}
     for name, spec in plan.base.specs.items():
-        change, output = plan.changes.get(name), slots.get(name)
-        if change is None or output is None:
+        change, after = plan.changes.get(name), written.get(name)
+        if change is None or after is None:
             yield Lost(name, spec.dtype, spec.shape, None)
             continue
-        file, slot = output
-        if not change.placements and not change.replaced and slot.dtype == spec.dtype:
+        if not change.placements and not change.replaced and after.dtype == spec.dtype:
             continue
         predictable = not change.replaced and undo.is_predictable([p for _, p in change.placements])
         placements = tuple((p, plan.weights[i]) for i, p in change.placements) if predictable else ()
-        comparable = slot.shape == spec.shape and {slot.dtype, spec.dtype} <= set(dtypes.FLOATS)
-        after = TensorSpec(slot.dtype, slot.shape, folder / file.name, slot.offset, slot.offset + slot.nbytes)
+        comparable = after.shape == spec.shape and {after.dtype, spec.dtype} <= set(dtypes.FLOATS)
         yield Lost(name, spec.dtype, spec.shape, after if comparable else None, placements)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,12 @@ from loratools.adapter.placement.tied import apply_policy
 from loratools.engine.residual import LENGTH, Layout, Lost, Residual, codes, prediction, read_bits
 from loratools.engine.residual.predict import Step, steps
 from loratools.errors import BadFile
-from loratools.parallel import Progress, each
+from loratools.parallel import Progress, each, no_progress
 from loratools.storage import digest, dtypes, files
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.companions import json_text
 from loratools.storage.header import TensorSpec
-from loratools.storage.layout import FilePlan, Slot, index_json, plan_file
+from loratools.storage.layout import FilePlan, index_json, plan_file
 
 
 def lost_tensors(
@@ -67,12 +67,9 @@ def restore(
     the tensors under work.
     """
     plans = [file_plan(model, file) for file in residual.layout]
-    missing = [
-        slot.name
-        for plan in plans
-        for slot in plan.slots
-        if slot.name not in lost and not _same(model.specs.get(slot.name), slot)
-    ]
+    specs = {name: spec for plan in plans for name, spec in plan.specs(folder).items()}
+    kept = {name: (spec.dtype, spec.shape) for name, spec in model.specs.items() if name not in lost}
+    missing = [name for name, spec in specs.items() if name not in lost and kept.get(name) != (spec.dtype, spec.shape)]
     if missing:
         raise BadFile(f"{residual.path}: the merged model lacks tensors that it should hold unchanged", missing[:20])
     for plan in plans:
@@ -82,55 +79,41 @@ def restore(
             os.truncate(target, plan.size)
             files.write_from(target, memoryview(plan.header), 0)
 
-    def write(name: str, place: tuple[Slot, Path]) -> str:
-        slot, path = place
-        hasher = digest.start_tensor(slot.dtype, slot.shape)
-        at = slot.offset
-        with files.descriptor(path, os.O_WRONLY) as target:
-            for piece in _pieces(model, residual, lost, name):
-                hasher.update(piece)
-                files.write_from(target, memoryview(piece), at)
-                at += len(piece)
-                progress(len(piece))
-        if at != slot.offset + slot.nbytes:
-            raise BadFile(f"{residual.path}: tensor {name!r} has {at - slot.offset} bytes, expected {slot.nbytes}")
-        return digest.finish(hasher)
+    def write(name: str, spec: TensorSpec) -> str:
+        pieces = Restorer(lost[name], residual).pieces() if name in lost else files.chunks(model.specs[name])
+        with files.descriptor(spec.file, os.O_WRONLY) as target:
+            return write_pieces(pieces, name, spec, target, residual.path, progress)
 
-    slots = [(slot, folder / plan.name) for plan in plans for slot in plan.slots]
-    slots.sort(key=lambda item: -item[0].nbytes)
-    digests = each(write, {slot.name: (slot, path) for slot, path in slots}, threads)
-    _write_indexes(plans, residual, folder)
+    digests = each(write, dict(sorted(specs.items(), key=lambda item: -item[1].nbytes)), threads)
+    for name, metadata in residual.indexes.items():
+        part = Path(name).parent
+        prefix = next((file.prefix for file in residual.layout if Path(file.name).parent == part), "")
+        (folder / name).write_text(json_text(index_json(plans, metadata, part, prefix)), encoding="utf-8")
     return digests
 
 
-def _pieces(model: Checkpoint, residual: Residual, lost: Mapping[str, Lost], name: str) -> Iterator[Any]:
-    return Restorer(lost[name], residual).pieces() if name in lost else files.chunks(model.specs[name])
-
-
-def _same(spec: TensorSpec | None, slot: Slot) -> bool:
-    return spec is not None and (spec.dtype, spec.shape) == (slot.dtype, slot.shape)
+def write_pieces(
+    pieces: Iterable[bytes | memoryview], name: str, spec: TensorSpec, target: int, residual: Path,
+    progress: Progress = no_progress,
+) -> str:  # fmt: skip
+    """Write the bytes of a restored tensor where `spec` says, to an open file; return its digest."""
+    hasher, at = digest.start_tensor(spec.dtype, spec.shape), spec.start
+    for piece in pieces:
+        hasher.update(piece)
+        files.write_from(target, memoryview(piece), at)
+        at += len(piece)
+        progress(len(piece))
+    if at != spec.stop:
+        raise BadFile(f"{residual}: tensor {name!r} has {at - spec.start} bytes, expected {spec.nbytes}")
+    return digest.finish(hasher)
 
 
 def file_plan(model: Checkpoint, file: Layout) -> FilePlan:
     """Lay out one of the base's files; where the merged model has the same header, its bytes are taken over."""
     for shard in model.shards:
-        listed = [(name, spec.dtype, spec.shape) for name, spec in shard.tensors.items()]
-        if str(shard.path.relative_to(model.root)) == file.name and listed == list(file.tensors):
-            begin = min((spec.start for spec in shard.tensors.values()), default=0)
-            with shard.path.open("rb") as opened:
-                return plan_file(file.name, file.tensors, header=opened.read(begin))
+        if str(shard.path.relative_to(model.root)) == file.name and shard.layout == list(file.tensors):
+            return plan_file(file.name, file.tensors, header=shard.header())
     return plan_file(file.name, file.tensors, file.metadata, prefix=file.prefix)
-
-
-def _write_indexes(plans: Sequence[FilePlan], residual: Residual, folder: Path) -> None:
-    prefixes = {file.name: file.prefix for file in residual.layout}
-    for name, metadata in residual.indexes.items():
-        part = [plan for plan in plans if Path(plan.name).parent == Path(name).parent]
-        weight_map = {
-            slot.name.removeprefix(prefixes[plan.name]): Path(plan.name).name for plan in part for slot in plan.slots
-        }
-        index = {**index_json(part, metadata), "weight_map": dict(sorted(weight_map.items()))}
-        (folder / name).write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 class Restorer:

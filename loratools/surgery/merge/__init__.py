@@ -1,13 +1,10 @@
 """Merge adapters into a base model: W' = W + Σ wᵢ·sᵢ·Bᵢ·Aᵢ in float32, rounded once, streamed shard by shard.
 
-options     the options, one value that is checked when it is built
-prepared    open, check and plan: nothing is written
-plan        what becomes of every tensor, from headers alone
-accounts    what became of every tensor of the adapters
-run         write the tensors, then everything beside them
-resume      what an interrupted merge has finished
-folder      the files beside the weights
-card        the model card
+options   the options, one value that is checked when it is built
+plan      what becomes of every tensor, from headers alone
+run       open, check and plan; then write the tensors, and everything beside them
+resume    what an interrupted merge has finished
+folder    the files beside the weights
 """
 
 from __future__ import annotations
@@ -16,13 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratools.options import CheckBase
+from loratools.options import CheckBase, Device, Retention, Rounding, Tied
 from loratools.parallel import Progress
 from loratools.storage.dtypes import FloatName
 from loratools.surgery.inputs import AdapterSource, ModelSource
-from loratools.surgery.merge.options import Device, MergeOptions, Retention, Rounding, Tied
-from loratools.surgery.merge.prepared import Merge, prepare
-from loratools.surgery.merge.run import MergeReport, Sink, execute
+from loratools.surgery.merge.options import MergeOptions
+from loratools.surgery.merge.run import Merge, MergeReport, Sink, execute, prepare
 
 if TYPE_CHECKING:
     import torch

@@ -1,7 +1,9 @@
-"""The files beside the weights: tokenizer, config, card, index. They come along with a merged model."""
+"""The files beside the weights of a merged model: tokenizer, config, model card, index."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,35 +12,55 @@ from loratools.engine.plan import MergePlan
 from loratools.storage.companions import RECORD, copy_companions, json_text
 from loratools.storage.layout import index_json
 from loratools.storage.strict_json import read_json
-from loratools.surgery.merge.card import card
+
+_SECTION = re.compile(r"\n*<!-- loratools merge -->.*?<!-- /loratools merge -->\n*", re.DOTALL)
 
 
 def write_companions(plan: MergePlan, sources: Mapping[str, Path], record: Mapping[str, Any], folder: Path) -> None:
-    """Write everything beside the weights into `folder`; the index comes last."""
-    texts: dict[str, str | None] = {}
+    """Write everything beside the weights into `folder`; indexes come last, and a model in one file has none."""
+    texts: dict[str, str | None] = {RECORD: json_text(record)}
     if "config.json" in sources and plan.config:
         texts["config.json"] = json_text({**read_json(sources["config.json"]), **plan.config})
     if sources:
         own = sources.get("README.md")
         texts["README.md"] = card(own.read_text(encoding="utf-8", errors="replace") if own else "", record)
-    copy_companions(sources, folder, texts | {RECORD: json_text(record)})
-    _write_indexes(plan, folder)
-
-
-def _write_indexes(plan: MergePlan, folder: Path) -> None:
-    """Write the index of every sharded part; a model in one file has none."""
+    copy_companions(sources, folder, texts)
+    indexes: dict[Path, dict[str, object]] = {}
     if plan.laid_out:
         for path, index in plan.base.indexes.items():
-            parent = path.relative_to(plan.base.root).parent
-            part = [file for file in plan.files if Path(file.name).parent == parent]
-            prefix = next((s.prefix for s in plan.base.shards if s.path.parent == path.parent), "")
-            metadata = index.get("metadata") if isinstance(index.get("metadata"), dict) else None
-            weight_map = {slot.name.removeprefix(prefix): Path(file.name).name for file in part for slot in file.slots}
-            document = {**index_json(part, metadata), "weight_map": dict(sorted(weight_map.items()))}
-            _write(folder / parent / path.name, document)
+            name = path.relative_to(plan.base.root)
+            prefix = next((shard.prefix for shard in plan.base.shards if shard.path.parent == path.parent), "")
+            metadata = index.get("metadata")
+            indexes[name] = index_json(plan.files, metadata if isinstance(metadata, dict) else {}, name.parent, prefix)
     elif len(plan.files) > 1:
-        _write(folder / "model.safetensors.index.json", index_json(plan.files))
+        indexes[Path("model.safetensors.index.json")] = index_json(plan.files)
+    for name, document in indexes.items():
+        (folder / name).write_text(json_text(document), encoding="utf-8")
 
 
-def _write(path: Path, document: Mapping[str, Any]) -> None:
-    path.write_text(json_text(document), encoding="utf-8")
+def card(text: str, record: Mapping[str, Any]) -> str:
+    """Return a model card with a section on this merge; a person's own text stays as it is."""
+    rows = "\n".join(
+        f"| {adapter.get('id') or 'adapter'} | {adapter['kinds']} | {adapter['ranks']} | {adapter['weight']:g} "
+        f"| `{adapter['digest']}` |"
+        for adapter in record["adapters"]
+    )
+    base = record["base"]
+    identity = base.get("id")
+    section = (
+        "<!-- loratools merge -->\n## How this model was made\n\n"
+        f"Merged with {record['tool']} from the base model {identity or 'named below by its hash'} "
+        f"(schema hash `{base['schema']}`):\n\n"
+        "| adapter | kind | rank | weight | digest |\n|---|---|---|---|---|\n"
+        f"{rows}\n\nW' = W + Σ weight·scaling·B·A in float32, rounded once. The whole record: `{RECORD}`.\n"
+        "<!-- /loratools merge -->\n"
+    )
+    front = f"base_model: {json.dumps(identity)}\nbase_model_relation: merge\n" if identity else ""
+    alone = f"---\n{front}library_name: transformers\ntags: [loratools, merge]\n---"
+    own = _SECTION.sub("\n", text).rstrip("\n")
+    return f"{own or alone}\n\n{section}"
+
+
+def without_section(text: str, record: Mapping[str, Any]) -> str:
+    """Return a model card as it was before a merge: without its section; empty if the merge wrote all of it."""
+    return "" if text == card("", record) else _SECTION.sub("\n", text).strip("\n") + "\n"

@@ -12,26 +12,23 @@ from loratools.adapter.naming.wrappers import normalized
 from loratools.adapter.placement.resolve import Placement, resolve
 from loratools.adapter.placement.settle import replaced, usual_dtype
 from loratools.adapter.placement.tied import apply_policy
-from loratools.adapter.placement.whole import check_vocabulary, follow, resolve_replacements
+from loratools.adapter.placement.whole import Shapes, check_vocabulary, follow, resolve_replacements
 from loratools.engine.plan import Change, MergePlan
 from loratools.errors import IncompatibleAdapter, WrongBase
 from loratools.options import CheckBase
 from loratools.storage import dtypes
-from loratools.storage.checkpoint import Checkpoint, Shard
+from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import TensorSpec
 from loratools.storage.layout import DEFAULT_SHARD, FilePlan, plan_file, plan_shards
 from loratools.surgery.base import of_headers
 from loratools.surgery.merge.options import MergeOptions
 
-_Tensor = tuple[str, str, tuple[int, ...]]
+_Configs = Sequence[Mapping[str, Any] | None]
+_Placements = Mapping[str, Sequence[tuple[int, Placement]]]
 
 
 def plan_merge(
-    base: Checkpoint,
-    inputs: Sequence[AdapterInput],
-    options: MergeOptions,
-    *,
-    configs: Sequence[Mapping[str, Any] | None] = (),
+    base: Checkpoint, inputs: Sequence[AdapterInput], options: MergeOptions, *, configs: _Configs = ()
 ) -> MergePlan:
     """Decide everything about a merge of adapters into `base`.
 
@@ -49,15 +46,17 @@ def plan_merge(
     sources = {**specs, **whole}
     check_vocabulary(shapes, {name: spec.shape for name, spec in whole.items()})
     placements = _placements(inputs, {name: spec.shape for name, spec in sources.items()}, base)
-    _check_targets({name: specs[name] for name in {**placements, **whole} if name in specs})
-    expected, notes = _recorded_digests(inputs, placements, base, options.check_base)
-    changes = {
-        name: Change(
-            source,
-            tuple(placements.get(name, ())),
-            name in whole,
-            () if name in whole else tuple(expected.get(name, ())),
+    targets = [(name, specs[name]) for name in {**placements, **whole} if name in specs]
+    if codes := [(name, spec) for name, spec in targets if spec.dtype not in dtypes.FLOATS]:
+        raise IncompatibleAdapter(
+            f"{len(codes)} target tensor(s) of the base are quantized, and adding to their codes would be wrong",
+            [f"{name}: stored as {spec.dtype} with shape {spec.shape}" for name, spec in codes],
+            hint="Merge into the unquantized base, then quantize again.",
         )
+    expected, notes = _recorded_digests(inputs, placements, base, options.check_base)
+    expected = {name: digests for name, digests in expected.items() if name not in whole}
+    changes = {
+        name: Change(source, tuple(placements.get(name, ())), name in whole, tuple(expected.get(name, ())))
         for name, source in sources.items()
     }
     added = [name for name in sources if name not in base.specs]
@@ -71,32 +70,32 @@ def plan_merge(
 
 
 def _files(
-    base: Checkpoint,
-    specs: Mapping[str, TensorSpec],
-    sources: Mapping[str, TensorSpec],
-    added: list[str],
+    base: Checkpoint, specs: Mapping[str, TensorSpec], sources: Mapping[str, TensorSpec], added: list[str],
     options: MergeOptions,
-) -> tuple[tuple[FilePlan, ...], bool]:
+) -> tuple[tuple[FilePlan, ...], bool]:  # fmt: skip
     """Lay out the output's files of tensors; tell whether they are the base's own."""
     if base.components and options.shard_bytes is not None:
         raise IncompatibleAdapter("a pipeline keeps the files of its components; --max-shard-size does not apply to it")
-    usual = usual_dtype(base.specs)
-    stored = {name: specs[name].dtype if name in specs else usual for name in sources}
-    planned = {name: (name, _cast(stored[name], options.output_dtype), spec.shape) for name, spec in sources.items()}
-    if options.shard_bytes is None and all(shard.path.suffix == ".safetensors" for shard in base.shards):
-        return tuple(_same_layout(base, shard, added, planned) for shard in base.shards), True
-    metadata = {"format": "pt"} | dict(base.shards[0].metadata)
-    return tuple(plan_shards(list(planned.values()), options.shard_bytes or DEFAULT_SHARD, metadata)), False
+    planned = {}
+    for name, source in sources.items():
+        stored = specs[name].dtype if name in specs else usual_dtype(base.specs)
+        planned[name] = (name, (stored in dtypes.FLOATS and options.output_dtype) or stored, source.shape)
+    if options.shard_bytes is not None or not all(shard.path.suffix == ".safetensors" for shard in base.shards):
+        metadata = {"format": "pt"} | dict(base.shards[0].metadata)
+        return tuple(plan_shards(list(planned.values()), options.shard_bytes or DEFAULT_SHARD, metadata)), False
+    files = []
+    for shard in base.shards:  # names and order stay, and where nothing forces another the header, byte for byte
+        name = str(shard.path.relative_to(base.root))
+        tensors = [planned[tensor] for tensor in [*shard.tensors, *(added if shard is base.shards[-1] else ())]]
+        header = shard.header() if tensors == shard.layout and not base.origins else None
+        files.append(plan_file(name, tensors, shard.metadata, header=header, prefix=shard.prefix))
+    return tuple(files), True
 
 
 def _config(
-    base: Checkpoint,
-    inputs: Sequence[AdapterInput],
-    untied: Mapping[str, Any],
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: str | None,
-    configs: Sequence[Mapping[str, Any] | None],
-) -> tuple[dict[str, Any], list[str]]:
+    base: Checkpoint, inputs: Sequence[AdapterInput], untied: Mapping[str, Any], shapes: Shapes, dtype: str | None,
+    configs: _Configs,
+) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
     """Return the fields of config.json that change, and notes: what an untied head, new tensors and a dtype ask for."""
     config, notes = {**base.config, **untied}, []
     for i, each in enumerate(inputs):
@@ -110,9 +109,7 @@ def _config(
     return {key: value for key, value in config.items() if key not in own or own[key] != value}, notes
 
 
-def _placements(
-    inputs: Sequence[AdapterInput], shapes: Mapping[str, tuple[int, ...]], base: Checkpoint
-) -> dict[str, list[tuple[int, Placement]]]:
+def _placements(inputs: Sequence[AdapterInput], shapes: Shapes, base: Checkpoint) -> _Placements:
     """Return the placements on each tensor, with the adapters' numbers; an error says which adapters do not fit."""
     placements: dict[str, list[tuple[int, Placement]]] = {}
     misfits: dict[str, IncompatibleAdapter] = {}
@@ -132,18 +129,14 @@ def _placements(
 
 
 def _recorded_digests(
-    inputs: Sequence[AdapterInput],
-    placements: Mapping[str, Sequence[tuple[int, Placement]]],
-    base: Checkpoint,
-    check_base: CheckBase,
+    inputs: Sequence[AdapterInput], placements: _Placements, base: Checkpoint, check_base: CheckBase
 ) -> tuple[dict[str, list[tuple[int, str]]], list[str]]:
     """Return the digests that adapters recorded of the tensors that they change, with their numbers; and notes.
 
     The digests are compared while the tensors are read. An adapter that recorded a schema alone is compared here.
     """
     expected: dict[str, list[tuple[int, str]]] = {}
-    notes: list[str] = []
-    problems: list[str] = []
+    notes, problems = [], []
     for i, each in enumerate(inputs):
         who, identity = f"adapter {i + 1}", each.adapter.base
         if check_base == "off":
@@ -164,50 +157,16 @@ def _recorded_digests(
                 elif name in base.specs:
                     problems.append(f"{who}: changes {name}, which its recorded base does not list")
     if problems and check_base == "strict":
-        raise WrongBase(
-            f"{base.path} is not the base model that was recorded",
-            problems,
-            hint="Use the right base, or --check-base warn if you know better.",
-        )
+        hint = "Use the right base, or --check-base warn if you know better."
+        raise WrongBase(f"{base.path} is not the base model that was recorded", problems, hint=hint)
     return expected, notes + problems
 
 
-def _order(placements: Mapping[str, Sequence[tuple[int, Placement]]], count: int) -> list[str]:
+def _order(placements: _Placements, count: int) -> list[str]:
     """Say where the order of the adapters means something: where several change a tensor, and not all only add."""
-    tensors = [
-        name
-        for name, on_it in placements.items()
-        if len({i for i, _ in on_it}) > 1 and not all(placement.update.additive for _, placement in on_it)
-    ]
+    ordered = sum(
+        len({i for i, _ in on_it}) > 1 and not all(placement.update.additive for _, placement in on_it)
+        for on_it in placements.values()
+    )
     order = ", then ".join(str(i + 1) for i in range(count))
-    return [f"the order matters for {len(tensors)} tensor(s), and is as given: adapter {order}"] if tensors else []
-
-
-def _check_targets(specs: Mapping[str, TensorSpec]) -> None:
-    problems = [
-        f"{name}: stored as {spec.dtype} with shape {spec.shape}"
-        for name, spec in specs.items()
-        if spec.dtype not in dtypes.FLOATS
-    ]
-    if problems:
-        raise IncompatibleAdapter(
-            f"{len(problems)} target tensor(s) of the base are quantized, and adding to their codes would be wrong",
-            problems,
-            hint="Merge into the unquantized base, then quantize again.",
-        )
-
-
-def _same_layout(base: Checkpoint, shard: Shard, added: list[str], planned: Mapping[str, _Tensor]) -> FilePlan:
-    """Keep a shard's file name, order and, where nothing forces another, its header byte for byte."""
-    name = str(shard.path.relative_to(base.root))
-    tensors = [planned[tensor] for tensor in list(shard.tensors) + (added if shard is base.shards[-1] else [])]
-    if base.origins or tensors != [(tensor, spec.dtype, spec.shape) for tensor, spec in shard.tensors.items()]:
-        return plan_file(name, tensors, shard.metadata, prefix=shard.prefix)
-    begin = min((spec.start for spec in shard.tensors.values()), default=0)
-    with shard.path.open("rb") as file:
-        header = file.read(begin)
-    return plan_file(name, tensors, header=header)
-
-
-def _cast(stored: str, wanted: str | None) -> str:
-    return wanted if wanted and stored in dtypes.FLOATS else stored
+    return [f"the order matters for {ordered} tensor(s), and is as given: adapter {order}"] if ordered else []

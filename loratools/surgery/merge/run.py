@@ -1,27 +1,72 @@
-"""Run a merge that is decided: write its files of tensors, measure them, then everything beside them."""
+"""Decide a merge, which writes nothing; then run it: the files of tensors first, and everything beside them."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from loratools.adapter.model import AdapterInput
+from loratools.adapter.placement.layers import replicated
+from loratools.adapter.placement.settle import settle
 from loratools.engine.device import check as check_device
 from loratools.engine.plan import MergePlan
 from loratools.engine.residual.keep import Kept, keep
-from loratools.engine.run import Settings, write_weights
-from loratools.engine.task import TensorResult
-from loratools.errors import IncompatibleAdapter, NoSpace
-from loratools.format.record import TOOL
-from loratools.parallel import Progress, no_progress
+from loratools.engine.run import Settings, in_torch, write_weights
+from loratools.engine.task import TensorResult, retention
+from loratools.errors import IncompatibleAdapter
+from loratools.format.record import TOOL, of_merge, refuse_second_merge
+from loratools.parallel import Progress, cores, no_progress
 from loratools.storage import atomic, digest
+from loratools.storage.companions import companions, own_config
 from loratools.surgery.hash import hash_tensors
-from loratools.surgery.merge.accounts import Account
+from loratools.surgery.inputs import AdapterSource, ModelSource, open_adapters, open_model, places, under_names_of
 from loratools.surgery.merge.folder import write_companions
-from loratools.surgery.merge.prepared import Merge
+from loratools.surgery.merge.options import MergeOptions
+from loratools.surgery.merge.plan import plan_merge
 from loratools.surgery.merge.resume import Journal, fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What became of the tensors of one adapter; `tensors` is the sum of the other three.
+
+    `applied` are parts of updates, `replaced` took the place of a tensor or were added, `passed_over` are copies of the
+    base's own tensors, and a tied head's copy of the embedding.
+    """
+
+    tensors: int
+    applied: int
+    replaced: int
+    passed_over: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Merge:
+    """A merge that is decided but not run: the inputs, the plan, and what the output will record of itself."""
+
+    plan: MergePlan
+    output: Path
+    sources: dict[str, Path]
+    record: dict[str, Any]
+    options: MergeOptions
+    accounts: tuple[Account, ...]
+
+    @property
+    def threads(self) -> int:
+        """Threads to work with, where the options leave it open one per core, at most 8."""
+        return self.options.threads or min(8, cores())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as plain data, with the free space where the output goes."""
+        return self.plan.to_json(self.threads, torch=bool(in_torch(self.plan))) | {
+            "output": str(self.output),
+            "other_files": len(self.sources),
+            "free_disk": atomic.free_space(self.output),
+            "threads": self.threads,
+            "consumed": [asdict(account) for account in self.accounts],
+        }
 
 
 class Sink(Protocol):
@@ -60,6 +105,66 @@ class MergeReport:
     reused: tuple[str, ...] = ()
 
 
+def prepare(
+    base: ModelSource,
+    adapters: AdapterSource | Sequence[AdapterSource],
+    output: str | Path,
+    *,
+    weights: float | Sequence[float] | None = None,
+    options: MergeOptions = MergeOptions(),  # noqa: B008  (frozen)
+) -> Merge:
+    """Decide everything about a merge from headers and the adapters' digests; write nothing.
+
+    `base`, `adapters`, `output` and `weights` are those of `merge`; `options` holds its other arguments.
+
+    Raises `IncompatibleAdapter`, `WrongBase`, `BadFile`, `UnsupportedAdapter`, `InvalidOption` for weights that are not
+    one for each adapter, `OutputRefused` where the output exists, is an input, or the base already holds this adapter.
+    """
+    output = Path(output)
+    atomic.check_output(output, force=options.force)
+    base = open_model(base)
+    if options.model_type:
+        base = replace(base, config={**base.config, "model_type": options.model_type})
+    inputs = open_adapters(adapters, base, weights)
+    base = replicated(base, [each.adapter for each in inputs])
+    # By the places of its files too: those of a base may be links.
+    of_base = [base.path, *([base.root] if base.path.is_dir() else []), *(shard.path for shard in base.shards)]
+    atomic.refuse_inputs(output, [*of_base, *places(inputs)])
+    refuse_second_merge(base, [each.digest for each in inputs])
+    settled, decided = settle(base, under_names_of(base, inputs), strict=options.check_base == "strict")
+    plan = plan_merge(base, settled, options, configs=[own_config(each.path) for each in inputs])
+    plan = replace(plan, notes=(*plan.notes, *decided))
+    record = of_merge(base, inputs)
+    record |= {"dtype": options.output_dtype, "tied": options.tied if options.tied != "error" else None}
+    sources = companions(base, [each.path for each in inputs])
+    return Merge(plan, output, sources, record, options, tuple(_accounts(plan, inputs)))
+
+
+def _accounts(plan: MergePlan, inputs: Sequence[AdapterInput]) -> list[Account]:
+    """Return what became of every tensor of the adapters, which are as they were opened, with copies and all.
+
+    Raises `IncompatibleAdapter` if a part of an update has no place in the plan: nothing is dropped in silence.
+    """
+
+    def paths(module: str, parts: Iterable[str]) -> set[str]:
+        return {f"{module.replace('.base_layer', '')}.{part}" for part in parts}
+
+    placed: list[set[str]] = [set() for _ in inputs]
+    for i, placement in (pair for change in plan.changes.values() for pair in change.placements):
+        update = placement.update
+        placed[i] |= paths(placement.module, update.parts.keys() - ({"lora_B.bias"} if update.bias is not None else ()))
+    every, problems = [], []
+    for i, (each, merged) in enumerate(zip(inputs, plan.adapters, strict=True)):
+        parts = set().union(*(paths(module, update.parts) for module, update in merged.updates.items()))
+        problems += [f"adapter {i + 1}: {path}" for path in sorted(parts - placed[i])]
+        total = len(each.adapter.tensors()) + len(each.adapter.copies)
+        applied = sum(len(update.parts) for update in each.adapter.updates.values())
+        every.append(Account(total, applied, len(merged.replacements), total - applied - len(merged.replacements)))
+    if problems:
+        raise IncompatibleAdapter("tensors of the adapter have no place in the plan of the merge", problems)
+    return every
+
+
 def execute(
     prepared: Merge, *, progress: Progress | None = None, sink: Callable[[Path], Sink] | None = None
 ) -> MergeReport:
@@ -77,11 +182,8 @@ def execute(
             hint="Merge without --keep-residual; `unmerge --base` leads back.",
         )
     size = sum(file.size for file in plan.files)
-    free = shutil.disk_usage(prepared.output.absolute().parent).free
-    if size > free and not sink and not options.resume:
-        raise NoSpace(
-            f"{prepared.output}: the result takes {size} bytes, the disk has {free} free; nothing was written"
-        )
+    if not sink and not options.resume:
+        atomic.check_space(prepared.output, size)
     settings = Settings(threads, options.device, options.retention, options.seed, options.rounding)
     key = fingerprint(plan, settings) if options.resume else None
     with atomic.new_folder(prepared.output, force=options.force, key=key) as scratch:
@@ -99,16 +201,17 @@ def execute(
         progress(sum(file.size for file in plan.files if file.name in reused))
         results = write_weights(remaining, scratch, settings, progress, finished if sent or journal else None)
         results = journal.close() if journal else results
-        retained, total = sum(r.retained for r in results), sum(r.total for r in results)
-        rate = retained / total if total else None
-        changed = [result for result in results if result.digests and result.name in plan.base.specs]
-        digests = {plan.base.origin(result.name): result.digests[digest.DEFAULT] for result in changed}
-        record = prepared.record | {"base": prepared.record["base"] | {"tensors": digests}, "retention": rate}
+        specs = plan.base.specs
+        hashed = [result for result in results if result.digests and result.name in specs]
+        digests = {plan.base.origin(result.name): result.digests[digest.DEFAULT] for result in hashed}
+        of_base = {**prepared.record["base"], "tensors": digests}
+        record = prepared.record | {"base": of_base, "retention": retention(results)}
         if options.rounding == "stochastic":
-            record |= {"rounding": {"method": options.rounding, "seed": options.seed}}
+            record["rounding"] = {"method": options.rounding, "seed": options.seed}
         kept = keep(plan, scratch, threads, progress) if options.keep_residual else None
         if kept:
-            record["base"]["root"] = _root(plan, digests, threads)
+            rest = {name: spec for name, spec in specs.items() if name not in digests}
+            of_base["root"] = digest.root({**digests, **hash_tensors(rest, digest.DEFAULT, threads)})
         write_companions(plan, prepared.sources, record, scratch)
         if sent:
             sent.finish(f"Merge {len(plan.inputs)} adapter(s) with {TOOL}")
@@ -119,7 +222,7 @@ def execute(
         bytes_written=size,
         verified=sum(bool(plan.changes[r.name].expected) and not r.warnings for r in results),
         adapters=prepared.record["adapters"],
-        retention=rate,
+        retention=retention(results),
         by_tensor={r.name: r.retained / r.total for r in results if r.total},
         notes=plan.notes,
         warnings=tuple(warning for result in results for warning in result.warnings),
@@ -127,9 +230,3 @@ def execute(
         residual=kept,
         reused=reused,
     )
-
-
-def _root(plan: MergePlan, known: Mapping[str, str], threads: int) -> str:
-    """Return the root hash of the base; `known` are the digests that the merge has worked out already."""
-    rest = {name: spec for name, spec in plan.base.specs.items() if name not in known}
-    return digest.root({**known, **hash_tensors(rest, digest.DEFAULT, threads)})

@@ -7,28 +7,25 @@ subtract   W̃ = W' − ΔW, and the bound of its error
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from loratools.engine.residual import Residual
 from loratools.engine.residual.restore import restore
-from loratools.errors import NoSpace, WrongBase
+from loratools.errors import WrongBase
 from loratools.options import Options
 from loratools.parallel import Progress, cores, no_progress
 from loratools.storage import atomic, digest, files
-from loratools.storage.atomic import refuse_inputs
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.companions import companions, copy_companions, json_text
 from loratools.storage.strict_json import read_json
 from loratools.surgery.base import prove
 from loratools.surgery.hash import hash_tensors
 from loratools.surgery.inputs import AdapterSource, ModelSource, open_model, places
-from loratools.surgery.merge.card import without_section
-from loratools.surgery.merge.options import MergeOptions, Tied
+from loratools.surgery.merge.folder import without_section
+from loratools.surgery.merge.options import MergeOptions
 from loratools.surgery.unmerge.merged import MergedModel
 from loratools.surgery.unmerge.subtract import subtract
 from loratools.surgery.verify import verify
@@ -100,41 +97,49 @@ def unmerge(
         >>> unmerge("merged", "adapter", "unmerged", base="base").proved
         'tensor digests'
     """
-    options = Options()
-    options.number("threads", threads, least=1, optional=True)
-    options.flag("force", force)
-    options.done()
+    Options().threads(threads).flag("force", force).done()
     output, threads, progress = Path(output), threads or cores(), progress or no_progress
     atomic.check_output(output, force=force)
     merged = MergedModel.open(model, adapters, weights)
     original = None if base is None else open_model(base)
-    refuse_inputs(output, [merged.model.path, *([original.path] if original else []), *places(merged.inputs)])
+    atomic.refuse_inputs(output, [merged.model.path, *([original.path] if original else []), *places(merged.inputs)])
     residual = None if original else merged.residual()
     if original is None:
         merged.check_layers()
     if original is not None or residual is not None:
         merged.check_complete()
-    size = (original or merged.model).nbytes
-    if size > shutil.disk_usage(output.absolute().parent).free:
-        raise NoSpace(
-            f"{output}: the result takes about {size} bytes, more than the disk has free; nothing was written"
-        )
-    if original is not None:
-        write = partial(_copy_base, merged, original)
-    elif residual is not None:
-        write = partial(_restore, merged, residual)
-    else:
-        write = partial(_subtract, merged)
+    atomic.check_space(output, (original or merged.model).nbytes)
     with atomic.new_folder(output, force=force) as scratch:
-        return write(threads, progress, output, scratch)
+        if original is not None:
+            restored, digests = _copy_base(merged, original, threads, progress, scratch)
+        elif residual is not None:
+            lost = merged.lost(residual)
+            restored, digests = len(lost), restore(merged.model, residual, lost, scratch, threads, progress)
+            sources = companions(merged.model, ())
+            copy_companions(sources, scratch, _unmerged_texts(sources, residual, merged.record))
+        else:
+            options = MergeOptions(tied=merged.record.get("tied") or "both", check_base="off")
+            plan, bound = subtract(merged, (), options, threads, progress, scratch)
+            tensors, changed = len(plan.changes), len(plan.touched())
+            notes = ("not the base model, but W' − ΔW: what rounding destroyed at the merge is lost",)
+            return UnmergeReport(str(output), "approximate", tensors, changed, None, None, bound, notes)
+        proved: Proof = "verify"
+        if merged.record:
+            root = prove(merged.record, digests, (original or merged.model).path)
+            proved = "root hash" if root else "tensor digests"
+        method: Method = "base" if original else "residual"
+        return UnmergeReport(str(output), method, len(digests), restored, digest.root(digests), proved, 0.0)
 
 
 def _copy_base(
-    merged: MergedModel, base: Checkpoint, threads: int, progress: Progress, output: Path, scratch: Path
-) -> UnmergeReport:
-    proved: Proof = "verify"
+    merged: MergedModel, base: Checkpoint, threads: int, progress: Progress, scratch: Path
+) -> tuple[int, dict[str, str]]:
+    """Copy a base that is, by the record or else by a proof, the one of the merge.
+
+    Returns the number of tensors that the merge had changed, and the digests of all that was written.
+    """
     if merged.record:
-        restored = len(merged.record["base"]["tensors"])
+        changed = len(merged.record["base"]["tensors"])
     else:
         adapters, weights = [each.adapter for each in merged.inputs], [each.weight for each in merged.inputs]
         verification = verify(merged.model, base, adapters, weights=weights, threads=threads)
@@ -143,51 +148,18 @@ def _copy_base(
                 f"{merged.model.path}: this is not {base.path} with these adapters, and no record tells of its merge",
                 hint="`loratools verify` shows where they differ.",
             )
-        restored = len(verification.checked)
-    for shard in base.shards:
-        _copy(shard.path, scratch / shard.path.relative_to(base.root), progress)
-    for path in base.indexes:
-        _copy(path, scratch / path.relative_to(base.root), no_progress)
+        changed = len(verification.checked)
+    for path in [*(shard.path for shard in base.shards), *base.indexes]:
+        target = scratch / path.relative_to(base.root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        size = path.stat().st_size
+        with files.descriptor(path) as source, files.descriptor(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as copy:
+            for start in range(0, size, 1 << 26):
+                stop = min(start + (1 << 26), size)
+                files.copy_range(source, start, stop, copy, start, path)
+                progress(stop - start)
     copy_companions(companions(base, ()), scratch, {})
-    digests = hash_tensors(dict(Checkpoint.open(scratch).specs), digest.DEFAULT, threads)
-    if merged.record:
-        proved = "root hash" if prove(merged.record, digests, base.path) else "tensor digests"
-    return UnmergeReport(str(output), "base", len(base.specs), restored, digest.root(digests), proved, 0.0)
-
-
-def _restore(
-    merged: MergedModel, residual: Residual, threads: int, progress: Progress, output: Path, scratch: Path
-) -> UnmergeReport:
-    lost = merged.lost(residual)
-    digests = restore(merged.model, residual, lost, scratch, threads, progress)
-    proved: Proof = "root hash" if prove(merged.record, digests, merged.model.path) else "tensor digests"
-    sources = companions(merged.model, ())
-    copy_companions(sources, scratch, _unmerged_texts(sources, residual, merged.record))
-    return UnmergeReport(str(output), "residual", len(digests), len(lost), digest.root(digests), proved, 0.0)
-
-
-def _subtract(merged: MergedModel, threads: int, progress: Progress, output: Path, scratch: Path) -> UnmergeReport:
-    tied: Tied = merged.record.get("tied") or "both"
-    options = MergeOptions(tied=tied, check_base="off")
-    made = subtract(merged, (), "unmerge", options, threads, progress, scratch)
-    notes = ("not the base model, but W' − ΔW: what rounding destroyed at the merge is lost",)
-    return UnmergeReport(
-        str(output), "approximate", len(made.plan.changes), len(made.plan.touched()), None, None, made.error_bound,
-        notes,
-    )  # fmt: skip
-
-
-def _copy(source: Path, target: Path, progress: Progress) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    size = source.stat().st_size
-    with (
-        files.descriptor(source) as original,
-        files.descriptor(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as copy,
-    ):
-        for start in range(0, size, 1 << 26):
-            stop = min(start + (1 << 26), size)
-            files.copy_range(original, start, stop, copy, start, source)
-            progress(stop - start)
+    return changed, hash_tensors(dict(Checkpoint.open(scratch).specs), digest.DEFAULT, threads)
 
 
 def _unmerged_texts(
@@ -196,10 +168,10 @@ def _unmerged_texts(
     """Return the texts of the files that the merge changed, as they were before: config.json and the model card."""
     texts: dict[str, str | None] = {}
     if "config.json" in sources and residual.config:
-        config = {**read_json(sources["config.json"]), **residual.config}
-        texts["config.json"] = json_text(
-            {key: value for key, value in config.items() if value is not None or key not in residual.config}
-        )
+        config = read_json(sources["config.json"])
+        config |= residual.config
+        absent = [key for key, value in residual.config.items() if value is None]
+        texts["config.json"] = json_text({key: value for key, value in config.items() if key not in absent})
     if "README.md" in sources:
         text = sources["README.md"].read_text(encoding="utf-8", errors="replace")
         texts["README.md"] = without_section(text, record) or None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from loratools.adapter.model import AdapterInput
@@ -22,47 +21,17 @@ from loratools.surgery.merge.plan import plan_merge
 from loratools.surgery.unmerge.merged import MergedModel
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Subtraction:
-    """What was written: the plan of it, and a bound on |W̃ − W| for every element."""
-
-    plan: MergePlan
-    error_bound: float
-
-
 def subtract(
-    merged: MergedModel,
-    added: Sequence[AdapterInput],
-    operation: str,
-    options: MergeOptions,
-    threads: int,
-    progress: Progress,
+    merged: MergedModel, added: Sequence[AdapterInput], options: MergeOptions, threads: int, progress: Progress,
     scratch: Path,
-) -> Subtraction:
+) -> tuple[MergePlan, float]:  # fmt: skip
     """Write W̃ = W' − ΔW + ΔW_added in float32, rounded once, into `scratch`, with everything beside the weights.
 
-    `operation` is what the record calls it. Raises `IncompatibleAdapter` where the merge did more than to add.
+    Returns the plan of it, and a bound on |W̃ − W − ΔW_added| for every element. Raises `IncompatibleAdapter` where the
+    merge did more than to add.
     """
     inputs = (*merged.negated(), *added)
     plan = plan_merge(merged.model, inputs, options)
-    _check_sums(plan)
-    results = write_weights(plan, scratch, Settings(threads, retention="off"), progress)
-    written = {
-        slot.name: TensorSpec(slot.dtype, slot.shape, scratch / file.name, slot.offset, slot.offset + slot.nbytes)
-        for file in plan.files
-        for slot in file.slots
-    }
-    bound = max(
-        (_error_bound(plan.changes[result.name].source, written[result.name]) for result in results), default=0.0
-    )
-    record = of_merge(merged.model, inputs)
-    record |= {"operation": operation, "approximate": True, "error_bound": bound}
-    write_companions(plan, companions(merged.model, [each.path for each in added]), record, scratch)
-    return Subtraction(plan, bound)
-
-
-def _check_sums(plan: MergePlan) -> None:
-    """Raise `IncompatibleAdapter` unless all that a plan does is to add, so that it can be subtracted."""
     touched = plan.touched().items()
     problems = [f"{name}: was replaced by the adapter's own" for name, change in touched if change.replaced]
     problems += [
@@ -77,6 +46,13 @@ def _check_sums(plan: MergePlan) -> None:
             problems[:20],
             hint="Merge with --keep-residual, which restores any base; or use the base model.",
         )
+    results = write_weights(plan, scratch, Settings(threads, retention="off"), progress)
+    written = {name: spec for file in plan.files for name, spec in file.specs(scratch).items()}
+    bound = max((_error_bound(plan.changes[r.name].source, written[r.name]) for r in results), default=0.0)
+    record = of_merge(merged.model, inputs)
+    record |= {"operation": "switch" if added else "unmerge", "approximate": True, "error_bound": bound}
+    write_companions(plan, companions(merged.model, [each.path for each in added]), record, scratch)
+    return plan, bound
 
 
 def _error_bound(merged: TensorSpec, written: TensorSpec) -> float:
@@ -92,8 +68,5 @@ def _error_bound(merged: TensorSpec, written: TensorSpec) -> float:
 def _largest(spec: TensorSpec) -> float:
     import numpy as np
 
-    largest = 0.0
-    for chunk in files.chunks(spec):
-        bits = np.frombuffer(chunk, unsigned(spec.dtype))
-        largest = max(largest, float(np.abs(widen(bits, spec.dtype, np.float64)).max()))
-    return largest
+    pieces = (np.frombuffer(chunk, unsigned(spec.dtype)) for chunk in files.chunks(spec))
+    return max((float(np.abs(widen(bits, spec.dtype, np.float64)).max()) for bits in pieces), default=0.0)

@@ -18,12 +18,12 @@ from loratools.adapter.placement.layers import replicated
 from loratools.adapter.placement.settle import settle
 from loratools.decisions import decided
 from loratools.engine.plan import Change, MergePlan
-from loratools.options import Options
+from loratools.options import Options, Tied
 from loratools.parallel import Progress, cores, no_progress, workers
 from loratools.storage import dtypes, files
 from loratools.storage.header import TensorSpec
 from loratools.surgery.inputs import AdapterSource, ModelSource, open_adapters, open_model, under_names_of
-from loratools.surgery.merge.options import MergeOptions, Tied
+from loratools.surgery.merge.options import MergeOptions
 from loratools.surgery.merge.plan import plan_merge
 from loratools.surgery.verify import probes as probing
 
