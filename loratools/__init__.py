@@ -58,7 +58,8 @@ if TYPE_CHECKING:
     from loratools.demo.tour import run_demo
     from loratools.dialects import list_dialects, open_adapter, save_adapter
     from loratools.errors import LoraToolsError
-    from loratools.hub.transfer import pull, push
+    from loratools.hub.pull import pull
+    from loratools.hub.push import push
     from loratools.storage.checkpoint import Checkpoint
     from loratools.surgery.combine import combine
     from loratools.surgery.compare import compare
@@ -97,8 +98,8 @@ else:
         "list_dialects": "loratools.dialects:list_dialects",
         "merge": "loratools.surgery.merge:merge",
         "open_adapter": "loratools.dialects:open_adapter",
-        "pull": "loratools.hub.transfer:pull",
-        "push": "loratools.hub.transfer:push",
+        "pull": "loratools.hub.pull:pull",
+        "push": "loratools.hub.push:push",
         "resize": "loratools.surgery.resize:resize",
         "run_demo": "loratools.demo.tour:run_demo",
         "save_adapter": "loratools.dialects:save_adapter",

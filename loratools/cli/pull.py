@@ -43,13 +43,12 @@ def command(
       loratools pull lab/base@main -o pulled --dry-run
     """
     from loratools.hub import pull
-    from loratools.hub.transfer import prepare_pull
 
-    hub, prepared = prepare_pull(repo, output, revision=revision, force=force)
+    prepared = pull.prepare(repo, output, revision=revision, force=force)
     if dry_run:
         return show.Report({"dry_run": True, **_document(prepared)}, _plan(prepared, output))
     with talk.progress("pulling", prepared.nbytes) as advance:
-        done = pull.pull(hub, prepared, output, force=force, check_base=check_base, progress=advance)
+        done = pull.fetch(prepared, output, force=force, check_base=check_base, progress=advance)
     for note in done.notes:
         talk.warn(note)
     if done.base and done.base.same is False:

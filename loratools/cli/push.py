@@ -63,9 +63,8 @@ def command(
       loratools push merged lab/merged --license apache-2.0 --dry-run
     """
     from loratools.hub import push
-    from loratools.hub.transfer import prepare_push
 
-    hub, prepared = prepare_push(
+    prepared = push.prepare(
         path, repo, revision=revision, create_pr=create_pr, base_model=base_model, license=license, card=card
     )
     for note in prepared.notes:
@@ -73,7 +72,7 @@ def command(
     if dry_run:
         return show.Report({"dry_run": True, **_document(prepared)}, _plan(prepared))
     with talk.progress("pushing", prepared.nbytes) as advance:
-        done = push.push(hub, prepared, message=message, private=private, progress=advance)
+        done = push.send(prepared, message=message, private=private, progress=advance)
     return show.Report({"dry_run": False, **_document(prepared), **show.plain(done)}, _report(prepared, done))
 
 

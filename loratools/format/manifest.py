@@ -221,10 +221,14 @@ def _unknown(origin: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]
 
 def _base(base: BaseIdentity, origin: Mapping[str, Any]) -> dict[str, Any]:
     tiers: dict[str, Any] = {"schema": base.schema, "tensors": dict(base.tensors) or None, "root": base.root}
-    tiers = {name: value for name, value in tiers.items() if value is not None}
+    tiers = _present(tiers)
     tiers = _unknown(origin.get("hash", {}), _HASH) | tiers if tiers else {}
     stated = {"id": base.id and _public(base.id), "revision": base.revision, "hash": tiers or None}
-    return _unknown(origin, _BASE) | {name: value for name, value in stated.items() if value is not None}
+    return _unknown(origin, _BASE) | _present(stated)
+
+
+def _present(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _public(identifier: str) -> str:
@@ -250,10 +254,5 @@ def _provenance(steps: tuple[Step, ...], origin: list[Mapping[str, Any]]) -> lis
 
 
 def _step(entry: Mapping[str, Any]) -> Step:
-    return Step(
-        entry["operation"],
-        entry["tool"],
-        entry.get("parameters", {}),
-        tuple(entry.get("inputs", ())),
-        entry.get("seed"),
-    )
+    parameters, inputs = entry.get("parameters", {}), tuple(entry.get("inputs", ()))
+    return Step(entry["operation"], entry["tool"], parameters, inputs, entry.get("seed"))

@@ -19,12 +19,8 @@ from loratools.format import manifest
 # Settings that PEFT wrote and reads again, as long as they say something; older versions of PEFT refuse unknown fields,
 # so a field at its default is left out.
 _CARRIED = (
-    "layer_replication",
-    "target_parameters",
-    "trainable_token_indices",
-    "ensure_weight_tying",
-    "megatron_config",
-)
+    "layer_replication", "target_parameters", "trainable_token_indices", "ensure_weight_tying", "megatron_config",
+)  # fmt: skip
 # part of an update -> the switch that makes PEFT create it
 _SWITCHES = {"lora_magnitude_vector": "use_dora", "lora_B.bias": "lora_bias"}
 
@@ -41,7 +37,7 @@ def derive_config(adapter: Adapter) -> dict[str, Any]:
     ranks = {_path(module, update): update.rank for module, update in updates.items()}
     alphas = {_path(module, update): _alpha(update, rslora) for module, update in updates.items()}
     r, alpha = manifest.usual(ranks.values(), 8), manifest.usual(alphas.values(), 8)
-    base = adapter.base
+    base, kinds = adapter.base, {module: {"kind": update.kind} for module, update in updates.items()}
     config: dict[str, Any] = {
         "alpha_pattern": {_exactly(module): value for module, value in sorted(alphas.items()) if value != alpha},
         "auto_mapping": settings.get("auto_mapping"),
@@ -57,11 +53,7 @@ def derive_config(adapter: Adapter) -> dict[str, Any]:
         "r": r,
         "rank_pattern": {_exactly(module): value for module, value in sorted(ranks.items()) if value != r},
         "revision": base.revision if base else None,
-        "target_modules": manifest.target_modules(
-            {module: {"kind": update.kind} for module, update in updates.items()},
-            settings,
-            settings.get(manifest.ORIGIN, {}),
-        ),
+        "target_modules": manifest.target_modules(kinds, settings, settings.get(manifest.ORIGIN, {})),
         "task_type": settings.get("task_type"),
         "use_rslora": rslora,
     }

@@ -39,15 +39,6 @@ def read(path: Path, *, verify: bool = False) -> Adapter:
     )
 
 
-def is_sealed(path: Path) -> bool:
-    """Tell whether a file or folder carries a manifest of this format, sound or not."""
-    subject = validate.open_subject(path)
-    return not isinstance(subject, validate.Problem) or subject.clause not in _UNSEALED
-
-
-_UNSEALED = frozenset({"L-01", "L-02", "L-03", "S-01", "S-02", "S-03", "S-04", "S-05", "S-06"})
-
-
 def _updates(path: Path, subject: Subject) -> dict[str, Update]:
     updates: dict[str, Update] = {}
     unknown: list[str] = []

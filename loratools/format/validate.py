@@ -17,15 +17,13 @@ from loratools.format import manifest
 from loratools.format.clauses import ADAPTER_FILE, CONFIG_FILE, Check, Subject, integrity, layout, shown, tensors
 from loratools.format.clauses import manifest as fields
 from loratools.format.clauses.container import clause_of
-from loratools.storage import files
 from loratools.storage.header import read_header
-from loratools.storage.strict_json import parse_json_object
+from loratools.storage.strict_json import parse_json_object, read_json
 
 CLAUSES: Mapping[str, Check] = {
-    **layout.CHAPTER.checks,
-    **fields.CHAPTER.checks,
-    **tensors.CHAPTER.checks,
-    **integrity.CHAPTER.checks,
+    identifier: chapter.CHAPTER[identifier]
+    for chapter in (layout, fields, tensors, integrity)
+    for identifier in sorted(chapter.CHAPTER)
 }
 """Clause id -> the function that checks it, for all clauses behind the gate."""
 
@@ -177,12 +175,6 @@ def _config(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise _Refused("L-04", str(path.parent), f"a folder without {CONFIG_FILE}")
     try:
-        with files.descriptor(path) as source:
-            size = min(path.stat().st_size, MAX_CONFIG + 1)
-            buffer = bytearray(size)
-            files.read_into(source, memoryview(buffer), 0)
-        if size > MAX_CONFIG:
-            raise BadFile(f"{path}: longer than {MAX_CONFIG} bytes")
-        return parse_json_object(bytes(buffer), path)
+        return read_json(path, strict=True, most=MAX_CONFIG)
     except BadFile as error:
         raise _Refused("L-05", path.name, str(error)) from None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +41,13 @@ def write(
     output = target if single else target / ADAPTER_FILE
     if any(lazy.spec and lazy.spec.file.resolve() == output.resolve() for lazy in lazies.values()):
         raise OutputRefused(f"{target} is also an input", hint="Choose another output.")
-    place: AbstractContextManager[Path] = (atomic.new_file if single else atomic.new_folder)(target, force=force)
-    with place as scratch:
-        if single:
-            return _write_file(scratch, document, lazies)
-        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
-        (scratch / CONFIG_FILE).write_text(f"{text}\n", encoding="utf-8")
-        if card is not None:
-            (scratch / "README.md").write_text(card, encoding="utf-8")
-        return _write_file(scratch / ADAPTER_FILE, document, lazies)
+    with atomic.new_output(target, ADAPTER_FILE, force=force) as path:
+        if not single:
+            text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
+            path.with_name(CONFIG_FILE).write_text(f"{text}\n", encoding="utf-8")
+            if card is not None:
+                path.with_name("README.md").write_text(card, encoding="utf-8")
+        return _write_file(path, document, lazies)
 
 
 def _check(

@@ -9,8 +9,8 @@
     pull      a repository becomes a folder, whole or not at all
     stream    a model is sent while it is being made
     upload    files become one commit, whatever gets lost on the way
+    subject   what is pushed, opened and checked
     push      an adapter or a model becomes a repository, with its card
-    transfer  `push` and `pull` as the package shows them, each one call
     card      the model card: front matter and one section of our own in a person's text
     section   what that section says
 

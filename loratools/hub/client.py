@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -29,22 +30,13 @@ class RemoteFile:
     sha256: str | None
     blob: str
 
-    def is_file(self, path: Path) -> bool:
-        """Tell whether a local file has these very bytes."""
-        return path.stat().st_size == self.size and self.is_bytes(_chunks(path))
-
-    def is_bytes(self, chunks: Iterator[bytes]) -> bool:
-        """Tell whether these are the bytes, in pieces."""
+    def holds(self, content: Path | bytes) -> bool:
+        """Tell whether a local file, or bytes, are these very bytes."""
         hasher = hashlib.sha256() if self.sha256 else hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
-        for chunk in chunks:
-            hasher.update(chunk)
-        return hasher.hexdigest() == (self.sha256 or self.blob)
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            yield chunk
+        with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                hasher.update(chunk)
+            return file.tell() == self.size and hasher.hexdigest() == (self.sha256 or self.blob)
 
 
 class Hub:
@@ -115,7 +107,7 @@ class Hub:
 
         def whole() -> bytes:
             data = self._part(repo, commit, file.path, 0, file.size) if file.size else b""
-            if not file.is_bytes(iter([data])):
+            if not file.holds(data):
                 raise _damaged(repo, file)
             return data
 
@@ -135,7 +127,7 @@ class Hub:
 
         def down() -> Path:
             path = Path(self.api.hf_hub_download(repo, file.path, revision=commit, local_dir=folder))
-            if not file.is_file(path):
+            if not file.holds(path):
                 for name in {path, path.resolve()}:  # in the cache the name is a link to the bytes
                     name.unlink(missing_ok=True)
                 raise _damaged(repo, file)
@@ -201,10 +193,8 @@ def quiet() -> Iterator[None]:
     """Keep huggingface_hub from drawing bars and from warning of what is retried here."""
     utils = _utils()
     logger = logging.getLogger("huggingface_hub")
-    level, shown = (
-        logger.level,
-        not utils.are_progress_bars_disabled() and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ,
-    )
+    level = logger.level
+    shown = not utils.are_progress_bars_disabled() and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ
     logger.setLevel(logging.ERROR)
     if shown:
         utils.disable_progress_bars()

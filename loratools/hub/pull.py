@@ -18,11 +18,11 @@ from loratools.format.manifest import ORIGIN
 from loratools.hub import files
 from loratools.hub.client import Hub, RemoteFile, quiet
 from loratools.hub.headers import choose, schema_of
-from loratools.hub.refs import Ref, is_plain
+from loratools.hub.refs import Ref, is_plain, repository
 from loratools.parallel import Progress
 from loratools.storage import atomic, digest
 from loratools.storage.checkpoint import Checkpoint
-from loratools.storage.sources import Need, Watch
+from loratools.storage.sources import Location, Need, Watch
 
 RECORD = Path(".loratools") / "pulled.json"
 """Where a pulled folder came from; hidden, so that it is not pushed again."""
@@ -32,6 +32,7 @@ RECORD = Path(".loratools") / "pulled.json"
 class Pull:
     """What is fetched: name in the output -> file of the commit. `single` is the one file asked for, if any."""
 
+    hub: Hub
     ref: Ref
     commit: str
     kind: files.Kind
@@ -68,35 +69,77 @@ class Pulled:
     notes: tuple[str, ...] = ()
 
 
-def prepare(hub: Hub, ref: Ref, kind: files.Kind | None = None) -> Pull:
-    """Resolve the revision to a commit, once, and decide what is needed of it; fetch nothing but lists."""
+def pull(
+    repo: str,
+    output: Location,
+    *,
+    revision: str | None = None,
+    check_base: bool = True,
+    force: bool = False,
+    token: str | None = None,
+    progress: Progress | None = None,
+) -> Pulled:
+    """Fetch an adapter or a model from the Hub into a new folder, whole or not at all.
+
+    Only the files that it is made of are fetched. Every file is compared with the Hub's digest, a sealed adapter with
+    its own too. After an interruption the same call goes on where it was.
+
+    Args:
+        repo: `org/name`, perhaps with `@revision` and `/file`; `hf://` may stand before it.
+        output: The folder to write; it must not exist, unless `force`.
+        revision: A branch, a tag or a commit. Default: `main`.
+        check_base: Compare the base model on the Hub with the one that the adapter was sealed with, from headers.
+        force: Replace an output that exists.
+        token: Default: that of `hf auth login`, or HF_TOKEN.
+        progress: Called with the bytes that arrived since its last call.
+
+    Returns:
+        What was fetched, from which commit, and what is known of the adapter's base.
+
+    Raises:
+        InvalidOption: `repo` names another revision than `revision`.
+        BadFile: `repo` is no place on the Hub, or what was fetched is not sound.
+        HubError: The Hub said no, or could not be reached.
+        OutputRefused: The output exists.
+
+    Example:
+        >>> pull("lab/adapter", "adapter").commit  # doctest: +SKIP
+        '5f3c…'
+    """
+    prepared = prepare(repo, output, revision=revision, force=force, token=token)
+    return fetch(prepared, output, force=force, check_base=check_base, progress=progress)
+
+
+def prepare(
+    repo: str, output: Location, *, revision: str | None = None, force: bool = False, token: str | None = None
+) -> Pull:
+    """Decide a pull and fetch nothing but lists; parameters and errors are those of `pull`."""
+    ref = repository(repo, revision)
+    atomic.check_output(Path(output), force=force)
+    return plan(Hub(token=token), ref)
+
+
+def plan(hub: Hub, ref: Ref, kind: files.Kind | None = None) -> Pull:
+    """Resolve the revision to a commit, once, and decide what is needed of it."""
     commit = hub.commit(ref.repo, ref.revision)
     tree = hub.tree(ref.repo, commit)
     selection, names = choose(hub, ref, commit, tree, kind)
     single = Path(ref.path).name if ref.path and ref.path in tree else None
     wanted = {name: tree[names[name]] for name in sorted(selection.paths)}
-    return Pull(ref, commit, kind or files.kind_of(names), wanted, single)
+    return Pull(hub, ref, commit, kind or files.kind_of(names), wanted, single)
 
 
-def pull(
-    hub: Hub,
-    prepared: Pull,
-    output: Path,
-    *,
-    force: bool = False,
-    check_base: bool = True,
-    progress: Progress | None = None,
+def fetch(
+    prepared: Pull, output: Location, *, force: bool = False, check_base: bool = True, progress: Progress | None = None
 ) -> Pulled:
     """Write the files of a prepared pull as a new folder; it appears whole, checked, or not at all.
 
-    Each file is compared with the digest that the Hub lists, a sealed adapter with its own digest too, and everything
-    must open. What was fetched before a failure stays in a hidden folder beside the output, and is not fetched again.
-    With `check_base` the model that an adapter was sealed with is looked up, and its headers compared.
-
-    Raises `HubError`, `BadFile`, `InvalidFormat`, `OutputRefused`, `NoSpace`.
+    What was fetched before a failure stays in a hidden folder beside the output, and is not fetched again. Parameters
+    and errors are those of `pull`.
     """
+    output = Path(output)
     atomic.check_output(output, force=force)
-    ref, name = prepared.ref, output.absolute().name
+    hub, ref, name = prepared.hub, prepared.ref, output.absolute().name
     stage = output.absolute().with_name(f".{name}.pull-{prepared.commit[:16]}")
     for leftover in stage.parent.glob(f".{glob.escape(name)}.pull-*"):
         if leftover != stage:  # of another commit
@@ -112,7 +155,7 @@ def pull(
         record = {"schema": 1, "repo": ref.repo, "commit": prepared.commit, "revision": ref.revision, "path": ref.path}
         (scratch / RECORD).parent.mkdir()
         (scratch / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        own, base, notes = _check(hub, prepared, scratch, check_base)
+        own, base, notes = _check(prepared, scratch, check_base)
     return Pulled(
         output, ref.repo, prepared.commit, prepared.kind, len(prepared.files), prepared.nbytes, own, base, notes
     )
@@ -135,7 +178,7 @@ def cached(hub: Hub, ref: Ref, need: Need, watch: Watch) -> Path:
                 f"{ref}: HF_HUB_OFFLINE is set, and the cache does not hold it", hint="Unset HF_HUB_OFFLINE."
             )
         return root / ref.path if ref.path else root
-    prepared = prepare(hub, ref, "checkpoint" if need == "checkpoint" else "adapter")
+    prepared = plan(hub, ref, "checkpoint" if need == "checkpoint" else "adapter")
     missing = [
         file
         for file in prepared.files.values()
@@ -151,9 +194,7 @@ def cached(hub: Hub, ref: Ref, need: Need, watch: Watch) -> Path:
     return root / ref.path if ref.path else root
 
 
-def _check(
-    hub: Hub, prepared: Pull, folder: Path, check_base: bool
-) -> tuple[str | None, BaseCheck | None, tuple[str, ...]]:
+def _check(prepared: Pull, folder: Path, check_base: bool) -> tuple[str | None, BaseCheck | None, tuple[str, ...]]:
     """Open what was fetched; return the digest that an adapter states, checked, and what is known of its base."""
     if prepared.kind == "checkpoint":
         Checkpoint.open(folder)
@@ -168,7 +209,7 @@ def _check(
         if problems := validate.validate(path):
             raise validate.refusal(path, problems)
         own = adapter.settings[ORIGIN].get("digest")
-    return own, _base(hub, adapter.base) if check_base and adapter.base else None, ()
+    return own, _base(prepared.hub, adapter.base) if check_base and adapter.base else None, ()
 
 
 def _base(hub: Hub, base: BaseIdentity) -> BaseCheck | None:

@@ -2,51 +2,33 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loratools import dialects
 from loratools.errors import BadFile, LoraToolsError
-from loratools.format import manifest, validate
-from loratools.format.peft_config import derive_config
-from loratools.hub import card, files, section
+from loratools.format.manifest import is_path
+from loratools.hub import card as cards
+from loratools.hub import files, section
 from loratools.hub.client import Hub
-from loratools.hub.refs import Ref, is_plain, parse
+from loratools.hub.refs import parse, repository
+from loratools.hub.subject import Subject, read
 from loratools.hub.upload import Committed, Target, Uploader, look
-from loratools.parallel import Progress
-from loratools.storage.checkpoint import Checkpoint
-from loratools.storage.strict_json import read_json
-from loratools.surgery.inspect import AdapterSummary, CheckpointSummary, describe_adapter, describe_checkpoint
+from loratools.options import Options
+from loratools.parallel import Progress, no_progress
+from loratools.storage.sources import Location
+from loratools.surgery.inspect import AdapterSummary
 
-CARD, _CONFIG, _WEIGHTS = "README.md", "adapter_config.json", "adapter_model.safetensors"
+CARD = "README.md"
 _MAX_CARD = 10_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """What is to be pushed: name in the repository -> its file, or its bytes where they are made here.
-
-    `base_model` is the base's name on the Hub, `base_path` a path of this machine that a file had in its place.
-    """
-
-    path: Path
-    kind: files.Kind
-    content: Mapping[str, Path | bytes]
-    summary: AdapterSummary | CheckpointSummary
-    base_model: str | None
-    base_path: str | None
-    task: str | None
-    record: Mapping[str, Any] = field(default_factory=dict)
-    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Push:
     """A push that is decided: what is sent, what the repository has already, what it loses, and the card."""
 
+    hub: Hub
     subject: Subject
     target: Target
     send: Mapping[str, int]
@@ -61,174 +43,114 @@ class Push:
         return sum(self.send.values())
 
 
-def read(path: Path, *, base_model: str | None = None) -> Subject:
-    """Open and check what is to be pushed; every fault of it is raised here, before anything is sent.
+def push(
+    path: Location,
+    repo: str,
+    *,
+    revision: str | None = None,
+    create_pr: bool = False,
+    private: bool = False,
+    message: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    card: cards.Side | None = None,
+    token: str | None = None,
+    progress: Progress | None = None,
+) -> Committed:
+    """Send an adapter or a model to the Hub, in one commit or none.
 
-    A sealed adapter is held against every clause of the specification and its own digest, any other adapter is read by
-    its dialect, a model's headers and index are compared. A sealed single file gets the names that PEFT looks for, and
-    its `adapter_config.json`. Raises `BadFile`, `InvalidFormat`, `UnknownKind`, `UnsupportedAdapter`.
+    It is validated first; a file that the repository has already is not sent again. The model card keeps what a person
+    wrote in it. Training state and paths of this machine are not sent.
+
+    Args:
+        path: The adapter or the model: a folder, or an adapter's single file.
+        repo: `org/name`, perhaps with `@branch`; it is made where it does not exist.
+        revision: The branch to commit to; it is made where it does not exist. Default: `main`.
+        create_pr: Open a pull request instead of changing the branch.
+        private: Make a new repository private.
+        message: The title of the commit. Default: what was pushed.
+        base_model: The base model's name on the Hub, `org/name`. Default: as the files say.
+        license: The licence for the card, such as `apache-2.0`. Default: README.md's, or the base model's.
+        card: Where the folder's and the Hub's README.md have both been changed: whose stays, `"local"` or `"hub"`.
+            Default: that is an error.
+        token: Default: that of `hf auth login`, or HF_TOKEN.
+        progress: Called with the bytes that were sent since its last call.
+
+    Returns:
+        The commit and its address. `notes` say what the card lacks, and what stayed here.
+
+    Raises:
+        InvalidOption: `repo` is no `org/name`, or names another branch than `revision`.
+        BadFile, InvalidFormat, UnknownKind, UnsupportedAdapter: It is not sound.
+        HubError: The Hub said no, could not be reached, or the branch moved meanwhile.
+
+    Example:
+        >>> push("sealed", "lab/adapter", license="mit").url  # doctest: +SKIP
+        'https://huggingface.co/lab/adapter/commit/…'
     """
-    if not path.exists():
-        raise BadFile(f"{path}: no such file or folder")
-    present = _walk(path) if path.is_dir() else {path.name: path}
-    kind = files.kind_of(present) if path.is_dir() else "adapter"
-    if path.is_dir():
-        try:
-            selection = files.select(present, kind, lambda name: read_json(present[name]))
-        except BadFile as error:
-            raise BadFile(f"{path}: {error.message}", error.problems, hint=error.hint) from None
-        pictures = [name for name in present if Path(name).suffix.lower() in files.PICTURES]
-        chosen = sorted({*selection.paths, *pictures})
-    else:
-        chosen = [path.name]
-    content: dict[str, Path | bytes] = {name: present[name] for name in chosen}
-    left_out = tuple(sorted(present.keys() - content.keys()))
-    if kind == "checkpoint":
-        from loratools.storage.companions import RECORD
-
-        record = read_json(present[RECORD]) if RECORD in present else {}
-        stated = record.get("base")
-        stated_name = base_model or (stated.get("id") if isinstance(stated, Mapping) else None)
-        summary = describe_checkpoint(Checkpoint.open(path), path)
-        return Subject(path, kind, content, summary, _name(stated_name, path), None, None, record, left_out)
-    return _adapter(path, content, left_out, base_model)
+    prepared = prepare(
+        path, repo, revision=revision, create_pr=create_pr, base_model=base_model, license=license, card=card,
+        token=token,
+    )  # fmt: skip
+    return send(prepared, message=message, private=private, progress=progress)
 
 
 def prepare(
-    hub: Hub,
-    subject: Subject,
-    ref: Ref,
-    *,
-    create_pr: bool = False,
-    license: str | None = None,
-    keep_card: card.Side | None = None,
-    base_model_given: bool = False,
-) -> Push:
-    """Compare what is to be pushed with what the repository has, and write the card; send nothing.
-
-    Raises `HubError`, and `BadFile` for a README.md whose front matter cannot be read.
-    """
+    path: Location, repo: str, *, revision: str | None = None, create_pr: bool = False, base_model: str | None = None,
+    license: str | None = None, card: cards.Side | None = None, token: str | None = None,
+) -> Push:  # fmt: skip
+    """Decide a push and send nothing; parameters and errors are those of `push`."""
+    ref = repository(repo, revision)
+    checked = Options()
+    if ref.path:
+        checked.problems.append(f"expected org/name, found {repo!r}")
+    if card is not None:
+        checked.word("card", card, cards.Side)
+    checked.done()
+    subject, hub = read(Path(path), base_model), Hub(token=token)
     target = look(hub, ref.repo, revision=ref.revision, create_pr=create_pr)
-    text, notes = card_for(
-        hub, subject, target, license=license, keep_card=keep_card, base_model_given=base_model_given
-    )
+    text, notes = card_for(hub, subject, target, license, card)
     if subject.kind == "adapter" and not subject.task:
         notes.append("the adapter states no task_type, so the Hub shows no code to load it")
     if subject.left_out:
         shown = ", ".join(subject.left_out[:8]) + (" …" if len(subject.left_out) > 8 else "")
         notes.append(f"{len(subject.left_out)} file(s) are no part of it and stay here: {shown}")
-    send, unchanged = {}, []
-    for name, content in {**subject.content, CARD: text.encode()}.items():
-        size = len(content) if isinstance(content, bytes) else content.stat().st_size
-        if _same(target, name, content):
-            unchanged.append(name)
-        else:
-            send[name] = size
-    remove = files.stale(target.tree, subject.content)
-    return Push(subject, target, send, tuple(unchanged), remove, text, tuple(notes))
+    content = {**subject.content, CARD: text.encode()}
+    unchanged = tuple(name for name, data in content.items() if target.has(name, data))
+    sizes = {name: len(data) if isinstance(data, bytes) else data.stat().st_size for name, data in content.items()}
+    new = {name: size for name, size in sizes.items() if name not in unchanged}
+    return Push(hub, subject, target, new, unchanged, files.stale(target.tree, subject.content), text, tuple(notes))
 
 
-def push(
-    hub: Hub, prepared: Push, *, message: str | None = None, private: bool = False,
-    progress: Progress | None = None,
-) -> Committed:  # fmt: skip
+def send(
+    prepared: Push, *, message: str | None = None, private: bool = False, progress: Progress | None = None
+) -> Committed:
     """Send a prepared push in one commit; where the repository has everything already, make none.
 
     Raises `HubError`: the card is refused, the branch moved, no permission, …
     """
+    hub, target, progress = prepared.hub, prepared.target, progress or no_progress
     if not prepared.send and not prepared.remove:
-        return Committed(prepared.target.head, f"{hub.endpoint}/{prepared.target.repo}", new=False)
+        return Committed(target.head, f"{hub.endpoint}/{target.repo}", new=False, notes=prepared.notes)
     if CARD in prepared.send:  # before a single file is sent
-        hub.validate_card(prepared.target.repo, prepared.card)
-    advance = progress or (lambda count: None)
-    uploader = Uploader(hub, prepared.target, private=private)
+        hub.validate_card(target.repo, prepared.card)
+    uploader = Uploader(hub, target, private=private)
     content = {**prepared.subject.content, CARD: prepared.card.encode()}
     for name, size in prepared.send.items():
-        data = content[name]
-        if isinstance(data, bytes):
-            uploader.write(name, data)
-        else:
-            uploader.send(name, data)
-        advance(size)
+        uploader.send(name, content[name])
+        progress(size)
     for name in prepared.remove:
         uploader.remove(name)
-    return uploader.commit(message or f"Push {prepared.subject.kind} with loratools")
-
-
-def _walk(folder: Path) -> dict[str, Path]:
-    """Return relative path -> file of everything that is not hidden; linked folders are not entered."""
-    present: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not is_plain(path.name):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            present |= {f"{path.name}/{name}": file for name, file in _walk(path).items()}
-        elif path.is_file():
-            present[path.name] = path
-    return present
-
-
-def _adapter(
-    path: Path, content: dict[str, Path | bytes], left_out: tuple[str, ...], base_model: str | None
-) -> Subject:
-    adapter = dialects.open_adapter(path)
-    if adapter.dialect == "loratools" and (problems := validate.validate(path)):
-        raise validate.refusal(path, problems)
-    stated = adapter.base.id if adapter.base else None
-    base_path = stated if stated and manifest.is_path(stated) else None
-    if base_path and not base_model:
-        raise BadFile(
-            f"{path}: {_CONFIG} names the base model by a path of this machine, {base_path}",
-            hint="Name it as the Hub does: --base-model org/name",
-        )
-    name = _name(base_model or stated, path)
-    if not path.is_dir() and adapter.dialect == "loratools":
-        config = json.dumps(derive_config(adapter), indent=2, sort_keys=True, ensure_ascii=False)
-        content = {_WEIGHTS: path, _CONFIG: f"{config}\n".encode()}
-    elif base_path and isinstance(config_file := content.get(_CONFIG), Path):
-        config = json.dumps({**read_json(config_file), "base_model_name_or_path": name}, indent=2, ensure_ascii=False)
-        content[_CONFIG] = f"{config}\n".encode()
-    summary = describe_adapter(adapter, path, adapter.dialect)
-    task = adapter.settings.get("task_type")
-    return Subject(path, "adapter", content, summary, name, base_path, task, left_out=left_out)
-
-
-def _name(base_model: str | None, path: Path) -> str | None:
-    """Return a base model's name on the Hub; raise `BadFile` for what cannot be one."""
-    if base_model is None:
-        return None
-    parts = base_model.split("/")
-    if manifest.is_path(base_model) or len(parts) > 2 or not is_plain(base_model):
-        raise BadFile(
-            f"{path}: {base_model!r} is not the name of a model on the Hub", hint="Give it with --base-model org/name"
-        )
-    return base_model
-
-
-def _base_card(hub: Hub, base_model: str | None, notes: list[str]) -> Mapping[str, Any]:
-    """Return the front matter of the base model's card, for its licence and task; empty where it cannot be read."""
-    if base_model is None:
-        return {}
-    try:
-        data = hub.info(parse(base_model).repo).card_data
-    except LoraToolsError as error:
-        notes.append(f"nothing is taken over from the card of the base model {base_model}: {error.message}")
-        return {}
-    return data.to_dict() if data else {}
+    committed = uploader.commit(message or f"Push {prepared.subject.kind} with loratools")
+    return replace(committed, notes=prepared.notes)
 
 
 def card_for(
-    hub: Hub,
-    subject: Subject,
-    target: Target,
-    *,
-    license: str | None = None,
-    keep_card: card.Side | None = None,
-    base_model_given: bool = False,
+    hub: Hub, subject: Subject, target: Target, license: str | None, keep: cards.Side | None
 ) -> tuple[str, list[str]]:
     """Return the model card to push, and what should be said about it; see `card.merged`.
 
-    Raises `HubError` where folder and Hub have two different texts and `keep_card` does not say which one stays.
+    Raises `HubError` where folder and Hub have two different texts and `keep` does not say which one stays.
     """
     notes: list[str] = []
     base_card = _base_card(hub, subject.base_model, notes)
@@ -247,18 +169,29 @@ def card_for(
     else:
         facts = section.checkpoint_facts(summary, subject.base_model, subject.record, base_card)
         text = section.checkpoint_section(summary, target.repo, subject.base_model)
-    stated = [card.parse(readme).data() for readme in (local, remote) if readme]
+    stated = [cards.parse(readme).data() for readme in (local, remote) if readme]
     force: dict[str, Any] = {"license": license} if license else {}
-    if subject.base_model and (
-        base_model_given or any(manifest.is_path(str(front.get("base_model", ""))) for front in stated)
-    ):
+    by_path = any(is_path(str(front.get("base_model", ""))) for front in stated)
+    if subject.base_model and (subject.base_given or by_path):
         force["base_model"] = subject.base_model
     if license or any(front.get("license") for front in stated):
         facts = {name: value for name, value in facts.items() if not name.startswith("license")}
-    written = card.merged(local, remote, facts, text, force=force, keep=keep_card)
-    if not any(line.startswith("license:") for line in card.parse(written).front):
+    written = cards.merged(local, remote, facts, text, force=force, keep=keep)
+    if not any(line.startswith("license:") for line in cards.parse(written).front):
         notes.append("the card states no licence: neither the base model nor README.md has one; give it with --license")
     return written, notes
+
+
+def _base_card(hub: Hub, base_model: str | None, notes: list[str]) -> Mapping[str, Any]:
+    """Return the front matter of the base model's card, for its licence and task; empty where it cannot be read."""
+    if base_model is None:
+        return {}
+    try:
+        data = hub.info(parse(base_model).repo).card_data
+    except LoraToolsError as error:
+        notes.append(f"nothing is taken over from the card of the base model {base_model}: {error.message}")
+        return {}
+    return data.to_dict() if data else {}
 
 
 def _text(data: bytes, where: str) -> str:
@@ -266,9 +199,3 @@ def _text(data: bytes, where: str) -> str:
         return data.decode()
     except UnicodeDecodeError:
         raise BadFile(f"{where}: not UTF-8 text") from None
-
-
-def _same(target: Target, name: str, content: Path | bytes) -> bool:
-    if isinstance(content, Path):
-        return target.same(name, content)
-    return name in target.tree and target.tree[name].is_bytes(iter([content]))

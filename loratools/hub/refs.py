@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import unquote
 
-from loratools.errors import BadFile
+from loratools.errors import BadFile, InvalidOption
 
 SCHEME = "hf://"
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}"
@@ -45,6 +45,14 @@ def parse(text: str) -> Ref:
     if path and not is_plain(path):
         raise BadFile(f"{text!r}: {path!r} is not a path inside a repository")
     return Ref(match["repo"], unquote(match["revision"]) if match["revision"] else None, path)
+
+
+def repository(text: str, revision: str | None) -> Ref:
+    """Return the reference of a text at `revision`, if any; raise `InvalidOption` where the text names one too."""
+    ref = parse(text)
+    if revision and ref.revision:
+        raise InvalidOption(f"revision {revision}, but {text!r} names the revision {ref.revision} too")
+    return replace(ref, revision=revision or ref.revision)
 
 
 def is_plain(path: str) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from loratools.hub import card, files, push
 from loratools.hub.client import Hub
 from loratools.hub.refs import Ref
+from loratools.hub.subject import read
 from loratools.hub.upload import Committed, Uploader, look
 
 
@@ -22,18 +23,10 @@ class Stream:
     """
 
     def __init__(
-        self,
-        hub: Hub,
-        ref: Ref,
-        folder: Path,
-        *,
-        private: bool = False,
-        create_pr: bool = False,
-        keep: bool = False,
-        base_model: str | None = None,
-        license: str | None = None,
-    ) -> None:
-        target = look(hub, ref.repo, revision=ref.revision, create_pr=create_pr)
+        self, hub: Hub, ref: Ref, folder: Path, *, private: bool = False, keep: bool = False,
+        base_model: str | None = None, license: str | None = None,
+    ) -> None:  # fmt: skip
+        target = look(hub, ref.repo, revision=ref.revision)
         self.hub, self.folder, self.uploader = hub, folder, Uploader(hub, target, private=private)
         self.keep, self.base_model, self.license = keep, base_model, license
         self._sent: set[str] = set()
@@ -60,21 +53,13 @@ class Stream:
 
         Shards of an earlier version that the new one does not have are removed by the same commit. Raises `HubError`.
         """
-        subject = push.read(self.folder, base_model=self.base_model)
-        target = self.uploader.target
-        text, notes = push.card_for(
-            self.hub,
-            subject,
-            target,
-            license=self.license,
-            keep_card=keep_card,
-            base_model_given=self.base_model is not None,
-        )
+        subject, target = read(self.folder, self.base_model), self.uploader.target
+        text, notes = push.card_for(self.hub, subject, target, self.license, keep_card)
         self.hub.validate_card(target.repo, text)
         for name, content in subject.content.items():
             if isinstance(content, Path) and name not in self._sent | {push.CARD}:
                 self.uploader.send(name, content)
-        self.uploader.write(push.CARD, text.encode())
+        self.uploader.send(push.CARD, text.encode())
         for name in files.stale(target.tree, subject.content):
             self.uploader.remove(name)
         self.done = self.uploader.commit(message), notes

@@ -25,9 +25,9 @@ class Target:
     head: str | None
     tree: dict[str, RemoteFile]
 
-    def same(self, name: str, path: Path) -> bool:
+    def has(self, name: str, content: Path | bytes) -> bool:
         """Tell whether the repository has this very file already."""
-        return name in self.tree and self.tree[name].is_file(path)
+        return name in self.tree and self.tree[name].holds(content)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,19 +73,14 @@ class Uploader:
             target = self._create(target, private)
         self.target = target
 
-    def send(self, name: str, path: Path) -> None:
-        """Upload a finished file, unless the repository has it as it is; afterwards it may be deleted."""
-        if self.target.same(name, path):
+    def send(self, name: str, content: Path | bytes) -> None:
+        """Upload a finished file, or bytes, unless the repository has it as it is; the file may be deleted then."""
+        if self.target.has(name, content):
             self.unchanged += 1
-            return
-        self._add(name, path.read_bytes() if path.stat().st_size < _IN_MEMORY else path)
-
-    def write(self, name: str, data: bytes) -> None:
-        """Upload a small file from memory, unless the repository has it as it is."""
-        if name in self.target.tree and self.target.tree[name].is_bytes(iter([data])):
-            self.unchanged += 1
-            return
-        self._add(name, data)
+        elif isinstance(content, bytes) or content.stat().st_size >= _IN_MEMORY:
+            self._add(name, content)
+        else:
+            self._add(name, content.read_bytes())
 
     def remove(self, name: str) -> None:
         """Delete a file of the repository with the commit."""

@@ -55,6 +55,14 @@ def new_file(target: Path, *, force: bool = False) -> Iterator[Path]:
         remove(scratch)
 
 
+@contextmanager
+def new_output(target: Path, name: str, *, force: bool = False) -> Iterator[Path]:
+    """Yield where to write a file: `target` itself, if it has the suffix of `name`, or `name` in a folder `target`."""
+    single = target.suffix == Path(name).suffix
+    with (new_file if single else new_folder)(target, force=force) as scratch:
+        yield scratch if single else scratch / name
+
+
 def free_space(target: Path) -> int:
     """Return the bytes that are free on the disk of an output."""
     return shutil.disk_usage(target.absolute().parent).free
@@ -113,9 +121,8 @@ def _scratch(target: Path, force: bool, kept: str | None = None) -> Iterator[Pat
             remove(scratch)
         if isinstance(error, OSError) and error.errno in _FULL:
             reason = os.strerror(error.errno or 0).lower()
-            raise NoSpace(
-                f"{target}: {reason}; nothing was written", hint="Free some space and run it again."
-            ) from None
+            hint = "Free some space and run it again."
+            raise NoSpace(f"{target}: {reason}; nothing was written", hint=hint) from None
         raise
     finally:
         if lock is not None:

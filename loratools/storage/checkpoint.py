@@ -160,12 +160,9 @@ def _open_index(path: Path) -> Checkpoint:
             problems.append(str(error))
             continue
         shards.append(shard)
-        problems += [
-            f"{tensor}: listed in the index, not in {name}" for tensor in sorted(listed - shard.tensors.keys())
-        ]
-        problems += [
-            f"{tensor}: in {name}, not listed in the index" for tensor in sorted(shard.tensors.keys() - listed)
-        ]
+        present = shard.tensors.keys()
+        problems += [f"{tensor}: listed in the index, not in {name}" for tensor in sorted(listed - present)]
+        problems += [f"{tensor}: in {name}, not listed in the index" for tensor in sorted(present - listed)]
     if problems:
         more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         raise BadFile(f"{path}: index and shards do not agree: {len(problems)} problem(s)", [*problems[:_SHOWN], *more])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,6 +15,9 @@ from loratools.storage.header import TensorSpec
 
 if TYPE_CHECKING:
     import torch
+
+# Of copies in the kernel: another file system, or a kernel without the call.
+_NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY}
 
 CHUNK = 1 << 20
 """Bytes of one read: small enough to stay in a core's cache between reading, arithmetic and writing."""
@@ -63,7 +67,7 @@ def copy_range(source: int, start: int, stop: int, target: int, offset: int, pat
             try:
                 count = os.copy_file_range(source, target, min(stop - start, 1 << 26), start, offset)
             except OSError as error:
-                if error.errno in _NO_KERNEL_COPY:  # another file system, or one without the call
+                if error.errno in _NO_KERNEL_COPY:
                     kernel = False
                     continue
                 raise
@@ -142,12 +146,3 @@ def read_tensor(spec: TensorSpec) -> torch.Tensor:
     if spec.nbytes == 0:
         return torch.empty(spec.shape, dtype=dtype)
     return torch.frombuffer(read_bytes(spec), dtype=dtype).view(spec.shape)
-
-
-def _errnos() -> frozenset[int]:
-    import errno
-
-    return frozenset({errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY})
-
-
-_NO_KERNEL_COPY = _errnos()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools.errors import BadFile, MissingExtra, UnsupportedAdapter
-from loratools.storage import atomic
+from loratools.storage import atomic, dtypes
 from loratools.storage.header import TensorSpec
 from loratools.storage.lazy import LazyTensor
 
@@ -30,49 +30,31 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
     try:
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
-        listed = [
-            (
-                tensor.name,
-                tensor.tensor_type.name,
-                tuple(map(int, reversed(tensor.shape))),
-                int(tensor.data_offset),
-                int(tensor.n_bytes),
-            )
-            for tensor in reader.tensors
-        ]
+        specs = {tensor.name: _spec(path, tensor) for tensor in reader.tensors}
     except Exception as error:  # a damaged file fails in as many ways as there are bytes
-        raise BadFile(
-            f"{path}: damaged GGUF file: {str(error).splitlines()[0][:200] if str(error) else error!r}"
-        ) from None
-    if odd := [f"{name}: {dtype}" for name, dtype, *_ in listed if dtype not in ("F32", "F16", "BF16", "F64")]:
+        reason = str(error).splitlines()[0][:200] if str(error) else repr(error)
+        raise BadFile(f"{path}: damaged GGUF file: {reason}") from None
+    if odd := [f"{name}: {spec.dtype}" for name, spec in specs.items() if spec.dtype not in dtypes.FLOATS]:
         raise UnsupportedAdapter(f"{path}: quantized tensors of an adapter are not read", odd[:12])
     size = path.stat().st_size
-    if outside := [name for name, _, _, start, length in listed if start + length > size]:
+    if outside := [name for name, spec in specs.items() if spec.stop > size]:
         raise BadFile(f"{path}: truncated: {outside[0]} ends after the file")
-    tensors = {
-        name: LazyTensor.stored(TensorSpec(dtype, shape, path, start, start + length))
-        for name, dtype, shape, start, length in listed
-    }
-    return fields, tensors
+    return fields, {name: LazyTensor.stored(spec) for name, spec in specs.items()}
+
+
+def _spec(path: Path, tensor: Any) -> TensorSpec:
+    start, shape = int(tensor.data_offset), tuple(map(int, reversed(tensor.shape)))
+    return TensorSpec(tensor.tensor_type.name, shape, path, start, start + int(tensor.n_bytes))
 
 
 def save(
-    target: Path,
-    name: str,
-    architecture: str,
-    fields: Mapping[str, Any],
-    tensors: Mapping[str, LazyTensor],
-    *,
+    target: Path, name: str, architecture: str, fields: Mapping[str, Any], tensors: Mapping[str, LazyTensor], *,
     force: bool,
-) -> None:
+) -> None:  # fmt: skip
     """Write `target`, a .gguf file, or a folder that holds it as `name`; atomically."""
     package()
-    if target.suffix == ".gguf":
-        with atomic.new_file(target, force=force) as path:
-            _write(path, architecture, fields, tensors)
-        return
-    with atomic.new_folder(target, force=force) as folder:
-        _write(folder / name, architecture, fields, tensors)
+    with atomic.new_output(target, name, force=force) as path:
+        _write(path, architecture, fields, tensors)
 
 
 def _write(path: Path, architecture: str, fields: Mapping[str, Any], tensors: Mapping[str, LazyTensor]) -> None:

@@ -11,6 +11,9 @@ from loratools.storage.header import TensorSpec, encode_header, nbytes
 DEFAULT_SHARD = 5_000_000_000
 """Bytes of a shard where nothing else is asked, as transformers has it."""
 
+Entry = tuple[str, str, tuple[int, ...]]
+"""A tensor to be placed: name, dtype, shape."""
+
 
 @dataclass(frozen=True, slots=True)
 class Slot:
@@ -43,14 +46,10 @@ class FilePlan:
 
 
 def plan_file(
-    name: str,
-    tensors: Sequence[tuple[str, str, tuple[int, ...]]],
-    metadata: Mapping[str, str] | None = None,
-    *,
-    header: bytes | None = None,
-    prefix: str = "",
-) -> FilePlan:
-    """Return the plan of a file called `name` that holds `tensors`, (name, dtype, shape) each, in this order.
+    name: str, tensors: Sequence[Entry], metadata: Mapping[str, str] | None = None, *,
+    header: bytes | None = None, prefix: str = "",
+) -> FilePlan:  # fmt: skip
+    """Return the plan of a file called `name` that holds `tensors` in this order.
 
     The header is encoded from the tensors, their names without `prefix`, and the string `metadata`; a `header` that is
     given stands in its place, byte for byte.
@@ -67,17 +66,14 @@ def plan_file(
 
 
 def plan_shards(
-    tensors: Sequence[tuple[str, str, tuple[int, ...]]],
-    limit: int,
-    metadata: Mapping[str, str] | None = None,
-    stem: str = "model",
+    tensors: Sequence[Entry], limit: int, metadata: Mapping[str, str] | None = None, stem: str = "model"
 ) -> list[FilePlan]:
-    """Cut tensors, (name, dtype, shape) each, in order into files of at most `limit` bytes of data.
+    """Cut tensors in order into files of at most `limit` bytes of data.
 
     A tensor that is larger has a file of its own. The files have the names that transformers gives them:
     `model.safetensors`, or `model-00001-of-00003.safetensors`, `stem` in the place of `model`; all have `metadata`.
     """
-    groups: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
+    groups: list[list[Entry]] = [[]]
     used = 0
     for tensor in tensors:
         size = nbytes(tensor[1], tensor[2])
@@ -86,13 +82,10 @@ def plan_shards(
             used = 0
         groups[-1].append(tensor)
         used += size
-    count = len(groups)
-    names = (
-        [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-        if count > 1
-        else [f"{stem}.safetensors"]
-    )
-    return [plan_file(name, group, metadata) for name, group in zip(names, groups, strict=True)]
+    if len(groups) == 1:
+        return [plan_file(f"{stem}.safetensors", groups[0], metadata)]
+    shard = f"{stem}-{{:05d}}-of-{len(groups):05d}.safetensors".format
+    return [plan_file(shard(i), group, metadata) for i, group in enumerate(groups, 1)]
 
 
 def index_json(

@@ -35,20 +35,12 @@ def write(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, 
 
 
 def save(
-    target: Path,
-    name: str,
-    tensors: Mapping[str, LazyTensor],
-    metadata: Mapping[str, str],
-    *,
-    force: bool,
+    target: Path, name: str, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str], *, force: bool,
     beside: Mapping[str, str] | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Write `target`, a single file, or a folder that holds it as `name` and the texts `beside` it; atomically."""
-    if target.suffix == ".safetensors":
-        with atomic.new_file(target, force=force) as path:
-            write(path, tensors, metadata)
-        return
-    with atomic.new_folder(target, force=force) as folder:
-        for other, text in (beside or {}).items():
-            (folder / other).write_text(text, encoding="utf-8")
-        write(folder / name, tensors, metadata)
+    with atomic.new_output(target, name, force=force) as path:
+        write(path, tensors, metadata)
+        if target.suffix != path.suffix:
+            for other, text in (beside or {}).items():
+                path.with_name(other).write_text(text, encoding="utf-8")

@@ -16,14 +16,18 @@ MAX_JSON = 200_000_000
 """Bytes of a JSON file; a longer one is refused."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file that must be one object, NaN and Infinity allowed; raise `BadFile`."""
+def read_json(path: Path, *, strict: bool = False, most: int | None = None) -> dict[str, Any]:
+    """Read a JSON file that must be one object, of at most `most` bytes (default: `MAX_JSON`); raise `BadFile`.
+
+    Unless `strict`, NaN and Infinity are allowed, and white space around the object.
+    """
+    most = most or MAX_JSON
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
-        if size > MAX_JSON:
-            raise BadFile(f"{path}: larger than {MAX_JSON} bytes")
-        raw = file.read(size)  # not MAX_JSON: Python sets aside what it is asked for
-    return parse_json_object(raw.strip(), path, constants=True)
+        if size > most:
+            raise BadFile(f"{path}: larger than {most} bytes")
+        raw = file.read(size)  # not `most`: Python sets aside what it is asked for
+    return parse_json_object(raw if strict else raw.strip(), path, constants=not strict)
 
 
 def parse_json_object(raw: bytes, path: Path, *, constants: bool = False) -> dict[str, Any]:

@@ -156,14 +156,12 @@ def test_the_licence_of_the_base_is_taken_over_with_its_name(hub: LocalHub, work
 
 def test_a_licence_is_never_guessed(hub: LocalHub, workplace: Path) -> None:
     from loratools.hub import push
-    from loratools.hub.client import Hub
-    from loratools.hub.refs import Ref
 
-    prepared = push.prepare(Hub(), push.read(workplace / "adapter", base_model="lab/none"), Ref(REPO))
+    prepared = push.prepare(workplace / "adapter", REPO, base_model="lab/none")
     assert "license" not in front(prepared.card)
     assert any("states no licence" in note for note in prepared.notes)
     assert any("lab/none" in note for note in prepared.notes)
-    asked = push.prepare(Hub(), push.read(workplace / "adapter"), Ref(REPO), license="mit")
+    asked = push.prepare(workplace / "adapter", REPO, license="mit")
     assert front(asked.card)["license"] == "mit"
     assert not any("licence" in note for note in asked.notes)
 

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 
 from loratools.errors import BadFile, OutputRefused
 from loratools.hub.client import Hub
-from loratools.hub.pull import RECORD, prepare
+from loratools.hub.pull import RECORD, plan
+from loratools.hub.pull import fetch as write
 from loratools.hub.refs import Ref
 from tests.hub.server import LocalHub
 from tests.hub.server.client import api
@@ -148,12 +149,10 @@ def test_an_existing_output_is_refused_before_anything_is_fetched(
     hub: LocalHub, workplace: Path, tmp_path: Path
 ) -> None:
     stored(hub, workplace / "adapter", REPO)
-    prepared = prepare(Hub(), Ref(REPO))
+    prepared = plan(Hub(), Ref(REPO))
     hub.log.clear()
-    from loratools.hub.pull import pull
-
     with pytest.raises(OutputRefused, match="exists already"):
-        pull(Hub(), prepared, workplace)
+        write(prepared, workplace)
     assert hub.log.select() == []
 
 

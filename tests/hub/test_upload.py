@@ -28,8 +28,8 @@ def shards(folder: Path, count: int = 4, size: int = 11_000_000) -> dict[str, st
         uploader.send(path.name, path)
         path.unlink()
         assert shelf(folder) == []
-    uploader.write("config.json", b"{}")
-    uploader.write("README.md", b"---\ntags: [merge]\n---\n")
+    uploader.send("config.json", b"{}")
+    uploader.send("README.md", b"---\ntags: [merge]\n---\n")
     done = uploader.commit("Merged")
     assert done.new
     return digests
@@ -66,8 +66,8 @@ def test_removals_are_part_of_the_commit(hub: LocalHub, naps: list[float]) -> No
     hub.faults.add("POST", "/commit/", status=504, apply_first=True)
     api = Hub()
     uploader = Uploader(api, look(api, REPO))
-    uploader.write("same.txt", b"s")
-    uploader.write("new.txt", b"n")
+    uploader.send("same.txt", b"s")
+    uploader.send("new.txt", b"n")
     uploader.remove("old.txt")
     uploader.commit("Renamed")
     assert uploader.unchanged == 1
@@ -79,7 +79,7 @@ def test_nothing_to_send_is_no_commit(hub: LocalHub) -> None:
     head = hub.seed(REPO, {"same.txt": b"s"})
     api = Hub()
     uploader = Uploader(api, look(api, REPO))
-    uploader.write("same.txt", b"s")
+    uploader.send("same.txt", b"s")
     done = uploader.commit("Nothing")
     assert (done.new, done.commit) == (False, head.oid)
 
@@ -88,7 +88,7 @@ def test_a_branch_is_made_and_a_pull_request_needs_one(hub: LocalHub) -> None:
     hub.seed(REPO, {"a.txt": b"a"})
     api = Hub()
     uploader = Uploader(api, look(api, REPO, revision="trial"))
-    uploader.write("b.txt", b"b")
+    uploader.send("b.txt", b"b")
     uploader.commit("On a branch")
     assert hub.files(REPO) == {"a.txt": b"a"}
     assert hub.files(REPO, "trial") == {"a.txt": b"a", "b.txt": b"b"}

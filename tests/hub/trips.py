@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from loratools.hub.pull import Pulled
-from loratools.hub.transfer import pull, push
+from loratools.hub.pull import Pulled, pull
+from loratools.hub.push import push
 from loratools.hub.upload import Committed
 from tests.hub.server import LocalHub
 

@@ -26,6 +26,8 @@ ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 
 Fault = tuple[str, str]
 Check = Callable[["Subject"], Iterator[Fault]]
+Form = tuple[Callable[[Any], bool], str]
+"""Whether a JSON value is well formed, and what was expected, in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +44,12 @@ class Subject:
     config: Mapping[str, Any] | None = None
     specs: Mapping[str, TensorSpec] | None = None
 
-    def entries(self, name: str = "modules") -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield the well-formed entries of `modules` or `replacements`."""
-        value = self.manifest.get(name)
-        if isinstance(value, Mapping):
-            yield from ((path, entry) for path, entry in value.items() if isinstance(entry, Mapping))
+    def entries(self, *fields: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Yield the well-formed entries of fields, `modules` or `replacements`; of `modules` if none is named."""
+        for name in fields or ("modules",):
+            value = self.manifest.get(name)
+            if isinstance(value, Mapping):
+                yield from ((path, entry) for path, entry in value.items() if isinstance(entry, Mapping))
 
     def modules(self) -> Iterator[tuple[str, Mapping[str, Any], Kind]]:
         """Yield the modules of a registered kind that have a rank: (path, entry, kind)."""
@@ -69,6 +72,11 @@ def natural(value: Any, least: int = 0) -> bool:
     return type(value) is int and least <= value < 2**53
 
 
+def text(value: Any) -> bool:
+    """Tell whether a JSON value is a string that is not empty."""
+    return isinstance(value, str) and value != ""
+
+
 def number(value: Any) -> bool:
     """Tell whether a JSON value is a finite number (and not a boolean)."""
     return type(value) in (int, float) and abs(value) < float("inf")
@@ -84,17 +92,20 @@ _SHORT = Repr()
 _SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist, _SHORT.maxstring = 2, 3, 3, 60
 
 
-class Chapter:
-    """The clause functions of one chapter by id, in the order of their definition."""
+POSITIVE: Form = (lambda value: natural(value, 1), "a positive integer")
+FINITE: Form = (number, "a finite number")
+TEXT: Form = (text, "a non-empty string")
+SWITCH: Form = (lambda value: isinstance(value, bool), "true or false")
 
-    def __init__(self) -> None:
-        self.checks: dict[str, Check] = {}
+
+class Chapter(dict[str, Check]):
+    """The clause functions of one chapter by id."""
 
     def clause(self, identifier: str) -> Callable[[Check], Check]:
         """Register a function under a clause id."""
 
         def register(check: Check) -> Check:
-            self.checks[identifier] = check
+            self[identifier] = check
             return check
 
         return register

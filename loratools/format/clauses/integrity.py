@@ -32,18 +32,12 @@ def own_tensors(subject: Subject) -> Iterator[Fault]:
     if subject.specs is None or not isinstance(stated, str) or not is_digest(stated):
         return
     algorithm = digest.algorithm_of(stated)
-    computed = digest.root(
-        {
-            name: digest.tensor(spec.dtype, spec.shape, files.chunks(spec), algorithm)
-            for name, spec in subject.specs.items()
-        },
-        algorithm,
-    )
+    specs = subject.specs.items()
+    tensors = {name: digest.tensor(spec.dtype, spec.shape, files.chunks(spec), algorithm) for name, spec in specs}
+    computed = digest.root(tensors, algorithm)
     if computed != stated:
-        yield (
-            "digest",
-            f"the tensors are not those that were sealed: the manifest says {stated}, the file has {computed}",
-        )
+        fault = f"the tensors are not those that were sealed: the manifest says {stated}, the file has {computed}"
+        yield "digest", fault
 
 
 @CHAPTER.clause("I-06")
@@ -75,11 +69,10 @@ def touched(subject: Subject) -> Iterator[Fault]:
     covered = _tiers(subject).get("tensors")
     if not isinstance(covered, dict):
         return
-    for field in ("modules", "replacements"):
-        for path, entry in subject.entries(field):
-            tensor = entry.get("tensor")
-            if isinstance(tensor, str) and tensor and tensor not in covered:
-                yield path, f"base_model.hash.tensors has no digest of {shown(tensor)}"
+    for path, entry in subject.entries("modules", "replacements"):
+        tensor = entry.get("tensor")
+        if isinstance(tensor, str) and tensor and tensor not in covered:
+            yield path, f"base_model.hash.tensors has no digest of {shown(tensor)}"
 
 
 def _tiers(subject: Subject) -> Mapping[str, Any]:

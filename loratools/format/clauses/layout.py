@@ -9,7 +9,7 @@ from typing import Any
 
 from loratools.adapter.naming.compact import suffixes
 from loratools.adapter.parts import BIAS, MAGNITUDE
-from loratools.format.clauses import Chapter, Fault, Subject, natural, number, shown
+from loratools.format.clauses import POSITIVE, SWITCH, Chapter, Fault, Form, Subject, number, shown
 from loratools.format.manifest import unmatched
 
 CHAPTER = Chapter()
@@ -18,38 +18,33 @@ TOLERANCE = 1e-6
 
 # Fields that make PEFT compute something else from the same tensors, unless they have one of these values.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
+    **dict.fromkeys(("alora_invocation_tokens", "arrow_config", "kasa_config"), (None,)),
+    **dict.fromkeys(("use_bdlora", "use_qalora"), (None, False)),
     "exclude_modules": (None, [], ""),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga"),
-    "kasa_config": (None,),
     "layers_to_transform": (None, []),
-    "use_bdlora": (None, False),
-    "use_qalora": (None, False),
 }
 
 
-def _names(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+def _or_none(form: Form) -> Form:
+    return lambda value: value is None or form[0](value), form[1]
 
 
-def _switch(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
-
-
-def _patterns(value: Any) -> bool:
-    return value is None or isinstance(value, dict)
-
-
-_TYPES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+_OBJECT: Form = (lambda value: isinstance(value, dict), "an object")
+_NAMES: Form = (lambda value: isinstance(value, list) and len(_strings(value)) == len(value), "a list of strings")
+_TYPES: Mapping[str, Form] = {
     "peft_type": (lambda value: value == "LORA", "LORA"),
-    "r": (lambda value: natural(value, 1), "a positive integer"),
+    "r": POSITIVE,
     "lora_alpha": (number, "a number"),
-    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (_patterns, "an object")),
-    **dict.fromkeys(("modules_to_save", "target_parameters"), (_names, "a list of strings")),
-    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), (_switch, "true or false")),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), _or_none(_OBJECT)),
+    **dict.fromkeys(("modules_to_save", "target_parameters"), _or_none(_NAMES)),
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), _or_none(SWITCH)),
     "bias": (lambda value: isinstance(value, str), "a string"),
 }
+
+
+def _strings(value: Any) -> list[str]:
+    return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
 
 
 @CHAPTER.clause("L-05")
@@ -127,7 +122,7 @@ def saved(subject: Subject) -> Iterator[Fault]:
     if subject.config is None:
         return
     listed = subject.config.get("modules_to_save")
-    names = {name for name in listed if isinstance(name, str)} if isinstance(listed, list) else set()
+    names = set(_strings(listed))
     biases = subject.config.get("bias", "none") != "none"
     modules = dict(subject.entries())
     for path, _ in subject.entries("replacements"):
@@ -165,10 +160,9 @@ def parameters(subject: Subject) -> Iterator[Fault]:
     if subject.config is None:
         return
     listed = subject.config.get("target_parameters")
-    targets = {name for name in listed if isinstance(name, str)} if isinstance(listed, list) else set()
     for path, entry, _ in subject.modules():
         parameter = _parameter(path, entry)
-        if parameter and unmatched([parameter], targets):
+        if parameter and unmatched([parameter], _strings(listed)):
             yield path, f"adapter_config.json: target_parameters {shown(listed)} does not name {parameter!r}"
 
 

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from loratools.errors import BadFile
-from loratools.format.clauses import Chapter, Fault, Subject, natural, number, shown
+from loratools.format.clauses import (
+    FINITE,
+    POSITIVE,
+    SWITCH,
+    TEXT,
+    Chapter,
+    Fault,
+    Form,
+    Subject,
+    natural,
+    number,
+    shown,
+    text,
+)  # fmt: skip
 from loratools.format.manifest import canonical, is_path, unmatched, unused
 from loratools.format.registry import KINDS
 from loratools.storage import digest
@@ -21,48 +35,66 @@ _PATH = re.compile(r"[^.\x00-\x1f\x7f]+(\.[^.\x00-\x1f\x7f]+)*")
 
 
 @CHAPTER.clause("M-02")
-def canonical_text(subject: Subject) -> Iterator[Fault]:
+def canonicaltext(subject: Subject) -> Iterator[Fault]:
     """Compare the text with the canonical one (RFC 8785)."""
     try:
-        text = canonical(subject.manifest)
+        canon = canonical(subject.manifest)
     except ValueError as error:
         yield "manifest", str(error)
         return
-    if text != subject.text:
-        at = next((i for i, (a, b) in enumerate(zip(text, subject.text, strict=False)) if a != b), len(text))
+    if canon != subject.text:
+        at = next((i for i, (a, b) in enumerate(zip(canon, subject.text, strict=False)) if a != b), len(canon))
         yield "manifest", f"not in canonical form (RFC 8785): it differs at character {at}"
 
 
-@CHAPTER.clause("M-04")
-def rank(subject: Subject) -> Iterator[Fault]:
-    """Check `rank`: the one that most modules have, the smallest of them on a tie."""
-    yield from _usual(subject, "rank", lambda value: natural(value, 1), "a positive integer")
-
-
-@CHAPTER.clause("M-05")
-def alpha(subject: Subject) -> Iterator[Fault]:
-    """Check `alpha`: the one that most modules have, the smallest of them on a tie."""
-    yield from _usual(subject, "alpha", number, "a finite number")
-
-
-def _usual(subject: Subject, name: str, formed: Callable[[Any], bool], expected: str) -> Iterator[Fault]:
-    value = subject.manifest.get(name)
-    values = [entry.get(name) for _, entry in subject.entries()]
+def _usual(subject: Subject, field: str, form: Form) -> Iterator[Fault]:
+    """Check a field that is the value which most modules have, the smallest of them on a tie."""
+    (formed, expected), value = form, subject.manifest.get(field)
+    values = [entry.get(field) for _, entry in subject.entries()]
     if not formed(value):
-        yield name, f"expected {expected}, found {shown(value)}"
+        yield field, f"expected {expected}, found {shown(value)}"
     elif values and all(map(formed, values)):
         counts: Counter[Any] = Counter(values)
         usual = min(counts, key=lambda candidate: (-counts[candidate], candidate))
         if value != usual:
-            yield name, f"is {shown(value)}, but most modules have {shown(usual)}"
+            yield field, f"is {shown(value)}, but most modules have {shown(usual)}"
 
 
-@CHAPTER.clause("M-06")
-def target_modules(subject: Subject) -> Iterator[Fault]:
-    """Check that `target_modules` is a sorted list of different names."""
-    if _targets(subject) is None:
-        value = shown(subject.manifest.get("target_modules"))
-        yield "target_modules", f"expected a sorted list of different non-empty strings, found {value}"
+def _stated(subject: Subject, field: str, form: Form, default: Any = None) -> Iterator[Fault]:
+    """Check the form of a field."""
+    value = subject.manifest.get(field, default)
+    if not form[0](value):
+        yield field, f"expected {form[1]}, found {shown(value)}"
+
+
+def _each(subject: Subject, field: str, form: Form) -> Iterator[Fault]:
+    """Check the form of a field of each module."""
+    for path, entry in subject.entries():
+        if not form[0](entry.get(field)):
+            yield path, f"{field}: expected {form[1]}, found {shown(entry.get(field))}"
+
+
+def _sorted_names(value: Any) -> bool:
+    return isinstance(value, list) and all(map(text, value)) and value == sorted(set(value))
+
+
+_LAYOUT: Mapping[type, Form] = {bool: SWITCH, int: POSITIVE, str: TEXT}
+_NAMES: Form = (_sorted_names, "a sorted list of different non-empty strings")
+_OBJECT: Form = (lambda value: isinstance(value, dict), "an object")
+_OBJECTS: Form = (
+    lambda value: isinstance(value, dict) and all(isinstance(entry, dict) for entry in value.values()),
+    "an object of objects",
+)
+CHAPTER |= {
+    "M-04": partial(_usual, field="rank", form=POSITIVE),
+    "M-05": partial(_usual, field="alpha", form=FINITE),
+    "M-06": partial(_stated, field="target_modules", form=_NAMES),
+    "M-12": partial(_each, field="rank", form=POSITIVE),
+    "M-13": partial(_each, field="alpha", form=FINITE),
+    "M-14": partial(_each, field="scaling", form=FINITE),
+    "M-19": partial(_stated, field="replacements", form=_OBJECTS, default={}),
+    "M-23": partial(_stated, field="settings", form=_OBJECT, default={}),
+}
 
 
 @CHAPTER.clause("M-07")
@@ -81,10 +113,8 @@ def modules_targeted(subject: Subject) -> Iterator[Fault]:
 
 
 def _targets(subject: Subject) -> list[str] | None:
-    names = subject.manifest.get("target_modules")
-    if not isinstance(names, list) or not all(isinstance(target, str) and target for target in names):
-        return None
-    return names if names == sorted(set(names)) else None
+    names: Any = subject.manifest.get("target_modules")
+    return names if _sorted_names(names) else None
 
 
 def _targeted(subject: Subject) -> list[str]:
@@ -123,37 +153,12 @@ def kind(subject: Subject) -> Iterator[Fault]:
             yield path, f"kind {shown(name)} is not one that version 1.0 registers: {', '.join(KINDS)}"
 
 
-@CHAPTER.clause("M-12")
-def module_rank(subject: Subject) -> Iterator[Fault]:
-    """Check the rank of each module."""
-    return _each(subject, "rank", lambda value: natural(value, 1), "a positive integer")
-
-
-@CHAPTER.clause("M-13")
-def module_alpha(subject: Subject) -> Iterator[Fault]:
-    """Check the alpha of each module."""
-    return _each(subject, "alpha", number, "a finite number")
-
-
-@CHAPTER.clause("M-14")
-def module_scaling(subject: Subject) -> Iterator[Fault]:
-    """Check the scaling of each module."""
-    return _each(subject, "scaling", number, "a finite number")
-
-
-def _each(subject: Subject, name: str, formed: Any, expected: str) -> Iterator[Fault]:
-    for path, entry in subject.entries():
-        if not formed(entry.get(name)):
-            yield path, f"{name}: expected {expected}, found {shown(entry.get(name))}"
-
-
 @CHAPTER.clause("M-15")
 def base_tensor(subject: Subject) -> Iterator[Fault]:
     """Check the base tensor names."""
-    for field in ("modules", "replacements"):
-        for path, entry in subject.entries(field):
-            if "tensor" in entry and not _text(entry["tensor"]):
-                yield path, f"tensor: expected a non-empty string, found {shown(entry['tensor'])}"
+    for path, entry in subject.entries("modules", "replacements"):
+        if "tensor" in entry and not text(entry["tensor"]):
+            yield path, f"tensor: expected a non-empty string, found {shown(entry['tensor'])}"
 
 
 @CHAPTER.clause("M-16")
@@ -164,7 +169,7 @@ def base_model(subject: Subject) -> Iterator[Fault]:
         yield "base_model", f"expected an object, found {shown(base)}"
         return
     for name in ("id", "revision"):
-        if name in base and not _text(base[name]):
+        if name in base and not text(base[name]):
             yield f"base_model.{name}", f"expected a non-empty string, found {shown(base[name])}"
 
 
@@ -193,14 +198,6 @@ def layout(subject: Subject) -> Iterator[Fault]:
                 yield path, f"layout.{name}: expected {expected}, found {shown(value.get(name))}"
 
 
-@CHAPTER.clause("M-19")
-def replacements(subject: Subject) -> Iterator[Fault]:
-    """Check that `replacements` is an object of objects."""
-    value = subject.manifest.get("replacements", {})
-    if not isinstance(value, dict) or not all(isinstance(entry, dict) for entry in value.values()):
-        yield "replacements", f"expected an object of objects, found {shown(value)}"
-
-
 @CHAPTER.clause("M-20")
 def provenance(subject: Subject) -> Iterator[Fault]:
     """Check that `provenance` is a list of steps, each with its operation and tool."""
@@ -209,7 +206,7 @@ def provenance(subject: Subject) -> Iterator[Fault]:
         yield "provenance", f"expected a list, found {shown(steps)}"
         return
     for i, step in enumerate(steps):
-        formed = isinstance(step, dict) and _text(step.get("operation")) and _text(step.get("tool"))
+        formed = isinstance(step, dict) and text(step.get("operation")) and text(step.get("tool"))
         if not formed or not isinstance(step.get("parameters", {}), dict):
             yield f"provenance[{i}]", f"expected an object with operation and tool, found {shown(step)}"
 
@@ -238,22 +235,12 @@ def _steps(subject: Subject) -> list[dict[str, Any]]:
     return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
 
 
-@CHAPTER.clause("M-23")
-def settings(subject: Subject) -> Iterator[Fault]:
-    """Check that `settings` is an object."""
-    if not isinstance(subject.manifest.get("settings", {}), dict):
-        yield "settings", f"expected an object, found {shown(subject.manifest['settings'])}"
-
-
 @CHAPTER.clause("S-07")
 def name_length(subject: Subject) -> Iterator[Fault]:
     """Check the length of names."""
-    names = [*subject.tensors]
-    for field in ("modules", "replacements"):
-        for path, entry in subject.entries(field):
-            tensor = entry.get("tensor", "")
-            names += [path, tensor] if isinstance(tensor, str) else [path]
-    for name in names:
+    entries = subject.entries("modules", "replacements")
+    stated = (name for path, entry in entries for name in (path, entry.get("tensor")) if isinstance(name, str))
+    for name in (*subject.tensors, *stated):
         if len(name.encode()) > MAX_NAME:
             yield shown(name), f"the name is {len(name.encode())} bytes long; the limit is {MAX_NAME}"
 
@@ -264,14 +251,3 @@ def is_digest(value: Any) -> bool:
         return isinstance(value, str) and bool(digest.algorithm_of(value))
     except BadFile:
         return False
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-_LAYOUT: dict[type, tuple[Callable[[Any], bool], str]] = {
-    bool: (lambda value: isinstance(value, bool), "true or false"),
-    int: (lambda value: natural(value, 1), "a positive integer"),
-    str: (_text, "a non-empty string"),
-}

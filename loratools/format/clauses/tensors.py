@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from loratools.adapter.parts import BIAS, B
 from loratools.format import keys, manifest
-from loratools.format.clauses import Chapter, Check, Fault, Subject, shown
+from loratools.format.clauses import Chapter, Fault, Subject, shown
 from loratools.format.registry import KINDS
 from loratools.storage import dtypes
 
@@ -59,27 +60,24 @@ def dtype(subject: Subject) -> Iterator[Fault]:
                 yield name, f"dtype {subject.tensors[name][0]}; factors are one of {', '.join(dtypes.FLOATS)}"
 
 
-def _shape_of(kind_name: str) -> Check:
-    def shape(subject: Subject) -> Iterator[Fault]:
-        names = subject.parts()
-        for path, entry, kind in subject.modules():
-            have = names.get(path, {})
-            layout = entry.get("layout", {})
-            if kind.name != kind_name or not kind.accepts(frozenset(have)) or not _formed(layout, kind.layout):
-                continue
-            fault = kind.fault({part: subject.tensors[name][1] for part, name in have.items()}, entry["rank"], layout)
-            if fault:
-                yield path, f"{fault} (kind {kind.name}, rank {entry['rank']})"
-
-    return shape
+def _shape(subject: Subject, wanted: str) -> Iterator[Fault]:
+    """Check the shapes of the modules of a kind."""
+    names = subject.parts()
+    for path, entry, kind in subject.modules():
+        have = names.get(path, {})
+        layout = entry.get("layout", {})
+        if kind.name != wanted or not kind.accepts(frozenset(have)) or not _formed(layout, kind.layout):
+            continue
+        shapes = {part: subject.tensors[name][1] for part, name in have.items()}
+        if fault := kind.fault(shapes, entry["rank"], layout):
+            yield path, f"{fault} (kind {kind.name}, rank {entry['rank']})"
 
 
 def _formed(layout: object, wanted: object) -> bool:
     return wanted is None or (isinstance(layout, dict) and type(layout.get("experts")) is int and layout["experts"] > 0)
 
 
-for _kind in sorted(KINDS.values(), key=lambda kind: kind.clause):
-    CHAPTER.clause(_kind.clause)(_shape_of(_kind.name))
+CHAPTER |= {kind.clause: partial(_shape, wanted=name) for name, kind in KINDS.items()}
 
 
 @CHAPTER.clause("T-11")

@@ -65,10 +65,12 @@ class View:
         return True
 
 
+# Classes of storages -> the dtype that they have, None for the untyped one.
 _STORAGES = {
-    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
-    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
-    "BoolStorage": "BOOL", "ComplexFloatStorage": "C64",
+    "torch.DoubleStorage": "F64", "torch.FloatStorage": "F32", "torch.HalfStorage": "F16",
+    "torch.BFloat16Storage": "BF16", "torch.LongStorage": "I64", "torch.IntStorage": "I32",
+    "torch.ShortStorage": "I16", "torch.CharStorage": "I8", "torch.ByteStorage": "U8", "torch.BoolStorage": "BOOL",
+    "torch.ComplexFloatStorage": "C64", "torch.storage.UntypedStorage": None,
 }  # fmt: skip
 
 _MARK = object()
@@ -116,7 +118,16 @@ def _pop_to_mark(stack: list[Any]) -> list[Any]:
     return items
 
 
-def _set(target: Any, items: list[Any]) -> None:
+def _pop(stack: list[Any], count: int) -> list[Any]:
+    items = stack[-count:]
+    if len(items) < count:
+        raise IndexError
+    del stack[-count:]
+    return items
+
+
+def _set(stack: list[Any], items: list[Any]) -> None:
+    target = stack[-1]
     if type(target) is not dict or len(items) % 2:
         raise TypeError
     for key, value in zip(items[::2], items[1::2], strict=True):
@@ -127,55 +138,21 @@ def _set(target: Any, items: list[Any]) -> None:
         target[key] = value
 
 
-def _extend(target: Any, items: list[Any]) -> None:
-    if type(target) is not list:
+def _extend(stack: list[Any], items: list[Any]) -> None:
+    if type(stack[-1]) is not list:
         raise TypeError
-    target.extend(items)
-
-
-def _set_item(stack: list[Any], _: Any) -> None:
-    value, key = stack.pop(), stack.pop()
-    _set(stack[-1], [key, value])
-
-
-def _set_items(stack: list[Any], _: Any) -> None:
-    items = _pop_to_mark(stack)
-    _set(stack[-1], items)
-
-
-def _append(stack: list[Any], _: Any) -> None:
-    item = stack.pop()
-    _extend(stack[-1], [item])
-
-
-def _appends(stack: list[Any], _: Any) -> None:
-    items = _pop_to_mark(stack)
-    _extend(stack[-1], items)
-
-
-def _tuple_of(count: int) -> Callable[[list[Any], Any], None]:
-    def operate(stack: list[Any], _: Any) -> None:
-        items = tuple(stack[-count:])
-        if len(items) < count:
-            raise IndexError
-        stack[-count:] = [items]
-
-    return operate
-
-
-def _global(stack: list[Any], argument: Any) -> None:
-    stack.append(_known(argument.replace(" ", ".")))
+    stack[-1].extend(items)
 
 
 def _stack_global(stack: list[Any], _: Any) -> None:
-    name, module = stack.pop(), stack.pop()
+    module, name = _pop(stack, 2)
     if type(name) is not str or type(module) is not str:
         raise TypeError
     stack.append(_known(f"{module}.{name}"))
 
 
 def _known(name: str) -> Global:
-    if name not in _CALLS and _storage_dtype(name) is _UNKNOWN and _dtype(name) is None:
+    if name not in _CALLS and name not in _STORAGES and _dtype(name) is None:
         raise Refused(name[:200])
     return Global(name)
 
@@ -184,15 +161,11 @@ def _persistent(stack: list[Any], _: Any) -> None:
     kind, cls, key, _, elements = stack.pop()
     if kind != "storage" or type(key) is not str or type(elements) is not int:
         raise TypeError
-    dtype = _storage_dtype(cls.name)
-    if dtype is _UNKNOWN:
-        raise TypeError
-    stack.append(Storage(key, dtype))
+    stack.append(Storage(key, _STORAGES[cls.name]))
 
 
 def _reduce(stack: list[Any], _: Any) -> None:
-    arguments = stack.pop()
-    function = stack.pop()
+    function, arguments = _pop(stack, 2)
     if type(arguments) is not tuple or len(arguments) > MAX_ARGUMENTS:
         raise TypeError
     stack.append(_CALLS[function.name](*arguments))
@@ -210,10 +183,10 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> 
 
 
 def _tensor_v3(
-    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *rest: Any
+    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *bits: Any
 ) -> View:
     """`_rebuild_tensor_v3`, over an untyped storage: the dtype is said."""
-    return _view(storage, _dtype(dtype.name), offset, shape, strides, (grad, hooks, *rest))
+    return _view(storage, _dtype(dtype.name), offset, shape, strides, (grad, hooks, *bits))
 
 
 def _view(storage: Any, dtype: Any, offset: Any, shape: Any, strides: Any, rest: tuple[Any, ...]) -> View:
@@ -222,7 +195,7 @@ def _view(storage: Any, dtype: Any, offset: Any, shape: Any, strides: Any, rest:
     numbers = (offset, *shape, *strides)
     if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
         raise TypeError
-    if any(extra for extra in rest[1:]):
+    if any(rest[1:]):
         raise Refused("a tensor with hooks or lazy bits (conj, neg)")
     return View(storage, dtype, offset, tuple(shape), tuple(strides))
 
@@ -237,16 +210,6 @@ def _size(sides: Any) -> tuple[Any, ...]:
     if len(sides) > MAX_SIDES:
         raise TypeError
     return tuple(sides)
-
-
-_UNKNOWN = "?"
-
-
-def _storage_dtype(name: str) -> str | None:
-    """Return the dtype that a storage class has, None for the untyped one, `_UNKNOWN` for what is no such class."""
-    if name == "torch.storage.UntypedStorage":
-        return None
-    return _STORAGES.get(name.removeprefix("torch."), _UNKNOWN) if name.startswith("torch.") else _UNKNOWN
 
 
 def _dtype(name: str) -> str | None:
@@ -272,8 +235,14 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
     "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple,
 }  # fmt: skip
 _OPERATIONS: dict[str, Callable[[list[Any], Any], None]] = {
-    "SETITEM": _set_item, "SETITEMS": _set_items, "APPEND": _append, "APPENDS": _appends,
+    "SETITEM": lambda stack, _: _set(stack, _pop(stack, 2)),
+    "SETITEMS": lambda stack, _: _set(stack, _pop_to_mark(stack)),
+    "APPEND": lambda stack, _: _extend(stack, _pop(stack, 1)),
+    "APPENDS": lambda stack, _: _extend(stack, _pop_to_mark(stack)),
     "TUPLE": lambda stack, _: stack.append(tuple(_pop_to_mark(stack))),
-    "TUPLE1": _tuple_of(1), "TUPLE2": _tuple_of(2), "TUPLE3": _tuple_of(3),
-    "GLOBAL": _global, "STACK_GLOBAL": _stack_global, "BINPERSID": _persistent, "REDUCE": _reduce, "BUILD": _build,
+    "TUPLE1": lambda stack, _: stack.append(tuple(_pop(stack, 1))),
+    "TUPLE2": lambda stack, _: stack.append(tuple(_pop(stack, 2))),
+    "TUPLE3": lambda stack, _: stack.append(tuple(_pop(stack, 3))),
+    "GLOBAL": lambda stack, argument: stack.append(_known(argument.replace(" ", "."))),
+    "STACK_GLOBAL": _stack_global, "BINPERSID": _persistent, "REDUCE": _reduce, "BUILD": _build,
 }  # fmt: skip

@@ -1,0 +1,122 @@
+"""What is pushed: an adapter's or a model's files, opened and checked before anything is sent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loratools import dialects
+from loratools.errors import BadFile
+from loratools.format import manifest, validate
+from loratools.format.peft_config import derive_config
+from loratools.hub import files
+from loratools.hub.refs import is_plain
+from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.companions import RECORD
+from loratools.storage.strict_json import read_json
+from loratools.surgery.inspect import AdapterSummary, CheckpointSummary, describe_adapter, describe_checkpoint
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is to be pushed: name in the repository -> its file, or its bytes where they are made here.
+
+    `base_model` is the base's name on the Hub, `base_given` tells whether the user gave it, and `base_path` is a path
+    of this machine that a file had in its place.
+    """
+
+    path: Path
+    kind: files.Kind
+    content: Mapping[str, Path | bytes]
+    summary: AdapterSummary | CheckpointSummary
+    base_model: str | None
+    base_given: bool
+    base_path: str | None = None
+    task: str | None = None
+    record: Mapping[str, Any] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+
+
+def read(path: Path, base_model: str | None) -> Subject:
+    """Open and check what is to be pushed; every fault of it is raised here, before anything is sent.
+
+    A sealed adapter is held against every clause of the specification and its own digest, any other adapter is read by
+    its dialect, a model's headers and index are compared. A sealed single file gets the names that PEFT looks for, and
+    its `adapter_config.json`. Raises `BadFile`, `InvalidFormat`, `UnknownKind`, `UnsupportedAdapter`.
+    """
+    if not path.exists():
+        raise BadFile(f"{path}: no such file or folder")
+    present = _walk(path) if path.is_dir() else {path.name: path}
+    kind = files.kind_of(present) if path.is_dir() else "adapter"
+    if path.is_dir():
+        try:
+            selection = files.select(present, kind, lambda name: read_json(present[name]))
+        except BadFile as error:
+            raise BadFile(f"{path}: {error.message}", error.problems, hint=error.hint) from None
+        pictures = [name for name in present if Path(name).suffix.lower() in files.PICTURES]
+        chosen = sorted({*selection.paths, *pictures})
+    else:
+        chosen = [path.name]
+    content: dict[str, Path | bytes] = {name: present[name] for name in chosen}
+    left_out = tuple(sorted(present.keys() - content.keys()))
+    if kind == "checkpoint":
+        record = read_json(present[RECORD]) if RECORD in present else {}
+        base = record.get("base")
+        name = _name(base_model or (base.get("id") if isinstance(base, Mapping) else None), path)
+        summary = describe_checkpoint(Checkpoint.open(path), path)
+        return Subject(path, kind, content, summary, name, bool(base_model), record=record, left_out=left_out)
+    return _adapter(path, content, left_out, base_model)
+
+
+def _walk(folder: Path) -> dict[str, Path]:
+    """Return relative path -> file of everything that is not hidden; linked folders are not entered."""
+    present: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or not is_plain(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            present |= {f"{path.name}/{name}": file for name, file in _walk(path).items()}
+        elif path.is_file():
+            present[path.name] = path
+    return present
+
+
+def _adapter(
+    path: Path, content: dict[str, Path | bytes], left_out: tuple[str, ...], base_model: str | None
+) -> Subject:
+    adapter = dialects.open_adapter(path)
+    if adapter.dialect == "loratools" and (problems := validate.validate(path)):
+        raise validate.refusal(path, problems)
+    stated = adapter.base.id if adapter.base else None
+    base_path = stated if stated and manifest.is_path(stated) else None
+    if base_path and not base_model:
+        raise BadFile(
+            f"{path}: {_CONFIG} names the base model by a path of this machine, {base_path}",
+            hint="Name it as the Hub does: --base-model org/name",
+        )
+    name = _name(base_model or stated, path)
+    if not path.is_dir() and adapter.dialect == "loratools":
+        config = json.dumps(derive_config(adapter), indent=2, sort_keys=True, ensure_ascii=False)
+        content = {_WEIGHTS: path, _CONFIG: f"{config}\n".encode()}
+    elif base_path and isinstance(config_file := content.get(_CONFIG), Path):
+        config = json.dumps({**read_json(config_file), "base_model_name_or_path": name}, indent=2, ensure_ascii=False)
+        content[_CONFIG] = f"{config}\n".encode()
+    summary, task = describe_adapter(adapter, path, adapter.dialect), adapter.settings.get("task_type")
+    return Subject(path, "adapter", content, summary, name, bool(base_model), base_path, task, left_out=left_out)
+
+
+def _name(base_model: str | None, path: Path) -> str | None:
+    """Return a base model's name on the Hub; raise `BadFile` for what cannot be one."""
+    if base_model is None:
+        return None
+    parts = base_model.split("/")
+    if manifest.is_path(base_model) or len(parts) > 2 or not is_plain(base_model):
+        raise BadFile(
+            f"{path}: {base_model!r} is not the name of a model on the Hub", hint="Give it with --base-model org/name"
+        )
+    return base_model
