@@ -1,8 +1,7 @@
 """The kinds of update, one file each, found by file name.
 
-A kind file is a module with
+A kind file, called as the kind is in the format's registry, is a module with
 
-    KIND         its name in the format's registry, the same as the file's
     claims(parts)                     whether a module with these part names is of this kind
     build(parts, scaling, alpha)      the `Update`; raises `ValueError` with a sentence where shapes do not fit. A kind
                                       that shapes cannot tell all about takes `layout` besides, a mapping

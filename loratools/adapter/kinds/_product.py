@@ -10,16 +10,14 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from loratools.adapter import kinds
 from loratools.adapter import parts as part_names
-from loratools.adapter.kinds import Factors, Term
+from loratools.adapter.kinds import Factors, Term, Underlying, Update
 from loratools.adapter.kinds._shared import Additive
 from loratools.adapter.parts import BIAS
+from loratools.adapter.site import Site
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
     import torch
-
-    from loratools.adapter.kinds import Underlying, Update
-    from loratools.adapter.site import Site
 
 
 class LowRank(Additive):
@@ -148,6 +146,30 @@ class TwoFactors(LowRank):
         """Return the update of two factors."""
         A, B = (parts[name] for name in cls.names)
         return cls(A, B, scaling, alpha, parts.get(BIAS))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BiasUpdate(LowRank):
+    """PEFT's `lora_bias`, b' = b + s·c: the bias (out,) of the module is seen as a matrix of one column."""
+
+    c: LazyTensor
+    scaling: float
+    alpha: float
+
+    kind = "lora_bias"
+    rank = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return *self.c.shape, 1
+
+    @property
+    def parts(self) -> Mapping[str, LazyTensor]:
+        return {BIAS: self.c}
+
+    def factored(self) -> Factors:
+        """Return c as a column, and a one."""
+        return Factors(self.c.reshaped(self.shape), self.c.map(lambda c: c.new_ones(1, 1), (1, 1)), self.scaling)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,15 +8,13 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Self
 
-from loratools.adapter.kinds import Term
+from loratools.adapter.kinds import Rows, Term, Underlying
 from loratools.adapter.kinds._shared import Additive
+from loratools.adapter.site import Site
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
     import torch
-
-    from loratools.adapter.kinds import Rows, Underlying
-    from loratools.adapter.site import Site
 
 
 class Rowwise(Additive):

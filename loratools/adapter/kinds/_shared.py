@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
 
-from loratools.adapter.kinds import Usual
+from loratools.adapter import kinds
+from loratools.adapter.kinds import Update, Usual
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
@@ -52,38 +54,55 @@ class OnWeight(Usual):
         raise ValueError(f"the change that {self.kind} makes depends on the base weight; there is no ΔW without it")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class Wrapper(OnWeight):
-    """An update around another one, `inner`, whose rank, scaling and shape are its own."""
+    """An update around another one, whose rank, scaling and shape are its own, with magnitudes of features.
 
-    __slots__ = ()
+    A kind says by `part` what the magnitudes are called, and by `around` the kinds that can stand within.
+    """
 
-    inner: Any
+    inner: Update
+    magnitude: LazyTensor
+
+    part: ClassVar[str]
+    around: ClassVar[tuple[str, ...]]
 
     @property
-    def direction(self) -> Any:
-        """The inner update: without the magnitudes."""
+    def direction(self) -> Update:
         return self.inner
 
     @property
     def rank(self) -> int:
-        """Rank of the inner update."""
-        rank: int = self.inner.rank
-        return rank
+        return self.inner.rank
 
     @property
     def alpha(self) -> float:
-        """Alpha of the inner update."""
-        alpha: float = self.inner.alpha
-        return alpha
+        return self.inner.alpha
 
     @property
     def scaling(self) -> float:
-        """Scaling of the inner update."""
-        scaling: float = self.inner.scaling
-        return scaling
+        return self.inner.scaling
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the weight as the module defines it."""
-        shape: tuple[int, ...] = self.inner.shape
-        return shape
+        return self.inner.shape
+
+    @property
+    def parts(self) -> Mapping[str, LazyTensor]:
+        return {**self.inner.parts, self.part: self.magnitude}
+
+    @classmethod
+    def claims(cls, parts: Mapping[str, LazyTensor]) -> bool:
+        """Tell whether these are magnitudes beside the factors of another kind."""
+        return cls.part in parts and cls._within(parts)[0] is not None
+
+    @classmethod
+    def build(cls, parts: Mapping[str, LazyTensor], scaling: float, alpha: float) -> Self:
+        """Return the update of factors and magnitudes."""
+        kind, rest = cls._within(parts)
+        return cls(kinds.get(str(kind)).build(rest, scaling, alpha), parts[cls.part])
+
+    @classmethod
+    def _within(cls, parts: Mapping[str, LazyTensor]) -> tuple[str | None, dict[str, LazyTensor]]:
+        rest = {part: lazy for part, lazy in parts.items() if part != cls.part}
+        return next((kind for kind in cls.around if kinds.get(kind).claims(rest)), None), rest

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 
 from loratools.adapter.kinds._product import TwoFactors
 
-KIND = "conv"
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ConvUpdate(TwoFactors):
     """s·B·A for a convolution with a single group."""
 
-    kind = KIND
+    kind = "conv"
     sides = (3, 4, 5)
     expected = "(r, in, k…) and (out, r, 1…)"
 

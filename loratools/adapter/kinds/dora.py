@@ -17,22 +17,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from loratools.adapter import kinds
-from loratools.adapter.kinds import Factors, Term
+from loratools.adapter.kinds import Factors, Term, Underlying
 from loratools.adapter.kinds._product import LowRank, Product
 from loratools.adapter.kinds._shared import Wrapper
+from loratools.adapter.parts import MAGNITUDE
+from loratools.adapter.site import Site
 from loratools.errors import IncompatibleAdapter
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
     import torch
 
-    from loratools.adapter.kinds import Underlying
-    from loratools.adapter.site import Site
-
-KIND = "dora"
-MAGNITUDE_PART = "lora_magnitude_vector"
-_INNER = ("lora", "conv", "embedding")
 _CHUNK = 1 << 16  # elements widened to float64 at a time: they stay in the core's cache
 _BLOCK = 64
 _SAFE = 1e-24  # the squares of numbers with such a sum are far from where float32 ends
@@ -43,14 +38,15 @@ class DoraUpdate(Wrapper):
     """A low-rank update and a magnitude for each output feature. Raises `ValueError` where their sizes differ."""
 
     inner: LowRank
-    magnitude: LazyTensor
 
-    kind = KIND
+    kind = "dora"
+    part = MAGNITUDE
+    around = ("lora", "conv", "embedding")
 
     def __post_init__(self) -> None:
         shape, features = self.magnitude.shape, self.features
         if self.magnitude.parameters != features or sum(side != 1 for side in shape) > 1:
-            raise ValueError(f"{MAGNITUDE_PART} has shape {shape}, expected one number for each of {features} features")
+            raise ValueError(f"{MAGNITUDE} has shape {shape}, expected one number for each of {features} features")
 
     @property
     def by_column(self) -> bool:
@@ -71,7 +67,7 @@ class DoraUpdate(Wrapper):
         """The factors and the magnitude, in the shape that PEFT gives it: (out,), or (1, out, 1…) of a convolution."""
         sides = len(self.shape) - 2
         shape = (1, self.features, *(1,) * sides) if sides else (self.features,)
-        return {**self.inner.parts, MAGNITUDE_PART: self.magnitude.reshaped(shape)}
+        return {**self.inner.parts, MAGNITUDE: self.magnitude.reshaped(shape)}
 
     def factored(self) -> Factors:
         """Return the factors of the inner update, and m."""
@@ -206,17 +202,4 @@ def squares(W: torch.Tensor, axis: int) -> torch.Tensor:
     return torch.cat(parts) if axis == 1 else torch.stack(parts).sum(0)
 
 
-def claims(parts: Mapping[str, LazyTensor]) -> bool:
-    """Tell whether this is a magnitude beside the factors of another kind."""
-    return MAGNITUDE_PART in parts and any(kinds.get(kind).claims(_without(parts)) for kind in _INNER)
-
-
-def build(parts: Mapping[str, LazyTensor], scaling: float, alpha: float) -> DoraUpdate:
-    """Return the update of two factors and a magnitude."""
-    rest = _without(parts)
-    kind = next(kind for kind in _INNER if kinds.get(kind).claims(rest))
-    return DoraUpdate(kinds.get(kind).build(rest, scaling, alpha), parts[MAGNITUDE_PART])
-
-
-def _without(parts: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    return {part: lazy for part, lazy in parts.items() if part != MAGNITUDE_PART}
+claims, build = DoraUpdate.claims, DoraUpdate.build

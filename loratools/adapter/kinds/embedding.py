@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from loratools.adapter.kinds._product import TwoFactors
 from loratools.adapter.parts import A_EMBEDDING, B_EMBEDDING
 
-KIND = "embedding"
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EmbeddingUpdate(TwoFactors):
     """s·(B·A)ᵀ for an embedding."""
 
-    kind = KIND
+    kind = "embedding"
     names = (A_EMBEDDING, B_EMBEDDING)
     expected = "(r, vocabulary) and (dimension, r)"
     takes_bias = False

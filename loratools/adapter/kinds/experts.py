@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from loratools.adapter.kinds import Factors
 from loratools.adapter.kinds._product import LowRank
@@ -22,11 +22,6 @@ from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
     import torch
-
-    from loratools.adapter.kinds import Term, Underlying
-    from loratools.adapter.site import Site
-
-KIND = "experts"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,7 +36,7 @@ class ExpertsUpdate(Additive):
     parameter: str
     transposed: bool | None = None
 
-    kind = KIND
+    kind = "experts"
 
     def __post_init__(self) -> None:
         A, B = self.A.shape, self.B.shape
@@ -73,13 +68,11 @@ class ExpertsUpdate(Additive):
         """The update of each expert."""
         return [Expert(self, number) for number in range(self.experts)]
 
-    def term(self, site: Site, weight: float, dtype: torch.dtype, device: torch.device) -> Term:
+    def term(self, *_: Any) -> NoReturn:
         """Raise `ValueError`: a site holds one expert."""
         raise ValueError("a stack of experts lands on one site for each expert")
 
-    def project(self, X: torch.Tensor, weight: float, under: Underlying) -> torch.Tensor:
-        """Raise `ValueError`: a site holds one expert."""
-        raise ValueError("a stack of experts lands on one site for each expert")
+    project = term
 
     def delta_weight(self) -> torch.Tensor:
         """Return s·B[e]·A[e] of every expert in float32, (E, out, in)."""
@@ -95,7 +88,7 @@ class Expert(LowRank):
     stack: ExpertsUpdate
     number: int
 
-    kind = KIND
+    kind = "experts"
 
     @property
     def scaling(self) -> float:  # type: ignore[override]

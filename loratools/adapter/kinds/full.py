@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from loratools.adapter.kinds import Rows
 from loratools.adapter.kinds._rowwise import Rowwise
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
     import torch
 
-    from loratools.adapter.kinds import Rows
-
-KIND = "full"
 WEIGHT_PART, BIAS_PART = "diff", "diff_b"
 
 
@@ -25,7 +23,7 @@ class FullUpdate(Rowwise):
     difference: LazyTensor
     offset: LazyTensor | None = None
     names: tuple[str, str] = (WEIGHT_PART, BIAS_PART)
-    kind: str = KIND
+    kind: str = "full"
 
     rank = 0
     scaling = alpha = 1.0

@@ -10,18 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratools.adapter.kinds import Term
+from loratools.adapter.kinds import Term, Underlying
 from loratools.adapter.kinds._shared import OnWeight
+from loratools.adapter.site import Site
 from loratools.errors import IncompatibleAdapter
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
     import torch
 
-    from loratools.adapter.kinds import Underlying
-    from loratools.adapter.site import Site
-
-KIND = "glora"
 _PARTS = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
 
 
@@ -33,7 +30,7 @@ class GloraUpdate(OnWeight):
     scaling: float
     alpha: float
 
-    kind = KIND
+    kind = "glora"
 
     def __post_init__(self) -> None:
         a1, a2, b1, b2 = (self.tensors[name].shape for name in _PARTS)

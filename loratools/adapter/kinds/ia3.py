@@ -9,17 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from loratools.adapter.kinds import Term
+from loratools.adapter.kinds import Term, Underlying
 from loratools.adapter.kinds._shared import OnWeight
+from loratools.adapter.site import Site
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
     import torch
 
-    from loratools.adapter.kinds import Underlying
-    from loratools.adapter.site import Site
-
-KIND = "ia3"
 WEIGHT_PART, INPUT_PART = "weight", "on_input"
 
 
@@ -32,7 +29,7 @@ class Ia3Update(OnWeight):
     on_input: bool
     weight_shape: tuple[int, ...] | None = None
 
-    kind = KIND
+    kind = "ia3"
     rank = 0
     scaling = alpha = 1.0
 

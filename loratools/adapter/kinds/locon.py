@@ -19,7 +19,6 @@ from loratools.storage.lazy import LazyTensor
 if TYPE_CHECKING:
     import torch
 
-KIND = "locon"
 MID_PART = "lora_mid.weight"
 
 
@@ -33,7 +32,7 @@ class LoconUpdate(LowRank):
     scaling: float
     alpha: float
 
-    kind = KIND
+    kind = "locon"
 
     def __post_init__(self) -> None:
         down, mid, up = self.down.shape, self.mid.shape, self.up.shape

@@ -11,15 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from loratools.adapter.kinds import Rows
 from loratools.adapter.kinds._rowwise import Named
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
     import torch
 
-    from loratools.adapter.kinds import Rows
-
-KIND = "loha"
 _W = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _T = ("hada_t1", "hada_t2")
 
@@ -28,7 +26,7 @@ _T = ("hada_t1", "hada_t2")
 class LohaUpdate(Named):
     """Two pairs of factors, with or without cores. Raises `ValueError` where their shapes do not go together."""
 
-    kind = KIND
+    kind = "loha"
 
     def __post_init__(self) -> None:
         shapes = {name: lazy.shape for name, lazy in self.tensors.items()}

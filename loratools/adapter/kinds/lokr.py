@@ -10,15 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from loratools.adapter.kinds import Rows
 from loratools.adapter.kinds._rowwise import Named
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
     import torch
 
-    from loratools.adapter.kinds import Rows
-
-KIND = "lokr"
 _NAMES = frozenset({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"})
 _FIRST = (frozenset({"lokr_w1"}), frozenset({"lokr_w1_a", "lokr_w1_b"}))
 _SECOND = (
@@ -30,7 +28,7 @@ _SECOND = (
 class LokrUpdate(Named):
     """The factors of w1 and w2. Raises `ValueError` where their shapes do not go together."""
 
-    kind = KIND
+    kind = "lokr"
 
     def __post_init__(self) -> None:
         shapes = {name: lazy.shape for name, lazy in self.tensors.items()}

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 
 from loratools.adapter.kinds._product import TwoFactors
 
-KIND = "lora"
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraUpdate(TwoFactors):
     """s·B·A for a linear layer."""
 
-    kind = KIND
+    kind = "lora"
 
 
 claims, build = LoraUpdate.claims, LoraUpdate.build

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from loratools.adapter.kinds.full import FullUpdate
 from loratools.storage.lazy import LazyTensor
 
-KIND = "norm"
 _NAMES = ("w_norm", "b_norm")
 
 
@@ -18,4 +17,4 @@ def claims(parts: Mapping[str, LazyTensor]) -> bool:
 
 def build(parts: Mapping[str, LazyTensor], scaling: float, alpha: float) -> FullUpdate:
     """Return the update; it has no scaling."""
-    return FullUpdate(parts[_NAMES[0]], parts.get(_NAMES[1]), _NAMES, KIND)
+    return FullUpdate(parts[_NAMES[0]], parts.get(_NAMES[1]), _NAMES, "norm")

@@ -11,18 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from loratools.adapter.kinds import Term
+from loratools.adapter.kinds import Term, Underlying
 from loratools.adapter.kinds._shared import OnWeight
+from loratools.adapter.site import Site
 from loratools.errors import IncompatibleAdapter
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
     import torch
 
-    from loratools.adapter.kinds import Underlying
-    from loratools.adapter.site import Site
-
-KIND = "oft"
 BLOCKS_PART, RESCALE_PART = "oft_blocks", "rescale"
 
 
@@ -35,7 +32,7 @@ class OftUpdate(OnWeight):
     alpha: float
     weight_shape: tuple[int, ...] | None = None
 
-    kind = KIND
+    kind = "oft"
     scaling = 1.0
 
     def __post_init__(self) -> None:

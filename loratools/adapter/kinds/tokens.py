@@ -11,17 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from loratools.adapter.kinds import Term
+from loratools.adapter.kinds import Term, Underlying
 from loratools.adapter.kinds._shared import OnWeight
+from loratools.adapter.site import Site
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
     import torch
 
-    from loratools.adapter.kinds import Underlying
-    from loratools.adapter.site import Site
-
-KIND = "tokens"
 ROWS_PART = "token_adapter.trainable_tokens_delta"
 
 
@@ -33,7 +30,7 @@ class TokensUpdate(OnWeight):
     indices: Sequence[int]
     vocabulary: int | None = None
 
-    kind = KIND
+    kind = "tokens"
     rank = 0
     alpha = scaling = 1.0
 

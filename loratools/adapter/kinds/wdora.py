@@ -8,37 +8,29 @@ and the factors act on what is there: the order counts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
-from loratools.adapter import kinds
-from loratools.adapter.kinds import Term
+from loratools.adapter.kinds import Term, Underlying
 from loratools.adapter.kinds._shared import Wrapper
 from loratools.adapter.kinds.dora import gains, squares
+from loratools.adapter.site import Site
 from loratools.errors import IncompatibleAdapter
-from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
     import torch
 
-    from loratools.adapter.kinds import Underlying, Update
-    from loratools.adapter.site import Site
-
-KIND = "wdora"
 SCALE_PART = "dora_scale"
-_INNER = ("lora", "conv", "locon", "loha", "lokr")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WdoraUpdate(Wrapper):
     """An additive update and the magnitudes of its features. Raises `ValueError` where their shapes do not fit."""
 
-    inner: Update
-    magnitude: LazyTensor
-
-    kind = KIND
+    kind = "wdora"
+    part = SCALE_PART
+    around = ("lora", "conv", "locon", "loha", "lokr")
 
     def __post_init__(self) -> None:
         shape, (out, columns) = self.magnitude.shape, (self.inner.shape[0], prod(self.inner.shape[1:]))
@@ -54,15 +46,11 @@ class WdoraUpdate(Wrapper):
         """Whether there is a magnitude for each input feature."""
         return self.magnitude.shape[0] == 1 and self.inner.shape[0] != 1
 
-    @property
-    def parts(self) -> Mapping[str, LazyTensor]:
-        return {**self.inner.parts, SCALE_PART: self.magnitude}
-
     def term(self, site: Site, weight: float, dtype: torch.dtype, device: torch.device) -> Decomposed:
         """Return the term; raise `IncompatibleAdapter` where the features of a norm do not all lie on the site."""
         whole = site.part == (0, self.shape[0])
         if site.transposed or (self.by_input and not whole):
-            raise IncompatibleAdapter(f"{site.tensor}: {KIND} needs the weight whole, as [out, in, …]")
+            raise IncompatibleAdapter(f"{site.tensor}: wdora needs the weight whole, as [out, in, …]")
         m = self.magnitude.load().to(device).double().flatten()
         kernel = site.shape[1] // len(m) if self.by_input else 1
         m = m if self.by_input else m[site.part_rows]
@@ -123,17 +111,4 @@ class Decomposed(Term):
         return 1 + self.weight * (g - 1)
 
 
-def claims(parts: Mapping[str, LazyTensor]) -> bool:
-    """Tell whether this is a `dora_scale` beside the factors of another kind."""
-    return SCALE_PART in parts and _kind(parts) is not None
-
-
-def build(parts: Mapping[str, LazyTensor], scaling: float, alpha: float) -> WdoraUpdate:
-    """Return the update of factors and magnitudes."""
-    rest = {part: lazy for part, lazy in parts.items() if part != SCALE_PART}
-    return WdoraUpdate(kinds.get(str(_kind(parts))).build(rest, scaling, alpha), parts[SCALE_PART])
-
-
-def _kind(parts: Mapping[str, LazyTensor]) -> str | None:
-    rest = {part: lazy for part, lazy in parts.items() if part != SCALE_PART}
-    return next((kind for kind in _INNER if kinds.get(kind).claims(rest)), None)
+claims, build = WdoraUpdate.claims, WdoraUpdate.build

@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import Any, TypeVar
 
 from loratools.adapter.kinds import Update
-from loratools.adapter.kinds._bias import BiasUpdate
+from loratools.adapter.kinds._product import BiasUpdate
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.wrappers import CONV1D, FUSIONS, Fusion, Names
 from loratools.adapter.placement import experts

@@ -17,8 +17,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from loratools.adapter.placement.resolve import Placement
 from loratools.engine.residual.predict import Step
@@ -28,10 +31,7 @@ from loratools.storage.codecs.floats import bytes_of, unsigned, widen
 from loratools.storage.header import TensorSpec, read_header
 from loratools.storage.strict_json import parse_json_object
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    Array = np.ndarray[Any, np.dtype[Any]]
+Array = np.ndarray[Any, np.dtype[Any]]
 
 VERSION = 1
 ELEMENTS = 1 << 17  # of a tile: its float64 product stays in the core's cache
@@ -64,10 +64,7 @@ class Lost:
         if len(views) == 1:
             return views.pop()
         rows = self.shape[0] if self.shape else 1
-        count = 1
-        for side in self.shape:
-            count *= side
-        return (rows, count // rows) if rows else (0, 0)
+        return (rows, prod(self.shape) // rows) if rows else (0, 0)
 
     def tiles(self) -> Iterator[tuple[int, int]]:
         """Yield (start, stop) of the rows of each tile: by the shape alone."""
@@ -112,8 +109,7 @@ class Residual:
                 Layout(str(name), [(str(n), str(d), tuple(map(int, s))) for n, d, s in tensors], dict(metadata), str(p))
                 for name, tensors, metadata, p in document["layout"]
             ]
-            modes, config = dict(document["modes"]), dict(document["config"])
-            indexes = dict(document["indexes"])
+            modes, config, indexes = (dict(document[field]) for field in ("modes", "config", "indexes"))
         except (KeyError, TypeError, ValueError):
             raise BadFile(f"{path}: its description of the base's layout is damaged") from None
         listed = {name for file in layout for name, _, _ in file.tensors}
@@ -126,8 +122,6 @@ class Residual:
 
 def prediction(lost: Lost, after: Array, steps: Sequence[Step], start: int) -> Array:
     """Return W' − ΔW of a tile, flat; in float64 where one of the dtypes is, else in float32."""
-    import numpy as np
-
     assert lost.after is not None
     work = np.float64 if "F64" in (lost.dtype, lost.after.dtype) else np.float32
     W = widen(after, lost.after.dtype, work).reshape(-1, lost.matrix[1])
@@ -139,10 +133,7 @@ def prediction(lost: Lost, after: Array, steps: Sequence[Step], start: int) -> A
 
 def read_bits(source: int, spec: TensorSpec, start: int, stop: int) -> Array:
     """Return the bits of elements [`start`, `stop`) of a tensor."""
-    import numpy as np
-
     bits = np.empty(stop - start, unsigned(spec.dtype))
-    if not len(bits):
-        return bits
-    files.read_into(source, bytes_of(bits), spec.start + start * bits.itemsize, spec.file)
+    if len(bits):
+        files.read_into(source, bytes_of(bits), spec.start + start * bits.itemsize, spec.file)
     return bits

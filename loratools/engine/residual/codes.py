@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import struct
 import zlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from loratools.errors import BadFile
-from loratools.storage.codecs.floats import _FORMATS, narrow, widen
+from loratools.storage.codecs.floats import FORMATS, narrow, widen
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    Array = np.ndarray[Any, np.dtype[Any]]
+Array = np.ndarray[Any, np.dtype[Any]]
 
 _HEAD = struct.Struct("<BIII")
 _SPARSE, _DENSE = 0, 1
@@ -34,8 +33,6 @@ def encode(W: Array, after: Array, prediction: Array, dtype: str, after_dtype: s
     `W` holds the bits of the base's elements in `dtype`, flat; `after` those of the merged ones in `after_dtype`;
     `prediction` is W' − ΔW as numbers, before it is rounded.
     """
-    import numpy as np
-
     P = narrow(prediction, dtype)
     coarse, spread = _coarse(P, after, dtype, after_dtype)
     off = W != P
@@ -61,8 +58,6 @@ def encode(W: Array, after: Array, prediction: Array, dtype: str, after_dtype: s
 
 def decode(block: memoryview, after: Array, prediction: Array, dtype: str, after_dtype: str) -> Array:
     """Return the bits of W that `encode` was given; raise `BadFile` where the block does not fit what it is about."""
-    import numpy as np
-
     P = narrow(prediction, dtype)
     coarse, spread = _coarse(P, after, dtype, after_dtype)
     if len(block) < _HEAD.size:
@@ -91,9 +86,7 @@ def decode(block: memoryview, after: Array, prediction: Array, dtype: str, after
 
 def _coarse(P: Array, after: Array, dtype: str, after_dtype: str) -> tuple[Array, Array]:
     """Return where W' lies in a higher binade than the prediction, and by how many, as far as a mantissa goes."""
-    import numpy as np
-
-    bits, mantissa = _FORMATS[dtype]
+    bits, mantissa = FORMATS[dtype]
     if dtype != after_dtype:  # only equal dtypes have comparable binades; a cast leaves exceptions
         return np.zeros(0, np.int64), np.zeros(0, P.dtype)
     exponent = P.dtype.type(((1 << (bits - 1)) - 1) & ~((1 << mantissa) - 1))
@@ -109,8 +102,6 @@ def _above(prediction: Array, P: Array, dtype: str) -> Array:
 
 def _ordered(bits: Array) -> Array:
     """Return integers in the order of the floats, signed, one for each bit pattern."""
-    import numpy as np
-
     signed = bits.view(np.dtype(f"<i{bits.itemsize}"))
     ordered: Array = signed ^ ((signed >> (8 * bits.itemsize - 1)) & np.iinfo(signed.dtype).max)
     return ordered
@@ -118,8 +109,6 @@ def _ordered(bits: Array) -> Array:
 
 def _rank(W: Array, P: Array, above: Array) -> Array:
     """Return 0, 1, 2, … for W = P, the next float on the prediction's side, the next on the other, and so on."""
-    import numpy as np
-
     with np.errstate(over="ignore"):
         steps = _ordered(W) - _ordered(P)
         np.negative(steps, out=steps, where=above)
@@ -128,8 +117,6 @@ def _rank(W: Array, P: Array, above: Array) -> Array:
 
 def _at_rank(rank: Array, P: Array, above: Array) -> Array:
     """Return the float of a rank: the inverse of `_rank`."""
-    import numpy as np
-
     with np.errstate(over="ignore"):
         steps = ((rank >> 1) ^ (~(rank & 1) + 1)).view(f"<i{P.itemsize}")
         np.negative(steps, out=steps, where=above)
@@ -138,16 +125,12 @@ def _at_rank(rank: Array, P: Array, above: Array) -> Array:
 
 def _pack(rank: Array, spread: Array) -> bytes:
     """Write the low `spread` bits of each rank, plane after plane."""
-    import numpy as np
-
     top = int(spread.max()) if len(spread) else 0
     planes = [((rank[spread > bit] >> bit) & 1).astype(np.uint8) for bit in range(top)]
     return np.packbits(np.concatenate(planes)).tobytes() if planes else b""
 
 
 def _unpack(data: memoryview, spread: Array, dtype: Any) -> Array:
-    import numpy as np
-
     total = int(spread.sum(dtype=np.int64))
     if len(data) != -(-total // 8):
         raise BadFile("a block of the residual was made for another merge: it has another number of candidates")
@@ -164,15 +147,11 @@ def _unpack(data: memoryview, spread: Array, dtype: Any) -> Array:
 
 def _planes(values: Array) -> bytes:
     """Return first all the lowest bytes, then all the next: high ones are nearly all zero."""
-    import numpy as np
-
     little = values.astype(values.dtype.newbyteorder("<"), copy=False)
     return np.ascontiguousarray(little.view(np.uint8).reshape(-1, values.itemsize).T).tobytes()
 
 
 def _unplanes(raw: bytes, dtype: Any) -> Array:
-    import numpy as np
-
     values: Array = np.ascontiguousarray(np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1).T).view(dtype).ravel()
     return values
 

@@ -12,9 +12,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratools.engine.residual import ELEMENTS, LENGTH, VERSION, Lost, codes, prediction, read_bits
+import numpy as np
+
+from loratools.engine.residual import ELEMENTS, LENGTH, VERSION, Array, Lost, codes, prediction, read_bits
 from loratools.engine.residual import predict as undo
-from loratools.parallel import Progress, workers
+from loratools.parallel import Progress, no_progress, workers
 from loratools.storage import dtypes, files
 from loratools.storage.codecs.floats import widen
 from loratools.storage.companions import RESIDUAL
@@ -22,11 +24,7 @@ from loratools.storage.header import TensorSpec
 from loratools.storage.layout import plan_file
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from loratools.engine.plan import MergePlan
-
-    Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +40,7 @@ class Kept:
         return self.nbytes / self.touched if self.touched else 0.0
 
 
-def keep(plan: MergePlan, folder: Path, threads: int, progress: Progress = lambda _: None) -> Kept:
+def keep(plan: MergePlan, folder: Path, threads: int, progress: Progress = no_progress) -> Kept:
     """Write the residual of a merge whose tensors are in `folder`, from the base and the result; return its size.
 
     Needs a second look at every touched tensor, which the page cache still has.
@@ -99,8 +97,6 @@ def _lost(plan: MergePlan, folder: Path) -> Iterator[Lost]:
 
 
 def _encode(lost: Lost, base: TensorSpec, progress: Progress) -> bytes:
-    """Return the coded tensor."""
-    import numpy as np
     import torch
 
     if lost.after is None:

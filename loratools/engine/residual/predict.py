@@ -12,20 +12,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from loratools.adapter.kinds import Factors
 from loratools.adapter.kinds.dora import gains, magnitudes, squares
 from loratools.adapter.placement.resolve import Placement
 from loratools.adapter.site import Site
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
-    Array = np.ndarray[Any, np.dtype[Any]]
+Array = np.ndarray[Any, np.dtype[Any]]
 
 _EXACT = 52  # bits of a float64 sum that leave nothing to round
 
-Rows = Callable[[int, int], "Array"]
+Rows = Callable[[int, int], Array]
 """Rows [start, stop) of the base's matrix in float64."""
 
 
@@ -76,19 +77,11 @@ def steps(placements: Sequence[tuple[Placement, float]]) -> list[Step]:
     become one step if no DoRA is among them. The factors g of DoRA are not known yet: see `measure`.
     """
     changes = [(placement.site, _factors(placement), weight) for placement, weight in placements]
-    if all(factors.magnitude is None for _, factors, _ in changes):
-        groups: dict[Site, list[tuple[Array, Array]]] = {}
-        for site, factors, weight in changes:
-            groups.setdefault(site, []).append(_matrices(site, factors, weight))
-        return [_step(site, group) for site, group in groups.items()]
-    made = []
-    for site, factors, weight in changes:
-        step = _step(site, [_matrices(site, factors, weight)])
-        if factors.magnitude is not None:
-            step.across = factors.by_column != site.transposed
-            step.gains = _ones(step.features)
-        made.append(step)
-    return made
+    additive = all(factors.magnitude is None for _, factors, _ in changes)
+    groups: dict[Site | int, list[tuple[Site, Factors, float]]] = {}
+    for number, change in enumerate(changes):
+        groups.setdefault(change[0] if additive else number, []).append(change)
+    return [_step(group) for group in groups.values()]
 
 
 def measure(placements: Sequence[tuple[Placement, float]], made: Sequence[Step], base: Rows, height: int) -> None:
@@ -97,7 +90,6 @@ def measure(placements: Sequence[tuple[Placement, float]], made: Sequence[Step],
     Only here may a sum depend on the machine, so g is the kind's own: the residual keeps it, and nobody has to find
     the same bits again. Where it is 0 or no float32, 1 takes its place.
     """
-    import numpy as np
     import torch
 
     for (placement, _), step in zip(placements, made, strict=False):
@@ -119,12 +111,6 @@ def measure(placements: Sequence[tuple[Placement, float]], made: Sequence[Step],
         step.gains = np.where(np.isfinite(g) & (g != 0), g, np.float32(1))
 
 
-def _ones(count: int) -> Array:
-    import numpy as np
-
-    return np.ones(count, np.float32)
-
-
 def _factors(placement: Placement) -> Factors:
     factors = placement.update.factored()
     assert factors is not None  # else `is_predictable` said no
@@ -138,20 +124,23 @@ def _matrices(site: Site, factors: Factors, weight: float) -> tuple[Array, Array
     return (right.T, left.T) if site.transposed else (left, right)
 
 
-def _step(site: Site, group: Sequence[tuple[Array, Array]]) -> Step:
-    import numpy as np
+def _step(changes: Sequence[tuple[Site, Factors, float]]) -> Step:
+    """Return one step for the sum of products on one site, or for a single change."""
     import torch
 
-    left = np.concatenate([left for left, _ in group], axis=1)
-    right = np.concatenate([right for _, right in group], axis=0)
+    site, factors, _ = changes[0]
+    lefts, rights = zip(*(_matrices(*change) for change in changes), strict=True)
+    left, right = np.concatenate(lefts, axis=1), np.concatenate(rights)
     bits = (_EXACT - int(np.ceil(np.log2(max(2, len(right)))))) // 2
-    return Step(site, torch.from_numpy(_fixed(left, bits, 1)), torch.from_numpy(_fixed(right, bits, 0)))
+    step = Step(site, torch.from_numpy(_fixed(left, bits, 1)), torch.from_numpy(_fixed(right, bits, 0)))
+    if factors.magnitude is not None:
+        step.across = factors.by_column != site.transposed
+        step.gains = np.ones(step.features, np.float32)
+    return step
 
 
 def _fixed(factor: Array, bits: int, axis: int) -> Array:
     """Return each row (`axis` 1) or column rounded to multiples of 2^-bits of the power of two above its largest."""
-    import numpy as np
-
     _, exponent = np.frexp(np.abs(factor).max(axis=axis, keepdims=True))
     fixed: Array = np.ldexp(np.rint(np.ldexp(factor, bits - exponent)), exponent - bits)
     return fixed

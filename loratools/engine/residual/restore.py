@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from loratools.adapter.model import Adapter
 from loratools.adapter.placement.resolve import Placement, resolve
 from loratools.adapter.placement.tied import apply_policy
 from loratools.engine.residual import LENGTH, Layout, Lost, Residual, codes, prediction, read_bits
-from loratools.engine.residual.predict import Step, steps
+from loratools.engine.residual.predict import steps
 from loratools.errors import BadFile
 from loratools.parallel import Progress, each, no_progress
 from loratools.storage import digest, dtypes, files
@@ -46,15 +48,10 @@ def lost_tensors(
         after = model.specs.get(name)
         if mode == "stored":
             lost[name] = Lost(name, dtype, shape, None)
-        elif (
-            mode not in ("predicted", "direct")
-            or after is None
-            or after.shape != shape
-            or after.dtype not in dtypes.FLOATS
-        ):
+            continue
+        if mode not in ("predicted", "direct") or not after or after.shape != shape or after.dtype not in dtypes.FLOATS:
             raise BadFile(f"{residual.path}: tensor {name!r} cannot be predicted from this model ({mode})")
-        else:
-            lost[name] = Lost(name, dtype, shape, after, tuple(placements.get(name, ())) if mode == "predicted" else ())
+        lost[name] = Lost(name, dtype, shape, after, tuple(placements.get(name, ())) if mode == "predicted" else ())
     return lost
 
 
@@ -80,7 +77,7 @@ def restore(
             files.write_from(target, memoryview(plan.header), 0)
 
     def write(name: str, spec: TensorSpec) -> str:
-        pieces = Restorer(lost[name], residual).pieces() if name in lost else files.chunks(model.specs[name])
+        pieces = restored(lost[name], residual) if name in lost else files.chunks(model.specs[name])
         with files.descriptor(spec.file, os.O_WRONLY) as target:
             return write_pieces(pieces, name, spec, target, residual.path, progress)
 
@@ -116,68 +113,49 @@ def file_plan(model: Checkpoint, file: Layout) -> FilePlan:
     return plan_file(file.name, file.tensors, file.metadata, prefix=file.prefix)
 
 
-class Restorer:
-    """Reads a tensor of the base out of its merged one and the residual; made for one thread."""
+def restored(lost: Lost, residual: Residual) -> Iterator[bytes]:
+    """Yield the bytes of a tensor of the base, tile after tile; raise `BadFile` where they cannot be brought back."""
+    blob = memoryview(files.read_bytes(residual.tensors[lost.name]))
+    try:
+        yield from _inflated(lost, blob) if lost.after is None else _decoded(lost, lost.after, blob)
+    except BadFile as error:
+        raise BadFile(f"{residual.path}: tensor {lost.name!r}: {error.message}") from None
 
-    def __init__(self, lost: Lost, residual: Residual) -> None:
-        import numpy as np
 
-        self._lost, self._residual = lost, residual
-        self._blob = memoryview(files.read_bytes(residual.tensors[lost.name]))
-        self._steps: list[Step] = []
-        self._blocks: list[memoryview] = []
-        self._held: tuple[int, Any] = (-1, None)
-        if lost.after is None:
-            return
-        self._steps = steps(lost.placements)
-        at = 0
-        for step in self._steps:
-            if step.gains is not None:
-                size = 4 * step.features
-                step.gains = np.frombuffer(self._piece(at, size), "<f4").astype(np.float32)
-                at += size
-        for _ in lost.tiles():
-            (size,) = LENGTH.unpack(self._piece(at, LENGTH.size))
-            self._blocks.append(self._piece(at + LENGTH.size, size))
-            at += LENGTH.size + size
-        if at != len(self._blob):
-            raise self._fault("it goes on after its last block")
+def _inflated(lost: Lost, blob: memoryview) -> Iterator[bytes]:
+    size = dtypes.bits(lost.dtype) * prod(lost.shape) // 8
+    try:
+        raw = zlib.decompressobj().decompress(blob, size + 1)
+    except zlib.error:
+        raise BadFile("it is damaged") from None
+    if len(raw) != size:
+        raise BadFile(f"it holds {len(raw)} bytes, the tensor {size}")
+    yield raw
 
-    def pieces(self) -> Iterator[bytes]:
-        """Yield the base's bytes, one tile after the other; raise `BadFile` where they cannot be brought back."""
-        if self._lost.after is None:
-            size = dtypes.bits(self._lost.dtype) * self._count() // 8
-            inflater = zlib.decompressobj()
-            try:
-                raw = inflater.decompress(self._blob, size + 1)
-            except zlib.error:
-                raise self._fault("it is damaged") from None
-            if len(raw) != size:
-                raise self._fault(f"it holds {len(raw)} bytes, the tensor {size}")
-            yield raw
-            return
-        import torch
 
-        torch.set_num_threads(1)  # for this thread, as in `_encode`
-        columns = self._lost.matrix[1]
-        with files.descriptor(self._lost.after.file) as source:
-            for (start, stop), block in zip(self._lost.tiles(), self._blocks, strict=True):
-                after = read_bits(source, self._lost.after, start * columns, stop * columns)
-                predicted = prediction(self._lost, after, self._steps, start)
-                try:
-                    bits = codes.decode(block, after, predicted, self._lost.dtype, self._lost.after.dtype)
-                except BadFile as error:
-                    raise self._fault(error.message) from None
-                yield bits.tobytes()
+def _decoded(lost: Lost, merged: TensorSpec, blob: memoryview) -> Iterator[bytes]:
+    import torch
 
-    def _count(self) -> int:
-        rows, columns = self._lost.matrix
-        return rows * columns
+    end = 0
 
-    def _piece(self, at: int, size: int) -> memoryview:
-        if at + size > len(self._blob):
-            raise self._fault("it is truncated")
-        return self._blob[at : at + size]
+    def take(size: int) -> memoryview:
+        nonlocal end
+        end += size
+        if end > len(blob):
+            raise BadFile("it is truncated")
+        return blob[end - size : end]
 
-    def _fault(self, what: str) -> BadFile:
-        return BadFile(f"{self._residual.path}: tensor {self._lost.name!r}: {what}")
+    made = steps(lost.placements)
+    for step in made:
+        if step.gains is not None:
+            step.gains = np.frombuffer(take(4 * step.features), "<f4").astype(np.float32)
+    blocks = [take(*LENGTH.unpack(take(LENGTH.size))) for _ in lost.tiles()]
+    if end != len(blob):
+        raise BadFile("it goes on after its last block")
+    torch.set_num_threads(1)  # for this thread, as in `_encode`
+    columns = lost.matrix[1]
+    with files.descriptor(merged.file) as source:
+        for (start, stop), block in zip(lost.tiles(), blocks, strict=True):
+            after = read_bits(source, merged, start * columns, stop * columns)
+            predicted = prediction(lost, after, made, start)
+            yield codes.decode(block, after, predicted, lost.dtype, merged.dtype).tobytes()

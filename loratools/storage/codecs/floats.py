@@ -64,7 +64,7 @@ def bytes_of(values: Array) -> memoryview:
     return memoryview(shared).cast("B")
 
 
-_FORMATS = {"BF16": (16, 7), "F16": (16, 10), "F32": (32, 23), "F64": (64, 52)}
+FORMATS = {"BF16": (16, 7), "F16": (16, 10), "F32": (32, 23), "F64": (64, 52)}
 """Bits of a float and of its stored mantissa."""
 
 
@@ -72,7 +72,7 @@ def unsigned(dtype: str) -> Any:
     """Return the NumPy dtype of the bits of a float dtype (safetensors name)."""
     import numpy as np
 
-    return np.dtype(f"<u{_FORMATS[dtype][0] // 8}")
+    return np.dtype(f"<u{FORMATS[dtype][0] // 8}")
 
 
 def widen(bits: Array, dtype: str, work: Any) -> Array:
@@ -90,7 +90,7 @@ def narrow(values: Array, dtype: str) -> Array:
 
     if dtype != "BF16":
         with np.errstate(over="ignore"):
-            return values.astype(f"<f{_FORMATS[dtype][0] // 8}").view(unsigned(dtype))
+            return values.astype(f"<f{FORMATS[dtype][0] // 8}").view(unsigned(dtype))
     bits = values.astype(np.float32, copy=False).view(np.uint32)
     odd = (bits >> 16) & 1
     odd += bits

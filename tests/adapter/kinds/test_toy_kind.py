@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,6 @@ from loratools.engine.residual import Residual
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.companions import RESIDUAL
 from loratools.storage.lazy import LazyTensor
-from tests.conftest import Result
 from tests.make import tiny
 
 PRODUCT = '''
@@ -34,8 +32,6 @@ from loratools.adapter.kinds._product import LowRank
 from loratools.adapter.parts import A, B
 from loratools.storage.lazy import LazyTensor
 
-KIND = "gated"
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GatedUpdate(LowRank):
@@ -45,7 +41,7 @@ class GatedUpdate(LowRank):
     scaling: float
     alpha: float
 
-    kind = KIND
+    kind = "gated"
 
     @property
     def rank(self):
@@ -82,15 +78,13 @@ from loratools.adapter.kinds import Term
 from loratools.adapter.kinds._shared import OnWeight
 from loratools.storage.lazy import LazyTensor
 
-KIND = "mirror"
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MirrorUpdate(OnWeight):
     u: LazyTensor
     rows: int = 1
 
-    kind = KIND
+    kind = "mirror"
     rank = 0
     scaling = alpha = 1.0
 
@@ -166,68 +160,9 @@ def save(folder: Path, modules: dict[str, dict[str, Tensor]]) -> Path:
     return folder
 
 
-@pytest.fixture
-def toyed(workplace: Path, tmp_path: Path, shell: Callable[..., Result]) -> Callable[[str], str]:
-    """Return a command line of loratools with two more files in `kinds/`; every other file is as it is here."""
-    copied = tmp_path / "site" / "loratools"
-    shutil.copytree(Path(loratools.__file__).parent, copied, ignore=shutil.ignore_patterns("__pycache__"))
-    (copied / "adapter" / "kinds" / "gated.py").write_text(PRODUCT)
-    (copied / "adapter" / "kinds" / "mirror.py").write_text(ON_WEIGHT)
-    save(workplace / "gated", GATED)
-    save(workplace / "mirror", MIRROR)
-
-    def run(line: str) -> str:
-        done = shell(line, workplace, PYTHONPATH=str(copied.parent))
-        assert done.code == 0, done.err
-        return done.out
-
-    return run
-
-
-@pytest.mark.parametrize(("name", "modules"), [("gated", GATED), ("mirror", MIRROR)])
-def test_it_is_inspected_merged_and_proved(
-    name: str, modules: dict[str, dict[str, Tensor]], toyed: Callable[[str], str], workplace: Path
-) -> None:
-    (group,) = json.loads(toyed(f"loratools inspect {name} --json"))["groups"]
-    assert (group["kind"], group["rank"], group["modules"]) == (name, 4 if name == "gated" else 0, 2)
-    toyed(f"loratools merge base {name} -o new --dtype f32")
-    base, new = Checkpoint.open(workplace / "base"), Checkpoint.open(workplace / "new")
-    for module, parts in modules.items():
-        W = expected(base.read(f"{module}.weight"), parts)
-        torch.testing.assert_close(new.read(f"{module}.weight").double(), W, rtol=1e-5, atol=1e-6)
-    toyed(f"loratools merge base {name} -o short && loratools verify short --base base --adapter {name}")
-
-
-def test_it_is_taken_out_bit_for_bit(toyed: Callable[[str], str], workplace: Path) -> None:
-    """A product is undone with what the residual says of its prediction; another change is copied from the base."""
-    toyed("loratools merge base gated -o new --keep-residual && loratools unmerge new gated -o old")
-    toyed("loratools merge base mirror -o mirrored && loratools unmerge mirrored mirror --base base -o copied")
-    base = Checkpoint.open(workplace / "base")
-    modes = Residual.open(workplace / "new" / RESIDUAL).modes
-    assert modes == {f"{module}.weight": "predicted" for module in GATED}
-    for folder in ("old", "copied"):
-        old = Checkpoint.open(workplace / folder)
-        assert old.specs.keys() == base.specs.keys()
-        assert all(torch.equal(old.read(tensor), base.read(tensor)) for tensor in base.specs)
-
-
-def test_a_product_is_combined_and_measured(toyed: Callable[[str], str], workplace: Path) -> None:
-    toyed("loratools combine gated --weight 2 gated --weight -0.5 -o sum")
-    sum_ = open_adapter(workplace / "sum")
-    zeros = {module: torch.zeros(shape) for module, shape in SHAPES.items()}
-    for module, parts in GATED.items():
-        update = sum_.updates[module]
-        assert (update.kind, update.rank, update.scaling) == ("lora", 4, 1.0)
-        change = expected(zeros[module], parts, 2 - 0.5)
-        torch.testing.assert_close(update.delta_weight().double(), change, rtol=1e-4, atol=1e-6)
-    alike = json.loads(toyed("loratools compare gated sum --json"))
-    assert alike["cosine"] == pytest.approx(1, abs=1e-9)
-    assert alike["norms"][1] == pytest.approx(1.5 * alike["norms"][0], rel=1e-6)
-
-
-@pytest.fixture
-def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Put the two kinds beside the others of this process."""
+@pytest.fixture(autouse=True)
+def two_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Put two files beside the others of `kinds/`, where nothing else is changed."""
     (tmp_path / "kinds").mkdir()
     (tmp_path / "kinds" / "gated.py").write_text(PRODUCT)
     (tmp_path / "kinds" / "mirror.py").write_text(ON_WEIGHT)
@@ -236,9 +171,61 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     monkeypatch.undo()
     kinds.names.cache_clear()
+    for name in ("gated", "mirror"):
+        sys.modules.pop(f"{kinds.__name__}.{name}", None)
 
 
-@pytest.mark.usefixtures("inside")
+@pytest.fixture
+def work(workplace: Path) -> Path:
+    """The folder of `workplace`, with an adapter of each of the two kinds."""
+    save(workplace / "gated", GATED)
+    save(workplace / "mirror", MIRROR)
+    return workplace
+
+
+@pytest.mark.parametrize(("name", "modules"), [("gated", GATED), ("mirror", MIRROR)])
+def test_it_is_inspected_merged_and_proved(name: str, modules: dict[str, dict[str, Tensor]], work: Path) -> None:
+    (group,) = loratools.inspect(work / name).groups
+    assert (group.kind, group.rank, group.modules) == (name, 4 if name == "gated" else 0, 2)
+    loratools.merge(work / "base", work / name, work / "new", dtype="f32")
+    base, new = Checkpoint.open(work / "base"), Checkpoint.open(work / "new")
+    for module, parts in modules.items():
+        W = expected(base.read(f"{module}.weight"), parts)
+        torch.testing.assert_close(new.read(f"{module}.weight").double(), W, rtol=1e-5, atol=1e-6)
+    loratools.merge(work / "base", work / name, work / "short")
+    assert loratools.verify(work / "short", work / "base", work / name).ok
+    assert not loratools.verify(work / "base", work / "base", work / name).ok
+
+
+def test_it_is_taken_out_bit_for_bit(work: Path) -> None:
+    """A product is undone with what the residual says of its prediction; another change is copied from the base."""
+    loratools.merge(work / "base", work / "gated", work / "new", keep_residual=True)
+    loratools.unmerge(work / "new", work / "gated", work / "old")
+    loratools.merge(work / "base", work / "mirror", work / "mirrored")
+    loratools.unmerge(work / "mirrored", work / "mirror", work / "copied", base=work / "base")
+    base = Checkpoint.open(work / "base")
+    modes = Residual.open(work / "new" / RESIDUAL).modes
+    assert modes == {f"{module}.weight": "predicted" for module in GATED}
+    for folder in ("old", "copied"):
+        old = Checkpoint.open(work / folder)
+        assert old.specs.keys() == base.specs.keys()
+        assert all(torch.equal(old.read(tensor), base.read(tensor)) for tensor in base.specs)
+
+
+def test_a_product_is_combined_and_measured(work: Path) -> None:
+    loratools.combine([work / "gated", work / "gated"], work / "sum", weights=[2, -0.5])
+    sum_ = open_adapter(work / "sum")
+    zeros = {module: torch.zeros(shape) for module, shape in SHAPES.items()}
+    for module, parts in GATED.items():
+        update = sum_.updates[module]
+        assert (update.kind, update.rank, update.scaling) == ("lora", 4, 1.0)
+        change = expected(zeros[module], parts, 2 - 0.5)
+        torch.testing.assert_close(update.delta_weight().double(), change, rtol=1e-4, atol=1e-6)
+    alike = loratools.compare(work / "gated", work / "sum")
+    assert alike.cosine == pytest.approx(1, abs=1e-9)
+    assert alike.norms[1] == pytest.approx(1.5 * alike.norms[0], rel=1e-6)
+
+
 @pytest.mark.parametrize(("name", "parts"), [("gated", GATED[UP]), ("mirror", MIRROR[UP])])
 def test_it_acts_on_a_running_layer_as_if_it_were_merged(name: str, parts: dict[str, Tensor]) -> None:
     layer = torch.nn.Linear(64, 96, dtype=torch.float64)

@@ -175,7 +175,6 @@ def test_a_kind_that_appears_is_read_without_a_change_here(tmp_path: Path, monke
     (tmp_path / "kinds").mkdir()
     (tmp_path / "kinds" / "toy.py").write_text(
         "from loratools.adapter.kinds import lora\n"
-        "KIND = 'toy'\n"
         "def claims(parts):\n    return 'lora_diag' in parts\n"
         "def build(parts, scaling, alpha):\n"
         "    return lora.LoraUpdate(parts['lora_A.weight'], parts['lora_B.weight'], scaling, alpha)\n"
