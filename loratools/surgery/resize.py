@@ -9,15 +9,15 @@ from loratools.linalg.ranks.allocate import Ranks
 from loratools.parallel import Progress
 from loratools.storage.dtypes import FloatName
 from loratools.surgery.combine import Combination, run
-from loratools.surgery.combine.inputs import Source
 from loratools.surgery.combine.options import CombineOptions
+from loratools.surgery.inputs import AdapterSource
 
 if TYPE_CHECKING:
     import torch
 
 
 def resize(
-    adapter: Source,
+    adapter: AdapterSource,
     output: str | Path,
     ranks: Ranks | int,
     *,

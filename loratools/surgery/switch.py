@@ -10,7 +10,7 @@ from pathlib import Path
 from loratools.adapter.model import AdapterInput
 from loratools.engine.plan import MergePlan
 from loratools.engine.residual import Lost, Residual
-from loratools.engine.residual.restore import file_plan, restored, write_pieces
+from loratools.engine.residual.restore import file_plan, lost_bytes, write_pieces
 from loratools.engine.run import Settings, write_weights
 from loratools.engine.task import retention
 from loratools.errors import IncompatibleAdapter, WrongBase
@@ -154,7 +154,7 @@ def _base_in(scratch: Path, model: Checkpoint, residual: Residual, lost: Mapping
 
 def _restore(lost: Lost, residual: Residual, spec: TensorSpec, recorded: str | None, target: int) -> None:
     """Write a tensor of the base to its place; raise `WrongBase` unless it has its recorded digest."""
-    restored = write_pieces(restored(lost, residual), lost.name, spec, target, residual.path)
+    restored = write_pieces(lost_bytes(lost, residual), lost.name, spec, target, residual.path)
     if recorded is not None and restored != recorded:
         raise WrongBase(
             f"{residual.path}: tensor {lost.name} was not restored: digest {restored}, recorded {recorded}",

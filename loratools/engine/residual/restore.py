@@ -77,7 +77,7 @@ def restore(
             files.write_from(target, memoryview(plan.header), 0)
 
     def write(name: str, spec: TensorSpec) -> str:
-        pieces = restored(lost[name], residual) if name in lost else files.chunks(model.specs[name])
+        pieces = lost_bytes(lost[name], residual) if name in lost else files.chunks(model.specs[name])
         with files.descriptor(spec.file, os.O_WRONLY) as target:
             return write_pieces(pieces, name, spec, target, residual.path, progress)
 
@@ -113,7 +113,7 @@ def file_plan(model: Checkpoint, file: Layout) -> FilePlan:
     return plan_file(file.name, file.tensors, file.metadata, prefix=file.prefix)
 
 
-def restored(lost: Lost, residual: Residual) -> Iterator[bytes]:
+def lost_bytes(lost: Lost, residual: Residual) -> Iterator[bytes]:
     """Yield the bytes of a tensor of the base, tile after tile; raise `BadFile` where they cannot be brought back."""
     blob = memoryview(files.read_bytes(residual.tensors[lost.name]))
     try:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 from loratools.options import Options
 
@@ -57,6 +57,12 @@ class Ranks:
         if not isinstance(ranks, int) or isinstance(ranks, bool):
             raise ValueError(f"{ranks!r} is no way to choose ranks; give a number, or `Ranks`")
         return cls(Fixed(ranks))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the choice as a record states it: what is set, and the rule as it is written."""
+        stated = {field.name: getattr(self, field.name) for field in fields(self)}
+        stated |= {"rule": self.rule and repr(self.rule), "noise": self.noise or None}
+        return {name: value for name, value in stated.items() if value is not None}
 
     def first(self, shapes: Shapes, edge: float) -> RankRule:
         """Return the rule of the first look at a layer; `edge` is the noise edge of its fine-tuned weight."""

@@ -15,6 +15,7 @@ result     the adapter that several become: its settings and provenance
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,18 +29,19 @@ from loratools.format.digest import adapter_digest
 from loratools.format.record import TOOL
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.options import CheckBase
-from loratools.parallel import Progress
+from loratools.parallel import Progress, no_progress
 from loratools.storage import atomic
 from loratools.storage.dtypes import FloatName
 from loratools.surgery.base import agree
 from loratools.surgery.combine import methods, truncate, whole
 from loratools.surgery.combine.align import Aligned, align
 from loratools.surgery.combine.change import Changes, Task, for_each_module
-from loratools.surgery.combine.inputs import Inputs, Source, open_inputs
+from loratools.surgery.combine.inputs import Input, open_inputs
 from loratools.surgery.combine.methods._terms import Library
 from loratools.surgery.combine.options import CombineOptions
 from loratools.surgery.combine.result import assemble
 from loratools.surgery.combine.weights import Weight
+from loratools.surgery.inputs import AdapterSource
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +75,7 @@ class Combination:
 
 
 def combine(
-    adapters: Source | Sequence[Source],
+    adapters: AdapterSource | Sequence[AdapterSource],
     output: str | Path,
     *,
     weights: float | str | Weight | Sequence[float | str | Weight] | None = None,
@@ -84,7 +86,7 @@ def combine(
     seed: int | None = None,
     like: Library | None = None,
     ranks: Ranks | int | None = None,
-    initial: Source | None = None,
+    initial: AdapterSource | None = None,
     check_base: CheckBase = "strict",
     dtype: FloatName | torch.dtype = "F32",
     threads: int | None = None,
@@ -146,47 +148,47 @@ def combine(
         density=density, gamma=gamma, epsilon=epsilon, seed=seed, like=like, method=method, ranks=ranks,
         check_base=check_base, dtype=dtype, threads=threads, force=force,
     )  # fmt: skip
-    sources = [adapters] if isinstance(adapters, str | Path | Adapter) else list(adapters)
+    sources = [adapters] if isinstance(adapters, str | os.PathLike | Adapter) else list(adapters)
     numbers = [weights] if isinstance(weights, int | float | str | Weight) else weights
     return run(sources, output, options, numbers, initial, progress=progress)
 
 
 def run(
-    adapters: Sequence[Source],
+    adapters: Sequence[AdapterSource],
     output: str | Path,
     options: CombineOptions,
     weights: Sequence[float | str | Weight] | None = None,
-    initial: Source | None = None,
+    initial: AdapterSource | None = None,
     *,
     operation: str = "combine",
     progress: Progress | None = None,
 ) -> Combination:
     """Do what `combine` says; `operation` is what the provenance calls it."""
     atomic.check_output(Path(output), force=options.force)
-    sources = [*adapters, initial]
-    atomic.refuse_inputs(Path(output), [None if isinstance(each, Adapter) else each for each in sources])
+    atomic.refuse_inputs(Path(output), [Path(x) for x in (*adapters, initial) if isinstance(x, str | os.PathLike)])
     inputs = open_inputs(adapters, weights, initial, options.method)
-    agreement = agree(inputs.names, [adapter.base for adapter in inputs.adapters], options.check_base)
-    aligned = align(inputs.names, inputs.adapters)
-    inputs.check_patterns(aligned)
-    replaced = whole.replacements(inputs.names, inputs.adapters, inputs.weights, aligned, options.method)
-    biases = whole.biases(aligned.modules, lambda i, module: inputs.weights[i].of(module), options.stored)
-    changes = Task(aligned, inputs.digests, inputs.weights, options).run(progress or (lambda _: None))
+    opened = [each.adapter for each in inputs]
+    agreement = agree([each.name for each in inputs], [adapter.base for adapter in opened], options.check_base)
+    aligned = align(inputs)
+    replaced = whole.replacements(inputs, aligned, options.method)
+    biases = whole.biases(inputs, aligned, options.stored)
+    changes = Task(inputs, aligned, options).run(progress or no_progress)
     updates, shares = _updates(aligned, changes, biases, options)
     if not updates and not replaced:
         raise IncompatibleAdapter(
             "the result is empty: the combined change is zero in every module, so nothing was written",
-            [f"{name}: weight {weight.to_json()}" for name, weight in zip(inputs.names, inputs.weights, strict=True)],
+            [f"{each.name}: weight {each.weight.to_json()}" for each in inputs],
         )
     norm = math.hypot(*(share.norm for share in shares))
-    error, optimum = (math.hypot(*sizes) / norm if norm else 0.0 for sizes in truncate.errors(shares))
+    error, optimum = math.hypot(*(share.error for share in shares)), math.hypot(*(share.optimum for share in shares))
+    error, optimum = (error / norm, optimum / norm) if norm else (0.0, 0.0)
     warnings = [*agreement.warnings]
     if norm < _CANCELLED * math.fsum(change.size for change in changes.values() if change):
         warnings.append(
             "the adapters take each other away almost completely: what is left may be the rounding of their numbers"
         )
     done = _step(operation, inputs, options, initial is not None, error)
-    result = assemble(inputs.adapters, aligned, updates, replaced, agreement.base, done)
+    result = assemble(opened, aligned, updates, replaced, agreement.base, done)
     dialects.save_adapter(result, output, force=options.force)
     return Combination(
         str(output), adapter_digest(result), options.method,
@@ -211,29 +213,29 @@ def _updates(
     shares = []
     for module, (change, rank) in ranked.items():
         members, kept = aligned.modules[module], rounded[module]
-        like = members[0].update
+        like, given = members[0].update, sum(member.update.rank for member in members)
         updates[module] = like.with_factors(kept.left, kept.right, biases.get(module))
-        shares.append(truncate.share(module, like, sum(member.update.rank for member in members), change, rank, kept))
+        shares.append(truncate.Share(
+            module, like.kind, like.shape, given, len(change.sigma), rank, math.sqrt(change.norm2),
+            math.sqrt(kept.error2), math.sqrt(kept.optimum2), change.sigma[0], change.sigma[rank - 1],
+        ))  # fmt: skip
     for module, bias in biases.items():
         if module not in updates and bool(bias.any()):
             updates[module] = whole.only_bias(aligned.modules[module][0].update, bias)
     return updates, shares
 
 
-def _step(operation: str, inputs: Inputs, options: CombineOptions, initial: bool, error: float) -> Step:
+def _step(operation: str, inputs: Sequence[Input], options: CombineOptions, initial: bool, error: float) -> Step:
     recorded: dict[str, Any] = {"method": options.method, "dtype": options.stored, "error": float(f"{error:.6g}")}
     stated = {"density": options.density, "gamma": options.gamma, "epsilon": options.epsilon, "like": options.like}
     recorded |= {name: value for name, value in stated.items() if value is not None}
-    if (ranks := options.rule) is not None:
-        chosen = {"rule": repr(ranks.rule) if ranks.rule else None, "budget": ranks.budget, "uniform": ranks.uniform,
-                  "minimum": ranks.minimum, "maximum": ranks.maximum, "multiple_of": ranks.multiple_of}  # fmt: skip
-        recorded["ranks"] = {name: value for name, value in chosen.items() if value is not None}
+    if options.rule is not None:
+        recorded["ranks"] = options.rule.to_json()
     if initial:
         recorded["initial"] = True
-    if not all(weight.plain for weight in inputs.weights):
-        recorded["weights"] = [weight.to_json() for weight in inputs.weights]
-    named = tuple(
-        {"digest": digest} | ({"weight": weight.default} if weight.plain else {})
-        for digest, weight in zip(inputs.digests, inputs.weights, strict=True)
+    if not all(each.weight.plain for each in inputs):
+        recorded["weights"] = [each.weight.to_json() for each in inputs]
+    sources = tuple(
+        {"digest": each.digest} | ({"weight": each.weight.default} if each.weight.plain else {}) for each in inputs
     )
-    return Step(operation, TOOL, recorded, named, methods.seed_of(options.method, options))
+    return Step(operation, TOOL, recorded, sources, methods.seed_of(options.method, options))

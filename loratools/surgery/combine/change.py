@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from functools import partial
+from typing import TypeVar
 
 from loratools.adapter import low_rank
 from loratools.adapter.naming.compact import natural
 from loratools.errors import IncompatibleAdapter
+from loratools.linalg.factored import squared_norm
+from loratools.linalg.ranks.rules import Fixed, RankRule
 from loratools.parallel import Progress, cores, each
 from loratools.surgery.combine import methods, truncate
 from loratools.surgery.combine.align import Aligned, Member
-from loratools.surgery.combine.methods._terms import Term
+from loratools.surgery.combine.inputs import Input
+from loratools.surgery.combine.methods._chance import AsPeft, Seeded
+from loratools.surgery.combine.methods._terms import Chance, Term
 from loratools.surgery.combine.options import CombineOptions
-from loratools.surgery.combine.weights import Weight
-
-if TYPE_CHECKING:
-    from loratools.linalg.ranks.rules import RankRule
-    from loratools.surgery.combine.methods._chance import Chance
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -29,11 +29,10 @@ Changes = dict[str, truncate.Decomposed | None]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Task:
-    """What is to be combined, and how: the modules of all adapters, their digests and weights, the options."""
+    """What is to be combined, and how: the adapters, their modules side by side, the options."""
 
+    inputs: Sequence[Input]
     aligned: Aligned
-    digests: Sequence[str]
-    weights: Sequence[Weight]
     options: CombineOptions
 
     def run(self, progress: Progress) -> Changes:
@@ -41,23 +40,17 @@ class Task:
 
         Raises `IncompatibleAdapter` with every module that fails: numbers that are not finite, rules that do not apply.
         """
-        from loratools.surgery.combine.methods._chance import AsPeft, Seeded
-
         seed, threads = self.options.seed or 0, self.options.threads
         chance: Chance = Seeded(seed)
         if self.options.like == "peft" and methods.seed_of(self.options.method, self.options) is not None:
             # One stream for all modules: they must draw from it one after the other.
             chance, threads = AsPeft(seed), 1
         ordered = {module: self.aligned.modules[module] for module in sorted(self.aligned.modules, key=natural)}
-        return for_each_module(
-            lambda module, members: self._change(module, members, chance, progress), ordered, threads
-        )
+        return for_each_module(partial(self._change, chance, progress), ordered, threads)
 
     def _change(
-        self, module: str, members: Sequence[Member], chance: Chance, progress: Progress
+        self, chance: Chance, progress: Progress, module: str, members: Sequence[Member]
     ) -> truncate.Decomposed | None:
-        from loratools.linalg.factored import squared_norm
-
         terms = [term for member in members if (term := self._term(module, member)).weight != 0]
         change = methods.get(self.options.method).merge(terms, self.options, chance) if terms else None
         progress(sum(lazy.nbytes for member in members for lazy in member.update.parts.values()))
@@ -71,14 +64,11 @@ class Task:
         for name, factor in (("B", left), ("A", right)):
             if not bool(factor.isfinite().all()):
                 raise ValueError(f"adapter {member.adapter + 1} has NaN or infinite elements in factor {name}")
-        weight = self.weights[member.adapter].of(module)
-        identity = f"{self.digests[member.adapter]}|{module}"
-        return Term(weight, left, right, identity)
+        source = self.inputs[member.adapter]
+        return Term(source.weight.of(module), left, right, f"{source.digest}|{module}")
 
     def _rule(self, members: Sequence[Member]) -> RankRule:
         """Return how far a change that is no product is decomposed."""
-        from loratools.linalg.ranks.rules import Fixed
-
         ranks = self.options.rule
         if ranks is not None and ranks.budget is None:
             return ranks.first([], 0.0)
@@ -93,8 +83,8 @@ def for_each_module(
 
     Raises `IncompatibleAdapter` with every module for which `work` raises `ValueError`, and why.
     """
+    return each(work, modules, threads or min(8, cores()), torch_threads=1, refuse=_refuse)
 
-    def refuse(problems: Sequence[str]) -> IncompatibleAdapter:
-        return IncompatibleAdapter(f"{len(problems)} module(s) cannot be worked on", problems)
 
-    return each(work, modules, threads or min(8, cores()), torch_threads=1, refuse=refuse)
+def _refuse(problems: Sequence[str]) -> IncompatibleAdapter:
+    return IncompatibleAdapter(f"{len(problems)} module(s) cannot be worked on", problems)

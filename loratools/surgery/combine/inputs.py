@@ -1,46 +1,34 @@
-"""The inputs of a combination: adapters, open, with a name for messages, a weight and a digest each."""
+"""The inputs of a combination: adapters, open, with a name for messages, a weight for each module and a digest."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from loratools import dialects
 from loratools.adapter.model import Adapter
-from loratools.errors import IncompatibleAdapter, InvalidOption, LoraToolsError
+from loratools.errors import IncompatibleAdapter, InvalidOption
 from loratools.format.digest import checked_digest
-from loratools.surgery.combine.align import Aligned
 from loratools.surgery.combine.weights import Weight
-
-Source = str | Path | Adapter
-"""An adapter: a path, a reference such as `hf://org/name`, or an open `Adapter`."""
+from loratools.surgery.inputs import AdapterSource
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Inputs:
-    """Adapters, opened, with a name for messages, a weight and a digest each."""
+class Input:
+    """One adapter, open."""
 
-    adapters: tuple[Adapter, ...]
-    names: tuple[str, ...]
-    weights: tuple[Weight, ...]
-    digests: tuple[str, ...]
-
-    def check_patterns(self, aligned: Aligned) -> None:
-        """Raise `LoraToolsError` with every pattern of a weight that names no module of its adapter."""
-        problems = []
-        for number, weight in enumerate(self.weights):
-            paths = [*aligned.renamed[number].values(), *self.adapters[number].replacements]
-            problems += [
-                f"{self.names[number]}: {pattern} names none of its modules" for pattern in weight.unmatched(paths)
-            ]
-        if problems:
-            raise LoraToolsError(f"{len(problems)} weight(s) are for nothing", problems)
+    adapter: Adapter
+    name: str
+    weight: Weight
+    digest: str
 
 
 def open_inputs(
-    adapters: Sequence[Source], weights: Sequence[float | str | Weight] | None, initial: Source | None, method: str
-) -> Inputs:
+    adapters: Sequence[AdapterSource],
+    weights: Sequence[float | str | Weight] | None,
+    initial: AdapterSource | None,
+    method: str,
+) -> tuple[Input, ...]:
     """Open the adapters, with a weight each (1 where None); an `initial` one comes last, with the negated weight.
 
     Raises `InvalidOption` unless each adapter has one weight, and what opening raises.
@@ -60,16 +48,17 @@ def open_inputs(
         for source in sources
     ]
     if initial is not None:
-        opened[1] = _starting_point(opened[0], opened[1])
+        opened[1] = _starting_point(*opened)
     names = [f"adapter {i + 1}" if isinstance(source, Adapter) else str(source) for i, source in enumerate(sources)]
-    digests = [checked_digest(adapter, name) for adapter, name in zip(opened, names, strict=True)]
-    return Inputs(tuple(opened), tuple(names), tuple(parsed), tuple(digests))
+    return tuple(
+        Input(adapter, name, weight, checked_digest(adapter, name))
+        for adapter, name, weight in zip(opened, names, parsed, strict=True)
+    )
 
 
 def _starting_point(trained: Adapter, initial: Adapter) -> Adapter:
     """Return the updates of an initial adapter; raise `IncompatibleAdapter` unless it is of the same modules."""
-    if trained.updates.keys() != initial.updates.keys():
-        other = sorted(trained.updates.keys() ^ initial.updates.keys())
+    if other := sorted(trained.updates.keys() ^ initial.updates.keys()):
         raise IncompatibleAdapter(
             "the initial adapter is not that of the trained one: they have different modules",
             [f"{module}: only in the {'trained' if module in trained.updates else 'initial'} one" for module in other],

@@ -19,12 +19,7 @@ if TYPE_CHECKING:
 class CombineOptions(MethodOptions):
     """Every option of a combination that is not an input. Building one raises `InvalidOption` with all that is wrong.
 
-    `method`      the name of a file in `methods/`
-    `ranks`       how ranks are chosen; a number is that rank for every module; None: all there is
-    `check_base`  what happens where the adapters' bases differ: `strict` raises `WrongBase`, `warn` reports, `off`
-    `dtype`       float dtype of the factors, in any spelling; held as the name in a safetensors header
-    `threads`     threads to work with, at least 1; no number depends on it. None: one per core, at most 8
-    `force`       whether to replace an output that exists
+    Each field is the parameter of `combine` of that name.
     """
 
     method: str = "linear"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.errors import UnsupportedAdapter
@@ -14,18 +16,13 @@ from loratools.surgery.combine.align import Aligned
 
 # Settings that the result keeps where no adapter says otherwise; the rest describes factors that are gone.
 _SHARED = ("task_type", "auto_mapping", "fan_in_fan_out", "ensure_weight_tying", "layer_replication", "lora_dropout")
-_BIAS = ("none", "lora_only", "all")
 _ENTRY = ("tensor", "layout")
 
 
 def assemble(
-    adapters: Sequence[Adapter],
-    aligned: Aligned,
-    updates: Mapping[str, Update],
-    replacements: Mapping[str, LazyTensor],
-    base: BaseIdentity | None,
-    done: Step,
-) -> Adapter:
+    adapters: Sequence[Adapter], aligned: Aligned, updates: Mapping[str, Update],
+    replacements: Mapping[str, LazyTensor], base: BaseIdentity | None, done: Step,
+) -> Adapter:  # fmt: skip
     """Return the adapter of new updates and replacements, with what its inputs agree on, and their provenance.
 
     Raises `UnsupportedAdapter` where adapters bring different copies of a tensor of the base.
@@ -38,38 +35,29 @@ def assemble(
     saved = {name for adapter in adapters for name in adapter.settings.get("modules_to_save") or ()}
     if saved and replacements:
         settings["modules_to_save"] = sorted(saved)
-    biases = [adapter.settings.get("bias", "none") for adapter in adapters]
-    if (
-        replacements
-        and (bias := max(biases, key=lambda setting: _BIAS.index(setting) if setting in _BIAS else 0)) != "none"
-    ):
+    biases = [adapter.settings.get("bias") for adapter in adapters]
+    if replacements and (bias := next((wide for wide in ("all", "lora_only") if wide in biases), None)):
         settings["bias"] = bias
     if len(updates) == len(aligned.modules) and (targets := _targets(adapters)):
         settings["target_modules"] = targets
     settings[manifest.ORIGIN] = _origin(adapters, aligned, updates, replacements)
     history = {_key(entry): entry for adapter in adapters for entry in adapter.provenance}
-    provenance = (*history.values(), done)
-    return Adapter(
-        updates, replacements, base, provenance, "loratools", settings, copies=_copies(adapters, aligned, replacements)
-    )
+    copies = _copies(adapters, aligned, replacements)
+    return Adapter(updates, replacements, base, (*history.values(), done), "loratools", settings, copies)
 
 
 def _targets(adapters: Sequence[Adapter]) -> list[str]:
     """Return the union of the target lists, where it names what they name; full names serve where it might not."""
     lists = [adapter.settings.get("target_modules") for adapter in adapters]
-    narrowed = any(
-        adapter.settings.get(key) for adapter in adapters for key in ("exclude_modules", "layers_to_transform")
-    )
+    narrowing = ("exclude_modules", "layers_to_transform")
+    narrowed = any(adapter.settings.get(key) for adapter in adapters for key in narrowing)
     if narrowed or not all(isinstance(names, list | tuple | set | frozenset) for names in lists):
         return []
     return sorted({str(name) for names in lists if names for name in names})
 
 
 def _origin(
-    adapters: Sequence[Adapter],
-    aligned: Aligned,
-    updates: Mapping[str, Update],
-    replacements: Mapping[str, LazyTensor],
+    adapters: Sequence[Adapter], aligned: Aligned, updates: Mapping[str, Update], replacements: Mapping[str, LazyTensor]
 ) -> dict[str, Any]:
     """Return the base tensor, and a layout, of each module and replaced parameter, as far as an input says it."""
     origin: dict[str, dict[str, Any]] = {"modules": {}, "replacements": {}}
@@ -102,12 +90,9 @@ def _copies(
 
 
 def _equal(one: LazyTensor, other: LazyTensor) -> bool:
-    import torch
-
     return (one.dtype, one.shape) == (other.dtype, other.shape) and torch.equal(one.load(), other.load())
 
 
 def _key(entry: Step) -> str:
-    return manifest.canonical(
-        [entry.operation, entry.tool, entry.parameters, [dict(source) for source in entry.inputs], entry.seed]
-    )
+    inputs = [dict(source) for source in entry.inputs]
+    return manifest.canonical([entry.operation, entry.tool, entry.parameters, inputs, entry.seed])

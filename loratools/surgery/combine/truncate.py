@@ -9,17 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from loratools.adapter.kinds import Update
-from loratools.linalg.factored import rounding2
+import torch
+from torch import Tensor
+
+from loratools.linalg.factored import factored_svd, rounding2
 from loratools.linalg.ranks.allocate import Ranks
+from loratools.linalg.ranks.rules import RankRule, Spectrum, bounded
+from loratools.linalg.svd.truncated import truncated_svd
 from loratools.storage import dtypes
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from loratools.linalg.ranks.rules import RankRule
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,28 +77,12 @@ class Share:
         return 1 - (self.error / self.norm) ** 2 if self.norm else 1.0
 
 
-def share(module: str, like: Update, given: int, change: Decomposed, rank: int, kept: Kept) -> Share:
-    """Return what a module keeps; `like` is one of the updates that came in."""
-    return Share(
-        module, like.kind, like.shape, given, len(change.sigma), rank, math.sqrt(change.norm2), math.sqrt(kept.error2),
-        math.sqrt(kept.optimum2), change.sigma[0], change.sigma[rank - 1],
-    )  # fmt: skip
-
-
-def errors(shares: Sequence[Share]) -> tuple[list[float], list[float]]:
-    """Return the errors of all modules, and the least there could be."""
-    return [share.error for share in shares], [share.optimum for share in shares]
-
-
 def decompose(change: tuple[Tensor, Tensor] | Tensor, rule: RankRule, size: float) -> Decomposed | None:
     """Return the singular value decomposition of a change, or None if it is zero.
 
     A product is decomposed completely. A dense matrix is decomposed as far as `rule` asks (`linalg.truncated`), and its
     rank is then decided. Raises `ValueError` where numbers are not finite.
     """
-    from loratools.linalg.factored import factored_svd
-    from loratools.linalg.svd.truncated import truncated_svd
-
     if isinstance(change, tuple):
         svd = factored_svd(*change)
         rank = int(svd.rank())
@@ -122,10 +104,6 @@ def choose(changes: Sequence[Decomposed], ranks: Ranks | None) -> list[int]:
 
     Raises `ValueError` for a budget that is too small.
     """
-    import torch
-
-    from loratools.linalg.ranks.rules import Spectrum, bounded
-
     most = [len(change.sigma) for change in changes]
     if ranks is None or not changes:
         return most
@@ -146,7 +124,6 @@ def choose(changes: Sequence[Decomposed], ranks: Ranks | None) -> list[int]:
 def keep(change: Decomposed, rank: int, dtype: str) -> Kept:
     """Return the leading `rank` of a change, rounded to `dtype` (a safetensors name)."""
     left, right = change.left[:, :rank], change.right[:rank]
-    wanted = dtypes.to_torch(dtype)
-    stored = left.to(wanted), right.to(wanted)
+    stored = left.to(dtypes.to_torch(dtype)), right.to(dtypes.to_torch(dtype))
     optimum2 = change.lost2 + math.fsum(sigma * sigma for sigma in change.sigma[rank:])
     return Kept(*stored, optimum2 + rounding2((left, right), stored), optimum2)

@@ -8,44 +8,39 @@ by name. A bias of B adds s·c to a module's bias, so biases add up as Σ wᵢ·
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from loratools.adapter.kinds import Update
-from loratools.adapter.model import Adapter
 from loratools.adapter.naming.compact import compact
 from loratools.adapter.parts import B
 from loratools.errors import UnsupportedAdapter
 from loratools.storage import dtypes
 from loratools.storage.lazy import LazyTensor
-from loratools.surgery.combine.align import Aligned, Member
-from loratools.surgery.combine.weights import Weight
+from loratools.surgery.combine.align import Aligned
+from loratools.surgery.combine.inputs import Input
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Weighted = tuple[int, float, LazyTensor]
-"""(number of the adapter, its weight, the tensor)"""
+Weighted = tuple[str, float, LazyTensor]
+"""(name of the adapter, its weight, the tensor)"""
 
 
-def replacements(
-    names: Sequence[str], adapters: Sequence[Adapter], weights: Sequence[Weight], aligned: Aligned, method: str
-) -> dict[str, LazyTensor]:
+def replacements(inputs: Sequence[Input], aligned: Aligned, method: str) -> dict[str, LazyTensor]:
     """Return path -> tensor for everything that the adapters replace whole.
 
     A tensor that one adapter brings, with weight 1, stays as it is, byte for byte. Raises `UnsupportedAdapter` with
     every tensor that cannot be combined, and why.
     """
     replaced: dict[str, list[Weighted]] = {}
-    for number, adapter in enumerate(adapters):
-        for own, lazy in adapter.replacements.items():
-            path = aligned.path(number, own)
-            replaced.setdefault(path, []).append((number, weights[number].of(own), lazy))
+    for number, each in enumerate(inputs):
+        for own, lazy in each.adapter.replacements.items():
+            replaced.setdefault(aligned.path(number, own), []).append((each.name, each.weight.of(own), lazy))
     kept: dict[str, LazyTensor] = {}
     problems: dict[str, list[str]] = {}
     for path, group in replaced.items():
-        if reason := _refusal(group, names, method):
+        if reason := _refusal(group, method):
             problems.setdefault(reason, []).append(path)
         else:
             kept[path] = _sum(group)
@@ -58,15 +53,12 @@ def replacements(
     return kept
 
 
-def biases(
-    modules: Mapping[str, tuple[Member, ...]], weight: Callable[[int, str], float], dtype: str
-) -> dict[str, Tensor]:
+def biases(inputs: Sequence[Input], aligned: Aligned, dtype: str) -> dict[str, Tensor]:
     """Return module -> Σ wᵢ·sᵢ·cᵢ, rounded to `dtype`; empty where no update has a bias.
 
     PEFT's `lora_bias` is one switch for all modules, so where one has a bias all that can have one get one.
     """
-    import torch
-
+    modules = aligned.modules
     if not any(member.update.bias for members in modules.values() for member in members):
         return {}
     totals = {}
@@ -75,7 +67,7 @@ def biases(
             total = torch.zeros(members[0].update.shape[0], dtype=torch.float64)
             for member in members:
                 if (c := member.update.bias) is not None:
-                    total += weight(member.adapter, module) * member.update.scaling * c.load().double()
+                    total += inputs[member.adapter].weight.of(module) * member.update.scaling * c.load().double()
             totals[module] = total.to(dtypes.to_torch(dtype))
     return totals
 
@@ -86,8 +78,8 @@ def only_bias(like: Update, bias: Tensor) -> Update:
     return like.with_factors(bias.new_zeros(rows, 1), bias.new_zeros(1, columns), bias)
 
 
-def _refusal(group: Sequence[Weighted], names: Sequence[str], method: str) -> str | None:
-    who = " and ".join(names[number] for number, _, _ in group)
+def _refusal(group: Sequence[Weighted], method: str) -> str | None:
+    who = " and ".join(name for name, _, _ in group)
     total = math.fsum(weight for _, weight, _ in group)
     if len({lazy.shape for _, _, lazy in group}) > 1:
         return f"of different shapes in {who}"
@@ -106,8 +98,6 @@ def _sum(group: Sequence[Weighted]) -> LazyTensor:
     dtype = first.dtype if same else "F32"
 
     def load() -> Tensor:
-        import torch
-
         total = torch.zeros(first.shape, dtype=torch.float64)
         for _, w, lazy in group:
             total += w * lazy.load().double()

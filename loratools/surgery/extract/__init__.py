@@ -29,17 +29,18 @@ from loratools.adapter.naming.selection import Selection
 from loratools.errors import IncompatibleAdapter, OutputRefused
 from loratools.format import manifest
 from loratools.linalg.ranks.allocate import Ranks
-from loratools.parallel import Progress, cores
+from loratools.linalg.svd.truncated import full_float32
+from loratools.parallel import Progress, cores, no_progress
 from loratools.storage import atomic
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.dtypes import FloatName
-from loratools.storage.sources import Location
 from loratools.surgery.extract.assemble import Outcome, assemble, companion_files
 from loratools.surgery.extract.layers import Total, total
 from loratools.surgery.extract.options import ExtractOptions
 from loratools.surgery.extract.pairs import Pairing, pair
 from loratools.surgery.extract.spool import Spool
 from loratools.surgery.extract.sweep import Sweep
+from loratools.surgery.inputs import ModelSource, open_model
 
 if TYPE_CHECKING:
     import torch
@@ -72,8 +73,8 @@ class Extraction:
 
 
 def extract(
-    base: Location | Checkpoint,
-    tuned: Location | Checkpoint,
+    base: ModelSource,
+    tuned: ModelSource,
     output: str | Path,
     ranks: Ranks | int = 32,
     *,
@@ -126,16 +127,12 @@ def extract(
         >>> len(found.of("factored")), found.total.captured > 0.1
         (14, True)
     """
-    from loratools.linalg.svd.truncated import full_float32
-
     options = ExtractOptions(ranks, dtype, seed, tolerance, tight, threads, force)
-    output = Path(output)
-    base = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
-    tuned = tuned if isinstance(tuned, Checkpoint) else Checkpoint.open(tuned)
+    output, base, tuned = Path(output), open_model(base), open_model(tuned)
     pairing = _prepare(base, tuned, output, selection or Selection(), force)
     with atomic.new_folder(output, force=force) as scratch, full_float32():
         spool = Spool(scratch / ".factors")
-        work = Sweep(base, tuned, pairing, options, spool, progress or (lambda _: None))
+        work = Sweep(base, tuned, pairing, options, spool, progress or no_progress)
         outcomes, hashes = work.run(threads or cores())
         identity = replace(hashes[0], id=base_id)
         made = assemble(base, tuned, pairing, outcomes, identity, hashes[1], options)
@@ -161,11 +158,9 @@ def extract(
     )  # fmt: skip
 
 
-def plan(base: Location | Checkpoint, tuned: Location | Checkpoint, selection: Selection | None = None) -> Pairing:
+def plan(base: ModelSource, tuned: ModelSource, selection: Selection | None = None) -> Pairing:
     """Return what would become of every tensor if it had changed, from headers alone; parameters as of `extract`."""
-    base = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
-    tuned = tuned if isinstance(tuned, Checkpoint) else Checkpoint.open(tuned)
-    return pair(base, tuned, selection or Selection())
+    return pair(open_model(base), open_model(tuned), selection or Selection())
 
 
 def _prepare(base: Checkpoint, tuned: Checkpoint, output: Path, selection: Selection, force: bool) -> Pairing:
@@ -181,8 +176,7 @@ def _refuse_empty(base: Checkpoint, tuned: Checkpoint, outcomes: Sequence[Outcom
     """Raise `IncompatibleAdapter` where nothing was factored: without a low-rank module there is no adapter."""
     if any(tensor.factors for tensor in outcomes):
         return
-    if any(tensor.outcome == "whole" for tensor in outcomes):
-        names = [tensor.pair.path for tensor in outcomes if tensor.outcome == "whole"]
+    if names := [tensor.pair.path for tensor in outcomes if tensor.outcome == "whole"]:
         raise IncompatibleAdapter(
             f"{tuned.path} differs from {base.path} in {len(names)} tensor(s), and none of them can be factored",
             names[:20],

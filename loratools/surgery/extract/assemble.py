@@ -109,24 +109,17 @@ def _factors(tensor: Outcome, options: ExtractOptions) -> tuple[LazyTensor, Lazy
 def _with_siblings(outcomes: list[Outcome]) -> list[Outcome]:
     """Return the outcomes with unchanged parameters of modules that are saved whole saved too."""
     factored = {tensor.pair.path for tensor in outcomes if tensor.factors}
-    matrices = {
-        _module(tensor) for tensor in outcomes if tensor.pair.path.endswith(".weight") and len(tensor.shape) > 1
-    }
-    matrices -= {
-        _module(tensor) for tensor in outcomes if tensor.outcome == "whole" and tensor.pair.path.endswith(".weight")
-    }
+    weights = [tensor for tensor in outcomes if tensor.pair.path.endswith(".weight")]
+    matrices = {_module(tensor) for tensor in weights if len(tensor.shape) > 1}
+    matrices -= {_module(tensor) for tensor in weights if tensor.outcome == "whole"}
     alone = factored | matrices  # their biases need not bring the weight along
     modules = {_module(tensor) for tensor in outcomes if tensor.outcome == "whole"} - alone - {""}
 
     def along(tensor: Outcome) -> bool:
-        return tensor.pair.plan == "whole" and (_module(tensor) in modules or tensor.pair.why == HEAD_OF_TASK)
+        kept = tensor.pair.plan == "whole" and (_module(tensor) in modules or tensor.pair.why == HEAD_OF_TASK)
+        return kept and tensor.outcome == "unchanged"
 
-    return [
-        replace(tensor, outcome="whole", why="comes with its module")
-        if tensor.outcome == "unchanged" and along(tensor)
-        else tensor
-        for tensor in outcomes
-    ]
+    return [replace(each, outcome="whole", why="comes with its module") if along(each) else each for each in outcomes]
 
 
 def _main(tensor: Outcome, base: Checkpoint) -> bool:
@@ -163,9 +156,7 @@ def _settings(
     names = module_names(tensor.pair for tensor in factored)
     origin = {
         group: {
-            names.get(tensor.pair.path, tensor.pair.path): {"tensor": tensor.pair.base}
-            for tensor in part
-            if tensor.pair.base
+            names.get(each.pair.path, each.pair.path): {"tensor": each.pair.base} for each in part if each.pair.base
         }
         for group, part in (("modules", factored), ("replacements", whole))
     }
@@ -182,17 +173,11 @@ def _step(
     layers: list[Layer], outcomes: tuple[Outcome, ...], pairing: Pairing, options: ExtractOptions,
     identity: BaseIdentity, tuned_root: str,
 ) -> Step:  # fmt: skip
-    ranks = options.rank_choice
-    chosen: dict[str, Any] = {
-        "minimum": ranks.minimum, "maximum": ranks.maximum, "multiple_of": ranks.multiple_of, "uniform": ranks.uniform,
-        "budget": ranks.budget, "noise": ranks.noise or None,
-        "rule": None if ranks.rule is None else f"{ranks.rule!r}",
-    }  # fmt: skip
     counts = {name: sum(tensor.outcome == name for tensor in outcomes) for name in CLASSES}
     lost = sum(tensor.norm2 for tensor in outcomes if tensor.outcome == "dropped")
     everything = sum(tensor.norm2 for tensor in outcomes)
     parameters = {
-        "method": "block Krylov", "ranks": {key: value for key, value in chosen.items() if value is not None},
+        "method": "block Krylov", "ranks": options.rank_choice.to_json(),
         "dtype": options.stored, "tolerance": options.tolerance,
         "tensors": counts | {"missing": len(pairing.missing)},
         "dropped_energy": float(f"{lost / everything if everything else 0:.6g}"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from math import prod
 
 from loratools import dialects
 from loratools.adapter.low_rank import load
@@ -16,14 +16,15 @@ from loratools.adapter.placement.tied import apply_policy
 from loratools.adapter.placement.weight import base_matrix, by_module
 from loratools.adapter.placement.whole import resolve_replacements
 from loratools.errors import IncompatibleAdapter
+from loratools.linalg.svd.truncated import full_float32, residual2, truncated_svd
 from loratools.options import Options
-from loratools.parallel import Progress, cores, workers
+from loratools.parallel import Progress, cores, no_progress, workers
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import TensorSpec
-from loratools.storage.sources import Location
 from loratools.surgery.extract.layers import Layer, Total, layer, total
 from loratools.surgery.extract.pairs import pair
 from loratools.surgery.extract.read import read_delta, rounding_energy
+from loratools.surgery.inputs import AdapterSource, ModelSource, open_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +46,9 @@ class Certification:
 
 
 def certify(
-    tuned: Location | Checkpoint,
-    base: Location | Checkpoint,
-    adapter: str | Path | Adapter,
+    tuned: ModelSource,
+    base: ModelSource,
+    adapter: AdapterSource,
     *,
     seed: int = 0,
     threads: int | None = None,
@@ -78,14 +79,11 @@ def certify(
         >>> found.total.captured > 0.99, found.uncovered
         (True, ())
     """
-    from loratools.linalg.svd.truncated import full_float32
-
     checked = Options()
     checked.number("seed", seed, least=0)
     checked.number("threads", threads, least=1, optional=True)
     checked.done()
-    tuned = tuned if isinstance(tuned, Checkpoint) else Checkpoint.open(tuned)
-    base = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
+    tuned, base = open_model(tuned), open_model(base)
     opened = adapter if isinstance(adapter, Adapter) else dialects.open_adapter(adapter, base=base)
     opened = named_for(opened, base)
     factors = apply_policy((replace(opened, replacements={}),), base.specs, base.config, "both").adapters[0]
@@ -98,7 +96,7 @@ def certify(
     if not modules or lost:
         raise IncompatibleAdapter(f"{tuned.path}: the fine-tune lacks what the adapter changes", lost[:20])
     replaced = set(resolve_replacements(opened, shapes))
-    work = _Work(base, tuned, counterparts, seed, progress or (lambda _: None))
+    work = _Work(base, tuned, counterparts, seed, progress or no_progress)
     with workers(threads or min(8, cores()), torch_threads=1) as pool, full_float32():
         jobs = [pool.submit(work.layer, module, sites) for module, sites in modules.items()]
         rest = {
@@ -111,15 +109,13 @@ def certify(
     changed = {name: norm2 for name, norm2 in norms.items() if norm2 > 0}
     uncovered = {name: norm2 for name, norm2 in changed.items() if name not in replaced}
     energy = sum(changed.values()) + sum(layer.delta_norm**2 for layer, _ in layers)
+    measured = {place.module for sites in modules.values() for place in sites}
     return Certification(
-        tuple(layer for layer, _ in layers),
-        tuple(best for _, best in layers),
-        total(layer for layer, _ in layers),
+        tuple(layer for layer, _ in layers), tuple(best for _, best in layers), total(layer for layer, _ in layers),
         tuple(sorted(changed.keys() & replaced)),
         tuple((name, norm2**0.5) for name, norm2 in sorted(uncovered.items())),
-        sum(uncovered.values()) / energy if energy else 0.0,
-        tuple(sorted(factors.updates.keys() - {place.module for sites in modules.values() for place in sites})),
-    )
+        sum(uncovered.values()) / energy if energy else 0.0, tuple(sorted(factors.updates.keys() - measured)),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,8 +130,6 @@ class _Work:
 
     def layer(self, module: str, sites: Sequence[Placement]) -> tuple[Layer, float]:
         """Return the certificate of one module, and the relative error of the best factors of its rank."""
-        from loratools.linalg.svd.truncated import residual2, truncated_svd
-
         update = sites[0].update
         W = base_matrix(self.base, sites)
         base_norm2 = float(W.square().sum())
@@ -163,5 +157,4 @@ class _Work:
 
 
 def _noise2(spec: TensorSpec, placement: Placement) -> float:
-    rows, columns = placement.site.shape
-    return rounding_energy(spec) * rows * columns / spec.parameters
+    return rounding_energy(spec) * prod(placement.site.shape) / spec.parameters

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from loratools.parallel import Progress
+import torch
+
+from loratools.linalg.ranks.rules import Fixed, RankRule
+from loratools.linalg.svd.truncated import TruncatedSVD
+from loratools.parallel import Progress, no_progress
 from loratools.storage.header import TensorSpec
-from loratools.surgery.extract.factor import Factored, decompose, noise_edge, stored2
+from loratools.surgery.extract.factor import Factored, decompose, first_rule, is_complete, stored2
 from loratools.surgery.extract.options import ExtractOptions
 from loratools.surgery.extract.pairs import Pair
-from loratools.surgery.extract.read import read_delta
+from loratools.surgery.extract.read import Delta, common_dtype, one_of, read_delta
 from loratools.surgery.extract.spool import Spool
-
-if TYPE_CHECKING:
-    import torch
-
-    from loratools.linalg.ranks.rules import RankRule
-    from loratools.linalg.svd.truncated import TruncatedSVD
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,54 +37,38 @@ def factor_stack(
     On disk the factors are B (E·out, r) and A (r, E·in). An expert that did not change, or whose ΔW has a lower rank,
     gets zeros.
     """
-    import torch
 
-    from loratools.linalg.ranks.rules import Fixed
+    def look(e: int, rule: RankRule, progress: Progress) -> tuple[Delta, TruncatedSVD | None]:
+        delta = read_delta(one_of(base, e), one_of(tuned, e), progress, keep=True)
+        D = delta.D.T if delta.D is not None and pair.transposed else delta.D
+        return delta, None if D is None else decompose(D, rule, options)
 
     count, sums = tuned.shape[0], [0.0, 0.0, 0.0]
     shown: list[TruncatedSVD | None] = []
-    for turn in (0, 1):
-        most = max((svd.rank for svd in shown if svd), default=0)
-        for e in range(count):
-            if turn and (shown[e] is None or shown[e].rank == most):  # type: ignore[union-attr]
-                continue
-            old, new = expert(base, e), expert(tuned, e)
-            delta = read_delta(old, new, progress if not turn else lambda _: None, keep=True)
-            D = None if delta.D is None else delta.D.T if pair.transposed else delta.D
-            chosen = rule or options.rank_choice.first(shapes, noise_edge(new) if options.rank_choice.noise else 0.0)
-            svd = None if D is None else decompose(D, Fixed(most) if turn else chosen, options)
-            if turn:
-                shown[e] = svd
-                continue
-            shown.append(svd)
-            sums = [a + b for a, b in zip(sums, (delta.base_norm2, delta.norm2, delta.noise2), strict=True)]
+    for e in range(count):
+        used = rule or first_rule(one_of(tuned, e), shapes, options)
+        delta, svd = look(e, used, progress)
+        shown.append(svd)
+        sums = [a + b for a, b in zip(sums, (delta.base_norm2, delta.norm2, delta.noise2), strict=True)]
+    most = max((svd.rank for svd in shown if svd), default=0)
+    for e, svd in enumerate(shown):
+        if svd and svd.rank < most:
+            shown[e] = look(e, Fixed(most), no_progress)[1]
     svds = [svd for svd in shown if svd]
     sides = tuned.shape[:0:-1] if pair.transposed else tuned.shape[1:]
-    B, A, sigma2 = _stacked(shown, sides, torch.float64 if "F64" in (base.dtype, tuned.dtype) else torch.float32)
-    last = rule or chosen
-    complete = len(sigma2) == min(sides) or (isinstance(last, Fixed) and len(sigma2) < last.r)
+    B, A, sigma2 = _stacked(shown, sides, common_dtype(base, tuned))
     factored = Factored(
-        spool.add(B, A), tuple(value**0.5 for value in sigma2), complete, sum(svd.error2 for svd in svds),
-        sum(stored2(svd, options.stored) for svd in svds), sum(svd.excess_estimate for svd in svds),
-        sum(svd.excess_bound for svd in svds), count,
+        spool.add(B, A), tuple(value**0.5 for value in sigma2), is_complete(len(sigma2), sides, used),
+        sum(svd.error2 for svd in svds), sum(stored2(svd, options.stored) for svd in svds),
+        sum(svd.excess_estimate for svd in svds), sum(svd.excess_bound for svd in svds), count,
     )  # fmt: skip
     return Stack(factored, *sums)
-
-
-def expert(spec: TensorSpec, number: int) -> TensorSpec:
-    """Return where one expert of a stack lies."""
-    size = spec.nbytes // spec.shape[0]
-    return TensorSpec(
-        spec.dtype, spec.shape[1:], spec.file, spec.start + number * size, spec.start + (number + 1) * size
-    )
 
 
 def _stacked(
     shown: Sequence[TruncatedSVD | None], sides: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
     """Return B (E·out, r), A (r, E·in), and the energy of each direction summed over the experts."""
-    import torch
-
     rank, (out, inner) = max(svd.rank for svd in shown if svd), sides
     B = torch.zeros(len(shown), out, rank, dtype=dtype)
     A = torch.zeros(rank, len(shown), inner, dtype=dtype)

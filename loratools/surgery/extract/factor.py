@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
 
 from loratools.linalg.factored import rounding2
+from loratools.linalg.ranks.noise import rounding_noise
+from loratools.linalg.ranks.rules import Fixed, RankRule
+from loratools.linalg.svd.truncated import TruncatedSVD, truncated_svd
 from loratools.storage import dtypes, files
 from loratools.storage.header import TensorSpec
 from loratools.surgery.extract.options import ExtractOptions
 from loratools.surgery.extract.pairs import Pair
 from loratools.surgery.extract.read import Delta
 from loratools.surgery.extract.spool import Spool, Spooled
-
-if TYPE_CHECKING:
-    import torch
-
-    from loratools.linalg.ranks.rules import RankRule
-    from loratools.linalg.svd.truncated import TruncatedSVD
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,34 +56,30 @@ def factor(
     spool: Spool, rule: RankRule | None = None,
 ) -> Factored:  # fmt: skip
     """Return the truncated SVD of a ΔW at the rank that the options choose, or a `rule` given here."""
-    from loratools.linalg.ranks.rules import Fixed
-
     assert delta.D is not None
     D = delta.D.T if pair.transposed or pair.kind == "embedding" else delta.D
-    ranks = options.rank_choice
-    rule = rule or ranks.first(shapes, noise_edge(tuned) if ranks.noise else 0.0)
+    rule = rule or first_rule(tuned, shapes, options)
     svd = decompose(D, rule, options)
-    B, A = svd.factors()
-    # A fixed rank that was not reached has met the end of the spectrum, as has one that fills the short side.
-    complete = svd.rank == min(D.shape) or (isinstance(rule, Fixed) and svd.rank < rule.r)
     return Factored(
-        spool.add(B, A), tuple(float(sigma) for sigma in svd.S), complete, svd.error2, stored2(svd, options.stored),
-        svd.excess_estimate, svd.excess_bound,
+        spool.add(*svd.factors()), tuple(svd.S.tolist()), is_complete(svd.rank, D.shape, rule), svd.error2,
+        stored2(svd, options.stored), svd.excess_estimate, svd.excess_bound,
     )  # fmt: skip
+
+
+def first_rule(tuned: TensorSpec, shapes: Sequence[tuple[int, int]], options: ExtractOptions) -> RankRule:
+    """Return the rule of the first look at a weight of the fine-tune."""
+    return options.rank_choice.first(shapes, _noise_edge(tuned) if options.rank_choice.noise else 0.0)
+
+
+def is_complete(rank: int, sides: Sequence[int], rule: RankRule) -> bool:
+    """Tell whether no more is to be seen: the rank fills the short side, or a fixed one was not reached."""
+    return rank == min(sides) or (isinstance(rule, Fixed) and rank < rule.r)
 
 
 def decompose(D: torch.Tensor, rule: RankRule, options: ExtractOptions) -> TruncatedSVD:
     """Return the truncated SVD of a matrix as the options ask for it."""
-    from loratools.linalg.svd.truncated import truncated_svd
-
-    return truncated_svd(
-        D,
-        rule,
-        tolerance=options.tolerance,
-        seed=options.seed,
-        max_rank=options.rank_choice.maximum,
-        probe=options.tight,
-    )
+    most, probe = options.rank_choice.maximum, options.tight
+    return truncated_svd(D, rule, tolerance=options.tolerance, seed=options.seed, max_rank=most, probe=probe)
 
 
 def stored2(svd: TruncatedSVD, dtype: str) -> float:
@@ -95,9 +89,7 @@ def stored2(svd: TruncatedSVD, dtype: str) -> float:
     return rounding2((svd.U.double() * root, root[:, None] * svd.Vh.double()), (B.to(wanted), A.to(wanted)))
 
 
-def noise_edge(spec: TensorSpec) -> float:
+def _noise_edge(spec: TensorSpec) -> float:
     """Return the largest singular value that rounding this weight to its dtype can leave."""
-    from loratools.linalg.ranks.noise import rounding_noise
-
     W: torch.Tensor = files.read_tensor(spec)
     return rounding_noise(W.view(len(W), -1), W.dtype).edge

@@ -5,10 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +75,11 @@ def total(layers: Iterable[Layer]) -> Total:
     least2 = math.fsum((layer.error * layer.delta_norm / (1 + layer.excess_bound)) ** 2 for layer in layers)
     noise2 = math.fsum(layer.noise * layer.delta_norm**2 for layer in layers)
     return Total(
-        len(layers),
-        sum(layer.parameters for layer in layers),
-        math.sqrt(math.fsum(layer.base_norm**2 for layer in layers)),
-        math.sqrt(energy),
-        1 - error2 / energy if energy else 1.0,
-        math.sqrt(error2 / energy) if energy else 0.0,
-        _excess(error2, error2 - near2),
-        _excess(error2, error2 - least2),
-        noise2 / energy if energy else 0.0,
-    )
+        len(layers), sum(layer.parameters for layer in layers),
+        math.sqrt(math.fsum(layer.base_norm**2 for layer in layers)), math.sqrt(energy),
+        1 - error2 / energy if energy else 1.0, math.sqrt(error2 / energy) if energy else 0.0,
+        _excess(error2, error2 - near2), _excess(error2, error2 - least2), noise2 / energy if energy else 0.0,
+    )  # fmt: skip
 
 
 def to_json(layers: Iterable[Layer]) -> dict[str, Any]:

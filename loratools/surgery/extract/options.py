@@ -17,13 +17,7 @@ if TYPE_CHECKING:
 class ExtractOptions:
     """Every option of an extraction that is not an input. Building one raises `InvalidOption` with all that is wrong.
 
-    `ranks`      how ranks are chosen; a number is that rank for every layer
-    `dtype`      float dtype of the factors, in any spelling; held as the name in a safetensors header
-    `seed`       of the random sketches, a whole number from 0 on
-    `tolerance`  by which share a squared error may exceed the optimum, about; above 0
-    `tight`      whether to spend as much again on bounds that are far tighter
-    `threads`    threads to work with, at least 1; another number may change the last bits. None: one per core
-    `force`      whether to replace an output that exists
+    Each field is the parameter of `extract` of that name.
     """
 
     ranks: Ranks | int

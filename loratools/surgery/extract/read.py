@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from threading import local
-from typing import TYPE_CHECKING
+
+import torch
 
 from loratools.errors import BadFile
+from loratools.linalg.orthonormal import squared_norm
+from loratools.linalg.ranks.noise import ulp
 from loratools.parallel import Progress
 from loratools.storage import digest, dtypes, files
 from loratools.storage.header import TensorSpec
-
-if TYPE_CHECKING:
-    import torch
 
 TILE = 1 << 20
 """Bytes of one read: small enough that what is done with it stays in the core's cache."""
@@ -39,18 +40,30 @@ class Delta:
     D: torch.Tensor | None = field(default=None, repr=False)
 
 
+def one_of(spec: TensorSpec, number: int) -> TensorSpec:
+    """Return where one expert of a stack, or one row, lies: `number` along the first side."""
+    size = spec.nbytes // spec.shape[0]
+    start = spec.start + number * size
+    return TensorSpec(spec.dtype, spec.shape[1:], spec.file, start, start + size)
+
+
+def common_dtype(base: TensorSpec, tuned: TensorSpec) -> torch.dtype:
+    """Return the dtype of the difference of two tensors: float32, or float64 where one of them is."""
+    return torch.float64 if "F64" in (base.dtype, tuned.dtype) else torch.float32
+
+
+def _columns(spec: TensorSpec) -> int:
+    """Return the columns of a tensor seen as a matrix, its first side × the rest."""
+    return max(1, spec.parameters // max(1, spec.shape[0] if spec.shape else 1))
+
+
 def read_delta(base: TensorSpec, tuned: TensorSpec, progress: Progress, *, keep: bool) -> Delta:
     """Compare two tensors of one shape; `keep` returns D too, valid until this thread keeps the next.
 
     Raises `BadFile` where a number is NaN or infinite.
     """
-    import torch
-
-    from loratools.linalg.orthonormal import squared_norm
-
     hashers = [digest.start_tensor(spec.dtype, spec.shape) for spec in (base, tuned)]
-    columns = max(1, tuned.parameters // max(1, tuned.shape[0] if tuned.shape else 1))
-    wide = torch.float64 if "F64" in (base.dtype, tuned.dtype) else torch.float32
+    columns, wide = _columns(tuned), common_dtype(base, tuned)
     D = _scratch((tuned.parameters // columns, columns), wide) if keep else None
     work = torch.empty(0, dtype=wide)
     base_norm2 = norm2 = 0.0
@@ -80,8 +93,6 @@ def read_delta(base: TensorSpec, tuned: TensorSpec, progress: Progress, *, keep:
 
 def _scratch(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
     """Return memory of this thread for a D, which lives until the thread keeps the next: fresh pages cost more."""
-    import torch
-
     held: torch.Tensor | None = getattr(_OWN, "D", None)
     if held is None or held.dtype != dtype or held.numel() < shape[0] * shape[1]:
         _OWN.D = held = torch.empty(shape[0] * shape[1], dtype=dtype)
@@ -90,8 +101,6 @@ def _scratch(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
 
 def read_norm2(spec: TensorSpec, progress: Progress) -> tuple[float, str]:
     """Return ‖W‖_F² and the digest of one tensor, in one pass."""
-    from loratools.linalg.orthonormal import squared_norm
-
     hasher = digest.start_tensor(spec.dtype, spec.shape)
     total = 0.0
     for _, (raw,), (W,) in files.row_tiles((spec,), 1, TILE):
@@ -103,8 +112,6 @@ def read_norm2(spec: TensorSpec, progress: Progress) -> tuple[float, str]:
 
 def prefetch(specs: tuple[TensorSpec, ...]) -> None:
     """Ask the system to read tensors ahead, while others are worked on; a hint, which some systems do not take."""
-    import os
-
     if hasattr(os, "posix_fadvise"):
         for spec in specs:
             with files.descriptor(spec.file) as source:
@@ -113,12 +120,7 @@ def prefetch(specs: tuple[TensorSpec, ...]) -> None:
 
 def rounding_energy(spec: TensorSpec) -> float:
     """Estimate Σ ulp(W)²/12, what rounding to its dtype did to a tensor, from about 2^17 elements in eight blocks."""
-    import torch
-
-    from loratools.linalg.ranks.noise import ulp
-
-    dtype = dtypes.to_torch(spec.dtype)
-    columns = max(1, spec.parameters // max(1, spec.shape[0] if spec.shape else 1))
+    dtype, columns = dtypes.to_torch(spec.dtype), _columns(spec)
     total = spec.parameters // columns
     rows = min(total, max(1, (1 << 14) // columns))
     raw = bytearray(rows * columns * dtype.itemsize)

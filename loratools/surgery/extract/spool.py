@@ -6,14 +6,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
+
+import torch
 
 from loratools.storage import dtypes, files
 from loratools.storage.header import TensorSpec
 from loratools.storage.lazy import LazyTensor
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +55,6 @@ class Spool:
         return Spooled(self._append(B), self._append(A))
 
     def _append(self, tensor: torch.Tensor) -> TensorSpec:
-        import torch
-
         raw = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
         with self._lock:
             start, self._end = self._end, self._end + len(raw)

@@ -10,7 +10,8 @@ from typing import Any
 
 from loratools.adapter.model import BaseIdentity
 from loratools.errors import BadFile, LoraToolsError
-from loratools.parallel import Progress, each
+from loratools.linalg.ranks.rules import Fixed
+from loratools.parallel import Progress, each, no_progress
 from loratools.storage import digest
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.extract.assemble import Outcome
@@ -74,8 +75,6 @@ class Sweep:
             )
             if not decision.more:
                 break
-            from loratools.linalg.ranks.rules import Fixed
-
             again = {layers[i].pair.path: (layers[i], Fixed(decision.more[i])) for i in sorted(decision.more)}
             deeper = several(self._again, again)
             layers = [deeper.get(layer.pair.path, layer) for layer in layers]
@@ -91,7 +90,7 @@ class Sweep:
         stacked = pair.kind == "experts"
         delta = read_delta(source, spec, self.progress, keep=pair.plan == "factor" and not stacked)
         if pair.plan == "factor" and stacked and not delta.identical:
-            stack = factor_stack(pair, source, spec, shapes, self.options, self.spool, lambda _: None)
+            stack = factor_stack(pair, source, spec, shapes, self.options, self.spool, no_progress)
             return _Result(pair, stack.norm2, stack.base_norm2, delta.digests, stack.factored, noise2=stack.noise2)
         if pair.plan == "factor" and not delta.identical:
             assert delta.D is not None
@@ -109,9 +108,9 @@ class Sweep:
         result, rule = job
         source, spec = self._specs(result.pair)[-1], self.tuned.specs[result.pair.name]
         if result.pair.kind == "experts":
-            stack = factor_stack(result.pair, source, spec, (), self.options, self.spool, lambda _: None, rule)
+            stack = factor_stack(result.pair, source, spec, (), self.options, self.spool, no_progress, rule)
             return replace(result, factored=stack.factored)
-        delta = read_delta(source, spec, lambda _: None, keep=True)
+        delta = read_delta(source, spec, no_progress, keep=True)
         return replace(result, factored=factor(result.pair, delta, spec, (), self.options, self.spool, rule))
 
     def _outcome(self, result: _Result, rank: int) -> Outcome:
@@ -151,15 +150,13 @@ class Sweep:
 
     def _shape(self, pair: Pair) -> tuple[int, ...]:
         """Return the shape of the weight as the module defines it."""
-        *stack, first, last = self.tuned.specs[pair.name].shape if pair.transposed else (0, 0)
-        return (*stack, last, first) if pair.transposed else self.tuned.specs[pair.name].shape
+        shape = self.tuned.specs[pair.name].shape
+        return (*shape[:-2], shape[-1], shape[-2]) if pair.transposed else shape
 
     def _matrix(self, pair: Pair) -> tuple[int, int]:
         """Return the sides whose sum a rank costs: (out, in), of a stack those of all experts together."""
         shape = self._shape(pair)
-        if pair.kind == "experts":
-            return shape[0] * shape[1], shape[0] * shape[2]
-        return shape[0], prod(shape[1:])
+        return (shape[0] * shape[1], shape[0] * shape[2]) if pair.kind == "experts" else (shape[0], prod(shape[1:]))
 
 
 _NUMBERS = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "U16", "U32", "U64", "BOOL"})

@@ -58,10 +58,8 @@ def _experts(pair: Pair, shape: tuple[int, ...], rank: int, B: LazyTensor, A: La
     # The expert comes first in A and last in B.
     count = shape[0]
     out, inner = B.shape[0] // count, A.shape[1] // count
-    left = B.map(lambda tensor: tensor.view(count, out, rank).permute(1, 2, 0).reshape(out, -1), (out, rank * count))
-    right = A.map(
-        lambda tensor: tensor.view(rank, count, inner).transpose(0, 1).reshape(-1, inner), (count * rank, inner)
-    )
+    left = B.map(lambda B: B.view(count, out, rank).permute(1, 2, 0).reshape(out, -1), (out, rank * count))
+    right = A.map(lambda A: A.view(rank, count, inner).transpose(0, 1).reshape(-1, inner), (count * rank, inner))
     return ExpertsUpdate(right, left, 1.0, float(rank), count, pair.path.rpartition(".")[2], pair.transposed)
 
 

@@ -16,16 +16,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import Protocol, cast
+
+from torch import Tensor
 
 from loratools.errors import UnknownKind
 from loratools.options import either
-from loratools.surgery.combine.methods._terms import MethodOptions, Term
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from loratools.surgery.combine.methods._chance import Chance
+from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Term
 
 
 class Method(Protocol):
@@ -61,11 +58,9 @@ def problems(name: str, options: MethodOptions) -> list[str]:
     """Return a sentence about every option that a method does not take, or lacks; or about a name of no method."""
     if name not in names():
         return [f"method is {name!r}; it can be {either(names())}"]
-    method, faults = get(name), []
-    stated = {"density": options.density, "gamma": options.gamma, "epsilon": options.epsilon, "seed": options.seed}
-    for option, value in stated.items():
-        if value is not None and option not in method.OPTIONS:
-            faults.append(f"it takes no {option}")
+    method = get(name)
+    stated = [option for option in ("density", "gamma", "epsilon", "seed") if getattr(options, option) is not None]
+    faults = [f"it takes no {option}" for option in stated if option not in method.OPTIONS]
     if "density" in method.OPTIONS and options.density is None:
         faults.append("it needs a density, the share of elements that it keeps, such as 0.5")
     if options.like is not None and options.like not in method.LIKE:

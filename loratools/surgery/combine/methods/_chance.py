@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
 
 from loratools.surgery.combine.methods._terms import Term
-
-if TYPE_CHECKING:
-    from torch import Generator, Tensor
-
-
-class Chance(Protocol):
-    """Draws what is kept."""
-
-    def keep(self, term: Term, tile: int, probability: Tensor) -> Tensor:
-        """Return a mask that is True with the given probabilities; `tile` counts the tiles of rows of a matrix."""
-        ...
 
 
 class Seeded:
@@ -31,8 +22,6 @@ class Seeded:
 
     def keep(self, term: Term, tile: int, probability: Tensor) -> Tensor:
         """Return the mask of one tile."""
-        import torch
-
         name = f"{self.seed}|{term.identity}|{tile}".encode()
         generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:8]) >> 1)
         return torch.rand(probability.shape, generator=generator) < probability
@@ -46,14 +35,10 @@ class AsPeft:
     """
 
     def __init__(self, seed: int) -> None:
-        import torch
-
-        self.generator: Generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed)
 
     def keep(self, term: Term, tile: int, probability: Tensor) -> Tensor:
         """Return the mask of a whole matrix, which must come as one tile."""
-        import torch
-
         if tile:
             raise ValueError("PEFT draws the mask of a whole matrix at once")
         return torch.bernoulli(probability, generator=self.generator).bool()

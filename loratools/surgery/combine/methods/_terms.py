@@ -1,14 +1,13 @@
-"""What a method of combining is given: terms of one module, and options."""
+"""What a method of combining is given: terms of one module, options, and where it draws from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
+
+from torch import Tensor
 
 from loratools.options import Options
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Library = Literal["peft"]
 """Libraries whose numbers a method can give instead of the paper's."""
@@ -27,15 +26,19 @@ class Term:
     identity: str = ""
 
 
+class Chance(Protocol):
+    """Draws what is kept."""
+
+    def keep(self, term: Term, tile: int, probability: Tensor) -> Tensor:
+        """Return a mask that is True with the given probabilities; `tile` counts the tiles of rows of a matrix."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class MethodOptions:
     """What methods can be told; each takes some (its `OPTIONS`). Building one raises `InvalidOption` with all faults.
 
-    `density`  share of elements that are kept, above 0 and at most 1
-    `gamma`    share of the largest elements that `breadcrumbs` drops, from 0 to below 1; None: 0.01
-    `epsilon`  how far `della` lets the chance of keeping an element lie from the density, to both sides
-    `seed`     of every draw, a whole number from 0 on; None: 0
-    `like`     the library whose numbers are wanted where a method differs from the paper: `peft`
+    Each field is the parameter of `combine` of that name.
     """
 
     density: float | None = None
@@ -48,6 +51,12 @@ class MethodOptions:
         checked = Options()
         MethodOptions.check(self, checked)
         checked.done()
+
+    @property
+    def share(self) -> float:
+        """`density`, for the methods that need one."""
+        assert self.density is not None  # else `problems` of the method said so
+        return self.density
 
     def check(self, checked: Options) -> None:
         """Note every value that is out of its range."""

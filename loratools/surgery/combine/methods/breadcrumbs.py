@@ -10,9 +10,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from loratools.surgery.combine.methods._chance import Chance
 from loratools.surgery.combine.methods._deltas import Deltas
-from loratools.surgery.combine.methods._terms import MethodOptions, Term
+from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Term
 
 SUMMARY = "drop outliers and small elements, then the weighted sum"
 OPTIONS = frozenset({"density", "gamma"})
@@ -23,9 +22,8 @@ GAMMA = 0.01
 
 def merge(terms: Sequence[Term], options: MethodOptions, chance: Chance) -> Tensor:
     """Return Σ wᵢ·xᵢ·[low ≤ |xᵢ| < high] with the cuts of each adapter."""
-    assert options.density is not None
     deltas = Deltas(terms)
-    kept = int(options.density * deltas.elements)
+    kept = int(options.share * deltas.elements)
     gamma = GAMMA if options.gamma is None else options.gamma
     outliers = min(int(gamma * deltas.elements), deltas.elements - kept)
     high, low = deltas.cuts(outliers, outliers + kept)

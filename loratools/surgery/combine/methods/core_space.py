@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from loratools.linalg.factored import factored_svd
-from loratools.surgery.combine.methods._chance import Chance
 from loratools.surgery.combine.methods._signs import disjoint_mean
-from loratools.surgery.combine.methods._terms import MethodOptions, Term
+from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Term
 from loratools.surgery.combine.methods.knots import trimmed
 
 SUMMARY = "TIES on the small cores of the adapters in a common space"
@@ -25,13 +24,12 @@ LIKE = frozenset[str]()
 
 def merge(terms: Sequence[Term], options: MethodOptions, chance: Chance) -> tuple[Tensor, Tensor]:
     """Return left = U (rows, k) and right = M·Vᵀ (k, columns), in float64."""
-    assert options.density is not None
     balanced = [_balanced(term) for term in terms]
     U = _basis(torch.cat([left for left, _ in balanced], 1))
     V = _basis(torch.cat([right.T for _, right in balanced], 1))
     cores = torch.stack([(U.T @ term.left) @ (term.right @ V) for term in terms])
     weights = torch.tensor([term.weight for term in terms], dtype=torch.float64)[:, None, None]
-    return U, disjoint_mean(trimmed(cores, options.density), weights) @ V.T
+    return U, disjoint_mean(trimmed(cores, options.share), weights) @ V.T
 
 
 def _balanced(term: Term) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loratools.surgery.combine.methods._chance import Chance
 from loratools.surgery.combine.methods._deltas import Deltas
-from loratools.surgery.combine.methods._terms import MethodOptions, Term
+from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Term
 
 SUMMARY = "drop elements at random and rescale, then the weighted sum"
 OPTIONS = frozenset({"density", "seed"})
@@ -22,9 +21,7 @@ LIKE = frozenset({"peft"})
 
 def merge(terms: Sequence[Term], options: MethodOptions, chance: Chance) -> Tensor:
     """Return Σ wᵢ·xᵢ·mᵢ/density with random masks m."""
-    assert options.density is not None
-    deltas = Deltas(terms, whole=options.like == "peft")
-    density = options.density
+    deltas, density = Deltas(terms, whole=options.like == "peft"), options.share
     return deltas.merged(lambda X, tile: (dropped(X, terms, density, chance, tile) * deltas.weights).sum(0))
 
 

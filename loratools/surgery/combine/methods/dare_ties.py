@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from loratools.surgery.combine.methods._chance import Chance
 from loratools.surgery.combine.methods._deltas import Deltas
 from loratools.surgery.combine.methods._signs import disjoint_mean
-from loratools.surgery.combine.methods._terms import MethodOptions, Term
+from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Term
 from loratools.surgery.combine.methods.dare import dropped
 
 SUMMARY = "drop elements at random and rescale, then elect sign and average"
@@ -19,8 +18,7 @@ LIKE = frozenset({"peft"})
 
 def merge(terms: Sequence[Term], options: MethodOptions, chance: Chance) -> Tensor:
     """Return the disjoint mean of the changes that are left."""
-    assert options.density is not None
-    deltas, density = Deltas(terms, whole=options.like == "peft"), options.density
+    deltas, density = Deltas(terms, whole=options.like == "peft"), options.share
 
     def combine(X: Tensor, tile: int) -> Tensor:
         return disjoint_mean(dropped(X, terms, density, chance, tile), deltas.weights, options.like)

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from loratools.errors import LoraToolsError
-from loratools.surgery.combine.methods._chance import Chance
 from loratools.surgery.combine.methods._deltas import Deltas
 from loratools.surgery.combine.methods._signs import disjoint_mean
-from loratools.surgery.combine.methods._terms import MethodOptions, Term
+from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Term
 
 SUMMARY = "drop small elements more often than large ones and rescale, then elect sign and average"
 OPTIONS = frozenset({"density", "epsilon", "seed"})
@@ -28,8 +27,7 @@ EPSILON = 0.15
 
 def merge(terms: Sequence[Term], options: MethodOptions, chance: Chance) -> Tensor:
     """Return the disjoint mean of x·m/p with P(m) = p. Raises `LoraToolsError` where p would leave (0, 1]."""
-    assert options.density is not None
-    density = options.density
+    density = options.share
     epsilon = min(EPSILON, density / 2, 1 - density) if options.epsilon is None else options.epsilon
     if not (0 <= epsilon < density and density + epsilon <= 1):
         raise LoraToolsError(f"della: density {density:g} ± epsilon {epsilon:g} is no range of probabilities")

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from loratools.linalg.factored import factored_svd
-from loratools.surgery.combine.methods._chance import Chance
 from loratools.surgery.combine.methods._signs import disjoint_mean
-from loratools.surgery.combine.methods._terms import MethodOptions, Term
+from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Term
 
 SUMMARY = "TIES on right factors that one SVD has aligned"
 OPTIONS = frozenset({"density"})
@@ -24,17 +23,12 @@ LIKE = frozenset[str]()
 
 def merge(terms: Sequence[Term], options: MethodOptions, chance: Chance) -> tuple[Tensor, Tensor]:
     """Return left = U·Σ (rows, k) and right = TIES of the aligned Vᵢ (k, columns), in float64."""
-    assert options.density is not None
-    svd = factored_svd(torch.cat([term.left for term in terms], 1), _side_by_side([term.right for term in terms]))
+    diagonal: Tensor = torch.block_diag(*(term.right for term in terms))  # type: ignore[no-untyped-call]
+    svd = factored_svd(torch.cat([term.left for term in terms], 1), diagonal)
     k = max(1, int(svd.rank()))
     aligned = torch.stack(svd.Vh[:k].chunk(len(terms), 1))
     weights = torch.tensor([term.weight for term in terms], dtype=torch.float64)[:, None, None]
-    return svd.U[:, :k] * svd.S[:k], disjoint_mean(trimmed(aligned, options.density), weights)
-
-
-def _side_by_side(blocks: Sequence[Tensor]) -> Tensor:
-    diagonal: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
-    return diagonal
+    return svd.U[:, :k] * svd.S[:k], disjoint_mean(trimmed(aligned, options.share), weights)
 
 
 def trimmed(X: Tensor, density: float) -> Tensor:

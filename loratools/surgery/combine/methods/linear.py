@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from loratools.linalg.factored import concatenate
-from loratools.surgery.combine.methods._chance import Chance
-from loratools.surgery.combine.methods._terms import MethodOptions, Term
+from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Term
 
 SUMMARY = "the weighted sum, exact; negative weights take an adapter away (task arithmetic)"
 OPTIONS = frozenset[str]()

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from loratools.surgery.combine.methods._chance import Chance
 from loratools.surgery.combine.methods._deltas import Deltas
-from loratools.surgery.combine.methods._terms import MethodOptions, Term
+from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Term
 
 SUMMARY = "each adapter's largest elements only, then the weighted sum"
 OPTIONS = frozenset({"density"})
@@ -17,7 +16,6 @@ LIKE = frozenset({"peft"})
 
 def merge(terms: Sequence[Term], options: MethodOptions, chance: Chance) -> Tensor:
     """Return Σ wᵢ·xᵢ·[|xᵢ| ≥ tᵢ], tᵢ the magnitude of element number ⌊density·mn⌋; elements equal to it all stay."""
-    assert options.density is not None
     deltas = Deltas(terms)
-    (cuts,) = deltas.cuts(int(options.density * deltas.elements))
+    (cuts,) = deltas.cuts(int(options.share * deltas.elements))
     return deltas.merged(lambda X, _: (X * (X.abs() >= cuts) * deltas.weights).sum(0))

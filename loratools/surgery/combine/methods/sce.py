@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from loratools.errors import LoraToolsError
-from loratools.surgery.combine.methods._chance import Chance
 from loratools.surgery.combine.methods._deltas import Deltas, largest
-from loratools.surgery.combine.methods._terms import MethodOptions, Term
+from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Term
 
 SUMMARY = "select what differs most, weigh by energy, erase minority signs; takes no weights"
 OPTIONS = frozenset({"density"})
@@ -24,16 +23,15 @@ LIKE = frozenset[str]()
 
 def merge(terms: Sequence[Term], options: MethodOptions, chance: Chance) -> Tensor:
     """Return Σ cᵢx̂ᵢ/Σ cᵢ over the adapters of the elected sign. Raises `LoraToolsError` for weights other than 1."""
-    assert options.density is not None
     if any(term.weight != 1 for term in terms):
         raise LoraToolsError("method sce works out the weights itself; leave them out")
     deltas = Deltas(terms)
     differing = sum(int(torch.count_nonzero(_variance(X))) for X in deltas.tiles())
-    (cut,) = largest(lambda: map(_variance, deltas.tiles()), [int(options.density * differing)])
+    (cut,) = largest(lambda: map(_variance, deltas.tiles()), [int(options.share * differing)])
 
     def selected(X: Tensor) -> Tensor:
         # A density of 1 selects nothing away; equal elements have no variance but are kept then, as mergekit does.
-        return X if options.density == 1 else X * (_variance(X) >= cut)
+        return X if options.share == 1 else X * (_variance(X) >= cut)
 
     energy = torch.stack([selected(X).double().square().sum((1, 2)) for X in deltas.tiles()]).sum(0)
     coefficients = (energy / energy.sum() if float(energy.sum()) > 0 else torch.ones_like(energy)).float()

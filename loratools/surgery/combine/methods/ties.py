@@ -11,10 +11,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from loratools.surgery.combine.methods._chance import Chance
 from loratools.surgery.combine.methods._deltas import Deltas
 from loratools.surgery.combine.methods._signs import disjoint_mean
-from loratools.surgery.combine.methods._terms import MethodOptions, Term
+from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Term
 
 SUMMARY = "trim, elect sign, disjoint mean"
 OPTIONS = frozenset({"density"})
@@ -23,7 +22,6 @@ LIKE = frozenset({"peft"})
 
 def merge(terms: Sequence[Term], options: MethodOptions, chance: Chance) -> Tensor:
     """Return the disjoint mean of the trimmed changes."""
-    assert options.density is not None
     deltas = Deltas(terms)
-    (cuts,) = deltas.cuts(int(options.density * deltas.elements))
+    (cuts,) = deltas.cuts(int(options.share * deltas.elements))
     return deltas.merged(lambda X, _: disjoint_mean(X * (X.abs() >= cuts), deltas.weights, options.like))
