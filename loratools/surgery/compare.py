@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from loratools import dialects
 from loratools.adapter.kinds import Update
@@ -21,11 +20,10 @@ from loratools.adapter.placement.resolve import Placement, resolve
 from loratools.adapter.placement.tied import apply_policy
 from loratools.adapter.placement.weight import base_matrix, by_module
 from loratools.errors import IncompatibleAdapter
+from loratools.linalg.factored import FactoredSVD, cosine, factored_svd, squared_norm
+from loratools.linalg.similarity import amplification, subspace_similarity
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.sources import Location
-
-if TYPE_CHECKING:
-    from loratools.linalg.factored import FactoredSVD
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,15 +105,15 @@ def compare(
     _check(parts, pairs)
     model = base if isinstance(base, Checkpoint) or base is None else Checkpoint.open(base)
     places = tuple(_places(adapter, model) if model else {} for adapter in adapters)
-    modules = []
-    for module, other in sorted(pairs.items(), key=lambda pair: natural(pair[0])):
-        sides = (parts[0][module], parts[1][other])
-        modules.append(_module(module, sides, (places[0].get(module, []), places[1].get(other, [])), model))
+    modules = [
+        _module(one, (parts[0][one], parts[1][other]), (places[0].get(one, []), places[1].get(other, [])), model)
+        for one, other in sorted(pairs.items(), key=lambda pair: natural(pair[0]))
+    ]
     inner = math.fsum(module.cosine * module.norms[0] * module.norms[1] for module in modules)
     only = (tuple(sorted(parts[0].keys() - pairs)), tuple(sorted(parts[1].keys() - set(pairs.values()))))
     squares = [
         math.fsum(module.norms[side] ** 2 for module in modules)
-        + math.fsum(_norm2(parts[side][module]) for module in only[side])
+        + math.fsum(float(squared_norm(*load(parts[side][module]))) for module in only[side])
         for side in (0, 1)
     ]
     scale = math.sqrt(squares[0] * squares[1])
@@ -129,28 +127,26 @@ def compare(
 def _module(
     name: str, sides: tuple[Update, Update], places: tuple[list[Placement], list[Placement]], model: Checkpoint | None
 ) -> ModuleComparison:
-    from loratools.linalg.factored import cosine, factored_svd
-    from loratools.linalg.similarity import subspace_similarity
-
     (B1, A1), (B2, A2) = load(sides[0]), load(sides[1])
     svds = factored_svd(B1, A1), factored_svd(B2, A2)
     ranks = int(svds[0].rank()), int(svds[1].rank())
-    inputs = subspace_similarity(svds[0].Vh[: ranks[0]], svds[1].Vh[: ranks[1]]) if all(ranks) else None
-    outputs = subspace_similarity(svds[0].U[:, : ranks[0]].mT, svds[1].U[:, : ranks[1]].mT) if all(ranks) else None
+    norms = float(svds[0].S.square().sum().sqrt()), float(svds[1].S.square().sum().sqrt())
+    inputs, outputs = (
+        tuple(map(tuple, subspace_similarity(*bases).tolist())) if all(ranks) else ()
+        for bases in (
+            [svd.Vh[:rank] for svd, rank in zip(svds, ranks, strict=True)],
+            [svd.U[:, :rank].mT for svd, rank in zip(svds, ranks, strict=True)],
+        )
+    )
     rows, columns = len(B1), A1.shape[1]
     return ModuleComparison(
-        name, (rows, columns), ranks, (float(svds[0].S.square().sum().sqrt()), float(svds[1].S.square().sum().sqrt())),
-        float(cosine(B1, A1, B2, A2)),
-        tuple(map(tuple, inputs.tolist())) if inputs is not None else (),
-        tuple(map(tuple, outputs.tolist())) if outputs is not None else (),
+        name, (rows, columns), ranks, norms, float(cosine(B1, A1, B2, A2)), inputs, outputs,
         (max(ranks) / columns, max(ranks) / rows),
         (_amplification(svds[0], places[0], model), _amplification(svds[1], places[1], model)),
     )  # fmt: skip
 
 
 def _amplification(svd: FactoredSVD, places: list[Placement], model: Checkpoint | None) -> float | None:
-    from loratools.linalg.similarity import amplification
-
     if model is None or not places or int(svd.rank()) == 0:
         return None
     return amplification(svd, base_matrix(model, places))
@@ -160,12 +156,6 @@ def _places(adapter: Adapter, model: Checkpoint) -> Mapping[str, list[Placement]
     """Return where each module lies in the base; a tied head lies on the embedding."""
     adapter = apply_policy((adapter,), model.specs, model.config, "both").adapters[0]
     return by_module(resolve(adapter, {name: spec.shape for name, spec in model.specs.items()}, model.config))
-
-
-def _norm2(part: Update) -> float:
-    from loratools.linalg.factored import squared_norm
-
-    return float(squared_norm(*load(part)))
 
 
 def _check(parts: tuple[dict[str, Update], dict[str, Update]], pairs: Mapping[str, str]) -> None:

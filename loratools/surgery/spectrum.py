@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from loratools import dialects
 from loratools.adapter.low_rank import load, products
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.compact import natural
+from loratools.linalg.factored import singular_values
 
 SHARES = (0.99, 0.999)
 """Shares of the energy for which the needed rank is given."""
@@ -70,8 +72,6 @@ def spectrum(adapter: str | Path | Adapter, dialect: str | None = None) -> Adapt
         >>> found.modules[0].rank, len(found.modules[0].sigma)
         (4, 4)
     """
-    from loratools.linalg.factored import singular_values
-
     opened = adapter if isinstance(adapter, Adapter) else dialects.open_adapter(adapter, dialect=dialect)
     modules = []
     for module, part in sorted(products(opened).items(), key=lambda item: natural(item[0])):
@@ -100,9 +100,5 @@ def _of(module: str, kind: str, shape: tuple[int, int], rank: int, sigma: Sequen
 
 
 def _needed(sigma: Sequence[float], energy: float) -> int:
-    captured = 0.0
-    for rank, value in enumerate(sigma, 1):
-        captured += value * value
-        if captured >= energy * (1 - 1e-14):
-            return rank
-    return len(sigma)
+    captured = accumulate(value * value for value in sigma)
+    return next((r for r, kept in enumerate(captured, 1) if kept >= energy * (1 - 1e-14)), len(sigma))

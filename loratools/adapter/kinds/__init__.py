@@ -99,7 +99,6 @@ class Term(Protocol):
 
         `base` has the same rows unchanged; it is None where `W` is still unchanged itself.
         """
-        ...
 
 
 @runtime_checkable
@@ -111,18 +110,15 @@ class Refinable(Term, Protocol):
 
     def bound(self) -> float:
         """Return a bound on the magnitude of any element of ΔW."""
-        ...
 
     def gain(self, rows: slice) -> float:
         """Return the largest factor that `apply_rows` multiplied the sum with in these rows."""
-        ...
 
     def elements(self, W: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """Return single elements of the result in float64, from `W`, the unchanged ones in float64.
 
         `rows` and `columns` count in the rectangle.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -202,52 +198,42 @@ class Update(Usual, Protocol):
     @property
     def kind(self) -> str:
         """Name of the kind: `lora`, `dora`, …"""
-        ...
 
     @property
     def rank(self) -> int:
         """Rank r of the factors."""
-        ...
 
     @property
     def alpha(self) -> float:
         """Numerator of the scaling rule, as the file gave it."""
-        ...
 
     @property
     def scaling(self) -> float:
         """The number s actually applied to B·A."""
-        ...
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the weight it changes as the module defines it, `(out, in, …)`; a base may store it transposed."""
-        ...
 
     @property
     def parts(self) -> Mapping[str, LazyTensor]:
         """Every tensor of the update under PEFT's name of it."""
-        ...
 
     @property
     def additive(self) -> bool:
         """Whether it adds the same ΔW to any W: then the order among such updates means nothing."""
-        ...
 
     def term(self, site: Site, weight: float, dtype: torch.dtype, device: torch.device) -> Term:
         """Load the factors, multiplied by `weight`, for a site."""
-        ...
 
     def project(self, X: torch.Tensor, weight: float, under: Underlying) -> torch.Tensor:
         """Return X·W'ᵀ for probes X (k, in) in float64, (k, rows of the site), by another path than `term` takes."""
-        ...
 
     def delta_weight(self) -> torch.Tensor:
         """Return the dense ΔW in float32 with `shape`, for tests and small work.
 
         Raises `ValueError` for a kind whose change depends on W.
         """
-        ...
 
 
 Rows = Callable[[slice], "torch.Tensor"]
@@ -259,11 +245,9 @@ class ByRows(Update, Protocol):
 
     def rows(self, dtype: torch.dtype, device: torch.device, transposed: bool) -> Rows:
         """Load what it takes, and return the rows of ΔW, or of its transpose, without the scaling."""
-        ...
 
     def dense(self) -> torch.Tensor:
         """Return ΔW in float64 as a matrix, without the scaling, by another formula than `rows`."""
-        ...
 
 
 @cache

@@ -24,7 +24,6 @@ class Rowwise(Additive):
 
     @property
     def by_rows(self) -> Self:
-        """The update itself."""
         return self
 
     def fitted(self, shape: tuple[int, ...]) -> Self:
@@ -80,5 +79,4 @@ class Added(Term):
     scale: float
 
     def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
-        """Add the rows in place."""
         W.add_(self.made(rows), alpha=self.scale)

@@ -71,9 +71,8 @@ class DoraUpdate(Wrapper):
 
     def factored(self) -> Factors:
         """Return the factors of the inner update, and m."""
-        return replace(
-            self.inner.factored(), magnitude=self.magnitude.reshaped((self.features,)), by_column=self.by_column
-        )
+        m = self.magnitude.reshaped((self.features,))
+        return replace(self.inner.factored(), magnitude=m, by_column=self.by_column)
 
     def term(self, site: Site, weight: float, dtype: torch.dtype, device: torch.device) -> Rescaling:
         """Return the term of a site, with m of the features that land there."""
@@ -130,19 +129,13 @@ class Rescaling(Term):
             self.factors[:] = gains(self.site, self.magnitude, self.squares)
 
     def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
-        """Add the product and rescale, in place."""
+        self.product.apply_rows(W, rows, None)
         if not self.across:
-            changed = None if base is None else base.addmm(self.product.left[rows], self.product.right)
-            self.product.apply_rows(W, rows, None)
-            norms2 = squares(W if changed is None else changed, 1)
-            self.factors[rows] = gains(self.site, self.magnitude[rows], norms2, rows.start)
-            W.mul_(self.factors[rows, None].to(W.dtype))
-        else:
-            self.product.apply_rows(W, rows, None)
-            W.mul_(self.factors.to(W.dtype))
+            changed = W if base is None else base.addmm(self.product.left[rows], self.product.right)
+            self.factors[rows] = gains(self.site, self.magnitude[rows], squares(changed, 1), rows.start)
+        W.mul_((self.factors if self.across else self.factors[rows, None]).to(W.dtype))
 
     def bound(self) -> float:
-        """Return a bound on any element of left·right."""
         return self.product.bound()
 
     def gain(self, rows: slice) -> float:
@@ -196,9 +189,8 @@ def squares(W: torch.Tensor, axis: int) -> torch.Tensor:
         if bool(((sums > _SAFE) & (sums < 1 / _SAFE)).all()):
             return sums
     step = max(1, _CHUNK // W.shape[1])
-    parts = [
-        W[start : start + step].to(torch.float64, copy=True).square_().sum(axis) for start in range(0, len(W), step)
-    ]
+    chunks = (W[start : start + step].to(torch.float64, copy=True) for start in range(0, len(W), step))
+    parts = [chunk.square_().sum(axis) for chunk in chunks]
     return torch.cat(parts) if axis == 1 else torch.stack(parts).sum(0)
 
 

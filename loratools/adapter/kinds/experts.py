@@ -60,7 +60,6 @@ class ExpertsUpdate(Additive):
 
     @property
     def layout(self) -> Mapping[str, Any]:
-        """What the shapes do not say."""
         return {"experts": self.experts, "parameter": self.parameter, "transposed": self.transposed}
 
     @property

@@ -79,7 +79,6 @@ class Mixing(Term):
     b2: torch.Tensor
 
     def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
-        """Mix the inputs of each row and add the product, in place."""
         import torch
 
         kernel = W.reshape(len(W), len(self.a1), -1)

@@ -47,7 +47,6 @@ class Ia3Update(OnWeight):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The base's, once it is known."""
         count = self.vector.parameters
         return self.weight_shape or ((1, count) if self.on_input else (count, 1))
 
@@ -82,7 +81,6 @@ class Scaling(Term):
     columns: bool
 
     def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
-        """Multiply in place."""
         W.mul_(self.factors if self.columns else self.factors[rows, None])
 
 

@@ -32,16 +32,13 @@ class LohaUpdate(Named):
         shapes = {name: lazy.shape for name, lazy in self.tensors.items()}
         if any(len(shapes[name]) != 2 or 0 in shapes[name] for name in _W):
             raise ValueError(f"LoHa's factors have shapes {shapes}, expected matrices")
-        first, second = ((shapes[a], shapes[b]) for a, b in (_W[:2], _W[2:]))
+        a1, b1, a2, b2 = (shapes[name] for name in _W)
         if _T[0] in shapes:
-            cores = [shapes[name] for name in _T]
-            good = all(
-                len(core) > 2 and core[:2] == (a[0], b[0]) for core, (a, b) in zip(cores, (first, second), strict=True)
-            )
-            good = good and first[0][1] == second[0][1] and first[1][1] == second[1][1] and cores[0][2:] == cores[1][2:]
+            t1, t2 = (shapes[name] for name in _T)
+            good = (t1[:2], t2[:2]) == ((a1[0], b1[0]), (a2[0], b2[0])) and (a1[1], b1[1]) == (a2[1], b2[1])
+            good = good and t1[2:] == t2[2:] != ()
         else:
-            good = first[0][1] == first[1][0] and second[0][1] == second[1][0]
-            good = good and first[0][0] == second[0][0] and first[1][1] == second[1][1]
+            good = (a1[1], a2[1]) == (b1[0], b2[0]) and (a1[0], b1[1]) == (a2[0], b2[1])
         if not good:
             raise ValueError(f"LoHa's factors do not go together: {shapes}")
 

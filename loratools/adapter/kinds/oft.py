@@ -55,7 +55,6 @@ class OftUpdate(OnWeight):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The base's, once it is known."""
         return self.weight_shape or (self.blocks.shape[0] * self.blocks.shape[1], 1)
 
     @property
@@ -102,7 +101,6 @@ class Rotation(Term):
         return self.blocks.shape[1]
 
     def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
-        """Rotate in place."""
         size = self.together
         blocks = self.blocks[rows.start // size : rows.stop // size]
         W.copy_((blocks @ W.reshape(len(blocks), size, -1)).reshape(W.shape))

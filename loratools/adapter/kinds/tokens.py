@@ -49,7 +49,6 @@ class TokensUpdate(OnWeight):
 
     @property
     def layout(self) -> Mapping[str, Any]:
-        """The rows that are replaced."""
         return {"rows": list(self.indices)}
 
     @property
@@ -88,7 +87,6 @@ class Rows(Term):
     indices: torch.Tensor
 
     def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
-        """Replace the rows of this tile."""
         step = rows.step or 1
         inside = (self.indices >= rows.start) & (self.indices < rows.stop) & ((self.indices - rows.start) % step == 0)
         W[(self.indices[inside] - rows.start) // step] = self.values[inside]

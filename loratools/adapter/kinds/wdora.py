@@ -94,7 +94,6 @@ class Decomposed(Term):
         self.squares = norms2 if self.squares is None else self.squares + norms2
 
     def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
-        """Add ΔW and scale, in place."""
         self.inner.apply_rows(W, rows, None)
         if self.squares is not None:
             g = gains(self.site, self.magnitude, self.squares, side="input")

@@ -34,7 +34,7 @@ from loratools.parallel import Progress, cores, no_progress
 from loratools.storage import atomic
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.dtypes import FloatName
-from loratools.surgery.extract.assemble import Outcome, assemble, companion_files
+from loratools.surgery.extract.assemble import Outcome, assemble, companion_files, dropped_energy
 from loratools.surgery.extract.layers import Total, total
 from loratools.surgery.extract.options import ExtractOptions
 from loratools.surgery.extract.pairs import Pairing, pair
@@ -135,26 +135,24 @@ def extract(
         work = Sweep(base, tuned, pairing, options, spool, progress or no_progress)
         outcomes, hashes = work.run(threads or cores())
         identity = replace(hashes[0], id=base_id)
-        made = assemble(base, tuned, pairing, outcomes, identity, hashes[1], options)
-        _refuse_empty(base, tuned, made.outcomes)
+        adapter, accounts, card, notes = assemble(base, tuned, pairing, outcomes, identity, hashes[1], options)
+        _refuse_empty(base, tuned, accounts)
         target = scratch / "adapter"
-        dialects.save_adapter(made.adapter, target)
+        dialects.save_adapter(adapter, target)
         written = dialects.open_adapter(target).settings[manifest.ORIGIN]["digest"]
         spool.path.unlink()
         for file in sorted(target.iterdir()):
             file.rename(scratch / file.name)
         target.rmdir()
-        for source in companion_files(base, tuned, made.outcomes):
+        for source in companion_files(base, tuned, accounts):
             (scratch / source.name).write_bytes(source.read_bytes())
-        (scratch / "README.md").write_text(made.card, encoding="utf-8")
-    energy = sum(outcome.norm2 for outcome in made.outcomes)
-    lost = sum(outcome.norm2 for outcome in made.outcomes if outcome.outcome == "dropped")
-    tensors = made.adapter.tensors().values()
+        (scratch / "README.md").write_text(card, encoding="utf-8")
+    tensors = adapter.tensors().values()
     return Extraction(
-        str(output), written, made.outcomes, pairing.missing,
-        total(outcome.layer for outcome in made.outcomes if outcome.layer), lost / energy if energy else 0.0,
+        str(output), written, accounts, pairing.missing,
+        total(outcome.layer for outcome in accounts if outcome.layer), dropped_energy(accounts),
         hashes[0].root or "", hashes[1], options.stored, seed,
-        sum(lazy.parameters for lazy in tensors), sum(lazy.nbytes for lazy in tensors), (*pairing.notes, *made.notes),
+        sum(lazy.parameters for lazy in tensors), sum(lazy.nbytes for lazy in tensors), (*pairing.notes, *notes),
     )  # fmt: skip
 
 

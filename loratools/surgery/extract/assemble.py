@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from loratools.storage.companions import TOKENIZER_FILES
 from loratools.storage.lazy import LazyTensor
 from loratools.surgery.extract.layers import Layer, to_json, total
 from loratools.surgery.extract.options import ExtractOptions
-from loratools.surgery.extract.pairs import HEAD_OF_TASK, Pair, Pairing, heads_of_task, task
+from loratools.surgery.extract.pairs import HEAD_OF_TASK, Pair, Pairing, task_of
 from loratools.surgery.extract.spool import Spooled
 from loratools.surgery.extract.updates import build, module_names
 
@@ -48,44 +48,44 @@ class Outcome:
     layer: Layer | None = None
     factors: Spooled | None = field(default=None, repr=False)
 
+    @property
+    def path(self) -> str:
+        """The path of its pair."""
+        return self.pair.path
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Assembled:
-    """The adapter, the outcomes as they are in the end, the text of its card, and what to tell the user."""
-
-    adapter: Adapter
-    outcomes: tuple[Outcome, ...]
-    card: str
-    notes: tuple[str, ...]
+    @property
+    def module(self) -> str:
+        """The path of the module that it is a parameter of."""
+        return self.path if self.pair.plan == "factor" else self.path.rpartition(".")[0]
 
 
 def assemble(
     base: Checkpoint, tuned: Checkpoint, pairing: Pairing, outcomes: Iterable[Outcome], identity: BaseIdentity,
     tuned_root: str, options: ExtractOptions,
-) -> Assembled:  # fmt: skip
-    """Return the adapter of these outcomes.
+) -> tuple[Adapter, tuple[Outcome, ...], str, tuple[str, ...]]:  # fmt: skip
+    """Return the adapter of these outcomes, the outcomes as they are in the end, its card, and what to tell the user.
 
     PEFT saves modules whole, never single parameters, so a norm whose weight changed brings its bias along. Biases of
     linear layers stand alone, under PEFT's `bias` setting.
     """
-    outcomes = tuple(sorted(_with_siblings(list(outcomes)), key=lambda tensor: (tensor.pair.path, tensor.pair.name)))
+    outcomes = tuple(sorted(_with_siblings(list(outcomes)), key=lambda tensor: (tensor.path, tensor.pair.name)))
     factored = [tensor for tensor in outcomes if tensor.outcome in ("factored", "rows")]
     whole = [tensor for tensor in outcomes if tensor.outcome == "whole"]
     names = module_names(tensor.pair for tensor in factored)
     built = {
-        names[tensor.pair.path]: build(tensor.pair, tensor.shape, tensor.rank, _factors(tensor, options))
+        names[tensor.path]: build(tensor.pair, tensor.shape, tensor.rank, _factors(tensor, options))
         for tensor in factored
         if tensor.factors
     }
-    kept = {tensor.pair.path: LazyTensor.stored(tuned.specs[tensor.pair.name]) for tensor in whole}
+    kept = {tensor.path: LazyTensor.stored(tuned.specs[tensor.pair.name]) for tensor in whole}
     touched = sorted({tensor.pair.base for tensor in (*factored, *whole) if tensor.pair.base})
     identity = replace(identity, tensors={name: identity.tensors[name] for name in touched})
     layers = [tensor.layer for tensor in factored if tensor.layer]
     if pairing.head:  # one weight, which PEFT saves under both names
-        kept |= {path: kept[tensor.pair.path] for tensor in whole if _main(tensor, base) for path in [pairing.head]}
+        kept |= {path: kept[tensor.path] for tensor in whole if _main(tensor, base) for path in [pairing.head]}
     step = _step(layers, outcomes, pairing, options, identity, tuned_root)
     adapter = Adapter(built, kept, identity, (step,), "loratools", _settings(base, tuned, pairing, factored, whole))
-    return Assembled(adapter, outcomes, _card(identity, outcomes, layers), tuple(_notes(base, outcomes, pairing)))
+    return adapter, outcomes, _card(identity, outcomes, layers), tuple(_notes(base, outcomes, pairing))
 
 
 def companion_files(base: Checkpoint, tuned: Checkpoint, outcomes: Iterable[Outcome]) -> list[Path]:
@@ -100,6 +100,12 @@ def companion_files(base: Checkpoint, tuned: Checkpoint, outcomes: Iterable[Outc
     return [path for path in companions if not (old[path].is_file() and old[path].read_bytes() == path.read_bytes())]
 
 
+def dropped_energy(outcomes: Sequence[Outcome]) -> float:
+    """Return the share of the whole change ‖ΔW‖² that was left out on request."""
+    energy = sum(tensor.norm2 for tensor in outcomes)
+    return sum(tensor.norm2 for tensor in outcomes if tensor.outcome == "dropped") / energy if energy else 0.0
+
+
 def _factors(tensor: Outcome, options: ExtractOptions) -> tuple[LazyTensor, LazyTensor]:
     """Return (B, A) in the dtype that was asked for; rows that are exact stay as they are."""
     assert tensor.factors is not None
@@ -108,15 +114,15 @@ def _factors(tensor: Outcome, options: ExtractOptions) -> tuple[LazyTensor, Lazy
 
 def _with_siblings(outcomes: list[Outcome]) -> list[Outcome]:
     """Return the outcomes with unchanged parameters of modules that are saved whole saved too."""
-    factored = {tensor.pair.path for tensor in outcomes if tensor.factors}
-    weights = [tensor for tensor in outcomes if tensor.pair.path.endswith(".weight")]
-    matrices = {_module(tensor) for tensor in weights if len(tensor.shape) > 1}
-    matrices -= {_module(tensor) for tensor in weights if tensor.outcome == "whole"}
+    factored = {tensor.path for tensor in outcomes if tensor.factors}
+    weights = [tensor for tensor in outcomes if tensor.path.endswith(".weight")]
+    matrices = {tensor.module for tensor in weights if len(tensor.shape) > 1}
+    matrices -= {tensor.module for tensor in weights if tensor.outcome == "whole"}
     alone = factored | matrices  # their biases need not bring the weight along
-    modules = {_module(tensor) for tensor in outcomes if tensor.outcome == "whole"} - alone - {""}
+    modules = {tensor.module for tensor in outcomes if tensor.outcome == "whole"} - alone - {""}
 
     def along(tensor: Outcome) -> bool:
-        kept = tensor.pair.plan == "whole" and (_module(tensor) in modules or tensor.pair.why == HEAD_OF_TASK)
+        kept = tensor.pair.plan == "whole" and (tensor.module in modules or tensor.pair.why == HEAD_OF_TASK)
         return kept and tensor.outcome == "unchanged"
 
     return [replace(each, outcome="whole", why="comes with its module") if along(each) else each for each in outcomes]
@@ -127,23 +133,20 @@ def _main(tensor: Outcome, base: Checkpoint) -> bool:
     return tensor.pair.base is not None and tensor.pair.base == main_tensor(base.specs, EMBEDDINGS)
 
 
-def _module(tensor: Outcome) -> str:
-    return tensor.pair.path if tensor.pair.plan == "factor" else tensor.pair.path.rpartition(".")[0]
-
-
 def _settings(
     base: Checkpoint, tuned: Checkpoint, pairing: Pairing, factored: list[Outcome], whole: list[Outcome]
 ) -> dict[str, Any]:
     """Return what PEFT's config has to say beyond ranks, and which base tensor belongs to which module."""
-    paths = {tensor.pair.path for tensor in factored if tensor.pair.kind != "experts"}
-    heads = heads_of_task(tuned) | heads_of_task(base)
-    saved = {_module(tensor) for tensor in whole if not tensor.pair.path.endswith(".bias")}
-    settings: dict[str, Any] = {"task_type": task(tuned) or task(base)}
-    if any(tensor.pair.path.endswith(".bias") and _module(tensor) not in saved for tensor in whole):
+    paths = {tensor.path for tensor in factored if tensor.pair.kind != "experts"}
+    (task, heads), (task_of_base, heads_of_base) = task_of(tuned.config), task_of(base.config)
+    tops = {_upto(tensor.path, {*heads, *heads_of_base}) for tensor in whole} - {None}
+    saved = {tensor.module for tensor in whole if not tensor.path.endswith(".bias")}
+    settings: dict[str, Any] = {"task_type": task or task_of_base}
+    if any(tensor.path.endswith(".bias") and tensor.module not in saved for tensor in whole):
         settings["bias"] = "all"
-    if tops := {_upto(tensor.pair.path, heads) for tensor in whole if heads & set(tensor.pair.path.split("."))}:
+    if tops:
         settings["modules_to_save"] = sorted(tops)
-    if stacks := sorted(tensor.pair.path for tensor in factored if tensor.pair.kind == "experts"):
+    if stacks := sorted(tensor.path for tensor in factored if tensor.pair.kind == "experts"):
         settings["target_parameters"] = stacks
     if any(tensor.pair.transposed and tensor.pair.kind == "linear" for tensor in factored):
         settings["fan_in_fan_out"] = True
@@ -155,18 +158,16 @@ def _settings(
         settings["target_modules"] = sorted(short)
     names = module_names(tensor.pair for tensor in factored)
     origin = {
-        group: {
-            names.get(each.pair.path, each.pair.path): {"tensor": each.pair.base} for each in part if each.pair.base
-        }
+        group: {names.get(each.path, each.path): {"tensor": each.pair.base} for each in part if each.pair.base}
         for group, part in (("modules", factored), ("replacements", whole))
     }
     return settings | {manifest.ORIGIN: origin}
 
 
-def _upto(path: str, names: frozenset[str]) -> str:
+def _upto(path: str, names: set[str]) -> str | None:
     """Return a path up to the first segment that is one of these names."""
     segments = path.split(".")
-    return ".".join(segments[: 1 + next(i for i, segment in enumerate(segments) if segment in names)])
+    return next((".".join(segments[: i + 1]) for i, segment in enumerate(segments) if segment in names), None)
 
 
 def _step(
@@ -174,13 +175,11 @@ def _step(
     identity: BaseIdentity, tuned_root: str,
 ) -> Step:  # fmt: skip
     counts = {name: sum(tensor.outcome == name for tensor in outcomes) for name in CLASSES}
-    lost = sum(tensor.norm2 for tensor in outcomes if tensor.outcome == "dropped")
-    everything = sum(tensor.norm2 for tensor in outcomes)
     parameters = {
         "method": "block Krylov", "ranks": options.rank_choice.to_json(),
         "dtype": options.stored, "tolerance": options.tolerance,
         "tensors": counts | {"missing": len(pairing.missing)},
-        "dropped_energy": float(f"{lost / everything if everything else 0:.6g}"),
+        "dropped_energy": float(f"{dropped_energy(outcomes):.6g}"),
         "certificate": to_json(layers),
     }  # fmt: skip
     inputs: tuple[Mapping[str, Any], ...] = ({"digest": identity.root}, {"digest": tuned_root})
@@ -190,13 +189,13 @@ def _step(
 def _notes(base: Checkpoint, outcomes: tuple[Outcome, ...], pairing: Pairing) -> Iterator[str]:
     """Say what is new, and what PEFT will refuse to load although `merge` takes it."""
     whole = [tensor for tensor in outcomes if tensor.outcome == "whole"]
-    if new := [tensor.pair.path for tensor in whole if tensor.pair.base is None]:
+    if new := [tensor.path for tensor in whole if tensor.pair.base is None]:
         yield f"{len(new)} tensor(s) are new, and no part of the base: {', '.join(new[:5])}"
     inner = {".".join(parts[:i]) for tensor in outcomes if tensor.factors
-             for parts in [tensor.pair.path.split(".")] for i in range(1, len(parts))}  # fmt: skip
-    if loose := [tensor.pair.path for tensor in whole if _module(tensor) in inner]:
+             for parts in [tensor.path.split(".")] for i in range(1, len(parts))}  # fmt: skip
+    if loose := [tensor.path for tensor in whole if tensor.module in inner]:
         yield f"PEFT cannot load {', '.join(loose[:5])}: it saves modules whole, and there are factored ones inside"
-    if pairing.head and task(base) != "CAUSAL_LM" and any(_main(tensor, base) for tensor in whole):
+    if pairing.head and task_of(base.config)[0] != "CAUSAL_LM" and any(_main(tensor, base) for tensor in whole):
         yield "PEFT may refuse to load the embedding, which this kind of model ties in more places than the head"
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from loratools.linalg.ranks.rules import Fixed, RankRule
 from loratools.linalg.svd.truncated import TruncatedSVD
-from loratools.parallel import Progress, no_progress
+from loratools.parallel import no_progress
 from loratools.storage.header import TensorSpec
 from loratools.surgery.extract.factor import Factored, decompose, first_rule, is_complete, stored2
 from loratools.surgery.extract.options import ExtractOptions
@@ -18,51 +17,41 @@ from loratools.surgery.extract.read import Delta, common_dtype, one_of, read_del
 from loratools.surgery.extract.spool import Spool
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Stack:
-    """A factored stack with the sums of squares over its experts; see `deltas.Delta`."""
-
-    factored: Factored
-    base_norm2: float
-    norm2: float
-    noise2: float
-
-
 def factor_stack(
     pair: Pair, base: TensorSpec, tuned: TensorSpec, shapes: Sequence[tuple[int, int]], options: ExtractOptions,
-    spool: Spool, progress: Progress, rule: RankRule | None = None,
-) -> Stack:  # fmt: skip
-    """Return the truncated SVD of each expert's ΔW at the largest rank that any of them calls for.
+    spool: Spool, rule: RankRule | None = None,
+) -> tuple[Factored, float, float, float]:  # fmt: skip
+    """Return the truncated SVD of each expert's ΔW at the largest rank that any of them calls for, and three sums.
 
-    On disk the factors are B (E·out, r) and A (r, E·in). An expert that did not change, or whose ΔW has a lower rank,
-    gets zeros.
+    These are `norm2`, `base_norm2` and `noise2` of a `Delta`, over all experts. On disk the factors are B (E·out, r)
+    and A (r, E·in). An expert that did not change, or whose ΔW has a lower rank, gets zeros.
     """
 
-    def look(e: int, rule: RankRule, progress: Progress) -> tuple[Delta, TruncatedSVD | None]:
-        delta = read_delta(one_of(base, e), one_of(tuned, e), progress, keep=True)
+    def look(e: int, rule: RankRule) -> tuple[Delta, TruncatedSVD | None]:
+        delta = read_delta(one_of(base, e), one_of(tuned, e), no_progress, keep=True)
         D = delta.D.T if delta.D is not None and pair.transposed else delta.D
         return delta, None if D is None else decompose(D, rule, options)
 
-    count, sums = tuned.shape[0], [0.0, 0.0, 0.0]
-    shown: list[TruncatedSVD | None] = []
-    for e in range(count):
+    shown, energies = [], []
+    for e in range(tuned.shape[0]):
         used = rule or first_rule(one_of(tuned, e), shapes, options)
-        delta, svd = look(e, used, progress)
+        delta, svd = look(e, used)
         shown.append(svd)
-        sums = [a + b for a, b in zip(sums, (delta.base_norm2, delta.norm2, delta.noise2), strict=True)]
+        energies.append((delta.norm2, delta.base_norm2, delta.noise2))
     most = max((svd.rank for svd in shown if svd), default=0)
     for e, svd in enumerate(shown):
         if svd and svd.rank < most:
-            shown[e] = look(e, Fixed(most), no_progress)[1]
+            shown[e] = look(e, Fixed(most))[1]
     svds = [svd for svd in shown if svd]
     sides = tuned.shape[:0:-1] if pair.transposed else tuned.shape[1:]
     B, A, sigma2 = _stacked(shown, sides, common_dtype(base, tuned))
     factored = Factored(
         spool.add(B, A), tuple(value**0.5 for value in sigma2), is_complete(len(sigma2), sides, used),
         sum(svd.error2 for svd in svds), sum(stored2(svd, options.stored) for svd in svds),
-        sum(svd.excess_estimate for svd in svds), sum(svd.excess_bound for svd in svds), count,
+        sum(svd.excess_estimate for svd in svds), sum(svd.excess_bound for svd in svds), len(shown),
     )  # fmt: skip
-    return Stack(factored, *sums)
+    norm2, base_norm2, noise2 = map(sum, zip(*energies, strict=True))
+    return factored, norm2, base_norm2, noise2
 
 
 def _stacked(

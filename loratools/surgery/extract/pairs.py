@@ -95,14 +95,12 @@ def pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pairing:
     matched = [(name, source, paths[name]) for name, source in sorted(counterparts.items())]
     if heads.retied and heads.tuned_embedding:
         matched.append((heads.tuned_embedding, heads.retied, heads.retied))
-    pairs = [
-        _decide(name, source, path, base, tuned, old if source else new, selection) for name, source, path in matched
-    ]
+    pairs = [_decide(*match, base, tuned, old if match[1] else new, selection) for match in matched]
     if heads.tied and str(heads.base_embedding).removesuffix(".weight").rpartition(".")[2] != "embed_tokens":
         pairs = [_as_tied(match, selection) if match.base == heads.base_embedding else match for match in pairs]
     if heads.copy:
         pairs.append(Pair(heads.copy, None, heads.copy, "ignore", "other", "tied: the embedding counts"))
-    missing = tuple(sorted(base.specs.keys() - used - ({heads.base_copy} if heads.base_copy else set())))
+    missing = tuple(sorted(base.specs.keys() - used - {heads.base_copy}))
     head = (heads.base_copy or heads.copy or "lm_head.weight") if heads.tied else None
     return Pairing(tuple(pairs), missing, head, tuple(_notes(heads)))
 
@@ -180,9 +178,9 @@ def _decide(
     whole = _why_whole(path, kind, after, before, selection, kinds.heads)
     if whole is None:
         return Pair(name, source, path.removesuffix(".weight"), "factor", kind, "", transposed)
-    if kind == "embedding" and whole.startswith("--kind"):
-        return Pair(name, source, path, "drop" if selection.drop_whole else "whole", kind, whole, sparse=True)
-    return Pair(name, source, path, "drop" if selection.drop_whole else "whole", kind, whole, transposed, reshaped)
+    sparse = kind == "embedding" and whole.startswith("--kind")
+    plan = "drop" if selection.drop_whole else "whole"
+    return Pair(name, source, path, plan, kind, whole, transposed, reshaped, sparse)
 
 
 def _why_whole(
@@ -213,7 +211,7 @@ class Kinds:
         model_type = config.get("model_type")
         named = isinstance(model_type, str)
         self._conv1d = CONV1D.get(str(model_type), frozenset()) if named else CONV1D["gpt2"]
-        self.heads = frozenset(_task_of(config)[1])
+        self.heads = frozenset(task_of(config)[1])
         self._stacks_turned = model_type in TRANSPOSED
         self._turned = bool(self._conv1d) and (named or bool(biases_tell(self._shapes)))
 
@@ -236,17 +234,8 @@ class Kinds:
         return "linear", self._turned and last in self._conv1d
 
 
-def task(model: Checkpoint) -> str | None:
-    """Return PEFT's name for the task of a model, by the architecture in its config.json."""
-    return _task_of(model.config)[0]
-
-
-def heads_of_task(model: Checkpoint) -> frozenset[str]:
-    """Return the names of the heads that PEFT saves whole for the task of a model."""
-    return frozenset(_task_of(model.config)[1])
-
-
-def _task_of(config: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]]:
+def task_of(config: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]]:
+    """Return PEFT's name for the task of a model, by the architecture in its config, and the heads it saves whole."""
     architectures = config.get("architectures")
     name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     return next((known for ending, known in _TASKS.items() if name.endswith(ending)), (None, ()))

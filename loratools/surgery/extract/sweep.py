@@ -90,8 +90,9 @@ class Sweep:
         stacked = pair.kind == "experts"
         delta = read_delta(source, spec, self.progress, keep=pair.plan == "factor" and not stacked)
         if pair.plan == "factor" and stacked and not delta.identical:
-            stack = factor_stack(pair, source, spec, shapes, self.options, self.spool, no_progress)
-            return _Result(pair, stack.norm2, stack.base_norm2, delta.digests, stack.factored, noise2=stack.noise2)
+            stack = factor_stack(pair, source, spec, shapes, self.options, self.spool)
+            factored, norm2, base_norm2, noise2 = stack
+            return _Result(pair, norm2, base_norm2, delta.digests, factored, noise2=noise2)
         if pair.plan == "factor" and not delta.identical:
             assert delta.D is not None
             factored = factor(pair, delta, spec, shapes, self.options, self.spool)
@@ -108,10 +109,11 @@ class Sweep:
         result, rule = job
         source, spec = self._specs(result.pair)[-1], self.tuned.specs[result.pair.name]
         if result.pair.kind == "experts":
-            stack = factor_stack(result.pair, source, spec, (), self.options, self.spool, no_progress, rule)
-            return replace(result, factored=stack.factored)
-        delta = read_delta(source, spec, no_progress, keep=True)
-        return replace(result, factored=factor(result.pair, delta, spec, (), self.options, self.spool, rule))
+            factored = factor_stack(result.pair, source, spec, (), self.options, self.spool, rule)[0]
+        else:
+            delta = read_delta(source, spec, no_progress, keep=True)
+            factored = factor(result.pair, delta, spec, (), self.options, self.spool, rule)
+        return replace(result, factored=factored)
 
     def _outcome(self, result: _Result, rank: int) -> Outcome:
         pair, spec = result.pair, self.tuned.specs[result.pair.name]

@@ -13,7 +13,6 @@ others look at single elements of ΔW and so need one module's matrix, which `_d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Protocol, cast
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from loratools.errors import UnknownKind
 from loratools.options import either
-from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Term
+from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Terms
 
 
 class Method(Protocol):
@@ -32,9 +31,8 @@ class Method(Protocol):
     OPTIONS: frozenset[str]
     LIKE: frozenset[str]
 
-    def merge(self, terms: Sequence[Term], options: MethodOptions, chance: Chance) -> tuple[Tensor, Tensor] | Tensor:
+    def merge(self, terms: Terms, options: MethodOptions, chance: Chance) -> tuple[Tensor, Tensor] | Tensor:
         """Return the combined change of one module: left (rows, k) and right (k, columns), or the matrix itself."""
-        ...
 
 
 def names() -> tuple[str, ...]:

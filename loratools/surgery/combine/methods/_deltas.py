@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from loratools.surgery.combine.methods._terms import Term
+from loratools.surgery.combine.methods._terms import Terms
 
 Bits = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
@@ -21,7 +21,7 @@ TILE = 1 << 20
 class Deltas:
     """Rows of ΔW₁ … ΔW_T of one module, float32, without their weights."""
 
-    def __init__(self, terms: Sequence[Term], *, whole: bool = False) -> None:
+    def __init__(self, terms: Terms, *, whole: bool = False) -> None:
         self.terms = tuple(terms)
         self.factors = [(term.left.float(), term.right.float()) for term in terms]
         self.shape = (terms[0].left.shape[0], terms[0].right.shape[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -26,12 +27,15 @@ class Term:
     identity: str = ""
 
 
+Terms = Sequence[Term]
+"""The changes of one module by all adapters."""
+
+
 class Chance(Protocol):
     """Draws what is kept."""
 
     def keep(self, term: Term, tile: int, probability: Tensor) -> Tensor:
         """Return a mask that is True with the given probabilities; `tile` counts the tiles of rows of a matrix."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,10 @@ the largest go. This is mergekit's `breadcrumbs`, with its gamma of 0.01 where n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from loratools.surgery.combine.methods._deltas import Deltas
-from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Term
+from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Terms
 
 SUMMARY = "drop outliers and small elements, then the weighted sum"
 OPTIONS = frozenset({"density", "gamma"})
@@ -20,7 +18,7 @@ LIKE = frozenset[str]()
 GAMMA = 0.01
 
 
-def merge(terms: Sequence[Term], options: MethodOptions, chance: Chance) -> Tensor:
+def merge(terms: Terms, options: MethodOptions, chance: Chance) -> Tensor:
     """Return Σ wᵢ·xᵢ·[low ≤ |xᵢ| < high] with the cuts of each adapter."""
     deltas = Deltas(terms)
     kept = int(options.share * deltas.elements)

@@ -7,14 +7,12 @@ stacked factors, balanced, so that the result does not depend on how a factor is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from loratools.linalg.factored import factored_svd
 from loratools.surgery.combine.methods._signs import disjoint_mean
-from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Term
+from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Term, Terms
 from loratools.surgery.combine.methods.knots import trimmed
 
 SUMMARY = "TIES on the small cores of the adapters in a common space"
@@ -22,7 +20,7 @@ OPTIONS = frozenset({"density"})
 LIKE = frozenset[str]()
 
 
-def merge(terms: Sequence[Term], options: MethodOptions, chance: Chance) -> tuple[Tensor, Tensor]:
+def merge(terms: Terms, options: MethodOptions, chance: Chance) -> tuple[Tensor, Tensor]:
     """Return left = U (rows, k) and right = M·Vᵀ (k, columns), in float64."""
     balanced = [_balanced(term) for term in terms]
     U = _basis(torch.cat([left for left, _ in balanced], 1))

@@ -6,26 +6,24 @@ stream: `like` "peft" draws as it does after `torch.manual_seed(seed)`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from loratools.surgery.combine.methods._deltas import Deltas
-from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Term
+from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Terms
 
 SUMMARY = "drop elements at random and rescale, then the weighted sum"
 OPTIONS = frozenset({"density", "seed"})
 LIKE = frozenset({"peft"})
 
 
-def merge(terms: Sequence[Term], options: MethodOptions, chance: Chance) -> Tensor:
+def merge(terms: Terms, options: MethodOptions, chance: Chance) -> Tensor:
     """Return Σ wᵢ·xᵢ·mᵢ/density with random masks m."""
     deltas, density = Deltas(terms, whole=options.like == "peft"), options.share
     return deltas.merged(lambda X, tile: (dropped(X, terms, density, chance, tile) * deltas.weights).sum(0))
 
 
-def dropped(X: Tensor, terms: Sequence[Term], density: float, chance: Chance, tile: int) -> Tensor:
+def dropped(X: Tensor, terms: Terms, density: float, chance: Chance, tile: int) -> Tensor:
     """Return X·m/density, (T, rows, columns)."""
     if density == 1:
         return X

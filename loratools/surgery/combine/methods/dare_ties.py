@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from loratools.surgery.combine.methods._deltas import Deltas
 from loratools.surgery.combine.methods._signs import disjoint_mean
-from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Term
+from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Terms
 from loratools.surgery.combine.methods.dare import dropped
 
 SUMMARY = "drop elements at random and rescale, then elect sign and average"
@@ -16,7 +14,7 @@ OPTIONS = frozenset({"density", "seed"})
 LIKE = frozenset({"peft"})
 
 
-def merge(terms: Sequence[Term], options: MethodOptions, chance: Chance) -> Tensor:
+def merge(terms: Terms, options: MethodOptions, chance: Chance) -> Tensor:
     """Return the disjoint mean of the changes that are left."""
     deltas, density = Deltas(terms, whole=options.like == "peft"), options.share
 

@@ -7,15 +7,13 @@ our epsilon, but rescales to the L1 norm.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from loratools.errors import LoraToolsError
 from loratools.surgery.combine.methods._deltas import Deltas
 from loratools.surgery.combine.methods._signs import disjoint_mean
-from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Term
+from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Terms
 
 SUMMARY = "drop small elements more often than large ones and rescale, then elect sign and average"
 OPTIONS = frozenset({"density", "epsilon", "seed"})
@@ -25,7 +23,7 @@ EPSILON = 0.15
 """Taken where none is given, as in mergekit; less where the density leaves less."""
 
 
-def merge(terms: Sequence[Term], options: MethodOptions, chance: Chance) -> Tensor:
+def merge(terms: Terms, options: MethodOptions, chance: Chance) -> Tensor:
     """Return the disjoint mean of x·m/p with P(m) = p. Raises `LoraToolsError` where p would leave (0, 1]."""
     density = options.share
     epsilon = min(EPSILON, density / 2, 1 - density) if options.epsilon is None else options.epsilon

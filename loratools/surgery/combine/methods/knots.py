@@ -7,21 +7,19 @@ product of rank at most Σr, exactly. Averaging the Vᵢ instead would give the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from loratools.linalg.factored import factored_svd
 from loratools.surgery.combine.methods._signs import disjoint_mean
-from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Term
+from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Terms
 
 SUMMARY = "TIES on right factors that one SVD has aligned"
 OPTIONS = frozenset({"density"})
 LIKE = frozenset[str]()
 
 
-def merge(terms: Sequence[Term], options: MethodOptions, chance: Chance) -> tuple[Tensor, Tensor]:
+def merge(terms: Terms, options: MethodOptions, chance: Chance) -> tuple[Tensor, Tensor]:
     """Return left = U·Σ (rows, k) and right = TIES of the aligned Vᵢ (k, columns), in float64."""
     diagonal: Tensor = torch.block_diag(*(term.right for term in terms))  # type: ignore[no-untyped-call]
     svd = factored_svd(torch.cat([term.left for term in terms], 1), diagonal)

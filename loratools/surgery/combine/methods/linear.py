@@ -6,18 +6,16 @@ adapters; kohya's `merge_lora` does the same. That is not done here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from loratools.linalg.factored import concatenate
-from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Term
+from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Terms
 
 SUMMARY = "the weighted sum, exact; negative weights take an adapter away (task arithmetic)"
 OPTIONS = frozenset[str]()
 LIKE = frozenset({"peft"})
 
 
-def merge(terms: Sequence[Term], options: MethodOptions, chance: Chance) -> tuple[Tensor, Tensor]:
+def merge(terms: Terms, options: MethodOptions, chance: Chance) -> tuple[Tensor, Tensor]:
     """Return factors of Σ wᵢ·leftᵢ·rightᵢ at rank Σrᵢ."""
     return concatenate([(term.weight, term.left, term.right) for term in terms])

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from loratools.surgery.combine.methods._deltas import Deltas
-from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Term
+from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Terms
 
 SUMMARY = "each adapter's largest elements only, then the weighted sum"
 OPTIONS = frozenset({"density"})
 LIKE = frozenset({"peft"})
 
 
-def merge(terms: Sequence[Term], options: MethodOptions, chance: Chance) -> Tensor:
+def merge(terms: Terms, options: MethodOptions, chance: Chance) -> Tensor:
     """Return Σ wᵢ·xᵢ·[|xᵢ| ≥ tᵢ], tᵢ the magnitude of element number ⌊density·mn⌋; elements equal to it all stay."""
     deltas = Deltas(terms)
     (cuts,) = deltas.cuts(int(options.share * deltas.elements))

@@ -7,21 +7,19 @@ the rest is averaged with the coefficients. As the authors' code and mergekit co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from loratools.errors import LoraToolsError
 from loratools.surgery.combine.methods._deltas import Deltas, largest
-from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Term
+from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Terms
 
 SUMMARY = "select what differs most, weigh by energy, erase minority signs; takes no weights"
 OPTIONS = frozenset({"density"})
 LIKE = frozenset[str]()
 
 
-def merge(terms: Sequence[Term], options: MethodOptions, chance: Chance) -> Tensor:
+def merge(terms: Terms, options: MethodOptions, chance: Chance) -> Tensor:
     """Return Σ cᵢx̂ᵢ/Σ cᵢ over the adapters of the elected sign. Raises `LoraToolsError` for weights other than 1."""
     if any(term.weight != 1 for term in terms):
         raise LoraToolsError("method sce works out the weights itself; leave them out")

@@ -7,20 +7,18 @@ has its weight from the election on, as in mergekit. PEFT elects without the wei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from loratools.surgery.combine.methods._deltas import Deltas
 from loratools.surgery.combine.methods._signs import disjoint_mean
-from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Term
+from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Terms
 
 SUMMARY = "trim, elect sign, disjoint mean"
 OPTIONS = frozenset({"density"})
 LIKE = frozenset({"peft"})
 
 
-def merge(terms: Sequence[Term], options: MethodOptions, chance: Chance) -> Tensor:
+def merge(terms: Terms, options: MethodOptions, chance: Chance) -> Tensor:
     """Return the disjoint mean of the trimmed changes."""
     deltas = Deltas(terms)
     (cuts,) = deltas.cuts(int(options.share * deltas.elements))
