@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from threading import Lock
+from typing import TYPE_CHECKING
 
 import click
 
 from loratools.cli._show import encode, encode_text, printable
-from loratools.parallel import Progress
+
+if TYPE_CHECKING:
+    from loratools.parallel import Progress
 
 PATIENCE = 0.5
 """Seconds of work before a progress bar appears."""

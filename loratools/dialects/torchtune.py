@@ -32,7 +32,6 @@ from loratools.dialects._frame.losses import (
 from loratools.dialects._frame.numbers import is_number
 from loratools.dialects.gguf.names import Layout
 from loratools.dialects.gguf.rows import permuted
-from loratools.dialects.peft.profiles import uniform
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.storage import atomic
 from loratools.storage.lazy import LazyTensor
@@ -118,6 +117,8 @@ def losses(adapter: Adapter) -> list[Loss]:
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     """Write `adapter_model.pt` and its `adapter_config.json`, of one rank and one scaling as its recipes are."""
+    from loratools.dialects.peft.profiles import uniform  # `inspect` need not wait for it
+
     config = adapter.settings.get(_SETTING)
     heads = _heads(config) if isinstance(config, Mapping) else None
     if heads is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from loratools.errors import UnsupportedAdapter
-from loratools.options import either
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +89,8 @@ def parse_float(dtype: str | torch.dtype) -> str:
     """
     name = ALIASES.get(str(dtype).removeprefix("torch.").lower())
     if name is None:
-        raise ValueError(f"{str(dtype)!r} is not a dtype that a model can be written in; it can be {either(SPELLINGS)}")
+        choices = f"{', '.join(SPELLINGS[:-1])} or {SPELLINGS[-1]}"
+        raise ValueError(f"{str(dtype)!r} is not a dtype that a model can be written in; it can be {choices}")
     return name
 
 

@@ -15,10 +15,12 @@ from contextvars import ContextVar
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, TYPE_CHECKING, Literal
 
 from loratools.errors import BadFile, LoraToolsError
-from loratools.parallel import Progress
+
+if TYPE_CHECKING:
+    from loratools.parallel import Progress
 
 Location = str | os.PathLike[str]
 """A path, or a reference. A reference is a text: a `Path` has lost one of its slashes."""
@@ -26,10 +28,10 @@ Location = str | os.PathLike[str]
 Need = Literal["adapter", "checkpoint", "header"]
 """What of an input will be read: an adapter's files, a model's, or the headers of either."""
 
-Watch = Callable[[int], AbstractContextManager[Progress]]
+Watch = Callable[[int], AbstractContextManager["Progress"]]
 """Begins to show progress: bytes in all -> a context with the function that takes the bytes since the last call."""
 
-Fetching = Callable[[str, int], AbstractContextManager[Progress]]
+Fetching = Callable[[str, int], AbstractContextManager["Progress"]]
 """The same for references: the reference, and the bytes in all."""
 
 _RESOLVERS: dict[str, tuple[str, str]] = {}

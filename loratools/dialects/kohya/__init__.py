@@ -29,7 +29,6 @@ from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import IDENTITY, identity_losses, replacement_losses, without
 from loratools.dialects._frame.metadata import metadata_of, settings_with
 from loratools.dialects._frame.numbers import is_float32, read_number
-from loratools.dialects.kohya import hashes
 from loratools.dialects.kohya.names import NAMES_KEY, dotted, flattened, head_of
 from loratools.errors import BadFile
 from loratools.format import keys
@@ -130,6 +129,8 @@ def losses(adapter: Adapter) -> list[Loss]:
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     """Write one safetensors file with alphas in float32 (float64 where float32 would round them) and its hashes."""
+    from loratools.dialects.kohya.hashes import hashes  # `inspect` need not wait for it
+
     adapter = without(rename.to_original(adapter, unet=False), losses(adapter))
     names, unknown = flattened(adapter.updates)
     tensors: dict[str, LazyTensor] = {}
@@ -138,7 +139,7 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     metadata = _metadata(adapter)
     if unknown:
         metadata[NAMES_KEY] = json.dumps(unknown, sort_keys=True)
-    metadata |= hashes.hashes(tensors, metadata)
+    metadata |= hashes(tensors, metadata)
     save.save(target, _FILE, tensors, metadata, force=force)
 
 

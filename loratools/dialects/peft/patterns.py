@@ -38,7 +38,7 @@ _PART = r"""
     | (?: [*+?] | \{(?:\d+(?:,\d*)?|,\d+)\} ) \?? (?!\+)                # repeats, not possessive
     | [^\\\[(){}*+?|]                                                   # a character, also ^ . $
 """
-_READ_ALIKE = re.compile(rf"(?:\(\?i\))?(?:{_PART})*+", re.VERBOSE | re.ASCII)
+_READ_ALIKE = rf"(?:\(\?i\))?(?:{_PART})*+"
 # Letters and digits of other scripts are classified, and their case is folded, by tables of each package's own.
 _BY_TABLE = re.compile(r"\\[dDwWsSbB]|^\(\?i\)")
 
@@ -221,7 +221,7 @@ def compile_checked(pattern: str) -> regex.Pattern[str]:
     if len(pattern) > MAX_PATTERN:
         raise ValueError(f"a regular expression of {len(pattern)} characters; at most {MAX_PATTERN} are read")
     foreign = pattern.startswith("(?i)") and not pattern.isascii()
-    if foreign or not _READ_ALIKE.fullmatch(pattern):
+    if foreign or not re.fullmatch(_READ_ALIKE, pattern, re.VERBOSE | re.ASCII):
         raise ValueError(f"{pattern[:80]!r} is not a regular expression, or has in it what no trainer writes")
     try:
         re.compile(pattern)  # what PEFT cannot use is refused, also where `regex` could
