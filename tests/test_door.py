@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import iter_modules
@@ -111,6 +112,16 @@ def test_the_first_example_runs(workplace: Path) -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=workplace, env=clean_env(), check=True)
 
 
+@dataclass
+class Place:
+    """A path that is no `Path`."""
+
+    text: str
+
+    def __fspath__(self) -> str:
+        return self.text
+
+
 def kinds_of_input(workplace: Path, hub: LocalHub) -> dict[str, Callable[[str], Any]]:
     """Return how an input of the workplace is given: by a text, a `Path`, a reference to the Hub, an open value."""
     for name in ("base", "adapter", "other", "sealed", "merged", "tuned"):
@@ -123,12 +134,13 @@ def kinds_of_input(workplace: Path, hub: LocalHub) -> dict[str, Callable[[str], 
     return {
         "text": lambda name: str(workplace / name),
         "path": lambda name: workplace / name,
+        "path-like": lambda name: Place(str(workplace / name)),
         "reference": lambda name: f"hf://lab/{name}",
         "open": opened,
     }
 
 
-@pytest.mark.parametrize("kind", ["text", "path", "reference", "open"])
+@pytest.mark.parametrize("kind", ["text", "path", "path-like", "reference", "open"])
 def test_every_function_takes_every_kind_of_input(
     kind: str, hub: LocalHub, workplace: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from loratools import dialects
 from loratools.adapter.kinds import Update
@@ -73,7 +72,7 @@ class Comparison:
 
 
 def compare(
-    first: str | Path | Adapter, second: str | Path | Adapter, base: Location | Checkpoint | None = None
+    first: Location | Adapter, second: Location | Adapter, base: Location | Checkpoint | None = None
 ) -> Comparison:
     """Tell how alike two adapters are: the angle between their changes, and the subspaces that they use.
 

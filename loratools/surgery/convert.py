@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from loratools import dialects
@@ -26,6 +25,7 @@ from loratools.options import Options
 from loratools.parallel import Progress
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
+from loratools.storage.sources import Location
 from loratools.surgery.hash import hash_checkpoint
 from loratools.surgery.inputs import AdapterSource, ModelSource, open_model
 
@@ -47,7 +47,7 @@ class Conversion:
 
 def convert(
     adapter: AdapterSource,
-    output: str | Path,
+    output: Location,
     *,
     to: str = "loratools",
     base: ModelSource | None = None,

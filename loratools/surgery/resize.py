@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.parallel import Progress
 from loratools.storage.dtypes import FloatName
+from loratools.storage.sources import Location
 from loratools.surgery.combine import Combination, run
 from loratools.surgery.combine.options import CombineOptions
 from loratools.surgery.inputs import AdapterSource
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def resize(
     adapter: AdapterSource,
-    output: str | Path,
+    output: Location,
     ranks: Ranks | int,
     *,
     dtype: FloatName | torch.dtype = "F32",

@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 
 from loratools import dialects
 from loratools.adapter.low_rank import load, products
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.compact import natural
 from loratools.linalg.factored import singular_values
+from loratools.storage.sources import Location
 
 SHARES = (0.99, 0.999)
 """Shares of the energy for which the needed rank is given."""
@@ -51,7 +51,7 @@ class AdapterSpectrum:
     uniform_rank: tuple[int, ...]
 
 
-def spectrum(adapter: str | Path | Adapter, dialect: str | None = None) -> AdapterSpectrum:
+def spectrum(adapter: Location | Adapter, dialect: str | None = None) -> AdapterSpectrum:
     """Return the singular values of every ΔW = s·B·A, and the rank that they need.
 
     From a QR of each factor and an r × r core in float64; no dense ΔW is built. A module of DoRA is that of its

@@ -21,6 +21,7 @@ from loratools.storage import atomic, digest
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.companions import companions
 from loratools.storage.header import TensorSpec
+from loratools.storage.sources import Location
 from loratools.surgery.inputs import AdapterSource, ModelSource, open_adapters, places, under_names_of
 from loratools.surgery.merge.folder import write_companions
 from loratools.surgery.merge.options import MergeOptions
@@ -49,7 +50,7 @@ def switch(
     model: ModelSource,
     out: AdapterSource | Sequence[AdapterSource],
     into: AdapterSource | Sequence[AdapterSource],
-    output: str | Path,
+    output: Location,
     *,
     weights: float | Sequence[float] | None = None,
     check_base: CheckBase = "strict",

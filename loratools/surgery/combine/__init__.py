@@ -32,6 +32,7 @@ from loratools.options import CheckBase
 from loratools.parallel import Progress, no_progress
 from loratools.storage import atomic
 from loratools.storage.dtypes import FloatName
+from loratools.storage.sources import Location
 from loratools.surgery.base import agree
 from loratools.surgery.combine import methods, truncate, whole
 from loratools.surgery.combine.align import Aligned, align
@@ -76,7 +77,7 @@ class Combination:
 
 def combine(
     adapters: AdapterSource | Sequence[AdapterSource],
-    output: str | Path,
+    output: Location,
     *,
     weights: float | str | Weight | Sequence[float | str | Weight] | None = None,
     method: str = "linear",
@@ -155,7 +156,7 @@ def combine(
 
 def run(
     adapters: Sequence[AdapterSource],
-    output: str | Path,
+    output: Location,
     options: CombineOptions,
     weights: Sequence[float | str | Weight] | None = None,
     initial: AdapterSource | None = None,

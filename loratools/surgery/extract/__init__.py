@@ -34,6 +34,7 @@ from loratools.parallel import Progress, cores, no_progress
 from loratools.storage import atomic
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.dtypes import FloatName
+from loratools.storage.sources import Location
 from loratools.surgery.extract.assemble import Outcome, assemble, companion_files, dropped_energy
 from loratools.surgery.extract.layers import Total, total
 from loratools.surgery.extract.options import ExtractOptions
@@ -75,7 +76,7 @@ class Extraction:
 def extract(
     base: ModelSource,
     tuned: ModelSource,
-    output: str | Path,
+    output: Location,
     ranks: Ranks | int = 32,
     *,
     selection: Selection | None = None,

@@ -10,12 +10,12 @@ folder    the files beside the weights
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratools.options import CheckBase, Device, Retention, Rounding, Tied
 from loratools.parallel import Progress
 from loratools.storage.dtypes import FloatName
+from loratools.storage.sources import Location
 from loratools.surgery.inputs import AdapterSource, ModelSource
 from loratools.surgery.merge.options import MergeOptions
 from loratools.surgery.merge.run import Merge, MergeReport, Sink, execute, prepare
@@ -29,7 +29,7 @@ __all__ = ["Merge", "MergeOptions", "MergeReport", "Sink", "execute", "merge", "
 def merge(
     base: ModelSource,
     adapters: AdapterSource | Sequence[AdapterSource],
-    output: str | Path,
+    output: Location,
     *,
     weights: float | Sequence[float] | None = None,
     dtype: FloatName | torch.dtype | None = None,

@@ -20,6 +20,7 @@ from loratools.format.record import TOOL, of_merge, refuse_second_merge
 from loratools.parallel import Progress, cores, no_progress
 from loratools.storage import atomic, digest
 from loratools.storage.companions import companions, own_config
+from loratools.storage.sources import Location
 from loratools.surgery.hash import hash_tensors
 from loratools.surgery.inputs import AdapterSource, ModelSource, open_adapters, open_model, places, under_names_of
 from loratools.surgery.merge.folder import write_companions
@@ -108,7 +109,7 @@ class MergeReport:
 def prepare(
     base: ModelSource,
     adapters: AdapterSource | Sequence[AdapterSource],
-    output: str | Path,
+    output: Location,
     *,
     weights: float | Sequence[float] | None = None,
     options: MergeOptions = MergeOptions(),  # noqa: B008  (frozen)

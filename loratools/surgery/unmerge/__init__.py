@@ -20,6 +20,7 @@ from loratools.parallel import Progress, cores, no_progress
 from loratools.storage import atomic, digest, files
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.companions import companions, copy_companions, json_text
+from loratools.storage.sources import Location
 from loratools.storage.strict_json import read_json
 from loratools.surgery.base import prove
 from loratools.surgery.hash import hash_tensors
@@ -56,7 +57,7 @@ class UnmergeReport:
 def unmerge(
     model: ModelSource,
     adapters: AdapterSource | Sequence[AdapterSource],
-    output: str | Path,
+    output: Location,
     *,
     base: ModelSource | None = None,
     weights: float | Sequence[float] | None = None,
