@@ -5,7 +5,6 @@ Two digests can be compared where both sides state one, of one algorithm; a dige
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,11 +36,6 @@ class Comparison:
     unknown: tuple[Pair, ...]
     by_name: bool | None
 
-    @property
-    def by_digest(self) -> bool | None:
-        """Whether both are of one base as far as digests tell: False if any differs, None if none can be compared."""
-        return False if self.differing else True if self.agreeing else None
-
 
 def compare(first: BaseIdentity, second: BaseIdentity, *, complete: bool = False) -> Comparison:
     """Compare two identities of a base, digest by digest: schema, tensors by name, root.
@@ -49,30 +43,18 @@ def compare(first: BaseIdentity, second: BaseIdentity, *, complete: bool = False
     With `complete` the second lists every tensor of its base, so that one which it lacks differs; otherwise a tensor
     that only one of them lists is unknown, as an adapter lists those that it changes.
     """
-    agreeing: list[Pair] = []
-    differing: list[Pair] = []
-    unknown: list[Pair] = []
-    for pair in _pairs(first, second):
-        if complete and pair.tier == "tensors" and pair.second is None:
-            differing.append(pair)
-        elif not _comparable(pair):
-            unknown.append(pair)
-        else:
-            (agreeing if pair.first == pair.second else differing).append(pair)
+    schema = Pair("schema", first.schema or None, second.schema or None)
+    root = Pair("root", first.root or None, second.root or None)
+    names = sorted(first.tensors.keys() | second.tensors.keys())
+    tensors = [Pair("tensors", first.tensors.get(name), second.tensors.get(name), name) for name in names]
+
+    def agree(pair: Pair) -> bool | None:
+        if pair.first is None or pair.second is None:
+            return False if complete and pair.tier == "tensors" and pair.second is None else None
+        same_algorithm = digest.algorithm_of(pair.first) == digest.algorithm_of(pair.second)
+        return pair.first == pair.second if same_algorithm else None
+
+    stated = [(pair, agree(pair)) for pair in (schema, *tensors, root) if pair.first or pair.second]
+    agreeing, differing, unknown = ([pair for pair, own in stated if own is group] for group in (True, False, None))
     by_name = None if first.id is None or second.id is None else first.id == second.id
     return Comparison(tuple(agreeing), tuple(differing), tuple(unknown), by_name)
-
-
-def _pairs(first: BaseIdentity, second: BaseIdentity) -> Iterator[Pair]:
-    if first.schema or second.schema:
-        yield Pair("schema", first.schema or None, second.schema or None)
-    for name in sorted(first.tensors.keys() | second.tensors.keys()):
-        yield Pair("tensors", first.tensors.get(name), second.tensors.get(name), name)
-    if first.root or second.root:
-        yield Pair("root", first.root or None, second.root or None)
-
-
-def _comparable(pair: Pair) -> bool:
-    if pair.first is None or pair.second is None:
-        return False
-    return digest.algorithm_of(pair.first) == digest.algorithm_of(pair.second)

@@ -23,23 +23,15 @@ TOOL = f"loratools {loratools.__version__}"
 def of_merge(base: Checkpoint, inputs: Sequence[AdapterInput]) -> dict[str, Any]:
     """Return what a record says before the merge runs."""
     ids = {each.adapter.base.id for each in inputs if each.adapter.base and each.adapter.base.id}
-    return {
-        "schema": 1,
-        "operation": "merge",
-        "tool": TOOL,
-        "base": {"id": ids.pop() if len(ids) == 1 else None, "schema": base.schema()},
-        "adapters": [
-            {
-                "digest": each.digest,
-                "weight": each.weight,
-                "dialect": each.adapter.dialect,
-                "modules": len(each.adapter.updates),
-                "kinds": ", ".join(sorted({update.kind for update in each.adapter.updates.values()})),
-                "ranks": ", ".join(str(r) for r in sorted({update.rank for update in each.adapter.updates.values()})),
-            }
-            for each in inputs
-        ],
-    }
+    adapters = []
+    for each in inputs:
+        updates = each.adapter.updates.values()
+        entry = {"digest": each.digest, "weight": each.weight, "dialect": each.adapter.dialect, "modules": len(updates)}
+        entry["kinds"] = ", ".join(sorted({update.kind for update in updates}))
+        entry["ranks"] = ", ".join(map(str, sorted({update.rank for update in updates})))
+        adapters.append(entry)
+    identity = {"id": ids.pop() if len(ids) == 1 else None, "schema": base.schema()}
+    return {"schema": 1, "operation": "merge", "tool": TOOL, "base": identity, "adapters": adapters}
 
 
 def read(model: Checkpoint) -> dict[str, Any]:
@@ -51,18 +43,11 @@ def read(model: Checkpoint) -> dict[str, Any]:
 def is_complete(record: Mapping[str, Any]) -> bool:
     """Tell whether a record is that of a merge, and has what is needed to take its adapters out again."""
     adapters, base = record.get("adapters"), record.get("base")
-    return (
-        record.get("operation") == "merge"
-        and isinstance(adapters, list)
-        and all(
-            isinstance(entry, Mapping)
-            and isinstance(entry.get("digest"), str)
-            and isinstance(entry.get("weight"), int | float)
-            for entry in adapters
-        )
-        and isinstance(base, Mapping)
-        and isinstance(base.get("tensors"), Mapping)
-    )
+    if record.get("operation") != "merge" or not isinstance(adapters, list) or not isinstance(base, Mapping):
+        return False
+    stated = [(each.get("digest"), each.get("weight")) for each in adapters if isinstance(each, Mapping)]
+    sound = all(isinstance(digest, str) and isinstance(weight, int | float) for digest, weight in stated)
+    return sound and len(stated) == len(adapters) and isinstance(base.get("tensors"), Mapping)
 
 
 def base_of(record: Mapping[str, Any]) -> BaseIdentity:

@@ -113,6 +113,11 @@ class Checkpoint:
         return self.origins.get(name, name)
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor."""
+        return {name: spec.shape for name, spec in self.specs.items()}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(spec.nbytes for spec in self.specs.values())

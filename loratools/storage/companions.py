@@ -16,10 +16,8 @@ from loratools.storage.strict_json import read_json
 RECORD = "loratools.json"
 """What was done, beside the shards of a model that loratools wrote."""
 
-
 RESIDUAL = "unmerge.residual"
 """What rounding destroyed; not a name that a loader would take for weights."""
-
 
 # An adapter that was trained with its own tokenizer or chat template brings them; they win over the base's.
 TOKENIZER_FILES = frozenset({
@@ -47,11 +45,11 @@ def companions(base: Checkpoint, adapter_paths: Iterable[Path | None]) -> dict[s
     problems = []
     for adapter in adapter_paths:
         for path in sorted(adapter.iterdir()) if adapter is not None and adapter.is_dir() else ():
-            if path.name not in TOKENIZER_FILES or not path.is_file():
-                continue
-            if path.name in of_adapters and of_adapters[path.name].read_bytes() != path.read_bytes():
-                problems.append(f"{path.name}: {of_adapters[path.name]} and {path} differ")
-            of_adapters[path.name] = path
+            if path.name in TOKENIZER_FILES and path.is_file():
+                other = of_adapters.get(path.name, path)
+                if other != path and other.read_bytes() != path.read_bytes():
+                    problems.append(f"{path.name}: {other} and {path} differ")
+                of_adapters[path.name] = path
     if problems:
         raise IncompatibleAdapter("the adapters bring different tokenizers; merge them one at a time", problems)
     return of_base | of_adapters
@@ -59,8 +57,8 @@ def companions(base: Checkpoint, adapter_paths: Iterable[Path | None]) -> dict[s
 
 def own_config(adapter: Path | None) -> dict[str, Any] | None:
     """Return the config.json that an adapter's folder brings, if it brings one."""
-    path = adapter / "config.json" if adapter is not None and adapter.is_dir() else None
-    return read_json(path) if path is not None and path.is_file() else None
+    path = adapter and adapter / "config.json"
+    return read_json(path) if path and path.is_file() else None
 
 
 def copy_companions(sources: Mapping[str, Path], folder: Path, texts: Mapping[str, str | None]) -> None:
@@ -68,16 +66,13 @@ def copy_companions(sources: Mapping[str, Path], folder: Path, texts: Mapping[st
 
     A name that is in `texts` alone is written too.
     """
-    for name in [*sources, *(texts.keys() - sources.keys())]:
-        target = folder / name
-        text = texts.get(name)
-        if name in texts and text is None:
-            continue
+    for name in dict.fromkeys([*sources, *texts]):
+        target, text = folder / name, texts.get(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if text is None:
-            shutil.copyfile(sources[name], target)
-        else:
+        if text is not None:
             target.write_text(text, encoding="utf-8")
+        elif name not in texts:
+            shutil.copyfile(sources[name], target)
 
 
 def json_text(document: Mapping[str, Any]) -> str:

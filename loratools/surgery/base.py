@@ -5,13 +5,13 @@ All of them put the question to `adapter/identity.py`, which compares two identi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from loratools.adapter.identity import Comparison, Pair, compare
+from loratools.adapter.identity import compare
 from loratools.adapter.model import BaseIdentity
 from loratools.errors import WrongBase
 from loratools.format import record as records
@@ -37,22 +37,25 @@ def agree(names: Sequence[str], bases: Sequence[BaseIdentity | None], check: Che
     names do, and a warning says so. `check` is `strict`, `warn` (differences are warnings) or `off`. Raises `WrongBase`
     with every pair that differs.
     """
-    options = Options()
-    options.word("check_base", check, CheckBase)
-    options.done()
+    Options().word("check_base", check, CheckBase).done()
     differing, uncertain = [], []
-    for (name, base), (other_name, other) in combinations(zip(names, bases, strict=True), 2):
-        first, second = base or BaseIdentity(), other or BaseIdentity()
-        comparison = compare(first, second)
+    identities = [base or BaseIdentity() for base in bases]
+    for (name, first), (other_name, second) in combinations(zip(names, identities, strict=True), 2):
+        comparison, both = compare(first, second), f"{name} and {other_name}"
         if comparison.differing:
-            differing.append(f"{name} and {other_name}: {_first_difference(comparison)}")
-        elif comparison.by_digest is None and comparison.by_name is None:
-            nameless = " and ".join(n for n, one in ((name, first), (other_name, second)) if one.id is None)
+            pair = comparison.differing[0]
+            of_tensor, of_all = f"{pair.name} differs in their bases", f"the {pair.tier} hashes of their bases differ"
+            what = of_tensor if pair.tier == "tensors" else of_all
+            differing.append(f"{both}: {what}, {pair.first} and {pair.second}")
+        elif comparison.agreeing:
+            continue
+        elif comparison.by_name is None:
+            nameless = " and ".join(n for n, base in ((name, first), (other_name, second)) if base.id is None)
             uncertain.append(f"{nameless} does not say which base it belongs to, so it cannot be compared")
-        elif comparison.by_digest is None and comparison.by_name is False:
+        elif comparison.by_name:
+            uncertain.append(f"{both}: the base models are compared by name only, {first.id}")
+        else:
             differing.append(f"{name} belongs to {first.id}, {other_name} to {second.id}")
-        elif comparison.by_digest is None:
-            uncertain.append(f"{name} and {other_name}: the base models are compared by name only, {first.id}")
     if differing and check == "strict":
         raise WrongBase(
             "these adapters belong to different base models, so their changes cannot be added up",
@@ -62,13 +65,6 @@ def agree(names: Sequence[str], bases: Sequence[BaseIdentity | None], check: Che
     return Agreement(_common(bases), () if check == "off" else tuple(dict.fromkeys([*differing, *uncertain])))
 
 
-def _first_difference(comparison: Comparison) -> str:
-    pair = comparison.differing[0]
-    if pair.tier == "tensors":
-        return f"{pair.name} differs in their bases, {pair.first} and {pair.second}"
-    return f"the {pair.tier} hashes of their bases differ, {pair.first} and {pair.second}"
-
-
 def _common(bases: Sequence[BaseIdentity | None]) -> BaseIdentity | None:
     """Return what can be said of the one base: what some adapter states and none contradicts.
 
@@ -76,7 +72,7 @@ def _common(bases: Sequence[BaseIdentity | None]) -> BaseIdentity | None:
     """
     known = [base for base in bases if base is not None]
 
-    def single(values: list[str | None]) -> str | None:
+    def single(values: Iterable[str | None]) -> str | None:
         stated = {value for value in values if value}
         return stated.pop() if len(stated) == 1 else None
 
@@ -85,8 +81,8 @@ def _common(bases: Sequence[BaseIdentity | None]) -> BaseIdentity | None:
         stated = {(name, value) for base in known for name, value in base.tensors.items()}
         tensors = dict(sorted(stated)) if len(dict(stated)) == len(stated) else {}
     identity = BaseIdentity(
-        single([base.id for base in known]), single([base.revision for base in known]),
-        single([base.schema for base in known]), tensors, single([base.root for base in known]),
+        single(base.id for base in known), single(base.revision for base in known),
+        single(base.schema for base in known), tensors, single(base.root for base in known),
     )  # fmt: skip
     return identity if identity != BaseIdentity() else None
 
@@ -96,54 +92,35 @@ def of_headers(base: Checkpoint, identity: BaseIdentity) -> BaseIdentity:
     return BaseIdentity(schema=base.schema(digest.algorithm_of(identity.schema)) if identity.schema else None)
 
 
-def identity_like(
-    identity: BaseIdentity, base: Checkpoint, *, threads: int | None = None, progress: Progress | None = None
-) -> BaseIdentity:
-    """Return the identity of a checkpoint in the tiers that another states, each with the algorithm of that one.
-
-    Tensors are read only where the other states their digests, or the root of all.
-    """
-    wanted: dict[str, set[str]] = {}
-    for name in identity.tensors.keys() & base.specs.keys():
-        wanted.setdefault(digest.algorithm_of(identity.tensors[name]), set()).add(name)
-    if identity.root:
-        wanted.setdefault(digest.algorithm_of(identity.root), set()).update(base.specs)
-    digests = {
-        algorithm: hash_tensors({name: base.specs[name] for name in names}, algorithm, threads, progress)
-        for algorithm, names in wanted.items()
-    }
-    of_root = digest.algorithm_of(identity.root) if identity.root else None
-    return BaseIdentity(
-        schema=of_headers(base, identity).schema,
-        tensors={
-            name: digests[digest.algorithm_of(value)][name]
-            for name, value in identity.tensors.items()
-            if name in base.specs
-        },
-        root=digest.root(digests[of_root], of_root) if of_root else None,
-    )
-
-
 def differences(
     identity: BaseIdentity, base: Checkpoint, *, threads: int | None = None, progress: Progress | None = None
 ) -> list[str]:
     """Return in what a base differs from the one an adapter was sealed with, a sentence each; none if it is that base.
 
-    An identity without any digest is itself a difference: nothing can be proved. `threads` is by default one per core;
-    `progress` takes the bytes read.
+    Every tier that the identity states is compared, each with its own algorithm; tensors are read only where it states
+    their digests, or the root of all. An identity without any digest is itself a difference: nothing can be proved.
+    `threads` is by default one per core; `progress` takes the bytes read.
     """
     if not identity.sealed:
         return ["the adapter states no base hash, so nothing can be compared"]
-    actual = identity_like(identity, base, threads=threads, progress=progress)
-    return [_difference(pair) for pair in compare(identity, actual, complete=True).differing]
-
-
-def _difference(pair: Pair) -> str:
-    if pair.tier == "schema":
-        return "schema: other names, dtypes or shapes than the sealed base has"
-    if pair.tier == "root":
-        return "root: some tensor is not that of the sealed base"
-    return f"{pair.name}: {'its bytes are not those of the sealed base' if pair.second else 'not in this base'}"
+    algorithms = {name: digest.algorithm_of(value) for name, value in identity.tensors.items() if name in base.specs}
+    of_root = digest.algorithm_of(identity.root) if identity.root else None
+    digests = {}
+    for algorithm in {*algorithms.values(), of_root} - {None}:
+        wanted = [name for name in base.specs if algorithm in (of_root, algorithms.get(name))]
+        digests[algorithm] = hash_tensors({n: base.specs[n] for n in wanted}, str(algorithm), threads, progress)
+    tensors = {name: digests[algorithm][name] for name, algorithm in algorithms.items()}
+    root = digest.root(digests[of_root], of_root) if of_root else None
+    actual = replace(of_headers(base, identity), tensors=tensors, root=root)
+    sentences = {
+        "schema": "schema: other names, dtypes or shapes than the sealed base has",
+        "root": "root: some tensor is not that of the sealed base",
+    }
+    return [
+        sentences.get(pair.tier)
+        or f"{pair.name}: {'its bytes are not those of the sealed base' if pair.second else 'not in this base'}"
+        for pair in compare(identity, actual, complete=True).differing
+    ]
 
 
 def prove(record: Mapping[str, Any], digests: Mapping[str, str], where: str | Path) -> str | None:

@@ -96,15 +96,15 @@ def convert(
         options.word("profile", profile, profiles.Name)
         if to != "peft":
             options.problems.append(f"profile is {profile!r}, which is for to='peft', not {to!r}")
-    options.flag("allow_loss", allow_loss)
-    options.flag("force", force)
-    options.done()
+    options.flag("allow_loss", allow_loss).flag("force", force).done()
     checkpoint = None if base is None else open_model(base)
     converted = adapter if isinstance(adapter, Adapter) else dialects.open_adapter(adapter, base=checkpoint)
     checkpoint = checkpoint and replicated(checkpoint, [converted])
     records = _records(to)
     if records:
-        converted = replace(converted, provenance=(*converted.provenance, _step(converted, to, base is not None)))
+        parameters = {"from": converted.dialect, "to": to, "sealed": base is not None}
+        step = Step("convert", TOOL, parameters, ({"digest": adapter_digest(converted)},))
+        converted = replace(converted, provenance=(*converted.provenance, step))
     if base_id is not None:
         converted = replace(converted, base=replace(converted.base or BaseIdentity(), id=base_id))
     if checkpoint is not None:
@@ -116,8 +116,7 @@ def convert(
         else:
             _placed(in_base, checkpoint)  # which raises if it does not fit
     if profile is not None:
-        shapes = {name: spec.shape for name, spec in checkpoint.specs.items()} if checkpoint else None
-        converted = profiles.apply(converted, profile, shapes)
+        converted = profiles.apply(converted, profile, checkpoint.shapes if checkpoint else None)
     losses = dialects.save_adapter(converted, output, dialect=to, allow_loss=allow_loss, force=force)
     return Conversion(str(output), to, adapter_digest(converted), len(converted.updates), converted.base, tuple(losses))
 
@@ -136,15 +135,9 @@ def seal(adapter: Adapter, base: Checkpoint, progress: Progress | None = None) -
     stated = adapter.base or BaseIdentity()
     digests = {name: hashes.tensors[name] for name in sorted(touched)}
     identity = BaseIdentity(stated.id, stated.revision, hashes.schema, digests, hashes.root)
-    tensor_of: dict[str, str] = {}
-    for placement in placements:
-        tensor_of.setdefault(placement.module, placement.site.tensor)
-    tensor_of |= {
-        path: name
-        for path, replacement in untied.replacements.items()
-        for name, tensor in replacements.items()
-        if tensor is replacement
-    }
+    tensor_of = {placement.module: placement.site.tensor for placement in reversed(placements)}  # the first one counts
+    name_of = {id(tensor): name for name, tensor in replacements.items()}
+    tensor_of |= {path: name_of[id(lazy)] for path, lazy in untied.replacements.items() if id(lazy) in name_of}
     decided("sealed with %s: the digests of %d of its %d tensors", base.path, len(digests), len(base.specs))
     return replace(adapter, base=identity, settings=_with_tensors(adapter, tensor_of))
 
@@ -155,9 +148,8 @@ def _placed(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, list[Placement
     Raises `IncompatibleAdapter` unless the adapter fits the base.
     """
     untied = apply_policy((adapter,), base.specs, base.config, "both").adapters[0]
-    shapes = {name: spec.shape for name, spec in base.specs.items()}
-    whole = resolve_replacements(untied, shapes)
-    after = shapes | {name: tensor.shape for name, tensor in whole.items()}
+    whole = resolve_replacements(untied, base.shapes)
+    after = base.shapes | {name: tensor.shape for name, tensor in whole.items()}
     return untied, list(resolve(untied, after, base.config)), whole
 
 
@@ -185,8 +177,3 @@ def _with_tensors(adapter: Adapter, tensors: dict[str, str]) -> dict[str, Any]:
         if entries:
             origin[group] = {**old, **entries}
     return {**adapter.settings, manifest.ORIGIN: origin}
-
-
-def _step(adapter: Adapter, to: str, sealed: bool) -> Step:
-    parameters = {"from": adapter.dialect, "to": to, "sealed": sealed}
-    return Step("convert", TOOL, parameters, ({"digest": adapter_digest(adapter)},))

@@ -63,9 +63,7 @@ def hash_checkpoint(
     options = Options()
     for tier in tiers:
         options.word("tiers", tier, Tier)
-    options.word("algorithm", algorithm, Algorithm)
-    options.number("threads", threads, least=1, optional=True)
-    options.done()
+    options.word("algorithm", algorithm, Algorithm).threads(threads).done()
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.open(local(checkpoint, "header" if set(tiers) <= {"schema"} else "checkpoint"))
     selected = set(checkpoint.specs) if include is None else _select(checkpoint, include)
@@ -113,14 +111,9 @@ def hash_tensors(
 
 def _select(checkpoint: Checkpoint, include: str | Iterable[str]) -> set[str]:
     """Return the names that match the patterns; raise `LoraToolsError` with every pattern that matches none."""
-    selected: set[str] = set()
-    unmatched = []
-    for pattern in [include] if isinstance(include, str) else include:
-        matches = {name for name in checkpoint.specs if fnmatchcase(name, pattern)}
-        unmatched += [] if matches else [pattern]
-        selected |= matches
-    if unmatched:
-        patterns = ", ".join(map(repr, unmatched))
+    patterns = [include] if isinstance(include, str) else include
+    matches = {pattern: {name for name in checkpoint.specs if fnmatchcase(name, pattern)} for pattern in patterns}
+    if unmatched := ", ".join(repr(pattern) for pattern, names in matches.items() if not names):
         hint = "`loratools inspect --modules` lists the names."
-        raise LoraToolsError(f"{checkpoint.path}: no tensor matches {patterns}", hint=hint)
-    return selected
+        raise LoraToolsError(f"{checkpoint.path}: no tensor matches {unmatched}", hint=hint)
+    return set().union(*matches.values())

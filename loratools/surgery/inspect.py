@@ -17,7 +17,8 @@ from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import TensorSpec
 from loratools.storage.lazy import LazyTensor
 from loratools.storage.sources import Location, session
-from loratools.storage.strict_json import read_json
+
+_Tensor = LazyTensor | TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,11 +179,11 @@ def describe_adapter(adapter: Adapter, path: Location, dialect: str, evidence: s
 
 def describe_checkpoint(checkpoint: Checkpoint, path: Location) -> CheckpointSummary:
     """Summarize an open checkpoint; `path` is where it is said to lie."""
-    config = checkpoint.config
-    specs = checkpoint.specs
-    architectures, model_type, tied = (
-        config.get(key) for key in ("architectures", "model_type", "tie_word_embeddings")
-    )
+    from loratools.format.record import read  # an adapter need not wait for this import
+
+    config, specs = checkpoint.config, checkpoint.specs
+    architectures, model_type = config.get("architectures"), config.get("model_type")
+    tied = config.get("tie_word_embeddings")
     return CheckpointSummary(
         path=str(path),
         architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else None,
@@ -190,23 +191,13 @@ def describe_checkpoint(checkpoint: Checkpoint, path: Location) -> CheckpointSum
         tied=tied if isinstance(tied, bool) else None,
         quantization=_quantization(config),
         components=checkpoint.components,
-        total=_amount(map(LazyTensor.stored, specs.values())),
-        dtypes=_by_dtype(map(LazyTensor.stored, specs.values())),
-        shards={
-            str(shard.path.relative_to(checkpoint.root)): _amount(map(LazyTensor.stored, shard.tensors.values()))
-            for shard in checkpoint.shards
-        },
+        total=_amount(specs.values()),
+        dtypes=_by_dtype(specs.values()),
+        shards={str(s.path.relative_to(checkpoint.root)): _amount(s.tensors.values()) for s in checkpoint.shards},
         schema=checkpoint.schema(),
-        record=_record(checkpoint.root),
+        record=read(checkpoint) or None,
         tensors=tuple(_tensor(name, specs[name]) for name in sorted(specs, key=natural)),
     )
-
-
-def _record(folder: Path) -> Mapping[str, Any] | None:
-    from loratools.storage.companions import RECORD  # an adapter need not wait for this import
-
-    path = folder / RECORD
-    return read_json(path) if path.is_file() else None
 
 
 def _groups(modules: Iterable[ModuleSummary]) -> tuple[Group, ...]:
@@ -226,17 +217,17 @@ def _quantization(config: Mapping[str, Any]) -> str | None:
     return f"{method}, {bits} bits" if bits else method
 
 
-def _tensor(name: str, tensor: LazyTensor | TensorSpec) -> TensorSummary:
+def _tensor(name: str, tensor: _Tensor) -> TensorSummary:
     return TensorSummary(name, tensor.dtype, tensor.shape, tensor.nbytes)
 
 
-def _amount(tensors: Iterable[LazyTensor]) -> Amount:
+def _amount(tensors: Iterable[_Tensor]) -> Amount:
     listed = list(tensors)
     return Amount(len(listed), sum(tensor.parameters for tensor in listed), sum(tensor.nbytes for tensor in listed))
 
 
-def _by_dtype(tensors: Iterable[LazyTensor]) -> dict[str, Amount]:
-    groups: dict[str, list[LazyTensor]] = defaultdict(list)
+def _by_dtype(tensors: Iterable[_Tensor]) -> dict[str, Amount]:
+    groups: dict[str, list[_Tensor]] = defaultdict(list)
     for tensor in tensors:
         groups[tensor.dtype].append(tensor)
-    return {dtype: _amount(listed) for dtype, listed in sorted(groups.items())}
+    return {dtype: _amount(group) for dtype, group in sorted(groups.items())}

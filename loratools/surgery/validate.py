@@ -58,10 +58,7 @@ def validate(
         >>> validate("sealed", "base").valid
         True
     """
-    options = Options()
-    options.flag("data", data)
-    options.number("threads", threads, least=1, optional=True)
-    options.done()
+    Options().flag("data", data).threads(threads).done()
     path = local(path, "adapter" if data else "header")
     report = rules.report(path, digest=data)
     if report.problems or base is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -38,10 +39,11 @@ def settle(
                 problems.append(f"adapter {i + 1}: its copy of {name} is another tensor than the base's")
             replacements[path] = copy
             notes.append(f"adapter {i + 1}: its own {path} takes the place of the base's, as in PEFT")
-        heads = {path for path in replacements if _last(path) in HEADS}
-        for head in heads:
-            for path in replacements.keys() - heads:
-                if _last(path) in EMBEDDINGS and _same(replacements[head], replacements[path]):
+        last = {path: path.removesuffix(".weight").rpartition(".")[2] for path in replacements}
+        for head in (path for path in last if last[path] in HEADS):
+            for path in (path for path in last if last[path] in EMBEDDINGS):
+                own, other = replacements[head].spec, replacements[path].spec
+                if own is not None and other is not None and files.same_bytes(own, other):
                     replacements[head] = replacements[path]
         adapter = replace(each.adapter, replacements=replacements, copies={})
         without_copies.append(replace(each, adapter=adapter))
@@ -89,10 +91,10 @@ def replaced(inputs: Sequence[AdapterInput], shapes: Mapping[str, tuple[int, ...
 
 def usual_dtype(specs: Mapping[str, TensorSpec]) -> str:
     """Return the floating-point dtype of most of a model's numbers, which a new head gets too."""
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for spec in specs.values():
         if spec.dtype in dtypes.FLOATS:
-            sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.parameters
+            sizes[spec.dtype] += spec.parameters
     return max(sizes, key=lambda dtype: (sizes[dtype], dtype), default="F32")
 
 
@@ -105,11 +107,6 @@ def _of_base(names: Names, base: Checkpoint, path: str) -> str | None:
     return tensors[0] if len(tensors) == 1 else None
 
 
-def _last(path: str) -> str:
-    """Return the last part of a module's name, given the path of its weight."""
-    return path.removesuffix(".weight").rpartition(".")[2]
-
-
 def _equal(copy: LazyTensor, spec: TensorSpec) -> bool:
     """Compare a copy with the base's tensor, each cast to the other's dtype: either cast may have been made."""
     if copy.spec is not None and copy.dtype == spec.dtype:
@@ -118,7 +115,3 @@ def _equal(copy: LazyTensor, spec: TensorSpec) -> bool:
 
     copied, own = copy.load(), files.read_tensor(spec)
     return torch.equal(copied.to(own.dtype), own) or torch.equal(own.to(copied.dtype), copied)
-
-
-def _same(first: LazyTensor, second: LazyTensor) -> bool:
-    return first.spec is not None and second.spec is not None and files.same_bytes(first.spec, second.spec)

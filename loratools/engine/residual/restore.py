@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loratools.adapter.model import Adapter
+from loratools.adapter.model import AdapterInput
 from loratools.adapter.placement.resolve import Placement, resolve
 from loratools.adapter.placement.tied import apply_policy
 from loratools.engine.residual import LENGTH, Layout, Lost, Residual, codes, prediction, read_bits
@@ -24,32 +24,27 @@ from loratools.storage.header import TensorSpec
 from loratools.storage.layout import FilePlan, index_json, plan_file
 
 
-def lost_tensors(
-    model: Checkpoint, residual: Residual, adapters: Sequence[Adapter], weights: Sequence[float], tied: str
-) -> dict[str, Lost]:
+def lost_tensors(model: Checkpoint, residual: Residual, inputs: Sequence[AdapterInput], tied: str) -> dict[str, Lost]:
     """Return what the residual brings back, with the placements that the merge had: found again from the base's layout.
 
     Raises `IncompatibleAdapter` where the adapters do not fit the base that the residual describes, `BadFile` where the
     merged model lacks what the residual builds on.
     """
     described = {name: (dtype, shape) for file in residual.layout for name, dtype, shape in file.tensors}
-    shapes = {name: spec.shape for name, spec in model.specs.items()}
-    shapes |= {name: shape for name, (_, shape) in described.items()}
+    shapes = model.shapes | {name: shape for name, (_, shape) in described.items()}
     config = {key: value for key, value in {**model.config, **residual.config}.items() if value is not None}
     specs = {name: TensorSpec(dtype, shape, model.path, 0, 0) for name, (dtype, shape) in described.items()}
-    untied = apply_policy(tuple(adapters), specs, config, tied)
+    untied = apply_policy(tuple(each.adapter for each in inputs), specs, config, tied)
     placements: dict[str, list[tuple[Placement, float]]] = {}
-    for adapter, weight in zip(untied.adapters, weights, strict=True):
+    for adapter, origin in zip(untied.adapters, inputs, strict=True):
         for placement in resolve(adapter, shapes, config):
-            placements.setdefault(placement.site.tensor, []).append((placement, weight))
+            placements.setdefault(placement.site.tensor, []).append((placement, origin.weight))
     lost = {}
     for name, mode in residual.modes.items():
         dtype, shape = described[name]
-        after = model.specs.get(name)
-        if mode == "stored":
-            lost[name] = Lost(name, dtype, shape, None)
-            continue
-        if mode not in ("predicted", "direct") or not after or after.shape != shape or after.dtype not in dtypes.FLOATS:
+        after = model.specs.get(name) if mode != "stored" else None
+        fits = after is not None and after.shape == shape and after.dtype in dtypes.FLOATS
+        if mode != "stored" and not (fits and mode in ("predicted", "direct")):
             raise BadFile(f"{residual.path}: tensor {name!r} cannot be predicted from this model ({mode})")
         lost[name] = Lost(name, dtype, shape, after, tuple(placements.get(name, ())) if mode == "predicted" else ())
     return lost

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from loratools.storage import digest
 from loratools.storage.strict_json import read_json
 
 _NAME = ".merge.json"
-_CHUNK = 1 << 20
 
 
 def fingerprint(plan: MergePlan, settings: Settings) -> str:
@@ -46,7 +46,10 @@ class Journal:
         self._folder, self._key = folder, key
         self.done: dict[str, list[TensorResult]] = {}
         self._entries: dict[str, Any] = {}
-        for name, entry in self._recorded().items():
+        document: dict[str, Any] = {}
+        with suppress(BadFile):  # as if there were none
+            document = read_json(folder / _NAME)
+        for name, entry in document["files"].items() if document.get("key") == key else ():
             path = folder / name
             if path.is_file() and _digest(path) == entry["digest"]:
                 self._entries[name] = entry
@@ -74,18 +77,10 @@ class Journal:
         (self._folder / _NAME).unlink(missing_ok=True)
         return sorted((result for results in self.done.values() for result in results), key=lambda result: result.name)
 
-    def _recorded(self) -> dict[str, Any]:
-        path = self._folder / _NAME
-        try:
-            document = read_json(path) if path.is_file() else {}
-        except BadFile:
-            document = {}
-        return dict(document["files"]) if document.get("key") == self._key else {}
-
 
 def _digest(path: Path) -> str:
     hasher = digest.new()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
+        while chunk := file.read(1 << 20):
             hasher.update(chunk)
     return hasher.hexdigest()

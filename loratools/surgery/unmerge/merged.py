@@ -32,11 +32,9 @@ class MergedModel:
 
     @classmethod
     def open(
-        cls,
-        model: ModelSource,
-        adapters: AdapterSource | Sequence[AdapterSource],
+        cls, model: ModelSource, adapters: AdapterSource | Sequence[AdapterSource],
         weights: float | Sequence[float] | None,
-    ) -> MergedModel:
+    ) -> MergedModel:  # fmt: skip
         """Open a merged model and look up each adapter in its record by its digest.
 
         `weights` are for a model without a record; beside one they must be those recorded. Raises
@@ -48,25 +46,24 @@ class MergedModel:
         if not records.is_complete(record):
             return cls(model, {}, inputs, ())
         entries: Sequence[Mapping[str, Any]] = record["adapters"]
-        remaining = list(range(len(entries)))
+        remaining = dict(enumerate(entries))
         recorded: dict[int, AdapterInput] = {}
         problems = []
         for i, each in enumerate(inputs):
-            number = next((k for k in remaining if entries[k]["digest"] == each.digest), None)
+            number = next((k for k, entry in remaining.items() if entry["digest"] == each.digest), None)
             if number is None:
                 problems.append(f"adapter {i + 1}: its digest is {each.digest}")
                 continue
-            weight = entries[number]["weight"]
+            weight = remaining.pop(number)["weight"]
             if weights is not None and each.weight != weight:
                 problems.append(f"adapter {i + 1}: merged with weight {weight:g}, given {each.weight:g}")
-            remaining.remove(number)
             recorded[number] = replace(each, weight=float(weight))
         if problems:
             raise IncompatibleAdapter(
                 f"{model.root / RECORD}: the record of this model's merge does not list what is to be taken out",
                 [*problems, *(f"recorded: {entry['digest']}, weight {entry['weight']:g}" for entry in entries)],
             )
-        others = tuple(str(entries[number]["digest"]) for number in remaining)
+        others = tuple(entry["digest"] for entry in remaining.values())
         return cls(model, record, tuple(recorded[number] for number in sorted(recorded)), others)
 
     def residual(self) -> Residual | None:
@@ -76,8 +73,7 @@ class MergedModel:
 
     def lost(self, residual: Residual) -> dict[str, Lost]:
         """Return the tensors of the base that the residual brings back; see `engine/residual/restore.py`."""
-        adapters, weights = [each.adapter for each in self.inputs], [each.weight for each in self.inputs]
-        return lost_tensors(self.model, residual, adapters, weights, self.record.get("tied") or "error")
+        return lost_tensors(self.model, residual, self.inputs, self.record.get("tied") or "error")
 
     def negated(self) -> tuple[AdapterInput, ...]:
         """Return the inputs with the weights that take them out again."""

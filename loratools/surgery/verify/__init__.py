@@ -11,13 +11,13 @@ they give whole columns of ΔW, so there every element of W' is known, and how m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from loratools.adapter.placement.layers import replicated
 from loratools.adapter.placement.settle import settle
 from loratools.decisions import decided
-from loratools.engine.plan import Change, MergePlan
+from loratools.engine.plan import MergePlan
 from loratools.options import Options, Tied
 from loratools.parallel import Progress, cores, no_progress, workers
 from loratools.storage import dtypes, files
@@ -103,11 +103,7 @@ def verify(
         >>> verify("merged", "base", "adapter").ok
         True
     """
-    options = Options()
-    options.flag("exact", exact)
-    options.number("seed", seed)
-    options.number("threads", threads, least=1, optional=True)
-    options.done()
+    Options().flag("exact", exact).number("seed", seed).threads(threads).done()
     progress = progress or no_progress
     model, base = open_model(model), open_model(base)
     inputs = open_adapters(adapters, base, weights)
@@ -116,29 +112,21 @@ def verify(
     inputs, _ = settle(base, under_names_of(base, inputs), strict=False)
     plan = plan_merge(base, inputs, MergeOptions(tied=tied, check_base="off"))
     shared = {name: change for name, change in plan.changes.items() if name in model.specs}
-    count = sum(bool(change.placements) for change in shared.values())
+    untouched = [name for name, change in shared.items() if not change.placements]
+    touched = sorted(shared.keys() - untouched)
     how = "every element" if exact else f"{probing.PROBES} columns and {probing.PROBES} random probes of seed {seed}"
-    decided("%d tensors change: %s of each are compared; %d are byte for byte", count, how, len(shared) - count)
+    decided("%d tensors change: %s of each are compared; %d are byte for byte", len(touched), how, len(untouched))
     with workers(threads or min(8, cores())) as pool:
-        compared = {
-            name: pool.submit(_same, change.source, model.specs[name], progress)
-            for name, change in shared.items()
-            if not change.placements
-        }
-        measured = {
-            name: pool.submit(_check, plan, name, change, model.specs[name], exact, seed, progress)
-            for name, change in shared.items()
-            if change.placements
-        }
-        differing = sorted(name for name, future in compared.items() if not future.result())
-        checked = [measured[name].result() for name in sorted(measured)]
+        same = [pool.submit(_same, shared[name].source, model.specs[name], progress) for name in untouched]
+        checks = [pool.submit(_check, plan, name, model.specs[name], exact, seed, progress) for name in touched]
+        differing = tuple(sorted(name for name, future in zip(untouched, same, strict=True) if not future.result()))
+        checked = tuple(future.result() for future in checks)
     missing = tuple(sorted(plan.changes.keys() - model.specs.keys()))
     extra = tuple(sorted(model.specs.keys() - plan.changes.keys()))
     ok = not (differing or missing or extra) and all(check.within for check in checked)
     worst = max((check.error_of_weight for check in checked), default=0.0)
-    return Verification(
-        ok, tuple(checked), len(compared) - len(differing), tuple(differing), missing, extra, worst, exact, seed
-    )
+    identical = len(untouched) - len(differing)
+    return Verification(ok, checked, identical, differing, missing, extra, worst, exact, seed)
 
 
 def _same(base: TensorSpec, merged: TensorSpec, progress: Progress) -> bool:
@@ -151,50 +139,40 @@ def _same(base: TensorSpec, merged: TensorSpec, progress: Progress) -> bool:
     return torch.equal(files.read_tensor(base).to(dtypes.to_torch(merged.dtype)), files.read_tensor(merged))
 
 
-def _check(
-    plan: MergePlan, name: str, change: Change, merged: TensorSpec, exact: bool, seed: int, progress: Progress
-) -> TensorCheck:
+def _check(plan: MergePlan, name: str, merged: TensorSpec, exact: bool, seed: int, progress: Progress) -> TensorCheck:
     """Compare one changed tensor with its base and the adapters."""
     import torch
 
-    bound = 2.0 ** -dtypes.MANTISSA.get(merged.dtype, 0)
-    if merged.shape != change.source.shape or merged.dtype not in dtypes.MANTISSA:
+    source, bound = plan.changes[name].source, 2.0 ** -dtypes.MANTISSA.get(merged.dtype, 0)
+    if merged.shape != source.shape or merged.dtype not in dtypes.MANTISSA:
         return TensorCheck(name, float("inf"), float("inf"), bound, 0.0, False)
-    probes = probing.draw(plan, name, change, exact, seed)
+    probes = probing.draw(plan, name, exact, seed)
     norm, strays, tally = 0.0, 0, probing.Tally()
-    columns = probes[0].site.matrix[1]
-    for start, _, rows in files.row_tiles((change.source, merged), columns, _TILE):
+    for start, _, rows in files.row_tiles((source, merged), probes[0].site.matrix[1], _TILE):
         before, after = (stored.double() for stored in rows)
         delta = after - before
         norm += float(after.square().sum())
-        for probe in probes:
-            if overlap := probe.site.overlap(start, start + len(delta)):
-                inside = (overlap[0], slice(*probe.site.columns))
-                if probe.site.transposed:
-                    probe.Y += probe.X[:, overlap[1]] @ delta[inside]
-                else:
-                    probe.Y[:, overlap[1]] = probe.X @ delta[inside].T
-                probing.compare(tally, probe, overlap[1], before[inside], after[inside], merged.dtype, exact)
-        for probe in probes:
-            if overlap := probe.site.overlap(start, start + len(delta)):
-                delta[overlap[0], slice(*probe.site.columns)] = 0
+        overlaps = [(probe, probe.site.overlap(start, start + len(delta))) for probe in probes]
+        places = [(probe, rows[0], rows[1], slice(*probe.site.columns)) for probe, rows in overlaps if rows]
+        for probe, in_tile, in_site, columns in places:
+            probe.take(delta[in_tile, columns], in_site)
+            old, new = before[in_tile, columns], after[in_tile, columns]
+            probing.compare(tally, probe, in_site, old, new, merged.dtype, exact)
+        for _, in_tile, _, columns in places:
+            delta[in_tile, columns] = 0
         strays += int(torch.count_nonzero(delta))
         progress(delta.numel() * merged.nbytes // max(1, merged.parameters))
-    error = sum(float((probe.Y - probe.wanted).square().sum()) for probe in probes) / probing.PROBES
-    actual = sum(float(probe.Y.square().sum()) for probe in probes) / probing.PROBES
-    expected = sum(float(probe.wanted.square().sum()) for probe in probes) / probing.PROBES
-    cross = sum(float((probe.Y * probe.wanted).sum()) for probe in probes) / probing.PROBES
+
+    def mean(of: Callable[[probing.Probe], torch.Tensor]) -> float:
+        return sum(float(of(probe).sum()) for probe in probes) / probing.PROBES
+
+    error, actual = mean(lambda probe: (probe.Y - probe.wanted).square()), mean(lambda probe: probe.Y.square())
+    expected, cross = mean(lambda probe: probe.wanted.square()), mean(lambda probe: probe.Y * probe.wanted)
     of_weight = (error / norm) ** 0.5 if norm else 0.0
-    applied = cross / expected if expected else 1.0
-    within = of_weight <= bound * _SLACK[merged.dtype] and tally.far == 0 and tally.survived
     if exact:
         within = tally.far == 0 and tally.wrong <= 1 + tally.compared * probing.TIES[merged.dtype]
-    return TensorCheck(
-        name,
-        (error / actual) ** 0.5 if actual else 0.0,
-        of_weight,
-        bound,
-        applied,
-        within and strays == 0,
-        tally.wrong if exact else None,
-    )
+    else:
+        within = of_weight <= bound * _SLACK[merged.dtype] and tally.far == 0 and tally.survived
+    of_change, applied = (error / actual) ** 0.5 if actual else 0.0, cross / expected if expected else 1.0
+    mismatched = tally.wrong if exact else None
+    return TensorCheck(name, of_change, of_weight, bound, applied, within and strays == 0, mismatched)

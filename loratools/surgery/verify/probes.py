@@ -7,7 +7,6 @@ result there, to be compared one by one.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING
@@ -15,12 +14,14 @@ from typing import TYPE_CHECKING
 from loratools.adapter.kinds import Underlying
 from loratools.adapter.placement.resolve import Placement
 from loratools.adapter.site import Site
-from loratools.engine.plan import Change, MergePlan
+from loratools.engine.plan import MergePlan
 from loratools.storage import dtypes, files
 from loratools.storage.header import TensorSpec
 
 if TYPE_CHECKING:
     import torch
+
+_Group = list[tuple[int, Placement]]
 
 PROBES = 16
 
@@ -45,6 +46,13 @@ class Probe:
     change: torch.Tensor
     reach: float
 
+    def take(self, delta: torch.Tensor, rows: slice) -> None:
+        """Add X·(W' − W)ᵀ of some rows of the site."""
+        if self.site.transposed:
+            self.Y += self.X[:, rows] @ delta
+        else:
+            self.Y[:, rows] = self.X @ delta.T
+
 
 @dataclass(slots=True)
 class Tally:
@@ -63,13 +71,14 @@ class Tally:
         return abs(self.actual - self.expected) <= 0.05 * max(abs(self.expected), 0.05 * self.total)
 
 
-def draw(plan: MergePlan, name: str, change_of: Change, exact: bool, seed: int) -> list[Probe]:
-    """Draw the probes of each site and work out what the adapters should have done to them."""
+def draw(plan: MergePlan, name: str, exact: bool, seed: int) -> list[Probe]:
+    """Draw the probes of each site of a tensor and work out what the adapters should have done to them."""
     import torch
 
-    groups: dict[Site, list[tuple[int, Placement]]] = {}
-    sites = [placement.site for _, placement in change_of.placements]
-    for number, placement in change_of.placements:
+    groups: dict[Site, _Group] = {}
+    source, placements = plan.changes[name].source, plan.changes[name].placements
+    sites = [placement.site for _, placement in placements]
+    for number, placement in placements:
         for site in placement.site.cut(sites):  # a fused projection and a part of it share rows
             groups.setdefault(site, []).append((number, replace(placement, site=site)))
     generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
@@ -80,20 +89,15 @@ def draw(plan: MergePlan, name: str, change_of: Change, exact: bool, seed: int) 
         known = torch.arange(inputs) if exact else torch.randperm(inputs, generator=generator)[:PROBES].sort().values
         units = torch.zeros(len(known), inputs, dtype=torch.float64)
         units[torch.arange(len(known)), known] = 1
-        change = _projected(plan, group, units, change_of.source)
-        parts = (
-            [_projected(plan, [member], units, change_of.source) for member in group] if len(group) > 1 else [change]
-        )
+        change = _projected(plan, group, units, source)
+        parts = [_projected(plan, [each], units, source) for each in group] if len(group) > 1 else [change]
         reach = sum(float(part.abs().max()) for part in parts)
-        change = change if site.transposed else change.T
-        Y = torch.zeros(PROBES, out, dtype=torch.float64)
-        probes.append(Probe(site, X, Y, _projected(plan, group, X, change_of.source), known, change, reach))
+        Y, wanted = torch.zeros(PROBES, out, dtype=torch.float64), _projected(plan, group, X, source)
+        probes.append(Probe(site, X, Y, wanted, known, change if site.transposed else change.T, reach))
     return probes
 
 
-def _projected(
-    plan: MergePlan, group: list[tuple[int, Placement]], X: torch.Tensor, source: TensorSpec
-) -> torch.Tensor:
+def _projected(plan: MergePlan, group: _Group, X: torch.Tensor, source: TensorSpec) -> torch.Tensor:
     """Return X·(W' − W)ᵀ of all updates in their order, for the rows of W that land on the site."""
     site = group[0][1].site
 
@@ -102,13 +106,13 @@ def _projected(
         W = files.read_tensor(source).double().view(site.matrix)[slice(*site.rows), slice(*site.columns)]
         return W.T if site.transposed else W
 
-    out = site.shape[1] if site.transposed else site.shape[0]
-    additive = all(placement.update.additive for _, placement in group)
-    # Sums do not depend on W, so there it need not be loaded: it is taken for zero, before and after.
-    state: Callable[[torch.Tensor], torch.Tensor] = (
-        (lambda X: X.new_zeros(len(X), out)) if additive else (lambda X: X @ base().T)
-    )
-    before = state(X)
+    def untouched(X: torch.Tensor) -> torch.Tensor:
+        # Sums do not depend on W, so there it need not be loaded: it is taken for zero, before and after.
+        if all(placement.update.additive for _, placement in group):
+            return X.new_zeros(len(X), site.shape[1 if site.transposed else 0])
+        return X @ base().T
+
+    before, state = untouched(X), untouched
     for i, placement in group:
         under = Underlying(site, base, state)
         state = partial(placement.update.project, weight=plan.weights[i], under=under)
