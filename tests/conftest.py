@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -89,8 +91,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def workplace(prepared: Path, tmp_path: Path) -> Path:
     """A copy of `prepared` that a test may write into."""
-    import shutil
-
     return Path(shutil.copytree(prepared, tmp_path / "workplace"))
 
 
@@ -103,27 +103,51 @@ class Result:
     err: str
 
 
-@pytest.fixture(scope="session")
-def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Result]]:
-    """Return `shell(command, folder, **environment)`: run a line in bash, with `loratools` on the PATH.
-
-    loratools starts as tests/warm.py explains; COLD="1" starts it as a user does.
-    """
-    scripts = tmp_path_factory.mktemp("bin")
-    server = warm.Server(clean_env()) if sys.platform == "linux" else None
+@contextmanager
+def _shell(scripts: Path, package: Path) -> Iterator[Callable[..., Result]]:
+    env = clean_env() | {"PYTHONPATH": os.pathsep.join(dict.fromkeys([str(package), str(REPOSITORY)]))}
+    server = warm.Server(env, scripts) if sys.platform == "linux" else None
     warm.write_script(scripts, server)
 
     def run(command: str, folder: Path, **environment: str) -> Result:
-        env = clean_env() | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"} | environment
+        paths = {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
         done = subprocess.run(
-            ["bash", "-c", command], cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL,
-            check=False,
+            ["bash", "-c", command], cwd=folder, env=env | paths | environment, capture_output=True, text=True,
+            stdin=subprocess.DEVNULL, check=False,
         )  # fmt: skip
         return Result(done.returncode, done.stdout, done.stderr)
 
     yield run
     if server:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Result]]:
+    """Return `shell(command, folder, **environment)`: run a line in bash, with `loratools` on the PATH.
+
+    loratools starts as tests/warm.py explains; COLD="1" starts it as a user does.
+    """
+    with _shell(tmp_path_factory.mktemp("bin"), REPOSITORY) as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def shell_with(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[[Mapping[str, str]], Callable[..., Result]]]:
+    """Return `shell_with(files)`: the `shell` of a loratools that has more files, path in the package -> contents."""
+    with ExitStack() as stack:
+
+        def make(files: Mapping[str, str]) -> Callable[..., Result]:
+            package = tmp_path_factory.mktemp("package")
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(REPOSITORY / "loratools", package / "loratools", ignore=ignored)
+            for path, text in files.items():
+                (package / "loratools" / path).write_text(text)
+            return stack.enter_context(_shell(tmp_path_factory.mktemp("bin"), package))
+
+        yield make
 
 
 def clean_env() -> dict[str, str]:

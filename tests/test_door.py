@@ -197,6 +197,7 @@ def test_folders_of_headers_go_away(
     assert set(tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("mypy") is None, reason="mypy is not installed")
 def test_mypy_finds_what_is_wrong_in_a_users_script_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "right.py").write_text(SCRIPT)

@@ -55,11 +55,12 @@ os._exit(int(answer) if answer else 250)
 class Server:
     """The process that forks; it ends with `stop`, or with the process that made it."""
 
-    def __init__(self, env: dict[str, str]) -> None:
+    def __init__(self, env: dict[str, str], folder: Path) -> None:
         self.name = f"loratools-tests-{os.getpid()}-{id(self)}"
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.warm", self.name], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+            [sys.executable, "-m", "tests.warm", self.name], env=env, cwd=folder, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )  # fmt: skip
         assert self._process.stdout is not None
         assert self._process.stdout.read(6) == b"ready\n"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-import loratools
 from loratools import dialects
 from loratools.adapter.model import Adapter
 from loratools.storage.checkpoint import Checkpoint
@@ -82,18 +80,15 @@ def write(adapter, target, *, force=False):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for the path with a loratools that has one more file in `dialects/`; every other is as it is here."""
-    package, folder = Path(loratools.__file__).parent, tmp_path_factory.mktemp("site")
-    shutil.copytree(package, folder / "loratools", ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "loratools" / "dialects" / "toy.py").write_text(TOY)
-    return folder
+def toyed_shell(shell_with: Callable) -> Callable[..., Result]:
+    """The shell of a loratools with one more file in `dialects/`; every other file is as it is here."""
+    return shell_with({"dialects/toy.py": TOY})
 
 
 @pytest.fixture
-def toyed(workplace: Path, site: Path, shell: Callable[..., Result]) -> Callable[[str], Result]:
-    """Return a function that runs a command line of that loratools in `workplace`."""
-    return lambda line: shell(line, workplace, PYTHONPATH=str(site))
+def toyed(workplace: Path, toyed_shell: Callable[..., Result]) -> Callable[[str], Result]:
+    """Return a function that runs a line of that shell in `workplace`."""
+    return lambda line: toyed_shell(line, workplace)
 
 
 def test_it_appears_in_every_command(toyed: Callable[[str], Result], workplace: Path) -> None:

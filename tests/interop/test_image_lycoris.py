@@ -124,6 +124,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pat
     return made
 
 
+@pytest.mark.sweep(9)
 @pytest.mark.parametrize(("name", "algorithm"), CASES)
 def test_merged_weights_are_those_of_forward(
     bases: Callable[[str], tuple[Path, Path]], name: str, algorithm: str, tmp_path: Path
@@ -183,6 +184,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pa
     return made
 
 
+@pytest.mark.sweep(9)
 @pytest.mark.parametrize(("name", "algorithm"), CASES)
 def test_round_trips_keep_every_tensor_or_name_the_loss(
     written: Callable[[str, str], Path], name: str, algorithm: str, tmp_path: Path
@@ -234,6 +236,7 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         assert torch.equal(found[name].float(), tensor.float()), name
 
 
+@pytest.mark.sweep(9)
 @pytest.mark.parametrize(("name", "algorithm"), CASES)
 def test_every_naming_merges_into_every_layout_alike(
     bases: Callable[[str], tuple[Path, Path]],
