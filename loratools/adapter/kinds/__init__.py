@@ -18,15 +18,19 @@ from dataclasses import dataclass, fields
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
+from loratools.adapter.site import Site
 from loratools.errors import UnknownKind
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
     import torch
 
-    from loratools.adapter.site import Site
+Tensor: TypeAlias = "torch.Tensor"
+DType: TypeAlias = "torch.dtype"
+Device: TypeAlias = "torch.device"
+"""Torch's types by name: kinds are known, and their updates built, without torch."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,7 +48,7 @@ class Factors:
     magnitude: LazyTensor | None = None
     by_column: bool = False
 
-    def load(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def load(self) -> tuple[Tensor, Tensor]:
         """Load left and right, in the dtypes of the file, without the scale."""
         return self.left.load(), self.right.load()
 
@@ -90,11 +94,11 @@ class Term(Protocol):
         """Return one term for what this and another of the same site add, as one sum; None where they are no sum."""
         return None
 
-    def observe_rows(self, base: torch.Tensor, rows: slice) -> None:
+    def observe_rows(self, base: Tensor, rows: slice) -> None:
         """Take in unchanged rows of the rectangle; called once for each tile, in order, if `needs_pass`."""
         return
 
-    def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
+    def apply_rows(self, W: Tensor, rows: slice, base: Tensor | None) -> None:
         """Change `W`, the tile of `rows` of the rectangle in float32 or float64, in place.
 
         `base` has the same rows unchanged; it is None where `W` is still unchanged itself.
@@ -114,7 +118,7 @@ class Refinable(Term, Protocol):
     def gain(self, rows: slice) -> float:
         """Return the largest factor that `apply_rows` multiplied the sum with in these rows."""
 
-    def elements(self, W: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    def elements(self, W: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """Return single elements of the result in float64, from `W`, the unchanged ones in float64.
 
         `rows` and `columns` count in the rectangle.
@@ -131,8 +135,8 @@ class Underlying:
     """
 
     site: Site
-    base: Callable[[], torch.Tensor]
-    below: Callable[[torch.Tensor], torch.Tensor]
+    base: Callable[[], Tensor]
+    below: Callable[[Tensor], Tensor]
 
 
 class Usual(Protocol):
@@ -181,7 +185,7 @@ class Usual(Protocol):
         """Return the factors of ΔW, from shapes alone; None where the change is no such product."""
         return None
 
-    def with_factors(self, left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> Update:
+    def with_factors(self, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Update:
         """Return an update of the same weight with ΔW = left·right, its alpha the rank, so that its scaling is 1.
 
         `left` and `right` are as in `Factors`; `bias` (out,) is what is added to the module's bias. Raises `ValueError`
@@ -223,30 +227,30 @@ class Update(Usual, Protocol):
     def additive(self) -> bool:
         """Whether it adds the same ΔW to any W: then the order among such updates means nothing."""
 
-    def term(self, site: Site, weight: float, dtype: torch.dtype, device: torch.device) -> Term:
+    def term(self, site: Site, weight: float, dtype: DType, device: Device) -> Term:
         """Load the factors, multiplied by `weight`, for a site."""
 
-    def project(self, X: torch.Tensor, weight: float, under: Underlying) -> torch.Tensor:
+    def project(self, X: Tensor, weight: float, under: Underlying) -> Tensor:
         """Return X·W'ᵀ for probes X (k, in) in float64, (k, rows of the site), by another path than `term` takes."""
 
-    def delta_weight(self) -> torch.Tensor:
+    def delta_weight(self) -> Tensor:
         """Return the dense ΔW in float32 with `shape`, for tests and small work.
 
         Raises `ValueError` for a kind whose change depends on W.
         """
 
 
-Rows = Callable[[slice], "torch.Tensor"]
+Rows = Callable[[slice], Tensor]
 """Rows of a matrix, made when they are asked for."""
 
 
 class ByRows(Update, Protocol):
     """An update that is no product of two factors, whose rows of ΔW can be made one tile at a time."""
 
-    def rows(self, dtype: torch.dtype, device: torch.device, transposed: bool) -> Rows:
+    def rows(self, dtype: DType, device: Device, transposed: bool) -> Rows:
         """Load what it takes, and return the rows of ΔW, or of its transpose, without the scaling."""
 
-    def dense(self) -> torch.Tensor:
+    def dense(self) -> Tensor:
         """Return ΔW in float64 as a matrix, without the scaling, by another formula than `rows`."""
 
 

@@ -6,18 +6,15 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
 from loratools.adapter import kinds
 from loratools.adapter import parts as part_names
-from loratools.adapter.kinds import Factors, Term, Underlying, Update
+from loratools.adapter.kinds import Device, DType, Factors, Tensor, Term, Underlying, Update
 from loratools.adapter.kinds._shared import Additive
 from loratools.adapter.parts import BIAS
 from loratools.adapter.site import Site
 from loratools.storage.lazy import LazyTensor
-
-if TYPE_CHECKING:
-    import torch
 
 
 class LowRank(Additive):
@@ -32,7 +29,7 @@ class LowRank(Additive):
     def factored(self) -> Factors:
         """Return (rows, r) and (r, columns), with the scaling."""
 
-    def term(self, site: Site, weight: float, dtype: torch.dtype, device: torch.device) -> Product:
+    def term(self, site: Site, weight: float, dtype: DType, device: Device) -> Product:
         """Return w·s·left · right, or w·s·rightᵀ · leftᵀ where the base stores the transpose."""
         left, right = (factor.to(device=device, dtype=dtype) for factor in self.factored().load())
         left = left[site.part_rows]
@@ -40,12 +37,12 @@ class LowRank(Additive):
             left, right = right.T, left.T
         return Product.of(weight * self.scaling, left.contiguous(), right.contiguous())
 
-    def project(self, X: torch.Tensor, weight: float, under: Underlying) -> torch.Tensor:
+    def project(self, X: Tensor, weight: float, under: Underlying) -> Tensor:
         """Return X·Wᵀ + w·s·(X·rightᵀ)·leftᵀ."""
         left, right = (factor.to(X) for factor in self.factored().load())
         return under.below(X) + weight * self.scaling * ((X @ right.T) @ left[under.site.part_rows].T)
 
-    def with_factors(self, left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> Update:
+    def with_factors(self, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Update:
         """Return a plain product, of kind `lora` or `conv` by the shape: what else a kind has is in the factors."""
         out, rank, *inner = *left.shape, *self.shape[1:]
         parts = {
@@ -57,7 +54,7 @@ class LowRank(Additive):
         update: Update = kinds.get("conv" if len(inner) > 1 else "lora").build(lazy, 1.0, float(rank))
         return update
 
-    def delta_weight(self) -> torch.Tensor:
+    def delta_weight(self) -> Tensor:
         """Return s·left·right in float32, with `shape`."""
         left, right = (factor.float() for factor in self.factored().load())
         return (self.scaling * (left @ right)).reshape(self.shape)
@@ -122,7 +119,7 @@ class TwoFactors(LowRank):
         left, right = (lazy.map(lambda tensor: tensor.T, lazy.shape[::-1]) for lazy in (A, B))
         return Factors(left, right, self.scaling)
 
-    def with_factors(self, left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> Self:
+    def with_factors(self, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Self:
         """Return an update of the same kind and shape whose tensors are these."""
         rank = left.shape[1]
         B, A = (right.T, left.T) if self.transposed else (left, right)
@@ -180,20 +177,20 @@ class Product(Term):
     holds exactly, would cost single elements their last digits where they cancel.
     """
 
-    left: torch.Tensor
-    right: torch.Tensor
-    factor: torch.Tensor
-    scale: torch.Tensor
+    left: Tensor
+    right: Tensor
+    factor: Tensor
+    scale: Tensor
 
     @classmethod
-    def of(cls, scale: float, factor: torch.Tensor, right: torch.Tensor) -> Product:
+    def of(cls, scale: float, factor: Tensor, right: Tensor) -> Product:
         """Return scale · factor · right."""
         import torch
 
         scales = torch.full((len(right),), scale, dtype=torch.float64, device=factor.device)
         return cls(factor * scale, right, factor, scales)
 
-    def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
+    def apply_rows(self, W: Tensor, rows: slice, base: Tensor | None) -> None:
         """Add rows of the product in place: one GEMM, no temporary ΔW."""
         W.addmm_(self.left[rows], self.right)
 
@@ -205,7 +202,7 @@ class Product(Term):
         """Return 1: nothing is scaled after the sum."""
         return 1.0
 
-    def elements(self, W: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    def elements(self, W: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """Return single elements of W + scale·factor·right in float64; `W` are those of the unchanged weight."""
         device = self.left.device
         change = self.factor[rows.to(device)].double() * self.scale * self.right[:, columns.to(device)].T.double()

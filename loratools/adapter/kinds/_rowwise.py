@@ -6,15 +6,12 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
-from loratools.adapter.kinds import Rows, Term, Underlying
+from loratools.adapter.kinds import Device, DType, Rows, Tensor, Term, Underlying
 from loratools.adapter.kinds._shared import Additive
 from loratools.adapter.site import Site
 from loratools.storage.lazy import LazyTensor
-
-if TYPE_CHECKING:
-    import torch
 
 
 class Rowwise(Additive):
@@ -33,14 +30,14 @@ class Rowwise(Additive):
         return replace(self, weight_shape=shape) if flat else self  # type: ignore[type-var]
 
     @abstractmethod
-    def rows(self, dtype: torch.dtype, device: torch.device, transposed: bool) -> Rows:
+    def rows(self, dtype: DType, device: Device, transposed: bool) -> Rows:
         """Load what it takes, and return the rows of ΔW, or of its transpose, without the scaling."""
 
     @abstractmethod
-    def dense(self) -> torch.Tensor:
+    def dense(self) -> Tensor:
         """Return ΔW in float64 as a matrix, without the scaling, by another formula than `rows`."""
 
-    def term(self, site: Site, weight: float, dtype: torch.dtype, device: torch.device) -> Added:
+    def term(self, site: Site, weight: float, dtype: DType, device: Device) -> Added:
         """Return w·s·ΔW of a site."""
         made = self.rows(dtype, device, site.transposed)
         first, last, *_ = site.part
@@ -48,11 +45,11 @@ class Rowwise(Additive):
             return Added(lambda rows: made(rows)[:, first:last], weight * self.scaling)
         return Added(lambda rows: made(slice(first + rows.start, first + rows.stop)), weight * self.scaling)
 
-    def project(self, X: torch.Tensor, weight: float, under: Underlying) -> torch.Tensor:
+    def project(self, X: Tensor, weight: float, under: Underlying) -> Tensor:
         """Return X·Wᵀ + w·s·X·ΔWᵀ."""
         return under.below(X) + weight * self.scaling * (X @ self.dense().to(X)[under.site.part_rows].T)
 
-    def delta_weight(self) -> torch.Tensor:
+    def delta_weight(self) -> Tensor:
         """Return s·ΔW in float32, with `shape`."""
         return (self.scaling * self.dense()).float().reshape(self.shape)
 
@@ -78,5 +75,5 @@ class Added(Term):
     made: Rows
     scale: float
 
-    def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
+    def apply_rows(self, W: Tensor, rows: slice, base: Tensor | None) -> None:
         W.add_(self.made(rows), alpha=self.scale)

@@ -5,14 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
 from loratools.adapter import kinds
-from loratools.adapter.kinds import Update, Usual
+from loratools.adapter.kinds import Tensor, Update, Usual
 from loratools.storage.lazy import LazyTensor
-
-if TYPE_CHECKING:
-    import torch
 
 
 class Additive(Usual, ABC):
@@ -49,7 +46,7 @@ class OnWeight(Usual):
 
     kind: str
 
-    def delta_weight(self) -> torch.Tensor:
+    def delta_weight(self) -> Tensor:
         """Raise `ValueError`: the change depends on W."""
         raise ValueError(f"the change that {self.kind} makes depends on the base weight; there is no ΔW without it")
 

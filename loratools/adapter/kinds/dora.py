@@ -15,18 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-from loratools.adapter.kinds import Factors, Term, Underlying
+from loratools.adapter.kinds import Device, DType, Factors, Tensor, Term, Underlying
 from loratools.adapter.kinds._product import LowRank, Product
 from loratools.adapter.kinds._shared import Wrapper
 from loratools.adapter.parts import MAGNITUDE
 from loratools.adapter.site import Site
 from loratools.errors import IncompatibleAdapter
 from loratools.storage.lazy import LazyTensor
-
-if TYPE_CHECKING:
-    import torch
 
 _CHUNK = 1 << 16  # elements widened to float64 at a time: they stay in the core's cache
 _BLOCK = 64
@@ -74,13 +70,13 @@ class DoraUpdate(Wrapper):
         m = self.magnitude.reshaped((self.features,))
         return replace(self.inner.factored(), magnitude=m, by_column=self.by_column)
 
-    def term(self, site: Site, weight: float, dtype: torch.dtype, device: torch.device) -> Rescaling:
+    def term(self, site: Site, weight: float, dtype: DType, device: Device) -> Rescaling:
         """Return the term of a site, with m of the features that land there."""
         m, across = magnitudes(self.factored(), site)
         m = m.to(device)
         return Rescaling(self.inner.term(site, weight, dtype, device), m, site, across, m.new_zeros(len(m)))
 
-    def project(self, X: torch.Tensor, weight: float, under: Underlying) -> torch.Tensor:
+    def project(self, X: Tensor, weight: float, under: Underlying) -> Tensor:
         """Return g∘(X·Wᵀ + X·Δᵀ), or (X∘g)·(W + Δ)ᵀ for an embedding.
 
         The norm takes another path than `term`: ‖w + Δ‖² = ‖w‖² + 2⟨w, Δ⟩ + ‖Δ‖², from the factors, without a dense Δ.
@@ -109,11 +105,11 @@ class Rescaling(Term):
     """
 
     product: Product
-    magnitude: torch.Tensor
+    magnitude: Tensor
     site: Site
     across: bool
-    factors: torch.Tensor
-    squares: torch.Tensor | None = None
+    factors: Tensor
+    squares: Tensor | None = None
 
     needs_base = True
 
@@ -121,14 +117,14 @@ class Rescaling(Term):
     def needs_pass(self) -> bool:
         return self.across
 
-    def observe_rows(self, base: torch.Tensor, rows: slice) -> None:
+    def observe_rows(self, base: Tensor, rows: slice) -> None:
         """Add the squares of W₀ + left·right, column by column; the last tile makes factors of them."""
         changed = base.addmm(self.product.left[rows], self.product.right)
         self.squares = squares(changed, 0) if self.squares is None else self.squares + squares(changed, 0)
         if rows.stop == self.site.shape[0]:
             self.factors[:] = gains(self.site, self.magnitude, self.squares)
 
-    def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
+    def apply_rows(self, W: Tensor, rows: slice, base: Tensor | None) -> None:
         self.product.apply_rows(W, rows, None)
         if not self.across:
             changed = W if base is None else base.addmm(self.product.left[rows], self.product.right)
@@ -142,22 +138,20 @@ class Rescaling(Term):
         """Return the largest factor in these rows, which were applied before."""
         return float(self.factors[slice(None) if self.across else rows].abs().max())
 
-    def elements(self, W: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    def elements(self, W: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """Return single elements of g∘(W + left·right) in float64, of rows that were applied before."""
         factors = self.factors.to(W.device)[columns if self.across else rows]
         return factors * self.product.elements(W, rows, columns)
 
 
-def magnitudes(factors: Factors, site: Site) -> tuple[torch.Tensor, bool]:
+def magnitudes(factors: Factors, site: Site) -> tuple[Tensor, bool]:
     """Return m of the features that land on a site in float64, and whether a feature is a column of its rectangle."""
     assert factors.magnitude is not None
     m = factors.magnitude.load().flatten().double()
     return m if factors.by_column else m[site.part_rows], factors.by_column != site.transposed
 
 
-def gains(
-    site: Site, magnitude: torch.Tensor, squares: torch.Tensor, first: int = 0, side: str = "output"
-) -> torch.Tensor:
+def gains(site: Site, magnitude: Tensor, squares: Tensor, first: int = 0, side: str = "output") -> Tensor:
     """Return g = m / ‖W₀ + ΔW‖ of features, of which `first` is the first, from their sums of squares.
 
     Raises `IncompatibleAdapter` for a feature that is zero everywhere; `side` says what features these are.
@@ -176,7 +170,7 @@ def no_direction(site: Site, feature: int, side: str = "output") -> Incompatible
     )
 
 
-def squares(W: torch.Tensor, axis: int) -> torch.Tensor:
+def squares(W: Tensor, axis: int) -> Tensor:
     """Return the sums of squares along an axis in float64.
 
     Along rows of float32 numbers, blocks of 64 are summed in float32 first: that errs by 2e-8, less than the numbers

@@ -12,16 +12,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from loratools.adapter.kinds import Factors
+from loratools.adapter.kinds import Factors, Tensor
 from loratools.adapter.kinds._product import LowRank
 from loratools.adapter.kinds._shared import Additive
 from loratools.adapter.parts import A, B
 from loratools.storage.lazy import LazyTensor
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,7 +62,7 @@ class ExpertsUpdate(Additive):
     @property
     def members(self) -> Sequence[Expert]:
         """The update of each expert."""
-        return [Expert(self, number) for number in range(self.experts)]
+        return [Expert(self, number, self.scaling, self.alpha) for number in range(self.experts)]
 
     def term(self, *_: Any) -> NoReturn:
         """Raise `ValueError`: a site holds one expert."""
@@ -73,7 +70,7 @@ class ExpertsUpdate(Additive):
 
     project = term
 
-    def delta_weight(self) -> torch.Tensor:
+    def delta_weight(self) -> Tensor:
         """Return s·B[e]·A[e] of every expert in float32, (E, out, in)."""
         import torch
 
@@ -86,16 +83,10 @@ class Expert(LowRank):
 
     stack: ExpertsUpdate
     number: int
+    scaling: float
+    alpha: float
 
     kind = "experts"
-
-    @property
-    def scaling(self) -> float:  # type: ignore[override]
-        return self.stack.scaling
-
-    @property
-    def alpha(self) -> float:  # type: ignore[override]
-        return self.stack.alpha
 
     @property
     def rank(self) -> int:
@@ -119,7 +110,7 @@ class Expert(LowRank):
 
 
 @lru_cache(maxsize=4)
-def _loaded(stack: ExpertsUpdate) -> tuple[torch.Tensor, torch.Tensor]:
+def _loaded(stack: ExpertsUpdate) -> tuple[Tensor, Tensor]:
     """Return A (E, r, in) and B (out, r, E); kept for a moment, for the experts of a stack come one after the other."""
     A, B = stack.A.load(), stack.B.load()
     return A.reshape(stack.experts, stack.rank, -1), B.reshape(len(B), stack.rank, stack.experts)

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from loratools.adapter.kinds import Rows
+from loratools.adapter.kinds import Device, DType, Rows, Tensor
 from loratools.adapter.kinds._rowwise import Rowwise
 from loratools.storage.lazy import LazyTensor
-
-if TYPE_CHECKING:
-    import torch
 
 WEIGHT_PART, BIAS_PART = "diff", "diff_b"
 
@@ -47,16 +43,16 @@ class FullUpdate(Rowwise):
     def parts(self) -> Mapping[str, LazyTensor]:
         return {self.names[0]: self.difference} | ({self.names[1]: self.offset} if self.offset else {})
 
-    def rows(self, dtype: torch.dtype, device: torch.device, transposed: bool) -> Rows:
+    def rows(self, dtype: DType, device: Device, transposed: bool) -> Rows:
         """Return rows of the difference."""
         whole = self._matrix().to(device, dtype)
         whole = whole.T if transposed else whole
         return lambda rows: whole[rows]
 
-    def _matrix(self) -> torch.Tensor:
+    def _matrix(self) -> Tensor:
         return self.difference.load().reshape(self.shape[0], -1)
 
-    def dense(self) -> torch.Tensor:
+    def dense(self) -> Tensor:
         """Return the difference."""
         return self._matrix().double()
 

@@ -8,16 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from loratools.adapter.kinds import Term, Underlying
+from loratools.adapter.kinds import Device, DType, Tensor, Term, Underlying
 from loratools.adapter.kinds._shared import OnWeight
 from loratools.adapter.site import Site
 from loratools.errors import IncompatibleAdapter
 from loratools.storage.lazy import LazyTensor
-
-if TYPE_CHECKING:
-    import torch
 
 _PARTS = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
 
@@ -50,10 +46,10 @@ class GloraUpdate(OnWeight):
     def parts(self) -> Mapping[str, LazyTensor]:
         return self.tensors
 
-    def _factors(self) -> list[torch.Tensor]:
+    def _factors(self) -> list[Tensor]:
         return [self.tensors[name].load().double().flatten(1) for name in _PARTS]
 
-    def term(self, site: Site, weight: float, dtype: torch.dtype, device: torch.device) -> Mixing:
+    def term(self, site: Site, weight: float, dtype: DType, device: Device) -> Mixing:
         """Return the term; raise `IncompatibleAdapter` where the base stores the weight transposed."""
         if site.transposed:
             raise IncompatibleAdapter(f"{site.tensor}: GLoRA on a weight stored [in, out] is not supported")
@@ -61,7 +57,7 @@ class GloraUpdate(OnWeight):
         scale = weight * self.scaling
         return Mixing(a1 * scale, a2, b1[site.part_rows] * scale, b2)
 
-    def project(self, X: torch.Tensor, weight: float, under: Underlying) -> torch.Tensor:
+    def project(self, X: Tensor, weight: float, under: Underlying) -> Tensor:
         """Return Y(X) + w·s·(Y(X·(a1·a2)ᵀ) + X·(b1·b2)ᵀ), Y(X) = X·Wᵀ."""
         a1, a2, b1, b2 = (factor.to(X) for factor in self._factors())
         inner = len(a1)
@@ -73,12 +69,12 @@ class GloraUpdate(OnWeight):
 class Mixing(Term):
     """The term W += (W·a1)·a2 + b1·b2; the factors on the left are scaled."""
 
-    a1: torch.Tensor
-    a2: torch.Tensor
-    b1: torch.Tensor
-    b2: torch.Tensor
+    a1: Tensor
+    a2: Tensor
+    b1: Tensor
+    b2: Tensor
 
-    def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
+    def apply_rows(self, W: Tensor, rows: slice, base: Tensor | None) -> None:
         import torch
 
         kernel = W.reshape(len(W), len(self.a1), -1)

@@ -7,15 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-from loratools.adapter.kinds import Term, Underlying
+from loratools.adapter.kinds import Device, DType, Tensor, Term, Underlying
 from loratools.adapter.kinds._shared import OnWeight
 from loratools.adapter.site import Site
 from loratools.storage.lazy import LazyTensor
-
-if TYPE_CHECKING:
-    import torch
 
 WEIGHT_PART, INPUT_PART = "weight", "on_input"
 
@@ -54,7 +50,7 @@ class Ia3Update(OnWeight):
     def parts(self) -> Mapping[str, LazyTensor]:
         return {WEIGHT_PART: self.vector, INPUT_PART: self.flag}
 
-    def _factors(self, site: Site, weight: float) -> tuple[torch.Tensor, bool]:
+    def _factors(self, site: Site, weight: float) -> tuple[Tensor, bool]:
         """Return 1 + w·v in float64 for rows or columns of the module's own matrix, and whether for columns."""
         v = 1 + weight * self.vector.load().double().flatten()
         if not self.on_input:
@@ -62,12 +58,12 @@ class Ia3Update(OnWeight):
         columns = site.shape[0] if site.transposed else site.shape[1]
         return v.repeat_interleave(columns // len(v)), True
 
-    def term(self, site: Site, weight: float, dtype: torch.dtype, device: torch.device) -> Scaling:
+    def term(self, site: Site, weight: float, dtype: DType, device: Device) -> Scaling:
         """Return the factors of a site's rows or columns."""
         factors, columns = self._factors(site, weight)
         return Scaling(factors.to(device, dtype), columns != site.transposed)
 
-    def project(self, X: torch.Tensor, weight: float, under: Underlying) -> torch.Tensor:
+    def project(self, X: Tensor, weight: float, under: Underlying) -> Tensor:
         """Return (X∘f)·Wᵀ or f∘(X·Wᵀ)."""
         factors, columns = self._factors(under.site, weight)
         return under.below(X * factors.to(X)) if columns else under.below(X) * factors.to(X)
@@ -77,10 +73,10 @@ class Ia3Update(OnWeight):
 class Scaling(Term):
     """The term W *= factors, of rows or of columns."""
 
-    factors: torch.Tensor
+    factors: Tensor
     columns: bool
 
-    def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
+    def apply_rows(self, W: Tensor, rows: slice, base: Tensor | None) -> None:
         W.mul_(self.factors if self.columns else self.factors[rows, None])
 
 

@@ -9,15 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
 
-from loratools.adapter.kinds import Factors
+from loratools.adapter.kinds import Factors, Tensor
 from loratools.adapter.kinds._product import LowRank
 from loratools.adapter.parts import A, B
 from loratools.storage.lazy import LazyTensor
-
-if TYPE_CHECKING:
-    import torch
 
 MID_PART = "lora_mid.weight"
 
@@ -58,7 +54,7 @@ class LoconUpdate(LowRank):
         right = LazyTensor("F64", (rank, columns), self._mid_down, file=self.mid.file)
         return Factors(self.up.reshaped((self.shape[0], rank)), right, self.scaling)
 
-    def _mid_down(self) -> torch.Tensor:
+    def _mid_down(self) -> Tensor:
         import torch
 
         mid, down = self.mid.load().double(), self.down.load().double().flatten(1)

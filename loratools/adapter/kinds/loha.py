@@ -9,14 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from loratools.adapter.kinds import Rows
+from loratools.adapter.kinds import Device, DType, Rows, Tensor
 from loratools.adapter.kinds._rowwise import Named
 from loratools.storage.lazy import LazyTensor
-
-if TYPE_CHECKING:
-    import torch
 
 _W = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _T = ("hada_t1", "hada_t2")
@@ -53,13 +49,13 @@ class LohaUpdate(Named):
         a, b = self.tensors["hada_w1_a"].shape, self.tensors["hada_w1_b"].shape
         return (a[1], b[1], *self.tensors[_T[0]].shape[2:]) if _T[0] in self.tensors else (a[0], b[1])
 
-    def rows(self, dtype: torch.dtype, device: torch.device, transposed: bool) -> Rows:
+    def rows(self, dtype: DType, device: Device, transposed: bool) -> Rows:
         """Return rows of each product, multiplied."""
         pairs = [(left.to(device, dtype), right.to(device, dtype)) for left, right in self._pairs()]
         (L1, R1), (L2, R2) = [(right.T, left.T) for left, right in pairs] if transposed else pairs
         return lambda rows: (L1[rows] @ R1).mul_(L2[rows] @ R2)
 
-    def _pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Return (left, right) of both matrices; a core goes into right."""
         import torch
 
@@ -70,7 +66,7 @@ class LohaUpdate(Named):
         folded = [torch.einsum("pq...,qi->pi...", t, b).flatten(1) for t, b in zip(cores, (b1, b2), strict=True)]
         return [(a1.T, folded[0]), (a2.T, folded[1])]
 
-    def dense(self) -> torch.Tensor:
+    def dense(self) -> Tensor:
         """Return the product of the two matrices, each as one sum over all its indices."""
         import torch
 

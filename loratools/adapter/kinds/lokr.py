@@ -8,14 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from loratools.adapter.kinds import Rows
+from loratools.adapter.kinds import Device, DType, Rows, Tensor
 from loratools.adapter.kinds._rowwise import Named
 from loratools.storage.lazy import LazyTensor
-
-if TYPE_CHECKING:
-    import torch
 
 _NAMES = frozenset({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"})
 _FIRST = (frozenset({"lokr_w1"}), frozenset({"lokr_w1_a", "lokr_w1_b"}))
@@ -61,7 +57,7 @@ class LokrUpdate(Named):
             return a[1], b[1], *core.shape[2:]
         return a[0], *b[1:]
 
-    def matrix(self, w: str) -> torch.Tensor:
+    def matrix(self, w: str) -> Tensor:
         """Return w1 or w2 in float64, with all its sides."""
         import torch
 
@@ -72,21 +68,21 @@ class LokrUpdate(Named):
             return torch.einsum("pq...,pb,qd->bd...", self.tensors["lokr_t2"].load().double(), a, b)
         return torch.einsum("or,r...->o...", a, b)
 
-    def rows(self, dtype: torch.dtype, device: torch.device, transposed: bool) -> Rows:
+    def rows(self, dtype: DType, device: Device, transposed: bool) -> Rows:
         """Return rows of the Kronecker product: row o is row o // b of w1 with row o % b of w2."""
         import torch
 
         w1, w2 = (self.matrix(w).flatten(1).to(device, dtype) for w in ("w1", "w2"))
         w1, w2 = (w1.T, w2.T) if transposed else (w1, w2)
 
-        def made(rows: slice) -> torch.Tensor:
+        def made(rows: slice) -> Tensor:
             at = torch.arange(rows.start, rows.stop, device=device)
             left, right = w1[at // len(w2)], w2[at % len(w2)]
             return (left[:, :, None] * right[:, None, :]).flatten(1)
 
         return made
 
-    def dense(self) -> torch.Tensor:
+    def dense(self) -> Tensor:
         """Return the Kronecker product."""
         import torch
 

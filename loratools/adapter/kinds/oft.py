@@ -9,16 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-from loratools.adapter.kinds import Term, Underlying
+from loratools.adapter.kinds import Device, DType, Tensor, Term, Underlying
 from loratools.adapter.kinds._shared import OnWeight
 from loratools.adapter.site import Site
 from loratools.errors import IncompatibleAdapter
 from loratools.storage.lazy import LazyTensor
-
-if TYPE_CHECKING:
-    import torch
 
 BLOCKS_PART, RESCALE_PART = "oft_blocks", "rescale"
 
@@ -61,7 +57,7 @@ class OftUpdate(OnWeight):
     def parts(self) -> Mapping[str, LazyTensor]:
         return {BLOCKS_PART: self.blocks} | ({RESCALE_PART: self.rescale} if self.rescale else {})
 
-    def _rotation(self, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rotation(self, weight: float) -> tuple[Tensor, Tensor]:
         """Return Rᵀ of each block, weighted, and the factors (n, b), both in float64."""
         import torch
 
@@ -75,14 +71,14 @@ class OftUpdate(OnWeight):
         factors = torch.ones(count, size) if self.rescale is None else self.rescale.load()
         return (identity + weight * (R - identity)).transpose(1, 2), factors.double().reshape(count, size)
 
-    def term(self, site: Site, weight: float, dtype: torch.dtype, device: torch.device) -> Rotation:
+    def term(self, site: Site, weight: float, dtype: DType, device: Device) -> Rotation:
         """Return the rotations; raise `IncompatibleAdapter` where the base stores the weight fused or transposed."""
         if site.transposed or site.part != (0, self.shape[0]) or site.rows != (0, site.matrix[0], 1):
             raise IncompatibleAdapter(f"{site.tensor}: OFT needs the weight whole, as [out, in, …]")
         R, factors = self._rotation(weight)
         return Rotation((R * factors[:, :, None]).to(device, dtype))
 
-    def project(self, X: torch.Tensor, weight: float, under: Underlying) -> torch.Tensor:
+    def project(self, X: Tensor, weight: float, under: Underlying) -> Tensor:
         """Return X·Wᵀ with the outputs of each block rotated, and scaled."""
         R, factors = self._rotation(weight)
         outputs = under.below(X).view(len(X), len(R), 1, -1) @ R.to(X).transpose(1, 2)
@@ -93,14 +89,14 @@ class OftUpdate(OnWeight):
 class Rotation(Term):
     """The term W ← blocks·W; the rows of a block must come together."""
 
-    blocks: torch.Tensor
+    blocks: Tensor
 
     @property
     def together(self) -> int:
         """Rows that must be in one tile: those of a block."""
         return self.blocks.shape[1]
 
-    def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
+    def apply_rows(self, W: Tensor, rows: slice, base: Tensor | None) -> None:
         size = self.together
         blocks = self.blocks[rows.start // size : rows.stop // size]
         W.copy_((blocks @ W.reshape(len(blocks), size, -1)).reshape(W.shape))

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from loratools.adapter.kinds import Term, Underlying
+from loratools.adapter.kinds import Device, DType, Tensor, Term, Underlying
 from loratools.adapter.kinds._shared import OnWeight
 from loratools.adapter.site import Site
 from loratools.storage.lazy import LazyTensor
-
-if TYPE_CHECKING:
-    import torch
 
 ROWS_PART = "token_adapter.trainable_tokens_delta"
 
@@ -64,7 +61,7 @@ class TokensUpdate(OnWeight):
     def parts(self) -> Mapping[str, LazyTensor]:
         return {ROWS_PART: self.values}
 
-    def term(self, site: Site, weight: float, dtype: torch.dtype, device: torch.device) -> Rows:
+    def term(self, site: Site, weight: float, dtype: DType, device: Device) -> Rows:
         """Return the rows, in the order of their indices; a weight cannot scale what replaces."""
         import torch
 
@@ -72,7 +69,7 @@ class TokensUpdate(OnWeight):
         values = self.values.load().to(device=device, dtype=dtype)[order]
         return Rows(values, torch.tensor(sorted(self.indices), device=device))
 
-    def project(self, X: torch.Tensor, weight: float, under: Underlying) -> torch.Tensor:
+    def project(self, X: Tensor, weight: float, under: Underlying) -> Tensor:
         """Return X·Wᵀ with the columns of the replaced rows put in their place."""
         Y = under.below(X).clone()
         Y[:, list(self.indices)] = X @ self.values.load().to(X).T
@@ -83,10 +80,10 @@ class TokensUpdate(OnWeight):
 class Rows(Term):
     """The term W[indices] = values, indices ascending."""
 
-    values: torch.Tensor
-    indices: torch.Tensor
+    values: Tensor
+    indices: Tensor
 
-    def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
+    def apply_rows(self, W: Tensor, rows: slice, base: Tensor | None) -> None:
         step = rows.step or 1
         inside = (self.indices >= rows.start) & (self.indices < rows.stop) & ((self.indices - rows.start) % step == 0)
         W[(self.indices[inside] - rows.start) // step] = self.values[inside]

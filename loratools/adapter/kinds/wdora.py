@@ -10,16 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING
 
-from loratools.adapter.kinds import Term, Underlying
+from loratools.adapter.kinds import Device, DType, Tensor, Term, Underlying
 from loratools.adapter.kinds._shared import Wrapper
 from loratools.adapter.kinds.dora import gains, squares
 from loratools.adapter.site import Site
 from loratools.errors import IncompatibleAdapter
-
-if TYPE_CHECKING:
-    import torch
 
 SCALE_PART = "dora_scale"
 
@@ -46,7 +42,7 @@ class WdoraUpdate(Wrapper):
         """Whether there is a magnitude for each input feature."""
         return self.magnitude.shape[0] == 1 and self.inner.shape[0] != 1
 
-    def term(self, site: Site, weight: float, dtype: torch.dtype, device: torch.device) -> Decomposed:
+    def term(self, site: Site, weight: float, dtype: DType, device: Device) -> Decomposed:
         """Return the term; raise `IncompatibleAdapter` where the features of a norm do not all lie on the site."""
         whole = site.part == (0, self.shape[0])
         if site.transposed or (self.by_input and not whole):
@@ -56,12 +52,12 @@ class WdoraUpdate(Wrapper):
         m = m if self.by_input else m[site.part_rows]
         return Decomposed(self.inner.term(site, 1.0, dtype, device), m, site, self.by_input, kernel, weight)
 
-    def project(self, X: torch.Tensor, weight: float, under: Underlying) -> torch.Tensor:
+    def project(self, X: Tensor, weight: float, under: Underlying) -> Tensor:
         """Return X·W'ᵀ from the dense W + ΔW in float64; W is the unchanged one for the norm."""
         m = self.magnitude.load().to(X).flatten()
         changed = under.base() + self.inner.delta_weight().double().flatten(1)[under.site.part_rows]
         if not self.by_input:
-            factors: torch.Tensor = 1 + weight * (m[under.site.part_rows] / changed.norm(dim=1) - 1)
+            factors: Tensor = 1 + weight * (m[under.site.part_rows] / changed.norm(dim=1) - 1)
             return self.inner.project(X, 1.0, under) * factors
         norms = changed.view(len(changed), len(m), -1).norm(dim=(0, 2))
         factors = (1 + weight * (m / norms - 1)).repeat_interleave(changed.shape[1] // len(m))
@@ -73,12 +69,12 @@ class Decomposed(Term):
     """The term W ← f∘(W + ΔW). Norms over rows are those of a tile; norms over columns take a pass of their own."""
 
     inner: Term
-    magnitude: torch.Tensor
+    magnitude: Tensor
     site: Site
     by_input: bool
     kernel: int
     weight: float
-    squares: torch.Tensor | None = None
+    squares: Tensor | None = None
 
     needs_base = True
 
@@ -86,14 +82,14 @@ class Decomposed(Term):
     def needs_pass(self) -> bool:
         return self.by_input
 
-    def observe_rows(self, base: torch.Tensor, rows: slice) -> None:
+    def observe_rows(self, base: Tensor, rows: slice) -> None:
         """Add the squares of W + ΔW, input feature by input feature."""
         changed = base.clone()
         self.inner.apply_rows(changed, rows, None)
         norms2 = squares(changed, 0).view(-1, self.kernel).sum(1)
         self.squares = norms2 if self.squares is None else self.squares + norms2
 
-    def apply_rows(self, W: torch.Tensor, rows: slice, base: torch.Tensor | None) -> None:
+    def apply_rows(self, W: Tensor, rows: slice, base: Tensor | None) -> None:
         self.inner.apply_rows(W, rows, None)
         if self.squares is not None:
             g = gains(self.site, self.magnitude, self.squares, side="input")
@@ -106,7 +102,7 @@ class Decomposed(Term):
         g = gains(self.site, self.magnitude[rows], squares(changed, 1), rows.start)
         W.mul_(self._toward(g)[:, None].to(W.dtype))
 
-    def _toward(self, g: torch.Tensor) -> torch.Tensor:
+    def _toward(self, g: Tensor) -> Tensor:
         return 1 + self.weight * (g - 1)
 
 

@@ -1,8 +1,7 @@
 """Combine adapters into one, in factor space: Σ wᵢ·ΔWᵢ exactly, or by a method of `methods/`, at any rank.
 
-inputs     the adapters, open, with a name, a weight and a digest each
+inputs     the adapters, open, with a weight each, and side by side: which of their modules are one module
 options    the options, one value that is checked when it is built
-align      adapters side by side: which of their modules are one module
 weights    the weight of an adapter: one number, or one for each module pattern
 blocks     weights by the blocks of Stable Diffusion's UNet
 methods    the ways to combine, one file each
@@ -35,9 +34,8 @@ from loratools.storage.dtypes import FloatName
 from loratools.storage.sources import Location
 from loratools.surgery.base import agree
 from loratools.surgery.combine import methods, truncate, whole
-from loratools.surgery.combine.align import Aligned, align
-from loratools.surgery.combine.change import Changes, Task, for_each_module
-from loratools.surgery.combine.inputs import Input, open_inputs
+from loratools.surgery.combine.change import combined, for_each_module
+from loratools.surgery.combine.inputs import Aligned, Input, align, open_inputs
 from loratools.surgery.combine.methods._terms import Library
 from loratools.surgery.combine.options import CombineOptions
 from loratools.surgery.combine.result import assemble
@@ -155,15 +153,10 @@ def combine(
 
 
 def run(
-    adapters: Sequence[AdapterSource],
-    output: Location,
-    options: CombineOptions,
-    weights: Sequence[float | str | Weight] | None = None,
-    initial: AdapterSource | None = None,
-    *,
-    operation: str = "combine",
-    progress: Progress | None = None,
-) -> Combination:
+    adapters: Sequence[AdapterSource], output: Location, options: CombineOptions,
+    weights: Sequence[float | str | Weight] | None = None, initial: AdapterSource | None = None, *,
+    operation: str = "combine", progress: Progress | None = None,
+) -> Combination:  # fmt: skip
     """Do what `combine` says; `operation` is what the provenance calls it."""
     atomic.check_output(Path(output), force=options.force)
     atomic.refuse_inputs(Path(output), [Path(x) for x in (*adapters, initial) if isinstance(x, str | os.PathLike)])
@@ -173,7 +166,7 @@ def run(
     aligned = align(inputs)
     replaced = whole.replacements(inputs, aligned, options.method)
     biases = whole.biases(inputs, aligned, options.stored)
-    changes = Task(inputs, aligned, options).run(progress or no_progress)
+    changes = combined(inputs, aligned, options, progress or no_progress)
     updates, shares = _updates(aligned, changes, biases, options)
     if not updates and not replaced:
         raise IncompatibleAdapter(
@@ -200,8 +193,9 @@ def run(
 
 
 def _updates(
-    aligned: Aligned, changes: Changes, biases: Mapping[str, Any], options: CombineOptions
-) -> tuple[dict[str, Update], list[truncate.Share]]:
+    aligned: Aligned, changes: Mapping[str, truncate.Decomposed | None], biases: Mapping[str, Any],
+    options: CombineOptions,
+) -> tuple[dict[str, Update], list[truncate.Share]]:  # fmt: skip
     """Choose ranks, round, and rebuild updates; a module whose change and bias are zero is left out."""
     nonzero = {module: change for module, change in sorted(changes.items()) if change is not None}
     try:

@@ -12,7 +12,7 @@ from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.errors import UnsupportedAdapter
 from loratools.format import manifest
 from loratools.storage.lazy import LazyTensor
-from loratools.surgery.combine.align import Aligned
+from loratools.surgery.combine.inputs import Aligned
 
 # Settings that the result keeps where no adapter says otherwise; the rest describes factors that are gone.
 _SHARED = ("task_type", "auto_mapping", "fan_in_fan_out", "ensure_weight_tying", "layer_replication", "lora_dropout")
@@ -27,11 +27,8 @@ def assemble(
 
     Raises `UnsupportedAdapter` where adapters bring different copies of a tensor of the base.
     """
-    settings: dict[str, Any] = {}
-    for key in _SHARED:
-        values = [adapter.settings[key] for adapter in adapters if key in adapter.settings]
-        if values and all(value == values[0] for value in values):
-            settings[key] = values[0]
+    stated = {key: [adapter.settings[key] for adapter in adapters if key in adapter.settings] for key in _SHARED}
+    settings = {key: each[0] for key, each in stated.items() if each and each.count(each[0]) == len(each)}
     saved = {name for adapter in adapters for name in adapter.settings.get("modules_to_save") or ()}
     if saved and replacements:
         settings["modules_to_save"] = sorted(saved)

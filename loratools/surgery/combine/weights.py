@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loratools.adapter.naming.selection import matches
@@ -68,9 +68,8 @@ class Weight:
         """Whether it is the same for all modules."""
         return not self.patterns and not self.blocks
 
-    def unmatched(self, modules: Iterable[str]) -> list[str]:
+    def unmatched(self, modules: Sequence[str]) -> list[str]:
         """Return the patterns that name none of the modules."""
-        modules = list(modules)
         return [pattern for pattern, _ in self.patterns if not any(matches(pattern, module) for module in modules)]
 
     def to_json(self) -> float | dict[str, object]:

@@ -20,8 +20,7 @@ from loratools.adapter.parts import B
 from loratools.errors import UnsupportedAdapter
 from loratools.storage import dtypes
 from loratools.storage.lazy import LazyTensor
-from loratools.surgery.combine.align import Aligned
-from loratools.surgery.combine.inputs import Input
+from loratools.surgery.combine.inputs import Aligned, Input
 
 Weighted = tuple[str, float, LazyTensor]
 """(name of the adapter, its weight, the tensor)"""

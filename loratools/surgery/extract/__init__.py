@@ -6,9 +6,7 @@ no low-rank form is saved whole, so that base + adapter is the fine-tune but for
     pairs         every tensor of the fine-tune beside its counterpart, and what is to become of its change
     sweep         one pass over all pairs, several at a time
     read          two tensors side by side: ΔW, its norms, both digests
-    factor        one ΔW becomes factors
-    experts       a stack of experts becomes factors of one rank
-    rows          a few changed rows of an embedding as exact factors
+    factor        one ΔW becomes factors, or a stack of experts, or a few changed rows of an embedding
     spool         factors on disk while the extraction runs
     updates       from factors to the updates of each kind
     assemble      the adapter, its record and its card
@@ -130,7 +128,11 @@ def extract(
     """
     options = ExtractOptions(ranks, dtype, seed, tolerance, tight, threads, force)
     output, base, tuned = Path(output), open_model(base), open_model(tuned)
-    pairing = _prepare(base, tuned, output, selection or Selection(), force)
+    atomic.check_output(output, force=force)
+    for path in (base.root, tuned.root):
+        if path.resolve().is_relative_to(output.resolve()):
+            raise OutputRefused(f"{output} is or holds the input {path}", hint="Choose another output.")
+    pairing = pair(base, tuned, selection or Selection())
     with atomic.new_folder(output, force=force) as scratch, full_float32():
         spool = Spool(scratch / ".factors")
         work = Sweep(base, tuned, pairing, options, spool, progress or no_progress)
@@ -160,15 +162,6 @@ def extract(
 def plan(base: ModelSource, tuned: ModelSource, selection: Selection | None = None) -> Pairing:
     """Return what would become of every tensor if it had changed, from headers alone; parameters as of `extract`."""
     return pair(open_model(base), open_model(tuned), selection or Selection())
-
-
-def _prepare(base: Checkpoint, tuned: Checkpoint, output: Path, selection: Selection, force: bool) -> Pairing:
-    atomic.check_output(output, force=force)
-    target = output.resolve()
-    for path in (base.root, tuned.root):
-        if target == path.resolve() or target in path.resolve().parents:
-            raise OutputRefused(f"{output} is or holds the input {path}", hint="Choose another output.")
-    return pair(base, tuned, selection)
 
 
 def _refuse_empty(base: Checkpoint, tuned: Checkpoint, outcomes: Sequence[Outcome]) -> None:

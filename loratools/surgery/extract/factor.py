@@ -1,4 +1,9 @@
-"""Factor one ΔW, keep its factors on disk, and remember what its certificate needs."""
+"""Factor one ΔW or a stack of them, keep the factors on disk, and remember what the certificate needs.
+
+Stacked experts, W (E, out, in), are factored one at a time, with one rank for all, as PEFT's layout asks. A few changed
+rows of an embedding are exact factors at once: ΔW (V, d) with n rows that are not zero is (B·A)ᵀ with A (n, V) of zeros
+and ones, which selects the tokens, and B (d, n): n·(V + d) numbers where the whole embedding has V·d.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +16,16 @@ from loratools.linalg.factored import rounding2
 from loratools.linalg.ranks.noise import rounding_noise
 from loratools.linalg.ranks.rules import Fixed, RankRule
 from loratools.linalg.svd.truncated import TruncatedSVD, truncated_svd
+from loratools.parallel import no_progress
 from loratools.storage import dtypes, files
 from loratools.storage.header import TensorSpec
 from loratools.surgery.extract.options import ExtractOptions
 from loratools.surgery.extract.pairs import Pair
-from loratools.surgery.extract.read import Delta
+from loratools.surgery.extract.read import Delta, common_dtype, one_of, read_delta
 from loratools.surgery.extract.spool import Spool, Spooled
+
+MOST_ROWS = 64
+"""Beyond these the selection costs more than it is worth, and the embedding is saved whole."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,7 +34,7 @@ class Factored:
 
     `complete` says that there is no more to be seen of it: all σ are known, or no rule may take more. `lost2` is the
     squared error at full rank, `rounded2` what storing the factors at full rank in the wanted dtype adds. In a stack of
-    `blocks` experts (`experts.py`) σᵢ is the root of the energy that all their i-th directions hold.
+    `blocks` experts σᵢ is the root of the energy that all their i-th directions hold.
     """
 
     factors: Spooled
@@ -58,31 +67,97 @@ def factor(
     """Return the truncated SVD of a ΔW at the rank that the options choose, or a `rule` given here."""
     assert delta.D is not None
     D = delta.D.T if pair.transposed or pair.kind == "embedding" else delta.D
-    rule = rule or first_rule(tuned, shapes, options)
-    svd = decompose(D, rule, options)
+    rule = rule or _first_rule(tuned, shapes, options)
+    svd = _decompose(D, rule, options)
     return Factored(
-        spool.add(*svd.factors()), tuple(svd.S.tolist()), is_complete(svd.rank, D.shape, rule), svd.error2,
-        stored2(svd, options.stored), svd.excess_estimate, svd.excess_bound,
+        spool.add(*svd.factors()), tuple(svd.S.tolist()), _is_complete(svd.rank, D.shape, rule), svd.error2,
+        _stored2(svd, options.stored), svd.excess_estimate, svd.excess_bound,
     )  # fmt: skip
 
 
-def first_rule(tuned: TensorSpec, shapes: Sequence[tuple[int, int]], options: ExtractOptions) -> RankRule:
+def factor_stack(
+    pair: Pair, base: TensorSpec, tuned: TensorSpec, shapes: Sequence[tuple[int, int]], options: ExtractOptions,
+    spool: Spool, rule: RankRule | None = None,
+) -> tuple[Factored, float, float, float]:  # fmt: skip
+    """Return the truncated SVD of each expert's ΔW at the largest rank that any of them calls for, and three sums.
+
+    These are `norm2`, `base_norm2` and `noise2` of a `Delta`, over all experts. On disk the factors are B (E·out, r)
+    and A (r, E·in). An expert that did not change, or whose ΔW has a lower rank, gets zeros.
+    """
+
+    def look(e: int, rule: RankRule) -> tuple[Delta, TruncatedSVD | None]:
+        delta = read_delta(one_of(base, e), one_of(tuned, e), no_progress, keep=True)
+        D = delta.D.T if delta.D is not None and pair.transposed else delta.D
+        return delta, None if D is None else _decompose(D, rule, options)
+
+    shown, energies = [], []
+    for e in range(tuned.shape[0]):
+        used = rule or _first_rule(one_of(tuned, e), shapes, options)
+        delta, svd = look(e, used)
+        shown.append(svd)
+        energies.append((delta.norm2, delta.base_norm2, delta.noise2))
+    most = max((svd.rank for svd in shown if svd), default=0)
+    for e, svd in enumerate(shown):
+        if svd and svd.rank < most:
+            shown[e] = look(e, Fixed(most))[1]
+    svds = [svd for svd in shown if svd]
+    sides = tuned.shape[:0:-1] if pair.transposed else tuned.shape[1:]
+    B, A, sigma2 = _stacked(shown, sides, common_dtype(base, tuned))
+    factored = Factored(
+        spool.add(B, A), tuple(value**0.5 for value in sigma2), _is_complete(len(sigma2), sides, used),
+        sum(svd.error2 for svd in svds), sum(_stored2(svd, options.stored) for svd in svds),
+        sum(svd.excess_estimate for svd in svds), sum(svd.excess_bound for svd in svds), len(shown),
+    )  # fmt: skip
+    norm2, base_norm2, noise2 = map(sum, zip(*energies, strict=True))
+    return factored, norm2, base_norm2, noise2
+
+
+def _stacked(
+    shown: Sequence[TruncatedSVD | None], sides: tuple[int, ...], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
+    """Return B (E·out, r), A (r, E·in), and the energy of each direction summed over the experts."""
+    rank, (out, inner) = max(svd.rank for svd in shown if svd), sides
+    B = torch.zeros(len(shown), out, rank, dtype=dtype)
+    A = torch.zeros(rank, len(shown), inner, dtype=dtype)
+    sigma2 = torch.zeros(rank, dtype=torch.float64)
+    for e, svd in enumerate(shown):
+        if svd is not None:
+            B[e, :, : svd.rank], A[: svd.rank, e] = svd.factors()
+            sigma2[: svd.rank] += svd.S.square()
+    return B.view(-1, rank), A.view(rank, -1), sigma2.tolist()
+
+
+def row_factors(base: TensorSpec, tuned: TensorSpec, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return B (d, n) and A (n, V) of the rows that changed, float32 (float64 where one of the two is)."""
+    wide = common_dtype(base, tuned)
+    old, new = ([files.read_tensor(one_of(spec, row)).to(wide) for row in rows] for spec in (base, tuned))
+    A = torch.zeros(len(rows), tuned.shape[0], dtype=wide)
+    A[torch.arange(len(rows)), torch.tensor(rows)] = 1
+    return torch.stack(new, 1) - torch.stack(old, 1), A
+
+
+def is_sparse(pair: Pair, delta: Delta, shape: tuple[int, ...]) -> bool:
+    """Tell whether a changed embedding, which nobody asked to save whole, is worth saving row by row."""
+    return pair.sparse and 0 < len(delta.rows) <= min(MOST_ROWS, shape[0] // 4)
+
+
+def _first_rule(tuned: TensorSpec, shapes: Sequence[tuple[int, int]], options: ExtractOptions) -> RankRule:
     """Return the rule of the first look at a weight of the fine-tune."""
     return options.rank_choice.first(shapes, _noise_edge(tuned) if options.rank_choice.noise else 0.0)
 
 
-def is_complete(rank: int, sides: Sequence[int], rule: RankRule) -> bool:
+def _is_complete(rank: int, sides: Sequence[int], rule: RankRule) -> bool:
     """Tell whether no more is to be seen: the rank fills the short side, or a fixed one was not reached."""
     return rank == min(sides) or (isinstance(rule, Fixed) and rank < rule.r)
 
 
-def decompose(D: torch.Tensor, rule: RankRule, options: ExtractOptions) -> TruncatedSVD:
+def _decompose(D: torch.Tensor, rule: RankRule, options: ExtractOptions) -> TruncatedSVD:
     """Return the truncated SVD of a matrix as the options ask for it."""
     most, probe = options.rank_choice.maximum, options.tight
     return truncated_svd(D, rule, tolerance=options.tolerance, seed=options.seed, max_rank=most, probe=probe)
 
 
-def stored2(svd: TruncatedSVD, dtype: str) -> float:
+def _stored2(svd: TruncatedSVD, dtype: str) -> float:
     """Return what storing the balanced factors in a dtype adds to the squared error."""
     wanted, root = dtypes.to_torch(dtype), svd.S.sqrt()
     B, A = svd.factors()

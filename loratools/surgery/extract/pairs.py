@@ -85,16 +85,15 @@ def pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pairing:
         raise IncompatibleAdapter(
             f"{base.path} and {tuned.path} have no tensor in common, so one is no fine-tune of the other"
         )
-    paths = {name: _current(source or name) for name, source in counterparts.items()}
-    if heads.untied:
-        paths[heads.untied] = _current(heads.untied)
-    if heads.retied:
-        used.add(heads.retied)
-    selection.check([*paths.values(), *([heads.retied] if heads.retied else [])])
-    old, new = Kinds(base.specs, base.config), Kinds(tuned.specs, tuned.config)
-    matched = [(name, source, paths[name]) for name, source in sorted(counterparts.items())]
+    matched = [
+        (name, source, _current(name if name == heads.untied else source or name))
+        for name, source in sorted(counterparts.items())
+    ]
     if heads.retied and heads.tuned_embedding:
+        used.add(heads.retied)
         matched.append((heads.tuned_embedding, heads.retied, heads.retied))
+    selection.check([path for _, _, path in matched])
+    old, new = Kinds(base.specs, base.config), Kinds(tuned.specs, tuned.config)
     pairs = [_decide(*match, base, tuned, old if match[1] else new, selection) for match in matched]
     if heads.tied and str(heads.base_embedding).removesuffix(".weight").rpartition(".")[2] != "embed_tokens":
         pairs = [_as_tied(match, selection) if match.base == heads.base_embedding else match for match in pairs]

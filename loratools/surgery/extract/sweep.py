@@ -15,13 +15,11 @@ from loratools.parallel import Progress, each, no_progress
 from loratools.storage import digest
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.extract.assemble import Outcome
-from loratools.surgery.extract.experts import factor_stack
-from loratools.surgery.extract.factor import Factored, factor
+from loratools.surgery.extract.factor import Factored, factor, factor_stack, is_sparse, row_factors
 from loratools.surgery.extract.layers import layer as certify
 from loratools.surgery.extract.options import ExtractOptions
 from loratools.surgery.extract.pairs import Pair, Pairing
 from loratools.surgery.extract.read import prefetch, read_delta, read_norm2
-from loratools.surgery.extract.rows import is_sparse, row_factors
 from loratools.surgery.extract.spool import Spool, Spooled
 from loratools.surgery.hash import hash_tensors
 
@@ -65,14 +63,11 @@ class Sweep:
     def _decided(self, several: _Several, results: list[_Result]) -> list[Outcome]:
         """Decide all ranks; look again at layers that deserve more than was seen of them."""
         layers = [result for result in results if result.factored]
-        ranks = self.options.rank_choice
+        shapes = [self._matrix(layer.pair) for layer in layers]
         while True:
-            factored = [result.factored for result in layers if result.factored]
-            decision = ranks.decide(
-                [result.sigma for result in factored],
-                [self._matrix(result.pair) for result in layers],
-                [result.complete for result in factored],
-            )
+            factored = [layer.factored for layer in layers if layer.factored]
+            sigmas, complete = [each.sigma for each in factored], [each.complete for each in factored]
+            decision = self.options.rank_choice.decide(sigmas, shapes, complete)
             if not decision.more:
                 break
             again = {layers[i].pair.path: (layers[i], Fixed(decision.more[i])) for i in sorted(decision.more)}
@@ -90,8 +85,7 @@ class Sweep:
         stacked = pair.kind == "experts"
         delta = read_delta(source, spec, self.progress, keep=pair.plan == "factor" and not stacked)
         if pair.plan == "factor" and stacked and not delta.identical:
-            stack = factor_stack(pair, source, spec, shapes, self.options, self.spool)
-            factored, norm2, base_norm2, noise2 = stack
+            factored, norm2, base_norm2, noise2 = factor_stack(pair, source, spec, shapes, self.options, self.spool)
             return _Result(pair, norm2, base_norm2, delta.digests, factored, noise2=noise2)
         if pair.plan == "factor" and not delta.identical:
             assert delta.D is not None

@@ -18,7 +18,7 @@ Factors = tuple[LazyTensor, LazyTensor]
 def build(pair: Pair, shape: tuple[int, ...], rank: int, factors: Factors) -> Update:
     """Return the update B·A with alpha = r, so that the scaling is 1 for every reader.
 
-    `factors` are (B, A) of ΔW as a matrix (`factor.py`, `experts.py`), `shape` is that of the stored weight.
+    `factors` are (B, A) of ΔW as a matrix (`factor.py`), `shape` is that of the stored weight.
     """
     return _BUILD[pair.kind](pair, shape, rank, *factors)
 

@@ -65,21 +65,15 @@ def largest(tiles: Callable[[], Iterable[Tensor]], counts: Sequence[int]) -> tup
     high = np.zeros(1 << 15, dtype=np.int64)
     for tile in tiles():
         high += np.bincount(_bits(tile) >> 16, minlength=len(high))
-    places = [_bin(high, count) for count in counts if count > 0]
-    low = {upper: np.zeros(1 << 16, dtype=np.int64) for upper, _ in places}
+    places = {count: _bin(high, count) for count in counts if count > 0}
+    low = {upper: np.zeros(1 << 16, dtype=np.int64) for upper, _ in places.values()}
     for tile in tiles():
         bits = _bits(tile)
         for upper, histogram in low.items():
             histogram += np.bincount(bits[bits >> 16 == upper] & 0xFFFF, minlength=len(histogram))
-    magnitudes = iter(
-        upper << 16 | _bin(low[upper], count - above)[0]
-        for (upper, above), count in zip(places, (count for count in counts if count > 0), strict=True)
-    )
-    return tuple(_float(next(magnitudes)) if count > 0 else float("inf") for count in counts)
-
-
-def _float(bits: int) -> float:
-    return float(np.array([bits], dtype=np.uint32).view(np.float32)[0])
+    found = {count: upper << 16 | _bin(low[upper], count - above)[0] for count, (upper, above) in places.items()}
+    magnitudes = {count: float(np.uint32(bits).view(np.float32)) for count, bits in found.items()}
+    return tuple(magnitudes.get(count, float("inf")) for count in counts)
 
 
 def _bits(tile: Tensor) -> Bits:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from loratools.surgery.combine.methods._deltas import Deltas
@@ -17,8 +19,5 @@ LIKE = frozenset({"peft"})
 def merge(terms: Terms, options: MethodOptions, chance: Chance) -> Tensor:
     """Return the disjoint mean of the changes that are left."""
     deltas, density = Deltas(terms, whole=options.like == "peft"), options.share
-
-    def combine(X: Tensor, tile: int) -> Tensor:
-        return disjoint_mean(dropped(X, terms, density, chance, tile), deltas.weights, options.like)
-
-    return deltas.merged(combine)
+    combine = partial(disjoint_mean, weights=deltas.weights, like=options.like)
+    return deltas.merged(lambda X, tile: combine(dropped(X, terms, density, chance, tile)))
