@@ -45,11 +45,8 @@ class LowRank(Additive):
     def with_factors(self, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Update:
         """Return a plain product, of kind `lora` or `conv` by the shape: what else a kind has is in the factors."""
         out, rank, *inner = *left.shape, *self.shape[1:]
-        parts = {
-            part_names.A: right.reshape(rank, *inner),
-            part_names.B: left.reshape(out, rank, *(1 for _ in inner[1:])),
-        }
-        parts |= {} if bias is None else {BIAS: bias}
+        A, B = right.reshape(rank, *inner), left.reshape(out, rank, *(1 for _ in inner[1:]))
+        parts = {part_names.A: A, part_names.B: B} | ({} if bias is None else {BIAS: bias})
         lazy = {name: LazyTensor.of(tensor.contiguous()) for name, tensor in parts.items()}
         update: Update = kinds.get("conv" if len(inner) > 1 else "lora").build(lazy, 1.0, float(rank))
         return update
@@ -72,7 +69,7 @@ class TwoFactors(LowRank):
     B: LazyTensor
     scaling: float
     alpha: float
-    C: LazyTensor | None = None
+    bias: LazyTensor | None = None
 
     names: ClassVar[tuple[str, str]] = (part_names.A, part_names.B)  # of the parts A and B
     sides: ClassVar[tuple[int, ...]] = (2,)  # how many A can have
@@ -90,8 +87,8 @@ class TwoFactors(LowRank):
             grouped = len(A) > 2 and A[0] > B[1] and A[0] % B[1] == 0
             why = f": a convolution with {A[0] // B[1]} groups, which cannot be merged" if grouped else ""
             raise ValueError(f"A {A} and B {B} do not share a rank{why or '; expected ' + self.expected}")
-        if self.C is not None and self.C.shape != B[:1]:
-            raise ValueError(f"{BIAS} has shape {self.C.shape}, expected {B[:1]}")
+        if self.bias is not None and self.bias.shape != B[:1]:
+            raise ValueError(f"{BIAS} has shape {self.bias.shape}, expected {B[:1]}")
 
     @property
     def rank(self) -> int:
@@ -103,12 +100,8 @@ class TwoFactors(LowRank):
         return shape[::-1] if self.transposed else shape
 
     @property
-    def bias(self) -> LazyTensor | None:
-        return self.C
-
-    @property
     def parts(self) -> Mapping[str, LazyTensor]:
-        return dict(zip(self.names, (self.A, self.B), strict=True)) | ({BIAS: self.C} if self.C else {})
+        return dict(zip(self.names, (self.A, self.B), strict=True)) | ({BIAS: self.bias} if self.bias else {})
 
     def factored(self) -> Factors:
         """Return B as (out, r) and A as (r, in·…), or Aᵀ and Bᵀ."""
@@ -122,15 +115,11 @@ class TwoFactors(LowRank):
     def with_factors(self, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Self:
         """Return an update of the same kind and shape whose tensors are these."""
         rank = left.shape[1]
-        B, A = (right.T, left.T) if self.transposed else (left, right)
-        return replace(
-            self,
-            A=LazyTensor.of(A.reshape(rank, *self.A.shape[1:]).contiguous()),
-            B=LazyTensor.of(B.reshape(len(B), rank, *self.B.shape[2:]).contiguous()),
-            C=None if bias is None else LazyTensor.of(bias),
-            scaling=1.0,
-            alpha=float(rank),
-        )
+        left, right = (right.T, left.T) if self.transposed else (left, right)
+        A = LazyTensor.of(right.reshape(rank, *self.A.shape[1:]).contiguous())
+        B = LazyTensor.of(left.reshape(len(left), rank, *self.B.shape[2:]).contiguous())
+        c = None if bias is None else LazyTensor.of(bias)
+        return replace(self, A=A, B=B, bias=c, scaling=1.0, alpha=float(rank))
 
     @classmethod
     def claims(cls, parts: Mapping[str, LazyTensor]) -> bool:

@@ -17,7 +17,7 @@ class FullUpdate(Rowwise):
     """A difference of a weight of any shape, and of the bias. Raises `ValueError` where they do not go together."""
 
     difference: LazyTensor
-    offset: LazyTensor | None = None
+    bias: LazyTensor | None = None
     names: tuple[str, str] = (WEIGHT_PART, BIAS_PART)
     kind: str = "full"
 
@@ -28,20 +28,16 @@ class FullUpdate(Rowwise):
         shape = self.difference.shape
         if not shape or 0 in shape:
             raise ValueError(f"{self.names[0]} has shape {shape}, expected a weight")
-        if self.offset is not None and self.offset.shape != shape[:1]:
-            raise ValueError(f"{self.names[1]} has shape {self.offset.shape}, expected {shape[:1]}")
+        if self.bias is not None and self.bias.shape != shape[:1]:
+            raise ValueError(f"{self.names[1]} has shape {self.bias.shape}, expected {shape[:1]}")
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.difference.shape
 
     @property
-    def bias(self) -> LazyTensor | None:
-        return self.offset
-
-    @property
     def parts(self) -> Mapping[str, LazyTensor]:
-        return {self.names[0]: self.difference} | ({self.names[1]: self.offset} if self.offset else {})
+        return {self.names[0]: self.difference} | ({self.names[1]: self.bias} if self.bias else {})
 
     def rows(self, dtype: DType, device: Device, transposed: bool) -> Rows:
         """Return rows of the difference."""

@@ -22,32 +22,28 @@ _PARTS = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
 class GloraUpdate(OnWeight):
     """The four factors. Raises `ValueError` where their shapes do not go together."""
 
-    tensors: Mapping[str, LazyTensor]
+    parts: Mapping[str, LazyTensor]
     scaling: float
     alpha: float
 
     kind = "glora"
 
     def __post_init__(self) -> None:
-        a1, a2, b1, b2 = (self.tensors[name].shape for name in _PARTS)
+        a1, a2, b1, b2 = (self.parts[name].shape for name in _PARTS)
         flat = all(len(shape) > 1 and set(shape[2:]) <= {1} for shape in (a1, a2, b1))
         if not flat or a1[:2] != a2[1::-1] or b1[1] != b2[0] or a2[1] != b2[1]:
             raise ValueError(f"GLoRA's factors do not go together: a1 {a1}, a2 {a2}, b1 {b1}, b2 {b2}")
 
     @property
     def rank(self) -> int:
-        return self.tensors["a2.weight"].shape[0]
+        return self.parts["a2.weight"].shape[0]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.tensors["b1.weight"].shape[0], *self.tensors["b2.weight"].shape[1:]
-
-    @property
-    def parts(self) -> Mapping[str, LazyTensor]:
-        return self.tensors
+        return self.parts["b1.weight"].shape[0], *self.parts["b2.weight"].shape[1:]
 
     def _factors(self) -> list[Tensor]:
-        return [self.tensors[name].load().double().flatten(1) for name in _PARTS]
+        return [self.parts[name].load().double().flatten(1) for name in _PARTS]
 
     def term(self, site: Site, weight: float, dtype: DType, device: Device) -> Mixing:
         """Return the term; raise `IncompatibleAdapter` where the base stores the weight transposed."""

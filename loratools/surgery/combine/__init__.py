@@ -5,8 +5,7 @@ options    the options, one value that is checked when it is built
 weights    the weight of an adapter: one number, or one for each module pattern
 blocks     weights by the blocks of Stable Diffusion's UNet
 methods    the ways to combine, one file each
-change     the combined change of every module
-truncate   from changes to factors of chosen ranks
+change     the combined change of every module, and its factors of a chosen rank
 whole      tensors trained whole, and biases, combined
 result     the adapter that several become: its settings and provenance
 """
@@ -33,8 +32,8 @@ from loratools.storage import atomic
 from loratools.storage.dtypes import FloatName
 from loratools.storage.sources import Location
 from loratools.surgery.base import agree
-from loratools.surgery.combine import methods, truncate, whole
-from loratools.surgery.combine.change import combined, for_each_module
+from loratools.surgery.combine import methods, whole
+from loratools.surgery.combine.change import Decomposed, Share, choose, combined, for_each_module, keep
 from loratools.surgery.combine.inputs import Aligned, Input, align, open_inputs
 from loratools.surgery.combine.methods._terms import Library
 from loratools.surgery.combine.options import CombineOptions
@@ -64,7 +63,7 @@ class Combination:
     norm: float
     error: float
     optimum: float
-    shares: tuple[truncate.Share, ...]
+    shares: tuple[Share, ...]
     dropped: tuple[str, ...]
     replaced: tuple[str, ...]
     base: BaseIdentity | None
@@ -193,24 +192,24 @@ def run(
 
 
 def _updates(
-    aligned: Aligned, changes: Mapping[str, truncate.Decomposed | None], biases: Mapping[str, Any],
+    aligned: Aligned, changes: Mapping[str, Decomposed | None], biases: Mapping[str, Any],
     options: CombineOptions,
-) -> tuple[dict[str, Update], list[truncate.Share]]:  # fmt: skip
+) -> tuple[dict[str, Update], list[Share]]:  # fmt: skip
     """Choose ranks, round, and rebuild updates; a module whose change and bias are zero is left out."""
     nonzero = {module: change for module, change in sorted(changes.items()) if change is not None}
     try:
-        chosen = truncate.choose(list(nonzero.values()), options.rule)
+        chosen = choose(list(nonzero.values()), options.rule)
     except ValueError as error:
         raise LoraToolsError(str(error)) from None
     ranked = dict(zip(nonzero, zip(nonzero.values(), chosen, strict=True), strict=True))
-    rounded = for_each_module(lambda _, item: truncate.keep(*item, options.stored), ranked, options.threads)
+    rounded = for_each_module(lambda _, item: keep(*item, options.stored), ranked, options.threads)
     updates: dict[str, Update] = {}
     shares = []
     for module, (change, rank) in ranked.items():
         members, kept = aligned.modules[module], rounded[module]
         like, given = members[0].update, sum(member.update.rank for member in members)
         updates[module] = like.with_factors(kept.left, kept.right, biases.get(module))
-        shares.append(truncate.Share(
+        shares.append(Share(
             module, like.kind, like.shape, given, len(change.sigma), rank, math.sqrt(change.norm2),
             math.sqrt(kept.error2), math.sqrt(kept.optimum2), change.sigma[0], change.sigma[rank - 1],
         ))  # fmt: skip

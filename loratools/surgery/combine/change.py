@@ -1,17 +1,29 @@
-"""The combined change of every module, decomposed: one task for each module, several at a time."""
+"""The combined change of every module, and from there to factors of a chosen rank: decompose, choose, round once.
+
+ΔW = U·Σ·Vᵀ of factors costs a QR of each and an SVD of their small core, in float64; what is kept is U√Σ and √ΣVᵀ,
+rounded once. The error of the result, as stored, is √(Σ_{i>r} σᵢ² + ‖rounding‖²): the optimum, and what rounding adds.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
+
+import torch
+from torch import Tensor
 
 from loratools.adapter import low_rank
 from loratools.adapter.naming.compact import natural
 from loratools.errors import IncompatibleAdapter
-from loratools.linalg.factored import squared_norm
-from loratools.linalg.ranks.rules import Fixed, RankRule
+from loratools.linalg.factored import factored_svd, rounding2, squared_norm
+from loratools.linalg.ranks.allocate import Ranks
+from loratools.linalg.ranks.rules import Fixed, RankRule, Spectrum, bounded
+from loratools.linalg.svd.truncated import truncated_svd
 from loratools.parallel import Progress, cores, each
-from loratools.surgery.combine import methods, truncate
+from loratools.storage import dtypes
+from loratools.surgery.combine import methods
 from loratools.surgery.combine.inputs import Aligned, Input, Member
 from loratools.surgery.combine.methods._chance import AsPeft, Seeded
 from loratools.surgery.combine.methods._terms import Chance, Term
@@ -21,9 +33,66 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Decomposed:
+    """The leading part left·right of one change, balanced, in float64: left (m, k), right (k, n), `sigma` descending.
+
+    `norm2` is ‖ΔW‖_F², `lost2` what is not in left·right; 0 for a product, whose rank is k. `size` is Σ |wᵢ|·‖ΔWᵢ‖_F of
+    what it was made of: where that is far larger, the terms cancel.
+    """
+
+    left: Tensor
+    right: Tensor
+    sigma: tuple[float, ...]
+    norm2: float
+    lost2: float = 0.0
+    size: float = 0.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Sides (m, n) of the matrix."""
+        return self.left.shape[0], self.right.shape[1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """What is stored of a change: factors in their final dtype, and the squared errors, as stored and at best."""
+
+    left: Tensor
+    right: Tensor
+    error2: float
+    optimum2: float
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one module keeps.
+
+    `given` is the sum of the ranks that came in, `true_rank` the number of nonzero singular values, `rank` what is
+    kept; `norm` is ‖ΔW‖_F, `error` ‖ΔW − result‖_F as stored, `optimum` the least that any result of this rank has.
+    """
+
+    module: str
+    kind: str
+    shape: tuple[int, ...]
+    given: int
+    true_rank: int
+    rank: int
+    norm: float
+    error: float
+    optimum: float
+    largest: float
+    smallest: float
+
+    @property
+    def energy(self) -> float:
+        """Share of ‖ΔW‖_F² that is kept."""
+        return 1 - (self.error / self.norm) ** 2 if self.norm else 1.0
+
+
 def combined(
     inputs: Sequence[Input], aligned: Aligned, options: CombineOptions, progress: Progress
-) -> dict[str, truncate.Decomposed | None]:
+) -> dict[str, Decomposed | None]:
     """Return module -> its decomposed change, None where it is zero; no number depends on the threads.
 
     Raises `IncompatibleAdapter` with every module that fails: numbers that are not finite, rules that do not apply.
@@ -34,14 +103,14 @@ def combined(
         # One stream for all modules: they must draw from it one after the other.
         chance, threads = AsPeft(seed), 1
 
-    def change(module: str, members: Sequence[Member]) -> truncate.Decomposed | None:
+    def change(module: str, members: Sequence[Member]) -> Decomposed | None:
         terms = [term for member in members if (term := _term(module, member, inputs[member.adapter])).weight != 0]
         merged = methods.get(options.method).merge(terms, options, chance) if terms else None
         progress(sum(lazy.nbytes for member in members for lazy in member.update.parts.values()))
         if merged is None:
             return None
         size = sum(abs(term.weight) * float(squared_norm(term.left, term.right)) ** 0.5 for term in terms)
-        return truncate.decompose(merged, _rule(members, options), size)
+        return _decompose(merged, _rule(members, options), size)
 
     ordered = {module: aligned.modules[module] for module in sorted(aligned.modules, key=natural)}
     return for_each_module(change, ordered, threads)
@@ -61,6 +130,58 @@ def _rule(members: Sequence[Member], options: CombineOptions) -> RankRule:
         return options.rule.first([], 0.0)
     own = [member.update.rank for member in members]
     return Fixed(max(own) if options.like else sum(own))
+
+
+def _decompose(change: tuple[Tensor, Tensor] | Tensor, rule: RankRule, size: float) -> Decomposed | None:
+    """Return the singular value decomposition of a change, or None if it is zero.
+
+    A product is decomposed completely. A dense matrix is decomposed as far as `rule` asks (`linalg.truncated`), and its
+    rank is then decided. Raises `ValueError` where numbers are not finite.
+    """
+    if isinstance(change, tuple):
+        svd = factored_svd(*change)
+        rank = int(svd.rank())
+        if not rank:
+            return None
+        left, right, _ = svd.truncated(rank)
+        norm2 = math.fsum(sigma * sigma for sigma in svd.S.tolist())
+        return Decomposed(left, right, tuple(svd.S[:rank].tolist()), norm2, size=size)
+    leading = truncated_svd(change, rule)
+    if not leading.rank:
+        return None
+    root = leading.S.sqrt()
+    left, right = leading.U.double() * root, root[:, None] * leading.Vh.double()
+    return Decomposed(left, right, tuple(leading.S.tolist()), leading.norm2, leading.error2, size)
+
+
+def choose(changes: Sequence[Decomposed], ranks: Ranks | None) -> list[int]:
+    """Return the rank that each change keeps, at least 1: all there is without `ranks`.
+
+    Raises `ValueError` for a budget that is too small.
+    """
+    most = [len(change.sigma) for change in changes]
+    if ranks is None or not changes:
+        return most
+    shapes = [change.shape for change in changes]
+    if ranks.budget is not None:
+        return list(ranks.decide([change.sigma for change in changes], shapes, [True] * len(changes)).ranks)
+    rule, wanted = ranks.first(shapes, 0.0), []
+    for change, limit in zip(changes, most, strict=True):
+        sigma = torch.tensor(change.sigma, dtype=torch.float64)
+        rank = None if change.lost2 else rule.rank(Spectrum(sigma, change.norm2, change.shape))
+        wanted.append(limit if rank is None else min(rank, limit))
+    if ranks.uniform:
+        rank = bounded(max(wanted), ranks.minimum, ranks.maximum, ranks.multiple_of)
+        wanted = [min(rank, limit) for limit in most]
+    return wanted
+
+
+def keep(change: Decomposed, rank: int, dtype: str) -> Kept:
+    """Return the leading `rank` of a change, rounded to `dtype` (a safetensors name)."""
+    left, right = change.left[:, :rank], change.right[:rank]
+    stored = left.to(dtypes.to_torch(dtype)), right.to(dtypes.to_torch(dtype))
+    optimum2 = change.lost2 + math.fsum(sigma * sigma for sigma in change.sigma[rank:])
+    return Kept(*stored, optimum2 + rounding2((left, right), stored), optimum2)
 
 
 def for_each_module(

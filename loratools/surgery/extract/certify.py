@@ -104,15 +104,14 @@ def certify(
             for name in sorted(counterparts.keys() - covered)
             if base.specs[name].shape == tuned.specs[counterparts[name]].shape
         }
-        layers = [job.result() for job in jobs]
+        layers, optimal = zip(*(job.result() for job in jobs), strict=True)
         norms = {name: job.result() for name, job in rest.items()}
     changed = {name: norm2 for name, norm2 in norms.items() if norm2 > 0}
     uncovered = {name: norm2 for name, norm2 in changed.items() if name not in replaced}
-    energy = sum(changed.values()) + sum(layer.delta_norm**2 for layer, _ in layers)
+    energy = sum(changed.values()) + sum(layer.delta_norm**2 for layer in layers)
     measured = {place.module for sites in modules.values() for place in sites}
     return Certification(
-        tuple(layer for layer, _ in layers), tuple(best for _, best in layers), total(layer for layer, _ in layers),
-        tuple(sorted(changed.keys() & replaced)),
+        layers, optimal, total(layers), tuple(sorted(changed.keys() & replaced)),
         tuple((name, norm2**0.5) for name, norm2 in sorted(uncovered.items())),
         sum(uncovered.values()) / energy if energy else 0.0, tuple(sorted(factors.updates.keys() - measured)),
     )  # fmt: skip

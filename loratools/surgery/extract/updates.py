@@ -41,17 +41,9 @@ def module_names(pairs: Iterable[Pair]) -> dict[str, str]:
     return names
 
 
-def _linear(pair: Pair, shape: tuple[int, ...], rank: int, B: LazyTensor, A: LazyTensor) -> Update:
-    return LoraUpdate(A, B, 1.0, float(rank))
-
-
 def _conv(pair: Pair, shape: tuple[int, ...], rank: int, B: LazyTensor, A: LazyTensor) -> Update:
     outer, inner = (*B.shape, *(1 for _ in shape[2:])), (rank, *shape[1:])
     return ConvUpdate(A.reshaped(inner), B.reshaped(outer), 1.0, float(rank))
-
-
-def _embedding(pair: Pair, shape: tuple[int, ...], rank: int, B: LazyTensor, A: LazyTensor) -> Update:
-    return EmbeddingUpdate(A, B, 1.0, float(rank))
 
 
 def _experts(pair: Pair, shape: tuple[int, ...], rank: int, B: LazyTensor, A: LazyTensor) -> Update:
@@ -64,8 +56,8 @@ def _experts(pair: Pair, shape: tuple[int, ...], rank: int, B: LazyTensor, A: La
 
 
 _BUILD: Mapping[str, Callable[[Pair, tuple[int, ...], int, LazyTensor, LazyTensor], Update]] = {
-    "linear": _linear,
+    "linear": lambda pair, shape, rank, B, A: LoraUpdate(A, B, 1.0, float(rank)),
     "conv": _conv,
-    "embedding": _embedding,
+    "embedding": lambda pair, shape, rank, B, A: EmbeddingUpdate(A, B, 1.0, float(rank)),
     "experts": _experts,
 }
