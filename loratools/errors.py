@@ -1,20 +1,4 @@
-"""Every deliberate exception of loratools. A sentence with an address, and all the problems at once.
-
-LoraToolsError                 what `except` should name to catch everything below
-├── BadFile                    a file is missing, truncated, damaged, or not what it claims to be
-│   └── InvalidFormat          an adapter breaks a numbered clause of the specification
-├── UnknownKind                no dialect, update or command of that name, or a file that none of them knows
-├── InvalidOption              an option has a value that it cannot have; also a `ValueError`
-├── UnsupportedAdapter         a sound adapter that carries something loratools does not do (yet), by name
-├── IncompatibleAdapter        adapter and base model do not fit: names or shapes
-├── WrongBase                  the base model is not the one that the adapter was sealed with
-├── LossyConversion            the destination cannot say what the source says
-├── OutputRefused              the output exists, is an input, or is already the result
-├── NoSpace                    the disk is full, or a quota or file-size limit was reached
-├── MissingExtra               an optional dependency is not installed
-├── NoDevice                   the machine has no such device to compute on
-└── HubError                   the Hub said no, or could not be reached
-"""
+"""Every deliberate exception of loratools, all `LoraToolsError`: a sentence with an address, all problems at once."""
 
 from __future__ import annotations
 

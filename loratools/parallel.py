@@ -54,13 +54,9 @@ def workers(threads: int, torch_threads: int | None = None) -> Iterator[ThreadPo
 
 
 def each(
-    work: Callable[[Key, Item], Result],
-    items: Mapping[Key, Item],
-    threads: int,
-    *,
-    torch_threads: int | None = None,
+    work: Callable[[Key, Item], Result], items: Mapping[Key, Item], threads: int, *, torch_threads: int | None = None,
     refuse: Callable[[Sequence[str]], LoraToolsError] | None = None,
-) -> dict[Key, Result]:
+) -> dict[Key, Result]:  # fmt: skip
     """Return key -> work(key, item), in the order of `items`, which is the order in which the work begins.
 
     `threads` and `torch_threads` are those of `workers`. The first exception ends the work. With `refuse` every

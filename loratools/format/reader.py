@@ -55,9 +55,6 @@ def _updates(path: Path, subject: Subject) -> dict[str, Update]:
             unknown.append(f"{module}: kind {kind!r} with {', '.join(sorted(left))}")
         updates[module] = update
     if unknown:
-        raise UnsupportedAdapter(
-            f"{path}: this loratools does not apply {len(unknown)} of {len(modules)} modules; it knows"
-            f" {', '.join(kinds.names())}",
-            unknown,
-        )
+        share, known = f"{len(unknown)} of {len(modules)} modules", ", ".join(kinds.names())
+        raise UnsupportedAdapter(f"{path}: this loratools does not apply {share}; it knows {known}", unknown)
     return updates

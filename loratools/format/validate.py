@@ -85,15 +85,12 @@ def report(path: Path, *, digest: bool = True) -> Report:
     if isinstance(subject, Problem):
         return Report((subject,), GATE)
     size = sum(spec.nbytes for spec in subject.specs.values()) if digest and subject.specs else 0
+    checked = (*GATE, *(name for name in CLAUSES if digest or name not in _DATA))
+    modules, replacements = dict(subject.entries()), dict(subject.entries("replacements"))
     return Report(
-        tuple(problems(subject, digest=digest)),
-        (*GATE, *(name for name in CLAUSES if digest or name not in _DATA)),
-        subject.manifest["format_version"],
-        len(dict(subject.entries())),
-        len(dict(subject.entries("replacements"))),
-        len(subject.tensors),
-        size,
-    )
+        tuple(problems(subject, digest=digest)), checked, subject.manifest["format_version"], len(modules),
+        len(replacements), len(subject.tensors), size,
+    )  # fmt: skip
 
 
 def problems(subject: Subject, *, digest: bool) -> list[Problem]:

@@ -18,18 +18,11 @@ from loratools.storage.lazy import LazyTensor
 from loratools.storage.save import header, ordered
 
 
-def write(
-    adapter: Adapter,
-    target: Path,
-    *,
-    tensors: Mapping[str, str] | None = None,
-    card: str | None = None,
-    force: bool = False,
-) -> str:
+def write(adapter: Adapter, target: Path, *, tensors: Mapping[str, str] | None = None, force: bool = False) -> str:
     """Write an adapter to `target`, a `.safetensors` file or a folder that PEFT loads too, and return its digest.
 
     Stored tensors keep their bytes and dtypes. `tensors` maps a module's path, or a replaced parameter's, to the base
-    tensor that it changes; `card` is the text of the folder's README.md. The output appears whole or not at all.
+    tensor that it changes. The output appears whole or not at all.
 
     Raises `InvalidFormat` if the adapter cannot be said in the format, naming each clause, and `OutputRefused` if the
     target exists (without `force`) or is also an input.
@@ -45,8 +38,6 @@ def write(
         if not single:
             text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
             path.with_name(CONFIG_FILE).write_text(f"{text}\n", encoding="utf-8")
-            if card is not None:
-                path.with_name("README.md").write_text(card, encoding="utf-8")
         return _write_file(path, document, lazies)
 
 

@@ -104,17 +104,13 @@ def _choose(ours: Card, theirs: Card, has_local: bool, has_remote: bool, keep: S
         return theirs  # the folder's has not changed since it was pushed
     if theirs.digest == theirs.pushed:
         return ours  # the Hub's has not changed since then
-    known = theirs.data()
-    if ours.text.strip() == theirs.text.strip() and all(
-        known.get(name) == value for name, value in ours.data().items()
-    ):
+    known, stated = theirs.data(), ours.data()
+    if ours.text.strip() == theirs.text.strip() and all(known.get(name) == stated[name] for name in stated):
         return theirs  # which says the same, and more
-    if not theirs.text.strip() and all(ours.data().get(name) == value for name, value in known.items()):
+    if not theirs.text.strip() and all(stated.get(name) == known[name] for name in known):
         return ours
-    raise HubError(
-        "README.md in the folder and on the Hub are two different texts",
-        hint="Say which one stays: --card local, or --card hub.",
-    )
+    hint = "Say which one stays: --card local, or --card hub."
+    raise HubError("README.md in the folder and on the Hub are two different texts", hint=hint)
 
 
 def _front(card: Card, facts: Mapping[str, Any], force: Mapping[str, Any]) -> list[str]:

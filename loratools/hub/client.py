@@ -55,15 +55,11 @@ class Hub:
     def read(self, call: Callable[[], T], repo: str, revision: str | None = None) -> T:
         """Return `call()`, repeated after a failure that may pass; the call must be harmless when done twice.
 
-        Raises `HubError`.
+        Raises `HubError`, in the user's words.
         """
-        return self.once(lambda: faults.retried(call), repo, revision)
-
-    def once(self, call: Callable[[], T], repo: str, revision: str | None = None) -> T:
-        """Return `call()`, done once; raise `HubError` in the user's words."""
         try:
             with quiet():
-                return call()
+                return faults.retried(call)
         except Exception as error:
             refusal = faults.in_words(error, repo, self.endpoint, revision)
             if refusal is error:

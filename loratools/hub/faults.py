@@ -52,12 +52,12 @@ def passes(error: BaseException) -> bool:
     return any(_is_network(cause) or "Consistency check failed" in str(cause) for cause in chain(error))
 
 
-def retried(call: Callable[[], T], tries: int = TRIES) -> T:
+def retried(call: Callable[[], T]) -> T:
     """Return `call()`, repeated after a failure that may pass; the call must be harmless when done twice.
 
     Waits a random time up to 1, 2, 4, … seconds ("full jitter", Brooker 2015), or as long as a rate limit says.
     """
-    for attempt in range(tries - 1):
+    for attempt in range(TRIES - 1):
         try:
             return call()
         except Exception as error:
@@ -81,10 +81,9 @@ def _named_wait(error: BaseException) -> float | None:
     """Return the seconds that a rate limit names: `Retry-After: 3`, or `ratelimit: "api";r=0;t=3`."""
     answers: list[Any] = [getattr(cause, "response", None) for cause in chain(error)]
     headers: Any = next((answer.headers for answer in answers if answer is not None), {})
-    seconds = re.fullmatch(r"\d+", headers.get("retry-after", "")) or re.search(
-        r"t=(\d+)", headers.get("ratelimit", "")
-    )
-    return float(re.sub(r"\D", "", seconds[0])) if seconds else None
+    after, limit = headers.get("retry-after", ""), headers.get("ratelimit", "")
+    seconds = re.fullmatch(r"(\d+)", after) or re.search(r"t=(\d+)", limit)
+    return float(seconds[1]) if seconds else None
 
 
 def _is_network(error: BaseException) -> bool:
@@ -110,7 +109,7 @@ def in_words(error: Exception, repo: str, endpoint: str, revision: str | None = 
 
     code = status(error)
     if is_a(errors.OfflineModeIsEnabled):
-        return HubError(f"{repo}: HF_HUB_OFFLINE is set, and the cache does not hold it", hint="Unset HF_HUB_OFFLINE.")
+        return offline(repo)
     if is_a(errors.GatedRepoError):
         then = f"then {_LOGIN}" if code == 401 else "with the account that you are logged in with"
         return HubError(f"{repo} is gated", hint=f"Accept its licence at {endpoint}/{repo}, {then}.")
@@ -134,6 +133,11 @@ def in_words(error: Exception, repo: str, endpoint: str, revision: str | None = 
     if any(type(cause).__module__.startswith(("huggingface_hub", "hf_xet")) for cause in chain(error)):
         return HubError(f"{repo}: {_first_line(error)}")
     return error
+
+
+def offline(repo: str) -> HubError:
+    """Return the error of a repository that is not in the cache, while the Hub must not be asked."""
+    return HubError(f"{repo}: HF_HUB_OFFLINE is set, and the cache does not hold it", hint="Unset HF_HUB_OFFLINE.")
 
 
 def _refused(error: Exception, code: int, repo: str) -> HubError:

@@ -88,10 +88,9 @@ def select(paths: Collection[str], kind: Kind, index: Index) -> Selection:
     """
     folders = [""]
     if kind == "checkpoint" and PIPELINE in paths:
-        components = [
-            name for name, entry in index(PIPELINE).items() if isinstance(entry, list) and entry[:1] != [None]
-        ]
-        folders += [f"{name}/" for name in components if is_plain(name)]
+        entries = index(PIPELINE).items()
+        parts = [name for name, entry in entries if isinstance(entry, list) and entry[:1] != [None]]
+        folders += [f"{name}/" for name in parts if is_plain(name)]
     weights: list[str] = []
     others: list[str] = []
     for folder in folders:
@@ -113,10 +112,9 @@ def select(paths: Collection[str], kind: Kind, index: Index) -> Selection:
 def stale(existing: Iterable[str], weights: Iterable[str]) -> tuple[str, ...]:
     """Return the files of an earlier version that a reader would take for part of the new: other shards, an index."""
     weights = set(weights)
-    stems = {match[1] for name in weights if (match := _SHARD.fullmatch(name))}
-    return tuple(
-        sorted(name for name in existing if name not in weights and (m := _SHARD.fullmatch(name)) and m[1] in stems)
-    )
+    stems = {match[1] for match in map(_SHARD.fullmatch, weights) if match}
+    others = map(_SHARD.fullmatch, sorted(set(existing) - weights))
+    return tuple(match[0] for match in others if match and match[1] in stems)
 
 
 _SHARD = re.compile(r"((?:[^/]+/)*[^/]+?)(?:-\d{5,}-of-\d{5,})?\.(?:safetensors|bin)(?:\.index\.json)?")
@@ -131,15 +129,9 @@ def _weights(names: set[str], kind: Kind, index: Index) -> list[str]:
             return _shards((first or listed)[0], index)
         if single := [f"{stem}{ending}" for stem in stems if f"{stem}{ending}" in names]:
             return single[:1]
-    other = _STEMS["checkpoint" if kind == "adapter" else "adapter"]
     for ending in endings:
-        if loose := sorted(
-            name
-            for name in names
-            if name.endswith(ending)
-            and not _LEFT_BY_TRAINING.match(name)
-            and not (kind == "checkpoint" and name.startswith(other))
-        ):
+        loose = sorted(name for name in names if name.endswith(ending) and not _LEFT_BY_TRAINING.match(name))
+        if loose := [name for name in loose if kind == "adapter" or not name.startswith(_STEMS["adapter"])]:
             return loose
     return []
 

@@ -22,6 +22,7 @@ _SMALL = 1_000_000
 _NOT_NEEDED = ("tokenizer", "vocab", "special_tokens_map", "added_tokens", "trainer_state")
 
 
+@quiet()
 def headers_of(hub: Hub, ref: Ref, folder: Path) -> Path:
     """Fill a folder with the headers and small JSON files of what `ref` names; return it, or the file in it.
 
@@ -30,19 +31,12 @@ def headers_of(hub: Hub, ref: Ref, folder: Path) -> Path:
 
     Raises `HubError`, and `BadFile` where the weights are not safetensors.
     """
-    with quiet():
-        commit = hub.commit(ref.repo, ref.revision)
-        tree = hub.tree(ref.repo, commit)
-        return _fill(hub, ref, commit, tree, folder)
-
-
-def _fill(hub: Hub, ref: Ref, commit: str, tree: Mapping[str, RemoteFile], folder: Path) -> Path:
+    commit = hub.commit(ref.repo, ref.revision)
+    tree = hub.tree(ref.repo, commit)
     selection, names = choose(hub, ref, commit, tree)
     if pickles := [name for name in selection.weights if not name.endswith((".safetensors", ".json"))]:
-        raise BadFile(
-            f"{ref}: {pickles[0]} has no header that can be read from afar",
-            hint=f"Fetch it first: loratools pull {ref.repo} -o DIR",
-        )
+        hint = f"Fetch it first: loratools pull {ref.repo} -o DIR"
+        raise BadFile(f"{ref}: {pickles[0]} has no header that can be read from afar", hint=hint)
 
     def fetch(name: str, file: RemoteFile) -> None:
         target = folder / name

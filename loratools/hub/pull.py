@@ -7,15 +7,16 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 
 from loratools import dialects
 from loratools.adapter.model import BaseIdentity
-from loratools.errors import HubError, LoraToolsError, UnknownKind, UnsupportedAdapter
+from loratools.errors import LoraToolsError, UnknownKind, UnsupportedAdapter
 from loratools.format import validate
 from loratools.format.manifest import ORIGIN
-from loratools.hub import files
+from loratools.hub import faults, files
 from loratools.hub.client import Hub, RemoteFile, quiet
 from loratools.hub.headers import choose, schema_of
 from loratools.hub.refs import Ref, is_plain, repository
@@ -174,17 +175,12 @@ def cached(hub: Hub, ref: Ref, need: Need, watch: Watch) -> Path:
         commit = noted.read_text(encoding="utf-8").strip() if noted.is_file() else str(ref.revision)
         root = folder / "snapshots" / commit
         if not is_plain(commit) or not root.is_dir():
-            raise HubError(
-                f"{ref}: HF_HUB_OFFLINE is set, and the cache does not hold it", hint="Unset HF_HUB_OFFLINE."
-            )
+            raise faults.offline(str(ref))
         return root / ref.path if ref.path else root
     prepared = plan(hub, ref, "checkpoint" if need == "checkpoint" else "adapter")
-    missing = [
-        file
-        for file in prepared.files.values()
-        if not isinstance(try_to_load_from_cache(ref.repo, file.path, revision=prepared.commit), str)
-    ]
-    with quiet(), watch(sum(file.size for file in missing)) as advance, _watched(folder / "blobs", advance):
+    held = partial(try_to_load_from_cache, ref.repo, revision=prepared.commit)
+    missing = sum(file.size for file in prepared.files.values() if not isinstance(held(file.path), str))
+    with quiet(), watch(missing) as advance, _watched(folder / "blobs", advance):
         paths = {file.path: hub.fetch(ref.repo, prepared.commit, file) for file in prepared.files.values()}
     path, at = next(iter(paths.items()))
     root = at.parents[path.count("/")]

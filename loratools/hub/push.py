@@ -164,7 +164,7 @@ def card_for(
         remote = _text(hub.small(target.repo, target.head, there, _MAX_CARD), f"hf://{target.repo}/{CARD}")
     summary = subject.summary
     if isinstance(summary, AdapterSummary):
-        facts = section.adapter_facts(summary, subject.base_model, subject.task, base_card)
+        facts = section.adapter_facts(subject.base_model, subject.task, base_card)
         text = section.adapter_section(summary, target.repo, subject.base_model, subject.task)
     else:
         facts = section.checkpoint_facts(summary, subject.base_model, subject.record, base_card)

@@ -38,9 +38,8 @@ def parse(text: str) -> Ref:
     """
     match = _REF.fullmatch(text)
     if match is None or match["repo"].partition("/")[0] in ("datasets", "spaces", "buckets", "kernels"):
-        raise BadFile(
-            f"{text!r} is not a model on the Hub", hint="Expected hf://org/name, hf://org/name@revision or with /file."
-        )
+        hint = "Expected hf://org/name, hf://org/name@revision or with /file."
+        raise BadFile(f"{text!r} is not a model on the Hub", hint=hint)
     path = match["path"]
     if path and not is_plain(path):
         raise BadFile(f"{text!r}: {path!r} is not a path inside a repository")

@@ -10,35 +10,24 @@ from loratools.surgery.inspect import AdapterSummary, CheckpointSummary
 
 # PEFT's task_type -> the Hub's pipeline_tag
 _TASKS = {
-    "CAUSAL_LM": "text-generation",
-    "SEQ_CLS": "text-classification",
-    "TOKEN_CLS": "token-classification",
-    "QUESTION_ANS": "question-answering",
-    "FEATURE_EXTRACTION": "feature-extraction",
-}
+    "CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering", "FEATURE_EXTRACTION": "feature-extraction",
+}  # fmt: skip
 _VLLM_RANK = 16  # vLLM's default of --max-lora-rank
 _RANKS = (16, 32, 64, 128, 256, 320, 512)  # those that it takes
 
 
-def adapter_facts(
-    summary: AdapterSummary, base_model: str | None, task: str | None, base_card: Mapping[str, Any]
-) -> dict[str, Any]:
+def adapter_facts(base_model: str | None, task: str | None, base_card: Mapping[str, Any]) -> dict[str, Any]:
     """Return the front matter of an adapter's card, without the fields that are unknown."""
-    diffusers = base_card.get("library_name") == "diffusers"
-    tags = ["lora", "loratools"]
-    if base_model:
-        tags.insert(0, f"base_model:adapter:{base_model}")
-    if task == "CAUSAL_LM":
-        tags.append("transformers")
-    facts = {
-        "base_model": base_model,
-        "base_model_relation": "adapter" if base_model else None,
-        "library_name": "diffusers" if diffusers else "peft",
-        "pipeline_tag": _TASKS.get(task or "") or base_card.get("pipeline_tag"),
-        **licence(base_card),
-        "tags": tags,
-    }
-    return {name: value for name, value in facts.items() if value is not None}
+    tags = [f"base_model:adapter:{base_model}"] if base_model else []
+    return _known(
+        base_card,
+        [*tags, "lora", "loratools", *(["transformers"] if task == "CAUSAL_LM" else [])],
+        base_model=base_model,
+        base_model_relation="adapter" if base_model else None,
+        library_name="diffusers" if base_card.get("library_name") == "diffusers" else "peft",
+        pipeline_tag=_TASKS.get(task or "") or base_card.get("pipeline_tag"),
+    )
 
 
 def checkpoint_facts(
@@ -47,20 +36,20 @@ def checkpoint_facts(
     """Return the front matter of a model's card; `record` is that of the merge that made it, if one did."""
     adapters = record.get("adapters") if record.get("operation") == "merge" else None
     several = isinstance(adapters, list) and len(adapters) > 1
-    facts = {
-        "base_model": base_model,
-        "base_model_relation": ("merge" if several else "finetune") if base_model and adapters else None,
-        "library_name": "diffusers" if summary.components else "transformers",
-        "pipeline_tag": base_card.get("pipeline_tag") or ("text-generation" if _is_causal(summary) else None),
-        **licence(base_card),
-        "tags": [*(["merge"] if adapters else []), "loratools"],
-    }
-    return {name: value for name, value in facts.items() if value is not None}
+    return _known(
+        base_card,
+        [*(["merge"] if adapters else []), "loratools"],
+        base_model=base_model,
+        base_model_relation=("merge" if several else "finetune") if base_model and adapters else None,
+        library_name="diffusers" if summary.components else "transformers",
+        pipeline_tag=base_card.get("pipeline_tag") or ("text-generation" if _is_causal(summary) else None),
+    )
 
 
-def licence(card: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the licence that a card states, with the name and address that `other` needs."""
-    return {name: card[name] for name in ("license", "license_name", "license_link") if card.get(name)}
+def _known(base_card: Mapping[str, Any], tags: list[str], **facts: Any) -> dict[str, Any]:
+    """Return the facts that are known, with the base's licence: its name and address too, which `other` needs."""
+    facts |= {name: base_card.get(name) or None for name in ("license", "license_name", "license_link")}
+    return {name: value for name, value in facts.items() if value is not None} | {"tags": tags}
 
 
 def adapter_section(summary: AdapterSummary, repo: str, base_model: str | None, task: str | None) -> str:
@@ -69,15 +58,8 @@ def adapter_section(summary: AdapterSummary, repo: str, base_model: str | None, 
     lines += _table(
         ("kind", "rank", "alpha", "scaling", "modules", "target modules"),
         [
-            (
-                group.kind,
-                group.rank,
-                f"{group.alpha:g}",
-                f"{group.scaling:.6g}",
-                group.modules,
-                "<br>".join(map(_code, group.targets)),
-            )
-            for group in summary.groups
+            (g.kind, g.rank, f"{g.alpha:g}", f"{g.scaling:.6g}", g.modules, "<br>".join(map(_code, g.targets)))
+            for g in summary.groups
         ],
     )
     lines += ["", *_table(("", ""), _identity(summary, base_model)), "", "## How to load it", ""]
@@ -97,7 +79,7 @@ def checkpoint_section(summary: CheckpointSummary, repo: str, base_model: str | 
     lines = ["## The model", "", *_table(("", ""), rows)]
     if not summary.components:
         load = "AutoModelForCausalLM" if _is_causal(summary) else "AutoModel"
-        code = _python(f"from transformers import {load}", "", f'model = {load}.from_pretrained("{repo}")')
+        code = _block("python", f"from transformers import {load}", "", f'model = {load}.from_pretrained("{repo}")')
         lines += ["", "## How to load it", "", *code]
     return "\n".join(lines)
 
@@ -126,29 +108,25 @@ def _identity(summary: AdapterSummary, base_model: str | None) -> Iterator[tuple
 def _loading(summary: AdapterSummary, repo: str, base_model: str | None, task: str | None) -> Iterator[str]:
     base = base_model or "BASE"
     if task == "CAUSAL_LM":
-        yield from _python(
-            "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM",
-            "",
+        yield from _block(
+            "python", "from peft import PeftModel", "from transformers import AutoModelForCausalLM", "",
             f'model = AutoModelForCausalLM.from_pretrained("{base}")',
             f'model = PeftModel.from_pretrained(model, "{repo}")',
-        )
+        )  # fmt: skip
         rank = max((group.rank for group in summary.groups), default=0)
         wide = f" --max-lora-rank {next((r for r in _RANKS if r >= rank), rank)}" if rank > _VLLM_RANK else ""
         name = repo.rpartition("/")[2]
-        yield from ("", *_shell(f"vllm serve {base} --enable-lora{wide} --lora-modules {name}={repo}"))
+        yield from ("", *_block("sh", f"vllm serve {base} --enable-lora{wide} --lora-modules {name}={repo}"))
     else:
-        yield from _python("from peft import PeftModel", "", f'model = PeftModel.from_pretrained(model, "{repo}")')
+        yield from _block(
+            "python", "from peft import PeftModel", "", f'model = PeftModel.from_pretrained(model, "{repo}")'
+        )
     target = f"hf://{base_model}" if base_model and "/" in base_model else "BASE"
-    yield from ("", *_shell(f"loratools inspect hf://{repo}", f"loratools merge {target} hf://{repo} -o merged"))
+    yield from ("", *_block("sh", f"loratools inspect hf://{repo}", f"loratools merge {target} hf://{repo} -o merged"))
 
 
-def _python(*lines: str) -> list[str]:
-    return ["```python", *lines, "```"]
-
-
-def _shell(*lines: str) -> list[str]:
-    return ["```sh", *lines, "```"]
+def _block(language: str, *lines: str) -> list[str]:
+    return [f"```{language}", *lines, "```"]
 
 
 def _table(heading: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loratools.hub import card, files, push
+from loratools.hub import files, push
 from loratools.hub.client import Hub
 from loratools.hub.refs import Ref
 from loratools.hub.subject import read
@@ -48,13 +48,13 @@ class Stream:
             file.truncate(min(header, size))
             file.truncate(size)
 
-    def finish(self, message: str, *, keep_card: card.Side | None = None) -> tuple[Committed, list[str]]:
+    def finish(self, message: str) -> tuple[Committed, list[str]]:
         """Send what lies beside the shards, with the model card, and make the one commit; return it, and what to say.
 
         Shards of an earlier version that the new one does not have are removed by the same commit. Raises `HubError`.
         """
         subject, target = read(self.folder, self.base_model), self.uploader.target
-        text, notes = push.card_for(self.hub, subject, target, self.license, keep_card)
+        text, notes = push.card_for(self.hub, subject, target, self.license, None)
         self.hub.validate_card(target.repo, text)
         for name, content in subject.content.items():
             if isinstance(content, Path) and name not in self._sent | {push.CARD}:

@@ -95,10 +95,8 @@ def _adapter(
     stated = adapter.base.id if adapter.base else None
     base_path = stated if stated and manifest.is_path(stated) else None
     if base_path and not base_model:
-        raise BadFile(
-            f"{path}: {_CONFIG} names the base model by a path of this machine, {base_path}",
-            hint="Name it as the Hub does: --base-model org/name",
-        )
+        hint = "Name it as the Hub does: --base-model org/name"
+        raise BadFile(f"{path}: {_CONFIG} names the base model by a path of this machine, {base_path}", hint=hint)
     name = _name(base_model or stated, path)
     if not path.is_dir() and adapter.dialect == "loratools":
         config = json.dumps(derive_config(adapter), indent=2, sort_keys=True, ensure_ascii=False)
@@ -114,9 +112,7 @@ def _name(base_model: str | None, path: Path) -> str | None:
     """Return a base model's name on the Hub; raise `BadFile` for what cannot be one."""
     if base_model is None:
         return None
-    parts = base_model.split("/")
-    if manifest.is_path(base_model) or len(parts) > 2 or not is_plain(base_model):
-        raise BadFile(
-            f"{path}: {base_model!r} is not the name of a model on the Hub", hint="Give it with --base-model org/name"
-        )
+    if manifest.is_path(base_model) or base_model.count("/") > 1 or not is_plain(base_model):
+        hint = "Give it with --base-model org/name"
+        raise BadFile(f"{path}: {base_model!r} is not the name of a model on the Hub", hint=hint)
     return base_model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,17 +116,14 @@ class Uploader:
             try:
                 landed, head = self._landed(known), hub.commit(target.repo, target.revision)
             except HubError as error:
-                raise HubError(
-                    f"{target.repo}: the answer to the commit was lost, and so was the question whether it was made",
-                    [error.message],
-                    hint="Run it again later: what is there already is not sent twice.",
-                ) from last
+                lost = f"{target.repo}: the answer to the commit was lost, and so was the question whether it was made"
+                hint = "Run it again later: what is there already is not sent twice."
+                raise HubError(lost, [error.message], hint=hint) from last
             if landed:
                 return landed
             if not target.create_pr and head != target.head:
-                raise HubError(
-                    f"{target.repo} changed while it was pushed to; nothing was committed", hint="Run it again."
-                ) from last
+                moved = f"{target.repo} changed while it was pushed to; nothing was committed"
+                raise HubError(moved, hint="Run it again.") from last
             if attempt + 1 < faults.TRIES:
                 faults.pause(last, attempt)
         assert last is not None
@@ -149,13 +147,8 @@ class Uploader:
             blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
         self._digests[name] = operation.upload_info.sha256.hex(), blob
         # Storage is addressed by content: what was sent twice is there once.
-        self.hub.read(
-            lambda: self.hub.api.preupload_lfs_files(
-                target.repo, [operation], revision=target.revision, create_pr=target.create_pr
-            ),
-            target.repo,
-            target.revision,
-        )
+        upload = partial(self.hub.api.preupload_lfs_files, revision=target.revision, create_pr=target.create_pr)
+        self.hub.read(lambda: upload(target.repo, [operation]), target.repo, target.revision)
         self.sent[name] = operation.upload_info.size
         self._operations.append(operation)
 

@@ -58,7 +58,7 @@ def concatenate(terms: Sequence[tuple[float, Tensor, Tensor]]) -> tuple[Tensor, 
     for _, B, A in terms:
         _check(B, A)
     if len({(B.shape[:-1], A.shape[-1], A.shape[:-2]) for _, B, A in terms}) > 1:
-        shapes = ", ".join(f"{tuple(B.shape)}·{tuple(A.shape)}" for _, B, A in terms)
+        shapes = ", ".join(_shape(B, A) for _, B, A in terms)
         raise ValueError(f"updates of one matrix must have its shape, but these differ: {shapes}")
     for c, _, _ in terms:
         if not math.isfinite(c):
@@ -103,10 +103,7 @@ def inner_product(B1: Tensor, A1: Tensor, B2: Tensor, A2: Tensor) -> Tensor:
     _check(B1, A1)
     _check(B2, A2)
     if B1.shape[:-1] != B2.shape[:-1] or A1.shape[-1] != A2.shape[-1]:
-        raise ValueError(
-            f"an inner product needs updates of one shape, not {tuple(B1.shape)}·{tuple(A1.shape)} and "
-            f"{tuple(B2.shape)}·{tuple(A2.shape)}"
-        )
+        raise ValueError(f"an inner product needs updates of one shape, not {_shape(B1, A1)} and {_shape(B2, A2)}")
     left = B1.double().mT @ B2.double()
     right = A1.double() @ A2.double().mT
     return (left * right).sum((-2, -1))
@@ -141,11 +138,14 @@ def _floor(B: Tensor, A: Tensor, R_B: Tensor, R_A: Tensor) -> Tensor:
     return floor
 
 
+def _shape(B: Tensor, A: Tensor) -> str:
+    return f"{tuple(B.shape)}·{tuple(A.shape)}"
+
+
 def _check(B: Tensor, A: Tensor) -> None:
     if B.ndim < 2 or A.ndim < 2 or B.shape[-1] != A.shape[-2] or B.shape[:-2] != A.shape[:-2]:
-        raise ValueError(
-            f"factors must be B (..., out, r) and A (..., r, in), not {tuple(B.shape)} and {tuple(A.shape)}"
-        )
+        shapes = f"{tuple(B.shape)} and {tuple(A.shape)}"
+        raise ValueError(f"factors must be B (..., out, r) and A (..., r, in), not {shapes}")
     for name, factor in (("B", B), ("A", A)):
         if not bool(torch.isfinite(factor).all()):
             bad = int((~torch.isfinite(factor)).sum())

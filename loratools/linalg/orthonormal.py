@@ -6,6 +6,8 @@ is decomposed, need no Householder QR (slow on CUDA), and are factored on the CP
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,10 +17,9 @@ _DEPENDENT = 1e-4
 _CHUNK = 1 << 20
 
 
-def row_chunks(X: Tensor, elements: int = _CHUNK) -> list[Tensor]:
+def row_chunks(X: Tensor, elements: int = _CHUNK) -> tuple[Tensor, ...]:
     """Return X (m, n) as views of consecutive rows, of about `elements` elements each."""
-    rows = max(1, elements // max(1, X.shape[1]))
-    return [X[start : start + rows] for start in range(0, len(X), rows)]
+    return torch.split(X, max(1, elements // max(1, X.shape[1])))
 
 
 def gram(X: Tensor, Y: Tensor) -> Tensor:
@@ -35,35 +36,35 @@ def product64(X: Tensor, Y: Tensor) -> Tensor:
     return torch.cat([rows.double() @ Y for rows in row_chunks(X)])
 
 
-def squared_norm(X: Tensor) -> float:
+def frobenius2(X: Tensor) -> float:
     """Return ‖X‖_F² of a matrix, summed in float64; NaN or infinite exactly when an element is (float32 input)."""
-    total = torch.zeros((), dtype=torch.float64, device=X.device)
-    for rows in row_chunks(X, 1 << 16):
-        flat = rows.double().flatten()
-        total += flat @ flat
-    return float(total)
+    flat = (rows.double().flatten() for rows in row_chunks(X, 1 << 16))
+    return float(sum(values @ values for values in flat))
 
 
-def line_norms2(X: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the squared lengths of the rows (m,) and of the columns (n,) of X (m, n), float64."""
+def line_sums(X: Tensor, change: Callable[[Tensor], Tensor] = torch.square) -> tuple[Tensor, Tensor]:
+    """Return the sums over the rows (m,) and over the columns (n,) of `change(X)`, X (m, n) in float64, by rows.
+
+    By default those are the squared lengths of rows and columns.
+    """
     columns = torch.zeros(X.shape[1], dtype=torch.float64, device=X.device)
     rows: list[Tensor] = []
     for chunk in row_chunks(X):
-        squares = chunk.double() ** 2
-        rows.append(squares.sum(1))
-        columns += squares.sum(0)
+        values = change(chunk.double())
+        rows.append(values.sum(1))
+        columns += values.sum(0)
     return torch.cat(rows), columns
 
 
-def orthonormal_columns(Y: Tensor, floor: float | None = None) -> Tensor:
+def orthonormal_columns(Y: Tensor) -> Tensor:
     """Return an orthonormal basis of the columns of Y: Q (m, k) with QᵀQ = I and k ≤ b.
 
-    Y is (m, b), finite. Columns are scaled to length one first; directions whose singular value is then ≤ `floor`
-    (default: 8·eps of Y's dtype; never below 3e-8, the rounding of a Gram matrix) are dropped as noise. CholeskyQR
+    Y is (m, b), finite. Columns are scaled to length one first; directions whose singular value is then ≤ 8·eps of Y's
+    dtype, or 3e-8, the rounding of a Gram matrix, if that is more, are dropped as noise. CholeskyQR
     with a float64 Gram matrix (Yamamoto et al. 2015), with an eigendecomposition of the same Gram matrix where columns
     are dependent; neither can fail on finite input.
     """
-    floor = 8 * torch.finfo(Y.dtype).eps if floor is None else floor
+    floor = 8 * torch.finfo(Y.dtype).eps
     Q: Tensor = _unit_columns(Y.double())
     deflated = False
     for repeat in (False, True):

@@ -18,14 +18,13 @@ from typing import Any
 
 from loratools.errors import BadFile
 from loratools.storage import dtypes
-from loratools.storage.sources import open_file
+from loratools.storage.sources import open_file, refuse_pointer
 from loratools.storage.strict_json import parse_json_object
 
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library."""
 
 _U64 = 2**64 - 1
-_LFS = b"version https://git-lfs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +50,10 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A safetensors header: tensors in the order of their data, the string metadata, and where the data begins."""
+    """A safetensors header: tensors in the order of their data, and the string metadata."""
 
     tensors: Mapping[str, TensorSpec]
     metadata: Mapping[str, str]
-    data_start: int
 
 
 def read_header(path: Path) -> Header:
@@ -65,11 +63,8 @@ def read_header(path: Path) -> Header:
     """
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
-        prefix = file.read(max(8, len(_LFS)))
-        if prefix.startswith(_LFS):
-            raise BadFile(
-                f"{path}: this is a Git-LFS pointer, not the file itself", hint="Fetch it with `git lfs pull`."
-            )
+        prefix = file.read(32)
+        refuse_pointer(prefix, path)
         length = int.from_bytes(prefix[:8], "little")
         if len(prefix) < 8 or length > size - 8:
             extent = f"{size} bytes" if len(prefix) < 8 else f"a header of {length} bytes in a file of {size}"
@@ -88,8 +83,7 @@ def parse_header(raw: bytes, file_size: int, path: Path) -> Header:
     """
     document = parse_json_object(raw, path)
     metadata = document.pop("__metadata__", None)
-    if metadata is None:
-        metadata = {}
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise BadFile(f"{path}: __metadata__ must map strings to strings")
     data_start = 8 + len(raw)
@@ -104,7 +98,7 @@ def parse_header(raw: bytes, file_size: int, path: Path) -> Header:
     if expected != file_size:
         fault = "truncated" if expected > file_size else "bytes after the last tensor"
         raise BadFile(f"{path}: {fault}: the header describes {expected} bytes, the file has {file_size}")
-    return Header(ordered, metadata, data_start)
+    return Header(ordered, metadata)
 
 
 def encode_header(
@@ -148,9 +142,8 @@ def _spec(name: str, entry: Any, path: Path, data_start: int) -> TensorSpec:
     size = elements * dtypes.bits(dtype)
     start, stop = offsets
     if size > _U64 or size % 8 or start > stop or stop - start != size // 8:
-        raise BadFile(
-            f"{path}: tensor {name!r}: {dtype} of shape {shape} takes {size / 8:g} bytes, its offsets {stop - start}"
-        )
+        takes = f"{dtype} of shape {shape} takes {size / 8:g} bytes"
+        raise BadFile(f"{path}: tensor {name!r}: {takes}, its offsets {stop - start}")
     return TensorSpec(dtype, tuple(shape), path, data_start + start, data_start + stop)
 
 

@@ -133,6 +133,13 @@ def session(fetching: Fetching | None = None) -> Iterator[Session]:
         current.close()
 
 
+def refuse_pointer(begin: bytes, path: Path) -> None:
+    """Raise `BadFile` for a file that begins as the pointers do that Git-LFS leaves in the place of files."""
+    if begin.startswith(b"version https://git-lfs"):
+        hint = "Fetch it with `git lfs pull`."
+        raise BadFile(f"{path}: this is a Git-LFS pointer, not the file itself", hint=hint)
+
+
 def open_file(path: Path) -> IO[bytes]:
     """Open a file for reading bytes, with the operating system's refusals put in a sentence (`BadFile`)."""
     try:

@@ -172,12 +172,11 @@ def test_V_05_new_adapters_are_marked_1_0(tmp_path: Path) -> None:
 
 
 def test_config_says_what_the_manifest_says(tmp_path: Path) -> None:
-    writer.write(rich(), tmp_path / "out", card="# Card\n")
+    writer.write(rich(), tmp_path / "out")
     config = json.loads((tmp_path / "out" / NAMES[1]).read_text())
     assert (config["peft_type"], config["r"], config["modules_to_save"]) == ("LORA", 3, ["lm_head"])
     assert (config["task_type"], config["base_model_name_or_path"]) == ("CAUSAL_LM", "org/base")
     assert config["target_modules"] == [Q, V]
-    assert (tmp_path / "out" / "README.md").read_text() == "# Card\n"
 
 
 def test_several_faults_are_said_at_once_and_nothing_is_written(tmp_path: Path) -> None:

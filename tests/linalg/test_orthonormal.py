@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loratools.linalg.orthonormal import extend, gram, line_norms2, orthonormal_columns, product64, squared_norm
+from loratools.linalg.orthonormal import extend, frobenius2, gram, line_sums, orthonormal_columns, product64
 
 from .matrices import with_spectrum
 
@@ -78,7 +78,7 @@ def test_float64_sums_in_chunks_equal_whole_ones() -> None:
     assert torch.allclose(
         product64(Y, torch.ones(5, 2, dtype=torch.float64)), Y.double().sum(1, keepdim=True).repeat(1, 2)
     )
-    assert squared_norm(X) == pytest.approx(float((X.double() ** 2).sum()), rel=1e-13)
-    rows, columns = line_norms2(X)
+    assert frobenius2(X) == pytest.approx(float((X.double() ** 2).sum()), rel=1e-13)
+    rows, columns = line_sums(X)
     assert torch.allclose(rows, (X.double() ** 2).sum(1))
     assert torch.allclose(columns, (X.double() ** 2).sum(0))

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from loratools.errors import BadFile
-from loratools.storage.codecs.floats import FORMATS, narrow, widen
+from loratools.storage import dtypes
+from loratools.storage.codecs.floats import narrow, widen
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -86,7 +87,7 @@ def decode(block: memoryview, after: Array, prediction: Array, dtype: str, after
 
 def _coarse(P: Array, after: Array, dtype: str, after_dtype: str) -> tuple[Array, Array]:
     """Return where W' lies in a higher binade than the prediction, and by how many, as far as a mantissa goes."""
-    bits, mantissa = FORMATS[dtype]
+    bits, mantissa = dtypes.bits(dtype), dtypes.MANTISSA[dtype] - 1
     if dtype != after_dtype:  # only equal dtypes have comparable binades; a cast leaves exceptions
         return np.zeros(0, np.int64), np.zeros(0, P.dtype)
     exponent = P.dtype.type(((1 << (bits - 1)) - 1) & ~((1 << mantissa) - 1))

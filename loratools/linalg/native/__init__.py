@@ -115,16 +115,9 @@ class Outcome:
 
 
 def add_products(
-    W: Array,
-    out: Array,
-    terms: Products,
-    rows: slice,
-    sums: Array,
-    *,
-    gains: Array | None = None,
-    bound: float = 0.0,
-    measured: int = 0,
-) -> Outcome:
+    W: Array, out: Array, terms: Products, rows: slice, sums: Array, *, gains: Array | None = None,
+    bound: float = 0.0, measured: int = 0,
+) -> Outcome:  # fmt: skip
     """Store g∘(W + left·right) for `rows` of the products in `out`; W and out are (rows, columns) of one dtype.
 
     They are BF16 as uint16, float16 or float32, with any steps from row to row and column to column. g is 1, or

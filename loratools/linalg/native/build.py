@@ -24,12 +24,8 @@ class NativeRows(BuildHookInterface[Any]):
         library.unlink(missing_ok=True)
         compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[0]
         try:
-            done = subprocess.run(
-                [compiler, *FLAGS, str(folder / "rows.c"), "-o", str(library), "-lm"],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
+            line = [compiler, *FLAGS, str(folder / "rows.c"), "-o", str(library), "-lm"]
+            done = subprocess.run(line, capture_output=True, text=True, check=False)
         except OSError as error:
             self.app.display_warning(f"{compiler}: {error.strerror}; merges will run in torch alone, slower")
             return

@@ -11,14 +11,9 @@ from loratools.linalg.ranks.rules import bounded, check_bounds
 
 
 def water_filling(
-    spectra: Sequence[Sequence[float]],
-    shapes: Sequence[tuple[int, int]],
-    parameters: int,
-    *,
-    minimum: int = 1,
-    maximum: int | None = None,
-    multiple_of: int = 1,
-) -> tuple[int, ...]:
+    spectra: Sequence[Sequence[float]], shapes: Sequence[tuple[int, int]], parameters: int, *,
+    minimum: int = 1, maximum: int | None = None, multiple_of: int = 1,
+) -> tuple[int, ...]:  # fmt: skip
     """Return one rank for each layer, maximising Σ_l Σ_{i≤r_l} σ²_{l,i} with Σ_l r_l·(m_l + n_l) ≤ `parameters`.
 
     `spectra[l]` is descending, `shapes[l]` is (m, n). Ranks grow in steps of `multiple_of`, the step with the most
@@ -96,9 +91,8 @@ def _most(spectrum: Sequence[float], maximum: int | None) -> int:
 
 def _check_lists(spectra: Sequence[Sequence[float]], shapes: Sequence[tuple[int, int]]) -> None:
     if len(spectra) != len(shapes):
-        raise ValueError(
-            f"one shape for each spectrum is needed: there are {len(spectra)} spectra and {len(shapes)} shapes"
-        )
+        counts = f"{len(spectra)} spectra and {len(shapes)} shapes"
+        raise ValueError(f"one shape for each spectrum is needed: there are {counts}")
     for layer, spectrum in enumerate(spectra):
         falls = all(a >= b for a, b in itertools.pairwise(spectrum))
         if not falls or not all(0 <= sigma < math.inf for sigma in spectrum):

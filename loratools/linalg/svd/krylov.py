@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from loratools.linalg.orthonormal import extend, gram, line_norms2, orthonormal_columns, product64
+from loratools.linalg.orthonormal import extend, gram, line_sums, orthonormal_columns, product64
 
 # Blocks kept beyond the wanted rank before a restart; a restart bounds memory and the size of the small problem.
 _EXTRA_BLOCKS = 6
@@ -103,7 +103,7 @@ class Krylov:
     def residual_edges(self) -> Tensor:
         """Return the max row norm + max column norm of D less the leading r-1 directions, for r = 1..k; (k,)."""
         if self._lines is None:
-            self._lines = line_norms2(self.D)
+            self._lines = line_sums(self.D)
         Y, theta, V = self.leading(self.width)
         rows, columns = Y * Y, V * V * theta.to(V.device)
         rows = self._lines[0][:, None] - rows.cumsum(1) + rows

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from loratools.linalg.orthonormal import row_chunks, squared_norm
+from loratools.linalg.orthonormal import frobenius2, row_chunks
 from loratools.linalg.ranks.rules import Fixed, RankRule, Spectrum
 from loratools.linalg.svd import krylov
 from loratools.linalg.svd.certificate import excess_bound
@@ -71,10 +71,7 @@ class TruncatedSVD:
         if not 1 <= rank <= self.rank:
             raise ValueError(f"rank {rank} was asked of a decomposition of rank {self.rank}; use 1 to {self.rank}")
         error2 = self.error2 + float((self.S[rank:] ** 2).sum())
-        return TruncatedSVD(
-            self.U[:, :rank], self.S[:rank], self.Vh[:rank], self.norm2, error2,
-            self.excess_bound, self.excess_estimate, self.method, self.seed, self.products,
-        )  # fmt: skip
+        return replace(self, U=self.U[:, :rank], S=self.S[:rank], Vh=self.Vh[:rank], error2=error2)
 
 
 def truncated_svd(
@@ -93,7 +90,7 @@ def truncated_svd(
     """
     D = _checked(D)
     m, n = D.shape
-    norm2 = squared_norm(D)
+    norm2 = frobenius2(D)
     if not math.isfinite(norm2):
         bad = int((~torch.isfinite(D)).sum())
         raise ValueError(
@@ -125,12 +122,9 @@ def truncated_svd(
 
 def residual2(D: Tensor, B: Tensor, A: Tensor) -> float:
     """Return ‖D - B·A‖_F² in float64, a few rows at a time; D is (m, n), B (m, r), A (r, n), of any float dtype."""
-    A64, total, start = A.double(), 0.0, 0
-    for rows in row_chunks(D):
-        left = rows.double() - B[start : start + len(rows)].double() @ A64
-        total += squared_norm(left)
-        start += len(rows)
-    return total
+    A64, tiles = A.double(), row_chunks(D)
+    matching = zip(tiles, torch.split(B, len(tiles[0])), strict=True)
+    return sum(frobenius2(rows.double() - left.double() @ A64) for rows, left in matching)
 
 
 @contextmanager
@@ -190,7 +184,6 @@ def _basis(
 
 def _checked(D: Tensor) -> Tensor:
     if D.ndim != 2 or D.numel() == 0 or not D.is_floating_point():
-        raise ValueError(
-            f"a matrix of real numbers with at least one element is needed, not {D.dtype} of {tuple(D.shape)}"
-        )
+        given = f"{D.dtype} of {tuple(D.shape)}"
+        raise ValueError(f"a matrix of real numbers with at least one element is needed, not {given}")
     return D if D.dtype in (torch.float32, torch.float64) else D.float()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from loratools.storage import dtypes
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -64,15 +66,11 @@ def bytes_of(values: Array) -> memoryview:
     return memoryview(shared).cast("B")
 
 
-FORMATS = {"BF16": (16, 7), "F16": (16, 10), "F32": (32, 23), "F64": (64, 52)}
-"""Bits of a float and of its stored mantissa."""
-
-
 def unsigned(dtype: str) -> Any:
     """Return the NumPy dtype of the bits of a float dtype (safetensors name)."""
     import numpy as np
 
-    return np.dtype(f"<u{FORMATS[dtype][0] // 8}")
+    return np.dtype(f"<u{dtypes.bits(dtype) // 8}")
 
 
 def widen(bits: Array, dtype: str, work: Any) -> Array:
@@ -90,7 +88,7 @@ def narrow(values: Array, dtype: str) -> Array:
 
     if dtype != "BF16":
         with np.errstate(over="ignore"):
-            return values.astype(f"<f{FORMATS[dtype][0] // 8}").view(unsigned(dtype))
+            return values.astype(f"<f{dtypes.bits(dtype) // 8}").view(unsigned(dtype))
     bits = values.astype(np.float32, copy=False).view(np.uint32)
     odd = (bits >> 16) & 1
     odd += bits

@@ -18,7 +18,7 @@ from loratools.errors import BadFile
 from loratools.storage.header import TensorSpec, nbytes
 from loratools.storage.pickles.unpickle import Damaged, Refused, View, unpickle
 from loratools.storage.pickles.window import Window
-from loratools.storage.sources import open_file
+from loratools.storage.sources import open_file, refuse_pointer
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -41,13 +41,10 @@ def read_pickled(path: Path, within: tuple[int, int] | None = None) -> dict[str,
         start, stop = within or (0, os.fstat(file.fileno()).st_size)
         file.seek(start)
         magic = file.read(min(30, stop - start))
-    if magic.startswith(b"version https://git-lfs"):
-        raise BadFile(f"{path}: this is a Git-LFS pointer, not the file itself", hint="Fetch it with `git lfs pull`.")
+    refuse_pointer(magic, path)
     if not magic.startswith(b"PK\x03\x04"):
-        raise BadFile(
-            f"{path}: not a zip file of torch.save (the format from before PyTorch 1.6, or not a checkpoint)",
-            hint="Load it where it came from and save it again as safetensors.",
-        )
+        fault = "not a zip file of torch.save (the format from before PyTorch 1.6, or not a checkpoint)"
+        raise BadFile(f"{path}: {fault}", hint="Load it where it came from and save it again as safetensors.")
     records = _records(path, start, stop)
     folder, pickled = _description(path, records)
     state = _state_dict(path, pickled)
@@ -93,15 +90,14 @@ def _description(path: Path, records: Mapping[str, tuple[int, int]]) -> tuple[st
     if len(pickles) != 1:
         raise BadFile(f"{path}: a zip file, but none of torch.save: it has no record data.pkl")
     folder = pickles[0].removesuffix("/data.pkl")
-    with open_file(path) as file:
 
-        def read(record: tuple[int, int]) -> bytes:
-            file.seek(record[0])
-            raw: bytes = file.read(min(record[1] - record[0], MAX_PICKLE + 1))
-            return raw
+    def read(start: int, stop: int) -> bytes:
+        with open_file(path) as file:
+            file.seek(start)
+            return file.read(min(stop - start, MAX_PICKLE + 1))
 
-        pickled = read(records[pickles[0]])
-        order = read(records[f"{folder}/byteorder"]) if f"{folder}/byteorder" in records else b"little"
+    pickled = read(*records[pickles[0]])
+    order = read(*records[f"{folder}/byteorder"]) if f"{folder}/byteorder" in records else b"little"
     if len(pickled) > MAX_PICKLE:
         raise BadFile(f"{path}: its description of the tensors is larger than {MAX_PICKLE} bytes")
     if order != b"little":
@@ -113,30 +109,25 @@ def _state_dict(path: Path, pickled: bytes) -> dict[str, View]:
     try:
         state = unpickle(pickled)
     except Refused as error:
-        raise BadFile(
-            f"{path}: this pickle holds more than tensors and will not be opened: {error}",
-            hint="Pickles can run code. Ask for a safetensors file, or convert it where you trust it.",
-        ) from None
+        hint = "Pickles can run code. Ask for a safetensors file, or convert it where you trust it."
+        fault = "this pickle holds more than tensors and will not be opened"
+        raise BadFile(f"{path}: {fault}: {error}", hint=hint) from None
     except Damaged as error:
         raise BadFile(f"{path}: damaged torch.save file: {error}") from None
-    for wrapper in _WRAPPERS:
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-            break
     if not isinstance(state, dict):
         raise BadFile(f"{path}: expected a state dict of tensors, found {_kind(state)}")
-    strangers = [f"{name!r:.200}: {_kind(value)}" for name, value in state.items() if not _is_tensor(name, value)]
-    if strangers:
+    state = next((state[name] for name in _WRAPPERS if isinstance(state.get(name), dict)), state)
+    if strangers := [
+        f"{name!r:.200}: {_kind(value)}"
+        for name, value in state.items()
+        if not isinstance(name, str) or not isinstance(value, View)
+    ]:
         raise BadFile(f"{path}: expected a state dict of tensors only", strangers[:20])
     return state
 
 
 def _kind(value: Any) -> str:
     return "Tensor" if isinstance(value, View) else type(value).__name__
-
-
-def _is_tensor(name: Any, value: Any) -> bool:
-    return isinstance(name, str) and isinstance(value, View)
 
 
 def _spec(path: Path, view: View, record: tuple[int, int] | None) -> TensorSpec | str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from loratools.linalg.factored import rounding2
-from loratools.linalg.ranks.noise import rounding_noise
+from loratools.linalg.ranks.noise import rounding_edge
 from loratools.linalg.ranks.rules import Fixed, RankRule
 from loratools.linalg.svd.truncated import TruncatedSVD, truncated_svd
 from loratools.parallel import no_progress
@@ -167,4 +167,4 @@ def _stored2(svd: TruncatedSVD, dtype: str) -> float:
 def _noise_edge(spec: TensorSpec) -> float:
     """Return the largest singular value that rounding this weight to its dtype can leave."""
     W: torch.Tensor = files.read_tensor(spec)
-    return rounding_noise(W.view(len(W), -1), W.dtype).edge
+    return rounding_edge(W.view(len(W), -1), W.dtype)

@@ -9,7 +9,7 @@ from threading import local
 import torch
 
 from loratools.errors import BadFile
-from loratools.linalg.orthonormal import squared_norm
+from loratools.linalg.orthonormal import frobenius2
 from loratools.linalg.ranks.noise import ulp
 from loratools.parallel import Progress
 from loratools.storage import digest, dtypes, files
@@ -74,13 +74,13 @@ def read_delta(base: TensorSpec, tuned: TensorSpec, progress: Progress, *, keep:
         count = len(after)
         target = work.resize_(after.shape) if D is None else D[start : start + count]
         if D is not None:
-            base_norm2 += squared_norm(target.copy_(before))
+            base_norm2 += frobenius2(target.copy_(before))
         # Where something differs already nobody asks for equality, and comparing costs as much as subtracting.
         if not (keep and norm2) and base.dtype == tuned.dtype and bytes(raw[0]) == bytes(raw[1]):
             target.zero_()
         else:
             target.copy_(after).sub_(before)
-            norm2 += squared_norm(target)
+            norm2 += frobenius2(target)
             rows += [] if keep else (target.any(1).nonzero()[:, 0] + start).tolist()
         progress(sum(len(piece) for piece in raw))
     if not norm2 < float("inf"):
@@ -105,7 +105,7 @@ def read_norm2(spec: TensorSpec, progress: Progress) -> tuple[float, str]:
     total = 0.0
     for _, (raw,), (W,) in files.row_tiles((spec,), 1, TILE):
         hasher.update(raw)
-        total += squared_norm(W.double())
+        total += frobenius2(W.double())
         progress(len(raw))
     return total, digest.finish(hasher)
 

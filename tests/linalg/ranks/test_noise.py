@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loratools.linalg.ranks.noise import AboveNoise, rounding_noise, ulp
+from loratools.linalg.ranks.noise import AboveNoise, rounding_edge, ulp
 from loratools.linalg.ranks.rules import Spectrum
 from loratools.linalg.svd.truncated import truncated_svd
 from tests.linalg.matrices import with_spectrum
@@ -39,17 +39,16 @@ def test_predicted_noise_is_the_measured_one() -> None:
     generator = torch.Generator().manual_seed(0)
     W = 0.02 * torch.randn(400, 300, generator=generator) * (1 + 9 * torch.rand(400, 1, generator=generator))
     error = W.bfloat16().float() - W
-    noise = rounding_noise(W, torch.bfloat16)
-    assert float(error.double().norm() ** 2) == pytest.approx(noise.energy, rel=0.02)
-    assert float(error.double().std()) == pytest.approx(noise.std, rel=0.02)
+    energy = float((ulp(W, torch.bfloat16).double() ** 2 / 12).sum())
+    assert float(error.double().norm() ** 2) == pytest.approx(energy, rel=0.02)
+    assert float(error.double().std()) == pytest.approx((energy / W.numel()) ** 0.5, rel=0.02)
     top = float(torch.linalg.matrix_norm(error.double(), 2))
-    assert top <= noise.edge <= 1.5 * top
+    assert top <= rounding_edge(W, torch.bfloat16) <= 1.5 * top
 
 
 def test_noise_of_equal_elements_has_the_marchenko_pastur_edge() -> None:
-    noise = rounding_noise(torch.full((400, 100), 1.5), torch.bfloat16)
-    assert noise.std == pytest.approx(2**-7 / 12**0.5)
-    assert noise.edge == pytest.approx(noise.std * (20 + 10))
+    edge = rounding_edge(torch.full((400, 100), 1.5), torch.bfloat16)
+    assert edge == pytest.approx(2**-7 / 12**0.5 * (20 + 10))
 
 
 @pytest.mark.parametrize("relative", [0.1, 0.01, 0.003])
@@ -62,7 +61,7 @@ def test_the_rank_of_an_adapter_merged_in_bf16_is_found(m: int, n: int, relative
         W = (0.02 * torch.randn(m, n, generator=generator) * outliers).bfloat16().float()
         delta = with_spectrum(torch.linspace(1, 0.5, 16, dtype=torch.float64), m, n, seed).float()
         tuned = (W + delta * (relative * W.norm() / delta.norm())).bfloat16()
-        rule = AboveNoise(rounding_noise(tuned.float(), torch.bfloat16).edge)
+        rule = AboveNoise(rounding_edge(tuned.float(), torch.bfloat16))
         right += truncated_svd(tuned.float() - W, rule).rank == 16
     assert right == 5
 
@@ -71,7 +70,7 @@ def test_pure_noise_keeps_one_value_and_a_spike_above_it_counts() -> None:
     generator = torch.Generator().manual_seed(0)
     W = 0.02 * torch.randn(640, 576, generator=generator)
     D = W.bfloat16().float() - W
-    rule = AboveNoise(rounding_noise(W, torch.bfloat16).edge)
+    rule = AboveNoise(rounding_edge(W, torch.bfloat16))
     assert truncated_svd(D, rule).rank == 1
     D[5, 7], D[100, 3] = 1.0, 1.0  # as coherent as can be: only the ulp floor can tell them from noise
     assert truncated_svd(D, rule).rank == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loratools.linalg.orthonormal import squared_norm
+from loratools.linalg.orthonormal import frobenius2
 from loratools.linalg.svd.certificate import excess_bound, spectral_norm2
 from loratools.linalg.svd.krylov import Krylov, sketched_start
 from tests.linalg.matrices import power_law, signal_and_noise
@@ -24,7 +24,7 @@ def test_spectral_norm_of_what_is_left_is_bounded_within_a_factor(exponent: floa
 def test_nothing_is_left_beside_a_complete_basis() -> None:
     D = power_law(-1.0, 30, 20).float()
     assert spectral_norm2(D, torch.eye(20), seed=0) == 0
-    assert excess_bound(Krylov.exact(D), 3, squared_norm(D), probe=True, seed=0) == 0
+    assert excess_bound(Krylov.exact(D), 3, frobenius2(D), probe=True, seed=0) == 0
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 4])
@@ -33,7 +33,7 @@ def test_bounds_hold_at_every_stage_of_the_iteration(matrix: str, steps: int) ->
     D = {"flat": power_law(-0.3, 640, 576), "steep": power_law(-1.5, 640, 576), "noisy": signal_and_noise(640, 576)}[
         matrix
     ].float()
-    basis, rank, norm2 = Krylov(D, sketched_start(D, 16, 0)), 12, squared_norm(D)
+    basis, rank, norm2 = Krylov(D, sketched_start(D, 16, 0)), 12, frobenius2(D)
     for _ in range(steps):
         assert basis.step()
     best = float((torch.linalg.svdvals(D.double())[:rank] ** 2).sum())
