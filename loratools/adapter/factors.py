@@ -23,12 +23,6 @@ def rows(lazy: LazyTensor, start: int, stop: int) -> LazyTensor:
     return lazy.map(lambda tensor: tensor[start:stop].contiguous(), (stop - start, *lazy.shape[1:]))
 
 
-def columns(lazy: LazyTensor, start: int, stop: int) -> LazyTensor:
-    """Take columns [start, stop) of the second axis."""
-    shape = (lazy.shape[0], stop - start, *lazy.shape[2:])
-    return lazy.map(lambda tensor: tensor[:, start:stop].contiguous(), shape)
-
-
 def padded(lazy: LazyTensor, axis: int, size: int, *, start: int = 0) -> LazyTensor:
     """Put zeros before `start` and after the tensor along an axis, `size` in all.
 
@@ -37,7 +31,7 @@ def padded(lazy: LazyTensor, axis: int, size: int, *, start: int = 0) -> LazyTen
     length = lazy.shape[axis]
     if length == size:
         return lazy
-    shape = (*lazy.shape[:axis], size, *lazy.shape[axis + 1 :])
+    shape = _with(lazy.shape, axis, size)
 
     def change(tensor: torch.Tensor) -> torch.Tensor:
         grown = tensor.new_zeros(shape)
@@ -49,7 +43,7 @@ def padded(lazy: LazyTensor, axis: int, size: int, *, start: int = 0) -> LazyTen
 
 def selected(lazy: LazyTensor, axis: int, indices: Sequence[int]) -> LazyTensor:
     """Take entries of an axis, in this order."""
-    shape = (*lazy.shape[:axis], len(indices), *lazy.shape[axis + 1 :])
+    shape = _with(lazy.shape, axis, len(indices))
 
     def change(tensor: torch.Tensor) -> torch.Tensor:
         import torch
@@ -97,8 +91,7 @@ def joined(parts: Sequence[LazyTensor], axis: int = 0) -> LazyTensor:
     first = parts[0]
     dtypes = {part.dtype for part in parts}
     dtype = "F64" if "F64" in dtypes else first.dtype if dtypes == {first.dtype} else "F32"
-    total = sum(part.shape[axis] for part in parts)
-    shape = (*first.shape[:axis], total, *first.shape[axis + 1 :])
+    shape = _with(first.shape, axis, sum(part.shape[axis] for part in parts))
 
     def load() -> torch.Tensor:
         import torch
@@ -118,3 +111,7 @@ def stacked(parts: Sequence[LazyTensor]) -> LazyTensor:
 def item(lazy: LazyTensor, index: int) -> LazyTensor:
     """Take one entry of the first axis, and the axis away."""
     return lazy.map(lambda tensor: tensor[index].contiguous(), lazy.shape[1:])
+
+
+def _with(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:
+    return (*shape[:axis], size, *shape[axis + 1 :])

@@ -20,9 +20,9 @@ from loratools.adapter.model import Adapter, BaseIdentity, Loss
 from loratools.adapter.naming.image import rename
 from loratools.adapter.parts import MAGNITUDE, A, B
 from loratools.dialects import kohya
-from loratools.dialects._frame.build import Groups, add, alpha_rule, build, check_faults, lonely_alphas
+from loratools.dialects._frame.build import Draft
 from loratools.dialects._frame.listing import Evidence, Listing
-from loratools.dialects._frame.losses import IDENTITY, identity_losses, replacement_losses, without
+from loratools.dialects._frame.losses import IDENTITY, common_losses, without
 from loratools.dialects._frame.metadata import metadata_of, settings_with
 from loratools.dialects._frame.numbers import read_number
 from loratools.errors import BadFile
@@ -85,38 +85,34 @@ def read(listing: Listing) -> Adapter:
         raise BadFile(f"{listing.path}: expected one safetensors file in this folder")
     tensors = listing.tensors(name)
     flux = any(".double_blocks." in f".{tensor}" for tensor in tensors)
-    groups: Groups = {}
-    alphas: dict[str, float] = {}
+    draft = Draft(listing.path)
     whole: dict[str, LazyTensor] = {}
-    faults: list[str] = []
     short = set()
     for tensor, lazy in tensors.items():
         if match := _XLABS.fullmatch(tensor):
             kind, number, what, stream, side = match.groups()
             module = f"{rename.ORIGINAL}.{kind}_blocks.{number}.{_XLABS_NAMES[what + stream]}"
-            add(groups, module, A if side == "down" else B, lazy, tensor, faults)
+            draft.add(module, A if side == "down" else B, lazy, tensor)
             short |= {module} if kind == "single" and what == "qkv" else set()
         elif match := _SUFFIX.fullmatch(tensor):
             module, part = _module(match["module"], flux), match["part"].replace(".default", "")
             if part == "alpha":
-                alphas[module] = read_number(lazy, f"{listing.folder / name}: {tensor}")
+                draft.alphas[module] = read_number(lazy, f"{listing.folder / name}: {tensor}")
             else:
-                add(groups, module, _PARTS.get(part, part), lazy, tensor, faults)
+                draft.add(module, _PARTS.get(part, part), lazy, tensor)
         elif tensor.endswith("_norm.scale"):
             whole[_module(tensor, flux)] = lazy
         else:
-            faults.append(f"{tensor}: no name that this dialect gives to a part of an adapter")
-    faults += lonely_alphas(alphas, groups)
-    check_faults(listing.path, faults)
+            draft.faults.append(f"{tensor}: no name that this dialect gives to a part of an adapter")
+    draft.check()
     for module in short:
-        groups[module] = _into_linear1(groups[module])
-    canonical = {module: kohya.to_peft(parts) for module, parts in groups.items()}
-    updates = build(listing.path, canonical, alpha_rule(alphas))
+        draft.groups[module] = _into_linear1(draft.groups[module])
+    draft.convert(lambda module, parts: {module: kohya.to_peft(parts)})
     header = listing.header(name)
     metadata = header.metadata if header else {}
     base = BaseIdentity.of_name(metadata.get("ss_base_model"))
     settings = settings_with(metadata, lambda key: key != "format")
-    return Adapter(updates, whole, base, dialect="comfy", settings=settings)
+    return Adapter(draft.build(), whole, base, dialect="comfy", settings=settings)
 
 
 def losses(adapter: Adapter) -> list[Loss]:
@@ -130,7 +126,7 @@ def losses(adapter: Adapter) -> list[Loss]:
             lost.append(Loss(module, "its name in the original implementation is not known"))
         elif foreign or unread:
             lost.append(Loss(module, f"ComfyUI has no {', '.join(foreign) or unread}"))
-    return lost + replacement_losses(adapter, "ComfyUI") + identity_losses(adapter)
+    return lost + common_losses(adapter, "ComfyUI")
 
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:

@@ -18,7 +18,7 @@ from loratools.adapter import factors
 from loratools.adapter.model import Adapter, Loss
 from loratools.adapter.parts import A_EMBEDDING, B_EMBEDDING, A, B
 from loratools.dialects._frame import pickles
-from loratools.dialects._frame.build import Groups, build, check_faults, check_gathered, is_embedding
+from loratools.dialects._frame.build import Draft, Groups, both, check_gathered, factors_of, is_embedding
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import (
     IDENTITY,
@@ -27,7 +27,7 @@ from loratools.dialects._frame.losses import (
     replacement_losses,
     update_losses,
     without,
-)
+)  # fmt: skip
 from loratools.dialects._frame.numbers import most_common
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.storage.header import TensorSpec
@@ -61,14 +61,13 @@ def read(listing: Listing) -> Adapter:
     name = pickles.file_of(listing)
     if name is None:
         raise BadFile(f"{listing.path}: expected one file of torch.save")
-    factors_of: Groups = {}
+    draft, tensors = Draft(listing.path), listing.tensors(name)
     biases: dict[str, LazyTensor] = {}
     weights = []
-    tensors = listing.tensors(name)
     check_gathered(listing.path, tensors)
     for tensor, lazy in tensors.items():
         if match := _NAME.fullmatch(tensor):
-            factors_of.setdefault(match[1], {})[match[2]] = lazy
+            draft.add(match[1], match[2], lazy, tensor)
         elif tensor.endswith("bias"):
             biases[tensor] = lazy
         else:
@@ -84,23 +83,20 @@ def read(listing: Listing) -> Adapter:
             f"{listing.path}: loralib's files do not record alpha, and without it the scaling is unknown",
             hint="Give the lora_alpha that it was trained with: --alpha NUMBER.",
         )
-    alpha, groups, ranks, faults, unknown = listing.alpha, {}, {}, [], []
-    for module, parts in factors_of.items():
-        if missing := sorted({"lora_A", "lora_B"} - parts.keys()):
-            faults.append(f"{module}.{missing[0]}: missing, while its partner is there")
-            continue
-        try:
-            groups[module], ranks[module] = _to_peft(module, parts["lora_A"], parts["lora_B"], listing)
-        except LookupError as error:
-            unknown.append(f"{module}: {error.args[0]}")
-        except ValueError as error:
-            faults.append(f"{module}: {error}")
-    check_faults(listing.path, faults)
-    if unknown:
+    alpha, ranks = listing.alpha, {}
+
+    def change(module: str, parts: Mapping[str, LazyTensor]) -> Groups:
+        converted, ranks[module] = _to_peft(module, *both(parts, "lora_A", "lora_B"), listing)
+        return {module: converted}
+
+    draft.convert(change)
+    draft.check()
+    if draft.unknown:
         hint = "Say which are: --enable-lora T,F,T for query and value of a query-key-value weight."
-        raise UnsupportedAdapter(f"{listing.path}: which projections are enabled is not recorded", unknown, hint=hint)
+        reason = f"{listing.path}: which projections are enabled is not recorded"
+        raise UnsupportedAdapter(reason, draft.unknown, hint=hint)
     # The rank of the factors as built is g·r or r·k; with loralib's r, s = alpha/r.
-    updates = build(listing.path, groups, lambda module, rank: (alpha / ranks[module], alpha * rank / ranks[module]))
+    updates = draft.build(lambda module, rank: (alpha / ranks[module], alpha * rank / ranks[module]))
     return Adapter(updates, biases, dialect="loralib")
 
 
@@ -121,9 +117,9 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     alpha = _alpha(adapter)
     tensors = dict(adapter.replacements)
     for module, update in adapter.updates.items():
-        names = (A_EMBEDDING, B_EMBEDDING) if A_EMBEDDING in update.parts else (A, B)
-        tensors[f"{module}.lora_A"] = update.parts[names[0]]
-        tensors[f"{module}.lora_B"] = factors.scaled(update.parts[names[1]], update.scaling * update.rank / alpha)
+        a, b = factors_of(update)
+        tensors[f"{module}.lora_A"] = a
+        tensors[f"{module}.lora_B"] = factors.scaled(b, update.scaling * update.rank / alpha)
     pickles.save(target, _FILE, tensors, force=force)
 
 
@@ -165,12 +161,11 @@ def _placed(b: LazyTensor, groups: int, r: int, enabled: tuple[bool, ...] | None
         raise LookupError(f"a MergedLinear with {groups} enabled projections of unknown places; {stated}")
     size, blocks, i = b.shape[0] // groups, [], 0
     for on in enabled:
-        if on:
-            block = factors.rows(b, i * size, (i + 1) * size)
-            blocks.append(factors.padded(block, 1, groups * r, start=i * r))
-            i += 1
-        else:
-            blocks.append(factors.zeros((size, groups * r), b.dtype))
+        block = factors.rows(b, i * size, (i + 1) * size) if on else None
+        blocks.append(
+            factors.padded(block, 1, groups * r, start=i * r) if block else factors.zeros((size, groups * r), b.dtype)
+        )
+        i += on
     return factors.joined(blocks)
 
 
@@ -193,7 +188,4 @@ def _conv(a: LazyTensor, b: LazyTensor, shape: tuple[int, ...]) -> dict[str, Laz
     def up(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.reshape(out, k * rank, 1, 1).contiguous()
 
-    return {
-        A: a.map(down, (k * rank, inputs, k, k)),
-        B: b.map(up, (out, k * rank, 1, 1)),
-    }
+    return {A: a.map(down, (k * rank, inputs, k, k)), B: b.map(up, (out, k * rank, 1, 1))}

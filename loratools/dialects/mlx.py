@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from loratools.adapter import factors
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, BaseIdentity, Loss
 from loratools.adapter.parts import A_EMBEDDING, B_EMBEDDING, MAGNITUDE, A, B
-from loratools.dialects._frame.build import Groups, build, check_faults, check_gathered, check_read, is_embedding
+from loratools.dialects._frame.build import Draft, Groups, both, check_gathered, check_read, factors_of, is_embedding
 from loratools.dialects._frame.listing import Evidence, Listing
-from loratools.dialects._frame.losses import IDENTITY, identity_losses, replacement_losses, update_losses, without
+from loratools.dialects._frame.losses import IDENTITY, common_losses, update_losses, without
 from loratools.dialects._frame.numbers import is_number, most_common
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.storage import save
@@ -34,6 +35,7 @@ EXTRA = None
 FILES = ()
 CANNOT = (*IDENTITY, "DoRA on embeddings, and on some modules only", "convolutions", "biases of B")
 
+T = TypeVar("T")
 _CONFIG, _FILE = "adapter_config.json", "adapters.safetensors"
 _NAME = re.compile(r"(.+)\.(lora_a|lora_b|m)")
 _SWITCH = re.compile(r"(.+)\.switch_mlp\.(\w+)")
@@ -69,26 +71,19 @@ def read(listing: Listing) -> Adapter:
     if config.get("fine_tune_type") == "full":
         raise UnsupportedAdapter(f"{path}: fine_tune_type is full: whole weights, no adapter")
     scale = _scale(config, path)
-    groups: Groups = {}
-    faults: list[str] = []
-    tensors = listing.tensors(name)
+    draft, tensors = Draft(listing.path), listing.tensors(name)
     check_gathered(listing.path, tensors)
     for tensor, lazy in tensors.items():
         if match := _NAME.fullmatch(tensor):
-            groups.setdefault(match[1], {})[match[2]] = lazy
+            draft.add(match[1], match[2], lazy, tensor)
         else:
-            faults.append(f"{tensor}: expected a name that ends in .lora_a, .lora_b or .m")
-    canonical: Groups = {}
-    for module, parts in groups.items():
-        try:
-            canonical |= _to_peft(module, parts)
-        except ValueError as error:
-            faults.append(f"{module}: {error}")
-    check_faults(listing.path, faults)
-    odd = [module for module, parts in canonical.items() if MAGNITUDE in parts and A_EMBEDDING in parts]
+            draft.faults.append(f"{tensor}: expected a name that ends in .lora_a, .lora_b or .m")
+    draft.convert(_to_peft)
+    draft.check()
+    odd = [module for module, parts in draft.groups.items() if MAGNITUDE in parts and A_EMBEDDING in parts]
     why = "DoRA on an embedding has a magnitude for each token in mlx-lm, one for each dimension in PEFT"
     check_read(listing.path, [f"{module}: {why}" for module in odd[:1]])
-    updates = build(listing.path, canonical, lambda _, rank: (scale, scale * rank))
+    updates = draft.build(lambda _, rank: (scale, scale * rank))
     return Adapter(updates, base=BaseIdentity.of_name(config.get("model")), dialect="mlx")
 
 
@@ -108,7 +103,7 @@ def losses(adapter: Adapter) -> list[Loss]:
             lost.append(Loss(module, f"not all experts of {stack[0]} have an update of one shape"))
         elif A_EMBEDDING in sayable[module].parts and not is_embedding(module):
             lost.append(Loss(module, "an embedding that its name does not show to be one"))
-    return lost + replacement_losses(adapter, "mlx-lm") + identity_losses(adapter)
+    return lost + common_losses(adapter, "mlx-lm")
 
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
@@ -151,19 +146,17 @@ def _scale(config: Mapping[str, Any], path: Path) -> float:
 
 def _to_peft(module: str, parts: Mapping[str, LazyTensor]) -> Groups:
     """Return PEFT's parts of a module, or of each expert in it."""
-    missing = sorted({"lora_a", "lora_b"} - parts.keys())
-    if missing:
-        raise ValueError(f"no {missing[0]}, while its partner is there")
-    a, b = parts["lora_a"], parts["lora_b"]
+    a, b = both(parts, "lora_a", "lora_b")
     dimensions = (len(a.shape), len(b.shape))
     if dimensions == (3, 3):
         return _experts(module, a, b)
     if dimensions != (2, 2):
         raise ValueError(f"lora_a {a.shape} and lora_b {b.shape}: expected (in, r) and (r, out)")
-    a, b = factors.turned(a), factors.turned(b)
     names = (A_EMBEDDING, B_EMBEDDING) if is_embedding(module) else (A, B)
-    converted = {names[0]: a, names[1]: b}
-    return {module: converted | ({MAGNITUDE: parts["m"]} if "m" in parts else {})}
+    return {
+        module: {names[0]: factors.turned(a), names[1]: factors.turned(b)}
+        | ({MAGNITUDE: parts["m"]} if "m" in parts else {})
+    }
 
 
 def _experts(module: str, a: LazyTensor, b: LazyTensor) -> Groups:
@@ -177,9 +170,7 @@ def _experts(module: str, a: LazyTensor, b: LazyTensor) -> Groups:
 
 def _of_peft(update: Update, rank: int, scale: float) -> dict[str, LazyTensor]:
     """Return mlx-lm's tensors of an update, with this rank and scale."""
-    embedding = A_EMBEDDING in update.parts
-    a = update.parts[A_EMBEDDING if embedding else A]
-    b = update.parts[B_EMBEDDING if embedding else B]
+    a, b = factors_of(update)
     b = factors.scaled(b, update.scaling / scale)
     parts = {
         "lora_a": factors.turned(factors.padded(a, 0, rank)),
@@ -194,15 +185,20 @@ def _stack(module: str) -> tuple[str, int] | None:
     return (f"{match[1]}.switch_mlp.{match[3]}", int(match[2])) if match else None
 
 
+def _by_stack(values: Mapping[str, T]) -> dict[str, dict[int, T]]:
+    """Return the values of experts by their switch layer and number."""
+    stacks: dict[str, dict[int, T]] = defaultdict(dict)
+    for module, value in values.items():
+        if at := _stack(module):
+            stacks[at[0]][at[1]] = value
+    return stacks
+
+
 def _complete(updates: Mapping[str, Update]) -> set[str]:
     """Return the switch layers whose experts all have an update, plain and of one shape."""
-    stacks: dict[str, dict[int, Update]] = {}
-    for module, update in updates.items():
-        if at := _stack(module):
-            stacks.setdefault(at[0], {})[at[1]] = update
     return {
         stack
-        for stack, experts in stacks.items()
+        for stack, experts in _by_stack(updates).items()
         if sorted(experts) == list(range(len(experts)))
         and {(update.kind, update.shape) for update in experts.values()} == {("lora", experts[0].shape)}
     }
@@ -210,14 +206,8 @@ def _complete(updates: Mapping[str, Update]) -> set[str]:
 
 def _stacked(groups: Mapping[str, dict[str, LazyTensor]]) -> Groups:
     """Put the experts of one projection together, as mlx-lm's models hold them."""
-    stacked: Groups = {}
-    experts: dict[str, dict[int, dict[str, LazyTensor]]] = {}
-    for module, parts in groups.items():
-        if at := _stack(module):
-            experts.setdefault(at[0], {})[at[1]] = parts
-        else:
-            stacked[module] = parts
-    for module, numbered in experts.items():
+    stacked = {module: parts for module, parts in groups.items() if not _stack(module)}
+    for module, numbered in _by_stack(groups).items():
         stacked[module] = {
             part: factors.stacked([factors.turned(numbered[i][part]) for i in sorted(numbered)])
             for part in ("lora_a", "lora_b")

@@ -16,7 +16,7 @@ from pathlib import Path
 from loratools.adapter import factors
 from loratools.adapter.model import Adapter, BaseIdentity, Loss
 from loratools.adapter.parts import A, B
-from loratools.dialects._frame.build import Groups, build, check_faults
+from loratools.dialects._frame.build import Draft, Groups
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.format import keys
@@ -53,23 +53,17 @@ def read(listing: Listing) -> Adapter:
     alpha, r = config.get("lora_alpha"), config.get("r")
     if type(alpha) not in (int, float) or type(r) is not int or r < 1:
         raise BadFile(f"{listing.folder / _CONFIG}: expected numbers r and lora_alpha, found {r!r} and {alpha!r}")
-    factors_of: Groups = {}
-    faults = []
+    draft = Draft(listing.path)
     for tensor, lazy in listing.tensors(_FILE).items():
         split = keys.split(tensor)
         if split is None or split[1] not in (A, B):
-            faults.append(f"{tensor}: no factor that Tinker writes")
+            draft.faults.append(f"{tensor}: no factor that Tinker writes")
         else:
-            factors_of.setdefault(split[0], {})[split[1]] = lazy
-    groups: Groups = {}
-    for module, parts in factors_of.items():
-        try:
-            groups |= _modules(module, parts, factors_of)
-        except ValueError as error:
-            faults.append(f"{module}: {error}")
-    check_faults(listing.path, faults)
+            draft.add(*split, lazy, tensor)
+    all_of = draft.groups
+    draft.convert(lambda module, parts: _modules(module, parts, all_of))
     scaling = alpha / r  # type: ignore[operator]
-    updates = build(listing.path, groups, lambda _, rank: (scaling, scaling * rank))
+    updates = draft.build(lambda _, rank: (scaling, scaling * rank))
     return Adapter(updates, base=BaseIdentity.of_name(config.get("base_model_name_or_path")), dialect="tinker")
 
 

@@ -19,16 +19,9 @@ from pathlib import Path
 from loratools.adapter.model import Adapter, Loss
 from loratools.adapter.parts import MAGNITUDE, A, B
 from loratools.dialects._frame import pickles
-from loratools.dialects._frame.build import Groups, build, check_faults, check_gathered
+from loratools.dialects._frame.build import Draft, check_gathered
 from loratools.dialects._frame.listing import Evidence, Listing
-from loratools.dialects._frame.losses import (
-    IDENTITY,
-    identity_losses,
-    name_losses,
-    replacement_losses,
-    update_losses,
-    without,
-)
+from loratools.dialects._frame.losses import IDENTITY, common_losses, identity_losses, update_losses, without
 from loratools.dialects._frame.numbers import is_number
 from loratools.dialects.gguf.names import Layout
 from loratools.dialects.gguf.rows import permuted
@@ -71,19 +64,17 @@ def read(listing: Listing) -> Adapter:
     if name is None:
         raise BadFile(f"{listing.path}: expected one file of torch.save")
     alpha, stated = _scaling(listing)
-    parts_of: Groups = {}
-    faults = []
-    tensors = listing.tensors(name)
+    draft, tensors = Draft(listing.path), listing.tensors(name)
     check_gathered(listing.path, tensors)
     for tensor, lazy in tensors.items():
         match = _NAME.fullmatch(tensor)
         module = _module(match[1]) if match else None
         if match is None or module is None:
-            faults.append(f"{tensor}: no name that torchtune gives to a part of an adapter of a known model")
+            draft.faults.append(f"{tensor}: no name that torchtune gives to a part of an adapter of a known model")
         else:
-            parts_of.setdefault(module, {})[_PARTS[match[2]]] = lazy
-    check_faults(listing.path, faults)
-    turned = [module for module in parts_of if module.endswith((".q_proj", ".k_proj"))]
+            draft.add(module, _PARTS[match[2]], lazy, tensor)
+    draft.check()
+    turned = [module for module in draft.groups if module.endswith((".q_proj", ".k_proj"))]
     config = listing.base.config if listing.base else {}
     heads = _heads(config) if turned else {}
     if turned and heads is None:
@@ -91,9 +82,9 @@ def read(listing: Listing) -> Adapter:
             f"{listing.path}: the rows of {turned[0]} are in another order for some models, and the model is not known",
             hint="Give the base model with --base: its config.json tells the model and its heads.",
         )
-    groups = {module: _permuted(parts, (heads or {}).get(module[-6:]), back=True) for module, parts in parts_of.items()}
-    updates = build(listing.path, groups, lambda _, rank: (alpha / (stated or rank), alpha))
-    return Adapter(updates, dialect="torchtune")
+    by_projection = heads or {}
+    draft.convert(lambda module, parts: {module: _permuted(parts, by_projection.get(module[-6:]), back=True)})
+    return Adapter(draft.build(lambda _, rank: (alpha / (stated or rank), alpha)), dialect="torchtune")
 
 
 def losses(adapter: Adapter) -> list[Loss]:
@@ -103,16 +94,9 @@ def losses(adapter: Adapter) -> list[Loss]:
         why = f"not known without the base model (--base); known are {', '.join(_PERMUTED)}"
         return [Loss("model", why), *identity_losses(adapter)]
     lost = update_losses(adapter, "torchtune", ("lora",), (A, B))
-    unsayable = {loss.where for loss in lost}
-    for module in adapter.updates:
-        if module not in unsayable and _name(module) is None:
-            lost.append(Loss(module, "torchtune has no name for it"))
-    return [
-        *lost,
-        *name_losses(adapter),
-        *replacement_losses(adapter, "torchtune"),
-        *identity_losses(adapter),
-    ]
+    nameless = [module for module in without(adapter, lost).updates if _name(module) is None]
+    lost += [Loss(module, "torchtune has no name for it") for module in nameless]
+    return lost + common_losses(adapter, "torchtune", named=False)
 
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:

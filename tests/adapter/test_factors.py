@@ -22,7 +22,6 @@ def test_parts_of_a_tensor() -> None:
     x = LazyTensor.of(X)
     same(factors.turned(x), X.T)
     same(factors.rows(x, 1, 3), X[1:3])
-    same(factors.columns(x, 2, 3), X[:, 2:3])
     same(factors.selected(x, 1, [3, 0]), X[:, [3, 0]])
     same(factors.item(x, 2), X[2])
 

@@ -47,7 +47,7 @@ def test_faults_are_listed(tmp_path: Path) -> None:
     with pytest.raises(BadFile) as refusal:
         dialects.open_adapter(saved(tmp_path / "a.pt", tensors), alpha=1)
     assert refusal.value.problems == (
-        "x.lora_B: missing, while its partner is there",
+        "x: no lora_B, while its partner is there",
         "y: lora_A (4, 3) and lora_B (5, 3) do not share a rank",
     )
 

@@ -25,7 +25,7 @@ import json
 from loratools.adapter.model import Adapter
 from loratools.adapter.parts import A, B
 from loratools.dialects._frame import losses as lost
-from loratools.dialects._frame.build import build
+from loratools.dialects._frame.build import Draft
 from loratools.dialects._frame.listing import Evidence
 from loratools.storage import atomic
 from loratools.storage.lazy import LazyTensor
@@ -54,7 +54,7 @@ def read(listing):
     def rule(module, rank):
         return found[module]["s"], found[module]["alpha"]
 
-    return Adapter(build(listing.path, groups, rule))
+    return Adapter(Draft(listing.path, groups).build(rule))
 
 
 def losses(adapter):

@@ -35,8 +35,8 @@ _EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<number>\d+)\.(?P<name>\w+)")
 _HINT = "--model-type says which model this is"
 
 
-class Ambiguous(Exception):
-    """Why a stack or an expert has no certain place, and what would decide it."""
+class NoPlace(Exception):
+    """Why a module has no certain place, and what would decide it; becomes a line of the resolver's error."""
 
 
 def stack_sites(
@@ -44,16 +44,16 @@ def stack_sites(
 ) -> list[tuple[int, Site]]:
     """Return each expert of a stack, by number, with its site: in the stacked tensor, or in those of the experts.
 
-    Returns [] where the base has neither. Raises `Ambiguous` for shapes that do not fit, or fit in two ways.
+    Returns [] where the base has neither. Raises `NoPlace` for shapes that do not fit, or fit in two ways.
     """
     parameter, experts = update.layout["parameter"], len(update.members)
     stacks = [name for name in names.find(module, parameter) if len(shapes[name]) == 3]
     if len(stacks) > 1:
-        raise Ambiguous(f"ambiguous: {parameter} could be any of {', '.join(stacks)}")
+        raise NoPlace(f"ambiguous: {parameter} could be any of {', '.join(stacks)}")
     if stacks:
         tensor, (count, first, second) = stacks[0], shapes[stacks[0]]
         if count != experts:
-            raise Ambiguous(f"it is for {experts} experts, {tensor} has {count}")
+            raise NoPlace(f"it is for {experts} experts, {tensor} has {count}")
         transposed = _orientation(update, (first, second), tensor, config)
         matrix, out = (count * first, second), update.shape[1]
         return [
@@ -70,14 +70,10 @@ def expert_site(module: str, update: Update, names: Names, shapes: Shapes, confi
         return None
     for parameter, projections in PARAMETERS.items():
         position = next((i for i, known in enumerate(projections) if match["name"] in known), None)
-        if position is None:
-            continue
-        for path in spellings(match["stack"]):
-            for tensor in names.find(path, parameter):
-                if len(shapes[tensor]) == 3:
-                    return _in_stack(
-                        tensor, update.shape, int(match["number"]), position, len(projections), shapes, config
-                    )
+        tensors = (tensor for path in spellings(match["stack"]) for tensor in names.find(path, parameter))
+        if position is not None and (tensor := next((name for name in tensors if len(shapes[name]) == 3), None)):
+            place = int(match["number"]), position, len(projections)
+            return _in_stack(tensor, shapes[tensor], update.shape, place, config.get("model_type"))
     return None
 
 
@@ -96,11 +92,11 @@ def _orientation(update: Update, sides: tuple[int, int], tensor: str, config: Ma
     if (stated := update.layout["transposed"]) is not None:
         fits = [transposed for transposed in fits if transposed == stated]
     if not fits:
-        raise Ambiguous(f"its delta weight has shape {(out, inner)} for each expert, {tensor} has {sides}")
+        raise NoPlace(f"its delta weight has shape {(out, inner)} for each expert, {tensor} has {sides}")
     if len(fits) == 1:
         return fits[0]
     if not (model_type := config.get("model_type")):
-        raise Ambiguous(f"ambiguous: {tensor} is square in each expert, and no config.json tells how it lies; {_HINT}")
+        raise NoPlace(f"ambiguous: {tensor} is square in each expert, and no config.json tells how it lies; {_HINT}")
     return model_type in TRANSPOSED
 
 
@@ -117,9 +113,9 @@ def _by_expert(module: str, update: Update, number: int, names: Names, shapes: S
         # PEFT before 0.19 took stacks for (E, in, out), so its factors are those of the transpose.
         turned = shapes[tensor] == (inner // count, out) and (update.layout["transposed"] is True or not straight)
         if not straight and not turned:
-            raise Ambiguous(f"its delta weight has shape {(out, inner)}, and {tensor} has {shapes[tensor]}")
+            raise NoPlace(f"its delta weight has shape {(out, inner)}, and {tensor} has {shapes[tensor]}")
         if turned and (straight or count > 1):
-            raise Ambiguous(
+            raise NoPlace(
                 f"ambiguous: trained by an old PEFT on stacked experts, while the base stores {tensor}; "
                 "load it in PEFT 0.19 or later with its model, and save it again"
             )
@@ -130,29 +126,20 @@ def _by_expert(module: str, update: Update, number: int, names: Names, shapes: S
 
 
 def _in_stack(
-    tensor: str,
-    shape: tuple[int, ...],
-    number: int,
-    position: int,
-    count: int,
-    shapes: Shapes,
-    config: Mapping[str, Any],
+    tensor: str, stored: tuple[int, ...], shape: tuple[int, ...], place: tuple[int, int, int], model_type: str | None
 ) -> Site:
-    """Return the site of a projection (out, in), which is number `position` of `count` in its parameter."""
-    (out, inner), (experts, first, second) = shape, shapes[tensor]
+    """Return the site of a projection (out, in). Its `place`: expert, position in the parameter, projections there."""
+    (experts, first, second), (out, inner), (number, position, count) = stored, shape, place
     if number >= experts:
-        raise Ambiguous(f"{tensor} has {experts} experts")
+        raise NoPlace(f"{tensor} has {experts} experts")
     wanted = (count * out, inner)
     straight, turned = wanted == (first, second), wanted == (second, first)
-    model_type = config.get("model_type")
     if not straight and not turned:
-        raise Ambiguous(
-            f"its delta weight has shape {(out, inner)}, and {tensor} has {(first, second)} for each expert"
-        )
+        raise NoPlace(f"its delta weight has shape {shape}, and {tensor} has {(first, second)} for each expert")
     if (straight and turned) or (turned and count > 1):
         # gate and up side by side, or in turn: only the model knows.
         if not model_type:
-            raise Ambiguous(f"ambiguous: no config.json tells how {tensor} with {(first, second)} lies; {_HINT}")
+            raise NoPlace(f"ambiguous: no config.json tells how {tensor} with {(first, second)} lies; {_HINT}")
         turned = model_type in TRANSPOSED if straight and turned else turned
     interleaved = model_type in INTERLEAVED and count > 1
     begin, end, step = (position, count * out, count) if interleaved else (position * out, (position + 1) * out, 1)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import combinations
-from typing import Any, TypeVar
+from itertools import accumulate, combinations
+from math import prod
+from typing import Any
 
 from loratools.adapter.kinds import Update
 from loratools.adapter.kinds._product import BiasUpdate
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.wrappers import CONV1D, FUSIONS, Fusion, Names
 from loratools.adapter.placement import experts
+from loratools.adapter.placement.experts import NoPlace
 from loratools.adapter.site import Site
 from loratools.decisions import decided
 from loratools.errors import IncompatibleAdapter
 
-T = TypeVar("T")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -51,7 +53,7 @@ def resolve(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any] | None =
     for module, update in adapter.updates.items():
         try:
             placements += resolver.place(module, update)
-        except _NoPlace as error:
+        except NoPlace as error:
             problems.append(f"{module}: {error}")
     problems += _overlaps(placements)
     if problems:
@@ -67,10 +69,6 @@ def resolve(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any] | None =
             ", transposed" if placement.site.transposed else "",
         )  # fmt: skip
     return placements
-
-
-class _NoPlace(Exception):
-    """Why one module has no place; becomes a line of the error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +87,7 @@ class _Resolver:
             try:
                 update = update.fitted(self.shapes[tensor])
             except ValueError as error:
-                raise _NoPlace(str(error)) from None
+                raise NoPlace(str(error)) from None
         placed = [Placement(module, update, site) for site in self.sites(path, update, tensor)]
         if update.bias is not None:
             added = BiasUpdate(update.bias, update.scaling, update.alpha)
@@ -99,22 +97,16 @@ class _Resolver:
     def _experts(self, module: str, path: str, update: Update) -> list[Placement]:
         """Return the placements of the experts of a stack, one by one."""
         for spelled in experts.spellings(path):
-            if sites := self._sure(experts.stack_sites, spelled, update):
+            if sites := experts.stack_sites(spelled, update, self.names, self.shapes, self.config):
                 return [Placement(module, update.members[expert], site, expert) for expert, site in sites]
-        raise _NoPlace(f"no {update.layout['parameter']} of its experts in the base, neither stacked nor one by one")
-
-    def _sure(self, find: Callable[..., T], module: str, update: Update) -> T:
-        try:
-            return find(module, update, self.names, self.shapes, self.config)
-        except experts.Ambiguous as error:
-            raise _NoPlace(str(error)) from None
+        raise NoPlace(f"no {update.layout['parameter']} of its experts in the base, neither stacked nor one by one")
 
     def _bias(self, site: Site) -> Site:
         """Return where the outputs of a weight's site lie in the bias beside it."""
         name = site.tensor.removesuffix("weight") + "bias"
         out, rows = (site.matrix[1], site.columns) if site.transposed else (site.matrix[0], site.rows)
         if name == site.tensor or self.shapes.get(name) != (out,):
-            raise _NoPlace(
+            raise NoPlace(
                 f"trained with lora_bias, and the base has no {name} with {out} numbers to add it to; "
                 f"found {self.shapes.get(name, 'none')}"
             )
@@ -125,18 +117,18 @@ class _Resolver:
         if tensor:
             return [self._orient(module, tensor, update, (0, update.shape[0]), self.shapes[tensor])]
         sites = self._into_fused(module, update) or self._out_of_fused(module, update)
-        if not sites and (site := self._sure(experts.expert_site, module, update)):
+        if not sites and (site := experts.expert_site(module, update, self.names, self.shapes, self.config)):
             return [site]
         if not sites:
-            nearest = self.names.nearest(module)
-            raise _NoPlace(f"not in the base; nearest: {', '.join(nearest)}" if nearest else "not in the base")
+            nearest = ", ".join(self.names.nearest(module))
+            raise NoPlace(f"not in the base; nearest: {nearest}" if nearest else "not in the base")
         return sites
 
     def _tensor_of(self, module: str, asked: str) -> str | None:
         spelled = (tensors for path in experts.spellings(module) if (tensors := self.names.find(path)))
         tensors = next(spelled, []) or self.names.find(module, "in_proj_weight")  # nn.MultiheadAttention
         if len(tensors) > 1:
-            raise _NoPlace(f"ambiguous: {asked} could be any of {', '.join(tensors)}")
+            raise NoPlace(f"ambiguous: {asked} could be any of {', '.join(tensors)}")
         return tensors[0] if tensors else None
 
     def _orient(
@@ -147,27 +139,26 @@ class _Resolver:
         wanted = (part[1] - part[0], *update.shape[1:])
         if len(shape) == 1 and wanted == shape:
             return Site(tensor, (shape[0], 1), (0, shape[0], 1), (0, 1, 1), part)
-        if len(shape) < 2 or len(wanted) != len(shape):
-            raise _NoPlace(f"its delta weight has shape {wanted}, {tensor} has {shape}")
-        matrix = (shape[0], _product(shape[1:]))
-        if len(shape) == 2 and self._is_conv1d(module, wanted, region):
-            if wanted[::-1] != region:
-                raise _NoPlace(f"its delta weight has shape {wanted}, {tensor} (stored [in, out]) has {shape}")
-            return Site(tensor, matrix, (0, shape[0], 1), (start, start + wanted[0], 1), part, True)
-        if wanted != region:
-            raise _NoPlace(f"its delta weight has shape {wanted}, {tensor} has {shape}")
-        return Site(tensor, matrix, (start, start + wanted[0], 1), (0, matrix[1], 1), part)
+        comparable = len(wanted) == len(shape) >= 2
+        turned = comparable and len(shape) == 2 and self._is_conv1d(module, wanted, region)
+        if not comparable or wanted != (region[::-1] if turned else region):
+            stored = " (stored [in, out])" if turned else ""
+            raise NoPlace(f"its delta weight has shape {wanted}, {tensor}{stored} has {shape}")
+        matrix, outputs = (shape[0], prod(shape[1:])), (start, start + wanted[0], 1)
+        if turned:
+            return Site(tensor, matrix, (0, shape[0], 1), outputs, part, True)
+        return Site(tensor, matrix, outputs, (0, matrix[1], 1), part)
 
     def _is_conv1d(self, module: str, wanted: tuple[int, ...], region: tuple[int, ...]) -> bool:
-        model_type, last = _model_type(self.config), module.rpartition(".")[2]
-        if model_type:
-            return last in CONV1D.get(model_type, ())
+        last = module.rpartition(".")[2]
+        if self.model_type:
+            return last in CONV1D.get(self.model_type, ())
         if last not in CONV1D["gpt2"]:
             return False
         if wanted[0] != wanted[1]:
             return wanted == region[::-1]
         if (stored_in_out := biases_tell(self.shapes)) is None:
-            raise _NoPlace("square, and no config.json tells whether the base stores it [in, out]")
+            raise NoPlace("square, and no config.json tells whether the base stores it [in, out]")
         return stored_in_out
 
     def _into_fused(self, module: str, update: Update) -> list[Site]:
@@ -175,21 +166,21 @@ class _Resolver:
         parent, _, last = module.rpartition(".")
         for fusion in FUSIONS:
             position = fusion.position(last)
-            fused = _join(parent, fusion.fused)
+            fused = f"{parent}.{fusion.fused}".removeprefix(".")
             if position is None or not (tensor := self._tensor_of(fused, module)):
                 continue
             shape, rows = self.shapes[tensor], update.shape[0]
-            axis = 1 if fusion.fused in CONV1D.get(_model_type(self.config), ()) else 0
+            axis = 1 if fusion.fused in CONV1D.get(self.model_type, ()) else 0
             if len(shape) != 2 or len(update.shape) != 2:
-                raise _NoPlace(f"its delta weight has shape {update.shape}, {tensor} has {shape}")
+                raise NoPlace(f"its delta weight has shape {update.shape}, {tensor} has {shape}")
             total, count = shape[axis], len(fusion.parts)
             self._check_layout(fusion, tensor)
-            if self._by_head(fusion):
+            if self.model_type in fusion.by_head:
                 return self._by_heads(tensor, update, position, count)
             # The first part begins at 0; the later ones (k and v, or up) are equally large and end at the end.
             first = 0 if position == 0 else total - (count - position) * rows
             if not self._fits(rows, position, total, count):
-                raise _NoPlace(f"its {rows} output features are no part of {tensor} with shape {shape}")
+                raise NoPlace(f"its {rows} output features are no part of {tensor} with shape {shape}")
             region = (shape[0], rows) if axis else (rows, shape[1])
             return [self._orient(fused, tensor, update, (0, rows), region, first)]
         return []
@@ -208,13 +199,13 @@ class _Resolver:
         rows, (total, columns) = update.shape[0], self.shapes[tensor]
         heads = next((h for key in ("num_attention_heads", "n_head") if isinstance(h := self.config.get(key), int)), 0)
         if heads < 1 or rows * count != total or rows % heads or update.shape[1] != columns:
-            shape = (total, columns)
-            raise _NoPlace(f"its delta weight {update.shape} is no third of {tensor} {shape} with {heads} heads")
+            stored = f"{tensor} {(total, columns)} with {heads} heads"
+            raise NoPlace(f"its delta weight {update.shape} is no third of {stored}")
         size = rows // heads
+        starts = [(head * count + position) * size for head in range(heads)]
         return [
             Site(tensor, (total, columns), (at, at + size, 1), (0, columns, 1), (head * size, (head + 1) * size))
-            for head in range(heads)
-            for at in [(head * count + position) * size]
+            for head, at in enumerate(starts)
         ]
 
     def _out_of_fused(self, module: str, update: Update) -> list[Site]:
@@ -223,37 +214,38 @@ class _Resolver:
         for fusion in FUSIONS:
             if fusion.fused != last:
                 continue
-            tensors = [
-                next((tensor for name in aliases if (tensor := self._tensor_of(_join(parent, name), module))), None)
+            named = (
+                (self._tensor_of(f"{parent}.{name}".removeprefix("."), module) for name in aliases)
                 for aliases in fusion.parts
-            ]
-            split = [tensor for tensor in tensors if tensor]
+            )
+            split = [tensor for candidates in named if (tensor := next(filter(None, candidates), None))]
             if len(split) < len(fusion.parts):
                 continue
             if fusion.by_head:
-                raise _NoPlace(
+                raise NoPlace(
                     f"ambiguous: the base stores {', '.join(split)}, and some models fuse {last} head by head "
                     f"({', '.join(sorted(fusion.by_head))}), others block by block"
                 )
             rows = [self.shapes[tensor][0] for tensor in split]
             if sum(rows) != update.shape[0]:
-                raise _NoPlace(f"its {update.shape[0]} output features are not the {rows} of {', '.join(split)}")
-            starts = [sum(rows[:i]) for i in range(len(rows))]
+                raise NoPlace(f"its {update.shape[0]} output features are not the {rows} of {', '.join(split)}")
             return [
-                self._orient(module, tensor, update, (start, start + count), self.shapes[tensor])
-                for tensor, start, count in zip(split, starts, rows, strict=True)
+                self._orient(module, tensor, update, (stop - count, stop), self.shapes[tensor])
+                for tensor, count, stop in zip(split, rows, accumulate(rows), strict=True)
             ]
         return []
 
-    def _by_head(self, fusion: Fusion) -> bool:
-        return _model_type(self.config) in fusion.by_head
-
     def _check_layout(self, fusion: Fusion, tensor: str) -> None:
-        model_type = _model_type(self.config)
-        if fusion.models is None or model_type in fusion.models or self._by_head(fusion):
+        if fusion.models is None or self.model_type in fusion.models | fusion.by_head:
             return
-        config = f"model_type {model_type!r} in config.json" if model_type else "no config.json"
-        raise _NoPlace(f"ambiguous: the base stores it inside {tensor}, and {config} does not tell in which order")
+        config = f"model_type {self.model_type!r} in config.json" if self.model_type else "no config.json"
+        raise NoPlace(f"ambiguous: the base stores it inside {tensor}, and {config} does not tell in which order")
+
+    @property
+    def model_type(self) -> str:
+        """The base's `model_type`, "" where its config.json says none."""
+        name = self.config.get("model_type")
+        return name if isinstance(name, str) else ""
 
 
 def biases_tell(shapes: Shapes) -> bool | None:
@@ -267,16 +259,11 @@ def biases_tell(shapes: Shapes) -> bool | None:
     return votes.pop() if len(votes) == 1 else None
 
 
-def _model_type(config: Mapping[str, Any]) -> str:
-    name = config.get("model_type")
-    return name if isinstance(name, str) else ""
-
-
 def _overlaps(placements: list[Placement]) -> Iterator[str]:
     """Name pairs of modules that land on the same weights: one of the two has the wrong place."""
-    by_tensor: dict[str, list[Placement]] = {}
+    by_tensor: dict[str, list[Placement]] = defaultdict(list)
     for placement in placements:
-        by_tensor.setdefault(placement.site.tensor, []).append(placement)
+        by_tensor[placement.site.tensor].append(placement)
     for tensor, together in by_tensor.items():
         clashes = {
             (first.module, second.module)
@@ -285,14 +272,3 @@ def _overlaps(placements: list[Placement]) -> Iterator[str]:
         }
         for first, second in sorted(clashes):
             yield f"{second}: lands on the same part of {tensor} as {first}"
-
-
-def _join(parent: str, name: str) -> str:
-    return f"{parent}.{name}" if parent else name
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    result = 1
-    for side in shape:
-        result *= side
-    return result

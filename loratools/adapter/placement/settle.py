@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from loratools.adapter.model import AdapterInput
 from loratools.adapter.naming.wrappers import Names
-from loratools.adapter.placement.tied import EMBEDDINGS, HEADS, main_tensor
+from loratools.adapter.placement.tied import EMBEDDINGS, HEADS, last_segment, main_tensor
 from loratools.adapter.placement.whole import resolve_replacements
 from loratools.errors import IncompatibleAdapter, WrongBase
 from loratools.storage import dtypes, files
@@ -39,7 +39,7 @@ def settle(
                 problems.append(f"adapter {i + 1}: its copy of {name} is another tensor than the base's")
             replacements[path] = copy
             notes.append(f"adapter {i + 1}: its own {path} takes the place of the base's, as in PEFT")
-        last = {path: path.removesuffix(".weight").rpartition(".")[2] for path in replacements}
+        last = {path: last_segment(path) for path in replacements}
         for head in (path for path in last if last[path] in HEADS):
             for path in (path for path in last if last[path] in EMBEDDINGS):
                 own, other = replacements[head].spec, replacements[path].spec

@@ -55,7 +55,9 @@ def apply_policy(
         return Untied(adapters)
     touched = sorted({module for adapter in adapters for module in _touched(adapter)})
     adapters = adapters if head else tuple(_without_same_head(adapter) for adapter in adapters)
-    if not touched or (head is None and _is_headless(config) and not any(map(_is_head, touched))):
+    if not touched or (
+        head is None and _is_headless(config) and not any(last_segment(path) in HEADS for path in touched)
+    ):
         return Untied(_rows_on_both(adapters, head))
     if policy == "error":
         raise IncompatibleAdapter(
@@ -71,15 +73,18 @@ def apply_policy(
             f"--tied both: this base stores {head} beside {embedding}, so there is no one weight to change",
             hint="Use --tied untie.",
         )
-    renamed = tuple(_onto_embedding(adapter, embedding.removesuffix(".weight")) for adapter in adapters)
-    return Untied(renamed)
+    return Untied(tuple(_onto_embedding(adapter, embedding.removesuffix(".weight")) for adapter in adapters))
 
 
 def main_tensor(tensors: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
     """Return the tensor of the main embedding or head: the shortest path wins over those of side towers."""
-    candidates = [name for name in tensors if name.removesuffix(".weight").rpartition(".")[2] in names]
-    candidates = [name for name in candidates if name.endswith(".weight")]
-    return min(candidates, key=lambda name: (len(normalized(name)), name)) if candidates else None
+    candidates = [name for name in tensors if name.endswith(".weight") and last_segment(name) in names]
+    return min(candidates, key=lambda name: (len(normalized(name)), name), default=None)
+
+
+def last_segment(path: str) -> str:
+    """Return the last segment of a module's name, from its path or that of its weight."""
+    return path.removesuffix(".weight").rpartition(".")[2]
 
 
 def _touched(adapter: Adapter) -> list[str]:
@@ -87,28 +92,20 @@ def _touched(adapter: Adapter) -> list[str]:
     same = _shared_tensors(adapter)
     paths = [module for module, update in adapter.updates.items() if not update.replaced_rows]
     paths += [path.removesuffix(".weight") for path, lazy in adapter.replacements.items() if lazy not in same]
-    return [path for path in paths if path.rpartition(".")[2] in HEADS + EMBEDDINGS]
+    return [path for path in paths if last_segment(path) in HEADS + EMBEDDINGS]
 
 
 def _shared_tensors(adapter: Adapter) -> list[LazyTensor]:
     """Return the tensors that replace a head and an embedding alike."""
-    heads = [lazy for path, lazy in adapter.replacements.items() if _is_head(path.removesuffix(".weight"))]
-    return [
-        lazy
-        for path, lazy in adapter.replacements.items()
-        if path.removesuffix(".weight").rpartition(".")[2] in EMBEDDINGS and lazy in heads
-    ]
+    heads = [lazy for path, lazy in adapter.replacements.items() if last_segment(path) in HEADS]
+    return [lazy for path, lazy in adapter.replacements.items() if last_segment(path) in EMBEDDINGS and lazy in heads]
 
 
 def _without_same_head(adapter: Adapter) -> Adapter:
     """Leave out the replacement of a head that is the same tensor as the embedding's, to which it is tied."""
-    same = _shared_tensors(adapter)
-    replacements = {
-        path: lazy
-        for path, lazy in adapter.replacements.items()
-        if lazy not in same or not _is_head(path.removesuffix(".weight"))
-    }
-    return replace(adapter, replacements=replacements) if same else adapter
+    same, whole = _shared_tensors(adapter), adapter.replacements.items()
+    kept = {path: lazy for path, lazy in whole if lazy not in same or last_segment(path) not in HEADS}
+    return replace(adapter, replacements=kept) if same else adapter
 
 
 def _rows_on_both(adapters: tuple[Adapter, ...], head: str | None) -> tuple[Adapter, ...]:
@@ -118,20 +115,13 @@ def _rows_on_both(adapters: tuple[Adapter, ...], head: str | None) -> tuple[Adap
     module = head.removesuffix(".weight")
 
     def grown(adapter: Adapter) -> Adapter:
-        rows = [
-            update
-            for path, update in adapter.updates.items()
-            if update.replaced_rows and path.rpartition(".")[2] in EMBEDDINGS
-        ]
-        if not rows or any(_is_head(path) for path in adapter.updates):
+        updates = adapter.updates
+        rows = [update for path, update in updates.items() if update.replaced_rows and last_segment(path) in EMBEDDINGS]
+        if not rows or any(last_segment(path) in HEADS for path in updates):
             return adapter
-        return replace(adapter, updates={**adapter.updates, module: rows[0]})
+        return replace(adapter, updates={**updates, module: rows[0]})
 
-    return tuple(grown(adapter) for adapter in adapters)
-
-
-def _is_head(module: str) -> bool:
-    return module.rpartition(".")[2] in HEADS
+    return tuple(map(grown, adapters))
 
 
 def _is_headless(config: Mapping[str, Any]) -> bool:
@@ -143,13 +133,13 @@ def _is_headless(config: Mapping[str, Any]) -> bool:
 
 
 def _head_name(adapters: tuple[Adapter, ...], embedding: str) -> str:
-    heads = [path for adapter in adapters for path in _touched(adapter) if path.rpartition(".")[2] in HEADS]
-    return f"{heads[0] if heads else 'lm_head'}.weight"
+    heads = (path for adapter in adapters for path in _touched(adapter) if last_segment(path) in HEADS)
+    return f"{next(heads, 'lm_head')}.weight"
 
 
 def _onto_embedding(adapter: Adapter, embedding: str) -> Adapter:
     def place(path: str) -> str:
-        return embedding if path.rpartition(".")[2] in HEADS else path
+        return embedding if last_segment(path) in HEADS else path
 
     updates = {place(module): update for module, update in adapter.updates.items()}
     whole = {
@@ -168,9 +158,7 @@ def is_tied(config: Mapping[str, Any]) -> bool:
     """Tell whether config.json ties the output head to the input embedding."""
     inner = config.get("text_config")
     tied = config.get("tie_word_embeddings")
-    if tied is None and isinstance(inner, Mapping):
-        tied = inner.get("tie_word_embeddings")
-    return bool(tied)
+    return bool(inner.get("tie_word_embeddings") if tied is None and isinstance(inner, Mapping) else tied)
 
 
 def _set_tie(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,16 +26,13 @@ def base_matrix(
 
     placements = list(placements)
     rows = max(placement.site.part_rows.stop for placement in placements)
-    W: torch.Tensor | None = None
+    first = placements[0].site
+    W = torch.zeros(rows, first.shape[0 if first.transposed else 1], dtype=torch.float64)
     for placement in placements:
         site = placement.site
         name = names[site.tensor] if names else site.tensor
-        block = checkpoint.read(name).view(site.matrix)[slice(*site.rows), slice(*site.columns)].double()
-        block = block.T if site.transposed else block
-        if W is None:
-            W = torch.zeros(rows, block.shape[1], dtype=torch.float64)
-        W[site.part_rows] = block
-    assert W is not None
+        block = checkpoint.read(name).view(site.matrix)[slice(*site.rows), slice(*site.columns)]
+        W[site.part_rows] = (block.T if site.transposed else block).double()
     return W
 
 

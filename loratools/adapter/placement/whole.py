@@ -13,7 +13,7 @@ from typing import Any
 
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.wrappers import Names
-from loratools.adapter.placement.tied import EMBEDDINGS, HEADS, main_tensor
+from loratools.adapter.placement.tied import EMBEDDINGS, HEADS, last_segment, main_tensor
 from loratools.errors import IncompatibleAdapter
 from loratools.storage.lazy import LazyTensor
 
@@ -24,10 +24,9 @@ FOLLOWED = ("architectures", "num_labels", "id2label", "label2id", "problem_type
 
 # PEFT's task types with a head of their own -> what transformers calls such a model
 _TASKS = {
-    "SEQ_CLS": "ForSequenceClassification",
-    "TOKEN_CLS": "ForTokenClassification",
+    "SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification",
     "QUESTION_ANS": "ForQuestionAnswering",
-}
+}  # fmt: skip
 _LABELLED = ("SEQ_CLS", "TOKEN_CLS")
 
 
@@ -43,7 +42,7 @@ def resolve_replacements(adapter: Adapter, shapes: Shapes) -> dict[str, LazyTens
         tensors = names.find(module, parameter) if module else [path] if path in shapes else []
         if len(tensors) > 1:
             problems.append(f"{path}: ambiguous: {', '.join(tensors)}")
-        elif not tensors and (_in_layer(path) or module.rpartition(".")[2] in EMBEDDINGS):
+        elif not tensors and (_in_layer(path) or last_segment(module) in EMBEDDINGS):
             problems.append(f"{path}: not in the base")
         elif tensors and not _fits(tensors[0], lazy.shape, shapes[tensors[0]]):
             problems.append(f"{path}: trained with shape {lazy.shape}, the base has {shapes[tensors[0]]}")
@@ -84,25 +83,20 @@ def follow(
     """
     changes: dict[str, Any] = {}
     embedding = main_tensor(shapes, EMBEDDINGS)
-    if embedding is not None and embedding in replaced and replaced[embedding][0] != shapes[embedding][0]:
+    if embedding and embedding in replaced and replaced[embedding][0] != shapes[embedding][0]:
         changes |= _vocabulary(config, replaced[embedding][0])
-    heads = {
-        name: shape
-        for name, shape in replaced.items()
-        if name.removesuffix(".weight").rpartition(".")[2] not in EMBEDDINGS + HEADS and shapes.get(name) != shape
-    }
+    changed = {name: shape for name, shape in replaced.items() if shapes.get(name) != shape}
+    heads = {name: shape for name, shape in changed.items() if last_segment(name) not in EMBEDDINGS + HEADS}
     if not heads or not config:
         return changes, []
     if own and (brought := {key: own[key] for key in FOLLOWED if key in own}):
         return changes | brought, [f"{', '.join(brought)} of config.json are those of the adapter's own"]
     derived = _derived(config, heads, str(adapter.settings.get("task_type") or ""))
-    if not derived:
-        return changes, [
-            f"config.json says nothing of {', '.join(sorted(heads))}: the adapter brings no config of its own"
-        ]
-    return changes | derived, [
-        f"{', '.join(derived)} of config.json are told by the task type and the rows of the head"
-    ]
+    if derived:
+        fields = ", ".join(derived)
+        return changes | derived, [f"{fields} of config.json are told by the task type and the rows of the head"]
+    names = ", ".join(sorted(heads))
+    return changes, [f"config.json says nothing of {names}: the adapter brings no config of its own"]
 
 
 def _derived(config: Mapping[str, Any], heads: Shapes, task: str) -> dict[str, Any]:

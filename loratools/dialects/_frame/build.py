@@ -1,16 +1,17 @@
-"""From a file's tensors, sorted by module and part, to updates: the last step of reading, the same for every dialect.
-
-PEFT has a loop of its own, since its config has rules of its own.
-"""
+"""From a file's tensors, sorted by module and part, to updates: the last step of reading, in every dialect."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from loratools.adapter import kinds
 from loratools.adapter.kinds import Update
+from loratools.adapter.parts import A_EMBEDDING, B_EMBEDDING, A, B
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.storage.lazy import LazyTensor
 
@@ -47,10 +48,75 @@ def check_gathered(
         )
 
 
-def build(path: Path, groups: Mapping[str, Mapping[str, LazyTensor]], rule: Rule) -> dict[str, Update]:
-    """Return the update of each module; the kinds decide what its parts mean.
+@dataclass(slots=True)
+class Draft:
+    """An adapter that is being read from `path`.
 
-    Raises `BadFile` with all that contradicts itself, or `UnsupportedAdapter` with all that no kind claims.
+    `groups`   module -> part, by PEFT's name of it -> tensor
+    `alphas`   module -> alpha, where the file has one for each
+    `faults`   a line for each contradiction
+    `unknown`  a line for each module that is sound, and of which the file does not say enough
+    """
+
+    path: Path
+    groups: Groups = field(default_factory=dict)
+    alphas: dict[str, float] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+
+    def add(self, module: str, part: str, lazy: LazyTensor, name: str) -> None:
+        """Put a tensor into its group; a second one in the same place is a fault."""
+        home = self.groups.setdefault(module, {})
+        if part in home:
+            self.faults.append(f"{name}: a second tensor for {module}.{part}")
+        home[part] = lazy
+
+    def convert(self, change: Callable[[str, dict[str, LazyTensor]], Groups]) -> None:
+        """Put what `change` makes of each module in its place; its `ValueError` is a fault, `LookupError` unknown."""
+        groups, self.groups = self.groups, {}
+        for module, parts in groups.items():
+            try:
+                self.groups |= change(module, parts)
+            except LookupError as error:
+                self.unknown.append(f"{module}: {error.args[0]}")
+            except ValueError as error:
+                self.faults.append(f"{module}: {error}")
+
+    def check(self) -> None:
+        """Raise `BadFile` with all faults; an alpha without factors is one too."""
+        lonely = sorted(self.alphas.keys() - self.groups.keys())
+        check_faults(self.path, self.faults + [f"{module}: an alpha without factors" for module in lonely])
+
+    def build(self, rule: Rule | None = None) -> dict[str, Update]:
+        """Return the update of each module; the kinds decide what its parts mean.
+
+        By default s = alpha/r, and 1 where there is no alpha. Raises `BadFile` with all that contradicts itself, or
+        `UnsupportedAdapter` with all that is unknown or that no kind claims.
+        """
+        self.check()
+        check_read(self.path, self.unknown)
+        updates, unsupported, faults = build_all(self.groups, rule or self._scaling)
+        check_faults(self.path, faults)
+        check_read(self.path, unsupported)
+        if not updates:
+            raise BadFile(f"{self.path}: no LoRA tensors in it")
+        return updates
+
+    def _scaling(self, module: str, rank: int) -> tuple[float, float]:
+        alpha = self.alphas.get(module, float(rank or 1))
+        return alpha / (rank or 1), alpha
+
+
+def build_all(
+    groups: Mapping[str, Mapping[str, LazyTensor]],
+    rule: Rule,
+    choose: Callable[[str, Mapping[str, LazyTensor]], str | None] = lambda _, parts: kinds.claim(parts),
+    layout: Callable[[str, str], Mapping[str, Any]] = lambda *_: {},
+) -> tuple[dict[str, Update], list[str], list[str]]:
+    """Return the updates, a line for each set of parts that no kind claims, and a line for each contradiction.
+
+    `choose` returns the kind of a module with these parts, `layout` the keywords that a module of a kind needs besides.
+    A `rule` that finds a contradiction raises `ValueError`.
     """
     updates: dict[str, Update] = {}
     unclaimed: dict[str, list[str]] = defaultdict(list)
@@ -59,23 +125,35 @@ def build(path: Path, groups: Mapping[str, Mapping[str, LazyTensor]], rule: Rule
         if hollow := sorted(part for part, lazy in parts.items() if 0 in lazy.shape):
             faults.append(f"{module}: {hollow[0]} is empty, as DeepSpeed ZeRO-3 and FSDP save what they did not gather")
             continue
-        kind = kinds.claim(parts)
+        kind = choose(module, parts)
         if kind is None:
-            unclaimed[described(parts)].append(module)
+            described = ", ".join(sorted(f"{part} ({len(lazy.shape)}-D)" for part, lazy in parts.items()))
+            unclaimed[described].append(module)
             continue
-        make = kinds.get(kind).build
+        make = partial(kinds.get(kind).build, parts, **layout(module, kind))
         try:
-            rank = make(parts, 1.0, 1.0).rank  # each kind knows where its rank stands
-            updates[module] = make(parts, *rule(module, rank))
+            updates[module] = make(*rule(module, make(1.0, 1.0).rank))  # each kind knows where its rank stands
         except ValueError as error:
             faults.append(f"{module}: {error}")
-    check_faults(path, faults)
-    check_read(
-        path, [f"{some(modules)}: no kind of update consists of {parts}" for parts, modules in unclaimed.items()]
-    )
-    if not updates:
-        raise BadFile(f"{path}: no LoRA tensors in it")
-    return updates
+    unsupported = [
+        f"{some(modules)}: no kind of update that loratools knows consists of {parts}"
+        for parts, modules in unclaimed.items()
+    ]
+    return updates, unsupported, faults
+
+
+def both(parts: Mapping[str, LazyTensor], a: str, b: str) -> tuple[LazyTensor, LazyTensor]:
+    """Return the factors under two names; raise `ValueError` where one is missing."""
+    for name in (a, b):
+        if name not in parts:
+            raise ValueError(f"no {name}, while its partner is there")
+    return parts[a], parts[b]
+
+
+def factors_of(update: Update) -> tuple[LazyTensor, LazyTensor]:
+    """Return the two factors of a linear layer or of an embedding."""
+    a, b = (A_EMBEDDING, B_EMBEDDING) if A_EMBEDDING in update.parts else (A, B)
+    return update.parts[a], update.parts[b]
 
 
 def check_faults(path: Path, faults: Sequence[str]) -> None:
@@ -88,34 +166,6 @@ def check_read(path: Path, unsupported: Sequence[str], hint: str | None = None) 
     """Raise `UnsupportedAdapter` with all of an adapter that is sound and not read, if there is any."""
     if unsupported:
         raise UnsupportedAdapter(f"{path}: it holds what loratools does not read", unsupported, hint=hint)
-
-
-def lonely_alphas(alphas: Iterable[str], groups: Groups) -> list[str]:
-    """List the modules that have an alpha and no factors."""
-    return [f"{module}: an alpha without factors" for module in sorted(set(alphas) - groups.keys())]
-
-
-def alpha_rule(alphas: Mapping[str, float]) -> Rule:
-    """Return the rule of files with an alpha for each module: s = alpha/r, and 1 where there is no alpha."""
-
-    def rule(module: str, rank: int) -> tuple[float, float]:
-        alpha = alphas.get(module, float(rank or 1))
-        return alpha / (rank or 1), alpha
-
-    return rule
-
-
-def add(groups: Groups, module: str, part: str, lazy: LazyTensor, name: str, faults: list[str]) -> None:
-    """Put a tensor into its group; a second one in the same place is a fault."""
-    home = groups.setdefault(module, {})
-    if part in home:
-        faults.append(f"{name}: a second tensor for {module}.{part}")
-    home[part] = lazy
-
-
-def described(parts: Mapping[str, LazyTensor]) -> str:
-    """Return the parts of a module with their numbers of dimensions, for a message."""
-    return ", ".join(sorted(f"{part} ({len(lazy.shape)}-D)" for part, lazy in parts.items()))
 
 
 def some(names: Sequence[str]) -> str:

@@ -60,6 +60,12 @@ def replacement_losses(adapter: Adapter, dialect: str) -> list[Loss]:
     return [Loss(path, f"{dialect} has no place for a tensor trained whole") for path in adapter.replacements]
 
 
+def common_losses(adapter: Adapter, dialect: str, *, named: bool = True) -> list[Loss]:
+    """List tensors trained whole, the base's name unless the dialect has `named` it, and its identity."""
+    name = [] if named else name_losses(adapter)
+    return [*name, *replacement_losses(adapter, dialect), *identity_losses(adapter)]
+
+
 def without(adapter: Adapter, losses: Iterable[Loss]) -> Adapter:
     """Return the adapter without the modules and tensors that are lost."""
     places = {loss.where for loss in losses}

@@ -20,9 +20,9 @@ from loratools.adapter.model import Adapter, Loss
 from loratools.adapter.naming.image import rename
 from loratools.adapter.naming.image.components import MODEL_LEVEL, component, inside
 from loratools.adapter.parts import BIAS, MAGNITUDE, A, B
-from loratools.dialects._frame.build import Groups, add, build, check_faults, lonely_alphas
+from loratools.dialects._frame.build import Draft
 from loratools.dialects._frame.listing import Evidence, Listing
-from loratools.dialects._frame.losses import IDENTITY, identity_losses, replacement_losses, update_losses, without
+from loratools.dialects._frame.losses import IDENTITY, common_losses, update_losses, without
 from loratools.dialects._frame.metadata import metadata_of, settings_with
 from loratools.dialects._frame.numbers import read_number
 from loratools.dialects.diffusers.names import ALPHA, split
@@ -73,20 +73,17 @@ def read(listing: Listing) -> Adapter:
     name = _file(listing)
     if name is None:
         raise BadFile(f"{listing.path}: no {_STEM}.safetensors or {_STEM}.bin in this folder")
-    groups: Groups = {}
-    alphas: dict[str, float] = {}
-    faults: list[str] = []
+    draft = Draft(listing.path)
     for tensor, lazy in listing.tensors(name).items():
         module_and_part = split(tensor)
         if module_and_part is None:
-            faults.append(f"{tensor}: no name that diffusers gives to a part of an adapter")
+            draft.faults.append(f"{tensor}: no name that diffusers gives to a part of an adapter")
         elif module_and_part[1] == ALPHA:
-            alphas[module_and_part[0]] = read_number(lazy, f"{listing.folder / name}: {tensor}")
+            draft.alphas[module_and_part[0]] = read_number(lazy, f"{listing.folder / name}: {tensor}")
         else:
-            add(groups, *module_and_part, lazy, tensor, faults)
-    faults += lonely_alphas(alphas, groups)
-    check_faults(listing.path, faults)
-    configs = _configs(listing, name, {component(module) for module in groups})
+            draft.add(*module_and_part, lazy, tensor)
+    draft.check()
+    configs = _configs(listing, name, {component(module) for module in draft.groups})
     header = listing.header(name)
     lost: set[str] = set()
 
@@ -96,12 +93,12 @@ def read(listing: Listing) -> Adapter:
             if config.rank(within) not in (None, rank):
                 raise ValueError(f"its tensors have rank {rank}, the header's config says {config.rank(within)}")
             return config.scaling(within, rank), config.alpha(within)
-        if module not in alphas:
+        if module not in draft.alphas:
             lost.add(component(module) or "the model")
-        alpha = alphas.get(module, float(rank))
+        alpha = draft.alphas.get(module, float(rank))
         return alpha / rank, alpha
 
-    updates = build(listing.path, groups, rule)
+    updates = draft.build(rule)
     settings = settings_with(header.metadata if header else {}, lambda key: key not in (_KEY, "format"))
     if lost:
         text = "the file records no scale; 1.0 is applied, as diffusers does"
@@ -131,7 +128,7 @@ def losses(adapter: Adapter) -> list[Loss]:
     sayable = {module: update for module, update in sayable.items() if not module.startswith(f"{rename.ORIGINAL}.")}
     if with_component:
         lost += [Loss(module, "it begins with no component") for module in sorted(sayable) if not component(module)]
-    return lost + replacement_losses(adapter, "diffusers") + identity_losses(adapter)
+    return lost + common_losses(adapter, "diffusers")
 
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:

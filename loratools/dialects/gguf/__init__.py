@@ -20,9 +20,9 @@ from loratools.adapter import factors
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, BaseIdentity, Loss
 from loratools.adapter.parts import A_EMBEDDING, B_EMBEDDING, A, B
-from loratools.dialects._frame.build import Groups, build, check_faults, check_read
+from loratools.dialects._frame.build import Draft, check_read, factors_of
 from loratools.dialects._frame.listing import Evidence, Listing
-from loratools.dialects._frame.losses import IDENTITY, identity_losses, replacement_losses, update_losses, without
+from loratools.dialects._frame.losses import IDENTITY, common_losses, identity_losses, update_losses, without
 from loratools.dialects._frame.numbers import is_float32, most_common
 from loratools.dialects.gguf.names import ARCHITECTURES, Layout, Place, module_of, place
 from loratools.dialects.gguf.rows import permuted
@@ -72,12 +72,11 @@ def read(listing: Listing) -> Adapter:
             f"{path}: an activated LoRA acts only after its invocation tokens; it cannot be merged"
         )
     modules = _modules_of(listing, layout.architecture)
-    groups: Groups = {}
-    faults, unknown = [], []
+    draft, unknown = Draft(listing.path), []
     for tensor, lazy in sorted(tensors.items()):
         target, _, part = tensor.rpartition(".")
         if part not in ("lora_a", "lora_b") or not target.endswith(".weight"):
-            faults.append(f"{tensor}: expected a name that ends in .weight.lora_a or .weight.lora_b")
+            draft.faults.append(f"{tensor}: expected a name that ends in .weight.lora_a or .weight.lora_b")
             continue
         try:
             parts = _to_peft(target.removesuffix(".weight"), part, lazy, layout, modules)
@@ -85,17 +84,14 @@ def read(listing: Listing) -> Adapter:
             unknown.append(str(error))
             continue
         for module, peft_part, expert in parts:
-            groups.setdefault(module, {})[peft_part] = expert
-    check_faults(listing.path, faults)
+            draft.add(module, peft_part, expert, tensor)
+    draft.check()
     check_read(listing.path, unknown, hint="Give the base model with --base.")
-    updates = build(listing.path, groups, lambda _, rank: ((alpha or rank) / rank, alpha or float(rank)))
-    layout_fields = {"architecture": layout.architecture, "heads": layout.heads, "kv_heads": layout.kv_heads}
-    return Adapter(
-        updates,
-        base=BaseIdentity.of_name(fields.get("general.base_model.0.name")),
-        dialect="gguf",
-        settings={_KEY: {key: value for key, value in layout_fields.items() if value is not None}},
-    )
+    updates = draft.build(lambda _, rank: ((alpha or rank) / rank, alpha or float(rank)))
+    stated = {"architecture": layout.architecture, "heads": layout.heads, "kv_heads": layout.kv_heads}
+    settings = {_KEY: {key: value for key, value in stated.items() if value is not None}}
+    base = BaseIdentity.of_name(fields.get("general.base_model.0.name"))
+    return Adapter(updates, base=base, dialect="gguf", settings=settings)
 
 
 def losses(adapter: Adapter) -> list[Loss]:
@@ -108,9 +104,7 @@ def losses(adapter: Adapter) -> list[Loss]:
     lost = update_losses(adapter, "llama.cpp", ("lora", "embedding"), (A, B, A_EMBEDDING, B_EMBEDDING))
     sayable = without(adapter, lost).updates
     stacks = _stacks(sayable, layout)
-    complete = {
-        tensor for tensor, numbered in stacks.items() if sorted(map(_order, numbered)) == [*range(len(numbered))]
-    }
+    complete = {tensor for tensor, experts in stacks.items() if sorted(map(_order, experts)) == [*range(len(experts))]}
     for module in sorted(sayable):
         at = place(module, layout.architecture)
         if at is None:
@@ -124,7 +118,7 @@ def losses(adapter: Adapter) -> list[Loss]:
                 layout.heads_of(at.tensor)
             except ValueError as error:
                 lost.append(Loss(module, f"{error} without the base model (--base)"))
-    return lost + replacement_losses(adapter, "llama.cpp") + identity_losses(adapter)
+    return lost + common_losses(adapter, "llama.cpp")
 
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
@@ -140,9 +134,7 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
         pairs = [_of_peft(numbered[i], ranks, alpha, layout.heads_of(tensor)) for i in sorted(numbered, key=_order)]
         a, b = pairs[0] if None in numbered else (factors.stacked([pair[i] for pair in pairs]) for i in (0, 1))
         tensors |= {f"{tensor}.weight.lora_a": a, f"{tensor}.weight.lora_b": b}
-    fields: dict[str, Any] = {
-        "general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": alpha,
-    }  # fmt: skip
+    fields: dict[str, Any] = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": alpha}
     if layout.heads and layout.kv_heads:
         fields[f"{layout.architecture}.attention.head_count"] = layout.heads
         fields[f"{layout.architecture}.attention.head_count_kv"] = layout.kv_heads
@@ -199,22 +191,20 @@ def _to_peft(
             raise ValueError(f"{tensor}: no module of the architecture {layout.architecture} is known for it")
         factor = lazy if i is None else factors.item(lazy, i)
         if tensor == "token_embd":
-            parts.append(
-                (module, A_EMBEDDING, factors.turned(factor)) if part == "lora_a" else (module, B_EMBEDDING, factor)
-            )
+            named = (A_EMBEDDING, factors.turned(factor)) if part == "lora_a" else (B_EMBEDDING, factor)
         elif part == "lora_a":
-            parts.append((module, A, factor))
+            named = A, factor
         else:
-            parts.append((module, B, permuted(factor, layout.heads_of(tensor), back=True)))
+            named = B, permuted(factor, layout.heads_of(tensor), back=True)
+        parts.append((module, *named))
     return parts
 
 
 def _of_peft(update: Update, rank: int, alpha: float, heads: int | None) -> tuple[LazyTensor, LazyTensor]:
-    embedding = A_EMBEDDING in update.parts
-    a, b = (update.parts[part] for part in ((A_EMBEDDING, B_EMBEDDING) if embedding else (A, B)))
+    a, b = factors_of(update)
     a = factors.padded(a, 0, rank)
     b = permuted(factors.padded(factors.scaled(b, update.scaling * rank / alpha), 1, rank), heads)
-    return (factors.turned(a) if embedding else a), b
+    return (factors.turned(a) if A_EMBEDDING in update.parts else a), b
 
 
 def _stacks(updates: Mapping[str, Update], layout: Layout) -> dict[str, dict[int | None, Update]]:

@@ -24,9 +24,9 @@ from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, BaseIdentity, Loss
 from loratools.adapter.naming.image import rename
 from loratools.adapter.parts import MAGNITUDE, A, B
-from loratools.dialects._frame.build import Groups, add, alpha_rule, build, check_faults, lonely_alphas, some
+from loratools.dialects._frame.build import Draft, some
 from loratools.dialects._frame.listing import Evidence, Listing
-from loratools.dialects._frame.losses import IDENTITY, identity_losses, replacement_losses, without
+from loratools.dialects._frame.losses import IDENTITY, common_losses, without
 from loratools.dialects._frame.metadata import metadata_of, settings_with
 from loratools.dialects._frame.numbers import is_float32, read_number
 from loratools.dialects.kohya.names import NAMES_KEY, dotted, flattened, head_of
@@ -85,31 +85,23 @@ def read(listing: Listing) -> Adapter:
             flat.setdefault(head[:2], {})[head[2]] = lazy
         else:
             strangers.append(tensor)
-    base = list(listing.base.specs) if listing.base else None
-    modules, faults = dotted(flat, metadata, base)
+    modules, faults = dotted(flat, metadata, list(listing.base.specs) if listing.base else None)
     if strangers:
         faults.append(f"{len(strangers)} name(s) that are none of kohya's: {some(strangers)}")
     if faults:
         hint = None if listing.base else "Give the base model that it was trained on with --base: its names decide."
         raise BadFile(f"{listing.path}: its names cannot be turned back into modules", faults, hint=hint)
-    groups: Groups = {}
-    alphas: dict[str, float] = {}
+    draft = Draft(listing.path)
     for (prefix, path), parts in flat.items():
         module = modules[prefix, path]
         if _ALPHA in parts:
-            alphas[module] = read_number(parts.pop(_ALPHA), f"{listing.folder / name}: {prefix}{path}.alpha")
+            draft.alphas[module] = read_number(parts.pop(_ALPHA), f"{listing.folder / name}: {prefix}{path}.alpha")
         for suffix, lazy in parts.items():
-            add(groups, module, _PARTS.get(suffix, suffix), lazy, f"{prefix}{path}.{suffix}", faults)
-    faults += lonely_alphas(alphas, groups)
-    check_faults(listing.path, faults)
-    canonical = {module: to_peft(parts) for module, parts in groups.items()}
-    updates = build(listing.path, canonical, alpha_rule(alphas))
-    return Adapter(
-        updates,
-        base=BaseIdentity.of_name(metadata.get("ss_sd_model_name")),
-        dialect="kohya",
-        settings=settings_with(metadata, lambda key: not key.startswith("sshs_") and key != NAMES_KEY),
-    )
+            draft.add(module, _PARTS.get(suffix, suffix), lazy, f"{prefix}{path}.{suffix}")
+    draft.convert(lambda module, parts: {module: to_peft(parts)})
+    settings = settings_with(metadata, lambda key: not key.startswith("sshs_") and key != NAMES_KEY)
+    base = BaseIdentity.of_name(metadata.get("ss_sd_model_name"))
+    return Adapter(draft.build(), base=base, dialect="kohya", settings=settings)
 
 
 def losses(adapter: Adapter) -> list[Loss]:
@@ -124,7 +116,7 @@ def losses(adapter: Adapter) -> list[Loss]:
             lost.append(Loss(module, f"kohya has no {', '.join(foreign) or 'stacked experts'}"))
         elif module not in names:
             lost.append(Loss(module, "its flattened name is that of another module too"))
-    return lost + replacement_losses(adapter, "kohya") + identity_losses(adapter)
+    return lost + common_losses(adapter, "kohya")
 
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from loratools.adapter.model import Adapter, Loss
 from loratools.adapter.parts import MAGNITUDE, A, B
 from loratools.dialects._frame import pickles
-from loratools.dialects._frame.build import Groups, add, build, check_faults, check_gathered, check_read, some
+from loratools.dialects._frame.build import Draft, check_gathered, check_read, some
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.numbers import is_number
 from loratools.dialects.megatron import nemo
@@ -80,28 +80,26 @@ def read(listing: Listing) -> Adapter:
             " rank in turn is not recorded",
             hint="Save it again with tensor_model_parallel_size 1.",
         )
-    groups: Groups = {}
-    faults: list[str] = []
-    unknown: list[str] = []
+    draft = Draft(listing.path)
     for (block, projection), parts in fused.items():
         try:
             for name, part, lazy in _apart(Place(block, projection, ""), parts, shape):
-                add(groups, f"{block}.{name}", part, lazy, f"{block}.{projection}", faults)
+                draft.add(f"{block}.{name}", part, lazy, f"{block}.{projection}")
         except LookupError as error:
-            unknown.append(f"{block}.{projection}: {error.args[0]}")
+            draft.unknown.append(f"{block}.{projection}: {error.args[0]}")
         except ValueError as error:
-            faults.append(f"{block}.{projection}: {error}")
-    check_faults(listing.path, faults)
-    if unknown:
+            draft.faults.append(f"{block}.{projection}: {error}")
+    draft.check()
+    if draft.unknown:
         hint = "Give the base model with --base: its config.json and its weights tell."
-        raise UnsupportedAdapter(f"{listing.path}: fused projections cannot be taken apart", unknown, hint=hint)
+        raise UnsupportedAdapter(f"{listing.path}: fused projections cannot be taken apart", draft.unknown, hint=hint)
 
     def rule(module: str, rank: int) -> tuple[float, float]:
         if dim is not None and dim != rank:
             raise ValueError(f"its tensors have rank {rank}, the configuration says {dim}")
         return (1.0, float(rank)) if alpha is None else (alpha / rank, alpha)
 
-    return Adapter(build(listing.path, groups, rule), dialect="megatron")
+    return Adapter(draft.build(rule), dialect="megatron")
 
 
 def losses(adapter: Adapter) -> list[Loss]:

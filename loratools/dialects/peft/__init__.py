@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from loratools.adapter import kinds
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, Loss
-from loratools.dialects._frame.build import check_faults, check_read, described, some
+from loratools.dialects._frame.build import build_all, check_faults, check_read, some
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import record_losses
 from loratools.dialects.peft import checks
@@ -102,10 +103,9 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     tensors = {
         keys.join(module, part): lazy for module, update in updates.items() for part, lazy in update.parts.items()
     }
-    places = manifest.names_of({"replacements": adapter.replacements, "modules": updates})
-    tensors |= {name: adapter.replacements[path] for path, name in places.items()}
-    copies = manifest.names_of({"replacements": adapter.copies, "modules": updates})
-    tensors |= {name: adapter.copies[path] for path, name in copies.items()}
+    for whole in (adapter.replacements, adapter.copies):
+        names = manifest.names_of({"replacements": whole, "modules": updates})
+        tensors |= {name: whole[path] for path, name in names.items()}
     # Trained rows are no target, they have a field of their own.
     rows = {module: list(update.replaced_rows) for module, update in updates.items() if update.replaced_rows}
     settings = {**adapter.settings, "trainable_token_indices": rows} if rows else adapter.settings
@@ -156,37 +156,31 @@ def _tensors(listing: Listing) -> dict[str, LazyTensor]:
 
 def _build(groups: Groups, config: PeftConfig) -> tuple[dict[str, Update], list[str], list[str]]:
     """Return the updates, a line for each set of parts that no kind claims, and a line for each contradiction."""
-    updates: dict[str, Update] = {}
-    unclaimed: dict[str, list[str]] = defaultdict(list)
-    experts, faults = layouts(groups, config)
-    for module, all_parts in groups.modules.items():
-        parts = {part: lazy for part, lazy in all_parts.items() if part not in _TRAINING_ONLY}
+    stacks, faults = layouts(groups, config)
+
+    def choose(module: str, parts: Mapping[str, LazyTensor]) -> str | None:
         kind = kinds.claim(parts) if checks.is_plain(module, groups) else None
-        kind = "experts" if module in experts and kind in ("lora", None) else kind
-        if kind is None:
-            unclaimed[described(parts)].append(module)
-            continue
-        build = kinds.get(kind).build
-        layout = {"layout": {"rows": rows}} if kind == "tokens" and (rows := config.token_rows(module)) else {}
+        return "experts" if module in stacks and kind in ("lora", None) else kind
+
+    def layout(module: str, kind: str) -> dict[str, Any]:
+        rows = config.token_rows(module) if kind == "tokens" else None
+        return {"layout": {"rows": rows}} if rows else {"layout": stacks[module]} if module in stacks else {}
+
+    def rule(module: str, rank: int) -> tuple[float, float]:
         path = module.partition(".base_layer.")[0]  # patterns know the outer module
-        if stack := experts.get(module):
-            layout, path = {"layout": stack}, f"{outer(module)}.{stack['parameter']}"
-        try:
-            rank = build(parts, 1.0, 1.0, **layout).rank  # each kind knows where its rank stands
-            twice = config.applied_twice(module)
-            scaling = config.scaling(path, rank) if rank else 1.0
-            updates[module] = build(parts, twice * scaling, twice * config.alpha(path), **layout)
-        except ValueError as error:
-            faults.append(f"{module}: {error}")
-            continue
-        stated = config.rank(path)
-        if rank and stated is not None and stated != rank:
-            faults.append(f"{module}: its tensors have rank {rank}, the config says {stated}")
-    unsupported = [
-        f"{some(modules)}: no kind of update that loratools knows consists of {parts}"
-        for parts, modules in unclaimed.items()
-    ]
-    return updates, unsupported, faults
+        if module in stacks:
+            path = f"{outer(module)}.{stacks[module]['parameter']}"
+        if rank and config.rank(path) not in (None, rank):
+            raise ValueError(f"its tensors have rank {rank}, the config says {config.rank(path)}")
+        twice = config.applied_twice(module)
+        return twice * (config.scaling(path, rank) if rank else 1.0), twice * config.alpha(path)
+
+    modules = {
+        module: {part: lazy for part, lazy in parts.items() if part not in _TRAINING_ONLY}
+        for module, parts in groups.modules.items()
+    }
+    updates, unsupported, contradictions = build_all(modules, rule, choose, layout)
+    return updates, unsupported, faults + contradictions
 
 
 def _notes(groups: Groups, config: PeftConfig) -> list[str]:
@@ -207,10 +201,8 @@ def _unsayable(adapter: Adapter) -> dict[str, str]:
     for module, update in adapter.updates.items():
         if unknown := sorted(update.parts.keys() - keys.PARTS.keys()):
             reasons[module] = f"PEFT has no {', '.join(unknown)} (kind {update.kind})"
-    scaled = {module for module, update in adapter.updates.items() if "lora_magnitude_vector" in update.parts}
-    if scaled:
-        plain = sorted(
-            m for m, update in adapter.updates.items() if m not in scaled and update.rank and m not in reasons
-        )
+    updates = adapter.updates.items()
+    if scaled := {module for module, update in updates if "lora_magnitude_vector" in update.parts}:
+        plain = sorted(module for module, update in updates if update.rank and module not in scaled | reasons.keys())
         reasons |= dict.fromkeys(plain, "it has no magnitude, and PEFT's use_dora is one switch for all modules")
     return reasons

@@ -11,8 +11,8 @@ from typing import Any
 
 from loratools.adapter.model import BaseIdentity
 from loratools.dialects._frame.numbers import is_number
-from loratools.dialects.peft.patterns import NameList, PatternKeys, TimeLimit
-from loratools.dialects.peft.targets import Targets, problems
+from loratools.dialects.peft.patterns import ConfigFile, NameList, PatternKeys
+from loratools.dialects.peft.targets import Targets
 from loratools.errors import BadFile, UnsupportedAdapter
 
 DEFAULT_R = DEFAULT_ALPHA = 8
@@ -89,6 +89,7 @@ _TYPES: dict[str, tuple[Test, str]] = {
     ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying"), (_switch, "a switch")
 )
 
+_PATTERNS = ("rank_pattern", "alpha_pattern")
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
 _SUBTRACTED_INITS = ("pissa", "olora", "corda")
@@ -153,9 +154,11 @@ class PeftConfig:
             for name, (test, expected) in _TYPES.items()
             if name in fields and not test(fields[name])
         ]
-        faults = faults or problems(fields)
-        if faults:
-            raise BadFile(f"{path}: {len(faults)} field(s) that PEFT would not accept", faults)
+        _check(path, faults)
+        file = ConfigFile(path)
+        targets = Targets.of(fields, file)
+        rank_keys, alpha_keys = (PatternKeys(fields.get(name, ()), name, file) for name in _PATTERNS)
+        _check(path, file.problems)
         init = str(fields.get("init_lora_weights", True)).lower()
         subtracted = initial and init.startswith(_SUBTRACTED_INITS)
         refused = [
@@ -167,19 +170,7 @@ class PeftConfig:
             refused.append(f"init_lora_weights = {init[:80]}: not known here; it may change the base model")
         if refused:
             raise UnsupportedAdapter(f"{path}: loratools does not read this adapter", refused)
-        limit = TimeLimit()
-        return cls(
-            fields,
-            Targets.of(fields, path, limit),
-            tuple(_notes(fields)),
-            PatternKeys(fields.get("rank_pattern", ()), "rank_pattern", path, limit),
-            PatternKeys(fields.get("alpha_pattern", ()), "alpha_pattern", path, limit),
-        )
-
-    @property
-    def rslora(self) -> bool:
-        """Whether scaling is α/√r."""
-        return bool(self.fields.get("use_rslora"))
+        return cls(fields, targets, tuple(_notes(fields)), rank_keys, alpha_keys)
 
     def rank(self, module: str) -> int | None:
         """Return the rank that the config states for a module, by PEFT's first-match rule; None if it states none."""
@@ -189,15 +180,13 @@ class PeftConfig:
 
     def alpha(self, module: str) -> float:
         """Return the alpha of a module, by PEFT's first-match rule."""
-        key = self.alpha_keys.first(module)
-        alpha: float = (
-            self.fields.get("lora_alpha", DEFAULT_ALPHA) if key is None else self.fields["alpha_pattern"][key]
-        )
+        key, usual = self.alpha_keys.first(module), self.fields.get("lora_alpha", DEFAULT_ALPHA)
+        alpha: float = usual if key is None else self.fields["alpha_pattern"][key]
         return alpha
 
     def scaling(self, module: str, rank: int) -> float:
         """Return s = α/r, or α/√r with rsLoRA."""
-        return self.alpha(module) / (math.sqrt(rank) if self.rslora else rank)
+        return self.alpha(module) / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
 
     def applied_twice(self, module: str) -> int:
         """Return how often ΔW is added: 2 for the output projection of an `nn.MultiheadAttention`, else 1.
@@ -205,9 +194,14 @@ class PeftConfig:
         PEFT up to 0.21 computes W + 2·s·B·A there, in training too (huggingface/peft#3774), so such an adapter was
         trained for it. A config without a version is from such a PEFT.
         """
-        version = re.match(r"(\d+)\.(\d+)", str(self.fields.get("peft_version", "")))
-        fixed = version is not None and (int(version[1]), int(version[2])) > (0, 21)
+        fixed = self.version is not None and self.version > (0, 21)
         return 2 if module.endswith(".base_layer.out_proj") and not fixed else 1
+
+    @property
+    def version(self) -> tuple[int, int] | None:
+        """The version of PEFT that wrote it, by its first two numbers."""
+        match = re.match(r"(\d+)\.(\d+)", str(self.fields.get("peft_version", "")))
+        return (int(match[1]), int(match[2])) if match else None
 
     def token_rows(self, module: str) -> list[int] | None:
         """Return the token indices of an embedding's trained rows; a bare list is that of every such module."""
@@ -226,13 +220,18 @@ class PeftConfig:
     @property
     def settings(self) -> dict[str, Any]:
         """What a writer may want."""
-        settings = {name: self.fields[name] for name in _SETTINGS if name in self.fields}
-        settings = {
-            name: value for name, value in settings.items() if value is not False and value not in ("none", [], {}, "")
-        }
+        stated = {name: self.fields[name] for name in _SETTINGS if name in self.fields}
+        empty: tuple[Any, ...] = ("none", [], {}, "")
+        settings = {name: value for name, value in stated.items() if value is not False and value not in empty}
         if self.targets.layers:
             settings["layers_to_transform"] = list(self.targets.layers)  # a lone 0 would look like nothing
         return settings
+
+
+def _check(path: Path, faults: list[str]) -> None:
+    """Raise `BadFile` with all fields of a config that PEFT would not accept, if there are any."""
+    if faults:
+        raise BadFile(f"{path}: {len(faults)} field(s) that PEFT would not accept", faults)
 
 
 def _notes(fields: Mapping[str, Any]) -> list[str]:
@@ -242,9 +241,7 @@ def _notes(fields: Mapping[str, Any]) -> list[str]:
         if name not in fields
     ]
     if fields.get("init_lora_weights") == "lora_ga":
-        notes.append(
-            "LoRA-GA training started from a changed base model; PEFT applies the adapter to the unchanged one"
-        )
+        notes.append("LoRA-GA training started from a changed base model; PEFT applies it to the unchanged one")
     unknown = sorted(name for name, value in fields.items() if name not in _KNOWN and value)
     if unknown:
         notes.append(f"fields of the config that PEFT 0.21 does not know: {', '.join(unknown)[:500]}")

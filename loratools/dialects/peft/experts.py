@@ -29,6 +29,8 @@ def layouts(groups: Groups, config: PeftConfig) -> tuple[dict[str, dict[str, Any
     """
     by_module: dict[str, dict[str, Any]] = {}
     faults = []
+    # An old PEFT took every stack for (E, in, out); later, the base decides.
+    transposed = True if config.version and config.version < _SWAPPED_BEFORE else None
     levels: dict[str, list[str]] = {}
     targeted: dict[str, set[str]] = {}
     for target in config.fields.get("target_parameters", ()):
@@ -42,9 +44,8 @@ def layouts(groups: Groups, config: PeftConfig) -> tuple[dict[str, dict[str, Any
         parameters = _parameters(path, targeted)
         modules.sort(key=len, reverse=True)  # innermost first
         if len(modules) != len(parameters):
-            faults.append(
-                f"{path}: {len(modules)} wrapper(s) for {len(parameters)} parameters, {', '.join(parameters)}"
-            )
+            count = f"{len(modules)} wrapper(s) for {len(parameters)} parameters"
+            faults.append(f"{path}: {count}, {', '.join(parameters)}")
             continue
         shapes = [_sides(groups.modules[module]) for module in modules]
         for module, parameter in zip(modules, _order(parameters, shapes), strict=True):
@@ -53,18 +54,14 @@ def layouts(groups: Groups, config: PeftConfig) -> tuple[dict[str, dict[str, Any
             if not rank or rows % rank:
                 faults.append(f"{module}: A has {rows} rows, which is no multiple of the rank {rank} of {parameter}")
                 continue
-            by_module[module] = {"experts": rows // rank, "parameter": parameter, "transposed": _transposed(config)}
+            by_module[module] = {"experts": rows // rank, "parameter": parameter, "transposed": transposed}
     return by_module, faults
 
 
 def _parameters(path: str, targeted: Mapping[str, set[str]]) -> list[str]:
-    """Return the names of the targeted parameters of a module, as models register them."""
-    return sorted({name for suffix in suffixes(path) for name in targeted.get(suffix, ())}, key=_registered)
-
-
-def _registered(name: str) -> tuple[bool, str]:
-    """Sort as models register their parameters: gate_up_proj before down_proj, others by name."""
-    return name != "gate_up_proj", name
+    """Return a module's targeted parameters as models register them: gate_up_proj first, others by name."""
+    names = {name for suffix in suffixes(path) for name in targeted.get(suffix, ())}
+    return sorted(names, key=lambda name: (name != "gate_up_proj", name))
 
 
 def _order(parameters: Sequence[str], shapes: Sequence[tuple[int, int]]) -> Sequence[str]:
@@ -83,9 +80,3 @@ def _feeds(sides: Mapping[str, tuple[int, int]]) -> bool:
 def _sides(parts: Mapping[str, Any]) -> tuple[int, int]:
     """Return (in, out) of a module's factors, (0, 0) if one is missing."""
     return (parts[A].shape[-1], parts[B].shape[0]) if {A, B} <= parts.keys() else (0, 0)
-
-
-def _transposed(config: PeftConfig) -> bool | None:
-    """Return True where an old PEFT took every stack for (E, in, out); None where the base decides."""
-    version = re.match(r"(\d+)\.(\d+)", str(config.fields.get("peft_version") or ""))
-    return True if version and (int(version[1]), int(version[2])) < _SWAPPED_BEFORE else None

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loratools.adapter.naming.compact import suffixes
 from loratools.errors import UnsupportedAdapter
@@ -43,35 +44,31 @@ _READ_ALIKE = rf"(?:\(\?i\))?(?:{_PART})*+"
 _BY_TABLE = re.compile(r"\\[dDwWsSbB]|^\(\?i\)")
 
 # A key of a pattern that is a name: each character means itself, and a dot any character.
-_NAME = re.compile(r"(\^?)((?:\\[^a-zA-Z0-9]|[^\\^$*+?{}\[\]|()])*)\$?")
+_NAME = re.compile(r"(\^?(?:\\[^a-zA-Z0-9\n]|[^\\^$*+?{}\[\]|()\n])*)\$?")
 _SEGMENT = re.compile(r"[\w-]+")
-_CHARACTER = re.compile(r"\\(.)|(.)", re.DOTALL)
+_ESCAPED_OR_DOT = re.compile(r"\\(.)|\.")
+_ANY = "\n"  # what stands for any character; no name of a module has it
 _MOST_SHAPES = 64  # of names of one length; real configs have one or two
 
 
-class TimeLimit:
-    """The processor time that the expressions of one config have left."""
+@dataclass(slots=True)
+class ConfigFile:
+    """The file of a config, what is wrong with its expressions, and the processor time that they have left."""
 
-    def __init__(self) -> None:
-        self.left = SECONDS_OF_CONFIG
+    path: Path
+    problems: list[str] = field(default_factory=list)
+    seconds: float = SECONDS_OF_CONFIG
 
 
 class NameList:
     """A list of names; a module answers to its path and to each suffix of it after a dot."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        self.names = tuple(names)
-        self._positions = {name: position for position, name in reversed(list(enumerate(self.names)))}
-
-    def __contains__(self, module: str) -> bool:
-        return module in self._positions
+        self.names = {name: position for position, name in enumerate(dict.fromkeys(names))}
 
     def first(self, module: str) -> str | None:
         """Return the first name of the list that a module answers to, or None."""
-        if not self._positions:
-            return None
-        positions = [self._positions[name] for name in suffixes(module) if name in self._positions]
-        return self.names[min(positions)] if positions else None
+        return min((name for name in suffixes(module) if name in self.names), key=self.names.__getitem__, default=None)
 
     def matches(self, module: str) -> bool:
         """Tell whether a module answers to any of the names."""
@@ -79,41 +76,44 @@ class NameList:
 
 
 class Expression:
-    """One regular expression of a config.
+    """One regular expression in a `field` of a config.
 
-    `pattern` matches a whole name, as `re.fullmatch` does, or with `whole=False` its beginning, as `re.match` does.
-    `field` and `path` (the field of the config and its file) stand in the errors; `limit` is the config's.
+    `pattern` matches a whole name, as `re.fullmatch` does, or with `whole=False` its beginning, as `re.match` does. One
+    that cannot be used becomes a line of the config's `problems`.
     """
 
-    def __init__(self, pattern: str, field: str, path: Path, limit: TimeLimit, *, whole: bool = True) -> None:
-        self._pattern, self._field, self._path, self._limit = pattern, field, path, limit
-        compiled = compile_checked(pattern)
-        self._match = compiled.fullmatch if whole else compiled.match
+    def __init__(self, pattern: str, field: str, config: ConfigFile, *, whole: bool = True) -> None:
+        self._pattern, self._field, self._config = pattern, field, config
         self._by_table = _BY_TABLE.search(pattern) is not None
+        try:
+            compiled = compile_checked(pattern)
+        except ValueError as error:
+            config.problems.append(f"{field}: {error}")
+        else:
+            self._match = compiled.fullmatch if whole else compiled.match
 
     def matches(self, name: str) -> bool:
         """Tell whether the expression matches a module's name.
 
         Raises `UnsupportedAdapter` where that takes too long, or hangs on what a letter beyond ASCII is.
         """
+        where = f"{self._config.path}: {self._field}"
         if self._by_table and not (name.isascii() and name.isprintable()):
             raise UnsupportedAdapter(
-                f"{self._path}: {self._field}: whether {self._pattern[:80]!r} matches {name[:80]!r} depends on the"
-                " version of Unicode",
+                f"{where}: whether {self._pattern[:80]!r} matches {name[:80]!r} depends on the version of Unicode",
                 hint="List the names of the modules instead of a regular expression.",
             )
         start = time.thread_time()
         try:
-            if self._limit.left <= 0:
+            if self._config.seconds <= 0:
                 raise TimeoutError
-            matched: bool = self._match(name, timeout=min(SECONDS, self._limit.left)) is not None
+            matched: bool = self._match(name, timeout=min(SECONDS, self._config.seconds)) is not None
         except TimeoutError:
             raise UnsupportedAdapter(
-                f"{self._path}: {self._field}: the regular expression {self._pattern[:80]!r} takes too long to match"
-                f" {name[:80]!r}",
+                f"{where}: the regular expression {self._pattern[:80]!r} takes too long to match {name[:80]!r}",
                 hint="Write it without repeats within repeats, or list the names of the modules.",
             ) from None
-        self._limit.left -= time.thread_time() - start
+        self._config.seconds -= time.thread_time() - start
         return matched
 
 
@@ -121,17 +121,18 @@ class PatternKeys:
     r"""The keys of a `rank_pattern` or `alpha_pattern`: K is that of a module for which `re.match(rf"(.*\.)?({K})$")`.
 
     A key that is a name, escaped or not, is looked up. In an unescaped one a dot stands for any character, so names are
-    kept by where their dots are, and a module is looked up with dots in those places.
+    kept by where their dots are, and a module is looked up without the characters in those places.
     """
 
-    def __init__(self, keys: Iterable[str], field: str, path: Path, limit: TimeLimit) -> None:
+    def __init__(self, keys: Iterable[str], field: str, config: ConfigFile) -> None:
         self._keys = tuple(keys)
-        self._names: dict[tuple[bool, int], dict[tuple[int, ...], dict[str, int]]] = {}
-        self._expressions: list[tuple[int, Expression]] = []
+        self._names: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}
         self._first: dict[str, str | None] = {}
-        for position, key in enumerate(self._keys):
-            if not self._add_name(position, key):
-                self._expressions.append((position, Expression(wrapped(key), field, path, limit, whole=False)))
+        self._expressions = [
+            (position, Expression(rf"(.*\.)?({key})$", field, config, whole=False))
+            for position, key in enumerate(self._keys)
+            if not self._add_name(position, key)
+        ]
 
     def first(self, module: str) -> str | None:
         """Return the first key, in the order of the file, that matches a module's name; None where none does."""
@@ -143,23 +144,21 @@ class PatternKeys:
         if "\n" in module:
             raise UnsupportedAdapter(f"a module name with a line break in it: {module[:80]!r}")
         best = len(self._keys)
-        for anchored, text in ((True, module), *((False, suffix) for suffix in suffixes(module))):
-            for dots, positions in self._names.get((anchored, len(text)), {}).items():
-                best = min(best, positions.get(_with_dots(text, dots), best))
-        for position, expression in self._expressions:
-            if position < best and expression.matches(module):
-                return self._keys[position]
+        for name in (f"^{module}", *suffixes(module)):
+            for dots, positions in self._names.get(len(name), {}).items():
+                best = min(best, positions.get(_without(name, dots), best))
+        earlier = (i for i, expression in self._expressions if i < best and expression.matches(module))
+        best = next(earlier, best)
         return self._keys[best] if best < len(self._keys) else None
 
     def _add_name(self, position: int, key: str) -> bool:
         """Keep a key that is a name; return False for one that is not, or whose shape is one too many."""
         match = _NAME.fullmatch(key)
-        if match is None:
+        if match is None or len(key) > MAX_PATTERN:
             return False
-        characters = _CHARACTER.findall(match[2])
-        name = "".join(escaped or plain for escaped, plain in characters)
-        dots = tuple(i for i, (_, plain) in enumerate(characters) if plain == ".")
-        shapes = self._names.setdefault((bool(match[1]), len(name)), {})
+        name = _ESCAPED_OR_DOT.sub(lambda character: character[1] or _ANY, match[1])
+        dots = tuple(i for i, character in enumerate(name) if character == _ANY)
+        shapes = self._names.setdefault(len(name), {})
         if dots not in shapes and len(shapes) == _MOST_SHAPES:
             return False
         shapes.setdefault(dots, {}).setdefault(name, position)
@@ -169,48 +168,18 @@ class PatternKeys:
 class SavedModules:
     r"""The names in `modules_to_save`: N is that of a module for which `re.match(rf"(^|.*\.){N}($|\..*)")`."""
 
-    def __init__(self, names: Iterable[str], path: Path, limit: TimeLimit) -> None:
-        names = tuple(names)
-        self._segments = frozenset(name for name in names if _SEGMENT.fullmatch(name))
+    def __init__(self, names: Iterable[str], config: ConfigFile) -> None:
+        names = frozenset(names)
+        self._segments = frozenset(filter(_SEGMENT.fullmatch, names))
         self._expressions = [
-            Expression(saved(name), "modules_to_save", path, limit, whole=False)
-            for name in names
-            if name not in self._segments
+            Expression(rf"(^|.*\.){name}($|\..*)", "modules_to_save", config, whole=False)
+            for name in sorted(names - self._segments)
         ]
 
     def matches(self, module: str) -> bool:
         """Tell whether a module is saved whole, or lies inside one that is."""
-        if not self._segments.isdisjoint(module.split(".")):
-            return True
-        return any(expression.matches(module) for expression in self._expressions)
-
-
-def expressions_of(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield (field, regular expression) for all of a config that is not looked up."""
-    for field in ("target_modules", "exclude_modules"):
-        if isinstance(fields.get(field), str):
-            yield field, fields[field]
-    for name in fields.get("modules_to_save", ()):
-        if not _SEGMENT.fullmatch(name):
-            yield "modules_to_save", saved(name)
-    for field in ("rank_pattern", "alpha_pattern"):
-        for key in fields.get(field, ()):
-            if not _NAME.fullmatch(key) or len(key) > MAX_PATTERN:
-                yield field, wrapped(key)
-
-
-def wrapped(key: str) -> str:
-    r"""Return the expression that PEFT makes of a key of a pattern.
-
-    >>> wrapped("[qv]_proj")
-    '(.*\\.)?([qv]_proj)$'
-    """
-    return rf"(.*\.)?({key})$"
-
-
-def saved(name: str) -> str:
-    """Return the expression that PEFT makes of a name in `modules_to_save`."""
-    return rf"(^|.*\.){name}($|\..*)"
+        inside = not self._segments.isdisjoint(module.split("."))
+        return inside or any(expression.matches(module) for expression in self._expressions)
 
 
 @lru_cache(maxsize=4096)
@@ -230,9 +199,8 @@ def compile_checked(pattern: str) -> regex.Pattern[str]:
         raise ValueError(f"{pattern[:80]!r} is not a regular expression: {error}") from None
 
 
-def _with_dots(text: str, dots: Iterable[int]) -> str:
-    """Return a text with dots in some places."""
-    characters = list(text)
-    for place in dots:
-        characters[place] = "."
+def _without(name: str, places: Iterable[int]) -> str:
+    characters = list(name)
+    for place in places:
+        characters[place] = _ANY
     return "".join(characters)

@@ -5,18 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from loratools.adapter.naming.compact import suffixes
-from loratools.dialects.peft.patterns import (
-    Expression,
-    NameList,
-    SavedModules,
-    TimeLimit,
-    compile_checked,
-    expressions_of,
-)
+from loratools.dialects.peft.patterns import ConfigFile, Expression, NameList, SavedModules
 from loratools.errors import UnsupportedAdapter
 
 MAX_NAME = 1_000
@@ -45,23 +37,29 @@ class Targets:
     all_linear: bool
 
     @classmethod
-    def of(cls, fields: Mapping[str, Any], path: Path, limit: TimeLimit) -> Targets:
-        """Read them from the fields of a config, in which `problems` finds nothing."""
+    def of(cls, fields: Mapping[str, Any], config: ConfigFile) -> Targets:
+        """Read them from the fields of a config; what cannot be used becomes lines of the config's `problems`."""
 
         def rule(name: str) -> NameList | Expression:
             value = fields.get(name, ())
-            return Expression(value, name, path, limit) if isinstance(value, str) and value else NameList(value)
+            return Expression(value, name, config) if isinstance(value, str) and value else NameList(value)
 
-        modules = fields.get("target_modules")
+        modules, lists = fields.get("target_modules"), several(fields, "layers_pattern")
+        config.problems += [
+            f"layers_pattern: {name[:80]!r} is no plain name" for name in lists if not _PLAIN.fullmatch(name)
+        ]
+        if isinstance(modules, str) and (lists or fields.get("layers_to_transform") is not None):
+            allowed = "with which PEFT allows no layers_to_transform or layers_pattern"
+            config.problems.append(f"target_modules is a regular expression, {allowed}")
+        # Without a list's name, the first numbered segment is the layer; a later one is an expert's number.
+        layers = [rf"(?:^|.*?\.){name}" for name in lists if _PLAIN.fullmatch(name)] or [r".*?\.[^.]*"]
         all_linear = isinstance(modules, str) and modules.lower() == ALL_LINEAR
-        lists = [rf"(?:^|.*?\.){name}\.(?P<index>\d+)\." for name in several(fields, "layers_pattern")]
         return cls(
             None if modules is None or all_linear else rule("target_modules"),
             rule("exclude_modules"),
             several(fields, "layers_to_transform"),
-            # Without a list's name, the first numbered segment is the layer; a later one is an expert's number.
-            tuple(map(re.compile, lists or [r".*?\.[^.]*\.(?P<index>\d+)\."])),
-            SavedModules(several(fields, "modules_to_save"), path, limit),
+            tuple(re.compile(rf"{layer}\.(?P<index>\d+)\.") for layer in layers),
+            SavedModules(several(fields, "modules_to_save"), config),
             NameList(parameter.rpartition(".")[0] for parameter in several(fields, "target_parameters")),
             all_linear,
         )
@@ -76,11 +74,11 @@ class Targets:
             return self.all_linear or not self.parameters.names
         if isinstance(self.modules, Expression):
             return self.modules.matches(module)
-        return module in self.modules or (self.modules.matches(module) and self._in_layers(module))
+        return module in self.modules.names or (self.modules.matches(module) and self._in_layers(module))
 
     def unused(self, modules: Collection[str]) -> list[str]:
         """Return the listed names that none of these modules answers to; [] for a regular expression."""
-        names = self.modules.names if isinstance(self.modules, NameList) else ()
+        names = self.modules.names if isinstance(self.modules, NameList) else {}
         answered = {suffix for module in modules for suffix in suffixes(module)} if names else set()
         return [name for name in names if name not in answered]
 
@@ -99,24 +97,3 @@ def several(fields: Mapping[str, Any], name: str) -> tuple[Any, ...]:
     if isinstance(value, list | tuple):
         return tuple(value)
     return () if value == "" else (value,)
-
-
-def problems(fields: Mapping[str, Any]) -> list[str]:
-    """List the names and regular expressions of a config that cannot be used."""
-    lines = [
-        f"layers_pattern: {name[:80]!r} is no plain name"
-        for name in several(fields, "layers_pattern")
-        if not _PLAIN.fullmatch(name)
-    ]
-    for field, expression in expressions_of(fields):
-        try:
-            compile_checked(expression)
-        except ValueError as error:
-            lines.append(f"{field}: {error}")
-    if isinstance(fields.get("target_modules"), str) and (
-        fields.get("layers_to_transform") is not None or fields.get("layers_pattern")
-    ):
-        lines.append(
-            "target_modules is a regular expression, with which PEFT allows no layers_to_transform or layers_pattern"
-        )
-    return lines

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from loratools.dialects.peft import patterns
-from loratools.dialects.peft.patterns import Expression, NameList, PatternKeys, SavedModules, TimeLimit, compile_checked
+from loratools.dialects.peft.patterns import (
+    ConfigFile,
+    Expression,
+    NameList,
+    PatternKeys,
+    SavedModules,
+    compile_checked,
+)
 from loratools.errors import UnsupportedAdapter
 
 CONFIG = Path("adapter_config.json")
@@ -21,12 +28,12 @@ ATOMS = [
 ]  # fmt: skip
 
 
-def expression(pattern: str, *, whole: bool = True, limit: TimeLimit | None = None) -> Expression:
-    return Expression(pattern, "target_modules", CONFIG, limit or TimeLimit(), whole=whole)
+def expression(pattern: str, *, whole: bool = True, config: ConfigFile | None = None) -> Expression:
+    return Expression(pattern, "target_modules", config or ConfigFile(CONFIG), whole=whole)
 
 
 def keys(*names: str) -> PatternKeys:
-    return PatternKeys(names, "rank_pattern", CONFIG, TimeLimit())
+    return PatternKeys(names, "rank_pattern", ConfigFile(CONFIG))
 
 
 def first_by_re(names: list[str], module: str) -> str | None:
@@ -95,16 +102,14 @@ def test_what_the_two_packages_may_read_differently_is_refused(pattern: str) -> 
 
 def test_a_match_that_runs_away_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patterns, "SECONDS", 0.05)
-    limit = TimeLimit()
     with pytest.raises(UnsupportedAdapter, match=r"config.json: target_modules: .*'\(\?:a\|a\|.*' takes too long"):
-        expression("(?:a|a|aa)*b[cd]", limit=limit).matches("a" * 60 + "bx")
+        expression("(?:a|a|aa)*b[cd]").matches("a" * 60 + "bx")
 
 
 def test_all_matches_of_a_config_share_a_limit() -> None:
-    limit = TimeLimit()
-    limit.left = 0
+    config = ConfigFile(CONFIG, seconds=0)
     with pytest.raises(UnsupportedAdapter, match="takes too long"):
-        expression(".*q", limit=limit).matches("model.q")
+        expression(".*q", config=config).matches("model.q")
 
 
 def test_letters_whose_class_is_a_matter_of_tables() -> None:
@@ -152,6 +157,6 @@ def test_the_first_of_a_list_of_names() -> None:
 
 def test_modules_that_are_saved_whole() -> None:
     listed = ["head", "a.b", "re[gk]"]
-    saved = SavedModules(listed, CONFIG, TimeLimit())
+    saved = SavedModules(listed, ConfigFile(CONFIG))
     for module in ("head", "x.head", "x.head.y", "heads", "a.b.c", "a_b", "x.a_b.c", "ab", "reg", "x.rek.y"):
         assert saved.matches(module) == any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in listed), module

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loratools.dialects.peft.config import PeftConfig
-from loratools.dialects.peft.patterns import PatternKeys, TimeLimit
+from loratools.dialects.peft.patterns import ConfigFile, PatternKeys
 
 MODULES = [
     f"{stem}.{layer}.{block}"
@@ -77,5 +77,5 @@ def test_targets_are_those_of_peft(fields: dict[str, Any], tmp_path: Any) -> Non
 def test_the_first_pattern_wins_as_in_peft(patterns: list[str], module: str) -> None:
     from peft.utils.other import get_pattern_key
 
-    ours = PatternKeys(patterns, "rank_pattern", Path(), TimeLimit()).first(module)
+    ours = PatternKeys(patterns, "rank_pattern", ConfigFile(Path())).first(module)
     assert (module if ours is None else ours) == get_pattern_key(patterns, module)
