@@ -12,6 +12,7 @@ from loratools.adapter.model import BaseIdentity
 from loratools.storage import digest
 
 Tier = Literal["schema", "tensors", "root"]
+"""A part of the base hash: of names, dtypes and shapes; of each tensor; of all tensors."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,9 @@ from loratools.cli._show import Report
 from loratools.cli._talk import Talk, pass_talk
 
 if TYPE_CHECKING:
+    from loratools.adapter.identity import Tier
     from loratools.adapter.model import BaseIdentity
     from loratools.storage.digest import Algorithm
-    from loratools.surgery.hash import Tier
 
 
 @make(section="Look")

@@ -65,7 +65,8 @@ def refuse_second_merge(base: Checkpoint, digests: Sequence[str]) -> None:
     """Raise `OutputRefused` if a base is itself a merge of an adapter of one of these digests."""
     record = read(base)
     entries: Any = record.get("adapters") if record.get("operation") == "merge" else None
-    merged = {entry.get("digest") for entry in entries or () if isinstance(entry, Mapping)}
+    listed = entries if isinstance(entries, list) else ()
+    merged = {entry.get("digest") for entry in listed if isinstance(entry, Mapping)}
     if again := sorted(set(digests) & merged):
         raise OutputRefused(
             f"{base.path} already is a merge of this adapter ({again[0]}); merging again would apply it twice",

@@ -6,7 +6,7 @@ All of them put the question to `adapter/identity.py`, which compares two identi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,10 @@ from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.hash import hash_tensors
 
 
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """The base that all adapters have in common, as far as they say, and what could not be checked."""
-
-    base: BaseIdentity | None
-    warnings: tuple[str, ...] = ()
-
-
-def agree(names: Sequence[str], bases: Sequence[BaseIdentity | None], check: CheckBase = "strict") -> Agreement:
-    """Compare the bases of adapters, pair by pair.
+def agree(
+    names: Sequence[str], bases: Sequence[BaseIdentity | None], check: CheckBase = "strict"
+) -> tuple[BaseIdentity | None, list[str]]:
+    """Compare the bases of adapters, pair by pair; return what all have in common, as far as they say, and warnings.
 
     Digests decide wherever two adapters state comparable ones: a root, a schema, or digests of the same tensors. Else
     names do, and a warning says so. `check` is `strict`, `warn` (differences are warnings) or `off`. Raises `WrongBase`
@@ -62,7 +56,7 @@ def agree(names: Sequence[str], bases: Sequence[BaseIdentity | None], check: Che
             differing,
             hint="Use adapters of one base, or --check-base off if you know that the bases are the same.",
         )
-    return Agreement(_common(bases), () if check == "off" else tuple(dict.fromkeys([*differing, *uncertain])))
+    return _common(bases), [] if check == "off" else list(dict.fromkeys([*differing, *uncertain]))
 
 
 def _common(bases: Sequence[BaseIdentity | None]) -> BaseIdentity | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from loratools import dialects
 from loratools.adapter.model import Adapter, AdapterInput, BaseIdentity, Loss, Step
@@ -139,7 +138,13 @@ def seal(adapter: Adapter, base: Checkpoint, progress: Progress | None = None) -
     name_of = {id(tensor): name for name, tensor in replacements.items()}
     tensor_of |= {path: name_of[id(lazy)] for path, lazy in untied.replacements.items() if id(lazy) in name_of}
     decided("sealed with %s: the digests of %d of its %d tensors", base.path, len(digests), len(base.specs))
-    return replace(adapter, base=identity, settings=_with_tensors(adapter, tensor_of))
+    origin = dict(adapter.settings.get(manifest.ORIGIN, {}))  # where the format's writer looks for base tensors
+    for group, paths in (("modules", adapter.updates), ("replacements", adapter.replacements)):
+        old = origin.get(group, {})
+        entries = {path: {**old.get(path, {}), "tensor": tensor_of[path]} for path in paths if path in tensor_of}
+        if entries:
+            origin[group] = {**old, **entries}
+    return replace(adapter, base=identity, settings={**adapter.settings, manifest.ORIGIN: origin})
 
 
 def _placed(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, list[Placement], dict[str, LazyTensor]]:
@@ -166,14 +171,3 @@ def _with_config(adapter: Adapter, base: Checkpoint) -> Adapter:
     config = {**base.config, **inner} if isinstance(inner, Mapping) else base.config
     kept = {name: config[name] for name in BASE_CONFIG if isinstance(config.get(name), str | int)}
     return replace(adapter, settings={**adapter.settings, "base_config": kept}) if kept else adapter
-
-
-def _with_tensors(adapter: Adapter, tensors: dict[str, str]) -> dict[str, Any]:
-    """Return settings under which the format's writer finds the base tensor of each module."""
-    origin = dict(adapter.settings.get(manifest.ORIGIN, {}))
-    for group, paths in (("modules", adapter.updates), ("replacements", adapter.replacements)):
-        old = origin.get(group, {})
-        entries = {path: {**old.get(path, {}), "tensor": tensors[path]} for path in paths if path in tensors}
-        if entries:
-            origin[group] = {**old, **entries}
-    return {**adapter.settings, manifest.ORIGIN: origin}

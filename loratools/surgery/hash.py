@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from threading import Event
-from typing import Literal, get_args
+from typing import get_args
 
+from loratools.adapter.identity import Tier
 from loratools.adapter.model import BaseIdentity
 from loratools.errors import LoraToolsError
 from loratools.options import Options
@@ -16,9 +17,6 @@ from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.digest import Algorithm
 from loratools.storage.header import TensorSpec
 from loratools.storage.sources import Location, local, session
-
-Tier = Literal["schema", "tensors", "root"]
-"""A part of the base hash: of names, dtypes and shapes; of each tensor; of all tensors."""
 
 TIERS: tuple[Tier, ...] = get_args(Tier)
 
@@ -77,36 +75,33 @@ def hash_checkpoint(
 
 
 def hash_tensors(
-    specs: Mapping[str, TensorSpec],
-    algorithm: str = digest.DEFAULT,
-    threads: int | None = None,
+    specs: Mapping[str, TensorSpec], algorithm: str = digest.DEFAULT, threads: int | None = None,
     progress: Progress | None = None,
-) -> dict[str, str]:
+) -> dict[str, str]:  # fmt: skip
     """Return the digest of each tensor; the parameters are those of `hash_checkpoint`."""
+    from concurrent.futures import FIRST_EXCEPTION, wait
+
     stop = Event()
     progress = progress or no_progress
 
     def hash_one(spec: TensorSpec) -> str:
         hasher = digest.start_tensor(spec.dtype, spec.shape, algorithm)
-        try:
-            for chunk in files.chunks(spec):  # reading and hashing a chunk both release the GIL
-                if stop.is_set():
-                    return ""  # nobody will see it: what stopped the work is raised instead
-                hasher.update(chunk)
-                progress(len(chunk))
-        except BaseException:
-            stop.set()
-            raise
+        for chunk in files.chunks(spec):  # reading and hashing a chunk both release the GIL
+            if stop.is_set():
+                return ""  # nobody will see it: what stopped the work is raised instead
+            hasher.update(chunk)
+            progress(len(chunk))
         return digest.finish(hasher, algorithm)
 
     # Largest first, so that no thread is left alone with a big one at the end.
     order = sorted(specs, key=lambda name: (-specs[name].nbytes, name))
     with workers(threads or cores()) as pool:
+        futures = {name: pool.submit(hash_one, specs[name]) for name in order}
         try:
-            return dict(zip(order, pool.map(hash_one, (specs[name] for name in order)), strict=True))
-        except BaseException:
-            stop.set()  # Ctrl-C: do not read on to the end of a tensor, or begin the next
-            raise
+            wait(futures.values(), return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()  # after a failure or Ctrl-C: do not read on to the end of a tensor, or begin the next
+        return {name: future.result() for name, future in futures.items()}
 
 
 def _select(checkpoint: Checkpoint, include: str | Iterable[str]) -> set[str]:

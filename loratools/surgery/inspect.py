@@ -131,7 +131,9 @@ def inspect(path: Location | Adapter | Checkpoint, dialect: str | None = None) -
         8
     """
     if isinstance(path, Adapter):
-        return describe_adapter(path, _place(path), path.dialect, "opened by the caller")
+        # An adapter that was made in memory lies nowhere.
+        place = next((lazy.spec.file.parent for lazy in path.tensors().values() if lazy.spec), Path())
+        return describe_adapter(path, place, path.dialect, "opened by the caller")
     if isinstance(path, Checkpoint):
         return describe_checkpoint(path, path.path)
     listing = Listing.of(path, need="header")
@@ -147,11 +149,6 @@ def inspect(path: Location | Adapter | Checkpoint, dialect: str | None = None) -
     return describe_adapter(get(dialect).read(listing), path, dialect, evidence.reason)
 
 
-def _place(adapter: Adapter) -> Path:
-    """Return the folder that an open adapter was read from; an empty path for one that was made in memory."""
-    return next((lazy.spec.file.parent for lazy in adapter.tensors().values() if lazy.spec), Path())
-
-
 def describe_adapter(adapter: Adapter, path: Location, dialect: str, evidence: str = "") -> AdapterSummary:
     """Summarize an open adapter; `path` is where it is said to lie."""
     modules = tuple(
@@ -163,18 +160,11 @@ def describe_adapter(adapter: Adapter, path: Location, dialect: str, evidence: s
     )  # fmt: skip
     tensors = adapter.tensors()
     return AdapterSummary(
-        path=str(path),
-        dialect=dialect,
-        evidence=evidence,
-        groups=_groups(modules),
-        modules=modules,
+        path=str(path), dialect=dialect, evidence=evidence, groups=_groups(modules), modules=modules,
         replacements=tuple(_tensor(name, adapter.replacements[name]) for name in sorted(adapter.replacements)),
-        total=_amount(tensors.values()),
-        dtypes=_by_dtype(tensors.values()),
-        base=adapter.base,
-        digest=adapter.settings.get(ORIGIN, {}).get("digest"),
-        provenance=adapter.provenance,
-    )
+        total=_amount(tensors.values()), dtypes=_by_dtype(tensors.values()),
+        base=adapter.base, digest=adapter.settings.get(ORIGIN, {}).get("digest"), provenance=adapter.provenance,
+    )  # fmt: skip
 
 
 def describe_checkpoint(checkpoint: Checkpoint, path: Location) -> CheckpointSummary:
@@ -185,19 +175,14 @@ def describe_checkpoint(checkpoint: Checkpoint, path: Location) -> CheckpointSum
     architectures, model_type = config.get("architectures"), config.get("model_type")
     tied = config.get("tie_word_embeddings")
     return CheckpointSummary(
-        path=str(path),
+        path=str(path), components=checkpoint.components, schema=checkpoint.schema(), record=read(checkpoint) or None,
         architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else None,
         model_type=model_type if isinstance(model_type, str) else None,
-        tied=tied if isinstance(tied, bool) else None,
-        quantization=_quantization(config),
-        components=checkpoint.components,
-        total=_amount(specs.values()),
-        dtypes=_by_dtype(specs.values()),
+        tied=tied if isinstance(tied, bool) else None, quantization=_quantization(config),
+        total=_amount(specs.values()), dtypes=_by_dtype(specs.values()),
         shards={str(s.path.relative_to(checkpoint.root)): _amount(s.tensors.values()) for s in checkpoint.shards},
-        schema=checkpoint.schema(),
-        record=read(checkpoint) or None,
         tensors=tuple(_tensor(name, specs[name]) for name in sorted(specs, key=natural)),
-    )
+    )  # fmt: skip
 
 
 def _groups(modules: Iterable[ModuleSummary]) -> tuple[Group, ...]:

@@ -161,7 +161,7 @@ def run(
     atomic.refuse_inputs(Path(output), [Path(x) for x in (*adapters, initial) if isinstance(x, str | os.PathLike)])
     inputs = open_inputs(adapters, weights, initial, options.method)
     opened = [each.adapter for each in inputs]
-    agreement = agree([each.name for each in inputs], [adapter.base for adapter in opened], options.check_base)
+    base, warnings = agree([each.name for each in inputs], [adapter.base for adapter in opened], options.check_base)
     aligned = align(inputs)
     replaced = whole.replacements(inputs, aligned, options.method)
     biases = whole.biases(inputs, aligned, options.stored)
@@ -175,13 +175,12 @@ def run(
     norm = math.hypot(*(share.norm for share in shares))
     error, optimum = math.hypot(*(share.error for share in shares)), math.hypot(*(share.optimum for share in shares))
     error, optimum = (error / norm, optimum / norm) if norm else (0.0, 0.0)
-    warnings = [*agreement.warnings]
     if norm < _CANCELLED * math.fsum(change.size for change in changes.values() if change):
         warnings.append(
             "the adapters take each other away almost completely: what is left may be the rounding of their numbers"
         )
     done = _step(operation, inputs, options, initial is not None, error)
-    result = assemble(opened, aligned, updates, replaced, agreement.base, done)
+    result = assemble(opened, aligned, updates, replaced, base, done)
     dialects.save_adapter(result, output, force=options.force)
     return Combination(
         str(output), adapter_digest(result), options.method,

@@ -217,17 +217,10 @@ def execute(
         if sent:
             sent.finish(f"Merge {len(plan.inputs)} adapter(s) with {TOOL}")
     return MergeReport(
-        output=str(prepared.output),
-        changed=len(plan.touched()),
-        tensors=len(plan.changes),
-        bytes_written=size,
+        output=str(prepared.output), changed=len(plan.touched()), tensors=len(plan.changes), bytes_written=size,
         verified=sum(bool(plan.changes[r.name].expected) and not r.warnings for r in results),
-        adapters=prepared.record["adapters"],
-        retention=retention(results),
-        by_tensor={r.name: r.retained / r.total for r in results if r.total},
-        notes=plan.notes,
+        adapters=prepared.record["adapters"], consumed=prepared.accounts, notes=plan.notes,
         warnings=tuple(warning for result in results for warning in result.warnings),
-        consumed=prepared.accounts,
-        residual=kept,
-        reused=reused,
-    )
+        retention=retention(results), by_tensor={r.name: r.retained / r.total for r in results if r.total},
+        residual=kept, reused=reused,
+    )  # fmt: skip

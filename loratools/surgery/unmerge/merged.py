@@ -75,10 +75,6 @@ class MergedModel:
         """Return the tensors of the base that the residual brings back; see `engine/residual/restore.py`."""
         return lost_tensors(self.model, residual, self.inputs, self.record.get("tied") or "error")
 
-    def negated(self) -> tuple[AdapterInput, ...]:
-        """Return the inputs with the weights that take them out again."""
-        return tuple(replace(each, weight=-each.weight) for each in self.inputs)
-
     def check_layers(self) -> None:
         """Raise `IncompatibleAdapter` if the merge repeated layers: one of the base is several of the model."""
         if replicates([each.adapter for each in self.inputs]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from loratools.adapter.model import AdapterInput
@@ -30,7 +31,7 @@ def subtract(
     Returns the plan of it, and a bound on |W̃ − W − ΔW_added| for every element. Raises `IncompatibleAdapter` where the
     merge did more than to add.
     """
-    inputs = (*merged.negated(), *added)
+    inputs = (*(replace(each, weight=-each.weight) for each in merged.inputs), *added)
     plan = plan_merge(merged.model, inputs, options)
     touched = plan.touched().items()
     problems = [f"{name}: was replaced by the adapter's own" for name, change in touched if change.replaced]
