@@ -98,8 +98,6 @@ def _excess(error2: float, excess2: float) -> float:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return list(value)
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value
+    return list(value) if isinstance(value, tuple) else value

@@ -25,15 +25,14 @@ _OWN = local()
 class Delta:
     """What one pass over W (base) and W' (fine-tune) found.
 
-    `norm2` = ‖W' − W‖_F² and, where D is kept, `base_norm2` = ‖W‖_F², in float64. `identical` says that no value
-    differs, `rows` lists the rows (of the first dimension) that do, where D is not kept. `D` is W' − W in float32
+    `norm2` = ‖W' − W‖_F², 0 where no value differs, and, where D is kept, `base_norm2` = ‖W‖_F², in float64. `rows`
+    lists the rows (of the first dimension) that differ, where D is not kept. `D` is W' − W in float32
     (float64 where one of them is), as a matrix (first dimension, the rest), if it was asked for. `digests` are those of
     base and fine-tune. `noise2` is the energy that rounding W' to its dtype alone accounts for, from a sample.
     """
 
     base_norm2: float
     norm2: float
-    identical: bool
     rows: tuple[int, ...]
     digests: tuple[str, str]
     noise2: float = 0.0
@@ -88,7 +87,7 @@ def read_delta(base: TensorSpec, tuned: TensorSpec, progress: Progress, *, keep:
         raise BadFile(f"NaN or infinity in {wrong.file}, so the change has no norm")
     old, new = (digest.finish(hasher) for hasher in hashers)
     noise2 = rounding_energy(tuned) if norm2 and keep else 0.0
-    return Delta(base_norm2, norm2, norm2 == 0, tuple(rows), (old, new), noise2, D if norm2 else None)
+    return Delta(base_norm2, norm2, tuple(rows), (old, new), noise2, D if norm2 else None)
 
 
 def _scratch(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:

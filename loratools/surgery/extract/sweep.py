@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
-from typing import Any
 
 from loratools.adapter.model import BaseIdentity
 from loratools.errors import BadFile, LoraToolsError
@@ -14,6 +13,7 @@ from loratools.linalg.ranks.rules import Fixed
 from loratools.parallel import Progress, each, no_progress
 from loratools.storage import digest
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.header import TensorSpec
 from loratools.surgery.extract.assemble import Outcome
 from loratools.surgery.extract.factor import Factored, factor, factor_stack, is_sparse, row_factors
 from loratools.surgery.extract.layers import layer as certify
@@ -77,17 +77,17 @@ class Sweep:
         return [self._outcome(*kept.get(result.pair.path, (result, 0))) for result in results]
 
     def _compared(self, pair: Pair, shapes: Sequence[tuple[int, int]]) -> _Result:
-        source, spec = self._specs(pair)[-1], self.tuned.specs[pair.name]
+        spec, source = self._specs(pair)
         if pair.base is None or source.shape != spec.shape:
             norm2, new = read_norm2(spec, self.progress)
             old = read_norm2(source, self.progress)[1] if pair.base else ""
             return _Result(pair, 0.0 if pair.plan == "ignore" else norm2, 0.0, (old, new))
         stacked = pair.kind == "experts"
         delta = read_delta(source, spec, self.progress, keep=pair.plan == "factor" and not stacked)
-        if pair.plan == "factor" and stacked and not delta.identical:
+        if pair.plan == "factor" and stacked and delta.norm2:
             factored, norm2, base_norm2, noise2 = factor_stack(pair, source, spec, shapes, self.options, self.spool)
             return _Result(pair, norm2, base_norm2, delta.digests, factored, noise2=noise2)
-        if pair.plan == "factor" and not delta.identical:
+        if pair.plan == "factor" and delta.norm2:
             assert delta.D is not None
             factored = factor(pair, delta, spec, shapes, self.options, self.spool)
             return _Result(pair, delta.norm2, delta.base_norm2, delta.digests, factored, noise2=delta.noise2)
@@ -95,13 +95,13 @@ class Sweep:
             few = replace(pair, path=pair.path.removesuffix(".weight"), plan="factor")
             spooled = self.spool.add(*row_factors(source, spec, delta.rows))
             return _Result(few, delta.norm2, delta.base_norm2, delta.digests, rows=len(delta.rows), exact=spooled)
-        if not delta.identical and spec.dtype not in _NUMBERS and len(spec.shape) > 1:
+        if delta.norm2 and spec.dtype not in _NUMBERS and len(spec.shape) > 1:
             raise LoraToolsError(f"stored as {spec.dtype}: a quantized weight, whose codes cannot be subtracted")
         return _Result(pair, delta.norm2, delta.base_norm2, delta.digests, rows=len(delta.rows))
 
-    def _again(self, _: str, job: tuple[_Result, Any]) -> _Result:
+    def _again(self, _: str, job: tuple[_Result, Fixed]) -> _Result:
         result, rule = job
-        source, spec = self._specs(result.pair)[-1], self.tuned.specs[result.pair.name]
+        spec, source = self._specs(result.pair)
         if result.pair.kind == "experts":
             factored = factor_stack(result.pair, source, spec, (), self.options, self.spool, rule)[0]
         else:
@@ -140,9 +140,10 @@ class Sweep:
         new |= hash_tensors({n: s for n, s in self.tuned.specs.items() if n not in new}, threads=threads)
         return BaseIdentity(None, None, self.base.schema(), old, digest.root(old)), digest.root(new)
 
-    def _specs(self, pair: Pair) -> tuple[Any, ...]:
+    def _specs(self, pair: Pair) -> tuple[TensorSpec, TensorSpec]:
+        """Return the fine-tune's tensor and the base's; where it is new, itself."""
         spec = self.tuned.specs[pair.name]
-        return (spec, self.base.specs[pair.base]) if pair.base else (spec,)
+        return spec, self.base.specs[pair.base] if pair.base else spec
 
     def _shape(self, pair: Pair) -> tuple[int, ...]:
         """Return the shape of the weight as the module defines it."""

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from loratools.linalg.factored import factored_svd
-from loratools.surgery.combine.methods._signs import disjoint_mean
 from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Term, Terms
-from loratools.surgery.combine.methods.knots import trimmed
+from loratools.surgery.combine.methods.knots import ties
 
 SUMMARY = "TIES on the small cores of the adapters in a common space"
 OPTIONS = frozenset({"density"})
@@ -26,8 +25,7 @@ def merge(terms: Terms, options: MethodOptions, chance: Chance) -> tuple[Tensor,
     U = _basis(torch.cat([left for left, _ in balanced], 1))
     V = _basis(torch.cat([right.T for _, right in balanced], 1))
     cores = torch.stack([(U.T @ term.left) @ (term.right @ V) for term in terms])
-    weights = torch.tensor([term.weight for term in terms], dtype=torch.float64)[:, None, None]
-    return U, disjoint_mean(trimmed(cores, options.share), weights) @ V.T
+    return U, ties(cores, terms, options.share) @ V.T
 
 
 def _balanced(term: Term) -> tuple[Tensor, Tensor]:

@@ -25,15 +25,15 @@ def merge(terms: Terms, options: MethodOptions, chance: Chance) -> tuple[Tensor,
     svd = factored_svd(torch.cat([term.left for term in terms], 1), diagonal)
     k = max(1, int(svd.rank()))
     aligned = torch.stack(svd.Vh[:k].chunk(len(terms), 1))
+    return svd.U[:, :k] * svd.S[:k], ties(aligned, terms, options.share)
+
+
+def ties(X: Tensor, terms: Terms, density: float) -> Tensor:
+    """Return TIES of X (T, m, n), a small matrix for each term, of which the share `density` of elements is kept."""
     weights = torch.tensor([term.weight for term in terms], dtype=torch.float64)[:, None, None]
-    return svd.U[:, :k] * svd.S[:k], disjoint_mean(trimmed(aligned, options.share), weights)
-
-
-def trimmed(X: Tensor, density: float) -> Tensor:
-    """Return X (T, …) with the share `density` of largest elements of each, the rest 0."""
     size = X[0].numel()
     kept = int(density * size)
     if kept < 1:
-        return torch.zeros_like(X)
-    cuts = X.abs().flatten(1).kthvalue(size - kept + 1, 1).values
-    return X * (X.abs() >= cuts.view(-1, *(1 for _ in X.shape[1:])))
+        return torch.zeros_like(X[0])
+    cuts = X.abs().flatten(1).kthvalue(size - kept + 1, 1).values[:, None, None]
+    return disjoint_mean(X * (X.abs() >= cuts), weights)
