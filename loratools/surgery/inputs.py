@@ -64,10 +64,8 @@ def _open(adapter: AdapterSource, weight: float, base: Checkpoint) -> AdapterInp
 
 
 def _weights(weights: float | Sequence[float] | None, count: int) -> list[float]:
-    if weights is None:
-        numbers = [1.0] * count
-    else:
-        numbers = [float(weight) for weight in ([weights] if isinstance(weights, int | float) else weights)]
+    listed = [1.0] * count if weights is None else [weights] if isinstance(weights, int | float) else weights
+    numbers = [float(weight) for weight in listed]
     if not count or len(numbers) != count:
         raise InvalidOption(f"{count} adapter(s) and {len(numbers)} weight(s); each adapter takes one weight")
     if problems := [f"weight {i + 1} is {number}" for i, number in enumerate(numbers) if not math.isfinite(number)]:

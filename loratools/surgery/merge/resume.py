@@ -39,21 +39,22 @@ def fingerprint(plan: MergePlan, settings: Settings) -> str:
 
 
 class Journal:
-    """The list of complete files in the folder of a merge that may be interrupted, written anew after each of them."""
+    """The list of complete files in the folder of a merge that may be interrupted, written anew after each of them.
+
+    `done` has the digest of each file, and what was measured while it was written.
+    """
 
     def __init__(self, folder: Path, key: str) -> None:
         """Find what an earlier run with the same `key` (a `fingerprint`) completed, and delete everything else."""
         self._folder, self._key = folder, key
-        self.done: dict[str, list[TensorResult]] = {}
-        self._entries: dict[str, Any] = {}
         document: dict[str, Any] = {}
         with suppress(BadFile):  # as if there were none
             document = read_json(folder / _NAME)
-        for name, entry in document["files"].items() if document.get("key") == key else ():
-            path = folder / name
-            if path.is_file() and _digest(path) == entry["digest"]:
-                self._entries[name] = entry
-                self.done[name] = [TensorResult(**result) for result in entry["results"]]
+        self.done: dict[str, Any] = {
+            name: entry
+            for name, entry in (document["files"].items() if document.get("key") == key else ())
+            if (folder / name).is_file() and _digest(folder / name) == entry["digest"]
+        }
         for path in folder.rglob("*"):
             if not path.is_dir() and str(path.relative_to(folder)) not in self.done:
                 path.unlink()
@@ -63,11 +64,10 @@ class Journal:
         with path.open("rb") as file:
             os.fsync(file.fileno())
         name = str(path.relative_to(self._folder))
-        self._entries[name] = {"digest": _digest(path), "results": [asdict(result) for result in results]}
-        self.done[name] = list(results)
+        self.done[name] = {"digest": _digest(path), "results": [asdict(result) for result in results]}
         fresh = self._folder / f"{_NAME}.new"
         with fresh.open("w", encoding="utf-8") as file:
-            json.dump({"key": self._key, "files": self._entries}, file)
+            json.dump({"key": self._key, "files": self.done}, file)
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(self._folder / _NAME)
@@ -75,7 +75,8 @@ class Journal:
     def close(self) -> list[TensorResult]:
         """Remove the list, for the output is complete; return all that was measured."""
         (self._folder / _NAME).unlink(missing_ok=True)
-        return sorted((result for results in self.done.values() for result in results), key=lambda result: result.name)
+        results = (TensorResult(**result) for entry in self.done.values() for result in entry["results"])
+        return sorted(results, key=lambda result: result.name)
 
 
 def _digest(path: Path) -> str:
