@@ -110,10 +110,8 @@ def list_dialects() -> tuple[DialectSummary, ...]:
         >>> "peft" in [dialect.name for dialect in list_dialects()]
         True
     """
-    return tuple(
-        DialectSummary(name, dialect.SUMMARY, dialect.EXTRA, dialect.FILES, dialect.CANNOT)
-        for name, dialect in ((name, get(name)) for name in names())
-    )
+    dialects = ((name, get(name)) for name in names())
+    return tuple(DialectSummary(name, each.SUMMARY, each.EXTRA, each.FILES, each.CANNOT) for name, each in dialects)
 
 
 def detect(listing: Listing) -> tuple[str, Evidence]:
@@ -245,16 +243,14 @@ def _check_not_input(adapter: Adapter, path: Path) -> None:
 
 
 def _unknown(listing: Listing) -> UnknownKind:
-    known = [f"{name}: {get(name).SUMMARY}" for name in names()]
+    known, hint = [f"{name}: {get(name).SUMMARY}" for name in names()], None
     if listing.single:
         return UnknownKind(f"{listing.path}: no dialect knows this file; loratools reads", known)
-    shown = ", ".join(listing.files[:12]) + (f" and {len(listing.files) - 12} more" if len(listing.files) > 12 else "")
-    inside = sorted(config.parent.name for config in listing.folder.glob("*/adapter_config.json"))
-    hint = f"There are adapters in its folders: {', '.join(inside[:12])}" if inside else None
-    if not inside and "config.json" in listing.files:
+    more = f" and {len(listing.files) - 12} more" if len(listing.files) > 12 else ""
+    shown = ", ".join(listing.files[:12]) + more or "no files"
+    if inside := sorted(config.parent.name for config in listing.folder.glob("*/adapter_config.json")):
+        hint = f"There are adapters in its folders: {', '.join(inside[:12])}"
+    elif "config.json" in listing.files:
         hint = "This looks like a base model; an adapter was expected."
-    return UnknownKind(
-        f"{listing.path}: no dialect knows this folder; it holds {shown or 'no files'}; loratools reads",
-        known,
-        hint=hint,
-    )
+    reason = f"{listing.path}: no dialect knows this folder; it holds {shown}; loratools reads"
+    return UnknownKind(reason, known, hint=hint)

@@ -144,10 +144,8 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
 def _module(name: str, flux: bool) -> str:
     """Return the module's name in an `Adapter`: diffusers' for text encoders, else the one in the file."""
     if match := _ENCODER.fullmatch(name):
-        if match[1] in _ENCODERS:
-            encoder = "text_encoder_2" if flux and match[1] == "t5xxl" else _ENCODERS[match[1]]
-            return f"{encoder}.{match[2]}"
-        return name
+        encoder = "text_encoder_2" if flux and match[1] == "t5xxl" else _ENCODERS.get(match[1])
+        return f"{encoder}.{match[2]}" if encoder else name
     return name if name.startswith("diffusion_model.") or not _BARE.match(name) else f"diffusion_model.{name}"
 
 

@@ -172,10 +172,7 @@ def _of_peft(update: Update, rank: int, scale: float) -> dict[str, LazyTensor]:
     """Return mlx-lm's tensors of an update, with this rank and scale."""
     a, b = factors_of(update)
     b = factors.scaled(b, update.scaling / scale)
-    parts = {
-        "lora_a": factors.turned(factors.padded(a, 0, rank)),
-        "lora_b": factors.turned(factors.padded(b, 1, rank)),
-    }
+    parts = {"lora_a": factors.turned(factors.padded(a, 0, rank)), "lora_b": factors.turned(factors.padded(b, 1, rank))}
     return parts | ({"m": update.parts[MAGNITUDE]} if MAGNITUDE in update.parts else {})
 
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 from loratools.adapter import factors
-from loratools.adapter.model import Adapter, BaseIdentity, Loss
+from loratools.adapter.model import Adapter, BaseIdentity
 from loratools.adapter.parts import A, B
 from loratools.dialects._frame.build import Draft, Groups
 from loratools.dialects._frame.listing import Evidence, Listing
-from loratools.errors import BadFile, UnsupportedAdapter
+from loratools.dialects._frame.losses import read_only
+from loratools.errors import BadFile
 from loratools.format import keys
 from loratools.storage.lazy import LazyTensor
 
@@ -67,14 +67,7 @@ def read(listing: Listing) -> Adapter:
     return Adapter(updates, base=BaseIdentity.of_name(config.get("base_model_name_or_path")), dialect="tinker")
 
 
-def losses(adapter: Adapter) -> list[Loss]:
-    """Return one loss, the whole adapter: loratools only reads this dialect."""
-    return [Loss("adapter", "files of Tinker are only read here; Tinker's services read PEFT (--to peft)")]
-
-
-def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
-    """Refuse."""
-    raise UnsupportedAdapter(f"{target}: {losses(adapter)[0]}")
+losses, write = read_only("files of Tinker are only read here; Tinker's services read PEFT (--to peft)")
 
 
 def _modules(module: str, parts: Mapping[str, LazyTensor], all_of: Groups) -> Groups:

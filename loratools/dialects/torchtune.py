@@ -23,8 +23,7 @@ from loratools.dialects._frame.build import Draft, check_gathered
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import IDENTITY, common_losses, identity_losses, update_losses, without
 from loratools.dialects._frame.numbers import is_number
-from loratools.dialects.gguf.names import Layout
-from loratools.dialects.gguf.rows import permuted
+from loratools.dialects.gguf.names import Layout, permuted
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.storage import atomic
 from loratools.storage.lazy import LazyTensor
@@ -113,12 +112,8 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     for module, update in adapter.updates.items():
         for part, lazy in _permuted(update.parts, heads.get(module[-6:]), back=False).items():
             tensors[f"{_name(module)}.{'lora_a' if part == A else 'lora_b'}.weight"] = lazy
-    peft_config = {
-        "r": first.rank,
-        "lora_alpha": first.alpha,
-        "target_modules": sorted({module.rpartition(".")[2] for module in adapter.updates}),
-        "peft_type": "LORA",
-    }
+    targets = sorted({module.rpartition(".")[2] for module in adapter.updates})
+    peft_config = {"r": first.rank, "lora_alpha": first.alpha, "target_modules": targets, "peft_type": "LORA"}
     with atomic.new_folder(target, force=force) as folder:
         (folder / _CONFIG).write_text(json.dumps(peft_config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         pickles.write(folder / _FILE, tensors)

@@ -24,20 +24,15 @@ from loratools.adapter.naming.image.flux import is_original
 from loratools.adapter.naming.image.rename import ORIGINAL
 from loratools.adapter.naming.wrappers import Names
 from loratools.storage.checkpoint import Checkpoint
-from loratools.storage.lazy import LazyTensor
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 _ROOTS = ("model.diffusion_model.", f"{ORIGINAL}.", "")
 # Where one file keeps each text encoder: that of the original repositories, that of ComfyUI, or the encoder alone.
 _ENCODERS: Mapping[str, tuple[str, ...]] = {
-    "text_encoder": (
-        "text_encoder.", "cond_stage_model.transformer.", "conditioner.embedders.0.transformer.",
-        "text_encoders.clip_l.transformer.", "",
-    ),
-    "text_encoder_2": (
-        "text_encoder_2.", "text_encoders.clip_g.transformer.", "text_encoders.t5xxl.transformer.", "",
-    ),
+    "text_encoder": ("text_encoder.", "cond_stage_model.transformer.", "conditioner.embedders.0.transformer.",
+                     "text_encoders.clip_l.transformer.", ""),
+    "text_encoder_2": ("text_encoder_2.", "text_encoders.clip_g.transformer.", "text_encoders.t5xxl.transformer.", ""),
     "text_encoder_3": ("text_encoder_3.", "text_encoders.t5xxl.transformer.", ""),
 }  # fmt: skip
 _OPEN_CLIP: Mapping[str, tuple[str, ...]] = {
@@ -55,12 +50,13 @@ def for_base(adapter: Adapter, shapes: Shapes) -> Adapter:
     Modules without a known name in the base keep theirs, and the resolver reports them.
     """
     whole = rename.spelled_out(adapter)
-    updates = max(
-        (_named(naming, shapes) for naming in _namings(whole, shapes)),
-        key=lambda candidate: sum(f"{module}.weight" in shapes for module in candidate),
-    )
-    updates = _open_clip(updates, shapes)
-    return replace(adapter, updates=updates, replacements=_replacements(adapter, shapes))
+    candidates = (_named(naming, shapes) for naming in _namings(whole, shapes))
+    best = max(candidates, key=lambda candidate: sum(f"{module}.weight" in shapes for module in candidate))
+    replacements = {  # where only the root differs
+        next((spelling for spelling in _spellings(path) if spelling in shapes), path): lazy
+        for path, lazy in adapter.replacements.items()
+    }
+    return replace(adapter, updates=_open_clip(best, shapes), replacements=replacements)
 
 
 def _namings(adapter: Adapter, shapes: Shapes) -> Iterator[Adapter]:
@@ -118,22 +114,8 @@ def _open_clip(updates: Mapping[str, Update], shapes: Shapes) -> dict[str, Updat
             renamed[layer + _OPEN_CLIP_LAYER[match[2]] if match[2] in _OPEN_CLIP_LAYER else module] = update
     for name, parts in fused.items():
         width = shapes[f"{name}.in_proj_weight"][0] // 3
-        try:
-            if any(update.shape[0] != width for _, update in parts.values()):
-                raise ValueError("not a third of it")
-            blocks = [parts[i][1] if i in parts else None for i in range(3)]
-            renamed[name] = rows.together(blocks, (width,) * 3)
-        except ValueError:
-            renamed |= dict(parts.values())
+        renamed |= rename.together(name, parts, (width,) * 3, rows)
     return renamed
-
-
-def _replacements(adapter: Adapter, shapes: Shapes) -> dict[str, LazyTensor]:
-    """Return the tensors trained whole under the base's names, where only the root differs."""
-    return {
-        next((spelling for spelling in _spellings(path) if spelling in shapes), path): lazy
-        for path, lazy in adapter.replacements.items()
-    }
 
 
 def named_for(adapter: Adapter, base: Checkpoint) -> Adapter:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 
 from loratools.adapter.model import Adapter, Loss
+from loratools.errors import UnsupportedAdapter
 
 IDENTITY = ("the hash of the base model", "provenance", "copies of the base's tensors")
 """For a dialect's `CANNOT`: what `identity_losses` lists."""
@@ -64,6 +66,16 @@ def common_losses(adapter: Adapter, dialect: str, *, named: bool = True) -> list
     """List tensors trained whole, the base's name unless the dialect has `named` it, and its identity."""
     name = [] if named else name_losses(adapter)
     return [*name, *replacement_losses(adapter, dialect), *identity_losses(adapter)]
+
+
+def read_only(why: str) -> tuple[Callable[[Adapter], list[Loss]], Callable[..., None]]:
+    """Return `losses` and `write` of a dialect that is only read here: the whole adapter is a loss."""
+    loss = Loss("adapter", why)
+
+    def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
+        raise UnsupportedAdapter(f"{target}: {loss}")
+
+    return lambda _: [loss], write
 
 
 def without(adapter: Adapter, losses: Iterable[Loss]) -> Adapter:

@@ -19,28 +19,20 @@ def file_of(listing: Listing) -> str | None:
     return weights[0] if len(weights) == 1 and weights[0].endswith(SUFFIXES) else None
 
 
-def names(listing: Listing) -> list[str]:
-    """Return the names of the tensors in the file of `torch.save`; none where there is no such file.
+def evidence(listing: Listing, score: int, is_part: Callable[[str], object]) -> Evidence | None:
+    """Return evidence of a score where the file of `torch.save` has tensors whose names `is_part` recognises.
 
-    Raises `BadFile` for a single file that cannot be opened safely. A file in a folder gives no names then, since
+    Raises `BadFile` for a single file that cannot be opened safely. A file in a folder is no evidence then, since
     another dialect may read the folder.
     """
     name = file_of(listing)
-    if name is None:
-        return []
     try:
-        return list(listing.tensors(name))
+        parts = [tensor for tensor in listing.tensors(name) if is_part(tensor)] if name else []
     except BadFile:
         if listing.single:
             raise
-        return []
-
-
-def evidence(listing: Listing, score: int, is_part: Callable[[str], object]) -> Evidence | None:
-    """Return evidence of a score where the file of `torch.save` has tensors whose names `is_part` recognises."""
-    parts = [name for name in names(listing) if is_part(name)]
-    reason = f"{len(parts)} of the tensors in {file_of(listing)} are called as {parts[0]}" if parts else ""
-    return Evidence(score, reason) if parts else None
+        return None
+    return Evidence(score, f"{len(parts)} of the tensors in {name} are called as {parts[0]}") if parts else None
 
 
 def save(target: Path, name: str, tensors: Mapping[str, LazyTensor], *, force: bool) -> None:

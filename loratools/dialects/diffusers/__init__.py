@@ -45,15 +45,9 @@ def detect(listing: Listing) -> Evidence | None:
     """Look for the metadata, for components in front of the names, and for the names of diffusers' models."""
     name = _file(listing)
     header = listing.header(name) if name else None
-    if name is None or (header is None and not (name == f"{_STEM}.bin" or listing.single)):
-        return None
-    if header is None:
+    if name is None or header is None:
         return Evidence(60, f"the file is called {name}") if name == f"{_STEM}.bin" else None
-    splits = [
-        module_and_part
-        for tensor in header.tensors
-        if (module_and_part := split(tensor)) and "." in module_and_part[0] and module_and_part[1] != ALPHA
-    ]
+    splits = [at for tensor in header.tensors if (at := split(tensor)) and "." in at[0] and at[1] != ALPHA]
     with_component = sum(1 for module, _ in splits if component(module))
     if _KEY in header.metadata and splits:
         return Evidence(95, f"the header of {name} has {_KEY}, and {len(splits)} tensors have names of diffusers")
@@ -120,11 +114,8 @@ def losses(adapter: Adapter) -> list[Loss]:
             for module, update in sorted(sayable.items())
             if component(module) in having and part not in update.parts
         ]
-    lost += [
-        Loss(module, "diffusers' name of it is not known")
-        for module in sorted(sayable)
-        if module.startswith((f"{rename.ORIGINAL}.", "text_encoders."))
-    ]
+    original = [module for module in sorted(sayable) if module.startswith((f"{rename.ORIGINAL}.", "text_encoders."))]
+    lost += [Loss(module, "diffusers' name of it is not known") for module in original]
     sayable = {module: update for module, update in sayable.items() if not module.startswith(f"{rename.ORIGINAL}.")}
     if with_component:
         lost += [Loss(module, "it begins with no component") for module in sorted(sayable) if not component(module)]
@@ -155,10 +146,8 @@ def _renamed(adapter: Adapter) -> Adapter:
 def _file(listing: Listing) -> str | None:
     if listing.single:
         return listing.files[0] if listing.weights else None
-    for name in (f"{_STEM}.safetensors", f"{_STEM}.bin"):
-        if name in listing.files:
-            return name
-    return listing.weights[0] if len(listing.weights) == 1 else None
+    called = [name for name in (f"{_STEM}.safetensors", f"{_STEM}.bin") if name in listing.files]
+    return called[0] if called else listing.weights[0] if len(listing.weights) == 1 else None
 
 
 def _configs(listing: Listing, name: str, components: set[str]) -> dict[str, PeftConfig]:
@@ -188,7 +177,6 @@ def _config(adapter: Adapter, name: str) -> dict[str, Any]:
         # transformers 5 took the level `text_model` out of CLIP; unanchored and without it a name fits both.
         config["target_modules"] = [module.removeprefix("text_model.") for module in config["target_modules"]]
         for field in ("rank_pattern", "alpha_pattern"):
-            config[field] = {
-                key.removeprefix("^").removeprefix(r"text_model\."): value for key, value in config[field].items()
-            }
+            bare = {key: key.removeprefix("^").removeprefix(r"text_model\.") for key in config[field]}
+            config[field] = {bare[key]: value for key, value in config[field].items()}
     return config

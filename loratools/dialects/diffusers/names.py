@@ -35,9 +35,9 @@ def split(name: str) -> tuple[str, str] | None:
     if match := _MAGNITUDE.fullmatch(name):
         return match["module"], "lora_magnitude_vector"
     if match := _CURRENT.fullmatch(name):
-        return match["module"].replace(".processor", ""), f"{match['part']}.{match['what']}"
-    if match := _OLD.fullmatch(name):
-        return match["module"].replace(".processor", ""), _DOWN_UP[match["side"]]
-    if match := _ALPHA.fullmatch(name):
-        return match["module"].replace(".processor", ""), ALPHA
-    return None
+        part = f"{match['part']}.{match['what']}"
+    elif match := _OLD.fullmatch(name):
+        part = _DOWN_UP[match["side"]]
+    elif match := _ALPHA.fullmatch(name):
+        part = ALPHA
+    return (match["module"].replace(".processor", ""), part) if match else None

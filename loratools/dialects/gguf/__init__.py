@@ -5,8 +5,7 @@
 s = alpha/r for each tensor; alpha is a float32 in the file, and s = 1 if it is 0 (llama.cpp, `llama_adapter_lora`). The
 `gguf` package reads and writes the container.
 
-    names   architectures, and which of their tensors is which module
-    rows    the order of the rows of lora_b of q and k, which some architectures permute
+    names   architectures, which of their tensors is which module, and the rows of q and k, which some permute
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ from loratools.dialects._frame.build import Draft, check_read, factors_of
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import IDENTITY, common_losses, identity_losses, update_losses, without
 from loratools.dialects._frame.numbers import is_float32, most_common
-from loratools.dialects.gguf.names import ARCHITECTURES, Layout, Place, module_of, place
-from loratools.dialects.gguf.rows import permuted
+from loratools.dialects.gguf.names import ARCHITECTURES, Layout, Place, module_of, permuted, place
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.storage import gguf
 from loratools.storage.lazy import LazyTensor

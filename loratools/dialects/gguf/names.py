@@ -9,7 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from loratools.storage.lazy import LazyTensor
+
+if TYPE_CHECKING:
+    import torch
 
 ARCHITECTURES: Mapping[str, str] = {
     "llama": "llama", "mistral": "llama", "mixtral": "llama", "granite": "granite", "smollm3": "smollm3",
@@ -75,18 +80,36 @@ class Layout:
         return heads
 
 
+def permuted(lazy: LazyTensor, heads: int | None, *, back: bool = False) -> LazyTensor:
+    """Return B with the rows of each head in pairs, as llama.cpp has them; with `back`, in transformers' halves again.
+
+    `heads` is the number of heads, None for rows that keep their order. Raises `ValueError` where the rows are
+    not those of so many heads.
+    """
+    if heads is None:
+        return lazy
+    out, rank = lazy.shape
+    if out % heads or out // heads % 2:
+        raise ValueError(f"{out} output features are not those of {heads} heads")
+    sides = (heads, out // heads // 2, 2, rank) if back else (heads, 2, out // heads // 2, rank)
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.reshape(sides).transpose(1, 2).reshape(out, rank).contiguous()
+
+    return lazy.map(change, lazy.shape)
+
+
 def place(module: str, architecture: str) -> Place | None:
     """Return where llama.cpp has a module of transformers, or None.
 
     >>> place("model.layers.3.mlp.experts.5.up_proj", "qwen3moe")
     Place(tensor='blk.3.ffn_up_exps', expert=5)
     """
-    if match := _EXPERT.fullmatch(module):
-        names = {name: tensor for tensor, name in _experts(architecture).items()}
-        return Place(f"blk.{match[1]}.{names[match[3]]}", int(match[2])) if match[3] in names else None
-    if match := _LAYER.fullmatch(module):
-        names = {name: tensor for tensor, name in _block(architecture).items()}
-        return Place(f"blk.{match[1]}.{names[match[2]]}") if match[2] in names else None
+    expert, layer = _EXPERT.fullmatch(module), _LAYER.fullmatch(module)
+    if match := expert or layer:
+        name = match[3] if expert else match[2]
+        tensors = (tensor for tensor, known in _names(architecture, bool(expert)).items() if known == name)
+        return next((Place(f"blk.{match[1]}.{tensor}", int(match[2]) if expert else None) for tensor in tensors), None)
     last = module.rpartition(".")[2]
     return next((Place(tensor) for tensor, name in _WHOLE.items() if last == name.rpartition(".")[2]), None)
 
@@ -96,19 +119,15 @@ def module_of(tensor: str, architecture: str, expert: int | None = None) -> str 
     if tensor in _WHOLE:
         return _WHOLE[tensor]
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)", tensor)
-    if match is None:
+    name = _names(architecture, expert is not None).get(match[2]) if match else None
+    if match is None or name is None:
         return None
-    if expert is not None:
-        home = "block_sparse_moe" if architecture == "llama" else "mlp"
-        name = _experts(architecture).get(match[2])
-        return f"model.layers.{match[1]}.{home}.experts.{expert}.{name}" if name else None
-    name = _block(architecture).get(match[2])
-    return f"model.layers.{match[1]}.{name}" if name else None
+    home = "block_sparse_moe" if architecture == "llama" else "mlp"
+    return f"model.layers.{match[1]}." + (name if expert is None else f"{home}.experts.{expert}.{name}")
 
 
-def _block(architecture: str) -> dict[str, str]:
+def _names(architecture: str, experts: bool) -> Mapping[str, str]:
+    """Return tensor -> module of a layer's own projections, or of those of one expert in it."""
+    if experts:
+        return _MIXTRAL if architecture == "llama" else _EXPERTS
     return _BLOCK | _PHI3 if architecture == "phi3" else _BLOCK
-
-
-def _experts(architecture: str) -> dict[str, str]:
-    return _MIXTRAL if architecture == "llama" else _EXPERTS

@@ -95,13 +95,10 @@ def flattened(modules: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
     modules = list(modules)
     components = {module.partition(".")[0] for module in modules}
     alone = components <= {"unet", "text_encoder"}
-    flat: dict[str, str] = {}
-    taken: set[str] = set()
+    owners: dict[str, str] = {}
     for module in modules:
-        name = "".join(_flat(module, alone))
-        if name not in taken:
-            flat[module] = name
-            taken.add(name)
+        owners.setdefault("".join(_flat(module, alone)), module)
+    flat = {module: name for name, module in owners.items()}
     split = {module: _flat(module, alone) for module in flat}
     back, _ = dotted(split.values(), {}, None)
     return flat, {flat[module]: module for module in flat if back.get(split[module]) != module}
@@ -149,14 +146,12 @@ def _stated(metadata: Mapping[str, str]) -> dict[str, str]:
 def _of_base(tensors: Iterable[str]) -> dict[str, set[str]]:
     """Return flat -> the base's modules of that name; kohya's names leave out roots such as `unet.`."""
     by_flat: dict[str, set[str]] = defaultdict(set)
-    for tensor in tensors:
-        module = tensor.removesuffix(".weight")
-        image = module.startswith("model.diffusion_model.")  # which the other dialects call diffusion_model
+    for module in (tensor.removesuffix(".weight") for tensor in tensors):
+        # Other dialects call model.diffusion_model diffusion_model.
+        name = module.removeprefix("model.") if module.startswith("model.diffusion_model.") else module
         for root in _ROOTS:
             if module.startswith(root):
-                by_flat[module.removeprefix(root).replace(".", "_")].add(
-                    module.removeprefix("model.") if image else module
-                )
+                by_flat[module.removeprefix(root).replace(".", "_")].add(name)
     return by_flat
 
 
@@ -174,28 +169,19 @@ def _fits(prefix: str, module: str, *, alone: bool) -> bool:
 
 
 def _ambiguous(prefix: str, readings: list[tuple[architectures.Architecture, dict[str, str]]]) -> str:
-    first = readings[0][1]
-    differing = next(
-        flat
-        for flat in sorted(first)
-        if len({(architecture.component, reading[flat]) for architecture, reading in readings}) > 1
-    )
-    shown = ", ".join(
-        f"{architecture.component}.{reading[differing]} ({architecture.name})" for architecture, reading in readings
-    )
-    return f"{prefix}{differing}: could be {shown}"
+    for flat in sorted(readings[0][1]):
+        names = [(f"{architecture.component}.{reading[flat]}", architecture.name) for architecture, reading in readings]
+        if len({module for module, _ in names}) > 1:
+            return f"{prefix}{flat}: could be {', '.join(f'{module} ({name})' for module, name in names)}"
+    raise AssertionError("readings that are the same")
 
 
 def _unknown(prefix: str, flats: set[str]) -> str:
     """Say which names the list that knows most of them lacks."""
-    allowed = set(_COMPONENTS.get(prefix, ()))
-    lists = [
-        architecture
-        for architecture in map(architectures.get, architectures.names())
-        if architecture.component in allowed
-    ]
+    allowed = _COMPONENTS.get(prefix, ())
+    lists = [each for each in map(architectures.get, architectures.names()) if each.component in allowed]
     best = max(lists, key=lambda architecture: len(flats & architecture.by_flat.keys()), default=None)
-    strange = sorted(flats - best.by_flat.keys()) if best else sorted(flats)
+    strange = sorted(flats - best.by_flat.keys() if best else flats)
     near = f", most of them of {best.name}" if best and len(strange) < len(flats) else ""
     return (
         f"{len(strange)} of {len(flats)} names under {prefix} are of no known architecture{near}: "

@@ -14,14 +14,14 @@ Modules get transformers' names for a Llama, and rows its order.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from loratools.adapter.model import Adapter, Loss
+from loratools.adapter.model import Adapter
 from loratools.adapter.parts import MAGNITUDE, A, B
 from loratools.dialects._frame import pickles
 from loratools.dialects._frame.build import Draft, check_gathered, check_read, some
 from loratools.dialects._frame.listing import Evidence, Listing
+from loratools.dialects._frame.losses import read_only
 from loratools.dialects._frame.numbers import is_number
 from loratools.dialects.megatron import nemo
 from loratools.dialects.megatron.names import FC1, Place, Shape, place
@@ -39,13 +39,13 @@ _GATED = frozenset({"swiglu", "fast-swiglu", "geglu", "fast-geglu", "reglu", "fa
 
 def detect(listing: Listing) -> Evidence | None:
     """Look for a `.nemo` archive, for `.distcp` shards, and for Megatron's names of an adapter's factors."""
-    if archive := nemo.archive_of(listing):
+    if archive := listing.only(nemo.ENDING):
         return Evidence(100, f"{archive} is called as NeMo's archives are")
     if shards := nemo.shards_of(listing):
         return Evidence(90, f"{shards} file(s) of a distributed checkpoint (.distcp)")
     if {nemo.WEIGHTS, nemo.CONFIG} <= set(listing.files):
         return Evidence(90, f"{nemo.CONFIG} beside {nemo.WEIGHTS}, as in NeMo's archives")
-    name = nemo.file_of(listing)
+    name = listing.only(*nemo.TENSORS)
     header = listing.header(name) if name else None
     if header is None:
         return pickles.evidence(listing, 85, place)
@@ -102,14 +102,7 @@ def read(listing: Listing) -> Adapter:
     return Adapter(draft.build(rule), dialect="megatron")
 
 
-def losses(adapter: Adapter) -> list[Loss]:
-    """Return one loss, the whole adapter: loratools only reads this dialect."""
-    return [Loss("adapter", "files of Megatron and NeMo are only read here; their own tools import PEFT (--to peft)")]
-
-
-def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
-    """Refuse."""
-    raise UnsupportedAdapter(f"{target}: {losses(adapter)[0]}")
+losses, write = read_only("files of Megatron and NeMo are only read here; their own tools import PEFT (--to peft)")
 
 
 def _apart(at: Place, parts: Mapping[str, LazyTensor], shape: Shape) -> list[tuple[str, str, LazyTensor]]:

@@ -22,6 +22,7 @@ from loratools.storage.sources import open_file
 
 ENDING = ".nemo"
 WEIGHTS, CONFIG = "model_weights.ckpt", "model_config.yaml"
+TENSORS = (".safetensors", *SUFFIXES)
 _CONFIGS = (CONFIG, "run_config.yaml")
 
 MAX_YAML = 1_000_000
@@ -34,22 +35,12 @@ Members = Mapping[str, tuple[int, int]]
 """Name in the archive -> the bytes of the archive that hold it."""
 
 
-def archive_of(listing: Listing) -> str | None:
-    """Return the `.nemo` file that the listing is, or holds as the only one."""
-    return listing.only(ENDING)
-
-
 def shards_of(listing: Listing) -> int:
     """Count the shards of a distributed checkpoint, in the folder or in its `weights`, where NeMo 2 puts them."""
     if listing.single:
         return int(listing.path.suffix == ".distcp")
     inside = listing.folder / "weights"
     return sum(1 for place in (listing.folder, inside) if place.is_dir() for _ in place.glob("*.distcp"))
-
-
-def file_of(listing: Listing) -> str | None:
-    """Return the one file of tensors that the listing holds."""
-    return listing.only(".safetensors", *SUFFIXES)
 
 
 def read(listing: Listing) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
@@ -63,11 +54,11 @@ def read(listing: Listing) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
             " what its pickled description names",
             hint="Export it where it was trained: Megatron-Bridge and NeMo 2 write Hugging Face PEFT adapters.",
         )
-    if archive := archive_of(listing):
+    if archive := listing.only(ENDING):
         path = listing.folder / archive
         inside = members(path)
         return _weights(path, inside), _document(path, inside)
-    name = file_of(listing)
+    name = listing.only(*TENSORS)
     if name is None:
         raise BadFile(f"{listing.path}: expected one {ENDING} archive, or one file of tensors")
     beside = [config for config in _CONFIGS if (listing.folder / config).is_file()]

@@ -60,24 +60,20 @@ def _set(value: Any) -> bool:
     return value is not False  # fields that are null are gone by now; an empty object switches a variant on
 
 
+_NAMES = "a list of names or a regular expression"
 # field -> (test of a value that is there, what was expected)
 _TYPES: dict[str, tuple[Test, str]] = {
     "r": (_rank, "a rank above zero"),
     "lora_alpha": (is_number, "a number"),
     "rank_pattern": (_map_to(_rank), "names to ranks"),
     "alpha_pattern": (_map_to(is_number), "names to numbers"),
-    "target_modules": (_one_or_list(str), "a list of names or a regular expression"),
-    "exclude_modules": (_one_or_list(str), "a list of names or a regular expression"),
-    "target_parameters": (_list_of(str), "a list of names"),
-    "modules_to_save": (_list_of(str), "a list of names"),
+    "target_modules": (_one_or_list(str), _NAMES),
+    "exclude_modules": (_one_or_list(str), _NAMES),
+    **dict.fromkeys(("target_parameters", "modules_to_save"), (_list_of(str), "a list of names")),
     "layers_to_transform": (_one_or_list(int), "layer numbers"),
     "layers_pattern": (_one_or_list(str), "names"),
     "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
     "init_lora_weights": (lambda value: isinstance(value, bool | str), "true, false or a name"),
-    "base_model_name_or_path": (_text, "a string"),
-    "revision": (_text, "a string"),
-    "task_type": (_text, "a string"),
-    "peft_type": (_text, "a string"),
     "trainable_token_indices": (
         lambda value: _indices(value) or _map_to(_indices)(value),
         "token indices, or names to token indices",
@@ -85,6 +81,7 @@ _TYPES: dict[str, tuple[Test, str]] = {
     "auto_mapping": (lambda value: isinstance(value, dict), "an object"),
     "layer_replication": (_ranges, f"pairs [start, stop] of layers, {_LAYERS} at most in all"),
     "lora_dropout": (is_number, "a number"),
+    **dict.fromkeys(("base_model_name_or_path", "revision", "task_type", "peft_type"), (_text, "a string")),
 } | dict.fromkeys(
     ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying"), (_switch, "a switch")
 )

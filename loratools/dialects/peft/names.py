@@ -63,13 +63,11 @@ def group(tensors: Mapping[str, LazyTensor], *, biases: bool) -> Groups:
     if broken := [name for name in tensors if "\n" in name]:
         groups.faults.append(f"{len(broken)} tensor(s) with a line break in the name: {broken[0]!r}")
     if len(groups.adapters) > 1:
-        groups.faults.append(
-            f"several adapters in one file: {', '.join(sorted(groups.adapters))}; save them one by one"
-        )
+        several = ", ".join(sorted(groups.adapters))
+        groups.faults.append(f"several adapters in one file: {several}; save them one by one")
     if strangers:
-        groups.faults.append(
-            f"{len(strangers)} tensor(s) whose names do not begin with {keys.PREFIX}: {', '.join(strangers[:5])}"
-        )
+        names = f"names do not begin with {keys.PREFIX}: {', '.join(strangers[:5])}"
+        groups.faults.append(f"{len(strangers)} tensor(s) whose {names}")
     return groups
 
 

@@ -131,9 +131,8 @@ def _every_layer(adapter: Adapter, base: Shapes | None) -> tuple[Adapter, list[s
         layers = set(range(last + 1)) if wanted is None else wanted.get((normalized(f"{front}.0"), target), {}).keys()
         missing = sorted(layers - updates.keys())
         if missing and wanted is None:
-            problems.append(
-                f"{front}.*.{target}: no update in layer(s) {', '.join(map(str, missing[:12]))} of {last + 1}"
-            )
+            shown = ", ".join(map(str, missing[:12]))
+            problems.append(f"{front}.*.{target}: no update in layer(s) {shown} of {last + 1}")
             continue
         like = next(iter(updates.values()))
         for layer in missing:
@@ -163,13 +162,8 @@ def _short_targets(adapter: Adapter, base: Shapes | None) -> Adapter:
     """Return the adapter with last names as targets, unless one of them would also match what it does not touch."""
     short = sorted({module.rpartition(".")[2] for module in adapter.updates})
     ours = {normalized(module) for module in adapter.updates}
-    others = [
-        tensor
-        for tensor in base or ()
-        if tensor.endswith(".weight")
-        and tensor.removesuffix(".weight").rpartition(".")[2] in short
-        and normalized(tensor.removesuffix(".weight")) not in ours
-    ]
-    settings = {k: v for k, v in adapter.settings.items() if k not in ("exclude_modules", "layers_to_transform")}
-    settings.pop("target_modules", None)
+    modules = (tensor.removesuffix(".weight") for tensor in base or () if tensor.endswith(".weight"))
+    others = any(module.rpartition(".")[2] in short and normalized(module) not in ours for module in modules)
+    dropped = ("exclude_modules", "layers_to_transform", "target_modules")
+    settings = {key: value for key, value in adapter.settings.items() if key not in dropped}
     return replace(adapter, settings=settings if others else {**settings, "target_modules": short})

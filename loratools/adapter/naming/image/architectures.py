@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent / "_keys"
+_BRACES = re.compile(r"\{([^{}]*)\}")  # without others in them
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
@@ -40,25 +40,13 @@ def get(name: str) -> Architecture:
     return Architecture(name, component, flatten(module for line in lines[1:] for module in expand(line)))
 
 
-def expand(pattern: str) -> Iterator[str]:
+def expand(pattern: str) -> list[str]:
     """Expand braces as a shell does: `{a,b}` and `{0..2}`, also within each other.
 
-    >>> list(expand("x.{0..1}.{q,k.{a,b}}"))
+    >>> expand("x.{0..1}.{q,k.{a,b}}")
     ['x.0.q', 'x.0.k.a', 'x.0.k.b', 'x.1.q', 'x.1.k.a', 'x.1.k.b']
     """
-    pieces: list[list[str]] = []
-    at = 0
-    while at < len(pattern):
-        if pattern[at] != "{":
-            end = pattern.find("{", at)
-            end = len(pattern) if end < 0 else end
-            pieces.append([pattern[at:end]])
-        else:
-            end = _closing(pattern, at) + 1
-            pieces.append([name for choice in _choices(pattern[at + 1 : end - 1]) for name in choice])
-        at = end
-    for combination in product(*pieces):
-        yield "".join(combination)
+    return list(dict.fromkeys(_expanded(pattern)))
 
 
 def flatten(modules: Iterable[str]) -> dict[str, str]:
@@ -93,22 +81,12 @@ def knowing(modules: Iterable[str], components: Iterable[str]) -> list[Architect
     ]
 
 
-def _closing(pattern: str, at: int) -> int:
-    depth = 0
-    for i in range(at, len(pattern)):
-        depth += {"{": 1, "}": -1}.get(pattern[i], 0)
-        if depth == 0:
-            return i
-    raise ValueError(f"an open brace in {pattern!r}")
-
-
-def _choices(inside: str) -> Iterator[list[str]]:
-    if match := _RANGE.fullmatch(inside):
-        yield [str(i) for i in range(int(match[1]), int(match[2]) + 1)]
+def _expanded(pattern: str) -> Iterator[str]:
+    braces = _BRACES.search(pattern)
+    if braces is None:
+        yield pattern
         return
-    depth, begin = 0, 0
-    for i, character in enumerate(inside + ","):
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if character == "," and depth == 0:
-            yield list(expand(inside[begin:i]))
-            begin = i + 1
+    span = _RANGE.fullmatch(braces[1])
+    choices = map(str, range(int(span[1]), int(span[2]) + 1)) if span else braces[1].split(",")
+    for choice in choices:
+        yield from _expanded(pattern[: braces.start()] + choice + pattern[braces.end() :])

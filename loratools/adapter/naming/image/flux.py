@@ -7,39 +7,32 @@ modulation has shift before scale, diffusers' has scale before shift.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 
 from loratools.adapter.naming.image import architectures
 
+_DOUBLE = {
+    "img_attn.proj": "attn.to_out.0", "txt_attn.proj": "attn.to_add_out", "img_mlp.0": "ff.net.0.proj",
+    "img_mlp.2": "ff.net.2", "txt_mlp.0": "ff_context.net.0.proj", "txt_mlp.2": "ff_context.net.2",
+    "img_mod.lin": "norm1.linear", "txt_mod.lin": "norm1_context.linear",
+}  # fmt: skip
+_SINGLE = {"linear2": "proj_out", "modulation.lin": "norm.linear"}
 _PLAIN = {
-    "double_blocks.{}.img_attn.proj": "transformer_blocks.{}.attn.to_out.0",
-    "double_blocks.{}.txt_attn.proj": "transformer_blocks.{}.attn.to_add_out",
-    "double_blocks.{}.img_mlp.0": "transformer_blocks.{}.ff.net.0.proj",
-    "double_blocks.{}.img_mlp.2": "transformer_blocks.{}.ff.net.2",
-    "double_blocks.{}.txt_mlp.0": "transformer_blocks.{}.ff_context.net.0.proj",
-    "double_blocks.{}.txt_mlp.2": "transformer_blocks.{}.ff_context.net.2",
-    "double_blocks.{}.img_mod.lin": "transformer_blocks.{}.norm1.linear",
-    "double_blocks.{}.txt_mod.lin": "transformer_blocks.{}.norm1_context.linear",
-    "single_blocks.{}.linear2": "single_transformer_blocks.{}.proj_out",
-    "single_blocks.{}.modulation.lin": "single_transformer_blocks.{}.norm.linear",
-    "img_in": "x_embedder",
-    "txt_in": "context_embedder",
-    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
-    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
-    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
-    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
-    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
-    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
-    "final_layer.linear": "proj_out",
+    **{f"double_blocks.{{}}.{theirs}": f"transformer_blocks.{{}}.{ours}" for theirs, ours in _DOUBLE.items()},
+    **{f"single_blocks.{{}}.{theirs}": f"single_transformer_blocks.{{}}.{ours}" for theirs, ours in _SINGLE.items()},
+    **{
+        f"{theirs}_in.{layer}_layer": f"time_text_embed.{ours}_embedder.linear_{number}"
+        for theirs, ours in (("time", "timestep"), ("vector", "text"), ("guidance", "guidance"))
+        for layer, number in (("in", 1), ("out", 2))
+    },
+    "img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out",
     "final_layer.adaLN_modulation.1": "norm_out.linear",
-}
+}  # fmt: skip
 _FUSED = {
     "double_blocks.{}.img_attn.qkv": tuple(f"transformer_blocks.{{}}.attn.to_{name}" for name in "qkv"),
     "double_blocks.{}.txt_attn.qkv": tuple(f"transformer_blocks.{{}}.attn.add_{name}_proj" for name in "qkv"),
-    "single_blocks.{}.linear1": (
-        *(f"single_transformer_blocks.{{}}.attn.to_{name}" for name in "qkv"),
-        "single_transformer_blocks.{}.proj_mlp",
+    "single_blocks.{}.linear1": tuple(
+        f"single_transformer_blocks.{{}}.{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
     ),
 }
 SWAPPED = ("final_layer.adaLN_modulation.1", "norm_out.linear")
@@ -51,15 +44,9 @@ MLP_RATIO = 4
 _NUMBER = re.compile(r"(?<=_blocks\.)\d+")
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a module is in the other naming: its name there, or the names of the parts of a fused weight."""
-
-    names: tuple[str, ...]
-
-    def sizes(self, width: int) -> tuple[int, ...]:
-        """Return the output features of the parts, for input features `width`."""
-        return (width, width, width, MLP_RATIO * width)[: len(self.names)]
+def sizes(names: Sequence[str], width: int) -> tuple[int, ...]:
+    """Return the output features of the parts of a fused weight, for input features `width`."""
+    return (width, width, width, MLP_RATIO * width)[: len(names)]
 
 
 def is_original(shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -84,16 +71,15 @@ def is_diffusers(modules: Iterable[str], base: str) -> bool:
     return "flux.1" in base.lower() or "flux1" in base.lower() or any(module.startswith(last) for module in modules)
 
 
-def to_diffusers(module: str) -> Place | None:
-    """Return where diffusers has a module of the original.
+def to_diffusers(module: str) -> tuple[str, ...]:
+    """Return diffusers' name of a module of the original, or the names of its parts; () where there is none.
 
     >>> to_diffusers("single_blocks.7.modulation.lin")
-    Place(names=('single_transformer_blocks.7.norm.linear',))
+    ('single_transformer_blocks.7.norm.linear',)
     """
     pattern, number = _pattern(module)
-    if pattern in _PLAIN:
-        return Place((_PLAIN[pattern].format(number),))
-    return Place(tuple(name.format(number) for name in _FUSED[pattern])) if pattern in _FUSED else None
+    names = (_PLAIN[pattern],) if pattern in _PLAIN else _FUSED.get(pattern, ())
+    return tuple(name.format(number) for name in names)
 
 
 def to_original(module: str) -> tuple[str, int | None] | None:
@@ -121,11 +107,5 @@ def _pattern(module: str) -> tuple[str, str]:
     return (module[: match.start()] + "{}" + module[match.end() :], match[0]) if match else (module, "")
 
 
-def _parts() -> Iterator[tuple[str, tuple[str, int]]]:
-    for fused, names in _FUSED.items():
-        for part, name in enumerate(names):
-            yield name, (fused, part)
-
-
 _PLAIN_BACK = {ours: theirs for theirs, ours in _PLAIN.items()}
-_FUSED_BACK = dict(_parts())
+_FUSED_BACK = {name: (fused, part) for fused, names in _FUSED.items() for part, name in enumerate(names)}

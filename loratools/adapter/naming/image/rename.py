@@ -25,6 +25,9 @@ _CLIP = re.compile(r"^(text_encoder(?:_[23])?)\.encoder\.layers\.")
 _SAME = ("transformer_blocks.", "img_in", "txt_in", "time_text_embed.", "norm_out.", "proj_out")
 
 
+Parts = Mapping[int, tuple[str, Update]]
+
+
 class Fusing(Protocol):
     """How to take fused projections apart and to fuse them: the functions of `fusing/products.py`, or of `rows.py`."""
 
@@ -65,8 +68,8 @@ def to_diffusers(adapter: Adapter, *, by: Fusing = products) -> Adapter:
         first, _, name = module.partition(".")
         if first == ORIGINAL and (sd := stable_diffusion.to_diffusers(name)):
             updates[f"unet.{sd}"] = update
-        elif first == ORIGINAL and is_flux and (place := flux.to_diffusers(name)):
-            updates |= _apart(module, name, update, place, by)
+        elif first == ORIGINAL and is_flux and (names := flux.to_diffusers(name)):
+            updates |= _apart(module, name, update, names, by)
         else:
             updates[module] = update
     return replace(adapter, updates=updates)
@@ -84,13 +87,9 @@ def to_original(
     adapter = spelled_out(adapter)
     xl = stable_diffusion.is_xl(adapter.updates) if xl is None else xl
     qwen = any(".img_mlp." in module or ".txt_mlp." in module for module in adapter.updates)
-    transformer = [
-        module.removeprefix("transformer.") for module in adapter.updates if module.startswith("transformer.")
-    ]
-    if is_flux is None:
-        is_flux = bool(transformer) and flux.is_diffusers(
-            transformer, (adapter.base.id if adapter.base else None) or ""
-        )
+    transformer = [name for module in adapter.updates if (name := module.removeprefix("transformer.")) != module]
+    base = (adapter.base.id if adapter.base else None) or ""
+    is_flux = bool(transformer) and flux.is_diffusers(transformer, base) if is_flux is None else is_flux
     updates: dict[str, Update] = {}
     fused: dict[str, dict[int, tuple[str, Update]]] = defaultdict(dict)
     for module, update in adapter.updates.items():
@@ -107,32 +106,33 @@ def to_original(
         else:
             updates[module] = update
     for name, parts in fused.items():
-        updates |= _together(name, parts, by)
+        width = next(iter(parts.values()))[1].shape[1]
+        updates |= together(f"{ORIGINAL}.{name}", parts, flux.sizes(flux.to_diffusers(name), width), by)
     return replace(adapter, updates=updates)
 
 
-def _apart(module: str, name: str, update: Update, place: flux.Place, by: Fusing) -> dict[str, Update]:
-    if len(place.names) == 1:
-        return _renamed(module, f"transformer.{place.names[0]}", name, update, by)
+def _apart(module: str, name: str, update: Update, names: Sequence[str], by: Fusing) -> dict[str, Update]:
+    if len(names) == 1:
+        return _renamed(module, f"transformer.{names[0]}", name, update, by)
     try:
-        blocks = by.apart(update, place.sizes(update.shape[1]))
+        blocks = by.apart(update, flux.sizes(names, update.shape[1]))
     except ValueError:
         return {module: update}
-    return {f"transformer.{part}": block for part, block in zip(place.names, blocks, strict=True) if block is not None}
+    return {f"transformer.{part}": block for part, block in zip(names, blocks, strict=True) if block is not None}
 
 
-def _together(name: str, parts: Mapping[int, tuple[str, Update]], by: Fusing) -> dict[str, Update]:
-    place = flux.to_diffusers(name)
-    assert place is not None
-    blocks = [parts[i][1] if i in parts else None for i in range(len(place.names))]
-    width = next(iter(parts.values()))[1].shape[1]
+def together(name: str, parts: Parts, sizes: Sequence[int], by: Fusing) -> dict[str, Update]:
+    """Return the parts of a fused weight as its one update, or under their own names where that cannot be.
+
+    `parts` are (module, update) by their place in the weight, `sizes` the output features of all places.
+    """
+    blocks = [parts[i][1] if i in parts else None for i in range(len(sizes))]
+    apart = dict(parts.values())
     try:
-        sizes = place.sizes(width)
-        if any(block is not None and block.shape[0] != size for block, size in zip(blocks, sizes, strict=True)):
-            raise ValueError("not the sizes of Flux")
-        return {f"{ORIGINAL}.{name}": by.together(blocks, sizes)}
+        fits = all(update.shape[0] == sizes[i] for i, (_, update) in parts.items())
+        return {name: by.together(blocks, sizes)} if fits else apart
     except ValueError:
-        return dict(parts.values())
+        return apart
 
 
 def _renamed(old: str, new: str, original: str, update: Update, by: Fusing) -> dict[str, Update]:
