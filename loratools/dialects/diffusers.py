@@ -4,14 +4,14 @@
 
 The header's `lora_adapter_metadata` is a JSON object of each component's LoraConfig, `unet.r`, `unet.lora_alpha`, …
 Files without it (all before 2025, and most since) have lost their scale: diffusers applies 1.0, or alpha/r where there
-are tensors `….alpha`. Writing uses the current spelling of names.
-
-    names   every spelling since 2023
+are tensors `….alpha`. Reading knows every
+spelling of names since 2023, writing uses the current one.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import IDENTITY, common_losses, update_losses, without
 from loratools.dialects._frame.metadata import metadata_of, settings_with
 from loratools.dialects._frame.numbers import read_number
-from loratools.dialects.diffusers.names import ALPHA, split
 from loratools.dialects.peft.config import PeftConfig
 from loratools.errors import BadFile
 from loratools.format.peft_config import derive_config
@@ -39,6 +38,20 @@ CANNOT = (*IDENTITY, "tensors trained whole", "embeddings", "DoRA on some module
 
 _STEM = "pytorch_lora_weights"
 _KEY = "lora_adapter_metadata"
+_ALPHA_PART = "alpha"
+
+_DOWN_UP = {"down": "lora_A.weight", "up": "lora_B.weight"}
+# Attention processors of 2023 had the projection in the parameter's name, and CLIP's projections had the UNet's names.
+_OUT = {"to_out": "to_out.0"}
+_CLIP = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+_CURRENT = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB])(?:\.(?P<adapter>[^.]+))?\.(?P<what>weight|bias)")
+_MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(?:\.weight)?(?:\.default(?:\.weight)?)?")
+_OLD = re.compile(r"(?P<module>.+?)(?:\.lora\.|\.lora_linear_layer\.|\.lora_)(?P<side>down|up)\.weight")
+_PROCESSOR = re.compile(
+    r"(?P<at>.+)\.(?P<name>to_[qkv]|to_out|add_[kqv]_proj|to_add_out)_lora\.(?P<side>down|up)\.weight"
+)
+_ALPHA = re.compile(r"(?P<module>.+?)(?:\.lora|\.lora_linear_layer)?\.alpha")
 
 
 def detect(listing: Listing) -> Evidence | None:
@@ -47,7 +60,7 @@ def detect(listing: Listing) -> Evidence | None:
     header = listing.header(name) if name else None
     if name is None or header is None:
         return Evidence(60, f"the file is called {name}") if name == f"{_STEM}.bin" else None
-    splits = [at for tensor in header.tensors if (at := split(tensor)) and "." in at[0] and at[1] != ALPHA]
+    splits = [at for tensor in header.tensors if (at := _split(tensor)) and "." in at[0] and at[1] != _ALPHA_PART]
     with_component = sum(1 for module, _ in splits if component(module))
     if _KEY in header.metadata and splits:
         return Evidence(95, f"the header of {name} has {_KEY}, and {len(splits)} tensors have names of diffusers")
@@ -69,10 +82,10 @@ def read(listing: Listing) -> Adapter:
         raise BadFile(f"{listing.path}: no {_STEM}.safetensors or {_STEM}.bin in this folder")
     draft = Draft(listing.path)
     for tensor, lazy in listing.tensors(name).items():
-        module_and_part = split(tensor)
+        module_and_part = _split(tensor)
         if module_and_part is None:
             draft.faults.append(f"{tensor}: no name that diffusers gives to a part of an adapter")
-        elif module_and_part[1] == ALPHA:
+        elif module_and_part[1] == _ALPHA_PART:
             draft.alphas[module_and_part[0]] = read_number(lazy, f"{listing.folder / name}: {tensor}")
         else:
             draft.add(*module_and_part, lazy, tensor)
@@ -141,6 +154,29 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
 def _renamed(adapter: Adapter) -> Adapter:
     """Return the adapter under diffusers' names; one that diffusers wrote without components stays without them."""
     return rename.to_diffusers(adapter if adapter.dialect == "diffusers" else rename.spelled_out(adapter))
+
+
+def _split(name: str) -> tuple[str, str] | None:
+    """Return (module with its component, PEFT's part or `_ALPHA_PART`), or None for a name of no known spelling.
+
+    >>> _split("unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora.up.weight")
+    ('unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0', 'lora_B.weight')
+    >>> _split("text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.down.weight")
+    ('text_encoder.text_model.encoder.layers.0.self_attn.q_proj', 'lora_A.weight')
+    """
+    if match := _PROCESSOR.fullmatch(name):
+        at = match["at"].removesuffix(".processor")
+        names = _CLIP if at.endswith(".self_attn") else _OUT
+        return f"{at}.{names.get(match['name'], match['name'])}", _DOWN_UP[match["side"]]
+    if match := _MAGNITUDE.fullmatch(name):
+        return match["module"], "lora_magnitude_vector"
+    if match := _CURRENT.fullmatch(name):
+        part = f"{match['part']}.{match['what']}"
+    elif match := _OLD.fullmatch(name):
+        part = _DOWN_UP[match["side"]]
+    elif match := _ALPHA.fullmatch(name):
+        part = _ALPHA_PART
+    return (match["module"].replace(".processor", ""), part) if match else None
 
 
 def _file(listing: Listing) -> str | None:
