@@ -155,4 +155,4 @@ __all__ = [
     "verify",
 ]
 
-sources.install("hf://", "loratools.hub.local", "resolve")
+sources.install("hf://", "loratools.hub.pull", "resolve")

@@ -13,6 +13,7 @@ from loratools.adapter.parts import A_EMBEDDING, B_EMBEDDING, BIAS, MAGNITUDE, A
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
+Fault = Callable[[Shapes, int, Mapping[str, Any]], str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class Kind:
     name: str
     clause: str
     required: tuple[frozenset[str], ...]
-    fault: Callable[[Shapes, int, Mapping[str, Any]], str | None]
+    fault: Fault
     optional: frozenset[str] = frozenset()
     layout: Mapping[str, type] | None = None
     """Fields of a layout that the kind REQUIRES; None where it needs no layout."""
@@ -35,18 +36,17 @@ class Kind:
         return any(required <= parts <= required | self.optional for required in self.required)
 
 
-def _linear(shapes: Shapes, rank: int, layout: Mapping[str, Any]) -> str | None:
-    return _factors(shapes[A], shapes[B], rank, 2)
+def _pair(a: str, b: str) -> Fault:
+    return lambda shapes, rank, layout: _factors(shapes[a], shapes[b], rank, 2)
+
+
+_linear, _embedding = _pair(A, B), _pair(A_EMBEDDING, B_EMBEDDING)
 
 
 def _conv(shapes: Shapes, rank: int, layout: Mapping[str, Any]) -> str | None:
     if len(shapes[A]) not in (3, 4, 5):
         return f"A has shape {shapes[A]}, expected (r, in) and one to three kernel sides"
     return _factors(shapes[A], shapes[B], rank, len(shapes[A]))
-
-
-def _embedding(shapes: Shapes, rank: int, layout: Mapping[str, Any]) -> str | None:
-    return _factors(shapes[A_EMBEDDING], shapes[B_EMBEDDING], rank, 2)
 
 
 def _experts(shapes: Shapes, rank: int, layout: Mapping[str, Any]) -> str | None:

@@ -1,12 +1,11 @@
 """The only place that touches the network; nothing here is imported before a Hub is asked for.
 
     refs      hf://org/name[@revision][/file]
-    local     a reference becomes a local path; `loratools.storage.sources` calls it
     client    `Hub`: reads that are retried and checked, refusals in the user's words
     faults    which failures pass, how long to wait, and what to say of those that stay
     files     which files of a repository an adapter, or a model, is made of
     headers   a folder of headers alone, fetched by range requests
-    pull      a repository becomes a folder, whole or not at all
+    pull      a repository becomes a folder, whole or not at all; a reference becomes a local path
     stream    a model is sent while it is being made
     upload    files become one commit, whatever gets lost on the way
     subject   what is pushed, opened and checked

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +18,8 @@ from loratools.format import validate
 from loratools.format.manifest import ORIGIN
 from loratools.hub import faults, files
 from loratools.hub.client import Hub, RemoteFile, quiet
-from loratools.hub.headers import choose, schema_of
-from loratools.hub.refs import Ref, is_plain, repository
+from loratools.hub.headers import choose, headers_of, schema_of
+from loratools.hub.refs import Ref, is_plain, parse, repository
 from loratools.parallel import Progress
 from loratools.storage import atomic, digest
 from loratools.storage.checkpoint import Checkpoint
@@ -162,7 +162,21 @@ def fetch(
     )
 
 
-def cached(hub: Hub, ref: Ref, need: Need, watch: Watch) -> Path:
+def resolve(reference: str, need: Need, watch: Watch, folder: Callable[[], Path], *, token: str | None = None) -> Path:
+    """Return a local path of what a reference to the Hub names; `loratools.storage.sources` calls this.
+
+    `adapter` and `checkpoint` are downloaded to the cache of huggingface_hub, each file checked against the Hub's own
+    digest; `watch` shows the progress of that. For `header`, headers and small JSON files are fetched by range
+    requests into the folder that `folder` makes. `token` is by default that of huggingface_hub (HF_TOKEN, `hf auth
+    login`).
+
+    Raises `HubError`, and `BadFile` for a reference that is none.
+    """
+    ref, hub = parse(reference), Hub(token=token)
+    return headers_of(hub, ref, folder()) if need == "header" else _cached(hub, ref, need, watch)
+
+
+def _cached(hub: Hub, ref: Ref, need: Need, watch: Watch) -> Path:
     """Return the folder in huggingface_hub's cache that has what is needed of `ref`, or the file that it names.
 
     Offline (HF_HUB_OFFLINE) what the cache has is taken.

@@ -66,7 +66,6 @@ class Uploader:
 
     def __init__(self, hub: Hub, target: Target, *, private: bool = False) -> None:
         self.hub, self.unchanged = hub, 0
-        self.sent: dict[str, int] = {}
         self._operations: list[Any] = []
         self._digests: dict[str, tuple[str, str | None]] = {}
         self._removed: set[str] = set()
@@ -149,7 +148,6 @@ class Uploader:
         # Storage is addressed by content: what was sent twice is there once.
         upload = partial(self.hub.api.preupload_lfs_files, revision=target.revision, create_pr=target.create_pr)
         self.hub.read(lambda: upload(target.repo, [operation]), target.repo, target.revision)
-        self.sent[name] = operation.upload_info.size
         self._operations.append(operation)
 
     def _landed(self, known: dict[str, str]) -> Committed | None:

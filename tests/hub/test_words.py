@@ -8,7 +8,7 @@ from huggingface_hub import constants
 
 from loratools.errors import HubError
 from loratools.hub.client import Hub
-from loratools.hub.local import resolve
+from loratools.hub.pull import resolve
 from loratools.storage.sources import local
 from tests.hub.server import LocalHub
 from tests.hub.server.client import environment

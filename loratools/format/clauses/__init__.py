@@ -92,10 +92,10 @@ _SHORT = Repr()
 _SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist, _SHORT.maxstring = 2, 3, 3, 60
 
 
-POSITIVE: Form = (lambda value: natural(value, 1), "a positive integer")
-FINITE: Form = (number, "a finite number")
+COUNT: Form = (lambda value: natural(value, 1), "a positive integer")
+REAL: Form = (number, "a finite number")
 TEXT: Form = (text, "a non-empty string")
-SWITCH: Form = (lambda value: isinstance(value, bool), "true or false")
+FLAG: Form = (lambda value: isinstance(value, bool), "true or false")
 
 
 class Chapter(dict[str, Check]):

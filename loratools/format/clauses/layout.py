@@ -9,7 +9,7 @@ from typing import Any
 
 from loratools.adapter.naming.compact import suffixes
 from loratools.adapter.parts import BIAS, MAGNITUDE
-from loratools.format.clauses import POSITIVE, SWITCH, Chapter, Fault, Form, Subject, number, shown
+from loratools.format.clauses import COUNT, FLAG, Chapter, Fault, Form, Subject, number, shown
 from loratools.format.manifest import unmatched
 
 CHAPTER = Chapter()
@@ -34,11 +34,11 @@ _OBJECT: Form = (lambda value: isinstance(value, dict), "an object")
 _NAMES: Form = (lambda value: isinstance(value, list) and len(_strings(value)) == len(value), "a list of strings")
 _TYPES: Mapping[str, Form] = {
     "peft_type": (lambda value: value == "LORA", "LORA"),
-    "r": POSITIVE,
+    "r": COUNT,
     "lora_alpha": (number, "a number"),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), _or_none(_OBJECT)),
     **dict.fromkeys(("modules_to_save", "target_parameters"), _or_none(_NAMES)),
-    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), _or_none(SWITCH)),
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), _or_none(FLAG)),
     "bias": (lambda value: isinstance(value, str), "a string"),
 }
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 from loratools.errors import BadFile
 from loratools.format.clauses import (
-    FINITE,
-    POSITIVE,
-    SWITCH,
+    COUNT,
+    FLAG,
+    REAL,
     TEXT,
     Chapter,
     Fault,
@@ -22,8 +21,8 @@ from loratools.format.clauses import (
     number,
     shown,
     text,
-)  # fmt: skip
-from loratools.format.manifest import canonical, is_path, unmatched, unused
+)
+from loratools.format.manifest import canonical, is_path, unmatched, unused, usual
 from loratools.format.registry import KINDS
 from loratools.storage import digest
 
@@ -35,7 +34,7 @@ _PATH = re.compile(r"[^.\x00-\x1f\x7f]+(\.[^.\x00-\x1f\x7f]+)*")
 
 
 @CHAPTER.clause("M-02")
-def canonicaltext(subject: Subject) -> Iterator[Fault]:
+def canonical_text(subject: Subject) -> Iterator[Fault]:
     """Compare the text with the canonical one (RFC 8785)."""
     try:
         canon = canonical(subject.manifest)
@@ -50,14 +49,13 @@ def canonicaltext(subject: Subject) -> Iterator[Fault]:
 def _usual(subject: Subject, field: str, form: Form) -> Iterator[Fault]:
     """Check a field that is the value which most modules have, the smallest of them on a tie."""
     (formed, expected), value = form, subject.manifest.get(field)
-    values = [entry.get(field) for _, entry in subject.entries()]
+    values: list[Any] = [entry.get(field) for _, entry in subject.entries()]
     if not formed(value):
         yield field, f"expected {expected}, found {shown(value)}"
     elif values and all(map(formed, values)):
-        counts: Counter[Any] = Counter(values)
-        usual = min(counts, key=lambda candidate: (-counts[candidate], candidate))
-        if value != usual:
-            yield field, f"is {shown(value)}, but most modules have {shown(usual)}"
+        most = usual(values)
+        if value != most:
+            yield field, f"is {shown(value)}, but most modules have {shown(most)}"
 
 
 def _stated(subject: Subject, field: str, form: Form, default: Any = None) -> Iterator[Fault]:
@@ -78,7 +76,7 @@ def _sorted_names(value: Any) -> bool:
     return isinstance(value, list) and all(map(text, value)) and value == sorted(set(value))
 
 
-_LAYOUT: Mapping[type, Form] = {bool: SWITCH, int: POSITIVE, str: TEXT}
+_LAYOUT: Mapping[type, Form] = {bool: FLAG, int: COUNT, str: TEXT}
 _NAMES: Form = (_sorted_names, "a sorted list of different non-empty strings")
 _OBJECT: Form = (lambda value: isinstance(value, dict), "an object")
 _OBJECTS: Form = (
@@ -86,12 +84,12 @@ _OBJECTS: Form = (
     "an object of objects",
 )
 CHAPTER |= {
-    "M-04": partial(_usual, field="rank", form=POSITIVE),
-    "M-05": partial(_usual, field="alpha", form=FINITE),
+    "M-04": partial(_usual, field="rank", form=COUNT),
+    "M-05": partial(_usual, field="alpha", form=REAL),
     "M-06": partial(_stated, field="target_modules", form=_NAMES),
-    "M-12": partial(_each, field="rank", form=POSITIVE),
-    "M-13": partial(_each, field="alpha", form=FINITE),
-    "M-14": partial(_each, field="scaling", form=FINITE),
+    "M-12": partial(_each, field="rank", form=COUNT),
+    "M-13": partial(_each, field="alpha", form=REAL),
+    "M-14": partial(_each, field="scaling", form=REAL),
     "M-19": partial(_stated, field="replacements", form=_OBJECTS, default={}),
     "M-23": partial(_stated, field="settings", form=_OBJECT, default={}),
 }
