@@ -27,7 +27,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 
 def _or_none(form: Form) -> Form:
-    return lambda value: value is None or form[0](value), form[1]
+    return (lambda value: value is None or form[0](value)), form[1]
 
 
 _OBJECT: Form = (lambda value: isinstance(value, dict), "an object")

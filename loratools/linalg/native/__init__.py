@@ -14,12 +14,11 @@ import ctypes
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
 
-    Array = np.ndarray[Any, np.dtype[Any]]
+Array = np.ndarray[Any, np.dtype[Any]]
 
 LIBRARY = Path(__file__).with_name("librows.so")
 LANES = 32  # as in rows.c, both
@@ -86,8 +85,6 @@ def products(left: Array, right: Array, factor: Array, scale: Array, magnitude: 
     `factor` is in float32, `scale` and the `magnitude` of each row, if any, in float64. Raises `ValueError` for arrays
     that do not go together.
     """
-    import numpy as np
-
     rank, columns = right.shape
     shapes = [left.shape, factor.shape, scale.shape, *([] if magnitude is None else [magnitude.shape])]
     wanted = [(len(left), rank), (len(left), rank), (rank,), (len(left),)]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from loratools.linalg.ranks import budget
+from loratools.linalg.ranks.noise import AboveNoise
+from loratools.linalg.ranks.rules import Bounded, Fixed, RankRule, bounded, check_bounds
 from loratools.options import Options
-
-if TYPE_CHECKING:
-    from loratools.linalg.ranks.rules import RankRule
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -33,8 +33,6 @@ class Ranks:
     multiple_of: int = 1
 
     def __post_init__(self) -> None:
-        from loratools.linalg.ranks.rules import check_bounds
-
         checked = Options()
         checked.flag("noise", self.noise)
         checked.flag("uniform", self.uniform)
@@ -50,7 +48,6 @@ class Ranks:
     @classmethod
     def of(cls, ranks: Ranks | int) -> Ranks:
         """Return `ranks` itself, or for a number that rank everywhere; raise `ValueError` for anything else."""
-        from loratools.linalg.ranks.rules import Fixed
 
         if isinstance(ranks, Ranks):
             return ranks
@@ -66,8 +63,6 @@ class Ranks:
 
     def first(self, shapes: Shapes, edge: float) -> RankRule:
         """Return the rule of the first look at a layer; `edge` is the noise edge of its fine-tuned weight."""
-        from loratools.linalg.ranks.noise import AboveNoise
-        from loratools.linalg.ranks.rules import Bounded, Fixed
 
         if self.budget is not None:
             # Twice the uniform rank shows most layers as much as they will get; `decide` names those that need more.
@@ -83,8 +78,6 @@ class Ranks:
         `known` says for each layer that no more singular values exist, or may be used. A layer that would take all it
         was shown may deserve more.
         """
-        from loratools.linalg.ranks import budget
-        from loratools.linalg.ranks.rules import bounded
 
         if self.budget is not None and self.uniform:
             spread = budget.uniform(spectra, shapes, self.budget, multiple_of=self.multiple_of)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from loratools.storage import dtypes
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    Array = np.ndarray[Any, np.dtype[Any]]
+Array = np.ndarray[Any, np.dtype[Any]]
 
 SERVED = frozenset({"BF16", "F16", "F32"})
 INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
@@ -18,15 +17,11 @@ INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 
 def numpy_dtype(dtype: str) -> Any:
     """Return the NumPy dtype that holds a stored one; BF16 as its bits."""
-    import numpy as np
-
     return {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}[dtype]
 
 
 def exactly(values: Array, dtype: str) -> Array:
     """Return stored values as numbers; BF16 from its bits."""
-    import numpy as np
-
     return (values.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else values
 
 
@@ -38,8 +33,6 @@ class Buffers:
 
     def of(self, name: str, elements: int, dtype: Any) -> Array:
         """Return an array of so many elements under a name; what it held is lost."""
-        import numpy as np
-
         nbytes = elements * np.dtype(dtype).itemsize
         held = self._held.get(name)
         if held is None or len(held) < nbytes:
@@ -53,8 +46,6 @@ def largest(values: Array, buffers: Buffers) -> int:
 
     `values` is 2-dimensional and contiguous, BF16 as its bits.
     """
-    import numpy as np
-
     bits: Array = values.view({2: np.uint16, 4: np.uint32}[values.dtype.itemsize])
     scratch = buffers.of("magnitudes", bits.size, bits.dtype).reshape(bits.shape)
     return int(np.bitwise_and(bits, np.iinfo(bits.dtype).max >> 1, out=scratch).max())
@@ -68,15 +59,11 @@ def bytes_of(values: Array) -> memoryview:
 
 def unsigned(dtype: str) -> Any:
     """Return the NumPy dtype of the bits of a float dtype (safetensors name)."""
-    import numpy as np
-
     return np.dtype(f"<u{dtypes.bits(dtype) // 8}")
 
 
 def widen(bits: Array, dtype: str, work: Any) -> Array:
     """Return bits as numbers in `work`, float32 or float64, in memory of their own."""
-    import numpy as np
-
     if dtype == "BF16":
         return (bits.astype(np.uint32) << 16).view(np.float32).astype(work, copy=False)
     return bits.view(f"<f{bits.itemsize}").astype(work)
@@ -84,8 +71,6 @@ def widen(bits: Array, dtype: str, work: Any) -> Array:
 
 def narrow(values: Array, dtype: str) -> Array:
     """Return numbers rounded to nearest even, as bits; what is float64 goes to BF16 by way of float32."""
-    import numpy as np
-
     if dtype != "BF16":
         with np.errstate(over="ignore"):
             return values.astype(f"<f{dtypes.bits(dtype) // 8}").view(unsigned(dtype))
