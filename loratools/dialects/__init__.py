@@ -230,16 +230,12 @@ def save_adapter(
     if path.suffix in WEIGHTS and path.suffix not in writer.FILES:
         written = " or ".join((*writer.FILES, "a folder"))
         raise OutputRefused(f"{path}: the dialect {dialect} does not write {path.suffix} files; it writes {written}")
-    _check_not_input(adapter, path)
-    writer.write(adapter, path, force=force)
-    return losses
-
-
-def _check_not_input(adapter: Adapter, path: Path) -> None:
     output = path.resolve()
     files = {lazy.file.resolve() for lazy in adapter.tensors().values() if lazy.file}
     if any(file == output or output in file.parents for file in files):
         raise OutputRefused(f"{path} is also an input", hint="Choose another output.")
+    writer.write(adapter, path, force=force)
+    return losses
 
 
 def _unknown(listing: Listing) -> UnknownKind:

@@ -49,13 +49,10 @@ def detect(listing: Listing) -> Evidence | None:
     if header is None:
         return None
     count = sum(1 for tensor in header.tensors if tensor.endswith((".lora_a", ".lora_b")))
-    if not count:
-        return None
     seen = f"{count} of the tensors in {name} end in lora_a or lora_b"
-    config = listing.json(_CONFIG) or {}
-    if "lora_parameters" in config:
+    if count and "lora_parameters" in (listing.json(_CONFIG) or {}):
         return Evidence(90, f"{_CONFIG} has lora_parameters, and {seen}")
-    return Evidence(60, seen)
+    return Evidence(60, seen) if count else None
 
 
 def read(listing: Listing) -> Adapter:

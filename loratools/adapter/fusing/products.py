@@ -99,9 +99,8 @@ def swapped(update: Update) -> Update:
     parts = dict(update.parts)
     for part in (B, BIAS, MAGNITUDE):
         if part in parts:
-            parts[part] = factors.joined([
-                factors.rows(parts[part], half, 2 * half), factors.rows(parts[part], 0, half),
-            ])  # fmt: skip
+            upper, lower = factors.rows(parts[part], 0, half), factors.rows(parts[part], half, 2 * half)
+            parts[part] = factors.joined([lower, upper])
     built: Update = kinds.get(update.kind).build(parts, update.scaling, update.alpha)
     return built
 

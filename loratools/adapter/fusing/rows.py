@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from loratools.adapter import factors
@@ -142,10 +143,9 @@ def apart(update: Update, sizes: Sequence[int]) -> list[Update | None]:
     source = update.by_rows
     if source is None or len(update.shape) != 2 or update.shape[0] != sum(sizes):
         raise ValueError(f"no update of kind {update.kind} can be divided so")
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return [
-        Part(source, start, start + size, update.kind, update.scaling, update.alpha)
-        for start, size in zip(starts, sizes, strict=True)
+        Part(source, stop - size, stop, update.kind, update.scaling, update.alpha)
+        for size, stop in zip(sizes, accumulate(sizes), strict=True)
     ]
 
 

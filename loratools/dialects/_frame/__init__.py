@@ -1,7 +1,7 @@
 """What dialects are made of.
 
 listing    what lies at a path: file names, headers and small JSON files, read when a dialect asks for them
-build      from a file's tensors, sorted by module and part, to the updates of an adapter
+build      a draft of what is read: tensors sorted by module and part, made into the updates of an adapter
 losses     what foreign layouts commonly cannot say of an adapter
 metadata   the header entries of a file, which stay with an adapter from reading to writing
 numbers    single numbers in a file: alphas that are read, scalings that one value must stand for

@@ -163,9 +163,8 @@ def _layout(fields: Mapping[str, Any], listing: Listing, path: Path) -> Layout:
     if of_base:
         raise BadFile(f"{path}: its architecture is {architecture!r}, that of the base {of_base.architecture!r}")
     heads, kv_heads = (fields.get(f"{architecture}.attention.{key}") for key in ("head_count", "head_count_kv"))
-    return Layout(
-        str(architecture), heads if isinstance(heads, int) else None, kv_heads if isinstance(kv_heads, int) else None
-    )
+    heads, kv_heads = (count if isinstance(count, int) else None for count in (heads, kv_heads))
+    return Layout(str(architecture), heads, kv_heads)
 
 
 def _modules_of(listing: Listing, architecture: str) -> dict[Place, str]:

@@ -61,10 +61,8 @@ def detect(listing: Listing) -> Evidence | None:
         return None
     module = header.metadata.get("ss_network_module")
     trainer = f"the header of {name} names {module}, and " if module else ""
-    return Evidence(
-        90 if module else 75,
-        f"{trainer}{len(flattened_names)} tensors have flattened names, such as {flattened_names[0]}",
-    )
+    flat = f"{len(flattened_names)} tensors have flattened names, such as {flattened_names[0]}"
+    return Evidence(90 if module else 75, trainer + flat)
 
 
 def read(listing: Listing) -> Adapter:

@@ -24,7 +24,7 @@ from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import read_only
 from loratools.dialects._frame.numbers import is_number
 from loratools.dialects.megatron import nemo
-from loratools.dialects.megatron.names import FC1, Place, Shape, place
+from loratools.dialects.megatron.names import FC1, Shape, place
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.storage.lazy import LazyTensor
 
@@ -67,7 +67,7 @@ def read(listing: Listing) -> Adapter:
     for name, lazy in tensors.items():
         at = place(name)
         if at is not None:
-            fused.setdefault((at.block, at.projection), {})[_FACTORS[at.factor]] = lazy
+            fused.setdefault(at[:2], {})[_FACTORS[at[2]]] = lazy
         elif not name.endswith("_extra_state"):
             strangers.append(name)
     if strangers:
@@ -83,7 +83,7 @@ def read(listing: Listing) -> Adapter:
     draft = Draft(listing.path)
     for (block, projection), parts in fused.items():
         try:
-            for name, part, lazy in _apart(Place(block, projection, ""), parts, shape):
+            for name, part, lazy in _apart(projection, parts, shape):
                 draft.add(f"{block}.{name}", part, lazy, f"{block}.{projection}")
         except LookupError as error:
             draft.unknown.append(f"{block}.{projection}: {error.args[0]}")
@@ -105,13 +105,11 @@ def read(listing: Listing) -> Adapter:
 losses, write = read_only("files of Megatron and NeMo are only read here; their own tools import PEFT (--to peft)")
 
 
-def _apart(at: Place, parts: Mapping[str, LazyTensor], shape: Shape) -> list[tuple[str, str, LazyTensor]]:
+def _apart(projection: str, parts: Mapping[str, LazyTensor], shape: Shape) -> list[tuple[str, str, LazyTensor]]:
     """Return (projection, PEFT's part, tensor) for each of transformers' projections in one of Megatron's."""
     if missing := sorted({A, B} - parts.keys()):
         raise ValueError(f"no {'linear_in' if missing[0] == A else 'linear_out'}, while its partner is there")
-    if not at.fused:
-        return [(at.projection, part, lazy) for part, lazy in parts.items()]
-    rows = {part: shape.apart(at.projection, lazy) for part, lazy in parts.items() if part != A}
+    rows = {part: shape.apart(projection, lazy) for part, lazy in parts.items() if part != A}
     return [
         entry
         for name in rows[B]

@@ -42,31 +42,17 @@ _PARTS: Mapping[tuple[str, str], str] = {
 _HOMES = {"self_attention": "self_attn", "mlp": "mlp"}
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a tensor belongs: the block of transformers' model, the projection (perhaps a fused one), the factor."""
+def place(name: str) -> tuple[str, str, str] | None:
+    """Return where a tensor belongs: the block of transformers' model, the projection (perhaps fused), the factor.
 
-    block: str
-    projection: str
-    factor: str
-
-    @property
-    def fused(self) -> bool:
-        """Whether several of transformers' projections are in it."""
-        return self.projection in (QKV, FC1)
-
-
-def place(name: str) -> Place | None:
-    """Return where a tensor belongs; None for a name that Megatron does not give to adapters of known layers.
+    None for a name that Megatron does not give to adapters of known layers.
 
     >>> place("module.decoder.layers.3.self_attention.linear_qkv.adapter.linear_in.weight")
-    Place(block='model.layers.3.self_attn', projection='qkv', factor='linear_in.weight')
+    ('model.layers.3.self_attn', 'qkv', 'linear_in.weight')
     """
     match = _NAME.fullmatch(name)
     projection = _PARTS.get((match[2], match[3])) if match else None
-    if match is None or projection is None:
-        return None
-    return Place(f"model.layers.{match[1]}.{_HOMES[match[2]]}", projection, match[4])
+    return (f"model.layers.{match[1]}.{_HOMES[match[2]]}", projection, match[4]) if match and projection else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +65,12 @@ class Shape:
     gated: bool | None = None
 
     def apart(self, projection: str, lazy: LazyTensor) -> dict[str, LazyTensor]:
-        """Return the rows of each projection in a fused one.
+        """Return the rows of each projection in one that may be fused.
 
         Raises `LookupError` where the model is not known well enough, `ValueError` where the rows do not fit it.
         """
+        if projection not in (QKV, FC1):
+            return {projection: lazy}
         return self._qkv(lazy) if projection == QKV else self._fc1(lazy)
 
     def _qkv(self, lazy: LazyTensor) -> dict[str, LazyTensor]:

@@ -22,7 +22,7 @@ from typing import Any
 from loratools.adapter import kinds
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, Loss
-from loratools.dialects._frame.build import build_all, check_faults, check_read, some
+from loratools.dialects._frame.build import build_all, check_faults, check_gathered, check_read, some
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import record_losses
 from loratools.dialects.peft import checks
@@ -77,7 +77,7 @@ def read(listing: Listing) -> Adapter:
             f"{path}: no such file, and without it the scaling is unknown",
             hint=f"Put the {_CONFIG} that was saved with {_files(listing)[0]} beside it.",
         )
-    checks.check_gathered(listing.path, tensors)
+    check_gathered(listing.path, tensors, checks.is_flat)
     config = PeftConfig.parse(document, path, initial=listing.initial)
     groups = group(tensors, biases=config.fields.get("bias", "none") != "none")
     updates, unsupported, faults = _build(groups, config)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from pathlib import Path
 
-from loratools.dialects._frame import build
 from loratools.dialects.peft.config import PeftConfig
 from loratools.dialects.peft.names import Groups, unwrap
 from loratools.format import keys
@@ -16,13 +13,9 @@ _PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embeddi
 _FACTOR = re.compile(r"\.lora_[AB]\.([^.]+\.)?weight$")
 
 
-def check_gathered(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """Raise `BadFile` if tensors are empty, or flat where a factor has rows and columns: a save of one rank's share."""
-    build.check_gathered(
-        path,
-        tensors,
-        lambda name, lazy: "_flat_param" in name or (len(lazy.shape) == 1 and _FACTOR.search(unwrap(name)) is not None),
-    )
+def is_flat(name: str, lazy: LazyTensor) -> bool:
+    """Tell whether a tensor is flat where a factor has rows and columns, as in a save of one rank's share."""
+    return "_flat_param" in name or (len(lazy.shape) == 1 and _FACTOR.search(unwrap(name)) is not None)
 
 
 def faults(groups: Groups, config: PeftConfig) -> list[str]:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from loratools.adapter.model import BaseIdentity
@@ -48,12 +49,8 @@ def _ranges(value: Any) -> bool:
     return pairs and sum(stop - start for start, stop in value) <= _LAYERS
 
 
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _switch(value: Any) -> bool:
-    return isinstance(value, bool)
+def _is(kind: type | UnionType) -> Test:
+    return lambda value: isinstance(value, kind)
 
 
 def _set(value: Any) -> bool:
@@ -73,17 +70,17 @@ _TYPES: dict[str, tuple[Test, str]] = {
     "layers_to_transform": (_one_or_list(int), "layer numbers"),
     "layers_pattern": (_one_or_list(str), "names"),
     "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
-    "init_lora_weights": (lambda value: isinstance(value, bool | str), "true, false or a name"),
+    "init_lora_weights": (_is(bool | str), "true, false or a name"),
     "trainable_token_indices": (
         lambda value: _indices(value) or _map_to(_indices)(value),
         "token indices, or names to token indices",
     ),
-    "auto_mapping": (lambda value: isinstance(value, dict), "an object"),
+    "auto_mapping": (_is(dict), "an object"),
     "layer_replication": (_ranges, f"pairs [start, stop] of layers, {_LAYERS} at most in all"),
     "lora_dropout": (is_number, "a number"),
-    **dict.fromkeys(("base_model_name_or_path", "revision", "task_type", "peft_type"), (_text, "a string")),
+    **dict.fromkeys(("base_model_name_or_path", "revision", "task_type", "peft_type"), (_is(str), "a string")),
 } | dict.fromkeys(
-    ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying"), (_switch, "a switch")
+    ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying"), (_is(bool), "a switch")
 )
 
 _PATTERNS = ("rank_pattern", "alpha_pattern")

@@ -44,7 +44,7 @@ _READ_ALIKE = rf"(?:\(\?i\))?(?:{_PART})*+"
 _BY_TABLE = re.compile(r"\\[dDwWsSbB]|^\(\?i\)")
 
 # A key of a pattern that is a name: each character means itself, and a dot any character.
-_NAME = re.compile(r"(\^?(?:\\[^a-zA-Z0-9\n]|[^\\^$*+?{}\[\]|()\n])*)\$?")
+_NAME = re.compile(r"(\^?)((?:\\[^a-zA-Z0-9\n]|[^\\^$*+?{}\[\]|()\n])*)\$?")
 _SEGMENT = re.compile(r"[\w-]+")
 _ESCAPED_OR_DOT = re.compile(r"\\(.)|\.")
 _ANY = "\n"  # what stands for any character; no name of a module has it
@@ -126,7 +126,7 @@ class PatternKeys:
 
     def __init__(self, keys: Iterable[str], field: str, config: ConfigFile) -> None:
         self._keys = tuple(keys)
-        self._names: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}
+        self._names: dict[tuple[bool, int], dict[tuple[int, ...], dict[str, int]]] = {}
         self._first: dict[str, str | None] = {}
         self._expressions = [
             (position, Expression(rf"(.*\.)?({key})$", field, config, whole=False))
@@ -144,8 +144,8 @@ class PatternKeys:
         if "\n" in module:
             raise UnsupportedAdapter(f"a module name with a line break in it: {module[:80]!r}")
         best = len(self._keys)
-        for name in (f"^{module}", *suffixes(module)):
-            for dots, positions in self._names.get(len(name), {}).items():
+        for anchored, name in ((True, module), *((False, suffix) for suffix in suffixes(module))):
+            for dots, positions in self._names.get((anchored, len(name)), {}).items():
                 best = min(best, positions.get(_without(name, dots), best))
         earlier = (i for i, expression in self._expressions if i < best and expression.matches(module))
         best = next(earlier, best)
@@ -156,9 +156,9 @@ class PatternKeys:
         match = _NAME.fullmatch(key)
         if match is None or len(key) > MAX_PATTERN:
             return False
-        name = _ESCAPED_OR_DOT.sub(lambda character: character[1] or _ANY, match[1])
+        name = _ESCAPED_OR_DOT.sub(lambda character: character[1] or _ANY, match[2])
         dots = tuple(i for i, character in enumerate(name) if character == _ANY)
-        shapes = self._names.setdefault(len(name), {})
+        shapes = self._names.setdefault((bool(match[1]), len(name)), {})
         if dots not in shapes and len(shapes) == _MOST_SHAPES:
             return False
         shapes.setdefault(dots, {}).setdefault(name, position)

@@ -107,13 +107,11 @@ def uniform(adapter: Adapter) -> Adapter:
     """Return all updates with the largest rank, filled up by zeros, and the most common scaling; B takes the ratio."""
     rank = max(update.rank for update in adapter.updates.values())
     scaling = most_common(update.scaling for update in adapter.updates.values())
-    updates: dict[str, Update] = {}
+    build, updates = kinds.get("lora").build, {}
     for module, update in adapter.updates.items():
-        parts = {
-            A: factors.padded(update.parts[A], 0, rank),
-            B: factors.padded(factors.scaled(update.parts[B], update.scaling / scaling), 1, rank),
-        }
-        updates[module] = kinds.get("lora").build(parts, scaling, scaling * rank)
+        b = factors.scaled(update.parts[B], update.scaling / scaling)
+        parts = {A: factors.padded(update.parts[A], 0, rank), B: factors.padded(b, 1, rank)}
+        updates[module] = build(parts, scaling, scaling * rank)
     return replace(adapter, updates=updates)
 
 

@@ -121,7 +121,7 @@ def test_letters_whose_class_is_a_matter_of_tables() -> None:
 def test_the_first_key_is_that_of_python() -> None:
     """Names with and without escapes and anchors, dots that stand for other characters, and expressions among them."""
     chance, true = random.Random(1), 0
-    names = ["a.b", "a_b", "x.a.b", "a.1.b", "x.a_b", "b", "axb", "a.b.b", "x-y.b"]
+    names = ["a.b", "a_b", "x.a.b", "a.1.b", "x.a_b", "b", "axb", "a.b.b", "x-y.b", ".b", ".a.b", "^b"]
     makers = (
         lambda name: name,
         re.escape,
