@@ -306,7 +306,7 @@ def test_delta_weights_are_those_of_lycoris(tmp_path: Path, options: dict[str, A
 def test_diffusers_loads_what_is_written(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     from tests.dialects import pipelines
-    from tests.dialects.diffusers.test_diffusers import compare, dense
+    from tests.dialects.test_diffusers import compare, dense
 
     pipe = pipelines.pipeline("sd")
     found = {}
@@ -343,7 +343,7 @@ def test_a_file_that_diffusers_turned_into_kohya_names(tmp_path: Path) -> None:
     from peft.utils import get_peft_model_state_dict
 
     from tests.dialects import pipelines
-    from tests.dialects.diffusers.test_diffusers import compare, dense
+    from tests.dialects.test_diffusers import compare, dense
 
     model = pipelines.unet()
     pipelines.train(model, ["to_q", "to_out.0"])
