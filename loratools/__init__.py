@@ -125,34 +125,10 @@ else:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Adapter",
-    "BaseIdentity",
-    "Checkpoint",
-    "LoraToolsError",
-    "MergeOptions",
-    "__version__",
-    "certify",
-    "combine",
-    "compare",
-    "convert",
-    "extract",
-    "extract_svd",
-    "hash",
-    "hash_checkpoint",
-    "inspect",
-    "list_dialects",
-    "merge",
-    "open_adapter",
-    "pull",
-    "push",
-    "resize",
-    "run_demo",
-    "save_adapter",
-    "spectrum",
-    "switch",
-    "unmerge",
-    "validate",
-    "verify",
-]
+    "Adapter", "BaseIdentity", "Checkpoint", "LoraToolsError", "MergeOptions", "__version__", "certify", "combine",
+    "compare", "convert", "extract", "extract_svd", "hash", "hash_checkpoint", "inspect", "list_dialects", "merge",
+    "open_adapter", "pull", "push", "resize", "run_demo", "save_adapter", "spectrum", "switch", "unmerge",
+    "validate", "verify",
+]  # fmt: skip
 
 sources.install("hf://", "loratools.hub.pull", "resolve")

@@ -180,6 +180,29 @@ def test_every_function_takes_every_kind_of_input(
     assert "loratools-headers" not in capfd.readouterr().err
 
 
+def test_an_opened_value_where_none_can_be_is_refused_in_a_sentence(workplace: Path, tmp_path: Path) -> None:
+    adapter: Any = loratools.open_adapter(workplace / "adapter")
+    model: Any = loratools.Checkpoint.open(workplace / "base")
+    out = tmp_path / "out"
+    calls: list[tuple[Callable[..., Any], tuple[Any, ...], str]] = [
+        (loratools.validate, (adapter,), "Adapter"), (loratools.push, (adapter, "lab/adapter"), "Adapter"),
+        (loratools.hash, (adapter,), "Adapter"), (loratools.spectrum, (model,), "Checkpoint"),
+        (loratools.compare, (adapter, model), "Checkpoint"), (loratools.merge, (adapter, adapter, out), "Adapter"),
+        (loratools.merge, (model, model, out), "Checkpoint"), (loratools.merge, (model, [model], out), "Checkpoint"),
+        (loratools.verify, (model, model, model), "Checkpoint"), (loratools.convert, (model, out), "Checkpoint"),
+        (loratools.unmerge, (workplace / "merged", model, out), "Checkpoint"),
+        (loratools.switch, (workplace / "merged", adapter, model, out), "Checkpoint"),
+        (loratools.combine, (model, out), "Checkpoint"), (loratools.combine, ([model], out), "Checkpoint"),
+        (loratools.resize, (model, out, 2), "Checkpoint"), (loratools.extract_svd, (adapter, model, out, 2), "Adapter"),
+        (loratools.certify, (model, model, model), "Checkpoint"), (loratools.Checkpoint.open, (adapter,), "Adapter"),
+        (loratools.open_adapter, (model,), "Checkpoint"), (loratools.inspect, (3,), "int"),
+    ]  # fmt: skip
+    for function, arguments, kind in calls:
+        with pytest.raises(loratools.LoraToolsError, match=rf"^expected a path or a reference .*, found {kind}$"):
+            function(*arguments)
+    assert not out.exists()
+
+
 def test_folders_of_headers_go_away(
     hub: LocalHub, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,20 +46,13 @@ def lines(certification: Certification) -> Iterator[str]:
     yield from table(certification.layers)
     yield ""
     sums = certification.total
-    rows = [
+    better, lost = max(sums.excess, 0.0), certification.uncovered_energy
+    yield from show.fields(
         ("layers", f"{sums.layers}, {show.exact(sums.parameters)} parameters"),
         ("captured", f"{sums.captured:.2%} of the energy of these layers"),
-        ("error", f"{sums.error:.4g} of the change; factors of the same ranks can be better by {_gap(sums.excess)}"),
+        ("error", f"{sums.error:.4g} of the change; factors of the same ranks can be better by {better:.1e} of it"),
         ("whole", f"{len(certification.whole)} other changed tensors are replaced by the adapter"),
-        (
-            "uncovered",
-            f"{len(certification.uncovered)} changed tensors, {certification.uncovered_energy:.2%} of the whole change",
-        ),
-    ]
-    rows += [("", f"{name}: |dW| = {show.number(norm)}") for name, norm in certification.uncovered[:_MOST]]
-    rows += [("not measured", f"{module}: its update is no product") for module in certification.skipped[:_MOST]]
-    yield from show.fields(rows)
-
-
-def _gap(excess: float) -> str:
-    return f"{max(excess, 0.0):.1e} of it"
+        ("uncovered", f"{len(certification.uncovered)} changed tensors, {lost:.2%} of the whole change"),
+        *(("", f"{name}: |dW| = {show.number(norm)}") for name, norm in certification.uncovered[:_MOST]),
+        *(("not measured", f"{module}: its update is no product") for module in certification.skipped[:_MOST]),
+    )

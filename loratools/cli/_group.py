@@ -96,11 +96,7 @@ def _write_options(
 
 def command(section: str) -> Callable[[Callable[..., Report | None]], Command]:
     """Make a command of a function whose docstring is its help; `section` is its heading in `loratools --help`."""
-
-    def decorate(function: Callable[..., Report | None]) -> Command:
-        return click.command(cls=Command, section=section)(function)
-
-    return decorate
+    return click.command(cls=Command, section=section)
 
 
 def common_options() -> list[click.Parameter]:
@@ -111,10 +107,8 @@ def common_options() -> list[click.Parameter]:
             setattr(ctx.find_root().ensure_object(Talk), str(option.name), value)
 
     def flag(*names: str, help: str, **more: Any) -> click.Option:
-        words = next(name for name in names if name.startswith("--")).strip("-").upper().replace("-", "_")
-        return click.Option(
-            names, help=help, callback=remember, expose_value=False, envvar=f"LORATOOLS_{words}", **more
-        )
+        variable = "LORATOOLS_" + names[-1].strip("-").upper().replace("-", "_")
+        return click.Option(names, help=help, callback=remember, expose_value=False, envvar=variable, **more)
 
     return [
         flag("--json", help="Print the result, and any error, as one JSON document.", is_flag=True),

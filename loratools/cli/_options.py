@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -32,6 +33,8 @@ class Words(Choice):
         return self.choices
 
 
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
 FACTORS = Words("loratools.storage.dtypes", "FACTORS")
 """The dtypes that factors are stored in."""
 
@@ -41,49 +44,43 @@ PATH = click.Path(path_type=Path)
 INPUT = click.Path()
 """A text that the library takes as it is: a file or folder, here or on the Hub."""
 
+
+def word_option(name: str, literal: str, default: str, help: str) -> Callable[[Decorated], Decorated]:
+    """Return the option whose words are a `Literal` type of `loratools.options`."""
+    return click.option(name, type=Words("loratools.options", literal), default=default, show_default=True, help=help)
+
+
 output_option = click.option(
     "-o", "--output", type=PATH, required=True, metavar="PATH", help="Where the result goes; it must not exist yet."
 )
 force_option = click.option("--force", is_flag=True, help="Replace the output if it exists.")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Print the plan, from headers alone, and stop.")
 weight_option = click.option(
-    "-w",
-    "--weight",
-    "weights",
-    type=float,
-    multiple=True,
-    metavar="NUMBER",
+    "-w", "--weight", "weights", type=float, multiple=True, metavar="NUMBER",
     help="Weight of an adapter, may be negative: once for each adapter, in order.  [default: 1 for each]",
-)
+)  # fmt: skip
 threads_option = click.option(
-    "--threads",
-    type=click.IntRange(min=1),
-    metavar="N",
+    "--threads", type=click.IntRange(min=1), metavar="N",
     help="Threads to work with; the result does not depend on it.  [default: one per core]",
-)
-device_option = click.option(
-    "--device",
-    type=Words("loratools.options", "Device"),
-    default="cpu",
-    show_default=True,
-    help="Where the arithmetic is done; cuda may round one element in some ten thousand to its other neighbour.",
-)
-check_base_option = click.option(
-    "--check-base",
-    type=Words("loratools.options", "CheckBase"),
-    default="strict",
-    show_default=True,
-    help="What to do when the base is not the one the adapter was sealed with.",
+)  # fmt: skip
+device_option = word_option(
+    "--device", "Device", "cpu",
+    "Where the arithmetic is done; cuda may round one element in some ten thousand to its other neighbour.",
+)  # fmt: skip
+check_base_option = word_option(
+    "--check-base", "CheckBase", "strict", "What to do when the base is not the one the adapter was sealed with."
 )
 dialect_option = click.option(
-    "--dialect",
-    metavar="NAME",
+    "--dialect", metavar="NAME",
     help="Read the adapter as this dialect (see `loratools dialects`).  [default: by its contents]",
-)
+)  # fmt: skip
 algorithm_option = click.option(
-    "--algorithm",
-    type=Words("loratools.storage.digest", "ALGORITHMS"),
-    default="blake3",
-    show_default=True,
+    "--algorithm", type=Words("loratools.storage.digest", "ALGORITHMS"), default="blake3", show_default=True,
     help="Digest algorithm.",
-)
+)  # fmt: skip
+
+
+def require_one_each(weights: Sequence[object], adapters: Sequence[str]) -> None:
+    """Raise `UsageError` where weights are given, but not one for each adapter."""
+    if weights and len(weights) != len(adapters):
+        raise click.UsageError(f"{len(weights)} weight(s) for {len(adapters)} adapter(s); give -w once for each")

@@ -123,15 +123,12 @@ def _explain(error: Exception, talk: Talk) -> int:
     if isinstance(error, LoraToolsError):
         talk.error(kind, error.message, error.problems, error.hint)
         return 2 if isinstance(error, InvalidOption) else 1
-    if isinstance(error, click.UsageError):
-        context = error.ctx
+    if isinstance(error, click.ClickException):
+        context = error.ctx if isinstance(error, click.UsageError) else None
         hint = f"{context.command_path} --help explains it." if context else None
         talk.error(kind, _sentence(error.format_message()), hint=hint)
         return error.exit_code
-    elif isinstance(error, click.ClickException):
-        talk.error(kind, _sentence(error.format_message()))
-        return error.exit_code
-    elif isinstance(error, OSError):
+    if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         talk.error(kind, where + (error.strerror or str(error)).lower())
     elif isinstance(error, MemoryError):
@@ -156,13 +153,9 @@ def _version_option() -> click.Option:
             context.exit()
 
     return click.Option(
-        ["--version"],
-        help="Print the versions of the package and of the format.",
-        is_flag=True,
-        is_eager=True,
-        expose_value=False,
-        callback=show,
-    )
+        ["--version"], help="Print the versions of the package and of the format.", is_flag=True, is_eager=True,
+        expose_value=False, callback=show,
+    )  # fmt: skip
 
 
 def _color() -> bool | None:

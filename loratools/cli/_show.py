@@ -77,11 +77,11 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def fields(rows: Iterable[tuple[str, str]]) -> Iterable[str]:
-    """Yield `name  value` lines with the values aligned; a value of several lines stays in its column."""
-    rows = list(rows)
-    width = max((len(name) for name, _ in rows), default=0)
-    for name, value in rows:
+def fields(*rows: tuple[str, str | None]) -> Iterable[str]:
+    """Yield `name  value` lines, aligned; a value of several lines stays in its column, None leaves its row out."""
+    shown = [(name, value) for name, value in rows if value is not None]
+    width = max((len(name) for name, _ in shown), default=0)
+    for name, value in shown:
         for index, line in enumerate(value.splitlines() or [""]):
             yield f"{'' if index else name:<{width}}  {line}".rstrip()
 

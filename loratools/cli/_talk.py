@@ -36,15 +36,15 @@ class Talk:
     warnings: list[str] = field(default_factory=list)
     names: dict[str, str] = field(default_factory=dict)
 
-    def note(self, text: str) -> None:
+    def note(self, *texts: str) -> None:
         """Say something that -q silences."""
-        if not self.quiet and not self.json:
+        for text in () if self.quiet or self.json else texts:
             self._say(text)
 
-    def warn(self, text: str) -> None:
+    def warn(self, *texts: str) -> None:
         """Warn: -q does not silence it, and with --json it is part of the document."""
-        self.warnings.append(text)
-        if not self.json:
+        self.warnings += texts
+        for text in () if self.json else texts:
             self._say(text, "warning", "yellow")
 
     def error(self, kind: str, message: str, problems: tuple[str, ...] = (), hint: str | None = None) -> None:

@@ -26,14 +26,10 @@ if TYPE_CHECKING:
 @click.argument("adapters", type=options.INPUT, nargs=-1, required=True, metavar="ADAPTER...")
 @options.output_option
 @click.option(
-    "-w",
-    "--weight",
-    "weights",
-    multiple=True,
-    metavar="WEIGHT",
+    "-w", "--weight", "weights", multiple=True, metavar="WEIGHT",
     help="Weight of an adapter, once for each in order: a number, which may be negative; PATTERN=NUMBER for some of "
     "its modules, after a comma; or lbw: and a number for each block of an image model.  [default: 1 for each]",
-)
+)  # fmt: skip
 @click.option(
     "--method", default="linear", show_default=True, metavar="NAME", help="How changes are combined: see below."
 )
@@ -45,22 +41,15 @@ if TYPE_CHECKING:
 )
 @click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Seed of a method that draws.  [default: 0]")
 @click.option(
-    "--like",
-    type=options.Words("loratools.surgery.combine.methods._terms", "Library"),
+    "--like", type=options.Words("loratools.surgery.combine.methods._terms", "Library"),
     help="Where a method's definitions differ, take this library's.",
-)
+)  # fmt: skip
 @click.option(
-    "--initial",
-    type=options.INPUT,
-    metavar="PATH",
+    "--initial", type=options.INPUT, metavar="PATH",
     help="Take away the adapter that training started from, which turns PiSSA, OLoRA and CorDA into plain LoRA.",
-)
-@click.option(
-    "--check-base",
-    type=options.Words("loratools.options", "CheckBase"),
-    default="strict",
-    show_default=True,
-    help="What to do when the adapters belong to different base models.",
+)  # fmt: skip
+@options.word_option(
+    "--check-base", "CheckBase", "strict", "What to do when the adapters belong to different base models."
 )
 @click.option("--dtype", type=options.FACTORS, default="f32", show_default=True, help="Of the factors.")
 @click.option("--modules", is_flag=True, help="List what each module keeps.")
@@ -68,25 +57,11 @@ if TYPE_CHECKING:
 @options.force_option
 @pass_talk
 def command(
-    talk: Talk,
-    /,
-    adapters: tuple[str, ...],
-    output: Path,
-    weights: tuple[str, ...],
-    method: str,
-    density: float | None,
-    gamma: float | None,
-    epsilon: float | None,
-    seed: int | None,
-    like: Library | None,
-    initial: str | None,
-    check_base: CheckBase,
-    dtype: FloatName,
-    modules: bool,
-    threads: int | None,
-    force: bool,
+    talk: Talk, /, adapters: tuple[str, ...], output: Path, weights: tuple[str, ...], method: str,
+    density: float | None, gamma: float | None, epsilon: float | None, seed: int | None, like: Library | None,
+    initial: str | None, check_base: CheckBase, dtype: FloatName, modules: bool, threads: int | None, force: bool,
     **ranks: Any,
-) -> show.Report:
+) -> show.Report:  # fmt: skip
     """Combine adapters into one, with weights, without the base model.
 
     The default is the weighted sum of their changes, exact for any ranks, scalings, targets and signs; with --rank,
@@ -106,23 +81,19 @@ def command(
     from loratools.storage.dtypes import ALIASES
     from loratools.surgery.combine import combine
 
-    if weights and len(weights) != len(adapters):
-        raise click.UsageError(f"{len(weights)} weight(s) for {len(adapters)} adapter(s); give -w once for each")
+    options.require_one_each(weights, adapters)
     wanted = ranks_of(ranks, ALIASES[dtype])
     sources = [*adapters, *([initial] if initial else [])]
-    with talk.progress(
-        "combining", size_of(dialects.open_adapter(source, initial=bool(initial)) for source in sources)
-    ) as bar:
+    total = size_of(dialects.open_adapter(source, initial=bool(initial)) for source in sources)
+    with talk.progress("combining", total) as bar:
         combination = combine(
             adapters, output, weights=weights or None, method=method.replace("-", "_"), density=density, gamma=gamma,
             epsilon=epsilon, seed=seed, like=like, ranks=wanted, initial=initial, check_base=check_base, dtype=dtype,
             threads=threads, force=force, progress=bar,
         )  # fmt: skip
-    for warning in combination.warnings:
-        talk.warn(warning)
-    return show.Report(
-        show.plain(combination), [*lines(combination, "combined"), *(table(combination) if modules else ())]
-    )
+    talk.warn(*combination.warnings)
+    kept = table(combination) if modules else ()
+    return show.Report(show.plain(combination), [*lines(combination, "combined"), *kept])
 
 
 def size_of(adapters: Iterable[Adapter]) -> int:
@@ -135,20 +106,16 @@ def size_of(adapters: Iterable[Adapter]) -> int:
 def lines(combination: Combination, done: str) -> Iterator[str]:
     """Yield what was written and how near it is."""
     ranks = sorted({share.rank for share in combination.shares})
-    rows = [
+    yield from show.fields(
         (done, f"{combination.output} ({combination.method}, {len(combination.shares)} modules)"),
         ("rank", " to ".join(dict.fromkeys(str(rank) for rank in (ranks[:1] + ranks[-1:]))) or "none"),
         ("parameters", show.exact(combination.parameters)),
         ("error", f"{combination.error:.3g} of the change ({combination.optimum:.3g} is the least at these ranks)"),
         ("digest", combination.digest),
-    ]
-    if combination.seed is not None:
-        rows.append(("seed", str(combination.seed)))
-    if combination.replaced:
-        rows.append(("whole", f"{len(combination.replaced)} tensors"))
-    if combination.dropped:
-        rows.append(("left out", f"{len(combination.dropped)} modules, whose change is zero"))
-    yield from show.fields(rows)
+        ("seed", None if combination.seed is None else str(combination.seed)),
+        ("whole", f"{len(combination.replaced)} tensors" if combination.replaced else None),
+        ("left out", f"{len(combination.dropped)} modules, whose change is zero" if combination.dropped else None),
+    )
 
 
 def table(combination: Combination) -> Iterator[str]:

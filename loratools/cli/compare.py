@@ -52,9 +52,8 @@ def command(first: str, second: str, base: str | None, modules: bool, grid: str 
 
 
 def _lines(comparison: Comparison, every: bool) -> Iterator[str]:
-    shown = (
-        list(comparison.modules) if every else sorted(comparison.modules, key=lambda module: abs(module.cosine))[:_MOST]
-    )
+    by_likeness = sorted(comparison.modules, key=lambda module: abs(module.cosine))
+    shown = comparison.modules if every else by_likeness[:_MOST]
     amplified = any(value is not None for module in comparison.modules for value in module.amplification)
     heading = ["module", "ranks", "|dW| first", "second", "cosine", "input", "chance", "output", "chance"]
     yield from show.table(
@@ -74,14 +73,15 @@ def _lines(comparison: Comparison, every: bool) -> Iterator[str]:
         yield f"… and {len(comparison.modules) - len(shown)} more, alike at least as much; --modules shows all"
     yield ""
     yield from show.fields(
-        [
-            ("cosine", f"{comparison.cosine:+.4f}"),
-            ("distance", f"{comparison.distance:.4g} of the first adapter's change"),
-            ("norms", " and ".join(map(show.number, comparison.norms))),
-            ("modules", f"{len(comparison.modules)} shared, {len(comparison.only[0])} only in the first, "
-                        f"{len(comparison.only[1])} only in the second"),
-        ]
-    )  # fmt: skip
+        ("cosine", f"{comparison.cosine:+.4f}"),
+        ("distance", f"{comparison.distance:.4g} of the first adapter's change"),
+        ("norms", " and ".join(map(show.number, comparison.norms))),
+        (
+            "modules",
+            f"{len(comparison.modules)} shared, {len(comparison.only[0])} only in the first, "
+            f"{len(comparison.only[1])} only in the second",
+        ),
+    )
 
 
 def _optional(value: float | None) -> str:

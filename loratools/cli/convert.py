@@ -24,37 +24,25 @@ if TYPE_CHECKING:
 @click.option("--to", metavar="DIALECT", default="loratools", show_default=True, help="See `loratools dialects`.")
 @click.option("--base", type=options.INPUT, metavar="PATH", help="Seal the adapter with the hash of this base model.")
 @click.option(
-    "--profile",
-    type=options.Words("loratools.dialects.peft.profiles", "PROFILES"),
+    "--profile", type=options.Words("loratools.dialects.peft.profiles", "PROFILES"),
     help="With --to peft: as this consumer reads it, or refused; serving is what all of them read.",
-)
+)  # fmt: skip
 @click.option(
     "--alpha", type=float, metavar="NUMBER", help="The alpha it was trained with, for dialects that do not record it."
 )
 @click.option(
-    "--enable-lora",
-    metavar="T,F,T",
+    "--enable-lora", metavar="T,F,T",
     help="Which projections of a fused weight have factors, for loralib's MergedLinear.",
-)
+)  # fmt: skip
 @click.option("--base-id", metavar="NAME", help="Name of the base model to record, such as org/model.")
 @click.option("--allow-loss", is_flag=True, help="Write it even where the dialect cannot say everything.")
 @options.dialect_option
 @options.force_option
 @pass_talk
 def command(
-    talk: Talk,
-    adapter: str,
-    output: Path,
-    to: str,
-    base: str | None,
-    profile: Name | None,
-    alpha: float | None,
-    enable_lora: str | None,
-    base_id: str | None,
-    allow_loss: bool,
-    dialect: str | None,
-    force: bool,
-) -> show.Report:
+    talk: Talk, adapter: str, output: Path, to: str, base: str | None, profile: Name | None, alpha: float | None,
+    enable_lora: str | None, base_id: str | None, allow_loss: bool, dialect: str | None, force: bool,
+) -> show.Report:  # fmt: skip
     """Rewrite an adapter in another dialect, or seal it with its base's hash.
 
     The result of `--to loratools` is still a PEFT adapter: it loads in PEFT unchanged. With --base it also carries the
@@ -96,11 +84,10 @@ def _switches(text: str) -> tuple[bool, ...]:
 
 def _lines(conversion: Conversion) -> Iterator[str]:
     base = conversion.base
-    rows = [
+    yield from show.fields(
         ("wrote", f"{conversion.output} ({conversion.dialect}, {conversion.modules} modules)"),
         ("digest", conversion.digest),
         ("base", (base.id if base else None) or "not named"),
-    ]
-    if base and base.root:
-        rows.append(("base hash", f"{base.root}, and {len(base.tensors)} tensors"))
-    yield from show.fields([*rows, *(("lost", str(loss)) for loss in conversion.losses)])
+        ("base hash", f"{base.root}, and {len(base.tensors)} tensors" if base and base.root else None),
+        *(("lost", str(loss)) for loss in conversion.losses),
+    )

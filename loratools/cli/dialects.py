@@ -23,7 +23,7 @@ def command() -> Report:
     from loratools.dialects import list_dialects
 
     listed = list_dialects()
-    return Report({"dialects": plain(listed)}, fields(map(_row, listed)))
+    return Report({"dialects": plain(listed)}, fields(*map(_row, listed)))
 
 
 def _row(dialect: DialectSummary) -> tuple[str, str]:

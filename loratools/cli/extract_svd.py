@@ -13,6 +13,7 @@ from loratools.cli import _options as options
 from loratools.cli import _show as show
 from loratools.cli._certificate import table
 from loratools.cli._group import command as make
+from loratools.cli._ranks import build
 from loratools.cli._talk import Talk, pass_talk
 
 if TYPE_CHECKING:
@@ -55,11 +56,9 @@ _SHOWN = 8  # patterns of one class in the text
 @click.option("--base-id", metavar="NAME", help="Name of the base model to record, such as org/model.")
 @click.option("--layers", is_flag=True, help="Print the certificate of every layer, not only the total.")
 @click.option(
-    "--threads",
-    type=click.IntRange(min=1),
-    metavar="N",
+    "--threads", type=click.IntRange(min=1), metavar="N",
     help="Threads to work with; another number may change the last bits of factors.  [default: one per core]",
-)
+)  # fmt: skip
 @options.dry_run_option
 @options.force_option
 @pass_talk
@@ -97,8 +96,7 @@ def command(talk: Talk, /, base: str, tuned: str, output: Path, **values: Any) -
             tolerance=values["tolerance"], tight=values["tight"], base_id=values["base_id"], threads=values["threads"],
             force=values["force"], progress=advance,
         )  # fmt: skip
-    for note in extraction.notes:
-        talk.note(note)
+    talk.note(*extraction.notes)
     if extraction.dropped_energy > 0:
         talk.warn(f"{extraction.dropped_energy:.2%} of the change was left out on request")
     return show.Report(document(extraction), _lines(extraction, values["layers"]))
@@ -115,34 +113,21 @@ def document(extraction: Extraction) -> dict[str, Any]:
         }
         for outcome in extraction.outcomes
     ]  # fmt: skip
-    plain["layers"] = [
-        show.plain(outcome.layer) | {"change": outcome.layer.change} for outcome in extraction.outcomes if outcome.layer
-    ]
+    layers = [outcome.layer for outcome in extraction.outcomes if outcome.layer]
+    plain["layers"] = [show.plain(layer) | {"change": layer.change} for layer in layers]
     del plain["outcomes"]
     return plain
 
 
 def _ranks(values: dict[str, Any], dtype: str) -> Ranks:
-    from loratools.linalg.ranks.allocate import Ranks
-    from loratools.linalg.ranks.rules import Energy, Fixed, Ratio
-    from loratools.storage.dtypes import bits
-    from loratools.storage.sizes import parse_budget
-
     asked = [name for name in ("rank", "energy", "ratio", "noise", "budget") if values[name] not in (None, False)]
     if len(asked) > 1:
         raise click.UsageError(f"--{' and --'.join(asked)} are different ways to choose ranks; give one")
-    bounds = (values["uniform"], values["min_rank"], values["max_rank"], values["multiple_of"])
-    try:
-        if values["budget"]:
-            return Ranks(None, False, parse_budget(values["budget"], bits(dtype)), *bounds)
-        if values["noise"]:
-            return Ranks(None, True, None, *bounds)
-        if values["energy"] is not None:
-            return Ranks(Energy(values["energy"]), False, None, *bounds)
-        rule = Ratio(values["ratio"]) if values["ratio"] is not None else Fixed(values["rank"] or _DEFAULT_RANK)
-        return Ranks(rule, False, None, *bounds)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
+    way, value = (asked[0], values[asked[0]]) if asked else ("rank", _DEFAULT_RANK)
+    return build(
+        way, value, dtype, uniform=values["uniform"], minimum=values["min_rank"], maximum=values["max_rank"],
+        multiple_of=values["multiple_of"],
+    )  # fmt: skip
 
 
 def _dry(pairing: Pairing, before: Any, after: Any) -> show.Report:
@@ -162,56 +147,39 @@ def _lines(extraction: Extraction, every: bool) -> Iterator[str]:
     if every:
         yield from table(layers)
         yield ""
-    classes: dict[str, dict[str, list[str]]] = {
-        name: {} for name in ("factored", "rows", "whole", "unchanged", "dropped")
-    }
+    names = ("factored", "rows", "whole", "unchanged", "dropped")
+    classes: dict[str, dict[str, list[str]]] = {name: {} for name in names}
     for outcome in extraction.outcomes:
         classes[outcome.outcome].setdefault(outcome.why, []).append(outcome.pair.path)
     yield from _classes(classes, extraction.missing)
     yield ""
-    sums, ranks = extraction.total, sorted(outcome.rank for outcome in layers)
-    spread = (
-        f"rank {ranks[0]}"
-        if ranks and ranks[0] == ranks[-1]
-        else f"ranks {min(ranks, default=0)} to {max(ranks, default=0)}"
-    )
+    sums, ranks = extraction.total, sorted(outcome.rank for outcome in layers) or [0, 0]
+    spread = f"rank {ranks[0]}" if layers and ranks[0] == ranks[-1] else f"ranks {ranks[0]} to {ranks[-1]}"
+    wrote = f"{extraction.output}, {show.size(extraction.nbytes)}"
     yield from show.fields(
-        [
-            (
-                "wrote",
-                f"{extraction.output}, {show.size(extraction.nbytes)}, {show.exact(extraction.parameters)} parameters",
-            ),
-            (
-                "factors",
-                f"{sums.layers} layers, {spread}, {show.exact(sums.parameters)} parameters, {extraction.dtype}",
-            ),
-            ("change", f"{sums.delta_norm / sums.base_norm:.3%} of the weights they change" if sums.base_norm else "-"),
-            ("captured", f"{sums.captured:.2%} of the energy of the factored layers"),
-            (
-                "error",
-                f"{sums.error:.4g} of the change; the optimum is lower by about {sums.excess:.1e} of it, certainly "
-                f"by no more than a factor of {1 + sums.excess_bound:.4f}",
-            ),
-            ("noise", f"{sums.noise:.2%} of the energy is what rounding to the fine-tune's dtype leaves"),
-            ("dropped", f"{extraction.dropped_energy:.2%} of the whole change"),
-            ("base hash", extraction.base),
-            ("tuned hash", extraction.tuned),
-        ]
-    )
+        ("wrote", f"{wrote}, {show.exact(extraction.parameters)} parameters"),
+        ("factors", f"{sums.layers} layers, {spread}, {show.exact(sums.parameters)} parameters, {extraction.dtype}"),
+        ("change", f"{sums.delta_norm / sums.base_norm:.3%} of the weights they change" if sums.base_norm else "-"),
+        ("captured", f"{sums.captured:.2%} of the energy of the factored layers"),
+        ("error", f"{sums.error:.4g} of the change; the optimum is lower by about {sums.excess:.1e} of it, certainly "
+                  f"by no more than a factor of {1 + sums.excess_bound:.4f}"),
+        ("noise", f"{sums.noise:.2%} of the energy is what rounding to the fine-tune's dtype leaves"),
+        ("dropped", f"{extraction.dropped_energy:.2%} of the whole change"),
+        ("base hash", extraction.base),
+        ("tuned hash", extraction.tuned),
+    )  # fmt: skip
 
 
 def _classes(classes: dict[str, dict[str, list[str]]], missing: tuple[str, ...]) -> Iterator[str]:
     """Yield the names in each class, many in few lines."""
     from loratools.adapter.naming.compact import compact
 
-    for name, reasons in {
-        **classes,
-        **({"missing": {"the fine-tune lacks it": list(missing)}} if missing else {}),
-    }.items():
+    if missing:
+        classes = {**classes, "missing": {"the fine-tune lacks it": list(missing)}}
+    for name, reasons in classes.items():
         yield f"{name}: {sum(map(len, reasons.values()))}"
         for why, paths in reasons.items():
             shown = compact(paths)
-            rest = f" and {len(shown) - _SHOWN} more patterns" if len(shown) > _SHOWN else ""
             yield from (f"  {pattern}{f'  ({why})' if why else ''}" for pattern in shown[:_SHOWN])
-            if rest:
-                yield f"  …{rest}"
+            if len(shown) > _SHOWN:
+                yield f"  … and {len(shown) - _SHOWN} more patterns"

@@ -21,20 +21,15 @@ if TYPE_CHECKING:
 @make(section="Look")
 @click.argument("checkpoint", type=options.INPUT)
 @click.option(
-    "--tier",
-    type=options.Words("loratools.surgery.hash", "TIERS", "all"),
-    default="all",
-    show_default=True,
+    "--tier", type=options.Words("loratools.surgery.hash", "TIERS", "all"), default="all", show_default=True,
     metavar="TIER",
     help="schema: names, dtypes and shapes, read from headers alone; tensors: a digest of each tensor; "
     "root: one digest of all tensors; all of them.",
-)
+)  # fmt: skip
 @click.option(
-    "--include",
-    multiple=True,
-    metavar="GLOB",
+    "--include", multiple=True, metavar="GLOB",
     help="Digests of the tensors with such names only, once or more; implies --tier tensors.",
-)
+)  # fmt: skip
 @options.algorithm_option
 @options.threads_option
 @pass_talk

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +15,11 @@ from loratools.cli._group import command as make
 if TYPE_CHECKING:
     from loratools.adapter.model import BaseIdentity
     from loratools.surgery.inspect import AdapterSummary, CheckpointSummary
+    from loratools.surgery.spectrum import AdapterSpectrum
+
+_BARS = " ▁▂▃▄▅▆▇█"
+_DECADES = 3  # a bar is full at σ₁ and empty at σ₁/1000
+_WIDTH = 32
 
 
 @make(section="Look")
@@ -42,32 +48,29 @@ def command(path: str, modules: bool, spectrum: bool, dialect: str | None) -> sh
 
     summary = inspect(path, dialect)
     if spectrum:
-        from loratools.cli._spectrum import report
+        from loratools.surgery.spectrum import spectrum as measure
 
-        return report(path, dialect, summary)
+        if summary.type != "adapter":
+            raise click.UsageError(f"--spectrum: {path} is a model; it describes adapters")
+        measured = measure(path, dialect)
+        return show.Report(show.plain(summary) | {"spectrum": show.plain(measured)}, _spectrum(measured))
     if isinstance(summary, AdapterSummary):
         return show.Report(show.plain(summary), _adapter(summary, modules))
     return show.Report(show.plain(summary), _checkpoint(summary, modules))
 
 
 def _adapter(summary: AdapterSummary, modules: bool) -> Iterator[str]:
+    total = summary.total
+    whole = f", and {len(summary.replacements)} tensors replaced whole" if summary.replacements else ""
     yield from show.fields(
-        [
-            ("adapter", f"{summary.path}"),
-            ("dialect", summary.dialect),
-            ("base model", _base(summary.base)),
-            ("modules", f"{len(summary.modules)}{_replaced(len(summary.replacements))}"),
-            ("parameters", show.exact(summary.total.parameters)),
-            (
-                "size",
-                f"{show.size(summary.total.nbytes)} in {summary.total.tensors} tensors, {', '.join(summary.dtypes)}",
-            ),
-            ("digest", summary.digest or "none stated"),
-            (
-                "provenance",
-                "\n".join(f"{step.operation}, by {step.tool}" for step in summary.provenance) or "none stated",
-            ),
-        ]
+        ("adapter", f"{summary.path}"),
+        ("dialect", summary.dialect),
+        ("base model", _base(summary.base)),
+        ("modules", f"{len(summary.modules)}{whole}"),
+        ("parameters", show.exact(total.parameters)),
+        ("size", f"{show.size(total.nbytes)} in {total.tensors} tensors, {', '.join(summary.dtypes)}"),
+        ("digest", summary.digest or "none stated"),
+        ("provenance", "\n".join(f"{step.operation}, by {step.tool}" for step in summary.provenance) or "none stated"),
     )
     for group in summary.groups:
         yield ""
@@ -95,35 +98,27 @@ def _adapter(summary: AdapterSummary, modules: bool) -> Iterator[str]:
 def _checkpoint(summary: CheckpointSummary, modules: bool) -> Iterator[str]:
     tied = ", tied embeddings" if summary.tied else ""
     yield from show.fields(
-        [
-            ("model", f"{summary.path}"),
-            ("architecture", f"{summary.architecture or 'not stated'}{tied}"),
-            *([("components", ", ".join(summary.components))] if summary.components else []),
-            *([("quantization", summary.quantization)] if summary.quantization else []),
-            ("parameters", show.exact(summary.total.parameters)),
-            ("size", f"{show.size(summary.total.nbytes)} in {summary.total.tensors} tensors"),
-            ("schema hash", summary.schema),
-            ("provenance", _made(summary.record)),
-        ]
+        ("model", f"{summary.path}"),
+        ("architecture", f"{summary.architecture or 'not stated'}{tied}"),
+        ("components", ", ".join(summary.components) or None),
+        ("quantization", summary.quantization or None),
+        ("parameters", show.exact(summary.total.parameters)),
+        ("size", f"{show.size(summary.total.nbytes)} in {summary.total.tensors} tensors"),
+        ("schema hash", summary.schema),
+        ("provenance", _made(summary.record)),
     )
     for heading, amounts in (("dtype", summary.dtypes), ("shard", summary.shards)):
         yield ""
         yield from show.table(
             (heading, "tensors", "parameters", "size"),
-            [
-                (name, str(amount.tensors), show.exact(amount.parameters), show.size(amount.nbytes))
-                for name, amount in amounts.items()
-            ],
+            [(name, str(of.tensors), show.exact(of.parameters), show.size(of.nbytes)) for name, of in amounts.items()],
             right=(1, 2, 3),
         )
     if modules:
         yield ""
         yield from show.table(
             ("tensor", "dtype", "shape", "size"),
-            [
-                (tensor.name, tensor.dtype, str(list(tensor.shape)), show.size(tensor.nbytes))
-                for tensor in summary.tensors
-            ],
+            [(each.name, each.dtype, str(list(each.shape)), show.size(each.nbytes)) for each in summary.tensors],
             right=(3,),
         )
 
@@ -148,5 +143,42 @@ def _base(base: BaseIdentity | None) -> str:
     return "\n".join([f"{name}; sealed with its hash:", *tiers])
 
 
-def _replaced(count: int) -> str:
-    return f", and {count} tensors replaced whole" if count else ""
+def _spectrum(measured: AdapterSpectrum) -> Iterator[str]:
+    """Yield a line for each module, and what the adapter could be shrunk to."""
+    yield from show.table(
+        ("module", "rank", "|dW|", "stable", "effective", "99%", "99.9%", "singular values"),
+        [
+            (
+                module.module, str(module.rank), show.number(module.norm), f"{module.stable_rank:.2f}",
+                f"{module.effective_rank:.2f}", *map(str, module.needed), bars(module.sigma),
+            )
+            for module in measured.modules
+        ],
+        right=range(1, 7),
+    )  # fmt: skip
+    yield ""
+    needs = []
+    for parameters, rank in zip(measured.needed_parameters, measured.uniform_rank, strict=True):
+        part = f"{parameters / measured.parameters:.0%} of them" if measured.parameters else "none"
+        needs.append(f"of the energy needs {show.exact(parameters)} parameters, {part}; at most rank {rank}")
+    yield from show.fields(
+        ("norm", show.number(measured.norm)),
+        ("parameters", show.exact(measured.parameters)),
+        *zip(("99 %", "99.9 %"), needs, strict=True),
+        ("no factors", ", ".join(measured.skipped) or None),
+    )
+
+
+def bars(sigma: Sequence[float]) -> str:
+    """Return one bar for each singular value, or for each of at most 32 groups of them (the first of a group).
+
+    Logarithmic: full at the largest, empty at a thousandth of it.
+
+    >>> bars([1.0, 0.1, 0.01, 0.0])
+    '█▆▃ '
+    """
+    if not sigma or sigma[0] <= 0:
+        return ""
+    step = math.ceil(len(sigma) / _WIDTH)
+    heights = (1 + math.log10(value / sigma[0]) / _DECADES if value > 0 else 0.0 for value in sigma[::step])
+    return "".join(_BARS[math.ceil(max(0.0, height) * (len(_BARS) - 1) - 1e-9)] for height in heights)

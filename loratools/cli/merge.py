@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,6 @@ from loratools.cli._talk import Talk, pass_talk
 
 if TYPE_CHECKING:
     from loratools.hub.stream import Stream
-    from loratools.options import CheckBase, Device, Retention, Rounding, Tied
-    from loratools.storage.dtypes import FloatName
     from loratools.surgery.merge import Merge, MergeReport
 
 _ENOUGH = 0.9  # delta retention under which a merge is warned about
@@ -34,45 +32,31 @@ def _needed(context: click.Context, option: click.Parameter, value: Path | None)
 @click.argument("base", type=options.INPUT)
 @click.argument("adapters", type=options.INPUT, nargs=-1, required=True, metavar="ADAPTER...")
 @click.option(
-    "-o",
-    "--output",
-    type=options.PATH,
-    metavar="PATH",
-    callback=_needed,
+    "-o", "--output", type=options.PATH, metavar="PATH", callback=_needed,
     help="Where the result goes; it must not exist yet. Needed unless --no-local.",
-)
+)  # fmt: skip
 @options.weight_option
 @click.option(
-    "--dtype",
-    type=options.Words("loratools.storage.dtypes", "SPELLINGS"),
+    "--dtype", type=options.Words("loratools.storage.dtypes", "SPELLINGS"),
     help="Store every float tensor in this dtype.  [default: as the base has it]",
-)
+)  # fmt: skip
 @click.option("--max-shard-size", metavar="SIZE", help="Cut the output anew: 5GB, 500MB.  [default: the base's files]")
-@click.option(
-    "--tied",
-    type=options.Words("loratools.options", "Tied"),
-    default="error",
-    show_default=True,
-    help="What a change of a tied embedding or head does: refuse, give the head a weight of its own, or change both.",
-)
+@options.word_option(
+    "--tied", "Tied", "error",
+    "What a change of a tied embedding or head does: refuse, give the head a weight of its own, or change both.",
+)  # fmt: skip
 @click.option(
     "--model-type", metavar="NAME", help="What the base is (gpt2, gpt_oss, …), where its config.json does not say it."
 )
 @options.check_base_option
-@click.option(
-    "--retention",
-    type=options.Words("loratools.options", "Retention"),
-    default="sample",
-    show_default=True,
-    help="Measure how much of the change survives rounding, on a sample of tiles, on all, or not.",
-)
-@click.option(
-    "--rounding",
-    type=options.Words("loratools.options", "Rounding"),
-    default="nearest",
-    show_default=True,
-    help="Stochastic rounding keeps, on average, changes that are too small for bf16 or f16.",
-)
+@options.word_option(
+    "--retention", "Retention", "sample",
+    "Measure how much of the change survives rounding, on a sample of tiles, on all, or not.",
+)  # fmt: skip
+@options.word_option(
+    "--rounding", "Rounding", "nearest",
+    "Stochastic rounding keeps, on average, changes that are too small for bf16 or f16.",
+)  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="For the sampled tiles and stochastic rounding.")
 @click.option(
     "--keep-residual", is_flag=True, help="Keep what rounding destroys, so that `loratools unmerge` restores every bit."
@@ -94,32 +78,10 @@ def _needed(context: click.Context, option: click.Parameter, value: Path | None)
 @options.force_option
 @pass_talk
 def command(
-    talk: Talk,
-    base: str,
-    adapters: tuple[str, ...],
-    output: Path | None,
-    weights: tuple[float, ...],
-    dtype: FloatName | None,
-    max_shard_size: str | None,
-    tied: Tied,
-    model_type: str | None,
-    check_base: CheckBase,
-    retention: Retention,
-    rounding: Rounding,
-    seed: int,
-    keep_residual: bool,
-    push: str | None,
-    no_local: bool,
-    private: bool,
-    base_model: str | None,
-    license: str | None,
-    resume: bool,
-    device: Device,
-    threads: int | None,
-    dry_run: bool,
-    verify: bool,
-    force: bool,
-) -> show.Report:
+    talk: Talk, /, base: str, adapters: tuple[str, ...], output: Path | None, weights: tuple[float, ...], dry_run: bool,
+    verify: bool, push: str | None, no_local: bool, private: bool, base_model: str | None, license: str | None,
+    **choices: Any,
+) -> show.Report:  # fmt: skip
     """Merge adapters into a base model: W' = W + sum of weight x scaling x B A.
 
     The sum is made in float32 and rounded once; it does not depend on the order of the adapters or on threads. Tensors
@@ -142,43 +104,33 @@ def command(
     from loratools.surgery.merge import execute, prepare
     from loratools.surgery.merge.options import MergeOptions
 
-    if weights and len(weights) != len(adapters):
-        raise click.UsageError(f"{len(weights)} weight(s) for {len(adapters)} adapter(s); give -w once for each")
-    if resume and push:
+    options.require_one_each(weights, adapters)
+    if choices["resume"] and push:
         raise click.UsageError("--resume does not go with --push: what was sent is not sent again anyway")
-    if no_local and (not push or keep_residual or verify):
+    if no_local and (not push or choices["keep_residual"] or verify):
         raise click.UsageError("--no-local needs --push, and leaves nothing for --keep-residual or --verify")
     model = Checkpoint.open(sources.local(base, "header" if dry_run else "checkpoint"))
     with ExitStack() as stack:
         if no_local or output is None:
             output = Path(stack.enter_context(TemporaryDirectory(prefix="loratools-"))) / "merged"
-        choices = MergeOptions(
-            dtype=dtype, max_shard_size=max_shard_size, tied=tied, model_type=model_type, check_base=check_base,
-            retention=retention, rounding=rounding, seed=seed, keep_residual=keep_residual, resume=resume,
-            device=device, threads=threads, force=force,
-        )  # fmt: skip
-        prepared = prepare(model, adapters, output, weights=weights or None, options=choices)
-        for note in prepared.plan.notes:
-            talk.note(note)
+        prepared = prepare(model, adapters, output, weights=weights or None, options=MergeOptions(**choices))
+        talk.note(*prepared.plan.notes)
         plan = prepared.to_json()
         if dry_run:
             return show.Report({"dry_run": True, **plan}, _plan(prepared, plan))
-        sender = Sender(push, private, base_model, license, keep=not no_local) if push else None
-        with talk.progress("merging", plan["bytes"]["written"] + keep_residual * plan["bytes"]["changed"]) as advance:
-            report = execute(prepared, progress=advance, sink=sender)
-    for warning in report.warnings:
-        talk.warn(warning)
+        sent: list[Stream] = []
+        sink = _sink(push, sent, private=private, keep=not no_local, base_model=base_model, license=license)
+        total = plan["bytes"]["written"] + choices["keep_residual"] * plan["bytes"]["changed"]
+        with talk.progress("merging", total) as advance:
+            report = execute(prepared, progress=advance, sink=sink)
+    talk.warn(*report.warnings)
     if report.retention is not None and report.retention < _ENOUGH:
-        talk.warn(
-            f"only {report.retention:.1%} of the change survives rounding to the base's dtype; "
-            "a wider --dtype keeps more"
-        )
+        kept = f"only {report.retention:.1%} of the change survives rounding to the base's dtype"
+        talk.warn(f"{kept}; a wider --dtype keeps more")
     document = show.plain(report)
     text = list(_report(report))
-    if sender and sender.stream and sender.stream.done:
-        committed, notes = sender.stream.done
-        for note in notes:
-            talk.warn(note)
+    for committed, notes in (stream.done for stream in sent if stream.done):
+        talk.warn(*notes)
         document |= {"output": None if no_local else document["output"], "pushed": show.plain(committed)}
         text = [*(text[1:] if no_local else text), f"pushed     {committed.url}"]
     if not verify:
@@ -192,60 +144,48 @@ def command(
     return show.Report(document, [*text, *lines(proof, every=False)], proof.ok)
 
 
-class Sender:
-    """Opens the stream to the Hub when the folder that is written is known."""
+def _sink(repo: str | None, sent: list[Stream], **choices: Any) -> Callable[[Path], Stream] | None:
+    """Return what opens a stream to the Hub when the folder that is written is known, and keeps it in `sent`."""
+    if repo is None:
+        return None
+    from loratools.hub.client import Hub
+    from loratools.hub.refs import parse
+    from loratools.hub.stream import Stream
 
-    def __init__(self, repo: str, private: bool, base_model: str | None, license: str | None, *, keep: bool) -> None:
-        from loratools.hub.refs import parse
+    ref = parse(repo)
+    if ref.path:
+        raise click.UsageError(f"expected org/name, found {repo!r}")
 
-        self.ref = parse(repo)
-        if self.ref.path:
-            raise click.UsageError(f"expected org/name, found {repo!r}")
-        self.private, self.base_model, self.license, self.keep = private, base_model, license, keep
-        self.stream: Stream | None = None
+    def open_stream(folder: Path) -> Stream:
+        sent.append(Stream(Hub(), ref, folder, **choices))
+        return sent[-1]
 
-    def __call__(self, folder: Path) -> Stream:
-        """Return the stream for a folder."""
-        from loratools.hub.client import Hub
-        from loratools.hub.stream import Stream
-
-        self.stream = Stream(
-            Hub(), self.ref, folder, private=self.private, keep=self.keep, base_model=self.base_model,
-            license=self.license,
-        )  # fmt: skip
-        return self.stream
+    return open_stream
 
 
 def _plan(prepared: Merge, plan: dict[str, Any]) -> Iterator[str]:
     tensors, sizes = plan["tensors"], plan["bytes"]
     yield from show.fields(
-        [
-            ("base", plan["base"]),
-            ("output", plan["output"]),
-            ("change", f"{tensors['changed']} of {tensors['total']} tensors, {show.size(sizes['changed'])}"),
-            ("copy", show.size(sizes["copied"])),
-            ("write", f"{show.size(sizes['written'])} in {len(plan['files'])} files, {plan['other_files']} others"),
-            ("check", f"{plan['verified_tensors']} tensors against the recorded base hash"),
-            ("peak memory", f"about {show.size(plan['peak_memory'])} with {plan['threads']} threads"),
-            ("free disk", show.size(plan["free_disk"])),
-        ]
+        ("base", plan["base"]),
+        ("output", plan["output"]),
+        ("change", f"{tensors['changed']} of {tensors['total']} tensors, {show.size(sizes['changed'])}"),
+        ("copy", show.size(sizes["copied"])),
+        ("write", f"{show.size(sizes['written'])} in {len(plan['files'])} files, {plan['other_files']} others"),
+        ("check", f"{plan['verified_tensors']} tensors against the recorded base hash"),
+        ("peak memory", f"about {show.size(plan['peak_memory'])} with {plan['threads']} threads"),
+        ("free disk", show.size(plan["free_disk"])),
     )
 
 
 def _report(report: MergeReport) -> Iterator[str]:
     kept = "not measured" if report.retention is None else f"{report.retention:.2%} of the change survives rounding"
     base = f"{report.verified} tensors are those of the recorded base" if report.verified else "not verified"
+    left = report.residual
     yield from show.fields(
-        [
-            ("merged", report.output),
-            ("changed", f"{report.changed} of {report.tensors} tensors"),
-            ("wrote", show.size(report.bytes_written)),
-            ("base", base),
-            ("retention", kept),
-            *(
-                [("residual", f"{show.size(left.nbytes)}, {left.share:.2%} of the bytes that were touched")]
-                if (left := report.residual)
-                else []
-            ),
-        ]
+        ("merged", report.output),
+        ("changed", f"{report.changed} of {report.tensors} tensors"),
+        ("wrote", show.size(report.bytes_written)),
+        ("base", base),
+        ("retention", kept),
+        ("residual", f"{show.size(left.nbytes)}, {left.share:.2%} of the bytes that were touched" if left else None),
     )

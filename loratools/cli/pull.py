@@ -49,8 +49,7 @@ def command(
         return show.Report({"dry_run": True, **_document(prepared)}, _plan(prepared, output))
     with talk.progress("pulling", prepared.nbytes) as advance:
         done = pull.fetch(prepared, output, force=force, check_base=check_base, progress=advance)
-    for note in done.notes:
-        talk.warn(note)
+    talk.warn(*done.notes)
     if done.base and done.base.same is False:
         talk.warn(f"{done.base.id} on the Hub is not the model that this adapter was sealed with: {done.base.reason}")
     document = {"dry_run": False, **_document(prepared), **show.plain(done), "files": _document(prepared)["files"]}
@@ -59,13 +58,9 @@ def command(
 
 def _document(prepared: Pull) -> dict[str, Any]:
     return {
-        "repo": prepared.ref.repo,
-        "revision": prepared.ref.revision,
-        "commit": prepared.commit,
-        "type": prepared.kind,
-        "files": {name: file.size for name, file in prepared.files.items()},
-        "bytes": prepared.nbytes,
-    }
+        "repo": prepared.ref.repo, "revision": prepared.ref.revision, "commit": prepared.commit, "type": prepared.kind,
+        "files": {name: file.size for name, file in prepared.files.items()}, "bytes": prepared.nbytes,
+    }  # fmt: skip
 
 
 def _plan(prepared: Pull, output: Path) -> Iterator[str]:
@@ -76,13 +71,10 @@ def _plan(prepared: Pull, output: Path) -> Iterator[str]:
 
 
 def _report(done: Pulled) -> Iterator[str]:
-    base = "" if done.base is None else f"{done.base.id}: {done.base.reason}"
     yield from show.fields(
-        [
-            ("pulled", f"{done.output}"),
-            ("from", f"hf://{done.repo} at commit {done.commit}"),
-            ("files", f"{done.files}, {show.size(done.nbytes)}, all as the Hub lists them"),
-            *([("digest", f"{done.digest}, verified")] if done.digest else []),
-            *([("base model", base)] if base else []),
-        ]
+        ("pulled", f"{done.output}"),
+        ("from", f"hf://{done.repo} at commit {done.commit}"),
+        ("files", f"{done.files}, {show.size(done.nbytes)}, all as the Hub lists them"),
+        ("digest", f"{done.digest}, verified" if done.digest else None),
+        ("base model", f"{done.base.id}: {done.base.reason}" if done.base else None),
     )

@@ -30,25 +30,15 @@ if TYPE_CHECKING:
     "--license", metavar="ID", help="The licence, as apache-2.0.  [default: README.md's, or the base model's]"
 )
 @click.option(
-    "--card",
-    type=options.Words("loratools.hub.card", "Side"),
+    "--card", type=options.Words("loratools.hub.card", "Side"),
     help="Whose README.md stays where the folder's and the Hub's have both been changed.",
-)
+)  # fmt: skip
 @options.dry_run_option
 @pass_talk
 def command(
-    talk: Talk,
-    path: Path,
-    repo: str,
-    revision: str | None,
-    create_pr: bool,
-    private: bool,
-    message: str | None,
-    base_model: str | None,
-    license: str | None,
-    card: Any,
-    dry_run: bool,
-) -> show.Report:
+    talk: Talk, path: Path, repo: str, revision: str | None, create_pr: bool, private: bool, message: str | None,
+    base_model: str | None, license: str | None, card: Any, dry_run: bool,
+) -> show.Report:  # fmt: skip
     """Send an adapter or a model to the Hub, in one commit.
 
     PATH is validated first. REPO is org/name; it is made if it is not there. The model card keeps what a person wrote:
@@ -67,8 +57,7 @@ def command(
     prepared = push.prepare(
         path, repo, revision=revision, create_pr=create_pr, base_model=base_model, license=license, card=card
     )
-    for note in prepared.notes:
-        talk.warn(note)
+    talk.warn(*prepared.notes)
     if dry_run:
         return show.Report({"dry_run": True, **_document(prepared)}, _plan(prepared))
     with talk.progress("pushing", prepared.nbytes) as advance:
@@ -77,18 +66,12 @@ def command(
 
 
 def _document(prepared: Push) -> dict[str, Any]:
+    subject, target = prepared.subject, prepared.target
     return {
-        "path": prepared.subject.path,
-        "type": prepared.subject.kind,
-        "repo": prepared.target.repo,
-        "revision": prepared.target.revision,
-        "creates_repo": not prepared.target.exists,
-        "parent": prepared.target.head,
-        "send": prepared.send,
-        "bytes": prepared.nbytes,
-        "already_there": prepared.unchanged,
-        "remove": prepared.remove,
-    }
+        "path": subject.path, "type": subject.kind, "repo": target.repo, "revision": target.revision,
+        "creates_repo": not target.exists, "parent": target.head, "send": prepared.send, "bytes": prepared.nbytes,
+        "already_there": prepared.unchanged, "remove": prepared.remove,
+    }  # fmt: skip
 
 
 def _plan(prepared: Push) -> Iterator[str]:
@@ -111,10 +94,8 @@ def _report(prepared: Push, done: Committed) -> Iterator[str]:
         yield f"{done.url}: everything is there already; no commit was made"
         return
     yield from show.fields(
-        [
-            ("pushed", f"{len(prepared.send)} files, {show.size(prepared.nbytes)}"),
-            ("already there", f"{len(prepared.unchanged)} files"),
-            ("commit", f"{done.commit}"),
-            ("at", done.pull_request or done.url),
-        ]
+        ("pushed", f"{len(prepared.send)} files, {show.size(prepared.nbytes)}"),
+        ("already there", f"{len(prepared.unchanged)} files"),
+        ("commit", f"{done.commit}"),
+        ("at", done.pull_request or done.url),
     )

@@ -27,16 +27,9 @@ if TYPE_CHECKING:
 @options.force_option
 @pass_talk
 def command(
-    talk: Talk,
-    /,
-    adapter: str,
-    output: Path,
-    dtype: FloatName,
-    dialect: str | None,
-    threads: int | None,
-    force: bool,
+    talk: Talk, /, adapter: str, output: Path, dtype: FloatName, dialect: str | None, threads: int | None, force: bool,
     **ranks: Any,
-) -> show.Report:
+) -> show.Report:  # fmt: skip
     """Give an adapter other ranks, with the least error there is, and print what each module keeps.
 
     The singular values of every change are found in factor space, in float64. --sv-ratio, --sv-fro and --sv-cumulative

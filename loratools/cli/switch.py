@@ -35,16 +35,9 @@ if TYPE_CHECKING:
 @options.force_option
 @pass_talk
 def command(
-    talk: Talk,
-    model: str,
-    out: tuple[str, ...],
-    into: tuple[str, ...],
-    output: Path,
-    weights: tuple[float, ...],
-    check_base: CheckBase,
-    threads: int | None,
-    force: bool,
-) -> show.Report:
+    talk: Talk, model: str, out: tuple[str, ...], into: tuple[str, ...], output: Path, weights: tuple[float, ...],
+    check_base: CheckBase, threads: int | None, force: bool,
+) -> show.Report:  # fmt: skip
     """Take one adapter out of a merged model and put another in, in one pass.
 
     Beside the residual of `merge --keep-residual` this is exact: each tensor of the base is restored, checked, and
@@ -59,15 +52,13 @@ def command(
     from loratools.storage.checkpoint import Checkpoint
     from loratools.surgery.switch import switch
 
-    if weights and len(weights) != len(into):
-        raise click.UsageError(f"{len(weights)} weight(s) for {len(into)} adapter(s); give -w once for each")
+    options.require_one_each(weights, into)
     with talk.progress("switching", Checkpoint.open(model).nbytes) as advance:
         report = switch(
             model, out, into, output, weights=weights or None,
             check_base=check_base, threads=threads, force=force, progress=advance,
         )  # fmt: skip
-    for note in report.notes:
-        talk.note(note)
+    talk.note(*report.notes)
     return show.Report(show.plain(report), _lines(report))
 
 
@@ -76,11 +67,9 @@ def _lines(report: SwitchReport) -> Iterator[str]:
     error = f"at most {report.error_bound:.3g} in any element" if report.error_bound else "0: as merged into the base"
     kept = "not measured" if report.retention is None else f"{report.retention:.2%} of the change survives rounding"
     yield from show.fields(
-        [
-            ("switched", report.output),
-            ("how", how),
-            ("changed", f"{report.changed} of {report.tensors} tensors"),
-            ("error", error),
-            ("retention", kept),
-        ]
+        ("switched", report.output),
+        ("how", how),
+        ("changed", f"{report.changed} of {report.tensors} tensors"),
+        ("error", error),
+        ("retention", kept),
     )

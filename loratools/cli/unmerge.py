@@ -33,15 +33,9 @@ _WAYS = {
 @options.force_option
 @pass_talk
 def command(
-    talk: Talk,
-    model: str,
-    adapters: tuple[str, ...],
-    output: Path,
-    base: str | None,
-    weights: tuple[float, ...],
-    threads: int | None,
-    force: bool,
-) -> show.Report:
+    talk: Talk, model: str, adapters: tuple[str, ...], output: Path, base: str | None, weights: tuple[float, ...],
+    threads: int | None, force: bool,
+) -> show.Report:  # fmt: skip
     """Take adapters out of a merged model again.
 
     With --base, the base is copied and held against what the merge recorded of it. With the residual that `merge
@@ -57,26 +51,22 @@ def command(
     from loratools.storage.checkpoint import Checkpoint
     from loratools.surgery.unmerge import unmerge
 
-    if weights and len(weights) != len(adapters):
-        raise click.UsageError(f"{len(weights)} weight(s) for {len(adapters)} adapter(s); give -w once for each")
+    options.require_one_each(weights, adapters)
     with talk.progress("unmerging", Checkpoint.open(base or model).nbytes) as advance:
         report = unmerge(
             model, adapters, output, base=base, weights=weights or None, threads=threads, force=force, progress=advance
         )
-    for note in report.notes:
-        talk.warn(note)
+    talk.warn(*report.notes)
     return show.Report(show.plain(report), _lines(report))
 
 
 def _lines(report: UnmergeReport) -> Iterator[str]:
     exact = "0: every bit is the base's"
     yield from show.fields(
-        [
-            ("unmerged", report.output),
-            ("how", _WAYS[report.method]),
-            ("restored", f"{report.restored} of {report.tensors} tensors"),
-            ("proved by", report.proved or "nothing"),
-            *([("root hash", report.root)] if report.root else []),
-            ("error", f"at most {report.error_bound:.3g} in any element" if report.error_bound else exact),
-        ]
+        ("unmerged", report.output),
+        ("how", _WAYS[report.method]),
+        ("restored", f"{report.restored} of {report.tensors} tensors"),
+        ("proved by", report.proved or "nothing"),
+        ("root hash", report.root or None),
+        ("error", f"at most {report.error_bound:.3g} in any element" if report.error_bound else exact),
     )

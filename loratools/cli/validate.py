@@ -43,13 +43,10 @@ def command(talk: Talk, adapter: str, base: str | None, header_only: bool, threa
         validation = validate(adapter, model, data=not header_only, threads=threads, progress=advance)
     report = validation.report
     document = {
-        "path": adapter,
-        "valid": validation.valid,
-        "format_version": report.format_version,
-        "problems": report.problems,
-        "clauses": report.clauses,
+        "path": adapter, "valid": validation.valid, "format_version": report.format_version,
+        "problems": report.problems, "clauses": report.clauses,
         "base": None if base is None else {"path": base, "differences": validation.differences},
-    }
+    }  # fmt: skip
     return Report(document, _lines(adapter, base, validation), ok=validation.valid)
 
 

@@ -36,17 +36,9 @@ _MOST = 10  # lines of one kind, where not all are asked for
 @options.threads_option
 @pass_talk
 def command(
-    talk: Talk,
-    model: str,
-    base: str,
-    adapters: tuple[str, ...],
-    weights: tuple[float, ...],
-    exact: bool,
-    tensors: bool,
-    certificate: bool,
-    seed: int,
-    threads: int | None,
-) -> show.Report:
+    talk: Talk, model: str, base: str, adapters: tuple[str, ...], weights: tuple[float, ...], exact: bool,
+    tensors: bool, certificate: bool, seed: int, threads: int | None,
+) -> show.Report:  # fmt: skip
     """Tell how far a model is from base + adapter.
 
     A proof that shares no arithmetic with `merge`: tensors that no adapter touches must be equal byte by byte, names
@@ -64,8 +56,7 @@ def command(
     from loratools.storage.checkpoint import Checkpoint
     from loratools.surgery.verify import verify
 
-    if weights and len(weights) != len(adapters):
-        raise click.UsageError(f"{len(weights)} weight(s) for {len(adapters)} adapter(s); give -w once for each")
+    options.require_one_each(weights, adapters)
     merged = Checkpoint.open(model)
     if certificate:
         from loratools.cli._certificate import report
@@ -111,14 +102,9 @@ def lines(verification: Verification, *, every: bool) -> Iterator[str]:
     untouched = verification.identical + len(verification.differing)
     applied = [check.applied for check in verification.checked]
     yield from show.fields(
-        [
-            ("verified", "yes" if verification.ok else "NO"),
-            ("changed", f"{good} of {len(verification.checked)} tensors are base + adapter within rounding"),
-            (
-                "untouched",
-                f"{verification.identical} of {untouched} are equal byte by byte",
-            ),
-            ("largest error", f"{verification.error:.2e} of the weight"),
-            ("applied", f"{min(applied):.4f} to {max(applied):.4f} of the adapter's change" if applied else "nothing"),
-        ]
+        ("verified", "yes" if verification.ok else "NO"),
+        ("changed", f"{good} of {len(verification.checked)} tensors are base + adapter within rounding"),
+        ("untouched", f"{verification.identical} of {untouched} are equal byte by byte"),
+        ("largest error", f"{verification.error:.2e} of the weight"),
+        ("applied", f"{min(applied):.4f} to {max(applied):.4f} of the adapter's change" if applied else "nothing"),
     )

@@ -104,15 +104,9 @@ def held_out_loss(weights: Weights, shape: LlamaShape, text: bytes, adapter: Fac
 
 
 def generate(
-    weights: Weights,
-    shape: LlamaShape,
-    prompt: bytes,
-    count: int,
-    adapter: Factors | None = None,
-    *,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> bytes:
+    weights: Weights, shape: LlamaShape, prompt: bytes, count: int, adapter: Factors | None = None, *,
+    temperature: float = 0.0, seed: int = 0,
+) -> bytes:  # fmt: skip
     """Continue `prompt` by `count` bytes: the likeliest each time, or drawn from softmax(logits / temperature).
 
     Raises ValueError on an empty prompt.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -68,20 +68,9 @@ def run_demo(folder: Location | None = None) -> Tour:
     place = TemporaryDirectory(prefix="loratools-demo-") if folder is None else new_folder(Path(folder))
     began = time.monotonic()
     with place as root:
-        stops = tuple(tour(Path(root)))
-        return Tour(stops, time.monotonic() - began)
-
-
-def tour(folder: Path) -> Iterator[Stop]:
-    """Take the tour in an empty folder, which holds base, adapter and everything made from them afterwards.
-
-    Yields each stop when it has been reached. Every number in it is measured on the way; a stop that does not find what
-    it expects raises `RuntimeError`.
-    """
-    for name in ("base", "adapter"):
-        shutil.copytree(data_folder() / name, folder / name)
-    for stop in STOPS:
-        yield stop(folder)
+        for name in ("base", "adapter"):
+            shutil.copytree(data_folder() / name, Path(root) / name)
+        return Tour(tuple(stop(Path(root)) for stop in STOPS), time.monotonic() - began)
 
 
 def _inspect(folder: Path) -> Stop:
@@ -229,11 +218,9 @@ def _wrong_base(folder: Path) -> Stop:
     touched = next(iter(dialects.open_adapter(folder / "adapter").updates)) + ".weight"
     wrong = Path(shutil.copytree(folder / "base", folder / "wrong-base"))
     spec = Checkpoint.open(wrong).specs[touched]
-    with spec.file.open("r+b") as file:
-        file.seek(spec.start)
-        byte = file.read(1)[0]
-        file.seek(spec.start)
-        file.write(bytes([byte ^ 1]))
+    damaged = bytearray(spec.file.read_bytes())
+    damaged[spec.start] ^= 1
+    spec.file.write_bytes(damaged)
     try:
         merge(wrong, [folder / "sealed"], folder / "refused")
     except WrongBase as error:
@@ -251,14 +238,6 @@ def _wrong_base(folder: Path) -> Stop:
 
 
 STOPS: tuple[Callable[[Path], Stop], ...] = (
-    _inspect,
-    _seal,
-    _merge,
-    _verify,
-    _unmerge,
-    _combine,
-    _extract,
-    _losses,
-    _wrong_base,
-)
+    _inspect, _seal, _merge, _verify, _unmerge, _combine, _extract, _losses, _wrong_base,
+)  # fmt: skip
 """The stops, in order; a later capability adds its own."""

@@ -73,11 +73,6 @@ class MergePlan:
         """The weight of each adapter's change."""
         return tuple(each.weight for each in self.inputs)
 
-    @property
-    def digests(self) -> tuple[str, ...]:
-        """The digest of each adapter as it was read: it orders their products."""
-        return tuple(each.digest for each in self.inputs)
-
     def touched(self) -> dict[str, Change]:
         """Return the tensors whose numbers change."""
         return {name: change for name, change in self.changes.items() if change.placements or change.replaced}

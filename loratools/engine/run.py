@@ -25,7 +25,7 @@ from loratools.engine.task import Arithmetic, TensorResult, TensorTask
 from loratools.engine.tensor import run
 from loratools.engine.turns import Queue, Turns
 from loratools.errors import WrongBase
-from loratools.linalg.native import available
+from loratools.linalg.native import available, why_not
 from loratools.parallel import Progress, workers
 from loratools.storage import digest, files
 from loratools.storage.codecs import floats
@@ -78,12 +78,9 @@ def in_torch(plan: MergePlan, settings: Settings | None = None) -> Set[str]:
 
 
 def write_weights(
-    plan: MergePlan,
-    folder: Path,
-    settings: Settings,
-    progress: Progress,
+    plan: MergePlan, folder: Path, settings: Settings, progress: Progress,
     finished: Callable[[Path, list[TensorResult]], None] | None = None,
-) -> list[TensorResult]:
+) -> list[TensorResult]:  # fmt: skip
     """Write every file of tensors of a plan into `folder`, and return what was measured of each rewritten tensor.
 
     What the C code serves is merged first, without torch; where other tensors need torch it is imported beside that
@@ -97,7 +94,7 @@ def write_weights(
     decided(
         "arithmetic on %s: %d tensors in C, %d in torch%s",
         settings.device, len(plan.rewritten()) - len(late), len(late),
-        "" if not late else f", such as {min(late)}" if available() else "; the C code is not compiled here",
+        "" if not late else f", such as {min(late)}" if available() else f"; {why_not()}",
     )  # fmt: skip
     job = _Job(plan, settings, progress, late, Event(), local())
     results: list[TensorResult] = []
@@ -205,8 +202,7 @@ class _Job:
             slot.name, change.source, change.matrix, slot.dtype, target, slot.offset, _hashes(change),
             settings.retention if change.placements else "off", settings.seed,
         )  # fmt: skip
-        merge = self._in_torch if slot.name in self.late else self._in_c
-        result = merge(task, change)
+        result = (self._in_torch if slot.name in self.late else self._in_c)(task, change)
         self._check_base(result, change)
         return result
 
@@ -225,11 +221,10 @@ class _Job:
             self.mine.workspace = Workspace(device)
         with own_stream(device):
             terms = load_terms(self.plan, change, task.dtype, task.name, device)
-            random = (
-                stochastic.Stochastic(settings.seed, task.name, task.dtype) if settings.random(task.dtype) else None
-            )
+            random = settings.random(task.dtype)
+            drawn = stochastic.Stochastic(settings.seed, task.name, task.dtype) if random else None
             wide = is_wide(change, task.dtype)
-            return self._run(task, TorchRows(task, terms, self.mine.workspace, wide=wide, stochastic=random))
+            return self._run(task, TorchRows(task, terms, self.mine.workspace, wide=wide, stochastic=drawn))
 
     def _run(self, task: TensorTask, arithmetic: Arithmetic) -> TensorResult:
         return run(task, arithmetic, self.progress, self.stop.is_set, self.settings.tile)

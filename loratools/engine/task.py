@@ -77,27 +77,22 @@ class Arithmetic(Protocol):
     @property
     def together(self) -> int:
         """Number of rows that must come in one tile: tiles are multiples of it."""
-        ...
 
     @property
     def needs_pass(self) -> bool:
         """Whether `observe` must see all tiles, in order, before the first is changed."""
-        ...
 
     def room(self, rows: int) -> memoryview:
         """Return memory for a tile of so many rows as stored; valid until a thread's next tensor."""
-        ...
 
     def observe(self, stored: memoryview, first: int) -> None:
         """Take in a tile whose first row is `first`, if `needs_pass`."""
-        ...
 
     def change(self, stored: memoryview, first: int, measured: int) -> Changed:
         """Return the tile whose first row is `first` changed and rounded; its first `measured` rows are measured.
 
         Raises `IncompatibleAdapter` where a value is not finite in the output's dtype.
         """
-        ...
 
 
 def sampled_tiles(name: str, seed: int, retention: str, tiles: int) -> frozenset[int]:

@@ -15,11 +15,7 @@ from loratools.storage import digest, dtypes, files
 
 
 def run(
-    task: TensorTask,
-    arithmetic: Arithmetic,
-    progress: Progress,
-    stopped: Callable[[], bool],
-    tile_bytes: int = TILE,
+    task: TensorTask, arithmetic: Arithmetic, progress: Progress, stopped: Callable[[], bool], tile_bytes: int = TILE
 ) -> TensorResult:
     """Write one output tensor and return what was measured.
 

@@ -17,7 +17,7 @@ from loratools.hub.subject import Subject, read
 from loratools.hub.upload import Committed, Target, Uploader, look
 from loratools.options import Options
 from loratools.parallel import Progress, no_progress
-from loratools.storage.sources import Location
+from loratools.storage.sources import Location, as_path
 from loratools.surgery.inspect import AdapterSummary
 
 CARD = "README.md"
@@ -107,7 +107,7 @@ def prepare(
     if card is not None:
         checked.word("card", card, cards.Side)
     checked.done()
-    subject, hub = read(Path(path), base_model), Hub(token=token)
+    subject, hub = read(as_path(path), base_model), Hub(token=token)
     target = look(hub, ref.repo, revision=ref.revision, create_pr=create_pr)
     text, notes = card_for(hub, subject, target, license, card)
     if subject.kind == "adapter" and not subject.task:

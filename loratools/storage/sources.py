@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal
 
-from loratools.errors import BadFile, LoraToolsError
+from loratools.errors import BadFile, InvalidOption, LoraToolsError
 
 if TYPE_CHECKING:
     from loratools.parallel import Progress
@@ -88,13 +88,20 @@ def is_reference(location: object) -> bool:
     return isinstance(location, str) and location.startswith(tuple(_RESOLVERS)) and not Path(location).exists()
 
 
+def as_path(location: object) -> Path:
+    """Return the path that a text or a path-like value is; raise `InvalidOption` for anything else."""
+    if isinstance(location, str | os.PathLike):
+        return Path(location)
+    raise InvalidOption(f"expected a path or a reference such as hf://org/name, found {type(location).__name__}")
+
+
 def local(location: Location, need: Need = "adapter") -> Path:
     """Return a path for a path or a reference; what a reference names is fetched as far as `need` says.
 
-    Raises what the resolver raises (`HubError`, `BadFile`), and `TypeError` for what is neither a text nor a path.
+    Raises what the resolver raises (`HubError`, `BadFile`), and `InvalidOption` for what is neither a text nor a path.
     """
     if not isinstance(location, str) or not is_reference(location):
-        return Path(location)
+        return as_path(location)
     current = _CURRENT.get()
     if current is None:
         current = Session()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,9 +36,14 @@ def open_adapters(
     `base` tells names that some dialects leave out. Raises `InvalidOption` for weights that are not a finite number for
     each adapter, `BadFile` for an adapter whose tensors are not those that were sealed, and what opening raises.
     """
-    listed = [adapters] if isinstance(adapters, str | os.PathLike | Adapter) else list(adapters)
-    numbers = _weights(weights, len(listed))
-    return tuple(_open(adapter, weight, base) for adapter, weight in zip(listed, numbers, strict=True))
+    each = as_list(adapters)
+    numbers = _weights(weights, len(each))
+    return tuple(_open(adapter, weight, base) for adapter, weight in zip(each, numbers, strict=True))
+
+
+def as_list(adapters: AdapterSource | Sequence[AdapterSource]) -> list[AdapterSource]:
+    """Return several adapters as a list, and one that stands alone as a list of it."""
+    return list(adapters) if isinstance(adapters, Iterable) and not isinstance(adapters, str) else [adapters]
 
 
 def under_names_of(base: Checkpoint, inputs: Sequence[AdapterInput]) -> tuple[AdapterInput, ...]:

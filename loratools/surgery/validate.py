@@ -52,7 +52,7 @@ def validate(
 
     Raises:
         BadFile: There is nothing to read.
-        InvalidOption: `data` or `threads` cannot be.
+        InvalidOption: `data` or `threads` cannot be, or `path` is an opened value: what is validated is a file.
 
     Example:
         >>> validate("sealed", "base").valid

@@ -36,7 +36,7 @@ def test_numbers() -> None:
 
 
 def test_fields_align_and_keep_lines_in_their_column() -> None:
-    assert list(fields([("a", "one"), ("long", "two\nthree"), ("b", "")])) == [
+    assert list(fields(("a", "one"), ("long", "two\nthree"), ("left out", None), ("b", ""))) == [
         "a     one",
         "long  two",
         "      three",

@@ -273,6 +273,39 @@ def test_narrow_vectors_write_what_wide_ones_do(tmp_path: Path, monkeypatch: pyt
     assert made[0] == made[1]
 
 
+@pytest.mark.parametrize(
+    ("size", "reason"),
+    [
+        (None, "the C code is not compiled here"),
+        ("1", "the C code was compiled from another rows.c"),
+        ("0", "torch is faster on this processor"),
+    ],
+)
+def test_why_the_c_code_does_not_serve_is_said(
+    size: str | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "librows.so"
+    if size is not None:
+        compiler = shlex.split(sysconfig.get_config_var("CC") or "cc")[0]
+        if not which(compiler):
+            pytest.skip("no compiler")
+        (tmp_path / "rows.c").write_text(f"unsigned long loratools_rows_size(void) {{ return {size}; }}\n")
+        flags = ["-fPIC", "-shared"]
+        subprocess.run([compiler, *flags, str(tmp_path / "rows.c"), "-o", str(library)], check=True)
+    assert native.why_not() == ""
+    monkeypatch.setattr(native, "LIBRARY", library)
+    native._library.cache_clear()
+    try:
+        assert (native.available(), native.why_not()) == (False, reason)
+        monkeypatch.setattr(native, "LIBRARY", tmp_path / "damaged.so")
+        native.LIBRARY.write_bytes(b"no library")
+        native._library.cache_clear()
+        assert native.why_not().startswith("the compiled C code does not load: ")
+    finally:
+        monkeypatch.undo()
+        native._library.cache_clear()
+
+
 def test_arrays_that_do_not_fit_are_refused() -> None:
     W, B, A, scale, m = draw("BF16", 4, 6, 2, seed=5)
     terms = native.products(B, A, B, scale, m)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from loratools.errors import BadFile
+from loratools.errors import BadFile, InvalidOption
 from loratools.storage import sources
 
 
@@ -34,7 +34,7 @@ def test_a_path_is_itself(asked: list) -> None:
     assert sources.local("toy") == sources.local(Path("toy")) == Path("toy")
     assert sources.local(Path("toy://a")) == Path("toy:/a")
     assert asked == []
-    with pytest.raises(TypeError):
+    with pytest.raises(InvalidOption, match=r"^expected a path or a reference such as hf://org/name, found int$"):
         sources.local(3)  # type: ignore[arg-type]
 
 

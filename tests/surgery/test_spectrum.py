@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loratools.cli._spectrum import bars
+from loratools.cli.inspect import bars
 from loratools.surgery.spectrum import spectrum
 from tests.surgery.models import Lora, lora, random, save_adapter
 

@@ -56,14 +56,9 @@ class TorchRows:
     """
 
     def __init__(
-        self,
-        task: TensorTask,
-        terms: Sequence[tuple[Site, Term]],
-        workspace: Workspace,
-        *,
-        wide: bool = False,
+        self, task: TensorTask, terms: Sequence[tuple[Site, Term]], workspace: Workspace, *, wide: bool = False,
         stochastic: Stochastic | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         import torch
 
         self._task, self._terms, self._workspace, self._stochastic = task, terms, workspace, stochastic

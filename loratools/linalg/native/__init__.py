@@ -43,23 +43,31 @@ class _Rows(ctypes.Structure):
 
 
 @cache
-def _library() -> Any:
-    """Return the compiled library, or None where there is none for this processor."""
+def _library() -> tuple[Any, str]:
+    """Return the compiled library, or None and why it does not serve."""
+    if not LIBRARY.exists():
+        return None, "the C code is not compiled here"
     try:
         library = ctypes.CDLL(str(LIBRARY))
-    except OSError:
-        return None
+    except OSError as error:
+        return None, f"the compiled C code does not load: {error}"
     library.loratools_rows_size.restype = ctypes.c_size_t
-    if library.loratools_rows_size() != ctypes.sizeof(_Rows):
-        return None  # compiled from another rows.c, or for processors unlike this one
+    size = library.loratools_rows_size()
+    if size != ctypes.sizeof(_Rows):
+        return None, "the C code was compiled from another rows.c" if size else "torch is faster on this processor"
     library.loratools_add_products.argtypes = [ctypes.POINTER(_Rows)]
     library.loratools_add_products.restype = None
-    return library
+    return library, ""
 
 
 def available() -> bool:
     """Tell whether the C code was compiled at installation, and is fast on this processor."""
-    return _library() is not None
+    return not why_not()
+
+
+def why_not() -> str:
+    """Say why the C code does not serve here; nothing where it does."""
+    return _library()[1]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -140,6 +148,6 @@ def add_products(
         at(terms.left, rows), at(terms.panels), at(terms.factor, rows), at(terms.scale), at(terms.magnitude, rows),
         at(gains, rows), bound, at(sums), measured,
     )  # fmt: skip
-    _library().loratools_add_products(ctypes.byref(call))
+    _library()[0].loratools_add_products(ctypes.byref(call))
     zero_row = None if call.zero_row < 0 else rows.start + call.zero_row
     return Outcome(call.largest, zero_row, call.retained, call.total, int(call.changed))

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratools import dialects
 from loratools.adapter.kinds import Update
-from loratools.adapter.model import Adapter, BaseIdentity, Step
+from loratools.adapter.model import BaseIdentity, Step
 from loratools.errors import IncompatibleAdapter, LoraToolsError
 from loratools.format.digest import adapter_digest
 from loratools.format.record import TOOL
@@ -39,7 +39,7 @@ from loratools.surgery.combine.methods._terms import Library
 from loratools.surgery.combine.options import CombineOptions
 from loratools.surgery.combine.result import assemble
 from loratools.surgery.combine.weights import Weight
-from loratools.surgery.inputs import AdapterSource
+from loratools.surgery.inputs import AdapterSource, as_list
 
 if TYPE_CHECKING:
     import torch
@@ -146,7 +146,7 @@ def combine(
         density=density, gamma=gamma, epsilon=epsilon, seed=seed, like=like, method=method, ranks=ranks,
         check_base=check_base, dtype=dtype, threads=threads, force=force,
     )  # fmt: skip
-    sources = [adapters] if isinstance(adapters, str | os.PathLike | Adapter) else list(adapters)
+    sources = as_list(adapters)
     numbers = [weights] if isinstance(weights, int | float | str | Weight) else weights
     return run(sources, output, options, numbers, initial, progress=progress)
 
