@@ -5,8 +5,10 @@ A list of words stands in one place, as a `Literal` type; `words` reads it back 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Self, TypeVar, get_args
+from numbers import Real
+from typing import Any, Literal, Self, TypeVar, cast, get_args
 
 from loratools.errors import InvalidOption
 
@@ -39,6 +41,14 @@ def either(choices: Sequence[str]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
+def is_finite(value: object) -> bool:
+    """Tell whether a value is a finite number, of any type but bool."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an int that no float holds
+        return False
+
+
 class Options:
     """The options of one call while they are checked, one after another; `done` raises for all that are wrong."""
 
@@ -47,7 +57,7 @@ class Options:
 
     def word(self, name: str, value: object, literal: Any) -> Self:
         """Note a problem unless `value` is one of the words of a `Literal` type."""
-        if value not in words(literal):
+        if not isinstance(value, str) or value not in words(literal):
             self.problems.append(f"{name} is {value!r}; it can be {either(words(literal))}")
         return self
 
@@ -57,6 +67,12 @@ class Options:
         if not whole and not (optional and value is None):
             range_of = f" of at least {least}" if least is not None else ""
             self.problems.append(f"{name} is {value!r}; it can be a whole number{range_of}{' or None' * optional}")
+        return self
+
+    def real(self, name: str, value: object, fits: Callable[[float], bool], which: str) -> Self:
+        """Note a problem unless `value` is a finite number that `fits`, or None; `which` says what it can be."""
+        if value is not None and not (is_finite(value) and fits(float(cast(float, value)))):
+            self.problems.append(f"{name} is {value!r}; it is {which}")
         return self
 
     def threads(self, value: object) -> Self:

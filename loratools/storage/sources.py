@@ -91,6 +91,8 @@ def is_reference(location: object) -> bool:
 def as_path(location: object) -> Path:
     """Return the path that a text or a path-like value is; raise `InvalidOption` for anything else."""
     if isinstance(location, str | os.PathLike):
+        if not os.fspath(location):
+            raise InvalidOption("expected a path or a reference such as hf://org/name, found an empty text")
         return Path(location)
     raise InvalidOption(f"expected a path or a reference such as hf://org/name, found {type(location).__name__}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from loratools.adapter.model import Adapter, AdapterInput
 from loratools.adapter.placement.image import named_for
 from loratools.errors import InvalidOption
 from loratools.format.digest import checked_digest
+from loratools.options import is_finite
 from loratools.storage import sources
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.sources import Location
@@ -68,10 +68,10 @@ def _open(adapter: AdapterSource, weight: float, base: Checkpoint) -> AdapterInp
 
 
 def _weights(weights: float | Sequence[float] | None, count: int) -> list[float]:
-    listed = [1.0] * count if weights is None else [weights] if isinstance(weights, int | float) else weights
-    numbers = [float(weight) for weight in listed]
-    if not count or len(numbers) != count:
-        raise InvalidOption(f"{count} adapter(s) and {len(numbers)} weight(s); each adapter takes one weight")
-    if problems := [f"weight {i + 1} is {number}" for i, number in enumerate(numbers) if not math.isfinite(number)]:
+    listed = [1.0] * count if weights is None else list(weights) if isinstance(weights, Sequence) else [weights]
+    listed = [weights] if isinstance(weights, str | bytes) else listed
+    if problems := [f"weight {i + 1} is {weight!r}" for i, weight in enumerate(listed) if not is_finite(weight)]:
         raise InvalidOption("a weight is a finite number", problems)
-    return numbers
+    if not count or len(listed) != count:
+        raise InvalidOption(f"{count} adapter(s) and {len(listed)} weight(s); each adapter takes one weight")
+    return [float(weight) for weight in listed]

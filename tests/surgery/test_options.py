@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from loratools.errors import InvalidOption
 from loratools.options import words
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.base import agree
+from loratools.surgery.combine import combine
 from loratools.surgery.convert import convert
 from loratools.surgery.hash import hash_checkpoint
 from loratools.surgery.inspect import AdapterSummary, CheckpointSummary, inspect
@@ -115,11 +117,35 @@ def test_each_adapter_takes_one_weight(weights: Any, models: Path) -> None:
             call(models / "base", adapters, models / "out", weights=weights)
 
 
-@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
-def test_a_weight_is_finite(weight: float, models: Path) -> None:
-    with pytest.raises(InvalidOption) as refusal:
-        merge(models / "base", models / "adapter0", models / "out", weights=weight)
-    assert refusal.value.problems == (f"weight 1 is {weight}",)
+WRONG_WEIGHTS = [float("nan"), float("inf"), "1", "12", "x", True, 1j, 10**400, {0: 1}, torch.tensor(0.5), b"1"]
+
+
+@pytest.mark.parametrize("weight", WRONG_WEIGHTS, ids=repr)
+def test_a_weight_is_a_finite_number(weight: Any, models: Path) -> None:
+    for weights in (weight, [weight]):
+        for call in (merge, lambda *inputs, **options: verify(models / "base", *inputs[:2], **options)):
+            with pytest.raises(InvalidOption, match="a weight is a finite number") as refusal:
+                call(models / "base", models / "adapter0", models / "out", weights=weights)
+            assert refusal.value.problems == (f"weight 1 is {weight!r}",)
+
+
+def test_numbers_of_numpy_are_weights(models: Path) -> None:
+    merge(models / "base", models / "adapter0", models / "out", weights=np.float32(0.5))
+    merge(models / "base", models / "adapter0", models / "same", weights=[0.5])
+    merged, same = load(models / "out"), load(models / "same")
+    assert merged and all(same_bytes(merged[name], same[name]) for name in merged)
+
+
+@pytest.mark.parametrize("weight", ["x", "q_proj=x", "1,2", "nan", None, 1j, [1]], ids=repr)
+def test_a_weight_of_combine_is_a_number_or_a_text_with_patterns(weight: Any, models: Path) -> None:
+    with pytest.raises(InvalidOption, match="weight"):
+        combine([models / "adapter0", models / "adapter1"], models / "out", weights=[weight, 1])
+
+
+def test_an_empty_text_is_no_path(models: Path) -> None:
+    for call in (lambda: inspect(""), lambda: hash_checkpoint(""), lambda: merge(models / "base", "", models / "out")):
+        with pytest.raises(InvalidOption, match="found an empty text"):
+            call()
 
 
 def switch_in(base: Path, adapters: list[Path], output: Path, weights: Any) -> None:

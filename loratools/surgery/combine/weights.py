@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loratools.adapter.naming.selection import matches
-from loratools.errors import LoraToolsError
+from loratools.errors import InvalidOption
+from loratools.options import is_finite
 from loratools.surgery.combine import blocks
 
 BLOCKS = "lbw:"
@@ -28,17 +29,19 @@ class Weight:
     def __post_init__(self) -> None:
         for value in (self.default, *(value for _, value in self.patterns), *self.blocks.values()):
             if not math.isfinite(value):
-                raise LoraToolsError(f"a weight must be a finite number, not {value}")
+                raise InvalidOption(f"a weight must be a finite number, not {value}")
 
     @classmethod
     def parse(cls, text: str | float) -> Weight:
-        """Read `0.7`, `q_proj=0.5,v_proj=-1`, `0.7,*.mlp.*=0`, or `lbw:1,0,0,…`; raise `LoraToolsError`.
+        """Read `0.7`, `q_proj=0.5,v_proj=-1`, `0.7,*.mlp.*=0`, or `lbw:1,0,0,…`; raise `InvalidOption`.
 
         Patterns are those of `selection.matches`; modules that none of them names have the number without a pattern,
         or 1.
         """
-        if isinstance(text, int | float):
+        if is_finite(text):
             return cls(float(text))
+        if not isinstance(text, str):
+            raise InvalidOption(f"weight {text!r}: a weight is a finite number, or a text with patterns")
         if text.startswith(BLOCKS):
             return cls(blocks=blocks.weights_of([_number(part, text) for part in text[len(BLOCKS) :].split(",")]))
         default, patterns = None, []
@@ -49,7 +52,7 @@ class Weight:
             elif default is None and not separator:
                 default = _number(part, text)
             else:
-                raise LoraToolsError(f"weight {text!r}: give one number, then PATTERN=NUMBER, separated by commas")
+                raise InvalidOption(f"weight {text!r}: give one number, then PATTERN=NUMBER, separated by commas")
         return cls(1.0 if default is None else default, tuple(patterns))
 
     def of(self, module: str) -> float:
@@ -84,4 +87,4 @@ def _number(text: str, whole: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise LoraToolsError(f"weight {whole!r}: {text.strip()!r} is not a number") from None
+        raise InvalidOption(f"weight {whole!r}: {text.strip()!r} is not a number") from None

@@ -33,8 +33,7 @@ class ExtractOptions:
         object.__setattr__(self, "ranks", checked.parsed("ranks", Ranks.of, self.ranks))
         object.__setattr__(self, "dtype", checked.parsed("dtype", dtypes.parse_float, self.dtype))
         checked.number("seed", self.seed, least=0)
-        if not 0 < self.tolerance < 1:
-            checked.problems.append(f"tolerance is {self.tolerance}; it is a share, above 0 and below 1")
+        checked.real("tolerance", self.tolerance, lambda x: 0 < x < 1, "a share, above 0 and below 1")
         checked.flag("tight", self.tight)
         checked.number("threads", self.threads, least=1, optional=True)
         checked.flag("force", self.force)

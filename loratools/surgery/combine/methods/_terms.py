@@ -64,11 +64,11 @@ class MethodOptions:
 
     def check(self, checked: Options) -> None:
         """Note every value that is out of its range."""
-        if self.density is not None and not 0 < self.density <= 1:
-            checked.problems.append(f"density is {self.density}; it is a share of elements, above 0 and at most 1")
-        if self.gamma is not None and not 0 <= self.gamma < 1:
-            checked.problems.append(f"gamma is {self.gamma}; it is a share of elements, at least 0 and below 1")
-        if self.seed is not None and not 0 <= self.seed < 2**53:
-            checked.problems.append(f"seed is {self.seed}; it lies between 0 and 2^53 - 1")
+        share = "a share of elements"
+        checked.real("density", self.density, lambda x: 0 < x <= 1, f"{share}, above 0 and at most 1")
+        checked.real("gamma", self.gamma, lambda x: 0 <= x < 1, f"{share}, at least 0 and below 1")
+        checked.real("epsilon", self.epsilon, lambda x: True, "a finite number")
+        if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 2**53):
+            checked.problems.append(f"seed is {self.seed!r}; it lies between 0 and 2^53 - 1")
         if self.like is not None:
             checked.word("like", self.like, Library)

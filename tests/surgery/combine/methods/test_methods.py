@@ -267,6 +267,14 @@ def test_every_option_out_of_range_is_named() -> None:
     )
 
 
+def test_options_of_a_wrong_type_are_named() -> None:
+    with pytest.raises(InvalidOption) as caught:
+        MethodOptions(density="x", gamma=True, epsilon=float("nan"), seed=0.5)  # type: ignore[arg-type]
+    assert [problem.partition(";")[0] for problem in caught.value.problems] == [
+        "density is 'x'", "gamma is True", "epsilon is nan", "seed is 0.5",
+    ]  # fmt: skip
+
+
 def test_words_that_do_not_exist_are_answered_with_the_list(tmp_path: Path) -> None:
     with pytest.raises(InvalidOption) as caught:
         combine(adapter(0), tmp_path / "x", method="tie", dtype="int8", ranks=0, check_base="no")  # type: ignore[arg-type]
