@@ -31,12 +31,12 @@ def measure(words: Sequence[object]) -> tuple[float, int]:
     begun = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
     assert process.stderr is not None
-    said = process.stderr.read()
+    stderr = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - begun
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{said.decode(errors='replace')}")
+        raise RuntimeError(f"{' '.join(command)} failed:\n{stderr.decode(errors='replace')}")
     return seconds, usage.ru_maxrss * 1024
 
 
@@ -45,8 +45,8 @@ def warm(folder: Path) -> None:
     piece = bytearray(1 << 24)
     for file in folder.rglob("*"):
         if file.is_file():
-            with file.open("rb", buffering=0) as opened:
-                while opened.readinto(piece):
+            with file.open("rb", buffering=0) as stream:
+                while stream.readinto(piece):
                     pass
 
 

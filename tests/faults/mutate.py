@@ -92,8 +92,8 @@ def header_entries(data: bytes, chance: Chance) -> bytes:
     header, rest = _split(data)
     document = json.loads(header)
     names = [name for name in document if name != "__metadata__"]
-    one, other = chance.choice(names), chance.choice(names)
-    entry: dict[str, Any] = document[one]
+    chosen, other = chance.choice(names), chance.choice(names)
+    entry: dict[str, Any] = document[chosen]
 
     def set_number(field: str) -> None:
         if entry[field]:
@@ -104,8 +104,8 @@ def header_entries(data: bytes, chance: Chance) -> bytes:
         entry["data_offsets"] = [offset + by for offset in entry["data_offsets"]]
 
     changes: list[Callable[[], object]] = [
-        lambda: document.update({one: document[other], other: entry}),
-        lambda: document.update({one: document[other]}),
+        lambda: document.update({chosen: document[other], other: entry}),
+        lambda: document.update({chosen: document[other]}),
         lambda: set_number("shape"),
         lambda: set_number("data_offsets"),
         lambda: entry["shape"].append(chance.choice([0, 1, 2, 2**63])),
@@ -114,8 +114,8 @@ def header_entries(data: bytes, chance: Chance) -> bytes:
         lambda: entry.update(dtype=chance.choice(DTYPES)),
         lambda: entry.pop(chance.choice(sorted(entry))),
         lambda: entry.update({chance.choice(["dtype", "shape", "data_offsets", "more"]): chance.choice(JUNK)}),
-        lambda: document.pop(one),
-        lambda: document.update({chance.choice(["", "x", "\x00", "__metadata__", one + "\x00"]): entry}),
+        lambda: document.pop(chosen),
+        lambda: document.update({chance.choice(["", "x", "\x00", "__metadata__", chosen + "\x00"]): entry}),
         lambda: document.update({chance.choice(names): chance.choice(JUNK)}),
         lambda: document.update(__metadata__=chance.choice([*JUNK, {"format": 1}, {"format": "pt"}])),
     ]

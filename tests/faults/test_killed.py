@@ -44,8 +44,8 @@ def outcome(
     command = [sys.executable, "-m", "tests.faults.killer", *inputs, str(pytestconfig.option.seed), str(share)]
     done = subprocess.run(command, capture_output=True, text=True, env=clean_env(), cwd=REPOSITORY, check=False)
     assert done.returncode == 0, done.stderr
-    found: dict[str, list[dict[str, object]]] = json.loads(done.stdout)
-    return found
+    trials: dict[str, list[dict[str, object]]] = json.loads(done.stdout)
+    return trials
 
 
 @pytest.mark.slow

@@ -44,26 +44,26 @@ def library(path: Path) -> Contents | None:
     try:
         with safetensors.safe_open(path, "pt"):
             pass
-        found = safetensors.deserialize(path.read_bytes())
+        tensors = safetensors.deserialize(path.read_bytes())
     except safetensors.SafetensorError:
         return None
-    return {name: (info["dtype"], tuple(info["shape"]), bytes(info["data"])) for name, info in found}
+    return {name: (info["dtype"], tuple(info["shape"]), bytes(info["data"])) for name, info in tensors}
 
 
 def attempt(read: Callable[[], Any], path: Path, size: int) -> Any:
     """Return what `read` returns, None if it refuses with a sentence; fail for all else, memory included."""
     tracemalloc.reset_peak()
     before = tracemalloc.get_traced_memory()[0]
-    said = f"{path}: x"
+    sentence = f"{path}: x"
     try:
-        found = read()
+        contents_read = read()
     except LoraToolsError as error:
-        found, said = None, error.message
+        contents_read, sentence = None, error.message
     peak = tracemalloc.get_traced_memory()[1] - before
     assert peak < PER_BYTE * size + FIXED, f"{peak} bytes for a file of {size}"
-    assert str(path) in said
-    assert "\n" not in said
-    return found
+    assert str(path) in sentence
+    assert "\n" not in sentence
+    return contents_read
 
 
 @pytest.fixture(autouse=True)
@@ -134,8 +134,8 @@ def test_adapters(prepared: Path, tmp_path: Path, part: int) -> None:
         original = (prepared / kind / "adapter_model.safetensors").read_bytes()
         damage = chance.choice(mutate.SAFETENSORS)
         path.write_bytes(damage(original, chance))
-        given = path if chance.random() < 0.3 and kind == "sealed" else path.parent
-        read = attempt(partial(read_adapter, given), path.parent, path.stat().st_size)
+        place = path if chance.random() < 0.3 and kind == "sealed" else path.parent
+        read = attempt(partial(read_adapter, place), path.parent, path.stat().st_size)
         if read is not None:
             expected = library(path)
             assert expected is not None, f"{damage.__name__}, number {number}: the library refuses it"

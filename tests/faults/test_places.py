@@ -68,9 +68,9 @@ def test_an_output_that_is_an_input_lies_in_one_or_holds_one(model: Path) -> Non
 
 def test_an_opened_adapter_is_an_input_too(model: Path) -> None:
     before = hashes(model)
-    opened = dialects.open_adapter(model / "adapter")
+    adapter = dialects.open_adapter(model / "adapter")
     with pytest.raises(OutputRefused, match="is, holds or lies in the input"):
-        merge(Checkpoint.open(model / "base"), [opened], model / "adapter", force=True)
+        merge(Checkpoint.open(model / "base"), [adapter], model / "adapter", force=True)
     assert hashes(model) == before
 
 
@@ -99,11 +99,11 @@ def test_names_with_control_characters_reach_no_terminal(model: Path, shell: Cal
         "hash evil.safetensors",
     ):
         for extra in ("", " --json"):
-            found = shell(f"loratools {line}{extra}", model)
-            assert found.code in (0, 1), found
-            assert "Traceback" not in found.err
-            assert not any(ord(character) < 32 and character not in "\n\t" for character in found.out + found.err)
-            assert not any(character in found.out + found.err for character in "\x7f\u202e\x9b")
+            result = shell(f"loratools {line}{extra}", model)
+            assert result.code in (0, 1), result
+            assert "Traceback" not in result.err
+            assert not any(ord(character) < 32 and character not in "\n\t" for character in result.out + result.err)
+            assert not any(character in result.out + result.err for character in "\x7f\u202e\x9b")
 
 
 def test_odd_names_are_names_all_the_same(model: Path) -> None:

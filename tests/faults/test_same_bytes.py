@@ -28,7 +28,7 @@ def three(model: Path) -> tuple[list[Path], list[float]]:
 @pytest.mark.parametrize("dtype", [None, "F32", "F16"])
 def test_threads_and_the_order_of_adapters_do_not_show(model: Path, dtype: str | None) -> None:
     adapters, weights = three(model)
-    found = []
+    outputs = []
     for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
         for threads in (1, 2, 5):
             output = model / f"{order}{threads}"
@@ -36,9 +36,9 @@ def test_threads_and_the_order_of_adapters_do_not_show(model: Path, dtype: str |
                 model / "base", [adapters[i] for i in order], output, weights=[weights[i] for i in order],
                 dtype=dtype, threads=threads, retention="off",
             )  # fmt: skip
-            found.append({name: value for name, value in hashes(output).items() if name.endswith(".safetensors")})
-    assert found[0].keys() == {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
-    assert all(one == found[0] for one in found)
+            outputs.append({name: value for name, value in hashes(output).items() if name.endswith(".safetensors")})
+    assert outputs[0].keys() == {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+    assert all(files_of_run == outputs[0] for files_of_run in outputs)
 
 
 @pytest.mark.parametrize("dtype", [None, "F32", "F64"])

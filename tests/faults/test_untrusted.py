@@ -125,8 +125,8 @@ def test_regular_expressions_that_never_end(model: Path, field: str, pattern: st
     if field == "target_modules":
         edit(model / "adapter" / "adapter_config.json", layers_to_transform=None)
     edit(model / "adapter" / "adapter_config.json", **{field: value})
-    said = outcome(lambda: dialects.open_adapter(model / "adapter"))
-    assert isinstance(said, str) or said.updates.keys() == tiny.lora_factors().keys()
+    result = outcome(lambda: dialects.open_adapter(model / "adapter"))
+    assert isinstance(result, str) or result.updates.keys() == tiny.lora_factors().keys()
 
 
 @pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
@@ -136,9 +136,9 @@ def test_json_nested_deeply(model: Path, name: str, depth: int) -> None:
     path = model / ("base" if name == "config.json" else "adapter") / name
     text = path.read_text().rstrip()
     path.write_text(text[:-1] + f', "deep": {"[" * depth}{"]" * depth}}}')
-    said = outcome(lambda: merge(model / "base", [model / "adapter"], model / "out", dtype="F32"))
-    if isinstance(said, str):
-        assert "nested too deeply" in said
+    result = outcome(lambda: merge(model / "base", [model / "adapter"], model / "out", dtype="F32"))
+    if isinstance(result, str):
+        assert "nested too deeply" in result
         assert not (model / "out").exists()
     else:
         json.loads((model / "out" / "config.json").read_text())
@@ -164,9 +164,9 @@ def test_a_hostile_config_of_the_base(model: Path) -> None:
         name, dtype = chance.choice(sorted(adapters)), chance.choice([None, "F32"])
         options = MergeOptions(dtype=dtype)
         decide = partial(prepare, model / "base", model / f"adapter-{name}", model / "out", options=options)
-        if not isinstance(found := outcome(decide), str):
+        if not isinstance(prepared := outcome(decide), str):
             done += 1
-            touched = set(found.plan.touched())
+            touched = set(prepared.plan.touched())
             assert name != "q" or touched == {f"{module}.weight" for module in adapters["q"]}, number
     assert done >= 50
 

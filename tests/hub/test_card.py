@@ -16,9 +16,9 @@ FACTS = {"base_model": "org/base", "library_name": "peft", "license": "mit", "ta
 
 def front(text: str) -> dict[str, object]:
     """Return the front matter as the Hub reads it."""
-    found = yaml.safe_load(text.split("---\n")[1])
-    assert isinstance(found, dict)
-    return found
+    fields = yaml.safe_load(text.split("---\n")[1])
+    assert isinstance(fields, dict)
+    return fields
 
 
 def person(text: str) -> str:
@@ -112,8 +112,8 @@ def test_which_side_changed_is_known() -> None:
     assert "--card local" in str(caught.value.hint)
     assert person(merge(*both, keep="local")) == "# Edited here"
     assert person(merge(*both, keep="hub")) == "# Edited on the Hub"
-    settled = merge(*both, keep="local")
-    assert merge("# Edited here\n", settled) == settled
+    merged_card = merge(*both, keep="local")
+    assert merge("# Edited here\n", merged_card) == merged_card
 
 
 def test_a_card_on_the_hub_that_loratools_never_saw() -> None:

@@ -48,8 +48,8 @@ def test_one_set_of_weights(kind: Kind, paths: list[str], weights: list[str]) ->
 def test_companions() -> None:
     kept = ["LICENSE", "README.md", "chat_template.jinja", "config.json", "tokenizer.model", "vocab.txt"]
     left = [".gitattributes", ".env", "all_results.json", "trainer_state.json", "a/b.json", "picture.png", "run.log"]
-    found = select(["model.safetensors", *kept, *left], "checkpoint", lambda name: {})
-    assert list(found.others) == kept
+    selection = select(["model.safetensors", *kept, *left], "checkpoint", lambda name: {})
+    assert list(selection.others) == kept
 
 
 @pytest.mark.parametrize(

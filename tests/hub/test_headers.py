@@ -47,10 +47,10 @@ def test_inspect_moves_the_header_and_no_more(hub: LocalHub, layers: int, reques
     hub.seed(REPO, files)
     length = 8 + int.from_bytes(files["adapter_model.safetensors"][:8], "little")
     assert length < 100_000
-    found = inspect(local(ADAPTER, need="header"))
-    assert isinstance(found, AdapterSummary)
-    assert len(found.modules) == 4 * layers
-    assert found.total.nbytes == layers * 4 * 2 * 4 * 256 * 4
+    summary = inspect(local(ADAPTER, need="header"))
+    assert isinstance(summary, AdapterSummary)
+    assert len(summary.modules) == 4 * layers
+    assert summary.total.nbytes == layers * 4 * 2 * 4 * 256 * 4
     moved = sum(entry.bytes_in + entry.bytes_out for entry in hub.log.select())
     assert moved <= 101_000
     assert moved <= max(length, 65_536) + 3_000
@@ -61,11 +61,11 @@ def test_inspect_moves_the_header_and_no_more(hub: LocalHub, layers: int, reques
 
 def test_inspect_of_a_model_is_that_of_the_local_one(hub: LocalHub, workplace: Path) -> None:
     stored(hub, workplace / "base", "lab/base")
-    here, there = inspect(workplace / "base"), inspect(local("hf://lab/base", need="header"))
-    assert isinstance(here, CheckpointSummary)
-    assert isinstance(there, CheckpointSummary)
-    assert (there.schema, there.total, there.shards) == (here.schema, here.total, here.shards)
-    assert (there.architecture, there.tensors) == (here.architecture, here.tensors)
+    ours, theirs = inspect(workplace / "base"), inspect(local("hf://lab/base", need="header"))
+    assert isinstance(ours, CheckpointSummary)
+    assert isinstance(theirs, CheckpointSummary)
+    assert (theirs.schema, theirs.total, theirs.shards) == (ours.schema, ours.total, ours.shards)
+    assert (theirs.architecture, theirs.tensors) == (ours.architecture, ours.tensors)
 
 
 def test_a_pipeline(hub: LocalHub) -> None:

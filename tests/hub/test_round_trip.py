@@ -95,11 +95,11 @@ def test_shards_of_an_earlier_version_go(hub: LocalHub, workplace: Path, tmp_pat
 
     send(workplace / "base")
     hub.seed(REPO, {"model-notes.safetensors": b"another's"})
-    one = tiny.save_llama(tmp_path / "one", tiny.llama_weights(seed=3), shards=1)
-    send(one)
+    single = tiny.save_llama(tmp_path / "one", tiny.llama_weights(seed=3), shards=1)
+    send(single)
     assert hub.files(REPO).keys() == {"config.json", "model.safetensors", "model-notes.safetensors", "README.md"}
     fetch(tmp_path / "down")
-    assert (tmp_path / "down" / "model.safetensors").read_bytes() == (one / "model.safetensors").read_bytes()
+    assert (tmp_path / "down" / "model.safetensors").read_bytes() == (single / "model.safetensors").read_bytes()
 
 
 def test_a_sealed_file_becomes_a_folder_that_peft_finds(hub: LocalHub, workplace: Path, tmp_path: Path) -> None:
@@ -164,8 +164,8 @@ def test_the_base_that_an_adapter_names_is_looked_up(hub: LocalHub, workplace: P
 
     adapter = open_adapter(workplace / "sealed")
     assert adapter.base is not None
-    named = replace(adapter, base=replace(adapter.base, id="lab/base"))
-    save_adapter(named, tmp_path / "named")
+    with_id = replace(adapter, base=replace(adapter.base, id="lab/base"))
+    save_adapter(with_id, tmp_path / "named")
     send(tmp_path / "named")
     missing = fetch(tmp_path / "1").base
     assert missing is not None

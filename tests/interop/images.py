@@ -100,13 +100,20 @@ def pipeline(name: str) -> Any:
 def reopened(name: str, folder: Path) -> Any:
     """Return the pipeline that diffusers and transformers load from a folder."""
     fresh = pipeline(name)
-    parts = {one: type(getattr(fresh, one)).from_pretrained(folder / one) for one in components(fresh)}
-    given = {one: getattr(fresh, one, None) for one in fresh.components}
-    return type(fresh)(**given | parts | ({"requires_safety_checker": False} if name == "sd" else {}))
+    parts = {
+        component: type(getattr(fresh, component)).from_pretrained(folder / component)
+        for component in components(fresh)
+    }
+    others = {component: getattr(fresh, component, None) for component in fresh.components}
+    return type(fresh)(**others | parts | ({"requires_safety_checker": False} if name == "sd" else {}))
 
 
 def components(pipe: Any) -> list[str]:
-    return [one for one in ("unet", "transformer", "text_encoder", "text_encoder_2") if getattr(pipe, one, None)]
+    return [
+        component
+        for component in ("unet", "transformer", "text_encoder", "text_encoder_2")
+        if getattr(pipe, component, None)
+    ]
 
 
 def trained(pipe: Any, targets: Mapping[str, list[str]], folder: Path, *, scale: float = 0.3, **config: Any) -> Any:
@@ -136,41 +143,41 @@ def noise(*shape: int) -> torch.Tensor:
 @torch.no_grad()
 def outputs(pipe: Any) -> dict[str, torch.Tensor]:
     """Return what each model computes from fixed inputs, and the latents of two steps of the whole pipeline."""
-    found = {}
+    results = {}
     for name in components(pipe):
         model = getattr(pipe, name).eval()
         if name.startswith("text_encoder"):
             ids = torch.tensor([[5, 17, 3, 88, 98]])
-            found[name] = model(ids, output_hidden_states=True).hidden_states[-1]
+            results[name] = model(ids, output_hidden_states=True).hidden_states[-1]
             if "WithProjection" in type(model).__name__:
-                found[f"{name}.pooled"] = model(ids).text_embeds
+                results[f"{name}.pooled"] = model(ids).text_embeds
         elif name == "unet":
             xl = model.config.addition_embed_type is not None
             added = {"text_embeds": noise(1, 32), "time_ids": noise(1, 6)} if xl else None
-            found[name] = model(
+            results[name] = model(
                 noise(1, 4, 8, 8), 7, noise(1, 5, model.config.cross_attention_dim), added_cond_kwargs=added
             ).sample
         else:
-            found[name] = model(
+            results[name] = model(
                 noise(1, 9, 4), noise(1, 5, 32), noise(1, 32), torch.tensor([0.5]), img_ids=noise(9, 3),
                 txt_ids=torch.zeros(5, 3), guidance=torch.tensor([3.5]),
             ).sample  # fmt: skip
-    if "unet" in found:
+    if "unet" in results:
         width = pipe.unet.config.cross_attention_dim
         arguments: dict[str, Any] = {"prompt_embeds": noise(1, 5, width), "guidance_scale": 1.0}
-        if "text_encoder_2" in found:
+        if "text_encoder_2" in results:
             arguments |= {"pooled_prompt_embeds": noise(1, 32)}
         pipe.set_progress_bar_config(disable=True)
-        found["pipeline"] = pipe(
+        results["pipeline"] = pipe(
             latents=noise(1, 4, 8, 8), num_inference_steps=2, output_type="latent", height=64, width=64, **arguments
         ).images
-    return found
+    return results
 
 
-def distance(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> float:
+def distance(ours: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> float:
     """Return the largest difference of any output, as a part of that output's largest number."""
-    assert found.keys() == wanted.keys()
-    return max(float((found[n] - wanted[n]).abs().max() / wanted[n].abs().max()) for n in wanted)
+    assert ours.keys() == wanted.keys()
+    return max(float((ours[n] - wanted[n]).abs().max() / wanted[n].abs().max()) for n in wanted)
 
 
 def original(pipe: Any) -> dict[str, torch.Tensor]:
@@ -178,16 +185,16 @@ def original(pipe: Any) -> dict[str, torch.Tensor]:
     if getattr(pipe, "transformer", None) is not None:
         return _flux_original(pipe.transformer.state_dict())
     xl = hasattr(pipe, "text_encoder_2")
-    found = {}
+    tensors = {}
     for name, tensor in pipe.unet.state_dict().items():
         module, _, parameter = name.rpartition(".")
-        found[f"model.diffusion_model.{stable_diffusion.to_original(module, xl=xl)}.{parameter}"] = tensor
-    found |= _prefixed(
+        tensors[f"model.diffusion_model.{stable_diffusion.to_original(module, xl=xl)}.{parameter}"] = tensor
+    tensors |= _prefixed(
         "conditioner.embedders.0.transformer." if xl else "cond_stage_model.transformer.", _clip(pipe.text_encoder)
     )
     if xl:
-        found |= _prefixed("conditioner.embedders.1.model.", _open_clip(_clip(pipe.text_encoder_2)))
-    return found
+        tensors |= _prefixed("conditioner.embedders.1.model.", _open_clip(_clip(pipe.text_encoder_2)))
+    return tensors
 
 
 def _prefixed(root: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -204,25 +211,25 @@ def _clip(model: Any) -> dict[str, torch.Tensor]:
 
 
 def _open_clip(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    found = {
+    open_clip = {
         "token_embedding.weight": tensors["text_model.embeddings.token_embedding.weight"],
         "positional_embedding": tensors["text_model.embeddings.position_embedding.weight"],
         "text_projection": tensors["text_projection.weight"].T.contiguous(),
     }
-    found |= {f"ln_final.{end}": tensors[f"text_model.final_layer_norm.{end}"] for end in ("weight", "bias")}
+    open_clip |= {f"ln_final.{end}": tensors[f"text_model.final_layer_norm.{end}"] for end in ("weight", "bias")}
     names = {"self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
              "layer_norm1": "ln_1", "layer_norm2": "ln_2"}  # fmt: skip
     for layer in range(2):
         ours, theirs = f"text_model.encoder.layers.{layer}", f"transformer.resblocks.{layer}"
         for end in ("weight", "bias"):
-            found |= {f"{theirs}.{new}.{end}": tensors[f"{ours}.{old}.{end}"] for old, new in names.items()}
+            open_clip |= {f"{theirs}.{new}.{end}": tensors[f"{ours}.{old}.{end}"] for old, new in names.items()}
             fused = [tensors[f"{ours}.self_attn.{name}_proj.{end}"] for name in "qkv"]
-            found[f"{theirs}.attn.in_proj_{end}"] = torch.cat(fused)
-    return found
+            open_clip[f"{theirs}.attn.in_proj_{end}"] = torch.cat(fused)
+    return open_clip
 
 
 def _flux_original(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    found, parts = {}, dict[str, dict[int, torch.Tensor]]()
+    original, parts = {}, dict[str, dict[int, torch.Tensor]]()
     norms = {"norm_q": "query_norm", "norm_k": "key_norm", "norm_added_q": "query_norm", "norm_added_k": "key_norm"}
     for name, tensor in tensors.items():
         module, _, parameter = name.rpartition(".")
@@ -231,17 +238,17 @@ def _flux_original(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
             kind, number = parent.split(".")[:2]
             stream = "txt_attn." if "added" in last else "img_attn." if kind == "transformer_blocks" else ""
             block = "double" if kind == "transformer_blocks" else "single"
-            found[f"{block}_blocks.{number}.{stream}norm.{norms[last]}.scale"] = tensor
+            original[f"{block}_blocks.{number}.{stream}norm.{norms[last]}.scale"] = tensor
             continue
         place = to_original(module)
         assert place is not None, name
         if place[1] is None:
             halves = tensor.chunk(2)
             swap = module == "norm_out.linear"
-            found[f"{place[0]}.{parameter}"] = torch.cat([halves[1], halves[0]]) if swap else tensor
+            original[f"{place[0]}.{parameter}"] = torch.cat([halves[1], halves[0]]) if swap else tensor
         else:
             parts.setdefault(f"{place[0]}.{parameter}", {})[place[1]] = tensor
-    return found | {name: torch.cat([blocks[i] for i in sorted(blocks)]) for name, blocks in parts.items()}
+    return original | {name: torch.cat([blocks[i] for i in sorted(blocks)]) for name, blocks in parts.items()}
 
 
 def save_original(pipe: Any, path: Path) -> Path:
@@ -263,10 +270,10 @@ def from_original(name: str, tensors: Mapping[str, torch.Tensor]) -> Any:
     root = "conditioner.embedders.0.transformer." if name == "sdxl" else "cond_stage_model.transformer."
     _load(pipe.text_encoder, convert.convert_ldm_clip_checkpoint(dict(tensors), remove_prefix=root))
     if name == "sdxl":
-        found = convert.convert_open_clip_checkpoint(
+        state = convert.convert_open_clip_checkpoint(
             pipe.text_encoder_2, dict(tensors), prefix="conditioner.embedders.1.model."
         )
-        _load(pipe.text_encoder_2, found)
+        _load(pipe.text_encoder_2, state)
     return pipe
 
 
@@ -283,5 +290,5 @@ def resized(function: Any, *lines: str) -> Any:
 def _load(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     own = model.state_dict()
     spelled: Callable[[str], str] = lambda name: name if name in own else name.removeprefix("text_model.")  # noqa: E731
-    found = {spelled(name): tensor for name, tensor in tensors.items() if "position_ids" not in name}
-    model.load_state_dict(found | {name: own[name] for name in own.keys() - found.keys() if "position_ids" in name})
+    state = {spelled(name): tensor for name, tensor in tensors.items() if "position_ids" not in name}
+    model.load_state_dict(state | {name: own[name] for name in own.keys() - state.keys() if "position_ids" in name})

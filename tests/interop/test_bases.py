@@ -180,8 +180,8 @@ def logits(folder: Path) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
     with torch.no_grad():
-        found: torch.Tensor = AutoModelForCausalLM.from_pretrained(folder).eval()(IDS).logits
-    return found
+        logits: torch.Tensor = AutoModelForCausalLM.from_pretrained(folder).eval()(IDS).logits
+    return logits
 
 
 def test_tied_head_is_refused_until_a_policy_is_named(tied: tuple[Any, Any], tmp_path: Path) -> None:

@@ -57,23 +57,23 @@ def deltas_of_peft(
     torch.manual_seed(seed)
     names = [f"a{i}" for i in range(len(adapters))]
     tuned.add_weighted_adapter(names, weights, "sum", combination_type=kind, **more)
-    found = {}
+    changes = {}
     for name, layer in tuned.named_modules():
         if hasattr(layer, "lora_A") and "sum" in layer.lora_A:
             B, A = layer.lora_B["sum"].weight.detach(), layer.lora_A["sum"].weight.detach()
             # Where a module has fewer rows than svd_rank, PEFT keeps rows of Vh that no singular value belongs to.
-            found[name.removeprefix("base_model.model.")] = B @ A[: B.shape[1]]
-    return found
+            changes[name.removeprefix("base_model.model.")] = B @ A[: B.shape[1]]
+    return changes
 
 
 def deltas(folder: Path) -> dict[str, Tensor]:
     return {module: update.delta_weight() for module, update in open_adapter(folder).updates.items()}
 
 
-def close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> bool:
-    assert found.keys() == expected.keys()
+def close(ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> bool:
+    assert ours.keys() == expected.keys()
     norm = sum(float(D.square().sum()) for D in expected.values()) ** 0.5
-    error = sum(float((found[m] - expected[m]).square().sum()) for m in expected) ** 0.5
+    error = sum(float((ours[m] - expected[m]).square().sum()) for m in expected) ** 0.5
     return error <= tolerance * norm
 
 

@@ -105,9 +105,9 @@ def test_as_peft_merges(name: str, parameters: list[str], tmp_path: Path) -> Non
     assert account.applied == account.tensors == 2 * (2 + 2 * len(parameters))
     before, after = load(tmp_path / "base"), load(tmp_path / "merged")
     assert {n: W.shape for n, W in before.items()} == {n: W.shape for n, W in after.items()}
-    found = reloaded(tmp_path / "merged")
-    assert found.keys() == wanted.keys()
-    assert all(close(found[tensor], wanted[tensor]) for tensor in wanted)
+    model = reloaded(tmp_path / "merged")
+    assert model.keys() == wanted.keys()
+    assert all(close(model[tensor], wanted[tensor]) for tensor in wanted)
     assert verify(tmp_path / "merged", tmp_path / "base", [tmp_path / "adapter"]).ok
     assert unmerge(tmp_path / "merged", [tmp_path / "adapter"], tmp_path / "unmerged").proved == "root hash"
     merge(tmp_path / "stacked", [tmp_path / "adapter"], tmp_path / "other")
@@ -193,8 +193,8 @@ def test_an_old_peft_had_in_and_out_the_other_way_round(name: str, tmp_path: Pat
     for version in ("0.18.1", None):
         (tmp_path / "old" / "adapter_config.json").write_text(json.dumps({**config, "peft_version": version}))
         merge(tmp_path / "stacked", [tmp_path / "old"], tmp_path / "merged", force=True)
-        found = load(tmp_path / "merged")
-        assert all(close(found[tensor], expected[tensor]) for tensor in expected)
+        model = load(tmp_path / "merged")
+        assert all(close(model[tensor], expected[tensor]) for tensor in expected)
 
 
 def test_the_saved_stack_of_a_conversion_loads_in_peft(tmp_path: Path) -> None:

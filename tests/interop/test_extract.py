@@ -60,9 +60,9 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return request.param, base, tuned, folder
 
 
-def differing(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> dict[str, float]:
+def differing(ours: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> dict[str, float]:
     """Return name -> largest difference, of the tensors that are not equal to a hundred-thousandth."""
-    far = {name: float((found[name].double() - W.double()).abs().max()) for name, W in wanted.items()}
+    far = {name: float((ours[name].double() - W.double()).abs().max()) for name, W in wanted.items()}
     return {name: value for name, value in far.items() if not value <= 1e-5 * max(1.0, float(wanted[name].abs().max()))}
 
 
@@ -71,14 +71,14 @@ def effective(loaded: Any) -> dict[str, torch.Tensor]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
-    model, found = loaded.base_model.model, {}
+    model, parameters = loaded.base_model.model, {}
     for path, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
-            found[f"{path}.weight"] = module.get_base_layer().weight + module.get_delta_weight("default")
-            found |= {f"{path}.{n}": p for n, p in module.get_base_layer().named_parameters() if n != "weight"}
+            parameters[f"{path}.weight"] = module.get_base_layer().weight + module.get_delta_weight("default")
+            parameters |= {f"{path}.{n}": p for n, p in module.get_base_layer().named_parameters() if n != "weight"}
         elif isinstance(module, ModulesToSaveWrapper):
-            found |= {f"{path}.{n}": p for n, p in module.modules_to_save["default"].named_parameters()}
-    return dict(model.named_parameters(remove_duplicate=False)) | found
+            parameters |= {f"{path}.{n}": p for n, p in module.modules_to_save["default"].named_parameters()}
+    return dict(model.named_parameters(remove_duplicate=False)) | parameters
 
 
 @pytest.mark.parametrize("kinds", [("linear", "conv"), ("linear", "conv", "embedding")], ids=["whole", "factored"])
@@ -105,5 +105,5 @@ def test_merge_makes_the_fine_tune_of_base_and_adapter(models: tuple[str, Any, A
     merge(folder / "base", [tmp_path / "out"], tmp_path / "merged", retention="off")
     merged, tuned = Checkpoint.open(tmp_path / "merged"), Checkpoint.open(folder / "tuned")
     assert merged.specs.keys() == tuned.specs.keys()
-    found, wanted = ({name: model.read(name) for name in model.specs} for model in (merged, tuned))
-    assert differing(found, wanted) == {}
+    ours, wanted = ({name: model.read(name) for name in model.specs} for model in (merged, tuned))
+    assert differing(ours, wanted) == {}

@@ -58,10 +58,10 @@ def names_of(pipe: Any, *, xl: bool) -> nn.Module:
         if not list(layer.children()) and name:
             *path, last = str(stable_diffusion.to_original(name, xl=xl) if xl else name).split(".")
             home = root
-            for one in path:
-                if not hasattr(home, one):
-                    home.add_module(one, nn.Module())
-                home = getattr(home, one)
+            for part in path:
+                if not hasattr(home, part):
+                    home.add_module(part, nn.Module())
+                home = getattr(home, part)
             home.add_module(last, layer)
     return root
 
@@ -106,8 +106,8 @@ def weight_of(module: Any, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     for i, (channel, y, x) in enumerate(torch.cartesian_prod(*map(torch.arange, (layer.in_channels, size, size)))):
         units[i, channel, start + y, start + x] = 1
     bias = module(torch.zeros_like(units[:1]))[0, :, 1, 1]
-    found = (module(units)[:, :, 1, 1] - bias).T.reshape(layer.weight.shape)
-    return found, bias if layer.bias is not None else None
+    weight = (module(units)[:, :, 1, 1] - bias).T.reshape(layer.weight.shape)
+    return weight, bias if layer.bias is not None else None
 
 
 @pytest.fixture(scope="module")
@@ -197,8 +197,8 @@ def test_round_trips_keep_every_tensor_or_name_the_loss(
         adapter = dialects.open_adapter(start)
         lost = {loss.where for loss in dialects.get(through).losses(adapter)}
         unknown = {"comfy": "ia3", "loratools": "locon loha lokr glora full norm ia3 oft wdora"}[through].split()
-        named = rename.to_original(adapter) if through == "comfy" else adapter
-        assert lost == {module for module, update in named.updates.items() if update.kind in unknown}
+        renamed_adapter = rename.to_original(adapter) if through == "comfy" else adapter
+        assert lost == {module for module, update in renamed_adapter.updates.items() if update.kind in unknown}
         middle = tmp_path / f"{through}.safetensors"
         if lost:
             with pytest.raises(LossyConversion) as refusal:
@@ -210,8 +210,8 @@ def test_round_trips_keep_every_tensor_or_name_the_loss(
         assert again.dialect == through
         convert(again, tmp_path / f"{through}-back.safetensors", to="kohya", allow_loss=through == "loratools")
         renamed = through == "comfy" and name == "sd"  # ComfyUI's are the original's names
-        found = load_file(tmp_path / f"{through}-back.safetensors")
-        same({ours(name) if renamed else name: tensor for name, tensor in found.items()}, known_to_kohya(before))
+        back = load_file(tmp_path / f"{through}-back.safetensors")
+        same({ours(name) if renamed else name: tensor for name, tensor in back.items()}, known_to_kohya(before))
 
 
 def ours(name: str) -> str:
@@ -220,8 +220,8 @@ def ours(name: str) -> str:
 
     head, _, suffix = name.partition(".")
     original = architectures.get("sd-original").by_flat.get(head.removeprefix("lora_unet_"))
-    found = stable_diffusion.to_diffusers(original) if original else None
-    head = f"lora_unet_{found.replace('.', '_')}" if found else head.replace("lora_te1_", "lora_te_")
+    diffusers_name = stable_diffusion.to_diffusers(original) if original else None
+    head = f"lora_unet_{diffusers_name.replace('.', '_')}" if diffusers_name else head.replace("lora_te1_", "lora_te_")
     return f"{head}.{suffix}"
 
 
@@ -230,10 +230,10 @@ def known_to_kohya(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {re.sub(r"^(lora_te\d?_)encoder_", r"\1text_model_encoder_", name): W for name, W in tensors.items()}
 
 
-def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
+def same(ours: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert ours.keys() == wanted.keys()
     for name, tensor in wanted.items():
-        assert torch.equal(found[name].float(), tensor.float()), name
+        assert torch.equal(ours[name].float(), tensor.float()), name
 
 
 @pytest.mark.sweep(9)
@@ -268,9 +268,9 @@ def test_every_naming_merges_into_every_layout_alike(
     plain = images.pipeline(name).unet.state_dict()
     assert sum(not torch.equal(first[key], W) for key, W in plain.items()) > 10
     for result in results[1:]:
-        found = result if isinstance(result, dict) else result.unet.state_dict()
+        state = result if isinstance(result, dict) else result.unet.state_dict()
         for key, W in first.items():
-            assert torch.equal(found[f"unet.{key}" if f"unet.{key}" in found else key], W), key
+            assert torch.equal(state[f"unet.{key}" if f"unet.{key}" in state else key], W), key
 
 
 def unet_only(path: Path, target: Path) -> Path:

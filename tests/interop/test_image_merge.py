@@ -64,8 +64,8 @@ def with_base(name: str, folder: Path) -> Any:
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_a_pipeline_folder(case: Case, dialect: str, tmp_path: Path) -> None:
     report = merge(case.pipeline, [case.adapters[dialect]], tmp_path / "merged", keep_residual=True)
-    found = images.outputs(images.reopened(case.name, tmp_path / "merged"))
-    assert images.distance(found, case.wanted) < 1e-5
+    ours = images.outputs(images.reopened(case.name, tmp_path / "merged"))
+    assert images.distance(ours, case.wanted) < 1e-5
     assert images.distance(case.before, case.wanted) > 0.1
     assert verify(tmp_path / "merged", case.pipeline, [case.adapters[dialect]]).ok
     assert not verify(case.pipeline, case.pipeline, [case.adapters[dialect]]).ok
@@ -86,8 +86,8 @@ def test_one_original_file(case: Case, dialect: str, tmp_path: Path) -> None:
     merged = Checkpoint.open(tmp_path / "merged" / case.file.name)
     pipe = images.from_original(case.name, {name: merged.read(name) for name in merged.specs})
     wanted = {name: tensor for name, tensor in case.wanted.items() if case.name != "flux" or name == "transformer"}
-    found = images.outputs(pipe)
-    assert images.distance({name: found[name] for name in wanted}, wanted) < 1e-5
+    ours = images.outputs(pipe)
+    assert images.distance({name: ours[name] for name in wanted}, wanted) < 1e-5
     assert verify(tmp_path / "merged", case.file, [part]).ok
     assert unmerge(tmp_path / "merged", [part], tmp_path / "back").proved == "root hash"
 
@@ -111,10 +111,10 @@ def test_the_folder_of_one_component(case: Case, dialect: str, tmp_path: Path) -
 
 def only(adapter: Path, component: str, folder: Path) -> Path:
     """Return the part of an adapter in diffusers' names that changes one component."""
-    opened = rename.to_diffusers(dialects.open_adapter(adapter))
-    updates = {module: update for module, update in opened.updates.items() if module.startswith(f"{component}.")}
+    renamed = rename.to_diffusers(dialects.open_adapter(adapter))
+    updates = {module: update for module, update in renamed.updates.items() if module.startswith(f"{component}.")}
     assert updates
-    dialects.save_adapter(replace(opened, updates=updates), folder, dialect="diffusers", allow_loss=True)
+    dialects.save_adapter(replace(renamed, updates=updates), folder, dialect="diffusers", allow_loss=True)
     return folder
 
 

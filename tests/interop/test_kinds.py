@@ -175,13 +175,15 @@ def test_several_adapters_compose_as_in_peft(second: dict[str, Any], transposed:
         peft = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / order[0], adapter_name=order[0])
         peft.load_adapter(tmp_path / order[1], adapter_name=order[1])
         theirs = peft.merge_and_unload(adapter_names=list(order)).state_dict()
-        report = merge(tmp_path / "base", [tmp_path / one for one in order], tmp_path / order, tied="both")
+        report = merge(
+            tmp_path / "base", [tmp_path / adapter_name for adapter_name in order], tmp_path / order, tied="both"
+        )
         count = 3 if transposed else 2
-        said = f"the order matters for {count} tensor(s), and is as given: adapter 1, then 2"
-        assert said in report.notes
+        sentence = f"the order matters for {count} tensor(s), and is as given: adapter 1, then 2"
+        assert sentence in report.notes
         merged[order] = load(tmp_path / order)
         assert max(difference(W, theirs[name]) for name, W in merged[order].items()) <= 1e-5
-        paths = [tmp_path / one for one in order]
+        paths = [tmp_path / adapter_name for adapter_name in order]
         assert verify(tmp_path / order, tmp_path / "base", paths).ok
     assert max(difference(merged["ab"][name], merged["ba"][name]) for name in merged["ab"]) > 1e-3
 
@@ -267,18 +269,18 @@ def test_a_fused_projection_and_a_part_of_it(settings: dict[str, Any], dtype: to
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 10, "target_modules": ["q_proj"]}
     (tmp_path / "split" / "adapter_config.json").write_text(json.dumps(config))
     merge(tmp_path / "base", [tmp_path / "fused", tmp_path / "split"], tmp_path / "ours")
-    found, before = load(tmp_path / "ours"), load(tmp_path / "base")
+    ours, before = load(tmp_path / "ours"), load(tmp_path / "base")
     for layer in range(2):
         name = f"model.layers.{layer}.self_attn.qkv_proj"
-        A, B = (tensors[f"base_model.model.{name}.lora_{one}.weight"].double() for one in "AB")
+        A, B = (tensors[f"base_model.model.{name}.lora_{factor}.weight"].double() for factor in "AB")
         W = before[f"{name}.weight"].double() + 2.5 * B @ A
         if settings:
             m = tensors[f"base_model.model.{name}.lora_magnitude_vector"].double()
             W *= (m / W.norm(dim=1))[:, None]
         W[rows] -= 0.5 * 2.5 * B[rows] @ A
-        off = found[f"{name}.weight"] != W.to(dtype)
+        off = ours[f"{name}.weight"] != W.to(dtype)
         assert int(off.sum()) <= (2 if dtype == torch.bfloat16 else off.numel())
-        assert difference(found[f"{name}.weight"].float(), W.float()) <= (2**-8 if dtype == torch.bfloat16 else 1e-6)
+        assert difference(ours[f"{name}.weight"].float(), W.float()) <= (2**-8 if dtype == torch.bfloat16 else 1e-6)
     assert verify(tmp_path / "ours", tmp_path / "base", [tmp_path / "fused", tmp_path / "split"]).ok
     assert verify(tmp_path / "ours", tmp_path / "base", [tmp_path / "fused", tmp_path / "split"], exact=True).ok
 

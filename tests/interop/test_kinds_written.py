@@ -27,15 +27,17 @@ def test_every_kind_is_written_as_it_was_read(name: str, dialect: str, tmp_path:
     train(base, **MIXED[name][0]).save_pretrained(tmp_path / "adapter")
     theirs = merge_by_peft(base, tmp_path / "adapter").state_dict()
     convert(tmp_path / "adapter", tmp_path / "written", to=dialect, base=folder, allow_loss=True)
-    before, after = (load_file(tmp_path / one / "adapter_model.safetensors") for one in ("adapter", "written"))
+    before, after = (
+        load_file(tmp_path / tensor_name / "adapter_model.safetensors") for tensor_name in ("adapter", "written")
+    )
     assert before.keys() == after.keys()
     assert all(torch.equal(before[part], after[part]) for part in before)
     again = merge_by_peft(base, tmp_path / "written").state_dict()
-    assert all(torch.equal(theirs[one], again[one]) for one in theirs)
+    assert all(torch.equal(theirs[tensor_name], again[tensor_name]) for tensor_name in theirs)
     merge(folder, [tmp_path / "adapter"], tmp_path / "one")
     merge(folder, [tmp_path / "written"], tmp_path / "other")
-    one, other = load(tmp_path / "one"), load(tmp_path / "other")
-    assert all(torch.equal(one[tensor], other[tensor]) for tensor in one)
+    tensor_name, other = load(tmp_path / "one"), load(tmp_path / "other")
+    assert all(torch.equal(tensor_name[tensor], other[tensor]) for tensor in tensor_name)
 
 
 SAVED: dict[str, dict[str, Any]] = {
@@ -54,8 +56,8 @@ def test_what_peft_loads_again(name: str, tmp_path: Path) -> None:
     train(base, **SAVED[name]).save_pretrained(tmp_path / "adapter")
     adapter = dialects.open_adapter(tmp_path / "adapter")
     dialects.save_adapter(adapter, tmp_path / "written", dialect="peft")
-    theirs, again = (merge_by_peft(base, tmp_path / one).state_dict() for one in ("adapter", "written"))
-    assert max(difference(again[one], theirs[one]) for one in theirs) == 0
+    theirs, again = (merge_by_peft(base, tmp_path / tensor_name).state_dict() for tensor_name in ("adapter", "written"))
+    assert max(difference(again[tensor_name], theirs[tensor_name]) for tensor_name in theirs) == 0
 
 
 def test_rows_have_no_kind_in_the_format(tmp_path: Path) -> None:

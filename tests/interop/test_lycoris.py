@@ -79,11 +79,11 @@ CASES: list[tuple[str, Callable[[], nn.Module], str, dict[str, Any]]] = [
 
 def module_of(layer: nn.Module, name: str, options: dict[str, Any], multiplier: float) -> nn.Module:
     """Return a LyCORIS module around a layer, with random numbers in all its parameters."""
-    found = {}
+    classes = {}
     for package in ("loha", "lokr", "locon", "glora", "full", "ia3", "diag_oft", "norms"):
-        found |= vars(__import__(f"lycoris.modules.{package}", fromlist=["x"]))
+        classes |= vars(__import__(f"lycoris.modules.{package}", fromlist=["x"]))
     arguments = {"lora_dim": 4, "alpha": 3, "bypass_mode": False} | options
-    made: nn.Module = found[name]("lora_unet_block_part", layer, multiplier, **arguments)
+    made: nn.Module = classes[name]("lora_unet_block_part", layer, multiplier, **arguments)
     generator = torch.Generator().manual_seed(3)
     for key, parameter in made.named_parameters():
         if "org" not in key and "dora_scale" not in key:
@@ -117,9 +117,9 @@ def test_the_merged_layer_computes_what_forward_does(case: Any, multiplier: floa
     inputs = torch.randn(2, sides[1] if len(sides) > 1 else sides[0], *(7,) * (len(sides) - 2))
     report = merge(tmp_path / "base", [adapter], tmp_path / "merged", weights=[multiplier], keep_residual=True)
     with torch.no_grad():
-        wanted, found = module(inputs), layer_with(load(tmp_path / "merged"), make)(inputs)
+        wanted, ours = module(inputs), layer_with(load(tmp_path / "merged"), make)(inputs)
         before = layer_with(weights, make)(inputs)
-    assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+    assert float((ours - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
     assert float((before - wanted).abs().max()) > 1e-3
     assert report.consumed[0].applied == report.consumed[0].tensors == len(adapter.tensors())
     assert verify(tmp_path / "merged", tmp_path / "base", [adapter], weights=[multiplier]).ok, kind

@@ -40,8 +40,8 @@ def test_weights_and_outputs_are_those_of_peft(name: str, real_models: Any, tmp_
     base, adapter = real_models / base_name, real_models / name
     report = merge(base, [adapter], tmp_path / "ours")
     assert report.changed == changed
-    (found,) = report.consumed
-    assert (found.tensors, found.applied, found.replaced, found.passed_over) == account
+    (adapter_read,) = report.consumed
+    assert (adapter_read.tensors, adapter_read.applied, adapter_read.replaced, adapter_read.passed_over) == account
     assert verify(tmp_path / "ours", base, [adapter], exact=True).ok
 
     model = getattr(transformers, auto)
@@ -64,6 +64,6 @@ def test_weights_and_outputs_are_those_of_peft(name: str, real_models: Any, tmp_
     unmerged = PeftModel.from_pretrained(model.from_pretrained(base, dtype=torch.float32), adapter)
     wanted = last(unmerged, tokens)
     own = last(model.from_pretrained(tmp_path / "ours", dtype=torch.float32), tokens)
-    error, their_error = (float((one - wanted).square().mean().sqrt()) for one in (own, last(theirs, tokens)))
+    error, their_error = (float((logits - wanted).square().mean().sqrt()) for logits in (own, last(theirs, tokens)))
     assert error <= 1.05 * their_error + 1e-6
     assert error <= 2.0 ** (-7 if dtype == torch.bfloat16 else -20) * float(wanted.square().mean().sqrt())

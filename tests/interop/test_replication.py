@@ -68,7 +68,7 @@ def test_every_tensor_is_that_of_its_layer(tmp_path: Path) -> None:
     made(tmp_path)
     merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "ours")
     W, factors = load(tmp_path / "base"), load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    found = load(tmp_path / "ours")
+    ours = load(tmp_path / "ours")
     wanted = {name: tensor for name, tensor in W.items() if ".layers." not in name}
     for new, old in enumerate(ORDER):
         for name, tensor in W.items():
@@ -77,18 +77,18 @@ def test_every_tensor_is_that_of_its_layer(tmp_path: Path) -> None:
                 pair = [factors.get(f"base_model.model.{own[:-7]}.lora_{part}.weight") for part in "AB"]
                 change = SCALING * pair[1].double() @ pair[0].double() if pair[0] is not None else 0  # type: ignore[union-attr]
                 wanted[own] = (tensor.double() + change).float()
-    assert found.keys() == wanted.keys()
+    assert ours.keys() == wanted.keys()
     for name, tensor in wanted.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-6, atol=1e-7)
 
 
 def test_layers_may_be_left_out(tmp_path: Path) -> None:
     made(tmp_path, ranges=[[0, 1], [2, 3]])
     merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "ours")
-    W, found = load(tmp_path / "base"), load(tmp_path / "ours")
+    W, ours = load(tmp_path / "base"), load(tmp_path / "ours")
     assert config_of(tmp_path / "ours")["num_hidden_layers"] == 2
-    assert torch.equal(found["model.layers.1.mlp.up_proj.weight"], W["model.layers.2.mlp.up_proj.weight"])
-    assert not [name for name in found if name.startswith("model.layers.2.")]
+    assert torch.equal(ours["model.layers.1.mlp.up_proj.weight"], W["model.layers.2.mlp.up_proj.weight"])
+    assert not [name for name in ours if name.startswith("model.layers.2.")]
 
 
 def test_the_base_leads_back_and_nothing_else_does(tmp_path: Path) -> None:
@@ -118,9 +118,9 @@ def test_adapters_of_one_larger_model_merge_together(tmp_path: Path) -> None:
     peft.save_pretrained(tmp_path / "again")
     merge(tmp_path / "base", [tmp_path / "adapter", tmp_path / "again"], tmp_path / "ours", weights=[0.25, 0.75])
     merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "one")
-    one = load(tmp_path / "one")
+    model = load(tmp_path / "one")
     for name, tensor in load(tmp_path / "ours").items():
-        torch.testing.assert_close(tensor, one[name], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(tensor, model[name], rtol=1e-6, atol=1e-7)
     plain = train(type(peft.base_model.model).from_pretrained(tmp_path / "base"), target_modules=["q_proj"])
     plain.save_pretrained(tmp_path / "plain")
     with pytest.raises(IncompatibleAdapter, match="models of different layers"):

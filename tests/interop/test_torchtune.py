@@ -67,8 +67,8 @@ class Trained:
 
     def logits(self) -> torch.Tensor:
         with torch.no_grad():
-            found: torch.Tensor = self.model(TOKENS)
-        return found.double()
+            logits: torch.Tensor = self.model(TOKENS)
+        return logits.double()
 
 
 @pytest.fixture
@@ -81,12 +81,12 @@ def trained(tmp_path: Path, torchtune: Any) -> Callable[..., Trained]:
         import transformers
         from torchtune.modules.peft import get_adapter_state_dict
 
-        one = FAMILIES[family]
+        shape = FAMILIES[family]
         torch.manual_seed(0)
-        config = getattr(transformers, one.config)(
+        config = getattr(transformers, shape.config)(
             vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=2,
             num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HIDDEN // HEADS, rms_norm_eps=1e-6,
-            max_position_embeddings=64, tie_word_embeddings=not one.head, pad_token_id=0, bos_token_id=1,
+            max_position_embeddings=64, tie_word_embeddings=not shape.head, pad_token_id=0, bos_token_id=1,
             eos_token_id=2,
         )  # fmt: skip
         model = transformers.AutoModelForCausalLM.from_config(config)
@@ -95,20 +95,20 @@ def trained(tmp_path: Path, torchtune: Any) -> Callable[..., Trained]:
                 parameter.normal_(std=0.1)
         model.save_pretrained(tmp_path / "base")
         saved = json.loads((tmp_path / "base" / "config.json").read_text())
-        saved.setdefault("tie_word_embeddings", not one.head)
+        saved.setdefault("tie_word_embeddings", not shape.head)
         (tmp_path / "base" / "config.json").write_text(json.dumps(saved))
 
         checkpointer = torchtune(
-            str(tmp_path / "base"), ["model.safetensors"], one.kind, str(tmp_path / "run"), safe_serialization=True
+            str(tmp_path / "base"), ["model.safetensors"], shape.kind, str(tmp_path / "run"), safe_serialization=True
         )
-        package, _, builder = one.builder.partition(".")
+        package, _, builder = shape.builder.partition(".")
         modules = ["q_proj", "k_proj", "v_proj", "output_proj"]
         known: dict[str, Any] = {
             "vocab_size": VOCABULARY, "num_layers": 2, "num_heads": HEADS, "num_kv_heads": KV_HEADS,
             "embed_dim": HIDDEN, "intermediate_dim": INNER, "max_seq_len": 64, "norm_eps": 1e-6,
-            "lora_rank": RANK, "lora_alpha": ALPHA, "use_dora": dora, **one.theirs,
+            "lora_rank": RANK, "lora_alpha": ALPHA, "use_dora": dora, **shape.theirs,
         }  # fmt: skip
-        if one.head:
+        if shape.head:
             known["apply_lora_to_output"] = not dora
         lora = getattr(importlib.import_module(f"torchtune.models.{package}"), builder)(modules, True, **known)
         missing, unexpected = lora.load_state_dict(checkpointer.load_checkpoint()["model"], strict=False)
@@ -140,8 +140,8 @@ def logits(folder: Path) -> torch.Tensor:
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        found: torch.Tensor = model(TOKENS).logits
-    return found.double()
+        logits: torch.Tensor = model(TOKENS).logits
+    return logits.double()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -163,10 +163,10 @@ def test_its_file_for_peft_has_the_same_factors_where_it_is_right(family: str, t
     theirs = trained(family)
     adapter = dialects.open_adapter(theirs.epoch / "adapter_model.pt", base=Checkpoint.open(theirs.base))
     exported = load_file(theirs.epoch / "adapter_model.safetensors")
-    found = {f"base_model.model.{name}": lazy.load() for name, lazy in adapter.tensors().items()}
-    assert found.keys() == exported.keys()
-    differ = {name for name in found if not torch.equal(found[name], exported[name])}
-    turned = {name for name in found if name.endswith(("q_proj.lora_B.weight", "k_proj.lora_B.weight"))}
+    state = {f"base_model.model.{name}": lazy.load() for name, lazy in adapter.tensors().items()}
+    assert state.keys() == exported.keys()
+    differ = {name for name in state if not torch.equal(state[name], exported[name])}
+    turned = {name for name in state if name.endswith(("q_proj.lora_B.weight", "k_proj.lora_B.weight"))}
     assert differ == (set() if FAMILIES[family].exact else turned)
     assert dialects.detect(dialects.Listing.of(theirs.epoch))[0] == "peft"  # the folder is read by its PEFT files
 
@@ -188,8 +188,8 @@ def test_dora_is_what_torchtune_computes(trained: Callable[..., Trained], tmp_pa
 
 def _named(exported: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     """Return an exported tensor; torchtune puts `.weight` behind a magnitude's name."""
-    found = f"base_model.model.{name}"
-    return exported[found] if found in exported else exported[f"{found}.weight"]
+    key = f"base_model.model.{name}"
+    return exported[key] if key in exported else exported[f"{key}.weight"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

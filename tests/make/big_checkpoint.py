@@ -192,8 +192,8 @@ def make(folder: Path, write: Callable[[Path], None], **config: object) -> None:
     A folder that exists is left alone if what its config file says is `config`; otherwise the run stops.
     """
     if folder.exists():
-        found = json.loads(next(folder.glob("*config.json")).read_text())
-        if any(found[key] != value for key, value in config.items()):
+        existing = json.loads(next(folder.glob("*config.json")).read_text())
+        if any(existing[key] != value for key, value in config.items()):
             sys.exit(f"{folder} was made with another size or rank; delete it or choose another folder")
         print(f"{folder.name}: exists", flush=True)
         return

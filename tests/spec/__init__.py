@@ -16,7 +16,7 @@ sys.path.insert(0, str(SPEC))  # the second reader is a script with two modules 
 def cases(area: str) -> list[str]:
     """Return the names of the vectors of an area, sorted."""
     marks = {"valid": "expected.json", "invalid": "why.json", "hash": "expected.json"}
-    return sorted(str(found.parent.relative_to(VECTORS / area)) for found in (VECTORS / area).rglob(marks[area]))
+    return sorted(str(mark.parent.relative_to(VECTORS / area)) for mark in (VECTORS / area).rglob(marks[area]))
 
 
 def adapter_of(area: str, name: str) -> Path:

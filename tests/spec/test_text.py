@@ -29,8 +29,8 @@ def paragraphs() -> list[str]:
 
 def clauses() -> dict[str, str]:
     """Return id -> sentence, for every clause of the text."""
-    found = [re.match(r"\*\*\[([LMTIXSV]-\d\d)\]\*\* (.*)", p, re.DOTALL) for p in paragraphs()]
-    return {match[1]: " ".join(match[2].split()) for match in found if match}
+    matches = [re.match(r"\*\*\[([LMTIXSV]-\d\d)\]\*\* (.*)", p, re.DOTALL) for p in paragraphs()]
+    return {match[1]: " ".join(match[2].split()) for match in matches if match}
 
 
 def file_clauses() -> set[str]:
@@ -65,8 +65,8 @@ def test_every_clause_is_shown_by_a_vector_or_by_a_test_named_for_it() -> None:
         shown |= {clause for name in cases(area) for clause in note(area, name)["clauses"]}
     for folder in ("spec", "format"):
         for file in (Path(__file__).parents[1] / folder).glob("test_*.py"):
-            named = re.findall(r"^def test_([LMTIXSV])_(\d\d)_", file.read_text(), re.MULTILINE)
-            shown |= {f"{letter}-{number}" for letter, number in named}
+            in_names = re.findall(r"^def test_([LMTIXSV])_(\d\d)_", file.read_text(), re.MULTILINE)
+            shown |= {f"{letter}-{number}" for letter, number in in_names}
     assert shown == set(clauses())
 
 
@@ -83,7 +83,7 @@ def test_registry_says_what_the_code_knows() -> None:
         assert row["clause"] == kind.clause
         assert row["clause"] in clauses()
         assert f"kind `{row['name']}`" in clauses()[row["formula"]]
-        assert {frozenset(one.split()) for one in row["parts"].split("|")} == set(kind.required)
+        assert {frozenset(words.split()) for words in row["parts"].split("|")} == set(kind.required)
         assert frozenset(row["optional_parts"].split()) == kind.optional
         assert row["layout"].split() == sorted(kind.layout or {})
     assert set(SCHEMA["$defs"]["module"]["properties"]["kind"]["enum"]) == set(KINDS)

@@ -44,8 +44,8 @@ def test_make_py_makes_the_committed_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", cases("valid"))
 def test_second_reader_prints_the_expected_numbers(name: str) -> None:
     expected = note("valid", name)
-    found = second.read(adapter_of("valid", name), base_of("valid", name))
-    assert close(found, expected["modules"], expected["tolerance"]), found
+    changes = second.read(adapter_of("valid", name), base_of("valid", name))
+    assert close(changes, expected["modules"], expected["tolerance"]), changes
 
 
 @pytest.mark.parametrize("name", cases("valid"))
@@ -63,22 +63,22 @@ def test_reader_gives_the_expected_numbers(name: str) -> None:
             reader.read(path)
         return
     adapter = reader.read(path, verify=True)
-    found: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     for module, update in adapter.updates.items():
-        found[module] = {"rank": update.rank, "scaling": update.scaling}
+        changes[module] = {"rank": update.rank, "scaling": update.scaling}
         try:
             delta = update.delta_weight()
             # The vector shows experts as their base stores them; an update shows them as (expert, out, in).
             stored = delta.mT if (getattr(update, "layout", None) or {}).get("transposed") else delta
-            found[module]["delta_weight"] = stored.tolist()
+            changes[module]["delta_weight"] = stored.tolist()
         except ValueError:  # depends on W: the vector gives only s·B·A
             expected["modules"][module].pop("delta_weight")
         parts = update.parts
         if "lora_magnitude_vector" in parts:
-            found[module]["magnitude"] = parts["lora_magnitude_vector"].load().flatten().tolist()
+            changes[module]["magnitude"] = parts["lora_magnitude_vector"].load().flatten().tolist()
     for parameter, lazy in adapter.replacements.items():
-        found[parameter] = {"replacement": lazy.load().flatten().tolist()}
-    assert close(found, expected["modules"], expected["tolerance"]), found
+        changes[parameter] = {"replacement": lazy.load().flatten().tolist()}
+    assert close(changes, expected["modules"], expected["tolerance"]), changes
 
 
 def test_every_part_of_a_module_is_kept() -> None:
@@ -110,9 +110,9 @@ def test_I_10_base_is_compared_with_its_hash() -> None:
         adapter, base = reader.read(adapter_of(area, name)), base_of(area, name)
         assert adapter.base is not None
         assert base is not None
-        found = differences(adapter.base, Checkpoint.open(base))
-        assert any("blk.q.weight" in one for one in found) == (area == "invalid")
-        assert bool(found) == (area == "invalid")
+        problems = differences(adapter.base, Checkpoint.open(base))
+        assert any("blk.q.weight" in problem for problem in problems) == (area == "invalid")
+        assert bool(problems) == (area == "invalid")
 
 
 @pytest.mark.parametrize("name", cases("hash"))
@@ -162,9 +162,9 @@ def test_T_21_products_are_computed_in_float32() -> None:
     generator = torch.Generator().manual_seed(0)
     A, B = (torch.randn(shape, generator=generator).bfloat16() for shape in ((16, 40), (30, 16)))
     parts = {"lora_A.weight": LazyTensor.of(A), "lora_B.weight": LazyTensor.of(B)}
-    found = kinds.get("lora").build(parts, 0.3, 1.0).delta_weight().double()
+    change = kinds.get("lora").build(parts, 0.3, 1.0).delta_weight().double()
     exact = 0.3 * (B.double() @ A.double())
-    assert (found - exact).norm() <= 1e-6 * exact.norm()
+    assert (change - exact).norm() <= 1e-6 * exact.norm()
 
 
 def test_a_kind_that_is_not_implemented_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,17 +192,17 @@ def test_base_identity_is_read_whole() -> None:
     assert base.tensors.keys() == {"blk.q.weight"}
 
 
-def close(found: Any, wanted: Any, tolerance: float) -> bool:
+def close(ours: Any, wanted: Any, tolerance: float) -> bool:
     if isinstance(wanted, dict):
         return (
-            isinstance(found, dict)
-            and found.keys() == wanted.keys()
-            and all(close(found[key], wanted[key], tolerance) for key in wanted)
+            isinstance(ours, dict)
+            and ours.keys() == wanted.keys()
+            and all(close(ours[key], wanted[key], tolerance) for key in wanted)
         )
     if isinstance(wanted, list):
         return (
-            isinstance(found, list)
-            and len(found) == len(wanted)
-            and all(close(a, b, tolerance) for a, b in zip(found, wanted, strict=True))
+            isinstance(ours, list)
+            and len(ours) == len(wanted)
+            and all(close(a, b, tolerance) for a, b in zip(ours, wanted, strict=True))
         )
-    return bool(abs(found - wanted) <= tolerance * abs(wanted))
+    return bool(abs(ours - wanted) <= tolerance * abs(wanted))

@@ -117,9 +117,9 @@ class Repo:
         if ref is not None:
             return self.commits[self.refs[ref]]
         if re.fullmatch("[0-9a-f]{7,40}", revision):
-            found = [commit for oid, commit in self.commits.items() if oid.startswith(revision)]
-            if len(found) == 1:
-                return found[0]
+            commits = [commit for oid, commit in self.commits.items() if oid.startswith(revision)]
+            if len(commits) == 1:
+                return commits[0]
         raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
     def file(self, revision: str, path: str) -> tuple[Commit, Blob]:

@@ -119,8 +119,8 @@ def test_wrong_bytes_of_the_same_length_pass_the_client_unseen(hub: LocalHub) ->
 def test_an_ignored_range_gives_the_whole_file(hub: LocalHub) -> None:
     hub.seed(REPO, FILES)
     hub.faults.add("GET", "/objects/", ignore_range=True)
-    found = api(hub).parse_safetensors_file_metadata(REPO, WEIGHTS_NAME)
-    assert len(found.tensors) == 2
+    metadata = api(hub).parse_safetensors_file_metadata(REPO, WEIGHTS_NAME)
+    assert len(metadata.tensors) == 2
     (entry,) = hub.log.select(origin="cdn")
     assert (entry.range, entry.status, entry.bytes_out) == ("bytes=0-100000", 200, len(WEIGHTS))
 

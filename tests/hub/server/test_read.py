@@ -67,9 +67,9 @@ def test_listing(hub: LocalHub) -> None:
     assert weights.size == len(WEIGHTS)
     assert weights.lfs is not None
     assert weights.lfs.sha256 == hashlib.sha256(WEIGHTS).hexdigest()
-    config, found = FILES["adapter_config.json"], listed["adapter_config.json"]
-    assert isinstance(found, RepoFile)
-    assert found.blob_id == hashlib.sha1(b"blob %d\0" % len(config) + config).hexdigest()
+    config, listed_file = FILES["adapter_config.json"], listed["adapter_config.json"]
+    assert isinstance(listed_file, RepoFile)
+    assert listed_file.blob_id == hashlib.sha1(b"blob %d\0" % len(config) + config).hexdigest()
     assert [entry.path for entry in client.list_repo_tree(REPO, "extra")] == ["extra/notes.txt"]
     with pytest.raises(EntryNotFoundError):
         list(client.list_repo_tree(REPO, "nothing"))
@@ -89,8 +89,8 @@ def test_listing(hub: LocalHub) -> None:
 
 def test_a_header_costs_one_range(hub: LocalHub) -> None:
     hub.seed(REPO, FILES)
-    found = api(hub).parse_safetensors_file_metadata(REPO, "adapter_model.safetensors")
-    assert found.tensors["layers.0.q_proj.lora_B.weight"].data_offsets == (160_000, 320_000)
+    metadata = api(hub).parse_safetensors_file_metadata(REPO, "adapter_model.safetensors")
+    assert metadata.tensors["layers.0.q_proj.lora_B.weight"].data_offsets == (160_000, 320_000)
     (fetched,) = hub.log.select(origin="cdn")
     assert (fetched.range, fetched.status, fetched.bytes_out) == ("bytes=0-100000", 206, 100_001)
     assert hub.log.bytes_out() <= 101_000
@@ -207,7 +207,7 @@ def test_shard_headers_in_one_answer(hub: LocalHub) -> None:
     index = {"metadata": {"total_size": 24}, "weight_map": {"a": names[0], "b": names[1]}}
     shards = {names[0]: safetensors({"a": 2}), names[1]: safetensors({"b": 4})}
     hub.seed(REPO, {**shards, "model.safetensors.index.json": json.dumps(index).encode()})
-    found = client.get_sharded_safetensors_metadata(REPO)
-    assert found.weight_map == index["weight_map"]
-    assert found.files_metadata[names[1]].tensors["b"].shape == [4]
+    metadata = client.get_sharded_safetensors_metadata(REPO)
+    assert metadata.weight_map == index["weight_map"]
+    assert metadata.files_metadata[names[1]].tensors["b"].shape == [4]
     assert len(hub.log.select()) == 1

@@ -29,9 +29,9 @@ def test_a_folder_goes_up_in_one_commit_and_comes_down_byte_for_byte(hub: LocalH
 
     down = Path(client.snapshot_download(REPO, local_dir=tmp_path / "down"))
     assert {path: (down / path).read_bytes() for path in FILES} == FILES
-    one = Path(client.hf_hub_download(REPO, "adapter_model.safetensors", revision=info.oid))
-    assert one.read_bytes() == WEIGHTS
-    assert one.is_relative_to(tmp_path / "hf-home")
+    weights = Path(client.hf_hub_download(REPO, "adapter_model.safetensors", revision=info.oid))
+    assert weights.read_bytes() == WEIGHTS
+    assert weights.is_relative_to(tmp_path / "hf-home")
     # Large files come from the other origin, without the credential.
     fetched = hub.log.select("GET", "/objects/", origin="cdn")
     assert [entry.bytes_out for entry in fetched] == [len(WEIGHTS)] * 2
@@ -140,12 +140,12 @@ def test_pull_requests(hub: LocalHub) -> None:
         stranger.create_commit(REPO, add({"b.txt": b"b"}), commit_message="now")
 
     client = api(hub)
-    opened = client.create_pull_request(REPO, title="second")
-    assert opened.num == 2
-    assert opened.target_branch == "refs/heads/main"
+    second = client.create_pull_request(REPO, title="second")
+    assert second.num == 2
+    assert second.target_branch == "refs/heads/main"
     client.create_commit(REPO, add({"c.txt": b"c"}), commit_message="c", revision="refs/pr/2")
     assert hub.files(REPO, "refs/pr/2") == {"a.txt": b"a", "c.txt": b"c"}
-    assert [found.num for found in client.get_repo_discussions(REPO)] == [1, 2]
+    assert [discussion.num for discussion in client.get_repo_discussions(REPO)] == [1, 2]
     refs = client.list_repo_refs(REPO, include_pull_requests=True).pull_requests
     assert refs is not None
     assert [ref.ref for ref in refs] == ["refs/pr/1", "refs/pr/2"]

@@ -52,9 +52,9 @@ def test_a_round_trip_through_real_xet(xet_hub: LocalHub, hub_home: Path, tmp_pa
 
     # The Hub found the xet hash of the sha256 in the shard, and gives the bytes to clients without xet too.
     sha256 = hashlib.sha256(files["model.safetensors"]).hexdigest()
-    found = xet_hub.cas.find(sha256)
-    assert found is not None
-    assert found[1] == 2 << 20
+    file = xet_hub.cas.find(sha256)
+    assert file is not None
+    assert file[1] == 2 << 20
     (head,) = [entry for entry in api(xet_hub).list_repo_tree(REPO) if entry.path == "model.safetensors"]
     assert isinstance(head, RepoFile)
     assert head.lfs is not None
@@ -62,7 +62,7 @@ def test_a_round_trip_through_real_xet(xet_hub: LocalHub, hub_home: Path, tmp_pa
     # Clients of 1.0 do not read the tree's xetHash; the reply to HEAD has it for all.
     metadata = get_hf_file_metadata(f"{xet_hub.endpoint}/{REPO}/resolve/main/model.safetensors", token=xet_hub.token)
     assert metadata.xet_file_data is not None
-    assert metadata.xet_file_data.file_hash == found[0]
+    assert metadata.xet_file_data.file_hash == file[0]
     plain = Path(api(xet_hub).hf_hub_download(REPO, "model.safetensors", cache_dir=tmp_path / "plain"))
     assert plain.read_bytes() == files["model.safetensors"]
     assert xet_hub.log.bytes_out(origin="cdn") == 2 << 20

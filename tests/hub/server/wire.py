@@ -69,8 +69,8 @@ class Reply:
 
 def json_reply(value: Any, status: int = 200, **headers: str) -> Reply:
     """Return `value` as a JSON answer."""
-    named = {name.replace("_", "-"): text for name, text in headers.items()}
-    return Reply(status, {"Content-Type": "application/json; charset=utf-8", **named}, json.dumps(value).encode())
+    spelled = {name.replace("_", "-"): text for name, text in headers.items()}
+    return Reply(status, {"Content-Type": "application/json; charset=utf-8", **spelled}, json.dumps(value).encode())
 
 
 def error_reply(error: HubError) -> Reply:

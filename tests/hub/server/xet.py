@@ -27,7 +27,7 @@ def hash_hex(raw: bytes) -> str:
 
 def files_in_shard(data: bytes) -> dict[str, tuple[str, int]]:
     """Return sha256 -> (xet hash, size) of every file a shard describes."""
-    found: dict[str, tuple[str, int]] = {}
+    files: dict[str, tuple[str, int]] = {}
     at = _RECORD  # the shard's own header
     while at + _RECORD <= len(data):
         raw, flags, count = _HEADER.unpack_from(data, at)
@@ -37,9 +37,9 @@ def files_in_shard(data: bytes) -> dict[str, tuple[str, int]]:
         segments = [_SEGMENT.unpack_from(data, at + number * _RECORD) for number in range(count)]
         at += count * _RECORD * (2 if flags & _WITH_VERIFICATION else 1)
         if flags & _WITH_METADATA:
-            found[hash_hex(data[at : at + 32])] = (hash_hex(raw), sum(segment[2] for segment in segments))
+            files[hash_hex(data[at : at + 32])] = (hash_hex(raw), sum(segment[2] for segment in segments))
             at += _RECORD
-    return found
+    return files
 
 
 class Cas:
@@ -54,17 +54,17 @@ class Cas:
     def find(self, sha256: str) -> tuple[str, int] | None:
         """Return the xet hash and size of a stored file."""
         for shard in sorted(self.root.rglob("shards/*.mdb")):
-            found = files_in_shard(shard.read_bytes()).get(sha256)
-            if found:
-                return found
+            file = files_in_shard(shard.read_bytes()).get(sha256)
+            if file:
+                return file
         return None
 
     def materialise(self, sha256: str, target: Path) -> None:
         """Write a stored file's bytes to `target`, for clients that read it by plain HTTP."""
         import hf_xet  # type: ignore[import-untyped]  # only the xet tests need it
 
-        found = self.find(sha256)
-        if found is None:
+        file = self.find(sha256)
+        if file is None:
             raise HubError(404, "NoSuchKey")
         with self._lock:
             if target.exists():
@@ -75,7 +75,7 @@ class Cas:
             with session.new_file_download_group(
                 endpoint=self.url, token="local", token_expiry_unix_secs=expiry
             ) as group:
-                group.start_download_file(hf_xet.XetFileInfo(*found), str(partial))
+                group.start_download_file(hf_xet.XetFileInfo(*file), str(partial))
             if hashlib.sha256(partial.read_bytes()).hexdigest() != sha256:
                 raise HubError(500, f"xet storage gave other bytes for {sha256}")
             partial.replace(target)

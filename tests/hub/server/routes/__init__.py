@@ -32,9 +32,9 @@ def route(method: str, template: str, origin: Origin = "hub") -> Callable[[Handl
 
 def _candidates(request: Request) -> Iterator[tuple[str, Handler, dict[str, str]]]:
     for origin, method, pattern, handler in _ROUTES:
-        found = pattern.fullmatch(request.path)
-        if origin == request.origin and found:
-            yield method, handler, {name: unquote(part) for name, part in found.groupdict().items()}
+        match = pattern.fullmatch(request.path)
+        if origin == request.origin and match:
+            yield method, handler, {name: unquote(part) for name, part in match.groupdict().items()}
 
 
 def dispatch(hub: "LocalHub", request: Request) -> Reply:

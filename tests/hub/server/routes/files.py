@@ -47,13 +47,13 @@ def _last_change(repo: Repo, commit: Commit, path: str) -> Commit:
 
 def _children(commit: Commit, folder: str, recursive: bool) -> list[str]:
     prefix = f"{folder}/" if folder else ""
-    found: set[str] = set()
+    paths: set[str] = set()
     for path in commit.files:
         if path.startswith(prefix):
             parts = path.removeprefix(prefix).split("/")
             depth = len(parts) if recursive else 1
-            found |= {prefix + "/".join(parts[:count]) for count in range(1, depth + 1)}
-    return sorted(found)
+            paths |= {prefix + "/".join(parts[:count]) for count in range(1, depth + 1)}
+    return sorted(paths)
 
 
 @route("GET", "/api/models/{repo}/tree/{revision}")
@@ -65,8 +65,8 @@ def tree_root(hub: "LocalHub", request: Request, repo: str, revision: str) -> Re
 @route("GET", "/api/models/{repo}/tree/{revision}/{path}")
 def tree(hub: "LocalHub", request: Request, repo: str, revision: str, path: str) -> Reply:
     """List a folder in pages; the Link header names the next page."""
-    found = hub.find(request, repo)
-    commit = found.commit(revision)
+    repository = hub.find(request, repo)
+    commit = repository.commit(revision)
     children = _children(commit, path.strip("/"), request.query("recursive").lower() == "true")
     if path and not children:
         message = f"{path} does not exist on {revision}"
@@ -74,7 +74,7 @@ def tree(hub: "LocalHub", request: Request, repo: str, revision: str, path: str)
     expand = request.query("expand").lower() == "true"
     start = int(request.query("cursor", "0"))
     stop = start + hub.page_size
-    reply = json_reply([_entry(found, commit, child, expand) for child in children[start:stop]])
+    reply = json_reply([_entry(repository, commit, child, expand) for child in children[start:stop]])
     if stop < len(children):
         query = {name: request.query(name) for name in ("recursive", "expand") if request.query(name)}
         following = urlencode({**query, "cursor": str(stop)})
@@ -85,11 +85,11 @@ def tree(hub: "LocalHub", request: Request, repo: str, revision: str, path: str)
 @route("POST", "/api/models/{repo}/paths-info/{revision}")
 def paths_info(hub: "LocalHub", request: Request, repo: str, revision: str) -> Reply:
     """Describe the paths asked for; those that do not exist are left out."""
-    found = hub.find(request, repo)
-    commit = found.commit(revision)
+    repository = hub.find(request, repo)
+    commit = repository.commit(revision)
     form = parse_qs(request.body().decode())
     expand = form.get("expand", ["false"])[0].lower() == "true"
-    entries = [_entry(found, commit, path.strip("/"), expand) for path in form.get("paths", [])]
+    entries = [_entry(repository, commit, path.strip("/"), expand) for path in form.get("paths", [])]
     return json_reply([entry for entry in entries if entry is not None])
 
 
@@ -112,9 +112,9 @@ def commits(hub: "LocalHub", request: Request, repo: str, revision: str) -> Repl
 @route("GET", "/{repo}/resolve/{revision}/{path}")
 def resolve(hub: "LocalHub", request: Request, repo: str, revision: str, path: str) -> Reply:
     """Answer with a small file itself, or redirect to the signed storage address of a large one."""
-    found = hub.find(request, repo)
-    accounts.check_files(found, hub.user(request))
-    commit, blob = found.file(revision, path)
+    repository = hub.find(request, repo)
+    accounts.check_files(repository, hub.user(request))
+    commit, blob = repository.file(revision, path)
     headers = {"X-Repo-Commit": commit.oid, "Content-Disposition": f'inline; filename="{path.rsplit("/", 1)[-1]}";'}
     if blob.data is not None:
         return ranged(request, blob.data, {**headers, "ETag": f'"{blob.oid}"', "Content-Type": "text/plain"})
@@ -128,7 +128,7 @@ def resolve(hub: "LocalHub", request: Request, repo: str, revision: str, path: s
         "Location": address,
     }
     if blob.xet_hash:
-        token_url = f"{hub.endpoint}/api/models/{found.id}/xet-read-token/{commit.oid}"
+        token_url = f"{hub.endpoint}/api/models/{repository.id}/xet-read-token/{commit.oid}"
         headers |= {"X-Xet-Hash": blob.xet_hash, "Link": f'<{token_url}>; rel="xet-auth"'}
     return Reply(302, headers, f"Found. Redirecting to {address}".encode())
 
@@ -148,12 +148,12 @@ def stored_object(hub: "LocalHub", request: Request, sha256: str) -> Reply:
 @route("GET", "/api/models/{repo}/safetensors-metadata/{path}")
 def safetensors_metadata(hub: "LocalHub", request: Request, repo: str, path: str) -> Reply:
     """Return the headers of every shard an index on main names, in one answer."""
-    found = hub.find(request, repo)
-    accounts.check_files(found, hub.user(request))
-    text = _read(hub, found.file("main", path)[1])
+    repository = hub.find(request, repo)
+    accounts.check_files(repository, hub.user(request))
+    text = _read(hub, repository.file("main", path)[1])
     index = json.loads(text if isinstance(text, bytes) else text.read())
     shards = sorted(set(index["weight_map"].values()))
-    headers = {shard: _header(_read(hub, found.file("main", shard)[1])) for shard in shards}
+    headers = {shard: _header(_read(hub, repository.file("main", shard)[1])) for shard in shards}
     return json_reply({"headers": headers, "index": {"metadata": index.get("metadata")}})
 
 

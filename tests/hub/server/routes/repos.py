@@ -69,13 +69,13 @@ def delete(hub: "LocalHub", request: Request) -> Reply:
 @route("PUT", "/api/models/{repo}/settings")
 def settings(hub: "LocalHub", request: Request, repo: str) -> Reply:
     """Change visibility or gating."""
-    found = hub.find(request, repo)
-    accounts.check_write(found.owner, hub.user(request))
+    repository = hub.find(request, repo)
+    accounts.check_write(repository.owner, hub.user(request))
     wanted = request.json()
     if "visibility" in wanted or "private" in wanted:
-        found.private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
+        repository.private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
     if "gated" in wanted:
-        found.gated = wanted["gated"]
+        repository.gated = wanted["gated"]
     return json_reply({})
 
 
@@ -139,12 +139,12 @@ def auth_check_write(hub: "LocalHub", request: Request, repo: str) -> Reply:
 @route("GET", "/api/models/{repo}/refs")
 def refs(hub: "LocalHub", request: Request, repo: str) -> Reply:
     """List branches, tags and, when asked, pull requests."""
-    found = hub.find(request, repo)
+    repository = hub.find(request, repo)
 
     def under(prefix: str) -> list[dict[str, str]]:
         return [
             {"name": ref.removeprefix(prefix), "ref": ref, "targetCommit": oid}
-            for ref, oid in found.refs.items()
+            for ref, oid in repository.refs.items()
             if ref.startswith(prefix)
         ]
 
@@ -202,33 +202,33 @@ def _delete_ref(hub: "LocalHub", request: Request, repo_id: str, ref: str) -> Re
 @route("POST", "/api/models/{repo}/discussions")
 def create_discussion(hub: "LocalHub", request: Request, repo: str) -> Reply:
     """Open a pull request (an empty one: its commits come to refs/pr/<number>)."""
-    found = hub.find(request, repo)
-    user = accounts.check_write(found.owner, hub.user(request), pull=True)
+    repository = hub.find(request, repo)
+    user = accounts.check_write(repository.owner, hub.user(request), pull=True)
     wanted = request.json()
     if not wanted.get("pullRequest"):
         raise HubError(400, "This Hub only has pull requests, no discussions.")
     with hub.store.lock:
-        base = found.commit("main")
-        pull = found.open_pull(wanted["title"], wanted["description"], user.name, base, "refs/heads/main")
-    return json_reply({"num": pull.number, "url": hub.pull_url(found, pull), "pullRequest": True})
+        base = repository.commit("main")
+        pull = repository.open_pull(wanted["title"], wanted["description"], user.name, base, "refs/heads/main")
+    return json_reply({"num": pull.number, "url": hub.pull_url(repository, pull), "pullRequest": True})
 
 
 @route("GET", "/api/models/{repo}/discussions")
 def discussions(hub: "LocalHub", request: Request, repo: str) -> Reply:
     """List the pull requests, on one page."""
-    found = hub.find(request, repo)
-    listed = [_pull(found, pull) for pull in found.pulls] if request.query("p", "0") == "0" else []
-    return json_reply({"discussions": listed, "count": len(found.pulls), "start": 0})
+    repository = hub.find(request, repo)
+    listed = [_pull(repository, pull) for pull in repository.pulls] if request.query("p", "0") == "0" else []
+    return json_reply({"discussions": listed, "count": len(repository.pulls), "start": 0})
 
 
 @route("GET", "/api/models/{repo}/discussions/{number}")
 def discussion(hub: "LocalHub", request: Request, repo: str, number: str) -> Reply:
     """Describe one pull request."""
-    found = hub.find(request, repo)
-    pulls = [pull for pull in found.pulls if str(pull.number) == number]
+    repository = hub.find(request, repo)
+    pulls = [pull for pull in repository.pulls if str(pull.number) == number]
     if not pulls:
         raise HubError(404, f"Discussion {number} not found")
-    return json_reply(_pull(found, pulls[0]))
+    return json_reply(_pull(repository, pulls[0]))
 
 
 def _pull(repo: Repo, pull: Pull) -> dict[str, Any]:

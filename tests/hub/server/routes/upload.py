@@ -48,14 +48,14 @@ def preupload(hub: "LocalHub", request: Request, repo: str, revision: str) -> Re
 @route("POST", "/{repo}.git/info/lfs/objects/batch")
 def lfs_batch(hub: "LocalHub", request: Request, repo: str) -> Reply:
     """Hand out upload addresses for objects this repository does not have yet (git-lfs batch API)."""
-    found = hub.find(request, repo)
-    accounts.check_write(found.owner, hub.user(request), pull=True)
+    repository = hub.find(request, repo)
+    accounts.check_write(repository.owner, hub.user(request), pull=True)
     wanted = request.json()
     if hub.cas_url and "xet" in wanted["transfers"]:
         # Clients of the 1.x line offer xet here and go on to the xet token once it is chosen.
         asked = [{"oid": item["oid"], "size": item["size"]} for item in wanted["objects"]]
         return json_reply({"transfer": "xet", "objects": asked}, Content_Type=_GIT_LFS)
-    answers = [_batch_item(hub, found, item["oid"], item["size"]) for item in wanted["objects"]]
+    answers = [_batch_item(hub, repository, item["oid"], item["size"]) for item in wanted["objects"]]
     multipart = any("header" in item.get("actions", {}).get("upload", {}) for item in answers)
     body = {"transfer": "multipart" if multipart else "basic", "objects": answers}
     return json_reply(body, Content_Type=_GIT_LFS)
@@ -106,10 +106,10 @@ def complete_multipart(hub: "LocalHub", request: Request) -> Reply:
 @route("POST", "/{repo}.git/info/lfs/objects/verify")
 def verify(hub: "LocalHub", request: Request, repo: str) -> Reply:
     """Confirm that an object arrived with the size the client has."""
-    found = hub.find(request, repo)
-    accounts.check_write(found.owner, hub.user(request), pull=True)
+    repository = hub.find(request, repo)
+    accounts.check_write(repository.owner, hub.user(request), pull=True)
     wanted = request.json()
-    if wanted["oid"] not in found.large:
+    if wanted["oid"] not in repository.large:
         raise HubError(404, f"Object {wanted['oid']} was not uploaded")
     size = len(hub.objects.slice(wanted["oid"]))
     if size != wanted["size"]:
@@ -120,9 +120,9 @@ def verify(hub: "LocalHub", request: Request, repo: str) -> Reply:
 @route("POST", "/api/models/{repo}/commit/{revision}")
 def commit(hub: "LocalHub", request: Request, repo: str, revision: str) -> Reply:
     """Apply all operations of a commit, or none; 412 when `parentCommit` is no longer the head."""
-    found = hub.find(request, repo)
+    repository = hub.find(request, repo)
     create_pr = bool(request.query("create_pr"))
-    user = accounts.check_write(found.owner, hub.user(request), pull=create_pr or revision.startswith("refs/pr/"))
+    user = accounts.check_write(repository.owner, hub.user(request), pull=create_pr or revision.startswith("refs/pr/"))
     lines = [json.loads(line) for line in request.body().splitlines() if line.strip()]
     headers = [line["value"] for line in lines if line["key"] == "header"]
     if len(headers) != 1 or not headers[0].get("summary"):
@@ -130,23 +130,23 @@ def commit(hub: "LocalHub", request: Request, repo: str, revision: str) -> Reply
     operations = [(line["key"], line["value"]) for line in lines if line["key"] != "header"]
     title, message = headers[0]["summary"], headers[0].get("description", "")
     with hub.store.lock:
-        base = found.commit(revision)
-        ref = found.ref(revision)
+        base = repository.commit(revision)
+        ref = repository.ref(revision)
         if ref is None or ref.startswith("refs/tags/"):
             raise HubError(404, f"{revision} is not a branch", "RevisionNotFound")
         parent = headers[0].get("parentCommit")
         if parent and create_pr:
-            base = found.commit(parent)
+            base = repository.commit(parent)
         elif parent and not base.oid.startswith(parent):
             raise HubError(412, "A commit has happened since. Please refresh and try again.")
-        files = _applied(hub, found, base, operations)
+        files = _applied(hub, repository, base, operations)
         body: dict[str, Any] = {"success": True}
         if create_pr:
-            pull = found.open_pull(title, message, user.name, base, ref)
+            pull = repository.open_pull(title, message, user.name, base, ref)
             ref = pull.ref
-            body["pullRequestUrl"] = hub.pull_url(found, pull)
-        made = found.record(ref, base, files, title, message, user.name)
-    return json_reply({"commitUrl": f"{hub.endpoint}/{found.id}/commit/{made.oid}", "commitOid": made.oid, **body})
+            body["pullRequestUrl"] = hub.pull_url(repository, pull)
+        made = repository.record(ref, base, files, title, message, user.name)
+    return json_reply({"commitUrl": f"{hub.endpoint}/{repository.id}/commit/{made.oid}", "commitOid": made.oid, **body})
 
 
 def _applied(
@@ -178,10 +178,10 @@ def _add_large(hub: "LocalHub", repo: Repo, files: dict[str, Blob], value: dict[
     if sha256 in repo.large:
         size, xet_hash = len(hub.objects.slice(sha256)), None
     else:
-        found = hub.xet_file(sha256)
-        if found is None:
+        file = hub.xet_file(sha256)
+        if file is None:
             raise HubError(400, f"LFS pointer {value['path']} points to {sha256}, which was never uploaded")
-        xet_hash, size = found
+        xet_hash, size = file
     if value.get("size", size) != size:
         raise HubError(400, f"{value['path']} has {size} bytes in storage, the commit says {value['size']}")
     files[value["path"]] = Blob.large(sha256, size, xet_hash)

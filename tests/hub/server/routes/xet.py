@@ -21,8 +21,8 @@ def read_token(hub: "LocalHub", request: Request, repo: str, revision: str) -> R
 @route("GET", "/api/models/{repo}/xet-write-token/{revision}")
 def write_token(hub: "LocalHub", request: Request, repo: str, revision: str) -> Reply:
     """Hand out a storage token for writing."""
-    found = hub.find(request, repo)
-    accounts.check_write(found.owner, hub.user(request), pull=bool(request.query("create_pr")))
+    repository = hub.find(request, repo)
+    accounts.check_write(repository.owner, hub.user(request), pull=bool(request.query("create_pr")))
     return _token(hub)
 
 
