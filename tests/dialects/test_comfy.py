@@ -272,7 +272,7 @@ def test_the_unets_names_are_those_of_diffusers() -> None:
 def test_diffusers_loads_flux_that_came_through_the_originals_names(tmp_path: Path, through: str) -> None:
     pytest.importorskip("diffusers")
     from . import pipelines
-    from .diffusers.test_diffusers import compare, dense
+    from .test_diffusers import compare, dense
 
     model = pipelines.flux()
     pipelines.train(model, ["to_q", "to_k", "to_v", "add_k_proj", "proj_mlp", "proj_out", "ff.net.2", "norm1.linear"])

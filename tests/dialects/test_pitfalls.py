@@ -64,7 +64,7 @@ REGISTER: dict[str, tuple[str, ...]] = {
         "dialects.test_mlx:test_delta_weights_are_those_of_mlx_lm",
     ),
     "12 diffusers loses the scale; its kohya files say alpha = rank": (
-        "dialects.diffusers.test_diffusers:test_a_file_of_an_older_script_has_the_scale_that_diffusers_applies",
+        "dialects.test_diffusers:test_a_file_of_an_older_script_has_the_scale_that_diffusers_applies",
         "dialects.kohya.test_kohya:test_a_file_that_diffusers_turned_into_kohya_names",
     ),
     "13 flattened names need a list": (
