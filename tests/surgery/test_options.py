@@ -133,7 +133,8 @@ def test_numbers_of_numpy_are_weights(models: Path) -> None:
     merge(models / "base", models / "adapter0", models / "out", weights=np.float32(0.5))
     merge(models / "base", models / "adapter0", models / "same", weights=[0.5])
     merged, same = load(models / "out"), load(models / "same")
-    assert merged and all(same_bytes(merged[name], same[name]) for name in merged)
+    assert merged.keys() == same.keys() != set()
+    assert all(same_bytes(merged[name], same[name]) for name in merged)
 
 
 @pytest.mark.parametrize("weight", ["x", "q_proj=x", "1,2", "nan", None, 1j, [1]], ids=repr)
