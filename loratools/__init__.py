@@ -52,6 +52,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loratools.storage import sources
+from loratools.version import __version__
 
 if TYPE_CHECKING:
     from loratools.adapter.model import Adapter, BaseIdentity
@@ -121,8 +122,6 @@ else:
     def __dir__():
         return list(__all__)
 
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Adapter", "BaseIdentity", "Checkpoint", "LoraToolsError", "MergeOptions", "__version__", "certify", "combine",

@@ -23,7 +23,7 @@ from tests.conftest import REPOSITORY, clean_env
 
 FLOORS: Mapping[str, tuple[str, ...]] = {
     "loratools": (
-        "errors decisions __version__",
+        "errors decisions version",
         "options parallel",
         "storage linalg",
         "adapter",
@@ -55,9 +55,8 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
 """Folder -> what it holds, ground floor first: nothing imports its own floor or one above. "*" is all that is not
 named, and may import its like. A folder that is not here has only files, which form no circle.
 
-`loratools/__init__.py` shows what all rooms make, so it stands at the top; others take only its `__version__`.
+`loratools/__init__.py` shows what all rooms make, so it stands at the top.
 """
-VERSION = "loratools.__version__"
 
 REGISTERED = {"adapter.kinds", "storage.codecs", "surgery.combine.methods", "cli", "dialects"}
 """Folders of siblings that are found by file name, one file a thing: their signs say what a sibling is."""
@@ -108,15 +107,15 @@ class House:
 
     def _targets(self, module: str, node: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Import):
-            names = [VERSION if alias.name == "loratools" else alias.name for alias in node.names]
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}:{node.lineno}: relative import; write loratools. ..."
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-            names = [name if self._module(name) or name == VERSION else str(node.module) for name in names]
+            names = [name if self._module(name) else str(node.module) for name in names]
         else:
             return
         for name in {name for name in names if name.split(".")[0] == "loratools"}:
-            target = VERSION if name == VERSION else self._module(name)
+            target = self._module(name)
             assert target, f"{module}: imports {name}, which is not there"
             yield target
 
@@ -261,7 +260,7 @@ def test_the_house_has_no_fault(check: Callable[[House], list[str]]) -> None:
 
 
 SOUND = {
-    "__init__": '"""The house."""\nfrom loratools import surgery\n__version__ = "1"',
+    "__init__": '"""The house."""\nfrom loratools import surgery',
     "errors": '"""Errors."""',
     "storage.__init__": '"""Bytes: `pickles/`, and\n\n    lazy         later\n    checkpoint   models"""',
     "storage.lazy": '"""Later."""\nimport loratools.errors',
@@ -269,7 +268,7 @@ SOUND = {
     "storage.pickles.archive": '"""Zip."""\nfrom loratools.storage.lazy import x',
     "storage.checkpoint": '"""Models."""\nfrom loratools.storage.pickles import archive',
     "surgery.__init__": '"""Verbs.\n\ninspect, hash   look"""',
-    "surgery.hash": '"""Hash."""\nfrom loratools import __version__\ndef f():\n import loratools.storage.checkpoint',
+    "surgery.hash": '"""Hash."""\ndef f():\n import loratools.storage.checkpoint',
 }
 WRONG: Mapping[str, tuple[Callable[[House], list[str]], dict[str, str], list[str]]] = {
     "files in a circle": (

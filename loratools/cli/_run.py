@@ -10,10 +10,10 @@ from contextlib import suppress
 
 import click
 
-from loratools import __version__
 from loratools.cli._group import Commands, common_options
 from loratools.cli._talk import Talk
 from loratools.errors import InvalidOption, LoraToolsError
+from loratools.version import __version__
 
 HELP = """The toolkit for LoRA adapter files: read every layout, tell the truth about it, and operate on it exactly.
 

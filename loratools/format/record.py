@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import loratools
 from loratools.adapter.model import AdapterInput, BaseIdentity
 from loratools.errors import OutputRefused
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.companions import RECORD
 from loratools.storage.strict_json import read_json
+from loratools.version import __version__
 
-TOOL = f"loratools {loratools.__version__}"
+TOOL = f"loratools {__version__}"
 
 
 def of_merge(base: Checkpoint, inputs: Sequence[AdapterInput]) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
-import loratools
 from loratools.errors import BadFile, HubError
 from loratools.hub import faults
+from loratools.version import __version__
 
 T = TypeVar("T")
 _CHUNK = 1 << 20
@@ -48,7 +48,7 @@ class Hub:
     def __init__(self, *, token: str | None = None) -> None:
         from huggingface_hub import HfApi
 
-        self.api = HfApi(token=token, library_name="loratools", library_version=loratools.__version__)
+        self.api = HfApi(token=token, library_name="loratools", library_version=__version__)
         self.endpoint = str(self.api.endpoint)
         self._known: dict[tuple[str, str, str], bytes] = {}
 
@@ -167,7 +167,7 @@ class Hub:
 
     def _headers(self) -> dict[str, str]:
         headers: dict[str, str] = _utils().build_hf_headers(
-            token=self.api.token, library_name="loratools", library_version=loratools.__version__
+            token=self.api.token, library_name="loratools", library_version=__version__
         )
         return headers
 
