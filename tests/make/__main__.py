@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from tests.make import REPOSITORY, real_models_folder
@@ -12,9 +14,12 @@ from tests.make import REPOSITORY, real_models_folder
 def main() -> None:
     folder = real_models_folder()
     if not folder.is_dir():
-        from tests.make import real_models
+        # Importing the libraries alone leaves files in the temporary folder (torch does), so they get one of their own.
+        with tempfile.TemporaryDirectory(prefix=f"loratools-tests-{os.getpid()}-") as temporary:
+            os.environ["TMPDIR"] = tempfile.tempdir = temporary
+            from tests.make import real_models
 
-        real_models.make_all(folder)
+            real_models.make_all(folder)
     if folder.parent == REPOSITORY / ".real-models":
         remove_older(folder)
     print(f"the real models are in {folder}")
