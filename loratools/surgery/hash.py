@@ -86,11 +86,15 @@ def hash_tensors(
 
     def hash_one(spec: TensorSpec) -> str:
         hasher = digest.start_tensor(spec.dtype, spec.shape, algorithm)
-        for chunk in files.chunks(spec):  # reading and hashing a chunk both release the GIL
-            if stop.is_set():
-                return ""  # nobody will see it: what stopped the work is raised instead
-            hasher.update(chunk)
-            progress(len(chunk))
+        try:
+            for chunk in files.chunks(spec):  # reading and hashing a chunk both release the GIL
+                if stop.is_set():
+                    return ""  # nobody will see it: what stopped the work is raised instead
+                hasher.update(chunk)
+                progress(len(chunk))
+        except BaseException:
+            stop.set()  # here, for a thread begins its next tensor before the one that waits wakes up
+            raise
         return digest.finish(hasher, algorithm)
 
     # Largest first, so that no thread is left alone with a big one at the end.
