@@ -1,8 +1,17 @@
-"""What was decided and why, for whoever asks: `loratools -v`, or a program that listens to the logger `loratools`."""
+"""What was decided and why, and what a user must know of it, wherever in the library it is found out.
+
+`decided` is for whoever asks: `loratools -v`, or a program that listens to the logger `loratools`. `warned` is for
+everybody: a warning on the command line and in its JSON, and in Python a warning of that logger, which is shown on
+stderr unless the program says otherwise.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_listeners: list[Callable[[str], None]] = []
 
 
 def decided(what: str, *values: object) -> None:
@@ -12,3 +21,26 @@ def decided(what: str, *values: object) -> None:
     """
     if logging := sys.modules.get("logging"):
         logging.getLogger("loratools").info(what, *values)
+
+
+def warned(what: str, *values: object) -> None:
+    """Warn of what the result does not show; `values` are put into `what` as logging does it.
+
+    The command line that runs takes it (`warnings_to`), else the logger `loratools` at level WARNING.
+    """
+    if _listeners:
+        _listeners[-1](what % values if values else what)
+        return
+    import logging
+
+    logging.getLogger("loratools").warning(what, *values)
+
+
+@contextmanager
+def warnings_to(take: Callable[[str], None]) -> Iterator[None]:
+    """Hand every warning to `take`, from whichever thread it comes, while the block runs."""
+    _listeners.append(take)
+    try:
+        yield
+    finally:
+        _listeners.remove(take)

@@ -11,6 +11,7 @@ import click
 
 from loratools.cli._show import SCHEMA, Report, encode, printable
 from loratools.cli._talk import Talk
+from loratools.decisions import warnings_to
 from loratools.storage import sources
 
 SECTIONS = ("Look", "Check", "Change", "Share", "Learn")
@@ -32,7 +33,7 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> None:
         """Run the function, print its report, and exit with 1 where the report says so."""
         talk = ctx.find_root().ensure_object(Talk)
-        with sources.session(talk.fetching) as session, talk.decisions():
+        with sources.session(talk.fetching) as session, talk.decisions(), warnings_to(talk.warn):
             talk.names = session.names
             report = super().invoke(ctx)
         if isinstance(report, Report):

@@ -42,16 +42,19 @@ class Talk:
             self._say(text)
 
     def warn(self, *texts: str) -> None:
-        """Warn: -q does not silence it, and with --json it is part of the document."""
-        self.warnings += texts
-        for text in () if self.json else texts:
-            self._say(text, "warning", "yellow")
+        """Warn, of the same thing once: -q does not silence it, and with --json it is part of the document."""
+        for text in texts:
+            if text not in self.warnings:
+                self.warnings.append(text)
+                if not self.json:
+                    self._say(text, "warning", "yellow")
 
     def error(self, kind: str, message: str, problems: tuple[str, ...] = (), hint: str | None = None) -> None:
         """Say what failed: one sentence, every problem, and the next step."""
         if self.json:
             document = {"type": kind, "message": message, "problems": problems, "hint": hint}
-            click.echo(self.named(encode({"error": document})), err=True)
+            warnings = {"warnings": self.warnings} if self.warnings else {}
+            click.echo(self.named(encode({"error": document, **warnings})), err=True)
             return
         self._say(message, "error", "red")
         for problem in problems:

@@ -18,6 +18,7 @@ from loratools import __version__
 from loratools.cli import _talk
 from loratools.cli._group import Commands
 from loratools.cli._run import run
+from loratools.decisions import warned
 from tests.conftest import clean_env
 
 # Commands that fail in ways that a sound command cannot be made to, each with the frame of a real one.
@@ -28,7 +29,7 @@ BROKEN = {
     "memory": "raise MemoryError",
     "wait": "import signal; print('ready', flush=True); signal.pause()",
     "hostile": r"return Report({}, 'a\x1b[31mred\x07 name\u202e')",
-    "warns": "talk.warn('odd'); talk.note('aside'); decided('%s length', 'at')\n"
+    "warns": "talk.warn('odd'); warned('%s', 'odd'); talk.note('aside'); decided('%s length', 'at')\n"
     "    return Report({'n': float('nan')}, 'x')",
     "differs": "return Report({'equal': False}, 'not equal', ok=False)",
 }
@@ -44,7 +45,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, body in BROKEN.items():
         (package / f"{name}.py").write_text(
             "from loratools.cli._group import command as make\nfrom loratools.cli._show import Report\n"
-            "from loratools.cli._talk import pass_talk\nfrom loratools.decisions import decided\n"
+            "from loratools.cli._talk import pass_talk\nfrom loratools.decisions import decided, warned\n"
             f"@make(section='Look')\n@pass_talk\ndef command(talk):\n    '''Fail.'''\n    {body}\n"
         )
     return folder
@@ -187,6 +188,13 @@ def test_talk_is_as_loud_as_asked(
         assert json.loads(out) == {"schema": 1, "n": None, "warnings": ["odd"]}
     else:
         assert out == "x\n"
+
+
+def test_without_a_command_line_a_warning_is_one_of_the_logger(caplog: pytest.LogCaptureFixture) -> None:
+    warned("no %s: %d is taken", "alpha", 8)
+    assert [(record.name, record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("loratools", "WARNING", "no alpha: 8 is taken")
+    ]
 
 
 def test_a_name_cannot_drive_the_terminal(root: Commands, capsys: pytest.CaptureFixture[str]) -> None:
