@@ -71,7 +71,7 @@ class Energy:
     def rank(self, spectrum: Spectrum) -> int | None:
         """Return that number, or every singular value where rounding keeps the sum below the target."""
         captured = (spectrum.sigma**2).cumsum(0)
-        return _first(captured >= self.fraction * spectrum.norm2 * (1 - 1e-14), spectrum)
+        return _first(captured >= self.fraction * spectrum.norm2 * (1 - 1e-12), spectrum)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,7 @@ class SvCumulative:
                 "use energy or sv_fro, which need the norm only"
             )
         captured = spectrum.sigma.cumsum(0)
-        return _first(captured >= self.t * captured[-1] * (1 - 1e-14), spectrum)
+        return _first(captured >= self.t * captured[-1] * (1 - 1e-12), spectrum)
 
 
 @dataclass(frozen=True, slots=True)

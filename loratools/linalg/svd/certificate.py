@@ -12,21 +12,29 @@ from loratools.linalg.svd.krylov import Krylov
 
 # Eight Gaussian probes all miss the leading direction (component below 0.1) with probability (0.2/√(2π))⁸ = 1.6e-9.
 _PROBES, _COMPONENT, _DEPTH = 8, 0.1, 5
+# Units of D's dtype that the factors are off, relative to ‖D‖_F: each of the two is rounded to half a unit.
+_ROUNDING = 1.0
 
 
-def excess_bound(basis: Krylov, rank: int, norm2: float, *, probe: bool, seed: int) -> float:
+def excess_bound(
+    basis: Krylov, rank: int, norm2: float, *, probe: bool, seed: int, unseen: float | None = None
+) -> float:
     """Return an upper bound on Σ_{i≤r} σᵢ(D)² - Σ_{i≤r} θᵢ: what an optimal rank-r part captures beyond ours.
 
     With E = D·(I - VVᵀ), what the basis has not seen: DDᵀ = (DV)(DV)ᵀ + EEᵀ, so the excess is ≤ ‖E‖_F² = ‖D‖² - Σ θ
     (Ky Fan); that certain but loose bound is returned without `probe`. With it: DᵀD is [[Θ, Fᵀ], [F, H]] in the basis
     [V, V⊥], H ≤ η = ‖E‖₂², and for every γ > 0 it lies below [[Θ + FᵀF/γ, 0], [0, H + γ]]. So the excess is at most
     top_r(θ ∪ {η + γ}) - top_r(θ) + Σ_{i≤r} λᵢ(FᵀF)/γ; the best γ of a grid is taken. F is read off the last block
-    exactly, η comes from `spectral_norm2` and holds with probability 1 - 1.6e-9.
+    exactly, η comes from `spectral_norm2` and holds with probability 1 - 1.6e-9. `unseen` is ‖E‖_F² where it is known
+    better than as that difference. To every bound comes what rounding V and the factors to D's dtype can cost.
     """
     theta = basis.spectrum()
-    unseen = max(norm2 - float(theta.sum()), 0.0)
-    if not probe or unseen == 0 or basis.width >= min(basis.D.shape):
-        return 0.0 if basis.width >= min(basis.D.shape) else unseen
+    rounding = (_ROUNDING * torch.finfo(basis.D.dtype).eps) ** 2 * norm2
+    if basis.width >= min(basis.D.shape):
+        return rounding
+    unseen = max(norm2 - float(theta.sum()), 0.0) if unseen is None else unseen
+    if not probe or unseen == 0:
+        return unseen + rounding
     W, Q = basis.residual()
     R = gram(Q, basis.parts[-1])
     for _ in range(2):
@@ -42,7 +50,7 @@ def excess_bound(basis: Krylov, rank: int, norm2: float, *, probe: bool, seed: i
             rivals = torch.cat([theta, theta.new_full((rank,), eta + gamma)]).sort(descending=True).values
             gained = float(rivals[:rank].sum() - theta[:rank].sum())
             best = min(best, gained + float(coupling) / gamma)
-    return best
+    return best + rounding
 
 
 def spectral_norm2(D: Tensor, V: Tensor, *, seed: int) -> float:

@@ -3,6 +3,10 @@
 Randomised block Krylov with full re-orthogonalisation and thick restarts (Musco & Musco 2015; Tropp & Webber 2023,
 arXiv 2306.12418). Every product is kept and used, so that a given accuracy needs about half the products of subspace
 iteration, above all on the flat spectra of real delta weights.
+
+From b random columns an iteration sees at most b copies of a repeated singular value, however long it runs: what it
+spans is invariant, not the row space. So random columns follow whenever that much has come of the ones before, and
+only random columns along which D has nothing say that all of D was seen.
 """
 
 from __future__ import annotations
@@ -17,6 +21,14 @@ from loratools.linalg.orthonormal import extend, gram, line_sums, orthonormal_co
 # Blocks kept beyond the wanted rank before a restart; a restart bounds memory and the size of the small problem.
 _EXTRA_BLOCKS = 6
 _MOST_STEPS = 60
+# Random columns at once: each time as many as there were before, up to this.
+_MOST_FRESH = 256
+# Eight Gaussian columns all miss a direction (component below 0.1) with probability (0.2/√(2π))⁸ = 1.6e-9.
+_PROBES = 8
+# Values of θ this close to one another may be one repeated value to the iteration, for the few steps that it makes.
+_ALIKE = 1.1
+# The share by which a gain shrinks each step. Never trust less (luck) or more (a plateau) than these.
+_FASTEST, _SLOWEST = 0.1, 0.9
 
 
 class Krylov:
@@ -26,14 +38,19 @@ class Krylov:
     energy of D that it removes: ‖D - Y_r·V_rᵀ‖² = ‖D‖² - Σ_{i≤r} θᵢ.
     """
 
-    def __init__(self, D: Tensor, start: Tensor, deflated: Tensor | None = None) -> None:
-        """Start from the orthonormal columns `start` (n, b), and stay orthogonal to the columns `deflated` (n, d)."""
+    def __init__(self, D: Tensor, start: Tensor, deflated: Tensor | None = None, seed: int = 0) -> None:
+        """Start from the orthonormal columns `start` (n, b), and stay orthogonal to the columns `deflated` (n, d).
+
+        `seed` draws the random columns that `refresh` adds; `fresh` counts them, with those of the start.
+        """
         self.D = D
         self.V = D.new_empty(D.shape[1], 0)
         self.deflated = self.V if deflated is None else deflated
         self.parts: list[Tensor] = []
         self.G = torch.empty(0, 0, dtype=torch.float64)
         self.products = 0
+        self.fresh = start.shape[1]
+        self._generator = torch.Generator().manual_seed(seed)
         self._theta: Tensor | None = None
         self._lines: tuple[Tensor, Tensor] | None = None
         self.append(start)
@@ -82,6 +99,39 @@ class Krylov:
             return False
         self.append(new)
         return True
+
+    def refresh(self, block: int) -> bool:
+        """Add `block` random directions; return False, and add none, where D has nothing in what V does not span.
+
+        Nothing is less than 8·eps·‖D‖: the rounding of D and of V.
+        """
+        G = torch.randn(self.D.shape[1], _PROBES, generator=self._generator, dtype=torch.float64).to(self.D.device)
+        for _ in range(2):
+            G -= product64(self.V, (self.V.T.double() @ G))
+        self.products += 2 * _PROBES
+        hidden = torch.linalg.vector_norm(product64(self.D, G), dim=0).max()
+        if float(hidden) <= 8 * torch.finfo(self.D.dtype).eps * float(self.spectrum().sum().sqrt()):
+            return False
+        block = min(block, self.D.shape[1] - self.width)
+        columns = torch.randn(self.D.shape[1], block, generator=self._generator, dtype=self.D.dtype)
+        new = self.news(columns.to(self.D.device))
+        if new.shape[1] == 0:
+            return False
+        self.append(new)
+        self.fresh += new.shape[1]
+        return True
+
+    def hides(self, rank: int, *, counted: bool) -> bool:
+        """Tell whether the first `rank` values of θ have a repeated one of which there may be more than is seen.
+
+        That is one with as many copies as there were random columns. Of the last of the `rank` a further copy would
+        change nothing, unless the rank was `counted` from the values.
+        """
+        theta = self.spectrum()[:rank]
+        copies = theta[self.fresh - 1 :]
+        first = theta[: len(copies)]
+        alike = first <= _ALIKE * copies
+        return bool((alike if counted else alike & (copies > 1.001 * theta[-1])).any())
 
     def spectrum(self) -> Tensor:
         """Return θ, the squared singular values of Y, in descending order, float64 (k,)."""
@@ -134,46 +184,62 @@ def sketched_start(D: Tensor, block: int, seed: int) -> Tensor:
 
 def iterate(
     D: Tensor, norm2: float, wanted: Callable[[Krylov, bool], int | None], *, block: int, least: int,
-    tolerance: float, seed: int,
+    tolerance: float, seed: int, counted: bool,
 ) -> tuple[Krylov, int, float]:  # fmt: skip
     """Grow a Krylov basis until the wanted rank is known and its captured energy has stopped growing.
 
     D is (m, n) with n ≤ m best; `norm2` is ‖D‖². `wanted(basis, complete)` says the rank that the singular values
-    seen so far call for, or None for "show me more"; `complete` is true when no more exist. It is not asked
-    before the basis has `least` columns. Stops when the
+    seen so far call for, or None for "show me more"; `complete` is true when no more exist, and `counted` tells that
+    the rank hangs on the values. It is not asked before the basis has `least` columns. Stops when the
     energy still to be won, estimated from the last two gains as a geometric series, is ≤ tolerance·(‖D‖² - captured).
-    Returns the basis, the rank, and that estimate. Always returns: a spectrum that resists only costs steps.
+    Returns the basis, the rank, and that estimate. Always returns: a spectrum that resists only costs steps, and beyond
+    half of the short side the complete basis is cheaper than to go on.
     """
-    basis = Krylov(D, sketched_start(D, block, seed))
+    basis = Krylov(D, sketched_start(D, block, seed), seed=seed)
     basis.products += block
     short = min(D.shape)
-    last: tuple[int, float, float] | None = None  # rank, captured, gain
+    last: tuple[int, float, float | None] | None = None  # rank, captured, gain
     estimate = norm2
+
+    def refreshed() -> bool:
+        return basis.refresh(min(max(basis.fresh, block), _MOST_FRESH))
+
+    def whole(basis: Krylov) -> tuple[Krylov, int, float]:
+        return basis, wanted(basis, True) or basis.width, 0.0
+
     for _ in range(_MOST_STEPS + 2 * short // block):
-        if basis.width < min(least, short) and basis.step():
+        if 2 * basis.width >= short:
+            return whole(Krylov.exact(D))
+        if basis.width < least and basis.step():
             continue
         theta = basis.spectrum()
-        complete = basis.width >= short
-        rank = wanted(basis, complete)
-        if complete:
-            return basis, rank if rank is not None else basis.width, 0.0
-        if rank is not None and rank <= basis.width:
+        if float(theta[-1]) <= (4 * torch.finfo(D.dtype).eps) ** 2 * float(theta[0]):
+            # Rounding is in the basis: either this is all of D, or there is more beside what the iteration can reach.
+            if not refreshed():
+                return whole(basis)
+            last = None
+        elif (rank := wanted(basis, False)) is not None and rank <= basis.width:
             captured = float(theta[:rank].sum())
             left = max(norm2 - captured, 0.0)
-            gain = left
+            gain = None
             if last is not None and last[0] == rank:
                 gain = max(captured - last[1], 0.0)
-                # A gain shrinks by `ratio` each step. Never trust less than 0.1 (luck) or more than 0.9 (a plateau).
-                ratio = min(max(gain / last[2], 0.1), 0.9) if last[2] > 0 else 0.5
+                shrinks = gain / last[2] if last[2] else _SLOWEST
+                ratio = min(max(shrinks, _FASTEST), _SLOWEST)
                 estimate = gain * ratio / (1 - ratio)
                 if estimate <= max(tolerance * left, 1e-14 * norm2):
-                    return basis, rank, estimate
+                    if not basis.hides(rank, counted=counted):
+                        return basis, rank, estimate
+                    if not refreshed():
+                        return whole(basis)
+                    last = None
+                    continue
             last = (rank, captured, gain)
             if basis.width + block > rank + _EXTRA_BLOCKS * block and basis.width < short // 2:
                 basis.restart(rank + block)
                 continue
         if not basis.step():
-            # The row space is used up: what was seen is all there is.
-            rank = wanted(basis, True)
-            return basis, rank if rank is not None else basis.width, 0.0
+            if not refreshed():
+                return whole(basis)
+            last = None
     return basis, min(last[0] if last else basis.width, basis.width), estimate

@@ -10,11 +10,12 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from loratools.linalg.orthonormal import frobenius2, row_chunks
+from loratools.linalg.orthonormal import frobenius2, product64, row_chunks
 from loratools.linalg.ranks.rules import Fixed, RankRule, Spectrum
 from loratools.linalg.svd import krylov
 from loratools.linalg.svd.certificate import excess_bound
@@ -23,7 +24,11 @@ from loratools.linalg.svd.certificate import excess_bound
 _EXACT_SIDE = 256
 _EXACT_SIDE_LARGE_RANK = 512
 # Below this share of ‖D‖², ‖D‖² - Σσ² is a difference of nearly equal numbers; the residual is then summed itself.
-_CANCELLED = 1e-5
+_CANCELLED = 1e-2
+# Below this float32 has no digits left for the residual; one step of subspace iteration in float64 then follows.
+_AT_ROUNDING = 1e-5
+# ‖D‖_F within these powers of two: no square of what matters in it over- or underflows in float32.
+_MODERATE = 40
 # Of the tolerance, where a rule chooses the rank: it hangs on single singular values, not only on their sum.
 _FINER = 0.1
 
@@ -83,7 +88,7 @@ def truncated_svd(
     min over rank-r X of ‖D - X‖_F, with the excess ‖D - D_r‖_F² - optimum ≤ about tolerance·optimum, so that the error
     is within 1 + tolerance/2 of the best. D is (m, n), float32 or float64 (bfloat16 and float16 are widened); form it
     as float32 minus float32. `rule` is a rank or a rule of `ranks/rules.py`, for which the basis grows until it is met.
-    `max_rank` caps the rank (default: m·n/(m+n), where factors would outgrow D). `probe` spends about as much
+    `max_rank` caps the rank (default: none; above m·n/(m+n) the factors outgrow D). `probe` spends about as much
     again on a far tighter `excess_bound`, true with probability 1 - 1.6e-9. Deterministic: the same D, seed and
     thread count give the same bits. Raises ValueError when D is not a matrix, is empty, or holds NaN or infinity.
     Method: block Krylov iteration, Musco & Musco 2015; Tropp & Webber 2023 (arXiv 2306.12418).
@@ -96,28 +101,60 @@ def truncated_svd(
         raise ValueError(
             f"the {m} x {n} matrix holds {bad} NaN or infinite element{'s' * (bad != 1)}; a decomposition needs finite "
             "numbers: check the two tensors that it is the difference of"
+            if bad
+            else f"the squared norm of the {m} x {n} matrix is beyond float64; scale it down"
         )
     if norm2 == 0:
         nothing = torch.empty(0, dtype=torch.float64)
         return TruncatedSVD(D.new_empty(m, 0), nothing, D.new_empty(0, n), 0.0, 0.0, 0.0, 0.0, "zero", None, 0)
     chosen: RankRule = Fixed(rule) if isinstance(rule, int) else rule
-    wanted = _Wanted(chosen, norm2, (m, n), torch.finfo(D.dtype).eps, max_rank)
+    power = math.frexp(math.sqrt(norm2))[1]
+    if abs(power) <= _MODERATE:
+        power = 0
+    else:  # by a power of two, which rounds nothing, in two factors that float32 can hold
+        D = D * 2.0 ** -(power // 2) * 2.0 ** -(power - power // 2)
+    scaled = norm2 / 4.0**power
+    wanted = _Wanted(chosen, norm2, (m, n), torch.finfo(D.dtype).eps, max_rank, 2.0**power)
     # Orient so that the basis lives on the short side.
     tall = D if m >= n else D.T
     with full_float32():
-        basis, rank, estimate, method = _basis(tall, norm2, wanted, tolerance, seed)
-        bound = excess_bound(basis, rank, norm2, probe=probe, seed=seed)
-        Y, theta, V = basis.leading(rank)
-        sigma = theta.sqrt()
-        left, right = (Y / sigma.to(Y.device)).to(D.dtype), V.to(D.dtype)
-        U, Vh = (left, right.T) if m >= n else (right, left.T)
-        error2 = norm2 - float(theta.sum())
-        if error2 < _CANCELLED * norm2:
-            error2 = residual2(D, U.double() * sigma.to(U.device), Vh)
+        basis, rank, estimate, method = _basis(tall, scaled, wanted, tolerance, seed)
+        left, sigma, right, error2 = _leading(tall, scaled, basis, rank)
+        bound = excess_bound(basis, rank, scaled, probe=probe, seed=seed, unseen=_unseen(tall, scaled, basis, error2))
+    U, Vh = (left, right.T) if m >= n else (right, left.T)
+    error2, bound, estimate = (4.0**power * value for value in (error2, bound, estimate))
     return TruncatedSVD(
-        U.contiguous(), sigma, Vh.contiguous(), norm2, error2, min(bound, max(error2, 0.0)), min(estimate, error2),
+        U.contiguous(), sigma * 2.0**power, Vh.contiguous(), norm2, error2, min(bound, error2), min(estimate, error2),
         method, None if method == "gram" else seed, basis.products,
     )  # fmt: skip
+
+
+def _leading(D: Tensor, norm2: float, basis: krylov.Krylov, rank: int) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Return U (m, r), σ (r,), V (n, r) and ‖D - U·diag(σ)·Vᵀ‖_F² of the `rank` leading directions of a basis."""
+    Y, theta, V = basis.leading(rank)
+    error2 = norm2 - float(theta.sum())
+    if error2 < _AT_ROUNDING * norm2 and basis.width < D.shape[1]:
+        Q = torch.linalg.qr(product64(D, torch.linalg.qr(V)[0]))[0]
+        V, sigma, X = torch.linalg.svd(product64(D.T, Q), full_matrices=False)
+        left, right = (Q @ X.T).to(D.dtype), V.to(D.dtype)
+        sigma = sigma.cpu()
+    else:
+        sigma = theta.sqrt()
+        left, right = (Y / sigma.to(Y.device)).to(D.dtype), V.to(D.dtype)
+    if error2 < _CANCELLED * norm2:
+        error2 = residual2(D, left.double() * sigma.to(left.device), right.T)
+    return left, sigma, right, max(error2, 0.0)
+
+
+def _unseen(D: Tensor, norm2: float, basis: krylov.Krylov, error2: float) -> float:
+    """Return ‖D·(I - VVᵀ)‖_F²: as a difference of norms, or where they would cancel as it is."""
+    if basis.width >= D.shape[1]:
+        return 0.0
+    unseen = norm2 - float(basis.spectrum().sum())
+    if error2 >= _CANCELLED * norm2:
+        return max(unseen, 0.0)
+    V = torch.linalg.qr(basis.V.double())[0]
+    return residual2(D, product64(D, V), V.T)
 
 
 def residual2(D: Tensor, B: Tensor, A: Tensor) -> float:
@@ -140,32 +177,33 @@ def full_float32() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """The rank that a rule wants, given the basis grown so far."""
+    """The rank that a rule wants, given the basis grown so far of D / `scale`."""
 
     rule: RankRule
     norm2: float
     shape: tuple[int, int]
     eps: float
     max_rank: int | None
+    scale: float
 
     def __call__(self, basis: krylov.Krylov, complete: bool) -> int | None:
-        theta = basis.spectrum()
-        sigma = theta.sqrt()
-        # Below this the singular values are those of rounding, D's and ours; to see one is to have seen all others.
+        sigma = basis.spectrum().sqrt() * self.scale
+        # Below this the singular values are those of rounding, D's and ours.
         sigma = sigma[sigma > 4 * self.eps * sigma[0]]
-        complete = complete or len(sigma) < len(theta)
         most = min(len(sigma), self.most()) if complete else self.most()
-        rank = self.rule.rank(Spectrum(sigma, self.norm2, self.shape, complete, basis.residual_edges))
+        edges = partial(_scaled_edges, basis, self.scale)
+        rank = self.rule.rank(Spectrum(sigma, self.norm2, self.shape, complete, edges))
         if rank is None:
             return most if complete or len(sigma) >= most else None
         return max(1, min(rank, most))
 
     def most(self) -> int:
-        m, n = self.shape
-        if self.max_rank is not None:
-            return min(m, n, self.max_rank)
-        # A rule that would keep more than this had better keep D itself.
-        return min(m, n) if isinstance(self.rule, Fixed) else max(1, m * n // (m + n))
+        """Return the highest rank there can be."""
+        return min(*self.shape, self.max_rank or min(self.shape))
+
+
+def _scaled_edges(basis: krylov.Krylov, scale: float) -> Tensor:
+    return basis.residual_edges() * scale
 
 
 def _basis(
@@ -173,13 +211,17 @@ def _basis(
 ) -> tuple[krylov.Krylov, int, float, str]:
     short = D.shape[1]
     fixed = wanted.rule.r if isinstance(wanted.rule, Fixed) else 16
-    if short <= _EXACT_SIDE or (short <= _EXACT_SIDE_LARGE_RANK and 8 * fixed > short):
+    if short <= _EXACT_SIDE or (short <= _EXACT_SIDE_LARGE_RANK and 8 * fixed > short) or 2 * fixed >= short:
         basis = krylov.Krylov.exact(D)
         return basis, wanted(basis, True) or 1, 0.0, "gram"
     # Wide enough to use the cores well, narrow enough that the basis deepens: both cost products with D.
     block = min(64, max(16, -(-fixed // 8) * 8))
     tolerance = tolerance if isinstance(wanted.rule, Fixed) else _FINER * tolerance
-    return *krylov.iterate(D, norm2, wanted, block=block, least=fixed + block, tolerance=tolerance, seed=seed), "krylov"
+    basis, rank, estimate = krylov.iterate(
+        D, norm2, wanted, block=block, least=fixed + block, tolerance=tolerance, seed=seed,
+        counted=not isinstance(wanted.rule, Fixed),
+    )  # fmt: skip
+    return basis, rank, estimate, "krylov"
 
 
 def _checked(D: Tensor) -> Tensor:

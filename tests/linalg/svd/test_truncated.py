@@ -97,7 +97,8 @@ def test_small_sides_are_exact(m: int, n: int) -> None:
     svd = truncated_svd(D, rank)
     assert svd.method == "gram"
     assert svd.seed is None
-    assert svd.excess_bound == svd.excess_estimate == 0
+    assert svd.excess_estimate == 0
+    assert svd.excess_bound < 1e-12 * svd.norm2
     assert torch.allclose(svd.S, torch.linalg.svdvals(D.double())[:rank], rtol=1e-6)
     assert measured(D, svd) == pytest.approx(optimum(D, rank), rel=1e-5, abs=1e-6)
 
@@ -204,7 +205,8 @@ def test_ratio_and_absolute_count_like_lapack() -> None:
 def test_max_rank_caps_a_rule_and_a_large_rank_is_still_met() -> None:
     D = power_law(-0.1, M, N).float()
     assert truncated_svd(D, Energy(0.99), max_rank=40).rank == 40
-    assert truncated_svd(D, Energy(0.9999)).rank == M * N // (M + N)
+    energy = (torch.linalg.svdvals(D.double()) ** 2).cumsum(0)
+    assert truncated_svd(D, Energy(0.9999)).rank == int((energy < 0.9999 * energy[-1]).sum()) + 1
     nearly_all = truncated_svd(D, 500)
     assert nearly_all.rank == 500
     assert measured(D, nearly_all) <= 1.0005 * optimum(D, 500)

@@ -1,0 +1,79 @@
+"""Spectra that hide from a Krylov iteration: repeated values, numbers near the ends of float32, exactly low rank."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from loratools.linalg.ranks.rules import Energy, Fixed, Ratio
+from loratools.linalg.svd.truncated import truncated_svd
+from tests.linalg.matrices import power_law, signal_and_noise, with_spectrum
+
+
+def levels(*steps: tuple[float, int], m: int = 640, n: int = 600) -> Tensor:
+    """Return a matrix whose singular values are each repeated so often."""
+    return with_spectrum(torch.cat([torch.full((count,), value, dtype=torch.float64) for value, count in steps]), m, n)
+
+
+HARD = {
+    "identity": 0.01 * torch.eye(600, dtype=torch.float64),
+    "scaled orthogonal": levels((3.0, 600)),
+    "two levels": levels((10.0, 200), (1.0, 400)),
+    "three levels": levels((10.0, 150), (5.0, 150), (1.0, 300)),
+    "equal blocks": torch.block_diag(*[torch.full((8, 8), 0.5, dtype=torch.float64)] * 80),
+    "a level and nothing": levels((10.0, 200)),
+    "a level and a tail": levels((10.0, 200)) + 1e-3 * power_law(-0.3, 640, 600, seed=9),
+    "near 1e-25": 1e-25 * power_law(-1.0, 640, 600),
+    "near 1e30": 1e30 * power_law(-1.0, 640, 600),
+    "small, near 1e-25": 1e-25 * power_law(-1.0, 80, 60),
+    "small, near 1e30": 1e30 * power_law(-1.0, 80, 60),
+    "noise": signal_and_noise(640, 600, signals=0),
+}
+
+
+@pytest.mark.parametrize("rule", [Fixed(4), Fixed(32), Fixed(128), Energy(0.5), Energy(0.9), Ratio(0.45)], ids=repr)
+@pytest.mark.parametrize("name", HARD)
+def test_what_was_asked_is_reached_and_the_printed_error_is_true(name: str, rule: Fixed | Energy | Ratio) -> None:
+    D = HARD[name].float()
+    sigma = torch.linalg.svdvals(D.double())
+    energy = sigma.square().cumsum(0)
+    there = int((sigma > 1e-6 * sigma[0]).sum())
+    wanted = {
+        Fixed: lambda: min(getattr(rule, "r", 0), there),
+        Energy: lambda: int((energy < getattr(rule, "fraction", 0) * energy[-1] * (1 - 1e-12)).sum()) + 1,
+        Ratio: lambda: int((sigma > getattr(rule, "fraction", 0) * sigma[0]).sum()),
+    }[type(rule)]()
+    svd = truncated_svd(D, rule)
+    norm = float(energy[-1]) ** 0.5
+    assert svd.rank == wanted
+    true = float((D.double() - (svd.U.double() * svd.S) @ svd.Vh.double()).norm())
+    best = float(sigma[svd.rank :].norm())
+    assert true <= 1.0005 * best + 1e-7 * norm
+    assert math.sqrt(svd.error2) >= true * (1 - 5e-5)
+    assert math.sqrt(svd.error2) <= true * (1 + 5e-5)
+    assert math.sqrt(svd.error2 - svd.excess_bound) <= best * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 16, 32])
+def test_the_excess_on_noise_is_what_was_allowed(rank: int) -> None:
+    D = signal_and_noise(1024, 900, signals=0).float()
+    best2 = float(torch.linalg.svdvals(D.double())[rank:].square().sum())
+    assert truncated_svd(D, rank).error2 - best2 <= 4e-4 * best2
+
+
+def test_exactly_low_rank_comes_back_to_the_last_digit_of_float32() -> None:
+    D = with_spectrum(torch.linspace(1, 0.3, 16, dtype=torch.float64), 700, 600).float()
+    svd = truncated_svd(D, 32)
+    assert svd.rank == 16
+    assert svd.relative_error < 1e-7
+    assert svd.relative_error >= 0.999 * float((D.double() - (svd.U.double() * svd.S) @ svd.Vh.double()).norm()) / (
+        math.sqrt(svd.norm2)
+    )
+
+
+def test_a_norm_beyond_float64_is_said() -> None:
+    with pytest.raises(ValueError, match="squared norm of the 3 x 3 matrix is beyond float64"):
+        truncated_svd(torch.full((3, 3), 1e200, dtype=torch.float64), 1)
