@@ -37,6 +37,9 @@ class Command(click.Command):
             talk.names = session.names
             report = super().invoke(ctx)
         if isinstance(report, Report):
+            # What a report holds is shown, whether or not its command has said it already.
+            talk.warn(*report.document.get("warnings", ()))
+            talk.note(*report.document.get("notes", ()))
             emit(report, talk)
             if not report.ok:
                 ctx.exit(1)

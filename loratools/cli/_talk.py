@@ -35,11 +35,14 @@ class Talk:
     color: bool | None = None
     warnings: list[str] = field(default_factory=list)
     names: dict[str, str] = field(default_factory=dict)
+    _noted: set[str] = field(default_factory=set)
 
     def note(self, *texts: str) -> None:
-        """Say something that -q silences."""
+        """Say something that -q silences, unless it was said before."""
         for text in () if self.quiet or self.json else texts:
-            self._say(text)
+            if text not in self._noted and text not in self.warnings:
+                self._noted.add(text)
+                self._say(text)
 
     def warn(self, *texts: str) -> None:
         """Warn, of the same thing once: -q does not silence it, and with --json it is part of the document."""

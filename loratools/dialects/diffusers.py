@@ -20,6 +20,7 @@ from loratools.adapter.model import Adapter, Loss
 from loratools.adapter.naming.image import rename
 from loratools.adapter.naming.image.components import MODEL_LEVEL, component, inside
 from loratools.adapter.parts import BIAS, MAGNITUDE, A, B
+from loratools.decisions import warned
 from loratools.dialects._frame.build import Draft
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import IDENTITY, common_losses, update_losses, without
@@ -107,9 +108,8 @@ def read(listing: Listing) -> Adapter:
 
     updates = draft.build(rule)
     settings = settings_with(header.metadata if header else {}, lambda key: key not in (_KEY, "format"))
-    if lost:
-        text = "the file records no scale; 1.0 is applied, as diffusers does"
-        settings["notes"] = [f"{where}: {text}" for where in sorted(lost)]
+    for where in sorted(lost):
+        warned("%s: %s: the file records no scale; 1.0 is applied, as diffusers does", listing.folder / name, where)
     base = next((config.base for config in configs.values() if config.base), None)
     return Adapter(updates, base=base, dialect="diffusers", settings=settings)
 

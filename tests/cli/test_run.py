@@ -31,6 +31,7 @@ BROKEN = {
     "hostile": r"return Report({}, 'a\x1b[31mred\x07 name\u202e')",
     "warns": "talk.warn('odd'); warned('%s', 'odd'); talk.note('aside'); decided('%s length', 'at')\n"
     "    return Report({'n': float('nan')}, 'x')",
+    "holds": "talk.note('aside'); return Report({'notes': ['aside', 'more'], 'warnings': ['odd']}, 'x')",
     "differs": "return Report({'equal': False}, 'not equal', ok=False)",
 }
 
@@ -188,6 +189,28 @@ def test_talk_is_as_loud_as_asked(
         assert json.loads(out) == {"schema": 1, "n": None, "warnings": ["odd"]}
     else:
         assert out == "x\n"
+
+
+def test_what_a_report_holds_is_shown_once(root: Commands, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["holds"], root) == 0
+    assert capsys.readouterr().err.splitlines() == ["aside", "warning: odd", "more"]
+    assert run(["holds", "--json"], root) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["notes"], document["warnings"]) == (["aside", "more"], ["odd"])
+
+
+@pytest.mark.parametrize("command", ["inspect adapter", "merge base adapter -o out", "convert adapter -o out"])
+def test_what_opening_an_adapter_warns_of_is_shown_by_commands(
+    command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    config = Path("adapter/adapter_config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "use_hyper": 2}))
+    sentence = f"{config}: fields that are not known here, and have no effect: use_hyper"
+    assert run([*command.split(), "--json"]) == 0
+    assert sentence in json.loads(capsys.readouterr().out)["warnings"]
+    assert run([*command.split(), "-q", *(["--force"] if "-o" in command else [])]) == 0
+    assert capsys.readouterr().err.splitlines().count(f"warning: {sentence}") == 1
 
 
 def test_without_a_command_line_a_warning_is_one_of_the_logger(caplog: pytest.LogCaptureFixture) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from loratools import dialects
 from loratools.adapter import kinds
 from loratools.adapter.model import Adapter, BaseIdentity
+from loratools.decisions import warnings_to
 from loratools.storage.lazy import LazyTensor
 
 OUT, IN = 12, 10
@@ -24,6 +26,13 @@ def factors(seed: int, rank: int = 4, dtype: torch.dtype = torch.float32) -> tup
     generator = torch.Generator().manual_seed(seed)
     A = torch.randn(rank, IN, generator=generator).to(dtype)
     return A, torch.randn(OUT, rank, generator=generator).to(dtype)
+
+
+def opened(path: Path) -> tuple[Adapter, list[str]]:
+    """Open an adapter; return it and every warning that was said of it."""
+    warnings: list[str] = []
+    with warnings_to(warnings.append):
+        return dialects.open_adapter(path), warnings
 
 
 def lora(seed: int, rank: int = 4, alpha: float = 8, scaling: float | None = None, **options: Any) -> kinds.Update:

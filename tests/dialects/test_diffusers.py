@@ -16,7 +16,7 @@ from loratools import dialects
 from loratools.adapter.model import Adapter, BaseIdentity
 from loratools.errors import BadFile, UnknownKind
 from loratools.storage.lazy import LazyTensor
-from tests.dialects.adapters import Q0, expect, factors, lora, samples
+from tests.dialects.adapters import Q0, expect, factors, lora, opened, samples
 from tests.dialects.contract import DialectContract
 
 UNET = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1"
@@ -60,16 +60,14 @@ def test_older_spellings(tmp_path: Path) -> None:
         | {f"{UNET}.to_v.alpha": torch.tensor(2.0), f"{UNET}.to_q.alpha": torch.tensor(8.0, dtype=torch.bfloat16)}
     )
     save_file(tensors, path)
-    adapter = dialects.open_adapter(path)
+    adapter, warnings = opened(path)
     scalings = {f"{UNET}.to_q": 2.0, f"{UNET}.to_v": 0.5}
     order = ("to_q", "to_k", "to_out.0", "q_proj", "out_proj", "v_proj", "to_v")
     for seed, last in enumerate(order):
         module = f"{CLIP if 'proj' in last else UNET}.{last}"
         expect(adapter, module, seed, scalings.get(module, 1.0))
-    assert adapter.settings["notes"] == [
-        "text_encoder: the file records no scale; 1.0 is applied, as diffusers does",
-        "unet: the file records no scale; 1.0 is applied, as diffusers does",
-    ]
+    said = "the file records no scale; 1.0 is applied, as diffusers does"
+    assert warnings == [f"{path}: {component}: {said}" for component in ("text_encoder", "unet")]
     assert dialects.open_adapter(tmp_path).updates.keys() == adapter.updates.keys()
 
 
@@ -206,8 +204,8 @@ def test_a_file_of_an_older_script_has_the_scale_that_diffusers_applies(tmp_path
     pipe.save_lora_weights(tmp_path, **{name: convert_state_dict_to_diffusers(part) for name, part in layers.items()})
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
         assert any(name.endswith(".lora.down.weight") for name in file.keys())  # noqa: SIM118
-    adapter = dialects.open_adapter(tmp_path)
+    adapter, warnings = opened(tmp_path)
     compare(dense(adapter), pipelines.loaded("sd", tmp_path))
     module = next(module for module in wanted if module.endswith("to_out.0"))
     torch.testing.assert_close(adapter.updates[module].delta_weight() * 2.5, wanted[module], rtol=1e-6, atol=1e-6)
-    assert len(adapter.settings["notes"]) == 2
+    assert len(warnings) == 2

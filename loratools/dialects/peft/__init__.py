@@ -2,7 +2,8 @@
 
 This dialect follows PEFT 0.21 to the letter; the kinds of update decide what a module's tensors mean.
 
-    config     the fields of a config: honoured, without effect, or refused with a reason
+    config     a config without faults, and the scalings that it gives
+    fields     what each field of a config means: implemented, harmless, or refused with a reason
     targets    which modules a config targets
     patterns   names and regular expressions of a config, matched in bounded time
     names      the names in a file, in whatever state a trainer left them
@@ -15,13 +16,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from loratools.adapter import kinds
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, Loss
+from loratools.decisions import warned
 from loratools.dialects._frame.build import build_all, check_faults, check_gathered, check_read, some
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import record_losses
@@ -85,10 +87,9 @@ def read(listing: Listing) -> Adapter:
     check_read(listing.path, unsupported)
     if not updates and not groups.whole:
         raise BadFile(f"{listing.path}: no LoRA tensors in it")
-    settings = config.settings
-    if notes := [*config.notes, *_notes(groups, config)]:
-        settings["notes"] = notes
-    return Adapter(updates, groups.whole, config.base, dialect="peft", settings=settings, copies=groups.copies)
+    for note in _notes(groups, config):
+        warned("%s: %s", listing.path, note)
+    return Adapter(updates, groups.whole, config.base, dialect="peft", settings=config.settings, copies=groups.copies)
 
 
 def losses(adapter: Adapter) -> list[Loss]:
@@ -183,16 +184,16 @@ def _build(groups: Groups, config: PeftConfig) -> tuple[dict[str, Update], list[
     return updates, unsupported, faults + contradictions
 
 
-def _notes(groups: Groups, config: PeftConfig) -> list[str]:
-    notes = []
+def _notes(groups: Groups, config: PeftConfig) -> Iterator[str]:
+    """Yield what a user must know of the tensors beside their config: what is applied otherwise, or not at all."""
     if doubled := [module for module in groups.modules if config.applied_twice(module) == 2]:
-        notes.append(f"{some(doubled)}: applied twice, as PEFT up to 0.21 does when it trains and when it merges")
+        yield f"{some(doubled)}: applied twice, as PEFT up to 0.21 does when it trains and when it merges"
     if groups.originals:
-        notes.append(f"{some(groups.originals)}: copies of the base model's, which PEFT does not load")
-    notes += [f"the adapter's name {name!r} was left in the names of the tensors" for name in sorted(groups.adapters)]
-    if unused := config.targets.unused(groups.modules):
-        notes.append(f"no tensors for these target_modules: {', '.join(unused[:20])}")
-    return notes
+        yield f"{some(groups.originals)}: copies of the base model's, which PEFT does not load"
+    for name in sorted(groups.adapters):
+        yield f"the adapter's name {name!r} was left in the names of the tensors"
+    for field, names in config.without_tensors(groups.modules, groups.whole).items():
+        yield f"no tensors for these {field}: {', '.join(names[:20])}"
 
 
 def _unsayable(adapter: Adapter) -> dict[str, str]:

@@ -140,6 +140,11 @@ class PatternKeys:
             self._first[module] = self._find(module)
         return self._first[module]
 
+    def unused(self) -> list[str]:
+        """Return the keys that were the first for no module so far, in the order of the file."""
+        used = set(self._first.values())
+        return [key for key in self._keys if key not in used]
+
     def _find(self, module: str) -> str | None:
         if "\n" in module:
             raise UnsupportedAdapter(f"a module name with a line break in it: {module[:80]!r}")

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from loratools import dialects
 from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.errors import BadFile, LoraToolsError
 from loratools.format.peft_config import derive_config
-from tests.dialects.adapters import Q0, Q1, V0, expect, factors, lora, peft_folder, samples, state, write_config
+from loratools.surgery.convert import convert
+from tests.dialects.adapters import Q0, Q1, V0, expect, factors, lora, opened, peft_folder, samples, state, write_config
 from tests.dialects.contract import DialectContract
 
 
@@ -42,7 +44,6 @@ def test_scaling_is_alpha_over_r(tmp_path: Path) -> None:
         expect(adapter, module, seed, 8 / 4)
     assert adapter.base == BaseIdentity("org/base")
     assert adapter.settings["task_type"] == "CAUSAL_LM"
-    assert "notes" not in adapter.settings
 
 
 def test_rslora_divides_by_the_root_of_r(tmp_path: Path) -> None:
@@ -52,11 +53,14 @@ def test_rslora_divides_by_the_root_of_r(tmp_path: Path) -> None:
 
 
 def test_missing_r_and_alpha_are_what_peft_takes_and_noted(tmp_path: Path) -> None:
-    adapter = dialects.open_adapter(peft_folder(tmp_path / "a", state(rank=8), r=..., lora_alpha=...))
+    folder = peft_folder(tmp_path / "a", state(rank=8), r=..., lora_alpha=..., peft_type=...)
+    adapter, warnings = opened(folder)
     assert adapter.updates[Q0].scaling == 1.0
-    assert adapter.settings["notes"] == [
-        "the config does not say r; 8 is what PEFT takes",
-        "the config does not say lora_alpha; 8 is what PEFT takes",
+    config = folder / "adapter_config.json"
+    assert warnings == [
+        f"{config}: the config does not say r; the rank of each tensor is taken (PEFT takes 8)",
+        f"{config}: the config does not say lora_alpha; 8, PEFT's default, is taken",
+        f"{config}: the config does not say peft_type; LORA is taken",
     ]
 
 
@@ -105,11 +109,11 @@ def test_rank_pattern_and_the_rank_of_the_tensor(tmp_path: Path) -> None:
     ],
 )
 def test_raw_dumps_and_wrappers(tmp_path: Path, prefix: str, middle: str) -> None:
-    adapter = dialects.open_adapter(peft_folder(tmp_path / "a", state(prefix, middle)))
+    adapter, warnings = opened(peft_folder(tmp_path / "a", state(prefix, middle)))
     assert set(adapter.updates) == {Q0, Q1, V0}
     expect(adapter, Q1, 1, 2.0)
-    notes = [f"the adapter's name {middle[1:]!r} was left in the names of the tensors"] if middle else []
-    assert adapter.settings.get("notes", []) == notes
+    note = f"{tmp_path / 'a'}: the adapter's name {middle[1:]!r} was left in the names of the tensors"
+    assert warnings == ([note] if middle else [])
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "bin"])
@@ -162,13 +166,40 @@ def test_copies_of_the_base_are_kept_apart(tmp_path: Path) -> None:
 
 
 def test_a_target_that_the_model_lacks_is_only_noted(tmp_path: Path) -> None:
-    adapter = dialects.open_adapter(peft_folder(tmp_path / "a", target_modules=["q_proj", "v_proj", "fc1"]))
-    assert adapter.settings["notes"] == ["no tensors for these target_modules: fc1"]
+    _, warnings = opened(peft_folder(tmp_path / "a", target_modules=["q_proj", "v_proj", "fc1"]))
+    assert warnings == [f"{tmp_path / 'a'}: no tensors for these target_modules: fc1"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "shown"),
+    [
+        ("alpha_pattern", {"q_proj": 16, "k_proj": 99}, "k_proj"),
+        ("alpha_pattern", {"q_proj": 16, "self_attn.q_proj": 99}, "self_attn.q_proj"),  # the first match wins
+        ("alpha_pattern", {r".*\.mlp\..*": 99}, r".*\.mlp\..*"),
+        ("rank_pattern", {"k_proj": 2, "q_proj": 4}, "k_proj"),
+        ("modules_to_save", ["score", "classifier"], "score, classifier"),
+        ("target_parameters", ["mlp.experts.gate_up_proj"], "mlp.experts.gate_up_proj"),
+        ("trainable_token_indices", {"embed_tokens": [1, 2]}, "embed_tokens"),
+        ("bias", "all", "all"),
+    ],
+)
+def test_what_a_config_names_and_no_tensor_has_is_said(tmp_path: Path, field: str, value: Any, shown: str) -> None:
+    _, warnings = opened(peft_folder(tmp_path / "a", **{field: value}))
+    assert warnings == [f"{tmp_path / 'a'}: no tensors for these {field}: {shown}"]
+
+
+def test_a_note_is_no_setting_that_a_conversion_carries_on(tmp_path: Path) -> None:
+    convert(peft_folder(tmp_path / "a", lora_alpha=...), tmp_path / "sealed")
+    adapter, warnings = opened(tmp_path / "sealed")
+    assert adapter.updates[Q0].scaling == 2.0
+    assert warnings == []
 
 
 def test_unknown_fields_are_noted_unless_they_say_nothing(tmp_path: Path) -> None:
-    adapter = dialects.open_adapter(peft_folder(tmp_path / "a", use_hyper=True, use_super=False, other=None))
-    assert adapter.settings["notes"] == ["fields of the config that PEFT 0.21 does not know: use_hyper"]
+    silent: dict[str, Any] = {"use_super": False, "other": None, "names": [], "nested": {}, "text": ""}
+    _, warnings = opened(peft_folder(tmp_path / "a", use_hyper=True, gate=0, deep={"a": 1}, **silent))
+    config = tmp_path / "a" / "adapter_config.json"
+    assert warnings == [f"{config}: fields that are not known here, and have no effect: deep, gate, use_hyper"]
 
 
 def test_a_kind_that_appears_is_read_without_a_change_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

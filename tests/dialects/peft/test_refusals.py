@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from loratools import dialects
 from loratools.dialects.peft import patterns
 from loratools.errors import BadFile, UnsupportedAdapter
-from tests.dialects.adapters import Q0, Q1, V0, peft_folder, state, write_config
+from tests.dialects.adapters import Q0, Q1, V0, opened, peft_folder, state, write_config
 
 State = dict[str, torch.Tensor]
 A0, B0 = f"base_model.model.{Q0}.lora_A.weight", f"base_model.model.{Q0}.lora_B.weight"
@@ -247,10 +247,10 @@ def test_what_a_raw_dump_kept_beside_trained_tensors(tmp_path: Path) -> None:
     tensors = state()
     tensors["base_model.model.score.modules_to_save.default.weight"] = torch.ones(2, 10)
     tensors["base_model.model.score.original_module.weight"] = torch.zeros(2, 10)
-    adapter = dialects.open_adapter(peft_folder(tmp_path / "a", tensors))
+    adapter, warnings = opened(peft_folder(tmp_path / "a", tensors))
     assert (list(adapter.replacements), list(adapter.copies)) == (["score.weight"], [])
     torch.testing.assert_close(adapter.replacements["score.weight"].load(), torch.ones(2, 10))
-    assert "score.weight: copies of the base model's, which PEFT does not load" in adapter.settings["notes"]
+    assert f"{tmp_path / 'a'}: score.weight: copies of the base model's, which PEFT does not load" in warnings
 
 
 def test_dora_without_its_magnitude(tmp_path: Path) -> None:
