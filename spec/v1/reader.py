@@ -5,8 +5,8 @@
     python reader.py --hash CHECKPOINT       print the three tiers of a base hash, with each algorithm
 
 What breaks a clause prints `[clause] reason` and exits 1. It shares no code with the loratools package: where the two
-disagree, one of them is wrong. Beside it, `container.py` holds safetensors, canonical JSON and BLAKE3, and `updates.py`
-the kinds with their shapes and formulas.
+disagree, one of them is wrong. Beside it, `container.py` holds safetensors, canonical JSON and BLAKE3, `kinds.py` the
+kinds with their shapes, and `updates.py` their formulas.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from container import (
     text,
     tiers,
 )  # fmt: skip
-from updates import BIAS, KINDS, MAGNITUDE, Parts, delta_weight, fits, numbers
+from kinds import BIAS, FLAG, KINDS, MAGNITUDE, ON_WEIGHT, PEFT, SCALE, UNTARGETED, fits, ranked
+from updates import Parts, changed, delta_weight, numbers
 
 PREFIX = "base_model.model."
 ZERO = f"blake3:{'0' * 64}"
@@ -61,6 +62,7 @@ def check_manifest(source: str) -> dict[str, Any]:
     need(formed, "M-03", "format_version is not MAJOR.MINOR")
     need(str(version).startswith("1."), "V-01", f"this reader knows version 1.x, not {version}")
     check_extensions(m.get("extensions", []))
+    since = tuple(map(int, str(version).split(".")))
     modules, replaced, targets = m.get("modules"), m.get("replacements", {}), m.get("target_modules")
     need(objects(modules) and modules, "M-09", "modules is not an object of objects, or empty")
     need(objects(replaced), "M-19", "replacements is not an object of objects")
@@ -70,27 +72,29 @@ def check_manifest(source: str) -> dict[str, Any]:
         need(text(entry.get("tensor", path)), "M-15", f"{path}: tensor")
         need(len(path.encode()) <= 512 and len(entry.get("tensor", "").encode()) <= 512, "S-07", "a name is too long")
     for path, entry in modules.items():
-        check_module(path, entry)
+        check_module(path, entry, since)
     for name, good, clause in (("rank", natural(m.get("rank"), 1), "M-04"), ("alpha", number(m.get("alpha")), "M-05")):
         counts = Counter(entry[name] for entry in modules.values())
         usual = min(counts, key=lambda value: (-counts[value], value))
         need(good and m[name] == usual, clause, f"{name} is not that of most modules")
     good = isinstance(targets, list) and all(map(text, targets)) and targets == sorted(set(targets))
     need(good, "M-06", "target_modules is not a sorted list of different names")
-    ours = [f".{path}" for path, entry in modules.items() if entry["kind"] != "experts"]
+    ours = [f".{path}" for path, entry in modules.items() if entry["kind"] not in UNTARGETED]
     need(all(any(p.endswith(f".{t}") for p in ours) for t in targets or []), "M-07", "a target matches no module")
     need(all(any(p.endswith(f".{t}") for t in targets or []) for p in ours), "M-08", "a module has no target")
     check_base(m.get("base_model", {}), [e["tensor"] for e in [*modules.values(), *replaced.values()] if "tensor" in e])
     check_provenance(m.get("provenance", []))
     need(isinstance(m.get("settings", {}), dict), "M-23", "settings is not an object")
     need(digest(m.get("digest")), "I-01", "digest is not a digest")
+    need(digest(m.get("meaning", ZERO)), "I-11", "meaning is not a digest")
     need(canonical(m) == source, "M-02", "the manifest is not in canonical form")
     return dict(m)
 
 
-def check_module(path: str, entry: dict[str, Any]) -> None:
+def check_module(path: str, entry: dict[str, Any], version: tuple[int, ...]) -> None:
     kind, layout = entry.get("kind"), entry.get("layout", {})
-    need(text(kind) and kind in KINDS, "M-11", f"{path}: kind {kind!r} is not registered")
+    since = KINDS[kind][3] if text(kind) and kind in KINDS else "9.0"
+    need(tuple(map(int, since.split("."))) <= version, "M-11", f"{path}: kind {kind!r} is not registered")
     need(natural(entry.get("rank"), 1), "M-12", f"{path}: rank {entry.get('rank')!r}")
     need(number(entry.get("alpha")), "M-13", f"{path}: alpha {entry.get('alpha')!r}")
     need(number(entry.get("scaling")), "M-14", f"{path}: scaling {entry.get('scaling')!r}")
@@ -99,6 +103,10 @@ def check_module(path: str, entry: dict[str, Any]) -> None:
     need(isinstance(layout.get("transposed", None if stacked else False), bool), "M-18", f"{path}: layout.transposed")
     need(not stacked or natural(layout.get("experts"), 1), "M-18", f"{path}: layout.experts")
     need(not stacked or text(layout.get("parameter")), "M-18", f"{path}: layout.parameter")
+    rows = layout.get("rows")
+    listed = isinstance(rows, list) and all(map(natural, rows)) and len(rows) == len(set(rows)) > 0
+    need(kind != "tokens" or listed, "M-27", f"{path}: layout.rows")
+    need(kind != "oft" or number(layout.get("constraint")), "M-27", f"{path}: layout.constraint")
 
 
 def objects(value: Any) -> bool:
@@ -108,6 +116,7 @@ def objects(value: Any) -> bool:
 def check_base(base: Any, touched: list[str]) -> None:
     need(isinstance(base, dict) and all(text(base.get(name, "-")) for name in ("id", "revision")), "M-16", "base_model")
     need(not re.match(r"[./\\~]|[A-Za-z]:[/\\]|file:", base.get("id", "")), "M-17", "base_model.id is a path")
+    need(text(base.get("model_type", "-")), "M-26", "base_model.model_type")
     tier = base.get("hash", {})
     need(isinstance(tier, dict) and isinstance(tier.get("tensors", {}), dict), "I-06", "base_model.hash")
     stated = [*tier.get("tensors", {}).values(), *(tier[name] for name in ("schema", "root") if name in tier)]
@@ -136,6 +145,12 @@ def check_extensions(found: Any) -> None:
         need(formed, "X-01", f"extension {one['name']}")
         need(len(one["name"]) <= 64 and re.fullmatch(r"[a-z0-9]+([._-][a-z0-9]+)*", one["name"]), "X-02", "a bad name")
         need([other["name"] for other in found].count(one["name"]) == 1, "X-03", f"{one['name']} occurs twice")
+        if one["name"] == "layer_replication":
+            layers, must = one.get("configuration", {}).get("layers"), one.get("must_understand", True)
+            formed = isinstance(layers, list) and layers and all(isinstance(part, list) for part in layers)
+            formed = formed and all(len(part) == 2 and all(map(natural, part)) and part[0] < part[1] for part in layers)
+            need(formed and must, "X-06", f"layer_replication: {layers!r}")
+            continue
         need(not one.get("must_understand", True), "X-04", f"extension {one['name']} must be understood, and is not")
 
 
@@ -157,19 +172,52 @@ def check_tensors(m: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Parts]
         need(0 not in tensor[1], "T-12", f"{name} is empty")
         if name in names.values():
             continue
-        need(match and match[2] and match[1] in parts, "T-03", f"the manifest does not account for {name}")
         assert match
-        parts[match[1]][match[2]] = tensor
-        need(tensor[0] in ("BF16", "F16", "F32", "F64"), "T-05", f"{name} is {tensor[0]}")
+        module, part = (match[1], match[2]) if match[2] else longer(name.removeprefix(PREFIX), m["modules"])
+        need(part and module in parts, "T-03", f"the manifest does not account for {name}")
+        parts[module][part] = tensor
+        need(part == FLAG or tensor[0] in ("BF16", "F16", "F32", "F64"), "T-05", f"{name} is {tensor[0]}")
     for path, entry in m["modules"].items():
-        clause, required, optional = KINDS[entry["kind"]]
+        clause, required, optional, _ = KINDS[entry["kind"]]
         have = parts[path].keys()
         good = any(one <= have <= one | optional for one in required)
         need(good, "T-02", f"{path} has {', '.join(have) or 'no parts'}")
         shapes = {part: tensor[1] for part, tensor in parts[path].items()}
+        good = ranked(entry["kind"], shapes) or entry["rank"] == entry["scaling"] == 1
+        need(good, "M-28", f"{path}: rank and scaling of kind {entry['kind']} are 1")
         need(fits(entry, shapes), clause, f"{path}: shapes {shapes} do not fit rank {entry['rank']}")
         need(BIAS not in shapes or shapes[BIAS] == shapes["lora_B.weight"][:1], "T-11", f"{path}: {BIAS}")
+    check_meaning(m, parts)
     return parts, names
+
+
+def longer(name: str, modules: dict[str, Any]) -> tuple[str, str]:
+    """Return (module, part) of a name whose part is one of the module's kind, and does not begin as PEFT's do."""
+    segments = name.split(".")
+    for count in (2, 1):
+        module, part = ".".join(segments[:-count]), ".".join(segments[-count:])
+        _, required, optional, _ = KINDS[modules[module]["kind"]] if module in modules else ("", [], set(), "")
+        if part in set().union(optional, *required):
+            return module, part
+    return name, ""
+
+
+def covered(entry: dict[str, Any]) -> dict[str, Any]:
+    fields = ("kind", "rank", "alpha", "scaling", "layout", "tensor")
+    return {field: entry[field] for field in fields if field in entry}
+
+
+def check_meaning(m: dict[str, Any], parts: dict[str, Parts]) -> None:
+    if "meaning" in m:
+        entries = {path: {**covered(entry), "parts": sorted(parts[path])} for path, entry in m["modules"].items()}
+        replaced = {path: covered(entry) for path, entry in m.get("replacements", {}).items()}
+        binding = {
+            e["name"]: e.get("configuration", {}) for e in m.get("extensions", []) if e.get("must_understand", True)
+        }
+        whole = {"modules": entries, "replacements": replaced, "extensions": binding}
+        algorithm = m["meaning"].partition(":")[0]
+        found = HASHES[algorithm](b"loratools.meaning.v1\0" + canonical(whole).encode()).hex()
+        need(m["meaning"] == f"{algorithm}:{found}", "I-12", "modules or replacements are not those that were sealed")
 
 
 # ---- the folder: chapter 2 ----------------------------------------------------------------------------------------
@@ -181,12 +229,17 @@ def check_config(path: Path, m: dict[str, Any], parts: dict[str, Parts]) -> None
         config = parse(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise Refused(f"[L-05] {error}") from None
+    if any(entry["kind"] not in PEFT for entry in m["modules"].values()):
+        known = isinstance(config, dict) and config.get("peft_type") == "LORATOOLS"
+        need(known, "L-14", "the config of kinds that PEFT does not have")
+        return
     need(isinstance(config, dict) and config.get("peft_type") == "LORA", "L-05", "not the config of a LoRA")
     check_types(config)
     targets = config.get("target_modules")
     same = isinstance(targets, list) and sorted(map(str, targets)) == m["target_modules"]
     need(same, "L-08", "target_modules differ")
-    for path_, entry in m["modules"].items():
+    lora = {path: entry for path, entry in m["modules"].items() if entry["kind"] != "tokens"}
+    for path_, entry in lora.items():
         stem, name = re.sub(r"(\.base_layer)+$", "", path_), path_
         if entry["kind"] == "experts":
             name = f"{stem}.{entry['layout']['parameter']}"
@@ -206,6 +259,11 @@ def check_config(path: Path, m: dict[str, Any], parts: dict[str, Parts]) -> None
         need(covered or any(f".{one}." in f".{module}." for one in saved), "L-09", f"modules_to_save lacks {module}")
     for field, part in (("use_dora", MAGNITUDE), ("lora_bias", BIAS)):
         need(bool(config.get(field)) == any(part in have for have in parts.values()), "L-10", field)
+    if "meaning" in m:
+        layers = [e["configuration"]["layers"] for e in m.get("extensions", []) if e["name"] == "layer_replication"]
+        need([config.get("layer_replication") or None] == (layers or [None]), "L-15", "layer_replication")
+        rows = {path: entry["layout"]["rows"] for path, entry in m["modules"].items() if entry["kind"] == "tokens"}
+        need((config.get("trainable_token_indices") or {}) == rows, "L-16", "trainable_token_indices")
     for field, allowed in NEUTRAL.items():
         value = config.get(field, allowed[0])
         need(any(type(value) is type(one) and value == one for one in allowed), "L-11", f"{field}: {value!r}")
@@ -254,12 +312,23 @@ def read(path: Path, base: Path | None = None) -> dict[str, Any]:
             need(found["tensors"].get(name) == value, "I-10", f"the base's {name} is not what the adapter was made for")
         for tier in ("schema", "root"):
             need(stated.get(tier, found[tier]) == found[tier], "I-10", f"the base has another {tier}")
+    stored = checkpoint(base) if base else {}
+    if base and base.is_dir() and (base / "config.json").is_file():
+        theirs, ours = parse((base / "config.json").read_bytes()).get("model_type"), m.get("base_model", {})
+        need(ours.get("model_type", theirs) == theirs, "I-13", f"the base has the model_type {theirs}")
     result: dict[str, Any] = {path: {"replacement": numbers(tensors[name])} for path, name in names.items()}
     for module, entry in m["modules"].items():
         have = parts[module]
-        result[module] = {"rank": entry["rank"], "scaling": entry["scaling"], "delta_weight": delta_weight(entry, have)}
+        delta = delta_weight(entry, have)
+        result[module] = {"rank": entry["rank"], "scaling": entry["scaling"]}
+        result[module] |= {"delta_weight": delta} if delta is not None else {}
         result[module] |= {"bias": [entry["scaling"] * b for b in numbers(have[BIAS])]} if BIAS in have else {}
-        result[module] |= {"magnitude": numbers(have[MAGNITUDE])} if MAGNITUDE in have else {}
+        for name in have.keys() & {MAGNITUDE, SCALE}:
+            result[module]["magnitude"] = numbers(have[name])
+        for name in have.keys() & {"diff_b", "b_norm"}:
+            result[module]["bias"] = numbers(have[name])
+        if entry["kind"] in ON_WEIGHT and entry.get("tensor") in stored:
+            result[module]["changed"] = changed(entry, have, stored[entry["tensor"]])
     return result
 
 
