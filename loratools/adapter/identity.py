@@ -29,13 +29,15 @@ class Pair:
 class Comparison:
     """What two identities say of each other: which digests agree, which differ, and which cannot be compared.
 
-    `by_name` tells whether both state one model's id; None where either states none.
+    `by_name` tells whether both state one model's id, `by_type` whether both state one `model_type`, which decides how
+    weights lie; None where either states none.
     """
 
     agreeing: tuple[Pair, ...]
     differing: tuple[Pair, ...]
     unknown: tuple[Pair, ...]
     by_name: bool | None
+    by_type: bool | None
 
 
 def compare(first: BaseIdentity, second: BaseIdentity, *, complete: bool = False) -> Comparison:
@@ -58,4 +60,6 @@ def compare(first: BaseIdentity, second: BaseIdentity, *, complete: bool = False
     stated = [(pair, agree(pair)) for pair in (schema, *tensors, root) if pair.first or pair.second]
     agreeing, differing, unknown = ([pair for pair, own in stated if own is group] for group in (True, False, None))
     by_name = None if first.id is None or second.id is None else first.id == second.id
-    return Comparison(tuple(agreeing), tuple(differing), tuple(unknown), by_name)
+    types = first.model_type, second.model_type
+    by_type = None if None in types else types[0] == types[1]
+    return Comparison(tuple(agreeing), tuple(differing), tuple(unknown), by_name, by_type)

@@ -17,6 +17,7 @@ class BaseIdentity:
 
     `id` and `revision` are names (a Hub repository and its commit). `schema` and `root` are digests of the whole base,
     `tensors` the digests of the tensors that the adapter touches, by base tensor name (`storage/digest.py`).
+    `model_type` is what the base's config.json says it is, which no digest covers.
     """
 
     id: str | None = None
@@ -24,6 +25,7 @@ class BaseIdentity:
     schema: str | None = None
     tensors: Mapping[str, str] = field(default_factory=dict)
     root: str | None = None
+    model_type: str | None = None
 
     @classmethod
     def of_name(cls, name: object) -> BaseIdentity | None:
@@ -74,6 +76,8 @@ class Adapter:
     `base`          the base model it belongs to, as far as the file says
     `provenance`    the operations that made it, oldest first
     `dialect`       the name of the dialect that read it
+    `orientation`   module path -> whether the base stores its weight (in, out), where the adapter itself says it; of
+                    other modules the base tells
     `settings`      what else its file says and a writer may want (PEFT: `task_type`, `fan_in_fan_out`, …), JSON values
     """
 
@@ -84,6 +88,7 @@ class Adapter:
     dialect: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     copies: Mapping[str, LazyTensor] = field(default_factory=dict)
+    orientation: Mapping[str, bool] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, LazyTensor]:
         """Return every tensor of the adapter under a canonical name, `module.part` or the replaced parameter's path.

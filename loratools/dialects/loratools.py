@@ -1,4 +1,4 @@
-"""loratools' own format 1.0: one safetensors file that PEFT reads, with a manifest in its header."""
+"""loratools' own format 1.1: one safetensors file that PEFT reads, with a manifest in its header."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from pathlib import Path
 
 from loratools.adapter.model import Adapter, Loss
 from loratools.dialects._frame.listing import Evidence, Listing
-from loratools.dialects._frame.losses import copy_losses, replication_losses
+from loratools.dialects._frame.losses import copy_losses
 
-SUMMARY = "the loratools format 1.0: what PEFT reads, plus a manifest with scaling, base hash and provenance"
+SUMMARY = "the loratools format 1.1: what PEFT reads, plus a manifest with scaling, base hash and provenance"
 EXTRA = None
 FILES = (".safetensors",)
-CANNOT = ("layers of the base that are repeated (layer_replication)",)
+CANNOT = ("copies of the base's tensors",)
 
 _FILE = "adapter_model.safetensors"
 
@@ -33,7 +33,7 @@ def read(listing: Listing) -> Adapter:
 
 
 def losses(adapter: Adapter) -> list[Loss]:
-    """List updates of unregistered kinds, copies of base tensors that no one compared, and repeated layers.
+    """List updates of unregistered kinds, stacks of which only the base tells how they lie, and copies of base tensors.
 
     The format holds all else that an `Adapter` holds.
     """
@@ -44,7 +44,13 @@ def losses(adapter: Adapter) -> list[Loss]:
         for module, update in adapter.updates.items()
         if update.kind not in KINDS
     ]
-    return [*kinds, *copy_losses(adapter), *replication_losses(adapter)]
+    unknown = "only the base tells whether it stores these experts (in, out) (--base)"
+    stacks = [
+        Loss(module, unknown)
+        for module, update in adapter.updates.items()
+        if module not in adapter.orientation and update.layout.get("transposed", False) is None
+    ]
+    return [*kinds, *stacks, *copy_losses(adapter)]
 
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:

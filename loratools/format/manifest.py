@@ -1,25 +1,24 @@
 """The manifest: JSON in a safetensors header that says what the tensors of an adapter mean (`spec/v1/3-manifest.md`).
 
-Pure functions between an `Adapter` and a JSON object, and the canonical text of it (RFC 8785). No tensor is touched.
+Pure functions between an `Adapter` and a JSON object. No tensor is touched.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from decimal import Decimal
 from typing import Any
 
 from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.adapter.naming.compact import suffixes
-from loratools.format import keys
+from loratools.format import keys, meaning
+from loratools.format.canonical import canonical as canonical
+from loratools.format.registry import KINDS
 from loratools.storage import digest
 from loratools.storage.lazy import LazyTensor
 
-VERSION = "1.0"
+VERSION = "1.1"
 METADATA_KEY = "loratools"
 NO_DIGEST = f"{digest.DEFAULT}:{'0' * 64}"
 """Stands for the digest while the data are still being written: it has the same length."""
@@ -27,17 +26,21 @@ NO_DIGEST = f"{digest.DEFAULT}:{'0' * 64}"
 ORIGIN = "loratools"
 """Key of `Adapter.settings` under which the reader keeps the manifest as it was found, for a faithful rewrite."""
 
+LAYERS, LAYERS_FIELD = "layer_replication", "layers"
+"""Name of the extension, and of the setting, that repeats layers of the base; and the field that says which."""
+
 # What the manifest states in fields of its own, so that a copy in `settings` could only contradict it.
 _STATED = frozenset(
-    {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters", ORIGIN}
+    {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters"}
+    | {LAYERS, ORIGIN}
 )
 _FIELDS = frozenset(
-    {"format_version", "rank", "alpha", "target_modules", "modules", "replacements", "base_model", "digest"}
-    | {"provenance", "settings"}
+    {"format_version", "rank", "alpha", "target_modules", "modules", "replacements", "base_model", "digest", "meaning"}
+    | {"provenance", "settings", "extensions"}
 )
 _MODULE = frozenset({"kind", "tensor", "rank", "alpha", "scaling", "layout"})
 _REPLACEMENT = frozenset({"tensor"})
-_BASE = frozenset({"id", "revision", "hash"})
+_BASE = frozenset({"id", "revision", "hash", "model_type"})
 _HASH = frozenset({"schema", "tensors", "root"})
 _STEP = frozenset({"operation", "tool", "parameters", "inputs", "seed"})
 
@@ -55,15 +58,17 @@ def of(adapter: Adapter, tensors: Mapping[str, str] | None = None) -> dict[str, 
     modules = {}
     for path, update in sorted(adapter.updates.items()):
         entry: dict[str, Any] = {
-            "kind": update.kind, "rank": update.rank, "alpha": update.alpha, "scaling": update.scaling,
+            "kind": update.kind, "rank": max(update.rank, 1), "alpha": update.alpha, "scaling": update.scaling,
         }  # fmt: skip
-        layout = update.layout or old.get(path, {}).get("layout")
-        entry |= {"layout": dict(layout)} if layout else {}
+        known = {name: value for name, value in update.layout.items() if value is not None}
+        turned = {"transposed": adapter.orientation[path]} if path in adapter.orientation else {}
+        layout = {**old.get(path, {}).get("layout", {}), **turned, **known}
+        entry |= {"layout": layout} if layout else {}
         entry |= {"tensor": base_names[path]} if path in base_names else {}
         modules[path] = _unknown(old.get(path, {}), _MODULE) | entry
     document: dict[str, Any] = _unknown(origin, _FIELDS) | {
         "format_version": origin.get("format_version", VERSION),
-        "rank": usual(update.rank for update in adapter.updates.values()),
+        "rank": usual(entry["rank"] for entry in modules.values()),
         "alpha": usual(update.alpha for update in adapter.updates.values()),
         "target_modules": target_modules(modules, adapter.settings, origin),
         "modules": modules,
@@ -82,7 +87,36 @@ def of(adapter: Adapter, tensors: Mapping[str, str] | None = None) -> dict[str, 
         document["provenance"] = _provenance(adapter.provenance, origin.get("provenance", []))
     if settings := {key: value for key, value in adapter.settings.items() if key not in _STATED}:
         document["settings"] = settings
+    if extensions := _extensions(adapter, origin.get("extensions", [])):
+        document["extensions"] = extensions
+    if "format_version" not in origin or "meaning" in origin or extensions != origin.get("extensions", []):
+        # What came without it is rewritten without it (V-04); all else is marked with the version that has it.
+        document["format_version"] = _later(document["format_version"], VERSION)
+        document["meaning"] = meaning.of(document, {path: update.parts for path, update in adapter.updates.items()})
     return document
+
+
+def _extensions(adapter: Adapter, origin: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the extensions as they were, with the layers that the adapter says are repeated."""
+    layers = [list(part) for part in adapter.settings.get(LAYERS) or ()]
+    kept = [dict(each) for each in origin]
+    for each in kept:
+        if each["name"] == LAYERS:
+            each["configuration"] = {**each.get("configuration", {}), LAYERS_FIELD: layers}
+    if layers and not any(each["name"] == LAYERS for each in kept):
+        kept.append({"name": LAYERS, "must_understand": True, "configuration": {LAYERS_FIELD: layers}})
+    return [each for each in kept if layers or each["name"] != LAYERS]
+
+
+def layers_of(document: Mapping[str, Any]) -> list[list[int]]:
+    """Return the layers of the base that a sound manifest repeats, as [start, stop] each; [] where it repeats none."""
+    named = {each["name"]: each.get("configuration", {}) for each in document.get("extensions", [])}
+    layers: list[list[int]] = named.get(LAYERS, {}).get(LAYERS_FIELD, [])
+    return layers
+
+
+def _later(one: str, other: str) -> str:
+    return max(one, other, key=lambda version: tuple(map(int, version.split("."))))
 
 
 def target_modules(
@@ -92,7 +126,7 @@ def target_modules(
 
     Full paths are exact, where a short name may match modules of the base that this adapter does not touch.
     """
-    ours = [path for path, entry in modules.items() if entry["kind"] != "experts"]
+    ours = [path for path, entry in modules.items() if entry["kind"] not in KINDS or KINDS[entry["kind"]].targeted]
     for wanted in (origin.get("target_modules"), settings.get("target_modules")):
         exact = not any(settings.get(key) for key in ("exclude_modules", "layers_to_transform"))
         if exact and isinstance(wanted, list | tuple | set | frozenset) and all(isinstance(t, str) for t in wanted):
@@ -158,61 +192,14 @@ def base_of(document: Mapping[str, Any]) -> BaseIdentity | None:
         return None
     tiers = base.get("hash", {})
     return BaseIdentity(
-        base.get("id"), base.get("revision"), tiers.get("schema"), tiers.get("tensors", {}), tiers.get("root")
-    )
+        base.get("id"), base.get("revision"), tiers.get("schema"), tiers.get("tensors", {}), tiers.get("root"),
+        base.get("model_type"),
+    )  # fmt: skip
 
 
 def steps_of(document: Mapping[str, Any]) -> tuple[Step, ...]:
     """Return the provenance that a sound manifest states."""
     return tuple(_step(entry) for entry in document.get("provenance", []))
-
-
-def canonical(value: Any) -> str:
-    """Return the canonical JSON text of a value (RFC 8785): sorted names, no spaces, shortest numbers.
-
-    Raises `ValueError` for what such a text cannot hold: NaN, infinities, integers beyond 2^53 - 1, lone surrogates.
-    """
-    if isinstance(value, Mapping):
-        if not all(isinstance(name, str) for name in value):
-            raise ValueError("a JSON object has only strings as names")
-        ordered = sorted(value, key=lambda name: name.encode("utf-16-be"))
-        return "{" + ",".join(f"{canonical(name)}:{canonical(value[name])}" for name in ordered) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ",".join(map(canonical, value)) + "]"
-    if isinstance(value, str):
-        value.encode()
-        return json.dumps(value, ensure_ascii=False)
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    if isinstance(value, int | float):
-        return _number(value)
-    raise ValueError(f"{type(value).__name__} is not a JSON type")
-
-
-def _number(value: int | float) -> str:
-    # The shortest digits that read back as the same binary64, laid out as ECMAScript does.
-    if isinstance(value, int):
-        if abs(value) >= 2**53:
-            raise ValueError(f"the integer {value} is beyond 2^53 - 1")
-        return str(value)
-    if not math.isfinite(value):
-        raise ValueError(f"{value} is not a JSON number")
-    if value == 0:
-        return "0"
-    sign, figures, exponent = Decimal(repr(value)).as_tuple()
-    digits = "".join(map(str, figures)).rstrip("0")
-    point = len(figures) + int(exponent)  # the value is 0.digits * 10^point
-    if len(digits) <= point <= 21:
-        if abs(value) >= 2**53:  # would be read back as an integer, which is out of bounds
-            raise ValueError(f"the number {value:g} is beyond 2^53 - 1")
-        text = digits.ljust(point, "0")
-    elif 0 < point <= 21:
-        text = f"{digits[:point]}.{digits[point:]}"
-    elif -6 < point <= 0:
-        text = f"0.{'0' * -point}{digits}"
-    else:
-        text = f"{digits[0]}{'.' if len(digits) > 1 else ''}{digits[1:]}e{point - 1:+d}"
-    return f"-{text}" if sign else text
 
 
 def _unknown(origin: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]:
@@ -224,7 +211,7 @@ def _base(base: BaseIdentity, origin: Mapping[str, Any]) -> dict[str, Any]:
     tiers = _present(tiers)
     tiers = _unknown(origin.get("hash", {}), _HASH) | tiers if tiers else {}
     stated = {"id": base.id and _public(base.id), "revision": base.revision, "hash": tiers or None}
-    return _unknown(origin, _BASE) | _present(stated)
+    return _unknown(origin, _BASE) | _present(stated | {"model_type": base.model_type})
 
 
 def _present(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,12 +15,16 @@ from typing import Any
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter
 from loratools.format import manifest
+from loratools.format.registry import KINDS
 
 # Settings that PEFT wrote and reads again, as long as they say something; older versions of PEFT refuse unknown fields,
 # so a field at its default is left out.
 _CARRIED = (
     "layer_replication", "target_parameters", "trainable_token_indices", "ensure_weight_tying", "megatron_config",
 )  # fmt: skip
+FOREIGN = "LORATOOLS"
+"""The `peft_type` of an adapter with updates that PEFT's LoRA does not have (clause L-14)."""
+
 # part of an update -> the switch that makes PEFT create it
 _SWITCHES = {"lora_magnitude_vector": "use_dora", "lora_B.bias": "lora_bias"}
 
@@ -33,15 +37,21 @@ def derive_config(adapter: Adapter) -> dict[str, Any]:
     rule does not. What no config can say, the losses of the dialect `peft` list.
     """
     settings, updates = adapter.settings, adapter.updates
+    base, kinds = adapter.base, {module: {"kind": update.kind} for module, update in updates.items()}
+    identity = {"base_model_name_or_path": base and base.id, "revision": base and base.revision}
+    targets = manifest.target_modules(kinds, settings, settings.get(manifest.ORIGIN, {}))
+    if any(update.kind not in KINDS or not KINDS[update.kind].peft for update in updates.values()):
+        # PEFT has no such updates, and refuses a type that it does not know: it must not load half of an adapter.
+        return {**identity, "peft_type": FOREIGN, "target_modules": targets, "task_type": settings.get("task_type")}
+    rows = {module: list(update.replaced_rows) for module, update in updates.items() if update.replaced_rows}
+    updates = {module: update for module, update in updates.items() if module not in rows}
     rslora = uses_rslora(updates.values())
     ranks = {_path(module, update): update.rank for module, update in updates.items()}
     alphas = {_path(module, update): _alpha(update, rslora) for module, update in updates.items()}
     r, alpha = manifest.usual(ranks.values(), 8), manifest.usual(alphas.values(), 8)
-    base, kinds = adapter.base, {module: {"kind": update.kind} for module, update in updates.items()}
-    config: dict[str, Any] = {
+    config: dict[str, Any] = identity | {
         "alpha_pattern": {_exactly(module): value for module, value in sorted(alphas.items()) if value != alpha},
         "auto_mapping": settings.get("auto_mapping"),
-        "base_model_name_or_path": base.id if base else None,
         "bias": settings.get("bias", "none"),
         "fan_in_fan_out": settings.get("fan_in_fan_out", False),
         "inference_mode": True,
@@ -52,12 +62,13 @@ def derive_config(adapter: Adapter) -> dict[str, Any]:
         "peft_type": "LORA",
         "r": r,
         "rank_pattern": {_exactly(module): value for module, value in sorted(ranks.items()) if value != r},
-        "revision": base.revision if base else None,
-        "target_modules": manifest.target_modules(kinds, settings, settings.get(manifest.ORIGIN, {})),
+        "target_modules": targets,
         "task_type": settings.get("task_type"),
         "use_rslora": rslora,
     }
     config |= {name: settings[name] for name in _CARRIED if settings.get(name)}
+    if rows:
+        config["trainable_token_indices"] = rows
     for update in updates.values():
         config |= {_SWITCHES[part]: True for part in update.parts if part in _SWITCHES}
     return dict(sorted(config.items()))

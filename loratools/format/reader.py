@@ -28,21 +28,30 @@ def read(path: Path, *, verify: bool = False) -> Adapter:
     if problems or isinstance(subject, validate.Problem):
         raise validate.refusal(path, problems)
     document, specs = subject.manifest, subject.specs or {}
-    names = manifest.names_of(document)
+    layers = manifest.layers_of(document)
     return Adapter(
         updates=_updates(path, subject),
-        replacements={parameter: LazyTensor.stored(specs[name]) for parameter, name in names.items()},
+        replacements={parameter: LazyTensor.stored(specs[name]) for parameter, name in subject.replaced.items()},
         base=manifest.base_of(document),
         provenance=manifest.steps_of(document),
         dialect="loratools",
-        settings={**document.get("settings", {}), manifest.ORIGIN: document},
+        orientation={
+            path: entry["layout"]["transposed"]
+            for path, entry in document["modules"].items()
+            if "transposed" in entry.get("layout", {})
+        },
+        settings={
+            **document.get("settings", {}),
+            **({manifest.LAYERS: layers} if layers else {}),
+            manifest.ORIGIN: document,
+        },
     )
 
 
 def _updates(path: Path, subject: Subject) -> dict[str, Update]:
     updates: dict[str, Update] = {}
     unknown: list[str] = []
-    tensors, modules, specs = subject.parts(), subject.manifest["modules"], subject.specs or {}
+    tensors, modules, specs = subject.parts, subject.manifest["modules"], subject.specs or {}
     for module, entry in modules.items():
         kind = entry["kind"]
         if kind not in kinds.names():

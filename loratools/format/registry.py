@@ -1,90 +1,120 @@
 """The kinds of update that the format registers: their tensors and the shapes these have. Twin of `spec/v1/kinds.csv`.
 
-What a kind does to a weight is in `loratools/adapter/kinds/`; a registered kind says only what a header can show.
+What a kind does to a weight is in `loratools/adapter/kinds/`; a registered kind says only what a header can show, by
+the rules of `shapes.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from loratools.adapter.parts import A_EMBEDDING, B_EMBEDDING, BIAS, MAGNITUDE, A, B
+from loratools.format import shapes
+from loratools.format.shapes import Rule
 
-Shape = tuple[int, ...]
-Shapes = Mapping[str, Shape]
-Fault = Callable[[Shapes, int, Mapping[str, Any]], str | None]
+ROWS, FLAG = "token_adapter.trainable_tokens_delta", "on_input"
+"""Parts with rules of their own: rows trained whole, and the one part that may be no floating-point number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A registered kind: the clause of its shapes, the sets of parts it may have, and `fault`.
+    """A registered kind: the clauses of its shapes and of its formula, the sets of parts it may have, and `fault`.
 
-    `fault(shapes, rank, layout)` returns a sentence about the first shape that does not fit, or None.
+    `fault(shapes, rank, layout)` returns a sentence about the first shape that does not fit, or None. `since` is the
+    version that registered it; `peft` tells whether PEFT's LoRA has it, `targeted` whether its `target_modules` name
+    it, and `ranked` whether its formula has a rank and a scaling.
     """
 
     name: str
     clause: str
+    formula: str
     required: tuple[frozenset[str], ...]
-    fault: Fault
+    fault: Rule
     optional: frozenset[str] = frozenset()
     layout: Mapping[str, type] | None = None
     """Fields of a layout that the kind REQUIRES; None where it needs no layout."""
+    since: tuple[int, int] = (1, 1)
+    peft: bool = False
+    targeted: bool = True
+    ranked: bool = True
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """Every part that a module of this kind may have."""
+        return self.optional.union(*self.required)
 
     def accepts(self, parts: frozenset[str]) -> bool:
         """Tell whether a module of this kind may have exactly these parts."""
         return any(required <= parts <= required | self.optional for required in self.required)
 
-
-def _pair(a: str, b: str) -> Fault:
-    return lambda shapes, rank, layout: _factors(shapes[a], shapes[b], rank, 2)
-
-
-_linear, _embedding = _pair(A, B), _pair(A_EMBEDDING, B_EMBEDDING)
+    def scaled(self, parts: Iterable[str]) -> bool:
+        """Tell whether rank and scaling of a module with these parts mean something; else both are 1."""
+        return self.ranked and not set(parts) >= shapes.WHOLE_KRONECKER
 
 
-def _conv(shapes: Shapes, rank: int, layout: Mapping[str, Any]) -> str | None:
-    if len(shapes[A]) not in (3, 4, 5):
-        return f"A has shape {shapes[A]}, expected (r, in) and one to three kernel sides"
-    return _factors(shapes[A], shapes[B], rank, len(shapes[A]))
+def _sets(*names: Iterable[str]) -> tuple[frozenset[str], ...]:
+    return tuple(map(frozenset, names))
 
 
-def _experts(shapes: Shapes, rank: int, layout: Mapping[str, Any]) -> str | None:
-    return _factors(shapes[A], shapes[B], rank * layout["experts"], 2)
+_PAIR, _BIAS = {A, B}, frozenset({BIAS})
+_LOCON = {A, B, "lora_mid.weight"}
+_HADAMARD = {f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b")}
+_LOHA = _sets(_HADAMARD, _HADAMARD | {"hada_t1", "hada_t2"})
+_LOKR = _sets(*(
+    {f"lokr_{name}" for name in (*first, *second)}
+    for first in (("w1",), ("w1_a", "w1_b"))
+    for second in (("w2",), ("w2_a", "w2_b"), ("w2_a", "w2_b", "t2"))
+))  # fmt: skip
+_STACK = {"experts": int, "parameter": str, "transposed": bool}
+_WDORA = tuple(parts | {shapes.SCALE} for parts in (*_sets(_PAIR, _LOCON), *_LOHA, *_LOKR))
 
-
-def _dora(shapes: Shapes, rank: int, layout: Mapping[str, Any]) -> str | None:
-    # The factors are those of one of the three kinds below it; the magnitude is one number for each output feature.
-    if A_EMBEDDING in shapes:
-        fault, expected = _embedding(shapes, rank, layout), shapes[B_EMBEDDING][:1]
-    elif len(shapes[A]) > 2:
-        fault, expected = _conv(shapes, rank, layout), (1, *shapes[B][:1], *(1,) * (len(shapes[A]) - 2))
-    else:
-        fault, expected = _linear(shapes, rank, layout), shapes[B][:1]
-    if fault or shapes[MAGNITUDE] == expected:
-        return fault
-    return f"the magnitude vector has shape {shapes[MAGNITUDE]}, expected {expected}"
-
-
-def _factors(a: Shape, b: Shape, rank: int, dimensions: int) -> str | None:
-    if len(a) != dimensions or a[0] != rank:
-        return f"A has shape {a}, expected {dimensions} dimensions, the first of size {rank}"
-    if len(b) != dimensions or b[1] != rank or set(b[2:]) - {1}:
-        return f"B has shape {b}, expected (out, {rank}{', 1' * (dimensions - 2)})"
-    return None
-
-
-_PAIR, _PAIR_EMBEDDING = frozenset({A, B}), frozenset({A_EMBEDDING, B_EMBEDDING})
-_BIAS = frozenset({BIAS})
+_OF_1_0 = (
+    Kind("conv", "T-08", "T-15", _sets(_PAIR), shapes.conv, _BIAS, None, (1, 0), True),
+    Kind(
+        "dora", "T-09", "T-16", _sets(_PAIR | {MAGNITUDE}, {A_EMBEDDING, B_EMBEDDING, MAGNITUDE}), shapes.dora, _BIAS,
+        None, (1, 0), True,
+    ),
+    Kind(
+        "embedding", "T-07", "T-14", _sets({A_EMBEDDING, B_EMBEDDING}), shapes.embedding, frozenset(), None, (1, 0),
+        True,
+    ),
+    Kind("experts", "T-10", "T-17", _sets(_PAIR), shapes.experts, frozenset(), _STACK, (1, 0), True, targeted=False),
+    Kind("lora", "T-06", "T-13", _sets(_PAIR), shapes.linear, _BIAS, None, (1, 0), True),
+)  # fmt: skip
+_OF_1_1 = (
+    Kind("full", "T-36", "T-37", _sets({"diff"}), shapes.full, frozenset({"diff_b"}), ranked=False),
+    Kind("glora", "T-30", "T-31", _sets(shapes.GLORA), shapes.glora),
+    Kind("ia3", "T-34", "T-35", _sets({"weight", FLAG}), shapes.ia3, ranked=False),
+    Kind("locon", "T-24", "T-25", _sets(_LOCON), shapes.locon),
+    Kind("loha", "T-26", "T-27", _LOHA, shapes.loha),
+    Kind("lokr", "T-28", "T-29", _LOKR, shapes.lokr),
+    Kind("norm", "T-38", "T-39", _sets({"w_norm"}), shapes.norm, frozenset({"b_norm"}), ranked=False),
+    Kind("oft", "T-32", "T-33", _sets({"oft_blocks"}), shapes.oft, frozenset({"rescale"}), {"constraint": float}),
+    Kind(
+        "tokens", "T-42", "T-43", _sets({ROWS}), shapes.tokens, layout={"rows": list}, peft=True, targeted=False,
+        ranked=False,
+    ),
+    Kind("wdora", "T-40", "T-41", _WDORA, shapes.wdora),
+)  # fmt: skip
 
 KINDS: Mapping[str, Kind] = {
-    kind.name: kind
-    for kind in (
-        Kind("conv", "T-08", (_PAIR,), _conv, _BIAS),
-        Kind("dora", "T-09", (_PAIR | {MAGNITUDE}, _PAIR_EMBEDDING | {MAGNITUDE}), _dora, _BIAS),
-        Kind("embedding", "T-07", (_PAIR_EMBEDDING,), _embedding),
-        Kind("experts", "T-10", (_PAIR,), _experts, layout={"experts": int, "parameter": str, "transposed": bool}),
-        Kind("lora", "T-06", (_PAIR,), _linear, _BIAS),
-    )
+    kind.name: kind for kind in sorted((*_OF_1_0, *_OF_1_1), key=lambda kind: (kind.since, kind.name))
 }
-"""Registry of version 1.0, by name."""
+"""Registry of version 1.1, by name; those of 1.0 first."""
+
+_ALL = {part for kind in KINDS.values() for part in kind.parts}
+_OWN_NAMES = sorted(part for part in _ALL if not part.startswith(("lora_", "token_")))
+
+
+def split(path: str, kinds: Mapping[str, Kind]) -> tuple[str, str] | None:
+    """Return (module, part) of a name without prefix whose part does not begin as PEFT's do; None if it is none.
+
+    `kinds` are those of the modules that the manifest lists: only they tell `x.weight`, a part of the module x, from
+    the parameter of that name.
+    """
+    for part in _OWN_NAMES:
+        module = path.removesuffix(f".{part}")
+        if module != path and module in kinds and part in kinds[module].parts:
+            return module, part
+    return None

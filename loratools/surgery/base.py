@@ -36,7 +36,9 @@ def agree(
     identities = [base or BaseIdentity() for base in bases]
     for (name, first), (other_name, second) in combinations(zip(names, identities, strict=True), 2):
         comparison, both = compare(first, second), f"{name} and {other_name}"
-        if comparison.differing:
+        if comparison.by_type is False:
+            differing.append(f"{both}: their bases are of the types {first.model_type} and {second.model_type}")
+        elif comparison.differing:
             pair = comparison.differing[0]
             of_tensor, of_all = f"{pair.name} differs in their bases", f"the {pair.tier} hashes of their bases differ"
             what = of_tensor if pair.tier == "tensors" else of_all
@@ -77,6 +79,7 @@ def _common(bases: Sequence[BaseIdentity | None]) -> BaseIdentity | None:
     identity = BaseIdentity(
         single(base.id for base in known), single(base.revision for base in known),
         single(base.schema for base in known), tensors, single(base.root for base in known),
+        single(base.model_type for base in known),
     )  # fmt: skip
     return identity if identity != BaseIdentity() else None
 
@@ -84,6 +87,20 @@ def _common(bases: Sequence[BaseIdentity | None]) -> BaseIdentity | None:
 def of_headers(base: Checkpoint, identity: BaseIdentity) -> BaseIdentity:
     """Return the schema of a checkpoint, made with the algorithm of another identity's; no tensor is read."""
     return BaseIdentity(schema=base.schema(digest.algorithm_of(identity.schema)) if identity.schema else None)
+
+
+def model_type(base: Checkpoint) -> str | None:
+    """Return what a base's config.json says it is; None where it says nothing."""
+    name = base.config.get("model_type")
+    return name if isinstance(name, str) and name else None
+
+
+def other_type(identity: BaseIdentity, base: Checkpoint) -> str | None:
+    """Return a sentence where a base is not of the model type that was sealed; None where it is, or neither says it."""
+    if compare(identity, BaseIdentity(model_type=model_type(base))).by_type is not False:
+        return None
+    types = f"{identity.model_type}, and config.json says {model_type(base)}"
+    return f"model_type: the sealed base is of type {types}; the type decides how weights lie"
 
 
 def differences(
@@ -110,7 +127,8 @@ def differences(
         "schema": "schema: other names, dtypes or shapes than the sealed base has",
         "root": "root: some tensor is not that of the sealed base",
     }
-    return [
+    typed = other_type(identity, base)
+    return ([typed] if typed else []) + [
         sentences.get(pair.tier)
         or f"{pair.name}: {'its bytes are not those of the sealed base' if pair.second else 'not in this base'}"
         for pair in compare(identity, actual, complete=True).differing

@@ -15,7 +15,6 @@ from loratools.adapter.placement.tied import apply_policy
 from loratools.adapter.placement.whole import resolve_replacements
 from loratools.decisions import decided
 from loratools.dialects.peft import profiles
-from loratools.errors import IncompatibleAdapter
 from loratools.format import manifest
 from loratools.format.digest import adapter_digest
 from loratools.format.manifest import NO_DIGEST
@@ -25,6 +24,7 @@ from loratools.parallel import Progress
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
 from loratools.storage.sources import Location
+from loratools.surgery.base import model_type
 from loratools.surgery.hash import hash_checkpoint
 from loratools.surgery.inputs import AdapterSource, ModelSource, open_model
 
@@ -121,30 +121,35 @@ def convert(
 
 
 def seal(adapter: Adapter, base: Checkpoint, progress: Progress | None = None) -> Adapter:
-    """Return the adapter bound to a base: all three tiers of its hash, and the base tensor of each module.
+    """Return the adapter bound to a base: all three tiers of its hash, its model type, and for each module the base
+    tensor and how that is stored.
 
     The `tensors` tier holds the tensors that the adapter touches. Raises `IncompatibleAdapter` if it does not fit.
     """
-    if base.origins:
-        raise IncompatibleAdapter("the format 1.0 has no words for a base with repeated layers (layer_replication)")
     untied, placements, whole = _placed(adapter, base)
     replacements = {name: tensor for name, tensor in whole.items() if name in base.specs}
-    touched = {placement.site.tensor for placement in placements} | replacements.keys()
-    hashes = hash_checkpoint(base, progress=progress)
+    touched = {base.origin(name) for name in (*(placement.site.tensor for placement in placements), *replacements)}
+    hashes = hash_checkpoint(base.stored or base, progress=progress)
     stated = adapter.base or BaseIdentity()
     digests = {name: hashes.tensors[name] for name in sorted(touched)}
-    identity = BaseIdentity(stated.id, stated.revision, hashes.schema, digests, hashes.root)
-    tensor_of = {placement.module: placement.site.tensor for placement in reversed(placements)}  # the first one counts
-    name_of = {id(tensor): name for name, tensor in replacements.items()}
+    identity = BaseIdentity(stated.id, stated.revision, hashes.schema, digests, hashes.root, model_type(base))
+    first = {placement.module: placement.site for placement in reversed(placements)}  # the first one counts
+    tensor_of = {module: base.origin(site.tensor) for module, site in first.items()}
+    name_of = {id(tensor): base.origin(name) for name, tensor in replacements.items()}
     tensor_of |= {path: name_of[id(lazy)] for path, lazy in untied.replacements.items() if id(lazy) in name_of}
     decided("sealed with %s: the digests of %d of its %d tensors", base.path, len(digests), len(base.specs))
-    origin = dict(adapter.settings.get(manifest.ORIGIN, {}))  # where the format's writer looks for base tensors
+    # Where the format's writer looks for base tensors; the file is made anew, so its version is that of this format.
+    origin = dict(adapter.settings.get(manifest.ORIGIN, {}))
+    if "meaning" not in origin:
+        origin.pop("format_version", None)
     for group, paths in (("modules", adapter.updates), ("replacements", adapter.replacements)):
         old = origin.get(group, {})
         entries = {path: {**old.get(path, {}), "tensor": tensor_of[path]} for path in paths if path in tensor_of}
         if entries:
             origin[group] = {**old, **entries}
-    return replace(adapter, base=identity, settings={**adapter.settings, manifest.ORIGIN: origin})
+    orientation = {module: site.transposed for module, site in first.items() if module in adapter.updates}
+    settings = {**adapter.settings, manifest.ORIGIN: origin}
+    return replace(adapter, base=identity, settings=settings, orientation=orientation)
 
 
 def _placed(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, list[Placement], dict[str, LazyTensor]]:

@@ -33,7 +33,7 @@ KINDS: dict[str, tuple[str, list[set[str]], set[str], str]] = {
     "ia3": ("T-34", [{"weight", FLAG}], set(), "1.1"),
     "full": ("T-36", [{"diff"}], {"diff_b"}, "1.1"),
     "norm": ("T-38", [{"w_norm"}], {"b_norm"}, "1.1"),
-    "wdora": ("T-40", [parts | {SCALE} for parts in (LINEAR, LOCON, *LOHA, *LOKR)], {BIAS}, "1.1"),
+    "wdora": ("T-40", [parts | {SCALE} for parts in (LINEAR, LOCON, *LOHA, *LOKR)], set(), "1.1"),
     "tokens": ("T-42", [{ROWS}], set(), "1.1"),
 }
 UNTARGETED = {"experts", "tokens"}  # PEFT finds them by other fields than target_modules
@@ -95,7 +95,7 @@ def loha(rank: int, layout: dict[str, Any], s: Shapes) -> bool:
 
 def lokr(rank: int, layout: dict[str, Any], s: Shapes) -> bool:
     firsts = [shape[0] for name in ("lokr_w2_b", "lokr_w1_b") if (shape := s.get(name))]
-    if (firsts or [1])[0] != rank:
+    if firsts[:1] not in ([], [rank]):
         return False
     if "lokr_w1" in s:
         first = len(s["lokr_w1"]) == 2
@@ -171,13 +171,13 @@ def weight_shape(kind: str, s: Shapes) -> list[int]:
         a, b, t = s["hada_w1_a"], s["hada_w1_b"], s.get("hada_t1")
         return [a[0], b[1]] if t is None else [a[1], b[1], *t[2:]]
     if kind == "lokr":
-        a, c = s["lokr_w1"] if "lokr_w1" in s else (s["lokr_w1_a"][0], s["lokr_w1_b"][1])
+        first = s["lokr_w1"] if "lokr_w1" in s else [s["lokr_w1_a"][0], s["lokr_w1_b"][1]]
         if "lokr_w2" in s:
-            b, d, *sides = s["lokr_w2"]
+            second = s["lokr_w2"]
         elif "lokr_t2" in s:
-            b, d, sides = s["lokr_w2_a"][1], s["lokr_w2_b"][1], s["lokr_t2"][2:]
+            second = [s["lokr_w2_a"][1], s["lokr_w2_b"][1], *s["lokr_t2"][2:]]
         else:
-            b, (d, *sides) = s["lokr_w2_a"][0], s["lokr_w2_b"][1:]
-        return [a * b, c * d, *sides]
+            second = [s["lokr_w2_a"][0], *s["lokr_w2_b"][1:]]
+        return [first[0] * second[0], first[1] * second[1], *second[2:]]
     a_shape, b_shape = factors(s)
     return [b_shape[0], a_shape[1], *(s["lora_mid.weight"] if kind == "locon" else a_shape)[2:]]

@@ -147,9 +147,9 @@ def check_extensions(found: Any) -> None:
         need([other["name"] for other in found].count(one["name"]) == 1, "X-03", f"{one['name']} occurs twice")
         if one["name"] == "layer_replication":
             layers, must = one.get("configuration", {}).get("layers"), one.get("must_understand", True)
-            formed = isinstance(layers, list) and layers and all(isinstance(part, list) for part in layers)
-            formed = formed and all(len(part) == 2 and all(map(natural, part)) and part[0] < part[1] for part in layers)
-            need(formed and must, "X-06", f"layer_replication: {layers!r}")
+            pairs = layers if isinstance(layers, list) and all(isinstance(part, list) for part in layers) else []
+            good = all(len(part) == 2 and all(map(natural, part)) and part[0] < part[1] for part in pairs)
+            need(pairs and good and must, "X-06", f"layer_replication: {layers!r}")
             continue
         need(not one.get("must_understand", True), "X-04", f"extension {one['name']} must be understood, and is not")
 

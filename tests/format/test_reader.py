@@ -43,7 +43,7 @@ def test_report_says_what_was_checked(tmp_path: Path) -> None:
     writer.write(rich(), path)
     found = validate.report(path)
     assert found.problems == ()
-    assert (found.format_version, found.modules, found.replacements, found.tensors) == ("1.0", 2, 1, 5)
+    assert (found.format_version, found.modules, found.replacements, found.tensors) == ("1.1", 2, 1, 5)
     assert found.bytes_hashed == 4 * (4 * 10 + 12 * 4) + 2 * (3 * 10 + 12 * 3) + 2 * 7 * 10
     assert "I-02" in found.clauses
     headers = validate.report(path, digest=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, combinations
 from math import prod
 from typing import Any
@@ -52,7 +52,7 @@ def resolve(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any] | None =
     problems: list[str] = []
     for module, update in adapter.updates.items():
         try:
-            placements += resolver.place(module, update)
+            placements += replace(resolver, stated=adapter.orientation.get(module)).place(module, update)
         except NoPlace as error:
             problems.append(f"{module}: {error}")
     problems += _overlaps(placements)
@@ -76,6 +76,7 @@ class _Resolver:
     names: Names
     shapes: Shapes
     config: Mapping[str, Any]
+    stated: bool | None = None  # whether the base stores this module's weight (in, out), where the adapter says it
 
     def place(self, module: str, update: Update) -> list[Placement]:
         """Return the placements of an update: on the weight, or parts of it, and on the bias if it has one."""
@@ -151,6 +152,8 @@ class _Resolver:
 
     def _is_conv1d(self, module: str, wanted: tuple[int, ...], region: tuple[int, ...]) -> bool:
         last = module.rpartition(".")[2]
+        if self.stated is not None:
+            return self.stated
         if self.model_type:
             return last in CONV1D.get(self.model_type, ())
         if last not in CONV1D["gpt2"]:
@@ -170,7 +173,8 @@ class _Resolver:
             if position is None or not (tensor := self._tensor_of(fused, module)):
                 continue
             shape, rows = self.shapes[tensor], update.shape[0]
-            axis = 1 if fusion.fused in CONV1D.get(self.model_type, ()) else 0
+            turned = fusion.fused in CONV1D.get(self.model_type, ()) if self.stated is None else self.stated
+            axis = int(turned)
             if len(shape) != 2 or len(update.shape) != 2:
                 raise NoPlace(f"its delta weight has shape {update.shape}, {tensor} has {shape}")
             total, count = shape[axis], len(fusion.parts)

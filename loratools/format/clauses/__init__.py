@@ -14,11 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from reprlib import Repr
 from typing import Any
 
-from loratools.format import keys
+from loratools.format import keys, registry
+from loratools.format.manifest import names_of
 from loratools.format.registry import KINDS, Kind
 from loratools.storage.header import TensorSpec
 
@@ -30,7 +32,7 @@ Form = tuple[Callable[[Any], bool], str]
 """Whether a JSON value is well formed, and what was expected, in words."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Subject:
     """What the clauses look at: the header of one adapter, its manifest, and its config where it is a folder.
 
@@ -51,20 +53,49 @@ class Subject:
             if isinstance(value, Mapping):
                 yield from ((path, entry) for path, entry in value.items() if isinstance(entry, Mapping))
 
+    def kind(self, entry: Mapping[str, Any]) -> Kind | None:
+        """Return the kind of a module's entry; None for one that the file's own version does not register."""
+        name, version = entry.get("kind"), str(self.manifest.get("format_version", "1.0"))
+        kind = KINDS.get(name) if isinstance(name, str) else None
+        return kind if kind and kind.since <= tuple(map(int, version.split("."))) else None
+
     def modules(self) -> Iterator[tuple[str, Mapping[str, Any], Kind]]:
         """Yield the modules of a registered kind that have a rank: (path, entry, kind)."""
         for path, entry in self.entries():
-            kind = KINDS.get(entry.get("kind", "")) if isinstance(entry.get("kind"), str) else None
+            kind = self.kind(entry)
             if kind and natural(entry.get("rank"), 1):
                 yield path, entry, kind
 
-    def parts(self) -> dict[str, dict[str, str]]:
-        """Return module path -> part -> tensor name, as the names in the file say."""
-        names: dict[str, dict[str, str]] = {}
-        for name in self.tensors:
-            if (pair := keys.split(name)) and pair[1]:
-                names.setdefault(pair[0], {})[pair[1]] = name
-        return names
+    def targeted(self) -> list[str]:
+        """Return the modules that PEFT finds by `target_modules`; those of an unknown kind are among them."""
+        known = [(path, self.kind(entry)) for path, entry in self.entries()]
+        return [path for path, kind in known if kind is None or kind.targeted]
+
+    @cached_property
+    def replaced(self) -> Mapping[str, str]:
+        """Replaced parameter's path -> the name that its tensor has in the file."""
+        return names_of({"modules": dict(self.entries()), "replacements": dict(self.entries("replacements"))})
+
+    @cached_property
+    def names(self) -> Mapping[str, tuple[str, str] | None]:
+        """Tensor's name -> (module, part), or (its path, "") if it is no part, or None if it has no prefix."""
+        kinds = {path: kind for path, entry in self.entries() if (kind := self.kind(entry))}
+        replaced = set(self.replaced.values())
+
+        def split(name: str) -> tuple[str, str] | None:
+            pair = keys.split(name)
+            return pair if pair is None or pair[1] or name in replaced else registry.split(pair[0], kinds) or pair
+
+        return {name: split(name) for name in self.tensors}
+
+    @cached_property
+    def parts(self) -> Mapping[str, Mapping[str, str]]:
+        """Module path -> part -> tensor name, as the names in the file and the kinds of its modules say."""
+        found: dict[str, dict[str, str]] = {}
+        for name, pair in self.names.items():
+            if pair and pair[1]:
+                found.setdefault(pair[0], {})[pair[1]] = name
+        return found
 
 
 def natural(value: Any, least: int = 0) -> bool:

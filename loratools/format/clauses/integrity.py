@@ -7,13 +7,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from loratools.format.clauses import Chapter, Fault, Subject, shown
+from loratools.format import meaning
+from loratools.format.clauses import Chapter, Fault, Subject, natural, shown
 from loratools.format.clauses.manifest import is_digest
+from loratools.format.manifest import LAYERS
 from loratools.storage import digest, files
 
 CHAPTER = Chapter()
-UNDERSTOOD: frozenset[str] = frozenset()
-"""Names of the extensions that this reader implements: none is registered in 1.0."""
+UNDERSTOOD = frozenset({LAYERS})
+"""Names of the extensions that this reader implements: those that the specification registers."""
 
 _NAME = re.compile(r"[a-z0-9]+([._-][a-z0-9]+)*")
 
@@ -38,6 +40,36 @@ def own_tensors(subject: Subject) -> Iterator[Fault]:
     if computed != stated:
         fault = f"the tensors are not those that were sealed: the manifest says {stated}, the file has {computed}"
         yield "digest", fault
+
+
+@CHAPTER.clause("I-11")
+def meaning_form(subject: Subject) -> Iterator[Fault]:
+    """Check that `meaning` is well formed."""
+    if "meaning" in subject.manifest and not is_digest(subject.manifest["meaning"]):
+        yield "meaning", f"expected blake3: or sha256: and 64 hex digits, found {shown(subject.manifest['meaning'])}"
+
+
+@CHAPTER.clause("I-12")
+def sealed_meaning(subject: Subject) -> Iterator[Fault]:
+    """Compare `meaning` with what the manifest says of modules and replacements."""
+    stated = subject.manifest.get("meaning")
+    listed = subject.manifest.get("extensions", [])
+    sound = isinstance(listed, list) and len(_extensions(subject)) == len(listed)
+    if not isinstance(stated, str) or not is_digest(stated) or not sound:
+        return
+    document = {name: dict(subject.entries(name)) for name in ("modules", "replacements")} | {"extensions": listed}
+    try:
+        computed = meaning.of(document, subject.parts, digest.algorithm_of(stated))
+    except ValueError:  # what canonical JSON cannot hold breaks M-02
+        return
+    if computed != stated:
+        yield (
+            "meaning",
+            (
+                "kinds, scalings, layouts or target tensors are not those that were sealed: the manifest says "
+                f"{stated}, its modules have {computed}"
+            ),
+        )
 
 
 @CHAPTER.clause("I-06")
@@ -125,6 +157,25 @@ def extension_understood(subject: Subject) -> Iterator[Fault]:
     for name, must in _extensions(subject):
         if must and name not in UNDERSTOOD:
             yield "extensions", f"{shown(name)} must be understood, and this reader does not know it"
+
+
+@CHAPTER.clause("X-06")
+def layers(subject: Subject) -> Iterator[Fault]:
+    """Check the layers that `layer_replication` repeats."""
+    listed = subject.manifest.get("extensions", [])
+    for extension in listed if isinstance(listed, list) else []:
+        if not isinstance(extension, dict) or extension.get("name") != LAYERS:
+            continue
+        configuration = extension.get("configuration", {})
+        ranges = configuration.get("layers") if isinstance(configuration, dict) else None
+        if not _ranges(ranges) or extension.get("must_understand", True) is False:
+            where = f"{LAYERS}: expected must_understand and layers, pairs [start, stop] of them"
+            yield "extensions", f"{where}; found {shown(ranges)}"
+
+
+def _ranges(value: Any) -> bool:
+    pairs = isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
+    return pairs and bool(value) and all(natural(start) and natural(stop, 1) and start < stop for start, stop in value)
 
 
 def _extensions(subject: Subject) -> list[tuple[str, bool]]:

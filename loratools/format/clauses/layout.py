@@ -10,7 +10,8 @@ from typing import Any
 from loratools.adapter.naming.compact import suffixes
 from loratools.adapter.parts import BIAS, MAGNITUDE
 from loratools.format.clauses import COUNT, FLAG, Chapter, Fault, Form, Subject, number, shown
-from loratools.format.manifest import unmatched
+from loratools.format.manifest import LAYERS, layers_of, unmatched
+from loratools.format.peft_config import FOREIGN
 
 CHAPTER = Chapter()
 TOLERANCE = 1e-6
@@ -47,10 +48,54 @@ def _strings(value: Any) -> list[str]:
     return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
 
 
+def _lora(subject: Subject) -> Mapping[str, Any] | None:
+    """Return the config if it is to say what the manifest says; None where there is none, or L-14 binds it."""
+    return None if _foreign(subject) else subject.config
+
+
+def _foreign(subject: Subject) -> list[str]:
+    """Return the modules of kinds that PEFT's LoRA does not have."""
+    return [path for path, _, kind in subject.modules() if not kind.peft]
+
+
+@CHAPTER.clause("L-14")
+def not_for_peft(subject: Subject) -> Iterator[Fault]:
+    """Check that PEFT refuses an adapter that it would load only in part."""
+    if subject.config is not None and (foreign := _foreign(subject)) and subject.config.get("peft_type") != FOREIGN:
+        found = f"expected {FOREIGN}, for PEFT has no updates such as that of {foreign[0]}"
+        yield "adapter_config.json", f"peft_type: {found}; found {shown(subject.config.get('peft_type'))}"
+
+
+@CHAPTER.clause("L-15")
+def layers(subject: Subject) -> Iterator[Fault]:
+    """Compare the layers that PEFT would repeat with those of the manifest."""
+    yield from _equal(subject, LAYERS, _layers(subject))
+
+
+@CHAPTER.clause("L-16")
+def rows(subject: Subject) -> Iterator[Fault]:
+    """Compare the rows that PEFT would replace with those of the modules of kind `tokens`."""
+    indices = {path: entry.get("layout") for path, entry, kind in subject.modules() if kind.name == "tokens"}
+    yield from _equal(subject, "trainable_token_indices", {p: v.get("rows") for p, v in indices.items() if v})
+
+
+def _equal(subject: Subject, field: str, wanted: Any) -> Iterator[Fault]:
+    config = _lora(subject)
+    if config is not None and "meaning" in subject.manifest and (config.get(field) or None) != (wanted or None):
+        yield "adapter_config.json", f"{field}: the manifest says {shown(wanted)}, found {shown(config.get(field))}"
+
+
+def _layers(subject: Subject) -> Any:
+    try:
+        return layers_of(subject.manifest)
+    except (AttributeError, KeyError, TypeError):  # no sound extensions, which X-01 says
+        return (subject.config or {}).get(LAYERS)
+
+
 @CHAPTER.clause("L-05")
 def peft_lora(subject: Subject) -> Iterator[Fault]:
     """Check that the config is that of a LoRA, and the types of its fields."""
-    config = subject.config
+    config = _lora(subject)
     if config is None:
         return
     for field, (formed, expected) in _TYPES.items():
@@ -84,11 +129,12 @@ def _quotient(alpha: Any, divisor: float) -> float:
 
 def _configured(subject: Subject) -> Iterator[tuple[str, Mapping[str, Any], Any, Any]]:
     """Yield (path, entry, rank, alpha) with the rank and alpha that PEFT's rules give each module."""
-    if subject.config is None:
+    if (config := _lora(subject)) is None:
         return
-    rank_of = _rule(subject.config, "rank_pattern", "r")
-    alpha_of = _rule(subject.config, "alpha_pattern", "lora_alpha")
-    for path, entry, _ in subject.modules():
+    rank_of, alpha_of = _rule(config, "rank_pattern", "r"), _rule(config, "alpha_pattern", "lora_alpha")
+    for path, entry, kind in subject.modules():
+        if not kind.ranked:
+            continue
         name = _parameter(path, entry) or path
         yield path, entry, rank_of(name), alpha_of(name)
 
@@ -110,8 +156,8 @@ def _rule(config: Mapping[str, Any], field: str, default: str) -> Callable[[str]
 @CHAPTER.clause("L-08")
 def targets(subject: Subject) -> Iterator[Fault]:
     """Compare the two lists of target modules."""
-    if subject.config is not None:
-        ours, stated = subject.config.get("target_modules"), subject.manifest.get("target_modules")
+    if (config := _lora(subject)) is not None:
+        ours, stated = config.get("target_modules"), subject.manifest.get("target_modules")
         if not isinstance(ours, list) or not isinstance(stated, list) or sorted(map(str, ours)) != stated:
             yield "adapter_config.json", f"target_modules: the manifest says {shown(stated)}, found {shown(ours)}"
 
@@ -119,11 +165,11 @@ def targets(subject: Subject) -> Iterator[Fault]:
 @CHAPTER.clause("L-09")
 def saved(subject: Subject) -> Iterator[Fault]:
     """Check that PEFT is told of each replacement outside the modules that have updates."""
-    if subject.config is None:
+    if (config := _lora(subject)) is None:
         return
-    listed = subject.config.get("modules_to_save")
+    listed = config.get("modules_to_save")
     names = set(_strings(listed))
-    biases = subject.config.get("bias", "none") != "none"
+    biases = config.get("bias", "none") != "none"
     modules = dict(subject.entries())
     for path, _ in subject.entries("replacements"):
         module = path.rpartition(".")[0]
@@ -136,20 +182,20 @@ def saved(subject: Subject) -> Iterator[Fault]:
 @CHAPTER.clause("L-10")
 def switches(subject: Subject) -> Iterator[Fault]:
     """Check the switches that make PEFT create magnitude vectors and biases."""
-    if subject.config is None:
+    if (config := _lora(subject)) is None:
         return
-    present = {part for parts in subject.parts().values() for part in parts}
+    present = {part for parts in subject.parts.values() for part in parts}
     for field, part in (("use_dora", MAGNITUDE), ("lora_bias", BIAS)):
-        if bool(subject.config.get(field)) != (part in present):
+        if bool(config.get(field)) != (part in present):
             there = "has" if part in present else "has no"
-            yield "adapter_config.json", f"{field} is {subject.config.get(field)}, but the file {there} {part}"
+            yield "adapter_config.json", f"{field} is {config.get(field)}, but the file {there} {part}"
 
 
 @CHAPTER.clause("L-11")
 def neutral(subject: Subject) -> Iterator[Fault]:
     """Refuse fields that make PEFT compute another change from the same tensors."""
     for field, allowed in _NEUTRAL.items():
-        value = (subject.config or {}).get(field, allowed[0])
+        value = (_lora(subject) or {}).get(field, allowed[0])
         if not any(type(value) is type(harmless) and value == harmless for harmless in allowed):
             yield "adapter_config.json", f"{field}: {shown(value)} changes what the tensors mean"
 
@@ -157,9 +203,9 @@ def neutral(subject: Subject) -> Iterator[Fault]:
 @CHAPTER.clause("L-12")
 def parameters(subject: Subject) -> Iterator[Fault]:
     """Check that PEFT is told of each parameter of stacked experts."""
-    if subject.config is None:
+    if (config := _lora(subject)) is None:
         return
-    listed = subject.config.get("target_parameters")
+    listed = config.get("target_parameters")
     for path, entry, _ in subject.modules():
         parameter = _parameter(path, entry)
         if parameter and unmatched([parameter], _strings(listed)):

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from loratools.errors import BadFile
+from loratools.format.canonical import canonical
 from loratools.format.clauses import (
     COUNT,
     FLAG,
@@ -22,8 +23,8 @@ from loratools.format.clauses import (
     shown,
     text,
 )
-from loratools.format.manifest import canonical, is_path, unmatched, unused, usual
-from loratools.format.registry import KINDS
+from loratools.format.manifest import is_path, unmatched, unused, usual
+from loratools.format.registry import Kind
 from loratools.storage import digest
 
 CHAPTER = Chapter()
@@ -76,7 +77,13 @@ def _sorted_names(value: Any) -> bool:
     return isinstance(value, list) and all(map(text, value)) and value == sorted(set(value))
 
 
-_LAYOUT: Mapping[type, Form] = {bool: FLAG, int: COUNT, str: TEXT}
+def _rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(natural, value)) and len(set(value)) == len(value)
+
+
+_LAYOUT: Mapping[type, Form] = {
+    bool: FLAG, int: COUNT, str: TEXT, float: REAL, list: (_rows, "different integers from 0"),
+}  # fmt: skip
 _NAMES: Form = (_sorted_names, "a sorted list of different non-empty strings")
 _OBJECT: Form = (lambda value: isinstance(value, dict), "an object")
 _OBJECTS: Form = (
@@ -98,7 +105,7 @@ CHAPTER |= {
 @CHAPTER.clause("M-07")
 def targets_used(subject: Subject) -> Iterator[Fault]:
     """Check that each target names a module."""
-    for target in unused(_targeted(subject), _targets(subject) or []):
+    for target in unused(subject.targeted(), _targets(subject) or []):
         yield "target_modules", f"{target!r} matches none of the modules"
 
 
@@ -106,17 +113,13 @@ def targets_used(subject: Subject) -> Iterator[Fault]:
 def modules_targeted(subject: Subject) -> Iterator[Fault]:
     """Check that each module but stacked experts is named by a target."""
     targets = _targets(subject)
-    for path in unmatched(_targeted(subject), targets) if targets is not None else []:
+    for path in unmatched(subject.targeted(), targets) if targets is not None else []:
         yield path, "no entry of target_modules matches this module"
 
 
 def _targets(subject: Subject) -> list[str] | None:
     names: Any = subject.manifest.get("target_modules")
     return names if _sorted_names(names) else None
-
-
-def _targeted(subject: Subject) -> list[str]:
-    return [path for path, entry in subject.entries() if entry.get("kind") != "experts"]
 
 
 @CHAPTER.clause("M-09")
@@ -146,9 +149,9 @@ def paths(subject: Subject) -> Iterator[Fault]:
 def kind(subject: Subject) -> Iterator[Fault]:
     """Check that each kind is registered."""
     for path, entry in subject.entries():
-        name = entry.get("kind")
-        if not isinstance(name, str) or name not in KINDS:
-            yield path, f"kind {shown(name)} is not one that version 1.0 registers: {', '.join(KINDS)}"
+        if subject.kind(entry) is None:
+            version = subject.manifest.get("format_version")
+            yield path, f"kind {shown(entry.get('kind'))} is not one that version {version} registers"
 
 
 @CHAPTER.clause("M-15")
@@ -166,9 +169,20 @@ def base_model(subject: Subject) -> Iterator[Fault]:
     if not isinstance(base, dict):
         yield "base_model", f"expected an object, found {shown(base)}"
         return
-    for name in ("id", "revision"):
+    yield from _named(base, "id", "revision")
+
+
+def _named(base: Mapping[str, Any], *names: str) -> Iterator[Fault]:
+    for name in names:
         if name in base and not text(base[name]):
             yield f"base_model.{name}", f"expected a non-empty string, found {shown(base[name])}"
+
+
+@CHAPTER.clause("M-26")
+def model_type(subject: Subject) -> Iterator[Fault]:
+    """Check that the base's model type is a string."""
+    base = subject.manifest.get("base_model")
+    yield from _named(base if isinstance(base, dict) else {}, "model_type")
 
 
 @CHAPTER.clause("M-17")
@@ -183,17 +197,42 @@ def base_id(subject: Subject) -> Iterator[Fault]:
 @CHAPTER.clause("M-18")
 def layout(subject: Subject) -> Iterator[Fault]:
     """Check the layout of each module, and that it is there where its kind needs it."""
+    yield from _layout(subject, "M-18")
+
+
+@CHAPTER.clause("M-27")
+def layout_of_kind(subject: Subject) -> Iterator[Fault]:
+    """Check the fields of a layout that only one kind has."""
+    yield from _layout(subject, "M-27")
+
+
+def _layout(subject: Subject, clause: str) -> Iterator[Fault]:
     for path, entry, kind in subject.modules():
-        value = entry.get("layout")
-        if value is None and "layout" not in entry and kind.layout is None:
-            continue
-        if not isinstance(value, dict):
-            yield path, f"layout: kind {kind.name} expected an object, found {shown(value)}"
-            continue
-        for name, kind_of in {"transposed": bool, **(kind.layout or {})}.items():
-            formed, expected = _LAYOUT[kind_of]
-            if (kind.layout or name in value) and not formed(value.get(name)):
-                yield path, f"layout.{name}: expected {expected}, found {shown(value.get(name))}"
+        yield from ((path, message) for identifier, message in layout_faults(kind, entry) if identifier == clause)
+
+
+def layout_faults(kind: Kind, entry: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (clause, message) for each fault of a module's layout."""
+    value = entry.get("layout", {})
+    if not isinstance(value, dict):
+        yield "M-18", f"layout: expected an object, found {shown(value)}"
+        return
+    needed = kind.layout or {}
+    for name, kind_of in {"transposed": bool, **needed}.items():
+        formed, expected = _LAYOUT[kind_of]
+        if (name in needed or name in value) and not formed(value.get(name)):
+            clause = "M-18" if name in ("transposed", "experts", "parameter") else "M-27"
+            yield clause, f"layout.{name}: expected {expected}, found {shown(value.get(name))}"
+
+
+@CHAPTER.clause("M-28")
+def unscaled(subject: Subject) -> Iterator[Fault]:
+    """Check that rank and scaling are 1 where the formula has neither."""
+    for path, entry, kind in subject.modules():
+        parts = frozenset(subject.parts.get(path, {}))
+        if kind.accepts(parts) and not kind.scaled(parts) and (entry["rank"] != 1 or entry.get("scaling") != 1):
+            stated = f"rank {entry['rank']} and scaling {shown(entry.get('scaling'))}"
+            yield path, f"expected rank 1 and scaling 1, for kind {kind.name} has neither; found {stated}"
 
 
 @CHAPTER.clause("M-20")

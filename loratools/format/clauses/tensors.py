@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from functools import partial
 
 from loratools.adapter.parts import BIAS, B
-from loratools.format import keys, manifest
+from loratools.format import keys
 from loratools.format.clauses import Chapter, Fault, Subject, shown
-from loratools.format.registry import KINDS
+from loratools.format.clauses.manifest import layout_faults
+from loratools.format.registry import FLAG, KINDS
 from loratools.storage import dtypes
 
 CHAPTER = Chapter()
@@ -17,15 +18,15 @@ CHAPTER = Chapter()
 @CHAPTER.clause("T-01")
 def names(subject: Subject) -> Iterator[Fault]:
     """Check that each tensor has one of PEFT's names."""
-    for name in subject.tensors:
-        if keys.split(name) is None:
+    for name, pair in subject.names.items():
+        if pair is None:
             yield shown(name), f"the name does not have the form {keys.PREFIX}<module>.<part>"
 
 
 @CHAPTER.clause("T-02")
 def parts(subject: Subject) -> Iterator[Fault]:
     """Check that each module has exactly the parts of its kind."""
-    names = subject.parts()
+    names = subject.parts
     for path, _, kind in subject.modules():
         have = frozenset(names.get(path, {}))
         if not kind.accepts(have):
@@ -36,9 +37,8 @@ def parts(subject: Subject) -> Iterator[Fault]:
 @CHAPTER.clause("T-03")
 def accounted(subject: Subject) -> Iterator[Fault]:
     """Check that no tensor is beside the modules and replacements of the manifest."""
-    modules, expected = dict(subject.entries()), set(_replaced(subject).values())
-    for name in subject.tensors:
-        pair = keys.split(name)
+    modules, expected = dict(subject.entries()), set(subject.replaced.values())
+    for name, pair in subject.names.items():
         if pair and name not in expected and (not pair[1] or pair[0] not in modules):
             yield shown(name), "the manifest names neither a module nor a replacement for this tensor"
 
@@ -46,7 +46,7 @@ def accounted(subject: Subject) -> Iterator[Fault]:
 @CHAPTER.clause("T-04")
 def replaced(subject: Subject) -> Iterator[Fault]:
     """Check that each replacement has its tensor."""
-    for path, name in _replaced(subject).items():
+    for path, name in subject.replaced.items():
         if name not in subject.tensors:
             yield path, f"the manifest promises a replacement, but the file has no tensor {name}"
 
@@ -54,27 +54,23 @@ def replaced(subject: Subject) -> Iterator[Fault]:
 @CHAPTER.clause("T-05")
 def dtype(subject: Subject) -> Iterator[Fault]:
     """Check that factors are floating-point numbers."""
-    for tensors in subject.parts().values():
-        for name in tensors.values():
-            if subject.tensors[name][0] not in dtypes.FLOATS:
+    for tensors in subject.parts.values():
+        for part, name in tensors.items():
+            if part != FLAG and subject.tensors[name][0] not in dtypes.FLOATS:
                 yield name, f"dtype {subject.tensors[name][0]}; factors are one of {', '.join(dtypes.FLOATS)}"
 
 
 def _shape(subject: Subject, wanted: str) -> Iterator[Fault]:
     """Check the shapes of the modules of a kind."""
-    names = subject.parts()
+    names = subject.parts
     for path, entry, kind in subject.modules():
         have = names.get(path, {})
         layout = entry.get("layout", {})
-        if kind.name != wanted or not kind.accepts(frozenset(have)) or not _formed(layout, kind.layout):
+        if kind.name != wanted or not kind.accepts(frozenset(have)) or any(layout_faults(kind, entry)):
             continue
         shapes = {part: subject.tensors[name][1] for part, name in have.items()}
         if fault := kind.fault(shapes, entry["rank"], layout):
             yield path, f"{fault} (kind {kind.name}, rank {entry['rank']})"
-
-
-def _formed(layout: object, wanted: object) -> bool:
-    return wanted is None or (isinstance(layout, dict) and type(layout.get("experts")) is int and layout["experts"] > 0)
 
 
 CHAPTER |= {kind.clause: partial(_shape, wanted=name) for name, kind in KINDS.items()}
@@ -83,7 +79,7 @@ CHAPTER |= {kind.clause: partial(_shape, wanted=name) for name, kind in KINDS.it
 @CHAPTER.clause("T-11")
 def bias(subject: Subject) -> Iterator[Fault]:
     """Check that the bias of B has one number for each output feature."""
-    for path, tensors in subject.parts().items():
+    for path, tensors in subject.parts.items():
         if BIAS in tensors and B in tensors:
             have, out = subject.tensors[tensors[BIAS]][1], subject.tensors[tensors[B]][1][:1]
             if have != out:
@@ -96,8 +92,3 @@ def empty(subject: Subject) -> Iterator[Fault]:
     for name, (_, shape) in subject.tensors.items():
         if 0 in shape:
             yield shown(name), f"the tensor is empty, shape {shape} (an ungathered ZeRO-3 or FSDP save?)"
-
-
-def _replaced(subject: Subject) -> dict[str, str]:
-    sound = {"modules": dict(subject.entries()), "replacements": dict(subject.entries("replacements"))}
-    return manifest.names_of(sound)

@@ -20,7 +20,7 @@ from loratools.storage import dtypes
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import TensorSpec
 from loratools.storage.layout import DEFAULT_SHARD, FilePlan, plan_file, plan_shards
-from loratools.surgery.base import of_headers
+from loratools.surgery.base import of_headers, other_type
 from loratools.surgery.merge.options import MergeOptions
 
 _Configs = Sequence[Mapping[str, Any] | None]
@@ -139,6 +139,8 @@ def _recorded_digests(
     notes, problems = [], []
     for i, each in enumerate(inputs):
         who, identity = f"adapter {i + 1}", each.adapter.base
+        if check_base != "off" and identity is not None and (typed := other_type(identity, base)):
+            problems.append(f"{who}: {typed}")
         if check_base == "off":
             notes.append(f"{who}: base model not checked (--check-base off)")
         elif identity is None or not identity.sealed:

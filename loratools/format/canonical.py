@@ -1,0 +1,57 @@
+"""Canonical JSON (RFC 8785): one text for one value, so that equal manifests have equal bytes and one digest."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Any
+
+
+def canonical(value: Any) -> str:
+    """Return the canonical JSON text of a value (RFC 8785): sorted names, no spaces, shortest numbers.
+
+    Raises `ValueError` for what such a text cannot hold: NaN, infinities, integers beyond 2^53 - 1, lone surrogates.
+    """
+    if isinstance(value, Mapping):
+        if not all(isinstance(name, str) for name in value):
+            raise ValueError("a JSON object has only strings as names")
+        ordered = sorted(value, key=lambda name: name.encode("utf-16-be"))
+        return "{" + ",".join(f"{canonical(name)}:{canonical(value[name])}" for name in ordered) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(canonical, value)) + "]"
+    if isinstance(value, str):
+        value.encode()
+        return json.dumps(value, ensure_ascii=False)
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, int | float):
+        return _number(value)
+    raise ValueError(f"{type(value).__name__} is not a JSON type")
+
+
+def _number(value: int | float) -> str:
+    # The shortest digits that read back as the same binary64, laid out as ECMAScript does.
+    if isinstance(value, int):
+        if abs(value) >= 2**53:
+            raise ValueError(f"the integer {value} is beyond 2^53 - 1")
+        return str(value)
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is not a JSON number")
+    if value == 0:
+        return "0"
+    sign, figures, exponent = Decimal(repr(value)).as_tuple()
+    digits = "".join(map(str, figures)).rstrip("0")
+    point = len(figures) + int(exponent)  # the value is 0.digits * 10^point
+    if len(digits) <= point <= 21:
+        if abs(value) >= 2**53:  # would be read back as an integer, which is out of bounds
+            raise ValueError(f"the number {value:g} is beyond 2^53 - 1")
+        text = digits.ljust(point, "0")
+    elif 0 < point <= 21:
+        text = f"{digits[:point]}.{digits[point:]}"
+    elif -6 < point <= 0:
+        text = f"0.{'0' * -point}{digits}"
+    else:
+        text = f"{digits[0]}{'.' if len(digits) > 1 else ''}{digits[1:]}e{point - 1:+d}"
+    return f"-{text}" if sign else text

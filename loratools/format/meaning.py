@@ -1,0 +1,43 @@
+"""The digest of what the tensors of an adapter mean: one edited scaling, layout or target tensor gives another.
+
+    meaning = H("loratools.meaning.v1\\0" ‖ canonical JSON of {"extensions", "modules", "replacements"})
+
+It covers each module's kind, rank, alpha, scaling, layout, base tensor and the names of its parts; each replacement's
+base tensor; and what every extension that must be understood is configured with (`spec/v1/5-integrity.md`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from loratools.format.canonical import canonical
+from loratools.storage import digest
+
+FIELDS = ("kind", "rank", "alpha", "scaling", "layout", "tensor")
+"""Fields of a module's entry that decide what its tensors mean."""
+
+
+def of(document: Mapping[str, Any], parts: Mapping[str, Iterable[str]], algorithm: str = digest.DEFAULT) -> str:
+    """Return the meaning of a manifest whose modules have these parts (module path -> names of its parts).
+
+    Raises `ValueError` for what canonical JSON cannot hold.
+    """
+    modules, replaced = ({p: _covered(e) for p, e in document.get(k, {}).items()} for k in ("modules", "replacements"))
+    extensions = {
+        each["name"]: each.get("configuration", {})
+        for each in document.get("extensions", [])
+        if each.get("must_understand", True)
+    }
+    whole = {
+        "extensions": extensions,
+        "modules": {path: {**entry, "parts": sorted(parts.get(path, ()))} for path, entry in modules.items()},
+        "replacements": replaced,
+    }
+    hasher = digest.new(algorithm)
+    hasher.update(b"loratools.meaning.v1\0" + canonical(whole).encode())
+    return digest.finish(hasher, algorithm)
+
+
+def _covered(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {field: entry[field] for field in FIELDS if field in entry}
