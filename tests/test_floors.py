@@ -49,7 +49,15 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
     ),
     "loratools.surgery.combine": ("methods", "*"),
     "loratools.engine": ("stochastic task turns", "device plan tensor", "load residual", "arithmetic", "run"),
-    "loratools.format": ("keys registry", "manifest", "clauses digest peft_config", "validate", "reader writer record"),
+    "loratools.format": (
+        "canonical keys shapes",
+        "meaning registry",
+        "manifest",
+        "digest peft_config",
+        "clauses",
+        "validate",
+        "reader writer record",
+    ),
     "loratools.linalg": ("orthonormal factored native", "ranks similarity", "svd"),
 }
 """Folder -> what it holds, ground floor first: nothing imports its own floor or one above. "*" is all that is not

@@ -23,7 +23,7 @@ class Kind:
 
     `fault(shapes, rank, layout)` returns a sentence about the first shape that does not fit, or None. `since` is the
     version that registered it; `peft` tells whether PEFT's LoRA has it, `targeted` whether its `target_modules` name
-    it, and `ranked` whether its formula has a rank and a scaling.
+    it, and `numbers` which of rank and scaling its formula has.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Kind:
     since: tuple[int, int] = (1, 1)
     peft: bool = False
     targeted: bool = True
-    ranked: bool = True
+    numbers: tuple[str, ...] = ("rank", "scaling")
 
     @property
     def parts(self) -> frozenset[str]:
@@ -48,9 +48,10 @@ class Kind:
         """Tell whether a module of this kind may have exactly these parts."""
         return any(required <= parts <= required | self.optional for required in self.required)
 
-    def scaled(self, parts: Iterable[str]) -> bool:
-        """Tell whether rank and scaling of a module with these parts mean something; else both are 1."""
-        return self.ranked and not set(parts) >= shapes.WHOLE_KRONECKER
+    def ones(self, parts: Iterable[str]) -> list[str]:
+        """Return which of rank and scaling mean nothing for a module with these parts, and so are 1."""
+        whole = set(parts) >= shapes.WHOLE_KRONECKER
+        return [name for name in ("rank", "scaling") if whole or name not in self.numbers]
 
 
 def _sets(*names: Iterable[str]) -> tuple[frozenset[str], ...]:
@@ -83,17 +84,18 @@ _OF_1_0 = (
     Kind("lora", "T-06", "T-13", _sets(_PAIR), shapes.linear, _BIAS, None, (1, 0), True),
 )  # fmt: skip
 _OF_1_1 = (
-    Kind("full", "T-36", "T-37", _sets({"diff"}), shapes.full, frozenset({"diff_b"}), ranked=False),
+    Kind("full", "T-36", "T-37", _sets({"diff"}), shapes.full, frozenset({"diff_b"}), numbers=()),
     Kind("glora", "T-30", "T-31", _sets(shapes.GLORA), shapes.glora),
-    Kind("ia3", "T-34", "T-35", _sets({"weight", FLAG}), shapes.ia3, ranked=False),
+    Kind("ia3", "T-34", "T-35", _sets({"weight", FLAG}), shapes.ia3, numbers=()),
     Kind("locon", "T-24", "T-25", _sets(_LOCON), shapes.locon),
     Kind("loha", "T-26", "T-27", _LOHA, shapes.loha),
     Kind("lokr", "T-28", "T-29", _LOKR, shapes.lokr),
-    Kind("norm", "T-38", "T-39", _sets({"w_norm"}), shapes.norm, frozenset({"b_norm"}), ranked=False),
-    Kind("oft", "T-32", "T-33", _sets({"oft_blocks"}), shapes.oft, frozenset({"rescale"}), {"constraint": float}),
+    Kind("norm", "T-38", "T-39", _sets({"w_norm"}), shapes.norm, frozenset({"b_norm"}), numbers=()),
+    Kind("oft", "T-32", "T-33", _sets({"oft_blocks"}), shapes.oft, frozenset({"rescale"}), {"constraint": float},
+         numbers=("rank",)),
     Kind(
         "tokens", "T-42", "T-43", _sets({ROWS}), shapes.tokens, layout={"rows": list}, peft=True, targeted=False,
-        ranked=False,
+        numbers=(),
     ),
     Kind("wdora", "T-40", "T-41", _WDORA, shapes.wdora),
 )  # fmt: skip

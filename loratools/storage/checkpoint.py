@@ -113,6 +113,12 @@ class Checkpoint:
         return self.origins.get(name, name)
 
     @property
+    def model_type(self) -> str | None:
+        """What config.json says that the model is; None where it says nothing."""
+        name = self.config.get("model_type")
+        return name if isinstance(name, str) and name else None
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor."""
         return {name: spec.shape for name, spec in self.specs.items()}

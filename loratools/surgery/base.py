@@ -89,17 +89,11 @@ def of_headers(base: Checkpoint, identity: BaseIdentity) -> BaseIdentity:
     return BaseIdentity(schema=base.schema(digest.algorithm_of(identity.schema)) if identity.schema else None)
 
 
-def model_type(base: Checkpoint) -> str | None:
-    """Return what a base's config.json says it is; None where it says nothing."""
-    name = base.config.get("model_type")
-    return name if isinstance(name, str) and name else None
-
-
 def other_type(identity: BaseIdentity, base: Checkpoint) -> str | None:
     """Return a sentence where a base is not of the model type that was sealed; None where it is, or neither says it."""
-    if compare(identity, BaseIdentity(model_type=model_type(base))).by_type is not False:
+    if compare(identity, BaseIdentity(model_type=base.model_type)).by_type is not False:
         return None
-    types = f"{identity.model_type}, and config.json says {model_type(base)}"
+    types = f"{identity.model_type}, and config.json says {base.model_type}"
     return f"model_type: the sealed base is of type {types}; the type decides how weights lie"
 
 

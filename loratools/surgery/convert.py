@@ -24,7 +24,6 @@ from loratools.parallel import Progress
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
 from loratools.storage.sources import Location
-from loratools.surgery.base import model_type
 from loratools.surgery.hash import hash_checkpoint
 from loratools.surgery.inputs import AdapterSource, ModelSource, open_model
 
@@ -132,7 +131,7 @@ def seal(adapter: Adapter, base: Checkpoint, progress: Progress | None = None) -
     hashes = hash_checkpoint(base.stored or base, progress=progress)
     stated = adapter.base or BaseIdentity()
     digests = {name: hashes.tensors[name] for name in sorted(touched)}
-    identity = BaseIdentity(stated.id, stated.revision, hashes.schema, digests, hashes.root, model_type(base))
+    identity = BaseIdentity(stated.id, stated.revision, hashes.schema, digests, hashes.root, base.model_type)
     first = {placement.module: placement.site for placement in reversed(placements)}  # the first one counts
     tensor_of = {module: base.origin(site.tensor) for module, site in first.items()}
     name_of = {id(tensor): base.origin(name) for name, tensor in replacements.items()}

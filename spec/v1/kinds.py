@@ -48,9 +48,11 @@ def factors(parts: dict[str, Any]) -> tuple[Any, Any]:
     return parts["lora_A.weight"], parts["lora_B.weight"]
 
 
-def ranked(kind: str, parts: Any) -> bool:
-    """Tell whether rank and scaling mean something: else both are 1."""
-    return kind not in ("full", "norm", "ia3", "tokens") and not {"lokr_w1", "lokr_w2"} <= set(parts)
+def ones(kind: str, parts: Any) -> list[str]:
+    """Return which of rank and scaling mean nothing, and so are 1."""
+    if kind in ("full", "norm", "ia3", "tokens") or {"lokr_w1", "lokr_w2"} <= set(parts):
+        return ["rank", "scaling"]
+    return ["scaling"] if kind == "oft" else []
 
 
 def fits(entry: dict[str, Any], shapes: Shapes) -> bool:

@@ -34,7 +34,7 @@ from container import (
     text,
     tiers,
 )  # fmt: skip
-from kinds import BIAS, FLAG, KINDS, MAGNITUDE, ON_WEIGHT, PEFT, SCALE, UNTARGETED, fits, ranked
+from kinds import BIAS, FLAG, KINDS, MAGNITUDE, ON_WEIGHT, PEFT, SCALE, UNTARGETED, fits, ones
 from updates import Parts, changed, delta_weight, numbers
 
 PREFIX = "base_model.model."
@@ -183,8 +183,8 @@ def check_tensors(m: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Parts]
         good = any(one <= have <= one | optional for one in required)
         need(good, "T-02", f"{path} has {', '.join(have) or 'no parts'}")
         shapes = {part: tensor[1] for part, tensor in parts[path].items()}
-        good = ranked(entry["kind"], shapes) or entry["rank"] == entry["scaling"] == 1
-        need(good, "M-28", f"{path}: rank and scaling of kind {entry['kind']} are 1")
+        for field in ones(entry["kind"], shapes):
+            need(entry[field] == 1, "M-28", f"{path}: {field} of kind {entry['kind']} is 1")
         need(fits(entry, shapes), clause, f"{path}: shapes {shapes} do not fit rank {entry['rank']}")
         need(BIAS not in shapes or shapes[BIAS] == shapes["lora_B.weight"][:1], "T-11", f"{path}: {BIAS}")
     check_meaning(m, parts)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from loratools.adapter.model import Adapter, BaseIdentity
 from loratools.errors import InvalidFormat, OutputRefused, UnsupportedAdapter
-from loratools.format import manifest, reader, validate, writer
+from loratools.format import keys, manifest, meaning, reader, validate, writer
 from loratools.storage import digest, dtypes
 from loratools.storage.header import read_header
 from loratools.storage.lazy import LazyTensor
@@ -34,11 +34,16 @@ def stated(path: Path) -> dict[str, Any]:
     return document
 
 
-def rewritten(path: Path, target: Path, change: Any) -> Path:
-    """Copy an adapter file with another manifest."""
+def rewritten(path: Path, target: Path, change: Any, *, anew: bool = True) -> Path:
+    """Copy an adapter file with another manifest, whose meaning is made anew unless not `anew`."""
     data, header = path.read_bytes(), read_header(path)
     document = json.loads(header.metadata["loratools"])
     change(document)
+    parts: dict[str, list[str]] = {}
+    for module, part in filter(None, map(keys.split, header.tensors)):
+        parts.setdefault(module, []).append(part)
+    if anew:
+        document["meaning"] = meaning.of(document, parts)
     length = int.from_bytes(data[:8], "little")
     whole = json.loads(data[8 : 8 + length])
     whole["__metadata__"]["loratools"] = manifest.canonical(document)
@@ -166,9 +171,31 @@ def test_X_05_optional_extensions_survive_a_rewrite(tmp_path: Path) -> None:
     assert stated(tmp_path / "again.safetensors")["extensions"] == found
 
 
-def test_V_05_new_adapters_are_marked_1_0(tmp_path: Path) -> None:
+def test_V_05_new_adapters_are_marked_1_1(tmp_path: Path) -> None:
     writer.write(rich(), tmp_path / "a.safetensors")
-    assert stated(tmp_path / "a.safetensors")["format_version"] == "1.0"
+    assert stated(tmp_path / "a.safetensors")["format_version"] == "1.1"
+
+
+def test_V_04_what_came_as_1_0_is_rewritten_as_1_0(tmp_path: Path) -> None:
+    old = Path(__file__).parents[2] / "spec/v1/vectors/valid/linear/plain/adapter.safetensors"
+    writer.write(reader.read(old), tmp_path / "again.safetensors")
+    assert stated(tmp_path / "again.safetensors") == stated(old)
+    assert stated(old)["format_version"] == "1.0"
+    assert "meaning" not in stated(old)
+
+
+@pytest.mark.parametrize("field", ["kind", "rank", "alpha", "scaling", "layout", "tensor"])
+def test_V_06_each_field_that_decides_is_under_the_meaning(field: str, tmp_path: Path) -> None:
+    changed = {"kind": "dora", "rank": 5, "alpha": 7, "scaling": 3, "layout": {"transposed": True}, "tensor": "x"}
+
+    def edit(document: dict[str, Any]) -> None:
+        document["modules"][Q][field] = changed[field]
+
+    writer.write(rich(), tmp_path / "a.safetensors", tensors=TOUCHED)
+    edited = rewritten(tmp_path / "a.safetensors", tmp_path / "b.safetensors", edit, anew=False)
+    assert "I-12" in {problem.clause for problem in validate.validate(edited)}
+    with pytest.raises(InvalidFormat, match=r"\[I-12\] meaning: kinds, scalings, layouts or target tensors"):
+        reader.read(edited)
 
 
 def test_config_says_what_the_manifest_says(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from loratools.adapter.kinds import Device, DType, Tensor, Term, Underlying
 from loratools.adapter.kinds._shared import OnWeight
@@ -48,6 +49,10 @@ class OftUpdate(OnWeight):
     def rank(self) -> int:
         """The size b of a block."""
         return self.blocks.shape[1]
+
+    @property
+    def layout(self) -> Mapping[str, Any]:
+        return {"constraint": self.alpha}
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -107,6 +112,11 @@ def claims(parts: Mapping[str, LazyTensor]) -> bool:
     return BLOCKS_PART in parts and parts.keys() <= {BLOCKS_PART, RESCALE_PART} and len(parts[BLOCKS_PART].shape) == 3
 
 
-def build(parts: Mapping[str, LazyTensor], scaling: float, alpha: float) -> OftUpdate:
-    """Return the update; its alpha is the constraint. A file without one gives its rank, which constrains nothing."""
-    return OftUpdate(parts[BLOCKS_PART], parts.get(RESCALE_PART), alpha)
+def build(
+    parts: Mapping[str, LazyTensor], scaling: float, alpha: float, layout: Mapping[str, Any] | None = None
+) -> OftUpdate:
+    """Return the update; its alpha is the constraint, where no layout has it.
+
+    A file without one gives its rank, which constrains nothing.
+    """
+    return OftUpdate(parts[BLOCKS_PART], parts.get(RESCALE_PART), layout["constraint"] if layout else alpha)

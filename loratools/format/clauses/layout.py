@@ -133,7 +133,7 @@ def _configured(subject: Subject) -> Iterator[tuple[str, Mapping[str, Any], Any,
         return
     rank_of, alpha_of = _rule(config, "rank_pattern", "r"), _rule(config, "alpha_pattern", "lora_alpha")
     for path, entry, kind in subject.modules():
-        if not kind.ranked:
+        if not kind.numbers:
             continue
         name = _parameter(path, entry) or path
         yield path, entry, rank_of(name), alpha_of(name)

@@ -227,12 +227,12 @@ def layout_faults(kind: Kind, entry: Mapping[str, Any]) -> Iterator[tuple[str, s
 
 @CHAPTER.clause("M-28")
 def unscaled(subject: Subject) -> Iterator[Fault]:
-    """Check that rank and scaling are 1 where the formula has neither."""
+    """Check that rank and scaling are 1 where the formula has none."""
     for path, entry, kind in subject.modules():
         parts = frozenset(subject.parts.get(path, {}))
-        if kind.accepts(parts) and not kind.scaled(parts) and (entry["rank"] != 1 or entry.get("scaling") != 1):
-            stated = f"rank {entry['rank']} and scaling {shown(entry.get('scaling'))}"
-            yield path, f"expected rank 1 and scaling 1, for kind {kind.name} has neither; found {stated}"
+        for field in kind.ones(parts) if kind.accepts(parts) else ():
+            if number(entry.get(field)) and entry[field] != 1:
+                yield path, f"{field}: expected 1, for kind {kind.name} has none here; found {shown(entry[field])}"
 
 
 @CHAPTER.clause("M-20")
