@@ -28,11 +28,12 @@ ELSEWHERE = {
     "cli/test_show": "cli: _certificate",
     "dialects/kohya/test_kohya": "storage: save",
     "demo/test_llama": "demo: tour",
+    "format/test_manifest": "format: canonical",
     "format/test_writer": "format: keys peft_config record",
     "hub/test_pull_faults": "hub: pull client faults",
     "hub/test_round_trip": "hub: push section subject",
     "linalg/svd/test_truncated": "linalg/svd: krylov",
-    "spec/test_vectors": "format: digest registry validate; "
+    "spec/test_vectors": "format: digest meaning registry shapes validate; "
     "format/clauses: container integrity layout manifest tensors",
     "storage/pickles/test_archive": "storage/pickles: unpickle",
     "storage/test_header": "storage: dtypes",

@@ -1,4 +1,4 @@
-"""PEFT's canonical tensor names, which are also those of the format 1.0.
+"""PEFT's canonical tensor names, which are also those of the format.
 
     base_model.model.  model.layers.0.self_attn.q_proj  .  lora_A.weight
     PREFIX             module in the base model            part

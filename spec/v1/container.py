@@ -183,6 +183,22 @@ def tiers(tensors: Tensors, algorithm: str) -> dict[str, Any]:
     }
 
 
+def meaning(m: dict[str, Any], parts: dict[str, Any], algorithm: str) -> str:
+    """Return the digest of what the tensors mean; `parts` maps the path of a module to the names of its parts."""
+
+    def covered(entry: dict[str, Any]) -> dict[str, Any]:
+        fields = ("kind", "rank", "alpha", "scaling", "layout", "tensor")
+        return {field: entry[field] for field in fields if field in entry}
+
+    extensions = [each for each in m.get("extensions", []) if each.get("must_understand", True)]
+    whole = {
+        "extensions": {each["name"]: each.get("configuration", {}) for each in extensions},
+        "modules": {path: covered(entry) | {"parts": sorted(parts[path])} for path, entry in m["modules"].items()},
+        "replacements": {path: covered(entry) for path, entry in m.get("replacements", {}).items()},
+    }
+    return f"{algorithm}:{HASHES[algorithm](b'loratools.meaning.v1' + bytes(1) + canonical(whole).encode()).hex()}"
+
+
 def digest(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"(blake3|sha256):[0-9a-f]{64}", value) is not None
 

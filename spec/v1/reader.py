@@ -27,6 +27,7 @@ from container import (
     depth,
     digest,
     load,
+    meaning,
     natural,
     need,
     number,
@@ -202,22 +203,10 @@ def longer(name: str, modules: dict[str, Any]) -> tuple[str, str]:
     return name, ""
 
 
-def covered(entry: dict[str, Any]) -> dict[str, Any]:
-    fields = ("kind", "rank", "alpha", "scaling", "layout", "tensor")
-    return {field: entry[field] for field in fields if field in entry}
-
-
 def check_meaning(m: dict[str, Any], parts: dict[str, Parts]) -> None:
     if "meaning" in m:
-        entries = {path: {**covered(entry), "parts": sorted(parts[path])} for path, entry in m["modules"].items()}
-        replaced = {path: covered(entry) for path, entry in m.get("replacements", {}).items()}
-        binding = {
-            e["name"]: e.get("configuration", {}) for e in m.get("extensions", []) if e.get("must_understand", True)
-        }
-        whole = {"modules": entries, "replacements": replaced, "extensions": binding}
-        algorithm = m["meaning"].partition(":")[0]
-        found = HASHES[algorithm](b"loratools.meaning.v1\0" + canonical(whole).encode()).hex()
-        need(m["meaning"] == f"{algorithm}:{found}", "I-12", "modules or replacements are not those that were sealed")
+        computed = meaning(m, parts, m["meaning"].partition(":")[0])
+        need(m["meaning"] == computed, "I-12", "modules or replacements are not those that were sealed")
 
 
 # ---- the folder: chapter 2 ----------------------------------------------------------------------------------------

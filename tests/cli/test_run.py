@@ -67,7 +67,7 @@ def error_of(text: str) -> dict:
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"]) == 0
-    assert capsys.readouterr().out == f"loratools {__version__} (format 1.0)\n"
+    assert capsys.readouterr().out == f"loratools {__version__} (format 1.1)\n"
 
 
 @pytest.mark.parametrize("arguments", [["-h"], ["--help"], []])

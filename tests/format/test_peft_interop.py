@@ -188,12 +188,17 @@ def test_formula_of_stacked_experts(transposed: bool) -> None:
     assert torch.allclose(found, wanted, atol=1e-6)
 
 
-def test_peft_loads_the_vectors_of_kind_lora() -> None:
+def test_peft_loads_the_vectors_of_its_kinds_and_refuses_the_others() -> None:
     from peft import LoraConfig
 
     for name in spec.cases("valid"):
         path = spec.adapter_of("valid", name)
-        if path.is_dir():
+        if not path.is_dir():
+            continue
+        if json.loads((path / "adapter_config.json").read_text())["peft_type"] != "LORA":
+            with pytest.raises(KeyError, match="LORATOOLS"):
+                LoraConfig.from_pretrained(str(path))
+        else:
             assert LoraConfig.from_pretrained(str(path)).r == reader_rank(path)
 
 

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from loratools import dialects
-from loratools.errors import LoraToolsError, LossyConversion
+from loratools.errors import LossyConversion
 from loratools.surgery.convert import convert
 from loratools.surgery.merge import merge
+from loratools.surgery.validate import validate
 from tests.interop.models import FAMILIES, load, merge_by_peft
 from tests.interop.test_kinds import MIXED, difference, mixed, save_mixed, train
 
@@ -60,14 +61,18 @@ def test_what_peft_loads_again(name: str, tmp_path: Path) -> None:
     assert max(difference(again[tensor_name], theirs[tensor_name]) for tensor_name in theirs) == 0
 
 
-def test_rows_have_no_kind_in_the_format(tmp_path: Path) -> None:
-    """Version 1.0 registers none, so they are refused by name and never dropped."""
+@pytest.mark.parametrize("name", ["rows", "rows-of-a-list"])
+def test_rows_are_sealed_and_peft_loads_them(name: str, tmp_path: Path) -> None:
     base = FAMILIES["llama"].build()
-    train(base, **SAVED["rows"]).save_pretrained(tmp_path / "adapter")
-    adapter = dialects.open_adapter(tmp_path / "adapter")
-    with pytest.raises(LoraToolsError, match="tokens"):
-        dialects.save_adapter(adapter, tmp_path / "written", dialect="loratools")
-    assert not (tmp_path / "written").exists()
+    base.save_pretrained(tmp_path / "base")
+    train(base, **SAVED[name]).save_pretrained(tmp_path / "adapter")
+    convert(tmp_path / "adapter", tmp_path / "sealed", base=tmp_path / "base")
+    assert validate(tmp_path / "sealed", tmp_path / "base").valid
+    theirs, again = (merge_by_peft(base, tmp_path / folder).state_dict() for folder in ("adapter", "sealed"))
+    assert max(difference(again[tensor], theirs[tensor]) for tensor in theirs) == 0
+    merge(tmp_path / "base", [tmp_path / "sealed"], tmp_path / "merged")
+    ours = load(tmp_path / "merged")
+    assert max(difference(ours[tensor], theirs[tensor]) for tensor in ours) <= 1e-6
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

@@ -8,13 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from loratools import dialects
+from loratools.format.digest import adapter_digest
+from loratools.format.registry import KINDS
 from loratools.storage.checkpoint import Checkpoint
+from loratools.surgery.convert import convert
 from loratools.surgery.merge import merge
 from loratools.surgery.unmerge import unmerge
+from loratools.surgery.validate import validate
 from loratools.surgery.verify import verify
 from tests.surgery.models import load
 
@@ -124,6 +129,46 @@ def test_the_merged_layer_computes_what_forward_does(case: Any, multiplier: floa
     assert report.consumed[0].applied == report.consumed[0].tensors == len(adapter.tensors())
     assert verify(tmp_path / "merged", tmp_path / "base", [adapter], weights=[multiplier]).ok, kind
     assert unmerge(tmp_path / "merged", [adapter], tmp_path / "back").proved == "root hash"
+
+
+@pytest.mark.parametrize("target", ["sealed", "sealed.safetensors"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
+def test_sealed_it_is_the_same_adapter(case: Any, target: str, tmp_path: Path) -> None:
+    """Every kind is sealed and read back bit for bit, merges to the same bytes, and PEFT refuses what it has not."""
+    _, make, name, options = case
+    torch.manual_seed(1)
+    layer = make().eval()
+    (tmp_path / "base").mkdir()
+    weights = {f"block.part.{key}": W.detach().clone() for key, W in layer.state_dict().items()}
+    save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    module = module_of(layer, name, options, 1.0)
+    if name == "FullModule":
+        module.apply_to()
+    stored = {key: W.detach().clone().contiguous() for key, W in module.state_dict().items() if "org_module" not in key}
+    save_file({f"lora_unet_block_part.{key}": W for key, W in stored.items()}, tmp_path / "adapter.safetensors")
+    base = Checkpoint.open(tmp_path / "base")
+    adapter = dialects.open_adapter(tmp_path / "adapter.safetensors", base=base)
+    sealed = tmp_path / target
+    written = convert(tmp_path / "adapter.safetensors", sealed, base=base)
+    assert written.digest == adapter_digest(adapter)
+    assert validate(sealed, base).valid
+    again = dialects.open_adapter(sealed)
+    assert again.updates.keys() == adapter.updates.keys()
+    for path, update in adapter.updates.items():
+        twin = again.updates[path]
+        assert (twin.kind, twin.rank, twin.scaling, twin.alpha) == (
+            update.kind, update.rank, update.scaling, update.alpha,
+        )  # fmt: skip
+        assert twin.parts.keys() == update.parts.keys()
+        assert all(torch.equal(twin.parts[part].load(), update.parts[part].load()) for part in update.parts)
+        assert [twin.parts[part].dtype for part in update.parts] == [lazy.dtype for lazy in update.parts.values()]
+    for output, source in (("one", adapter), ("other", sealed)):
+        merge(base, [source], tmp_path / output)
+    one, other = load(tmp_path / "one"), load(tmp_path / "other")
+    assert all(torch.equal(one[tensor], other[tensor]) for tensor in one)
+    if sealed.is_dir() and not all(KINDS[update.kind].peft for update in adapter.updates.values()):
+        with pytest.raises((KeyError, ValueError), match="LORATOOLS"):
+            PeftConfig.from_pretrained(str(sealed))
 
 
 def layer_with(weights: dict[str, Tensor], make: Callable[[], nn.Module]) -> nn.Module:

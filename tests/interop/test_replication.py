@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from loratools import dialects
@@ -20,6 +21,7 @@ from loratools.surgery.hash import hash_checkpoint
 from loratools.surgery.merge import merge
 from loratools.surgery.switch import switch
 from loratools.surgery.unmerge import unmerge
+from loratools.surgery.validate import validate
 from loratools.surgery.verify import verify
 from tests.interop.models import FAMILIES, V, load
 from tests.interop.test_kinds import train
@@ -138,14 +140,35 @@ def test_a_base_without_these_layers_is_refused(tmp_path: Path) -> None:
         merge(tmp_path / "t5", [tmp_path / "adapter"], tmp_path / "ours")
 
 
-@pytest.mark.parametrize("dialect", ["loratools", "mlx", "gguf"])
+@pytest.mark.parametrize("dialect", ["mlx", "gguf"])
 def test_other_dialects_name_the_loss(dialect: str, tmp_path: Path) -> None:
     made(tmp_path)
     with pytest.raises(LossyConversion, match="layer_replication"):
         convert(tmp_path / "adapter", tmp_path / "out", to=dialect)
-    if dialect == "loratools":
-        with pytest.raises(IncompatibleAdapter, match="no words for a base with repeated layers"):
-            convert(tmp_path / "adapter", tmp_path / "out", to=dialect, base=tmp_path / "base")
+
+
+def test_sealed_it_is_the_same_adapter(tmp_path: Path) -> None:
+    """The hash is that of the base's own files, the layers an extension that must be understood; PEFT reads them."""
+    peft = made(tmp_path).eval()
+    base, sealed = tmp_path / "base", tmp_path / "sealed"
+    written = convert(tmp_path / "adapter", sealed, base=base)
+    assert written.base is not None
+    assert (written.base.schema, written.base.root) == (hash_checkpoint(base).schema, hash_checkpoint(base).root)
+    assert written.base.model_type == "llama"
+    assert {name.split(".")[2] for name in written.base.tensors} == {"0", "1", "2"}
+    assert validate(sealed, base).valid
+    again = dialects.open_adapter(sealed)
+    assert again.settings["layer_replication"] == RANGES
+    assert again.settings["loratools"]["extensions"][0]["name"] == "layer_replication"
+    for name, adapter in (("plain", tmp_path / "adapter"), ("bound", sealed)):
+        merge(base, [adapter], tmp_path / name)
+    plain, bound = load(tmp_path / "plain"), load(tmp_path / "bound")
+    assert plain.keys() == bound.keys()
+    assert all(torch.equal(plain[name], bound[name]) for name in plain)
+    tokens = torch.randint(3, V, (2, 9), generator=torch.Generator().manual_seed(0))
+    theirs = PeftModel.from_pretrained(type(peft.base_model.model).from_pretrained(base), sealed).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens)[0], peft(tokens)[0], rtol=0, atol=0)
 
 
 def test_peft_reads_it_back(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from loratools.format import validate
 from . import adapter_of, cases
 
 JUNK: list[Any] = [
-    None, True, False, 0, 1, -1, 2, 0.5, 1e300, 2**53, "", "x", "lora", "experts", "1.0", "blake3:" + "0" * 64, [], [1],
+    None, True, False, 0, 1, -1, 2, 0.5, 1e300, 2**53, "", "x", "lora", "experts", "wdora", "full",
+    "1.0", "1.1", "blake3:" + "0" * 64, [], [1],
     ["q"], {}, {"a": 1}, {"name": "a", "must_understand": False}, "../x", "\x00", "é",
 ]  # fmt: skip
 
@@ -81,9 +82,11 @@ def test_changed_manifests(name: str, tmp_path: Path) -> None:
         if chance.random() < 0.2:
             del place[key]
         elif isinstance(place, dict) and chance.random() < 0.3:
-            place[chance.choice(["a", "layout", "tensor", "a..b", "extensions", "seed"])] = value
+            place[chance.choice(["a", "layout", "tensor", "a..b", "extensions", "seed", "meaning", "rows"])] = value
         else:
             place[key] = value
+        if chance.random() < 0.5:
+            changed.pop("meaning", None)  # else it is always among what both find
         try:
             header["__metadata__"]["loratools"] = canonical(changed)
         except Refused:
@@ -96,9 +99,12 @@ def test_changed_manifests(name: str, tmp_path: Path) -> None:
 CONFIG_FIELDS = [
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters",
     "use_rslora", "modules_to_save", "bias", "use_dora", "lora_bias", "exclude_modules", "init_lora_weights",
-    "use_qalora", "other",
+    "use_qalora", "other", "layer_replication", "trainable_token_indices",
 ]  # fmt: skip
-CONFIG_JUNK = [*JUNK, "LORA", "none", "pissa", {"blk.q": 1}, {"q": 1, "^blk\\.q": 2}, {"^blk\\.q": 1}, ["head"], ["v"]]
+CONFIG_JUNK = [
+    *JUNK, "LORA", "LORATOOLS", "none", "pissa", {"blk.q": 1}, {"q": 1, "^blk\\.q": 2}, {"^blk\\.q": 1}, ["head"],
+    ["v"], [[0, 1]],
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [name for name in cases("valid") if adapter_of("valid", name).is_dir()])

@@ -10,6 +10,7 @@ from typing import Any
 
 import container
 import jsonschema
+import kinds as second_kinds
 import pytest
 
 from loratools.format import manifest, validate
@@ -72,7 +73,7 @@ def test_every_clause_is_shown_by_a_vector_or_by_a_test_named_for_it() -> None:
 
 def test_every_clause_on_files_has_an_invalid_vector() -> None:
     broken = {note("invalid", name)["clause"] for name in cases("invalid")}
-    assert broken == file_clauses() | {"I-10", "X-04", "V-01"}
+    assert broken == file_clauses() | {"I-10", "I-13", "X-04", "V-01"}
 
 
 def test_registry_says_what_the_code_knows() -> None:
@@ -86,6 +87,9 @@ def test_registry_says_what_the_code_knows() -> None:
         assert {frozenset(words.split()) for words in row["parts"].split("|")} == set(kind.required)
         assert frozenset(row["optional_parts"].split()) == kind.optional
         assert row["layout"].split() == sorted(kind.layout or {})
+        assert row["since"] == ".".join(map(str, kind.since)) == second_kinds.KINDS[row["name"]][3]
+        assert (row["formula"], row["numbers"].split()) == (kind.formula, list(kind.numbers))
+        assert bool(row["peft"]) == kind.peft == (row["name"] in second_kinds.PEFT)
     assert set(SCHEMA["$defs"]["module"]["properties"]["kind"]["enum"]) == set(KINDS)
 
 

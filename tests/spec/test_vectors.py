@@ -12,16 +12,20 @@ import pytest
 import reader as second
 import torch
 from container import Refused, checkpoint, tiers
+from safetensors.torch import save_file
 
 from loratools.adapter import kinds
-from loratools.adapter.model import BaseIdentity
-from loratools.errors import InvalidFormat, LoraToolsError, UnsupportedAdapter
+from loratools.adapter.model import Adapter, BaseIdentity
+from loratools.adapter.placement.layers import replicated
+from loratools.adapter.placement.resolve import resolve
+from loratools.errors import IncompatibleAdapter, InvalidFormat, LoraToolsError, UnsupportedAdapter
 from loratools.format import manifest, reader, validate
 from loratools.format.clauses import Subject
 from loratools.storage import digest, files
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
-from loratools.surgery.base import differences
+from loratools.surgery.base import differences, other_type
+from tests.adapter.kinds.reference import applied
 
 from . import SPEC, VECTORS, adapter_of, base_of, cases, note
 
@@ -65,20 +69,34 @@ def test_reader_gives_the_expected_numbers(name: str) -> None:
     adapter = reader.read(path, verify=True)
     changes: dict[str, Any] = {}
     for module, update in adapter.updates.items():
-        changes[module] = {"rank": update.rank, "scaling": update.scaling}
+        wanted = expected["modules"][module]
+        changes[module] = {"rank": max(update.rank, 1), "scaling": update.scaling}  # 1 stands for none
+        if base_of("valid", name) is not None and "changed" in wanted:
+            changes[module]["changed"] = changed(adapter, base_of("valid", name))
         try:
             delta = update.delta_weight()
             # The vector shows experts as their base stores them; an update shows them as (expert, out, in).
             stored = delta.mT if (getattr(update, "layout", None) or {}).get("transposed") else delta
             changes[module]["delta_weight"] = stored.tolist()
         except ValueError:  # depends on W: the vector gives only s·B·A
-            expected["modules"][module].pop("delta_weight")
+            wanted.pop("delta_weight", None)
         parts = update.parts
-        if "lora_magnitude_vector" in parts:
-            changes[module]["magnitude"] = parts["lora_magnitude_vector"].load().flatten().tolist()
+        for part in parts.keys() & {"lora_magnitude_vector", "dora_scale"}:
+            changes[module]["magnitude"] = parts[part].load().flatten().tolist()
+        for part in parts.keys() & {"diff_b", "b_norm"}:
+            changes[module]["bias"] = parts[part].load().tolist()
     for parameter, lazy in adapter.replacements.items():
         changes[parameter] = {"replacement": lazy.load().flatten().tolist()}
     assert close(changes, expected["modules"], expected["tolerance"]), changes
+
+
+def changed(adapter: Adapter, base: Path | None) -> Any:
+    """Return the one weight of a base as an adapter changes it, tile by tile."""
+    assert base is not None
+    checkpoint = Checkpoint.open(base)
+    W = checkpoint.read("blk.q.weight").double()
+    (placement,) = resolve(adapter, checkpoint.shapes)
+    return applied(W, [(placement.update, 1.0)], transposed=False, rows=2, dtype=torch.float64).tolist()
 
 
 def test_every_part_of_a_module_is_kept() -> None:
@@ -97,7 +115,7 @@ def test_second_reader_names_the_clause(name: str) -> None:
 @pytest.mark.parametrize("name", cases("invalid"))
 def test_S_10_validator_names_the_one_clause_and_reader_refuses(name: str) -> None:
     path, clause = adapter_of("invalid", name), note("invalid", name)["clause"]
-    if clause == "I-10":
+    if clause in ("I-10", "I-13"):
         return  # nothing is wrong with the file; the base is tested below
     assert {problem.clause for problem in validate.validate(path)} == {clause}
     with pytest.raises((InvalidFormat, UnsupportedAdapter)) as caught:
@@ -113,6 +131,35 @@ def test_I_10_base_is_compared_with_its_hash() -> None:
         problems = differences(adapter.base, Checkpoint.open(base))
         assert any("blk.q.weight" in problem for problem in problems) == (area == "invalid")
         assert bool(problems) == (area == "invalid")
+
+
+def test_I_13_model_type_is_compared() -> None:
+    for area, name in (("valid", "integrity/model-type"), ("invalid", "integrity/base-of-another-type")):
+        adapter, base = reader.read(adapter_of(area, name)), base_of(area, name)
+        assert adapter.base is not None
+        assert base is not None
+        typed = other_type(adapter.base, Checkpoint.open(base))
+        assert (typed is None) == (area == "valid")
+        assert adapter.orientation == {"blk.q": True}
+
+
+def test_T_44_orientation_is_the_sealed_one() -> None:
+    adapter = reader.read(adapter_of("valid", "linear/transposed"))
+    shapes = {"blk.q.weight": (3, 2)}
+    for model_type in ("gpt2", "llama", None):
+        (placement,) = resolve(adapter, shapes, {"model_type": model_type})
+        assert placement.site.transposed
+    with pytest.raises(IncompatibleAdapter, match=r"stored \[in, out\]"):
+        resolve(adapter, {"blk.q.weight": (2, 3)})
+
+
+def test_X_07_layers_are_repeated(tmp_path: Path) -> None:
+    adapter = reader.read(adapter_of("valid", "extensions/layer-replication"))
+    save_file({"layers.0.q.weight": torch.zeros(2, 3)}, tmp_path / "model.safetensors", {"format": "pt"})
+    base = replicated(Checkpoint.open(tmp_path), [adapter])
+    assert base.origins == {"layers.0.q.weight": "layers.0.q.weight", "layers.1.q.weight": "layers.0.q.weight"}
+    (placement,) = resolve(adapter, base.shapes)
+    assert placement.site.tensor == "layers.1.q.weight"
 
 
 @pytest.mark.parametrize("name", cases("hash"))

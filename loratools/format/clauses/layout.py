@@ -10,6 +10,7 @@ from typing import Any
 from loratools.adapter.naming.compact import suffixes
 from loratools.adapter.parts import BIAS, MAGNITUDE
 from loratools.format.clauses import COUNT, FLAG, Chapter, Fault, Form, Subject, number, shown
+from loratools.format.clauses.manifest import layout_faults
 from loratools.format.manifest import LAYERS, layers_of, unmatched
 from loratools.format.peft_config import FOREIGN
 
@@ -75,8 +76,9 @@ def layers(subject: Subject) -> Iterator[Fault]:
 @CHAPTER.clause("L-16")
 def rows(subject: Subject) -> Iterator[Fault]:
     """Compare the rows that PEFT would replace with those of the modules of kind `tokens`."""
-    indices = {path: entry.get("layout") for path, entry, kind in subject.modules() if kind.name == "tokens"}
-    yield from _equal(subject, "trainable_token_indices", {p: v.get("rows") for p, v in indices.items() if v})
+    sound = [(path, entry) for path, entry, kind in subject.modules() if not any(layout_faults(kind, entry))]
+    indices = {path: entry["layout"]["rows"] for path, entry in sound if entry["kind"] == "tokens"}
+    yield from _equal(subject, "trainable_token_indices", indices)
 
 
 def _equal(subject: Subject, field: str, wanted: Any) -> Iterator[Fault]:

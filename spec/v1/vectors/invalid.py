@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from make import CONFIG, ZERO, Case, Change, P, add, both, drop, folder, kind, lose, module, put, raw, raw_bytes, tensor, text
-from valid import BASE, CONV, DORA, EMBEDDING, LINEAR, A, B, experts, replaced, sealed
+from make import (
+    CONFIG, ZERO, Case, Change, P, add, both, drop, folder, kind, lose, module, new, put, raw, raw_bytes, tensor, text,
+)  # fmt: skip
+from valid import (
+    BASE, BY_INPUT, CONV, CORES, DORA, EMBEDDING, FACTORED, FULL, GLORA, LINEAR, LOCON, LOHA, LOKR, NORM, OFT, OUTPUT, ROWS,
+    SCALED, TUCKER, A, B, experts, foreign, repeated, replaced, sealed, tokens, typed, with_config,
+)  # fmt: skip
 
 Entry = tuple[str, bool, str, Change]
 Q = f"{P}blk.q."
@@ -52,6 +57,18 @@ def nest(case: Case) -> None:
     for _ in range(32):
         value = [value]
     case["manifest"]["settings"] = {"a": value}
+
+
+def bent(name: str, parts: dict[str, Any], part: str, shape_: list[int], **entry: Any) -> Change:
+    """Make an adapter of a kind of 1.1 where one part has another shape."""
+    count = 1
+    for side in shape_:
+        count *= side
+    return new(kind(name, {**parts, part: tensor(shape_, [1.0] * count, parts[part][0])}, **entry))
+
+
+def two_rows(**layout: Any) -> Change:
+    return new(kind("tokens", ROWS, scaling=1, targets=[], layout=layout))
 
 
 HASHED = ("base_model", "hash")
@@ -239,6 +256,61 @@ INVALID: dict[str, Entry] = {
     "security/metadata-a-number": ("S-06", False, "1", raw(lambda h: h["__metadata__"].update(format=1))),
     "security/name-of-513-bytes": ("S-07", True, "too long", long_path),
     "security/nested-too-deeply": ("S-08", False, "34 levels", nest),
+    # What came with 1.1
+    "layout/config-for-peft-of-a-kind-it-lacks": ("L-14", False, "PEFT would load nothing of it", both(
+        new(kind("loha", LOHA)), folder)),
+    "layout/config-without-repeated-layers": ("L-15", False, "PEFT would not repeat them", both(new(repeated), folder)),
+    "layout/config-with-repeated-layers": ("L-15", False, "PEFT would repeat them", both(
+        new(lambda case: None), config(layer_replication=[[0, 1]]))),
+    "layout/config-without-rows": ("L-16", False, "PEFT would not replace them", both(two_rows(rows=[2, 0]), folder)),
+    "layout/config-of-other-rows": ("L-16", False, "0 and 2, not 2 and 0", both(
+        two_rows(rows=[2, 0]), config(trainable_token_indices={"blk.q": [0, 2]}))),
+    "manifest/kind-of-a-later-version": ("M-11", True, "locon in a file of 1.0", kind("locon", LOCON)),
+    "manifest/model-type-a-number": ("M-26", True, "2", new(put("base_model", "model_type", 2))),
+    "manifest/tokens-without-rows": ("M-27", True, "nothing says which", two_rows()),
+    "manifest/tokens-row-twice": ("M-27", True, "2 and 2", two_rows(rows=[2, 2])),
+    "manifest/oft-without-constraint": ("M-27", True, "no constraint", new(kind("oft", OFT, rank=2, scaling=1))),
+    "manifest/scaling-of-a-difference": ("M-28", True, "nothing is scaled", new(kind("norm", NORM, scaling=2))),
+    "manifest/scaling-of-a-rotation": ("M-28", True, "nothing is scaled", new(
+        kind("oft", OFT, rank=2, scaling=2, layout={"constraint": 4}))),
+    "manifest/scaling-of-whole-lokr": ("M-28", False, "neither is factored", new(kind("lokr", LOKR, scaling=2))),
+    "tensors/part-of-its-own-name-beside-another-kind": ("T-03", False, "diff beside lora", both(
+        new(lambda case: None), add(f"{Q}diff", FULL["diff"]))),
+    "tensors/loha-with-one-core": ("T-02", False, "hada_t2 is missing", new(
+        kind("loha", {part: value for part, value in CORES.items() if part != "hada_t2"}))),
+    "tensors/locon-core": ("T-24", False, "the core has another rank", bent("locon", LOCON, "lora_mid.weight", [2, 3, 1, 2])),
+    "tensors/loha-rank": ("T-26", False, "the manifest says rank 2", new(kind("loha", LOHA, rank=2))),
+    "tensors/loha-sides": ("T-26", False, "w1 and w2 differ", bent("loha", LOHA, "hada_w2_b", [2, 4])),
+    "tensors/loha-cores": ("T-26", False, "other kernels", bent("loha", CORES, "hada_t2", [1, 1, 3])),
+    "tensors/lokr-factors": ("T-28", False, "no common rank", bent("lokr", FACTORED, "lokr_w1_b", [2, 2])),
+    "tensors/lokr-core": ("T-28", False, "the core has another rank", bent("lokr", TUCKER, "lokr_t2", [2, 1, 2])),
+    "tensors/glora-inputs": ("T-30", False, "a1 for two inputs", bent("glora", GLORA, "a1.weight", [2, 1])),
+    "tensors/oft-not-square": ("T-32", False, "a block of 2 by 3", bent(
+        "oft", OFT, "oft_blocks", [1, 2, 3], rank=2, scaling=1, layout={"constraint": 4})),
+    "tensors/ia3-two-flags": ("T-34", False, "two numbers for on_input", bent("ia3", OUTPUT, "on_input", [2], scaling=1)),
+    "tensors/full-bias": ("T-36", False, "three numbers for two features", bent("full", FULL, "diff_b", [3], scaling=1)),
+    "tensors/norm-bias": ("T-38", False, "two numbers for three features", new(
+        kind("norm", {**NORM, "b_norm": tensor([2], [1, 2])}, scaling=1))),
+    "tensors/wdora-features": ("T-40", False, "three magnitudes for two features", bent("wdora", SCALED, "dora_scale", [3, 1])),
+    "tensors/wdora-inputs": ("T-40", False, "two magnitudes for three inputs", bent("wdora", BY_INPUT, "dora_scale", [1, 2])),
+    "tensors/tokens-rows": ("T-42", False, "three indices for two rows", two_rows(rows=[2, 0, 1])),
+    "integrity/meaning-malformed": ("I-11", True, "no algorithm", both(new(lambda case: None), put("meaning", "0" * 64))),
+    "integrity/scaling-edited": ("I-12", False, "1 where 2 was sealed", both(
+        new(lambda case: None), put("modules", "blk.q", "scaling", 1))),
+    "integrity/alpha-edited": ("I-12", False, "1 where 2 was sealed", both(
+        new(lambda case: None), put("modules", "blk.q", "alpha", 1), put("alpha", 1))),
+    "integrity/orientation-edited": ("I-12", False, "(out, in) where (in, out) was sealed", both(
+        new(typed), put("modules", "blk.q", "layout", "transposed", False))),
+    "integrity/target-edited": ("I-12", False, "another base tensor", both(
+        new(put("modules", "blk.q", "tensor", "blk.q.weight")), put("modules", "blk.q", "tensor", "blk.k.weight"))),
+    "integrity/layers-edited": ("I-12", False, "another order of layers", both(
+        new(repeated), put("extensions", 0, "configuration", "layers", [[0, 1], [0, 1], [0, 1]]))),
+    "integrity/base-of-another-type": ("I-13", False, "config.json was edited", both(
+        new(typed), lambda case: with_config(case, "llama"))),
+    "extensions/layers-without-an-end": ("X-06", True, "one number", both(
+        lambda case: repeated(case), put("extensions", 0, "configuration", "layers", [[0]]), new(lambda case: None))),
+    "extensions/layers-optional": ("X-06", True, "a reader could go on without them", both(
+        lambda case: repeated(case), put("extensions", 0, "must_understand", False), new(lambda case: None))),
     # 8 Versioning
     "versioning/higher-major": ("V-01", True, "2.0", put("format_version", "2.0")),
 }  # fmt: skip

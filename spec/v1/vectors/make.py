@@ -17,11 +17,11 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from container import HASHES, canonical, tiers  # noqa: E402
+from container import HASHES, canonical, meaning, tiers  # noqa: E402
 
 P = "base_model.model."
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-CODES = {"F16": "e", "F32": "f", "F64": "d", "I32": "i", "U8": "B"}
+CODES = {"F16": "e", "F32": "f", "F64": "d", "I32": "i", "I64": "q", "U8": "B"}
 ZERO, ONES = "blake3:" + "0" * 64, "blake3:" + "1" * 64
 Case = dict[str, Any]
 Change = Callable[[Case], object]
@@ -30,7 +30,7 @@ Change = Callable[[Case], object]
 def data(dtype: str, values: list[float]) -> bytes:
     if dtype == "BF16":
         return b"".join(struct.pack("<f", value)[2:] for value in values)
-    kinds = [int(value) for value in values] if dtype in ("I32", "U8") else values
+    kinds = [int(value) for value in values] if dtype in ("I32", "I64", "U8") else values
     return struct.pack(f"<{len(values)}{CODES[dtype]}", *kinds)
 
 
@@ -106,6 +106,21 @@ def lose(name: str) -> Change:
 
 def both(*changes: Change) -> Change:
     return lambda case: [change(case) for change in changes]
+
+
+def new(*changes: Change) -> Change:
+    """Mark a case as one of version 1.1, with the meaning of what these changes make; what follows may break it."""
+
+    def change(case: Case) -> None:
+        both(*changes)(case)
+        m = case["manifest"]
+        m["format_version"] = "1.1"
+        parts = {path: [n.removeprefix(f"{P}{path}.") for n in case["tensors"] if n.startswith(f"{P}{path}.")] for path in m["modules"]}
+        outer = [f"{path}.{part}" for path, names in parts.items() for part in names]
+        inner = {path: [n for n in names if outer.count(f"{path}.{n}") == 1 and not n.startswith("base_layer.")] for path, names in parts.items()}
+        m["meaning"] = meaning(m, inner, "blake3")
+
+    return change
 
 
 def raw(change: Callable[[dict[str, Any]], object]) -> Change:
