@@ -99,12 +99,13 @@ def lines(verification: Verification, *, every: bool) -> Iterator[str]:
         if len(names) > _MOST:
             yield f"… and {len(names) - _MOST} more"
     good = sum(check.within for check in verification.checked)
-    untouched = verification.identical + len(verification.differing)
+    untouched = verification.identical + verification.cast + len(verification.differing)
+    cast = f", {verification.cast} are the base's, rounded to another dtype" if verification.cast else ""
     applied = [check.applied for check in verification.checked]
     yield from show.fields(
         ("verified", "yes" if verification.ok else "NO"),
         ("changed", f"{good} of {len(verification.checked)} tensors are base + adapter within rounding"),
-        ("untouched", f"{verification.identical} of {untouched} are equal byte by byte"),
+        ("untouched", f"{verification.identical} of {untouched} are equal byte by byte{cast}"),
         ("largest error", f"{verification.error:.2e} of the weight"),
         ("applied", f"{min(applied):.4f} to {max(applied):.4f} of the adapter's change" if applied else "nothing"),
     )

@@ -44,7 +44,8 @@ class TensorResult:
     """What was measured on the way: base digests by algorithm, and the sums behind the delta retention.
 
     retained = ⟨W' − W, ΔW⟩ and total = ⟨ΔW, ΔW⟩ over the measured rows, and the number of elements that `changed`, in
-    float64, scaled up to the whole tensor.
+    float64, scaled up to the whole tensor. `overflowed` counts the numbers of which a cast to a narrower dtype made an
+    infinity, `flushed` those that were not zero and became it.
     """
 
     name: str
@@ -53,6 +54,8 @@ class TensorResult:
     total: float = 0.0
     changed: float = 0.0
     warnings: list[str] = field(default_factory=list)
+    overflowed: int = 0
+    flushed: int = 0
 
 
 def retention(results: Sequence[TensorResult]) -> float | None:
@@ -63,12 +66,14 @@ def retention(results: Sequence[TensorResult]) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """A tile as it is to be written, and the sums of `TensorResult` over its measured rows."""
+    """A tile as it is to be written, the sums of `TensorResult` over its measured rows, and what a cast lost."""
 
     raw: memoryview
     retained: float
     total: float
     changed: float
+    overflowed: int = 0
+    flushed: int = 0
 
 
 class Arithmetic(Protocol):

@@ -55,6 +55,8 @@ def run(
             result.retained += changed.retained
             result.total += changed.total
             result.changed += changed.changed
+            result.overflowed += changed.overflowed
+            result.flushed += changed.flushed
     share = spec.parameters / measured if measured else 0.0
     result.retained, result.total, result.changed = (x * share for x in (result.retained, result.total, result.changed))
     result.digests = {name: digest.finish(hasher, name) for name, hasher in hashers.items()}

@@ -29,6 +29,17 @@ MANTISSA = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}
 """Bits of precision p, the hidden one included: rounding to nearest errs by at most 2^-p of the value."""
 
 
+# Of the float dtypes: the exponents of the largest power of two and of the smallest number above zero.
+_RANGE = {"F16": (15, -24), "BF16": (127, -133), "F32": (127, -149), "F64": (1023, -1074)}
+
+
+def narrows(source: str, target: str) -> bool:
+    """Tell whether a cast between two float dtypes can make an infinity of a number, or zero of one that is not."""
+    # Two dtypes with the same largest exponent differ in the digits of the largest number, which may round beyond it.
+    (largest, least), (most, fewest) = _RANGE[source], _RANGE[target]
+    return largest > most or least < fewest or (largest == most and MANTISSA[source] > MANTISSA[target])
+
+
 def is_known(dtype: str) -> bool:
     """Tell whether the safetensors format defines a dtype of this name."""
     return dtype in _TABLE

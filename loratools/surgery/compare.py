@@ -15,6 +15,7 @@ from loratools.adapter.low_rank import load, products
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.compact import natural
 from loratools.adapter.naming.wrappers import normalized
+from loratools.adapter.placement.codes import refuse_codes
 from loratools.adapter.placement.resolve import Placement, resolve
 from loratools.adapter.placement.tied import apply_policy
 from loratools.adapter.placement.weight import base_matrix, by_module
@@ -153,6 +154,7 @@ def _amplification(svd: FactoredSVD, places: list[Placement], model: Checkpoint 
 
 def _places(adapter: Adapter, model: Checkpoint) -> Mapping[str, list[Placement]]:
     """Return where each module lies in the base; a tied head lies on the embedding."""
+    refuse_codes(adapter, model)
     adapter = apply_policy((adapter,), model.specs, model.config, "both").adapters[0]
     return by_module(resolve(adapter, {name: spec.shape for name, spec in model.specs.items()}, model.config))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from loratools import dialects
 from loratools.adapter.model import Adapter, AdapterInput, BaseIdentity, Loss, Step
+from loratools.adapter.placement.codes import refuse_codes
 from loratools.adapter.placement.image import named_for
 from loratools.adapter.placement.layers import replicated
 from loratools.adapter.placement.resolve import Placement, resolve
@@ -97,7 +98,9 @@ def convert(
     options.flag("allow_loss", allow_loss).flag("force", force).done()
     checkpoint = None if base is None else open_model(base)
     converted = adapter if isinstance(adapter, Adapter) else dialects.open_adapter(adapter, base=checkpoint)
-    checkpoint = checkpoint and replicated(checkpoint, [converted])
+    if checkpoint is not None:
+        refuse_codes(converted, checkpoint)
+        checkpoint = replicated(checkpoint, [converted])
     records = _records(to)
     if records:
         parameters = {"from": converted.dialect, "to": to, "sealed": base is not None}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from loratools import dialects
 from loratools.adapter.model import Adapter, AdapterInput
+from loratools.adapter.placement.codes import refuse_codes
 from loratools.adapter.placement.image import named_for
 from loratools.errors import InvalidOption
 from loratools.format.digest import checked_digest
@@ -34,11 +35,15 @@ def open_adapters(
     """Open one adapter or several, with a weight each (1 where None), and check their digests.
 
     `base` tells names that some dialects leave out. Raises `InvalidOption` for weights that are not a finite number for
-    each adapter, `BadFile` for an adapter whose tensors are not those that were sealed, and what opening raises.
+    each adapter, `BadFile` for an adapter whose tensors are not those that were sealed, `IncompatibleAdapter` for one
+    that changes modules which the base stores as codes, and what opening raises.
     """
     each = as_list(adapters)
     numbers = _weights(weights, len(each))
-    return tuple(_open(adapter, weight, base) for adapter, weight in zip(each, numbers, strict=True))
+    inputs = tuple(_open(adapter, weight, base) for adapter, weight in zip(each, numbers, strict=True))
+    for i, opened in enumerate(inputs, 1):
+        refuse_codes(opened.adapter, base, f"adapter {i}")
+    return inputs
 
 
 def as_list(adapters: AdapterSource | Sequence[AdapterSource]) -> list[AdapterSource]:

@@ -1,5 +1,6 @@
 """Where an adapter's updates land in a base model. Pure: names and shapes, until `settle` reads tensors.
 
+codes     modules that the base stores as codes: refused by the name of the quantization
 resolve   from modules to the tensors of a base, and the rectangles of them
 experts   experts of a mixture, stacked in one tensor or each in tensors of its own
 tied      one weight for the input embedding and the output head

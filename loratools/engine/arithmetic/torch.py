@@ -65,6 +65,7 @@ class TorchRows:
         self._stored, self._out = dtypes.to_torch(task.source.dtype), dtypes.to_torch(task.dtype)
         double = wide or torch.float64 in (self._stored, self._out)
         self._work = torch.float64 if double else torch.float32
+        self._narrows = dtypes.narrows(task.source.dtype, task.dtype)
         # Whether a term comes to rows that no other has changed
         self._first = [not any(site.meets(other) for other, _ in terms[:i]) for i, (site, _) in enumerate(terms)]
         self._keep_base = any(
@@ -109,6 +110,7 @@ class TorchRows:
     def change(self, stored: memoryview, first: int, measured: int) -> Changed:
         """Return the tile changed; raise `IncompatibleAdapter` when a value is not finite."""
         retained = total = changed = 0.0
+        overflowed = flushed = 0
         out = self._workspace.of("out", len(stored) // self._stored.itemsize, self._out)
         for start, block in self._blocks(stored):
             W = self._widened(block)
@@ -118,10 +120,13 @@ class TorchRows:
             rounded = out[start * W.shape[1] :][: W.numel()].view(W.shape)
             rounded.copy_(self._stochastic(W, (first + start) * W.shape[1]) if self._stochastic else W)
             self._check_finite(W, rounded)
+            if self._narrows:
+                lost = _lost(W, rounded)
+                overflowed, flushed = overflowed + lost[0], flushed + (0 if self._stochastic else lost[1])
             self._refine(block, rounded, first + start)
             some = _measured(base[:rows], W, rounded)
             retained, total, changed = retained + some[0], total + some[1], changed + some[2]
-        return Changed(_bytes_of(out), retained, total, changed)
+        return Changed(_bytes_of(out), retained, total, changed, overflowed, flushed)
 
     def _blocks(self, stored: memoryview) -> list[tuple[int, torch.Tensor]]:
         """Return the blocks of a tile as stored, each with its first row in the tile."""
@@ -149,8 +154,8 @@ class TorchRows:
                 term.apply_rows(W[inside], met[1], None if fresh or not term.needs_base else base[inside])
 
     def _check_finite(self, W: torch.Tensor, rounded: torch.Tensor) -> None:
-        # One cheap sum finds any infinity or NaN; F16 can overflow in the rounding, so there the rounded values count.
-        suspect = rounded if self._task.dtype == "F16" or self._stochastic else W
+        # One cheap sum finds any infinity or NaN; where the rounding can overflow, the rounded values count.
+        suspect = rounded if self._narrows or self._task.dtype == "F16" or self._stochastic else W
         if self._terms and not bool(suspect.sum(dtype=W.dtype).isfinite()) and not bool(suspect.isfinite().all()):
             raise not_finite(self._task.name, self._task.dtype)
 
@@ -183,6 +188,16 @@ class TorchRows:
         np.bitwise_and(region.view(torch.int16).numpy(), 0x7FFF, out=bits)
         np.less_equal(bits, np.int16(limit), out=mask)
         return torch.from_numpy(np.flatnonzero(mask))
+
+
+def _lost(W: torch.Tensor, rounded: torch.Tensor) -> tuple[int, int]:
+    """Return of how many finite numbers rounding made an infinity, and of how many that were not zero it made zero."""
+    import torch
+
+    overflowed = 0
+    if not bool(rounded.sum(dtype=torch.float64).isfinite()):
+        overflowed = int(torch.count_nonzero(rounded.isinf() & W.to(rounded.device).isfinite()))
+    return overflowed, int(torch.count_nonzero(W)) - int(torch.count_nonzero(rounded))
 
 
 def _bits(limit: float, dtype: torch.dtype) -> int:

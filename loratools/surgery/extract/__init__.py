@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from loratools import dialects
 from loratools.adapter.naming.selection import Selection
+from loratools.adapter.placement.codes import refuse_other_codes
 from loratools.errors import IncompatibleAdapter, OutputRefused
 from loratools.format import manifest
 from loratools.linalg.ranks.allocate import Ranks
@@ -132,10 +133,11 @@ def extract(
     for path in (base.root, tuned.root):
         if path.resolve().is_relative_to(output.resolve()):
             raise OutputRefused(f"{output} is or holds the input {path}", hint="Choose another output.")
+    coded = refuse_other_codes(base, tuned)
     pairing = pair(base, tuned, selection or Selection())
     with atomic.new_folder(output, force=force) as scratch, full_float32():
         spool = Spool(scratch / ".factors")
-        work = Sweep(base, tuned, pairing, options, spool, progress or no_progress)
+        work = Sweep(base, tuned, pairing, options, spool, progress or no_progress, coded)
         outcomes, hashes = work.run(threads or cores())
         identity = replace(hashes[0], id=base_id)
         adapter, accounts, card, notes = assemble(base, tuned, pairing, outcomes, identity, hashes[1], options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -11,7 +11,7 @@ from loratools.adapter.model import BaseIdentity
 from loratools.errors import BadFile, LoraToolsError
 from loratools.linalg.ranks.rules import Fixed
 from loratools.parallel import Progress, each, no_progress
-from loratools.storage import digest
+from loratools.storage import digest, files
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import TensorSpec
 from loratools.surgery.extract.assemble import Outcome
@@ -33,7 +33,7 @@ _Several = Callable[..., dict[str, "_Result"]]
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """One run over all pairs."""
+    """One run over all pairs. The tensors `coded` belong to a quantization, and may not differ."""
 
     base: Checkpoint
     tuned: Checkpoint
@@ -41,6 +41,7 @@ class Sweep:
     options: ExtractOptions
     spool: Spool
     progress: Progress
+    coded: Set[str] = frozenset()
 
     def run(self, threads: int) -> tuple[list[Outcome], tuple[BaseIdentity, str]]:
         """Work on all pairs, several at a time, then on those whose ranks need a second look."""
@@ -78,6 +79,11 @@ class Sweep:
 
     def _compared(self, pair: Pair, shapes: Sequence[tuple[int, int]]) -> _Result:
         spec, source = self._specs(pair)
+        if pair.name in self.coded:
+            if not files.same_bytes(source, spec):
+                raise LoraToolsError(f"stored as {spec.dtype}: part of a quantized weight, which cannot be subtracted")
+            digests = hash_tensors({"": spec}, threads=1)[""]
+            return _Result(pair, 0.0, 0.0, (digests, digests))
         if pair.base is None or source.shape != spec.shape:
             norm2, new = read_norm2(spec, self.progress)
             old = read_norm2(source, self.progress)[1] if pair.base else ""

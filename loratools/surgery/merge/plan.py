@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
 from loratools.adapter.identity import compare
 from loratools.adapter.model import AdapterInput
 from loratools.adapter.naming.wrappers import normalized
+from loratools.adapter.placement.codes import HINT
 from loratools.adapter.placement.resolve import Placement, resolve
 from loratools.adapter.placement.settle import replaced, usual_dtype
 from loratools.adapter.placement.tied import apply_policy
@@ -18,6 +19,7 @@ from loratools.errors import IncompatibleAdapter, WrongBase
 from loratools.options import CheckBase
 from loratools.storage import dtypes
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.codecs import schemes
 from loratools.storage.header import TensorSpec
 from loratools.storage.layout import DEFAULT_SHARD, FilePlan, plan_file, plan_shards
 from loratools.surgery.base import of_headers, other_type
@@ -47,11 +49,12 @@ def plan_merge(
     check_vocabulary(shapes, {name: spec.shape for name, spec in whole.items()})
     placements = _placements(inputs, {name: spec.shape for name, spec in sources.items()}, base)
     targets = [(name, specs[name]) for name in {**placements, **whole} if name in specs]
-    if codes := [(name, spec) for name, spec in targets if spec.dtype not in dtypes.FLOATS]:
+    codes = schemes.find(base.specs, base.config)
+    if coded := [(name, spec) for name, spec in targets if spec.dtype not in dtypes.FLOATS or name in codes.tensors]:
         raise IncompatibleAdapter(
-            f"{len(codes)} target tensor(s) of the base are quantized, and adding to their codes would be wrong",
-            [f"{name}: stored as {spec.dtype} with shape {spec.shape}" for name, spec in codes],
-            hint="Merge into the unquantized base, then quantize again.",
+            f"{len(coded)} target tensor(s) of {base.path} are quantized, and adding to their codes would be wrong",
+            [f"{name}: {codes.of_tensor(name)}, stored as {spec.dtype} {spec.shape}" for name, spec in coded],
+            hint=HINT,
         )
     expected, notes = _recorded_digests(inputs, placements, base, options.check_base)
     expected = {name: digests for name, digests in expected.items() if name not in whole}
@@ -64,22 +67,26 @@ def plan_merge(
     notes += followed
     notes += [f"added to the model: {', '.join(sorted(added))}"] if added else []
     notes += _order(placements, len(inputs))
-    files, laid_out = _files(base, specs, sources, added, options)
+    if options.output_dtype and codes.tensors:
+        named = codes.named() if codes.modules else "a calibration"
+        notes.append(f"{len(codes.tensors)} tensor(s) of the quantization ({named}) keep their dtypes")
+    files, laid_out = _files(base, specs, sources, added, codes.tensors, options)
     strict = options.check_base == "strict"
     return MergePlan(base, inputs, files, changes, config, laid_out, strict, tuple(notes))
 
 
 def _files(
     base: Checkpoint, specs: Mapping[str, TensorSpec], sources: Mapping[str, TensorSpec], added: list[str],
-    options: MergeOptions,
+    kept: Set[str], options: MergeOptions,
 ) -> tuple[tuple[FilePlan, ...], bool]:  # fmt: skip
-    """Lay out the output's files of tensors; tell whether they are the base's own."""
+    """Lay out the output's files of tensors; tell whether they are the base's own. Those `kept` keep their dtype."""
     if base.components and options.shard_bytes is not None:
         raise IncompatibleAdapter("a pipeline keeps the files of its components; --max-shard-size does not apply to it")
     planned = {}
     for name, source in sources.items():
         stored = specs[name].dtype if name in specs else usual_dtype(base.specs)
-        planned[name] = (name, (stored in dtypes.FLOATS and options.output_dtype) or stored, source.shape)
+        cast = options.output_dtype if stored in dtypes.FLOATS and name not in kept else None
+        planned[name] = (name, cast or stored, source.shape)
     if options.shard_bytes is not None or not all(shard.path.suffix == ".safetensors" for shard in base.shards):
         metadata = {"format": "pt"} | dict(base.shards[0].metadata)
         return tuple(plan_shards(list(planned.values()), options.shard_bytes or DEFAULT_SHARD, metadata)), False

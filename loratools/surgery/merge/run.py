@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from loratools.adapter.model import AdapterInput
 from loratools.adapter.placement.layers import replicated
 from loratools.adapter.placement.settle import settle
+from loratools.decisions import warned
 from loratools.engine.device import check as check_device
 from loratools.engine.plan import MergePlan
 from loratools.engine.residual.keep import Kept, keep
@@ -141,6 +142,23 @@ def prepare(
     return Merge(plan, output, sources, record, options, tuple(_accounts(plan, inputs)))
 
 
+def _check_casts(results: Sequence[TensorResult], options: MergeOptions) -> None:
+    """Refuse infinities that a cast made, with every tensor that has some; warn of numbers that it made zero."""
+    if overflowed := [result for result in results if result.overflowed]:
+        problems = [f"{result.name}: {result.overflowed} number(s) beyond it" for result in overflowed]
+        raise IncompatibleAdapter(
+            f"numbers of {len(overflowed)} tensor(s) are larger than any that their new dtype holds, and would be "
+            f"infinite in {options.output_dtype or 'the dtype of the base'}",
+            problems,
+            hint="Choose a dtype with a wider range: --dtype bf16 or f32.",
+        )
+    if flushed := sorted((result for result in results if result.flushed), key=lambda result: -result.flushed):
+        warned(
+            "%d number(s) of %d tensor(s) are too small for their new dtype and became zero, most of them in %s (%d)",
+            sum(result.flushed for result in flushed), len(flushed), flushed[0].name, flushed[0].flushed,
+        )  # fmt: skip
+
+
 def _accounts(plan: MergePlan, inputs: Sequence[AdapterInput]) -> list[Account]:
     """Return what became of every tensor of the adapters, which are as they were opened, with copies and all.
 
@@ -202,6 +220,7 @@ def execute(
         progress(sum(file.size for file in plan.files if file.name in reused))
         results = write_weights(remaining, scratch, settings, progress, finished if sent or journal else None)
         results = journal.close() if journal else results
+        _check_casts(results, options)
         specs = plan.base.specs
         hashed = [result for result in results if result.digests and result.name in specs]
         digests = {plan.base.origin(result.name): result.digests[digest.DEFAULT] for result in hashed}

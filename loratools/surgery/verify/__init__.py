@@ -21,6 +21,7 @@ from loratools.engine.plan import MergePlan
 from loratools.options import Options, Tied
 from loratools.parallel import Progress, cores, no_progress, workers
 from loratools.storage import dtypes, files
+from loratools.storage.codecs import schemes
 from loratools.storage.header import TensorSpec
 from loratools.surgery.inputs import AdapterSource, ModelSource, open_adapters, open_model, under_names_of
 from loratools.surgery.merge.options import MergeOptions
@@ -53,7 +54,11 @@ class TensorCheck:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """The whole account: `ok` only if every tensor of both models is explained."""
+    """The whole account: `ok` only if every tensor of both models is explained.
+
+    Of the tensors that no adapter changes `identical` counts those that are the base's byte by byte, and `cast` those
+    that are the base's in another float dtype, each number rounded once and none lost to infinity.
+    """
 
     ok: bool
     checked: tuple[TensorCheck, ...]
@@ -64,6 +69,7 @@ class Verification:
     error: float
     exact: bool
     seed: int
+    cast: int = 0
 
 
 def verify(
@@ -117,7 +123,10 @@ def verify(
     how = "every element" if exact else f"{probing.PROBES} columns and {probing.PROBES} random probes of seed {seed}"
     decided("%d tensors change: %s of each are compared; %d are byte for byte", len(touched), how, len(untouched))
     with workers(threads or min(8, cores())) as pool:
-        same = [pool.submit(_same, shared[name].source, model.specs[name], progress) for name in untouched]
+        codes = schemes.find(base.specs, base.config).tensors
+        same = [
+            pool.submit(_same, shared[name].source, model.specs[name], name in codes, progress) for name in untouched
+        ]
         checks = [pool.submit(_check, plan, name, model.specs[name], exact, seed, progress) for name in touched]
         differing = tuple(sorted(name for name, future in zip(untouched, same, strict=True) if not future.result()))
         checked = tuple(future.result() for future in checks)
@@ -125,18 +134,30 @@ def verify(
     extra = tuple(sorted(model.specs.keys() - plan.changes.keys()))
     ok = not (differing or missing or extra) and all(check.within for check in checked)
     worst = max((check.error_of_weight for check in checked), default=0.0)
-    identical = len(untouched) - len(differing)
-    return Verification(ok, checked, identical, differing, missing, extra, worst, exact, seed)
+    cast = sum(shared[name].source.dtype != model.specs[name].dtype for name in set(untouched).difference(differing))
+    identical = len(untouched) - len(differing) - cast
+    return Verification(ok, checked, identical, differing, missing, extra, worst, exact, seed, cast)
 
 
-def _same(base: TensorSpec, merged: TensorSpec, progress: Progress) -> bool:
-    """Compare an untouched tensor byte by byte; where the dtype was changed, with the base rounded to it."""
-    progress(merged.nbytes)
+def _same(base: TensorSpec, merged: TensorSpec, coded: bool, progress: Progress) -> bool:
+    """Compare an untouched tensor byte by byte; a float one of another dtype with the base's numbers, rounded to it.
+
+    An infinity that the base has not is no rounding. What belongs to a quantization (`coded`) may not be cast at all.
+    """
     if base.shape != merged.shape or base.dtype == merged.dtype:
+        progress(merged.nbytes)
         return files.same_bytes(base, merged)
+    if coded or not {base.dtype, merged.dtype} <= set(dtypes.FLOATS):
+        return False
     import torch
 
-    return torch.equal(files.read_tensor(base).to(dtypes.to_torch(merged.dtype)), files.read_tensor(merged))
+    for _, _, (W, actual) in files.row_tiles((base, merged), 1, _TILE):
+        infinite = torch.isinf(actual) & ~torch.isinf(W)
+        equal = (W.to(actual.dtype) == actual) | (torch.isnan(W) & torch.isnan(actual))
+        if bool(infinite.any()) or not bool(equal.all()):
+            return False
+        progress(actual.numel() * actual.element_size())
+    return True
 
 
 def _check(plan: MergePlan, name: str, merged: TensorSpec, exact: bool, seed: int, progress: Progress) -> TensorCheck:

@@ -277,7 +277,7 @@ def test_quantized_weights_are_refused_by_name(tmp_path: Path) -> None:
     tuned = dict(base) | {"model.layers.0.self_attn.k_proj.weight": torch.zeros(H, H, dtype=torch.int8)}
     with pytest.raises(BadFile) as caught:
         extract(*pair(tmp_path, base, tuned), tmp_path / "out", Ranks(Fixed(2)))
-    assert "k_proj.weight: stored as I8: a quantized weight" in str(caught.value)
+    assert "k_proj.weight: stored as I8: part of a quantized weight" in str(caught.value)
 
 
 def test_equal_models_and_strangers_are_refused(tmp_path: Path) -> None:

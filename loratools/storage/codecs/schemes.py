@@ -1,0 +1,229 @@
+"""Quantized models: which tensors are codes, or give codes their meaning, and the name of the scheme they follow.
+
+A weight that is stored as codes is no number to add to, and its scales, zero points, maps and code books are no numbers
+to cast. The tensors decide, for their names and dtypes are what a loader reads; config.json adds its name for it.
+
+    Scheme    one way of quantizing: the name that people know it by, and the parts that only it has
+    Codes     what of a model is quantized
+    find      looks for it, by names, dtypes and config.json
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+from loratools.storage import dtypes
+from loratools.storage.header import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """One way of quantizing: its name, parts of a module that only it has, and dtypes of `weight` that are its own.
+
+    A module is of the first scheme of `SCHEMES` all of whose `parts` it has, if its weight has one of the `dtypes`,
+    where there are any, and config.json's `quant_method` is one of the `methods`, where there are any.
+    """
+
+    name: str
+    parts: frozenset[str]
+    dtypes: frozenset[str] = frozenset()
+    methods: frozenset[str] = frozenset()
+
+    def is_of(self, parts: Set[str], dtype: str | None, method: str) -> bool:
+        """Tell whether a module with these parts, and a weight of this dtype, is quantized so."""
+        return (
+            self.parts <= parts
+            and (not self.dtypes or dtype in self.dtypes)
+            and (not self.methods or method in self.methods)
+        )
+
+
+_F8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
+_CODES = frozenset({"U8", "I8", "I16", "U16", "I32", "U32", "F4", "F6_E2M3", "F6_E3M2", *_F8})
+
+
+def _scheme(name: str, parts: str, stored: Set[str] = frozenset(), methods: str = "") -> Scheme:
+    return Scheme(name, frozenset(parts.split()), frozenset(stored), frozenset(methods.split()))
+
+
+SCHEMES = (
+    _scheme("bitsandbytes NF4", "nf4"),
+    _scheme("bitsandbytes FP4", "fp4"),
+    _scheme("bitsandbytes 4 bit", "absmax"),
+    _scheme("bitsandbytes int8 (LLM.int8)", "SCB"),
+    _scheme("SVDQuant (nunchaku)", "qweight wscales"),
+    _scheme("FP-Quant", "qweight scales", methods="fp_quant"),
+    _scheme("AWQ", "qweight scales", methods="awq"),
+    _scheme("GPTQ", "qweight scales", methods="gptq"),
+    _scheme("AutoRound", "qweight scales", methods="auto-round auto_round intel/auto-round"),
+    _scheme("GPTQ", "qweight g_idx"),
+    _scheme("AWQ or GPTQ", "qweight scales"),
+    _scheme("MXFP4", "blocks scales"),
+    _scheme("NVFP4 (modelopt)", "weight_scale_2"),
+    _scheme("compressed-tensors", "weight_packed"),
+    _scheme("MLX", "scales", {"U32"}),
+    _scheme("torchao", "qdata"),
+    _scheme("HQQ", "W_q"),
+    _scheme("EXL3", "trellis"),
+    _scheme("EXL2", "q_weight"),
+    _scheme("quanto", "_data"),
+    _scheme("AQLM", "codes codebooks"),
+    _scheme("VPTQ", "centroids"),
+    _scheme("SpQR", "dense_weights"),
+    _scheme("HIGGS", "tables"),
+    _scheme("EETQ int8", "weight_scales", {"I8"}),
+    _scheme("compressed-tensors", "weight_scale", methods="compressed-tensors"),
+    _scheme("FP8 with scales", "weight_scale_inv"),
+    _scheme("FP8 with scales", "weight_scale", _F8),
+    _scheme("scaled FP8 (ComfyUI)", "scale_weight"),
+    _scheme("FP8 without scales", "", _F8),
+)
+
+# Last parts of names that only quantized models have. With `True`, they are part of the tensor in the segment before.
+_PARTS: Mapping[str, bool] = {
+    **dict.fromkeys(
+        ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "_data", "_scale", "_shift", "_zero_point"), True
+    ),
+    **dict.fromkeys(
+        ("SCB", "weight_format", "qweight", "qzeros", "g_idx", "wscales", "wzeros", "weight_packed", "weight_scale",
+         "weight_scale_2", "weight_scale_inv", "weight_scales", "weight_zero_point", "weight_global_scale",
+         "weight_shape", "weight_g_idx", "input_scale", "input_zero_point", "input_global_scale", "output_scale",
+         "output_zero_point", "activation_scale", "pre_quant_scale", "W_q", "trellis", "q_weight", "scale_weight",
+         "scale_input", "comfy_quant", "k_scale", "v_scale", "k_zero_point", "v_zero_point", "svdquant_lora_a",
+         "svdquant_lora_b", "scaled_fp8"), False
+    ),
+}  # fmt: skip
+
+# Parts that other models have too, and that mean codes where config.json names this method.
+_OF_METHOD = {"aqlm": ("codes", "codebooks"), "vptq": ("centroids",), "spqr": ("dense_weights",), "higgs": ("tables",)}
+
+# Parts that mean codes only beside another one.
+_BESIDE = {"W_q": "scale", "blocks": "scales", "scales": "blocks"}
+
+# Stacked tensors of experts, which have no `weight` of their own.
+_STACKS = ("gate_up_proj", "down_proj", "gate_proj", "up_proj", "w1", "w2", "w3", "w13", "mlp1_weight", "mlp2_weight")
+
+# Ends of the names of what belongs to a stacked or flattened tensor: `gate_up_proj_scale_inv`.
+_ENDS = ("_scale_inv", "_packed", "_zero_point", "_global_scale", "_scale", "_scale_2", "_qdata", "_shape")
+
+# What a calibration of activations leaves, beside codes and beside plain weights.
+_CALIBRATION = frozenset({
+    "input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point", "activation_scale",
+    "k_scale", "v_scale", "k_zero_point", "v_zero_point", "amax", "scale_input", "scaled_fp8",
+})  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """What of a model is quantized: module -> the name of its scheme, and all tensors that belong to a quantization.
+
+    A module is the path before `weight`; of stacked experts that of the stack. `stated` is config.json's own name.
+    """
+
+    modules: Mapping[str, str] = field(default_factory=dict)
+    tensors: frozenset[str] = frozenset()
+    stated: str | None = None
+
+    def named(self, schemes: Iterable[str] = ()) -> str:
+        """Return the commonest of these schemes (default: of all modules), with what config.json says of it."""
+        return self._with_stated(Counter(schemes or self.modules.values()).most_common(1)[0][0])
+
+    def of_tensor(self, name: str) -> str:
+        """Return the name of the scheme that a tensor belongs to."""
+        module = name.rpartition(".")[0]
+        owners = (name, module, module.removesuffix(".quant_state"), name.partition(".weight.")[0])
+        return next((self.modules[owner] for owner in owners if owner in self.modules), "no scheme that is known")
+
+    def _with_stated(self, scheme: str) -> str:
+        return f"{scheme} (config.json: {self.stated})" if self.stated else scheme
+
+
+def find(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> Codes:
+    """Return which tensors of a model are codes, or belong to them; from names, dtypes and config.json alone.
+
+    Biases of quantized modules are numbers like others, and belong to nothing.
+    """
+    statement = _statement(config)
+    method = str(statement.get("quant_method") or statement.get("quant_algo") or "").lower()
+    owners = {name: owner_and_part for name in specs if (owner_and_part := _marked(name, _OF_METHOD.get(method, ())))}
+    parts: dict[str, set[str]] = defaultdict(set)
+    for owner, part in owners.values():
+        parts[owner].add(part)
+    for name, spec in specs.items():
+        if name not in owners and spec.dtype in _CODES and len(spec.shape) > 1 and _is_weight(name):
+            parts[name.removesuffix(".weight")].add("weight")
+    modules: dict[str, str] = {}
+    stray = set()
+    for owner, marks in parts.items():
+        weight = specs.get(f"{owner}.weight") or specs.get(owner)
+        is_number = weight is not None and weight.dtype in dtypes.FLOATS
+        alone = {mark for mark in marks & _BESIDE.keys() if not {_BESIDE[mark]} & marks}
+        if marks == {mark for mark in alone if f"{owner}.{_BESIDE[mark]}" not in specs}:
+            stray.add(owner)
+        elif not marks <= _CALIBRATION and not (is_number and not statement and not marks & _IN_ANY_DTYPE):
+            modules[owner] = weight.dtype if weight else ""
+    tensors = {name for name, (owner, _) in owners.items() if owner not in stray}
+    tensors |= {name for name in specs if statement and name.endswith(".scales")}  # also AWQ's of an activation
+    for name in specs:  # `scales`, `zero`, `biases`: names that mean something only in a module of codes
+        module, _, parameter = name.rpartition(".")
+        if module in modules and parameter != "bias":
+            parts[module].add(parameter)
+            tensors.add(name)
+        elif name in modules:
+            tensors.add(name)
+    schemes = {
+        owner: next(
+            (scheme.name for scheme in SCHEMES if scheme.is_of(parts[owner], dtype, method)),
+            method or f"{dtype or 'unknown'} codes",
+        )
+        for owner, dtype in modules.items()
+    }
+    return Codes(schemes, frozenset(tensors), _stated(statement))
+
+
+_IN_ANY_DTYPE = frozenset({"absmax", "nf4", "fp4"})
+"""Parts of a scheme that may store codes as the bytes of floats."""
+
+
+def _marked(name: str, more: tuple[str, ...]) -> tuple[str, str] | None:
+    """Return the module that a name is part of a quantization of, and which part; None for any other name."""
+    module, _, last = name.rpartition(".")
+    if last in _PARTS or last in more:
+        return (module.removesuffix(".weight") if _PARTS.get(last) else module), last
+    if last.startswith("bitsandbytes__"):
+        return module.removesuffix(".quant_state").removesuffix(".weight"), last.removeprefix("bitsandbytes__")
+    if last == "_amax":
+        return module, "amax"
+    if last.endswith(("_blocks", "_scales")):
+        stem, _, end = last.rpartition("_")
+        return f"{module}.{stem}", end
+    if last.endswith(_ENDS):
+        end = next(end for end in _ENDS if last.endswith(end))
+        stem = last.removesuffix(end)
+        if stem == "_weight":  # of torchao
+            return module, end[1:]
+        if stem in _STACKS:
+            return f"{module}.{stem}", f"weight{end}"
+    return None
+
+
+def _is_weight(name: str) -> bool:
+    return name.endswith((".weight", *(f"experts.{stack}" for stack in _STACKS)))
+
+
+def _statement(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what config.json says of its quantization; {} where it says nothing."""
+    inner = config.get("text_config")
+    places = (config, inner) if isinstance(inner, Mapping) else (config,)
+    stated = (place.get(key) for place in places for key in ("quantization_config", "quantization"))
+    return next((each for each in stated if isinstance(each, Mapping) and each), {})
+
+
+def _stated(statement: Mapping[str, Any]) -> str | None:
+    """Return config.json's statement in a few words: method, format, bits."""
+    words = [str(statement[key]) for key in ("quant_method", "quant_algo", "format", "mode") if statement.get(key)]
+    bits = statement.get("bits") or next((n for n in (4, 8) if statement.get(f"load_in_{n}bit")), None)
+    return ", ".join([*words, *([f"{bits} bits"] if bits else [])]) or None
