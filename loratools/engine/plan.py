@@ -77,6 +77,14 @@ class MergePlan:
         """Return the tensors whose numbers change."""
         return {name: change for name, change in self.changes.items() if change.placements or change.replaced}
 
+    def turned(self) -> list[list[str]]:
+        """Return for each adapter the modules of which the base stores a weight (in, out), sorted."""
+        modules: list[set[str]] = [set() for _ in self.inputs]
+        for i, placement in (pair for change in self.changes.values() for pair in change.placements):
+            if placement.site.transposed:
+                modules[i].add(placement.module)
+        return [sorted(names) for names in modules]
+
     def rewritten(self) -> dict[str, Change]:
         """Return the tensors that pass through arithmetic: updated, or cast to another dtype."""
         changes = ((slot, self.changes[slot.name]) for plan in self.files for slot in plan.slots)

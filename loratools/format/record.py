@@ -7,31 +7,80 @@ path and no time, so equal merges have equal records. A person may have edited i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loratools.adapter.model import AdapterInput, BaseIdentity
+from loratools.adapter.kinds import Update
+from loratools.adapter.model import Adapter, AdapterInput, BaseIdentity
 from loratools.errors import OutputRefused
+from loratools.format.manifest import LAYERS, usual
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.companions import RECORD
 from loratools.storage.strict_json import read_json
 from loratools.version import __version__
 
 TOOL = f"loratools {__version__}"
+TURNED = "transposed"
+"""Field of an adapter's entry: the modules whose weights the base stores (in, out)."""
 
 
-def of_merge(base: Checkpoint, inputs: Sequence[AdapterInput]) -> dict[str, Any]:
-    """Return what a record says before the merge runs."""
+def of_merge(base: Checkpoint, inputs: Sequence[AdapterInput], turned: Sequence[Sequence[str]] = ()) -> dict[str, Any]:
+    """Return what a record says before the merge runs.
+
+    `turned` has for each adapter the modules whose weights the base stores (in, out); () where that is not known.
+    """
     ids = {each.adapter.base.id for each in inputs if each.adapter.base and each.adapter.base.id}
     adapters = []
-    for each in inputs:
+    for i, each in enumerate(inputs):
         updates = each.adapter.updates.values()
         entry = {"digest": each.digest, "weight": each.weight, "dialect": each.adapter.dialect, "modules": len(updates)}
         entry["kinds"] = ", ".join(sorted({update.kind for update in updates}))
         entry["ranks"] = ", ".join(map(str, sorted({update.rank for update in updates})))
-        adapters.append(entry)
+        adapters.append(entry | _applied(each.adapter) | ({TURNED: list(turned[i])} if turned else {}))
     identity = {"id": ids.pop() if len(ids) == 1 else None, "schema": base.schema()}
     return {"schema": 1, "operation": "merge", "tool": TOOL, "base": identity, "adapters": adapters}
+
+
+def _applied(adapter: Adapter) -> dict[str, Any]:
+    """Return what decides the change besides the tensors, which the digest covers: scalings, layouts, repeated layers.
+
+    `scaling` is that of most modules, `scalings` has those of the others.
+    """
+    each = {module: update.scaling for module, update in sorted(adapter.updates.items())}
+    most = usual(each.values())
+    layouts = {module: _layout(update) for module, update in sorted(adapter.updates.items()) if _layout(update)}
+    layers = [list(part) for part in adapter.settings.get(LAYERS) or ()]
+    return {"scaling": most, "scalings": {module: s for module, s in each.items() if s != most}, "layouts": layouts} | (
+        {"layers": layers} if layers else {}
+    )
+
+
+def _layout(update: Update) -> dict[str, Any]:
+    # How the base stores a weight is recorded as it was found, whoever said it.
+    return {name: value for name, value in update.layout.items() if name != "transposed"}
+
+
+def unlike(entry: Mapping[str, Any], adapter: Adapter) -> list[str]:
+    """Return in what an adapter differs from that of a record's entry although the digests agree, a sentence each.
+
+    None where it does not, or where an older record says nothing of scalings and layouts.
+    """
+    if not isinstance(entry.get("scaling"), int | float):
+        return []
+    stated = _applied(adapter)
+    scalings, layouts, problems = entry.get("scalings"), entry.get("layouts"), []
+    scalings, layouts = (value if isinstance(value, Mapping) else {} for value in (scalings, layouts))
+    for module, update in sorted(adapter.updates.items()):
+        recorded = scalings.get(module, entry["scaling"])
+        if not isinstance(recorded, int | float) or not math.isclose(recorded, update.scaling, rel_tol=1e-12):
+            problems.append(f"{module}: merged with scaling {recorded}, this file says {update.scaling:g}")
+        if layouts.get(module, {}) != stated["layouts"].get(module, {}):
+            now = stated["layouts"].get(module, {})
+            problems.append(f"{module}: merged with the layout {layouts.get(module, {})}, this file says {now}")
+    if entry.get("layers", []) != stated.get("layers", []):
+        problems.append(f"layers: merged with {entry.get('layers', [])}, this file says {stated.get('layers', [])}")
+    return problems
 
 
 def read(model: Checkpoint) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def _restore_and_merge(
         name: partial(_restore, tensor, residual, base.specs[name], recorded.get(name)) for name, tensor in lost.items()
     }
     results = write_weights(plan, scratch, Settings(threads, before=before), progress)
-    record = of_merge(base, inputs)
+    record = of_merge(base, inputs, plan.turned())
     digests = {result.name: result.digests[digest.DEFAULT] for result in results if result.digests}
     of_base = {**merged.record["base"], "tensors": digests}
     record |= {"base": of_base, "tied": None, "dtype": None, "retention": retention(results)}

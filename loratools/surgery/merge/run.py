@@ -136,7 +136,7 @@ def prepare(
     settled, decided = settle(base, under_names_of(base, inputs), strict=options.check_base == "strict")
     plan = plan_merge(base, settled, options, configs=[own_config(each.path) for each in inputs])
     plan = replace(plan, notes=(*plan.notes, *decided))
-    record = of_merge(base, inputs)
+    record = of_merge(base, inputs, plan.turned())
     record |= {"dtype": options.output_dtype, "tied": options.tied if options.tied != "error" else None}
     sources = companions(base, [each.path for each in inputs])
     return Merge(plan, output, sources, record, options, tuple(_accounts(plan, inputs)))

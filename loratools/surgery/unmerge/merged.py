@@ -21,14 +21,15 @@ from loratools.surgery.inputs import AdapterSource, ModelSource, open_adapters, 
 class MergedModel:
     """A merged model, the record of its merge ({} without a complete one), and the adapters that are to be taken out.
 
-    `inputs` are in the order of the record, under the model's names, with the weights of the merge; `others` are the
-    digests of the adapters that the model holds besides.
+    `inputs` are in the order of the record, under the model's names, with the weights of the merge, and `entries` what
+    the record says of each; `others` are the digests of the adapters that the model holds besides.
     """
 
     model: Checkpoint
     record: Mapping[str, Any]
     inputs: tuple[AdapterInput, ...]
     others: tuple[str, ...]
+    entries: tuple[Mapping[str, Any], ...] = ()
 
     @classmethod
     def open(
@@ -41,19 +42,22 @@ class MergedModel:
         `IncompatibleAdapter` for an adapter that was not merged.
         """
         model = open_model(model)
-        inputs = under_names_of(model, open_adapters(adapters, model, weights))
+        inputs = open_adapters(adapters, model, weights)
         record = records.read(model)
         if not records.is_complete(record):
-            return cls(model, {}, inputs, ())
+            return cls(model, {}, under_names_of(model, inputs), ())
         entries: Sequence[Mapping[str, Any]] = record["adapters"]
         remaining = dict(enumerate(entries))
         recorded: dict[int, AdapterInput] = {}
         problems = []
         for i, each in enumerate(inputs):
-            number = next((k for k, entry in remaining.items() if entry["digest"] == each.digest), None)
-            if number is None:
+            alike = [k for k, entry in remaining.items() if entry["digest"] == each.digest]
+            if not alike:
                 problems.append(f"adapter {i + 1}: its digest is {each.digest}")
                 continue
+            # The same tensors can be merged twice, with other scalings; those of the file tell which of the two it is.
+            number = min(alike, key=lambda k: len(records.unlike(remaining[k], each.adapter)))
+            problems += [f"adapter {i + 1}: {line}" for line in records.unlike(remaining[number], each.adapter)]
             weight = remaining.pop(number)["weight"]
             if weights is not None and each.weight != weight:
                 problems.append(f"adapter {i + 1}: merged with weight {weight:g}, given {each.weight:g}")
@@ -64,7 +68,9 @@ class MergedModel:
                 [*problems, *(f"recorded: {entry['digest']}, weight {entry['weight']:g}" for entry in entries)],
             )
         others = tuple(entry["digest"] for entry in remaining.values())
-        return cls(model, record, tuple(recorded[number] for number in sorted(recorded)), others)
+        order = sorted(recorded)
+        ordered = under_names_of(model, [recorded[number] for number in order])
+        return cls(model, record, ordered, others, tuple(entries[number] for number in order))
 
     def residual(self) -> Residual | None:
         """Open the residual, if the merge kept one."""
@@ -81,6 +87,24 @@ class MergedModel:
             raise IncompatibleAdapter(
                 f"{self.model.path}: the merge repeated layers of the base (layer_replication)",
                 hint="Only the base model leads back to it: unmerge with --base.",
+            )
+
+    def check_orientation(self, turned: Sequence[Sequence[str]]) -> None:
+        """Raise `IncompatibleAdapter` where a weight lies otherwise than at the merge.
+
+        `turned` has for each adapter the modules whose weights are taken to be stored (in, out).
+        """
+        problems = [
+            f"adapter {i + 1}: {module}: {'(in, out)' if module in recorded else '(out, in)'} at the merge"
+            for i, entry in enumerate(self.entries)
+            if isinstance(recorded := entry.get(records.TURNED), list)
+            for module in sorted(set(map(str, recorded)) ^ set(turned[i]))
+        ]
+        if problems:
+            raise IncompatibleAdapter(
+                f"{self.model.root / RECORD}: weights of this model are not stored as they were when it was merged",
+                problems,
+                hint="Was model_type of its config.json, or fan_in_fan_out of the adapter's, edited since?",
             )
 
     def check_complete(self) -> None:

@@ -47,10 +47,11 @@ def subtract(
             problems[:20],
             hint="Merge with --keep-residual, which restores any base; or use the base model.",
         )
+    merged.check_orientation(plan.turned())
     results = write_weights(plan, scratch, Settings(threads, retention="off"), progress)
     written = {name: spec for file in plan.files for name, spec in file.specs(scratch).items()}
     bound = max((_error_bound(plan.changes[r.name].source, written[r.name]) for r in results), default=0.0)
-    record = of_merge(merged.model, inputs)
+    record = of_merge(merged.model, inputs, plan.turned())
     record |= {"operation": "switch" if added else "unmerge", "approximate": True, "error_bound": bound}
     write_companions(plan, companions(merged.model, [each.path for each in added]), record, scratch)
     return plan, bound

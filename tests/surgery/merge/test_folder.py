@@ -156,6 +156,7 @@ def test_the_record_says_what_was_done(place: Path) -> None:
     assert record["retention"] == report.retention
     (adapter,) = record["adapters"]
     expected = {"weight": 0.5, "dialect": "peft", "modules": 3, "kinds": "lora", "ranks": "4"}
+    expected |= {"scaling": 2.0, "scalings": {}, "layouts": {}, "transposed": []}
     assert adapter == expected | {"digest": adapter["digest"]}
     own = hash_checkpoint(Checkpoint.open(place / "adapter" / "adapter_model.safetensors"), ("root",))
     assert adapter["digest"] == own.root
