@@ -32,7 +32,6 @@ ELSEWHERE = {
     "format/test_writer": "format: keys peft_config record",
     "hub/test_pull_faults": "hub: pull client faults",
     "hub/test_round_trip": "hub: push section subject",
-    "linalg/svd/test_truncated": "linalg/svd: krylov",
     "spec/test_vectors": "format: digest meaning registry shapes validate; "
     "format/clauses: container integrity layout manifest tensors",
     "storage/pickles/test_archive": "storage/pickles: unpickle",

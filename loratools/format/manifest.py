@@ -62,7 +62,7 @@ def of(adapter: Adapter, tensors: Mapping[str, str] | None = None) -> dict[str, 
         }  # fmt: skip
         known = {name: value for name, value in update.layout.items() if value is not None}
         turned = {"transposed": adapter.orientation[path]} if path in adapter.orientation else {}
-        layout = {**old.get(path, {}).get("layout", {}), **turned, **known}
+        layout = {**old.get(path, {}).get("layout", {}), **known, **turned}
         entry |= {"layout": layout} if layout else {}
         entry |= {"tensor": base_names[path]} if path in base_names else {}
         modules[path] = _unknown(old.get(path, {}), _MODULE) | entry

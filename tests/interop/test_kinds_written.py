@@ -75,6 +75,59 @@ def test_rows_are_sealed_and_peft_loads_them(name: str, tmp_path: Path) -> None:
     assert max(difference(ours[tensor], theirs[tensor]) for tensor in ours) <= 1e-6
 
 
+def mixture(architecture: str) -> Any:
+    """Build a small mixture of experts whose stacks lie (out, in), or (in, out) and square, as those of gpt-oss."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    sizes |= {"num_local_experts": 4} if architecture == "GptOss" else {"num_experts": 4, "moe_intermediate_size": 12}
+    sizes |= {"layer_types": ["full_attention"]} if architecture == "GptOss" else {}
+    config = getattr(transformers, f"{architecture}Config")(**sizes)
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+PARAMETERS: dict[str, tuple[str, list[str]]] = {
+    "stacks": ("Qwen3Moe", ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
+    "one stack": ("Qwen3Moe", ["mlp.experts.down_proj"]),
+    "router": ("Qwen3Moe", ["mlp.gate.weight"]),
+    "linear": ("Qwen3Moe", ["q_proj.weight"]),
+    "router and stacks": ("Qwen3Moe", ["mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
+    "stacks (in, out)": ("GptOss", ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
+    "square stack (in, out)": ("GptOss", ["mlp.experts.down_proj"]),
+}
+
+
+@pytest.mark.parametrize("name", sorted(PARAMETERS))
+def test_target_parameters_are_sealed_and_peft_loads_them(name: str, tmp_path: Path) -> None:
+    architecture, parameters = PARAMETERS[name]
+    base = mixture(architecture)
+    base.save_pretrained(tmp_path / "base")
+    train(base, target_modules=["v_proj"], target_parameters=parameters).save_pretrained(tmp_path / "adapter")
+    convert(tmp_path / "adapter", tmp_path / "sealed", base=tmp_path / "base")
+    assert validate(tmp_path / "sealed", tmp_path / "base").valid
+    before, after = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("adapter", "sealed"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[part], after[part]) for part in before)
+    for folder in ("adapter", "sealed"):  # saved, for transformers stores some stacks expert by expert
+        merge_by_peft(base, tmp_path / folder).save_pretrained(tmp_path / f"peft-{folder}")
+    theirs, again = load(tmp_path / "peft-adapter"), load(tmp_path / "peft-sealed")
+    assert all(torch.equal(theirs[tensor], again[tensor]) for tensor in theirs)
+    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "plain")
+    config = tmp_path / "base" / "config.json"
+    config.write_text(config.read_text().replace('"gpt_oss"', '"of_another_name"'))  # the adapter says how they lie
+    merge(tmp_path / "base", [tmp_path / "sealed"], tmp_path / "merged", check_base="warn")
+    plain, ours = load(tmp_path / "plain"), load(tmp_path / "merged")
+    assert all(torch.equal(plain[tensor], ours[tensor]) for tensor in plain)
+    assert max(difference(ours[tensor], theirs[tensor]) for tensor in ours) <= 1e-6
+
+
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens", "lm_head"]], ids=["whole", "lora"])
 def test_a_resized_vocabulary_sealed_with_its_base(tied: bool, targets: list[str], tmp_path: Path) -> None:

@@ -50,6 +50,10 @@ def stack_sites(
     stacks = [name for name in names.find(module, parameter) if len(shapes[name]) == 3]
     if len(stacks) > 1:
         raise NoPlace(f"ambiguous: {parameter} could be any of {', '.join(stacks)}")
+    if experts == 1 and (tensor := _single(module, update, names, shapes)):
+        # PEFT takes a parameter of two dimensions for (out, in) whatever its module does with it.
+        rows, columns = shapes[tensor]
+        return [(0, Site.whole(tensor, (rows, columns)))]
     if stacks:
         tensor, (count, first, second) = stacks[0], shapes[stacks[0]]
         if count != experts:
@@ -61,6 +65,17 @@ def stack_sites(
             for e in range(count)
         ]
     return [pair for e in range(experts) for pair in _by_expert(module, update, e, names, shapes)]
+
+
+def _single(module: str, update: Update, names: Names, shapes: Shapes) -> str | None:
+    """Return the one parameter of two dimensions that a stack of one stands for, such as a router's weight."""
+    parameter, sides = update.layout["parameter"], update.shape[1:]
+    tensors = [name for name in names.find(module, parameter) if len(shapes[name]) == 2]
+    if len(tensors) > 1:
+        raise NoPlace(f"ambiguous: {parameter} could be any of {', '.join(tensors)}")
+    if tensors and shapes[tensors[0]] != sides:
+        raise NoPlace(f"its delta weight has shape {sides}, {tensors[0]} has {shapes[tensors[0]]}")
+    return tensors[0] if tensors else None
 
 
 def expert_site(module: str, update: Update, names: Names, shapes: Shapes, config: Mapping[str, Any]) -> Site | None:
