@@ -74,3 +74,13 @@ def test_tensors_are_paired_by_name() -> None:
 def test_what_is_no_digest_is_told() -> None:
     with pytest.raises(BadFile, match="is not a digest"):
         compare(BaseIdentity(schema="md5:1"), BaseIdentity(schema=ONE))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [("gpt2", "gpt2", True), ("gpt2", "llama", False), ("gpt2", None, None), (None, "llama", None), (None, None, None)],
+)
+def test_model_types_are_no_digest(first: str | None, second: str | None, expected: bool | None) -> None:
+    comparison = compare(BaseIdentity(model_type=first), BaseIdentity(model_type=second))
+    assert comparison.by_type is expected
+    assert listed(comparison) == {}

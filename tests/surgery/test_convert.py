@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from loratools import dialects
-from loratools.errors import IncompatibleAdapter, LossyConversion
+from loratools.adapter.model import Adapter, BaseIdentity
+from loratools.errors import IncompatibleAdapter, LossyConversion, WrongBase
 from loratools.storage.checkpoint import Checkpoint
+from loratools.surgery.base import agree
 from loratools.surgery.convert import convert
 from loratools.surgery.merge import merge
+from loratools.surgery.validate import validate
+from tests.adapter.kinds.reference import build
 from tests.conftest import Result
 
 
@@ -76,3 +80,66 @@ def test_profiles_and_alpha_on_the_command_line(workplace: Path, shell: Callable
     listed = {one["name"]: one for one in json.loads(done.out)["dialects"]}
     assert listed.keys() >= {"comfy", "diffusers", "gguf", "kohya", "loralib", "loratools", "mlx", "peft"}
     assert "provenance" in listed["kohya"]["cannot"]
+
+
+SQUARE = "h.0.attn.c_proj"
+PARTS: dict[str, dict[str, tuple[int, ...]]] = {
+    "lora": {"lora_A.weight": (2, 8), "lora_B.weight": (8, 2)},
+    "loha": {"hada_w1_a": (8, 2), "hada_w1_b": (2, 8), "hada_w2_a": (8, 2), "hada_w2_b": (2, 8)},
+    "lokr": {"lokr_w1": (2, 4), "lokr_w2": (4, 2)},
+    "full": {"diff": (8, 8)},
+    "ia3": {"weight": (8,), "on_input": ()},
+}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", None])
+@pytest.mark.parametrize("kind", sorted(PARTS))
+def test_a_sealed_adapter_says_how_a_square_weight_lies(kind: str, model_type: str | None, tmp_path: Path) -> None:
+    """No hash covers config.json: another model_type is refused, and where the user insists the sealed one counts."""
+    generator = torch.Generator().manual_seed(0)
+    parts = {name: torch.randn(shape, generator=generator) for name, shape in PARTS[kind].items()}
+    if "on_input" in parts:
+        parts["on_input"] = torch.tensor(1)
+    adapter = Adapter({SQUARE: build(parts)})
+    assert adapter.updates[SQUARE].kind == kind
+    W = {f"{SQUARE}.weight": torch.randn(8, 8, generator=generator)}
+    for name, stated in (("base", "gpt2"), ("edited", model_type)):
+        (tmp_path / name).mkdir()
+        save_file(W, tmp_path / name / "model.safetensors", {"format": "pt"})
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": stated} if stated else {}))
+    base, edited = Checkpoint.open(tmp_path / "base"), Checkpoint.open(tmp_path / "edited")
+    convert(adapter, tmp_path / "sealed", base=base)
+    assert validate(tmp_path / "sealed", base).differences == ()
+    merge(base, [adapter], tmp_path / "plain")
+    merge(base, [tmp_path / "sealed"], tmp_path / "wanted")
+    torch.testing.assert_close(weights(tmp_path / "wanted"), weights(tmp_path / "plain"), rtol=1e-6, atol=1e-6)
+    if model_type == "llama":
+        types = "the sealed base is of type gpt2, and config.json says llama"
+        typed = f"model_type: {types}; the type decides how weights lie"
+        assert validate(tmp_path / "sealed", edited).differences == (typed,)
+        with pytest.raises(WrongBase, match="not the base model that was recorded") as refusal:
+            merge(edited, [tmp_path / "sealed"], tmp_path / "ours")
+        assert refusal.value.problems == (f"adapter 1: {typed}",)
+        assert not (tmp_path / "ours").exists()
+    merge(edited, [tmp_path / "sealed"], tmp_path / "ours", check_base="warn")
+    wanted, ours = weights(tmp_path / "wanted"), weights(tmp_path / "ours")
+    assert all(torch.equal(wanted[name], ours[name]) for name in wanted)
+
+
+def test_adapters_of_two_model_types_are_not_combined(tmp_path: Path) -> None:
+    bases = [BaseIdentity("org/base", schema=f"blake3:{'0' * 64}", model_type=name) for name in ("gpt2", "llama")]
+    with pytest.raises(WrongBase, match="different base models") as refusal:
+        agree(["one", "other"], bases)
+    assert refusal.value.problems == ("one and other: their bases are of the types gpt2 and llama",)
+    assert agree(["one", "other"], bases[:1] * 2)[0] == bases[0]
+
+
+def test_what_was_sealed_by_1_0_is_sealed_anew_as_1_1(tmp_path: Path) -> None:
+    vectors = Path(__file__).parents[2] / "spec" / "v1" / "vectors" / "valid"
+    base = vectors / "integrity" / "base-in-shards" / "base"
+    convert(vectors / "linear" / "plain" / "adapter.safetensors", tmp_path / "rewritten")
+    convert(vectors / "linear" / "plain" / "adapter.safetensors", tmp_path / "sealed", base=base)
+    documents = [dialects.open_adapter(tmp_path / name).settings["loratools"] for name in ("rewritten", "sealed")]
+    assert [document["format_version"] for document in documents] == ["1.0", "1.1"]
+    assert ["meaning" in document for document in documents] == [False, True]
+    assert documents[1]["modules"]["blk.q"]["layout"] == {"transposed": False}

@@ -84,7 +84,9 @@ def assemble(
     if pairing.head:  # one weight, which PEFT saves under both names
         kept |= {path: kept[tensor.path] for tensor in whole if _main(tensor, base) for path in [pairing.head]}
     step = _step(layers, outcomes, pairing, options, identity, tuned_root)
-    adapter = Adapter(built, kept, identity, (step,), "loratools", _settings(base, tuned, pairing, factored, whole))
+    settings = _settings(base, tuned, pairing, factored, whole)
+    orientation = {names[tensor.path]: tensor.pair.transposed for tensor in factored if names[tensor.path] in built}
+    adapter = Adapter(built, kept, identity, (step,), "loratools", settings, orientation=orientation)
     return adapter, outcomes, _card(identity, outcomes, layers), tuple(_notes(base, outcomes, pairing))
 
 

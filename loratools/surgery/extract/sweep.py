@@ -144,7 +144,8 @@ class Sweep:
         new = {result.pair.name: result.digests[1] for result in results}
         old |= hash_tensors({n: s for n, s in self.base.specs.items() if n not in old}, threads=threads)
         new |= hash_tensors({n: s for n, s in self.tuned.specs.items() if n not in new}, threads=threads)
-        return BaseIdentity(None, None, self.base.schema(), old, digest.root(old)), digest.root(new)
+        identity = BaseIdentity(None, None, self.base.schema(), old, digest.root(old), self.base.model_type)
+        return identity, digest.root(new)
 
     def _specs(self, pair: Pair) -> tuple[TensorSpec, TensorSpec]:
         """Return the fine-tune's tensor and the base's; where it is new, itself."""
