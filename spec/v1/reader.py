@@ -87,7 +87,7 @@ def check_manifest(source: str) -> dict[str, Any]:
     check_provenance(m.get("provenance", []))
     need(isinstance(m.get("settings", {}), dict), "M-23", "settings is not an object")
     need(digest(m.get("digest")), "I-01", "digest is not a digest")
-    need(digest(m.get("meaning", ZERO)), "I-11", "meaning is not a digest")
+    need(digest(m.get("meaning", "" if version == "1.1" else ZERO)), "I-11", "meaning is not a digest, or missing")
     need(canonical(m) == source, "M-02", "the manifest is not in canonical form")
     return dict(m)
 

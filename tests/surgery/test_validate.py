@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from loratools.adapter.model import BaseIdentity
+from loratools.dialects import open_adapter
+from loratools.errors import InvalidFormat
+from loratools.format.canonical import canonical
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.base import differences
+from loratools.surgery.combine import combine
+from loratools.surgery.convert import convert
 from loratools.surgery.hash import hash_checkpoint
+from loratools.surgery.merge import merge
+from loratools.surgery.resize import resize
+from loratools.surgery.switch import switch
+from loratools.surgery.unmerge import unmerge
 from loratools.surgery.validate import validate
+from loratools.surgery.verify import verify
 
 
 def change(folder: Path, name: str, weight: torch.Tensor | None) -> None:
@@ -39,6 +52,62 @@ def test_another_dialect_is_not_valid(prepared: Path) -> None:
     assert [problem.clause for problem in found.report.problems] == ["L-03"]
     assert found.differences is None
     assert not found.valid
+
+
+def halved(document: dict[str, Any]) -> None:
+    for entry in document["modules"].values():
+        entry["scaling"] /= 2
+
+
+CONFIG = {"lora_alpha": 1.0, "use_rslora": True, "alpha_pattern": {"q_proj": 3}, "rank_pattern": {"q_proj": 3}}
+EDITS: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], object] | None, str]] = {
+    **{field: ({field: value}, None, "L-06" if field == "rank_pattern" else "L-07") for field, value in CONFIG.items()},
+    "scaling": ({}, halved, "I-12"),
+    "scaling and the alpha that goes with it": ({"lora_alpha": None}, halved, "I-12"),
+    "alpha": ({}, lambda document: document["modules"].update({Q: document["modules"][Q] | {"alpha": 5}}), "I-12"),
+    "target": ({}, lambda document: document["modules"][Q].update(tensor="model.norm.weight"), "I-12"),
+    "kind": ({}, lambda document: document["modules"][Q].update(kind="dora"), "I-12"),
+    "orientation": ({}, lambda document: document["modules"][Q].update(layout={"transposed": True}), "I-12"),
+    "meaning": ({}, lambda document: document.pop("meaning"), "I-11"),
+}
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize("edit", sorted(EDITS))
+def test_an_edited_meaning_is_refused_by_every_verb(edit: str, workplace: Path, tmp_path: Path) -> None:
+    """Whoever edits a sealed adapter by hand, in the config or in the manifest, is told; nothing is written."""
+    base, sealed = workplace / "base", workplace / "sealed"
+    merge(base, [sealed], tmp_path / "merged")
+    config, change_manifest, clause = EDITS[edit]
+    file, side = sealed / "adapter_model.safetensors", sealed / "adapter_config.json"
+    stated = json.loads(side.read_text())
+    config = config | ({"lora_alpha": stated["lora_alpha"] / 2} if "goes" in edit else {})
+    side.write_text(json.dumps(stated | config))
+    if change_manifest:
+        data = file.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        document = json.loads(header["__metadata__"]["loratools"])
+        change_manifest(document)
+        header["__metadata__"]["loratools"] = canonical(document)
+        encoded = json.dumps(header, ensure_ascii=False).encode()
+        file.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data[8 + length :])
+    assert clause in {problem.clause for problem in validate(sealed).report.problems}
+    verbs: list[Callable[[], object]] = [
+        lambda: open_adapter(sealed),
+        lambda: merge(base, [sealed], tmp_path / "out"),
+        lambda: unmerge(tmp_path / "merged", [sealed], tmp_path / "out"),
+        lambda: unmerge(tmp_path / "merged", [sealed], tmp_path / "out", base=base),
+        lambda: switch(tmp_path / "merged", [sealed], [workplace / "adapter"], tmp_path / "out"),
+        lambda: verify(tmp_path / "merged", base, [sealed]),
+        lambda: convert(sealed, tmp_path / "out", to="peft", allow_loss=True),
+        lambda: combine([sealed, sealed], tmp_path / "out"),
+        lambda: resize(sealed, tmp_path / "out", ranks=1),
+    ]
+    for verb in verbs:
+        with pytest.raises(InvalidFormat, match=rf"\[{clause}\]"):
+            verb()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_flipped_bit_in_the_data_breaks_the_digest(workplace: Path) -> None:

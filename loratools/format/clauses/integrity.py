@@ -44,9 +44,11 @@ def own_tensors(subject: Subject) -> Iterator[Fault]:
 
 @CHAPTER.clause("I-11")
 def meaning_form(subject: Subject) -> Iterator[Fault]:
-    """Check that `meaning` is well formed."""
-    if "meaning" in subject.manifest and not is_digest(subject.manifest["meaning"]):
-        yield "meaning", f"expected blake3: or sha256: and 64 hex digits, found {shown(subject.manifest['meaning'])}"
+    """Check that `meaning` is well formed, and there where the version promises it."""
+    needed = "meaning" in subject.manifest or subject.manifest.get("format_version") == "1.1"
+    if needed and not is_digest(subject.manifest.get("meaning")):
+        found = shown(subject.manifest.get("meaning"))
+        yield "meaning", f"expected blake3: or sha256: and 64 hex digits, found {found}"
 
 
 @CHAPTER.clause("I-12")

@@ -294,6 +294,8 @@ INVALID: dict[str, Entry] = {
     "tensors/wdora-features": ("T-40", False, "three magnitudes for two features", bent("wdora", SCALED, "dora_scale", [3, 1])),
     "tensors/wdora-inputs": ("T-40", False, "two magnitudes for three inputs", bent("wdora", BY_INPUT, "dora_scale", [1, 2])),
     "tensors/tokens-rows": ("T-42", False, "three indices for two rows", two_rows(rows=[2, 0, 1])),
+    "integrity/meaning-taken-away": ("I-11", True, "the version promises it", both(
+        new(lambda case: None), drop("meaning"), put("modules", "blk.q", "scaling", 1))),
     "integrity/meaning-malformed": ("I-11", True, "no algorithm", both(new(lambda case: None), put("meaning", "0" * 64))),
     "integrity/scaling-edited": ("I-12", False, "1 where 2 was sealed", both(
         new(lambda case: None), put("modules", "blk.q", "scaling", 1))),
