@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 from loratools.errors import BadFile
 from loratools.hub.refs import is_plain
+from loratools.storage.beside import along, templates
 
 Kind = Literal["adapter", "checkpoint"]
 Index = Callable[[str], Mapping[str, Any]]
 """Reads a JSON file of the repository: path -> the parsed object."""
 
 PIPELINE = "model_index.json"
-PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".svg"})
+PICTURES = along.PICTURES
 
 # Files of weights by their stems, first choice first, as PEFT, diffusers, MLX and transformers name them.
 _STEMS: Mapping[Kind, tuple[str, ...]] = {
@@ -28,12 +29,6 @@ _ENDINGS: Mapping[Kind, tuple[str, ...]] = {
     "checkpoint": (".safetensors", ".bin"),
 }
 _INDEX = ".index.json"
-_TEXTS = frozenset({".json", ".txt", ".md", ".model", ".jinja", ".tiktoken", ".yaml", ".yml", ".py"})
-_LEGAL = re.compile(r"(licen[cs]e|notice|use_policy|copying)", re.IGNORECASE)
-# What training leaves beside a model: state of the run, and pickles that may hold a token or a path.
-_LEFT_BY_TRAINING = re.compile(
-    r"(optimizer|scheduler\.|rng_state|training_args|trainer_state|events\.out|.*_results\.)"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +94,7 @@ def select(paths: Collection[str], kind: Kind, index: Index) -> Selection:
         chosen = [] if folders[1:] and not folder else _weights(names, kind, lambda name, at=folder: index(at + name))  # type: ignore[misc]
         weights += [folder + name for name in chosen]
         others += [folder + name for name in names if _is_companion(name) and name not in chosen]
+        others += [folder + name for name in inside if "/" in name and templates.is_template(name)]
     if not weights:
         shown = ", ".join(sorted(paths)[:8]) or "nothing"
         raise BadFile(f"no weights of {'an adapter' if kind == 'adapter' else 'a model'} among its files: {shown}")
@@ -130,7 +126,7 @@ def _weights(names: set[str], kind: Kind, index: Index) -> list[str]:
         if single := [f"{stem}{ending}" for stem in stems if f"{stem}{ending}" in names]:
             return single[:1]
     for ending in endings:
-        loose = sorted(name for name in names if name.endswith(ending) and not _LEFT_BY_TRAINING.match(name))
+        loose = sorted(name for name in names if name.endswith(ending) and not along.is_of_training(name))
         if loose := [name for name in loose if kind == "adapter" or not name.startswith(_STEMS["adapter"])]:
             return loose
     return []
@@ -144,6 +140,4 @@ def _shards(name: str, index: Index) -> list[str]:
 
 
 def _is_companion(name: str) -> bool:
-    if _LEFT_BY_TRAINING.match(name) or name.endswith(_INDEX):
-        return False
-    return PurePosixPath(name).suffix in _TEXTS or _LEGAL.match(name) is not None
+    return along.may_come(name) and PurePosixPath(name).suffix.lower() not in along.SHOWN

@@ -14,6 +14,7 @@ from loratools.format import manifest, validate
 from loratools.format.peft_config import derive_config
 from loratools.hub import files
 from loratools.hub.refs import is_plain
+from loratools.storage.beside.links import refuse_outside
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.companions import RECORD
 from loratools.storage.strict_json import read_json
@@ -63,6 +64,8 @@ def read(path: Path, base_model: str | None) -> Subject:
     else:
         chosen = [path.name]
     content: dict[str, Path | bytes] = {name: present[name] for name in chosen}
+    if path.is_dir():
+        refuse_outside([present[name] for name in chosen], path)
     left_out = tuple(sorted(present.keys() - content.keys()))
     if kind == "checkpoint":
         record = read_json(present[RECORD]) if RECORD in present else {}

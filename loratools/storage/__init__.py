@@ -11,6 +11,7 @@ files         positioned reads and writes, copies inside the kernel
 digest        digests of tensors and the three tiers of a base hash
 pickles       tensors in torch's pickled files, without running any code of theirs
 gguf          GGUF files: fields and tensors
+beside        files beside weights: names, links, chat templates, vocabularies
 companions    the files beside a model's weights: which of them come along
 layout        where each tensor of an output lies: shards, offsets, the index
 save          a safetensors file of lazy tensors

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loratools.decisions import decided, warned
 from loratools.errors import IncompatibleAdapter
-from loratools.storage.checkpoint import Checkpoint, is_weights
+from loratools.storage.beside import along, templates
+from loratools.storage.beside.links import refuse_outside
+from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.strict_json import read_json
 
 RECORD = "loratools.json"
@@ -19,60 +23,147 @@ RECORD = "loratools.json"
 RESIDUAL = "unmerge.residual"
 """What rounding destroyed; not a name that a loader would take for weights."""
 
-# An adapter that was trained with its own tokenizer or chat template brings them; they win over the base's.
 TOKENIZER_FILES = frozenset({
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "spiece.model",
-    "sentencepiece.bpe.model",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
+    "tiktoken.model", "vocab.bpe", "source.spm", "target.spm",
 })  # fmt: skip
+"""An adapter that was trained with its own tokenizer brings it; it wins over the base's. So do chat templates."""
+
+_BESIDE_VOCABULARY = ("added_tokens.json", "special_tokens_map.json")
+_VOCABULARIES = TOKENIZER_FILES - {"tokenizer_config.json", "merges.txt", *_BESIDE_VOCABULARY}
+_ADAPTER = "adapter_config.json"
 
 
-def companions(base: Checkpoint, adapter_paths: Iterable[Path | None]) -> dict[str, Path]:
-    """Return relative path -> source of every file that comes along: no weights, no hidden files, no cache.
+@dataclass(frozen=True, slots=True)
+class Companions:
+    """What lies beside the weights of a model that is to be written.
 
-    Raises `IncompatibleAdapter` when two adapters bring different tokenizer files.
+    `sources`   relative path -> the file that is copied there
+    `texts`     relative path -> what is written there, in the place of a file of that name
+    `left`      files of the base, by their relative paths, that stay behind
     """
-    of_base: dict[str, Path] = {}
-    if base.path.is_dir() or base.indexes:
-        for folder, subfolders, names in os.walk(base.root):
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            for name in sorted(names):
-                path = Path(folder) / name
-                ours = name.startswith(".") or name in (RECORD, RESIDUAL)
-                if not ours and path.is_file() and not is_weights(path):
-                    of_base[str(path.relative_to(base.root))] = path
+
+    sources: Mapping[str, Path] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+    left: tuple[str, ...] = ()
+
+
+def companions(base: Checkpoint, adapter_paths: Iterable[Path | None]) -> Companions:
+    """Decide what comes along with a model: texts, code, tokenizers and pictures, but nothing that may be weights.
+
+    What stays behind is warned of. Of adapters come their tokenizers and chat templates, which win over the base's.
+
+    Raises `IncompatibleAdapter` when two adapters bring different ones, and `BadFile` for links that lead elsewhere.
+    """
+    of_base, left = _of_base(base) if base.path.is_dir() or base.indexes else ({}, ())
+    folders = [path for path in adapter_paths if path is not None and path.is_dir()]
     of_adapters: dict[str, Path] = {}
+    template: dict[str, str] = {}
     problems = []
-    for adapter in adapter_paths:
-        for path in sorted(adapter.iterdir()) if adapter is not None and adapter.is_dir() else ():
-            if path.name in TOKENIZER_FILES and path.is_file():
-                other = of_adapters.get(path.name, path)
-                if other != path and other.read_bytes() != path.read_bytes():
-                    problems.append(f"{path.name}: {other} and {path} differ")
-                of_adapters[path.name] = path
+    for folder in folders:
+        for path in tokenizer_files(folder):
+            other = of_adapters.setdefault(path.name, path)
+            if other.read_bytes() != path.read_bytes():
+                problems.append(f"{path.name}: {other} and {path} differ")
+        own = templates.read(folder)
+        if own and template and own != template:
+            problems.append(f"{folder}: its chat template differs from that of another adapter")
+        template = own or template
     if problems:
         raise IncompatibleAdapter("the adapters bring different tokenizers; merge them one at a time", problems)
-    return of_base | of_adapters
+    sources = of_base | of_adapters
+    if of_adapters.keys() & _VOCABULARIES:  # tokens of one vocabulary say nothing of another
+        stale = [name for name in _BESIDE_VOCABULARY if name in of_base and name not in of_adapters]
+        sources = {name: path for name, path in sources.items() if name not in stale}
+        left = (*left, *stale)
+    texts: dict[str, str] = {}
+    if template:
+        texts = _with_template(sources, template)
+    elif of_base and templates.CONFIG in of_adapters and (kept := templates.read(base.root)):
+        decided("%s: no adapter brings a chat template, so the base's stays", base.path)
+        texts = _with_template(sources, kept)
+    if left:
+        shown = ", ".join(left[:12]) + (f" and {len(left) - 12} more" if len(left) > 12 else "")
+        text = "%s: %d file(s) stay behind, for they may be weights without the adapter: %s"
+        warned(text, base.path, len(left), shown)
+    return Companions(sources, texts, tuple(left))
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Return the tokenizer's files in an adapter's folder; raise `BadFile` for links that lead elsewhere."""
+    files = sorted(path for path in folder.iterdir() if _is_tokenizer(path.name) and path.is_file())
+    refuse_outside(files, folder)
+    return files
+
+
+def _is_tokenizer(name: str) -> bool:
+    return name in TOKENIZER_FILES or name.startswith("tokenizer.model.v") or name.endswith(".tiktoken")
+
+
+def _of_base(base: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """Return what comes along of the base's folder, and what does not."""
+    coming: dict[str, Path] = {}
+    left: list[str] = []
+    written = {shard.path for shard in base.shards} | set(base.indexes)
+    for path in beside(base.root):
+        name = str(path.relative_to(base.root))
+        if name == _ADAPTER:
+            warned("%s: the base's folder holds an adapter too, with which transformers would load it", path)
+        if name in (RECORD, RESIDUAL) or path in written:
+            continue
+        if along.may_come(name) and name != _ADAPTER:
+            coming[name] = path
+        else:
+            left.append(name)
+    refuse_outside(coming.values(), base.root)
+    return coming, tuple(left)
+
+
+def beside(root: Path) -> Iterator[Path]:
+    """Yield every file in a model's folder and below it, hidden ones aside; linked folders are not entered.
+
+    Raises `BadFile` for a linked folder that leads out of it.
+    """
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        refuse_outside((Path(folder) / name for name in subfolders), root)
+        visible = (Path(folder) / name for name in sorted(names) if not name.startswith("."))
+        yield from (path for path in visible if path.is_file())
+
+
+def _with_template(sources: dict[str, Path], template: Mapping[str, str]) -> dict[str, str]:
+    """Take every other template out of `sources`, and return the texts that make this one win in every loader."""
+    files = [name for name in sources if templates.is_template(name)]
+    for name in files:
+        del sources[name]
+    config = sources.get(templates.CONFIG)
+    stated = templates.inline(config) if config else {}
+    return templates.files_of(template) if files or dict(template) != stated else {}
 
 
 def own_config(adapter: Path | None) -> dict[str, Any] | None:
     """Return the config.json that an adapter's folder brings, if it brings one."""
     path = adapter and adapter / "config.json"
-    return read_json(path) if path and path.is_file() else None
+    if not path or not path.is_file():
+        return None
+    refuse_outside([path], path.parent)
+    return read_json(path)
 
 
-def copy_companions(sources: Mapping[str, Path], folder: Path, texts: Mapping[str, str | None]) -> None:
+def copy_companions(beside: Companions, folder: Path, texts: Mapping[str, str | None]) -> None:
     """Copy files into `folder` under their relative paths; one with a text in `texts` gets that, or None: is left out.
 
     A name that is in `texts` alone is written too.
     """
-    for name in dict.fromkeys([*sources, *texts]):
-        target, text = folder / name, texts.get(name)
+    written = {**beside.texts, **texts}
+    for name in dict.fromkeys([*beside.sources, *written]):
+        target, text = folder / name, written.get(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         if text is not None:
             target.write_text(text, encoding="utf-8")
-        elif name not in texts:
-            shutil.copyfile(sources[name], target)
+        elif name not in written:
+            shutil.copyfile(beside.sources[name], target)
 
 
 def json_text(document: Mapping[str, Any]) -> str:

@@ -11,8 +11,9 @@ from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.adapter.placement.tied import EMBEDDINGS, main_tensor
 from loratools.format import manifest
 from loratools.format.record import TOOL
+from loratools.storage.beside.links import refuse_outside
 from loratools.storage.checkpoint import Checkpoint
-from loratools.storage.companions import TOKENIZER_FILES
+from loratools.storage.companions import tokenizer_files
 from loratools.storage.lazy import LazyTensor
 from loratools.surgery.extract.layers import Layer, to_json, total
 from loratools.surgery.extract.options import ExtractOptions
@@ -96,8 +97,9 @@ def companion_files(base: Checkpoint, tuned: Checkpoint, outcomes: Iterable[Outc
     Its config.json comes along where tensors are new or have another shape, for `merge` to follow.
     """
     reshaped = any(tensor.outcome == "whole" and tensor.pair.reshaped for tensor in outcomes)
-    names = sorted(TOKENIZER_FILES | ({"config.json"} if reshaped else set())) if tuned.path.is_dir() else []
-    companions = [tuned.root / name for name in names if (tuned.root / name).is_file()]
+    companions = tokenizer_files(tuned.root) if tuned.path.is_dir() else []
+    companions += [tuned.root / "config.json"] if reshaped and (tuned.root / "config.json").is_file() else []
+    refuse_outside(companions, tuned.root)
     old = {path: base.root / path.name for path in companions}
     return [path for path in companions if not (old[path].is_file() and old[path].read_bytes() == path.read_bytes())]
 

@@ -9,22 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from loratools.engine.plan import MergePlan
-from loratools.storage.companions import RECORD, copy_companions, json_text
+from loratools.storage.companions import RECORD, Companions, copy_companions, json_text
 from loratools.storage.layout import index_json
 from loratools.storage.strict_json import read_json
 
 _SECTION = re.compile(r"\n*<!-- loratools merge -->.*?<!-- /loratools merge -->\n*", re.DOTALL)
 
 
-def write_companions(plan: MergePlan, sources: Mapping[str, Path], record: Mapping[str, Any], folder: Path) -> None:
+def write_companions(plan: MergePlan, beside: Companions, record: Mapping[str, Any], folder: Path) -> None:
     """Write everything beside the weights into `folder`; indexes come last, and a model in one file has none."""
+    sources = beside.sources
     texts: dict[str, str | None] = {RECORD: json_text(record)}
     if "config.json" in sources and plan.config:
         texts["config.json"] = json_text({**read_json(sources["config.json"]), **plan.config})
     if sources:
         own = sources.get("README.md")
         texts["README.md"] = card(own.read_text(encoding="utf-8", errors="replace") if own else "", record)
-    copy_companions(sources, folder, texts)
+    copy_companions(beside, folder, texts)
     indexes: dict[Path, dict[str, object]] = {}
     if plan.laid_out:
         for path, index in plan.base.indexes.items():

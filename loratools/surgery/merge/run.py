@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from loratools.adapter.model import AdapterInput
 from loratools.adapter.placement.layers import replicated
 from loratools.adapter.placement.settle import settle
+from loratools.adapter.placement.tied import EMBEDDINGS, main_tensor
 from loratools.decisions import warned
 from loratools.engine.device import check as check_device
 from loratools.engine.plan import MergePlan
@@ -20,7 +21,8 @@ from loratools.errors import IncompatibleAdapter
 from loratools.format.record import TOOL, of_merge, refuse_second_merge
 from loratools.parallel import Progress, cores, no_progress
 from loratools.storage import atomic, digest
-from loratools.storage.companions import companions, own_config
+from loratools.storage.beside import vocabulary
+from loratools.storage.companions import Companions, companions, own_config
 from loratools.storage.sources import Location
 from loratools.surgery.hash import hash_tensors
 from loratools.surgery.inputs import AdapterSource, ModelSource, open_adapters, open_model, places, under_names_of
@@ -50,7 +52,7 @@ class Merge:
 
     plan: MergePlan
     output: Path
-    sources: dict[str, Path]
+    beside: Companions
     record: dict[str, Any]
     options: MergeOptions
     accounts: tuple[Account, ...]
@@ -64,7 +66,8 @@ class Merge:
         """Return the plan as plain data, with the free space where the output goes."""
         return self.plan.to_json(self.threads, torch=bool(in_torch(self.plan))) | {
             "output": str(self.output),
-            "other_files": len(self.sources),
+            "other_files": len(self.beside.sources.keys() | self.beside.texts),
+            "left_behind": list(self.beside.left),
             "free_disk": atomic.free_space(self.output),
             "threads": self.threads,
             "consumed": [asdict(account) for account in self.accounts],
@@ -89,7 +92,7 @@ class MergeReport:
 
     `consumed` says for each adapter what became of its tensors: all of them are applied, replaced or passed over.
     `residual` is what it takes to restore the base exactly, where that was kept; `reused` are the files that an
-    interrupted run had completed.
+    interrupted run had completed. `left_behind` are files of the base's folder that the output has not.
     """
 
     output: str
@@ -105,6 +108,7 @@ class MergeReport:
     consumed: tuple[Account, ...] = ()
     residual: Kept | None = None
     reused: tuple[str, ...] = ()
+    left_behind: tuple[str, ...] = ()
 
 
 def prepare(
@@ -138,8 +142,9 @@ def prepare(
     plan = replace(plan, notes=(*plan.notes, *decided))
     record = of_merge(base, inputs, plan.turned())
     record |= {"dtype": options.output_dtype, "tied": options.tied if options.tied != "error" else None}
-    sources = companions(base, [each.path for each in inputs])
-    return Merge(plan, output, sources, record, options, tuple(_accounts(plan, inputs)))
+    beside = companions(base, [each.path for each in inputs])
+    _check_vocabulary(plan, beside)
+    return Merge(plan, output, beside, record, options, tuple(_accounts(plan, inputs)))
 
 
 def _check_casts(results: Sequence[TensorResult], options: MergeOptions) -> None:
@@ -156,6 +161,17 @@ def _check_casts(results: Sequence[TensorResult], options: MergeOptions) -> None
         warned(
             "%d number(s) of %d tensor(s) are too small for their new dtype and became zero, most of them in %s (%d)",
             sum(result.flushed for result in flushed), len(flushed), flushed[0].name, flushed[0].flushed,
+        )  # fmt: skip
+
+
+def _check_vocabulary(plan: MergePlan, beside: Companions) -> None:
+    """Warn of a tokenizer with more tokens than the merged embedding has rows: their ids would lead out of it."""
+    shapes = {name: change.source.shape for name, change in plan.changes.items()}
+    embedding, count = main_tensor(shapes, EMBEDDINGS), vocabulary.tokens(beside.sources)
+    if embedding and count > shapes[embedding][0]:
+        warned(
+            "the tokenizer has %d tokens, and %s has %d rows: ids from %d on are beyond the model",
+            count, embedding, shapes[embedding][0], shapes[embedding][0],
         )  # fmt: skip
 
 
@@ -232,7 +248,7 @@ def execute(
         if kept:
             rest = {name: spec for name, spec in specs.items() if name not in digests}
             of_base["root"] = digest.root({**digests, **hash_tensors(rest, digest.DEFAULT, threads)})
-        write_companions(plan, prepared.sources, record, scratch)
+        write_companions(plan, prepared.beside, record, scratch)
         if sent:
             sent.finish(f"Merge {len(plan.inputs)} adapter(s) with {TOOL}")
     return MergeReport(
@@ -241,5 +257,5 @@ def execute(
         adapters=prepared.record["adapters"], consumed=prepared.accounts, notes=plan.notes,
         warnings=tuple(warning for result in results for warning in result.warnings),
         retention=retention(results), by_tensor={r.name: r.retained / r.total for r in results if r.total},
-        residual=kept, reused=reused,
+        residual=kept, reused=reused, left_behind=prepared.beside.left,
     )  # fmt: skip

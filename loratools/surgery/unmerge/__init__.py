@@ -116,8 +116,8 @@ def unmerge(
         elif residual is not None:
             lost = merged.lost(residual)
             restored, digests = len(lost), restore(merged.model, residual, lost, scratch, threads, progress)
-            sources = companions(merged.model, ())
-            copy_companions(sources, scratch, _unmerged_texts(sources, residual, merged.record))
+            beside = companions(merged.model, ())
+            copy_companions(beside, scratch, _unmerged_texts(beside.sources, residual, merged.record))
         else:
             options = MergeOptions(tied=merged.record.get("tied") or "both", check_base="off")
             plan, bound = subtract(merged, (), options, threads, progress, scratch)

@@ -1,0 +1,7 @@
+"""The files beside weights: which may come along with a model, what they say, and where links among them may lead.
+
+along        names of the files that may come along
+links        symbolic links, and where they may lead
+templates    chat templates in all their forms
+vocabulary   how many tokens a tokenizer has
+"""

@@ -1,0 +1,38 @@
+"""Symbolic links in folders of strangers: followed inside the folder and the Hub's cache that holds it, nowhere else.
+
+A link is a file name that somebody else chose. What it leads to would be hashed, copied into a model, or sent to the
+Hub under an innocent name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from loratools.errors import BadFile
+
+_REPOSITORIES = ("models--", "datasets--", "spaces--")
+
+
+def refuse_outside(paths: Iterable[Path], root: Path) -> None:
+    """Raise `BadFile` with every path that leads out of `root`, a folder, by a link in it or in a folder below it.
+
+    A snapshot in the cache of huggingface_hub consists of links to `blobs` beside it, and those are its own.
+    """
+    own = root.resolve()
+    allowed = [own]
+    for parent in (own, *own.parents):
+        if parent.parent.name == "snapshots" and parent.parent.parent.name.startswith(_REPOSITORIES):
+            allowed.append(parent.parent.parent / "blobs")
+    outside = [
+        f"{path}: leads to {target}"
+        for path in paths
+        if not any((target := path.resolve()).is_relative_to(place) for place in allowed)
+    ]
+    if outside:
+        raise BadFile(
+            f"{root}: {len(outside)} link(s) in it lead out of it; links are followed only inside a folder, or inside "
+            "the Hub's cache that holds it",
+            outside,
+            hint="Put the file itself there, or give the folder that it is in.",
+        )
