@@ -48,6 +48,7 @@ def numbers(printed: str) -> list[str]:
     return re.findall(r"^number (\d+)$", printed, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_a_sample_is_the_same_until_another_is_asked_for(tmp_path: Path) -> None:
     first, again, other = run(tmp_path), run(tmp_path), run(tmp_path, "--seed", "1")
     assert "6 passed, 47 deselected" in first

@@ -159,6 +159,7 @@ print("torch" in sys.modules)
 
 
 @needs_c
+@pytest.mark.slow
 @pytest.mark.parametrize(("adapters", "imported"), [("one", False), ("dora,one,two", False), ("one,tokens", True)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_torch_is_imported_where_a_tensor_needs_it(tmp_path: Path, dtype: str, adapters: str, imported: bool) -> None:

@@ -101,6 +101,7 @@ def test_M_24_no_place_no_machine_no_user(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / NAMES[1]).read_text())["base_model_name_or_path"] == "my-base"
 
 
+@pytest.mark.slow
 def test_M_25_equal_bytes_in_every_process(tmp_path: Path) -> None:
     code = "import sys\nfrom pathlib import Path\nfrom tests.format.adapters import rich\n"
     code += "from loratools.format import writer\nwriter.write(rich(), Path(sys.argv[1]))"

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,6 +23,7 @@ from loratools.surgery.verify import verify
 from tests.surgery.models import load
 
 lycoris = pytest.importorskip("lycoris.modules")
+peft = pytest.importorskip("peft")
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")]
 
 
@@ -168,7 +168,7 @@ def test_sealed_it_is_the_same_adapter(case: Any, target: str, tmp_path: Path) -
     assert all(torch.equal(one[tensor], other[tensor]) for tensor in one)
     if sealed.is_dir() and not all(KINDS[update.kind].peft for update in adapter.updates.values()):
         with pytest.raises((KeyError, ValueError), match="LORATOOLS"):
-            PeftConfig.from_pretrained(str(sealed))
+            peft.PeftConfig.from_pretrained(str(sealed))
 
 
 def layer_with(weights: dict[str, Tensor], make: Callable[[], nn.Module]) -> nn.Module:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
 
 from loratools import dialects
@@ -27,6 +26,7 @@ from tests.interop.models import FAMILIES, V, load
 from tests.interop.test_kinds import train
 from tests.interop.test_whole import config_of, saved
 
+library = pytest.importorskip("peft")
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]
 
 RANGES = [[0, 2], [1, 3], [0, 1]]
@@ -166,7 +166,7 @@ def test_sealed_it_is_the_same_adapter(tmp_path: Path) -> None:
     assert plain.keys() == bound.keys()
     assert all(torch.equal(plain[name], bound[name]) for name in plain)
     tokens = torch.randint(3, V, (2, 9), generator=torch.Generator().manual_seed(0))
-    theirs = PeftModel.from_pretrained(type(peft.base_model.model).from_pretrained(base), sealed).eval()
+    theirs = library.PeftModel.from_pretrained(type(peft.base_model.model).from_pretrained(base), sealed).eval()
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens)[0], peft(tokens)[0], rtol=0, atol=0)
 

@@ -246,6 +246,7 @@ def test_a_row_without_direction_is_found(dtype: str) -> None:
     assert run(W[4:], B, A, scale, m, slice(4, 7))[1].zero_row == 5
 
 
+@pytest.mark.slow
 def test_narrow_vectors_write_what_wide_ones_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library, compiled so that it takes one of its two paths on x86, then the other."""
     compiler = shlex.split(sysconfig.get_config_var("CC") or "cc")[0]
