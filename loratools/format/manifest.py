@@ -12,9 +12,8 @@ from typing import Any
 
 from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.adapter.naming.compact import suffixes
-from loratools.format import keys, meaning
+from loratools.format import keys
 from loratools.format.canonical import canonical as canonical
-from loratools.format.registry import KINDS
 from loratools.storage import digest
 from loratools.storage.lazy import LazyTensor
 
@@ -91,6 +90,8 @@ def of(adapter: Adapter, tensors: Mapping[str, str] | None = None) -> dict[str, 
         document["extensions"] = extensions
     if "format_version" not in origin or "meaning" in origin or extensions != origin.get("extensions", []):
         # What came without it is rewritten without it (V-04); all else is marked with the version that has it.
+        from loratools.format import meaning  # not needed to read
+
         document["format_version"] = _later(document["format_version"], VERSION)
         document["meaning"] = meaning.of(document, {path: update.parts for path, update in adapter.updates.items()})
     return document
@@ -126,6 +127,8 @@ def target_modules(
 
     Full paths are exact, where a short name may match modules of the base that this adapter does not touch.
     """
+    from loratools.format.registry import KINDS  # not needed to read
+
     ours = [path for path, entry in modules.items() if entry["kind"] not in KINDS or KINDS[entry["kind"]].targeted]
     for wanted in (origin.get("target_modules"), settings.get("target_modules")):
         exact = not any(settings.get(key) for key in ("exclude_modules", "layers_to_transform"))
