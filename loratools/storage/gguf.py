@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import struct
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,12 @@ from loratools.errors import BadFile, MissingExtra, UnsupportedAdapter
 from loratools.storage import atomic, dtypes
 from loratools.storage.header import TensorSpec
 from loratools.storage.lazy import LazyTensor
+
+_STRING, _ARRAY = 8, 9
+_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Type of a value -> its bytes, as GGUF numbers them."""
+
+_DEEPEST, _MOST_SIDES = 4, 8
 
 
 def package() -> Any:
@@ -27,6 +36,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
     Raises `BadFile` for a damaged file, `UnsupportedAdapter` for quantized tensors.
     """
     gguf = package()
+    check_counts(path)
     try:
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -40,6 +50,63 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
     if outside := [name for name, spec in specs.items() if spec.stop > size]:
         raise BadFile(f"{path}: truncated: {outside[0]} ends after the file")
     return fields, {name: LazyTensor.stored(spec) for name, spec in specs.items()}
+
+
+def check_counts(path: Path) -> None:
+    """Raise `BadFile` where the header counts more than the file holds; time and memory are linear in its size.
+
+    The `gguf` package believes every count, and reads on, or asks for as much memory, for as long as the count says.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+
+        def take(form: str) -> int:
+            raw = file.read(struct.calcsize(form))
+            if len(raw) < struct.calcsize(form):
+                raise BadFile(f"{path}: damaged GGUF file: it ends in its header")
+            return int(struct.unpack(order + form, raw)[0])
+
+        def skip(count: int, each: int) -> None:
+            if count * each > size - file.tell():
+                raise BadFile(
+                    f"{path}: damaged GGUF file: it counts {count} items where {size - file.tell()} bytes follow"
+                )
+            file.seek(count * each, os.SEEK_CUR)
+
+        def value(kind: int, depth: int) -> None:
+            if kind in _WIDTHS:
+                skip(1, _WIDTHS[kind])
+            elif kind == _STRING:
+                skip(take("Q"), 1)
+            elif kind == _ARRAY and depth < _DEEPEST:
+                inner, count = take("I"), take("Q")
+                if inner in _WIDTHS:
+                    skip(count, _WIDTHS[inner])
+                    return
+                for _ in range(count):
+                    value(inner, depth + 1)
+            else:
+                raise BadFile(f"{path}: damaged GGUF file: a value of type {kind} at depth {depth}")
+
+        order = "<"
+        if file.read(4) != b"GGUF":
+            raise BadFile(f"{path}: not a GGUF file")
+        if not take("I") & 0xFFFF:
+            order = ">"  # what it read is the version, the other way round
+        tensors, fields = take("Q"), take("Q")
+        for _ in range(fields):
+            skip(take("Q"), 1)
+            value(take("I"), 0)
+        for _ in range(tensors):
+            skip(take("Q"), 1)
+            sides = take("I")
+            if sides > _MOST_SIDES:
+                raise BadFile(f"{path}: damaged GGUF file: a tensor of {sides} sides")
+            count = prod(take("Q") for _ in range(sides))
+            if count > 8 * size:
+                raise BadFile(f"{path}: damaged GGUF file: a tensor of {count} numbers in a file of {size} bytes")
+            take("I")
+            take("Q")
 
 
 def _spec(path: Path, tensor: Any) -> TensorSpec:

@@ -99,13 +99,18 @@ def test_base_without_config(name: str, tmp_path: Path) -> None:
 
 
 def test_square_conv1d_alone_without_config(tmp_path: Path) -> None:
-    """Only the biases of other layers tell how attn.c_proj is stored; without them it is refused."""
+    """The biases of other layers tell how attn.c_proj is stored, or fan_in_fan_out; with neither it is refused."""
     model = FAMILIES["gpt2"].build()
     model.save_pretrained(tmp_path / "base")
     (tmp_path / "base" / "config.json").unlink()
     adapt(model, ["attn.c_proj"]).save_pretrained(tmp_path / "adapter")
     expect_weights_of_peft(model, tmp_path / "adapter", tmp_path / "base", tmp_path / "out", 2)
     rename(tmp_path / "base", lambda name: None if name.endswith("bias") else name)
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "told")
+    told, out = load(tmp_path / "told"), load(tmp_path / "out")
+    assert all(torch.equal(W, out[name]) for name, W in told.items())
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"fan_in_fan_out": False}))
     with pytest.raises(IncompatibleAdapter) as refusal:
         merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "none")
     assert len(refusal.value.problems) == 2

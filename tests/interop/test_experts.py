@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from loratools.errors import UnsupportedAdapter
 from loratools.surgery.merge import merge
 from loratools.surgery.unmerge import unmerge
 from loratools.surgery.verify import verify
@@ -209,3 +210,47 @@ def test_the_saved_stack_of_a_conversion_loads_in_peft(tmp_path: Path) -> None:
         load_file(tmp_path / "again" / "adapter_model.safetensors").keys()
         == load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
     )
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:peft")
+@pytest.mark.parametrize(
+    ("make", "targets"),
+    [(qwen, ["q_proj", "gate_proj", "up_proj", "down_proj"]), (mixtral, ["q_proj", "w1", "w2", "w3"])],
+)
+def test_the_usual_targets_of_a_mixture_are_saved_as_parameters_without_a_path(
+    make: Callable[[], torch.nn.Module], targets: list[str], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = make().eval()
+    model.save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=8, target_modules=targets))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert "gate_up_proj" in json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_parameters"]
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    wanted, found = adapted.merge_and_unload().state_dict(), reloaded(tmp_path / "merged")
+    assert all(close(found[name], wanted[name]) for name in wanted)
+    assert verify(tmp_path / "merged", tmp_path / "base", tmp_path / "adapter", exact=True).ok
+
+
+@pytest.mark.parametrize("field", ["lora_B_layout", "unsloth_fused_expert_lora"])
+def test_columns_of_b_expert_after_expert_are_told_by_the_config(field: str, tmp_path: Path) -> None:
+    prepare(qwen, tmp_path, PARAMETERS)
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "wanted")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for name, B in tensors.items():
+        if ".experts." in name and "lora_B" in name:
+            tensors[name] = B.reshape(len(B), -1, 4).transpose(1, 2).reshape(B.shape).contiguous()
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors", {"format": "pt"})
+    path = tmp_path / "adapter" / "adapter_config.json"
+    config, mark = json.loads(path.read_text()), {"lora_B_layout": "grouped_by_expert"}
+    fused = {"unsloth_fused_expert_lora": {"parameters": {"gate_up_proj": mark, "down_proj": mark}}}
+    path.write_text(json.dumps(config | (mark if field in mark else fused)))
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged, wanted = load(tmp_path / "merged"), load(tmp_path / "wanted")
+    assert all(torch.equal(W, wanted[name]) for name, W in merged.items())
+    path.write_text(json.dumps(config | {field: "interleaved"}))
+    with pytest.raises(UnsupportedAdapter, match="grouped_by_expert"):
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "none")

@@ -124,3 +124,7 @@ CONV1D: Mapping[str, frozenset[str]] = dict.fromkeys(
     ("gpt2", "decision_transformer", "imagegpt", "openai-gpt", "clvp"),
     frozenset({"c_attn", "q_attn", "c_fc", "c_proj"}),
 )
+
+# Model types of transformers that have layers of these names which are nn.Linear, stored [out, in]. Other types, of
+# remote code, are told by evidence.
+LINEAR = frozenset({"gpt_bigcode", "gpt_neo", "starcoder2"})

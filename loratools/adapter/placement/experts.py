@@ -32,7 +32,7 @@ INTERLEAVED = frozenset({"gpt_oss"})
 """Model types that store the rows of gate and up in turn: g₀, u₀, g₁, u₁, …"""
 
 _EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<number>\d+)\.(?P<name>\w+)")
-_HINT = "--model-type says which model this is"
+HINT = "--model-type says which model this is"
 
 
 class NoPlace(Exception):
@@ -111,7 +111,7 @@ def _orientation(update: Update, sides: tuple[int, int], tensor: str, config: Ma
     if len(fits) == 1:
         return fits[0]
     if not (model_type := config.get("model_type")):
-        raise NoPlace(f"ambiguous: {tensor} is square in each expert, and no config.json tells how it lies; {_HINT}")
+        raise NoPlace(f"ambiguous: {tensor} is square in each expert, and no config.json tells how it lies; {HINT}")
     return model_type in TRANSPOSED
 
 
@@ -154,7 +154,7 @@ def _in_stack(
     if (straight and turned) or (turned and count > 1):
         # gate and up side by side, or in turn: only the model knows.
         if not model_type:
-            raise NoPlace(f"ambiguous: no config.json tells how {tensor} with {(first, second)} lies; {_HINT}")
+            raise NoPlace(f"ambiguous: no config.json tells how {tensor} with {(first, second)} lies; {HINT}")
         turned = model_type in TRANSPOSED if straight and turned else turned
     interleaved = model_type in INTERLEAVED and count > 1
     begin, end, step = (position, count * out, count) if interleaved else (position * out, (position + 1) * out, 1)

@@ -12,7 +12,7 @@ from typing import Any
 from loratools.adapter.kinds import Update
 from loratools.adapter.kinds._product import BiasUpdate
 from loratools.adapter.model import Adapter
-from loratools.adapter.naming.wrappers import CONV1D, FUSIONS, Fusion, Names
+from loratools.adapter.naming.wrappers import CONV1D, FUSIONS, LINEAR, Fusion, Names
 from loratools.adapter.placement import experts
 from loratools.adapter.placement.experts import NoPlace
 from loratools.adapter.site import Site
@@ -47,7 +47,8 @@ def resolve(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any] | None =
     """
     if not adapter.updates and not adapter.replacements:
         raise IncompatibleAdapter("the adapter has no updates: it would change nothing")
-    resolver = _Resolver(Names(shapes), shapes, config or {})
+    swapped = adapter.settings.get("fan_in_fan_out") is True
+    resolver = _Resolver(Names(shapes), shapes, config or {}, biases_tell(shapes), swapped)
     placements: list[Placement] = []
     problems: list[str] = []
     for module, update in adapter.updates.items():
@@ -76,6 +77,8 @@ class _Resolver:
     names: Names
     shapes: Shapes
     config: Mapping[str, Any]
+    in_out: bool | None  # whether the biases say that layers of GPT-2's names are stored (in, out); None: they do not
+    swapped: bool  # whether the adapter's config says fan_in_fan_out: trained on weights stored (in, out)
     stated: bool | None = None  # whether the base stores this module's weight (in, out), where the adapter says it
 
     def place(self, module: str, update: Update) -> list[Placement]:
@@ -151,18 +154,24 @@ class _Resolver:
         return Site(tensor, matrix, outputs, (0, matrix[1], 1), part)
 
     def _is_conv1d(self, module: str, wanted: tuple[int, ...], region: tuple[int, ...]) -> bool:
+        """Tell whether the base stores a weight [in, out]: as sealed, by model type, else by biases and the config."""
         last = module.rpartition(".")[2]
         if self.stated is not None:
             return self.stated
-        if self.model_type:
-            return last in CONV1D.get(self.model_type, ())
-        if last not in CONV1D["gpt2"]:
+        if self.model_type in CONV1D:
+            return last in CONV1D[self.model_type]
+        if self.model_type in LINEAR:
             return False
+        if last not in CONV1D["gpt2"]:  # PEFT takes fan_in_fan_out back where it wraps an nn.Linear
+            return self.swapped and self.in_out is True
         if wanted[0] != wanted[1]:
             return wanted == region[::-1]
-        if (stored_in_out := biases_tell(self.shapes)) is None:
-            raise NoPlace("square, and no config.json tells whether the base stores it [in, out]")
-        return stored_in_out
+        if self.in_out is False and self.swapped:
+            raise NoPlace("the adapter says fan_in_fan_out, and the biases say that the base stores it [out, in]")
+        if self.in_out is None and not self.swapped:
+            config = f"model_type {self.model_type!r} does not tell" if self.model_type else "no config.json tells"
+            raise NoPlace(f"square, and {config} whether the base stores it [in, out]; {experts.HINT}")
+        return self.in_out is not False
 
     def _into_fused(self, module: str, update: Update) -> list[Site]:
         """Place a split projection (q_proj) in a base that stores it fused (qkv_proj)."""
@@ -253,12 +262,12 @@ class _Resolver:
 
 
 def biases_tell(shapes: Shapes) -> bool | None:
-    """Tell whether a GPT-2 without config.json stores [in, out]: a bias counts outputs, which unsquare weights show."""
+    """Tell whether layers of GPT-2's names are stored [in, out]: a bias counts outputs, which unsquare weights show."""
     votes = {
         shapes[f"{module}.bias"] == shape[1:]
         for module, shape in ((name.removesuffix(".weight"), shape) for name, shape in shapes.items())
-        if len(shape) == 2 and shape[0] != shape[1] and f"{module}.bias" in shapes
         if module.rpartition(".")[2] in CONV1D["gpt2"]
+        if len(shape) == 2 and shape[0] != shape[1] and f"{module}.bias" in shapes
     }
     return votes.pop() if len(votes) == 1 else None
 

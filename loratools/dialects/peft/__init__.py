@@ -29,7 +29,7 @@ from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import record_losses
 from loratools.dialects.peft import checks
 from loratools.dialects.peft.config import PeftConfig
-from loratools.dialects.peft.experts import layouts, outer
+from loratools.dialects.peft.experts import layouts, outer, reordered
 from loratools.dialects.peft.names import Groups, group, unwrap
 from loratools.errors import BadFile
 from loratools.format import keys, manifest
@@ -180,6 +180,7 @@ def _build(groups: Groups, config: PeftConfig) -> tuple[dict[str, Update], list[
         module: {part: lazy for part, lazy in parts.items() if part not in _TRAINING_ONLY}
         for module, parts in groups.modules.items()
     }
+    modules |= {module: reordered(modules[module], stack, config.fields) for module, stack in stacks.items()}
     updates, unsupported, contradictions = build_all(modules, rule, choose, layout)
     return updates, unsupported, faults + contradictions
 

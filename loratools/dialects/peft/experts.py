@@ -10,7 +10,12 @@ from typing import Any
 from loratools.adapter.naming.compact import suffixes
 from loratools.adapter.parts import A, B
 from loratools.dialects.peft.config import PeftConfig
+from loratools.dialects.peft.fields import GROUPED
 from loratools.dialects.peft.names import Groups
+from loratools.dialects.peft.targets import EXPERTS
+from loratools.storage.lazy import LazyTensor
+
+Parts = dict[str, LazyTensor]
 
 _NESTED = re.compile(r"(\.base_layer)+$")
 _SWAPPED_BEFORE = (0, 19)  # PEFT's version that turned in and out of stacked parameters round
@@ -35,8 +40,7 @@ def layouts(groups: Groups, config: PeftConfig) -> tuple[dict[str, dict[str, Any
     targeted: dict[str, set[str]] = {}
     for target in config.fields.get("target_parameters", ()):
         place, _, name = target.rpartition(".")
-        if place:
-            targeted.setdefault(place, set()).add(name)
+        targeted.setdefault(place or EXPERTS, set()).add(name)
     for module in groups.modules if targeted else ():
         if _parameters(outer(module), targeted):
             levels.setdefault(outer(module), []).append(module)
@@ -56,6 +60,21 @@ def layouts(groups: Groups, config: PeftConfig) -> tuple[dict[str, dict[str, Any
                 continue
             by_module[module] = {"experts": rows // rank, "parameter": parameter, "transposed": transposed}
     return by_module, faults
+
+
+def reordered(parts: Mapping[str, LazyTensor], layout: Mapping[str, Any], fields: Mapping[str, Any]) -> Parts:
+    """Return a stack's factors with the columns of B as PEFT has them, the expert last: B (out, r·E).
+
+    Unsloth's `lora_B_layout` marks a B (out, E·r) whose columns lie expert after expert.
+    """
+    fused = fields.get("unsloth_fused_expert_lora") or {}
+    if GROUPED not in (fields.get("lora_B_layout"), fused.get("parameters") and GROUPED) or B not in parts:
+        return dict(parts)
+    (out, columns), experts = parts[B].shape, layout["experts"]
+    if columns % experts:
+        return dict(parts)  # which no stack can have
+    turn = lambda tensor: tensor.reshape(out, experts, -1).transpose(1, 2).reshape(out, columns)  # noqa: E731
+    return {**parts, B: parts[B].map(turn, parts[B].shape)}
 
 
 def _parameters(path: str, targeted: Mapping[str, set[str]]) -> list[str]:

@@ -87,7 +87,20 @@ _INIT_REASON = (
     "PEFT changes the base model whenever this adapter is loaded, so W + s·B·A is not what was trained; "
     "save it with path_initial_model_for_weight_conversion, or combine it with --initial"
 )
+GROUPED = "grouped_by_expert"
+"""Unsloth's word for a B of stacked experts whose columns lie expert after expert; PEFT's have the expert last."""
+
+_OTHER_LAYOUT = f"only {GROUPED} is known for the columns of stacked experts, and PEFT's own order without the field"
 _OTHER_SCALE = "a scaling that PEFT does not have; whether the tensors hold it already is not known here"
+
+
+def _other_stacks(value: Any) -> bool:
+    """Tell whether Unsloth's note on stacked experts says anything but expert after expert, in A and in B."""
+    if not isinstance(value, Mapping) or not isinstance(marks := value.get("parameters", {}), Mapping):
+        return says_something(value)
+    layouts = [mark.get("lora_B_layout") if isinstance(mark, Mapping) else mark for mark in marks.values()]
+    return any(layout != GROUPED for layout in (value.get("lora_A_layout", GROUPED), *layouts))
+
 
 REFUSED: tuple[tuple[str, Test, str], ...] = (
     ("peft_type", lambda value: value != "LORA", "only LORA is read"),
@@ -99,6 +112,8 @@ REFUSED: tuple[tuple[str, Test, str], ...] = (
     ("kasa_config", _set, "KaSA also takes the smallest singular components out of the base model"),
     ("monteclora_config", _set, "MonteCLoRA samples its factors; there is no single B·A"),
     ("enable_lora", bool, "PEFT 0.2's fused attention (enable_lora) has grouped factors; save it again with PEFT"),
+    ("lora_B_layout", lambda value: says_something(value) and value != GROUPED, _OTHER_LAYOUT),
+    ("unsloth_fused_expert_lora", _other_stacks, _OTHER_LAYOUT),
     *((name, lambda value: says_something(value) and value != 1, _OTHER_SCALE)
       for name in ("scale", "scaling", "lora_scale", "lora_scaling", "scaling_factor")),
 )  # fmt: skip

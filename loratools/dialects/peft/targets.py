@@ -16,6 +16,9 @@ MAX_NAME = 1_000
 
 ALL_LINEAR = "all-linear"
 
+EXPERTS = "experts"
+"""The module whose parameters a name without a path means, as PEFT 0.19 and later write it for transformers 5."""
+
 _PLAIN = re.compile(r"[\w.-]{1,1000}")
 
 
@@ -60,7 +63,7 @@ class Targets:
             several(fields, "layers_to_transform"),
             tuple(re.compile(rf"{layer}\.(?P<index>\d+)\.") for layer in layers),
             SavedModules(several(fields, "modules_to_save"), config),
-            NameList(parameter.rpartition(".")[0] for parameter in several(fields, "target_parameters")),
+            NameList(parameter.rpartition(".")[0] or EXPERTS for parameter in several(fields, "target_parameters")),
             all_linear,
         )
 

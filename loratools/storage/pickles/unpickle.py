@@ -21,6 +21,9 @@ MAX_SIDES = 64
 MAX_ARGUMENTS = 16
 """Arguments of one call: a tensor has nine at most. Longer ones, used again and again, would take quadratic time."""
 
+MAX_KEY = 2**31
+"""Largest number that is a key: numbers below 2^61 have hashes of their own, and larger ones can all share one."""
+
 
 class Refused(Exception):
     """What a pickle asks for beyond tensors; becomes part of a sentence that names the file."""
@@ -133,6 +136,8 @@ def _set(stack: list[Any], items: list[Any]) -> None:
     for key, value in zip(items[::2], items[1::2], strict=True):
         if type(key) not in (str, int):
             raise Refused(f"a dict with a key of type {type(key).__name__}")
+        if type(key) is int and abs(key) > MAX_KEY:
+            raise Refused("a dict with a number as a key that no state dict has")
         if key in target:
             raise Damaged("its pickle has a dict with the same key twice")
         target[key] = value

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loratools.adapter.naming.selection import Selection
-from loratools.adapter.naming.wrappers import CONV1D, RENAMED, Names
+from loratools.adapter.naming.wrappers import CONV1D, LINEAR, RENAMED, Names
 from loratools.adapter.placement.experts import TRANSPOSED
 from loratools.adapter.placement.resolve import biases_tell
 from loratools.adapter.placement.tied import EMBEDDINGS, HEADS, is_tied, main_tensor
@@ -208,11 +208,10 @@ class Kinds:
         self._shapes = {name: spec.shape for name, spec in specs.items()}
         self._with_experts = {name.partition(".experts.")[0] for name in specs if ".experts." in name}
         model_type = config.get("model_type")
-        named = isinstance(model_type, str)
-        self._conv1d = CONV1D.get(str(model_type), frozenset()) if named else CONV1D["gpt2"]
+        self._conv1d = CONV1D.get(str(model_type), CONV1D["gpt2"])
         self.heads = frozenset(task_of(config)[1])
         self._stacks_turned = model_type in TRANSPOSED
-        self._turned = bool(self._conv1d) and (named or bool(biases_tell(self._shapes)))
+        self._turned = model_type in CONV1D or (model_type not in LINEAR and bool(biases_tell(self._shapes)))
 
     def of(self, path: str, shape: tuple[int, ...]) -> tuple[str, bool]:
         """Return one of `selection.KINDS` or `other`, and whether the weight is stored [in, out]."""

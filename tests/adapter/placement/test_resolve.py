@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,53 @@ def test_square_linear_called_c_proj_is_not(config: dict[str, Any]) -> None:
 
 def test_square_without_any_sign_is_refused() -> None:
     said = refusal(adapter({"h.0.attn.c_proj": (H, H)}), {"h.0.attn.c_proj.weight": (H, H)})
-    assert said.problems == ("h.0.attn.c_proj: square, and no config.json tells whether the base stores it [in, out]",)
+    assert said.problems == (
+        "h.0.attn.c_proj: square, and no config.json tells whether the base stores it [in, out]; "
+        "--model-type says which model this is",
+    )
+
+
+REMOTE = {"model_type": "jais"}
+IN_OUT = {"h.0.mlp.c_fc.weight": (H, F), "h.0.mlp.c_fc.bias": (F,)}
+OUT_IN = {"h.0.mlp.c_fc.weight": (F, H), "h.0.mlp.c_fc.bias": (F,)}
+
+
+@pytest.mark.parametrize(
+    ("name", "biases", "swapped", "transposed"),
+    [
+        ("c_proj", IN_OUT, True, True), ("c_proj", IN_OUT, False, True), ("c_proj", {}, True, True),
+        ("c_proj", OUT_IN, False, False),
+        # PEFT takes fan_in_fan_out back where it wraps an nn.Linear, so for other names it is not enough.
+        ("q_proj", {}, True, False), ("q_proj", OUT_IN, True, False), ("c_fc2", IN_OUT, True, True),
+    ],
+)  # fmt: skip
+def test_a_model_type_of_remote_code_is_told_by_evidence(
+    name: str, biases: dict[str, tuple[int, ...]], swapped: bool, transposed: bool
+) -> None:
+    module = f"h.0.{name}"
+    base = random_base({f"{module}.weight": (H, H), **biases})
+    given = replace(adapter({module: (H, H)}), settings={"fan_in_fan_out": swapped})
+    change = merge_by_hand(base, given, REMOTE)[f"{module}.weight"] - base[f"{module}.weight"]
+    wanted = delta(given.updates[module])
+    np.testing.assert_allclose(change, wanted.T if transposed else wanted)
+
+
+@pytest.mark.parametrize(
+    ("biases", "swapped", "reason"),
+    [({}, False, "model_type 'jais' does not tell"), (OUT_IN, True, "and the biases say")],
+)
+def test_without_evidence_or_against_it_a_square_weight_is_refused(
+    biases: dict[str, tuple[int, ...]], swapped: bool, reason: str
+) -> None:
+    given = replace(adapter({"h.0.c_proj": (H, H)}), settings={"fan_in_fan_out": swapped})
+    (problem,) = refusal(given, {"h.0.c_proj.weight": (H, H), **biases}, REMOTE).problems
+    assert reason in problem
+
+
+def test_not_square_only_one_way_fits() -> None:
+    base, given = random_base({"h.0.c_attn.weight": (H, F)}), adapter({"h.0.c_attn": (F, H)})
+    change = merge_by_hand(base, given, REMOTE)["h.0.c_attn.weight"] - base["h.0.c_attn.weight"]
+    np.testing.assert_allclose(change, delta(given.updates["h.0.c_attn"]).T)
 
 
 def test_swapped_shape_is_no_conv1d_by_chance() -> None:

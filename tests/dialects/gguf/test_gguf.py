@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -223,6 +224,34 @@ def test_damaged_files_and_strange_names(tmp_path: Path) -> None:
     (tmp_path / "c.gguf").write_bytes(path.read_bytes()[:60])
     with pytest.raises(BadFile, match="damaged GGUF"):
         dialects.open_adapter(tmp_path / "c.gguf")
+
+
+STRING, ARRAY, BYTE = 8, 9, 0
+KEY = struct.pack("<Q", 1) + b"k"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "fields", "body"),
+    [
+        (0, 1, KEY + struct.pack("<IIQ", ARRAY, ARRAY, 2**62) + bytes(64)),  # an array of empty arrays, without end
+        (0, 1, KEY + struct.pack("<IIQ", ARRAY, STRING, 2**62) + bytes(64)),
+        (0, 1, KEY + struct.pack("<IIQ", ARRAY, BYTE, 2**62) + bytes(64)),
+        (0, 1, KEY + struct.pack("<IQ", STRING, 2**63) + bytes(64)),
+        (0, 1, KEY + struct.pack("<I", ARRAY) + struct.pack("<IQ", ARRAY, 1) * 40 + bytes(64)),
+        (0, 1, struct.pack("<Q", 2**63) + bytes(64)),
+        (0, 2**62, bytes(200)),
+        (2**62, 0, bytes(200)),
+        (1, 0, KEY + struct.pack("<I", 2**31) + bytes(64)),
+        (1, 0, KEY + struct.pack("<IQQIQ", 2, 2**62, 2**62, 0, 0) + bytes(64)),
+    ],
+)
+def test_counts_that_a_file_cannot_hold_are_refused_at_once(
+    tmp_path: Path, tensors: int, fields: int, body: bytes
+) -> None:
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, tensors, fields) + body)
+    with pytest.raises(BadFile, match="damaged GGUF"):
+        dialects.open_adapter(path)
 
 
 @pytest.mark.parametrize(

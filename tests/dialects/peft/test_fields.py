@@ -12,7 +12,17 @@ from tests.make.peft_fields import TABLE, listed
 OF_PEFT = json.loads(TABLE.read_text())
 REFUSED = {name for name, _, _ in tables.REFUSED}
 # Of older versions of PEFT, and of trainers that are not PEFT.
-OLDER = {"enable_lora", "merge_weights", "scale", "scaling", "lora_scale", "lora_scaling", "scaling_factor"}
+OLDER = {
+    "enable_lora",
+    "merge_weights",
+    "scale",
+    "scaling",
+    "lora_scale",
+    "lora_scaling",
+    "scaling_factor",
+    "lora_B_layout",
+    "unsloth_fused_expert_lora",
+}
 
 
 def test_the_table_is_that_of_the_installed_peft() -> None:

@@ -215,7 +215,14 @@ def bomb_of_numbers() -> bytes:
     return b"\x80\x02L" + b"9" * 1_000_000 + b"L\n."
 
 
-@pytest.mark.parametrize("bomb", [bomb_of_hashes, bomb_of_bytes, bomb_of_sides, bomb_of_numbers])
+def bomb_of_keys() -> bytes:
+    """A dict of forty thousand keys that share one hash: each is compared with all before it."""
+    numbers = ((2**61 - 1) * (i + 1) for i in range(40_000))
+    packed = (n.to_bytes((n.bit_length() + 8) // 8, "little", signed=True) for n in numbers)
+    return b"\x80\x02}(" + b"".join(b"\x8a" + bytes([len(raw)]) + raw + b"N" for raw in packed) + b"u."
+
+
+@pytest.mark.parametrize("bomb", [bomb_of_keys, bomb_of_hashes, bomb_of_bytes, bomb_of_sides, bomb_of_numbers])
 def test_pickles_that_would_take_forever_are_refused_at_once(tmp_path: Path, bomb: Callable[[], bytes]) -> None:
     path = _zip(tmp_path / "m.bin", bomb())
     with pytest.raises(BadFile):
