@@ -21,6 +21,11 @@ from loratools.storage.lazy import LazyTensor
 
 POLICIES = ("error", "untie", "both")
 HEADS = ("lm_head", "embed_out", "output_projection")
+_OTHER_HEADS = {"WhisperForConditionalGeneration": "proj_out", "GPTNeoXForCausalLM": "embed_out"}
+"""Model classes whose head has another name than lm_head in their checkpoints."""
+
+_HAS_LM_HEAD = re.compile(r"CausalLM|LMHeadModel|ForConditionalGeneration")
+
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings")
 
 
@@ -50,8 +55,8 @@ def apply_policy(
         raise ValueError(f"unknown policy {policy!r} for tied embeddings; one of {', '.join(POLICIES)}")
     embedding = main_tensor(tensors, EMBEDDINGS)
     head = main_tensor(tensors, HEADS)
-    flag = is_tied(config)
-    if embedding is None or (head is not None and not flag):
+    silent = _flag(config) is None and bool(config)  # without any config no class is named, and nothing is tied
+    if embedding is None or (head is not None and not is_tied(config) and not silent):
         return Untied(adapters)
     touched = sorted({module for adapter in adapters for module in _touched(adapter)})
     adapters = adapters if head else tuple(_without_same_head(adapter) for adapter in adapters)
@@ -59,6 +64,12 @@ def apply_policy(
         head is None and _is_headless(config) and not any(last_segment(path) in HEADS for path in touched)
     ):
         return Untied(_rows_on_both(adapters, head))
+    if policy == "error" and head is not None and silent:
+        raise IncompatibleAdapter(
+            f"the adapter changes {' and '.join(touched)}, this base stores both {embedding} and {head}, and "
+            "config.json does not say whether they are tied: some classes tie them by default, and load one for both",
+            hint="--tied untie keeps them apart and writes tie_word_embeddings: false.",
+        )
     if policy == "error":
         raise IncompatibleAdapter(
             f"this base ties its output head to {embedding}, and the adapter changes one of the two",
@@ -66,7 +77,7 @@ def apply_policy(
             hint="--tied untie gives the head a weight of its own; --tied both changes the shared weight.",
         )
     if policy == "untie":
-        name = head or _head_name(adapters, embedding)
+        name = head or _head_name(adapters, embedding, config)
         return Untied(_rows_on_both(adapters, name), {} if head else {name: embedding}, _set_tie(config))
     if head is not None:
         raise IncompatibleAdapter(
@@ -126,15 +137,34 @@ def _rows_on_both(adapters: tuple[Adapter, ...], head: str | None) -> tuple[Adap
 
 def _is_headless(config: Mapping[str, Any]) -> bool:
     """Tell whether the architecture has no output head over the vocabulary, so that nothing is tied."""
-    architectures = config.get("architectures")
-    if not isinstance(architectures, list) or not architectures:
-        return False
-    return not any(re.search("LM|Generation|Causal|PreTraining", str(name)) for name in architectures)
+    names = architectures(config)
+    return bool(names) and not any(re.search("LM|Generation|Causal|PreTraining", name) for name in names)
 
 
-def _head_name(adapters: tuple[Adapter, ...], embedding: str) -> str:
-    heads = (path for adapter in adapters for path in _touched(adapter) if last_segment(path) in HEADS)
-    return f"{next(heads, 'lm_head')}.weight"
+def architectures(config: Mapping[str, Any]) -> list[str]:
+    """Return the model classes that config.json names; [] where it names none."""
+    names = config.get("architectures")
+    return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def _head_name(adapters: tuple[Adapter, ...], embedding: str, config: Mapping[str, Any]) -> str:
+    """Return what the model calls the head that it ties; raise `IncompatibleAdapter` where untying it is not known."""
+    names = architectures(config)
+    if last_segment(embedding) == "shared":
+        raise IncompatibleAdapter(
+            f"--tied untie: {embedding} is the embedding of encoder and decoder as well as the head; untying the head "
+            "would take all of them apart, or change the scale of its outputs (T5)",
+            hint="--tied both changes the shared weight.",
+        )
+    touched = (path for adapter in adapters for path in _touched(adapter) if last_segment(path) in HEADS)
+    known = next((_OTHER_HEADS[name] for name in names if name in _OTHER_HEADS), None)
+    usual = "lm_head" if not names or any(_HAS_LM_HEAD.search(name) for name in names) else None
+    if (head := next(touched, known or usual)) is None:
+        raise IncompatibleAdapter(
+            f"--tied untie: what {', '.join(names)} calls its head is not known; under another name it is not loaded",
+            hint="--tied both changes the shared weight.",
+        )
+    return f"{head}.weight"
 
 
 def _onto_embedding(adapter: Adapter, embedding: str) -> Adapter:
@@ -156,14 +186,29 @@ def _onto_embedding(adapter: Adapter, embedding: str) -> Adapter:
 
 def is_tied(config: Mapping[str, Any]) -> bool:
     """Tell whether config.json ties the output head to the input embedding."""
+    return bool(_flag(config))
+
+
+def has_tied_head(config: Mapping[str, Any], head: str | None) -> bool:
+    """Tell whether a model with this stored head, or none, has one that is tied to its embedding.
+
+    Where config.json is silent and no head is stored, a model class with a head must tie it.
+    """
+    return is_tied(config) or (
+        head is None and _flag(config) is None and bool(architectures(config)) and not _is_headless(config)
+    )
+
+
+def _flag(config: Mapping[str, Any]) -> Any:
+    """Return what config.json says of the tie, None if nothing."""
     inner = config.get("text_config")
     tied = config.get("tie_word_embeddings")
-    return bool(inner.get("tie_word_embeddings") if tied is None and isinstance(inner, Mapping) else tied)
+    return inner.get("tie_word_embeddings") if tied is None and isinstance(inner, Mapping) else tied
 
 
 def _set_tie(config: Mapping[str, Any]) -> dict[str, Any]:
     changed: dict[str, Any] = {"tie_word_embeddings": False}
     inner = config.get("text_config")
-    if isinstance(inner, Mapping) and "tie_word_embeddings" in inner:
+    if isinstance(inner, Mapping):  # transformers 4 reads the inner one, transformers 5 the outer one
         changed["text_config"] = {**inner, "tie_word_embeddings": False}
     return changed

@@ -10,7 +10,7 @@ from loratools.adapter.naming.selection import Selection
 from loratools.adapter.naming.wrappers import CONV1D, LINEAR, RENAMED, Names
 from loratools.adapter.placement.experts import TRANSPOSED
 from loratools.adapter.placement.resolve import biases_tell
-from loratools.adapter.placement.tied import EMBEDDINGS, HEADS, is_tied, main_tensor
+from loratools.adapter.placement.tied import EMBEDDINGS, HEADS, has_tied_head, is_tied, main_tensor
 from loratools.errors import IncompatibleAdapter
 from loratools.storage import dtypes
 from loratools.storage.checkpoint import Checkpoint
@@ -123,7 +123,7 @@ class _Heads:
         if before is None or after is None:
             return cls(before, after)
         was_tied, is_now = old is None or is_tied(base.config), new is None or is_tied(tuned.config)
-        has_head = is_tied(base.config) or is_tied(tuned.config) or bool(old or new)
+        has_head = has_tied_head(base.config, old) or has_tied_head(tuned.config, new) or bool(old or new)
         if was_tied and is_now:
             return cls(before, after, has_head, new, old)
         if was_tied:

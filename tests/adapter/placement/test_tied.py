@@ -48,6 +48,55 @@ def test_untie_adds_a_head_and_takes_the_tie_away() -> None:
     }
 
 
+SILENT = {"model_type": "opt", "architectures": ["OPTForCausalLM"]}
+
+
+@pytest.mark.parametrize("on", ["lm_head", "model.embed_tokens"])
+def test_where_both_are_stored_and_the_config_is_silent_it_is_asked(on: str) -> None:
+    """The class decides, and some load one of the two for both."""
+    given = adapter({on: (16, 4)})
+    with pytest.raises(IncompatibleAdapter, match="does not say whether they are tied") as refusal:
+        apply_policy((given,), HEAD, SILENT, "error")
+    assert "--tied untie" in str(refusal.value.hint)
+    untied = apply_policy((given,), HEAD, SILENT, "untie")
+    assert (untied.adapters, untied.copies, untied.config) == ((given,), {}, {"tie_word_embeddings": False})
+    assert apply_policy((ELSEWHERE,), HEAD, SILENT, "error").config == {}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "head"),
+    [
+        ("WhisperForConditionalGeneration", "proj_out"),
+        ("GPTNeoXForCausalLM", "embed_out"),
+        ("GPT2LMHeadModel", "lm_head"),
+    ],
+)
+def test_the_head_gets_the_name_that_its_class_reads(architecture: str, head: str) -> None:
+    config = {"tie_word_embeddings": True, "architectures": [architecture]}
+    untied = apply_policy((adapter({"model.embed_tokens": (16, 4)}),), EMBEDDING, config, "untie")
+    assert untied.copies == {f"{head}.weight": "model.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "architecture", "reason"),
+    [
+        (EMBEDDING, "BertForMaskedLM", "what BertForMaskedLM calls its head is not known"),
+        ({"model.shared.weight": (16, 4)}, "M2M100ForConditionalGeneration", "encoder and decoder as well"),
+    ],
+)
+def test_a_head_that_cannot_be_untied_is_refused(tensors: Any, architecture: str, reason: str) -> None:
+    config, embedding = {"architectures": [architecture]}, next(iter(tensors))
+    with pytest.raises(IncompatibleAdapter, match=reason):
+        apply_policy((adapter({embedding.removesuffix(".weight"): (16, 4)}),), tensors, config, "untie")
+
+
+def test_the_inner_config_says_it_too() -> None:
+    """transformers 4 reads text_config, transformers 5 the outer one."""
+    config = {"tie_word_embeddings": True, "text_config": {"vocab_size": 16}}
+    inner = apply_policy((ON_HEAD,), EMBEDDING, config, "untie").config["text_config"]
+    assert inner == {"vocab_size": 16, "tie_word_embeddings": False}
+
+
 def test_untie_uses_a_stored_head() -> None:
     """Some savers write the tied weight twice; then nothing is added."""
     untied = apply_policy((ON_HEAD,), HEAD, {"tie_word_embeddings": True}, "untie")

@@ -102,7 +102,7 @@ def test_an_orientation_that_changed_is_refused(tmp_path: Path) -> None:
         merged = tmp_path / f"by-{source.name}"
         merge(base, [source], merged)
         assert json.loads((merged / RECORD).read_text())["adapters"][0]["transposed"] == [name]
-        (merged / "config.json").write_text('{"model_type": "llama"}')
+        (merged / "config.json").write_text('{"model_type": "gpt_bigcode"}')
     with pytest.raises(IncompatibleAdapter, match="not stored as they were when it was merged") as refusal:
         unmerge(tmp_path / "by-adapter", [adapter], tmp_path / "out")
     assert refusal.value.problems == (f"adapter 1: {name}: (in, out) at the merge",)
