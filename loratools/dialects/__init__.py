@@ -184,6 +184,7 @@ def open_adapter(
     listing = Listing.of(path, alpha=alpha, base=base, initial=initial, enabled=enabled)
     name, evidence = (dialect, None) if dialect else detect(listing)
     adapter = get(name).read(listing)
+    listing.tell_unread(adapter)
     decided("%s: dialect %s: %s", listing.path, name, evidence.reason if evidence else "as the call says")
     return adapter if adapter.dialect == name else replace(adapter, dialect=name)
 

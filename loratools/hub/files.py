@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
+from loratools.decisions import warned
 from loratools.errors import BadFile
 from loratools.hub.refs import is_plain
 from loratools.storage.beside import along, templates
+from loratools.storage.beside.choice import STATED, Choice, choose
 
 Kind = Literal["adapter", "checkpoint"]
 Index = Callable[[str], Mapping[str, Any]]
@@ -24,10 +26,7 @@ _STEMS: Mapping[Kind, tuple[str, ...]] = {
     "adapter": ("adapter_model", "pytorch_lora_weights", "adapters"),
     "checkpoint": ("model", "diffusion_pytorch_model", "pytorch_model"),
 }
-_ENDINGS: Mapping[Kind, tuple[str, ...]] = {
-    "adapter": (".safetensors", ".bin", ".npz", ".pt", ".pth", ".ckpt", ".gguf"),
-    "checkpoint": (".safetensors", ".bin"),
-}
+_ENDINGS = (".safetensors", ".bin", ".npz", ".pt", ".pth", ".ckpt", ".gguf")  # of an adapter
 _INDEX = ".index.json"
 
 
@@ -81,17 +80,19 @@ def select(paths: Collection[str], kind: Kind, index: Index) -> Selection:
     pipeline the folders that its model_index.json names. Nothing of the state of a training run, nothing hidden.
     Raises `BadFile` where there are no weights, an index names what is not there, or a path leaves its folder.
     """
-    folders = [""]
+    folders, by_diffusers = [""], set()
     if kind == "checkpoint" and PIPELINE in paths:
         entries = index(PIPELINE).items()
         parts = [name for name, entry in entries if isinstance(entry, list) and entry[:1] != [None]]
         folders += [f"{name}/" for name in parts if is_plain(name)]
+        by_diffusers = {f"{name}/" for name, entry in entries if isinstance(entry, list) and entry[:1] == ["diffusers"]}
     weights: list[str] = []
     others: list[str] = []
     for folder in folders:
         inside = [path.removeprefix(folder) for path in paths if path.startswith(folder)]
         names = {name for name in inside if "/" not in name and not name.startswith(".")}
-        chosen = [] if folders[1:] and not folder else _weights(names, kind, lambda name, at=folder: index(at + name))  # type: ignore[misc]
+        beside: Index = lambda name, at=folder: index(at + name)  # type: ignore[misc]  # noqa: E731
+        chosen = [] if folders[1:] and not folder else _weights(names, kind, beside, diffusers=folder in by_diffusers)
         weights += [folder + name for name in chosen]
         others += [folder + name for name in names if _is_companion(name) and name not in chosen]
         others += [folder + name for name in inside if "/" in name and templates.is_template(name)]
@@ -116,18 +117,38 @@ def stale(existing: Iterable[str], weights: Iterable[str]) -> tuple[str, ...]:
 _SHARD = re.compile(r"((?:[^/]+/)*[^/]+?)(?:-\d{5,}-of-\d{5,})?\.(?:safetensors|bin)(?:\.index\.json)?")
 
 
-def _weights(names: set[str], kind: Kind, index: Index) -> list[str]:
-    stems, endings = _STEMS[kind], _ENDINGS[kind]
-    for ending in endings:
-        listed = [name for name in names if name.endswith(ending + _INDEX)]
-        first = [f"{stem}{ending}{_INDEX}" for stem in stems if f"{stem}{ending}{_INDEX}" in listed]
-        if first or len(listed) == 1:
-            return _shards((first or listed)[0], index)
-        if single := [f"{stem}{ending}" for stem in stems if f"{stem}{ending}" in names]:
+def _weights(names: set[str], kind: Kind, index: Index, *, diffusers: bool) -> list[str]:
+    return _of_model(names, index, diffusers=diffusers) if kind == "checkpoint" else _of_adapter(names, index)
+
+
+def _of_model(names: set[str], index: Index, *, diffusers: bool) -> list[str]:
+    """Return what transformers, or diffusers, would load; warn of what other loaders would take in its place."""
+    chosen = choose(names, diffusers=diffusers)
+    read = _listed(chosen, index)
+    if "config.json" in names and any(name.endswith(".safetensors") and name not in read for name in names):
+        chosen = choose(names, diffusers=diffusers, stated=index("config.json").get(STATED))
+        read = _listed(chosen, index)
+    if chosen and chosen.rivals:
+        text = "of the weights in this repository %s is taken, and not compared with %s"
+        warned(text, chosen.index or chosen.files[0], ", ".join(chosen.rivals))
+    return read
+
+
+def _listed(chosen: Choice | None, index: Index) -> list[str]:
+    if chosen is None:
+        return []
+    return _shards(chosen.index, index) if chosen.index else list(chosen.files)
+
+
+def _of_adapter(names: set[str], index: Index) -> list[str]:
+    for ending in _ENDINGS:
+        if listed := [name for name in names if name.endswith(ending + _INDEX)]:
+            return _shards(min(listed), index)
+        if single := [f"{stem}{ending}" for stem in _STEMS["adapter"] if f"{stem}{ending}" in names]:
             return single[:1]
-    for ending in endings:
+    for ending in _ENDINGS:
         loose = sorted(name for name in names if name.endswith(ending) and not along.is_of_training(name))
-        if loose := [name for name in loose if kind == "adapter" or not name.startswith(_STEMS["adapter"])]:
+        if loose:
             return loose
     return []
 

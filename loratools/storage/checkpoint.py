@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from loratools.decisions import warned
 from loratools.errors import BadFile
 from loratools.storage import digest, files
+from loratools.storage.beside.along import RESIDUAL, is_index, may_come
+from loratools.storage.beside.choice import STATED, choose
+from loratools.storage.beside.links import refuse_outside, walk
 from loratools.storage.header import TensorSpec, read_header
 from loratools.storage.pickles.archive import SUFFIXES, read_pickled
 from loratools.storage.sources import Location, local
@@ -17,11 +21,8 @@ from loratools.storage.strict_json import read_json
 if TYPE_CHECKING:
     import torch
 
-_INDEX = ".index.json"
 _SHOWN = 200  # problems listed of one index; a hostile one could have millions
-_FIRST_CHOICES = ("model", "diffusion_pytorch_model", "pytorch_model")
-# Files of tensors that are no part of a model's own weights.
-_NOT_WEIGHTS = ("adapter_model", "adapters", "pytorch_lora_weights", "optimizer", "training_args", "scheduler")
+_GGUF = "Merge into the safetensors model that it was made from, then convert the result to GGUF again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +87,15 @@ class Checkpoint:
         try:
             if path.is_dir():
                 pipeline = path / "model_index.json"
+                refuse_outside([pipeline], path)
                 return _open_pipeline(path, read_json(pipeline)) if pipeline.is_file() else _open_folder(path)
             if not path.exists():
                 raise BadFile(f"{path}: no such file or folder")
         except OSError as error:
             raise BadFile(f"{error.filename or path}: cannot be read: {error.strerror}") from None
-        if path.name.endswith(_INDEX):
+        if is_index(path.name):
             return _open_index(path)
-        if "-of-" in path.name and list(path.parent.glob(f"*{_INDEX}")):
+        if "-of-" in path.name and any(is_index(other.name) for other in path.parent.glob("*.index*.json")):
             raise BadFile(f"{path}: this is one shard of several", hint=f"Give the folder instead: {path.parent}")
         return _build(path, [_open_shard(path)], {})
 
@@ -118,6 +120,20 @@ class Checkpoint:
         name = self.config.get("model_type")
         return name if isinstance(name, str) and name else None
 
+    def unread(self) -> tuple[str, ...]:
+        """Return the files of its folder that may be weights and were not looked at, by their relative paths."""
+        if not self.path.is_dir() and not self.indexes:
+            return ()
+        read = {shard.path for shard in self.shards} | set(self.indexes)
+        paths = (path for path in walk(self.root) if path not in read and path.name != RESIDUAL)
+        names = (str(path.relative_to(self.root)) for path in paths)
+        return tuple(name for name in names if not may_come(name))
+
+    def tell_unread(self) -> None:
+        """Warn of the files that `unread` returns."""
+        if unread := self.unread():
+            warned("%s: %d file(s) that may be weights were not looked at: %s", self.path, len(unread), _few(unread))
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor."""
@@ -131,28 +147,75 @@ class Checkpoint:
 
 def is_weights(path: Path) -> bool:
     """Tell by its name whether a file holds tensors, of whatever kind, or lists files that do."""
-    return path.suffix in (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", *SUFFIXES) or path.name.endswith(_INDEX)
+    return path.suffix in (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", *SUFFIXES) or is_index(path.name)
 
 
-def _open_folder(folder: Path) -> Checkpoint:
+def _config(folder: Path) -> Mapping[str, Any]:
+    """Return the parsed config.json of a folder; {} where there is none."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    refuse_outside([path], folder)
+    return read_json(path)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+
+
+def _open_folder(folder: Path, root: Path | None = None, *, diffusers: bool = False) -> Checkpoint:
+    """Open the model in a folder, which is a component of the pipeline in `root` where that is given."""
+    root = root or folder
+    refuse_outside([folder], root)
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
-    for ending in (".safetensors", ".bin"):
-        indexes = [name for name in names if name.endswith(ending + _INDEX)]
-        preferred = [f"{stem}{ending}{_INDEX}" for stem in _FIRST_CHOICES if f"{stem}{ending}{_INDEX}" in indexes]
-        if preferred or len(indexes) == 1:
-            return _open_index(folder / (preferred or indexes)[0])
-        if indexes:
-            raise BadFile(f"{folder}: several indexes: {', '.join(indexes)}", hint="Give the path of one of them.")
-        single = [f"{stem}{ending}" for stem in _FIRST_CHOICES if f"{stem}{ending}" in names]
-        loose = [name for name in names if name.endswith(ending) and not name.startswith(_NOT_WEIGHTS)]
-        if chosen := single[:1] or loose:
-            return _build(folder, [_open_shard(folder / name) for name in chosen], {})
-    seen = ", ".join(names[:8]) or "nothing"
-    hint = "This folder holds an adapter; a base model was expected." if "adapter_config.json" in names else None
-    raise BadFile(f"{folder}: no model weights (.safetensors or .bin) in this folder; found {seen}", hint=hint)
+    config = _config(folder)
+    try:
+        chosen = choose(names, diffusers=diffusers or "_diffusers_version" in config, stated=config.get(STATED))
+    except BadFile as error:
+        raise BadFile(f"{folder}: {error.message}", error.problems, hint=error.hint) from None
+    if chosen is None:
+        seen = ", ".join(names[:8]) or "nothing"
+        hint = "This folder holds an adapter; a base model was expected." if "adapter_config.json" in names else None
+        hint = _GGUF if hint is None and any(name.endswith(".gguf") for name in names) else hint
+        raise BadFile(f"{folder}: no model weights (.safetensors or .bin) in this folder; found {seen}", hint=hint)
+    if chosen.index:
+        opened = _open_index(folder / chosen.index, root)
+    else:
+        refuse_outside([folder / name for name in chosen.files], root)
+        opened = _build(folder, [_open_shard(folder / name) for name in chosen.files], {})
+        if len(chosen.files) > 1:
+            warned("%s: no index; %d files are read as one model: %s", folder, len(chosen.files), _few(chosen.files))
+    _compare(opened, [folder / name for name in chosen.rivals], root)
+    return opened
 
 
-def _open_index(path: Path) -> Checkpoint:
+def _compare(opened: Checkpoint, rivals: Sequence[Path], root: Path) -> None:
+    """Hold what other loaders would read against what is read: the same tensors are said, others raise `BadFile`."""
+    read = next(iter(opened.indexes), opened.shards[0].path)
+    differing = []
+    for path in rivals:
+        try:
+            rival = _open_index(path, root) if is_index(path.name) else _build(path, [_open_shard(path)], {})
+        except BadFile as error:
+            warned("%s: not looked at, for it cannot be read: %s", path, error.message)
+            continue
+        if not rival.specs.keys() & opened.specs.keys():
+            continue
+        pairs = [(rival.specs[name], spec) for name, spec in opened.specs.items() if name in rival.specs]
+        if rival.specs.keys() != opened.specs.keys() or not all(files.same_bytes(*pair) for pair in pairs):
+            differing.append(path)
+        else:
+            warned("%s: %s is read; %s holds the same tensors", opened.path, read.name, path.name)
+    if differing:
+        raise BadFile(
+            f"{opened.path}: weights of different models beside each other, and loaders differ in which they take",
+            [f"{path.name}: other tensors than {read.name}, which transformers would load here" for path in differing],
+            hint="Remove those that are not the model's, or give the path of one file or index.",
+        )
+
+
+def _open_index(path: Path, root: Path | None = None) -> Checkpoint:
+    refuse_outside([path] if root else [], root or path.parent)
     index = read_json(path)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -161,6 +224,7 @@ def _open_index(path: Path) -> Checkpoint:
     for tensor, file in weight_map.items():
         files_of.setdefault(file, set()).add(tensor)
     problems, shards = [], []
+    refuse_outside([path.parent / name for name in files_of if _is_plain(name)], root or path.parent)
     for name, listed in sorted(files_of.items()):
         if not _is_plain(name):
             problems.append(f"{name!r}: a shard must be a plain file name in the index's own folder")
@@ -190,7 +254,7 @@ def _open_pipeline(folder: Path, model_index: Mapping[str, Any]) -> Checkpoint:
             continue
         if not any(is_weights(file) for file in part.iterdir()):
             continue  # a tokenizer, a scheduler
-        inner = _open_folder(part)
+        inner = _open_folder(part, folder, diffusers=entry[:1] == ["diffusers"])
         components.append(name)
         indexes |= inner.indexes
         for shard in inner.shards:
@@ -207,6 +271,8 @@ def _is_plain(name: str) -> bool:
 
 
 def _open_shard(path: Path) -> Shard:
+    if path.suffix == ".gguf":
+        raise BadFile(f"{path}: a GGUF file, quantized or laid out for llama.cpp, and no base model here", hint=_GGUF)
     if path.suffix in SUFFIXES:
         return Shard(path, read_pickled(path))
     header = read_header(path)
@@ -228,6 +294,5 @@ def _build(
     if not specs:
         raise BadFile(f"{path}: no tensors in it")
     root = path if path.is_dir() else path.parent
-    config_file = root / "config.json"
-    config = read_json(config_file) if config_file.is_file() and not components else {}
+    config = {} if components else _config(root)
     return Checkpoint(path, root, tuple(shards), specs, indexes, config, components)

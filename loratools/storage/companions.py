@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,15 @@ from typing import Any
 from loratools.decisions import decided, warned
 from loratools.errors import IncompatibleAdapter
 from loratools.storage.beside import along, templates
-from loratools.storage.beside.links import refuse_outside
+from loratools.storage.beside.links import refuse_outside, walk
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.strict_json import read_json
 
 RECORD = "loratools.json"
 """What was done, beside the shards of a model that loratools wrote."""
 
-RESIDUAL = "unmerge.residual"
-"""What rounding destroyed; not a name that a loader would take for weights."""
+RESIDUAL = along.RESIDUAL
+"""What rounding destroyed."""
 
 TOKENIZER_FILES = frozenset({
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -106,7 +105,7 @@ def _of_base(base: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...]]:
     coming: dict[str, Path] = {}
     left: list[str] = []
     written = {shard.path for shard in base.shards} | set(base.indexes)
-    for path in beside(base.root):
+    for path in walk(base.root):
         name = str(path.relative_to(base.root))
         if name == _ADAPTER:
             warned("%s: the base's folder holds an adapter too, with which transformers would load it", path)
@@ -118,18 +117,6 @@ def _of_base(base: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...]]:
             left.append(name)
     refuse_outside(coming.values(), base.root)
     return coming, tuple(left)
-
-
-def beside(root: Path) -> Iterator[Path]:
-    """Yield every file in a model's folder and below it, hidden ones aside; linked folders are not entered.
-
-    Raises `BadFile` for a linked folder that leads out of it.
-    """
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        refuse_outside((Path(folder) / name for name in subfolders), root)
-        visible = (Path(folder) / name for name in sorted(names) if not name.startswith("."))
-        yield from (path for path in visible if path.is_file())
 
 
 def _with_template(sources: dict[str, Path], template: Mapping[str, str]) -> dict[str, str]:

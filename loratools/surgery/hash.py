@@ -64,6 +64,7 @@ def hash_checkpoint(
     options.word("algorithm", algorithm, Algorithm).threads(threads).done()
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.open(local(checkpoint, "header" if set(tiers) <= {"schema"} else "checkpoint"))
+    checkpoint.tell_unread()
     selected = set(checkpoint.specs) if include is None else _select(checkpoint, include)
     read = (selected if "tensors" in tiers else set()) | (set(checkpoint.specs) if "root" in tiers else set())
     digests = hash_tensors({name: checkpoint.specs[name] for name in read}, algorithm, threads, progress)

@@ -138,7 +138,7 @@ def inspect(path: Location | Adapter | Checkpoint, dialect: str | None = None) -
         return describe_checkpoint(path, path.path)
     listing = Listing.of(path, need="header")
     if dialect is not None:
-        return describe_adapter(get(dialect).read(listing), path, dialect, "named by the user")
+        return describe_adapter(_read(listing, dialect), path, dialect, "named by the user")
     if not any(get(name).detect(listing) for name in names()):
         try:
             return describe_checkpoint(Checkpoint.open(listing.path), path)
@@ -146,7 +146,13 @@ def inspect(path: Location | Adapter | Checkpoint, dialect: str | None = None) -
             listing.check()  # which may say more of a file that is no model's
             raise
     dialect, evidence = detect(listing)
-    return describe_adapter(get(dialect).read(listing), path, dialect, evidence.reason)
+    return describe_adapter(_read(listing, dialect), path, dialect, evidence.reason)
+
+
+def _read(listing: Listing, dialect: str) -> Adapter:
+    adapter = get(dialect).read(listing)
+    listing.tell_unread(adapter)
+    return adapter
 
 
 def describe_adapter(adapter: Adapter, path: Location, dialect: str, evidence: str = "") -> AdapterSummary:
@@ -171,6 +177,7 @@ def describe_checkpoint(checkpoint: Checkpoint, path: Location) -> CheckpointSum
     """Summarize an open checkpoint; `path` is where it is said to lie."""
     from loratools.format.record import read  # an adapter need not wait for this import
 
+    checkpoint.tell_unread()
     config, specs = checkpoint.config, checkpoint.specs
     architectures, model_type = config.get("architectures"), config.get("model_type")
     tied = config.get("tie_word_embeddings")

@@ -35,7 +35,7 @@ def test_kind(paths: list[str], kind: Kind) -> None:
         ("adapter", ["adapters.safetensors", "0000100_adapters.safetensors"], ["adapters.safetensors"]),
         ("checkpoint", [*SHARDS, "model.safetensors.index.json"], ["model.safetensors.index.json", *SHARDS]),
         ("checkpoint", [*SHARDS, "model.safetensors.index.json", "model.safetensors", "original/x.pth"],
-         ["model.safetensors.index.json", *SHARDS]),
+         ["model.safetensors"]),
         ("checkpoint", ["model.safetensors", "pytorch_model.bin", "model.fp16.safetensors"], ["model.safetensors"]),
         ("checkpoint", ["pytorch_model.bin", "training_args.bin", "tf_model.h5"], ["pytorch_model.bin"]),
         ("checkpoint", ["weights.safetensors", "adapter_model.safetensors"], ["weights.safetensors"]),

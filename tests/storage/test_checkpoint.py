@@ -202,6 +202,13 @@ def test_the_first_choices(tmp_path: Path) -> None:
     same(Checkpoint.open(single), weights())
     shards(tmp_path, weights(seed=3), stem="other")
     (tmp_path / INDEX).unlink()
+    with pytest.raises(BadFile, match="weights of different models beside each other"):
+        Checkpoint.open(tmp_path)  # pytorch_model.bin and its index: no other name means anything to transformers
+    for path in tmp_path.glob("pytorch_model-*"):
+        path.unlink()
+    (tmp_path / "pytorch_model.bin.index.json").unlink()
+    same(Checkpoint.open(tmp_path), weights(seed=2))
+    (tmp_path / "pytorch_model.bin").unlink()
     same(Checkpoint.open(tmp_path), weights(seed=3))
     shards(tmp_path, weights(seed=3), stem="third")
     error = refusal(tmp_path, "several indexes: other.safetensors.index.json, third.safetensors.index.json")

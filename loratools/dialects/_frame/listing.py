@@ -6,7 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loratools.adapter.model import Adapter
+from loratools.decisions import warned
 from loratools.errors import BadFile
+from loratools.storage.beside.along import is_of_training
+from loratools.storage.beside.links import refuse_outside
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import Header, read_header
 from loratools.storage.lazy import LazyTensor
@@ -109,6 +113,7 @@ class Listing:
         """
         path = self.folder / name
         if name not in self._read:
+            refuse_outside([path], self.folder)
             if path.is_file() and path.stat().st_size > MAX_JSON:
                 raise BadFile(f"{path}: {path.stat().st_size} bytes; a configuration has at most {MAX_JSON}")
             self._read[name] = read_json(path) if path.is_file() else None
@@ -120,6 +125,7 @@ class Listing:
         if not name.endswith(".safetensors"):
             return None
         if name not in self._read:
+            self._inside(name)
             self._read[name] = read_header(self.folder / name)
         header: Header = self._read[name]
         return header
@@ -136,6 +142,7 @@ class Listing:
         path = self.folder / name
         if name in self._read:
             return dict(self._read[name])
+        self._inside(name)
         with open_file(path) as file:
             begin = file.read(_EMPTY_PICKLE + 1)
         hollow = len(begin) <= _EMPTY_PICKLE and not begin.startswith(_LFS)
@@ -147,6 +154,18 @@ class Listing:
             )
         self._read[name] = {tensor: LazyTensor.stored(spec) for tensor, spec in specs.items()}
         return dict(self._read[name])
+
+    def _inside(self, name: str) -> None:
+        """Raise `BadFile` for a link that leads out of the folder, unless it is the file that the user named."""
+        if not self.single:
+            refuse_outside([self.folder / name], self.folder)
+
+    def tell_unread(self, adapter: Adapter) -> None:
+        """Warn of files in the folder that can hold tensors, and of which the adapter that was read has none."""
+        read = {file.name for lazy in (*adapter.tensors().values(), *adapter.copies.values()) if (file := lazy.file)}
+        unread = [name for name in self.weights if name not in read and not is_of_training(name)]
+        if unread and read and not self.single:
+            warned("%s: %s is read; not looked at: %s", self.path, ", ".join(sorted(read)), ", ".join(unread[:12]))
 
     def check(self) -> None:
         """Raise `BadFile` where a Git-LFS pointer, or the damage of a lone file, keeps every dialect from an adapter.

@@ -35,6 +35,7 @@ from loratools.errors import BadFile
 from loratools.format import keys, manifest
 from loratools.format.peft_config import derive_config
 from loratools.storage import atomic, save
+from loratools.storage.files import same_bytes
 from loratools.storage.lazy import LazyTensor
 from loratools.storage.pickles.archive import SUFFIXES
 
@@ -130,6 +131,24 @@ def _files(listing: Listing) -> list[str]:
     return []
 
 
+def _compare(listing: Listing, single: str) -> None:
+    """Raise `BadFile` where shards beside the single file, which PEFT takes, hold other tensors."""
+    ending = Path(single).suffix
+    shards = [name for name in listing.files if _SHARD.fullmatch(name) and name.endswith(ending)]
+    if listing.single or not shards or single in shards:
+        return
+    inside = listing.tensors(single)
+    parts: dict[str, LazyTensor] = {}
+    for name in shards:
+        parts |= listing.tensors(name)
+    pairs = [(lazy.spec, parts[name].spec) for name, lazy in inside.items() if name in parts]
+    if parts.keys() != inside.keys() or not all(a and b and same_bytes(a, b) for a, b in pairs):
+        raise BadFile(
+            f"{listing.path}: two adapters in one folder: {single}, which PEFT takes, and {', '.join(shards[:12])}",
+            hint="Remove those that are not the adapter's, or give the path of one file.",
+        )
+
+
 def _tensors(listing: Listing) -> dict[str, LazyTensor]:
     """Return all tensors under the names in the files; shards are joined."""
     files = _files(listing)
@@ -137,6 +156,7 @@ def _tensors(listing: Listing) -> dict[str, LazyTensor]:
         listing.check()
         shown = ", ".join(listing.files[:12]) or "no files"
         raise BadFile(f"{listing.path}: no {_STEM}.safetensors or {_STEM}.bin in this folder; it holds {shown}")
+    _compare(listing, files[0])
     if shard := _SHARD.fullmatch(files[0]):
         if listing.single:
             raise BadFile(f"{listing.path}: this is one shard of several", hint=f"Give the folder: {listing.folder}")

@@ -1,5 +1,6 @@
 """The files beside weights: which may come along with a model, what they say, and where links among them may lead.
 
+choice       which files of a folder are its model's weights
 along        names of the files that may come along
 links        symbolic links, and where they may lead
 templates    chat templates in all their forms

@@ -14,6 +14,9 @@ _TEXTS = frozenset({
     ".tsv", ".tiktoken", ".vocab", ".bpe", ".codes", ".dict", ".dic", ".spm", ".proto", ".py", ".pyi", ".ipynb", ".sh",
     ".cpp", ".cu", ".cuh", ".h", ".html", ".bib", ".cff",
 })  # fmt: skip
+RESIDUAL = "unmerge.residual"
+"""What rounding destroyed; not a name that a loader would take for weights."""
+
 PICTURES = frozenset([".png", ".jpg", ".jpeg", ".webp", ".gif", ".svg"])
 """Endings of pictures, as model cards show them."""
 

@@ -6,12 +6,11 @@ Hub under an innocent name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from loratools.errors import BadFile
-
-_REPOSITORIES = ("models--", "datasets--", "spaces--")
 
 
 def refuse_outside(paths: Iterable[Path], root: Path) -> None:
@@ -22,7 +21,7 @@ def refuse_outside(paths: Iterable[Path], root: Path) -> None:
     own = root.resolve()
     allowed = [own]
     for parent in (own, *own.parents):
-        if parent.parent.name == "snapshots" and parent.parent.parent.name.startswith(_REPOSITORIES):
+        if parent.parent.name == "snapshots":
             allowed.append(parent.parent.parent / "blobs")
     outside = [
         f"{path}: leads to {target}"
@@ -36,3 +35,15 @@ def refuse_outside(paths: Iterable[Path], root: Path) -> None:
             outside,
             hint="Put the file itself there, or give the folder that it is in.",
         )
+
+
+def walk(root: Path) -> Iterator[Path]:
+    """Yield every file in a folder and below it, hidden ones aside; linked folders are not entered.
+
+    Raises `BadFile` for a linked folder that leads out of it.
+    """
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        refuse_outside((Path(folder) / name for name in subfolders), root)
+        visible = (Path(folder) / name for name in sorted(names) if not name.startswith("."))
+        yield from (path for path in visible if path.is_file())

@@ -133,6 +133,8 @@ def extract(
     for path in (base.root, tuned.root):
         if path.resolve().is_relative_to(output.resolve()):
             raise OutputRefused(f"{output} is or holds the input {path}", hint="Choose another output.")
+    base.tell_unread()
+    tuned.tell_unread()
     coded = refuse_other_codes(base, tuned)
     pairing = pair(base, tuned, selection or Selection())
     with atomic.new_folder(output, force=force) as scratch, full_float32():

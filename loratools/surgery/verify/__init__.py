@@ -112,6 +112,8 @@ def verify(
     Options().flag("exact", exact).number("seed", seed).threads(threads).done()
     progress = progress or no_progress
     model, base = open_model(model), open_model(base)
+    model.tell_unread()
+    base.tell_unread()
     inputs = open_adapters(adapters, base, weights)
     base = replicated(base, [each.adapter for each in inputs])
     tied: Tied = "untie" if model.specs.keys() - base.specs.keys() else "both"
