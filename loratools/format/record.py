@@ -64,7 +64,7 @@ def _layout(update: Update) -> dict[str, Any]:
 def unlike(entry: Mapping[str, Any], adapter: Adapter) -> list[str]:
     """Return in what an adapter differs from that of a record's entry although the digests agree, a sentence each.
 
-    None where it does not, or where an older record says nothing of scalings and layouts.
+    [] where it does not, or where an older record says nothing of scalings and layouts.
     """
     if not isinstance(entry.get("scaling"), int | float):
         return []
