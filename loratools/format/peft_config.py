@@ -15,7 +15,6 @@ from typing import Any
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter
 from loratools.format import manifest
-from loratools.format.registry import KINDS
 
 # Settings that PEFT wrote and reads again, as long as they say something; older versions of PEFT refuse unknown fields,
 # so a field at its default is left out.
@@ -40,6 +39,8 @@ def derive_config(adapter: Adapter) -> dict[str, Any]:
     base, kinds = adapter.base, {module: {"kind": update.kind} for module, update in updates.items()}
     identity = {"base_model_name_or_path": base and base.id, "revision": base and base.revision}
     targets = manifest.target_modules(kinds, settings, settings.get(manifest.ORIGIN, {}))
+    from loratools.format.registry import KINDS  # not needed to read
+
     if any(update.kind not in KINDS or not KINDS[update.kind].peft for update in updates.values()):
         # PEFT has no such updates, and refuses a type that it does not know: it must not load half of an adapter.
         return {**identity, "peft_type": FOREIGN, "target_modules": targets, "task_type": settings.get("task_type")}
