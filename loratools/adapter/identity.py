@@ -1,15 +1,24 @@
 """Is it this base? One comparison of two `BaseIdentity` values, tier by tier, for every verb and for live models.
 
 Two digests can be compared where both sides state one, of one algorithm; a digest on one side alone tells nothing.
+Names are compared as what they are: `org/name` on the Hub in any spelling (`hf://`, an address, a folder of the Hub's
+cache), or a folder, of which the last part is all that another machine, or a manifest, knows.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from loratools.adapter.model import BaseIdentity
 from loratools.storage import digest
+
+_NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
+_ON_HUB = re.compile(rf"(?:models/)?({_NAME}/{_NAME})(?:@.*|/(?:tree|resolve|blob)/.*)?")
+_CACHED = re.compile(rf"models--({_NAME}?)--({_NAME})(?:[/\\]snapshots[/\\].*)?$")
+_SCHEME = re.compile(r"(?:hf://|https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)")
+_FOLDER = re.compile(r"[./\\~]|[A-Za-z]:[/\\]|file:")
 
 Tier = Literal["schema", "tensors", "root"]
 """A part of the base hash: of names, dtypes and shapes; of each tensor; of all tensors."""
@@ -29,8 +38,9 @@ class Pair:
 class Comparison:
     """What two identities say of each other: which digests agree, which differ, and which cannot be compared.
 
-    `by_name` tells whether both state one model's id, `by_type` whether both state one `model_type`, which decides how
-    weights lie; None where either states none.
+    `by_name` tells whether both state one model's id (`same_name`), None where either states none or a folder's last
+    part is all that they share; `by_type` whether both state one `model_type`, which decides how weights lie, None
+    where either states none.
     """
 
     agreeing: tuple[Pair, ...]
@@ -59,7 +69,39 @@ def compare(first: BaseIdentity, second: BaseIdentity, *, complete: bool = False
 
     stated = [(pair, agree(pair)) for pair in (schema, *tensors, root) if pair.first or pair.second]
     agreeing, differing, unknown = ([pair for pair, own in stated if own is group] for group in (True, False, None))
-    by_name = None if first.id is None or second.id is None else first.id == second.id
+    by_name = None if first.id is None or second.id is None else same_name(first.id, second.id)
     types = first.model_type, second.model_type
     by_type = None if None in types else types[0] == types[1]
     return Comparison(tuple(agreeing), tuple(differing), tuple(unknown), by_name, by_type)
+
+
+def same_name(first: str, second: str) -> bool | None:
+    """Tell whether two ids of a base model, as adapters state them, name one model.
+
+    None where one of them is a folder's, or a bare name, and no more than the last part of both is the same: a manifest
+    keeps only that of a path, and one model lies in folders of different places.
+
+    >>> same_name("hf://Org/Name", "org/name"), same_name("/models/name", "org/name"), same_name("a/name", "b/name")
+    (True, None, False)
+    """
+    (one, one_on_hub), (other, other_on_hub) = (_normal(name) for name in (first, second))
+    if one == other:
+        return True
+    last = [name.rpartition("/")[2].lower() for name in (one, other)]
+    return None if last[0] == last[1] and not (one_on_hub and other_on_hub) else False
+
+
+def is_on_hub(name: str) -> bool:
+    """Tell whether an id names a repository on the Hub, `org/name`, in any spelling, and no folder."""
+    return _normal(name)[1]
+
+
+def _normal(name: str) -> tuple[str, bool]:
+    """Return a name in one spelling, and whether it is that of a repository on the Hub, whose case does not count."""
+    bare = _SCHEME.sub("", name.strip()).rstrip("/\\")
+    if cached := _CACHED.search(bare):
+        return "/".join(cached.groups()).lower(), True
+    if (on_hub := _ON_HUB.fullmatch(bare)) and not _FOLDER.match(bare):
+        return on_hub[1].lower(), True
+    parts = [part for part in re.split(r"[/\\]+", bare.removeprefix("file:")) if part != "."]
+    return "/".join(parts), False

@@ -11,15 +11,16 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from loratools.adapter.identity import compare
+from loratools.adapter.identity import compare, is_on_hub, same_name
 from loratools.adapter.model import BaseIdentity
-from loratools.errors import WrongBase
+from loratools.decisions import decided
+from loratools.errors import LoraToolsError, WrongBase
 from loratools.format import record as records
 from loratools.options import CheckBase, Options
 from loratools.parallel import Progress
 from loratools.storage import digest
 from loratools.storage.checkpoint import Checkpoint
-from loratools.surgery.hash import hash_tensors
+from loratools.surgery.hash import hash_checkpoint, hash_tensors
 
 
 def agree(
@@ -27,14 +28,18 @@ def agree(
 ) -> tuple[BaseIdentity | None, list[str]]:
     """Compare the bases of adapters, pair by pair; return what all have in common, as far as they say, and warnings.
 
-    Digests decide wherever two adapters state comparable ones: a root, a schema, or digests of the same tensors. Else
-    names do, and a warning says so. `check` is `strict`, `warn` (differences are warnings) or `off`. Raises `WrongBase`
-    with every pair that differs.
+    Digests decide wherever two adapters state comparable ones: a root, a schema, or digests of the same tensors. Where
+    one names a folder that is at hand, that model is looked at instead of its name. Else names do, and a warning says
+    so. `check` is `strict`, `warn` (differences are warnings) or `off`. Raises `WrongBase` with every pair that
+    differs.
     """
     Options().word("check_base", check, CheckBase).done()
     differing, uncertain = [], []
     identities = [base or BaseIdentity() for base in bases]
-    for (name, first), (other_name, second) in combinations(zip(names, identities, strict=True), 2):
+    # What is sealed says more than a name, which may be that of another folder here.
+    folders = [None if check == "off" or identity.sealed else _folder(identity.id) for identity in identities]
+    sides = zip(names, identities, folders, strict=True)
+    for (name, first, folder), (other_name, second, other_folder) in combinations(sides, 2):
         comparison, both = compare(first, second), f"{name} and {other_name}"
         if comparison.by_type is False:
             differing.append(f"{both}: their bases are of the types {first.model_type} and {second.model_type}")
@@ -45,11 +50,19 @@ def agree(
             differing.append(f"{both}: {what}, {pair.first} and {pair.second}")
         elif comparison.agreeing:
             continue
-        elif comparison.by_name is None:
+        elif (looked := _at_hand((first, folder), (second, other_folder))) is not None:
+            differing += [f"{both}: {sentence}" for sentence in looked[:1]]
+        elif first.id is None or second.id is None:
             nameless = " and ".join(n for n, base in ((name, first), (other_name, second)) if base.id is None)
             uncertain.append(f"{nameless} does not say which base it belongs to, so it cannot be compared")
+        elif comparison.by_name is None:
+            uncertain.append(
+                f"{both}: of the names of their bases only the last part can be compared, {first.id} and {second.id}"
+            )
         elif comparison.by_name:
-            uncertain.append(f"{both}: the base models are compared by name only, {first.id}")
+            revisions = {revision for revision in (first.revision, second.revision) if revision}
+            stated = f", at the revisions {' and '.join(sorted(revisions))}" if len(revisions) > 1 else ""
+            uncertain.append(f"{both}: the base models are compared by name only, {first.id}{stated}")
         else:
             differing.append(f"{name} belongs to {first.id}, {other_name} to {second.id}")
     if differing and check == "strict":
@@ -59,6 +72,36 @@ def agree(
             hint="Use adapters of one base, or --check-base off if you know that the bases are the same.",
         )
     return _common(bases), [] if check == "off" else list(dict.fromkeys([*differing, *uncertain]))
+
+
+def _folder(name: str | None) -> Checkpoint | None:
+    """Return the model in the folder or file that an adapter names as its base, where there is one on this machine."""
+    if not name or not (Path(name).is_dir() or (name.endswith(".safetensors") and Path(name).is_file())):
+        return None
+    try:
+        return Checkpoint.open(name)
+    except (LoraToolsError, OSError) as error:
+        decided("%s: what an adapter names as its base holds no model, so its name alone is compared: %s", name, error)
+        return None
+
+
+_Side = tuple[BaseIdentity, Checkpoint | None]
+
+
+def _at_hand(first: _Side, second: _Side) -> list[str] | None:
+    """Return in what two bases differ by a look at a model that is at hand; None where that tells nothing."""
+    for (identity, _), (_, folder) in ((first, second), (second, first)):
+        if identity.sealed and folder is not None:
+            # The tensors that the adapter changes are enough: to read all of a model for its root takes long.
+            needed = replace(identity, root=None) if identity.tensors else identity
+            return [f"{folder.path} is not the sealed base; {which}" for which in differences(needed, folder)]
+    (_, one), (_, other) = first, second
+    if one is None or other is None:
+        return None
+    if one.path.samefile(other.path):
+        return []
+    same = one.schema() == other.schema() and hash_checkpoint(one, "root") == hash_checkpoint(other, "root")
+    return [] if same else [f"{one.path} and {other.path} hold different models"]
 
 
 def _common(bases: Sequence[BaseIdentity | None]) -> BaseIdentity | None:
@@ -77,11 +120,18 @@ def _common(bases: Sequence[BaseIdentity | None]) -> BaseIdentity | None:
         stated = {(name, value) for base in known for name, value in base.tensors.items()}
         tensors = dict(sorted(stated)) if len(dict(stated)) == len(stated) else {}
     identity = BaseIdentity(
-        single(base.id for base in known), single(base.revision for base in known),
+        _one_name([base.id for base in known if base.id]), single(base.revision for base in known),
         single(base.schema for base in known), tensors, single(base.root for base in known),
         single(base.model_type for base in known),
     )  # fmt: skip
     return identity if identity != BaseIdentity() else None
+
+
+def _one_name(names: Sequence[str]) -> str | None:
+    """Return the name that others know best, where all may be the same model's: one on the Hub, else the shortest."""
+    if any(same_name(first, second) is False for first, second in combinations(names, 2)):
+        return None
+    return min(names, key=lambda name: (not is_on_hub(name), len(name)), default=None)
 
 
 def of_headers(base: Checkpoint, identity: BaseIdentity) -> BaseIdentity:

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from loratools.adapter.identity import Comparison, compare
+from loratools.adapter.identity import Comparison, compare, is_on_hub, same_name
 from loratools.adapter.model import BaseIdentity
 from loratools.errors import BadFile
 
@@ -84,3 +84,36 @@ def test_model_types_are_no_digest(first: str | None, second: str | None, expect
     comparison = compare(BaseIdentity(model_type=first), BaseIdentity(model_type=second))
     assert comparison.by_type is expected
     assert listed(comparison) == {}
+
+
+HUB = "org/Base-7B"
+SPELLINGS = (
+    HUB, "hf://org/Base-7B", "hf://org/base-7b@main", "https://huggingface.co/org/Base-7B", "org/Base-7B/",
+    "https://huggingface.co/org/Base-7B/tree/main", "https://hf.co/org/Base-7B",
+    "/root/.cache/huggingface/hub/models--org--Base-7B/snapshots/0123abc", "/mnt/models--org--Base-7B",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("spelled", SPELLINGS)
+def test_a_name_on_the_hub_is_one_in_every_spelling(spelled: str) -> None:
+    for other in SPELLINGS:
+        assert same_name(spelled, other) is True
+    assert is_on_hub(spelled)
+    assert same_name(spelled, "org/Base-8B") is False
+    assert same_name(spelled, "other/Base-7B") is False
+    for folder in ("/models/Base-7B", "./Base-7B", "~/Base-7B", r"C:\models\Base-7B", "file:///models/Base-7B"):
+        assert same_name(spelled, folder) is same_name(folder, spelled) is None
+        assert not is_on_hub(folder)
+    assert same_name(spelled, "/models/Base-8B") is False
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [("base", "base", True), ("./base", "base", True), ("/models/base/", "/models/base", True),
+     ("/models/base", "base", None), ("/models/base", "/mnt/base", None), (r"D:\base", "base", None),
+     ("/models/Base", "/models/base", None), ("gpt2", "openai-community/gpt2", None), ("gpt2", "gpt2-medium", False),
+     ("/models/one", "/models/two", False)],
+)  # fmt: skip
+def test_of_folders_the_last_part_is_compared(first: str, second: str, expected: bool | None) -> None:
+    assert same_name(first, second) is same_name(second, first) is expected
+    assert compare(BaseIdentity(first), BaseIdentity(second)).by_name is expected
