@@ -98,9 +98,7 @@ def read(listing: Listing) -> Adapter:
     def rule(module: str, rank: int) -> tuple[float, float]:
         config, within = configs.get(component(module)), inside(module)
         if config is not None:
-            if config.rank(within) not in (None, rank):
-                raise ValueError(f"its tensors have rank {rank}, the header's config says {config.rank(within)}")
-            return config.scaling(within, rank), config.alpha(within)
+            return config.rule(within, rank)
         if module not in draft.alphas:
             lost.add(component(module) or "the model")
         alpha = draft.alphas.get(module, float(rank))

@@ -3,8 +3,9 @@
     ….mlp.experts.w1.lora_A.weight (E or 1, r, in)   ….lora_B.weight (E or 1, out, r)   all experts may share one factor
     model.unembed_tokens                              lm_head
 
-w1, w3, w2 are gate, up, down; where w3 is empty (Nemotron has no gate) w1 is up. s = lora_alpha/r of the config
-(tinker-cookbook 0.6.1, `weights/_adapter.py`). Tinker serves plain PEFT, which the dialect `peft` writes.
+w1, w3, w2 are gate, up, down; where w3 is empty (Nemotron has no gate) w1 is up. The config is PEFT's, and so is its
+s = lora_alpha/r (tinker-cookbook 0.6.1, `weights/_adapter.py`).
+Tinker serves plain PEFT, which the dialect `peft` writes.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import re
 from collections.abc import Mapping
 
 from loratools.adapter import factors
-from loratools.adapter.model import Adapter, BaseIdentity
+from loratools.adapter.model import Adapter
 from loratools.adapter.parts import A, B
-from loratools.dialects._frame.build import Draft, Groups
+from loratools.dialects._frame.build import Draft, Groups, check_faults
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import read_only
+from loratools.dialects.peft.config import PeftConfig
 from loratools.errors import BadFile
 from loratools.format import keys
 from loratools.storage.lazy import LazyTensor
@@ -46,13 +48,15 @@ def detect(listing: Listing) -> Evidence | None:
 def read(listing: Listing) -> Adapter:
     """Read an adapter, with each expert of a stack under transformers' name of it.
 
-    Raises `BadFile` for a config without r and lora_alpha, for names that Tinker does not write, for a factor without
-    its partner, and for factors of different numbers of experts.
+    The config is PEFT's, whose patterns name modules as transformers does; what is refused in PEFT's is refused here.
+    Raises `BadFile` for a config without r and lora_alpha, and for one that the tensors contradict; for names that
+    Tinker does not write, for a factor without its partner, and for factors of different numbers of experts.
     """
-    config = listing.json(_CONFIG) or {}
-    alpha, r = config.get("lora_alpha"), config.get("r")
-    if type(alpha) not in (int, float) or type(r) is not int or r < 1:
-        raise BadFile(f"{listing.folder / _CONFIG}: expected numbers r and lora_alpha, found {r!r} and {alpha!r}")
+    document, path = listing.json(_CONFIG) or {}, listing.folder / _CONFIG
+    stated = {"lora_alpha": document.get("lora_alpha"), "r": document.get("r")}
+    if stated["r"] is None or (stated["lora_alpha"] is None and listing.alpha is None):
+        raise BadFile(f"{path}: expected numbers r and lora_alpha, found {stated['r']} and {stated['lora_alpha']}")
+    config = PeftConfig.parse(document, path, alpha=listing.alpha)
     draft = Draft(listing.path)
     for tensor, lazy in listing.tensors(_FILE).items():
         split = keys.split(tensor)
@@ -62,9 +66,9 @@ def read(listing: Listing) -> Adapter:
             draft.add(*split, lazy, tensor)
     all_of = draft.groups
     draft.convert(lambda module, parts: _modules(module, parts, all_of))
-    scaling = alpha / r  # type: ignore[operator]
-    updates = draft.build(lambda _, rank: (scaling, scaling * rank))
-    return Adapter(updates, base=BaseIdentity.of_name(config.get("base_model_name_or_path")), dialect="tinker")
+    updates = draft.build(config.rule)
+    check_faults(listing.path, config.contradictions(draft.groups))
+    return Adapter(updates, base=config.base, dialect="tinker", settings=config.carried)
 
 
 losses, write = read_only("files of Tinker are only read here; Tinker's services read PEFT (--to peft)")

@@ -19,11 +19,11 @@ from pathlib import Path
 from loratools.adapter.model import Adapter, Loss
 from loratools.adapter.parts import MAGNITUDE, A, B
 from loratools.dialects._frame import pickles
-from loratools.dialects._frame.build import Draft, check_gathered
+from loratools.dialects._frame.build import Draft, check_faults, check_gathered
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import IDENTITY, common_losses, identity_losses, update_losses, without
-from loratools.dialects._frame.numbers import is_number
 from loratools.dialects.gguf.names import Layout, permuted
+from loratools.dialects.peft.config import PeftConfig
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.storage import atomic
 from loratools.storage.lazy import LazyTensor
@@ -57,13 +57,14 @@ def detect(listing: Listing) -> Evidence | None:
 def read(listing: Listing) -> Adapter:
     """Read an adapter under transformers' names, rows of q and k in transformers' order.
 
-    Raises `UnsupportedAdapter` where the scaling, or the order of rows, cannot be known, `BadFile` for strange names.
+    Raises `UnsupportedAdapter` where the scaling, or the order of rows, cannot be known, `BadFile` for strange names
+    and for a config that the tensors contradict.
     """
     name = pickles.file_of(listing)
     if name is None:
         raise BadFile(f"{listing.path}: expected one file of torch.save")
-    alpha, stated = _scaling(listing)
-    draft, tensors = Draft(listing.path), listing.tensors(name)
+    peft = _config(listing)
+    draft, tensors = Draft(listing.path, alpha=listing.alpha), listing.tensors(name)
     check_gathered(listing.path, tensors)
     for tensor, lazy in tensors.items():
         match = _NAME.fullmatch(tensor)
@@ -83,7 +84,11 @@ def read(listing: Listing) -> Adapter:
         )
     by_projection = heads or {}
     draft.convert(lambda module, parts: {module: _permuted(parts, by_projection.get(module[-6:]), back=True)})
-    return Adapter(draft.build(lambda _, rank: (alpha / (stated or rank), alpha)), dialect="torchtune")
+    if peft is None:
+        return Adapter(draft.build(), dialect="torchtune")
+    updates = draft.build(peft.rule)
+    check_faults(listing.path, peft.contradictions(draft.groups))
+    return Adapter(updates, base=peft.base, dialect="torchtune", settings=peft.carried)
 
 
 def losses(adapter: Adapter) -> list[Loss]:
@@ -119,14 +124,17 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
         pickles.write(folder / _FILE, tensors)
 
 
-def _scaling(listing: Listing) -> tuple[float, int | None]:
-    """Return alpha and r: the config's, or the user's alpha and None, for each tensor's own r."""
-    config = listing.json(_CONFIG) or {}
-    alpha, r = config.get("lora_alpha"), config.get("r")
-    if listing.alpha is not None:
-        return listing.alpha, None
-    if is_number(alpha) and type(r) is int and r > 0:
-        return float(alpha), r  # type: ignore[arg-type]
+def _config(listing: Listing) -> PeftConfig | None:
+    """Return the config, PEFT's with transformers' names of modules; None where the user's alpha is all that is known.
+
+    Raises `UnsupportedAdapter` where neither says what the scaling is.
+    """
+    document = listing.json(_CONFIG)
+    if document is None and listing.alpha is not None:
+        return None
+    complete = document is not None and None not in (document.get("r"), document.get("lora_alpha"))
+    if document is not None and (complete or listing.alpha is not None):
+        return PeftConfig.parse(document, listing.folder / _CONFIG, alpha=listing.alpha)
     raise UnsupportedAdapter(
         f"{listing.path}: no {_CONFIG} with r and lora_alpha beside it, and without them the scaling is unknown",
         hint="Put the one that torchtune saved beside it, or give --alpha NUMBER.",

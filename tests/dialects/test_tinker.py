@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,17 +12,17 @@ from safetensors.torch import save_file
 
 from loratools import dialects
 from loratools.adapter.model import Adapter
-from loratools.errors import BadFile, LossyConversion
+from loratools.errors import BadFile, LossyConversion, UnsupportedAdapter
 
 from .adapters import Q0, expect, factors, lora
 
 EXPERTS = "base_model.model.model.layers.0.mlp.experts"
 
 
-def folder(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+def folder(path: Path, tensors: dict[str, torch.Tensor], **fields: Any) -> Path:
     path.mkdir()
     save_file(tensors, path / "adapter_model.safetensors")
-    config = {"r": 4, "lora_alpha": 8, "peft_type": "LORA", "target_modules": "all-linear"}
+    config = {"r": 4, "lora_alpha": 8, "peft_type": "LORA", "target_modules": "all-linear"} | fields
     (path / "adapter_config.json").write_text(json.dumps(config))
     return path
 
@@ -79,6 +80,47 @@ def test_what_does_not_fit_together_is_listed(tmp_path: Path) -> None:
         "model.layers.0.mlp.experts.w3: A (2, 4, 3) and B (3, 5, 4) are no stacked experts",
         "strange: no factor that Tinker writes",
     ]
+
+
+def test_the_config_decides_as_in_peft(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tensors = experts("w1", 2) | experts("w2", 2)
+    up, down = (f"model.layers.0.mlp.experts.1.{n}_proj" for n in ("gate", "down"))
+    for i, (fields, s_up, s_down) in enumerate(
+        (
+            ({"use_rslora": True}, 4.0, 4.0),
+            ({"alpha_pattern": {"down_proj": 2}}, 2.0, 0.5),
+            ({"alpha_pattern": {"down_proj": 2}, "use_rslora": True}, 4.0, 1.0),
+            ({"r": 8, "rank_pattern": {r".*_proj": 4}}, 2.0, 2.0),
+        )
+    ):
+        adapter = dialects.open_adapter(folder(tmp_path / f"{i}", tensors, **fields))
+        expect(adapter, up, 1, s_up)
+        expect(adapter, down, 1, s_down)
+    assert not caplog.messages
+    adapter = dialects.open_adapter(folder(tmp_path / "b", tensors, use_hyper=2), alpha=16)
+    expect(adapter, up, 1, 4.0)
+    assert [message.partition(": ")[2] for message in caplog.messages] == [
+        "alpha 16, which the call gives, is taken in place of 8, which the file records",
+        "fields that are not known here, and have no effect: use_hyper",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"r": 8}, "its tensors have rank 4, the config says 8"),
+        ({"alpha_pattern": {"w1": 2}}, "alpha_pattern: 'w1' names no module here"),
+        ({"use_dora": True}, "no lora_magnitude_vector, and the config says use_dora"),
+        ({"use_qalora": True}, "use_qalora = True: QA-LoRA pools"),
+        ({"lora_alpha": "8"}, "lora_alpha: expected a number"),
+        ({"alpha_pattern": [2]}, "alpha_pattern: expected names to numbers"),
+        ({"lora_scale": 2.5}, "lora_scale = 2.5: a scaling that PEFT does not have"),
+    ],
+)
+def test_a_config_that_says_something_else_is_refused(tmp_path: Path, fields: dict[str, Any], problem: str) -> None:
+    with pytest.raises((BadFile, UnsupportedAdapter)) as refusal:
+        dialects.open_adapter(folder(tmp_path / "a", experts("w1", 2), **fields))
+    assert any(problem in line for line in refusal.value.problems)
 
 
 def test_it_is_read_only(tmp_path: Path) -> None:

@@ -95,6 +95,42 @@ def test_what_is_not_known_is_asked_for(tmp_path: Path) -> None:
     assert refusal_of_names.value.problems[0].startswith("x: no name that torchtune gives")
 
 
+def test_the_config_decides_as_in_peft(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tensors = pair("layers.0.attn.v_proj", 0) | pair("layers.0.mlp.w2", 1)
+    for i, (fields, s_v, s_down) in enumerate(
+        (
+            ({"use_rslora": True}, 5.0, 5.0),
+            ({"alpha_pattern": {"mlp.down_proj": 2}}, 2.5, 0.5),
+            ({"r": 8, "rank_pattern": {"v_proj": 4, "down_proj": 4}}, 2.5, 2.5),
+        )
+    ):
+        adapter = dialects.open_adapter(epoch(tmp_path / f"{i}", tensors, CONFIG | fields))
+        expect(adapter, V0, 0, s_v)
+        expect(adapter, DOWN, 1, s_down)
+    assert not caplog.messages
+    path = epoch(tmp_path / "a", tensors, CONFIG | {"use_hyper": True, "use_rslora": True})
+    expect(dialects.open_adapter(path, alpha=6), V0, 0, 3.0)
+    assert [message.partition(": ")[2] for message in caplog.messages] == [
+        "alpha 6, which the call gives, is taken in place of 10, which the file records",
+        "fields that are not known here, and have no effect: use_hyper",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"r": 8}, "its tensors have rank 4, the config says 8"),
+        ({"alpha_pattern": {"attn.output_proj": 2}}, "alpha_pattern: 'attn.output_proj' names no module here"),
+        ({"use_dora": True}, "no lora_magnitude_vector, and the config says use_dora"),
+        ({"peft_type": "LOHA"}, "peft_type = LOHA: only LORA is read"),
+    ],
+)
+def test_a_config_that_says_something_else_is_refused(tmp_path: Path, fields: dict[str, Any], problem: str) -> None:
+    with pytest.raises((BadFile, UnsupportedAdapter)) as refusal:
+        dialects.open_adapter(epoch(tmp_path / "a", pair("layers.0.attn.v_proj", 0), CONFIG | fields))
+    assert any(problem in line for line in refusal.value.problems)
+
+
 def test_a_folder_with_the_exported_file_too_is_read_as_peft(tmp_path: Path) -> None:
     folder = epoch(tmp_path / "a", pair("layers.0.attn.q_proj", 0), CONFIG)
     A, B = factors(0)

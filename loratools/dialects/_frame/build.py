@@ -12,6 +12,7 @@ from typing import Any
 from loratools.adapter import kinds
 from loratools.adapter.kinds import Update
 from loratools.adapter.parts import A_EMBEDDING, B_EMBEDDING, A, B
+from loratools.dialects._frame.numbers import tell_alpha
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.storage.lazy import LazyTensor
 
@@ -56,6 +57,7 @@ class Draft:
     `alphas`   module -> alpha, where the file has one for each
     `faults`   a line for each contradiction
     `unknown`  a line for each module that is sound, and of which the file does not say enough
+    `alpha`    the user's, for every module; None: the file's
     """
 
     path: Path
@@ -63,6 +65,7 @@ class Draft:
     alphas: dict[str, float] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
+    alpha: float | None = None
 
     def add(self, module: str, part: str, lazy: LazyTensor, name: str) -> None:
         """Put a tensor into its group; a second one in the same place is a fault."""
@@ -90,11 +93,12 @@ class Draft:
     def build(self, rule: Rule | None = None) -> dict[str, Update]:
         """Return the update of each module; the kinds decide what its parts mean.
 
-        By default s = alpha/r, and 1 where there is no alpha. Raises `BadFile` with all that contradicts itself, or
-        `UnsupportedAdapter` with all that is unknown or that no kind claims.
+        By default s = alpha/r with the user's alpha or else the file's, and 1 where there is none. Raises `BadFile`
+        with all that contradicts itself, or `UnsupportedAdapter` with all that is unknown or that no kind claims.
         """
         self.check()
         check_read(self.path, self.unknown)
+        tell_alpha(self.path, self.alpha, self.alphas.values())
         updates, unsupported, faults = build_all(self.groups, rule or self._scaling)
         check_faults(self.path, faults)
         check_read(self.path, unsupported)
@@ -103,7 +107,7 @@ class Draft:
         return updates
 
     def _scaling(self, module: str, rank: int) -> tuple[float, float]:
-        alpha = self.alphas.get(module, float(rank or 1))
+        alpha = self.alphas.get(module, float(rank or 1)) if self.alpha is None else self.alpha
         return alpha / (rank or 1), alpha
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
+from loratools.decisions import warned
 from loratools.errors import BadFile
 from loratools.storage import files
 from loratools.storage.lazy import LazyTensor
@@ -31,6 +33,14 @@ def read_number(lazy: LazyTensor, name: str) -> float:
 def is_number(value: object) -> bool:
     """Tell whether a value of a configuration is a finite number that can be a scaling."""
     return type(value) in (int, float) and -LARGEST < value < LARGEST  # type: ignore[operator]
+
+
+def tell_alpha(path: Path, alpha: float | None, recorded: Iterable[object]) -> None:
+    """Warn where `alpha`, the user's, takes the place of another one that the file at `path` records."""
+    others = sorted({f"{value}" for value in recorded if value is not None and value != alpha})
+    if alpha is not None and others:
+        warned("%s: alpha %g, which the call gives, is taken in place of %s, which the file records",
+               path, alpha, ", ".join(others[:12]))  # fmt: skip
 
 
 def is_float32(value: float) -> bool:

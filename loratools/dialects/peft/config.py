@@ -11,7 +11,9 @@ from typing import Any
 
 from loratools.adapter.model import BaseIdentity
 from loratools.adapter.naming.compact import suffixes
+from loratools.adapter.parts import BIAS, MAGNITUDE
 from loratools.decisions import warned
+from loratools.dialects._frame.numbers import tell_alpha
 from loratools.dialects.peft import fields as tables
 from loratools.dialects.peft.patterns import ConfigFile, NameList, PatternKeys
 from loratools.dialects.peft.targets import Targets, several
@@ -40,12 +42,14 @@ class PeftConfig:
     alpha_keys: PatternKeys
 
     @classmethod
-    def parse(cls, document: Mapping[str, Any], path: Path, *, initial: bool = False) -> PeftConfig:
+    def parse(
+        cls, document: Mapping[str, Any], path: Path, *, initial: bool = False, alpha: float | None = None
+    ) -> PeftConfig:
         """Check a config, and warn of what it leaves out and of fields that are not known.
 
         Raises `BadFile` with all fields of a wrong type, or `UnsupportedAdapter` with all reasons.
         `path` is its file, for messages. `initial` lets in an adapter of a changed base (PiSSA, OLoRA, CorDA), for a
-        caller that subtracts the initial adapter from it.
+        caller that subtracts the initial adapter from it. `alpha` is the user's, for every module; default: the file's.
         """
         fields = {name: value for name, value in document.items() if value is not None}
         faults = [
@@ -54,6 +58,9 @@ class PeftConfig:
             if name in fields and not test(fields[name])
         ]
         _check(path, faults)
+        if alpha is not None:
+            tell_alpha(path, alpha, [fields.get("lora_alpha"), *fields.get("alpha_pattern", {}).values()])
+            fields = {**fields, "lora_alpha": alpha, "alpha_pattern": {}}
         file = ConfigFile(path)
         targets = Targets.of(fields, file)
         rank_keys, alpha_keys = (PatternKeys(fields.get(name, ()), name, file) for name in PATTERNS)
@@ -88,6 +95,31 @@ class PeftConfig:
     def scaling(self, module: str, rank: int) -> float:
         """Return s = α/r, or α/√r with rsLoRA."""
         return self.alpha(module) / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
+
+    def rule(self, module: str, rank: int) -> tuple[float, float]:
+        """Return s and α of a module whose factors have this rank; `ValueError` where the config states another."""
+        if self.rank(module) not in (None, rank):
+            raise ValueError(f"its tensors have rank {rank}, the config says {self.rank(module)}")
+        return self.scaling(module, rank), self.alpha(module)
+
+    def contradictions(self, groups: Mapping[str, Collection[str]]) -> list[str]:
+        """List what the config says and the tensors have not, once the rule was asked about every module.
+
+        For dialects with names of their own, in which a pattern that names no module may mean another one.
+        `groups` are the parts of each module.
+        """
+        switches = (("use_dora", MAGNITUDE), ("lora_bias", BIAS))
+        lines = [
+            f"{module}: no {part}, and the config says {switch}"
+            for switch, part in switches
+            if self.fields.get(switch)
+            for module, parts in groups.items()
+            if part not in parts
+        ]
+        keys = {"rank_pattern": self.rank_keys.unused(), "alpha_pattern": self.alpha_keys.unused()}
+        return lines + [
+            f"{field}: {key[:80]!r} names no module here" for field, unused in keys.items() for key in unused
+        ]
 
     def applied_twice(self, module: str) -> int:
         """Return how often ΔW is added: 2 for the output projection of an `nn.MultiheadAttention`, else 1.
@@ -141,6 +173,11 @@ class PeftConfig:
         """The base model's name and revision; None where neither is there, or both are empty."""
         name, revision = self.fields.get("base_model_name_or_path") or None, self.fields.get("revision") or None
         return BaseIdentity(name, revision) if name or revision else None
+
+    @property
+    def carried(self) -> dict[str, Any]:
+        """What changes where the updates go, of the settings: all that a dialect with names of its own keeps."""
+        return {name: value for name, value in self.settings.items() if name in ("layer_replication", "task_type")}
 
     @property
     def settings(self) -> dict[str, Any]:
