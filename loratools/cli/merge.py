@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from loratools.hub.stream import Stream
     from loratools.surgery.merge import Merge, MergeReport
 
-_ENOUGH = 0.9  # delta retention under which a merge is warned about
-
 
 def _needed(context: click.Context, option: click.Parameter, value: Path | None) -> Path | None:
     """Refuse a missing output, unless nothing is to stay here."""
@@ -123,10 +121,6 @@ def command(
         total = plan["bytes"]["written"] + choices["keep_residual"] * plan["bytes"]["changed"]
         with talk.progress("merging", total) as advance:
             report = execute(prepared, progress=advance, sink=sink)
-    talk.warn(*report.warnings)
-    if report.retention is not None and report.retention < _ENOUGH:
-        kept = f"only {report.retention:.1%} of the change survives rounding to the base's dtype"
-        talk.warn(f"{kept}; a wider --dtype keeps more")
     document = show.plain(report)
     text = list(_report(report))
     for committed, notes in (stream.done for stream in sent if stream.done):

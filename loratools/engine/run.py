@@ -36,13 +36,17 @@ _COPY = 64 << 20  # bytes of one copy task: large enough to be cheap, small enou
 _Range = tuple[Path, int, int, int]  # of a file, from, to; and where it goes
 
 
+Restore = Callable[[int, int], None]
+"""Puts the bytes of a base's tensor to where it will lie in the output: a file's descriptor, and an offset in it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How to run: nothing here changes a byte of the output, but for `device` (`device.py` has the policy), and
     `rounding`, `nearest` or `stochastic`, which draws by `seed`.
 
     `before` has functions for tensors that are changed where they will lie in the output: each puts the base's bytes
-    there, given the file's descriptor.
+    there, unless an adapter replaces them.
     """
 
     threads: int
@@ -51,7 +55,7 @@ class Settings:
     seed: int = 0
     rounding: str = "nearest"
     tile_bytes: int | None = None
-    before: Mapping[str, Callable[[int], None]] = field(default_factory=dict)
+    before: Mapping[str, Restore] = field(default_factory=dict)
 
     @property
     def tile(self) -> int:
@@ -96,13 +100,14 @@ def write_weights(
         settings.device, len(plan.rewritten()) - len(late), len(late),
         "" if not late else f", such as {min(late)}" if available() else f"; {why_not()}",
     )  # fmt: skip
+    restored = {name for name in settings.before if not plan.changes[name].replaced}
     job = _Job(plan, settings, progress, late, Event(), local())
     results: list[TensorResult] = []
     with workers(settings.threads) as pool:
         for group in groups:
             with ExitStack() as descriptors:
                 try:
-                    work, ranges = _open(plan, group, folder, settings.before.keys(), descriptors)
+                    work, ranges = _open(plan, group, folder, restored, descriptors)
                     copies = Queue(turns, ranges, alone=True).start(pool, settings.threads, job.copy)
                     soon = [item for item in work if item[1].name not in late]
                     tasks = [*Queue(turns, soon).start(pool, settings.threads, job.merge)]
@@ -194,8 +199,8 @@ class _Job:
     def merge(self, target: int, slot: Slot) -> TensorResult:
         """Put the base's bytes in place where the settings say how; then change them, if anything does."""
         change, settings = self.plan.changes[slot.name], self.settings
-        if before := settings.before.get(slot.name):
-            before(target)
+        if (before := settings.before.get(slot.name)) and not change.replaced:
+            before(target, slot.offset)
             if not change.placements and change.source.dtype == slot.dtype:
                 return TensorResult(slot.name)
         task = TensorTask(

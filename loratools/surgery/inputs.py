@@ -56,6 +56,11 @@ def under_names_of(base: Checkpoint, inputs: Sequence[AdapterInput]) -> tuple[Ad
     return tuple(replace(each, adapter=named_for(each.adapter, base)) for each in inputs)
 
 
+def places_of(model: Checkpoint) -> list[Path]:
+    """Return where a model lies: its folder, and the files of its tensors, which may be links to elsewhere."""
+    return [model.path, *([model.root] if model.path.is_dir() else []), *(shard.path for shard in model.shards)]
+
+
 def places(inputs: Sequence[AdapterInput]) -> Iterator[Path]:
     """Yield where inputs lie: an adapter that came open is known by its files alone."""
     for each in inputs:

@@ -153,8 +153,9 @@ def _base_in(scratch: Path, model: Checkpoint, residual: Residual, lost: Mapping
     return replace(model, shards=tuple(shards), specs={**model.specs, **moved})
 
 
-def _restore(lost: Lost, residual: Residual, spec: TensorSpec, recorded: str | None, target: int) -> None:
+def _restore(lost: Lost, residual: Residual, spec: TensorSpec, recorded: str | None, target: int, offset: int) -> None:
     """Write a tensor of the base to its place; raise `WrongBase` unless it has its recorded digest."""
+    spec = replace(spec, start=offset, stop=offset + spec.nbytes)
     restored = write_pieces(lost_bytes(lost, residual), lost.name, spec, target, residual.path)
     if recorded is not None and restored != recorded:
         raise WrongBase(

@@ -2,7 +2,9 @@
 
 options   the options, one value that is checked when it is built
 plan      what becomes of every tensor, from headers alone
-run       open, check and plan; then write the tensors, and everything beside them
+prepare   open, check and plan: all that is decided before a byte is written
+run       write the tensors, and everything beside them
+measured  what was measured on the way, and what is to be said of it
 resume    what an interrupted merge has finished
 folder    the files beside the weights
 """
@@ -18,7 +20,8 @@ from loratools.storage.dtypes import FloatName
 from loratools.storage.sources import Location
 from loratools.surgery.inputs import AdapterSource, ModelSource
 from loratools.surgery.merge.options import MergeOptions
-from loratools.surgery.merge.run import Merge, MergeReport, Sink, execute, prepare
+from loratools.surgery.merge.prepare import Merge, prepare
+from loratools.surgery.merge.run import MergeReport, Sink, execute
 
 if TYPE_CHECKING:
     import torch

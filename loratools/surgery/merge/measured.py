@@ -1,0 +1,75 @@
+"""What was measured while the tensors of a merge were written, and what is to be said of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loratools.decisions import warned
+from loratools.engine.plan import MergePlan
+from loratools.engine.task import TensorResult, retention
+from loratools.errors import IncompatibleAdapter
+from loratools.storage import digest
+from loratools.surgery.merge.options import MergeOptions
+
+_ENOUGH = 0.9  # delta retention under which a merge is warned about
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Measured:
+    """The results of a plan's tensors, one for each that was rewritten."""
+
+    plan: MergePlan
+    results: Sequence[TensorResult]
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The digests of the base's tensors that were read and changed, by their names on disk."""
+        base = self.plan.base
+        hashed = [result for result in self.results if result.digests and result.name in base.specs]
+        return {base.origin(result.name): result.digests[digest.DEFAULT] for result in hashed}
+
+    @property
+    def retention(self) -> float | None:
+        """⟨W' − W, ΔW⟩/‖ΔW‖² in total; None where nothing was measured."""
+        return retention(self.results)
+
+    @property
+    def by_tensor(self) -> dict[str, float]:
+        """The same for each changed tensor."""
+        return {result.name: result.retained / result.total for result in self.results if result.total}
+
+    @property
+    def verified(self) -> int:
+        """Number of tensors that are those of the recorded base."""
+        return sum(bool(self.plan.changes[r.name].expected) and not r.warnings for r in self.results)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What differs from the recorded base, where that is no error."""
+        return tuple(warning for result in self.results for warning in result.warnings)
+
+    def tell(self, options: MergeOptions) -> None:
+        """Warn of what the numbers lost; raise `IncompatibleAdapter` where a cast made infinities."""
+        self._check_casts(options)
+        for warning in self.warnings:
+            warned("%s", warning)
+        if self.retention is not None and self.retention < _ENOUGH:
+            lost = "only %s of the change survives rounding to the base's dtype; a wider --dtype of `merge` keeps more"
+            warned(lost, f"{self.retention:.1%}")
+
+    def _check_casts(self, options: MergeOptions) -> None:
+        """Refuse infinities that a cast made, with every tensor that has some; warn of numbers that it made zero."""
+        if overflowed := [result for result in self.results if result.overflowed]:
+            problems = [f"{result.name}: {result.overflowed} number(s) beyond it" for result in overflowed]
+            raise IncompatibleAdapter(
+                f"numbers of {len(overflowed)} tensor(s) are larger than any that their new dtype holds, and would be "
+                f"infinite in {options.output_dtype or 'the dtype of the base'}",
+                problems,
+                hint="Choose a dtype with a wider range: --dtype bf16 or f32.",
+            )
+        if flushed := sorted((each for each in self.results if each.flushed), key=lambda each: -each.flushed):
+            warned(
+                "%d number(s) of %d tensor(s) are too small for their new dtype and became zero, most of them in "
+                "%s (%d)", sum(each.flushed for each in flushed), len(flushed), flushed[0].name, flushed[0].flushed,
+            )  # fmt: skip
