@@ -5,16 +5,20 @@ from __future__ import annotations
 import gc
 import sys
 
+from loratools.cli._signals import Handlers, code_of
+
 
 def main() -> int:
     """Run the command line of this process and return its exit code."""
-    # A command is over before cycles of garbage matter, and looking for them takes a tenth of importing torch.
-    gc.disable()
     try:
-        from loratools.cli._run import run
-    except KeyboardInterrupt:
-        return 130
-    return run()
+        with Handlers():
+            # A command is over before cycles of garbage matter; looking for them takes a tenth of importing torch.
+            gc.disable()
+            from loratools.cli._run import run
+
+            return run()
+    except KeyboardInterrupt as stopped:  # before `run` could say so
+        return code_of(stopped)
 
 
 if __name__ == "__main__":

@@ -8,5 +8,6 @@ calls the library once, and returns a `Report`; the frame prints it as text or, 
     _options   options that several commands share
     _show      the result on stdout: `Report`, tables, sizes, JSON
     _talk      everything else, on stderr: notes, warnings, progress, errors
+    _signals   SIGINT, SIGTERM and SIGHUP end a run in one way
     _run       one run from arguments to exit code
 """

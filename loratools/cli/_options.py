@@ -50,10 +50,24 @@ def word_option(name: str, literal: str, default: str, help: str) -> Callable[[D
     return click.option(name, type=Words("loratools.options", literal), default=default, show_default=True, help=help)
 
 
+def swept(context: click.Context, _: click.Parameter, value: Path | None) -> Path | None:
+    """Remove what killed runs left beside an output; its option is eager, so that no other can be wrong before."""
+    if value is not None and not context.resilient_parsing:
+        from loratools.storage import atomic
+
+        atomic.sweep(value)
+    return value
+
+
 output_option = click.option(
-    "-o", "--output", type=PATH, required=True, metavar="PATH", help="Where the result goes; it must not exist yet."
-)
+    "-o", "--output", type=PATH, required=True, metavar="PATH", is_eager=True, callback=swept,
+    help="Where the result goes; it must not exist yet.",
+)  # fmt: skip
 force_option = click.option("--force", is_flag=True, help="Replace the output if it exists.")
+durable_option = click.option(
+    "--durable", is_flag=True,
+    help="Write the model to the disk itself before it gets its name: a power cut leaves it whole or absent.",
+)  # fmt: skip
 dry_run_option = click.option("--dry-run", is_flag=True, help="Print the plan, from headers alone, and stop.")
 weight_option = click.option(
     "-w", "--weight", "weights", type=float, multiple=True, metavar="NUMBER",

@@ -1,4 +1,4 @@
-"""One run, from arguments to exit code: 0 done, 1 failed or differs, 2 usage, 130 interrupted, 141 closed pipe."""
+"""One run, from arguments to exit code: 0 done, 1 failed or differs, 2 usage, 128 + n ended by a signal n."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from contextlib import suppress
 import click
 
 from loratools.cli._group import Commands, common_options
+from loratools.cli._signals import code_of
 from loratools.cli._talk import Talk
 from loratools.errors import InvalidOption, LoraToolsError
 from loratools.version import __version__
@@ -34,7 +35,7 @@ Exit codes:
   0    done, and the answer is yes
   1    failed, or the answer is no: not valid, not equal
   2    wrong use of the command line
-  130  interrupted with Ctrl-C
+  129, 130, 143  ended by SIGHUP, Ctrl-C, SIGTERM, and tidied up
   141  the reader of the output went away
 
 \b
@@ -83,10 +84,10 @@ def run(arguments: Sequence[str] | None = None, root: Commands | None = None) ->
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as stopped:
         with suppress(OSError):
             talk.error("Interrupted", "interrupted; nothing half-written was left")
-        return 130
+        return code_of(stopped)
     except BrokenPipeError:
         _drop(sys.stdout)
         return 141

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 @make(section="Learn")
 @click.option(
-    "--keep", type=options.PATH, metavar="PATH", help="Make everything in this new folder, and leave it there."
-)
+    "--keep", type=options.PATH, metavar="PATH", is_eager=True, callback=options.swept,
+    help="Make everything in this new folder, and leave it there.",
+)  # fmt: skip
 def command(keep: Path | None) -> show.Report:
     """Take the guided tour, on a small real model that is part of this package.
 

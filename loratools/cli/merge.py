@@ -19,18 +19,11 @@ if TYPE_CHECKING:
     from loratools.surgery.merge import Merge, MergeReport
 
 
-def _needed(context: click.Context, option: click.Parameter, value: Path | None) -> Path | None:
-    """Refuse a missing output, unless nothing is to stay here."""
-    if value is None and not context.params.get("no_local") and not context.resilient_parsing:
-        raise click.MissingParameter(ctx=context, param=option)
-    return value
-
-
 @make(section="Change")
 @click.argument("base", type=options.INPUT)
 @click.argument("adapters", type=options.INPUT, nargs=-1, required=True, metavar="ADAPTER...")
 @click.option(
-    "-o", "--output", type=options.PATH, metavar="PATH", callback=_needed,
+    "-o", "--output", type=options.PATH, metavar="PATH", is_eager=True, callback=options.swept,
     help="Where the result goes; it must not exist yet. Needed unless --no-local.",
 )  # fmt: skip
 @options.weight_option
@@ -60,9 +53,7 @@ def _needed(context: click.Context, option: click.Parameter, value: Path | None)
     "--keep-residual", is_flag=True, help="Keep what rounding destroys, so that `loratools unmerge` restores every bit."
 )
 @click.option("--push", metavar="REPO", help="Send each shard to this repository of the Hub as it is finished.")
-@click.option(
-    "--no-local", is_flag=True, is_eager=True, help="With --push: keep nothing here, never more than a shard at a time."
-)
+@click.option("--no-local", is_flag=True, help="With --push: keep nothing here, never more than a shard at a time.")
 @click.option("--private", is_flag=True, help="With --push: make a new repository private.")
 @click.option("--base-model", metavar="ORG/NAME", help="With --push: the base model's name on the Hub, for the card.")
 @click.option("--license", metavar="ID", help="With --push: the licence, for the card.")
@@ -74,6 +65,7 @@ def _needed(context: click.Context, option: click.Parameter, value: Path | None)
 @options.dry_run_option
 @click.option("--verify", is_flag=True, help="Prove the result afterwards, as `loratools verify` does.")
 @options.force_option
+@options.durable_option
 @pass_talk
 def command(
     talk: Talk, /, base: str, adapters: tuple[str, ...], output: Path | None, weights: tuple[float, ...], dry_run: bool,
@@ -102,6 +94,8 @@ def command(
     from loratools.surgery.merge import execute, prepare
     from loratools.surgery.merge.options import MergeOptions
 
+    if output is None and not no_local:
+        raise click.UsageError("missing option '-o' / '--output'")
     options.require_one_each(weights, adapters)
     if choices["resume"] and push:
         raise click.UsageError("--resume does not go with --push: what was sent is not sent again anyway")

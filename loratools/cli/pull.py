@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 )
 @options.dry_run_option
 @options.force_option
+@options.durable_option
 @pass_talk
 def command(
-    talk: Talk, repo: str, output: Path, revision: str | None, check_base: bool, dry_run: bool, force: bool
-) -> show.Report:
+    talk: Talk, repo: str, output: Path, revision: str | None, check_base: bool, dry_run: bool, force: bool,
+    durable: bool,
+) -> show.Report:  # fmt: skip
     """Fetch an adapter or a model from the Hub into a new folder.
 
     REPO is org/name, with @revision or /file if you like. The revision is resolved to a commit once. Only what the
@@ -48,7 +50,7 @@ def command(
     if dry_run:
         return show.Report({"dry_run": True, **_document(prepared)}, _plan(prepared, output))
     with talk.progress("pulling", prepared.nbytes) as advance:
-        done = pull.fetch(prepared, output, force=force, check_base=check_base, progress=advance)
+        done = pull.fetch(prepared, output, force=force, durable=durable, check_base=check_base, progress=advance)
     talk.warn(*done.notes)
     if done.base and done.base.same is False:
         talk.warn(f"{done.base.id} on the Hub is not the model that this adapter was sealed with: {done.base.reason}")

@@ -33,10 +33,11 @@ if TYPE_CHECKING:
 @options.check_base_option
 @options.threads_option
 @options.force_option
+@options.durable_option
 @pass_talk
 def command(
     talk: Talk, model: str, out: tuple[str, ...], into: tuple[str, ...], output: Path, weights: tuple[float, ...],
-    check_base: CheckBase, threads: int | None, force: bool,
+    check_base: CheckBase, threads: int | None, force: bool, durable: bool,
 ) -> show.Report:  # fmt: skip
     """Take one adapter out of a merged model and put another in, in one pass.
 
@@ -56,7 +57,7 @@ def command(
     with talk.progress("switching", Checkpoint.open(model).nbytes) as advance:
         report = switch(
             model, out, into, output, weights=weights or None,
-            check_base=check_base, threads=threads, force=force, progress=advance,
+            check_base=check_base, threads=threads, force=force, durable=durable, progress=advance,
         )  # fmt: skip
     talk.note(*report.notes)
     return show.Report(show.plain(report), _lines(report))

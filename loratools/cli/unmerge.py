@@ -31,10 +31,11 @@ _WAYS = {
 @options.weight_option
 @options.threads_option
 @options.force_option
+@options.durable_option
 @pass_talk
 def command(
     talk: Talk, model: str, adapters: tuple[str, ...], output: Path, base: str | None, weights: tuple[float, ...],
-    threads: int | None, force: bool,
+    threads: int | None, force: bool, durable: bool,
 ) -> show.Report:  # fmt: skip
     """Take adapters out of a merged model again.
 
@@ -54,8 +55,9 @@ def command(
     options.require_one_each(weights, adapters)
     with talk.progress("unmerging", Checkpoint.open(base or model).nbytes) as advance:
         report = unmerge(
-            model, adapters, output, base=base, weights=weights or None, threads=threads, force=force, progress=advance
-        )
+            model, adapters, output, base=base, weights=weights or None, threads=threads, force=force, durable=durable,
+            progress=advance,
+        )  # fmt: skip
     talk.warn(*report.notes)
     return show.Report(show.plain(report), _lines(report))
 

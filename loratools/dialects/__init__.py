@@ -34,6 +34,7 @@ from loratools.adapter.model import Adapter, Loss
 from loratools.decisions import decided
 from loratools.dialects._frame.listing import WEIGHTS, Evidence, Listing
 from loratools.errors import LossyConversion, OutputRefused, UnknownKind
+from loratools.storage import atomic
 from loratools.storage.checkpoint import Checkpoint
 
 __all__ = ["Dialect", "Evidence", "Listing", "detect", "get", "list_dialects", "names", "open_adapter", "save_adapter"]
@@ -220,6 +221,7 @@ def save_adapter(
         >>> save_adapter(open_adapter("my-lora"), "my-lora.gguf", dialect="gguf", allow_loss=True)  # doctest: +SKIP
         []
     """
+    atomic.sweep(path)
     path, writer = Path(path), get(dialect)
     losses = writer.losses(adapter)
     if losses and not allow_loss:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -77,6 +76,7 @@ def pull(
     revision: str | None = None,
     check_base: bool = True,
     force: bool = False,
+    durable: bool = False,
     token: str | None = None,
     progress: Progress | None = None,
 ) -> Pulled:
@@ -91,6 +91,8 @@ def pull(
         revision: A branch, a tag or a commit. Default: `main`.
         check_base: Compare the base model on the Hub with the one that the adapter was sealed with, from headers.
         force: Replace an output that exists.
+        durable: Whether a model is on the disk itself before it has its name, so that a power cut leaves it whole or
+            absent, as an adapter always is. Default: no, the system writes it when it likes.
         token: Default: that of `hf auth login`, or HF_TOKEN.
         progress: Called with the bytes that arrived since its last call.
 
@@ -107,8 +109,9 @@ def pull(
         >>> pull("lab/adapter", "adapter").commit  # doctest: +SKIP
         '5f3c…'
     """
+    atomic.sweep(output)
     prepared = prepare(repo, output, revision=revision, force=force, token=token)
-    return fetch(prepared, output, force=force, check_base=check_base, progress=progress)
+    return fetch(prepared, output, force=force, durable=durable, check_base=check_base, progress=progress)
 
 
 def prepare(
@@ -131,8 +134,9 @@ def plan(hub: Hub, ref: Ref, kind: files.Kind | None = None) -> Pull:
 
 
 def fetch(
-    prepared: Pull, output: Location, *, force: bool = False, check_base: bool = True, progress: Progress | None = None
-) -> Pulled:
+    prepared: Pull, output: Location, *, force: bool = False, durable: bool = False, check_base: bool = True,
+    progress: Progress | None = None,
+) -> Pulled:  # fmt: skip
     """Write the files of a prepared pull as a new folder; it appears whole, checked, or not at all.
 
     What was fetched before a failure stays in a hidden folder beside the output, and is not fetched again. Parameters
@@ -140,23 +144,23 @@ def fetch(
     """
     output = Path(output)
     atomic.check_output(output, force=force)
-    hub, ref, name = prepared.hub, prepared.ref, output.absolute().name
-    stage = output.absolute().with_name(f".{name}.pull-{prepared.commit[:16]}")
-    for leftover in stage.parent.glob(f".{glob.escape(name)}.pull-*"):
-        if leftover != stage:  # of another commit
-            atomic.remove(leftover)
-    with quiet(), _watched(stage, progress):
-        for file in prepared.files.values():
-            hub.fetch(ref.repo, prepared.commit, file, stage)
-    with atomic.new_folder(output, force=force) as scratch:
-        for path, file in prepared.files.items():
-            (scratch / path).parent.mkdir(parents=True, exist_ok=True)
-            (stage / file.path).replace(scratch / path)
-        atomic.remove(stage)
-        record = {"schema": 1, "repo": ref.repo, "commit": prepared.commit, "revision": ref.revision, "path": ref.path}
-        (scratch / RECORD).parent.mkdir()
-        (scratch / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        own, base, notes = _check(prepared, scratch, check_base)
+    hub, ref = prepared.hub, prepared.ref
+    with atomic.kept_folder(output, prepared.commit[:16]) as stage:
+        with quiet(), _watched(stage, progress):
+            for file in prepared.files.values():
+                hub.fetch(ref.repo, prepared.commit, file, stage)
+        durable = durable or prepared.kind == "adapter"
+        with atomic.new_folder(output, force=force, durable=durable) as scratch:
+            for path, file in prepared.files.items():
+                (scratch / path).parent.mkdir(parents=True, exist_ok=True)
+                (stage / file.path).replace(scratch / path)
+            atomic.remove(stage)
+            record = {
+                "schema": 1, "repo": ref.repo, "commit": prepared.commit, "revision": ref.revision, "path": ref.path,
+            }  # fmt: skip
+            (scratch / RECORD).parent.mkdir()
+            (scratch / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            own, base, notes = _check(prepared, scratch, check_base)
     return Pulled(
         output, ref.repo, prepared.commit, prepared.kind, len(prepared.files), prepared.nbytes, own, base, notes
     )

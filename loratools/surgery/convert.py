@@ -22,6 +22,7 @@ from loratools.format.manifest import NO_DIGEST
 from loratools.format.record import TOOL
 from loratools.options import Options
 from loratools.parallel import Progress
+from loratools.storage import atomic
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
 from loratools.storage.sources import Location
@@ -90,6 +91,7 @@ def convert(
         >>> convert("adapter", "sealed", base="base").base.sealed
         True
     """
+    atomic.sweep(output)
     options = Options()
     if profile is not None:
         options.word("profile", profile, profiles.Name)

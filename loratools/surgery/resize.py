@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.parallel import Progress
+from loratools.storage import atomic
 from loratools.storage.dtypes import FloatName
 from loratools.storage.sources import Location
 from loratools.surgery.combine import Combination, run
@@ -56,5 +57,6 @@ def resize(
         >>> {share.rank for share in report.shares}
         {2}
     """
+    atomic.sweep(output)
     options = CombineOptions(ranks=ranks, dtype=dtype, threads=threads, force=force)
     return run([adapter], output, options, operation="resize", progress=progress)

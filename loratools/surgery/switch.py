@@ -56,6 +56,7 @@ def switch(
     check_base: CheckBase = "strict",
     threads: int | None = None,
     force: bool = False,
+    durable: bool = False,
     progress: Progress | None = None,
 ) -> SwitchReport:
     """Write a merged model with the adapters `out` replaced by the adapters `into`.
@@ -75,6 +76,8 @@ def switch(
             `"strict"`.
         threads: Threads to work with; no byte depends on it. Default: one per core.
         force: Whether to replace an output that exists. Default: no.
+        durable: Whether the output is on the disk itself before it has its name, so that a power cut leaves it whole or
+            absent; it takes as long as the disk needs to write it. Default: no, the system writes it when it likes.
         progress: Called with the bytes written since the last call, from any thread. Default: nobody is told.
 
     Returns:
@@ -89,7 +92,8 @@ def switch(
         >>> switch("merged", out="adapter", into="other", output="switched").exact
         True
     """
-    options = MergeOptions(check_base=check_base, threads=threads, force=force)
+    atomic.sweep(output)
+    options = MergeOptions(check_base=check_base, threads=threads, force=force, durable=durable)
     output, threads, progress = Path(output), threads or cores(), progress or no_progress
     atomic.check_output(output, force=force)
     merged = MergedModel.open(model, out, None)
@@ -97,7 +101,7 @@ def switch(
     inputs = under_names_of(merged.model, open_adapters(into, merged.model, weights))
     atomic.refuse_inputs(output, [merged.model.path, *places(merged.inputs), *places(inputs)])
     residual = merged.residual()
-    with atomic.new_folder(output, force=force) as scratch:
+    with atomic.new_folder(output, force=force, durable=durable) as scratch:
         if residual is not None:
             plan, changed, survived = _restore_and_merge(merged, residual, inputs, options, threads, progress, scratch)
             return SwitchReport(str(output), True, changed, len(plan.changes), 0.0, survived, plan.notes)

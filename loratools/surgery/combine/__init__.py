@@ -142,6 +142,7 @@ def combine(
         >>> report.method, max(share.rank for share in report.shares)
         ('linear', 4)
     """
+    atomic.sweep(output)
     options = CombineOptions(
         density=density, gamma=gamma, epsilon=epsilon, seed=seed, like=like, method=method, ranks=ranks,
         check_base=check_base, dtype=dtype, threads=threads, force=force,

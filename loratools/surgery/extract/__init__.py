@@ -127,6 +127,7 @@ def extract(
         >>> len(found.of("factored")), found.total.captured > 0.1
         (14, True)
     """
+    atomic.sweep(output)
     options = ExtractOptions(ranks, dtype, seed, tolerance, tight, threads, force)
     output, base, tuned = Path(output), open_model(base), open_model(tuned)
     atomic.check_output(output, force=force)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from loratools.options import CheckBase, Device, Retention, Rounding, Tied
 from loratools.parallel import Progress
+from loratools.storage import atomic
 from loratools.storage.dtypes import FloatName
 from loratools.storage.sources import Location
 from loratools.surgery.inputs import AdapterSource, ModelSource
@@ -48,6 +49,7 @@ def merge(
     device: Device = "cpu",
     threads: int | None = None,
     force: bool = False,
+    durable: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merge adapters into a base model and write the result as a new folder.
@@ -84,6 +86,8 @@ def merge(
             rounded to its other neighbour. Default: `"cpu"`.
         threads: Threads to work with; no byte depends on it. Default: one per core, at most 8.
         force: Whether to replace an output that exists. Default: no.
+        durable: Whether the output is on the disk itself before it has its name, so that a power cut leaves it whole or
+            absent; it takes as long as the disk needs to write it. Default: no, the system writes it when it likes.
         progress: Called with the bytes written since the last call, from any thread. Default: nobody is told.
 
     Returns:
@@ -103,9 +107,10 @@ def merge(
         >>> report.changed, report.tensors
         (4, 21)
     """
+    atomic.sweep(output)
     options = MergeOptions(
         dtype=dtype, max_shard_size=max_shard_size, tied=tied, model_type=model_type, check_base=check_base,
         retention=retention, rounding=rounding, seed=seed, keep_residual=keep_residual, resume=resume, device=device,
-        threads=threads, force=force,
+        threads=threads, force=force, durable=durable,
     )  # fmt: skip
     return execute(prepare(base, adapters, output, weights=weights, options=options), progress=progress)

@@ -34,6 +34,7 @@ class MergeOptions:
     device: Device = "cpu"
     threads: int | None = None
     force: bool = False
+    durable: bool = False
 
     def __post_init__(self) -> None:
         checked = Options()
@@ -45,7 +46,8 @@ class MergeOptions:
         checked.word("check_base", self.check_base, CheckBase).word("retention", self.retention, Retention)
         checked.word("rounding", self.rounding, Rounding).number("seed", self.seed)
         checked.flag("keep_residual", self.keep_residual).flag("resume", self.resume)
-        checked.word("device", self.device, Device).threads(self.threads).flag("force", self.force).done()
+        checked.word("device", self.device, Device).threads(self.threads).flag("force", self.force)
+        checked.flag("durable", self.durable).done()
 
     @property
     def output_dtype(self) -> str | None:

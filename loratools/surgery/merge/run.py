@@ -79,7 +79,7 @@ def execute(
     if not sink and not options.resume:
         atomic.check_space(prepared.output, size)
     key = fingerprint(plan, settings_of(prepared)) if options.resume else None
-    with atomic.new_folder(prepared.output, force=options.force, key=key) as scratch:
+    with atomic.new_folder(prepared.output, force=options.force, key=key, durable=options.durable) as scratch:
         sent = sink(scratch) if sink else None
         journal = Journal(scratch, key) if key else None
         reused = tuple(journal.done) if journal else ()

@@ -63,6 +63,7 @@ def unmerge(
     weights: float | Sequence[float] | None = None,
     threads: int | None = None,
     force: bool = False,
+    durable: bool = False,
     progress: Progress | None = None,
 ) -> UnmergeReport:
     """Write a merged model as it was before the adapters were merged into it.
@@ -81,6 +82,8 @@ def unmerge(
             recorded. Default: those recorded, or 1 for each.
         threads: Threads to work with; no byte depends on it. Default: one per core.
         force: Whether to replace an output that exists. Default: no.
+        durable: Whether the output is on the disk itself before it has its name, so that a power cut leaves it whole or
+            absent; it takes as long as the disk needs to write it. Default: no, the system writes it when it likes.
         progress: Called with the bytes written since the last call, from any thread. Default: nobody is told.
 
     Returns:
@@ -98,7 +101,8 @@ def unmerge(
         >>> unmerge("merged", "adapter", "unmerged", base="base").proved
         'tensor digests'
     """
-    Options().threads(threads).flag("force", force).done()
+    atomic.sweep(output)
+    Options().threads(threads).flag("force", force).flag("durable", durable).done()
     output, threads, progress = Path(output), threads or cores(), progress or no_progress
     atomic.check_output(output, force=force)
     merged = MergedModel.open(model, adapters, weights)
@@ -110,7 +114,7 @@ def unmerge(
     if original is not None or residual is not None:
         merged.check_complete()
     atomic.check_space(output, (original or merged.model).nbytes)
-    with atomic.new_folder(output, force=force) as scratch:
+    with atomic.new_folder(output, force=force, durable=durable) as scratch:
         if original is not None:
             restored, digests = _copy_base(merged, original, threads, progress, scratch)
         elif residual is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from loratools.errors import BadFile, NoSpace, OutputRefused
+from loratools.errors import BadFile, InvalidOption, NoSpace, OutputRefused
 from loratools.storage import atomic
 from tests.conftest import clean_env
 
@@ -179,11 +179,15 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from loratools.storage import atomic
+from loratools.storage.atomic import place
 target, moment, force = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "force"
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 if moment == "between":  # after the old folder was moved aside, before the new one is in its place
-    atomic.Path.replace = die
+    place._NAME = "no_such_function"
+    Path.replace = die
+elif moment == "before":
+    place._function = die
 elif moment == "after":  # before the old folder is deleted
     atomic.remove = die
 elif moment == "stop":
@@ -222,13 +226,13 @@ def test_a_leftover_of_the_same_process_number_is_removed_too(tmp_path: Path) ->
         assert not leftover.exists()
 
 
-@pytest.mark.parametrize("moment", ["inside", "between", "after"])
+@pytest.mark.parametrize("moment", ["inside", "before", "between", "after"])
 def test_killed_while_replacing(tmp_path: Path, moment: str) -> None:
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("old")
     kill(target, moment, force=True)
-    assert target.exists() == (moment != "between")
+    assert target.exists() == (moment != "between")  # which only happens where two names cannot be exchanged
     assert not target.exists() or names(target) == (["new"] if moment == "after" else ["old"])
     with pytest.raises(OutputRefused, match="exists already"):
         folder(target, never)
@@ -275,3 +279,94 @@ def test_remove_takes_what_is_there(tmp_path: Path) -> None:
     for name in ("folder", "link", "file", "nothing"):
         atomic.remove(tmp_path / name)
     assert names(tmp_path) == ["kept"]
+
+
+def test_the_first_step_of_every_verb_sweeps(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    kill(target, "inside")
+    target.mkdir()
+    kill(target, "between", force=True)
+    assert not target.exists()
+    (tmp_path / ".out.resume-00112233").mkdir()
+    (tmp_path / ".out.pull-0011223344556677").mkdir()
+    atomic.sweep(target)
+    # The old output is back, and what a run left on purpose stays.
+    assert names(tmp_path) == [".out.pull-0011223344556677", ".out.resume-00112233", "out"]
+    atomic.sweep("/")
+    with pytest.raises(InvalidOption, match="expected a path"):
+        atomic.sweep(3)  # type: ignore[arg-type]
+
+
+def test_a_replaced_folder_is_never_missing(tmp_path: Path) -> None:
+    """Another process looks as often as it can while an output is replaced a hundred times."""
+    target = tmp_path / "out"
+    target.mkdir()
+    watch = """
+import os, select, sys
+seen = missing = 0
+print("looking", flush=True)
+while seen % 100 or not select.select([0], [], [], 0)[0]:
+    seen += 1
+    missing += not os.path.exists(sys.argv[1])
+print(seen, missing)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", watch, str(target)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdin is not None
+        assert other.stdout.readline() == "looking\n"
+        for number in range(100):
+            with atomic.new_folder(target, force=True, durable=False) as scratch:
+                (scratch / str(number)).touch()
+        other.stdin.write("x")
+        other.stdin.close()
+        seen, missing = map(int, other.stdout.read().split())
+    assert seen > 100
+    assert missing == 0
+    assert names(target) == ["99"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_resumed_folder_replaces_too(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("old")
+
+    def interrupted() -> None:
+        with atomic.new_folder(target, force=True, key="0123456789") as scratch:
+            (scratch / "new").write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert names(tmp_path) == [".out.resume-01234567", "out"]
+    with atomic.new_folder(target, force=True, key="0123456789") as scratch:
+        assert names(scratch) == ["new"]
+    assert names(tmp_path) == ["out"]
+    assert names(target) == ["new"]
+
+
+def test_a_kept_folder_stays_until_another_command_writes(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+
+    def interrupted() -> None:
+        with atomic.kept_folder(target, "0011223344556677") as kept:
+            (kept / "part").write_text("1")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    with atomic.kept_folder(target, "0011223344556677") as kept:
+        assert names(kept) == ["part"]
+        with (
+            pytest.raises(OutputRefused, match="being written by another process"),
+            atomic.kept_folder(target, "0011223344556677"),
+        ):
+            pass
+        with atomic.new_folder(target) as scratch:  # it is locked, so this does not remove it
+            (kept / "part").rename(scratch / "part")
+    assert names(tmp_path) == [".out.pull-0011223344556677", "out"]
+    with atomic.new_folder(target, force=True):
+        pass
+    assert names(tmp_path) == ["out"]

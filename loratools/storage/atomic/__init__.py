@@ -1,34 +1,51 @@
 """A file or a folder appears under its final name whole, or not at all.
 
-Work happens in a scratch folder `.NAME.partial-XXXXXXXX` beside the output, locked (flock) by the process that writes
-it; at the end it is renamed. The kernel drops the lock when the process dies, however it dies, so the next run for the
-same output can tell what is abandoned from what another process is writing. Process numbers could not tell: they are
-used again, and mean nothing in another container or on another machine.
+Work happens in a scratch folder `.NAME.partial-XXXXXXXX` beside the output, locked by the process that writes it; at
+the end it is written to the disk itself, and renamed.
+
+    leftovers     hidden folders beside an output: whose they are, and removing those of killed runs
+    place         the final name, in one step
+    sync          what was written outlasts a power cut
+    undisturbed   steps that no signal tears apart
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
-import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from loratools.decisions import warned
 from loratools.errors import BadFile, LoraToolsError, NoSpace, OutputRefused
+from loratools.storage.atomic import leftovers
+from loratools.storage.atomic.leftovers import remove
+from loratools.storage.atomic.place import put
+from loratools.storage.atomic.sync import sync, sync_names
+from loratools.storage.atomic.undisturbed import undisturbed
+from loratools.storage.sources import Location, as_path
+
+__all__ = [
+    "check_output", "check_space", "free_space", "kept_folder", "new_file", "new_folder", "new_output", "refuse_inputs",
+    "remove", "sweep",
+]  # fmt: skip
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
-def new_folder(target: Path, *, force: bool = False, key: str | None = None) -> Iterator[Path]:
+def new_folder(target: Path, *, force: bool = False, key: str | None = None, durable: bool = True) -> Iterator[Path]:
     """Yield an empty scratch folder beside `target` that becomes `target` when the block succeeds.
 
     Any exception, an interrupt included, removes the scratch folder and leaves `target` as it was. A killed process
-    leaves only its scratch folder, which the next run for the same target removes.
+    leaves only its scratch folder, which the next run for the same target removes. A folder that is replaced is there
+    until the new one has its place, where the file system can exchange two names. With `durable` everything is on the
+    disk itself before it has its name, so that a power cut leaves the old or the new; without, as long as the system
+    has not written it by itself (half a minute), a power cut may leave a name with nothing behind it.
 
     With a `key` (at least eight hex digits) the scratch folder outlives an interruption and a full disk: the next run
     with the same key finds it as it was, a run without removes it. A `LoraToolsError` removes it at once, for the next
@@ -40,7 +57,7 @@ def new_folder(target: Path, *, force: bool = False, key: str | None = None) -> 
     with _scratch(target, force, f"resume-{key[:8]}" if key else None) as scratch:
         _check_kind(target, folder=True)
         yield scratch
-        _install(scratch, target.absolute(), force, scratch.name.rpartition("-")[2])
+        _install(scratch, target, scratch, force=force, durable=durable)
 
 
 @contextmanager
@@ -50,9 +67,7 @@ def new_file(target: Path, *, force: bool = False) -> Iterator[Path]:
         _check_kind(target, folder=False)
         path = scratch / target.name
         yield path
-        check_output(target, force=force)
-        path.replace(target.absolute())
-        remove(scratch)
+        _install(path, target, scratch, force=force, durable=True)
 
 
 @contextmanager
@@ -94,31 +109,50 @@ def check_output(target: Path, *, force: bool = False) -> None:
         raise BadFile(f"{target.absolute().parent}: no such folder to write {target.name} into")
 
 
-def remove(path: Path) -> None:
-    """Delete a file or a folder if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(FileNotFoundError):
-            path.unlink()
+@contextmanager
+def kept_folder(target: Path, key: str) -> Iterator[Path]:
+    """Yield the hidden folder `.NAME.pull-KEY` beside an output, for what is fetched for it; another block removes it.
+
+    It stays when the block fails or the process is killed, and the next run with the same key (8 to 16 hex digits)
+    finds it; a run for the same output with another key, or by another command that gets as far as writing, removes
+    it. Raises `OutputRefused` while another process works in it.
+    """
+    absolute = target.absolute()
+    folder = _beside(absolute, f"pull-{key}")
+    leftovers.sweep(absolute, ("pull",), folder)
+    lock = None
+    try:
+        lock = _make(folder, target, kept=True)
+        yield folder
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def sweep(output: Location) -> None:
+    """Remove what killed runs for the same output left, and put back an old output that one had moved aside.
+
+    Every verb does this first, before anything can fail. What a run left on purpose, to go on from, stays. Raises
+    `InvalidOption` where `output` is no path.
+    """
+    if (target := as_path(output).absolute()).name:
+        leftovers.sweep(target, leftovers.GARBAGE)
 
 
 @contextmanager
 def _scratch(target: Path, force: bool, kept: str | None = None) -> Iterator[Path]:
     absolute = target.absolute()
-    scratch = absolute.parent / (f".{absolute.name}.{kept or f'partial-{secrets.token_hex(4)}'}")
-    _sweep(absolute, scratch)
+    scratch = _beside(absolute, kept or f"partial-{secrets.token_hex(4)}")
+    leftovers.sweep(absolute, (*leftovers.GARBAGE, *leftovers.KEPT), scratch)
     check_output(target, force=force)
     lock = None
     try:
-        scratch.mkdir(exist_ok=kept is not None)
-        lock = _lock(scratch)
-        if kept and lock is None:
-            raise _Busy(f"{target} is being written by another process", hint="Wait for it, or choose another output.")
+        lock = _make(scratch, target, kept=kept is not None)
         yield scratch
     except BaseException as error:
         if not isinstance(error, _Busy) and (kept is None or isinstance(error, LoraToolsError)):
-            remove(scratch)
+            with undisturbed():
+                remove(scratch)
         if isinstance(error, OSError) and error.errno in _FULL:
             reason = os.strerror(error.errno or 0).lower()
             hint = "Free some space and run it again."
@@ -127,6 +161,27 @@ def _scratch(target: Path, force: bool, kept: str | None = None) -> Iterator[Pat
     finally:
         if lock is not None:
             os.close(lock)
+
+
+def _beside(target: Path, name: str) -> Path:
+    return target.parent / f".{target.name}.{name}"
+
+
+def _make(folder: Path, target: Path, *, kept: bool) -> int | None:
+    """Make a folder, or take the kept one that is there; return its lock, or None where the file system has none."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        try:
+            return leftovers.lock(folder)
+        except BlockingIOError:
+            if kept:
+                hint = "Wait for it, or choose another output."
+                raise _Busy(f"{target} is being written by another process", hint=hint) from None
+            time.sleep(0.001)  # a sweep took it for a leftover before it was locked, and is about to delete it
+        except FileNotFoundError:  # that is done
+            continue
+        except OSError:  # nothing can be locked here, so nothing is ever swept either
+            return None
 
 
 class _Busy(OutputRefused):
@@ -139,62 +194,33 @@ def _check_kind(target: Path, *, folder: bool) -> None:
         raise OutputRefused(f"{target} is {existing}; the output would be {wanted}", hint="Choose another output.")
 
 
-def _install(scratch: Path, target: Path, force: bool, token: str) -> None:
+def _install(finished: Path, target: Path, scratch: Path, *, force: bool, durable: bool) -> None:
+    """Give what is `finished`, the scratch folder or a file in it, the name of the output; remove what was there."""
     check_output(target, force=force)  # again: hours may have passed
-    # A folder cannot be replaced in one step: move the old one aside, put the new one in, then drop the old.
-    aside = None
-    if target.is_dir():
-        aside = target.with_name(f".{target.name}.replaced-{token}")
-        target.rename(aside)
-    try:
-        scratch.replace(target)
-    except BaseException:
-        if aside is not None and not target.exists():
-            aside.rename(target)
-        raise
-    if aside is not None:
-        remove(aside)
-
-
-def _sweep(target: Path, mine: Path) -> None:
-    """Remove what killed runs for the same target left, except `mine` and what another process is writing.
-
-    A run that was killed in the middle of a replacement had moved the old folder aside; put that folder back.
-    """
-    pattern = re.compile(re.escape(f".{target.name}.") + r"(partial|replaced|resume)-([0-9a-f]{8})")
-    with suppress(OSError):
-        leftovers = [match for path in target.parent.iterdir() if (match := pattern.fullmatch(path.name))]
-        for match in sorted(leftovers, key=lambda match: match[1], reverse=True):  # the replaced ones first
-            leftover = target.with_name(match[0])
-            if leftover == mine:
-                continue
-            kind = "partial" if match[1] == "replaced" else match[1]
-            owner = target.with_name(f".{target.name}.{kind}-{match[2]}")
-            lock = _lock(owner)
-            if lock is None and owner.exists():
-                continue
-            try:
-                if match[1] == "replaced" and not target.exists():
-                    leftover.rename(target)
-                else:
-                    remove(leftover)
-            finally:
-                if lock is not None:
-                    os.close(lock)
-
-
-def _lock(folder: Path) -> int | None:
-    """Lock a folder while the returned descriptor is open; return None where another process holds the lock."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # locked, or a file system without locks, where nothing is ever swept
-        os.close(descriptor)
-        return None
-    return descriptor
+    if durable:
+        sync(finished)
+    absolute = target.absolute()
+    token = scratch.name.rpartition("-")[2]
+    kept = None
+    with undisturbed():
+        if scratch == _beside(absolute, f"resume-{token}") and absolute.exists():
+            # What is there will lie in the scratch folder next, and a killed run must not leave it to be resumed.
+            kept, finished = scratch, scratch.rename(_beside(absolute, f"partial-{token}"))
+            scratch = finished
+        try:
+            replaced = put(finished, absolute, _beside(absolute, f"replaced-{token}"), force=force)
+        except OSError as error:
+            if kept:
+                scratch.rename(kept)
+            if isinstance(error, FileExistsError):
+                check_output(target, force=force)
+            raise
+        if durable:
+            sync_names(absolute.parent)
+        if old := scratch if finished != scratch else replaced:
+            remove(old)
+            if os.path.lexists(old):
+                warned("%s: what was replaced lies there, and cannot be removed", old)
 
 
 def refuse_inputs(output: Path, inputs: Sequence[str | Path | None]) -> None:

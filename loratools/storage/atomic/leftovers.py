@@ -1,0 +1,92 @@
+"""Hidden folders beside an output: who works in one is known by its lock, and what killed runs left is removed.
+
+    .NAME.partial-XXXXXXXX    a run writes in it; after an exchange it holds the old output, to be deleted
+    .NAME.replaced-XXXXXXXX   the old output, moved aside by the run of that `partial`, where nothing can be exchanged
+    .NAME.resume-XXXXXXXX     what a run that may be interrupted has finished
+    .NAME.pull-X…             what has been fetched of a commit
+
+The kernel drops a lock (flock) when its process dies, however it dies. Process numbers could not tell: they are used
+again, and mean nothing in another container or on another machine.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from loratools.decisions import warned
+
+_HEX = r"-([0-9a-f]{8,16})"
+GARBAGE = ("replaced", "partial")
+"""What only a kill leaves; in this order, for an old output must be back before its run's own folder goes."""
+KEPT = ("resume", "pull")
+"""What a run left on purpose, for the next of its kind."""
+
+
+def lock(folder: Path) -> int:
+    """Return a descriptor that locks a folder until it is closed, or its process ends.
+
+    Raises `BlockingIOError` where another run holds the lock, `FileNotFoundError` where there is no such folder, and
+    another `OSError` where the file system has no locks.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Between its making and its locking another run may have taken it for a leftover.
+        if not os.path.samestat(os.fstat(descriptor), folder.stat()):
+            raise FileNotFoundError(f"{folder} is another folder by now")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def sweep(target: Path, kinds: Sequence[str], mine: Path | None = None) -> None:
+    """Remove what killed runs for the same target left, of these kinds; not `mine`, nor what a living run holds.
+
+    A run that was killed in the middle of a replacement may have moved the old folder aside: that is put back.
+    """
+    pattern = re.compile(re.escape(f".{target.name}.") + rf"({'|'.join(kinds)}){_HEX}")
+    try:
+        names = [match for path in target.parent.iterdir() if (match := pattern.fullmatch(path.name))]
+    except OSError:
+        return  # a folder that cannot be read has no leftovers that could be known; writing into it says why not
+    for match in sorted(names, key=lambda match: kinds.index(match[1])):
+        leftover = target.with_name(match[0])
+        if leftover != mine:
+            owner = target.with_name(f".{target.name}.partial-{match[2]}") if match[1] == "replaced" else leftover
+            _sweep(leftover, owner, target)
+
+
+def _sweep(leftover: Path, owner: Path, target: Path) -> None:
+    descriptor = None
+    try:
+        with suppress(FileNotFoundError):  # of an old output that was moved aside: its run was killed later
+            descriptor = lock(owner)
+        if leftover != owner and not os.path.lexists(target):
+            leftover.rename(target)
+            return
+        remove(leftover)
+        if leftover.is_dir() and not leftover.is_symlink():
+            warned("%s: left over from a run that was killed, and it cannot be removed", leftover)
+    except (BlockingIOError, FileNotFoundError, NotADirectoryError):
+        return  # a living run's; or it is gone already; or a file of somebody who likes such names
+    except OSError as error:
+        warned("%s: perhaps left over from a run that was killed: %s", leftover, (error.strerror or "").lower())
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder if it is there, as far as it can be deleted."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(FileNotFoundError):
+            path.unlink()
