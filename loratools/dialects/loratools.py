@@ -44,11 +44,10 @@ def losses(adapter: Adapter) -> list[Loss]:
         for module, update in adapter.updates.items()
         if update.kind not in KINDS
     ]
-    unknown = "only the base tells whether it stores these experts (in, out) (--base)"
     stacks = [
-        Loss(module, unknown)
+        Loss(module, f"only the base tells {update.unsettled} (--base)")
         for module, update in adapter.updates.items()
-        if module not in adapter.orientation and update.layout.get("transposed", False) is None
+        if module not in adapter.orientation and update.unsettled
     ]
     return [*kinds, *stacks, *copy_losses(adapter)]
 

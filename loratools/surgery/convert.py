@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 
 from loratools import dialects
 from loratools.adapter.model import Adapter, AdapterInput, BaseIdentity, Loss, Step
+from loratools.adapter.naming.wrappers import Names
 from loratools.adapter.placement.codes import refuse_codes
 from loratools.adapter.placement.image import named_for
 from loratools.adapter.placement.layers import replicated
 from loratools.adapter.placement.resolve import Placement, resolve
 from loratools.adapter.placement.settle import settle
+from loratools.adapter.placement.stacks import as_peft_has_it
 from loratools.adapter.placement.tied import apply_policy
 from loratools.adapter.placement.whole import resolve_replacements
 from loratools.decisions import decided
@@ -113,6 +115,7 @@ def convert(
     if checkpoint is not None:
         ((settled,), _) = settle(checkpoint, [AdapterInput(converted)])
         converted = _with_config(settled.adapter, checkpoint)
+        converted = as_peft_has_it(converted, Names(checkpoint.specs), checkpoint.shapes, checkpoint.config)
         in_base = named_for(converted, checkpoint)
         if records:
             converted = seal(in_base, checkpoint, progress)

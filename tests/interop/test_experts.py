@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loratools.errors import UnsupportedAdapter
+from loratools.surgery.convert import convert
 from loratools.surgery.merge import merge
 from loratools.surgery.unmerge import unmerge
 from loratools.surgery.verify import verify
@@ -85,6 +86,51 @@ def prepare(make: Callable[[], torch.nn.Module], folder: Path, parameters: list[
             torch.nn.init.normal_(parameter, std=0.2)
     adapted.save_pretrained(folder / "adapter")
     return {name: W.detach().clone() for name, W in adapted.merge_and_unload(safe_merge=False).state_dict().items()}
+
+
+def nemotron(moe: int) -> torch.nn.Module:
+    """Experts without a gate."""
+    config = transformers.NemotronHConfig(
+        vocab_size=40, hidden_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=8, ssm_state_size=8,
+        mamba_num_heads=4, mamba_head_dim=8, n_groups=1, intermediate_size=24, n_routed_experts=4, n_group=1,
+        num_experts_per_tok=2, moe_shared_expert_intermediate_size=8, n_shared_experts=1, topk_group=1,
+        moe_intermediate_size=moe, layers_block_type=["attention", "moe"], num_hidden_layers=2,
+    )  # fmt: skip
+    return transformers.NemotronHForCausalLM(config)
+
+
+SEVERAL = {
+    "nemotron": (lambda: nemotron(12), ["mixer.experts.up_proj", "mixer.experts.down_proj"]),
+    "nemotron_square": (lambda: nemotron(16), ["mixer.experts.down_proj", "mixer.experts.up_proj"]),
+    "gpt_oss_biases": (gpt_oss, [*PARAMETERS, *(f"{name}_bias" for name in PARAMETERS)]),
+    "gpt_oss_bias": (gpt_oss, ["mlp.experts.down_proj_bias", "mlp.experts.gate_up_proj_bias"]),
+}
+
+
+@pytest.mark.parametrize("name", sorted(SEVERAL))
+def test_several_parameters_of_one_module_are_told_apart_as_the_class_registers_them(name: str, tmp_path: Path) -> None:
+    make, parameters = SEVERAL[name]
+    torch.manual_seed(0)
+    model = make()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=[], target_parameters=parameters)
+    adapted = peft.get_peft_model(model, config)
+    for tensor, parameter in adapted.named_parameters():
+        if "lora_" in tensor:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "expected")
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    found, wanted = load(tmp_path / "merged"), load(tmp_path / "expected")
+    assert found.keys() == wanted.keys()
+    assert all(close(found[tensor], wanted[tensor]) for tensor in wanted)
+    assert verify(tmp_path / "merged", tmp_path / "base", tmp_path / "adapter").ok
+    convert(tmp_path / "adapter", tmp_path / "sealed", base=tmp_path / "base")
+    merge(tmp_path / "base", tmp_path / "sealed", tmp_path / "again")
+    again = load(tmp_path / "again")
+    assert all(close(again[tensor], wanted[tensor]) for tensor in wanted)
 
 
 def close(one: Tensor, other: Tensor) -> bool:
@@ -199,8 +245,6 @@ def test_an_old_peft_had_in_and_out_the_other_way_round(name: str, tmp_path: Pat
 
 
 def test_the_saved_stack_of_a_conversion_loads_in_peft(tmp_path: Path) -> None:
-    from loratools.surgery.convert import convert
-
     wanted = prepare(qwen, tmp_path, PARAMETERS)
     convert(tmp_path / "adapter", tmp_path / "again", to="peft")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)

@@ -165,6 +165,24 @@ class Usual(Protocol):
         return ()
 
     @property
+    def readings(self) -> Sequence[Update]:
+        """What it may be, where its file leaves that to the base: updates whose layout says all; empty for most."""
+        return ()
+
+    @property
+    def unsettled(self) -> str:
+        """What its file leaves to the base, as the words after "only the base tells"; "" for most kinds."""
+        return ""
+
+    def stored_in_out(self, is_transposed: bool | None) -> bool | None:
+        """Return whether its parameter is stored (in, out), by its file and by what the class says; None if open."""
+        return None
+
+    def turned_round(self) -> Update:
+        """Return the same change as an update of the transposed weight; a kind that is never asked is its own."""
+        return self  # type: ignore[return-value]
+
+    @property
     def replaced_rows(self) -> Sequence[int]:
         """Rows of the weight that it replaces whole, whatever is there: then no weight of a merge can scale it."""
         return ()

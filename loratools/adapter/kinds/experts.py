@@ -4,26 +4,34 @@ A is (E·r, in), expert after expert; B is (out, r·E) with the expert as its la
 To read B expert after expert gives a change of the right size that is wrong everywhere. What the shapes do not say is
 the `layout`: the number E, the name of the parameter, and whether it is stored (E, in, out) (`transposed`).
 
-Where `transposed` is None it is settled by the base's shape, or by what its model type is known to do.
+Where `transposed` is None it is settled by the base's shape, or by what a `Rule` and the base's model type say.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, Self
 
-from loratools.adapter.kinds import Factors, Tensor
+from loratools.adapter.kinds import Factors, Tensor, Update
 from loratools.adapter.kinds._product import LowRank
 from loratools.adapter.kinds._shared import Additive
 from loratools.adapter.parts import A, B
 from loratools.storage.lazy import LazyTensor
 
+Rule = Literal["model", "inverse", "in_out", "out_in", "unknown"]
+"""What says how a stack that shapes leave open lies: `model`, (E, in, out) where its class is `is_transposed`, as in
+PEFT since 0.19.1; `inverse`, where it is not, as in PEFT 0.19.0; `in_out` and `out_in`, for all classes; or nothing."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertsUpdate(Additive):
-    """The factors of all experts. Raises `ValueError` where A and B do not hold E equal ranks."""
+    """The factors of all experts. Raises `ValueError` where A and B do not hold E equal ranks.
+
+    `rule` counts where `transposed` is None. `alternatives` has the update for each other parameter of the same module
+    that it may be for, since PEFT's names of wrappers do not say it; `ordered` tells whether their order is known.
+    """
 
     A: LazyTensor
     B: LazyTensor
@@ -32,6 +40,9 @@ class ExpertsUpdate(Additive):
     experts: int
     parameter: str
     transposed: bool | None = None
+    rule: Rule = "model"
+    alternatives: Mapping[str, ExpertsUpdate] = field(default_factory=dict)
+    ordered: bool = True
 
     kind = "experts"
 
@@ -63,6 +74,38 @@ class ExpertsUpdate(Additive):
     def members(self) -> Sequence[Expert]:
         """The update of each expert."""
         return [Expert(self, number, self.scaling, self.alpha) for number in range(self.experts)]
+
+    @property
+    def readings(self) -> Sequence[Update]:
+        """The update for each parameter that it may be for, stored (E, out, in) and (E, in, out) where that is open."""
+        turns = (False, True) if self.transposed is None else (self.transposed,)
+        each = (self, *self.alternatives.values())
+        return [replace(update, transposed=turn, alternatives={}, ordered=True) for update in each for turn in turns]
+
+    @property
+    def unsettled(self) -> str:
+        """Which parameter it is for, and how that lies, as far as the file leaves it open."""
+        names = ", ".join(sorted({self.parameter, *self.alternatives}))
+        parameter = "" if self.ordered else f"which of {names} it is for"
+        lies = "" if self.transposed is not None else "whether these experts are stored (in, out)"
+        return " and ".join(filter(None, (parameter, lies)))
+
+    def stored_in_out(self, is_transposed: bool | None) -> bool | None:
+        """Return whether the parameter lies (E, in, out), by the file's `Rule` and by what its class says of itself."""
+        if self.transposed is not None:
+            return self.transposed
+        if self.rule in ("in_out", "out_in"):
+            return self.rule == "in_out"
+        if is_transposed is None or self.rule == "unknown":
+            return None
+        return is_transposed != (self.rule == "inverse")
+
+    def turned_round(self) -> Self:
+        """Return the same change in factors of the transpose: (B·A)ᵀ = Aᵀ·Bᵀ, without rounding."""
+        (count, out, inner), r = self.shape, self.rank
+        A = self.B.map(lambda B: B.reshape(out, r, count).permute(2, 1, 0).reshape(-1, out), (count * r, out))
+        B = self.A.map(lambda A: A.reshape(count, r, inner).permute(2, 1, 0).reshape(inner, -1), (inner, r * count))
+        return replace(self, A=A, B=B, transposed=None if self.transposed is None else not self.transposed)
 
     def term(self, *_: Any) -> NoReturn:
         """Raise `ValueError`: a site holds one expert."""
@@ -127,6 +170,11 @@ def build(
     """Return the update; raise `ValueError` where nothing says how many experts there are, and of which parameter."""
     if not layout:
         raise ValueError("nothing says how many experts are stacked here, and in which parameter")
-    return ExpertsUpdate(
-        parts[A], parts[B], scaling, alpha, layout["experts"], layout["parameter"], layout.get("transposed")
-    )
+    own = ExpertsUpdate(
+        parts[A], parts[B], scaling, alpha, layout["experts"], layout["parameter"], layout.get("transposed"),
+        layout.get("rule", "model"), ordered=layout.get("ordered", True),
+    )  # fmt: skip
+    others = {
+        each["parameter"]: build(parts, each["scaling"], each["alpha"], each) for each in layout.get("others", ())
+    }
+    return replace(own, alternatives=others) if others else own

@@ -3,6 +3,7 @@
 codes     modules that the base stores as codes: refused by the name of the quantization
 resolve   from modules to the tensors of a base, and the rectangles of them
 experts   experts of a mixture, stacked in one tensor or each in tensors of its own
+stacks    which parameter a stack of experts is for, and how it lies, where the adapter's file leaves it open
 tied      one weight for the input embedding and the output head
 layers    a base with its layers repeated, as `layer_replication` has it
 image     an adapter of an image model under the names of a base

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.wrappers import FUSIONS, Names, normalized
-from loratools.adapter.placement.experts import spellings
+from loratools.adapter.placement.stacks import spellings
 from loratools.errors import IncompatibleAdapter
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.codecs import schemes

@@ -14,37 +14,22 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from loratools.adapter.kinds import Update
+from loratools.adapter.naming.stacked import INTERLEAVED, STORED_IN_OUT, known_type
 from loratools.adapter.naming.wrappers import Names
+from loratools.adapter.placement.stacks import MODEL_TYPE, PARAMETERS, Shapes, lies_in_out, spellings
 from loratools.adapter.site import Site
 
-Shapes = Mapping[str, tuple[int, ...]]
-
-# stacked parameter -> the projections in it, in order, by their names in checkpoints that store each expert
-PARAMETERS: Mapping[str, tuple[tuple[str, ...], ...]] = {
-    "gate_up_proj": (("gate_proj", "w1"), ("up_proj", "w3")),
-    "down_proj": (("down_proj", "w2"),),
-}
-
-TRANSPOSED = frozenset({"gpt_oss", "openai_privacy_filter", "aria"})
-"""Model types whose experts are stacked (E, in, out) in memory; PEFT asks the model, here its type tells."""
-
-INTERLEAVED = frozenset({"gpt_oss"})
-"""Model types that store the rows of gate and up in turn: g₀, u₀, g₁, u₁, …"""
-
 _EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<number>\d+)\.(?P<name>\w+)")
-HINT = "--model-type says which model this is"
 
 
 class NoPlace(Exception):
     """Why a module has no certain place, and what would decide it; becomes a line of the resolver's error."""
 
 
-def stack_sites(
-    module: str, update: Update, names: Names, shapes: Shapes, config: Mapping[str, Any]
-) -> list[tuple[int, Site]]:
+def stack_sites(module: str, update: Update, names: Names, shapes: Shapes) -> list[tuple[int, Site]]:
     """Return each expert of a stack, by number, with its site: in the stacked tensor, or in those of the experts.
 
-    Returns [] where the base has neither. Raises `NoPlace` for shapes that do not fit, or fit in two ways.
+    Returns [] where the base has neither. Raises `NoPlace` for shapes that do not fit.
     """
     parameter, experts = update.layout["parameter"], len(update.members)
     stacks = [name for name in names.find(module, parameter) if len(shapes[name]) == 3]
@@ -58,7 +43,7 @@ def stack_sites(
         tensor, (count, first, second) = stacks[0], shapes[stacks[0]]
         if count != experts:
             raise NoPlace(f"it is for {experts} experts, {tensor} has {count}")
-        transposed = _orientation(update, (first, second), tensor, config)
+        transposed = _orientation(update, (first, second), tensor)
         matrix, out = (count * first, second), update.shape[1]
         return [
             (e, Site(tensor, matrix, (e * first, (e + 1) * first, 1), (0, second, 1), (0, out), transposed))
@@ -88,31 +73,21 @@ def expert_site(module: str, update: Update, names: Names, shapes: Shapes, confi
         tensors = (tensor for path in spellings(match["stack"]) for tensor in names.find(path, parameter))
         if position is not None and (tensor := next((name for name in tensors if len(shapes[name]) == 3), None)):
             place = int(match["number"]), position, len(projections)
-            return _in_stack(tensor, shapes[tensor], update.shape, place, config.get("model_type"))
+            lies = lies_in_out(match["stack"], names, shapes)
+            return _in_stack(tensor, shapes[tensor], update.shape, place, known_type(config), lies)
     return None
 
 
-def spellings(module: str) -> Iterator[str]:
-    """Yield a module's path, and the path that it has before or after the renaming of transformers 5."""
-    yield module
-    for old, new in ((".block_sparse_moe.", ".mlp."), (".mlp.", ".block_sparse_moe.")):
-        if old in f".{module}.":
-            yield f".{module}.".replace(old, new).strip(".")
-
-
-def _orientation(update: Update, sides: tuple[int, int], tensor: str, config: Mapping[str, Any]) -> bool:
-    """Tell whether each expert is stored transposed, (in, out)."""
+def _orientation(update: Update, sides: tuple[int, int], tensor: str) -> bool:
+    """Tell whether each expert is stored transposed, (in, out), as shapes and what is settled tell."""
     out, inner = update.shape[1:]
     fits = [transposed for transposed, wanted in ((False, (out, inner)), (True, (inner, out))) if wanted == sides]
     if (stated := update.layout["transposed"]) is not None:
         fits = [transposed for transposed in fits if transposed == stated]
-    if not fits:
-        raise NoPlace(f"its delta weight has shape {(out, inner)} for each expert, {tensor} has {sides}")
     if len(fits) == 1:
         return fits[0]
-    if not (model_type := config.get("model_type")):
-        raise NoPlace(f"ambiguous: {tensor} is square in each expert, and no config.json tells how it lies; {HINT}")
-    return model_type in TRANSPOSED
+    stored = "" if stated is None else f", stored {'(in, out)' if stated else '(out, in)'}"
+    raise NoPlace(f"its delta weight has shape {(out, inner)} for each expert{stored}, {tensor} has {sides}")
 
 
 def _by_expert(module: str, update: Update, number: int, names: Names, shapes: Shapes) -> Iterator[tuple[int, Site]]:
@@ -124,26 +99,20 @@ def _by_expert(module: str, update: Update, number: int, names: Names, shapes: S
         if not (tensors := [tensor for path in paths for tensor in names.find(path)]):
             return
         tensor = tensors[0]
-        straight = shapes[tensor] == (out // count, inner)
-        # PEFT before 0.19 took stacks for (E, in, out), so its factors are those of the transpose.
-        turned = shapes[tensor] == (inner // count, out) and (update.layout["transposed"] is True or not straight)
-        if not straight and not turned:
+        if shapes[tensor] != (out // count, inner):
             raise NoPlace(f"its delta weight has shape {(out, inner)}, and {tensor} has {shapes[tensor]}")
-        if turned and (straight or count > 1):
-            raise NoPlace(
-                f"ambiguous: trained by an old PEFT on stacked experts, while the base stores {tensor}; "
-                "load it in PEFT 0.19 or later with its model, and save it again"
-            )
-        rows = shapes[tensor][0]
-        part = (0, out) if turned else (i * rows, (i + 1) * rows)
-        matrix = (rows, shapes[tensor][1])
-        yield number, Site(tensor, matrix, (0, rows, 1), (0, matrix[1], 1), part, turned)
+        rows = out // count
+        yield number, Site(tensor, (rows, inner), (0, rows, 1), (0, inner, 1), (i * rows, (i + 1) * rows))
 
 
 def _in_stack(
-    tensor: str, stored: tuple[int, ...], shape: tuple[int, ...], place: tuple[int, int, int], model_type: str | None
-) -> Site:
-    """Return the site of a projection (out, in). Its `place`: expert, position in the parameter, projections there."""
+    tensor: str, stored: tuple[int, ...], shape: tuple[int, ...], place: tuple[int, int, int], known: str | None,
+    lies: bool | None,
+) -> Site:  # fmt: skip
+    """Return the site of a projection (out, in). Its `place`: expert, position in the parameter, projections there.
+
+    `known` is the model type, `lies` whether the stack beside it shows these experts to be stored (in, out).
+    """
     (experts, first, second), (out, inner), (number, position, count) = stored, shape, place
     if number >= experts:
         raise NoPlace(f"{tensor} has {experts} experts")
@@ -151,12 +120,15 @@ def _in_stack(
     straight, turned = wanted == (first, second), wanted == (second, first)
     if not straight and not turned:
         raise NoPlace(f"its delta weight has shape {shape}, and {tensor} has {(first, second)} for each expert")
-    if (straight and turned) or (turned and count > 1):
+    if straight and turned and (lies is not None or known):
+        turned = known in STORED_IN_OUT if lies is None else lies
+        straight = not turned
+    if known is None and turned and (straight or count > 1):
         # gate and up side by side, or in turn: only the model knows.
-        if not model_type:
-            raise NoPlace(f"ambiguous: no config.json tells how {tensor} with {(first, second)} lies; {HINT}")
-        turned = model_type in TRANSPOSED if straight and turned else turned
-    interleaved = model_type in INTERLEAVED and count > 1
+        raise NoPlace(
+            f"ambiguous: no model type that is known tells how {tensor} with {(first, second)} lies; {MODEL_TYPE}"
+        )
+    interleaved = known in INTERLEAVED and count > 1
     begin, end, step = (position, count * out, count) if interleaved else (position * out, (position + 1) * out, 1)
     matrix, row = (experts * first, second), number * first
     if turned:

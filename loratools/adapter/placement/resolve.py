@@ -13,7 +13,7 @@ from loratools.adapter.kinds import Update
 from loratools.adapter.kinds._product import BiasUpdate
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.wrappers import CONV1D, FUSIONS, LINEAR, Fusion, Names
-from loratools.adapter.placement import experts
+from loratools.adapter.placement import experts, stacks
 from loratools.adapter.placement.experts import NoPlace
 from loratools.adapter.site import Site
 from loratools.decisions import decided
@@ -47,11 +47,13 @@ def resolve(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any] | None =
     """
     if not adapter.updates and not adapter.replacements:
         raise IncompatibleAdapter("the adapter has no updates: it would change nothing")
+    names = Names(shapes)
+    adapter, ambiguous = stacks.settled(adapter, names, shapes, config or {})
     swapped = adapter.settings.get("fan_in_fan_out") is True
-    resolver = _Resolver(Names(shapes), shapes, config or {}, biases_tell(shapes), swapped)
+    resolver = _Resolver(names, shapes, config or {}, biases_tell(shapes), swapped)
     placements: list[Placement] = []
-    problems: list[str] = []
-    for module, update in adapter.updates.items():
+    problems = [f"{module}: {reason}" for module, reason in ambiguous.items()]
+    for module, update in ((module, adapter.updates[module]) for module in adapter.updates if module not in ambiguous):
         try:
             placements += replace(resolver, stated=adapter.orientation.get(module)).place(module, update)
         except NoPlace as error:
@@ -83,8 +85,7 @@ class _Resolver:
 
     def place(self, module: str, update: Update) -> list[Placement]:
         """Return the placements of an update: on the weight, or parts of it, and on the bias if it has one."""
-        # `base_layer` marks the inner one of two modules that PEFT wraps; the base knows nothing of it.
-        path = ".".join(segment for segment in module.split(".") if segment != "base_layer")
+        path = stacks.path_of(module)
         if update.members:
             return self._experts(module, path, update)
         if tensor := self._tensor_of(path, path):
@@ -100,8 +101,8 @@ class _Resolver:
 
     def _experts(self, module: str, path: str, update: Update) -> list[Placement]:
         """Return the placements of the experts of a stack, one by one."""
-        for spelled in experts.spellings(path):
-            if sites := experts.stack_sites(spelled, update, self.names, self.shapes, self.config):
+        for spelled in stacks.spellings(path):
+            if sites := experts.stack_sites(spelled, update, self.names, self.shapes):
                 return [Placement(module, update.members[expert], site, expert) for expert, site in sites]
         raise NoPlace(f"no {update.layout['parameter']} of its experts in the base, neither stacked nor one by one")
 
@@ -129,7 +130,7 @@ class _Resolver:
         return sites
 
     def _tensor_of(self, module: str, asked: str) -> str | None:
-        spelled = (tensors for path in experts.spellings(module) if (tensors := self.names.find(path)))
+        spelled = (tensors for path in stacks.spellings(module) if (tensors := self.names.find(path)))
         tensors = next(spelled, []) or self.names.find(module, "in_proj_weight")  # nn.MultiheadAttention
         if len(tensors) > 1:
             raise NoPlace(f"ambiguous: {asked} could be any of {', '.join(tensors)}")
@@ -170,7 +171,7 @@ class _Resolver:
             raise NoPlace("the adapter says fan_in_fan_out, and the biases say that the base stores it [out, in]")
         if self.in_out is None and not self.swapped:
             config = f"model_type {self.model_type!r} does not tell" if self.model_type else "no config.json tells"
-            raise NoPlace(f"square, and {config} whether the base stores it [in, out]; {experts.HINT}")
+            raise NoPlace(f"square, and {config} whether the base stores it [in, out]; {stacks.MODEL_TYPE}")
         return self.in_out is not False
 
     def _into_fused(self, module: str, update: Update) -> list[Site]:

@@ -29,7 +29,7 @@ from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import record_losses
 from loratools.dialects.peft import checks
 from loratools.dialects.peft.config import PeftConfig
-from loratools.dialects.peft.experts import layouts, outer, reordered
+from loratools.dialects.peft.experts import layouts, outer, reordered, version_for
 from loratools.dialects.peft.names import Groups, group, unwrap
 from loratools.errors import BadFile
 from loratools.format import keys, manifest
@@ -113,7 +113,9 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     settings = {**adapter.settings, "trainable_token_indices": rows} if rows else adapter.settings
     targets = {module: update for module, update in updates.items() if module not in rows}
     sayable = Adapter(targets, adapter.replacements, adapter.base, settings=settings)
-    config = json.dumps(derive_config(sayable), indent=2, sort_keys=True, ensure_ascii=False)
+    # Nothing else in the files says which PEFT they are for, and versions differ in how they take stacks.
+    version = {"peft_version": stacks_for} if (stacks_for := version_for(targets)) else {}
+    config = json.dumps(derive_config(sayable) | version, indent=2, sort_keys=True, ensure_ascii=False)
     with atomic.new_folder(target, force=force) as folder:
         (folder / _CONFIG).write_text(config + "\n", encoding="utf-8")
         save.write(folder / f"{_STEM}.safetensors", tensors, {"format": "pt"})
@@ -191,6 +193,7 @@ def _build(groups: Groups, config: PeftConfig) -> tuple[dict[str, Update], list[
         path = module.partition(".base_layer.")[0]  # patterns know the outer module
         if module in stacks:
             path = f"{outer(module)}.{stacks[module]['parameter']}"
+            return config.scaling(path, rank), config.alpha(path)
         if rank and config.rank(path) not in (None, rank):
             raise ValueError(f"its tensors have rank {rank}, the config says {config.rank(path)}")
         twice = config.applied_twice(module)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loratools.adapter.kinds.experts import Rule
 from loratools.adapter.model import BaseIdentity
 from loratools.adapter.naming.compact import suffixes
 from loratools.adapter.parts import BIAS, MAGNITUDE
@@ -33,13 +34,15 @@ _SETTINGS = (
 class PeftConfig:
     """A config without faults: types are right, expressions compile, no field is refused.
 
-    `fields` are those that are not null. `targets`, `rank_keys` and `alpha_keys` match modules by PEFT's rules.
+    `fields` are those that are not null; `later` tells whether there are any, null or not, that PEFT has written since
+    it writes its version. `targets`, `rank_keys` and `alpha_keys` match modules by PEFT's rules.
     """
 
     fields: Mapping[str, Any]
     targets: Targets
     rank_keys: PatternKeys
     alpha_keys: PatternKeys
+    later: bool = False
 
     @classmethod
     def parse(
@@ -78,7 +81,7 @@ class PeftConfig:
             raise UnsupportedAdapter(f"{path}: loratools does not read this adapter", refused)
         for note in _notes(fields):
             warned("%s: %s", path, note)
-        return cls(fields, targets, rank_keys, alpha_keys)
+        return cls(fields, targets, rank_keys, alpha_keys, not tables.LATER.isdisjoint(document))
 
     def rank(self, module: str) -> int | None:
         """Return the rank that the config states for a module, by PEFT's first-match rule; None if it states none."""
@@ -127,14 +130,31 @@ class PeftConfig:
         PEFT up to 0.21 computes W + 2·s·B·A there, in training too (huggingface/peft#3774), so such an adapter was
         trained for it. A config without a version is from such a PEFT.
         """
-        fixed = self.version is not None and self.version > (0, 21)
+        fixed = self.version is not None and self.version[:2] > (0, 21)
         return 2 if module.endswith(".base_layer.out_proj") and not fixed else 1
 
     @property
-    def version(self) -> tuple[int, int] | None:
-        """The version of PEFT that wrote it, by its first two numbers."""
-        match = re.match(r"(\d+)\.(\d+)", str(self.fields.get("peft_version", "")))
-        return (int(match[1]), int(match[2])) if match else None
+    def version(self) -> tuple[int, int, int] | None:
+        """The version of PEFT that wrote it, by its first three numbers; None where it does not say one."""
+        match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", str(self.fields.get("peft_version", "")))
+        return (int(match[1]), int(match[2]), int(match[3] or 0)) if match else None
+
+    @property
+    def stack_rule(self) -> Rule:
+        """How the PEFT that wrote it takes a parameter of three dimensions.
+
+        Up to 0.18 for (E, in, out), whatever its class; 0.19.0 turned round the classes that say `is_transposed`, by
+        mistake, and 0.19.1 the others. 0.17 wrote no `peft_version`. Of a version between two releases nothing is known
+        here, nor of a config without one that has later fields.
+        """
+        if self.version is None:
+            return "unknown" if "peft_version" in self.fields or self.later else "in_out"
+        if self.version < (0, 19, 0):
+            return "in_out"
+        if self.version > (0, 19, 1):
+            return "model"
+        released = re.fullmatch(r"0\.19\.[01](?:\.post\d+)?", str(self.fields["peft_version"]))
+        return ("inverse" if self.version == (0, 19, 0) else "model") if released else "unknown"
 
     def token_rows(self, module: str) -> list[int] | None:
         """Return the token indices of an embedding's trained rows; a bare list is that of every such module."""

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from itertools import permutations
 from typing import Any
 
+from loratools.adapter.kinds import Update
 from loratools.adapter.naming.compact import suffixes
+from loratools.adapter.naming.stacked import in_order
 from loratools.adapter.parts import A, B
 from loratools.dialects.peft.config import PeftConfig
 from loratools.dialects.peft.fields import GROUPED
@@ -18,7 +20,15 @@ from loratools.storage.lazy import LazyTensor
 Parts = dict[str, LazyTensor]
 
 _NESTED = re.compile(r"(\.base_layer)+$")
-_SWAPPED_BEFORE = (0, 19)  # PEFT's version that turned in and out of stacked parameters round
+_MANY = 6  # parameters of one module; classes have four at most
+
+# Whether a stack lies (in, out) where its class says is_transposed, and where it does not -> version
+_VERSIONS: Mapping[tuple[bool | None, ...], str] = {
+    (True, True): "0.18.1",
+    (False, True): "0.19.0",
+    (True, False): "0.19.1",
+    (False, False): "0.19.1",  # of classes that do not say it
+}
 
 
 def outer(module: str) -> str:
@@ -27,15 +37,14 @@ def outer(module: str) -> str:
 
 
 def layouts(groups: Groups, config: PeftConfig) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Return module -> layout of the stacks of experts in a file, and what is wrong with them.
+    """Return module -> layout of the stack of experts there, and what is wrong with them.
 
-    PEFT wraps a module once for each targeted parameter, the first innermost. Shapes tell the order: gate_up_proj
-    (H → 2I) feeds down_proj (I → H). Where they leave both possible, it is the models' order, gate_up_proj innermost.
+    PEFT wraps a module once for each targeted parameter, in the order in which its class registers them, the first
+    innermost; the order in `target_parameters` means nothing. A layout follows the order of the classes of
+    transformers; its `others` are for a base whose shapes or class tell otherwise, each with scaling and alpha.
     """
     by_module: dict[str, dict[str, Any]] = {}
     faults = []
-    # An old PEFT took every stack for (E, in, out); later, the base decides.
-    transposed = True if config.version and config.version < _SWAPPED_BEFORE else None
     levels: dict[str, list[str]] = {}
     targeted: dict[str, set[str]] = {}
     for target in config.fields.get("target_parameters", ()):
@@ -47,19 +56,61 @@ def layouts(groups: Groups, config: PeftConfig) -> tuple[dict[str, dict[str, Any
     for path, modules in levels.items():
         parameters = _parameters(path, targeted)
         modules.sort(key=len, reverse=True)  # innermost first
-        if len(modules) != len(parameters):
-            count = f"{len(modules)} wrapper(s) for {len(parameters)} parameters"
-            faults.append(f"{path}: {count}, {', '.join(parameters)}")
+        if len(modules) != len(parameters) or len(modules) > _MANY:
+            wrappers = f"{len(modules)} wrapper(s) for {len(parameters)} parameters"
+            faults.append(f"{path}: {wrappers}, {', '.join(sorted(parameters)[:_MANY])}")
             continue
-        shapes = [_sides(groups.modules[module]) for module in modules]
-        for module, parameter in zip(modules, _order(parameters, shapes), strict=True):
-            rank = config.rank(f"{path}.{parameter}")
-            rows = groups.modules[module][A].shape[0] if A in groups.modules[module] else 0
-            if not rank or rows % rank:
-                faults.append(f"{module}: A has {rows} rows, which is no multiple of the rank {rank} of {parameter}")
+        rows = [groups.modules[module][A].shape[0] if A in groups.modules[module] else 0 for module in modules]
+        ranks = {parameter: config.rank(f"{path}.{parameter}") for parameter in parameters}
+        known = in_order(parameters)
+        orders = [
+            order for order in permutations(sorted(parameters)) if _divides(rows, [ranks[name] for name in order])
+        ]
+        likely = orders[0] if len(orders) == 1 else tuple(known or sorted(parameters))
+        for module, count, parameter in zip(modules, rows, likely, strict=True):
+            if likely not in orders:
+                rank = ranks[parameter]
+                if not rank or count % rank:
+                    why = f"A has {count} rows, which is no multiple of the rank {rank} of {parameter}"
+                    faults.append(f"{module}: {why}")
                 continue
-            by_module[module] = {"experts": rows // rank, "parameter": parameter, "transposed": transposed}
+            place = modules.index(module)
+            names = dict.fromkeys((parameter, *(order[place] for order in orders)))
+            first, *others = (_layout(name, count // (ranks[name] or 1), config) for name in names)
+            first["ordered"] = known is not None or not others
+            first["others"] = [
+                {**other, "scaling": config.scaling(target, ranks[name] or 1), "alpha": config.alpha(target)}
+                for other in others
+                for name in [other["parameter"]]
+                for target in [f"{path}.{name}"]
+            ]
+            by_module[module] = first
     return by_module, faults
+
+
+def _divides(rows: Sequence[int], ranks: Sequence[int | None]) -> bool:
+    """Tell whether factors with so many rows can be for parameters of these ranks, in this order."""
+    return all(rank and count and count % rank == 0 for count, rank in zip(rows, ranks, strict=True))
+
+
+def _layout(parameter: str, experts: int, config: PeftConfig) -> dict[str, Any]:
+    # Of one expert PEFT adds B·A as it is, whatever its class.
+    rule = config.stack_rule if experts > 1 else "out_in"
+    stated = True if rule == "in_out" and config.version else None
+    return {"experts": experts, "parameter": parameter, "transposed": stated, "rule": rule}
+
+
+def version_for(updates: Mapping[str, Update]) -> str | None:
+    """Return the first PEFT that takes the stacks of an adapter as they are, for its config; None without stacks.
+
+    A word that is no version stands for stacks of which it is not known.
+    """
+    each = {
+        tuple(update.stored_in_out(is_transposed) for is_transposed in (True, False))
+        for update in updates.values()
+        if update.readings and update.shape[0] > 1
+    }
+    return _VERSIONS.get(each.pop(), "unknown") if len(each) == 1 else "0.19.1" if each else None
 
 
 def reordered(parts: Mapping[str, LazyTensor], layout: Mapping[str, Any], fields: Mapping[str, Any]) -> Parts:
@@ -77,25 +128,6 @@ def reordered(parts: Mapping[str, LazyTensor], layout: Mapping[str, Any], fields
     return {**parts, B: parts[B].map(turn, parts[B].shape)}
 
 
-def _parameters(path: str, targeted: Mapping[str, set[str]]) -> list[str]:
-    """Return a module's targeted parameters as models register them: gate_up_proj first, others by name."""
-    names = {name for suffix in suffixes(path) for name in targeted.get(suffix, ())}
-    return sorted(names, key=lambda name: (name != "gate_up_proj", name))
-
-
-def _order(parameters: Sequence[str], shapes: Sequence[tuple[int, int]]) -> Sequence[str]:
-    if set(parameters) != {"gate_up_proj", "down_proj"}:
-        return parameters
-    fitting = [order for order in permutations(parameters) if _feeds(dict(zip(order, shapes, strict=True)))]
-    return fitting[0] if len(fitting) == 1 else parameters
-
-
-def _feeds(sides: Mapping[str, tuple[int, int]]) -> bool:
-    """Tell whether (in, out) of the two parameters go together, as they are or turned round."""
-    (hidden, wide), (inner, back) = sides["gate_up_proj"], sides["down_proj"]
-    return (wide == 2 * inner and back == hidden) or (hidden == 2 * back and inner == wide)
-
-
-def _sides(parts: Mapping[str, Any]) -> tuple[int, int]:
-    """Return (in, out) of a module's factors, (0, 0) if one is missing."""
-    return (parts[A].shape[-1], parts[B].shape[0]) if {A, B} <= parts.keys() else (0, 0)
+def _parameters(path: str, targeted: Mapping[str, set[str]]) -> set[str]:
+    """Return a module's targeted parameters."""
+    return {name for suffix in suffixes(path) for name in targeted.get(suffix, ())}

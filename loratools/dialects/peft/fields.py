@@ -15,6 +15,12 @@ from loratools.dialects._frame.numbers import is_number
 DEFAULT_R = DEFAULT_ALPHA = 8
 """What PEFT takes where a config does not say."""
 
+LATER = frozenset({
+    "alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "lora_ga_config", "use_bdlora",
+    "monteclora_config", "velora_config", "kasa_config", "lora_B_layout", "unsloth_fused_expert_lora",
+})  # fmt: skip
+"""Fields that came with `peft_version` in PEFT 0.18, or later, and Unsloth's; PEFT writes its own also where null."""
+
 _LAYERS = 4096  # layers that a config may ask for; the largest models have some hundred
 
 Test = Callable[[Any], bool]

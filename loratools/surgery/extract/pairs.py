@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loratools.adapter.naming.selection import Selection
+from loratools.adapter.naming.stacked import IS_TRANSPOSED, known_type
 from loratools.adapter.naming.wrappers import CONV1D, LINEAR, RENAMED, Names
-from loratools.adapter.placement.experts import TRANSPOSED
 from loratools.adapter.placement.resolve import biases_tell
 from loratools.adapter.placement.tied import EMBEDDINGS, HEADS, has_tied_head, is_tied, main_tensor
 from loratools.errors import IncompatibleAdapter
@@ -210,7 +210,7 @@ class Kinds:
         model_type = config.get("model_type")
         self._conv1d = CONV1D.get(str(model_type), CONV1D["gpt2"])
         self.heads = frozenset(task_of(config)[1])
-        self._stacks_turned = model_type in TRANSPOSED
+        self._stacks_turned = known_type(config) in IS_TRANSPOSED
         self._turned = model_type in CONV1D or (model_type not in LINEAR and bool(biases_tell(self._shapes)))
 
     def of(self, path: str, shape: tuple[int, ...]) -> tuple[str, bool]:

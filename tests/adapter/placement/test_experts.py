@@ -85,11 +85,34 @@ def test_single_experts_in_a_stack(model_type: str) -> None:
     assert torch.allclose(found, wanted, atol=1e-6)
 
 
+def test_an_old_stack_on_experts_of_their_own() -> None:
+    """PEFT 0.18 took gate_up_proj (E, 2I, H) for (E, in, out): its change is the transpose, whose rows are gate's."""
+    update, name = stack(4, 8, "gate_up_proj", True), "m.experts"
+    shapes = {f"{name}.{e}.{part}_proj.weight": (4, 4) for e in range(EXPERTS) for part in ("gate", "up")}
+    found, delta = change({name: update}, shapes), update.delta_weight().transpose(1, 2)
+    for e in range(EXPERTS):
+        assert torch.allclose(found[f"{name}.{e}.gate_proj.weight"], delta[e, :4], atol=1e-6)
+        assert torch.allclose(found[f"{name}.{e}.up_proj.weight"], delta[e, 4:], atol=1e-6)
+
+
+@pytest.mark.parametrize("square", [False, True])
+def test_single_experts_of_an_unknown_model_lie_as_the_stack_beside_shows(square: bool) -> None:
+    """down_proj (E, I, H) of a square expert: gate_up_proj (E, H, 2I) shows that the model stores (in, out)."""
+    H, inner, name = 4, 4 if square else 6, "m.experts"
+    shapes = {f"{name}.gate_up_proj": (EXPERTS, H, 2 * inner), f"{name}.down_proj": (EXPERTS, inner, H)}
+    update = single(H, inner)
+    found = change({f"{name}.1.down_proj": update}, shapes, model_type="unheard_of")[f"{name}.down_proj"]
+    assert torch.allclose(found[1], update.delta_weight().T, atol=1e-6)
+    with pytest.raises(IncompatibleAdapter, match="--model-type"):
+        change({f"{name}.1.gate_proj": single(inner, H)}, shapes, model_type="unheard_of")
+
+
 def test_square_experts_need_the_model_type() -> None:
     update, name = stack(4, 4, "down_proj"), "m.experts"
     shapes = {f"{name}.down_proj": (EXPERTS, 4, 4)}
-    with pytest.raises(IncompatibleAdapter, match="--model-type"):
-        change({name: update}, shapes)
+    for config in ({}, {"model_type": "unheard_of"}):
+        with pytest.raises(IncompatibleAdapter, match="--model-type"):
+            change({name: update}, shapes, **config)
     delta = update.delta_weight()
     straight = change({name: update}, shapes, model_type="qwen3_moe")[f"{name}.down_proj"]
     turned = change({name: update}, shapes, model_type="gpt_oss")[f"{name}.down_proj"]
@@ -110,11 +133,7 @@ def test_square_experts_need_the_model_type() -> None:
         ({"m.experts.5.w2": single(6, 4)}, {"m.experts.down_proj": (3, 6, 4)}, "has 3 experts"),
         ({"m.experts.0.w1": single(6, 4)}, {"m.experts.gate_up_proj": (3, 4, 12)}, "--model-type"),
         ({"m.experts.0.w1": single(6, 12)}, {"m.experts.gate_up_proj": (3, 12, 12)}, "--model-type"),
-        (
-            {"m.experts": stack(4, 8, "gate_up_proj", True)},
-            {f"m.experts.{e}.{part}_proj.weight": (4, 4) for e in range(3) for part in ("gate", "up")},
-            "old PEFT",
-        ),
+        ({"m.experts": stack(4, 8, "down_proj", True)}, {"m.experts.down_proj": (3, 4, 8)}, "stored (in, out)"),
     ],
 )
 def test_what_does_not_fit_is_refused(
