@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     help="With --to peft: as this consumer reads it, or refused; serving is what all of them read.",
 )  # fmt: skip
 @click.option(
-    "--alpha", type=float, metavar="NUMBER", help="The alpha it was trained with, for dialects that do not record it."
+    "--alpha",
+    type=float,
+    metavar="NUMBER",
+    help="The alpha it was trained with, for files that do not record it; wins over one that they record.",
 )
 @click.option(
     "--enable-lora", metavar="T,F,T",

@@ -33,7 +33,8 @@ from typing import Protocol, cast
 from loratools.adapter.model import Adapter, Loss
 from loratools.decisions import decided
 from loratools.dialects._frame.listing import WEIGHTS, Evidence, Listing
-from loratools.errors import LossyConversion, OutputRefused, UnknownKind
+from loratools.dialects._frame.numbers import is_number
+from loratools.errors import InvalidOption, LossyConversion, OutputRefused, UnknownKind
 from loratools.storage import atomic
 from loratools.storage.checkpoint import Checkpoint
 
@@ -161,8 +162,8 @@ def open_adapter(
     Args:
         path: A folder or a single file. An `Adapter` comes back as it is.
         dialect: The dialect to read it as, one of `names()`. Default: the one that `detect` finds.
-        alpha: The alpha of training, a number, for files of loralib, torchtune and Megatron that record none; it wins
-            over one that a file records there. Other dialects ignore it. Default: the file's.
+        alpha: The alpha of training, a finite number, for every module, as of files that record none; it wins over what
+            a file records, with a warning. Our own format refuses it. Default: the file's.
         base: The base model, whose names (kohya, GGUF) or heads (torchtune, GGUF, Megatron) explain the file. Default:
             what the file itself says; where that is too little, the adapter is refused.
         initial: Read an adapter whose training changed the base model (PiSSA, OLoRA, CorDA): the caller subtracts the
@@ -171,6 +172,7 @@ def open_adapter(
             with such a weight is refused.
 
     Raises:
+        InvalidOption: `alpha` is no finite number, or it or `enabled` is for another dialect than this file's.
         UnknownKind: No dialect reads it, or two are equally sure.
         BadFile, InvalidFormat: It is damaged, or contradicts itself; the error lists all problems.
         UnsupportedAdapter: It is sound and not read; the error lists all reasons.
@@ -180,10 +182,17 @@ def open_adapter(
         >>> adapter.updates["model.layers.0.self_attn.q_proj"].rank  # doctest: +SKIP
         8
     """
+    told = {"dialect": dialect, "alpha": alpha, "enabled": enabled}
     if isinstance(path, Adapter):
+        if useless := [name for name, value in told.items() if value is not None]:
+            raise InvalidOption(f"{' and '.join(useless)}: for files only, and the adapter is open already")
         return path
+    if alpha is not None and not is_number(alpha):
+        raise InvalidOption(f"alpha is {alpha!r}; it is a finite number")
     listing = Listing.of(path, alpha=alpha, base=base, initial=initial, enabled=enabled)
     name, evidence = (dialect, None) if dialect else detect(listing)
+    if enabled is not None and name != "loralib":
+        raise InvalidOption(f"{path}: enabled is for files of loralib, and this is one of {name}")
     adapter = get(name).read(listing)
     listing.tell_unread(adapter)
     decided("%s: dialect %s: %s", listing.path, name, evidence.reason if evidence else "as the call says")

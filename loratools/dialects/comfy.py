@@ -5,7 +5,8 @@
     double_blocks.0.processor.qkv_lora1.down.weight            XLabs: lora1 the image's stream, lora2 the text's
     double_blocks.0.img_attn.qkv.lora_B.bias, ….query_norm.scale        BFL's control adapters, without a component
 
-s = alpha/r, and 1 where there is no alpha. ComfyUI itself maps the names by the base that it has loaded.
+s = alpha/r; without a tensor for it alpha is the header's, and s = 1 where that is missing too. ComfyUI itself maps the
+names by the base that it has loaded.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from loratools.adapter.model import Adapter, BaseIdentity, Loss
 from loratools.adapter.naming.image import rename
 from loratools.adapter.parts import MAGNITUDE, A, B
 from loratools.dialects import kohya
+from loratools.dialects._frame import alphas
 from loratools.dialects._frame.build import Draft
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import IDENTITY, common_losses, without
@@ -85,7 +87,7 @@ def read(listing: Listing) -> Adapter:
         raise BadFile(f"{listing.path}: expected one safetensors file in this folder")
     tensors = listing.tensors(name)
     flux = any(".double_blocks." in f".{tensor}" for tensor in tensors)
-    draft = Draft(listing.path)
+    draft = Draft(listing.path, alpha=listing.alpha)
     whole: dict[str, LazyTensor] = {}
     short = set()
     for tensor, lazy in tensors.items():
@@ -110,6 +112,7 @@ def read(listing: Listing) -> Adapter:
     draft.convert(lambda module, parts: {module: kohya.to_peft(parts)})
     header = listing.header(name)
     metadata = header.metadata if header else {}
+    alphas.fill(draft, metadata)
     base = BaseIdentity.of_name(metadata.get("ss_base_model"))
     settings = settings_with(metadata, lambda key: key != "format")
     return Adapter(draft.build(), whole, base, dialect="comfy", settings=settings)

@@ -4,14 +4,14 @@
 
 The header's `lora_adapter_metadata` is a JSON object of each component's LoraConfig, `unet.r`, `unet.lora_alpha`, …
 Files without it (all before 2025, and most since) have lost their scale: diffusers applies 1.0, or alpha/r where there
-are tensors `….alpha`. Reading knows every
-spelling of names since 2023, writing uses the current one.
+are tensors `….alpha`. Reading knows every spelling of names since 2023, writing uses the current one.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from loratools.adapter.naming.image import rename
 from loratools.adapter.naming.image.components import MODEL_LEVEL, component, inside
 from loratools.adapter.parts import BIAS, MAGNITUDE, A, B
 from loratools.decisions import warned
+from loratools.dialects._frame import alphas
 from loratools.dialects._frame.build import Draft
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import IDENTITY, common_losses, update_losses, without
@@ -73,7 +74,7 @@ def detect(listing: Listing) -> Evidence | None:
 
 
 def read(listing: Listing) -> Adapter:
-    """Read an adapter; the scaling is that of the header's config, else alpha/r of alpha tensors, else 1.0.
+    """Read an adapter; the scaling is that of the header's config, else alpha/r of alpha tensors or the header, else 1.
 
     Raises `BadFile` for names of no known spelling and for what contradicts the header's config, `UnsupportedAdapter`
     for parts of no known kind.
@@ -81,7 +82,7 @@ def read(listing: Listing) -> Adapter:
     name = _file(listing)
     if name is None:
         raise BadFile(f"{listing.path}: no {_STEM}.safetensors or {_STEM}.bin in this folder")
-    draft = Draft(listing.path)
+    draft = Draft(listing.path, alpha=listing.alpha)
     for tensor, lazy in listing.tensors(name).items():
         module_and_part = _split(tensor)
         if module_and_part is None:
@@ -93,21 +94,19 @@ def read(listing: Listing) -> Adapter:
     draft.check()
     configs = _configs(listing, name, {component(module) for module in draft.groups})
     header = listing.header(name)
-    lost: set[str] = set()
+    configured = frozenset(module for module in draft.groups if component(module) in configs)
+    alphas.fill(draft, header.metadata if header else {}, apart=configured)
 
     def rule(module: str, rank: int) -> tuple[float, float]:
-        config, within = configs.get(component(module)), inside(module)
-        if config is not None:
-            return config.rule(within, rank)
-        if module not in draft.alphas:
-            lost.add(component(module) or "the model")
-        alpha = draft.alphas.get(module, float(rank))
-        return alpha / rank, alpha
+        if module not in configured:
+            return draft.usual(module, rank)
+        scaling, alpha = configs[component(module)].rule(inside(module), rank)
+        if draft.alpha is None and draft.alphas.get(module, alpha) != alpha:
+            raise ValueError(f"its tensor of alpha holds {draft.alphas[module]:g}, the header's config says {alpha:g}")
+        return scaling, alpha
 
     updates = draft.build(rule)
     settings = settings_with(header.metadata if header else {}, lambda key: key not in (_KEY, "format"))
-    for where in sorted(lost):
-        warned("%s: %s: the file records no scale; 1.0 is applied, as diffusers does", listing.folder / name, where)
     base = next((config.base for config in configs.values() if config.base), None)
     return Adapter(updates, base=base, dialect="diffusers", settings=settings)
 
@@ -185,22 +184,28 @@ def _file(listing: Listing) -> str | None:
 
 
 def _configs(listing: Listing, name: str, components: set[str]) -> dict[str, PeftConfig]:
-    """Return the LoraConfig of each component that the header has one for."""
+    """Return the LoraConfig of each component that the header has one for.
+
+    A config under a component's name also is that of tensors without one, where there is no other for them. Warns of
+    configs without tensors.
+    """
     header = listing.header(name)
     text = header.metadata.get(_KEY) if header else None
     if text is None:
         return {}
     path = listing.folder / name
-    document = parse_json_object(text.encode(), path)
-    configs = {}
-    for name in sorted(components):
-        prefix = f"{name}." if name else ""
-        fields = {key.removeprefix(prefix): value for key, value in document.items() if key.startswith(prefix)}
-        if not name:
-            fields = {key: value for key, value in fields.items() if not component(key)}
-        if fields:
-            configs[name] = PeftConfig.parse(fields, path)
-    return configs
+    by_component: dict[str, dict[str, Any]] = defaultdict(dict)
+    for key, value in parse_json_object(text.encode(), path).items():
+        by_component[component(key)][key.removeprefix(f"{component(key)}.") if component(key) else key] = value
+    if components == {""} and "" not in by_component and len(by_component) == 1:
+        by_component = {"": next(iter(by_component.values()))}
+    if unused := sorted(by_component.keys() - components):
+        shown = ", ".join(name or "a model without a component's name" for name in unused)
+        warned("%s: %s has a config of %s, and there are no tensors for it", path, _KEY, shown)
+    return {
+        name: PeftConfig.parse(by_component[name], path, alpha=listing.alpha)
+        for name in sorted(components & by_component.keys())
+    }
 
 
 def _config(adapter: Adapter, name: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from loratools.adapter.model import Adapter, Loss
 from loratools.adapter.parts import A_EMBEDDING, B_EMBEDDING, A, B
 from loratools.dialects._frame import pickles
 from loratools.dialects._frame.build import Draft, Groups, both, check_gathered, factors_of, is_embedding
-from loratools.dialects._frame.listing import Evidence, Listing
+from loratools.dialects._frame.listing import Evidence, Listing, by_convert
 from loratools.dialects._frame.losses import (
     IDENTITY,
     identity_losses,
@@ -29,7 +29,7 @@ from loratools.dialects._frame.losses import (
     without,
 )  # fmt: skip
 from loratools.dialects._frame.numbers import most_common
-from loratools.errors import BadFile, UnsupportedAdapter
+from loratools.errors import BadFile, InvalidOption, UnsupportedAdapter
 from loratools.storage.header import TensorSpec
 from loratools.storage.lazy import LazyTensor
 from loratools.storage.pickles.archive import SUFFIXES
@@ -81,20 +81,24 @@ def read(listing: Listing) -> Adapter:
     if listing.alpha is None:
         raise UnsupportedAdapter(
             f"{listing.path}: loralib's files do not record alpha, and without it the scaling is unknown",
-            hint="Give the lora_alpha that it was trained with: --alpha NUMBER.",
+            hint=by_convert(listing, "--alpha NUMBER", "Give the lora_alpha that it was trained with"),
         )
-    alpha, ranks = listing.alpha, {}
+    alpha, ranks, fused = listing.alpha, {}, []
 
     def change(module: str, parts: Mapping[str, LazyTensor]) -> Groups:
-        converted, ranks[module] = _to_peft(module, *both(parts, "lora_A", "lora_B"), listing)
+        a, b = both(parts, "lora_A", "lora_B")
+        converted, ranks[module] = _to_peft(module, a, b, listing)
+        fused.extend([module] if A in converted and converted[A] is a and converted[B] is not b else [])
         return {module: converted}
 
     draft.convert(change)
     draft.check()
     if draft.unknown:
-        hint = "Say which are: --enable-lora T,F,T for query and value of a query-key-value weight."
+        hint = by_convert(listing, "--enable-lora T,F,T", "Say which are, such as query and value of a fused weight")
         reason = f"{listing.path}: which projections are enabled is not recorded"
         raise UnsupportedAdapter(reason, draft.unknown, hint=hint)
+    if listing.enabled is not None and not fused:
+        raise InvalidOption(f"{listing.path}: no weight in it is of several projections, so none can be enabled")
     # The rank of the factors as built is g·r or r·k; with loralib's r, s = alpha/r.
     updates = draft.build(lambda module, rank: (alpha / ranks[module], alpha * rank / ranks[module]))
     return Adapter(updates, biases, dialect="loralib")
@@ -107,7 +111,7 @@ def losses(adapter: Adapter) -> list[Loss]:
         if (A_EMBEDDING in update.parts) != is_embedding(module):
             lost.append(Loss(module, "its name does not show whether it is an embedding"))
     lost += [loss for loss in replacement_losses(adapter, "loralib") if not loss.where.endswith("bias")]
-    alpha = Loss("alpha", f"loralib's files do not record it; read this one again with --alpha {_alpha(adapter):g}")
+    alpha = Loss("alpha", f"loralib's files do not record it; convert this one again with --alpha {_alpha(adapter):g}")
     return [*lost, *name_losses(adapter), alpha, *identity_losses(adapter)]
 
 
@@ -136,9 +140,9 @@ def _to_peft(module: str, a: LazyTensor, b: LazyTensor, listing: Listing) -> tup
     if len(a.shape) != 2 or len(b.shape) != 2 or 0 in a.shape + b.shape or a.shape[0] % b.shape[1]:
         raise ValueError(f"lora_A {a.shape} and lora_B {b.shape} do not share a rank")
     groups, r = a.shape[0] // b.shape[1], b.shape[1]
-    if groups > 1:
-        return {A: a, B: _placed(b, groups, r, listing.enabled)}, r
     shape = _shape(module, listing)
+    if groups > 1 or _single(b, shape, listing.enabled):
+        return {A: a, B: _placed(b, groups, r, listing.enabled)}, r
     if len(shape) == 4:
         return _conv(a, b, shape), r // shape[-1]
     embedding = is_embedding(module)
@@ -152,6 +156,18 @@ def _shape(module: str, listing: Listing) -> tuple[int, ...]:
     specs: Mapping[str, TensorSpec] = listing.base.specs if listing.base else {}
     names = (f"{module}.weight", f"{module}.conv.weight")
     return next((specs[name].shape for name in names if name in specs), ())
+
+
+def _single(b: LazyTensor, shape: tuple[int, ...], enabled: tuple[bool, ...] | None) -> bool:
+    """Tell whether these are the factors of the one enabled projection of several; the base's weight decides.
+
+    Raises `LookupError` where such a one was told, and the base is not known.
+    """
+    if enabled is None or len(enabled) < 2 or sum(enabled) != 1:
+        return False
+    if not shape:
+        raise LookupError("one projection of several, or a weight of its own: only the base model tells")
+    return len(shape) == 2 and shape[0] == b.shape[0] * len(enabled)
 
 
 def _placed(b: LazyTensor, groups: int, r: int, enabled: tuple[bool, ...] | None) -> LazyTensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 from loratools.adapter.model import Adapter, Loss
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import copy_losses
+from loratools.errors import InvalidOption
 
 SUMMARY = "the loratools format 1.1: what PEFT reads, plus a manifest with scaling, base hash and provenance"
 EXTRA = None
@@ -29,6 +30,9 @@ def read(listing: Listing) -> Adapter:
     """Read by the clauses of the specification; raise `InvalidFormat` with the clause of each fault."""
     from loratools.format import reader
 
+    if listing.alpha is not None:
+        why = "this file records its scaling, and its seal covers it; weights change it in `merge` and `combine`"
+        raise InvalidOption(f"{listing.path}: alpha is {listing.alpha:g}, and {why}")
     return reader.read(listing.path)
 
 

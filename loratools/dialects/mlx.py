@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,10 +22,21 @@ from loratools.adapter import factors
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, BaseIdentity, Loss
 from loratools.adapter.parts import A_EMBEDDING, B_EMBEDDING, MAGNITUDE, A, B
-from loratools.dialects._frame.build import Draft, Groups, both, check_gathered, check_read, factors_of, is_embedding
+from loratools.decisions import warned
+from loratools.dialects._frame.build import (
+    Draft,
+    Groups,
+    both,
+    check_faults,
+    check_gathered,
+    check_read,
+    factors_of,
+    is_embedding,
+)  # fmt: skip
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import IDENTITY, common_losses, update_losses, without
 from loratools.dialects._frame.numbers import is_number, most_common
+from loratools.dialects.peft.fields import unknown
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.storage import save
 from loratools.storage.lazy import LazyTensor
@@ -37,6 +48,16 @@ CANNOT = (*IDENTITY, "DoRA on embeddings, and on some modules only", "convolutio
 
 T = TypeVar("T")
 _CONFIG, _FILE = "adapter_config.json", "adapters.safetensors"
+_PARAMETERS = frozenset({"rank", "scale", "dropout", "keys", "alpha"})
+_ARGUMENTS = frozenset({
+    "model", "train", "fine_tune_type", "optimizer", "optimizer_config", "data", "seed", "num_layers", "lora_layers",
+    "batch_size", "iters", "val_batches", "learning_rate", "steps_per_report", "steps_per_eval", "adapter_path",
+    "resume_adapter_file", "save_every", "test", "test_batches", "max_seq_length", "config", "grad_checkpoint",
+    "grad_accumulation_steps", "clear_cache_threshold", "lr_schedule", "lora_parameters", "mask_prompt", "report_to",
+    "project_name", "trust_remote_code", "use_dora", "wandb", "use_chat_template", "prompt_feature",
+    "completion_feature", "text_feature", "chat_feature", "hf_dataset",
+})  # fmt: skip
+"""Arguments of mlx-lm's trainer: those that `read` asks for, and those that only say how it was trained."""
 _NAME = re.compile(r"(.+)\.(lora_a|lora_b|m)")
 _SWITCH = re.compile(r"(.+)\.switch_mlp\.(\w+)")
 _EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)")
@@ -67,8 +88,10 @@ def read(listing: Listing) -> Adapter:
         raise BadFile(f"{path}: no such file, and without it the scale is unknown")
     if config.get("fine_tune_type") == "full":
         raise UnsupportedAdapter(f"{path}: fine_tune_type is full: whole weights, no adapter")
-    scale = _scale(config, path)
-    draft, tensors = Draft(listing.path), listing.tensors(name)
+    scale = _scale(config, path) if listing.alpha is None else None
+    for note in _notes(config):
+        warned("%s: %s", path, note)
+    draft, tensors = Draft(listing.path, alpha=listing.alpha), listing.tensors(name)
     check_gathered(listing.path, tensors)
     for tensor, lazy in tensors.items():
         if match := _NAME.fullmatch(tensor):
@@ -80,7 +103,12 @@ def read(listing: Listing) -> Adapter:
     odd = [module for module, parts in draft.groups.items() if MAGNITUDE in parts and A_EMBEDDING in parts]
     why = "DoRA on an embedding has a magnitude for each token in mlx-lm, one for each dimension in PEFT"
     check_read(listing.path, [f"{module}: {why}" for module in odd[:1]])
-    updates = draft.build(lambda _, rank: (scale, scale * rank))
+    if scale is None:
+        warned("%s: alpha %g, which the call gives, is taken in place of %s", path, listing.alpha, _recorded(config))
+    dora = config.get("fine_tune_type") == "dora" or config.get("use_dora")
+    hollow = [module for module, parts in draft.groups.items() if dora and MAGNITUDE not in parts]
+    check_faults(listing.path, [f"{module}: no magnitude (m), and the config says dora" for module in hollow])
+    updates = draft.build(draft.usual if scale is None else lambda _, rank: (scale, scale * rank))
     return Adapter(updates, base=BaseIdentity.of_name(config.get("model")), dialect="mlx")
 
 
@@ -139,6 +167,23 @@ def _scale(config: Mapping[str, Any], path: Path) -> float:
     if not is_number(scale):
         raise BadFile(f"{path}: lora_parameters.scale: expected a number, found {scale!r}")
     return float(scale)  # type: ignore[arg-type]
+
+
+def _recorded(config: Mapping[str, Any]) -> str:
+    parameters = config.get("lora_parameters")
+    scale = parameters.get("scale") if isinstance(parameters, dict) else None
+    return "a scale that the file does not record" if scale is None else f"lora_parameters.scale = {scale}"
+
+
+def _notes(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a user must know of a config: an alpha that mlx-lm ignores, and fields that are not known."""
+    parameters = config.get("lora_parameters")
+    inner = parameters if isinstance(parameters, dict) else {}
+    if "alpha" in inner:
+        yield f"lora_parameters.alpha = {str(inner['alpha'])[:80]} has no effect in mlx-lm, where the scale counts"
+    names = [f"lora_parameters.{name}" for name in unknown(inner, _PARAMETERS)]
+    if names := names + unknown(config, _ARGUMENTS):
+        yield f"fields that are not known here, and have no effect: {', '.join(names)[:500]}"
 
 
 def _to_peft(module: str, parts: Mapping[str, LazyTensor]) -> Groups:

@@ -20,7 +20,7 @@ from loratools.adapter.model import Adapter, Loss
 from loratools.adapter.parts import MAGNITUDE, A, B
 from loratools.dialects._frame import pickles
 from loratools.dialects._frame.build import Draft, check_faults, check_gathered
-from loratools.dialects._frame.listing import Evidence, Listing
+from loratools.dialects._frame.listing import Evidence, Listing, by_convert
 from loratools.dialects._frame.losses import IDENTITY, common_losses, identity_losses, update_losses, without
 from loratools.dialects.gguf.names import Layout, permuted
 from loratools.dialects.peft.config import PeftConfig
@@ -80,7 +80,9 @@ def read(listing: Listing) -> Adapter:
     if turned and heads is None:
         raise UnsupportedAdapter(
             f"{listing.path}: the rows of {turned[0]} are in another order for some models, and the model is not known",
-            hint="Give the base model with --base: its config.json tells the model and its heads.",
+            hint=by_convert(
+                listing, "--base BASE", "Give the base model, whose config.json tells the model and its heads"
+            ),
         )
     by_projection = heads or {}
     draft.convert(lambda module, parts: {module: _permuted(parts, by_projection.get(module[-6:]), back=True)})
@@ -137,7 +139,7 @@ def _config(listing: Listing) -> PeftConfig | None:
         return PeftConfig.parse(document, listing.folder / _CONFIG, alpha=listing.alpha)
     raise UnsupportedAdapter(
         f"{listing.path}: no {_CONFIG} with r and lora_alpha beside it, and without them the scaling is unknown",
-        hint="Put the one that torchtune saved beside it, or give --alpha NUMBER.",
+        hint=by_convert(listing, "--alpha NUMBER", "Put the one that torchtune saved beside it, or give its alpha"),
     )
 
 

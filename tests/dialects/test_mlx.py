@@ -18,7 +18,7 @@ from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.storage.lazy import LazyTensor
 
-from .adapters import Q0, V0, factors, lora, samples
+from .adapters import Q0, V0, factors, lora, opened, samples
 from .contract import DialectContract
 
 
@@ -64,6 +64,30 @@ def test_the_scale_is_literal_and_an_alpha_beside_it_means_nothing(tmp_path: Pat
     update = adapter.updates[Q0]
     assert (update.scaling, update.alpha, update.rank, adapter.base) == (10.0, 40.0, 4, BaseIdentity("org/b"))
     torch.testing.assert_close(update.delta_weight().double(), 10 * (B.double() @ A.double()), rtol=1e-6, atol=1e-5)
+
+
+def test_what_has_no_effect_is_said(tmp_path: Path) -> None:
+    inner = {"rank": 4, "scale": 10.0, "dropout": 0.0, "keys": [Q0], "gate": 2}
+    _, warnings = opened(mlx_folder(tmp_path / "a", state(), lora_parameters=inner, use_hyper=True, train=True))
+    assert [warning.partition(": ")[2] for warning in warnings] == [
+        "fields that are not known here, and have no effect: lora_parameters.gate, use_hyper"
+    ]
+    _, warnings = opened(mlx_folder(tmp_path / "a", state()))
+    assert [warning.partition(": ")[2] for warning in warnings] == [
+        "lora_parameters.alpha = 16 has no effect in mlx-lm, where the scale counts"
+    ]
+    with pytest.raises(BadFile, match="problem") as refusal:
+        dialects.open_adapter(mlx_folder(tmp_path / "a", state(), fine_tune_type="dora"))
+    assert refusal.value.problems == (f"{Q0}: no magnitude (m), and the config says dora",)
+    silent = mlx_folder(tmp_path / "a", state(), lora_parameters={"rank": 4})
+    assert dialects.open_adapter(silent, alpha=6).updates[Q0].scaling == 1.5
+
+
+def test_the_arguments_that_are_known_are_those_of_mlx_lm() -> None:
+    trainer = pytest.importorskip("mlx_lm.lora")
+    from loratools.dialects import mlx
+
+    assert set(trainer.CONFIG_DEFAULTS) <= mlx._ARGUMENTS
 
 
 def test_experts_of_a_switch_layer_are_read_one_by_one(tmp_path: Path) -> None:

@@ -99,14 +99,15 @@ class Draft:
         self.check()
         check_read(self.path, self.unknown)
         tell_alpha(self.path, self.alpha, self.alphas.values())
-        updates, unsupported, faults = build_all(self.groups, rule or self._scaling)
+        updates, unsupported, faults = build_all(self.groups, rule or self.usual)
         check_faults(self.path, faults)
         check_read(self.path, unsupported)
         if not updates:
             raise BadFile(f"{self.path}: no LoRA tensors in it")
         return updates
 
-    def _scaling(self, module: str, rank: int) -> tuple[float, float]:
+    def usual(self, module: str, rank: int) -> tuple[float, float]:
+        """Return s = alpha/r and alpha: the user's or else the file's, and 1 for s where there is none."""
         alpha = self.alphas.get(module, float(rank or 1)) if self.alpha is None else self.alpha
         return alpha / (rank or 1), alpha
 

@@ -179,6 +179,11 @@ class Listing:
             self.tensors(self.weights[0])
 
 
+def by_convert(listing: Listing, option: str, what: str) -> str:
+    """Return the hint to give an option where it can be given: `convert` has it, and every command reads the result."""
+    return f"{what}: loratools convert {listing.path} -o OUTPUT {option}"
+
+
 def check_pointer(begin: bytes, path: Path) -> None:
     """Raise `BadFile` where a file begins as a Git-LFS pointer does."""
     if begin.startswith(_LFS):

@@ -2,7 +2,7 @@
 
     lora_a (r, in), lora_b (out, r); experts stacked (E, r, in), (E, out, r); token_embd flipped: (V, r), (d, r)
 
-s = alpha/r for each tensor; alpha is a float32 in the file, and s = 1 if it is 0 (llama.cpp, `llama_adapter_lora`). The
+s = alpha/r for each tensor; alpha is a float32 in the file, s = 1 if it is 0 or missing (llama.cpp's `get_scale`). The
 `gguf` package reads and writes the container.
 
     names   architectures, which of their tensors is which module, and the rows of q and k, which some permute
@@ -19,10 +19,11 @@ from loratools.adapter import factors
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, BaseIdentity, Loss
 from loratools.adapter.parts import A_EMBEDDING, B_EMBEDDING, A, B
+from loratools.decisions import warned
 from loratools.dialects._frame.build import Draft, check_read, factors_of
-from loratools.dialects._frame.listing import Evidence, Listing
+from loratools.dialects._frame.listing import Evidence, Listing, by_convert
 from loratools.dialects._frame.losses import IDENTITY, common_losses, identity_losses, update_losses, without
-from loratools.dialects._frame.numbers import is_float32, most_common
+from loratools.dialects._frame.numbers import is_float32, is_number, most_common, tell_alpha
 from loratools.dialects.gguf.names import ARCHITECTURES, Layout, Place, module_of, permuted, place
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.storage import gguf
@@ -35,6 +36,11 @@ FILES = (".gguf",)
 CANNOT = (*IDENTITY, "tensors trained whole", "DoRA", "convolutions", "biases of B", "unknown architectures")
 
 _FILE = "adapter.gguf"
+_ALPHA = "adapter.lora.alpha"
+_KNOWN = (
+    "adapter.type", _ALPHA, "adapter.lora.task_name", "adapter.lora.prompt_prefix", "adapter.alora.invocation_tokens",
+)  # fmt: skip
+"""Fields of an adapter: its kind, its scale, what it was trained for, and that it is activated by tokens."""
 _KEY = "gguf"  # of settings: the architecture and the heads that the file states
 
 
@@ -62,9 +68,15 @@ def read(listing: Listing) -> Adapter:
     if kind != ("adapter", "lora"):
         raise BadFile(f"{path}: general.type is {kind[0]!r} and adapter.type {kind[1]!r}, expected a LoRA adapter")
     layout = _layout(fields, listing, path)
-    alpha = fields.get("adapter.lora.alpha")
-    if not isinstance(alpha, float):
-        raise BadFile(f"{path}: adapter.lora.alpha: expected a number, found {alpha!r}")
+    recorded = fields.get(_ALPHA, 0.0)
+    if type(recorded) is not float or not is_number(recorded):
+        raise BadFile(f"{path}: {_ALPHA}: expected a number, found {recorded!r}")
+    tell_alpha(path, listing.alpha, [recorded])
+    alpha = recorded if listing.alpha is None else listing.alpha
+    if listing.alpha is None and not recorded:
+        warned("%s: %s is %s; a scale of 1 is applied, as llama.cpp does", path, _ALPHA, fields.get(_ALPHA, "missing"))
+    if names := sorted(name for name in fields if name.startswith("adapter.") and name not in _KNOWN):
+        warned("%s: fields that are not known here, and have no effect: %s", path, ", ".join(names)[:500])
     if "adapter.alora.invocation_tokens" in fields:
         raise UnsupportedAdapter(
             f"{path}: an activated LoRA acts only after its invocation tokens; it cannot be merged"
@@ -84,8 +96,9 @@ def read(listing: Listing) -> Adapter:
         for module, peft_part, expert in parts:
             draft.add(module, peft_part, expert, tensor)
     draft.check()
-    check_read(listing.path, unknown, hint="Give the base model with --base.")
-    updates = draft.build(lambda _, rank: ((alpha or rank) / rank, alpha or float(rank)))
+    check_read(listing.path, unknown, hint=by_convert(listing, "--base BASE", "Give the base model"))
+    scaled = alpha or listing.alpha is not None  # the call's 0 is a 0
+    updates = draft.build(lambda _, rank: (alpha / rank, alpha) if scaled else (1.0, float(rank)))
     stated = {"architecture": layout.architecture, "heads": layout.heads, "kv_heads": layout.kv_heads}
     settings = {_KEY: {key: value for key, value in stated.items() if value is not None}}
     base = BaseIdentity.of_name(fields.get("general.base_model.0.name"))
@@ -132,7 +145,7 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
         pairs = [_of_peft(numbered[i], ranks, alpha, layout.heads_of(tensor)) for i in sorted(numbered, key=_order)]
         a, b = pairs[0] if None in numbered else (factors.stacked([pair[i] for pair in pairs]) for i in (0, 1))
         tensors |= {f"{tensor}.weight.lora_a": a, f"{tensor}.weight.lora_b": b}
-    fields: dict[str, Any] = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": alpha}
+    fields: dict[str, Any] = {"general.type": "adapter", "adapter.type": "lora", _ALPHA: alpha}
     if layout.heads and layout.kv_heads:
         fields[f"{layout.architecture}.attention.head_count"] = layout.heads
         fields[f"{layout.architecture}.attention.head_count_kv"] = layout.kv_heads

@@ -3,10 +3,12 @@
     lora_unet_down_blocks_0_attentions_0_proj_in . lora_down.weight (r, in[, kh, kw])  lora_up.weight (out, r[, 1, 1])
                                                    alpha ()                            dora_scale (out, 1[, 1, 1])
 
-s = alpha/r, and 1 where there is no alpha (sd-scripts 48d368fa, LyCORIS 4.1.3, which folds rsLoRA into alpha). The
-header's `ss_*` and `modelspec.*` stay with the adapter.
+s = alpha/r (sd-scripts 48d368fa, LyCORIS 4.1.3, which folds rsLoRA into alpha); without a tensor for it alpha is the
+header's `ss_network_alpha`, and s = 1 where that is missing too. The header's `ss_*` and `modelspec.*` stay with the
+adapter.
 
     names    flattened names and the way back, by look-up
+    network  the header's `ss_network_module` and `ss_network_args`: what they say of the tensors
     hashes   the header's `sshs_*`, which writing computes anew
 """
 
@@ -24,11 +26,14 @@ from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, BaseIdentity, Loss
 from loratools.adapter.naming.image import rename
 from loratools.adapter.parts import MAGNITUDE, A, B
+from loratools.decisions import warned
+from loratools.dialects._frame import alphas
 from loratools.dialects._frame.build import Draft, some
-from loratools.dialects._frame.listing import Evidence, Listing
+from loratools.dialects._frame.listing import Evidence, Listing, by_convert
 from loratools.dialects._frame.losses import IDENTITY, common_losses, without
 from loratools.dialects._frame.metadata import metadata_of, settings_with
 from loratools.dialects._frame.numbers import is_float32, read_number
+from loratools.dialects.kohya import network
 from loratools.dialects.kohya.names import NAMES_KEY, dotted, flattened, head_of
 from loratools.errors import BadFile
 from loratools.format import keys
@@ -87,9 +92,10 @@ def read(listing: Listing) -> Adapter:
     if strangers:
         faults.append(f"{len(strangers)} name(s) that are none of kohya's: {some(strangers)}")
     if faults:
-        hint = None if listing.base else "Give the base model that it was trained on with --base: its names decide."
+        asked = by_convert(listing, "--base BASE", "Give the base model that it was trained on, whose names decide")
+        hint = None if listing.base else asked
         raise BadFile(f"{listing.path}: its names cannot be turned back into modules", faults, hint=hint)
-    draft = Draft(listing.path)
+    draft = Draft(listing.path, alpha=listing.alpha)
     for (prefix, path), parts in flat.items():
         module = modules[prefix, path]
         if _ALPHA in parts:
@@ -97,6 +103,9 @@ def read(listing: Listing) -> Adapter:
         for suffix, lazy in parts.items():
             draft.add(module, _PARTS.get(suffix, suffix), lazy, f"{prefix}{path}.{suffix}")
     draft.convert(lambda module, parts: {module: to_peft(parts)})
+    alphas.fill(draft, metadata)
+    for note in network.notes(metadata, draft.groups):
+        warned("%s: %s", listing.folder / name, note)
     settings = settings_with(metadata, lambda key: not key.startswith("sshs_") and key != NAMES_KEY)
     base = BaseIdentity.of_name(metadata.get("ss_sd_model_name"))
     return Adapter(draft.build(), base=base, dialect="kohya", settings=settings)

@@ -18,13 +18,15 @@ from typing import Any
 
 from loratools.adapter.model import Adapter
 from loratools.adapter.parts import MAGNITUDE, A, B
+from loratools.decisions import warned
 from loratools.dialects._frame import pickles
 from loratools.dialects._frame.build import Draft, check_gathered, check_read, some
-from loratools.dialects._frame.listing import Evidence, Listing
+from loratools.dialects._frame.listing import Evidence, Listing, by_convert
 from loratools.dialects._frame.losses import read_only
-from loratools.dialects._frame.numbers import is_number
+from loratools.dialects._frame.numbers import is_number, tell_alpha
 from loratools.dialects.megatron import nemo
 from loratools.dialects.megatron.names import FC1, Shape, place
+from loratools.dialects.peft.fields import says_something, unknown
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.storage.lazy import LazyTensor
 
@@ -34,6 +36,18 @@ FILES = ()
 CANNOT = ("anything: it is only read; Megatron's own tools import PEFT",)
 
 _FACTORS = {"linear_in.weight": A, "linear_out.weight": B, "weight_magnitude": MAGNITUDE}
+_KNOWN = frozenset({
+    "alpha", "adapter_dim", "dim", "target_modules", "exclude_modules", "canonical_mapping", "variant",
+    "adapter_dropout", "dropout", "dropout_position", "column_init_method", "row_init_method", "lora_A_init_method",
+    "lora_B_init_method", "layer_selection", "a2a_experimental", "lora_dtype", "enable_op_fuser", "network_alpha",
+    "params_to_save", "peft_scheme", "restore_from_path", "_target_",
+})  # fmt: skip
+"""Fields of a LoRA in NeMo and Megatron-Bridge: the scaling, what the tensors show, and how it was trained."""
+_REFUSED = {
+    "weight_tying": "how the layers share their factors is not known here",
+    "position_embedding_strategy": "it adds an embedding of the layer to shared factors",
+    "use_rslora": "Megatron has no such scaling; whether the tensors hold it already is not known here",
+}
 _GATED = frozenset({"swiglu", "fast-swiglu", "geglu", "fast-geglu", "reglu", "fast-reglu"})  # NeMo's `activation`
 
 
@@ -91,7 +105,7 @@ def read(listing: Listing) -> Adapter:
             draft.faults.append(f"{block}.{projection}: {error}")
     draft.check()
     if draft.unknown:
-        hint = "Give the base model with --base: its config.json and its weights tell."
+        hint = by_convert(listing, "--base BASE", "Give the base model, whose config.json and weights tell")
         raise UnsupportedAdapter(f"{listing.path}: fused projections cannot be taken apart", draft.unknown, hint=hint)
 
     def rule(module: str, rank: int) -> tuple[float, float]:
@@ -122,18 +136,31 @@ def _numbers(document: Mapping[str, Any], listing: Listing) -> tuple[float | Non
 
     Raises `UnsupportedAdapter` without a configuration and without the user's alpha.
     """
-    if listing.alpha is not None:
-        return listing.alpha, None
     peft = document.get("peft")
     tuning = peft.get("lora_tuning", peft) if isinstance(peft, Mapping) else None
     if not isinstance(tuning, Mapping):
+        if listing.alpha is not None:
+            return listing.alpha, None
         raise UnsupportedAdapter(
             f"{listing.path}: no configuration with peft.alpha beside it, and without it the scaling is unknown",
-            hint=f"Put {nemo.CONFIG} or run_config.yaml beside it, or give --alpha NUMBER.",
+            hint=by_convert(
+                listing, "--alpha NUMBER", f"Put {nemo.CONFIG} or run_config.yaml beside it, or give its alpha"
+            ),
         )
     alpha, dim = tuning.get("alpha"), tuning.get("adapter_dim", tuning.get("dim"))
     if alpha is not None and not is_number(alpha):
         raise BadFile(f"{listing.path}: alpha of its configuration: expected a number, found {alpha!r}")
+    scheme = peft.get("peft_scheme", "lora") if isinstance(peft, Mapping) else "lora"
+    refused = [f"peft_scheme = {str(scheme)[:80]}: only lora is read"] if scheme not in ("lora", "qlora", None) else []
+    refused += [f"{n} = {str(tuning[n])[:80]}: {why}" for n, why in _REFUSED.items() if says_something(tuning.get(n))]
+    check_read(listing.path, refused)
+    if names := unknown(tuning, _KNOWN, _REFUSED):
+        warned("%s: fields of its configuration that are not known here, and have no effect: %s",
+               listing.path, ", ".join(names)[:500])  # fmt: skip
+    tell_alpha(listing.path, listing.alpha, [alpha])
+    if listing.alpha is None and alpha is None:
+        warned("%s: its configuration records no alpha; a scale of 1 is applied, as Megatron does", listing.path)
+    alpha = alpha if listing.alpha is None else listing.alpha
     return (None if alpha is None else float(alpha)), (dim if type(dim) is int else None)
 
 

@@ -81,7 +81,7 @@ def read(listing: Listing) -> Adapter:
             hint=f"Put the {_CONFIG} that was saved with {_files(listing)[0]} beside it.",
         )
     check_gathered(listing.path, tensors, checks.is_flat)
-    config = PeftConfig.parse(document, path, initial=listing.initial)
+    config = PeftConfig.parse(document, path, initial=listing.initial, alpha=listing.alpha)
     groups = group(tensors, biases=config.fields.get("bias", "none") != "none")
     updates, unsupported, faults = _build(groups, config)
     check_faults(listing.path, [*groups.faults, *checks.faults(groups, config), *faults])

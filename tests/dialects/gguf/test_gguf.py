@@ -19,7 +19,7 @@ from loratools.dialects.gguf.names import _BLOCK, Place, module_of, place
 from loratools.errors import BadFile, LossyConversion, UnsupportedAdapter
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
-from tests.dialects.adapters import Q0, Q1, V0, factors, lora, samples
+from tests.dialects.adapters import Q0, Q1, V0, factors, lora, opened, samples
 from tests.dialects.contract import DialectContract
 
 gguf: Any = pytest.importorskip("gguf")
@@ -124,8 +124,22 @@ def test_rows_of_qwen_stay(tmp_path: Path) -> None:
 
 
 def test_an_alpha_of_zero_means_a_scale_of_one(tmp_path: Path) -> None:
-    adapter = dialects.open_adapter(written(tmp_path / "a.gguf", pair("blk.0.attn_v", 0), alpha=0.0))
-    check(adapter.updates[V0], 0, 1.0)
+    for alpha, stated in ((0.0, "0.0"), (None, "missing")):
+        adapter, warnings = opened(written(tmp_path / "a.gguf", pair("blk.0.attn_v", 0), alpha=alpha))
+        check(adapter.updates[V0], 0, 1.0)
+        assert [warning.partition(": ")[2] for warning in warnings] == [
+            f"adapter.lora.alpha is {stated}; a scale of 1 is applied, as llama.cpp does"
+        ]
+        check(dialects.open_adapter(tmp_path / "a.gguf", alpha=6).updates[V0], 0, 1.5)
+        check(dialects.open_adapter(tmp_path / "a.gguf", alpha=0).updates[V0], 0, 0.0)
+
+
+def test_unknown_fields_of_an_adapter_are_said(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.gguf", pair("blk.0.attn_v", 0), adapter__lora__gate=3, general__gate=3)
+    _, warnings = opened(path)
+    assert [warning.partition(": ")[2] for warning in warnings] == [
+        "fields that are not known here, and have no effect: adapter.lora.gate"
+    ]
 
 
 def test_heads_are_asked_for_where_they_matter_and_only_there(tmp_path: Path) -> None:
@@ -201,7 +215,8 @@ def test_without_the_architecture_nothing_is_written(tmp_path: Path) -> None:
     ("change", "error", "said"),
     [
         ({"general": "model"}, BadFile, "general.type is 'model'"),
-        ({"alpha": None}, BadFile, "adapter.lora.alpha: expected a number, found None"),
+        ({"alpha": None, "adapter__lora__alpha": 8}, BadFile, "adapter.lora.alpha: expected a number, found 8"),
+        ({"alpha": float("nan")}, BadFile, "adapter.lora.alpha: expected a number, found nan"),
         ({"architecture": "bloom"}, UnsupportedAdapter, "architecture 'bloom' is not known here"),
         ({"adapter__alora__invocation_tokens": 3}, UnsupportedAdapter, "activated LoRA"),
     ],

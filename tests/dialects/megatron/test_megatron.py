@@ -22,7 +22,7 @@ from loratools.errors import BadFile, LossyConversion, UnsupportedAdapter
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.merge import merge
 from tests.conftest import Result
-from tests.dialects.adapters import Q0, lora
+from tests.dialects.adapters import Q0, lora, opened
 from tests.dialects.megatron.files import (
     ALPHA,
     BRIDGE,
@@ -176,6 +176,27 @@ def test_alpha(tmp_path: Path) -> None:
     with pytest.raises(BadFile) as faults:
         dialects.open_adapter(nemo(tmp_path / "d.nemo", tensors, other))
     assert faults.value.problems[0].endswith("its tensors have rank 3, the configuration says 5")
+
+
+@pytest.mark.parametrize(
+    ("peft", "refused", "said"),
+    [
+        ({"peft_scheme": "adapter", "lora_tuning": {"adapter_dim": RANK, "alpha": 12}}, "peft_scheme = adapter", None),
+        ({"dim": RANK, "alpha": 12, "weight_tying": True}, "weight_tying = True", None),
+        ({"dim": RANK, "alpha": 12, "use_rslora": True}, "use_rslora = True", None),
+        ({"dim": RANK, "alpha": 12, "gate": 1, "dropout": 0.1, "weight_tying": False}, None, "effect: gate"),
+        ({"dim": RANK}, None, "records no alpha; a scale of 1 is applied"),
+    ],
+)
+def test_what_decides_beside_alpha(tmp_path: Path, peft: dict[str, Any], refused: str | None, said: str | None) -> None:
+    path = nemo(tmp_path / "a.nemo", state(NEMO, "model.decoder."), {**NEMO_CONFIG, "peft": peft})
+    if refused is not None:
+        with pytest.raises(UnsupportedAdapter) as refusal:
+            dialects.open_adapter(path)
+        assert refusal.value.problems[0].startswith(refused)
+        return
+    (warning,) = opened(path)[1]
+    assert said in warning
 
 
 def test_what_only_the_base_tells(tmp_path: Path) -> None:
