@@ -209,4 +209,4 @@ def test_a_file_of_an_older_script_has_the_scale_that_diffusers_applies(tmp_path
     compare(dense(adapter), pipelines.loaded("sd", tmp_path))
     module = next(module for module in wanted if module.endswith("to_out.0"))
     torch.testing.assert_close(adapter.updates[module].delta_weight() * 2.5, wanted[module], rtol=1e-6, atol=1e-6)
-    assert len(warnings) == 2
+    assert "records no scale" in warnings[0]
