@@ -32,20 +32,21 @@ _MOST = 10  # lines of one kind, where not all are asked for
     "--certificate", is_flag=True,
     help="For an adapter that stands for a fine-tune: how much of each layer's change it holds, beside the optimum.",
 )  # fmt: skip
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the probes.")
+@click.option("--seed", type=int, metavar="N", help="Seed of the probes.  [default: a fresh one, which is printed]")
 @options.threads_option
 @pass_talk
 def command(
     talk: Talk, model: str, base: str, adapters: tuple[str, ...], weights: tuple[float, ...], exact: bool,
-    tensors: bool, certificate: bool, seed: int, threads: int | None,
+    tensors: bool, certificate: bool, seed: int | None, threads: int | None,
 ) -> show.Report:  # fmt: skip
     """Tell how far a model is from base + adapter.
 
     A proof that shares no arithmetic with `merge`: tensors that no adapter touches must be equal byte by byte, names
     must be accounted for on both sides, and the change of every other tensor is held against the adapter's, on random
-    probes in float64. Exit code 0 within the rounding of the dtype, 1 beyond it. For an adapter that was extracted from
-    a fine-tune, the error is what the low rank lost; --certificate then gives the table of `loratools extract-svd`, for
-    an adapter of any origin, and fails nothing.
+    probes in float64, which each run draws afresh. Exit code 0 within the rounding of the dtype, 1 beyond it; errors
+    too small to be seen are named. For an adapter that was extracted from a fine-tune, the error is what the low rank
+    lost; --certificate then gives the table of `loratools extract-svd`, for an adapter of any origin, and fails
+    nothing.
 
     \b
     Examples:
@@ -63,7 +64,7 @@ def command(
 
         if len(adapters) > 1 or weights:
             raise click.UsageError("--certificate measures one adapter, at full strength")
-        return report(talk, merged, base, adapters[0], seed, threads)
+        return report(talk, merged, base, adapters[0], seed or 0, threads)
     with talk.progress("verifying", merged.nbytes) as advance:
         verification = verify(
             merged, base, adapters, weights=weights or None, exact=exact, seed=seed, threads=threads,
@@ -108,4 +109,6 @@ def lines(verification: Verification, *, every: bool) -> Iterator[str]:
         ("untouched", f"{verification.identical} of {untouched} are equal byte by byte{cast}"),
         ("largest error", f"{verification.error:.2e} of the weight"),
         ("applied", f"{min(applied):.4f} to {max(applied):.4f} of the adapter's change" if applied else "nothing"),
+        ("not seen", "\n".join(verification.unseen) or None),
+        ("seed", None if verification.exact else f"{verification.seed}, which --seed repeats"),
     )

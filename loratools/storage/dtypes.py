@@ -40,6 +40,11 @@ def narrows(source: str, target: str) -> bool:
     return largest > most or least < fewest or (largest == most and MANTISSA[source] > MANTISSA[target])
 
 
+def smallest(dtype: str) -> float:
+    """Return the smallest number above zero that a float dtype holds: the step between numbers around zero."""
+    return 2.0 ** _RANGE[dtype][1]
+
+
 def is_known(dtype: str) -> bool:
     """Tell whether the safetensors format defines a dtype of this name."""
     return dtype in _TABLE

@@ -1,0 +1,128 @@
+"""Judge the tensors of a model one by one: the untouched against the base's bytes, the changed against the adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loratools.engine.plan import MergePlan
+from loratools.parallel import Progress
+from loratools.storage import dtypes, files
+from loratools.storage.header import TensorSpec
+from loratools.surgery.verify import probes as probing
+
+if TYPE_CHECKING:
+    import torch
+
+# On the bound: wide dtypes are no wider than their own sums.
+_SLACK = {"BF16": 1.02, "F16": 1.02, "F32": 8.0, "F64": 8.0}
+# The estimate of an error of rank k from PROBES·k numbers scatters; with this a right one of rank 1 is never beyond.
+_SCATTER = 1.2
+_TILE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorCheck:
+    """The errors of one changed tensor.
+
+    `error` = ‖W' − W − ΔW‖/‖ΔW'‖ with ΔW' = W' − W, the part of the change that the adapter does not explain;
+    `error_of_weight` = ‖W' − W − ΔW‖/‖W'‖, to be compared with `bound`; `applied` = ⟨ΔW', ΔW⟩/‖ΔW‖², which is 1 for a
+    change that was applied once. With `exact`, `mismatched` counts the elements that are not W + ΔW in float64, rounded
+    once.
+    """
+
+    name: str
+    error: float
+    error_of_weight: float
+    bound: float
+    applied: float
+    within: bool
+    mismatched: int | None = None
+
+
+def same(base: TensorSpec, merged: TensorSpec, coded: bool, progress: Progress) -> bool:
+    """Compare an untouched tensor byte by byte; a float one of another dtype with the base's numbers, rounded to it.
+
+    An infinity that the base has not is no rounding. What belongs to a quantization (`coded`) may not be cast at all.
+    """
+    if base.shape != merged.shape or base.dtype == merged.dtype:
+        progress(merged.nbytes)
+        return files.same_bytes(base, merged)
+    if coded or not {base.dtype, merged.dtype} <= set(dtypes.FLOATS):
+        return False
+    import torch
+
+    for _, _, (W, actual) in files.row_tiles((base, merged), 1, _TILE):
+        infinite = torch.isinf(actual) & ~torch.isinf(W)
+        equal = (W.to(actual.dtype) == actual) | (torch.isnan(W) & torch.isnan(actual))
+        if bool(infinite.any()) or not bool(equal.all()):
+            return False
+        progress(actual.numel() * actual.element_size())
+    return True
+
+
+def check(plan: MergePlan, name: str, merged: TensorSpec, exact: bool, seed: int, progress: Progress) -> TensorCheck:
+    """Compare one changed tensor with its base and the adapters."""
+    import torch
+
+    source, bound = plan.changes[name].source, 2.0 ** -dtypes.MANTISSA.get(merged.dtype, 0)
+    if merged.shape != source.shape or merged.dtype not in dtypes.MANTISSA:
+        return TensorCheck(name, float("inf"), float("inf"), bound, 0.0, False)
+    probes = probing.draw(plan, name, exact, seed)
+    norm, strays, tally = 0.0, 0, probing.Tally()
+    for start, _, rows in files.row_tiles((source, merged), probes[0].site.matrix[1], _TILE):
+        before, after = (stored.double() for stored in rows)
+        delta = after - before
+        norm += float(after.square().sum())
+        overlaps = [(probe, probe.site.overlap(start, start + len(delta))) for probe in probes]
+        places = [(probe, rows[0], rows[1], slice(*probe.site.columns)) for probe, rows in overlaps if rows]
+        for probe, in_tile, in_site, columns in places:
+            probe.take(delta[in_tile, columns], in_site)
+            old, new = before[in_tile, columns], after[in_tile, columns]
+            probing.compare(tally, probe, in_site, old, new, merged.dtype, exact)
+        for _, in_tile, _, columns in places:
+            delta[in_tile, columns] = 0
+        strays += int(torch.count_nonzero(delta))
+        progress(delta.numel() * merged.nbytes // max(1, merged.parameters))
+
+    def mean(of: Callable[[probing.Probe], torch.Tensor]) -> float:
+        return sum(float(of(probe).sum()) for probe in probes) / probing.PROBES
+
+    error, actual = mean(lambda probe: (probe.Y - probe.wanted).square()), mean(lambda probe: probe.Y.square())
+    expected, cross = mean(lambda probe: probe.wanted.square()), mean(lambda probe: probe.Y * probe.wanted)
+    of_weight = (error / norm) ** 0.5 if norm else 0.0
+    rank = min(min(probe.site.shape) for probe in probes)
+    slack = _SLACK[merged.dtype] * (1 + _SCATTER / (probing.PROBES * rank) ** 0.5)
+    # Around zero the numbers of a dtype lie no closer than its smallest.
+    around_zero = dtypes.smallest(merged.dtype) / 2 * (merged.parameters / norm) ** 0.5 if norm else 0.0
+    if exact:
+        within = tally.far == 0 and tally.wrong <= 1 + tally.compared * probing.TIES[merged.dtype]
+    else:
+        within = of_weight <= bound * slack + around_zero and tally.far == 0 and tally.survived
+    of_change, applied = (error / actual) ** 0.5 if actual else 0.0, cross / expected if expected else 1.0
+    mismatched = tally.wrong if exact else None
+    return TensorCheck(name, of_change, of_weight, bound, applied, within and strays == 0, mismatched)
+
+
+def unseen(changed: Iterable[str], exact: bool) -> tuple[str, ...]:
+    """Say for each dtype of the changed tensors which errors in them a verification cannot see."""
+    return tuple(
+        _UNSEEN[exact, probing.TIES[dtype] == 1].format(
+            dtype=dtype,
+            bound=_SLACK[dtype] * 2.0 ** -dtypes.MANTISSA[dtype],
+            terms=probing.SUMS * 2.0 ** -dtypes.MANTISSA[dtype],
+        )
+        for dtype in sorted(set(changed) & dtypes.MANTISSA.keys())
+    )
+
+
+# (exact, whether the sums err by units) -> what is not seen. The tests measure these.
+_UNSEEN = {
+    (False, False): "errors below {bound:.1e} of a changed {dtype} tensor, outside of the columns compared: the last "
+    "bit of up to a third of its elements, or a few elements by more; --exact sees them",
+    (False, True): "errors below {bound:.1e} of a changed {dtype} tensor: the last three bits of its elements, or, "
+    "outside of the columns compared, a few elements by more; --exact sees those",
+    (True, False): "the last bit of {dtype} elements whose exact sum is as near to a tie as float32 can tell",
+    (True, True): "errors in {dtype} elements below {terms:.1e} of the largest element of their rows and of the change",
+}  # fmt: skip
