@@ -39,6 +39,9 @@ Open and save
     Checkpoint.open  a model -> `Checkpoint`: tensors by name, unread
     MergeOptions     the options of a merge as one value, checked when it is built
     BaseIdentity     which base model an adapter belongs to
+Run (`from loratools import live`)
+    live.attach      freeze a running model and train A and B beside its layers
+    live.load        an adapter of any dialect in a running model: switch, serve many, merge, take away
 Learn
     list_dialects    the layouts that can be read and written
     run_demo         a guided tour on a small trained model inside the package

@@ -155,6 +155,14 @@ class Usual(Protocol):
         return {}
 
     @property
+    def roles(self) -> Mapping[str, str]:
+        """Its parts by what they do beside a running module: `A`, `B`, `magnitude`, and `bias` of B.
+
+        Empty for a kind that acts on a running module through its whole changed weight only.
+        """
+        return {}
+
+    @property
     def direction(self) -> Update:
         """The update without the rescaling of a kind like DoRA, whose magnitudes it leaves out; most are their own."""
         return self  # type: ignore[return-value]

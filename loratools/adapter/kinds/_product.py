@@ -103,6 +103,10 @@ class TwoFactors(LowRank):
     def parts(self) -> Mapping[str, LazyTensor]:
         return dict(zip(self.names, (self.A, self.B), strict=True)) | ({BIAS: self.bias} if self.bias else {})
 
+    @property
+    def roles(self) -> Mapping[str, str]:
+        return dict(zip(("A", "B"), self.names, strict=True)) | ({"bias": BIAS} if self.bias else {})
+
     def factored(self) -> Factors:
         """Return B as (out, r) and A as (r, in·…), or Aᵀ and Bᵀ."""
         A = self.A.reshaped((self.rank, prod(self.A.shape[1:])))

@@ -65,6 +65,10 @@ class DoraUpdate(Wrapper):
         shape = (1, self.features, *(1,) * sides) if sides else (self.features,)
         return {**self.inner.parts, MAGNITUDE: self.magnitude.reshaped(shape)}
 
+    @property
+    def roles(self) -> Mapping[str, str]:
+        return {**self.inner.roles, "magnitude": MAGNITUDE}
+
     def factored(self) -> Factors:
         """Return the factors of the inner update, and m."""
         m = self.magnitude.reshaped((self.features,))

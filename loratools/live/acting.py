@@ -1,0 +1,196 @@
+"""What a handle does with the adapters that it holds: let them act, by name, by row, stacked, or merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from loratools.adapter.model import Adapter, Step
+from loratools.errors import InvalidOption, LoraToolsError
+from loratools.live.uses.merged import Merge, merge, unmerge
+from loratools.live.uses.named import ByName, Use
+from loratools.live.uses.rows import Rows
+from loratools.live.uses.stacks import Stacks
+from loratools.live.whole import Replacement
+from loratools.options import Options, is_finite
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One adapter of a model: its value as it was loaded, or None, and the step that made it, where it is trained."""
+
+    trainable: bool
+    adapter: Adapter | None = None
+    step: Step | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Acting:
+    """The adapters of one model and which of them act.
+
+    `model` is the model, `sites` its modules with adapters by path, `entries` the adapters by name, `active` what acts,
+    None where nothing does; `state` is a merge that is in the weights.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.sites: dict[str, Any] = {}
+        self.entries: dict[str, Entry] = {}
+        self.active: Use | None = None
+        self.state: Merge | None = None
+
+    def use(self, which: str | Mapping[str, float] | None) -> None:
+        """Let an adapter act, None of them, or several, each with a weight on its scaling.
+
+        Takes microseconds at any size of the model. Raises `InvalidOption` for a name that is not there.
+        """
+        self._separate("use another adapter")
+        pairs = self._pairs(which)
+        if isinstance(self.active, Stacks):
+            self.active.choose(pairs)
+        else:
+            self.active = ByName(pairs) if pairs else None
+
+    def _pairs(self, which: str | Mapping[str, float] | None) -> tuple[tuple[str, float], ...]:
+        """Return adapters with their weights, in the order in which they were added; raise for what cannot be."""
+        wanted = {} if which is None else {which: 1.0} if isinstance(which, str) else dict(which)
+        if missing := [name for name in wanted if name not in self.entries]:
+            raise self._unknown(missing)
+        if wrong := [f"weight of {name} is {w!r}" for name, w in wanted.items() if not is_finite(w)]:
+            raise InvalidOption("a weight is a finite number", wrong)
+        pairs = tuple((name, float(wanted[name])) for name in self.entries if name in wanted)
+        if any(weight != 1 for _, weight in pairs):
+            halves = [
+                f"{child.path}: trained whole in {name}, which cannot have the weight {dict(pairs)[name]:g}"
+                for name, child, _, _ in self.children()
+                if isinstance(child, Replacement) and dict(pairs).get(name, 1.0) != 1
+            ]
+            if halves:
+                raise InvalidOption("a tensor trained whole is there or is not", halves)
+        return pairs
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Let no adapter act while the block runs."""
+        self._separate("turn adapters off")
+        if isinstance(self.active, Stacks):
+            before = self.active.acting
+            self.use(None)
+            try:
+                yield
+            finally:
+                self.active.choose(before)
+            return
+        was, self.active = self.active, None
+        try:
+            yield
+        finally:
+            self.active = was
+
+    @contextmanager
+    def route(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Give each row of the batch an adapter of its own, None being the base, while the block runs.
+
+        Training works, each row's gradient reaching its own adapter. A module whose input has other rows than the
+        batch raises `IncompatibleAdapter` when it runs.
+        """
+        self._separate("route rows")
+        if missing := [name for name in names if name is not None and name not in self.entries]:
+            raise self._unknown(missing)
+        before, self.active = self.active, Rows(names)
+        try:
+            yield
+        finally:
+            self.active = before
+
+    def compiled(self, max_rank: int | None = 16, max_adapters: int = 8) -> None:
+        """Stack the factors of all adapters, so that under torch.compile a switch never compiles again.
+
+        Args:
+            max_rank: Largest rank that fits, also of later adapters and of mixes; None goes back to single factors.
+                Default: 16.
+            max_adapters: How many adapters fit. Default: 8.
+
+        Raises:
+            InvalidOption: Something does not fit; everything stays as it was.
+        """
+        self._separate("stack adapters")
+        stacks = self.active if isinstance(self.active, Stacks) else None
+        if max_rank is None:
+            if stacks is not None:
+                stacks.close()
+                self.active = ByName(stacks.acting) if stacks.acting else None
+            return
+        options = Options().number("max_rank", max_rank, least=1).number("max_adapters", max_adapters, least=1)
+        options.done()
+        acting = stacks.acting if stacks else self.active.pairs if isinstance(self.active, ByName) else ()
+        fresh = Stacks(self, max_rank, max_adapters)
+        fresh.choose(acting)
+        self.active = fresh
+
+    def merge(self, which: str | Mapping[str, float] | None = None) -> None:
+        """Change the weights themselves, W' = W + s·B·A rounded once, until `unmerge` gives every bit back.
+
+        Args:
+            which: An adapter, or several with their weights. Default: what acts now.
+
+        Raises:
+            InvalidOption: There is no such adapter, or none acts.
+            IncompatibleAdapter: A weight is stored as codes.
+        """
+        self._separate("merge an adapter")
+        pairs = (
+            self._pairs(which) if which is not None else self.active.pairs if isinstance(self.active, ByName) else ()
+        )
+        if not pairs:
+            raise InvalidOption("no adapter acts; name the one to be merged")
+        self.state = merge(self, pairs)
+        self.active = self.state
+
+    def unmerge(self) -> None:
+        """Give the weights their bits back; what acted before the merge acts again."""
+        if self.state is None:
+            raise LoraToolsError("nothing is merged into the weights")
+        unmerge(self.state)
+        self.active, self.state = self.state.before, None
+
+    @contextmanager
+    def merged(self, which: str | Mapping[str, float] | None = None) -> Iterator[None]:
+        """Have adapters in the weights while the block runs: no latency, and the base comes back bit for bit."""
+        self.merge(which)
+        try:
+            yield
+        finally:
+            self.unmerge()
+
+    def children(self) -> Iterator[tuple[str, Any, str, str]]:
+        """Yield (adapter's name, what it has on a module, the module's path, the parameter that it changes)."""
+        for path, module in self.sites.items():
+            for name in self.entries:
+                yield from ((name, piece, path, "weight") for piece in module.lora.pieces.get(name, ()))
+                yield from ((name, whole, path, own) for own, whole in module.lora.whole.get(name, {}).items())
+
+    def ready(self, name: str) -> None:
+        """Raise unless an adapter of this name can be added now."""
+        self._separate("add an adapter")
+        if not isinstance(name, str) or not name:
+            raise InvalidOption(f"name is {name!r}; it is a string that is not empty")
+        if name in self.entries:
+            raise InvalidOption(f"there is an adapter {name!r} already; remove it first, or choose another name")
+
+    def path_of(self, site: Any) -> str:
+        """Return the path of a site."""
+        return next(path for path, module in self.sites.items() if module is site)
+
+    def _unknown(self, names: Sequence[str]) -> InvalidOption:
+        there = ", ".join(self.entries) or "none"
+        return InvalidOption(f"no adapter {', '.join(map(repr, names))} here; there are: {there}")
+
+    def _separate(self, what: str) -> None:
+        """Raise unless the weights are the base's own."""
+        if self.state is not None:
+            raise LoraToolsError(f"{self.state.name} is merged into the weights: unmerge it before you {what}")

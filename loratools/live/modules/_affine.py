@@ -1,0 +1,102 @@
+"""What linear layers have in common, however they store their weight: y = W·x + b + s·B·A·x."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loratools.live.product import LowRankLinear, draw_seed, row_norms
+from loratools.live.site import Piece, Site, added
+
+
+class AffineSite(Site):
+    """A linear layer with adapters.
+
+    A subclass says by `matrix` what W is, (out, in), or None where the weight is stored as codes; and by `usual`
+    whether the class computes W·x + b and nothing else. Then x is kept once while training; a class with a forward of
+    its own computes as it does, and the change is added to what it returns.
+    """
+
+    weight: Any
+    bias: Any
+
+    def matrix(self) -> Tensor | None:
+        """Return W (out, in), a view of the weight, or None."""
+        raise NotImplementedError
+
+    def usual(self) -> bool:
+        """Tell whether the module's own forward is W·x + b with a plain weight."""
+        raise NotImplementedError
+
+    def changed(self, pieces: list[tuple[Piece, float]], x: Tensor, *args: Any, **settings: Any) -> Any:
+        if len(pieces) == 1 and pieces[0][0].plain and not args and not settings and self.usual():
+            (piece, weight), W = pieces[0], self.matrix()
+            scale, p = piece.scaling * weight, piece.dropout if self.training else 0.0  # type: ignore[attr-defined]
+            A, B = piece.A, piece.B
+            grad = torch.is_grad_enabled() and (A.requires_grad or x.requires_grad or self.weight.requires_grad)
+            if not grad and not p and not torch.is_autocast_enabled(x.device.type):
+                y = F.linear(x, W, self.bias)  # type: ignore[arg-type]
+                u = F.linear(x.reshape(-1, x.shape[-1]), A.to(x.dtype))
+                y.view(-1, y.shape[-1]).addmm_(u, B.to(x.dtype).T, alpha=scale)
+                return y
+            compiled = p and torch.compiler.is_compiling()  # a generator of its own is not for graphs
+            if grad and not compiled and not torch.is_autocast_enabled(x.device.type):
+                return LowRankLinear.apply(x, W, self.bias, A, B, scale, p, draw_seed() if p else 0)  # type: ignore
+        y = self.plain_forward(x, *args, **settings)
+        for piece, weight in pieces:
+            y = self.plus(y, piece, weight, x)
+        return y
+
+    def plus(self, y: Tensor, piece: Piece, weight: float, x: Tensor) -> Tensor:
+        """Return y and what a piece adds to it, or makes of it, by operations that autograd knows."""
+        dtype, scale = x.dtype if x.is_floating_point() else piece.A.dtype, piece.scaling * weight
+        dropped = F.dropout(x, piece.dropout, self.training)  # type: ignore[attr-defined]
+        delta = F.linear(F.linear(dropped.to(dtype), piece.A.to(dtype)), piece.B.to(dtype)) * scale
+        if piece.A0 is not None and piece.B0 is not None:
+            delta = delta - F.linear(F.linear(dropped.to(dtype), piece.A0.to(dtype)), piece.B0.to(dtype)) * scale
+        if piece.bias is None and piece.magnitude is None:
+            return added(y, delta, piece.spans)
+        shift = 0 if piece.bias is None else scale * piece.bias.to(y.dtype)
+        if piece.magnitude is None:
+            return added(y, delta + shift, piece.spans)
+        # y = g∘(W·x + s·B·A·x) + b, g detached from the gradient by its norm alone (DoRA §4.3); as PEFT, dropout is
+        # of both x.
+        W, g = self.matrix(), self.gains(piece, weight).to(y.dtype)
+        if dropped is x:
+            straight = y if self.bias is None else y - self.bias.to(y.dtype)
+        else:
+            straight = F.linear(dropped, W.to(dropped.dtype))  # type: ignore[union-attr]
+        outputs = [(slice(None), slice(None))] if piece.spans is None else piece.spans
+        for rows, places in outputs:
+            own = (g[rows] - 1) * straight[..., places] + g[rows] * delta[..., rows].to(y.dtype)
+            y = added(y, own, None if piece.spans is None else ((slice(None), places),))
+        return y if piece.bias is None else added(y, torch.zeros_like(delta) + shift, piece.spans)
+
+    def gains(self, piece: Piece, weight: float) -> Tensor:
+        """Return g = m/‖W + s·B·A‖ of each output of a piece; where nothing is trained it is kept from call to call."""
+        assert piece.magnitude is not None
+        key = None
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not piece.A.is_inference():
+            key = (*((t._version, t.data_ptr()) for t in (self.weight, piece.A, piece.B, piece.magnitude)), weight)
+            if piece.gains is not None and piece.gains[0] == key:
+                return piece.gains[1]
+        with torch.no_grad():
+            W = self.matrix()
+            assert W is not None
+            if piece.spans is not None:
+                ends = [(rows, places) for rows, places in piece.spans]
+                W = torch.cat([W[places] for _, places in sorted(ends, key=lambda pair: pair[0].start)])
+            norms = row_norms(W, piece.B, piece.A, piece.scaling * weight)
+        g = piece.magnitude.flatten() / norms.to(piece.magnitude.dtype)
+        if key is not None:
+            piece.gains = key, g
+        return g
+
+
+def has_own_forward(module: Any, usual: type[nn.Module]) -> bool:
+    """Tell whether a module's class computes otherwise than `usual`, which it derives from."""
+    kind: Any = type(module)
+    return (kind.base if isinstance(module, Site) else kind).forward is not usual.forward

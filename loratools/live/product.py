@@ -1,0 +1,89 @@
+"""Products of factors: an autograd function for y = W·x + b + s·B·A·x that keeps x once, not a cast copy, not a mask.
+
+Plain autograd keeps x for A, x for W in another dtype where the factors are float32 and the base is not, and with
+dropout a masked copy and the mask. Here the mask is drawn a second time from its seed, and A and B are cast a second
+time. The formulas, with D the mask over 1 − p, or 1 where nothing is dropped, and G the gradient of y:
+
+    u = (D∘x)·Aᵀ        y = x·Wᵀ + b + s·u·Bᵀ
+    ∂B = s·Gᵀ·u         ∂A = s·(G·B)ᵀ·(D∘x)        ∂x = G·W + s·D∘(G·B·A)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def draw_seed() -> int:
+    """Draw the seed of a mask from torch's global generator, so that who resumes or recomputes draws the same mask."""
+    return int(torch.randint(1 << 62, ()))
+
+
+def mask(x: Tensor, p: float, seed: int) -> Tensor:
+    """Return the mask of dropout for x over 1 − p, drawn from a seed, in the dtype of x.
+
+    p is the probability of a zero, in [0, 1). Equal seeds give equal masks on one kind of device.
+    """
+    generator = torch.Generator(x.device).manual_seed(seed)
+    return torch.empty_like(x).bernoulli_(1 - p, generator=generator).mul_(1 / (1 - p))
+
+
+class LowRankLinear(torch.autograd.Function):
+    """y = W·x + b + s·B·A·(D∘x); see the head of this file.
+
+    `apply(x, W, b, A, B, s, p, seed)` takes x (…, in), W (out, in), b (out,) or None, A (r, in), B (out, r), the scale
+    s, and the probability p and seed of dropout; p = 0 drops nothing. It computes in the dtype of x.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float, seed: int
+    ) -> Tensor:
+        """Return y (…, out)."""
+        y = F.linear(x, W, b)
+        flat = x.reshape(-1, x.shape[-1])
+        dropped = flat * mask(flat, p, seed) if p else flat
+        u = dropped @ A.to(x.dtype).T
+        y.view(-1, y.shape[-1]).addmm_(u, B.to(x.dtype).T, alpha=scale)
+        ctx.save_for_backward(x, W, A, B, u)
+        ctx.settings = scale, p, seed, b is not None
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, W, b, A and B, those that somebody needs."""
+        x, W, A, B, u = ctx.saved_tensors
+        scale, p, seed, _ = ctx.settings
+        needs = ctx.needs_input_grad
+        G, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        D = mask(flat, p, seed) if p and (needs[0] or needs[3]) else None
+        v = (G @ B.to(G.dtype)).mul_(scale) if needs[0] or needs[3] else None
+        dx = dW = db = dA = dB = None
+        if needs[3] and v is not None:
+            dA = (v.T @ (flat * D if D is not None else flat)).to(A.dtype)
+        if needs[4]:
+            dB = (G.T @ u).to(B.dtype).mul_(scale)
+        if needs[0] and v is not None:
+            dx = G @ W
+            if D is None:
+                dx.addmm_(v, A.to(G.dtype))
+            else:
+                dx.add_((v @ A.to(G.dtype)).mul_(D))
+            dx = dx.view_as(x)
+        if needs[1]:
+            dW = G.T @ flat
+        if needs[2]:
+            db = G.sum(0)
+        return dx, dW, db, dA, dB, None, None, None
+
+
+def row_norms(W: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Return ‖W + scale·left·right‖₂ of each row (rows,), in float32 or the wider dtype of W; W is (rows, columns)."""
+    dtype = torch.promote_types(torch.promote_types(W.dtype, left.dtype), torch.float32)
+    norms: Tensor = torch.addmm(W.to(dtype), left.to(dtype), right.to(dtype), alpha=scale).norm(dim=1)
+    return norms

@@ -1,0 +1,208 @@
+"""A module with adapters: its class is swapped for a class over it, and the factors lie in a child that keeps silent.
+
+The swapped class has the name of the old one and derives from it, so `isinstance`, names of parameters, `state_dict`,
+strict loading, pickle, deepcopy, FSDP2 and torch.compile stay as they are without us. The child `lora` holds tensors as
+parameters and buffers, which move and train with the model, and says nothing in a `state_dict`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from loratools.adapter.kinds import Update
+
+BANK = "lora"
+"""Name of the child that holds the factors."""
+
+Span = tuple[slice, slice]
+"""Rows of ΔW, and the outputs of the module to which they are added."""
+
+
+class Handle(Protocol):
+    """What the parts of the live half ask of a model's handle (`handle.Lora`, which they lie below)."""
+
+    model: nn.Module
+    sites: dict[str, Any]
+    entries: dict[str, Any]
+    active: Any
+
+    def children(self) -> Iterator[tuple[str, Any, str, str]]:
+        """Yield (adapter's name, what it has on a module, the module's path, the parameter that it changes)."""
+        ...
+
+    def path_of(self, site: Any) -> str:
+        """Return the path of a site."""
+        ...
+
+
+class Silent(nn.Module):
+    """A module whose tensors are part of the model but of none of its state dicts."""
+
+    def state_dict(self, *args: Any, destination: Any = None, **settings: Any) -> Any:
+        """Return what came before it, unchanged."""
+        return args[0] if args else {} if destination is None else destination
+
+    def _load_from_state_dict(self, *_: Any) -> None:
+        """Take nothing, and miss nothing."""
+
+
+class Piece(Silent):
+    """The factors of one update on one module, by their role: `A`, `B`, and `magnitude` and `bias` where there are.
+
+    Tensors have the shapes that PEFT gives them. `path` is the module's path in the adapter, `update` tells kind,
+    alpha and scaling. `spans` says which rows of ΔW land on which outputs, None where all land on all. `A0` and `B0`
+    are the factors that training started from, where their product is taken off again (PiSSA, OLoRA).
+    """
+
+    A: Tensor
+    B: Tensor
+    magnitude: Tensor | None
+    bias: Tensor | None
+    A0: Tensor | None
+    B0: Tensor | None
+
+    def __init__(
+        self, path: str, update: Update, tensors: Mapping[str, Tensor], spans: tuple[Span, ...] | None = None,
+        dropout: float = 0.0, start: tuple[Tensor, Tensor] | None = None, embed_scale: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.path, self.kind, self.scaling, self.alpha = path, update.kind, update.scaling, update.alpha
+        self.roles = dict(update.roles or {})
+        self.spans, self.dropout = spans, dropout
+        for role in ("A", "B", "magnitude", "bias"):
+            tensor = tensors.get(role)
+            if isinstance(tensor, nn.Parameter):
+                self._parameters[role] = tensor
+            else:
+                self._buffers[role] = tensor
+                self._non_persistent_buffers_set.add(role)
+        for role, tensor in zip(("A0", "B0"), start or (None, None), strict=True):
+            self.register_buffer(role, tensor, persistent=False)
+        self.plain = spans is None and start is None and "magnitude" not in tensors and "bias" not in tensors
+        self.gains: tuple[Any, Tensor] | None = None
+
+    @property
+    def rank(self) -> int:
+        """Rank of the factors."""
+        return int(self.A.shape[0])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return its tensors under PEFT's names of them."""
+        return {part: getattr(self, role) for role, part in self.roles.items()}
+
+
+class Bank(Silent):
+    """All factors on one module: `pieces` by the adapter's name; `whole` has tensors that take a parameter's place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pieces: dict[str, tuple[Piece, ...]] = {}
+        self.whole: dict[str, dict[str, Any]] = {}
+
+    def put(self, name: str, piece: nn.Module) -> None:
+        """Take in a child of an adapter, under a key that shows its name."""
+        self._modules[f"{name.replace('.', '_')}_{len(self._modules)}"] = piece
+
+    def shadows(self, site: nn.Module, pairs: Iterable[tuple[str, float]]) -> dict[str, Tensor]:
+        """Return what stands for parameters of the site under these adapters, each with its weight, in turn."""
+        tensors: dict[str, Tensor] = {}
+        for name, weight in pairs:
+            for parameter, whole in self.whole.get(name, {}).items():
+                before = tensors[parameter] if parameter in tensors else site._parameters.get(parameter)
+                tensors[parameter] = whole.value(before, weight)
+        return tensors
+
+    def drop(self, name: str) -> None:
+        """Give up all that an adapter has here."""
+        own = {id(piece) for piece in (*self.pieces.pop(name, ()), *self.whole.pop(name, {}).values())}
+        for key in [key for key, child in self._modules.items() if id(child) in own]:
+            del self._modules[key]
+
+
+class Site:
+    """What is mixed over the class of a module that has adapters; each type of module has a subclass in `modules/`.
+
+    `changed` computes the module's output with these pieces, each with a weight.
+    """
+
+    base: ClassVar[type[nn.Module]]
+    mixin: ClassVar[type[Site]]
+    turned: ClassVar[bool] = False  # whether the weight is stored (in, out)
+    lora: Bank
+    _lora: Handle
+
+    if not TYPE_CHECKING:
+
+        def forward(self, *args: Any, **settings: Any) -> Any:
+            """Compute the module with the adapters that are in use."""
+            active = self._lora.active
+            if active is None:
+                return type(self).base.forward(self, *args, **settings)
+            return active.forward(self, *args, **settings)
+
+    def plain_forward(self, *args: Any, **settings: Any) -> Any:
+        """Compute the module as it is without any adapter."""
+        return type(self).base.forward(self, *args, **settings)
+
+    def changed(self, pieces: list[tuple[Piece, float]], *args: Any, **settings: Any) -> Any:
+        """Compute the module with pieces, each times a weight."""
+        raise NotImplementedError
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle and copy as an object of the class below, with the mixin to put over it: this class has no module."""
+        return _blank, (type(self).base, type(self).mixin), self.__getstate__()
+
+
+@cache
+def _mixed(base: Any, mixin: Any) -> Any:
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (mixin, base), {**names, "base": base, "mixin": mixin})
+
+
+def _blank(base: Any, mixin: Any) -> Any:
+    kind = _mixed(base, mixin)
+    return kind.__new__(kind)
+
+
+def swap(module: Any, mixin: Any, lora: Handle) -> None:
+    """Put a mixin over a module's class, and an empty `Bank` into it."""
+    module._modules[BANK] = Bank()
+    module.__dict__["_lora"] = lora
+    own: Any = type(module)
+    module.__class__ = _mixed(own, mixin)
+
+
+def restore(module: Any) -> None:
+    """Give a module its own class back, and take what `swap` put there away."""
+    module.__class__ = type(module).base
+    del module._modules[BANK], module.__dict__["_lora"]
+
+
+@contextmanager
+def shadowed(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> Iterator[None]:
+    """Let tensors stand for parameters of a module while the block runs; its parameters stay registered as they are.
+
+    A name in the instance's dictionary is found before a parameter is looked up.
+    """
+    module.__dict__.update(tensors)
+    try:
+        yield
+    finally:
+        for name in tensors:
+            module.__dict__.pop(name, None)
+
+
+def added(y: Tensor, delta: Tensor, spans: tuple[Span, ...] | None) -> Tensor:
+    """Return y + delta (…, rows of ΔW), the rows of each span at its outputs; y itself stays as it is."""
+    delta = delta.to(y.dtype)
+    if spans is None:
+        return y + delta
+    y = y.clone()
+    for rows, outputs in spans:
+        y[..., outputs] += delta[..., rows]
+    return y

@@ -1,0 +1,42 @@
+"""What `print(lora)` says: modules, parameters and their share, bytes of the file to come."""
+
+from __future__ import annotations
+
+from math import prod
+
+from loratools.live.site import Handle
+
+
+def summary(lora: Handle) -> str:
+    """Return a line for each adapter: modules, parameters and their share of the model's, bytes, what it does now."""
+    base = sum({id(p): prod(p.shape) for site in [lora.model] for p in site.parameters()}.values())
+    own: dict[str, dict[int, tuple[int, int]]] = {name: {} for name in lora.entries}
+    modules: dict[str, set[str]] = {name: set() for name in lora.entries}
+    every: set[int] = set()
+    for name, child, path, _ in lora.children():
+        tensors = [*child.parameters(), *(b for key, b in child.named_buffers() if key not in ("A0", "B0"))]
+        own[name] |= {id(tensor): (tensor.numel(), tensor.numel() * tensor.element_size()) for tensor in tensors}
+        modules[name].add(path)
+        every |= {id(p) for p in child.parameters()}
+    base -= sum(p.numel() for p in {id(p): p for p in lora.model.parameters() if id(p) in every}.values())
+    lines = []
+    for name, entry in lora.entries.items():
+        count, size = (sum(pair[i] for pair in own[name].values()) for i in (0, 1))
+        share = f"{100 * count / base:.2f} %" if base else "all"
+        trained = ", trainable" if entry.trainable else ""
+        lines.append(
+            f"{name}: {len(modules[name])} modules, {count:,} of {readable(base).strip()} parameters ({share}), "
+            f"{readable(size)}B{trained}"
+        )
+    return "\n".join(lines) or "no adapter"
+
+
+def readable(number: float) -> str:
+    """Return a number with three digits and k, M or G, and a space before the unit."""
+    if number < 999.5:
+        return f"{number:g} "
+    for unit in "kMG":
+        number /= 1000
+        if number < 999.5 or unit == "G":
+            return f"{number:.3g} {unit}"
+    raise AssertionError

@@ -1,0 +1,7 @@
+"""The ways in which adapters act on a running model. Each has `forward(site, …)`, which computes one module.
+
+named     by name, each with a weight
+rows      another adapter for each row of the batch
+stacks    all in one stack a module, chosen by an index tensor, for torch.compile
+merged    in the weights themselves, until they get their bits back
+"""

@@ -1,0 +1,84 @@
+"""Find targets that never run: code that reads a module's weight without calling it passes over its adapter in silence.
+
+The first whole forward is watched, in each mode that the model runs in (training or not, with gradients or not, for
+fused fast paths depend on it; the hooks stay, for nn.TransformerEncoderLayer takes no fast path
+while it has any). A target that was not called although the module that holds it was is an error; where
+the holder did not run either, as an idle expert or tower, it is none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as registry
+
+from loratools.errors import IncompatibleAdapter
+from loratools.live.place import walk
+from loratools.live.site import Handle
+
+
+class Watch:
+    """The watch over one model: which sites were called so far, and in which modes a whole forward was looked at."""
+
+    def __init__(self, lora: Handle) -> None:
+        self.lora = lora
+        self.called: set[str] = set()
+        self.looked: set[tuple[bool, bool]] = set()
+        self.running: Any = None
+        self.hooks: list[Any] = []
+
+    def begin(self) -> None:
+        """Watch the next forward of the model, and the first in each other mode."""
+        self.end()
+        self.looked.clear()
+        self.hooks = [
+            self.lora.model.register_forward_pre_hook(self._before),
+            self.lora.model.register_forward_hook(self._after, always_call=True),
+        ]
+
+    def end(self) -> None:
+        """Watch no more."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
+
+    def _before(self, model: nn.Module, _: Any) -> None:
+        mode = model.training, torch.is_grad_enabled()
+        if torch.compiler.is_compiling() or self.running or mode in self.looked:
+            return
+        ran = {id(model)}  # whose own call began before
+        hook = registry.register_module_forward_pre_hook(lambda module, _: ran.add(id(module)))
+        self.running = mode, ran, hook
+
+    def _after(self, model: nn.Module, _: Any, output: Any) -> None:
+        if not self.running:
+            return
+        (mode, ran, hook), self.running = self.running, None
+        hook.remove()
+        if output is None:  # the forward failed
+            return
+        self.looked.add(mode)
+        modules = dict(walk(model))
+        self.called |= {path for path, site in self.lora.sites.items() if id(site) in ran}
+        passed = [
+            path
+            for path, site in self.lora.sites.items()
+            if id(site) not in ran and path and id(modules[path.rpartition(".")[0]]) in ran
+        ]
+        if passed:
+            raise passed_over(passed)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "running": None}
+
+
+def passed_over(paths: list[str]) -> IncompatibleAdapter:
+    """Return the exception for targets whose weight is read without calling them."""
+    return IncompatibleAdapter(
+        f"{len(paths)} module(s) with an adapter did not run, although what holds them did: the adapter is passed over",
+        paths,
+        hint="The model's code reads their weights itself, as fused fast paths do. Merge the adapter (`lora.merge`), "
+        "or choose other targets.",
+    )

@@ -1,0 +1,197 @@
+"""Every type of module: its output and its gradients are those of the dense changed weight, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from loratools import live
+from loratools.adapter.kinds import Update
+from loratools.errors import IncompatibleAdapter
+from tests.live import Net, ids, net, trained
+
+TARGETS = ["up", "down", "embed", "conv", "head"]
+
+
+def replay(lora: live.Lora) -> tuple[Net, dict[str, dict[str, Tensor]]]:
+    """Return a plain net whose weights are made, by plain operations, of leaf copies of the factors, and those."""
+    plain, leaves = net(), {}
+    for _, piece, path, _ in lora.children():
+        own = {r: getattr(piece, r).detach().clone().requires_grad_() for r in piece.roles}
+        leaves[path] = own
+        module = plain.get_submodule(path)
+        W = module.weight.detach()
+        A, B = own["A"].flatten(1), own["B"].flatten(1)
+        product = (B @ A).T if isinstance(module, nn.Embedding) else (B @ A).reshape(W.shape)
+        changed = W + piece.scaling * product
+        if "magnitude" in own:
+            axes = 0 if isinstance(module, nn.Embedding) else tuple(range(1, W.dim()))
+            norm = torch.linalg.vector_norm(changed.detach(), dim=axes, keepdim=True)
+            changed = own["magnitude"].reshape(norm.shape) * changed / norm
+        del module.weight
+        module.weight = changed
+    return plain, leaves
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("name", TARGETS)
+def test_output_and_gradients_are_those_of_the_dense_weight(name: str, dora: bool) -> None:
+    model, x = net(), ids()
+    lora = trained(live.attach(model, rank=3, alpha=5, targets=[name], dora=dora, dtype=torch.float64))
+    plain, leaves = replay(lora)
+    model.train()
+    plain.train()
+    y, expected = model(x), plain(x)
+    assert (y - expected).abs().max() < 1e-12
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    for _, piece, path, _ in lora.children():
+        for role, leaf in leaves[path].items():
+            own = getattr(piece, role).grad
+            assert leaf.grad is not None
+            assert (own - leaf.grad).abs().max() < 1e-12 * (1 + leaf.grad.abs().max())
+            assert own.abs().max() > 0
+    with torch.no_grad():
+        assert (model(x) - y).abs().max() < 1e-12
+        assert (model(x) - y).abs().max() < 1e-12  # with g kept from the call before
+
+
+def test_inputs_of_several_adapters_in_a_row_get_their_gradient() -> None:
+    model, x = net(), ids()
+    trained(live.attach(model, rank=3, targets=["up", "down"], dtype=torch.float64))
+    hidden = torch.randn(2, 4, 8, dtype=torch.float64, requires_grad=True)
+    up = model.blocks[0]["up"]
+    assert torch.autograd.gradcheck(up, (hidden,))
+    up.eval()
+    model(x).sum().backward()
+
+
+@pytest.mark.parametrize("p", [0.25, 0.5])
+def test_dropout_drops_the_same_forward_and_backward_and_keeps_no_mask(p: float) -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(64, 32, dtype=torch.float64))
+    lora = trained(live.attach(model, rank=4, targets=["0"], dropout=p, dtype=torch.float64)).sites["0"]
+    x = torch.randn(50, 64, dtype=torch.float64, requires_grad=True)
+    model.train()
+    kept: list[Tensor] = []
+    piece = lora.lora.pieces["default"][0]
+    torch.manual_seed(11)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = model(x)
+    assert sorted(tuple(t.shape) for t in kept) == [(4, 64), (32, 4), (32, 64), (50, 4), (50, 64)]
+    torch.manual_seed(11)
+    assert torch.equal(model(x), y)
+    y.sum().backward()
+    # ∂x − 1·W is D∘(s·1·B·A): zero in a share p of the places, and 1/(1 − p) times the rest elsewhere.
+    assert x.grad is not None
+    change = x.grad - lora.weight.sum(0)
+    full = piece.scaling * piece.B.sum(0) @ piece.A
+    ratio = (change / full).detach()
+    dropped = ratio.abs() < 1e-9
+    assert abs(float(dropped.double().mean()) - p) < 0.03
+    assert (ratio[~dropped] - 1 / (1 - p)).abs().max() < 1e-6
+    model.eval()
+    assert (
+        model(x) - nn.functional.linear(x, lora.weight + piece.scaling * piece.B @ piece.A, lora.bias)
+    ).abs().max() < 1e-12
+
+
+def test_a_bf16_base_keeps_no_wide_copy_of_its_inputs() -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(64, 32)).bfloat16().train()
+    live.attach(model, rank=4, targets=["0"])
+    kept: list[Tensor] = []
+    x = torch.randn(50, 64, dtype=torch.bfloat16)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model(x)
+    assert {t.dtype for t in kept if t.shape[0] == 50} == {torch.bfloat16}
+    assert sum(t.numel() * t.element_size() for t in kept if t.shape[0] == 50) == 50 * (64 + 4) * 2
+
+
+def test_a_slice_of_a_fused_weight_changes_its_outputs_alone() -> None:
+    from loratools.adapter.model import Adapter
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c_attn = nn.Linear(6, 18, dtype=torch.float64)
+            self.config = {"model_type": "gpt_bigcode"}
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c_attn(x)
+
+    class Phi(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv_proj = nn.Linear(6, 18, dtype=torch.float64)
+            self.config = {"model_type": "phi3"}
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.qkv_proj(x)
+
+    torch.manual_seed(0)
+    model = Phi()
+    q, v = update(6, 6, 1), update(6, 6, 2)
+    live.load(model, Adapter({"q_proj": q, "v_proj": v}))
+    W = model.qkv_proj.weight.detach().clone()
+    W[:6] += q.delta_weight().double()
+    W[12:] += v.delta_weight().double()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    expected = nn.functional.linear(x, W, model.qkv_proj.bias)
+    assert (model(x) - expected).abs().max() < 1e-6
+    y = model(x)
+    lora = live.of(model)
+    with lora.merged():
+        assert (model(x) - y).abs().max() < 1e-6
+    assert torch.equal(model(x), y)
+
+
+def update(out: int, inner: int, seed: int) -> Update:
+    from loratools.adapter import kinds
+    from loratools.storage.lazy import LazyTensor
+
+    generator = torch.Generator().manual_seed(seed)
+    A, B = torch.randn(2, inner, generator=generator), torch.randn(out, 2, generator=generator)
+    built: Update = kinds.get("lora").build(
+        {"lora_A.weight": LazyTensor.of(A), "lora_B.weight": LazyTensor.of(B)}, 0.5, 1.0
+    )
+    return built
+
+
+def test_what_cannot_have_factors_says_why() -> None:
+    with pytest.raises(IncompatibleAdapter, match="4 groups"):
+        live.attach(nn.Sequential(nn.Conv1d(8, 8, 3, groups=4)), targets=["0"])
+    with pytest.raises(IncompatibleAdapter, match="LayerNorm has no weight"):
+        live.attach(nn.Sequential(nn.LayerNorm(8)), targets=["0"])
+
+
+class Coded(nn.Linear):
+    """A layer that computes its own way from a weight stored as codes, as quantized ones do."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 4)
+        self.scale = float(self.weight.detach().abs().max()) / 127
+        codes = (self.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight = nn.Parameter(codes.reshape(-1, 1), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.reshape(4, 8).to(x.dtype) * self.scale, self.bias)
+
+
+def test_quantized_layers_compute_and_train_beside_their_own_forward() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Coded())
+    x = torch.randn(5, 8)
+    y = model(x)
+    lora = trained(live.attach(model, rank=2, targets=["0"]))
+    piece = lora.sites["0"].lora.pieces["default"][0]
+    assert (model(x) - y - piece.scaling * x @ (piece.B @ piece.A).T).abs().max() < 1e-6
+    model(x).sum().backward()
+    assert (piece.B.grad - piece.scaling * (x @ piece.A.T).sum(0).expand(4, 2)).abs().max() < 1e-5
+    with pytest.raises(IncompatibleAdapter, match="stored as codes"):
+        live.attach(model, name="m", targets=["0"], dora=True)
+    with pytest.raises(IncompatibleAdapter, match="stored as codes"):
+        lora.merge()
+    with lora.off():
+        assert torch.equal(model(x), y)
