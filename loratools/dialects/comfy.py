@@ -2,6 +2,7 @@
 
     diffusion_model.double_blocks.0.img_attn.qkv . lora_A.weight (or lora_down.weight), lora_B.weight, alpha
     text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1 . lora_A.weight
+    diffusion_model.blocks.0.self_attn.q . diff_b      added to the bias; of norms diff (Wan, extractions)
     double_blocks.0.processor.qkv_lora1.down.weight            XLabs: lora1 the image's stream, lora2 the text's
     double_blocks.0.img_attn.qkv.lora_B.bias, ….query_norm.scale        BFL's control adapters, without a component
 
@@ -17,11 +18,11 @@ from pathlib import Path
 
 from loratools.adapter import factors
 from loratools.adapter.kinds import Update
+from loratools.adapter.kinds.full import BIAS_PART, WEIGHT_PART
 from loratools.adapter.model import Adapter, BaseIdentity, Loss
 from loratools.adapter.naming.image import rename
-from loratools.adapter.parts import MAGNITUDE, A, B
+from loratools.adapter.parts import BIAS, MAGNITUDE, A, B
 from loratools.dialects import kohya
-from loratools.dialects._frame import alphas
 from loratools.dialects._frame.build import Draft
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import IDENTITY, common_losses, without
@@ -35,7 +36,7 @@ from loratools.storage.lazy import LazyTensor
 SUMMARY = "ComfyUI, ai-toolkit, musubi-tuner, BFL, XLabs: the original implementation's names (diffusion_model.…)"
 EXTRA = None
 FILES = (".safetensors",)
-CANNOT = (*IDENTITY, "tensors trained whole", "models whose original names are not known here", "biases of B")
+CANNOT = (*IDENTITY, "tensors trained whole", "models whose original names are not known here")
 
 _FILE = "lora.safetensors"
 _SUFFIX = re.compile(
@@ -109,10 +110,9 @@ def read(listing: Listing) -> Adapter:
     draft.check()
     for module in short:
         draft.groups[module] = _into_linear1(draft.groups[module])
-    draft.convert(lambda module, parts: {module: kohya.to_peft(parts)})
     header = listing.header(name)
     metadata = header.metadata if header else {}
-    alphas.fill(draft, metadata)
+    kohya.finish(draft, metadata)
     base = BaseIdentity.of_name(metadata.get("ss_base_model"))
     settings = settings_with(metadata, lambda key: key != "format")
     return Adapter(draft.build(), whole, base, dialect="comfy", settings=settings)
@@ -123,9 +123,9 @@ def losses(adapter: Adapter) -> list[Loss]:
     adapter = rename.to_original(adapter)
     lost = []
     for module, update in adapter.updates.items():
-        foreign = sorted(part for part in update.parts if part in keys.PARTS and part not in (A, B, MAGNITUDE))
+        foreign = sorted(part for part in update.parts if part in keys.PARTS and part not in (A, B, BIAS, MAGNITUDE))
         unread = None if update.kind in _KINDS else f"updates of kind {update.kind}"
-        if _name(module) is None:
+        if _name(kohya.home_of(module, update)) is None:
             lost.append(Loss(module, "its name in the original implementation is not known"))
         elif foreign or unread:
             lost.append(Loss(module, f"ComfyUI has no {', '.join(foreign) or unread}"))
@@ -137,7 +137,9 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     adapter = without(rename.to_original(adapter), losses(adapter))
     tensors: dict[str, LazyTensor] = {}
     for module, update in adapter.updates.items():
-        tensors |= {f"{_name(module)}.{suffix}": lazy for suffix, lazy in _of_peft(update).items()}
+        home = kohya.home_of(module, update)
+        parts = _of_peft(update) if home == module else {BIAS_PART: update.parts[WEIGHT_PART]}
+        tensors |= {f"{_name(home)}.{suffix}": lazy for suffix, lazy in parts.items()}
     metadata = {"format": "pt", **metadata_of(adapter)}
     if adapter.base and adapter.base.id:
         metadata.setdefault("ss_base_model", adapter.base.id)

@@ -69,6 +69,10 @@ class Wrapper(OnWeight):
         return self.inner
 
     @property
+    def bias(self) -> LazyTensor | None:
+        return self.inner.bias
+
+    @property
     def rank(self) -> int:
         return self.inner.rank
 

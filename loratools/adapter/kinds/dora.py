@@ -55,10 +55,6 @@ class DoraUpdate(Wrapper):
         return self.shape[1 if self.by_column else 0]
 
     @property
-    def bias(self) -> LazyTensor | None:
-        return self.inner.bias
-
-    @property
     def parts(self) -> Mapping[str, LazyTensor]:
         """The factors and the magnitude, in the shape that PEFT gives it: (out,), or (1, out, 1…) of a convolution."""
         sides = len(self.shape) - 2

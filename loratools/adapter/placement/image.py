@@ -74,13 +74,18 @@ def _namings(adapter: Adapter, shapes: Shapes) -> Iterator[Adapter]:
 
 def _named(adapter: Adapter, shapes: Shapes) -> dict[str, Update]:
     """Return the updates under the base's names of their modules, where it has one; no two get the same name."""
-    names = {module: module for module in adapter.updates if f"{module}.weight" in shapes}
+    names = {module: module for module in adapter.updates if _held(module, shapes)}
     taken = set(adapter.updates)
     for module in adapter.updates.keys() - names.keys():
-        free = (spelling for spelling in _spellings(module) if f"{spelling}.weight" in shapes and spelling not in taken)
+        free = (spelling for spelling in _spellings(module) if _held(spelling, shapes) and spelling not in taken)
         names[module] = next(free, module)
         taken.add(names[module])
     return {names[module]: update for module, update in adapter.updates.items()}
+
+
+def _held(module: str, shapes: Shapes) -> bool:
+    """Tell whether a base has the weight of a module, or is what a bias that changes alone is called."""
+    return f"{module}.weight" in shapes or (module.endswith(".bias") and module in shapes)
 
 
 def _spellings(module: str) -> Iterator[str]:

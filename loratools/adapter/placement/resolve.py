@@ -112,7 +112,7 @@ class _Resolver:
         out, rows = (site.matrix[1], site.columns) if site.transposed else (site.matrix[0], site.rows)
         if name == site.tensor or self.shapes.get(name) != (out,):
             raise NoPlace(
-                f"trained with lora_bias, and the base has no {name} with {out} numbers to add it to; "
+                f"trained with a bias, and the base has no {name} with {out} numbers to add it to; "
                 f"found {self.shapes.get(name, 'none')}"
             )
         return Site(name, (out, 1), rows, (0, 1, 1), site.part)

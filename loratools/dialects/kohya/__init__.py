@@ -2,6 +2,7 @@
 
     lora_unet_down_blocks_0_attentions_0_proj_in . lora_down.weight (r, in[, kh, kw])  lora_up.weight (out, r[, 1, 1])
                                                    alpha ()                            dora_scale (out, 1[, 1, 1])
+                                                   diff_b (out,)                       b' = b + diff_b, whatever s is
 
 s = alpha/r (sd-scripts 48d368fa, LyCORIS 4.1.3, which folds rsLoRA into alpha); without a tensor for it alpha is the
 header's `ss_network_alpha`, and s = 1 where that is missing too. The header's `ss_*` and `modelspec.*` stay with the
@@ -21,11 +22,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratools.adapter import kinds
+from loratools.adapter import factors, kinds
 from loratools.adapter.kinds import Update
+from loratools.adapter.kinds.full import BIAS_PART, WEIGHT_PART
 from loratools.adapter.model import Adapter, BaseIdentity, Loss
 from loratools.adapter.naming.image import rename
-from loratools.adapter.parts import MAGNITUDE, A, B
+from loratools.adapter.parts import BIAS, MAGNITUDE, A, B
 from loratools.decisions import warned
 from loratools.dialects._frame import alphas
 from loratools.dialects._frame.build import Draft, some
@@ -47,12 +49,13 @@ if TYPE_CHECKING:
 SUMMARY = "kohya-ss sd-scripts and LyCORIS: flattened names (lora_unet_…), lora_down and lora_up, alpha"
 EXTRA = None
 FILES = (".safetensors",)
-CANNOT = (*IDENTITY, "tensors trained whole", "embeddings", "biases of B", "stacked experts")
+CANNOT = (*IDENTITY, "tensors trained whole", "embeddings", "stacked experts")
 
 _FILE = "lora.safetensors"
 _PARTS = {"lora_down.weight": A, "lora_up.weight": B}
 _SUFFIXES = {part: suffix for suffix, part in _PARTS.items()}
 _ALPHA, _DORA = "alpha", "dora_scale"
+_BIASED = frozenset({A, B, MAGNITUDE, _DORA})  # beside what a bias of B can be
 
 
 def detect(listing: Listing) -> Evidence | None:
@@ -102,8 +105,7 @@ def read(listing: Listing) -> Adapter:
             draft.alphas[module] = read_number(parts.pop(_ALPHA), f"{listing.folder / name}: {prefix}{path}.alpha")
         for suffix, lazy in parts.items():
             draft.add(module, _PARTS.get(suffix, suffix), lazy, f"{prefix}{path}.{suffix}")
-    draft.convert(lambda module, parts: {module: to_peft(parts)})
-    alphas.fill(draft, metadata)
+    finish(draft, metadata)
     for note in network.notes(metadata, draft.groups):
         warned("%s: %s", listing.folder / name, note)
     settings = settings_with(metadata, lambda key: not key.startswith("sshs_") and key != NAMES_KEY)
@@ -114,14 +116,15 @@ def read(listing: Listing) -> Adapter:
 def losses(adapter: Adapter) -> list[Loss]:
     """List what kohya has no words for, and modules whose names become one when they are flattened."""
     adapter = rename.to_original(adapter, unet=False)
-    known = frozenset({A, B, MAGNITUDE})
+    known = frozenset({A, B, BIAS, MAGNITUDE})
     lost = []
-    names, _ = flattened(adapter.updates)
+    homes = {module: home_of(module, update) for module, update in adapter.updates.items()}
+    names, _ = flattened(dict.fromkeys(homes.values()))
     for module, update in adapter.updates.items():
         foreign = sorted(part for part in update.parts if part in keys.PARTS and part not in known)
         if foreign or update.kind == "experts":
             lost.append(Loss(module, f"kohya has no {', '.join(foreign) or 'stacked experts'}"))
-        elif module not in names:
+        elif homes[module] not in names:
             lost.append(Loss(module, "its flattened name is that of another module too"))
     return lost + common_losses(adapter, "kohya")
 
@@ -131,10 +134,12 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     from loratools.dialects.kohya.hashes import hashes  # `inspect` need not wait for it
 
     adapter = without(rename.to_original(adapter, unet=False), losses(adapter))
-    names, unknown = flattened(adapter.updates)
+    homes = {module: home_of(module, update) for module, update in adapter.updates.items()}
+    names, unknown = flattened(dict.fromkeys(homes.values()))
     tensors: dict[str, LazyTensor] = {}
     for module, update in adapter.updates.items():
-        tensors |= {f"{names[module]}.{suffix}": lazy for suffix, lazy in of_peft(update).items()}
+        parts = of_peft(update) if homes[module] == module else {BIAS_PART: update.parts[WEIGHT_PART]}
+        tensors |= {f"{names[homes[module]]}.{suffix}": lazy for suffix, lazy in parts.items()}
     metadata = _metadata(adapter)
     if unknown:
         metadata[NAMES_KEY] = json.dumps(unknown, sort_keys=True)
@@ -142,11 +147,42 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     save.save(target, _FILE, tensors, metadata, force=force)
 
 
+def finish(draft: Draft, header: Mapping[str, str]) -> None:
+    """Give a draft of kohya's parts PEFT's, the alphas that only the header has, and its biases.
+
+    A difference of a bias, b' = b + diff_b, becomes that of B beside two factors, c = diff_b/s, and an update of the
+    bias itself beside anything else. The difference of a whole weight has its bias with it.
+    """
+    biases = {
+        module: parts.pop(BIAS_PART)
+        for module, parts in draft.groups.items()
+        if BIAS_PART in parts and WEIGHT_PART not in parts
+    }
+    draft.convert(lambda module, parts: {module: to_peft(parts)} if parts else {})
+    alphas.fill(draft, header)
+    for module, bias in biases.items():
+        parts = draft.groups.get(module, {})
+        if BIAS in parts:
+            draft.faults.append(f"{module}: a bias of B ({BIAS}) and one of its own ({BIAS_PART})")
+            continue
+        scaling = draft.usual(module, parts[A].shape[0])[0] if {A, B} <= parts.keys() <= _BIASED else 0.0
+        if scaling and 0 not in parts[A].shape:
+            parts[BIAS] = factors.scaled(bias, 1 / scaling)
+        else:
+            draft.add(f"{module}.bias", WEIGHT_PART, bias, f"{module}.{BIAS_PART}")
+
+
+def home_of(module: str, update: Update) -> str:
+    """Return the module in whose name an update stands in a file: a bias that changes alone has that of its module."""
+    alone = update.kind == "full" and len(update.shape) == 1 and BIAS_PART not in update.parts
+    return module.removesuffix(".bias") if alone else module
+
+
 def to_peft(parts: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Return the parts with DoRA's magnitude in PEFT's shape, if it has one number for each output feature."""
     converted = dict(parts)
     scale = parts.get(_DORA)
-    if scale is not None and converted.keys() == {A, B, _DORA}:
+    if scale is not None and converted.keys() - {BIAS} == {A, B, _DORA}:
         out, sides = parts[B].shape[0], len(parts[A].shape)
         if scale.shape == (out, *(1,) * (sides - 1)) and len(scale.shape) == sides:
             del converted[_DORA]
@@ -155,8 +191,11 @@ def to_peft(parts: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
 
 
 def of_peft(update: Update) -> dict[str, LazyTensor]:
-    """Return an update's tensors by kohya's suffixes."""
-    parts = {_SUFFIXES.get(part, part): lazy for part, lazy in update.parts.items() if part != MAGNITUDE}
+    """Return an update's tensors by kohya's suffixes; a bias of B is the difference of the module's, s·c."""
+    special = (MAGNITUDE, BIAS)
+    parts = {_SUFFIXES.get(part, part): lazy for part, lazy in update.parts.items() if part not in special}
+    if BIAS in update.parts:
+        parts[BIAS_PART] = factors.scaled(update.parts[BIAS], update.scaling)
     if MAGNITUDE in update.parts:
         magnitude = update.parts[MAGNITUDE]
         sides = (magnitude.parameters, *(1,) * (len(update.parts[A].shape) - 1))
