@@ -20,13 +20,16 @@ _MOST = 10  # modules shown unless all are asked for
 @make(section="Look")
 @click.argument("first", type=options.INPUT)
 @click.argument("second", type=options.INPUT)
-@click.option("--base", type=options.INPUT, metavar="PATH", help="Base model, to measure amplification factors too.")
+@click.option(
+    "--base", type=options.INPUT, metavar="PATH", help="Base model: for changes that depend on it, and amplification."
+)
 @click.option("--modules", is_flag=True, help="Print every module, not only the least alike.")
 @click.option("--grid", metavar="MODULE", help="Print the whole grid of similarities of one module.")
 def command(first: str, second: str, base: str | None, modules: bool, grid: str | None) -> show.Report:
     """Tell how alike two adapters are: the angle between their changes, and the subspaces they use.
 
-    The cosine is that of the two dW = scaling B A, computed from the factors. The input (output) overlap is the
+    The cosine is that of the two dW = scaling B A, computed from the factors. What a change of DoRA, (IA)3, OFT, GLoRA
+    or a tensor trained whole is depends on the base: with --base it is W' - W. The input (output) overlap is the
     normalized subspace similarity of the LoRA paper, section 7.2, between the right (left) singular vectors at full
     rank: 1 when one subspace contains the other; random ones would reach what stands beside it as chance. With --base
     the amplification factor of section 7.3 says how much an adapter strengthens directions that the base hardly uses.
@@ -80,6 +83,11 @@ def _lines(comparison: Comparison, every: bool) -> Iterator[str]:
             "modules",
             f"{len(comparison.modules)} shared, {len(comparison.only[0])} only in the first, "
             f"{len(comparison.only[1])} only in the second",
+        ),
+        *(
+            (heading, f"{len(modules)} of the {which}, as warned" if modules else None)
+            for heading, sides in (("in part", comparison.in_part), ("left out", comparison.left_out))
+            for which, modules in zip(("first", "second"), sides, strict=True)
         ),
     )
 

@@ -26,33 +26,40 @@ _WIDTH = 32
 @click.argument("path", type=options.INPUT)
 @click.option("--modules", is_flag=True, help="List every module of an adapter, every tensor of a checkpoint.")
 @click.option("--spectrum", is_flag=True, help="Singular values of every module of an adapter; this reads the factors.")
+@click.option(
+    "--base", type=options.INPUT, metavar="PATH",
+    help="Base model, for a --spectrum of changes that depend on it: DoRA, (IA)3, OFT, GLoRA, tensors trained whole.",
+)  # fmt: skip
 @options.dialect_option
-def command(path: str, modules: bool, spectrum: bool, dialect: str | None) -> show.Report:
+def command(path: str, modules: bool, spectrum: bool, base: str | None, dialect: str | None) -> show.Report:
     """Describe an adapter or a model, from headers alone unless --spectrum is given.
 
     Of an adapter: its dialect, ranks, alpha and scaling, target modules, size, the base model it belongs to and what
     it was made by. Of a model: architecture, parameters, dtypes, shards and the schema tier of its base hash. Layer
     numbers are collapsed: model.layers.[0-29].self_attn.{q,v}_proj means 60 modules. With --spectrum: the singular
     values of each dW = scaling B A, as bars from 1 (the largest) down to 1/1000 on a logarithmic scale, and the rank
-    that 99 % and 99.9 % of its energy need.
+    that 99 % and 99.9 % of its energy need. What a change of DoRA is depends on the base: with --base it is W' - W.
 
     \b
     Examples:
       loratools inspect adapter
       loratools inspect adapter --modules
       loratools inspect adapter --spectrum
+      loratools inspect adapter --spectrum --base base
       loratools inspect base --json
       loratools inspect hf://lab/adapter
     """
     from loratools.surgery.inspect import AdapterSummary, inspect
 
+    if base is not None and not spectrum:
+        raise click.UsageError("--base goes with --spectrum; the rest of what inspect tells needs no base")
     summary = inspect(path, dialect)
     if spectrum:
         from loratools.surgery.spectrum import spectrum as measure
 
         if summary.type != "adapter":
             raise click.UsageError(f"--spectrum: {path} is a model; it describes adapters")
-        measured = measure(path, dialect)
+        measured = measure(path, dialect, base)
         return show.Report(show.plain(summary) | {"spectrum": show.plain(measured)}, _spectrum(measured))
     if isinstance(summary, AdapterSummary):
         return show.Report(show.plain(summary), _adapter(summary, modules))
@@ -165,7 +172,8 @@ def _spectrum(measured: AdapterSpectrum) -> Iterator[str]:
         ("norm", show.number(measured.norm)),
         ("parameters", show.exact(measured.parameters)),
         *zip(("99 %", "99.9 %"), needs, strict=True),
-        ("no factors", ", ".join(measured.skipped) or None),
+        ("measured in part", ", ".join(measured.in_part) or None),
+        ("left out", ", ".join(measured.left_out) or None),
     )
 
 

@@ -1,7 +1,8 @@
 """Tensor maths without files: arrays in, arrays out.
 
 factored      algebra of ΔW = B·A in factor space: sums, SVD, norms, inner products; no matrix of ΔW's size
-similarity    subspace similarity and amplification, as in the LoRA paper
+delta         one ΔW as factors or as a dense matrix: norms, angles and directions of either
+similarity    subspace similarity, principal angles and amplification, as in the LoRA paper
 orthonormal   orthonormal bases, also of columns that depend on each other; sums in float64
 svd           the truncated SVD of a large matrix, near-optimal, with a certificate of its error
 ranks         which rank to keep: by a rule, above the noise of rounding, or within a budget for all layers

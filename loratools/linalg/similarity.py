@@ -25,12 +25,30 @@ def subspace_similarity(V1: Tensor, V2: Tensor) -> Tensor:
     return (overlaps / torch.minimum(i, j)).clamp(0, 1)
 
 
-def amplification(update: FactoredSVD, W: Tensor | Callable[[Tensor], Tensor], rank: int | None = None) -> float:
+def principal_angles(V1: Tensor, V2: Tensor) -> Tensor:
+    """Return the principal angles between the subspaces of orthonormal rows V₁ (k₁, n) and V₂ (k₂, n), float64.
+
+    min(k₁, k₂) of them, in radians, ascending. cos θ = σ(V₁V₂ᵀ) loses small angles, so those under 45° are found by
+    sin θ = σ of what lies outside the larger subspace (Björck & Golub 1973). Raises ValueError for rows of unequal
+    length.
+    """
+    if V1.ndim != 2 or V2.ndim != 2 or V1.shape[1] != V2.shape[1]:
+        raise ValueError(f"subspaces of one space are needed, not {tuple(V1.shape)} and {tuple(V2.shape)}")
+    small, large = sorted((V1.double(), V2.double()), key=len)
+    cosines = torch.linalg.svdvals(small @ large.mT).clamp(0, 1)
+    sines = torch.linalg.svdvals(small - (small @ large.mT) @ large).flip(0).clamp(0, 1)
+    return torch.where(cosines.square() > 0.5, sines.asin(), cosines.acos())
+
+
+def amplification(
+    update: FactoredSVD, W: Tensor | Callable[[Tensor], Tensor], rank: int | None = None, norm: float | None = None
+) -> float:
     """Return the amplification factor ‖ΔW‖_F / ‖UᵀWV‖_F of §7.3 of the LoRA paper.
 
     U and V are the `rank` leading singular vectors of ΔW (default: all above rounding); `W` is the base weight
     (out, in), or a function that multiplies it by a matrix: (in, r) -> (out, r), for weights that are streamed. The
     factor says how much ΔW strengthens directions that W hardly uses; it is infinite where W has nothing in them.
+    `norm` is ‖ΔW‖_F where `update` holds leading directions alone (default: that of its singular values).
     Raises ValueError when ΔW is zero, or `rank` exceeds its true rank.
     """
     true = int(update.rank())
@@ -42,5 +60,5 @@ def amplification(update: FactoredSVD, W: Tensor | Callable[[Tensor], Tensor], r
     V = update.Vh[:rank].mT
     WV = W(V) if callable(W) else W.double() @ V
     strength = float(torch.linalg.matrix_norm(update.U[:, :rank].mT @ WV.double()))
-    norm = float(torch.linalg.vector_norm(update.S))
+    norm = float(torch.linalg.vector_norm(update.S)) if norm is None else norm
     return norm / strength if strength > 0 else float("inf")

@@ -4,5 +4,5 @@ inspect, spectrum, compare, hash   look at them
 validate, verify                   check them
 merge, unmerge, switch             change a model
 combine, resize, extract, convert  make an adapter
-inputs, base                       what a verb opens; whether adapters and models belong to one base
+inputs, base, change               what a verb opens; whether it belongs to one base; what an adapter changes
 """

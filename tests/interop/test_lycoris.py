@@ -82,14 +82,14 @@ CASES: list[tuple[str, Callable[[], nn.Module], str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-def module_of(layer: nn.Module, name: str, options: dict[str, Any], multiplier: float) -> nn.Module:
+def module_of(layer: nn.Module, name: str, options: dict[str, Any], multiplier: float, seed: int = 3) -> nn.Module:
     """Return a LyCORIS module around a layer, with random numbers in all its parameters."""
     classes = {}
     for package in ("loha", "lokr", "locon", "glora", "full", "ia3", "diag_oft", "norms"):
         classes |= vars(__import__(f"lycoris.modules.{package}", fromlist=["x"]))
     arguments = {"lora_dim": 4, "alpha": 3, "bypass_mode": False} | options
     made: nn.Module = classes[name]("lora_unet_block_part", layer, multiplier, **arguments)
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     for key, parameter in made.named_parameters():
         if "org" not in key and "dora_scale" not in key:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3

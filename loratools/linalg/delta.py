@@ -1,0 +1,134 @@
+"""One ΔW as its factors or as a dense matrix, and what is asked of both: norms, angles, singular directions; float64.
+
+A product is never multiplied out. A dense matrix is decomposed exactly up to a side of 512. Beyond that its leading
+directions are found by block Krylov iteration (`svd/truncated.py`), and its singular values are the roots of those of
+DᵀD, a tenth of the time: values under √(ε·side)·σ₁, a millionth, are then not told from rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from loratools.linalg.factored import FactoredSVD, factored_svd, singular_values
+from loratools.linalg.svd.truncated import truncated_svd
+
+_EXACT_SIDE = 512
+_TOLERANCE = 1e-8  # of the error² that a rank leaves: its directions are then right to 1e-4 where a gap is 1 %
+_EPS = torch.finfo(torch.float64).eps
+
+
+class Delta(Protocol):
+    """A change ΔW (rows, columns) in float64."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Sides of the matrix."""
+
+    def norm2(self) -> float:
+        """Return ‖ΔW‖_F²."""
+
+    def inner(self, other: Delta) -> float:
+        """Return ⟨ΔW, ΔW'⟩ with a change of the same shape; raise `ValueError` for another shape."""
+
+    def onto(self, D: Tensor) -> float:
+        """Return ⟨ΔW, D⟩ with a dense matrix of the same shape."""
+
+    def times(self, X: Tensor) -> Tensor:
+        """Return ΔW·X for X (columns, k)."""
+
+    def leading(self, rank: int) -> tuple[FactoredSVD, float]:
+        """Return leading singular directions, all of a product, `rank` ≥ 1 of a dense matrix, and ‖ΔW‖_F of all."""
+
+    def sigma(self) -> Tensor:
+        """Return every singular value, descending, those at the rounding as 0: a rank's, or min(rows, columns)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Product:
+    """ΔW = B·A, with the scaling folded into B (rows, r); A is (r, columns)."""
+
+    B: Tensor
+    A: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.B), self.A.shape[1]
+
+    def norm2(self) -> float:
+        return float(singular_values(self.B, self.A).square().sum())  # where terms cancel, a trace would too
+
+    def inner(self, other: Delta) -> float:
+        _check(self, other)
+        return float((self.B * other.times(self.A.mT)).sum())
+
+    def onto(self, D: Tensor) -> float:
+        return float((self.B * (D @ self.A.mT)).sum())
+
+    def times(self, X: Tensor) -> Tensor:
+        return self.B @ (self.A @ X)
+
+    def leading(self, rank: int) -> tuple[FactoredSVD, float]:
+        svd = factored_svd(self.B, self.A)
+        return svd, float(torch.linalg.vector_norm(svd.S))
+
+    def sigma(self) -> Tensor:
+        return singular_values(self.B, self.A)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dense:
+    """ΔW as a matrix D. Raises `ValueError` where it holds NaN or infinity."""
+
+    D: Tensor
+
+    def __post_init__(self) -> None:
+        if not bool(self.D.isfinite().all()):
+            bad = int((~self.D.isfinite()).sum())
+            raise ValueError(f"the change {tuple(self.D.shape)} holds {bad} NaN or infinite elements")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.D.shape[0], self.D.shape[1]
+
+    def norm2(self) -> float:
+        return float(self.D.square().sum())
+
+    def inner(self, other: Delta) -> float:
+        _check(self, other)
+        return other.onto(self.D)
+
+    def onto(self, D: Tensor) -> float:
+        return float((self.D * D).sum())
+
+    def times(self, X: Tensor) -> Tensor:
+        return self.D @ X
+
+    def leading(self, rank: int) -> tuple[FactoredSVD, float]:
+        if min(self.shape) <= _EXACT_SIDE:
+            U, S, Vh = torch.linalg.svd(self.D, full_matrices=False)
+        else:
+            found = truncated_svd(self.D, rank, tolerance=_TOLERANCE)
+            U, S, Vh = found.U, found.S, found.Vh
+        return FactoredSVD(U[:, :rank], S[:rank], Vh[:rank], self._floor(S)), math.sqrt(self.norm2())
+
+    def sigma(self) -> Tensor:
+        if min(self.shape) <= _EXACT_SIDE:
+            S: Tensor = torch.linalg.svdvals(self.D)
+            return S.masked_fill(S.le(self._floor(S)), 0.0)
+        short = self.D if self.shape[0] <= self.shape[1] else self.D.mT
+        squares: Tensor = torch.linalg.eigvalsh(short @ short.mT).flip(0)
+        return squares.masked_fill(squares.le(_EPS * max(self.shape) * squares[0]), 0.0).sqrt()
+
+    def _floor(self, S: Tensor) -> Tensor:
+        floor: Tensor = _EPS * max(self.shape) * S[:1].sum()
+        return floor
+
+
+def _check(one: Delta, other: Delta) -> None:
+    if one.shape != other.shape:
+        raise ValueError(f"an inner product needs changes of one shape, not {one.shape} and {other.shape}")

@@ -1,0 +1,248 @@
+"""What an adapter changes, module by module, as the matrix that is measured: with a base W' − W, else s·ΔW alone.
+
+A change that depends on the weight it finds (DoRA, (IA)³, OFT, GLoRA, tensors trained whole) is known with the base
+alone. Without it DoRA's is measured without the magnitude, others are left out, and both are said. A difference of a
+bias is a change of its own, `module.bias`. Every change is measured by itself, at weight 1, in float64.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+
+import torch
+from torch import Tensor
+
+from loratools import dialects
+from loratools.adapter import low_rank
+from loratools.adapter.kinds import Update
+from loratools.adapter.kinds._product import BiasUpdate
+from loratools.adapter.model import Adapter, AdapterInput
+from loratools.adapter.naming.compact import compact
+from loratools.adapter.naming.wrappers import Names
+from loratools.adapter.placement.layers import replicated
+from loratools.adapter.placement.resolve import Placement, resolve
+from loratools.adapter.placement.settle import settle
+from loratools.adapter.placement.tied import EMBEDDINGS, HEADS, last_segment, main_tensor
+from loratools.adapter.placement.whole import resolve_replacements
+from loratools.decisions import warned
+from loratools.linalg.delta import Delta, Dense, Product
+from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.lazy import LazyTensor
+from loratools.surgery.base import differences
+from loratools.surgery.inputs import AdapterSource, ModelSource, open_adapters, open_model, under_names_of
+
+ON_BASE = "its change depends on the base model (--base)"
+_MAGNITUDE = "without its magnitude, whose effect depends on the base model (--base)"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModuleChange:
+    """One change, loaded when it is asked for; `shape` is that of the matrix, `rank` that of its update, 0 for none.
+
+    `parameters` counts the numbers that say it. `base` loads the weight under it, laid out alike, None without a base.
+    """
+
+    kind: str
+    shape: tuple[int, int]
+    rank: int
+    parameters: int
+    load: Callable[[], Delta]
+    base: Callable[[], Tensor] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Changes:
+    """The changes of one adapter by module; `in_part` and `left_out` say why some are not measured as they act."""
+
+    modules: Mapping[str, ModuleChange]
+    in_part: Mapping[str, str]
+    left_out: Mapping[str, str]
+
+
+def measurable(
+    adapters: Sequence[AdapterSource], base: ModelSource | None = None, dialect: str | None = None
+) -> tuple[Changes, ...]:
+    """Return what each adapter changes, and warn of what is not measured as it acts.
+
+    Raises what opening the adapters and the base raises, and `IncompatibleAdapter` where they do not fit together.
+    """
+    names = [f"adapter {i + 1}" if isinstance(source, Adapter) else str(source) for i, source in enumerate(adapters)]
+    model = None if base is None else open_model(base)
+    opened = [
+        source if isinstance(source, Adapter) else dialects.open_adapter(source, dialect=dialect, base=model)
+        for source in adapters
+    ]
+    if model is None:
+        found = [_alone(adapter) for adapter in opened]
+    else:
+        found = [_on(*pair) for pair in _fitted(model, opened, names)]
+    for name, changes in zip(names, found, strict=True):
+        _tell(name, changes)
+    return tuple(found)
+
+
+def _tell(name: str, changes: Changes) -> None:
+    for reasons, verb in ((changes.in_part, "measured"), (changes.left_out, "left out")):
+        by_reason: dict[str, list[str]] = defaultdict(list)
+        for module, reason in reasons.items():
+            by_reason[reason].append(module)
+        for reason, modules in by_reason.items():
+            targets = compact(modules)
+            shown = ", ".join(targets[:3]) + (", …" if len(targets) > 3 else "")
+            warned("%s: %d module(s) %s %s: %s", name, len(modules), verb, reason, shown)
+
+
+def _alone(adapter: Adapter) -> Changes:
+    modules: dict[str, ModuleChange] = {}
+    in_part: dict[str, str] = {}
+    left_out = dict.fromkeys(adapter.replacements, f"as a tensor trained whole: {ON_BASE}")
+    for module, update in adapter.updates.items():
+        parts = {f"{module}.{e}": expert for e, expert in enumerate(update.members)} or {module: update.direction}
+        if not update.additive and not update.direction.additive:
+            left_out[module] = f"as kind {update.kind}: {ON_BASE}"
+            continue
+        modules |= {name: _additive(part, update.kind) for name, part in parts.items()}
+        if not update.additive:
+            in_part[module] = _MAGNITUDE
+        if update.bias is not None:
+            bias = BiasUpdate(update.bias, update.scaling, update.alpha)
+            modules[f"{module}.bias"] = _additive(bias, bias.kind)
+    return Changes(modules, in_part, left_out)
+
+
+def _additive(update: Update, kind: str, base: Callable[[], Tensor] | None = None) -> ModuleChange:
+    """Return the change of an update that adds the same ΔW to any weight."""
+    factors, by_rows, (rows, *sides) = update.factored(), update.by_rows, update.shape
+    shape = rows, prod(sides)
+    if factors is not None:
+        return ModuleChange(
+            kind, shape, update.rank, update.rank * sum(shape), lambda: Product(*low_rank.load(update)), base
+        )
+    if by_rows is None:
+        raise ValueError(f"kind {update.kind}: it adds a ΔW that is neither a product nor made by rows")
+    parameters = sum(lazy.parameters for lazy in update.parts.values())
+    return ModuleChange(
+        kind, shape, update.rank, parameters, lambda: Dense(by_rows.dense().reshape(shape) * update.scaling), base
+    )
+
+
+def _fitted(
+    model: Checkpoint, opened: Sequence[Adapter], names: Sequence[str]
+) -> Iterable[tuple[Checkpoint, AdapterInput]]:
+    """Yield the base and each adapter under its names; warn where one was sealed with another base."""
+    model = replicated(model, opened)
+    inputs, notes = settle(model, under_names_of(model, open_adapters(list(opened), model)), strict=False)
+    for note in notes:
+        warned(note)
+    for name, adapter in zip(names, opened, strict=True):
+        if (identity := adapter.base) is not None and identity.sealed:
+            # The tensors that it changes are enough: to read all of a model for its root takes long.
+            needed = replace(identity, root=None) if identity.tensors else identity
+            for sentence in differences(needed, model.stored or model)[:1]:
+                warned("%s: measured on another base than the one it was sealed with: %s", name, sentence)
+    return [(model, each) for each in inputs]
+
+
+def _on(model: Checkpoint, each: AdapterInput) -> Changes:
+    """Return the changes W' − W of an adapter that has a base's names."""
+    adapter, heads = _with_heads(each.adapter, model)
+    shapes = {name: spec.shape for name, spec in model.specs.items()}
+    shapes |= {head: shapes[embedding] for head, embedding in heads.items()}
+    whole = resolve_replacements(adapter, shapes)
+
+    def weight(name: str) -> Tensor:
+        return whole[name].load() if name in whole else model.read(heads.get(name, name))
+
+    modules: dict[str, ModuleChange] = {}
+    left_out: dict[str, str] = {}
+    for name, lazy in whole.items():
+        if shapes.get(name) != lazy.shape:
+            why = f"the base has it with shape {list(shapes[name])}" if name in shapes else "the base has none"
+            left_out[name] = f"as a tensor of shape {list(lazy.shape)}: {why}"
+        else:
+            modules[name] = _replaced(lazy, partial(model.read, heads.get(name, name)))
+    after = shapes | {name: tensor.shape for name, tensor in whole.items()}
+    grouped: dict[str, list[Placement]] = defaultdict(list)
+    for placement in resolve(adapter, after, model.config):
+        number = "" if placement.expert is None else f".{placement.expert}"
+        grouped[placement.module + number + (".bias" if placement.bias else "")].append(placement)
+    for module, sites in grouped.items():
+        modules[module] = _placed(sites, weight)
+    return Changes(modules, {}, left_out)
+
+
+def _with_heads(adapter: Adapter, model: Checkpoint) -> tuple[Adapter, dict[str, str]]:
+    """Return the adapter, and for heads that it changes and the base does not store the embedding that they start as.
+
+    A head that is replaced by the tensor of the embedding is left out: there it is one weight.
+    """
+    names, embedding = Names(model.specs), main_tensor(model.specs, EMBEDDINGS)
+    paths = {*adapter.updates, *(path.removesuffix(".weight") for path in adapter.replacements)}
+    missing = [path for path in sorted(paths) if last_segment(path) in HEADS and not names.find(path)]
+    if embedding is None or not missing:
+        return adapter, {}
+    of_embedding = [lazy for path, lazy in adapter.replacements.items() if last_segment(path) in EMBEDDINGS]
+    kept = {
+        path: lazy
+        for path, lazy in adapter.replacements.items()
+        if lazy not in of_embedding or path.removesuffix(".weight") not in missing
+    }
+    return replace(adapter, replacements=kept), {f"{path}.weight": embedding for path in missing}
+
+
+def _replaced(lazy: LazyTensor, base: Callable[[], Tensor]) -> ModuleChange:
+    """Return the change of a tensor trained whole, of the base's shape."""
+    shape = lazy.shape[0] if lazy.shape else 1, prod(lazy.shape[1:])
+
+    def under() -> Tensor:
+        return base().double().reshape(shape)
+
+    return ModuleChange(
+        "whole", shape, 0, lazy.parameters, lambda: Dense(lazy.load().double().reshape(shape) - under()), under
+    )
+
+
+def _placed(sites: Sequence[Placement], weight: Callable[[str], Tensor]) -> ModuleChange:
+    """Return the change of one module where its weight lies in the base: whole, in a fused one, or in several."""
+    update, first = sites[0].update, sites[0].site
+    rows = max(placement.site.part_rows.stop for placement in sites)
+    shape = rows, first.shape[0 if first.transposed else 1]
+
+    def under() -> Tensor:
+        return _assembled(sites, shape, lambda placement: _rectangle(placement, weight))
+
+    def change() -> Delta:
+        return Dense(_assembled(sites, shape, lambda placement: _difference(placement, weight)))
+
+    if update.additive:
+        return replace(_additive(update, update.kind), base=under)
+    parameters = sum(lazy.parameters for lazy in update.parts.values())
+    return ModuleChange(update.kind, shape, update.rank, parameters, change, under)
+
+
+def _assembled(sites: Sequence[Placement], shape: tuple[int, int], rectangle: Callable[[Placement], Tensor]) -> Tensor:
+    whole = torch.zeros(shape, dtype=torch.float64)
+    for placement in sites:
+        block = rectangle(placement)
+        whole[placement.site.part_rows] = block.T if placement.site.transposed else block
+    return whole
+
+
+def _rectangle(placement: Placement, weight: Callable[[str], Tensor]) -> Tensor:
+    site = placement.site
+    return weight(site.tensor).reshape(site.matrix)[slice(*site.rows), slice(*site.columns)].double()
+
+
+def _difference(placement: Placement, weight: Callable[[str], Tensor]) -> Tensor:
+    """Return W' − W of a site, as the base stores it."""
+    W = _rectangle(placement, weight)
+    term = placement.update.term(placement.site, 1.0, torch.float64, torch.device("cpu"))
+    every, changed = slice(0, len(W)), W.clone()
+    if term.needs_pass:
+        term.observe_rows(W, every)
+    term.apply_rows(changed, every, None)
+    return changed - W
