@@ -40,10 +40,10 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
     "loratools.storage": ("*", "pickles", "checkpoint", "companions"),
     "loratools.dialects": ("_frame", "*"),
     "loratools.surgery": (
-        "hash inputs inspect spectrum compare",
+        "hash inputs inspect",
         "base convert extract",
-        "combine merge validate",
-        "resize verify",
+        "change combine merge validate",
+        "compare resize spectrum verify",
         "unmerge",
         "switch",
     ),
@@ -68,7 +68,7 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
         "validate",
         "reader writer record",
     ),
-    "loratools.linalg": ("orthonormal factored native", "ranks similarity", "svd"),
+    "loratools.linalg": ("orthonormal factored native", "ranks similarity", "svd", "delta"),
 }
 """Folder -> what it holds, ground floor first: nothing imports its own floor or one above. "*" is all that is not
 named, and may import its like. A folder that is not here has only files, which form no circle.
