@@ -14,7 +14,7 @@ from loratools.cli._group import command as make
 from loratools.cli._talk import Talk, pass_talk
 
 if TYPE_CHECKING:
-    from loratools.options import CheckBase
+    from loratools.options import CheckBase, Tied
     from loratools.surgery.switch import SwitchReport
 
 
@@ -30,21 +30,30 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @options.output_option
 @options.weight_option
+@click.option(
+    "--tied", type=options.Words("loratools.options", "Tied"),
+    help="What a change of a tied embedding or head does.  [default: as at the merge]",
+)  # fmt: skip
 @options.check_base_option
+@click.option(
+    "--keep-residual/--no-keep-residual", default=None,
+    help="Keep what it takes to restore the base, so that the next switch is exact too.  [default: where it was kept]",
+)  # fmt: skip
 @options.threads_option
 @options.force_option
 @options.durable_option
 @pass_talk
 def command(
     talk: Talk, model: str, out: tuple[str, ...], into: tuple[str, ...], output: Path, weights: tuple[float, ...],
-    check_base: CheckBase, threads: int | None, force: bool, durable: bool,
+    tied: Tied | None, check_base: CheckBase, keep_residual: bool | None, threads: int | None, force: bool,
+    durable: bool,
 ) -> show.Report:  # fmt: skip
     """Take one adapter out of a merged model and put another in, in one pass.
 
     Beside the residual of `merge --keep-residual` this is exact: each tensor of the base is restored, checked, and
-    merged with the new adapter, as if that were merged into the base. Without a residual the result is
-    W' - dW(out) + dW(in) in float32, rounded once, which is said to be approximate. Weights are those of the adapters
-    that are put in.
+    merged with the new adapter, as if that were merged into the base; a residual is kept again, for the next switch.
+    Without a residual the result is W' - dW(out) + dW(in) in float32, rounded once, which is said to be approximate,
+    and how far it can be from the merge. Weights are those of the adapters that are put in.
 
     \b
     Examples:
@@ -57,15 +66,16 @@ def command(
     with talk.progress("switching", Checkpoint.open(model).nbytes) as advance:
         report = switch(
             model, out, into, output, weights=weights or None,
-            check_base=check_base, threads=threads, force=force, durable=durable, progress=advance,
+            tied=tied, check_base=check_base, keep_residual=keep_residual, threads=threads, force=force,
+            durable=durable, progress=advance,
         )  # fmt: skip
-    talk.note(*report.notes)
     return show.Report(show.plain(report), _lines(report))
 
 
 def _lines(report: SwitchReport) -> Iterator[str]:
     how = "exactly: the residual brought every bit of the base back" if report.exact else "APPROXIMATE: no residual"
     error = f"at most {report.error_bound:.3g} in any element" if report.error_bound else "0: as merged into the base"
+    left = report.residual
     kept = "not measured" if report.retention is None else f"{report.retention:.2%} of the change survives rounding"
     yield from show.fields(
         ("switched", report.output),
@@ -73,4 +83,5 @@ def _lines(report: SwitchReport) -> Iterator[str]:
         ("changed", f"{report.changed} of {report.tensors} tensors"),
         ("error", error),
         ("retention", kept),
+        ("residual", show.size(left.nbytes) if left else None),
     )

@@ -58,7 +58,6 @@ def command(
             model, adapters, output, base=base, weights=weights or None, threads=threads, force=force, durable=durable,
             progress=advance,
         )  # fmt: skip
-    talk.warn(*report.notes)
     return show.Report(show.plain(report), _lines(report))
 
 

@@ -21,7 +21,7 @@ from loratools.engine.arithmetic.torch import TorchRows, Workspace
 from loratools.engine.device import TILES, exact_products, own_stream
 from loratools.engine.load import check_effect, is_wide, load_products, load_terms
 from loratools.engine.plan import Change, MergePlan
-from loratools.engine.task import Arithmetic, TensorResult, TensorTask
+from loratools.engine.task import Arithmetic, Restore, TensorResult, TensorTask
 from loratools.engine.tensor import run
 from loratools.engine.turns import Queue, Turns
 from loratools.errors import WrongBase
@@ -34,10 +34,6 @@ from loratools.storage.layout import FilePlan, Slot
 _COPY = 64 << 20  # bytes of one copy task: large enough to be cheap, small enough to share out and to stop
 
 _Range = tuple[Path, int, int, int]  # of a file, from, to; and where it goes
-
-
-Restore = Callable[[int, int], None]
-"""Puts the bytes of a base's tensor to where it will lie in the output: a file's descriptor, and an offset in it."""
 
 
 @dataclass(frozen=True, slots=True)

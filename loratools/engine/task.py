@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from loratools.errors import IncompatibleAdapter
 from loratools.storage import dtypes
 from loratools.storage.header import TensorSpec
+
+Restore = Callable[[int, int], None]
+"""Puts the bytes of a base's tensor to where it will lie in the output: a file's descriptor, and an offset in it."""
 
 TILE = 1 << 20
 """Bytes of one tile, about: it is cut at whole rows."""

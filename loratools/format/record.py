@@ -23,6 +23,13 @@ from loratools.version import __version__
 TOOL = f"loratools {__version__}"
 TURNED = "transposed"
 """Field of an adapter's entry: the modules whose weights the base stores (in, out)."""
+REPLACED = "replaced"
+"""Field of an adapter's entry: the tensors of the model that are the adapter's own."""
+BROUGHT = "brought"
+"""Field: files beside the weights that an adapter brought, and that are not the base's."""
+ERROR = "error_bound"
+"""Field: how far any element can be from the base with these adapters, where some were taken out by subtraction."""
+_HOLDS = ("merge", "switch", "unmerge")  # operations after which a model holds the adapters that the record lists
 
 
 def of_merge(base: Checkpoint, inputs: Sequence[AdapterInput], turned: Sequence[Sequence[str]] = ()) -> dict[str, Any]:
@@ -90,9 +97,9 @@ def read(model: Checkpoint) -> dict[str, Any]:
 
 
 def is_complete(record: Mapping[str, Any]) -> bool:
-    """Tell whether a record is that of a merge, and has what is needed to take its adapters out again."""
+    """Tell whether a record says which adapters the model holds, and what is needed to take them out again."""
     adapters, base = record.get("adapters"), record.get("base")
-    if record.get("operation") != "merge" or not isinstance(adapters, list) or not isinstance(base, Mapping):
+    if record.get("operation") not in _HOLDS or not isinstance(adapters, list) or not isinstance(base, Mapping):
         return False
     stated = [(each.get("digest"), each.get("weight")) for each in adapters if isinstance(each, Mapping)]
     sound = all(isinstance(digest, str) and isinstance(weight, int | float) for digest, weight in stated)
@@ -110,13 +117,16 @@ def base_of(record: Mapping[str, Any]) -> BaseIdentity:
     return BaseIdentity(base.get("id"), tensors=base.get("tensors") or {}, root=base.get("root"))
 
 
-def refuse_second_merge(base: Checkpoint, digests: Sequence[str]) -> None:
-    """Raise `OutputRefused` if a base is itself a merge of an adapter of one of these digests."""
-    record = read(base)
-    entries: Any = record.get("adapters") if record.get("operation") == "merge" else None
-    listed = entries if isinstance(entries, list) else ()
-    merged = {entry.get("digest") for entry in listed if isinstance(entry, Mapping)}
-    if again := sorted(set(digests) & merged):
+def held(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the entries of the adapters that a model holds by its record, as far as they can be read."""
+    entries: Any = record.get("adapters") if record.get("operation") in _HOLDS else None
+    return [entry for entry in entries if isinstance(entry, Mapping)] if isinstance(entries, list) else []
+
+
+def refuse_second_merge(base: Checkpoint, digests: Sequence[str], taken: Sequence[str] = ()) -> None:
+    """Raise `OutputRefused` if a base holds an adapter of one of these digests, and it is not `taken` out."""
+    merged = {entry.get("digest") for entry in held(read(base))}
+    if again := sorted(set(digests) & (merged - set(taken))):
         raise OutputRefused(
             f"{base.path} already is a merge of this adapter ({again[0]}); merging again would apply it twice",
             hint=f"Merge into the base model instead, or remove {RECORD} if you mean it.",

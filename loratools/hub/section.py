@@ -34,7 +34,7 @@ def checkpoint_facts(
     summary: CheckpointSummary, base_model: str | None, record: Mapping[str, Any], base_card: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the front matter of a model's card; `record` is that of the merge that made it, if one did."""
-    adapters = record.get("adapters") if record.get("operation") == "merge" else None
+    adapters = record.get("adapters") if record.get("operation") in ("merge", "switch") else None
     several = isinstance(adapters, list) and len(adapters) > 1
     return _known(
         base_card,

@@ -41,11 +41,13 @@ class Companions:
     `sources`   relative path -> the file that is copied there
     `texts`     relative path -> what is written there, in the place of a file of that name
     `left`      files of the base, by their relative paths, that stay behind
+    `brought`   what came with an adapter and is not the base's: names of files, or "chat template"
     """
 
     sources: Mapping[str, Path] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
     left: tuple[str, ...] = ()
+    brought: tuple[str, ...] = ()
 
 
 def companions(base: Checkpoint, adapter_paths: Iterable[Path | None]) -> Companions:
@@ -86,7 +88,14 @@ def companions(base: Checkpoint, adapter_paths: Iterable[Path | None]) -> Compan
         shown = ", ".join(left[:12]) + (f" and {len(left) - 12} more" if len(left) > 12 else "")
         text = "%s: %d file(s) stay behind, for they may be weights without the adapter: %s"
         warned(text, base.path, len(left), shown)
-    return Companions(sources, texts, tuple(left))
+    brought = sorted(name for name, path in of_adapters.items() if not _is_same(path, of_base.get(name)))
+    if template and template != (templates.read(base.root) if of_base else {}):
+        brought.append("chat template")
+    return Companions(sources, texts, tuple(left), tuple(brought))
+
+
+def _is_same(path: Path, other: Path | None) -> bool:
+    return other is not None and path.read_bytes() == other.read_bytes()
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

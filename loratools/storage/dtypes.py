@@ -29,6 +29,11 @@ MANTISSA = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}
 """Bits of precision p, the hidden one included: rounding to nearest errs by at most 2^-p of the value."""
 
 
+def half_unit(dtype: str, largest: float) -> float:
+    """Return how far a number of at most this magnitude can be from itself rounded to the nearest of a float dtype."""
+    return max(2.0 ** -MANTISSA[dtype] * largest, 2.0 ** (_RANGE[dtype][1] - 1))
+
+
 # Of the float dtypes: the exponents of the largest power of two and of the smallest number above zero.
 _RANGE = {"F16": (15, -24), "BF16": (127, -133), "F32": (127, -149), "F64": (1023, -1074)}
 

@@ -6,35 +6,44 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from loratools.adapter.model import AdapterInput
-from loratools.engine.plan import MergePlan
+from loratools.adapter.placement.settle import equal
+from loratools.decisions import warned
 from loratools.engine.residual import Lost, Residual
+from loratools.engine.residual.keep import Kept, keep
 from loratools.engine.residual.restore import file_plan, lost_bytes, write_pieces
-from loratools.engine.run import Settings, write_weights
-from loratools.engine.task import retention
-from loratools.errors import IncompatibleAdapter, WrongBase
-from loratools.format.record import of_merge
-from loratools.options import CheckBase
-from loratools.parallel import Progress, cores, no_progress
+from loratools.errors import IncompatibleAdapter, InvalidOption, WrongBase
+from loratools.format.record import BROUGHT, refuse_second_merge
+from loratools.options import CheckBase, Options, Tied
+from loratools.parallel import Progress, each, no_progress
 from loratools.storage import atomic, digest
 from loratools.storage.checkpoint import Checkpoint
-from loratools.storage.companions import companions
-from loratools.storage.header import TensorSpec
+from loratools.storage.companions import RESIDUAL
+from loratools.storage.header import TensorSpec, nbytes
+from loratools.storage.lazy import LazyTensor
 from loratools.storage.sources import Location
-from loratools.surgery.inputs import AdapterSource, ModelSource, open_adapters, places, under_names_of
+from loratools.surgery.base import prove
+from loratools.surgery.hash import hash_tensors
+from loratools.surgery.inputs import AdapterSource, ModelSource, open_adapters, places, places_of
 from loratools.surgery.merge.folder import write_companions
 from loratools.surgery.merge.options import MergeOptions
-from loratools.surgery.merge.plan import plan_merge
+from loratools.surgery.merge.prepare import Account, Merge, decide
+from loratools.surgery.merge.run import write_tensors
 from loratools.surgery.unmerge.merged import MergedModel
 from loratools.surgery.unmerge.subtract import subtract
+
+_APPROXIMATE = "approximate: W' − ΔW_out + ΔW_in, for no residual of the merge was kept"
 
 
 @dataclass(frozen=True, slots=True)
 class SwitchReport:
     """What became of a model. `exact` says that the result is what merging the new adapters into the base would give.
 
-    Else `error_bound` limits how far any element is from that.
+    Else `error_bound` limits how far any element is from that, through all switches since the merge. `residual` is what
+    the next switch will restore the base from, where that was kept. The other fields are those of `MergeReport`, of the
+    adapters that were put in.
     """
 
     output: str
@@ -44,6 +53,10 @@ class SwitchReport:
     error_bound: float
     retention: float | None
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    consumed: tuple[Account, ...] = ()
+    residual: Kept | None = None
+    left_behind: tuple[str, ...] = ()
 
 
 def switch(
@@ -53,7 +66,9 @@ def switch(
     output: Location,
     *,
     weights: float | Sequence[float] | None = None,
+    tied: Tied | None = None,
     check_base: CheckBase = "strict",
+    keep_residual: bool | None = None,
     threads: int | None = None,
     force: bool = False,
     durable: bool = False,
@@ -61,9 +76,11 @@ def switch(
 ) -> SwitchReport:
     """Write a merged model with the adapters `out` replaced by the adapters `into`.
 
-    With the residual of the merge each tensor is restored, compared with its recorded digest, and merged anew: the
-    result is that of a merge into the base. Without it, W'' = W' − ΔW_out + ΔW_in in float32, rounded once, is within
-    2^-p·(|W'| + |W''|) of W + ΔW_in, p the bits of the dtype's mantissa, and the report calls it approximate.
+    With the residual of the merge each tensor is restored, compared with its recorded digest, and merged anew; the hash
+    of all proves the base. The result is that of a merge into the base, and keeps a residual in turn, so that the
+    hundredth switch is exact too. Without it, W'' = W' − ΔW_out + ΔW_in in float32, rounded once, is within
+    2^-p·(|W'| + |W''|) of W + ΔW_in, p the bits of the dtype's mantissa, plus the error of the float32 sums, and the
+    report calls it approximate; the bounds of several such switches add up.
 
     Args:
         model: The merged model: a path, an `hf://` reference, or an open `Checkpoint`.
@@ -71,10 +88,14 @@ def switch(
         into: The adapters to put in, one or several.
         output: The folder to write; it must not exist, unless `force`.
         weights: A number for each adapter of `into`; one number for one adapter. Default: 1 for each.
+        tied: What a change of an embedding does to a head that is the same tensor, as for `merge`. Default: what it did
+            at the merge.
         check_base: What happens where the base is not the one that a new adapter was sealed with: `"strict"` raises,
-            `"warn"` reports, `"off"` compares nothing. Without a residual there is no base to compare. Default:
-            `"strict"`.
-        threads: Threads to work with; no byte depends on it. Default: one per core.
+            `"warn"` reports, `"off"` compares nothing. Without a residual the record of the merge is asked about
+            tensors that it changed. Default: `"strict"`.
+        keep_residual: Whether the result keeps a residual, which takes one beside the model. Default: where there is
+            one.
+        threads: Threads to work with; no byte depends on it. Default: one per core, at most 8.
         force: Whether to replace an output that exists. Default: no.
         durable: Whether the output is on the disk itself before it has its name, so that a power cut leaves it whole or
             absent; it takes as long as the disk needs to write it. Default: no, the system writes it when it likes.
@@ -93,76 +114,160 @@ def switch(
         True
     """
     atomic.sweep(output)
-    options = MergeOptions(check_base=check_base, threads=threads, force=force, durable=durable)
-    output, threads, progress = Path(output), threads or cores(), progress or no_progress
+    checked = Options()
+    if tied is not None:
+        checked.word("tied", tied, Tied)
+    if keep_residual is not None:
+        checked.flag("keep_residual", keep_residual)
+    checked.word("check_base", check_base, CheckBase).threads(threads).flag("force", force)
+    checked.flag("durable", durable).done()
+    output, progress = Path(output), progress or no_progress
     atomic.check_output(output, force=force)
     merged = MergedModel.open(model, out, None)
-    merged.check_layers()
-    inputs = under_names_of(merged.model, open_adapters(into, merged.model, weights))
-    atomic.refuse_inputs(output, [merged.model.path, *places(merged.inputs), *places(inputs)])
+    inputs = open_adapters(into, merged.model, weights)
+    merged.check_layers(inputs)
+    atomic.refuse_inputs(output, [*places_of(merged.model), *places(merged.inputs), *places(inputs)])
+    refuse_second_merge(merged.model, [each.digest for each in inputs], [each.digest for each in merged.inputs])
     residual = merged.residual()
+    if keep_residual and residual is None:
+        raise InvalidOption(
+            f"{merged.model.path}: there is no {RESIDUAL}, so no base to keep a residual of",
+            hint="Merge with --keep-residual into the base; from there on every switch keeps it.",
+        )
+    options = MergeOptions(
+        tied=tied or merged.tied or "error", check_base=check_base, threads=threads, force=force, durable=durable,
+        keep_residual=residual is not None and keep_residual is not False,
+    )  # fmt: skip
     with atomic.new_folder(output, force=force, durable=durable) as scratch:
         if residual is not None:
-            plan, changed, survived = _restore_and_merge(merged, residual, inputs, options, threads, progress, scratch)
-            return SwitchReport(str(output), True, changed, len(plan.changes), 0.0, survived, plan.notes)
-        options = replace(options, tied=merged.record.get("tied") or "error", check_base="off")
-        plan, bound = subtract(merged, inputs, options, threads, progress, scratch)
-        notes = (
-            "approximate: W' − ΔW_out + ΔW_in, for no residual of the merge was kept",
-            "no base hash of the new adapters was checked",
-        )
-        return SwitchReport(str(output), False, len(plan.touched()), len(plan.changes), bound, None, notes)
+            return _Exact(merged, residual, scratch).run(inputs, output, options, progress)
+        done = subtract(merged, inputs, options, output, progress, scratch)
+    warned(_APPROXIMATE)
+    plan = done.prepared.plan
+    return SwitchReport(
+        str(output), False, len(plan.touched()), len(plan.changes), done.bound, done.measured.retention,
+        (_APPROXIMATE, *done.notes), done.measured.warnings, done.prepared.accounts[: len(inputs)],
+        left_behind=done.prepared.beside.left,
+    )  # fmt: skip
 
 
-def _restore_and_merge(
-    merged: MergedModel, residual: Residual, inputs: Sequence[AdapterInput], options: MergeOptions, threads: int,
-    progress: Progress, scratch: Path,
-) -> tuple[MergePlan, int, float | None]:  # fmt: skip
-    """Merge anew, each lost tensor restored first; return the plan, how many tensors changed, and the retention."""
-    merged.check_complete()
-    lost = merged.lost(residual)
-    base = _base_in(scratch, merged.model, residual, lost)
-    plan = plan_merge(base, inputs, options)
-    recorded: Mapping[str, str] = merged.record["base"]["tensors"]
-    before = {
-        name: partial(_restore, tensor, residual, base.specs[name], recorded.get(name)) for name, tensor in lost.items()
-    }
-    results = write_weights(plan, scratch, Settings(threads, before=before), progress)
-    record = of_merge(base, inputs, plan.turned())
-    digests = {result.name: result.digests[digest.DEFAULT] for result in results if result.digests}
-    of_base = {**merged.record["base"], "tensors": digests}
-    record |= {"base": of_base, "tied": None, "dtype": None, "retention": retention(results)}
-    write_companions(plan, companions(merged.model, [each.path for each in inputs]), record, scratch)
-    return plan, len(plan.touched().keys() | lost.keys()), retention(results)
+@dataclass(slots=True, eq=False)
+class _Restorer:
+    """Restores one tensor of the base; its digest is known afterwards. Raises `WrongBase` unless it is the recorded."""
+
+    lost: Lost
+    residual: Residual
+    recorded: str | None
+    digest: str | None = None
+
+    def __call__(self, target: int, offset: int) -> None:
+        """Write its bytes to an open file."""
+        lost, where = self.lost, self.residual.path
+        spec = TensorSpec(lost.dtype, lost.shape, where, offset, offset + nbytes(lost.dtype, lost.shape))
+        self.digest = write_pieces(lost_bytes(lost, self.residual), lost.name, spec, target, where)
+        if self.recorded is not None and self.digest != self.recorded:
+            raise WrongBase(
+                f"{where}: tensor {lost.name} was not restored: digest {self.digest}, recorded {self.recorded}",
+                hint="One of the files was changed since, or the residual belongs to another merge.",
+            )
+
+    def equals(self, folder: Path, copy: LazyTensor) -> bool:
+        """Tell whether an adapter's copy is this tensor."""
+        with NamedTemporaryFile(dir=folder, prefix=".restored-") as file:
+            self(file.fileno(), 0)
+            size = nbytes(self.lost.dtype, self.lost.shape)
+            return equal(copy, TensorSpec(self.lost.dtype, self.lost.shape, Path(file.name), 0, size))
 
 
-def _base_in(scratch: Path, model: Checkpoint, residual: Residual, lost: Mapping[str, Lost]) -> Checkpoint:
-    """Return the base as if it were opened, with lost tensors where they will be restored."""
-    restored = {Path(file.name): file_plan(model, file).specs(scratch) for file in residual.layout}
-    merged = {shard.path.relative_to(model.root): shard.tensors for shard in model.shards}
+class _Exact:
+    """A switch through the base: what the merge changed is restored where it will lie in the output."""
 
-    def offsets(files: Mapping[Path, Mapping[str, TensorSpec]]) -> dict[Path, list[tuple[str, str, int]]]:
-        return {
-            path: [(name, spec.dtype, spec.start) for name, spec in tensors.items()] for path, tensors in files.items()
-        }
+    def __init__(self, merged: MergedModel, residual: Residual, scratch: Path) -> None:
+        merged.check_complete()
+        self.merged, self.residual, self.scratch = merged, residual, scratch
+        recorded = merged.below.tensors
+        self.lost = merged.lost(residual)
+        self.restorers = {n: _Restorer(tensor, residual, recorded.get(n)) for n, tensor in self.lost.items()}
 
-    stored = any(tensor.mode == "stored" for tensor in lost.values())
-    if offsets(restored) != offsets(merged) or residual.config or stored:
-        raise IncompatibleAdapter(
-            f"{model.path}: the merge changed its layout or config.json besides its numbers, so one pass does not do",
-            hint="Run `loratools unmerge`, then `loratools merge`.",
-        )
-    moved = {name: spec for tensors in restored.values() for name, spec in tensors.items() if name in lost}
-    shards = [replace(shard, tensors={n: moved.get(n, s) for n, s in shard.tensors.items()}) for shard in model.shards]
-    return replace(model, shards=tuple(shards), specs={**model.specs, **moved})
+    def run(
+        self, inputs: Sequence[AdapterInput], output: Path, options: MergeOptions, progress: Progress
+    ) -> SwitchReport:
+        """Merge anew into the base, and return the report."""
+        elsewhere = {name: partial(restorer.equals, self.scratch) for name, restorer in self.restorers.items()}
+        prepared = decide(self._base(), inputs, output, options, elsewhere=elsewhere)
+        atomic.check_space(output, sum(file.size for file in prepared.plan.files))
+        prepared, before = self._in_place(prepared)
+        brought = [*self.merged.tell_brought(prepared.beside), *prepared.beside.brought]
+        measured = write_tensors(prepared, self.scratch, progress, before=before)
+        measured.tell(options)
+        plan, threads = prepared.plan, prepared.threads
+        kept = keep(plan, self.scratch, threads, progress, before=self.restorers) if options.keep_residual else None
+        digests = self._digests(measured.digests, plan.base, threads)
+        prove(self.merged.record, digests, self.merged.model.path)
+        of_base = {**self.merged.record["base"], "tensors": {name: digests[name] for name in measured.digests}}
+        kinds = {name: self.merged.record[name] for name in ("model_type",) if name in self.merged.record}
+        record = {**prepared.record, **kinds, "base": of_base, "retention": measured.retention}
+        write_companions(plan, prepared.beside, record | ({BROUGHT: brought} if brought else {}), self.scratch)
+        return SwitchReport(
+            str(output), True, len(plan.touched().keys() | self.lost.keys()), len(plan.changes), 0.0,
+            measured.retention, plan.notes, measured.warnings, prepared.accounts, kept, prepared.beside.left,
+        )  # fmt: skip
 
+    def _base(self) -> Checkpoint:
+        """Return the base as if it were opened; where its lost tensors will lie is not known yet."""
+        model, residual = self.merged.model, self.residual
+        restored = {Path(file.name): file_plan(model, file).specs(self.scratch) for file in residual.layout}
+        own = {shard.path.relative_to(model.root): shard.tensors for shard in model.shards}
 
-def _restore(lost: Lost, residual: Residual, spec: TensorSpec, recorded: str | None, target: int, offset: int) -> None:
-    """Write a tensor of the base to its place; raise `WrongBase` unless it has its recorded digest."""
-    spec = replace(spec, start=offset, stop=offset + spec.nbytes)
-    restored = write_pieces(lost_bytes(lost, residual), lost.name, spec, target, residual.path)
-    if recorded is not None and restored != recorded:
-        raise WrongBase(
-            f"{residual.path}: tensor {lost.name} was not restored: digest {restored}, recorded {recorded}",
-            hint="One of the files was changed since, or the residual belongs to another merge.",
-        )
+        def offsets(files: Mapping[Path, Mapping[str, TensorSpec]]) -> dict[Path, list[tuple[str, str, int]]]:
+            return {
+                path: [(name, spec.dtype, spec.start) for name, spec in tensors.items()]
+                for path, tensors in files.items()
+            }
+
+        stored = any(tensor.mode == "stored" for tensor in self.lost.values())
+        if offsets(restored) != offsets(own) or residual.config or stored:
+            raise IncompatibleAdapter(
+                f"{model.path}: the merge changed its layout or config.json besides its numbers, so one pass does not "
+                "do",
+                hint="Run `loratools unmerge`, then `loratools merge`.",
+            )
+        moved = {name: spec for tensors in restored.values() for name, spec in tensors.items() if name in self.lost}
+        shards = [
+            replace(shard, tensors={n: moved.get(n, spec) for n, spec in shard.tensors.items()})
+            for shard in model.shards
+        ]
+        return replace(model, shards=tuple(shards), specs={**model.specs, **moved})
+
+    def _in_place(self, prepared: Merge) -> tuple[Merge, dict[str, _Restorer]]:
+        """Let lost tensors be read where they will lie in the output; return who restores them there.
+
+        A head that is given a weight of its own is another tensor made of the embedding, which is restored there too.
+        """
+        plan = prepared.plan
+        places = {name: spec for file in plan.files for name, spec in file.specs(self.scratch).items()}
+        named = {plan.base.specs[name]: name for name in self.lost}
+        changes, before, specs = dict(plan.changes), {}, dict(plan.base.specs)
+        for name, change in plan.changes.items():
+            if change.replaced or change.source not in named:
+                continue
+            lost = named[change.source]
+            changes[name] = replace(change, source=places[name])
+            before[name] = replace(self.restorers[lost]) if name != lost else self.restorers[lost]
+            specs |= {name: places[name]} if name == lost else {}
+        plan = replace(plan, changes=changes, base=replace(plan.base, specs=specs))
+        return replace(prepared, plan=plan), before
+
+    def _digests(self, measured: Mapping[str, str], base: Checkpoint, threads: int) -> dict[str, str]:
+        """Return the digest of every tensor of the base: those restored, those read, and the rest."""
+        unread = {name: restorer for name, restorer in self.restorers.items() if restorer.digest is None}
+
+        def read(name: str, restorer: _Restorer) -> None:
+            with NamedTemporaryFile(dir=self.scratch, prefix=".restored-") as file:
+                restorer(file.fileno(), 0)
+
+        each(read, unread, threads)
+        restored = {name: restorer.digest for name, restorer in self.restorers.items() if restorer.digest}
+        known = {**measured, **restored}
+        rest = {name: spec for name, spec in base.specs.items() if name not in known}
+        return known | hash_tensors(rest, digest.DEFAULT, threads)

@@ -44,7 +44,8 @@ def test_with_a_residual_it_is_the_merge_into_the_base(dtype: str, tmp_path: Pat
     record, wanted = (json.loads((tmp_path / name / RECORD).read_text()) for name in ("switched", "wanted"))
     assert record["adapters"] == wanted["adapters"]
     assert record["base"]["tensors"] == wanted["base"]["tensors"]
-    assert not (tmp_path / "switched" / RESIDUAL).exists()
+    merge(base, [new], tmp_path / "kept", weights=[0.6], keep_residual=True)
+    assert (tmp_path / "switched" / RESIDUAL).read_bytes() == (tmp_path / "kept" / RESIDUAL).read_bytes()
     back = unmerge(tmp_path / "switched", [new], tmp_path / "back", base=base)
     assert back.proved == "root hash"
 
@@ -58,7 +59,7 @@ def test_without_a_residual_it_is_within_its_bound(dtype: str, tmp_path: Path) -
     wanted, got = load(tmp_path / "wanted"), load(tmp_path / "switched")
     worst = max(float((wanted[name] - got[name].double()).abs().max()) for name in wanted)
     assert not found.exact
-    assert found.error_bound / 40 < worst <= found.error_bound
+    assert found.error_bound / (400 if dtype == "F32" else 40) < worst <= found.error_bound
     assert same_bytes(got["norm.weight"], load(base)["norm.weight"])
 
 

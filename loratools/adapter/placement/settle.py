@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from loratools.adapter.model import AdapterInput
@@ -16,17 +16,26 @@ from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import TensorSpec
 from loratools.storage.lazy import LazyTensor
 
+Equals = Callable[[LazyTensor], bool]
+"""Tells whether an adapter's copy of a tensor is the base's."""
+
 
 def settle(
-    base: Checkpoint, inputs: Sequence[AdapterInput], *, strict: bool = True
+    base: Checkpoint,
+    inputs: Sequence[AdapterInput],
+    *,
+    strict: bool = True,
+    elsewhere: Mapping[str, Equals] | None = None,
 ) -> tuple[tuple[AdapterInput, ...], list[str]]:
     """Decide by their bytes what the adapters' copies of base tensors are; return the inputs without copies, and notes.
 
     A copy that equals the base's tensor (after a cast) is passed over. One of another shape was saved after a resize of
     the vocabulary, and takes the base's place, as it does in PEFT. One that only has other numbers raises `WrongBase`,
     or, unless `strict`, takes the base's place too. A head that is replaced by the same bytes as the embedding to which
-    it is tied becomes the same tensor.
+    it is tied becomes the same tensor. `elsewhere` compares with tensors of the base that `base` does not hold as they
+    were, for it is a merged model.
     """
+    elsewhere = elsewhere or {}
     without_copies, notes, problems = [], [], []
     names = Names(base.specs)
     for i, each in enumerate(inputs):
@@ -34,7 +43,7 @@ def settle(
         for path, copy in each.adapter.copies.items():
             name = _of_base(names, base, path)
             if name is not None and base.specs[name].shape == copy.shape:
-                if _equal(copy, base.specs[name]):
+                if elsewhere[name](copy) if name in elsewhere else equal(copy, base.specs[name]):
                     continue
                 problems.append(f"adapter {i + 1}: its copy of {name} is another tensor than the base's")
             replacements[path] = copy
@@ -107,7 +116,7 @@ def _of_base(names: Names, base: Checkpoint, path: str) -> str | None:
     return tensors[0] if len(tensors) == 1 else None
 
 
-def _equal(copy: LazyTensor, spec: TensorSpec) -> bool:
+def equal(copy: LazyTensor, spec: TensorSpec) -> bool:
     """Compare a copy with the base's tensor, each cast to the other's dtype: either cast may have been made."""
     if copy.spec is not None and copy.dtype == spec.dtype:
         return files.same_bytes(copy.spec, spec)

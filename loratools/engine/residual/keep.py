@@ -6,10 +6,11 @@ import json
 import os
 import zlib
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from loratools.storage.layout import plan_file
 
 if TYPE_CHECKING:
     from loratools.engine.plan import MergePlan
+    from loratools.engine.task import Restore
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +42,24 @@ class Kept:
         return self.nbytes / self.touched if self.touched else 0.0
 
 
-def keep(plan: MergePlan, folder: Path, threads: int, progress: Progress = no_progress) -> Kept:
+def keep(
+    plan: MergePlan, folder: Path, threads: int, progress: Progress = no_progress, *,
+    before: Mapping[str, Restore] | None = None,
+) -> Kept:  # fmt: skip
     """Write the residual of a merge whose tensors are in `folder`, from the base and the result; return its size.
 
-    Needs a second look at every touched tensor, which the page cache still has.
+    Needs a second look at every touched tensor, which the page cache still has. `before` restores, once more, tensors
+    of the base that were overwritten where they lay (`engine/run.py`); each passes through a temporary file.
     """
+    before = before or {}
     lost = list(_lost(plan, folder))
     with workers(threads) as pool, (folder / f".{RESIDUAL}.spool").open("w+b") as spool:
         sizes, waiting, left = [], deque[Any](), iter(lost)
-        submit = lambda tensor: pool.submit(_encode, tensor, plan.base.specs[tensor.name], progress)  # noqa: E731
+
+        def submit(tensor: Lost) -> Any:
+            base, restore = plan.base.specs[tensor.name], before.get(tensor.name)
+            return pool.submit(_encode, tensor, base, progress, folder, restore)
+
         waiting.extend(map(submit, islice(left, threads + 1)))
         while waiting:
             blob = waiting.popleft().result()
@@ -96,9 +107,13 @@ def _lost(plan: MergePlan, folder: Path) -> Iterator[Lost]:
         yield Lost(name, spec.dtype, spec.shape, after if comparable else None, placements)
 
 
-def _encode(lost: Lost, base: TensorSpec, progress: Progress) -> bytes:
+def _encode(lost: Lost, base: TensorSpec, progress: Progress, folder: Path, restore: Restore | None = None) -> bytes:
     import torch
 
+    if restore is not None:
+        with NamedTemporaryFile(dir=folder, prefix=".restored-") as file:
+            restore(file.fileno(), 0)
+            return _encode(lost, replace(base, file=Path(file.name), start=0, stop=base.nbytes), progress, folder)
     if lost.after is None:
         progress(base.nbytes)
         packer = zlib.compressobj(6)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from loratools.adapter.identity import compare
-from loratools.adapter.model import AdapterInput
+from loratools.adapter.model import AdapterInput, BaseIdentity
 from loratools.adapter.naming.wrappers import normalized
 from loratools.adapter.placement.codes import HINT
 from loratools.adapter.placement.resolve import Placement, resolve
@@ -17,7 +17,7 @@ from loratools.adapter.placement.whole import Shapes, check_vocabulary, follow, 
 from loratools.engine.plan import Change, MergePlan
 from loratools.errors import IncompatibleAdapter, WrongBase
 from loratools.options import CheckBase
-from loratools.storage import dtypes
+from loratools.storage import digest, dtypes
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.codecs import schemes
 from loratools.storage.header import TensorSpec
@@ -30,12 +30,15 @@ _Placements = Mapping[str, Sequence[tuple[int, Placement]]]
 
 
 def plan_merge(
-    base: Checkpoint, inputs: Sequence[AdapterInput], options: MergeOptions, *, configs: _Configs = ()
-) -> MergePlan:
+    base: Checkpoint, inputs: Sequence[AdapterInput], options: MergeOptions, *, configs: _Configs = (),
+    taken: int = 0, recorded: BaseIdentity | None = None,
+) -> MergePlan:  # fmt: skip
     """Decide everything about a merge of adapters into `base`.
 
     The adapters have the base's names and no copies of its tensors (`adapter/placement/settle.py`); `configs` are
-    their own config.json, where they brought one.
+    their own config.json, where they brought one. Where `base` is a merged model, the last `taken` inputs are those
+    that it holds and that are taken out of it; `recorded` is what their merge recorded of the model below, with which
+    the other inputs are compared.
 
     Raises `IncompatibleAdapter` for modules without a place, shapes that do not fit, quantized targets, and tied
     embeddings without a policy; `WrongBase` when an adapter's recorded schema or tensor list contradicts the base.
@@ -56,7 +59,9 @@ def plan_merge(
             [f"{name}: {codes.of_tensor(name)}, stored as {spec.dtype} {spec.shape}" for name, spec in coded],
             hint=HINT,
         )
-    expected, notes = _recorded_digests(inputs, placements, base, options.check_base)
+    below = _below(base, placements, len(inputs) - taken, recorded or BaseIdentity()) if taken else None
+    of_new = inputs[: len(inputs) - taken]
+    expected, notes = _recorded_digests(of_new, placements, base, options.check_base, below)
     expected = {name: digests for name, digests in expected.items() if name not in whole}
     changes = {
         name: Change(source, tuple(placements.get(name, ())), name in whole, tuple(expected.get(name, ())))
@@ -135,12 +140,24 @@ def _placements(inputs: Sequence[AdapterInput], shapes: Shapes, base: Checkpoint
     return placements
 
 
+def _below(base: Checkpoint, placements: _Placements, new: int, recorded: BaseIdentity) -> BaseIdentity:
+    """Return what is known of the model below a merged one, with "" for tensors that are no longer its own.
+
+    `new` counts the inputs that are not in the merged model. Where no schema was recorded, it is the merged model's.
+    """
+    changed = {base.origin(name) for name, on_it in placements.items() if any(i >= new for i, _ in on_it)}
+    of_all = recorded.schema or base.schema()
+    return BaseIdentity(schema=of_all, tensors=dict.fromkeys(changed, "") | dict(recorded.tensors))
+
+
 def _recorded_digests(
-    inputs: Sequence[AdapterInput], placements: _Placements, base: Checkpoint, check_base: CheckBase
-) -> tuple[dict[str, list[tuple[int, str]]], list[str]]:
+    inputs: Sequence[AdapterInput], placements: _Placements, base: Checkpoint, check_base: CheckBase,
+    below: BaseIdentity | None,
+) -> tuple[dict[str, list[tuple[int, str]]], list[str]]:  # fmt: skip
     """Return the digests that adapters recorded of the tensors that they change, with their numbers; and notes.
 
-    The digests are compared while the tensors are read. An adapter that recorded a schema alone is compared here.
+    The digests are compared while the tensors are read. An adapter that recorded a schema alone is compared here, and
+    so are tensors that are not the base's any more, with what is known of them (`below`).
     """
     expected: dict[str, list[tuple[int, str]]] = {}
     notes, problems = [], []
@@ -155,16 +172,32 @@ def _recorded_digests(
         elif not identity.tensors and identity.schema is None:
             notes.append(f"{who}: has a root hash only; compare it with `loratools hash`")
         elif not identity.tensors:
-            if compare(identity, of_headers(base, identity)).differing:
+            known = of_headers(base, identity)
+            if below is not None and below.schema != base.schema():  # a cast: the schema below is another one
+                known = BaseIdentity(schema=below.schema)
+            if compare(identity, known).differing:
                 problems.append(f"{who}: names, dtypes or shapes of the base differ from those it was sealed with")
         else:
             recorded = {normalized(name): value for name, value in identity.tensors.items()} | dict(identity.tensors)
+            gone = []
             for name in sorted(name for name, on_it in placements.items() if any(j == i for j, _ in on_it)):
                 origin = base.origin(name)
                 if value := recorded.get(origin) or recorded.get(normalized(origin)):
-                    expected.setdefault(name, []).append((i, value))
+                    if below is None or origin not in below.tensors:
+                        expected.setdefault(name, []).append((i, value))
+                        continue
+                    then = below.tensors[origin]
+                    if not then or digest.algorithm_of(then) != digest.algorithm_of(value):
+                        gone.append(name)
+                    elif then != value:
+                        problems.append(f"{who}: {name} of the base is not the one it was sealed with")
                 elif name in base.specs:
                     problems.append(f"{who}: changes {name}, which its recorded base does not list")
+            if gone:
+                notes.append(
+                    f"{who}: {len(gone)} tensor(s) that it changes, such as {gone[0]}, are no longer the base's, and "
+                    "no record says what they were, so they are not compared with its seal"
+                )
     if problems and check_base == "strict":
         hint = "Use the right base, or --check-base warn if you know better."
         raise WrongBase(f"{base.path} is not the base model that was recorded", problems, hint=hint)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loratools.adapter.model import AdapterInput
+from loratools.adapter.model import AdapterInput, BaseIdentity
 from loratools.adapter.placement.layers import replicated
-from loratools.adapter.placement.settle import settle
+from loratools.adapter.placement.settle import Equals, settle
 from loratools.adapter.placement.tied import EMBEDDINGS, main_tensor
+from loratools.adapter.placement.whole import resolve_replacements
 from loratools.decisions import warned
 from loratools.engine.plan import MergePlan
 from loratools.engine.run import in_torch
 from loratools.errors import IncompatibleAdapter
-from loratools.format.record import of_merge, refuse_second_merge
+from loratools.format.record import BROUGHT, REPLACED, of_merge, refuse_second_merge
 from loratools.parallel import cores
 from loratools.storage import atomic
 from loratools.storage.beside import vocabulary
@@ -103,21 +104,35 @@ def prepare(
     return decide(base, inputs, output, options)
 
 
-def decide(base: Checkpoint, inputs: Sequence[AdapterInput], output: Path, options: MergeOptions) -> Merge:
+def decide(
+    base: Checkpoint, inputs: Sequence[AdapterInput], output: Path, options: MergeOptions, *,
+    taken: Sequence[AdapterInput] = (), below: BaseIdentity | None = None,
+    elsewhere: Mapping[str, Equals] | None = None,
+) -> Merge:  # fmt: skip
     """Decide what becomes of every tensor of `base` and of `inputs`, which are as they were opened.
 
-    Everything that is refused, said and recorded of a merge besides its numbers has its place here. Raises what
-    `prepare` raises.
+    Everything that is refused, said and recorded of a merge besides its numbers has its place here. Where `base` is a
+    merged model, `taken` are adapters that it holds: their changes are subtracted, and in the plan they come after the
+    `inputs`. `below` is what was recorded of the model below, and `elsewhere` compares copies with tensors of it that
+    `base` does not hold (`adapter/placement/settle.py`). Raises what `prepare` raises.
     """
     base = replicated(base, [each.adapter for each in inputs])
-    settled, decided = settle(base, under_names_of(base, inputs), strict=options.check_base == "strict")
-    plan = plan_merge(base, settled, options, configs=[own_config(each.path) for each in inputs])
+    named, strict = under_names_of(base, inputs), options.check_base == "strict"
+    settled, decided = settle(base, named, strict=strict, elsewhere=elsewhere)
+    outgoing = [replace(each, weight=-each.weight) for each in under_names_of(base, taken)]
+    configs = [*(own_config(each.path) for each in inputs), *(None for _ in taken)]
+    plan = plan_merge(base, (*settled, *outgoing), options, configs=configs, taken=len(taken), recorded=below)
     plan = replace(plan, notes=(*plan.notes, *decided))
-    record = of_merge(base, inputs, plan.turned())
+    record = of_merge(base, inputs, plan.turned()[: len(inputs)])
+    shapes = {name: change.source.shape for name, change in plan.changes.items()}
+    for entry, each in zip(record["adapters"], plan.adapters, strict=False):
+        entry[REPLACED] = sorted(resolve_replacements(each, shapes))
     record |= {"dtype": options.output_dtype, "tied": options.tied if options.tied != "error" else None}
     beside = companions(base, [each.path for each in inputs])
+    record |= {"model_type": options.model_type} if options.model_type else {}
+    record |= {BROUGHT: list(beside.brought)} if beside.brought else {}
     _check_vocabulary(plan, beside)
-    return Merge(plan, output, beside, record, options, tuple(_accounts(plan, inputs)))
+    return Merge(plan, output, beside, record, options, tuple(_accounts(plan, (*inputs, *taken))))
 
 
 def _check_vocabulary(plan: MergePlan, beside: Companions) -> None:

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from loratools.engine.device import check as check_device
 from loratools.engine.residual.keep import Kept, keep
-from loratools.engine.run import Restore, Settings, write_weights
-from loratools.engine.task import TensorResult
+from loratools.engine.run import Settings, write_weights
+from loratools.engine.task import Restore, TensorResult
 from loratools.errors import IncompatibleAdapter
 from loratools.format.record import TOOL
 from loratools.parallel import Progress, no_progress

@@ -1,7 +1,8 @@
 """Take adapters out of a merged model again: exactly from the base or the residual, else within a stated bound.
 
 merged     a merged model, its record, and the adapters that are to be taken out
-subtract   W̃ = W' − ΔW, and the bound of its error
+subtract   W̃ = W' − ΔW, with the checks and the record of a merge
+bound      how far that can be from the base
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from loratools.decisions import warned
 from loratools.engine.residual import Residual
 from loratools.engine.residual.restore import restore
 from loratools.errors import WrongBase
@@ -24,9 +26,10 @@ from loratools.storage.sources import Location
 from loratools.storage.strict_json import read_json
 from loratools.surgery.base import prove
 from loratools.surgery.hash import hash_tensors
-from loratools.surgery.inputs import AdapterSource, ModelSource, open_model, places
+from loratools.surgery.inputs import AdapterSource, ModelSource, open_model, places, places_of
 from loratools.surgery.merge.folder import without_section
 from loratools.surgery.merge.options import MergeOptions
+from loratools.surgery.merge.prepare import Account
 from loratools.surgery.unmerge.merged import MergedModel
 from loratools.surgery.unmerge.subtract import subtract
 from loratools.surgery.verify import verify
@@ -41,7 +44,9 @@ class UnmergeReport:
 
     `proved` says what shows that the result is the base; None where nothing does. `restored` counts the tensors that
     the merge had changed. `root` is the root hash of an exact result. `error_bound` limits |W̃ − W| of every element of
-    an approximate result; it is 0 for an exact one.
+    an approximate result, W being the base with the adapters that stay; it is 0 for an exact one. `left_behind` are
+    files of the model's folder (the base's, where that is copied) that the output has not. `consumed` says what became
+    of the tensors of the adapters that were subtracted.
     """
 
     output: str
@@ -52,6 +57,11 @@ class UnmergeReport:
     proved: Proof | None
     error_bound: float
     notes: tuple[str, ...] = ()
+    left_behind: tuple[str, ...] = ()
+    consumed: tuple[Account, ...] = ()
+
+
+_APPROXIMATE = "not the base model, but W' − ΔW: what rounding destroyed at the merge is lost"
 
 
 def unmerge(
@@ -107,7 +117,8 @@ def unmerge(
     atomic.check_output(output, force=force)
     merged = MergedModel.open(model, adapters, weights)
     original = None if base is None else open_model(base)
-    atomic.refuse_inputs(output, [merged.model.path, *([original.path] if original else []), *places(merged.inputs)])
+    of_base = places_of(original) if original else []
+    atomic.refuse_inputs(output, [*places_of(merged.model), *of_base, *places(merged.inputs)])
     residual = None if original else merged.residual()
     if original is None:
         merged.check_layers()
@@ -116,32 +127,39 @@ def unmerge(
     atomic.check_space(output, (original or merged.model).nbytes)
     with atomic.new_folder(output, force=force, durable=durable) as scratch:
         if original is not None:
-            restored, digests = _copy_base(merged, original, threads, progress, scratch)
+            restored, digests, left = _copy_base(merged, original, threads, progress, scratch)
         elif residual is not None:
             lost = merged.lost(residual)
             restored, digests = len(lost), restore(merged.model, residual, lost, scratch, threads, progress)
             beside = companions(merged.model, ())
+            left = beside.left
+            merged.tell_brought()
             copy_companions(beside, scratch, _unmerged_texts(beside.sources, residual, merged.record))
         else:
-            options = MergeOptions(tied=merged.record.get("tied") or "both", check_base="off")
-            plan, bound = subtract(merged, (), options, threads, progress, scratch)
-            tensors, changed = len(plan.changes), len(plan.touched())
-            notes = ("not the base model, but W' − ΔW: what rounding destroyed at the merge is lost",)
-            return UnmergeReport(str(output), "approximate", tensors, changed, None, None, bound, notes)
+            options = MergeOptions(tied=merged.tied or "both", check_base="off", retention="off", threads=threads)
+            done = subtract(merged, (), options, output, progress, scratch)
+            warned(_APPROXIMATE)
+            plan = done.prepared.plan
+            return UnmergeReport(
+                str(output), "approximate", len(plan.changes), len(plan.touched()), None, None, done.bound,
+                (_APPROXIMATE, *done.notes), done.prepared.beside.left, done.prepared.accounts,
+            )  # fmt: skip
         proved: Proof = "verify"
         if merged.record:
-            root = prove(merged.record, digests, (original or merged.model).path)
-            proved = "root hash" if root else "tensor digests"
+            whole = prove(merged.record, digests, (original or merged.model).path)
+            proved = "root hash" if whole else "tensor digests"
         method: Method = "base" if original else "residual"
-        return UnmergeReport(str(output), method, len(digests), restored, digest.root(digests), proved, 0.0)
+        root = digest.root(digests)
+        return UnmergeReport(str(output), method, len(digests), restored, root, proved, 0.0, (), left)
 
 
 def _copy_base(
     merged: MergedModel, base: Checkpoint, threads: int, progress: Progress, scratch: Path
-) -> tuple[int, dict[str, str]]:
+) -> tuple[int, dict[str, str], tuple[str, ...]]:
     """Copy a base that is, by the record or else by a proof, the one of the merge.
 
-    Returns the number of tensors that the merge had changed, and the digests of all that was written.
+    Returns the number of tensors that the merge had changed, the digests of all that was written, and the files of the
+    base's folder that stay behind.
     """
     if merged.record:
         changed = len(merged.record["base"]["tensors"])
@@ -163,8 +181,9 @@ def _copy_base(
                 stop = min(start + (1 << 26), size)
                 files.copy_range(source, start, stop, copy, start, path)
                 progress(stop - start)
-    copy_companions(companions(base, ()), scratch, {})
-    return changed, hash_tensors(dict(Checkpoint.open(scratch).specs), digest.DEFAULT, threads)
+    beside = companions(base, ())
+    copy_companions(beside, scratch, {})
+    return changed, hash_tensors(dict(Checkpoint.open(scratch).specs), digest.DEFAULT, threads), beside.left
 
 
 def _unmerged_texts(

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
-from loratools.adapter.model import AdapterInput
+from loratools.adapter.model import AdapterInput, BaseIdentity
 from loratools.adapter.placement.layers import replicates
+from loratools.decisions import warned
 from loratools.engine.residual import Lost, Residual
 from loratools.engine.residual.restore import lost_tensors
 from loratools.errors import IncompatibleAdapter
 from loratools.format import record as records
+from loratools.options import Tied, words
 from loratools.storage.checkpoint import Checkpoint
-from loratools.storage.companions import RECORD, RESIDUAL
+from loratools.storage.companions import RECORD, RESIDUAL, Companions
 from loratools.surgery.inputs import AdapterSource, ModelSource, open_adapters, open_model, under_names_of
 
 
@@ -42,8 +44,10 @@ class MergedModel:
         `IncompatibleAdapter` for an adapter that was not merged.
         """
         model = open_model(model)
-        inputs = open_adapters(adapters, model, weights)
         record = records.read(model)
+        if isinstance(stated := record.get("model_type"), str):  # as the merge was told, where config.json does not say
+            model = replace(model, config={**model.config, "model_type": stated})
+        inputs = open_adapters(adapters, model, weights)
         if not records.is_complete(record):
             return cls(model, {}, under_names_of(model, inputs), ())
         entries: Sequence[Mapping[str, Any]] = record["adapters"]
@@ -79,10 +83,48 @@ class MergedModel:
 
     def lost(self, residual: Residual) -> dict[str, Lost]:
         """Return the tensors of the base that the residual brings back; see `engine/residual/restore.py`."""
-        return lost_tensors(self.model, residual, self.inputs, self.record.get("tied") or "error")
+        return lost_tensors(self.model, residual, self.inputs, self.tied or "error")
 
-    def check_layers(self) -> None:
-        """Raise `IncompatibleAdapter` if the merge repeated layers: one of the base is several of the model."""
+    @property
+    def below(self) -> BaseIdentity:
+        """What the record says of the model below: digests of the tensors that the merge changed, schema and root."""
+        of_base: Mapping[str, Any] = self.record.get("base") or {}
+        return replace(records.base_of(self.record), schema=of_base.get("schema"))
+
+    @property
+    def tied(self) -> Tied | None:
+        """What the merge did to a head that is the embedding; None where it met none, or no record says it."""
+        stated = self.record.get("tied")
+        return cast(Tied, stated) if stated in words(Tied) else None
+
+    def entries_left(self) -> list[Mapping[str, Any]]:
+        """Return what the record says of the adapters that are not taken out."""
+        taken = set(map(id, self.entries))  # two entries may be equal
+        return [entry for entry in records.held(self.record) if id(entry) not in taken]
+
+    def tell_brought(self, new: Companions | None = None) -> list[str]:
+        """Warn of files beside the weights that an adapter brought, for the base's are not in this model.
+
+        Returns their names, without those in whose place a `new` adapter brings its own.
+        """
+        stated = self.record.get(records.BROUGHT)
+        brought = [str(name) for name in stated] if isinstance(stated, list) else []
+        stay = [name for name in brought if new is None or name not in new.brought]
+        if stay:
+            text = "%s: %s came with an adapter of the merge and stay(s): this model does not hold the base's"
+            warned(text, self.model.path, ", ".join(stay))
+        return stay
+
+    def check_layers(self, new: Sequence[AdapterInput] = ()) -> None:
+        """Raise `IncompatibleAdapter` where layers are repeated: one of the base is several of the model.
+
+        By the merge, or by `new` adapters.
+        """
+        if replicates([each.adapter for each in new]):
+            raise IncompatibleAdapter(
+                f"{self.model.path}: an adapter that is put in repeats layers of the base (layer_replication)",
+                hint="Unmerge the model, then merge the adapter into the base.",
+            )
         if replicates([each.adapter for each in self.inputs]):
             raise IncompatibleAdapter(
                 f"{self.model.path}: the merge repeated layers of the base (layer_replication)",

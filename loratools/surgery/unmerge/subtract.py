@@ -3,72 +3,129 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from loratools.adapter.model import AdapterInput
-from loratools.engine.plan import MergePlan
-from loratools.engine.run import Settings, write_weights
 from loratools.errors import IncompatibleAdapter
-from loratools.format.record import of_merge
+from loratools.format.record import BROUGHT, ERROR, REPLACED, TOOL
 from loratools.parallel import Progress
-from loratools.storage import dtypes, files
-from loratools.storage.codecs.floats import unsigned, widen
-from loratools.storage.companions import companions
-from loratools.storage.header import TensorSpec
+from loratools.storage import atomic, digest, dtypes
+from loratools.storage.lazy import LazyTensor
 from loratools.surgery.merge.folder import write_companions
+from loratools.surgery.merge.measured import Measured
 from loratools.surgery.merge.options import MergeOptions
-from loratools.surgery.merge.plan import plan_merge
+from loratools.surgery.merge.prepare import Merge, decide
+from loratools.surgery.merge.run import write_tensors
+from loratools.surgery.unmerge.bound import error_bound, where_cast
 from loratools.surgery.unmerge.merged import MergedModel
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Subtraction:
+    """What `subtract` did; `bound` limits |W̃ − W − ΔW_added| of every element."""
+
+    prepared: Merge
+    measured: Measured
+    bound: float
+    notes: tuple[str, ...]
+
+
 def subtract(
-    merged: MergedModel, added: Sequence[AdapterInput], options: MergeOptions, threads: int, progress: Progress,
+    merged: MergedModel, added: Sequence[AdapterInput], options: MergeOptions, output: Path, progress: Progress,
     scratch: Path,
-) -> tuple[MergePlan, float]:  # fmt: skip
+) -> Subtraction:  # fmt: skip
     """Write W̃ = W' − ΔW + ΔW_added in float32, rounded once, into `scratch`, with everything beside the weights.
 
-    Returns the plan of it, and a bound on |W̃ − W − ΔW_added| for every element. Raises `IncompatibleAdapter` where the
-    merge did more than to add.
+    The record that comes with it lists the adapters which the result holds, so that they can be taken out in turn; its
+    bound covers all steps since the merge. Raises `IncompatibleAdapter` where the merge did more than to add.
     """
-    inputs = (*(replace(each, weight=-each.weight) for each in merged.inputs), *added)
-    plan = plan_merge(merged.model, inputs, options)
-    touched = plan.touched().items()
+    of_base = merged.below.tensors
+    elsewhere = {
+        name: partial(_is_recorded, recorded, merged.model.specs[name].dtype)
+        for name, recorded in of_base.items()
+        if name in merged.model.specs
+    }
+    prepared = decide(
+        merged.model, added, output, options, taken=merged.inputs, below=merged.below, elsewhere=elsewhere
+    )
+    plan = prepared.plan
+    _check_sums(merged, prepared, len(added))
+    merged.check_orientation(plan.turned()[len(added) :])
+    atomic.check_space(output, sum(file.size for file in plan.files))
+    notes = (*plan.notes, *where_cast(merged.record), *_unknown(merged))
+    brought = merged.tell_brought(prepared.beside)
+    measured = write_tensors(prepared, scratch, progress)
+    measured.tell(options)
+    written = {name: spec for file in plan.files for name, spec in file.specs(scratch).items()}
+    bound = error_bound(plan, written, merged.record)
+    write_companions(plan, prepared.beside, _record(merged, prepared, measured, bound, brought), scratch)
+    return Subtraction(prepared, measured, bound, notes)
+
+
+def _record(
+    merged: MergedModel, prepared: Merge, measured: Measured, bound: float, brought: Sequence[str]
+) -> dict[str, Any]:
+    """Return the record of the result: the adapters that it holds, and how far it is from the base with them."""
+    old, new = merged.record, prepared.record
+    digests = {**measured.digests, **merged.below.tensors} if old else {}
+    added = new["adapters"]
+    names = [*brought, *new.get(BROUGHT, ())]
+    return {
+        **new, **{name: old[name] for name in ("dtype", "rounding", "model_type") if name in old},
+        "operation": "switch" if added else "unmerge",
+        "base": {**(old.get("base") or new["base"]), "tensors": digests},
+        "adapters": [*merged.entries_left(), *added],
+        "removed": [{"digest": each.digest, "weight": each.weight} for each in merged.inputs],
+        "tool": TOOL, "tied": old.get("tied") or new["tied"], "retention": measured.retention,
+        "approximate": True, ERROR: bound, **({BROUGHT: names} if names else {}),
+    }  # fmt: skip
+
+
+def _is_recorded(recorded: str, dtype: str, copy: LazyTensor) -> bool:
+    """Tell by its digest whether an adapter's copy is a tensor of the base: as it is stored, or cast to a `dtype`."""
+    forms = [copy]
+    if copy.dtype != dtype and {copy.dtype, dtype} <= set(dtypes.FLOATS):
+        forms.append(LazyTensor.of(copy.load().to(dtypes.to_torch(dtype))))
+    for form in forms:
+        hasher = digest.start_tensor(form.dtype, form.shape, algorithm := digest.algorithm_of(recorded))
+        for chunk in form.chunks("copy"):
+            hasher.update(chunk)
+        if digest.finish(hasher, algorithm) == recorded:
+            return True
+    return False
+
+
+def _check_sums(merged: MergedModel, prepared: Merge, added: int) -> None:
+    """Raise `IncompatibleAdapter` unless all that was merged, and all that is added, is a sum."""
+    touched = prepared.plan.touched().items()
     problems = [f"{name}: was replaced by the adapter's own" for name, change in touched if change.replaced]
     problems += [
-        f"{name}: {placement.update.kind} is not a sum"
+        f"{name}: {placement.update.kind} {'of an adapter that is put in ' if i < added else ''}is not a sum"
         for name, change in touched
-        for _, placement in change.placements
+        for i, placement in change.placements
         if not placement.update.additive
     ]
+    replaced = {str(name) for entry in merged.entries for name in entry.get(REPLACED) or ()}
+    problems += [f"{name}: was replaced by the adapter's own at the merge" for name in sorted(replaced)]
     if problems:
         raise IncompatibleAdapter(
             "W' − ΔW does not unmerge this model",
-            problems[:20],
+            list(dict.fromkeys(problems))[:20],
             hint="Merge with --keep-residual, which restores any base; or use the base model.",
         )
-    merged.check_orientation(plan.turned())
-    results = write_weights(plan, scratch, Settings(threads, retention="off"), progress)
-    written = {name: spec for file in plan.files for name, spec in file.specs(scratch).items()}
-    bound = max((_error_bound(plan.changes[r.name].source, written[r.name]) for r in results), default=0.0)
-    record = of_merge(merged.model, inputs, plan.turned())
-    record |= {"operation": "switch" if added else "unmerge", "approximate": True, "error_bound": bound}
-    write_companions(plan, companions(merged.model, [each.path for each in added]), record, scratch)
-    return plan, bound
 
 
-def _error_bound(merged: TensorSpec, written: TensorSpec) -> float:
-    """Return (2^-p + 8·2^-q)·(max |W'| + max |W̃|): how far an element of W̃ can be from the base's.
-
-    2^-p is half a unit of the dtype, for each of the two roundings; 2^-q that of the arithmetic, 24 bits (53 for F64),
-    whose sums err by a few.
-    """
-    precision = dtypes.MANTISSA[written.dtype]
-    return (2.0**-precision + 8 * 2.0 ** -max(precision, 24)) * (_largest(merged) + _largest(written))
-
-
-def _largest(spec: TensorSpec) -> float:
-    import numpy as np
-
-    pieces = (np.frombuffer(chunk, unsigned(spec.dtype)) for chunk in files.chunks(spec))
-    return max((float(np.abs(widen(bits, spec.dtype, np.float64)).max()) for bits in pieces), default=0.0)
+def _unknown(merged: MergedModel) -> list[str]:
+    """Return what no record says of a model, a sentence each."""
+    if merged.record:
+        return []
+    notes = [
+        f"{merged.model.path}: no record of its merge, so the bound takes it that the tensors were rounded once, and "
+        "that these adapters are in it with these weights"
+    ]
+    if copies := sorted({path for each in merged.inputs for path in each.adapter.copies}):
+        notes.append(f"the adapter has tensors of its own, which stay if the merge took them: {', '.join(copies[:12])}")
+    return notes

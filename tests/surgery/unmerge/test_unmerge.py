@@ -174,7 +174,8 @@ def test_approximate_result_is_within_its_bound(dtype: str, tmp_path: Path) -> N
     assert (found.method, found.proved, found.root) == ("approximate", None, None)
     W, back = load(base), load(tmp_path / "unmerged")
     worst = max(float((W[name].double() - back[name].double()).abs().max()) for name in W)
-    assert found.error_bound / 40 < worst <= found.error_bound
+    # The bound on float32 sums is that of the worst order of summation, which shows where nothing else is rounded.
+    assert found.error_bound / (400 if dtype == "F32" else 40) < worst <= found.error_bound
     assert any(not same_bytes(W[name], back[name]) for name in W)
     assert json.loads((tmp_path / "unmerged" / RECORD).read_text())["approximate"] is True
 
