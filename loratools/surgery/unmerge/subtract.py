@@ -42,6 +42,7 @@ def subtract(
     The record that comes with it lists the adapters which the result holds, so that they can be taken out in turn; its
     bound covers all steps since the merge. Raises `IncompatibleAdapter` where the merge did more than to add.
     """
+    _check_sums(merged, added)
     of_base = merged.below.tensors
     elsewhere = {
         name: partial(_is_recorded, recorded, merged.model.specs[name].dtype)
@@ -52,7 +53,7 @@ def subtract(
         merged.model, added, output, options, taken=merged.inputs, below=merged.below, elsewhere=elsewhere
     )
     plan = prepared.plan
-    _check_sums(merged, prepared, len(added))
+    _check_sums(merged, plan.inputs[: len(added)])  # copies of the base that turned out to be others
     merged.check_orientation(plan.turned()[len(added) :])
     atomic.check_space(output, sum(file.size for file in plan.files))
     notes = (*plan.notes, *where_cast(merged.record), *_unknown(merged))
@@ -98,24 +99,34 @@ def _is_recorded(recorded: str, dtype: str, copy: LazyTensor) -> bool:
     return False
 
 
-def _check_sums(merged: MergedModel, prepared: Merge, added: int) -> None:
+def _check_sums(merged: MergedModel, added: Sequence[AdapterInput]) -> None:
     """Raise `IncompatibleAdapter` unless all that was merged, and all that is added, is a sum."""
-    touched = prepared.plan.touched().items()
-    problems = [f"{name}: was replaced by the adapter's own" for name, change in touched if change.replaced]
-    problems += [
-        f"{name}: {placement.update.kind} {'of an adapter that is put in ' if i < added else ''}is not a sum"
-        for name, change in touched
-        for i, placement in change.placements
-        if not placement.update.additive
-    ]
     replaced = {str(name) for entry in merged.entries for name in entry.get(REPLACED) or ()}
-    problems += [f"{name}: was replaced by the adapter's own at the merge" for name in sorted(replaced)]
+    replaced |= {path for each in merged.inputs for path in each.adapter.replacements} if not replaced else set()
+    problems = [f"{name}: was replaced by the adapter's own at the merge" for name in sorted(replaced)]
+    problems += _no_sums(merged.inputs)
     if problems:
         raise IncompatibleAdapter(
             "W' − ΔW does not unmerge this model",
-            list(dict.fromkeys(problems))[:20],
+            problems[:20],
             hint="Merge with --keep-residual, which restores any base; or use the base model.",
         )
+    problems = [f"{path}: is replaced by the adapter's own" for each in added for path in each.adapter.replacements]
+    if problems := [*problems, *_no_sums(added)]:
+        raise IncompatibleAdapter(
+            "an adapter that is put in does not only add to W' − ΔW, and rescales or takes tensors as they are",
+            problems[:20],
+            hint="Only the base model, or a residual of the merge, is what it belongs on: unmerge first, then merge.",
+        )
+
+
+def _no_sums(inputs: Sequence[AdapterInput]) -> list[str]:
+    return [
+        f"{module}: {update.kind} is not a sum"
+        for each in inputs
+        for module, update in each.adapter.updates.items()
+        if not update.additive
+    ]
 
 
 def _unknown(merged: MergedModel) -> list[str]:
