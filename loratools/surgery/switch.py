@@ -10,7 +10,6 @@ from tempfile import NamedTemporaryFile
 
 from loratools.adapter.model import AdapterInput
 from loratools.adapter.placement.settle import equal
-from loratools.decisions import warned
 from loratools.engine.residual import Lost, Residual
 from loratools.engine.residual.keep import Kept, keep
 from loratools.engine.residual.restore import file_plan, lost_bytes, write_pieces
@@ -142,7 +141,6 @@ def switch(
         if residual is not None:
             return _Exact(merged, residual, scratch).run(inputs, output, options, progress)
         done = subtract(merged, inputs, options, output, progress, scratch)
-    warned(_APPROXIMATE)
     plan = done.prepared.plan
     return SwitchReport(
         str(output), False, len(plan.touched()), len(plan.changes), done.bound, done.measured.retention,
