@@ -22,6 +22,7 @@ ELSEWHERE = {
     "adapter/naming/image/test_architectures": "adapter/naming/image: components flux stable_diffusion",
     "adapter/placement/test_image": "adapter/naming/image: rename",
     "adapter/placement/test_resolve": "adapter/placement: layers settle whole",
+    "adapter/placement/test_tied": "adapter/placement: apart shared spread",
     "cli/test_examples": "cli: combine compare completion convert demo dialects hash inspect merge pull push resize "
     "switch unmerge validate verify _options _ranks",
     "cli/test_run": ".: __main__ decisions errors; cli: _group _talk",

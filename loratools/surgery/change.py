@@ -26,7 +26,7 @@ from loratools.adapter.naming.wrappers import Names
 from loratools.adapter.placement.layers import replicated
 from loratools.adapter.placement.resolve import Placement, resolve
 from loratools.adapter.placement.settle import settle
-from loratools.adapter.placement.tied import EMBEDDINGS, HEADS, last_segment, main_tensor
+from loratools.adapter.placement.shared import EMBEDDINGS, HEADS, last_segment, main_tensor
 from loratools.adapter.placement.whole import resolve_replacements
 from loratools.decisions import warned
 from loratools.linalg.delta import Delta, Dense, Product

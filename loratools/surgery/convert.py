@@ -14,7 +14,7 @@ from loratools.adapter.placement.layers import replicated
 from loratools.adapter.placement.resolve import Placement, resolve
 from loratools.adapter.placement.settle import settle
 from loratools.adapter.placement.stacks import as_peft_has_it
-from loratools.adapter.placement.tied import apply_policy
+from loratools.adapter.placement.tied import onto_stored
 from loratools.adapter.placement.whole import resolve_replacements
 from loratools.decisions import decided
 from loratools.dialects.peft import profiles
@@ -164,7 +164,7 @@ def _placed(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, list[Placement
 
     Raises `IncompatibleAdapter` unless the adapter fits the base.
     """
-    untied = apply_policy((adapter,), base.specs, base.config, "both").adapters[0]
+    untied = onto_stored(adapter, base.specs, base.config)
     whole = resolve_replacements(untied, base.shapes)
     after = base.shapes | {name: tensor.shape for name, tensor in whole.items()}
     return untied, list(resolve(untied, after, base.config)), whole

@@ -1,7 +1,16 @@
-"""Heads that a class ties to its embedding by default, config.json silent: what transformers computes is the judge."""
+"""Heads that a class ties to its embedding by default, config.json silent: what transformers computes is the judge.
+
+The judge is the installed transformers, and transformers 4 where LORATOOLS_TRANSFORMERS_4 names the Python of an
+environment that has it (`pip install 'transformers<5' torch`; neither loratools nor PEFT): it only computes logits.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +20,16 @@ import torch
 from loratools.errors import IncompatibleAdapter
 from loratools.surgery.extract import extract
 from loratools.surgery.merge import merge
-from tests.surgery.models import load
+from loratools.surgery.verify import verify
+from tests.interop import logits as other_environment
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]
 
+OTHER = os.environ.get("LORATOOLS_TRANSFORMERS_4")
 IDS = torch.arange(3, 11)[None]
+SEQ2SEQ = {"input_ids": IDS, "decoder_input_ids": IDS.flip(1)}
 
 
 def whisper() -> Any:
@@ -43,18 +55,67 @@ def gpt2() -> Any:
     return transformers.GPT2LMHeadModel(config)
 
 
+def gemma() -> Any:
+    config = transformers.GemmaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=32,
+    )  # fmt: skip
+    return transformers.GemmaForCausalLM(config)
+
+
+def bert() -> Any:
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    return transformers.BertForMaskedLM(config)
+
+
+def t5() -> Any:
+    config = transformers.T5Config(
+        vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0,
+    )  # fmt: skip
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def nllb() -> Any:
+    config = transformers.M2M100Config(
+        vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=32,
+    )  # fmt: skip
+    return transformers.M2M100ForConditionalGeneration(config)
+
+
 INPUTS: dict[str, dict[str, Any]] = {
     "whisper": {"input_features": torch.linspace(-1, 1, 8 * 16).reshape(1, 8, 16), "decoder_input_ids": IDS},
-    "opt": {"input_ids": IDS},
-    "gpt2": {"input_ids": IDS},
+    "t5": SEQ2SEQ,
+    "nllb": SEQ2SEQ,
 }
-MODELS = {make.__name__: make for make in (whisper, opt, gpt2)}
-EMBEDDING = {"whisper": "decoder.embed_tokens", "opt": "embed_tokens", "gpt2": "wte"}
+MODELS: dict[str, Callable[[], Any]] = {each.__name__: each for each in (whisper, opt, gpt2, gemma, bert, t5, nllb)}
+
+# The modules of one weight that an adapter changes, and by which policy that is merged.
+CASES = [
+    *((name, module, policy) for policy in ("untie", "both") for name, modules in {
+        "whisper": ("model.decoder.embed_tokens", "proj_out"),
+        "opt": ("model.decoder.embed_tokens", "lm_head"),
+        "gpt2": ("transformer.wte", "lm_head"),
+        "gemma": ("model.embed_tokens", "lm_head"),
+        "bert": ("bert.embeddings.word_embeddings", "cls.predictions.decoder"),
+        "nllb": ("lm_head",),
+    }.items() for module in modules),
+    ("nllb", "model.shared", "both"), ("nllb", "model.decoder.embed_tokens", "both"),
+    ("t5", "lm_head", "both"), ("t5", "shared", "both"), ("t5", "encoder.embed_tokens", "both"),
+]  # fmt: skip
+REFUSED = [
+    ("t5", "lm_head", "scales the input of its head"),
+    ("nllb", "model.shared", "transformers 4 keeps"),
+    ("nllb", "model.decoder.embed_tokens", "transformers 4 keeps"),
+]
 
 
 def logits(model: Any, name: str) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(**INPUTS[name]).logits
+        return model.eval()(**INPUTS.get(name, {"input_ids": IDS})).logits
 
 
 def saved(name: str, folder: Path) -> Any:
@@ -70,21 +131,61 @@ def saved(name: str, folder: Path) -> Any:
     return model
 
 
-@pytest.mark.parametrize("name", sorted(MODELS))
-def test_untied_it_computes_what_peft_does(name: str, tmp_path: Path) -> None:
-    """PEFT changes the embedding alone, and the head keeps its weight."""
-    model = saved(name, tmp_path / "base")
-    tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=8, target_modules=[EMBEDDING[name]]))
+def adapted(name: str, module: str, folder: Path) -> Any:
+    """Save a model and a LoRA on one module of it; return the model with the LoRA on."""
+    model = saved(name, folder / "base")
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=8, target_modules=re.escape(module)))
     for key, parameter in tuned.named_parameters():
         if "lora_" in key:
             torch.nn.init.normal_(parameter, std=0.3)
-    tuned.save_pretrained(tmp_path / "adapter")
+    tuned.save_pretrained(folder / "adapter")
+    return tuned
+
+
+def judged(name: str, module: str, policy: str, folder: Path) -> tuple[Any, torch.Tensor]:
+    """Merge by a policy; return the model class and the logits that PEFT computes: live, or merged into the tie."""
+    tuned = adapted(name, module, folder)
     with pytest.raises(IncompatibleAdapter, match="ties its output head"):
-        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "none")
-    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", tied="untie")
-    assert len(load(tmp_path / "out")) == len(load(tmp_path / "base")) + 1
-    merged = type(model).from_pretrained(tmp_path / "out")
-    torch.testing.assert_close(logits(merged, name), logits(tuned, name), rtol=1e-5, atol=1e-5)
+        merge(folder / "base", folder / "adapter", folder / "none")
+    merge(folder / "base", folder / "adapter", folder / "out", tied=policy)
+    assert verify(folder / "out", folder / "base", folder / "adapter").ok
+    kind = type(tuned.get_base_model())
+    return kind, logits(tuned if policy == "untie" else tuned.merge_and_unload(), name)
+
+
+@pytest.mark.parametrize(("name", "module", "policy"), CASES)
+def test_the_merged_model_computes_what_peft_does(name: str, module: str, policy: str, tmp_path: Path) -> None:
+    """Untied, PEFT changes the one module alone, and the other names keep their weight."""
+    kind, right = judged(name, module, policy, tmp_path)
+    torch.testing.assert_close(logits(kind.from_pretrained(tmp_path / "out"), name), right, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits(kind.from_pretrained(tmp_path / "base"), name), right, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(("name", "module", "reason"), REFUSED)
+def test_what_no_output_can_say_is_refused(name: str, module: str, reason: str, tmp_path: Path) -> None:
+    adapted(name, module, tmp_path)
+    with pytest.raises(IncompatibleAdapter, match=reason):
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", tied="untie")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not OTHER, reason="LORATOOLS_TRANSFORMERS_4 names no Python with transformers 4")
+def test_transformers_4_computes_the_same(tmp_path: Path) -> None:
+    jobs, rights = [], []
+    for name, module, policy in CASES:
+        folder = tmp_path / f"{name}-{module}-{policy}"
+        kind, right = judged(name, module, policy, folder)
+        torch.save(INPUTS.get(name, {"input_ids": IDS}), folder / "inputs.pt")
+        paths = {"model": folder / "out", "inputs": folder / "inputs.pt", "output": folder / "logits.pt"}
+        jobs.append({"class": kind.__name__, **{key: str(path) for key, path in paths.items()}})
+        rights.append(right)
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    subprocess.run([str(OTHER), str(other_environment.__file__), str(tmp_path / "jobs.json")], check=True)
+    assert (tmp_path / "jobs.version").read_text().startswith("4.")
+    for job, right in zip(jobs, rights, strict=True):
+        worst = float((torch.load(job["output"]) - right).abs().max())
+        assert worst <= 1e-5 * float(right.abs().max()), f"{job['model']}: off by {worst}"
 
 
 def test_an_extraction_changes_the_head_with_the_embedding(tmp_path: Path) -> None:

@@ -4,7 +4,11 @@ codes     modules that the base stores as codes: refused by the name of the quan
 resolve   from modules to the tensors of a base, and the rectangles of them
 experts   experts of a mixture, stacked in one tensor or each in tensors of its own
 stacks    which parameter a stack of experts is for, and how it lies, where the adapter's file leaves it open
-tied      one weight for the input embedding and the output head
+classes   what transformers' classes tie, by a table
+shared    which names of a base model are one weight
+tied      what becomes of a change of one of them, by policy
+spread    changes of one name that come onto others
+apart     a weight of several names taken apart
 layers    a base with its layers repeated, as `layer_replication` has it
 image     an adapter of an image model under the names of a base
 whole     tensors that were trained whole: where they go, and what config.json has to say of it

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from loratools.adapter.model import AdapterInput
 from loratools.adapter.naming.wrappers import Names
-from loratools.adapter.placement.tied import EMBEDDINGS, HEADS, last_segment, main_tensor
+from loratools.adapter.placement.shared import EMBEDDINGS, HEADS, last_segment, main_tensor
 from loratools.adapter.placement.whole import resolve_replacements
 from loratools.errors import IncompatibleAdapter, WrongBase
 from loratools.storage import dtypes, files

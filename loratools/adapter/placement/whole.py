@@ -13,7 +13,7 @@ from typing import Any
 
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.wrappers import Names
-from loratools.adapter.placement.tied import EMBEDDINGS, HEADS, last_segment, main_tensor
+from loratools.adapter.placement.shared import EMBEDDINGS, HEADS, last_segment, main_tensor
 from loratools.errors import IncompatibleAdapter
 from loratools.storage.lazy import LazyTensor
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapter.model import Adapter, BaseIdentity, Step
-from loratools.adapter.placement.tied import EMBEDDINGS, main_tensor
+from loratools.adapter.placement.shared import EMBEDDINGS, main_tensor
 from loratools.format import manifest
 from loratools.format.record import TOOL
 from loratools.storage.beside.links import refuse_outside

@@ -12,7 +12,7 @@ from loratools.adapter.model import Adapter
 from loratools.adapter.naming.selection import Selection
 from loratools.adapter.placement.image import named_for
 from loratools.adapter.placement.resolve import Placement, resolve
-from loratools.adapter.placement.tied import apply_policy
+from loratools.adapter.placement.tied import onto_stored
 from loratools.adapter.placement.weight import base_matrix, by_module
 from loratools.adapter.placement.whole import resolve_replacements
 from loratools.errors import IncompatibleAdapter
@@ -86,7 +86,7 @@ def certify(
     tuned, base = open_model(tuned), open_model(base)
     opened = adapter if isinstance(adapter, Adapter) else dialects.open_adapter(adapter, base=base)
     opened = named_for(opened, base)
-    factors = apply_policy((replace(opened, replacements={}),), base.specs, base.config, "both").adapters[0]
+    factors = onto_stored(replace(opened, replacements={}), base.specs, base.config)
     shapes = {name: spec.shape for name, spec in base.specs.items()}
     placed = by_module(resolve(factors, shapes, base.config))
     modules = {module: sites for module, sites in placed.items() if sites[0].update.additive}

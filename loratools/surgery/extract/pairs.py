@@ -10,7 +10,7 @@ from loratools.adapter.naming.selection import Selection
 from loratools.adapter.naming.stacked import IS_TRANSPOSED, known_type
 from loratools.adapter.naming.wrappers import CONV1D, LINEAR, RENAMED, Names
 from loratools.adapter.placement.resolve import biases_tell
-from loratools.adapter.placement.tied import EMBEDDINGS, HEADS, has_tied_head, is_tied, main_tensor
+from loratools.adapter.placement.shared import EMBEDDINGS, HEADS, has_tied_head, is_tied, main_tensor
 from loratools.errors import IncompatibleAdapter
 from loratools.storage import dtypes
 from loratools.storage.checkpoint import Checkpoint

@@ -10,7 +10,7 @@ from typing import Any
 from loratools.adapter.model import AdapterInput, BaseIdentity
 from loratools.adapter.placement.layers import replicated
 from loratools.adapter.placement.settle import Equals, settle
-from loratools.adapter.placement.tied import EMBEDDINGS, main_tensor
+from loratools.adapter.placement.shared import EMBEDDINGS, main_tensor
 from loratools.adapter.placement.whole import resolve_replacements
 from loratools.decisions import warned
 from loratools.engine.plan import MergePlan
