@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -89,7 +88,7 @@ def command(
     """
     from contextlib import ExitStack
 
-    from loratools.storage import sources
+    from loratools.storage import atomic, sources
     from loratools.storage.checkpoint import Checkpoint
     from loratools.surgery.merge import execute, prepare
     from loratools.surgery.merge.options import MergeOptions
@@ -104,7 +103,7 @@ def command(
     model = Checkpoint.open(sources.local(base, "header" if dry_run else "checkpoint"))
     with ExitStack() as stack:
         if no_local or output is None:
-            output = Path(stack.enter_context(TemporaryDirectory(prefix="loratools-"))) / "merged"
+            output = stack.enter_context(atomic.temporary("merge")) / "merged"
         prepared = prepare(model, adapters, output, weights=weights or None, options=MergeOptions(**choices))
         talk.note(*prepared.plan.notes)
         plan = prepared.to_json()

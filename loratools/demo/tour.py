@@ -7,14 +7,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from loratools import dialects
 from loratools.demo import data_folder
 from loratools.errors import WrongBase
 from loratools.linalg.ranks.allocate import Ranks
-from loratools.storage.atomic import new_folder
+from loratools.storage.atomic import new_folder, temporary
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.sources import Location
 from loratools.storage.strict_json import read_json
@@ -65,7 +64,7 @@ def run_demo(folder: Location | None = None) -> Tour:
         >>> len(run_demo().stops)
         9
     """
-    place = TemporaryDirectory(prefix="loratools-demo-") if folder is None else new_folder(Path(folder))
+    place = temporary("demo") if folder is None else new_folder(Path(folder))
     began = time.monotonic()
     with place as root:
         for name in ("base", "adapter"):

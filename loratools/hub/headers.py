@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from loratools.errors import BadFile
@@ -12,6 +11,7 @@ from loratools.hub import files
 from loratools.hub.client import Hub, RemoteFile, quiet
 from loratools.hub.refs import Ref
 from loratools.parallel import each
+from loratools.storage import atomic
 from loratools.storage.header import MAX_HEADER
 from loratools.storage.strict_json import MAX_JSON, parse_json_object
 
@@ -88,5 +88,5 @@ def schema_of(hub: Hub, ref: Ref, algorithm: str) -> str:
     """Return the schema tier of the base hash of a model on the Hub, from its headers alone."""
     from loratools.storage.checkpoint import Checkpoint
 
-    with TemporaryDirectory(prefix="loratools-headers-") as folder:
-        return Checkpoint.open(headers_of(hub, ref, Path(folder))).schema(algorithm)
+    with atomic.temporary("headers") as folder:
+        return Checkpoint.open(headers_of(hub, ref, folder)).schema(algorithm)

@@ -10,7 +10,7 @@ import atexit
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from importlib import import_module
@@ -47,7 +47,7 @@ class Session:
         self.fetching = fetching or (lambda reference, total: nullcontext(lambda count: None))
         self.paths: dict[tuple[str, Need], Path] = {}
         self.names: dict[str, str] = {}
-        self.folders: list[str] = []
+        self.folders = ExitStack()
 
     def named(self, text: str) -> str:
         """Return a text with references in the place of paths that only this task knows."""
@@ -57,18 +57,13 @@ class Session:
 
     def folder(self) -> Path:
         """Return a new folder that goes away with the task, or with the process."""
-        from tempfile import mkdtemp
+        from loratools.storage.atomic import temporary
 
-        self.folders.append(mkdtemp(prefix="loratools-headers-"))
-        return Path(self.folders[-1])
+        return self.folders.enter_context(temporary("headers"))
 
     def close(self) -> None:
         """Remove the folders."""
-        if self.folders:
-            from shutil import rmtree
-
-            for folder in self.folders:
-                rmtree(folder, ignore_errors=True)
+        self.folders.close()
 
 
 _CURRENT: ContextVar[Session | None] = ContextVar("session", default=None)

@@ -6,6 +6,7 @@ the end it is written to the disk itself, and renamed.
     leftovers     hidden folders beside an output: whose they are, and removing those of killed runs
     place         the final name, in one step
     sync          what was written outlasts a power cut
+    temporary     folders that go away with the run
     undisturbed   steps that no signal tears apart
 """
 
@@ -26,12 +27,12 @@ from loratools.storage.atomic import leftovers
 from loratools.storage.atomic.leftovers import remove
 from loratools.storage.atomic.place import put
 from loratools.storage.atomic.sync import sync, sync_names
+from loratools.storage.atomic.temporary import temporary
 from loratools.storage.atomic.undisturbed import undisturbed
-from loratools.storage.sources import Location, as_path
 
 __all__ = [
     "check_output", "check_space", "free_space", "kept_folder", "new_file", "new_folder", "new_output", "refuse_inputs",
-    "remove", "sweep",
+    "remove", "sweep", "temporary",
 ]  # fmt: skip
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -129,13 +130,12 @@ def kept_folder(target: Path, key: str) -> Iterator[Path]:
             os.close(lock)
 
 
-def sweep(output: Location) -> None:
+def sweep(output: str | os.PathLike[str]) -> None:
     """Remove what killed runs for the same output left, and put back an old output that one had moved aside.
 
-    Every verb does this first, before anything can fail. What a run left on purpose, to go on from, stays. Raises
-    `InvalidOption` where `output` is no path.
+    Every verb does this first, before anything can fail. What a run left on purpose, to go on from, stays.
     """
-    if (target := as_path(output).absolute()).name:
+    if (target := Path(output).absolute()).name:
         leftovers.sweep(target, leftovers.GARBAGE)
 
 
