@@ -3,7 +3,7 @@
     python -m tests.faults.killer BASE ADAPTER FOLDER SEED SHARE
 
 A moment is the n-th event of a merge: a file opened, truncated, renamed, made or deleted (Python's audit events), or a
-positioned read, a write or a copy about to be made. Three ways to end:
+positioned read, a write or a copy about to be made, or something about to be sent or received. Three ways to end:
 
     exact    the process kills itself at the event
     late     its parent kills it when it hears of the event, a little later, wherever it is by then
@@ -19,6 +19,7 @@ import json
 import os
 import random
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -51,6 +52,8 @@ def watch(event: Callable[[], None]) -> None:
     for name in ("pwrite", "preadv", "copy_file_range"):
         if hasattr(os, name):
             setattr(os, name, wrapped(getattr(os, name)))
+    for name in ("send", "sendall", "recv", "recv_into"):
+        setattr(socket.socket, name, wrapped(getattr(socket.socket, name)))
     sys.addaudithook(lambda name, _: event() if name in WATCHED else None)
 
 
