@@ -1,4 +1,4 @@
-"""Whatever verb is killed, whenever: old or new is there, whole, and the next run succeeds and leaves nothing behind."""
+"""Whatever verb is killed, whenever: old or new is there, whole; the next run succeeds, and leaves nothing behind."""
 
 from __future__ import annotations
 
