@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 def refusal(update: Update) -> str | None:
     """Return why an update is no product of two factors that weights can add up, or None where it is one."""
+    if update.members:
+        return next(filter(None, map(refusal, update.members)), None)
     factors = update.factored()
     if factors is None:
         return f"kind {update.kind}: its change is no product of two factors"
@@ -28,13 +30,39 @@ def low_rank(update: Update) -> Update | None:
 
 
 def products(adapter: Adapter) -> dict[str, Update]:
-    """Return module -> part that is a product, where there is one; a stack of experts has one for each, `module.7`."""
+    """Return path -> part that is a product, where there is one; a stack has one for each expert, `….down_proj.7`."""
     parts: dict[str, Update] = {}
     for module, update in adapter.updates.items():
-        parts |= {f"{module}.{e}": expert for e, expert in enumerate(update.members)}
+        parts |= {expert.path(module): expert for expert in update.members}
         if (part := low_rank(update)) is not None:
             parts[module] = part
     return parts
+
+
+def alike(first: Update, other: Update) -> Update:
+    """Return `other` in factors that lie as those of `first`, another update of the same weight: itself, or turned.
+
+    Only stacks of experts are ever turned round, exactly: shapes tell it, and of square ones what their files say.
+    Raises `ValueError` where these leave it open.
+    """
+    (*_, out, inner), shape = first.shape, other.shape
+    if first is other or not first.readings or not other.readings or len(first.shape) != len(shape):
+        return other
+    if out != inner:
+        return other.turned_round() if shape == (first.shape[0], inner, out) and shape != first.shape else other
+    if shape != first.shape or first.shape[0] == 1:
+        return other
+    lies, others = (
+        [update.stored_in_out(is_transposed) for is_transposed in (True, False)] for update in (first, other)
+    )
+    same = {None if None in pair else pair[0] == pair[1] for pair in zip(lies, others, strict=True)}
+    if same == {True}:
+        return other
+    if same == {False}:
+        return other.turned_round()
+    raise ValueError(
+        f"square in each expert ({out} x {inner}), and the adapters are of versions of PEFT that take it differently"
+    )
 
 
 def load(part: Update) -> tuple[Tensor, Tensor]:

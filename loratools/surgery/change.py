@@ -8,7 +8,7 @@ bias is a change of its own, `module.bias`. Every change is measured by itself, 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -20,15 +20,17 @@ from loratools import dialects
 from loratools.adapter import low_rank
 from loratools.adapter.kinds import Update
 from loratools.adapter.kinds._product import BiasUpdate
-from loratools.adapter.model import Adapter, AdapterInput
+from loratools.adapter.model import Adapter
 from loratools.adapter.naming.compact import compact
-from loratools.adapter.naming.wrappers import Names
+from loratools.adapter.naming.wrappers import Names, normalized
 from loratools.adapter.placement.layers import replicated
 from loratools.adapter.placement.resolve import Placement, resolve
 from loratools.adapter.placement.settle import settle
 from loratools.adapter.placement.shared import EMBEDDINGS, HEADS, last_segment, main_tensor
+from loratools.adapter.placement.stacks import settled
 from loratools.adapter.placement.whole import resolve_replacements
 from loratools.decisions import warned
+from loratools.errors import IncompatibleAdapter
 from loratools.linalg.delta import Delta, Dense, Product
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
@@ -77,9 +79,11 @@ def measurable(
         for source in adapters
     ]
     if model is None:
-        found = [_alone(adapter) for adapter in opened]
+        found = [_alone(adapter) for adapter in _alike(opened, names)]
     else:
-        found = [_on(*pair) for pair in _fitted(model, opened, names)]
+        on, fitted = _fitted(model, opened, names)
+        alike = _alike([settled(adapter, Names(on.specs), on.shapes, on.config)[0] for adapter in fitted], names)
+        found = [_on(on, adapter) for adapter in alike]
     for name, changes in zip(names, found, strict=True):
         _tell(name, changes)
     return tuple(found)
@@ -101,7 +105,7 @@ def _alone(adapter: Adapter) -> Changes:
     in_part: dict[str, str] = {}
     left_out = dict.fromkeys(adapter.replacements, f"as a tensor trained whole: {ON_BASE}")
     for module, update in adapter.updates.items():
-        parts = {f"{module}.{e}": expert for e, expert in enumerate(update.members)} or {module: update.direction}
+        parts = {expert.path(module): expert for expert in update.members} or {module: update.direction}
         if not update.additive and not update.direction.additive:
             left_out[module] = f"as kind {update.kind}: {ON_BASE}"
             continue
@@ -130,10 +134,31 @@ def _additive(update: Update, kind: str, base: Callable[[], Tensor] | None = Non
     )
 
 
-def _fitted(
-    model: Checkpoint, opened: Sequence[Adapter], names: Sequence[str]
-) -> Iterable[tuple[Checkpoint, AdapterInput]]:
-    """Yield the base and each adapter under its names; warn where one was sealed with another base."""
+def _alike(adapters: Sequence[Adapter], names: Sequence[str]) -> list[Adapter]:
+    """Return adapters whose stacks of experts lie as those of the first one that has them.
+
+    Raises `IncompatibleAdapter` with every stack that may lie in two ways.
+    """
+    stacks: dict[str, Update] = {}
+    changed, problems = [], []
+    for name, adapter in zip(names, adapters, strict=True):
+        turned = {}
+        for module, update in adapter.updates.items():
+            if update.members:
+                path = update.path(module)
+                try:
+                    turned[module] = low_rank.alike(stacks.setdefault(normalized(path), update), update)
+                except ValueError as error:
+                    problems.append(f"{name}: {path}: {error}")
+        changed.append(replace(adapter, updates={**adapter.updates, **turned}) if turned else adapter)
+    if problems:
+        hint = "Their base model tells (--base)."
+        raise IncompatibleAdapter(f"{len(problems)} stack(s) of experts may lie in two ways", problems, hint=hint)
+    return changed
+
+
+def _fitted(model: Checkpoint, opened: Sequence[Adapter], names: Sequence[str]) -> tuple[Checkpoint, list[Adapter]]:
+    """Return the base, and each adapter under its names; warn where one was sealed with another base."""
     model = replicated(model, opened)
     inputs, notes = settle(model, under_names_of(model, open_adapters(list(opened), model)), strict=False)
     for note in notes:
@@ -144,12 +169,12 @@ def _fitted(
             needed = replace(identity, root=None) if identity.tensors else identity
             for sentence in differences(needed, model.stored or model)[:1]:
                 warned("%s: measured on another base than the one it was sealed with: %s", name, sentence)
-    return [(model, each) for each in inputs]
+    return model, [each.adapter for each in inputs]
 
 
-def _on(model: Checkpoint, each: AdapterInput) -> Changes:
+def _on(model: Checkpoint, adapter: Adapter) -> Changes:
     """Return the changes W' − W of an adapter that has a base's names."""
-    adapter, heads = _with_heads(each.adapter, model)
+    adapter, heads = _with_heads(adapter, model)
     shapes = {name: spec.shape for name, spec in model.specs.items()}
     shapes |= {head: shapes[embedding] for head, embedding in heads.items()}
     whole = resolve_replacements(adapter, shapes)
@@ -168,8 +193,8 @@ def _on(model: Checkpoint, each: AdapterInput) -> Changes:
     after = shapes | {name: tensor.shape for name, tensor in whole.items()}
     grouped: dict[str, list[Placement]] = defaultdict(list)
     for placement in resolve(adapter, after, model.config):
-        number = "" if placement.expert is None else f".{placement.expert}"
-        grouped[placement.module + number + (".bias" if placement.bias else "")].append(placement)
+        name = placement.update.path(placement.module) + (".bias" if placement.bias else "")
+        grouped[name].append(placement)
     for module, sites in grouped.items():
         modules[module] = _placed(sites, weight)
     return Changes(modules, {}, left_out)

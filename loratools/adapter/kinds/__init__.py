@@ -27,10 +27,9 @@ from loratools.storage.lazy import LazyTensor
 if TYPE_CHECKING:
     import torch
 
-Tensor: TypeAlias = "torch.Tensor"
+Tensor: TypeAlias = "torch.Tensor"  # by name: kinds are known, and their updates built, without torch
 DType: TypeAlias = "torch.dtype"
 Device: TypeAlias = "torch.device"
-"""Torch's types by name: kinds are known, and their updates built, without torch."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,10 +118,7 @@ class Refinable(Term, Protocol):
         """Return the largest factor that `apply_rows` multiplied the sum with in these rows."""
 
     def elements(self, W: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Return single elements of the result in float64, from `W`, the unchanged ones in float64.
-
-        `rows` and `columns` count in the rectangle.
-        """
+        """Return elements of the result at rows and columns of the rectangle, in float64, from `W`, unchanged ones."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -181,6 +177,10 @@ class Usual(Protocol):
     def unsettled(self) -> str:
         """What its file leaves to the base, as the words after "only the base tells"; "" for most kinds."""
         return ""
+
+    def path(self, module: str) -> str:
+        """Return the path of what it changes: its module, or the parameter of it that a stack is known to be for."""
+        return module
 
     def stored_in_out(self, is_transposed: bool | None) -> bool | None:
         """Return whether its parameter is stored (in, out), by its file and by what the class says; None if open."""
@@ -266,8 +266,7 @@ class Update(Usual, Protocol):
         """
 
 
-Rows = Callable[[slice], Tensor]
-"""Rows of a matrix, made when they are asked for."""
+Rows = Callable[[slice], Tensor]  # rows of a matrix, made when they are asked for
 
 
 class ByRows(Update, Protocol):

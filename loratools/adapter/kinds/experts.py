@@ -90,6 +90,11 @@ class ExpertsUpdate(Additive):
         lies = "" if self.transposed is not None else "whether these experts are stored (in, out)"
         return " and ".join(filter(None, (parameter, lies)))
 
+    def path(self, module: str) -> str:
+        """Return `module.parameter` without PEFT's wrappers; the module where only the base tells the parameter."""
+        bare = ".".join(segment for segment in module.split(".") if segment != "base_layer")
+        return f"{bare}.{self.parameter}" if self.ordered else module
+
     def stored_in_out(self, is_transposed: bool | None) -> bool | None:
         """Return whether the parameter lies (E, in, out), by the file's `Rule` and by what its class says of itself."""
         if self.transposed is not None:
@@ -106,6 +111,21 @@ class ExpertsUpdate(Additive):
         A = self.B.map(lambda B: B.reshape(out, r, count).permute(2, 1, 0).reshape(-1, out), (count * r, out))
         B = self.A.map(lambda A: A.reshape(count, r, inner).permute(2, 1, 0).reshape(inner, -1), (inner, r * count))
         return replace(self, A=A, B=B, transposed=None if self.transposed is None else not self.transposed)
+
+    def with_factors(self, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Self:
+        """Return a stack of the same parameter from left (E, out, r) and right (E, r, in).
+
+        Raises `ValueError` where only the base tells the parameter, and with it the scaling that is folded in.
+        """
+        others = {name: other for name, other in self.alternatives.items() if other.scaling == self.scaling}
+        if not self.ordered and len(others) < len(self.alternatives):
+            raise ValueError(f"only the base tells {self.unsettled}, and their scalings differ")
+        (count, out, r), inner = left.shape, right.shape[2]
+        A = LazyTensor.of(right.reshape(count * r, inner).contiguous())
+        B = LazyTensor.of(left.permute(1, 2, 0).reshape(out, r * count).contiguous())
+        made = replace(self, A=A, B=B, scaling=1.0, alpha=float(r), alternatives={})
+        # Each parameter that it may be for has the same numbers.
+        return replace(made, alternatives={name: replace(made, parameter=name) for name in others})
 
     def term(self, *_: Any) -> NoReturn:
         """Raise `ValueError`: a site holds one expert."""
@@ -143,6 +163,10 @@ class Expert(LowRank):
     def parts(self) -> Mapping[str, LazyTensor]:
         """The tensors of the whole stack, in which it lies."""
         return self.stack.parts
+
+    def path(self, module: str) -> str:
+        """Return the path of its stack and its number, `….down_proj.7`."""
+        return f"{self.stack.path(module)}.{self.number}"
 
     def factored(self) -> Factors:
         """Return B[e] and A[e]."""

@@ -66,6 +66,16 @@ def in_order(parameters: Collection[str]) -> list[str] | None:
     return None if order is None else [name for name in order if name in parameters]
 
 
+def nested(module: str, parameters: Collection[str]) -> dict[str, str]:
+    """Return parameter -> module as PEFT names the wrappers of one module: the one registered first is innermost.
+
+    >>> nested("mlp.experts", ["down_proj", "gate_up_proj"])
+    {'down_proj': 'mlp.experts', 'gate_up_proj': 'mlp.experts.base_layer'}
+    """
+    outermost_first = (in_order(parameters) or sorted(parameters))[::-1]
+    return {name: module + ".base_layer" * depth for depth, name in enumerate(outermost_first)}
+
+
 def known_type(config: Mapping[str, Any]) -> str | None:
     """Return the first model type of a config.json that is in `KNOWN`: the model's own, or that of one inside it."""
     parts = (config, *(value for key, value in config.items() if key.endswith("_config")))

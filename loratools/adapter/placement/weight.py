@@ -37,10 +37,9 @@ def base_matrix(
 
 
 def by_module(placements: Iterable[Placement]) -> Mapping[str, list[Placement]]:
-    """Group placements of weights by module, as `products` names them; those of biases are left out."""
+    """Group placements of weights by the path of what they change; those of biases are left out."""
     grouped: dict[str, list[Placement]] = {}
     for placement in placements:
         if low_rank(placement.update) is not None and not placement.bias:
-            number = "" if placement.expert is None else f".{placement.expert}"
-            grouped.setdefault(placement.module + number, []).append(placement)
+            grouped.setdefault(placement.update.path(placement.module), []).append(placement)
     return grouped

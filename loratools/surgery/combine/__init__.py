@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools import dialects
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import BaseIdentity, Step
+from loratools.decisions import warned
 from loratools.errors import IncompatibleAdapter, LoraToolsError
 from loratools.format.digest import adapter_digest
 from loratools.format.record import TOOL
@@ -44,6 +45,7 @@ from loratools.surgery.inputs import AdapterSource, as_list
 if TYPE_CHECKING:
     import torch
 
+_SEAL = "`convert --base` seals it"
 _CANCELLED = 1e-5  # of what went in; float32 factors are rounded to 6e-8, bfloat16 to 4e-3
 
 
@@ -181,8 +183,19 @@ def run(
             "the adapters take each other away almost completely: what is left may be the rounding of their numbers"
         )
     done = _step(operation, inputs, options, initial is not None, error)
-    result = assemble(opened, aligned, updates, replaced, base, done)
-    dialects.save_adapter(result, output, force=options.force)
+    final = aligned.for_peft(updates)
+    own_name = dict(zip(aligned.modules, final.modules, strict=True))
+    result = assemble(opened, final, {own_name[path]: update for path, update in updates.items()}, replaced, base, done)
+    if unsettled := sorted({update.unsettled for update in updates.values() if update.unsettled}):
+        # The format says of every stack how it lies; PEFT says it with its version, as the input did.
+        warnings.append(
+            f"written as PEFT does, without provenance: only the base tells {'; '.join(unsettled)} ({_SEAL})"
+        )
+        warned("%s", warnings[-1])
+        peft = replace(result, provenance=(), base=result.base and BaseIdentity(result.base.id, result.base.revision))
+        dialects.save_adapter(peft, output, dialect="peft", force=options.force)
+    else:
+        dialects.save_adapter(result, output, force=options.force)
     return Combination(
         str(output), adapter_digest(result), options.method,
         sum(lazy.parameters for lazy in result.tensors().values()),
@@ -208,7 +221,10 @@ def _updates(
     for module, (change, rank) in ranked.items():
         members, kept = aligned.modules[module], rounded[module]
         like, given = members[0].update, sum(member.update.rank for member in members)
-        updates[module] = like.with_factors(kept.left, kept.right, biases.get(module))
+        try:
+            updates[module] = like.with_factors(kept.left, kept.right, biases.get(module))
+        except ValueError as error:
+            raise IncompatibleAdapter(f"{module}: {error}") from None
         shares.append(Share(
             module, like.kind, like.shape, given, len(change.sigma), rank, math.sqrt(change.norm2),
             math.sqrt(kept.error2), math.sqrt(kept.optimum2), change.sigma[0], change.sigma[rank - 1],

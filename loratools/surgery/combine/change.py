@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,12 +33,23 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+class Known(NamedTuple):
+    """Singular values of one matrix, ‖ΔW‖_F², what of it they leave out, and its sides."""
+
+    sigma: tuple[float, ...]
+    norm2: float
+    lost2: float
+    sides: tuple[int, int]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Decomposed:
     """The leading part left·right of one change, balanced, in float64: left (m, k), right (k, n), `sigma` descending.
 
     `norm2` is ‖ΔW‖_F², `lost2` what is not in left·right; 0 for a product, whose rank is k. `size` is Σ |wᵢ|·‖ΔWᵢ‖_F of
-    what it was made of: where that is far larger, the terms cancel.
+    what it was made of: where that is far larger, the terms cancel. Of a stack of experts left is (E, m, k), right
+    (E, k, n), `each` the change of every expert without its factors, and σᵢ the root of the energy that all their i-th
+    directions hold, since one rank is for all.
     """
 
     left: Tensor
@@ -47,11 +58,18 @@ class Decomposed:
     norm2: float
     lost2: float = 0.0
     size: float = 0.0
+    each: tuple[Known, ...] = ()
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Sides (m, n) of the matrix."""
-        return self.left.shape[0], self.right.shape[1]
+    def sides(self) -> tuple[int, int]:
+        """Sides (m, n) of the matrix, whose sum a rank costs; of a stack those of all experts together."""
+        count = len(self.left) if self.left.ndim > 2 else 1
+        return count * self.left.shape[-2], count * self.right.shape[-1]
+
+    @property
+    def spectra(self) -> tuple[Known, ...]:
+        """What is known of each matrix by itself."""
+        return self.each or (Known(self.sigma, self.norm2, self.lost2, self.sides),)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,24 +122,30 @@ def combined(
         chance, threads = AsPeft(seed), 1
 
     def change(module: str, members: Sequence[Member]) -> Decomposed | None:
-        terms = [term for member in members if (term := _term(module, member, inputs[member.adapter])).weight != 0]
-        merged = methods.get(options.method).merge(terms, options, chance) if terms else None
+        rule = _rule(members, options)
+        single = not members[0].update.members
+        each = []
+        for expert in [None] if single else range(members[0].update.shape[0]):
+            terms = [term for member in members if (term := _term(module, member, inputs, expert)).weight != 0]
+            merged = methods.get(options.method).merge(terms, options, chance) if terms else None
+            size = sum(abs(term.weight) * float(squared_norm(term.left, term.right)) ** 0.5 for term in terms)
+            each.append(None if merged is None else _decompose(merged, rule, size))
         progress(sum(lazy.nbytes for member in members for lazy in member.update.parts.values()))
-        if merged is None:
-            return None
-        size = sum(abs(term.weight) * float(squared_norm(term.left, term.right)) ** 0.5 for term in terms)
-        return _decompose(merged, _rule(members, options), size)
+        return each[0] if single else _stacked(each)
 
     ordered = {module: aligned.modules[module] for module in sorted(aligned.modules, key=natural)}
     return for_each_module(change, ordered, threads)
 
 
-def _term(module: str, member: Member, source: Input) -> Term:
-    left, right = low_rank.load(member.update)
+def _term(module: str, member: Member, inputs: Sequence[Input], expert: int | None) -> Term:
+    source = inputs[member.adapter]
+    part = member.update if expert is None else member.update.members[expert]
+    left, right = low_rank.load(part)
+    number = "" if expert is None else f".{expert}"
     for name, factor in (("B", left), ("A", right)):
         if not bool(factor.isfinite().all()):
             raise ValueError(f"adapter {member.adapter + 1} has NaN or infinite elements in factor {name}")
-    return Term(source.weight.of(module), left, right, f"{source.digest}|{module}")
+    return Term(source.weight.of(module), left, right, f"{source.digest}|{module}{number}")
 
 
 def _rule(members: Sequence[Member], options: CombineOptions) -> RankRule:
@@ -154,6 +178,27 @@ def _decompose(change: tuple[Tensor, Tensor] | Tensor, rule: RankRule, size: flo
     return Decomposed(left, right, tuple(leading.S.tolist()), leading.norm2, leading.error2, size)
 
 
+def _stacked(each: Sequence[Decomposed | None]) -> Decomposed | None:
+    """Return the changes of a stack's experts as one, with zeros where one has a lower rank; None if all are zero."""
+    changes = [change for change in each if change is not None]
+    if not changes:
+        return None
+    rank, (out, inner) = max(len(change.sigma) for change in changes), changes[0].sides
+    left = torch.zeros(len(each), out, rank, dtype=torch.float64)
+    right = torch.zeros(len(each), rank, inner, dtype=torch.float64)
+    sigma2 = torch.zeros(rank, dtype=torch.float64)
+    for e, change in enumerate(each):
+        if change is not None:
+            own = len(change.sigma)
+            left[e, :, :own], right[e, :own] = change.left, change.right
+            sigma2[:own] += torch.tensor(change.sigma, dtype=torch.float64).square()
+    return Decomposed(
+        left, right, tuple(sigma2.sqrt().tolist()), math.fsum(change.norm2 for change in changes),
+        math.fsum(change.lost2 for change in changes), math.hypot(*(change.size for change in changes)),
+        tuple(spectrum for change in changes for spectrum in change.spectra),
+    )  # fmt: skip
+
+
 def choose(changes: Sequence[Decomposed], ranks: Ranks | None) -> list[int]:
     """Return the rank that each change keeps, at least 1: all there is without `ranks`.
 
@@ -162,14 +207,16 @@ def choose(changes: Sequence[Decomposed], ranks: Ranks | None) -> list[int]:
     most = [len(change.sigma) for change in changes]
     if ranks is None or not changes:
         return most
-    shapes = [change.shape for change in changes]
+    shapes = [change.sides for change in changes]
     if ranks.budget is not None:
         return list(ranks.decide([change.sigma for change in changes], shapes, [True] * len(changes)).ranks)
     rule, wanted = ranks.first(shapes, 0.0), []
     for change, limit in zip(changes, most, strict=True):
-        sigma = torch.tensor(change.sigma, dtype=torch.float64)
-        rank = None if change.lost2 else rule.rank(Spectrum(sigma, change.norm2, change.shape))
-        wanted.append(limit if rank is None else min(rank, limit))
+        asked = [
+            None if lost2 else rule.rank(Spectrum(torch.tensor(sigma, dtype=torch.float64), norm2, sides))
+            for sigma, norm2, lost2, sides in change.spectra
+        ]
+        wanted.append(min(limit, max(limit if rank is None else rank for rank in asked)))
     if ranks.uniform:
         rank = bounded(max(wanted), ranks.minimum, ranks.maximum, ranks.multiple_of)
         wanted = [min(rank, limit) for limit in most]
@@ -178,7 +225,7 @@ def choose(changes: Sequence[Decomposed], ranks: Ranks | None) -> list[int]:
 
 def keep(change: Decomposed, rank: int, dtype: str) -> Kept:
     """Return the leading `rank` of a change, rounded to `dtype` (a safetensors name)."""
-    left, right = change.left[:, :rank], change.right[:rank]
+    left, right = change.left[..., :rank], change.right[..., :rank, :]
     stored = left.to(dtypes.to_torch(dtype)), right.to(dtypes.to_torch(dtype))
     optimum2 = change.lost2 + math.fsum(sigma * sigma for sigma in change.sigma[rank:])
     return Kept(*stored, optimum2 + rounding2((left, right), stored), optimum2)

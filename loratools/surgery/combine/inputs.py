@@ -6,18 +6,21 @@ Each has a name for messages, a weight for each module, and a digest. What keeps
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from loratools import dialects
 from loratools.adapter import low_rank
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter
+from loratools.adapter.naming.stacked import nested
 from loratools.adapter.naming.wrappers import normalized
 from loratools.errors import IncompatibleAdapter, InvalidOption, LoraToolsError, UnsupportedAdapter
 from loratools.format.digest import checked_digest
 from loratools.surgery.combine.weights import Weight
 from loratools.surgery.inputs import AdapterSource
+
+_SEAL = "`loratools convert ADAPTER OUTPUT --base BASE` writes each as its base has it; then combine these."
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,7 +43,10 @@ class Member:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Aligned:
-    """The modules of all adapters by one name each, and each adapter's own names -> that one, for modules and paths."""
+    """The modules of all adapters by one name each, and each adapter's own names -> that one, for modules and paths.
+
+    Of a stack of experts the name is its parameter's, for PEFT's name of a wrapper depends on what else is wrapped.
+    """
 
     modules: Mapping[str, tuple[Member, ...]]
     renamed: tuple[Mapping[str, str], ...]
@@ -49,7 +55,19 @@ class Aligned:
         """Return the common path of an adapter's parameter: that of its module, where it has an update."""
         module, _, last = parameter.rpartition(".")
         common = self.renamed[adapter].get(module)
-        return f"{common}.{last}" if common else parameter
+        return f"{common}.{last}" if common and not self.modules[common][0].update.members else parameter
+
+    def for_peft(self, kept: Collection[str]) -> Aligned:
+        """Return the same with stacks under the names that PEFT gives their wrappers in an adapter of the `kept`."""
+        stacks: dict[str, list[str]] = {}
+        for path in kept:
+            if (last := self.modules[path][0].update.path("")) and path.endswith(last):
+                stacks.setdefault(path.removesuffix(last), []).append(last[1:])
+        names = {f"{module}.{p}": name for module, own in stacks.items() for p, name in nested(module, own).items()}
+        return Aligned(
+            {names.get(path, path): members for path, members in self.modules.items()},
+            tuple({own: names.get(path, path) for own, path in each.items()} for each in self.renamed),
+        )
 
 
 def open_inputs(
@@ -101,17 +119,26 @@ def align(inputs: Sequence[Input]) -> Aligned:
         raise UnsupportedAdapter(message, refused, hint="Merge such an adapter into its base model instead.")
     modules: dict[str, list[Member]] = {}
     renamed: list[dict[str, str]] = []
+    turned: list[str] = []
     for number, each in enumerate(inputs):
         known = Counter(map(normalized, modules))
-        by_normalized = {normalized(module): module for module in modules if known[normalized(module)] == 1}
-        own = Counter(map(normalized, each.adapter.updates))
+        by_normalized = {normalized(path): path for path in modules if known[normalized(path)] == 1}
+        paths = {module: update.path(module) for module, update in each.adapter.updates.items()}
+        own = Counter(map(normalized, paths.values()))
         common = {}
         for module, update in each.adapter.updates.items():
-            bare = normalized(module)
-            alone = module not in modules and own[bare] == 1
-            common[module] = by_normalized.get(bare, module) if alone else module
-            modules.setdefault(common[module], []).append(Member(number, update))
+            path = paths[module]
+            bare = normalized(path)
+            alone = path not in modules and own[bare] == 1
+            common[module] = by_normalized.get(bare, path) if alone else path
+            members = modules.setdefault(common[module], [])
+            try:
+                members.append(Member(number, low_rank.alike(members[0].update, update) if members else update))
+            except ValueError as error:
+                turned.append(f"{each.name}: {path}: {error}")
         renamed.append(common)
+    if turned:
+        raise IncompatibleAdapter(f"{len(turned)} stack(s) of experts may lie in two ways", turned, hint=_SEAL)
     _refuse_differences([each.name for each in inputs], modules)
     unmatched = [
         f"{each.name}: {pattern} names none of its modules"

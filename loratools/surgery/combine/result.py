@@ -9,6 +9,7 @@ import torch
 
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, BaseIdentity, Step
+from loratools.adapter.placement.stacks import path_of
 from loratools.errors import UnsupportedAdapter
 from loratools.format import manifest
 from loratools.storage.lazy import LazyTensor
@@ -37,6 +38,12 @@ def assemble(
         settings["bias"] = bias
     if len(updates) == len(aligned.modules) and (targets := _targets(adapters)):
         settings["target_modules"] = targets
+    if parameters := {
+        f"{path_of(module)}.{reading.layout['parameter']}"
+        for module, update in updates.items()
+        for reading in update.readings
+    }:
+        settings["target_parameters"] = sorted(parameters)
     settings[manifest.ORIGIN] = _origin(adapters, aligned, updates, replacements)
     history = {_key(entry): entry for adapter in adapters for entry in adapter.provenance}
     copies = _copies(adapters, aligned, replacements)

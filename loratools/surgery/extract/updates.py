@@ -9,6 +9,7 @@ from loratools.adapter.kinds.conv import ConvUpdate
 from loratools.adapter.kinds.embedding import EmbeddingUpdate
 from loratools.adapter.kinds.experts import ExpertsUpdate
 from loratools.adapter.kinds.lora import LoraUpdate
+from loratools.adapter.naming.stacked import nested
 from loratools.storage.lazy import LazyTensor
 from loratools.surgery.extract.pairs import Pair
 
@@ -26,7 +27,7 @@ def build(pair: Pair, shape: tuple[int, ...], rank: int, factors: Factors) -> Up
 def module_names(pairs: Iterable[Pair]) -> dict[str, str]:
     """Return the adapter's module for each factored path.
 
-    PEFT wraps a module of stacked experts once for each parameter, gate_up_proj innermost, under `base_layer`.
+    PEFT wraps a module of stacked experts once for each parameter, the inner ones under `base_layer`.
     """
     pairs = list(pairs)
     stacks: dict[str, list[str]] = {}
@@ -36,8 +37,7 @@ def module_names(pairs: Iterable[Pair]) -> dict[str, str]:
             stacks.setdefault(module, []).append(parameter)
     names = {pair.path: pair.path for pair in pairs}
     for module, parameters in stacks.items():
-        outermost_first = sorted(parameters, key=lambda name: (name == "gate_up_proj", name))
-        names |= {f"{module}.{name}": module + ".base_layer" * depth for depth, name in enumerate(outermost_first)}
+        names |= {f"{module}.{name}": wrapper for name, wrapper in nested(module, parameters).items()}
     return names
 
 

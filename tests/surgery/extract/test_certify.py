@@ -93,5 +93,5 @@ def test_experts_are_certified_one_by_one(tmp_path: Path) -> None:
     models = pair(tmp_path, base, {"mlp.experts.down_proj": base["mlp.experts.down_proj"] + D}, model_type="mixtral")
     extract(*models, tmp_path / "out", Ranks(Fixed(3)))
     for e, one in enumerate(certify(models[1], models[0], tmp_path / "out").layers):
-        assert one.module == f"mlp.experts.{e}"
+        assert one.module == f"mlp.experts.down_proj.{e}"
         assert one.error == pytest.approx(optimum(D[e], 3) / float(D[e].norm()), rel=1e-5)
