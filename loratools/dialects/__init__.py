@@ -24,6 +24,7 @@ The entries:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
@@ -66,6 +67,7 @@ class Dialect(Protocol):
         ...
 
 
+@cache
 def names() -> tuple[str, ...]:
     """Return the names of all dialects, sorted.
 

@@ -7,6 +7,8 @@ casting it down loses nothing, it is taken for what it was cast from, and said.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -27,6 +29,27 @@ def tensor_digest(tensor: Tensor, algorithm: str = digest.DEFAULT) -> str:
     """Return the digest of a tensor in its own dtype, as of one in a file."""
     lazy = LazyTensor.of(tensor.detach())
     return digest.tensor(lazy.dtype, lazy.shape, lazy.chunks("tensor"), algorithm)
+
+
+_KEPT: dict[int, tuple[Any, Any, dict[tuple[Any, str], str]]] = {}
+"""Id of a parameter -> a weak reference to it, its state, and the digests that it had then."""
+
+
+def parameter_digest(parameter: Tensor, dtype: torch.dtype, algorithm: str = digest.DEFAULT) -> str:
+    """Return the digest of a parameter cast to a dtype; kept until the parameter is changed, as autograd counts it.
+
+    So every adapter after the first is compared in no time.
+    """
+    state = parameter.data_ptr(), parameter._version, tuple(parameter.shape), parameter.dtype
+    key = id(parameter)
+    held = _KEPT.get(key)
+    if held is None or held[0]() is not parameter or held[1] != state:
+        gone = ref(parameter, lambda _: _KEPT.pop(key, None))
+        _KEPT[key] = held = (gone, state, {})
+    digests = held[2]
+    if (dtype, algorithm) not in digests:
+        digests[dtype, algorithm] = tensor_digest(parameter.detach().to(dtype), algorithm)
+    return digests[dtype, algorithm]
 
 
 def narrowed(tensor: Tensor) -> list[Tensor]:
@@ -54,7 +77,11 @@ def check_base(base: BaseIdentity | None, layout: Layout, check: CheckBase = "st
             absent.append(name)
             continue
         algorithm = digest.algorithm_of(recorded)
-        dtype = next((each.dtype for each in narrowed(tensor) if tensor_digest(each, algorithm) == recorded), None)
+        wide = tensor.dtype
+        dtype = wide if parameter_digest(tensor, wide, algorithm) == recorded else None
+        if dtype is None:  # the sealed base may have it in a narrower dtype
+            casts_of = (each.dtype for each in narrowed(tensor)[1:])
+            dtype = next((each for each in casts_of if parameter_digest(tensor, each, algorithm) == recorded), None)
         if dtype is None:
             problems.append(f"{name}: its bytes are not those of the sealed base")
         elif dtype != tensor.dtype:
@@ -85,7 +112,7 @@ def live_tensor(name: str, layout: Layout, names: Names) -> Tensor | None:
         return None
     _, owner, own = layout.owners[found[0]]
     tensor = owner._parameters.get(own)
-    return tensor.detach() if tensor is not None and tensor.is_floating_point() else None
+    return tensor if tensor is not None and tensor.is_floating_point() else None
 
 
 def seal(layout: Layout, touched: Iterable[str], base_id: str | None) -> BaseIdentity:

@@ -59,6 +59,15 @@ class Piece(Silent):
     are the factors that training started from, where their product is taken off again (PiSSA, OLoRA).
     """
 
+    path: str
+    kind: str
+    scaling: float
+    alpha: float
+    roles: dict[str, str]
+    spans: tuple[Span, ...] | None
+    dropout: float
+    plain: bool  # nothing but A, B and a scale
+    gains: tuple[Any, Tensor] | None  # what g of DoRA was, and of which tensors
     A: Tensor
     B: Tensor
     magnitude: Tensor | None
@@ -68,12 +77,15 @@ class Piece(Silent):
 
     def __init__(
         self, path: str, update: Update, tensors: Mapping[str, Tensor], spans: tuple[Span, ...] | None = None,
-        dropout: float = 0.0, start: tuple[Tensor, Tensor] | None = None, embed_scale: bool = False,
+        dropout: float = 0.0, start: tuple[Tensor, Tensor] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.path, self.kind, self.scaling, self.alpha = path, update.kind, update.scaling, update.alpha
-        self.roles = dict(update.roles or {})
-        self.spans, self.dropout = spans, dropout
+        plain = spans is None and start is None and "magnitude" not in tensors and "bias" not in tensors
+        # Past nn.Module.__setattr__, which looks at every value: there are hundreds of pieces.
+        self.__dict__.update(
+            path=path, kind=update.kind, scaling=update.scaling, alpha=update.alpha, roles=dict(update.roles),
+            spans=spans, dropout=dropout, plain=plain, gains=None,
+        )  # fmt: skip
         for role in ("A", "B", "magnitude", "bias"):
             tensor = tensors.get(role)
             if isinstance(tensor, nn.Parameter):
@@ -81,10 +93,8 @@ class Piece(Silent):
             else:
                 self._buffers[role] = tensor
                 self._non_persistent_buffers_set.add(role)
-        for role, tensor in zip(("A0", "B0"), start or (None, None), strict=True):
-            self.register_buffer(role, tensor, persistent=False)
-        self.plain = spans is None and start is None and "magnitude" not in tensors and "bias" not in tensors
-        self.gains: tuple[Any, Tensor] | None = None
+        self._buffers["A0"], self._buffers["B0"] = start or (None, None)
+        self._non_persistent_buffers_set |= {"A0", "B0"}
 
     @property
     def rank(self) -> int:

@@ -12,7 +12,7 @@ as far as other clauses go, so that one fault gives one problem.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -55,16 +55,23 @@ class Subject:
 
     def kind(self, entry: Mapping[str, Any]) -> Kind | None:
         """Return the kind of a module's entry; None for one that the file's own version does not register."""
-        name, version = entry.get("kind"), str(self.manifest.get("format_version", "1.0"))
+        name = entry.get("kind")
         kind = KINDS.get(name) if isinstance(name, str) else None
-        return kind if kind and kind.since <= tuple(map(int, version.split("."))) else None
+        return kind if kind and kind.since <= self.version else None
 
-    def modules(self) -> Iterator[tuple[str, Mapping[str, Any], Kind]]:
-        """Yield the modules of a registered kind that have a rank: (path, entry, kind)."""
-        for path, entry in self.entries():
-            kind = self.kind(entry)
-            if kind and natural(entry.get("rank"), 1):
-                yield path, entry, kind
+    @cached_property
+    def version(self) -> tuple[int, ...]:
+        """The version of the format that the file states."""
+        return tuple(map(int, str(self.manifest.get("format_version", "1.0")).split(".")))
+
+    def modules(self) -> Sequence[tuple[str, Mapping[str, Any], Kind]]:
+        """Return the modules of a registered kind that have a rank: (path, entry, kind)."""
+        return self._modules
+
+    @cached_property
+    def _modules(self) -> Sequence[tuple[str, Mapping[str, Any], Kind]]:
+        kinds = ((path, entry, self.kind(entry)) for path, entry in self.entries())
+        return [(path, entry, kind) for path, entry, kind in kinds if kind and natural(entry.get("rank"), 1)]
 
     def targeted(self) -> list[str]:
         """Return the modules that PEFT finds by `target_modules`; those of an unknown kind are among them."""
