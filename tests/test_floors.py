@@ -53,11 +53,12 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
         "product site",
         "modules whole",
         "place",
-        "fresh identity opened summary watch",
+        "fresh identity opened restore summary watch",
         "export",
         "uses",
         "acting",
         "handle",
+        "trainer",
     ),
     "loratools.format": (
         "canonical keys shapes",

@@ -19,6 +19,7 @@ The entries:
     product.py    the autograd function of y = W·x + s·B·A·x            whole.py     what takes a parameter's place
     identity.py   is this the sealed base?                              watch.py     targets that never run
     export.py     back to an `Adapter`, and to a file                   summary.py   what `print(lora)` says
+    trainer.py    a mixin for transformers' Trainer                     restore.py   how a training resumes
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ import torch
 from torch import nn
 
 from loratools.adapter.model import Adapter, Step
-from loratools.errors import LoraToolsError
 from loratools.format.record import TOOL
 from loratools.live import fresh
 from loratools.live.acting import Entry
 from loratools.live.fresh import Bias, Fresh
 from loratools.live.fresh.start import Init
 from loratools.live.fresh.targets import choose
-from loratools.live.handle import Lora
+from loratools.live.handle import Lora, find_handle, handle_of
+from loratools.live.trainer import TrainerMixin
 from loratools.options import CheckBase
 from loratools.storage.sources import Location
 
-__all__ = ["Lora", "attach", "load", "of"]
+__all__ = ["Lora", "TrainerMixin", "attach", "load", "of"]
 
 
 def attach(
@@ -92,8 +93,7 @@ def attach(
         ('default',)
     """
     options = Fresh(rank, alpha, targets, seed, init, dropout, dora, rslora, bias, dtype)
-    existing = _handle(model)
-    lora = existing or Lora(model)
+    lora = find_handle(model) or Lora(model)
     lora.ready(name)
     places = fresh.places(model, choose(model, targets), options)
     settings: dict[str, Any] = {"bias": bias} if bias != "none" else {}
@@ -126,7 +126,7 @@ def load(
     Example:
         >>> lora = load(model, "my-lora", name="poet")  # doctest: +SKIP
     """
-    lora = _handle(model) or Lora(model)
+    lora = find_handle(model) or Lora(model)
     lora.add(name, adapter, trainable=trainable, check_base=check_base)
     lora.use(name)
     return lora
@@ -142,12 +142,4 @@ def of(model: nn.Module) -> Lora:
         >>> attach(model, targets=["0"]) is of(model)
         True
     """
-    lora = _handle(model)
-    if lora is None:
-        raise LoraToolsError("this model has no adapters of loratools; `live.attach` or `live.load` puts one there")
-    return lora
-
-
-def _handle(model: nn.Module) -> Lora | None:
-    held = (module.__dict__.get("_lora") for module in model.modules())
-    return next((lora for lora in held if lora is not None), None)
+    return handle_of(model)

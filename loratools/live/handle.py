@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from loratools.adapter.model import Adapter, Step
+from loratools.errors import LoraToolsError
 from loratools.format.record import TOOL
 from loratools.live.acting import Acting, Entry
 from loratools.live.export import adapter_of, save
@@ -180,3 +181,17 @@ class Lora(Acting):
         if name not in self.entries:
             raise self._unknown([name])
         return save(self, Path(folder), name, base_id, force)
+
+
+def find_handle(model: nn.Module) -> Lora | None:
+    """Return the handle of a model with adapters, also inside a wrapper; None for a model without."""
+    held = (module.__dict__.get("_lora") for module in model.modules())
+    return next((lora for lora in held if lora is not None), None)
+
+
+def handle_of(model: nn.Module) -> Lora:
+    """Return the handle of a model with adapters; raise `LoraToolsError` for one without."""
+    lora = find_handle(model)
+    if lora is None:
+        raise LoraToolsError("this model has no adapters of loratools; `live.attach` or `live.load` puts one there")
+    return lora

@@ -7,6 +7,7 @@ parameters and buffers, which move and train with the model, and says nothing in
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from torch import Tensor, nn
 
 from loratools.adapter.kinds import Update
+from loratools.errors import LoraToolsError
 
 BANK = "lora"
 """Name of the child that holds the factors."""
@@ -113,6 +115,19 @@ class Bank(Silent):
         super().__init__()
         self.pieces: dict[str, tuple[Piece, ...]] = {}
         self.whole: dict[str, dict[str, Any]] = {}
+
+    def _load_from_state_dict(self, *_: Any) -> None:
+        """Refuse to resume a training whose checkpoint has the base alone: its factors would start untrained."""
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            return
+        frame: Any = sys._getframe()
+        while frame := frame.f_back:
+            code = frame.f_code.co_name, frame.f_globals.get("__name__")
+            if code == ("_load_from_checkpoint", "transformers.trainer"):
+                raise LoraToolsError(
+                    "this checkpoint has the base and no adapter, so training would start from untrained factors",
+                    hint="Train with live.TrainerMixin before Trainer: its checkpoints hold the adapters.",
+                )
 
     def put(self, name: str, piece: nn.Module) -> None:
         """Take in a child of an adapter, under a key that shows its name."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loratools.live.product import LowRankLinear, draw_seed, row_norms
+from loratools.live.product import LowRankLinear, draw_seed, mask, row_norms
 from loratools.live.site import Piece, Site, added
 
 
@@ -37,13 +37,17 @@ class AffineSite(Site):
             scale, p = piece.scaling * weight, piece.dropout if self.training else 0.0  # type: ignore[attr-defined]
             A, B = piece.A, piece.B
             grad = torch.is_grad_enabled() and (A.requires_grad or x.requires_grad or self.weight.requires_grad)
-            if not grad and not p and not torch.is_autocast_enabled(x.device.type):
+            plain = not torch.is_autocast_enabled(x.device.type)
+            compiled = p and torch.compiler.is_compiling()  # a generator of its own is not for graphs
+            if not grad and plain and not compiled:
                 y = F.linear(x, W, self.bias)  # type: ignore[arg-type]
-                u = F.linear(x.reshape(-1, x.shape[-1]), A.to(x.dtype))
+                flat = x.reshape(-1, x.shape[-1])
+                if p:  # as below: the first forward of a checkpoint has no gradients, its repetition has
+                    flat = flat * mask(flat, p, draw_seed())
+                u = F.linear(flat, A.to(x.dtype))
                 y.view(-1, y.shape[-1]).addmm_(u, B.to(x.dtype).T, alpha=scale)
                 return y
-            compiled = p and torch.compiler.is_compiling()  # a generator of its own is not for graphs
-            if grad and not compiled and not torch.is_autocast_enabled(x.device.type):
+            if grad and plain and not compiled:
                 return LowRankLinear.apply(x, W, self.bias, A, B, scale, p, draw_seed() if p else 0)  # type: ignore
         y = self.plain_forward(x, *args, **settings)
         for piece, weight in pieces:
