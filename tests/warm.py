@@ -20,6 +20,7 @@ import io
 import json
 import os
 import pkgutil
+import resource
 import select
 import signal
 import socket
@@ -137,6 +138,8 @@ def become(streams: dict[int, int], arguments: list[str], folder: str, env: dict
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)
+    if limits := env.get("LIMITS"):
+        limit(*map(int, limits.split()))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["loratools", *arguments]
     sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False)) if 0 in streams else None  # type: ignore[assignment]
@@ -158,6 +161,13 @@ def become(streams: dict[int, int], arguments: list[str], folder: str, env: dict
                 with contextlib.suppress(OSError):
                     stream.flush()
         os._exit(code)
+
+
+def limit(seconds: int, nbytes: int) -> None:
+    """Let this process have so much processor time, and so much more memory than it has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + nbytes,) * 2)
 
 
 def import_what_commands_need() -> None:

@@ -17,7 +17,7 @@ from loratools.errors import OutputRefused
 from loratools.format.manifest import LAYERS, usual
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.companions import RECORD
-from loratools.storage.strict_json import read_json
+from loratools.storage.strict_json import MAX_INDEX, read_json
 from loratools.version import __version__
 
 TOOL = f"loratools {__version__}"
@@ -93,7 +93,7 @@ def unlike(entry: Mapping[str, Any], adapter: Adapter) -> list[str]:
 def read(model: Checkpoint) -> dict[str, Any]:
     """Return the record in a model's folder, of a merge or of another operation; {} where there is none."""
     path = model.root / RECORD
-    return read_json(path) if model.root.is_dir() and path.is_file() else {}
+    return read_json(path, most=MAX_INDEX) if model.root.is_dir() and path.is_file() else {}
 
 
 def is_complete(record: Mapping[str, Any]) -> bool:

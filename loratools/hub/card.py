@@ -22,12 +22,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from loratools.errors import BadFile, HubError
+from loratools.storage.beside.cards import cut
+from loratools.storage.beside.plain_yaml import parse_yaml
 
 Side = Literal["local", "hub"]
 
-_SECTION = re.compile(
-    r"\n*<!-- loratools card local=(?P<local>[0-9a-f]*) text=(?P<text>[0-9a-f]*) -->\n.*?<!-- /loratools card -->\n*",
-    re.DOTALL,
+_SECTION = (
+    re.compile(r"<!-- loratools card local=(?P<local>[0-9a-f]{0,64}) text=(?P<text>[0-9a-f]{0,64}) -->\n"),
+    "<!-- /loratools card -->",
+    "\n\n",
 )
 _KEY = re.compile(r"([A-Za-z_][\w-]*|\"[^\"]+\"|'[^']+')\s*:(?=\s|$)")
 
@@ -49,15 +52,7 @@ class Card:
 
     def data(self) -> dict[str, Any]:
         """Return the front matter; raise `BadFile` where it is not YAML of names and values."""
-        import yaml  # type: ignore[import-untyped,unused-ignore]
-
-        try:
-            fields = yaml.safe_load("\n".join(self.front))
-        except yaml.YAMLError as error:
-            raise BadFile(f"README.md: the front matter is not YAML: {' '.join(str(error).split())[:200]}") from None
-        if fields is not None and not isinstance(fields, dict):
-            raise BadFile("README.md: the front matter is not names and values")
-        return fields or {}
+        return parse_yaml("\n".join(self.front), "README.md: the front matter") or {}
 
 
 def parse(readme: str) -> Card:
@@ -70,8 +65,7 @@ def parse(readme: str) -> Card:
             raise BadFile("README.md: the front matter is not closed by a line ---")
         front, lines = lines[1:end], lines[end + 1 :]
     body = "\n".join(lines)
-    mark = _SECTION.search(body)
-    text = body if mark is None else _SECTION.sub("\n\n", body)
+    text, mark = cut(body, *_SECTION)
     digests = mark.groupdict() if mark else {}
     return Card(tuple(front), text.strip("\n"), digests.get("local") or "", digests.get("text") or "")
 
@@ -129,7 +123,7 @@ def _front(card: Card, facts: Mapping[str, Any], force: Mapping[str, Any]) -> li
 
 def _set(lines: list[str], name: str, value: Any) -> list[str]:
     """Replace a top-level field where it stands, or add it at the end."""
-    import yaml
+    import yaml  # type: ignore[import-untyped,unused-ignore]
 
     new = yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=True, width=1000).rstrip("\n").split("\n")
     starts = [i for i, line in enumerate(lines) if _KEY.match(line)]

@@ -13,7 +13,7 @@ from loratools.hub.refs import Ref
 from loratools.parallel import each
 from loratools.storage import atomic
 from loratools.storage.header import MAX_HEADER
-from loratools.storage.strict_json import MAX_JSON, parse_json_object
+from loratools.storage.strict_json import MAX_INDEX, parse_json_object
 
 FIRST = 1 << 16
 """Bytes of the first request for a header; a longer header takes a second one for exactly the rest."""
@@ -45,7 +45,7 @@ def headers_of(hub: Hub, ref: Ref, folder: Path) -> Path:
             if name.endswith(".safetensors"):
                 output.write(_header(hub, ref.repo, commit, file))
             elif name in selection.weights or _is_config(name, file):
-                output.write(hub.small(ref.repo, commit, file, MAX_JSON))
+                output.write(hub.small(ref.repo, commit, file, MAX_INDEX))
             output.truncate(file.size)
 
     each(fetch, {name: tree[names[name]] for name in selection.paths}, 8)
@@ -62,7 +62,7 @@ def choose(
         def index(name: str) -> dict[str, Any]:
             if name not in names:
                 raise BadFile(f"{name} is not there")
-            return parse_json_object(hub.small(ref.repo, commit, tree[names[name]], MAX_JSON).strip(), Path(name))
+            return parse_json_object(hub.small(ref.repo, commit, tree[names[name]], MAX_INDEX).strip(), Path(name))
 
         if ref.path in tree and ref.path:  # a file that was asked for by name is what is wanted
             name = Path(ref.path).name

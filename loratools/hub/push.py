@@ -17,11 +17,11 @@ from loratools.hub.subject import Subject, read
 from loratools.hub.upload import Committed, Target, Uploader, look
 from loratools.options import Options
 from loratools.parallel import Progress, no_progress
+from loratools.storage.beside.cards import MAX_CARD, read_bytes
 from loratools.storage.sources import Location, as_path
 from loratools.surgery.inspect import AdapterSummary
 
 CARD = "README.md"
-_MAX_CARD = 10_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,13 +155,13 @@ def card_for(
     notes: list[str] = []
     base_card = _base_card(hub, subject.base_model, notes)
     own = subject.content.get(CARD)
-    local = _text(own.read_bytes(), str(own)) if isinstance(own, Path) else None
+    local = _text(read_bytes(own), str(own)) if isinstance(own, Path) else None
     if local is not None and subject.base_path and subject.base_model:
         local = local.replace(subject.base_path, subject.base_model)  # PEFT and TRL write it there
     there = target.tree.get(CARD)
     remote = None
     if there and target.head:
-        remote = _text(hub.small(target.repo, target.head, there, _MAX_CARD), f"hf://{target.repo}/{CARD}")
+        remote = _text(hub.small(target.repo, target.head, there, MAX_CARD), f"hf://{target.repo}/{CARD}")
     summary = subject.summary
     if isinstance(summary, AdapterSummary):
         facts = section.adapter_facts(subject.base_model, subject.task, base_card)

@@ -17,7 +17,7 @@ from loratools.hub.refs import is_plain
 from loratools.storage.beside.links import refuse_outside
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.companions import RECORD
-from loratools.storage.strict_json import read_json
+from loratools.storage.strict_json import MAX_INDEX, read_json
 from loratools.surgery.inspect import AdapterSummary, CheckpointSummary, describe_adapter, describe_checkpoint
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -56,7 +56,7 @@ def read(path: Path, base_model: str | None) -> Subject:
     kind = files.kind_of(present) if path.is_dir() else "adapter"
     if path.is_dir():
         try:
-            selection = files.select(present, kind, lambda name: read_json(present[name]))
+            selection = files.select(present, kind, lambda name: read_json(present[name], most=MAX_INDEX))
         except BadFile as error:
             raise BadFile(f"{path}: {error.message}", error.problems, hint=error.hint) from None
         pictures = [name for name in present if Path(name).suffix.lower() in files.PICTURES]
@@ -68,7 +68,7 @@ def read(path: Path, base_model: str | None) -> Subject:
         refuse_outside([present[name] for name in chosen], path)
     left_out = tuple(sorted(present.keys() - content.keys()))
     if kind == "checkpoint":
-        record = read_json(present[RECORD]) if RECORD in present else {}
+        record = read_json(present[RECORD], most=MAX_INDEX) if RECORD in present else {}
         base = record.get("base")
         name = _name(base_model or (base.get("id") if isinstance(base, Mapping) else None), path)
         summary = describe_checkpoint(Checkpoint.open(path), path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -16,12 +17,13 @@ from loratools.storage.beside.links import refuse_outside, walk
 from loratools.storage.header import TensorSpec, read_header
 from loratools.storage.pickles.archive import SUFFIXES, read_pickled
 from loratools.storage.sources import Location, local
-from loratools.storage.strict_json import read_json
+from loratools.storage.strict_json import MAX_INDEX, read_json
 
 if TYPE_CHECKING:
     import torch
 
-_SHOWN = 200  # problems listed of one index; a hostile one could have millions
+MAX_FILES, _SHOWN = 10_000, 200
+"""Files that one index may list, of which the largest models have some hundred; and its problems that are shown."""
 _GGUF = "Merge into the safetensors model that it was made from, then convert the result to GGUF again."
 
 
@@ -84,11 +86,11 @@ class Checkpoint:
         name that is in two files, and a folder that holds no weights. All problems are listed at once.
         """
         path = local(path, "checkpoint")
+        pipeline = path / "model_index.json"
         try:
             if path.is_dir():
-                pipeline = path / "model_index.json"
                 refuse_outside([pipeline], path)
-                return _open_pipeline(path, read_json(pipeline)) if pipeline.is_file() else _open_folder(path)
+                return _open_pipeline(path, read_json(pipeline)) if os.path.lexists(pipeline) else _open_folder(path)
             if not path.exists():
                 raise BadFile(f"{path}: no such file or folder")
         except OSError as error:
@@ -153,10 +155,8 @@ def is_weights(path: Path) -> bool:
 def _config(folder: Path) -> Mapping[str, Any]:
     """Return the parsed config.json of a folder; {} where there is none."""
     path = folder / "config.json"
-    if not path.is_file():
-        return {}
     refuse_outside([path], folder)
-    return read_json(path)
+    return read_json(path) if os.path.lexists(path) else {}
 
 
 def _few(names: Sequence[str]) -> str:
@@ -199,9 +199,9 @@ def _compare(opened: Checkpoint, rivals: Sequence[Path], root: Path) -> None:
         except BadFile as error:
             warned("%s: not looked at, for it cannot be read: %s", path, error.message)
             continue
-        if not rival.specs.keys() & opened.specs.keys():
-            continue
         pairs = [(rival.specs[name], spec) for name, spec in opened.specs.items() if name in rival.specs]
+        if not pairs:
+            continue
         if rival.specs.keys() != opened.specs.keys() or not all(files.same_bytes(*pair) for pair in pairs):
             differing.append(path)
         else:
@@ -216,14 +216,16 @@ def _compare(opened: Checkpoint, rivals: Sequence[Path], root: Path) -> None:
 
 def _open_index(path: Path, root: Path | None = None) -> Checkpoint:
     refuse_outside([path] if root else [], root or path.parent)
-    index = read_json(path)
+    index = read_json(path, most=MAX_INDEX)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise BadFile(f"{path}: expected weight_map, tensor names to file names")
     files_of: dict[str, set[str]] = {}
+    problems, shards = [], []
     for tensor, file in weight_map.items():
         files_of.setdefault(file, set()).add(tensor)
-    problems, shards = [], []
+    if len(files_of) > MAX_FILES:
+        raise BadFile(f"{path}: an index of {len(files_of)} files; at most {MAX_FILES} are read")
     refuse_outside([path.parent / name for name in files_of if _is_plain(name)], root or path.parent)
     for name, listed in sorted(files_of.items()):
         if not _is_plain(name):
@@ -294,5 +296,4 @@ def _build(
     if not specs:
         raise BadFile(f"{path}: no tensors in it")
     root = path if path.is_dir() else path.parent
-    config = {} if components else _config(root)
-    return Checkpoint(path, root, tuple(shards), specs, indexes, config, components)
+    return Checkpoint(path, root, tuple(shards), specs, indexes, {} if components else _config(root), components)

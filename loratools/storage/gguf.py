@@ -18,6 +18,9 @@ _STRING, _ARRAY = 8, 9
 _WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Type of a value -> its bytes, as GGUF numbers them."""
 
+MAX_ITEMS = 100_000
+"""Fields, tensors, and values of arrays of one file, a thousand in an adapter: the package makes an object of each."""
+
 _DEEPEST, _MOST_SIDES = 4, 8
 
 
@@ -58,7 +61,17 @@ def check_counts(path: Path) -> None:
     The `gguf` package believes every count, and reads on, or asks for as much memory, for as long as the count says.
     """
     size = path.stat().st_size
+    items = 0
     with path.open("rb") as file:
+
+        def count(number: int) -> int:
+            nonlocal items
+            items += number
+            if number > (left := size - file.tell()):
+                raise BadFile(f"{path}: damaged GGUF file: it counts {number} items where {left} bytes follow")
+            if items > MAX_ITEMS:
+                raise BadFile(f"{path}: a GGUF header of more than {MAX_ITEMS} fields, values and tensors")
+            return number
 
         def take(form: str) -> int:
             raw = file.read(struct.calcsize(form))
@@ -66,12 +79,10 @@ def check_counts(path: Path) -> None:
                 raise BadFile(f"{path}: damaged GGUF file: it ends in its header")
             return int(struct.unpack(order + form, raw)[0])
 
-        def skip(count: int, each: int) -> None:
-            if count * each > size - file.tell():
-                raise BadFile(
-                    f"{path}: damaged GGUF file: it counts {count} items where {size - file.tell()} bytes follow"
-                )
-            file.seek(count * each, os.SEEK_CUR)
+        def skip(number: int, each: int) -> None:
+            if number * each > (left := size - file.tell()):
+                raise BadFile(f"{path}: damaged GGUF file: it counts {number} items where {left} bytes follow")
+            file.seek(number * each, os.SEEK_CUR)
 
         def value(kind: int, depth: int) -> None:
             if kind in _WIDTHS:
@@ -79,11 +90,11 @@ def check_counts(path: Path) -> None:
             elif kind == _STRING:
                 skip(take("Q"), 1)
             elif kind == _ARRAY and depth < _DEEPEST:
-                inner, count = take("I"), take("Q")
+                inner, number = take("I"), take("Q")
                 if inner in _WIDTHS:
-                    skip(count, _WIDTHS[inner])
+                    skip(count(number), _WIDTHS[inner])
                     return
-                for _ in range(count):
+                for _ in range(count(number)):
                     value(inner, depth + 1)
             else:
                 raise BadFile(f"{path}: damaged GGUF file: a value of type {kind} at depth {depth}")
@@ -94,17 +105,17 @@ def check_counts(path: Path) -> None:
         if not take("I") & 0xFFFF:
             order = ">"  # what it read is the version, the other way round
         tensors, fields = take("Q"), take("Q")
-        for _ in range(fields):
+        for _ in range(count(fields)):
             skip(take("Q"), 1)
             value(take("I"), 0)
-        for _ in range(tensors):
+        for _ in range(count(tensors)):
             skip(take("Q"), 1)
             sides = take("I")
             if sides > _MOST_SIDES:
                 raise BadFile(f"{path}: damaged GGUF file: a tensor of {sides} sides")
-            count = prod(take("Q") for _ in range(sides))
-            if count > 8 * size:
-                raise BadFile(f"{path}: damaged GGUF file: a tensor of {count} numbers in a file of {size} bytes")
+            shape = [take("Q") for _ in range(sides)]
+            if max(prod(shape), *shape, 0) > 8 * size:
+                raise BadFile(f"{path}: damaged GGUF file: a tensor of shape {shape} in a file of {size} bytes")
             take("I")
             take("Q")
 

@@ -24,6 +24,15 @@ from loratools.storage.strict_json import parse_json_object
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library."""
 
+MAX_TENSORS = 500_000
+"""Tensors of one file; the largest mixtures of experts have a tenth of it in all their files."""
+
+MAX_NAME, MAX_SEGMENTS = 1_000, 100
+"""Characters of a tensor's name, and of the parts between its dots; real names have about a hundred, and ten parts."""
+
+MAX_SIDES = 64
+"""Sides of one tensor; torch has no more."""
+
 _U64 = 2**64 - 1
 
 
@@ -86,6 +95,8 @@ def parse_header(raw: bytes, file_size: int, path: Path) -> Header:
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise BadFile(f"{path}: __metadata__ must map strings to strings")
+    if len(document) > MAX_TENSORS:
+        raise BadFile(f"{path}: {len(document)} tensors in one file; at most {MAX_TENSORS} are read")
     data_start = 8 + len(raw)
     tensors = {name: _spec(name, entry, path, data_start) for name, entry in document.items()}
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)))
@@ -99,6 +110,16 @@ def parse_header(raw: bytes, file_size: int, path: Path) -> Header:
         fault = "truncated" if expected > file_size else "bytes after the last tensor"
         raise BadFile(f"{path}: {fault}: the header describes {expected} bytes, the file has {file_size}")
     return Header(ordered, metadata)
+
+
+def check_name(name: str, path: Path) -> None:
+    """Raise `BadFile` for a tensor's name that is too long for work that grows faster than it does."""
+    if len(name) > MAX_NAME:
+        raise BadFile(
+            f"{path}: a tensor with a name of {len(name)} characters, {name[:80]!r}…; at most {MAX_NAME} are read"
+        )
+    if name.count(".") >= MAX_SEGMENTS:
+        raise BadFile(f"{path}: a tensor with a name of more than {MAX_SEGMENTS} segments, {name[:80]!r}…")
 
 
 def encode_header(
@@ -127,13 +148,16 @@ def nbytes(dtype: str, shape: Iterable[int]) -> int:
 
 
 def _spec(name: str, entry: Any, path: Path, data_start: int) -> TensorSpec:
+    check_name(name, path)
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise BadFile(f"{path}: tensor {name!r}: expected exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or not dtypes.is_known(dtype):
-        raise BadFile(f"{path}: tensor {name!r}: unknown dtype {dtype!r}")
+        raise BadFile(f"{path}: tensor {name!r}: unknown dtype {dtype!r:.80}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise BadFile(f"{path}: tensor {name!r}: shape and data_offsets must be lists of natural numbers")
+    if len(shape) > MAX_SIDES:
+        raise BadFile(f"{path}: tensor {name!r}: a tensor of {len(shape)} sides; at most {MAX_SIDES} are read")
     elements = 1
     for side in shape:  # in this order, as the library multiplies: an overflow counts even if a zero follows
         elements *= side

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -12,8 +13,12 @@ from typing import Any
 from loratools.errors import BadFile
 from loratools.storage.sources import open_file
 
-MAX_JSON = 200_000_000
-"""Bytes of a JSON file; a longer one is refused."""
+MAX_JSON = 16_000_000
+"""Bytes of a JSON file where nothing else is said; a real config has some thousands. Python's objects for it can take
+twenty times as many."""
+
+MAX_INDEX = 64_000_000
+"""Bytes of the index of a model's files, or of the record of a merge; those of the largest models have ten million."""
 
 
 def read_json(path: Path, *, strict: bool = False, most: int | None = None) -> dict[str, Any]:
@@ -40,7 +45,7 @@ def parse_json_object(raw: bytes, path: Path, *, constants: bool = False) -> dic
         members = dict(pairs)
         if len(members) != len(pairs):
             twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-            raise BadFile(f"{path}: the name {twice!r} occurs twice in one JSON object")
+            raise BadFile(f"{path}: the name {twice!r:.200} occurs twice in one JSON object")
         return members
 
     def constant(text: str) -> float:
@@ -48,11 +53,23 @@ def parse_json_object(raw: bytes, path: Path, *, constants: bool = False) -> dic
             return float(text)
         raise BadFile(f"{path}: {text} is not a JSON number")
 
+    def finite(text: str) -> float:
+        value = float(text)
+        if math.isinf(value) and not constants:
+            raise BadFile(f"{path}: {text[:40]}… is a number beyond every float")
+        return value
+
+    def number(text: str) -> int | float:
+        # serde reads "-0" as a float; a shape of -0 must not pass here when it fails there.
+        return finite(text) if text.startswith("-") or len(text) > 20 else int(text)
+
     try:
         text = raw.decode("utf-8")
         if not text.startswith("{"):
             raise BadFile(f"{path}: not the JSON object that was expected: it begins with {text[:12]!r}")
-        document = json.loads(text, object_pairs_hook=unique, parse_constant=constant, parse_int=_parse_int)
+        document = json.loads(
+            text, object_pairs_hook=unique, parse_constant=constant, parse_int=number, parse_float=finite
+        )
         if re.search(r"\\u[dD][89a-fA-F]", text):
             json.dumps(document, ensure_ascii=False).encode()  # a lone surrogate cannot be encoded
     except UnicodeError:
@@ -66,8 +83,3 @@ def parse_json_object(raw: bytes, path: Path, *, constants: bool = False) -> dic
     if not isinstance(document, dict):
         raise BadFile(f"{path}: expected one JSON object")
     return document
-
-
-def _parse_int(text: str) -> int | float:
-    # serde reads "-0" as a float; a shape of -0 must not pass here when it fails there.
-    return float(text[:40]) if text.startswith("-") or len(text) > 20 else int(text)

@@ -128,7 +128,7 @@ def test_a_card_on_the_hub_that_loratools_never_saw() -> None:
     ("text", "message"),
     [
         ("---\na: 1\n# never closed", "not closed"),
-        ("---\na: [1\n---\n", "not YAML"),
+        ("---\na: [1\n---\n", "not plain YAML"),
         ("---\n- a\n---\n", "names and values"),
     ],
 )

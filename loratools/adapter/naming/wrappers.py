@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -59,6 +60,10 @@ def normalized(path: str) -> str:
     return bare
 
 
+_QUESTIONS, _CANDIDATES, _LONGEST = 20, 1_000, 200
+"""Bounds of the search for near names, whose time grows with the product of all three."""
+
+
 class Names:
     """The module names of a base model, looked up exactly or past their wrappers."""
 
@@ -67,6 +72,8 @@ class Names:
         self._by_normalized: dict[str, list[str]] = {}
         for tensor in sorted(self._tensors):
             self._by_normalized.setdefault(normalized(tensor), []).append(tensor)
+        self._by_last: dict[str, list[str]] = {}
+        self._asked = 0
 
     def find(self, module: str, parameter: str = "weight") -> list[str]:
         """Return the tensors that could be `module.parameter`: one when it is clear, none, or several candidates.
@@ -82,11 +89,22 @@ class Names:
         return []
 
     def nearest(self, module: str, count: int = 3) -> list[str]:
-        """Return the names of the base that look most like `module`, for an error message."""
-        modules = {tensor.removesuffix(".weight") for tensor in self._tensors}
-        last = module.rpartition(".")[2]
-        alike = [name for name in modules if name.rpartition(".")[2] == last] or list(modules)
-        return get_close_matches(module, sorted(alike), n=count, cutoff=0.3)
+        """Return the names of the base that look most like `module`, for an error message.
+
+        [] once it was asked `_QUESTIONS` times: what is so wrong a base is told by the first of its problems. Compared
+        are `_CANDIDATES` names, those that begin alike, and none that is longer than names are.
+        """
+        self._asked += 1
+        if self._asked > _QUESTIONS or len(module) > _LONGEST:
+            return []
+        if not self._by_last:
+            for name in sorted({tensor.removesuffix(".weight") for tensor in self._tensors}):
+                if len(name) <= _LONGEST:
+                    for last in (name.rpartition(".")[2], ""):
+                        self._by_last.setdefault(last, []).append(name)
+        alike = self._by_last.get(module.rpartition(".")[2]) or self._by_last.get("", [])
+        at = max(0, bisect(alike, module) - _CANDIDATES // 2)
+        return get_close_matches(module, alike[at : at + _CANDIDATES], n=count, cutoff=0.3)
 
 
 @dataclass(frozen=True, slots=True)

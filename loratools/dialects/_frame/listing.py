@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from loratools.adapter.model import Adapter
 from loratools.decisions import warned
@@ -22,10 +24,8 @@ from loratools.storage.strict_json import read_json
 WEIGHTS = (".safetensors", ".gguf", ".npz", *PICKLES)
 """Endings of files that can hold an adapter's tensors."""
 
-MAX_JSON = 16_000_000
-"""Bytes of a JSON file beside an adapter; a real one has a few thousand."""
-
 _EMPTY_PICKLE = 1024  # bytes; the smallest file of torch.save with a tensor in it has more
+_Read = TypeVar("_Read")
 _LFS = b"version https://git-lfs"
 
 
@@ -109,26 +109,26 @@ class Listing:
     def json(self, name: str) -> dict[str, Any] | None:
         """Return a JSON object in the folder, also beside a single file; None if there is no such file.
 
-        Raises `BadFile` where it is damaged, or larger than `MAX_JSON`.
+        Raises `BadFile` where it is damaged, too large, or no file.
         """
         path = self.folder / name
-        if name not in self._read:
+
+        def read() -> dict[str, Any] | None:
             refuse_outside([path], self.folder)
-            if path.is_file() and path.stat().st_size > MAX_JSON:
-                raise BadFile(f"{path}: {path.stat().st_size} bytes; a configuration has at most {MAX_JSON}")
-            self._read[name] = read_json(path) if path.is_file() else None
-        document: dict[str, Any] | None = self._read[name]
-        return document
+            return read_json(path) if os.path.lexists(path) else None
+
+        return self._once(name, read)
 
     def header(self, name: str) -> Header | None:
         """Return the header of a safetensors file, or None if the file is of another kind; raise `BadFile`."""
         if not name.endswith(".safetensors"):
             return None
-        if name not in self._read:
+
+        def read() -> Header:
             self._inside(name)
-            self._read[name] = read_header(self.folder / name)
-        header: Header = self._read[name]
-        return header
+            return read_header(self.folder / name)
+
+        return self._once(name, read)
 
     def tensors(self, name: str) -> dict[str, LazyTensor]:
         """Return the tensors of a safetensors file (without torch) or of a `torch.save` file (with it), unread.
@@ -140,20 +140,34 @@ class Listing:
         if header is not None:
             return {tensor: LazyTensor.stored(spec) for tensor, spec in header.tensors.items()}
         path = self.folder / name
-        if name in self._read:
-            return dict(self._read[name])
-        self._inside(name)
-        with open_file(path) as file:
-            begin = file.read(_EMPTY_PICKLE + 1)
-        hollow = len(begin) <= _EMPTY_PICKLE and not begin.startswith(_LFS)
-        specs = {} if hollow else read_pickled(path)
-        if not specs:
-            raise BadFile(
-                f"{path}: an empty state dict ({path.stat().st_size} bytes), as some early training scripts saved it",
-                hint="The trained tensors are not in this file. Look for another checkpoint of the run.",
-            )
-        self._read[name] = {tensor: LazyTensor.stored(spec) for tensor, spec in specs.items()}
-        return dict(self._read[name])
+
+        def read() -> dict[str, LazyTensor]:
+            self._inside(name)
+            with open_file(path) as file:
+                begin = file.read(_EMPTY_PICKLE + 1)
+            hollow = len(begin) <= _EMPTY_PICKLE and not begin.startswith(_LFS)
+            specs = {} if hollow else read_pickled(path)
+            if not specs:
+                raise BadFile(
+                    f"{path}: an empty state dict ({path.stat().st_size} bytes), as some early training scripts saved"
+                    " it",
+                    hint="The trained tensors are not in this file. Look for another checkpoint of the run.",
+                )
+            return {tensor: LazyTensor.stored(spec) for tensor, spec in specs.items()}
+
+        return dict(self._once(name, read))
+
+    def _once(self, name: str, read: Callable[[], _Read]) -> _Read:
+        """Return what `read` makes of a file, or raise the `BadFile` that it raised, and ask it only once."""
+        if name not in self._read:
+            try:
+                self._read[name] = read()
+            except BadFile as error:
+                self._read[name] = error
+        result = self._read[name]
+        if isinstance(result, BadFile):
+            raise result.with_traceback(None)
+        return cast(_Read, result)
 
     def _inside(self, name: str) -> None:
         """Raise `BadFile` for a link that leads out of the folder, unless it is the file that the user named."""

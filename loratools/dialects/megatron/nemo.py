@@ -9,14 +9,14 @@ Tensors are read where they lie: nothing is unpacked, and no code that a file na
 
 from __future__ import annotations
 
-import tarfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from loratools.dialects._frame.listing import Listing, check_pointer
 from loratools.errors import BadFile, UnsupportedAdapter
+from loratools.storage.beside.plain_yaml import parse_yaml
 from loratools.storage.lazy import LazyTensor
+from loratools.storage.pickles import tar
 from loratools.storage.pickles.archive import SUFFIXES, read_pickled
 from loratools.storage.sources import open_file
 
@@ -25,14 +25,8 @@ WEIGHTS, CONFIG = "model_weights.ckpt", "model_config.yaml"
 TENSORS = (".safetensors", *SUFFIXES)
 _CONFIGS = (CONFIG, "run_config.yaml")
 
-MAX_YAML = 1_000_000
+MAX_YAML = 200_000
 """Bytes of a configuration; NeMo's have about twenty thousand."""
-
-_MAX_MEMBERS, _MAX_DEPTH = 10_000, 64
-_DAMAGED = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError)
-
-Members = Mapping[str, tuple[int, int]]
-"""Name in the archive -> the bytes of the archive that hold it."""
 
 
 def shards_of(listing: Listing) -> int:
@@ -68,7 +62,7 @@ def read(listing: Listing) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
         return listing.tensors(name), parse(file.read(MAX_YAML + 1), listing.folder / beside[0])
 
 
-def members(path: Path) -> Members:
+def members(path: Path) -> tar.Members:
     """Return the files in an uncompressed tar; raise `BadFile` where it is compressed, damaged or has too many."""
     with open_file(path) as file:
         begin = file.read(32)
@@ -78,24 +72,10 @@ def members(path: Path) -> Members:
                 f"{path}: a compressed archive, whose tensors cannot be read in place",
                 hint=f"Unpack it with `tar xzf {path.name}` into a folder of its own, and give the folder.",
             )
-        size = file.seek(0, 2)
-        file.seek(0)
-        spans: dict[str, tuple[int, int]] = {}
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as archive:
-                for count, member in enumerate(archive):
-                    if count >= _MAX_MEMBERS:
-                        raise BadFile(f"{path}: more than {_MAX_MEMBERS} files in this archive")
-                    if member.isfile() and not member.issparse():
-                        spans[member.name.removeprefix("./")] = (member.offset_data, member.offset_data + member.size)
-        except _DAMAGED as error:
-            raise BadFile(f"{path}: no archive of NeMo, or a damaged one: {error}") from None
-    if long := [name for name, (_, stop) in spans.items() if stop > size]:
-        raise BadFile(f"{path}: damaged or truncated: {long[0]} reaches beyond the archive")
-    return spans
+        return tar.members(file, path)
 
 
-def _weights(path: Path, inside: Members) -> dict[str, LazyTensor]:
+def _weights(path: Path, inside: tar.Members) -> dict[str, LazyTensor]:
     if WEIGHTS in inside:
         return {name: LazyTensor.stored(spec) for name, spec in read_pickled(path, inside[WEIGHTS]).items()}
     if ranks := sorted(name for name in inside if name.endswith(f"/{WEIGHTS}")):
@@ -106,7 +86,7 @@ def _weights(path: Path, inside: Members) -> dict[str, LazyTensor]:
     raise UnsupportedAdapter(f"{path}: no {WEIGHTS} in it; it holds {', '.join(sorted(inside)[:8]) or 'no files'}")
 
 
-def _document(path: Path, inside: Members) -> dict[str, Any]:
+def _document(path: Path, inside: tar.Members) -> dict[str, Any]:
     if CONFIG not in inside:
         return {}
     start, stop = inside[CONFIG]
@@ -120,20 +100,12 @@ def parse(raw: bytes, path: Path) -> dict[str, Any]:
 
     Raises `BadFile` for tags, and for aliases and depth by which a short document becomes an endless one.
     """
-    import yaml  # type: ignore[import-untyped,unused-ignore]
-
     if len(raw) > MAX_YAML:
         raise BadFile(f"{path}: its configuration is larger than {MAX_YAML} bytes")
-    depth = 0
     try:
-        text = raw.decode()
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if isinstance(event, yaml.AliasEvent) or depth > _MAX_DEPTH:
-                raise BadFile(f"{path}: its configuration has aliases, or is nested more than {_MAX_DEPTH} deep")
-        document = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise BadFile(f"{path}: its configuration is not plain YAML: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(document, dict):
+        document = parse_yaml(raw.decode(), f"{path}: its configuration")
+    except UnicodeDecodeError as error:
+        raise BadFile(f"{path}: its configuration is not plain YAML: {error}") from None
+    if document is None:
         raise BadFile(f"{path}: its configuration is not names and values")
     return document

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,11 +25,17 @@ if TYPE_CHECKING:
 MAX_PATTERN = 20_000
 """Characters of one regular expression; the longest that trainers write have a few hundred."""
 
+MAX_REPEATS = 10_000
+"""Product of the counts in one expression: `regex` writes out what `(.{99}){99}` repeats."""
+
 SECONDS = 2.0
 """Processor time that one expression may take for one module; a real one takes a microsecond."""
 
-SECONDS_OF_CONFIG = 60.0
+SECONDS_OF_CONFIG = 20.0
 """Processor time that all expressions of one config may take for all modules."""
+
+MAX_EXPRESSIONS, MAX_CHARACTERS = 1_000, 100_000
+"""Regular expressions of one config, and characters of all of them; names are none."""
 
 # The parts of an expression that `regex` and `re` read alike.
 _PART = r"""
@@ -58,6 +65,19 @@ class ConfigFile:
     path: Path
     problems: list[str] = field(default_factory=list)
     seconds: float = SECONDS_OF_CONFIG
+    expressions: int = MAX_EXPRESSIONS
+    characters: int = MAX_CHARACTERS
+
+    def take(self, pattern: str) -> None:
+        """Count an expression; raise `UnsupportedAdapter` for one too many: to compile them all takes too long."""
+        self.expressions -= 1
+        self.characters -= len(pattern)
+        if self.expressions < 0 or self.characters < 0:
+            raise UnsupportedAdapter(
+                f"{self.path}: more regular expressions than are read: at most {MAX_EXPRESSIONS},"
+                f" of {MAX_CHARACTERS} characters together",
+                hint="List the names of the modules instead of regular expressions.",
+            )
 
 
 class NameList:
@@ -85,6 +105,8 @@ class Expression:
     def __init__(self, pattern: str, field: str, config: ConfigFile, *, whole: bool = True) -> None:
         self._pattern, self._field, self._config = pattern, field, config
         self._by_table = _BY_TABLE.search(pattern) is not None
+        if len(pattern) <= MAX_PATTERN:  # a longer one is not compiled
+            config.take(pattern)
         try:
             compiled = compile_checked(pattern)
         except ValueError as error:
@@ -194,6 +216,8 @@ def compile_checked(pattern: str) -> regex.Pattern[str]:
 
     if len(pattern) > MAX_PATTERN:
         raise ValueError(f"a regular expression of {len(pattern)} characters; at most {MAX_PATTERN} are read")
+    if prod(int(count) for count in re.findall(r"\d+", " ".join(re.findall(r"\{[\d,]*\}", pattern)))) > MAX_REPEATS:
+        raise ValueError(f"{pattern[:80]!r} repeats more than {MAX_REPEATS} times")
     foreign = pattern.startswith("(?i)") and not pattern.isascii()
     if foreign or not re.fullmatch(_READ_ALIKE, pattern, re.VERBOSE | re.ASCII):
         raise ValueError(f"{pattern[:80]!r} is not a regular expression, or has in it what no trainer writes")

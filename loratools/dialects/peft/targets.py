@@ -19,6 +19,9 @@ ALL_LINEAR = "all-linear"
 EXPERTS = "experts"
 """The module whose parameters a name without a path means, as PEFT 0.19 and later write it for transformers 5."""
 
+MAX_LISTS = 100
+"""Names in `layers_pattern`; a model has one list of layers, or two."""
+
 _PLAIN = re.compile(r"[\w.-]{1,1000}")
 
 
@@ -33,7 +36,7 @@ class Targets:
 
     modules: NameList | Expression | None
     exclude: NameList | Expression
-    layers: tuple[int, ...]
+    layers: Collection[int]
     layer_lists: tuple[re.Pattern[str], ...]
     saved: SavedModules
     parameters: NameList
@@ -51,6 +54,9 @@ class Targets:
         config.problems += [
             f"layers_pattern: {name[:80]!r} is no plain name" for name in lists if not _PLAIN.fullmatch(name)
         ]
+        if len(lists) > MAX_LISTS:
+            config.problems.append(f"layers_pattern: {len(lists)} names; at most {MAX_LISTS} are read")
+            lists = ()
         if isinstance(modules, str) and (lists or fields.get("layers_to_transform") is not None):
             allowed = "with which PEFT allows no layers_to_transform or layers_pattern"
             config.problems.append(f"target_modules is a regular expression, {allowed}")
@@ -60,7 +66,7 @@ class Targets:
         return cls(
             None if modules is None or all_linear else rule("target_modules"),
             rule("exclude_modules"),
-            several(fields, "layers_to_transform"),
+            dict.fromkeys(several(fields, "layers_to_transform")),
             tuple(re.compile(rf"{layer}\.(?P<index>\d+)\.") for layer in layers),
             SavedModules(several(fields, "modules_to_save"), config),
             NameList(parameter.rpartition(".")[0] or EXPERTS for parameter in several(fields, "target_parameters")),

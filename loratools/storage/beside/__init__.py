@@ -4,5 +4,7 @@ choice       which files of a folder are its model's weights
 along        names of the files that may come along
 links        symbolic links, and where they may lead
 templates    chat templates in all their forms
+cards        model cards as text, and sections cut out of them
+plain_yaml   YAML of names and plain values
 vocabulary   how many tokens a tokenizer has
 """

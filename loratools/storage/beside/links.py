@@ -26,7 +26,7 @@ def refuse_outside(paths: Iterable[Path], root: Path) -> None:
     outside = [
         f"{path}: leads to {target}"
         for path in paths
-        if not any((target := path.resolve()).is_relative_to(place) for place in allowed)
+        if not any((target := _target(path)).is_relative_to(place) for place in allowed)
     ]
     if outside:
         raise BadFile(
@@ -35,6 +35,14 @@ def refuse_outside(paths: Iterable[Path], root: Path) -> None:
             outside,
             hint="Put the file itself there, or give the folder that it is in.",
         )
+
+
+def _target(path: Path) -> Path:
+    """Return where a path leads; the file system's root, which no folder holds, for links in a circle."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # RuntimeError up to Python 3.12
+        return Path(path.anchor or "/")
 
 
 def walk(root: Path) -> Iterator[Path]:

@@ -17,6 +17,9 @@ from loratools.storage.strict_json import read_json
 
 FILE, OF_PROCESSORS, CONFIG = "chat_template.jinja", "chat_template.json", "tokenizer_config.json"
 _FOLDERS = ("additional_chat_templates", "chat_templates")
+MAX_TEMPLATE = 1_000_000
+"""Bytes of a chat template; the longest have some ten thousand."""
+
 _NAME = re.compile(r"[\w.-]{1,100}")
 
 
@@ -63,6 +66,8 @@ def files_of(templates: Mapping[str, str]) -> dict[str, str]:
 
 
 def _text(path: Path) -> str:
+    if (size := path.stat().st_size) > MAX_TEMPLATE:
+        raise BadFile(f"{path}: {size} bytes; a chat template of at most {MAX_TEMPLATE} is read")
     try:
         return path.read_bytes().decode()
     except UnicodeDecodeError:

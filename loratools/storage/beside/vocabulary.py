@@ -9,6 +9,9 @@ from typing import Any
 
 from loratools.decisions import decided
 
+MAX_FILE = 100_000_000
+"""Bytes of a file that is read for it; the largest tokenizers have forty million."""
+
 
 def tokens(files: Mapping[str, Path]) -> int:
     """Return how many ids a tokenizer can produce: one more than the largest; 0 where no file tells.
@@ -20,6 +23,8 @@ def tokens(files: Mapping[str, Path]) -> int:
     for name, ids in _READERS.items():
         if name in files:
             try:
+                if files[name].stat().st_size > MAX_FILE:
+                    raise ValueError("too large")
                 largest = max(largest, *ids(files[name]), -1)
             except (AttributeError, KeyError, TypeError, ValueError, IndexError, RecursionError):
                 decided("%s: its tokens cannot be counted: not a %s as loaders read it", files[name], name)
@@ -69,6 +74,8 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         shift, at = shift + 7, at + 1
         if byte < 0x80:
             return value, at
+        if shift > 63:
+            raise ValueError("a number of more than 64 bits")
 
 
 def _json(path: Path) -> dict[str, Any]:

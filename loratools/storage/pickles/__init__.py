@@ -2,5 +2,6 @@
 
 archive    the zip file of `torch.save`: where each tensor's bytes lie
 unpickle   its pickle, read as data
+tar        where the files of a tar archive lie
 window     a file inside a file: a member of a tar archive
 """

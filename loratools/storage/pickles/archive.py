@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools.errors import BadFile
-from loratools.storage.header import TensorSpec, nbytes
+from loratools.storage.header import TensorSpec, check_name, nbytes
 from loratools.storage.pickles.unpickle import Damaged, Refused, View, unpickle
 from loratools.storage.pickles.window import Window
 from loratools.storage.sources import open_file, refuse_pointer
@@ -24,6 +24,12 @@ SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 MAX_PICKLE = 100_000_000
 """Bytes of the description; that of a thousand tensors has about a hundred thousand."""
+
+MAX_DIRECTORY = 20_000_000
+"""Bytes of the zip file's directory; a record of `torch.save` takes about seventy."""
+
+MAX_SHARING = 256
+"""How many times the bytes of a file its tensors may have, when several share a storage."""
 
 # A state dict may be wrapped once by the trainer that saved it.
 _WRAPPERS = ("state_dict", "model_state_dict", "module", "model")
@@ -50,6 +56,7 @@ def read_pickled(path: Path, within: tuple[int, int] | None = None) -> dict[str,
     state = _state_dict(path, pickled)
     problems, specs = [], {}
     for name, view in state.items():
+        check_name(name, path)
         spec = _spec(path, view, records.get(f"{folder}/data/{view.storage.key}"))
         if isinstance(spec, str):
             problems.append(f"{name}: {spec}")
@@ -57,6 +64,10 @@ def read_pickled(path: Path, within: tuple[int, int] | None = None) -> dict[str,
             specs[name] = spec
     if problems:
         raise BadFile(f"{path}: {len(problems)} tensor(s) cannot be read in place", problems)
+    if sum(spec.nbytes for spec in specs.values()) > MAX_SHARING * (stop - start):
+        raise BadFile(
+            f"{path}: its tensors share storages, and have more than {MAX_SHARING} times the bytes of the file"
+        )
     return specs
 
 
@@ -64,7 +75,7 @@ def _records(path: Path, begin: int, end: int) -> dict[str, tuple[int, int]]:
     """Map the name of each record of the zip at bytes [`begin`, `end`) to where its bytes begin and end."""
     records: dict[str, tuple[int, int]] = {}
     try:
-        with path.open("rb") as file, zipfile.ZipFile(Window(file, begin, end)) as archive:
+        with path.open("rb") as file, zipfile.ZipFile(Window(file, begin, end, MAX_DIRECTORY)) as archive:
             for info in archive.infolist():
                 if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
                     raise BadFile(f"{path}: record {info.filename!r} is compressed; torch.save never does that")

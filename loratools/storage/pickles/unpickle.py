@@ -14,15 +14,20 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from loratools.storage import dtypes
-
-MAX_SIDES = 64
-"""Sides of one tensor; torch has no more."""
+from loratools.storage.header import MAX_SIDES
 
 MAX_ARGUMENTS = 16
 """Arguments of one call: a tensor has nine at most. Longer ones, used again and again, would take quadratic time."""
 
 MAX_KEY = 2**31
 """Largest number that is a key: numbers below 2^61 have hashes of their own, and larger ones can all share one."""
+
+
+MAX_OPERATIONS = 5_000_000
+"""Operations of one pickle; a tensor takes about twenty-five."""
+
+MAX_CONTAINERS = 1_000_000
+"""Dicts, lists and tuples of one pickle: each takes many times the byte that asks for it."""
 
 
 class Refused(Exception):
@@ -83,9 +88,13 @@ def unpickle(raw: bytes) -> Any:
     """Return what a pickle of `torch.save` describes, tensors as `View`; raise `Refused` or `Damaged`."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
+    containers = 0
     try:
-        for opcode, value, _ in pickletools.genops(raw):
+        for number, (opcode, value, _) in enumerate(pickletools.genops(raw)):
             name, argument = opcode.name, cast(Any, value)
+            containers += name in _CONTAINERS
+            if number >= MAX_OPERATIONS or containers > MAX_CONTAINERS:
+                raise Damaged(f"its pickle has more than {MAX_OPERATIONS} operations or {MAX_CONTAINERS} containers")
             if name in _PUSHED:
                 stack.append(argument)
             elif name in _CONSTANTS:
@@ -239,6 +248,7 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
     "MARK": lambda: _MARK, "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
     "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple,
 }  # fmt: skip
+_CONTAINERS = frozenset({"EMPTY_DICT", "EMPTY_LIST", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "REDUCE"})
 _OPERATIONS: dict[str, Callable[[list[Any], Any], None]] = {
     "SETITEM": lambda stack, _: _set(stack, _pop(stack, 2)),
     "SETITEMS": lambda stack, _: _set(stack, _pop_to_mark(stack)),

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from typing import IO, Any
 
 
 class Window(io.RawIOBase):
-    """Bytes [`start`, `stop`) of an open file, for reading; the file's own position moves with it."""
+    """Bytes [`start`, `stop`) of an open file, for reading; the file's own position moves with it.
 
-    def __init__(self, file: IO[bytes], start: int, stop: int) -> None:
+    A read of more than `longest` bytes raises `ValueError`.
+    """
+
+    def __init__(self, file: IO[bytes], start: int, stop: int, longest: int = sys.maxsize) -> None:
         super().__init__()
-        self._file, self._start, self._stop = file, start, stop
+        self._file, self._start, self._stop, self._longest = file, start, stop, longest
         self._at = start
 
     def readable(self) -> bool:
@@ -30,6 +34,11 @@ class Window(io.RawIOBase):
             raise ValueError(f"position {origin + offset - self._start} lies before the first byte")
         self._at = origin + offset
         return self.tell()
+
+    def read(self, size: int = -1) -> bytes:
+        if size > self._longest:  # before Python sets aside as much
+            raise ValueError(f"a directory of {size} bytes; at most {self._longest} are read")
+        return super().read(size) or b""
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")

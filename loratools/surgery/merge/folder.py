@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from loratools.engine.plan import MergePlan
+from loratools.storage.beside.cards import cut, read_card
 from loratools.storage.companions import RECORD, Companions, copy_companions, json_text
 from loratools.storage.layout import index_json
 from loratools.storage.strict_json import read_json
 
-_SECTION = re.compile(r"\n*<!-- loratools merge -->.*?<!-- /loratools merge -->\n*", re.DOTALL)
+_SECTION = re.compile("<!-- loratools merge -->"), "<!-- /loratools merge -->", "\n"
 
 
 def write_companions(plan: MergePlan, beside: Companions, record: Mapping[str, Any], folder: Path) -> None:
@@ -24,7 +25,7 @@ def write_companions(plan: MergePlan, beside: Companions, record: Mapping[str, A
         texts["config.json"] = json_text({**read_json(sources["config.json"]), **plan.config})
     if sources:
         own = sources.get("README.md")
-        texts["README.md"] = card(own.read_text(encoding="utf-8", errors="replace") if own else "", record)
+        texts["README.md"] = card(read_card(own) if own else "", record)
     copy_companions(beside, folder, texts)
     indexes: dict[Path, dict[str, object]] = {}
     if plan.laid_out:
@@ -58,10 +59,10 @@ def card(text: str, record: Mapping[str, Any]) -> str:
     )
     front = f"base_model: {json.dumps(identity)}\nbase_model_relation: merge\n" if identity else ""
     alone = f"---\n{front}library_name: transformers\ntags: [loratools, merge]\n---"
-    own = _SECTION.sub("\n", text).rstrip("\n")
+    own = cut(text, *_SECTION)[0].rstrip("\n")
     return f"{own or alone}\n\n{section}"
 
 
 def without_section(text: str, record: Mapping[str, Any]) -> str:
     """Return a model card as it was before a merge: without its section; empty if the merge wrote all of it."""
-    return "" if text == card("", record) else _SECTION.sub("\n", text).strip("\n") + "\n"
+    return "" if text == card("", record) else cut(text, *_SECTION)[0].strip("\n") + "\n"

@@ -15,7 +15,7 @@ from loratools.engine.run import Settings
 from loratools.engine.task import TensorResult
 from loratools.errors import BadFile
 from loratools.storage import digest
-from loratools.storage.strict_json import read_json
+from loratools.storage.strict_json import MAX_INDEX, read_json
 
 _NAME = ".merge.json"
 
@@ -49,7 +49,7 @@ class Journal:
         self._folder, self._key = folder, key
         document: dict[str, Any] = {}
         with suppress(BadFile):  # as if there were none
-            document = read_json(folder / _NAME)
+            document = read_json(folder / _NAME, most=MAX_INDEX)
         self.done: dict[str, Any] = {
             name: entry
             for name, entry in (document["files"].items() if document.get("key") == key else ())

@@ -20,6 +20,7 @@ from loratools.errors import WrongBase
 from loratools.options import Options
 from loratools.parallel import Progress, cores, no_progress
 from loratools.storage import atomic, digest, files
+from loratools.storage.beside.cards import read_card
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.companions import companions, copy_companions, json_text
 from loratools.storage.sources import Location
@@ -197,6 +198,6 @@ def _unmerged_texts(
         absent = [key for key, value in residual.config.items() if value is None]
         texts["config.json"] = json_text({key: value for key, value in config.items() if key not in absent})
     if "README.md" in sources:
-        text = sources["README.md"].read_text(encoding="utf-8", errors="replace")
+        text = read_card(sources["README.md"])
         texts["README.md"] = without_section(text, record) or None
     return texts

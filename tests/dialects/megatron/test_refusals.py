@@ -74,10 +74,10 @@ def test_other_archives_are_refused_by_name(tmp_path: Path) -> None:
     ("text", "sentence"),
     [
         ("a: &a [1, 1]\nb: [*a, *a]\n", "has aliases"),
-        ("a: " + "[" * 200 + "]" * 200, "has aliases, or is nested more than 64 deep"),
+        ("a: " + "[" * 200 + "]" * 200, "is nested more than 64 deep"),
         ("!!python/object/apply:os.mkdir [hacked]", "is not plain YAML"),
         ("- 1\n", "is not names and values"),
-        ("a: " + "x" * 1_000_001, "larger than 1000000 bytes"),
+        ("a: " + "x" * 200_001, "larger than 200000 bytes"),
     ],
 )
 def test_configurations_are_data(tmp_path: Path, text: str, sentence: str) -> None:
