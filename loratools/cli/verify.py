@@ -43,10 +43,11 @@ def command(
 
     A proof that shares no arithmetic with `merge`: tensors that no adapter touches must be equal byte by byte, names
     must be accounted for on both sides, and the change of every other tensor is held against the adapter's, on random
-    probes in float64, which each run draws afresh. Exit code 0 within the rounding of the dtype, 1 beyond it; errors
-    too small to be seen are named. For an adapter that was extracted from a fine-tune, the error is what the low rank
-    lost; --certificate then gives the table of `loratools extract-svd`, for an adapter of any origin, and fails
-    nothing.
+    probes in float64, which each run draws afresh. config.json, tokenizer, chat template and code are compared too.
+    Exit code 0 within the rounding of the dtype, 1 beyond it or where a file makes another model of it; errors too
+    small to be seen, and what was not checked, are named. For an adapter that was extracted from a fine-tune, the error
+    is what the low rank lost; --certificate then gives the table of `loratools extract-svd`, for an adapter of any
+    origin, and fails nothing.
 
     \b
     Examples:
@@ -99,6 +100,7 @@ def lines(verification: Verification, *, every: bool) -> Iterator[str]:
         yield from (f"{name}: {kind}" for name in names[:_MOST])
         if len(names) > _MOST:
             yield f"… and {len(names) - _MOST} more"
+    yield from _beside(verification)
     good = sum(check.within for check in verification.checked)
     untouched = verification.identical + verification.cast + len(verification.differing)
     cast = f", {verification.cast} are the base's, rounded to another dtype" if verification.cast else ""
@@ -109,6 +111,24 @@ def lines(verification: Verification, *, every: bool) -> Iterator[str]:
         ("untouched", f"{verification.identical} of {untouched} are equal byte by byte{cast}"),
         ("largest error", f"{verification.error:.2e} of the weight"),
         ("applied", f"{min(applied):.4f} to {max(applied):.4f} of the adapter's change" if applied else "nothing"),
+        ("beside", _agreeing(verification)),
         ("not seen", "\n".join(verification.unseen) or None),
+        ("not checked", "\n".join(verification.unchecked)),
         ("seed", None if verification.exact else f"{verification.seed}, which --seed repeats"),
     )
+
+
+def _beside(verification: Verification) -> Iterator[str]:
+    """Yield what differs beside the tensors: first what decides."""
+    differences = sorted(verification.beside.differences, key=lambda difference: not difference.decides)
+    for difference in differences[: 2 * _MOST]:
+        yield f"{difference}" if difference.decides else f"{difference} (decides nothing)"
+    if len(differences) > 2 * _MOST:
+        yield f"… and {len(differences) - 2 * _MOST} more"
+
+
+def _agreeing(verification: Verification) -> str | None:
+    """Return how many files are as they should be; None where there is nothing beside the tensors."""
+    beside = verification.beside
+    files = {difference.file for difference in beside.differences} | set(beside.agreeing)
+    return f"{len(beside.agreeing)} of {len(files)} files are as base and adapter have them" if files else None

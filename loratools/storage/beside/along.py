@@ -43,7 +43,12 @@ def may_come(path: PurePath | str) -> bool:
     if is_of_training(name) or is_index(name):
         return False
     known = suffix in _TEXTS or suffix in SHOWN or _SENTENCEPIECE.fullmatch(name) is not None
-    return known or (not suffix and _BARE.fullmatch(name) is not None) or _LEGAL.match(name) is not None
+    return known or (not suffix and _BARE.fullmatch(name) is not None) or is_legal(name)
+
+
+def is_legal(name: str) -> bool:
+    """Tell whether a file is a licence or a notice."""
+    return _LEGAL.match(name) is not None
 
 
 def is_index(name: str) -> bool:

@@ -167,7 +167,7 @@ def _copy_base(
     else:
         adapters, weights = [each.adapter for each in merged.inputs], [each.weight for each in merged.inputs]
         verification = verify(merged.model, base, adapters, weights=weights, threads=threads)
-        if not verification.ok:
+        if not verification.tensors_ok:
             raise WrongBase(
                 f"{merged.model.path}: this is not {base.path} with these adapters, and no record tells of its merge",
                 hint="`loratools verify` shows where they differ.",

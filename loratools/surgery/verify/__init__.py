@@ -11,6 +11,10 @@ was made to hide from the probes of one seed is an error like any other to those
 
     tensors   judge one tensor, changed or not
     probes    the vectors, and what a change is and should be along them
+    beside    judge everything else in the model's folder
+
+Both judges read names, orientation and layouts as `merge` reads them. A judge that does not (one that runs the model)
+is one more module beside these, whose findings become a field of `Verification` and take their line from `UNCHECKED`.
 """
 
 from __future__ import annotations
@@ -29,16 +33,25 @@ from loratools.surgery.inputs import AdapterSource, ModelSource, open_adapters, 
 from loratools.surgery.merge.options import MergeOptions
 from loratools.surgery.merge.plan import plan_merge
 from loratools.surgery.verify import tensors
+from loratools.surgery.verify.beside import Beside, Difference, judge
 from loratools.surgery.verify.probes import PROBES
 from loratools.surgery.verify.tensors import TensorCheck
 
-__all__ = ["TensorCheck", "Verification", "verify"]
+UNCHECKED = (
+    "whether loaders give the tensors the meaning that they have here: names, orientation and layouts are read as "
+    "`merge` reads them",
+)
+"""What no judge of a verification looks at."""
+
+__all__ = ["Beside", "Difference", "TensorCheck", "Verification", "verify"]
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """The whole account: `ok` only if every tensor of both models is explained.
+    """The whole account: `ok` only if every tensor of both models is explained, and nothing beside them is against it.
 
+    `tensors_ok` tells of the tensors alone; `beside` has what differs beside them, and `unchecked` what was not looked
+    at.
     Of the tensors that no adapter changes `identical` counts those that are the base's byte by byte, and `cast` those
     that are the base's in another float dtype, each number rounded once and none lost to infinity. `seed` drew the
     probes: the same call with it gives the same account. `unseen` says which errors are too small to be seen.
@@ -55,6 +68,9 @@ class Verification:
     seed: int
     cast: int = 0
     unseen: tuple[str, ...] = ()
+    tensors_ok: bool = True
+    beside: Beside = Beside()  # noqa: RUF009  (frozen)
+    unchecked: tuple[str, ...] = UNCHECKED
 
 
 def verify(
@@ -68,7 +84,7 @@ def verify(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Verification:
-    """Tell how far a model is from base + adapters: names, untouched bytes, and every changed tensor.
+    """Tell how far a model is from base + adapters: names, untouched bytes, every changed tensor, and what lies beside.
 
     Args:
         model: The merged model: a path, an `hf://` reference, or an open `Checkpoint`.
@@ -86,7 +102,8 @@ def verify(
         progress: Called with the bytes read since the last call, from any thread. Default: nobody is told.
 
     Returns:
-        The account: `ok` only if every tensor of both models is explained.
+        The account: `ok` only if every tensor of both models is explained, and no file beside them makes another model
+        of it.
 
     Raises:
         InvalidOption: A number, or the count of weights, is wrong.
@@ -123,9 +140,14 @@ def verify(
         checked = tuple(future.result() for future in checks)
     missing = tuple(sorted(plan.changes.keys() - model.specs.keys()))
     extra = tuple(sorted(model.specs.keys() - plan.changes.keys()))
-    ok = not (differing or missing or extra) and all(check.within for check in checked)
+    beside = judge(model, plan, [each.path for each in inputs])
+    tensors_ok = not (differing or missing or extra) and all(check.within for check in checked)
     worst = max((check.error_of_weight for check in checked), default=0.0)
     cast = sum(shared[name].source.dtype != model.specs[name].dtype for name in set(untouched).difference(differing))
     identical = len(untouched) - len(differing) - cast
     unseen = tensors.unseen((model.specs[name].dtype for name in touched), exact)
-    return Verification(ok, checked, identical, differing, missing, extra, worst, exact, seed, cast, unseen)
+    ok = tensors_ok and not any(difference.decides for difference in beside.differences)
+    return Verification(
+        ok, checked, identical, differing, missing, extra, worst, exact, seed, cast, unseen, tensors_ok, beside,
+        (*beside.unchecked, *UNCHECKED),
+    )  # fmt: skip
