@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from loratools.adapter.placement.tied import EMBEDDINGS, main_tensor
+from loratools.adapter.placement.shared import EMBEDDINGS, main_tensor
 from loratools.engine.plan import MergePlan
 from loratools.errors import BadFile
 from loratools.storage import dtypes
