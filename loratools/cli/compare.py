@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -25,7 +25,11 @@ _MOST = 10  # modules shown unless all are asked for
 )
 @click.option("--modules", is_flag=True, help="Print every module, not only the least alike.")
 @click.option("--grid", metavar="MODULE", help="Print the whole grid of similarities of one module.")
-def command(first: str, second: str, base: str | None, modules: bool, grid: str | None) -> show.Report:
+@click.option("--paper", is_flag=True, help="What section 7 of the LoRA paper shows: A alone, random control, Table 7.")
+@click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Seed of what is random there.  [default: 0]")
+def command(
+    first: str, second: str, base: str | None, modules: bool, grid: str | None, paper: bool, seed: int | None
+) -> show.Report:
     """Tell how alike two adapters are: the angle between their changes, and the subspaces they use.
 
     The cosine is that of the two dW = scaling B A, computed from the factors. What a change of DoRA, (IA)3, OFT, GLoRA
@@ -33,21 +37,27 @@ def command(first: str, second: str, base: str | None, modules: bool, grid: str 
     normalized subspace similarity of the LoRA paper, section 7.2, between the right (left) singular vectors at full
     rank: 1 when one subspace contains the other; random ones would reach what stands beside it as chance. With --base
     the amplification factor of section 7.3 says how much an adapter strengthens directions that the base hardly uses.
+    The paper takes the singular vectors of A alone, where these are of dW: the same subspace at full rank, in another
+    order. --paper gives both, the similarity of two random Gaussian matrices as control, and with --base Table 7: how
+    strong the base is, |U'WV|, in the directions of dW, in its own leading ones, and in random ones.
 
     \b
     Examples:
       loratools compare adapter other
       loratools compare adapter other --base base --modules
       loratools compare adapter other --grid model.layers.0.self_attn.q_proj
+      loratools compare adapter other --base base --paper
     """
     from loratools.surgery.compare import compare
 
-    comparison = compare(first, second, base)
+    if seed is not None and not paper:
+        raise click.UsageError("--seed draws what --paper compares with; without it nothing is random")
+    comparison = compare(first, second, base, paper=paper, seed=seed or 0)
     document: dict[str, Any] = show.plain(comparison)
     for data, module in zip(document["modules"], comparison.modules, strict=True):
         data |= {"input_overlap": module.input_overlap, "output_overlap": module.output_overlap}
     if grid is None:
-        return show.Report(document, _lines(comparison, modules))
+        return show.Report(document, [*_lines(comparison, modules), *_paper(comparison, modules)])
     chosen = [module for module in comparison.modules if module.module == grid]
     if not chosen:
         raise click.UsageError(f"--grid: the adapters do not both change {grid}")
@@ -92,13 +102,49 @@ def _lines(comparison: Comparison, every: bool) -> Iterator[str]:
     )
 
 
+def _paper(comparison: Comparison, every: bool) -> Iterator[str]:
+    """Yield what the paper shows beside, where it was measured: phi of A with its control, and Table 7."""
+    measured = [(module, module.paper) for module in comparison.modules if module.paper is not None]
+    shown = measured if every else measured[:_MOST]
+    if not shown:
+        return
+    yield ""
+    yield "phi of A alone, as in section 7.2: (1, 1), at full ranks, and the same of two random Gaussian matrices"
+    heading = ("module", "A (1, 1)", "A", "random (1, 1)", "random")
+    rows = [[module.module, *_corners(beside.factor_similarity), *_corners(beside.control)] for module, beside in shown]
+    yield from show.table(heading, rows, right=range(1, len(heading)))
+    table = [
+        [
+            module.module, which, str(row.rank), *map(show.number, (row.weight_norm, row.update_norm)),
+            *map(show.number, (row.of_update, row.of_weight, row.of_random, row.amplification)),
+        ]
+        for module, beside in shown
+        for which, row in zip(("first", "second"), beside.projections, strict=True)
+        if row is not None
+    ]  # fmt: skip
+    if table:
+        yield ""
+        yield "|U'WV| with the leading singular vectors U, V of dW, of W, and of a random matrix, as in Table 7"
+        columns = ("module", "adapter", "rank", "|W|", "|dW|", "of dW", "of W", "random", "amplified")
+        yield from show.table(columns, table, right=range(2, len(columns)))
+    if len(shown) < len(measured):
+        yield f"… and {len(measured) - len(shown)} more; --modules shows all"
+
+
+def _corners(grid: Sequence[Sequence[float]]) -> tuple[str, str]:
+    return (f"{grid[0][0]:.4f}", f"{grid[-1][-1]:.4f}") if grid else ("-", "-")
+
+
 def _optional(value: float | None) -> str:
     return "-" if value is None else show.number(value)
 
 
 def _grid(module: ModuleComparison) -> Iterator[str]:
-    for side, values in (("input", module.input_similarity), ("output", module.output_similarity)):
-        yield f"{side} side of {module.module}: phi(i, j), i along the first adapter (down), j along the second"
+    grids = [("input side", module.input_similarity), ("output side", module.output_similarity)]
+    if module.paper is not None:
+        grids += [("A alone", module.paper.factor_similarity), ("random control", module.paper.control)]
+    for side, values in grids:
+        yield f"{side} of {module.module}: phi(i, j), i along the first adapter (down), j along the second"
         columns = range(1, len(values[0]) + 1 if values else 1)
         rows = [[str(i), *(f"{value:.3f}" for value in line)] for i, line in enumerate(values, 1)]
         yield from show.table(["i \\ j", *map(str, columns)], rows, right=tuple(range(len(columns) + 1)))

@@ -40,6 +40,24 @@ def principal_angles(V1: Tensor, V2: Tensor) -> Tensor:
     return torch.where(cosines.square() > 0.5, sines.asin(), cosines.acos())
 
 
+def random_directions(rank: int, size: int, seed: int, draw: int = 0) -> Tensor:
+    """Return the right singular vectors of a random Gaussian matrix (rank, size), float64, as rows.
+
+    They span a subspace that is uniform among all of its rank, as those of a Gaussian matrix of more rows do.
+    `draw` tells several with one seed apart.
+    """
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + draw) % (1 << 63))
+    Vh: Tensor = torch.linalg.svd(
+        torch.randn(rank, size, generator=generator, dtype=torch.float64), full_matrices=False
+    )[2]
+    return Vh
+
+
+def projected(W: Tensor, U: Tensor, V: Tensor) -> float:
+    """Return ‖UᵀWV‖_F for W (rows, columns) and orthonormal columns U (rows, r) and V (columns, r), in float64."""
+    return float(torch.linalg.matrix_norm(U.double().mT @ (W.double() @ V.double())))
+
+
 def amplification(
     update: FactoredSVD, W: Tensor | Callable[[Tensor], Tensor], rank: int | None = None, norm: float | None = None
 ) -> float:

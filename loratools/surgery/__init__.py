@@ -5,4 +5,5 @@ validate, verify                   check them
 merge, unmerge, switch             change a model
 combine, resize, extract, convert  make an adapter
 inputs, base, change               what a verb opens; whether it belongs to one base; what an adapter changes
+paper                              what the LoRA paper measures, beside what `compare` does
 """

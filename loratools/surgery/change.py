@@ -46,6 +46,7 @@ class ModuleChange:
     """One change, loaded when it is asked for; `shape` is that of the matrix, `rank` that of its update, 0 for none.
 
     `parameters` counts the numbers that say it. `base` loads the weight under it, laid out alike, None without a base.
+    `factor` loads A (r, columns) alone, None where there is none.
     """
 
     kind: str
@@ -54,6 +55,7 @@ class ModuleChange:
     parameters: int
     load: Callable[[], Delta]
     base: Callable[[], Tensor] | None = None
+    factor: Callable[[], Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,8 +125,9 @@ def _additive(update: Update, kind: str, base: Callable[[], Tensor] | None = Non
     factors, by_rows, (rows, *sides) = update.factored(), update.by_rows, update.shape
     shape = rows, prod(sides)
     if factors is not None:
+        parameters = update.rank * sum(shape)
         return ModuleChange(
-            kind, shape, update.rank, update.rank * sum(shape), lambda: Product(*low_rank.load(update)), base
+            kind, shape, update.rank, parameters, lambda: Product(*low_rank.load(update)), base, _factor(update)
         )
     if by_rows is None:
         raise ValueError(f"kind {update.kind}: it adds a ΔW that is neither a product nor made by rows")
@@ -246,7 +249,12 @@ def _placed(sites: Sequence[Placement], weight: Callable[[str], Tensor]) -> Modu
     if update.additive:
         return replace(_additive(update, update.kind), base=under)
     parameters = sum(lazy.parameters for lazy in update.parts.values())
-    return ModuleChange(update.kind, shape, update.rank, parameters, change, under)
+    return ModuleChange(update.kind, shape, update.rank, parameters, change, under, _factor(update))
+
+
+def _factor(update: Update) -> Callable[[], Tensor] | None:
+    product = low_rank.low_rank(update)
+    return None if product is None else lambda: low_rank.load(product)[1]
 
 
 def _assembled(sites: Sequence[Placement], shape: tuple[int, int], rectangle: Callable[[Placement], Tensor]) -> Tensor:

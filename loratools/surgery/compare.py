@@ -10,17 +10,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.compact import natural
 from loratools.adapter.naming.wrappers import normalized
 from loratools.errors import IncompatibleAdapter
 from loratools.linalg.factored import FactoredSVD
-from loratools.linalg.similarity import amplification, principal_angles, subspace_similarity
+from loratools.linalg.similarity import amplification, principal_angles
+from loratools.options import Options
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.sources import Location, session
 from loratools.surgery.change import Changes, ModuleChange, measurable
+from loratools.surgery.paper import Beside, beside, grid
 
 _LEADING = 64  # directions of a change whose update has no rank
 
@@ -34,7 +34,8 @@ class ModuleComparison:
     i and j leading right singular vectors of ΔW₁ and ΔW₂, `output_similarity` the same of the left ones; `chance` is
     what φ of random subspaces of these ranks would be, for input and output. `input_angles` and `output_angles` are the
     principal angles between the subspaces of these ranks, in radians, ascending. `amplification` = ‖ΔW‖/‖UᵀWV‖ of §7.3
-    for both, at their ranks; None without a base, or for ΔW = 0.
+    for both, at their ranks; None without a base, or for ΔW = 0. `paper` is what §7 shows beside, where it was asked
+    for.
     """
 
     module: str
@@ -49,6 +50,7 @@ class ModuleComparison:
     output_angles: tuple[float, ...]
     chance: tuple[float, float]
     amplification: tuple[float | None, float | None]
+    paper: Beside | None = None
 
     @property
     def input_overlap(self) -> float:
@@ -81,8 +83,9 @@ class Comparison:
 
 @session()
 def compare(
-    first: Location | Adapter, second: Location | Adapter, base: Location | Checkpoint | None = None
-) -> Comparison:
+    first: Location | Adapter, second: Location | Adapter, base: Location | Checkpoint | None = None, *,
+    paper: bool = False, seed: int = 0,
+) -> Comparison:  # fmt: skip
     """Tell how alike two adapters are: the angle between their changes, and the subspaces that they use.
 
     cos = ⟨ΔW₁, ΔW₂⟩/(‖ΔW₁‖·‖ΔW₂‖) in float64, for ΔW = s·B·A from the factors. Modules are matched by name, past
@@ -95,11 +98,15 @@ def compare(
         second: Another, likewise.
         base: Their base model (a path, a reference, or an open `Checkpoint`), for changes that depend on it and to
             measure amplification ‖ΔW‖/‖UᵀWV‖. Default: none, and neither.
+        paper: Whether to measure what §7 of the LoRA paper shows beside: φ between the A factors alone, φ of two random
+            Gaussian matrices, and with `base` the columns of Table 7. Default: no.
+        seed: A whole number that draws what is random there. Default: 0.
 
     Returns:
         Norms, cosine and similarities of each shared module, those of the whole adapters, and the modules of one alone.
 
     Raises:
+        InvalidOption: An option cannot be.
         IncompatibleAdapter: No module is shared, shapes differ, or an adapter does not fit the base.
         BadFile, UnsupportedAdapter: An input cannot be read.
 
@@ -108,6 +115,7 @@ def compare(
         >>> round(found.cosine, 6), len(found.modules)
         (1.0, 4)
     """
+    Options().flag("paper", paper).number("seed", seed, least=0).done()
     sides = measurable([first, second], base)
     changes = sides[0].modules, sides[1].modules
     by_name = {normalized(module): module for module in changes[1]}
@@ -115,7 +123,10 @@ def compare(
     _check(sides, pairs)
     modules, inner = [], []
     for module, other in sorted(pairs.items(), key=lambda pair: natural(pair[0])):
-        measured, product = _module(module, (changes[0][module], changes[1][other]))
+        try:
+            measured, product = _module(module, (changes[0][module], changes[1][other]), seed if paper else None)
+        except ValueError as error:
+            raise IncompatibleAdapter(f"{module}: {error}") from None
         modules.append(measured)
         inner.append(product)
     only = (tuple(sorted(changes[0].keys() - pairs)), tuple(sorted(changes[1].keys() - set(pairs.values()))))
@@ -133,8 +144,8 @@ def compare(
     )  # fmt: skip
 
 
-def _module(name: str, changes: tuple[ModuleChange, ModuleChange]) -> tuple[ModuleComparison, float]:
-    """Return what is measured of one module, and ⟨ΔW₁, ΔW₂⟩."""
+def _module(name: str, changes: tuple[ModuleChange, ModuleChange], seed: int | None) -> tuple[ModuleComparison, float]:
+    """Return what is measured of one module, and ⟨ΔW₁, ΔW₂⟩; with a seed also what the paper shows beside."""
     deltas = changes[0].load(), changes[1].load()
     measured = [delta.leading(change.rank or _LEADING) for delta, change in zip(deltas, changes, strict=True)]
     (first, first_norm), (second, second_norm) = measured
@@ -146,17 +157,13 @@ def _module(name: str, changes: tuple[ModuleChange, ModuleChange]) -> tuple[Modu
     comparison = ModuleComparison(
         name, (changes[0].kind, changes[1].kind), (rows, columns), ranks, (first_norm, second_norm),
         max(-1.0, min(1.0, inner / scale)) if scale else 0.0,
-        _grid(*inputs), _grid(*outputs),
+        grid(*inputs), grid(*outputs),
         tuple(principal_angles(*inputs).tolist()), tuple(principal_angles(*outputs).tolist()),
         (max(ranks) / columns, max(ranks) / rows),
         (_amplification(*measured[0], changes[0]), _amplification(*measured[1], changes[1])),
+        None if seed is None else beside(changes, measured, seed),
     )  # fmt: skip
     return comparison, inner
-
-
-def _grid(one: Tensor, other: Tensor) -> tuple[tuple[float, ...], ...]:
-    """Return φ(i, j), () where one of the subspaces is empty."""
-    return tuple(map(tuple, subspace_similarity(one, other).tolist())) if len(one) and len(other) else ()
 
 
 def _amplification(svd: FactoredSVD, norm: float, change: ModuleChange) -> float | None:

@@ -9,6 +9,7 @@ from itertools import accumulate
 
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.compact import natural
+from loratools.errors import IncompatibleAdapter
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.sources import Location, session
 from loratools.surgery.change import ModuleChange, measurable
@@ -100,7 +101,10 @@ def spectrum(
 
 def _of(module: str, change: ModuleChange) -> ModuleSpectrum:
     kind, shape, rank, parameters = change.kind, change.shape, change.rank, change.parameters
-    sigma: Sequence[float] = change.load().sigma().tolist()
+    try:
+        sigma: Sequence[float] = change.load().sigma().tolist()
+    except ValueError as error:
+        raise IncompatibleAdapter(f"{module}: {error}") from None
     energy, lengths = math.fsum(value * value for value in sigma), math.fsum(sigma)
     if energy == 0:
         none = (0,) * len(SHARES)

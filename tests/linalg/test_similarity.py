@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from loratools.linalg.factored import factored_svd
-from loratools.linalg.similarity import amplification, subspace_similarity
+from loratools.linalg.similarity import (
+    amplification,
+    principal_angles,
+    projected,
+    random_directions,
+    subspace_similarity,
+)
 
 EYE = torch.eye(6, dtype=torch.float64)
 
@@ -55,3 +62,35 @@ def test_amplification_at_its_limits() -> None:
         amplification(factored_svd(0 * EYE[:, :1], EYE[:1]), EYE)
     with pytest.raises(ValueError, match="asked at rank 2, but the update has rank 1"):
         amplification(update, EYE, 2)
+
+
+@pytest.mark.parametrize(("ranks", "turned"), [((3, 5), 0.3), ((4, 4), 1e-9), ((2, 6), 0.0)])
+def test_principal_angles_are_those_of_numpy_and_small_ones_are_kept(ranks: tuple[int, int], turned: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    V1 = torch.linalg.qr(torch.randn(12, ranks[0], generator=generator, dtype=torch.float64))[0].T
+    V2 = torch.linalg.qr(torch.randn(12, ranks[1], generator=generator, dtype=torch.float64))[0].T
+    cosines = np.linalg.svd(V1.numpy() @ V2.numpy().T)[1]
+    np.testing.assert_allclose(np.cos(principal_angles(V1, V2).numpy()), cosines, atol=1e-13)
+    np.testing.assert_allclose(principal_angles(V2, V1).numpy(), principal_angles(V1, V2).numpy(), atol=1e-12)
+    rotated = EYE[:2].double().clone()
+    rotated[0, 0], rotated[0, 5] = math.cos(turned), math.sin(turned)
+    np.testing.assert_allclose(principal_angles(EYE[:2], rotated).numpy(), [0, turned], rtol=1e-9, atol=1e-15)
+    with pytest.raises(ValueError, match="of one space"):
+        principal_angles(EYE[:2], EYE[:2, :3])
+
+
+def test_random_directions_are_those_of_a_gaussian_matrix_and_overlap_as_chance_says() -> None:
+    first, again, other = (random_directions(4, 50, 7, draw) for draw in (0, 0, 1))
+    assert torch.equal(first, again)
+    torch.testing.assert_close(first @ first.T, torch.eye(4, dtype=torch.float64))
+    assert not torch.equal(first, other)
+    overlaps = [
+        float(subspace_similarity(*(random_directions(4, 50, seed, d) for d in (0, 1)))[-1, -1]) for seed in range(200)
+    ]
+    assert np.mean(overlaps) == pytest.approx(4 / 50, rel=0.1)
+
+
+def test_projected_is_the_norm_of_the_middle() -> None:
+    W = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
+    U, _, Vh = torch.linalg.svd(W.double())
+    assert projected(W, U[:, :2], Vh[:2].T) == pytest.approx(float(np.linalg.norm(np.linalg.svd(W.double())[1][:2])))
