@@ -53,17 +53,33 @@ def command(path: str, modules: bool, spectrum: bool, base: str | None, dialect:
 
     if base is not None and not spectrum:
         raise click.UsageError("--base goes with --spectrum; the rest of what inspect tells needs no base")
+    if base is not None:  # which also tells names that some dialects leave out
+        return _measured(path, base, dialect)
     summary = inspect(path, dialect)
     if spectrum:
         from loratools.surgery.spectrum import spectrum as measure
 
         if summary.type != "adapter":
             raise click.UsageError(f"--spectrum: {path} is a model; it describes adapters")
-        measured = measure(path, dialect, base)
+        measured = measure(path, dialect)
         return show.Report(show.plain(summary) | {"spectrum": show.plain(measured)}, _spectrum(measured))
     if isinstance(summary, AdapterSummary):
         return show.Report(show.plain(summary), _adapter(summary, modules))
     return show.Report(show.plain(summary), _checkpoint(summary, modules))
+
+
+def _measured(path: str, base: str, dialect: str | None) -> show.Report:
+    """Return the report of a spectrum that is measured on the base."""
+    from loratools import dialects
+    from loratools.storage.checkpoint import Checkpoint
+    from loratools.surgery.inspect import describe_adapter
+    from loratools.surgery.spectrum import spectrum
+
+    model = Checkpoint.open(base)
+    adapter = dialects.open_adapter(path, dialect=dialect, base=model)
+    measured = spectrum(adapter, base=model)
+    summary = describe_adapter(adapter, path, adapter.dialect, "read with its base model")
+    return show.Report(show.plain(summary) | {"spectrum": show.plain(measured)}, _spectrum(measured))
 
 
 def _adapter(summary: AdapterSummary, modules: bool) -> Iterator[str]:

@@ -173,13 +173,10 @@ def test_every_kind_of_lycoris(case: Any, tmp_path: Path) -> None:
         stored = {key: W.detach().clone().contiguous() for key, W in module.state_dict().items() if "org" not in key}
         save_file({f"lora_unet_block_part.{key}": W for key, W in stored.items()}, tmp_path / f"{i}.safetensors")
         with torch.no_grad():
-            if name == "DiagOFTModule":  # computes in float32, whatever its numbers are
-                D = weight_by_forward(module, layer) - weights["block.part.weight"]
-            else:
-                D = (
-                    weight_by_forward(module.double(), copy.deepcopy(layer).double())
-                    - weights["block.part.weight"].double()
-                )
+            if name != "DiagOFTModule":  # which computes in float32, whatever its numbers are
+                module.double(), own.double()
+            plain = copy.deepcopy(layer).to(next(module.parameters()).dtype)
+            D = weight_by_forward(module, plain) - weights["block.part.weight"].double()
             changes.append({"block.part.weight": D.double()})
             if (bias := stored.get("diff_b", stored.get("b_norm"))) is not None:
                 changes[-1]["block.part.bias"] = bias.double()

@@ -165,6 +165,22 @@ def test_changes_of_which_nothing_is_known_without_a_base(tmp_path: Path) -> Non
     assert (found.modules, len(found.skipped)) == ((), 1)
 
 
+def test_names_that_only_the_base_tells(shell: Callable[..., Any], base: Path) -> None:
+    """A flattened name is turned back with the base, by `inspect` and by `compare`."""
+    v = random(OUT, seed=4, scale=0.1)
+    stored = {
+        f"lora_unet_{Q.replace('.', '_')}.weight": v,
+        f"lora_unet_{Q.replace('.', '_')}.on_input": torch.tensor(0),
+    }
+    save_file(stored, base.parent / "a.safetensors")
+    assert "Give the base model" in shell("loratools inspect a.safetensors --spectrum", base.parent).err
+    wanted = float((W.double() * v.double()[:, None]).norm())
+    spectrum_of = json.loads(shell("loratools inspect a.safetensors --spectrum --base base --json", base.parent).out)
+    assert spectrum_of["spectrum"]["norm"] == pytest.approx(wanted, rel=1e-12)
+    compared = json.loads(shell("loratools compare a.safetensors a.safetensors --base base --json", base.parent).out)
+    assert compared["norms"] == pytest.approx([wanted, wanted], rel=1e-12)
+
+
 def test_a_difference_of_a_bias_is_measured_too(tmp_path: Path) -> None:
     c = random(OUT, seed=8)
     with_bias = saved(tmp_path / "a", {Q: {**factors(5), "lora_B.bias": c}}, lora_bias=True)
