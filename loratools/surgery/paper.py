@@ -92,7 +92,8 @@ def _directions(change: ModuleChange) -> Tensor | None:
         return None
     A = change.factor()
     _, S, Vh = torch.linalg.svd(A, full_matrices=False)
-    return Vh[: int((torch.finfo(torch.float64).eps * max(A.shape) * S[:1].sum() < S).sum())]
+    directions: Tensor = Vh[: int((S > torch.finfo(torch.float64).eps * max(A.shape) * S[:1].sum()).sum())]
+    return directions
 
 
 def _projection(
