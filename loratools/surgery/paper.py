@@ -92,7 +92,8 @@ def _directions(change: ModuleChange) -> Tensor | None:
         return None
     A = change.factor()
     _, S, Vh = torch.linalg.svd(A, full_matrices=False)
-    directions: Tensor = Vh[: int((S > torch.finfo(torch.float64).eps * max(A.shape) * S[:1].sum()).sum())]
+    floor = torch.finfo(torch.float64).eps * max(A.shape) * float(S[0])
+    directions: Tensor = Vh[: int(S.gt(floor).sum())]
     return directions
 
 
