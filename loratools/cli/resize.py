@@ -21,20 +21,22 @@ if TYPE_CHECKING:
 @click.argument("adapter", type=options.INPUT)
 @options.output_option
 @rank_options
-@click.option("--dtype", type=options.FACTORS, default="f32", show_default=True, help="Of the factors.")
+@click.option("--to", metavar="DIALECT", help="See `loratools dialects`.  [default: the adapter's, ours for PEFT's]")
+@click.option("--dtype", type=options.FACTORS, help="Of the factors.  [default: as they are stored]")
 @options.dialect_option
 @options.threads_option
 @options.force_option
 @pass_talk
 def command(
-    talk: Talk, /, adapter: str, output: Path, dtype: FloatName, dialect: str | None, threads: int | None, force: bool,
-    **ranks: Any,
+    talk: Talk, /, adapter: str, output: Path, to: str | None, dtype: FloatName | None, dialect: str | None,
+    threads: int | None, force: bool, **ranks: Any,
 ) -> show.Report:  # fmt: skip
     """Give an adapter other ranks, with the least error there is, and print what each module keeps.
 
     The singular values of every change are found in factor space, in float64. --sv-ratio, --sv-fro and --sv-cumulative
     are kohya's rules, without the one rank more that its script keeps; --energy E is --sv-fro of the square root of E.
-    --budget shares one number of parameters out among all modules. A rank above the true one changes nothing.
+    --budget shares one number of parameters out among all modules. A rank above the true one changes nothing. The
+    result is of the adapter's own dialect and dtype; only a PEFT adapter becomes one of ours, which PEFT reads too.
 
     \b
     Examples:
@@ -45,14 +47,15 @@ def command(
     from loratools import dialects
     from loratools.cli.combine import lines, size_of, table
     from loratools.storage.dtypes import ALIASES
-    from loratools.surgery.resize import resize
+    from loratools.surgery.resize import dtype_of, resize
 
-    wanted = ranks_of(ranks, ALIASES[dtype])
+    source = dialects.open_adapter(adapter, dialect=dialect)
+    dtype = dtype or dtype_of(source)
+    wanted = ranks_of(ranks, ALIASES[dtype.lower()])
     if wanted is None:
         raise click.UsageError(
             "say how ranks are chosen: --rank, --energy, --sv-ratio, --sv-fro, --sv-cumulative or --budget"
         )
-    source = dialects.open_adapter(adapter, dialect=dialect)
     with talk.progress("resizing", size_of([source])) as bar:
-        resized = resize(source, output, wanted, dtype=dtype, threads=threads, force=force, progress=bar)
+        resized = resize(source, output, wanted, to=to, dtype=dtype, threads=threads, force=force, progress=bar)
     return show.Report(show.plain(resized), [*lines(resized, "resized"), *table(resized)])

@@ -26,7 +26,7 @@ from loratools.dialects import kohya
 from loratools.dialects._frame.build import Draft
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import IDENTITY, common_losses, without
-from loratools.dialects._frame.metadata import metadata_of, settings_with
+from loratools.dialects._frame.metadata import carried, settings_with
 from loratools.dialects._frame.numbers import read_number
 from loratools.errors import BadFile
 from loratools.format import keys
@@ -140,7 +140,7 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
         home = kohya.home_of(module, update)
         parts = _of_peft(update) if home == module else {BIAS_PART: update.parts[WEIGHT_PART]}
         tensors |= {f"{_name(home)}.{suffix}": lazy for suffix, lazy in parts.items()}
-    metadata = {"format": "pt", **metadata_of(adapter)}
+    metadata = {"format": "pt", **carried(adapter, "format")}
     if adapter.base and adapter.base.id:
         metadata.setdefault("ss_base_model", adapter.base.id)
     save.save(target, _FILE, tensors, metadata, force=force)

@@ -25,7 +25,7 @@ from loratools.dialects._frame import alphas
 from loratools.dialects._frame.build import Draft
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import IDENTITY, common_losses, update_losses, without
-from loratools.dialects._frame.metadata import metadata_of, settings_with
+from loratools.dialects._frame.metadata import carried, settings_with
 from loratools.dialects._frame.numbers import read_number
 from loratools.dialects.peft.config import PeftConfig
 from loratools.errors import BadFile
@@ -138,8 +138,7 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     tensors = {
         f"{module}.{part}": lazy for module, update in adapter.updates.items() for part, lazy in update.parts.items()
     }
-    entries = metadata_of(adapter) if adapter.dialect == "diffusers" else {}
-    metadata = {key: value for key, value in entries.items() if key not in (_KEY, "format")}
+    metadata = carried(adapter, _KEY, "format")
     configs: dict[str, Any] = {}
     for name in sorted({component(module) for module in adapter.updates}):
         prefix = f"{name}." if name else ""

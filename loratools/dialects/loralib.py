@@ -28,6 +28,7 @@ from loratools.dialects._frame.losses import (
     update_losses,
     without,
 )  # fmt: skip
+from loratools.dialects._frame.metadata import tell_lost
 from loratools.dialects._frame.numbers import most_common
 from loratools.errors import BadFile, InvalidOption, UnsupportedAdapter
 from loratools.storage.header import TensorSpec
@@ -124,6 +125,7 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
         a, b = factors_of(update)
         tensors[f"{module}.lora_A"] = a
         tensors[f"{module}.lora_B"] = factors.scaled(b, update.scaling * update.rank / alpha)
+    tell_lost(adapter, target, "loralib")
     pickles.save(target, _FILE, tensors, force=force)
 
 

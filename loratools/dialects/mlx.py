@@ -35,6 +35,7 @@ from loratools.dialects._frame.build import (
 )  # fmt: skip
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import IDENTITY, common_losses, update_losses, without
+from loratools.dialects._frame.metadata import carried, settings_with
 from loratools.dialects._frame.numbers import is_number, most_common
 from loratools.dialects.peft.fields import unknown
 from loratools.errors import BadFile, UnsupportedAdapter
@@ -109,7 +110,9 @@ def read(listing: Listing) -> Adapter:
     hollow = [module for module, parts in draft.groups.items() if dora and MAGNITUDE not in parts]
     check_faults(listing.path, [f"{module}: no magnitude (m), and the config says dora" for module in hollow])
     updates = draft.build(draft.usual if scale is None else lambda _, rank: (scale, scale * rank))
-    return Adapter(updates, base=BaseIdentity.of_name(config.get("model")), dialect="mlx")
+    header = listing.header(name)
+    settings = settings_with(header.metadata if header else {}, lambda key: key != "format")
+    return Adapter(updates, base=BaseIdentity.of_name(config.get("model")), dialect="mlx", settings=settings)
 
 
 def losses(adapter: Adapter) -> list[Loss]:
@@ -152,7 +155,9 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
         config["model"] = adapter.base.id
     tensors = {f"{module}.{part}": lazy for module, parts in groups.items() for part, lazy in parts.items()}
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    save.save(target, _FILE, tensors, {"format": "mlx"}, force=force, beside={_CONFIG: text})
+    save.save(
+        target, _FILE, tensors, {**carried(adapter, "format"), "format": "mlx"}, force=force, beside={_CONFIG: text}
+    )
 
 
 def _file(listing: Listing) -> str | None:

@@ -22,6 +22,7 @@ from loratools.dialects._frame import pickles
 from loratools.dialects._frame.build import Draft, check_faults, check_gathered
 from loratools.dialects._frame.listing import Evidence, Listing, by_convert
 from loratools.dialects._frame.losses import IDENTITY, common_losses, identity_losses, update_losses, without
+from loratools.dialects._frame.metadata import tell_lost
 from loratools.dialects.gguf.names import Layout, permuted
 from loratools.dialects.peft.config import PeftConfig
 from loratools.errors import BadFile, UnsupportedAdapter
@@ -121,6 +122,7 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
             tensors[f"{_name(module)}.{'lora_a' if part == A else 'lora_b'}.weight"] = lazy
     targets = sorted({module.rpartition(".")[2] for module in adapter.updates})
     peft_config = {"r": first.rank, "lora_alpha": first.alpha, "target_modules": targets, "peft_type": "LORA"}
+    tell_lost(adapter, target, "torchtune")
     with atomic.new_folder(target, force=force) as folder:
         (folder / _CONFIG).write_text(json.dumps(peft_config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         pickles.write(folder / _FILE, tensors)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from loratools import dialects
+from loratools.adapter.model import Adapter
+from loratools.decisions import warned
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.parallel import Progress
 from loratools.storage import atomic
@@ -11,10 +14,13 @@ from loratools.storage.dtypes import FloatName
 from loratools.storage.sources import Location
 from loratools.surgery.combine import Combination, run
 from loratools.surgery.combine.options import CombineOptions
+from loratools.surgery.combine.result import plain
 from loratools.surgery.inputs import AdapterSource
 
 if TYPE_CHECKING:
     import torch
+
+_KEPT: tuple[FloatName, ...] = ("BF16", "F16")
 
 
 def resize(
@@ -22,7 +28,8 @@ def resize(
     output: Location,
     ranks: Ranks | int,
     *,
-    dtype: FloatName | torch.dtype = "F32",
+    to: str | None = None,
+    dtype: FloatName | torch.dtype | None = None,
     threads: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -34,10 +41,13 @@ def resize(
 
     Args:
         adapter: A path, an `hf://` reference, or an open `Adapter`.
-        output: The folder to write, in the loratools format; it must not exist, unless `force`.
+        output: The folder or file to write; it must not exist, unless `force`.
         ranks: How ranks are chosen: a number for every module, or `Ranks`: by a rule (`Energy(0.99)`, kohya's
             `SvRatio(20)`, …) for each, or a `budget` of parameters shared out among all.
-        dtype: The float dtype of the factors: `"f32"`, `"bf16"`, `"f16"`, or torch's. Default: `"F32"`.
+        to: The dialect (`loratools.list_dialects()`). Default: the adapter's own, and `"loratools"` for PEFT's, which
+            reads it, and for one that is only read.
+        dtype: The float dtype of the factors: `"f32"`, `"bf16"`, `"f16"`, or torch's. Default: that of the adapter's
+            factors, and `"F32"` where they have several, or a shorter one.
         threads: Threads to work with; no byte depends on it. Default: one per core, at most 8.
         force: Whether to replace an output that exists. Default: no.
         progress: Called with the bytes of factors that were worked on since the last call. Default: nobody is told.
@@ -58,5 +68,21 @@ def resize(
         {2}
     """
     atomic.sweep(output)
-    options = CombineOptions(ranks=ranks, dtype=dtype, threads=threads, force=force)
-    return run([adapter], output, options, operation="resize", progress=progress)
+    opened = adapter if isinstance(adapter, Adapter) else dialects.open_adapter(adapter)
+    options = CombineOptions(ranks=ranks, dtype=dtype or dtype_of(opened), threads=threads, force=force)
+    return run([adapter], output, options, operation="resize", to=to or dialect_of(opened), progress=progress)
+
+
+def dialect_of(adapter: Adapter) -> str:
+    """Return the dialect that an adapter stays in; ours for PEFT's, and, which is said, where its own cannot say it."""
+    if adapter.dialect in ("peft", "loratools") or adapter.dialect not in dialects.names():
+        return "loratools"
+    if lost := dialects.get(adapter.dialect).losses(plain(adapter)):
+        warned("the result is in the loratools format; %s cannot say: %s", adapter.dialect, lost[0])
+    return "loratools" if lost else adapter.dialect
+
+
+def dtype_of(adapter: Adapter) -> FloatName:
+    """Return the dtype of an adapter's factors, float32 where they have several, or a shorter one."""
+    stored = {lazy.dtype for update in adapter.updates.values() for lazy in update.parts.values()}
+    return next((name for name in _KEPT if stored == {name}), "F32")

@@ -45,7 +45,15 @@ def tell_alpha(path: Path, alpha: float | None, recorded: Iterable[object]) -> N
 
 def is_float32(value: float) -> bool:
     """Tell whether float32 has exactly this value."""
-    return abs(value) < 3e38 and struct.unpack("<f", struct.pack("<f", value))[0] == value
+    return is_float(value, "F32")
+
+
+def is_float(value: float, dtype: str) -> bool:
+    """Tell whether a float dtype has exactly this value: F16, BF16 (the upper half of float32) or F32."""
+    if not abs(value) < (6e4 if dtype == "F16" else 3e38):
+        return False
+    raw = struct.pack(_CODES[dtype], value)
+    return struct.unpack(_CODES[dtype], raw)[0] == value and not (dtype == "BF16" and any(raw[:2]))
 
 
 def most_common(values: Iterable[float], *, smallest: bool = False) -> float:

@@ -23,6 +23,7 @@ from loratools.decisions import warned
 from loratools.dialects._frame.build import Draft, check_read, factors_of
 from loratools.dialects._frame.listing import Evidence, Listing, by_convert
 from loratools.dialects._frame.losses import IDENTITY, common_losses, identity_losses, update_losses, without
+from loratools.dialects._frame.metadata import tell_lost
 from loratools.dialects._frame.numbers import is_float32, is_number, most_common, tell_alpha
 from loratools.dialects.gguf.names import ARCHITECTURES, Layout, Place, module_of, permuted, place
 from loratools.errors import BadFile, UnsupportedAdapter
@@ -151,6 +152,7 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
         fields[f"{layout.architecture}.attention.head_count_kv"] = layout.kv_heads
     if adapter.base and adapter.base.id:
         fields |= {"general.base_model.count": 1, "general.base_model.0.name": adapter.base.id}
+    tell_lost(adapter, target, "GGUF")
     gguf.save(target, _FILE, layout.architecture, fields, tensors, force=force)
 
 

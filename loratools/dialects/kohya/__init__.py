@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,8 +33,8 @@ from loratools.dialects._frame import alphas
 from loratools.dialects._frame.build import Draft, some
 from loratools.dialects._frame.listing import Evidence, Listing, by_convert
 from loratools.dialects._frame.losses import IDENTITY, common_losses, without
-from loratools.dialects._frame.metadata import metadata_of, settings_with
-from loratools.dialects._frame.numbers import is_float32, read_number
+from loratools.dialects._frame.metadata import carried, metadata_of, settings_with
+from loratools.dialects._frame.numbers import is_float, read_number
 from loratools.dialects.kohya import network
 from loratools.dialects.kohya.names import NAMES_KEY, dotted, flattened, head_of
 from loratools.errors import BadFile
@@ -55,6 +55,7 @@ _FILE = "lora.safetensors"
 _PARTS = {"lora_down.weight": A, "lora_up.weight": B}
 _SUFFIXES = {part: suffix for suffix, part in _PARTS.items()}
 _ALPHA, _DORA = "alpha", "dora_scale"
+_SHORT = ("F16", "BF16")
 _BIASED = frozenset({A, B, MAGNITUDE, _DORA})  # beside what a bias of B can be
 
 
@@ -130,7 +131,7 @@ def losses(adapter: Adapter) -> list[Loss]:
 
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
-    """Write one safetensors file with alphas in float32 (float64 where float32 would round them) and its hashes."""
+    """Write one safetensors file with its hashes; alphas are in the factors' dtype, or a wider one that has them."""
     from loratools.dialects.kohya.hashes import hashes  # `inspect` need not wait for it
 
     adapter = without(rename.to_original(adapter, unet=False), losses(adapter))
@@ -143,6 +144,8 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     metadata = _metadata(adapter)
     if unknown:
         metadata[NAMES_KEY] = json.dumps(unknown, sort_keys=True)
+    if "modelspec.hash_sha256" in metadata_of(adapter):
+        metadata["modelspec.hash_sha256"] = ""
     metadata |= hashes(tensors, metadata)
     save.save(target, _FILE, tensors, metadata, force=force)
 
@@ -202,7 +205,7 @@ def of_peft(update: Update) -> dict[str, LazyTensor]:
         parts[_DORA] = magnitude.reshaped(sides)
     alpha = alpha_of(update)
     if update.rank or alpha != 1:
-        parts[_ALPHA] = _number(alpha)
+        parts[_ALPHA] = _number(alpha, {lazy.dtype for lazy in update.parts.values()})
     return parts
 
 
@@ -217,9 +220,10 @@ def alpha_of(update: Update) -> float:
     return float(next((v for v in near if build(update.parts, v / rank, v).scaling == update.scaling), solved))
 
 
-def _number(value: float) -> LazyTensor:
-    """Stand for one number: float32, or float64 where float32 would round it."""
-    dtype = "F32" if is_float32(value) else "F64"
+def _number(value: float, dtypes: Collection[str]) -> LazyTensor:
+    """Stand for one number, in the dtype of the factors, as trainers save it, or in a wider one that has it exactly."""
+    short = [dtype for dtype in _SHORT if set(dtypes) == {dtype} and is_float(value, dtype)]
+    dtype = short[0] if short else "F32" if is_float(value, "F32") else "F64"
 
     def load() -> torch.Tensor:
         import torch
@@ -231,7 +235,7 @@ def _number(value: float) -> LazyTensor:
 
 def _metadata(adapter: Adapter) -> dict[str, str]:
     """Return the header entries that a trainer wrote, or else the few that tools look for."""
-    entries = metadata_of(adapter)
+    entries = carried(adapter, NAMES_KEY)
     if any(key.startswith(("ss_", "modelspec.")) for key in entries):
         return entries
     dims = Counter(str(update.rank) for update in adapter.updates.values()).most_common(1)

@@ -27,6 +27,7 @@ from loratools.decisions import warned
 from loratools.dialects._frame.build import build_all, check_faults, check_gathered, check_read, some
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import record_losses
+from loratools.dialects._frame.metadata import carried, settings_with
 from loratools.dialects.peft import checks
 from loratools.dialects.peft.config import PeftConfig
 from loratools.dialects.peft.experts import layouts, outer, reordered, version_for
@@ -90,7 +91,8 @@ def read(listing: Listing) -> Adapter:
         raise BadFile(f"{listing.path}: no LoRA tensors in it")
     for note in _notes(groups, config):
         warned("%s: %s", listing.path, note)
-    return Adapter(updates, groups.whole, config.base, dialect="peft", settings=config.settings, copies=groups.copies)
+    settings = config.settings | _entries(listing)
+    return Adapter(updates, groups.whole, config.base, dialect="peft", settings=settings, copies=groups.copies)
 
 
 def losses(adapter: Adapter) -> list[Loss]:
@@ -118,7 +120,7 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     config = json.dumps(derive_config(sayable) | version, indent=2, sort_keys=True, ensure_ascii=False)
     with atomic.new_folder(target, force=force) as folder:
         (folder / _CONFIG).write_text(config + "\n", encoding="utf-8")
-        save.write(folder / f"{_STEM}.safetensors", tensors, {"format": "pt"})
+        save.write(folder / f"{_STEM}.safetensors", tensors, {**carried(adapter, "format"), "format": "pt"})
 
 
 def _files(listing: Listing) -> list[str]:
@@ -131,6 +133,12 @@ def _files(listing: Listing) -> list[str]:
         if shards := [name for name in listing.files if _SHARD.fullmatch(name) and name.endswith(ending)]:
             return shards
     return []
+
+
+def _entries(listing: Listing) -> dict[str, Any]:
+    """Return the settings that hold the entries of the header: trigger phrase, tags, …, of an adapter of images."""
+    header = listing.header(_files(listing)[0])
+    return settings_with(header.metadata if header else {}, lambda name: name not in ("format", manifest.METADATA_KEY))
 
 
 def _compare(listing: Listing, single: str) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ from loratools.surgery.combine.change import Decomposed, Share, choose, combined
 from loratools.surgery.combine.inputs import Aligned, Input, align, open_inputs
 from loratools.surgery.combine.methods._terms import Library
 from loratools.surgery.combine.options import CombineOptions
-from loratools.surgery.combine.result import assemble
+from loratools.surgery.combine.result import assemble, plain
 from loratools.surgery.combine.weights import Weight
 from loratools.surgery.inputs import AdapterSource, as_list
 
@@ -157,9 +157,9 @@ def combine(
 def run(
     adapters: Sequence[AdapterSource], output: Location, options: CombineOptions,
     weights: Sequence[float | str | Weight] | None = None, initial: AdapterSource | None = None, *,
-    operation: str = "combine", progress: Progress | None = None,
+    operation: str = "combine", to: str = "loratools", progress: Progress | None = None,
 ) -> Combination:  # fmt: skip
-    """Do what `combine` says; `operation` is what the provenance calls it."""
+    """Do what `combine` says; `operation` is what the provenance calls it, `to` the dialect that is written."""
     atomic.check_output(Path(output), force=options.force)
     atomic.refuse_inputs(Path(output), [Path(x) for x in (*adapters, initial) if isinstance(x, str | os.PathLike)])
     inputs = open_inputs(adapters, weights, initial, options.method)
@@ -192,10 +192,10 @@ def run(
             f"written as PEFT does, without provenance: only the base tells {'; '.join(unsettled)} ({_SEAL})"
         )
         warned("%s", warnings[-1])
-        peft = replace(result, provenance=(), base=result.base and BaseIdentity(result.base.id, result.base.revision))
-        dialects.save_adapter(peft, output, dialect="peft", force=options.force)
-    else:
-        dialects.save_adapter(result, output, force=options.force)
+        to = "peft"
+    if to != "loratools":
+        result = plain(result, opened[0].settings)
+    dialects.save_adapter(result, output, dialect=to, force=options.force)
     return Combination(
         str(output), adapter_digest(result), options.method,
         sum(lazy.parameters for lazy in result.tensors().values()),

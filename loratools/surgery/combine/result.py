@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.adapter.placement.stacks import path_of
+from loratools.dialects._frame.metadata import joined
 from loratools.errors import UnsupportedAdapter
 from loratools.format import manifest
 from loratools.storage.lazy import LazyTensor
@@ -18,6 +20,7 @@ from loratools.surgery.combine.inputs import Aligned
 # Settings that the result keeps where no adapter says otherwise; the rest describes factors that are gone.
 _SHARED = ("task_type", "auto_mapping", "fan_in_fan_out", "ensure_weight_tying", "layer_replication", "lora_dropout")
 _ENTRY = ("tensor", "layout")
+_OF_DIALECTS = ("gguf", "base_config")
 
 
 def assemble(
@@ -44,10 +47,21 @@ def assemble(
         for reading in update.readings
     }:
         settings["target_parameters"] = sorted(parameters)
+    settings |= joined(adapters)
     settings[manifest.ORIGIN] = _origin(adapters, aligned, updates, replacements)
     history = {_key(entry): entry for adapter in adapters for entry in adapter.provenance}
     copies = _copies(adapters, aligned, replacements)
     return Adapter(updates, replacements, base, (*history.values(), done), "loratools", settings, copies)
+
+
+def plain(adapter: Adapter, settings: Mapping[str, Any] | None = None) -> Adapter:
+    """Return an adapter without what no foreign dialect has a place for: provenance, and the hash of its base.
+
+    `settings` are those of an input: what its dialect needs to write it (GGUF's architecture) comes from there.
+    """
+    base = adapter.base and BaseIdentity(adapter.base.id, adapter.base.revision)
+    needed = {name: value for name, value in (settings or {}).items() if name in _OF_DIALECTS}
+    return replace(adapter, provenance=(), base=base, settings={**needed, **adapter.settings})
 
 
 def _targets(adapters: Sequence[Adapter]) -> list[str]:
