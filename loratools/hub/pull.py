@@ -12,6 +12,7 @@ from threading import Event, Thread
 
 from loratools import dialects
 from loratools.adapter.model import BaseIdentity
+from loratools.decisions import warned
 from loratools.errors import LoraToolsError, UnknownKind, UnsupportedAdapter
 from loratools.format import validate
 from loratools.format.manifest import ORIGIN
@@ -139,16 +140,23 @@ def fetch(
 ) -> Pulled:  # fmt: skip
     """Write the files of a prepared pull as a new folder; it appears whole, checked, or not at all.
 
-    What was fetched before a failure stays in a hidden folder beside the output, and is not fetched again. Parameters
-    and errors are those of `pull`.
+    What was fetched before a failure stays in a hidden folder beside the output, which is said, and is not fetched
+    again. Parameters and errors are those of `pull`.
     """
     output = Path(output)
     atomic.check_output(output, force=force)
     hub, ref = prepared.hub, prepared.ref
     with atomic.kept_folder(output, prepared.commit[:16]) as stage:
-        with quiet(), _watched(stage, progress):
-            for file in prepared.files.values():
-                hub.fetch(ref.repo, prepared.commit, file, stage)
+        try:
+            with quiet(), _watched(stage, progress):
+                for file in prepared.files.values():
+                    hub.fetch(ref.repo, prepared.commit, file, stage)
+        except BaseException:
+            if kept := _fetched(stage):
+                warned("%d bytes that were fetched stay in %s, and the same pull goes on from there", kept, stage)
+            else:
+                atomic.remove(stage)
+            raise
         durable = durable or prepared.kind == "adapter"
         with atomic.new_folder(output, force=force, durable=durable) as scratch:
             for path, file in prepared.files.items():
@@ -265,6 +273,12 @@ def _watched(folder: Path, progress: Progress | None) -> Iterator[None]:
         stop.set()
         thread.join()
         look()
+
+
+def _fetched(stage: Path) -> int:
+    """Return the bytes that need not be fetched again; what huggingface_hub notes beside them in .cache is none."""
+    whole = (path for path in stage.rglob("*") if path.is_file() and ".cache" not in path.relative_to(stage).parts)
+    return sum(path.stat().st_size for path in (*whole, *stage.glob(".cache/**/*.incomplete")))
 
 
 def _size(folder: Path) -> int:

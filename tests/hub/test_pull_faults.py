@@ -150,3 +150,23 @@ def test_nothing_of_another_commit_is_taken_up(hub: LocalHub, tmp_path: Path, wo
     fetch(tmp_path / "down")
     assert contents(tmp_path / "down") == {**contents(workplace / "sealed"), "LICENSE": b"Apache"}
     assert not [name for name in shelf(tmp_path) if name.startswith(".")]
+
+
+def test_what_stays_after_a_failure_is_said(
+    hub: LocalHub, tmp_path: Path, workplace: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And a folder with nothing in it but the client's own notes does not stay."""
+    before = shelf(tmp_path)
+    hub.faults.add("HEAD", "/resolve/", times=None, status=503)
+    with pytest.raises(HubError):
+        fetch(tmp_path / "down")
+    assert shelf(tmp_path) == before
+    assert caplog.messages == []
+    hub.faults.clear()
+    hub.faults.add("GET", "/objects/", times=None, status=503)
+    with pytest.raises(HubError):
+        fetch(tmp_path / "down")
+    (stage,) = [name for name in shelf(tmp_path) if name not in before]
+    size = sum(len(data) for name, data in contents(workplace / "sealed").items() if not name.endswith(".safetensors"))
+    said = f"{size} bytes that were fetched stay in {tmp_path / stage}, and the same pull goes on from there"
+    assert caplog.messages == [said]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from loratools.engine.run import Settings
 from loratools.engine.task import TensorResult
 from loratools.errors import BadFile
 from loratools.storage import digest
+from loratools.storage.atomic.sync import sync, sync_names
 from loratools.storage.strict_json import MAX_INDEX, read_json
 
 _NAME = ".merge.json"
@@ -61,16 +61,16 @@ class Journal:
 
     def add(self, path: Path, results: Sequence[TensorResult]) -> None:
         """Take down a complete file, and what was measured while it was written; both are on disk afterwards."""
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(path)
+        sync_names(path.parent)
         name = str(path.relative_to(self._folder))
         self.done[name] = {"digest": _digest(path), "results": [asdict(result) for result in results]}
         fresh = self._folder / f"{_NAME}.new"
         with fresh.open("w", encoding="utf-8") as file:
             json.dump({"key": self._key, "files": self.done}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        sync(fresh)
         fresh.replace(self._folder / _NAME)
+        sync_names(self._folder)
 
     def close(self) -> list[TensorResult]:
         """Remove the list, for the output is complete; return all that was measured."""
