@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools.engine.plan import MergePlan
+from loratools.format.record import ERROR
 from loratools.storage.beside.cards import cut, read_card
 from loratools.storage.companions import RECORD, Companions, copy_companions, json_text
 from loratools.storage.layout import index_json
@@ -49,12 +50,20 @@ def card(text: str, record: Mapping[str, Any]) -> str:
     )
     base = record["base"]
     identity = base.get("id")
+    of_base = f"the base model {identity or 'named below by its hash'} (schema hash `{base['schema']}`)"
+    table = f":\n\n| adapter | kind | rank | weight | digest |\n|---|---|---|---|---|\n{rows}\n\n" if rows else ".\n\n"
+    if ERROR in record:
+        holds = "with these adapters" if rows else "without an adapter"
+        how = (
+            f"Adapters were taken out by subtraction: no element is further than {record[ERROR]:.3g} from the base "
+            f"model {holds}. "
+        )
+        made = f"Made with {record['tool']} from a merge into {of_base}{table}"
+    else:
+        how = "W' = W + Σ weight·scaling·B·A in float32, rounded once. "
+        made = f"Merged with {record['tool']} from {of_base}{table}"
     section = (
-        "<!-- loratools merge -->\n## How this model was made\n\n"
-        f"Merged with {record['tool']} from the base model {identity or 'named below by its hash'} "
-        f"(schema hash `{base['schema']}`):\n\n"
-        "| adapter | kind | rank | weight | digest |\n|---|---|---|---|---|\n"
-        f"{rows}\n\nW' = W + Σ weight·scaling·B·A in float32, rounded once. The whole record: `{RECORD}`.\n"
+        f"<!-- loratools merge -->\n## How this model was made\n\n{made}{how}The whole record: `{RECORD}`.\n"
         "<!-- /loratools merge -->\n"
     )
     front = f"base_model: {json.dumps(identity)}\nbase_model_relation: merge\n" if identity else ""

@@ -80,7 +80,7 @@ def _record(
         "base": {**(old.get("base") or new["base"]), "tensors": digests},
         "adapters": [*merged.entries_left(), *added],
         "removed": [{"digest": each.digest, "weight": each.weight} for each in merged.inputs],
-        "tool": TOOL, "tied": old.get("tied") or new["tied"], "retention": measured.retention,
+        "tool": TOOL, "tied": old.get("tied") or (new["tied"] if added else None), "retention": measured.retention,
         "approximate": True, ERROR: bound, **({BROUGHT: names} if names else {}),
     }  # fmt: skip
 
