@@ -85,6 +85,12 @@ class Options:
             self.problems.append(f"{name} is {value!r}; it can be True or False")
         return self
 
+    def text(self, name: str, value: object) -> Self:
+        """Note a problem unless `value` is a text, or None."""
+        if not (value is None or (isinstance(value, str) and value)):
+            self.problems.append(f"{name} is {value!r}; it can be a text or None")
+        return self
+
     def parsed(self, name: str, parse: Callable[[Any], Value], value: object) -> Value | None:
         """Return `parse(value)`; note a problem where that raises `ValueError`, whose text says what can be."""
         try:

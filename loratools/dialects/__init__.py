@@ -36,6 +36,7 @@ from loratools.decisions import decided
 from loratools.dialects._frame.listing import WEIGHTS, Evidence, Listing
 from loratools.dialects._frame.numbers import is_number
 from loratools.errors import InvalidOption, LossyConversion, OutputRefused, UnknownKind
+from loratools.options import Options
 from loratools.storage import atomic
 from loratools.storage.checkpoint import Checkpoint
 
@@ -191,6 +192,11 @@ def open_adapter(
         return path
     if alpha is not None and not is_number(alpha):
         raise InvalidOption(f"alpha is {alpha!r}; it is a finite number")
+    Options().flag("initial", initial).done()
+    if enabled is not None and not (isinstance(enabled, tuple | list) and all(isinstance(on, bool) for on in enabled)):
+        raise InvalidOption(f"enabled is {enabled!r}; it can be several of True and False, or None")
+    if dialect is not None:
+        get(dialect)
     listing = Listing.of(path, alpha=alpha, base=base, initial=initial, enabled=enabled)
     name, evidence = (dialect, None) if dialect else detect(listing)
     if enabled is not None and name != "loralib":
@@ -233,6 +239,7 @@ def save_adapter(
         []
     """
     atomic.sweep(path)
+    Options().flag("allow_loss", allow_loss).flag("force", force).done()
     path, writer = Path(path), get(dialect)
     losses = writer.losses(adapter)
     if losses and not allow_loss:

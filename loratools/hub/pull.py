@@ -20,6 +20,7 @@ from loratools.hub import faults, files
 from loratools.hub.client import Hub, RemoteFile, quiet
 from loratools.hub.headers import choose, headers_of, schema_of
 from loratools.hub.refs import Ref, is_plain, parse, repository
+from loratools.options import Options
 from loratools.parallel import Progress
 from loratools.storage import atomic, digest
 from loratools.storage.checkpoint import Checkpoint
@@ -111,6 +112,8 @@ def pull(
         '5f3c…'
     """
     atomic.sweep(output)
+    checked = Options().flag("check_base", check_base).flag("force", force).flag("durable", durable)
+    checked.text("revision", revision).text("token", token).done()
     prepared = prepare(repo, output, revision=revision, force=force, token=token)
     return fetch(prepared, output, force=force, durable=durable, check_base=check_base, progress=progress)
 

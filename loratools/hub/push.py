@@ -88,6 +88,7 @@ def push(
         >>> push("sealed", "lab/adapter", license="mit").url  # doctest: +SKIP
         'https://huggingface.co/lab/adapter/commit/…'
     """
+    Options().flag("private", private).text("message", message).done()
     prepared = prepare(
         path, repo, revision=revision, create_pr=create_pr, base_model=base_model, license=license, card=card,
         token=token,
@@ -100,8 +101,9 @@ def prepare(
     license: str | None = None, card: cards.Side | None = None, token: str | None = None,
 ) -> Push:  # fmt: skip
     """Decide a push and send nothing; parameters and errors are those of `push`."""
+    checked = Options().flag("create_pr", create_pr).text("revision", revision).text("base_model", base_model)
+    checked.text("license", license).text("token", token).done()
     ref = repository(repo, revision)
-    checked = Options()
     if ref.path:
         checked.problems.append(f"expected org/name, found {repo!r}")
     if card is not None:

@@ -94,7 +94,7 @@ ALIASES = {
 SPELLINGS = ("bf16", "f16", "f32", "f64")
 """The shortest spelling of each: what messages and the command line list."""
 
-FACTORS = ("f32", "bf16", "f16")
+FACTORS = ("f32", "bf16", "f16", "f64")
 """Those that the factors of an adapter are stored in."""
 
 FloatName = Literal[

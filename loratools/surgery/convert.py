@@ -99,7 +99,8 @@ def convert(
         options.word("profile", profile, profiles.Name)
         if to != "peft":
             options.problems.append(f"profile is {profile!r}, which is for to='peft', not {to!r}")
-    options.flag("allow_loss", allow_loss).flag("force", force).done()
+    options.flag("allow_loss", allow_loss).flag("force", force).text("base_id", base_id).done()
+    dialects.get(to)
     checkpoint = None if base is None else open_model(base)
     converted = adapter if isinstance(adapter, Adapter) else dialects.open_adapter(adapter, base=checkpoint)
     if checkpoint is not None:

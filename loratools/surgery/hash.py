@@ -57,10 +57,14 @@ def hash_checkpoint(
         >>> hash_checkpoint("base", "root").root
         'blake3:6e1f…'
     """
-    tiers = (tiers,) if isinstance(tiers, str) else tuple(tiers)
+    tiers = tuple(tiers) if isinstance(tiers, Iterable) and not isinstance(tiers, str) else (tiers,)
     options = Options()
     for tier in tiers:
         options.word("tiers", tier, Tier)
+    if include is not None:
+        include = list(include) if isinstance(include, Iterable) and not isinstance(include, str) else [include]
+        for pattern in include:
+            options.text("include", pattern)
     options.word("algorithm", algorithm, Algorithm).threads(threads).done()
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.open(local(checkpoint, "header" if set(tiers) <= {"schema"} else "checkpoint"))

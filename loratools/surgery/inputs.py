@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from loratools import dialects
 from loratools.adapter.model import Adapter, AdapterInput
@@ -27,6 +28,11 @@ ModelSource = Location | Checkpoint
 def open_model(model: ModelSource) -> Checkpoint:
     """Return a model, open."""
     return model if isinstance(model, Checkpoint) else Checkpoint.open(model)
+
+
+def check_weights(adapters: AdapterSource | Sequence[AdapterSource], weights: object) -> None:
+    """Raise `InvalidOption` as `open_adapters` does for weights, before anything is opened."""
+    _weights(weights, len(as_list(adapters)))
 
 
 def open_adapters(
@@ -77,7 +83,7 @@ def _open(adapter: AdapterSource, weight: float, base: Checkpoint) -> AdapterInp
     return AdapterInput(opened, weight, checked_digest(opened, str(path)), path)
 
 
-def _weights(weights: float | Sequence[float] | None, count: int) -> list[float]:
+def _weights(weights: Any, count: int) -> list[float]:
     listed = [1.0] * count if weights is None else list(weights) if isinstance(weights, Sequence) else [weights]
     listed = [weights] if isinstance(weights, str | bytes) else listed
     if problems := [f"weight {i + 1} is {weight!r}" for i, weight in enumerate(listed) if not is_finite(weight)]:

@@ -130,6 +130,8 @@ def inspect(path: Location | Adapter | Checkpoint, dialect: str | None = None) -
         >>> inspect("adapter").groups[0].rank
         8
     """
+    if dialect is not None:
+        get(dialect)
     if isinstance(path, Adapter):
         # An adapter that was made in memory lies nowhere.
         place = next((lazy.spec.file.parent for lazy in path.tensors().values() if lazy.spec), Path())

@@ -46,8 +46,8 @@ def resize(
             `SvRatio(20)`, …) for each, or a `budget` of parameters shared out among all.
         to: The dialect (`loratools.list_dialects()`). Default: the adapter's own, and `"loratools"` for PEFT's, which
             reads it, and for one that is only read.
-        dtype: The float dtype of the factors: `"f32"`, `"bf16"`, `"f16"`, or torch's. Default: that of the adapter's
-            factors, and `"F32"` where they have several, or a shorter one.
+        dtype: The float dtype of the factors: `"f32"`, `"bf16"`, `"f16"`, `"f64"`, or torch's. Default: that of the
+            adapter's factors, and `"F32"` where they have several, or a shorter one.
         threads: Threads to work with; no byte depends on it. Default: one per core, at most 8.
         force: Whether to replace an output that exists. Default: no.
         progress: Called with the bytes of factors that were worked on since the last call. Default: nobody is told.

@@ -25,7 +25,7 @@ from loratools.storage.lazy import LazyTensor
 from loratools.storage.sources import Location
 from loratools.surgery.base import prove
 from loratools.surgery.hash import hash_tensors
-from loratools.surgery.inputs import AdapterSource, ModelSource, open_adapters, places, places_of
+from loratools.surgery.inputs import AdapterSource, ModelSource, check_weights, open_adapters, places, places_of
 from loratools.surgery.merge.folder import write_companions
 from loratools.surgery.merge.options import MergeOptions
 from loratools.surgery.merge.prepare import Account, Merge, decide
@@ -120,6 +120,7 @@ def switch(
         checked.flag("keep_residual", keep_residual)
     checked.word("check_base", check_base, CheckBase).threads(threads).flag("force", force)
     checked.flag("durable", durable).done()
+    check_weights(into, weights)
     output, progress = Path(output), progress or no_progress
     atomic.check_output(output, force=force)
     merged = MergedModel.open(model, out, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect as inspect_module
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+import loratools
 from loratools import dialects
 from loratools.dialects.peft import profiles
-from loratools.errors import InvalidOption
+from loratools.errors import InvalidOption, UnknownKind
 from loratools.options import words
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.dtypes import FACTORS, FloatName, parse_float
 from loratools.surgery.base import agree
 from loratools.surgery.combine import combine
 from loratools.surgery.convert import convert
@@ -27,7 +30,7 @@ from loratools.surgery.validate import validate
 from loratools.surgery.verify import verify
 from tests.surgery.models import load, lora, same_bytes, save, weights_of
 
-MISSING = Path("/nowhere")
+MISSING, OUT = Path("/nowhere"), Path("/nowhere-to-be")
 CALLS: dict[str, Callable[..., Any]] = {
     "unmerge": lambda **options: unmerge(MISSING, MISSING, MISSING, **options),
     "switch": lambda **options: switch(MISSING, MISSING, MISSING, MISSING, **options),
@@ -154,3 +157,83 @@ def switch_in(base: Path, adapters: list[Path], output: Path, weights: Any) -> N
     if not (output.parent / "merged").exists():
         merge(base, adapters[0], output.parent / "merged")
     switch(output.parent / "merged", adapters[0], adapters, output, weights=weights)
+
+
+PLACES: dict[str, tuple[Any, ...]] = {
+    "merge": (MISSING, MISSING, OUT), "unmerge": (MISSING, MISSING, OUT), "switch": (MISSING, MISSING, MISSING, OUT),
+    "combine": ([MISSING, MISSING], OUT), "resize": (MISSING, OUT, 4), "extract": (MISSING, MISSING, OUT),
+    "certify": (MISSING, MISSING, MISSING), "convert": (MISSING, OUT), "hash": (MISSING,), "inspect": (MISSING,),
+    "spectrum": (MISSING,), "validate": (MISSING,), "verify": (MISSING, MISSING, MISSING), "open_adapter": (MISSING,),
+    "save_adapter": (loratools.Adapter({}), OUT), "pull": ("lab/x", OUT), "push": (MISSING, "lab/x"),
+    "compare": (MISSING, MISSING), "run_demo": (), "list_dialects": (),
+}  # fmt: skip
+WRONG: dict[str, tuple[Any, ...]] = {
+    "weights": ("x",), "profile": ("VLLM", 1), "to": ("Peft", "PEFT"), "method": ("dare-ties", "TIES", 3),
+    "like": ("PEFT",), "dialect": ("Peft",), "tiers": ("Root", 1), "algorithm": ("SHA256", "md5"),
+    "check_base": ("Strict", "no", None), "rounding": ("Stochastic", None), "retention": ("Full", True),
+    "tied": ("Both", True), "device": ("CUDA", "gpu", "cuda:0"), "dtype": ("fp8", "int8", 32),
+    "max_shard_size": ("lots", "5 bananas", 0, -1, 1.5), "model_type": (3,), "seed": ("x", 1.5), "threads": (0, "2"),
+    "force": ("yes", 1), "durable": ("yes", 1), "keep_residual": ("yes", 1), "resume": ("no", 0), "exact": ("no",),
+    "data": ("no",), "allow_loss": ("yes",), "ranks": ("x", 0, -3, 1.5), "tolerance": ("x", -1), "tight": ("x",),
+    "base_id": (3, ""), "include": (3,), "alpha": ("x",), "enabled": ("x", [1]),
+    "private": ("x",), "create_pr": ("x",), "card": ("left",), "message": (3,), "revision": (3,), "license": (3,),
+    "token": (3,), "density": ("x", 2), "gamma": (2,), "epsilon": (-1,), "selection": ("x",), "base_model": (3,),
+}  # fmt: skip
+WORDS = {"method", "dialect", "to", "check_base", "tied", "dtype", "device", "rounding", "retention", "algorithm"}
+# Inputs, whose errors are those of files, and functions that are called as the work goes on.
+NO_WORDS = {"base", "initial", "progress", "folder"}
+
+
+def options_of(name: str) -> list[str]:
+    parameters = inspect_module.signature(getattr(loratools, name)).parameters.values()
+    return [p.name for p in parameters if p.default is not p.empty and p.name not in NO_WORDS]
+
+
+@pytest.mark.parametrize("name", sorted(PLACES))
+def test_every_option_of_every_function_is_a_value(name: str, tmp_path: Path) -> None:
+    """A wrong one is an error of its own, before a missing input or the output is looked at, with what can be."""
+    for option in options_of(name):
+        for value in WRONG[option]:
+            # Where None is the default it can be; a folder's weights of the Hub are checked by switches alone.
+            if value is None and inspect_module.signature(getattr(loratools, name)).parameters[option].default is None:
+                continue
+            with pytest.raises((InvalidOption, UnknownKind)) as refusal:
+                getattr(loratools, name)(*PLACES[name], **{option: value})
+            told = " ".join([refusal.value.message, *refusal.value.problems, refusal.value.hint or ""])
+            assert repr(value) in told or f"takes no {option}" in told, (option, value, told)
+            if isinstance(value, str) and option in (
+                "method",
+                "dialect",
+                "to",
+                "check_base",
+                "tied",
+                "dtype",
+                "device",
+            ):
+                assert " or " in told or " knows " in told, told
+
+
+def test_every_public_function_is_swept() -> None:
+    functions = {name for name in loratools.__all__ if inspect_module.isfunction(getattr(loratools, name))}
+    assert functions - PLACES.keys() == {"extract_svd", "hash_checkpoint"}
+    assert loratools.extract_svd is loratools.extract
+    assert loratools.hash_checkpoint is loratools.hash
+
+
+@pytest.mark.parametrize("name", [n for n, places in PLACES.items() if OUT in places])
+def test_an_output_on_the_hub_points_to_push(name: str) -> None:
+    for reference in ("hf://lab/out", Path("hf://lab/out")):
+        places = [reference if place is OUT else place for place in PLACES[name]]
+        with pytest.raises(InvalidOption, match="hf://lab/out is a place on the Hub") as refusal:
+            getattr(loratools, name)(*places)
+        assert refusal.value.hint == "Write it to a folder, and send that: loratools push FOLDER lab/out"
+
+
+@pytest.mark.parametrize("dtype", words(FloatName))
+def test_factors_are_stored_in_every_dtype_that_the_library_has(dtype: Any, models: Path) -> None:
+    """The command line has the same list."""
+    assert {spelling.upper() for spelling in FACTORS} == {"F32", "BF16", "F16", "F64"}
+    combine(models / "adapter0", models / f"out-{dtype}", dtype=dtype)
+    stored = dialects.open_adapter(models / f"out-{dtype}")
+    found = {part.dtype for update in stored.updates.values() for part in update.parts.values()}
+    assert found == {parse_float(dtype)}

@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from loratools.decisions import warned
-from loratools.errors import BadFile, LoraToolsError, NoSpace, OutputRefused
+from loratools.errors import BadFile, InvalidOption, LoraToolsError, NoSpace, OutputRefused
 from loratools.storage.atomic import leftovers
 from loratools.storage.atomic.leftovers import remove
 from loratools.storage.atomic.place import put
@@ -133,10 +133,24 @@ def kept_folder(target: Path, key: str) -> Iterator[Path]:
 def sweep(output: str | os.PathLike[str]) -> None:
     """Remove what killed runs for the same output left, and put back an old output that one had moved aside.
 
-    Every verb does this first, before anything can fail. What a run left on purpose, to go on from, stays.
+    Every verb does this first, before anything can fail. What a run left on purpose, to go on from, stays. Raises
+    `InvalidOption` where `output` is no path, or a reference to the Hub.
     """
+    if not isinstance(output, str | os.PathLike) or not os.fspath(output):
+        raise InvalidOption(f"expected a path to write to, found {output!r}")
+    _refuse_reference(Path(output))
     if (target := Path(output).absolute()).name:
         leftovers.sweep(target, leftovers.GARBAGE)
+
+
+def _refuse_reference(target: Path) -> None:
+    """Raise `InvalidOption` for `hf://org/name`, which as a path has lost a stroke."""
+    if target.parts[:1] == ("hf:",) and not Path("hf:").exists():
+        name = "/".join(target.parts[1:])
+        raise InvalidOption(
+            f"hf://{name} is a place on the Hub, and an output is a file or a folder here",
+            hint=f"Write it to a folder, and send that: loratools push FOLDER {name}",
+        )
 
 
 @contextmanager

@@ -121,7 +121,7 @@ def combine(
             away: BA − B₀A₀ is plain LoRA for the unchanged base. Default: none.
         check_base: What happens where the adapters belong to different base models: `"strict"` raises, `"warn"`
             reports, `"off"` compares nothing. Default: `"strict"`.
-        dtype: The float dtype of the factors: `"f32"`, `"bf16"`, `"f16"`, or torch's. Default: `"F32"`.
+        dtype: The float dtype of the factors: `"f32"`, `"bf16"`, `"f16"`, `"f64"`, or torch's. Default: `"F32"`.
         threads: Threads to work with; no byte depends on it. Default: one per core, at most 8.
         force: Whether to replace an output that exists. Default: no.
         progress: Called with the bytes of factors that were worked on since the last call. Default: nobody is told.

@@ -29,6 +29,7 @@ from loratools.errors import IncompatibleAdapter, OutputRefused
 from loratools.format import manifest
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.linalg.svd.truncated import full_float32
+from loratools.options import Options
 from loratools.parallel import Progress, cores, no_progress
 from loratools.storage import atomic
 from loratools.storage.checkpoint import Checkpoint
@@ -102,7 +103,7 @@ def extract(
             above the `noise` of the fine-tune's dtype, or by a `budget` of parameters. Default: 32.
         selection: What is factored, saved whole or dropped: patterns for modules, and kinds. Default: linear layers,
             convolutions and stacked experts are factored, the rest is saved whole.
-        dtype: The float dtype of the factors: `"f32"`, `"bf16"`, `"f16"`, or torch's. Default: `"F32"`.
+        dtype: The float dtype of the factors: `"f32"`, `"bf16"`, `"f16"`, `"f64"`, or torch's. Default: `"F32"`.
         seed: A whole number that chooses the random sketches. Default: 0.
         tolerance: By which share a layer's squared error may exceed the optimum, about. Default: 6e-4.
         tight: Whether to spend about as much again on bounds that are far tighter. Default: no.
@@ -129,6 +130,10 @@ def extract(
     """
     atomic.sweep(output)
     options = ExtractOptions(ranks, dtype, seed, tolerance, tight, threads, force)
+    checked = Options().text("base_id", base_id)
+    if not isinstance(selection, Selection | None):
+        checked.problems.append(f"selection is {selection!r}; it can be a Selection or None")
+    checked.done()
     output, base, tuned = Path(output), open_model(base), open_model(tuned)
     atomic.check_output(output, force=force)
     for path in (base.root, tuned.root):

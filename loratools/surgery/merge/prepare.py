@@ -26,6 +26,7 @@ from loratools.storage.sources import Location
 from loratools.surgery.inputs import (
     AdapterSource,
     ModelSource,
+    check_weights,
     open_adapters,
     open_model,
     places,
@@ -94,6 +95,7 @@ def prepare(
     one for each adapter, `OutputRefused` where the output exists, is an input, or the base already holds this adapter.
     """
     output = Path(output)
+    check_weights(adapters, weights)
     atomic.check_output(output, force=options.force)
     base = open_model(base)
     if options.model_type:

@@ -27,7 +27,7 @@ from loratools.storage.sources import Location
 from loratools.storage.strict_json import read_json
 from loratools.surgery.base import prove
 from loratools.surgery.hash import hash_tensors
-from loratools.surgery.inputs import AdapterSource, ModelSource, open_model, places, places_of
+from loratools.surgery.inputs import AdapterSource, ModelSource, check_weights, open_model, places, places_of
 from loratools.surgery.merge.folder import without_section
 from loratools.surgery.merge.options import MergeOptions
 from loratools.surgery.merge.prepare import Account
@@ -114,6 +114,7 @@ def unmerge(
     """
     atomic.sweep(output)
     Options().threads(threads).flag("force", force).flag("durable", durable).done()
+    check_weights(adapters, weights)
     output, threads, progress = Path(output), threads or cores(), progress or no_progress
     atomic.check_output(output, force=force)
     merged = MergedModel.open(model, adapters, weights)

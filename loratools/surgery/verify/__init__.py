@@ -29,7 +29,14 @@ from loratools.decisions import decided
 from loratools.options import Options, Tied
 from loratools.parallel import Progress, cores, no_progress, workers
 from loratools.storage.codecs import schemes
-from loratools.surgery.inputs import AdapterSource, ModelSource, open_adapters, open_model, under_names_of
+from loratools.surgery.inputs import (
+    AdapterSource,
+    ModelSource,
+    check_weights,
+    open_adapters,
+    open_model,
+    under_names_of,
+)
 from loratools.surgery.merge.options import MergeOptions
 from loratools.surgery.merge.plan import plan_merge
 from loratools.surgery.verify import tensors
@@ -114,6 +121,7 @@ def verify(
         True
     """
     Options().flag("exact", exact).number("seed", seed, optional=True).threads(threads).done()
+    check_weights(adapters, weights)
     progress = progress or no_progress
     seed = secrets.randbits(48) if seed is None else seed
     model, base = open_model(model), open_model(base)
