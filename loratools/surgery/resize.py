@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loratools import dialects
@@ -68,9 +69,13 @@ def resize(
         {2}
     """
     atomic.sweep(output)
+    options = CombineOptions(ranks=ranks, dtype="F32" if dtype is None else dtype, threads=threads, force=force)
+    if to is not None:
+        dialects.get(to)
     opened = adapter if isinstance(adapter, Adapter) else dialects.open_adapter(adapter)
-    options = CombineOptions(ranks=ranks, dtype=dtype or dtype_of(opened), threads=threads, force=force)
-    return run([adapter], output, options, operation="resize", to=to or dialect_of(opened), progress=progress)
+    options = replace(options, dtype=dtype_of(opened)) if dtype is None else options
+    to = dialect_of(opened) if to is None else to
+    return run([adapter], output, options, operation="resize", to=to, progress=progress)
 
 
 def dialect_of(adapter: Adapter) -> str:
