@@ -193,7 +193,7 @@ def options_of(name: str) -> list[str]:
 def test_every_option_of_every_function_is_a_value(name: str, tmp_path: Path) -> None:
     """A wrong one is an error of its own, before a missing input or the output is looked at, with what can be."""
     for option in options_of(name):
-        for value in WRONG[option] if option in WRONG else ("yes",):  # which is right for no switch and no number
+        for value in WRONG.get(option, ("yes",)):  # which is right for no switch and no number
             # Where None is the default it can be; a folder's weights of the Hub are checked by switches alone.
             if value is None and inspect_module.signature(getattr(loratools, name)).parameters[option].default is None:
                 continue
