@@ -161,7 +161,7 @@ def _module(name: str, changes: tuple[ModuleChange, ModuleChange], seed: int | N
         tuple(principal_angles(*inputs).tolist()), tuple(principal_angles(*outputs).tolist()),
         (max(ranks) / columns, max(ranks) / rows),
         (_amplification(*measured[0], changes[0]), _amplification(*measured[1], changes[1])),
-        None if seed is None else beside(changes, measured, seed),
+        None if seed is None else beside(name, changes, measured, seed),
     )  # fmt: skip
     return comparison, inner
 

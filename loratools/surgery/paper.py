@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from hashlib import sha256
 
 import torch
 from torch import Tensor
@@ -54,8 +54,14 @@ class Beside:
     projections: tuple[Projection | None, Projection | None]
 
 
-def beside(changes: tuple[ModuleChange, ModuleChange], measured: list[tuple[FactoredSVD, float]], seed: int) -> Beside:
-    """Measure one module; `measured` has leading directions and ‖ΔW‖ of each change, `seed` draws what is random."""
+def beside(
+    module: str, changes: tuple[ModuleChange, ModuleChange], measured: list[tuple[FactoredSVD, float]], seed: int
+) -> Beside:
+    """Measure one module; `measured` has leading directions and ‖ΔW‖ of each change, `seed` draws what is random.
+
+    Every module has a draw of its own, so that medians over layers are those of as many controls.
+    """
+    seed = seed_of(seed, module)
     ranks = [int(svd.rank()) for svd, _ in measured]
     columns = changes[0].shape[1]
     first, second = (_directions(change) for change in changes)
@@ -78,7 +84,11 @@ def grid(one: Tensor, other: Tensor) -> Grid:
     return tuple(map(tuple, subspace_similarity(one, other).tolist())) if len(one) and len(other) else ()
 
 
-@lru_cache(maxsize=64)
+def seed_of(seed: int, module: str) -> int:
+    """Return the seed of what is drawn for one module."""
+    return int.from_bytes(sha256(f"{seed}|{module}".encode()).digest()[:7], "big")
+
+
 def control(first: int, second: int, columns: int, seed: int) -> Grid:
     """Return φ(i, j) between the right singular vectors of two random Gaussian matrices of these ranks."""
     if not first or not second:

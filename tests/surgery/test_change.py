@@ -221,3 +221,16 @@ def test_pissa_is_refused_by_name(tmp_path: Path) -> None:
     for measure in (lambda: spectrum(pissa), lambda: compare(pissa, pissa)):
         with pytest.raises(UnsupportedAdapter, match="pissa"):
             measure()
+
+
+def test_numbers_that_are_none_are_refused_with_the_module(base: Path, tmp_path: Path) -> None:
+    parts = factors(5)
+    parts["lora_B.weight"][0, 0] = float("nan")
+    adapter = saved(tmp_path / "a", {Q: parts})
+    for measure in (spectrum, partial(compare, adapter)):
+        with pytest.raises(IncompatibleAdapter, match=r"q_proj: .*NaN or infinite"):
+            measure(adapter)
+    sound, _, _ = dora(tmp_path / "b", 5)
+    broken = save_base(tmp_path / "nan", {f"{Q}.weight": W * float("nan")}, model_type="llama")
+    with pytest.raises(IncompatibleAdapter, match=r"q_proj: .*NaN or infinite"):
+        spectrum(sound, base=broken)

@@ -15,6 +15,7 @@ import torch
 from loratools.errors import InvalidOption
 from loratools.linalg.similarity import random_directions
 from loratools.surgery.compare import compare
+from loratools.surgery.paper import seed_of
 from tests.surgery.models import Lora, lora, random, save_adapter, save_base
 
 SHAPES = {"model.layers.0.q_proj": (32, 24), "model.layers.1.v_proj": (16, 24)}
@@ -47,13 +48,24 @@ def work(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_controls_of_modules_are_draws_of_their_own(work: Path) -> None:
+    for seed in (0, 5):
+        first, second = (one.paper for one in compare(work / "first", work / "second", paper=True, seed=seed).modules)
+        assert first is not None
+        assert second is not None
+        assert first.control != second.control  # of two modules with 24 columns each
+        again = compare(work / "first", work / "second", paper=True, seed=seed).modules[0].paper
+        assert again == first
+
+
 @pytest.mark.parametrize("seed", [0, 5])
 def test_a_alone_and_its_control(work: Path, seed: int) -> None:
     for one in compare(work / "first", work / "second", paper=True, seed=seed).modules:
         beside = one.paper
         assert beside is not None
         A1, A2 = (factors(given, one.module)[1] for given in (FIRST, SECOND))
-        generated = [random_directions(rank, 24, seed, draw).numpy() for draw, rank in ((0, 4), (1, 7))]
+        own = seed_of(seed, one.module)
+        generated = [random_directions(rank, 24, own, draw).numpy() for draw, rank in ((0, 4), (1, 7))]
         for i in range(1, 5):
             for j in range(1, 8):
                 assert beside.factor_similarity[i - 1][j - 1] == pytest.approx(
@@ -77,7 +89,8 @@ def test_the_columns_of_table_7(work: Path) -> None:
             assert row is not None
             U, S, Vh = np.linalg.svd(B @ A)
             UW, _, VW = np.linalg.svd(W)
-            U0, V0 = (random_directions(r, size, 3, draw).numpy() for draw, size in ((2, W.shape[0]), (3, W.shape[1])))
+            own, sides = seed_of(3, one.module), ((2, W.shape[0]), (3, W.shape[1]))
+            U0, V0 = (random_directions(r, size, own, draw).numpy() for draw, size in sides)
             of_update = np.linalg.norm(U[:, :r].T @ W @ Vh[:r].T)
             assert row.rank == r
             assert row.weight_norm == pytest.approx(np.linalg.norm(W), rel=1e-12)
