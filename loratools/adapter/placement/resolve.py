@@ -12,8 +12,9 @@ from typing import Any
 from loratools.adapter.kinds import Update
 from loratools.adapter.kinds._product import BiasUpdate
 from loratools.adapter.model import Adapter
-from loratools.adapter.naming.wrappers import CONV1D, FUSIONS, LINEAR, Fusion, Names
+from loratools.adapter.naming.wrappers import CONV1D, FUSIONS, Fusion, Names
 from loratools.adapter.placement import experts, stacks
+from loratools.adapter.placement.conv1d import Conv1D
 from loratools.adapter.placement.experts import NoPlace
 from loratools.adapter.site import Site
 from loratools.decisions import decided
@@ -50,7 +51,9 @@ def resolve(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any] | None =
     names = Names(shapes)
     adapter, ambiguous = stacks.settled(adapter, names, shapes, config or {})
     swapped = adapter.settings.get("fan_in_fan_out") is True
-    resolver = _Resolver(names, shapes, config or {}, biases_tell(shapes), swapped)
+    model_type = (config or {}).get("model_type")
+    conv1d = Conv1D.of(shapes, model_type if isinstance(model_type, str) else "")
+    resolver = _Resolver(names, shapes, config or {}, conv1d, swapped)
     placements: list[Placement] = []
     problems = [f"{module}: {reason}" for module, reason in ambiguous.items()]
     for module, update in ((module, adapter.updates[module]) for module in adapter.updates if module not in ambiguous):
@@ -79,7 +82,7 @@ class _Resolver:
     names: Names
     shapes: Shapes
     config: Mapping[str, Any]
-    in_out: bool | None  # whether the biases say that layers of GPT-2's names are stored (in, out); None: they do not
+    conv1d: Conv1D
     swapped: bool  # whether the adapter's config says fan_in_fan_out: trained on weights stored (in, out)
     stated: bool | None = None  # whether the base stores this module's weight (in, out), where the adapter says it
 
@@ -145,7 +148,7 @@ class _Resolver:
         if len(shape) == 1 and wanted == shape:
             return Site(tensor, (shape[0], 1), (0, shape[0], 1), (0, 1, 1), part)
         comparable = len(wanted) == len(shape) >= 2
-        turned = comparable and len(shape) == 2 and self._is_conv1d(module, wanted, region)
+        turned = comparable and len(shape) == 2 and self._stored_in_out(tensor, wanted, region)
         if not comparable or wanted != (region[::-1] if turned else region):
             stored = " (stored [in, out])" if turned else ""
             raise NoPlace(f"its delta weight has shape {wanted}, {tensor}{stored} has {shape}")
@@ -154,25 +157,14 @@ class _Resolver:
             return Site(tensor, matrix, (0, shape[0], 1), outputs, part, True)
         return Site(tensor, matrix, outputs, (0, matrix[1], 1), part)
 
-    def _is_conv1d(self, module: str, wanted: tuple[int, ...], region: tuple[int, ...]) -> bool:
-        """Tell whether the base stores a weight [in, out]: as sealed, by model type, else by biases and the config."""
-        last = module.rpartition(".")[2]
+    def _stored_in_out(self, tensor: str, wanted: tuple[int, ...], region: tuple[int, ...]) -> bool:
+        """Tell whether the base stores a weight [in, out]: as sealed, else as `Conv1D` says."""
         if self.stated is not None:
             return self.stated
-        if self.model_type in CONV1D:
-            return last in CONV1D[self.model_type]
-        if self.model_type in LINEAR:
-            return False
-        if last not in CONV1D["gpt2"]:  # PEFT takes fan_in_fan_out back where it wraps an nn.Linear
-            return self.swapped and self.in_out is True
-        if wanted[0] != wanted[1]:
-            return wanted == region[::-1]
-        if self.in_out is False and self.swapped:
-            raise NoPlace("the adapter says fan_in_fan_out, and the biases say that the base stores it [out, in]")
-        if self.in_out is None and not self.swapped:
-            config = f"model_type {self.model_type!r} does not tell" if self.model_type else "no config.json tells"
-            raise NoPlace(f"square, and {config} whether the base stores it [in, out]; {stacks.MODEL_TYPE}")
-        return self.in_out is not False
+        try:
+            return self.conv1d.stored_in_out(tensor, wanted, region, self.swapped)
+        except ValueError as error:
+            raise NoPlace(f"{error}; {stacks.MODEL_TYPE}") from None
 
     def _into_fused(self, module: str, update: Update) -> list[Site]:
         """Place a split projection (q_proj) in a base that stores it fused (qkv_proj)."""
@@ -258,19 +250,7 @@ class _Resolver:
     @property
     def model_type(self) -> str:
         """The base's `model_type`, "" where its config.json says none."""
-        name = self.config.get("model_type")
-        return name if isinstance(name, str) else ""
-
-
-def biases_tell(shapes: Shapes) -> bool | None:
-    """Tell whether layers of GPT-2's names are stored [in, out]: a bias counts outputs, which unsquare weights show."""
-    votes = {
-        shapes[f"{module}.bias"] == shape[1:]
-        for module, shape in ((name.removesuffix(".weight"), shape) for name, shape in shapes.items())
-        if module.rpartition(".")[2] in CONV1D["gpt2"]
-        if len(shape) == 2 and shape[0] != shape[1] and f"{module}.bias" in shapes
-    }
-    return votes.pop() if len(votes) == 1 else None
+        return self.conv1d.model_type
 
 
 def _overlaps(placements: list[Placement]) -> Iterator[str]:

@@ -83,12 +83,21 @@ def as_peft_has_it(adapter: Adapter, names: Names, shapes: Shapes, config: Mappi
         return adapter
     turned: dict[str, Update] = {}
     for module, update in adapter.updates.items():
-        if update.readings and update.shape[0] > 1 and module not in ambiguous:
-            lies = lies_in_out(path_of(module), names, shapes)
-            otherwise = lies is not None and lies != (known in STORED_IN_OUT)
-            if update.layout["transposed"] == ((known in IS_TRANSPOSED) == otherwise):
-                turned[module] = update.turned_round()
+        if module in ambiguous or not update.readings or update.shape[0] == 1:
+            continue
+        if update.layout["transposed"] != as_class_says(path_of(module), known, names, shapes):
+            turned[module] = update.turned_round()
     return replace(adapter, updates={**adapter.updates, **turned}) if turned else adapter
+
+
+def as_class_says(path: str, known: str | None, names: Names, shapes: Shapes) -> bool:
+    """Tell whether PEFT since 0.19.1 takes the stacks of a module for (E, in, out), in the order of the base's files.
+
+    It does where the class says `is_transposed`; a checkpoint may lie otherwise than its class does in memory.
+    """
+    lies = lies_in_out(path, names, shapes)
+    otherwise = known is not None and lies is not None and lies != (known in STORED_IN_OUT)
+    return (known in IS_TRANSPOSED) != otherwise
 
 
 def path_of(module: str) -> str:

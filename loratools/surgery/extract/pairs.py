@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loratools.adapter.naming.selection import Selection
-from loratools.adapter.naming.stacked import IS_TRANSPOSED, known_type
-from loratools.adapter.naming.wrappers import CONV1D, LINEAR, RENAMED, Names
-from loratools.adapter.placement.resolve import biases_tell
+from loratools.adapter.naming.stacked import known_type
+from loratools.adapter.naming.wrappers import RENAMED, Names
+from loratools.adapter.placement import stacks
+from loratools.adapter.placement.conv1d import Conv1D
 from loratools.adapter.placement.shared import EMBEDDINGS, HEADS, has_tied_head, is_tied, main_tensor
 from loratools.errors import IncompatibleAdapter
 from loratools.storage import dtypes
@@ -207,18 +208,16 @@ class Kinds:
     def __init__(self, specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> None:
         self._shapes = {name: spec.shape for name, spec in specs.items()}
         self._with_experts = {name.partition(".experts.")[0] for name in specs if ".experts." in name}
-        model_type = config.get("model_type")
-        self._conv1d = CONV1D.get(str(model_type), CONV1D["gpt2"])
+        self._conv1d = Conv1D.of(self._shapes, str(config.get("model_type") or ""))
         self.heads = frozenset(task_of(config)[1])
-        self._stacks_turned = known_type(config) in IS_TRANSPOSED
-        self._turned = model_type in CONV1D or (model_type not in LINEAR and bool(biases_tell(self._shapes)))
+        self._known, self._names = known_type(config), Names(self._shapes)
 
     def of(self, path: str, shape: tuple[int, ...]) -> tuple[str, bool]:
         """Return one of `selection.KINDS` or `other`, and whether the weight is stored [in, out]."""
         module, _, parameter = path.rpartition(".")
         parent, _, last = module.rpartition(".")
         if len(shape) == 3 and module.endswith("experts"):
-            return "experts", self._stacks_turned
+            return "experts", stacks.as_class_says(module, self._known, self._names, self._shapes)
         if parameter != "weight" or not 2 <= len(shape) <= 5 or 0 in shape:
             return "other", False
         if last in ("gate", "router") and parent in self._with_experts:
@@ -229,7 +228,7 @@ class Kinds:
         named = last in _EMBEDDINGS or ("embed" in last and last not in HEADS)
         if named and f"{module}.bias" not in self._shapes:
             return "embedding", False
-        return "linear", self._turned and last in self._conv1d
+        return "linear", self._conv1d.likely(module)
 
 
 def task_of(config: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]]:

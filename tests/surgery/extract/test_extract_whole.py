@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from loratools.adapter.naming.selection import Selection
+from loratools.dialects import open_adapter
 from loratools.errors import IncompatibleAdapter
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.linalg.ranks.rules import Energy, Fixed
 from loratools.storage.checkpoint import Checkpoint
+from loratools.surgery.convert import convert
 from loratools.surgery.extract import Extraction, extract, plan
 from tests.surgery.finetunes import H, V, llama, moved, optimum, pair, restored
 from tests.surgery.models import load, random, save_base
@@ -333,3 +335,30 @@ def test_many_changed_tokens_are_saved_whole(tmp_path: Path) -> None:
     tuned["model.embed_tokens.weight"][:20] += 1
     found, _ = round_trip(tmp_path, base, tuned)
     assert [(one.outcome, one.rows) for one in found.outcomes if "embed" in one.pair.name] == [("whole", 20)]
+
+
+@pytest.mark.parametrize("names", [("c_attn", "c_proj", "c_fc", "c_fc2"), ("qkv", "out", "up", "down")])
+def test_a_model_of_remote_code_built_of_conv1d(names: tuple[str, ...], tmp_path: Path) -> None:
+    """Biases tell that JAIS and its like store [in, out]: the factors are those of the module's own ΔW (out, in)."""
+    shapes = dict(zip(names, ((H, 3 * H), (H, H), (H, 4 * H), (4 * H, H)), strict=True))
+    base = {f"h.0.{name}.weight": random(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    base |= {f"h.0.{name}.bias": random(shape[1], seed=9) for name, shape in shapes.items()}
+    base |= {"wte.weight": random(20, H, seed=20), "lm_head.weight": random(20, H, seed=21)}
+    deltas = {name: random(shape[0], 2, seed=30) @ random(2, shape[1], seed=31) for name, shape in shapes.items()}
+    tuned = {name: W.clone() for name, W in base.items()}
+    for name, D in deltas.items():
+        tuned[f"h.0.{name}.weight"] += D
+    models = pair(tmp_path, base, tuned, model_type="unheard_of")
+    extract(*models, tmp_path / "adapter", Ranks(Fixed(2)))
+    for name, update in open_adapter(tmp_path / "adapter").updates.items():
+        D = tuned[f"{name}.weight"].double() - base[f"{name}.weight"].double()
+        found = update.delta_weight().double()
+        assert found.shape == D.T.shape
+        assert float((found - D.T).norm()) < 1e-5 * float(D.norm())
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["fan_in_fan_out"] is True
+    merged = restored(models[0], tmp_path / "adapter", tmp_path / "merged")
+    assert all(torch.allclose(merged[name], tuned[name], atol=1e-5) for name in tuned)
+    convert(tmp_path / "adapter", tmp_path / "peft", to="peft", allow_loss=True)
+    again = restored(models[0], tmp_path / "peft", tmp_path / "by-peft")
+    assert all(torch.allclose(again[name], tuned[name], atol=1e-5) for name in tuned)
