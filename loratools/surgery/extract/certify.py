@@ -132,13 +132,13 @@ class _Work:
         update = sites[0].update
         W = base_matrix(self.base, sites)
         base_norm2 = float(W.square().sum())
-        D = base_matrix(self.tuned, sites, self.counterparts).sub_(W).float()
+        D = base_matrix(self.tuned, sites, self.counterparts).sub_(W)
         tuned = [self.tuned.specs[self.counterparts[place.site.tensor]] for place in sites]
         self.progress(sum(self.base.specs[p.site.tensor].nbytes + s.nbytes for p, s in zip(sites, tuned, strict=True)))
         B, A = load(update)
         error2 = residual2(D, B, A)
         known = (module, update.kind, update.shape, update.rank, update.rank * sum(D.shape))
-        best = truncated_svd(D, min(update.rank, *D.shape), seed=self.seed)
+        best = truncated_svd(D.float(), min(update.rank, *D.shape), seed=self.seed)
         if best.norm2 == 0:
             return Layer(*known, base_norm2**0.5, *(0.0,) * 7), 0.0
         certificate = layer(

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
+from loratools.errors import LoraToolsError
 from loratools.linalg.factored import rounding2
 from loratools.linalg.ranks.noise import rounding_edge
 from loratools.linalg.ranks.rules import Fixed, RankRule
-from loratools.linalg.svd.truncated import TruncatedSVD, truncated_svd
+from loratools.linalg.svd.truncated import TruncatedSVD, residual2, truncated_svd
 from loratools.parallel import no_progress
 from loratools.storage import dtypes, files
 from loratools.storage.header import TensorSpec
@@ -26,6 +27,9 @@ from loratools.surgery.extract.spool import Spool, Spooled
 
 MOST_ROWS = 64
 """Beyond these the selection costs more than it is worth, and the embedding is saved whole."""
+
+# Below this share of ‖ΔW‖² the error is float32's own, and the error of the stored factors is measured, not added up.
+_AT_ROUNDING = 1e-10
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,7 +75,7 @@ def factor(
     svd = _decompose(D, rule, options)
     return Factored(
         spool.add(*svd.factors()), tuple(svd.S.tolist()), _is_complete(svd.rank, D.shape, rule), svd.error2,
-        _stored2(svd, options.stored), svd.excess_estimate, svd.excess_bound,
+        _stored2(D, svd, options.stored), svd.excess_estimate, svd.excess_bound,
     )  # fmt: skip
 
 
@@ -88,9 +92,14 @@ def factor_stack(
     def look(e: int, rule: RankRule) -> tuple[Delta, TruncatedSVD | None]:
         delta = read_delta(one_of(base, e), one_of(tuned, e), no_progress, keep=True)
         D = delta.D.T if delta.D is not None and pair.transposed else delta.D
-        return delta, None if D is None else _decompose(D, rule, options)
+        if D is None:
+            return delta, None
+        svd = _decompose(D, rule, options)
+        rounded2[e] = _stored2(D, svd, options.stored)
+        return delta, svd
 
     shown, energies = [], []
+    rounded2: dict[int, float] = {}
     for e in range(tuned.shape[0]):
         used = rule or _first_rule(one_of(tuned, e), shapes, options)
         delta, svd = look(e, used)
@@ -105,7 +114,7 @@ def factor_stack(
     B, A, sigma2 = _stacked(shown, sides, common_dtype(base, tuned))
     factored = Factored(
         spool.add(B, A), tuple(value**0.5 for value in sigma2), _is_complete(len(sigma2), sides, used),
-        sum(svd.error2 for svd in svds), sum(_stored2(svd, options.stored) for svd in svds),
+        sum(svd.error2 for svd in svds), sum(rounded2.values()),
         sum(svd.excess_estimate for svd in svds), sum(svd.excess_bound for svd in svds), len(shown),
     )  # fmt: skip
     norm2, base_norm2, noise2 = map(sum, zip(*energies, strict=True))
@@ -157,11 +166,18 @@ def _decompose(D: torch.Tensor, rule: RankRule, options: ExtractOptions) -> Trun
     return truncated_svd(D, rule, tolerance=options.tolerance, seed=options.seed, max_rank=most, probe=probe)
 
 
-def _stored2(svd: TruncatedSVD, dtype: str) -> float:
-    """Return what storing the balanced factors in a dtype adds to the squared error."""
+def _stored2(D: torch.Tensor, svd: TruncatedSVD, dtype: str) -> float:
+    """Return what storing the balanced factors of D in a dtype adds to the squared error, which it may also lessen.
+
+    Raises `LoraToolsError` where a factor has a number beyond the dtype.
+    """
     wanted, root = dtypes.to_torch(dtype), svd.S.sqrt()
-    B, A = svd.factors()
-    return rounding2((svd.U.double() * root, root[:, None] * svd.Vh.double()), (B.to(wanted), A.to(wanted)))
+    B, A = (factor.to(wanted) for factor in svd.factors())
+    if not (torch.isfinite(B).all() and torch.isfinite(A).all()):
+        raise LoraToolsError(f"its factors have numbers beyond {dtype}; BF16 and F32 hold them (--dtype)")
+    if svd.error2 <= _AT_ROUNDING * svd.norm2:  # the two roundings are of one size then, and not independent
+        return residual2(D, B, A) - svd.error2
+    return rounding2((svd.U.double() * root, root[:, None] * svd.Vh.double()), (B, A))
 
 
 def _noise_edge(spec: TensorSpec) -> float:

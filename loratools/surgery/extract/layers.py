@@ -91,7 +91,7 @@ def to_json(layers: Iterable[Layer]) -> dict[str, Any]:
 
 def _excess(error2: float, excess2: float) -> float:
     """Return by which share an error exceeds what is left of it: error/√(error² − excess²) − 1."""
-    least = error2 - min(excess2, error2)
+    least = error2 - min(max(excess2, 0.0), error2)
     if least > 0:
         return math.sqrt(error2 / least) - 1
     return math.inf if error2 > 0 else 0.0

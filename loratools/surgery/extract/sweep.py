@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 
 from loratools.adapter.model import BaseIdentity
+from loratools.decisions import warned
 from loratools.errors import BadFile, LoraToolsError
 from loratools.linalg.ranks.rules import Fixed
 from loratools.parallel import Progress, each, no_progress
@@ -75,7 +76,35 @@ class Sweep:
             deeper = several(self._again, again)
             layers = [deeper.get(layer.pair.path, layer) for layer in layers]
         kept = {result.pair.path: (result, rank) for result, rank in zip(layers, decision.ranks, strict=True)}
-        return [self._outcome(*kept.get(result.pair.path, (result, 0))) for result in results]
+        rounded = {
+            path: layer.factored.rounding2(rank, self.options.stored)
+            for path, (layer, rank) in kept.items()
+            if layer.factored and rank
+        }
+        self._check_small(kept, rounded)
+        return [
+            self._outcome(*kept.get(result.pair.path, (result, 0)), rounded.get(result.pair.path, 0.0))
+            for result in results
+        ]
+
+    def _check_small(self, kept: Mapping[str, tuple[_Result, int]], rounded: Mapping[str, float]) -> None:
+        """Refuse factors that storing made zero; warn of those that lost far more than rounding costs."""
+        lost = {}
+        for path, rounding in rounded.items():
+            layer, rank = kept[path]
+            assert layer.factored is not None
+            lost[path] = rounding / max(layer.norm2 - layer.factored.error2(rank), rounding)
+        if gone := [path for path, share in lost.items() if share > 0.999]:
+            raise BadFile(
+                f"the factors of {len(gone)} module(s) are too small for {self.options.stored}: they would become zero",
+                gone,
+                hint="BF16 and F32 hold them (--dtype).",
+            )
+        if worse := sorted((path for path, share in lost.items() if share > _USUAL_ROUNDING), key=lambda p: -lost[p]):
+            warned(
+                "factors of %d module(s) have numbers too small for %s, most of them in %s: %.2g of its energy is lost",
+                len(worse), self.options.stored, worse[0], lost[worse[0]],
+            )  # fmt: skip
 
     def _compared(self, pair: Pair, shapes: Sequence[tuple[int, int]]) -> _Result:
         spec, source = self._specs(pair)
@@ -115,12 +144,12 @@ class Sweep:
             factored = factor(result.pair, delta, spec, (), self.options, self.spool, rule)
         return replace(result, factored=factored)
 
-    def _outcome(self, result: _Result, rank: int) -> Outcome:
+    def _outcome(self, result: _Result, rank: int, rounding: float) -> Outcome:
         pair, spec = result.pair, self.tuned.specs[result.pair.name]
         known = (spec.shape, spec.dtype, result.norm2)
         if result.factored and rank:
             factored, shape = result.factored, self._shape(pair)
-            error2, rounding = factored.error2(rank), factored.rounding2(rank, self.options.stored)
+            error2, rounding = factored.error2(rank), rounding + self._difference2(result)
             layer = certify(
                 pair.path, pair.kind, shape, rank, rank * sum(self._matrix(pair)),
                 base_norm2=result.base_norm2, norm2=result.norm2,
@@ -137,6 +166,12 @@ class Sweep:
         if result.norm2 == 0 and pair.base is not None and spec.shape == self.base.specs[pair.base].shape:
             return Outcome(pair, "unchanged", *known)
         return Outcome(pair, "dropped" if pair.plan == "drop" else "whole", *known, pair.why, result.rows)
+
+    def _difference2(self, result: _Result) -> float:
+        """Return what forming ΔW in float32 can cost; BF16 and F16 lose nothing, and F64 has float64."""
+        dtypes = {spec.dtype for spec in self._specs(result.pair)}
+        exact = "F32" not in dtypes or "F64" in dtypes or not result.base_norm2
+        return 0.0 if exact else 2.0**-48 * result.norm2
 
     def _hashes(self, results: list[_Result], threads: int) -> tuple[BaseIdentity, str]:
         """Return the base's identity and the fine-tune's root, from digests taken while the tensors were read."""
@@ -162,6 +197,9 @@ class Sweep:
         shape = self._shape(pair)
         return (shape[0] * shape[1], shape[0] * shape[2]) if pair.kind == "experts" else (shape[0], prod(shape[1:]))
 
+
+# Share of the energy that BF16 may lose in two factors, and more: (2·2^-8)² = 6e-5.
+_USUAL_ROUNDING = 1e-4
 
 _NUMBERS = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "U16", "U32", "U64", "BOOL"})
 
