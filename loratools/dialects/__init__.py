@@ -9,7 +9,8 @@ A dialect is a module or a package here, found by its name, with
     detect(listing)    `Evidence` that a listing is of this dialect, or None; from names, headers and small files only
     read(listing)      the `Adapter`: every tensor becomes part of it, or an exception lists all problems
     losses(adapter)    every `Loss` that writing this adapter would mean
-    write(adapter, target, force)   write the folder `target`, or a file of an ending in FILES, by `storage.atomic`
+    write(adapter, target, force)   write the folder `target`, or a file of an ending in FILES, by `storage.atomic`, and
+                         return the adapter as it was written, under the dialect's names and without what is lost
 
 The entries:
 
@@ -63,8 +64,8 @@ class Dialect(Protocol):
         """List what the dialect cannot say of the adapter."""
         ...
 
-    def write(self, adapter: Adapter, target: Path, *, force: bool) -> None:
-        """Write what the dialect can say of the adapter, whole or not at all."""
+    def write(self, adapter: Adapter, target: Path, *, force: bool) -> Adapter:
+        """Write what the dialect can say of the adapter, whole or not at all, and return that."""
         ...
 
 
@@ -229,7 +230,8 @@ def save_adapter(
         What the dialect could not say; [] if nothing.
 
     Raises:
-        LossyConversion: Something would be lost, and `allow_loss` is not set; the error lists every loss.
+        LossyConversion: Something would be lost, and `allow_loss` is not set, or everything would; the error lists
+            every loss.
         OutputRefused: The output exists, is also an input, or ends as no file of this dialect does.
         UnknownKind: There is no such dialect.
         NoSpace: The disk is too full.
@@ -240,7 +242,14 @@ def save_adapter(
     """
     atomic.sweep(path)
     Options().flag("allow_loss", allow_loss).flag("force", force).done()
-    path, writer = Path(path), get(dialect)
+    return write_adapter(adapter, Path(path), dialect=dialect, allow_loss=allow_loss, force=force)[1]
+
+
+def write_adapter(
+    adapter: Adapter, path: Path, *, dialect: str, allow_loss: bool, force: bool
+) -> tuple[Adapter, list[Loss]]:
+    """Do what `save_adapter` says; return also the adapter as it was written, under the dialect's names."""
+    writer = get(dialect)
     losses = writer.losses(adapter)
     if losses and not allow_loss:
         raise LossyConversion(
@@ -255,8 +264,7 @@ def save_adapter(
     files = {lazy.file.resolve() for lazy in adapter.tensors().values() if lazy.file}
     if any(file == output or output in file.parents for file in files):
         raise OutputRefused(f"{path} is also an input", hint="Choose another output.")
-    writer.write(adapter, path, force=force)
-    return losses
+    return writer.write(adapter, path, force=force), losses
 
 
 def _unknown(listing: Listing) -> UnknownKind:

@@ -25,7 +25,7 @@ from loratools.adapter.parts import BIAS, MAGNITUDE, A, B
 from loratools.dialects import kohya
 from loratools.dialects._frame.build import Draft
 from loratools.dialects._frame.listing import Evidence, Listing
-from loratools.dialects._frame.losses import IDENTITY, common_losses, without
+from loratools.dialects._frame.losses import IDENTITY, common_losses, left
 from loratools.dialects._frame.metadata import carried, settings_with
 from loratools.dialects._frame.numbers import read_number
 from loratools.errors import BadFile
@@ -132,9 +132,9 @@ def losses(adapter: Adapter) -> list[Loss]:
     return lost + common_losses(adapter, "ComfyUI")
 
 
-def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
+def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
     """Write `lora_A` and `lora_B` under the original's names, with an alpha wherever the scaling is not 1."""
-    adapter = without(rename.to_original(adapter), losses(adapter))
+    adapter = left(rename.to_original(adapter), losses(adapter), target)
     tensors: dict[str, LazyTensor] = {}
     for module, update in adapter.updates.items():
         home = kohya.home_of(module, update)
@@ -144,6 +144,7 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     if adapter.base and adapter.base.id:
         metadata.setdefault("ss_base_model", adapter.base.id)
     save.save(target, _FILE, tensors, metadata, force=force)
+    return adapter
 
 
 def _module(name: str, flux: bool) -> str:

@@ -24,7 +24,7 @@ from loratools.decisions import warned
 from loratools.dialects._frame import alphas
 from loratools.dialects._frame.build import Draft
 from loratools.dialects._frame.listing import Evidence, Listing
-from loratools.dialects._frame.losses import IDENTITY, common_losses, update_losses, without
+from loratools.dialects._frame.losses import IDENTITY, common_losses, left, update_losses, without
 from loratools.dialects._frame.metadata import carried, settings_with
 from loratools.dialects._frame.numbers import read_number
 from loratools.dialects.peft.config import PeftConfig
@@ -132,9 +132,9 @@ def losses(adapter: Adapter) -> list[Loss]:
     return lost + common_losses(adapter, "diffusers")
 
 
-def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
+def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
     """Write the current spelling, with each component's LoraConfig in the header so that no scale is lost."""
-    adapter = without(_renamed(adapter), losses(adapter))
+    adapter = left(_renamed(adapter), losses(adapter), target)
     tensors = {
         f"{module}.{part}": lazy for module, update in adapter.updates.items() for part, lazy in update.parts.items()
     }
@@ -145,6 +145,7 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
         configs |= {prefix + field: value for field, value in _config(adapter, name).items()}
     metadata |= {"format": "pt", _KEY: json.dumps(configs, indent=2, sort_keys=True)}
     save.save(target, f"{_STEM}.safetensors", tensors, metadata, force=force)
+    return adapter
 
 
 def _renamed(adapter: Adapter) -> Adapter:

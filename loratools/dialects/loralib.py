@@ -23,6 +23,7 @@ from loratools.dialects._frame.listing import Evidence, Listing, by_convert
 from loratools.dialects._frame.losses import (
     IDENTITY,
     identity_losses,
+    left,
     name_losses,
     replacement_losses,
     update_losses,
@@ -116,9 +117,9 @@ def losses(adapter: Adapter) -> list[Loss]:
     return [*lost, *name_losses(adapter), alpha, *identity_losses(adapter)]
 
 
-def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
+def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
     """Write the state dict. The file has one alpha, the most common s·r; B takes the ratio to it."""
-    adapter = without(adapter, losses(adapter))
+    adapter = left(adapter, losses(adapter), target)
     alpha = _alpha(adapter)
     tensors = dict(adapter.replacements)
     for module, update in adapter.updates.items():
@@ -127,6 +128,7 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
         tensors[f"{module}.lora_B"] = factors.scaled(b, update.scaling * update.rank / alpha)
     tell_lost(adapter, target, "loralib")
     pickles.save(target, _FILE, tensors, force=force)
+    return adapter
 
 
 def _alpha(adapter: Adapter) -> float:

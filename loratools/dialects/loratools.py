@@ -6,7 +6,7 @@ from pathlib import Path
 
 from loratools.adapter.model import Adapter, Loss
 from loratools.dialects._frame.listing import Evidence, Listing
-from loratools.dialects._frame.losses import copy_losses
+from loratools.dialects._frame.losses import copy_losses, left
 from loratools.errors import InvalidOption
 
 SUMMARY = "the loratools format 1.1: what PEFT reads, plus a manifest with scaling, base hash and provenance"
@@ -56,8 +56,10 @@ def losses(adapter: Adapter) -> list[Loss]:
     return [*kinds, *stacks, *copy_losses(adapter)]
 
 
-def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
+def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
     """Write a folder with its derived `adapter_config.json`, or the single file, which is complete by itself."""
     from loratools.format import writer
 
-    writer.write(adapter, target, force=force)
+    kept = left(adapter, losses(adapter), target)
+    writer.write(kept, target, force=force)
+    return kept

@@ -34,7 +34,7 @@ from loratools.dialects._frame.build import (
     is_embedding,
 )  # fmt: skip
 from loratools.dialects._frame.listing import Evidence, Listing
-from loratools.dialects._frame.losses import IDENTITY, common_losses, update_losses, without
+from loratools.dialects._frame.losses import IDENTITY, common_losses, left, update_losses, without
 from loratools.dialects._frame.metadata import carried, settings_with
 from loratools.dialects._frame.numbers import is_number, most_common
 from loratools.dialects.peft.fields import unknown
@@ -134,13 +134,13 @@ def losses(adapter: Adapter) -> list[Loss]:
     return lost + common_losses(adapter, "mlx-lm")
 
 
-def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
+def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
     """Write `adapters.safetensors` and its `adapter_config.json`.
 
     mlx-lm has one rank, the largest here, and one scale, the most common here. Zeros fill up smaller ranks, and lora_b
     takes the ratio of another scaling to the scale (in float32, unless it is a power of two).
     """
-    adapter = without(adapter, losses(adapter))
+    adapter = left(adapter, losses(adapter), target)
     updates = adapter.updates
     rank = max((update.rank for update in updates.values()), default=8)
     scale = most_common((update.scaling for update in updates.values()), smallest=True)
@@ -155,9 +155,9 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
         config["model"] = adapter.base.id
     tensors = {f"{module}.{part}": lazy for module, parts in groups.items() for part, lazy in parts.items()}
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    save.save(
-        target, _FILE, tensors, {**carried(adapter, "format"), "format": "mlx"}, force=force, beside={_CONFIG: text}
-    )
+    metadata = {**carried(adapter, "format"), "format": "mlx"}
+    save.save(target, _FILE, tensors, metadata, force=force, beside={_CONFIG: text})
+    return adapter
 
 
 def _file(listing: Listing) -> str | None:

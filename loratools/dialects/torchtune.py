@@ -21,7 +21,7 @@ from loratools.adapter.parts import MAGNITUDE, A, B
 from loratools.dialects._frame import pickles
 from loratools.dialects._frame.build import Draft, check_faults, check_gathered
 from loratools.dialects._frame.listing import Evidence, Listing, by_convert
-from loratools.dialects._frame.losses import IDENTITY, common_losses, identity_losses, update_losses, without
+from loratools.dialects._frame.losses import IDENTITY, common_losses, identity_losses, left, update_losses, without
 from loratools.dialects._frame.metadata import tell_lost
 from loratools.dialects.gguf.names import Layout, permuted
 from loratools.dialects.peft.config import PeftConfig
@@ -106,7 +106,7 @@ def losses(adapter: Adapter) -> list[Loss]:
     return lost + common_losses(adapter, "torchtune", named=False)
 
 
-def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
+def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
     """Write `adapter_model.pt` and its `adapter_config.json`, of one rank and one scaling as its recipes are."""
     from loratools.dialects.peft.profiles import uniform  # `inspect` need not wait for it
 
@@ -114,7 +114,7 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     heads = _heads(config) if isinstance(config, Mapping) else None
     if heads is None:
         raise UnsupportedAdapter(f"{target}: the model is {losses(adapter)[0].what}")
-    adapter = uniform(without(adapter, losses(adapter)))
+    adapter = uniform(kept := left(adapter, losses(adapter), target))
     first = next(iter(adapter.updates.values()))
     tensors = {}
     for module, update in adapter.updates.items():
@@ -126,6 +126,7 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     with atomic.new_folder(target, force=force) as folder:
         (folder / _CONFIG).write_text(json.dumps(peft_config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         pickles.write(folder / _FILE, tensors)
+    return kept
 
 
 def _config(listing: Listing) -> PeftConfig | None:

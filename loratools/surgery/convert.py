@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from loratools import dialects
 from loratools.adapter.model import Adapter, AdapterInput, BaseIdentity, Loss, Step
@@ -16,7 +17,8 @@ from loratools.adapter.placement.settle import settle
 from loratools.adapter.placement.stacks import as_peft_has_it
 from loratools.adapter.placement.tied import onto_stored
 from loratools.adapter.placement.whole import resolve_replacements
-from loratools.decisions import decided
+from loratools.decisions import decided, warned
+from loratools.dialects._frame.build import some
 from loratools.dialects.peft import profiles
 from loratools.format import manifest
 from loratools.format.digest import adapter_digest
@@ -30,6 +32,9 @@ from loratools.storage.lazy import LazyTensor
 from loratools.storage.sources import Location
 from loratools.surgery.hash import hash_checkpoint
 from loratools.surgery.inputs import AdapterSource, ModelSource, open_model
+
+_OF_NO_TENSOR = frozenset({"base model", "provenance", "alpha", "layer_replication"})
+"""What losses are of besides modules and tensors."""
 
 BASE_CONFIG = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
 """Fields of a base's config.json that an adapter keeps as `settings["base_config"]`: GGUF's layout depends on them."""
@@ -124,8 +129,28 @@ def convert(
             _placed(in_base, checkpoint)  # which raises if it does not fit
     if profile is not None:
         converted = profiles.apply(converted, profile, checkpoint.shapes if checkpoint else None)
-    losses = dialects.save_adapter(converted, output, dialect=to, allow_loss=allow_loss, force=force)
-    return Conversion(str(output), to, adapter_digest(converted), len(converted.updates), converted.base, tuple(losses))
+    warn_not_finite(converted)
+    written, losses = dialects.write_adapter(converted, Path(output), dialect=to, allow_loss=allow_loss, force=force)
+    # The digest is that of the modules under their own names, whatever the dialect calls them, unless some are lost.
+    digest = adapter_digest(converted if {loss.where for loss in losses} <= _OF_NO_TENSOR else written)
+    return Conversion(str(output), to, digest, len(written.updates), converted.base, tuple(losses))
+
+
+def warn_not_finite(adapter: Adapter) -> None:
+    """Warn of modules and tensors with NaN or infinity: a merge or a combination would refuse them."""
+    from loratools.storage.codecs.floats import is_finite
+
+    odd = [
+        name
+        for name, parts in (
+            *((module, update.parts) for module, update in adapter.updates.items()),
+            *((path, {path: lazy}) for path, lazy in adapter.replacements.items()),
+        )
+        if not all(is_finite(lazy.chunks(name), lazy.dtype) for lazy in parts.values())
+    ]
+    if odd:
+        warned("%s: NaN or infinite numbers, which no merge takes: the training diverged, or the file is damaged",
+               some(sorted(odd)))  # fmt: skip
 
 
 def seal(adapter: Adapter, base: Checkpoint, progress: Progress | None = None) -> Adapter:

@@ -11,6 +11,7 @@ from loratools import dialects
 from loratools.adapter.model import Adapter, AdapterInput
 from loratools.adapter.placement.codes import refuse_codes
 from loratools.adapter.placement.image import named_for
+from loratools.decisions import warned
 from loratools.errors import InvalidOption
 from loratools.format.digest import checked_digest
 from loratools.options import is_finite
@@ -49,7 +50,16 @@ def open_adapters(
     inputs = tuple(_open(adapter, weight, base) for adapter, weight in zip(each, numbers, strict=True))
     for i, opened in enumerate(inputs, 1):
         refuse_codes(opened.adapter, base, f"adapter {i}")
+    tell_twice([opened.digest for opened in inputs])
     return inputs
+
+
+def tell_twice(digests: Sequence[str]) -> None:
+    """Warn of adapters that are in one call twice, under whichever names: their digests are the same."""
+    first: dict[str, int] = {}
+    for i, digest in enumerate(digests, 1):
+        if first.setdefault(digest, i) != i:
+            warned("adapters %d and %d have the same tensors; each is applied with its own weight", first[digest], i)
 
 
 def as_list(adapters: AdapterSource | Sequence[AdapterSource]) -> list[AdapterSource]:

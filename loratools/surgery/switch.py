@@ -198,7 +198,7 @@ class _Exact:
         prepared, before = self._in_place(prepared)
         brought = [*self.merged.tell_brought(prepared.beside), *prepared.beside.brought]
         measured = write_tensors(prepared, self.scratch, progress, before=before)
-        measured.tell(options)
+        measured.tell(options, self.scratch)
         plan, threads = prepared.plan, prepared.threads
         kept = keep(plan, self.scratch, threads, progress, before=self.restorers) if options.keep_residual else None
         digests = self._digests(measured.digests, plan.base, threads)

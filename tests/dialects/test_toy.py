@@ -66,16 +66,17 @@ def losses(adapter):
 
 
 def write(adapter, target, *, force=False):
-    kept = lost.without(adapter, losses(adapter)).updates
+    written = lost.left(adapter, losses(adapter), target)
     document = {
         module: {
             "s": update.scaling, "alpha": update.alpha,
             "parts": {part: lazy.load().float().tolist() for part, lazy in update.parts.items()},
         }
-        for module, update in kept.items()
+        for module, update in written.updates.items()
     }
     with atomic.new_folder(target, force=force) as folder:
         (folder / _FILE).write_text(json.dumps(document))
+    return written
 '''
 
 

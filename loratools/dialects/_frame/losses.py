@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from loratools.adapter.model import Adapter, Loss
-from loratools.errors import UnsupportedAdapter
+from loratools.errors import LossyConversion, UnsupportedAdapter
 
 IDENTITY = ("the hash of the base model", "provenance", "copies of the base's tensors")
 """For a dialect's `CANNOT`: what `identity_losses` lists."""
@@ -68,14 +68,22 @@ def common_losses(adapter: Adapter, dialect: str, *, named: bool = True) -> list
     return [*name, *replacement_losses(adapter, dialect), *identity_losses(adapter)]
 
 
-def read_only(why: str) -> tuple[Callable[[Adapter], list[Loss]], Callable[..., None]]:
+def read_only(why: str) -> tuple[Callable[[Adapter], list[Loss]], Callable[..., Adapter]]:
     """Return `losses` and `write` of a dialect that is only read here: the whole adapter is a loss."""
     loss = Loss("adapter", why)
 
-    def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
+    def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
         raise UnsupportedAdapter(f"{target}: {loss}")
 
     return lambda _: [loss], write
+
+
+def left(adapter: Adapter, losses: Iterable[Loss], target: Path) -> Adapter:
+    """Return the adapter without what is lost; raise `LossyConversion` where that is everything."""
+    rest = without(adapter, losses := list(losses))
+    if not rest.updates and not rest.replacements:
+        raise LossyConversion(f"{target}: nothing of this adapter would be left to write", [str(x) for x in losses])
+    return rest
 
 
 def without(adapter: Adapter, losses: Iterable[Loss]) -> Adapter:

@@ -22,7 +22,7 @@ from loratools.adapter.parts import A_EMBEDDING, B_EMBEDDING, A, B
 from loratools.decisions import warned
 from loratools.dialects._frame.build import Draft, check_read, factors_of
 from loratools.dialects._frame.listing import Evidence, Listing, by_convert
-from loratools.dialects._frame.losses import IDENTITY, common_losses, identity_losses, update_losses, without
+from loratools.dialects._frame.losses import IDENTITY, common_losses, identity_losses, left, update_losses, without
 from loratools.dialects._frame.metadata import tell_lost
 from loratools.dialects._frame.numbers import is_float32, is_number, most_common, tell_alpha
 from loratools.dialects.gguf.names import ARCHITECTURES, Layout, Place, module_of, permuted, place
@@ -133,12 +133,13 @@ def losses(adapter: Adapter) -> list[Loss]:
     return lost + common_losses(adapter, "llama.cpp")
 
 
-def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
+def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
     """Write one GGUF file. Its alpha is the most common s·r that float32 has exactly; lora_b takes the ratio to it."""
     layout = layout_of(adapter)
     if layout is None:
         raise UnsupportedAdapter(f"{target}: {losses(adapter)[0]}")
-    updates = without(adapter, losses(adapter)).updates
+    kept = left(adapter, losses(adapter), target)
+    updates = kept.updates
     alpha = float(most_common(s for u in updates.values() if is_float32(s := u.scaling * u.rank)))
     tensors: dict[str, LazyTensor] = {}
     for tensor, numbered in sorted(_stacks(updates, layout).items()):
@@ -154,6 +155,7 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
         fields |= {"general.base_model.count": 1, "general.base_model.0.name": adapter.base.id}
     tell_lost(adapter, target, "GGUF")
     gguf.save(target, _FILE, layout.architecture, fields, tensors, force=force)
+    return kept
 
 
 def layout_of(adapter: Adapter) -> Layout | None:

@@ -32,7 +32,7 @@ from loratools.decisions import warned
 from loratools.dialects._frame import alphas
 from loratools.dialects._frame.build import Draft, some
 from loratools.dialects._frame.listing import Evidence, Listing, by_convert
-from loratools.dialects._frame.losses import IDENTITY, common_losses, without
+from loratools.dialects._frame.losses import IDENTITY, common_losses, left
 from loratools.dialects._frame.metadata import carried, metadata_of, settings_with
 from loratools.dialects._frame.numbers import is_float, read_number
 from loratools.dialects.kohya import network
@@ -130,11 +130,11 @@ def losses(adapter: Adapter) -> list[Loss]:
     return lost + common_losses(adapter, "kohya")
 
 
-def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
+def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
     """Write one safetensors file with its hashes; alphas are in the factors' dtype, or a wider one that has them."""
     from loratools.dialects.kohya.hashes import hashes  # `inspect` need not wait for it
 
-    adapter = without(rename.to_original(adapter, unet=False), losses(adapter))
+    adapter = left(rename.to_original(adapter, unet=False), losses(adapter), target)
     homes = {module: home_of(module, update) for module, update in adapter.updates.items()}
     names, unknown = flattened(dict.fromkeys(homes.values()))
     tensors: dict[str, LazyTensor] = {}
@@ -148,6 +148,7 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
         metadata["modelspec.hash_sha256"] = ""
     metadata |= hashes(tensors, metadata)
     save.save(target, _FILE, tensors, metadata, force=force)
+    return adapter
 
 
 def finish(draft: Draft, header: Mapping[str, str]) -> None:

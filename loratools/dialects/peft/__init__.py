@@ -26,7 +26,7 @@ from loratools.adapter.model import Adapter, Loss
 from loratools.decisions import warned
 from loratools.dialects._frame.build import build_all, check_faults, check_gathered, check_read, some
 from loratools.dialects._frame.listing import Evidence, Listing
-from loratools.dialects._frame.losses import record_losses
+from loratools.dialects._frame.losses import left, record_losses
 from loratools.dialects._frame.metadata import carried, settings_with
 from loratools.dialects.peft import checks
 from loratools.dialects.peft.config import PeftConfig
@@ -100,10 +100,10 @@ def losses(adapter: Adapter) -> list[Loss]:
     return [*(Loss(module, reason) for module, reason in _unsayable(adapter).items()), *record_losses(adapter)]
 
 
-def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
+def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
     """Write `adapter_model.safetensors` and the `adapter_config.json` derived from it, byte-reproducibly."""
-    lost = _unsayable(adapter)
-    updates = {module: update for module, update in adapter.updates.items() if module not in lost}
+    kept = left(adapter, losses(adapter), target)
+    updates = kept.updates
     tensors = {
         keys.join(module, part): lazy for module, update in updates.items() for part, lazy in update.parts.items()
     }
@@ -121,6 +121,7 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> None:
     with atomic.new_folder(target, force=force) as folder:
         (folder / _CONFIG).write_text(config + "\n", encoding="utf-8")
         save.write(folder / f"{_STEM}.safetensors", tensors, {**carried(adapter, "format"), "format": "pt"})
+    return kept
 
 
 def _files(listing: Listing) -> list[str]:

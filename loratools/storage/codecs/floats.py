@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,17 @@ Array = np.ndarray[Any, np.dtype[Any]]
 SERVED = frozenset({"BF16", "F16", "F32"})
 INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 """The bits of infinity: those of every finite number, without the sign, are less as integers, those of NaN greater."""
+
+
+_EXPONENTS = {"F64": ("<u8", 0x7FF << 52)} | {name: (f"<u{2 + 2 * (name == 'F32')}", n) for name, n in INFINITY.items()}
+
+
+def is_finite(pieces: Iterable[memoryview], dtype: str) -> bool:
+    """Tell whether no number of a stored tensor is NaN or infinite; True for dtypes other than BF16, F16, F32, F64."""
+    if dtype not in _EXPONENTS:
+        return True
+    words, exponent = _EXPONENTS[dtype]
+    return all(bool(((np.frombuffer(piece, words) & exponent) != exponent).all()) for piece in pieces)
 
 
 def numpy_dtype(dtype: str) -> Any:

@@ -40,12 +40,13 @@ from loratools.surgery.combine.methods._terms import Library
 from loratools.surgery.combine.options import CombineOptions
 from loratools.surgery.combine.result import assemble, plain
 from loratools.surgery.combine.weights import Weight
-from loratools.surgery.inputs import AdapterSource, as_list
+from loratools.surgery.inputs import AdapterSource, as_list, tell_twice
 
 if TYPE_CHECKING:
     import torch
 
 _SEAL = "`convert --base` seals it"
+_MUCH = 0.1  # of the change, lost by rounding; what rounding to bfloat16 takes is a hundredth of it
 _CANCELLED = 1e-5  # of what went in; float32 factors are rounded to 6e-8, bfloat16 to 4e-3
 
 
@@ -163,6 +164,7 @@ def run(
     atomic.check_output(Path(output), force=options.force)
     atomic.refuse_inputs(Path(output), [Path(x) for x in (*adapters, initial) if isinstance(x, str | os.PathLike)])
     inputs = open_inputs(adapters, weights, initial, options.method)
+    tell_twice([each.digest for each in inputs])
     opened = [each.adapter for each in inputs]
     base, warnings = agree([each.name for each in inputs], [adapter.base for adapter in opened], options.check_base)
     aligned = align(inputs)
@@ -182,6 +184,12 @@ def run(
         warnings.append(
             "the adapters take each other away almost completely: what is left may be the rounding of their numbers"
         )
+    if error > max(_MUCH, 2 * optimum):
+        lost = (
+            f"rounding the factors to {options.stored} loses {error:.0%} of the change: too small or too large for it"
+        )
+        warnings.append(lost)
+        warned("%s", lost)
     done = _step(operation, inputs, options, initial is not None, error)
     final = aligned.for_peft(updates)
     own_name = dict(zip(aligned.modules, final.modules, strict=True))

@@ -19,6 +19,7 @@ from loratools.adapter.naming.compact import compact
 from loratools.adapter.parts import B
 from loratools.errors import UnsupportedAdapter
 from loratools.storage import dtypes
+from loratools.storage.codecs.floats import is_finite
 from loratools.storage.lazy import LazyTensor
 from loratools.surgery.combine.inputs import Aligned, Input
 
@@ -39,7 +40,7 @@ def replacements(inputs: Sequence[Input], aligned: Aligned, method: str) -> dict
     kept: dict[str, LazyTensor] = {}
     problems: dict[str, list[str]] = {}
     for path, group in replaced.items():
-        if reason := _refusal(group, method):
+        if reason := _refusal(group, method) or _not_finite(group):
             problems.setdefault(reason, []).append(path)
         else:
             kept[path] = _sum(group)
@@ -87,6 +88,11 @@ def _refusal(group: Sequence[Weighted], method: str) -> str | None:
     if len(group) > 1 and method != "linear":
         return f"trained whole in {who}; method {method} is for products only"
     return None
+
+
+def _not_finite(group: Sequence[Weighted]) -> str | None:
+    odd = [who for who, _, lazy in group if not is_finite(lazy.chunks(who), lazy.dtype)]
+    return f"NaN or infinite numbers in {' and '.join(odd)}" if odd else None
 
 
 def _sum(group: Sequence[Weighted]) -> LazyTensor:

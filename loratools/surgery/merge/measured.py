@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from loratools.decisions import warned
 from loratools.engine.plan import MergePlan
 from loratools.engine.task import TensorResult, retention
 from loratools.errors import IncompatibleAdapter
 from loratools.storage import digest
+from loratools.storage.files import same_bytes
 from loratools.surgery.merge.options import MergeOptions
 
 _ENOUGH = 0.9  # delta retention under which a merge is warned about
@@ -49,14 +51,37 @@ class Measured:
         """What differs from the recorded base, where that is no error."""
         return tuple(warning for result in self.results for warning in result.warnings)
 
-    def tell(self, options: MergeOptions) -> None:
-        """Warn of what the numbers lost; raise `IncompatibleAdapter` where a cast made infinities."""
+    def tell(self, options: MergeOptions, written: Path) -> None:
+        """Warn of what the numbers lost; raise `IncompatibleAdapter` where a cast made infinities.
+
+        `written` is the folder with the files of tensors.
+        """
         self._check_casts(options)
+        self._tell_unchanged(options, written)
         for warning in self.warnings:
             warned("%s", warning)
         if self.retention is not None and self.retention < _ENOUGH:
             lost = "only %s of the change survives rounding to the base's dtype; a wider --dtype of `merge` keeps more"
             warned(lost, f"{self.retention:.1%}")
+
+    def _tell_unchanged(self, options: MergeOptions, written: Path) -> None:
+        """Warn of tensors of which no bit changed; only those are compared of which no measured element changed."""
+        if options.retention == "off":
+            return
+        changes, still = self.plan.changes, {result.name for result in self.results if not result.changed}
+        unchanged = [
+            name
+            for file in self.plan.files
+            for name, spec in file.specs(written).items()
+            if name in still and changes[name].placements and changes[name].source.file != spec.file
+            if same_bytes(changes[name].source, spec)
+        ]
+        if unchanged:
+            count = sum(bool(change.placements) for change in changes.values())
+            warned(
+                "no bit of %d of %d tensor(s) changed that adapters are for, such as %s: the change is zero there, or "
+                "too small for the dtype (see alpha and weights)", len(unchanged), count, unchanged[0],
+            )  # fmt: skip
 
     def _check_casts(self, options: MergeOptions) -> None:
         """Refuse infinities that a cast made, with every tensor that has some; warn of numbers that it made zero."""

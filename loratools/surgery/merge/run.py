@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from loratools.engine.device import check as check_device
+from loratools.engine.plan import MergePlan
 from loratools.engine.residual.keep import Kept, keep
 from loratools.engine.run import Settings, write_weights
 from loratools.engine.task import Restore, TensorResult
@@ -15,6 +16,7 @@ from loratools.errors import IncompatibleAdapter
 from loratools.format.record import TOOL
 from loratools.parallel import Progress, no_progress
 from loratools.storage import atomic, digest
+from loratools.storage.files import chunks
 from loratools.surgery.hash import hash_tensors
 from loratools.surgery.merge.folder import write_companions
 from loratools.surgery.merge.measured import Measured
@@ -95,7 +97,7 @@ def execute(
         write = replace(prepared, plan=remaining)
         measured = write_tensors(write, scratch, progress, finished=finished if sent or journal else None)
         measured = Measured(plan, tuple(journal.close())) if journal else measured
-        measured.tell(options)
+        measured.tell(options, scratch)
         digests = measured.digests
         of_base = {**prepared.record["base"], "tensors": digests}
         record = prepared.record | {"base": of_base, "retention": measured.retention}
@@ -132,5 +134,18 @@ def write_tensors(
 
     `before` is that of `Settings`, `finished` that of `write_weights`. Raises what `merge` raises of numbers.
     """
+    _refuse_not_finite(prepared.plan)
     results = write_weights(prepared.plan, scratch, settings_of(prepared, before), progress, finished)
     return Measured(prepared.plan, tuple(results))
+
+
+def _refuse_not_finite(plan: MergePlan) -> None:
+    """Raise `IncompatibleAdapter` with every tensor that an adapter replaces by one with NaN or infinity."""
+    from loratools.storage.codecs.floats import is_finite
+
+    whole = ((name, change.source) for name, change in plan.changes.items() if change.replaced)
+    if odd := [name for name, spec in whole if not is_finite(chunks(spec), spec.dtype)]:
+        raise IncompatibleAdapter(
+            f"{len(odd)} tensor(s) that an adapter replaces whole have NaN or infinite numbers in it", sorted(odd),
+            hint="The training diverged, or the file is damaged; such an adapter would destroy the model.",
+        )  # fmt: skip

@@ -59,7 +59,7 @@ def subtract(
     notes = (*plan.notes, *where_cast(merged.record), *_unknown(merged))
     brought = merged.tell_brought(prepared.beside)
     measured = write_tensors(prepared, scratch, progress)
-    measured.tell(options)
+    measured.tell(options, scratch)
     written = {name: spec for file in plan.files for name, spec in file.specs(scratch).items()}
     bound = error_bound(plan, written, merged.record)
     write_companions(plan, prepared.beside, _record(merged, prepared, measured, bound, brought), scratch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,13 +42,16 @@ def write(adapter, target, *, force=False):
 
 
 @pytest.fixture
-def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Put one more dialect beside the others: a file, nothing else."""
     folder = tmp_path / "plugin"
     folder.mkdir()
     (folder / "toy.py").write_text(TOY.format(score=90))
     monkeypatch.setattr(dialects, "__path__", [*dialects.__path__, str(folder)])
     monkeypatch.delitem(sys.modules, "loratools.dialects.toy", raising=False)
+    dialects.names.cache_clear()
+    yield
+    dialects.names.cache_clear()
 
 
 @pytest.mark.usefixtures("toy")
