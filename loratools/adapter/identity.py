@@ -8,7 +8,9 @@ cache), or a folder, of which the last part is all that another machine, or a ma
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Literal
 
 from loratools.adapter.model import BaseIdentity
@@ -94,6 +96,16 @@ def same_name(first: str, second: str) -> bool | None:
 def is_on_hub(name: str) -> bool:
     """Tell whether an id names a repository on the Hub, `org/name`, in any spelling, and no folder."""
     return _normal(name)[1]
+
+
+def one_name(names: Sequence[str]) -> str | None:
+    """Return the name that others know best, where all can be one model's: one on the Hub, else the shortest.
+
+    None where two of them contradict each other, or there are none.
+    """
+    if any(same_name(first, second) is False for first, second in combinations(names, 2)):
+        return None
+    return min(names, key=lambda name: (not is_on_hub(name), len(name), name), default=None)
 
 
 def _normal(name: str) -> tuple[str, bool]:

@@ -213,7 +213,7 @@ def _base(base: BaseIdentity, origin: Mapping[str, Any]) -> dict[str, Any]:
     tiers: dict[str, Any] = {"schema": base.schema, "tensors": dict(base.tensors) or None, "root": base.root}
     tiers = _present(tiers)
     tiers = _unknown(origin.get("hash", {}), _HASH) | tiers if tiers else {}
-    stated = {"id": base.id and _public(base.id), "revision": base.revision, "hash": tiers or None}
+    stated = {"id": base.id and public(base.id), "revision": base.revision, "hash": tiers or None}
     return _unknown(origin, _BASE) | _present(stated | {"model_type": base.model_type})
 
 
@@ -221,8 +221,11 @@ def _present(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _public(identifier: str) -> str:
-    # A folder of the machine at work means nothing elsewhere and tells who worked there (clause M-16).
+def public(identifier: str) -> str:
+    """Return a base model's id as files state it: of a path its last part.
+
+    A folder of the machine at work means nothing elsewhere, and tells who worked there (clause M-16).
+    """
     return re.split(r"[/\\]", identifier.rstrip("/\\"))[-1] if is_path(identifier) else identifier
 
 

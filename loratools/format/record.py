@@ -11,10 +11,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from loratools.adapter.identity import one_name
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, AdapterInput, BaseIdentity
 from loratools.errors import OutputRefused
-from loratools.format.manifest import LAYERS, usual
+from loratools.format.manifest import LAYERS, public, usual
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.companions import RECORD
 from loratools.storage.strict_json import MAX_INDEX, read_json
@@ -37,7 +38,7 @@ def of_merge(base: Checkpoint, inputs: Sequence[AdapterInput], turned: Sequence[
 
     `turned` has for each adapter the modules whose weights the base stores (in, out); () where that is not known.
     """
-    ids = {each.adapter.base.id for each in inputs if each.adapter.base and each.adapter.base.id}
+    name = one_name([each.adapter.base.id for each in inputs if each.adapter.base and each.adapter.base.id])
     adapters = []
     for i, each in enumerate(inputs):
         updates = each.adapter.updates.values()
@@ -45,7 +46,7 @@ def of_merge(base: Checkpoint, inputs: Sequence[AdapterInput], turned: Sequence[
         entry["kinds"] = ", ".join(sorted({update.kind for update in updates}))
         entry["ranks"] = ", ".join(map(str, sorted({update.rank for update in updates})))
         adapters.append(entry | _applied(each.adapter) | ({TURNED: list(turned[i])} if turned else {}))
-    identity = {"id": ids.pop() if len(ids) == 1 else None, "schema": base.schema()}
+    identity = {"id": name and public(name), "schema": base.schema()}
     return {"schema": 1, "operation": "merge", "tool": TOOL, "base": identity, "adapters": adapters}
 
 

@@ -11,7 +11,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from loratools.adapter.identity import compare, is_on_hub, same_name
+from loratools.adapter.identity import compare, one_name
 from loratools.adapter.model import BaseIdentity
 from loratools.decisions import decided
 from loratools.errors import LoraToolsError, WrongBase
@@ -120,18 +120,11 @@ def _common(bases: Sequence[BaseIdentity | None]) -> BaseIdentity | None:
         stated = {(name, value) for base in known for name, value in base.tensors.items()}
         tensors = dict(sorted(stated)) if len(dict(stated)) == len(stated) else {}
     identity = BaseIdentity(
-        _one_name([base.id for base in known if base.id]), single(base.revision for base in known),
+        one_name([base.id for base in known if base.id]), single(base.revision for base in known),
         single(base.schema for base in known), tensors, single(base.root for base in known),
         single(base.model_type for base in known),
     )  # fmt: skip
     return identity if identity != BaseIdentity() else None
-
-
-def _one_name(names: Sequence[str]) -> str | None:
-    """Return the name that others know best, where all may be the same model's: one on the Hub, else the shortest."""
-    if any(same_name(first, second) is False for first, second in combinations(names, 2)):
-        return None
-    return min(names, key=lambda name: (not is_on_hub(name), len(name)), default=None)
 
 
 def of_headers(base: Checkpoint, identity: BaseIdentity) -> BaseIdentity:

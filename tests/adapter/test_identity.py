@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from loratools.adapter.identity import Comparison, compare, is_on_hub, same_name
+from loratools.adapter.identity import Comparison, compare, is_on_hub, one_name, same_name
 from loratools.adapter.model import BaseIdentity
 from loratools.errors import BadFile
 
@@ -117,3 +117,12 @@ def test_a_name_on_the_hub_is_one_in_every_spelling(spelled: str) -> None:
 def test_of_folders_the_last_part_is_compared(first: str, second: str, expected: bool | None) -> None:
     assert same_name(first, second) is same_name(second, first) is expected
     assert compare(BaseIdentity(first), BaseIdentity(second)).by_name is expected
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [(["/models/base", "hf://org/base", "base"], "hf://org/base"), (["/models/base", "base"], "base"),
+     (["org/base", "org/other"], None), (["org/base", "/models/other"], None), ([], None), (["gpt2", "gpt2"], "gpt2")],
+)  # fmt: skip
+def test_one_name_of_several(names: list[str], expected: str | None) -> None:
+    assert one_name(names) == one_name(names[::-1]) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from loratools.dialects import open_adapter
 from loratools.errors import WrongBase
 from loratools.surgery.combine import combine
 from loratools.surgery.convert import convert
+from loratools.surgery.merge import merge
 from tests.surgery.models import Lora, lora, random, save_adapter, save_base
 
 SHAPES = {"model.layers.0.self_attn.q_proj": (8, 6), "model.layers.0.mlp.up_proj": (10, 6)}
@@ -102,3 +104,10 @@ def test_what_lies_in_the_folder_counts_and_not_its_name(work: Path) -> None:
     with pytest.raises(WrongBase) as caught:
         combine([work / "sealed", unsealed], work / "sum")
     assert "mine/base is not the sealed base; model.layers.0.mlp.up_proj.weight: its bytes" in caught.value.problems[0]
+
+
+def test_the_record_of_a_merge_names_the_one_base_and_no_path(work: Path) -> None:
+    adapters = [adapter(work / "a", f"{work}/mine/base"), adapter(work / "b", "org/base", seed=8)]
+    for chosen, name in ((adapters, "org/base"), (adapters[:1], "base")):
+        merge(work / "mine" / "base", chosen, out := work / name.replace("/", "-"))
+        assert json.loads((out / "loratools.json").read_text())["base"]["id"] == name
