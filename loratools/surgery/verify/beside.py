@@ -20,7 +20,7 @@ from loratools.engine.plan import MergePlan
 from loratools.errors import BadFile
 from loratools.storage import dtypes
 from loratools.storage.beside import along, templates
-from loratools.storage.beside.links import walk
+from loratools.storage.beside.links import refuse_outside, walk
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.companions import RECORD, RESIDUAL, tokenizer_files
 from loratools.storage.strict_json import read_json
@@ -54,7 +54,8 @@ class Difference:
     decides: bool
 
     def __str__(self) -> str:
-        return f"{self.file}: {f'{self.field} ' if self.field else ''}{self.what}"
+        text = f"{self.file}: {f'{self.field} ' if self.field else ''}{self.what}"
+        return text.replace("\n", "\\n")  # names and values of strangers: no line of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +99,19 @@ def _has_folder(model: Checkpoint) -> bool:
 
 
 def _files(model: Checkpoint) -> dict[str, Path]:
-    """Return what lies beside the weights, by relative path: not what may be weights, nor a record of ours."""
+    """Return what lies beside the weights, by relative path: not what may be weights, nor a record of ours.
+
+    Raises `BadFile` for links that lead out of the model's folder.
+    """
     read = {shard.path for shard in model.shards} | set(model.indexes)
     files = {str(path.relative_to(model.root)): path for path in walk(model.root) if path not in read}
-    return {
+    kept = {
         name: path
         for name, path in files.items()
         if name not in (RECORD, RESIDUAL) and (along.may_come(name) or name in _ADAPTER or _is_code(name))
     }
+    refuse_outside(kept.values(), model.root)
+    return kept
 
 
 def _is_code(name: str) -> bool:
@@ -155,13 +161,13 @@ def _of_file(
     if name == "config.json" and of_base is not None:
         yield from _config(model, plan)
         return
-    content, wanted = path.read_bytes(), [*of_adapters, *([of_base] if of_base else [])]
+    wanted = [*of_adapters, *([of_base] if of_base else [])]
     if not wanted:
         what = "is code that the base has not" if _is_code(name) else "is in neither the base nor an adapter"
         yield Difference(name, None, what, _is_code(name))
-    elif content == wanted[0].read_bytes():
+    elif _same(path, wanted[0]):
         return
-    elif any(content == other.read_bytes() for other in wanted):
+    elif any(_same(path, other) for other in wanted):
         yield Difference(name, None, "is the base's; the adapter brings its own", False)
     else:
         pairs = [(_json(path), _json(other)) for other in wanted] if name.endswith(".json") else []
@@ -171,6 +177,17 @@ def _of_file(
             yield Difference(name, None, f"is {whose}", True)
         else:
             yield from min((list(each) for each in fields), key=len)
+
+
+def _same(first: Path, second: Path) -> bool:
+    """Tell whether two files have the same bytes, however long they are."""
+    if first.stat().st_size != second.stat().st_size:
+        return False
+    with first.open("rb") as one, second.open("rb") as other:
+        while block := one.read(1 << 20):
+            if block != other.read(1 << 20):
+                return False
+    return True
 
 
 def _json(path: Path) -> dict[str, Any] | None:

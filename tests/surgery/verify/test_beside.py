@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from loratools.cli._run import run
+from loratools.errors import BadFile
 from loratools.surgery.merge import merge
 from loratools.surgery.unmerge import unmerge
 from loratools.surgery.verify import Verification, verify
@@ -36,7 +38,7 @@ Edit = Callable[[Path], object]
 
 
 def write(folder: Path, files: dict[str, str]) -> Path:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (folder / name).write_text(text)
     return folder
@@ -265,6 +267,52 @@ def test_a_head_that_config_says_is_there_and_is_not(tmp_path: Path) -> None:
     found = account(tmp_path)
     assert not found.ok
     assert ("config.json: tie_word_embeddings is new and false, and no head is among the tensors", True) in told(found)
+
+
+def test_links_that_lead_elsewhere_are_refused_by_name(merged: Path) -> None:
+    secret = merged / "secret.json"
+    secret.write_text('{"token": "s3cret"}')
+    (merged / "model" / "preprocessor_config.json").unlink()
+    (merged / "model" / "preprocessor_config.json").symlink_to(secret)
+    with pytest.raises(BadFile, match="lead out of it") as caught:
+        account(merged)
+    assert "preprocessor_config.json" in str(caught.value.problems)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_names_and_values_of_strangers_make_no_line_of_their_own(
+    merged: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (merged / "model" / "x\nverified       yes\n.py").write_text("")
+    fields("config.json", **{"a\nverified       yes": 1})(merged / "model")
+    run(["verify", str(merged / "model"), "--base", str(merged / "base"), "--adapter", str(merged / "adapter")])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("verified")] == ["verified       NO"]
+
+
+@pytest.mark.parametrize(
+    ("file", "edit", "decides"),
+    [
+        ("unet/config.json", fields("unet/config.json", sample_size=8), True),
+        ("scheduler/scheduler_config.json", fields("scheduler/scheduler_config.json", beta_end=0.5), True),
+        ("tokenizer/merges.txt", text("tokenizer/merges.txt", "other"), True),
+        ("model_index.json", fields("model_index.json", _diffusers_version="0.1"), False),
+    ],
+)
+def test_components_of_a_pipeline(file: str, edit: Edit, decides: bool, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    for folder, name in (("unet", "config.json"), ("scheduler", "scheduler_config.json")):
+        write(base / folder, {name: json.dumps({"sample_size": 4, "beta_end": 0.1, "_class_name": "X"})})
+    write(base / "tokenizer", {"merges.txt": "#"})
+    write(base, {"model_index.json": json.dumps({"unet": ["diffusers", "X"], "_diffusers_version": "0.42"})})
+    weights = {"mid_block.attentions.0.to_q.weight": random(24, 24, seed=3)}
+    save_file(weights, base / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    save_adapter(tmp_path / "adapter", lora({"unet.mid_block.attentions.0.to_q": (24, 24)}))
+    merge(base, tmp_path / "adapter", tmp_path / "model")
+    assert (account(tmp_path).ok, told(account(tmp_path))) == (True, [])
+    edit(tmp_path / "model")
+    found = account(tmp_path)
+    assert (found.ok, [(one.file, one.decides) for one in found.beside.differences]) == (not decides, [(file, decides)])
 
 
 def test_models_of_one_file_have_nothing_beside(merged: Path) -> None:
