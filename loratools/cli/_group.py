@@ -9,9 +9,11 @@ from typing import Any
 
 import click
 
+from loratools.cli._hints import placed
 from loratools.cli._show import SCHEMA, Report, encode, printable
 from loratools.cli._talk import Talk
 from loratools.decisions import warnings_to
+from loratools.errors import LoraToolsError
 from loratools.storage import sources
 
 SECTIONS = ("Look", "Check", "Change", "Share", "Learn")
@@ -35,7 +37,11 @@ class Command(click.Command):
         talk = ctx.find_root().ensure_object(Talk)
         with sources.session(talk.fetching) as session, talk.decisions(), warnings_to(talk.warn):
             talk.names = session.names
-            report = super().invoke(ctx)
+            try:
+                report = super().invoke(ctx)
+            except LoraToolsError as error:
+                error.hint = error.hint and self._placed(error.hint, ctx)
+                raise
         if isinstance(report, Report):
             # What a report holds is shown, whether or not its command has said it already.
             talk.warn(*report.document.get("warnings", ()))
@@ -43,6 +49,15 @@ class Command(click.Command):
             emit(report, talk)
             if not report.ok:
                 ctx.exit(1)
+
+    def _placed(self, hint: str, ctx: click.Context) -> str:
+        """Return a hint that says whose an option is that this command has not."""
+        root = ctx.find_root().command
+        if "--" not in hint or not isinstance(root, Commands):
+            return hint
+        commands = ((name, root.get_command(ctx, name)) for name in root.list_commands(ctx))
+        options = {name: [option for each in one.params for option in each.opts] for name, one in commands if one}
+        return placed(hint, self.name or "", options)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the command's own options first, those of every command after them."""

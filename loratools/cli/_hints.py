@@ -1,0 +1,30 @@
+"""Hints that name an option: one that the running command lacks is said to be another command's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+_OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+_COMMAND = r"(?:loratools |`){}\b"
+
+
+def placed(hint: str, command: str, options: Mapping[str, Iterable[str]]) -> str:
+    """Return a hint with the commands that have its options, where the one that runs has not and none is named.
+
+    `options` are those of every command, by its name.
+
+    >>> placed("Use --tied untie.", "verify", {"verify": ["--base"], "merge": ["--tied"], "switch": ["--tied"]})
+    'Use --tied untie. (--tied is an option of merge and switch)'
+    >>> placed("`merge --tied untie` does.", "verify", {"verify": [], "merge": ["--tied"]})
+    '`merge --tied untie` does.'
+    """
+    places = {name: set(of_command) for name, of_command in options.items()}
+    told = [name for name in places if re.search(_COMMAND.format(name), hint)]
+    added = []
+    for option in dict.fromkeys(_OPTION.findall(hint)):
+        having = [name for name in sorted(places) if option in places[name]]
+        if option in places.get(command, ()) or not having or any(name in told for name in having):
+            continue
+        added.append(f"{option} is an option of {' and '.join(filter(None, (', '.join(having[:-1]), having[-1])))}")
+    return f"{hint} ({'; '.join(added)})" if added else hint
