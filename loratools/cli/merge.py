@@ -174,5 +174,6 @@ def _report(report: MergeReport) -> Iterator[str]:
         ("wrote", show.size(report.bytes_written)),
         ("base", base),
         ("retention", kept),
+        ("resumed", f"{len(report.reused)} file(s) were complete, by their digests" if report.reused else None),
         ("residual", f"{show.size(left.nbytes)}, {left.share:.2%} of the bytes that were touched" if left else None),
     )

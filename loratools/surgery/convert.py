@@ -119,7 +119,9 @@ def convert(
     if base_id is not None:
         converted = replace(converted, base=replace(converted.base or BaseIdentity(), id=base_id))
     if checkpoint is not None:
-        ((settled,), _) = settle(checkpoint, [AdapterInput(converted)])
+        ((settled,), notes) = settle(checkpoint, [AdapterInput(converted)])
+        for note in notes:
+            warned("%s", note)
         converted = _with_config(settled.adapter, checkpoint)
         converted = as_peft_has_it(converted, Names(checkpoint.specs), checkpoint.shapes, checkpoint.config)
         in_base = named_for(converted, checkpoint)

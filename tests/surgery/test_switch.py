@@ -22,6 +22,7 @@ from loratools.surgery.convert import convert
 from loratools.surgery.merge import merge
 from loratools.surgery.switch import switch
 from loratools.surgery.unmerge import unmerge
+from loratools.surgery.verify import verify
 from tests.surgery.models import DTYPES, load, lora, random, same_bytes, save_adapter, save_base
 
 SHAPES = {"a.up": (96, 128), "a.down": (128, 96), "b.up": (96, 128)}
@@ -364,3 +365,17 @@ def test_an_untouched_tensor_that_was_changed_is_found_out(tmp_path: Path) -> No
     with pytest.raises(WrongBase, match="not the base model that was merged"):
         switch(tmp_path / "merged", old, new, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_own_tensor_in_the_place_of_the_base_s_is_said_by_every_verb(tmp_path: Path) -> None:
+    """A copy with other rows takes the base's place: merge, convert and verify say so."""
+    weights = {"model.embed_tokens.weight": random(9, 16), "model.q.weight": random(16, 16)}
+    base = save_base(tmp_path / "base", weights | {"lm_head.weight": random(9, 16)}, **UNTIED)
+    new = save_adapter(tmp_path / "new", lora({"model.q": (16, 16)}))
+    names = ("lm_head", "model.embed_tokens")
+    add_tensors(new, {f"{name}.base_layer.weight": random(12, 16, seed=8) for name in names})
+    said = "adapter 1: its own lm_head.weight takes the place of the base's, as in PEFT"
+    assert said in merge(base, new, tmp_path / "merged").notes
+    for call, inputs in ((convert, (new, tmp_path / "sealed")), (verify, (tmp_path / "merged", base, new))):
+        _, warnings = heard(call, *inputs, **({"base": base} if call is convert else {}))
+        assert said in warnings

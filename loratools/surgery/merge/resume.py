@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from loratools.decisions import warned
 from loratools.engine.plan import MergePlan
 from loratools.engine.run import Settings
 from loratools.engine.task import TensorResult
@@ -38,10 +39,20 @@ def fingerprint(plan: MergePlan, settings: Settings) -> str:
     return hasher.hexdigest()
 
 
+def tell_others(output: Path, key: str) -> None:
+    """Warn of what merges with other inputs or options left beside an output: this one cannot go on from it."""
+    mine = f".{output.name}.resume-"
+    names = [path.name for path in output.absolute().parent.iterdir() if path.name.startswith(mine)]
+    if others := sorted(name for name in names if not key.startswith(name.removeprefix(mine))):
+        text = "%s: an interrupted merge with other inputs or options left it, so it is not gone on from but removed"
+        warned(text, ", ".join(others))
+
+
 class Journal:
     """The list of complete files in the folder of a merge that may be interrupted, written anew after each of them.
 
-    `done` has the digest of each file, and what was measured while it was written.
+    `done` has the digest of each file, and what was measured while it was written; `kept` are those of an earlier run,
+    and `damaged` those that are no longer what they were.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -50,14 +61,34 @@ class Journal:
         document: dict[str, Any] = {}
         with suppress(BadFile):  # as if there were none
             document = read_json(folder / _NAME, most=MAX_INDEX)
+        listed = document["files"] if document.get("key") == key else {}
         self.done: dict[str, Any] = {
             name: entry
-            for name, entry in (document["files"].items() if document.get("key") == key else ())
+            for name, entry in listed.items()
             if (folder / name).is_file() and _digest(folder / name) == entry["digest"]
         }
+        self.kept = tuple(self.done)
+        self.damaged = tuple(name for name in listed if name not in self.done)
         for path in folder.rglob("*"):
             if not path.is_dir() and str(path.relative_to(folder)) not in self.done:
                 path.unlink()
+
+    def tell(self, total: int) -> list[str]:
+        """Return what is kept of an earlier run, of `total` files, and how that is known; warn of damage."""
+        if self.damaged:
+            warned("resumed: %s changed since it was written, and is written anew", ", ".join(self.damaged))
+        if not self.kept:
+            return []
+        proof = f"each has the {digest.DEFAULT} digest that was taken down when it was written"
+        known = "the base is told by the sizes and times of its files, adapters by their digests"
+        return [f"resumed: {len(self.kept)} of {total} file(s) of tensors are kept: {proof}; {known}"]
+
+    def tell_left(self, total: int) -> None:
+        """Warn, as the merge is interrupted, of what stays for the next run."""
+        warned(
+            "%d of %d file(s) of tensors are complete and stay in %s: the same call with resume (--resume) goes on "
+            "from them, any other on this output removes them", len(self.done), total, self._folder,
+        )  # fmt: skip
 
     def add(self, path: Path, results: Sequence[TensorResult]) -> None:
         """Take down a complete file, and what was measured while it was written; both are on disk afterwards."""

@@ -12,7 +12,7 @@ from loratools.engine.plan import MergePlan
 from loratools.engine.residual.keep import Kept, keep
 from loratools.engine.run import Settings, write_weights
 from loratools.engine.task import Restore, TensorResult
-from loratools.errors import IncompatibleAdapter
+from loratools.errors import IncompatibleAdapter, LoraToolsError
 from loratools.format.record import TOOL
 from loratools.parallel import Progress, no_progress
 from loratools.storage import atomic, digest
@@ -21,7 +21,7 @@ from loratools.surgery.hash import hash_tensors
 from loratools.surgery.merge.folder import write_companions
 from loratools.surgery.merge.measured import Measured
 from loratools.surgery.merge.prepare import Account, Merge
-from loratools.surgery.merge.resume import Journal, fingerprint
+from loratools.surgery.merge.resume import Journal, fingerprint, tell_others
 
 
 class Sink(Protocol):
@@ -81,10 +81,13 @@ def execute(
     if not sink and not options.resume:
         atomic.check_space(prepared.output, size)
     key = fingerprint(plan, settings_of(prepared)) if options.resume else None
+    if key:
+        tell_others(prepared.output, key)
     with atomic.new_folder(prepared.output, force=options.force, key=key, durable=options.durable) as scratch:
         sent = sink(scratch) if sink else None
         journal = Journal(scratch, key) if key else None
-        reused = tuple(journal.done) if journal else ()
+        reused = journal.kept if journal else ()
+        resumed = journal.tell(len(plan.files)) if journal else []
 
         def finished(path: Path, measured: list[TensorResult]) -> None:
             if journal:
@@ -95,7 +98,12 @@ def execute(
         remaining = replace(plan, files=tuple(file for file in plan.files if file.name not in reused))
         progress(sum(file.size for file in plan.files if file.name in reused))
         write = replace(prepared, plan=remaining)
-        measured = write_tensors(write, scratch, progress, finished=finished if sent or journal else None)
+        try:
+            measured = write_tensors(write, scratch, progress, finished=finished if sent or journal else None)
+        except BaseException as error:
+            if journal and not isinstance(error, LoraToolsError):  # which would come again
+                journal.tell_left(len(plan.files))
+            raise
         measured = Measured(plan, tuple(journal.close())) if journal else measured
         measured.tell(options, scratch)
         digests = measured.digests
@@ -112,8 +120,8 @@ def execute(
             sent.finish(f"Merge {len(plan.inputs)} adapter(s) with {TOOL}")
     return MergeReport(
         output=str(prepared.output), changed=len(plan.touched()), tensors=len(plan.changes), bytes_written=size,
-        verified=measured.verified, adapters=prepared.record["adapters"], consumed=prepared.accounts, notes=plan.notes,
-        warnings=measured.warnings, retention=measured.retention, by_tensor=measured.by_tensor,
+        verified=measured.verified, adapters=prepared.record["adapters"], consumed=prepared.accounts,
+        notes=(*plan.notes, *resumed), warnings=measured.warnings, retention=measured.retention, by_tensor=measured.by_tensor,
         residual=kept, reused=reused, left_behind=prepared.beside.left,
     )  # fmt: skip
 

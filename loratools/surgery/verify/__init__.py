@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from loratools.adapter.placement.layers import replicated
 from loratools.adapter.placement.settle import settle
-from loratools.decisions import decided
+from loratools.decisions import decided, warned
 from loratools.options import Options, Tied
 from loratools.parallel import Progress, cores, no_progress, workers
 from loratools.storage.codecs import schemes
@@ -130,7 +130,9 @@ def verify(
     inputs = open_adapters(adapters, base, weights)
     base = replicated(base, [each.adapter for each in inputs])
     tied: Tied = "untie" if model.specs.keys() - base.specs.keys() else "both"
-    inputs, _ = settle(base, under_names_of(base, inputs), strict=False)
+    inputs, notes = settle(base, under_names_of(base, inputs), strict=False)
+    for note in notes:
+        warned("%s", note)
     plan = plan_merge(base, inputs, MergeOptions(tied=tied, check_base="off"))
     shared = {name: change for name, change in plan.changes.items() if name in model.specs}
     untouched = [name for name, change in shared.items() if not change.placements]

@@ -13,6 +13,7 @@ from threading import Lock
 import pytest
 import torch
 
+from loratools.decisions import warnings_to
 from loratools.errors import OutputRefused, WrongBase
 from loratools.storage import atomic
 from loratools.surgery.merge import merge
@@ -136,3 +137,37 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
         assert (first / "file").read_text() == "mine"
     assert (target / "file").read_text() == "mine"
     shutil.rmtree(target)
+
+
+def test_what_is_kept_is_said(tmp_path: Path) -> None:
+    base, adapter = prepare(tmp_path)
+    warnings: list[str] = []
+    with warnings_to(warnings.append):
+        with pytest.raises(KeyboardInterrupt):
+            merge(base, [adapter], tmp_path / "out", resume=True, threads=1, progress=Interrupt(5 * SIZE))
+        (kept,) = leftovers(tmp_path)
+        assert warnings.pop().startswith(f"2 of 3 file(s) of tensors are complete and stay in {kept}: the same call")
+        shard = kept / "model-00001-of-00003.safetensors"
+        shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+        found = merge(base, [adapter], tmp_path / "out", resume=True)
+        assert warnings == [f"resumed: {shard.name} changed since it was written, and is written anew"]
+    assert found.reused == ("model-00002-of-00003.safetensors",)
+    (said,) = [note for note in found.notes if note.startswith("resumed")]
+    assert said.startswith(
+        "resumed: 1 of 3 file(s) of tensors are kept: each has the blake3 digest that was taken down"
+    )
+    merge(base, [adapter], tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_what_is_not_gone_on_from_is_said(tmp_path: Path) -> None:
+    base, adapter = prepare(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        merge(base, [adapter], tmp_path / "out", resume=True, threads=1, progress=Interrupt(5 * SIZE))
+    (kept,) = leftovers(tmp_path)
+    warnings: list[str] = []
+    with warnings_to(warnings.append):
+        found = merge(base, [adapter], tmp_path / "out", resume=True, weights=2)
+    assert warnings[0].startswith(f"{kept.name}: an interrupted merge with other inputs or options left it")
+    assert found.reused == ()
+    assert leftovers(tmp_path) == []
