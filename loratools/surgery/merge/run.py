@@ -121,8 +121,8 @@ def execute(
     return MergeReport(
         output=str(prepared.output), changed=len(plan.touched()), tensors=len(plan.changes), bytes_written=size,
         verified=measured.verified, adapters=prepared.record["adapters"], consumed=prepared.accounts,
-        notes=(*plan.notes, *resumed), warnings=measured.warnings, retention=measured.retention, by_tensor=measured.by_tensor,
-        residual=kept, reused=reused, left_behind=prepared.beside.left,
+        notes=(*plan.notes, *resumed), warnings=measured.warnings, retention=measured.retention,
+        by_tensor=measured.by_tensor, residual=kept, reused=reused, left_behind=prepared.beside.left,
     )  # fmt: skip
 
 
