@@ -298,3 +298,22 @@ def test_columns_of_b_expert_after_expert_are_told_by_the_config(field: str, tmp
     path.write_text(json.dumps(config | {field: "interleaved"}))
     with pytest.raises(UnsupportedAdapter, match="grouped_by_expert"):
         merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "none")
+
+
+@pytest.mark.parametrize("square", [False, True])
+def test_a_stack_of_one_expert_is_added_as_it_is(square: bool, tmp_path: Path) -> None:
+    """PEFT adds B·A to a parameter (1, out, in) without looking at its class, which only square ones survive."""
+    sides = SIDES | {"hidden_size": 32, "num_hidden_layers": 1}
+    config = transformers.Qwen3MoeConfig(
+        **sides, intermediate_size=48, moe_intermediate_size=32 if square else 24, num_experts=1, num_experts_per_tok=1,
+        head_dim=8,
+    )  # fmt: skip
+    wanted = prepare(lambda: transformers.Qwen3MoeForCausalLM(config), tmp_path, PARAMETERS[1:])
+    merge(tmp_path / "stacked", tmp_path / "adapter", tmp_path / "merged")
+    found = load(tmp_path / "merged")
+    assert all(close(found[tensor], wanted[tensor]) for tensor in wanted)
+    fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    for version in ("0.18.1", "0.19.0") if square else ():  # their formula for one expert is the same
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**fields, "peft_version": version}))
+        merge(tmp_path / "stacked", tmp_path / "adapter", tmp_path / version)
+        assert all(torch.equal(W, found[tensor]) for tensor, W in load(tmp_path / version).items())

@@ -86,8 +86,8 @@ class Conv1D:
             return fits_turned and (swapped or self.of_all is True)
         if self.of_all is True and not swapped and self._has_bias(layer):
             raise ValueError(
-                "square, the base stores other layers with a bias [in, out], and the adapter's config does not say "
-                "fan_in_fan_out, which tells whether this is one of them"
+                "square, and the base stores other layers with a bias [in, out], while the adapter does not say "
+                "fan_in_fan_out"
             )
         # Every Conv1D has a bias.
         return swapped and (self.of_all is True or (self.of_all is None and self._has_bias(layer)))

@@ -164,7 +164,7 @@ class _Resolver:
         try:
             return self.conv1d.stored_in_out(tensor, wanted, region, self.swapped)
         except ValueError as error:
-            raise NoPlace(f"{error}; {stacks.MODEL_TYPE}") from None
+            raise NoPlace(f"{error}; {stacks.MODEL_TYPE}; or fan_in_fan_out in the adapter's config does") from None
 
     def _into_fused(self, module: str, update: Update) -> list[Site]:
         """Place a split projection (q_proj) in a base that stores it fused (qkv_proj)."""

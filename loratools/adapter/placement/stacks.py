@@ -28,7 +28,7 @@ PARAMETERS: Mapping[str, tuple[tuple[str, ...], ...]] = {
 }
 """Stacked parameter -> the projections in it, in order, by their names in checkpoints that store each expert."""
 
-MODEL_TYPE = "--model-type says which model this is"
+MODEL_TYPE = "model_type in its config.json says which model this is, or --model-type of merge"
 PEFT_VERSION = "peft_version in its adapter_config.json says which PEFT trained it"
 
 _Choice = tuple[tuple[Update, ...], bool]

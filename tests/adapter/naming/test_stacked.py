@@ -9,6 +9,7 @@ from tests.make.stacked_models import tables
 
 
 @pytest.mark.interop
+@pytest.mark.slow
 def test_the_tables_hold_what_transformers_has() -> None:
     pytest.importorskip("transformers", minversion="5.0")
     listed = tables()

@@ -59,7 +59,8 @@ def test_square_without_any_sign_is_refused() -> None:
     said = refusal(adapter({"h.0.attn.c_proj": (H, H)}), {"h.0.attn.c_proj.weight": (H, H)})
     assert said.problems == (
         "h.0.attn.c_proj: square, and no config.json tells whether the base stores it [in, out]; "
-        "--model-type says which model this is",
+        "model_type in its config.json says which model this is, or --model-type of merge; "
+        "or fan_in_fan_out in the adapter's config does",
     )
 
 
