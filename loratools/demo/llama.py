@@ -9,16 +9,21 @@ Token ids are the bytes of the text. All arithmetic is in float32, whatever the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from loratools.storage.checkpoint import Checkpoint
 
 Weights = Mapping[str, Tensor]  # tensor name -> W (out, in), as in the checkpoint
 Factors = Mapping[str, tuple[Tensor, Tensor, float]]  # module path -> (A (r, in), B (out, r), scaling s)
+
+Linear = Callable[[str, Tensor], Tensor]  # module path, x -> y
 
 CONTEXT = 256  # bytes the demo's model was trained to look back
 
@@ -62,12 +67,71 @@ def forward(weights: Weights, shape: LlamaShape, ids: Tensor, adapter: Factors |
             y = y + scaling * ((x @ A.float().T) @ B.float().T)
         return y
 
-    def norm(module: str, x: Tensor) -> Tensor:
-        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + shape.norm_eps)
-        return weights[f"{module}.weight"].float() * (x * scale)
-
-    cos, sin = _rotations(shape, ids.shape[1])
     x = F.embedding(ids, weights["model.embed_tokens.weight"].float())
+    # With tied embeddings the checkpoint has no lm_head: the embedding serves twice.
+    head = "lm_head" if "lm_head.weight" in weights else "model.embed_tokens"
+    return linear(head, _blocks(shape, x, linear, lambda module: weights[f"{module}.weight"].float()))
+
+
+class Llama(nn.Module):
+    """The same model as a module, to train adapters on: its parameters have the checkpoint's names, in float32.
+
+    Example:
+        >>> from loratools.demo import data_folder
+        >>> Llama.open(data_folder() / "base")(torch.tensor([[65, 66]])).shape
+        torch.Size([1, 2, 256])
+    """
+
+    def __init__(self, weights: Weights, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.shape, self.config = LlamaShape.from_config(config), dict(config)
+        for name, tensor in weights.items():
+            *path, last = name.removesuffix(".weight").split(".")
+            parent: nn.Module = self
+            for part in path:
+                if part not in parent._modules:
+                    parent.add_module(part, nn.Module())
+                parent = parent.get_submodule(part)
+            parent.add_module(last, _module(last, tensor.float()))
+
+    @classmethod
+    def open(cls, folder: Path) -> Llama:
+        """Load a checkpoint from a folder."""
+        checkpoint = Checkpoint.open(folder)
+        return cls({name: checkpoint.read(name) for name in checkpoint.specs}, checkpoint.config)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Compute the logits (batch, time, vocabulary) of token ids (batch, time)."""
+
+        def linear(module: str, x: Tensor) -> Tensor:
+            y: Tensor = self.get_submodule(module)(x)
+            return y
+
+        embed = self.get_submodule("model.embed_tokens")
+        x = _blocks(self.shape, embed(ids), linear, lambda module: self.get_parameter(f"{module}.weight"))
+        return linear("lm_head", x) if "lm_head" in self._modules else F.linear(x, embed.weight)  # type: ignore[arg-type]
+
+
+def _module(name: str, weight: Tensor) -> nn.Module:
+    made: nn.Module
+    if weight.dim() == 1:
+        made = nn.Module()
+        made.weight = nn.Parameter(weight)
+    elif name == "embed_tokens":
+        made = nn.Embedding(*weight.shape, _weight=weight)
+    else:
+        made = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        made.weight = nn.Parameter(weight)
+    return made
+
+
+def _blocks(shape: LlamaShape, x: Tensor, linear: Linear, gain: Callable[[str], Tensor]) -> Tensor:
+    """Return what the head reads, from embedded tokens (batch, time, width)."""
+
+    def norm(module: str, x: Tensor) -> Tensor:
+        return gain(module) * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + shape.norm_eps))
+
+    cos, sin = _rotations(shape, x.shape[1])
     for layer in range(shape.layers):
         block = f"model.layers.{layer}"
         h = norm(f"{block}.input_layernorm", x)
@@ -80,9 +144,7 @@ def forward(weights: Weights, shape: LlamaShape, ids: Tensor, adapter: Factors |
         h = norm(f"{block}.post_attention_layernorm", x)
         gated = F.silu(linear(f"{block}.mlp.gate_proj", h)) * linear(f"{block}.mlp.up_proj", h)
         x = x + linear(f"{block}.mlp.down_proj", gated)
-    # With tied embeddings the checkpoint has no lm_head: the embedding serves twice.
-    head = "lm_head" if "lm_head.weight" in weights else "model.embed_tokens"
-    return linear(head, norm("model.norm", x))
+    return norm("model.norm", x)
 
 
 def held_out_loss(weights: Weights, shape: LlamaShape, text: bytes, adapter: Factors | None = None) -> float:

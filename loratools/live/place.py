@@ -192,7 +192,8 @@ class _Builder:
         old = owner._parameters[parameter]
         assert old is not None
         tensor = tensor.to(old.device)
-        held = nn.Parameter(tensor.float()) if self.trainable else tensor.to(old.dtype)
+        wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        held = nn.Parameter(tensor.to(wide, copy=True)) if self.trainable else tensor.to(old.dtype)
         self.places.setdefault(path, Place(owner)).whole[parameter] = Replacement(name, held)
 
     def check(self) -> None:
