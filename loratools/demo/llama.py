@@ -118,7 +118,7 @@ def _module(name: str, weight: Tensor) -> nn.Module:
         made = nn.Module()
         made.weight = nn.Parameter(weight)
     elif name == "embed_tokens":
-        made = nn.Embedding(*weight.shape, _weight=weight)
+        made = nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight)
     else:
         made = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         made.weight = nn.Parameter(weight)
