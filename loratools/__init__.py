@@ -19,6 +19,7 @@ Look
     spectrum         the singular values of every ΔW = s·B·A, and the rank that they need
     compare          how alike two adapters are: angles between their changes, and their subspaces
     hash             which model exactly is this? The base hash, in three tiers
+    estimate         what a LoRA would cost: parameters, bytes, optimizer state; the rank for a budget
 Check
     verify           how far is a model from base + adapters? A proof that shares no arithmetic with merge
     validate         an adapter against the specification, clause by clause
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from loratools.surgery.combine import combine
     from loratools.surgery.compare import compare
     from loratools.surgery.convert import convert
+    from loratools.surgery.estimate import estimate
     from loratools.surgery.extract import extract
     from loratools.surgery.extract import extract as extract_svd
     from loratools.surgery.extract.certify import certify
@@ -94,6 +96,7 @@ else:
         "combine": "loratools.surgery.combine:combine",
         "compare": "loratools.surgery.compare:compare",
         "convert": "loratools.surgery.convert:convert",
+        "estimate": "loratools.surgery.estimate:estimate",
         "extract": "loratools.surgery.extract:extract",
         "extract_svd": "loratools.surgery.extract:extract",
         "hash": "loratools.surgery.hash:hash_checkpoint",
@@ -128,8 +131,8 @@ else:
 
 __all__ = [
     "Adapter", "BaseIdentity", "Checkpoint", "LoraToolsError", "MergeOptions", "__version__", "certify", "combine",
-    "compare", "convert", "extract", "extract_svd", "hash", "hash_checkpoint", "inspect", "list_dialects", "merge",
-    "open_adapter", "pull", "push", "resize", "run_demo", "save_adapter", "spectrum", "switch", "unmerge",
+    "compare", "convert", "estimate", "extract", "extract_svd", "hash", "hash_checkpoint", "inspect", "list_dialects",
+    "merge", "open_adapter", "pull", "push", "resize", "run_demo", "save_adapter", "spectrum", "switch", "unmerge",
     "validate", "verify",
 ]  # fmt: skip
 

@@ -42,7 +42,7 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
     "loratools.surgery": (
         "hash inputs inspect",
         "base convert extract",
-        "change combine merge validate",
+        "change combine estimate merge validate",
         "paper resize spectrum verify",
         "compare unmerge",
         "switch",

@@ -23,8 +23,8 @@ ELSEWHERE = {
     "adapter/placement/test_image": "adapter/naming/image: rename",
     "adapter/placement/test_resolve": "adapter/placement: layers settle whole",
     "adapter/placement/test_tied": "adapter/placement: apart shared spread",
-    "cli/test_examples": "cli: combine compare completion convert demo dialects hash inspect merge pull push resize "
-    "switch unmerge validate verify _options _ranks",
+    "cli/test_examples": "cli: combine compare completion convert demo dialects estimate hash inspect merge pull push "
+    "resize switch unmerge validate verify _options _ranks",
     "cli/test_run": ".: __main__ decisions errors; cli: _group _talk",
     "cli/test_show": "cli: _certificate",
     "dialects/kohya/test_kohya": "storage: save",
