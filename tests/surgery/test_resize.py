@@ -14,6 +14,7 @@ from loratools.errors import LoraToolsError
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.linalg.ranks.rules import Energy, Fixed, Ratio, SvCumulative, SvFro, SvRatio
 from loratools.storage.lazy import LazyTensor
+from loratools.surgery.combine import combine
 from loratools.surgery.resize import resize
 from tests.make import tiny
 from tests.surgery.combine.test_combine import adapter, best, dense, distance, update
@@ -107,3 +108,26 @@ def test_command(shell: Callable, workplace: Path) -> None:
         assert refused.code == 2, line
         assert reason in refused.err
     assert not (workplace / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "refusal"),
+    [(1e-13, "its factors are too small for F16 and would become zero"), (1e15, "its factors have numbers beyond F16")],
+)
+def test_factors_that_f16_cannot_hold_are_refused_by_name(size: float, refusal: str, tmp_path: Path) -> None:
+    """Of a rank that is cut and of a sum alike; BF16 has float32's range, and keeps them."""
+    factors = {"A": size * torch.randn(6, 24), "B": size * torch.randn(24, 6)}
+    far = Adapter(
+        {"far": update("lora", 1.0, **factors), "near": update("lora", 1.0, A=torch.ones(2, 8), B=torch.ones(8, 2))}
+    )
+    verbs: dict[str, Callable[..., object]] = {
+        "resize": lambda out, dtype: resize(far, out, Ranks(Fixed(3)), dtype=dtype),
+        "combine": lambda out, dtype: combine([far, far], out, weights=[0.5, 0.25], dtype=dtype),
+    }
+    for name, verb in verbs.items():
+        with pytest.raises(LoraToolsError) as caught:
+            verb(tmp_path / name, "F16")
+        assert [problem.startswith(f"far: {refusal}") for problem in caught.value.problems] == [True]
+        assert not (tmp_path / name).exists()
+        verb(tmp_path / name, "BF16")
+        assert all(bool(lazy.load().any()) for lazy in open_adapter(tmp_path / name).tensors().values())

@@ -224,11 +224,21 @@ def choose(changes: Sequence[Decomposed], ranks: Ranks | None) -> list[int]:
 
 
 def keep(change: Decomposed, rank: int, dtype: str) -> Kept:
-    """Return the leading `rank` of a change, rounded to `dtype` (a safetensors name)."""
+    """Return the leading `rank` of a change, rounded to `dtype` (a safetensors name).
+
+    Raises `ValueError` where the factors have numbers beyond the dtype, or are so small that they would become zero.
+    """
     left, right = change.left[..., :rank], change.right[..., :rank, :]
     stored = left.to(dtypes.to_torch(dtype)), right.to(dtypes.to_torch(dtype))
+    if not all(torch.isfinite(factor).all() for factor in stored):
+        raise ValueError(f"its factors have numbers beyond {dtype}; BF16 and F32 hold them (--dtype)")
+    rounding, energy = rounding2((left, right), stored), float(squared_norm(left, right).sum())
+    if energy > 0 and rounding > 0.999 * energy:
+        raise ValueError(
+            f"its factors are too small for {dtype} and would become zero; BF16 and F32 hold them (--dtype)"
+        )
     optimum2 = change.lost2 + math.fsum(sigma * sigma for sigma in change.sigma[rank:])
-    return Kept(*stored, optimum2 + rounding2((left, right), stored), optimum2)
+    return Kept(*stored, optimum2 + rounding, optimum2)
 
 
 def for_each_module(
