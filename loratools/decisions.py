@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from loratools.errors import printable
+
 _listeners: list[Callable[[str], None]] = []
 
 
@@ -33,7 +35,7 @@ def warned(what: str, *values: object) -> None:
         return
     import logging
 
-    logging.getLogger("loratools").warning(what, *values)
+    logging.getLogger("loratools").warning("%s", printable(what % values if values else what))
 
 
 @contextmanager

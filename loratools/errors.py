@@ -5,6 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 
+def printable(text: str) -> str:
+    """Return one line of text in which everything can be seen: what a terminal or a page would obey is escaped.
+
+    That is every character without a glyph: controls, ends of lines, marks of direction and width, private ones. Names
+    and metadata come from strangers; none may drive a terminal, begin a line of its own, or read otherwise than it is.
+
+    Example:
+        >>> printable("q_proj\\n\\x1b[2J")
+        'q_proj\\\\n\\\\x1b[2J'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in text)
+
+
 class LoraToolsError(Exception):
     """Report what was found, what was expected, and what to do, in plain words.
 
@@ -25,10 +40,13 @@ class LoraToolsError(Exception):
         self.args = (self.message,)
 
     def __str__(self) -> str:
-        lines = [self.message, *(f"  {problem}" for problem in self.problems)]
-        if self.hint:
-            lines.append(self.hint)
-        return "\n".join(lines)
+        lines = [self.message, *(f"  {problem}" for problem in self.problems), *filter(None, [self.hint])]
+        return "\n".join(map(printable, lines))
+
+    @property
+    def line(self) -> str:
+        """The message and all problems in one line, for the list of another error."""
+        return "; ".join([self.message, *self.problems])
 
 
 class BadFile(LoraToolsError):

@@ -23,7 +23,8 @@ from tests.conftest import REPOSITORY, clean_env
 
 FLOORS: Mapping[str, tuple[str, ...]] = {
     "loratools": (
-        "errors decisions version",
+        "errors",
+        "decisions version",
         "options parallel",
         "storage linalg",
         "adapter",

@@ -46,7 +46,7 @@ ELSEWHERE = {
 }
 """Test -> the modules that it proves besides its own: "folder: module module; folder: ..."."""
 
-OF_THE_WHOLE = {"benchmarks", "faults", "hub/server", "interop", "make", "spec"}
+OF_THE_WHOLE = {"benchmarks", "faults", "fuzz", "hub/server", "interop", "make", "spec"}
 """Folders of tests/ that have no folder in the package."""
 
 

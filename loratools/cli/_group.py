@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from loratools.cli._hints import placed
-from loratools.cli._show import SCHEMA, Report, encode, printable
+from loratools.cli._show import SCHEMA, Report, encode
+from loratools.cli._show import line as show_line
 from loratools.cli._talk import Talk
 from loratools.decisions import warnings_to
 from loratools.errors import LoraToolsError
@@ -143,4 +144,4 @@ def emit(report: Report, talk: Talk) -> None:
         click.echo(talk.named(encode({"schema": SCHEMA, **report.document, "warnings": talk.warnings})))
         return
     for line in [report.text] if isinstance(report.text, str) else report.text:
-        click.echo(printable(talk.named(line)))
+        click.echo(show_line(talk.named(line)))

@@ -13,7 +13,7 @@ import click
 from loratools.cli._group import Commands, common_options
 from loratools.cli._signals import code_of
 from loratools.cli._talk import Talk
-from loratools.errors import InvalidOption, LoraToolsError
+from loratools.errors import InvalidOption, LoraToolsError, printable
 from loratools.version import __version__
 
 HELP = """The toolkit for LoRA adapter files: read every layout, tell the truth about it, and operate on it exactly.
@@ -119,7 +119,8 @@ def _explain(error: Exception, talk: Talk) -> int:
     if os.environ.get("LORATOOLS_DEBUG", "0") not in ("", "0"):
         import traceback
 
-        traceback.print_exception(error)
+        for text in "".join(traceback.format_exception(error)).splitlines():
+            click.echo(printable(text), err=True)
     kind = type(error).__name__
     if isinstance(error, LoraToolsError):
         talk.error(kind, error.message, error.problems, error.hint)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from loratools.errors import printable
 
 SCHEMA = 1
 """Version of the JSON documents: it changes when a key is removed or changes its meaning."""
@@ -15,9 +16,10 @@ SCHEMA = 1
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Report:
-    """What a command found: `document` for --json, `text` for people (lines, which may be made as they are printed).
+    """What a command found: `document` for --json, `text` for people: lines, which may be made as they are printed.
 
-    `ok` is False where the answer is no (not valid, not equal): the exit code is 1.
+    Ends of lines inside a line are escaped. `ok` is False where the answer is no (not valid, not equal): the exit code
+    is 1.
     """
 
     document: Mapping[str, Any]
@@ -48,12 +50,14 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+LONGEST = 20_000
+"""Characters of a printed line; of a longer one the rest is counted."""
 
 
-def printable(text: str) -> str:
-    """Return text with control characters escaped: a tensor's name must not be able to drive the terminal."""
-    return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
+def line(text: str) -> str:
+    """Return a line as it is printed: everything in it can be seen, and it has an end."""
+    more = f"… and {len(text) - LONGEST} characters more" if len(text) > LONGEST else ""
+    return printable(text[:LONGEST]) + more
 
 
 def size(nbytes: int) -> str:
@@ -77,22 +81,22 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def fields(*rows: tuple[str, str | None]) -> Iterable[str]:
-    """Yield `name  value` lines, aligned; a value of several lines stays in its column, None leaves its row out."""
-    shown = [(name, value) for name, value in rows if value is not None]
+def fields(*rows: tuple[str, str | Sequence[str] | None]) -> Iterable[str]:
+    """Yield `name  value` lines, aligned; a list's lines stay in their column, None leaves its row out."""
+    shown = [(name, [value] if isinstance(value, str) else value) for name, value in rows if value is not None]
     width = max((len(name) for name, _ in shown), default=0)
-    for name, value in shown:
-        for index, line in enumerate(value.splitlines() or [""]):
-            yield f"{'' if index else name:<{width}}  {line}".rstrip()
+    for name, lines in shown:
+        for index, each in enumerate(lines):
+            yield f"{'' if index else name:<{width}}  {each}".rstrip()
 
 
 def table(heading: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> Iterable[str]:
     """Yield an aligned table; the columns numbered in `right` are aligned to the right."""
-    lines = [tuple(heading), *(tuple(row) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(heading))]
-    for line in lines:
+    lines = [tuple(heading), *(tuple(map(line, row)) for row in rows)]
+    widths = [max(len(row[column]) for row in lines) for column in range(len(heading))]
+    for row in lines:
         cells = (
             cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         yield "  ".join(cells).rstrip()

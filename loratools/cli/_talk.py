@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loratools.cli._show import encode, encode_text, printable
+from loratools.cli._show import encode, encode_text, line
 
 if TYPE_CHECKING:
     from loratools.parallel import Progress
 
 PATIENCE = 0.5
 """Seconds of work before a progress bar appears."""
+
+
+MOST_PROBLEMS = 1_000
+"""Problems of one error that are printed; with --json all of them are."""
 
 
 @dataclass(slots=True)
@@ -60,8 +64,10 @@ class Talk:
             click.echo(self.named(encode({"error": document, **warnings})), err=True)
             return
         self._say(message, "error", "red")
-        for problem in problems:
+        for problem in problems[:MOST_PROBLEMS]:
             self._say(f"  {problem}")
+        if len(problems) > MOST_PROBLEMS:
+            self._say(f"  … and {len(problems) - MOST_PROBLEMS} more; --json lists all")
         if hint:
             self._say(hint, "hint", "cyan")
 
@@ -125,7 +131,7 @@ class Talk:
 
     def _say(self, text: str, prefix: str = "", color: str = "") -> None:
         start = click.style(f"{prefix}: ", fg=color, bold=True) if prefix else ""
-        click.echo(start + printable(self.named(text)), err=True, color=self.color)
+        click.echo(start + line(self.named(text)), err=True, color=self.color)
 
 
 pass_talk = click.make_pass_decorator(Talk, ensure=True)

@@ -26,10 +26,10 @@ def command() -> Report:
     return Report({"dialects": plain(listed)}, fields(*map(_row, listed)))
 
 
-def _row(dialect: DialectSummary) -> tuple[str, str]:
+def _row(dialect: DialectSummary) -> tuple[str, list[str]]:
     lines = [dialect.summary, f"writes: {' or '.join((*dialect.files, 'a folder'))}"]
     if dialect.cannot:
         lines.append(f"cannot say: {'; '.join(dialect.cannot)}")
     if dialect.extra:
         lines.append(f"needs: pip install 'loratools[{dialect.extra}]'")
-    return dialect.name, "\n".join(lines)
+    return dialect.name, lines

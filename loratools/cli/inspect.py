@@ -93,7 +93,7 @@ def _adapter(summary: AdapterSummary, modules: bool) -> Iterator[str]:
         ("parameters", show.exact(total.parameters)),
         ("size", f"{show.size(total.nbytes)} in {total.tensors} tensors, {', '.join(summary.dtypes)}"),
         ("digest", summary.digest or "none stated"),
-        ("provenance", "\n".join(f"{step.operation}, by {step.tool}" for step in summary.provenance) or "none stated"),
+        ("provenance", [f"{step.operation}, by {step.tool}" for step in summary.provenance] or "none stated"),
     )
     for group in summary.groups:
         yield ""
@@ -154,16 +154,16 @@ def _made(record: Mapping[str, Any] | None) -> str:
     return f"{record.get('operation')}{of}, by {record.get('tool')}"
 
 
-def _base(base: BaseIdentity | None) -> str:
+def _base(base: BaseIdentity | None) -> list[str]:
     name = (base.id if base else None) or "not named"
     if base and base.revision:
         name += f" at revision {base.revision}"
     if not base or not base.sealed:
-        return f"{name}; no base hash, so a wrong base cannot be told from the right one"
+        return [f"{name}; no base hash, so a wrong base cannot be told from the right one"]
     tiers = [f"schema {base.schema}"] if base.schema else []
     tiers += [f"root   {base.root}"] if base.root else []
     tiers += [f"digests of {len(base.tensors)} tensors"] if base.tensors else []
-    return "\n".join([f"{name}; sealed with its hash:", *tiers])
+    return [f"{name}; sealed with its hash:", *tiers]
 
 
 def _spectrum(measured: AdapterSpectrum) -> Iterator[str]:

@@ -112,8 +112,8 @@ def lines(verification: Verification, *, every: bool) -> Iterator[str]:
         ("largest error", f"{verification.error:.2e} of the weight"),
         ("applied", f"{min(applied):.4f} to {max(applied):.4f} of the adapter's change" if applied else "nothing"),
         ("beside", _agreeing(verification)),
-        ("not seen", "\n".join(verification.unseen) or None),
-        ("not checked", "\n".join(verification.unchecked)),
+        ("not seen", verification.unseen or None),
+        ("not checked", verification.unchecked),
         ("seed", None if verification.exact else f"{verification.seed}, which --seed repeats"),
     )
 

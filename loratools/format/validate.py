@@ -133,7 +133,7 @@ def _open(path: Path) -> Subject:
     except BadFile as error:
         if not path.is_file():
             raise
-        raise _Refused(clause_of(path), path.name, str(error)) from None
+        raise _Refused(clause_of(path), path.name, error.line) from None
     text = header.metadata.get(manifest.METADATA_KEY)
     if text is None:
         raise _Refused("L-03", path.name, "no loratools manifest: the adapter is not sealed in this format")
@@ -174,4 +174,4 @@ def _config(path: Path) -> Mapping[str, Any]:
     try:
         return read_json(path, strict=True, most=MAX_CONFIG)
     except BadFile as error:
-        raise _Refused("L-05", path.name, str(error)) from None
+        raise _Refused("L-05", path.name, error.line) from None

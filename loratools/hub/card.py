@@ -125,7 +125,8 @@ def _set(lines: list[str], name: str, value: Any) -> list[str]:
     """Replace a top-level field where it stands, or add it at the end."""
     import yaml  # type: ignore[import-untyped,unused-ignore]
 
-    new = yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=True, width=1000).rstrip("\n").split("\n")
+    visible = str(value).isprintable()  # what is not is escaped
+    new = yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=visible, width=1000).rstrip("\n").split("\n")
     starts = [i for i, line in enumerate(lines) if _KEY.match(line)]
     for at, start in enumerate(starts):
         key = _KEY.match(lines[start])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from loratools.storage.beside.cards import code
 from loratools.surgery.inspect import AdapterSummary, CheckpointSummary
 
 # PEFT's task_type -> the Hub's pipeline_tag
@@ -58,7 +58,7 @@ def adapter_section(summary: AdapterSummary, repo: str, base_model: str | None, 
     lines += _table(
         ("kind", "rank", "alpha", "scaling", "modules", "target modules"),
         [
-            (g.kind, g.rank, f"{g.alpha:g}", f"{g.scaling:.6g}", g.modules, "<br>".join(map(_code, g.targets)))
+            (code(g.kind), g.rank, f"{g.alpha:g}", f"{g.scaling:.6g}", g.modules, "<br>".join(map(code, g.targets)))
             for g in summary.groups
         ],
     )
@@ -70,17 +70,17 @@ def adapter_section(summary: AdapterSummary, repo: str, base_model: str | None, 
 def checkpoint_section(summary: CheckpointSummary, repo: str, base_model: str | None) -> str:
     """Return the section of a model's card."""
     rows = [
-        *([("architecture", _code(summary.architecture))] if summary.architecture else []),
-        *([("base model", _code(base_model))] if base_model else []),
+        *([("architecture", code(summary.architecture))] if summary.architecture else []),
+        *([("base model", code(base_model))] if base_model else []),
         ("parameters", f"{summary.total.parameters:,}"),
         ("dtypes", ", ".join(summary.dtypes)),
-        ("schema hash", _code(summary.schema)),
+        ("schema hash", code(summary.schema)),
     ]
     lines = ["## The model", "", *_table(("", ""), rows)]
     if not summary.components:
         load = "AutoModelForCausalLM" if _is_causal(summary) else "AutoModel"
-        code = _block("python", f"from transformers import {load}", "", f'model = {load}.from_pretrained("{repo}")')
-        lines += ["", "## How to load it", "", *code]
+        loading = _block("python", f"from transformers import {load}", "", f'model = {load}.from_pretrained("{repo}")')
+        lines += ["", "## How to load it", "", *loading]
     return "\n".join(lines)
 
 
@@ -89,20 +89,20 @@ def _is_causal(summary: CheckpointSummary) -> bool:
 
 
 def _identity(summary: AdapterSummary, base_model: str | None) -> Iterator[tuple[str, str]]:
-    yield "base model", _code(base_model) if base_model else "not named"
+    yield "base model", code(base_model) if base_model else "not named"
     base = summary.base
     if base and base.revision:
-        yield "base revision", _code(base.revision)
+        yield "base revision", code(base.revision)
     if base and base.sealed:
-        tiers = [f"schema {_code(base.schema)}"] if base.schema else []
-        tiers += [f"root {_code(base.root)}"] if base.root else []
+        tiers = [f"schema {code(base.schema)}"] if base.schema else []
+        tiers += [f"root {code(base.root)}"] if base.root else []
         tiers += [f"digests of {len(base.tensors)} tensors"] if base.tensors else []
         yield "base hash", "<br>".join(tiers)
     yield "parameters", f"{summary.total.parameters:,} ({', '.join(summary.dtypes)})"
     if summary.digest:
-        yield "digest", _code(summary.digest)
+        yield "digest", code(summary.digest)
     if summary.provenance:
-        yield "made by", "<br>".join(_code(f"{step.operation}, {step.tool}") for step in summary.provenance)
+        yield "made by", "<br>".join(code(f"{step.operation}, {step.tool}") for step in summary.provenance)
 
 
 def _loading(summary: AdapterSummary, repo: str, base_model: str | None, task: str | None) -> Iterator[str]:
@@ -133,9 +133,3 @@ def _table(heading: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str
     heading = list(heading)
     body = [f"| {' | '.join(map(str, row))} |" for row in rows]
     return [f"| {' | '.join(heading)} |", f"|{'---|' * len(heading)}", *body]
-
-
-def _code(text: str | None) -> str:
-    """Return text of a file that nobody has checked as code in one cell: no mark-up, no end of line, no way out."""
-    cleaned = re.sub(r"[`|<>\x00-\x1f]", " ", text or "")[:300]
-    return f"`{cleaned}`"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,7 +116,7 @@ def _name(base_model: str | None, path: Path) -> str | None:
     """Return a base model's name on the Hub; raise `BadFile` for what cannot be one."""
     if base_model is None:
         return None
-    if manifest.is_path(base_model) or base_model.count("/") > 1 or not is_plain(base_model):
+    if manifest.is_path(base_model) or not re.fullmatch(r"(?:[\w.-]+/)?[\w.-]+", base_model, re.ASCII):
         hint = "Give it with --base-model org/name"
         raise BadFile(f"{path}: {base_model!r} is not the name of a model on the Hub", hint=hint)
     return base_model

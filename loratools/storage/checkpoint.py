@@ -234,7 +234,7 @@ def _open_index(path: Path, root: Path | None = None) -> Checkpoint:
         try:
             shard = _open_shard(path.parent / name)
         except BadFile as error:
-            problems.append(str(error))
+            problems.append(error.line)
             continue
         shards.append(shard)
         present = shard.tensors.keys()

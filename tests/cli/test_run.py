@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from loratools import __version__
 from loratools.cli import _talk
@@ -218,6 +220,30 @@ def test_without_a_command_line_a_warning_is_one_of_the_logger(caplog: pytest.Lo
     assert [(record.name, record.levelname, record.getMessage()) for record in caplog.records] == [
         ("loratools", "WARNING", "no alpha: 8 is taken")
     ]
+
+
+def test_names_stay_in_their_lines(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Ends of lines, directions and controls in names and metadata of a file are escaped; JSON has them as they are."""
+    name, base = "layers.0.q\u202e\x1b[2J\u2028proj", "org/x\nmodules     none\x07"
+    tensors = {f"base_model.model.{name}.lora_A.weight": torch.ones(1, 4)}
+    tensors |= {f"base_model.model.{name}.lora_B.weight": torch.ones(4, 1)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": [name], "base_model_name_or_path": base}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert run(["inspect", str(tmp_path), "--modules"]) == 0
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert lines == printed.out.split("\n")[:-1]
+    assert [line for line in lines if line.startswith("modules")] == ["modules     1"]
+    assert r"org/x\nmodules     none\x07; no base hash" in printed.out
+    assert r"layers.0.q\u202e\x1b[2J\u2028proj" in printed.out
+    assert run(["inspect", str(tmp_path), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["base"]["id"] == base
+    assert document["modules"][0]["module"] == name
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "a\nerror: b\x1b[31m"}))
+    assert run(["inspect", str(tmp_path)]) == 1
+    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == ["error", "  peft_type = a\\nerror"]
 
 
 def test_a_name_cannot_drive_the_terminal(root: Commands, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from loratools.cli._show import encode, exact, fields, number, printable, size, table
+from loratools.cli._show import LONGEST, encode, exact, fields, line, number, size, table
+from loratools.errors import printable
 
 
 @pytest.mark.parametrize(
@@ -36,7 +37,7 @@ def test_numbers() -> None:
 
 
 def test_fields_align_and_keep_lines_in_their_column() -> None:
-    assert list(fields(("a", "one"), ("long", "two\nthree"), ("left out", None), ("b", ""))) == [
+    assert list(fields(("a", "one"), ("long", ["two", "three"]), ("left out", None), ("b", ""))) == [
         "a     one",
         "long  two",
         "      three",
@@ -53,17 +54,41 @@ def test_table_aligns_to_the_right_where_asked() -> None:
     assert list(table(("name", "n"), [])) == ["name  n"]
 
 
-@pytest.mark.parametrize("text", ["plain\ttext\n", "ünïcode → λ"])
+@pytest.mark.parametrize("text", ["plain\ttext", "ünïcode → λ", "漢字 ﷽ 😀"])
 def test_printable_keeps_text(text: str) -> None:
     assert printable(text) == text
 
 
 @pytest.mark.parametrize(
     ("text", "shown"),
-    [("\x1b[2J", "\\x1b[2J"), ("a\rb", "a\\rb"), ("\x9b1m", "\\x9b1m"), ("x\u202ey", "x\\u202ey"), ("\x7f", "\\x7f")],
+    [
+        ("\x1b[2J", "\\x1b[2J"),
+        ("a\rb", "a\\rb"),
+        ("\x9b1m", "\\x9b1m"),
+        ("x\u202ey", "x\\u202ey"),
+        ("\x7f", "\\x7f"),
+        ("a\nerror: b", "a\\nerror: b"),
+        ("\u2028\u2029\x85", "\\u2028\\u2029\\x85"),
+        ("\u200f\u061c", "\\u200f\\u061c"),
+        ("\u2066x\u2069", "\\u2066x\\u2069"),
+        ("a\u200b\ufeff\u00ad", "a\\u200b\\ufeff\\xad"),
+        ("\U000e0041", "\\U000e0041"),
+        ("\udc9b", "\\udc9b"),
+        ("\x1b]0;t\x07", "\\x1b]0;t\\x07"),
+        ("\0\b", "\\x00\\x08"),
+    ],
 )
 def test_printable_escapes_what_drives_a_terminal(text: str, shown: str) -> None:
     assert printable(text) == shown
+
+
+def test_lines_have_an_end() -> None:
+    assert line("x" * LONGEST) == "x" * LONGEST
+    assert line("x" * (LONGEST + 7)) == "x" * LONGEST + "… and 7 characters more"
+
+
+def test_a_name_cannot_make_a_line_of_a_table() -> None:
+    assert list(table(("name", "n"), [("a\nb", "1"), ("c", "2")])) == ["name  n", "a\\nb  1", "c     2"]
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ import numpy as np
 from loratools.adapter.placement.resolve import Placement
 from loratools.engine.residual.predict import Step
 from loratools.errors import BadFile
-from loratools.storage import files
+from loratools.storage import dtypes, files
 from loratools.storage.codecs.floats import bytes_of, unsigned, widen
-from loratools.storage.header import TensorSpec, read_header
+from loratools.storage.header import MAX_SIDES, TensorSpec, read_header
 from loratools.storage.strict_json import parse_json_object
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -106,11 +106,11 @@ class Residual:
             raise BadFile(f"{path}: a residual of version {document.get('version')}, this loratools reads {VERSION}")
         try:
             layout = [
-                Layout(str(name), [(str(n), str(d), tuple(map(int, s))) for n, d, s in tensors], dict(metadata), str(p))
+                Layout(str(name), [_described(*tensor) for tensor in tensors], _texts(metadata), str(p))
                 for name, tensors, metadata, p in document["layout"]
             ]
             modes, config, indexes = (dict(document[field]) for field in ("modes", "config", "indexes"))
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise BadFile(f"{path}: its description of the base's layout is damaged") from None
         listed = {name for file in layout for name, _, _ in file.tensors}
         paths = [Path(name) for name in [*(file.name for file in layout), *indexes]]
@@ -118,6 +118,23 @@ class Residual:
         if bad or modes.keys() != header.tensors.keys() or not modes.keys() <= listed:
             raise BadFile(f"{path}: its description of the base's layout does not fit its tensors")
         return cls(path, header.tensors, modes, layout, config, indexes)
+
+
+def _described(name: Any, dtype: Any, shape: Any) -> tuple[str, str, tuple[int, ...]]:
+    """Return a tensor of the base as the residual describes it; raise `ValueError` for what no tensor can be."""
+    sides = tuple(shape)
+    if type(name) is not str or not dtypes.is_known(dtype) or len(sides) > MAX_SIDES:
+        raise ValueError
+    if not all(type(side) is int and 0 <= side < 2**63 for side in sides) or prod(sides) >= 2**63:
+        raise ValueError
+    return name, dtype, sides
+
+
+def _texts(metadata: Any) -> dict[str, str]:
+    texts = dict(metadata)
+    if not all(type(text) is str for pair in texts.items() for text in pair):
+        raise ValueError
+    return texts
 
 
 def prediction(lost: Lost, after: Array, steps: Sequence[Step], start: int) -> Array:

@@ -23,6 +23,8 @@ from loratools.storage.companions import json_text
 from loratools.storage.header import TensorSpec
 from loratools.storage.layout import FilePlan, index_json, plan_file
 
+_PACKED = 1 << 16  # deflated bytes at a time: what is left of them is copied with every piece
+
 
 def lost_tensors(model: Checkpoint, residual: Residual, inputs: Sequence[AdapterInput], tied: str) -> dict[str, Lost]:
     """Return what the residual brings back, with the placements that the merge had: found again from the base's layout.
@@ -118,14 +120,20 @@ def lost_bytes(lost: Lost, residual: Residual) -> Iterator[bytes]:
 
 
 def _inflated(lost: Lost, blob: memoryview) -> Iterator[bytes]:
-    size = dtypes.bits(lost.dtype) * prod(lost.shape) // 8
-    try:
-        raw = zlib.decompressobj().decompress(blob, size + 1)
-    except zlib.error:
-        raise BadFile("it is damaged") from None
-    if len(raw) != size:
-        raise BadFile(f"it holds {len(raw)} bytes, the tensor {size}")
-    yield raw
+    """Yield the bytes of a tensor that is stored, piece by piece: few bytes can inflate to a thousand times as many."""
+    size, done, inflater = dtypes.bits(lost.dtype) * prod(lost.shape) // 8, 0, zlib.decompressobj()
+    for at in range(0, len(blob), _PACKED):
+        packed = bytes(blob[at : at + _PACKED])
+        while packed and done <= size:
+            try:
+                piece = inflater.decompress(packed, files.CHUNK)
+            except zlib.error:
+                raise BadFile("it is damaged") from None
+            packed, done = inflater.unconsumed_tail, done + len(piece)
+            if piece and done <= size:
+                yield piece
+    if done != size:
+        raise BadFile(f"it holds {'more' if done > size else done} bytes, the tensor {size}")
 
 
 def _decoded(lost: Lost, merged: TensorSpec, blob: memoryview) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""Model cards as text: read in bounded size, and sections that loratools wrote cut out of them, in linear time."""
+"""Model cards as text: read in bounded size, sections of ours cut out in linear time, and what a cell may hold."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from loratools.errors import BadFile
+from loratools.errors import BadFile, printable
 from loratools.storage.sources import open_file
 
 MAX_CARD = 10_000_000
@@ -25,6 +25,12 @@ def read_bytes(path: Path) -> bytes:
         if size > MAX_CARD:
             raise BadFile(f"{path}: {size} bytes; a model card of at most {MAX_CARD} is read")
         return file.read(size)
+
+
+def code(text: str | None) -> str:
+    """Return text of a file that nobody has checked as code in one cell: no mark-up, no end of line, no way out."""
+    cleaned = re.sub(r"[`|<>]", " ", " ".join(printable(text or "")[:300].split()))
+    return f"`{cleaned}`"
 
 
 def cut(text: str, opening: re.Pattern[str], closing: str, joint: str) -> tuple[str, re.Match[str] | None]:

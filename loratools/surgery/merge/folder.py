@@ -10,7 +10,7 @@ from typing import Any
 
 from loratools.engine.plan import MergePlan
 from loratools.format.record import ERROR
-from loratools.storage.beside.cards import cut, read_card
+from loratools.storage.beside.cards import code, cut, read_card
 from loratools.storage.companions import RECORD, Companions, copy_companions, json_text
 from loratools.storage.layout import index_json
 from loratools.storage.strict_json import read_json
@@ -44,13 +44,14 @@ def write_companions(plan: MergePlan, beside: Companions, record: Mapping[str, A
 def card(text: str, record: Mapping[str, Any]) -> str:
     """Return a model card with a section on this merge; a person's own text stays as it is."""
     rows = "\n".join(
-        f"| {adapter.get('id') or 'adapter'} | {adapter['kinds']} | {adapter['ranks']} | {adapter['weight']:g} "
+        f"| {code(adapter.get('id') or 'adapter')} | {adapter['kinds']} | {adapter['ranks']} | {adapter['weight']:g} "
         f"| `{adapter['digest']}` |"
         for adapter in record["adapters"]
     )
     base = record["base"]
     identity = base.get("id")
-    of_base = f"the base model {identity or 'named below by its hash'} (schema hash `{base['schema']}`)"
+    named = code(identity) if identity else "named below by its hash"
+    of_base = f"the base model {named} (schema hash `{base['schema']}`)"
     table = f":\n\n| adapter | kind | rank | weight | digest |\n|---|---|---|---|---|\n{rows}\n\n" if rows else ".\n\n"
     if ERROR in record:
         holds = "with these adapters" if rows else "without an adapter"
