@@ -22,12 +22,10 @@ pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]
 RANK = 3
 REFUSED = {
     **dict.fromkeys(("beit", "deit", "dinov2", "vit"), "transformers 5 renames their modules as it loads the files"),
-    "bert": "the embedding is tied to cls.predictions.decoder, which no file of the base names",
     "deberta": "attention.self has parameters of its own, and factored modules inside",
     "gemma3-vl": "its files keep the names of older transformers, which PEFT does not translate for whole modules",
     "llava": "as gemma3-vl",
     "qwen2_vl": "as gemma3-vl",
-    "t5": "the embedding is tied to those of encoder and decoder too",
 }
 """Families whose whole tensors PEFT refuses to load, with a KeyError that names one; `merge` takes them all."""
 UNSEEN = ("segformer", "swin")

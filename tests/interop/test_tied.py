@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from loratools.adapter.naming.selection import Selection
 from loratools.errors import IncompatibleAdapter
 from loratools.surgery.extract import extract
 from loratools.surgery.merge import merge
@@ -169,6 +170,13 @@ def test_what_no_output_can_say_is_refused(name: str, module: str, reason: str, 
     assert not (tmp_path / "out").exists()
 
 
+def job(kind: type, name: str, folder: Path) -> dict[str, str]:
+    """Return what the other environment is to compute for a folder's output."""
+    torch.save(INPUTS.get(name, {"input_ids": IDS}), folder / "inputs.pt")
+    paths = {"model": folder / "out", "inputs": folder / "inputs.pt", "output": folder / "logits.pt"}
+    return {"class": kind.__name__, **{key: str(path) for key, path in paths.items()}}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not OTHER, reason="LORATOOLS_TRANSFORMERS_4 names no Python with transformers 4")
 def test_transformers_4_computes_the_same(tmp_path: Path) -> None:
@@ -176,24 +184,60 @@ def test_transformers_4_computes_the_same(tmp_path: Path) -> None:
     for name, module, policy in CASES:
         folder = tmp_path / f"{name}-{module}-{policy}"
         kind, right = judged(name, module, policy, folder)
-        torch.save(INPUTS.get(name, {"input_ids": IDS}), folder / "inputs.pt")
-        paths = {"model": folder / "out", "inputs": folder / "inputs.pt", "output": folder / "logits.pt"}
-        jobs.append({"class": kind.__name__, **{key: str(path) for key, path in paths.items()}})
+        jobs.append(job(kind, name, folder))
+        rights.append(right)
+    for name in MODELS:
+        kind, right = fine_tuned(name, tmp_path / name)
+        extract(tmp_path / name / "base", tmp_path / name / "tuned", tmp_path / name / "adapter", 16)
+        merge(tmp_path / name / "base", tmp_path / name / "adapter", tmp_path / name / "out")
+        jobs.append(job(kind, name, tmp_path / name))
         rights.append(right)
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     subprocess.run([str(OTHER), str(other_environment.__file__), str(tmp_path / "jobs.json")], check=True)
     assert (tmp_path / "jobs.version").read_text().startswith("4.")
-    for job, right in zip(jobs, rights, strict=True):
-        worst = float((torch.load(job["output"]) - right).abs().max())
-        assert worst <= 1e-5 * float(right.abs().max()), f"{job['model']}: off by {worst}"
+    for each, right in zip(jobs, rights, strict=True):
+        worst = float((torch.load(each["output"]) - right).abs().max())
+        assert worst <= 1e-5 * float(right.abs().max()), f"{each['model']}: off by {worst}"
 
 
-def test_an_extraction_changes_the_head_with_the_embedding(tmp_path: Path) -> None:
-    base = saved("gpt2", tmp_path / "base")
+def fine_tuned(name: str, folder: Path) -> tuple[Any, torch.Tensor]:
+    """Save a model and a fine-tune of all that PEFT can change; return its class and the fine-tune's logits."""
+    model = saved(name, folder / "base")
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for weight in (base.transformer.wte.weight, base.transformer.h[0].mlp.c_fc.weight):
-            weight += 0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
-    base.save_pretrained(tmp_path / "tuned")
-    extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", 16)
-    model = peft.PeftModel.from_pretrained(gpt2().from_pretrained(tmp_path / "base"), tmp_path / "adapter")
-    torch.testing.assert_close(logits(model, "gpt2"), logits(base, "gpt2"), rtol=1e-5, atol=1e-5)
+        for key, parameter in model.named_parameters():
+            if "embed_positions" not in key:  # PEFT does not call Whisper's as the model does
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(folder / "tuned")
+    return type(model), logits(model, name)
+
+
+@pytest.mark.parametrize("kinds", ["linear", "linear,embedding"])
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_an_extraction_changes_every_name_of_the_weight(name: str, kinds: str, tmp_path: Path) -> None:
+    """PEFT on the base computes what the fine-tune does; so does a merge, which is not asked what the adapter says."""
+    kind, right = fine_tuned(name, tmp_path)
+    selection = Selection(kinds=frozenset(kinds.split(",")))
+    extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", 16, selection=selection)
+    live = peft.PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    torch.testing.assert_close(logits(live, name), right, rtol=1e-5, atol=1e-5)
+    for policy in ("error", "untie", "both"):
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / policy, tied=policy)
+        torch.testing.assert_close(logits(kind.from_pretrained(tmp_path / policy), name), right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]], ids=", ".join)
+@pytest.mark.parametrize("name", ["gemma", "opt"])
+def test_an_adapter_that_peft_keeps_tied_is_not_asked_about(name: str, targets: list[str], tmp_path: Path) -> None:
+    """With `ensure_weight_tying` PEFT saves one change under every name."""
+    model = saved(name, tmp_path / "base")
+    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=targets, ensure_weight_tying=True)
+    tuned = peft.get_peft_model(model, config)
+    for key, parameter in tuned.named_parameters():
+        if "lora_" in key:
+            torch.nn.init.normal_(parameter, std=0.3)
+    tuned.save_pretrained(tmp_path / "adapter")
+    for policy in ("error", "untie", "both"):
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / policy, tied=policy)
+        merged = type(model).from_pretrained(tmp_path / policy)
+        torch.testing.assert_close(logits(merged, name), logits(tuned, name), rtol=1e-5, atol=1e-5)

@@ -44,6 +44,12 @@ class ModelClass:
     scaled: bool
     states: Mapping[str, tuple[tuple[Group, ...] | None, ...]]
 
+    @property
+    def shares_words(self) -> bool:
+        """Tell whether encoder and decoder have one embedding: the class then reads text and writes text."""
+        groups = (group for states in self.states.values() for state in states for group in state or ())
+        return any(all(any(side in name for name in group) for side in ("encoder.", "decoder.")) for group in groups)
+
     def groups(self, config: Mapping[str, Any]) -> dict[str, tuple[Group, ...]]:
         """Return for each major version what the class ties under this config.json."""
         state = _SAID.index(said(config))

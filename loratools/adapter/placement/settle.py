@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
+from loratools.adapter.kinds import Update
 from loratools.adapter.model import AdapterInput
 from loratools.adapter.naming.wrappers import Names
-from loratools.adapter.placement.shared import EMBEDDINGS, HEADS, last_segment, main_tensor
+from loratools.adapter.placement.shared import Tie, Ties, ties_for
 from loratools.adapter.placement.whole import resolve_replacements
 from loratools.errors import IncompatibleAdapter, WrongBase
 from loratools.storage import dtypes, files
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import TensorSpec
 from loratools.storage.lazy import LazyTensor
+
+_Change = TypeVar("_Change")
 
 Equals = Callable[[LazyTensor], bool]
 """Tells whether an adapter's copy of a tensor is the base's."""
@@ -31,30 +35,26 @@ def settle(
 
     A copy that equals the base's tensor (after a cast) is passed over. One of another shape was saved after a resize of
     the vocabulary, and takes the base's place, as it does in PEFT. One that only has other numbers raises `WrongBase`,
-    or, unless `strict`, takes the base's place too. A head that is replaced by the same bytes as the embedding to which
-    it is tied becomes the same tensor. `elsewhere` compares with tensors of the base that `base` does not hold as they
-    were, for it is a merged model.
+    or, unless `strict`, takes the base's place too. Changes of a head and of the embedding to which it
+    is tied that are the same numbers become one change. `elsewhere` compares with tensors of the base that `base` does
+    not hold as they were, for it is a merged model.
     """
     elsewhere = elsewhere or {}
     without_copies, notes, problems = [], [], []
-    names = Names(base.specs)
+    names, ties = Names(base.specs), ties_for([each.adapter for each in inputs], base.specs, base.config)
     for i, each in enumerate(inputs):
         replacements = dict(each.adapter.replacements)
         for path, copy in each.adapter.copies.items():
-            name = _of_base(names, base, path)
+            name = _of_base(names, ties, path)
             if name is not None and base.specs[name].shape == copy.shape:
                 if elsewhere[name](copy) if name in elsewhere else equal(copy, base.specs[name]):
                     continue
                 problems.append(f"adapter {i + 1}: its copy of {name} is another tensor than the base's")
             replacements[path] = copy
             notes.append(f"adapter {i + 1}: its own {path} takes the place of the base's, as in PEFT")
-        last = {path: last_segment(path) for path in replacements}
-        for head in (path for path in last if last[path] in HEADS):
-            for path in (path for path in last if last[path] in EMBEDDINGS):
-                own, other = replacements[head].spec, replacements[path].spec
-                if own is not None and other is not None and files.same_bytes(own, other):
-                    replacements[head] = replacements[path]
-        adapter = replace(each.adapter, replacements=replacements, copies={})
+        replacements |= _same_once(replacements, ties, _same_bytes)
+        updates = {**each.adapter.updates, **_same_once(each.adapter.updates, ties, _same_product)}
+        adapter = replace(each.adapter, updates=updates, replacements=replacements, copies={})
         without_copies.append(replace(each, adapter=adapter))
     if problems and strict:
         raise WrongBase(
@@ -107,12 +107,42 @@ def usual_dtype(specs: Mapping[str, TensorSpec]) -> str:
     return max(sizes, key=lambda dtype: (sizes[dtype], dtype), default="F32")
 
 
-def _of_base(names: Names, base: Checkpoint, path: str) -> str | None:
-    """Return the base tensor that a copy should equal; for a tied head that is not stored, the embedding."""
+def _same_once(
+    changes: Mapping[str, _Change], ties: Ties, same: Callable[[_Change, _Change], bool]
+) -> dict[str, _Change]:
+    """Return the changes of names of one weight, those that are the same as one."""
+    by_tie: dict[Tie, list[_Change]] = {}
+    once = {}
+    for path, change in changes.items():
+        if pair := ties.find(path):
+            known = by_tie.setdefault(pair[0], [])
+            once[path] = next((other for other in known if same(change, other)), change)
+            known.append(once[path])
+    return once
+
+
+def _same_bytes(first: LazyTensor, second: LazyTensor) -> bool:
+    return first.spec is not None and second.spec is not None and files.same_bytes(first.spec, second.spec)
+
+
+def _same_product(first: Update, second: Update) -> bool:
+    """Tell whether two updates add one product, as PEFT saves it for an embedding and the head that it keeps tied."""
+    one, other = first.factored(), second.factored()
+    if one is None or other is None or not (first.additive and second.additive) or first.bias or second.bias:
+        return False
+    if (one.scale, one.left.shape, one.right.shape) != (other.scale, other.left.shape, other.right.shape):
+        return False
+    import torch
+
+    return all(torch.equal(*pair) for pair in zip(one.load(), other.load(), strict=True))
+
+
+def _of_base(names: Names, ties: Ties, path: str) -> str | None:
+    """Return the base tensor that a copy should equal; for a name that is not stored, the tensor it is tied to."""
     module, _, parameter = path.rpartition(".")
     tensors = names.find(module, parameter)
-    if not tensors and module.rpartition(".")[2] in HEADS:
-        return main_tensor(base.specs, EMBEDDINGS)
+    if not tensors and (pair := ties.find(path)):
+        return pair[0].stored[0]
     return tensors[0] if len(tensors) == 1 else None
 
 

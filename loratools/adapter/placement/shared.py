@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from loratools.adapter.model import Adapter
 from loratools.adapter.naming.wrappers import normalized
 from loratools.adapter.placement.classes import Group, ModelClass, model_class, said
 
@@ -61,13 +62,21 @@ class Tie:
 class Ties:
     """What of a base is tied. `embedding` and `head` are its tensors, None where it stores none.
 
-    `model` is the class; None for one that is not in the table, or whose names the base does not have.
+    `model` is the class; None for one that is not in the table, or whose names the base does not have. `headless` says
+    that its class has no head by its name, so that only an adapter which changes one makes it one.
     """
 
     embedding: str | None
     head: str | None
     ties: tuple[Tie, ...] = ()
     model: ModelClass | None = None
+    headless: bool = False
+
+    @property
+    def of_embedding(self) -> Tie | None:
+        """Return the tie of the embedding: with the head, or of encoder and decoder."""
+        ties = (tie for tie in self.ties if self.embedding in tie.stored)
+        return next(ties, None) if not self.headless else None
 
     def find(self, path: str) -> tuple[Tie, Name] | None:
         """Return the tie that a module, or a parameter, belongs to, and which name of it that is."""
@@ -80,6 +89,12 @@ class Ties:
         (tie,), last = self.ties, last_segment(tensor)
         names = [each for each in tie.names if last in (HEADS if each.is_head else EMBEDDINGS)]
         return (tie, names[0]) if names else None
+
+
+def ties_for(adapters: Iterable[Adapter], tensors: Mapping[str, Any], config: Mapping[str, Any]) -> Ties:
+    """Return what is tied of a base that these adapters change; nothing where they only change numbered layers."""
+    changed = (path for each in adapters for path in (*each.updates, *each.replacements, *each.copies))
+    return Ties(None, None) if all(map(in_layer, changed)) else ties_of(tensors, config)
 
 
 def ties_of(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> Ties:
@@ -123,7 +138,8 @@ def _known(model: ModelClass, places: Mapping[str, str], config: Mapping[str, An
         tie = Tie(tuple(names), asked and sum(each.tensor is not None for each in names) > 1)
         if len(group) > 1 and tie.stored:
             ties.append(tie)
-    return Ties(place(model.embedding), head, tuple(ties), model)
+    embedding = place(model.embedding) or next((tie.stored[0] for tie in ties if tie.has_head), None)
+    return Ties(embedding, head, tuple(ties), model)
 
 
 def _joined(versions: list[list[Group]]) -> list[Group]:
@@ -146,7 +162,7 @@ def _guessed(model: ModelClass | None, tensors: Mapping[str, Any], config: Mappi
     usual = "lm_head.weight" if not names or any(_HAS_LM_HEAD.search(name) for name in names) else None
     name = head or (model.head if model else usual)
     tie = Tie((Name(embedding, embedding), Name(name, head, True)), asked=head is not None and silent)
-    return Ties(embedding, head, (tie,))
+    return Ties(embedding, head, (tie,), headless=head is None and _is_headless(config))
 
 
 def in_layer(path: str) -> bool:
@@ -166,7 +182,7 @@ def architectures(config: Mapping[str, Any]) -> list[str]:
     return [str(name) for name in names] if isinstance(names, list) else []
 
 
-def is_headless(config: Mapping[str, Any]) -> bool:
+def _is_headless(config: Mapping[str, Any]) -> bool:
     """Tell whether the architecture has no output head over the vocabulary, so that nothing is tied."""
     names = architectures(config)
     return bool(names) and not any(re.search("LM|Generation|Causal|PreTraining", name) for name in names)
@@ -181,18 +197,3 @@ def main_tensor(tensors: Mapping[str, Any], names: tuple[str, ...]) -> str | Non
 def last_segment(path: str) -> str:
     """Return the last segment of a module's name, from its path or that of its weight."""
     return path.removesuffix(".weight").rpartition(".")[2]
-
-
-def is_tied(config: Mapping[str, Any]) -> bool:
-    """Tell whether config.json ties the output head to the input embedding."""
-    return bool(flag_of(config))
-
-
-def has_tied_head(config: Mapping[str, Any], head: str | None) -> bool:
-    """Tell whether a model with this stored head, or none, has one that is tied to its embedding.
-
-    Where config.json is silent and no head is stored, a model class with a head must tie it.
-    """
-    return is_tied(config) or (
-        head is None and flag_of(config) is None and bool(architectures(config)) and not is_headless(config)
-    )

@@ -9,9 +9,10 @@ from typing import Any
 from loratools.adapter.model import Adapter
 from loratools.adapter.placement.shared import Name, Tie, Ties
 from loratools.errors import IncompatibleAdapter
-from loratools.storage.lazy import LazyTensor
 
 Names = Callable[[Tie], Collection[str]]
+
+_TIED_BY_PEFT = ("embed_tokens", "lm_head")  # PEFT's EMBEDDING_LAYER_NAMES
 
 
 def breaking(adapter: Adapter, ties: Ties) -> list[str]:
@@ -68,12 +69,19 @@ def _spread(changes: Any, moved: Collection[str], ties: Ties, names: Names, *, m
 
 
 def _kept(adapter: Adapter, ties: Ties) -> set[str]:
-    """Return the paths whose change keeps the tie: rows, one tensor for head and embedding, and biases."""
-    rows = {path for path, update in adapter.updates.items() if update.replaced_rows and ties.find(path)}
-    heads = {path for path in adapter.updates if (pair := ties.find(path)) and pair[1].is_head}
-    alone = rows if not heads else set()  # rows of a head that has a change of its own are the embedding's
-    pairs = {path: (lazy, pair) for path, lazy in adapter.replacements.items() if (pair := ties.find(path))}
-    of_heads: list[LazyTensor] = [lazy for lazy, (_, name) in pairs.values() if name.is_head]
-    of_others: list[LazyTensor] = [lazy for lazy, (_, name) in pairs.values() if not name.is_head]
-    same = {path for path, (lazy, _) in pairs.items() if lazy in of_heads and lazy in of_others}
-    return alone | same | {path for path, (_, (tie, _)) in pairs.items() if tie.is_bias}
+    """Return the paths whose change keeps the tie.
+
+    Those are rows of single tokens, one change of head and embedding alike, an embedding that PEFT is told to keep tied
+    (`ensure_weight_tying`), and biases.
+    """
+    changes = {**adapter.updates, **adapter.replacements}
+    pairs = {path: pair for path in changes if (pair := ties.find(path))}
+    heads = {path for path, (_, name) in pairs.items() if name.is_head}
+    rows = {path for path, update in adapter.updates.items() if path in pairs and update.replaced_rows}
+    alone = rows if not heads & adapter.updates.keys() else set()  # beside a changed head they are the embedding's
+    of_heads = {id(changes[path]) for path in heads}
+    of_others = {id(change) for path, change in changes.items() if path in pairs.keys() - heads}
+    same = {path for path in pairs if id(changes[path]) in of_heads & of_others}
+    told = adapter.updates.keys() & pairs.keys() if adapter.settings.get("ensure_weight_tying") else set()
+    kept_tied = {path for path in told if len(told) == 1 and path.rpartition(".")[2] in _TIED_BY_PEFT}
+    return alone | same | kept_tied | {path for path, (tie, _) in pairs.items() if tie.is_bias}

@@ -17,7 +17,7 @@ from typing import Any
 
 from loratools.adapter.model import Adapter
 from loratools.adapter.placement.apart import apart
-from loratools.adapter.placement.shared import Name, Tie, Ties, in_layer, is_headless, ties_of
+from loratools.adapter.placement.shared import Name, Tie, Ties, ties_for
 from loratools.adapter.placement.spread import acting, breaking, spread
 from loratools.errors import IncompatibleAdapter
 from loratools.storage import files
@@ -50,13 +50,10 @@ def apply_policy(
     """
     if policy not in POLICIES:
         raise ValueError(f"unknown policy {policy!r} for tied embeddings; one of {', '.join(POLICIES)}")
-    if all(in_layer(path) for adapter in adapters for path in (*adapter.updates, *adapter.replacements)):
-        return Untied(adapters)
-    ties = ties_of(tensors, config)
+    ties = ties_for(adapters, tensors, config)
     changed = [breaking(adapter, ties) for adapter in adapters]
     touched = {path: pair for paths in changed for path in paths if (pair := ties.find(path))}
-    guessed = ties.model is None and ties.head is None and is_headless(config)
-    if not touched or (guessed and not any(name.is_head for _, name in touched.values())):
+    if not touched or (ties.headless and not any(name.is_head for _, name in touched.values())):
         return Untied(tuple(spread(adapter, ties) for adapter in adapters))
     if policy == "error":
         raise _question(touched)
@@ -74,7 +71,7 @@ def onto_stored(adapter: Adapter, tensors: Mapping[str, Any], config: Mapping[st
 
     Raises `IncompatibleAdapter` where two of its changes are then of one tensor.
     """
-    ties = ties_of(tensors, config)
+    ties = ties_for([adapter], tensors, config)
     absent = [path for path in adapter.updates if (pair := ties.find(path)) and pair[1].tensor is None]
     absent += [path for path in adapter.replacements if (pair := ties.find(path)) and pair[1].tensor is None]
     return spread(adapter, ties, lambda tie: tie.stored[:1], chosen=absent) if absent else adapter

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapter.model import Adapter, BaseIdentity, Step
-from loratools.adapter.placement.shared import EMBEDDINGS, main_tensor
+from loratools.adapter.placement.shared import ties_of
 from loratools.format import manifest
 from loratools.format.record import TOOL
 from loratools.storage.beside.links import refuse_outside
@@ -82,8 +82,9 @@ def assemble(
     touched = sorted({tensor.pair.base for tensor in (*factored, *whole) if tensor.pair.base})
     identity = replace(identity, tensors={name: identity.tensors[name] for name in touched})
     layers = [tensor.layer for tensor in factored if tensor.layer]
-    if pairing.head:  # one weight, which PEFT saves under both names
-        kept |= {path: kept[tensor.path] for tensor in whole if _main(tensor, base) for path in [pairing.head]}
+    if any(_main(tensor, base) for tensor in whole):  # one weight of several names, which PEFT saves under each
+        one = {tensor.pair.name: kept[tensor.path] for tensor in whole}
+        kept |= {path: one.get(name) or LazyTensor.stored(tuned.specs[name]) for path, name in pairing.shared.items()}
     step = _step(layers, outcomes, pairing, options, identity, tuned_root)
     settings = _settings(base, tuned, pairing, factored, whole)
     orientation = {names[tensor.path]: tensor.pair.transposed for tensor in factored if names[tensor.path] in built}
@@ -134,7 +135,7 @@ def _with_siblings(outcomes: list[Outcome]) -> list[Outcome]:
 
 def _main(tensor: Outcome, base: Checkpoint) -> bool:
     """Tell whether this is the embedding that the head is tied to."""
-    return tensor.pair.base is not None and tensor.pair.base == main_tensor(base.specs, EMBEDDINGS)
+    return tensor.pair.base is not None and tensor.pair.base == ties_of(base.specs, base.config).embedding
 
 
 def _settings(
@@ -154,7 +155,8 @@ def _settings(
         settings["target_parameters"] = stacks
     if any(tensor.pair.transposed and tensor.pair.kind == "linear" for tensor in factored):
         settings["fan_in_fan_out"] = True
-    if pairing.head and any(_main(tensor, base) for tensor in (*factored, *whole)):
+    # Of embeddings that encoder and decoder share, PEFT would make the wrong ones one; each is saved, and so the same.
+    if len(pairing.shared) == 1 and any(_main(tensor, base) for tensor in (*factored, *whole)):
         settings["ensure_weight_tying"] = True
     short = {path.rpartition(".")[2] for path in paths}
     modules = {".".join(parts[:i]) for name in base.specs for parts in [name.split(".")] for i in range(1, len(parts))}
@@ -199,8 +201,6 @@ def _notes(base: Checkpoint, outcomes: tuple[Outcome, ...], pairing: Pairing) ->
              for parts in [tensor.path.split(".")] for i in range(1, len(parts))}  # fmt: skip
     if loose := [tensor.path for tensor in whole if tensor.module in inner]:
         yield f"PEFT cannot load {', '.join(loose[:5])}: it saves modules whole, and there are factored ones inside"
-    if pairing.head and task_of(base.config)[0] != "CAUSAL_LM" and any(_main(tensor, base) for tensor in whole):
-        yield "PEFT may refuse to load the embedding, which this kind of model ties in more places than the head"
 
 
 def _card(identity: BaseIdentity, outcomes: tuple[Outcome, ...], layers: list[Layer]) -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loratools.adapter.naming.selection import Selection
 from loratools.adapter.naming.stacked import known_type
 from loratools.adapter.naming.wrappers import RENAMED, Names
 from loratools.adapter.placement import stacks
+from loratools.adapter.placement.classes import model_class
 from loratools.adapter.placement.conv1d import Conv1D
-from loratools.adapter.placement.shared import EMBEDDINGS, HEADS, has_tied_head, is_tied, main_tensor
+from loratools.adapter.placement.shared import EMBEDDINGS, HEADS, Ties, architectures, flag_of, ties_of
 from loratools.errors import IncompatibleAdapter
 from loratools.storage import dtypes
 from loratools.storage.checkpoint import Checkpoint
@@ -58,13 +59,14 @@ class Pair:
 class Pairing:
     """All pairs, by the fine-tune's names; `missing` are tensors of the base that it lacks.
 
-    `head` is the path of the output head where one weight serves as it and as the embedding in both models: PEFT then
-    wants its change twice.
+    `shared` are the other names of the embedding where one weight serves as it and as the output head in both models,
+    or as the embeddings of encoder and decoder, each with the fine-tune's tensor: PEFT then wants its change under
+    each, and the head's bias.
     """
 
     pairs: tuple[Pair, ...]
     missing: tuple[str, ...] = ()
-    head: str | None = None
+    shared: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -96,13 +98,13 @@ def pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> Pairing:
     selection.check([path for _, _, path in matched])
     old, new = Kinds(base.specs, base.config), Kinds(tuned.specs, tuned.config)
     pairs = [_decide(*match, base, tuned, old if match[1] else new, selection) for match in matched]
-    if heads.tied and str(heads.base_embedding).removesuffix(".weight").rpartition(".")[2] != "embed_tokens":
+    by_peft = str(heads.base_embedding).endswith("embed_tokens.weight") and len(heads.shared) == 1
+    if heads.shared and not by_peft:
         pairs = [_as_tied(match, selection) if match.base == heads.base_embedding else match for match in pairs]
     if heads.copy:
         pairs.append(Pair(heads.copy, None, heads.copy, "ignore", "other", "tied: the embedding counts"))
     missing = tuple(sorted(base.specs.keys() - used - {heads.base_copy}))
-    head = (heads.base_copy or heads.copy or "lm_head.weight") if heads.tied else None
-    return Pairing(tuple(pairs), missing, head, tuple(_notes(heads)))
+    return Pairing(tuple(pairs), missing, heads.shared, tuple(_notes(heads)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,7 @@ class _Heads:
 
     base_embedding: str | None
     tuned_embedding: str | None
-    tied: bool = False
+    shared: Mapping[str, str] = field(default_factory=dict)  # other names of it: tensors of the fine-tune
     copy: str | None = None  # in the fine-tune, stored although tied
     base_copy: str | None = None  # the same in the base
     untied: str | None = None  # the fine-tune's head, compared with the base's embedding
@@ -119,17 +121,30 @@ class _Heads:
 
     @classmethod
     def of(cls, base: Checkpoint, tuned: Checkpoint) -> _Heads:
-        before, after = main_tensor(base.specs, EMBEDDINGS), main_tensor(tuned.specs, EMBEDDINGS)
-        old, new = main_tensor(base.specs, HEADS), main_tensor(tuned.specs, HEADS)
-        if before is None or after is None:
-            return cls(before, after)
-        was_tied, is_now = old is None or is_tied(base.config), new is None or is_tied(tuned.config)
-        has_head = has_tied_head(base.config, old) or has_tied_head(tuned.config, new) or bool(old or new)
+        before, after = ties_of(base.specs, base.config), ties_of(tuned.specs, tuned.config)
+        embeddings = before.embedding, after.embedding
+        if before.embedding is None or after.embedding is None:
+            return cls(*embeddings)
+        was_tied = before.head is None or bool(flag_of(base.config))
+        is_now = after.head is None or bool(flag_of(tuned.config))
         if was_tied and is_now:
-            return cls(before, after, has_head, new, old)
+            return cls(*embeddings, _other_names(before, after), after.head, before.head)
         if was_tied:
-            return cls(before, after, untied=new, base_copy=old)
-        return cls(before, after, retied=old, copy=new) if is_now else cls(before, after)
+            return cls(*embeddings, untied=after.head, base_copy=before.head)
+        return cls(*embeddings, retied=before.head, copy=after.head) if is_now else cls(*embeddings)
+
+
+def _other_names(before: Ties, after: Ties) -> dict[str, str]:
+    """Return the other names of the base's embedding, and of the bias of a head that is one of them."""
+    tie, stored = before.of_embedding or after.of_embedding, before.head or after.head
+    if tie is None:
+        return {stored: str(after.embedding)} if stored else {}
+    named = (each.tensor or each.name or "lm_head.weight" for each in tie.names)
+    others = {name: str(after.embedding) for name in named if name != before.embedding}
+    for bias in (each for each in after.ties if each.is_bias and each.stored):
+        names = (str(each.name) for each in bias.names if each.tensor is None)
+        others |= {name: bias.stored[0] for name in names if f"{name.removesuffix('.bias')}.weight" in others}
+    return others
 
 
 def _current(path: str) -> str:
@@ -139,7 +154,7 @@ def _current(path: str) -> str:
 
 
 def _as_tied(match: Pair, selection: Selection) -> Pair:
-    """Keep an embedding whole: PEFT knows only embed_tokens to be tied, and would leave the head as it was."""
+    """Keep an embedding whole: PEFT keeps only embed_tokens and a head tied, and would leave others as they were."""
     if match.plan == "drop":
         return match
     path = match.path if match.path.endswith(".weight") else f"{match.path}.weight"
@@ -232,14 +247,18 @@ class Kinds:
 
 
 def task_of(config: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]]:
-    """Return PEFT's name for the task of a model, by the architecture in its config, and the heads it saves whole."""
-    architectures = config.get("architectures")
-    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    """Return PEFT's name for the task of a model, by the architecture in its config, and the heads it saves whole.
+
+    A class that generates from sounds or images has none: PEFT would call it with the arguments of a text model.
+    """
+    name = next(iter(architectures(config)), "")
+    if name.endswith("ForConditionalGeneration") and (model := model_class(config)) and not model.shares_words:
+        return None, ()
     return next((known for ending, known in _TASKS.items() if name.endswith(ending)), (None, ()))
 
 
 def _notes(heads: _Heads) -> Iterator[str]:
-    if heads.copy and heads.tied:
+    if heads.copy and heads.shared:
         yield f"{heads.copy} is stored, but the fine-tune ties its head to the embedding, so it does not count"
     if heads.untied:
         yield f"the fine-tune has a head of its own, {heads.untied}, where the base ties it: merge with --tied untie"
