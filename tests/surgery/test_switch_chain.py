@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from loratools.storage.companions import RECORD, RESIDUAL
 from loratools.surgery.merge import merge
@@ -35,10 +36,21 @@ def prepare(folder: Path, dtype: str) -> tuple[Path, list[Path]]:
     ]
 
 
+def make_dora(adapter: Path) -> None:
+    """Give every module of an adapter a magnitude."""
+    file, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    tensors = load_file(file)
+    for i, (name, B) in enumerate([item for item in tensors.items() if "lora_B" in item[0]]):
+        tensors[name.replace("lora_B.weight", "lora_magnitude_vector")] = random(len(B), seed=i, scale=0.1).abs() + 0.2
+    save_file(tensors, file, {"format": "pt"})
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 def test_the_hundredth_switch_is_exact(dtype: str, tmp_path: Path) -> None:
     base, adapters = prepare(tmp_path, dtype)
+    make_dora(adapters[1])
     wanted = []
     for i, adapter in enumerate(adapters):
         merge(base, adapter, tmp_path / f"fresh{i}", weights=0.3 + i, keep_residual=True)
