@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from loratools.decisions import warned
+
 ORDERS: tuple[tuple[str, ...], ...] = (
     ("gate_proj", "up_proj", "down_proj"),
     ("gate_up_proj", "down_proj"),
@@ -72,7 +74,14 @@ def nested(module: str, parameters: Collection[str]) -> dict[str, str]:
     >>> nested("mlp.experts", ["down_proj", "gate_up_proj"])
     {'down_proj': 'mlp.experts', 'gate_up_proj': 'mlp.experts.base_layer'}
     """
-    outermost_first = (in_order(parameters) or sorted(parameters))[::-1]
+    order = in_order(parameters)
+    if order is None and len(parameters) > 1:
+        order = sorted(parameters)
+        warned(
+            "%s: no class that is known registers %s; PEFT, whose files do not name them, may take one for another",
+            module, " and ".join(order),
+        )  # fmt: skip
+    outermost_first = (order or list(parameters))[::-1]
     return {name: module + ".base_layer" * depth for depth, name in enumerate(outermost_first)}
 
 

@@ -44,6 +44,15 @@ def test_order(parameters: list[str], order: list[str] | None) -> None:
     assert stacked.in_order(parameters) == order
 
 
+def test_wrappers_are_named_in_that_order_and_what_peft_may_mix_up_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    names = stacked.nested("m", ["down_proj", "up_proj"])
+    assert names == {"down_proj": "m", "up_proj": "m.base_layer"}
+    assert stacked.nested("m", ["w_in"]) == {"w_in": "m"}
+    assert not caplog.records
+    assert stacked.nested("m.unheard_of", ["w_out", "w_in"]).keys() == {"w_in", "w_out"}
+    assert "no class that is known registers w_in and w_out" in caplog.text
+
+
 def test_the_type_of_a_model_inside_counts_where_the_outer_one_is_not_known() -> None:
     assert stacked.known_type({"model_type": "llava", "text_config": {"model_type": "gpt_oss"}}) == "gpt_oss"
     assert stacked.known_type({"model_type": "mixtral", "text_config": {"model_type": "gpt_oss"}}) == "mixtral"
