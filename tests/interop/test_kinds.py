@@ -223,7 +223,7 @@ def test_a_bias_that_the_base_lacks(tmp_path: Path) -> None:
     with pytest.raises(IncompatibleAdapter) as raised:
         merge(save_mixed(tmp_path / "base", base), [tmp_path / "adapter"], tmp_path / "ours")
     assert raised.value.problems == (
-        "linear: trained with lora_bias, and the base has no linear.bias with 7 numbers to add it to; found none",
+        "linear: trained with a bias, and the base has no linear.bias with 7 numbers to add it to; found none",
     )
 
 
