@@ -193,9 +193,11 @@ def test_a_change_of_exactly_low_rank_of_float32_weights(tmp_path: Path) -> None
         for scale in (1e-3, 1.0, 30.0):
             folder = tmp_path / f"{dtype}{scale}"
             changes = {corner: scale * CORNERS[corner] for corner in base}
-            judge(*written(folder, changes, Ranks(Fixed(16)), dtype, base), dtype)
-            after = certify(folder / "tuned", folder / "base", folder / "adapter")
-            assert [layer.error for layer in after.layers]
+            made, truths = written(folder, changes, Ranks(Fixed(16)), dtype, base)
+            judge(made, truths, dtype)
+            for layer in certify(folder / "tuned", folder / "base", folder / "adapter").layers:
+                true, _, _ = truths[layer.module.removeprefix("model.layers.0.")]
+                assert layer.error == pytest.approx(true, rel=1e-6)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4, 8])

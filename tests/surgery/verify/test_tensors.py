@@ -189,3 +189,18 @@ def test_numbers_near_the_smallest_of_their_dtype(exact: bool, tmp_path: Path) -
     assert verify(save_base(tmp_path / "model", right), base, adapter, exact=exact).ok
     wrong = {"a.weight": (right["a.weight"].double() + given.delta("a")).half()}
     assert not verify(save_base(tmp_path / "twice", wrong), base, adapter, exact=exact).ok
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+@pytest.mark.parametrize("scale", [1e-25, 1e30])
+def test_numbers_near_the_ends_of_float32(scale: float, dtype: str, exact: bool, tmp_path: Path) -> None:
+    weights = {"a.weight": random(96, 128, scale=0.05 * scale, dtype=DTYPES[dtype])}
+    given = lora({"a": (96, 128)}, scale=0.06 * scale**0.5)
+    right = models.merged(weights, [given])
+    base, adapter = save_base(tmp_path / "base", weights), save_adapter(tmp_path / "adapter", given)
+    found = verify(save_base(tmp_path / "model", right), base, adapter, exact=exact)
+    assert found.ok
+    assert found.checked[0].applied == pytest.approx(1, abs=0.02)
+    wrong = {"a.weight": (right["a.weight"].double() + 0.3 * given.delta("a")).to(DTYPES[dtype])}
+    assert not verify(save_base(tmp_path / "wrong", wrong), base, adapter, exact=exact).ok
