@@ -40,13 +40,11 @@ Open and save
     Checkpoint.open  a model -> `Checkpoint`: tensors by name, unread
     MergeOptions     the options of a merge as one value, checked when it is built
     BaseIdentity     which base model an adapter belongs to
-Run (`from loratools import live`)
-    live.attach      freeze a running model and train A and B beside its layers
-    live.load        an adapter of any dialect in a running model: switch, serve many, merge, take away
 Learn
     list_dialects    the layouts that can be read and written
     run_demo         a guided tour on a small trained model inside the package
 
+`from loratools import live` is LoRA in a model that runs: attach, train, load, switch, take away; see `help(live)`.
 `help(loratools.merge)` explains every parameter. On the command line: `loratools --help`. The README shows all of it at
 work; the format is specified in spec/.
 """

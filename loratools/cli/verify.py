@@ -33,11 +33,15 @@ _MOST = 10  # lines of one kind, where not all are asked for
     help="For an adapter that stands for a fine-tune: how much of each layer's change it holds, beside the optimum.",
 )  # fmt: skip
 @click.option("--seed", type=int, metavar="N", help="Seed of the probes.  [default: a fresh one, which is printed]")
+@click.option(
+    "--run", is_flag=True,
+    help="Run base and merged model in transformers too, and compare the logits with the adapter live in the base.",
+)  # fmt: skip
 @options.threads_option
 @pass_talk
 def command(
     talk: Talk, model: str, base: str, adapters: tuple[str, ...], weights: tuple[float, ...], exact: bool,
-    tensors: bool, certificate: bool, seed: int | None, threads: int | None,
+    tensors: bool, certificate: bool, seed: int | None, run: bool, threads: int | None,
 ) -> show.Report:  # fmt: skip
     """Tell how far a model is from base + adapter.
 
@@ -53,6 +57,7 @@ def command(
     Examples:
       loratools verify merged --base base --adapter adapter
       loratools verify merged --base base --adapter adapter --exact --tensors
+      loratools verify merged --base base --adapter adapter --run
       loratools verify tuned --base base --adapter adapter --certificate
     """
     from loratools.storage.checkpoint import Checkpoint
@@ -68,7 +73,7 @@ def command(
         return report(talk, merged, base, adapters[0], seed or 0, threads)
     with talk.progress("verifying", merged.nbytes) as advance:
         verification = verify(
-            merged, base, adapters, weights=weights or None, exact=exact, seed=seed, threads=threads,
+            merged, base, adapters, weights=weights or None, exact=exact, seed=seed, run=run, threads=threads,
             progress=advance,
         )  # fmt: skip
     return show.Report(show.plain(verification), lines(verification, every=tensors), verification.ok)
@@ -114,6 +119,7 @@ def lines(verification: Verification, *, every: bool) -> Iterator[str]:
         ("beside", _agreeing(verification)),
         ("not seen", verification.unseen or None),
         ("not checked", verification.unchecked),
+        ("run", _ran(verification)),
         ("seed", None if verification.exact else f"{verification.seed}, which --seed repeats"),
     )
 
@@ -132,3 +138,14 @@ def _agreeing(verification: Verification) -> str | None:
     beside = verification.beside
     files = {difference.file for difference in beside.differences} | set(beside.agreeing)
     return f"{len(beside.agreeing)} of {len(files)} files are as base and adapter have them" if files else None
+
+
+def _ran(verification: Verification) -> str | None:
+    ran = verification.run
+    if ran is None:
+        return None
+    numbers = f"logits {ran.distance:.2e} from the base with the adapter live ({ran.applied_by})"
+    explained = f"rounding makes {ran.noise:.2e}, the adapter {ran.effect:.2e}"
+    if ran.ok and not ran.tells:
+        return f"tells nothing: {numbers}; {explained}, which is not more than rounding"
+    return f"{'agrees' if ran.ok else 'DISAGREES'}: {numbers}; {explained}"

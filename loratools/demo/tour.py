@@ -223,6 +223,8 @@ def _train(folder: Path) -> Stop:
     from loratools.demo.llama import CONTEXT, Llama
 
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the matrices are small: threads would wait for each other
     text = torch.frombuffer(bytearray((data_folder() / "plays.txt").read_bytes()), dtype=torch.uint8).long()
     seen, held_out = text[:6000], text[6000 : 6001 + 1900]
     model = Llama.open(folder / "base")
@@ -243,6 +245,7 @@ def _train(folder: Path) -> Stop:
         optimizer.zero_grad()
     with torch.no_grad():
         after = loss(windows).item()
+    torch.set_num_threads(threads)
     if not after < before - 0.02:
         raise RuntimeError("training did not help")
     lora.save(folder / "trained", base_id="demo")

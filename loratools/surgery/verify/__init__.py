@@ -12,9 +12,9 @@ was made to hide from the probes of one seed is an error like any other to those
     tensors   judge one tensor, changed or not
     probes    the vectors, and what a change is and should be along them
     beside    judge everything else in the model's folder
+    run       judge by running the models, which shares no reading, naming or orientation with `merge`
 
-Both judges read names, orientation and layouts as `merge` reads them. A judge that does not (one that runs the model)
-is one more module beside these, whose findings become a field of `Verification` and take their line from `UNCHECKED`.
+The first two read names, orientation and layouts as `merge` reads them; the last is asked for with `run`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from loratools.adapter.placement.layers import replicated
 from loratools.adapter.placement.settle import settle
@@ -43,6 +44,9 @@ from loratools.surgery.verify import tensors
 from loratools.surgery.verify.beside import Beside, Difference, judge
 from loratools.surgery.verify.probes import PROBES
 from loratools.surgery.verify.tensors import TensorCheck
+
+if TYPE_CHECKING:
+    from loratools.surgery.verify.run import Run
 
 UNCHECKED = (
     "whether loaders give the tensors the meaning that they have here: names, orientation and layouts are read as "
@@ -77,6 +81,7 @@ class Verification:
     unseen: tuple[str, ...] = ()
     tensors_ok: bool = True
     beside: Beside = Beside()  # noqa: RUF009  (frozen)
+    run: Run | None = None
     unchecked: tuple[str, ...] = UNCHECKED
 
 
@@ -88,6 +93,7 @@ def verify(
     weights: float | Sequence[float] | None = None,
     exact: bool = False,
     seed: int | None = None,
+    run: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Verification:
@@ -105,6 +111,9 @@ def verify(
             estimate the error of the rest.
         seed: A whole number that draws the probes, to repeat a verification. Default: a fresh one, which nobody can
             know beforehand; the account tells it.
+        run: Whether to run base and merged model in transformers besides, on a few random tokens, with the adapter
+            applied in the running base by PEFT, or by `loratools.live`, and to compare the logits. It loads one model
+            after the other into memory. Default: no.
         threads: Threads to work with. Default: one per core, at most 8.
         progress: Called with the bytes read since the last call, from any thread. Default: nobody is told.
 
@@ -114,20 +123,22 @@ def verify(
 
     Raises:
         InvalidOption: A number, or the count of weights, is wrong.
-        IncompatibleAdapter, BadFile, UnsupportedAdapter: What planning a merge raises.
+        IncompatibleAdapter, BadFile, UnsupportedAdapter: What planning a merge raises; `run` also for a model that
+            transformers has no class for.
+        MissingExtra: With `run`, transformers is not installed.
 
     Example:
         >>> verify("merged", "base", "adapter").ok
         True
     """
-    Options().flag("exact", exact).number("seed", seed, optional=True).threads(threads).done()
+    Options().flag("exact", exact).flag("run", run).number("seed", seed, optional=True).threads(threads).done()
     check_weights(adapters, weights)
     progress = progress or no_progress
     seed = secrets.randbits(48) if seed is None else seed
     model, base = open_model(model), open_model(base)
     model.tell_unread()
     base.tell_unread()
-    inputs = open_adapters(adapters, base, weights)
+    inputs = raw = open_adapters(adapters, base, weights)
     base = replicated(base, [each.adapter for each in inputs])
     tied: Tied = "untie" if model.specs.keys() - base.specs.keys() else "both"
     inputs, notes = settle(base, under_names_of(base, inputs), strict=False)
@@ -157,7 +168,12 @@ def verify(
     identical = len(untouched) - len(differing) - cast
     unseen = tensors.unseen((model.specs[name].dtype for name in touched), exact)
     ok = tensors_ok and not any(difference.decides for difference in beside.differences)
+    second = None
+    if run:
+        from loratools.surgery.verify.run import run as run_models  # imports torch, and transformers by it
+
+        second = run_models(model, plan.base, raw, touched, seed)
     return Verification(
-        ok, checked, identical, differing, missing, extra, worst, exact, seed, cast, unseen, tensors_ok, beside,
-        (*beside.unchecked, *UNCHECKED),
+        ok and (second is None or second.ok), checked, identical, differing, missing, extra, worst, exact, seed, cast,
+        unseen, tensors_ok, beside, second, (*beside.unchecked, *(() if second and second.tells else UNCHECKED)),
     )  # fmt: skip
