@@ -91,7 +91,8 @@ class AdapterSummary:
 class CheckpointSummary:
     """What a model's files are; `schema` is the first tier of its base hash, `shards` maps file to what is in it.
 
-    `architecture`, `model_type`, `tied` and `quantization` are what its config.json says, None where it is silent;
+    `architecture`, `model_type` and `quantization` are what its config.json says, None where it is silent; `tied` is
+    too, or what its class does by default;
     `record` is what loratools.json says of the merge that it came out of.
     """
 
@@ -182,16 +183,29 @@ def describe_checkpoint(checkpoint: Checkpoint, path: Location) -> CheckpointSum
     checkpoint.tell_unread()
     config, specs = checkpoint.config, checkpoint.specs
     architectures, model_type = config.get("architectures"), config.get("model_type")
-    tied = config.get("tie_word_embeddings")
+    tied = _tied(checkpoint)
     return CheckpointSummary(
         path=str(path), components=checkpoint.components, schema=checkpoint.schema(), record=read(checkpoint) or None,
         architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else None,
         model_type=model_type if isinstance(model_type, str) else None,
-        tied=tied if isinstance(tied, bool) else None, quantization=_quantization(config),
+        tied=tied, quantization=_quantization(config),
         total=_amount(specs.values()), dtypes=_by_dtype(specs.values()),
         shards={str(s.path.relative_to(checkpoint.root)): _amount(s.tensors.values()) for s in checkpoint.shards},
         tensors=tuple(_tensor(name, specs[name]) for name in sorted(specs, key=natural)),
     )  # fmt: skip
+
+
+def _tied(checkpoint: Checkpoint) -> bool | None:
+    """Tell whether head and embedding are one weight: by config.json, or by the class where it is silent."""
+    from loratools.adapter.placement.shared import flag_of, ties_of
+
+    if (stated := flag_of(checkpoint.config)) is not None:
+        return stated
+    ties = ties_of(checkpoint.specs, checkpoint.config)
+    of_head = [tie for tie in ties.ties if tie.has_head]
+    if ties.model is None or any(tie.asked for tie in of_head):
+        return None
+    return True if of_head else False if ties.head else None
 
 
 def _groups(modules: Iterable[ModuleSummary]) -> tuple[Group, ...]:

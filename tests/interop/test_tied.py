@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from loratools.adapter.naming.selection import Selection
 from loratools.errors import IncompatibleAdapter
 from loratools.surgery.extract import extract
+from loratools.surgery.inspect import CheckpointSummary, inspect
 from loratools.surgery.merge import merge
 from loratools.surgery.verify import verify
 from tests.interop import logits as other_environment
@@ -241,3 +243,24 @@ def test_an_adapter_that_peft_keeps_tied_is_not_asked_about(name: str, targets: 
         merge(tmp_path / "base", tmp_path / "adapter", tmp_path / policy, tied=policy)
         merged = type(model).from_pretrained(tmp_path / policy)
         torch.testing.assert_close(logits(merged, name), logits(tuned, name), rtol=1e-5, atol=1e-5)
+
+
+def test_a_base_with_both_stored_and_a_silent_config_is_untied_inspected_and_verified(tmp_path: Path) -> None:
+    """As OPT was saved for years; the output stores the same names, so that only its config.json tells them apart."""
+    adapted("opt", "lm_head", tmp_path)
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+
+    def told(folder: Path) -> bool | None:
+        summary = inspect(folder)
+        assert isinstance(summary, CheckpointSummary)
+        return summary.tied
+
+    assert told(tmp_path / "base") is True
+    weights["lm_head.weight"] = weights["model.decoder.embed_tokens.weight"].clone()
+    save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    assert told(tmp_path / "base") is None
+    with pytest.raises(IncompatibleAdapter, match="does not say whether they are tied"):
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "none")
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", tied="untie")
+    assert told(tmp_path / "out") is False
+    assert verify(tmp_path / "out", tmp_path / "base", tmp_path / "adapter").ok

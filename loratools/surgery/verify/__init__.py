@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 from loratools.adapter.placement.layers import replicated
 from loratools.adapter.placement.settle import settle
+from loratools.adapter.placement.shared import flag_of
 from loratools.decisions import decided, warned
 from loratools.options import Options, Tied
 from loratools.parallel import Progress, cores, no_progress, workers
@@ -140,7 +141,8 @@ def verify(
     base.tell_unread()
     inputs = raw = open_adapters(adapters, base, weights)
     base = replicated(base, [each.adapter for each in inputs])
-    tied: Tied = "untie" if model.specs.keys() - base.specs.keys() else "both"
+    apart = flag_of(model.config) is False and flag_of(base.config) is not False
+    tied: Tied = "untie" if apart or model.specs.keys() - base.specs.keys() else "both"
     inputs, notes = settle(base, under_names_of(base, inputs), strict=False)
     for note in notes:
         warned("%s", note)
