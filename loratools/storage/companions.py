@@ -11,6 +11,7 @@ from typing import Any
 
 from loratools.decisions import decided, warned
 from loratools.errors import IncompatibleAdapter
+from loratools.storage.atomic.inputs import see
 from loratools.storage.beside import along, templates
 from loratools.storage.beside.links import refuse_outside, walk
 from loratools.storage.checkpoint import Checkpoint
@@ -159,6 +160,7 @@ def copy_companions(beside: Companions, folder: Path, texts: Mapping[str, str | 
         if text is not None:
             target.write_text(text, encoding="utf-8")
         elif name not in written:
+            see(beside.sources[name])
             shutil.copyfile(beside.sources[name], target)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal
 
 from loratools.errors import BadFile, InvalidOption, LoraToolsError
+from loratools.storage.atomic.inputs import see, watched
 
 if TYPE_CHECKING:
     from loratools.parallel import Progress
@@ -118,7 +119,7 @@ def local(location: Location, need: Need = "adapter") -> Path:
 
 @contextmanager
 def session(fetching: Fetching | None = None) -> Iterator[Session]:
-    """Resolve each reference once while a task runs, and name it in errors as the user did.
+    """Resolve each reference once while a task runs, name it in errors as the user did, and watch the inputs.
 
     `fetching` shows progress. Within another session, that one goes on.
     """
@@ -128,7 +129,8 @@ def session(fetching: Fetching | None = None) -> Iterator[Session]:
     current = Session(fetching)
     token = _CURRENT.set(current)
     try:
-        yield current
+        with watched():
+            yield current
     except LoraToolsError as error:
         error.reword(current.named)
         raise
@@ -150,7 +152,9 @@ def open_file(path: Path) -> IO[bytes]:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             raise BadFile(f"{path}: not a regular file")  # opening a pipe would wait for its writer
-        return path.open("rb")
+        file = path.open("rb")
+        see(path, os.fstat(file.fileno()))
+        return file
     except FileNotFoundError:
         raise BadFile(f"{path}: no such file") from None
     except OSError as error:

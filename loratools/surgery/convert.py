@@ -29,7 +29,7 @@ from loratools.parallel import Progress
 from loratools.storage import atomic
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
-from loratools.storage.sources import Location
+from loratools.storage.sources import Location, session
 from loratools.surgery.hash import hash_checkpoint
 from loratools.surgery.inputs import AdapterSource, ModelSource, open_model
 
@@ -52,6 +52,7 @@ class Conversion:
     losses: tuple[Loss, ...]
 
 
+@session()
 def convert(
     adapter: AdapterSource,
     output: Location,

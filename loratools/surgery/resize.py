@@ -12,7 +12,7 @@ from loratools.linalg.ranks.allocate import Ranks
 from loratools.parallel import Progress
 from loratools.storage import atomic
 from loratools.storage.dtypes import FloatName
-from loratools.storage.sources import Location
+from loratools.storage.sources import Location, session
 from loratools.surgery.combine import Combination, run
 from loratools.surgery.combine.options import CombineOptions
 from loratools.surgery.combine.result import plain
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _KEPT: tuple[FloatName, ...] = ("BF16", "F16")
 
 
+@session()
 def resize(
     adapter: AdapterSource,
     output: Location,

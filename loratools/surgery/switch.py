@@ -22,7 +22,7 @@ from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.companions import RESIDUAL
 from loratools.storage.header import TensorSpec, nbytes
 from loratools.storage.lazy import LazyTensor
-from loratools.storage.sources import Location
+from loratools.storage.sources import Location, session
 from loratools.surgery.base import prove
 from loratools.surgery.hash import hash_tensors
 from loratools.surgery.inputs import AdapterSource, ModelSource, check_weights, open_adapters, places, places_of
@@ -58,6 +58,7 @@ class SwitchReport:
     left_behind: tuple[str, ...] = ()
 
 
+@session()
 def switch(
     model: ModelSource,
     out: AdapterSource | Sequence[AdapterSource],

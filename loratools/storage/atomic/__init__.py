@@ -3,6 +3,7 @@
 Work happens in a scratch folder `.NAME.partial-XXXXXXXX` beside the output, locked by the process that writes it; at
 the end it is written to the disk itself, and renamed.
 
+    inputs        inputs are what they were when they were opened
     leftovers     hidden folders beside an output: whose they are, and removing those of killed runs
     place         the final name, in one step
     sync          what was written outlasts a power cut
@@ -24,6 +25,7 @@ from pathlib import Path
 from loratools.decisions import warned
 from loratools.errors import BadFile, InvalidOption, LoraToolsError, NoSpace, OutputRefused
 from loratools.storage.atomic import leftovers
+from loratools.storage.atomic.inputs import check_unchanged
 from loratools.storage.atomic.leftovers import remove
 from loratools.storage.atomic.place import put
 from loratools.storage.atomic.sync import sync, sync_names
@@ -58,6 +60,7 @@ def new_folder(target: Path, *, force: bool = False, key: str | None = None, dur
     with _scratch(target, force, f"resume-{key[:8]}" if key else None) as scratch:
         _check_kind(target, folder=True)
         yield scratch
+        check_unchanged(scratch)
         _install(scratch, target, scratch, force=force, durable=durable)
 
 
@@ -68,6 +71,7 @@ def new_file(target: Path, *, force: bool = False) -> Iterator[Path]:
         _check_kind(target, folder=False)
         path = scratch / target.name
         yield path
+        check_unchanged(scratch)
         _install(path, target, scratch, force=force, durable=True)
 
 

@@ -31,7 +31,7 @@ from loratools.options import CheckBase
 from loratools.parallel import Progress, no_progress
 from loratools.storage import atomic
 from loratools.storage.dtypes import FloatName
-from loratools.storage.sources import Location
+from loratools.storage.sources import Location, session
 from loratools.surgery.base import agree
 from loratools.surgery.combine import methods, whole
 from loratools.surgery.combine.change import Decomposed, Share, choose, combined, for_each_module, keep
@@ -75,6 +75,7 @@ class Combination:
     warnings: tuple[str, ...] = ()
 
 
+@session()
 def combine(
     adapters: AdapterSource | Sequence[AdapterSource],
     output: Location,

@@ -34,7 +34,7 @@ from loratools.parallel import Progress, cores, no_progress
 from loratools.storage import atomic
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.dtypes import FloatName
-from loratools.storage.sources import Location
+from loratools.storage.sources import Location, session
 from loratools.surgery.extract.assemble import Outcome, assemble, companion_files, dropped_energy
 from loratools.surgery.extract.layers import Total, total
 from loratools.surgery.extract.options import ExtractOptions
@@ -73,6 +73,7 @@ class Extraction:
         return [tensor for tensor in self.outcomes if tensor.outcome == outcome]
 
 
+@session()
 def extract(
     base: ModelSource,
     tuned: ModelSource,

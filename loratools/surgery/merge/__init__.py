@@ -18,7 +18,7 @@ from loratools.options import CheckBase, Device, Retention, Rounding, Tied
 from loratools.parallel import Progress
 from loratools.storage import atomic
 from loratools.storage.dtypes import FloatName
-from loratools.storage.sources import Location
+from loratools.storage.sources import Location, session
 from loratools.surgery.inputs import AdapterSource, ModelSource
 from loratools.surgery.merge.options import MergeOptions
 from loratools.surgery.merge.prepare import Merge, prepare
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Merge", "MergeOptions", "MergeReport", "Sink", "execute", "merge", "prepare"]
 
 
+@session()
 def merge(
     base: ModelSource,
     adapters: AdapterSource | Sequence[AdapterSource],

@@ -23,7 +23,7 @@ from loratools.storage import atomic, digest, files
 from loratools.storage.beside.cards import read_card
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.companions import companions, copy_companions, json_text
-from loratools.storage.sources import Location
+from loratools.storage.sources import Location, session
 from loratools.storage.strict_json import read_json
 from loratools.surgery.base import prove
 from loratools.surgery.hash import hash_tensors
@@ -65,6 +65,7 @@ class UnmergeReport:
 _APPROXIMATE = "not the base model, but W' − ΔW: what rounding destroyed at the merge is lost"
 
 
+@session()
 def unmerge(
     model: ModelSource,
     adapters: AdapterSource | Sequence[AdapterSource],

@@ -30,7 +30,9 @@ from loratools.adapter.placement.shared import flag_of
 from loratools.decisions import decided, warned
 from loratools.options import Options, Tied
 from loratools.parallel import Progress, cores, no_progress, workers
+from loratools.storage.atomic.inputs import check_unchanged
 from loratools.storage.codecs import schemes
+from loratools.storage.sources import session
 from loratools.surgery.inputs import (
     AdapterSource,
     ModelSource,
@@ -86,6 +88,7 @@ class Verification:
     unchecked: tuple[str, ...] = UNCHECKED
 
 
+@session()
 def verify(
     model: ModelSource,
     base: ModelSource,
@@ -175,6 +178,7 @@ def verify(
         from loratools.surgery.verify.run import run as run_models  # imports torch, and transformers by it
 
         second = run_models(model, plan.base, raw, touched, seed)
+    check_unchanged()
     return Verification(
         ok and (second is None or second.ok), checked, identical, differing, missing, extra, worst, exact, seed, cast,
         unseen, tensors_ok, beside, second, (*beside.unchecked, *(() if second and second.tells else UNCHECKED)),
