@@ -63,11 +63,11 @@ if TYPE_CHECKING:
     from loratools.errors import LoraToolsError
     from loratools.hub.pull import pull
     from loratools.hub.push import push
+    from loratools.live.cost import estimate
     from loratools.storage.checkpoint import Checkpoint
     from loratools.surgery.combine import combine
     from loratools.surgery.compare import compare
     from loratools.surgery.convert import convert
-    from loratools.surgery.estimate import estimate
     from loratools.surgery.extract import extract
     from loratools.surgery.extract import extract as extract_svd
     from loratools.surgery.extract.certify import certify
@@ -94,7 +94,7 @@ else:
         "combine": "loratools.surgery.combine:combine",
         "compare": "loratools.surgery.compare:compare",
         "convert": "loratools.surgery.convert:convert",
-        "estimate": "loratools.surgery.estimate:estimate",
+        "estimate": "loratools.live.cost:estimate",
         "extract": "loratools.surgery.extract:extract",
         "extract_svd": "loratools.surgery.extract:extract",
         "hash": "loratools.surgery.hash:hash_checkpoint",

@@ -44,7 +44,7 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
     "loratools.surgery": (
         "hash inputs inspect",
         "base convert extract",
-        "change combine estimate merge validate",
+        "change combine merge validate",
         "paper resize spectrum verify",
         "compare unmerge",
         "switch",
@@ -55,7 +55,7 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
         "product site",
         "modules whole",
         "place",
-        "fresh identity opened restore summary watch",
+        "cost fresh identity opened restore summary watch",
         "export",
         "uses",
         "acting",

@@ -39,7 +39,7 @@ ELSEWHERE = {
     "storage/test_header": "storage: dtypes",
     "dialects/_frame/test_frame": "storage: lazy",
     "dialects/gguf/test_gguf": "storage: gguf",
-    "surgery/extract/test_extract": "adapter/naming: selection; linalg/ranks: allocate",
+    "surgery/extract/test_extract": "adapter/naming: selection; adapter/placement: owners; linalg/ranks: allocate",
     "surgery/test_options": ".: options; surgery: inputs",
     "surgery/unmerge/test_unmerge": "engine/residual: keep restore; storage: companions",
     "engine/residual/test_codes": "storage/codecs: floats",

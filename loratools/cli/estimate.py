@@ -12,7 +12,7 @@ from loratools.cli import _show as show
 from loratools.cli._group import command as make
 
 if TYPE_CHECKING:
-    from loratools.surgery.estimate import Estimate
+    from loratools.live.cost import Estimate
 
 
 @make(section="Look")
@@ -38,9 +38,9 @@ def command(model: str, rank: int | None, targets: str, budget: str | None, dtyp
       loratools estimate base --targets q_proj,k_proj,v_proj,o_proj --budget 10000
     """
     from loratools.errors import InvalidOption
+    from loratools.live.cost import estimate
     from loratools.storage.dtypes import bits, parse_float
     from loratools.storage.sizes import parse_budget
-    from loratools.surgery.estimate import estimate
 
     try:
         most = None if budget is None else parse_budget(budget, bits(parse_float(dtype)))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools import dialects
+from loratools.decisions import warnings_to
 from loratools.demo import data_folder
 from loratools.errors import WrongBase
 from loratools.linalg.ranks.allocate import Ranks
@@ -248,7 +249,9 @@ def _train(folder: Path) -> Stop:
     torch.set_num_threads(threads)
     if not after < before - 0.02:
         raise RuntimeError("training did not help")
-    lora.save(folder / "trained", base_id="demo")
+    notes: list[str] = []
+    with warnings_to(notes.append):
+        lora.save(folder / "trained", base_id="demo")
     switched = switch(folder / "kept", folder / "adapter", folder / "trained", folder / "switched")
     merge(folder / "base", [folder / "trained"], folder / "directly")
     same = hash_checkpoint(folder / "switched", "root").root == hash_checkpoint(folder / "directly", "root").root
@@ -260,7 +263,8 @@ def _train(folder: Path) -> Stop:
         (
             repr(lora),
             f"40 steps on three scenes of Macbeth take the loss on the next ones from {before:.3f} to {after:.3f}",
-            "saved, sealed with the weights it was trained on; switched in, the model is the merge bit for bit",
+            f"saved, {notes[0]}" if notes else "saved",
+            "switched in, the merged model is bit for bit the merge of the new adapter",
         ),
         {"trained_loss": {"before": before, "after": after}, "switch_exact": switched.exact},
     )

@@ -20,6 +20,7 @@ The entries:
     identity.py   is this the sealed base?                              watch.py     targets that never run
     export.py     back to an `Adapter`, and to a file                   summary.py   what `print(lora)` says
     trainer.py    a mixin for transformers' Trainer                     restore.py   how a training resumes
+    cost.py       `estimate`: what a LoRA costs, before it is made
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from loratools.adapter.model import Adapter, Step
 from loratools.format.record import TOOL
 from loratools.live import fresh
 from loratools.live.acting import Entry
+from loratools.live.cost import estimate
 from loratools.live.fresh import Bias, Fresh
 from loratools.live.fresh.start import Init
 from loratools.live.fresh.targets import choose
@@ -42,7 +44,7 @@ from loratools.live.trainer import TrainerMixin
 from loratools.options import CheckBase
 from loratools.storage.sources import Location
 
-__all__ = ["Lora", "TrainerMixin", "attach", "load", "of"]
+__all__ = ["Lora", "TrainerMixin", "attach", "estimate", "load", "of"]
 
 
 def attach(

@@ -1,7 +1,6 @@
 """What is done with adapters and models: one verb a file, or a folder where a verb needs more.
 
 inspect, spectrum, compare, hash   look at them
-estimate                           what a LoRA costs before it exists
 validate, verify                   check them
 merge, unmerge, switch             change a model
 combine, resize, extract, convert  make an adapter

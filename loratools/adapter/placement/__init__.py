@@ -15,4 +15,5 @@ image     an adapter of an image model under the names of a base
 whole     tensors that were trained whole: where they go, and what config.json has to say of it
 settle    what in an adapter is a copy of the base's own tensors, and what replaces them
 weight    the base's weight under an update
+owners    what parameters belong to: linear layers, convolutions, embeddings, experts, heads
 """

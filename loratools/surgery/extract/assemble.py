@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapter.model import Adapter, BaseIdentity, Step
+from loratools.adapter.placement.owners import task_of
 from loratools.adapter.placement.shared import ties_of
 from loratools.format import manifest
 from loratools.format.record import TOOL
@@ -17,7 +18,7 @@ from loratools.storage.companions import tokenizer_files
 from loratools.storage.lazy import LazyTensor
 from loratools.surgery.extract.layers import Layer, to_json, total
 from loratools.surgery.extract.options import ExtractOptions
-from loratools.surgery.extract.pairs import HEAD_OF_TASK, Pair, Pairing, task_of
+from loratools.surgery.extract.pairs import HEAD_OF_TASK, Pair, Pairing
 from loratools.surgery.extract.spool import Spooled
 from loratools.surgery.extract.updates import build, module_names
 

@@ -10,7 +10,7 @@ import pytest
 
 import loratools
 from loratools.errors import IncompatibleAdapter, InvalidOption
-from loratools.surgery.estimate import Shapes, cost, shapes_of
+from loratools.live.cost import Shapes, cost, shapes_of
 from tests.make import tiny
 
 L, D = 96, 12288

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapter.naming.selection import matches
+from loratools.adapter.placement.owners import Kinds
 from loratools.adapter.placement.shared import HEADS
 from loratools.errors import IncompatibleAdapter, InvalidOption, MissingExtra
 from loratools.options import Options
@@ -23,8 +24,6 @@ from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import TensorSpec
 from loratools.storage.pickles.archive import SUFFIXES
 from loratools.storage.strict_json import read_json
-from loratools.surgery.extract.pairs import Kinds
-from loratools.surgery.inputs import ModelSource
 
 ALL_LINEAR = "all-linear"
 _ADAM = 2 * 4  # bytes for each trained parameter: two moments, in float32
@@ -68,7 +67,7 @@ class Shapes:
 
 
 def estimate(
-    model: ModelSource,
+    model: sources.Location | Checkpoint,
     rank: int | None = None,
     targets: str | Sequence[str] = ALL_LINEAR,
     *,
@@ -162,7 +161,7 @@ def _chosen(model: Shapes, targets: Collection[str]) -> list[str]:
     return [name for name in able if any(matches(target, name) for target in targets)]
 
 
-def shapes_of(model: ModelSource) -> Shapes:
+def shapes_of(model: sources.Location | Checkpoint) -> Shapes:
     """Return the shapes of a model, from headers, or where there are no weights from config.json alone."""
     if not isinstance(model, Checkpoint):
         path = sources.local(model, "header")
