@@ -17,7 +17,7 @@ from loratools.format import manifest
 from loratools.format.clauses import ADAPTER_FILE, CONFIG_FILE, Check, Subject, integrity, layout, shown, tensors
 from loratools.format.clauses import manifest as fields
 from loratools.format.clauses.container import clause_of
-from loratools.storage.header import read_header
+from loratools.storage.header import check_name, read_header
 from loratools.storage.strict_json import parse_json_object, read_json
 
 CLAUSES: Mapping[str, Check] = {
@@ -141,6 +141,9 @@ def _open(path: Path) -> Subject:
         raise _Refused("L-02", path.name, f"metadata format: expected pt, found {shown(header.metadata.get('format'))}")
     document = _parse(text, path)
     _check_version(document, path)
+    modules = document.get("modules")
+    for name in modules if isinstance(modules, dict) else ():
+        check_name(name, path)  # what compares them takes time that grows faster than they do
     shapes = {name: (spec.dtype, spec.shape) for name, spec in header.tensors.items()}
     return Subject(path, shapes, document, text, None, header.tensors)
 

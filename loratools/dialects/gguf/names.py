@@ -89,7 +89,7 @@ def permuted(lazy: LazyTensor, heads: int | None, *, back: bool = False) -> Lazy
     if heads is None:
         return lazy
     out, rank = lazy.shape
-    if out % heads or out // heads % 2:
+    if heads < 1 or out % heads or out // heads % 2:
         raise ValueError(f"{out} output features are not those of {heads} heads")
     sides = (heads, out // heads // 2, 2, rank) if back else (heads, 2, out // heads // 2, rank)
 
