@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from loratools.adapter import kinds
 from loratools.adapter.kinds import Update
 from loratools.storage.lazy import LazyTensor
 
@@ -99,6 +100,25 @@ class Adapter:
             f"{module}.{part}": lazy for module, update in self.updates.items() for part, lazy in update.parts.items()
         }
         return tensors | dict(self.replacements)
+
+    def mapped(self, change: Callable[[LazyTensor], LazyTensor]) -> Adapter:
+        """Return the same adapter with other tensors of the same shapes; one tensor in two places stays one."""
+        made: dict[int, LazyTensor] = {}
+
+        def once(lazy: LazyTensor) -> LazyTensor:
+            if id(lazy) not in made:
+                made[id(lazy)] = change(lazy)
+            return made[id(lazy)]
+
+        updates: dict[str, Update] = {}
+        for module, update in self.updates.items():
+            parts, layout = {part: once(lazy) for part, lazy in update.parts.items()}, dict(update.layout)
+            build = kinds.get(update.kind).build
+            updates[module] = build(parts, update.scaling, update.alpha, **({"layout": layout} if layout else {}))
+        replacements, copies = (
+            {path: once(lazy) for path, lazy in whole.items()} for whole in (self.replacements, self.copies)
+        )
+        return replace(self, updates=updates, replacements=replacements, copies=copies)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -36,12 +36,16 @@ from loratools.adapter.model import Adapter, Loss
 from loratools.decisions import decided
 from loratools.dialects._frame.listing import WEIGHTS, Evidence, Listing
 from loratools.dialects._frame.numbers import is_number
+from loratools.dialects.peft.held import HasAdapter, InMemory, held, is_pair
 from loratools.errors import InvalidOption, LossyConversion, OutputRefused, UnknownKind
 from loratools.options import Options
 from loratools.storage import atomic
 from loratools.storage.checkpoint import Checkpoint
 
-__all__ = ["Dialect", "Evidence", "Listing", "detect", "get", "list_dialects", "names", "open_adapter", "save_adapter"]
+__all__ = [
+    "Dialect", "Evidence", "HasAdapter", "InMemory", "Listing", "detect", "get", "held", "is_pair", "list_dialects",
+    "names", "open_adapter", "save_adapter",
+]  # fmt: skip
 
 
 class Dialect(Protocol):
@@ -150,7 +154,7 @@ def detect(listing: Listing) -> tuple[str, Evidence]:
 
 
 def open_adapter(
-    path: str | PathLike[str] | Adapter,
+    path: str | PathLike[str] | Adapter | InMemory,
     *,
     dialect: str | None = None,
     alpha: float | None = None,
@@ -158,13 +162,15 @@ def open_adapter(
     initial: bool = False,
     enabled: tuple[bool, ...] | None = None,
 ) -> Adapter:
-    """Read an adapter from a folder or a single file.
+    """Read an adapter from a folder or a single file, or take one that is in memory.
 
     Reads names, dtypes and shapes; the numbers of a factor are loaded when they are asked for. Imports torch for
     pickles only.
 
     Args:
-        path: A folder or a single file. An `Adapter` comes back as it is.
+        path: A folder or a single file; an adapter held in memory, which is copied: a pair (state dict, config) with
+            the config as in adapter_config.json or PEFT's object, a `PeftModel` (its active adapter), a live handle
+            (the adapter in use). An `Adapter` comes back as it is.
         dialect: The dialect to read it as, one of `names()`. Default: the one that `detect` finds.
         alpha: The alpha of training, a finite number, for every module, as of files that record none; it wins over what
             a file records, with a warning. Our own format refuses it. Default: the file's.
@@ -176,7 +182,8 @@ def open_adapter(
             with such a weight is refused.
 
     Raises:
-        InvalidOption: `alpha` is no finite number, or it or `enabled` is for another dialect than this file's.
+        InvalidOption: `alpha` is no finite number, or it or `enabled` is for another dialect than this file's; the
+            value holds no adapter, or several.
         UnknownKind: No dialect reads it, or two are equally sure.
         BadFile, InvalidFormat: It is damaged, or contradicts itself; the error lists all problems.
         UnsupportedAdapter: It is sound and not read; the error lists all reasons.
@@ -187,10 +194,10 @@ def open_adapter(
         8
     """
     told = {"dialect": dialect, "alpha": alpha, "enabled": enabled}
-    if isinstance(path, Adapter):
+    if not isinstance(path, str | PathLike):
         if useless := [name for name, value in told.items() if value is not None]:
             raise InvalidOption(f"{' and '.join(useless)}: for files only, and the adapter is open already")
-        return path
+        return held(path, initial=initial)
     if alpha is not None and not is_number(alpha):
         raise InvalidOption(f"alpha is {alpha!r}; it is a finite number")
     Options().flag("initial", initial).done()
@@ -209,7 +216,7 @@ def open_adapter(
 
 
 def save_adapter(
-    adapter: Adapter,
+    adapter: str | PathLike[str] | Adapter | InMemory,
     path: str | PathLike[str],
     *,
     dialect: str = "loratools",
@@ -219,7 +226,7 @@ def save_adapter(
     """Write an adapter in a dialect, whole or not at all; return what the dialect could not say.
 
     Args:
-        adapter: An adapter, from `open_adapter` or another function.
+        adapter: An adapter, from `open_adapter` or another function, or what `open_adapter` takes.
         path: The output: a single file where it ends as a file of tensors does (`.safetensors`, `.gguf`, …), else a
             folder.
         dialect: The dialect to write, one of `names()`. Default: `"loratools"`, our own format.
@@ -242,7 +249,8 @@ def save_adapter(
     """
     atomic.sweep(path)
     Options().flag("allow_loss", allow_loss).flag("force", force).done()
-    return write_adapter(adapter, Path(path), dialect=dialect, allow_loss=allow_loss, force=force)[1]
+    get(dialect)
+    return write_adapter(open_adapter(adapter), Path(path), dialect=dialect, allow_loss=allow_loss, force=force)[1]
 
 
 def write_adapter(

@@ -32,6 +32,7 @@ import torch
 from torch import nn
 
 from loratools.adapter.model import Adapter, Step
+from loratools.dialects import InMemory
 from loratools.format.record import TOOL
 from loratools.live import fresh
 from loratools.live.acting import Entry
@@ -106,14 +107,15 @@ def attach(
 
 
 def load(
-    model: nn.Module, adapter: Location | Adapter, *, name: str = "default", trainable: bool = False,
+    model: nn.Module, adapter: Location | Adapter | InMemory, *, name: str = "default", trainable: bool = False,
     check_base: CheckBase = "strict",
 ) -> Lora:  # fmt: skip
     """Put an adapter into a running model, in use at once.
 
     Args:
         model: Any `nn.Module`.
-        adapter: A path to a file or folder of any dialect, an `hf://` reference, or an `Adapter`.
+        adapter: A path to a file or folder of any dialect, an `hf://` reference, an `Adapter`, or one held
+            in memory: (state dict, config), a `PeftModel`, the handle of another model.
         name: What to call it. Default: `"default"`.
         trainable: Whether its factors become parameters in float32, and the base is frozen. Default: no.
         check_base: `"strict"`, `"warn"` or `"off"`: what happens where the weights are not those of the base that the

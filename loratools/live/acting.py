@@ -55,6 +55,10 @@ class Acting:
         else:
             self.active = ByName(pairs) if pairs else None
 
+    def acting(self) -> tuple[tuple[str, float], ...]:
+        """Return each adapter that acts, with its weight: of rows, each that some row has; of a merge, those in it."""
+        return self.active.pairs if self.active is not None else ()
+
     def _pairs(self, which: str | Mapping[str, float] | None) -> tuple[tuple[str, float], ...]:
         """Return adapters with their weights, in the order in which they were added; raise for what cannot be."""
         wanted = {} if which is None else {which: 1.0} if isinstance(which, str) else dict(which)

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from loratools.adapter.model import Adapter, Step
-from loratools.errors import LoraToolsError
+from loratools.dialects import InMemory
+from loratools.errors import InvalidOption, LoraToolsError
 from loratools.format.record import TOOL
 from loratools.live.acting import Acting, Entry
 from loratools.live.export import adapter_of, save
@@ -127,13 +128,15 @@ class Lora(Acting):
             raise passed_over(missing)
 
     def add(
-        self, name: str, adapter: Location | Adapter, *, trainable: bool = False, check_base: CheckBase = "strict"
-    ) -> None:
+        self, name: str, adapter: Location | Adapter | InMemory, *, trainable: bool = False,
+        check_base: CheckBase = "strict",
+    ) -> None:  # fmt: skip
         """Add an adapter, which does not act yet: `use` lets it.
 
         Args:
             name: What to call it; no other adapter of the model can have that name.
-            adapter: A path to a file or folder of any dialect, an `hf://` reference, or an `Adapter`.
+            adapter: A path to a file or folder of any dialect, an `hf://` reference, an `Adapter`, or one
+                held in memory: (state dict, config), a `PeftModel`, the handle of another model.
             trainable: Whether its factors become parameters, in float32, and the base is frozen. Default: they are
                 buffers in the dtype of the weights that they change.
             check_base: What happens where the model is not the base that the adapter was sealed with: `"strict"`, an
@@ -159,6 +162,20 @@ class Lora(Acting):
         if name not in self.entries:
             raise self._unknown([name])
         return adapter_of(self, name)
+
+    def __loratools_adapter__(self) -> Adapter:
+        """Return the adapter in use, for a verb that takes this handle for an adapter.
+
+        Raises `InvalidOption` unless it is one, with its weight 1.
+        """
+        acting = self.acting()
+        if len(acting) == 1 and acting[0][1] == 1:
+            return self.adapter(acting[0][0])
+        shown = ", ".join(name if weight == 1 else f"{name} with the weight {weight:g}" for name, weight in acting)
+        raise InvalidOption(
+            f"this handle stands for the one adapter in use, and in use is {shown or 'none'}",
+            hint=f"Give one by its name: lora.adapter(NAME), of {', '.join(self.names) or 'none'}.",
+        )
 
     def save(
         self, folder: str | PathLike[str], name: str = "default", base_id: str | None = None, *, force: bool = False

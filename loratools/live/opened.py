@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from loratools import dialects
-from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter
 from loratools.errors import UnsupportedAdapter
 from loratools.format.manifest import LAYERS
@@ -15,19 +13,17 @@ from loratools.live.place import Layout
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import TensorSpec
 from loratools.storage.lazy import LazyTensor
-from loratools.storage.sources import Location, local
+from loratools.storage.sources import Location
 
 _NOWHERE = Path("the running model")
 
 
-def opened(source: Location | Adapter, layout: Layout) -> Adapter:
+def opened(source: Location | Adapter | dialects.InMemory, layout: Layout) -> Adapter:
     """Return an adapter with all its tensors in memory.
 
     Raises what opening raises, and `UnsupportedAdapter` for one that changes the model's depth.
     """
-    adapter = (
-        source if isinstance(source, Adapter) else dialects.open_adapter(local(source), base=as_checkpoint(layout))
-    )
+    adapter = dialects.open_adapter(source, base=as_checkpoint(layout))
     if adapter.settings.get(LAYERS):
         raise UnsupportedAdapter(
             "the adapter repeats layers of its base, which a running model cannot do",
@@ -44,26 +40,4 @@ def as_checkpoint(layout: Layout) -> Checkpoint:
 
 def in_memory(adapter: Adapter) -> Adapter:
     """Return the adapter with every tensor loaded: it depends on no file any more."""
-    kept: dict[int, LazyTensor] = {}
-
-    def loaded(lazy: LazyTensor) -> LazyTensor:
-        if id(lazy) not in kept:
-            kept[id(lazy)] = LazyTensor.of(lazy.load())
-        return kept[id(lazy)]
-
-    updates = {
-        module: rebuilt(update, {n: loaded(t) for n, t in update.parts.items()})
-        for module, update in adapter.updates.items()
-    }
-    return replace(
-        adapter, updates=updates, replacements={p: loaded(t) for p, t in adapter.replacements.items()}, copies={}
-    )
-
-
-def rebuilt(update: Update, parts: Mapping[str, LazyTensor]) -> Update:
-    """Return an update of the same kind and scaling with other tensors."""
-    from loratools.adapter import kinds
-
-    build, layout = kinds.get(update.kind).build, dict(update.layout)
-    made: Update = build(parts, update.scaling, update.alpha, **({"layout": layout} if layout else {}))
-    return made
+    return replace(adapter, copies={}).mapped(lambda lazy: LazyTensor.of(lazy.load()))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
+from os import PathLike
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ from loratools.linalg.delta import Delta, Dense, Product
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
 from loratools.surgery.base import differences
-from loratools.surgery.inputs import AdapterSource, ModelSource, open_adapters, open_model, under_names_of
+from loratools.surgery.inputs import AdapterSource, ModelSource, names_of, open_adapters, open_model, under_names_of
 
 ON_BASE = "its change depends on the base model (--base)"
 _MAGNITUDE = "without its magnitude, whose effect depends on the base model (--base)"
@@ -74,10 +75,10 @@ def measurable(
 
     Raises what opening the adapters and the base raises, and `IncompatibleAdapter` where they do not fit together.
     """
-    names = [f"adapter {i + 1}" if isinstance(source, Adapter) else str(source) for i, source in enumerate(adapters)]
+    names = names_of(adapters)
     model = None if base is None else open_model(base)
     opened = [
-        source if isinstance(source, Adapter) else dialects.open_adapter(source, dialect=dialect, base=model)
+        dialects.open_adapter(source, dialect=dialect if isinstance(source, str | PathLike) else None, base=model)
         for source in adapters
     ]
     if model is None:

@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from loratools.adapter.model import Adapter
 from loratools.adapter.naming.compact import natural
 from loratools.adapter.naming.wrappers import normalized
 from loratools.errors import IncompatibleAdapter
@@ -20,6 +19,7 @@ from loratools.options import Options
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.sources import Location, session
 from loratools.surgery.change import Changes, ModuleChange, measurable
+from loratools.surgery.inputs import AdapterSource
 from loratools.surgery.paper import Beside, beside, grid
 
 _LEADING = 64  # directions of a change whose update has no rank
@@ -83,7 +83,7 @@ class Comparison:
 
 @session()
 def compare(
-    first: Location | Adapter, second: Location | Adapter, base: Location | Checkpoint | None = None, *,
+    first: AdapterSource, second: AdapterSource, base: Location | Checkpoint | None = None, *,
     paper: bool = False, seed: int = 0,
 ) -> Comparison:  # fmt: skip
     """Tell how alike two adapters are: the angle between their changes, and the subspaces that they use.
@@ -94,7 +94,7 @@ def compare(
     are left out, and a warning says so.
 
     Args:
-        first: An adapter: a path, an `hf://` reference, or an open `Adapter`.
+        first: An adapter: a path, an `hf://` reference, an open `Adapter`, or one held in memory.
         second: Another, likewise.
         base: Their base model (a path, a reference, or an open `Checkpoint`), for changes that depend on it and to
             measure amplification ‖ΔW‖/‖UᵀWV‖. Default: none, and neither.

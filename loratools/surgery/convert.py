@@ -70,7 +70,7 @@ def convert(
     The bytes of the factors stay as they are wherever the dialect stores them alike.
 
     Args:
-        adapter: A path, an `hf://` reference, or an open `Adapter`.
+        adapter: A path, an `hf://` reference, an open `Adapter`, or one held in memory.
         output: The file or folder to write; it must not exist, unless `force`. A name that ends as files of tensors do
             (`.safetensors`, …) makes a single file.
         to: The dialect (`loratools.list_dialects()`). Default: `"loratools"`, which PEFT reads too.
@@ -108,7 +108,7 @@ def convert(
     options.flag("allow_loss", allow_loss).flag("force", force).text("base_id", base_id).done()
     dialects.get(to)
     checkpoint = None if base is None else open_model(base)
-    converted = adapter if isinstance(adapter, Adapter) else dialects.open_adapter(adapter, base=checkpoint)
+    converted = dialects.open_adapter(adapter, base=checkpoint)
     if checkpoint is not None:
         refuse_codes(converted, checkpoint)
         checkpoint = replicated(checkpoint, [converted])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import os
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from loratools import dialects
 from loratools.adapter.model import Adapter, AdapterInput
@@ -15,12 +19,17 @@ from loratools.decisions import warned
 from loratools.errors import InvalidOption
 from loratools.format.digest import checked_digest
 from loratools.options import is_finite
-from loratools.storage import sources
+from loratools.storage import atomic, save, sources
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.header import read_header
+from loratools.storage.lazy import LazyTensor
 from loratools.storage.sources import Location
 
-AdapterSource = Location | Adapter
-"""An adapter: a path, a reference such as `hf://org/name`, or an open `Adapter`."""
+if TYPE_CHECKING:
+    import torch
+
+AdapterSource = Location | Adapter | dialects.InMemory
+"""An adapter: a path, a reference such as `hf://org/name`, an open `Adapter`, or one held in memory."""
 
 ModelSource = Location | Checkpoint
 """A model: a path, a reference such as `hf://org/name`, or an open `Checkpoint`."""
@@ -63,8 +72,16 @@ def tell_twice(digests: Sequence[str]) -> None:
 
 
 def as_list(adapters: AdapterSource | Sequence[AdapterSource]) -> list[AdapterSource]:
-    """Return several adapters as a list, and one that stands alone as a list of it."""
-    return list(adapters) if isinstance(adapters, Iterable) and not isinstance(adapters, str) else [adapters]
+    """Return several adapters as a list, and one that stands alone, also a pair (state dict, config), as a list."""
+    if dialects.is_pair(adapters) or isinstance(adapters, str | Mapping) or not isinstance(adapters, Iterable):
+        return [cast(AdapterSource, adapters)]
+    return list(cast(Sequence[AdapterSource], adapters))
+
+
+def names_of(adapters: Sequence[AdapterSource]) -> list[str]:
+    """Return what messages call adapters: their paths, or their numbers where they came open."""
+    each = enumerate(adapters, 1)
+    return [str(adapter) if isinstance(adapter, str | os.PathLike) else f"adapter {i}" for i, adapter in each]
 
 
 def under_names_of(base: Checkpoint, inputs: Sequence[AdapterInput]) -> tuple[AdapterInput, ...]:
@@ -86,11 +103,43 @@ def places(inputs: Sequence[AdapterInput]) -> Iterator[Path]:
 
 
 def _open(adapter: AdapterSource, weight: float, base: Checkpoint) -> AdapterInput:
-    if isinstance(adapter, Adapter):
-        return AdapterInput(adapter, weight, checked_digest(adapter, "adapter"))
+    if not isinstance(adapter, str | os.PathLike):
+        value = dialects.held(adapter)
+        if value.tensors() and all(lazy.spec is None and lazy.file is None for lazy in value.tensors().values()):
+            value = _in_a_file(value)
+        return AdapterInput(value, weight, checked_digest(value, "adapter"))
     path = sources.local(adapter)
     opened = dialects.open_adapter(path, base=base)
     return AdapterInput(opened, weight, checked_digest(opened, str(path)), path)
+
+
+def _in_a_file(adapter: Adapter) -> Adapter:
+    """Return an adapter of memory alone with its tensors in a temporary file, which goes away with the last of them.
+
+    It is merged by the path that an adapter in files takes then, to the same bytes; a tensor trained whole is copied
+    from there.
+    """
+    folder = _Folder()
+    path = folder.path / "adapter.safetensors"
+    lazies = [*adapter.tensors().values(), *adapter.copies.values()]
+    tensors = list({id(lazy): lazy for lazy in lazies}.values())
+    save.write(path, {str(i): lazy for i, lazy in enumerate(tensors)}, {})
+    specs = read_header(path).tensors
+    stored = {id(lazy): LazyTensor.stored(specs[str(i)]) for i, lazy in enumerate(tensors)}
+    return adapter.mapped(lambda lazy: replace(stored[id(lazy)], load=partial(folder.load, stored[id(lazy)])))
+
+
+class _Folder:
+    """A temporary folder that is there as long as anything can load a tensor from it."""
+
+    def __init__(self) -> None:
+        resources = ExitStack()
+        self.path = resources.enter_context(atomic.temporary("adapter"))
+        weakref.finalize(self, resources.close)
+
+    def load(self, lazy: LazyTensor) -> torch.Tensor:
+        """Load one of its tensors."""
+        return lazy.load()
 
 
 def _weights(weights: Any, count: int) -> list[float]:

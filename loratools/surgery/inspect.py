@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.adapter.naming.compact import compact, natural
-from loratools.dialects import Listing, detect, get, names
+from loratools.dialects import InMemory, Listing, detect, get, held, names
 from loratools.errors import BadFile
 from loratools.format.manifest import ORIGIN
 from loratools.storage.checkpoint import Checkpoint
@@ -112,11 +113,14 @@ class CheckpointSummary:
 
 
 @session()
-def inspect(path: Location | Adapter | Checkpoint, dialect: str | None = None) -> AdapterSummary | CheckpointSummary:
+def inspect(
+    path: Location | Adapter | InMemory | Checkpoint, dialect: str | None = None
+) -> AdapterSummary | CheckpointSummary:
     """Describe an adapter or a model from its headers alone: no tensor is read, torch is not imported.
 
     Args:
-        path: A path, an `hf://` reference of which the headers are fetched, an open `Adapter` or an open `Checkpoint`.
+        path: A path, an `hf://` reference of which the headers are fetched, an open `Adapter`, one held in memory, or
+            an open `Checkpoint`.
         dialect: The dialect to read an adapter as (`loratools.list_dialects()`). Default: the one that knows its
             contents best; what no dialect knows is a model.
 
@@ -133,7 +137,8 @@ def inspect(path: Location | Adapter | Checkpoint, dialect: str | None = None) -
     """
     if dialect is not None:
         get(dialect)
-    if isinstance(path, Adapter):
+    if not isinstance(path, str | PathLike | Checkpoint):
+        path = held(path)
         # An adapter that was made in memory lies nowhere.
         place = next((lazy.spec.file.parent for lazy in path.tensors().values() if lazy.spec), Path())
         return describe_adapter(path, place, path.dialect, "opened by the caller")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from os import PathLike
 from typing import TYPE_CHECKING
 
 from loratools import dialects
@@ -73,10 +74,11 @@ def resize(
     options = CombineOptions(ranks=ranks, dtype="F32" if dtype is None else dtype, threads=threads, force=force)
     if to is not None:
         dialects.get(to)
-    opened = adapter if isinstance(adapter, Adapter) else dialects.open_adapter(adapter)
+    opened = dialects.open_adapter(adapter)
     options = replace(options, dtype=dtype_of(opened)) if dtype is None else options
     to = dialect_of(opened) if to is None else to
-    return run([adapter], output, options, operation="resize", to=to, progress=progress)
+    source = adapter if isinstance(adapter, str | PathLike) else opened
+    return run([source], output, options, operation="resize", to=to, progress=progress)
 
 
 def dialect_of(adapter: Adapter) -> str:

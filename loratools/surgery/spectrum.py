@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from loratools.adapter.model import Adapter
 from loratools.adapter.naming.compact import natural
 from loratools.errors import IncompatibleAdapter
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.sources import Location, session
 from loratools.surgery.change import ModuleChange, measurable
+from loratools.surgery.inputs import AdapterSource
 
 SHARES = (0.99, 0.999)
 """Shares of the energy for which the needed rank is given."""
@@ -60,7 +60,7 @@ class AdapterSpectrum:
 
 @session()
 def spectrum(
-    adapter: Location | Adapter, dialect: str | None = None, base: Location | Checkpoint | None = None
+    adapter: AdapterSource, dialect: str | None = None, base: Location | Checkpoint | None = None
 ) -> AdapterSpectrum:
     """Return the singular values of every ΔW, and the rank that they need.
 
@@ -70,7 +70,7 @@ def spectrum(
     others are left out, and a warning says so.
 
     Args:
-        adapter: A path, an `hf://` reference, or an open `Adapter`.
+        adapter: A path, an `hf://` reference, an open `Adapter`, or one held in memory.
         dialect: The layout that a path is to be read in, one of `list_dialects()`. Default: what is found in the file.
         base: The base model (a path, a reference, or an open `Checkpoint`), for changes that depend on it. Default:
             none.

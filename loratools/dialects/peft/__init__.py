@@ -10,6 +10,7 @@ This dialect follows PEFT 0.21 to the letter; the kinds of update decide what a 
     checks     what must agree: tensors with each other, and with the config
     experts    which parameter each wrapper around a stack of experts is for
     profiles   what consumers ask beyond PEFT: serving, vLLM, SGLang
+    held       an adapter that is no file: a state dict with a config, a PeftModel, the handle of a running model
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +85,24 @@ def read(listing: Listing) -> Adapter:
         )
     check_gathered(listing.path, tensors, checks.is_flat)
     config = PeftConfig.parse(document, path, initial=listing.initial, alpha=listing.alpha)
+    adapter = assemble(listing.path, tensors, config)
+    return replace(adapter, settings={**adapter.settings, **_entries(listing)})
+
+
+def assemble(path: Path, tensors: Mapping[str, LazyTensor], config: PeftConfig) -> Adapter:
+    """Return the adapter that tensors under PEFT's names are with a config; `path` is what messages call it.
+
+    Raises as `read`.
+    """
     groups = group(tensors, biases=config.fields.get("bias", "none") != "none")
     updates, unsupported, faults = _build(groups, config)
-    check_faults(listing.path, [*groups.faults, *checks.faults(groups, config), *faults])
-    check_read(listing.path, unsupported)
+    check_faults(path, [*groups.faults, *checks.faults(groups, config), *faults])
+    check_read(path, unsupported)
     if not updates and not groups.whole:
-        raise BadFile(f"{listing.path}: no LoRA tensors in it")
+        raise BadFile(f"{path}: no LoRA tensors in it")
     for note in _notes(groups, config):
-        warned("%s: %s", listing.path, note)
-    settings = config.settings | _entries(listing)
-    return Adapter(updates, groups.whole, config.base, dialect="peft", settings=settings, copies=groups.copies)
+        warned("%s: %s", path, note)
+    return Adapter(updates, groups.whole, config.base, dialect="peft", settings=config.settings, copies=groups.copies)
 
 
 def losses(adapter: Adapter) -> list[Loss]:

@@ -50,10 +50,11 @@ class Kept:
 
 @dataclass(slots=True, eq=False)
 class Merge:
-    """What a merge changed: the names of its adapters, and how each parameter comes back. `before` acted before it."""
+    """What a merge changed: its adapters with their weights, how each parameter comes back, what acted before."""
 
     name: str
     before: Any
+    pairs: tuple[tuple[str, float], ...] = ()
     kept: list[Kept] = field(default_factory=list)
 
     def forward(self, site: Any, *args: Any, **settings: Any) -> Any:
@@ -66,7 +67,7 @@ class Merge:
 @torch.no_grad()
 def merge(lora: Handle, pairs: tuple[tuple[str, float], ...]) -> Merge:
     """Change the weights of a model by adapters, each with a weight; nothing is changed where something fails."""
-    names, state = " and ".join(name for name, _ in pairs), Merge(" and ".join(name for name, _ in pairs), lora.active)
+    state = Merge(" and ".join(name for name, _ in pairs), lora.active, pairs)
     tied = _tied(lora.model)
     plans = [
         (module, own, *_change(lora, path, module, own, pairs))
@@ -86,7 +87,6 @@ def merge(lora: Handle, pairs: tuple[tuple[str, float], ...]) -> Merge:
         else:
             W.copy_(after)
         state.kept.append(kept)
-    del names
     return state
 
 

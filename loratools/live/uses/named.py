@@ -9,7 +9,10 @@ from loratools.live.site import Site, shadowed
 
 
 class Use(Protocol):
-    """A way to choose what acts on a site."""
+    """A way to choose what acts on a site; `pairs` are the adapters that act, each with its weight."""
+
+    @property
+    def pairs(self) -> tuple[tuple[str, float], ...]: ...
 
     def forward(self, site: Site, *args: Any, **settings: Any) -> Any:
         """Compute a site's module with what acts on it."""

@@ -27,6 +27,11 @@ class Rows:
         self.distinct = tuple(dict.fromkeys(name for name in self.names if name is not None))
         self.kept: dict[int, tuple[Any, ...]] = {}
 
+    @property
+    def pairs(self) -> tuple[tuple[str, float], ...]:
+        """What some row has, each with the weight 1."""
+        return tuple((name or "the base", 1.0) for name in dict.fromkeys(self.names))
+
     def forward(self, site: Site, *args: Any, **settings: Any) -> Any:
         """Compute a module, each row of its input with its own adapter."""
         bank = site.lora

@@ -41,6 +41,11 @@ class Stacks:
         for name in lora.entries:
             self.put(name)
 
+    @property
+    def pairs(self) -> tuple[tuple[str, float], ...]:
+        """What acts now, each with its weight."""
+        return self.acting
+
     def check(self) -> None:
         """Raise `InvalidOption` with all that does not fit in the stacks, before anything is changed."""
         there = ((name, path, child) for name, child, path, _ in self.lora.children())

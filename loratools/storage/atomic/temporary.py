@@ -13,7 +13,7 @@ from loratools.options import words
 from loratools.storage.atomic import leftovers
 from loratools.storage.atomic.undisturbed import undisturbed
 
-Use = Literal["headers", "demo", "merge"]
+Use = Literal["headers", "demo", "merge", "adapter"]
 """What a temporary folder is for; part of its name."""
 
 _NAME = re.compile(rf"loratools-({'|'.join(words(Use))})-[a-z0-9_]{{8}}")

@@ -18,7 +18,7 @@ from loratools.adapter.naming.wrappers import normalized
 from loratools.errors import IncompatibleAdapter, InvalidOption, LoraToolsError, UnsupportedAdapter
 from loratools.format.digest import checked_digest
 from loratools.surgery.combine.weights import Weight
-from loratools.surgery.inputs import AdapterSource
+from loratools.surgery.inputs import AdapterSource, names_of
 
 _SEAL = "`loratools convert ADAPTER OUTPUT --base BASE` writes each as its base has it; then combine these."
 
@@ -88,13 +88,10 @@ def open_inputs(
         if len(adapters) > 1 or method != "linear":
             raise InvalidOption("an initial adapter is taken away from one adapter, with method linear")
         sources, parsed = [*sources, initial], [parsed[0], parsed[0].negated()]
-    opened = [
-        source if isinstance(source, Adapter) else dialects.open_adapter(source, initial=initial is not None)
-        for source in sources
-    ]
+    opened = [dialects.open_adapter(source, initial=initial is not None) for source in sources]
     if initial is not None:
         opened[1] = _starting_point(*opened)
-    names = [f"adapter {i + 1}" if isinstance(source, Adapter) else str(source) for i, source in enumerate(sources)]
+    names = names_of(sources)
     return tuple(
         Input(adapter, name, weight, checked_digest(adapter, name))
         for adapter, name, weight in zip(opened, names, parsed, strict=True)

@@ -8,7 +8,6 @@ from math import prod
 
 from loratools import dialects
 from loratools.adapter.low_rank import load
-from loratools.adapter.model import Adapter
 from loratools.adapter.naming.selection import Selection
 from loratools.adapter.placement.image import named_for
 from loratools.adapter.placement.resolve import Placement, resolve
@@ -84,7 +83,7 @@ def certify(
     checked.number("threads", threads, least=1, optional=True)
     checked.done()
     tuned, base = open_model(tuned), open_model(base)
-    opened = adapter if isinstance(adapter, Adapter) else dialects.open_adapter(adapter, base=base)
+    opened = dialects.open_adapter(adapter, base=base)
     opened = named_for(opened, base)
     factors = onto_stored(replace(opened, replacements={}), base.specs, base.config)
     shapes = {name: spec.shape for name, spec in base.specs.items()}

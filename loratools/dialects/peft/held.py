@@ -1,0 +1,163 @@
+"""An adapter that is no file: a state dict with its config, a `PeftModel`, or what holds one and says so.
+
+PEFT is asked only where the value is PEFT's, and so is imported already. Tensors are copied: training goes on without
+changing the adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, runtime_checkable
+
+from loratools.adapter.model import Adapter
+from loratools.dialects._frame.build import check_gathered
+from loratools.dialects.peft import assemble, checks
+from loratools.dialects.peft.config import PeftConfig
+from loratools.dialects.peft.names import unwrap
+from loratools.errors import BadFile, InvalidOption
+from loratools.format import keys
+from loratools.storage.lazy import LazyTensor
+
+if TYPE_CHECKING:
+    import torch
+
+_TENSORS, _CONFIG = Path("the state dict"), Path("the config of the state dict")
+_WANTED = "an adapter is a path, an `Adapter`, a pair (state dict, config), a PeftModel or the handle of a live model"
+
+
+@runtime_checkable
+class HasAdapter(Protocol):
+    """What holds an adapter and gives it when it is asked, as the handle of a running model."""
+
+    def __loratools_adapter__(self) -> Adapter:
+        """Return the adapter, a value of its own."""
+        ...
+
+
+@runtime_checkable
+class _Config(Protocol):
+    """A config of PEFT."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+class _PeftModel(Protocol):
+    """What is asked of a `PeftModel`."""
+
+    @property
+    def active_adapters(self) -> list[str]: ...
+    @property
+    def peft_config(self) -> Mapping[str, Any]: ...
+
+
+InMemory = tuple[Mapping[str, Any], Mapping[str, Any] | _Config] | _PeftModel | HasAdapter
+"""An adapter held in memory: (state dict, config), a `PeftModel`, or a live handle."""
+
+
+def is_pair(value: object) -> bool:
+    """Tell whether a value is one adapter as (state dict, config), and not two adapters."""
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], Mapping)
+
+
+def held(value: object, *, initial: bool = False) -> Adapter:
+    """Return the adapter that a value in memory holds, its tensors copied; an `Adapter` comes back as it is.
+
+    `initial` is that of `open_adapter`. Raises `InvalidOption` for what holds no adapter or several, and as a file of
+    PEFT where tensors and config are wrong.
+    """
+    if isinstance(value, Adapter):
+        return value
+    if isinstance(value, HasAdapter):
+        return value.__loratools_adapter__()
+    if _is_peft_model(value):
+        return _of_model(value, initial)
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], Mapping):
+        return _of_pair(value[0], value[1], initial)
+    if isinstance(value, Mapping):
+        raise InvalidOption(
+            f"{_WANTED}; found a state dict ({type(value).__name__}) without its config, so the scaling is unknown",
+            hint="Give a pair: (state_dict, config), the config as in adapter_config.json, or PEFT's LoraConfig.",
+        )
+    raise InvalidOption(f"{_WANTED}; found {type(value).__module__}.{type(value).__qualname__}")
+
+
+def _is_peft_model(value: object) -> TypeGuard[_PeftModel]:
+    kind = vars(sys.modules["peft"]).get("PeftModel") if "peft" in sys.modules else None
+    return kind is not None and isinstance(value, kind)
+
+
+def _of_model(model: _PeftModel, initial: bool) -> Adapter:
+    """Return the active adapter of a `PeftModel`, of the tensors that its `save_pretrained` would write."""
+    active = list(model.active_adapters)
+    if len(active) != 1:
+        there = f"{len(active)} adapters are active in this PeftModel: {', '.join(active)}"
+        raise InvalidOption(
+            f"{there}; which one is meant?" if active else "no adapter is active in this PeftModel",
+            hint="Choose one with model.set_adapter(NAME), or give the pair"
+            " (peft.get_peft_model_state_dict(model, adapter_name=NAME), model.peft_config[NAME]).",
+        )
+    state = sys.modules["peft"].get_peft_model_state_dict(model, adapter_name=active[0])
+    return _of_pair(state, model.peft_config[active[0]], initial)
+
+
+def _of_pair(state: Mapping[Any, Any], config: object, initial: bool) -> Adapter:
+    tensors, document = _tensors(state), _document(config)
+    check_gathered(_TENSORS, tensors, checks.is_flat)
+    return assemble(_TENSORS, tensors, PeftConfig.parse(document, _CONFIG, initial=initial))
+
+
+def _tensors(state: Mapping[Any, Any]) -> dict[str, LazyTensor]:
+    """Return copies of the tensors, under the names that a file has; raise `BadFile` with all that are none."""
+    import torch
+
+    faults = []
+    for name, tensor in state.items():
+        if not isinstance(name, str):
+            faults.append(f"{name!r}: found a key of type {type(name).__name__}, expected a name")
+        elif not isinstance(tensor, torch.Tensor):
+            faults.append(f"{name}: found {type(tensor).__name__}, expected a torch.Tensor")
+        elif tensor.is_meta:
+            faults.append(f"{name}: it is on the device meta, where tensors have no numbers")
+    if faults:
+        raise BadFile(f"{_TENSORS}: {len(faults)} of {len(state)} entries are no tensors of an adapter", faults)
+    # Without PEFT's wrapper around the model (`model.add_adapter` of transformers and diffusers) there is no prefix.
+    bare = not any(unwrap(name).startswith(keys.PREFIX) for name in state)
+    prefix = keys.PREFIX if bare else ""
+    return {f"{prefix}{unwrap(name) if bare else name}": _copied(tensor) for name, tensor in state.items()}
+
+
+def _copied(tensor: torch.Tensor) -> LazyTensor:
+    """Return a copy on the processor, of a tensor that is spread over processes in one piece."""
+    gathered: Any = getattr(tensor, "full_tensor", None)
+    whole: torch.Tensor = (tensor if gathered is None else gathered()).detach()
+    return LazyTensor.of(whole.to("cpu", copy=True).contiguous())
+
+
+def _document(config: object) -> dict[str, Any]:
+    """Return a config as it would be read from a file; raise `BadFile` with every field that no file can hold."""
+    if not isinstance(config, Mapping | _Config):
+        raise InvalidOption(
+            f"{_WANTED}; the config is {type(config).__module__}.{type(config).__qualname__},"
+            " not a mapping as in adapter_config.json, nor a config of PEFT"
+        )
+    fields = config if isinstance(config, Mapping) else config.to_dict()
+    document: dict[str, Any] = {}
+    faults = []
+    for name, value in fields.items():
+        try:
+            document[name] = json.loads(json.dumps(value, default=_listed))
+        except (TypeError, ValueError) as error:
+            faults.append(f"{name}: {error}")
+    if faults:
+        raise BadFile(f"{_CONFIG}: {len(faults)} field(s) that adapter_config.json cannot hold", faults)
+    return document
+
+
+def _listed(value: object) -> list[Any]:
+    """Return a set as the list that PEFT writes, sorted; raise `TypeError` for all else."""
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    raise TypeError(f"found {type(value).__name__}")
