@@ -58,12 +58,12 @@ def half_a_million_targets_without_tensors(folder: Path) -> None:
     adapter(folder, target_modules=["q_proj", *(f"x.{i}" for i in range(MILLION // 2))])
 
 
-@hostile(INSPECT, r"takes too long to match")
+@hostile(INSPECT, r"takes too long to match|does not target it")
 def a_pattern_that_backtracks(folder: Path) -> None:
     modules(folder, [f"model.layers.{i}.q_proj" for i in range(100)], target_modules="(.*){20}!")
 
 
-@hostile(INSPECT, r"takes too long to match|at most \d+")
+@hostile(INSPECT, None)  # the regex package answers them at once; re would take minutes
 def patterns_that_each_take_a_second(folder: Path) -> None:
     names = [f"model.layers.{i}.self_attn.q_proj" for i in range(100)]
     slow = r"(\w*[.]?)" * 7
