@@ -17,7 +17,7 @@ from tests.interop import images
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
 
-pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.interop, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 TARGETS: Mapping[str, list[str]] = {
     "unet": ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv1", "conv", "conv_shortcut", "time_emb_proj"],

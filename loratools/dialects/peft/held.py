@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     import torch
 
 _TENSORS, _CONFIG = Path("the state dict"), Path("the config of the state dict")
-_WANTED = "an adapter is a path, an `Adapter`, a pair (state dict, config), a PeftModel or the handle of a live model"
+_WANTED = (
+    "expected a path or a reference such as hf://org/name, or an adapter in memory"
+    " (`Adapter`, (state dict, config), PeftModel, handle of a live model)"
+)
 
 
 @runtime_checkable
@@ -78,10 +81,10 @@ def held(value: object, *, initial: bool = False) -> Adapter:
         return _of_pair(value[0], value[1], initial)
     if isinstance(value, Mapping):
         raise InvalidOption(
-            f"{_WANTED}; found a state dict ({type(value).__name__}) without its config, so the scaling is unknown",
+            f"{_WANTED}, found a state dict ({type(value).__name__}) without its config, so the scaling is unknown",
             hint="Give a pair: (state_dict, config), the config as in adapter_config.json, or PEFT's LoraConfig.",
         )
-    raise InvalidOption(f"{_WANTED}; found {type(value).__module__}.{type(value).__qualname__}")
+    raise InvalidOption(f"{_WANTED}, found {type(value).__name__}")
 
 
 def _is_peft_model(value: object) -> TypeGuard[_PeftModel]:
@@ -140,8 +143,8 @@ def _document(config: object) -> dict[str, Any]:
     """Return a config as it would be read from a file; raise `BadFile` with every field that no file can hold."""
     if not isinstance(config, Mapping | _Config):
         raise InvalidOption(
-            f"{_WANTED}; the config is {type(config).__module__}.{type(config).__qualname__},"
-            " not a mapping as in adapter_config.json, nor a config of PEFT"
+            "the config beside a state dict: expected a mapping as in adapter_config.json, or PEFT's LoraConfig,"
+            f" found {type(config).__name__}"
         )
     fields = config if isinstance(config, Mapping) else config.to_dict()
     document: dict[str, Any] = {}

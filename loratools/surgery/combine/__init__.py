@@ -104,8 +104,8 @@ def combine(
 
     Args:
         adapters: One adapter or several, each a path, an `hf://` reference, an `Adapter`, or one held in memory.
-            Modules are one where their names are, past wrappers such as `base_model.model.`. output: The folder to
-            write, in the loratools format; it must not exist, unless `force`.
+            Modules are one where their names are, past wrappers such as `base_model.model.`.
+        output: The folder to write, in the loratools format; it must not exist, unless `force`.
         weights: wᵢ, one for each adapter: a number, which may be negative; a text with a number for modules that
             patterns name (`"q_proj=0.5,v_proj=-1"`, `"0.7,*.mlp.*=0"`) or for each block of an image model
             (`"lbw:1,0,0,…"`); or a `Weight`. Default: 1 for each.

@@ -61,8 +61,8 @@ def merge(
     Args:
         base: The base model: a folder, a safetensors file, an index, an `hf://` reference, or an open `Checkpoint`.
         adapters: One adapter or several, each a path, an `hf://` reference, an `Adapter`, or one held in memory. Where
-            several change a tensor and not all of them only add, they act in this order. output: The folder to write;
-            it must not exist, unless `force`.
+            several change a tensor and not all of them only add, they act in this order.
+        output: The folder to write; it must not exist, unless `force`.
         weights: wᵢ, a number for each adapter, which may be negative; one number for one adapter. Default: 1 for each.
         dtype: The float dtype of the output: `"bf16"`, `"f16"`, `"f32"`, `"f64"`, or torch's. Default: each tensor
             keeps the base's.
