@@ -98,7 +98,8 @@ def attach(
     options = Fresh(rank, alpha, targets, seed, init, dropout, dora, rslora, bias, dtype)
     lora = find_handle(model) or Lora(model)
     lora.ready(name)
-    places = fresh.places(model, choose(model, targets), options)
+    with torch.inference_mode(False):  # a tensor that is made there cannot be trained
+        places = fresh.places(model, choose(model, targets), options)
     settings: dict[str, Any] = {"bias": bias} if bias != "none" else {}
     settings |= {"lora_dropout": dropout} if dropout else {}
     lora.install(name, places, Entry(True, None, Step("attach", TOOL, options.parameters(), (), seed), settings))

@@ -33,7 +33,7 @@ class Acting:
     """The adapters of one model and which of them act.
 
     `model` is the model, `sites` its modules with adapters by path, `entries` the adapters by name, `active` what acts,
-    None where nothing does; `state` is a merge that is in the weights.
+    None where nothing does; `state` is a merge that is in the weights, `routes` are the blocks of `route` that run.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -42,6 +42,7 @@ class Acting:
         self.entries: dict[str, Entry] = {}
         self.active: Use | None = None
         self.state: Merge | None = None
+        self.routes: list[Rows] = []
 
     def use(self, which: str | Mapping[str, float] | None) -> None:
         """Let an adapter act, None of them, or several, each with a weight on its scaling.
@@ -61,6 +62,8 @@ class Acting:
 
     def _pairs(self, which: str | Mapping[str, float] | None) -> tuple[tuple[str, float], ...]:
         """Return adapters with their weights, in the order in which they were added; raise for what cannot be."""
+        if which is not None and not isinstance(which, str | Mapping):
+            raise InvalidOption(f"{which!r} is no adapter's name, no mapping of names to weights, and not None")
         wanted = {} if which is None else {which: 1.0} if isinstance(which, str) else dict(which)
         if missing := [name for name in wanted if name not in self.entries]:
             raise self._unknown(missing)
@@ -81,19 +84,15 @@ class Acting:
     def off(self) -> Iterator[None]:
         """Let no adapter act while the block runs."""
         self._separate("turn adapters off")
-        if isinstance(self.active, Stacks):
-            before = self.active.acting
-            self.use(None)
-            try:
-                yield
-            finally:
-                self.active.choose(before)
-            return
-        was, self.active = self.active, None
+        before, pairs = self.active, acting_pairs(self.active)
+        if isinstance(before, Stacks):
+            before.choose(())
+        else:
+            self.active = None
         try:
             yield
         finally:
-            self.active = was
+            self._act_again(before, pairs)
 
     @contextmanager
     def route(self, names: Sequence[str | None]) -> Iterator[None]:
@@ -105,11 +104,33 @@ class Acting:
         self._separate("route rows")
         if missing := [name for name in names if name is not None and name not in self.entries]:
             raise self._unknown(missing)
-        before, self.active = self.active, Rows(names)
+        before, pairs, rows = self.active, acting_pairs(self.active), Rows(names)
+        self.active = rows
+        self.routes.append(rows)
         try:
             yield
         finally:
-            self.active = before
+            self.routes.remove(rows)
+            self._act_again(before, pairs)
+
+    def _act_again(self, before: Use | None, pairs: tuple[tuple[str, float], ...]) -> None:
+        """After a block, let act what acted before it, `pairs`, as far as it is there still.
+
+        What the block stacked or merged stays stacked or merged: a merged adapter acts by the weights alone.
+        """
+        now: Use | None = self.active if self.state is None else self.state.before
+        rest = tuple(pair for pair in pairs if pair[0] in self.entries)
+        use: Use | None = ByName(rest) if rest else None
+        if isinstance(before, Rows):
+            use = before
+        elif isinstance(now, Stacks) or (isinstance(now, Rows) and isinstance(before, Stacks)):
+            use = stacks = now if isinstance(now, Stacks) else before
+            assert isinstance(stacks, Stacks)
+            stacks.choose(rest)
+        if self.state is None:
+            self.active = use
+        else:
+            self.state.before = use
 
     def compiled(self, max_rank: int | None = 16, max_adapters: int = 8) -> None:
         """Stack the factors of all adapters, so that under torch.compile a switch never compiles again.
@@ -131,7 +152,7 @@ class Acting:
             return
         options = Options().number("max_rank", max_rank, least=1).number("max_adapters", max_adapters, least=1)
         options.done()
-        acting = stacks.acting if stacks else self.active.pairs if isinstance(self.active, ByName) else ()
+        acting = acting_pairs(self.active)
         fresh = Stacks(self, max_rank, max_adapters)
         fresh.choose(acting)
         self.active = fresh
@@ -147,9 +168,7 @@ class Acting:
             IncompatibleAdapter: A weight is stored as codes.
         """
         self._separate("merge an adapter")
-        pairs = (
-            self._pairs(which) if which is not None else self.active.pairs if isinstance(self.active, ByName) else ()
-        )
+        pairs = self._pairs(which) if which is not None else acting_pairs(self.active)
         if not pairs:
             raise InvalidOption("no adapter acts; name the one to be merged")
         self.state = merge(self, pairs)
@@ -198,3 +217,8 @@ class Acting:
         """Raise unless the weights are the base's own."""
         if self.state is not None:
             raise LoraToolsError(f"{self.state.name} is merged into the weights: unmerge it before you {what}")
+
+
+def acting_pairs(use: Use | None) -> tuple[tuple[str, float], ...]:
+    """Return the adapters that act in every row, each with its weight; none where rows have adapters of their own."""
+    return use.acting if isinstance(use, Stacks) else use.pairs if isinstance(use, ByName) else ()

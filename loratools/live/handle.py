@@ -7,11 +7,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from loratools.adapter.model import Adapter, Step
 from loratools.dialects import InMemory
-from loratools.errors import InvalidOption, LoraToolsError
+from loratools.errors import IncompatibleAdapter, InvalidOption, LoraToolsError
 from loratools.format.record import TOOL
 from loratools.live.acting import Acting, Entry
 from loratools.live.export import adapter_of, save
@@ -19,7 +20,7 @@ from loratools.live.identity import check_base as check_identity
 from loratools.live.modules import site_of
 from loratools.live.opened import opened as open_for
 from loratools.live.place import Layout, Place, place, walk
-from loratools.live.site import Bank, Piece, Site, restore, swap
+from loratools.live.site import BANK, Bank, Piece, Site, restore, swap
 from loratools.live.summary import summary
 from loratools.live.uses.named import ByName
 from loratools.live.uses.stacks import Stacks
@@ -66,6 +67,11 @@ class Lora(Acting):
         stacks = self.active if isinstance(self.active, Stacks) else None
         if stacks is not None:
             stacks.admit(name, places)
+        own_child = [
+            path for path, own in places.items() if not isinstance(own.module, Site) and hasattr(own.module, BANK)
+        ]
+        if own_child:
+            raise IncompatibleAdapter(f"modules with a member {BANK!r} of their own cannot have adapters", own_child)
         for path, own in places.items():
             module: Any = own.module
             if not isinstance(module, Site):
@@ -99,6 +105,8 @@ class Lora(Acting):
         self._separate("remove an adapter")
         if name not in self.entries:
             raise self._unknown([name])
+        if any(name in rows.distinct for rows in self.routes):
+            raise InvalidOption(f"{name!r} is the adapter of a row in a `route` that runs: remove it after the block")
         if isinstance(self.active, Stacks):
             self.active.drop(name)
         elif isinstance(self.active, ByName):
@@ -152,7 +160,8 @@ class Lora(Acting):
         Options().word("check_base", check_base, CheckBase).flag("trainable", trainable).done()
         layout = Layout.of(self.model)
         opened = open_for(adapter, layout)
-        places = place(layout, opened, trainable=trainable)
+        with torch.inference_mode(False):  # what is made there cannot be part of a gradient later
+            places = place(layout, opened, trainable=trainable)
         check_identity(opened.base, layout, check_base)
         step = Step("train", TOOL, {"from": name}) if trainable else None
         self.install(name, places, Entry(trainable, opened, step))

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from itertools import count
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor, nn
@@ -131,7 +132,8 @@ class Bank(Silent):
 
     def put(self, name: str, piece: nn.Module) -> None:
         """Take in a child of an adapter, under a key that shows its name."""
-        self._modules[f"{name.replace('.', '_')}_{len(self._modules)}"] = piece
+        number = next(n for n in count(len(self._modules)) if f"{name.replace('.', '_')}_{n}" not in self._modules)
+        self._modules[f"{name.replace('.', '_')}_{number}"] = piece
 
     def shadows(self, site: nn.Module, pairs: Iterable[tuple[str, float]]) -> dict[str, Tensor]:
         """Return what stands for parameters of the site under these adapters, each with its weight, in turn."""

@@ -55,7 +55,8 @@ class Changed(Whole):
 
     def value(self, W: Tensor | None, weight: float) -> Tensor:
         assert W is not None
-        key = W.data_ptr(), W._version, W.dtype, weight
+        version = None if W.is_inference() else W._version
+        key = W.data_ptr(), version, W.dtype, weight, torch.is_inference_mode_enabled()
         if self.kept is None or self.kept[0] != key:
             self.kept = key, changed(W, [(placement, weight) for placement in self.placements])
         return self.kept[1]

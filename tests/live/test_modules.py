@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from loratools import live
 from loratools.adapter.kinds import Update
+from loratools.adapter.model import Adapter
 from loratools.errors import IncompatibleAdapter
+from loratools.storage.lazy import LazyTensor
 from tests.live import Net, ids, net, trained
 
 TARGETS = ["up", "down", "embed", "conv", "head"]
@@ -195,3 +197,78 @@ def test_quantized_layers_compute_and_train_beside_their_own_forward() -> None:
         lora.merge()
     with lora.off():
         assert torch.equal(model(x), y)
+
+
+def test_a_parametrized_weight_is_taken_as_it_is_computed() -> None:
+    model = nn.Sequential(nn.Linear(4, 6, dtype=torch.float64))
+    nn.utils.parametrizations.weight_norm(model[0])
+    x = torch.randn(3, 4, dtype=torch.float64)
+    with torch.no_grad():
+        W, b = model[0].weight.clone(), model[0].bias
+    lora = trained(live.attach(model, rank=2, dtype=torch.float64))
+    (_, piece, _, _), *_ = lora.children()
+    expected = x @ (W + piece.scaling * piece.B @ piece.A).T + b
+    assert (model(x) - expected).abs().max() < 1e-12
+    with pytest.raises(IncompatibleAdapter, match="made by a parametrization"):
+        lora.merge()
+    lora.detach()
+    assert (model(x) - (x @ W.T + b)).abs().max() < 1e-12
+
+
+def test_factors_act_on_a_weight_that_another_adapter_replaces() -> None:
+    model = nn.Sequential(nn.Linear(4, 6, dtype=torch.float64))
+    x, W = torch.randn(3, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
+    lora = trained(live.attach(model, rank=2, targets=["0"], dtype=torch.float64, name="factors"))
+    lora.add("whole", Adapter({}, {"0.weight": LazyTensor.of(W)}))
+    lora.use({"factors": 1.0, "whole": 1.0})
+    piece = next(piece for name, piece, _, _ in lora.children() if name == "factors")
+    expected = x @ (W + piece.scaling * piece.B @ piece.A).T + model[0].bias
+    assert (model(x) - expected).abs().max() < 1e-12
+
+
+def test_gradients_by_torch_func() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)).double()
+    lora = trained(live.attach(model, rank=2, targets=["0", "1"], dtype=torch.float64))
+    x = torch.randn(3, 4, dtype=torch.float64)
+    model(x).square().sum().backward()
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    call = torch.func.functional_call
+    gradients = torch.func.grad(lambda values: call(model, values, (x,)).square().sum())(own)
+    assert len(own) == len(lora.parameters()) == 4
+    for name, parameter in own.items():
+        assert parameter.grad is not None
+        assert (gradients[name] - parameter.grad).abs().max() < 1e-12
+
+
+def test_a_module_with_a_member_lora_is_refused_untouched() -> None:
+    class Own(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.lora = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + self.lora(x)
+
+    model = nn.Sequential(Own(), nn.Linear(4, 4))
+    x = torch.randn(2, 4)
+    before = model(x)
+    with pytest.raises(IncompatibleAdapter, match="a member 'lora' of their own"):
+        live.attach(model, rank=2, targets=["0", "1"])
+    assert torch.equal(model(x), before)
+    assert type(model[1]) is nn.Linear
+
+
+def test_adapters_whose_names_read_alike_keep_their_factors() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    for name in ("a", "x.y"):
+        lora = live.attach(model, rank=2, name=name)
+    lora.remove("a")
+    live.attach(model, rank=2, name="x_y")
+    model.to(torch.float64)
+    assert {child.A.dtype for _, child, _, _ in lora.children()} == {torch.float64}
+
+
+def test_a_model_on_the_meta_device_runs() -> None:
+    model = nn.Sequential(nn.Linear(4, 6))
+    live.attach(model, rank=2)
+    assert model.to("meta")(torch.ones(2, 4, device="meta")).shape == (2, 6)

@@ -178,3 +178,112 @@ def test_a_tied_weight_is_merged_in_its_own_module_alone() -> None:
         assert model.embed.weight is not tied
         assert (model(x) - y).abs().max() < 1e-5
     assert model.embed.weight is tied
+
+
+def pair(targets: list[str] | None = None) -> tuple[Net, live.Lora]:
+    """Return a model with the trained adapters a and b, of which a acts, in evaluation."""
+    model = net().eval()
+    for name in "ab":
+        lora = live.attach(model, rank=2, targets=targets or LINEAR, name=name, dtype=torch.float64)
+    trained(lora).use("a")
+    return model, lora
+
+
+@pytest.mark.parametrize("block", ["off", "route"])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_merge_in_a_block_acts_once_after_it(block: str, stacked: bool) -> None:
+    model, lora = pair()
+    x = ids(2)
+    with torch.no_grad():
+        expected = model(x)
+        if stacked:
+            lora.compiled(max_rank=4)
+        with lora.off() if block == "off" else lora.route(["a", "b"]):
+            lora.merge("a")
+        assert (model(x) - expected).abs().max() < 1e-12
+        lora.unmerge()
+        assert (model(x) - expected).abs().max() < 1e-12
+        lora.merge()  # what acts, stacked or not
+        assert (model(x) - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_an_adapter_removed_in_a_block_does_not_come_back(stacked: bool) -> None:
+    model, lora = pair()
+    x = ids(2)
+    with torch.no_grad():
+        if stacked:
+            lora.compiled(max_rank=4)
+        lora.use({"a": 1.0, "b": 1.0})
+        with lora.off():
+            expected_off = model(x)
+            lora.remove("a")
+        mixed = model(x)
+        lora.use("b")
+        assert torch.equal(model(x), mixed)
+        lora.remove("b")
+        assert torch.equal(model(x), expected_off)
+
+
+def test_a_stacked_adapter_that_is_removed_leaves_its_mix() -> None:
+    model, lora = pair()
+    x = ids(2)
+    with torch.no_grad():
+        lora.use("b")
+        expected = model(x)
+        lora.compiled(max_rank=4)
+        lora.use({"a": 1.0, "b": 1.0})
+        lora.remove("a")
+        assert (model(x) - expected).abs().max() < 1e-12
+
+
+def test_an_adapter_of_a_row_is_not_removed_while_it_serves() -> None:
+    model, lora = pair()
+    with lora.route(["a", "b"]):
+        with pytest.raises(InvalidOption, match="remove it after the block"):
+            lora.remove("b")
+        model(ids(2))
+    lora.remove("b")
+    assert lora.names == ("a",)
+
+
+def test_rows_follow_a_training_step_without_gradients_between() -> None:
+    model, lora = pair()
+    x = ids(2)
+    with lora.route(["a", "b"]):
+        with torch.no_grad():
+            before = model(x)
+            for own in lora.parameters():
+                own.add_(0.1)
+            after = model(x)
+        assert (before - after).abs().max() > 1e-3
+        assert (model(x) - after).abs().max() < 1e-12
+
+
+def test_what_ran_in_inference_mode_runs_with_gradients_after() -> None:
+    model, lora = pair()
+    values = {name: lora.adapter(name) for name in "ab"}
+    lora.detach()
+    with torch.inference_mode():
+        for name, value in values.items():
+            lora.add(name, value)
+    with lora.route(["a", "b"]):
+        with torch.inference_mode():
+            plain = model(ids(2))
+        y = model(ids(2))
+        y.sum().backward()
+    assert (y - plain).abs().max() < 1e-12
+
+
+def test_what_is_attached_in_inference_mode_is_trained() -> None:
+    model = net()
+    with torch.inference_mode():
+        lora = live.attach(model, rank=2, targets=LINEAR)
+    model(ids(2)).sum().backward()
+    assert any(own.grad is not None for own in lora.parameters())
+
+
+def test_something_else_than_names_is_refused() -> None:
+    _, lora = pair()
+    with pytest.raises(InvalidOption, match="no mapping of names to weights"):
+        lora.use(["a", "b"])  # type: ignore[arg-type]

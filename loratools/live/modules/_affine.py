@@ -37,7 +37,9 @@ class AffineSite(Site):
             scale, p = piece.scaling * weight, piece.dropout if self.training else 0.0  # type: ignore[attr-defined]
             A, B = piece.A, piece.B
             grad = torch.is_grad_enabled() and (A.requires_grad or x.requires_grad or self.weight.requires_grad)
-            plain = not torch.is_autocast_enabled(x.device.type)
+            plain = x.is_meta or not torch.is_autocast_enabled(x.device.type)
+            if not torch.compiler.is_compiling():  # torch.func knows no function with a backward of its own
+                plain = plain and not torch._C._are_functorch_transforms_active()
             compiled = p and torch.compiler.is_compiling()  # a generator of its own is not for graphs
             if not grad and plain and not compiled:
                 y = F.linear(x, W, self.bias)  # type: ignore[arg-type]
@@ -83,9 +85,11 @@ class AffineSite(Site):
         """Return g = m/‖W + s·B·A‖ of each output of a piece; where nothing is trained it is kept from call to call."""
         assert piece.magnitude is not None
         key = None
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not piece.A.is_inference():
-            key = (*((t._version, t.data_ptr()) for t in (self.weight, piece.A, piece.B, piece.magnitude)), weight)
-            if piece.gains is not None and piece.gains[0] == key:
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            tensors = self.weight, piece.A, piece.B, piece.magnitude
+            if not any(t.is_inference() for t in tensors):
+                key = (*((t._version, t.data_ptr()) for t in tensors), weight)
+            if key is not None and piece.gains is not None and piece.gains[0] == key:
                 return piece.gains[1]
         with torch.no_grad():
             W = self.matrix()

@@ -39,8 +39,8 @@ sides = shape
 
 def matrix(module: nn.Module) -> Tensor | None:
     """Return the weight, or None where it is stored as codes."""
-    W = module._parameters.get("weight")
-    return W if W is not None and W.is_floating_point() and tuple(W.shape) == shape(module) else None
+    W = getattr(module, "weight", None)  # a parameter, what stands for one, or what a parametrization makes of several
+    return W if isinstance(W, Tensor) and W.is_floating_point() and tuple(W.shape) == shape(module) else None
 
 
 SITE, KIND, NAMES, ZERO = LinearSite, "lora", (A, B), "B"

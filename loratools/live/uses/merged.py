@@ -118,7 +118,9 @@ def _change(
     lora: Handle, path: str, module: Any, own: str, pairs: tuple[tuple[str, float], ...]
 ) -> tuple[Tensor, Weighted]:
     """Return a parameter's merged value, and the placements that predict the old one from it, () where none do."""
-    W = module._parameters[own]
+    W = module._parameters.get(own)
+    if W is None and own in module._modules.get("parametrizations", ()):
+        raise IncompatibleAdapter(f"{path}.{own} is made by a parametrization, into which nothing can be merged")
     value, placed, predicts = W, [], True
     for name, weight in pairs:
         together: list[tuple[Placement, float]] = []

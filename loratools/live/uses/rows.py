@@ -63,8 +63,11 @@ class Rows:
         y: Tensor = site.plain_forward(x)
         kept = self.kept.get(id(site))
         trained = torch.is_grad_enabled() and any(piece.A.requires_grad for piece in pieces.values())
-        if kept is None or kept[0] != x.dtype or trained:
-            kept = x.dtype, *self._gathered(site, pieces, x)
+        # Factors that were trained since, and tensors of inference mode where gradients are wanted, are gathered anew.
+        factors = (p for piece in pieces.values() for p in piece._parameters.values() if p is not None)
+        state = x.dtype, torch.is_inference_mode_enabled(), *((p.data_ptr(), p._version) for p in factors)
+        if kept is None or kept[0] != state or trained:
+            kept = state, *self._gathered(site, pieces, x)
             if not trained:
                 self.kept[id(site)] = kept
         _, At, Bt, gains = kept

@@ -79,7 +79,9 @@ class Stacks:
         self._fill(free, ((name, 1.0),))
 
     def drop(self, name: str) -> None:
-        """Empty the slot of an adapter."""
+        """Empty the slot of an adapter, which acts no more, alone or in a mix."""
+        if len(rest := tuple(pair for pair in self.acting if pair[0] != name)) < len(self.acting):
+            self.choose(rest)
         self._fill(self.slots.pop(name), ())
 
     def choose(self, pairs: tuple[tuple[str, float], ...]) -> None:
