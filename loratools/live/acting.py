@@ -110,8 +110,8 @@ class Acting:
         try:
             yield
         finally:
-            self.routes.remove(rows)
             self._act_again(before, pairs)
+            self.routes.remove(rows)
 
     def _act_again(self, before: Use | None, pairs: tuple[tuple[str, float], ...]) -> None:
         """After a block, let act what acted before it, `pairs`, as far as it is there still.
@@ -121,9 +121,9 @@ class Acting:
         now: Use | None = self.active if self.state is None else self.state.before
         rest = tuple(pair for pair in pairs if pair[0] in self.entries)
         use: Use | None = ByName(rest) if rest else None
-        if isinstance(before, Rows):
+        if before in self.routes:
             use = before
-        elif isinstance(now, Stacks) or (isinstance(now, Rows) and isinstance(before, Stacks)):
+        elif isinstance(now, Stacks) or (now in self.routes and isinstance(before, Stacks)):
             use = stacks = now if isinstance(now, Stacks) else before
             assert isinstance(stacks, Stacks)
             stacks.choose(rest)

@@ -39,7 +39,10 @@ sides = shape
 
 def matrix(module: nn.Module) -> Tensor | None:
     """Return the weight, or None where it is stored as codes."""
-    W = getattr(module, "weight", None)  # a parameter, what stands for one, or what a parametrization makes of several
+    try:
+        W = module.weight  # a parameter, what stands for one, or what a parametrization makes of several
+    except AttributeError:  # codes under another name
+        return None
     return W if isinstance(W, Tensor) and W.is_floating_point() and tuple(W.shape) == shape(module) else None
 
 
