@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,7 @@ class PeftConfig:
     @property
     def version(self) -> tuple[int, int, int] | None:
         """The version of PEFT that wrote it, by its first three numbers; None where it does not say one."""
-        match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", str(self.fields.get("peft_version", "")))
-        return (int(match[1]), int(match[2]), int(match[3] or 0)) if match else None
+        return _numbers(str(self.fields.get("peft_version", "")))
 
     @property
     def stack_rule(self) -> Rule:
@@ -229,3 +229,10 @@ def _notes(fields: Mapping[str, Any]) -> Iterator[str]:
         yield "LoRA-GA training started from a changed base model; PEFT applies it to the unchanged one"
     if names := tables.unknown_to_peft(fields):
         yield f"fields that are not known here, and have no effect: {', '.join(names)[:500]}"
+
+
+@cache
+def _numbers(version: str) -> tuple[int, int, int] | None:
+    # Asked about once for every module of every adapter.
+    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version[:100])
+    return (int(match[1]), int(match[2]), int(match[3] or 0)) if match else None
