@@ -164,7 +164,9 @@ def _alike(adapters: Sequence[Adapter], names: Sequence[str]) -> list[Adapter]:
 def _fitted(model: Checkpoint, opened: Sequence[Adapter], names: Sequence[str]) -> tuple[Checkpoint, list[Adapter]]:
     """Return the base, and each adapter under its names; warn where one was sealed with another base."""
     model = replicated(model, opened)
-    inputs, notes = settle(model, under_names_of(model, open_adapters(list(opened), model)), strict=False)
+    inputs, notes = settle(
+        model, under_names_of(model, open_adapters(list(opened), model, together=False)), strict=False
+    )
     for note in notes:
         warned(note)
     for name, adapter in zip(names, opened, strict=True):

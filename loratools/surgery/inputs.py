@@ -46,11 +46,13 @@ def check_weights(adapters: AdapterSource | Sequence[AdapterSource], weights: ob
 
 
 def open_adapters(
-    adapters: AdapterSource | Sequence[AdapterSource], base: Checkpoint, weights: float | Sequence[float] | None = None
-) -> tuple[AdapterInput, ...]:
+    adapters: AdapterSource | Sequence[AdapterSource], base: Checkpoint,
+    weights: float | Sequence[float] | None = None, *, together: bool = True,
+) -> tuple[AdapterInput, ...]:  # fmt: skip
     """Open one adapter or several, with a weight each (1 where None), and check their digests.
 
-    `base` tells names that some dialects leave out. Raises `InvalidOption` for weights that are not a finite number for
+    `base` tells names that some dialects leave out; `together` says that they act together, so that one given twice is
+    worth a warning. Raises `InvalidOption` for weights that are not a finite number for
     each adapter, `BadFile` for an adapter whose tensors are not those that were sealed, `IncompatibleAdapter` for one
     that changes modules which the base stores as codes, and what opening raises.
     """
@@ -59,7 +61,8 @@ def open_adapters(
     inputs = tuple(_open(adapter, weight, base) for adapter, weight in zip(each, numbers, strict=True))
     for i, opened in enumerate(inputs, 1):
         refuse_codes(opened.adapter, base, f"adapter {i}")
-    tell_twice([opened.digest for opened in inputs])
+    if together:
+        tell_twice([opened.digest for opened in inputs])
     return inputs
 
 
