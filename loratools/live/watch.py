@@ -28,11 +28,20 @@ class Watch:
         self.looked: set[tuple[bool, bool]] = set()
         self.running: Any = None
         self.hooks: list[Any] = []
+        # Path, children of the parent, name among them, and the site.
+        self.seats: list[tuple[str, dict[str, Any], str, Any]] = []
 
     def begin(self) -> None:
         """Watch the next forward of the model, and the first in each other mode."""
         self.end()
         self.looked.clear()
+        modules = dict(walk(self.lora.model))
+        self.seats = [
+            (path, modules[parent]._modules, name, site)
+            for path, site in self.lora.sites.items()
+            for parent, _, name in [path.rpartition(".")]
+            if path
+        ]
         self.hooks = [
             self.lora.model.register_forward_pre_hook(self._before),
             self.lora.model.register_forward_hook(self._after, always_call=True),
@@ -45,12 +54,32 @@ class Watch:
         self.hooks = []
 
     def _before(self, model: nn.Module, _: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.seated()
         mode = model.training, torch.is_grad_enabled()
         if torch.compiler.is_compiling() or self.running or mode in self.looked:
             return
         ran = {id(model)}  # whose own call began before
         hook = registry.register_module_forward_pre_hook(lambda module, _: ran.add(id(module)))
         self.running = mode, ran, hook
+
+    def seated(self) -> None:
+        """Raise where another module has taken the place of one with an adapter, whose adapter would be passed over.
+
+        A wrapper around it, as torch.compile makes, is none.
+        """
+        gone = [
+            path
+            for path, children, name, site in self.seats
+            if (child := children.get(name)) is not site
+            and self.lora.sites.get(path) is site
+            and not (child is not None and any(inner is site for inner in child.modules()))
+        ]
+        if gone:
+            raise IncompatibleAdapter(
+                "other modules have taken the place of modules with an adapter, which acts no more", gone,
+                hint="`resize_token_embeddings` makes a new output head, for one: resize before you attach or load.",
+            )  # fmt: skip
 
     def _after(self, model: nn.Module, _: Any, output: Any) -> None:
         if not self.running:

@@ -272,3 +272,14 @@ def test_a_model_on_the_meta_device_runs() -> None:
     model = nn.Sequential(nn.Linear(4, 6))
     live.attach(model, rank=2)
     assert model.to("meta")(torch.ones(2, 4, device="meta")).shape == (2, 6)
+
+
+def test_a_module_that_was_replaced_is_missed() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(2, 4)
+    live.attach(model, rank=2, targets=["0", "1"])
+    model(x)
+    model[0] = nn.Sequential(model[0])  # a wrapper still runs it
+    model(x)
+    model[1] = nn.Linear(4, 4)
+    with pytest.raises(IncompatibleAdapter, match=r"taken the place.*\n  1\n"):
+        model(x)
