@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,13 +162,19 @@ def _lines(extraction: Extraction, every: bool) -> Iterator[str]:
         ("factors", f"{sums.layers} layers, {spread}, {show.exact(sums.parameters)} parameters, {extraction.dtype}"),
         ("change", f"{sums.delta_norm / sums.base_norm:.3%} of the weights they change" if sums.base_norm else "-"),
         ("captured", f"{sums.captured:.2%} of the energy of the factored layers"),
-        ("error", f"{sums.error:.4g} of the change; the optimum is lower by about {sums.excess:.1e} of it, certainly "
-                  f"by no more than a factor of {1 + sums.excess_bound:.4f}"),
+        ("error", f"{sums.error:.4g} of the change; {_beside_optimum(sums)}"),
         ("noise", f"{sums.noise:.2%} of the energy is what rounding to the fine-tune's dtype leaves"),
         ("dropped", f"{extraction.dropped_energy:.2%} of the whole change"),
         ("base hash", extraction.base),
         ("tuned hash", extraction.tuned),
     )  # fmt: skip
+
+
+def _beside_optimum(sums: Any) -> str:
+    if not math.isfinite(sums.excess_bound):
+        return "that is rounding: these ranks can hold all of it"
+    lower = f"the optimum is lower by about {sums.excess:.1e} of it"
+    return f"{lower}, certainly by no more than a factor of {1 + sums.excess_bound:.4f}"
 
 
 def _classes(classes: dict[str, dict[str, list[str]]], missing: tuple[str, ...]) -> Iterator[str]:

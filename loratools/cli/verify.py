@@ -98,7 +98,8 @@ def lines(verification: Verification, *, every: bool) -> Iterator[str]:
             yield f"… and {len(shown) - _MOST} more; --tensors shows all"
         yield ""
     for kind, names in (
-        ("differs from the base, and no adapter changes it", verification.differing),
+        ("differs from the base, and no adapter changes it", _of(verification, replaced=False)),
+        ("is not the tensor that an adapter trained whole", _of(verification, replaced=True)),
         ("missing in the model", verification.missing),
         ("in the model, but neither in the base nor in an adapter", verification.extra),
     ):
@@ -107,13 +108,15 @@ def lines(verification: Verification, *, every: bool) -> Iterator[str]:
             yield f"… and {len(names) - _MOST} more"
     yield from _beside(verification)
     good = sum(check.within for check in verification.checked)
-    untouched = verification.identical + verification.cast + len(verification.differing)
+    untouched = verification.identical + verification.cast + len(_of(verification, replaced=False))
+    own = len(verification.replaced) - len(_of(verification, replaced=True))
     cast = f", {verification.cast} are the base's, rounded to another dtype" if verification.cast else ""
     applied = [check.applied for check in verification.checked]
     yield from show.fields(
         ("verified", "yes" if verification.ok else "NO"),
         ("changed", f"{good} of {len(verification.checked)} tensors are base + adapter within rounding"),
         ("untouched", f"{verification.identical} of {untouched} are equal byte by byte{cast}"),
+        ("whole", f"{own} of {len(verification.replaced)} are the adapter's own" if verification.replaced else None),
         ("largest error", f"{verification.error:.2e} of the weight"),
         ("applied", f"{min(applied):.4f} to {max(applied):.4f} of the adapter's change" if applied else "nothing"),
         ("beside", _agreeing(verification)),
@@ -149,3 +152,8 @@ def _ran(verification: Verification) -> str | None:
     if ran.ok and not ran.tells:
         return f"tells nothing: {numbers}; {explained}, which is not more than rounding"
     return f"{'agrees' if ran.ok else 'DISAGREES'}: {numbers}; {explained}"
+
+
+def _of(verification: Verification, *, replaced: bool) -> list[str]:
+    """Return the tensors that differ among those that an adapter trained whole, or among the others."""
+    return [name for name in verification.differing if (name in verification.replaced) is replaced]

@@ -65,7 +65,7 @@ class Verification:
     """The whole account: `ok` only if every tensor of both models is explained, and nothing beside them is against it.
 
     `tensors_ok` tells of the tensors alone; `beside` has what differs beside them, and `unchecked` what was not looked
-    at.
+    at. `replaced` are tensors that an adapter trained whole: they must be its own, and are not counted as the base's.
     Of the tensors that no adapter changes `identical` counts those that are the base's byte by byte, and `cast` those
     that are the base's in another float dtype, each number rounded once and none lost to infinity. `seed` drew the
     probes: the same call with it gives the same account. `unseen` says which errors are too small to be seen.
@@ -85,6 +85,7 @@ class Verification:
     tensors_ok: bool = True
     beside: Beside = Beside()  # noqa: RUF009  (frozen)
     run: Run | None = None
+    replaced: tuple[str, ...] = ()
     unchecked: tuple[str, ...] = UNCHECKED
 
 
@@ -169,8 +170,10 @@ def verify(
     beside = judge(model, plan, [each.path for each in inputs])
     tensors_ok = not (differing or missing or extra) and all(check.within for check in checked)
     worst = max((check.error_of_weight for check in checked), default=0.0)
-    cast = sum(shared[name].source.dtype != model.specs[name].dtype for name in set(untouched).difference(differing))
-    identical = len(untouched) - len(differing) - cast
+    replaced = tuple(sorted(name for name in untouched if shared[name].replaced))
+    equal = set(untouched).difference(differing, replaced)
+    cast = sum(shared[name].source.dtype != model.specs[name].dtype for name in equal)
+    identical = len(equal) - cast
     unseen = tensors.unseen((model.specs[name].dtype for name in touched), exact)
     ok = tensors_ok and not any(difference.decides for difference in beside.differences)
     second = None
@@ -181,5 +184,6 @@ def verify(
     check_unchanged()
     return Verification(
         ok and (second is None or second.ok), checked, identical, differing, missing, extra, worst, exact, seed, cast,
-        unseen, tensors_ok, beside, second, (*beside.unchecked, *(() if second and second.tells else UNCHECKED)),
+        unseen, tensors_ok, beside, second, replaced,
+        (*beside.unchecked, *(() if second and second.tells else UNCHECKED)),
     )  # fmt: skip

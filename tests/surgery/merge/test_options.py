@@ -28,6 +28,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "device": ("gpu", "device is 'gpu'; it can be cpu or cuda"),
     "threads": (0, "threads is 0; it can be a whole number of at least 1 or None"),
     "force": (1, "force is 1; it can be True or False"),
+    "durable": ("yes", "durable is 'yes'; it can be True or False"),
 }
 
 
