@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -54,6 +54,21 @@ MOMENTS = {
 def at(moment: str, *numbers: int) -> str:
     """Say at which moment which signals come."""
     return ",".join([*MOMENTS[moment], *(str(int(number)) for number in numbers)])
+
+
+def heard() -> None:
+    """Let every signal end a process: who runs the tests under nohup has SIGHUP ignored in all of them."""
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
+def _heard() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    heard()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def run(

@@ -108,7 +108,7 @@ def test_the_base_leads_back_and_nothing_else_does(tmp_path: Path) -> None:
         unmerge(ours, [adapter], tmp_path / "wrong", base=tmp_path / "other")
     with pytest.raises(IncompatibleAdapter, match="the merge repeated layers"):
         unmerge(ours, [adapter], tmp_path / "wrong")
-    with pytest.raises(IncompatibleAdapter, match="the merge repeated layers"):
+    with pytest.raises(IncompatibleAdapter, match="an adapter that is put in repeats layers"):
         switch(ours, [adapter], [adapter], tmp_path / "wrong")
     with pytest.raises(IncompatibleAdapter, match="repeats its layers"):
         merge(base, [adapter], tmp_path / "wrong", keep_residual=True)
