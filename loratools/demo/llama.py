@@ -147,6 +147,34 @@ def _blocks(shape: LlamaShape, x: Tensor, linear: Linear, gain: Callable[[str], 
     return norm("model.norm", x)
 
 
+class Adam:
+    """Adam (Kingma and Ba 2015, arXiv 1412.6980) with β = 0.9 and 0.999, for groups of parameters with an `lr` each.
+
+    `torch.optim` would import torch's compiler, which takes seconds and leaves a folder among the temporary files.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        self.states = [
+            (p, float(group["lr"]), torch.zeros_like(p), torch.zeros_like(p))
+            for group in groups
+            for p in group["params"]
+        ]
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Change every parameter by its gradient, and forget the gradient."""
+        self.steps += 1
+        first, second = (1 - beta**self.steps for beta in (0.9, 0.999))
+        for parameter, rate, mean, square in self.states:
+            if parameter.grad is None:
+                continue
+            mean.lerp_(parameter.grad, 0.1)
+            square.mul_(0.999).addcmul_(parameter.grad, parameter.grad, value=0.001)
+            parameter.addcdiv_(mean, (square / second).sqrt_().add_(1e-8), value=-rate / first)
+            parameter.grad = None
+
+
 def held_out_loss(weights: Weights, shape: LlamaShape, text: bytes, adapter: Factors | None = None) -> float:
     """Measure the mean cross-entropy of `text` in nats per byte: `−1/n · Σ ln p(byte | the bytes before it)`.
 

@@ -221,7 +221,7 @@ def _train(folder: Path) -> Stop:
     from torch.nn import functional as F
 
     from loratools import live
-    from loratools.demo.llama import CONTEXT, Llama
+    from loratools.demo.llama import CONTEXT, Adam, Llama
 
     torch.manual_seed(0)
     threads = torch.get_num_threads()
@@ -234,7 +234,7 @@ def _train(folder: Path) -> Stop:
         return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
 
     lora = live.attach(model, rank=4, alpha=8, targets=["q_proj", "v_proj", "up_proj", "down_proj"], seed=0)
-    optimizer = torch.optim.AdamW(lora.groups(lr=2e-3, ratio=4))
+    optimizer = Adam(lora.groups(lr=2e-3, ratio=4))
     windows = held_out[: len(held_out) // CONTEXT * CONTEXT].view(-1, CONTEXT)
     with torch.no_grad():
         before = loss(windows).item()
@@ -243,7 +243,6 @@ def _train(folder: Path) -> Stop:
         batch = torch.stack([seen[start : start + CONTEXT] for start in starts])
         torch.autograd.backward([loss(batch)])
         optimizer.step()
-        optimizer.zero_grad()
     with torch.no_grad():
         after = loss(windows).item()
     torch.set_num_threads(threads)

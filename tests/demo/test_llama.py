@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loratools.demo import data_folder
-from loratools.demo.llama import CONTEXT, Factors, LlamaShape, forward, generate, held_out_loss
+from loratools.demo.llama import CONTEXT, Adam, Factors, LlamaShape, forward, generate, held_out_loss
 
 DATA = data_folder()
 
@@ -175,3 +175,19 @@ def test_untied_and_ungrouped_models_equal_transformers() -> None:
     with torch.inference_mode():
         logits = forward(model.state_dict(), LlamaShape.from_config(config.to_dict()), ids)
         assert (logits - model(input_ids=ids).logits).abs().max().item() < 1e-4
+
+
+def test_adam_is_that_of_torch() -> None:
+    torch.manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.ones(5)), torch.nn.Parameter(torch.ones(3))] for _ in range(2))
+    groups = [{"params": [ours[0]], "lr": 0.1}, {"params": [ours[1]], "lr": 0.01}]
+    own = Adam(groups)
+    peer = torch.optim.Adam([{"params": [theirs[0]], "lr": 0.1}, {"params": [theirs[1]], "lr": 0.01}])
+    for _ in range(5):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn(mine.shape)
+            other.grad = mine.grad.clone()
+        own.step()
+        peer.step()
+    assert all((a - b).abs().max() < 1e-6 for a, b in zip(ours, theirs, strict=True))
+    assert all(parameter.grad is None for parameter in ours)
