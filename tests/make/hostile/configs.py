@@ -53,7 +53,7 @@ def eight_thousand_names_of_no_order(folder: Path) -> None:
     modules(folder, names, target_modules=names)
 
 
-@hostile(INSPECT, r"no tensors for these target_modules")
+@hostile(INSPECT, None)  # with a warning, cut short
 def half_a_million_targets_without_tensors(folder: Path) -> None:
     adapter(folder, target_modules=["q_proj", *(f"x.{i}" for i in range(MILLION // 2))])
 
@@ -127,7 +127,7 @@ def half_a_million_target_parameters(folder: Path) -> None:
     adapter(folder, target_parameters=[f"experts.{i}.gate_up_proj" for i in range(MILLION // 2)])
 
 
-@hostile(INSPECT, r"fields that are not known here")
+@hostile(INSPECT, None)  # with a warning, cut short
 def half_a_million_unknown_fields(folder: Path) -> None:
     adapter(folder, **{f"field{i}": 1 for i in range(MILLION // 2)})
 
