@@ -51,11 +51,10 @@ work; the format is specified in spec/.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from loratools.storage import sources
+from loratools.storage import resolvers
 from loratools.version import __version__
 
+TYPE_CHECKING = False  # as checkers know it; typing itself takes longer to import than all of this
 if TYPE_CHECKING:
     from loratools.adapter.model import Adapter, BaseIdentity
     from loratools.demo.tour import run_demo
@@ -134,4 +133,4 @@ __all__ = [
     "validate", "verify",
 ]  # fmt: skip
 
-sources.install("hf://", "loratools.hub.pull", "resolve")
+resolvers.install("hf://", "loratools.hub.pull", "resolve")

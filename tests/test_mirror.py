@@ -37,6 +37,7 @@ ELSEWHERE = {
     "format/clauses: container integrity layout manifest tensors",
     "storage/pickles/test_archive": "storage/pickles: unpickle",
     "storage/test_header": "storage: dtypes",
+    "storage/test_sources": "storage: resolvers",
     "dialects/_frame/test_frame": "storage: lazy",
     "dialects/gguf/test_gguf": "storage: gguf",
     "surgery/extract/test_extract": "adapter/naming: selection; adapter/placement: owners; linalg/ranks: allocate",

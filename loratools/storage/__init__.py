@@ -1,6 +1,7 @@
 """Bytes and files; nothing here knows of adapters.
 
 sources       an input: a path, or a reference of which an installed resolver makes a path
+resolvers     who makes a path of a reference: filled by `import loratools`, so it imports nothing
 checkpoint    a model on disk: one file, shards with an index, a folder, a pipeline
 header        the safetensors header: read, checked, written canonically
 strict_json   JSON files and texts of strangers

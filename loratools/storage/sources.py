@@ -1,7 +1,7 @@
 """Where an input lies: a path, or a reference such as `hf://org/name` of which an installed resolver makes a path.
 
-A resolver is installed by the names of its module and function, and imported when a reference is met: nothing below
-`hub/` imports it, and every function that opens an adapter or a model takes references.
+A resolver is installed by name (`resolvers.py`) and imported when a reference is met: nothing below `hub/` imports it,
+and every function that opens an adapter or a model takes references.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Literal
 
 from loratools.errors import BadFile, InvalidOption, LoraToolsError
 from loratools.storage.atomic.inputs import see, watched
+from loratools.storage.resolvers import RESOLVERS
 
 if TYPE_CHECKING:
     from loratools.parallel import Progress
@@ -34,8 +35,6 @@ Watch = Callable[[int], AbstractContextManager["Progress"]]
 
 Fetching = Callable[[str, int], AbstractContextManager["Progress"]]
 """The same for references: the reference, and the bytes in all."""
-
-_RESOLVERS: dict[str, tuple[str, str]] = {}
 
 
 class Session:
@@ -70,18 +69,9 @@ class Session:
 _CURRENT: ContextVar[Session | None] = ContextVar("session", default=None)
 
 
-def install(prefix: str, module: str, function: str) -> None:
-    """Have `function` of `module` resolve references that begin with `prefix`.
-
-    It is called as `function(reference, need, watch, folder)` and returns a local path; `folder()` makes a folder for
-    headers, which goes away when they have been read.
-    """
-    _RESOLVERS[prefix] = (module, function)
-
-
 def is_reference(location: object) -> bool:
     """Tell whether an input is a text that begins as a reference does, and no path that exists."""
-    return isinstance(location, str) and location.startswith(tuple(_RESOLVERS)) and not Path(location).exists()
+    return isinstance(location, str) and location.startswith(tuple(RESOLVERS)) and not Path(location).exists()
 
 
 def as_path(location: object) -> Path:
@@ -108,7 +98,7 @@ def local(location: Location, need: Need = "adapter") -> Path:
     for fetched in enough:
         if (location, fetched) in current.paths:
             return current.paths[location, fetched]
-    module, function = next(where for prefix, where in _RESOLVERS.items() if location.startswith(prefix))
+    module, function = next(where for prefix, where in RESOLVERS.items() if location.startswith(prefix))
     resolve = getattr(import_module(module), function)
     path: Path = resolve(location, need, partial(current.fetching, location), current.folder)
     current.paths[location, need] = path

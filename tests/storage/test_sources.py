@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from loratools.errors import BadFile, InvalidOption
-from loratools.storage import sources
+from loratools.storage import resolvers, sources
 
 
 @pytest.fixture
@@ -23,8 +23,8 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, st
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(__import__("sys").modules, "toy_resolver", raising=False)
-    monkeypatch.setattr(sources, "_RESOLVERS", {})
-    sources.install("toy://", "toy_resolver", "resolve")
+    monkeypatch.setitem(resolvers.RESOLVERS, "toy://", ("", ""))  # what is installed now goes with the test
+    resolvers.install("toy://", "toy_resolver", "resolve")
     import toy_resolver
 
     return toy_resolver.asked

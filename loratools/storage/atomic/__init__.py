@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -160,7 +159,7 @@ def _refuse_reference(target: Path) -> None:
 @contextmanager
 def _scratch(target: Path, force: bool, kept: str | None = None) -> Iterator[Path]:
     absolute = target.absolute()
-    scratch = _beside(absolute, kept or f"partial-{secrets.token_hex(4)}")
+    scratch = _beside(absolute, kept or f"partial-{os.urandom(4).hex()}")
     leftovers.sweep(absolute, (*leftovers.GARBAGE, *leftovers.KEPT), scratch)
     check_output(target, force=force)
     lock = None
