@@ -147,6 +147,20 @@ def test_merges_one_after_the_other_change_no_bit(dtype: torch.dtype, rounds: in
             assert torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8)), name
 
 
+@pytest.mark.parametrize("which", [{"a": 0.5, "b": 2.0}, {"b": -0.3}, {"a": 0.5, "c": 0.25}, "c"])
+def test_what_is_merged_computes_as_what_is_in_use(which: str | dict[str, float]) -> None:
+    model, x = net(), ids()
+    lora = three(model, [*LINEAR, "embed", "conv"])
+    lora.use(which)
+    y = model(x)
+    with lora.merged():
+        assert (model(x) - y).abs().max() < 1e-12
+    with lora.off():
+        base = model(x)
+    with lora.merged(which):
+        assert (model(x) - y).abs().max() < 1e-12 < (model(x) - base).abs().max()
+
+
 def test_while_merged_nothing_else_is_done() -> None:
     model, x = net(torch.float32), ids()
     lora = three(model, LINEAR, torch.float32)
