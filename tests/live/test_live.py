@@ -126,6 +126,15 @@ def test_a_float32_copy_of_a_bf16_base_is_accepted_and_said(tmp_path: Path, capl
         live.load(inexact, tmp_path / "a")
 
 
+def test_an_adapter_without_a_base_hash_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    adapter = trained(live.attach(net(torch.float32), targets=["up"], rank=2)).adapter()
+    live.load(net(torch.float32), adapter)
+    assert "carries no base hash" in caplog.text
+    caplog.clear()
+    live.load(net(torch.float32), adapter, check_base="off")
+    assert not caplog.text
+
+
 def through_pickle(model: nn.Module) -> Any:
     return pickle.loads(pickle.dumps(model))  # noqa: S301
 
