@@ -223,7 +223,7 @@ def _train(folder: Path) -> Stop:
     from loratools import live
     from loratools.demo.llama import CONTEXT, Adam, Llama
 
-    torch.manual_seed(0)
+    draw = torch.Generator().manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the matrices are small: threads would wait for each other
     text = torch.frombuffer(bytearray((data_folder() / "plays.txt").read_bytes()), dtype=torch.uint8).long()
@@ -239,7 +239,7 @@ def _train(folder: Path) -> Stop:
     with torch.no_grad():
         before = loss(windows).item()
     for _ in range(40):
-        starts = torch.randint(len(seen) - CONTEXT, (4,))
+        starts = torch.randint(len(seen) - CONTEXT, (4,), generator=draw)
         batch = torch.stack([seen[start : start + CONTEXT] for start in starts])
         torch.autograd.backward([loss(batch)])
         optimizer.step()

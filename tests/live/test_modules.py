@@ -114,15 +114,6 @@ def test_a_bf16_base_keeps_no_wide_copy_of_its_inputs() -> None:
 def test_a_slice_of_a_fused_weight_changes_its_outputs_alone() -> None:
     from loratools.adapter.model import Adapter
 
-    class Attention(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.c_attn = nn.Linear(6, 18, dtype=torch.float64)
-            self.config = {"model_type": "gpt_bigcode"}
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.c_attn(x)
-
     class Phi(nn.Module):
         def __init__(self) -> None:
             super().__init__()
