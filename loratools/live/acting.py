@@ -178,7 +178,7 @@ class Acting:
         """Give the weights their bits back; what acted before the merge acts again."""
         if self.state is None:
             raise LoraToolsError("nothing is merged into the weights")
-        unmerge(self.state)
+        unmerge(self, self.state)
         self.active, self.state = self.state.before, None
 
     @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from loratools.dialects import InMemory
 from loratools.errors import IncompatibleAdapter, InvalidOption, LoraToolsError
 from loratools.format.record import TOOL
 from loratools.live.acting import Acting, Entry
+from loratools.live.classes import foreign_forward
 from loratools.live.export import adapter_of, save
 from loratools.live.identity import check_base as check_identity
 from loratools.live.modules import site_of
@@ -72,6 +73,15 @@ class Lora(Acting):
         ]
         if own_child:
             raise IncompatibleAdapter(f"modules with a member {BANK!r} of their own cannot have adapters", own_child)
+        patched = [
+            path for path, own in places.items() if not isinstance(own.module, Site) and foreign_forward(own.module)
+        ]
+        if patched:
+            raise IncompatibleAdapter(
+                "something has put a forward of its own on these modules, which would pass their adapters over",
+                patched,
+                hint="Attach or load the adapter first, and patch the modules after.",
+            )  # fmt: skip
         for path, own in places.items():
             module: Any = own.module
             if not isinstance(module, Site):
@@ -125,10 +135,30 @@ class Lora(Acting):
         self.active = None
         for module in {id(module): module for module in self.sites.values()}.values():
             restore(module)
-        for name in self.thawed:
-            self.model.get_parameter(name).requires_grad_(True)
+        for parameter in self._frozen():
+            parameter.requires_grad_(True)
         self.watch.end()
         self.sites, self.entries, self.thawed = {}, {}, []
+
+    def _frozen(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters that `freeze` froze; of one that a parametrization has taken since, what it is made of.
+
+        Those of modules that are gone are passed over.
+        """
+        modules = dict(walk(self.model))
+        for name in self.thawed:
+            path, _, own = name.rpartition(".")
+            if path not in modules and ".parametrizations." in f".{path}":  # one that was taken away since
+                path, _, own = path.rpartition("parametrizations.")
+            held: Any = modules.get(path.rstrip("."), nn.Module())
+            made = held._modules.get("parametrizations", {})
+            if own in held._parameters:
+                parts = [held._parameters[own]]
+            elif own in made:
+                parts = list(made[own].parameters(recurse=False))
+            else:  # weight norm, spectral norm and pruning of the older kind: weight_g, weight_orig
+                parts = [part for key, part in held._parameters.items() if key.startswith(f"{own}_")]
+            yield from (part for part in parts if part is not None)
 
     def check(self) -> None:
         """Raise `IncompatibleAdapter` with the names of targets that no forward has called yet."""

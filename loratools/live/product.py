@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def draw_seed() -> int:
@@ -54,9 +53,10 @@ class LowRankLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, W, b, A and B, those that somebody needs."""
+        if torch.is_grad_enabled():  # create_graph=True: these gradients are to have gradients of their own
+            return _differentiable_gradients(ctx, grad)
         x, W, A, B, u = ctx.saved_tensors
         scale, p, seed, _ = ctx.settings
         needs = ctx.needs_input_grad
@@ -80,6 +80,25 @@ class LowRankLinear(torch.autograd.Function):
         if needs[2]:
             db = G.sum(0)
         return dx, dW, db, dA, dB, None, None, None
+
+
+def _differentiable_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Return what `LowRankLinear.backward` does by operations that autograd knows, u computed again from x and A."""
+    x, W, A, B, _ = ctx.saved_tensors
+    scale, p, seed, _ = ctx.settings
+    G, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    D = mask(flat, p, seed) if p else torch.ones_like(flat[:1, :1])
+    v, dropped = (G @ B.to(G.dtype)) * scale, flat * D
+    dx = (G @ W + (v @ A.to(G.dtype)) * D).view_as(x)
+    dA = (v.T @ dropped).to(A.dtype)
+    dB = (G.T @ (dropped @ A.to(x.dtype).T)).to(B.dtype) * scale
+    grads = dx, G.T @ flat, G.sum(0), dA, dB
+    return (
+        *(each if needed else None for each, needed in zip(grads, ctx.needs_input_grad, strict=False)),
+        None,
+        None,
+        None,
+    )
 
 
 def row_norms(W: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:

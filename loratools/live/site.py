@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from itertools import count
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from loratools.adapter.kinds import Update
 from loratools.errors import LoraToolsError
+from loratools.live import classes
 
 BANK = "lora"
 """Name of the child that holds the factors."""
@@ -182,31 +182,19 @@ class Site:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle and copy as an object of the class below, with the mixin to put over it: this class has no module."""
-        return _blank, (type(self).base, type(self).mixin), self.__getstate__()
-
-
-@cache
-def _mixed(base: Any, mixin: Any) -> Any:
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (mixin, base), {**names, "base": base, "mixin": mixin})
-
-
-def _blank(base: Any, mixin: Any) -> Any:
-    kind = _mixed(base, mixin)
-    return kind.__new__(kind)
+        return classes.blank, (type(self).base, type(self).mixin), self.__getstate__()
 
 
 def swap(module: Any, mixin: Any, lora: Handle) -> None:
     """Put a mixin over a module's class, and an empty `Bank` into it."""
     module._modules[BANK] = Bank()
     module.__dict__["_lora"] = lora
-    own: Any = type(module)
-    module.__class__ = _mixed(own, mixin)
+    classes.over(module, mixin)
 
 
 def restore(module: Any) -> None:
     """Give a module its own class back, and take what `swap` put there away."""
-    module.__class__ = type(module).base
+    classes.under(module, type(module).mixin)
     del module._modules[BANK], module.__dict__["_lora"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from loratools import live
 from loratools.adapter.kinds import Update
@@ -200,7 +201,7 @@ def test_a_parametrized_weight_is_taken_as_it_is_computed() -> None:
     (_, piece, _, _), *_ = lora.children()
     expected = x @ (W + piece.scaling * piece.B @ piece.A).T + b
     assert (model(x) - expected).abs().max() < 1e-12
-    with pytest.raises(IncompatibleAdapter, match="made by a parametrization"):
+    with pytest.raises(IncompatibleAdapter, match="computed from other parameters"):
         lora.merge()
     lora.detach()
     assert (model(x) - (x @ W.T + b)).abs().max() < 1e-12
@@ -229,6 +230,28 @@ def test_gradients_by_torch_func() -> None:
     for name, parameter in own.items():
         assert parameter.grad is not None
         assert (gradients[name] - parameter.grad).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_of_gradients_and_gradients_forward(bias: bool, p: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5, bias), nn.Tanh(), nn.Linear(5, 3)).double().train()
+    trained(live.attach(model, rank=2, targets=["0", "2"], dtype=torch.float64, dropout=p))
+    model.requires_grad_(True)
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+
+    def forward(x: Tensor, *_: Tensor) -> Tensor:
+        torch.manual_seed(1)  # equal masks every time
+        return model(x)
+
+    assert torch.autograd.gradgradcheck(forward, (x, *model.parameters()))
+    if p == 0:
+        v = torch.randn(3, 4, dtype=torch.float64)
+        _, expected = torch.autograd.functional.jvp(forward, x.detach(), v)
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(model(forward_ad.make_dual(x.detach(), v))).tangent
+        assert (tangent - expected).abs().max() < 1e-12
 
 
 def test_a_module_with_a_member_lora_is_refused_untouched() -> None:

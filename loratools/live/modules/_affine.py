@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from loratools.live.product import LowRankLinear, draw_seed, mask, row_norms
 from loratools.live.site import Piece, Site, added
@@ -38,8 +39,9 @@ class AffineSite(Site):
             A, B = piece.A, piece.B
             grad = torch.is_grad_enabled() and (A.requires_grad or x.requires_grad or self.weight.requires_grad)
             plain = x.is_meta or not torch.is_autocast_enabled(x.device.type)
-            if not torch.compiler.is_compiling():  # torch.func knows no function with a backward of its own
-                plain = plain and not torch._C._are_functorch_transforms_active()
+            if not torch.compiler.is_compiling():
+                # torch.func and forward mode know no function with a backward of its own.
+                plain = plain and not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
             compiled = p and torch.compiler.is_compiling()  # a generator of its own is not for graphs
             if not grad and plain and not compiled:
                 y = F.linear(x, W, self.bias)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from loratools.adapter.placement.resolve import Placement
 from loratools.adapter.site import Site as Rectangle
 from loratools.engine.residual import ELEMENTS, codes
 from loratools.engine.residual import predict as undo
-from loratools.errors import IncompatibleAdapter
+from loratools.errors import IncompatibleAdapter, LoraToolsError
 from loratools.live.export import update_of
 from loratools.live.site import Handle, Piece
 from loratools.live.whole import Changed, changed
@@ -39,6 +39,25 @@ class Kept:
     old: nn.Parameter | Tensor | None = None
     blocks: list[bytes] | None = None
     steps: Sequence[undo.Step] = ()
+    dtype: torch.dtype | None = None
+    version: int | None = None  # autograd's count of the merged parameter's changes; None where nobody knows
+
+    def __getstate__(self) -> tuple[None, dict[str, Any]]:
+        """Pickle and copy without the version: a copied parameter counts from 0."""
+        return None, {name: getattr(self, name) for name in self.__slots__} | {"version": None}
+
+    def remember(self) -> None:
+        """Remember the merged parameter as it is now."""
+        W = self.module._parameters[self.parameter]
+        assert W is not None
+        self.dtype, self.version = W.dtype, None if W.is_inference() else W._version
+
+    def is_as_merged(self) -> bool:
+        """Tell whether the merged parameter is there still, and nothing has changed it, as far as autograd counts."""
+        W = self.module._parameters.get(self.parameter)
+        if W is None or W.dtype != self.dtype:
+            return False
+        return self.version is None or W.is_inference() or W._version == self.version
 
     @property
     def nbytes(self) -> int:
@@ -86,13 +105,22 @@ def merge(lora: Handle, pairs: tuple[tuple[str, float], ...]) -> Merge:
             kept.module._parameters[kept.parameter] = nn.Parameter(after, requires_grad=False)
         else:
             W.copy_(after)
+        kept.remember()
         state.kept.append(kept)
     return state
 
 
 @torch.no_grad()
-def unmerge(state: Merge) -> None:
-    """Give every parameter its bits back."""
+def unmerge(lora: Handle, state: Merge) -> None:
+    """Give every parameter its bits back; raise `LoraToolsError`, and do nothing, where one is not as it was merged."""
+    paths = {id(module): path for path, module in lora.sites.items()}
+    lost = [f"{paths.get(id(kept.module))}.{kept.parameter}" for kept in state.kept if not kept.is_as_merged()]
+    if lost:
+        raise LoraToolsError(
+            f"weights were changed while {state.name} was merged into them, so what they were cannot be told any more",
+            lost,
+            hint="Unmerge before you load, cast, train, prune or parametrize weights; make the model anew now.",
+        )  # fmt: skip
     for kept in state.kept:
         W = kept.module._parameters[kept.parameter]
         if isinstance(kept.old, nn.Parameter) or (kept.old is None and kept.blocks is None):
@@ -119,8 +147,13 @@ def _change(
 ) -> tuple[Tensor, Weighted]:
     """Return a parameter's merged value, and the placements that predict the old one from it, () where none do."""
     W = module._parameters.get(own)
-    if W is None and own in module._modules.get("parametrizations", ()):
-        raise IncompatibleAdapter(f"{path}.{own} is made by a parametrization, into which nothing can be merged")
+    if own not in module._parameters and isinstance(getattr(module, own, None), Tensor):
+        raise IncompatibleAdapter(
+            f"{path}.{own} is computed from other parameters, so nothing can be merged into it",
+            hint="Take the parametrization, weight norm or pruning away first, or let the adapter act unmerged.",
+        )
+    if W is not None and W.is_meta:
+        raise IncompatibleAdapter(f"{path}.{own} is on the meta device and has no values, so nothing can be merged")
     value, placed, predicts = W, [], True
     for name, weight in pairs:
         together: list[tuple[Placement, float]] = []
