@@ -52,7 +52,8 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
     "loratools.surgery.combine": ("methods", "*"),
     "loratools.engine": ("stochastic task turns", "device plan tensor", "load residual", "arithmetic", "run"),
     "loratools.live": (
-        "product site",
+        "classes product",
+        "site",
         "modules whole",
         "place",
         "cost fresh identity opened restore summary watch",
