@@ -84,6 +84,7 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(module.name for module in iter_modules(__path__) if not module.name.startswith("_")))
 
 
+@cache
 def get(name: str) -> Dialect:
     """Return a dialect's module.
 

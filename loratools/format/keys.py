@@ -10,6 +10,8 @@ The `adapter_config.json` that goes with such a file is derived in one place, `l
 
 from __future__ import annotations
 
+import re
+
 PREFIX = "base_model.model."
 
 # part -> what it is, with (out, in) the shape of the weight and r the rank
@@ -26,7 +28,9 @@ PARTS: dict[str, str] = {
 }
 """Every part that PEFT writes for LoRA, in one table."""
 
-_MARKS = frozenset(part.partition(".")[0] for part in PARTS)
+_MARKS = "|".join(sorted(re.escape(part.partition(".")[0]) for part in PARTS if not part.startswith("lora_")))
+# Where a part begins: a segment that is one of these, or that begins so.
+_PART = re.compile(rf"(?:^|\.)(?=lora_|(?:{_MARKS})(?:\.|\Z))")
 
 
 def split(name: str) -> tuple[str, str] | None:
@@ -42,13 +46,13 @@ def split(name: str) -> tuple[str, str] | None:
     """
     if not name.startswith(PREFIX):
         return None
-    segments = name[len(PREFIX) :].split(".")
-    if "" in segments:
+    path = name[len(PREFIX) :]
+    if not path or ".." in path or path[0] == "." or path[-1] == ".":
         return None
-    begin = next((i for i, segment in enumerate(segments) if segment in _MARKS or segment.startswith("lora_")), None)
+    begin = _PART.search(path)
     if begin is None:
-        return ".".join(segments), ""
-    return (".".join(segments[:begin]), ".".join(segments[begin:])) if begin else None
+        return path, ""
+    return (path[: begin.start()], path[begin.end() :]) if begin.start() else None
 
 
 def join(module: str, part: str = "") -> str:

@@ -94,7 +94,8 @@ class Lora(Acting):
                 bank.whole[name] = own.whole
             for child in (*own.pieces, *own.whole.values()):
                 bank.put(name, child)
-                child.train(module.training)
+                if child.training != module.training:
+                    child.train(module.training)
         self.entries[name] = entry
         if stacks is not None:
             stacks.put(name)

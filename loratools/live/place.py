@@ -166,11 +166,12 @@ class _Builder:
         """Load the tensors of an update by role, as parameters or as buffers; one that lands twice shares them."""
         if module in self.shared:
             return self.shared[module]
-        weight = next((p for p in owner.parameters(recurse=False)), None)
+        weight = next((p for p in owner._parameters.values() if p is not None), None)
         device = weight.device if weight is not None else torch.device("cpu")
         tensors: dict[str, Tensor] = {}
+        parts = update.parts
         for role, part in roles.items():
-            tensor = update.parts[part].load().to(device)
+            tensor = parts[part].load().to(device)
             if self.trainable:
                 wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
                 tensors[role] = nn.Parameter(tensor.to(wide, copy=True))

@@ -285,6 +285,7 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(module.name for module in iter_modules(__path__) if not module.name.startswith("_")))
 
 
+@cache
 def get(kind: str) -> Any:
     """Return the module of a kind; raise `UnknownKind` with the list of those that exist."""
     if kind not in names():

@@ -75,5 +75,8 @@ def _ranges(numbers: list[int]) -> Iterable[str]:
 
 def suffixes(module: str) -> list[str]:
     """Return what PEFT's rule for a list entry lets name a module: its path, and each suffix of it after a dot."""
-    segments = module.split(".")
-    return [".".join(segments[i:]) for i in range(len(segments))]
+    names = [module]
+    while (dot := module.find(".")) >= 0:
+        module = module[dot + 1 :]
+        names.append(module)
+    return names

@@ -58,7 +58,9 @@ def resolve(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any] | None =
     problems = [f"{module}: {reason}" for module, reason in ambiguous.items()]
     for module, update in ((module, adapter.updates[module]) for module in adapter.updates if module not in ambiguous):
         try:
-            placements += replace(resolver, stated=adapter.orientation.get(module)).place(module, update)
+            stated = adapter.orientation.get(module)
+            own = resolver if stated is None else replace(resolver, stated=stated)
+            placements += own.place(module, update)
         except NoPlace as error:
             problems.append(f"{module}: {error}")
     problems += _overlaps(placements)

@@ -77,7 +77,9 @@ def unwrap(name: str) -> str:
     >>> unwrap("module._orig_mod.base_model.model.layers.0._fsdp_wrapped_module.q_proj.lora_A.weight")
     'base_model.model.layers.0.q_proj.lora_A.weight'
     """
-    stripped = ".".join(segment for segment in name.split(".") if segment not in _WRAPPERS)
+    stripped = name
+    if any(wrapper in name for wrapper in _WRAPPERS):
+        stripped = ".".join(segment for segment in name.split(".") if segment not in _WRAPPERS)
     while stripped.startswith("module."):
         stripped = stripped.removeprefix("module.")
     return stripped

@@ -88,11 +88,13 @@ class NameList:
 
     def first(self, module: str) -> str | None:
         """Return the first name of the list that a module answers to, or None."""
+        if not self.names:
+            return None
         return min((name for name in suffixes(module) if name in self.names), key=self.names.__getitem__, default=None)
 
     def matches(self, module: str) -> bool:
         """Tell whether a module answers to any of the names."""
-        return self.first(module) is not None
+        return bool(self.names) and not self.names.keys().isdisjoint(suffixes(module))
 
 
 class Expression:
@@ -170,6 +172,8 @@ class PatternKeys:
     def _find(self, module: str) -> str | None:
         if "\n" in module:
             raise UnsupportedAdapter(f"a module name with a line break in it: {module[:80]!r}")
+        if not self._keys:
+            return None
         best = len(self._keys)
         for anchored, name in ((True, module), *((False, suffix) for suffix in suffixes(module))):
             for dots, positions in self._names.get((anchored, len(name)), {}).items():

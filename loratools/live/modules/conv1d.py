@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,9 +25,13 @@ class Conv1DSite(AffineSite):
 
 def claims(module: nn.Module) -> bool:
     """Tell whether a module is transformers' Conv1D, or derives from it; transformers is not imported for it."""
-    return any(
-        f"{kind.__module__}.{kind.__name__}" == "transformers.pytorch_utils.Conv1D" for kind in type(module).__mro__
-    )
+    own: Any = type(module)
+    return _derives(own)
+
+
+@lru_cache(maxsize=256)
+def _derives(own: type) -> bool:
+    return any(f"{kind.__module__}.{kind.__name__}" == "transformers.pytorch_utils.Conv1D" for kind in own.__mro__)
 
 
 def shape(module: Any) -> tuple[int, ...]:
