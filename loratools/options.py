@@ -24,6 +24,9 @@ Retention = Literal["sample", "full", "off"]
 Rounding = Literal["nearest", "stochastic"]
 """How results become numbers of a shorter dtype: to the nearest, ties to even, or up or down at random."""
 
+Quantized = Literal["dequantize", "partial", "requantize", "refuse"]
+"""What becomes of a base of codes: all in 16 bit, the changed modules in 16 bit, those made codes again, or nothing."""
+
 Device = Literal["cpu", "cuda"]
 """Where the arithmetic is done."""
 

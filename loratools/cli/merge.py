@@ -48,6 +48,10 @@ if TYPE_CHECKING:
     "Stochastic rounding keeps, on average, changes that are too small for bf16 or f16.",
 )  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="For the sampled tiles and stochastic rounding.")
+@options.word_option(
+    "--quantized", "Quantized", "dequantize",
+    "A base of codes: write it in 16 bit, only the changed modules, make codes of those again, or refuse.",
+)  # fmt: skip
 @click.option(
     "--keep-residual", is_flag=True, help="Keep what rounding destroys, so that `loratools unmerge` restores every bit."
 )

@@ -50,7 +50,8 @@ class MergePlan:
     """All decisions of a merge. `files` lists the output's files of tensors, `changes` has every output tensor.
 
     `inputs` are the adapters as they are placed, in the order of the call; `config` holds changed fields of
-    config.json; `laid_out` says whether files, headers and offsets are the base's own, so that untouched ranges are
+    config.json, and `dropped` those that go; `laid_out` says whether files, headers and offsets are the base's own, so
+    that untouched ranges are
     copied where they lie. `strict` makes a tensor that is not the recorded one an error, else it is reported.
     """
 
@@ -59,6 +60,7 @@ class MergePlan:
     files: tuple[FilePlan, ...]
     changes: Mapping[str, Change]
     config: Mapping[str, Any] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
     laid_out: bool = True
     strict: bool = True
     notes: tuple[str, ...] = ()
@@ -86,9 +88,13 @@ class MergePlan:
         return [sorted(names) for names in modules]
 
     def rewritten(self) -> dict[str, Change]:
-        """Return the tensors that pass through arithmetic: updated, or cast to another dtype."""
+        """Return the tensors that pass through arithmetic: updated, cast to another dtype, or decoded."""
         changes = ((slot, self.changes[slot.name]) for plan in self.files for slot in plan.slots)
-        return {slot.name: change for slot, change in changes if change.placements or slot.dtype != change.source.dtype}
+        return {
+            slot.name: change
+            for slot, change in changes
+            if change.placements or slot.dtype != change.source.dtype or change.source.encoding
+        }
 
     def peak_memory(self, threads: int, *, torch: bool = True, tile_bytes: int = TILE) -> int:
         """Estimate the resident bytes: libraries, and for each thread its tiles and its largest factors."""
@@ -119,5 +125,6 @@ class MergePlan:
                 for name, change in touched.items()
             },
             "config": dict(self.config),
+            "dropped": list(self.dropped),
             "notes": list(self.notes),
         }

@@ -247,6 +247,6 @@ class _Job:
 
 def _hashes(change: Change) -> list[str]:
     """Return the algorithms to hash a base tensor with: those that adapters recorded, and the default one."""
-    if not change.placements or change.replaced:
+    if not change.placements or change.replaced or change.source.encoding:
         return []
     return sorted({digest.algorithm_of(value) for _, value in change.expected} | {digest.DEFAULT})

@@ -32,13 +32,13 @@ def run(
     hashers = {name: digest.start_tensor(spec.dtype, spec.shape, name) for name in task.hashes}
     sampled = sampled_tiles(task.name, task.seed, task.retention, len(starts))
     result, measured = TensorResult(task.name), 0
-    with files.descriptor(spec.file) as source:
+    with files.opened(spec) as fill:
 
         def read(start: int) -> memoryview:
             if stopped():
                 raise InterruptedError
             raw = room[: min(step, rows - start) * width]
-            files.read_into(source, raw, spec.start + start * width)
+            fill(raw, start * width)
             return raw
 
         for start in starts if arithmetic.needs_pass else ():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,13 +82,31 @@ def copy_range(source: int, start: int, stop: int, target: int, offset: int, pat
         offset += count
 
 
+Read = Callable[[memoryview, int], None]
+"""Fills a buffer with the bytes of a tensor from an offset on, counted from the tensor's own beginning."""
+
+
+@contextmanager
+def opened(spec: TensorSpec) -> Iterator[Read]:
+    """Open a tensor for reading piece by piece; a weight that is stored as codes reads as the float32 it stands for.
+
+    Raises `BadFile` where its file cannot be opened, and the function that it yields where the file ends too early.
+    """
+    if spec.encoding is not None:
+        with spec.encoding.reader() as read:
+            yield read
+        return
+    with descriptor(spec.file) as source:
+        yield lambda buffer, offset: read_into(source, buffer, spec.start + offset, spec.file)
+
+
 def chunks(spec: TensorSpec, size: int = CHUNK) -> Iterator[memoryview]:
     """Yield the bytes of a tensor piece by piece, each valid until the next is asked for."""
     buffer = memoryview(bytearray(min(size, max(spec.nbytes, 1))))
-    with descriptor(spec.file) as source:
-        for offset in range(spec.start, spec.stop, len(buffer)):
-            piece = buffer[: min(len(buffer), spec.stop - offset)]
-            read_into(source, piece, offset, spec.file)
+    with opened(spec) as read:
+        for offset in range(0, spec.nbytes, len(buffer)):
+            piece = buffer[: min(len(buffer), spec.nbytes - offset)]
+            read(piece, offset)
             yield piece
 
 
@@ -115,13 +133,13 @@ def row_tiles(
     step = max(1, nbytes // (columns * max(twin.itemsize for twin in twins)))
     buffers = [bytearray(min(step, total) * columns * twin.itemsize) for twin in twins]
     with ExitStack() as stack:
-        sources = [stack.enter_context(descriptor(spec.file)) for spec in specs]
+        sources = [stack.enter_context(opened(spec)) for spec in specs]
         for first in range(0, total, step):
             count = (min(first + step, total) - first) * columns
             pieces, rows = [], []
-            for source, spec, twin, buffer in zip(sources, specs, twins, buffers, strict=True):
+            for read, twin, buffer in zip(sources, twins, buffers, strict=True):
                 piece = memoryview(buffer)[: count * twin.itemsize]
-                read_into(source, piece, spec.start + first * columns * twin.itemsize, spec.file)
+                read(piece, first * columns * twin.itemsize)
                 pieces.append(piece)
                 rows.append(torch.frombuffer(buffer, dtype=twin, count=count).view(-1, columns))
             yield first, pieces, rows
@@ -130,8 +148,8 @@ def row_tiles(
 def read_bytes(spec: TensorSpec) -> bytearray:
     """Return the raw bytes of a tensor."""
     data = bytearray(spec.nbytes)
-    with descriptor(spec.file) as source:
-        read_into(source, memoryview(data), spec.start, spec.file)
+    with opened(spec) as read:
+        read(memoryview(data), 0)
     return data
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from loratools.errors import BadFile
 from loratools.storage import dtypes
@@ -36,15 +37,28 @@ MAX_SIDES = 64
 _U64 = 2**64 - 1
 
 
+class Decoded(Protocol):
+    """How a weight that is stored as codes is read: `storage/codecs` has all of it."""
+
+    def reader(self) -> AbstractContextManager[Callable[[memoryview, int], None]]:
+        """Open it for reading as float32: a function of a buffer to fill, and its offset in bytes."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What a header knows of a tensor: safetensors dtype, shape, and the bytes [`start`, `stop`) of `file`."""
+    """What a header knows of a tensor: safetensors dtype, shape, and the bytes [`start`, `stop`) of `file`.
+
+    A weight that is stored as codes has an `encoding`: it reads as float32, and its bytes lie nowhere (`start` is far
+    below zero, so that a read past `files.opened` fails).
+    """
 
     dtype: str
     shape: tuple[int, ...]
     file: Path
     start: int
     stop: int
+    encoding: Decoded | None = None
 
     @property
     def nbytes(self) -> int:

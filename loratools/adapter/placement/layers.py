@@ -62,7 +62,8 @@ def replicated(base: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:
     ]
     return replace(
         base, shards=tuple(shards), specs={new: base.specs[old] for new, old in origins.items()},
-        config=_config(base.config, count, order), origins=origins, stored=base,
+        config=_config(base.config, count, order), origins=origins,
+        stored=base.stored or base,
     )  # fmt: skip
 
 

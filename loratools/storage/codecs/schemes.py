@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loratools.storage import dtypes
+from loratools.storage.codecs.state import statement
 from loratools.storage.header import TensorSpec
 
 
@@ -24,13 +25,15 @@ class Scheme:
     """One way of quantizing: its name, parts of a module that only it has, and dtypes of `weight` that are its own.
 
     A module is of the first scheme of `SCHEMES` all of whose `parts` it has, if its weight has one of the `dtypes`,
-    where there are any, and config.json's `quant_method` is one of the `methods`, where there are any.
+    where there are any, and config.json's `quant_method` is one of the `methods`, where there are any. `codec` is the
+    file of this folder that reads it; None where none does.
     """
 
     name: str
     parts: frozenset[str]
     dtypes: frozenset[str] = frozenset()
     methods: frozenset[str] = frozenset()
+    codec: str | None = None
 
     def is_of(self, parts: Set[str], dtype: str | None, method: str) -> bool:
         """Tell whether a module with these parts, and a weight of this dtype, is quantized so."""
@@ -45,8 +48,10 @@ _F8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 _CODES = frozenset({"U8", "I8", "I16", "U16", "I32", "U32", "F4", "F6_E2M3", "F6_E3M2", *_F8})
 
 
-def _scheme(name: str, parts: str, stored: Set[str] = frozenset(), methods: str = "") -> Scheme:
-    return Scheme(name, frozenset(parts.split()), frozenset(stored), frozenset(methods.split()))
+def _scheme(
+    name: str, parts: str, stored: Set[str] = frozenset(), methods: str = "", codec: str | None = None
+) -> Scheme:
+    return Scheme(name, frozenset(parts.split()), frozenset(stored), frozenset(methods.split()), codec)
 
 
 SCHEMES = (
@@ -76,8 +81,8 @@ SCHEMES = (
     _scheme("HIGGS", "tables"),
     _scheme("EETQ int8", "weight_scales", {"I8"}),
     _scheme("compressed-tensors", "weight_scale", methods="compressed-tensors"),
-    _scheme("FP8 with scales", "weight_scale_inv"),
-    _scheme("FP8 with scales", "weight_scale", _F8),
+    _scheme("FP8 with scales", "weight_scale_inv", codec="fp8"),
+    _scheme("FP8 with scales", "weight_scale", _F8, codec="fp8"),
     _scheme("scaled FP8 (ComfyUI)", "scale_weight"),
     _scheme("FP8 without scales", "", _F8),
 )
@@ -120,12 +125,16 @@ _CALIBRATION = frozenset({
 class Codes:
     """What of a model is quantized: module -> the name of its scheme, and all tensors that belong to a quantization.
 
-    A module is the path before `weight`; of stacked experts that of the stack. `stated` is config.json's own name.
+    A module is the path before `weight`; of stacked experts that of the stack. `parts` has for each module the names of
+    its stored tensors by part, and `codecs` the file that reads it, None where none does. `stated` is config.json's own
+    name.
     """
 
     modules: Mapping[str, str] = field(default_factory=dict)
     tensors: frozenset[str] = frozenset()
     stated: str | None = None
+    parts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    codecs: Mapping[str, str | None] = field(default_factory=dict)
 
     def named(self, schemes: Iterable[str] = ()) -> str:
         """Return the commonest of these schemes (default: of all modules), with what config.json says of it."""
@@ -146,42 +155,44 @@ def find(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> Codes:
 
     Biases of quantized modules are numbers like others, and belong to nothing.
     """
-    statement = _statement(config)
-    method = str(statement.get("quant_method") or statement.get("quant_algo") or "").lower()
+    stated = statement(config)
+    method = str(stated.get("quant_method") or stated.get("quant_algo") or "").lower()
     owners = {name: owner_and_part for name in specs if (owner_and_part := _marked(name, _OF_METHOD.get(method, ())))}
-    parts: dict[str, set[str]] = defaultdict(set)
-    for owner, part in owners.values():
-        parts[owner].add(part)
+    parts: dict[str, dict[str, str]] = defaultdict(dict)
+    for name, (owner, part) in owners.items():
+        parts[owner][part] = name
     for name, spec in specs.items():
         if name not in owners and spec.dtype in _CODES and len(spec.shape) > 1 and _is_weight(name):
-            parts[name.removesuffix(".weight")].add("weight")
+            parts[name.removesuffix(".weight")]["weight"] = name
     modules: dict[str, str] = {}
     stray = set()
-    for owner, marks in parts.items():
+    for owner, named in parts.items():
+        marks = named.keys()
         weight = specs.get(f"{owner}.weight") or specs.get(owner)
         is_number = weight is not None and weight.dtype in dtypes.FLOATS
         alone = {mark for mark in marks & _BESIDE.keys() if not {_BESIDE[mark]} & marks}
         if marks == {mark for mark in alone if f"{owner}.{_BESIDE[mark]}" not in specs}:
             stray.add(owner)
-        elif not marks <= _CALIBRATION and not (is_number and not statement and not marks & _IN_ANY_DTYPE):
+        elif not marks <= _CALIBRATION and not (is_number and not stated and not marks & _IN_ANY_DTYPE):
             modules[owner] = weight.dtype if weight else ""
     tensors = {name for name, (owner, _) in owners.items() if owner not in stray}
-    tensors |= {name for name in specs if statement and name.endswith(".scales")}  # also AWQ's of an activation
+    tensors |= {name for name in specs if stated and name.endswith(".scales")}  # also AWQ's of an activation
     for name in specs:  # `scales`, `zero`, `biases`: names that mean something only in a module of codes
         module, _, parameter = name.rpartition(".")
         if module in modules and parameter != "bias":
-            parts[module].add(parameter)
+            parts[module].setdefault(parameter, name)
             tensors.add(name)
         elif name in modules:
+            parts[name]["weight"] = name
             tensors.add(name)
-    schemes = {
-        owner: next(
-            (scheme.name for scheme in SCHEMES if scheme.is_of(parts[owner], dtype, method)),
-            method or f"{dtype or 'unknown'} codes",
-        )
-        for owner, dtype in modules.items()
-    }
-    return Codes(schemes, frozenset(tensors), _stated(statement))
+    schemes: dict[str, str] = {}
+    codecs: dict[str, str | None] = {}
+    for owner, dtype in modules.items():
+        known = next((scheme for scheme in SCHEMES if scheme.is_of(parts[owner].keys(), dtype, method)), None)
+        schemes[owner] = known.name if known else method or f"{dtype or 'unknown'} codes"
+        codecs[owner] = known.codec if known else None
+    kept = {owner: parts[owner] for owner in modules}
+    return Codes(schemes, frozenset(tensors), _stated(stated), kept, codecs)
 
 
 _IN_ANY_DTYPE = frozenset({"absmax", "nf4", "fp4"})
@@ -214,16 +225,8 @@ def _is_weight(name: str) -> bool:
     return name.endswith((".weight", *(f"experts.{stack}" for stack in _STACKS)))
 
 
-def _statement(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what config.json says of its quantization; {} where it says nothing."""
-    inner = config.get("text_config")
-    places = (config, inner) if isinstance(inner, Mapping) else (config,)
-    stated = (place.get(key) for place in places for key in ("quantization_config", "quantization"))
-    return next((each for each in stated if isinstance(each, Mapping) and each), {})
-
-
-def _stated(statement: Mapping[str, Any]) -> str | None:
+def _stated(stated: Mapping[str, Any]) -> str | None:
     """Return config.json's statement in a few words: method, format, bits."""
-    words = [str(statement[key]) for key in ("quant_method", "quant_algo", "format", "mode") if statement.get(key)]
-    bits = statement.get("bits") or next((n for n in (4, 8) if statement.get(f"load_in_{n}bit")), None)
+    words = [str(stated[key]) for key in ("quant_method", "quant_algo", "format", "mode") if stated.get(key)]
+    bits = stated.get("bits") or next((n for n in (4, 8) if stated.get(f"load_in_{n}bit")), None)
     return ", ".join([*words, *([f"{bits} bits"] if bits else [])]) or None

@@ -1,6 +1,7 @@
 """Merge adapters into a base model: W' = W + Σ wᵢ·sᵢ·Bᵢ·Aᵢ in float32, rounded once, streamed shard by shard.
 
 options   the options, one value that is checked when it is built
+quantized what becomes of the codes of a quantized base
 plan      what becomes of every tensor, from headers alone
 prepare   open, check and plan: all that is decided before a byte is written
 run       write the tensors, and everything beside them
@@ -14,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from loratools.options import CheckBase, Device, Retention, Rounding, Tied
+from loratools.options import CheckBase, Device, Quantized, Retention, Rounding, Tied
 from loratools.parallel import Progress
 from loratools.storage import atomic
 from loratools.storage.dtypes import FloatName
@@ -45,6 +46,7 @@ def merge(
     retention: Retention = "sample",
     rounding: Rounding = "nearest",
     seed: int = 0,
+    quantized: Quantized = "dequantize",
     keep_residual: bool = False,
     resume: bool = False,
     device: Device = "cpu",
@@ -79,6 +81,10 @@ def merge(
         rounding: `"nearest"` rounds ties to even; `"stochastic"` rounds BF16 and F16 up or down at random, so that
             small changes survive on average. Default: `"nearest"`.
         seed: A whole number that chooses the sampled tiles, and the random numbers of stochastic rounding. Default: 0.
+        quantized: What becomes of a base whose weights are codes (bitsandbytes, FP8, …): `"dequantize"` writes all of
+            it in 16 bit, `"partial"` the modules that an adapter changes and leaves the rest byte for byte,
+            `"requantize"` makes codes of the changed modules again, which erases most of a small change, `"refuse"`
+            raises. Default: `"dequantize"`, by which nothing of the adapter is lost.
         keep_residual: Whether to write what rounding destroys beside the model, and the root hash of the base into its
             record, so that `unmerge` restores every bit. Default: no.
         resume: Whether an interruption leaves the files that are complete, and the same call goes on from them.
@@ -111,7 +117,7 @@ def merge(
     atomic.sweep(output)
     options = MergeOptions(
         dtype=dtype, max_shard_size=max_shard_size, tied=tied, model_type=model_type, check_base=check_base,
-        retention=retention, rounding=rounding, seed=seed, keep_residual=keep_residual, resume=resume, device=device,
-        threads=threads, force=force, durable=durable,
+        retention=retention, rounding=rounding, seed=seed, quantized=quantized, keep_residual=keep_residual,
+        resume=resume, device=device, threads=threads, force=force, durable=durable,
     )  # fmt: skip
     return execute(prepare(base, adapters, output, weights=weights, options=options), progress=progress)

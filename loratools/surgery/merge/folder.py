@@ -22,8 +22,9 @@ def write_companions(plan: MergePlan, beside: Companions, record: Mapping[str, A
     """Write everything beside the weights into `folder`; indexes come last, and a model in one file has none."""
     sources = beside.sources
     texts: dict[str, str | None] = {RECORD: json_text(record)}
-    if "config.json" in sources and plan.config:
-        texts["config.json"] = json_text({**read_json(sources["config.json"]), **plan.config})
+    if "config.json" in sources and (plan.config or plan.dropped):
+        fields = {**read_json(sources["config.json"]), **plan.config}
+        texts["config.json"] = json_text({key: value for key, value in fields.items() if key not in plan.dropped})
     if sources:
         own = sources.get("README.md")
         texts["README.md"] = card(read_card(own) if own else "", record)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratools.options import CheckBase, Device, Options, Retention, Rounding, Tied
+from loratools.options import CheckBase, Device, Options, Quantized, Retention, Rounding, Tied
 from loratools.storage import dtypes
 from loratools.storage.sizes import parse_size
 
@@ -29,6 +29,7 @@ class MergeOptions:
     retention: Retention = "sample"
     rounding: Rounding = "nearest"
     seed: int = 0
+    quantized: Quantized = "dequantize"
     keep_residual: bool = False
     resume: bool = False
     device: Device = "cpu"
@@ -45,6 +46,7 @@ class MergeOptions:
             checked.problems.append(f"model_type is {self.model_type!r}; it can be a name such as 'gpt2', or None")
         checked.word("check_base", self.check_base, CheckBase).word("retention", self.retention, Retention)
         checked.word("rounding", self.rounding, Rounding).number("seed", self.seed)
+        checked.word("quantized", self.quantized, Quantized)
         checked.flag("keep_residual", self.keep_residual).flag("resume", self.resume)
         checked.word("device", self.device, Device).threads(self.threads).flag("force", self.force)
         checked.flag("durable", self.durable).done()

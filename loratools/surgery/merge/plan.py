@@ -19,11 +19,13 @@ from loratools.errors import IncompatibleAdapter, WrongBase
 from loratools.options import CheckBase
 from loratools.storage import digest, dtypes
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.checkpoint.logical import encodings
 from loratools.storage.codecs import schemes
 from loratools.storage.header import TensorSpec
 from loratools.storage.layout import DEFAULT_SHARD, FilePlan, plan_file, plan_shards
 from loratools.surgery.base import of_headers, other_type
 from loratools.surgery.merge.options import MergeOptions
+from loratools.surgery.merge.quantized import as_written
 
 _Configs = Sequence[Mapping[str, Any] | None]
 _Placements = Mapping[str, Sequence[tuple[int, Placement]]]
@@ -48,9 +50,12 @@ def plan_merge(
     specs = {**base.specs, **{new: base.specs[old] for new, old in untied.copies.items()}}
     shapes = {name: spec.shape for name, spec in specs.items()}
     whole = replaced(inputs, shapes)
-    sources = {**specs, **whole}
     check_vocabulary(shapes, {name: spec.shape for name, spec in whole.items()})
-    placements = _placements(inputs, {name: spec.shape for name, spec in sources.items()}, base)
+    placements = _placements(inputs, shapes | {name: spec.shape for name, spec in whole.items()}, base)
+    written = as_written(base, {**placements, **whole}.keys() | untied.copies.values(), options.quantized)
+    base = written.base
+    specs = {**base.specs, **{new: base.specs[old] for new, old in untied.copies.items()}}
+    sources = {**specs, **whole}
     targets = [(name, specs[name]) for name in {**placements, **whole} if name in specs]
     codes = schemes.find(base.specs, base.config)
     if coded := [(name, spec) for name, spec in targets if spec.dtype not in dtypes.FLOATS or name in codes.tensors]:
@@ -68,8 +73,9 @@ def plan_merge(
         for name, source in sources.items()
     }
     added = [name for name in sources if name not in base.specs]
-    config, followed = _config(base, inputs, untied.config, shapes, options.output_dtype, configs)
-    notes += followed
+    stated = {**untied.config, **written.config}
+    config, followed = _config(base, inputs, stated, shapes, options.output_dtype, configs)
+    notes += [*written.notes, *followed]
     notes += [f"added to the model: {', '.join(sorted(added))}"] if added else []
     notes += _order(placements, len(inputs))
     if options.output_dtype and codes.tensors:
@@ -77,7 +83,7 @@ def plan_merge(
         notes.append(f"{len(codes.tensors)} tensor(s) of the quantization ({named}) keep their dtypes")
     files, laid_out = _files(base, specs, sources, added, codes.tensors, options)
     strict = options.check_base == "strict"
-    return MergePlan(base, inputs, files, changes, config, laid_out, strict, tuple(notes))
+    return MergePlan(base, inputs, files, changes, config, written.dropped, laid_out, strict, tuple(notes))
 
 
 def _files(
@@ -87,19 +93,23 @@ def _files(
     """Lay out the output's files of tensors; tell whether they are the base's own. Those `kept` keep their dtype."""
     if base.components and options.shard_bytes is not None:
         raise IncompatibleAdapter("a pipeline keeps the files of its components; --max-shard-size does not apply to it")
-    planned = {}
+    planned, codes = {}, encodings(base)
     for name, source in sources.items():
         stored = specs[name].dtype if name in specs else usual_dtype(base.specs)
+        stored = codes[name].dtype if name in codes else stored
         cast = options.output_dtype if stored in dtypes.FLOATS and name not in kept else None
         planned[name] = (name, cast or stored, source.shape)
-    if options.shard_bytes is not None or not all(shard.path.suffix == ".safetensors" for shard in base.shards):
+    grows = options.quantized == "dequantize" and bool(codes) and not base.components
+    as_base = not grows and all(shard.path.suffix == ".safetensors" for shard in base.shards)
+    if options.shard_bytes is not None or not as_base:
         metadata = {"format": "pt"} | dict(base.shards[0].metadata)
         return tuple(plan_shards(list(planned.values()), options.shard_bytes or DEFAULT_SHARD, metadata)), False
     files = []
     for shard in base.shards:  # names and order stay, and where nothing forces another the header, byte for byte
         name = str(shard.path.relative_to(base.root))
         tensors = [planned[tensor] for tensor in [*shard.tensors, *(added if shard is base.shards[-1] else ())]]
-        header = shard.header() if tensors == shard.layout and not base.origins else None
+        same = tensors == shard.layout and any(shard is own for own in (base.stored or base).shards)
+        header = shard.header() if same else None
         files.append(plan_file(name, tensors, shard.metadata, header=header, prefix=shard.prefix))
     return tuple(files), True
 
@@ -179,10 +189,13 @@ def _recorded_digests(
                 problems.append(f"{who}: names, dtypes or shapes of the base differ from those it was sealed with")
         else:
             recorded = {normalized(name): value for name, value in identity.tensors.items()} | dict(identity.tensors)
-            gone = []
+            gone, codes_of = [], []
             for name in sorted(name for name, on_it in placements.items() if any(j == i for j, _ in on_it)):
                 origin = base.origin(name)
                 if value := recorded.get(origin) or recorded.get(normalized(origin)):
+                    if name in base.specs and base.specs[name].encoding:
+                        codes_of.append(name)
+                        continue
                     if below is None or origin not in below.tensors:
                         expected.setdefault(name, []).append((i, value))
                         continue
@@ -193,6 +206,10 @@ def _recorded_digests(
                         problems.append(f"{who}: {name} of the base is not the one it was sealed with")
                 elif name in base.specs:
                     problems.append(f"{who}: changes {name}, which its recorded base does not list")
+            if codes_of:
+                notes.append(
+                    f"{who}: {len(codes_of)} tensor(s) that it changes are codes, and not compared with its seal"
+                )
             if gone:
                 notes.append(
                     f"{who}: {len(gone)} tensor(s) that it changes, such as {gone[0]}, are no longer the base's, and "

@@ -21,6 +21,7 @@ from loratools.parallel import cores
 from loratools.storage import atomic
 from loratools.storage.beside import vocabulary
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.checkpoint.logical import logical
 from loratools.storage.companions import Companions, companions, own_config
 from loratools.storage.sources import Location
 from loratools.surgery.inputs import (
@@ -97,7 +98,7 @@ def prepare(
     output = Path(output)
     check_weights(adapters, weights)
     atomic.check_output(output, force=options.force)
-    base = open_model(base)
+    base = logical(open_model(base))
     if options.model_type:
         base = replace(base, config={**base.config, "model_type": options.model_type})
     inputs = open_adapters(adapters, base, weights)

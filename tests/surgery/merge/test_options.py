@@ -23,6 +23,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "retention": ("some", "retention is 'some'; it can be sample, full or off"),
     "rounding": ("up", "rounding is 'up'; it can be nearest or stochastic"),
     "seed": (0.5, "seed is 0.5; it can be a whole number"),
+    "quantized": ("no", "quantized is 'no'; it can be dequantize, partial, requantize or refuse"),
     "keep_residual": ("no", "keep_residual is 'no'; it can be True or False"),
     "resume": (None, "resume is None; it can be True or False"),
     "device": ("gpu", "device is 'gpu'; it can be cpu or cuda"),

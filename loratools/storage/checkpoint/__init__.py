@@ -1,11 +1,15 @@
-"""A base or tuned model on disk, opened from headers alone."""
+"""A base or tuned model on disk, opened from headers alone.
+
+shard      one file of tensors, and what lies beside it
+logical    a view of a model with its quantized weights shown as weights
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools.decisions import warned
@@ -14,8 +18,8 @@ from loratools.storage import digest, files
 from loratools.storage.beside.along import RESIDUAL, is_index, may_come
 from loratools.storage.beside.choice import STATED, choose
 from loratools.storage.beside.links import refuse_outside, walk
-from loratools.storage.header import TensorSpec, read_header
-from loratools.storage.pickles.archive import SUFFIXES, read_pickled
+from loratools.storage.checkpoint.shard import GGUF, Shard, config_of, is_plain, is_weights, open_shard
+from loratools.storage.header import TensorSpec
 from loratools.storage.sources import Location, local
 from loratools.storage.strict_json import MAX_INDEX, read_json
 
@@ -24,30 +28,6 @@ if TYPE_CHECKING:
 
 MAX_FILES, _SHOWN = 10_000, 200
 """Files that one index may list, of which the largest models have some hundred; and its problems that are shown."""
-_GGUF = "Merge into the safetensors model that it was made from, then convert the result to GGUF again."
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One file of tensors: its path, the tensors of its header by name, and its string metadata.
-
-    `prefix` stands in `tensors` before the names that the file has: a pipeline's component, `unet.`
-    """
-
-    path: Path
-    tensors: Mapping[str, TensorSpec]
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    prefix: str = ""
-
-    @property
-    def layout(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        """Name, dtype and shape of each tensor, in order."""
-        return [(name, spec.dtype, spec.shape) for name, spec in self.tensors.items()]
-
-    def header(self) -> bytes:
-        """Read the bytes before the first tensor."""
-        with self.path.open("rb") as file:
-            return file.read(min((spec.start for spec in self.tensors.values()), default=0))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,7 +79,7 @@ class Checkpoint:
             return _open_index(path)
         if "-of-" in path.name and any(is_index(other.name) for other in path.parent.glob("*.index*.json")):
             raise BadFile(f"{path}: this is one shard of several", hint=f"Give the folder instead: {path.parent}")
-        return _build(path, [_open_shard(path)], {})
+        return _build(path, [open_shard(path)], {})
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor in its stored dtype; raise `BadFile` if there is none of that name."""
@@ -147,18 +127,6 @@ class Checkpoint:
         return sum(spec.nbytes for spec in self.specs.values())
 
 
-def is_weights(path: Path) -> bool:
-    """Tell by its name whether a file holds tensors, of whatever kind, or lists files that do."""
-    return path.suffix in (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", *SUFFIXES) or is_index(path.name)
-
-
-def _config(folder: Path) -> Mapping[str, Any]:
-    """Return the parsed config.json of a folder; {} where there is none."""
-    path = folder / "config.json"
-    refuse_outside([path], folder)
-    return read_json(path) if os.path.lexists(path) else {}
-
-
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
 
@@ -168,7 +136,7 @@ def _open_folder(folder: Path, root: Path | None = None, *, diffusers: bool = Fa
     root = root or folder
     refuse_outside([folder], root)
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
-    config = _config(folder)
+    config = config_of(folder)
     try:
         chosen = choose(names, diffusers=diffusers or "_diffusers_version" in config, stated=config.get(STATED))
     except BadFile as error:
@@ -176,13 +144,13 @@ def _open_folder(folder: Path, root: Path | None = None, *, diffusers: bool = Fa
     if chosen is None:
         seen = ", ".join(names[:8]) or "nothing"
         hint = "This folder holds an adapter; a base model was expected." if "adapter_config.json" in names else None
-        hint = _GGUF if hint is None and any(name.endswith(".gguf") for name in names) else hint
+        hint = GGUF if hint is None and any(name.endswith(".gguf") for name in names) else hint
         raise BadFile(f"{folder}: no model weights (.safetensors or .bin) in this folder; found {seen}", hint=hint)
     if chosen.index:
         opened = _open_index(folder / chosen.index, root)
     else:
         refuse_outside([folder / name for name in chosen.files], root)
-        opened = _build(folder, [_open_shard(folder / name) for name in chosen.files], {})
+        opened = _build(folder, [open_shard(folder / name) for name in chosen.files], {})
         if len(chosen.files) > 1:
             warned("%s: no index; %d files are read as one model: %s", folder, len(chosen.files), _few(chosen.files))
     _compare(opened, [folder / name for name in chosen.rivals], root)
@@ -195,7 +163,7 @@ def _compare(opened: Checkpoint, rivals: Sequence[Path], root: Path) -> None:
     differing = []
     for path in rivals:
         try:
-            rival = _open_index(path, root) if is_index(path.name) else _build(path, [_open_shard(path)], {})
+            rival = _open_index(path, root) if is_index(path.name) else _build(path, [open_shard(path)], {})
         except BadFile as error:
             warned("%s: not looked at, for it cannot be read: %s", path, error.message)
             continue
@@ -226,13 +194,13 @@ def _open_index(path: Path, root: Path | None = None) -> Checkpoint:
         files_of.setdefault(file, set()).add(tensor)
     if len(files_of) > MAX_FILES:
         raise BadFile(f"{path}: an index of {len(files_of)} files; at most {MAX_FILES} are read")
-    refuse_outside([path.parent / name for name in files_of if _is_plain(name)], root or path.parent)
+    refuse_outside([path.parent / name for name in files_of if is_plain(name)], root or path.parent)
     for name, listed in sorted(files_of.items()):
-        if not _is_plain(name):
+        if not is_plain(name):
             problems.append(f"{name!r}: a shard must be a plain file name in the index's own folder")
             continue
         try:
-            shard = _open_shard(path.parent / name)
+            shard = open_shard(path.parent / name)
         except BadFile as error:
             problems.append(error.line)
             continue
@@ -252,7 +220,7 @@ def _open_pipeline(folder: Path, model_index: Mapping[str, Any]) -> Checkpoint:
     components = []
     for name, entry in model_index.items():
         part = folder / name
-        if not isinstance(entry, list) or entry[:1] == [None] or not _is_plain(name) or not part.is_dir():
+        if not isinstance(entry, list) or entry[:1] == [None] or not is_plain(name) or not part.is_dir():
             continue
         if not any(is_weights(file) for file in part.iterdir()):
             continue  # a tokenizer, a scheduler
@@ -265,20 +233,6 @@ def _open_pipeline(folder: Path, model_index: Mapping[str, Any]) -> Checkpoint:
     if not shards:
         raise BadFile(f"{folder}: a diffusers pipeline without any component that has weights")
     return _build(folder, shards, indexes, tuple(components))
-
-
-def _is_plain(name: str) -> bool:
-    """Tell whether a name from a file stays in its folder: no separators, no `..`, no NUL."""
-    return name not in ("", ".", "..") and PurePosixPath(name).name == name and "\\" not in name and "\0" not in name
-
-
-def _open_shard(path: Path) -> Shard:
-    if path.suffix == ".gguf":
-        raise BadFile(f"{path}: a GGUF file, quantized or laid out for llama.cpp, and no base model here", hint=_GGUF)
-    if path.suffix in SUFFIXES:
-        return Shard(path, read_pickled(path))
-    header = read_header(path)
-    return Shard(path, header.tensors, header.metadata)
 
 
 def _build(
@@ -296,4 +250,4 @@ def _build(
     if not specs:
         raise BadFile(f"{path}: no tensors in it")
     root = path if path.is_dir() else path.parent
-    return Checkpoint(path, root, tuple(shards), specs, indexes, {} if components else _config(root), components)
+    return Checkpoint(path, root, tuple(shards), specs, indexes, {} if components else config_of(root), components)

@@ -1,0 +1,74 @@
+"""A model with its quantized weights shown as weights: float32 that is decoded when it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+from loratools.storage import codecs, dtypes
+from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.codecs import Encoding, Module, schemes
+from loratools.storage.codecs.state import statement
+from loratools.storage.header import TensorSpec
+
+
+def logical(model: Checkpoint, only: Collection[str] | None = None) -> Checkpoint:
+    """Return the model with the weights of its quantized modules in the place of their stored parts.
+
+    Each is one tensor, `….weight` or the name of the stack, of the shape that its module has, and float32; what is
+    stored is the view's `stored`. `only` shows those of these names, and leaves the others as they are stored. A module
+    of a scheme that no codec reads stays as it is stored; a model without codes is returned as it is.
+
+    Raises `UnsupportedAdapter` where a codec knows the scheme, and the module is stored in a way that it does not read.
+    """
+    if model.stored is not None and model.origins:
+        raise ValueError("a view of repeated layers is made of a logical one, not the other way round")
+    stored = model.stored or model
+    found = schemes.find(stored.specs, stored.config)
+    if not found.modules:
+        return model
+    shown: dict[str, TensorSpec] = {}  # stored name of the part at whose place the weight stands -> the weight
+    weights: dict[str, str] = {}
+    gone: set[str] = set()
+    for path, names in found.parts.items():
+        name = found.codecs[path]
+        if name is None:
+            continue
+        specs = {part: stored.specs[tensor] for part, tensor in names.items()}
+        module = Module(path, found.modules[path], names, specs, statement(stored.config), _dtype(stored))
+        encoding = codecs.get(name).opened(module)
+        if only is not None and encoding.name not in only:
+            continue
+        place = names.get("weight", next(iter(names.values())))
+        shown[place], weights[place] = codecs.encoded(encoding), encoding.name
+        gone |= set(names.values())
+    if not shown:
+        return stored
+
+    def view(tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+        kept = {name: spec for name, spec in tensors.items() if name not in gone or name in shown}
+        return {weights.get(name, name): shown.get(name, spec) for name, spec in kept.items()}
+
+    shards = tuple(
+        shard if gone.isdisjoint(shard.tensors) else replace(shard, tensors=view(shard.tensors))
+        for shard in stored.shards
+    )
+    return replace(stored, shards=shards, specs=view(stored.specs), stored=stored)
+
+
+def encodings(model: Checkpoint) -> dict[str, Encoding]:
+    """Return how the weights of a logical view are stored, by name; {} for any other model."""
+    return {name: cast(Encoding, spec.encoding) for name, spec in model.specs.items() if spec.encoding is not None}
+
+
+def _dtype(model: Checkpoint) -> str:
+    """Return the 16-bit dtype that the model computes in: config.json's, else that of most of its plain numbers."""
+    inner = model.config.get("text_config")
+    places: list[Mapping[str, Any]] = [model.config, *([inner] if isinstance(inner, Mapping) else [])]
+    for place in places:
+        for key in ("dtype", "torch_dtype"):
+            if (named := dtypes.ALIASES.get(str(place.get(key)))) in ("BF16", "F16"):
+                return named
+    sizes = {dtype: sum(s.parameters for s in model.specs.values() if s.dtype == dtype) for dtype in ("BF16", "F16")}
+    return "F16" if sizes["F16"] > sizes["BF16"] else "BF16"

@@ -1,0 +1,68 @@
+"""One file of a model's tensors, opened from its header alone; and config.json beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from loratools.errors import BadFile
+from loratools.storage.beside.along import is_index
+from loratools.storage.beside.links import refuse_outside
+from loratools.storage.header import TensorSpec, read_header
+from loratools.storage.pickles.archive import SUFFIXES, read_pickled
+from loratools.storage.strict_json import read_json
+
+GGUF = "Merge into the safetensors model that it was made from, then convert the result to GGUF again."
+"""What to do with a GGUF file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file of tensors: its path, the tensors of its header by name, and its string metadata.
+
+    `prefix` stands in `tensors` before the names that the file has: a pipeline's component, `unet.`
+    """
+
+    path: Path
+    tensors: Mapping[str, TensorSpec]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    prefix: str = ""
+
+    @property
+    def layout(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Name, dtype and shape of each tensor, in order."""
+        return [(name, spec.dtype, spec.shape) for name, spec in self.tensors.items()]
+
+    def header(self) -> bytes:
+        """Read the bytes before the first tensor."""
+        with self.path.open("rb") as file:
+            return file.read(min((spec.start for spec in self.tensors.values()), default=0))
+
+
+def is_weights(path: Path) -> bool:
+    """Tell by its name whether a file holds tensors, of whatever kind, or lists files that do."""
+    return path.suffix in (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", *SUFFIXES) or is_index(path.name)
+
+
+def config_of(folder: Path) -> Mapping[str, Any]:
+    """Return the parsed config.json of a folder; {} where there is none."""
+    path = folder / "config.json"
+    refuse_outside([path], folder)
+    return read_json(path) if os.path.lexists(path) else {}
+
+
+def is_plain(name: str) -> bool:
+    """Tell whether a name from a file stays in its folder: no separators, no `..`, no NUL."""
+    return name not in ("", ".", "..") and PurePosixPath(name).name == name and "\\" not in name and "\0" not in name
+
+
+def open_shard(path: Path) -> Shard:
+    if path.suffix == ".gguf":
+        raise BadFile(f"{path}: a GGUF file, quantized or laid out for llama.cpp, and no base model here", hint=GGUF)
+    if path.suffix in SUFFIXES:
+        return Shard(path, read_pickled(path))
+    header = read_header(path)
+    return Shard(path, header.tensors, header.metadata)

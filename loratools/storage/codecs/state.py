@@ -1,0 +1,38 @@
+"""What config.json says of a quantization: where it stands, and config.json without it or with another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_KEYS = ("quantization_config", "quantization")
+_INNER = ("text_config", "llm_config", "language_config", "thinker_config")
+
+
+def statement(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what config.json says of its quantization; {} where it says nothing."""
+    stated = (place.get(key) for place in _places(config) for key in _KEYS)
+    return next((each for each in stated if isinstance(each, Mapping) and each), {})
+
+
+def with_statement(config: Mapping[str, Any], new: Mapping[str, Any] | None) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the fields of config.json that change, and those that go, for a new statement; None: for none at all."""
+    changed: dict[str, Any] = {}
+    dropped: list[str] = []
+    for key in _KEYS:
+        if not isinstance(config.get(key), Mapping):
+            continue
+        if new is None:
+            dropped.append(key)
+        else:
+            changed[key] = dict(new)
+    for name in _INNER:
+        if isinstance(inner := config.get(name), Mapping) and any(isinstance(inner.get(key), Mapping) for key in _KEYS):
+            kept = {key: value for key, value in inner.items() if key not in _KEYS}
+            stated = {} if new is None else {key: dict(new) for key in _KEYS if isinstance(inner.get(key), Mapping)}
+            changed[name] = {**kept, **stated}
+    return changed, tuple(dropped)
+
+
+def _places(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [config, *(inner for name in _INNER if isinstance(inner := config.get(name), Mapping))]
