@@ -31,6 +31,7 @@ ELSEWHERE = {
     "demo/test_llama": "demo: tour",
     "format/test_manifest": "format: canonical",
     "format/test_writer": "format: keys peft_config record",
+    "interop/test_live_slices": "adapter/placement: slices",
     "hub/test_pull_faults": "hub: pull client faults",
     "hub/test_round_trip": "hub: push section subject",
     "spec/test_vectors": "format: digest meaning registry shapes validate; "

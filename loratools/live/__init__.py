@@ -72,7 +72,9 @@ def attach(
         rank: Rank r of every A (r, in) and B (out, r). Default: 8.
         alpha: Numerator of the scaling, above 0. Default: 16.
         targets: Modules by name, each a path or what follows one of its dots; a regular expression for whole paths; or
-            `"all-linear"`, every linear layer but the output head. Default: `"all-linear"`.
+            `"all-linear"`, every linear layer but the output head. A projection that the model has only as a slice of a
+            fused weight is named as if it stood alone: `"q_proj"` and `"v_proj"` of GPT-2, in whose `c_attn` k then
+            stays as it is; `save` writes both as one update of `c_attn`, which PEFT reads. Default: `"all-linear"`.
         seed: Seed of the factors' start, which is recorded. Default: 0.
         init: How A and B start: `"kaiming"`, `"gaussian"` (the paper's), `"pissa"` or `"olora"`. Default: `"kaiming"`.
         dropout: Probability with which an input of A is dropped in training, in [0, 1). Default: 0.

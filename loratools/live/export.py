@@ -14,6 +14,8 @@ from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, BaseIdentity
 from loratools.format import manifest, writer
 from loratools.live.identity import seal
+from loratools.live.modules._affine import AffineSite
+from loratools.live.modules._slices import fused, fusible
 from loratools.live.place import Layout
 from loratools.live.site import Handle, Piece
 from loratools.live.whole import Replacement, Stack
@@ -79,9 +81,29 @@ def copied(tensor: Tensor) -> LazyTensor:
     return LazyTensor.of(whole(tensor).to("cpu", copy=True).contiguous())
 
 
+def slice_groups(lora: Handle, name: str) -> dict[str, tuple[Piece, ...]]:
+    """Return by a module's path the slices of it that an adapter trains, and that a file has as one update of it."""
+    if not lora.entries[name].trainable:
+        return {}  # saved as it was loaded
+    return {
+        path: pieces
+        for path, site in lora.sites.items()
+        if (pieces := site.lora.pieces.get(name)) and isinstance(site, AffineSite) and fusible(pieces, site)
+    }
+
+
 def save(lora: Handle, folder: str | Path, name: str, base_id: str | None, force: bool) -> Adapter:
-    """Write an adapter in our format, sealed with the weights of the model; return what was written."""
+    """Write an adapter in our format, sealed with the weights of the model; return what was written.
+
+    Slices of a fused weight are written as one update of it, which PEFT knows.
+    """
     adapter, layout = adapter_of(lora, name), Layout.of(lora.model)
+    updates, whole = dict(adapter.updates), dict[str, str]()
+    for path, pieces in slice_groups(lora, name).items():
+        slices = [updates.pop(piece.path) for piece in pieces]
+        updates[path] = fused(pieces, slices, lora.sites[path])
+        whole |= dict.fromkeys((piece.path for piece in pieces), path)
+    adapter = replace(adapter, updates=updates)
     first = layout.first_names()
     tensors: dict[str, str] = {}
     turned: dict[str, bool] = {}
@@ -89,9 +111,10 @@ def save(lora: Handle, folder: str | Path, name: str, base_id: str | None, force
     for own, child, path, parameter in lora.children():
         if own == name:
             touched.append(first[f"{path}.{parameter}" if path else parameter])
-            tensors.setdefault(child.path, touched[-1])
-            if child.path in adapter.updates:
-                turned[child.path] = lora.sites[path].turned
+            module = whole.get(child.path, child.path)
+            tensors.setdefault(module, touched[-1])
+            if module in adapter.updates:
+                turned[module] = lora.sites[path].turned
     stated = base_id or (adapter.base.id if adapter.base else None)
     adapter = replace(adapter, base=seal(layout, touched, stated), orientation=turned)
     writer.write(adapter, Path(folder), tensors=tensors, force=force)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from itertools import count
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from loratools.adapter.kinds import Update
@@ -58,8 +59,9 @@ class Piece(Silent):
     """The factors of one update on one module, by their role: `A`, `B`, and `magnitude` and `bias` where there are.
 
     Tensors have the shapes that PEFT gives them. `path` is the module's path in the adapter, `update` tells kind,
-    alpha and scaling. `spans` says which rows of ΔW land on which outputs, None where all land on all. `A0` and `B0`
-    are the factors that training started from, where their product is taken off again (PiSSA, OLoRA).
+    alpha and scaling. `spans` says which rows of ΔW land on which outputs, None where all land on all; `places` is the
+    output of each row, where several spans have them all. `A0` and `B0` are the factors that training started from,
+    where their product is taken off again (PiSSA, OLoRA).
     """
 
     path: str
@@ -77,6 +79,7 @@ class Piece(Silent):
     bias: Tensor | None
     A0: Tensor | None
     B0: Tensor | None
+    places: Tensor | None
 
     def __init__(
         self, path: str, update: Update, tensors: Mapping[str, Tensor], spans: tuple[Span, ...] | None = None,
@@ -97,7 +100,8 @@ class Piece(Silent):
                 self._buffers[role] = tensor
                 self._non_persistent_buffers_set.add(role)
         self._buffers["A0"], self._buffers["B0"] = start or (None, None)
-        self._non_persistent_buffers_set |= {"A0", "B0"}
+        self._buffers["places"] = None if spans is None else _places(spans, tensors["B"])
+        self._non_persistent_buffers_set |= {"A0", "B0", "places"}
 
     @property
     def rank(self) -> int:
@@ -107,6 +111,15 @@ class Piece(Silent):
     def tensors(self) -> dict[str, Tensor]:
         """Return its tensors under PEFT's names of them."""
         return {part: getattr(self, role) for role, part in self.roles.items()}
+
+
+def _places(spans: tuple[Span, ...], B: Tensor) -> Tensor | None:
+    """Return the output of each row of B, where several spans, or one with a step, have all of its rows."""
+    ordered = sorted(spans, key=lambda span: span[0].start)
+    if (len(spans) == 1 and ordered[0][1].step in (None, 1)) or sum(r.stop - r.start for r, _ in spans) < len(B):
+        return None
+    outputs = [place for _, at in ordered for place in range(at.start, at.stop, at.step or 1)]
+    return torch.tensor(outputs, device=B.device)
 
 
 class Bank(Silent):
@@ -221,3 +234,8 @@ def added(y: Tensor, delta: Tensor, spans: tuple[Span, ...] | None) -> Tensor:
     for rows, outputs in spans:
         y[..., outputs] += delta[..., rows]
     return y
+
+
+def slice_of(W: Tensor, spans: Iterable[Span]) -> Tensor:
+    """Return those rows of a weight W (out, in) on which a ΔW lands, in the order of its own rows."""
+    return torch.cat([W[outputs] for _, outputs in sorted(spans, key=lambda span: span[0].start)])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from math import prod
 
+from loratools.live.export import slice_groups
+from loratools.live.modules._slices import outputs_of
 from loratools.live.site import Handle
 
 
@@ -13,15 +15,19 @@ def summary(lora: Handle) -> str:
     own: dict[str, dict[int, tuple[int, int]]] = {name: {} for name in lora.entries}
     modules: dict[str, set[str]] = {name: set() for name in lora.entries}
     every: set[int] = set()
+    padding = {name: _padding(lora, name) for name in lora.entries}
     for name, child, path, _ in lora.children():
-        tensors = [*child.parameters(), *(b for key, b in child.named_buffers() if key not in ("A0", "B0"))]
-        own[name] |= {id(tensor): (tensor.numel(), tensor.numel() * tensor.element_size()) for tensor in tensors}
+        for key, tensor in (*child.named_parameters(), *child.named_buffers()):
+            if key != "places":  # A0 and B0 are in the file, and no parameters
+                count = 0 if key in ("A0", "B0") else tensor.numel()
+                own[name][id(tensor)] = count, tensor.numel() * tensor.element_size()
         modules[name].add(path)
         every |= {id(p) for p in child.parameters()}
     base -= sum(p.numel() for p in {id(p): p for p in lora.model.parameters() if id(p) in every}.values())
     lines = []
     for name, entry in lora.entries.items():
         count, size = (sum(pair[i] for pair in own[name].values()) for i in (0, 1))
+        size += padding[name]
         share = f"{100 * count / base:.2f} %" if base else "all"
         trained = ", trainable" if entry.trainable else ""
         lines.append(
@@ -29,6 +35,18 @@ def summary(lora: Handle) -> str:
             f"{readable(size)}B{trained}"
         )
     return "\n".join(lines) or "no adapter"
+
+
+def _padding(lora: Handle, name: str) -> int:
+    """Return the bytes that a file has beyond the factors of slices: B and magnitudes of the outputs around them."""
+    size = 0
+    for path, pieces in slice_groups(lora, name).items():
+        outputs, first = outputs_of(lora.sites[path]), pieces[0]
+        Bs = [B for piece in pieces for B in (piece.B, piece.B0) if B is not None]
+        size += (outputs * sum(B.shape[1] for B in Bs) - sum(B.numel() for B in Bs)) * first.B.element_size()
+        if first.magnitude is not None:
+            size += (outputs - sum(len(piece.B) for piece in pieces)) * first.magnitude.element_size()
+    return size
 
 
 def readable(number: float) -> str:

@@ -47,6 +47,8 @@ def trained(lora: Lora, seed: int = 5) -> Lora:
     with torch.no_grad():
         for _, child, _, _ in lora.children():
             for tensor in (*child.parameters(), *child.buffers()):
+                if not tensor.is_floating_point():
+                    continue
                 if tensor.dim() > 1 or tensor.numel() > 20:
                     tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * 0.3)
                 else:

@@ -2,6 +2,7 @@
 
 codes     modules that the base stores as codes: refused by the name of the quantization
 resolve   from modules to the tensors of a base, and the rectangles of them
+slices    projections that a model has only as slices of a fused weight
 conv1d    whether a linear layer's weight is stored [in, out]
 experts   experts of a mixture, stacked in one tensor or each in tensors of its own
 stacks    which parameter a stack of experts is for, and how it lies, where the adapter's file leaves it open

@@ -6,6 +6,7 @@ start     how A and B start
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,13 +16,20 @@ from torch import Tensor, nn
 
 from loratools.adapter import kinds
 from loratools.adapter.kinds import Update
+from loratools.adapter.model import Adapter
 from loratools.adapter.parts import MAGNITUDE
+from loratools.adapter.parts import A as A_PART
+from loratools.adapter.parts import B as B_PART
+from loratools.adapter.placement.resolve import resolve
+from loratools.adapter.placement.slices import Slice
+from loratools.adapter.site import Site as Rectangle
 from loratools.errors import IncompatibleAdapter
 from loratools.live.fresh import start
+from loratools.live.fresh.targets import Target
 from loratools.live.modules import ModuleType, type_of
-from loratools.live.place import Place, walk
+from loratools.live.place import Layout, Place, spans_of, walk
 from loratools.live.product import row_norms
-from loratools.live.site import Piece
+from loratools.live.site import Piece, Span, slice_of
 from loratools.live.whole import Replacement
 from loratools.options import Options
 from loratools.storage.lazy import LazyTensor
@@ -73,20 +81,22 @@ class Fresh:
         return stated | ({"bias": self.bias} if self.bias != "none" else {})
 
 
-def places(model: nn.Module, chosen: dict[str, nn.Module], options: Fresh) -> dict[str, Place]:
+def places(model: nn.Module, chosen: Sequence[Target], options: Fresh) -> dict[str, Place]:
     """Return by path what a new adapter brings to each module; the model is not touched.
 
-    A module that is reached by two paths gets one piece, under the first.
+    A module that is reached by two paths gets one piece, or one for each slice that is meant, under the first.
     """
     generator = torch.Generator().manual_seed(options.seed)
+    spans = _spans(model, [target.part for target in chosen if target.part], options)
     places: dict[str, Place] = {}
-    seen: set[int] = set()
-    for path, module in chosen.items():
-        if id(module) not in seen:
-            seen.add(id(module))
-            places[path] = Place(module, [_piece(path, module, options, generator)])
+    first: dict[int, str] = {}
+    for target in chosen:
+        if first.setdefault(id(target.module), target.path) == target.path:
+            place = places.setdefault(target.path, Place(target.module))
+            place.pieces.append(_piece(target, spans.get(target.name), options, generator))
     if options.bias != "none":
-        for path, module in walk(model) if options.bias == "all" else chosen.items():
+        targeted = {target.path: target.module for target in chosen}
+        for path, module in walk(model) if options.bias == "all" else targeted.items():
             old = module._parameters.get("bias")
             if old is not None:
                 copy = nn.Parameter(old.detach().to(options.dtype, copy=True))
@@ -95,7 +105,8 @@ def places(model: nn.Module, chosen: dict[str, nn.Module], options: Fresh) -> di
     return places
 
 
-def _piece(path: str, module: nn.Module, options: Fresh, generator: torch.Generator) -> Piece:
+def _piece(target: Target, spans: tuple[Span, ...] | None, options: Fresh, generator: torch.Generator) -> Piece:
+    path, module = target.name, target.module
     known = type_of(module)
     assert known is not None  # `choose` took no other
     device = next(parameter.device for parameter in module.parameters(recurse=False))
@@ -105,6 +116,9 @@ def _piece(path: str, module: nn.Module, options: Fresh, generator: torch.Genera
     if W is None and (options.dora or options.init in start.OF_WEIGHT):
         asks = "dora" if options.dora else f"init={options.init!r}"
         raise IncompatibleAdapter(f"{path}: its weight is stored as codes, and {asks} has to look at it")
+    if spans is not None:
+        outputs = sum(rows.stop - rows.start for rows, _ in spans)
+        W = None if W is None else slice_of(W, spans)
     beginning = None
     if options.init in start.RANDOM:
         A = torch.zeros(rank, *inputs, dtype=options.dtype)
@@ -124,7 +138,26 @@ def _piece(path: str, module: nn.Module, options: Fresh, generator: torch.Genera
         norms = row_norms(W, B.flatten(1).to(device), A.flatten(1).to(device), options.scaling)
         sides = (1, outputs, *ones) if ones else (outputs,)
         tensors["magnitude"] = nn.Parameter(norms.to(options.dtype).reshape(sides))
-    return Piece(path, built(known, tensors, options), tensors, None, options.dropout, beginning)
+    return Piece(path, built(known, tensors, options), tensors, spans, options.dropout, beginning)
+
+
+def _spans(model: nn.Module, parts: Sequence[Slice], options: Fresh) -> dict[str, tuple[Span, ...]]:
+    """Return by its path where the outputs of each slice lie, as `resolve` places an adapter on it."""
+    if not parts:
+        return {}
+    layout = Layout.of(model)
+    updates: dict[str, Update] = {}
+    for part in parts:
+        assert part.shape is not None  # `choose` took no other
+        out, width = part.shape
+        A, B = torch.empty(options.rank, width, device="meta"), torch.empty(out, options.rank, device="meta")
+        updates[part.path] = kinds.get("lora").build(
+            {A_PART: LazyTensor.of(A), B_PART: LazyTensor.of(B)}, options.scaling, options.alpha
+        )
+    sites: dict[str, list[Rectangle]] = defaultdict(list)
+    for placement in resolve(Adapter(updates), layout.shapes, layout.config):
+        sites[placement.module].append(placement.site)
+    return {path: spans_of(own) for path, own in sites.items()}
 
 
 def built(known: ModuleType, tensors: Mapping[str, Tensor], options: Fresh) -> Update:

@@ -16,6 +16,8 @@ A type's file is a module with
     embedding   nn.Embedding
     conv        nn.Conv1d, nn.Conv2d, nn.Conv3d
     whole       any other module: an adapter's tensors stand for its parameters while it runs
+
+`_affine.py` has what linear layers share; `_slices.py` joins factors on slices of a fused weight, as if of the whole.
 """
 
 from __future__ import annotations

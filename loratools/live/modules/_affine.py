@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from loratools.live.modules._slices import joinable, joined
 from loratools.live.product import LowRankLinear, draw_seed, mask, row_norms
-from loratools.live.site import Piece, Site, added
+from loratools.live.site import Piece, Site, added, slice_of
 
 
 class AffineSite(Site):
@@ -33,10 +34,14 @@ class AffineSite(Site):
         raise NotImplementedError
 
     def changed(self, pieces: list[tuple[Piece, float]], x: Tensor, *args: Any, **settings: Any) -> Any:
-        if len(pieces) == 1 and pieces[0][0].plain and not args and not settings and self.usual():
+        one = len(pieces) == 1 and pieces[0][0].plain
+        if (one or joinable([piece for piece, _ in pieces])) and not args and not settings and self.usual():
             (piece, weight), W = pieces[0], self.matrix()
-            scale, p = piece.scaling * weight, piece.dropout if self.training else 0.0  # type: ignore[attr-defined]
-            A, B = piece.A, piece.B
+            p = piece.dropout if self.training else 0.0  # type: ignore[attr-defined]
+            if one:
+                A, B, scale = piece.A, piece.B, piece.scaling * weight
+            else:
+                A, B, scale = *joined(pieces, len(W)), 1.0  # type: ignore[arg-type]
             grad = torch.is_grad_enabled() and (A.requires_grad or x.requires_grad or self.weight.requires_grad)
             plain = x.is_meta or not torch.is_autocast_enabled(x.device.type)
             if not torch.compiler.is_compiling():
@@ -97,8 +102,7 @@ class AffineSite(Site):
             W = self.matrix()
             assert W is not None
             if piece.spans is not None:
-                ends = [(rows, places) for rows, places in piece.spans]
-                W = torch.cat([W[places] for _, places in sorted(ends, key=lambda pair: pair[0].start)])
+                W = slice_of(W, piece.spans)
             norms = row_norms(W, piece.B, piece.A, piece.scaling * weight)
         g = piece.magnitude.flatten() / norms.to(piece.magnitude.dtype)
         if key is not None:

@@ -7,7 +7,7 @@ once. A module that works otherwise computes the rows of each adapter one adapte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,12 @@ from torch import Tensor
 
 from loratools.errors import IncompatibleAdapter
 from loratools.live.modules._affine import AffineSite
+from loratools.live.modules._slices import joinable, joined
 from loratools.live.site import Piece, Site
 from loratools.live.uses.named import ByName
+
+Own = Mapping[str, tuple[Piece, ...]]
+"""What adapters have on a module, by their name: factors of the whole, or of slices."""
 
 
 class Rows:
@@ -42,8 +46,8 @@ class Rows:
             return ByName(((self.distinct[0], 1.0),)).forward(site, *args, **settings)
         if isinstance(site, AffineSite) and not bank.whole and len(args) == 1 and not settings:
             pieces = {name: bank.pieces[name] for name in acting}
-            if all(len(own) == 1 and _simple(own[0]) for own in pieces.values()):
-                return self._together(site, {name: own[0] for name, own in pieces.items()}, args[0])
+            if all(_simple(own) for own in pieces.values()):
+                return self._together(site, pieces, args[0])
         return self._apart(site, args, settings)
 
     def check(self, site: Site, x: Tensor) -> None:
@@ -58,16 +62,17 @@ class Rows:
                 hint="Serve the rows of each adapter apart (`lora.use`), or leave this module out of the adapters.",
             )
 
-    def _together(self, site: AffineSite, pieces: dict[str, Piece], x: Tensor) -> Tensor:
+    def _together(self, site: AffineSite, pieces: Own, x: Tensor) -> Tensor:
         self.check(site, x)
         y: Tensor = site.plain_forward(x)
         kept = self.kept.get(id(site))
-        trained = torch.is_grad_enabled() and any(piece.A.requires_grad for piece in pieces.values())
+        every = [piece for own in pieces.values() for piece in own]
+        trained = torch.is_grad_enabled() and any(piece.A.requires_grad for piece in every)
         # Factors that were trained since, and tensors of inference mode where gradients are wanted, are gathered anew.
-        factors = (p for piece in pieces.values() for p in piece._parameters.values() if p is not None)
+        factors = (p for piece in every for p in piece._parameters.values() if p is not None)
         state = x.dtype, torch.is_inference_mode_enabled(), *((p.data_ptr(), p._version) for p in factors)
         if kept is None or kept[0] != state or trained:
-            kept = state, *self._gathered(site, pieces, x)
+            kept = state, *self._gathered(site, pieces, x, y.shape[-1])
             if not trained:
                 self.kept[id(site)] = kept
         _, At, Bt, gains = kept
@@ -86,33 +91,27 @@ class Rows:
             delta = (gains - 1) * straight + gains * delta
         return y + delta.reshape(y.shape).to(y.dtype)
 
-    def _gathered(self, site: AffineSite, pieces: dict[str, Piece], x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _gathered(self, site: AffineSite, pieces: Own, x: Tensor, outputs: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return Aᵀ (rows, in, r), s·Bᵀ (rows, r, out) and g (rows, 1, out), which is None where no row has DoRA."""
-        rank = max(piece.rank for piece in pieces.values())
-        first = next(iter(pieces.values()))
-        As, Bs, gs = [], [], []
-        for name in (None, *pieces):
-            if name is None:
-                As.append(x.new_zeros(rank, first.A.shape[1]))
-                Bs.append(x.new_zeros(len(first.B), rank))
-                gs.append(x.new_ones(len(first.B)))
-                continue
-            piece = pieces[name]
-            more = rank - piece.rank
-            As.append(torch.nn.functional.pad(piece.A.to(x.dtype), (0, 0, 0, more)))
-            Bs.append(torch.nn.functional.pad((piece.B * piece.scaling).to(x.dtype), (0, more)))
-            gs.append(gs[0] if piece.magnitude is None else site.gains(piece, 1.0).to(x.dtype))
+        factors = [joined([(piece, 1.0) for piece in own], outputs) for own in pieces.values()]
+        rank, inputs = max(len(A) for A, _ in factors), factors[0][0].shape[1]
+        As, Bs, gs = [x.new_zeros(rank, inputs)], [x.new_zeros(outputs, rank)], [x.new_ones(outputs)]
+        for own, (A, B) in zip(pieces.values(), factors, strict=True):
+            more = rank - len(A)
+            As.append(torch.nn.functional.pad(A.to(x.dtype), (0, 0, 0, more)))
+            Bs.append(torch.nn.functional.pad(B.to(x.dtype), (0, more)))
+            gs.append(gs[0] if own[0].magnitude is None else site.gains(own[0], 1.0).to(x.dtype))
         order = {name: i for i, name in enumerate((None, *pieces))}
         index = torch.tensor([order.get(name, 0) for name in self.names], device=x.device)
         At, Bt = (torch.stack(each).index_select(0, index).transpose(1, 2) for each in (As, Bs))
-        dora = any(piece.magnitude is not None for piece in pieces.values())
+        dora = any(own[0].magnitude is not None for own in pieces.values())
         gains = torch.stack(gs).index_select(0, index).unsqueeze(1) if dora else None
         if torch.is_grad_enabled():
             return At, Bt, gains
         return At.contiguous(), Bt.contiguous(), gains
 
-    def _dropped(self, pieces: dict[str, Piece], x: Tensor) -> Tensor:
-        chances = [pieces[name].dropout if name in pieces else 0.0 for name in self.names]
+    def _dropped(self, pieces: Own, x: Tensor) -> Tensor:
+        chances = [pieces[name][0].dropout if name is not None and name in pieces else 0.0 for name in self.names]
         if not any(chances):
             return x
         keep = 1 - torch.tensor(chances, dtype=x.dtype, device=x.device).view(-1, 1, 1)
@@ -138,5 +137,7 @@ class Rows:
         return torch.cat(parts).index_select(0, order)
 
 
-def _simple(piece: Piece) -> bool:
-    return piece.spans is None and piece.bias is None and piece.A0 is None
+def _simple(pieces: tuple[Piece, ...]) -> bool:
+    first = pieces[0]
+    alone = len(pieces) == 1 and first.spans is None and first.bias is None and first.A0 is None
+    return alone or joinable(pieces)

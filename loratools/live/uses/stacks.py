@@ -6,6 +6,7 @@ Switching writes a number into a tensor of one element, on which no graph depend
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from loratools.errors import IncompatibleAdapter, InvalidOption, LoraToolsError
 from loratools.live.modules._affine import AffineSite
+from loratools.live.modules._slices import joinable, spread
 from loratools.live.site import Handle, Piece, Site
 
 _A, _B, _G = "stacked_A", "stacked_B", "stacked_gains"
@@ -58,17 +60,24 @@ class Stacks:
 
     def _refuse(self, count: int, children: Iterable[tuple[str, str, Any]]) -> None:
         problems = [f"{count} adapters, and max_adapters is {self.max_adapters}"] if count > self.max_adapters else []
+        ranks: Counter[tuple[str, str]] = Counter()  # of all slices of a module together
         for name, path, child in children:
             site = self.lora.sites.get(path)
-            plain = isinstance(child, Piece) and child.bias is None and child.spans is None and child.A0 is None
+            plain = isinstance(child, Piece) and child.bias is None and child.A0 is None
+            plain = plain and (child.spans is None or joinable([child]))
             if site is None:
                 problems.append(f"{name}: {path} has no stack, for no adapter was there when they were made")
             elif not plain or not isinstance(site, AffineSite) or site.matrix() is None:
                 problems.append(f"{name}: {path} cannot be stacked: only plain factors on linear layers can")
-            elif child.rank > self.max_rank:
-                problems.append(f"{name}: rank {child.rank} on {path}, and max_rank is {self.max_rank}")
             elif child.magnitude is not None and not self.dora:
                 problems.append(f"{name}: {path} has a magnitude, and none was there when the stacks were made")
+            else:
+                ranks[name, path] += child.rank
+        problems += [
+            f"{name}: rank {rank} on {path}, and max_rank is {self.max_rank}"
+            for (name, path), rank in ranks.items()
+            if rank > self.max_rank
+        ]
         if problems:
             raise InvalidOption("these adapters do not fit in the stacks of a compiled model", problems)
 
@@ -117,7 +126,7 @@ class Stacks:
             for piece, weight in pieces:
                 stop = start + piece.rank
                 A[start:stop] = piece.A
-                B[:, start:stop] = piece.B * (piece.scaling * weight)
+                B[:, start:stop] = spread(piece, piece.B * (piece.scaling * weight), len(B))
                 start = stop
             if self.dora:
                 g = site.lora.stacked_gains[number].fill_(1)
