@@ -28,6 +28,8 @@ def summary(lora: Handle) -> str:
     for name, entry in lora.entries.items():
         count, size = (sum(pair[i] for pair in own[name].values()) for i in (0, 1))
         size += padding[name]
+        if not entry.trainable:  # it is saved as it came, whatever the dtype that it acts in
+            size = sum(lazy.nbytes for lazy in entry.adapter.tensors().values())
         share = f"{100 * count / base:.2f} %" if base else "all"
         trained = ", trainable" if entry.trainable else ""
         lines.append(

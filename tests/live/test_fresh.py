@@ -38,6 +38,11 @@ def test_all_linear_leaves_the_output_head_alone() -> None:
         live.attach(nn.Sequential(nn.LayerNorm(3)), targets="all-linear")
 
 
+def test_a_string_that_is_a_name_is_told_apart_from_a_list() -> None:
+    with pytest.raises(InvalidOption, match=r"regular expression for whole paths.*targets=\['up'\]"):
+        live.attach(net(), targets="up")
+
+
 def pieces(**options: object) -> dict[str, live.site.Piece]:
     settings = {"targets": ["up", "conv", "embed"], "rank": 64, "seed": 3} | options
     lora = live.attach(net(torch.float32), **settings)  # type: ignore[arg-type]

@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import loratools
 from loratools import live
 from loratools.adapter.kinds import Update
 from loratools.errors import IncompatibleAdapter, InvalidOption, LoraToolsError, UnsupportedAdapter, WrongBase
+from loratools.live.fresh.start import Init
+from loratools.live.summary import readable
 from tests.live import Net, ids, net, trained
 
 EVERY = {"targets": ["up", "down", "embed", "conv", "head"], "dtype": torch.float64}
@@ -309,6 +312,19 @@ def test_what_print_says() -> None:
     lora = live.attach(model, rank=2, targets=["up", "down"])
     base = sum(p.numel() for p in net().parameters())
     assert repr(lora) == f"default: 4 modules, 192 of {base} parameters ({19200 / base:.2f} %), 768 B, trainable"
+
+
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+def test_print_says_the_bytes_of_the_file_to_come(init: Init, tmp_path: Path) -> None:
+    """PiSSA is saved at twice the rank, an adapter that was loaded as it came, whatever the model's dtype."""
+    lora = live.attach(net(torch.float32), rank=2, targets=["up", "down"], init=init)
+    lora.save(tmp_path / "a")
+    again = live.load(net(torch.bfloat16), tmp_path / "a", check_base="off")
+    again.save(tmp_path / "b")
+    for handle, folder in ((lora, "a"), (again, "b")):
+        tensors = load_file(tmp_path / folder / "adapter_model.safetensors")
+        nbytes = sum(tensor.nbytes for tensor in tensors.values())
+        assert f"), {readable(nbytes)}B" in repr(handle)
 
 
 def test_the_config_that_peft_reads(tmp_path: Path) -> None:

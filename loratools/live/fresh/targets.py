@@ -67,7 +67,11 @@ def choose(model: nn.Module, targets: str | Sequence[str]) -> list[Target]:
     parts = _parts(targets, fits, list(modules), bool(chosen), every)
     unused = _unused(targets, [*modules, *(part.path for part in every)])
     if unused or not (chosen or parts):
-        raise InvalidOption("these targets name no module of this model", unused or [str(targets)])
+        hint = f"A string is a regular expression for whole paths; names come in a list: targets=[{targets!r}]."
+        raise InvalidOption(
+            "these targets name no module of this model", unused or [str(targets)],
+            hint=hint if isinstance(targets, str) else None,
+        )  # fmt: skip
     _refuse(parts, chosen)
     _check(chosen | {part.fused: modules[part.fused] for part in parts}, layout)
     inside = {path: [part for part in parts if part.fused == path] for path in modules}
