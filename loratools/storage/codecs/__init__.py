@@ -11,6 +11,8 @@ What others ask of a weight that is stored as codes is in `Encoding`; `encoded` 
 
 The entries that are no codecs:
 
+_fp8      FP8 codes with scales that multiply, for the codecs of the schemes that have them
+_scales   numbers rounded to 8-bit floats, and new scales as each library makes them
 floats    bfloat16, float16, float32 and float64, read and rounded in NumPy
 schemes   what of a model is codes, and the name of the scheme
 state     what config.json says of a quantization: found, changed, taken out
@@ -93,19 +95,30 @@ class Parts:
 
     def rows(self, part: str, start: int, stop: int | None) -> Array:
         """Return part[start:stop] along its first side as it is stored; BF16 and 8-bit floats as their bits."""
-        import numpy as np
-
         spec = self._module.specs[part]
         if part in self._whole:
             return self._whole[part][start:stop]
-        if part not in self._open:
-            self._open[part] = self._stack.enter_context(files.opened(spec))
         first, last, _ = slice(start, stop).indices(spec.shape[0]) if spec.shape else (0, 1, 1)
         shape = (last - first, *spec.shape[1:]) if spec.shape else ()
-        size = prod(spec.shape[1:]) * dtypes.bits(spec.dtype) // 8
+        return self._read(part, first, last, prod(spec.shape[1:])).reshape(shape)
+
+    def joined(self, part: str, start: int, stop: int) -> Array:
+        """Return the rows [start:stop] of a part, (n, columns), as it is stored; all its sides but the last joined."""
+        shape = self._module.specs[part].shape
+        if part in self._whole:
+            return self._whole[part].reshape(-1, shape[-1])[start:stop]
+        return self._read(part, start, stop, shape[-1]).reshape(stop - start, shape[-1])
+
+    def _read(self, part: str, first: int, last: int, columns: int) -> Array:
+        import numpy as np
+
+        spec = self._module.specs[part]
+        if part not in self._open:
+            self._open[part] = self._stack.enter_context(files.opened(spec))
+        size = columns * dtypes.bits(spec.dtype) // 8
         raw = bytearray((last - first) * size)
         self._open[part](memoryview(raw), first * size)
-        return np.frombuffer(raw, _NUMPY.get(spec.dtype, "<u1")).reshape(shape)
+        return np.frombuffer(raw, _NUMPY.get(spec.dtype, "<u1"))
 
     def numbers(self, part: str, start: int = 0, stop: int | None = None) -> Array:
         """Return part[start:stop] along its first side in float32, whatever float dtype it is stored in."""

@@ -43,7 +43,7 @@ def table(dtype: str) -> Array:
         numbers = _minifloat(5, 2, 16)
         numbers[0x80] = np.nan
     elif dtype == "F8_E8M0":
-        numbers = (2.0 ** (np.arange(256) - 127.0)).astype(np.float32)
+        numbers = (2.0 ** (np.minimum(np.arange(256), 254) - 127.0)).astype(np.float32)
         numbers[255] = np.nan
     else:
         raise ValueError(f"{dtype} is no 8-bit float dtype")

@@ -1,0 +1,223 @@
+"""FP8 codes with scales that multiply, whoever wrote them: W = q · scale, the scale being that of the element's block.
+
+What differs from scheme to scheme is the names of the parts, the block that shares a scale, and how new scales are
+made: the first two are in `Fp8`, the third is one of the rules of `_scales`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
+
+from loratools.storage import dtypes
+from loratools.storage.codecs import Encoder, Encoding, Grid, Module, Parts
+from loratools.storage.codecs._scales import POWERS, Rule, by_quotient, largest, read_back, rounded, stored
+from loratools.storage.codecs.floats import Array
+from loratools.storage.codecs.tables import table
+
+DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+"""The dtypes of the codes."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fp8(Encoding):
+    """FP8 codes in the part `weight`, and scales in the part `scale`, "" where there are none: W = q.
+
+    `rows`   of one matrix, in which blocks are counted from its first row: the last but one side, or a fraction of it
+             where matrices that were quantized apart lie one below the other
+    `rule`   how new scales are made
+    The scales are those of matrix after matrix, block row after block row: as many numbers as there are blocks.
+    """
+
+    scale: str = ""
+    rows: int = field(kw_only=True)
+    rule: Rule = field(kw_only=True, default=by_quotient)
+
+    def decode(self, parts: Parts, first: int, out: Array) -> None:
+        """Write q · scale."""
+        q = parts.joined("weight", first, first + len(out))
+        np.take(table(self.module.specs["weight"].dtype), q, out=out, mode="wrap")
+        if self.scale:
+            self._by_blocks(np.multiply, out, self.scales(parts)[self._block_rows(first, len(out))])
+
+    def encoder(self, parts: Parts, grid: Grid, draw: Callable[[tuple[int, ...]], Array] | None = None) -> Encoder:
+        """Return what makes codes again; fresh scales are made by the scheme's rule, and none where it has none."""
+        return _Encoder(self, parts, grid == "fresh" and bool(self.scale), draw)
+
+    def scales(self, parts: Parts) -> Array:
+        """Return the stored scales in float32: (block rows of all matrices, blocks of a row)."""
+        return _numbers(parts, self.scale).reshape(self._blocks)
+
+    @property
+    def _sides(self) -> tuple[int, int]:
+        return self.group or (self.rows, self.columns)
+
+    @property
+    def _blocks(self) -> tuple[int, int]:
+        return Blocks(*self._sides, self.rows).grid(self.shape)
+
+    def _block_rows(self, first: int, count: int) -> Array:
+        """Return the block row of each of these rows, counted over all matrices."""
+        height = self._sides[0]
+        matrix, row = np.divmod(np.arange(first, first + count), self.rows)
+        block_rows: Array = matrix * -(-self.rows // height) + row // height
+        return block_rows
+
+    def _by_blocks(self, operation: np.ufunc, W: Array, scales: Array) -> None:
+        """Multiply or divide W, in place, by the scales of its rows: (rows, blocks of a row)."""
+        width = self._sides[1]
+        if scales.shape[1] == 1 or width == 1:
+            operation(W, scales, out=W)
+            return
+        whole = self.columns // width
+        inner = W[:, : whole * width].reshape(len(W), whole, width)
+        operation(inner, scales[:, :whole, None], out=inner)
+        if whole < scales.shape[1]:
+            operation(W[:, whole * width :], scales[:, whole:], out=W[:, whole * width :])
+
+    def _largest(self, first: int, W: Array) -> tuple[Array, Array]:
+        """Return the block rows of these rows, and the largest magnitude of each of their blocks in them."""
+        block_rows, starts = np.unique(self._block_rows(first, len(W)), return_index=True)
+        by_row = np.maximum.reduceat(np.abs(W), starts, axis=0)
+        return block_rows, np.maximum.reduceat(by_row, np.arange(0, self.columns, self._sides[1]), axis=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """The sides of a block that shares a scale; a side longer than the matrix is one block.
+
+    `rows` are those of a matrix in which blocks are counted, None for the last but one side of the weight.
+    """
+
+    height: int
+    width: int
+    rows: int | None = None
+
+    def grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Return the block rows of all matrices of a weight of this shape, and the blocks of a row."""
+        rows = self.rows or shape[-2]
+        return prod(shape[:-1]) // rows * -(-rows // self.height), -(-shape[-1] // self.width)
+
+    def fit(self, scales: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+        """Tell whether scales of this shape are one for each block of a weight of that shape."""
+        block_rows, blocks = self.grid(shape)
+        matrices = prod(shape[:-2])
+        stacked = (*shape[:-2], block_rows // matrices) if block_rows % matrices == 0 else (block_rows,)
+        return [side for side in scales if side != 1] == [side for side in (*stacked, blocks) if side != 1]
+
+
+def fitted(module: Module, scale: str, choices: Sequence[Blocks], rule: Rule) -> Fp8:
+    """Return the encoding of a module whose FP8 codes share scales by the first of these blocks that fit the scales.
+
+    `scale` names the part of the scales, "" where there are none.
+
+    Raises `UnsupportedAdapter` for a weight that is no FP8 matrix, and for scales of another number or dtype.
+    """
+    module.need("weight", *([scale] if scale else []))
+    weight = module.specs["weight"]
+    if weight.dtype not in DTYPES or len(weight.shape) < 2 or not prod(weight.shape):
+        raise module.refuse(f"its weight is {weight.dtype} {list(weight.shape)}, and FP8 of two sides was expected")
+    scales = module.specs[scale].shape if scale else ()
+    blocks = next((each for each in choices if not scale or each.fit(scales, weight.shape)), None)
+    if blocks is None:
+        tried = " or ".join(dict.fromkeys(f"{each.height} × {each.width}" for each in choices))
+        raise module.refuse(
+            f"its scales {list(scales)} do not fit the weight {list(weight.shape)} in blocks of {tried}"
+        )
+    if scale and (dtype := module.specs[scale].dtype) not in (*dtypes.FLOATS, *POWERS):
+        raise module.refuse(f"its scales are {dtype}, which are no numbers")
+    rows, columns = blocks.rows or weight.shape[-2], weight.shape[-1]
+    height, width = min(blocks.height, rows), min(blocks.width, columns)
+    named = {(rows, columns): "one scale a tensor", (1, columns): "one scale a row", (rows, 1): "one scale a column"}
+    by = named.get((height, width), f"blocks of {blocks.height} × {blocks.width}") if scale else "no scales"
+    what = "MXFP8" if scale and module.specs[scale].dtype in POWERS and blocks.width == 32 else "FP8"
+    label = f"{what} {weight.dtype.removeprefix('F8_')}, {by}"
+    together = 1 if height == rows else height if rows % height == 0 or rows == prod(weight.shape[:-1]) else rows
+    group = (height, width) if (height, width) != (rows, columns) else None
+    return Fp8(module, weight.shape, label, 8, group, together, scale, rows=rows, rule=rule)
+
+
+class _Encoder:
+    """Rounds numbers to codes: to the nearest, ties to even, or at random between the two neighbours."""
+
+    def __init__(
+        self, encoding: Fp8, parts: Parts, fresh: bool, draw: Callable[[tuple[int, ...]], Array] | None
+    ) -> None:
+        self._encoding, self._parts, self._fresh, self._draw = encoding, parts, fresh, draw
+        self._dtype = encoding.module.specs["weight"].dtype
+        self._largest = largest(self._dtype)
+        self._codes = np.empty((prod(encoding.shape[:-1]), encoding.columns), np.uint8)
+        self._scales = np.ones(encoding._blocks, np.float32)
+        self._factors: Array | None = None
+        if encoding.scale and not fresh:
+            self._scales = encoding.scales(parts)
+        self.needs_pass = fresh and encoding.together == 1 and encoding._sides[0] > 1
+        self._most = np.zeros(encoding._blocks if self.needs_pass else (0, 0), np.float32)
+
+    def observe(self, first: int, W: Array) -> None:
+        """Take in the largest magnitudes of the blocks."""
+        if self.needs_pass:
+            block_rows, most = self._encoding._largest(first, W)
+            self._most[block_rows] = np.maximum(self._most[block_rows], most)
+
+    def encode(self, first: int, W: Array) -> Array:
+        """Round these rows, and return the numbers that their codes stand for."""
+        encoding = self._encoding
+        of_rows = encoding._block_rows(first, len(W))
+        if self._fresh:
+            self._make_scales(first, W)
+        x = W.astype(np.float32)
+        if self._factors is not None:
+            encoding._by_blocks(np.multiply, x, self._factors[of_rows])
+        elif encoding.scale:
+            divisors = self._scales[of_rows]
+            encoding._by_blocks(np.divide, x, np.where(divisors == 0, np.float32(1), divisors))
+        codes = self._codes[first : first + len(W)]
+        codes[:] = rounded(x, self._dtype, None if self._draw is None else self._draw(W.shape))
+        if not self._fresh:
+            self._keep(first, W, codes)
+        np.take(table(self._dtype), codes, out=x, mode="wrap")
+        if encoding.scale:
+            encoding._by_blocks(np.multiply, x, self._scales[of_rows])
+        return x
+
+    def finish(self) -> Mapping[str, Array]:
+        """Return the codes, and the scales if they are new."""
+        encoding, specs = self._encoding, self._encoding.module.specs
+        made = {"weight": self._codes.reshape(encoding.shape)}
+        if self._fresh:
+            spec = specs[encoding.scale]
+            made[encoding.scale] = stored(self._scales, spec.dtype).reshape(spec.shape)
+        return made
+
+    def _make_scales(self, first: int, W: Array) -> None:
+        """Make the scales of the blocks of these rows, as they will be read from the file."""
+        encoding = self._encoding
+        if self.needs_pass:
+            block_rows, most = np.unique(encoding._block_rows(first, len(W))), self._most
+            most = most[block_rows]
+        else:
+            block_rows, most = encoding._largest(first, W)
+        scales, factors = encoding.rule(most, self._largest)
+        dtype = encoding.module.specs[encoding.scale].dtype
+        self._scales[block_rows] = read_back(scales, dtype)
+        if factors is not None and dtype == "F32":
+            if self._factors is None:
+                self._factors = np.ones(encoding._blocks, np.float32)
+            self._factors[block_rows] = factors
+
+    def _keep(self, first: int, W: Array, codes: Array) -> None:
+        """Keep the old codes where the numbers are those that they stand for: two codes may stand for one number."""
+        old = np.empty_like(W, dtype=np.float32)
+        self._encoding.decode(self._parts, first, old)
+        same = (old == W) | (np.isnan(old) & np.isnan(W))
+        np.copyto(codes, self._parts.joined("weight", first, first + len(W)), where=same)
+
+
+def _numbers(parts: Parts, part: str) -> Array:
+    """Return the scales of a part in float32; those that are stored as bytes are E8M0."""
+    stored = parts.whole(part)
+    return table("F8_E8M0")[stored] if stored.dtype == np.uint8 else parts.numbers(part)
