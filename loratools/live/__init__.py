@@ -40,6 +40,7 @@ from loratools.live.cost import estimate
 from loratools.live.fresh import Bias, Fresh
 from loratools.live.fresh.start import Init
 from loratools.live.fresh.targets import choose
+from loratools.live.fresh.tokens import Tokens
 from loratools.live.handle import Lora, find_handle, handle_of
 from loratools.live.trainer import TrainerMixin
 from loratools.options import CheckBase
@@ -62,6 +63,7 @@ def attach(
     bias: Bias = "none",
     dtype: torch.dtype = torch.float32,
     name: str = "default",
+    tokens: Tokens = None,
 ) -> Lora:
     """Freeze a model and put trainable factors beside modules of it: y = W·x + s·B·A·x, s = α/r (Hu et al. 2021).
 
@@ -84,6 +86,9 @@ def attach(
             the base keeps its own. Default: `"none"`.
         dtype: Dtype of the factors. Default: `torch.float32`, whatever the model's.
         name: What to call the adapter. Default: `"default"`.
+        tokens: Tokens whose rows of the input embedding are trained whole besides, by index, and with them those of a
+            head that is tied to it (PEFT's `trainable_token_indices`); or by the embedding's name. `targets` can then
+            be empty. They are copies. Default: none.
 
     Returns:
         The model's handle.
@@ -97,11 +102,12 @@ def attach(
         >>> attach(model, rank=2, alpha=4, targets=["0"]).names
         ('default',)
     """
-    options = Fresh(rank, alpha, targets, seed, init, dropout, dora, rslora, bias, dtype)
+    options = Fresh(rank, alpha, targets, seed, init, dropout, dora, rslora, bias, dtype, tokens)
     lora = find_handle(model) or Lora(model)
     lora.ready(name)
     with torch.inference_mode(False):  # a tensor that is made there cannot be trained
-        places = fresh.places(model, choose(model, targets), options)
+        alone = tokens and not isinstance(targets, str) and not targets
+        places = fresh.places(model, [] if alone else choose(model, targets), options)
     settings: dict[str, Any] = {"bias": bias} if bias != "none" else {}
     settings |= {"lora_dropout": dropout} if dropout else {}
     lora.install(name, places, Entry(True, None, Step("attach", TOOL, options.parameters(), (), seed), settings))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ from loratools.live.uses.merged import Merge, merge, unmerge
 from loratools.live.uses.named import ByName, Use
 from loratools.live.uses.rows import Rows
 from loratools.live.uses.stacks import Stacks
-from loratools.live.whole import Replacement
+from loratools.live.whole import Whole
 from loratools.options import Options, is_finite
 
 
@@ -74,11 +74,25 @@ class Acting:
             halves = [
                 f"{child.path}: trained whole in {name}, which cannot have the weight {dict(pairs)[name]:g}"
                 for name, child, _, _ in self.children()
-                if isinstance(child, Replacement) and dict(pairs).get(name, 1.0) != 1
+                if isinstance(child, Whole) and child.replaces and dict(pairs).get(name, 1.0) != 1
             ]
             if halves:
-                raise InvalidOption("a tensor trained whole is there or is not", halves)
+                raise InvalidOption("a tensor trained whole is there or is not", list(dict.fromkeys(halves)))
+        if len(pairs) > 1 and (twice := self._rows_of_two(wanted)):
+            raise InvalidOption("rows of tokens are replaced by one adapter at a time", twice)
         return pairs
+
+    def _rows_of_two(self, names: Collection[str]) -> list[str]:
+        """Return a line for each parameter of which two of these adapters replace the same rows."""
+        taken: dict[tuple[str, int], str] = {}
+        lines = {
+            f"{path}: row {row} is that of {taken[path, row]} and of {name}": None
+            for name, child, path, _ in self.children()
+            if name in names and isinstance(child, Whole)
+            for row in child.rows
+            if taken.setdefault((path, row), name) != name
+        }
+        return list(lines)
 
     @contextmanager
     def off(self) -> Iterator[None]:

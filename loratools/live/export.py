@@ -12,13 +12,14 @@ from torch import Tensor
 from loratools.adapter import kinds
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, BaseIdentity
+from loratools.decisions import warned
 from loratools.format import manifest, writer
 from loratools.live.identity import seal
 from loratools.live.modules._affine import AffineSite
 from loratools.live.modules._slices import fused, fusible
 from loratools.live.place import Layout
 from loratools.live.site import Handle, Piece
-from loratools.live.whole import Replacement, Stack
+from loratools.live.whole import Replacement, Stack, TokenRows
 from loratools.storage.lazy import LazyTensor
 
 
@@ -39,7 +40,7 @@ def adapter_of(lora: Handle, name: str) -> Adapter:
             continue
         if isinstance(child, Piece):
             updates[child.path] = update_of(child)
-        elif isinstance(child, Stack):
+        elif isinstance(child, Stack | TokenRows):
             parts = {part: copied(tensor) for part, tensor in child.tensors().items()}
             updates[child.path] = kinds.get(child.kind).build(parts, child.scaling, child.alpha, child.layout)
         elif isinstance(child, Replacement):
@@ -104,6 +105,8 @@ def save(lora: Handle, folder: str | Path, name: str, base_id: str | None, force
         updates[path] = fused(pieces, slices, lora.sites[path])
         whole |= dict.fromkeys((piece.path for piece in pieces), path)
     adapter = replace(adapter, updates=updates)
+    if updates and all(update.replaced_rows for update in updates.values()):
+        warned("%s: PEFT loads no LoRA without factors; one target besides the rows of tokens, and it does", folder)
     first = layout.first_names()
     tensors: dict[str, str] = {}
     turned: dict[str, bool] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from loratools.adapter.site import Site as Rectangle
 from loratools.errors import IncompatibleAdapter, UnsupportedAdapter
 from loratools.live.modules import type_of
 from loratools.live.site import Piece, Silent, Span
-from loratools.live.whole import Changed, Replacement, Stack, Whole
+from loratools.live.whole import Changed, Replacement, Stack, TokenRows, Whole
 
 _CONFIG = ("model_type", "num_attention_heads", "n_head", "num_key_value_heads", "hidden_size")
 
@@ -104,6 +104,7 @@ def place(layout: Layout, adapter: Adapter, *, trainable: bool, dropout: float =
     whole = resolve_replacements(adapter, layout.shapes)
     shapes = {**layout.shapes, **{name: tensor.shape for name, tensor in whole.items()}}
     placements = resolve(adapter, shapes, layout.config) if adapter.updates else []
+    placements += _on_other_names(placements, adapter, layout)
     builder = _Builder(layout, adapter, trainable, dropout)
     by_update: dict[tuple[str, str], list[Placement]] = defaultdict(list)
     for placement in placements:
@@ -117,6 +118,25 @@ def place(layout: Layout, adapter: Adapter, *, trainable: bool, dropout: float =
     return builder.places
 
 
+def _on_other_names(placements: Sequence[Placement], adapter: Adapter, layout: Layout) -> list[Placement]:
+    """Return the same changes of what else is the same weight: PEFT gives a tied head the rows of tokens, too.
+
+    Not where another tensor, rows of its own, or a changed weight takes the place of the other name. Factors do not:
+    they are added to the rows, as in PEFT.
+    """
+    rows = [placement for placement in placements if placement.update.replaced_rows]
+    first = layout.first_names() if rows else {}
+    changed = {placement.site.tensor for placement in placements if not placement.update.roles}
+    changed |= set(adapter.replacements)
+    seats = {layout.owners[placement.site.tensor][1:] for placement in rows}
+    return [
+        replace(placement, site=replace(placement.site, tensor=name))
+        for placement in rows
+        for name, of in first.items()
+        if of == first[placement.site.tensor] and name not in changed and layout.owners[name][1:] not in seats
+    ]
+
+
 class _Builder:
     """Makes the pieces of one adapter, and gathers what is wrong."""
 
@@ -126,6 +146,7 @@ class _Builder:
         self.problems: list[str] = []
         self.untrainable: list[str] = []
         self.shared: dict[str, dict[str, Tensor]] = {}  # tensors of an update that lands on several modules
+        self.rows: dict[str, Whole] = {}  # rows of tokens by module, for each name of a tied weight
 
     def update(self, module: str, tensor: str, together: list[Placement]) -> None:
         """Put one update on one tensor, by its factors where the module's type can, else by the changed weight."""
@@ -142,6 +163,10 @@ class _Builder:
         place = self.places.setdefault(path, Place(owner))
         if known and update.roles and not update.members:
             place.pieces.append(self._piece(module, update, together, owner))
+        elif update.replaced_rows and parameter in owner._parameters:
+            if module not in self.rows:
+                self.rows[module] = self._rows(module, update, together, owner)
+            place.whole[parameter] = self.rows[module]
         elif self.trainable and update.members:
             A, B = self._tensors(module, update, owner, dict(zip("AB", update.parts, strict=True))).values()
             turned = together[0].site.transposed
@@ -162,6 +187,12 @@ class _Builder:
             spans = None
         tensors = self._tensors(module, update, owner, update.roles)
         return Piece(module, update, tensors, spans, self.dropout)
+
+    def _rows(self, module: str, update: Update, together: list[Placement], owner: nn.Module) -> Whole:
+        if not self.trainable:
+            return Changed(module, together)
+        (values,) = self._tensors(module, update, owner, {"rows": next(iter(update.parts))}).values()
+        return TokenRows(module, update, values)  # type: ignore[arg-type]
 
     def _tensors(self, module: str, update: Update, owner: nn.Module, roles: Mapping[str, str]) -> dict[str, Tensor]:
         """Load the tensors of an update by role, as parameters or as buffers; one that lands twice shares them."""

@@ -18,7 +18,7 @@ def summary(lora: Handle) -> str:
     padding = {name: _padding(lora, name) for name in lora.entries}
     for name, child, path, _ in lora.children():
         for key, tensor in (*child.named_parameters(), *child.named_buffers()):
-            if key != "places":  # A0 and B0 are in the file, and no parameters
+            if key not in ("places", "indices"):  # A0 and B0 are in the file, and no parameters
                 count = 0 if key in ("A0", "B0") else tensor.numel()
                 own[name][id(tensor)] = count, tensor.numel() * tensor.element_size()
         modules[name].add(path)

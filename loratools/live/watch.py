@@ -91,10 +91,15 @@ class Watch:
         self.looked.add(mode)
         modules = dict(walk(model))
         self.called |= {path for path, site in self.lora.sites.items() if id(site) in ran}
+        acted = {id(child) for site in self.lora.sites.values() if id(site) in ran for child in site.lora.children()}
         passed = [
             path
             for path, site in self.lora.sites.items()
-            if id(site) not in ran and path and id(modules[path.rpartition(".")[0]]) in ran
+            if id(site) not in ran
+            and path
+            and id(modules[path.rpartition(".")[0]]) in ran
+            # T5's `shared` lends its weight to others and never runs: rows of tokens act in those.
+            and any(id(child) not in acted for child in site.lora.children())
         ]
         if passed:
             raise passed_over(passed)

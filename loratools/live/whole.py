@@ -20,6 +20,16 @@ class Whole(Silent):
 
     path: str
 
+    @property
+    def replaces(self) -> bool:
+        """Whether it stands for numbers of the parameter, whatever those are: then no weight can scale it."""
+        return False
+
+    @property
+    def rows(self) -> Sequence[int]:
+        """Rows of the parameter that it replaces, where it replaces single ones."""
+        return ()
+
     def value(self, W: Tensor | None, weight: float) -> Tensor:
         """Return what stands for the parameter W."""
         raise NotImplementedError
@@ -38,6 +48,10 @@ class Replacement(Whole):
         else:
             self.register_buffer("tensor", tensor, persistent=False)
 
+    @property
+    def replaces(self) -> bool:
+        return True
+
     def value(self, W: Tensor | None, weight: float) -> Tensor:
         return self.tensor if W is None else self.tensor.to(W.dtype)
 
@@ -52,6 +66,14 @@ class Changed(Whole):
         super().__init__()
         self.path, self.placements = path, tuple(placements)
         self.kept: tuple[object, Tensor] | None = None
+
+    @property
+    def replaces(self) -> bool:
+        return bool(self.rows)
+
+    @property
+    def rows(self) -> Sequence[int]:
+        return [row for placement in self.placements for row in placement.update.replaced_rows]
 
     def value(self, W: Tensor | None, weight: float) -> Tensor:
         assert W is not None
@@ -83,6 +105,48 @@ def changed(W: Tensor, placements: Sequence[tuple[Placement, float]]) -> Tensor:
             term.apply_rows(tile, slice(0, len(tile)), unchanged if term.needs_base else None)
             region.copy_(tile)
     return after.reshape(W.shape).to(W.dtype)
+
+
+class TokenRows(Whole):
+    """Trainable rows in the place of some of W's: W'[i] = the row of token i, as PEFT's `trainable_token_indices`.
+
+    Where nothing is trained the changed weight is kept from call to call, which takes as much memory as the weight.
+    """
+
+    delta: nn.Parameter
+    indices: Tensor
+
+    def __init__(self, path: str, update: Update, delta: nn.Parameter) -> None:
+        super().__init__()
+        self.path, self.kind, self.scaling, self.alpha = path, update.kind, update.scaling, update.alpha
+        self.layout, (self.name,) = dict(update.layout), update.parts
+        self.kept: tuple[object, Tensor] | None = None
+        self.register_parameter("delta", delta)
+        self.register_buffer("indices", torch.tensor(list(update.replaced_rows), device=delta.device), persistent=False)
+
+    @property
+    def replaces(self) -> bool:
+        return True
+
+    @property
+    def rows(self) -> Sequence[int]:
+        rows: list[int] = self.layout["rows"]
+        return rows
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return its tensor under PEFT's name of it."""
+        return {self.name: self.delta}
+
+    def value(self, W: Tensor | None, weight: float) -> Tensor:
+        assert W is not None
+        inputs = W, self.delta
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(each.is_inference() for each in inputs):
+            self.kept = None
+            return W.index_copy(0, self.indices, self.delta.to(W.dtype))
+        key = W.dtype, torch.is_inference_mode_enabled(), *((each.data_ptr(), each._version) for each in inputs)
+        if self.kept is None or self.kept[0] != key:
+            self.kept = key, W.index_copy(0, self.indices, self.delta.to(W.dtype))
+        return self.kept[1]
 
 
 class Stack(Whole):

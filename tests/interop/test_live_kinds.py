@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from loratools import live
-from loratools.errors import UnsupportedAdapter
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -22,6 +21,7 @@ SIDES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 GROUPED = SIDES | {"num_key_value_heads": 2}
 MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", SIDES),
+    "tied": ("LlamaForCausalLM", SIDES | {"tie_word_embeddings": True}),
     "opt": ("OPTForCausalLM", SIDES | {"ffn_dim": 48, "word_embed_proj_dim": 32}),
     "qwen3_moe": (
         "Qwen3MoeForCausalLM",
@@ -39,6 +39,10 @@ CASES: Mapping[str, tuple[str, dict[str, Any]]] = {
                            "alpha_pattern": {"v_proj": 9}}),
     "saved whole": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
     "rows of tokens": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [1, 5, 7]}),
+    "rows of a tied embedding": ("tied", {"target_modules": ["q_proj"], "trainable_token_indices": [1, 5, 7]}),
+    "rows beside a changed head": ("tied", {"target_modules": ["q_proj", "lm_head"], "trainable_token_indices": [7]}),
+    "other rows of the head": ("tied", {"target_modules": ["q_proj"],
+                                        "trainable_token_indices": {"embed_tokens": [1, 5], "lm_head": [2]}}),
     "embedding with dora": ("llama", {"target_modules": ["embed_tokens", "v_proj"], "use_dora": True}),
     "bias of B": ("opt", {"target_modules": ["q_proj"], "lora_bias": True}),
     "all biases": ("opt", {"target_modules": ["q_proj"], "bias": "all"}),
@@ -80,11 +84,6 @@ def test_a_running_model_computes_as_peft_does(case: str, tmp_path: Path) -> Non
     assert (expected - y).abs().max() > 1e-4
     for trainable in (False, True):
         model = copy.deepcopy(base)
-        if trainable and case == "rows of tokens":
-            with pytest.raises(UnsupportedAdapter, match="kind tokens"):
-                live.load(model, tmp_path / "peft", trainable=True)
-            assert torch.equal(model(x).logits, y)
-            continue
         lora = live.load(model, tmp_path / "peft", trainable=trainable)
         assert (model(x).logits - expected).abs().max() < 1e-12
         with lora.merged():

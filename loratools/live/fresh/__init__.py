@@ -2,6 +2,7 @@
 
 targets   which modules are meant
 start     how A and B start
+tokens    rows that are trained for single tokens
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from loratools.adapter.parts import B as B_PART
 from loratools.adapter.placement.resolve import resolve
 from loratools.adapter.placement.slices import Slice
 from loratools.adapter.site import Site as Rectangle
-from loratools.errors import IncompatibleAdapter
+from loratools.errors import IncompatibleAdapter, InvalidOption
 from loratools.live.fresh import start
 from loratools.live.fresh.targets import Target
+from loratools.live.fresh.tokens import Tokens, problems, stated
+from loratools.live.fresh.tokens import places as token_places
 from loratools.live.modules import ModuleType, type_of
 from loratools.live.place import Layout, Place, spans_of, walk
 from loratools.live.product import row_norms
@@ -52,6 +55,7 @@ class Fresh:
     rslora: bool
     bias: Bias
     dtype: torch.dtype
+    tokens: Tokens = None
 
     def __post_init__(self) -> None:
         options = Options().number("rank", self.rank, least=1).word("init", self.init, start.Init)
@@ -59,6 +63,7 @@ class Fresh:
         options.real("dropout", self.dropout, lambda value: 0 <= value < 1, "a probability from 0 to below 1")
         options.word("bias", self.bias, Bias).flag("dora", self.dora).flag("rslora", self.rslora)
         options.number("seed", self.seed)
+        options.problems += problems(self.tokens)
         if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
             options.problems.append(f"dtype is {self.dtype!r}; it is a floating-point dtype of torch")
         if self.dora and self.init in start.OF_WEIGHT:
@@ -75,10 +80,10 @@ class Fresh:
     def parameters(self) -> dict[str, Any]:
         """Return what the provenance says of the training's start, as JSON values."""
         targets = self.targets if isinstance(self.targets, str) else sorted(self.targets)
-        stated = {"rank": self.rank, "alpha": self.alpha, "targets": targets, "init": self.init}
-        more = {"dropout": self.dropout, "dora": self.dora, "rslora": self.rslora}
-        stated |= {name: value for name, value in more.items() if value}
-        return stated | ({"bias": self.bias} if self.bias != "none" else {})
+        start_of = {"rank": self.rank, "alpha": self.alpha, "targets": targets, "init": self.init}
+        more = {"dropout": self.dropout, "dora": self.dora, "rslora": self.rslora, "tokens": stated(self.tokens)}
+        start_of |= {name: value for name, value in more.items() if value}
+        return start_of | ({"bias": self.bias} if self.bias != "none" else {})
 
 
 def places(model: nn.Module, chosen: Sequence[Target], options: Fresh) -> dict[str, Place]:
@@ -94,6 +99,10 @@ def places(model: nn.Module, chosen: Sequence[Target], options: Fresh) -> dict[s
         if first.setdefault(id(target.module), target.path) == target.path:
             place = places.setdefault(target.path, Place(target.module))
             place.pieces.append(_piece(target, spans.get(target.name), options, generator))
+    rows = token_places(model, options.tokens, options.dtype)
+    if both := [path for path in rows if path in places]:
+        raise InvalidOption("these targets have rows of tokens, and cannot have factors besides", both)
+    places |= rows
     if options.bias != "none":
         targeted = {target.path: target.module for target in chosen}
         for path, module in walk(model) if options.bias == "all" else targeted.items():

@@ -154,17 +154,18 @@ def _change(
         )
     if W is not None and W.is_meta:
         raise IncompatibleAdapter(f"{path}.{own} is on the meta device and has no values, so nothing can be merged")
-    value, placed, predicts = W, [], True
+    value, predicts = W, True
+    placed: list[tuple[Placement, float]] = []
+    added: list[tuple[Placement, float]] = []  # factors come after all that takes the weight's place, as in a forward
     for name, weight in pairs:
-        together: list[tuple[Placement, float]] = []
         for piece in module.lora.pieces.get(name, ()):
-            together += [(p, weight) for p in placements(module, piece, path, own)]
+            added += [(p, weight) for p in placements(module, piece, path, own)]
         whole = module.lora.whole.get(name, {}).get(own)
         if isinstance(whole, Changed):
-            together += [(placement, weight) for placement in whole.placements]
+            placed += [(placement, weight) for placement in whole.placements]
         elif whole is not None:
             value, predicts = whole.value(value, weight), False
-        placed += together
+    placed += added
     if value is None or (not value.is_floating_point() and placed):
         raise IncompatibleAdapter(f"{path}.{own} is stored as codes, into which nothing can be merged")
     after = changed(value, placed) if placed else value.detach().clone()
