@@ -20,17 +20,17 @@ from tests.surgery.models import load, lora, random, same_bytes, save_adapter, s
 
 N = 16
 Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
-GPTQ: dict[str, Tensor] = {
-    f"{Q}.qweight": torch.zeros(2, N, dtype=torch.int32), f"{Q}.qzeros": torch.zeros(1, 2, dtype=torch.int32),
-    f"{Q}.scales": random(1, N, dtype=torch.float16) * 1e-7, f"{Q}.g_idx": torch.zeros(N, dtype=torch.int32),
+EXL3: dict[str, Tensor] = {
+    f"{Q}.trellis": torch.zeros(1, 1, 64, dtype=torch.int16),
+    f"{Q}.suh": random(N, dtype=torch.float16) * 1e-7, f"{Q}.svh": random(N, dtype=torch.float16),
 }  # fmt: skip
 PLAIN = {f"{K}.weight": random(N, N, dtype=torch.bfloat16), "lm_head.weight": random(9, N, dtype=torch.bfloat16)}
-STATED = {"quant_method": "gptq", "bits": 4}
+STATED = {"quant_method": "exl3", "bits": 4}
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    return save_base(tmp_path / "base", GPTQ | PLAIN, model_type="llama", quantization_config=STATED)
+    return save_base(tmp_path / "base", EXL3 | PLAIN, model_type="llama", quantization_config=STATED)
 
 
 def test_every_verb_refuses_by_name_before_it_looks_for_names(base: Path, tmp_path: Path) -> None:
@@ -48,10 +48,10 @@ def test_every_verb_refuses_by_name_before_it_looks_for_names(base: Path, tmp_pa
     }
     for verb, run in verbs.items():
         with pytest.raises(
-            IncompatibleAdapter, match=r"is quantized with GPTQ \(config.json: gptq, 4 bits\)"
+            IncompatibleAdapter, match=r"is quantized with EXL3 \(config.json: exl3, 4 bits\)"
         ) as refusal:
             run()
-        assert refusal.value.problems == (f"{Q}: GPTQ",), verb
+        assert refusal.value.problems == (f"{Q}: EXL3",), verb
         assert "unquantized" in str(refusal.value.hint)
         assert not out.exists()
 
@@ -61,7 +61,7 @@ def test_modules_that_are_stored_plain_are_merged(base: Path, tmp_path: Path) ->
     path = save_adapter(tmp_path / "k", adapter)
     merge(base, path, tmp_path / "out", dtype="F32")
     merged = load(tmp_path / "out")
-    assert all(same_bytes(merged[name], codes) for name, codes in GPTQ.items())
+    assert all(same_bytes(merged[name], codes) for name, codes in EXL3.items())
     wanted = (PLAIN[f"{K}.weight"].double() + adapter.delta(K)).float()
     assert torch.allclose(merged[f"{K}.weight"], wanted, rtol=0, atol=1e-6)
     assert merged["lm_head.weight"].dtype == torch.float32
@@ -88,13 +88,13 @@ def test_under_other_names(stored: str, module: str, tmp_path: Path) -> None:
 def test_codes_are_not_extracted(base: Path, tmp_path: Path) -> None:
     dense = save_base(tmp_path / "dense", {f"{Q}.weight": random(N, N), **PLAIN}, model_type="llama")
     for models in ((base, dense), (dense, base)):
-        with pytest.raises(IncompatibleAdapter, match="base is quantized with GPTQ"):
+        with pytest.raises(IncompatibleAdapter, match="base is quantized with EXL3"):
             extract(*models, tmp_path / "out", 2)
-    other = {name: tensor.clone() for name, tensor in (GPTQ | PLAIN).items()}
+    other = {name: tensor.clone() for name, tensor in (EXL3 | PLAIN).items()}
     other[f"{K}.weight"] = random(N, N, seed=5, dtype=torch.bfloat16)
     tuned = save_base(tmp_path / "tuned", other, model_type="llama", quantization_config=STATED)
     assert [each.path for each in extract(base, tuned, tmp_path / "out", 2).of("factored")] == [K]
-    other[f"{Q}.qweight"][0, 0] = 7
+    other[f"{Q}.trellis"][0, 0, 0] = 7
     changed = save_base(tmp_path / "changed", other, model_type="llama", quantization_config=STATED)
-    with pytest.raises(Exception, match=r"q_proj\.qweight: stored as I32: part of a quantized weight"):
+    with pytest.raises(Exception, match=r"q_proj\.trellis: stored as I16: part of a quantized weight"):
         extract(base, changed, tmp_path / "out2", 2)
