@@ -55,10 +55,10 @@ def _scheme(
 
 
 SCHEMES = (
-    _scheme("bitsandbytes NF4", "nf4"),
-    _scheme("bitsandbytes FP4", "fp4"),
-    _scheme("bitsandbytes 4 bit", "absmax"),
-    _scheme("bitsandbytes int8 (LLM.int8)", "SCB"),
+    _scheme("bitsandbytes NF4", "nf4", codec="bitsandbytes"),
+    _scheme("bitsandbytes FP4", "fp4", codec="bitsandbytes"),
+    _scheme("bitsandbytes 4 bit", "absmax", codec="bitsandbytes"),
+    _scheme("bitsandbytes int8 (LLM.int8)", "SCB", codec="bitsandbytes"),
     _scheme("SVDQuant (nunchaku)", "qweight wscales"),
     _scheme("FP-Quant", "qweight scales", methods="fp_quant"),
     _scheme("AWQ", "qweight scales", methods="awq"),

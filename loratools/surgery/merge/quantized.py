@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+from loratools.adapter.placement.classes import model_class
 from loratools.errors import IncompatibleAdapter, InvalidOption
 from loratools.options import Quantized
 from loratools.storage import codecs, dtypes
@@ -68,8 +69,26 @@ def as_written(base: Checkpoint, touched: Collection[str], policy: Quantized) ->
         return Written(replace(stored, config=base.config), {}, (), ())
     codec = _codec(stored, changed)
     modules = sorted(encoding.module.path for encoding in changed.values())
-    fields, dropped = with_statement(base.config, codecs.get(codec).plain(statement(base.config), modules))
+    before = statement(base.config)
+    after = _with_begun_lists(before, codecs.get(codec).plain(before, modules), partly)
+    fields, dropped = with_statement(base.config, after)
     return Written(partly, fields, dropped, (_note("written in 16 bit, the others stay as they are", changed),))
+
+
+def _with_begun_lists(before: Mapping[str, Any], after: dict[str, Any], base: Checkpoint) -> dict[str, Any]:
+    """Return the new statement, whose lists of plain modules name all of them where the old one had no list.
+
+    Without a list, transformers leaves the head as it is, and what is tied to it; with one, it goes by that alone.
+    """
+    begun = [key for key, value in after.items() if isinstance(value, list) and before.get(key) is None]
+    if not begun:
+        return after
+    kind = model_class(base.config)
+    tensors = [name for name, spec in base.specs.items() if len(spec.shape) == 2 and spec.dtype in dtypes.FLOATS]
+    names = [*tensors, *([kind.head] if kind and kind.head else [])]
+    codes = schemes.find(base.specs, base.config).tensors
+    weights = {name.removesuffix(".weight") for name in names if name.endswith(".weight") and name not in codes}
+    return {**after, **{key: [*after[key], *sorted(weights - set(after[key]))] for key in begun}}
 
 
 def _codec(stored: Checkpoint, changed: Mapping[str, Encoding]) -> str:

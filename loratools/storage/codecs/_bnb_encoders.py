@@ -1,0 +1,227 @@
+"""Numbers become codes of bitsandbytes again: in blocks of 4 bit, and by row in 8 bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from loratools.storage.codecs import Grid, Module, Parts
+from loratools.storage.codecs.floats import Array, narrow
+from loratools.storage.codecs.tables import numbers
+
+Draw = Callable[[tuple[int, ...]], Array]
+
+_TINY = np.float32(1e-38)
+
+
+def nearest(values: Array, levels: Array) -> Array:
+    """Return the index of the level nearest to each value; of two that are as near, the lower. `levels` are sorted."""
+    return np.searchsorted((levels[:-1] + levels[1:]) / 2, values, side="left")
+
+
+def drawn(values: Array, levels: Array, draw: Draw) -> Array:
+    """Return the index of one of the two levels beside each value, the nearer the likelier: right on average.
+
+    Values beyond the levels get the outermost. `levels` are sorted; of equal ones the last is the upper neighbour.
+    """
+    lower = np.clip(np.searchsorted(levels, values, side="right") - 1, 0, len(levels) - 2)
+    low, high = levels[lower], levels[lower + 1]
+    gap = np.where(high > low, high - low, 1)
+    return lower + (draw(values.shape) < (values - low) / gap)
+
+
+@dataclass(slots=True)
+class _Nested:
+    """Scales that were quantized: the parts that are stored, and the scales that they stand for."""
+
+    parts: dict[str, Array]
+    scales: Array
+
+
+@dataclass(eq=False)
+class FourBitEncoder:
+    """Makes 4-bit codes again; `scales` are those that the weight has, and become the new ones for fresh scales."""
+
+    module: Module
+    parts: Parts
+    levels: Array  # what the codes stand for, by code
+    columns: int
+    block: int
+    scales: Array
+    nested: int | None
+    kind: str
+    grid: Grid
+    draw: Draw | None
+    codes: Array = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.codes = self.parts.rows("weight", 0, None).reshape(-1).view(np.uint8).copy()
+        self.order = np.argsort(self.levels, kind="stable")
+        if self.grid == "fresh":
+            self.scales = np.zeros_like(self.scales)
+
+    @property
+    def needs_pass(self) -> bool:
+        """Whether the mean of all scales is wanted before the first code: with double quantization alone."""
+        return self.grid == "fresh" and self.nested is not None
+
+    def observe(self, first: int, W: Array) -> None:
+        """Note the largest magnitude of every block."""
+        start = first * self.columns // self.block
+        tops = np.abs(self._blocks(W)).max(axis=1)
+        self.scales[start : start + len(tops)] = tops
+
+    def encode(self, first: int, W: Array) -> Array:
+        """Choose the code nearest to each number, and return what the codes stand for."""
+        start = first * self.columns // self.block
+        if self.grid == "fresh" and not self.needs_pass:
+            self.observe(first, W)
+        blocks = self._blocks(W)
+        which = slice(start, start + len(blocks))
+        scales = self._stored(which)[:, None]
+        half, count = start * self.block // 2, (W.size + 1) // 2
+        if self.grid == "own":
+            old = np.zeros(blocks.size, np.uint8)
+            bits = self.codes[half : half + count]
+            old[: 2 * count : 2], old[1 : 2 * count : 2] = bits >> 4, bits & 15
+            unchanged = (self.levels[old].reshape(blocks.shape) * scales == blocks) | (scales == 0)
+            unchanged.reshape(-1)[W.size :] = True
+            new = np.where(unchanged, old.reshape(blocks.shape), self._chosen(blocks, _reciprocal(scales)))
+        elif self.draw is not None:
+            new = self._chosen(blocks, _reciprocal(scales))
+        else:
+            new = self._chosen(blocks, 1 / np.maximum(self.scales[which][:, None], _TINY), W.size % self.block)
+        flat = new.reshape(-1).astype(np.uint8)
+        self.codes[half : half + count] = (flat[: 2 * count : 2] << 4) | flat[1 : 2 * count : 2]
+        values: Array = (self.levels[new] * scales).reshape(-1)[: W.size].reshape(W.shape)
+        return values
+
+    def finish(self) -> Mapping[str, Array]:
+        """Return the codes, and the scales where they are new."""
+        spec = self.module.specs["weight"]
+        changed = {"weight": self.codes.view(self.parts.rows("weight", 0, 0).dtype).reshape(spec.shape)}
+        if self.grid == "own":
+            return changed
+        if self.nested is not None:
+            return changed | self._requantized.parts
+        absmax = self.module.specs["absmax"].dtype
+        return changed | {"absmax": self.scales if absmax == "F32" else narrow(self.scales, absmax)}
+
+    def _stored(self, which: slice) -> Array:
+        """Return some scales as they will be read."""
+        if self.grid == "fresh" and self.nested is not None:
+            return self._requantized.scales[which]
+        dtype = self.module.specs["absmax"].dtype
+        fresh = self.grid == "fresh" and dtype != "F32"
+        return as_read(self.scales[which], dtype) if fresh else self.scales[which]
+
+    def _blocks(self, W: Array) -> Array:
+        flat = np.ascontiguousarray(W, np.float32).reshape(-1)
+        if flat.size % self.block:
+            flat = np.concatenate([flat, np.zeros(-flat.size % self.block, np.float32)])
+        return flat.reshape(-1, self.block)
+
+    def _chosen(self, blocks: Array, reciprocal: Array, ragged: int = 0) -> Array:
+        """Return the codes of blocks that become numbers from -1 to 1 by their scales' reciprocals."""
+        scaled = np.clip(blocks * reciprocal, -1, 1)
+        if ragged:  # the library divides the last block where it is not whole
+            scaled[-1] = np.clip(blocks[-1] / np.maximum(self.scales[-1], _TINY), -1, 1)
+        levels = self.levels[self.order]
+        index = nearest(scaled, levels) if self.draw is None else drawn(scaled, levels, self.draw)
+        codes: Array = self.order[index]
+        return codes
+
+    @cached_property
+    def _requantized(self) -> _Nested:
+        """Quantize the scales, of which all blocks are known, by their mean and 8-bit codes in blocks of `nested`."""
+        assert self.nested is not None
+        mean = np.float32(self.scales.mean(dtype=np.float64))
+        levels = self.parts.numbers("nested_quant_map")
+        count = len(self.scales)
+        padded = np.zeros(-(-count // self.nested) * self.nested, np.float32)
+        padded[:count] = self.scales - mean
+        blocks = padded.reshape(-1, self.nested)
+        tops = np.abs(blocks).max(axis=1)
+        codes = nearest(np.clip(blocks * (1 / np.maximum(tops, _TINY))[:, None], -1, 1), levels).astype(np.uint8)
+        scales = (levels[codes] * tops[:, None]).reshape(-1)[:count] + mean
+        changed = {"absmax": codes.reshape(-1)[:count], "nested_absmax": tops, self.kind: self._state(mean)}
+        return _Nested(changed, scales)
+
+    def _state(self, mean: np.float32) -> Array:
+        """Return the JSON with the new mean, as long as the old one: as the library writes it, else shorter, padded."""
+        old = bytes(self.parts.whole(self.kind))
+        state = json.loads(old)
+        for offset in (float(mean), float(str(mean))):
+            for separators in ((", ", ": "), (",", ":")):
+                new = json.dumps({**state, "nested_offset": offset}, separators=separators).encode()
+                if len(new) <= len(old):
+                    return np.frombuffer(new.ljust(len(old)), np.uint8)
+        raise self.module.refuse("its quant_state has no room for the mean of new scales", "Use its own grid.")
+
+
+@dataclass(eq=False)
+class Int8Encoder:
+    """Makes 8-bit codes again, by the row; `scales` are a row's SCB."""
+
+    module: Module
+    parts: Parts
+    scales: Array  # (rows,)
+    grid: Grid
+    draw: Draw | None
+    codes: Array = field(init=False)
+
+    needs_pass = False
+
+    def __post_init__(self) -> None:
+        self.codes = self.parts.rows("weight", 0, None).copy()
+
+    def observe(self, first: int, W: Array) -> None:
+        """Nothing: a row's scale is known with the row."""
+
+    def encode(self, first: int, W: Array) -> Array:
+        """Choose the code nearest to each number, and return what the codes stand for."""
+        rows = slice(first, first + len(W))
+        old = self.codes[rows]
+        if self.grid == "fresh":
+            half = W.astype(np.float16).astype(np.float32)  # the library quantizes the weight in float16
+            W = np.where(np.isfinite(half), half, W)
+            self.scales[rows] = as_read(np.abs(W).max(axis=1), self.module.specs["SCB"].dtype)
+        scales = self.scales[rows][:, None]
+        wanted = W * _reciprocal(scales, 127)
+        exact = np.floor(wanted + self.draw(W.shape)) if self.draw is not None else np.rint(wanted)
+        new = np.clip(exact, -127, 127).astype(np.int8)
+        if self.grid == "own":
+            new = np.where((int8_values(old, scales) == W) | (scales == 0), old, new)
+        self.codes[rows] = new
+        return int8_values(new, scales)
+
+    def finish(self) -> Mapping[str, Array]:
+        """Return the codes, and the scales where they are new."""
+        changed = {"weight": self.codes}
+        if self.grid == "own":
+            return changed
+        spec = self.module.specs["SCB"]
+        scales = self.scales if spec.dtype == "F32" else narrow(self.scales, spec.dtype)
+        return changed | {"SCB": scales.reshape(spec.shape)}
+
+
+def int8_values(codes: Array, scales: Array) -> Array:
+    """Return q · SCB / 127, multiplied in the library's order."""
+    values: Array = codes * scales
+    values *= np.float32(1 / 127)
+    return values
+
+
+def as_read(scales: Array, dtype: str) -> Array:
+    """Return scales as they read from a float dtype that they are stored in."""
+    stored = narrow(scales, dtype)
+    return numbers(stored if dtype == "BF16" else stored.view(f"<f{stored.itemsize}"), dtype)
+
+
+def _reciprocal(scales: Array, one: int = 1) -> Array:
+    """Return 1 / scale, or `one` / scale, and 0 for a scale of 0."""
+    return np.divide(one, scales, out=np.zeros_like(scales), where=scales != 0)
