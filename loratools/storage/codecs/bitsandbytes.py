@@ -135,7 +135,7 @@ def _map(module: Module, part: str, count: int) -> Array:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FourBit(Encoding):
-    """4-bit codes of the map `kind`, in blocks of `block`; scales in blocks of `nested` and `offset` where quantized."""
+    """4-bit codes of the map `kind`, in blocks of `block`; codes of scales in blocks of `nested`, around `offset`."""
 
     kind: str = "nf4"
     block: int = 64
