@@ -170,4 +170,4 @@ def test_merges_by_every_policy(tmp_path: Path) -> None:
     assert all(torch.equal(part[name], tensor) for name, tensor in before.items() if not name.startswith(Q))
     stated = json.loads((tmp_path / "part" / "config.json").read_text())["quantization_config"]
     assert stated["dynamic"] == {rf"-:^{Q.replace('.', chr(92) + '.')}$": {}}
-    assert stated["modules_to_not_convert"] == [Q]
+    assert stated["modules_to_not_convert"] == [Q, "lm_head"]  # a list that begins names what was plain before
