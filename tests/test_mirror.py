@@ -37,7 +37,9 @@ ELSEWHERE = {
     "spec/test_vectors": "format: digest meaning registry shapes validate; "
     "format/clauses: container integrity layout manifest tensors",
     "storage/pickles/test_archive": "storage/pickles: unpickle",
+    "storage/codecs/test_compressed_tensors": "storage/codecs: _grouped",
     "storage/codecs/test_fp8": "storage/codecs: state tables",
+    "storage/codecs/test_mxfp4": "storage/codecs: _powers",
     "storage/test_header": "storage: dtypes",
     "storage/test_sources": "storage: resolvers",
     "dialects/_frame/test_frame": "storage: lazy",

@@ -86,6 +86,7 @@ class Parts:
         self._module, self._stack = module, stack
         self._open: dict[str, files.Read] = {}
         self._whole: dict[str, Array] = {}
+        self._matrices: dict[str, tuple[int, Array]] = {}
 
     def whole(self, part: str) -> Array:
         """Return all of a part as it is stored: BF16 and 8-bit floats as their bits. It is read once."""
@@ -119,6 +120,13 @@ class Parts:
         raw = bytearray((last - first) * size)
         self._open[part](memoryview(raw), first * size)
         return np.frombuffer(raw, _NUMPY.get(spec.dtype, "<u1"))
+
+    def matrix(self, part: str, index: int) -> Array:
+        """Return part[index] as it is stored; the one that was asked for last is kept."""
+        if self._matrices.get(part, (-1,))[0] != index:
+            self._matrices[part] = (index, self.rows(part, index, index + 1)[0])
+        kept: Array = self._matrices[part][1]
+        return kept
 
     def numbers(self, part: str, start: int = 0, stop: int | None = None) -> Array:
         """Return part[start:stop] along its first side in float32, whatever float dtype it is stored in."""

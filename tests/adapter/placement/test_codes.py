@@ -72,7 +72,7 @@ def test_modules_that_are_stored_plain_are_merged(base: Path, tmp_path: Path) ->
     ("stored", "module"),
     [
         ("layers.0.self_attn.q_proj.qweight", Q),  # without wrappers
-        ("model.language_model.layers.0.self_attn.q_proj.weight_packed", Q),
+        ("model.language_model.layers.0.self_attn.q_proj.trellis", Q),
         ("model.layers.0.self_attn.qkv_proj.qweight", Q),  # fused
         ("model.layers.0.self_attn.q_proj.qweight", "model.layers.0.self_attn.qkv_proj"),  # apart
         ("model.layers.0.mlp.experts.3.w1.qweight", "model.layers.0.block_sparse_moe.experts.3.w1"),

@@ -1,0 +1,216 @@
+"""Weights whose codes lie row by row, a scale for each group of them: W = (level(code) - zero)·scale.
+
+A group is `height` rows by `width` columns. What a scheme adds is where codes, scales and zero points lie
+(`Grouped.stored`), and how scales that fit new numbers are made and stored (`Grouped.fit`, `Grouped.parts_of`).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from loratools.storage.codecs import Encoder, Encoding, Grid, Parts
+from loratools.storage.codecs._levels import INT4, Draw, Levels
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stored:
+    """Rows as they are stored: `codes` uint8 (n, columns), `scales` and `zeros` float32 (n, groups)."""
+
+    codes: Array
+    scales: Array
+    zeros: Array | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fit:
+    """Scales that fit numbers: `scales` and `zeros` as decoding uses them, float32 (row groups, groups).
+
+    `kept` are the scales in the form in which they are stored.
+    """
+
+    scales: Array
+    kept: Array
+    zeros: Array | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Grouped(Encoding):
+    """Codes of `levels` in groups of `height` × `width`; `columns_of` has the group of each column where it is no run.
+
+    `codes_part` is the part that holds the codes; `passes` says that new scales depend on the whole tensor.
+    """
+
+    levels: Levels = INT4
+    height: int = 1
+    width: int = 1
+    codes_part: str = "weight_packed"
+    columns_of: Array | None = None
+    passes: bool = False
+
+    @property
+    def rows(self) -> int:
+        """All sides but the last, joined."""
+        return prod(self.shape[:-1])
+
+    @property
+    def groups(self) -> int:
+        """Groups of a row."""
+        return -(-self.columns // self.width)
+
+    @abstractmethod
+    def stored(self, parts: Parts, first: int, count: int) -> Stored:
+        """Return so many rows from `first` on."""
+
+    @abstractmethod
+    def fit(self, parts: Parts, lows: Array, highs: Array, W: Array, largest: float) -> Fit:
+        """Return scales for groups of these extremes, (row groups, groups).
+
+        W are their numbers, (n, columns); `largest` is the largest magnitude of all tiles where `passes`, else 0.
+        """
+
+    @abstractmethod
+    def packed(self, codes: Array) -> Array:
+        """Return rows of codes as rows of bytes."""
+
+    @abstractmethod
+    def parts_of(self, packed: Array, kept: Array | None, zeros: Array | None) -> Mapping[str, Array]:
+        """Return the stored parts of all rows of codes, and of all scales and zero points where those are new."""
+
+    def decode(self, parts: Parts, first: int, out: Array) -> None:
+        """Write (level - zero)·scale."""
+        self.numbers(self.stored(parts, first, len(out)), out)
+
+    def numbers(self, stored: Stored, out: Array) -> None:
+        """Write what rows stand for."""
+        np.take(self.levels.table, stored.codes, out=out, mode="clip")
+        if stored.zeros is not None:
+            self.apply(np.subtract, out, stored.zeros)
+        self.apply(np.multiply, out, stored.scales)
+
+    def apply(self, operation: np.ufunc, values: Array, of_groups: Array) -> None:
+        """Change values, (n, columns), in place by a number for each group of their columns, (n, groups)."""
+        n, groups = of_groups.shape
+        if self.columns_of is not None:
+            operation(values, of_groups[:, self.columns_of], out=values)
+        elif groups == 1:
+            operation(values, of_groups, out=values)
+        elif groups * self.width == values.shape[1] and values.flags.c_contiguous:
+            blocks = values.reshape(n, groups, self.width)
+            operation(blocks, of_groups[:, :, None], out=blocks)
+        else:
+            operation(values, np.repeat(of_groups, self.width, axis=1)[:, : values.shape[1]], out=values)
+
+    def extremes(self, W: Array, first: int) -> tuple[Array, Array]:
+        """Return the least and the largest number of each group of these rows, (row groups, groups)."""
+        if self.columns_of is not None:
+            order = np.argsort(self.columns_of, kind="stable")
+            starts = np.searchsorted(self.columns_of[order], np.arange(self.groups))
+            W = W[:, order]
+        else:
+            starts = np.arange(0, self.columns, self.width)
+        lows, highs = np.minimum.reduceat(W, starts, axis=1), np.maximum.reduceat(W, starts, axis=1)
+        if self.height > 1:
+            rows = first + np.arange(len(W))
+            edges = np.flatnonzero(np.diff(rows // self.height, prepend=-1))
+            lows, highs = np.minimum.reduceat(lows, edges, axis=0), np.maximum.reduceat(highs, edges, axis=0)
+        return lows, highs
+
+    def encoder(self, parts: Parts, grid: Grid, draw: Draw | None = None) -> Encoder:
+        """Return what makes codes again; see `Encoding.encoder`."""
+        return _Encoder(self, parts, grid, draw)
+
+
+class _Encoder:
+    """Makes codes of rows, on the stored scales or on those that fit."""
+
+    def __init__(self, encoding: Grouped, parts: Parts, grid: Grid, draw: Draw | None) -> None:
+        self._encoding, self._parts, self._draw = encoding, parts, draw
+        self._fresh = grid == "fresh"
+        self._packed: Array | None = None
+        self._kept: Array | None = None
+        self._zeros: Array | None = None
+        self._lows: Array | None = None
+        self._highs: Array | None = None
+
+    @property
+    def needs_pass(self) -> bool:
+        """Whether a group has more rows than a tile may have, or something is of the whole tensor."""
+        encoding = self._encoding
+        return self._fresh and (encoding.passes or encoding.together < encoding.height)
+
+    def observe(self, first: int, W: Array) -> None:
+        """Take in the extremes of groups."""
+        encoding = self._encoding
+        lows, highs = encoding.extremes(W, first)
+        if self._lows is None or self._highs is None:
+            count = -(-encoding.rows // encoding.height)
+            self._lows = np.full((count, encoding.groups), np.inf, np.float32)
+            self._highs = np.full((count, encoding.groups), -np.inf, np.float32)
+        span = slice(first // encoding.height, first // encoding.height + len(lows))
+        np.minimum(self._lows[span], lows, out=self._lows[span])
+        np.maximum(self._highs[span], highs, out=self._highs[span])
+
+    def encode(self, first: int, W: Array) -> Array:
+        """Make codes of rows, and return what they stand for."""
+        encoding = self._encoding
+        old = encoding.stored(self._parts, first, len(W))
+        new = self._fitted(first, W) if self._fresh else old
+        x = W.copy()
+        scales = np.where(new.scales == 0, np.float32(1), new.scales)
+        encoding.apply(np.divide, x, scales)
+        if new.zeros is not None:
+            encoding.apply(np.add, x, new.zeros)
+        codes = encoding.levels.codes(x, self._draw)
+        before = np.empty_like(x)
+        encoding.numbers(old, before)
+        same = before == W  # two codes may stand for 0, and rounding at random may leave what is exact
+        if self._fresh:
+            unmoved = new.scales == old.scales
+            if new.zeros is not None and old.zeros is not None:
+                unmoved &= new.zeros == old.zeros
+            kept = np.ones_like(x)
+            encoding.apply(np.multiply, kept, unmoved.astype(np.float32))
+            same &= kept != 0
+        codes = np.where(same, old.codes, codes)
+        packed = encoding.packed(codes)
+        if self._packed is None:
+            self._packed = np.empty((encoding.rows, packed.shape[1]), np.uint8)
+        self._packed[first : first + len(W)] = packed
+        encoding.numbers(Stored(codes, new.scales, new.zeros), x)
+        return x
+
+    def finish(self) -> Mapping[str, Array]:
+        """Return the codes, and the scales and zero points where they are new."""
+        packed = np.empty((0, 0), np.uint8) if self._packed is None else self._packed
+        return self._encoding.parts_of(packed, self._kept, self._zeros)
+
+    def _fitted(self, first: int, W: Array) -> Stored:
+        encoding = self._encoding
+        codes = np.empty((0, 0), np.uint8)
+        start = first // encoding.height
+        if self.needs_pass:
+            assert self._lows is not None
+            assert self._highs is not None
+            stop = -(-(first + len(W)) // encoding.height)
+            lows, highs = self._lows[start:stop], self._highs[start:stop]
+            largest = float(max(self._highs.max(), -self._lows.min()))
+        else:
+            (lows, highs), largest = encoding.extremes(W, first), 0.0
+        fit = encoding.fit(self._parts, lows, highs, W, largest)
+        count = -(-encoding.rows // encoding.height)
+        if self._kept is None:
+            self._kept = np.zeros((count, *fit.kept.shape[1:]), fit.kept.dtype)
+            self._zeros = None if fit.zeros is None else np.zeros((count, encoding.groups), np.float32)
+        self._kept[start : start + len(lows)] = fit.kept
+        if self._zeros is not None and fit.zeros is not None:
+            self._zeros[start : start + len(lows)] = fit.zeros
+        of_row = (first + np.arange(len(W))) // encoding.height - start
+        return Stored(codes, fit.scales[of_row], None if fit.zeros is None else fit.zeros[of_row])
