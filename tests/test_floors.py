@@ -52,7 +52,7 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
     "loratools.surgery.combine": ("methods", "*"),
     "loratools.engine": ("stochastic task turns", "device plan tensor", "load residual", "arithmetic", "run"),
     "loratools.live": (
-        "classes product",
+        "below product",
         "site",
         "modules whole",
         "place",
@@ -64,6 +64,7 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
         "handle",
         "trainer",
     ),
+    "loratools.live.below": ("classes meta replay silent",),
     "loratools.format": (
         "canonical keys shapes",
         "meaning registry",

@@ -20,7 +20,7 @@ The entries:
     identity.py   is this the sealed base?                              watch.py     targets that never run
     export.py     back to an `Adapter`, and to a file                   summary.py   what `print(lora)` says
     trainer.py    a mixin for transformers' Trainer                     restore.py   how a training resumes
-    cost.py       `estimate`: what a LoRA costs, beforehand         classes.py   a module's class swapped, and back
+    cost.py       `estimate`: what a LoRA costs, beforehand         below/       classes, devices, repeated forwards
 """
 
 from __future__ import annotations

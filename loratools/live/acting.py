@@ -11,6 +11,7 @@ from torch import nn
 
 from loratools.adapter.model import Adapter, Step
 from loratools.errors import InvalidOption, LoraToolsError
+from loratools.live.below.replay import Replay
 from loratools.live.uses.merged import Merge, merge, unmerge
 from loratools.live.uses.named import ByName, Use
 from loratools.live.uses.rows import Rows
@@ -43,6 +44,7 @@ class Acting:
         self.active: Use | None = None
         self.state: Merge | None = None
         self.routes: list[Rows] = []
+        self.replay = Replay()
 
     def use(self, which: str | Mapping[str, float] | None) -> None:
         """Let an adapter act, None of them, or several, each with a weight on its scaling.
@@ -112,10 +114,20 @@ class Acting:
     def route(self, names: Sequence[str | None]) -> Iterator[None]:
         """Give each row of the batch an adapter of its own, None being the base, while the block runs.
 
-        Training works, each row's gradient reaching its own adapter. A module whose input has other rows than the
-        batch raises `IncompatibleAdapter` when it runs.
+        Training works, each row's gradient reaching its own adapter; call `backward` inside the block where gradient
+        checkpointing repeats the forward. Rows that transformers' `generate` repeats, for beams and returned
+        sequences, keep their adapter. A model or a module whose input has other rows than there are names raises
+        `IncompatibleAdapter` when it runs; the rows are the first side of an input.
+
+        Args:
+            names: One adapter, or None, for each row.
+
+        Raises:
+            InvalidOption: There are no names, or no adapter of such a name.
         """
         self._separate("route rows")
+        if isinstance(names, str) or not len(names):
+            raise InvalidOption(f"names is {names!r}; it has one adapter, or None, for each row of the batch")
         if missing := [name for name in names if name is not None and name not in self.entries]:
             raise self._unknown(missing)
         before, pairs, rows = self.active, acting_pairs(self.active), Rows(names)

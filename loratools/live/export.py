@@ -13,6 +13,7 @@ from loratools.adapter import kinds
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, BaseIdentity
 from loratools.decisions import warned
+from loratools.errors import IncompatibleAdapter
 from loratools.format import manifest, writer
 from loratools.live.identity import seal
 from loratools.live.modules._affine import AffineSite
@@ -78,7 +79,12 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def copied(tensor: Tensor) -> LazyTensor:
-    """Return a copy of a tensor, on the processor."""
+    """Return a copy of a tensor, on the processor; raise `IncompatibleAdapter` for one on the meta device."""
+    if tensor.is_meta:
+        raise IncompatibleAdapter(
+            "the model is on the meta device, so its adapters have no values to be saved or copied",
+            hint="Load the weights into the model first.",
+        )
     return LazyTensor.of(whole(tensor).to("cpu", copy=True).contiguous())
 
 

@@ -15,7 +15,7 @@ from loratools.dialects import InMemory
 from loratools.errors import IncompatibleAdapter, InvalidOption, LoraToolsError
 from loratools.format.record import TOOL
 from loratools.live.acting import Acting, Entry
-from loratools.live.classes import foreign_forward
+from loratools.live.below.classes import foreign_forward
 from loratools.live.export import adapter_of, save
 from loratools.live.identity import check_base as check_identity
 from loratools.live.modules import site_of

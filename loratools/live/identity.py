@@ -16,7 +16,8 @@ from torch import Tensor
 from loratools.adapter.model import BaseIdentity
 from loratools.adapter.naming.wrappers import Names
 from loratools.decisions import warned
-from loratools.errors import WrongBase
+from loratools.errors import IncompatibleAdapter, WrongBase
+from loratools.live.below.meta import stored
 from loratools.live.place import Layout
 from loratools.options import CheckBase
 from loratools.storage import digest, dtypes
@@ -114,8 +115,8 @@ def live_tensor(name: str, layout: Layout, names: Names) -> Tensor | None:
     if len(found) != 1:
         return None
     _, owner, own = layout.owners[found[0]]
-    tensor = owner._parameters.get(own)
-    return tensor if tensor is not None and tensor.is_floating_point() else None
+    tensor = stored(owner, own)
+    return tensor if tensor is not None and tensor.is_floating_point() and not tensor.is_meta else None
 
 
 def seal(layout: Layout, touched: Iterable[str], base_id: str | None) -> BaseIdentity:
@@ -125,11 +126,19 @@ def seal(layout: Layout, touched: Iterable[str], base_id: str | None) -> BaseIde
     digests of those, as its files have them; that is said.
     """
     tensors: dict[str, Tensor] = {}
+    empty: list[str] = []
     for name in sorted(set(touched)):
         _, owner, own = layout.owners[name]
-        parameter = owner._parameters.get(own)
-        if parameter is not None and parameter.is_floating_point():
+        parameter = stored(owner, own)
+        if parameter is not None and parameter.is_meta:
+            empty.append(name)
+        elif parameter is not None and parameter.is_floating_point():
             tensors[name] = parameter.detach()
+    if empty:
+        raise IncompatibleAdapter(
+            "these weights are on the meta device and have no values, with which an adapter could be sealed", empty,
+            hint="Load the weights into the model first.",
+        )  # fmt: skip
     dtypes_of = {tensor.dtype for tensor in tensors.values()}
     if dtypes_of == {torch.float32}:
         for narrow in _NARROWER[torch.float32]:

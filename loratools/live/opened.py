@@ -85,7 +85,7 @@ def settled(adapter: Adapter, layout: Layout) -> Adapter:
         if len(named) == 1 and layout.shapes[named[0]] == copy.shape:
             _, owner, key = layout.owners[named[0]]
             held, W = copy.load(), owner._parameters.get(key)
-            if W is not None and (torch.equal(held.to(W), W) or torch.equal(W.to(held), held)):
+            if W is not None and not W.is_meta and (torch.equal(held.to(W), W) or torch.equal(W.to(held), held)):
                 continue
         warned("the adapter's own %s takes the place of the model's, as in PEFT", path)
         own[path] = copy

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter
@@ -18,8 +19,10 @@ from loratools.adapter.placement.resolve import Placement, resolve
 from loratools.adapter.placement.whole import resolve_replacements
 from loratools.adapter.site import Site as Rectangle
 from loratools.errors import IncompatibleAdapter, UnsupportedAdapter
+from loratools.live.below.meta import device_of, refuse_uninitialized
+from loratools.live.below.silent import Silent
 from loratools.live.modules import type_of
-from loratools.live.site import Piece, Silent, Span
+from loratools.live.site import Piece, Span
 from loratools.live.whole import Changed, Replacement, Stack, TokenRows, Whole
 
 _CONFIG = ("model_type", "num_attention_heads", "n_head", "num_key_value_heads", "hidden_size")
@@ -40,16 +43,20 @@ class Layout:
     @classmethod
     def of(cls, model: nn.Module) -> Layout:
         """Look at every module of a model, without those that hold adapters."""
-        owners, shapes = {}, {}
+        owners, shapes, lazy = {}, {}, []
         for path, module in walk(model):
             dot = f"{path}." if path else ""
             for name, parameter in module._parameters.items():
                 if parameter is not None:
+                    if isinstance(parameter, UninitializedParameter):
+                        lazy.append(dot + name)
+                        continue
                     owners[dot + name] = path, module, name
                     shapes[dot + name] = tuple(parameter.shape)
             if hasattr(module, "in_features") and (known := _known(module)) and known.shape(module):
                 owners.setdefault(f"{dot}weight", (path, module, "weight"))
                 shapes[f"{dot}weight"] = known.shape(module)
+        refuse_uninitialized(lazy)
         config = getattr(model, "config", None)
         fields: Mapping[str, Any] = config if isinstance(config, Mapping) else vars(config) if config else {}
         stated = {key: value for key in _CONFIG if (value := fields.get(key, getattr(config, key, None))) is not None}
@@ -70,6 +77,13 @@ def walk(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     for name, child in model._modules.items():
         if child is not None and not isinstance(child, Silent):
             yield from walk(child, f"{path}.{name}" if path else name)
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """Return what a model calls its output embeddings; None where it does not say."""
+    ask = getattr(model, "get_output_embeddings", None)
+    head: nn.Module | None = ask() if callable(ask) else None
+    return head
 
 
 def _known(module: nn.Module) -> Any:
@@ -147,6 +161,7 @@ class _Builder:
         self.untrainable: list[str] = []
         self.shared: dict[str, dict[str, Tensor]] = {}  # tensors of an update that lands on several modules
         self.rows: dict[str, Whole] = {}  # rows of tokens by module, for each name of a tied weight
+        self.values: dict[str, dict[str, Tensor]] = {}  # and what they are, where they are on the meta device
 
     def update(self, module: str, tensor: str, together: list[Placement]) -> None:
         """Put one update on one tensor, by its factors where the module's type can, else by the changed weight."""
@@ -171,6 +186,7 @@ class _Builder:
             A, B = self._tensors(module, update, owner, dict(zip("AB", update.parts, strict=True))).values()
             turned = together[0].site.transposed
             place.whole[parameter] = Stack(module, update, A, B, turned)  # type: ignore[arg-type]
+            place.whole[parameter].values = self.values.get(module)
         elif self.trainable:
             self.untrainable.append(f"{module}: kind {update.kind}")
         elif parameter in owner._parameters and owner._parameters[parameter].is_floating_point():  # type: ignore
@@ -186,24 +202,31 @@ class _Builder:
         if len(sites) == 1 and sites[0].part == (0, rows) and sites[0].outputs == (0, out, 1):
             spans = None
         tensors = self._tensors(module, update, owner, update.roles)
-        return Piece(module, update, tensors, spans, self.dropout)
+        piece = Piece(module, update, tensors, spans, self.dropout)
+        piece.values = self.values.get(module)
+        return piece
 
     def _rows(self, module: str, update: Update, together: list[Placement], owner: nn.Module) -> Whole:
         if not self.trainable:
             return Changed(module, together)
         (values,) = self._tensors(module, update, owner, {"rows": next(iter(update.parts))}).values()
-        return TokenRows(module, update, values)  # type: ignore[arg-type]
+        whole = TokenRows(module, update, values)  # type: ignore[arg-type]
+        if module in self.values:
+            whole.values = {"delta": self.values[module]["rows"], "indices": torch.tensor(update.replaced_rows)}
+        return whole
 
     def _tensors(self, module: str, update: Update, owner: nn.Module, roles: Mapping[str, str]) -> dict[str, Tensor]:
         """Load the tensors of an update by role, as parameters or as buffers; one that lands twice shares them."""
         if module in self.shared:
             return self.shared[module]
-        weight = next((p for p in owner._parameters.values() if p is not None), None)
-        device = weight.device if weight is not None else torch.device("cpu")
+        weight, device = next((p for p in owner._parameters.values() if p is not None), None), device_of(owner)
         tensors: dict[str, Tensor] = {}
         parts = update.parts
         for role, part in roles.items():
-            tensor = parts[part].load().to(device)
+            loaded = parts[part].load()
+            if device.type == "meta":
+                self.values.setdefault(module, {})[role] = loaded
+            tensor = loaded.to(device)
             if self.trainable:
                 wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
                 tensors[role] = nn.Parameter(tensor.to(wide, copy=True))
@@ -224,10 +247,12 @@ class _Builder:
             return
         old = owner._parameters[parameter]
         assert old is not None
-        tensor = tensor.to(old.device)
+        device = device_of(owner)
         wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        held = nn.Parameter(tensor.to(wide, copy=True)) if self.trainable else tensor.to(old.dtype)
-        self.places.setdefault(path, Place(owner)).whole[parameter] = Replacement(name, held)
+        held = tensor.to(device, wide if self.trainable else old.dtype, copy=self.trainable)
+        whole = Replacement(name, nn.Parameter(held) if self.trainable else held)
+        whole.values = {"tensor": tensor} if device.type == "meta" else None
+        self.places.setdefault(path, Place(owner)).whole[parameter] = whole
 
     def check(self) -> None:
         """Raise for all that was found wrong."""

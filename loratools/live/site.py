@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 from loratools.adapter.kinds import Update
 from loratools.errors import LoraToolsError
-from loratools.live import classes
+from loratools.live.below import classes
+from loratools.live.below.meta import device_of
+from loratools.live.below.replay import Replay
+from loratools.live.below.silent import Silent
 
 BANK = "lora"
 """Name of the child that holds the factors."""
@@ -34,6 +37,8 @@ class Handle(Protocol):
     sites: dict[str, Any]
     entries: dict[str, Any]
     active: Any
+    replay: Replay
+    routes: list[Any]
 
     def children(self) -> Iterator[tuple[str, Any, str, str]]:
         """Yield (adapter's name, what it has on a module, the module's path, the parameter that it changes)."""
@@ -42,17 +47,6 @@ class Handle(Protocol):
     def path_of(self, site: Any) -> str:
         """Return the path of a site."""
         ...
-
-
-class Silent(nn.Module):
-    """A module whose tensors are part of the model but of none of its state dicts."""
-
-    def state_dict(self, *args: Any, destination: Any = None, **settings: Any) -> Any:
-        """Return what came before it, unchanged."""
-        return args[0] if args else {} if destination is None else destination
-
-    def _load_from_state_dict(self, *_: Any) -> None:
-        """Take nothing, and miss nothing."""
 
 
 class Piece(Silent):
@@ -103,6 +97,10 @@ class Piece(Silent):
         self._buffers["places"] = None if spans is None else _places(spans, tensors["B"])
         self._non_persistent_buffers_set |= {"A0", "B0", "places"}
 
+    def forget(self) -> None:
+        """Forget g of DoRA."""
+        self.__dict__["gains"] = None
+
     @property
     def rank(self) -> int:
         """Rank of the factors."""
@@ -129,6 +127,12 @@ class Bank(Silent):
         super().__init__()
         self.pieces: dict[str, tuple[Piece, ...]] = {}
         self.whole: dict[str, dict[str, Any]] = {}
+
+    def follow(self, device: torch.device) -> None:
+        """Give tensors on the meta device their values, where the module's own have come from there."""
+        for child in self._modules.values():
+            if isinstance(child, Silent) and child.values is not None and device.type != "meta":
+                child.to_empty(device=device)
 
     def _load_from_state_dict(self, *_: Any) -> None:
         """Refuse to resume a training whose checkpoint has the base alone: its factors would start untrained."""
@@ -181,9 +185,16 @@ class Site:
         def forward(self, *args: Any, **settings: Any) -> Any:
             """Compute the module with the adapters that are in use."""
             active = self._lora.active
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self._lora.replay.see(active)
             if active is None:
                 return type(self).base.forward(self, *args, **settings)
             return active.forward(self, *args, **settings)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Load as the class does; a weight that is assigned may leave the meta device, and the factors with it."""
+        super()._load_from_state_dict(*args)  # type: ignore[misc]
+        self.lora.follow(device_of(self))  # type: ignore[arg-type]
 
     def plain_forward(self, *args: Any, **settings: Any) -> Any:
         """Compute the module as it is without any adapter."""

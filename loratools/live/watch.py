@@ -8,6 +8,7 @@ the holder did not run either, as an idle expert or tower, it is none.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import nn
 from torch.nn.modules import module as registry
 
 from loratools.errors import IncompatibleAdapter
-from loratools.live.place import walk
+from loratools.live.modules import type_of
+from loratools.live.place import output_head, walk
 from loratools.live.site import Handle
 
 
@@ -30,6 +32,8 @@ class Watch:
         self.hooks: list[Any] = []
         # Path, children of the parent, name among them, and the site.
         self.seats: list[tuple[str, dict[str, Any], str, Any]] = []
+        # Path and site of those that may be resized, what tells the shape, and the shape.
+        self.tables: list[tuple[str, Any, Callable[[Any], tuple[int, ...]], tuple[int, ...]]] = []
 
     def begin(self) -> None:
         """Watch the next forward of the model, and the first in each other mode."""
@@ -42,8 +46,15 @@ class Watch:
             for parent, _, name in [path.rpartition(".")]
             if path
         ]
+        head: Any = output_head(self.lora.model)
+        self.tables = [
+            (path, site, known.shape, known.shape(site))
+            for path, site in self.lora.sites.items()
+            if isinstance(site, nn.Embedding) or site is head
+            if (known := type_of(site)) is not None
+        ]
         self.hooks = [
-            self.lora.model.register_forward_pre_hook(self._before),
+            self.lora.model.register_forward_pre_hook(self._before, with_kwargs=True),
             self.lora.model.register_forward_hook(self._after, always_call=True),
         ]
 
@@ -53,9 +64,14 @@ class Watch:
             hook.remove()
         self.hooks = []
 
-    def _before(self, model: nn.Module, _: Any) -> None:
+    def _before(self, model: nn.Module, args: Any, settings: Any) -> None:
         if not torch.compiler.is_compiling():
             self.seated()
+            active = self.lora.active
+            if self.lora.routes and active is self.lora.routes[-1]:
+                active.begin(args, settings)
+            if torch.is_grad_enabled():
+                self.lora.replay.begin(active, self.changes())
         mode = model.training, torch.is_grad_enabled()
         if torch.compiler.is_compiling() or self.running or mode in self.looked:
             return
@@ -63,11 +79,29 @@ class Watch:
         hook = registry.register_module_forward_pre_hook(lambda module, _: ran.add(id(module)))
         self.running = mode, ran, hook
 
+    def changes(self) -> int | None:
+        """Return a number that an optimizer's step changes, None where nothing is trained."""
+        for _, child, _, _ in self.lora.children():
+            for parameter in child.parameters():
+                if parameter.requires_grad and not parameter.is_inference():
+                    return int(parameter._version)
+        return None
+
     def seated(self) -> None:
         """Raise where another module has taken the place of one with an adapter, whose adapter would be passed over.
 
-        A wrapper around it, as torch.compile makes, is none.
+        A wrapper around it, as torch.compile makes, is none. Raise where an embedding or a head was made longer.
         """
+        resized = [
+            f"{path}: {was} at that time, {now} now"
+            for path, site, shape, was in self.tables
+            if (now := shape(site)) != was
+        ]
+        if resized:
+            raise IncompatibleAdapter(
+                "the weights of these modules have another shape than when their adapter was put there", resized,
+                hint="Detach, then call `resize_token_embeddings`, then attach or load.",
+            )  # fmt: skip
         gone = [
             path
             for path, children, name, site in self.seats

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loratools.adapter.kinds import Update
 from loratools.adapter.placement.resolve import Placement
-from loratools.live.site import Silent
+from loratools.live.below.silent import Silent
 
 
 class Whole(Silent):
@@ -75,6 +75,10 @@ class Changed(Whole):
     def rows(self) -> Sequence[int]:
         return [row for placement in self.placements for row in placement.update.replaced_rows]
 
+    def forget(self) -> None:
+        """Forget the changed weight."""
+        self.kept = None
+
     def value(self, W: Tensor | None, weight: float) -> Tensor:
         assert W is not None
         version = None if W.is_inference() else W._version
@@ -123,6 +127,10 @@ class TokenRows(Whole):
         self.kept: tuple[object, Tensor] | None = None
         self.register_parameter("delta", delta)
         self.register_buffer("indices", torch.tensor(list(update.replaced_rows), device=delta.device), persistent=False)
+
+    def forget(self) -> None:
+        """Forget the changed weight."""
+        self.kept = None
 
     @property
     def replaces(self) -> bool:

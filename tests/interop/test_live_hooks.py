@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from loratools import live
+from loratools.errors import IncompatibleAdapter, WrongBase
 from tests.interop.test_live_training import llama, rows
 from tests.live import trained
 
@@ -29,3 +32,32 @@ def test_a_dispatched_model_runs_its_adapters(first: bool) -> None:
     assert torch.equal(model(input_ids=x).logits, llama().eval()(input_ids=x).logits)
     accelerate.hooks.remove_hook_from_submodules(model)
     assert torch.equal(model(input_ids=x).logits, llama().eval()(input_ids=x).logits)
+
+
+def test_an_offloaded_model_trains_is_sealed_and_compared(tmp_path: Path) -> None:
+    x = torch.stack([row["input_ids"] for row in rows(3)])
+    gradients, logits = [], []
+    for offload in (False, True):
+        model = llama()
+        if offload:
+            accelerate.cpu_offload(model, execution_device="cpu")
+            assert model.lm_head.weight.is_meta
+        lora = trained(live.attach(model, targets=["q_proj", "embed_tokens"], rank=2))
+        model(input_ids=x, labels=x).loss.backward()
+        gradients.append([parameter.grad for parameter in lora.parameters()])
+        logits.append(model(input_ids=x).logits)
+        lora.save(tmp_path / str(offload))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert torch.equal(*logits)
+    names = ["adapter_model.safetensors", "adapter_config.json"]
+    assert all((tmp_path / "True" / name).read_bytes() == (tmp_path / "False" / name).read_bytes() for name in names)
+    with pytest.raises(IncompatibleAdapter, match="meta device"):
+        lora.merge()
+    live.load(model, tmp_path / "False", name="again")
+    assert (model(input_ids=x).logits - logits[0]).abs().max() < 1e-5
+    other = llama()
+    with torch.no_grad():
+        other.model.embed_tokens.weight[3, 3] += 1
+    accelerate.cpu_offload(other, execution_device="cpu")
+    with pytest.raises(WrongBase, match="embed_tokens"):
+        live.load(other, tmp_path / "False")

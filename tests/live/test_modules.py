@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from loratools import live
+from loratools.adapter import kinds
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter
 from loratools.errors import IncompatibleAdapter
@@ -201,7 +202,7 @@ def test_a_parametrized_weight_is_taken_as_it_is_computed() -> None:
     (_, piece, _, _), *_ = lora.children()
     expected = x @ (W + piece.scaling * piece.B @ piece.A).T + b
     assert (model(x) - expected).abs().max() < 1e-12
-    with pytest.raises(IncompatibleAdapter, match="computed from other parameters"):
+    with pytest.raises(IncompatibleAdapter, match="made by a parametrization"):
         lora.merge()
     lora.detach()
     assert (model(x) - (x @ W.T + b)).abs().max() < 1e-12
@@ -280,6 +281,38 @@ def test_adapters_whose_names_read_alike_keep_their_factors() -> None:
     live.attach(model, rank=2, name="x_y")
     model.to(torch.float64)
     assert {child.A.dtype for _, child, _, _ in lora.children()} == {torch.float64}
+
+
+@pytest.mark.parametrize("act", ["train", "eval", "half", "assign"])
+def test_what_is_kept_from_call_to_call_follows_the_weights(act: str) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)), torch.randn(3, 4)
+    trained(live.attach(model, rank=2, targets=["0"], dora=True))
+    factors = {name: LazyTensor.of(torch.randn(sides)) for name, sides in _LOHA.items()}
+    other = Adapter({"1": kinds.get("loha").build(factors, 1.0, 2.0)})
+    lora = live.of(model)
+    lora.add("other", other)
+    lora.use({"default": 1.0, "other": 1.0})
+    with torch.no_grad():
+        model(x)
+        for layer in model:
+            if act == "half":
+                continue
+            if act == "assign":
+                layer.weight.data = layer.weight.data * 3
+                continue
+            layer.weight.data.mul_(3)  # which autograd does not count
+        {"train": model.train, "eval": model.eval, "half": lambda: model.half().float(), "assign": model.eval}[act]()
+        y = model(x)
+    assert (y - model(x)).abs().max() < 1e-6  # with gradients nothing of DoRA is kept
+    fresh = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    fresh.load_state_dict(model.state_dict())
+    again = live.load(fresh, lora.adapter())
+    again.add("other", other)
+    again.use({"default": 1.0, "other": 1.0})
+    assert (fresh(x) - y).abs().max() < 1e-6
+
+
+_LOHA = {"hada_w1_a": (3, 2), "hada_w1_b": (2, 6), "hada_w2_a": (3, 2), "hada_w2_b": (2, 6)}
 
 
 def test_a_model_on_the_meta_device_runs() -> None:

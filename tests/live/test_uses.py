@@ -51,6 +51,15 @@ def test_rows_that_do_not_fit_are_refused() -> None:
     with pytest.raises(InvalidOption, match="no adapter 'd'"), lora.route(["a", "d"]):
         pass
 
+    for names in (["a"], [None], ["a", "a"], ["a"] * 6):
+        with lora.route(names), pytest.raises(IncompatibleAdapter, match=f"the batch has {len(names)} rows"):
+            model(ids(3))
+        with lora.route(names), pytest.raises(IncompatibleAdapter, match=rf"up: .*the batch has {len(names)} rows"):
+            model.blocks[0]["up"](torch.randn(3, 8, dtype=torch.float64))
+    for nothing in ([], "aaa", ()):
+        with pytest.raises(InvalidOption, match="one adapter, or None, for each row"), lora.route(nothing):
+            pass
+
     class Flat(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -63,6 +72,19 @@ def test_rows_that_do_not_fit_are_refused() -> None:
     lora = live.attach(flat, targets=["0"], name="a")
     with lora.route(["a", None]), pytest.raises(IncompatibleAdapter, match="chosen by a router"):
         flat(torch.randn(2, 3, 4))
+    x = torch.randn(2, 3, 4)
+    lora.use("a")
+    expected = flat(x)
+    with lora.route(["a", "a"]):  # whatever the router does, all are a's
+        assert torch.equal(flat(x), expected)
+
+
+def test_tokens_before_rows_are_refused_also_where_there_are_as_many() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 1, enable_nested_tensor=False).eval()
+    live.attach(model, targets=["linear1"], name="a", rank=2)
+    lora = live.attach(model, targets=["linear1"], name="b", rank=2)
+    with lora.route(["a", "b", None]), pytest.raises(IncompatibleAdapter, match="tokens first and its rows second"):
+        model(torch.randn(3, 3, 8))
 
 
 def test_stacked_adapters_switch_by_a_number() -> None:

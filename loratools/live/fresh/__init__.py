@@ -25,6 +25,7 @@ from loratools.adapter.placement.resolve import resolve
 from loratools.adapter.placement.slices import Slice
 from loratools.adapter.site import Site as Rectangle
 from loratools.errors import IncompatibleAdapter, InvalidOption
+from loratools.live.below.meta import device_of
 from loratools.live.fresh import start
 from loratools.live.fresh.targets import Target
 from loratools.live.fresh.tokens import Tokens, problems, stated
@@ -108,8 +109,13 @@ def places(model: nn.Module, chosen: Sequence[Target], options: Fresh) -> dict[s
         for path, module in walk(model) if options.bias == "all" else targeted.items():
             old = module._parameters.get("bias")
             if old is not None:
-                copy = nn.Parameter(old.detach().to(options.dtype, copy=True))
                 name = f"{path}.bias" if path else "bias"
+                if old.is_meta:
+                    raise IncompatibleAdapter(
+                        f"{name}: is on the meta device and has no values, of which a copy could be trained",
+                        hint="Load the weights into the model first, or say bias='none'.",
+                    )
+                copy = nn.Parameter(old.detach().to(options.dtype, copy=True))
                 places.setdefault(path, Place(module)).whole["bias"] = Replacement(name, copy)
     return places
 
@@ -118,13 +124,19 @@ def _piece(target: Target, spans: tuple[Span, ...] | None, options: Fresh, gener
     path, module = target.name, target.module
     known = type_of(module)
     assert known is not None  # `choose` took no other
-    device = next(parameter.device for parameter in module.parameters(recurse=False))
+    device = device_of(module)
     outputs, *inputs = known.sides(module)
     rank, ones = options.rank, [1] * len(inputs[1:])
     W = known.matrix(module)
     if W is None and (options.dora or options.init in start.OF_WEIGHT):
         asks = "dora" if options.dora else f"init={options.init!r}"
         raise IncompatibleAdapter(f"{path}: its weight is stored as codes, and {asks} has to look at it")
+    if W is not None and W.is_meta and (options.dora or options.init in start.OF_WEIGHT):
+        asks = "dora" if options.dora else f"init={options.init!r}"
+        raise IncompatibleAdapter(
+            f"{path}: its weight is on the meta device and has no values, and {asks} has to look at them",
+            hint="Load the weights into the model first, or start with init='kaiming' or 'gaussian'.",
+        )
     if spans is not None:
         outputs = sum(rows.stop - rows.start for rows, _ in spans)
         W = None if W is None else slice_of(W, spans)
@@ -147,7 +159,10 @@ def _piece(target: Target, spans: tuple[Span, ...] | None, options: Fresh, gener
         norms = row_norms(W, B.flatten(1).to(device), A.flatten(1).to(device), options.scaling)
         sides = (1, outputs, *ones) if ones else (outputs,)
         tensors["magnitude"] = nn.Parameter(norms.to(options.dtype).reshape(sides))
-    return Piece(path, built(known, tensors, options), tensors, spans, options.dropout, beginning)
+    piece = Piece(path, built(known, tensors, options), tensors, spans, options.dropout, beginning)
+    if device.type == "meta":
+        piece.values = {"A": A, "B": B}
+    return piece
 
 
 def _spans(model: nn.Module, parts: Sequence[Slice], options: Fresh) -> dict[str, tuple[Span, ...]]:

@@ -16,8 +16,9 @@ from torch import nn
 from loratools.adapter.naming.compact import suffixes
 from loratools.adapter.placement.slices import Slice, slices
 from loratools.errors import IncompatibleAdapter, InvalidOption
+from loratools.live.below.meta import refuse_uninitialized, uninitialized
 from loratools.live.modules import conv1d, linear, type_of
-from loratools.live.place import Layout, bypassed, walk
+from loratools.live.place import Layout, bypassed, output_head, walk
 
 ALL_LINEAR = "all-linear"
 _SECONDS = 5.0  # for all matches of one pattern together
@@ -48,6 +49,11 @@ def choose(model: nn.Module, targets: str | Sequence[str]) -> list[Target]:
     Raises `InvalidOption` for a pattern that is none or names nothing, `IncompatibleAdapter` for a module that no
     low-rank change fits; each lists all.
     """
+    if not model._modules and _changeable(model):
+        raise InvalidOption(
+            f"the model is itself a {type(model).__name__}, and a target is a module inside a model, by its name there",
+            hint="Put it into a module, as torch.nn.Sequential(layer), whose target is then '0'.",
+        )
     modules = dict(walk(model))
     modules.pop("")
     if targets == ALL_LINEAR:
@@ -56,6 +62,7 @@ def choose(model: nn.Module, targets: str | Sequence[str]) -> list[Target]:
         chosen = {path: module for path, module in chosen.items() if not _in_attention(modules, path)}
         if not chosen:
             raise InvalidOption("targets is 'all-linear', and this model has no linear layer besides its output head")
+        refuse_uninitialized([path for path, module in chosen.items() if uninitialized(module)])
         return [Target(path, module) for path, module in chosen.items()]
     fits = _matcher(targets)
     chosen = {path: module for path, module in modules.items() if fits(path)}
@@ -169,15 +176,10 @@ def _check(chosen: Mapping[str, nn.Module], layout: Layout) -> None:
 
 def _heads(model: Any) -> list[nn.Module]:
     """Return the output heads: what the model calls its output embeddings, and heads of classifiers beside the body."""
-    heads = [head] if (head := _asked(model, "get_output_embeddings")) is not None else []
+    heads = [head] if (head := output_head(model)) is not None else []
     if type(model).__name__.endswith(("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")):
         heads += [child for name, child in model.named_children() if name in ("score", "classifier", "qa_outputs")]
     return heads
-
-
-def _asked(model: Any, method: str) -> Any:
-    ask = getattr(model, method, None)
-    return ask() if callable(ask) else None
 
 
 def _in_attention(modules: dict[str, nn.Module], path: str) -> bool:

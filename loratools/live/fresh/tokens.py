@@ -59,6 +59,11 @@ def places(model: nn.Module, tokens: Tokens, dtype: torch.dtype) -> dict[str, Pl
         W = model.get_submodule(path).weight
         if not isinstance(W, torch.Tensor) or not W.is_floating_point() or W.dim() != 2:
             raise IncompatibleAdapter(f"{path}: its weight has no rows of numbers that could be trained")
+        if W.is_meta:
+            raise IncompatibleAdapter(
+                f"{path}: its weight is on the meta device and has no values, of which rows could be trained",
+                hint="Load the weights into the model first.",
+            )
         if beyond := [row for row in rows if row >= len(W)]:
             raise IncompatibleAdapter(
                 f"{path}: token {beyond[0]} is beyond its {len(W)} rows",

@@ -149,7 +149,7 @@ def _change(
     W = module._parameters.get(own)
     if own not in module._parameters and isinstance(getattr(module, own, None), Tensor):
         raise IncompatibleAdapter(
-            f"{path}.{own} is computed from other parameters, so nothing can be merged into it",
+            f"{path}.{own} is made by a parametrization, into which nothing can be merged",
             hint="Take the parametrization, weight norm or pruning away first, or let the adapter act unmerged.",
         )
     if W is not None and W.is_meta:

@@ -17,6 +17,7 @@ from loratools.errors import IncompatibleAdapter
 from loratools.live.modules._affine import AffineSite
 from loratools.live.modules._slices import joinable, joined
 from loratools.live.site import Piece, Site
+from loratools.live.uses import batch
 from loratools.live.uses.named import ByName
 
 Own = Mapping[str, tuple[Piece, ...]]
@@ -29,55 +30,94 @@ class Rows:
     def __init__(self, names: Sequence[str | None]) -> None:
         self.names = tuple(names)
         self.distinct = tuple(dict.fromkeys(name for name in self.names if name is not None))
-        self.kept: dict[int, tuple[Any, ...]] = {}
+        self.alike = len(set(self.names)) == 1
+        self.counted = False  # whether a forward of the whole model has shown that its batch has these rows
+        self.repeats = 1  # times that `generate` has each row, one after the other
+        self.apart: dict[int, str | None] = {}  # why a module's input is not the rows, by its id
+        self.kept: dict[tuple[int, int], tuple[Any, ...]] = {}
+
+    def __eq__(self, other: Any) -> bool:
+        return type(other) is type(self) and bool(other.names == self.names)
+
+    def __hash__(self) -> int:
+        return hash(self.names)
 
     @property
     def pairs(self) -> tuple[tuple[str, float], ...]:
         """What some row has, each with the weight 1."""
         return tuple((name or "the base", 1.0) for name in dict.fromkeys(self.names))
 
+    def begin(self, args: tuple[Any, ...], settings: Mapping[str, Any]) -> None:
+        """Look at the inputs of a whole model: raise where its batch has other rows than there are names."""
+        sizes, self.repeats = batch.sizes(args, settings), 1
+        self.counted = any(map(self._fits, sizes))
+        if sizes and not self.counted:
+            raise batch.other_rows("the model", f"{sizes[0]} rows", len(self.names), sizes[0])
+
     def forward(self, site: Site, *args: Any, **settings: Any) -> Any:
         """Compute a module, each row of its input with its own adapter."""
+        if self.alike and self.counted:
+            pairs = ((name, 1.0) for name in self.distinct)
+            return ByName(tuple(pairs)).forward(site, *args, **settings)
+        names = self._names(site, next((v for v in (*args, *settings.values()) if isinstance(v, Tensor)), None))
         bank = site.lora
         acting = [name for name in self.distinct if name in bank.pieces or name in bank.whole]
         if not acting:
             return site.plain_forward(*args, **settings)
-        if len(self.distinct) == 1 and None not in self.names:
+        if self.alike:
             return ByName(((self.distinct[0], 1.0),)).forward(site, *args, **settings)
         if isinstance(site, AffineSite) and not bank.whole and len(args) == 1 and not settings:
             pieces = {name: bank.pieces[name] for name in acting}
             if all(_simple(own) for own in pieces.values()):
-                return self._together(site, pieces, args[0])
-        return self._apart(site, args, settings)
+                return self._together(site, pieces, names, args[0])
+        return self._apart(site, names, args, settings)
 
-    def check(self, site: Site, x: Tensor) -> None:
-        """Raise where the first side of a module's input is not the rows of the batch, for all that can be told."""
-        path = site._lora.path_of(site)
-        inside = any(part == "experts" for part in path.split(".")) and x.dim() < 3
-        if inside or x.shape[:1] != (len(self.names),):
-            what = "tokens of the whole batch, chosen by a router" if inside else f"{tuple(x.shape)}"
-            raise IncompatibleAdapter(
-                f"{path}: its input is {what}, and the batch has {len(self.names)} rows, so it cannot be told which "
-                "adapter goes with which",
-                hint="Serve the rows of each adapter apart (`lora.use`), or leave this module out of the adapters.",
-            )
+    def _fits(self, size: int) -> bool:
+        """Tell whether a first side is the rows, or what `generate` makes of them, which is remembered then."""
+        count = len(self.names)
+        if size in (count, count * self.repeats):
+            return True
+        if count and size % count == 0 and batch.repeats() == size // count:
+            self.repeats = size // count
+            return True
+        return False
 
-    def _together(self, site: AffineSite, pieces: Own, x: Tensor) -> Tensor:
-        self.check(site, x)
+    def _names(self, site: Site, x: Tensor | None) -> tuple[str | None, ...]:
+        """Return the adapter of each row of a module's input; raise where it has other rows, as far as can be told."""
+        key = id(site)
+        if key not in self.apart:
+            if not self.apart:  # all paths in one go: to look for each would be quadratic
+                self.apart = {id(own): batch.apart(own, path) for path, own in site._lora.sites.items()}
+            self.apart.setdefault(key, None)
+        why = self.apart[key]
+        if why is not None and (x is None or x.dim() < 3 or why == batch.SEQUENCE_FIRST):
+            if self.alike:
+                return self.names
+            raise batch.other_rows(site._lora.path_of(site), why, len(self.names))
+        size = len(x) if x is not None and x.dim() else 0
+        if size != len(self.names) and not self._fits(size):
+            shown = f"{() if x is None else tuple(x.shape)}"
+            raise batch.other_rows(site._lora.path_of(site), shown, len(self.names), size)
+        if size == len(self.names):
+            return self.names
+        return tuple(name for name in self.names for _ in range(self.repeats))
+
+    def _together(self, site: AffineSite, pieces: Own, names: tuple[str | None, ...], x: Tensor) -> Tensor:
         y: Tensor = site.plain_forward(x)
-        kept = self.kept.get(id(site))
+        key = id(site), len(names)
+        kept = self.kept.get(key)
         every = [piece for own in pieces.values() for piece in own]
         trained = torch.is_grad_enabled() and any(piece.A.requires_grad for piece in every)
         # Factors that were trained since, and tensors of inference mode where gradients are wanted, are gathered anew.
         factors = (p for piece in every for p in piece._parameters.values() if p is not None)
         state = x.dtype, torch.is_inference_mode_enabled(), *((p.data_ptr(), p._version) for p in factors)
         if kept is None or kept[0] != state or trained:
-            kept = state, *self._gathered(site, pieces, x, y.shape[-1])
+            kept = state, *self._gathered(site, pieces, names, x, y.shape[-1])
             if not trained:
-                self.kept[id(site)] = kept
+                self.kept[key] = kept
         _, At, Bt, gains = kept
         flat = x.reshape(len(x), -1, x.shape[-1])
-        dropped = self._dropped(pieces, flat) if site.training else flat  # type: ignore[attr-defined]
+        dropped = self._dropped(pieces, names, flat) if site.training else flat  # type: ignore[attr-defined]
         u = torch.bmm(dropped, At)
         if gains is None and not (y.requires_grad or u.requires_grad) and y.is_contiguous():
             y.view(len(x), -1, y.shape[-1]).baddbmm_(u, Bt)
@@ -91,7 +131,9 @@ class Rows:
             delta = (gains - 1) * straight + gains * delta
         return y + delta.reshape(y.shape).to(y.dtype)
 
-    def _gathered(self, site: AffineSite, pieces: Own, x: Tensor, outputs: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _gathered(
+        self, site: AffineSite, pieces: Own, names: tuple[str | None, ...], x: Tensor, outputs: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return Aᵀ (rows, in, r), s·Bᵀ (rows, r, out) and g (rows, 1, out), which is None where no row has DoRA."""
         factors = [joined([(piece, 1.0) for piece in own], outputs) for own in pieces.values()]
         rank, inputs = max(len(A) for A, _ in factors), factors[0][0].shape[1]
@@ -102,7 +144,7 @@ class Rows:
             Bs.append(torch.nn.functional.pad(B.to(x.dtype), (0, more)))
             gs.append(gs[0] if own[0].magnitude is None else site.gains(own[0], 1.0).to(x.dtype))
         order = {name: i for i, name in enumerate((None, *pieces))}
-        index = torch.tensor([order.get(name, 0) for name in self.names], device=x.device)
+        index = torch.tensor([order.get(name, 0) for name in names], device=x.device)
         At, Bt = (torch.stack(each).index_select(0, index).transpose(1, 2) for each in (As, Bs))
         dora = any(own[0].magnitude is not None for own in pieces.values())
         gains = torch.stack(gs).index_select(0, index).unsqueeze(1) if dora else None
@@ -110,21 +152,21 @@ class Rows:
             return At, Bt, gains
         return At.contiguous(), Bt.contiguous(), gains
 
-    def _dropped(self, pieces: Own, x: Tensor) -> Tensor:
-        chances = [pieces[name][0].dropout if name is not None and name in pieces else 0.0 for name in self.names]
+    def _dropped(self, pieces: Own, names: tuple[str | None, ...], x: Tensor) -> Tensor:
+        chances = [pieces[name][0].dropout if name is not None and name in pieces else 0.0 for name in names]
         if not any(chances):
             return x
         keep = 1 - torch.tensor(chances, dtype=x.dtype, device=x.device).view(-1, 1, 1)
         return x * (torch.bernoulli(keep.expand_as(x)) / keep)
 
-    def _apart(self, site: Site, args: tuple[Any, ...], settings: dict[str, Any]) -> Any:
+    def _apart(self, site: Site, names: tuple[str | None, ...], args: tuple[Any, ...], settings: dict[str, Any]) -> Any:
         """Compute the rows of each adapter by themselves, and put them together again."""
         for value in (*args, *settings.values()):
-            if isinstance(value, Tensor):
-                self.check(site, value)
+            if isinstance(value, Tensor) and value.shape[:1] != (len(names),):
+                raise batch.other_rows(site._lora.path_of(site), f"{tuple(value.shape)}", len(self.names))
         parts, places = [], []
-        for name in dict.fromkeys(self.names):
-            at = [i for i, own in enumerate(self.names) if own == name]
+        for name in dict.fromkeys(names):
+            at = [i for i, own in enumerate(names) if own == name]
             take: Callable[[Any], Any] = lambda v, at=at: v[at] if isinstance(v, Tensor) else v  # type: ignore[misc]  # noqa: E731
             use = ByName(() if name is None else ((name, 1.0),))
             out = use.forward(site, *map(take, args), **{key: take(value) for key, value in settings.items()})

@@ -1,0 +1,7 @@
+"""What lies below a module with adapters: what torch, accelerate and checkpointing do to modules and tensors.
+
+classes   how a module's class is swapped, and back, between what others put over it
+meta      parameters without values: on the meta device, lazy, offloaded
+silent    modules whose tensors are in no state dict
+replay    forwards that a backward repeats
+"""
