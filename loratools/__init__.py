@@ -29,6 +29,7 @@ Change
     unmerge          take adapters out of a merged model again, bit for bit where the merge kept what that takes
     switch           take one adapter out and put another in, in one pass
     combine          one adapter of several: weighted sums, TIES, DARE, KnOTS and more
+    dequantize       a quantized model in 16 bit
     resize           other ranks, with the least error there is
     extract_svd      the low-rank change of a full fine-tune, near the optimum
     convert          another dialect; or seal an adapter with its base's hash
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from loratools.surgery.combine import combine
     from loratools.surgery.compare import compare
     from loratools.surgery.convert import convert
+    from loratools.surgery.dequantize import dequantize
     from loratools.surgery.extract import extract
     from loratools.surgery.extract import extract as extract_svd
     from loratools.surgery.extract.certify import certify
@@ -93,6 +95,7 @@ else:
         "combine": "loratools.surgery.combine:combine",
         "compare": "loratools.surgery.compare:compare",
         "convert": "loratools.surgery.convert:convert",
+        "dequantize": "loratools.surgery.dequantize:dequantize",
         "estimate": "loratools.live.cost:estimate",
         "extract": "loratools.surgery.extract:extract",
         "extract_svd": "loratools.surgery.extract:extract",
@@ -128,7 +131,8 @@ else:
 
 __all__ = [
     "Adapter", "BaseIdentity", "Checkpoint", "LoraToolsError", "MergeOptions", "__version__", "certify", "combine",
-    "compare", "convert", "estimate", "extract", "extract_svd", "hash", "hash_checkpoint", "inspect", "list_dialects",
+    "compare", "convert", "dequantize", "estimate", "extract", "extract_svd", "hash", "hash_checkpoint", "inspect",
+    "list_dialects",
     "merge", "open_adapter", "pull", "push", "resize", "run_demo", "save_adapter", "spectrum", "switch", "unmerge",
     "validate", "verify",
 ]  # fmt: skip

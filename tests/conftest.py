@@ -66,17 +66,19 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     adapter/  a PEFT LoRA for it: rank 4, alpha 8, q_proj and v_proj; other/ another, rank 2, on all linear layers
     sealed/   adapter/ in the loratools format, with the hash of base/
     merged/   base + adapter, computed in float64 and rounded once
+    quantized/  base/ with its linear layers in FP8
     tuned/    a full fine-tune of base/: other numbers in every tensor but the embedding and the head
     """
     from loratools.dialects import open_adapter
     from loratools.format import writer
     from loratools.storage.checkpoint import Checkpoint
     from loratools.surgery.hash import hash_checkpoint
-    from tests.make import tiny
+    from tests.make import fp8, tiny
 
     folder = tmp_path_factory.mktemp("prepared")
     weights, factors = tiny.llama_weights(), tiny.lora_factors()
     tiny.save_llama(folder / "base", weights)
+    fp8.save_llama(folder / "quantized", weights)
     tiny.save_peft(folder / "adapter", factors)
     tiny.save_peft(folder / "other", tiny.lora_factors(tiny.SHAPES, rank=2, seed=2), alpha=2)
     tiny.save_llama(folder / "merged", tiny.merged_weights(weights, factors, 8 / 4))

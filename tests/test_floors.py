@@ -46,11 +46,11 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
         "base convert extract",
         "change combine merge validate",
         "paper resize spectrum verify",
-        "compare unmerge",
+        "compare dequantize unmerge",
         "switch",
     ),
     "loratools.surgery.combine": ("methods", "*"),
-    "loratools.engine": ("stochastic task turns", "device plan tensor", "load residual", "arithmetic", "run"),
+    "loratools.engine": ("stochastic task turns", "device plan tensor", "load residual", "arithmetic coded", "run"),
     "loratools.live": (
         "below product",
         "site",

@@ -23,8 +23,8 @@ ELSEWHERE = {
     "adapter/placement/test_image": "adapter/naming/image: rename",
     "adapter/placement/test_resolve": "adapter/placement: layers settle whole",
     "adapter/placement/test_tied": "adapter/placement: apart shared spread",
-    "cli/test_examples": "cli: combine compare completion convert demo dialects estimate hash inspect merge pull push "
-    "resize switch unmerge validate verify _options _ranks",
+    "cli/test_examples": "cli: combine compare completion convert demo dequantize dialects estimate hash inspect "
+    "merge pull push resize switch unmerge validate verify _options _ranks",
     "cli/test_run": ".: __main__ decisions errors; cli: _group _talk",
     "cli/test_show": "cli: _certificate",
     "dialects/kohya/test_kohya": "storage: save",
@@ -48,6 +48,7 @@ ELSEWHERE = {
     "surgery/extract/test_extract": "adapter/naming: selection; adapter/placement: owners; linalg/ranks: allocate",
     "surgery/test_options": ".: options; surgery: inputs",
     "surgery/unmerge/test_unmerge": "engine/residual: keep restore; storage: companions",
+    "surgery/merge/test_quantized": "engine: coded",
     "engine/residual/test_codes": "storage/codecs: floats",
 }
 """Test -> the modules that it proves besides its own: "folder: module module; folder: ..."."""

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from loratools.hub.stream import Stream
     from loratools.surgery.merge import Merge, MergeReport
 
+_SHOWN = 12
+
 
 @make(section="Change")
 @click.argument("base", type=options.INPUT)
@@ -53,6 +55,10 @@ if TYPE_CHECKING:
     "A base of codes: write it in 16 bit, only the changed modules, make codes of those again, or refuse.",
 )  # fmt: skip
 @click.option(
+    "--original", type=options.INPUT, metavar="PATH",
+    help="With --quantized requantize: the unquantized model; the changed modules are quantized anew from its weights.",
+)  # fmt: skip
+@click.option(
     "--keep-residual", is_flag=True, help="Keep what rounding destroys, so that `loratools unmerge` restores every bit."
 )
 @click.option("--push", metavar="REPO", help="Send each shard to this repository of the Hub as it is finished.")
@@ -87,6 +93,7 @@ def command(
       loratools merge hf://lab/base hf://lab/adapter -o merged
       loratools merge base adapter other -w 0.7 -w -0.3 -o merged
       loratools merge base adapter -o merged --dry-run
+      loratools merge quantized adapter -o merged --quantized partial
       loratools merge base adapter -o merged --dtype f32 --max-shard-size 2GB --verify
       loratools merge base adapter --push lab/merged --no-local --license mit --base-model lab/base
     """
@@ -169,7 +176,8 @@ def _plan(prepared: Merge, plan: dict[str, Any]) -> Iterator[str]:
 
 
 def _report(report: MergeReport) -> Iterator[str]:
-    kept = "not measured" if report.retention is None else f"{report.retention:.2%} of the change survives rounding"
+    through = "as codes" if report.recoded else "rounding"
+    kept = "not measured" if report.retention is None else f"{report.retention:.2%} of the change survives {through}"
     base = f"{report.verified} tensors are those of the recorded base" if report.verified else "not verified"
     left = report.residual
     yield from show.fields(
@@ -179,5 +187,14 @@ def _report(report: MergeReport) -> Iterator[str]:
         ("base", base),
         ("retention", kept),
         ("resumed", f"{len(report.reused)} file(s) were complete, by their digests" if report.reused else None),
+        ("as codes", "; ".join(_lowest(report.recoded)) or None),
         ("residual", f"{show.size(left.nbytes)}, {left.share:.2%} of the bytes that were touched" if left else None),
     )
+
+
+def _lowest(recoded: dict[str, float]) -> Iterator[str]:
+    """Yield what survives in each module that became codes again, the least first, and how many are not shown."""
+    for name in sorted(recoded, key=lambda name: recoded[name])[:_SHOWN]:
+        yield f"{name.removesuffix('.weight')} {recoded[name]:.1%}"
+    if len(recoded) > _SHOWN:
+        yield f"and {len(recoded) - _SHOWN} more (--json has all)"

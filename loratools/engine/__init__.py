@@ -9,6 +9,7 @@ How a merge goes through it:
     task         one output tensor, what is measured on it, and what an arithmetic offers
     tensor       the tile loop: read, hash, change, write
     arithmetic   what is computed on a tile: in C, or in torch
+    coded        the tile loop of a weight that becomes codes again
     stochastic   rounding at random
     device       the processor or a CUDA device
 

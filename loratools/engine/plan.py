@@ -10,6 +10,7 @@ from loratools.adapter.model import Adapter, AdapterInput
 from loratools.adapter.placement.resolve import Placement
 from loratools.engine.task import TILE
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.codecs import Encoding, Grid
 from loratools.storage.header import TensorSpec
 from loratools.storage.layout import FilePlan
 
@@ -18,17 +19,38 @@ _TORCH, _NUMPY = 260_000_000, 50_000_000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Recoded:
+    """How a changed weight becomes codes again: as `encoding` has it in the base, by its own scales or fresh ones.
+
+    `original` is the weight before it was quantized, to which the change is added; None: what the codes stand for.
+    """
+
+    encoding: Encoding
+    grid: Grid = "own"
+    original: TensorSpec | None = None
+
+    @property
+    def parts(self) -> dict[str, TensorSpec]:
+        """The stored parts as the base has them, by name."""
+        module = self.encoding.module
+        return {name: module.specs[part] for part, name in module.names.items()}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Change:
     """What becomes of one output tensor: `source` bytes, of the base or of an adapter that replaces it, plus updates.
 
     `placements` pairs the number of an adapter with a placement of one of its updates. `expected` are the digests
-    that adapters recorded for the base tensor, each with the number of its adapter.
+    that adapters recorded for the base tensor, each with the number of its adapter. A weight that becomes codes again
+    is `recoded`; the stored parts of it are written with it, and each is a change that is `part_of` it.
     """
 
     source: TensorSpec
     placements: tuple[tuple[int, Placement], ...] = ()
     replaced: bool = False
     expected: tuple[tuple[int, str], ...] = ()
+    recoded: Recoded | None = None
+    part_of: str | None = None
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -93,7 +115,7 @@ class MergePlan:
         return {
             slot.name: change
             for slot, change in changes
-            if change.placements or slot.dtype != change.source.dtype or change.source.encoding
+            if change.placements or slot.dtype != change.source.dtype or change.source.encoding or change.part_of
         }
 
     def peak_memory(self, threads: int, *, torch: bool = True, tile_bytes: int = TILE) -> int:

@@ -15,12 +15,12 @@ from threading import Event, local
 from typing import Any
 
 from loratools.decisions import decided
-from loratools.engine import stochastic
+from loratools.engine import coded, stochastic
 from loratools.engine.arithmetic import native
 from loratools.engine.arithmetic.torch import TorchRows, Workspace
 from loratools.engine.device import TILES, exact_products, own_stream
 from loratools.engine.load import check_effect, is_wide, load_products, load_terms
-from loratools.engine.plan import Change, MergePlan
+from loratools.engine.plan import Change, MergePlan, Recoded
 from loratools.engine.task import Arithmetic, Restore, TensorResult, TensorTask
 from loratools.engine.tensor import run
 from loratools.engine.turns import Queue, Turns
@@ -33,7 +33,22 @@ from loratools.storage.layout import FilePlan, Slot
 
 _COPY = 64 << 20  # bytes of one copy task: large enough to be cheap, small enough to share out and to stop
 
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A tensor to be changed, and where it goes in one file: one slot, or those of its parts where it becomes codes."""
+
+    name: str
+    slots: tuple[Slot, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are written."""
+        return sum(slot.nbytes for slot in self.slots)
+
+
 _Range = tuple[Path, int, int, int]  # of a file, from, to; and where it goes
+Run = Callable[[TensorTask, Arithmetic], TensorResult]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +85,15 @@ def in_torch(plan: MergePlan, settings: Settings | None = None) -> Set[str]:
     """
     settings = settings or Settings(1)
     slots = {slot.name: slot.dtype for file in plan.files for slot in file.slots}
-    return {
-        name
-        for name, change in plan.rewritten().items()
-        if settings.device != "cpu" or settings.random(slots[name]) or not native.serves(change, slots[name])
-    }
+    late = set()
+    for name, change in plan.rewritten().items():
+        tensor = change.part_of or name
+        change = plan.changes[tensor]
+        dtype = "F32" if change.recoded else slots[name]
+        random = settings.random(dtype)
+        if settings.device != "cpu" or random or not native.serves(change, dtype):
+            late.add(tensor)
+    return late
 
 
 def write_weights(
@@ -126,13 +145,13 @@ def write_weights(
 
 def _open(
     plan: MergePlan, group: Sequence[FilePlan], folder: Path, before: Set[str], descriptors: ExitStack
-) -> tuple[list[tuple[int, Slot]], list[tuple[int, _Range]]]:
+) -> tuple[list[tuple[int, Work]], list[tuple[int, _Range]]]:
     """Make output files with their headers; return their tensors that are to be changed, and the ranges to be copied.
 
     Both come with their file's descriptor. The largest tensors are first, so that threads end together.
     """
     rewritten = plan.rewritten().keys() | before
-    work: list[tuple[int, Slot]] = []
+    work: list[tuple[int, Work]] = []
     ranges: list[tuple[int, _Range]] = []
     for file in group:
         target = folder / file.name
@@ -140,8 +159,12 @@ def _open(
         descriptor = descriptors.enter_context(files.descriptor(target, os.O_RDWR | os.O_CREAT | os.O_EXCL))
         os.truncate(descriptor, file.size)
         files.write_from(descriptor, memoryview(file.header), 0)
-        changed = [slot for slot in file.slots if slot.name in rewritten]
-        work += [(descriptor, slot) for slot in sorted(changed, key=lambda slot: -slot.nbytes)]
+        changed: dict[str, list[Slot]] = {}
+        for slot in file.slots:
+            if slot.name in rewritten:
+                changed.setdefault(plan.changes[slot.name].part_of or slot.name, []).append(slot)
+        items = [Work(name, tuple(slots)) for name, slots in changed.items()]
+        work += [(descriptor, item) for item in sorted(items, key=lambda item: -item.nbytes)]
         kept = [slot for slot in file.slots if slot.name not in rewritten]
         ranges += [(descriptor, part) for part in _copy_ranges(plan, kept)]
     return work, ranges
@@ -192,9 +215,12 @@ class _Job:
                 files.copy_range(source, start, stop, target, offset, path)
             self.progress(stop - start)
 
-    def merge(self, target: int, slot: Slot) -> TensorResult:
+    def merge(self, target: int, work: Work) -> TensorResult:
         """Put the base's bytes in place where the settings say how; then change them, if anything does."""
-        change, settings = self.plan.changes[slot.name], self.settings
+        change, settings = self.plan.changes[work.name], self.settings
+        if change.recoded:
+            return self._recode(target, work, change, change.recoded)
+        slot = work.slots[0]
         if (before := settings.before.get(slot.name)) and not change.replaced:
             before(target, slot.offset)
             if not change.placements and change.source.dtype == slot.dtype:
@@ -207,13 +233,26 @@ class _Job:
         self._check_base(result, change)
         return result
 
-    def _in_c(self, task: TensorTask, change: Change) -> TensorResult:
+    def _recode(self, target: int, work: Work, change: Change, recoded: Recoded) -> TensorResult:
+        """Make codes of the changed weight again, and write those parts that lie in this file."""
+        task = TensorTask(work.name, change.source, change.matrix, "F32", target, 0, seed=self.settings.seed)
+        random = self.settings.rounding == "stochastic"
+
+        def encode(task: TensorTask, arithmetic: Arithmetic) -> TensorResult:
+            return coded.run(
+                task, recoded, arithmetic, work.slots, self.progress, self.stop.is_set, random=random,
+                tile_bytes=self.settings.tile,
+            )  # fmt: skip
+
+        return (self._in_torch if work.name in self.late else self._in_c)(task, change, encode)
+
+    def _in_c(self, task: TensorTask, change: Change, run_with: Run | None = None) -> TensorResult:
         if not hasattr(self.mine, "buffers"):
             self.mine.buffers = floats.Buffers()
         products = load_products(self.plan, change, task.name)
-        return self._run(task, native.NativeRows(task, products, self.mine.buffers))
+        return (run_with or self._run)(task, native.NativeRows(task, products, self.mine.buffers))
 
-    def _in_torch(self, task: TensorTask, change: Change) -> TensorResult:
+    def _in_torch(self, task: TensorTask, change: Change, run_with: Run | None = None) -> TensorResult:
         import torch
 
         device, settings = torch.device(self.settings.device), self.settings
@@ -225,7 +264,8 @@ class _Job:
             random = settings.random(task.dtype)
             drawn = stochastic.Stochastic(settings.seed, task.name, task.dtype) if random else None
             wide = is_wide(change, task.dtype)
-            return self._run(task, TorchRows(task, terms, self.mine.workspace, wide=wide, stochastic=drawn))
+            rows = TorchRows(task, terms, self.mine.workspace, wide=wide, stochastic=drawn)
+            return (run_with or self._run)(task, rows)
 
     def _run(self, task: TensorTask, arithmetic: Arithmetic) -> TensorResult:
         return run(task, arithmetic, self.progress, self.stop.is_set, self.settings.tile)

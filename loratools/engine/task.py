@@ -48,7 +48,7 @@ class TensorResult:
 
     retained = ⟨W' − W, ΔW⟩ and total = ⟨ΔW, ΔW⟩ over the measured rows, and the number of elements that `changed`, in
     float64, scaled up to the whole tensor. `overflowed` counts the numbers of which a cast to a narrower dtype made an
-    infinity, `flushed` those that were not zero and became it.
+    infinity, `flushed` those that were not zero and became it. `lost` is ‖W'' − W'‖² of what became codes W'' again.
     """
 
     name: str
@@ -59,6 +59,7 @@ class TensorResult:
     warnings: list[str] = field(default_factory=list)
     overflowed: int = 0
     flushed: int = 0
+    lost: float = 0.0
 
 
 def retention(results: Sequence[TensorResult]) -> float | None:

@@ -40,6 +40,11 @@ _U64 = 2**64 - 1
 class Decoded(Protocol):
     """How a weight that is stored as codes is read: `storage/codecs` has all of it."""
 
+    @property
+    def dtype(self) -> str:
+        """The 16-bit dtype that it becomes where it is stored plainly."""
+        ...
+
     def reader(self) -> AbstractContextManager[Callable[[memoryview, int], None]]:
         """Open it for reading as float32: a function of a buffer to fill, and its offset in bytes."""
         ...
@@ -64,6 +69,11 @@ class TensorSpec:
     def nbytes(self) -> int:
         """Bytes of the tensor's data."""
         return self.stop - self.start
+
+    @property
+    def plain_dtype(self) -> str:
+        """Its dtype where it is written as numbers: its own, or the 16-bit dtype of a weight of codes."""
+        return self.dtype if self.encoding is None else self.encoding.dtype
 
     @property
     def parameters(self) -> int:

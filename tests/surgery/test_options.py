@@ -165,7 +165,7 @@ PLACES: dict[str, tuple[Any, ...]] = {
     "certify": (MISSING, MISSING, MISSING), "convert": (MISSING, OUT), "hash": (MISSING,), "inspect": (MISSING,),
     "spectrum": (MISSING,), "validate": (MISSING,), "verify": (MISSING, MISSING, MISSING), "open_adapter": (MISSING,),
     "save_adapter": (loratools.Adapter({}), OUT), "pull": ("lab/x", OUT), "push": (MISSING, "lab/x"),
-    "compare": (MISSING, MISSING), "run_demo": (), "list_dialects": (),
+    "compare": (MISSING, MISSING), "dequantize": (MISSING, OUT), "run_demo": (), "list_dialects": (),
 }  # fmt: skip
 WRONG: dict[str, tuple[Any, ...]] = {
     "weights": ("x",), "profile": ("VLLM", 1), "to": ("Peft", "PEFT"), "method": ("dare-ties", "TIES", 3),
@@ -175,7 +175,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "max_shard_size": ("lots", "5 bananas", 0, -1, 1.5), "model_type": (3,), "seed": ("x", 1.5), "threads": (0, "2"),
     "force": ("yes", 1), "durable": ("yes", 1), "keep_residual": ("yes", 1), "resume": ("no", 0), "exact": ("no",),
     "data": ("no",), "allow_loss": ("yes",), "ranks": ("x", 0, -3, 1.5), "tolerance": ("x", -1), "tight": ("x",),
-    "base_id": (3, ""), "include": (3,), "alpha": ("x",), "enabled": ("x", [1]),
+    "base_id": (3, ""), "include": (3,), "alpha": ("x",), "enabled": ("x", [1]), "original": (3, ""),
     "private": ("x",), "create_pr": ("x",), "card": ("left",), "message": (3,), "revision": (3,), "license": (3,),
     "token": (3,), "density": ("x", 2), "gamma": (2,), "epsilon": (-1,), "selection": ("x",), "base_model": (3,),
 }  # fmt: skip

@@ -36,6 +36,17 @@ def refuse_codes(adapter: Adapter, base: Checkpoint, who: str = "the adapter") -
         )
 
 
+def refuse_all_codes(base: Checkpoint) -> None:
+    """Raise `IncompatibleAdapter`, with the scheme's name, where a logical view still has modules stored as codes."""
+    codes = schemes.find(base.specs, base.config)
+    if codes.modules:
+        raise IncompatibleAdapter(
+            f"{base.path} is quantized with {codes.named()}, which loratools does not read",
+            [f"{module}: {scheme}" for module, scheme in sorted(codes.modules.items())[:20]],
+            hint="Dequantize it with the tool that made it, or take the model that it was made from.",
+        )
+
+
 def refuse_other_codes(base: Checkpoint, tuned: Checkpoint) -> frozenset[str]:
     """Return the tensors of a fine-tune that belong to its quantization, which must be the base's own.
 

@@ -27,6 +27,7 @@ from loratools.storage.layout import plan_file
 if TYPE_CHECKING:
     from loratools.engine.plan import MergePlan
     from loratools.engine.task import Restore
+    from loratools.storage.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +53,13 @@ def keep(
     of the base that were overwritten where they lay (`engine/run.py`); each passes through a temporary file.
     """
     before = before or {}
-    lost = list(_lost(plan, folder))
+    stored = plan.base.stored or plan.base
+    lost = list(_lost(plan, stored, folder))
     with workers(threads) as pool, (folder / f".{RESIDUAL}.spool").open("w+b") as spool:
         sizes, waiting, left = [], deque[Any](), iter(lost)
 
         def submit(tensor: Lost) -> Any:
-            base, restore = plan.base.specs[tensor.name], before.get(tensor.name)
+            base, restore = stored.specs[tensor.name], before.get(tensor.name)
             return pool.submit(_encode, tensor, base, progress, folder, restore)
 
         waiting.extend(map(submit, islice(left, threads + 1)))
@@ -71,15 +73,15 @@ def keep(
             "version": VERSION,
             "modes": {tensor.name: tensor.mode for tensor in lost},
             "layout": [
-                [str(shard.path.relative_to(plan.base.root).with_suffix(".safetensors")),
+                [str(shard.path.relative_to(stored.root).with_suffix(".safetensors")),
                  shard.layout, dict(shard.metadata), shard.prefix]
-                for shard in plan.base.shards
+                for shard in stored.shards
             ],
-            "config": {key: plan.base.config.get(key) for key in plan.config},
+            "config": {key: stored.config.get(key) for key in (*plan.config, *plan.dropped)},
             "indexes": {
-                str(path.relative_to(plan.base.root)).replace(".bin.index", ".safetensors.index"):
+                str(path.relative_to(stored.root)).replace(".bin.index", ".safetensors.index"):
                     {key: value for key, value in (index.get("metadata") or {}).items() if key != "total_size"}
-                for path, index in plan.base.indexes.items()
+                for path, index in stored.indexes.items()
             },
         }  # fmt: skip
         metadata = {"residual": json.dumps(document, separators=(",", ":"), ensure_ascii=False)}
@@ -88,15 +90,18 @@ def keep(
             files.write_from(target, memoryview(file.header), 0)
             files.copy_range(spool.fileno(), 0, sum(sizes), target, len(file.header))
     (folder / f".{RESIDUAL}.spool").unlink()
-    return Kept(file.size, sum(plan.base.specs[tensor.name].nbytes for tensor in lost))
+    return Kept(file.size, sum(stored.specs[tensor.name].nbytes for tensor in lost))
 
 
-def _lost(plan: MergePlan, folder: Path) -> Iterator[Lost]:
-    """Find the base's tensors that the output does not hold byte for byte, and what became of them."""
+def _lost(plan: MergePlan, stored: Checkpoint, folder: Path) -> Iterator[Lost]:
+    """Find the base's tensors that the output does not hold byte for byte, and what became of them.
+
+    Codes, and what gives them their meaning, are kept as they are: they take a quarter of what they stand for.
+    """
     written = {name: spec for file in plan.files for name, spec in file.specs(folder).items()}
-    for name, spec in plan.base.specs.items():
+    for name, spec in stored.specs.items():
         change, after = plan.changes.get(name), written.get(name)
-        if change is None or after is None:
+        if change is None or after is None or change.part_of or change.source.encoding:
             yield Lost(name, spec.dtype, spec.shape, None)
             continue
         if not change.placements and not change.replaced and after.dtype == spec.dtype:

@@ -19,6 +19,8 @@ from loratools.errors import BadFile
 from loratools.parallel import Progress, each, no_progress
 from loratools.storage import digest, dtypes, files
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.checkpoint.logical import logical
+from loratools.storage.codecs import schemes
 from loratools.storage.companions import json_text
 from loratools.storage.header import TensorSpec
 from loratools.storage.layout import FilePlan, index_json, plan_file
@@ -33,9 +35,10 @@ def lost_tensors(model: Checkpoint, residual: Residual, inputs: Sequence[Adapter
     merged model lacks what the residual builds on.
     """
     described = {name: (dtype, shape) for file in residual.layout for name, dtype, shape in file.tensors}
-    shapes = model.shapes | {name: shape for name, (_, shape) in described.items()}
     config = {key: value for key, value in {**model.config, **residual.config}.items() if value is not None}
     specs = {name: TensorSpec(dtype, shape, model.path, 0, 0) for name, (dtype, shape) in described.items()}
+    codes = schemes.find(specs, config).tensors
+    shapes = logical(model).shapes | {name: shape for name, (_, shape) in described.items() if name not in codes}
     untied = apply_policy(tuple(each.adapter for each in inputs), specs, config, tied)
     placements: dict[str, list[tuple[Placement, float]]] = {}
     for adapter, origin in zip(untied.adapters, inputs, strict=True):

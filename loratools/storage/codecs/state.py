@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_KEYS = ("quantization_config", "quantization")
+KEYS = ("quantization_config", "quantization")
+"""Fields of config.json that state a quantization."""
+
 _INNER = ("text_config", "llm_config", "language_config", "thinker_config")
 
 
 def statement(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return what config.json says of its quantization; {} where it says nothing."""
-    stated = (place.get(key) for place in _places(config) for key in _KEYS)
+    stated = (place.get(key) for place in _places(config) for key in KEYS)
     return next((each for each in stated if isinstance(each, Mapping) and each), {})
 
 
@@ -19,7 +21,7 @@ def with_statement(config: Mapping[str, Any], new: Mapping[str, Any] | None) -> 
     """Return the fields of config.json that change, and those that go, for a new statement; None: for none at all."""
     changed: dict[str, Any] = {}
     dropped: list[str] = []
-    for key in _KEYS:
+    for key in KEYS:
         if not isinstance(config.get(key), Mapping):
             continue
         if new is None:
@@ -27,9 +29,9 @@ def with_statement(config: Mapping[str, Any], new: Mapping[str, Any] | None) -> 
         else:
             changed[key] = dict(new)
     for name in _INNER:
-        if isinstance(inner := config.get(name), Mapping) and any(isinstance(inner.get(key), Mapping) for key in _KEYS):
-            kept = {key: value for key, value in inner.items() if key not in _KEYS}
-            stated = {} if new is None else {key: dict(new) for key in _KEYS if isinstance(inner.get(key), Mapping)}
+        if isinstance(inner := config.get(name), Mapping) and any(isinstance(inner.get(key), Mapping) for key in KEYS):
+            kept = {key: value for key, value in inner.items() if key not in KEYS}
+            stated = {} if new is None else {key: dict(new) for key in KEYS if isinstance(inner.get(key), Mapping)}
             changed[name] = {**kept, **stated}
     return changed, tuple(dropped)
 

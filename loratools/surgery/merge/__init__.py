@@ -2,6 +2,7 @@
 
 options   the options, one value that is checked when it is built
 quantized what becomes of the codes of a quantized base
+original  the unquantized model that a base was made from
 plan      what becomes of every tensor, from headers alone
 prepare   open, check and plan: all that is decided before a byte is written
 run       write the tensors, and everything beside them
@@ -22,13 +23,13 @@ from loratools.storage.dtypes import FloatName
 from loratools.storage.sources import Location, session
 from loratools.surgery.inputs import AdapterSource, ModelSource
 from loratools.surgery.merge.options import MergeOptions
-from loratools.surgery.merge.prepare import Merge, prepare
+from loratools.surgery.merge.prepare import Merge, decide, prepare
 from loratools.surgery.merge.run import MergeReport, Sink, execute
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Merge", "MergeOptions", "MergeReport", "Sink", "execute", "merge", "prepare"]
+__all__ = ["Merge", "MergeOptions", "MergeReport", "Sink", "decide", "execute", "merge", "prepare"]
 
 
 @session()
@@ -47,6 +48,7 @@ def merge(
     rounding: Rounding = "nearest",
     seed: int = 0,
     quantized: Quantized = "dequantize",
+    original: Location | None = None,
     keep_residual: bool = False,
     resume: bool = False,
     device: Device = "cpu",
@@ -85,6 +87,8 @@ def merge(
             it in 16 bit, `"partial"` the modules that an adapter changes and leaves the rest byte for byte,
             `"requantize"` makes codes of the changed modules again, which erases most of a small change, `"refuse"`
             raises. Default: `"dequantize"`, by which nothing of the adapter is lost.
+        original: The unquantized model that a quantized base was made from, for `"requantize"`: the changed modules are
+            quantized anew from its weights plus the change, which keeps all of it. Default: none.
         keep_residual: Whether to write what rounding destroys beside the model, and the root hash of the base into its
             record, so that `unmerge` restores every bit. Default: no.
         resume: Whether an interruption leaves the files that are complete, and the same call goes on from them.
@@ -117,7 +121,7 @@ def merge(
     atomic.sweep(output)
     options = MergeOptions(
         dtype=dtype, max_shard_size=max_shard_size, tied=tied, model_type=model_type, check_base=check_base,
-        retention=retention, rounding=rounding, seed=seed, quantized=quantized, keep_residual=keep_residual,
-        resume=resume, device=device, threads=threads, force=force, durable=durable,
+        retention=retention, rounding=rounding, seed=seed, quantized=quantized, original=original,
+        keep_residual=keep_residual, resume=resume, device=device, threads=threads, force=force, durable=durable,
     )  # fmt: skip
     return execute(prepare(base, adapters, output, weights=weights, options=options), progress=progress)

@@ -54,7 +54,10 @@ def card(text: str, record: Mapping[str, Any]) -> str:
     named = code(identity) if identity else "named below by its hash"
     of_base = f"the base model {named} (schema hash `{base['schema']}`)"
     table = f":\n\n| adapter | kind | rank | weight | digest |\n|---|---|---|---|---|\n{rows}\n\n" if rows else ".\n\n"
-    if ERROR in record:
+    if record.get("operation") == "dequantize":
+        made = f"Made with {record['tool']} from {of_base}.\n\n"
+        how = "Every quantized weight is stored as the number that its codes stand for, rounded once to 16 bit. "
+    elif ERROR in record:
         holds = "with these adapters" if rows else "without an adapter"
         how = (
             f"Adapters were taken out by subtraction: no element is further than {record[ERROR]:.3g} from the base "
@@ -68,8 +71,9 @@ def card(text: str, record: Mapping[str, Any]) -> str:
         f"<!-- loratools merge -->\n## How this model was made\n\n{made}{how}The whole record: `{RECORD}`.\n"
         "<!-- /loratools merge -->\n"
     )
+    operation = "dequantize" if record.get("operation") == "dequantize" else "merge"
     front = f"base_model: {json.dumps(identity)}\nbase_model_relation: merge\n" if identity else ""
-    alone = f"---\n{front}library_name: transformers\ntags: [loratools, merge]\n---"
+    alone = f"---\n{front}library_name: transformers\ntags: [loratools, {operation}]\n---"
     own = cut(text, *_SECTION)[0].rstrip("\n")
     return f"{own or alone}\n\n{section}"
 

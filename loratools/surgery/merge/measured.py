@@ -15,6 +15,8 @@ from loratools.storage.files import same_bytes
 from loratools.surgery.merge.options import MergeOptions
 
 _ENOUGH = 0.9  # delta retention under which a merge is warned about
+_TOO_LITTLE = 0.5  # through a quantization: what is left of the adapter is no longer the adapter
+_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +62,9 @@ class Measured:
         self._tell_unchanged(options, written)
         for warning in self.warnings:
             warned("%s", warning)
-        if self.retention is not None and self.retention < _ENOUGH:
+        if any(change.recoded for change in self.plan.changes.values()):
+            self._tell_recoded(options)
+        elif self.retention is not None and self.retention < _ENOUGH:
             lost = "only %s of the change survives rounding to the base's dtype; a wider --dtype of `merge` keeps more"
             warned(lost, f"{self.retention:.1%}")
 
@@ -82,6 +86,34 @@ class Measured:
                 "no bit of %d of %d tensor(s) changed that adapters are for, such as %s: the change is zero there, or "
                 "too small for the dtype (see alpha and weights)", len(unchanged), count, unchanged[0],
             )  # fmt: skip
+
+    @property
+    def recoded(self) -> dict[str, float]:
+        """⟨W'' − W, ΔW⟩/‖ΔW‖² of each weight that became codes W'' again, all of it measured."""
+        changes = self.plan.changes
+        return {name: kept for name, kept in self.by_tensor.items() if changes[name].recoded}
+
+    def _tell_recoded(self, options: MergeOptions) -> None:
+        """Warn where the quantization erased much of the change; raise `IncompatibleAdapter` where most of it."""
+        kept = self.recoded
+        total = retention([result for result in self.results if result.name in kept])
+        if total is None or total >= _ENOUGH:
+            return
+        lowest = sorted(kept, key=lambda name: kept[name])
+        why = "a change smaller than a step of the codes is rounded away"
+        if total >= _TOO_LITTLE or options.force:
+            warned(
+                "only %s of the change survives as codes, for %s; least in %s (%s)", f"{total:.1%}", why, lowest[0],
+                f"{kept[lowest[0]]:.1%}",
+            )  # fmt: skip
+            return
+        more = [f"and {len(lowest) - _SHOWN} more"] if len(lowest) > _SHOWN else []
+        raise IncompatibleAdapter(
+            f"only {total:.1%} of the change survives as codes, for {why}",
+            [*(f"{name}: {kept[name]:.1%}" for name in lowest[:_SHOWN]), *more],
+            hint="--quantized partial or dequantize keeps all of it, --original PATH quantizes the sum anew, "
+            "--rounding stochastic keeps it on average; --force writes it all the same.",
+        )
 
     def _check_casts(self, options: MergeOptions) -> None:
         """Refuse infinities that a cast made, with every tensor that has some; warn of numbers that it made zero."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike
 from typing import TYPE_CHECKING
 
 from loratools.options import CheckBase, Device, Options, Quantized, Retention, Rounding, Tied
 from loratools.storage import dtypes
 from loratools.storage.sizes import parse_size
+from loratools.storage.sources import Location
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +32,7 @@ class MergeOptions:
     rounding: Rounding = "nearest"
     seed: int = 0
     quantized: Quantized = "dequantize"
+    original: Location | None = None
     keep_residual: bool = False
     resume: bool = False
     device: Device = "cpu"
@@ -47,6 +50,8 @@ class MergeOptions:
         checked.word("check_base", self.check_base, CheckBase).word("retention", self.retention, Retention)
         checked.word("rounding", self.rounding, Rounding).number("seed", self.seed)
         checked.word("quantized", self.quantized, Quantized)
+        if not isinstance(self.original, str | PathLike | None) or self.original == "":
+            checked.problems.append(f"original is {self.original!r}; it can be a path, a reference, or None")
         checked.flag("keep_residual", self.keep_residual).flag("resume", self.resume)
         checked.word("device", self.device, Device).threads(self.threads).flag("force", self.force)
         checked.flag("durable", self.durable).done()

@@ -33,14 +33,14 @@ _Placements = Mapping[str, Sequence[tuple[int, Placement]]]
 
 def plan_merge(
     base: Checkpoint, inputs: Sequence[AdapterInput], options: MergeOptions, *, configs: _Configs = (),
-    taken: int = 0, recorded: BaseIdentity | None = None,
+    taken: int = 0, recorded: BaseIdentity | None = None, original: Checkpoint | None = None,
 ) -> MergePlan:  # fmt: skip
     """Decide everything about a merge of adapters into `base`.
 
     The adapters have the base's names and no copies of its tensors (`adapter/placement/settle.py`); `configs` are
     their own config.json, where they brought one. Where `base` is a merged model, the last `taken` inputs are those
     that it holds and that are taken out of it; `recorded` is what their merge recorded of the model below, with which
-    the other inputs are compared.
+    the other inputs are compared. `original` is what a quantized base was made from.
 
     Raises `IncompatibleAdapter` for modules without a place, shapes that do not fit, quantized targets, and tied
     embeddings without a policy; `WrongBase` when an adapter's recorded schema or tensor list contradicts the base.
@@ -52,7 +52,7 @@ def plan_merge(
     whole = replaced(inputs, shapes)
     check_vocabulary(shapes, {name: spec.shape for name, spec in whole.items()})
     placements = _placements(inputs, shapes | {name: spec.shape for name, spec in whole.items()}, base)
-    written = as_written(base, {**placements, **whole}.keys() | untied.copies.values(), options.quantized)
+    written = as_written(base, {**placements, **whole}.keys() | untied.copies.values(), options.quantized, original)
     base = written.base
     specs = {**base.specs, **{new: base.specs[old] for new, old in untied.copies.items()}}
     sources = {**specs, **whole}
@@ -81,7 +81,15 @@ def plan_merge(
     if options.output_dtype and codes.tensors:
         named = codes.named() if codes.modules else "a calibration"
         notes.append(f"{len(codes.tensors)} tensor(s) of the quantization ({named}) keep their dtypes")
-    files, laid_out = _files(base, specs, sources, added, codes.tensors, options)
+    parts = written.parts
+    specs |= parts
+    sources = {name: spec for name, spec in sources.items() if name not in written.recoded} | parts
+    files, laid_out = _files(written.layout, specs, sources, added, codes.tensors | parts.keys(), options)
+    for name, recoded in written.recoded.items():
+        source = changes[name].source if changes[name].replaced else recoded.original or changes[name].source
+        changes[name] = replace(changes[name], recoded=recoded, source=source)
+        for part, spec in recoded.parts.items():
+            changes.setdefault(part, Change(spec, part_of=name))
     strict = options.check_base == "strict"
     return MergePlan(base, inputs, files, changes, config, written.dropped, laid_out, strict, tuple(notes))
 
@@ -93,13 +101,12 @@ def _files(
     """Lay out the output's files of tensors; tell whether they are the base's own. Those `kept` keep their dtype."""
     if base.components and options.shard_bytes is not None:
         raise IncompatibleAdapter("a pipeline keeps the files of its components; --max-shard-size does not apply to it")
-    planned, codes = {}, encodings(base)
+    planned = {}
     for name, source in sources.items():
-        stored = specs[name].dtype if name in specs else usual_dtype(base.specs)
-        stored = codes[name].dtype if name in codes else stored
+        stored = specs[name].plain_dtype if name in specs else usual_dtype(base.specs)
         cast = options.output_dtype if stored in dtypes.FLOATS and name not in kept else None
         planned[name] = (name, cast or stored, source.shape)
-    grows = options.quantized == "dequantize" and bool(codes) and not base.components
+    grows = options.quantized == "dequantize" and bool(encodings(base)) and not base.components
     as_base = not grows and all(shard.path.suffix == ".safetensors" for shard in base.shards)
     if options.shard_bytes is not None or not as_base:
         metadata = {"format": "pt"} | dict(base.shards[0].metadata)

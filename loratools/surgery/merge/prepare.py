@@ -23,7 +23,7 @@ from loratools.storage.beside import vocabulary
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import logical
 from loratools.storage.companions import Companions, companions, own_config
-from loratools.storage.sources import Location
+from loratools.storage.sources import Location, local
 from loratools.surgery.inputs import (
     AdapterSource,
     ModelSource,
@@ -102,7 +102,8 @@ def prepare(
     if options.model_type:
         base = replace(base, config={**base.config, "model_type": options.model_type})
     inputs = open_adapters(adapters, base, weights)
-    atomic.refuse_inputs(output, [*places_of(base), *places(inputs)])
+    others = [] if options.original is None else [local(options.original, "checkpoint")]
+    atomic.refuse_inputs(output, [*places_of(base), *places(inputs), *others])
     refuse_second_merge(base, [each.digest for each in inputs])
     return decide(base, inputs, output, options)
 
@@ -123,8 +124,11 @@ def decide(
     named, strict = under_names_of(base, inputs), options.check_base == "strict"
     settled, decided = settle(base, named, strict=strict, elsewhere=elsewhere)
     outgoing = [replace(each, weight=-each.weight) for each in under_names_of(base, taken)]
+    original = None if options.original is None else logical(open_model(options.original))
     configs = [*(own_config(each.path) for each in inputs), *(None for _ in taken)]
-    plan = plan_merge(base, (*settled, *outgoing), options, configs=configs, taken=len(taken), recorded=below)
+    plan = plan_merge(
+        base, (*settled, *outgoing), options, configs=configs, taken=len(taken), recorded=below, original=original
+    )
     plan = replace(plan, notes=(*plan.notes, *decided))
     record = of_merge(base, inputs, plan.turned()[: len(inputs)])
     shapes = {name: change.source.shape for name, change in plan.changes.items()}

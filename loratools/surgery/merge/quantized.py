@@ -9,36 +9,58 @@ from math import prod
 from typing import Any
 
 from loratools.adapter.placement.classes import model_class
+from loratools.engine.plan import MergePlan, Recoded
 from loratools.errors import IncompatibleAdapter, InvalidOption
 from loratools.options import Quantized
 from loratools.storage import codecs, dtypes
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import encodings, logical
-from loratools.storage.codecs import Encoding, schemes
-from loratools.storage.codecs.state import statement, with_statement
+from loratools.storage.codecs import Encoding, Grid, schemes
+from loratools.storage.codecs.state import KEYS, statement, with_statement
+from loratools.storage.header import TensorSpec
+from loratools.surgery.merge.original import weights_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Written:
     """The base as the output has it: `base` shows as weights what is written in 16 bit, and as stored what stays codes.
 
-    `config` holds the fields of config.json that change, `dropped` those that go, `notes` what is to be said.
+    `recoded` are the changed weights that become codes again, by name: `base` shows them as weights too. `config` holds
+    the fields of config.json that change, `dropped` those that go, `notes` what is to be said.
     """
 
     base: Checkpoint
+    recoded: Mapping[str, Recoded]
     config: Mapping[str, Any]
     dropped: tuple[str, ...]
     notes: tuple[str, ...]
 
+    @property
+    def parts(self) -> dict[str, TensorSpec]:
+        """The stored parts of what becomes codes again, by name."""
+        return {name: spec for recoded in self.recoded.values() for name, spec in recoded.parts.items()}
 
-def as_written(base: Checkpoint, touched: Collection[str], policy: Quantized) -> Written:
+    @property
+    def layout(self) -> Checkpoint:
+        """The model whose files the output has: that on disk where weights become codes again."""
+        return replace(self.base.stored or self.base, config=self.base.config) if self.recoded else self.base
+
+
+def as_written(
+    base: Checkpoint, touched: Collection[str], policy: Quantized, original: Checkpoint | None = None
+) -> Written:
     """Decide what becomes of the codes of a base, of which adapters change the tensors `touched`.
+
+    With the `original`, which the base was quantized from, weights that become codes again begin as the original's.
 
     Raises `IncompatibleAdapter` where the policy is to refuse, and changed modules are codes.
     """
     every = encodings(base)
+    if original is not None and (policy != "requantize" or not every):
+        which = "this base is not quantized" if not every else "it is used where codes are made again"
+        raise InvalidOption(f"original: {which} (--quantized requantize)")
     if not every:
-        return Written(base, {}, (), ())
+        return Written(base, {}, {}, (), ())
     changed = {name: encoding for name, encoding in every.items() if name in touched}
     if policy == "refuse" and changed:
         raise IncompatibleAdapter(
@@ -46,8 +68,6 @@ def as_written(base: Checkpoint, touched: Collection[str], policy: Quantized) ->
             [f"{name}: {encoding.module.scheme}, {encoding.label}" for name, encoding in sorted(changed.items())[:20]],
             hint="--quantized dequantize writes the merged model in 16 bit, --quantized partial only what changes.",
         )
-    if policy == "requantize":
-        raise InvalidOption("quantized is 'requantize', which is not there yet")
     if policy == "dequantize":
         fields, dropped = with_statement(base.config, None)
         left = _left_as_codes(base)
@@ -57,7 +77,7 @@ def as_written(base: Checkpoint, touched: Collection[str], policy: Quantized) ->
             notes.append(
                 f"{len(left)} module(s) stay as they are stored, for no codec reads them: {', '.join(left[:5])}"
             )
-        return Written(base, fields, dropped, tuple(notes))
+        return Written(base, {}, fields, dropped, tuple(notes))
     if base.origins:
         raise IncompatibleAdapter(
             "the adapter repeats layers of a quantized base, of which only the whole can be written in 16 bit",
@@ -66,13 +86,33 @@ def as_written(base: Checkpoint, touched: Collection[str], policy: Quantized) ->
     stored = base.stored or base
     partly = replace(logical(stored, changed), config=base.config)
     if not changed:
-        return Written(replace(stored, config=base.config), {}, (), ())
+        return Written(replace(stored, config=base.config), {}, {}, (), ())
+    if policy == "requantize":
+        sources = {} if original is None else weights_of(original, changed)
+        grid: Grid = "own" if original is None else "fresh"
+        recoded = {name: Recoded(encoding, grid, sources.get(name)) for name, encoding in changed.items()}
+        how = "by their own scales" if original is None else f"from the weights of {original.path}, with fresh scales"
+        return Written(partly, recoded, {}, (), (_note(f"become codes again, {how}", changed),))
     codec = _codec(stored, changed)
     modules = sorted(encoding.module.path for encoding in changed.values())
     before = statement(base.config)
     after = _with_begun_lists(before, codecs.get(codec).plain(before, modules), partly)
     fields, dropped = with_statement(base.config, after)
-    return Written(partly, fields, dropped, (_note("written in 16 bit, the others stay as they are", changed),))
+    return Written(partly, {}, fields, dropped, (_note("written in 16 bit, the others stay as they are", changed),))
+
+
+def as_it_was_written(plan: MergePlan, merged: Checkpoint) -> MergePlan:
+    """Return a plan that writes all in 16 bit, with what config.json should say of a `merged` model as it is stored.
+
+    Which of the policies made that model is told by its tensors.
+    """
+    coded, touched = encodings(merged), plan.touched().keys()
+    if not coded:
+        return plan
+    policy: Quantized = "requantize" if coded.keys() & touched else "partial"
+    written = as_written(plan.base, touched, policy)
+    config = {key: value for key, value in plan.config.items() if key not in KEYS}
+    return replace(plan, config=config | dict(written.config), dropped=written.dropped)
 
 
 def _with_begun_lists(before: Mapping[str, Any], after: dict[str, Any], base: Checkpoint) -> dict[str, Any]:
@@ -105,11 +145,12 @@ def _left_as_codes(base: Checkpoint) -> list[str]:
 
 
 def _note(what: str, every: Mapping[str, Encoding]) -> str:
+    """Return a sentence on modules, with their scheme and the bytes that they take as codes and in 16 bit."""
     labels = Counter(f"{encoding.module.scheme}, {encoding.label}" for encoding in every.values())
     before = sum(encoding.nbytes for encoding in every.values())
     after = sum(prod(encoding.shape) * dtypes.bits(encoding.dtype) // 8 for encoding in every.values())
     label, _ = labels.most_common(1)[0]
-    return f"{len(every)} quantized module(s) ({label}) {what}: {_size(before)} become {_size(after)}"
+    return f"{len(every)} quantized module(s) ({label}) {what}: {_size(before)}, {_size(after)} in 16 bit"
 
 
 def _size(nbytes: int) -> str:

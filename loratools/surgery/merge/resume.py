@@ -29,7 +29,8 @@ def fingerprint(plan: MergePlan, settings: Settings) -> str:
     # The number of threads does not change the bytes.
     chosen = {key: value for key, value in asdict(settings).items() if key != "threads"}
     files = [file.name for file in plan.files]
-    paths = [shard.path.resolve() for shard in plan.base.shards]
+    sources = {change.source.file for change in plan.changes.values()}
+    paths = sorted({path.resolve() for path in [*sources, *(shard.path for shard in plan.base.shards)]})
     shards = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     document = {"plan": plan.to_json(1), "files": files, "base": shards, "settings": chosen}
     hasher = digest.new()

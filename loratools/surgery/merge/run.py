@@ -16,7 +16,9 @@ from loratools.errors import IncompatibleAdapter, LoraToolsError
 from loratools.format.record import TOOL
 from loratools.parallel import Progress, no_progress
 from loratools.storage import atomic, digest
+from loratools.storage.checkpoint.logical import encodings
 from loratools.storage.files import chunks
+from loratools.storage.header import TensorSpec
 from loratools.surgery.hash import hash_tensors
 from loratools.surgery.merge.folder import write_companions
 from loratools.surgery.merge.measured import Measured
@@ -41,6 +43,7 @@ class MergeReport:
     """What a merge did. `retention` is ⟨W' − W, ΔW⟩/‖ΔW‖² in total, `by_tensor` the same for each changed tensor.
 
     `consumed` says for each adapter what became of its tensors: all of them are applied, replaced or passed over.
+    `recoded` has the same for each weight that became codes again, measured through the quantization, all of it.
     `residual` is what it takes to restore the base exactly, where that was kept; `reused` are the files that an
     interrupted run had completed. `left_behind` are files of the base's folder that the output has not.
     """
@@ -53,6 +56,7 @@ class MergeReport:
     adapters: list[dict[str, Any]]
     retention: float | None
     by_tensor: dict[str, float] = field(default_factory=dict)
+    recoded: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     consumed: tuple[Account, ...] = ()
@@ -106,14 +110,15 @@ def execute(
             raise
         measured = Measured(plan, tuple(journal.close())) if journal else measured
         measured.tell(options, scratch)
-        digests = measured.digests
+        digests = measured.digests | hash_tensors(_codes(plan), digest.DEFAULT, threads)
         of_base = {**prepared.record["base"], "tensors": digests}
         record = prepared.record | {"base": of_base, "retention": measured.retention}
         if options.rounding == "stochastic":
             record["rounding"] = {"method": options.rounding, "seed": options.seed}
         kept = keep(plan, scratch, threads, progress) if options.keep_residual else None
         if kept:
-            rest = {name: spec for name, spec in plan.base.specs.items() if name not in digests}
+            stored = plan.base.stored or plan.base
+            rest = {name: spec for name, spec in stored.specs.items() if name not in digests}
             of_base["root"] = digest.root({**digests, **hash_tensors(rest, digest.DEFAULT, threads)})
         write_companions(plan, prepared.beside, record, scratch)
         if sent:
@@ -122,8 +127,16 @@ def execute(
         output=str(prepared.output), changed=len(plan.touched()), tensors=len(plan.changes), bytes_written=size,
         verified=measured.verified, adapters=prepared.record["adapters"], consumed=prepared.accounts,
         notes=(*plan.notes, *resumed), warnings=measured.warnings, retention=measured.retention,
-        by_tensor=measured.by_tensor, residual=kept, reused=reused, left_behind=prepared.beside.left,
+        by_tensor=measured.by_tensor, recoded=measured.recoded, residual=kept, reused=reused,
+        left_behind=prepared.beside.left,
     )  # fmt: skip
+
+
+def _codes(plan: MergePlan) -> dict[str, TensorSpec]:
+    """Return the stored parts of the weights that the merge changes and the base has as codes, by name."""
+    every = encodings(plan.base)
+    modules = [every[name].module for name in plan.touched() if name in every]
+    return {name: module.specs[part] for module in modules for part, name in module.names.items()}
 
 
 def settings_of(prepared: Merge, before: Mapping[str, Restore] | None = None) -> Settings:

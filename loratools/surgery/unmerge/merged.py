@@ -15,6 +15,7 @@ from loratools.errors import IncompatibleAdapter
 from loratools.format import record as records
 from loratools.options import Tied, words
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.checkpoint.logical import logical
 from loratools.storage.companions import RECORD, RESIDUAL, Companions
 from loratools.surgery.inputs import AdapterSource, ModelSource, open_adapters, open_model, under_names_of
 
@@ -47,9 +48,10 @@ class MergedModel:
         record = records.read(model)
         if isinstance(stated := record.get("model_type"), str):  # as the merge was told, where config.json does not say
             model = replace(model, config={**model.config, "model_type": stated})
-        inputs = open_adapters(adapters, model, weights)
+        weighed = logical(model)  # an adapter may have changed what is codes again
+        inputs = open_adapters(adapters, weighed, weights)
         if not records.is_complete(record):
-            return cls(model, {}, under_names_of(model, inputs), ())
+            return cls(model, {}, under_names_of(weighed, inputs), ())
         entries: Sequence[Mapping[str, Any]] = record["adapters"]
         remaining = dict(enumerate(entries))
         recorded: dict[int, AdapterInput] = {}

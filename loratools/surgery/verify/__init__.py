@@ -31,6 +31,7 @@ from loratools.decisions import decided, warned
 from loratools.options import Options, Tied
 from loratools.parallel import Progress, cores, no_progress, workers
 from loratools.storage.atomic.inputs import check_unchanged
+from loratools.storage.checkpoint.logical import logical
 from loratools.storage.codecs import schemes
 from loratools.storage.sources import session
 from loratools.surgery.inputs import (
@@ -43,6 +44,7 @@ from loratools.surgery.inputs import (
 )
 from loratools.surgery.merge.options import MergeOptions
 from loratools.surgery.merge.plan import plan_merge
+from loratools.surgery.merge.quantized import as_it_was_written
 from loratools.surgery.verify import tensors
 from loratools.surgery.verify.beside import Beside, Difference, judge
 from loratools.surgery.verify.probes import PROBES
@@ -140,7 +142,7 @@ def verify(
     check_weights(adapters, weights)
     progress = progress or no_progress
     seed = secrets.randbits(48) if seed is None else seed
-    model, base = open_model(model), open_model(base)
+    model, base = logical(open_model(model)), logical(open_model(base))
     model.tell_unread()
     base.tell_unread()
     inputs = raw = open_adapters(adapters, base, weights)
@@ -151,6 +153,7 @@ def verify(
     for note in notes:
         warned("%s", note)
     plan = plan_merge(base, inputs, MergeOptions(tied=tied, check_base="off"))
+    plan = as_it_was_written(plan, model)
     shared = {name: change for name, change in plan.changes.items() if name in model.specs}
     untouched = [name for name, change in shared.items() if not change.placements]
     touched = sorted(shared.keys() - untouched)

@@ -226,7 +226,8 @@ def _shown(value: object) -> str:
 def _config(model: Checkpoint, plan: MergePlan) -> Iterator[Difference]:
     """Compare config.json with the base's, as the merge should have changed it."""
     base = plan.base.stored or plan.base
-    found, wanted = _flat(model.config), _flat({**base.config, **plan.config})
+    expected = {key: value for key, value in {**base.config, **plan.config}.items() if key not in plan.dropped}
+    found, wanted = _flat(model.config), _flat(expected)
     dtype = _dtype(model, plan)
     for key in [key for key in wanted if key.rpartition(".")[2] == "dtype"]:
         if dtype and (key == "dtype" or found.get(key) == dtype):
@@ -247,11 +248,14 @@ def _is_headless(model: Checkpoint) -> bool:
 def _dtype(model: Checkpoint, plan: MergePlan) -> str | None:
     """Return how config.json spells the dtype of most numbers, where the tensors have other dtypes than the base's."""
     specs = {name: spec for name, spec in model.specs.items() if spec.dtype in dtypes.FLOATS}
-    if all(name not in plan.base.specs or plan.base.specs[name].dtype == spec.dtype for name, spec in specs.items()):
+    if all(
+        name not in plan.base.specs or plan.base.specs[name].plain_dtype == spec.plain_dtype
+        for name, spec in specs.items()
+    ):
         return None
     sizes: dict[str, int] = {}
     for spec in specs.values():
-        sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.parameters
+        sizes[spec.plain_dtype] = sizes.get(spec.plain_dtype, 0) + spec.parameters
     return dtypes.CONFIG_NAMES[max(sizes, key=lambda dtype: sizes[dtype])]
 
 

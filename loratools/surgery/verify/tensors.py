@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from loratools.engine.plan import MergePlan
 from loratools.parallel import Progress
 from loratools.storage import dtypes, files
+from loratools.storage.codecs import Encoding
 from loratools.storage.header import TensorSpec
 from loratools.surgery.verify import probes as probing
 
@@ -46,7 +47,13 @@ def same(base: TensorSpec, merged: TensorSpec, coded: bool, progress: Progress) 
 
     An infinity that the base has not is no rounding. What belongs to a quantization (`coded`) may not be cast at all.
     """
-    if base.shape != merged.shape or base.dtype == merged.dtype:
+    if base.encoding and merged.encoding:  # what is stored, for two codes can stand for one number
+        ours, theirs = (cast(Encoding, spec.encoding).module for spec in (base, merged))
+        progress(merged.nbytes // 4)
+        return ours.specs.keys() == theirs.specs.keys() and all(
+            files.same_bytes(spec, theirs.specs[part]) for part, spec in ours.specs.items()
+        )
+    if base.shape != merged.shape or (base.dtype == merged.dtype and not base.encoding):
         progress(merged.nbytes)
         return files.same_bytes(base, merged)
     if coded or not {base.dtype, merged.dtype} <= set(dtypes.FLOATS):
@@ -67,6 +74,8 @@ def check(plan: MergePlan, name: str, merged: TensorSpec, exact: bool, seed: int
     import torch
 
     source, bound = plan.changes[name].source, 2.0 ** -dtypes.MANTISSA.get(merged.dtype, 0)
+    if merged.encoding:
+        bound = _of_codes(merged)
     if merged.shape != source.shape or merged.dtype not in dtypes.MANTISSA:
         return TensorCheck(name, float("inf"), float("inf"), bound, 0.0, False)
     probes = probing.draw(plan, name, exact, seed)
@@ -96,13 +105,20 @@ def check(plan: MergePlan, name: str, merged: TensorSpec, exact: bool, seed: int
     slack = _SLACK[merged.dtype] * (1 + _SCATTER / (probing.PROBES * rank) ** 0.5)
     # Around zero the numbers of a dtype lie no closer than its smallest.
     around_zero = dtypes.smallest(merged.dtype) / 2 * (merged.parameters / norm) ** 0.5 if norm else 0.0
-    if exact:
+    if merged.encoding:
+        within = of_weight <= bound
+    elif exact:
         within = tally.far == 0 and tally.wrong <= 1 + tally.compared * probing.TIES[merged.dtype]
     else:
         within = of_weight <= bound * slack + around_zero and tally.far == 0 and tally.survived
     of_change, applied = (error / actual) ** 0.5 if actual else 0.0, cross / expected if expected else 1.0
     mismatched = tally.wrong if exact else None
     return TensorCheck(name, of_change, of_weight, bound, applied, within and strays == 0, mismatched)
+
+
+def _of_codes(merged: TensorSpec) -> float:
+    """Return how far codes may be from what they round, relative to it: no scheme of so many bits is worse."""
+    return min(1.0, 2.0 ** (3 - cast(Encoding, merged.encoding).bits))
 
 
 def unseen(changed: Iterable[str], exact: bool) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "rounding": ("up", "rounding is 'up'; it can be nearest or stochastic"),
     "seed": (0.5, "seed is 0.5; it can be a whole number"),
     "quantized": ("no", "quantized is 'no'; it can be dequantize, partial, requantize or refuse"),
+    "original": (7, "original is 7; it can be a path, a reference, or None"),
     "keep_residual": ("no", "keep_residual is 'no'; it can be True or False"),
     "resume": (None, "resume is None; it can be True or False"),
     "device": ("gpu", "device is 'gpu'; it can be cpu or cuda"),

@@ -1,0 +1,56 @@
+"""loratools dequantize"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loratools.cli import _options as options
+from loratools.cli import _show as show
+from loratools.cli._group import command as make
+from loratools.cli._talk import Talk, pass_talk
+
+
+@make(section="Change")
+@click.argument("model", type=options.INPUT)
+@options.output_option
+@click.option(
+    "--dtype", type=options.Words("loratools.storage.dtypes", "SPELLINGS"),
+    help="Store every float tensor in this dtype.  [default: codes in what the model computes in]",
+)  # fmt: skip
+@click.option("--max-shard-size", metavar="SIZE", help="Most bytes of one file: 5GB, 500MB.  [default: 5GB]")
+@click.option("--verify", is_flag=True, help="Read the output again and compare every tensor with the codes.")
+@options.threads_option
+@options.force_option
+@options.durable_option
+@pass_talk
+def command(talk: Talk, /, model: str, output: Path, **choices: Any) -> show.Report:
+    """Write a quantized model in 16 bit: every code as the number that it stands for, rounded once.
+
+    bitsandbytes, FP8, MXFP4 and NVFP4, GPTQ, AWQ, compressed-tensors, MLX and others are read by their own formulas, in
+    constant memory. Other tensors are copied byte for byte, and config.json no longer says that it is quantized.
+
+    \b
+    Examples:
+      loratools dequantize quantized -o plain
+      loratools dequantize quantized -o plain --dtype f32 --verify
+    """
+    from loratools.storage import sources
+    from loratools.storage.checkpoint import Checkpoint
+    from loratools.storage.checkpoint.logical import logical
+    from loratools.surgery.dequantize import dequantize
+
+    opened = Checkpoint.open(sources.local(model, "checkpoint"))
+    total = sum(spec.parameters * 2 if spec.encoding else spec.nbytes for spec in logical(opened).specs.values())
+    with talk.progress("dequantizing", total) as advance:
+        report = dequantize(opened, output, progress=advance, **choices)
+    talk.note(*report.notes)
+    text = show.fields(
+        ("dequantized", report.output),
+        ("modules", "; ".join(f"{count} of {label}" for label, count in report.schemes.items())),
+        ("wrote", f"{show.size(report.bytes_written)}, from {show.size(report.bytes_before)}"),
+        ("verified", None if report.verified is None else f"{report.verified} tensors, root {report.root}"),
+    )
+    return show.Report(show.plain(report), text)

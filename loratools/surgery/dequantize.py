@@ -1,0 +1,125 @@
+"""Write a quantized model in 16 bit: every code becomes the number that it stands for, streamed shard by shard."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratools.adapter.placement.codes import refuse_all_codes
+from loratools.errors import BadFile, LoraToolsError
+from loratools.options import Options
+from loratools.parallel import Progress, cores
+from loratools.storage import atomic, digest
+from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.checkpoint.logical import encodings, logical
+from loratools.storage.dtypes import FloatName
+from loratools.storage.sources import Location, session
+from loratools.surgery.hash import hash_tensors
+from loratools.surgery.inputs import ModelSource, open_model, places_of
+from loratools.surgery.merge import MergeOptions, decide, execute
+from loratools.surgery.verify.tensors import same
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class DequantizeReport:
+    """What became numbers: `schemes` counts modules by scheme, bits and group; bytes before and after, of all tensors.
+
+    `root` is the root hash of the output and `verified` the number of tensors that were read again and are the codes'
+    numbers or the model's own bytes; None where that was not asked for.
+    """
+
+    output: str
+    modules: int
+    schemes: Mapping[str, int]
+    bytes_before: int
+    bytes_written: int
+    root: str | None
+    verified: int | None
+    notes: tuple[str, ...]
+
+
+@session()
+def dequantize(
+    model: ModelSource,
+    output: Location,
+    *,
+    dtype: FloatName | torch.dtype | None = None,
+    max_shard_size: int | str | None = None,
+    verify: bool = False,
+    threads: int | None = None,
+    force: bool = False,
+    durable: bool = False,
+    progress: Progress | None = None,
+) -> DequantizeReport:
+    """Write a quantized model in 16 bit: W = the scheme's own formula in float32, rounded once.
+
+    Tensors that are no codes are copied byte for byte, scales and maps go, config.json no longer says that the model is
+    quantized. The output appears only when it is complete.
+
+    Args:
+        model: The model: a folder, a safetensors file, an index, an `hf://` reference, or an open `Checkpoint`.
+        output: The folder to write; it must not exist, unless `force`.
+        dtype: The float dtype of every float tensor. Default: codes become what the model computes in (bf16 or f16),
+            all others keep their dtype.
+        max_shard_size: Most bytes of tensor data in one file. Default: 5 GB.
+        verify: Whether to read the output again, decode once more, compare every tensor, and return the root hash.
+            Default: no.
+        threads: Threads to work with; no byte depends on it. Default: one per core, at most 8.
+        force: Whether to replace an output that exists. Default: no.
+        durable: Whether the output is on the disk itself before it has its name. Default: no.
+        progress: Called with the bytes written since the last call, from any thread. Default: nobody is told.
+
+    Returns:
+        What became numbers, and the bytes before and after.
+
+    Raises:
+        LoraToolsError: The model is not quantized; or the output is not what was decoded (`verify`).
+        IncompatibleAdapter, UnsupportedAdapter: A module's scheme is one that loratools does not read; it is named.
+        InvalidOption, BadFile, OutputRefused, NoSpace: As `merge` raises them.
+
+    Example:
+        >>> dequantize("quantized", "plain").modules
+        168
+    """
+    Options().flag("verify", verify).done()
+    atomic.sweep(output)
+    options = MergeOptions(
+        dtype=dtype, max_shard_size=max_shard_size, retention="off", threads=threads, force=force, durable=durable
+    )
+    output = Path(output)
+    atomic.check_output(output, force=force)
+    base = logical(open_model(model))
+    atomic.refuse_inputs(output, places_of(base))
+    refuse_all_codes(base)
+    every = encodings(base)
+    if not every:
+        raise LoraToolsError(f"{base.path} is not quantized: none of its modules is stored as codes")
+    prepared = decide(base, (), output, options)
+    prepared = replace(prepared, record=prepared.record | {"operation": "dequantize"})
+    report = execute(prepared, progress=progress)
+    root = checked = None
+    if verify:
+        root, checked = _check(base, prepared.plan.base, Checkpoint.open(output), threads or cores())
+    return DequantizeReport(
+        output=str(output), modules=len(every),
+        schemes=dict(Counter(f"{encoding.module.scheme}, {encoding.label}" for encoding in every.values())),
+        bytes_before=(base.stored or base).nbytes, bytes_written=report.bytes_written, root=root, verified=checked,
+        notes=report.notes,
+    )  # fmt: skip
+
+
+def _check(base: Checkpoint, planned: Checkpoint, written: Checkpoint, threads: int) -> tuple[str, int]:
+    """Return the root hash of the output, and the number of its tensors; raise `BadFile` where one is another."""
+    if planned.specs.keys() != written.specs.keys():
+        names = sorted(planned.specs.keys() ^ written.specs.keys())
+        raise BadFile(f"{written.path}: tensors are missing or too many", names[:20])
+    wrong = [name for name, spec in base.specs.items() if not same(spec, written.specs[name], False, lambda _: None)]
+    if wrong:
+        raise BadFile(f"{written.path}: {len(wrong)} tensor(s) are not what {base.path} stands for", wrong[:20])
+    return digest.root(hash_tensors(dict(written.specs), digest.DEFAULT, threads)), len(written.specs)

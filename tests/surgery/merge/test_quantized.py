@@ -1,0 +1,116 @@
+"""Merges that make codes again: own scales, an original, at random; what survives is measured, said, and refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import loratools
+from loratools.errors import IncompatibleAdapter, WrongBase
+from tests.make.fp8 import STATED, blocks, decoded
+from tests.storage.codecs.test_fp8 import K, Q, lora
+
+
+def models(folder: Path, size: float = 1.0) -> dict[str, torch.Tensor]:
+    """Write an original in bf16, its FP8 base, and an adapter of `size`; return the original's weights in float64."""
+    generator = torch.Generator().manual_seed(8)
+    weights = {path: (torch.randn(300, 200, generator=generator) / 20).bfloat16() for path in (Q, K)}
+    (folder / "original").mkdir()
+    (folder / "base").mkdir()
+    save_file({f"{path}.weight": W for path, W in weights.items()}, folder / "original" / "model.safetensors")
+    tensors = {}
+    for path, W in weights.items():
+        tensors[f"{path}.weight"], tensors[f"{path}.weight_scale_inv"] = blocks(W.float())
+    save_file(tensors, folder / "base" / "model.safetensors", {"format": "pt"})
+    config = {"model_type": "llama", "dtype": "bfloat16"}
+    (folder / "original" / "config.json").write_text(json.dumps(config))
+    (folder / "base" / "config.json").write_text(json.dumps({**config, "quantization_config": STATED}))
+    delta = lora(folder / "lora", Q)
+    scaled = load_file(folder / "lora" / "adapter_model.safetensors")
+    scaled = {name: tensor * size if "lora_B" in name else tensor for name, tensor in scaled.items()}
+    save_file(scaled, folder / "lora" / "adapter_model.safetensors")
+    return {path: W.double() for path, W in weights.items()} | {"delta": delta * size}
+
+
+def kept(after: torch.Tensor, before: torch.Tensor, delta: torch.Tensor) -> float:
+    return float(((after - before) * delta).sum() / delta.square().sum())
+
+
+@pytest.mark.parametrize(("original", "rounding"), [(False, "nearest"), (True, "nearest"), (False, "stochastic")])
+def test_codes_are_made_again_and_what_survives_is_measured(tmp_path: Path, original: bool, rounding: str) -> None:
+    weights = models(tmp_path, 0.3)
+    report = loratools.merge(
+        tmp_path / "base", tmp_path / "lora", tmp_path / "out", quantized="requantize",
+        original=tmp_path / "original" if original else None, rounding=rounding,
+    )  # fmt: skip
+    base, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "out"))
+    assert merged.keys() == base.keys()
+    for name in (f"{K}.weight", f"{K}.weight_scale_inv"):
+        assert torch.equal(merged[name].view(torch.uint8), base[name].view(torch.uint8))
+    before = weights[Q] if original else decoded(base, Q)
+    share = kept(decoded(merged, Q), before, weights["delta"])
+    assert report.recoded == pytest.approx({f"{Q}.weight": share}, abs=1e-3)
+    assert 0.9 < share < 1.1
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"] == STATED
+    if original:
+        codes, scale = blocks((weights[Q] + weights["delta"]).float())
+        torch.testing.assert_close(merged[f"{Q}.weight_scale_inv"], scale, rtol=1e-6, atol=0)
+        assert (merged[f"{Q}.weight"].float() != codes.float()).double().mean() < 1e-3
+
+
+def test_a_change_that_codes_erase_is_refused_and_written_by_force(tmp_path: Path) -> None:
+    weights = models(tmp_path, 2e-4)
+    with pytest.raises(IncompatibleAdapter, match=r"only .*% of the change survives as codes"):
+        loratools.merge(tmp_path / "base", tmp_path / "lora", tmp_path / "out", quantized="requantize")
+    assert not (tmp_path / "out").exists()
+    report = loratools.merge(tmp_path / "base", tmp_path / "lora", tmp_path / "out", quantized="requantize", force=True)
+    base, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "out"))
+    share = kept(decoded(merged, Q), decoded(base, Q), weights["delta"])
+    assert report.recoded[f"{Q}.weight"] == pytest.approx(share, abs=1e-3)
+    assert share < 0.5
+
+
+def test_another_model_is_no_original(tmp_path: Path) -> None:
+    models(tmp_path)
+    tensors = load_file(tmp_path / "original" / "model.safetensors")
+    save_file({name: tensor.flip(0).contiguous() for name, tensor in tensors.items()},
+              tmp_path / "original" / "model.safetensors")  # fmt: skip
+    with pytest.raises(WrongBase, match="is not the unquantized original of this base"):
+        loratools.merge(
+            tmp_path / "base", tmp_path / "lora", tmp_path / "out", quantized="requantize",
+            original=tmp_path / "original",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", ["requantize", "dequantize", "partial"])
+def test_a_residual_brings_every_byte_of_the_codes_back(tmp_path: Path, policy: str) -> None:
+    models(tmp_path, 0.3)
+    loratools.merge(tmp_path / "base", tmp_path / "lora", tmp_path / "out", quantized=policy, keep_residual=True)
+    report = loratools.unmerge(tmp_path / "out", tmp_path / "lora", tmp_path / "back")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (tmp_path / "base/model.safetensors").read_bytes()
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config == json.loads((tmp_path / "base" / "config.json").read_text())
+    assert report.proved == "root hash"
+
+
+@pytest.mark.parametrize("policy", ["requantize", "dequantize", "partial"])
+@pytest.mark.parametrize("fault", [None, "untouched", "touched", "config"])
+def test_verify_judges_what_became_of_codes(tmp_path: Path, policy: str, fault: str | None) -> None:
+    models(tmp_path, 0.3)
+    out = tmp_path / "out"
+    loratools.merge(tmp_path / "base", tmp_path / "lora", out, quantized=policy)
+    tensors = load_file(out / "model.safetensors")
+    if fault in ("untouched", "touched"):
+        tensor = tensors[f"{K if fault == 'untouched' else Q}.weight"].view(torch.uint8)
+        tensor.view(-1)[1 : 400 if fault == "touched" else 2] ^= 0x44
+        save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    if fault == "config":
+        config = json.loads((out / "config.json").read_text())
+        stated = config.get("quantization_config", STATED)
+        config["quantization_config"] = stated | {"modules_to_not_convert": ["nothing"]}
+        (out / "config.json").write_text(json.dumps(config))
+    assert loratools.verify(out, tmp_path / "base", tmp_path / "lora").ok == (fault is None)
