@@ -37,9 +37,9 @@ def opened(module: Module) -> Encoding:
     if qweight.shape[1] * 8 != rows or qzeros.shape != (groups, rows // 8) or not groups or columns % groups:
         raise module.refuse(f"its parts do not fit each other in 4 bits: {shapes}")
     size, stated = columns // groups, statement.get("group_size", statement.get("q_group_size"))
-    if isinstance(stated, int) and stated != size and not (stated in (-1, 0) and groups == 1):
-        if not statement.get("extra_config"):
-            raise module.refuse(f"config.json says groups of {stated}, its tensors have {size}: {shapes}")
+    whole = groups == 1 and stated in (-1, 0)
+    if isinstance(stated, int) and stated != size and not whole and not statement.get("extra_config"):
+        raise module.refuse(f"config.json says groups of {stated}, its tensors have {size}: {shapes}")
     label = "AWQ 4 bit, " + ("one group a row" if groups == 1 else f"groups of {size}")
     return Awq(module, (rows, columns), label, 4, (1, size), 8)
 
