@@ -250,3 +250,8 @@ def added(y: Tensor, delta: Tensor, spans: tuple[Span, ...] | None) -> Tensor:
 def slice_of(W: Tensor, spans: Iterable[Span]) -> Tensor:
     """Return those rows of a weight W (out, in) on which a ΔW lands, in the order of its own rows."""
     return torch.cat([W[outputs] for _, outputs in sorted(spans, key=lambda span: span[0].start)])
+
+
+def rows_landing(spans: Iterable[Span], device: torch.device) -> Tensor:
+    """Return the numbers of those rows of a ΔW, ascending."""
+    return torch.tensor(sorted(row for rows, _ in spans for row in range(rows.start, rows.stop)), device=device)

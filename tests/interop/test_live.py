@@ -128,3 +128,31 @@ def test_what_is_saved_is_sealed_with_the_files_of_the_base(name: str, tmp_path:
     wide.get_submodule(next(iter(lora.sites))).weight.data[0, 0] += 1
     with pytest.raises(WrongBase):
         live.load(copy.deepcopy(wide), tmp_path / "adapter", name="again")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("init", ["olora", "kaiming"])
+def test_t5_in_float32_differs_merged_by_what_one_rounding_of_its_weights_does(init: live.Init) -> None:
+    # T5 does not divide q·k by √d, so a trained model multiplies rounding by hundreds, however training started.
+    config = transformers.T5Config(d_model=32, d_ff=64, num_layers=2, num_heads=4, vocab_size=61)
+    x = tokens()
+    logits = {}
+    for dtype in (torch.float64, torch.float32):
+        torch.manual_seed(0)
+        model = transformers.T5ForConditionalGeneration(config).to(dtype).eval()
+        lora = live.attach(model, targets=["q", "v"], rank=8, alpha=16, init=init)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in lora.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+            logits[dtype] = [model(x, decoder_input_ids=x).logits]
+            with lora.merged():
+                logits[dtype].append(model(x, decoder_input_ids=x).logits)
+            if dtype == torch.float64:
+                for tensor in (*lora.parameters(), *(site.weight for site in lora.sites.values())):
+                    tensor.mul_(1 + 2**-24 * (2 * torch.rand(tensor.shape, generator=generator) - 1))
+                rounded = (model(x, decoder_input_ids=x).logits - logits[dtype][0]).abs().max()
+    exact, merged = logits[torch.float64]
+    assert (merged - exact).abs().max() < 1e-11
+    for narrow in logits[torch.float32]:
+        assert (narrow - exact).abs().max() < 10 * rounded

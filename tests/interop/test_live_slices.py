@@ -241,3 +241,23 @@ def test_dropout_is_of_the_input_of_all_slices_together() -> None:
     assert (added[..., :32] - added[..., 64:]).abs().max() < 1e-14
     assert not added[..., 32:64].any()
     assert (added - (site.eval()(z) - site.plain_forward(z))).abs().max() > 0.1
+
+
+def test_beside_prefix_tuning_as_in_the_papers_appendix() -> None:
+    peft = pytest.importorskip("peft")
+    prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(build("gpt2", torch.float32), prefix).eval()
+    x = tokens()
+    y = model(input_ids=x).logits.detach()
+    assert (y - build("gpt2", torch.float32)(x).logits).abs().max() > 1e-4
+    lora = attach(model, dtype=torch.float32)
+    changed = model(input_ids=x).logits
+    changed.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in lora.parameters())
+    assert (changed - y).abs().max() > 1e-3
+    with torch.no_grad(), lora.merged():
+        assert (model(input_ids=x).logits - changed).abs().max() < 1e-5
+    lora.detach()
+    with torch.no_grad():
+        assert (model(input_ids=x).logits - y).abs().max() < 1e-6

@@ -142,6 +142,35 @@ def test_a_slice_of_a_fused_weight_changes_its_outputs_alone() -> None:
     assert torch.equal(model(x), y)
 
 
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_fused_update_with_magnitudes_acts_on_the_modules_that_the_model_has_apart(trainable: bool) -> None:
+    from loratools.adapter import kinds
+    from loratools.adapter.model import Adapter
+    from loratools.adapter.parts import MAGNITUDE
+    from loratools.storage.lazy import LazyTensor
+
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(6, out, dtype=torch.float64) for out in (6, 3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+
+    torch.manual_seed(0)
+    model, plain, x = Split(), update(12, 6, 3), torch.randn(4, 6, dtype=torch.float64)
+    m = torch.rand(12) + 1
+    dora = kinds.get("dora").build({**plain.parts, MAGNITUDE: LazyTensor.of(m)}, plain.scaling, plain.alpha)
+    layers = [model.q_proj, model.k_proj, model.v_proj]
+    V = torch.cat([layer.weight.detach() for layer in layers]) + plain.delta_weight().double()
+    V *= (m / V.norm(dim=1))[:, None]
+    expected = x @ V.T + torch.cat([layer.bias.detach() for layer in layers])
+    lora = live.load(model, Adapter({"qkv_proj": dora}), trainable=trainable)
+    assert (model(x) - expected).abs().max() < 1e-5
+    with torch.no_grad(), lora.merged():
+        assert (model(x) - expected).abs().max() < 1e-5
+
+
 def update(out: int, inner: int, seed: int) -> Update:
     from loratools.adapter import kinds
     from loratools.storage.lazy import LazyTensor

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from loratools.live.modules._slices import joinable, joined
 from loratools.live.product import LowRankLinear, draw_seed, mask, row_norms
-from loratools.live.site import Piece, Site, added, slice_of
+from loratools.live.site import Piece, Site, added, rows_landing, slice_of
 
 
 class AffineSite(Site):
@@ -101,9 +101,13 @@ class AffineSite(Site):
         with torch.no_grad():
             W = self.matrix()
             assert W is not None
+            B = piece.B
             if piece.spans is not None:
-                W = slice_of(W, piece.spans)
-            norms = row_norms(W, piece.B, piece.A, piece.scaling * weight)
+                W, rows = slice_of(W, piece.spans), rows_landing(piece.spans, W.device)
+                B = B[rows]
+            norms = row_norms(W, B, piece.A, piece.scaling * weight)
+            if piece.spans is not None:  # rows that land elsewhere are not asked for
+                norms = norms.new_ones(len(piece.B)).index_copy(0, rows, norms)
         g = piece.magnitude.flatten() / norms.to(piece.magnitude.dtype)
         if key is not None:
             piece.gains = key, g
