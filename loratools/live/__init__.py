@@ -42,6 +42,7 @@ from loratools.live.fresh.start import Init
 from loratools.live.fresh.targets import choose
 from loratools.live.fresh.tokens import Tokens
 from loratools.live.handle import Lora, find_handle, handle_of
+from loratools.live.modules._slices import STEP
 from loratools.live.trainer import TrainerMixin
 from loratools.options import CheckBase
 from loratools.storage.sources import Location
@@ -107,10 +108,13 @@ def attach(
     lora.ready(name)
     with torch.inference_mode(False):  # a tensor that is made there cannot be trained
         alone = tokens and not isinstance(targets, str) and not targets
-        places = fresh.places(model, [] if alone else choose(model, targets), options)
+        chosen = [] if alone else choose(model, targets)
+        places = fresh.places(model, chosen, options)
     settings: dict[str, Any] = {"bias": bias} if bias != "none" else {}
     settings |= {"lora_dropout": dropout} if dropout else {}
-    lora.install(name, places, Entry(True, None, Step("attach", TOOL, options.parameters(), (), seed), settings))
+    slices = sorted({target.name.rpartition(".")[2] for target in chosen if target.part})
+    stated = options.parameters() | ({STEP: slices} if slices else {})
+    lora.install(name, places, Entry(True, None, Step("attach", TOOL, stated, (), seed), settings))
     lora.use(name)
     return lora
 

@@ -19,6 +19,7 @@ from loratools.live.below.classes import foreign_forward
 from loratools.live.export import adapter_of, save
 from loratools.live.identity import check_base as check_identity
 from loratools.live.modules import site_of
+from loratools.live.modules._slices import taken_apart
 from loratools.live.opened import opened as open_for
 from loratools.live.place import Layout, Place, place, walk
 from loratools.live.site import BANK, Bank, Piece, Site, restore, swap
@@ -191,6 +192,8 @@ class Lora(Acting):
         Options().word("check_base", check_base, CheckBase).flag("trainable", trainable).done()
         layout = Layout.of(self.model)
         opened = open_for(adapter, layout)
+        if trainable:
+            opened = taken_apart(opened, layout.shapes, layout.config)
         with torch.inference_mode(False):  # what is made there cannot be part of a gradient later
             places = place(layout, opened, trainable=trainable)
         check_identity(opened.base, layout, check_base)

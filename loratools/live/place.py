@@ -17,7 +17,6 @@ from loratools.adapter.naming.wrappers import Names
 from loratools.adapter.placement.image import for_base
 from loratools.adapter.placement.resolve import Placement, resolve
 from loratools.adapter.placement.whole import resolve_replacements
-from loratools.adapter.site import Site as Rectangle
 from loratools.errors import IncompatibleAdapter, UnsupportedAdapter
 from loratools.live.below.meta import device_of, refuse_uninitialized
 from loratools.live.below.silent import Silent
@@ -196,7 +195,7 @@ class _Builder:
 
     def _piece(self, module: str, update: Update, together: list[Placement], owner: nn.Module) -> Piece:
         sites = [placement.site for placement in together]
-        spans: tuple[Span, ...] | None = spans_of(sites)
+        spans: tuple[Span, ...] | None = tuple((site.part_rows, slice(*site.outputs)) for site in sites)
         rows = update.shape[0]
         out = sites[0].matrix[1] if sites[0].transposed else sites[0].matrix[0]
         if len(sites) == 1 and sites[0].part == (0, rows) and sites[0].outputs == (0, out, 1):
@@ -263,11 +262,6 @@ class _Builder:
                 "these updates act on a running model, and cannot be trained in it", self.untrainable,
                 hint="Load it with trainable=False.",
             )  # fmt: skip
-
-
-def spans_of(sites: Sequence[Rectangle]) -> tuple[Span, ...]:
-    """Return which rows of a ΔW land on which outputs of a module."""
-    return tuple((site.part_rows, slice(*site.outputs)) for site in sites)
 
 
 def bypassed(layout: Layout, path: str) -> str | None:

@@ -56,6 +56,16 @@ def attach(model: nn.Module, **options: Any) -> live.Lora:
     return lora
 
 
+def doubled(lora: live.Lora) -> list[Tensor]:
+    """Return the parameters as they are saved: of twice the rank where a start is taken off."""
+    tensors: list[Tensor] = []
+    for _, piece, _, _ in lora.children():
+        A, B = piece.A, piece.B
+        tensors += [A, B] if piece.A0 is None else [torch.cat([A, A]), torch.cat([B, B], 1)]
+        tensors += [] if piece.magnitude is None else [piece.magnitude]
+    return tensors
+
+
 def merged_linear(model: Any, loralib: Any, dropout: float = 0.0) -> None:
     """Put loralib's layer in the place of every c_attn, with q and v enabled."""
     for block in model.transformer.h:
@@ -164,6 +174,12 @@ def test_every_way_of_using_slices_gives_the_same(name: str, options: dict[str, 
             parameter.fill_(7)
     restore(lora, "default", tmp_path / "ours")
     assert all(torch.equal(own, old) for own, old in zip(lora.parameters(), before, strict=True))
+
+    other = build(name)
+    again = live.load(other, tmp_path / "ours", trainable=True)
+    assert [tuple(p.shape) for p in again.parameters()] == [tuple(p.shape) for p in doubled(lora)]
+    assert sorted(again.adapter().updates) == sorted(lora.adapter().updates)
+    assert (other(x).logits - y).abs().max() < 1e-12
 
     peft = pytest.importorskip("peft")
     theirs = peft.PeftModel.from_pretrained(build(name), tmp_path / "ours", autocast_adapter_dtype=False)

@@ -7,7 +7,6 @@ tokens    rows that are trained for single tokens
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,13 +16,7 @@ from torch import Tensor, nn
 
 from loratools.adapter import kinds
 from loratools.adapter.kinds import Update
-from loratools.adapter.model import Adapter
 from loratools.adapter.parts import MAGNITUDE
-from loratools.adapter.parts import A as A_PART
-from loratools.adapter.parts import B as B_PART
-from loratools.adapter.placement.resolve import resolve
-from loratools.adapter.placement.slices import Slice
-from loratools.adapter.site import Site as Rectangle
 from loratools.errors import IncompatibleAdapter, InvalidOption
 from loratools.live.below.meta import device_of
 from loratools.live.fresh import start
@@ -31,7 +24,8 @@ from loratools.live.fresh.targets import Target
 from loratools.live.fresh.tokens import Tokens, problems, stated
 from loratools.live.fresh.tokens import places as token_places
 from loratools.live.modules import ModuleType, type_of
-from loratools.live.place import Layout, Place, spans_of, walk
+from loratools.live.modules._slices import spans_of_parts
+from loratools.live.place import Layout, Place, walk
 from loratools.live.product import row_norms
 from loratools.live.site import Piece, Span, slice_of
 from loratools.live.whole import Replacement
@@ -93,7 +87,9 @@ def places(model: nn.Module, chosen: Sequence[Target], options: Fresh) -> dict[s
     A module that is reached by two paths gets one piece, or one for each slice that is meant, under the first.
     """
     generator = torch.Generator().manual_seed(options.seed)
-    spans = _spans(model, [target.part for target in chosen if target.part], options)
+    parts = [target.part for target in chosen if target.part]
+    layout = Layout.of(model) if parts else Layout({}, {}, {})
+    spans = spans_of_parts(parts, options.rank, layout.shapes, layout.config)
     places: dict[str, Place] = {}
     first: dict[int, str] = {}
     for target in chosen:
@@ -163,25 +159,6 @@ def _piece(target: Target, spans: tuple[Span, ...] | None, options: Fresh, gener
     if device.type == "meta":
         piece.values = {"A": A, "B": B}
     return piece
-
-
-def _spans(model: nn.Module, parts: Sequence[Slice], options: Fresh) -> dict[str, tuple[Span, ...]]:
-    """Return by its path where the outputs of each slice lie, as `resolve` places an adapter on it."""
-    if not parts:
-        return {}
-    layout = Layout.of(model)
-    updates: dict[str, Update] = {}
-    for part in parts:
-        assert part.shape is not None  # `choose` took no other
-        out, width = part.shape
-        A, B = torch.empty(options.rank, width, device="meta"), torch.empty(out, options.rank, device="meta")
-        updates[part.path] = kinds.get("lora").build(
-            {A_PART: LazyTensor.of(A), B_PART: LazyTensor.of(B)}, options.scaling, options.alpha
-        )
-    sites: dict[str, list[Rectangle]] = defaultdict(list)
-    for placement in resolve(Adapter(updates), layout.shapes, layout.config):
-        sites[placement.module].append(placement.site)
-    return {path: spans_of(own) for path, own in sites.items()}
 
 
 def built(known: ModuleType, tensors: Mapping[str, Tensor], options: Fresh) -> Update:

@@ -8,7 +8,9 @@ module that the model has: PEFT knows no slices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import sqrt
 from typing import Any
 
@@ -18,11 +20,18 @@ from torch import Tensor
 
 from loratools.adapter import kinds
 from loratools.adapter.kinds import Update
+from loratools.adapter.model import Adapter
+from loratools.adapter.naming.wrappers import Names
 from loratools.adapter.parts import BIAS, MAGNITUDE
 from loratools.adapter.parts import A as A_PART
 from loratools.adapter.parts import B as B_PART
-from loratools.live.site import Piece
+from loratools.adapter.placement.resolve import resolve
+from loratools.adapter.placement.slices import Slice, slices
+from loratools.live.site import Piece, Span
 from loratools.storage.lazy import LazyTensor
+
+STEP = "slices"
+"""The parameter of an `attach` step that names the slices which were trained."""
 
 Weighted = Sequence[tuple[Piece, float]]
 
@@ -119,3 +128,67 @@ def outputs_of(site: Any) -> int:
     """Return the number of outputs of a linear layer with adapters, however it stores its weight."""
     W = site.matrix()
     return int(site.out_features if W is None else W.shape[0])
+
+
+def spans_of_parts(
+    parts: Sequence[Slice], rank: int, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
+) -> dict[str, tuple[Span, ...]]:
+    """Return by its path where the outputs of each slice lie, as `resolve` places an adapter of a rank on it."""
+    updates: dict[str, Update] = {}
+    for part in parts:
+        assert part.shape is not None  # others are refused, or left as they are
+        out, width = part.shape
+        A, B = torch.empty(rank, width, device="meta"), torch.empty(out, rank, device="meta")
+        updates[part.path] = kinds.get("lora").build({A_PART: LazyTensor.of(A), B_PART: LazyTensor.of(B)}, 1.0, rank)
+    spans: dict[str, tuple[Span, ...]] = {}
+    for placement in resolve(Adapter(updates), shapes, config) if updates else ():
+        site = placement.site
+        spans[placement.module] = (*spans.get(placement.module, ()), (site.part_rows, slice(*site.outputs)))
+    return spans
+
+
+def taken_apart(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> Adapter:
+    """Return an adapter with slices again where `fused` made one update of them, so that they alone are trained on.
+
+    The step in its provenance that attached it names them (`STEP`); an update that is not made of these blocks any
+    more stays as it is.
+    """
+    steps = (step.parameters.get(STEP) for step in adapter.provenance if step.operation == "attach")
+    wanted = next((names for names in steps if isinstance(names, list | tuple)), ())
+    inside: dict[str, dict[int, Slice]] = defaultdict(dict)
+    for part in slices(shapes, config) if wanted else ():
+        if part.shape is not None and part.path.rpartition(".")[2] in wanted:
+            inside[part.fused].setdefault(part.number, part)
+    names = Names(shapes) if inside else None
+    updates: dict[str, Update] = {}
+    for module, update in adapter.updates.items():
+        tensors = names.find(module) if names else []
+        numbered = inside.get(tensors[0].removesuffix(".weight"), {}) if tensors else {}
+        parts = [numbered[number] for number in sorted(numbered)]
+        blocks = _blocks(update, parts, shapes, config) if parts and update.kind in ("lora", "dora") else None
+        updates |= blocks or {module: update}
+    return replace(adapter, updates=updates)
+
+
+def _blocks(
+    update: Update, parts: Sequence[Slice], shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
+) -> dict[str, Update] | None:
+    """Return the updates of slices that an update consists of, by path; None where it is not made of them."""
+    if update.rank % len(parts):
+        return None
+    rank = update.rank // len(parts)
+    loaded = {part: lazy.load() for part, lazy in update.parts.items()}
+    rest = loaded[B_PART].clone()
+    by_root = update.scaling == update.alpha / sqrt(update.rank) != update.alpha / update.rank
+    blocks: dict[str, Update] = {}
+    for i, (path, spans) in enumerate(spans_of_parts(parts, rank, shapes, config).items()):
+        outputs = [place for _, at in sorted(spans, key=lambda s: s[0].start) for place in range(len(rest))[at]]
+        ranks = slice(i * rank, (i + 1) * rank)
+        own = {A_PART: loaded[A_PART][ranks], B_PART: loaded[B_PART][outputs, ranks]}
+        own |= {part: loaded[part][outputs] for part in (MAGNITUDE, BIAS) if part in loaded}
+        rest[outputs, ranks] = 0
+        lazies = {part: LazyTensor.of(tensor.contiguous()) for part, tensor in own.items()}
+        blocks[path] = kinds.get(update.kind).build(
+            lazies, update.scaling, update.scaling * (sqrt(rank) if by_root else rank)
+        )
+    return None if rest.any() else blocks
