@@ -33,12 +33,14 @@ class Stored:
 class Fit:
     """Scales that fit numbers: `scales` and `zeros` as decoding uses them, float32 (row groups, groups).
 
-    `kept` are the scales in the form in which they are stored.
+    `kept` are the scales in the form in which they are stored; `number` is that of the whole tensor, where there is one
+    and it is new.
     """
 
     scales: Array
     kept: Array
     zeros: Array | None = None
+    number: Array | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,10 +72,11 @@ class Grouped(Encoding):
         """Return so many rows from `first` on."""
 
     @abstractmethod
-    def fit(self, parts: Parts, lows: Array, highs: Array, W: Array, largest: float) -> Fit:
+    def fit(self, parts: Parts, first: int, lows: Array, highs: Array, W: Array, largest: float) -> Fit:
         """Return scales for groups of these extremes, (row groups, groups).
 
-        W are their numbers, (n, columns); `largest` is the largest magnitude of all tiles where `passes`, else 0.
+        W are their numbers, rows (n, columns) from `first` on; `largest` is the largest magnitude of all tiles where
+        `passes`, else 0.
         """
 
     @abstractmethod
@@ -81,7 +84,7 @@ class Grouped(Encoding):
         """Return rows of codes as rows of bytes."""
 
     @abstractmethod
-    def parts_of(self, packed: Array, kept: Array | None, zeros: Array | None) -> Mapping[str, Array]:
+    def parts_of(self, packed: Array, fit: Fit | None) -> Mapping[str, Array]:
         """Return the stored parts of all rows of codes, and of all scales and zero points where those are new."""
 
     def decode(self, parts: Parts, first: int, out: Array) -> None:
@@ -135,8 +138,7 @@ class _Encoder:
         self._encoding, self._parts, self._draw = encoding, parts, draw
         self._fresh = grid == "fresh"
         self._packed: Array | None = None
-        self._kept: Array | None = None
-        self._zeros: Array | None = None
+        self._fit: Fit | None = None
         self._lows: Array | None = None
         self._highs: Array | None = None
 
@@ -190,7 +192,7 @@ class _Encoder:
     def finish(self) -> Mapping[str, Array]:
         """Return the codes, and the scales and zero points where they are new."""
         packed = np.empty((0, 0), np.uint8) if self._packed is None else self._packed
-        return self._encoding.parts_of(packed, self._kept, self._zeros)
+        return self._encoding.parts_of(packed, self._fit)
 
     def _fitted(self, first: int, W: Array) -> Stored:
         encoding = self._encoding
@@ -201,16 +203,19 @@ class _Encoder:
             assert self._highs is not None
             stop = -(-(first + len(W)) // encoding.height)
             lows, highs = self._lows[start:stop], self._highs[start:stop]
-            largest = float(max(self._highs.max(), -self._lows.min()))
+            largest = float(max(self._highs.max(initial=0), -self._lows.min(initial=0)))
         else:
             (lows, highs), largest = encoding.extremes(W, first), 0.0
-        fit = encoding.fit(self._parts, lows, highs, W, largest)
-        count = -(-encoding.rows // encoding.height)
-        if self._kept is None:
-            self._kept = np.zeros((count, *fit.kept.shape[1:]), fit.kept.dtype)
-            self._zeros = None if fit.zeros is None else np.zeros((count, encoding.groups), np.float32)
-        self._kept[start : start + len(lows)] = fit.kept
-        if self._zeros is not None and fit.zeros is not None:
-            self._zeros[start : start + len(lows)] = fit.zeros
+        fit = encoding.fit(self._parts, first, lows, highs, W, largest)
+        if self._fit is None:
+            count = -(-encoding.rows // encoding.height)
+            kept, zeros = ((count, *each.shape[1:]) for each in (fit.kept, lows))
+            self._fit = Fit(
+                np.empty((0, 0), np.float32), np.zeros(kept, fit.kept.dtype),
+                None if fit.zeros is None else np.zeros(zeros, np.float32), fit.number,
+            )  # fmt: skip
+        self._fit.kept[start : start + len(lows)] = fit.kept
+        if self._fit.zeros is not None and fit.zeros is not None:
+            self._fit.zeros[start : start + len(lows)] = fit.zeros
         of_row = (first + np.arange(len(W))) // encoding.height - start
         return Stored(codes, fit.scales[of_row], None if fit.zeros is None else fit.zeros[of_row])

@@ -1,0 +1,236 @@
+"""Integers with scales, and perhaps zero points: W = (q - zero)·scale, as compressed-tensors stores them.
+
+The parts are `weight_packed` I32, offset by half the range, or `weight` I8 in two's complement; `weight_scale`;
+`weight_zero_point`, packed along the rows or a byte each; `weight_g_idx`, the group of each column (act-order).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from loratools.storage import dtypes
+from loratools.storage.codecs import Encoding, Module, Parts
+from loratools.storage.codecs._grouped import Fit, Grouped, Stored
+from loratools.storage.codecs._levels import Whole
+from loratools.storage.codecs._packed import pack, unpack
+from loratools.storage.codecs.floats import Array, narrow, widen
+
+EPS = {"BF16": 2.0**-7, "F16": 2.0**-10, "F32": 2.0**-23, "F64": 2.0**-52}
+"""What the library has for the scale of zeros, by the dtype of scales."""
+
+
+def integers(module: Module, part: str, arguments: Mapping[str, Any]) -> Encoding:
+    """Return how integers in `part` are stored, of which config.json says these arguments.
+
+    Raises `UnsupportedAdapter` where config and tensors disagree.
+    """
+    shape = _shape(module, part)
+    bits = _bits(module, part, shape[-1], arguments.get("num_bits"))
+    scale = module.specs["weight_scale"]
+    if scale.dtype not in dtypes.FLOATS:
+        raise module.refuse(f"its weight_scale is {scale.dtype}, and a float dtype was expected")
+    height, width = _group(module, shape, arguments)
+    order = _order(module, shape[-1], -(-shape[-1] // width), arguments)
+    zero = _zero(module, shape, bits, arguments)
+    by = {(prod(shape[:-1]), shape[-1]): "one scale a tensor", (1, shape[-1]): "one scale a row"}.get((height, width))
+    by = by or (f"groups of {width}" if height == 1 else f"blocks of {height} × {width}")
+    words = [
+        f"{bits}-bit integers",
+        by,
+        *(["zero points"] if zero else []),
+        *(["act-order"] if order is not None else []),
+    ]
+    together = height if height < prod(shape[:-1]) else 1
+    levels = Whole(bits) if part == "weight_packed" else Whole(bits, bytes=True)
+    return Integers(
+        module, shape, ", ".join(words), bits, (height, width), together, levels, height, width, part, order, zero=zero
+    )
+
+
+def _read(module: Module, part: str) -> Array:
+    with ExitStack() as stack:
+        return Parts(module, stack).whole(part)
+
+
+def _shape(module: Module, part: str) -> tuple[int, ...]:
+    """Return the shape of the weight: `weight_shape` where the codes are packed, which must hold as many."""
+    stored = module.specs[part].shape
+    if part == "weight":
+        return stored
+    module.need("weight_shape")
+    spec = module.specs["weight_shape"]
+    if spec.dtype not in ("I32", "I64") or spec.shape not in ((2,), (3,)):
+        raise module.refuse(f"its weight_shape is {spec.dtype} {list(spec.shape)}, and 2 or 3 integers were expected")
+    shape = tuple(int(side) for side in _read(module, "weight_shape"))
+    if len(shape) != len(stored) or shape[:-1] != stored[:-1] or shape[-1] < 1:
+        raise module.refuse(f"its {part} {list(stored)} does not hold a weight of weight_shape {list(shape)}")
+    return shape
+
+
+def _bits(module: Module, part: str, columns: int, stated: Any) -> int:
+    """Return the bits of a code, which config.json and the words of a row must agree on."""
+    words = module.specs[part].shape[-1]
+    fits = [bits for bits in range(1, 9) if part == "weight" or -(-columns * bits // 32) == words]
+    if stated is None and len(fits) == 1:
+        return fits[0]
+    if stated is None and part == "weight":
+        return 8
+    if not isinstance(stated, int) or stated not in fits:
+        raise module.refuse(
+            f"config.json says {stated} bits, and {words} words hold {columns} codes of a row otherwise"
+        )
+    return stated
+
+
+def _group(module: Module, shape: tuple[int, ...], arguments: Mapping[str, Any]) -> tuple[int, int]:
+    """Return rows and columns that share a scale, which config.json and the shape of the scales must agree on."""
+    scales, strategy = module.specs["weight_scale"].shape, arguments.get("strategy")
+    rows, columns = prod(shape[:-1]), shape[-1]
+    size, block = arguments.get("group_size"), arguments.get("block_structure")
+    if strategy == "block":
+        sides = block if isinstance(block, list | tuple) and len(block) == 2 and len(shape) == 2 else (0, 0)
+        known = all(isinstance(side, int) and side > 0 for side in sides)
+        if known and scales == (-(-rows // sides[0]), -(-columns // sides[1])):
+            return min(sides[0], rows), sides[1]
+    elif strategy in (None, "group", "tensor_group") and scales[:-1] == shape[:-1] and len(scales) == len(shape):
+        groups = scales[-1]
+        width = size if isinstance(size, int) and size > 0 else -(-columns // max(1, groups))
+        if groups and -(-columns // width) == groups:
+            return 1, width
+    elif strategy in (None, "channel") and scales in ((*shape[:-1], 1), shape[:-1]):
+        return 1, columns
+    if strategy in (None, "tensor") and scales in ((), (1,), (1, 1)):
+        return rows, columns
+    raise module.refuse(
+        f"config.json says strategy {strategy}, group {block or size}, and the scales {list(scales)} do not fit that "
+        f"and a weight {list(shape)}"
+    )
+
+
+def _order(module: Module, columns: int, groups: int, arguments: Mapping[str, Any]) -> Array | None:
+    """Return the group of each column where it is not the next in turn; -1 in old files means that it is."""
+    spec = module.specs.get("weight_g_idx")
+    if spec is None:
+        if arguments.get("actorder") in ("group", "dynamic", True):
+            raise module.refuse(f"config.json says actorder {arguments['actorder']}, and weight_g_idx is missing")
+        return None
+    if spec.dtype not in ("I32", "I64") or spec.shape != (columns,):
+        raise module.refuse(
+            f"its weight_g_idx is {spec.dtype} {list(spec.shape)}, and {columns} integers were expected"
+        )
+    order = _read(module, "weight_g_idx").astype(np.int64)
+    if (order == -1).any():
+        return None
+    if order.min(initial=0) < 0 or order.max(initial=0) >= groups:
+        raise module.refuse(f"its weight_g_idx names groups from {order.min()} to {order.max()}, and it has {groups}")
+    return order
+
+
+def _zero(module: Module, shape: tuple[int, ...], bits: int, arguments: Mapping[str, Any]) -> str:
+    """Return how zero points are stored: "" for none, "packed" along the rows, "plain" a byte each."""
+    spec, scales = module.specs.get("weight_zero_point"), module.specs["weight_scale"].shape
+    symmetric = arguments.get("symmetric")
+    if spec is None:
+        if symmetric is False:
+            raise module.refuse("config.json says that it is asymmetric, and weight_zero_point is missing")
+        return ""
+    rows = -(-shape[-2] * bits // 32)
+    if spec.dtype == "I32" and symmetric is not True and spec.shape == (*shape[:-2], rows, *scales[len(shape) - 1 :]):
+        return "packed"
+    if spec.dtype in ("I8", "U8", *dtypes.FLOATS) and spec.shape == scales:
+        return "plain"
+    raise module.refuse(
+        f"its weight_zero_point {spec.dtype} {list(spec.shape)} does not fit the scales {list(scales)} and {bits} bits"
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Integers(Grouped):
+    """Integers with scales, and zero points as `zero` says."""
+
+    zero: str = ""
+
+    def stored(self, parts: Parts, first: int, count: int) -> Stored:
+        """Return codes, scales and zero points of rows."""
+        stored = parts.joined(self.codes_part, first, first + count)
+        bits = self.bits if self.codes_part == "weight_packed" else 8
+        groups = self._of_groups(parts, "weight_scale", first, count)
+        return Stored(unpack(stored, bits, self.columns), groups, self._zeros(parts, first, count))
+
+    def _of_groups(self, parts: Parts, part: str, first: int, count: int) -> Array:
+        """Return a number for each row and group."""
+        if self.height == 1 and len(self.module.specs[part].shape) == len(self.shape):
+            stored = parts.joined(part, first, first + count)
+            return _widened(stored, self.module.specs[part].dtype)
+        every = _widened(parts.whole(part), self.module.specs[part].dtype).reshape(-1, self.groups)
+        return every[(first + np.arange(count)) // self.height]
+
+    def _zeros(self, parts: Parts, first: int, count: int) -> Array | None:
+        if not self.zero:
+            return None
+        if self.zero == "plain":
+            return self._of_groups(parts, "weight_zero_point", first, count)
+        rows, zeros = self.shape[-2], []
+        packed = parts.whole("weight_zero_point").reshape(-1, -(-rows * self.bits // 32), self.groups)
+        for matrix in range(first // rows, (first + count - 1) // rows + 1):
+            start, stop = max(first - matrix * rows, 0), min(first + count - matrix * rows, rows)
+            begin = start * self.bits // 32 // self.bits * self.bits  # words at which a code begins
+            words = packed[matrix, begin : -(-stop * self.bits // 32)].T
+            start -= (skipped := begin * 32 // self.bits)
+            zeros.append(unpack(words, self.bits, stop - skipped)[:, start:].T)
+        return np.concatenate(zeros).astype(np.float32) + np.float32(self.levels.least)
+
+    def fit(self, parts: Parts, first: int, lows: Array, highs: Array, W: Array, largest: float) -> Fit:
+        """Return 2·max|w| / (2^b - 1), or (max - min) / (2^b - 1) with zero points, in the dtype of the scales."""
+        lows, highs = np.minimum(lows, 0), np.maximum(highs, 0)
+        dtype = self.module.specs["weight_scale"].dtype
+        steps = np.float32(2**self.bits - 1)
+        span = highs - lows if self.zero else np.maximum(-lows, highs) * np.float32(2)
+        bits = narrow(span / steps, dtype)
+        scales = widen(bits, dtype, np.float32)
+        tiny = narrow(np.array([EPS[dtype]], np.float32), dtype)
+        bits = np.where(scales == 0, tiny, bits)
+        if not self.zero:
+            return Fit(widen(bits, dtype, np.float32), bits)
+        least, most = -(2.0 ** (self.bits - 1)), 2.0 ** (self.bits - 1) - 1
+        with np.errstate(divide="ignore", invalid="ignore"):
+            zeros = np.nan_to_num(np.float32(least) - lows / scales)  # 0 where all numbers are 0, as the library has it
+        return Fit(widen(bits, dtype, np.float32), bits, np.rint(np.clip(zeros, least, most)))
+
+    def packed(self, codes: Array) -> Array:
+        """Return rows of codes as rows of bytes."""
+        width = self.module.specs[self.codes_part].shape[-1]
+        return codes if self.codes_part == "weight" else pack(codes, self.bits, 4 * width)
+
+    def parts_of(self, packed: Array, fit: Fit | None) -> Mapping[str, Array]:
+        """Return codes, scales and zero points as they are stored."""
+        spec = self.module.specs[self.codes_part]
+        parts = {self.codes_part: packed.view("<i4" if spec.dtype == "I32" else "<i1").reshape(spec.shape)}
+        if fit is not None:
+            scale = self.module.specs["weight_scale"]
+            bits = fit.kept if scale.dtype == "BF16" else fit.kept.view(f"<f{fit.kept.itemsize}")
+            parts["weight_scale"] = bits.reshape(scale.shape)
+            if fit.zeros is not None:
+                spec = self.module.specs["weight_zero_point"]
+                parts["weight_zero_point"] = self._stored_zeros(fit.zeros, spec.dtype).reshape(spec.shape)
+        return parts
+
+    def _stored_zeros(self, zeros: Array, dtype: str) -> Array:
+        if self.zero == "plain":
+            return zeros.astype("<i1") if dtype == "I8" else narrow(zeros, dtype).view(f"<u{dtypes.bits(dtype) // 8}")
+        codes = (zeros - np.float32(self.levels.least)).astype(np.uint8).reshape(-1, self.shape[-2], self.groups)
+        nbytes = 4 * -(-self.shape[-2] * self.bits // 32)
+        along = codes.transpose(0, 2, 1).reshape(-1, self.shape[-2])
+        words = pack(np.ascontiguousarray(along), self.bits, nbytes).view("<i4").reshape(len(codes), self.groups, -1)
+        return words.transpose(0, 2, 1)
+
+
+def _widened(stored: Array, dtype: str) -> Array:
+    """Return stored floats or small integers in float32."""
+    return widen(stored, dtype, np.float32) if dtype == "BF16" else stored.astype(np.float32)
