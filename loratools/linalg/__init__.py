@@ -6,5 +6,5 @@ similarity    subspace similarity, principal angles and amplification, as in the
 orthonormal   orthonormal bases, also of columns that depend on each other; sums in float64
 svd           the truncated SVD of a large matrix, near-optimal, with a certificate of its error
 ranks         which rank to keep: by a rule, above the noise of rounding, or within a budget for all layers
-native        rows.c, the one piece of C: W + left·right on rows of a weight
+native        the C: W + left·right on rows of a weight; factors beside a linear layer that runs
 """

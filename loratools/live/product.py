@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loratools.linalg.native import thin
+
 
 def draw_seed() -> int:
     """Draw the seed of a mask from torch's global generator, so that who resumes or recomputes draws the same mask."""
@@ -45,11 +47,9 @@ class LowRankLinear(torch.autograd.Function):
         """Return y (…, out)."""
         y = F.linear(x, W, b)
         flat = x.reshape(-1, x.shape[-1])
-        dropped = flat * mask(flat, p, seed) if p else flat
-        u = dropped @ A.to(x.dtype).T
-        y.view(-1, y.shape[-1]).addmm_(u, B.to(x.dtype).T, alpha=scale)
+        u, ctx.thin = add_product(y, flat * mask(flat, p, seed) if p else flat, A, B, scale)
         ctx.save_for_backward(x, W, A, B, u)
-        ctx.settings = scale, p, seed, b is not None
+        ctx.settings = scale, p, seed
         return y
 
     @staticmethod
@@ -58,34 +58,58 @@ class LowRankLinear(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: these gradients are to have gradients of their own
             return _differentiable_gradients(ctx, grad)
         x, W, A, B, u = ctx.saved_tensors
-        scale, p, seed, _ = ctx.settings
-        needs = ctx.needs_input_grad
+        scale, p, seed = ctx.settings
+        needs_x, needs_W, needs_b, needs_A, needs_B, *_ = ctx.needs_input_grad
         G, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        D = mask(flat, p, seed) if p and (needs[0] or needs[3]) else None
-        v = (G @ B.to(G.dtype)).mul_(scale) if needs[0] or needs[3] else None
-        dx = dW = db = dA = dB = None
-        if needs[3] and v is not None:
-            dA = (v.T @ (flat * D if D is not None else flat)).to(A.dtype)
-        if needs[4]:
-            dB = (G.T @ u).to(B.dtype).mul_(scale)
-        if needs[0] and v is not None:
-            dx = G @ W
-            if D is None:
-                dx.addmm_(v, A.to(G.dtype))
-            else:
-                dx.add_((v @ A.to(G.dtype)).mul_(D))
+        D = mask(flat, p, seed) if p and (needs_x or needs_A) else None
+        dropped = flat if D is None else flat * D
+        dx = G @ W if needs_x else None
+        dW = G.T @ flat if needs_W else None
+        db = G.sum(0) if needs_b else None
+        # What the factors add to ∂x: at once, or by itself where D is to be multiplied with it.
+        through = None if dx is None else dx if D is None else torch.zeros_like(dx)
+        if ctx.thin and not torch.compiler.is_compiling() and G.dtype is x.dtype:
+            dA, dB = thin.backward(G.contiguous(), dropped, u, A, B, scale, through, needs_A, needs_B)
+        else:
+            dA, dB = gradients(G, dropped, u, A, B, scale, through, needs_A, needs_B)
+        if dx is not None and through is not None:
+            if D is not None:
+                dx.add_(through.mul_(D))
             dx = dx.view_as(x)
-        if needs[1]:
-            dW = G.T @ flat
-        if needs[2]:
-            db = G.sum(0)
         return dx, dW, db, dA, dB, None, None, None
+
+
+def add_product(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, bool]:
+    """Add s·u·Bᵀ to y (…, out) in place; return u = x·Aᵀ (rows, r), and whether C did it.
+
+    x is (rows, in), y contiguous. Computes in the dtype of x.
+    """
+    flat = y.view(-1, y.shape[-1])
+    if thin.serves(x, flat, A, B):
+        return thin.forward(x, flat, A, B, scale), True
+    u = x @ A.to(x.dtype).T
+    flat.addmm_(u, B.to(x.dtype).T, alpha=scale)
+    return u, False
+
+
+def gradients(
+    G: Tensor, x: Tensor, u: Tensor, A: Tensor, B: Tensor, scale: float, dx: Tensor | None,
+    needs_A: bool, needs_B: bool,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Return ∂A and ∂B, None where nobody needs them, and add s·G·B·A to dx in place."""
+    dB = (G.T @ u).to(B.dtype).mul_(scale) if needs_B else None
+    if dx is None and not needs_A:
+        return None, dB
+    v = (G @ B.to(G.dtype)).mul_(scale)
+    if dx is not None:
+        dx.addmm_(v, A.to(G.dtype))
+    return (v.T @ x).to(A.dtype) if needs_A else None, dB
 
 
 def _differentiable_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Return what `LowRankLinear.backward` does by operations that autograd knows, u computed again from x and A."""
     x, W, A, B, _ = ctx.saved_tensors
-    scale, p, seed, _ = ctx.settings
+    scale, p, seed = ctx.settings
     G, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     D = mask(flat, p, seed) if p else torch.ones_like(flat[:1, :1])
     v, dropped = (G @ B.to(G.dtype)) * scale, flat * D

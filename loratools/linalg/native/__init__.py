@@ -1,10 +1,11 @@
-"""`rows.c`, the one piece of C: W + left·right on rows of BF16, F16 or F32, rescaled and rounded, in one pass.
+"""`rows.c`, the C of a merge: W + left·right on rows of BF16, F16 or F32, rescaled and rounded, in one pass.
 
 It is compiled when the package is installed, where there is a C compiler (`build.py`). Without it torch does the same,
 several times slower: only the last float32 bit of a sum may differ then.
 
     rows.c     who calls and what for, and which processor is served
     kernel.h   the arithmetic, compiled once for each width of vectors
+    thin       `thin.c` and `thin.h`: factors beside a linear layer of a running model, and their gradients
     build      compiles them when the package is installed
 """
 

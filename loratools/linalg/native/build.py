@@ -1,4 +1,4 @@
-"""Hatchling's hook: compile `rows.c` when the package is built or installed, where there is a compiler."""
+"""Hatchling's hook: compile `rows.c` and `thin.c` when the package is built or installed, where there is a compiler."""
 
 from __future__ import annotations
 
@@ -12,29 +12,33 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fPIC", "-shared")
+LOSS = {"rows": "merges will run in torch alone, slower", "thin": "adapters in a running model train in torch alone"}
 
 
 class NativeRows(BuildHookInterface[Any]):
-    """Adds the library to the wheel; without a compiler the wheel is pure Python, and slower."""
+    """Adds the libraries to the wheel; without a compiler the wheel is pure Python, and slower."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile, and say what became of it to hatchling."""
-        folder = Path(self.root, "loratools", "linalg", "native")
-        library = folder / "librows.so"
-        library.unlink(missing_ok=True)
         compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[0]
+        for name, loss in LOSS.items():
+            if not self._compile(compiler, name, loss):
+                continue
+            build_data["artifacts"].append(f"loratools/linalg/native/lib{name}.so")
+            build_data["pure_python"] = False
+            build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
+
+    def _compile(self, compiler: str, name: str, loss: str) -> bool:
+        folder = Path(self.root, "loratools", "linalg", "native")
+        library = folder / f"lib{name}.so"
+        library.unlink(missing_ok=True)
         try:
-            line = [compiler, *FLAGS, str(folder / "rows.c"), "-o", str(library), "-lm"]
+            line = [compiler, *FLAGS, str(folder / f"{name}.c"), "-o", str(library), "-lm"]
             done = subprocess.run(line, capture_output=True, text=True, check=False)
         except OSError as error:
-            self.app.display_warning(f"{compiler}: {error.strerror}; merges will run in torch alone, slower")
-            return
+            self.app.display_warning(f"{compiler}: {error.strerror}; {loss}")
+            return False
         if done.returncode:
             library.unlink(missing_ok=True)
-            self.app.display_warning(
-                f"{compiler} could not compile rows.c; merges will run in torch alone, slower:\n{done.stderr}"
-            )
-            return
-        build_data["artifacts"].append("loratools/linalg/native/librows.so")
-        build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
+            self.app.display_warning(f"{compiler} could not compile {name}.c; {loss}:\n{done.stderr}")
+        return not done.returncode

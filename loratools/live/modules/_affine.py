@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from loratools.live.modules._slices import joinable, joined
-from loratools.live.product import LowRankLinear, draw_seed, mask, row_norms
+from loratools.live.product import LowRankLinear, add_product, draw_seed, mask, row_norms
 from loratools.live.site import Piece, Site, added, rows_landing, slice_of
 
 
 class AffineSite(Site):
     """A linear layer with adapters.
 
-    A subclass says by `matrix` what W is, (out, in), or None where the weight is stored as codes; and by `usual`
-    whether the class computes W·x + b and nothing else. Then x is kept once while training; a class with a forward of
-    its own computes as it does, and the change is added to what it returns.
+    A subclass says by `matrix` what W is, (out, in), or None where the weight is stored as codes; and by `usual` the
+    same where the class computes W·x + b and nothing else. Then x is kept once while training; a class with a forward
+    of its own computes as it does, and the change is added to what it returns.
     """
 
     weight: Any
@@ -29,32 +29,34 @@ class AffineSite(Site):
         """Return W (out, in), a view of the weight, or None."""
         raise NotImplementedError
 
-    def usual(self) -> bool:
-        """Tell whether the module's own forward is W·x + b with a plain weight."""
+    def usual(self) -> Tensor | None:
+        """Return W (out, in) where the module's own forward is W·x + b with a plain weight, else None."""
         raise NotImplementedError
 
     def changed(self, pieces: list[tuple[Piece, float]], x: Tensor, *args: Any, **settings: Any) -> Any:
         one = len(pieces) == 1 and pieces[0][0].plain
-        if (one or joinable([piece for piece, _ in pieces])) and not args and not settings and self.usual():
-            (piece, weight), W = pieces[0], self.matrix()
+        alone = (one or joinable([piece for piece, _ in pieces])) and not args and not settings
+        W = self.usual() if alone else None
+        if W is not None:
+            piece, weight = pieces[0]
             p = piece.dropout if self.training else 0.0  # type: ignore[attr-defined]
             if one:
                 A, B, scale = piece.A, piece.B, piece.scaling * weight
             else:
-                A, B, scale = *joined(pieces, len(W)), 1.0  # type: ignore[arg-type]
-            grad = torch.is_grad_enabled() and (A.requires_grad or x.requires_grad or self.weight.requires_grad)
+                A, B, scale = *joined(pieces, len(W)), 1.0
+            compiling = torch.compiler.is_compiling()
+            grad = torch.is_grad_enabled() and (A.requires_grad or x.requires_grad or W.requires_grad)
             plain = x.is_meta or not torch.is_autocast_enabled(x.device.type)
-            if not torch.compiler.is_compiling():
+            if not compiling:
                 # torch.func and forward mode know no function with a backward of its own.
                 plain = plain and not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
-            compiled = p and torch.compiler.is_compiling()  # a generator of its own is not for graphs
+            compiled = p and compiling  # a generator of its own is not for graphs
             if not grad and plain and not compiled:
-                y = F.linear(x, W, self.bias)  # type: ignore[arg-type]
+                y = F.linear(x, W, self.bias)
                 flat = x.reshape(-1, x.shape[-1])
                 if p:  # as below: the first forward of a checkpoint has no gradients, its repetition has
                     flat = flat * mask(flat, p, draw_seed())
-                u = F.linear(flat, A.to(x.dtype))
-                y.view(-1, y.shape[-1]).addmm_(u, B.to(x.dtype).T, alpha=scale)
+                add_product(y, flat, A, B, scale)
                 return y
             if grad and plain and not compiled:
                 return LowRankLinear.apply(x, W, self.bias, A, B, scale, p, draw_seed() if p else 0)  # type: ignore

@@ -19,8 +19,9 @@ class Conv1DSite(AffineSite):
     def matrix(self) -> Tensor | None:
         return matrix(self)
 
-    def usual(self) -> bool:
-        return type(self.weight) in (nn.Parameter, Tensor) and type(self).base.__name__ == "Conv1D"
+    def usual(self) -> Tensor | None:
+        plain = type(self.weight) in (nn.Parameter, Tensor) and type(self).base.__name__ == "Conv1D"
+        return matrix(self) if plain else None
 
 
 def claims(module: nn.Module) -> bool:

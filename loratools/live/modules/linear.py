@@ -16,9 +16,10 @@ class LinearSite(AffineSite):
     def matrix(self) -> Tensor | None:
         return matrix(self)  # type: ignore[arg-type]
 
-    def usual(self) -> bool:
-        plain = type(self.weight) in (nn.Parameter, Tensor) and self.weight.is_floating_point()
-        return plain and not has_own_forward(self, nn.Linear)
+    def usual(self) -> Tensor | None:
+        W = self.weight
+        plain = type(W) in (nn.Parameter, Tensor) and W.is_floating_point() and not has_own_forward(self, nn.Linear)
+        return W if plain else None
 
 
 def claims(module: nn.Module) -> bool:
