@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -135,12 +135,6 @@ FUSIONS = (
     Fusion("W_pack", _QKV, frozenset({"baichuan"})),
     Fusion("gate_up_proj", (("gate_proj",), ("up_proj",))),
     Fusion("dense_h_to_4h", (("gate_proj",), ("up_proj",)), frozenset({"chatglm"})),
-)
-
-# Model types whose linear layers are transformers' Conv1D, stored [in, out]; the names of those layers.
-CONV1D: Mapping[str, frozenset[str]] = dict.fromkeys(
-    ("gpt2", "decision_transformer", "imagegpt", "openai-gpt", "clvp"),
-    frozenset({"c_attn", "q_attn", "c_fc", "c_proj"}),
 )
 
 # Model types of transformers that have layers of these names which are nn.Linear, stored [out, in]. Other types, of

@@ -11,7 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from loratools.adapter.naming.wrappers import CONV1D, LINEAR
+from loratools.adapter.naming.wrappers import LINEAR
+from loratools.storage.codecs.turned import CONV1D
 
 Shapes = Mapping[str, tuple[int, ...]]
 

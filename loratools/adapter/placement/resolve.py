@@ -12,13 +12,14 @@ from typing import Any
 from loratools.adapter.kinds import Update
 from loratools.adapter.kinds._product import BiasUpdate
 from loratools.adapter.model import Adapter
-from loratools.adapter.naming.wrappers import CONV1D, FUSIONS, Fusion, Names
+from loratools.adapter.naming.wrappers import FUSIONS, Fusion, Names
 from loratools.adapter.placement import experts, stacks
 from loratools.adapter.placement.conv1d import Conv1D
 from loratools.adapter.placement.experts import NoPlace
 from loratools.adapter.site import Site
 from loratools.decisions import decided
 from loratools.errors import IncompatibleAdapter
+from loratools.storage.codecs.turned import CONV1D
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loratools.adapter.naming.wrappers import CONV1D, FUSIONS, Fusion
+from loratools.adapter.naming.wrappers import FUSIONS, Fusion
+from loratools.storage.codecs.turned import CONV1D
 
 _CROSS = ("crossattention", "cross_attention")  # GPT-2's has k and v alone in its c_attn
 

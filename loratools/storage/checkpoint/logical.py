@@ -36,7 +36,8 @@ def logical(model: Checkpoint, only: Collection[str] | None = None) -> Checkpoin
         if name is None:
             continue
         specs = {part: stored.specs[tensor] for part, tensor in names.items()}
-        module = Module(path, found.modules[path], names, specs, statement(stored.config), _dtype(stored))
+        stated, kind = statement(stored.config), str(stored.config.get("model_type") or "")
+        module = Module(path, found.modules[path], names, specs, stated, _dtype(stored), kind)
         encoding = codecs.get(name).opened(module)
         if only is not None and encoding.name not in only:
             continue

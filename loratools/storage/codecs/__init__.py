@@ -16,6 +16,7 @@ _scales   numbers rounded to 8-bit floats, and new scales as each library makes 
 floats    bfloat16, float16, float32 and float64, read and rounded in NumPy
 schemes   what of a model is codes, and the name of the scheme
 state     what config.json says of a quantization: found, changed, taken out
+turned    weights of GPT-2, which quantization turns; which those are
 tables    the numbers that small codes stand for: FP8, FP4, powers of two
 """
 
@@ -59,6 +60,7 @@ class Module:
     `specs`      part -> where that lies
     `statement`  what config.json says of the quantization; {} where it says nothing
     `dtype`      the 16-bit dtype that the model computes in: BF16 or F16
+    `model_type` config.json's; "" where it says none
     """
 
     path: str
@@ -67,6 +69,7 @@ class Module:
     specs: Mapping[str, TensorSpec]
     statement: Mapping[str, Any]
     dtype: str
+    model_type: str = ""
 
     def refuse(self, why: str, hint: str | None = None) -> UnsupportedAdapter:
         """Return the exception for a module that a codec does not read: its path, the scheme's name, and why."""

@@ -18,9 +18,10 @@ import numpy as np
 
 from loratools.errors import BadFile
 from loratools.storage.codecs import Encoder, Encoding, Grid, Module, Parts
-from loratools.storage.codecs._bnb_encoders import FourBitEncoder, Int8Encoder, int8_values
+from loratools.storage.codecs._bnb_encoders import FourBitEncoder, Int8Encoder, TurnedEncoder, int8_values
 from loratools.storage.codecs.floats import Array
 from loratools.storage.codecs.tables import numbers
+from loratools.storage.codecs.turned import is_turned
 from loratools.storage.files import read_bytes
 from loratools.storage.strict_json import parse_json_object
 
@@ -64,7 +65,10 @@ def _int8(module: Module) -> Encoding:
     form = module.specs.get("weight_format")
     if form is not None and (form.nbytes > 8 or any(read_bytes(form))):
         raise module.refuse("its rows are in an order made for one kind of GPU (weight_format is not 0)")
-    return Int8(module, weight.shape, "int8, one scale a row", 8, (1, weight.shape[1]))
+    label = "int8, one scale a row"
+    if is_turned(module):
+        return Int8(module, weight.shape[::-1], label, 8, (weight.shape[1], 1), 1, True)
+    return Int8(module, weight.shape, label, 8, (1, weight.shape[1]))
 
 
 def _four_bit(module: Module) -> Encoding:
@@ -86,10 +90,11 @@ def _four_bit(module: Module) -> Encoding:
     if not np.allclose(_map(module, "quant_map", 16), MAPS[kind], rtol=0, atol=2**-8):
         raise module.refuse(f"its quant_map is not that of {_NAMES[kind]}")
     label = f"{_NAMES[kind]}, blocks of {block}"
-    together = min(block // gcd(block, shape[-1]), total // shape[-1])
-    common = (module, shape, label, 4, (1, block), together)
+    turned = len(shape) == 2 and is_turned(module)
+    facing, group = (shape[::-1], (block, 1)) if turned else (shape, (1, block))
+    together = 1 if turned else _together(shape, block)
     if not nested:
-        return FourBit(*common, kind, block)
+        return FourBit(module, facing, label, 4, group, together, kind, block, turned)
     size, offset = state.get("nested_blocksize") or 0, state.get("nested_offset") or 0
     if type(size) is not int or size < 1 or type(offset) not in (int, float) or not isfinite(offset):
         raise module.refuse(f"its state says nested_blocksize {size!r:.40} and nested_offset {offset!r:.40}")
@@ -97,8 +102,13 @@ def _four_bit(module: Module) -> Encoding:
     if scales.shape != (-(-blocks // size),) or scales.dtype != "F32":
         raise module.refuse(f"its nested_absmax is {scales.dtype} {list(scales.shape)}, and absmax has {blocks} codes")
     _map(module, "nested_quant_map", 256)
-    common = (module, shape, f"{label}, double quantization", 4, (1, block), together)
-    return FourBit(*common, kind, block, size, float(offset))
+    label = f"{label}, double quantization"
+    return FourBit(module, facing, label, 4, group, together, kind, block, turned, size, float(offset))
+
+
+def _together(shape: tuple[int, ...], block: int) -> int:
+    """Return after how many rows a block ends where a row does; all where that is nowhere else."""
+    return min(block // gcd(block, shape[-1]), prod(shape[:-1]))
 
 
 def _state(module: Module, kind: str) -> dict[str, Any]:
@@ -135,10 +145,14 @@ def _map(module: Module, part: str, count: int) -> Array:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FourBit(Encoding):
-    """4-bit codes of the map `kind`, in blocks of `block`; codes of scales in blocks of `nested`, around `offset`."""
+    """4-bit codes of the map `kind`, in blocks of `block`; codes of scales in blocks of `nested`, around `offset`.
+
+    `turned` says that the codes are those of the weight transposed.
+    """
 
     kind: str = "nf4"
     block: int = 64
+    turned: bool = False
     nested: int | None = None
     offset: float = 0.0
 
@@ -149,6 +163,9 @@ class FourBit(Encoding):
 
     def decode(self, parts: Parts, first: int, out: Array) -> None:
         """Write map[code] · absmax of the block."""
+        if self.turned:
+            self._decode_columns(parts, first, out)
+            return
         start, stop = first * self.columns, first * self.columns + out.size
         left, right = start // self.block, -(-stop // self.block)
         last = min(right * self.block, prod(self.shape))
@@ -162,6 +179,17 @@ class FourBit(Encoding):
         if not direct:
             skipped = start - left * self.block
             out[...] = flat[skipped : skipped + out.size].reshape(out.shape)
+
+    def _decode_columns(self, parts: Parts, first: int, out: Array) -> None:
+        """Write the same of columns of the codes, all of which are held."""
+        places = np.arange(self.columns)[:, None] * self.shape[0] + np.arange(first, first + len(out))
+        codes = parts.whole("weight").reshape(-1).view(np.uint8)[places >> 1] >> np.where(places & 1, 0, 4)
+        scales = self.scales(parts, 0, self._blocks)[places // self.block]
+        out[...] = (MAPS[self.kind][codes & 15] * scales).T
+
+    @property
+    def _blocks(self) -> int:
+        return -(-prod(self.shape) // self.block)
 
     def scales(self, parts: Parts, start: int, stop: int) -> Array:
         """Return the scales of blocks [`start`, `stop`)."""
@@ -185,11 +213,12 @@ class FourBit(Encoding):
         New scales are those of the library for the same float32 weight, bit for bit; only the mean of the scales, which
         double quantization takes off, is rounded from float64, where the library adds in float32.
         """
-        scales = self.scales(parts, 0, -(-prod(self.shape) // self.block))
-        levels, columns = MAPS[self.kind], self.columns
-        return FourBitEncoder(
-            self.module, parts, levels, columns, self.block, scales, self.nested, self.kind, grid, draw
+        shape = self.shape[::-1] if self.turned else self.shape
+        scales, levels = self.scales(parts, 0, self._blocks), MAPS[self.kind]
+        encoder = FourBitEncoder(
+            self.module, parts, levels, shape[-1], self.block, scales, self.nested, self.kind, grid, draw
         )
+        return TurnedEncoder(encoder, (shape[0], shape[1]), _together(shape, self.block)) if self.turned else encoder
 
 
 def _pairs(kind: str) -> Array:
@@ -200,15 +229,22 @@ def _pairs(kind: str) -> Array:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Int8(Encoding):
-    """8-bit codes, and a scale a row."""
+    """8-bit codes, and a scale a row; `turned` says that they are those of the weight transposed."""
+
+    turned: bool = False
 
     def decode(self, parts: Parts, first: int, out: Array) -> None:
         """Write q · SCB / 127, in the library's order."""
         stop = first + len(out)
+        if self.turned:
+            codes = parts.whole("weight")[:, first:stop]
+            out[...] = int8_values(codes, parts.numbers("SCB").reshape(-1, 1)).T
+            return
         out[...] = int8_values(
             parts.rows("weight", first, stop).view(np.int8), parts.numbers("SCB", first, stop).reshape(-1, 1)
         )
 
     def encoder(self, parts: Parts, grid: Grid, draw: Callable[[tuple[int, ...]], Array] | None = None) -> Encoder:
         """Return what makes codes again: by the SCB that it has, or by a new one of the weight in float16."""
-        return Int8Encoder(self.module, parts, parts.numbers("SCB").reshape(-1).copy(), grid, draw)
+        encoder = Int8Encoder(self.module, parts, parts.numbers("SCB").reshape(-1).copy(), grid, draw)
+        return TurnedEncoder(encoder, (self.shape[1], self.shape[0]), 1) if self.turned else encoder

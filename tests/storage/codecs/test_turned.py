@@ -1,0 +1,85 @@
+"""GPT-2 in bitsandbytes: codes of [out, in] are read, written and merged where a plain weight is [in, out]."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import loratools
+from loratools.storage.codecs import Grid
+from loratools.storage.files import read_tensor
+from tests.storage.codecs.bnb_models import M, eight_bit, exact, four_bit
+from tests.storage.codecs.recode import held, opened, recoded
+from tests.surgery.models import random
+
+LAYER = "transformer.h.0.mlp.c_proj"
+
+
+def gpt2(stored: dict[str, Any]) -> dict[str, Any]:
+    """Return the same parts under the name of a Conv1D."""
+    return {name.replace(M, LAYER): tensor for name, tensor in stored.items()}
+
+
+@pytest.mark.parametrize("shape", [(40, 64), (64, 64), (13, 21), (7, 100)])
+@pytest.mark.parametrize("scheme", ["nf4", "fp4 twice", "int8"])
+def test_codes_read_and_are_written_transposed(tmp_path: Path, scheme: str, shape: tuple[int, int]) -> None:
+    def stored(W: Tensor) -> dict[str, Any]:
+        return gpt2(eight_bit(W) if scheme == "int8" else four_bit(W, scheme[:3], "twice" in scheme))
+
+    W, V = random(*shape), random(*shape, seed=3)
+    view, encoding = opened(tmp_path / "gpt2", stored(W), model_type="gpt2")
+    straight, other = opened(tmp_path / "llama", stored(W), model_type="llama")
+    numbers = read_tensor(view.specs[f"{LAYER}.weight"])
+    assert torch.equal(numbers, read_tensor(straight.specs[f"{LAYER}.weight"]).T)
+    if scheme != "int8":
+        assert torch.equal(numbers.T, exact(stored(W), f"{LAYER}.weight"))
+    grids: list[tuple[Grid, Any]] = [("own", numbers.numpy()), ("own", V.T.numpy()), ("fresh", V.T.numpy())]
+    for grid, turned in grids:
+        parts, values = recoded(encoding, np.ascontiguousarray(turned), grid)
+        wanted, theirs = recoded(other, np.ascontiguousarray(turned.T), grid)
+        assert parts.keys() == wanted.keys()
+        assert all(parts[part].tobytes() == wanted[part].tobytes() for part in parts)
+        assert np.array_equal(values, theirs.T)
+    assert recoded(encoding, numbers.numpy(), "own")[0]["weight"].tobytes() == held(encoding)["weight"].tobytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}])
+def test_transformers_loads_a_merged_gpt2(tmp_path: Path, quantization: dict[str, Any]) -> None:
+    """The head is tied to the embedding and has no name of its own: the list of plain modules has it all the same."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+
+    def load(folder: Path, **options: Any) -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, device_map="cpu", **options
+        )
+
+    def logits(model: Any) -> Tensor:
+        with torch.no_grad():
+            return cast(Tensor, model.eval()(torch.arange(1, 25).view(2, 12)).logits.double())
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=97, n_positions=64)
+    transformers.GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(tmp_path / "plain")
+    base = tmp_path / "base"
+    load(tmp_path / "plain", quantization_config=transformers.BitsAndBytesConfig(**quantization)).save_pretrained(base)
+    settings = peft.LoraConfig(r=4, target_modules=["c_attn", "attn.c_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(load(base), settings)
+    adapted.save_pretrained(tmp_path / "lora")
+    wanted = logits(adapted)
+    effect = torch.linalg.vector_norm(wanted - logits(load(base)))
+    for policy in ("partial", "dequantize"):
+        loratools.merge(base, tmp_path / "lora", tmp_path / policy, quantized=policy)
+        assert torch.linalg.vector_norm(logits(load(tmp_path / policy)) - wanted) <= 0.03 * effect
+    stored = load_file(tmp_path / "partial" / "model.safetensors")
+    assert stored["transformer.h.0.attn.c_attn.weight"].shape == (64, 192)
+    listed = json.loads((tmp_path / "partial" / "config.json").read_text())["quantization_config"]
+    assert "lm_head" in listed["llm_int8_skip_modules"]
