@@ -17,6 +17,7 @@ from typing import Any
 from loratools.adapter.naming.selection import matches
 from loratools.adapter.placement.owners import Kinds
 from loratools.adapter.placement.shared import HEADS
+from loratools.adapter.placement.slices import slices
 from loratools.errors import IncompatibleAdapter, InvalidOption, MissingExtra
 from loratools.options import Options
 from loratools.storage import dtypes, sources
@@ -84,7 +85,8 @@ def estimate(
             folder with nothing else, which needs transformers.
         rank: r, the same for every target. Default: 8, or the largest that fits the `budget`.
         targets: Modules by name, as PEFT's `target_modules`: each a path or what follows one of its dots, or a glob; or
-            `"all-linear"`, every linear layer but embeddings and heads. Default: `"all-linear"`.
+            `"all-linear"`, every linear layer but embeddings and heads. A projection that is a slice of a fused weight
+            is named as if it stood alone, as for `attach`. Default: `"all-linear"`.
         budget: The most parameters that the adapter may have; it chooses the rank. Default: `rank` decides.
         dtype: The dtype in which the adapters of `tasks` are stored: `"bf16"`, `"f16"`, `"f32"`. Default: `"bf16"`.
         tasks: For how many tasks the storage is told. Default: 100.
@@ -117,7 +119,7 @@ def cost(
     """Return what `estimate` does, from shapes; parameters and errors are those of `estimate`."""
     names = (targets,) if isinstance(targets, str) else tuple(targets)
     chosen = _chosen(model, names)
-    per_rank = sum(_per_rank(model.shapes[name]) for name in chosen)
+    per_rank = sum(map(_per_rank, chosen.values()))
     if budget is not None:
         rank = budget // per_rank
         if rank < 1:
@@ -140,25 +142,33 @@ def _per_rank(shape: tuple[int, ...]) -> int:
     return shape[0] + math.prod(shape[1:])
 
 
-def _chosen(model: Shapes, targets: Collection[str]) -> list[str]:
+def _chosen(model: Shapes, targets: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of the weights that are meant; a slice of a fused one where no weight has the name."""
     nowhere = Path(model.name)
     specs = {name: TensorSpec("F32", shape, nowhere, 0, 0) for name, shape in model.shapes.items()}
     kinds = Kinds(specs, model.config)
     kind_of = {name: kinds.of(name, shape)[0] for name, shape in model.shapes.items()}
     if tuple(targets) == (ALL_LINEAR,):
         heads = {*HEADS, "decoder"} | kinds.heads  # BERT's head ends in .decoder
-        return [name for name, kind in kind_of.items() if kind == "linear" and name.split(".")[-2] not in heads]
+        able = [name for name, kind in kind_of.items() if kind == "linear" and name.split(".")[-2] not in heads]
+        return {name: model.shapes[name] for name in able}
     able = [name for name, kind in kind_of.items() if kind != "other"]
+    absent = [target for target in targets if not any(matches(target, name) for name in able)]
+    inside = {f"{part.path}.weight": part for part in slices(model.shapes, model.config) if absent and part.shape}
+    aliases = {name: part for name, part in inside.items() if any(matches(target, name) for target in absent)}
+    once = {(part.fused, part.number): (name, part) for name, part in aliases.items()}
+    parts = {name: part.shape for name, part in once.values() if part.shape}
     last = sorted({name.removesuffix(".weight").rpartition(".")[2] for name in able})
     problems = [
         f"{target}: names no module that takes factors" + (f"; nearest: {', '.join(near)}" if near else "")
-        for target in targets
-        if not any(matches(target, name) for name in able)
+        for target in absent
+        if not any(matches(target, name) for name in aliases)
         for near in [get_close_matches(target, last, cutoff=0.4)]
     ]
     if problems or not targets:
         raise IncompatibleAdapter(f"{model.name}: {len(problems) or 'no'} target(s) that name nothing", problems)
-    return [name for name in able if any(matches(target, name) for target in targets)]
+    meant = {name: model.shapes[name] for name in able if any(matches(target, name) for target in targets)}
+    return meant | parts
 
 
 def shapes_of(model: sources.Location | Checkpoint) -> Shapes:

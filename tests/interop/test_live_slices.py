@@ -277,3 +277,51 @@ def test_beside_prefix_tuning_as_in_the_papers_appendix() -> None:
     lora.detach()
     with torch.no_grad():
         assert (model(input_ids=x).logits - y).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_estimate_of_slices_is_what_is_trained(name: str, tmp_path: Path) -> None:
+    model = build(name, torch.float32)
+    model.save_pretrained(tmp_path / "base")
+    lora = live.attach(model, targets=["q_proj", "v_proj"], rank=3)
+    estimate = loratools.estimate(tmp_path / "base", 3, ["q_proj", "v_proj"])
+    assert estimate.parameters == sum(parameter.numel() for parameter in lora.parameters())
+    assert estimate.modules == len(lora.adapter().updates)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_slices_are_the_projections_that_they_are_called(name: str) -> None:
+    # Twice v doubles what the attention gives; twice q and half of k change nothing; half of k alone does.
+    model, x = build(name), tokens()
+    lora = live.attach(model, targets=["q_proj", "k_proj", "v_proj"], rank=1)
+    path, site = next(iter(lora.sites.items()))
+    spans = {piece.path.rpartition(".")[2]: piece.spans for piece in site.lora.pieces["default"]}
+    attention = model.get_submodule(path.rpartition(".")[0])
+    last = next(
+        child for child in reversed(list(attention.children())) if hasattr(child, "weight") and child is not site
+    )
+    kept: list[Tensor] = []
+    last.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].detach()))
+
+    def scaled(**factors: float) -> Tensor:
+        for sign in (1, -1):
+            for projection, factor in factors.items():
+                for _, outputs in spans[f"{projection}_proj"]:
+                    site.matrix()[outputs] *= factor**sign
+                    if site.bias is not None:
+                        site.bias[outputs] *= factor**sign
+            if sign == 1:
+                model(x)
+        return kept.pop()
+
+    with torch.no_grad():
+        y = scaled()
+        assert (scaled(v=2) - 2 * y).abs().max() < 1e-12
+        assert (scaled(q=2, k=0.5) - y).abs().max() < 1e-12
+        assert (scaled(k=0.25) - y).abs().max() > 1e-6
+        if name in ("gpt2", "bloom"):  # without rotary positions what all keys have in common changes nothing
+            for projection, moved in (("k", False), ("q", True)):
+                for _, outputs in spans[f"{projection}_proj"]:
+                    site.bias[outputs] += 1
+                model(x)
+                assert bool((kept.pop() - y).abs().max() > 1e-9) is moved

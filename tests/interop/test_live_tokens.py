@@ -157,6 +157,15 @@ def test_files_of_rows_are_merged_as_the_running_model_computes(tmp_path: Path) 
     assert (logits(merged) - logits(model)).abs().max() < 1e-5
 
 
+def test_rows_beside_factors_on_the_tied_head_are_not_merged_into_files_otherwise_than_peft(tmp_path: Path) -> None:
+    build("llama, tied", torch.float32).save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"], trainable_token_indices=ROWS)
+    peft.get_peft_model(build("llama, tied", torch.float32), config).save_pretrained(tmp_path / "a")
+    with pytest.raises(IncompatibleAdapter, match="which PEFT gives the tied head as well"):
+        loratools.merge(tmp_path / "base", tmp_path / "a", tmp_path / "merged", tied="untie")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_rows_alone_and_rows_in_a_narrow_base(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     model = build("llama", torch.bfloat16)
     W = model.model.embed_tokens.weight

@@ -58,12 +58,31 @@ def apply_policy(
     if policy == "error":
         raise _question(touched)
     if policy == "untie":
+        _refuse_rows_below(adapters, ties)
         names, copies, fields = apart(ties, tensors, config, acting(adapters, changed, ties))
         return Untied(tuple(spread(adapter, ties, names) for adapter in adapters), copies, fields)
     whole = {tie for tie, _ in touched.values()}
     _refuse_unequal(whole, tensors)
     both = tuple(spread(adapter, ties, chosen=paths) for adapter, paths in zip(adapters, changed, strict=True))
     return Untied(both, {}, _still_tied(whole, ties, config))
+
+
+def _refuse_rows_below(adapters: tuple[Adapter, ...], ties: Ties) -> None:
+    """Raise `IncompatibleAdapter` where one adapter has rows of tokens for a weight, and factors for a head tied to it.
+
+    PEFT adds the factors to a head that has the rows, too: two changes of one new tensor.
+    """
+    for adapter in adapters:
+        pairs = {path: pair for path in adapter.updates if (pair := ties.find(path))}
+        heads = {tie: path for path, (tie, name) in pairs.items() if name.is_head}
+        for path, (tie, name) in pairs.items():
+            rows = adapter.updates[path].replaced_rows and not name.is_head
+            if rows and tie in heads and not adapter.updates[heads[tie]].replaced_rows:
+                raise IncompatibleAdapter(
+                    f"--tied untie: the adapter has rows of tokens for {path}, which PEFT gives the tied head as well, "
+                    f"and changes {heads[tie]} besides: both are changes of the head's own weight",
+                    hint="Load it into a running model (`loratools.live.load`), which computes as PEFT does.",
+                )
 
 
 def onto_stored(adapter: Adapter, tensors: Mapping[str, Any], config: Mapping[str, Any]) -> Adapter:
