@@ -19,9 +19,10 @@ from loratools.storage.beside.along import RESIDUAL, is_index, may_come
 from loratools.storage.beside.choice import STATED, choose
 from loratools.storage.beside.links import refuse_outside, walk
 from loratools.storage.checkpoint.shard import GGUF, Shard, config_of, is_plain, is_weights, open_shard
+from loratools.storage.codecs.state import HEADER
 from loratools.storage.header import TensorSpec
 from loratools.storage.sources import Location, local
-from loratools.storage.strict_json import MAX_INDEX, read_json
+from loratools.storage.strict_json import MAX_INDEX, parse_json_object, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,8 @@ class Checkpoint:
     `shards`      its files of tensors, in order; every tensor is in exactly one
     `specs`       tensor name -> `TensorSpec`; in a pipeline the component is a prefix: `unet.conv_in.weight`
     `indexes`     index file -> its parsed JSON, for each index that was used
-    `config`      the parsed config.json; {} where there is none, and for a pipeline
+    `config`      the parsed config.json; {} where there is none, and for a pipeline. What a ComfyUI file says of its
+                  quantization in its header is in it, under `_quantization_metadata`
     `components`  the folders of a pipeline that hold weights; () for any other model
     `stored`      the model on disk, where this is a view of it with layers repeated; None for any other model
     `origins`     tensor name -> its name on disk, in such a view
@@ -250,4 +252,15 @@ def _build(
     if not specs:
         raise BadFile(f"{path}: no tensors in it")
     root = path if path.is_dir() else path.parent
-    return Checkpoint(path, root, tuple(shards), specs, indexes, {} if components else config_of(root), components)
+    config = {} if components else {**config_of(root), **_of_headers(shards)}
+    return Checkpoint(path, root, tuple(shards), specs, indexes, config, components)
+
+
+def _of_headers(shards: Sequence[Shard]) -> dict[str, Any]:
+    """Return what ComfyUI's files say of their quantization in their headers, under its name there; {} for others."""
+    stated = [(shard, shard.metadata[HEADER]) for shard in shards if HEADER in shard.metadata]
+    parsed = [parse_json_object(text.encode(), shard.path) for shard, text in stated]
+    layers: dict[str, Any] = {}
+    for each in parsed:
+        layers |= each["layers"] if isinstance(each.get("layers"), dict) else {}
+    return {HEADER: {**parsed[0], "layers": layers}} if parsed else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, cast
@@ -9,8 +10,11 @@ from typing import Any, cast
 from loratools.storage import codecs, dtypes
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.codecs import Encoding, Module, schemes
-from loratools.storage.codecs.state import statement
+from loratools.storage.codecs.state import HEADER, statement
 from loratools.storage.header import TensorSpec
+
+_OF_CACHE = frozenset({"k_scale", "v_scale", "k_zero_point", "v_zero_point"})
+"""Parts that belong to the cache of keys and values, which may be quantized beside plain weights."""
 
 
 def logical(model: Checkpoint, only: Collection[str] | None = None) -> Checkpoint:
@@ -19,6 +23,8 @@ def logical(model: Checkpoint, only: Collection[str] | None = None) -> Checkpoin
     Each is one tensor, `….weight` or the name of the stack, of the shape that its module has, and float32; what is
     stored is the view's `stored`. `only` shows those of these names, and leaves the others as they are stored. A module
     of a scheme that no codec reads stays as it is stored; a model without codes is returned as it is.
+
+    What a calibration of activations left goes with the last of the codes.
 
     Raises `UnsupportedAdapter` where a codec knows the scheme, and the module is stored in a way that it does not read.
     """
@@ -43,9 +49,11 @@ def logical(model: Checkpoint, only: Collection[str] | None = None) -> Checkpoin
             continue
         place = names.get("weight", next(iter(names.values())))
         shown[place], weights[place] = codecs.encoded(encoding), encoding.name
-        gone |= set(names.values())
+        gone |= {tensor for part, tensor in names.items() if only is None or part not in _OF_CACHE}
     if not shown:
         return stored
+    if only is None and None not in found.codecs.values():
+        gone |= found.calibration
 
     def view(tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
         kept = {name: spec for name, spec in tensors.items() if name not in gone or name in shown}
@@ -61,6 +69,21 @@ def logical(model: Checkpoint, only: Collection[str] | None = None) -> Checkpoin
 def encodings(model: Checkpoint) -> dict[str, Encoding]:
     """Return how the weights of a logical view are stored, by name; {} for any other model."""
     return {name: cast(Encoding, spec.encoding) for name, spec in model.specs.items() if spec.encoding is not None}
+
+
+def restated(model: Checkpoint, changed: Mapping[str, Any], dropped: Collection[str]) -> Checkpoint:
+    """Return a model whose files' headers say of its quantization what config.json does, where they say it at all.
+
+    `changed` and `dropped` are the fields of config.json that change, and those that go.
+    """
+    if HEADER not in changed and HEADER not in dropped:
+        return model
+
+    def header(metadata: Mapping[str, str]) -> dict[str, str]:
+        new = {HEADER: json.dumps(changed[HEADER])} if HEADER in changed and HEADER in metadata else {}
+        return {**{key: value for key, value in metadata.items() if key != HEADER}, **new}
+
+    return replace(model, shards=tuple(replace(shard, metadata=header(shard.metadata)) for shard in model.shards))
 
 
 def _dtype(model: Checkpoint) -> str:

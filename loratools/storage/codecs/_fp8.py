@@ -36,6 +36,11 @@ class Fp8(Encoding):
     rows: int = field(kw_only=True)
     rule: Rule = field(kw_only=True, default=by_quotient)
 
+    @property
+    def name(self) -> str:
+        """The name of the weight, which is that of its codes."""
+        return self.module.names["weight"]
+
     def decode(self, parts: Parts, first: int, out: Array) -> None:
         """Write q · scale."""
         q = parts.joined("weight", first, first + len(out))
@@ -118,7 +123,8 @@ def fitted(module: Module, scale: str, choices: Sequence[Blocks], rule: Rule) ->
     """
     module.need("weight", *([scale] if scale else []))
     weight = module.specs["weight"]
-    if weight.dtype not in DTYPES or len(weight.shape) < 2 or not prod(weight.shape):
+    sides = len(weight.shape)
+    if weight.dtype not in DTYPES or sides < (2 if scale else 1) or not prod(weight.shape):
         raise module.refuse(f"its weight is {weight.dtype} {list(weight.shape)}, and FP8 of two sides was expected")
     scales = module.specs[scale].shape if scale else ()
     blocks = next((each for each in choices if not scale or each.fit(scales, weight.shape)), None)

@@ -16,7 +16,10 @@ from loratools.storage.codecs import Encoding, Module
 from loratools.storage.codecs._fp8 import Blocks, fitted
 from loratools.storage.codecs._scales import POWERS, by_factor, by_power, by_quotient
 
-_SCALES = ("weight_scale_inv", "weight_scale")
+_SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
+"""The names of the scales: transformers, fbgemm, DeepSeek-V4, Mistral."""
+
+_EXPERTS = ".experts."
 _LISTS = ("modules_to_not_convert", "ignored_layers")
 
 
@@ -27,15 +30,21 @@ def opened(module: Module) -> Encoding:
     if scale is None:
         raise module.refuse("it has no scale beside it")
     powers = module.specs[scale].dtype in POWERS or module.statement.get("scale_fmt") == "ue8m0"
-    rule = by_power if powers else by_factor if scale == "weight_scale_inv" else by_quotient
+    rule = by_power if powers else by_quotient if scale == "weight_scale" else by_factor
     choices = _choices(module, module.specs["weight"].shape, module.specs[scale].dtype in POWERS)
     return fitted(module, scale, choices, rule)
 
 
 def plain(statement: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
-    """Return the statement with these modules in `modules_to_not_convert`, or in its alias if it has that."""
+    """Return the statement with these modules in `modules_to_not_convert`, or in its alias if it has that.
+
+    Experts are one module in transformers, and one in vLLM: their layer's name stands for all of them.
+    """
+    paths = dict.fromkeys(
+        before + experts[:-1] for before, experts, _ in (path.partition(_EXPERTS) for path in modules)
+    )
     lists = [key for key in _LISTS if statement.get(key)] or _LISTS[:1]
-    return {**statement, **{key: [*(statement.get(key) or ()), *modules] for key in lists}}
+    return {**statement, **{key: [*(statement.get(key) or ()), *paths] for key in lists}}
 
 
 def _choices(module: Module, shape: tuple[int, ...], powers: bool) -> list[Blocks]:

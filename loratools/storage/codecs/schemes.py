@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loratools.storage import dtypes
-from loratools.storage.codecs.state import statement
+from loratools.storage.codecs.state import comfy_layers, statement
 from loratools.storage.header import TensorSpec
 
 
@@ -59,6 +59,7 @@ SCHEMES = (
     _scheme("bitsandbytes FP4", "fp4", codec="bitsandbytes"),
     _scheme("bitsandbytes 4 bit", "absmax", codec="bitsandbytes"),
     _scheme("bitsandbytes int8 (LLM.int8)", "SCB", codec="bitsandbytes"),
+    _scheme("ComfyUI", "comfy_quant", codec="comfy"),
     _scheme("SVDQuant (nunchaku)", "qweight wscales"),
     _scheme("FP-Quant", "qweight scales", methods="fp_quant"),
     _scheme("AWQ", "qweight scales", methods="awq", codec="awq"),
@@ -82,9 +83,9 @@ SCHEMES = (
     _scheme("EETQ int8", "weight_scales", {"I8"}),
     _scheme("compressed-tensors", "weight_scale", methods="compressed-tensors", codec="compressed_tensors"),
     _scheme("FP8 with scales", "weight_scale_inv", codec="fp8"),
-    _scheme("FP8 with scales", "weight_scale", _F8, codec="fp8"),
-    _scheme("scaled FP8 (ComfyUI)", "scale_weight"),
-    _scheme("FP8 without scales", "", _F8),
+    *(_scheme("FP8 with scales", scale, _F8, codec="fp8") for scale in ("weight_scale", "scale", "qscale_weight")),
+    _scheme("scaled FP8 (ComfyUI)", "scale_weight", codec="comfy_scaled"),
+    _scheme("FP8 without scales", "", _F8, codec="fp8_cast"),
 )
 
 # Last parts of names that only quantized models have. With `True`, they are part of the tensor in the segment before.
@@ -112,7 +113,13 @@ _BESIDE = {"W_q": "scale", "blocks": "scales", "scales": "blocks"}
 _STACKS = ("gate_up_proj", "down_proj", "gate_proj", "up_proj", "w1", "w2", "w3", "w13", "mlp1_weight", "mlp2_weight")
 
 # Ends of the names of what belongs to a stacked or flattened tensor: `gate_up_proj_scale_inv`.
-_ENDS = ("_scale_inv", "_packed", "_zero_point", "_global_scale", "_scale", "_scale_2", "_qdata", "_shape")
+_ENDS = (
+    "_weight_scale", "_input_scale", "_activation_scale", "_scale_inv", "_packed", "_zero_point", "_global_scale",
+    "_scale", "_scale_2", "_qdata", "_shape",
+)  # fmt: skip
+
+# What modules of FP8 have under names that mean something only there: scales of DeepSeek-V4, of Mistral.
+_OF_FP8 = frozenset({"weight", "scale", "qscale_weight", "qscale_act"})
 
 # What a calibration of activations leaves, beside codes and beside plain weights.
 _CALIBRATION = frozenset({
@@ -127,7 +134,7 @@ class Codes:
 
     A module is the path before `weight`; of stacked experts that of the stack. `parts` has for each module the names of
     its stored tensors by part, and `codecs` the file that reads it, None where none does. `stated` is config.json's own
-    name.
+    name. `calibration` are the tensors that a calibration left beside plain weights, or once for the whole model.
     """
 
     modules: Mapping[str, str] = field(default_factory=dict)
@@ -135,6 +142,7 @@ class Codes:
     stated: str | None = None
     parts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     codecs: Mapping[str, str | None] = field(default_factory=dict)
+    calibration: frozenset[str] = frozenset()
 
     def named(self, schemes: Iterable[str] = ()) -> str:
         """Return the commonest of these schemes (default: of all modules), with what config.json says of it."""
@@ -177,22 +185,31 @@ def find(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> Codes:
             modules[owner] = weight.dtype if weight else ""
     tensors = {name for name, (owner, _) in owners.items() if owner not in stray}
     tensors |= {name for name in specs if stated and name.endswith(".scales")}  # also AWQ's of an activation
+    casts = {owner for owner, dtype in modules.items() if dtype in _F8 and parts[owner].keys() == {"weight"}}
     for name in specs:  # `scales`, `zero`, `biases`: names that mean something only in a module of codes
         module, _, parameter = name.rpartition(".")
-        if module in modules and parameter != "bias":
+        if module in modules and parameter != "bias" and not (module in casts and parameter not in _OF_FP8):
             parts[module].setdefault(parameter, name)
             tensors.add(name)
         elif name in modules:
             parts[name]["weight"] = name
             tensors.add(name)
+    for name, spec in specs.items():  # a model that is cast to FP8 is cast in all its tensors
+        if not method and spec.dtype in _F8 and spec.shape and name not in tensors:
+            modules[owner := name.removesuffix(".weight")] = spec.dtype
+            parts[owner]["weight"] = name
+            tensors.add(name)
+    layers = comfy_layers(config)
     schemes: dict[str, str] = {}
     codecs: dict[str, str | None] = {}
     for owner, dtype in modules.items():
-        known = next((scheme for scheme in SCHEMES if scheme.is_of(parts[owner].keys(), dtype, method)), None)
+        there = parts[owner].keys() | ({"comfy_quant"} if owner in layers else set())
+        known = next((scheme for scheme in SCHEMES if scheme.is_of(there, dtype, method)), None)
         schemes[owner] = known.name if known else method or f"{dtype or 'unknown'} codes"
         codecs[owner] = known.codec if known else None
     kept = {owner: parts[owner] for owner in modules}
-    return Codes(schemes, frozenset(tensors), _stated(stated), kept, codecs)
+    alone = {name for name, (owner, part) in owners.items() if part in _CALIBRATION and owner not in modules}
+    return Codes(schemes, frozenset(tensors), _stated(stated), kept, codecs, frozenset(alone))
 
 
 _IN_ANY_DTYPE = frozenset({"absmax", "nf4", "fp4"})
@@ -217,7 +234,7 @@ def _marked(name: str, more: tuple[str, ...]) -> tuple[str, str] | None:
         if stem == "_weight":  # of torchao
             return module, end[1:]
         if stem in _STACKS:
-            return f"{module}.{stem}", f"weight{end}"
+            return f"{module}.{stem}", end[1:] if end[1:] in _PARTS else f"weight{end}"
     return None
 
 

@@ -1,11 +1,17 @@
-"""What config.json says of a quantization: where it stands, and config.json without it or with another."""
+"""What config.json says of a quantization: where it stands, and config.json without it or with another.
+
+ComfyUI's files say it in the metadata of their header, which stands in an opened model's `config` under its own name.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-KEYS = ("quantization_config", "quantization")
+HEADER = "_quantization_metadata"
+"""Where a ComfyUI file says how its layers are quantized: in its header, as JSON: {"layers": {path: {"format": …}}}."""
+
+KEYS = ("quantization_config", "quantization", HEADER)
 """Fields of config.json that state a quantization."""
 
 _INNER = ("text_config", "llm_config", "language_config", "thinker_config")
@@ -34,6 +40,13 @@ def with_statement(config: Mapping[str, Any], new: Mapping[str, Any] | None) -> 
             stated = {} if new is None else {key: dict(new) for key in KEYS if isinstance(inner.get(key), Mapping)}
             changed[name] = {**kept, **stated}
     return changed, tuple(dropped)
+
+
+def comfy_layers(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return how a ComfyUI file is said to store its layers, by path; {} where its header says nothing."""
+    stated = config.get(HEADER)
+    layers = stated.get("layers") if isinstance(stated, Mapping) else None
+    return layers if isinstance(layers, Mapping) else {}
 
 
 def _places(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -11,6 +11,7 @@ from typing import Any
 from loratools.engine.plan import MergePlan
 from loratools.format.record import ERROR
 from loratools.storage.beside.cards import code, cut, read_card
+from loratools.storage.codecs.state import HEADER
 from loratools.storage.companions import RECORD, Companions, copy_companions, json_text
 from loratools.storage.layout import index_json
 from loratools.storage.strict_json import read_json
@@ -24,7 +25,8 @@ def write_companions(plan: MergePlan, beside: Companions, record: Mapping[str, A
     texts: dict[str, str | None] = {RECORD: json_text(record)}
     if "config.json" in sources and (plan.config or plan.dropped):
         fields = {**read_json(sources["config.json"]), **plan.config}
-        texts["config.json"] = json_text({key: value for key, value in fields.items() if key not in plan.dropped})
+        not_its = {*plan.dropped, HEADER}
+        texts["config.json"] = json_text({key: value for key, value in fields.items() if key not in not_its})
     if sources:
         own = sources.get("README.md")
         texts["README.md"] = card(read_card(own) if own else "", record)

@@ -106,7 +106,7 @@ def _files(
         stored = specs[name].plain_dtype if name in specs else usual_dtype(base.specs)
         cast = options.output_dtype if stored in dtypes.FLOATS and name not in kept else None
         planned[name] = (name, cast or stored, source.shape)
-    grows = options.quantized == "dequantize" and bool(encodings(base)) and not base.components
+    grows = options.quantized == "dequantize" and bool(encodings(base)) and base.path.is_dir() and not base.components
     as_base = not grows and all(shard.path.suffix == ".safetensors" for shard in base.shards)
     if options.shard_bytes is not None or not as_base:
         metadata = {"format": "pt"} | dict(base.shards[0].metadata)

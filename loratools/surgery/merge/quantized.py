@@ -14,11 +14,12 @@ from loratools.errors import IncompatibleAdapter, InvalidOption
 from loratools.options import Quantized
 from loratools.storage import codecs, dtypes
 from loratools.storage.checkpoint import Checkpoint
-from loratools.storage.checkpoint.logical import encodings, logical
+from loratools.storage.checkpoint.logical import encodings, logical, restated
 from loratools.storage.codecs import Encoding, Grid, schemes
 from loratools.storage.codecs.state import KEYS, statement, with_statement
 from loratools.storage.header import TensorSpec
 from loratools.surgery.merge.original import weights_of
+from loratools.surgery.merge.siblings import with_siblings
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,13 +78,16 @@ def as_written(
             notes.append(
                 f"{len(left)} module(s) stay as they are stored, for no codec reads them: {', '.join(left[:5])}"
             )
-        return Written(base, {}, fields, dropped, tuple(notes))
+        return Written(restated(base, fields, dropped), {}, fields, dropped, tuple(notes))
     if base.origins:
         raise IncompatibleAdapter(
             "the adapter repeats layers of a quantized base, of which only the whole can be written in 16 bit",
             hint="Use --quantized dequantize.",
         )
     stored = base.stored or base
+    before = statement(base.config)
+    if policy == "partial" and before.get("quant_method"):
+        changed = _with_siblings(changed, every)
     partly = replace(logical(stored, changed), config=base.config)
     if not changed:
         return Written(replace(stored, config=base.config), {}, {}, (), ())
@@ -95,10 +99,10 @@ def as_written(
         return Written(partly, recoded, {}, (), (_note(f"become codes again, {how}", changed),))
     codec = _codec(stored, changed)
     modules = sorted(encoding.module.path for encoding in changed.values())
-    before = statement(base.config)
     after = _with_begun_lists(before, codecs.get(codec).plain(before, modules), partly)
     fields, dropped = with_statement(base.config, after)
-    return Written(partly, {}, fields, dropped, (_note("written in 16 bit, the others stay as they are", changed),))
+    partly = restated(partly, fields, dropped)
+    return Written(partly, {}, fields, dropped, (_note(_partly(touched, changed), changed),))
 
 
 def as_it_was_written(plan: MergePlan, merged: Checkpoint) -> MergePlan:
@@ -113,6 +117,14 @@ def as_it_was_written(plan: MergePlan, merged: Checkpoint) -> MergePlan:
     written = as_written(plan.base, touched, policy)
     config = {key: value for key, value in plan.config.items() if key not in KEYS}
     return replace(plan, config=config | dict(written.config), dropped=written.dropped)
+
+
+def _with_siblings(changed: Mapping[str, Encoding], every: Mapping[str, Encoding]) -> dict[str, Encoding]:
+    """Return the weights that have to be plain where those that change are: a runtime stores them in one."""
+    paths = with_siblings(
+        {encoding.module.path for encoding in changed.values()}, (encoding.module.path for encoding in every.values())
+    )
+    return {name: encoding for name, encoding in every.items() if encoding.module.path in paths}
 
 
 def _with_begun_lists(before: Mapping[str, Any], after: dict[str, Any], base: Checkpoint) -> dict[str, Any]:
@@ -142,6 +154,12 @@ def _left_as_codes(base: Checkpoint) -> list[str]:
     stored = base.stored or base
     found = schemes.find(stored.specs, stored.config)
     return sorted(path for path, codec in found.codecs.items() if codec is None)
+
+
+def _partly(touched: Collection[str], written: Mapping[str, Encoding]) -> str:
+    with_them = len(written.keys() - set(touched))
+    why = f" ({with_them} unchanged, for a runtime stores them in one weight with changed ones)" if with_them else ""
+    return f"written in 16 bit{why}, the others stay as they are"
 
 
 def _note(what: str, every: Mapping[str, Encoding]) -> str:

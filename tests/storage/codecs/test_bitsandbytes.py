@@ -175,7 +175,7 @@ def test_transformers_loads_what_a_merge_leaves(tmp_path: Path, quantization: di
     """Partial: the same codes but for the merged modules. Dequantized: no bitsandbytes. Both have PEFT's logits."""
     peft = pytest.importorskip("peft")
     base = tiny(tmp_path / "base", **quantization)
-    shapes = {"model.layers.0.self_attn.q_proj": (64, 64), "model.layers.1.mlp.down_proj": (64, 128)}
+    shapes = {"model.layers.0.self_attn.o_proj": (64, 64), "model.layers.1.mlp.down_proj": (64, 128)}
     adapter = lora(shapes, scale=0.4)
     path = save_adapter(tmp_path / "lora", adapter)
     plain = logits(load(base))

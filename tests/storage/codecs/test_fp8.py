@@ -15,7 +15,7 @@ from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import logical
 from loratools.storage.files import chunks, read_tensor
 
-Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
+Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}
 
 

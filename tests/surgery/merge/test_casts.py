@@ -100,11 +100,10 @@ def test_which_casts_can_lose_a_number(source: str, target: str) -> None:
 )
 def test_what_is_no_float_is_never_cast(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     stored = torch.arange(6).reshape(2, 3).to(dtype)
-    run(tmp_path, {name: stored, "f8": torch.ones(4, 4).to(torch.float8_e4m3fn)}, "BF16")
+    run(tmp_path, {name: stored}, "BF16")
     merged = load(tmp_path / "out")
     assert merged[name].dtype == dtype
     assert torch.equal(merged[name], stored)
-    assert merged["f8"].dtype == torch.float8_e4m3fn
 
 
 def test_verify_recomputes_casts(tmp_path: Path) -> None:
