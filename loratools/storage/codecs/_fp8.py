@@ -183,11 +183,11 @@ class _Encoder:
             encoding._by_blocks(np.divide, x, np.where(divisors == 0, np.float32(1), divisors))
         codes = self._codes[first : first + len(W)]
         codes[:] = rounded(x, self._dtype, None if self._draw is None else self._draw(W.shape))
-        if not self._fresh:
-            self._keep(first, W, codes)
         np.take(table(self._dtype), codes, out=x, mode="wrap")
         if encoding.scale:
             encoding._by_blocks(np.multiply, x, self._scales[of_rows])
+        if not self._fresh:
+            self._keep(first, W, codes, x)
         return x
 
     def finish(self) -> Mapping[str, Array]:
@@ -215,12 +215,13 @@ class _Encoder:
                 self._factors = np.ones(encoding._blocks, np.float32)
             self._factors[block_rows] = factors
 
-    def _keep(self, first: int, W: Array, codes: Array) -> None:
-        """Keep the old codes where the numbers are those that they stand for: two codes may stand for one number."""
-        old = np.empty_like(W, dtype=np.float32)
+    def _keep(self, first: int, W: Array, codes: Array, numbers: Array) -> None:
+        """Keep the old codes where they stand for the same numbers as before, or for W: zero has two codes."""
+        old = np.empty_like(numbers)
         self._encoding.decode(self._parts, first, old)
-        same = (old == W) | (np.isnan(old) & np.isnan(W))
+        same = (old == numbers) | (old == W) | (np.isnan(old) & np.isnan(W))
         np.copyto(codes, self._parts.joined("weight", first, first + len(W)), where=same)
+        np.copyto(numbers, old, where=same)
 
 
 def _numbers(parts: Parts, part: str) -> Array:
