@@ -16,6 +16,7 @@ from loratools.errors import IncompatibleAdapter
 from loratools.linalg.factored import FactoredSVD
 from loratools.linalg.similarity import amplification, principal_angles
 from loratools.options import Options
+from loratools.parallel import cores, each
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.sources import Location, session
 from loratools.surgery.change import Changes, ModuleChange, measurable
@@ -23,6 +24,7 @@ from loratools.surgery.inputs import AdapterSource
 from loratools.surgery.paper import Beside, beside, grid
 
 _LEADING = 64  # directions of a change whose update has no rank
+_SMALL = 1 << 22  # numbers of a matrix that a core has done before more of them would have shared it
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +123,20 @@ def compare(
     by_name = {normalized(module): module for module in changes[1]}
     pairs = {module: by_name[normalized(module)] for module in changes[0] if normalized(module) in by_name}
     _check(sides, pairs)
-    modules, inner = [], []
-    for module, other in sorted(pairs.items(), key=lambda pair: natural(pair[0])):
+
+    def work(module: str, other: str) -> tuple[ModuleComparison, float]:
         try:
-            measured, product = _module(module, (changes[0][module], changes[1][other]), seed if paper else None)
+            return _module(module, (changes[0][module], changes[1][other]), seed if paper else None)
         except ValueError as error:
             raise IncompatibleAdapter(f"{module}: {error}") from None
-        modules.append(measured)
-        inner.append(product)
+
+    # Threads of torch wait for each other over small matrices; large ones are taken one by one, with all its threads.
+    small = all(math.prod(changes[0][module].shape) <= _SMALL for module in pairs)
+    measured = each(
+        work, dict(sorted(pairs.items(), key=lambda pair: natural(pair[0]))), cores() if small else 1,
+        torch_threads=1 if small else None,
+    )  # fmt: skip
+    modules, inner = zip(*measured.values(), strict=True)
     only = (tuple(sorted(changes[0].keys() - pairs)), tuple(sorted(changes[1].keys() - set(pairs.values()))))
     squares = [
         math.fsum(module.norms[side] ** 2 for module in modules)
@@ -138,7 +146,7 @@ def compare(
     scale, total = math.sqrt(squares[0] * squares[1]), math.fsum(inner)
     distance2 = max(squares[0] - 2 * total + squares[1], 0.0)
     return Comparison(
-        tuple(modules), only, (math.sqrt(squares[0]), math.sqrt(squares[1])), total / scale if scale else 0.0,
+        modules, only, (math.sqrt(squares[0]), math.sqrt(squares[1])), total / scale if scale else 0.0,
         math.sqrt(distance2 / squares[0]) if squares[0] else math.inf,
         (sides[0].in_part, sides[1].in_part), (sides[0].left_out, sides[1].left_out),
     )  # fmt: skip
