@@ -64,7 +64,10 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
         "handle",
         "trainer",
     ),
-    "loratools.live.below": ("classes meta replay silent",),
+    "loratools.live.below": (
+        "classes meta replay silent stack",
+        "checkpoints",
+    ),
     "loratools.format": (
         "canonical keys shapes",
         "meaning registry",

@@ -12,6 +12,7 @@ from torch import nn
 from loratools.adapter.model import Adapter, Step
 from loratools.errors import InvalidOption, LoraToolsError
 from loratools.live.below.replay import Replay
+from loratools.live.below.stack import who
 from loratools.live.uses.merged import Merge, merge, unmerge
 from loratools.live.uses.named import ByName, Use
 from loratools.live.uses.rows import Rows
@@ -45,6 +46,10 @@ class Acting:
         self.state: Merge | None = None
         self.routes: list[Rows] = []
         self.replay = Replay()
+        self.blocks: list[tuple[int, int]] = []  # who is in a block of `off`, `route` or `merged`
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "blocks": []}
 
     def use(self, which: str | Mapping[str, float] | None) -> None:
         """Let an adapter act, None of them, or several, each with a weight on its scaling.
@@ -106,7 +111,8 @@ class Acting:
         else:
             self.active = None
         try:
-            yield
+            with self._block():
+                yield
         finally:
             self._act_again(before, pairs)
 
@@ -134,10 +140,11 @@ class Acting:
         self.active = rows
         self.routes.append(rows)
         try:
-            yield
+            with self._block():
+                yield
         finally:
             self._act_again(before, pairs)
-            self.routes.remove(rows)
+            self.routes = [each for each in self.routes if each is not rows]
 
     def _act_again(self, before: Use | None, pairs: tuple[tuple[str, float], ...]) -> None:
         """After a block, let act what acted before it, `pairs`, as far as it is there still.
@@ -212,7 +219,8 @@ class Acting:
         """Have adapters in the weights while the block runs: no latency, and the base comes back bit for bit."""
         self.merge(which)
         try:
-            yield
+            with self._block():
+                yield
         finally:
             self.unmerge()
 
@@ -239,8 +247,23 @@ class Acting:
         there = ", ".join(self.entries) or "none"
         return InvalidOption(f"no adapter {', '.join(map(repr, names))} here; there are: {there}")
 
+    @contextmanager
+    def _block(self) -> Iterator[None]:
+        """Remember whose the block is that runs."""
+        self.blocks.append(who())
+        try:
+            yield
+        finally:
+            self.blocks.pop()
+
     def _separate(self, what: str) -> None:
-        """Raise unless the weights are the base's own."""
+        """Raise unless the weights are the base's own, and no other thread or task is in a block of this model."""
+        if self.blocks and self.blocks[-1] != who():
+            raise LoraToolsError(
+                f"another thread or task is in a block of `off`, `route` or `merged` here: wait before you {what}",
+                hint="What acts is one for the whole model. Hold a lock around each block and its forwards, put rows "
+                "of several adapters into one batch with `route`, or give each thread a copy of the model.",
+            )
         if self.state is not None:
             raise LoraToolsError(f"{self.state.name} is merged into the weights: unmerge it before you {what}")
 

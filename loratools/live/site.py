@@ -7,7 +7,6 @@ parameters and buffers, which move and train with the model, and says nothing in
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
@@ -17,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from loratools.adapter.kinds import Update
-from loratools.errors import LoraToolsError
-from loratools.live.below import classes
+from loratools.live.below import checkpoints, classes
 from loratools.live.below.meta import device_of
 from loratools.live.below.replay import Replay
 from loratools.live.below.silent import Silent
@@ -138,14 +136,22 @@ class Bank(Silent):
         """Refuse to resume a training whose checkpoint has the base alone: its factors would start untrained."""
         if not any(parameter.requires_grad for parameter in self.parameters()):
             return
-        frame: Any = sys._getframe()
-        while frame := frame.f_back:
-            code = frame.f_code.co_name, frame.f_globals.get("__name__")
-            if code == ("_load_from_checkpoint", "transformers.trainer"):
-                raise LoraToolsError(
-                    "this checkpoint has the base and no adapter, so training would start from untrained factors",
-                    hint="Train with live.TrainerMixin before Trainer: its checkpoints hold the adapters.",
-                )
+        checkpoints.resumed()
+
+    def state_dict(self, *args: Any, **settings: Any) -> Any:
+        """Add nothing; say so where a trainer makes a checkpoint of it and the adapter is trained."""
+        if any(parameter.requires_grad for parameter in self.parameters()):
+            checkpoints.saved()
+        return super().state_dict(*args, **settings)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; a copy of a child, as nn.DataParallel puts in its place, is found by its adapter too."""
+        before = self.__dict__.get("_modules", {}).get(name)
+        super().__setattr__(name, value)
+        if before is not None and before is not value:
+            new = {id(before): value}
+            self.pieces = {own: tuple(new.get(id(p), p) for p in pieces) for own, pieces in self.pieces.items()}
+            self.whole = {own: {n: new.get(id(w), w) for n, w in held.items()} for own, held in self.whole.items()}
 
     def put(self, name: str, piece: nn.Module) -> None:
         """Take in a child of an adapter, under a key that shows its name."""

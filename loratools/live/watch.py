@@ -65,6 +65,10 @@ class Watch:
         self.hooks = []
 
     def _before(self, model: nn.Module, args: Any, settings: Any) -> None:
+        if getattr(model, "_is_replica", False):  # a thread of nn.DataParallel has a copy of every module
+            if self.lora.routes and self.lora.active is self.lora.routes[-1]:
+                self.lora.active.begin(args, settings)
+            return
         if not torch.compiler.is_compiling():
             self.seated()
             active = self.lora.active
@@ -116,7 +120,7 @@ class Watch:
             )  # fmt: skip
 
     def _after(self, model: nn.Module, _: Any, output: Any) -> None:
-        if not self.running:
+        if not self.running or getattr(model, "_is_replica", False):
             return
         (mode, ran, hook), self.running = self.running, None
         hook.remove()

@@ -1,4 +1,4 @@
-"""Models that accelerate has put hooks on (device_map, offload) before or after their adapters."""
+"""accelerate: hooks (device_map, offload) before or after the adapters, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from loratools import live
 from loratools.errors import IncompatibleAdapter, WrongBase
+from loratools.live.below import checkpoints
 from tests.interop.test_live_training import llama, rows
 from tests.live import trained
 
@@ -61,3 +62,24 @@ def test_an_offloaded_model_trains_is_sealed_and_compared(tmp_path: Path) -> Non
     accelerate.cpu_offload(other, execution_device="cpu")
     with pytest.raises(WrongBase, match="embed_tokens"):
         live.load(other, tmp_path / "False")
+
+
+def test_checkpoints_of_the_base_alone_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for said in (checkpoints._say_saved, checkpoints._say_resumed):
+        said.cache_clear()
+    model = llama()
+    lora = trained(live.attach(model, targets=["q_proj"], rank=2))
+    accelerator = accelerate.Accelerator(cpu=True)
+    model, _ = accelerator.prepare(model, torch.optim.SGD(lora.parameters(), lr=0.1))
+    accelerator.save_state(tmp_path / "state")
+    (text,) = [record.getMessage() for record in caplog.records if "base alone" in record.getMessage()]
+    assert "checkpoint of accelerate.accelerator" in text
+    assert "lora.save" in text
+    caplog.clear()
+    accelerator.load_state(tmp_path / "state")
+    (text,) = [record.getMessage() for record in caplog.records if "base alone" in record.getMessage()]
+    assert "factors stay as they are now" in text
+    caplog.clear()
+    model.state_dict()  # of whom nobody makes a checkpoint
+    model.save_pretrained(tmp_path / "base")
+    assert not caplog.records

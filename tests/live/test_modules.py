@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from loratools import live
 from loratools.adapter import kinds
@@ -183,6 +186,38 @@ def update(out: int, inner: int, seed: int) -> Update:
     return built
 
 
+def test_an_embedding_looks_up_as_its_options_say() -> None:
+    x = ids()
+    for options in ({"padding_idx": 3}, {"scale_grad_by_freq": True}, {"sparse": True}):
+        torch.manual_seed(0)
+        model, dense = (nn.Sequential(nn.Embedding(11, 8, **options)).double() for _ in range(2))
+        lora = trained(live.attach(model, rank=2, targets=["0"], dtype=torch.float64))
+        (_, piece, _, _), *_ = lora.children()
+        with torch.no_grad():
+            dense[0].weight.copy_(model[0].weight + piece.scaling * (piece.B @ piece.A).T)
+        y, expected = model(x), dense(x)
+        assert (y - expected).abs().max() < 1e-12
+        y.square().sum().backward()
+        expected.square().sum().backward()
+        grad = dense[0].weight.grad.to_dense()
+        assert (piece.A.grad - piece.scaling * (grad @ piece.B).T).abs().max() < 1e-12
+    model = nn.Sequential(nn.Embedding(11, 8, max_norm=1.0))
+    with pytest.raises(IncompatibleAdapter, match="max_norm=1 shortens rows"):
+        live.attach(model, rank=2, targets=["0"])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_rows_of_unequal_length_in_one_nested_tensor(bias: bool) -> None:
+    model = nn.Sequential(nn.Linear(8, 4, bias)).double()
+    lora = trained(live.attach(model, rank=2, dtype=torch.float64))
+    each = [torch.randn(n, 8, dtype=torch.float64) for n in (2, 3)]
+    together = model(torch.nested.nested_tensor(each, layout=torch.jagged))
+    for own, x in zip(together.unbind(), each, strict=True):
+        assert (own - model(x)).abs().max() < 1e-12
+    together.values().square().sum().backward()
+    assert all(parameter.grad is not None for parameter in lora.parameters())
+
+
 def test_what_cannot_have_factors_says_why() -> None:
     with pytest.raises(IncompatibleAdapter, match="4 groups"):
         live.attach(nn.Sequential(nn.Conv1d(8, 8, 3, groups=4)), targets=["0"])
@@ -282,6 +317,24 @@ def test_gradients_of_gradients_and_gradients_forward(bias: bool, p: float) -> N
         with forward_ad.dual_level():
             tangent = forward_ad.unpack_dual(model(forward_ad.make_dual(x.detach(), v))).tangent
         assert (tangent - expected).abs().max() < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("trace", ["jit", "make_fx", "export", "symbolic"])
+def test_a_graph_that_was_traced_has_the_adapter_in_it(trace: str) -> None:
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 32)).eval(), torch.randn(3, 64)
+    lora = trained(live.attach(model, rank=4))
+    with torch.no_grad():
+        y = model(x)
+        graph: Any = {
+            "jit": lambda: torch.jit.trace(model, x),
+            "make_fx": lambda: make_fx(model)(x),
+            "export": lambda: torch.export.export(model, (x,), strict=False).module(),
+            "symbolic": lambda: torch.fx.symbolic_trace(model),
+        }[trace]()
+        with lora.off():
+            base = model(x)
+        assert (graph(x) - y).abs().max() < 1e-4 < (base - y).abs().max()
 
 
 def test_a_module_with_a_member_lora_is_refused_untouched() -> None:

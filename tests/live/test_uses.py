@@ -118,6 +118,19 @@ def test_stacked_adapters_switch_by_a_number() -> None:
     assert not any(name.startswith("stacked") for name in lora.sites["head"].lora._buffers)
 
 
+def test_stacks_of_a_model_that_moved_say_so() -> None:
+    model = net(torch.float32)
+    lora = live.attach(model, rank=2, targets=["up"])
+    lora.compiled(4, 2)
+    model.to("meta")
+    with pytest.raises(LoraToolsError, match="stacked for cpu, and the model runs on meta"), torch.no_grad():
+        model(ids().to("meta"))
+    lora.compiled(None)
+    lora.compiled(4, 2)
+    with torch.no_grad():
+        assert model(ids().to("meta")).is_meta
+
+
 def test_an_adapter_added_to_stacks_takes_a_slot() -> None:
     model, x = net(), ids()
     lora = three(model, LINEAR)

@@ -44,6 +44,9 @@ def serves(x: Tensor, y: Tensor, A: Tensor, B: Tensor) -> bool:
     """Tell whether `forward` takes these: x (rows, in), y (rows, out), A (r, in) and B (out, r) in float32."""
     if torch.compiler.is_compiling() or x.dtype not in _library()[1]:
         return False
+    # Who traces (jit.trace, make_fx) or counts operations sees torch's alone: there would be no adapter in the graph.
+    if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack():
+        return False
     (rank, inputs), (rows, outputs) = A.shape, y.shape
     kind, other = type(A), type(B)
     return (

@@ -46,7 +46,7 @@ class AffineSite(Site):
                 A, B, scale = *joined(pieces, len(W)), 1.0
             compiling = torch.compiler.is_compiling()
             grad = torch.is_grad_enabled() and (A.requires_grad or x.requires_grad or W.requires_grad)
-            plain = x.is_meta or not torch.is_autocast_enabled(x.device.type)
+            plain = not x.is_nested and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
             if not compiling:
                 # torch.func and forward mode know no function with a backward of its own.
                 plain = plain and not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0

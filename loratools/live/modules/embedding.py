@@ -20,6 +20,7 @@ class EmbeddingSite(Site):
 
     weight: Any
     padding_idx: int | None
+    scale_grad_by_freq: bool
 
     def changed(self, pieces: list[tuple[Piece, float]], ids: Tensor, *args: Any, **settings: Any) -> Any:
         y = self.plain_forward(ids, *args, **settings)
@@ -39,7 +40,7 @@ class EmbeddingSite(Site):
 
     def delta(self, ids: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """Return B·A of each token, without the scale."""
-        return F.embedding(ids, A.T, self.padding_idx) @ B.T
+        return F.embedding(ids, A.T, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq) @ B.T
 
     def scale(self) -> Any:
         """Return what the class multiplies its rows with: `embed_scale`, as Gemma's and BART's have it."""
@@ -50,6 +51,11 @@ def claims(module: nn.Module) -> bool:
     """Tell whether a module is an nn.Embedding; raise where its class computes in a way that is not known."""
     if not isinstance(module, nn.Embedding):
         return False
+    if module.max_norm is not None:
+        raise IncompatibleAdapter(
+            f"an embedding with max_norm={module.max_norm:g} shortens rows of its own weight whenever it runs, so no "
+            "change of the weight is like a change of the output"
+        )
     if has_own_forward(module, nn.Embedding) and not hasattr(module, "embed_scale"):
         raise IncompatibleAdapter(
             f"{type(module).__qualname__} is an nn.Embedding with a forward of its own, which need not look rows up"

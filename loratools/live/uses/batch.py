@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from loratools.errors import IncompatibleAdapter
+from loratools.live.below.stack import frames
 from loratools.live.site import Site
 
 _INPUTS = (
@@ -41,12 +41,10 @@ def apart(site: Site, path: str) -> str | None:
 
 def repeats() -> int | None:
     """Return how often transformers' `generate`, where it runs now, repeats each row, one after the other; or None."""
-    frame: Any = sys._getframe()
-    while frame := frame.f_back:
-        code = frame.f_code.co_name, frame.f_globals.get("__name__")
-        if code == ("generate", "transformers.generation.utils"):
+    for name, module, frame in frames():
+        if (name, module) == ("generate", "transformers.generation.utils"):
             options = frame.f_locals.get("generation_config")
-            counts = (getattr(options, name, None) for name in ("num_beams", "num_return_sequences"))
+            counts = (getattr(options, each, None) for each in ("num_beams", "num_return_sequences"))
             return max((count for count in counts if count), default=1)
     return None
 

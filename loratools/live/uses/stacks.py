@@ -141,7 +141,12 @@ class Stacks:
         if not isinstance(site, AffineSite):
             raise IncompatibleAdapter("only linear layers can be stacked")
         x: Tensor = args[0]
-        bank, slot = site.lora, self.slot[str(x.device)]
+        bank, slot = site.lora, self.slot.get(str(x.device))
+        if slot is None:
+            raise LoraToolsError(
+                f"the adapters were stacked for {' and '.join(self.slot)}, and the model runs on {x.device} now",
+                hint="Say lora.compiled(None), then lora.compiled(...) again.",
+            )
         A = bank.stacked_A.index_select(0, slot)[0]  # type: ignore[operator]
         B = bank.stacked_B.index_select(0, slot)[0]  # type: ignore[operator]
         y: Tensor = site.plain_forward(x, *args[1:], **settings)
