@@ -324,4 +324,4 @@ def test_slices_are_the_projections_that_they_are_called(name: str) -> None:
                 for _, outputs in spans[f"{projection}_proj"]:
                     site.bias[outputs] += 1
                 model(x)
-                assert bool((kept.pop() - y).abs().max() > 1e-9) is moved
+                assert bool((kept.pop() - y).abs().max() > 1e-6) is moved  # Bloom's softmax is in float32
