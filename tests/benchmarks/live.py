@@ -25,12 +25,12 @@ warnings.simplefilter("ignore")
 SIDES = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 9}
 
 
-def mid(dtype: torch.dtype = torch.float32) -> Any:
-    """Return the model, the same every time."""
+def mid(dtype: torch.dtype = torch.float32, **sides: int) -> Any:
+    """Return the model, the same every time; `sides` change its shape."""
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SIDES, num_key_value_heads=3, vocab_size=4096, use_cache=False)
+    config = transformers.LlamaConfig(**SIDES | sides, num_key_value_heads=3, vocab_size=4096, use_cache=False)
     return transformers.LlamaForCausalLM(config).to(dtype)
 
 
@@ -63,15 +63,20 @@ def show(title: str, times: dict[str, float], over: str) -> None:
 
 def attach() -> None:
     """Attach, add the second and the eighth adapter from a file and from a value, switch."""
+    for layers in (8, 30):  # 30 as SmolLM-135M
+        ours, plain = mid(num_hidden_layers=layers), mid(num_hidden_layers=layers)
+        times: dict[str, list[float]] = {"ours": [], "peft": []}
+        for _ in range(7):  # the taking out is not timed
+            start = time.process_time()
+            lora = live.attach(ours, rank=16, targets="all-linear")
+            times["ours"].append(1e3 * (time.process_time() - start))
+            lora.detach()
+            start = time.process_time()
+            peer = with_peft(plain)
+            times["peft"].append(1e3 * (time.process_time() - start))
+            peer.unload()
+        show(f"attach, {layers} layers", {name: statistics.median(each) for name, each in times.items()}, "peft")
     ours, plain = mid(), mid()
-
-    def theirs() -> None:
-        with_peft(plain).unload()
-
-    def own() -> None:
-        live.attach(ours, rank=16, targets="all-linear").detach()
-
-    show("attach and detach", interleaved({"ours": own, "peft": theirs}, 5), "peft")
     lora, peer = live.attach(ours, rank=16, targets="all-linear"), with_peft(plain)
     with tempfile.TemporaryDirectory() as folder:
         peer.save_pretrained(folder)
@@ -173,6 +178,20 @@ def rows() -> None:
                     "merged": lambda x=x: merged(x),
                 }
                 show(f"8 rows of {tokens} tokens", interleaved(jobs, 15 if tokens == 1 else 7), "merged")
+    rows_with_dora(merged, names)
+
+
+def rows_with_dora(merged: Any, names: list[str]) -> None:
+    """Eight adapters of DoRA in eight rows, which PEFT refuses, over one model with the adapter merged."""
+    ours = mid().eval()
+    for number, name in enumerate(names):
+        lora = live.attach(ours, rank=16, targets="all-linear", name=name, seed=number, dora=True)
+    with torch.no_grad():
+        for tokens in (1, 16, 64):
+            x = torch.randint(0, 4096, (8, tokens), generator=torch.Generator().manual_seed(0))
+            with lora.route(names):
+                jobs = {"ours": lambda x=x: ours(x), "merged": lambda x=x: merged(x)}
+                show(f"8 rows of {tokens} tokens, DoRA", interleaved(jobs, 15 if tokens == 1 else 7), "merged")
 
 
 def main() -> None:

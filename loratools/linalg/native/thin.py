@@ -97,6 +97,20 @@ def backward(
     return dA, dB
 
 
+def serves_batch(x: Tensor, outputs: int, rank: int) -> bool:
+    """Tell whether `batch` takes x (b, rows, in) for so many outputs, with factors of a rank rounded up to 16."""
+    if torch.compiler.is_compiling() or x.dtype is not torch.float32 or x.dtype not in _library()[1]:
+        return False
+    inputs = x.shape[-1]
+    products = x.numel() // inputs * rank * (inputs + outputs)
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and inputs % LANES == outputs % LANES == 0
+        and (products <= _MOST or torch.get_num_threads() == 1)
+    )
+
+
 def batch(x: Tensor, y: Tensor, F: Tensor, P: Tensor) -> None:
     """Add x·F·P to y in place, for each of a batch: x (b, rows, in), y (b, rows, out), F (b, in, R), P (b, R, out).
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from loratools.errors import IncompatibleAdapter
+from loratools.linalg.native import thin
 from loratools.live.modules._affine import AffineSite
 from loratools.live.modules._slices import joinable, joined
-from loratools.live.site import Piece, Site
+from loratools.live.site import Bank, Piece, Site
 from loratools.live.uses import batch
 from loratools.live.uses.named import ByName
 
@@ -35,6 +36,7 @@ class Rows:
         self.repeats = 1  # times that `generate` has each row, one after the other
         self.apart: dict[int, str | None] = {}  # why a module's input is not the rows, by its id
         self.kept: dict[tuple[int, int], tuple[Any, ...]] = {}
+        self.plans: dict[int, tuple[Bank, Own, bool]] = {}  # by a module's id: see `_plan`
 
     def __eq__(self, other: Any) -> bool:
         return type(other) is type(self) and bool(other.names == self.names)
@@ -61,16 +63,28 @@ class Rows:
             return ByName(tuple(pairs)).forward(site, *args, **settings)
         names = self._names(site, next((v for v in (*args, *settings.values()) if isinstance(v, Tensor)), None))
         bank = site.lora
-        acting = [name for name in self.distinct if name in bank.pieces or name in bank.whole]
-        if not acting:
+        plan = self.plans.get(id(site))
+        if plan is None or plan[0] is not bank:
+            plan = self.plans[id(site)] = bank, *self._plan(site)
+        _, pieces, together = plan
+        if not pieces:
             return site.plain_forward(*args, **settings)
         if self.alike:
             return ByName(((self.distinct[0], 1.0),)).forward(site, *args, **settings)
-        if isinstance(site, AffineSite) and not bank.whole and len(args) == 1 and not settings:
-            pieces = {name: bank.pieces[name] for name in acting}
-            if all(_simple(own) for own in pieces.values()):
-                return self._together(site, pieces, names, args[0])
+        if together and not bank.whole and len(args) == 1 and not settings:
+            return self._together(site, pieces, names, args[0])  # type: ignore[arg-type]
         return self._apart(site, names, args, settings)
+
+    def _plan(self, site: Site) -> tuple[Own, bool]:
+        """Return what the rows' adapters have on a module, and whether that is computed for all rows together.
+
+        No adapter of a row goes while its block runs, so this is found once for each module.
+        """
+        bank = site.lora
+        acting = [name for name in self.distinct if name in bank.pieces or name in bank.whole]
+        pieces = {name: bank.pieces.get(name, ()) for name in acting}
+        simple = isinstance(site, AffineSite) and not bank.whole and all(map(_simple, pieces.values()))
+        return pieces, simple
 
     def _fits(self, size: int) -> bool:
         """Tell whether a first side is the rows, or what `generate` makes of them, which is remembered then."""
@@ -109,8 +123,10 @@ class Rows:
         every = [piece for own in pieces.values() for piece in own]
         trained = torch.is_grad_enabled() and any(piece.A.requires_grad for piece in every)
         # Factors that were trained since, and tensors of inference mode where gradients are wanted, are gathered anew.
-        factors = (p for piece in every for p in piece._parameters.values() if p is not None)
-        state = x.dtype, torch.is_inference_mode_enabled(), *((p.data_ptr(), p._version) for p in factors)
+        factors = [p for piece in every for p in piece._parameters.values() if p is not None]
+        state: list[Any] = [x.dtype, torch.is_inference_mode_enabled()]
+        state += [p.data_ptr() for p in factors]
+        state += [p._version for p in factors]
         if kept is None or kept[0] != state or trained:
             kept = state, *self._gathered(site, pieces, names, x, y.shape[-1])
             if not trained:
@@ -118,8 +134,13 @@ class Rows:
         _, At, Bt, gains = kept
         flat = x.reshape(len(x), -1, x.shape[-1])
         dropped = self._dropped(pieces, names, flat) if site.training else flat  # type: ignore[attr-defined]
+        in_place = gains is None and y.is_contiguous() and y.dtype is x.dtype
+        in_place = in_place and not any(t.requires_grad for t in (y, dropped, At, Bt))
+        if in_place and At.shape[2] % thin.LANES == 0 and thin.serves_batch(dropped, y.shape[-1], At.shape[2]):
+            thin.batch(dropped.contiguous(), y.view(len(x), -1, y.shape[-1]), At.contiguous(), Bt.contiguous())
+            return y
         u = torch.bmm(dropped, At)
-        if gains is None and not (y.requires_grad or u.requires_grad) and y.is_contiguous():
+        if in_place:
             y.view(len(x), -1, y.shape[-1]).baddbmm_(u, Bt)
             return y
         delta = torch.bmm(u, Bt)
@@ -137,6 +158,8 @@ class Rows:
         """Return Aᵀ (rows, in, r), s·Bᵀ (rows, r, out) and g (rows, 1, out), which is None where no row has DoRA."""
         factors = [joined([(piece, 1.0) for piece in own], outputs) for own in pieces.values()]
         rank, inputs = max(len(A) for A, _ in factors), factors[0][0].shape[1]
+        if thin.serves_batch(x, outputs, rank):
+            rank += -rank % thin.LANES
         As, Bs, gs = [x.new_zeros(rank, inputs)], [x.new_zeros(outputs, rank)], [x.new_ones(outputs)]
         for own, (A, B) in zip(pieces.values(), factors, strict=True):
             more = rank - len(A)
