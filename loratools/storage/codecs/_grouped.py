@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -34,13 +34,16 @@ class Fit:
     """Scales that fit numbers: `scales` and `zeros` as decoding uses them, float32 (row groups, groups).
 
     `kept` are the scales in the form in which they are stored; `number` is that of the whole tensor, where there is one
-    and it is new.
+    and it is new. A library may round to the nearest other numbers than it is given, `W`, by other scales than it
+    stores, `by`, (n, groups).
     """
 
     scales: Array
     kept: Array
     zeros: Array | None = None
     number: Array | None = None
+    W: Array | None = None
+    by: Array | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,6 +100,14 @@ class Grouped(Encoding):
         if stored.zeros is not None:
             self.apply(np.subtract, out, stored.zeros)
         self.apply(np.multiply, out, stored.scales)
+
+    def places(self, W: Array, stored: Stored) -> Array:
+        """Return where numbers lie among the levels, (n, columns): the inverse of `numbers`, unrounded."""
+        x = W.copy()
+        self.apply(np.divide, x, np.where(stored.scales == 0, np.float32(1), stored.scales))
+        if stored.zeros is not None:
+            self.apply(np.add, x, stored.zeros)
+        return x
 
     def apply(self, operation: np.ufunc, values: Array, of_groups: Array) -> None:
         """Change values, (n, columns), in place by a number for each group of their columns, (n, groups)."""
@@ -164,12 +175,11 @@ class _Encoder:
         """Make codes of rows, and return what they stand for."""
         encoding = self._encoding
         old = encoding.stored(self._parts, first, len(W))
-        new = self._fitted(first, W) if self._fresh else old
-        x = W.copy()
-        scales = np.where(new.scales == 0, np.float32(1), new.scales)
-        encoding.apply(np.divide, x, scales)
-        if new.zeros is not None:
-            encoding.apply(np.add, x, new.zeros)
+        new, fit = self._fitted(first, W) if self._fresh else (old, None)
+        if fit is None or fit.by is None or fit.W is None or self._draw:
+            x = encoding.places(W, new)
+        else:
+            x = encoding.places(fit.W, replace(new, scales=fit.by))
         codes = encoding.levels.codes(x, self._draw)
         before = np.empty_like(x)
         encoding.numbers(old, before)
@@ -194,7 +204,7 @@ class _Encoder:
         packed = np.empty((0, 0), np.uint8) if self._packed is None else self._packed
         return self._encoding.parts_of(packed, self._fit)
 
-    def _fitted(self, first: int, W: Array) -> Stored:
+    def _fitted(self, first: int, W: Array) -> tuple[Stored, Fit]:
         encoding = self._encoding
         codes = np.empty((0, 0), np.uint8)
         start = first // encoding.height
@@ -218,4 +228,4 @@ class _Encoder:
         if self._fit.zeros is not None and fit.zeros is not None:
             self._fit.zeros[start : start + len(lows)] = fit.zeros
         of_row = (first + np.arange(len(W))) // encoding.height - start
-        return Stored(codes, fit.scales[of_row], None if fit.zeros is None else fit.zeros[of_row])
+        return Stored(codes, fit.scales[of_row], None if fit.zeros is None else fit.zeros[of_row]), fit

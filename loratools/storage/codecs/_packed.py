@@ -16,6 +16,11 @@ def words(count: int, bits: int, width: int = 32) -> int:
     return -(-count * bits // width)
 
 
+def words_of(dtype: str) -> str:
+    """Return the NumPy dtype of words by their name in a header, as I32."""
+    return f"<{'i' if dtype[0] == 'I' else 'u'}{int(dtype[1:]) // 8}"
+
+
 def unpack(stored: Array, bits: int, count: int) -> Array:
     """Return the first `count` codes of each row, unsigned, as uint8 (n, count); `stored` is (n, words) of any ints."""
     octets = np.ascontiguousarray(stored).view(np.uint8).reshape(len(stored), -1)

@@ -14,12 +14,16 @@ from typing import Any
 import numpy as np
 
 from loratools.storage.codecs import Encoding, Module, Parts
-from loratools.storage.codecs._packed import unpack
-from loratools.storage.codecs.floats import Array
+from loratools.storage.codecs._grouped import Fit, Grouped, Stored
+from loratools.storage.codecs._levels import INT4
+from loratools.storage.codecs._packed import pack, unpack, words_of
+from loratools.storage.codecs.floats import Array, narrow, widen
 from loratools.storage.codecs.tables import numbers
 
 _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """The nibble of a word that holds row 0, 1, 2, … of its eight."""
+_ROWS = (0, 2, 4, 6, 1, 3, 5, 7)
+"""The row of its eight that nibble 0, 1, 2, … of a word holds."""
 
 
 def opened(module: Module) -> Encoding:
@@ -41,7 +45,7 @@ def opened(module: Module) -> Encoding:
     if isinstance(stated, int) and stated != size and not whole and not statement.get("extra_config"):
         raise module.refuse(f"config.json says groups of {stated}, its tensors have {size}: {shapes}")
     label = "AWQ 4 bit, " + ("one group a row" if groups == 1 else f"groups of {size}")
-    return Awq(module, (rows, columns), label, 4, (1, size), 8)
+    return Awq(module, (rows, columns), label, 4, (1, size), levels=INT4, width=size, codes_part="qweight")
 
 
 def plain(statement: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
@@ -63,26 +67,52 @@ def _check_layout(module: Module) -> None:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Awq(Encoding):
+class Awq(Grouped):
     """Nibbles of eight rows in a word."""
 
-    def decode(self, parts: Parts, first: int, out: Array) -> None:
-        """Write (q − z) · scales."""
-        count = len(out)
-        assert self.group is not None
-        scales = numbers(parts.whole("scales")[:, first : first + count], self.module.specs["scales"].dtype).T
-        zeros = _rows(parts.whole("qzeros"), first, count).astype(np.float32)
-        target = out if out.flags.c_contiguous else np.empty_like(out, order="C")
-        np.copyto(target, _rows(parts.whole("qweight"), first, count))
-        blocks = target.reshape(count, -1, self.group[1])
-        blocks -= zeros[:, :, None]
-        blocks *= scales[:, :, None]
-        if target is not out:
-            np.copyto(out, target)
+    def stored(self, parts: Parts, first: int, count: int) -> Stored:
+        """Return so many rows from `first` on, which are columns of what is stored."""
+        scales = numbers(parts.whole("scales")[:, first : first + count], self.module.specs["scales"].dtype)
+        zeros = _unpacked(parts.whole("qzeros"), first, count).T.astype(np.float32) + np.float32(self.levels.least)
+        codes = _unpacked(parts.whole("qweight"), first, count).T
+        return Stored(codes, np.ascontiguousarray(scales.T), np.ascontiguousarray(zeros))
+
+    def fit(self, parts: Parts, first: int, lows: Array, highs: Array, W: Array, largest: float) -> Fit:
+        """Return (max − min) / 15, at least 1e-5 / 15, and the zero point −min / scale, as autoawq does.
+
+        autoawq moves weights into norms and clips before that, by activations; none of it is done here.
+        """
+        step = np.maximum(highs - lows, np.float32(1e-5)) / np.float32(15)
+        zeros = np.clip(-np.rint(lows / step), 0, 15) + self.levels.least
+        dtype = self.module.specs["scales"].dtype
+        kept = narrow(step, dtype)
+        return Fit(widen(kept, dtype, np.float32), kept, zeros.astype(np.float32))
+
+    def packed(self, codes: Array) -> Array:
+        """Return rows of codes as rows of bytes, two in each, until all rows are there."""
+        return pack(codes, 4, -(-self.columns // 2))
+
+    def parts_of(self, packed: Array, fit: Fit | None) -> Mapping[str, Array]:
+        """Return codes, scales and zero points transposed, as they are stored."""
+        specs = self.module.specs
+        parts = {"qweight": _packed(unpack(packed, 4, self.columns).T).view(words_of(specs["qweight"].dtype))}
+        if fit is not None:
+            scales = np.ascontiguousarray(fit.kept.T)
+            parts["scales"] = scales if specs["scales"].dtype == "BF16" else scales.view(f"<f{fit.kept.itemsize}")
+        if fit is not None and fit.zeros is not None:
+            codes = (fit.zeros.T - np.float32(self.levels.least)).astype(np.uint8)
+            parts["qzeros"] = _packed(codes).view(words_of(specs["qzeros"].dtype))
+        return parts
 
 
-def _rows(packed: Array, first: int, count: int) -> Array:
-    """Return rows of codes, uint8 (count, n), of words that lie transposed, (n, rows / 8)."""
+def _unpacked(stored: Array, first: int, count: int) -> Array:
+    """Return some rows of a weight, uint8 (n, count), of words that lie transposed, (n, rows / 8)."""
     start, stop = first // 8, -(-(first + count) // 8)
-    codes = unpack(packed[:, start:stop], 4, 8 * (stop - start)).reshape(len(packed), -1, 8)[..., _ORDER]
-    return codes.reshape(len(packed), -1).T[first - 8 * start :][:count]
+    codes = unpack(stored[:, start:stop], 4, 8 * (stop - start)).reshape(len(stored), -1, 8)[..., _ORDER]
+    return codes.reshape(len(stored), -1)[:, first - 8 * start :][:, :count]
+
+
+def _packed(codes: Array) -> Array:
+    """Return transposed codes, uint8 (n, rows), as bytes of words, (n, rows / 2)."""
+    nibbles = codes.reshape(len(codes), -1, 8)[..., _ROWS]
+    return pack(nibbles.reshape(len(codes), -1), 4, codes.shape[1] // 2)

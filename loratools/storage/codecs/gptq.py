@@ -17,10 +17,13 @@ import numpy as np
 
 from loratools.decisions import warned
 from loratools.storage.codecs import Encoding, Module, Parts
-from loratools.storage.codecs._packed import unpack, words
-from loratools.storage.codecs.floats import Array
+from loratools.storage.codecs._grouped import Fit, Grouped, Stored
+from loratools.storage.codecs._levels import Whole
+from loratools.storage.codecs._packed import pack, unpack, words, words_of
+from loratools.storage.codecs.floats import Array, narrow, widen
 from loratools.storage.codecs.tables import numbers
 from loratools.storage.dtypes import bits as bits_of
+from loratools.storage.files import read_bytes
 
 _BITS = (2, 3, 4, 8)
 _WORDS = frozenset({"I32", "U32", "I64", "U64", "I16", "U16", "I8", "U8"})
@@ -51,7 +54,10 @@ def opened(module: Module) -> Encoding:
     overrides = bool(statement.get("dynamic") or statement.get("extra_config"))
     size = _group_size(module, columns, groups, overrides)
     label = f"GPTQ {bits} bit, " + ("one group a row" if groups == 1 else f"groups of {size}")
-    return Gptq(module, (rows, columns), label, bits, (1, size), 1, _offset(module))
+    return Gptq(
+        module, (rows, columns), label, bits, (1, size), levels=Whole(bits), width=size, codes_part="qweight",
+        columns_of=_order(module, columns, groups, size), offset=_offset(module),
+    )  # fmt: skip
 
 
 def plain(statement: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
@@ -117,55 +123,84 @@ def _offset(module: Module) -> int:
     return 0 if "gptq_v2" in stated else 1
 
 
+def _order(module: Module, columns: int, groups: int, size: int) -> Array | None:
+    """Return the group of each column as g_idx has it; None where groups follow each other.
+
+    Raises `UnsupportedAdapter` for groups that there are not, and for an order of which config.json says that it is
+    none: loaders read such a file in two ways.
+    """
+    g_idx = module.specs.get("g_idx")
+    if g_idx is None:
+        return None
+    of_column = np.frombuffer(read_bytes(g_idx), "<i4" if g_idx.dtype == "I32" else "<i8").astype(np.int64)
+    if np.array_equal(of_column, np.arange(columns) // size):
+        return None
+    if not np.array_equal(np.unique(of_column), np.arange(groups)):
+        raise module.refuse(f"its g_idx does not name each of the {groups} groups that it has, and no others")
+    if module.statement.get("desc_act") is False and not module.statement.get("dynamic"):
+        raise module.refuse("its g_idx orders columns, and config.json says desc_act false")
+    return of_column
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class Gptq(Encoding):
+class Gptq(Grouped):
     """Codes packed along the columns; `offset` is added to stored zero points."""
 
     offset: int = 1
 
-    def decode(self, parts: Parts, first: int, out: Array) -> None:
-        """Write scales · (q − z)."""
-        count = len(out)
-        np.copyto(out, unpack(parts.whole("qweight")[:, first : first + count].T, self.bits, self.columns))
-        scales = numbers(parts.whole("scales")[:, first : first + count], self.module.specs["scales"].dtype).T
-        zeros = self.zeros(parts, first, count).T.astype(np.float32)
-        of_column = self.groups(parts)
-        size = self.group[1] if self.group else self.columns
-        if of_column is None and out.flags.c_contiguous and size * scales.shape[1] == self.columns:
-            blocks = out.reshape(count, -1, size)
-            blocks -= zeros[:, :, None]
-            blocks *= scales[:, :, None]
-            return
-        if of_column is None:
-            of_column = np.arange(self.columns) // size
-        out -= zeros[:, of_column]
-        out *= scales[:, of_column]
+    def stored(self, parts: Parts, first: int, count: int) -> Stored:
+        """Return so many rows from `first` on, which are columns of what is stored."""
+        codes = unpack(parts.whole("qweight")[:, first : first + count].T, self.bits, self.columns)
+        scales = numbers(parts.whole("scales")[:, first : first + count], self.module.specs["scales"].dtype)
+        return Stored(codes, np.ascontiguousarray(scales.T), self._zeros(parts, first, count))
 
-    def zeros(self, parts: Parts, first: int, count: int) -> Array:
-        """Return the zero points of so many rows of the weight, uint8 (groups, count)."""
-        packed = parts.whole("qzeros")
-        each = 64 * self.bits // (8 * packed.itemsize)  # words of 64 codes
-        start = first // 64
-        stop = -(-(first + count) // 64)
-        stored = unpack(packed[:, start * each : stop * each], self.bits, min(stop * 64, self.shape[0]) - start * 64)
-        mask = np.uint8((1 << self.bits) - 1)
-        return (stored[:, first - start * 64 :][:, :count] + np.uint8(self.offset)) & mask
+    def fit(self, parts: Parts, first: int, lows: Array, highs: Array, W: Array, largest: float) -> Fit:
+        """Return (max − min) / (2^bits − 1) and the zero point that goes with it, in the dtype of the scales.
 
-    def groups(self, parts: Parts) -> Array | None:
-        """Return the group of each column; None where they follow each other.
-
-        Raises `UnsupportedAdapter` for groups that there are not, and for an order of which config.json says that it
-        is none: loaders read such a file in two ways.
+        As GPTQModel's plain rounding to the nearest has it, where it does not look at activations; rows are symmetric
+        where config.json says so. v1 cannot store the zero point 0, and gets 1.
         """
-        if "g_idx" not in self.module.specs:
-            return None
-        of_column = parts.whole("g_idx").astype(np.int64)
-        groups = self.module.specs["scales"].shape[0]
-        if of_column.min(initial=0) < 0 or of_column.max(initial=0) >= groups:
-            raise self.module.refuse(f"its g_idx names groups beyond the {groups} that it has")
-        size = self.group[1] if self.group else self.columns
-        if np.array_equal(of_column, np.arange(self.columns) // size):
-            return None
-        if self.module.statement.get("desc_act") is False and groups > 1:
-            raise self.module.refuse("its g_idx orders columns, and config.json says desc_act false")
-        return of_column
+        lows, highs = np.minimum(lows, 0), np.maximum(highs, 0)
+        top = np.float32((1 << self.bits) - 1)
+        symmetric = self.module.statement.get("sym") is True
+        if symmetric:
+            highs = np.maximum(-lows, highs)
+            lows = -highs
+        elif self.offset:
+            lows = np.minimum(lows, -highs / (top - 1))
+        step = np.where(highs == lows, np.float32(1), highs - lows) / top
+        dtype = self.module.specs["scales"].dtype
+        kept = narrow(step, dtype)
+        scales = widen(kept, dtype, np.float32)
+        half = self.levels.least
+        zeros = np.zeros_like(step) if symmetric else np.clip(np.rint(-lows / step), self.offset, top) + half
+        return Fit(scales, kept, zeros.astype(np.float32))
+
+    def packed(self, codes: Array) -> Array:
+        """Return rows of codes as rows of bytes."""
+        qweight = self.module.specs["qweight"]
+        return pack(codes, self.bits, qweight.shape[0] * bits_of(qweight.dtype) // 8)
+
+    def parts_of(self, packed: Array, fit: Fit | None) -> Mapping[str, Array]:
+        """Return codes, scales and zero points transposed, as they are stored."""
+        specs = self.module.specs
+        parts = {"qweight": np.ascontiguousarray(packed.view(words_of(specs["qweight"].dtype)).T)}
+        if fit is not None:
+            scales = np.ascontiguousarray(fit.kept.T)
+            parts["scales"] = scales if specs["scales"].dtype == "BF16" else scales.view(f"<f{fit.kept.itemsize}")
+        if fit is not None and fit.zeros is not None:
+            mask = (1 << self.bits) - 1
+            codes = (fit.zeros.T.astype(np.int16) - int(self.levels.least) - self.offset) & mask
+            width = specs["qzeros"].shape[1] * bits_of(specs["qzeros"].dtype) // 8
+            parts["qzeros"] = pack(codes.astype(np.uint8), self.bits, width).view(words_of(specs["qzeros"].dtype))
+        return parts
+
+    def _zeros(self, parts: Parts, first: int, count: int) -> Array:
+        """Return the zero points of so many rows as levels, float32 (count, groups)."""
+        packed = parts.whole("qzeros")
+        each = 8 * self.bits // packed.itemsize  # words of 64 codes
+        start, stop = first // 64, -(-(first + count) // 64)
+        last = min(stop * 64, self.shape[0])
+        stored = unpack(packed[:, start * each : stop * each], self.bits, last - start * 64)[:, first - start * 64 :]
+        zeros = (stored[:, :count] + np.uint8(self.offset)) & np.uint8((1 << self.bits) - 1)
+        return np.ascontiguousarray(zeros.T).astype(np.float32) + np.float32(self.levels.least)

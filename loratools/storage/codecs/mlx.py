@@ -15,9 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from loratools.storage.codecs import Encoding, Module, Parts
-from loratools.storage.codecs._packed import unpack
-from loratools.storage.codecs.floats import Array
+from loratools.storage.codecs import Encoder, Encoding, Grid, Module, Parts
+from loratools.storage.codecs._grouped import Fit, Grouped, Stored
+from loratools.storage.codecs._levels import Draw, Floats
+from loratools.storage.codecs._packed import pack, unpack
+from loratools.storage.codecs._scales import by_power, rounded, stored
+from loratools.storage.codecs.floats import Array, narrow, widen
 from loratools.storage.codecs.tables import E2M1, table
 from loratools.storage.header import TensorSpec
 
@@ -43,7 +46,11 @@ def opened(module: Module) -> Encoding:
     label = f"MLX {bits} bit, groups of {size}" if mode == "affine" else f"MLX {mode}, groups of {size}"
     flat = {part: replace(spec, shape=(prod(spec.shape[:-1]), spec.shape[-1])) for part, spec in _matrices(module)}
     module = replace(module, specs={**module.specs, **flat})  # of a stack, rows are read from where they begin
-    return Mlx(module, (*weight.shape[:-1], columns), label, bits, (1, size), 1, mode)
+    shape = (*weight.shape[:-1], columns)
+    if mode == "affine":
+        return Affine(module, shape, label, bits, (1, size), levels=Count(bits), width=size, codes_part="weight")
+    levels = _FP4 if bits == 4 else _FP8
+    return FloatMode(module, shape, label, bits, (1, size), levels=levels, width=size, codes_part="weight", mode=mode)
 
 
 def _matrices(module: Module) -> Iterator[tuple[str, TensorSpec]]:
@@ -87,38 +94,177 @@ def _settings(module: Module) -> tuple[str, int, int]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Mlx(Encoding):
-    """Codes of a `mode`: affine, mxfp4, mxfp8 or nvfp4."""
+class Count:
+    """Integers from 0 on, of so many bits: levels as `_levels` has them."""
 
-    mode: str = "affine"
+    bits: int
+    least: float = 0.0
+
+    @property
+    def most(self) -> float:
+        """The largest integer."""
+        return float((1 << self.bits) - 1)
+
+    @property
+    def table(self) -> Array:
+        """The integers by code."""
+        return np.arange(1 << self.bits, dtype=np.float32)
+
+    def codes(self, x: Array, draw: Draw | None = None) -> Array:
+        """Return the codes of numbers."""
+        rounded = np.rint(x) if draw is None else np.floor(x + draw(x.shape))
+        codes: Array = np.clip(np.nan_to_num(rounded, nan=0.0), 0, self.most).astype(np.uint8)
+        return codes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Fp4(Floats):
+    """E2M1 as mlx rounds to it: of two codes as near the one nearer to zero, and zero without a sign."""
+
+    def codes(self, x: Array, draw: Draw | None = None) -> Array:
+        """Return the codes of numbers."""
+        if draw is None:
+            size = np.abs(np.nan_to_num(x, nan=0.0))
+            codes = np.searchsorted((self.table[1:8] + self.table[:7]) / 2, size, side="left").astype(np.uint8)
+        else:
+            codes = super(_Fp4, self).codes(np.abs(x), draw)
+        signed: Array = codes | np.where((codes > 0) & (x < 0), np.uint8(8), np.uint8(0))
+        return signed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Fp8:
+    """E4M3 as levels."""
+
+    most: float = 448.0
+    least: float = -448.0
+
+    @property
+    def table(self) -> Array:
+        """The numbers by code."""
+        return table("F8_E4M3")
+
+    def codes(self, x: Array, draw: Draw | None = None) -> Array:
+        """Return the codes of numbers."""
+        return rounded(np.nan_to_num(x, nan=0.0), "F8_E4M3", draw(x.shape) if draw else None)
+
+
+_FP4, _FP8 = _Fp4(E2M1), _Fp8()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mlx(Grouped):
+    """Codes in words of 32 bits, row by row."""
 
     @property
     def name(self) -> str:
         """The name of the weight where it is stored plainly: stacks of experts have a `weight` of their own."""
         return f"{self.module.path}.weight"
 
-    def decode(self, parts: Parts, first: int, out: Array) -> None:
-        """Write q · scale + bias, or level · scale."""
-        rows = slice(first, first + len(out))
-        q = unpack(parts.rows("weight", rows.start, rows.stop), self.bits, self.columns)
-        assert self.group is not None
-        target = out if out.flags.c_contiguous else np.empty_like(out, order="C")
-        blocks = target.reshape(len(out), -1, self.group[1])
-        if self.mode == "affine":
-            np.copyto(target, q)
-            blocks *= parts.numbers("scales", rows.start, rows.stop)[:, :, None]
-            blocks += parts.numbers("biases", rows.start, rows.stop)[:, :, None]
-        else:
-            np.take(E2M1 if self.bits == 4 else table("F8_E4M3"), q, out=target)
-            blocks *= self.float_scales(parts, rows)[:, :, None]
-        if target is not out:
-            np.copyto(out, target)
+    def codes(self, parts: Parts, first: int, count: int) -> Array:
+        """Return so many rows of codes from `first` on, uint8 (count, columns)."""
+        return unpack(parts.rows("weight", first, first + count), self.bits, self.columns)
 
-    def float_scales(self, parts: Parts, rows: slice) -> Array:
-        """Return the scales of a float mode, float32 (rows, groups), with what multiplies all of a matrix."""
-        scales: Array = table(_FLOATS[self.mode][2])[parts.rows("scales", rows.start, rows.stop)]
-        if "global_scale" not in self.module.specs:
-            return scales
+    def packed(self, codes: Array) -> Array:
+        """Return rows of codes as rows of bytes."""
+        return pack(codes, self.bits, 4 * self.module.specs["weight"].shape[-1])
+
+    def of_stack(self, rows: Array) -> Array:
+        """Return rows of a part with the sides of a stack."""
+        return rows.reshape(*self.shape[:-1], -1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Affine(Mlx):
+    """W = q · scale + bias; the biases take the place of zero points."""
+
+    def stored(self, parts: Parts, first: int, count: int) -> Stored:
+        """Return so many rows from `first` on."""
+        scales, biases = (parts.numbers(part, first, first + count) for part in ("scales", "biases"))
+        return Stored(self.codes(parts, first, count), scales, biases)
+
+    def numbers(self, stored: Stored, out: Array) -> None:
+        """Write what rows stand for."""
+        assert stored.zeros is not None
+        np.copyto(out, stored.codes)
+        self.apply(np.multiply, out, stored.scales)
+        self.apply(np.add, out, stored.zeros)
+
+    def places(self, W: Array, stored: Stored) -> Array:
+        """Return (W − bias) / scale."""
+        assert stored.zeros is not None
+        x = W.copy()
+        self.apply(np.subtract, x, stored.zeros)
+        self.apply(np.divide, x, np.where(stored.scales == 0, np.float32(1), stored.scales))
+        return x
+
+    def fit(self, parts: Parts, first: int, lows: Array, highs: Array, W: Array, largest: float) -> Fit:
+        """Return scales and biases as mx.quantize makes them of numbers in the dtype of the scales.
+
+        scale = ±(max − min) / (2^bits − 1), at least 1e-7, then set so that the edge of larger magnitude is a level;
+        bias is that edge. Numbers are rounded by the scale before that is rounded.
+        """
+        dtype = self.module.specs["scales"].dtype
+        lows, highs = (widen(narrow(edge, dtype), dtype, np.float32) for edge in (lows, highs))
+        below = np.abs(lows) > np.abs(highs)
+        scale = np.maximum((highs - lows) / np.float32(self.levels.most), np.float32(1e-7))
+        scale = np.where(below, scale, -scale)
+        edge = np.where(below, lows, highs)
+        steps = np.rint(edge / scale)
+        by = np.where(steps != 0, edge / np.where(steps != 0, steps, 1), scale)
+        kept = np.stack([narrow(by, dtype), narrow(np.where(steps != 0, edge, 0), dtype)], axis=-1)
+        scales, biases = (widen(kept[..., i], dtype, np.float32) for i in (0, 1))
+        return Fit(scales, kept, biases, W=widen(narrow(W, dtype), dtype, np.float32), by=by)
+
+    def parts_of(self, packed: Array, fit: Fit | None) -> Mapping[str, Array]:
+        """Return codes, scales and biases as they are stored."""
+        parts = {"weight": self.of_stack(packed.view("<u4"))}
+        if fit is not None:
+            dtype = "<u2" if self.module.specs["scales"].dtype == "BF16" else f"<f{fit.kept.itemsize}"
+            for i, part in enumerate(("scales", "biases")):
+                parts[part] = self.of_stack(np.ascontiguousarray(fit.kept[..., i]).view(dtype))
+        return parts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FloatMode(Mlx):
+    """W = level · scale, of a `mode`: mxfp4, mxfp8 or nvfp4."""
+
+    mode: str = "mxfp4"
+
+    def stored(self, parts: Parts, first: int, count: int) -> Stored:
+        """Return so many rows from `first` on."""
+        scales: Array = table(_FLOATS[self.mode][2])[parts.rows("scales", first, first + count)]
+        if "global_scale" in self.module.specs:
+            scales *= self._of_matrices(parts, first, count)
+        return Stored(self.codes(parts, first, count), scales)
+
+    def fit(self, parts: Parts, first: int, lows: Array, highs: Array, W: Array, largest: float) -> Fit:
+        """Return scales as mx.quantize makes them of float32: the least power of two of at least max / largest level.
+
+        nvfp4: max / 6 in E4M3.
+        """
+        most, dtype = np.maximum(-lows, highs), _FLOATS[self.mode][2]
+        if dtype == "F8_E8M0":
+            kept = stored(by_power(most, self.levels.most)[0], dtype)
+        else:
+            kept = rounded(most / np.float32(self.levels.most), dtype)
+        return Fit(table(dtype)[kept], kept)
+
+    def encoder(self, parts: Parts, grid: Grid, draw: Draw | None = None) -> Encoder:
+        """Return what makes codes again; raise `UnsupportedAdapter` for new scales beside a `global_scale`."""
+        if grid == "fresh" and "global_scale" in self.module.specs:
+            raise self.module.refuse("it has a global_scale, to which no new scales are fitted", "Use its own grid.")
+        return Grouped.encoder(self, parts, grid, draw)
+
+    def parts_of(self, packed: Array, fit: Fit | None) -> Mapping[str, Array]:
+        """Return codes and scales as they are stored."""
+        parts = {"weight": self.of_stack(packed.view("<u4"))}
+        if fit is not None:
+            parts["scales"] = self.of_stack(fit.kept)
+        return parts
+
+    def _of_matrices(self, parts: Parts, first: int, count: int) -> Array:
+        """Return what multiplies all of a matrix, for each of these rows."""
         per_matrix = parts.numbers("global_scale").reshape(-1) / np.float32(448 * 6)
-        scales *= per_matrix[np.arange(rows.start, rows.stop) // self.shape[-2]][:, None]
-        return scales
+        return per_matrix[np.arange(first, first + count) // self.shape[-2]][:, None]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +15,7 @@ import loratools
 from loratools.errors import UnsupportedAdapter
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import encodings, logical
+from tests.storage.codecs.recode import recoded
 from tests.storage.codecs.test_fp8 import K, Q, lora
 from tests.storage.codecs.test_gptq import COLUMNS, ROWS, Tensors, read
 
@@ -97,6 +99,37 @@ def test_other_layouts_are_refused_by_name(tmp_path: Path) -> None:
     for i, (match, (changed, stated)) in enumerate(cases.items()):
         with pytest.raises(UnsupportedAdapter, match=match):
             logical(Checkpoint.open(awq_base(tmp_path / f"{i}", {Q: changed}, **stated)))
+
+
+def test_no_change_gives_every_byte_again(tmp_path: Path) -> None:
+    parts, _ = awq_module()
+    base = awq_base(tmp_path / "base", {Q: parts})
+    [encoding] = encodings(logical(Checkpoint.open(base))).values()
+    W = read(base)
+    made, values = recoded(encoding, W.numpy(), "own")
+    assert set(made) == {"qweight"}
+    assert np.array_equal(made["qweight"], parts["qweight"].numpy())
+    assert np.array_equal(values, W.numpy())
+
+
+def test_fresh_scales_are_autoawqs(tmp_path: Path) -> None:
+    """autoawq's pseudo_quantize_tensor and WQLinear_GEMM.from_linear, in float64."""
+    parts, _ = awq_module()
+    [encoding] = encodings(logical(Checkpoint.open(awq_base(tmp_path / "base", {Q: parts})))).values()
+    W = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(1))
+    W[0, :32] = 0.25
+    made, values = recoded(encoding, W.numpy(), "fresh")
+    w = W.double().view(ROWS, -1, 32)
+    scales = (w.amax(-1) - w.amin(-1)).clamp(min=1e-5) / 15
+    zeros = (-(w.amin(-1) / scales).round()).clamp(0, 15)
+    half = scales.half()
+    codes = ((w + (zeros * half.double())[..., None]) / half.double()[..., None]).round().clamp(0, 15)
+    assert np.array_equal(made["scales"], half.T.numpy())
+    assert np.array_equal(made["qzeros"], pack_columns(zeros.T.contiguous()).numpy())
+    found = read(awq_base(tmp_path / "again", {Q: {part: torch.from_numpy(made[part].copy()) for part in made}}))
+    assert np.array_equal(found.numpy(), values)
+    wanted = ((codes - zeros[..., None]) * half.double()[..., None]).view(ROWS, COLUMNS)
+    assert (found.double() != wanted).double().mean() <= 1e-3
 
 
 def test_merges_by_every_policy(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ from loratools.errors import UnsupportedAdapter
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import encodings, logical
 from loratools.storage.files import chunks, read_tensor
+from tests.storage.codecs.recode import recoded
 from tests.storage.codecs.test_fp8 import K, Q, lora
 
 Tensors = dict[str, torch.Tensor]
@@ -147,10 +149,81 @@ def test_what_does_not_agree_is_refused(tmp_path: Path) -> None:
     for i, (match, (changed, stated)) in enumerate(cases.items()):
         with pytest.raises(UnsupportedAdapter, match=match):
             logical(Checkpoint.open(gptq_base(tmp_path / f"{i}", {Q: changed}, **stated)))
-    for i, (match, g_idx) in enumerate({"beyond the 3": 3, "desc_act false": 0}.items()):
-        changed = parts | {"g_idx": torch.full((COLUMNS,), g_idx, dtype=torch.int32)}
+    shuffled = torch.arange(COLUMNS).flip(0).int() // 32
+    for i, (match, g_idx) in enumerate({"name each of the 3 groups": shuffled + 1, "desc_act false": shuffled}.items()):
         with pytest.raises(UnsupportedAdapter, match=match):
-            read(gptq_base(tmp_path / f"g{i}", {Q: changed}))
+            read(gptq_base(tmp_path / f"g{i}", {Q: parts | {"g_idx": g_idx}}))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("v2", [False, True])
+def test_no_change_gives_every_byte_again(tmp_path: Path, bits: int, size: int, act_order: bool, v2: bool) -> None:
+    parts, W = gptq_module(bits, size, act_order=act_order, v2=v2)
+    parts["scales"][0, :3] = 0  # codes that all stand for 0
+    form = {"checkpoint_format": "gptq_v2"} if v2 else {}
+    base = gptq_base(tmp_path / "base", {Q: parts}, bits=bits, group_size=size, desc_act=act_order, **form)
+    [encoding] = encodings(logical(Checkpoint.open(base))).values()
+    W = read(base)
+    for draw in (None, np.random.default_rng(0).random):
+        made, values = recoded(encoding, W.numpy(), "own", draw)
+        assert set(made) == {"qweight"}
+        assert np.array_equal(made["qweight"], parts["qweight"].numpy())
+        assert np.array_equal(values, W.numpy())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("sym", [False, True])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("v2", [False, True])
+def test_fresh_scales_round_to_the_nearest(tmp_path: Path, bits: int, sym: bool, act_order: bool, v2: bool) -> None:
+    """GPTQModel's plain rounding, in float64: zero at a code, half a step off at most, and one file that reads back."""
+    parts, _ = gptq_module(bits, 32, act_order=act_order, v2=v2)
+    form = {"checkpoint_format": "gptq_v2"} if v2 else {}
+    stated = {"bits": bits, "sym": sym, "desc_act": act_order, **form}
+    base = gptq_base(tmp_path / "base", {Q: parts}, **stated)
+    [encoding] = encodings(logical(Checkpoint.open(base))).values()
+    W = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(1))
+    W[:, :32] = W[:, :32].abs() if not sym else W[:, :32]
+    made, values = recoded(encoding, W.numpy(), "fresh")
+    again = {part: torch.from_numpy(made[part].copy()) for part in made} | {"g_idx": parts["g_idx"]}
+    assert {part: (t.dtype, t.shape) for part, t in again.items()} == {p: (t.dtype, t.shape) for p, t in parts.items()}
+    assert np.array_equal(read(gptq_base(tmp_path / "again", {Q: again}, **stated)).numpy(), values)
+    top = (1 << bits) - 1
+    for group in range(3):
+        columns = parts["g_idx"] == group
+        w = W[:, columns].double()
+        low, high = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)
+        if sym:
+            high = torch.maximum(-low, high)
+            low = -high
+        elif not v2:
+            low = torch.minimum(low, -high / (top - 1))
+        step = ((high - low) / top).half().double()
+        zero = torch.full_like(step, 1 << bits - 1) if sym else (-low / ((high - low) / top)).round()
+        codes = (w / step[:, None] + zero[:, None]).round().clamp(0, top)
+        wanted = (codes - zero[:, None]) * step[:, None]
+        found = torch.from_numpy(values)[:, columns].double()
+        assert (found != wanted).double().mean() <= 2e-3  # ties of float32
+        assert ((found - wanted).abs() <= 1.001 * step[:, None]).all()
+
+
+def test_drawn_codes_are_right_on_average(tmp_path: Path) -> None:
+    parts, _ = gptq_module(4, 32)
+    [encoding] = encodings(logical(Checkpoint.open(gptq_base(tmp_path / "base", {Q: parts})))).values()
+    W = read(tmp_path / "base").numpy()
+    step = parts["scales"].float().numpy()[np.arange(COLUMNS) // 32].T
+    moved = W + 0.3 * step
+    draw = np.random.default_rng(5).random
+    mean = np.mean([recoded(encoding, moved, "own", draw)[1] for _ in range(200)], axis=0)
+    last = pack_rows(torch.full((COLUMNS, ROWS), 15), 4).numpy()
+    top, _ = recoded(encoding, W + 100 * step, "own")
+    assert np.array_equal(top["qweight"], last)
+    inside = moved < recoded(encoding, W + 100 * step, "own")[1]  # the last level has none above it
+    error = ((mean - moved) / step)[inside]
+    assert abs(error.mean()) < 0.01
+    assert abs(error).max() < 0.2
 
 
 def test_merges_by_every_policy(tmp_path: Path) -> None:

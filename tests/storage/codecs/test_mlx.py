@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,7 +15,9 @@ import loratools
 from loratools.errors import UnsupportedAdapter
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import encodings, logical
+from loratools.storage.codecs import Encoding
 from loratools.storage.files import chunks, read_tensor
+from tests.storage.codecs.recode import recoded
 from tests.storage.codecs.test_fp8 import K, Q, lora
 
 mx = pytest.importorskip("mlx.core")
@@ -130,6 +133,69 @@ def test_what_does_not_agree_is_refused(tmp_path: Path) -> None:
     for i, (match, (changed, stated)) in enumerate(cases.items()):
         with pytest.raises(UnsupportedAdapter, match=match):
             logical(Checkpoint.open(mlx_base(tmp_path / f"{i}", {Q: changed}, stated)))
+
+
+def _encoding(folder: Path) -> Encoding:
+    [encoding] = encodings(logical(Checkpoint.open(folder))).values()
+    return encoding
+
+
+def _bits(array: Any) -> np.ndarray[Any, Any]:
+    """Return an array of mlx as it lies in a file; BF16 as its bits."""
+    return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_affine_codes_made_again(tmp_path: Path, bits: int, dtype: str) -> None:
+    """On the own grid every byte; with fresh scales what mx.quantize makes, to the byte."""
+    numbered = numbers(*SHAPE)
+    numbered[0, :64], numbered[1, :64], numbered[2, :64] = 0, 0.3, 1e-9
+    parts = quantized(numbered, bits, 64, dtype)
+    base = mlx_base(tmp_path / "base", {Q: parts}, {"bits": bits, "group_size": 64})
+    W = read(base).numpy()
+    for draw in (None, np.random.default_rng(0).random):
+        made, values = recoded(_encoding(base), W, "own", draw)
+        assert set(made) == {"weight"}
+        assert np.array_equal(made["weight"], np.array(parts["weight"]))
+        assert np.array_equal(values, W)
+    other = numbers(*SHAPE, seed=1)
+    other[:3] = numbered[:3]
+    made, _ = recoded(_encoding(base), other.numpy(), "fresh")
+    for part, wanted in quantized(other, bits, 64, dtype).items():
+        assert np.array_equal(made[part], _bits(wanted)), part
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
+def test_float_codes_made_again(tmp_path: Path, mode: str) -> None:
+    numbered = numbers(3, *SHAPE)
+    numbered[0, 0, :64] = 0
+    numbered[0, 1, :8] = torch.tensor([6, 0.25, 0.75, -1.25, 1.75, -2.5, 3.5, 5])  # ties
+    path = "model.layers.0.mlp.switch_mlp.up_proj"
+    parts = quantized(numbered, mode=mode, dtype="float32")
+    base = mlx_base(tmp_path / "base", {path: parts}, {"bits": 4, "group_size": 32, "mode": mode})
+    W = read(base, path).numpy()
+    for draw in (None, np.random.default_rng(0).random):
+        made, values = recoded(_encoding(base), W, "own", draw)
+        assert np.array_equal(made["weight"], np.array(parts["weight"]))
+        assert np.array_equal(values, W)
+    other = numbered + numbers(3, *SHAPE, seed=1) * (numbered != 0)
+    other[0, 1, :8] = numbered[0, 1, :8] * 2
+    made, _ = recoded(_encoding(base), other.numpy(), "fresh")
+    for part, wanted in quantized(other, mode=mode, dtype="float32").items():
+        assert np.array_equal(made[part], np.array(wanted)), part
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4", "mxfp8", "nvfp4"])
+def test_drawn_codes_are_right_on_average(tmp_path: Path, mode: str) -> None:
+    base = mlx_base(tmp_path / "base", {Q: quantized(numbers(*SHAPE), mode=mode)}, {"group_size": 64, "mode": mode})
+    W, draw = read(base).numpy() * 0.9, np.random.default_rng(5).random
+    inside = np.abs(W) < np.abs(W).max(1, keepdims=True) / 2
+    for grid in ("own", "fresh"):
+        each = [recoded(_encoding(base), W, grid, draw)[1] for _ in range(100)]
+        spread = np.std(each, axis=0)[inside].mean()
+        assert spread > 0
+        assert abs((np.mean(each, axis=0) - W)[inside].mean()) < 0.02 * spread
 
 
 def test_merges_by_every_policy(tmp_path: Path) -> None:
