@@ -147,6 +147,29 @@ def test_ddp_reduces_the_gradients_of_the_factors() -> None:
 
 
 @pytest.mark.usefixtures("one_process")
+def test_fsdp2_of_a_model_that_is_made_on_the_meta_device() -> None:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
+
+    alone, model = net(torch.float32), net(torch.float32).to("meta")
+    expected = gradients_of(alone, live.attach(alone, targets=["up", "down"], rank=2))
+    lora = live.attach(model, targets=["up", "down"], rank=2)
+    for block in model.blocks:
+        fully_shard(block["up"])
+    fully_shard(model)
+    model.to_empty(device="cpu")
+    places: dict[str, Any] = model.state_dict()
+    weights = net(torch.float32).state_dict().items()
+    spread = {name: distribute_tensor(W, places[name].device_mesh, places[name].placements) for name, W in weights}
+    model.load_state_dict(spread, assign=True)
+    own = gradients_of(model, lora)
+    assert all(torch.equal(a, b) for a, b in zip(own, expected, strict=True))
+    lora.detach()  # FSDP2's own class over the layer's stays
+    assert [kind.__name__ for kind in type(model.blocks[0]["up"]).__mro__[:3]] == ["FSDPLinear", "FSDPModule", "Linear"]
+    assert torch.equal(model(ids()), net(torch.float32)(ids()))
+
+
+@pytest.mark.usefixtures("one_process")
 def test_fsdp2_shards_the_factors_and_saves_them_whole(tmp_path: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
