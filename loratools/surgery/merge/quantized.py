@@ -9,7 +9,7 @@ from math import prod
 from typing import Any
 
 from loratools.adapter.placement.classes import model_class
-from loratools.engine.plan import MergePlan, Recoded
+from loratools.engine.plan import Change, MergePlan, Recoded
 from loratools.errors import IncompatibleAdapter, InvalidOption
 from loratools.options import Quantized
 from loratools.storage import codecs, dtypes
@@ -111,12 +111,15 @@ def as_it_was_written(plan: MergePlan, merged: Checkpoint) -> MergePlan:
     Which of the policies made that model is told by its tensors.
     """
     coded, touched = encodings(merged), plan.touched().keys()
-    if not coded:
+    if not coded and not statement(merged.config):
         return plan
     policy: Quantized = "requantize" if coded.keys() & touched else "partial"
     written = as_written(plan.base, touched, policy)
     config = {key: value for key, value in plan.config.items() if key not in KEYS}
-    return replace(plan, config=config | dict(written.config), dropped=written.dropped)
+    shared = written.base.specs.keys() & merged.specs.keys() - plan.changes.keys()  # scales of a cache
+    stray = {name: Change(written.base.specs[name]) for name in sorted(shared)}
+    changes = {**plan.changes, **stray}
+    return replace(plan, changes=changes, config=config | dict(written.config), dropped=written.dropped)
 
 
 def _with_siblings(changed: Mapping[str, Encoding], every: Mapping[str, Encoding]) -> dict[str, Encoding]:

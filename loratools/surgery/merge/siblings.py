@@ -9,7 +9,10 @@ from loratools.adapter.naming.wrappers import FUSIONS
 _GROUPS = (
     *{tuple(name for part in fusion.parts for name in part) for fusion in FUSIONS},
     ("w1", "w3"),
+    ("wq", "wk", "wv"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
 )
 """Last segments of the paths of projections that vLLM fuses: those of the fused weights of other models, and more."""
 

@@ -169,7 +169,9 @@ def test_merges(tmp_path: Path) -> None:
     assert (dense[f"{EXPERTS}.gate_up_proj"] != exact).double().mean() <= 1e-3
     assert torch.equal(dense[f"{EXPERTS}.down_proj"], down.bfloat16())
     assert torch.equal(part[f"{EXPERTS}.gate_up_proj"], dense[f"{EXPERTS}.gate_up_proj"])
-    # TOGETHER
+    assert part.keys() == dense.keys()  # the experts of a layer are one module of transformers
+    stated = json.loads((tmp_path / "part" / "config.json").read_text())["quantization_config"]
+    assert stated["modules_to_not_convert"] == ["model.layers.*.self_attn", "lm_head", EXPERTS]
     ids = torch.arange(20).view(1, -1)
     logits = []
     for name in ("dense", "part"):

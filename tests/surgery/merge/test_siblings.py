@@ -64,3 +64,23 @@ def test_a_partial_merge_writes_them_in_16_bit(tmp_path: Path, stated: bool) -> 
     if stated:
         written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
         assert set(written["modules_to_not_convert"]) >= plain
+
+
+@pytest.mark.parametrize("policy", ["partial", "dequantize", "requantize"])
+@pytest.mark.parametrize("every", [True, False])
+def test_scales_of_a_cache_stay_in_a_quantized_model(tmp_path: Path, policy: str, every: bool) -> None:
+    """They lie beside k and v, and are not of their weights; with the last of the codes they go."""
+    paths = [f"{L0}self_attn.{name}_proj" for name in ("qkv" if every else "qkvo")]
+    tensors = {f"{paths[1]}.k_scale": torch.ones(()), f"{paths[2]}.v_scale": torch.ones(())}
+    for i, path in enumerate(paths):
+        W = torch.randn(16, 16, generator=torch.Generator().manual_seed(i))
+        tensors |= {f"{path}.weight": W.to(torch.float8_e4m3fn), f"{path}.weight_scale": torch.tensor(0.5)}
+    (tmp_path / "base").mkdir()
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "fp8", "modules_to_not_convert": ["x"]}}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    adapter = save_adapter(tmp_path / "lora", lora({paths[1]: (16, 16)}))
+    loratools.merge(tmp_path / "base", adapter, tmp_path / "out", quantized=policy)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert (f"{paths[1]}.k_scale" in merged) == (f"{paths[2]}.v_scale" in merged) == (policy != "dequantize")
+    assert loratools.verify(tmp_path / "out", tmp_path / "base", adapter).ok
