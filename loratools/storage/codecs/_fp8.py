@@ -14,7 +14,7 @@ import numpy as np
 
 from loratools.storage import dtypes
 from loratools.storage.codecs import Encoder, Encoding, Grid, Module, Parts
-from loratools.storage.codecs._scales import POWERS, Rule, by_quotient, largest, read_back, rounded, stored
+from loratools.storage.codecs._scales import POWERS, Rule, beyond, by_quotient, largest, read_back, rounded, stored
 from loratools.storage.codecs.floats import Array
 from loratools.storage.codecs.tables import table
 
@@ -146,8 +146,16 @@ def fitted(module: Module, scale: str, choices: Sequence[Blocks], rule: Rule) ->
     return Fp8(module, weight.shape, label, 8, group, together, scale, rows=rows, rule=rule)
 
 
+_LEAST = np.finfo(np.float32).tiny
+"""What numbers are divided by where a scale is zero: all but zero are then beyond the largest code."""
+
+
 class _Encoder:
-    """Rounds numbers to codes: to the nearest, ties to even, or at random between the two neighbours."""
+    """Rounds numbers to codes: to the nearest, ties to even, or at random between the two neighbours.
+
+    On the own grid a block keeps its scale, unless one of its numbers would round to beyond the largest code: clipped,
+    a large change would be lost. Such a block gets a fresh scale.
+    """
 
     def __init__(
         self, encoding: Fp8, parts: Parts, fresh: bool, draw: Callable[[tuple[int, ...]], Array] | None
@@ -155,13 +163,14 @@ class _Encoder:
         self._encoding, self._parts, self._fresh, self._draw = encoding, parts, fresh, draw
         self._dtype = encoding.module.specs["weight"].dtype
         self._largest = largest(self._dtype)
+        self._limit = np.float32(self._largest if draw else beyond(self._dtype))
         self._codes = np.empty((prod(encoding.shape[:-1]), encoding.columns), np.uint8)
-        self._scales = np.ones(encoding._blocks, np.float32)
+        blocks = encoding._blocks
+        self._scales = np.ones(blocks, np.float32) if fresh or not encoding.scale else encoding.scales(parts)
+        self._made = np.zeros(blocks, bool)
         self._factors: Array | None = None
-        if encoding.scale and not fresh:
-            self._scales = encoding.scales(parts)
-        self.needs_pass = fresh and encoding.together == 1 and encoding._sides[0] > 1
-        self._most = np.zeros(encoding._blocks if self.needs_pass else (0, 0), np.float32)
+        self.needs_pass = bool(encoding.scale) and encoding.together == 1 and encoding._sides[0] > 1
+        self._most = np.zeros(blocks if self.needs_pass else (0, 0), np.float32)
 
     def observe(self, first: int, W: Array) -> None:
         """Take in the largest magnitudes of the blocks."""
@@ -171,16 +180,13 @@ class _Encoder:
 
     def encode(self, first: int, W: Array) -> Array:
         """Round these rows, and return the numbers that their codes stand for."""
-        encoding = self._encoding
-        of_rows = encoding._block_rows(first, len(W))
-        if self._fresh:
+        encoding, of_rows = self._encoding, self._encoding._block_rows(first, len(W))
+        if self._fresh or self.needs_pass:
             self._make_scales(first, W)
-        x = W.astype(np.float32)
-        if self._factors is not None:
-            encoding._by_blocks(np.multiply, x, self._factors[of_rows])
-        elif encoding.scale:
-            divisors = self._scales[of_rows]
-            encoding._by_blocks(np.divide, x, np.where(divisors == 0, np.float32(1), divisors))
+        x = self._divided(W, of_rows)
+        if not self._fresh and encoding.scale and not self.needs_pass and max(x.max(), -x.min()) > self._limit:
+            self._make_scales(first, W)
+            x = self._divided(W, of_rows)
         codes = self._codes[first : first + len(W)]
         codes[:] = rounded(x, self._dtype, None if self._draw is None else self._draw(W.shape))
         np.take(table(self._dtype), codes, out=x, mode="wrap")
@@ -191,28 +197,45 @@ class _Encoder:
         return x
 
     def finish(self) -> Mapping[str, Array]:
-        """Return the codes, and the scales if they are new."""
+        """Return the codes, and the scales if some are new."""
         encoding, specs = self._encoding, self._encoding.module.specs
         made = {"weight": self._codes.reshape(encoding.shape)}
-        if self._fresh:
+        if self._made.any():
             spec = specs[encoding.scale]
-            made[encoding.scale] = stored(self._scales, spec.dtype).reshape(spec.shape)
+            scales = self._parts.whole(encoding.scale).reshape(encoding._blocks).copy()
+            scales[self._made] = stored(self._scales[self._made], spec.dtype)
+            made[encoding.scale] = scales.reshape(spec.shape)
         return made
 
+    def _divided(self, W: Array, of_rows: Array) -> Array:
+        """Return W in steps of the codes: times the factors, or by the scales as they are read."""
+        x = W.astype(np.float32)
+        if self._factors is not None:
+            self._encoding._by_blocks(np.multiply, x, self._factors[of_rows])
+        elif self._encoding.scale:
+            divisors = self._scales[of_rows]
+            with np.errstate(over="ignore"):
+                self._encoding._by_blocks(np.divide, x, np.where(divisors == 0, _LEAST, divisors))
+        return x
+
     def _make_scales(self, first: int, W: Array) -> None:
-        """Make the scales of the blocks of these rows, as they will be read from the file."""
+        """Make the scales of the blocks of these rows that need one, as they will be read from the file."""
         encoding = self._encoding
         if self.needs_pass:
-            block_rows, most = np.unique(encoding._block_rows(first, len(W))), self._most
-            most = most[block_rows]
+            block_rows = np.unique(encoding._block_rows(first, len(W)))
+            most = self._most[block_rows]
         else:
             block_rows, most = encoding._largest(first, W)
+        own = self._scales[block_rows]
+        needed = np.isfinite(most) & (most > np.abs(own) * self._limit)
+        needed |= self._fresh
         scales, factors = encoding.rule(most, self._largest)
         dtype = encoding.module.specs[encoding.scale].dtype
-        self._scales[block_rows] = read_back(scales, dtype)
-        if factors is not None and dtype == "F32":
+        self._scales[block_rows] = np.where(needed, read_back(scales, dtype), own)
+        self._made[block_rows] |= needed
+        if self._fresh and factors is not None and dtype == "F32":
             if self._factors is None:
-                self._factors = np.ones(encoding._blocks, np.float32)
+                self._factors = np.ones_like(self._scales)
             self._factors[block_rows] = factors
 
     def _keep(self, first: int, W: Array, codes: Array, numbers: Array) -> None:

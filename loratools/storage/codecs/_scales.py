@@ -55,6 +55,13 @@ def largest(dtype: str) -> float:
     return float(max(number for number in table(dtype) if np.isfinite(number)))
 
 
+@cache
+def beyond(dtype: str) -> float:
+    """Return the least number that would round to more than the largest of an 8-bit float dtype, if there were more."""
+    numbers_of_it = np.unique(table(dtype)[np.isfinite(table(dtype))].astype(np.float64))
+    return float(numbers_of_it[-1] + (numbers_of_it[-1] - numbers_of_it[-2]) / 2)
+
+
 def rounded(x: Array, dtype: str, drawn: Array | None = None) -> Array:
     """Return numbers as codes: to the nearest, ties to even; beyond the largest number, that. x is spoiled.
 

@@ -95,6 +95,42 @@ def test_the_own_grid_gives_every_byte_back(
         np.testing.assert_array_equal(made["W"], W)
 
 
+@pytest.mark.parametrize("drawn", [False, True])
+@pytest.mark.parametrize(
+    ("sides", "scale"), [((64, 30), torch.rand(4, 3)), ((1, 90), torch.rand(200, 1)), ((200, 90), torch.rand(()))]
+)
+def test_a_change_that_is_too_large_for_a_scale_makes_a_new_one(
+    tmp_path: Path, sides: tuple[int, int], scale: torch.Tensor, drawn: bool
+) -> None:
+    """Of that block alone; nothing is clipped, as nothing is where a scale was zero."""
+    blocks, shape = Blocks(*sides), (200, 90)
+    q = torch.randn(shape, generator=torch.Generator().manual_seed(3)).mul(100).clamp(-448, 448)
+    q = q.to(torch.float8_e4m3fn)
+    if scale.numel() > 1:
+        scale = scale.clone()
+        scale[1] = 0
+    encoding = fitted(stored(tmp_path / "m.safetensors", q, scale), "weight_scale", [blocks], by_quotient)
+    with read(encoding) as (parts, W):
+        after = W.copy()
+        after[:40, :30] *= 3
+        after[65, 5] += 0.5  # of the second block row, whose scale is zero
+        after[1, 7] += 0.5
+        made = written(encoding, parts, after, "own", (lambda shape: np.full(shape, 0.5)) if drawn else None)
+    old = scale.numpy().reshape(blocks.grid(shape))
+    wide = np.repeat(np.repeat(old, blocks.height, 0), blocks.width, 1)[:200, :90]
+    touched = np.zeros(blocks.grid(shape), bool)
+    for row in range(200):
+        for column in range(0, 90, blocks.width):
+            part = slice(row, row + 1), slice(column, column + blocks.width)
+            touched[row // blocks.height, column // blocks.width] |= (np.abs(after[part]) > wide[part] * 464).any()
+    assert touched.any()
+    new = made["weight_scale"].reshape(blocks.grid(shape))
+    assert (new == old)[~touched].all() or drawn
+    assert (new != old)[touched].all()
+    steps = np.repeat(np.repeat(new, blocks.height, 0), blocks.width, 1)[:200, :90]
+    assert (np.abs(made["W"] - after) <= np.maximum(np.abs(after) / 8, steps / 512) * (1 + 1e-6)).all()
+
+
 def expected(W: Array, blocks: Blocks, rule: str) -> tuple[Array, Array]:
     """Return fresh scales and codes, block by block, in torch."""
     scales, codes = [], torch.zeros(W.shape, dtype=torch.uint8)
