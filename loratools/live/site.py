@@ -121,10 +121,12 @@ def _places(spans: tuple[Span, ...], B: Tensor) -> Tensor | None:
 class Bank(Silent):
     """All factors on one module: `pieces` by the adapter's name; `whole` has tensors that take a parameter's place."""
 
+    pieces: dict[str, tuple[Piece, ...]]
+    whole: dict[str, dict[str, Any]]
+
     def __init__(self) -> None:
         super().__init__()
-        self.pieces: dict[str, tuple[Piece, ...]] = {}
-        self.whole: dict[str, dict[str, Any]] = {}
+        self.__dict__.update(pieces={}, whole={})  # as Piece does
 
     def follow(self, device: torch.device) -> None:
         """Give tensors on the meta device their values, where the module's own have come from there."""
