@@ -9,8 +9,9 @@ from typing import Any, cast
 
 from loratools.storage import codecs, dtypes
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.checkpoint.shard import Shard
 from loratools.storage.codecs import Encoding, Module, schemes
-from loratools.storage.codecs.state import HEADER, statement
+from loratools.storage.codecs.state import HEADER, statement, with_plain
 from loratools.storage.header import TensorSpec
 
 _OF_CACHE = frozenset({"k_scale", "v_scale", "k_zero_point", "v_zero_point"})
@@ -36,6 +37,7 @@ def logical(model: Checkpoint, only: Collection[str] | None = None) -> Checkpoin
         return model
     shown: dict[str, TensorSpec] = {}  # stored name of the part at whose place the weight stands -> the weight
     weights: dict[str, str] = {}
+    told = {shard.prefix + name: text for shard in stored.shards for name, text in shard.metadata.items()}
     gone: set[str] = set()
     for path, names in found.parts.items():
         name = found.codecs[path]
@@ -43,7 +45,7 @@ def logical(model: Checkpoint, only: Collection[str] | None = None) -> Checkpoin
             continue
         specs = {part: stored.specs[tensor] for part, tensor in names.items()}
         stated, kind = statement(stored.config), str(stored.config.get("model_type") or "")
-        module = Module(path, found.modules[path], names, specs, stated, _dtype(stored), kind)
+        module = Module(path, found.modules[path], names, specs, stated, _dtype(stored), kind, told)
         encoding = codecs.get(name).opened(module)
         if only is not None and encoding.name not in only:
             continue
@@ -59,10 +61,13 @@ def logical(model: Checkpoint, only: Collection[str] | None = None) -> Checkpoin
         kept = {name: spec for name, spec in tensors.items() if name not in gone or name in shown}
         return {weights.get(name, name): shown.get(name, spec) for name, spec in kept.items()}
 
-    shards = tuple(
-        shard if gone.isdisjoint(shard.tensors) else replace(shard, tensors=view(shard.tensors))
-        for shard in stored.shards
-    )
+    def shown_in(shard: Shard) -> Shard:
+        metadata = with_plain(shard.metadata, [name.removeprefix(shard.prefix) for name in weights.values()])
+        if gone.isdisjoint(shard.tensors) and metadata is shard.metadata:
+            return shard
+        return replace(shard, tensors=view(shard.tensors), metadata=metadata)
+
+    shards = tuple(map(shown_in, stored.shards))
     return replace(stored, shards=shards, specs=view(stored.specs), stored=stored)
 
 

@@ -15,7 +15,7 @@ _fp8      FP8 codes with scales that multiply, for the codecs of the schemes tha
 _scales   numbers rounded to 8-bit floats, and new scales as each library makes them
 floats    bfloat16, float16, float32 and float64, read and rounded in NumPy
 schemes   what of a model is codes, and the name of the scheme
-state     what config.json says of a quantization: found, changed, taken out
+state     what config.json and headers say of a quantization: found, changed, taken out
 turned    weights of GPT-2, which quantization turns; which those are
 tables    the numbers that small codes stand for: FP8, FP4, powers of two
 """
@@ -25,7 +25,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
@@ -61,6 +61,7 @@ class Module:
     `statement`  what config.json says of the quantization; {} where it says nothing
     `dtype`      the 16-bit dtype that the model computes in: BF16 or F16
     `model_type` config.json's; "" where it says none
+    `metadata`   the strings in the headers of the model's files
     """
 
     path: str
@@ -70,6 +71,7 @@ class Module:
     statement: Mapping[str, Any]
     dtype: str
     model_type: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     def refuse(self, why: str, hint: str | None = None) -> UnsupportedAdapter:
         """Return the exception for a module that a codec does not read: its path, the scheme's name, and why."""

@@ -71,7 +71,7 @@ SCHEMES = (
     _scheme("NVFP4 (modelopt)", "weight_scale_2"),
     _scheme("compressed-tensors", "weight_packed", codec="compressed_tensors"),
     _scheme("MLX", "scales", {"U32"}, codec="mlx"),
-    _scheme("torchao", "qdata"),
+    _scheme("torchao", "qdata", codec="torchao"),
     _scheme("HQQ", "W_q"),
     _scheme("EXL3", "trellis"),
     _scheme("EXL2", "q_weight"),
@@ -117,6 +117,12 @@ _ENDS = (
     "_weight_scale", "_input_scale", "_activation_scale", "_scale_inv", "_packed", "_zero_point", "_global_scale",
     "_scale", "_scale_2", "_qdata", "_shape",
 )  # fmt: skip
+
+# What torchao makes of a weight, each under the weight's name: `_weight_qdata`.
+_TORCHAO = frozenset({
+    "qdata", "scale", "zero_point", "scale_and_zero", "per_tensor_scale", "act_pre_scale", "act_quant_scale",
+    "act_quant_zero_point",
+})  # fmt: skip
 
 # What modules of FP8 have under names that mean something only there: scales of DeepSeek-V4, of Mistral.
 _OF_FP8 = frozenset({"weight", "scale", "qscale_weight", "qscale_act"})
@@ -225,14 +231,17 @@ def _marked(name: str, more: tuple[str, ...]) -> tuple[str, str] | None:
         return module.removesuffix(".quant_state").removesuffix(".weight"), last.removeprefix("bitsandbytes__")
     if last == "_amax":
         return module, "amax"
+    if last.startswith("_"):  # of torchao
+        named = ((f"_{stack}_", f"{module}.{stack}") for stack in _STACKS)
+        for start, owner in (("_weight_", module), *named):
+            if (part := last.removeprefix(start)) in _TORCHAO:
+                return owner, part
     if last.endswith(("_blocks", "_scales")):
         stem, _, end = last.rpartition("_")
         return f"{module}.{stem}", end
     if last.endswith(_ENDS):
         end = next(end for end in _ENDS if last.endswith(end))
         stem = last.removesuffix(end)
-        if stem == "_weight":  # of torchao
-            return module, end[1:]
         if stem in _STACKS:
             return f"{module}.{stem}", end[1:] if end[1:] in _PARTS else f"weight{end}"
     return None

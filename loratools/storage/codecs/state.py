@@ -1,11 +1,11 @@
-"""What config.json says of a quantization: where it stands, and config.json without it or with another.
+"""What config.json says of a quantization, and headers of files: where it stands, and both without it.
 
 ComfyUI's files say it in the metadata of their header, which stands in an opened model's `config` under its own name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 HEADER = "_quantization_metadata"
@@ -47,6 +47,15 @@ def comfy_layers(config: Mapping[str, Any]) -> Mapping[str, Any]:
     stated = config.get(HEADER)
     layers = stated.get("layers") if isinstance(stated, Mapping) else None
     return layers if isinstance(layers, Mapping) else {}
+
+
+def with_plain(metadata: Mapping[str, str], names: Iterable[str]) -> Mapping[str, str]:
+    """Return the metadata of a header, which says of these tensors that they are plain; torchao alone has words there.
+
+    What says nothing of them is returned as it is.
+    """
+    told = [name for name in names if '"_type"' in metadata.get(name, "")]
+    return {**metadata, **dict.fromkeys(told, '{"_type": "Tensor"}')} if told else metadata
 
 
 def _places(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
