@@ -46,10 +46,11 @@ ELSEWHERE = {
     "storage/test_header": "storage: dtypes",
     "storage/test_sources": "storage: resolvers",
     "dialects/_frame/test_frame": "storage: lazy",
-    "dialects/gguf/test_gguf": "storage: gguf",
+    "dialects/gguf/test_gguf": "adapter/naming: llama_cpp",
     "surgery/extract/test_extract": "adapter/naming: selection; adapter/placement: owners; linalg/ranks: allocate",
     "surgery/test_options": ".: options; surgery: inputs",
     "surgery/unmerge/test_unmerge": "engine/residual: keep restore; storage: companions",
+    "surgery/merge/test_gguf": "adapter/placement: gguf; storage/codecs: gguf; storage/gguf: container types",
     "surgery/merge/test_quantized": "engine: coded",
     "engine/residual/test_codes": "storage/codecs: floats",
 }

@@ -17,13 +17,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from loratools.adapter.model import Adapter, Loss
+from loratools.adapter.naming.llama_cpp import Layout, permuted
 from loratools.adapter.parts import MAGNITUDE, A, B
 from loratools.dialects._frame import pickles
 from loratools.dialects._frame.build import Draft, check_faults, check_gathered
 from loratools.dialects._frame.listing import Evidence, Listing, by_convert
 from loratools.dialects._frame.losses import IDENTITY, common_losses, identity_losses, left, update_losses, without
 from loratools.dialects._frame.metadata import tell_lost
-from loratools.dialects.gguf.names import Layout, permuted
 from loratools.dialects.peft.config import PeftConfig
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.storage import atomic

@@ -18,7 +18,8 @@ from loratools.errors import OutputRefused
 from loratools.format.manifest import LAYERS, public, usual
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.companions import RECORD
-from loratools.storage.strict_json import MAX_INDEX, read_json
+from loratools.storage.gguf.container import read_container
+from loratools.storage.strict_json import MAX_INDEX, parse_json_object, read_json
 from loratools.version import __version__
 
 TOOL = f"loratools {__version__}"
@@ -30,6 +31,8 @@ BROUGHT = "brought"
 """Field: files beside the weights that an adapter brought, and that are not the base's."""
 ERROR = "error_bound"
 """Field: how far any element can be from the base with these adapters, where some were taken out by subtraction."""
+IN_GGUF = "loratools.record"
+"""Field of a GGUF file that holds the record, as JSON."""
 _HOLDS = ("merge", "switch", "unmerge")  # operations after which a model holds the adapters that the record lists
 
 
@@ -93,6 +96,9 @@ def unlike(entry: Mapping[str, Any], adapter: Adapter) -> list[str]:
 
 def read(model: Checkpoint) -> dict[str, Any]:
     """Return the record in a model's folder, of a merge or of another operation; {} where there is none."""
+    if model.path.suffix == ".gguf":
+        text = read_container(model.path).get(IN_GGUF)
+        return parse_json_object(text.encode(), model.path) if isinstance(text, str) else {}
     path = model.root / RECORD
     return read_json(path, most=MAX_INDEX) if model.root.is_dir() and path.is_file() else {}
 

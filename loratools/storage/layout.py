@@ -37,7 +37,7 @@ class FilePlan:
     @property
     def size(self) -> int:
         """Bytes of the finished file."""
-        return len(self.header) + sum(slot.nbytes for slot in self.slots)
+        return max((slot.offset + slot.nbytes for slot in self.slots), default=len(self.header))
 
     def specs(self, folder: Path) -> dict[str, TensorSpec]:
         """Return the tensors as they lie in the finished file in `folder`, by name."""

@@ -13,6 +13,7 @@ spread    changes of one name that come onto others
 apart     a weight of several names taken apart
 layers    a base with its layers repeated, as `layer_replication` has it
 image     an adapter of an image model under the names of a base
+gguf      adapters on a GGUF base: names, experts of a stack, rows of q and k
 whole     tensors that were trained whole: where they go, and what config.json has to say of it
 settle    what in an adapter is a copy of the base's own tensors, and what replaces them
 weight    the base's weight under an update

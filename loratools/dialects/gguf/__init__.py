@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from loratools.adapter import factors
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, BaseIdentity, Loss
+from loratools.adapter.naming.llama_cpp import ARCHITECTURES, Layout, Place, module_of, permuted, place
 from loratools.adapter.parts import A_EMBEDDING, B_EMBEDDING, A, B
 from loratools.decisions import warned
 from loratools.dialects._frame.build import Draft, check_read, factors_of
@@ -25,9 +27,9 @@ from loratools.dialects._frame.listing import Evidence, Listing, by_convert
 from loratools.dialects._frame.losses import IDENTITY, common_losses, identity_losses, left, update_losses, without
 from loratools.dialects._frame.metadata import tell_lost
 from loratools.dialects._frame.numbers import is_float32, is_number, most_common, tell_alpha
-from loratools.dialects.gguf.names import ARCHITECTURES, Layout, Place, module_of, permuted, place
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.storage import gguf
+from loratools.storage.gguf.container import read_container
 from loratools.storage.lazy import LazyTensor
 from loratools.storage.sources import open_file
 
@@ -51,7 +53,13 @@ def detect(listing: Listing) -> Evidence | None:
     if name is None:
         return None
     with open_file(listing.folder / name) as file:
-        return Evidence(100, f"{name} begins with GGUF") if file.read(4) == b"GGUF" else None
+        if file.read(4) != b"GGUF":
+            return None
+    with suppress(BadFile, UnsupportedAdapter):  # reading it says what is wrong
+        container = read_container(listing.folder / name)
+        if not any(".lora_" in tensor for tensor in container.tensors):
+            return None
+    return Evidence(100, f"{name} begins with GGUF")
 
 
 def read(listing: Listing) -> Adapter:

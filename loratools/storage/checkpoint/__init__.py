@@ -18,7 +18,7 @@ from loratools.storage import digest, files
 from loratools.storage.beside.along import RESIDUAL, is_index, may_come
 from loratools.storage.beside.choice import STATED, choose
 from loratools.storage.beside.links import refuse_outside, walk
-from loratools.storage.checkpoint.shard import GGUF, Shard, config_of, is_plain, is_weights, open_shard
+from loratools.storage.checkpoint.shard import GGUF, Shard, config_of, gguf_config, is_plain, is_weights, open_shard
 from loratools.storage.codecs.state import HEADER
 from loratools.storage.header import TensorSpec
 from loratools.storage.sources import Location, local
@@ -252,7 +252,10 @@ def _build(
     if not specs:
         raise BadFile(f"{path}: no tensors in it")
     root = path if path.is_dir() else path.parent
-    config = {} if components else {**config_of(root), **_of_headers(shards)}
+    if path.suffix == ".gguf":
+        config: Mapping[str, Any] = gguf_config(path)
+    else:
+        config = {} if components else {**config_of(root), **_of_headers(shards)}
     return Checkpoint(path, root, tuple(shards), specs, indexes, config, components)
 
 

@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from loratools.errors import BadFile
+from loratools.errors import UnsupportedAdapter
 from loratools.storage.beside.along import is_index
 from loratools.storage.beside.links import refuse_outside
+from loratools.storage.gguf.container import read_container
 from loratools.storage.header import TensorSpec, read_header
 from loratools.storage.pickles.archive import SUFFIXES, read_pickled
 from loratools.storage.strict_json import read_json
 
-GGUF = "Merge into the safetensors model that it was made from, then convert the result to GGUF again."
-"""What to do with a GGUF file."""
+GGUF = "A GGUF model is given by the path of its file."
+"""What to do with a folder of GGUF files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +62,28 @@ def is_plain(name: str) -> bool:
 
 def open_shard(path: Path) -> Shard:
     if path.suffix == ".gguf":
-        raise BadFile(f"{path}: a GGUF file, quantized or laid out for llama.cpp, and no base model here", hint=GGUF)
+        return Shard(path, read_container(path).tensors)
     if path.suffix in SUFFIXES:
         return Shard(path, read_pickled(path))
     header = read_header(path)
     return Shard(path, header.tensors, header.metadata)
+
+
+def gguf_config(path: Path) -> dict[str, Any]:
+    """Return what a GGUF file says of its model, in the place of a config.json: architecture and heads.
+
+    Raises `UnsupportedAdapter` for an adapter, and for a part of a model that is split over files.
+    """
+    container = read_container(path)
+    architecture, parts = container.get("general.architecture"), container.get("split.count")
+    if container.get("general.type") == "adapter":
+        raise UnsupportedAdapter(f"{path}: an adapter of llama.cpp; a base model was expected")
+    if isinstance(parts, int) and parts > 1:
+        hint = "Join them first: llama-gguf-split --merge."
+        raise UnsupportedAdapter(
+            f"{path}: one of {parts} files of a model, and they are read as one file only", hint=hint
+        )
+    heads, kv_heads = (container.get(f"{architecture}.attention.{key}") for key in ("head_count", "head_count_kv"))
+    counts = {"heads": heads, "kv_heads": heads if kv_heads is None else kv_heads}
+    stated = {key: count for key, count in counts.items() if isinstance(count, int) and count > 0}
+    return {"gguf": {"architecture": architecture, **stated}}

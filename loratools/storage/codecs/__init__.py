@@ -203,6 +203,10 @@ class Encoding(ABC):
         Rows are those of the weight with all sides but the last joined.
         """
 
+    def written(self) -> Encoding:
+        """Return the encoding that the weight gets where it becomes codes again: its own, or one near it."""
+        return self
+
     def encoder(self, parts: Parts, grid: Grid, draw: Callable[[tuple[int, ...]], Array] | None = None) -> Encoder:
         """Return what makes codes of it again, on its own grid or with fresh scales.
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from loratools.storage import dtypes
 from loratools.storage.codecs.state import comfy_layers, statement
+from loratools.storage.gguf.types import CODES as _GGML
 from loratools.storage.header import TensorSpec
 
 
@@ -45,7 +46,8 @@ class Scheme:
 
 
 _F8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
-_CODES = frozenset({"U8", "I8", "I16", "U16", "I32", "U32", "F4", "F6_E2M3", "F6_E3M2", *_F8})
+
+_CODES = frozenset({"U8", "I8", "I16", "U16", "I32", "U32", "F4", "F6_E2M3", "F6_E3M2", *_F8, *_GGML})
 
 
 def _scheme(
@@ -86,6 +88,7 @@ SCHEMES = (
     *(_scheme("FP8 with scales", scale, _F8, codec="fp8") for scale in ("weight_scale", "scale", "qscale_weight")),
     _scheme("scaled FP8 (ComfyUI)", "scale_weight", codec="comfy_scaled"),
     _scheme("FP8 without scales", "", _F8, codec="fp8_cast"),
+    _scheme("GGUF", "", _GGML, codec="gguf"),
 )
 
 # Last parts of names that only quantized models have. With `True`, they are part of the tensor in the segment before.

@@ -4,6 +4,7 @@ options   the options, one value that is checked when it is built
 quantized what becomes of the codes of a quantized base
 siblings  modules that are plain together, for a runtime stores them in one weight
 original  the unquantized model that a base was made from
+gguf      a GGUF base becomes a GGUF file
 plan      what becomes of every tensor, from headers alone
 prepare   open, check and plan: all that is decided before a byte is written
 run       write the tensors, and everything beside them

@@ -10,7 +10,8 @@ from loratools.adapter.identity import compare
 from loratools.adapter.model import AdapterInput, BaseIdentity
 from loratools.adapter.naming.wrappers import normalized
 from loratools.adapter.placement.codes import HINT
-from loratools.adapter.placement.resolve import Placement, resolve
+from loratools.adapter.placement.gguf import is_gguf, resolve_on
+from loratools.adapter.placement.resolve import Placement
 from loratools.adapter.placement.settle import replaced, usual_dtype
 from loratools.adapter.placement.tied import apply_policy
 from loratools.adapter.placement.whole import Shapes, check_vocabulary, follow, resolve_replacements
@@ -24,6 +25,7 @@ from loratools.storage.codecs import schemes
 from loratools.storage.header import TensorSpec
 from loratools.storage.layout import DEFAULT_SHARD, FilePlan, plan_file, plan_shards
 from loratools.surgery.base import of_headers, other_type
+from loratools.surgery.merge.gguf import plan_gguf
 from loratools.surgery.merge.options import MergeOptions
 from loratools.surgery.merge.quantized import as_written
 
@@ -84,7 +86,12 @@ def plan_merge(
     parts = written.parts
     specs |= parts
     sources = {name: spec for name, spec in sources.items() if name not in written.recoded} | parts
-    files, laid_out = _files(written.layout, specs, sources, added, codes.tensors | parts.keys(), options)
+    if is_gguf(base):
+        new = whole | {name: sources[name] for name in added}
+        files: tuple[FilePlan, ...] = (plan_gguf(base, new, written.recoded, options.output_dtype),)
+        laid_out = True
+    else:
+        files, laid_out = _files(written.layout, specs, sources, added, codes.tensors | parts.keys(), options)
     for name, recoded in written.recoded.items():
         source = changes[name].source if changes[name].replaced else recoded.original or changes[name].source
         changes[name] = replace(changes[name], recoded=recoded, source=source)
@@ -144,7 +151,7 @@ def _placements(inputs: Sequence[AdapterInput], shapes: Shapes, base: Checkpoint
     misfits: dict[str, IncompatibleAdapter] = {}
     for i, each in enumerate(inputs):
         try:
-            for placement in resolve(each.adapter, shapes, base.config):
+            for placement in resolve_on(base, each.adapter, shapes):
                 placements.setdefault(placement.site.tensor, []).append((i, placement))
         except IncompatibleAdapter as error:
             misfits[f"adapter {i + 1}: " if len(inputs) > 1 else ""] = error

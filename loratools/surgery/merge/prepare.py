@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapter.model import AdapterInput, BaseIdentity
+from loratools.adapter.placement.gguf import is_gguf, under_adapters_names
 from loratools.adapter.placement.layers import replicated
 from loratools.adapter.placement.settle import Equals, settle
 from loratools.adapter.placement.shared import EMBEDDINGS, main_tensor
@@ -34,6 +35,7 @@ from loratools.surgery.inputs import (
     places_of,
     under_names_of,
 )  # fmt: skip
+from loratools.surgery.merge.gguf import refuse_what_needs_a_folder, with_record
 from loratools.surgery.merge.options import MergeOptions
 from loratools.surgery.merge.plan import plan_merge
 
@@ -121,6 +123,7 @@ def decide(
     `base` does not hold (`adapter/placement/settle.py`). Raises what `prepare` raises.
     """
     base = replicated(base, [each.adapter for each in inputs])
+    base = under_adapters_names(base, [each.adapter for each in (*inputs, *taken)])
     named, strict = under_names_of(base, inputs), options.check_base == "strict"
     settled, decided = settle(base, named, strict=strict, elsewhere=elsewhere)
     outgoing = [replace(each, weight=-each.weight) for each in under_names_of(base, taken)]
@@ -138,6 +141,9 @@ def decide(
     beside = companions(base, [each.path for each in inputs])
     record |= {"model_type": options.model_type} if options.model_type else {}
     record |= {BROUGHT: list(beside.brought)} if beside.brought else {}
+    if is_gguf(base):
+        refuse_what_needs_a_folder(options)
+        plan = with_record(plan, record)
     _check_vocabulary(plan, beside)
     return Merge(plan, output, beside, record, options, tuple(_accounts(plan, (*inputs, *taken))))
 

@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 from loratools.adapter.placement.classes import model_class
+from loratools.adapter.placement.gguf import is_gguf
 from loratools.engine.plan import Change, MergePlan, Recoded
 from loratools.errors import IncompatibleAdapter, InvalidOption
 from loratools.options import Quantized
@@ -79,6 +80,8 @@ def as_written(
                 f"{len(left)} module(s) stay as they are stored, for no codec reads them: {', '.join(left[:5])}"
             )
         return Written(restated(base, fields, dropped), {}, fields, dropped, tuple(notes))
+    if is_gguf(base):
+        return _of_gguf(base, changed, policy)
     if base.origins:
         raise IncompatibleAdapter(
             "the adapter repeats layers of a quantized base, of which only the whole can be written in 16 bit",
@@ -103,6 +106,21 @@ def as_written(
     fields, dropped = with_statement(base.config, after)
     partly = restated(partly, fields, dropped)
     return Written(partly, {}, fields, dropped, (_note(_partly(touched, changed), changed),))
+
+
+def _of_gguf(base: Checkpoint, changed: Mapping[str, Encoding], policy: Quantized) -> Written:
+    """Return a GGUF base of which only the changed tensors get another type; each tensor of a file has its own."""
+    stored = (base.stored or base).specs
+    raw = {name: stored[base.origin(name)] for name in base.specs}
+    partly = replace(base, specs={name: base.specs[name] if name in changed else raw[name] for name in base.specs})
+    if policy == "partial":
+        return Written(partly, {}, {}, (), (_note("written in 16 bit, the others stay as they are", changed),))
+    recoded = {name: Recoded(encoding.written(), "fresh") for name, encoding in changed.items()}
+    notes = [_note("become codes again", changed)]
+    if other := sorted(name for name, each in recoded.items() if each.encoding.label != changed[name].label):
+        kinds = sorted({changed[name].label for name in other})
+        notes.append(f"{len(other)} tensor(s) of {', '.join(kinds)} become Q8_0: ggml alone makes their types")
+    return Written(partly, recoded, {}, (), tuple(notes))
 
 
 def as_it_was_written(plan: MergePlan, merged: Checkpoint) -> MergePlan:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from loratools.adapter.placement.gguf import is_gguf
 from loratools.engine.device import check as check_device
 from loratools.engine.plan import MergePlan
 from loratools.engine.residual.keep import Kept, keep
@@ -82,6 +83,8 @@ def execute(
             hint="Merge without --keep-residual; `unmerge --base` leads back.",
         )
     size = sum(file.size for file in plan.files)
+    if is_gguf(plan.base):
+        return _execute_file(prepared, progress, size)
     if not sink and not options.resume:
         atomic.check_space(prepared.output, size)
     key = fingerprint(plan, settings_of(prepared)) if options.resume else None
@@ -129,6 +132,22 @@ def execute(
         notes=(*plan.notes, *resumed), warnings=measured.warnings, retention=measured.retention,
         by_tensor=measured.by_tensor, recoded=measured.recoded, residual=kept, reused=reused,
         left_behind=prepared.beside.left,
+    )  # fmt: skip
+
+
+def _execute_file(prepared: Merge, progress: Progress, size: int) -> MergeReport:
+    """Run a merge into one GGUF file: `prepared.output`, or in a folder of that name the file as the base calls it."""
+    plan, options = prepared.plan, prepared.options
+    atomic.check_space(prepared.output, size)
+    with atomic.new_output(prepared.output, plan.files[0].name, force=options.force) as path:
+        write = replace(prepared, plan=replace(plan, files=(replace(plan.files[0], name=path.name),)))
+        measured = write_tensors(write, path.parent, progress)
+        measured.tell(options, path.parent)
+    return MergeReport(
+        output=str(prepared.output), changed=len(plan.touched()), tensors=len(plan.changes), bytes_written=size,
+        verified=measured.verified, adapters=prepared.record["adapters"], consumed=prepared.accounts,
+        notes=plan.notes, warnings=measured.warnings, retention=measured.retention, by_tensor=measured.by_tensor,
+        recoded=measured.recoded,
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from loratools.adapter.placement.gguf import under_adapters_names
 from loratools.adapter.placement.layers import replicated
 from loratools.adapter.placement.settle import settle
 from loratools.adapter.placement.shared import flag_of
@@ -147,6 +148,7 @@ def verify(
     base.tell_unread()
     inputs = raw = open_adapters(adapters, base, weights)
     base = replicated(base, [each.adapter for each in inputs])
+    base, model = (under_adapters_names(side, [each.adapter for each in inputs]) for side in (base, model))
     apart = flag_of(model.config) is False and flag_of(base.config) is not False
     tied: Tied = "untie" if apart or model.specs.keys() - base.specs.keys() else "both"
     inputs, notes = settle(base, under_names_of(base, inputs), strict=False)

@@ -15,7 +15,7 @@ import torch
 from loratools import dialects
 from loratools.adapter import kinds
 from loratools.adapter.model import Adapter, BaseIdentity
-from loratools.dialects.gguf.names import _BLOCK, Place, module_of, place
+from loratools.adapter.naming.llama_cpp import _BLOCK, Place, module_of, place
 from loratools.errors import BadFile, LossyConversion, UnsupportedAdapter
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor

@@ -193,12 +193,13 @@ def test_a_linked_component(sharded: Path, tmp_path: Path) -> None:
         Checkpoint.open(tmp_path / "pipe")
 
 
-def test_gguf_is_no_base(tmp_path: Path) -> None:
+def test_a_gguf_file_is_given_by_its_own_path(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(32))
-    for path in (tmp_path / "model.gguf", tmp_path):
-        with pytest.raises(BadFile, match=r"gguf|GGUF") as refusal:
-            Checkpoint.open(path)
-        assert "safetensors model that it was made from" in str(refusal.value.hint)
+    with pytest.raises(BadFile, match="no model weights") as refusal:
+        Checkpoint.open(tmp_path)
+    assert refusal.value.hint == "A GGUF model is given by the path of its file."
+    with pytest.raises(BadFile, match="no tensors in it"):
+        Checkpoint.open(tmp_path / "model.gguf")
 
 
 def test_adapters_beside_each_other(tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any], dict[str, str], str]] = {
                                      "comfy_quant": "U8"}, Q),
     "comfy": ("scaled FP8 (ComfyUI)", {}, {"weight": "F8_E4M3", "scale_weight": "F32", "scale_input": "F32"}, Q),
     "fp8 cast": ("FP8 without scales", {}, {"weight": "F8_E5M2"}, Q),
+    "gguf": ("GGUF", {}, {"weight": "Q4_K"}, Q),
     "nunchaku": ("SVDQuant (nunchaku)", {}, {"qweight": "I8", "wscales": "BF16", "smooth": "BF16",
                                              "proj_down": "BF16"}, Q),
     "aqlm": ("AQLM", {"quant_method": "aqlm"}, {"codes": "I16", "codebooks": "F16", "scales": "F16"}, Q),

@@ -1,4 +1,8 @@
-"""Read and write GGUF files: fields and tensors, through the `gguf` package, which is an extra."""
+"""GGUF files: adapters through the `gguf` package, which is an extra; bases by their container alone.
+
+container   the header: fields as bytes, tensors with where they lie
+types       ggml's types of tensors
+"""
 
 from __future__ import annotations
 

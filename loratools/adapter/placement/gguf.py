@@ -1,0 +1,139 @@
+"""Adapters on a GGUF base: its tensors under the adapters' names, experts of a stack, and the rows of q and k.
+
+llama.cpp's converter keeps every number of a weight, in the order of transformers but for the rows of q and k of some
+architectures: there row j of half a of head h is row 2·j + a of that head. An update is placed on those rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+from loratools.adapter.model import Adapter
+from loratools.adapter.naming.llama_cpp import ARCHITECTURES, Layout, module_of, place
+from loratools.adapter.placement.resolve import Placement, resolve
+from loratools.adapter.placement.stacks import path_of
+from loratools.adapter.site import Site
+from loratools.errors import IncompatibleAdapter, UnsupportedAdapter
+from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.codecs import Encoding
+from loratools.storage.header import TensorSpec
+
+STATED = "gguf"
+"""Field of a GGUF base's config: its architecture and heads, as its own fields say."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def is_gguf(base: Checkpoint) -> bool:
+    """Tell whether a base is a GGUF file."""
+    return STATED in base.config
+
+
+def under_adapters_names(base: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:
+    """Return a GGUF base with the tensors that adapters change under their names; any other base as it is.
+
+    Raises `UnsupportedAdapter` for an architecture whose tensors are not known.
+    """
+    if not is_gguf(base):
+        return base
+    architecture = _layout(base.config).architecture
+    if architecture not in ARCHITECTURES.values():
+        raise UnsupportedAdapter(
+            f"{base.path}: what llama.cpp's converter does to the weights of {architecture!r} is not known here",
+            hint=f"Known are {', '.join(sorted(set(ARCHITECTURES.values())))}.",
+        )
+    names: dict[str, str] = {}
+    for adapter in adapters:
+        whole = (path.rpartition(".")[0] for path in [*adapter.replacements, *adapter.copies])
+        for module in [*map(path_of, adapter.updates), *whole]:
+            at = place(module, architecture)
+            if at is not None and at.expert is None:
+                names.setdefault(at.tensor, module)
+    origins: dict[str, str] = {}
+    for name in base.specs:
+        module, _, parameter = name.rpartition(".")
+        origins[f"{names[module]}.{parameter}" if module in names else name] = name
+    specs = {new: _named(base.specs[old], new) for new, old in origins.items()}
+    return replace(
+        base, specs=specs, origins=origins,
+        shards=tuple(replace(shard, tensors=specs) for shard in base.shards),
+        stored=base.stored or base,
+    )  # fmt: skip
+
+
+def _named(spec: TensorSpec, name: str) -> TensorSpec:
+    """Return a tensor whose codes, if it is stored as codes, go by this name."""
+    if spec.encoding is None:
+        return spec
+    encoding = cast(Encoding, spec.encoding)
+    module = replace(encoding.module, path=name.rpartition(".")[0], names={"weight": name})
+    return replace(spec, encoding=replace(encoding, module=module))
+
+
+def stored_name(name: str, base: Checkpoint) -> str:
+    """Return what a tensor is called in the file: also one that is new, a head of its own."""
+    if name in base.origins:
+        return base.origins[name]
+    module, _, parameter = name.rpartition(".")
+    at = place(module, _layout(base.config).architecture)
+    return f"{at.tensor}.{parameter}" if at else name
+
+
+def resolve_on(base: Checkpoint, adapter: Adapter, shapes: Shapes) -> list[Placement]:
+    """Return where each update of an adapter lands in a base: `resolve`, and in a GGUF file the rows that it has there.
+
+    Raises `IncompatibleAdapter` as `resolve` does, and for q and k whose heads the file does not state.
+    """
+    if not is_gguf(base):
+        return resolve(adapter, shapes, base.config)
+    layout = _layout(base.config)
+    stacks: dict[str, tuple[str, int]] = {}
+    seen: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight")
+        if len(shape) == 3 and module_of(module, layout.architecture, 0):
+            for expert in range(shape[0]):
+                alone = f"{module_of(module, layout.architecture, expert)}.weight"
+                stacks[alone], seen[alone] = (name, expert), shape[1:]
+        else:
+            seen[name] = shape
+    placements = []
+    for placement in resolve(adapter, seen, base.config):
+        for site in _in_file(placement.site, stacks, shapes, base, layout):
+            placements.append(replace(placement, site=site))
+    return placements
+
+
+def _in_file(
+    site: Site, stacks: Mapping[str, tuple[str, int]], shapes: Shapes, base: Checkpoint, layout: Layout
+) -> list[Site]:
+    if site.tensor in stacks:
+        name, expert = stacks[site.tensor]
+        count, rows, columns = shapes[name]
+        start, stop, step = site.rows
+        shifted = (start + expert * rows, stop + expert * rows, step)
+        return [replace(site, tensor=name, matrix=(count * rows, columns), rows=shifted)]
+    try:
+        heads = layout.heads_of(stored_name(site.tensor, base).rpartition(".")[0])
+    except ValueError as error:
+        raise IncompatibleAdapter(f"{base.path}: {error}") from None
+    if heads is None:
+        return [site]
+    rows = site.matrix[0]
+    if site.rows != (0, rows, 1) or site.part != (0, rows) or rows % (2 * heads) or site.transposed:
+        raise IncompatibleAdapter(f"{base.path}: {site.tensor}: {rows} rows are not those of {heads} heads")
+    head = rows // heads
+    pieces = []
+    for first in range(0, rows, head):
+        for half in (0, 1):
+            start = first + half * head // 2
+            place_of_half = (first + half, first + head - 1 + half, 2)
+            pieces.append(replace(site, rows=place_of_half, part=(start, start + head // 2)))
+    return pieces
+
+
+def _layout(config: Mapping[str, Any]) -> Layout:
+    stated: Mapping[str, Any] = config[STATED]
+    return Layout(str(stated.get("architecture")), stated.get("heads"), stated.get("kv_heads"))
