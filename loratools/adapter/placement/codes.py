@@ -13,6 +13,8 @@ from loratools.adapter.placement.stacks import spellings
 from loratools.errors import IncompatibleAdapter
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.codecs import schemes
+from loratools.storage.codecs.state import statement
+from loratools.storage.codecs.unread import rotated
 
 HINT = "Merge into the unquantized model that it was made from (bf16, f16 or f32), then quantize the result again."
 
@@ -23,6 +25,7 @@ def refuse_codes(adapter: Adapter, base: Checkpoint, who: str = "the adapter") -
     Modules are compared by name alone, past wrappers, fused projections and stacks of experts. `who` is what the
     sentence calls the adapter.
     """
+    _refuse_rotated(base)
     codes = schemes.find(base.specs, base.config)
     if not codes.modules:
         return
@@ -47,12 +50,14 @@ def refuse_all_codes(base: Checkpoint) -> None:
         )
 
 
-def refuse_other_codes(base: Checkpoint, tuned: Checkpoint) -> frozenset[str]:
-    """Return the tensors of a fine-tune that belong to its quantization, which must be the base's own.
+def refuse_other_codes(base: Checkpoint, tuned: Checkpoint) -> dict[str, str]:
+    """Return the tensors of a fine-tune that belong to its quantization, which must be the base's own; and its scheme.
 
     Raises `IncompatibleAdapter`, with the scheme's name, where a module is stored as codes in one of the two models, or
     otherwise than in the other: the difference of codes is no change of a weight.
     """
+    _refuse_rotated(base)
+    _refuse_rotated(tuned)
     models = {model.path: schemes.find(model.specs, model.config) for model in (base, tuned)}
     of_base, of_tuned = models.values()
     both = {**of_base.modules, **of_tuned.modules}
@@ -63,7 +68,16 @@ def refuse_other_codes(base: Checkpoint, tuned: Checkpoint) -> frozenset[str]:
             [f"{module}: {both[module]}" for module in sorted(other)[:20]],
             hint="Extract from the unquantized models (bf16, f16 or f32) of both.",
         )
-    return of_tuned.tensors
+    return {name: of_tuned.of_tensor(name) for name in of_tuned.tensors}
+
+
+def _refuse_rotated(model: Checkpoint) -> None:
+    if rotated(statement(model.config)):
+        raise IncompatibleAdapter(
+            f"{model.path} has rotated weights (config.json: transform_config), into which no adapter fits that was "
+            "trained on the model itself",
+            hint=HINT,
+        )
 
 
 def _quantized(paths: Iterable[str], modules: Mapping[str, str], adapter: Adapter) -> dict[str, str]:

@@ -18,6 +18,7 @@ schemes   what of a model is codes, and the name of the scheme
 state     what config.json and headers say of a quantization: found, changed, taken out
 turned    weights of GPT-2, which quantization turns; which those are
 tables    the numbers that small codes stand for: FP8, FP4, powers of two
+unread    schemes that config.json may name and no file here reads
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from loratools.storage.codecs._levels import INT4
 from loratools.storage.codecs._packed import pack, unpack, words_of
 from loratools.storage.codecs.floats import Array, narrow, widen
 from loratools.storage.codecs.tables import numbers
+from loratools.storage.codecs.turned import is_turned
 
 _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """The nibble of a word that holds row 0, 1, 2, … of its eight."""
@@ -29,6 +30,8 @@ _ROWS = (0, 2, 4, 6, 1, 3, 5, 7)
 def opened(module: Module) -> Encoding:
     """Return how an AWQ weight is stored; raise `UnsupportedAdapter` for another layout than GEMM, or other bits."""
     module.need("qweight", "qzeros", "scales")
+    if is_turned(module):
+        raise module.refuse("its plain weight is stored [in, out], as GPT-2's, and its codes are not turned")
     statement, specs = module.statement, module.specs
     _check_layout(module)
     qweight, qzeros, scales = (specs[part] for part in ("qweight", "qzeros", "scales"))

@@ -22,6 +22,7 @@ from loratools.storage.codecs._levels import Whole
 from loratools.storage.codecs._packed import pack, unpack, words, words_of
 from loratools.storage.codecs.floats import Array, narrow, widen
 from loratools.storage.codecs.tables import numbers
+from loratools.storage.codecs.turned import is_turned
 from loratools.storage.dtypes import bits as bits_of
 from loratools.storage.files import read_bytes
 
@@ -34,6 +35,8 @@ _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pro
 def opened(module: Module) -> Encoding:
     """Return how a GPTQ weight is stored; raise `UnsupportedAdapter` where its parts, or config.json, do not agree."""
     module.need("qweight", "qzeros", "scales")
+    if is_turned(module):
+        raise module.refuse("its plain weight is stored [in, out], as GPT-2's, and its codes are not turned")
     statement, specs = module.statement, module.specs
     qweight, qzeros, scales, g_idx = (specs.get(part) for part in ("qweight", "qzeros", "scales", "g_idx"))
     assert qweight

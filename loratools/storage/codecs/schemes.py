@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loratools.storage import dtypes
+from loratools.storage.codecs import unread
 from loratools.storage.codecs.state import comfy_layers, statement
 from loratools.storage.gguf.types import CODES as _GGML
 from loratools.storage.header import TensorSpec
@@ -107,7 +108,10 @@ _PARTS: Mapping[str, bool] = {
 }  # fmt: skip
 
 # Parts that other models have too, and that mean codes where config.json names this method.
-_OF_METHOD = {"aqlm": ("codes", "codebooks"), "vptq": ("centroids",), "spqr": ("dense_weights",), "higgs": ("tables",)}
+_OF_METHOD = {
+    "aqlm": ("codes", "codebooks"), "vptq": ("centroids",), "spqr": ("dense_weights",), "higgs": ("tables",),
+    "fp_quant": ("dqweight",), "metal": ("qbiases",),
+}  # fmt: skip
 
 # Parts that mean codes only beside another one.
 _BESIDE = {"W_q": "scale", "blocks": "scales", "scales": "blocks"}
@@ -181,6 +185,10 @@ def find(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> Codes:
     for name, spec in specs.items():
         if name not in owners and spec.dtype in _CODES and len(spec.shape) > 1 and _is_weight(name):
             parts[name.removesuffix(".weight")]["weight"] = name
+    if refused := unread.unread(stated):
+        for name, owner, part in unread.codes(specs):
+            if name not in owners:
+                parts[owner].setdefault(part, name)
     modules: dict[str, str] = {}
     stray = set()
     for owner, named in parts.items():
@@ -214,8 +222,8 @@ def find(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> Codes:
     for owner, dtype in modules.items():
         there = parts[owner].keys() | ({"comfy_quant"} if owner in layers else set())
         known = next((scheme for scheme in SCHEMES if scheme.is_of(there, dtype, method)), None)
-        schemes[owner] = known.name if known else method or f"{dtype or 'unknown'} codes"
-        codecs[owner] = known.codec if known else None
+        schemes[owner] = refused or (known.name if known else method or f"{dtype or 'unknown'} codes")
+        codecs[owner] = known.codec if known and not refused else None
     kept = {owner: parts[owner] for owner in modules}
     alone = {name for name, (owner, part) in owners.items() if part in _CALIBRATION and owner not in modules}
     return Codes(schemes, frozenset(tensors), _stated(stated), kept, codecs, frozenset(alone))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 
@@ -34,7 +34,8 @@ _Several = Callable[..., dict[str, "_Result"]]
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """One run over all pairs. The tensors `coded` belong to a quantization, and may not differ."""
+    """One run over all pairs. The tensors `coded` belong to a quantization, whose name they
+    have there, and may not differ."""
 
     base: Checkpoint
     tuned: Checkpoint
@@ -42,7 +43,7 @@ class Sweep:
     options: ExtractOptions
     spool: Spool
     progress: Progress
-    coded: Set[str] = frozenset()
+    coded: Mapping[str, str] = field(default_factory=dict)
 
     def run(self, threads: int) -> tuple[list[Outcome], tuple[BaseIdentity, str]]:
         """Work on all pairs, several at a time, then on those whose ranks need a second look."""
@@ -110,7 +111,10 @@ class Sweep:
         spec, source = self._specs(pair)
         if pair.name in self.coded:
             if not files.same_bytes(source, spec):
-                raise LoraToolsError(f"stored as {spec.dtype}: part of a quantized weight, which cannot be subtracted")
+                scheme = self.coded[pair.name]
+                raise LoraToolsError(
+                    f"stored as {spec.dtype}: part of a quantized weight ({scheme}), which cannot be subtracted"
+                )
             digests = hash_tensors({"": spec}, threads=1)[""]
             return _Result(pair, 0.0, 0.0, (digests, digests))
         if pair.base is None or source.shape != spec.shape:

@@ -66,7 +66,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any], dict[str, str], str]] = {
                                              "proj_down": "BF16"}, Q),
     "aqlm": ("AQLM", {"quant_method": "aqlm"}, {"codes": "I16", "codebooks": "F16", "scales": "F16"}, Q),
     "vptq": ("VPTQ", {"quant_method": "vptq"}, {"centroids": "F16", "indices": "I32", "weight_scale": "F16"}, Q),
-    "bitnet": ("bitnet", {"quant_method": "bitnet"}, {"weight": "U8", "weight_scale": "BF16"}, Q),
+    "bitnet": ("BitNet", {"quant_method": "bitnet"}, {"weight": "U8", "weight_scale": "BF16"}, Q),
 }  # fmt: skip
 
 
