@@ -13,6 +13,7 @@ The entries that are no codecs:
 
 _fp8      FP8 codes with scales that multiply, for the codecs of the schemes that have them
 _scales   numbers rounded to 8-bit floats, and new scales as each library makes them
+folded    models whose weights lie in another basis, as AWQ and SmoothQuant leave them
 floats    bfloat16, float16, float32 and float64, read and rounded in NumPy
 schemes   what of a model is codes, and the name of the scheme
 state     what config.json and headers say of a quantization: found, changed, taken out

@@ -38,6 +38,7 @@ from loratools.surgery.inputs import (
 from loratools.surgery.merge.gguf import refuse_what_needs_a_folder, with_record
 from loratools.surgery.merge.options import MergeOptions
 from loratools.surgery.merge.plan import plan_merge
+from loratools.surgery.merge.quantized import warn_of_folded
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +134,7 @@ def decide(
         base, (*settled, *outgoing), options, configs=configs, taken=len(taken), recorded=below, original=original
     )
     plan = replace(plan, notes=(*plan.notes, *decided))
+    warn_of_folded(base, plan.touched())
     record = of_merge(base, inputs, plan.turned()[: len(inputs)])
     shapes = {name: change.source.shape for name, change in plan.changes.items()}
     for entry, each in zip(record["adapters"], plan.adapters, strict=False):

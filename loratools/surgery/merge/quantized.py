@@ -10,6 +10,7 @@ from typing import Any
 
 from loratools.adapter.placement.classes import model_class
 from loratools.adapter.placement.gguf import is_gguf
+from loratools.decisions import warned
 from loratools.engine.plan import Change, MergePlan, Recoded
 from loratools.errors import IncompatibleAdapter, InvalidOption
 from loratools.options import Quantized
@@ -17,6 +18,7 @@ from loratools.storage import codecs, dtypes
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import encodings, logical, restated
 from loratools.storage.codecs import Encoding, Grid, schemes
+from loratools.storage.codecs.folded import folded
 from loratools.storage.codecs.state import KEYS, statement, with_statement
 from loratools.storage.header import TensorSpec
 from loratools.surgery.merge.original import weights_of
@@ -63,6 +65,11 @@ def as_written(
         raise InvalidOption(f"original: {which} (--quantized requantize)")
     if not every:
         return Written(base, {}, {}, (), ())
+    if original is not None and (why := folded(statement(base.config), base.root)):
+        raise IncompatibleAdapter(
+            f"{base.path}: the weights of {original.path} cannot be put in the place of its own: {why}",
+            hint="Use --quantized dequantize, or requantize without --original.",
+        )
     changed = {name: encoding for name, encoding in every.items() if name in touched}
     if policy == "refuse" and changed:
         raise IncompatibleAdapter(
@@ -121,6 +128,16 @@ def _of_gguf(base: Checkpoint, changed: Mapping[str, Encoding], policy: Quantize
         kinds = sorted({changed[name].label for name in other})
         notes.append(f"{len(other)} tensor(s) of {', '.join(kinds)} become Q8_0: ggml alone makes their types")
     return Written(partly, recoded, {}, (), tuple(notes))
+
+
+def warn_of_folded(base: Checkpoint, touched: Collection[str]) -> None:
+    """Warn where weights of a base are changed that may lie in another basis than those of the model itself."""
+    if touched and (why := folded(statement(base.config), base.root)):
+        warned(
+            "%s may be another basis of the model that the adapter was trained on: %s. Up to half of the effect of an "
+            "adapter of the unquantized model is lost on it; one that was trained on this very base is right",
+            base.path, why,
+        )  # fmt: skip
 
 
 def as_it_was_written(plan: MergePlan, merged: Checkpoint) -> MergePlan:
