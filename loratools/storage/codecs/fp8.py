@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
+from loratools.errors import UnsupportedAdapter
 from loratools.storage.codecs import Encoding, Module
 from loratools.storage.codecs._fp8 import Blocks, fitted
 from loratools.storage.codecs._scales import POWERS, by_factor, by_power, by_quotient
@@ -19,6 +20,7 @@ from loratools.storage.codecs._scales import POWERS, by_factor, by_power, by_quo
 _SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
 """The names of the scales: transformers, fbgemm, DeepSeek-V4, Mistral."""
 
+_METHODS = (None, "fp8", "fbgemm_fp8", "mxfp8")
 _EXPERTS = ".experts."
 _LISTS = ("modules_to_not_convert", "ignored_layers")
 
@@ -38,8 +40,14 @@ def opened(module: Module) -> Encoding:
 def plain(statement: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
     """Return the statement with these modules in `modules_to_not_convert`, or in its alias if it has that.
 
-    Experts are one module in transformers, and one in vLLM: their layer's name stands for all of them.
+    Experts are one module in transformers, and one in vLLM: their layer's name stands for all of them. Raises
+    `UnsupportedAdapter` for the statement of a method that has its list elsewhere.
     """
+    if (method := statement.get("quant_method")) not in _METHODS:
+        raise UnsupportedAdapter(
+            f"config.json states {method}, and where that lists plain modules is not known here",
+            hint="Use --quantized dequantize or requantize.",
+        )
     paths = dict.fromkeys(
         before + experts[:-1] for before, experts, _ in (path.partition(_EXPERTS) for path in modules)
     )

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import loratools
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import logical
+from loratools.storage.codecs import fp8
 from loratools.storage.files import chunks, read_tensor
 
 Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
@@ -95,3 +96,72 @@ def test_a_merge_into_codes_can_be_refused(tmp_path: Path) -> None:
     with pytest.raises(loratools.errors.IncompatibleAdapter, match=r"1 target tensor.s. of .* are quantized"):
         loratools.merge(tmp_path / "base", tmp_path / "lora", tmp_path / "out", quantized="refuse")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("stated", "lists"),
+    [
+        ({"quant_method": "fp8"}, {"modules_to_not_convert": [Q]}),
+        ({"quant_method": "fp8", "modules_to_not_convert": None}, {"modules_to_not_convert": [Q]}),
+        ({"quant_method": "fp8", "ignored_layers": ["lm_head"]}, {"ignored_layers": ["lm_head", Q]}),
+        (
+            {"quant_method": "fbgemm_fp8", "modules_to_not_convert": ["a"], "ignored_layers": ["b"]},
+            {"modules_to_not_convert": ["a", Q], "ignored_layers": ["b", Q]},
+        ),
+    ],
+)
+def test_the_list_of_plain_modules_is_the_one_that_is_read(stated: dict[str, Any], lists: dict[str, Any]) -> None:
+    assert fp8.plain(stated, [Q]) == {**stated, **lists}
+
+
+def test_the_lists_of_other_methods_are_not_guessed(tmp_path: Path) -> None:
+    fp8_base(tmp_path / "base", (1,)), lora(tmp_path / "lora", Q)
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "quark"}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(loratools.errors.UnsupportedAdapter, match=r"config\.json states quark"):
+        loratools.merge(tmp_path / "base", tmp_path / "lora", tmp_path / "out", quantized="partial")
+    loratools.merge(tmp_path / "base", tmp_path / "lora", tmp_path / "out", quantized="dequantize")
+
+
+@pytest.mark.parametrize("name", ["scale", "qscale_weight", "weight_scale"])
+def test_scales_under_other_names(tmp_path: Path, name: str) -> None:
+    """DeepSeek-V4's and Mistral's; and fbgemm's, whose stacks of experts have one scale a column."""
+    q, E = torch.arange(40 * 64).remainder(120).to(torch.uint8).reshape(40, 64).view(torch.float8_e4m3fn), "l.experts"
+    powers = torch.tensor([[120, 127]], dtype=torch.uint8)
+    tensors = {"a.weight": q, f"a.{name}": powers.view(torch.float8_e8m0fnu) if name == "scale" else torch.tensor(0.5)}
+    stack, columns = torch.stack([q, q]), torch.rand(2, 1, 64)
+    turned, rows = torch.stack([q, q])[:, :, :40], torch.rand(2, 40, 1)
+    of_experts = {f"{E}.gate_up_proj": stack, f"{E}.gate_up_proj_scale": columns,
+                  f"{E}.down_proj": turned.contiguous(), f"{E}.down_proj_scale": rows}  # fmt: skip
+    stated = (
+        {"quant_method": "fbgemm_fp8"}
+        if name == "weight_scale"
+        else {"quant_method": "fp8", "weight_block_size": [40, 32]}
+    )
+    if name == "weight_scale":
+        tensors |= {**of_experts, "a.weight_scale": torch.rand(40, 1)}
+    (tmp_path / "base").mkdir()
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"quantization_config": stated}))
+    specs = logical(Checkpoint.open(tmp_path / "base")).specs
+    scale = {"scale": torch.tensor([2.0**-7, 1.0]).repeat_interleave(32), "qscale_weight": torch.tensor(0.5),
+             "weight_scale": tensors.get("a.weight_scale")}[name]  # fmt: skip
+    assert torch.equal(read_tensor(specs["a.weight"]), q.float() * scale)
+    if name == "weight_scale":
+        assert torch.equal(read_tensor(specs[f"{E}.gate_up_proj"]), stack.float() * columns)
+        assert torch.equal(read_tensor(specs[f"{E}.down_proj"]), turned.float() * rows.transpose(1, 2))
+
+
+def test_scales_of_the_cache_stay_beside_a_plain_weight(tmp_path: Path) -> None:
+    """In a partial merge; where all is written in 16 bit they go, with the statement that they are used."""
+    fp8_base(tmp_path / "base", (3, 2)), lora(tmp_path / "lora", Q)
+    path = tmp_path / "base" / "model.safetensors"
+    more = {f"{Q}.k_scale": torch.tensor(0.1), f"{Q}.activation_scale": torch.tensor(0.2),
+            "model.layers.0.self_attn.v_scale": torch.tensor(0.3)}  # fmt: skip
+    save_file({**load_file(path), **more}, path)
+    kept = {}
+    for policy in ("partial", "dequantize"):
+        loratools.merge(tmp_path / "base", tmp_path / "lora", tmp_path / policy, quantized=policy)  # type: ignore[arg-type]
+        kept[policy] = load_file(tmp_path / policy / "model.safetensors").keys() & more.keys()
+    assert kept == {"partial": {f"{Q}.k_scale", "model.layers.0.self_attn.v_scale"}, "dequantize": set()}
