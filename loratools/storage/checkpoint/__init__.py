@@ -43,6 +43,7 @@ class Checkpoint:
     `config`      the parsed config.json; {} where there is none, and for a pipeline. What a ComfyUI file says of its
                   quantization in its header is in it, under `_quantization_metadata`
     `components`  the folders of a pipeline that hold weights; () for any other model
+    `configs`     component -> its parsed config.json, in a pipeline
     `stored`      the model on disk, where this is a view of it with layers repeated; None for any other model
     `origins`     tensor name -> its name on disk, in such a view
     """
@@ -56,6 +57,7 @@ class Checkpoint:
     components: tuple[str, ...] = ()
     stored: Checkpoint | None = None
     origins: Mapping[str, str] = field(default_factory=dict)
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Location) -> Checkpoint:
@@ -219,7 +221,7 @@ def _open_index(path: Path, root: Path | None = None) -> Checkpoint:
 def _open_pipeline(folder: Path, model_index: Mapping[str, Any]) -> Checkpoint:
     shards: list[Shard] = []
     indexes: dict[Path, Mapping[str, Any]] = {}
-    components = []
+    components: dict[str, Mapping[str, Any]] = {}
     for name, entry in model_index.items():
         part = folder / name
         if not isinstance(entry, list) or entry[:1] == [None] or not is_plain(name) or not part.is_dir():
@@ -227,19 +229,20 @@ def _open_pipeline(folder: Path, model_index: Mapping[str, Any]) -> Checkpoint:
         if not any(is_weights(file) for file in part.iterdir()):
             continue  # a tokenizer, a scheduler
         inner = _open_folder(part, folder, diffusers=entry[:1] == ["diffusers"])
-        components.append(name)
+        components[name] = inner.config
         indexes |= inner.indexes
         for shard in inner.shards:
             renamed = {f"{name}.{tensor}": spec for tensor, spec in shard.tensors.items()}
             shards.append(Shard(shard.path, renamed, shard.metadata, f"{name}."))
     if not shards:
         raise BadFile(f"{folder}: a diffusers pipeline without any component that has weights")
-    return _build(folder, shards, indexes, tuple(components))
+    return _build(folder, shards, indexes, components)
 
 
 def _build(
-    path: Path, shards: list[Shard], indexes: Mapping[Path, Mapping[str, Any]], components: tuple[str, ...] = ()
-) -> Checkpoint:
+    path: Path, shards: list[Shard], indexes: Mapping[Path, Mapping[str, Any]],
+    components: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Checkpoint:  # fmt: skip
     specs: dict[str, TensorSpec] = {}
     problems = []
     for shard in shards:
@@ -256,7 +259,8 @@ def _build(
         config: Mapping[str, Any] = gguf_config(path)
     else:
         config = {} if components else {**config_of(root), **_of_headers(shards)}
-    return Checkpoint(path, root, tuple(shards), specs, indexes, config, components)
+    inner = components or {}
+    return Checkpoint(path, root, tuple(shards), specs, indexes, config, tuple(inner), configs=inner)
 
 
 def _of_headers(shards: Sequence[Shard]) -> dict[str, Any]:

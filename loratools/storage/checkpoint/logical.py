@@ -44,7 +44,8 @@ def logical(model: Checkpoint, only: Collection[str] | None = None) -> Checkpoin
         if name is None:
             continue
         specs = {part: stored.specs[tensor] for part, tensor in names.items()}
-        stated, kind = statement(stored.config), str(stored.config.get("model_type") or "")
+        config = stored.configs.get(path.partition(".")[0], stored.config)
+        stated, kind = statement(config), str(config.get("model_type") or "")
         module = Module(path, found.modules[path], names, specs, stated, _dtype(stored), kind, told)
         encoding = codecs.get(name).opened(module)
         if only is not None and encoding.name not in only:

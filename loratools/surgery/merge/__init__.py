@@ -11,6 +11,7 @@ run       write the tensors, and everything beside them
 measured  what was measured on the way, and what is to be said of it
 resume    what an interrupted merge has finished
 folder    the files beside the weights
+components the config.json of each component of a pipeline
 """
 
 from __future__ import annotations

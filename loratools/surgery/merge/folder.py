@@ -15,6 +15,7 @@ from loratools.storage.codecs.state import HEADER
 from loratools.storage.companions import RECORD, Companions, copy_companions, json_text
 from loratools.storage.layout import index_json
 from loratools.storage.strict_json import read_json
+from loratools.surgery.merge.components import restated
 
 _SECTION = re.compile("<!-- loratools merge -->"), "<!-- /loratools merge -->", "\n"
 
@@ -27,6 +28,7 @@ def write_companions(plan: MergePlan, beside: Companions, record: Mapping[str, A
         fields = {**read_json(sources["config.json"]), **plan.config}
         not_its = {*plan.dropped, HEADER}
         texts["config.json"] = json_text({key: value for key, value in fields.items() if key not in not_its})
+    texts |= {name: json_text(config) for name, config in restated(plan).items() if name in sources}
     if sources:
         own = sources.get("README.md")
         texts["README.md"] = card(read_card(own) if own else "", record)

@@ -22,6 +22,7 @@ from loratools.storage import dtypes
 from loratools.storage.beside import along, templates
 from loratools.storage.beside.links import refuse_outside, walk
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.codecs.state import KEYS
 from loratools.storage.companions import RECORD, RESIDUAL, tokenizer_files
 from loratools.storage.strict_json import read_json
 
@@ -171,7 +172,10 @@ def _of_file(
         yield Difference(name, None, "is the base's; the adapter brings its own", False)
     else:
         pairs = [(_json(path), _json(other)) for other in wanted] if name.endswith(".json") else []
-        fields = [_fields(name, found, other) for found, other in pairs if found is not None and other is not None]
+        skipped = ("chat_template", *(KEYS if name.removesuffix("/config.json") in model.components else ()))
+        fields = [
+            _fields(name, found, other, skipped) for found, other in pairs if found is not None and other is not None
+        ]
         if not fields:
             whose = "neither the base's nor an adapter's" if of_adapters else "not the base's"
             yield Difference(name, None, f"is {whose}", True)
