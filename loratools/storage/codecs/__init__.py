@@ -128,6 +128,16 @@ class Parts:
         self._open[part](memoryview(raw), first * size)
         return np.frombuffer(raw, _NUMPY.get(spec.dtype, "<u1"))
 
+    def raw(self, part: str, start: int, stop: int) -> Array:
+        """Return the bytes [start:stop) of a part, uint8."""
+        import numpy as np
+
+        spec = self._module.specs[part]
+        size = dtypes.bits(spec.dtype) // 8
+        first = start // size
+        stored = self._read(part, first, -(-stop // size), 1).view(np.uint8)
+        return stored[start - first * size : stop - first * size]
+
     def matrix(self, part: str, index: int) -> Array:
         """Return part[index] as it is stored; the one that was asked for last is kept."""
         if self._matrices.get(part, (-1,))[0] != index:

@@ -171,7 +171,7 @@ class FourBit(Encoding):
         last = min(right * self.block, prod(self.shape))
         direct = (left * self.block, right * self.block) == (start, stop) and out.flags.c_contiguous
         flat = out.reshape(-1) if direct else np.zeros((right - left) * self.block, np.float32)
-        codes = self._codes(parts, left * self.block // 2, (last + 1) // 2)
+        codes = parts.raw("weight", left * self.block // 2, (last + 1) // 2)
         pairs = flat.view(np.complex64)[: len(codes)]
         np.take(_pairs(self.kind), codes, out=pairs, mode="clip")
         blocks = flat.reshape(-1, self.block)
@@ -198,14 +198,6 @@ class FourBit(Encoding):
         nested = parts.whole("nested_absmax")[np.arange(start, stop) // self.nested]
         codes = parts.rows("absmax", start, stop)
         return parts.numbers("nested_quant_map")[codes] * nested + np.float32(self.offset)
-
-    def _codes(self, parts: Parts, start: int, stop: int) -> Array:
-        """Return bytes [`start`, `stop`) of the codes."""
-        spec = self.module.specs["weight"]
-        size = spec.nbytes // spec.shape[0]
-        first = start // size
-        stored = parts.rows("weight", first, -(-stop // size)).reshape(-1).view(np.uint8)
-        return stored[start - first * size : stop - first * size]
 
     def encoder(self, parts: Parts, grid: Grid, draw: Callable[[tuple[int, ...]], Array] | None = None) -> Encoder:
         """Return what makes codes again: on the scales that it has, or on new ones, as `quantize_4bit` makes them.

@@ -75,7 +75,7 @@ SCHEMES = (
     _scheme("compressed-tensors", "weight_packed", codec="compressed_tensors"),
     _scheme("MLX", "scales", {"U32"}, codec="mlx"),
     _scheme("torchao", "qdata", codec="torchao"),
-    _scheme("HQQ", "W_q"),
+    _scheme("HQQ", "W_q", codec="hqq"),
     _scheme("EXL3", "trellis"),
     _scheme("EXL2", "q_weight"),
     _scheme("quanto", "_data"),
