@@ -42,6 +42,7 @@ ELSEWHERE = {
     "storage/codecs/test_compressed_tensors": "storage/codecs: _blocks _grouped _integers",
     "storage/codecs/test_comfy": "storage/codecs: comfy_scaled fp8_cast",
     "storage/codecs/test_fp8": "storage/codecs: state tables",
+    "storage/codecs/test_modelopt": "storage/codecs: _rows8",
     "storage/codecs/test_mxfp4": "storage/codecs: _powers",
     "storage/test_header": "storage: dtypes",
     "storage/test_sources": "storage: resolvers",

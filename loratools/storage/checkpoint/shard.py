@@ -11,6 +11,7 @@ from typing import Any
 from loratools.errors import UnsupportedAdapter
 from loratools.storage.beside.along import is_index
 from loratools.storage.beside.links import refuse_outside
+from loratools.storage.codecs.state import BESIDE, with_beside
 from loratools.storage.gguf.container import read_container
 from loratools.storage.header import TensorSpec, read_header
 from loratools.storage.pickles.archive import SUFFIXES, read_pickled
@@ -49,10 +50,11 @@ def is_weights(path: Path) -> bool:
 
 
 def config_of(folder: Path) -> Mapping[str, Any]:
-    """Return the parsed config.json of a folder; {} where there is none."""
-    path = folder / "config.json"
-    refuse_outside([path], folder)
-    return read_json(path) if os.path.lexists(path) else {}
+    """Return the parsed config.json of a folder, with what a file beside it says of a quantization; {} without both."""
+    path, more = folder / "config.json", folder / BESIDE
+    refuse_outside([path, more], folder)
+    config = read_json(path) if os.path.lexists(path) else {}
+    return with_beside(config, read_json(more)) if os.path.lexists(more) else config
 
 
 def is_plain(name: str) -> bool:

@@ -48,11 +48,11 @@ def by_product(most: Array, number: Array) -> Array:
 
 def blocks(
     module: Module, part: str, *, whole: str = "", divides: bool = False, rule: Rule = by_division,
-    levels: Floats = FP4, width: int = 32, name: str = "MXFP4",
+    levels: Floats = FP4, width: int = 32, name: str = "MXFP4", keep: bool = False,
 ) -> Encoding:  # fmt: skip
     """Return how codes in `part`, with scales in `weight_scale` and one of the tensor in `whole`, are stored.
 
-    `divides` says that the number of the tensor divides; `rule` makes new scales.
+    `divides` says that the number of the tensor divides, `keep` that it stays as it is; `rule` makes new scales.
 
     Raises `UnsupportedAdapter` for parts that do not fit each other.
     """
@@ -71,7 +71,7 @@ def blocks(
             raise module.refuse(f"its {whole} is {spec.dtype} {list(spec.shape)}, and one number was expected")
     if module.specs.keys() & {"weight_zero_point"}:
         raise module.refuse("it has zero points, which no library writes for it")
-    fresh_whole = bool(whole) and module.path.rpartition(".")[2] not in FUSED and len(codes.shape) == 2
+    fresh_whole = bool(whole) and not keep and module.path.rpartition(".")[2] not in FUSED and len(codes.shape) == 2
     label = f"{name}, blocks of {width}"
     return Blocks(
         module, (*codes.shape[:-1], columns), label, bits, (1, width), 1, levels, 1, width, part, None, fresh_whole,

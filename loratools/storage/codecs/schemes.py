@@ -71,7 +71,9 @@ SCHEMES = (
     _scheme("GPTQ", "qweight g_idx", codec="gptq"),
     _scheme("AWQ or GPTQ", "qweight scales"),
     _scheme("MXFP4", "blocks scales", codec="mxfp4"),
-    _scheme("NVFP4 (modelopt)", "weight_scale_2"),
+    _scheme("NVFP4 with SVDQuant (modelopt)", "weight_scale svdquant_lora_a", codec="modelopt"),
+    _scheme("NVFP4 (modelopt)", "weight_scale_2", codec="modelopt"),
+    _scheme("modelopt", "weight_scale", methods="modelopt modelopt_fp4 modelopt_fp8 modelopt_mixed", codec="modelopt"),
     _scheme("compressed-tensors", "weight_packed", codec="compressed_tensors"),
     _scheme("MLX", "scales", {"U32"}, codec="mlx"),
     _scheme("torchao", "qdata", codec="torchao"),
@@ -177,7 +179,7 @@ def find(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> Codes:
     Biases of quantized modules are numbers like others, and belong to nothing.
     """
     stated = statement(config)
-    method = str(stated.get("quant_method") or stated.get("quant_algo") or "").lower()
+    method = str(stated.get("quant_method") or ("modelopt" if stated.get("quant_algo") else "")).lower()
     owners = {name: owner_and_part for name in specs if (owner_and_part := _marked(name, _OF_METHOD.get(method, ())))}
     parts: dict[str, dict[str, str]] = defaultdict(dict)
     for name, (owner, part) in owners.items():

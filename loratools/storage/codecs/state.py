@@ -1,11 +1,14 @@
 """What config.json says of a quantization, and headers of files: where it stands, and both without it.
 
+Older exports of NVIDIA's modelopt say it in `hf_quant_config.json` beside config.json; an opened model's `config` has
+it as config.json would, and where the statement changes, that file does too.
+
 ComfyUI's files say it in the metadata of their header, which stands in an opened model's `config` under its own name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 HEADER = "_quantization_metadata"
@@ -13,6 +16,9 @@ HEADER = "_quantization_metadata"
 
 KEYS = ("quantization_config", "quantization", HEADER)
 """Fields of config.json that state a quantization."""
+
+BESIDE = "hf_quant_config.json"
+"""Where older exports of modelopt say how a model is quantized."""
 
 _INNER = ("text_config", "llm_config", "language_config", "thinker_config")
 
@@ -40,6 +46,34 @@ def with_statement(config: Mapping[str, Any], new: Mapping[str, Any] | None) -> 
             stated = {} if new is None else {key: dict(new) for key in KEYS if isinstance(inner.get(key), Mapping)}
             changed[name] = {**kept, **stated}
     return changed, tuple(dropped)
+
+
+def with_beside(config: Mapping[str, Any], document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return config.json with what `hf_quant_config.json` says, where it says nothing of a quantization itself."""
+    inner = document.get("quantization")
+    if statement(config) or not isinstance(inner, Mapping) or not inner.get("quant_algo"):
+        return config
+    kept, excluded = (
+        {key: value for key, value in inner.items() if key != "exclude_modules"},
+        inner.get("exclude_modules"),
+    )
+    stated = {"quant_method": "modelopt", **kept, "ignore": excluded if isinstance(excluded, list) else []}
+    return {**config, "quantization_config": stated}
+
+
+def beside(document: Mapping[str, Any], config: Mapping[str, Any], dropped: Collection[str]) -> dict[str, Any] | None:
+    """Return `hf_quant_config.json` as it should be beside a config.json of which these fields change and those go.
+
+    None where it has to go as well.
+    """
+    inner, stated = document.get("quantization"), statement(config)
+    if "quantization_config" in dropped or any(name in config and not stated for name in _INNER):
+        return None
+    if not isinstance(inner, Mapping) or not stated:
+        return dict(document)
+    lists = {"exclude_modules": stated.get("ignore") or stated.get("exclude_modules") or []}
+    lists |= {key: stated[key] for key in ("quantized_layers",) if key in stated and key in inner}
+    return {**document, "quantization": {**inner, **lists}}
 
 
 def comfy_layers(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -11,7 +11,8 @@ from typing import Any
 from loratools.engine.plan import MergePlan
 from loratools.format.record import ERROR
 from loratools.storage.beside.cards import code, cut, read_card
-from loratools.storage.codecs.state import HEADER
+from loratools.storage.codecs.state import BESIDE, HEADER
+from loratools.storage.codecs.state import beside as beside_config
 from loratools.storage.companions import RECORD, Companions, copy_companions, json_text
 from loratools.storage.layout import index_json
 from loratools.storage.strict_json import read_json
@@ -29,6 +30,9 @@ def write_companions(plan: MergePlan, beside: Companions, record: Mapping[str, A
         not_its = {*plan.dropped, HEADER}
         texts["config.json"] = json_text({key: value for key, value in fields.items() if key not in not_its})
     texts |= {name: json_text(config) for name, config in restated(plan).items() if name in sources}
+    if BESIDE in sources and (plan.config or plan.dropped):
+        document = beside_config(read_json(sources[BESIDE]), plan.config, plan.dropped)
+        texts[BESIDE] = None if document is None else json_text(document)
     if sources:
         own = sources.get("README.md")
         texts["README.md"] = card(read_card(own) if own else "", record)

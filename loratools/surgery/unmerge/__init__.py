@@ -22,6 +22,8 @@ from loratools.parallel import Progress, cores, no_progress
 from loratools.storage import atomic, digest, files
 from loratools.storage.beside.cards import read_card
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.codecs.state import BESIDE
+from loratools.storage.codecs.state import beside as beside_config
 from loratools.storage.companions import companions, copy_companions, json_text
 from loratools.storage.sources import Location, session
 from loratools.storage.strict_json import read_json
@@ -199,6 +201,9 @@ def _unmerged_texts(
         config |= residual.config
         absent = [key for key, value in residual.config.items() if value is None]
         texts["config.json"] = json_text({key: value for key, value in config.items() if key not in absent})
+    if BESIDE in sources and residual.config:
+        document = beside_config(read_json(sources[BESIDE]), residual.config, ())
+        texts[BESIDE] = None if document is None else json_text(document)
     if "README.md" in sources:
         text = read_card(sources["README.md"])
         texts["README.md"] = without_section(text, record) or None

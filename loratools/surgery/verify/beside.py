@@ -22,7 +22,8 @@ from loratools.storage import dtypes
 from loratools.storage.beside import along, templates
 from loratools.storage.beside.links import refuse_outside, walk
 from loratools.storage.checkpoint import Checkpoint
-from loratools.storage.codecs.state import KEYS
+from loratools.storage.codecs.state import BESIDE, KEYS
+from loratools.storage.codecs.state import beside as beside_config
 from loratools.storage.companions import RECORD, RESIDUAL, tokenizer_files
 from loratools.storage.strict_json import read_json
 
@@ -82,7 +83,8 @@ def judge(model: Checkpoint, plan: MergePlan, adapters: Sequence[Path | None]) -
     for name in sorted(ours.keys() | of_base.keys()):
         path, own = ours.get(name), [files[name] for files in of_adapters if name in files]
         if path is None:
-            if not _is_unneeded(name) and not templates.is_template(name):
+            goes = name == BESIDE and "quantization_config" in plan.dropped
+            if not _is_unneeded(name) and not templates.is_template(name) and not goes:
                 differences.append(Difference(name, None, "is missing; the base has it", False))
         elif name in _ADAPTER:
             differences.append(Difference(name, None, "is an adapter's: loaders would apply it once more", True))
@@ -161,6 +163,10 @@ def _of_file(
     """Compare one file with the base's and the adapters' of the same name."""
     if name == "config.json" and of_base is not None:
         yield from _config(model, plan)
+        return
+    if name == BESIDE and of_base is not None and (document := _json(of_base)) is not None:
+        expected = beside_config(document, plan.config, plan.dropped)
+        yield from _fields(name, _json(path) or {}, expected or {}, ())
         return
     wanted = [*of_adapters, *([of_base] if of_base else [])]
     if not wanted:
