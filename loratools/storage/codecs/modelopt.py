@@ -101,10 +101,15 @@ def _algorithm(module: Module) -> str:
 
 
 def _fp8(module: Module) -> Fp8:
-    rows, columns = module.specs["weight"].shape[-2:]
+    *stack, rows, columns = module.specs["weight"].shape
     if module.specs["weight_scale"].dtype in POWERS:
         return fitted(module, "weight_scale", [Sides(1, 32)], by_power)
-    return fitted(module, "weight_scale", [Sides(rows, columns), Sides(1, columns), Sides(128, 128)], by_quotient)
+    choices = [Sides(rows, columns), Sides(1, columns), Sides(128, 128)]
+    if stack and rows % 2 == 0:  # gate and up, quantized apart, lie one below the other
+        choices += [Sides(min(each.height, rows // 2), each.width, rows // 2) for each in choices]
+    if stack:  # one scale for all experts
+        choices.append(Sides(rows * prod(stack), columns, rows * prod(stack)))
+    return fitted(module, "weight_scale", choices, by_quotient)
 
 
 def _nvfp4(module: Module) -> Encoding:

@@ -250,6 +250,17 @@ def test_layers_of_a_mixed_model(tmp_path: Path) -> None:
     assert (inner["quantized_layers"], inner["exclude_modules"]) == ({DOWN: {"quant_algo": "FP8"}}, [O])
 
 
+@pytest.mark.parametrize("scale", [torch.rand(3) + 0.5, torch.rand(3, 1, 1) + 0.5, torch.rand(()) + 0.5])
+def test_a_stack_of_experts_in_fp8(scale: torch.Tensor, tmp_path: Path) -> None:
+    stack = "model.layers.0.mlp.experts.down_proj"
+    codes = torch.randn(3, N, K, generator=torch.Generator().manual_seed(2)).to(torch.float8_e4m3fn)
+    tensors = {stack: codes, f"{stack}_weight_scale": scale, "lm_head.weight": weight(1)}
+    base = write(tmp_path / "base", {}, {"quant_algo": "FP8", "ignore": []})
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    read = read_tensor(logical(Checkpoint.open(base)).specs[stack])
+    assert torch.equal(read, codes.float() * (scale.view(-1, 1, 1) if scale.dim() else scale))
+
+
 @pytest.mark.parametrize(
     ("parts", "algorithm", "sentence"),
     [

@@ -56,7 +56,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any], dict[str, str], str]] = {
     "quanto": ("quanto", {}, {"weight._data": "I8", "weight._scale": "F16", "input_scale": "F16"}, Q),
     "fp8 stack, static": ("FP8 with scales", {"quant_method": "fp8"},
                           {"": "F8_E4M3", "_scale_inv": "F32", "_activation_scale": "F32"}, f"{EXPERTS}.gate_up_proj"),
-    "fp8 stack of modelopt": ("FP8 with scales", {"quant_algo": "FP8"},
+    "fp8 stack of modelopt": ("modelopt", {"quant_algo": "FP8"},
                               {"": "F8_E4M3", "_weight_scale": "F32", "_input_scale": "F32"}, f"{EXPERTS}.down_proj"),
     "fp8 of DeepSeek-V4": ("FP8 with scales", {"quant_method": "fp8"}, {"weight": "F8_E4M3", "scale": "F8_E8M0"}, Q),
     "fp8 of Mistral": ("FP8 with scales", {"quant_method": "fp8"},
