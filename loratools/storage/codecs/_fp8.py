@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 
 import numpy as np
@@ -150,6 +151,10 @@ _LEAST = np.finfo(np.float32).tiny
 """What numbers are divided by where a scale is zero: all but zero are then beyond the largest code."""
 
 
+_SMALL = np.float32(2.0**-100)
+"""Scales beyond it, or its inverse, may take numbers out of those that float32 has to full precision."""
+
+
 class _Encoder:
     """Rounds numbers to codes: to the nearest, ties to even, or at random between the two neighbours.
 
@@ -189,12 +194,9 @@ class _Encoder:
             x = self._divided(W, of_rows)
         codes = self._codes[first : first + len(W)]
         codes[:] = rounded(x, self._dtype, None if self._draw is None else self._draw(W.shape))
-        np.take(table(self._dtype), codes, out=x, mode="wrap")
-        if encoding.scale:
-            encoding._by_blocks(np.multiply, x, self._scales[of_rows])
         if not self._fresh:
-            self._keep(first, W, codes, x)
-        return x
+            self._keep(first, W, codes, of_rows)
+        return self._numbers(codes, of_rows, x)
 
     def finish(self) -> Mapping[str, Array]:
         """Return the codes, and the scales if some are new."""
@@ -238,13 +240,33 @@ class _Encoder:
                 self._factors = np.ones_like(self._scales)
             self._factors[block_rows] = factors
 
-    def _keep(self, first: int, W: Array, codes: Array, numbers: Array) -> None:
+    def _numbers(self, codes: Array, of_rows: Array, out: Array) -> Array:
+        np.take(table(self._dtype), codes, out=out, mode="wrap")
+        if self._encoding.scale:
+            self._encoding._by_blocks(np.multiply, out, self._scales[of_rows])
+        return out
+
+    def _keep(self, first: int, W: Array, codes: Array, of_rows: Array) -> None:
         """Keep the old codes where they stand for the same numbers as before, or for W: zero has two codes."""
-        old = np.empty_like(numbers)
+        before = self._parts.joined("weight", first, first + len(W))
+        if self._is_plain and (before & np.uint8(127)).max() <= self._most_code:
+            np.copyto(codes, before, where=((codes | before) & np.uint8(127)) == 0)
+            return
+        old, new = np.empty((2, *W.shape), np.float32)
         self._encoding.decode(self._parts, first, old)
-        same = (old == numbers) | (old == W) | (np.isnan(old) & np.isnan(W))
-        np.copyto(codes, self._parts.joined("weight", first, first + len(W)), where=same)
-        np.copyto(numbers, old, where=same)
+        self._numbers(codes, of_rows, new)
+        np.copyto(codes, before, where=(old == new) | (old == W) | (np.isnan(old) & np.isnan(W)))
+
+    @cached_property
+    def _most_code(self) -> int:
+        """The code of the largest number: those above it, without their sign, are infinite, or no numbers."""
+        return int(np.flatnonzero(table(self._dtype) == self._largest)[0])
+
+    @cached_property
+    def _is_plain(self) -> bool:
+        """Tell whether all that is finite divides and multiplies exactly enough to come back to its code, but zero."""
+        scales = np.abs(self._scales[self._scales != 0])
+        return not self._dtype.endswith("FNUZ") and bool(((scales > _SMALL) & (scales < 1 / _SMALL)).all())
 
 
 def _numbers(parts: Parts, part: str) -> Array:

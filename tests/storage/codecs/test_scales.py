@@ -83,16 +83,18 @@ def every_code(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
 def test_the_own_grid_gives_every_byte_back(
     tmp_path: Path, dtype: str, shape: tuple[int, ...], scales: tuple[int, ...], blocks: Blocks
 ) -> None:
-    """Of all 256 codes: NaN, infinities and the zero with a sign too."""
-    q = every_code(shape, dtype)
-    scale = torch.rand(scales, generator=torch.Generator().manual_seed(1)) * 1e-3
-    encoding = fitted(stored(tmp_path / "m.safetensors", q, scale), "weight_scale", [blocks], by_quotient)
-    for draw in (None, lambda shape: np.random.default_rng(0).random(shape)):
-        with read(encoding) as (parts, W):
-            made = written(encoding, parts, W, "own", draw)
-        assert made.keys() == {"weight", "W"}
-        assert made["weight"].tobytes() == q.view(torch.uint8).numpy().tobytes()
-        np.testing.assert_array_equal(made["W"], W)
+    """Of all 256 codes: NaN, infinities and the zero with a sign too; with scales that make numbers underflow."""
+    every = every_code(shape, dtype)
+    finite = torch.where(every.float().isfinite(), every.float(), 0.0).to(every.dtype)
+    for q, size in ((every, 1e-3), (finite, 1e-3), (finite, 1e-40), (finite, 1e32)):
+        scale = torch.rand(scales, generator=torch.Generator().manual_seed(1)) * size
+        encoding = fitted(stored(tmp_path / "m.safetensors", q, scale), "weight_scale", [blocks], by_quotient)
+        for draw in (None, lambda shape: np.random.default_rng(0).random(shape)):
+            with read(encoding) as (parts, W):
+                made = written(encoding, parts, W, "own", draw)
+            assert made.keys() == {"weight", "W"}
+            assert made["weight"].tobytes() == q.view(torch.uint8).numpy().tobytes()
+            np.testing.assert_array_equal(made["W"], W)
 
 
 @pytest.mark.parametrize("drawn", [False, True])
