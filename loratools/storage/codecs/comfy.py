@@ -1,24 +1,27 @@
 """ComfyUI's layers with `comfy_quant`, or named in the header's `_quantization_metadata`: JSON with a format each.
 
     float8_e4m3fn, float8_e5m2   W = q · weight_scale, one number
+    int8_tensorwise              W = q · weight_scale, one number or one for each row
+    mxfp8, nvfp4                 see `_tiled`: read only
 
-Other formats are refused by name: their scales lie in the order of a GPU's kernels, or their weights are rotated.
+Other formats are refused by name, as are rotated weights (`convrot`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
 from loratools.storage import files
 from loratools.storage.codecs import Encoding, Module
 from loratools.storage.codecs._fp8 import Blocks, fitted
+from loratools.storage.codecs._integers import integers
 from loratools.storage.codecs._scales import by_inverse
+from loratools.storage.codecs._tiled import mxfp8, nvfp4
 from loratools.storage.codecs.state import HEADER
 
-_FORMATS = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 _MOST = 1 << 16
 """Bytes of a layer's JSON; ComfyUI writes some fifty."""
 
@@ -26,14 +29,38 @@ _MOST = 1 << 16
 def opened(module: Module) -> Encoding:
     """Return how the weight is stored; raise `UnsupportedAdapter` for other formats, and scales that do not fit it."""
     module.need("weight", "weight_scale")
-    stated, weight = _layer(module), module.specs["weight"]
-    form = stated.get("format")
-    if form not in _FORMATS:
-        raise module.refuse(f"its format is {form}, and {' and '.join(_FORMATS)} are read")
-    if weight.dtype != _FORMATS[form] or len(weight.shape) < 2:
-        raise module.refuse(f"its format is {form}, and its weight {weight.dtype} {list(weight.shape)}")
-    rows = prod(weight.shape[:-1])
-    return fitted(module, "weight_scale", [Blocks(rows, weight.shape[-1], rows)], by_inverse)
+    stated = _layer(module)
+    form, parameters = stated.get("format"), stated.get("params")
+    rotated = [said for said in (stated, parameters) if isinstance(said, Mapping) and said.get("convrot")]
+    if rotated or "pre_quant_scale" in module.specs:
+        raise module.refuse(f"its weight is {'rotated (convrot)' if rotated else 'scaled (pre_quant_scale)'}")
+    if not isinstance(form, str) or form not in _READ:
+        raise module.refuse(f"its format is {form}, and {', '.join(_READ)} are read")
+    return _READ[form](module)
+
+
+def _float8(dtype: str) -> Callable[[Module], Encoding]:
+    def read(module: Module) -> Encoding:
+        weight = module.specs["weight"]
+        if weight.dtype != dtype or len(weight.shape) < 2:
+            raise module.refuse(f"its format is {dtype}, and its weight {weight.dtype} {list(weight.shape)}")
+        rows = prod(weight.shape[:-1])
+        return fitted(module, "weight_scale", [Blocks(rows, weight.shape[-1], rows)], by_inverse)
+
+    return read
+
+
+def _int8(module: Module) -> Encoding:
+    weight, scale = module.specs["weight"], module.specs["weight_scale"]
+    if weight.dtype != "I8" or len(weight.shape) != 2:
+        raise module.refuse(f"its format is int8_tensorwise, and its weight {weight.dtype} {list(weight.shape)}")
+    return integers(module, "weight", {"num_bits": 8, "strategy": "tensor" if scale.parameters == 1 else "channel"})
+
+
+_READ: Mapping[str, Callable[[Module], Encoding]] = {
+    "float8_e4m3fn": _float8("F8_E4M3"), "float8_e5m2": _float8("F8_E5M2"), "int8_tensorwise": _int8, "mxfp8": mxfp8,
+    "nvfp4": nvfp4,
+}  # fmt: skip
 
 
 def plain(statement: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:

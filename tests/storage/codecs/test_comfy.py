@@ -132,8 +132,13 @@ def one_layer(path: Path, said: bytes | torch.Tensor, dtype: torch.dtype = torch
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        (b'{"format": "int8_tensorwise", "convrot": true}', "its format is int8_tensorwise"),
-        (b'{"format": "float8_e5m2"}', r"its format is float8_e5m2, and its weight F8_E4M3 \[32, 32\]"),
+        (b'{"format": "int8_tensorwise", "convrot": true}', r"its weight is rotated \(convrot\)"),
+        (b'{"format": "int8_tensorwise", "params": {"convrot": true}}', r"its weight is rotated \(convrot\)"),
+        (b'{"format": "int8_tensorwise"}', r"its format is int8_tensorwise, and its weight F8_E4M3 \[32, 32\]"),
+        (b'{"format": "convrot_w4a4"}', "its format is convrot_w4a4, and float8_e4m3fn, float8_e5m2, int8_tensorwise"),
+        (b'{"format": "float8_e5m2"}', r"its format is F8_E5M2, and its weight F8_E4M3 \[32, 32\]"),
+        (b'{"format": "mxfp8"}', r"its weight_scale is F32 \[\], and F8_E8M0 \[128, 4\] was expected"),
+        (b'{"format": "nvfp4"}', "weight_scale_2 is missing"),
         (b"{}", "its format is None"),
         (b"[1]", r"comfy_quant says \[1\] of it, and an object was expected"),
         (b"{", "comfy_quant is no JSON"),
@@ -155,7 +160,7 @@ def test_other_layers_are_refused_by_name(tmp_path: Path, said: bytes | torch.Te
         ("[]", BadFile, "not the JSON object"),
         ('{"layers": ', BadFile, "JSON"),
         ('{"layers": {"a": 3}}', UnsupportedAdapter, "_quantization_metadata says 3 of it, and an object was expected"),
-        ('{"layers": {"a": {"format": "nvfp4"}}}', UnsupportedAdapter, "its format is nvfp4"),
+        ('{"layers": {"a": {"format": []}}}', UnsupportedAdapter, r"its format is \[\]"),
     ],
 )
 def test_headers_that_say_something_else(tmp_path: Path, metadata: str, error: Any, message: str) -> None:
@@ -184,3 +189,60 @@ def test_a_cast_model_in_all_its_shapes(tmp_path: Path) -> None:
     written = load_file(tmp_path / "out" / "base.safetensors")
     assert written.keys() == {*stored, "ids"}
     assert all(torch.equal(written[name], q.bfloat16()) for name, q in stored.items())
+
+
+def tiled(scales: torch.Tensor) -> torch.Tensor:
+    """Return scales in the order of cuBLAS' tiles of 128 rows and 4 blocks, padded with zeros."""
+    rows, blocks = scales.shape
+    high, wide = -(-rows // 128), -(-blocks // 4)
+    padded = torch.zeros(high * 128, wide * 4, dtype=torch.uint8)
+    padded[:rows, :blocks] = scales
+    made = torch.zeros(high * wide * 512, dtype=torch.uint8)
+    for row in range(rows):
+        for block in range(blocks):
+            tile = row // 128 * wide + block // 4
+            made[tile * 512 + row % 32 * 16 + row % 128 // 32 * 4 + block % 4] = padded[row, block]
+    return made.reshape(high * 128, wide * 4)
+
+
+@pytest.mark.parametrize("shape", [(32, 64), (160, 32), (130, 320)])
+@pytest.mark.parametrize("form", ["mxfp8", "nvfp4", "int8_tensorwise", "int8_tensorwise, by row"])
+def test_other_formats_are_read(tmp_path: Path, form: str, shape: tuple[int, int]) -> None:
+    """By their formulas, and as comfy-kitchen reads them where it is installed."""
+    generator = torch.Generator().manual_seed(4)
+    rows, columns = shape
+    stored: Weights = {}
+    if form.startswith("int8"):
+        q = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+        stored = {"a.weight": q, "a.weight_scale": torch.rand((rows, 1) if "row" in form else (), generator=generator)}
+        wanted = q.float() * stored["a.weight_scale"]
+    elif form == "mxfp8":
+        q = torch.randn(shape, generator=generator).mul(99).to(torch.float8_e4m3fn)
+        powers = torch.randint(100, 140, (rows, columns // 32), generator=generator).to(torch.uint8)
+        stored = {"a.weight": q, "a.weight_scale": tiled(powers).view(torch.float8_e8m0fnu)}
+        wanted = q.float() * torch.exp2(powers.float() - 127).repeat_interleave(32, 1)
+    else:
+        codes = torch.randint(0, 16, shape, generator=generator).to(torch.uint8)
+        scales = torch.rand((rows, columns // 16), generator=generator).mul(300).to(torch.float8_e4m3fn)
+        number = torch.tensor(0.003)
+        stored = {"a.weight": codes[:, ::2] << 4 | codes[:, 1::2], "a.weight_scale_2": number,
+                  "a.weight_scale": tiled(scales.view(torch.uint8)).view(torch.float8_e4m3fn)}  # fmt: skip
+        levels = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+        numbers = torch.cat([levels, -levels])[codes.int()]
+        wanted = numbers * (scales.float() * number).repeat_interleave(16, 1)
+    said = json.dumps({"format": form.partition(",")[0]}).encode()
+    stored["a.comfy_quant"] = torch.tensor(list(said), dtype=torch.uint8)
+    save_file(stored, tmp_path / "base.safetensors")
+    view = logical(Checkpoint.open(tmp_path / "base.safetensors"))
+    assert torch.equal(read_tensor(view.specs["a.weight"]), wanted)
+    loratools.dequantize(tmp_path / "base.safetensors", tmp_path / "out")
+    assert torch.equal(load_file(tmp_path / "out" / "base.safetensors")["a.weight"], wanted.bfloat16())
+    kitchen = pytest.importorskip("comfy_kitchen")
+    if form == "mxfp8":
+        theirs = kitchen.dequantize_mxfp8(stored["a.weight"], stored["a.weight_scale"], torch.float32)
+        assert torch.equal(theirs, wanted)
+    elif form == "nvfp4":
+        theirs = kitchen.dequantize_nvfp4(
+            stored["a.weight"], stored["a.weight_scale_2"], stored["a.weight_scale"], torch.float32
+        )
+        assert torch.equal(theirs, wanted)
