@@ -22,8 +22,9 @@ _CACHED = re.compile(rf"models--({_NAME}?)--({_NAME})(?:[/\\]snapshots[/\\].*)?$
 _SCHEME = re.compile(r"(?:hf://|https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)")
 _FOLDER = re.compile(r"[./\\~]|[A-Za-z]:[/\\]|file:")
 
-Tier = Literal["schema", "tensors", "root"]
-"""A part of the base hash: of names, dtypes and shapes; of each tensor; of all tensors."""
+Tier = Literal["schema", "tensors", "root", "logical"]
+"""A part of the base hash: of names, dtypes and shapes; of each tensor; of all tensors; of the 16-bit numbers that a
+quantized model stands for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +54,14 @@ class Comparison:
 
 
 def compare(first: BaseIdentity, second: BaseIdentity, *, complete: bool = False) -> Comparison:
-    """Compare two identities of a base, digest by digest: schema, tensors by name, root.
+    """Compare two identities of a base, digest by digest: schema, tensors by name, root, logical root.
 
     With `complete` the second lists every tensor of its base, so that one which it lacks differs; otherwise a tensor
     that only one of them lists is unknown, as an adapter lists those that it changes.
     """
     schema = Pair("schema", first.schema or None, second.schema or None)
     root = Pair("root", first.root or None, second.root or None)
+    logical = Pair("logical", first.logical or None, second.logical or None)
     names = sorted(first.tensors.keys() | second.tensors.keys())
     tensors = [Pair("tensors", first.tensors.get(name), second.tensors.get(name), name) for name in names]
 
@@ -69,7 +71,7 @@ def compare(first: BaseIdentity, second: BaseIdentity, *, complete: bool = False
         same_algorithm = digest.algorithm_of(pair.first) == digest.algorithm_of(pair.second)
         return pair.first == pair.second if same_algorithm else None
 
-    stated = [(pair, agree(pair)) for pair in (schema, *tensors, root) if pair.first or pair.second]
+    stated = [(pair, agree(pair)) for pair in (schema, *tensors, root, logical) if pair.first or pair.second]
     agreeing, differing, unknown = ([pair for pair, own in stated if own is group] for group in (True, False, None))
     by_name = None if first.id is None or second.id is None else same_name(first.id, second.id)
     types = first.model_type, second.model_type

@@ -18,7 +18,9 @@ class BaseIdentity:
 
     `id` and `revision` are names (a Hub repository and its commit). `schema` and `root` are digests of the whole base,
     `tensors` the digests of the tensors that the adapter touches, by base tensor name (`storage/digest.py`).
-    `model_type` is what the base's config.json says it is, which no digest covers.
+    `model_type` is what the base's config.json says it is, which no digest covers. Of a quantized base `logical` is the
+    root of the model that it stands for in 16 bit, and `weights` are the digests of the numbers of touched weights that
+    it stores as codes, by the names that they have there (`storage/values.py`).
     """
 
     id: str | None = None
@@ -27,6 +29,8 @@ class BaseIdentity:
     tensors: Mapping[str, str] = field(default_factory=dict)
     root: str | None = None
     model_type: str | None = None
+    logical: str | None = None
+    weights: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of_name(cls, name: object) -> BaseIdentity | None:
@@ -36,7 +40,7 @@ class BaseIdentity:
     @property
     def sealed(self) -> bool:
         """Whether any digest is recorded: only then can a wrong base be told from the right one."""
-        return bool(self.schema or self.tensors or self.root)
+        return bool(self.schema or self.tensors or self.root or self.logical or self.weights)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     "--tier", type=options.Words("loratools.surgery.hash", "TIERS", "all"), default="all", show_default=True,
     metavar="TIER",
     help="schema: names, dtypes and shapes, read from headers alone; tensors: a digest of each tensor; "
-    "root: one digest of all tensors; all of them.",
+    "root: one digest of all tensors; logical: the root of the 16-bit numbers that a quantized model stands for; "
+    "all of them.",
 )  # fmt: skip
 @click.option(
     "--include", multiple=True, metavar="GLOB",
@@ -41,13 +42,16 @@ def command(
 
     CHECKPOINT is a safetensors file, or a folder of them with or without an index. The hash does not depend on how
     the tensors are spread over files, or on their order: the same model in other shards has the same hash. An adapter
-    that is sealed with it refuses every other base.
+    that is sealed with it refuses every other base. The logical hash of a quantized model is the root hash of the model
+    that `loratools dequantize` makes of it: copies of one parent in several formats that agree in it hold the same
+    numbers.
 
     \b
     Examples:
       loratools hash base
       loratools hash base --tier schema
       loratools hash hf://lab/base --tier schema
+      loratools hash quantized --tier logical
       loratools hash base --include '*.self_attn.q_proj.weight' --algorithm sha256
     """
     from loratools.storage import sources
@@ -71,3 +75,5 @@ def _lines(identity: BaseIdentity) -> Iterator[str]:
         yield f"{identity.schema}  (schema)"
     if identity.root:
         yield f"{identity.root}  (root)"
+    if identity.logical and identity.logical != identity.root:
+        yield f"{identity.logical}  (logical)"

@@ -1,4 +1,4 @@
-"""Hash a checkpoint: the three tiers of its base hash, at the speed of the disk, without torch."""
+"""Hash a checkpoint: the tiers of its base hash, at the speed of the disk, without torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import get_args
 
 from loratools.adapter.identity import Tier
 from loratools.adapter.model import BaseIdentity
+from loratools.adapter.placement.codes import refuse_all_codes
+from loratools.decisions import warned
 from loratools.errors import LoraToolsError
 from loratools.options import Options
 from loratools.parallel import Progress, cores, no_progress, workers
-from loratools.storage import digest, files
+from loratools.storage import digest, values
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.checkpoint.logical import logical
 from loratools.storage.digest import Algorithm
 from loratools.storage.header import TensorSpec
 from loratools.storage.sources import Location, local, session
@@ -33,13 +36,14 @@ def hash_checkpoint(
 ) -> BaseIdentity:
     """Return the base hash of a model: which model exactly is this? (spec/v1; construction in `storage/digest.py`)
 
-    The hash does not depend on how the tensors are spread over files, on their order, or on threads.
+    The hash does not depend on how the tensors are spread over files, on their order, or on threads. The logical hash
+    of a quantized model is the root hash of the model that `dequantize` makes of it; of any other it is the root.
 
     Args:
         checkpoint: The model: a path, an `hf://` reference (of which `"schema"` alone fetches the headers only), or an
             open `Checkpoint`.
         tiers: Which parts of the hash, one or several: `"schema"` reads no tensor, `"tensors"` those that `include`
-            names, `"root"` all. Default: all three.
+            names, `"root"` all, `"logical"` all of them as numbers in 16 bit. Default: all four.
         algorithm: `"blake3"` or `"sha256"`. Default: `"blake3"`.
         include: Patterns of tensor names for `"tensors"`, one or several, with `*` and `?` as in a shell. Default: all.
         threads: Threads that share the tensors, largest first. Default: one per core.
@@ -52,6 +56,8 @@ def hash_checkpoint(
         InvalidOption: A tier, the algorithm or the number of threads cannot be.
         LoraToolsError: A pattern matches no tensor.
         BadFile: A file cannot be read.
+        UnsupportedAdapter, IncompatibleAdapter: The logical hash alone was asked for, and the model is quantized in a
+            way that is not read; with other tiers that is a warning, and it is left out.
 
     Example:
         >>> hash_checkpoint("base", "root").root
@@ -70,12 +76,19 @@ def hash_checkpoint(
         checkpoint = Checkpoint.open(local(checkpoint, "header" if set(tiers) <= {"schema"} else "checkpoint"))
     checkpoint.tell_unread()
     selected = set(checkpoint.specs) if include is None else _select(checkpoint, include)
-    read = (selected if "tensors" in tiers else set()) | (set(checkpoint.specs) if "root" in tiers else set())
+    view = _as_numbers(checkpoint, alone=tiers == ("logical",)) if "logical" in tiers else {}
+    coded = {name: spec for name, spec in view.items() if spec.encoding}
+    every = set(checkpoint.specs) if "root" in tiers else {name for name in view if name not in coded}
+    read = (selected if "tensors" in tiers else set()) | every
     digests = hash_tensors({name: checkpoint.specs[name] for name in read}, algorithm, threads, progress)
+    numbers = hash_tensors(coded, algorithm, threads, progress)
+    as_numbers = {name: numbers[name] if name in coded else digests[name] for name in view}
+    of_all = {name: digests[name] for name in checkpoint.specs} if "root" in tiers else {}
     return BaseIdentity(
         schema=checkpoint.schema(algorithm) if "schema" in tiers else None,
         tensors={name: digests[name] for name in sorted(selected)} if "tensors" in tiers else {},
-        root=digest.root(digests, algorithm) if "root" in tiers else None,
+        root=digest.root(of_all, algorithm) if "root" in tiers else None,
+        logical=digest.root(as_numbers, algorithm) if view else None,
     )
 
 
@@ -83,19 +96,22 @@ def hash_tensors(
     specs: Mapping[str, TensorSpec], algorithm: str = digest.DEFAULT, threads: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, str]:  # fmt: skip
-    """Return the digest of each tensor; the parameters are those of `hash_checkpoint`."""
+    """Return the digest of each tensor; the parameters are those of `hash_checkpoint`.
+
+    That of a weight which is stored as codes is that of the 16-bit numbers that it stands for (`storage/values.py`).
+    """
     from concurrent.futures import FIRST_EXCEPTION, wait
 
     stop = Event()
     progress = progress or no_progress
 
     def hash_one(spec: TensorSpec) -> str:
-        hasher = digest.start_tensor(spec.dtype, spec.shape, algorithm)
+        hasher = values.start(spec, algorithm)
         try:
-            for chunk in files.chunks(spec):  # reading and hashing a chunk both release the GIL
+            for chunk in values.pieces(spec):  # reading and hashing a chunk both release the GIL
                 if stop.is_set():
                     return ""  # nobody will see it: what stopped the work is raised instead
-                hasher.update(chunk)
+                hasher.update(values.plain(spec, chunk))
                 progress(len(chunk))
         except BaseException:
             stop.set()  # here, for a thread begins its next tensor before the one that waits wakes up
@@ -111,6 +127,19 @@ def hash_tensors(
         finally:
             stop.set()  # after a failure or Ctrl-C: do not read on to the end of a tensor, or begin the next
         return {name: future.result() for name, future in futures.items()}
+
+
+def _as_numbers(checkpoint: Checkpoint, *, alone: bool) -> Mapping[str, TensorSpec]:
+    """Return the tensors of the dequantized model; {} and a warning where its codes are not read, an error if `alone`."""
+    try:
+        view = logical(checkpoint)
+        refuse_all_codes(view)
+    except LoraToolsError as error:
+        if alone:
+            raise
+        warned("%s: its logical hash is left out: %s", checkpoint.path, error.message)
+        return {}
+    return view.specs
 
 
 def _select(checkpoint: Checkpoint, include: str | Iterable[str]) -> set[str]:

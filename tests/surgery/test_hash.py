@@ -10,10 +10,11 @@ import torch
 from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
+import loratools
 from loratools.errors import LoraToolsError
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.hash import hash_checkpoint, hash_tensors
-from tests.make import tiny
+from tests.make import fp8, tiny
 
 NAMES = {torch.bfloat16: b"BF16", torch.float32: b"F32", torch.int64: b"I64"}
 HASHES = {"sha256": hashlib.sha256, "blake3": blake3}
@@ -142,3 +143,28 @@ def test_real_model_in_five_shards(real_models: Path) -> None:
     for shard in base.shards:
         weights |= load_file(shard.path)
     assert (found.schema, dict(found.tensors), found.root) == by_hand(weights, "blake3")
+
+
+def test_the_logical_hash_of_codes_is_the_root_of_the_dequantized_model(tmp_path: Path) -> None:
+    fp8.save_llama(tmp_path / "codes", tiny.llama_weights())
+    loratools.dequantize(tmp_path / "codes", tmp_path / "plain")
+    codes, plain = hash_checkpoint(tmp_path / "codes"), hash_checkpoint(tmp_path / "plain")
+    assert codes.logical == plain.root == plain.logical
+    assert codes.root != plain.root
+    assert (
+        hash_checkpoint(tmp_path / "codes", "logical", "sha256").logical
+        == by_hand(load_file(tmp_path / "plain" / "model.safetensors"), "sha256")[2]
+    )
+
+
+def test_codes_that_are_not_read_have_no_logical_hash(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "aqlm"}}')
+    save_file(
+        {"blk.q.codes": torch.ones(2, 2, dtype=torch.int8), "blk.q.codebooks": torch.ones(2, 2),
+         "blk.q.scales": torch.ones(2, 1)}, tmp_path / "model.safetensors",
+    )  # fmt: skip
+    found = hash_checkpoint(tmp_path)
+    assert found.root and found.logical is None
+    assert "its logical hash is left out" in caplog.text
+    with pytest.raises(LoraToolsError, match="AQLM"):
+        hash_checkpoint(tmp_path, "logical")
