@@ -20,7 +20,7 @@ class BaseIdentity:
     `tensors` the digests of the tensors that the adapter touches, by base tensor name (`storage/digest.py`).
     `model_type` is what the base's config.json says it is, which no digest covers. Of a quantized base `logical` is the
     root of the model that it stands for in 16 bit, and `weights` are the digests of the numbers of touched weights that
-    it stores as codes, by the names that they have there (`storage/values.py`).
+    it stores as codes, by the names that they have there (`storage/checkpoint/values.py`).
     """
 
     id: str | None = None

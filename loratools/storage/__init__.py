@@ -10,7 +10,6 @@ codecs        how numbers are stored, one file for each family of encodings
 lazy          a tensor that is read when its numbers are asked for
 files         positioned reads and writes, copies inside the kernel
 digest        digests of tensors and the tiers of a base hash
-values        digests by value: codes as the 16-bit numbers they stand for
 pickles       tensors in torch's pickled files, without running any code of theirs
 gguf          GGUF files: fields and tensors
 beside        files beside weights: names, links, chat templates, vocabularies

@@ -14,8 +14,8 @@ from loratools.decisions import warned
 from loratools.errors import LoraToolsError
 from loratools.options import Options
 from loratools.parallel import Progress, cores, no_progress, workers
-from loratools.storage import digest, values
-from loratools.storage.checkpoint import Checkpoint
+from loratools.storage import digest
+from loratools.storage.checkpoint import Checkpoint, values
 from loratools.storage.checkpoint.logical import logical
 from loratools.storage.digest import Algorithm
 from loratools.storage.header import TensorSpec
@@ -98,7 +98,7 @@ def hash_tensors(
 ) -> dict[str, str]:  # fmt: skip
     """Return the digest of each tensor; the parameters are those of `hash_checkpoint`.
 
-    That of a weight which is stored as codes is that of the 16-bit numbers that it stands for (`storage/values.py`).
+    That of a weight which is stored as codes is that of its 16-bit numbers (`storage/checkpoint/values.py`).
     """
     from concurrent.futures import FIRST_EXCEPTION, wait
 
@@ -130,7 +130,10 @@ def hash_tensors(
 
 
 def _as_numbers(checkpoint: Checkpoint, *, alone: bool) -> Mapping[str, TensorSpec]:
-    """Return the tensors of the dequantized model; {} and a warning where its codes are not read, an error if `alone`."""
+    """Return the tensors of the dequantized model; {} and a warning where its codes are not read.
+
+    With `alone` that raises `LoraToolsError`.
+    """
     try:
         view = logical(checkpoint)
         refuse_all_codes(view)

@@ -164,7 +164,8 @@ def test_codes_that_are_not_read_have_no_logical_hash(tmp_path: Path, caplog: py
          "blk.q.scales": torch.ones(2, 1)}, tmp_path / "model.safetensors",
     )  # fmt: skip
     found = hash_checkpoint(tmp_path)
-    assert found.root and found.logical is None
+    assert found.root
+    assert found.logical is None
     assert "its logical hash is left out" in caplog.text
     with pytest.raises(LoraToolsError, match="AQLM"):
         hash_checkpoint(tmp_path, "logical")

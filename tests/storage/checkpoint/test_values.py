@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loratools.storage import digest, values
-from loratools.storage.checkpoint import Checkpoint
+from loratools.storage import digest
+from loratools.storage.checkpoint import Checkpoint, values
 from loratools.storage.checkpoint.logical import encodings, logical
 from tests.make import fp8, tiny
 
