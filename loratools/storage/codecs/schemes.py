@@ -208,7 +208,8 @@ def find(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> Codes:
     for name in specs:  # `scales`, `zero`, `biases`: names that mean something only in a module of codes
         module, _, parameter = name.rpartition(".")
         if module in modules and parameter != "bias" and not (module in casts and parameter not in _OF_FP8):
-            parts[module].setdefault(parameter, name)
+            if name not in owners:  # which has it under its part
+                parts[module].setdefault(parameter, name)
             tensors.add(name)
         elif name in modules:
             parts[name]["weight"] = name

@@ -239,3 +239,21 @@ def test_transformers_loads_what_a_merge_leaves(tmp_path: Path, case: str) -> No
         assert json.loads(metadata["model.layers.1.self_attn.q_proj.weight"])["_type"] != "Tensor"
     stated = json.loads((tmp_path / "partial" / "config.json").read_text())["quantization_config"]
     assert set(stated["modules_to_not_convert"]) >= {*shapes, "lm_head"}
+
+
+@pytest.mark.parametrize("case", ["int8 with zeros", "float8 by row"])
+def test_a_merge_makes_codes_again(tmp_path: Path, case: str) -> None:
+    """What is measured through the codes is what is in the file; all other bytes stay."""
+    opened(tmp_path / "base", {M: MADE[case](random(32, 48)), "model.norm.weight": torch.ones(4)})
+    adapter = lora({M.removesuffix(".weight"): (32, 48)}, scale=0.2)
+    path = save_adapter(tmp_path / "lora", adapter)
+    report = loratools.merge(tmp_path / "base", path, tmp_path / "out", quantized="requantize")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "out"))
+    changed_parts = {name for name in before if not same_bytes(before[name], after[name])}
+    assert M.replace("weight", "_weight_qdata") in changed_parts
+    assert "model.norm.weight" not in changed_parts
+    W, merged = (read_tensor(logical(Checkpoint.open(tmp_path / name)).specs[M]).double() for name in ("base", "out"))
+    delta = adapter.delta(M.removesuffix(".weight"))
+    kept = ((merged - W) * delta).sum() / (delta * delta).sum()
+    assert abs(report.recoded[M] - kept.item()) <= 1e-6
+    assert kept > 0.9
