@@ -63,6 +63,9 @@ class Change:
             raise ValueError(f"{self.source.file}: sites of different views {sorted(views)}")
         if views:
             return views.pop()
+        if self.source.encoding is not None and len(self.source.shape) > 1:  # rows as they are decoded: small tiles
+            columns = self.source.shape[-1]
+            return (self.source.parameters // columns if columns else 0, columns)
         rows = self.source.shape[0] if self.source.shape else 1
         return (rows, self.source.parameters // rows) if rows else (0, 0)
 

@@ -1,5 +1,7 @@
 """Products on rows of BF16, F16 and F32, as LoRA and DoRA are, in one pass of C (`linalg/native`) and without torch.
 
+What codes stand for comes as F32 and is rounded to 16 bit in that pass, changed or not.
+
 Importing torch takes longer than merging a model of a billion parameters, so what most people merge does without.
 """
 
@@ -25,11 +27,13 @@ if TYPE_CHECKING:
 def serves(change: Change, dtype: str) -> bool:
     """Tell whether the C code is there, and made for this tensor: stored products on a dtype that it knows and keeps.
 
+    A weight that is stored as codes may become any of these dtypes, with products or without.
     A kind with magnitudes (DoRA) must have one for each row of its site.
     """
+    coded = change.source.encoding is not None
     return (
-        bool(change.placements)
-        and change.source.dtype == dtype in floats.SERVED
+        (coded or (bool(change.placements) and change.source.dtype == dtype))
+        and {change.source.dtype, dtype} <= floats.SERVED
         and all(_is_product_of_rows(placement) for _, placement in change.placements)
         and not is_wide(change, dtype)
         and native.available()
@@ -65,14 +69,15 @@ class NativeRows:
 
     def __init__(self, task: TensorTask, products: Sequence[SiteProduct], buffers: floats.Buffers) -> None:
         self._task, self._buffers = task, buffers
-        self._dtype = floats.numpy_dtype(task.dtype)
+        self._stored, self._out = (floats.numpy_dtype(dtype) for dtype in (task.source.dtype, task.dtype))
+        self._narrows = self._stored != self._out
         self._sites = [_Site(product, task.dtype) for product in products]
         covered = sum(site.site.shape[0] * site.site.shape[1] for site in self._sites)
-        self._everywhere = covered == task.source.parameters
+        self._everywhere = bool(products) and covered == task.source.parameters
 
     def room(self, rows: int) -> memoryview:
         """Return memory for a tile of so many rows as stored."""
-        return floats.bytes_of(self._buffers.of("stored", rows * self._task.matrix[1], self._dtype))
+        return floats.bytes_of(self._buffers.of("stored", rows * self._task.matrix[1], self._stored))
 
     def observe(self, stored: memoryview, first: int) -> None:
         """Nothing to see: each row has all that its results take."""
@@ -81,16 +86,20 @@ class NativeRows:
         """Return the tile changed. Raises `IncompatibleAdapter` for what is not finite, or a row without direction."""
         import numpy as np
 
-        W = np.frombuffer(stored, self._dtype).reshape(-1, self._task.matrix[1])
-        out = self._buffers.of("out", W.size, self._dtype).reshape(W.shape)
-        largest, retained, total, changed = 0, 0.0, 0.0, 0
+        W = np.frombuffer(stored, self._stored).reshape(-1, self._task.matrix[1])
+        if not self._sites and not self._narrows:
+            return Changed(stored, 0.0, 0.0, 0)
+        out = self._buffers.of("out", W.size, self._out).reshape(W.shape)
+        largest, retained, total, changed, overflowed, flushed = 0, 0.0, 0.0, 0, 0, 0
         if not self._everywhere:
-            out[...] = W
-            largest = floats.largest(W, self._buffers)
+            largest, overflowed, flushed = self._keep(W, out)
         for place in self._sites:
             if not (met := place.site.overlap(first, first + len(W))):
                 continue
             inside = (met[0], slice(*place.site.columns))
+            if self._narrows and not self._everywhere:  # of these numbers the sums count, not what was there
+                before = native.round_rows(W[inside], out[inside])
+                overflowed, flushed = overflowed - before.overflowed, flushed - before.flushed
             outcome = native.add_products(
                 W[inside], out[inside], place.products, met[1],
                 self._buffers.of("sums", place.products.memory, np.float32),
@@ -101,6 +110,15 @@ class NativeRows:
             largest = max(largest, outcome.largest)
             retained, total = retained + outcome.retained, total + outcome.total
             changed += outcome.changed
-        if largest >= floats.INFINITY[self._task.dtype]:
+            overflowed, flushed = overflowed + outcome.overflowed, flushed + outcome.flushed
+        if self._sites and largest >= floats.INFINITY[self._task.dtype]:
             raise not_finite(self._task.name, self._task.dtype)
-        return Changed(floats.bytes_of(out), retained, total, changed)
+        return Changed(floats.bytes_of(out), retained, total, changed, overflowed, flushed)
+
+    def _keep(self, W: Array, out: Array) -> tuple[int, int, int]:
+        """Store a tile as it is; return the bits of the largest magnitude, and how many overflowed and were flushed."""
+        if self._narrows:
+            outcome = native.round_rows(W, out)
+            return outcome.largest, outcome.overflowed, outcome.flushed
+        out[...] = W
+        return floats.largest(W, self._buffers), 0, 0

@@ -1,5 +1,7 @@
 """`rows.c`, the C of a merge: W + left·right on rows of BF16, F16 or F32, rescaled and rounded, in one pass.
 
+What codes stand for is F32, and is rounded to BF16 or F16 in the same pass.
+
 It is compiled when the package is installed, where there is a C compiler (`build.py`). Without it torch does the same,
 several times slower: only the last float32 bit of a sum may differ then.
 
@@ -32,12 +34,13 @@ class _Rows(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("W", "out")),
-        *((name, ctypes.c_size_t) for name in ("dtype", "stride", "step", "rows", "columns", "rank")),
+        *((name, ctypes.c_size_t) for name in ("dtype", "result", "stride", "step", "rows", "columns", "rank")),
         *((name, ctypes.c_void_p) for name in ("left", "right", "factor", "scale", "magnitude", "gains")),
         ("bound", ctypes.c_double),
         ("sums", ctypes.c_void_p),
         ("measured", ctypes.c_size_t),
         *((name, ctypes.c_double) for name in ("retained", "total", "changed")),
+        *((name, ctypes.c_uint64) for name in ("overflowed", "flushed")),
         ("zero_row", ctypes.c_int64),
         ("largest", ctypes.c_uint32),
     )
@@ -56,8 +59,9 @@ def _library() -> tuple[Any, str]:
     size = library.loratools_rows_size()
     if size != ctypes.sizeof(_Rows):
         return None, "the C code was compiled from another rows.c" if size else "torch is faster on this processor"
-    library.loratools_add_products.argtypes = [ctypes.POINTER(_Rows)]
-    library.loratools_add_products.restype = None
+    for function in (library.loratools_add_products, library.loratools_round_rows):
+        function.argtypes = [ctypes.POINTER(_Rows)]
+        function.restype = None
     return library, ""
 
 
@@ -111,44 +115,74 @@ def products(left: Array, right: Array, factor: Array, scale: Array, magnitude: 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a call met: the bits of the largest magnitude, a row without direction, the sums behind the retention."""
+    """What a call met: the bits of the largest magnitude, a row without direction, the sums behind the retention.
+
+    Where F32 became 16 bit: how many finite numbers `overflowed` to infinity, and others were `flushed` to zero.
+    """
 
     largest: int
     zero_row: int | None
     retained: float
     total: float
     changed: int
+    overflowed: int
+    flushed: int
 
 
 def add_products(
     W: Array, out: Array, terms: Products, rows: slice, sums: Array, *, gains: Array | None = None,
     bound: float = 0.0, measured: int = 0,
 ) -> Outcome:  # fmt: skip
-    """Store g∘(W + left·right) for `rows` of the products in `out`; W and out are (rows, columns) of one dtype.
+    """Store g∘(W + left·right) for `rows` of the products in `out`; W and out are (rows, columns).
 
-    They are BF16 as uint16, float16 or float32, with any steps from row to row and column to column. g is 1, or
-    magnitude / ‖W + left·right‖ for each row, which is left in `gains`. Sums are in float32, rounded once; 16-bit
-    results of a magnitude below |g|·`bound` are computed in float64. The first `measured` rows are compared with W.
-    `sums` is memory for so many float32 numbers as the products say, `gains` is in float64.
+    They are BF16 as uint16, float16 or float32, with any steps from row to row and column to column; both of one dtype,
+    or W in float32. g is 1, or magnitude / ‖W + left·right‖ for each row, which is left in `gains`. Sums are in
+    float32, rounded once; 16-bit results of a magnitude below |g|·`bound` are computed in float64. The first `measured`
+    rows are compared with W. `sums` is memory for so many float32 numbers as the products say, `gains` is in float64.
     NaN and infinities are results like others. Raises `ValueError` for arrays of other shapes.
     """
     count = rows.stop - rows.start
-    if W.shape != (count, terms.columns) or (out.shape, out.strides, out.dtype) != (W.shape, W.strides, W.dtype):
-        raise ValueError(f"W {W.shape} and out {out.shape} are not ({count}, {terms.columns}) rows laid out alike")
+    stride, step = _laid_out(W, out)
+    if W.shape != (count, terms.columns):
+        raise ValueError(f"W {W.shape} is not ({count}, {terms.columns})")
     if (gains is None) != (terms.magnitude is None) or sums.size < terms.memory:
         raise ValueError(f"gains go with a magnitude; sums take {terms.memory} numbers, not {sums.size}")
     if any(rows.stop > len(array) for array in (terms.left, gains) if array is not None):
         raise ValueError(f"{rows} are not rows of left, {terms.left.shape}, or have no gains")
-    stride, step = (stride // W.itemsize for stride in W.strides)
 
     def at(array: Array | None, part: slice = slice(None)) -> int | None:
         return None if array is None else array[part].ctypes.data
 
     call = _Rows(
-        at(W), at(out), _DTYPES[W.dtype.name], stride, step, count, terms.columns, terms.left.shape[1],
+        at(W), at(out), _DTYPES[W.dtype.name], _DTYPES[out.dtype.name], stride, step, *W.shape, terms.left.shape[1],
         at(terms.left, rows), at(terms.panels), at(terms.factor, rows), at(terms.scale), at(terms.magnitude, rows),
         at(gains, rows), bound, at(sums), measured,
     )  # fmt: skip
     _library()[0].loratools_add_products(ctypes.byref(call))
-    zero_row = None if call.zero_row < 0 else rows.start + call.zero_row
-    return Outcome(call.largest, zero_row, call.retained, call.total, int(call.changed))
+    return _outcome(call, rows.start)
+
+
+def round_rows(W: Array, out: Array) -> Outcome:
+    """Store W (rows, columns), float32, in `out`, BF16 as uint16 or float16, rounded to nearest even.
+
+    Raises `ValueError` for arrays of different shapes, or laid out in different ways.
+    """
+    stride, step = _laid_out(W, out)
+    if W.dtype.name != "float32" or out.dtype.name == "float32":
+        raise ValueError(f"{W.dtype} is rounded to {out.dtype}, and float32 to 16 bit is what is known")
+    call = _Rows(W.ctypes.data, out.ctypes.data, 2, _DTYPES[out.dtype.name], stride, step, *W.shape, zero_row=-1)
+    _library()[0].loratools_round_rows(ctypes.byref(call))
+    return _outcome(call, 0)
+
+
+def _laid_out(W: Array, out: Array) -> tuple[int, int]:
+    """Return the elements from row to row and from column to column, which W and out have alike."""
+    steps = [tuple(step // array.itemsize for step in array.strides) for array in (W, out)]
+    if W.shape != out.shape or steps[0] != steps[1] or W.dtype.name not in (out.dtype.name, "float32"):
+        raise ValueError(f"W {W.dtype} {W.shape} and out {out.dtype} {out.shape} are not rows laid out alike")
+    return steps[0][0], steps[0][1]
+
+
+def _outcome(call: _Rows, first: int) -> Outcome:
+    zero_row = None if call.zero_row < 0 else first + call.zero_row
+    return Outcome(call.largest, zero_row, call.retained, call.total, int(call.changed), call.overflowed, call.flushed)

@@ -1,6 +1,7 @@
 /* The arithmetic of rows.c for vectors of WIDTH numbers, with the instructions of TARGET, TOGETHER rows at a time.
  *
- * `dtype` is a constant wherever these functions are inlined: what stands once here becomes a loop for each dtype.
+ * `dtype`, that of W, and `result`, that of out, are constants wherever these functions are inlined: what stands once
+ * here becomes a loop for each of them.
  */
 #define Vector NAMED(Vector, WIDTH)
 #define Bits NAMED(Bits, WIDTH)
@@ -60,6 +61,13 @@ INLINE void NAMED(round_to, WIDTH)(char *row, size_t j, Vector numbers, int dtyp
 #endif
 }
 
+/* Numbers with every NaN as it usually is: one with other bits would be rounded to zero in BF16. */
+INLINE Vector NAMED(plain_nan, WIDTH)(Vector numbers)
+{
+    Bits nan = (Bits)(numbers != numbers), bits = (Bits)numbers;
+    return (Vector)((bits & ~(nan & 0x3fffff)) | (nan & 0x400000));
+}
+
 /* One number, as it is stored. */
 INLINE uint16_t NAMED(half_of, WIDTH)(float x, int dtype)
 {
@@ -105,16 +113,17 @@ INLINE double NAMED(squares, WIDTH)(const char *W, float *sums, size_t padded, i
 
 /* Compute 16-bit results of columns [first, last) of a row again in float64, where they are below the limit. */
 INLINE void NAMED(refine, WIDTH)(
-    const Rows *at, size_t i, const char *W, char *out, size_t first, size_t last, double gain, uint32_t limit, int dtype)
+    const Rows *at, size_t i, const char *W, char *out, size_t first, size_t last, double gain, uint32_t limit,
+    int dtype, int result)
 {
     for (size_t j = first; j < last; j++) {
-        uint16_t *result = (uint16_t *)out + j;
-        if ((*result & 0x7fff) >= limit) continue;
+        uint16_t *number = (uint16_t *)out + j;
+        if ((*number & 0x7fff) >= limit) continue;
         const float *right = at->right + j / LANES * LANES * at->rank + j % LANES;
         double change = 0, base = NAMED(widened, WIDTH)(W, j / WIDTH * WIDTH, dtype)[j % WIDTH];
         for (size_t k = 0; k < at->rank; k++)
             change += at->factor[i * at->rank + k] * at->scale[k] * right[k * LANES];
-        *result = NAMED(half_of, WIDTH)((float)(gain * (base + change)), dtype);
+        *number = NAMED(half_of, WIDTH)((float)(gain * (base + change)), result);
     }
 }
 
@@ -131,12 +140,29 @@ INLINE void NAMED(extremes, WIDTH)(const char *out, size_t first, size_t last, u
     *least = low;
 }
 
-INLINE void NAMED(measure, WIDTH)(Rows *at, const char *W, const char *out, const float *sums, size_t padded, int dtype)
+/* Count the numbers of which rounding made an infinity, and those that were not zero and became it. */
+INLINE void NAMED(lost, WIDTH)(Rows *at, const float *numbers, const uint16_t *out, size_t count, uint16_t infinity)
+{
+    uint32_t overflowed = 0, flushed = 0;
+    for (size_t j = 0; j < count; j++) {
+        uint32_t bits;
+        memcpy(&bits, numbers + j, 4);
+        bits &= 0x7fffffff;
+        uint16_t magnitude = out[j] & 0x7fff;
+        overflowed += magnitude == infinity && bits < 0x7f800000;
+        flushed += !magnitude && bits;
+    }
+    at->overflowed += overflowed;
+    at->flushed += flushed;
+}
+
+INLINE void NAMED(measure, WIDTH)(
+    Rows *at, const char *W, const char *out, const float *sums, size_t padded, int dtype, int result)
 {
     double retained[PARTS] = {0}, total[PARTS] = {0};
     size_t changed = 0;
     for (size_t j = 0; j < padded; j += WIDTH) {
-        Vector base = NAMED(widened, WIDTH)(W, j, dtype), after = NAMED(widened, WIDTH)(out, j, dtype);
+        Vector base = NAMED(widened, WIDTH)(W, j, dtype), after = NAMED(widened, WIDTH)(out, j, result);
         for (int n = 0; n < WIDTH; n++) {
             double delta = (double)sums[j + n] - base[n], kept = (double)after[n] - base[n];
             retained[(j + n) % PARTS] += kept * delta;
@@ -152,10 +178,10 @@ INLINE void NAMED(measure, WIDTH)(Rows *at, const char *W, const char *out, cons
 }
 
 /* Make a row of results from W and the sums, which have zeros beyond the columns, up to a whole panel. */
-INLINE void NAMED(finish, WIDTH)(Rows *at, size_t i, const char *W, char *out, float *sums, size_t padded, int dtype)
+INLINE void NAMED(finish, WIDTH)(
+    Rows *at, size_t i, const char *W, char *out, float *sums, size_t padded, int dtype, int result)
 {
-    enum { CHUNK = 64 };
-    int rescaled = at->magnitude != NULL, measured = i < at->measured;
+    int rescaled = at->magnitude != NULL, measured = i < at->measured, narrows = dtype != result;
     double gain = 1;
     if (rescaled) {
         double squares = NAMED(squares, WIDTH)(W, sums, padded, dtype);
@@ -166,10 +192,10 @@ INLINE void NAMED(finish, WIDTH)(Rows *at, size_t i, const char *W, char *out, f
     for (size_t j = 0; j < padded; j += WIDTH) {
         Vector x = *(const Vector *)(sums + j);
         x = rescaled ? x * by : NAMED(widened, WIDTH)(W, j, dtype) + x;
-        if (measured) *(Vector *)(sums + j) = x;
-        NAMED(round_to, WIDTH)(out, j, x, dtype);
+        if (measured || narrows) *(Vector *)(sums + j) = x;
+        NAMED(round_to, WIDTH)(out, j, narrows ? NAMED(plain_nan, WIDTH)(x) : x, result);
     }
-    if (dtype == F32) {
+    if (result == F32) {
         uint32_t largest = 0;
         for (size_t j = 0; j < at->columns; j++) {
             uint32_t magnitude = ((const uint32_t *)out)[j] & 0x7fffffff;
@@ -177,59 +203,94 @@ INLINE void NAMED(finish, WIDTH)(Rows *at, size_t i, const char *W, char *out, f
         }
         at->largest = largest > at->largest ? largest : at->largest;
     } else {
-        uint32_t limit = NAMED(half_of, WIDTH)((float)(at->bound * fabs(gain)), dtype) + 1;
+        uint32_t limit = NAMED(half_of, WIDTH)((float)(at->bound * fabs(gain)), result) + 1;
         for (size_t first = 0; first < at->columns; first += CHUNK) {
             size_t last = first + CHUNK < at->columns ? first + CHUNK : at->columns;
             uint16_t largest, least;
             NAMED(extremes, WIDTH)(out, first, last, &largest, &least);
             if (least < limit) {
-                NAMED(refine, WIDTH)(at, i, W, out, first, last, gain, limit, dtype);
+                NAMED(refine, WIDTH)(at, i, W, out, first, last, gain, limit, dtype, result);
                 NAMED(extremes, WIDTH)(out, first, last, &largest, &least);
             }
             at->largest = largest > at->largest ? largest : at->largest;
+            if (narrows && (largest >= INFINITE(result) || !least))
+                NAMED(lost, WIDTH)(at, sums + first, (const uint16_t *)out + first, last - first, INFINITE(result));
         }
     }
-    if (measured) NAMED(measure, WIDTH)(at, W, out, sums, padded, dtype);
+    if (measured) NAMED(measure, WIDTH)(at, W, out, sums, padded, dtype, result);
 }
 
 /* Finish a row where it lies, or in memory beside the sums where its columns are apart or fill no whole panel. */
-INLINE void NAMED(place, WIDTH)(Rows *at, size_t i, float *sums, size_t padded, int dtype)
+INLINE void NAMED(place, WIDTH)(Rows *at, size_t i, float *sums, size_t padded, int dtype, int result)
 {
-    size_t size = dtype == F32 ? 4 : 2, columns = at->columns, step = at->step * size;
+    size_t size = dtype == F32 ? 4 : 2, wide = result == F32 ? 4 : 2, columns = at->columns, step = at->step;
     const char *W = at->W + i * at->stride * size;
-    char *out = at->out + i * at->stride * size;
-    if (at->step == 1 && columns == padded) {
-        NAMED(finish, WIDTH)(at, i, W, out, sums, padded, dtype);
+    char *out = at->out + i * at->stride * wide;
+    if (step == 1 && columns == padded) {
+        NAMED(finish, WIDTH)(at, i, W, out, sums, padded, dtype, result);
         return;
     }
-    char *base = (char *)(at->sums + MOST_ROWS * padded), *result = (char *)(at->sums + (MOST_ROWS + 1) * padded);
+    char *base = (char *)(at->sums + MOST_ROWS * padded), *made = (char *)(at->sums + (MOST_ROWS + 1) * padded);
     memset(base + columns * size, 0, (padded - columns) * size);
-    if (at->step == 1) memcpy(base, W, columns * size);
-    else for (size_t j = 0; j < columns; j++) memcpy(base + j * size, W + j * step, size);
-    NAMED(finish, WIDTH)(at, i, base, result, sums, padded, dtype);
-    if (at->step == 1) memcpy(out, result, columns * size);
-    else for (size_t j = 0; j < columns; j++) memcpy(out + j * step, result + j * size, size);
+    if (step == 1) memcpy(base, W, columns * size);
+    else for (size_t j = 0; j < columns; j++) memcpy(base + j * size, W + j * step * size, size);
+    NAMED(finish, WIDTH)(at, i, base, made, sums, padded, dtype, result);
+    if (step == 1) memcpy(out, made, columns * wide);
+    else for (size_t j = 0; j < columns; j++) memcpy(out + j * step * wide, made + j * wide, wide);
 }
 
-INLINE void NAMED(rows, WIDTH)(Rows *at, int dtype)
+INLINE void NAMED(rows, WIDTH)(Rows *at, int dtype, int result)
 {
     size_t panels = (at->columns + LANES - 1) / LANES, padded = panels * LANES, i = 0;
     at->zero_row = -1;
     for (; i + TOGETHER <= at->rows; i += TOGETHER) {
         NAMED(multiply, WIDTH)(at->left + i * at->rank, at->right, at->rank, panels, at->sums, TOGETHER);
-        for (size_t n = 0; n < TOGETHER; n++) NAMED(place, WIDTH)(at, i + n, at->sums + n * padded, padded, dtype);
+        for (size_t n = 0; n < TOGETHER; n++)
+            NAMED(place, WIDTH)(at, i + n, at->sums + n * padded, padded, dtype, result);
     }
     for (; i < at->rows; i++) {
         NAMED(multiply, WIDTH)(at->left + i * at->rank, at->right, at->rank, panels, at->sums, 1);
-        NAMED(place, WIDTH)(at, i, at->sums, padded, dtype);
+        NAMED(place, WIDTH)(at, i, at->sums, padded, dtype, result);
     }
 }
 
 static TARGET void NAMED(add_products, WIDTH)(Rows *at)
 {
-    switch (at->dtype) {
-    case BF16: NAMED(rows, WIDTH)(at, BF16); break;
-    case F16: NAMED(rows, WIDTH)(at, F16); break;
-    default: NAMED(rows, WIDTH)(at, F32);
+    switch (at->dtype * 3 + at->result) {
+    case BF16 * 3 + BF16: NAMED(rows, WIDTH)(at, BF16, BF16); break;
+    case F16 * 3 + F16: NAMED(rows, WIDTH)(at, F16, F16); break;
+    case F32 * 3 + BF16: NAMED(rows, WIDTH)(at, F32, BF16); break;
+    case F32 * 3 + F16: NAMED(rows, WIDTH)(at, F32, F16); break;
+    default: NAMED(rows, WIDTH)(at, F32, F32);
     }
+}
+
+/* out = W in 16 bit, W being F32; a constant dtype of the result. */
+INLINE void NAMED(narrow, WIDTH)(Rows *at, int result)
+{
+    float numbers[CHUNK] = {0};
+    uint16_t rounded[CHUNK];
+    for (size_t i = 0; i < at->rows; i++) {
+        const float *W = (const float *)at->W + i * at->stride;
+        uint16_t *out = (uint16_t *)at->out + i * at->stride, largest, least;
+        for (size_t first = 0; first < at->columns; first += CHUNK) {
+            size_t left = at->columns - first, count = left < CHUNK ? left : CHUNK;
+            if (at->step == 1) memcpy(numbers, W + first, count * 4);
+            else for (size_t j = 0; j < count; j++) numbers[j] = W[(first + j) * at->step];
+            for (size_t j = 0; j < CHUNK; j += WIDTH)
+                NAMED(round_to, WIDTH)((char *)rounded, j, NAMED(plain_nan, WIDTH)(*(const Vector *)(numbers + j)), result);
+            NAMED(extremes, WIDTH)((const char *)rounded, 0, count, &largest, &least);
+            at->largest = largest > at->largest ? largest : at->largest;
+            if (largest >= INFINITE(result) || !least)
+                NAMED(lost, WIDTH)(at, numbers, rounded, count, INFINITE(result));
+            if (at->step == 1) memcpy(out + first, rounded, count * 2);
+            else for (size_t j = 0; j < count; j++) out[(first + j) * at->step] = rounded[j];
+        }
+    }
+}
+
+static TARGET void NAMED(round_rows, WIDTH)(Rows *at)
+{
+    if (at->result == BF16) NAMED(narrow, WIDTH)(at, BF16);
+    else NAMED(narrow, WIDTH)(at, F16);
 }

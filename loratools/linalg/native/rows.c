@@ -1,4 +1,5 @@
 /* One pass over rows of a BF16, F16 or F32 matrix: out = g∘(W + left·right), rounded once, to nearest even.
+ * `out` has the dtype of W, or 16 bits where W is F32, as what codes stand for is; or out = W alone, rounded.
  *
  * Products are summed by fused multiply-adds in the order of the rank, W is added to the sum, and the row is rescaled
  * where there is a magnitude (DoRA: g = m / ‖W + left·right‖, its squares summed in float64). 16-bit results so near
@@ -13,12 +14,14 @@
 
 enum { BF16, F16, F32 };
 enum { LANES = 32, PARTS = 16, MOST_ROWS = 8 }; /* columns of a panel; sums of squares of a row; rows at once, at most */
+enum { CHUNK = 64 }; /* numbers that are looked through together */
+#define INFINITE(dtype) ((dtype) == BF16 ? 0x7f80 : 0x7c00) /* the bits of infinity */
 
 /* The same fields, in the same order, as `_Rows` in __init__.py. */
 typedef struct {
     const char *W; /* (rows, columns) as `out`: `stride` elements from row to row, `step` from column to column */
     char *out;
-    size_t dtype, stride, step, rows, columns, rank;
+    size_t dtype, result, stride, step, rows, columns, rank; /* dtypes of W and of out */
     const float *left;   /* (rows, rank): factor·diag(scale), rounded */
     const float *right;  /* (rank, columns) in panels of LANES columns, the last filled up with zeros */
     const float *factor; /* (rows, rank) */
@@ -30,6 +33,7 @@ typedef struct {
     size_t measured;         /* the first so many rows are compared with W */
     /* results: */
     double retained, total, changed; /* ⟨out − W, Δ⟩, ⟨Δ, Δ⟩ and the count of out ≠ W over the measured rows */
+    uint64_t overflowed, flushed;    /* where W is F32 and out is not: finite numbers made infinite, others made zero */
     int64_t zero_row;                /* a row that has no direction, −1 if all have one */
     uint32_t largest;                /* the bits of the largest magnitude of out */
 } Rows;
@@ -66,6 +70,7 @@ static int served(void)
 }
 
 void loratools_add_products(Rows *at) { wide() ? add_products_16(at) : add_products_8(at); }
+void loratools_round_rows(Rows *at) { wide() ? round_rows_16(at) : round_rows_8(at); }
 #else
 #define TARGET
 #define WIDTH 4
@@ -75,6 +80,7 @@ void loratools_add_products(Rows *at) { wide() ? add_products_16(at) : add_produ
 static int served(void) { return 1; }
 
 void loratools_add_products(Rows *at) { add_products_4(at); }
+void loratools_round_rows(Rows *at) { round_rows_4(at); }
 #endif
 
 /* Whoever calls checks that it means the same fields; 0 says that torch is faster on this processor. */

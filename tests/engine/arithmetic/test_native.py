@@ -21,7 +21,7 @@ from loratools.engine.plan import Change
 from loratools.engine.task import TensorTask
 from loratools.errors import IncompatibleAdapter
 from loratools.linalg import native
-from loratools.storage.codecs import floats
+from loratools.storage.codecs import Module, encoded, floats, fp8
 from loratools.storage.header import TensorSpec
 from loratools.storage.lazy import LazyTensor
 from tests.engine.arithmetic import sites as cases
@@ -54,6 +54,57 @@ def test_every_site_is_float64_rounded_once_in_any_tiles(
     for site in SITES[sites]:
         untouched[slice(*site.rows), slice(*site.columns)] = False
     assert (cases.numbers(made[0][0], dtype) == cases.base(spec))[untouched].all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(["BF16", "F16"]), st.sampled_from(sorted(SITES)), st.integers(0, 99), st.booleans())
+def test_float32_becomes_16_bit_in_the_same_rounding(
+    tmp_path_factory: pytest.TempPathFactory, dtype: str, sites: str, seed: int, dora: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("narrowed")
+    spec = cases.save(folder / "W", "F32", seed)
+    products = cases.products(sites, 3, seed, dora)
+    wanted, error = cases.expected(cases.base(spec), products)
+    made = [cases.write(spec, in_c(products), folder / "out", tile, dtype) for tile in TILES]
+    assert all(raw == made[0][0] for raw, _ in made)
+    cases.expect_rounded(made[0][0], dtype, wanted, error)
+    numbers = cases.numbers(made[0][0], dtype)
+    changed = np.full(MATRIX, False)
+    for site in SITES[sites]:
+        changed[slice(*site.rows), slice(*site.columns)] = True
+    delta, kept = (wanted - cases.base(spec))[changed], (numbers - cases.base(spec))[changed]
+    for _, result in made:
+        assert abs(result.total / (delta * delta).sum() - 1) < 1e-4
+        assert abs(result.retained - (kept * delta).sum()) < 1e-4 * (delta * delta).sum()
+        assert result.changed == pytest.approx(np.count_nonzero(kept))
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_a_cast_alone_is_torchs_and_counts_what_it_loses(tmp_path: Path, dtype: str) -> None:
+    W = np.random.default_rng(3).standard_normal(MATRIX).astype(np.float32)
+    W[0, :8] = [-0.0, 0.0, np.inf, -np.inf, np.nan, 3.4e38, 65520.0, 65519.0]
+    W[1, :6] = [1e-8, -1e-8, 2.0**-25, 2.0**-24, 1e-45, 2.0**-133]
+    W[2, :2] = np.array([0x7FFFFFFF, 0xFFFFFFFF], np.uint32).view(np.float32)  # NaN of other bits
+    W.tofile(tmp_path / "W")
+    spec = TensorSpec("F32", MATRIX, tmp_path / "W", 0, W.nbytes)
+    raw, result = cases.write(spec, in_c([]), tmp_path / "out", 400, dtype)
+    theirs = torch.from_numpy(W).to(cases.TORCH[dtype])
+    ours = torch.frombuffer(bytearray(raw), dtype=cases.TORCH[dtype]).view(MATRIX)
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    number = ~theirs.isnan()
+    assert torch.equal(ours[number].view(torch.int16), theirs[number].view(torch.int16))  # the sign of zero too
+    assert result.overflowed == int(np.count_nonzero(np.isfinite(W) & theirs.isinf().numpy())) > 0
+    assert result.flushed == int(np.count_nonzero((W != 0) & (theirs == 0).numpy())) > 0
+
+
+def test_what_a_cast_loses_is_counted_once_beside_what_changes(tmp_path: Path) -> None:
+    W = np.full(MATRIX, 1e-9, np.float32)
+    W.tofile(tmp_path / "W")
+    spec = TensorSpec("F32", MATRIX, tmp_path / "W", 0, W.nbytes)
+    for sites in ("one part", "every second column"):
+        _, result = cases.write(spec, in_c(cases.products(sites, 3, 1)), tmp_path / "out", 400, "F16")
+        covered = sum(site.shape[0] * site.shape[1] for site in SITES[sites])
+        assert result.flushed == W.size - covered
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -136,6 +187,20 @@ def test_what_else_is_served_and_what_is_not() -> None:
     assert not chosen(placed(kind="dora"), placed())
     embedding = {"lora_embedding_A": stored(2, 24), "lora_embedding_B": stored(40, 2)}
     assert not chosen(Placement("W", kinds.get("embedding").build(embedding, 1.0, 2.0), WHOLE))
+
+
+def test_what_codes_stand_for_is_served_in_every_dtype_changed_or_not() -> None:
+    names = {"weight": "W.weight", "weight_scale": "W.weight_scale"}
+    specs = {
+        "weight": TensorSpec("F8_E4M3", MATRIX, Path("base"), 0, MATRIX[0] * MATRIX[1]),
+        "weight_scale": TensorSpec("F32", (1,), Path("base"), 0, 4),
+    }
+    spec = encoded(fp8.opened(Module("W", "fp8", names, specs, {}, "BF16")))
+    for dtype in DTYPES:
+        assert serves(Change(spec), dtype)
+        assert serves(Change(spec, ((0, placed()),)), dtype)
+        assert not serves(Change(spec, ((0, placed(file=False)),)), dtype)
+    assert not serves(Change(spec), "F64")
 
 
 def test_nothing_is_served_where_nothing_was_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
