@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from loratools.hub.stream import Stream
     from loratools.surgery.merge import Merge, MergeReport
 
-_SHOWN = 12
+_SHOWN = 3
 
 
 @make(section="Change")

@@ -1,8 +1,10 @@
 """What `loratools demo` shows: a small trained model, an adapter for it, and held-out text, inside the package.
 
-tour    every capability once
-llama   the model's forward pass: what an adapter does to it
-data    model, adapter and text
+tour       every capability once
+stop       one stop of it
+quantized  the stop at a base of 8-bit codes
+llama      the model's forward pass: what an adapter does to it
+data       model, adapter and text
 """
 
 from __future__ import annotations

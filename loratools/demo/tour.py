@@ -5,13 +5,15 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loratools import dialects
 from loratools.decisions import warnings_to
 from loratools.demo import data_folder
+from loratools.demo.quantized import quantized
+from loratools.demo.stop import Stop
 from loratools.errors import WrongBase
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.storage.atomic import new_folder, temporary
@@ -30,16 +32,6 @@ from loratools.surgery.unmerge import unmerge
 from loratools.surgery.verify import verify
 
 PROMPT = b"FIRST LORD.\n"
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """One stop of the tour: what is done, the command that does it, what came of it in words and in numbers."""
-
-    title: str
-    command: str
-    lines: tuple[str, ...]
-    measured: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +57,7 @@ def run_demo(folder: Location | None = None) -> Tour:
 
     Example:
         >>> len(run_demo().stops)
-        10
+        11
     """
     place = temporary("demo") if folder is None else new_folder(Path(folder))
     began = time.monotonic()
@@ -293,6 +285,6 @@ def _wrong_base(folder: Path) -> Stop:
 
 
 STOPS: tuple[Callable[[Path], Stop], ...] = (
-    _inspect, _seal, _merge, _verify, _unmerge, _combine, _extract, _losses, _train, _wrong_base,
+    _inspect, _seal, _merge, _verify, _unmerge, _combine, _extract, _losses, _train, quantized, _wrong_base,
 )  # fmt: skip
 """The stops, in order; a later capability adds its own."""
