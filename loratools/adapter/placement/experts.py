@@ -3,6 +3,7 @@
     stacked     mlp.experts.gate_up_proj (E, 2I, H) and mlp.experts.down_proj (E, H, I), as transformers 5 computes;
                 or (E, H, 2I) and (E, I, H), as gpt-oss does, with the rows of gate and up in turn
     by expert   mlp.experts.7.gate_proj, up_proj and down_proj, or block_sparse_moe.experts.7.w1, w3 and w2 (Mixtral)
+    switch      mlp.switch_mlp.gate_proj, up_proj and down_proj, (E, out, in) each, as mlx-lm does
 
 The output of a merge has the layout of its base, whichever of these the adapter was trained in.
 """
@@ -16,7 +17,7 @@ from typing import Any
 from loratools.adapter.kinds import Update
 from loratools.adapter.naming.stacked import INTERLEAVED, STORED_IN_OUT, known_type
 from loratools.adapter.naming.wrappers import Names
-from loratools.adapter.placement.stacks import MODEL_TYPE, PARAMETERS, Shapes, lies_in_out, spellings
+from loratools.adapter.placement.stacks import MODEL_TYPE, PARAMETERS, Shapes, lies_in_out, spellings, switched
 from loratools.adapter.site import Site
 
 _EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<number>\d+)\.(?P<name>\w+)")
@@ -75,7 +76,33 @@ def expert_site(module: str, update: Update, names: Names, shapes: Shapes, confi
             place = int(match["number"]), position, len(projections)
             lies = lies_in_out(match["stack"], names, shapes)
             return _in_stack(tensor, shapes[tensor], update.shape, place, known_type(config), lies)
+    projection = next((name for name, known in _PROJECTIONS.items() if match["name"] in known), "")
+    if tensor := _switch(match["stack"], projection, names, shapes):
+        return _in_switch(tensor, shapes[tensor], update.shape, int(match["number"]))
     return None
+
+
+_PROJECTIONS = {name: PARAMETERS[name][0][:2] for name in ("gate_proj", "up_proj", "down_proj")}
+"""The projections of an expert by mlx-lm's name, with their names where each expert has its own tensors."""
+
+
+def _switch(stack: str, projection: str, names: Names, shapes: Shapes) -> str | None:
+    """Return mlx-lm's tensor of one projection of all experts, or None."""
+    each = (switched(path, projection, names, shapes) for path in spellings(stack))
+    return next((tensor for tensor in each if tensor), None)
+
+
+def _in_switch(
+    tensor: str, stored: tuple[int, ...], shape: tuple[int, ...], number: int, part: tuple[int, int] | None = None
+) -> Site:
+    """Return the site of a projection (out, in), rows `part` of an update, in a stack (E, out, in)."""
+    experts, first, second = stored
+    if number >= experts:
+        raise NoPlace(f"{tensor} has {experts} experts")
+    if shape != (first, second):
+        raise NoPlace(f"its delta weight has shape {shape}, and {tensor} has {(first, second)} for each expert")
+    rows = (number * first, (number + 1) * first, 1)
+    return Site(tensor, (experts * first, second), rows, (0, second, 1), part or (0, first))
 
 
 def _orientation(update: Update, sides: tuple[int, int], tensor: str) -> bool:
@@ -96,13 +123,17 @@ def _by_expert(module: str, update: Update, number: int, names: Names, shapes: S
     count, (out, inner) = len(projections), update.shape[1:]
     for i, known in enumerate(projections):
         paths = [f"{path}.{number}.{name}" for path in spellings(module) for name in known]
+        part = (i * (out // count), (i + 1) * (out // count))
+        if switch := _switch(module, known[0], names, shapes):
+            yield number, _in_switch(switch, shapes[switch], (out // count, inner), number, part)
+            continue
         if not (tensors := [tensor for path in paths for tensor in names.find(path)]):
             return
         tensor = tensors[0]
         if shapes[tensor] != (out // count, inner):
             raise NoPlace(f"its delta weight has shape {(out, inner)}, and {tensor} has {shapes[tensor]}")
         rows = out // count
-        yield number, Site(tensor, (rows, inner), (0, rows, 1), (0, inner, 1), (i * rows, (i + 1) * rows))
+        yield number, Site(tensor, (rows, inner), (0, rows, 1), (0, inner, 1), part)
 
 
 def _in_stack(

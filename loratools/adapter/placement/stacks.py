@@ -119,7 +119,16 @@ def stored(path: str, parameter: str, names: Names, shapes: Shapes) -> Stored | 
             if len(shapes[tensor]) == 2:
                 rows, columns = shapes[tensor]
                 return Stored(tensor, (len(projections) * rows, columns), split=True)
+        if projections and (switch := switched(spelled, projections[0][0], names, shapes)):
+            _, rows, columns = shapes[switch]
+            return Stored(switch, (len(projections) * rows, columns), split=True)
     return None
+
+
+def switched(stack: str, projection: str, names: Names, shapes: Shapes) -> str | None:
+    """Return mlx-lm's tensor (E, out, in) of one projection of all experts, by its name; None where there is none."""
+    found = names.find(f"{stack.removesuffix('experts')}switch_mlp.{projection}") if stack.endswith("experts") else []
+    return next((tensor for tensor in found if len(shapes[tensor]) == 3), None)
 
 
 def spellings(module: str) -> Iterator[str]:

@@ -8,9 +8,8 @@ config.json's `quantization` has the mode, bits and group of all modules, and of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from math import prod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,7 @@ from loratools.storage.codecs._levels import Draw, Floats
 from loratools.storage.codecs._packed import pack, unpack
 from loratools.storage.codecs._scales import by_power, rounded, stored
 from loratools.storage.codecs.floats import Array, narrow, widen
-from loratools.storage.codecs.tables import E2M1, table
-from loratools.storage.header import TensorSpec
+from loratools.storage.codecs.tables import E2M1, numbers, table
 
 _AFFINE_BITS, _AFFINE_GROUPS = (1, 2, 3, 4, 5, 6, 8), (32, 64, 128)
 _FLOATS = {"mxfp4": (4, 32, "F8_E8M0"), "nvfp4": (4, 16, "F8_E4M3"), "mxfp8": (8, 32, "F8_E8M0")}
@@ -44,17 +42,11 @@ def opened(module: Module) -> Encoding:
             f"its weight {list(weight.shape)}, scales {list(scales.shape)} do not fit {bits} bits in groups of {size}"
         )
     label = f"MLX {bits} bit, groups of {size}" if mode == "affine" else f"MLX {mode}, groups of {size}"
-    flat = {part: replace(spec, shape=(prod(spec.shape[:-1]), spec.shape[-1])) for part, spec in _matrices(module)}
-    module = replace(module, specs={**module.specs, **flat})  # of a stack, rows are read from where they begin
     shape = (*weight.shape[:-1], columns)
     if mode == "affine":
         return Affine(module, shape, label, bits, (1, size), levels=Count(bits), width=size, codes_part="weight")
     levels = _FP4 if bits == 4 else _FP8
     return FloatMode(module, shape, label, bits, (1, size), levels=levels, width=size, codes_part="weight", mode=mode)
-
-
-def _matrices(module: Module) -> Iterator[tuple[str, TensorSpec]]:
-    return ((part, spec) for part, spec in module.specs.items() if part in ("weight", "scales", "biases"))
 
 
 def plain(statement: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
@@ -163,7 +155,7 @@ class Mlx(Grouped):
 
     def codes(self, parts: Parts, first: int, count: int) -> Array:
         """Return so many rows of codes from `first` on, uint8 (count, columns)."""
-        return unpack(parts.rows("weight", first, first + count), self.bits, self.columns)
+        return unpack(parts.joined("weight", first, first + count), self.bits, self.columns)
 
     def packed(self, codes: Array) -> Array:
         """Return rows of codes as rows of bytes."""
@@ -180,7 +172,8 @@ class Affine(Mlx):
 
     def stored(self, parts: Parts, first: int, count: int) -> Stored:
         """Return so many rows from `first` on."""
-        scales, biases = (parts.numbers(part, first, first + count) for part in ("scales", "biases"))
+        dtype = self.module.specs["scales"].dtype
+        scales, biases = (numbers(parts.joined(part, first, first + count), dtype) for part in ("scales", "biases"))
         return Stored(self.codes(parts, first, count), scales, biases)
 
     def numbers(self, stored: Stored, out: Array) -> None:
@@ -234,7 +227,7 @@ class FloatMode(Mlx):
 
     def stored(self, parts: Parts, first: int, count: int) -> Stored:
         """Return so many rows from `first` on."""
-        scales: Array = table(_FLOATS[self.mode][2])[parts.rows("scales", first, first + count)]
+        scales: Array = table(_FLOATS[self.mode][2])[parts.joined("scales", first, first + count)]
         if "global_scale" in self.module.specs:
             scales *= self._of_matrices(parts, first, count)
         return Stored(self.codes(parts, first, count), scales)
