@@ -95,6 +95,29 @@ def test_an_old_stack_on_experts_of_their_own() -> None:
         assert torch.allclose(found[f"{name}.{e}.up_proj.weight"], delta[e, 4:], atol=1e-6)
 
 
+@pytest.mark.parametrize("place", ["mlp", "block_sparse_moe"])
+def test_in_switch_layers_of_mlx(place: str) -> None:
+    """mlx-lm stacks each projection by itself, under its own names: single experts, and stacks of gate and up."""
+    name, switch = "model.layers.0.mlp.experts", f"model.layers.0.{place}.switch_mlp"
+    sides = {"gate_proj": (4, 5), "up_proj": (4, 5), "down_proj": (5, 4)}
+    shapes = {f"{switch}.{part}.weight": (EXPERTS, *each) for part, each in sides.items()}
+    names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"} if place == "block_sparse_moe" else {}
+    for part, (out, inner) in sides.items():
+        update = single(out, inner)
+        path = f"model.layers.0.{place}.experts.2.{names.get(part, part)}"
+        found = change({path: update}, shapes)[f"{switch}.{part}.weight"]
+        assert torch.allclose(found[2], update.delta_weight(), atol=1e-6)
+        assert not found[:2].any()
+    both = stack(8, 5, "gate_up_proj")
+    found, delta = change({name: both}, shapes), both.delta_weight()
+    assert torch.allclose(found[f"{switch}.gate_proj.weight"], delta[:, :4], atol=1e-6)
+    assert torch.allclose(found[f"{switch}.up_proj.weight"], delta[:, 4:], atol=1e-6)
+    with pytest.raises(IncompatibleAdapter, match=f"has {EXPERTS} experts"):
+        change({f"{name}.{EXPERTS}.up_proj": single(4, 5)}, shapes)
+    with pytest.raises(IncompatibleAdapter, match=r"has \(4, 5\) for each expert"):
+        change({f"{name}.0.up_proj": single(5, 4)}, shapes)
+
+
 @pytest.mark.parametrize("square", [False, True])
 def test_single_experts_of_an_unknown_model_lie_as_the_stack_beside_shows(square: bool) -> None:
     """down_proj (E, I, H) of a square expert: gate_up_proj (E, H, 2I) shows that the model stores (in, out)."""
