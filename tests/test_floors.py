@@ -38,7 +38,7 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
         "__main__ __init__",
     ),
     "loratools.adapter": ("factors parts site", "kinds", "model", "fusing identity low_rank", "naming", "placement"),
-    "loratools.adapter.naming": ("compact llama_cpp stacked wrappers image", "selection"),
+    "loratools.adapter.naming": ("compact llama_cpp_table stacked wrappers image", "selection llama_cpp"),
     "loratools.storage": ("*", "pickles", "checkpoint", "companions"),
     "loratools.dialects": ("_frame", "*"),
     "loratools.surgery": (

@@ -49,7 +49,7 @@ ELSEWHERE = {
     "storage/test_header": "storage: dtypes",
     "storage/test_sources": "storage: resolvers",
     "dialects/_frame/test_frame": "storage: lazy",
-    "dialects/gguf/test_gguf": "adapter/naming: llama_cpp",
+    "dialects/gguf/test_gguf": "adapter/naming: llama_cpp llama_cpp_table",
     "surgery/extract/test_extract": "adapter/naming: selection; adapter/placement: owners; linalg/ranks: allocate",
     "surgery/test_options": ".: options; surgery: inputs",
     "surgery/unmerge/test_unmerge": "engine/residual: keep restore; storage: companions",

@@ -17,7 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from loratools.adapter.model import Adapter, Loss
-from loratools.adapter.naming.llama_cpp import Layout, permuted
+from loratools.adapter.naming.llama_cpp import Layout, Order, permuted
+from loratools.adapter.naming.llama_cpp_table import PAIRS
 from loratools.adapter.parts import MAGNITUDE, A, B
 from loratools.dialects._frame import pickles
 from loratools.dialects._frame.build import Draft, check_faults, check_gathered
@@ -164,7 +165,7 @@ def _permuted(parts: Mapping[str, LazyTensor], heads: int | None, *, back: bool)
         if part in ordered and heads:
             lazy = ordered[part]
             matrix = lazy.reshaped((lazy.shape[0], lazy.parameters // lazy.shape[0]))
-            ordered[part] = permuted(matrix, heads, back=back).reshaped(lazy.shape)
+            ordered[part] = permuted(matrix, Order(PAIRS, heads), back=back).reshaped(lazy.shape)
     return ordered
 
 

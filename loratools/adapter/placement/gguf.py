@@ -1,7 +1,7 @@
-"""Adapters on a GGUF base: its tensors under the adapters' names, experts of a stack, and the rows of q and k.
+"""Adapters on a GGUF base: its tensors under the adapters' names, experts of a stack, and the order of rows.
 
-llama.cpp's converter keeps every number of a weight, in the order of transformers but for the rows of q and k of some
-architectures: there row j of half a of head h is row 2·j + a of that head. An update is placed on those rows.
+llama.cpp's converter keeps every number of a weight, and puts the rows of some in another order
+(`naming/llama_cpp.py`): an update is placed on those rows. What the converter does more to is refused by name.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from dataclasses import replace
 from typing import Any, cast
 
 from loratools.adapter.model import Adapter
-from loratools.adapter.naming.llama_cpp import ARCHITECTURES, Layout, module_of, place
+from loratools.adapter.naming.llama_cpp import Layout, model_type, module_of, place, refusal, whole_refusal
+from loratools.adapter.naming.llama_cpp_table import TABLE
 from loratools.adapter.placement.resolve import Placement, resolve
 from loratools.adapter.placement.stacks import path_of
+from loratools.adapter.placement.whole import resolve_replacements
 from loratools.adapter.site import Site
 from loratools.errors import IncompatibleAdapter, UnsupportedAdapter
 from loratools.storage.checkpoint import Checkpoint
@@ -39,10 +41,10 @@ def under_adapters_names(base: Checkpoint, adapters: Sequence[Adapter]) -> Check
     if not is_gguf(base):
         return base
     architecture = _layout(base.config).architecture
-    if architecture not in ARCHITECTURES.values():
+    if architecture not in TABLE:
         raise UnsupportedAdapter(
             f"{base.path}: what llama.cpp's converter does to the weights of {architecture!r} is not known here",
-            hint=f"Known are {', '.join(sorted(set(ARCHITECTURES.values())))}.",
+            hint=f"Known are {', '.join(sorted(TABLE))}.",
         )
     names: dict[str, str] = {}
     for adapter in adapters:
@@ -73,12 +75,17 @@ def _named(spec: TensorSpec, name: str) -> TensorSpec:
 
 
 def stored_name(name: str, base: Checkpoint) -> str:
-    """Return what a tensor is called in the file: also one that is new, a head of its own."""
+    """Return what a tensor is called in the file: also one that is new, a head of its own.
+
+    Raises `IncompatibleAdapter` for one that the architecture has no tensor for.
+    """
     if name in base.origins:
         return base.origins[name]
     module, _, parameter = name.rpartition(".")
-    at = place(module, _layout(base.config).architecture)
-    return f"{at.tensor}.{parameter}" if at else name
+    architecture = _layout(base.config).architecture
+    if (at := place(module, architecture)) is None:
+        raise IncompatibleAdapter(f"{base.path}: {name}: llama.cpp's {architecture} has no tensor for it")
+    return f"{at.tensor}.{parameter}"
 
 
 def resolve_on(base: Checkpoint, adapter: Adapter, shapes: Shapes) -> list[Placement]:
@@ -89,6 +96,7 @@ def resolve_on(base: Checkpoint, adapter: Adapter, shapes: Shapes) -> list[Place
     if not is_gguf(base):
         return resolve(adapter, shapes, base.config)
     layout = _layout(base.config)
+    _refuse(base, adapter, shapes, layout)
     stacks: dict[str, tuple[str, int]] = {}
     seen: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
@@ -99,11 +107,38 @@ def resolve_on(base: Checkpoint, adapter: Adapter, shapes: Shapes) -> list[Place
                 stacks[alone], seen[alone] = (name, expert), shape[1:]
         else:
             seen[name] = shape
+    # Every weight lies (out, in) in the file, also those of GPT-2.
+    adapter = replace(adapter, orientation=dict.fromkeys(adapter.updates, False))
+    config = {"model_type": model_type(layout.architecture, experts=bool(stacks)), **base.config}
     placements = []
-    for placement in resolve(adapter, seen, base.config):
+    for placement in resolve(adapter, seen, config):
         for site in _in_file(placement.site, stacks, shapes, base, layout):
             placements.append(replace(placement, site=site))
     return placements
+
+
+def _refuse(base: Checkpoint, adapter: Adapter, shapes: Shapes, layout: Layout) -> None:
+    """Raise `IncompatibleAdapter` with all that the converter changes further than an update can follow."""
+    problems = [
+        f"{module}: {why}" for module in adapter.updates if (why := refusal(path_of(module), layout.architecture))
+    ]
+    for name in resolve_replacements(adapter, shapes):
+        tensor, _, parameter = stored_name(name, base).rpartition(".")
+        if why := whole_refusal(tensor, parameter, layout.architecture):
+            problems.append(f"{name}, trained whole: {why}")
+    if base.config[STATED].get("sections") and layout.architecture == "glm4":
+        of_q_and_k = ("self_attn.q_proj", "self_attn.k_proj")
+        problems += [
+            f"{module}: the converter puts its rows in another order for M-RoPE"
+            for module in adapter.updates
+            if module.endswith(of_q_and_k)
+        ]
+    if problems:
+        raise IncompatibleAdapter(
+            f"{base.path}: {len(problems)} tensor(s) of the adapter are for what llama.cpp's converter changed further",
+            problems,
+            hint="Merge into the model that the file was made from.",
+        )
 
 
 def _in_file(
@@ -115,23 +150,16 @@ def _in_file(
         start, stop, step = site.rows
         shifted = (start + expert * rows, stop + expert * rows, step)
         return [replace(site, tensor=name, matrix=(count * rows, columns), rows=shifted)]
-    try:
-        heads = layout.heads_of(stored_name(site.tensor, base).rpartition(".")[0])
-    except ValueError as error:
-        raise IncompatibleAdapter(f"{base.path}: {error}") from None
-    if heads is None:
-        return [site]
     rows = site.matrix[0]
-    if site.rows != (0, rows, 1) or site.part != (0, rows) or rows % (2 * heads) or site.transposed:
-        raise IncompatibleAdapter(f"{base.path}: {site.tensor}: {rows} rows are not those of {heads} heads")
-    head = rows // heads
-    pieces = []
-    for first in range(0, rows, head):
-        for half in (0, 1):
-            start = first + half * head // 2
-            place_of_half = (first + half, first + head - 1 + half, 2)
-            pieces.append(replace(site, rows=place_of_half, part=(start, start + head // 2)))
-    return pieces
+    try:
+        order = layout.order_of(stored_name(site.tensor, base).rpartition(".")[0])
+        if order is None:
+            return [site]
+        if site.rows != (0, rows, 1) or site.part != (0, rows) or site.transposed:
+            raise ValueError(f"an update of rows {site.rows[:2]} alone has no place among the rows of its heads")
+        return [replace(site, rows=there, part=part) for part, there in order.pieces(rows)]
+    except ValueError as error:
+        raise IncompatibleAdapter(f"{base.path}: {site.tensor}: {error}") from None
 
 
 def _layout(config: Mapping[str, Any]) -> Layout:

@@ -19,7 +19,8 @@ from typing import Any
 from loratools.adapter import factors
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, BaseIdentity, Loss
-from loratools.adapter.naming.llama_cpp import ARCHITECTURES, Layout, Place, module_of, permuted, place
+from loratools.adapter.naming.llama_cpp import ARCHITECTURES, Layout, Order, Place, module_of, permuted, place, refusal
+from loratools.adapter.naming.llama_cpp_table import TABLE
 from loratools.adapter.parts import A_EMBEDDING, B_EMBEDDING, A, B
 from loratools.decisions import warned
 from loratools.dialects._frame.build import Draft, check_read, factors_of
@@ -128,14 +129,15 @@ def losses(adapter: Adapter) -> list[Loss]:
     for module in sorted(sayable):
         at = place(module, layout.architecture)
         if at is None:
-            lost.append(Loss(module, f"no tensor of the architecture {layout.architecture} is known for it"))
+            unknown = f"no tensor of the architecture {layout.architecture} is known for it"
+            lost.append(Loss(module, refusal(module, layout.architecture) or unknown))
         elif at.expert is not None and at.tensor not in complete:
             lost.append(Loss(module, f"not all experts of {at.tensor} have an update"))
         elif (A_EMBEDDING in sayable[module].parts) != (at.tensor == "token_embd"):
             lost.append(Loss(module, "llama.cpp reads token_embd, and nothing else, as an embedding"))
         else:
             try:
-                layout.heads_of(at.tensor)
+                layout.order_of(at.tensor)
             except ValueError as error:
                 lost.append(Loss(module, f"{error} without the base model (--base)"))
     return lost + common_losses(adapter, "llama.cpp")
@@ -152,7 +154,7 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
     tensors: dict[str, LazyTensor] = {}
     for tensor, numbered in sorted(_stacks(updates, layout).items()):
         ranks = max(update.rank for update in numbered.values())
-        pairs = [_of_peft(numbered[i], ranks, alpha, layout.heads_of(tensor)) for i in sorted(numbered, key=_order)]
+        pairs = [_of_peft(numbered[i], ranks, alpha, layout.order_of(tensor)) for i in sorted(numbered, key=_order)]
         a, b = pairs[0] if None in numbered else (factors.stacked([pair[i] for pair in pairs]) for i in (0, 1))
         tensors |= {f"{tensor}.weight.lora_a": a, f"{tensor}.weight.lora_b": b}
     fields: dict[str, Any] = {"general.type": "adapter", "adapter.type": "lora", _ALPHA: alpha}
@@ -177,10 +179,10 @@ def layout_of(adapter: Adapter) -> Layout | None:
 
 def _layout(fields: Mapping[str, Any], listing: Listing, path: Path) -> Layout:
     architecture = fields.get("general.architecture")
-    if architecture not in ARCHITECTURES.values():
+    if architecture not in TABLE:
         raise UnsupportedAdapter(
             f"{path}: whether llama.cpp permutes rows of the architecture {architecture!r} is not known here;"
-            f" known are {', '.join(sorted(set(ARCHITECTURES.values())))}"
+            f" known are {', '.join(sorted(TABLE))}"
         )
     of_base = Layout.of_config(listing.base.config) if listing.base else None
     if of_base and of_base.architecture == architecture:
@@ -217,15 +219,15 @@ def _to_peft(
         elif part == "lora_a":
             named = A, factor
         else:
-            named = B, permuted(factor, layout.heads_of(tensor), back=True)
+            named = B, permuted(factor, layout.order_of(tensor), back=True)
         parts.append((module, *named))
     return parts
 
 
-def _of_peft(update: Update, rank: int, alpha: float, heads: int | None) -> tuple[LazyTensor, LazyTensor]:
+def _of_peft(update: Update, rank: int, alpha: float, order: Order | None) -> tuple[LazyTensor, LazyTensor]:
     a, b = factors_of(update)
     a = factors.padded(a, 0, rank)
-    b = permuted(factors.padded(factors.scaled(b, update.scaling * rank / alpha), 1, rank), heads)
+    b = permuted(factors.padded(factors.scaled(b, update.scaling * rank / alpha), 1, rank), order)
     return (factors.turned(a) if A_EMBEDDING in update.parts else a), b
 
 

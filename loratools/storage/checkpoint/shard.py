@@ -88,4 +88,5 @@ def gguf_config(path: Path) -> dict[str, Any]:
     heads, kv_heads = (container.get(f"{architecture}.attention.{key}") for key in ("head_count", "head_count_kv"))
     counts = {"heads": heads, "kv_heads": heads if kv_heads is None else kv_heads}
     stated = {key: count for key, count in counts.items() if isinstance(count, int) and count > 0}
+    stated |= {"sections": True} if f"{architecture}.rope.dimension_sections" in container.fields else {}
     return {"gguf": {"architecture": architecture, **stated}}

@@ -15,7 +15,8 @@ import torch
 from loratools import dialects
 from loratools.adapter import kinds
 from loratools.adapter.model import Adapter, BaseIdentity
-from loratools.adapter.naming.llama_cpp import _BLOCK, Place, module_of, place
+from loratools.adapter.naming.llama_cpp import Place, module_of, place
+from loratools.adapter.naming.llama_cpp_table import TABLE
 from loratools.errors import BadFile, LossyConversion, UnsupportedAdapter
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
@@ -217,7 +218,7 @@ def test_without_the_architecture_nothing_is_written(tmp_path: Path) -> None:
         ({"general": "model"}, BadFile, "general.type is 'model'"),
         ({"alpha": None, "adapter__lora__alpha": 8}, BadFile, "adapter.lora.alpha: expected a number, found 8"),
         ({"alpha": float("nan")}, BadFile, "adapter.lora.alpha: expected a number, found nan"),
-        ({"architecture": "bloom"}, UnsupportedAdapter, "architecture 'bloom' is not known here"),
+        ({"architecture": "rwkv7"}, UnsupportedAdapter, "architecture 'rwkv7' is not known here"),
         ({"adapter__alora__invocation_tokens": 3}, UnsupportedAdapter, "activated LoRA"),
     ],
 )
@@ -269,18 +270,18 @@ def test_counts_that_a_file_cannot_hold_are_refused_at_once(
         dialects.open_adapter(path)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "model"), [("LLAMA", "llama"), ("QWEN3", "qwen3"), ("GEMMA2", "gemma2"), ("PHI3", "phi3")]
-)
-def test_names_are_those_of_llama_cpp(architecture: str, model: str) -> None:
-    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture], 3)
-    modules = [f"model.layers.2.{name}" for name in _BLOCK.values()] + ["model.embed_tokens", "lm_head"]
-    checked = 0
-    for module in modules:
-        theirs = table.get_name(module)
-        ours = place(module, model)
-        if theirs is not None and ours is not None:
-            assert ours == Place(theirs)
-            assert place(str(module_of(theirs, model)), model) == ours
-            checked += 1
-    assert checked >= 6
+@pytest.mark.parametrize("architecture", TABLE)
+def test_names_are_those_of_llama_cpp(architecture: str) -> None:
+    by_name = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    theirs, known = gguf.get_tensor_name_map(by_name[architecture], 3), TABLE[architecture]
+    wanted = dict(known.whole)
+    for path, (prefix, modules) in known.kinds_of_layers().items():
+        wanted |= {f"{path}.2.{name}": f"{prefix}.2.{tensor}" for name, tensor in modules.items()}
+    for module, tensor in wanted.items():
+        assert place(module, architecture) == Place(tensor), module
+        assert place(str(module_of(tensor, architecture)), architecture) == Place(tensor)
+        assert tensor in (theirs.get_name(module), theirs.get_name(module.removeprefix("transformer."))), module
+    for stack in known.experts.values():
+        assert Place(f"blk.1.{stack}", 4) == place(str(module_of(f"blk.1.{stack}", architecture, 4)), architecture)
+        kinds = gguf.MODEL_TENSORS[by_name[architecture]]
+        assert f"blk.{{bid}}.{stack}" in {gguf.TENSOR_NAMES[kind] for kind in kinds}
