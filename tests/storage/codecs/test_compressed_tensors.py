@@ -371,3 +371,57 @@ def test_without_config_the_tensors_tell(tmp_path: Path) -> None:
     base = write(tmp_path / "base", {Q: parts}, group, form)
     (base / "config.json").unlink()
     assert torch.equal(read_tensor(logical(Checkpoint.open(base)).specs[f"{Q}.weight"]).bfloat16(), back)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["int4, groups of 32", "int8 as it is", "FP8 by row", "NVFP4", "MXFP4"])
+def test_transformers_loads_what_a_merge_leaves(layout: str, tmp_path: Path) -> None:
+    """Partial and requantized, by compressed-tensors: the weights that we read; dequantized, without it: base + ΔW.
+
+    Packed zero points are not among the cases: transformers 5.23 refuses what compressed-tensors 0.20.1 writes of them.
+    """
+    transformers = pytest.importorskip("transformers")
+    form, _, arguments = LAYOUTS[layout]
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, dtype="bfloat16",
+    )  # fmt: skip
+    torch.manual_seed(4)
+    state = transformers.LlamaForCausalLM(config).bfloat16().state_dict()
+    tensors, group = {}, {}
+    for name, W in state.items():
+        path = name.removesuffix(".weight")
+        if not name.endswith("_proj.weight"):
+            tensors[name] = W.clone()
+            continue
+        parts, _, group = compress(W * 20, form, **arguments)
+        tensors |= {f"{path}.{part}": tensor for part, tensor in parts.items()}
+    base = write(tmp_path / "base", {}, group, form)
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    stated = json.loads((base / "config.json").read_text())["quantization_config"]
+    (base / "config.json").write_text(json.dumps(config.to_dict() | {"quantization_config": stated}))
+    path, shape = "model.layers.1.mlp.down_proj", (64, 96)
+    delta = lora(tmp_path / "lora", path, shape)
+    read = logical(Checkpoint.open(base))
+    wanted = {name: read_tensor(read.specs[name]).to(torch.float64) for name in state}
+    wanted[f"{path}.weight"] += delta
+    plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    ids = torch.arange(20).view(1, -1)
+
+    def logits_of(weights: Tensors) -> torch.Tensor:
+        plain.load_state_dict({name: W.float().bfloat16() for name, W in weights.items()})
+        logits: torch.Tensor = plain(ids).logits.double()
+        return logits
+
+    exact, before = logits_of(wanted), logits_of(wanted | {f"{path}.weight": wanted[f"{path}.weight"] - delta})
+    effect = torch.linalg.vector_norm(exact - before)
+    for policy in ("partial", "dequantize", "requantize"):
+        loratools.merge(base, tmp_path / "lora", tmp_path / policy, quantized=policy, force=True, retention="off")
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / policy, dtype=torch.bfloat16)
+        logits = loaded(ids).logits.double()  # compressed-tensors decompresses at the first
+        stored = logical(Checkpoint.open(tmp_path / policy))
+        merged = {name: read_tensor(stored.specs[name]) for name in state}
+        assert all(torch.equal(loaded.state_dict()[name], W.bfloat16()) for name, W in merged.items()), policy
+        assert torch.linalg.vector_norm(logits - logits_of(merged)) <= 1e-3 * effect
+        if policy != "requantize":
+            assert torch.linalg.vector_norm(logits - exact) <= 0.05 * effect
