@@ -1,19 +1,17 @@
-"""Numbers become codes of bitsandbytes again: in blocks of 4 bit, and by row in 8 bit."""
+"""Numbers become 4-bit codes of bitsandbytes again, in blocks; and codes of a weight that is stored transposed."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
 from loratools.storage.codecs import Encoder, Grid, Module, Parts
+from loratools.storage.codecs._bnb_int8 import Draw, as_read, reciprocal
 from loratools.storage.codecs.floats import Array, narrow
-from loratools.storage.codecs.tables import numbers
-
-Draw = Callable[[tuple[int, ...]], Array]
 
 _TINY = np.float32(1e-38)
 _TILE = 1 << 20
@@ -45,7 +43,11 @@ class _Nested:
 
 @dataclass(eq=False)
 class FourBitEncoder:
-    """Makes 4-bit codes again; `scales` are those that the weight has, and become the new ones for fresh scales."""
+    """Makes 4-bit codes again; `scales` are those that the weight has, and become the new ones for fresh scales.
+
+    On the own grid a block keeps its scale, unless a number of it would round to beyond the outermost code: clipped, a
+    large change would be lost. Such a block gets a scale of its own, or the nearest that the codes of scales allow.
+    """
 
     module: Module
     parts: Parts
@@ -54,14 +56,18 @@ class FourBitEncoder:
     block: int
     scales: Array
     nested: int | None
+    offset: float
     kind: str
     grid: Grid
     draw: Draw | None
     codes: Array = field(init=False)
+    made: dict[int, int] = field(init=False, default_factory=dict)  # block with a scale of its own -> code of the scale
 
     def __post_init__(self) -> None:
         self.codes = self.parts.rows("weight", 0, None).reshape(-1).view(np.uint8).copy()
         self.order = np.argsort(self.levels, kind="stable")
+        near_the_end = np.sort(self.levels)[[1, -2]]  # of NF4 -0.70 and 0.72
+        self.limit = np.float32(1 if self.draw else (3 - np.abs(near_the_end).max()) / 2)
         if self.grid == "fresh":
             self.scales = np.zeros_like(self.scales)
 
@@ -83,6 +89,8 @@ class FourBitEncoder:
             self.observe(first, W)
         blocks = self._blocks(W)
         which = slice(start, start + len(blocks))
+        if self.grid == "own":
+            self._widen(start, blocks)
         scales = self._stored(which)[:, None]
         half, count = start * self.block // 2, (W.size + 1) // 2
         if self.grid == "own":
@@ -91,9 +99,9 @@ class FourBitEncoder:
             old[: 2 * count : 2], old[1 : 2 * count : 2] = bits >> 4, bits & 15
             unchanged = (self.levels[old].reshape(blocks.shape) * scales == blocks) | (scales == 0)
             unchanged.reshape(-1)[W.size :] = True
-            new = np.where(unchanged, old.reshape(blocks.shape), self._chosen(blocks, _reciprocal(scales)))
+            new = np.where(unchanged, old.reshape(blocks.shape), self._chosen(blocks, reciprocal(scales)))
         elif self.draw is not None:
-            new = self._chosen(blocks, _reciprocal(scales))
+            new = self._chosen(blocks, reciprocal(scales))
         else:
             new = self._chosen(blocks, 1 / np.maximum(self.scales[which][:, None], _TINY), W.size % self.block)
         flat = new.reshape(-1).astype(np.uint8)
@@ -105,12 +113,34 @@ class FourBitEncoder:
         """Return the codes, and the scales where they are new."""
         spec = self.module.specs["weight"]
         changed = {"weight": self.codes.view(self.parts.rows("weight", 0, 0).dtype).reshape(spec.shape)}
-        if self.grid == "own":
+        if self.grid == "own" and not self.made:
             return changed
+        if self.nested is not None and self.grid == "own":
+            absmax_codes = self.parts.whole("absmax").copy()
+            absmax_codes[list(self.made)] = list(self.made.values())
+            return changed | {"absmax": absmax_codes}
         if self.nested is not None:
             return changed | self._requantized.parts
         absmax = self.module.specs["absmax"].dtype
         return changed | {"absmax": self.scales if absmax == "F32" else narrow(self.scales, absmax)}
+
+    def _widen(self, start: int, blocks: Array) -> None:
+        """Make scales for those blocks, of which the first is number `start`, whose numbers are beyond the codes."""
+        tops = np.abs(blocks).max(axis=1)
+        few = np.flatnonzero(np.isfinite(tops) & (tops > np.abs(self.scales[start : start + len(tops)]) * self.limit))
+        if not few.size:
+            return
+        numbers_of_blocks, tops = few + start, tops[few]
+        if self.nested is None:
+            new, codes = as_read(tops, self.module.specs["absmax"].dtype), np.zeros(len(few), np.uint8)
+        else:
+            levels, of_blocks = self.parts.numbers("nested_quant_map"), self.parts.whole("nested_absmax")
+            factors, offset = of_blocks[numbers_of_blocks // self.nested], np.float32(self.offset)
+            codes = nearest((tops - offset) * reciprocal(factors), levels).astype(np.uint8)
+            new = levels[codes] * factors + offset
+        better = new > np.abs(self.scales[numbers_of_blocks])
+        self.scales[numbers_of_blocks[better]] = new[better]
+        self.made |= dict(zip(numbers_of_blocks[better].tolist(), codes[better].tolist(), strict=True))
 
     def _stored(self, which: slice) -> Array:
         """Return some scales as they will be read."""
@@ -164,52 +194,6 @@ class FourBitEncoder:
         raise self.module.refuse("its quant_state has no room for the mean of new scales", "Use its own grid.")
 
 
-@dataclass(eq=False)
-class Int8Encoder:
-    """Makes 8-bit codes again, by the row; `scales` are a row's SCB."""
-
-    module: Module
-    parts: Parts
-    scales: Array  # (rows,)
-    grid: Grid
-    draw: Draw | None
-    codes: Array = field(init=False)
-
-    needs_pass = False
-
-    def __post_init__(self) -> None:
-        self.codes = self.parts.rows("weight", 0, None).copy()
-
-    def observe(self, first: int, W: Array) -> None:
-        """Nothing: a row's scale is known with the row."""
-
-    def encode(self, first: int, W: Array) -> Array:
-        """Choose the code nearest to each number, and return what the codes stand for."""
-        rows = slice(first, first + len(W))
-        old = self.codes[rows]
-        if self.grid == "fresh":
-            half = W.astype(np.float16).astype(np.float32)  # the library quantizes the weight in float16
-            W = np.where(np.isfinite(half), half, W)
-            self.scales[rows] = as_read(np.abs(W).max(axis=1), self.module.specs["SCB"].dtype)
-        scales = self.scales[rows][:, None]
-        wanted = W * _reciprocal(scales, 127)
-        exact = np.floor(wanted + self.draw(W.shape)) if self.draw is not None else np.rint(wanted)
-        new = np.clip(exact, -127, 127).astype(np.int8)
-        if self.grid == "own":
-            new = np.where((int8_values(old, scales) == W) | (scales == 0), old, new)
-        self.codes[rows] = new
-        return int8_values(new, scales)
-
-    def finish(self) -> Mapping[str, Array]:
-        """Return the codes, and the scales where they are new."""
-        changed = {"weight": self.codes}
-        if self.grid == "own":
-            return changed
-        spec = self.module.specs["SCB"]
-        scales = self.scales if spec.dtype == "F32" else narrow(self.scales, spec.dtype)
-        return changed | {"SCB": scales.reshape(spec.shape)}
-
-
 class TurnedEncoder:
     """Makes codes of [out, in] again from rows of [in, out].
 
@@ -248,21 +232,3 @@ class TurnedEncoder:
         for first in firsts:
             self._W[first : first + step] = self._encoder.encode(first, self._W[first : first + step])
         return self._W
-
-
-def int8_values(codes: Array, scales: Array) -> Array:
-    """Return q · SCB / 127, multiplied in the library's order."""
-    values: Array = codes * scales
-    values *= np.float32(1 / 127)
-    return values
-
-
-def as_read(scales: Array, dtype: str) -> Array:
-    """Return scales as they read from a float dtype that they are stored in."""
-    stored = narrow(scales, dtype)
-    return numbers(stored if dtype == "BF16" else stored.view(f"<f{stored.itemsize}"), dtype)
-
-
-def _reciprocal(scales: Array, one: int = 1) -> Array:
-    """Return 1 / scale, or `one` / scale, and 0 for a scale of 0."""
-    return np.divide(one, scales, out=np.zeros_like(scales), where=scales != 0)

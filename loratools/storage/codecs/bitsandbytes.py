@@ -18,7 +18,8 @@ import numpy as np
 
 from loratools.errors import BadFile
 from loratools.storage.codecs import Encoder, Encoding, Grid, Module, Parts
-from loratools.storage.codecs._bnb_encoders import FourBitEncoder, Int8Encoder, TurnedEncoder, int8_values
+from loratools.storage.codecs._bnb_encoders import FourBitEncoder, TurnedEncoder
+from loratools.storage.codecs._bnb_int8 import Int8Encoder, int8_values
 from loratools.storage.codecs.floats import Array
 from loratools.storage.codecs.tables import numbers
 from loratools.storage.codecs.turned import is_turned
@@ -202,13 +203,15 @@ class FourBit(Encoding):
     def encoder(self, parts: Parts, grid: Grid, draw: Callable[[tuple[int, ...]], Array] | None = None) -> Encoder:
         """Return what makes codes again: on the scales that it has, or on new ones, as `quantize_4bit` makes them.
 
+        A block whose numbers have grown beyond its scale gets a new one on either grid.
+
         New scales are those of the library for the same float32 weight, bit for bit; only the mean of the scales, which
         double quantization takes off, is rounded from float64, where the library adds in float32.
         """
         shape = self.shape[::-1] if self.turned else self.shape
         scales, levels = self.scales(parts, 0, self._blocks), MAPS[self.kind]
         encoder = FourBitEncoder(
-            self.module, parts, levels, shape[-1], self.block, scales, self.nested, self.kind, grid, draw
+            self.module, parts, levels, shape[-1], self.block, scales, self.nested, self.offset, self.kind, grid, draw
         )
         return TurnedEncoder(encoder, (shape[0], shape[1]), _together(shape, self.block)) if self.turned else encoder
 
