@@ -13,7 +13,7 @@ PREFIX = "model.diffusion_model."
 WIDTH = 32
 SHAPES = {
     "img_attn.qkv": (3 * WIDTH, WIDTH), "img_attn.proj": (WIDTH, WIDTH), "img_mlp.0": (4 * WIDTH, WIDTH),
-    "img_mlp.2": (WIDTH, 4 * WIDTH),
+    "img_mlp.2": (WIDTH, 4 * WIDTH), "img_mod.lin": (6 * WIDTH, WIDTH),
 }  # fmt: skip
 CHANGED = {f"double_blocks.{block}.{name}": SHAPES[name] for block, name in ((0, "img_attn.qkv"), (1, "img_mlp.2"))}
 

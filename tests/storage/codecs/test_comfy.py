@@ -97,6 +97,33 @@ def test_a_kohya_lora_is_merged_into_the_file(tmp_path: Path, how: str | torch.d
 
 
 @pytest.mark.parametrize("how", [*HOW, *CASTS])
+def test_the_names_of_diffusers_reach_a_third_of_a_fused_weight(tmp_path: Path, how: str | torch.dtype) -> None:
+    """Codes made again: within half a step of base + ΔW in k, and every code of q and v is the base's."""
+    stored, numbers = base(tmp_path / "base.safetensors", how)
+    A, B = torch.randn(2, 32, generator=torch.Generator().manual_seed(6)) / 9, torch.ones(32, 2) / 200
+    module = "transformer.transformer_blocks.0.attn.to_k"
+    save_file({f"{module}.lora_A.weight": A, f"{module}.lora_B.weight": B}, tmp_path / "lora.safetensors")
+    loratools.merge(
+        tmp_path / "base.safetensors", tmp_path / "lora.safetensors", tmp_path / "out", quantized="requantize",
+        force=True,
+    )  # fmt: skip
+    merged, read = (
+        load_file(tmp_path / "out" / "base.safetensors"),
+        as_comfy_reads(tmp_path / "out" / "base.safetensors"),
+    )
+    name = f"{PREFIX}double_blocks.0.img_attn.qkv.weight"
+    assert {other for other in stored if not same_bytes(merged[other], stored[other])} == {name}
+    changed = (merged[name].view(torch.uint8) != stored[name].view(torch.uint8)).reshape(3, 32, 32).any(-1).any(-1)
+    assert changed.tolist() == [False, True, False]
+    wanted = numbers[name].reshape(3, 32, 32).clone()
+    wanted[1] += B.double() @ A.double()
+    step = wanted.abs() * torch.finfo(stored[name].dtype).eps
+    scale = (numbers[name].abs().max() / stored[name].double().abs().max()).item()
+    least = torch.finfo(stored[name].dtype).smallest_normal * torch.finfo(stored[name].dtype).eps * scale
+    assert ((read[name].reshape(3, 32, 32) - wanted).abs() <= step.clamp(min=least) * (0.5 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("how", [*HOW, *CASTS])
 def test_a_lora_of_next_to_nothing_leaves_every_byte(tmp_path: Path, how: str | torch.dtype) -> None:
     base(tmp_path / "base.safetensors", how)
     comfy_models.lora(tmp_path / "lora.safetensors")
