@@ -7,6 +7,7 @@ from typing import Any
 
 from loratools.storage import codecs
 from loratools.storage.codecs import Encoding, Module
+from loratools.storage.codecs.state import by_module
 
 _PACKINGS = {
     "auto_round:auto_gptq": "gptq", "auto_round:gptq": "gptq", "auto_round:auto_awq": "awq", "auto_round:awq": "awq",
@@ -24,5 +25,5 @@ def opened(module: Module) -> Encoding:
 
 def plain(statement: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
     """Return the statement with 16 bits for these modules in `extra_config`, as AutoRound and vLLM read it."""
-    extra = {**(statement.get("extra_config") or {}), **{module: {"bits": 16, "data_type": "fp"} for module in modules}}
+    extra = {**by_module(statement, "extra_config"), **{module: {"bits": 16, "data_type": "fp"} for module in modules}}
     return {**statement, "extra_config": extra}

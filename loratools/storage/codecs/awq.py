@@ -18,6 +18,7 @@ from loratools.storage.codecs._grouped import Fit, Grouped, Stored
 from loratools.storage.codecs._levels import INT4
 from loratools.storage.codecs._packed import pack, unpack, words_of
 from loratools.storage.codecs.floats import Array, narrow, widen
+from loratools.storage.codecs.state import listed
 from loratools.storage.codecs.tables import numbers
 from loratools.storage.codecs.turned import is_turned
 
@@ -41,7 +42,13 @@ def opened(module: Module) -> Encoding:
     if not all(len(spec.shape) == 2 for spec in (qweight, qzeros, scales)):
         raise module.refuse(f"its parts have not the sides of a matrix: {shapes}")
     (columns, _), (groups, rows) = qweight.shape, scales.shape
-    if qweight.shape[1] * 8 != rows or qzeros.shape != (groups, rows // 8) or not groups or columns % groups:
+    if (
+        qweight.shape[1] * 8 != rows
+        or qzeros.shape != (groups, rows // 8)
+        or not groups
+        or not columns
+        or columns % groups
+    ):
         raise module.refuse(f"its parts do not fit each other in 4 bits: {shapes}")
     size, stated = columns // groups, statement.get("group_size", statement.get("q_group_size"))
     whole = groups == 1 and stated in (-1, 0)
@@ -53,7 +60,7 @@ def opened(module: Module) -> Encoding:
 
 def plain(statement: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
     """Return the statement with these modules in `modules_to_not_convert`."""
-    return {**statement, "modules_to_not_convert": [*(statement.get("modules_to_not_convert") or ()), *modules]}
+    return {**statement, "modules_to_not_convert": listed(statement, "modules_to_not_convert", modules)}
 
 
 def _check_layout(module: Module) -> None:
@@ -76,9 +83,9 @@ class Awq(Grouped):
     def stored(self, parts: Parts, first: int, count: int) -> Stored:
         """Return so many rows from `first` on, which are columns of what is stored."""
         scales = numbers(parts.whole("scales")[:, first : first + count], self.module.specs["scales"].dtype)
-        zeros = _unpacked(parts.whole("qzeros"), first, count).T.astype(np.float32) + np.float32(self.levels.least)
-        codes = _unpacked(parts.whole("qweight"), first, count).T
-        return Stored(codes, np.ascontiguousarray(scales.T), np.ascontiguousarray(zeros))
+        zeros = _unpacked(parts.whole("qzeros"), first, count).astype(np.float32) + np.float32(self.levels.least)
+        codes = _unpacked(parts.whole("qweight"), first, count)
+        return Stored(codes, np.ascontiguousarray(scales.T), zeros)
 
     def fit(self, parts: Parts, first: int, lows: Array, highs: Array, W: Array, largest: float) -> Fit:
         """Return (max − min) / 15, at least 1e-5 / 15, and the zero point −min / scale, as autoawq does.
@@ -109,10 +116,14 @@ class Awq(Grouped):
 
 
 def _unpacked(stored: Array, first: int, count: int) -> Array:
-    """Return some rows of a weight, uint8 (n, count), of words that lie transposed, (n, rows / 8)."""
+    """Return some rows of a weight, uint8 (count, n), of words that lie transposed, (n, rows / 8)."""
     start, stop = first // 8, -(-(first + count) // 8)
-    codes = unpack(stored[:, start:stop], 4, 8 * (stop - start)).reshape(len(stored), -1, 8)[..., _ORDER]
-    return codes.reshape(len(stored), -1)[:, first - 8 * start :][:, :count]
+    octets = np.ascontiguousarray(stored[:, start:stop].T).view(np.uint8).reshape(stop - start, len(stored), 4)
+    codes = np.empty((stop - start, 8, len(stored)), np.uint8)
+    for row, nibble in enumerate(_ORDER):
+        np.right_shift(octets[..., nibble // 2], np.uint8(nibble % 2 * 4), out=codes[:, row])
+    codes &= np.uint8(15)
+    return codes.reshape(-1, len(stored))[first - 8 * start :][:count]
 
 
 def _packed(codes: Array) -> Array:

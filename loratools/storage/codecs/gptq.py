@@ -21,6 +21,7 @@ from loratools.storage.codecs._grouped import Fit, Grouped, Stored
 from loratools.storage.codecs._levels import Whole
 from loratools.storage.codecs._packed import pack, unpack, words, words_of
 from loratools.storage.codecs.floats import Array, narrow, widen
+from loratools.storage.codecs.state import by_module, listed
 from loratools.storage.codecs.tables import numbers
 from loratools.storage.codecs.turned import is_turned
 from loratools.storage.dtypes import bits as bits_of
@@ -55,6 +56,8 @@ def opened(module: Module) -> Encoding:
     bits = _bits(module, shapes)
     columns = g_idx.shape[0] if g_idx else qweight.shape[0] * bits_of(qweight.dtype) // bits
     overrides = bool(statement.get("dynamic") or statement.get("extra_config"))
+    if not columns:
+        raise module.refuse(f"it has no columns: {shapes}")
     size = _group_size(module, columns, groups, overrides)
     label = f"GPTQ {bits} bit, " + ("one group a row" if groups == 1 else f"groups of {size}")
     return Gptq(
@@ -77,9 +80,8 @@ def plain(statement: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any
         parents = [name.removesuffix(members[0]) for name in modules if name.endswith(f".{members[0]}")]
         names += [start + fused for start in parents if all(start + member in modules for member in members)]
     left: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in names}
-    others = statement.get("dynamic") or {}
-    listed = [*(statement.get("modules_to_not_convert") or ()), *modules]
-    return {**statement, "dynamic": {**left, **others}, "modules_to_not_convert": listed}
+    plainly = listed(statement, "modules_to_not_convert", modules)
+    return {**statement, "dynamic": {**left, **by_module(statement, "dynamic")}, "modules_to_not_convert": plainly}
 
 
 def _bits(module: Module, shapes: str) -> int:

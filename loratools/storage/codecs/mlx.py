@@ -35,6 +35,8 @@ def opened(module: Module) -> Encoding:
         raise module.refuse(
             f"its weight {weight.dtype} {list(weight.shape)} and scales {list(scales.shape)} do not fit"
         )
+    if not scales.shape[-1]:
+        raise module.refuse(f"it has no columns: scales {list(scales.shape)}")
     mode, bits, size = _settings(module)
     columns = scales.shape[-1] * size
     if weight.shape[-1] * 32 != columns * bits:

@@ -24,9 +24,26 @@ _INNER = ("text_config", "llm_config", "language_config", "thinker_config")
 
 
 def statement(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what config.json says of its quantization; {} where it says nothing."""
-    stated = (place.get(key) for place in _places(config) for key in KEYS)
-    return next((each for each in stated if isinstance(each, Mapping) and each), {})
+    """Return what config.json says of its quantization; {} where it says nothing.
+
+    MLX's `quantization` goes before a `quantization_config`, which may be left of the model that mlx-lm converted.
+    """
+    stated = [place.get(key) for place in _places(config) for key in KEYS]
+    known = [each for each in stated if isinstance(each, Mapping) and each]
+    of_mlx = [each for each in known if each is config.get("quantization") and {"group_size", "bits"} <= each.keys()]
+    return next(iter([*of_mlx, *known]), {})
+
+
+def listed(statement: Mapping[str, Any], key: str, more: Iterable[str]) -> list[Any]:
+    """Return a statement's list of modules with more of them; a new list where it has none."""
+    before = statement.get(key)
+    return [*(before if isinstance(before, list) else ()), *more]
+
+
+def by_module(statement: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Return what a statement says of single modules under a key; {} where that is no object."""
+    said = statement.get(key)
+    return said if isinstance(said, Mapping) else {}
 
 
 def with_statement(config: Mapping[str, Any], new: Mapping[str, Any] | None) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -244,3 +244,21 @@ def test_merges_by_every_policy(tmp_path: Path) -> None:
     stated = json.loads((tmp_path / "part" / "config.json").read_text())["quantization_config"]
     assert stated["dynamic"] == {rf"-:^{Q.replace('.', chr(92) + '.')}$": {}}
     assert stated["modules_to_not_convert"] == [Q, "lm_head"]  # a list that begins names what was plain before
+
+
+def test_lists_that_are_none_are_begun_anew(tmp_path: Path) -> None:
+    """config.json is a stranger's: what should be a list or an object may be anything."""
+    parts, _ = gptq_module(4, 32)
+    base = gptq_base(tmp_path / "base", {Q: parts}, dynamic=["-:x"], modules_to_not_convert="lm_head")
+    lora(tmp_path / "lora", Q, (ROWS, COLUMNS))
+    loratools.merge(base, tmp_path / "lora", tmp_path / "part", quantized="partial")
+    stated = json.loads((tmp_path / "part" / "config.json").read_text())["quantization_config"]
+    assert stated["modules_to_not_convert"][0] == Q
+    assert list(stated["dynamic"]) == [rf"-:^{Q.replace('.', chr(92) + '.')}$"]
+
+
+def test_a_module_without_columns_is_refused(tmp_path: Path) -> None:
+    empty = {"qweight": torch.zeros(0, ROWS, dtype=torch.int32), "g_idx": torch.zeros(0, dtype=torch.int32)}
+    parts = {"qzeros": torch.zeros(1, ROWS // 8, dtype=torch.int32), "scales": torch.ones(1, ROWS).half(), **empty}
+    with pytest.raises(UnsupportedAdapter, match="it has no columns"):
+        logical(Checkpoint.open(gptq_base(tmp_path / "base", {Q: parts})))

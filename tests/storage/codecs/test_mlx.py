@@ -218,3 +218,16 @@ def test_merges_by_every_policy(tmp_path: Path) -> None:
     assert all(torch.equal(part[name], tensor) for name, tensor in before.items() if not name.startswith(Q))
     config = json.loads((tmp_path / "part" / "config.json").read_text())
     assert config["quantization"] == config["quantization_config"] == {**stated, Q: False}
+
+
+def test_what_is_left_of_the_model_that_was_converted_says_nothing(tmp_path: Path) -> None:
+    """Older conversions of FP8 models keep its quantization_config beside mlx-lm's own field."""
+    parts, stated = quantized(numbers(*SHAPE), 8, 32), {"bits": 8, "group_size": 32}
+    base = mlx_base(tmp_path / "base", {Q: parts}, stated)
+    left = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config = json.loads((base / "config.json").read_text()) | {"quantization_config": left}
+    (base / "config.json").write_text(json.dumps(config))
+    lora(tmp_path / "lora", Q, SHAPE)
+    loratools.merge(base, tmp_path / "lora", tmp_path / "part", quantized="partial")
+    config = json.loads((tmp_path / "part" / "config.json").read_text())
+    assert config["quantization"] == config["quantization_config"] == {**stated, Q: False}
