@@ -59,6 +59,10 @@ _SHOWN = 3
     help="With --quantized requantize: the unquantized model; the changed modules are quantized anew from its weights.",
 )  # fmt: skip
 @click.option(
+    "--keep-loss", type=int, metavar="RANK",
+    help="With requantize: write what the codes lose beside the model, as an adapter of this rank (folder loss).",
+)  # fmt: skip
+@click.option(
     "--keep-residual", is_flag=True, help="Keep what rounding destroys, so that `loratools unmerge` restores every bit."
 )
 @click.option("--push", metavar="REPO", help="Send each shard to this repository of the Hub as it is finished.")
@@ -180,6 +184,7 @@ def _report(report: MergeReport) -> Iterator[str]:
     kept = "not measured" if report.retention is None else f"{report.retention:.2%} of the change survives {through}"
     base = f"{report.verified} tensors are those of the recorded base" if report.verified else "not verified"
     left = report.residual
+    lost = f"{report.loss_share:.1%} of what codes lose is in {report.output}/loss" if report.loss_share else None
     yield from show.fields(
         ("merged", report.output),
         ("changed", f"{report.changed} of {report.tensors} tensors"),
@@ -188,6 +193,7 @@ def _report(report: MergeReport) -> Iterator[str]:
         ("retention", kept),
         ("resumed", f"{len(report.reused)} file(s) were complete, by their digests" if report.reused else None),
         ("as codes", "; ".join(_lowest(report.recoded)) or None),
+        ("loss", lost),
         ("residual", f"{show.size(left.nbytes)}, {left.share:.2%} of the bytes that were touched" if left else None),
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from loratools.engine.plan import Recoded
-from loratools.engine.task import TILE, Arithmetic, TensorResult, TensorTask
+from loratools.engine.task import TILE, Arithmetic, Loss, TensorResult, TensorTask
 from loratools.errors import BadFile
 from loratools.parallel import Progress
 from loratools.storage import files
@@ -69,6 +69,7 @@ def run(
         if encoder.needs_pass:
             for first, _, after in tiles():
                 encoder.observe(first, after)
+        lost = np.empty((rows * columns // inner, inner), np.float32) if recoded.loss_rank else None
         for first, W, after in tiles():
             coded = encoder.encode(first, after)
             delta = np.subtract(after, W, dtype=np.float64)
@@ -78,10 +79,25 @@ def run(
             result.changed += float(np.count_nonzero(coded != W))
             kept -= delta
             result.lost += float(np.vdot(kept, kept))
+            if lost is not None:
+                np.negative(kept, out=lost[first : first + len(kept)], casting="same_kind")
         made = encoder.finish()
     _write(task.target, recoded, slots, made)
     progress(sum(slot.nbytes for slot in slots))
+    if lost is not None and result.lost:
+        result.loss = _nearest(lost, recoded.loss_rank, task.seed)
     return result
+
+
+def _nearest(lost: Array, rank: int, seed: int) -> Loss:
+    """Return the product of a rank that is nearest to what was lost, each factor with half of the scale."""
+    import torch
+
+    from loratools.linalg.svd.truncated import residual2, truncated_svd
+
+    D = torch.from_numpy(lost)
+    B, A = truncated_svd(D, min(rank, *D.shape), seed=seed).factors()
+    return Loss(B.contiguous().numpy(), A.contiguous().numpy(), residual2(D, B, A))
 
 
 def _write(target: int, recoded: Recoded, slots: Sequence[Slot], made: Mapping[str, Array]) -> None:

@@ -23,11 +23,13 @@ class Recoded:
     """How a changed weight becomes codes again: as `encoding` has it in the base, by its own scales or fresh ones.
 
     `original` is the weight before it was quantized, to which the change is added; None: what the codes stand for.
+    Of what the quantization loses a product of rank `loss_rank` is kept, if that is not 0.
     """
 
     encoding: Encoding
     grid: Grid = "own"
     original: TensorSpec | None = None
+    loss_rank: int = 0
 
     @property
     def parts(self) -> dict[str, TensorSpec]:

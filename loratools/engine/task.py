@@ -5,11 +5,16 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from loratools.errors import IncompatibleAdapter
 from loratools.storage import dtypes
 from loratools.storage.header import TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
 
 Restore = Callable[[int, int], None]
 """Puts the bytes of a base's tensor to where it will lie in the output: a file's descriptor, and an offset in it."""
@@ -42,13 +47,23 @@ class TensorTask:
     seed: int = 0
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Loss:
+    """What a quantization lost of one weight, W' − W'' ≈ B·A, float32, and ‖W' − W'' − B·A‖²."""
+
+    B: Array
+    A: Array
+    left2: float
+
+
 @dataclass(slots=True)
 class TensorResult:
     """What was measured on the way: base digests by algorithm, and the sums behind the delta retention.
 
     retained = ⟨W' − W, ΔW⟩ and total = ⟨ΔW, ΔW⟩ over the measured rows, and the number of elements that `changed`, in
     float64, scaled up to the whole tensor. `overflowed` counts the numbers of which a cast to a narrower dtype made an
-    infinity, `flushed` those that were not zero and became it. `lost` is ‖W'' − W'‖² of what became codes W'' again.
+    infinity, `flushed` those that were not zero and became it. `lost` is ‖W'' − W'‖² of what became codes W'' again,
+    and `loss` a product near that difference, where it is kept.
     """
 
     name: str
@@ -60,6 +75,7 @@ class TensorResult:
     overflowed: int = 0
     flushed: int = 0
     lost: float = 0.0
+    loss: Loss | None = None
 
 
 def retention(results: Sequence[TensorResult]) -> float | None:

@@ -58,9 +58,11 @@ PROFILES = "it can be serving, vllm or sglang"
         ("convert", {"profile": "vllm"}, ["profile is 'vllm', which is for to='peft', not 'loratools'"]),
         ("convert", {"allow_loss": "a", "force": "b"}, [f"allow_loss is 'a'; {FLAG}", f"force is 'b'; {FLAG}"]),
         ("validate", {"data": None, "threads": -1}, [f"data is None; {FLAG}", f"threads is -1; {THREADS}"]),
-        ("hash", {"tiers": "all"}, ["tiers is 'all'; it can be schema, tensors or root"]),
+        ("hash", {"tiers": "all"}, ["tiers is 'all'; it can be schema, tensors, root or logical"]),
         ("hash", {"tiers": ["root", "rot"], "algorithm": "md5", "threads": 0},
-         ["tiers is 'rot'; it can be schema, tensors or root", "algorithm is 'md5'; it can be blake3 or sha256",
+         [
+            "tiers is 'rot'; it can be schema, tensors, root or logical",
+          "algorithm is 'md5'; it can be blake3 or sha256",
           f"threads is 0; {THREADS}"]),
     ],
 )  # fmt: skip
@@ -176,6 +178,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "force": ("yes", 1), "durable": ("yes", 1), "keep_residual": ("yes", 1), "resume": ("no", 0), "exact": ("no",),
     "data": ("no",), "allow_loss": ("yes",), "ranks": ("x", 0, -3, 1.5), "tolerance": ("x", -1), "tight": ("x",),
     "base_id": (3, ""), "include": (3,), "alpha": ("x",), "enabled": ("x", [1]), "original": (3, ""),
+    "keep_loss": (0, 1.5),
     "private": ("x",), "create_pr": ("x",), "card": ("left",), "message": (3,), "revision": (3,), "license": (3,),
     "token": (3,), "density": ("x", 2), "gamma": (2,), "epsilon": (-1,), "selection": ("x",), "base_model": (3,),
 }  # fmt: skip

@@ -5,6 +5,7 @@ quantized what becomes of the codes of a quantized base
 siblings  modules that are plain together, for a runtime stores them in one weight
 original  the unquantized model that a base was made from
 gguf      a GGUF base becomes a GGUF file
+loss      what codes lose, kept as a small adapter
 plan      what becomes of every tensor, from headers alone
 prepare   open, check and plan: all that is decided before a byte is written
 run       write the tensors, and everything beside them
@@ -52,6 +53,7 @@ def merge(
     seed: int = 0,
     quantized: Quantized = "dequantize",
     original: Location | None = None,
+    keep_loss: int | None = None,
     keep_residual: bool = False,
     resume: bool = False,
     device: Device = "cpu",
@@ -92,6 +94,8 @@ def merge(
             raises. Default: `"dequantize"`, by which nothing of the adapter is lost.
         original: The unquantized model that a quantized base was made from, for `"requantize"`: the changed modules are
             quantized anew from its weights plus the change, which keeps all of it. Default: none.
+        keep_loss: With `"requantize"`: a rank; what the codes lose of each changed weight, W' − W'', is written beside
+            the model as an adapter of that rank, the folder `loss`, which gives it back. Default: it is not kept.
         keep_residual: Whether to write what rounding destroys beside the model, and the root hash of the base into its
             record, so that `unmerge` restores every bit. Default: no.
         resume: Whether an interruption leaves the files that are complete, and the same call goes on from them.
@@ -125,6 +129,7 @@ def merge(
     options = MergeOptions(
         dtype=dtype, max_shard_size=max_shard_size, tied=tied, model_type=model_type, check_base=check_base,
         retention=retention, rounding=rounding, seed=seed, quantized=quantized, original=original,
-        keep_residual=keep_residual, resume=resume, device=device, threads=threads, force=force, durable=durable,
+        keep_loss=keep_loss, keep_residual=keep_residual, resume=resume, device=device,
+        threads=threads, force=force, durable=durable,
     )  # fmt: skip
     return execute(prepare(base, adapters, output, weights=weights, options=options), progress=progress)

@@ -78,7 +78,7 @@ def refuse_what_needs_a_folder(options: MergeOptions) -> None:
     """Raise `InvalidOption` for options that a single file cannot serve."""
     asked = {
         "max_shard_size": options.max_shard_size is not None, "keep_residual": options.keep_residual,
-        "resume": options.resume,
+        "resume": options.resume, "keep_loss": options.keep_loss is not None,
     }  # fmt: skip
     if wrong := [name for name, is_set in asked.items() if is_set]:
         raise InvalidOption(f"{', '.join(wrong)}: a GGUF file is written in one piece, and nothing lies beside it")

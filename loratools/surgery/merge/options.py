@@ -33,6 +33,7 @@ class MergeOptions:
     seed: int = 0
     quantized: Quantized = "dequantize"
     original: Location | None = None
+    keep_loss: int | None = None
     keep_residual: bool = False
     resume: bool = False
     device: Device = "cpu"
@@ -52,6 +53,10 @@ class MergeOptions:
         checked.word("quantized", self.quantized, Quantized)
         if not isinstance(self.original, str | PathLike | None) or self.original == "":
             checked.problems.append(f"original is {self.original!r}; it can be a path, a reference, or None")
+        checked.number("keep_loss", self.keep_loss, least=1, optional=True)
+        if self.keep_loss and (self.quantized != "requantize" or self.resume):
+            why = "resume does not keep it" if self.resume else "only what becomes codes again loses (requantize)"
+            checked.problems.append(f"keep_loss is {self.keep_loss!r}; {why}")
         checked.flag("keep_residual", self.keep_residual).flag("resume", self.resume)
         checked.word("device", self.device, Device).threads(self.threads).flag("force", self.force)
         checked.flag("durable", self.durable).done()

@@ -94,7 +94,8 @@ def plan_merge(
         files, laid_out = _files(written.layout, specs, sources, added, codes.tensors | parts.keys(), options)
     for name, recoded in written.recoded.items():
         source = changes[name].source if changes[name].replaced else recoded.original or changes[name].source
-        changes[name] = replace(changes[name], recoded=recoded, source=source)
+        kept = (options.keep_loss or 0) * (len(recoded.encoding.shape) == 2)
+        changes[name] = replace(changes[name], recoded=replace(recoded, loss_rank=kept), source=source)
         for part, spec in recoded.parts.items():
             changes.setdefault(part, Change(spec, part_of=name))
     strict = options.check_base == "strict"

@@ -21,6 +21,7 @@ from loratools.storage.checkpoint.logical import encodings
 from loratools.storage.files import chunks
 from loratools.storage.header import TensorSpec
 from loratools.surgery.hash import hash_tensors
+from loratools.surgery.merge import loss
 from loratools.surgery.merge.folder import write_companions
 from loratools.surgery.merge.measured import Measured
 from loratools.surgery.merge.prepare import Account, Merge
@@ -45,6 +46,7 @@ class MergeReport:
 
     `consumed` says for each adapter what became of its tensors: all of them are applied, replaced or passed over.
     `recoded` has the same for each weight that became codes again, measured through the quantization, all of it.
+    `loss_share` is the part of what the codes lost, ‖W' − W''‖², that the adapter beside the model gives back.
     `residual` is what it takes to restore the base exactly, where that was kept; `reused` are the files that an
     interrupted run had completed. `left_behind` are files of the base's folder that the output has not.
     """
@@ -58,6 +60,7 @@ class MergeReport:
     retention: float | None
     by_tensor: dict[str, float] = field(default_factory=dict)
     recoded: dict[str, float] = field(default_factory=dict)
+    loss_share: float | None = None
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     consumed: tuple[Account, ...] = ()
@@ -118,6 +121,7 @@ def execute(
         record = prepared.record | {"base": of_base, "retention": measured.retention}
         if options.rounding == "stochastic":
             record["rounding"] = {"method": options.rounding, "seed": options.seed}
+        share = loss.write(plan, measured.results, scratch, options.keep_loss) if options.keep_loss else None
         kept = keep(plan, scratch, threads, progress) if options.keep_residual else None
         if kept:
             stored = plan.base.stored or plan.base
@@ -130,7 +134,7 @@ def execute(
         output=str(prepared.output), changed=len(plan.touched()), tensors=len(plan.changes), bytes_written=size,
         verified=measured.verified, adapters=prepared.record["adapters"], consumed=prepared.accounts,
         notes=(*plan.notes, *resumed), warnings=measured.warnings, retention=measured.retention,
-        by_tensor=measured.by_tensor, recoded=measured.recoded, residual=kept, reused=reused,
+        by_tensor=measured.by_tensor, recoded=measured.recoded, loss_share=share, residual=kept, reused=reused,
         left_behind=prepared.beside.left,
     )  # fmt: skip
 

@@ -114,3 +114,21 @@ def test_verify_judges_what_became_of_codes(tmp_path: Path, policy: str, fault: 
         config["quantization_config"] = stated | {"modules_to_not_convert": ["nothing"]}
         (out / "config.json").write_text(json.dumps(config))
     assert loratools.verify(out, tmp_path / "base", tmp_path / "lora").ok == (fault is None)
+
+
+def test_what_codes_lose_is_kept_as_an_adapter(tmp_path: Path) -> None:
+    weights = models(tmp_path, 0.3)
+    out = tmp_path / "out"
+    report = loratools.merge(tmp_path / "base", tmp_path / "lora", out, quantized="requantize", keep_loss=200)
+    wanted = decoded(load_file(tmp_path / "base" / "model.safetensors"), Q) + weights["delta"]
+    lost = wanted - decoded(load_file(out / "model.safetensors"), Q)
+    update = loratools.open_adapter(out / "loss").updates[Q]
+    given = update.scaling * update.B.load().double() @ update.A.load().double()
+    share = float(1 - (lost - given).square().sum() / lost.square().sum())
+    assert report.loss_share == pytest.approx(share, abs=1e-4)
+    assert share > 0.999  # of full rank
+    loratools.merge(tmp_path / "base", tmp_path / "lora", tmp_path / "less", quantized="requantize", keep_loss=8)
+    less = loratools.open_adapter(tmp_path / "less" / "loss").updates[Q]
+    best = torch.linalg.svdvals(lost)[8:].square().sum() / lost.square().sum()
+    given = less.scaling * less.B.load().double() @ less.A.load().double()
+    assert float((lost - given).square().sum() / lost.square().sum()) == pytest.approx(float(best), rel=1e-3)
