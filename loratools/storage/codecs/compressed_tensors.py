@@ -43,6 +43,8 @@ def opened(module: Module) -> Encoding:
         raise module.refuse("it is sparse as well (marlin-24 or a bitmask), which loratools does not read")
     part = "weight_packed" if "weight_packed" in module.specs else "weight"
     module.need(part, "weight_scale")
+    if len(module.specs[part].shape) < 2:
+        raise module.refuse(f"its {part} is {list(module.specs[part].shape)}, and two sides were expected")
     arguments, form = group_of(module.statement, module.path) or ({}, None)
     dtype, scale = module.specs[part].dtype, module.specs["weight_scale"]
     if (part, dtype) in (("weight_packed", "I32"), ("weight", "I8")):
@@ -91,8 +93,6 @@ def _agree(
 def _fp8(module: Module, arguments: Mapping[str, Any]) -> Fp8:
     """Return how FP8 codes are stored, with scales by what config.json says, or what fits where it says nothing."""
     weight, scale = module.specs["weight"], module.specs["weight_scale"]
-    if len(weight.shape) < 2:
-        raise module.refuse(f"its weight is {weight.dtype} {list(weight.shape)}, and two sides were expected")
     if "weight_zero_point" in module.specs and any(_whole(module, "weight_zero_point").reshape(-1).view("u1") & 127):
         raise module.refuse("it has zero points, which are not read beside FP8")
     rows, columns = weight.shape[-2:]

@@ -27,7 +27,7 @@ def stack(out: int, columns: int, seed: int) -> tuple[torch.Tensor, torch.Tensor
     """Return blocks and scales of random codes, -0 among them."""
     generator = torch.Generator().manual_seed(seed)
     blocks = torch.randint(0, 256, (E, out, columns // 32, 16), generator=generator, dtype=torch.uint8)
-    return blocks, torch.randint(115, 125, blocks.shape[:-1], generator=generator, dtype=torch.uint8)
+    return blocks, torch.randint(121, 125, blocks.shape[:-1], generator=generator, dtype=torch.uint8)
 
 
 def read_by_transformers(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -146,7 +146,7 @@ def lora(folder: Path) -> torch.Tensor:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(8)) / 4)
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(8)) / 8)
         layer = next(module for module in model.modules() if hasattr(module, "parameter_name"))
         delta: torch.Tensor = layer.get_delta_weight("default").double()
     model.save_pretrained(folder)
@@ -172,6 +172,16 @@ def test_merges(tmp_path: Path) -> None:
     assert part.keys() == dense.keys()  # the experts of a layer are one module of transformers
     stated = json.loads((tmp_path / "part" / "config.json").read_text())["quantization_config"]
     assert stated["modules_to_not_convert"] == ["model.layers.*.self_attn", "lm_head", EXPERTS]
+    report = loratools.merge(
+        tmp_path / "base", tmp_path / "lora", tmp_path / "codes", quantized="requantize", force=True
+    )
+    codes = load_file(tmp_path / "codes" / "model.safetensors")
+    assert {name for name in codes if not torch.equal(codes[name], tensors[name])} == {f"{EXPERTS}.gate_up_proj_blocks"}
+    again = read_by_transformers(*(codes[f"{EXPERTS}.gate_up_proj_{part}"] for part in ("blocks", "scales"))).double()
+    kept = float(((again - up.double()) * delta).sum() / delta.square().sum())
+    assert report.recoded == {f"{EXPERTS}.gate_up_proj": pytest.approx(kept, abs=0.01)}
+    for name in ("dense", "part", "codes"):
+        assert loratools.verify(tmp_path / name, tmp_path / "base", tmp_path / "lora").ok
     ids = torch.arange(20).view(1, -1)
     logits = []
     for name in ("dense", "part"):
