@@ -27,6 +27,9 @@ Rounding = Literal["nearest", "stochastic"]
 Quantized = Literal["dequantize", "partial", "requantize", "refuse"]
 """What becomes of a base of codes: all in 16 bit, the changed modules in 16 bit, those made codes again, or nothing."""
 
+TrainedOn = Literal["original", "folded"]
+"""Which model an adapter saw, where the base is folded: the model that it was made from, or the base itself."""
+
 Device = Literal["cpu", "cuda"]
 """Where the arithmetic is done."""
 

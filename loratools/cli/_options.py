@@ -59,6 +59,10 @@ def swept(context: click.Context, _: click.Parameter, value: Path | None) -> Pat
     return value
 
 
+trained_on_option = click.option(
+    "--trained-on", type=Words("loratools.options", "TrainedOn"),
+    help="What the adapter saw where the base is folded (AWQ, SmoothQuant): its original, or the folded base itself.",
+)  # fmt: skip
 output_option = click.option(
     "-o", "--output", type=PATH, required=True, metavar="PATH", is_eager=True, callback=swept,
     help="Where the result goes; it must not exist yet.",

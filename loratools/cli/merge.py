@@ -56,8 +56,10 @@ _SHOWN = 3
 )  # fmt: skip
 @click.option(
     "--original", type=options.INPUT, metavar="PATH",
-    help="With --quantized requantize: the unquantized model; the changed modules are quantized anew from its weights.",
+    help="The unquantized model: --quantized requantize quantizes its weights anew; an adapter of it is carried into a "
+    "folded base (AWQ, SmoothQuant).",
 )  # fmt: skip
+@options.trained_on_option
 @click.option(
     "--keep-loss", type=int, metavar="RANK",
     help="With requantize: write what the codes lose beside the model, as an adapter of this rank (folder loss).",
@@ -141,7 +143,8 @@ def command(
     from loratools.surgery.verify import verify as prove
 
     with talk.progress("verifying", 2 * plan["bytes"]["written"]) as advance:
-        proof = prove(output, model, adapters, weights=weights or None, progress=advance)
+        carried = [each.adapter for each in prepared.plan.inputs] if choices["original"] else adapters
+        proof = prove(output, model, carried, weights=weights or None, progress=advance)
     document["verification"] = show.plain(proof)
     return show.Report(document, [*text, *lines(proof, every=False)], proof.ok)
 

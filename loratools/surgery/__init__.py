@@ -3,6 +3,7 @@
 inspect, spectrum, compare, hash   look at them
 validate, verify                   check them
 merge, unmerge, switch             change a model
+folding                            adapters carried into bases whose weights are folded
 dequantize                         a quantized model in 16 bit
 combine, resize, extract, convert  make an adapter
 inputs, base, change               what a verb opens; whether it belongs to one base; what an adapter changes

@@ -109,14 +109,14 @@ def _open(adapter: AdapterSource, weight: float, base: Checkpoint) -> AdapterInp
     if not isinstance(adapter, str | os.PathLike):
         value = dialects.held(adapter)
         if value.tensors() and all(lazy.spec is None and lazy.file is None for lazy in value.tensors().values()):
-            value = _in_a_file(value)
+            value = in_a_file(value)
         return AdapterInput(value, weight, checked_digest(value, "adapter"))
     path = sources.local(adapter)
     opened = dialects.open_adapter(path, base=base)
     return AdapterInput(opened, weight, checked_digest(opened, str(path)), path)
 
 
-def _in_a_file(adapter: Adapter) -> Adapter:
+def in_a_file(adapter: Adapter) -> Adapter:
     """Return an adapter of memory alone with its tensors in a temporary file, which goes away with the last of them.
 
     It is merged by the path that an adapter in files takes then, to the same bytes; a tensor trained whole is copied

@@ -20,6 +20,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
+from loratools.adapter.basis import Basis
 from loratools.adapter.site import Site
 from loratools.errors import UnknownKind
 from loratools.storage.lazy import LazyTensor
@@ -201,21 +202,21 @@ class Usual(Protocol):
         return None
 
     def fitted(self, shape: tuple[int, ...]) -> Update:
-        """Return the update for a base weight of this shape, where its parts alone do not tell the shape.
-
-        Raises `ValueError` where it does not go with such a weight.
-        """
+        """Return the update for a base weight of this shape, which its parts may leave open; `ValueError`: a misfit."""
         return self  # type: ignore[return-value]
 
     def factored(self) -> Factors | None:
         """Return the factors of ΔW, from shapes alone; None where the change is no such product."""
         return None
 
-    def with_factors(self, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Update:
-        """Return an update of the same weight with ΔW = left·right, its alpha the rank, so that its scaling is 1.
+    def carried(self, basis: Basis) -> Update:
+        """Return what does to a weight in another basis as this does to W; `ValueError` where nothing is known to."""
+        raise ValueError("nothing is known that does the same in another basis")
 
-        `left` and `right` are as in `Factors`; `bias` (out,) is what is added to the module's bias. Raises `ValueError`
-        for a kind that is not made of two factors alone.
+    def with_factors(self, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Update:
+        """Return an update of the same weight with ΔW = left·right (as in `Factors`), its alpha the rank, scaling 1.
+
+        `bias` (out,) is added to the module's. Raises `ValueError` for a kind that is not made of two factors alone.
         """
         raise ValueError("an update of this kind is not made of two factors alone")
 

@@ -10,6 +10,7 @@ from typing import ClassVar, Self
 
 from loratools.adapter import kinds
 from loratools.adapter import parts as part_names
+from loratools.adapter.basis import Basis, along
 from loratools.adapter.kinds import Device, DType, Factors, Tensor, Term, Underlying, Update
 from loratools.adapter.kinds._shared import Additive
 from loratools.adapter.parts import BIAS
@@ -124,6 +125,12 @@ class TwoFactors(LowRank):
         B = LazyTensor.of(left.reshape(len(left), rank, *self.B.shape[2:]).contiguous())
         c = None if bias is None else LazyTensor.of(bias)
         return replace(self, A=A, B=B, bias=c, scaling=1.0, alpha=float(rank))
+
+    def carried(self, basis: Basis) -> Self:
+        """Return A·diag(columns) and diag(rows)·B, with the bias of B; of an embedding's (V, d) the other way round."""
+        rows, columns = (basis.columns, basis.rows) if self.transposed else (basis.rows, basis.columns)
+        c = None if self.bias is None else along(self.bias, rows, 0)
+        return replace(self, A=along(self.A, columns, 1), B=along(self.B, rows, 0), bias=c)
 
     @classmethod
     def claims(cls, parts: Mapping[str, LazyTensor]) -> bool:

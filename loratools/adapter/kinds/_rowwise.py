@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Self
 
-from loratools.adapter.kinds import Device, DType, Rows, Tensor, Term, Underlying
+from loratools.adapter import kinds
+from loratools.adapter.basis import Basis, along, made
+from loratools.adapter.kinds import Device, DType, Rows, Tensor, Term, Underlying, Update
 from loratools.adapter.kinds._shared import Additive
 from loratools.adapter.site import Site
 from loratools.storage.lazy import LazyTensor
@@ -48,6 +50,14 @@ class Rowwise(Additive):
     def project(self, X: Tensor, weight: float, under: Underlying) -> Tensor:
         """Return X·Wᵀ + w·s·X·ΔWᵀ."""
         return under.below(X) + weight * self.scaling * (X @ self.dense().to(X)[under.site.part_rows].T)
+
+    def carried(self, basis: Basis) -> Update:
+        """Return the whole difference diag(rows)·s·ΔW·diag(columns), which has no such factors: kind `full`."""
+        source = next(iter(self.parts.values()))
+        whole = made(self.shape, lambda: (self.scaling * self.dense()).reshape(self.shape), source, double=True)
+        whole = along(along(whole, basis.rows, 0), basis.columns, 1)
+        full: Update = kinds.get("full").build({"diff": made(self.shape, whole.load, source)}, 1.0, 1.0)
+        return full
 
     def delta_weight(self) -> Tensor:
         """Return s·ΔW in float32, with `shape`."""

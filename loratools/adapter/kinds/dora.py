@@ -15,7 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Self, cast
 
+from loratools.adapter.basis import Basis, rescaled
 from loratools.adapter.kinds import Device, DType, Factors, Tensor, Term, Underlying
 from loratools.adapter.kinds._product import LowRank, Product
 from loratools.adapter.kinds._shared import Wrapper
@@ -69,6 +71,22 @@ class DoraUpdate(Wrapper):
         """Return the factors of the inner update, and m."""
         m = self.magnitude.reshaped((self.features,))
         return replace(self.inner.factored(), magnitude=m, by_column=self.by_column)
+
+    def carried(self, basis: Basis) -> Self:
+        """Return the inner update's like, and the magnitudes by which it gets the factors that it has in W.
+
+        Raises `ValueError` for an embedding, whose features are columns.
+        """
+        if self.by_column:
+            raise ValueError("DoRA of an embedding has magnitudes along columns")
+        inner = cast(LowRank, self.inner.carried(basis))
+
+        def product(rows: slice) -> Tensor:
+            left, right = (factor.double() for factor in inner.factored().load())
+            return basis.read(rows) + basis.weight * self.scaling * (left[rows] @ right)
+
+        m = self.magnitude.reshaped((self.features,))
+        return replace(self, inner=inner, magnitude=rescaled(m, product, basis, self.features))
 
     def term(self, site: Site, weight: float, dtype: DType, device: Device) -> Rescaling:
         """Return the term of a site, with m of the features that land there."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
+from loratools.adapter.basis import Basis, along
 from loratools.adapter.kinds import Device, DType, Rows, Tensor
 from loratools.adapter.kinds._rowwise import Rowwise
 from loratools.storage.lazy import LazyTensor
@@ -47,6 +49,11 @@ class FullUpdate(Rowwise):
 
     def _matrix(self) -> Tensor:
         return self.difference.load().reshape(self.shape[0], -1)
+
+    def carried(self, basis: Basis) -> Self:
+        """Return diag(rows)·diff·diag(columns), and the bias's; of a norm the one side that it has."""
+        whole = along(along(self.difference, basis.rows, 0), basis.columns, 1)
+        return replace(self, difference=whole, bias=None if self.bias is None else along(self.bias, basis.rows, 0))
 
     def dense(self) -> Tensor:
         """Return the difference."""

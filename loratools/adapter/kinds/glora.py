@@ -7,8 +7,10 @@ that the update finds, so among several updates the order counts.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
+from loratools.adapter.basis import Basis, along
 from loratools.adapter.kinds import Device, DType, Tensor, Term, Underlying
 from loratools.adapter.kinds._shared import OnWeight
 from loratools.adapter.site import Site
@@ -41,6 +43,12 @@ class GloraUpdate(OnWeight):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.parts["b1.weight"].shape[0], *self.parts["b2.weight"].shape[1:]
+
+    def carried(self, basis: Basis) -> Self:
+        """Return diag(1/columns)·a1, a2·diag(columns), diag(rows)·b1 and b2·diag(columns)."""
+        inverse = None if basis.columns is None else 1 / basis.columns
+        each = zip(_PARTS, (inverse, basis.columns, basis.rows, basis.columns), (0, 1, 0, 1), strict=True)
+        return replace(self, parts={name: along(self.parts[name], factors, axis) for name, factors, axis in each})
 
     def _factors(self) -> list[Tensor]:
         return [self.parts[name].load().double().flatten(1) for name in _PARTS]

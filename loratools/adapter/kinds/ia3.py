@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Self
 
+from loratools.adapter.basis import Basis
 from loratools.adapter.kinds import Device, DType, Tensor, Term, Underlying
 from loratools.adapter.kinds._shared import OnWeight
 from loratools.adapter.site import Site
@@ -49,6 +51,10 @@ class Ia3Update(OnWeight):
     @property
     def parts(self) -> Mapping[str, LazyTensor]:
         return {WEIGHT_PART: self.vector, INPUT_PART: self.flag}
+
+    def carried(self, basis: Basis) -> Self:
+        """Return itself: factors of rows or columns commute with those of a basis."""
+        return self
 
     def _factors(self, site: Site, weight: float) -> tuple[Tensor, bool]:
         """Return 1 + w·v in float64 for rows or columns of the module's own matrix, and whether for columns."""

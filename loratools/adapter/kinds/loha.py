@@ -8,9 +8,10 @@ multiplies by the scale twice.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from loratools.adapter.kinds import Device, DType, Rows, Tensor
+from loratools.adapter.basis import Basis, along
+from loratools.adapter.kinds import Device, DType, Rows, Tensor, Update
 from loratools.adapter.kinds._rowwise import Named
 from loratools.storage.lazy import LazyTensor
 
@@ -54,6 +55,13 @@ class LohaUpdate(Named):
         pairs = [(left.to(device, dtype), right.to(device, dtype)) for left, right in self._pairs()]
         (L1, R1), (L2, R2) = [(right.T, left.T) for left, right in pairs] if transposed else pairs
         return lambda rows: (L1[rows] @ R1).mul_(L2[rows] @ R2)
+
+    def carried(self, basis: Basis) -> Update:
+        """Return the first pair scaled, its rows and its columns; with cores, or a kernel, the whole difference."""
+        if len(self.shape) != 2 or _T[0] in self.tensors:
+            return Named.carried(self, basis)
+        a, b = along(self.tensors["hada_w1_a"], basis.rows, 0), along(self.tensors["hada_w1_b"], basis.columns, 1)
+        return replace(self, tensors={**self.tensors, "hada_w1_a": a, "hada_w1_b": b})
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Return (left, right) of both matrices; a core goes into right."""

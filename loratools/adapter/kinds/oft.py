@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
+from loratools.adapter.basis import Basis
 from loratools.adapter.kinds import Device, DType, Tensor, Term, Underlying
 from loratools.adapter.kinds._shared import OnWeight
 from loratools.adapter.site import Site
@@ -44,6 +45,12 @@ class OftUpdate(OnWeight):
     def fitted(self, shape: tuple[int, ...]) -> OftUpdate:
         """Return the update of a base weight of this shape, which the blocks alone do not tell."""
         return replace(self, weight_shape=shape)
+
+    def carried(self, basis: Basis) -> Self:
+        """Return itself where columns alone are scaled, for R·W·diag(columns) is R of that; else raise `ValueError`."""
+        if basis.rows is not None:
+            raise ValueError("it rotates outputs that the base scales one by one, which is no rotation any more")
+        return self
 
     @property
     def rank(self) -> int:

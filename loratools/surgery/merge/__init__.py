@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from loratools.options import CheckBase, Device, Quantized, Retention, Rounding, Tied
+from loratools.options import CheckBase, Device, Quantized, Retention, Rounding, Tied, TrainedOn
 from loratools.parallel import Progress
 from loratools.storage import atomic
 from loratools.storage.dtypes import FloatName
@@ -53,6 +53,7 @@ def merge(
     seed: int = 0,
     quantized: Quantized = "dequantize",
     original: Location | None = None,
+    trained_on: TrainedOn | None = None,
     keep_loss: int | None = None,
     keep_residual: bool = False,
     resume: bool = False,
@@ -93,7 +94,12 @@ def merge(
             `"requantize"` makes codes of the changed modules again, which erases most of a small change, `"refuse"`
             raises. Default: `"dequantize"`, by which nothing of the adapter is lost.
         original: The unquantized model that a quantized base was made from, for `"requantize"`: the changed modules are
-            quantized anew from its weights plus the change, which keeps all of it. Default: none.
+            quantized anew from its weights plus the change, which keeps all of it. For a base that is folded, as AWQ
+            and SmoothQuant do it, with every policy: an adapter that was trained on the original is carried into the
+            base's basis, by scales that are read from the norms of both. Default: none.
+        trained_on: Which model the adapters saw, where the base is folded: its `"original"`, which has to be given, or
+            the `"folded"` base itself. Default: the one that an adapter is sealed with, else the original where that is
+            given; without it a folded base is warned about.
         keep_loss: With `"requantize"`: a rank; what the codes lose of each changed weight, W' − W'', is written beside
             the model as an adapter of that rank, the folder `loss`, which gives it back. Default: it is not kept.
         keep_residual: Whether to write what rounding destroys beside the model, and the root hash of the base into its
@@ -129,7 +135,7 @@ def merge(
     options = MergeOptions(
         dtype=dtype, max_shard_size=max_shard_size, tied=tied, model_type=model_type, check_base=check_base,
         retention=retention, rounding=rounding, seed=seed, quantized=quantized, original=original,
-        keep_loss=keep_loss, keep_residual=keep_residual, resume=resume, device=device,
+        trained_on=trained_on, keep_loss=keep_loss, keep_residual=keep_residual, resume=resume, device=device,
         threads=threads, force=force, durable=durable,
     )  # fmt: skip
     return execute(prepare(base, adapters, output, weights=weights, options=options), progress=progress)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING
 
-from loratools.options import CheckBase, Device, Options, Quantized, Retention, Rounding, Tied
+from loratools.options import CheckBase, Device, Options, Quantized, Retention, Rounding, Tied, TrainedOn
 from loratools.storage import dtypes
 from loratools.storage.sizes import parse_size
 from loratools.storage.sources import Location
@@ -33,6 +33,7 @@ class MergeOptions:
     seed: int = 0
     quantized: Quantized = "dequantize"
     original: Location | None = None
+    trained_on: TrainedOn | None = None
     keep_loss: int | None = None
     keep_residual: bool = False
     resume: bool = False
@@ -53,6 +54,8 @@ class MergeOptions:
         checked.word("quantized", self.quantized, Quantized)
         if not isinstance(self.original, str | PathLike | None) or self.original == "":
             checked.problems.append(f"original is {self.original!r}; it can be a path, a reference, or None")
+        if self.trained_on is not None:
+            checked.word("trained_on", self.trained_on, TrainedOn)
         checked.number("keep_loss", self.keep_loss, least=1, optional=True)
         if self.keep_loss and (self.quantized != "requantize" or self.resume):
             why = "resume does not keep it" if self.resume else "only what becomes codes again loses (requantize)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from loratools.storage.codecs import Encoding
 from loratools.storage.codecs.floats import Array, unsigned, widen
 from loratools.storage.header import TensorSpec
 
+_PLAIN = 16  # bits of plain numbers, also where they are read in another basis
 _ROWS, _FAR = 32, 0.7
 """Rows of each weight that are compared, and a relative distance that no quantization has: other models have 1.4."""
 
@@ -33,7 +35,7 @@ def weights_of(original: Checkpoint, encodings: Mapping[str, Encoding]) -> dict[
         spec = original.specs[candidates[0]] if len(candidates) == 1 else None
         if spec is None:
             problems.append(f"{name}: the original has no such tensor")
-        elif spec.dtype not in dtypes.FLOATS or spec.encoding is not None:
+        elif spec.dtype not in dtypes.FLOATS or (spec.encoding and cast(Encoding, spec.encoding).bits < _PLAIN):
             problems.append(f"{name}: the original has it as {spec.dtype} codes, and numbers are needed")
         elif spec.shape != encoding.shape:
             problems.append(f"{name}: the original has shape {list(spec.shape)}, the base {list(encoding.shape)}")

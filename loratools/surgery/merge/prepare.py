@@ -17,7 +17,7 @@ from loratools.decisions import warned
 from loratools.engine.plan import MergePlan
 from loratools.engine.run import in_torch
 from loratools.errors import IncompatibleAdapter
-from loratools.format.record import BROUGHT, REPLACED, of_merge, refuse_second_merge
+from loratools.format.record import BROUGHT, CARRIED, REPLACED, of_merge, refuse_second_merge
 from loratools.parallel import cores
 from loratools.storage import atomic
 from loratools.storage.beside import vocabulary
@@ -25,6 +25,7 @@ from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import logical
 from loratools.storage.companions import Companions, companions, own_config
 from loratools.storage.sources import Location, local
+from loratools.surgery.folding import in_basis_of
 from loratools.surgery.inputs import (
     AdapterSource,
     ModelSource,
@@ -108,33 +109,40 @@ def prepare(
     others = [] if options.original is None else [local(options.original, "checkpoint")]
     atomic.refuse_inputs(output, [*places_of(base), *places(inputs), *others])
     refuse_second_merge(base, [each.digest for each in inputs])
-    return decide(base, inputs, output, options)
+    basis = in_basis_of(base, inputs, options.original, options.trained_on, options.check_base)
+    refuse_second_merge(base, [each.digest for each in basis.inputs])
+    built_on = None if basis.is_folded and options.quantized != "requantize" else basis.original
+    prepared = decide(base, basis.inputs, output, options, original=built_on, told=basis.told)
+    for entry, before in zip(prepared.record["adapters"], basis.carried_from, strict=False):
+        entry |= {CARRIED: before} if before else {}
+    return replace(prepared, plan=replace(prepared.plan, notes=(*basis.notes, *prepared.plan.notes)))
 
 
 def decide(
     base: Checkpoint, inputs: Sequence[AdapterInput], output: Path, options: MergeOptions, *,
     taken: Sequence[AdapterInput] = (), below: BaseIdentity | None = None,
-    elsewhere: Mapping[str, Equals] | None = None,
+    elsewhere: Mapping[str, Equals] | None = None, original: Checkpoint | None = None, told: bool = False,
 ) -> Merge:  # fmt: skip
     """Decide what becomes of every tensor of `base` and of `inputs`, which are as they were opened.
 
     Everything that is refused, said and recorded of a merge besides its numbers has its place here. Where `base` is a
     merged model, `taken` are adapters that it holds: their changes are subtracted, and in the plan they come after the
     `inputs`. `below` is what was recorded of the model below, and `elsewhere` compares copies with tensors of it that
-    `base` does not hold (`adapter/placement/settle.py`). Raises what `prepare` raises.
+    `base` does not hold (`adapter/placement/settle.py`). `original` is what a quantized base is built anew on,
+    `told` says that the basis of the adapters is known. Raises what `prepare` raises.
     """
     base = replicated(base, [each.adapter for each in inputs])
     base = under_adapters_names(base, [each.adapter for each in (*inputs, *taken)])
     named, strict = under_names_of(base, inputs), options.check_base == "strict"
     settled, decided = settle(base, named, strict=strict, elsewhere=elsewhere)
     outgoing = [replace(each, weight=-each.weight) for each in under_names_of(base, taken)]
-    original = None if options.original is None else logical(open_model(options.original))
     configs = [*(own_config(each.path) for each in inputs), *(None for _ in taken)]
     plan = plan_merge(
         base, (*settled, *outgoing), options, configs=configs, taken=len(taken), recorded=below, original=original
     )
     plan = replace(plan, notes=(*plan.notes, *decided))
-    warn_of_folded(base, plan.touched())
+    if not told:
+        warn_of_folded(base, plan.touched())
     record = of_merge(base, inputs, plan.turned()[: len(inputs)])
     shapes = {name: change.source.shape for name, change in plan.changes.items()}
     for entry, each in zip(record["adapters"], plan.adapters, strict=False):

@@ -55,7 +55,8 @@ def as_written(
 ) -> Written:
     """Decide what becomes of the codes of a base, of which adapters change the tensors `touched`.
 
-    With the `original`, which the base was quantized from, weights that become codes again begin as the original's.
+    With the `original`, which the base was quantized from, weights that become codes again begin as the original's: of
+    a folded base it is the original in that basis (`surgery/folding`).
 
     Raises `IncompatibleAdapter` where the policy is to refuse, and changed modules are codes.
     """
@@ -65,11 +66,6 @@ def as_written(
         raise InvalidOption(f"original: {which} (--quantized requantize)")
     if not every:
         return Written(base, {}, {}, (), ())
-    if original is not None and (why := folded(statement(base.config), base.root)):
-        raise IncompatibleAdapter(
-            f"{base.path}: the weights of {original.path} cannot be put in the place of its own: {why}",
-            hint="Use --quantized dequantize, or requantize without --original.",
-        )
     changed = {name: encoding for name, encoding in every.items() if name in touched}
     if policy == "refuse" and changed:
         raise IncompatibleAdapter(
@@ -135,7 +131,8 @@ def warn_of_folded(base: Checkpoint, touched: Collection[str]) -> None:
     if touched and (why := folded(statement(base.config), base.root)):
         warned(
             "%s may be another basis of the model that the adapter was trained on: %s. Up to half of the effect of an "
-            "adapter of the unquantized model is lost on it; one that was trained on this very base is right",
+            "adapter of the unquantized model is lost on it; one that was trained on this very base is right. Give "
+            "--original, the unquantized model, and the adapter is carried over, or say --trained-on folded",
             base.path, why,
         )  # fmt: skip
 

@@ -10,7 +10,7 @@ import torch
 
 import loratools
 from loratools.decisions import warnings_to
-from loratools.errors import BadFile, IncompatibleAdapter
+from loratools.errors import BadFile, WrongBase
 from loratools.storage.codecs.folded import folded
 from tests.storage.codecs.test_awq import awq_base, awq_module
 from tests.storage.codecs.test_fp8 import Q, lora
@@ -76,11 +76,13 @@ def test_a_merge_warns_by_name_with_the_reason(tmp_path: Path) -> None:
     assert "SmoothQuant moves scales between norms and the weights behind them (recipe.yaml)" in text
 
 
-def test_an_original_is_not_put_in_the_place_of_folded_weights(tmp_path: Path) -> None:
+def test_a_model_of_other_numbers_is_not_the_original_of_a_folded_base(tmp_path: Path) -> None:
     parts, W = awq_module()
     base = awq_base(tmp_path / "base", {Q: parts})
     head = torch.ones(10, COLUMNS, dtype=torch.float16)
-    original = save_base(tmp_path / "original", {f"{Q}.weight": W.half(), "lm_head.weight": head}, model_type="llama")
+    other = {f"{Q}.weight": W.half().roll(1, 1).contiguous(), "lm_head.weight": head}
+    original = save_base(tmp_path / "original", other, model_type="llama")
     lora(tmp_path / "lora", Q, (ROWS, COLUMNS))
-    with pytest.raises(IncompatibleAdapter, match="cannot be put in the place of its own: AWQ divides norms"):
-        merged(base, tmp_path, quantized="requantize", original=original)
+    for policy in ("dequantize", "partial", "requantize"):
+        with pytest.raises(WrongBase, match="is not the model that was folded"):
+            merged(base, tmp_path, quantized=policy, original=original)

@@ -1,0 +1,1 @@
+"""Adapters carried into folded bases."""
