@@ -7,6 +7,7 @@ several times slower: only the last float32 bit of a sum may differ then.
 
     rows.c     who calls and what for, and which processor is served
     kernel.h   the arithmetic, compiled once for each width of vectors
+    codes      `codes.c` and `codes.h`: what the codes of quantized weights stand for
     thin       `thin.c` and `thin.h`: factors beside a linear layer of a running model, and their gradients
     build      compiles them when the package is installed
 """

@@ -1,4 +1,4 @@
-"""Hatchling's hook: compile `rows.c` and `thin.c` when the package is built or installed, where there is a compiler."""
+"""Hatchling's hook: compile the C files here when the package is built or installed, where there is a compiler."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fPIC", "-shared")
-LOSS = {"rows": "merges will run in torch alone, slower", "thin": "adapters in a running model train in torch alone"}
+LOSS = {
+    "rows": "merges will run in torch alone, slower",
+    "codes": "quantized weights will be decoded in NumPy alone, slower",
+    "thin": "adapters in a running model train in torch alone",
+}
 
 
 class NativeRows(BuildHookInterface[Any]):

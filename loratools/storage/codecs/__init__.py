@@ -93,6 +93,8 @@ class Parts:
         self._module, self._stack = module, stack
         self._open: dict[str, files.Read] = {}
         self._whole: dict[str, Array] = {}
+        self._numbers: dict[str, Array] = {}
+        self._lent: dict[str, bytearray] = {}
         self._matrices: dict[str, tuple[int, Array]] = {}
 
     def whole(self, part: str) -> Array:
@@ -110,32 +112,35 @@ class Parts:
         shape = (last - first, *spec.shape[1:]) if spec.shape else ()
         return self._read(part, first, last, prod(spec.shape[1:])).reshape(shape)
 
-    def joined(self, part: str, start: int, stop: int) -> Array:
-        """Return the rows [start:stop] of a part, (n, columns), as it is stored; all its sides but the last joined."""
+    def joined(self, part: str, start: int, stop: int, *, lent: bool = False) -> Array:
+        """Return rows of a part as it is stored, (n, columns); the next such call overwrites what is `lent`."""
         shape = self._module.specs[part].shape
         if part in self._whole:
             return self._whole[part].reshape(-1, shape[-1])[start:stop]
-        return self._read(part, start, stop, shape[-1]).reshape(stop - start, shape[-1])
+        return self._read(part, start, stop, shape[-1], lent).reshape(stop - start, shape[-1])
 
-    def _read(self, part: str, first: int, last: int, columns: int) -> Array:
+    def _read(self, part: str, first: int, last: int, columns: int, lent: bool = False) -> Array:
         import numpy as np
 
         spec = self._module.specs[part]
         if part not in self._open:
             self._open[part] = self._stack.enter_context(files.opened(spec))
         size = columns * dtypes.bits(spec.dtype) // 8
-        raw = bytearray((last - first) * size)
-        self._open[part](memoryview(raw), first * size)
-        return np.frombuffer(raw, _NUMPY.get(spec.dtype, "<u1"))
+        nbytes = (last - first) * size
+        held = self._lent if lent else {}
+        if len(raw := held.get(part, bytearray())) < nbytes:
+            raw = held[part] = bytearray(nbytes)
+        self._open[part](memoryview(raw)[:nbytes], first * size)
+        return np.frombuffer(memoryview(raw)[:nbytes], _NUMPY.get(spec.dtype, "<u1"))
 
-    def raw(self, part: str, start: int, stop: int) -> Array:
-        """Return the bytes [start:stop) of a part, uint8."""
+    def raw(self, part: str, start: int, stop: int, *, lent: bool = False) -> Array:
+        """Return the bytes [start:stop) of a part, uint8; `lent` as `joined` has it."""
         import numpy as np
 
         spec = self._module.specs[part]
         size = dtypes.bits(spec.dtype) // 8
         first = start // size
-        stored = self._read(part, first, -(-stop // size), 1).view(np.uint8)
+        stored = self._read(part, first, -(-stop // size), 1, lent).view(np.uint8)
         return stored[start - first * size : stop - first * size]
 
     def matrix(self, part: str, index: int) -> Array:
@@ -151,6 +156,18 @@ class Parts:
 
         stored = self.whole(part) if (start, stop) == (0, None) else self.rows(part, start, stop)
         return numbers(stored, self._module.specs[part].dtype)
+
+    def constants(self, part: str) -> Array:
+        """Return all of a part as `numbers` does; those that are stored as bytes are E8M0. Made once, and read-only."""
+        import numpy as np
+
+        from loratools.storage.codecs.tables import numbers
+
+        if part not in self._numbers:
+            dtype = "F8_E8M0" if self.whole(part).dtype == np.uint8 else self._module.specs[part].dtype
+            self._numbers[part] = np.array(numbers(self.whole(part), dtype))
+            self._numbers[part].setflags(write=False)
+        return self._numbers[part]
 
 
 class Encoder(Protocol):

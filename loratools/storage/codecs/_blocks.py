@@ -16,9 +16,9 @@ from math import prod
 import numpy as np
 
 from loratools.storage.codecs import Encoding, Module, Parts
-from loratools.storage.codecs._grouped import Fit, Grouped, Stored
+from loratools.storage.codecs._grouped import Fit, Grouped, Packed
 from loratools.storage.codecs._levels import FP4, Floats
-from loratools.storage.codecs._packed import pack, unpack
+from loratools.storage.codecs._packed import pack
 from loratools.storage.codecs._powers import exponents
 from loratools.storage.codecs._scales import rounded, stored
 from loratools.storage.codecs.floats import Array
@@ -87,13 +87,13 @@ class Blocks(Grouped):
     divides: bool = False
     rule: Rule = by_division
 
-    def stored(self, parts: Parts, first: int, count: int) -> Stored:
+    def packed_rows(self, parts: Parts, first: int, count: int) -> Packed:
         """Return codes and scales of rows."""
-        packed = parts.joined(self.codes_part, first, first + count)
+        packed = parts.joined(self.codes_part, first, first + count, lent=True)
         scales = table(self._dtype)[parts.joined("weight_scale", first, first + count)]
         if self.whole:
             scales = self._times(scales, self._stored_number(parts, first, count))
-        return Stored(unpack(packed, self.bits, self.columns), scales)
+        return Packed(packed, self.bits, scales)
 
     @property
     def _dtype(self) -> str:

@@ -13,6 +13,7 @@ from math import prod
 
 import numpy as np
 
+from loratools.linalg.native import codes as native
 from loratools.storage import dtypes
 from loratools.storage.codecs import Encoder, Encoding, Grid, Module, Parts
 from loratools.storage.codecs._scales import POWERS, Rule, beyond, by_quotient, largest, read_back, rounded, stored
@@ -44,10 +45,14 @@ class Fp8(Encoding):
 
     def decode(self, parts: Parts, first: int, out: Array) -> None:
         """Write q · scale."""
-        q = parts.joined("weight", first, first + len(out))
-        np.take(table(self.module.specs["weight"].dtype), q, out=out, mode="wrap")
-        if self.scale:
-            self._by_blocks(np.multiply, out, self.scales(parts)[self._block_rows(first, len(out))])
+        q, dtype = parts.joined("weight", first, first + len(out), lent=True), self.module.specs["weight"].dtype
+        scales = self.scales(parts)[self._block_rows(first, len(out))] if self.scale else None
+        form = dtype if dtype in native.FORMS else "bytes"
+        if native.decode(q, form, table(dtype), out, scales=scales, width=self._sides[1]):
+            return
+        np.take(table(dtype), q, out=out, mode="wrap")
+        if scales is not None:
+            self._by_blocks(np.multiply, out, scales)
 
     def encoder(self, parts: Parts, grid: Grid, draw: Callable[[tuple[int, ...]], Array] | None = None) -> Encoder:
         """Return what makes codes again; fresh scales are made by the scheme's rule, and none where it has none."""
@@ -55,7 +60,7 @@ class Fp8(Encoding):
 
     def scales(self, parts: Parts) -> Array:
         """Return the stored scales in float32: (block rows of all matrices, blocks of a row)."""
-        return _numbers(parts, self.scale).reshape(self._blocks)
+        return parts.constants(self.scale).reshape(self._blocks)
 
     @property
     def _sides(self) -> tuple[int, int]:
@@ -171,7 +176,7 @@ class _Encoder:
         self._limit = np.float32(self._largest if draw else beyond(self._dtype))
         self._codes = np.empty((prod(encoding.shape[:-1]), encoding.columns), np.uint8)
         blocks = encoding._blocks
-        self._scales = np.ones(blocks, np.float32) if fresh or not encoding.scale else encoding.scales(parts)
+        self._scales = np.ones(blocks, np.float32) if fresh or not encoding.scale else encoding.scales(parts).copy()
         self._made = np.zeros(blocks, bool)
         self._factors: Array | None = None
         self.needs_pass = bool(encoding.scale) and encoding.together == 1 and encoding._sides[0] > 1
@@ -267,9 +272,3 @@ class _Encoder:
         """Tell whether all that is finite divides and multiplies exactly enough to come back to its code, but zero."""
         scales = np.abs(self._scales[self._scales != 0])
         return not self._dtype.endswith("FNUZ") and bool(((scales > _SMALL) & (scales < 1 / _SMALL)).all())
-
-
-def _numbers(parts: Parts, part: str) -> Array:
-    """Return the scales of a part in float32; those that are stored as bytes are E8M0."""
-    stored = parts.whole(part)
-    return table("F8_E8M0")[stored] if stored.dtype == np.uint8 else parts.numbers(part)

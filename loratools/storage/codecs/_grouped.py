@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from loratools.linalg.native import codes as native
 from loratools.storage.codecs import Encoder, Encoding, Grid, Parts
 from loratools.storage.codecs._levels import INT4, Draw, Levels
+from loratools.storage.codecs._packed import unpack
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -25,6 +27,19 @@ class Stored:
     """Rows as they are stored: `codes` uint8 (n, columns), `scales` and `zeros` float32 (n, groups)."""
 
     codes: Array
+    scales: Array
+    zeros: Array | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """Rows as they are stored, code beside code from each row's first byte: `octets` uint8 (n, bytes), of `bits` each.
+
+    `scales` and `zeros` are float32 (n, groups).
+    """
+
+    octets: Array
+    bits: int
     scales: Array
     zeros: Array | None = None
 
@@ -70,9 +85,19 @@ class Grouped(Encoding):
         """Groups of a row."""
         return -(-self.columns // self.width)
 
-    @abstractmethod
     def stored(self, parts: Parts, first: int, count: int) -> Stored:
         """Return so many rows from `first` on."""
+        rows = self.packed_rows(parts, first, count)
+        if rows is None:
+            raise NotImplementedError(f"{type(self).__name__} has neither stored nor packed_rows")
+        return Stored(unpack(rows.octets, rows.bits, self.columns).copy(), rows.scales, rows.zeros)
+
+    def packed_rows(self, parts: Parts, first: int, count: int) -> Packed | None:
+        """Return so many rows from `first` on before they are unpacked, in memory that the next call may overwrite.
+
+        None, the default, where codes are not simply one beside the other: then the scheme has its own `stored`.
+        """
+        return None
 
     @abstractmethod
     def fit(self, parts: Parts, first: int, lows: Array, highs: Array, W: Array, largest: float) -> Fit:
@@ -92,7 +117,26 @@ class Grouped(Encoding):
 
     def decode(self, parts: Parts, first: int, out: Array) -> None:
         """Write (level - zero)·scale."""
-        self.numbers(self.stored(parts, first, len(out)), out)
+        rows = self.packed_rows(parts, first, len(out))
+        if rows is None:
+            self.numbers(self.stored(parts, first, len(out)), out)
+        elif not self._decode_packed(rows, out):
+            self.numbers(Stored(unpack(rows.octets, rows.bits, self.columns), rows.scales, rows.zeros), out)
+
+    def _decode_packed(self, rows: Packed, out: Array) -> bool:
+        """Write what rows stand for in C, and return True; False where it is not made for them."""
+        if rows.bits not in (4, 8) or len(self.levels.table) != 1 << rows.bits or self.columns_of is not None:
+            return False
+        form = "low first" if rows.bits == 4 else self.byte_form
+        width = self.width if rows.scales.shape[1] > 1 else None
+        return native.decode(
+            rows.octets, form, self.levels.table, out, scales=rows.scales, zeros=rows.zeros, width=width
+        )
+
+    @property
+    def byte_form(self) -> str:
+        """The form of codes of a byte, as `linalg.native.codes` names it."""
+        return "I8" if self.levels.table[255] == -1 else "bytes"
 
     def numbers(self, stored: Stored, out: Array) -> None:
         """Write what rows stand for."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from loratools.storage import dtypes
 from loratools.storage.codecs import Encoding, Module, Parts
-from loratools.storage.codecs._grouped import Fit, Grouped, Stored
+from loratools.storage.codecs._grouped import Fit, Grouped, Packed
 from loratools.storage.codecs._levels import Whole
 from loratools.storage.codecs._packed import pack, unpack
 from loratools.storage.codecs.floats import Array, narrow, widen
@@ -156,12 +156,12 @@ class Integers(Grouped):
 
     zero: str = ""
 
-    def stored(self, parts: Parts, first: int, count: int) -> Stored:
+    def packed_rows(self, parts: Parts, first: int, count: int) -> Packed:
         """Return codes, scales and zero points of rows."""
-        stored = parts.joined(self.codes_part, first, first + count)
+        stored = parts.joined(self.codes_part, first, first + count, lent=True)
         bits = self.bits if self.codes_part == "weight_packed" else 8
         groups = self._of_groups(parts, "weight_scale", first, count)
-        return Stored(unpack(stored, bits, self.columns), groups, self._zeros(parts, first, count))
+        return Packed(stored.view(np.uint8), bits, groups, self._zeros(parts, first, count))
 
     def _of_groups(self, parts: Parts, part: str, first: int, count: int) -> Array:
         """Return a number for each row and group."""

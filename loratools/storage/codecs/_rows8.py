@@ -9,7 +9,7 @@ import numpy as np
 
 from loratools.storage import dtypes
 from loratools.storage.codecs import Encoding, Module, Parts
-from loratools.storage.codecs._grouped import Fit, Grouped, Stored
+from loratools.storage.codecs._grouped import Fit, Grouped, Packed
 from loratools.storage.codecs._levels import Whole
 from loratools.storage.codecs._scales import read_back
 from loratools.storage.codecs._scales import stored as as_stored
@@ -33,10 +33,10 @@ class Rows8(Grouped):
         label = "8-bit integers, one scale a row"
         return cls(module, weight.shape, label, 8, (1, columns), 1, levels, 1, columns, "weight")
 
-    def stored(self, parts: Parts, first: int, count: int) -> Stored:
+    def packed_rows(self, parts: Parts, first: int, count: int) -> Packed:
         """Return codes and scales of rows."""
-        codes = parts.joined("weight", first, first + count).view(np.uint8)
-        return Stored(codes, parts.numbers("weight_scale").reshape(-1, 1)[first : first + count])
+        codes = parts.joined("weight", first, first + count, lent=True).view(np.uint8)
+        return Packed(codes, 8, parts.constants("weight_scale").reshape(-1, 1)[first : first + count])
 
     def fit(self, parts: Parts, first: int, lows: Array, highs: Array, W: Array, largest: float) -> Fit:
         """Return max|w| / 127, 1 for zeros."""

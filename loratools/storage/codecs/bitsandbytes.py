@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from loratools.errors import BadFile
+from loratools.linalg.native import codes as native
 from loratools.storage.codecs import Encoder, Encoding, Grid, Module, Parts
 from loratools.storage.codecs._bnb_encoders import FourBitEncoder, TurnedEncoder
 from loratools.storage.codecs._bnb_int8 import Int8Encoder, int8_values
@@ -172,11 +173,13 @@ class FourBit(Encoding):
         last = min(right * self.block, prod(self.shape))
         direct = (left * self.block, right * self.block) == (start, stop) and out.flags.c_contiguous
         flat = out.reshape(-1) if direct else np.zeros((right - left) * self.block, np.float32)
-        codes = parts.raw("weight", left * self.block // 2, (last + 1) // 2)
-        pairs = flat.view(np.complex64)[: len(codes)]
-        np.take(_pairs(self.kind), codes, out=pairs, mode="clip")
-        blocks = flat.reshape(-1, self.block)
-        blocks *= self.scales(parts, left, right)[:, None]
+        stored = parts.raw("weight", left * self.block // 2, (last + 1) // 2, lent=True)
+        blocks, scales = flat.reshape(-1, self.block), self.scales(parts, left, right)[:, None]
+        rows = stored.reshape(-1, self.block // 2) if last == right * self.block else None
+        if rows is None or not native.decode(rows, "high first", MAPS[self.kind], blocks, scales=scales):
+            pairs = flat.view(np.complex64)[: len(stored)]
+            np.take(_pairs(self.kind), stored, out=pairs, mode="clip")
+            blocks *= scales
         if not direct:
             skipped = start - left * self.block
             out[...] = flat[skipped : skipped + out.size].reshape(out.shape)
@@ -184,9 +187,9 @@ class FourBit(Encoding):
     def _decode_columns(self, parts: Parts, first: int, out: Array) -> None:
         """Write the same of columns of the codes, all of which are held."""
         places = np.arange(self.columns)[:, None] * self.shape[0] + np.arange(first, first + len(out))
-        codes = parts.whole("weight").reshape(-1).view(np.uint8)[places >> 1] >> np.where(places & 1, 0, 4)
+        shifted = parts.whole("weight").reshape(-1).view(np.uint8)[places >> 1] >> np.where(places & 1, 0, 4)
         scales = self.scales(parts, 0, self._blocks)[places // self.block]
-        out[...] = (MAPS[self.kind][codes & 15] * scales).T
+        out[...] = (MAPS[self.kind][shifted & 15] * scales).T
 
     @property
     def _blocks(self) -> int:
@@ -197,8 +200,9 @@ class FourBit(Encoding):
         if self.nested is None:
             return parts.numbers("absmax", start, stop)
         nested = parts.whole("nested_absmax")[np.arange(start, stop) // self.nested]
-        codes = parts.rows("absmax", start, stop)
-        return parts.numbers("nested_quant_map")[codes] * nested + np.float32(self.offset)
+        scales: Array = parts.constants("nested_quant_map")[parts.rows("absmax", start, stop)] * nested
+        scales += np.float32(self.offset)
+        return scales
 
     def encoder(self, parts: Parts, grid: Grid, draw: Callable[[tuple[int, ...]], Array] | None = None) -> Encoder:
         """Return what makes codes again: on the scales that it has, or on new ones, as `quantize_4bit` makes them.

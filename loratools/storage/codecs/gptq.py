@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from loratools.decisions import warned
+from loratools.linalg.native import codes as native
 from loratools.storage.codecs import Encoding, Module, Parts
-from loratools.storage.codecs._grouped import Fit, Grouped, Stored
+from loratools.storage.codecs._grouped import Fit, Grouped, Packed
 from loratools.storage.codecs._levels import Whole
 from loratools.storage.codecs._packed import pack, unpack, words, words_of
 from loratools.storage.codecs.floats import Array, narrow, widen
@@ -153,11 +154,14 @@ class Gptq(Grouped):
 
     offset: int = 1
 
-    def stored(self, parts: Parts, first: int, count: int) -> Stored:
+    def packed_rows(self, parts: Parts, first: int, count: int) -> Packed:
         """Return so many rows from `first` on, which are columns of what is stored."""
-        codes = unpack(parts.whole("qweight")[:, first : first + count].T, self.bits, self.columns)
+        words = parts.whole("qweight")
+        octets = native.turned(words, first, count)
+        if octets is None:
+            octets = np.ascontiguousarray(words[:, first : first + count].T).view(np.uint8).reshape(count, -1)
         scales = numbers(parts.whole("scales")[:, first : first + count], self.module.specs["scales"].dtype)
-        return Stored(codes, np.ascontiguousarray(scales.T), self._zeros(parts, first, count))
+        return Packed(octets, self.bits, np.ascontiguousarray(scales.T), self._zeros(parts, first, count))
 
     def fit(self, parts: Parts, first: int, lows: Array, highs: Array, W: Array, largest: float) -> Fit:
         """Return (max − min) / (2^bits − 1) and the zero point that goes with it, in the dtype of the scales.
