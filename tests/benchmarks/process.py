@@ -1,4 +1,4 @@
-"""Whole processes, timed from outside: wall seconds and peak resident memory of each run."""
+"""Whole processes, timed from outside: wall and processor seconds, and peak resident memory of each run."""
 
 from __future__ import annotations
 
@@ -17,15 +17,27 @@ class Runs:
 
     seconds: tuple[float, ...]
     peak: int
+    processor: float
+    """The least processor time of a run, in seconds of all threads."""
 
     @property
     def wall(self) -> float:
         """Median wall time in seconds."""
         return median(self.seconds)
 
+    @property
+    def quickest(self) -> float:
+        """Least wall time in seconds."""
+        return min(self.seconds)
+
 
 def measure(words: Sequence[object]) -> tuple[float, int]:
     """Run a command to its end; return wall seconds and peak resident bytes. Raise if it fails."""
+    return measure_all(words)[:2]
+
+
+def measure_all(words: Sequence[object]) -> tuple[float, int, float]:
+    """Do what `measure` does; return the processor seconds too."""
     command = [str(word) for word in words]
     environment = dict(os.environ) | {"PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
     begun = time.perf_counter()
@@ -37,7 +49,7 @@ def measure(words: Sequence[object]) -> tuple[float, int]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{stderr.decode(errors='replace')}")
-    return seconds, usage.ru_maxrss * 1024
+    return seconds, usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime
 
 
 def warm(folder: Path) -> None:
@@ -52,12 +64,15 @@ def warm(folder: Path) -> None:
 
 def alternate(commands: Mapping[str, Sequence[object]], count: int, prepare: Callable[[], None]) -> dict[str, Runs]:
     """Run every command in turn, `count` times after one warm-up, so that a drift of the machine meets all alike."""
-    taken: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
+    taken: dict[str, list[tuple[float, int, float]]] = {name: [] for name in commands}
     for turn in range(count + 1):
         for name, command in commands.items():
             prepare()
-            measured = measure(command)
+            measured = measure_all(command)
             if turn:
                 taken[name].append(measured)
     prepare()
-    return {name: Runs(tuple(s for s, _ in runs), max(p for _, p in runs)) for name, runs in taken.items()}
+    return {
+        name: Runs(tuple(s for s, _, _ in runs), max(p for _, p, _ in runs), min(c for _, _, c in runs))
+        for name, runs in taken.items()
+    }

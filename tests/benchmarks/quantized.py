@@ -1,0 +1,60 @@
+"""Measure merges into quantized models against the merge into the bf16 model that they were made from, in one run.
+
+    python -m tests.benchmarks.quantized FOLDER [--size 1b] [--runs 3]
+
+FOLDER takes the models of `tests/make/quantized_checkpoint.py`, 7 GB for 1b, and keeps them for later runs. Every output
+is as large as the bf16 model, so that ratios are per byte of output. Whole processes in turn, files in the page cache,
+the quickest of the runs: on a machine that others use too, that is what is left of the work itself. Processor time is
+that of all threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+from tests.benchmarks.process import alternate, warm
+from tests.make.quantized_checkpoint import SCHEMES, make
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--size", default="1b", choices=["mini", "1b", "3b", "8b"])
+    parser.add_argument("--runs", type=int, default=3)
+    args = parser.parse_args()
+    folder = args.folder / args.size
+    make(args.size, folder)
+    adapter, output = folder / "adapter", folder / "output"
+    loratools = [sys.executable, "-m", "loratools", "-q"]
+    commands = {"merge, bf16": [*loratools, "merge", folder / "base", adapter, "-o", output]}
+    for scheme in SCHEMES:
+        commands[f"merge, {scheme}"] = [*loratools, "merge", folder / scheme, adapter, "-o", output]
+        commands[f"dequantize, {scheme}"] = [*loratools, "dequantize", folder / scheme, "-o", output]
+    gguf = output.with_suffix(".gguf")
+    commands["merge, q8_0.gguf"] = [*loratools, "merge", folder / "q8_0.gguf", adapter, "-o", gguf]
+
+    def prepare() -> None:
+        shutil.rmtree(output, ignore_errors=True)
+        gguf.unlink(missing_ok=True)
+        warm(folder)
+
+    print(
+        f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, quickest of {args.runs} runs\n"
+    )
+    runs = alternate(commands, args.runs, prepare)
+    plain = runs["merge, bf16"]
+    print("| what | seconds | × bf16 | processor seconds | × bf16 | peak MB |\n|---|---|---|---|---|---|")
+    for name, run in runs.items():
+        ratios = run.quickest / plain.quickest, run.processor / plain.processor
+        print(
+            f"| {name} | {run.quickest:.2f} | {ratios[0]:.2f} | {run.processor:.2f} | {ratios[1]:.2f} "
+            f"| {run.peak / 1e6:.0f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
