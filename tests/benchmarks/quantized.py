@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.quantized FOLDER [--size 1b] [--runs 3]
 
-FOLDER takes the models of `tests/make/quantized_checkpoint.py`, 7 GB for 1b, and keeps them for later runs. Every output
-is as large as the bf16 model, so that ratios are per byte of output. Whole processes in turn, files in the page cache,
+FOLDER takes the models of `tests/make/quantized_checkpoint.py`, 8 GB for 1b, and keeps them for later runs. All outputs
+are as large as the bf16 model, so that ratios are per byte of output. Whole processes in turn, files in the page cache,
 the quickest of the runs: on a machine that others use too, that is what is left of the work itself. Processor time is
 that of all threads.
 """
