@@ -59,7 +59,13 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
         "switch",
     ),
     "loratools.surgery.combine": ("methods", "*"),
-    "loratools.engine": ("stochastic task turns", "device plan tensor", "load residual", "arithmetic coded", "run"),
+    "loratools.engine": (
+        "stochastic task turns",
+        "device plan tensor",
+        "load residual",
+        "arithmetic coded sealed",
+        "run",
+    ),
     "loratools.live": (
         "below product",
         "site",

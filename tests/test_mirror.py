@@ -56,6 +56,7 @@ ELSEWHERE = {
     "surgery/unmerge/test_unmerge": "engine/residual: keep restore; storage: companions",
     "surgery/merge/test_gguf": "adapter/placement: gguf; storage/codecs: gguf; storage/gguf: container types",
     "surgery/merge/test_quantized": "engine: coded",
+    "surgery/merge/test_sealed": "engine: sealed",
     "engine/residual/test_codes": "storage/codecs: floats",
 }
 """Test -> the modules that it proves besides its own: "folder: module module; folder: ..."."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
 
@@ -77,6 +77,20 @@ def compare(first: BaseIdentity, second: BaseIdentity, *, complete: bool = False
     types = first.model_type, second.model_type
     by_type = None if None in types else types[0] == types[1]
     return Comparison(tuple(agreeing), tuple(differing), tuple(unknown), by_name, by_type)
+
+
+def as_numbers(identity: BaseIdentity) -> BaseIdentity:
+    """Return an identity of numbers: of a quantized base what its codes stand for, instead of what it stores."""
+    if not identity.of_codes:
+        return identity
+    modules = {name.removesuffix(".weight") for name in identity.weights}
+    coded = {
+        name
+        for name in identity.tensors
+        if any(name == module or name.startswith((f"{module}.", f"{module}_")) for module in modules)
+    }
+    tensors = {name: value for name, value in identity.tensors.items() if name not in coded or name.endswith(".bias")}
+    return replace(identity, schema=None, root=identity.logical, tensors={**tensors, **identity.weights})
 
 
 def same_name(first: str, second: str) -> bool | None:

@@ -42,6 +42,11 @@ class BaseIdentity:
         """Whether any digest is recorded: only then can a wrong base be told from the right one."""
         return bool(self.schema or self.tensors or self.root or self.logical or self.weights)
 
+    @property
+    def of_codes(self) -> bool:
+        """Whether it is that of a quantized base, whose numbers have digests of their own."""
+        return bool(self.weights) or self.logical not in (None, self.root)
+
 
 @dataclass(frozen=True, slots=True)
 class Step:

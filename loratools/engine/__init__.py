@@ -10,6 +10,7 @@ How a merge goes through it:
     tensor       the tile loop: read, hash, change, write
     arithmetic   what is computed on a tile: in C, or in torch
     coded        the tile loop of a weight that becomes codes again
+    sealed       whether the base is the one that adapters were sealed with
     stochastic   rounding at random
     device       the processor or a CUDA device
 

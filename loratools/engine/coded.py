@@ -18,7 +18,8 @@ from loratools.engine.plan import Recoded
 from loratools.engine.task import TILE, Arithmetic, Loss, TensorResult, TensorTask
 from loratools.errors import BadFile
 from loratools.parallel import Progress
-from loratools.storage import files
+from loratools.storage import digest, files
+from loratools.storage.checkpoint import values
 from loratools.storage.codecs.floats import Array, bytes_of, unsigned, widen
 from loratools.storage.layout import Slot
 
@@ -53,10 +54,12 @@ def run(
             fill(raw, start * width)
             return raw
 
-        def tiles() -> Iterator[tuple[int, Array, Array]]:
+        def tiles(hashers: Mapping[str, digest.Hasher]) -> Iterator[tuple[int, Array, Array]]:
             """Yield the first row of the encoding, W and W' of each tile in float32, as the encoding has rows."""
             for start in range(0, rows, step):
                 raw = read(start)
+                for hasher in hashers.values():
+                    hasher.update(values.plain(spec, raw))
                 W = _float32(raw, spec.dtype).reshape(-1, inner)
                 changed = np.frombuffer(arithmetic.change(raw, start, 0).raw, "<f4").reshape(-1, inner)
                 yield start * (columns // inner), W, changed
@@ -67,10 +70,11 @@ def run(
         draw = _draw(task.seed, task.name) if random else None
         encoder = encoding.encoder(parts, recoded.grid, draw)
         if encoder.needs_pass:
-            for first, _, after in tiles():
+            for first, _, after in tiles({}):
                 encoder.observe(first, after)
         lost = np.empty((rows * columns // inner, inner), np.float32) if recoded.loss_rank else None
-        for first, W, after in tiles():
+        hashers = {name: values.start(spec, name) for name in task.hashes}
+        for first, W, after in tiles(hashers):
             coded = encoder.encode(first, after)
             delta = np.subtract(after, W, dtype=np.float64)
             kept = np.subtract(coded, W, dtype=np.float64)
@@ -82,6 +86,7 @@ def run(
             if lost is not None:
                 np.negative(kept, out=lost[first : first + len(kept)], casting="same_kind")
         made = encoder.finish()
+    result.digests = {name: digest.finish(hasher, name) for name, hasher in hashers.items()}
     _write(task.target, recoded, slots, made)
     progress(sum(slot.nbytes for slot in slots))
     if lost is not None and result.lost:

@@ -43,7 +43,8 @@ class Change:
     """What becomes of one output tensor: `source` bytes, of the base or of an adapter that replaces it, plus updates.
 
     `placements` pairs the number of an adapter with a placement of one of its updates. `expected` are the digests
-    that adapters recorded for the base tensor, each with the number of its adapter. A weight that becomes codes again
+    that adapters recorded for the base tensor, of codes by value (`storage/checkpoint/values.py`), each with the number
+    of its adapter; `stored` those of the stored parts of codes, by name. A weight that becomes codes again
     is `recoded`; the stored parts of it are written with it, and each is a change that is `part_of` it.
     """
 
@@ -51,6 +52,7 @@ class Change:
     placements: tuple[tuple[int, Placement], ...] = ()
     replaced: bool = False
     expected: tuple[tuple[int, str], ...] = ()
+    stored: tuple[tuple[int, Mapping[str, str]], ...] = ()
     recoded: Recoded | None = None
     part_of: str | None = None
 
@@ -142,7 +144,7 @@ class MergePlan:
             "tensors": {"total": len(self.changes), "changed": len(touched), "cast": len(rewritten) - len(touched)},
             "bytes": {"written": total, "changed": worked, "copied": total - worked},
             "peak_memory": self.peak_memory(threads, torch=torch),
-            "verified_tensors": sum(bool(change.expected) for change in self.changes.values()),
+            "verified_tensors": sum(bool(change.expected or change.stored) for change in self.changes.values()),
             "changed": {
                 name: [
                     {"adapter": i, "module": p.module, "kind": p.update.kind, "rank": p.update.rank}

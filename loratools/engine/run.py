@@ -21,13 +21,13 @@ from loratools.engine.arithmetic.torch import TorchRows, Workspace
 from loratools.engine.device import TILES, exact_products, own_stream
 from loratools.engine.load import check_effect, is_wide, load_products, load_terms
 from loratools.engine.plan import Change, MergePlan, Recoded
+from loratools.engine.sealed import algorithms, compare
 from loratools.engine.task import Arithmetic, Restore, TensorResult, TensorTask
 from loratools.engine.tensor import run
 from loratools.engine.turns import Queue, Turns
-from loratools.errors import WrongBase
 from loratools.linalg.native import available, why_not
 from loratools.parallel import Progress, workers
-from loratools.storage import digest, files
+from loratools.storage import files
 from loratools.storage.codecs import floats
 from loratools.storage.layout import FilePlan, Slot
 
@@ -226,16 +226,17 @@ class _Job:
             if not change.placements and change.source.dtype == slot.dtype:
                 return TensorResult(slot.name)
         task = TensorTask(
-            slot.name, change.source, change.matrix, slot.dtype, target, slot.offset, _hashes(change),
+            slot.name, change.source, change.matrix, slot.dtype, target, slot.offset, algorithms(change),
             settings.retention if change.placements else "off", settings.seed,
         )  # fmt: skip
         result = (self._in_torch if slot.name in self.late else self._in_c)(task, change)
-        self._check_base(result, change)
+        compare(self.plan, change, result)
         return result
 
     def _recode(self, target: int, work: Work, change: Change, recoded: Recoded) -> TensorResult:
         """Make codes of the changed weight again, and write those parts that lie in this file."""
-        task = TensorTask(work.name, change.source, change.matrix, "F32", target, 0, seed=self.settings.seed)
+        hashes, seed = algorithms(change), self.settings.seed
+        task = TensorTask(work.name, change.source, change.matrix, "F32", target, 0, hashes, seed=seed)
         random = self.settings.rounding == "stochastic"
 
         def encode(task: TensorTask, arithmetic: Arithmetic) -> TensorResult:
@@ -244,7 +245,9 @@ class _Job:
                 tile_bytes=self.settings.tile,
             )  # fmt: skip
 
-        return (self._in_torch if work.name in self.late else self._in_c)(task, change, encode)
+        result = (self._in_torch if work.name in self.late else self._in_c)(task, change, encode)
+        compare(self.plan, change, result)
+        return result
 
     def _in_c(self, task: TensorTask, change: Change, run_with: Run | None = None) -> TensorResult:
         if not hasattr(self.mine, "buffers"):
@@ -269,24 +272,3 @@ class _Job:
 
     def _run(self, task: TensorTask, arithmetic: Arithmetic) -> TensorResult:
         return run(task, arithmetic, self.progress, self.stop.is_set, self.settings.tile)
-
-    def _check_base(self, result: TensorResult, change: Change) -> None:
-        """Hold the digests of a tensor of the base against the recorded ones: raise `WrongBase`, or warn."""
-        for number, recorded in change.expected:
-            read = result.digests[digest.algorithm_of(recorded)]
-            if read == recorded:
-                continue
-            text = f"tensor {result.name} is not that of the base which adapter {number + 1} was sealed with"
-            if self.plan.strict:
-                raise WrongBase(
-                    f"{change.source.file}: {text}: its digest is {read}, recorded is {recorded}",
-                    hint="Use the right base, or --check-base warn to merge all the same.",
-                )
-            result.warnings.append(text)
-
-
-def _hashes(change: Change) -> list[str]:
-    """Return the algorithms to hash a base tensor with: those that adapters recorded, and the default one."""
-    if not change.placements or change.replaced or change.source.encoding:
-        return []
-    return sorted({digest.algorithm_of(value) for _, value in change.expected} | {digest.DEFAULT})

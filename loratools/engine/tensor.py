@@ -12,6 +12,7 @@ from collections.abc import Callable
 from loratools.engine.task import TILE, Arithmetic, TensorResult, TensorTask, sampled_rows, sampled_tiles
 from loratools.parallel import Progress
 from loratools.storage import digest, dtypes, files
+from loratools.storage.checkpoint import values
 
 
 def run(
@@ -29,7 +30,7 @@ def run(
     step = max(arithmetic.together, step - step % arithmetic.together)
     starts = range(0, rows, step)
     room = arithmetic.room(min(step, rows))
-    hashers = {name: digest.start_tensor(spec.dtype, spec.shape, name) for name in task.hashes}
+    hashers = {name: values.start(spec, name) for name in task.hashes}
     sampled = sampled_tiles(task.name, task.seed, task.retention, len(starts))
     result, measured = TensorResult(task.name), 0
     with files.opened(spec) as fill:
@@ -46,7 +47,7 @@ def run(
         for index, start in enumerate(starts):
             raw = read(start)
             for hasher in hashers.values():
-                hasher.update(raw)
+                hasher.update(values.plain(spec, raw))
             count = sampled_rows(task.retention, min(step, rows - start), columns) if index in sampled else 0
             changed = arithmetic.change(raw, start, count)
             files.write_from(task.target, changed.raw, task.offset + start * out_width)

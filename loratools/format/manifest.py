@@ -40,7 +40,7 @@ _FIELDS = frozenset(
 _MODULE = frozenset({"kind", "tensor", "rank", "alpha", "scaling", "layout"})
 _REPLACEMENT = frozenset({"tensor"})
 _BASE = frozenset({"id", "revision", "hash", "model_type"})
-_HASH = frozenset({"schema", "tensors", "root"})
+_HASH = frozenset({"schema", "tensors", "root", "logical", "weights"})
 _STEP = frozenset({"operation", "tool", "parameters", "inputs", "seed"})
 
 
@@ -196,7 +196,7 @@ def base_of(document: Mapping[str, Any]) -> BaseIdentity | None:
     tiers = base.get("hash", {})
     return BaseIdentity(
         base.get("id"), base.get("revision"), tiers.get("schema"), tiers.get("tensors", {}), tiers.get("root"),
-        base.get("model_type"),
+        base.get("model_type"), tiers.get("logical"), tiers.get("weights", {}),
     )  # fmt: skip
 
 
@@ -211,6 +211,7 @@ def _unknown(origin: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]
 
 def _base(base: BaseIdentity, origin: Mapping[str, Any]) -> dict[str, Any]:
     tiers: dict[str, Any] = {"schema": base.schema, "tensors": dict(base.tensors) or None, "root": base.root}
+    tiers |= {"logical": base.logical if base.of_codes else None, "weights": dict(base.weights) or None}
     tiers = _present(tiers)
     tiers = _unknown(origin.get("hash", {}), _HASH) | tiers if tiers else {}
     stated = {"id": base.id and public(base.id), "revision": base.revision, "hash": tiers or None}

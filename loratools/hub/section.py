@@ -96,6 +96,7 @@ def _identity(summary: AdapterSummary, base_model: str | None) -> Iterator[tuple
     if base and base.sealed:
         tiers = [f"schema {code(base.schema)}"] if base.schema else []
         tiers += [f"root {code(base.root)}"] if base.root else []
+        tiers += [f"logical {code(base.logical)}"] if base.logical else []
         tiers += [f"digests of {len(base.tensors)} tensors"] if base.tensors else []
         yield "base hash", "<br>".join(tiers)
     yield "parameters", f"{summary.total.parameters:,} ({', '.join(summary.dtypes)})"

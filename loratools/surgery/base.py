@@ -11,7 +11,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from loratools.adapter.identity import compare, one_name
+from loratools.adapter.identity import as_numbers, compare, one_name
 from loratools.adapter.model import BaseIdentity
 from loratools.decisions import decided
 from loratools.errors import LoraToolsError, WrongBase
@@ -20,6 +20,7 @@ from loratools.options import CheckBase, Options
 from loratools.parallel import Progress
 from loratools.storage import digest
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.checkpoint.logical import encodings, logical
 from loratools.surgery.hash import hash_checkpoint, hash_tensors
 
 
@@ -41,6 +42,8 @@ def agree(
     sides = zip(names, identities, folders, strict=True)
     for (name, first, folder), (other_name, second, other_folder) in combinations(sides, 2):
         comparison, both = compare(first, second), f"{name} and {other_name}"
+        if comparison.differing and (first.of_codes or second.of_codes):  # one base, as codes and as numbers
+            comparison = compare(as_numbers(first), as_numbers(second))
         if comparison.by_type is False:
             differing.append(f"{both}: their bases are of the types {first.model_type} and {second.model_type}")
         elif comparison.differing:
@@ -115,21 +118,36 @@ def _common(bases: Sequence[BaseIdentity | None]) -> BaseIdentity | None:
         stated = {value for value in values if value}
         return stated.pop() if len(stated) == 1 else None
 
-    tensors: dict[str, str] = {}
-    if len(known) == len(bases) and all(base.tensors for base in known):
-        stated = {(name, value) for base in known for name, value in base.tensors.items()}
-        tensors = dict(sorted(stated)) if len(dict(stated)) == len(stated) else {}
+    def union(each: Sequence[Mapping[str, str]]) -> dict[str, str]:
+        stated = {pair for digests in each for pair in digests.items()}
+        of_all = len(known) == len(bases) and all(each)
+        return dict(sorted(stated)) if of_all and len(dict(stated)) == len(stated) else {}
+
     identity = BaseIdentity(
         one_name([base.id for base in known if base.id]), single(base.revision for base in known),
-        single(base.schema for base in known), tensors, single(base.root for base in known),
-        single(base.model_type for base in known),
+        single(base.schema for base in known), union([base.tensors for base in known]),
+        single(base.root for base in known), single(base.model_type for base in known),
+        single(base.logical for base in known), union([base.weights for base in known]),
     )  # fmt: skip
     return identity if identity != BaseIdentity() else None
 
 
 def of_headers(base: Checkpoint, identity: BaseIdentity) -> BaseIdentity:
-    """Return the schema of a checkpoint, made with the algorithm of another identity's; no tensor is read."""
-    return BaseIdentity(schema=base.schema(digest.algorithm_of(identity.schema)) if identity.schema else None)
+    """Return the schema of a checkpoint, made with the algorithm of another identity's; no tensor is read.
+
+    Of a quantized one it is that of the model that it stands for, where the other identity is of such a model.
+    """
+    if identity.schema is None:
+        return BaseIdentity()
+    algorithm = digest.algorithm_of(identity.schema)
+    view = _view(base.stored or base)
+    plain = schema_of(view, algorithm)
+    return BaseIdentity(schema=plain if plain == identity.schema else base.schema(algorithm))
+
+
+def schema_of(model: Checkpoint, algorithm: str = digest.DEFAULT) -> str:
+    """Return the schema tier of a model as its tensors are: in a logical view numbers in 16 bit."""
+    return digest.schema({name: (spec.plain_dtype, spec.shape) for name, spec in model.specs.items()}, algorithm)
 
 
 def other_type(identity: BaseIdentity, base: Checkpoint) -> str | None:
@@ -147,10 +165,40 @@ def differences(
 
     Every tier that the identity states is compared, each with its own algorithm; tensors are read only where it states
     their digests, or the root of all. An identity without any digest is itself a difference: nothing can be proved.
+    Where one of the two is quantized and stored otherwise than the other, numbers decide: those that its codes stand
+    for in 16 bit, and those of the other.
     `threads` is by default one per core; `progress` takes the bytes read.
     """
     if not identity.sealed:
         return ["the adapter states no base hash, so nothing can be compared"]
+    stored = _differences(identity, base.stored or base, threads, progress)
+    if not stored:
+        return []
+    view = _view(base.stored or base)
+    every = encodings(view)
+    if not every and not identity.of_codes:
+        return stored
+    by_value = _differences(as_numbers(identity), view, threads, progress)
+    if not by_value:
+        return []
+    labels = sorted({f"{encoding.module.scheme}, {encoding.label}" for encoding in every.values()})
+    which = f"this base is a quantized copy ({labels[0]})" if labels else "the seal is that of a quantized base"
+    return [f"{which}, and neither what is stored nor the numbers that codes stand for are those sealed", *by_value]
+
+
+def _view(base: Checkpoint) -> Checkpoint:
+    """Return a model as numbers; as it is stored where its codes are not read."""
+    try:
+        return logical(base)
+    except LoraToolsError as error:
+        decided("%s: compared as it is stored alone: %s", base.path, error.message)
+        return base
+
+
+def _differences(
+    identity: BaseIdentity, base: Checkpoint, threads: int | None, progress: Progress | None
+) -> list[str]:  # fmt: skip
+    """Compare an identity with a model as its tensors are: those stored, or in a logical view numbers."""
     algorithms = {name: digest.algorithm_of(value) for name, value in identity.tensors.items() if name in base.specs}
     of_root = digest.algorithm_of(identity.root) if identity.root else None
     digests = {}
@@ -159,7 +207,8 @@ def differences(
         digests[algorithm] = hash_tensors({n: base.specs[n] for n in wanted}, str(algorithm), threads, progress)
     tensors = {name: digests[algorithm][name] for name, algorithm in algorithms.items()}
     root = digest.root(digests[of_root], of_root) if of_root else None
-    actual = replace(of_headers(base, identity), tensors=tensors, root=root)
+    schema = schema_of(base, digest.algorithm_of(identity.schema)) if identity.schema else None
+    actual = BaseIdentity(schema=schema, tensors=tensors, root=root)
     sentences = {
         "schema": "schema: other names, dtypes or shapes than the sealed base has",
         "root": "root: some tensor is not that of the sealed base",

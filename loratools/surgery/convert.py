@@ -28,9 +28,10 @@ from loratools.options import Options
 from loratools.parallel import Progress
 from loratools.storage import atomic
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.checkpoint.logical import encodings, logical, stored_names
 from loratools.storage.lazy import LazyTensor
 from loratools.storage.sources import Location, session
-from loratools.surgery.hash import hash_checkpoint
+from loratools.surgery.hash import hash_checkpoint, hash_tensors
 from loratools.surgery.inputs import AdapterSource, ModelSource, open_model
 
 _OF_NO_TENSOR = frozenset({"base model", "provenance", "alpha", "layer_replication"})
@@ -107,7 +108,7 @@ def convert(
             options.problems.append(f"profile is {profile!r}, which is for to='peft', not {to!r}")
     options.flag("allow_loss", allow_loss).flag("force", force).text("base_id", base_id).done()
     dialects.get(to)
-    checkpoint = None if base is None else open_model(base)
+    checkpoint = None if base is None else logical(open_model(base))
     converted = dialects.open_adapter(adapter, base=checkpoint)
     if checkpoint is not None:
         refuse_codes(converted, checkpoint)
@@ -164,14 +165,19 @@ def seal(adapter: Adapter, base: Checkpoint, progress: Progress | None = None) -
     """
     untied, placements, whole = _placed(adapter, base)
     replacements = {name: tensor for name, tensor in whole.items() if name in base.specs}
-    touched = {base.origin(name) for name in (*(placement.site.tensor for placement in placements), *replacements)}
+    touched = {*(placement.site.tensor for placement in placements), *replacements} & base.specs.keys()
+    stored = {name: stored_names(name, base) for name in touched}
     hashes = hash_checkpoint(base.stored or base, progress=progress)
+    coded = {base.origin(name): base.specs[name] for name in touched if base.specs[name].encoding}
     stated = adapter.base or BaseIdentity()
-    digests = {name: hashes.tensors[name] for name in sorted(touched)}
-    identity = BaseIdentity(stated.id, stated.revision, hashes.schema, digests, hashes.root, base.model_type)
+    digests = {name: hashes.tensors[name] for name in sorted(set().union(*stored.values()))}
+    identity = BaseIdentity(
+        stated.id, stated.revision, hashes.schema, digests, hashes.root, base.model_type,
+        hashes.logical if encodings(base) else None, hash_tensors(coded),
+    )  # fmt: skip
     first = {placement.module: placement.site for placement in reversed(placements)}  # the first one counts
-    tensor_of = {module: base.origin(site.tensor) for module, site in first.items()}
-    name_of = {id(tensor): base.origin(name) for name, tensor in replacements.items()}
+    tensor_of = {module: stored[site.tensor][0] for module, site in first.items() if site.tensor in stored}
+    name_of = {id(tensor): stored[name][0] for name, tensor in replacements.items()}
     tensor_of |= {path: name_of[id(lazy)] for path, lazy in untied.replacements.items() if id(lazy) in name_of}
     decided("sealed with %s: the digests of %d of its %d tensors", base.path, len(digests), len(base.specs))
     # Where the format's writer looks for base tensors; the file is made anew, so its version is that of this format.

@@ -122,6 +122,10 @@ def check_base(base: Any, touched: list[str]) -> None:
     need(isinstance(tier, dict) and isinstance(tier.get("tensors", {}), dict), "I-06", "base_model.hash")
     stated = [*tier.get("tensors", {}).values(), *(tier[name] for name in ("schema", "root") if name in tier)]
     need(all(map(digest, stated)), "I-06", "a tier of base_model.hash is not a digest")
+    need(isinstance(tier.get("weights", {}), dict), "I-14", "base_model.hash.weights")
+    numbers = [*tier.get("weights", {}).values(), *(tier[name] for name in ("logical",) if name in tier)]
+    need(all(map(digest, numbers)), "I-14", "base_model.hash.logical or weights is not a digest")
+    stated += numbers
     need(len({one.partition(":")[0] for one in stated}) <= 1, "I-07", "base_model.hash mixes algorithms")
     need("tensors" not in tier or set(touched) <= tier["tensors"].keys(), "I-08", "a touched tensor has no digest")
 

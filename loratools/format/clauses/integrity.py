@@ -89,10 +89,22 @@ def base_hash(subject: Subject) -> Iterator[Fault]:
             yield f"base_model.hash.{where}", f"expected a digest, found {shown(value)}"
 
 
+@CHAPTER.clause("I-14")
+def base_numbers(subject: Subject) -> Iterator[Fault]:
+    """Check the form of what a base hash says of a quantized base's numbers."""
+    tiers = _tiers(subject)
+    if not isinstance(tiers.get("weights", {}), dict):
+        yield "base_model.hash.weights", f"expected an object of digests, found {shown(tiers['weights'])}"
+    for where, value in _numbers(tiers):
+        if not is_digest(value):
+            yield f"base_model.hash.{where}", f"expected a digest, found {shown(value)}"
+
+
 @CHAPTER.clause("I-07")
 def one_algorithm(subject: Subject) -> Iterator[Fault]:
     """Check that all digests of a base hash are of one algorithm."""
-    algorithms = {digest.algorithm_of(value) for _, value in _digests(_tiers(subject)) if is_digest(value)}
+    stated = [*_digests(_tiers(subject)), *_numbers(_tiers(subject))]
+    algorithms = {digest.algorithm_of(value) for _, value in stated if is_digest(value)}
     if len(algorithms) > 1:
         yield "base_model.hash", f"mixes digests of {' and '.join(sorted(algorithms))}"
 
@@ -119,6 +131,12 @@ def _digests(tiers: Mapping[str, Any]) -> list[tuple[str, Any]]:
     tensors = tiers.get("tensors", {})
     covered = [(f"tensors.{name}", value) for name, value in tensors.items()] if isinstance(tensors, dict) else []
     return [(name, tiers[name]) for name in ("schema", "root") if name in tiers] + covered
+
+
+def _numbers(tiers: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    weights = tiers.get("weights", {})
+    covered = [(f"weights.{name}", value) for name, value in weights.items()] if isinstance(weights, dict) else []
+    return [(name, tiers[name]) for name in ("logical",) if name in tiers] + covered
 
 
 @CHAPTER.clause("X-01")

@@ -77,6 +77,16 @@ def encodings(model: Checkpoint) -> dict[str, Encoding]:
     return {name: cast(Encoding, spec.encoding) for name, spec in model.specs.items() if spec.encoding is not None}
 
 
+def stored_names(name: str, model: Checkpoint) -> list[str]:
+    """Return the names under which a tensor of a view is stored: of codes those of all parts, the codes first."""
+    encoding = model.specs[name].encoding
+    if encoding is None:
+        return [model.origin(name)]
+    names = cast(Encoding, encoding).module.names
+    codes = names.get("weight", next(iter(names.values())))
+    return [model.origin(part) for part in dict.fromkeys([codes, *names.values()])]
+
+
 def restated(model: Checkpoint, changed: Mapping[str, Any], dropped: Collection[str]) -> Checkpoint:
     """Return a model whose files' headers say of its quantization what config.json does, where they say it at all.
 

@@ -6,6 +6,7 @@ siblings  modules that are plain together, for a runtime stores them in one weig
 original  the unquantized model that a base was made from
 gguf      a GGUF base becomes a GGUF file
 loss      what codes lose, kept as a small adapter
+sealed    which digests of the base adapters recorded
 plan      what becomes of every tensor, from headers alone
 prepare   open, check and plan: all that is decided before a byte is written
 run       write the tensors, and everything beside them

@@ -30,7 +30,8 @@ class Measured:
     def digests(self) -> dict[str, str]:
         """The digests of the base's tensors that were read and changed, by their names on disk."""
         base = self.plan.base
-        hashed = [result for result in self.results if result.digests and result.name in base.specs]
+        read = [result for result in self.results if result.digests and result.name in base.specs]
+        hashed = [result for result in read if base.specs[result.name].encoding is None]
         return {base.origin(result.name): result.digests[digest.DEFAULT] for result in hashed}
 
     @property
@@ -46,7 +47,8 @@ class Measured:
     @property
     def verified(self) -> int:
         """Number of tensors that are those of the recorded base."""
-        return sum(bool(self.plan.changes[r.name].expected) and not r.warnings for r in self.results)
+        changes = self.plan.changes
+        return sum(bool(changes[r.name].expected or changes[r.name].stored) and not r.warnings for r in self.results)
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
-from loratools.adapter.identity import compare
 from loratools.adapter.model import AdapterInput, BaseIdentity
-from loratools.adapter.naming.wrappers import normalized
 from loratools.adapter.placement.codes import HINT
 from loratools.adapter.placement.gguf import is_gguf, resolve_on
 from loratools.adapter.placement.resolve import Placement
@@ -16,18 +14,17 @@ from loratools.adapter.placement.settle import replaced, usual_dtype
 from loratools.adapter.placement.tied import apply_policy
 from loratools.adapter.placement.whole import Shapes, check_vocabulary, follow, resolve_replacements
 from loratools.engine.plan import Change, MergePlan
-from loratools.errors import IncompatibleAdapter, WrongBase
-from loratools.options import CheckBase
-from loratools.storage import digest, dtypes
+from loratools.errors import IncompatibleAdapter
+from loratools.storage import dtypes
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import encodings
 from loratools.storage.codecs import schemes
 from loratools.storage.header import TensorSpec
 from loratools.storage.layout import DEFAULT_SHARD, FilePlan, plan_file, plan_shards
-from loratools.surgery.base import of_headers, other_type
 from loratools.surgery.merge.gguf import plan_gguf
 from loratools.surgery.merge.options import MergeOptions
 from loratools.surgery.merge.quantized import as_written
+from loratools.surgery.merge.sealed import sealed
 
 _Configs = Sequence[Mapping[str, Any] | None]
 _Placements = Mapping[str, Sequence[tuple[int, Placement]]]
@@ -68,16 +65,22 @@ def plan_merge(
         )
     below = _below(base, placements, len(inputs) - taken, recorded or BaseIdentity()) if taken else None
     of_new = inputs[: len(inputs) - taken]
-    expected, notes = _recorded_digests(of_new, placements, base, options.check_base, below)
-    expected = {name: digests for name, digests in expected.items() if name not in whole}
+    seal = sealed(of_new, placements, base, options.check_base, below)
     changes = {
-        name: Change(source, tuple(placements.get(name, ())), name in whole, tuple(expected.get(name, ())))
+        name: Change(source, tuple(placements.get(name, ())), True)
+        if name in whole
+        else Change(
+            source,
+            tuple(placements.get(name, ())),
+            expected=seal.numbers.get(name, ()),
+            stored=seal.parts.get(name, ()),
+        )
         for name, source in sources.items()
     }
     added = [name for name in sources if name not in base.specs]
     stated = {**untied.config, **written.config}
     config, followed = _config(base, inputs, stated, shapes, options.output_dtype, configs)
-    notes += [*written.notes, *followed]
+    notes = [*seal.notes, *written.notes, *followed]
     notes += [f"added to the model: {', '.join(sorted(added))}"] if added else []
     notes += _order(placements, len(inputs))
     if options.output_dtype and codes.tensors:
@@ -173,67 +176,6 @@ def _below(base: Checkpoint, placements: _Placements, new: int, recorded: BaseId
     changed = {base.origin(name) for name, on_it in placements.items() if any(i >= new for i, _ in on_it)}
     of_all = recorded.schema or base.schema()
     return BaseIdentity(schema=of_all, tensors=dict.fromkeys(changed, "") | dict(recorded.tensors))
-
-
-def _recorded_digests(
-    inputs: Sequence[AdapterInput], placements: _Placements, base: Checkpoint, check_base: CheckBase,
-    below: BaseIdentity | None,
-) -> tuple[dict[str, list[tuple[int, str]]], list[str]]:  # fmt: skip
-    """Return the digests that adapters recorded of the tensors that they change, with their numbers; and notes.
-
-    The digests are compared while the tensors are read. An adapter that recorded a schema alone is compared here, and
-    so are tensors that are not the base's any more, with what is known of them (`below`).
-    """
-    expected: dict[str, list[tuple[int, str]]] = {}
-    notes, problems = [], []
-    for i, each in enumerate(inputs):
-        who, identity = f"adapter {i + 1}", each.adapter.base
-        if check_base != "off" and identity is not None and (typed := other_type(identity, base)):
-            problems.append(f"{who}: {typed}")
-        if check_base == "off":
-            notes.append(f"{who}: base model not checked (--check-base off)")
-        elif identity is None or not identity.sealed:
-            notes.append(f"{who}: carries no base hash, so the base model cannot be checked")
-        elif not identity.tensors and identity.schema is None:
-            notes.append(f"{who}: has a root hash only; compare it with `loratools hash`")
-        elif not identity.tensors:
-            known = of_headers(base, identity)
-            if below is not None and below.schema != base.schema():  # a cast: the schema below is another one
-                known = BaseIdentity(schema=below.schema)
-            if compare(identity, known).differing:
-                problems.append(f"{who}: names, dtypes or shapes of the base differ from those it was sealed with")
-        else:
-            recorded = {normalized(name): value for name, value in identity.tensors.items()} | dict(identity.tensors)
-            gone, codes_of = [], []
-            for name in sorted(name for name, on_it in placements.items() if any(j == i for j, _ in on_it)):
-                origin = base.origin(name)
-                if value := recorded.get(origin) or recorded.get(normalized(origin)):
-                    if name in base.specs and base.specs[name].encoding:
-                        codes_of.append(name)
-                        continue
-                    if below is None or origin not in below.tensors:
-                        expected.setdefault(name, []).append((i, value))
-                        continue
-                    then = below.tensors[origin]
-                    if not then or digest.algorithm_of(then) != digest.algorithm_of(value):
-                        gone.append(name)
-                    elif then != value:
-                        problems.append(f"{who}: {name} of the base is not the one it was sealed with")
-                elif name in base.specs:
-                    problems.append(f"{who}: changes {name}, which its recorded base does not list")
-            if codes_of:
-                notes.append(
-                    f"{who}: {len(codes_of)} tensor(s) that it changes are codes, and not compared with its seal"
-                )
-            if gone:
-                notes.append(
-                    f"{who}: {len(gone)} tensor(s) that it changes, such as {gone[0]}, are no longer the base's, and "
-                    "no record says what they were, so they are not compared with its seal"
-                )
-    if problems and check_base == "strict":
-        hint = "Use the right base, or --check-base warn if you know better."
-        raise WrongBase(f"{base.path} is not the base model that was recorded", problems, hint=hint)
-    return expected, notes + problems
 
 
 def _order(placements: _Placements, count: int) -> list[str]:

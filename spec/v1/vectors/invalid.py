@@ -217,6 +217,9 @@ INVALID: dict[str, Entry] = {
     "integrity/base-hash-a-string": ("I-06", True, "a digest alone", put(*HASHED, ZERO)),
     "integrity/base-root-malformed": ("I-06", True, "too short", put(*HASHED, "root", "blake3:12")),
     "integrity/base-tensor-malformed": ("I-06", True, "no algorithm", put(*HASHED, "tensors", {"w": "0" * 64})),
+    "integrity/logical-malformed": ("I-14", True, "too short", put(*HASHED, "logical", "blake3:12")),
+    "integrity/weights-a-string": ("I-14", True, "a digest alone", put(*HASHED, "weights", ZERO)),
+    "integrity/weight-malformed": ("I-14", True, "no algorithm", put(*HASHED, "weights", {"w": "0" * 64})),
     "integrity/algorithms-mixed": ("I-07", False, "blake3 and sha256", put(
         *HASHED, {"root": ZERO, "schema": "sha256:" + "0" * 64})),
     "integrity/touched-tensor-without-digest": ("I-08", False, "tensors has another name", both(

@@ -1,1 +1,1 @@
-"""Tests of the files beside weights."""
+"""Tests of models on disk and the views of them."""
