@@ -25,6 +25,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "seed": (0.5, "seed is 0.5; it can be a whole number"),
     "quantized": ("no", "quantized is 'no'; it can be dequantize, partial, requantize or refuse"),
     "original": (7, "original is 7; it can be a path, a reference, or None"),
+    "trained_on": ("x", "trained_on is 'x'; it can be original or folded"),
     "keep_loss": (0, "keep_loss is 0; it can be a whole number of at least 1 or None"),
     "keep_residual": ("no", "keep_residual is 'no'; it can be True or False"),
     "resume": (None, "resume is None; it can be True or False"),
