@@ -1,9 +1,10 @@
 """Measure merge, inspect, validate and hash against `cp` and PEFT, in one run.
 
-    python -m tests.benchmarks FOLDER [--sizes mini 1b] [--runs 5] [--no-peft]
+    python -m tests.benchmarks FOLDER [--sizes mini 1b] [--runs 5] [--no-peft] [--quantized]
 
 FOLDER takes the models (mini 0.3 GB, 1b 2.5 GB, 3b 6.4 GB, 8b 16 GB) and keeps them for later runs. Files are in the
-page cache. Whole processes, medians; the ratios are what counts, on an idle machine.
+page cache. Whole processes, medians; the ratios are what counts, on an idle machine. With `--quantized` the merges into
+quantized copies of the models follow, as `python -m tests.benchmarks.quantized` measures them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.benchmarks import quantized
 from tests.benchmarks.process import alternate, warm
 
 HERE = Path(__file__).parent
@@ -27,11 +29,15 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["mini", "1b"], choices=["mini", "1b", "3b", "8b"])
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--no-peft", action="store_true")
+    parser.add_argument("--quantized", action="store_true")
     args = parser.parse_args()
     print(f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {args.runs} runs, medians\n")
     print("| size | what | seconds | × cp -r | peak MB |\n|---|---|---|---|---|")
     for size in args.sizes:
         measure(args.folder / size, size, args.runs, peft=not args.no_peft and size in ("mini", "1b"))
+    for size in args.sizes if args.quantized else ():
+        print()
+        quantized.measure(args.folder / size, size, args.runs)
 
 
 def measure(folder: Path, size: str, count: int, *, peft: bool) -> None:

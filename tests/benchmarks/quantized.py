@@ -26,8 +26,13 @@ def main() -> None:
     parser.add_argument("--size", default="1b", choices=["mini", "1b", "3b", "8b"])
     parser.add_argument("--runs", type=int, default=3)
     args = parser.parse_args()
-    folder = args.folder / args.size
-    make(args.size, folder)
+    print(f"{platform.system()} {platform.machine()}, Python {platform.python_version()}\n")
+    measure(args.folder / args.size, args.size, args.runs)
+
+
+def measure(folder: Path, size: str, count: int) -> None:
+    """Print the rows of one size."""
+    make(size, folder)
     adapter, output = folder / "adapter", folder / "output"
     loratools = [sys.executable, "-m", "loratools", "-q"]
     commands = {"merge, bf16": [*loratools, "merge", folder / "base", adapter, "-o", output]}
@@ -42,12 +47,10 @@ def main() -> None:
         gguf.unlink(missing_ok=True)
         warm(folder)
 
-    print(
-        f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, quickest of {args.runs} runs\n"
-    )
-    runs = alternate(commands, args.runs, prepare)
+    runs = alternate(commands, count, prepare)
     plain = runs["merge, bf16"]
-    print("| what | seconds | × bf16 | processor seconds | × bf16 | peak MB |\n|---|---|---|---|---|---|")
+    print(f"| {size}, quickest of {count} | seconds | × bf16 | processor seconds | × bf16 | peak MB |")
+    print("|---|---|---|---|---|---|")
     for name, run in runs.items():
         ratios = run.quickest / plain.quickest, run.processor / plain.processor
         print(

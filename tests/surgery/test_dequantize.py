@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,9 @@ from safetensors.torch import load_file
 
 import loratools
 from loratools.errors import IncompatibleAdapter, LoraToolsError
+from loratools.linalg import native
+from loratools.linalg.native import codes
+from tests.conftest import clean_env
 from tests.make import fp8, tiny
 
 
@@ -51,3 +56,32 @@ def test_a_scheme_that_is_not_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(IncompatibleAdapter, match="EXL3"):
         loratools.dequantize(tmp_path / "base", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+PROGRAM = """
+import sys
+import loratools
+loratools.dequantize("base", "plain")
+loratools.merge("base", "adapter", "merged", retention="full")
+print("torch" in sys.modules)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (native.available() and codes.available()), reason="installed without a C compiler")
+def test_codes_are_decoded_merged_and_rounded_without_torch(tmp_path: Path) -> None:
+    fp8.save_llama(tmp_path / "base", tiny.llama_weights())
+    tiny.save_peft(tmp_path / "adapter", factors := tiny.lora_factors())
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=tmp_path, env=clean_env(), capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
+    stored = load_file(tmp_path / "base" / "model.safetensors")
+    plain, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "merged"))
+    for name, W in merged.items():
+        path = name.removesuffix(".weight")
+        assert path in factors or torch.equal(W, plain[name]), name
+        if path in factors:
+            A, B = (factor.double() for factor in factors[path])
+            exact = fp8.decoded(stored, path) + 2 * B @ A
+            assert torch.count_nonzero(exact.to(W.dtype) != W) <= 1e-3 * W.numel()
