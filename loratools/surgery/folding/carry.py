@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from loratools.adapter.basis import Basis, along, made
 from loratools.adapter.kinds import Update
@@ -22,6 +21,9 @@ from loratools.storage.codecs.floats import Array
 from loratools.storage.lazy import LazyTensor
 from loratools.surgery.folding.scales import Scales, reader
 from loratools.surgery.inputs import in_a_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OPERATION = "carry"
 """What the provenance of a carried adapter calls it."""
@@ -98,6 +100,8 @@ def _carried(update: Update, placements: Sequence[Placement], scales: Scales, we
     of_rows, of_columns = [scales.rows(path) for path in paths], [scales.columns(path) for path in paths]
     if all(each is None for each in (*of_rows, *of_columns)):
         return update
+    import torch  # late: most merges do without it
+
     if update.members or any(placement.site.transposed for placement in placements):
         raise ValueError("the base stores its weight as a stack of experts, or turned")
     if any(not _alike(of_columns[0], other) for other in of_columns[1:]):
@@ -117,6 +121,8 @@ def _carried(update: Update, placements: Sequence[Placement], scales: Scales, we
 
 def _rows(wanted: slice, placements: Sequence[Placement], scales: Scales, columns: int) -> Tensor:
     """Read rows of the base's weight, or weights, by their numbers in the update."""
+    import torch
+
     out = np.zeros((wanted.stop - wanted.start, columns))
     for site in (placement.site for placement in placements):
         low, high = max(wanted.start, site.part[0]), min(wanted.stop, site.part[1])
@@ -135,6 +141,8 @@ def _whole(name: str, lazy: LazyTensor, scales: Scales) -> LazyTensor:
     rows, columns = scales.rows(path), scales.columns(path)
     if rows is None and (columns is None or parameter != "weight"):
         return lazy
+    import torch
+
     if len(lazy.shape) == 1 and parameter == "weight" and rows is not None:
         return made(lazy.shape, lambda: torch.from_numpy(scales.of_norm(path, lazy.load().double().numpy())), lazy)
     divided = along(lazy, None if rows is None else torch.from_numpy(1 / rows), 0)
