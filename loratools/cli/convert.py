@@ -15,6 +15,7 @@ from loratools.cli._talk import Talk, pass_talk
 
 if TYPE_CHECKING:
     from loratools.dialects.peft.profiles import Name
+    from loratools.options import TrainedOn
     from loratools.surgery.convert import Conversion
 
 
@@ -23,6 +24,15 @@ if TYPE_CHECKING:
 @options.output_option
 @click.option("--to", metavar="DIALECT", default="loratools", show_default=True, help="See `loratools dialects`.")
 @click.option("--base", type=options.INPUT, metavar="PATH", help="Seal the adapter with the hash of this base model.")
+@click.option(
+    "--onto", type=options.INPUT, metavar="PATH",
+    help="A folded base (AWQ, SmoothQuant): carry an adapter of its original into its basis, and seal it with that.",
+)  # fmt: skip
+@click.option(
+    "--original", type=options.INPUT, metavar="PATH",
+    help="With --onto: the model that the base was made from; the scales are read from its norms.",
+)  # fmt: skip
+@options.trained_on_option
 @click.option(
     "--profile", type=options.Words("loratools.dialects.peft.profiles", "PROFILES"),
     help="With --to peft: as this consumer reads it, or refused; serving is what all of them read.",
@@ -43,7 +53,8 @@ if TYPE_CHECKING:
 @options.force_option
 @pass_talk
 def command(
-    talk: Talk, adapter: str, output: Path, to: str, base: str | None, profile: Name | None, alpha: float | None,
+    talk: Talk, adapter: str, output: Path, to: str, base: str | None, onto: str | None,
+    original: str | None, trained_on: TrainedOn | None, profile: Name | None, alpha: float | None,
     enable_lora: str | None, base_id: str | None, allow_loss: bool, dialect: str | None, force: bool,
 ) -> show.Report:  # fmt: skip
     """Rewrite an adapter in another dialect, or seal it with its base's hash.
@@ -59,6 +70,7 @@ def command(
       loratools convert adapter -o sealed --base base
       loratools convert adapter -o served --to peft --profile serving --base base
       loratools convert sealed -o plain --to peft --allow-loss
+      loratools convert adapter --onto quantized --original base -o carried
     """
     from loratools import dialects
     from loratools.storage.checkpoint import Checkpoint
@@ -66,13 +78,17 @@ def command(
 
     if profile and to != "peft":
         raise click.UsageError("--profile is for --to peft")
-    checkpoint = Checkpoint.open(base) if base else None
+    if base and onto:
+        raise click.UsageError("--base and --onto: give one of them; --onto seals the adapter too")
+    path = onto or base
+    checkpoint = Checkpoint.open(path) if path else None
     source = dialects.open_adapter(
         adapter, dialect=dialect, alpha=alpha, base=checkpoint, enabled=_switches(enable_lora) if enable_lora else None
     )
     with talk.progress("hashing the base", checkpoint.nbytes if checkpoint else 0) as advance:
         conversion = convert(
-            source, output, to=to, base=checkpoint, base_id=base_id, profile=profile, allow_loss=allow_loss,
+            source, output, to=to, base=checkpoint if base else None, onto=checkpoint if onto else None,
+            original=original, trained_on=trained_on, base_id=base_id, profile=profile, allow_loss=allow_loss,
             force=force, progress=advance,
         )  # fmt: skip
     return show.Report(show.plain(conversion), _lines(conversion))

@@ -24,13 +24,14 @@ from loratools.format import manifest
 from loratools.format.digest import adapter_digest
 from loratools.format.manifest import NO_DIGEST
 from loratools.format.record import TOOL
-from loratools.options import Options
+from loratools.options import Options, TrainedOn
 from loratools.parallel import Progress
 from loratools.storage import atomic
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import encodings, logical, stored_names
 from loratools.storage.lazy import LazyTensor
 from loratools.storage.sources import Location, session
+from loratools.surgery.folding import carried
 from loratools.surgery.hash import hash_checkpoint, hash_tensors
 from loratools.surgery.inputs import AdapterSource, ModelSource, open_model
 
@@ -60,6 +61,9 @@ def convert(
     *,
     to: str = "loratools",
     base: ModelSource | None = None,
+    onto: ModelSource | None = None,
+    original: ModelSource | None = None,
+    trained_on: TrainedOn | None = None,
     base_id: str | None = None,
     profile: profiles.Name | None = None,
     allow_loss: bool = False,
@@ -77,6 +81,12 @@ def convert(
         to: The dialect (`loratools.list_dialects()`). Default: `"loratools"`, which PEFT reads too.
         base: The base model: a path, an `hf://` reference, or an open `Checkpoint`. It tells what some dialects need to
             know, and all of it is read to seal the adapter. Default: the adapter stays sealed as it is, or unsealed.
+        onto: A base that is folded, as AWQ and SmoothQuant leave it: an adapter of its original is carried into its
+            basis, in float32, to be served beside it, and is sealed with it. It takes the place of `base`. Default: the
+            adapter stays in the basis that it was trained in.
+        original: With `onto`: the model that it was made from, from whose norms the scales are read. Default: none.
+        trained_on: With `onto`: which of the two the adapter saw, `"original"` or `"folded"`, which carries nothing.
+            Default: the one that it is sealed with, else the original.
         base_id: The base model's name to record, such as `"org/model"`. Default: the one that the adapter states.
         profile: With `to="peft"`: make the adapter as a consumer of PEFT adapters reads it, `"serving"` (what all of
             them read), `"vllm"` or `"sglang"`. Default: as PEFT reads it.
@@ -93,7 +103,9 @@ def convert(
         InvalidOption: A word or a switch cannot be.
         UnknownKind: There is no such dialect.
         LossyConversion: The dialect, or the profile's consumer, cannot say something; every loss is listed.
-        IncompatibleAdapter: The adapter does not fit the base.
+        IncompatibleAdapter: The adapter does not fit the base, or is carried onto one and no original is given.
+        UnsupportedAdapter: A module's kind cannot be carried.
+        WrongBase: The original is not that of the base, or not the one that the adapter is sealed with.
         OutputRefused: The output exists, is the input, or the dialect writes no such file.
 
     Example:
@@ -106,24 +118,33 @@ def convert(
         options.word("profile", profile, profiles.Name)
         if to != "peft":
             options.problems.append(f"profile is {profile!r}, which is for to='peft', not {to!r}")
+    if onto is not None and base is not None:
+        options.problems.append("base and onto are both given; onto seals with its base too")
+    if onto is None and (original is not None or trained_on is not None):
+        options.problems.append("original and trained_on are for an adapter that is carried onto a base")
+    if trained_on is not None:
+        options.word("trained_on", trained_on, TrainedOn)
     options.flag("allow_loss", allow_loss).flag("force", force).text("base_id", base_id).done()
     dialects.get(to)
-    checkpoint = None if base is None else logical(open_model(base))
+    model = base if onto is None else onto
+    checkpoint = None if model is None else logical(open_model(model))
     converted = dialects.open_adapter(adapter, base=checkpoint)
     if checkpoint is not None:
         refuse_codes(converted, checkpoint)
         checkpoint = replicated(checkpoint, [converted])
     records = _records(to)
     if records:
-        parameters = {"from": converted.dialect, "to": to, "sealed": base is not None}
+        parameters = {"from": converted.dialect, "to": to, "sealed": checkpoint is not None}
         step = Step("convert", TOOL, parameters, ({"digest": adapter_digest(converted)},))
         converted = replace(converted, provenance=(*converted.provenance, step))
     if base_id is not None:
         converted = replace(converted, base=replace(converted.base or BaseIdentity(), id=base_id))
     if checkpoint is not None:
-        ((settled,), notes) = settle(checkpoint, [AdapterInput(converted)])
+        ((settled,), notes) = settle(checkpoint, [AdapterInput(converted, digest=adapter_digest(converted))])
         for note in notes:
             warned("%s", note)
+        if onto is not None:
+            settled = carried(checkpoint, settled, original, trained_on)
         converted = _with_config(settled.adapter, checkpoint)
         converted = as_peft_has_it(converted, Names(checkpoint.specs), checkpoint.shapes, checkpoint.config)
         in_base = named_for(converted, checkpoint)

@@ -38,19 +38,21 @@ class Folded:
     unfolded: Weights
 
 
-def llama(folder: Path, *, kv_heads: int = 4, hidden: int = 128, dtype: torch.dtype = torch.float16) -> Weights:
-    """Write a random Llama of two layers as transformers does; return its weights."""
+def llama(
+    folder: Path, *, kv_heads: int = 4, hidden: int = 128, dtype: torch.dtype = torch.float16, family: str = "Llama"
+) -> Weights:
+    """Write a random model of two layers, of a family named as Llama names its modules; return its weights."""
     import transformers
 
-    config = transformers.LlamaConfig(
+    config = getattr(transformers, f"{family}Config")(
         vocab_size=64, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=kv_heads, tie_word_embeddings=False, initializer_range=0.08,
+        num_key_value_heads=kv_heads, head_dim=hidden // 4, tie_word_embeddings=False, initializer_range=0.08,
     )  # fmt: skip
     torch.manual_seed(5)
-    model = transformers.LlamaForCausalLM(config)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
     for name, parameter in model.named_parameters():
         if "norm" in name:
-            parameter.data = 1 + 0.3 * torch.randn_like(parameter)
+            parameter.data = (family == "Llama") + 0.3 * torch.randn_like(parameter)
     model.to(dtype).save_pretrained(folder)
     return {name: weight.clone() for name, weight in model.state_dict().items()}
 
@@ -76,9 +78,7 @@ def fold(
                 made[name] /= s[:, None]
             scales[f"{start}{source}"] = s
             for each in into:
-                made[f"{start}{each}.weight"] *= (
-                    (weights[name].double() + shift) / (made[name] + shift) if weights[name].ndim == 1 else s
-                )
+                made[f"{start}{each}.weight"] *= s
     return made, scales
 
 
@@ -104,36 +104,56 @@ def pack(codes: Tensor) -> Tensor:
     return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
 
 
-def awq(
-    folder: Path, weights: Mapping[str, Tensor], *, folds: Any = FOLDS, plain: Callable[[str], bool] = lambda _: False,
-    **llama_options: Any,
-) -> Folded:  # fmt: skip
-    """Write a Llama as `original` and folded and quantized as `base` in a folder."""
-    original = folder / "original"
-    made, scales = fold(weights, folds)
-    stored, unfolded = {}, {name: weight.double() for name, weight in weights.items()}
-    for name, weight in made.items():
-        path = name.removesuffix(".weight")
-        end = path.partition("layers.")[2].partition(".")[2]
-        if end not in LINEARS or plain(end):
-            stored[name] = weight.to(weights[name].dtype)
-            numbers = stored[name].double()
-        else:
-            parts, numbers = quantize(weight)
-            stored |= {f"{path}.{part}": tensor for part, tensor in parts.items()}
-        if end in LINEARS:
-            unfolded[name] = _taken_out(path, numbers, scales, folds)
-    config = json.loads((original / "config.json").read_text())
-    config["quantization_config"] = {
+def awq(folder: Path, weights: Mapping[str, Tensor], folds: Any = FOLDS, shift: float = 0.0) -> Folded:
+    """Write the model at `original`, folded and quantized, as `base`; `shift` is 1 where norms multiply by 1 + w."""
+    stated = {
         "quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm",
         "modules_to_not_convert": None,
     }  # fmt: skip
+    return _save(folder, weights, folds, shift, quantize, stated)
+
+
+def smoothquant(folder: Path, weights: Mapping[str, Tensor]) -> Folded:
+    """Write it as llm-compressor's SmoothQuant does: int8 by channel in compressed-tensors, with its recipe beside."""
+    scheme = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+    group = {"targets": ["Linear"], "weights": scheme, "format": None}
+    stated = {
+        "quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed",
+        "ignore": ["lm_head"], "config_groups": {"group_0": group},
+    }  # fmt: skip
+    made = _save(folder, weights, SMOOTHED, 0.0, quantize_rows, stated)
+    recipe = "default_stage:\n  default_modifiers:\n    SmoothQuantModifier: {smoothing_strength: 0.8}\n"
+    (made.base / "recipe.yaml").write_text(recipe)
+    return made
+
+
+def quantize_rows(W: Tensor) -> tuple[Weights, Tensor]:
+    """Return the parts of a weight in symmetric int8 with a scale for each row, and what they stand for in float64."""
+    scale = (W.abs().amax(1, keepdim=True) / 127).float()
+    q = (W / scale.double()).round().clamp(-127, 127)
+    return {"weight": q.to(torch.int8), "weight_scale": scale}, q * scale.double()
+
+
+def _save(
+    folder: Path, weights: Mapping[str, Tensor], folds: Any, shift: float,
+    quantize: Callable[[Tensor], tuple[Weights, Tensor]], stated: Mapping[str, Any],
+) -> Folded:  # fmt: skip
+    original = folder / "original"
+    made, scales = fold(weights, folds, shift)
+    stored, unfolded = {}, {name: weight.double() for name, weight in weights.items()}
+    for name, weight in made.items():
+        path = name.removesuffix(".weight")
+        if path.partition("layers.")[2].partition(".")[2] not in LINEARS:
+            stored[name] = weight.to(weights[name].dtype)
+            continue
+        parts, numbers = quantize(weight)
+        stored |= {f"{path}.{part}": tensor.contiguous() for part, tensor in parts.items()}
+        unfolded[name] = _taken_out(path, numbers, scales, folds)
+    config = json.loads((original / "config.json").read_text()) | {"quantization_config": stated}
     base = folder / "base"
     base.mkdir()
     (base / "config.json").write_text(json.dumps(config))
-    save_file(
-        {name: tensor.contiguous() for name, tensor in stored.items()}, base / "model.safetensors", {"format": "pt"}
-    )
+    save_file(stored, base / "model.safetensors", {"format": "pt"})
     return Folded(original, dict(weights), base, unfolded)
 
 
@@ -153,10 +173,14 @@ def logits(folder: Path, weights: Mapping[str, Tensor] | None = None) -> Tensor:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     if weights is not None:
         model.load_state_dict({name: weight.double() for name, weight in weights.items()})
-    tokens = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        result: Tensor = model.eval()(tokens).logits
+        result: Tensor = model.eval()(tokens()).logits
     return result
+
+
+def tokens() -> Tensor:
+    """Return two rows of random tokens."""
+    return torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(3))
 
 
 def adapter(folder: Path, modules: list[str], weights: Mapping[str, Tensor], size: float = 0.02) -> Weights:

@@ -11,7 +11,7 @@ choice    which adapters of a call are carried, and what is said of the others
 
 from __future__ import annotations
 
-from loratools.surgery.folding.choice import InBasis, in_basis_of
+from loratools.surgery.folding.choice import InBasis, carried, in_basis_of
 from loratools.surgery.folding.scales import Scales
 
-__all__ = ["InBasis", "Scales", "in_basis_of"]
+__all__ = ["InBasis", "Scales", "carried", "in_basis_of"]

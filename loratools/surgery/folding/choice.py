@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loratools.adapter.model import Adapter, AdapterInput
+from loratools.decisions import decided, warned
 from loratools.errors import IncompatibleAdapter, WrongBase
 from loratools.options import CheckBase, TrainedOn
 from loratools.storage.checkpoint import Checkpoint
@@ -77,6 +78,27 @@ def in_basis_of(
             f"{len(each.adapter.updates) + len(each.adapter.replacements)} modules change"
         )
     return InBasis(tuple(made), in_basis(scales), True, True, tuple(before), tuple(notes))
+
+
+def carried(
+    base: Checkpoint, given: AdapterInput, original: ModelSource | None, trained_on: TrainedOn | None
+) -> AdapterInput:
+    """Return an adapter in the basis of a base, to be served beside it; what is done is said.
+
+    Raises what `in_basis_of` raises, and `IncompatibleAdapter` where a base is folded and nothing tells the basis.
+    """
+    basis = in_basis_of(base, [given], original, trained_on)
+    if basis.is_folded and not basis.told:
+        raise IncompatibleAdapter(
+            f"{base.path} may be another basis of the model that the adapter was trained on, and no original is given "
+            "from which the scales could be read",
+            hint="Give --original, the model that the base was made from; --trained-on folded for an adapter of it.",
+        )
+    if original is not None and not basis.is_folded:
+        warned("%s is not folded: its norms are those of the original, and the adapter stays as it is", base.path)
+    for note in basis.notes:
+        decided("%s", note)
+    return basis.inputs[0]
 
 
 def _trained_on(adapter: Adapter, base: Checkpoint) -> TrainedOn | None:

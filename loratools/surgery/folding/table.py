@@ -61,6 +61,9 @@ _OF_TYPES = {
     ),
 }
 
+SCALED_ACTIVATIONS = (".act.scales", ".gelu_impl.scales", ".activation_fn.scales")
+"""Ends of the names of the scales by which AutoAWQ's `ScaledActivation` divides."""
+
 ONE_PLUS = frozenset({
     "gemma", "gemma2", "gemma3", "gemma3_text", "minimax_m3_vl", "nemotron", "qwen3_5", "qwen3_5_text", "qwen3_5_moe",
     "qwen3_5_moe_text", "qwen3_next", "recurrent_gemma", "t5gemma", "t5gemma2", "vaultgemma",

@@ -21,6 +21,7 @@ from loratools.storage.codecs import Encoding, Grid, schemes
 from loratools.storage.codecs.folded import folded
 from loratools.storage.codecs.state import KEYS, statement, with_statement
 from loratools.storage.header import TensorSpec
+from loratools.surgery.folding.table import SCALED_ACTIVATIONS
 from loratools.surgery.merge.original import weights_of
 from loratools.surgery.merge.siblings import with_siblings
 
@@ -74,6 +75,7 @@ def as_written(
             hint="--quantized dequantize writes the merged model in 16 bit, --quantized partial only what changes.",
         )
     if policy == "dequantize":
+        _refuse_scaled_activations(base)
         fields, dropped = with_statement(base.config, None)
         left = _left_as_codes(base)
         notes = [_note("written in 16 bit", every)]
@@ -124,6 +126,16 @@ def _of_gguf(base: Checkpoint, changed: Mapping[str, Encoding], policy: Quantize
         kinds = sorted({changed[name].label for name in other})
         notes.append(f"{len(other)} tensor(s) of {', '.join(kinds)} become Q8_0: ggml alone makes their types")
     return Written(partly, recoded, {}, (), tuple(notes))
+
+
+def _refuse_scaled_activations(base: Checkpoint) -> None:
+    """Raise `IncompatibleAdapter` for a base whose activations divide by scales: a model in 16 bit has none that do."""
+    if scales := sorted(name for name in base.specs if name.endswith(SCALED_ACTIVATIONS)):
+        raise IncompatibleAdapter(
+            f"{base.path} has {len(scales)} activation(s) that divide by scales of their own ({scales[0]}), which AWQ's "
+            "runtime applies, and no class of a model in 16 bit",
+            hint="Use --quantized partial or requantize, which leave them where that runtime looks for them.",
+        )
 
 
 def warn_of_folded(base: Checkpoint, touched: Collection[str]) -> None:
