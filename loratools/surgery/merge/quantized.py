@@ -132,7 +132,7 @@ def _refuse_scaled_activations(base: Checkpoint) -> None:
     """Raise `IncompatibleAdapter` for a base whose activations divide by scales: a model in 16 bit has none that do."""
     if scales := sorted(name for name in base.specs if name.endswith(SCALED_ACTIVATIONS)):
         raise IncompatibleAdapter(
-            f"{base.path} has {len(scales)} activation(s) that divide by scales of their own ({scales[0]}), which AWQ's "
+            f"{base.path}: {len(scales)} activation(s) divide by scales of their own ({scales[0]}), which AWQ's "
             "runtime applies, and no class of a model in 16 bit",
             hint="Use --quantized partial or requantize, which leave them where that runtime looks for them.",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import loratools
 from loratools.decisions import warnings_to
 from loratools.errors import IncompatibleAdapter, InvalidOption, WrongBase
+from tests.conftest import Result
 from tests.make.folded_models import LINEARS, Folded, adapter, awq, llama
 from tests.surgery.models import same_bytes
 
@@ -98,17 +100,13 @@ def test_what_is_refused(made: Folded, tmp_path: Path) -> None:
         loratools.convert(tmp_path / "sealed", tmp_path / "no", onto=made.base, original=tmp_path / "other")
 
 
-def test_on_the_command_line(made: Folded, tmp_path: Path) -> None:
-    from click.testing import CliRunner
-
-    from loratools.cli import main
-
+def test_on_the_command_line(made: Folded, tmp_path: Path, shell: Callable[..., Result]) -> None:
     adapter(tmp_path / "lora", LINEARS, made.weights)
-    call = ["convert", str(tmp_path / "lora"), "--onto", str(made.base), "-o", str(tmp_path / "carried")]
-    result = CliRunner().invoke(main, call)
-    assert result.exit_code == 1
-    assert "--original" in result.output
-    assert CliRunner().invoke(main, [*call, "--original", str(made.original)]).exit_code == 0
-    merge = ["merge", str(made.base), str(tmp_path / "lora"), "-o", str(tmp_path / "out"), "--verify"]
-    result = CliRunner().invoke(main, [*merge, "--original", str(made.original)])
-    assert result.exit_code == 0, result.output
+    onto = f"loratools convert lora --onto {made.base} -o carried"
+    refused = shell(onto, tmp_path)
+    assert refused.code == 1
+    assert "--original" in refused.err
+    assert shell(f"{onto} --original {made.original}", tmp_path).code == 0
+    merged = shell(f"loratools merge {made.base} lora -o out --original {made.original} --verify", tmp_path)
+    assert merged.code == 0, merged.err
+    assert "is carried from" in merged.err
