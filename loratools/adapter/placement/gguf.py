@@ -25,6 +25,9 @@ from loratools.storage.header import TensorSpec
 STATED = "gguf"
 """Field of a GGUF base's config: its architecture and heads, as its own fields say."""
 
+_SQUEEZED = "ffn_gate_inp_shexp.weight"
+"""Ends the name of a tensor of one row that the file has as a vector."""
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -106,7 +109,7 @@ def resolve_on(base: Checkpoint, adapter: Adapter, shapes: Shapes) -> list[Place
                 alone = f"{module_of(module, layout.architecture, expert)}.weight"
                 stacks[alone], seen[alone] = (name, expert), shape[1:]
         else:
-            seen[name] = shape
+            seen[name] = (1, *shape) if stored_name(name, base).endswith(_SQUEEZED) else shape
     # Every weight lies (out, in) in the file, also those of GPT-2.
     adapter = replace(adapter, orientation=dict.fromkeys(adapter.updates, False))
     config = {"model_type": model_type(layout.architecture, experts=bool(stacks)), **base.config}
