@@ -125,6 +125,7 @@ def _checkpoint(summary: CheckpointSummary, modules: bool) -> Iterator[str]:
         ("architecture", f"{summary.architecture or 'not stated'}{tied}"),
         ("components", ", ".join(summary.components) or None),
         ("quantization", summary.quantization or None),
+        ("made from", summary.parent),
         ("parameters", show.exact(summary.total.parameters)),
         ("size", f"{show.size(summary.total.nbytes)} in {summary.total.tensors} tensors"),
         ("schema hash", summary.schema),

@@ -136,7 +136,8 @@ def refuse_second_merge(base: Checkpoint, digests: Sequence[str], taken: Sequenc
     """Raise `OutputRefused` if a base holds an adapter of one of these digests, and it is not `taken` out."""
     merged = {entry.get("digest") for entry in held(read(base))}
     if again := sorted(set(digests) & (merged - set(taken))):
+        where = f"its field {IN_GGUF}" if base.path.suffix == ".gguf" else RECORD
         raise OutputRefused(
             f"{base.path} already is a merge of this adapter ({again[0]}); merging again would apply it twice",
-            hint=f"Merge into the base model instead, or remove {RECORD} if you mean it.",
+            hint=f"Merge into the base model instead, or remove {where} if you mean it.",
         )

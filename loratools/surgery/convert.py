@@ -10,9 +10,10 @@ from loratools import dialects
 from loratools.adapter.model import Adapter, AdapterInput, BaseIdentity, Loss, Step
 from loratools.adapter.naming.wrappers import Names
 from loratools.adapter.placement.codes import refuse_codes
+from loratools.adapter.placement.gguf import STATED, resolve_on, under_adapters_names
 from loratools.adapter.placement.image import named_for
 from loratools.adapter.placement.layers import replicated
-from loratools.adapter.placement.resolve import Placement, resolve
+from loratools.adapter.placement.resolve import Placement
 from loratools.adapter.placement.settle import settle
 from loratools.adapter.placement.stacks import as_peft_has_it
 from loratools.adapter.placement.tied import onto_stored
@@ -131,7 +132,7 @@ def convert(
     converted = dialects.open_adapter(adapter, base=checkpoint)
     if checkpoint is not None:
         refuse_codes(converted, checkpoint)
-        checkpoint = replicated(checkpoint, [converted])
+        checkpoint = under_adapters_names(replicated(checkpoint, [converted]), [converted])
     records = _records(to)
     if records:
         parameters = {"from": converted.dialect, "to": to, "sealed": checkpoint is not None}
@@ -223,7 +224,7 @@ def _placed(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, list[Placement
     untied = onto_stored(adapter, base.specs, base.config)
     whole = resolve_replacements(untied, base.shapes)
     after = base.shapes | {name: tensor.shape for name, tensor in whole.items()}
-    return untied, list(resolve(untied, after, base.config)), whole
+    return untied, resolve_on(base, untied, after), whole
 
 
 def _records(dialect: str) -> bool:
@@ -238,4 +239,5 @@ def _with_config(adapter: Adapter, base: Checkpoint) -> Adapter:
     inner = base.config.get("text_config")
     config = {**base.config, **inner} if isinstance(inner, Mapping) else base.config
     kept = {name: config[name] for name in BASE_CONFIG if isinstance(config.get(name), str | int)}
+    kept |= {STATED: config[STATED]} if STATED in config else {}
     return replace(adapter, settings={**adapter.settings, "base_config": kept}) if kept else adapter

@@ -15,6 +15,7 @@ from loratools.dialects import InMemory, Listing, detect, get, held, names
 from loratools.errors import BadFile
 from loratools.format.manifest import ORIGIN
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.gguf.types import CODES
 from loratools.storage.header import TensorSpec
 from loratools.storage.lazy import LazyTensor
 from loratools.storage.sources import Location, session
@@ -92,8 +93,9 @@ class AdapterSummary:
 class CheckpointSummary:
     """What a model's files are; `schema` is the first tier of its base hash, `shards` maps file to what is in it.
 
-    `architecture`, `model_type` and `quantization` are what its config.json says, None where it is silent; `tied` is
-    too, or what its class does by default;
+    `architecture`, `model_type` and `quantization` are what its config.json says, or the fields and types of a GGUF
+    file, None where it is silent; `tied` is
+    too, or what its class does by default; `parent` is the model that a GGUF file says it was made from.
     `record` is what loratools.json says of the merge that it came out of.
     """
 
@@ -110,6 +112,7 @@ class CheckpointSummary:
     record: Mapping[str, Any] | None
     tensors: tuple[TensorSummary, ...] = field(repr=False)
     type: str = "checkpoint"
+    parent: str | None = None
 
 
 @session()
@@ -188,12 +191,14 @@ def describe_checkpoint(checkpoint: Checkpoint, path: Location) -> CheckpointSum
     checkpoint.tell_unread()
     config, specs = checkpoint.config, checkpoint.specs
     architectures, model_type = config.get("architectures"), config.get("model_type")
-    tied = _tied(checkpoint)
+    tied, in_gguf = _tied(checkpoint), config.get("gguf") or {}
     return CheckpointSummary(
         path=str(path), components=checkpoint.components, schema=checkpoint.schema(), record=read(checkpoint) or None,
-        architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else None,
+        architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else in_gguf.get(
+            "architecture"
+        ),
         model_type=model_type if isinstance(model_type, str) else None,
-        tied=tied, quantization=_quantization(config),
+        tied=tied, quantization=_quantization(config) or _of_gguf(specs), parent=in_gguf.get("parent"),
         total=_amount(specs.values()), dtypes=_by_dtype(specs.values()),
         shards={str(s.path.relative_to(checkpoint.root)): _amount(s.tensors.values()) for s in checkpoint.shards},
         tensors=tuple(_tensor(name, specs[name]) for name in sorted(specs, key=natural)),
@@ -228,6 +233,15 @@ def _quantization(config: Mapping[str, Any]) -> str | None:
     method = str(stated.get("quant_method") or stated.get("quant_algo") or "of an unnamed method")
     bits = stated.get("bits") or next((n for n in (4, 8) if stated.get(f"load_in_{n}bit")), None)
     return f"{method}, {bits} bits" if bits else method
+
+
+def _of_gguf(specs: Mapping[str, TensorSpec]) -> str | None:
+    """Return the quantized types of a GGUF file, that of most bytes first."""
+    sizes: dict[str, int] = defaultdict(int)
+    for spec in specs.values():
+        sizes[spec.dtype] += spec.nbytes if spec.dtype in CODES else 0
+    kinds = sorted((kind for kind, size in sizes.items() if size), key=lambda kind: -sizes[kind])
+    return f"GGUF, {', '.join(kinds)}" if kinds else None
 
 
 def _tensor(name: str, tensor: _Tensor) -> TensorSummary:

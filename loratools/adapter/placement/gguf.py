@@ -56,13 +56,19 @@ def under_adapters_names(base: Checkpoint, adapters: Sequence[Adapter]) -> Check
             at = place(module, architecture)
             if at is not None and at.expert is None:
                 names.setdefault(at.tensor, module)
+    for tensor in ("token_embd", "output"):  # by which ties and vocabularies are known
+        if f"{tensor}.weight" in base.specs and (usual := module_of(tensor, architecture)):
+            names.setdefault(tensor, usual)
+    config = dict(base.config)
+    if "output.weight" not in base.specs and "token_embd.weight" in base.specs:
+        config |= {"model_type": model_type(architecture, experts=False), "tie_word_embeddings": True}
     origins: dict[str, str] = {}
     for name in base.specs:
         module, _, parameter = name.rpartition(".")
         origins[f"{names[module]}.{parameter}" if module in names else name] = name
     specs = {new: _named(base.specs[old], new) for new, old in origins.items()}
     return replace(
-        base, specs=specs, origins=origins,
+        base, specs=specs, origins=origins, config=config,
         shards=tuple(replace(shard, tensors=specs) for shard in base.shards),
         stored=base.stored or base,
     )  # fmt: skip
@@ -112,7 +118,7 @@ def resolve_on(base: Checkpoint, adapter: Adapter, shapes: Shapes) -> list[Place
             seen[name] = (1, *shape) if stored_name(name, base).endswith(_SQUEEZED) else shape
     # Every weight lies (out, in) in the file, also those of GPT-2.
     adapter = replace(adapter, orientation=dict.fromkeys(adapter.updates, False))
-    config = {"model_type": model_type(layout.architecture, experts=bool(stacks)), **base.config}
+    config = {**base.config, "model_type": model_type(layout.architecture, experts=bool(stacks))}
     placements = []
     for placement in resolve(adapter, seen, config):
         for site in _in_file(placement.site, stacks, shapes, base, layout):
@@ -138,9 +144,9 @@ def _refuse(base: Checkpoint, adapter: Adapter, shapes: Shapes, layout: Layout) 
         ]
     if problems:
         raise IncompatibleAdapter(
-            f"{base.path}: {len(problems)} tensor(s) of the adapter are for what llama.cpp's converter changed further",
+            f"{len(problems)} tensor(s) of the adapter are for what llama.cpp's converter changed further: merge into "
+            "the model that the file was made from",
             problems,
-            hint="Merge into the model that the file was made from.",
         )
 
 
@@ -154,6 +160,8 @@ def _in_file(
         shifted = (start + expert * rows, stop + expert * rows, step)
         return [replace(site, tensor=name, matrix=(count * rows, columns), rows=shifted)]
     rows = site.matrix[0]
+    if base.origins.get(site.tensor) == site.tensor:
+        return [site]  # the adapter has the file's own names, and so its rows
     try:
         order = layout.order_of(stored_name(site.tensor, base).rpartition(".")[0])
         if order is None:
@@ -162,7 +170,7 @@ def _in_file(
             raise ValueError(f"an update of rows {site.rows[:2]} alone has no place among the rows of its heads")
         return [replace(site, rows=there, part=part) for part, there in order.pieces(rows)]
     except ValueError as error:
-        raise IncompatibleAdapter(f"{base.path}: {site.tensor}: {error}") from None
+        raise IncompatibleAdapter(f"{site.tensor}: {error}") from None
 
 
 def _layout(config: Mapping[str, Any]) -> Layout:

@@ -12,7 +12,7 @@ from loratools.errors import UnsupportedAdapter
 from loratools.storage.beside.along import is_index
 from loratools.storage.beside.links import refuse_outside
 from loratools.storage.codecs.state import BESIDE, with_beside
-from loratools.storage.gguf.container import read_container
+from loratools.storage.gguf.container import Container, read_container
 from loratools.storage.header import TensorSpec, read_header
 from loratools.storage.pickles.archive import SUFFIXES, read_pickled
 from loratools.storage.strict_json import read_json
@@ -71,6 +71,13 @@ def open_shard(path: Path) -> Shard:
     return Shard(path, header.tensors, header.metadata)
 
 
+def _parent(container: Container) -> object:
+    """Return the name, or else the address, that a file states of the model that it was made from."""
+    keys = [f"general.base_model.0.{part}" for part in ("repo_url", "name")]
+    keys += ["general.source.repo_url", "general.source.huggingface.repository", "general.source.url"]
+    return next((text for key in keys if (text := container.get(key))), None)
+
+
 def gguf_config(path: Path) -> dict[str, Any]:
     """Return what a GGUF file says of its model, in the place of a config.json: architecture and heads.
 
@@ -87,6 +94,8 @@ def gguf_config(path: Path) -> dict[str, Any]:
         )
     heads, kv_heads = (container.get(f"{architecture}.attention.{key}") for key in ("head_count", "head_count_kv"))
     counts = {"heads": heads, "kv_heads": heads if kv_heads is None else kv_heads}
-    stated = {key: count for key, count in counts.items() if isinstance(count, int) and count > 0}
+    stated: dict[str, Any] = {key: count for key, count in counts.items() if isinstance(count, int) and count > 0}
+    texts = {"name": container.get("general.name"), "parent": _parent(container)}
+    stated |= {key: text for key, text in texts.items() if isinstance(text, str) and text}
     stated |= {"sections": True} if f"{architecture}.rope.dimension_sections" in container.fields else {}
     return {"gguf": {"architecture": architecture, **stated}}

@@ -12,6 +12,7 @@ from loratools.engine.plan import MergePlan, Recoded
 from loratools.errors import InvalidOption
 from loratools.format.record import IN_GGUF
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.dtypes import FLOATS
 from loratools.storage.gguf.container import Container, nbytes, read_container
 from loratools.storage.gguf.types import CODES, FILE_TYPES
 from loratools.storage.header import TensorSpec
@@ -33,11 +34,21 @@ def plan_gguf(
     tensors: list[tuple[str, str, tuple[int, ...]]] = []
     for name in names:
         spec = base.specs[name] if name in base.specs else sources[name]
-        kind = spec.plain_dtype if spec.encoding is None else dtype or spec.plain_dtype
+        kind = dtype if dtype and (spec.encoding or _is_cast(name, spec, base)) else spec.plain_dtype
         if name in recoded:
             kind = recoded[name].encoding.label
         tensors.append((name, kind, sources.get(name, spec).shape))
     return _file(base, container, tensors)
+
+
+def _is_cast(name: str, spec: TensorSpec, base: Checkpoint) -> bool:
+    """Tell whether a plain tensor takes another dtype: a matrix that is not F32 where others are narrower.
+
+    llama.cpp asks for vectors in F32, and for the matrices that its converter keeps in F32.
+    """
+    narrow = any(each.dtype != "F32" for each in base.specs.values() if len(each.shape) > 1)
+    keeps = spec.dtype == "F32" and (narrow or "_inp" in base.origin(name) or "position_embd" in base.origin(name))
+    return len(spec.shape) > 1 and spec.dtype in FLOATS and not keeps
 
 
 def _file(base: Checkpoint, container: Container, tensors: list[tuple[str, str, tuple[int, ...]]]) -> FilePlan:

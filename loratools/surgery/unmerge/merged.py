@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from loratools.adapter.model import AdapterInput, BaseIdentity
+from loratools.adapter.placement.gguf import is_gguf
 from loratools.adapter.placement.layers import replicates
 from loratools.decisions import warned
 from loratools.engine.residual import Lost, Residual
 from loratools.engine.residual.restore import lost_tensors
-from loratools.errors import IncompatibleAdapter
+from loratools.errors import IncompatibleAdapter, UnsupportedAdapter
 from loratools.format import record as records
 from loratools.options import Tied, words
 from loratools.storage.checkpoint import Checkpoint
@@ -42,9 +43,15 @@ class MergedModel:
         """Open a merged model and look up each adapter in its record by its digest.
 
         `weights` are for a model without a record; beside one they must be those recorded. Raises
-        `IncompatibleAdapter` for an adapter that was not merged.
+        `IncompatibleAdapter` for an adapter that was not merged, `UnsupportedAdapter` for a GGUF file.
         """
         model = open_model(model)
+        if is_gguf(model):
+            raise UnsupportedAdapter(
+                f"{model.path}: an adapter is not taken out of a GGUF file, which keeps no residual and no digests of "
+                "its base",
+                hint="Keep the base file, and merge into it anew.",
+            )
         record = records.read(model)
         if isinstance(stated := record.get("model_type"), str):  # as the merge was told, where config.json does not say
             model = replace(model, config={**model.config, "model_type": stated})
