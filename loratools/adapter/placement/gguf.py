@@ -56,7 +56,7 @@ def under_adapters_names(base: Checkpoint, adapters: Sequence[Adapter]) -> Check
             at = place(module, architecture)
             if at is not None and at.expert is None:
                 names.setdefault(at.tensor, module)
-    for tensor in ("token_embd", "output"):  # by which ties and vocabularies are known
+    for tensor in ("token_embd", "output") if adapters else ():  # by which ties and vocabularies are known
         if f"{tensor}.weight" in base.specs and (usual := module_of(tensor, architecture)):
             names.setdefault(tensor, usual)
     config = dict(base.config)

@@ -134,3 +134,49 @@ def a_name_that_is_no_text(folder: Path) -> None:
 @hostile(INSPECT, r"damaged|no dialect|version")
 def gguf_of_another_byte_order(folder: Path) -> None:
     (folder / "x.gguf").write_bytes(b"GGUF" + struct.pack(">IQQ", 3, 2**62, 2**62) + bytes(100))
+
+
+def model(folder: Path, *tensors: tuple[bytes, tuple[int, ...], int, int], fields: bytes = b"", count: int = 0) -> None:
+    """Write a model: each tensor is (name, sides, type, offset)."""
+    infos = b"".join(
+        text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+        for name, shape, kind, offset in tensors
+    )
+    stated = text(b"general.architecture") + struct.pack("<I", STRING) + text(b"llama")
+    gguf(folder, stated + fields, 1 + count, infos, len(tensors), bytes(4096))
+
+
+@hostile(INSPECT, r"damaged.*overlaps")
+def gguf_tensors_in_one_place(folder: Path) -> None:
+    model(folder, (b"a", (32, 2), 0, 0), (b"b", (32, 2), 0, 128))
+
+
+@hostile(INSPECT, r"damaged.*twice")
+def a_gguf_tensor_twice(folder: Path) -> None:
+    model(folder, (b"a", (32,), 0, 0), (b"a", (32,), 0, 128))
+
+
+@hostile(INSPECT, r"damaged.*not aligned")
+def a_gguf_tensor_out_of_line(folder: Path) -> None:
+    model(folder, (b"a", (32,), 0, 7))
+
+
+@hostile(INSPECT, r"damaged.*whole blocks")
+def a_ragged_row_of_a_k_quant(folder: Path) -> None:
+    model(folder, (b"a", (250, 2), 12, 0))
+
+
+@hostile(INSPECT, r"type 99")
+def a_gguf_type_of_nobody(folder: Path) -> None:
+    model(folder, (b"a", (32,), 99, 0))
+
+
+@hostile(INSPECT, r"damaged")
+def a_gguf_model_of_2_to_the_62(folder: Path) -> None:
+    model(folder, (b"a", (2**62, 4), 12, 0))
+
+
+@hostile(INSPECT, r"damaged.*twice")
+def a_gguf_field_twice(folder: Path) -> None:
+    fields = (text(b"k") + struct.pack("<IB", U8, 0)) * 2
+    model(folder, (b"a", (32,), 0, 0), fields=fields, count=2)
