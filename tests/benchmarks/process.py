@@ -53,21 +53,28 @@ def measure_all(words: Sequence[object]) -> tuple[float, int, float]:
 
 
 def warm(folder: Path) -> None:
-    """Read every file below a folder, so that it is in the page cache: a large process may have pushed it out."""
+    """Read a file, or all below a folder, so that it is in the page cache: a large process may have pushed it out."""
     piece = bytearray(1 << 24)
-    for file in folder.rglob("*"):
+    for file in [folder, *folder.rglob("*")]:
         if file.is_file():
             with file.open("rb", buffering=0) as stream:
                 while stream.readinto(piece):
                     pass
 
 
-def alternate(commands: Mapping[str, Sequence[object]], count: int, prepare: Callable[[], None]) -> dict[str, Runs]:
-    """Run every command in turn, `count` times after one warm-up, so that a drift of the machine meets all alike."""
+def alternate(
+    commands: Mapping[str, Sequence[object]], count: int, prepare: Callable[[], None], inputs: Mapping[str, Path] = {}
+) -> dict[str, Runs]:
+    """Run every command in turn, `count` times after one warm-up, so that a drift of the machine meets all alike.
+
+    `inputs` are folders and files that are read before the command of that name, to be in the page cache.
+    """
     taken: dict[str, list[tuple[float, int, float]]] = {name: [] for name in commands}
     for turn in range(count + 1):
         for name, command in commands.items():
             prepare()
+            if name in inputs:
+                warm(inputs[name])
             measured = measure_all(command)
             if turn:
                 taken[name].append(measured)

@@ -16,7 +16,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from tests.benchmarks.process import alternate, warm
+from tests.benchmarks.process import alternate
 from tests.make.quantized_checkpoint import SCHEMES, make
 
 
@@ -35,19 +35,20 @@ def measure(folder: Path, size: str, count: int) -> None:
     make(size, folder)
     adapter, output = folder / "adapter", folder / "output"
     loratools = [sys.executable, "-m", "loratools", "-q"]
-    commands = {"merge, bf16": [*loratools, "merge", folder / "base", adapter, "-o", output]}
-    for scheme in SCHEMES:
-        commands[f"merge, {scheme}"] = [*loratools, "merge", folder / scheme, adapter, "-o", output]
-        commands[f"dequantize, {scheme}"] = [*loratools, "dequantize", folder / scheme, "-o", output]
     gguf = output.with_suffix(".gguf")
-    commands["merge, q8_0.gguf"] = [*loratools, "merge", folder / "q8_0.gguf", adapter, "-o", gguf]
+    merges = {"merge, bf16": (folder / "base", output), "merge, q8_0.gguf": (folder / "q8_0.gguf", gguf)}
+    merges |= {f"merge, {scheme}": (folder / scheme, output) for scheme in SCHEMES}
+    commands = {name: [*loratools, "merge", base, adapter, "-o", out] for name, (base, out) in merges.items()}
+    inputs = {name: base for name, (base, _) in merges.items()}
+    for scheme in SCHEMES:
+        inputs[f"dequantize, {scheme}"] = folder / scheme
+        commands[f"dequantize, {scheme}"] = [*loratools, "dequantize", folder / scheme, "-o", output]
 
     def prepare() -> None:
         shutil.rmtree(output, ignore_errors=True)
         gguf.unlink(missing_ok=True)
-        warm(folder)
 
-    runs = alternate(commands, count, prepare)
+    runs = alternate(commands, count, prepare, inputs)
     plain = runs["merge, bf16"]
     print(f"| {size}, quickest of {count} | seconds | × bf16 | processor seconds | × bf16 | peak MB |")
     print("|---|---|---|---|---|---|")

@@ -178,10 +178,12 @@ def round_rows(W: Array, out: Array) -> Outcome:
 
 def _laid_out(W: Array, out: Array) -> tuple[int, int]:
     """Return the elements from row to row and from column to column, which W and out have alike."""
-    steps = [tuple(step // array.itemsize for step in array.strides) for array in (W, out)]
-    if W.shape != out.shape or steps[0] != steps[1] or W.dtype.name not in (out.dtype.name, "float32"):
+    size, (down, across) = W.itemsize, W.strides
+    stride, step = down // size, across // size
+    alike = W.shape == out.shape and out.strides == (stride * out.itemsize, step * out.itemsize)
+    if not alike or not (W.dtype == out.dtype or W.dtype == np.float32):
         raise ValueError(f"W {W.dtype} {W.shape} and out {out.dtype} {out.shape} are not rows laid out alike")
-    return steps[0][0], steps[0][1]
+    return stride, step
 
 
 def _outcome(call: _Rows, first: int) -> Outcome:
