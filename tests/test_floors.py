@@ -50,8 +50,8 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
     "loratools.storage": ("*", "pickles", "checkpoint", "companions"),
     "loratools.dialects": ("_frame", "*"),
     "loratools.surgery": (
-        "hash inputs inspect",
-        "folding",
+        "hash inputs quantization",
+        "folding inspect",
         "base convert extract",
         "change combine merge validate",
         "paper resize spectrum verify",

@@ -15,6 +15,7 @@ from loratools.cli._group import command as make
 if TYPE_CHECKING:
     from loratools.adapter.model import BaseIdentity
     from loratools.surgery.inspect import AdapterSummary, CheckpointSummary
+    from loratools.surgery.quantization import Quantization
     from loratools.surgery.spectrum import AdapterSpectrum
 
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -125,8 +126,9 @@ def _checkpoint(summary: CheckpointSummary, modules: bool) -> Iterator[str]:
         ("architecture", f"{summary.architecture or 'not stated'}{tied}"),
         ("components", ", ".join(summary.components) or None),
         ("quantization", summary.quantization or None),
-        ("made from", summary.parent),
-        ("parameters", show.exact(summary.total.parameters)),
+        *_codes(summary.codes),
+        ("made from", summary.parent or (summary.codes.parent or "not stated" if summary.codes else None)),
+        ("parameters", show.exact(summary.codes.parameters if summary.codes else summary.total.parameters)),
         ("size", f"{show.size(summary.total.nbytes)} in {summary.total.tensors} tensors"),
         ("schema hash", summary.schema),
         ("provenance", _made(summary.record)),
@@ -145,6 +147,28 @@ def _checkpoint(summary: CheckpointSummary, modules: bool) -> Iterator[str]:
             [(each.name, each.dtype, str(list(each.shape)), show.size(each.nbytes)) for each in summary.tensors],
             right=(3,),
         )
+        if summary.codes and summary.codes.weights:
+            yield ""
+            weights = summary.codes.weights
+            yield from show.table(
+                ("weight of codes", "shape", "scheme"),
+                [(each.name, str(list(each.shape)), each.scheme) for each in weights],
+            )
+
+
+def _codes(codes: Quantization | None) -> Iterator[tuple[str, str | list[str] | None]]:
+    """Yield the fields that say how a model is quantized."""
+    if codes is None:
+        return
+    yield (
+        "codes",
+        [f"{each.modules} modules: {each.scheme}, {each.label}: {_few(each.targets)}" for each in codes.schemes],
+    )
+    yield "plain", _few(codes.plain) or "none"
+
+
+def _few(targets: Sequence[str]) -> str:
+    return ", ".join(targets[:6]) + (f" and {len(targets) - 6} more" if len(targets) > 6 else "")
 
 
 def _made(record: Mapping[str, Any] | None) -> str:

@@ -22,6 +22,7 @@ from loratools.errors import IncompatibleAdapter, InvalidOption, MissingExtra
 from loratools.options import Options
 from loratools.storage import dtypes, sources
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.checkpoint.logical import logical
 from loratools.storage.header import TensorSpec
 from loratools.storage.pickles.archive import SUFFIXES
 from loratools.storage.strict_json import read_json
@@ -180,7 +181,8 @@ def shapes_of(model: sources.Location | Checkpoint) -> Shapes:
         if config.name == "config.json" and config.is_file() and (alone or path == config):
             return by_config(read_json(config), str(model))
         model = Checkpoint.open(path)
-    return Shapes(str(model.path), model.shapes, model.config, model.nbytes)
+    view = logical(model)
+    return Shapes(str(model.path), view.shapes, model.config, (model.stored or model).nbytes)
 
 
 def by_config(config: Mapping[str, Any], name: str) -> Shapes:

@@ -5,6 +5,7 @@ validate, verify                   check them
 merge, unmerge, switch             change a model
 folding                            adapters carried into bases whose weights are folded
 dequantize                         a quantized model in 16 bit
+quantization                       how a model is quantized, as `inspect` says it
 combine, resize, extract, convert  make an adapter
 inputs, base, change               what a verb opens; whether it belongs to one base; what an adapter changes
 paper                              what the LoRA paper measures, beside what `compare` does

@@ -34,6 +34,7 @@ from loratools.decisions import warned
 from loratools.errors import IncompatibleAdapter
 from loratools.linalg.delta import Delta, Dense, Product
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.checkpoint.logical import logical
 from loratools.storage.lazy import LazyTensor
 from loratools.surgery.base import differences
 from loratools.surgery.inputs import AdapterSource, ModelSource, names_of, open_adapters, open_model, under_names_of
@@ -76,7 +77,7 @@ def measurable(
     Raises what opening the adapters and the base raises, and `IncompatibleAdapter` where they do not fit together.
     """
     names = names_of(adapters)
-    model = None if base is None else open_model(base)
+    model = None if base is None else logical(open_model(base))
     opened = [
         dialects.open_adapter(source, dialect=dialect if isinstance(source, str | PathLike) else None, base=model)
         for source in adapters

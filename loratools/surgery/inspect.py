@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.adapter.naming.compact import compact, natural
@@ -19,6 +19,9 @@ from loratools.storage.gguf.types import CODES
 from loratools.storage.header import TensorSpec
 from loratools.storage.lazy import LazyTensor
 from loratools.storage.sources import Location, session
+
+if TYPE_CHECKING:
+    from loratools.surgery.quantization import Quantization
 
 _Tensor = LazyTensor | TensorSpec
 
@@ -96,7 +99,8 @@ class CheckpointSummary:
     `architecture`, `model_type` and `quantization` are what its config.json says, or the fields and types of a GGUF
     file, None where it is silent; `tied` is
     too, or what its class does by default; `parent` is the model that a GGUF file says it was made from.
-    `record` is what loratools.json says of the merge that it came out of.
+    `record` is what loratools.json says of the merge that it came out of. `codes` says how a quantized model is, module
+    by module; None for any other.
     """
 
     path: str
@@ -111,6 +115,7 @@ class CheckpointSummary:
     schema: str
     record: Mapping[str, Any] | None
     tensors: tuple[TensorSummary, ...] = field(repr=False)
+    codes: Quantization | None = None
     type: str = "checkpoint"
     parent: str | None = None
 
@@ -186,14 +191,16 @@ def describe_adapter(adapter: Adapter, path: Location, dialect: str, evidence: s
 
 def describe_checkpoint(checkpoint: Checkpoint, path: Location) -> CheckpointSummary:
     """Summarize an open checkpoint; `path` is where it is said to lie."""
-    from loratools.format.record import read  # an adapter need not wait for this import
+    from loratools.format.record import read  # an adapter need not wait for these imports
+    from loratools.surgery.quantization import quantization
 
     checkpoint.tell_unread()
     config, specs = checkpoint.config, checkpoint.specs
     architectures, model_type = config.get("architectures"), config.get("model_type")
+    record = read(checkpoint) or None
     tied, in_gguf = _tied(checkpoint), config.get("gguf") or {}
     return CheckpointSummary(
-        path=str(path), components=checkpoint.components, schema=checkpoint.schema(), record=read(checkpoint) or None,
+        path=str(path), components=checkpoint.components, schema=checkpoint.schema(), record=record,
         architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else in_gguf.get(
             "architecture"
         ),
@@ -202,6 +209,7 @@ def describe_checkpoint(checkpoint: Checkpoint, path: Location) -> CheckpointSum
         total=_amount(specs.values()), dtypes=_by_dtype(specs.values()),
         shards={str(s.path.relative_to(checkpoint.root)): _amount(s.tensors.values()) for s in checkpoint.shards},
         tensors=tuple(_tensor(name, specs[name]) for name in sorted(specs, key=natural)),
+        codes=quantization(checkpoint, record),
     )  # fmt: skip
 
 

@@ -87,6 +87,11 @@ def stored_names(name: str, model: Checkpoint) -> list[str]:
     return [model.origin(part) for part in dict.fromkeys([codes, *names.values()])]
 
 
+def stored_parts(spec: TensorSpec) -> list[TensorSpec]:
+    """Return what is stored of a tensor: of codes all parts, else itself."""
+    return [spec] if spec.encoding is None else [*cast(Encoding, spec.encoding).module.specs.values()]
+
+
 def restated(model: Checkpoint, changed: Mapping[str, Any], dropped: Collection[str]) -> Checkpoint:
     """Return a model whose files' headers say of its quantization what config.json does, where they say it at all.
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from loratools import dialects
 from loratools.adapter.naming.selection import Selection
 from loratools.adapter.placement.codes import refuse_other_codes
+from loratools.decisions import warned
 from loratools.errors import IncompatibleAdapter, OutputRefused
 from loratools.format import manifest
 from loratools.linalg.ranks.allocate import Ranks
@@ -33,6 +34,7 @@ from loratools.options import Options
 from loratools.parallel import Progress, cores, no_progress
 from loratools.storage import atomic
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.checkpoint.logical import logical
 from loratools.storage.dtypes import FloatName
 from loratools.storage.sources import Location, session
 from loratools.surgery.extract.assemble import Outcome, assemble, companion_files, dropped_energy
@@ -93,8 +95,9 @@ def extract(
     """Write the change from a base model to its fine-tune as an adapter: near-optimal factors, and the rest whole.
 
     min ‖W' − W − B·A‖_F for each layer, with alpha = r, so that the scaling is 1. ΔW = W' − W is formed in float32 from
-    each operand. What has no low-rank form (norms, biases, embeddings) is saved whole, so that base + adapter is the
-    fine-tune but for the error that is told. The adapter is sealed with the hash of the base.
+    each operand; of a quantized model that is what its codes stand for. What has no low-rank form (norms, biases,
+    embeddings) is saved whole, so that base + adapter is the fine-tune but for the error that is told. The adapter is
+    sealed with the hash of the base.
 
     Args:
         base: The base model: a folder, a safetensors file, an index, an `hf://` reference, or an open `Checkpoint`.
@@ -135,7 +138,7 @@ def extract(
     if not isinstance(selection, Selection | None):
         checked.problems.append(f"selection is {selection!r}; it can be a Selection or None")
     checked.done()
-    output, base, tuned = Path(output), open_model(base), open_model(tuned)
+    output, base, tuned = Path(output), logical(open_model(base)), logical(open_model(tuned))
     atomic.check_output(output, force=force)
     for path in (base.root, tuned.root):
         if path.resolve().is_relative_to(output.resolve()):
@@ -144,6 +147,7 @@ def extract(
     tuned.tell_unread()
     coded = refuse_other_codes(base, tuned)
     pairing = pair(base, tuned, selection or Selection())
+    _tell_quantized(base, tuned, pairing)
     with atomic.new_folder(output, force=force) as scratch, full_float32():
         spool = Spool(scratch / ".factors")
         work = Sweep(base, tuned, pairing, options, spool, progress or no_progress, coded)
@@ -172,7 +176,17 @@ def extract(
 
 def plan(base: ModelSource, tuned: ModelSource, selection: Selection | None = None) -> Pairing:
     """Return what would become of every tensor if it had changed, from headers alone; parameters as of `extract`."""
-    return pair(open_model(base), open_model(tuned), selection or Selection())
+    return pair(logical(open_model(base)), logical(open_model(tuned)), selection or Selection())
+
+
+def _tell_quantized(base: Checkpoint, tuned: Checkpoint, pairing: Pairing) -> None:
+    """Warn where the fine-tune alone is quantized: its rounding is no part of what was trained."""
+    pairs = [match for match in pairing.pairs if match.base and tuned.specs[match.name].encoding]
+    if noisy := [match.path for match in pairs if not base.specs[str(match.base)].encoding]:
+        warned(
+            "%s: %d module(s) are stored as codes, and in the base they are not: what quantization did to them is part "
+            "of their change, unless the base holds the same numbers", tuned.path, len(noisy),
+        )  # fmt: skip
 
 
 def _refuse_empty(base: Checkpoint, tuned: Checkpoint, outcomes: Sequence[Outcome]) -> None:

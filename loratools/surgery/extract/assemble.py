@@ -14,6 +14,7 @@ from loratools.format import manifest
 from loratools.format.record import TOOL
 from loratools.storage.beside.links import refuse_outside
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.checkpoint.logical import stored_names
 from loratools.storage.companions import tokenizer_files
 from loratools.storage.lazy import LazyTensor
 from loratools.surgery.extract.layers import Layer, to_json, total
@@ -81,7 +82,9 @@ def assemble(
     }
     kept = {tensor.path: LazyTensor.stored(tuned.specs[tensor.pair.name]) for tensor in whole}
     touched = sorted({tensor.pair.base for tensor in (*factored, *whole) if tensor.pair.base})
-    identity = replace(identity, tensors={name: identity.tensors[name] for name in touched})
+    stored = sorted({part for name in touched for part in stored_names(name, base)})
+    weights = {name: identity.weights[name] for name in touched if name in identity.weights}
+    identity = replace(identity, tensors={name: identity.tensors[name] for name in stored}, weights=weights)
     layers = [tensor.layer for tensor in factored if tensor.layer]
     if any(_main(tensor, base) for tensor in whole):  # one weight of several names, which PEFT saves under each
         one = {tensor.pair.name: kept[tensor.path] for tensor in whole}
@@ -165,7 +168,11 @@ def _settings(
         settings["target_modules"] = sorted(short)
     names = module_names(tensor.pair for tensor in factored)
     origin = {
-        group: {names.get(each.path, each.path): {"tensor": each.pair.base} for each in part if each.pair.base}
+        group: {
+            names.get(each.path, each.path): {"tensor": stored_names(each.pair.base, base)[0]}
+            for each in part
+            if each.pair.base
+        }
         for group, part in (("modules", factored), ("replacements", whole))
     }
     return settings | {manifest.ORIGIN: origin}

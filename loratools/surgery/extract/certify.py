@@ -19,6 +19,7 @@ from loratools.linalg.svd.truncated import full_float32, residual2, truncated_sv
 from loratools.options import Options
 from loratools.parallel import Progress, cores, no_progress, workers
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.checkpoint.logical import logical
 from loratools.storage.header import TensorSpec
 from loratools.surgery.extract.layers import Layer, Total, layer, total
 from loratools.surgery.extract.pairs import pair
@@ -82,7 +83,7 @@ def certify(
     checked.number("seed", seed, least=0)
     checked.number("threads", threads, least=1, optional=True)
     checked.done()
-    tuned, base = open_model(tuned), open_model(base)
+    tuned, base = logical(open_model(tuned)), logical(open_model(base))
     opened = dialects.open_adapter(adapter, base=base)
     opened = named_for(opened, base)
     factors = onto_stored(replace(opened, replacements={}), base.specs, base.config)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import local
 
@@ -13,6 +15,8 @@ from loratools.linalg.orthonormal import frobenius2
 from loratools.linalg.ranks.noise import ulp
 from loratools.parallel import Progress
 from loratools.storage import digest, dtypes, files
+from loratools.storage.checkpoint import values
+from loratools.storage.checkpoint.logical import stored_parts
 from loratools.storage.header import TensorSpec
 
 TILE = 1 << 20
@@ -28,7 +32,8 @@ class Delta:
     `norm2` = ‖W' − W‖_F², 0 where no value differs, and, where D is kept, `base_norm2` = ‖W‖_F², in float64. `rows`
     lists the rows (of the first dimension) that differ, where D is not kept. `D` is W' − W in float32
     (float64 where one of them is), as a matrix (first dimension, the rest), if it was asked for. `digests` are those of
-    base and fine-tune. `noise2` is the energy that rounding W' to its dtype alone accounts for, from a sample.
+    base and fine-tune, of codes by value (`storage/checkpoint/values.py`). `noise2` is the energy that rounding W' to
+    its dtype alone accounts for, from a sample.
     """
 
     base_norm2: float
@@ -43,7 +48,27 @@ def one_of(spec: TensorSpec, number: int) -> TensorSpec:
     """Return where one expert of a stack, or one row, lies: `number` along the first side."""
     size = spec.nbytes // spec.shape[0]
     start = spec.start + number * size
-    return TensorSpec(spec.dtype, spec.shape[1:], spec.file, start, start + size)
+    part = None if spec.encoding is None else _Part(spec, number * size)
+    return TensorSpec(spec.dtype, spec.shape[1:], spec.file, start, start + size, part)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A part of a weight that is stored as codes, from `offset` on, in bytes of what it reads as."""
+
+    whole: TensorSpec
+    offset: int
+
+    @property
+    def dtype(self) -> str:
+        """The 16-bit dtype that it becomes where it is stored plainly."""
+        return self.whole.plain_dtype
+
+    @contextmanager
+    def reader(self) -> Iterator[files.Read]:
+        """Open it for reading as float32."""
+        with files.opened(self.whole) as read:
+            yield lambda buffer, offset: read(buffer, self.offset + offset)
 
 
 def common_dtype(base: TensorSpec, tuned: TensorSpec) -> torch.dtype:
@@ -61,15 +86,15 @@ def read_delta(base: TensorSpec, tuned: TensorSpec, progress: Progress, *, keep:
 
     Raises `BadFile` where a number is NaN or infinite.
     """
-    hashers = [digest.start_tensor(spec.dtype, spec.shape) for spec in (base, tuned)]
+    hashers = [values.start(spec) for spec in (base, tuned)]
     columns, wide = _columns(tuned), common_dtype(base, tuned)
     D = _scratch((tuned.parameters // columns, columns), wide) if keep else None
     work = torch.empty(0, dtype=wide)
     base_norm2 = norm2 = 0.0
     rows: list[int] = []
     for start, raw, (before, after) in files.row_tiles((base, tuned), columns, TILE):
-        for hasher, piece in zip(hashers, raw, strict=True):
-            hasher.update(piece)
+        for hasher, spec, piece in zip(hashers, (base, tuned), raw, strict=True):
+            hasher.update(values.plain(spec, piece))
         count = len(after)
         target = work.resize_(after.shape) if D is None else D[start : start + count]
         if D is not None:
@@ -86,6 +111,8 @@ def read_delta(base: TensorSpec, tuned: TensorSpec, progress: Progress, *, keep:
         wrong = tuned if base_norm2 < float("inf") else base
         raise BadFile(f"NaN or infinity in {wrong.file}, so the change has no norm")
     old, new = (digest.finish(hasher) for hasher in hashers)
+    if old == new:  # also of codes and of the 16-bit numbers that they stand for: no change but a rounding
+        norm2, rows, D = 0.0, [], None
     noise2 = rounding_energy(tuned) if norm2 and keep else 0.0
     return Delta(base_norm2, norm2, tuple(rows), (old, new), noise2, D if norm2 else None)
 
@@ -100,10 +127,10 @@ def _scratch(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
 
 def read_norm2(spec: TensorSpec, progress: Progress) -> tuple[float, str]:
     """Return ‖W‖_F² and the digest of one tensor, in one pass."""
-    hasher = digest.start_tensor(spec.dtype, spec.shape)
+    hasher = values.start(spec)
     total = 0.0
     for _, (raw,), (W,) in files.row_tiles((spec,), 1, TILE):
-        hasher.update(raw)
+        hasher.update(values.plain(spec, raw))
         total += frobenius2(W.double())
         progress(len(raw))
     return total, digest.finish(hasher)
@@ -112,13 +139,18 @@ def read_norm2(spec: TensorSpec, progress: Progress) -> tuple[float, str]:
 def prefetch(specs: tuple[TensorSpec, ...]) -> None:
     """Ask the system to read tensors ahead, while others are worked on; a hint, which some systems do not take."""
     if hasattr(os, "posix_fadvise"):
-        for spec in specs:
+        for spec in (part for each in specs for part in stored_parts(each)):
             with files.descriptor(spec.file) as source:
                 os.posix_fadvise(source, spec.start, spec.nbytes, os.POSIX_FADV_WILLNEED)
 
 
 def rounding_energy(spec: TensorSpec) -> float:
-    """Estimate Σ ulp(W)²/12, what rounding to its dtype did to a tensor, from about 2^17 elements in eight blocks."""
+    """Estimate Σ ulp(W)²/12, what rounding to its dtype did to a tensor, from about 2^17 elements in eight blocks.
+
+    Of a weight that is stored as codes it is 0: what its quantization did is no rounding of this kind.
+    """
+    if spec.encoding is not None:
+        return 0.0
     dtype, columns = dtypes.to_torch(spec.dtype), _columns(spec)
     total = spec.parameters // columns
     rows = min(total, max(1, (1 << 14) // columns))

@@ -14,6 +14,7 @@ from loratools.linalg.ranks.rules import Fixed
 from loratools.parallel import Progress, each, no_progress
 from loratools.storage import digest, files
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.checkpoint.logical import encodings
 from loratools.storage.header import TensorSpec
 from loratools.surgery.extract.assemble import Outcome
 from loratools.surgery.extract.factor import Factored, factor, factor_stack, is_sparse, row_factors
@@ -181,10 +182,13 @@ class Sweep:
         """Return the base's identity and the fine-tune's root, from digests taken while the tensors were read."""
         old = {result.pair.base: result.digests[0] for result in results if result.pair.base}
         new = {result.pair.name: result.digests[1] for result in results}
-        old |= hash_tensors({n: s for n, s in self.base.specs.items() if n not in old}, threads=threads)
-        new |= hash_tensors({n: s for n, s in self.tuned.specs.items() if n not in new}, threads=threads)
-        identity = BaseIdentity(None, None, self.base.schema(), old, digest.root(old), self.base.model_type)
-        return identity, digest.root(new)
+        stored, numbers = _stored(self.base, old, threads)
+        identity = BaseIdentity(
+            None, None, self.base.schema(), stored, digest.root(stored), self.base.model_type,
+            digest.root(numbers) if encodings(self.base) else None,
+            {name: numbers[name] for name in encodings(self.base)},
+        )  # fmt: skip
+        return identity, digest.root(_stored(self.tuned, new, threads)[0])
 
     def _specs(self, pair: Pair) -> tuple[TensorSpec, TensorSpec]:
         """Return the fine-tune's tensor and the base's; where it is new, itself."""
@@ -200,6 +204,17 @@ class Sweep:
         """Return the sides whose sum a rank costs: (out, in), of a stack those of all experts together."""
         shape = self._shape(pair)
         return (shape[0] * shape[1], shape[0] * shape[2]) if pair.kind == "experts" else (shape[0], prod(shape[1:]))
+
+
+def _stored(model: Checkpoint, known: Mapping[str, str], threads: int) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the digests of all tensors as they are stored, and as numbers, from those that are `known` of numbers."""
+    rest = {name: spec for name, spec in model.specs.items() if name not in known}
+    numbers = {**known, **hash_tensors(rest, threads=threads)}
+    if model.stored is None:
+        return numbers, numbers
+    codes = {name: spec for name, spec in model.stored.specs.items() if model.specs.get(name) != spec}
+    plain = {name: numbers[name] for name in model.stored.specs.keys() - codes.keys()}
+    return {**plain, **hash_tensors(codes, threads=threads)}, numbers
 
 
 # Share of the energy that BF16 may lose in two factors, and more: (2·2^-8)² = 6e-5.

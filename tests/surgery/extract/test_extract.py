@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+import loratools
 from loratools.adapter.naming.selection import Selection
 from loratools.dialects import open_adapter
 from loratools.errors import BadFile, IncompatibleAdapter, LoraToolsError, OutputRefused
@@ -18,6 +20,7 @@ from loratools.linalg.ranks.allocate import Ranks
 from loratools.linalg.ranks.rules import Energy, Fixed, Ratio
 from loratools.surgery.extract import Extraction, extract
 from tests.conftest import clean_env
+from tests.make import fp8, tiny
 from tests.surgery.finetunes import H, llama, moved, optimum, pair
 from tests.surgery.models import load, random, save_base
 
@@ -321,3 +324,30 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         )  # fmt: skip
         peaks[layers] = int(done.stdout) * 1024
     assert peaks[20] - peaks[4] < 16 << 20  # sixteen more pairs hold 64 MB, their differences another 64 MB
+
+
+def test_codes_are_subtracted_as_the_numbers_they_stand_for(tmp_path: Path) -> None:
+    """A base in FP8 and a merge into it in every form: what the adapter did not change has no change."""
+    fp8.save_llama(tmp_path / "codes", tiny.llama_weights())
+    loratools.dequantize(tmp_path / "codes", tmp_path / "numbers")
+    tiny.save_peft(tmp_path / "adapter", tiny.lora_factors())
+    loratools.merge(tmp_path / "codes", tmp_path / "adapter", tmp_path / "plain")
+    loratools.merge(tmp_path / "codes", tmp_path / "adapter", tmp_path / "partial", quantized="partial")
+    stored = load_file(tmp_path / "codes" / "model.safetensors")
+    merged = load_file(tmp_path / "plain" / "model.safetensors")
+    for base in ("codes", "numbers"):
+        for tuned in ("plain", "partial"):
+            out = tmp_path / f"{base}-{tuned}"
+            report = loratools.extract_svd(tmp_path / base, tmp_path / tuned, out, 32)
+            assert sorted(each.path for each in report.of("factored")) == sorted(tiny.lora_factors())
+            assert report.base == loratools.hash(tmp_path / base, "root").root
+            assert report.tuned == loratools.hash(tmp_path / tuned, "root").root
+            assert loratools.validate(out, tmp_path / base).differences == ()
+            adapter = open_adapter(out)
+            for path, update in adapter.updates.items():
+                W = fp8.decoded(stored, path).double()
+                W = W if base == "codes" else W.bfloat16().double()
+                delta = merged[f"{path}.weight"].double() - W
+                B, A = (update.parts[f"lora_{part}.weight"].load().double() for part in "BA")
+                assert float((B @ A - delta).norm() / delta.norm()) < 2e-3
+    assert loratools.merge(tmp_path / "numbers", tmp_path / "codes-plain", tmp_path / "again").verified == 4
