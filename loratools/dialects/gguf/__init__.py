@@ -73,6 +73,9 @@ def read(listing: Listing) -> Adapter:
     if name is None:
         raise BadFile(f"{listing.path}: expected one .gguf file in this folder")
     path = listing.folder / name
+    gguf.check_counts(path)
+    with suppress(UnsupportedAdapter):  # big-endian numbers, which the package reads
+        read_container(path)
     fields, tensors = gguf.read(path)
     kind = (fields.get("general.type"), fields.get("adapter.type"))
     if kind != ("adapter", "lora"):
