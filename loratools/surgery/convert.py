@@ -121,8 +121,9 @@ def convert(
             options.problems.append(f"profile is {profile!r}, which is for to='peft', not {to!r}")
     if onto is not None and base is not None:
         options.problems.append("base and onto are both given; onto seals with its base too")
-    if onto is None and (original is not None or trained_on is not None):
-        options.problems.append("original and trained_on are for an adapter that is carried onto a base")
+    for name, value in {"original": original, "trained_on": trained_on}.items():
+        if onto is None and value is not None:
+            options.problems.append(f"{name} is {value!r}, which is for an adapter that is carried onto a base")
     if trained_on is not None:
         options.word("trained_on", trained_on, TrainedOn)
     options.flag("allow_loss", allow_loss).flag("force", force).text("base_id", base_id).done()
