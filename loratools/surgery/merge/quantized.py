@@ -12,7 +12,7 @@ from loratools.adapter.placement.classes import model_class
 from loratools.adapter.placement.gguf import is_gguf
 from loratools.decisions import warned
 from loratools.engine.plan import Change, MergePlan, Recoded
-from loratools.errors import IncompatibleAdapter, InvalidOption
+from loratools.errors import IncompatibleAdapter, InvalidOption, WrongBase
 from loratools.options import Quantized
 from loratools.storage import codecs, dtypes
 from loratools.storage.checkpoint import Checkpoint
@@ -86,7 +86,7 @@ def as_written(
             )
         return Written(restated(base, fields, dropped), {}, fields, dropped, tuple(notes))
     if is_gguf(base):
-        return _of_gguf(base, changed, policy)
+        return _of_gguf(base, changed, policy, original)
     if base.origins:
         raise IncompatibleAdapter(
             "the adapter repeats layers of a quantized base, of which only the whole can be written in 16 bit",
@@ -113,15 +113,30 @@ def as_written(
     return Written(partly, {}, fields, dropped, (_note(_partly(touched, changed), changed),))
 
 
-def _of_gguf(base: Checkpoint, changed: Mapping[str, Encoding], policy: Quantized) -> Written:
-    """Return a GGUF base of which only the changed tensors get another type; each tensor of a file has its own."""
+def _of_gguf(
+    base: Checkpoint, changed: Mapping[str, Encoding], policy: Quantized, original: Checkpoint | None
+) -> Written:
+    """Return a GGUF base of which only the changed tensors get another type; each tensor of a file has its own.
+
+    An original is a GGUF file too, which has names, and the rows of q and k, as the base has them.
+    """
+    if original is not None and not is_gguf(original):
+        raise WrongBase(
+            f"{original.path} is no GGUF file, and the original of a GGUF base has to be one",
+            hint="Give what llama.cpp's converter made of the unquantized model, in BF16, F16 or F32.",
+        )
     stored = (base.stored or base).specs
     raw = {name: stored[base.origin(name)] for name in base.specs}
     partly = replace(base, specs={name: base.specs[name] if name in changed else raw[name] for name in base.specs})
     if policy == "partial":
         return Written(partly, {}, {}, (), (_note("written in 16 bit, the others stay as they are", changed),))
-    recoded = {name: Recoded(encoding.written(), "fresh") for name, encoding in changed.items()}
-    notes = [_note("become codes again", changed)]
+    origins = {base.origin(name): encoding for name, encoding in changed.items()}
+    sources = {} if original is None else weights_of(original, origins)
+    recoded = {
+        name: Recoded(encoding.written(), "fresh", sources.get(base.origin(name))) for name, encoding in changed.items()
+    }
+    how = "" if original is None else f", from the weights of {original.path}"
+    notes = [_note(f"become codes again{how}", changed)]
     if other := sorted(name for name, each in recoded.items() if each.encoding.label != changed[name].label):
         kinds = sorted({changed[name].label for name in other})
         notes.append(f"{len(other)} tensor(s) of {', '.join(kinds)} become Q8_0: ggml alone makes their types")

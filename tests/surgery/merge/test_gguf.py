@@ -57,6 +57,30 @@ def test_merged_tensors_are_base_plus_adapter(tmp_path: Path, kind: str, policy:
             assert torch.equal(merged, W)
 
 
+@pytest.mark.parametrize("kind", ["F16", "F32", "BF16"])
+def test_codes_are_made_anew_from_an_original_in_gguf(tmp_path: Path, kind: str) -> None:
+    weights, deltas = inputs(tmp_path, "Q4_0")
+    original, out = gguf_models.save_llama(tmp_path / "original.gguf", weights, kind), tmp_path / "out.gguf"
+    loratools.merge(tmp_path / "base.gguf", tmp_path / "adapter", out, quantized="requantize", original=original)
+    Q4, before, after = gguf.GGMLQuantizationType.Q4_0, gguf_models.read(original), gguf_models.read(out)
+    for name, delta in deltas.items():
+        exact = before[gguf_models.name_of(name)][1].double() + gguf_models.in_file_order(name, delta)
+        expected = gguf.quants.dequantize(gguf.quants.quantize(exact.float().numpy(), Q4), Q4)
+        kept, merged = after[gguf_models.name_of(name)]
+        assert kept == "Q4_0"
+        assert (merged != torch.from_numpy(expected)).double().mean() < 0.05
+
+
+def test_an_original_of_a_gguf_file_in_other_names_is_refused(tmp_path: Path) -> None:
+    weights, _ = inputs(tmp_path, "Q4_0")
+    tiny.save_llama(tmp_path / "original", weights)
+    with pytest.raises(loratools.errors.WrongBase, match="the original of a GGUF base has to be one"):
+        loratools.merge(
+            tmp_path / "base.gguf", tmp_path / "adapter", tmp_path / "out.gguf", quantized="requantize",
+            original=tmp_path / "original",
+        )  # fmt: skip
+
+
 def test_fields_stay_and_the_type_of_the_file_follows(tmp_path: Path) -> None:
     inputs(tmp_path, "Q8_0")
     loratools.merge(tmp_path / "base.gguf", tmp_path / "adapter", tmp_path / "out.gguf")
