@@ -127,6 +127,7 @@ def seal(layout: Layout, touched: Iterable[str], base_id: str | None) -> BaseIde
     """
     tensors: dict[str, Tensor] = {}
     empty: list[str] = []
+    codes = 0
     for name in sorted(set(touched)):
         _, owner, own = layout.owners[name]
         parameter = stored(owner, own)
@@ -134,11 +135,15 @@ def seal(layout: Layout, touched: Iterable[str], base_id: str | None) -> BaseIde
             empty.append(name)
         elif parameter is not None and parameter.is_floating_point():
             tensors[name] = parameter.detach()
+        elif parameter is not None:
+            codes += 1
     if empty:
         raise IncompatibleAdapter(
             "these weights are on the meta device and have no values, with which an adapter could be sealed", empty,
             hint="Load the weights into the model first.",
         )  # fmt: skip
+    if codes:
+        warned("%d weight(s) that it changes are codes in this model, and are left out of the adapter's seal", codes)
     dtypes_of = {tensor.dtype for tensor in tensors.values()}
     if dtypes_of == {torch.float32}:
         for narrow in _NARROWER[torch.float32]:
