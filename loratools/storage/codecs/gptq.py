@@ -211,5 +211,10 @@ class Gptq(Grouped):
         start, stop = first // 64, -(-(first + count) // 64)
         last = min(stop * 64, self.shape[0])
         stored = unpack(packed[:, start * each : stop * each], self.bits, last - start * 64)[:, first - start * 64 :]
-        zeros = (stored[:, :count] + np.uint8(self.offset)) & np.uint8((1 << self.bits) - 1)
-        return np.ascontiguousarray(zeros.T).astype(np.float32) + np.float32(self.levels.least)
+        stored, top = stored[:, :count], (1 << self.bits) - 1
+        if self.offset and (stored == top).any():
+            raise self.module.refuse(
+                f"a zero point is stored as {top}, and its format stores each less one: vLLM reads {top + 1}, "
+                "AutoGPTQ 0, and GPTQModel adds the one to the whole word, which changes the zero point beside it"
+            )
+        return np.ascontiguousarray(stored.T).astype(np.float32) + np.float32(self.offset + self.levels.least)

@@ -103,6 +103,26 @@ def test_a_weight_reads_as_the_formula_says(tmp_path: Path, bits: int, size: int
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_zero_point_that_readers_take_for_three_numbers_is_refused(tmp_path: Path, bits: int) -> None:
+    """Stored less one, the largest code is 2^bits to vLLM, 0 to AutoGPTQ, and a carry into the next to GPTQModel."""
+    parts, _ = gptq_module(bits, 32, seed=3)
+    top = (1 << bits) - 1
+    stored = torch.full((ROWS, 3), top - 1)
+    of_v2 = gptq_base(tmp_path / "v2", {Q: parts}, bits=bits, checkpoint_format="gptq_v2")
+    for column, refused in ((None, False), (ROWS - 1, True)):
+        if column is not None:
+            stored[column, 1] = top
+        qzeros = pack_rows(stored, bits).T.contiguous()
+        base = gptq_base(tmp_path / f"base{column}", {Q: {**parts, "qzeros": qzeros}}, bits=bits)
+        if not refused:
+            assert read(base).isfinite().all()
+            continue
+        with pytest.raises(UnsupportedAdapter, match=f"{Q} is quantized with GPTQ: a zero point is stored as {top}"):
+            read(base)
+    assert read(of_v2).isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_symmetric_and_without_g_idx(tmp_path: Path, bits: int) -> None:
     parts, W = gptq_module(bits, 32, sym=True)
     del parts["g_idx"]
