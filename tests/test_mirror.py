@@ -52,7 +52,7 @@ ELSEWHERE = {
     "dialects/gguf/test_gguf": "adapter/naming: llama_cpp llama_cpp_table",
     "surgery/extract/test_extract": "adapter/naming: selection; adapter/placement: owners; linalg/ranks: allocate",
     "surgery/test_options": ".: options; surgery: inputs",
-    "surgery/folding/test_carry": "adapter: basis; surgery/folding: choice original scales table",
+    "surgery/folding/test_carry": "surgery/folding: choice original scales table",
     "surgery/unmerge/test_unmerge": "engine/residual: keep restore; storage: companions",
     "surgery/merge/test_gguf": "adapter/placement: gguf; storage/codecs: gguf; storage/gguf: container types",
     "surgery/merge/test_quantized": "engine: coded",
