@@ -13,6 +13,7 @@ from loratools.errors import IncompatibleAdapter
 from loratools.format.record import BROUGHT, ERROR, REPLACED, TOOL
 from loratools.parallel import Progress
 from loratools.storage import atomic, digest, dtypes
+from loratools.storage.codecs import schemes
 from loratools.storage.lazy import LazyTensor
 from loratools.surgery.merge.folder import write_companions
 from loratools.surgery.merge.measured import Measured
@@ -43,6 +44,7 @@ def subtract(
     bound covers all steps since the merge. Raises `IncompatibleAdapter` where the merge did more than to add.
     """
     _check_sums(merged, added)
+    _refuse_codes(merged)
     of_base = merged.below.tensors
     elsewhere = {
         name: partial(_is_recorded, recorded, merged.model.specs[name].dtype)
@@ -64,6 +66,19 @@ def subtract(
     bound = error_bound(plan, written, merged.record)
     write_companions(plan, prepared.beside, _record(merged, prepared, measured, bound, brought), scratch)
     return Subtraction(prepared, measured, bound, notes)
+
+
+def _refuse_codes(merged: MergedModel) -> None:
+    """Raise `IncompatibleAdapter` where what the merge changed is codes: rounding on a grid is not undone by a sum."""
+    codes = schemes.find(merged.model.specs, merged.model.config).modules
+    paths = {path for each in merged.inputs for path in each.adapter.updates}
+    if changed := sorted(paths & codes.keys()):
+        raise IncompatibleAdapter(
+            f"{merged.model.path}: {len(changed)} module(s) that the merge changed are codes again "
+            f"({codes[changed[0]]}), from which nothing can be subtracted",
+            changed[:20],
+            hint="Give the base model (--base); a merge with --keep-residual can be undone without it.",
+        )
 
 
 def _record(

@@ -132,3 +132,12 @@ def test_what_codes_lose_is_kept_as_an_adapter(tmp_path: Path) -> None:
     best = torch.linalg.svdvals(lost)[8:].square().sum() / lost.square().sum()
     given = less.scaling * less.B.load().double() @ less.A.load().double()
     assert float((lost - given).square().sum() / lost.square().sum()) == pytest.approx(float(best), rel=1e-3)
+
+
+def test_codes_are_not_subtracted_from(tmp_path: Path) -> None:
+    models(tmp_path, 0.3)
+    loratools.merge(tmp_path / "base", tmp_path / "lora", tmp_path / "out", quantized="requantize")
+    with pytest.raises(IncompatibleAdapter, match="are codes again") as refusal:
+        loratools.unmerge(tmp_path / "out", tmp_path / "lora", tmp_path / "back")
+    assert "--keep-residual" in str(refusal.value.hint)
+    assert loratools.unmerge(tmp_path / "out", tmp_path / "lora", tmp_path / "back", base=tmp_path / "base").proved
