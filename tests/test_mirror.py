@@ -41,7 +41,7 @@ ELSEWHERE = {
     "storage/pickles/test_archive": "storage/pickles: unpickle",
     "storage/codecs/test_awq": "storage/codecs: auto_round",
     "storage/codecs/test_schemes": "storage/codecs: unread",
-    "storage/codecs/test_compressed_tensors": "storage/codecs: _blocks _grouped _integers",
+    "storage/codecs/test_compressed_tensors": "storage/codecs: _blocks _groups _integers",
     "storage/codecs/test_comfy": "storage/codecs: _tiled comfy_scaled fp8_cast",
     "storage/codecs/test_fp8": "storage/codecs: state tables",
     "storage/codecs/test_modelopt": "storage/codecs: _rows8",

@@ -16,7 +16,8 @@ from math import prod
 import numpy as np
 
 from loratools.storage.codecs import Encoding, Module, Parts
-from loratools.storage.codecs._grouped import Fit, Grouped, Packed
+from loratools.storage.codecs._grouped import Grouped
+from loratools.storage.codecs._groups import Fit, Packed
 from loratools.storage.codecs._levels import FP4, Floats
 from loratools.storage.codecs._packed import pack
 from loratools.storage.codecs._powers import exponents
@@ -127,6 +128,10 @@ class Blocks(Grouped):
         full, most = np.float32(_FULL), np.float32(largest)
         inverse = np.float32(1) / most * full  # torch divides a number so, in two roundings
         return np.array([[inverse if self.divides else most / full]], np.float32)
+
+    def kept(self, parts: Parts) -> Array:
+        """Return all scales as they are stored, in the form of `Fit.kept`."""
+        return parts.whole("weight_scale").reshape(-1, self.groups)
 
     def packed(self, codes: Array) -> Array:
         """Return rows of codes as rows of bytes."""

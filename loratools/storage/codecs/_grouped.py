@@ -1,185 +1,24 @@
-"""Weights whose codes lie row by row, a scale for each group of them: W = (level(code) - zero)·scale.
-
-A group is `height` rows by `width` columns. What a scheme adds is where codes, scales and zero points lie
-(`Grouped.stored`), and how scales that fit new numbers are made and stored (`Grouped.fit`, `Grouped.parts_of`).
-"""
+"""Codes of groups made again, on the stored scales or on those that fit; `_groups` says how such weights are stored."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 import numpy as np
 
-from loratools.linalg.native import codes as native
-from loratools.storage.codecs import Encoder, Encoding, Grid, Parts
-from loratools.storage.codecs._levels import INT4, Draw, Levels
-from loratools.storage.codecs._packed import unpack
+from loratools.storage.codecs import Encoder, Grid, Parts
+from loratools.storage.codecs._groups import Fit, Groups, Stored
+from loratools.storage.codecs._levels import Draw, reach
 
 Array = np.ndarray[Any, np.dtype[Any]]
+_NONE = np.empty((0, 0), np.float32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Stored:
-    """Rows as they are stored: `codes` uint8 (n, columns), `scales` and `zeros` float32 (n, groups)."""
-
-    codes: Array
-    scales: Array
-    zeros: Array | None = None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Packed:
-    """Rows as they are stored, code beside code from each row's first byte: `octets` uint8 (n, bytes), of `bits` each.
-
-    `scales` and `zeros` are float32 (n, groups).
-    """
-
-    octets: Array
-    bits: int
-    scales: Array
-    zeros: Array | None = None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Fit:
-    """Scales that fit numbers: `scales` and `zeros` as decoding uses them, float32 (row groups, groups).
-
-    `kept` are the scales in the form in which they are stored; `number` is that of the whole tensor, where there is one
-    and it is new. A library may round to the nearest other numbers than it is given, `W`, by other scales than it
-    stores, `by`, (n, groups).
-    """
-
-    scales: Array
-    kept: Array
-    zeros: Array | None = None
-    number: Array | None = None
-    W: Array | None = None
-    by: Array | None = None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Grouped(Encoding):
-    """Codes of `levels` in groups of `height` × `width`; `columns_of` has the group of each column where it is no run.
-
-    `codes_part` is the part that holds the codes; `passes` says that new scales depend on the whole tensor.
-    """
-
-    levels: Levels = INT4
-    height: int = 1
-    width: int = 1
-    codes_part: str = "weight_packed"
-    columns_of: Array | None = None
-    passes: bool = False
-
-    @property
-    def rows(self) -> int:
-        """All sides but the last, joined."""
-        return prod(self.shape[:-1])
-
-    @property
-    def groups(self) -> int:
-        """Groups of a row."""
-        return -(-self.columns // self.width)
-
-    def stored(self, parts: Parts, first: int, count: int) -> Stored:
-        """Return so many rows from `first` on."""
-        rows = self.packed_rows(parts, first, count)
-        if rows is None:
-            raise NotImplementedError(f"{type(self).__name__} has neither stored nor packed_rows")
-        return Stored(unpack(rows.octets, rows.bits, self.columns).copy(), rows.scales, rows.zeros)
-
-    def packed_rows(self, parts: Parts, first: int, count: int) -> Packed | None:
-        """Return so many rows from `first` on before they are unpacked, in memory that the next call may overwrite.
-
-        None, the default, where codes are not simply one beside the other: then the scheme has its own `stored`.
-        """
-        return None
-
-    @abstractmethod
-    def fit(self, parts: Parts, first: int, lows: Array, highs: Array, W: Array, largest: float) -> Fit:
-        """Return scales for groups of these extremes, (row groups, groups).
-
-        W are their numbers, rows (n, columns) from `first` on; `largest` is the largest magnitude of all tiles where
-        `passes`, else 0.
-        """
-
-    @abstractmethod
-    def packed(self, codes: Array) -> Array:
-        """Return rows of codes as rows of bytes."""
-
-    @abstractmethod
-    def parts_of(self, packed: Array, fit: Fit | None) -> Mapping[str, Array]:
-        """Return the stored parts of all rows of codes, and of all scales and zero points where those are new."""
-
-    def decode(self, parts: Parts, first: int, out: Array) -> None:
-        """Write (level - zero)·scale."""
-        rows = self.packed_rows(parts, first, len(out))
-        if rows is None:
-            self.numbers(self.stored(parts, first, len(out)), out)
-        elif not self._decode_packed(rows, out):
-            self.numbers(Stored(unpack(rows.octets, rows.bits, self.columns), rows.scales, rows.zeros), out)
-
-    def _decode_packed(self, rows: Packed, out: Array) -> bool:
-        """Write what rows stand for in C, and return True; False where it is not made for them."""
-        if rows.bits not in (4, 8) or len(self.levels.table) != 1 << rows.bits or self.columns_of is not None:
-            return False
-        form = "low first" if rows.bits == 4 else self.byte_form
-        width = self.width if rows.scales.shape[1] > 1 else None
-        return native.decode(
-            rows.octets, form, self.levels.table, out, scales=rows.scales, zeros=rows.zeros, width=width
-        )
-
-    @property
-    def byte_form(self) -> str:
-        """The form of codes of a byte, as `linalg.native.codes` names it."""
-        return "I8" if self.levels.table[255] == -1 else "bytes"
-
-    def numbers(self, stored: Stored, out: Array) -> None:
-        """Write what rows stand for."""
-        np.take(self.levels.table, stored.codes, out=out, mode="clip")
-        if stored.zeros is not None:
-            self.apply(np.subtract, out, stored.zeros)
-        self.apply(np.multiply, out, stored.scales)
-
-    def places(self, W: Array, stored: Stored) -> Array:
-        """Return where numbers lie among the levels, (n, columns): the inverse of `numbers`, unrounded."""
-        x = W.copy()
-        self.apply(np.divide, x, np.where(stored.scales == 0, np.float32(1), stored.scales))
-        if stored.zeros is not None:
-            self.apply(np.add, x, stored.zeros)
-        return x
-
-    def apply(self, operation: np.ufunc, values: Array, of_groups: Array) -> None:
-        """Change values, (n, columns), in place by a number for each group of their columns, (n, groups)."""
-        n, groups = of_groups.shape
-        if self.columns_of is not None:
-            operation(values, of_groups[:, self.columns_of], out=values)
-        elif groups == 1:
-            operation(values, of_groups, out=values)
-        elif groups * self.width == values.shape[1] and values.flags.c_contiguous:
-            blocks = values.reshape(n, groups, self.width)
-            operation(blocks, of_groups[:, :, None], out=blocks)
-        else:
-            operation(values, np.repeat(of_groups, self.width, axis=1)[:, : values.shape[1]], out=values)
-
-    def extremes(self, W: Array, first: int) -> tuple[Array, Array]:
-        """Return the least and the largest number of each group of these rows, (row groups, groups)."""
-        if self.columns_of is not None:
-            order = np.argsort(self.columns_of, kind="stable")
-            starts = np.searchsorted(self.columns_of[order], np.arange(self.groups))
-            W = W[:, order]
-        else:
-            starts = np.arange(0, self.columns, self.width)
-        lows, highs = np.minimum.reduceat(W, starts, axis=1), np.maximum.reduceat(W, starts, axis=1)
-        if self.height > 1:
-            rows = first + np.arange(len(W))
-            edges = np.flatnonzero(np.diff(rows // self.height, prepend=-1))
-            lows, highs = np.minimum.reduceat(lows, edges, axis=0), np.maximum.reduceat(highs, edges, axis=0)
-        return lows, highs
+class Grouped(Groups):
+    """Codes in groups that can be made again."""
 
     def encoder(self, parts: Parts, grid: Grid, draw: Draw | None = None) -> Encoder:
         """Return what makes codes again; see `Encoding.encoder`."""
@@ -187,89 +26,143 @@ class Grouped(Encoding):
 
 
 class _Encoder:
-    """Makes codes of rows, on the stored scales or on those that fit."""
+    """Makes codes of rows, on the stored scales or on those that fit.
 
-    def __init__(self, encoding: Grouped, parts: Parts, grid: Grid, draw: Draw | None) -> None:
-        self._encoding, self._parts, self._draw = encoding, parts, draw
+    On the own grid a group keeps its scale and zero point, unless one of its changed numbers would round to beyond the
+    outermost levels: clipped, a large change would be lost. Such a group gets those that fit it, within the number of
+    the whole tensor, which stays; where these reach no farther, its numbers are clipped.
+    """
+
+    def __init__(self, encoding: Groups, parts: Parts, grid: Grid, draw: Draw | None) -> None:
         self._fresh = grid == "fresh"
+        self._encoding = encoding if self._fresh else replace(encoding, passes=False)
+        self._parts, self._draw = parts, draw
         self._packed: Array | None = None
         self._fit: Fit | None = None
-        self._lows: Array | None = None
-        self._highs: Array | None = None
+        self._zeros: Array | None = None
+        self._sides = (-(-encoding.rows // encoding.height), encoding.groups)
+        shape = self._sides if self.needs_pass else (0, 0)
+        self._lows, self._highs = np.full(shape, np.inf, np.float32), np.full(shape, -np.inf, np.float32)
+        self._changed = np.zeros(shape, bool)
+        self._limits = reach(encoding.levels, at_random=draw is not None)
+        self._room = np.float32(0 if draw is None else 1 / max(encoding.levels.most - encoding.levels.least - 1, 1))
 
     @property
     def needs_pass(self) -> bool:
         """Whether a group has more rows than a tile may have, or something is of the whole tensor."""
-        encoding = self._encoding
-        return self._fresh and (encoding.passes or encoding.together < encoding.height)
+        return self._encoding.passes or self._encoding.together < self._encoding.height
 
     def observe(self, first: int, W: Array) -> None:
-        """Take in the extremes of groups."""
+        """Take in the extremes of groups, and on the own grid which of them change."""
         encoding = self._encoding
-        lows, highs = encoding.extremes(W, first)
-        if self._lows is None or self._highs is None:
-            count = -(-encoding.rows // encoding.height)
-            self._lows = np.full((count, encoding.groups), np.inf, np.float32)
-            self._highs = np.full((count, encoding.groups), -np.inf, np.float32)
-        span = slice(first // encoding.height, first // encoding.height + len(lows))
+        span, (lows, highs) = self._span(first, W), encoding.extremes(W, first)
         np.minimum(self._lows[span], lows, out=self._lows[span])
         np.maximum(self._highs[span], highs, out=self._highs[span])
+        if not self._fresh:
+            before = np.empty_like(W)
+            encoding.decode(self._parts, first, before)
+            self._changed[span] |= self._has(before != W, first)
 
     def encode(self, first: int, W: Array) -> Array:
         """Make codes of rows, and return what they stand for."""
-        encoding = self._encoding
+        encoding, before = self._encoding, np.empty(W.shape, np.float32)
         old = encoding.stored(self._parts, first, len(W))
-        new, fit = self._fitted(first, W) if self._fresh else (old, None)
-        if fit is None or fit.by is None or fit.W is None or self._draw:
-            x = encoding.places(W, new)
-        else:
-            x = encoding.places(fit.W, replace(new, scales=fit.by))
-        codes = encoding.levels.codes(x, self._draw)
-        before = np.empty_like(x)
         encoding.numbers(old, before)
         same = before == W  # two codes may stand for 0, and rounding at random may leave what is exact
-        if self._fresh:
-            unmoved = new.scales == old.scales
-            if new.zeros is not None and old.zeros is not None:
-                unmoved &= new.zeros == old.zeros
-            kept = np.ones_like(x)
-            encoding.apply(np.multiply, kept, unmoved.astype(np.float32))
-            same &= kept != 0
-        codes = np.where(same, old.codes, codes)
+        new, x = self._fitted(first, W, old, same) if self._fresh else self._widened(first, W, old, same)
+        codes = np.where(same, old.codes, encoding.levels.codes(x, self._draw))
         packed = encoding.packed(codes)
         if self._packed is None:
             self._packed = np.empty((encoding.rows, packed.shape[1]), np.uint8)
         self._packed[first : first + len(W)] = packed
-        encoding.numbers(Stored(codes, new.scales, new.zeros), x)
-        return x
+        if new.zeros is not None:
+            if self._zeros is None:
+                self._zeros = np.empty(self._sides, np.float32)
+            self._zeros[self._span(first, W)] = new.zeros[encoding.of_rows(first, len(W))[0]]
+        encoding.numbers(replace(new, codes=codes), before)
+        return before
 
     def finish(self) -> Mapping[str, Array]:
-        """Return the codes, and the scales and zero points where they are new."""
-        packed = np.empty((0, 0), np.uint8) if self._packed is None else self._packed
-        return self._encoding.parts_of(packed, self._fit)
+        """Return the codes, and the scales and zero points where some are new."""
+        fit = None if self._fit is None else replace(self._fit, zeros=self._zeros)
+        return self._encoding.parts_of(_NONE.astype(np.uint8) if self._packed is None else self._packed, fit)
 
-    def _fitted(self, first: int, W: Array) -> tuple[Stored, Fit]:
+    def _fitted(self, first: int, W: Array, old: Stored, same: Array) -> tuple[Stored, Array]:
+        """Return scales that fit, and the places of W by them; `same` becomes False where they are not the old ones."""
         encoding = self._encoding
-        codes = np.empty((0, 0), np.uint8)
-        start = first // encoding.height
-        if self.needs_pass:
-            assert self._lows is not None
-            assert self._highs is not None
-            stop = -(-(first + len(W)) // encoding.height)
-            lows, highs = self._lows[start:stop], self._highs[start:stop]
-            largest = float(max(self._highs.max(initial=0), -self._lows.min(initial=0)))
-        else:
-            (lows, highs), largest = encoding.extremes(W, first), 0.0
-        fit = encoding.fit(self._parts, first, lows, highs, W, largest)
+        largest = float(max(self._highs.max(initial=0), -self._lows.min(initial=0))) if self.needs_pass else 0.0
+        fit = encoding.fit(self._parts, first, *self._extremes(first, W), W, largest)
         if self._fit is None:
-            count = -(-encoding.rows // encoding.height)
-            kept, zeros = ((count, *each.shape[1:]) for each in (fit.kept, lows))
-            self._fit = Fit(
-                np.empty((0, 0), np.float32), np.zeros(kept, fit.kept.dtype),
-                None if fit.zeros is None else np.zeros(zeros, np.float32), fit.number,
-            )  # fmt: skip
-        self._fit.kept[start : start + len(lows)] = fit.kept
-        if self._fit.zeros is not None and fit.zeros is not None:
-            self._fit.zeros[start : start + len(lows)] = fit.zeros
-        of_row = (first + np.arange(len(W))) // encoding.height - start
-        return Stored(codes, fit.scales[of_row], None if fit.zeros is None else fit.zeros[of_row]), fit
+            kept = np.zeros((self._sides[0], *fit.kept.shape[1:]), fit.kept.dtype)
+            self._fit = Fit(_NONE, kept, number=fit.number)
+        self._fit.kept[self._span(first, W)] = fit.kept
+        of_row = encoding.of_rows(first, len(W))[1]
+        new = replace(old, scales=fit.scales[of_row], zeros=None if fit.zeros is None else fit.zeros[of_row])
+        moved = new.scales != old.scales
+        if new.zeros is not None and old.zeros is not None:
+            moved |= new.zeros != old.zeros
+        same &= ~self._spread(moved, W)
+        return new, self._places(W, new, fit, of_row)
+
+    def _widened(self, first: int, W: Array, old: Stored, same: Array) -> tuple[Stored, Array]:
+        """Return scales, new for groups beyond the levels, and the places of W; `same` becomes False in those."""
+        encoding, (least, most) = self._encoding, self._limits
+        x = encoding.places(W, old)
+        if not self.needs_pass and x.min() >= least and x.max() <= most and old.scales.all():
+            return old, x
+        span, (edges, of_row) = self._span(first, W), encoding.of_rows(first, len(W))
+        lows, highs = self._extremes(first, W)
+        own = Stored(old.codes[:0], old.scales[edges], None if old.zeros is None else old.zeros[edges])
+        excess = self._excess(lows, highs, own)
+        needed = (excess > 0) & (self._changed[span] if self.needs_pass else self._has(~same, first))
+        if not needed.any():
+            return old, x
+        with np.errstate(over="ignore", invalid="ignore"):
+            room = np.maximum(-lows, highs) * self._room  # at random none may lie beyond, also by a rounded zero point
+            fit = encoding.fit(self._parts, first, lows - room, highs + room, W, 0.0)
+            nearer = self._excess(lows, highs, replace(own, scales=fit.scales, zeros=fit.zeros)) < excess
+        if not (needed := needed & nearer & np.isfinite(fit.scales)).any():
+            return old, x
+        if self._fit is None:
+            self._fit = Fit(_NONE, encoding.kept(self._parts).copy())
+        self._fit.kept[span][needed] = fit.kept[needed]
+        new = replace(old, scales=np.where(needed, fit.scales, own.scales)[of_row])
+        if own.zeros is not None and fit.zeros is not None:
+            new = replace(new, zeros=np.where(needed, fit.zeros, own.zeros)[of_row])
+        moved = self._spread(needed[of_row], W)
+        same &= ~moved
+        return new, np.where(moved, self._places(W, new, fit, of_row), x)
+
+    def _places(self, W: Array, new: Stored, fit: Fit, of_row: Array) -> Array:
+        """Return the places of W by new scales, or as the library has them."""
+        if fit.by is None or fit.W is None or self._draw:
+            return self._encoding.places(W, new)
+        return self._encoding.places(fit.W, replace(new, scales=fit.by[of_row]))
+
+    def _excess(self, lows: Array, highs: Array, of_groups: Stored) -> Array:
+        """Return how far the numbers of each group lie beyond what its scale expresses; by the scale 0, infinitely."""
+        least, most = self._limits
+        each = replace(self._encoding, shape=lows.shape, height=1, width=1, columns_of=None)  # a column for each group
+        x = np.stack([each.places(edge, of_groups) for edge in (lows, highs)])
+        excess = np.maximum(least - x, x - most).max(axis=0).clip(0) * np.abs(of_groups.scales)
+        return np.where(of_groups.scales == 0, np.float32(np.inf), excess)
+
+    def _extremes(self, first: int, W: Array) -> tuple[Array, Array]:
+        if not self.needs_pass:
+            return self._encoding.extremes(W, first)
+        return self._lows[self._span(first, W)], self._highs[self._span(first, W)]
+
+    def _has(self, values: Array, first: int) -> Any:
+        """Tell for each group whether something in it is True."""
+        return self._encoding.extremes(values.astype(np.float32), first)[1] > 0
+
+    def _spread(self, of_groups: Array, W: Array) -> Any:
+        """Return for each number what is True of its group, (n, groups)."""
+        spread = np.zeros(W.shape, np.float32)
+        self._encoding.apply(np.add, spread, of_groups.astype(np.float32))
+        return spread != 0
+
+    def _span(self, first: int, W: Array) -> slice:
+        """Return the groups of rows that these rows are of."""
+        height = self._encoding.height
+        return slice(first // height, -(-(first + len(W)) // height))

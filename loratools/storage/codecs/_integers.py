@@ -16,10 +16,11 @@ import numpy as np
 
 from loratools.storage import dtypes
 from loratools.storage.codecs import Encoding, Module, Parts
-from loratools.storage.codecs._grouped import Fit, Grouped, Packed
+from loratools.storage.codecs._grouped import Grouped
+from loratools.storage.codecs._groups import Fit, Packed
 from loratools.storage.codecs._levels import Whole
 from loratools.storage.codecs._packed import pack, unpack
-from loratools.storage.codecs.floats import Array, narrow, widen
+from loratools.storage.codecs.floats import Array, narrow, unsigned, widen
 
 EPS = {"BF16": 2.0**-7, "F16": 2.0**-10, "F32": 2.0**-23, "F64": 2.0**-52}
 """What the library has for the scale of zeros, by the dtype of scales."""
@@ -201,7 +202,14 @@ class Integers(Grouped):
         least, most = -(2.0 ** (self.bits - 1)), 2.0 ** (self.bits - 1) - 1
         with np.errstate(divide="ignore", invalid="ignore"):
             zeros = np.nan_to_num(np.float32(least) - lows / scales)  # 0 where all numbers are 0, as the library has it
+        if self.module.specs["weight_zero_point"].dtype == "U8":
+            least = 0
         return Fit(widen(bits, dtype, np.float32), bits, np.rint(np.clip(zeros, least, most)))
+
+    def kept(self, parts: Parts) -> Array:
+        """Return all scales as they are stored, in the form of `Fit.kept`."""
+        bits: Array = parts.whole("weight_scale").view(unsigned(self.module.specs["weight_scale"].dtype))
+        return bits.reshape(-1, self.groups)
 
     def packed(self, codes: Array) -> Array:
         """Return rows of codes as rows of bytes."""
@@ -223,7 +231,8 @@ class Integers(Grouped):
 
     def _stored_zeros(self, zeros: Array, dtype: str) -> Array:
         if self.zero == "plain":
-            return zeros.astype("<i1") if dtype == "I8" else narrow(zeros, dtype).view(f"<u{dtypes.bits(dtype) // 8}")
+            whole = {"I8": np.int8, "U8": np.uint8}.get(dtype)
+            return zeros.astype(whole) if whole else narrow(zeros, dtype).view(unsigned(dtype))
         codes = (zeros - np.float32(self.levels.least)).astype(np.uint8).reshape(-1, self.shape[-2], self.groups)
         nbytes = 4 * -(-self.shape[-2] * self.bits // 32)
         along = codes.transpose(0, 2, 1).reshape(-1, self.shape[-2])

@@ -117,6 +117,19 @@ def _above(size: Array, middles: Array) -> Array:
     return codes
 
 
+def reach(levels: Levels, *, at_random: bool = False) -> tuple[float, float]:
+    """Return the least and the largest number that levels express to within half a step.
+
+    At random a number becomes one of the two levels beside it, so that it must lie between them: `at_random` returns
+    the outermost levels, and a little more, for a number that stands for one may be off by its rounding in float32.
+    """
+    least, most = levels.least, levels.most
+    if at_random:
+        return least - 1e-3, most + 1e-3
+    table = np.unique(levels.table[(levels.table >= least) & (levels.table <= most)].astype(np.float64))
+    return float(least - (table[1] - table[0]) / 2), float(most + (table[-1] - table[-2]) / 2)
+
+
 INT4 = Whole(4)
 FP4 = Floats(E2M1)
 

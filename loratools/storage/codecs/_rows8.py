@@ -9,7 +9,8 @@ import numpy as np
 
 from loratools.storage import dtypes
 from loratools.storage.codecs import Encoding, Module, Parts
-from loratools.storage.codecs._grouped import Fit, Grouped, Packed
+from loratools.storage.codecs._grouped import Grouped
+from loratools.storage.codecs._groups import Fit, Packed
 from loratools.storage.codecs._levels import Whole
 from loratools.storage.codecs._scales import read_back
 from loratools.storage.codecs._scales import stored as as_stored
@@ -44,6 +45,10 @@ class Rows8(Grouped):
         scales = np.maximum(-lows, highs) / np.float32(127)
         scales = np.where(scales == 0, np.float32(1), scales)
         return Fit(read_back(scales, dtype), as_stored(scales, dtype))
+
+    def kept(self, parts: Parts) -> Array:
+        """Return all scales as they are stored, in the form of `Fit.kept`."""
+        return parts.whole("weight_scale").reshape(-1, 1)
 
     def packed(self, codes: Array) -> Array:
         """Return rows of codes, which are bytes."""

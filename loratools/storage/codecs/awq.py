@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from loratools.storage.codecs import Encoding, Module, Parts
-from loratools.storage.codecs._grouped import Fit, Grouped, Stored
+from loratools.storage.codecs._grouped import Grouped
+from loratools.storage.codecs._groups import Fit, Stored
 from loratools.storage.codecs._levels import INT4
 from loratools.storage.codecs._packed import pack, unpack, words_of
-from loratools.storage.codecs.floats import Array, narrow, widen
+from loratools.storage.codecs.floats import Array, narrow, unsigned, widen
 from loratools.storage.codecs.state import listed
 from loratools.storage.codecs.tables import numbers
 from loratools.storage.codecs.turned import is_turned
@@ -97,6 +98,11 @@ class Awq(Grouped):
         dtype = self.module.specs["scales"].dtype
         kept = narrow(step, dtype)
         return Fit(widen(kept, dtype, np.float32), kept, zeros.astype(np.float32))
+
+    def kept(self, parts: Parts) -> Array:
+        """Return all scales as they are stored, in the form of `Fit.kept`."""
+        bits: Array = parts.whole("scales").view(unsigned(self.module.specs["scales"].dtype)).T
+        return bits
 
     def packed(self, codes: Array) -> Array:
         """Return rows of codes as rows of bytes, two in each, until all rows are there."""

@@ -18,10 +18,11 @@ import numpy as np
 from loratools.decisions import warned
 from loratools.linalg.native import codes as native
 from loratools.storage.codecs import Encoding, Module, Parts
-from loratools.storage.codecs._grouped import Fit, Grouped, Packed
+from loratools.storage.codecs._grouped import Grouped
+from loratools.storage.codecs._groups import Fit, Packed
 from loratools.storage.codecs._levels import Whole
 from loratools.storage.codecs._packed import pack, unpack, words, words_of
-from loratools.storage.codecs.floats import Array, narrow, widen
+from loratools.storage.codecs.floats import Array, narrow, unsigned, widen
 from loratools.storage.codecs.state import by_module, listed
 from loratools.storage.codecs.tables import numbers
 from loratools.storage.codecs.turned import is_turned
@@ -184,6 +185,11 @@ class Gptq(Grouped):
         half = self.levels.least
         zeros = np.zeros_like(step) if symmetric else np.clip(np.rint(-lows / step), self.offset, top) + half
         return Fit(scales, kept, zeros.astype(np.float32))
+
+    def kept(self, parts: Parts) -> Array:
+        """Return all scales as they are stored, in the form of `Fit.kept`."""
+        bits: Array = parts.whole("scales").view(unsigned(self.module.specs["scales"].dtype)).T
+        return bits
 
     def packed(self, codes: Array) -> Array:
         """Return rows of codes as rows of bytes."""

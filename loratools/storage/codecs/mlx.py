@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from loratools.storage.codecs import Encoder, Encoding, Grid, Module, Parts
-from loratools.storage.codecs._grouped import Fit, Grouped, Stored
+from loratools.storage.codecs._grouped import Grouped
+from loratools.storage.codecs._groups import Fit, Stored
 from loratools.storage.codecs._levels import Draw, Floats
 from loratools.storage.codecs._packed import pack, unpack
 from loratools.storage.codecs._scales import by_power, rounded, stored
-from loratools.storage.codecs.floats import Array, narrow, widen
+from loratools.storage.codecs.floats import Array, narrow, unsigned, widen
 from loratools.storage.codecs.tables import E2M1, numbers, table
 
 _AFFINE_BITS, _AFFINE_GROUPS = (1, 2, 3, 4, 5, 6, 8), (32, 64, 128)
@@ -211,6 +212,11 @@ class Affine(Mlx):
         scales, biases = (widen(kept[..., i], dtype, np.float32) for i in (0, 1))
         return Fit(scales, kept, biases, W=widen(narrow(W, dtype), dtype, np.float32), by=by)
 
+    def kept(self, parts: Parts) -> Array:
+        """Return all scales and biases as they are stored, in the form of `Fit.kept`."""
+        stored = [parts.whole(part).reshape(-1, self.groups) for part in ("scales", "biases")]
+        return np.stack(stored, axis=-1).view(unsigned(self.module.specs["scales"].dtype))
+
     def parts_of(self, packed: Array, fit: Fit | None) -> Mapping[str, Array]:
         """Return codes, scales and biases as they are stored."""
         parts = {"weight": self.of_stack(packed.view("<u4"))}
@@ -251,6 +257,10 @@ class FloatMode(Mlx):
         if grid == "fresh" and "global_scale" in self.module.specs:
             raise self.module.refuse("it has a global_scale, to which no new scales are fitted", "Use its own grid.")
         return Grouped.encoder(self, parts, grid, draw)
+
+    def kept(self, parts: Parts) -> Array:
+        """Return all scales as they are stored, in the form of `Fit.kept`."""
+        return parts.whole("scales").reshape(-1, self.groups)
 
     def parts_of(self, packed: Array, fit: Fit | None) -> Mapping[str, Array]:
         """Return codes and scales as they are stored."""

@@ -26,7 +26,8 @@ from loratools.storage.codecs import Encoder, Encoding, Grid, Module, Parts
 from loratools.storage.codecs._blocks import blocks
 from loratools.storage.codecs._fp8 import DTYPES, Fp8, fitted
 from loratools.storage.codecs._fp8 import Blocks as Sides
-from loratools.storage.codecs._grouped import Fit, Grouped, Stored
+from loratools.storage.codecs._grouped import Grouped
+from loratools.storage.codecs._groups import Fit, Stored
 from loratools.storage.codecs._levels import INT4, Draw
 from loratools.storage.codecs._rows8 import Rows8
 from loratools.storage.codecs._scales import POWERS, by_power, by_quotient, read_back
@@ -163,6 +164,10 @@ class Pairs(Grouped):
         scales = np.maximum(-lows, highs) / np.float32(7)
         scales = np.where(scales == 0, np.float32(1), scales)
         return Fit(read_back(scales, dtype), as_stored(scales, dtype))
+
+    def kept(self, parts: Parts) -> Array:
+        """Return all scales as they are stored, in the form of `Fit.kept`."""
+        return parts.whole("weight_scale").reshape(-1, self.groups)
 
     def packed(self, codes: Array) -> Array:
         """Return rows of codes, each in a byte of its own yet."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from loratools.storage.codecs import Encoder, Encoding, Grid, Module, Parts
-from loratools.storage.codecs._levels import FP4, Draw
+from loratools.storage.codecs._levels import FP4, Draw, reach
 from loratools.storage.codecs._packed import pack, unpack
 from loratools.storage.codecs._powers import exponents
 from loratools.storage.codecs.floats import Array
@@ -92,7 +92,11 @@ def _along(draw: Draw | None) -> Draw | None:
 
 
 class _Encoder:
-    """Makes blocks of rows again, whole blocks at a time."""
+    """Makes blocks of rows again, whole blocks at a time.
+
+    On the own grid a block keeps its scale, unless a changed number of it would round to beyond the largest level:
+    clipped, a large change would be lost. Such a block gets the scale that fits it.
+    """
 
     needs_pass = False
 
@@ -101,6 +105,7 @@ class _Encoder:
         self._encoding, self._parts, self._draw, self._fresh = encoding, parts, draw, grid == "fresh"
         self._blocks = np.empty(specs["blocks"].shape, np.uint8)
         self._scales = np.empty(specs["scales"].shape, np.uint8)
+        self._made, self._limit = self._fresh, reach(FP4, at_random=draw is not None)[1]
 
     def observe(self, first: int, W: Array) -> None:
         """Do nothing: each block has its own scale."""
@@ -115,8 +120,14 @@ class _Encoder:
             wanted = np.ascontiguousarray(W[done : done + count].T)
             old, scales = encoding.block(self._parts, expert, row, row + count)
             before = encoding.numbers(old, scales)
-            new = exponents(wanted.reshape(*scales.shape, BLOCK), FP4) if self._fresh else scales
-            x = wanted.reshape(*scales.shape, BLOCK) / table("F8_E8M0")[new][..., None]
+            x = wanted.reshape(*scales.shape, BLOCK) / table("F8_E8M0")[scales][..., None]
+            moved = (np.abs(x).max(axis=-1) > self._limit) & (before != wanted).reshape(x.shape).any(axis=-1)
+            new = scales
+            if self._fresh or moved.any():
+                fitting = exponents(wanted.reshape(x.shape), FP4)
+                new = fitting if self._fresh else np.where(moved, fitting, scales)
+                x = wanted.reshape(x.shape) / table("F8_E8M0")[new][..., None]
+                self._made = True
             codes = FP4.codes(x.reshape(wanted.shape), _along(self._draw))
             codes = np.where((before == wanted) & np.repeat(new == scales, BLOCK, axis=1), old, codes)
             span = slice(row // BLOCK, (row + count) // BLOCK)
@@ -128,4 +139,4 @@ class _Encoder:
 
     def finish(self) -> Mapping[str, Array]:
         """Return the blocks, and the scales where they are new."""
-        return {"blocks": self._blocks} | ({"scales": self._scales} if self._fresh else {})
+        return {"blocks": self._blocks} | ({"scales": self._scales} if self._made else {})

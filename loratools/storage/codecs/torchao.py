@@ -19,10 +19,11 @@ from loratools.errors import BadFile
 from loratools.storage import dtypes
 from loratools.storage.codecs import Encoding, Module, Parts
 from loratools.storage.codecs._fp8 import Blocks, Fp8, fitted
-from loratools.storage.codecs._grouped import Fit, Grouped, Stored
+from loratools.storage.codecs._grouped import Grouped
+from loratools.storage.codecs._groups import Fit, Stored
 from loratools.storage.codecs._levels import Whole
 from loratools.storage.codecs._scales import by_quotient
-from loratools.storage.codecs.floats import Array, narrow
+from loratools.storage.codecs.floats import Array, narrow, unsigned
 from loratools.storage.codecs.tables import numbers
 from loratools.storage.strict_json import parse_json_object
 
@@ -189,6 +190,11 @@ class Affine(Grouped):
         if stored.zeros is not None:
             self.apply(np.add, x, stored.zeros)
         return x
+
+    def kept(self, parts: Parts) -> Array:
+        """Return all scales as they are stored, in the form of `Fit.kept`."""
+        bits: Array = parts.whole("scale").view(unsigned(self.module.specs["scale"].dtype))
+        return bits.reshape(-1, self.groups)
 
     def packed(self, codes: Array) -> Array:
         """Return rows of codes as rows of bytes."""

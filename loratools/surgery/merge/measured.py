@@ -102,7 +102,7 @@ class Measured:
         if total is None or total >= _ENOUGH:
             return
         lowest = sorted(kept, key=lambda name: kept[name])
-        why = "a change smaller than a step of the codes is rounded away"
+        why = "a change smaller than a step of the codes is rounded away, one beyond what their scales reach is cut off"
         if total >= _TOO_LITTLE or options.force:
             warned(
                 "only %s of the change survives as codes, for %s; least in %s (%s)", f"{total:.1%}", why, lowest[0],
