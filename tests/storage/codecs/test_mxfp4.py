@@ -176,7 +176,8 @@ def test_merges(tmp_path: Path) -> None:
         tmp_path / "base", tmp_path / "lora", tmp_path / "codes", quantized="requantize", force=True
     )
     codes = load_file(tmp_path / "codes" / "model.safetensors")
-    assert {name for name in codes if not torch.equal(codes[name], tensors[name])} == {f"{EXPERTS}.gate_up_proj_blocks"}
+    changed = {name for name in codes if not torch.equal(codes[name], tensors[name])}
+    assert changed == {f"{EXPERTS}.gate_up_proj_blocks", f"{EXPERTS}.gate_up_proj_scales"}  # some blocks grew
     again = read_by_transformers(*(codes[f"{EXPERTS}.gate_up_proj_{part}"] for part in ("blocks", "scales"))).double()
     kept = float(((again - up.double()) * delta).sum() / delta.square().sum())
     assert report.recoded == {f"{EXPERTS}.gate_up_proj": pytest.approx(kept, abs=0.01)}
