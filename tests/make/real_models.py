@@ -186,14 +186,20 @@ def make_all(folder: Path) -> None:
         if folder.is_dir():
             return
         # A thread for each core costs more, in waiting for the other, than two trainings side by side.
-        torch.set_num_threads(1)
-        disable_progress_bar()
+        _alone()
         for name in BASES:
             make(name, part)
-        with multiprocessing.get_context("fork").Pool(2) as pool:
+        # Not by fork: threads that a library has begun do not live on in a child, and torch would wait for them.
+        with multiprocessing.get_context("spawn").Pool(2, _alone) as pool:
             for _ in pool.imap_unordered(partial(make, out=part), TRAINED):
                 pass
         part.rename(folder)
+
+
+def _alone() -> None:
+    """Work with one thread, and without a bar."""
+    torch.set_num_threads(1)
+    disable_progress_bar()
 
 
 def make(name: str, out: Path) -> None:
