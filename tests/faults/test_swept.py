@@ -28,6 +28,7 @@ COMMANDS = {
     "convert": "convert missing -o {out}",
     "convert, a wrong dialect": "convert adapter --to sorcery -o {out}",
     "pull": "pull a/b/../c -o {out}",
+    "dequantize": "dequantize missing -o {out}",
     "demo": "demo --keep {out} nonsense",
 }
 
@@ -54,6 +55,7 @@ def test_a_command_that_fails(name: str, workplace: Path, monkeypatch: pytest.Mo
 
 VERBS: dict[str, Callable[[Path], Any]] = {
     "merge": lambda out: loratools.merge("base", "adapter", out, threads=0),
+    "dequantize": lambda out: loratools.dequantize("missing", out),
     "unmerge": lambda out: loratools.unmerge("merged", "adapter", out, threads=0),
     "switch": lambda out: loratools.switch("merged", "adapter", "other", out, threads=0),
     "combine": lambda out: loratools.combine("adapter", out, method="sorcery"),  # type: ignore[call-overload]

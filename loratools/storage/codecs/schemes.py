@@ -214,8 +214,8 @@ def find(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> Codes:
         elif name in modules:
             parts[name]["weight"] = name
             tensors.add(name)
-    for name, spec in specs.items():  # a model that is cast to FP8 is cast in all its tensors
-        if not method and spec.dtype in _F8 and spec.shape and name not in tensors:
+    for name, spec in specs.items():  # a model whose weights are cast to FP8 is cast in all its tensors
+        if casts and not method and spec.dtype in _F8 and spec.shape and name not in tensors:
             modules[owner := name.removesuffix(".weight")] = spec.dtype
             parts[owner]["weight"] = name
             tensors.add(name)
