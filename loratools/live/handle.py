@@ -70,7 +70,7 @@ class Lora(Acting):
         if stacks is not None:
             stacks.admit(name, places)
         own_child = [
-            path for path, own in places.items() if not isinstance(own.module, Site) and hasattr(own.module, BANK)
+            path for path, own in places.items() if not isinstance(own.module, Site) and _has(own.module, BANK)
         ]
         if own_child:
             raise IncompatibleAdapter(f"modules with a member {BANK!r} of their own cannot have adapters", own_child)
@@ -88,7 +88,7 @@ class Lora(Acting):
             if not isinstance(module, Site):
                 swap(module, site_of(module), self)
             self.sites.setdefault(path, module)
-            bank: Bank = module.lora
+            bank: Bank = module._modules[BANK]
             if own.pieces:
                 bank.pieces[name] = tuple(own.pieces)
             if own.whole:
@@ -255,3 +255,9 @@ def handle_of(model: nn.Module) -> Lora:
     if lora is None:
         raise LoraToolsError("this model has no adapters of loratools; `live.attach` or `live.load` puts one there")
     return lora
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    """Tell whether a module has a member: `hasattr`, which costs an exception where it has not."""
+    held = (module.__dict__, module._modules, module._parameters, module._buffers)
+    return any(name in each for each in held) or hasattr(type(module), name)

@@ -81,6 +81,10 @@ class Fresh:
         return start_of | ({"bias": self.bias} if self.bias != "none" else {})
 
 
+Updates = dict[tuple[Any, ...], Update]
+"""What was built for pieces of a kind and of these shapes."""
+
+
 def places(model: nn.Module, chosen: Sequence[Target], options: Fresh) -> dict[str, Place]:
     """Return by path what a new adapter brings to each module; the model is not touched.
 
@@ -92,10 +96,11 @@ def places(model: nn.Module, chosen: Sequence[Target], options: Fresh) -> dict[s
     spans = spans_of_parts(parts, options.rank, layout.shapes, layout.config)
     places: dict[str, Place] = {}
     first: dict[int, str] = {}
+    updates: Updates = {}
     for target in chosen:
         if first.setdefault(id(target.module), target.path) == target.path:
             place = places.setdefault(target.path, Place(target.module))
-            place.pieces.append(_piece(target, spans.get(target.name), options, generator))
+            place.pieces.append(_piece(target, spans.get(target.name), options, generator, updates))
     rows = token_places(model, options.tokens, options.dtype)
     if both := [path for path in rows if path in places]:
         raise InvalidOption("these targets have rows of tokens, and cannot have factors besides", both)
@@ -116,7 +121,9 @@ def places(model: nn.Module, chosen: Sequence[Target], options: Fresh) -> dict[s
     return places
 
 
-def _piece(target: Target, spans: tuple[Span, ...] | None, options: Fresh, generator: torch.Generator) -> Piece:
+def _piece(
+    target: Target, spans: tuple[Span, ...] | None, options: Fresh, generator: torch.Generator, updates: Updates
+) -> Piece:
     path, module = target.name, target.module
     known = type_of(module)
     assert known is not None  # `choose` took no other
@@ -138,11 +145,17 @@ def _piece(target: Target, spans: tuple[Span, ...] | None, options: Fresh, gener
         W = None if W is None else slice_of(W, spans)
     beginning = None
     if options.init in start.RANDOM:
-        A = torch.zeros(rank, *inputs, dtype=options.dtype)
-        B = torch.zeros(outputs, rank, *ones, dtype=options.dtype)
         if known.ZERO == "B":
+            A, B = (
+                torch.empty(rank, *inputs, dtype=options.dtype),
+                torch.zeros(outputs, rank, *ones, dtype=options.dtype),
+            )
             start.RANDOM[options.init](A, generator)
         else:
+            A, B = (
+                torch.zeros(rank, *inputs, dtype=options.dtype),
+                torch.empty(outputs, rank, *ones, dtype=options.dtype),
+            )
             B.normal_(generator=generator)
     else:
         assert W is not None
@@ -155,7 +168,11 @@ def _piece(target: Target, spans: tuple[Span, ...] | None, options: Fresh, gener
         norms = row_norms(W, B.flatten(1).to(device), A.flatten(1).to(device), options.scaling)
         sides = (1, outputs, *ones) if ones else (outputs,)
         tensors["magnitude"] = nn.Parameter(norms.to(options.dtype).reshape(sides))
-    piece = Piece(path, built(known, tensors, options), tensors, spans, options.dropout, beginning)
+    # A piece takes of an update what modules of a type and shape share: there are hundreds of pieces, and few shapes.
+    shapes = known, *((role, tensor.shape) for role, tensor in tensors.items())
+    if (update := updates.get(shapes)) is None:
+        updates[shapes] = update = built(known, tensors, options)
+    piece = Piece(path, update, tensors, spans, options.dropout, beginning)
     if device.type == "meta":
         piece.values = {"A": A, "B": B}
     return piece

@@ -25,7 +25,8 @@ Factors = tuple[Tensor, Tensor]
 
 
 def _kaiming(A: Tensor, generator: torch.Generator) -> None:
-    A.uniform_(-1, 1, generator=generator).mul_(A[0].numel() ** -0.5)
+    bound = A[0].numel() ** -0.5
+    A.uniform_(-bound, bound, generator=generator)
 
 
 def _gaussian(A: Tensor, generator: torch.Generator) -> None:
