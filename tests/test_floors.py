@@ -47,6 +47,7 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
         "placement",
     ),
     "loratools.adapter.naming": ("compact llama_cpp_table stacked wrappers image", "selection llama_cpp"),
+    "loratools.adapter.naming.image": ("*", "families", "rename"),
     "loratools.storage": ("*", "pickles", "checkpoint", "companions"),
     "loratools.dialects": ("_frame", "*"),
     "loratools.surgery": (
@@ -100,7 +101,14 @@ named, and may import its like. A folder that is not here has only files, which 
 `loratools/__init__.py` shows what all rooms make, so it stands at the top.
 """
 
-REGISTERED = {"adapter.kinds", "storage.codecs", "surgery.combine.methods", "cli", "dialects"}
+REGISTERED = {
+    "adapter.kinds",
+    "storage.codecs",
+    "surgery.combine.methods",
+    "cli",
+    "dialects",
+    "adapter.naming.image.families",
+}
 """Folders of siblings that are found by file name, one file a thing: their signs say what a sibling is."""
 
 LONGEST = 300

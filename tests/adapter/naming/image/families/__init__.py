@@ -1,0 +1,1 @@
+"""Families of image and video models."""
