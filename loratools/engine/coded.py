@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from loratools.engine.plan import Recoded
-from loratools.engine.task import TILE, Arithmetic, Loss, TensorResult, TensorTask
+from loratools.engine.task import TILE, Arithmetic, Loss, TensorResult, TensorTask, tile_reader
 from loratools.errors import BadFile
 from loratools.parallel import Progress
 from loratools.storage import digest, files
@@ -46,13 +46,7 @@ def run(
     with ExitStack() as stack:
         fill = stack.enter_context(files.opened(spec))
         parts = stack.enter_context(encoding.parts())
-
-        def read(start: int) -> memoryview:
-            if stopped():
-                raise InterruptedError
-            raw = room[: min(step, rows - start) * width]
-            fill(raw, start * width)
-            return raw
+        read = tile_reader(fill, room, step, (rows, width), stopped)
 
         def tiles(hashers: Mapping[str, digest.Hasher]) -> Iterator[tuple[int, Array, Array]]:
             """Yield the first row of the encoding, W and W' of each tile in float32, as the encoding has rows."""

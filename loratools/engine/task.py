@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from loratools.errors import IncompatibleAdapter
 from loratools.storage import dtypes
+from loratools.storage.files import Read
 from loratools.storage.header import TensorSpec
 
 if TYPE_CHECKING:
@@ -118,6 +119,26 @@ class Arithmetic(Protocol):
 
         Raises `IncompatibleAdapter` where a value is not finite in the output's dtype.
         """
+
+
+def tile_reader(
+    fill: Read, room: memoryview, step: int, matrix: tuple[int, int], stopped: Callable[[], bool]
+) -> Callable[[int], memoryview]:
+    """Return what reads the tile that begins at a row: `fill` puts it in `room`, and the next tile overwrites it.
+
+    `step` is the rows of a tile, `matrix` the rows of the tensor and the bytes of one as stored. Once `stopped` says
+    True, `InterruptedError` is raised instead.
+    """
+    rows, width = matrix
+
+    def read(start: int) -> memoryview:
+        if stopped():
+            raise InterruptedError
+        raw = room[: min(step, rows - start) * width]
+        fill(raw, start * width)
+        return raw
+
+    return read
 
 
 def sampled_tiles(name: str, seed: int, retention: str, tiles: int) -> frozenset[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from loratools.engine.task import TILE, Arithmetic, TensorResult, TensorTask, sampled_rows, sampled_tiles
+from loratools.engine.task import TILE, Arithmetic, TensorResult, TensorTask, sampled_rows, sampled_tiles, tile_reader
 from loratools.parallel import Progress
 from loratools.storage import digest, dtypes, files
 from loratools.storage.checkpoint import values
@@ -34,14 +34,7 @@ def run(
     sampled = sampled_tiles(task.name, task.seed, task.retention, len(starts))
     result, measured = TensorResult(task.name), 0
     with files.opened(spec) as fill:
-
-        def read(start: int) -> memoryview:
-            if stopped():
-                raise InterruptedError
-            raw = room[: min(step, rows - start) * width]
-            fill(raw, start * width)
-            return raw
-
+        read = tile_reader(fill, room, step, (rows, width), stopped)
         for start in starts if arithmetic.needs_pass else ():
             arithmetic.observe(read(start), start)
         for index, start in enumerate(starts):

@@ -1,4 +1,4 @@
-"""A base of one quantized module on disk, its stored parts, and its codes made again."""
+"""A base of one quantized module on disk, an adapter of it, its stored parts, and its codes made again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import encodings, logical
 from loratools.storage.codecs import Encoding, Grid
-from tests.surgery.models import save_base
+from tests.surgery.models import lora, save_adapter, save_base
 
 
 def opened(folder: Path, stored: Mapping[str, Tensor], **config: Any) -> tuple[Checkpoint, Encoding]:
@@ -37,3 +37,10 @@ def recoded(encoding: Encoding, W: np.ndarray[Any, Any], grid: Grid, draw: Any =
 def held(encoding: Encoding) -> dict[str, np.ndarray[Any, Any]]:
     with encoding.parts() as parts:
         return {part: parts.whole(part) for part in encoding.module.specs}
+
+
+def saved_lora(folder: Path, path: str, shape: tuple[int, int]) -> Tensor:
+    """Write a PEFT adapter of one module; return its ΔW in float64."""
+    adapter = lora({path: shape})
+    save_adapter(folder, adapter)
+    return adapter.delta(path)

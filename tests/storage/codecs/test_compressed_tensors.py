@@ -16,6 +16,7 @@ from loratools.errors import UnsupportedAdapter
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import encodings, logical
 from loratools.storage.files import chunks, read_tensor
+from tests.storage.codecs.recode import saved_lora
 
 Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
 ALONE = "model.layers.0.self_attn.o_proj"  # is not fused with others
@@ -261,24 +262,12 @@ def test_stacks_of_experts(tmp_path: Path) -> None:
         }
 
 
-def lora(folder: Path, path: str, shape: tuple[int, int], rank: int = 4) -> torch.Tensor:
-    """Write a PEFT adapter of one module; return its ΔW in float64."""
-    generator = torch.Generator().manual_seed(6)
-    A, B = torch.randn(rank, shape[1], generator=generator) / 10, torch.randn(shape[0], rank, generator=generator) / 10
-    folder.mkdir()
-    start = f"base_model.model.{path}"
-    save_file({f"{start}.lora_A.weight": A, f"{start}.lora_B.weight": B}, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": [path.rpartition(".")[2]]}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return 2 * (B.double() @ A.double())
-
-
 @pytest.mark.parametrize("layout", ["int4, groups of 32", "int5, zero points", "int8 as it is"])
 def test_merges(layout: str, tmp_path: Path) -> None:
     form, shape, arguments = LAYOUTS[layout]
     (q, _, group), (k, of_k, _) = (compress(weight(shape, seed), form, **arguments) for seed in (3, 4))
     base = write(tmp_path / "base", {ALONE: q, K: k}, group, form)
-    delta = lora(tmp_path / "lora", ALONE, shape)
+    delta = saved_lora(tmp_path / "lora", ALONE, shape)
     loratools.merge(base, tmp_path / "lora", tmp_path / "dense")
     loratools.merge(base, tmp_path / "lora", tmp_path / "part", quantized="partial")
     before, dense, part = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "dense", "part"))
@@ -302,7 +291,7 @@ def test_simulated_quantization_goes_with_its_scales(tmp_path: Path) -> None:
     modules = {path: {"weight": W[path], "weight_scale": scales[path]} for path in W}
     group = {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "channel"}}
     base = write(tmp_path / "base", modules, group, "dense", quantization_status="frozen")
-    delta = lora(tmp_path / "lora", ALONE, (48, 96))
+    delta = saved_lora(tmp_path / "lora", ALONE, (48, 96))
     loratools.merge(base, tmp_path / "lora", tmp_path / "dense")
     report = loratools.merge(base, tmp_path / "lora", tmp_path / "part", quantized="partial")
     dense, part = (load_file(tmp_path / name / "model.safetensors") for name in ("dense", "part"))
@@ -360,7 +349,7 @@ def test_rotated_weights_are_refused(tmp_path: Path) -> None:
     parts, _, group = compress(weight(shape), form, **arguments)
     rotation = {"config_groups": {"R1": {"type": "hadamard", "apply": []}}}
     base = write(tmp_path / "base", {Q: parts}, group, form, transform_config=rotation)
-    lora(tmp_path / "lora", Q, shape)
+    saved_lora(tmp_path / "lora", Q, shape)
     with pytest.raises(UnsupportedAdapter, match=r"rotated \(transform_config\)"):
         loratools.merge(base, tmp_path / "lora", tmp_path / "out")
 
@@ -401,7 +390,7 @@ def test_transformers_loads_what_a_merge_leaves(layout: str, tmp_path: Path) -> 
     stated = json.loads((base / "config.json").read_text())["quantization_config"]
     (base / "config.json").write_text(json.dumps(config.to_dict() | {"quantization_config": stated}))
     path, shape = "model.layers.1.mlp.down_proj", (64, 96)
-    delta = lora(tmp_path / "lora", path, shape)
+    delta = saved_lora(tmp_path / "lora", path, shape)
     read = logical(Checkpoint.open(base))
     wanted = {name: read_tensor(read.specs[name]).to(torch.float64) for name in state}
     wanted[f"{path}.weight"] += delta

@@ -15,6 +15,7 @@ from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import logical
 from loratools.storage.codecs import fp8
 from loratools.storage.files import chunks, read_tensor
+from tests.storage.codecs.recode import saved_lora
 
 Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}
@@ -42,18 +43,6 @@ def fp8_base(folder: Path, scales: tuple[int, ...], shape: tuple[int, int] = (30
     return weights
 
 
-def lora(folder: Path, path: str, shape: tuple[int, int] = (300, 200), rank: int = 4) -> torch.Tensor:
-    """Write a PEFT adapter of one module; return its ΔW in float64."""
-    generator = torch.Generator().manual_seed(6)
-    A, B = torch.randn(rank, shape[1], generator=generator) / 10, torch.randn(shape[0], rank, generator=generator) / 10
-    folder.mkdir()
-    start = f"base_model.model.{path}"
-    save_file({f"{start}.lora_A.weight": A, f"{start}.lora_B.weight": B}, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": [path.rpartition(".")[2]]}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return 2 * (B.double() @ A.double())
-
-
 @pytest.mark.parametrize("scales", [(3, 2), (), (1,), (300, 1)])
 def test_a_weight_reads_as_codes_times_scales(tmp_path: Path, scales: tuple[int, ...]) -> None:
     weights = fp8_base(tmp_path / "base", scales)
@@ -66,7 +55,7 @@ def test_a_weight_reads_as_codes_times_scales(tmp_path: Path, scales: tuple[int,
 
 
 def test_a_merge_in_16_bit_rounds_the_exact_sum_once(tmp_path: Path) -> None:
-    weights, delta = fp8_base(tmp_path / "base", (3, 2)), lora(tmp_path / "lora", Q)
+    weights, delta = fp8_base(tmp_path / "base", (3, 2)), saved_lora(tmp_path / "lora", Q, (300, 200))
     report = loratools.merge(tmp_path / "base", tmp_path / "lora", tmp_path / "out")
     merged = load_file(tmp_path / "out" / "model.safetensors")
     assert set(merged) == {"model.embed_tokens.weight", f"{Q}.weight", f"{K}.weight"}
@@ -80,7 +69,7 @@ def test_a_merge_in_16_bit_rounds_the_exact_sum_once(tmp_path: Path) -> None:
 
 
 def test_a_partial_merge_leaves_every_other_byte(tmp_path: Path) -> None:
-    weights, delta = fp8_base(tmp_path / "base", (3, 2)), lora(tmp_path / "lora", Q)
+    weights, delta = fp8_base(tmp_path / "base", (3, 2)), saved_lora(tmp_path / "lora", Q, (300, 200))
     loratools.merge(tmp_path / "base", tmp_path / "lora", tmp_path / "out", quantized="partial")
     base, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "out"))
     assert (merged[f"{Q}.weight"] != (weights[Q] + delta).bfloat16()).double().mean() <= 1e-3
@@ -92,7 +81,7 @@ def test_a_partial_merge_leaves_every_other_byte(tmp_path: Path) -> None:
 
 
 def test_a_merge_into_codes_can_be_refused(tmp_path: Path) -> None:
-    fp8_base(tmp_path / "base", (3, 2)), lora(tmp_path / "lora", Q)
+    fp8_base(tmp_path / "base", (3, 2)), saved_lora(tmp_path / "lora", Q, (300, 200))
     with pytest.raises(loratools.errors.IncompatibleAdapter, match=r"1 target tensor.s. of .* are quantized"):
         loratools.merge(tmp_path / "base", tmp_path / "lora", tmp_path / "out", quantized="refuse")
     assert not (tmp_path / "out").exists()
@@ -150,7 +139,7 @@ def test_scales_under_other_names(tmp_path: Path, name: str) -> None:
 
 def test_scales_of_the_cache_stay_beside_a_plain_weight(tmp_path: Path) -> None:
     """In a partial merge; where all is written in 16 bit they go, with the statement that they are used."""
-    fp8_base(tmp_path / "base", (3, 2)), lora(tmp_path / "lora", Q)
+    fp8_base(tmp_path / "base", (3, 2)), saved_lora(tmp_path / "lora", Q, (300, 200))
     path = tmp_path / "base" / "model.safetensors"
     more = {f"{Q}.k_scale": torch.tensor(0.1), f"{Q}.activation_scale": torch.tensor(0.2),
             "model.layers.0.self_attn.v_scale": torch.tensor(0.3)}  # fmt: skip
