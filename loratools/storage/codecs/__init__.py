@@ -85,6 +85,11 @@ class Module:
         if missing := [part for part in parts if part not in self.specs]:
             raise self.refuse(f"{', '.join(missing)} is missing beside {', '.join(sorted(self.specs))}")
 
+    def read(self, part: str) -> Array:
+        """Return all of a part as `Parts.whole` does, for what is read once: when the module is opened."""
+        with ExitStack() as stack:
+            return Parts(self, stack).whole(part)
+
 
 class Parts:
     """The stored tensors of one module, open for reading: one thread's own, small parts are read once."""
@@ -147,8 +152,7 @@ class Parts:
         """Return part[index] as it is stored; the one that was asked for last is kept."""
         if self._matrices.get(part, (-1,))[0] != index:
             self._matrices[part] = (index, self.rows(part, index, index + 1)[0])
-        kept: Array = self._matrices[part][1]
-        return kept
+        return self._matrices[part][1]
 
     def numbers(self, part: str, start: int = 0, stop: int | None = None) -> Array:
         """Return part[start:stop] along its first side in float32, whatever float dtype it is stored in."""
@@ -278,11 +282,9 @@ class Codec(Protocol):
 
     def opened(self, module: Module) -> Encoding:
         """Return how the module's weight is stored."""
-        ...
 
     def plain(self, statement: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
         """Return config.json's statement with these modules listed as plain."""
-        ...
 
 
 def get(name: str) -> Codec:
@@ -294,5 +296,4 @@ def encoded(encoding: Encoding) -> TensorSpec:
     """Return the tensor that stands for a weight which is stored as codes: float32, decoded when it is read."""
     stored = encoding.module.specs
     file = stored.get("weight", next(iter(stored.values()))).file
-    nbytes = prod(encoding.shape) * 4
-    return TensorSpec("F32", encoding.shape, file, _NOWHERE, _NOWHERE + nbytes, encoding)
+    return TensorSpec("F32", encoding.shape, file, _NOWHERE, _NOWHERE + 4 * prod(encoding.shape), encoding)

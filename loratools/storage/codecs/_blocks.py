@@ -129,10 +129,6 @@ class Blocks(Grouped):
         inverse = np.float32(1) / most * full  # torch divides a number so, in two roundings
         return np.array([[inverse if self.divides else most / full]], np.float32)
 
-    def kept(self, parts: Parts) -> Array:
-        """Return all scales as they are stored, in the form of `Fit.kept`."""
-        return parts.whole("weight_scale").reshape(-1, self.groups)
-
     def packed(self, codes: Array) -> Array:
         """Return rows of codes as rows of bytes."""
         return pack(codes, self.bits, self.columns * self.bits // 8)
@@ -140,9 +136,7 @@ class Blocks(Grouped):
     def parts_of(self, packed: Array, fit: Fit | None) -> Mapping[str, Array]:
         """Return codes, and scales where they are new, as they are stored."""
         specs = self.module.specs
-        made = {self.codes_part: packed.reshape(specs[self.codes_part].shape)}
-        if fit is not None:
-            made["weight_scale"] = fit.kept.reshape(specs["weight_scale"].shape)
-            if fit.number is not None:
-                made[self.whole] = stored(fit.number, specs[self.whole].dtype).reshape(specs[self.whole].shape)
+        made = {self.codes_part: packed.reshape(specs[self.codes_part].shape), **self.new_scales(fit)}
+        if fit is not None and fit.number is not None:
+            made[self.whole] = stored(fit.number, specs[self.whole].dtype).reshape(specs[self.whole].shape)
         return made

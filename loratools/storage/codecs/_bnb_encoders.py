@@ -10,8 +10,10 @@ from functools import cached_property
 import numpy as np
 
 from loratools.storage.codecs import Encoder, Grid, Module, Parts
-from loratools.storage.codecs._bnb_int8 import Draw, as_read, reciprocal
-from loratools.storage.codecs.floats import Array, narrow
+from loratools.storage.codecs._bnb_int8 import reciprocal
+from loratools.storage.codecs._levels import Draw
+from loratools.storage.codecs._scales import read_back, stored
+from loratools.storage.codecs.floats import Array
 
 _TINY = np.float32(1e-38)
 _TILE = 1 << 20
@@ -121,8 +123,7 @@ class FourBitEncoder:
             return changed | {"absmax": absmax_codes}
         if self.nested is not None:
             return changed | self._requantized.parts
-        absmax = self.module.specs["absmax"].dtype
-        return changed | {"absmax": self.scales if absmax == "F32" else narrow(self.scales, absmax)}
+        return changed | {"absmax": stored(self.scales, self.module.specs["absmax"].dtype)}
 
     def _widen(self, start: int, blocks: Array) -> None:
         """Make scales for those blocks, of which the first is number `start`, whose numbers are beyond the codes."""
@@ -132,7 +133,7 @@ class FourBitEncoder:
             return
         numbers_of_blocks, tops = few + start, tops[few]
         if self.nested is None:
-            new, codes = as_read(tops, self.module.specs["absmax"].dtype), np.zeros(len(few), np.uint8)
+            new, codes = read_back(tops, self.module.specs["absmax"].dtype), np.zeros(len(few), np.uint8)
         else:
             levels, of_blocks = self.parts.numbers("nested_quant_map"), self.parts.whole("nested_absmax")
             factors, offset = of_blocks[numbers_of_blocks // self.nested], np.float32(self.offset)
@@ -148,7 +149,7 @@ class FourBitEncoder:
             return self._requantized.scales[which]
         dtype = self.module.specs["absmax"].dtype
         fresh = self.grid == "fresh" and dtype != "F32"
-        return as_read(self.scales[which], dtype) if fresh else self.scales[which]
+        return read_back(self.scales[which], dtype) if fresh else self.scales[which]
 
     def _blocks(self, W: Array) -> Array:
         flat = np.ascontiguousarray(W, np.float32).reshape(-1)

@@ -1,17 +1,16 @@
-"""Numbers become 8-bit codes of bitsandbytes again, by row; scales as they are read from their stored dtype."""
+"""Numbers become 8-bit codes of bitsandbytes again, by row."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from loratools.storage.codecs import Grid, Module, Parts
-from loratools.storage.codecs.floats import Array, narrow
-from loratools.storage.codecs.tables import numbers
-
-Draw = Callable[[tuple[int, ...]], Array]
+from loratools.storage.codecs._levels import Draw
+from loratools.storage.codecs._scales import read_back, stored
+from loratools.storage.codecs.floats import Array
 
 
 @dataclass(eq=False)
@@ -42,12 +41,12 @@ class Int8Encoder:
         if self.grid == "own":
             tops = np.abs(W).max(axis=1)
             beyond = np.isfinite(tops) & (tops > self.scales[rows] * np.float32(1 if self.draw else 127.5 / 127))
-            self.scales[rows] = np.where(beyond, as_read(tops, dtype), self.scales[rows])
+            self.scales[rows] = np.where(beyond, read_back(tops, dtype), self.scales[rows])
             self.made |= bool(beyond.any())
         if self.grid == "fresh":
             half = W.astype(np.float16).astype(np.float32)  # the library quantizes the weight in float16
             W = np.where(np.isfinite(half), half, W)
-            self.scales[rows] = as_read(np.abs(W).max(axis=1), dtype)
+            self.scales[rows] = read_back(np.abs(W).max(axis=1), dtype)
         scales = self.scales[rows][:, None]
         wanted = W * reciprocal(scales, 127)
         exact = np.floor(wanted + self.draw(W.shape)) if self.draw is not None else np.rint(wanted)
@@ -63,8 +62,7 @@ class Int8Encoder:
         if self.grid == "own" and not self.made:
             return changed
         spec = self.module.specs["SCB"]
-        scales = self.scales if spec.dtype == "F32" else narrow(self.scales, spec.dtype)
-        return changed | {"SCB": scales.reshape(spec.shape)}
+        return changed | {"SCB": stored(self.scales, spec.dtype).reshape(spec.shape)}
 
 
 def int8_values(codes: Array, scales: Array) -> Array:
@@ -72,12 +70,6 @@ def int8_values(codes: Array, scales: Array) -> Array:
     values: Array = codes * scales
     values *= np.float32(1 / 127)
     return values
-
-
-def as_read(scales: Array, dtype: str) -> Array:
-    """Return scales as they read from a float dtype that they are stored in."""
-    stored = narrow(scales, dtype)
-    return numbers(stored if dtype == "BF16" else stored.view(f"<f{stored.itemsize}"), dtype)
 
 
 def reciprocal(scales: Array, one: int = 1) -> Array:

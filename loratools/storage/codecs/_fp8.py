@@ -120,6 +120,18 @@ class Blocks:
         return [side for side in scales if side != 1] == [side for side in (*stacked, blocks) if side != 1]
 
 
+def of_stacks(choices: Sequence[Blocks], shape: tuple[int, ...]) -> list[Blocks]:
+    """Return these blocks, and of a stack of experts those too by which a whole of them may share scales.
+
+    Gate and up, quantized apart, lie one below the other; and there may be one scale for all experts.
+    """
+    *stack, rows, columns = shape
+    halves = [Blocks(min(each.height, rows // 2), each.width, rows // 2) for each in choices]
+    every = rows * prod(stack)
+    more = [*(halves if rows % 2 == 0 else ()), Blocks(every, columns, every)]
+    return [*choices, *(more if stack else ())]
+
+
 def fitted(module: Module, scale: str, choices: Sequence[Blocks], rule: Rule) -> Fp8:
     """Return the encoding of a module whose FP8 codes share scales by the first of these blocks that fit the scales.
 

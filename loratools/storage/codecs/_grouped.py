@@ -11,8 +11,8 @@ import numpy as np
 from loratools.storage.codecs import Encoder, Grid, Parts
 from loratools.storage.codecs._groups import Fit, Groups, Stored
 from loratools.storage.codecs._levels import Draw, reach
+from loratools.storage.codecs.floats import Array
 
-Array = np.ndarray[Any, np.dtype[Any]]
 _NONE = np.empty((0, 0), np.float32)
 
 

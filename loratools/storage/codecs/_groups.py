@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 
@@ -18,8 +18,7 @@ from loratools.linalg.native import codes as native
 from loratools.storage.codecs import Encoding, Parts
 from loratools.storage.codecs._levels import INT4, Levels
 from loratools.storage.codecs._packed import unpack
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from loratools.storage.codecs.floats import Array
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,8 +64,11 @@ class Fit:
 class Groups(Encoding):
     """Codes of `levels` in groups of `height` × `width`; `columns_of` has the group of each column where it is no run.
 
-    `codes_part` is the part that holds the codes; `passes` says that new scales depend on the whole tensor.
+    `codes_part` is the part that holds the codes, `scale_part` the one of the scales; `passes` says that new scales
+    depend on the whole tensor.
     """
+
+    scale_part: ClassVar[str] = "weight_scale"
 
     levels: Levels = INT4
     height: int = 1
@@ -107,9 +109,13 @@ class Groups(Encoding):
         `passes`, else 0.
         """
 
-    @abstractmethod
     def kept(self, parts: Parts) -> Array:
         """Return all scales as they are stored, in the form of `Fit.kept`."""
+        return parts.whole(self.scale_part).reshape(-1, self.groups)
+
+    def new_scales(self, fit: Fit | None) -> dict[str, Array]:
+        """Return the part of the scales as it is stored, where they are new; else nothing."""
+        return {} if fit is None else {self.scale_part: fit.kept.reshape(self.module.specs[self.scale_part].shape)}
 
     @abstractmethod
     def packed(self, codes: Array) -> Array:

@@ -7,10 +7,9 @@ The parts are `weight_packed` I32, offset by half the range, or `weight` I8 in t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -20,7 +19,10 @@ from loratools.storage.codecs._grouped import Grouped
 from loratools.storage.codecs._groups import Fit, Packed
 from loratools.storage.codecs._levels import Whole
 from loratools.storage.codecs._packed import pack, unpack
-from loratools.storage.codecs.floats import Array, narrow, unsigned, widen
+from loratools.storage.codecs._scales import stored as as_stored
+from loratools.storage.codecs.floats import Array
+from loratools.storage.codecs.state import is_block
+from loratools.storage.codecs.tables import numbers
 
 EPS = {"BF16": 2.0**-7, "F16": 2.0**-10, "F32": 2.0**-23, "F64": 2.0**-52}
 """What the library has for the scale of zeros, by the dtype of scales."""
@@ -54,11 +56,6 @@ def integers(module: Module, part: str, arguments: Mapping[str, Any]) -> Encodin
     )
 
 
-def _read(module: Module, part: str) -> Array:
-    with ExitStack() as stack:
-        return Parts(module, stack).whole(part)
-
-
 def _shape(module: Module, part: str) -> tuple[int, ...]:
     """Return the shape of the weight: `weight_shape` where the codes are packed, which must hold as many."""
     stored = module.specs[part].shape
@@ -68,7 +65,7 @@ def _shape(module: Module, part: str) -> tuple[int, ...]:
     spec = module.specs["weight_shape"]
     if spec.dtype not in ("I32", "I64") or spec.shape not in ((2,), (3,)):
         raise module.refuse(f"its weight_shape is {spec.dtype} {list(spec.shape)}, and 2 or 3 integers were expected")
-    shape = tuple(int(side) for side in _read(module, "weight_shape"))
+    shape = tuple(int(side) for side in module.read("weight_shape"))
     if len(shape) != len(stored) or shape[:-1] != stored[:-1] or shape[-1] < 1:
         raise module.refuse(f"its {part} {list(stored)} does not hold a weight of weight_shape {list(shape)}")
     return shape
@@ -95,10 +92,8 @@ def _group(module: Module, shape: tuple[int, ...], arguments: Mapping[str, Any])
     rows, columns = prod(shape[:-1]), shape[-1]
     size, block = arguments.get("group_size"), arguments.get("block_structure")
     if strategy == "block":
-        sides = block if isinstance(block, list | tuple) and len(block) == 2 and len(shape) == 2 else (0, 0)
-        known = all(isinstance(side, int) and side > 0 for side in sides)
-        if known and scales == (-(-rows // sides[0]), -(-columns // sides[1])):
-            return min(sides[0], rows), sides[1]
+        if is_block(block) and len(shape) == 2 and scales == (-(-rows // block[0]), -(-columns // block[1])):
+            return min(block[0], rows), block[1]
     elif strategy in (None, "group", "tensor_group") and scales[:-1] == shape[:-1] and len(scales) == len(shape):
         groups = scales[-1]
         width = size if isinstance(size, int) and size > 0 else -(-columns // max(1, groups))
@@ -125,7 +120,7 @@ def _order(module: Module, columns: int, groups: int, arguments: Mapping[str, An
         raise module.refuse(
             f"its weight_g_idx is {spec.dtype} {list(spec.shape)}, and {columns} integers were expected"
         )
-    order = _read(module, "weight_g_idx").astype(np.int64)
+    order = module.read("weight_g_idx").astype(np.int64)
     if (order == -1).any():
         return None
     if order.min(initial=0) < 0 or order.max(initial=0) >= groups:
@@ -153,7 +148,9 @@ def _zero(module: Module, shape: tuple[int, ...], bits: int, arguments: Mapping[
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Integers(Grouped):
-    """Integers with scales, and zero points as `zero` says."""
+    """Integers with scales, and zero points in `zero_part` as `zero` says."""
+
+    zero_part: ClassVar[str] = "weight_zero_point"
 
     zero: str = ""
 
@@ -161,24 +158,25 @@ class Integers(Grouped):
         """Return codes, scales and zero points of rows."""
         stored = parts.joined(self.codes_part, first, first + count, lent=True)
         bits = self.bits if self.codes_part == "weight_packed" else 8
-        groups = self._of_groups(parts, "weight_scale", first, count)
+        groups = self._of_groups(parts, self.scale_part, first, count)
         return Packed(stored.view(np.uint8), bits, groups, self._zeros(parts, first, count))
 
     def _of_groups(self, parts: Parts, part: str, first: int, count: int) -> Array:
         """Return a number for each row and group."""
-        if self.height == 1 and len(self.module.specs[part].shape) == len(self.shape):
-            stored = parts.joined(part, first, first + count)
-            return _widened(stored, self.module.specs[part].dtype)
-        every = _widened(parts.whole(part), self.module.specs[part].dtype).reshape(-1, self.groups)
-        return every[(first + np.arange(count)) // self.height]
+        spec, start, stop = self.module.specs[part], first // self.height, (first + count - 1) // self.height + 1
+        if len(spec.shape) == len(self.shape):
+            of_groups = _widened(parts.joined(part, start, stop), spec.dtype)
+        else:
+            of_groups = _widened(parts.whole(part), spec.dtype).reshape(-1, self.groups)[start:stop]
+        return of_groups if self.height == 1 else of_groups[self.of_rows(first, count)[1]]
 
     def _zeros(self, parts: Parts, first: int, count: int) -> Array | None:
         if not self.zero:
             return None
         if self.zero == "plain":
-            return self._of_groups(parts, "weight_zero_point", first, count)
+            return self._of_groups(parts, self.zero_part, first, count)
         rows, zeros = self.shape[-2], []
-        packed = parts.whole("weight_zero_point").reshape(-1, -(-rows * self.bits // 32), self.groups)
+        packed = parts.whole(self.zero_part).reshape(-1, -(-rows * self.bits // 32), self.groups)
         for matrix in range(first // rows, (first + count - 1) // rows + 1):
             start, stop = max(first - matrix * rows, 0), min(first + count - matrix * rows, rows)
             begin = start * self.bits // 32 // self.bits * self.bits  # words at which a code begins
@@ -193,46 +191,37 @@ class Integers(Grouped):
         dtype = self.module.specs["weight_scale"].dtype
         steps = np.float32(2**self.bits - 1)
         span = highs - lows if self.zero else np.maximum(-lows, highs) * np.float32(2)
-        bits = narrow(span / steps, dtype)
-        scales = widen(bits, dtype, np.float32)
-        tiny = narrow(np.array([EPS[dtype]], np.float32), dtype)
-        bits = np.where(scales == 0, tiny, bits)
+        kept = as_stored(span / steps, dtype)
+        scales = numbers(kept, dtype)
+        kept = np.where(scales == 0, as_stored(np.array([EPS[dtype]], np.float32), dtype), kept)
         if not self.zero:
-            return Fit(widen(bits, dtype, np.float32), bits)
+            return Fit(numbers(kept, dtype), kept)
         least, most = -(2.0 ** (self.bits - 1)), 2.0 ** (self.bits - 1) - 1
         with np.errstate(divide="ignore", invalid="ignore"):
             zeros = np.nan_to_num(np.float32(least) - lows / scales)  # 0 where all numbers are 0, as the library has it
         if self.module.specs["weight_zero_point"].dtype == "U8":
             least = 0
-        return Fit(widen(bits, dtype, np.float32), bits, np.rint(np.clip(zeros, least, most)))
-
-    def kept(self, parts: Parts) -> Array:
-        """Return all scales as they are stored, in the form of `Fit.kept`."""
-        bits: Array = parts.whole("weight_scale").view(unsigned(self.module.specs["weight_scale"].dtype))
-        return bits.reshape(-1, self.groups)
+        return Fit(numbers(kept, dtype), kept, np.rint(np.clip(zeros, least, most)))
 
     def packed(self, codes: Array) -> Array:
         """Return rows of codes as rows of bytes."""
         width = self.module.specs[self.codes_part].shape[-1]
-        return codes if self.codes_part == "weight" else pack(codes, self.bits, 4 * width)
+        return pack(codes, self.bits, 4 * width) if self.codes_part == "weight_packed" else codes
 
     def parts_of(self, packed: Array, fit: Fit | None) -> Mapping[str, Array]:
         """Return codes, scales and zero points as they are stored."""
         spec = self.module.specs[self.codes_part]
-        parts = {self.codes_part: packed.view("<i4" if spec.dtype == "I32" else "<i1").reshape(spec.shape)}
-        if fit is not None:
-            scale = self.module.specs["weight_scale"]
-            bits = fit.kept if scale.dtype == "BF16" else fit.kept.view(f"<f{fit.kept.itemsize}")
-            parts["weight_scale"] = bits.reshape(scale.shape)
-            if fit.zeros is not None:
-                spec = self.module.specs["weight_zero_point"]
-                parts["weight_zero_point"] = self._stored_zeros(fit.zeros, spec.dtype).reshape(spec.shape)
-        return parts
+        codes = packed.view("<i4" if spec.dtype == "I32" else "<i1").reshape(spec.shape)
+        made = {self.codes_part: codes, **self.new_scales(fit)}
+        if fit is not None and fit.zeros is not None:
+            spec = self.module.specs[self.zero_part]
+            made[self.zero_part] = self._stored_zeros(fit.zeros, spec.dtype).reshape(spec.shape)
+        return made
 
     def _stored_zeros(self, zeros: Array, dtype: str) -> Array:
         if self.zero == "plain":
             whole = {"I8": np.int8, "U8": np.uint8}.get(dtype)
-            return zeros.astype(whole) if whole else narrow(zeros, dtype).view(unsigned(dtype))
+            return zeros.astype(whole) if whole else as_stored(zeros, dtype)
         codes = (zeros - np.float32(self.levels.least)).astype(np.uint8).reshape(-1, self.shape[-2], self.groups)
         nbytes = 4 * -(-self.shape[-2] * self.bits // 32)
         along = codes.transpose(0, 2, 1).reshape(-1, self.shape[-2])
@@ -242,4 +231,4 @@ class Integers(Grouped):
 
 def _widened(stored: Array, dtype: str) -> Array:
     """Return stored floats or small integers in float32."""
-    return widen(stored, dtype, np.float32) if dtype == "BF16" else stored.astype(np.float32)
+    return stored.astype(np.float32) if dtype in ("I8", "U8") else numbers(stored, dtype)

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from loratools.storage.codecs.floats import Array
 from loratools.storage.codecs.tables import E2M1
 
-Array = np.ndarray[Any, np.dtype[Any]]
 Draw = Callable[[tuple[int, ...]], Array]
 
 
@@ -44,21 +44,22 @@ class Levels(Protocol):
 class Whole:
     """Integers from -2^(bits-1) to 2^(bits-1)-1, whose code is their distance from the least, or a byte each.
 
-    A byte is in two's complement.
+    A byte is in two's complement. Those that are not `signed` count from 0.
     """
 
     bits: int
     bytes: bool = False
+    signed: bool = True
 
     @property
     def least(self) -> float:
         """The smallest integer."""
-        return -float(1 << self.bits - 1)
+        return -float(1 << self.bits - 1) if self.signed else 0.0
 
     @property
     def most(self) -> float:
         """The largest integer."""
-        return -self.least - 1
+        return self.least + (1 << self.bits) - 1
 
     @property
     def table(self) -> Array:

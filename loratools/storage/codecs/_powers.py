@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from loratools.storage.codecs._levels import Levels
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from loratools.storage.codecs.floats import Array
 
 
 def exponents(blocks: Array, levels: Levels) -> Array:

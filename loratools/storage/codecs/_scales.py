@@ -104,9 +104,8 @@ def stored(scales: Array, dtype: str) -> Array:
     """Return scales in the dtype in which they are stored; BF16 and 8-bit floats as their bits."""
     if dtype in POWERS:
         return (np.frexp(scales)[1] + 126).astype(np.uint8)
-    if dtype == "BF16":
-        return narrow(scales, dtype)
-    return scales.astype({"F16": np.float16, "F32": np.float32, "F64": np.float64}[dtype])
+    bits = narrow(scales, dtype)
+    return bits if dtype == "BF16" else bits.view(f"<f{bits.itemsize}")
 
 
 def read_back(scales: Array, dtype: str) -> Array:

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from loratools.storage.codecs import Encoding, Module, Parts
-from loratools.storage.codecs._grouped import Grouped
 from loratools.storage.codecs._groups import Fit, Stored
 from loratools.storage.codecs._levels import INT4
 from loratools.storage.codecs._packed import pack, unpack, words_of
-from loratools.storage.codecs.floats import Array, narrow, unsigned, widen
+from loratools.storage.codecs._scales import stored as as_stored
+from loratools.storage.codecs._transposed import Transposed, check_parts
+from loratools.storage.codecs.floats import Array
 from loratools.storage.codecs.state import listed
 from loratools.storage.codecs.tables import numbers
-from loratools.storage.codecs.turned import is_turned
 
 _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """The nibble of a word that holds row 0, 1, 2, … of its eight."""
@@ -31,9 +31,7 @@ _ROWS = (0, 2, 4, 6, 1, 3, 5, 7)
 
 def opened(module: Module) -> Encoding:
     """Return how an AWQ weight is stored; raise `UnsupportedAdapter` for another layout than GEMM, or other bits."""
-    module.need("qweight", "qzeros", "scales")
-    if is_turned(module):
-        raise module.refuse("its plain weight is stored [in, out], as GPT-2's, and its codes are not turned")
+    check_parts(module)
     statement, specs = module.statement, module.specs
     _check_layout(module)
     qweight, qzeros, scales = (specs[part] for part in ("qweight", "qzeros", "scales"))
@@ -78,15 +76,14 @@ def _check_layout(module: Module) -> None:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Awq(Grouped):
+class Awq(Transposed):
     """Nibbles of eight rows in a word."""
 
     def stored(self, parts: Parts, first: int, count: int) -> Stored:
         """Return so many rows from `first` on, which are columns of what is stored."""
-        scales = numbers(parts.whole("scales")[:, first : first + count], self.module.specs["scales"].dtype)
         zeros = _unpacked(parts.whole("qzeros"), first, count).astype(np.float32) + np.float32(self.levels.least)
         codes = _unpacked(parts.whole("qweight"), first, count)
-        return Stored(codes, np.ascontiguousarray(scales.T), zeros)
+        return Stored(codes, self.scales(parts, first, count), zeros)
 
     def fit(self, parts: Parts, first: int, lows: Array, highs: Array, W: Array, largest: float) -> Fit:
         """Return (max − min) / 15, at least 1e-5 / 15, and the zero point −min / scale, as autoawq does.
@@ -96,13 +93,8 @@ class Awq(Grouped):
         step = np.maximum(highs - lows, np.float32(1e-5)) / np.float32(15)
         zeros = np.clip(-np.rint(lows / step), 0, 15) + self.levels.least
         dtype = self.module.specs["scales"].dtype
-        kept = narrow(step, dtype)
-        return Fit(widen(kept, dtype, np.float32), kept, zeros.astype(np.float32))
-
-    def kept(self, parts: Parts) -> Array:
-        """Return all scales as they are stored, in the form of `Fit.kept`."""
-        bits: Array = parts.whole("scales").view(unsigned(self.module.specs["scales"].dtype)).T
-        return bits
+        kept = as_stored(step, dtype)
+        return Fit(numbers(kept, dtype), kept, zeros.astype(np.float32))
 
     def packed(self, codes: Array) -> Array:
         """Return rows of codes as rows of bytes, two in each, until all rows are there."""
@@ -111,10 +103,8 @@ class Awq(Grouped):
     def parts_of(self, packed: Array, fit: Fit | None) -> Mapping[str, Array]:
         """Return codes, scales and zero points transposed, as they are stored."""
         specs = self.module.specs
-        parts = {"qweight": _packed(unpack(packed, 4, self.columns).T).view(words_of(specs["qweight"].dtype))}
-        if fit is not None:
-            scales = np.ascontiguousarray(fit.kept.T)
-            parts["scales"] = scales if specs["scales"].dtype == "BF16" else scales.view(f"<f{fit.kept.itemsize}")
+        words = _packed(unpack(packed, 4, self.columns).T).view(words_of(specs["qweight"].dtype))
+        parts = {"qweight": words, **self.new_scales(fit)}
         if fit is not None and fit.zeros is not None:
             codes = (fit.zeros.T - np.float32(self.levels.least)).astype(np.uint8)
             parts["qzeros"] = _packed(codes).view(words_of(specs["qzeros"].dtype))

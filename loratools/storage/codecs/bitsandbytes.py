@@ -22,6 +22,7 @@ from loratools.storage.codecs import Encoder, Encoding, Grid, Module, Parts
 from loratools.storage.codecs._bnb_encoders import FourBitEncoder, TurnedEncoder
 from loratools.storage.codecs._bnb_int8 import Int8Encoder, int8_values
 from loratools.storage.codecs.floats import Array
+from loratools.storage.codecs.state import listed
 from loratools.storage.codecs.tables import numbers
 from loratools.storage.codecs.turned import is_turned
 from loratools.storage.files import read_bytes
@@ -54,7 +55,7 @@ def opened(module: Module) -> Encoding:
 
 def plain(statement: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
     """Return the statement with these modules in `llm_int8_skip_modules`, which both 8 and 4 bit read."""
-    return {**statement, "llm_int8_skip_modules": [*(statement.get("llm_int8_skip_modules") or ()), *modules]}
+    return {**statement, "llm_int8_skip_modules": listed(statement, "llm_int8_skip_modules", modules)}
 
 
 def _int8(module: Module) -> Encoding:
@@ -138,8 +139,7 @@ def _map(module: Module, part: str, count: int) -> Array:
     spec = module.specs[part]
     if spec.shape != (count,) or spec.dtype not in ("F32", "F16", "BF16"):
         raise module.refuse(f"its {part} is {spec.dtype} {list(spec.shape)}, and {count} numbers were expected")
-    stored = np.frombuffer(read_bytes(spec), {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[spec.dtype])
-    found = numbers(stored, spec.dtype)
+    found = numbers(module.read(part), spec.dtype)
     if not np.isfinite(found).all():
         raise module.refuse(f"its {part} has numbers that are not finite")
     return found

@@ -14,13 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
-from loratools.storage import files
 from loratools.storage.codecs import Encoding, Module
 from loratools.storage.codecs._fp8 import Blocks, fitted
 from loratools.storage.codecs._integers import integers
 from loratools.storage.codecs._scales import by_inverse
 from loratools.storage.codecs._tiled import mxfp8, nvfp4
 from loratools.storage.codecs.state import HEADER
+from loratools.storage.files import read_bytes
 
 _MOST = 1 << 16
 """Bytes of a layer's JSON; ComfyUI writes some fifty."""
@@ -79,11 +79,8 @@ def _layer(module: Module) -> Mapping[str, Any]:
         spec = module.specs["comfy_quant"]
         if spec.dtype != "U8" or spec.nbytes > _MOST:
             raise module.refuse(f"comfy_quant is {spec.dtype} {list(spec.shape)}, and the bytes of JSON were expected")
-        raw = bytearray(spec.nbytes)
-        with files.opened(spec) as read:
-            read(memoryview(raw), 0)
         try:
-            stated = json.loads(raw)
+            stated = json.loads(bytes(read_bytes(spec)))
         except (ValueError, RecursionError):
             raise module.refuse("comfy_quant is no JSON") from None
     if not isinstance(stated, Mapping):

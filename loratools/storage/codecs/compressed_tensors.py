@@ -14,7 +14,6 @@ Scales are by tensor, row, block, or group along the row; `weight_g_idx` has the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +29,7 @@ from loratools.storage.codecs._levels import FP6
 from loratools.storage.codecs._scales import POWERS, by_power, by_quotient
 from loratools.storage.codecs._targets import group_of, listed
 from loratools.storage.codecs.floats import Array, widen
+from loratools.storage.codecs.state import is_block
 
 _NAIVE = ("int-quantized", "naive-quantized", "float-quantized")
 
@@ -72,9 +72,6 @@ def plain(statement: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any
     return {**statement, "ignore": listed(statement.get("ignore"), modules)}
 
 
-_NAIVE = ("int-quantized", "naive-quantized", "float-quantized")
-
-
 def _agree(
     module: Module, arguments: Mapping[str, Any], kind: str, form: str | None, forms: Sequence[str],
     bits: int | None = None, width: int | None = None,
@@ -93,14 +90,14 @@ def _agree(
 def _fp8(module: Module, arguments: Mapping[str, Any]) -> Fp8:
     """Return how FP8 codes are stored, with scales by what config.json says, or what fits where it says nothing."""
     weight, scale = module.specs["weight"], module.specs["weight_scale"]
-    if "weight_zero_point" in module.specs and any(_whole(module, "weight_zero_point").reshape(-1).view("u1") & 127):
+    if "weight_zero_point" in module.specs and any(module.read("weight_zero_point").reshape(-1).view("u1") & 127):
         raise module.refuse("it has zero points, which are not read beside FP8")
     rows, columns = weight.shape[-2:]
     size, block = arguments.get("group_size"), arguments.get("block_structure")
     choices = {"tensor": Sides(rows, columns), "channel": Sides(1, columns)}
     if isinstance(size, int) and size > 0:
         choices["group"] = Sides(1, size)
-    if isinstance(block, list | tuple) and len(block) == 2 and all(type(side) is int and side > 0 for side in block):
+    if is_block(block):
         choices["block"] = Sides(*block)
     if scale.dtype in POWERS:
         return fitted(module, "weight_scale", [Sides(1, 32)], by_power)
@@ -114,11 +111,6 @@ def _fp8(module: Module, arguments: Mapping[str, Any]) -> Fp8:
         return np.where(most == 0, np.float32(eps), by_quotient(most, largest)[0]), None
 
     return fitted(module, "weight_scale", wanted, rule)
-
-
-def _whole(module: Module, part: str) -> Array:
-    with ExitStack() as stack:
-        return Parts(module, stack).whole(part)
 
 
 _SIMULATED = "plain numbers whose quantization is only simulated (frozen): it goes, with its scales"

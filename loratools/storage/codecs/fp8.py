@@ -9,13 +9,13 @@ powers of two, one byte for 32 numbers of a row.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import prod
 from typing import Any
 
 from loratools.errors import UnsupportedAdapter
 from loratools.storage.codecs import Encoding, Module
-from loratools.storage.codecs._fp8 import Blocks, fitted
+from loratools.storage.codecs._fp8 import Blocks, fitted, of_stacks
 from loratools.storage.codecs._scales import POWERS, by_factor, by_power, by_quotient
+from loratools.storage.codecs.state import is_block, listed
 
 _SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
 """The names of the scales: transformers, fbgemm, DeepSeek-V4, Mistral."""
@@ -52,7 +52,7 @@ def plain(statement: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any
         before + experts[:-1] for before, experts, _ in (path.partition(_EXPERTS) for path in modules)
     )
     lists = [key for key in _LISTS if statement.get(key)] or _LISTS[:1]
-    return {**statement, **{key: [*(statement.get(key) or ()), *paths] for key in lists}}
+    return {**statement, **{key: listed(statement, key, paths) for key in lists}}
 
 
 def _choices(module: Module, shape: tuple[int, ...], powers: bool) -> list[Blocks]:
@@ -64,18 +64,8 @@ def _choices(module: Module, shape: tuple[int, ...], powers: bool) -> list[Block
     if module.statement.get("quant_method") == "fbgemm_fp8":  # its stacks are (experts, in, out)
         return [by_row] if len(shape) == 2 else [Blocks(rows, 1)]
     stated = module.statement.get("weight_block_size")
-    if stated is not None and not _is_block(stated):
+    if stated is not None and not is_block(stated):
         raise module.refuse(f"config.json's weight_block_size is {stated}, and two sides were expected")
     sides = tuple(stated) if stated else (1, 32) if powers else (128, 128)
     blocks = [Blocks(*sides), by_tensor, by_row] if stated else [by_tensor, by_row, Blocks(*sides)]
-    if len(shape) > 2:
-        if rows % 2 == 0:  # gate and up, quantized apart, lie one below the other
-            blocks += [Blocks(min(each.height, rows // 2), each.width, rows // 2) for each in blocks]
-        blocks.append(Blocks(rows * prod(shape[:-2]), columns, rows * prod(shape[:-2])))  # one scale for all experts
-    return blocks
-
-
-def _is_block(stated: Any) -> bool:
-    return (
-        isinstance(stated, list | tuple) and len(stated) == 2 and all(type(side) is int and side > 0 for side in stated)
-    )
+    return of_stacks(blocks, shape)

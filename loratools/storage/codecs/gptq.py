@@ -18,16 +18,15 @@ import numpy as np
 from loratools.decisions import warned
 from loratools.linalg.native import codes as native
 from loratools.storage.codecs import Encoding, Module, Parts
-from loratools.storage.codecs._grouped import Grouped
 from loratools.storage.codecs._groups import Fit, Packed
 from loratools.storage.codecs._levels import Whole
 from loratools.storage.codecs._packed import pack, unpack, words, words_of
-from loratools.storage.codecs.floats import Array, narrow, unsigned, widen
+from loratools.storage.codecs._scales import stored as as_stored
+from loratools.storage.codecs._transposed import Transposed, check_parts
+from loratools.storage.codecs.floats import Array
 from loratools.storage.codecs.state import by_module, listed
 from loratools.storage.codecs.tables import numbers
-from loratools.storage.codecs.turned import is_turned
 from loratools.storage.dtypes import bits as bits_of
-from loratools.storage.files import read_bytes
 
 _BITS = (2, 3, 4, 8)
 _WORDS = frozenset({"I32", "U32", "I64", "U64", "I16", "U16", "I8", "U8"})
@@ -37,9 +36,7 @@ _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pro
 
 def opened(module: Module) -> Encoding:
     """Return how a GPTQ weight is stored; raise `UnsupportedAdapter` where its parts, or config.json, do not agree."""
-    module.need("qweight", "qzeros", "scales")
-    if is_turned(module):
-        raise module.refuse("its plain weight is stored [in, out], as GPT-2's, and its codes are not turned")
+    check_parts(module)
     statement, specs = module.statement, module.specs
     qweight, qzeros, scales, g_idx = (specs.get(part) for part in ("qweight", "qzeros", "scales", "g_idx"))
     assert qweight
@@ -136,10 +133,9 @@ def _order(module: Module, columns: int, groups: int, size: int) -> Array | None
     Raises `UnsupportedAdapter` for groups that there are not, and for an order of which config.json says that it is
     none: loaders read such a file in two ways.
     """
-    g_idx = module.specs.get("g_idx")
-    if g_idx is None:
+    if "g_idx" not in module.specs:
         return None
-    of_column = np.frombuffer(read_bytes(g_idx), "<i4" if g_idx.dtype == "I32" else "<i8").astype(np.int64)
+    of_column = module.read("g_idx").astype(np.int64)
     if np.array_equal(of_column, np.arange(columns) // size):
         return None
     if not np.array_equal(np.unique(of_column), np.arange(groups)):
@@ -150,7 +146,7 @@ def _order(module: Module, columns: int, groups: int, size: int) -> Array | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Gptq(Grouped):
+class Gptq(Transposed):
     """Codes packed along the columns; `offset` is added to stored zero points."""
 
     offset: int = 1
@@ -161,8 +157,7 @@ class Gptq(Grouped):
         octets = native.turned(words, first, count)
         if octets is None:
             octets = np.ascontiguousarray(words[:, first : first + count].T).view(np.uint8).reshape(count, -1)
-        scales = numbers(parts.whole("scales")[:, first : first + count], self.module.specs["scales"].dtype)
-        return Packed(octets, self.bits, np.ascontiguousarray(scales.T), self._zeros(parts, first, count))
+        return Packed(octets, self.bits, self.scales(parts, first, count), self._zeros(parts, first, count))
 
     def fit(self, parts: Parts, first: int, lows: Array, highs: Array, W: Array, largest: float) -> Fit:
         """Return (max − min) / (2^bits − 1) and the zero point that goes with it, in the dtype of the scales.
@@ -180,16 +175,10 @@ class Gptq(Grouped):
             lows = np.minimum(lows, -highs / (top - 1))
         step = np.where(highs == lows, np.float32(1), highs - lows) / top
         dtype = self.module.specs["scales"].dtype
-        kept = narrow(step, dtype)
-        scales = widen(kept, dtype, np.float32)
+        kept = as_stored(step, dtype)
         half = self.levels.least
         zeros = np.zeros_like(step) if symmetric else np.clip(np.rint(-lows / step), self.offset, top) + half
-        return Fit(scales, kept, zeros.astype(np.float32))
-
-    def kept(self, parts: Parts) -> Array:
-        """Return all scales as they are stored, in the form of `Fit.kept`."""
-        bits: Array = parts.whole("scales").view(unsigned(self.module.specs["scales"].dtype)).T
-        return bits
+        return Fit(numbers(kept, dtype), kept, zeros.astype(np.float32))
 
     def packed(self, codes: Array) -> Array:
         """Return rows of codes as rows of bytes."""
@@ -199,10 +188,8 @@ class Gptq(Grouped):
     def parts_of(self, packed: Array, fit: Fit | None) -> Mapping[str, Array]:
         """Return codes, scales and zero points transposed, as they are stored."""
         specs = self.module.specs
-        parts = {"qweight": np.ascontiguousarray(packed.view(words_of(specs["qweight"].dtype)).T)}
-        if fit is not None:
-            scales = np.ascontiguousarray(fit.kept.T)
-            parts["scales"] = scales if specs["scales"].dtype == "BF16" else scales.view(f"<f{fit.kept.itemsize}")
+        words = np.ascontiguousarray(packed.view(words_of(specs["qweight"].dtype)).T)
+        parts = {"qweight": words, **self.new_scales(fit)}
         if fit is not None and fit.zeros is not None:
             mask = (1 << self.bits) - 1
             codes = (fit.zeros.T.astype(np.int16) - int(self.levels.least) - self.offset) & mask

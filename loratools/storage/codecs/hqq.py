@@ -19,8 +19,8 @@ from loratools.decisions import warned
 from loratools.storage import dtypes
 from loratools.storage.codecs import Encoding, Module, Parts
 from loratools.storage.codecs.floats import Array
+from loratools.storage.codecs.state import listed
 from loratools.storage.codecs.tables import numbers
-from loratools.storage.files import read_bytes
 
 _LONGEST = 64
 
@@ -72,7 +72,7 @@ def plain(statement: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any
         "the modules that are 16 bit now stand in `skip_modules` of config.json by their paths; transformers tells "
         "layers of HQQ by tags that all blocks share, and may not load a model of which a part is quantized"
     )
-    return {**statement, "skip_modules": [*(statement.get("skip_modules") or ()), *modules]}
+    return {**statement, "skip_modules": listed(statement, "skip_modules", modules)}
 
 
 _TERNARY = float(np.float32(1.58))
@@ -82,8 +82,7 @@ def _integers(module: Module, part: str) -> Array:
     spec = module.specs[part]
     if spec.dtype not in ("I64", "I32", "U8", "F32") or spec.parameters > _LONGEST:
         raise module.refuse(f"its {part} is {spec.dtype} {list(spec.shape)}, and a few numbers were expected")
-    kinds = {"I64": "<i8", "I32": "<i4", "U8": "<u1", "F32": "<f4"}
-    return np.frombuffer(read_bytes(spec), kinds[spec.dtype])
+    return module.read(part).reshape(-1)
 
 
 def _number(module: Module, part: str, usual: float) -> float:

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from loratools.storage.codecs import Encoder, Encoding, Grid, Module, Parts
 from loratools.storage.codecs._grouped import Grouped
 from loratools.storage.codecs._groups import Fit, Stored
-from loratools.storage.codecs._levels import Draw, Floats
+from loratools.storage.codecs._levels import Draw, Floats, Whole
 from loratools.storage.codecs._packed import pack, unpack
-from loratools.storage.codecs._scales import by_power, rounded, stored
-from loratools.storage.codecs.floats import Array, narrow, unsigned, widen
+from loratools.storage.codecs._scales import by_power, read_back, rounded, stored
+from loratools.storage.codecs.floats import Array
 from loratools.storage.codecs.tables import E2M1, numbers, table
 
 _AFFINE_BITS, _AFFINE_GROUPS = (1, 2, 3, 4, 5, 6, 8), (32, 64, 128)
@@ -47,7 +47,9 @@ def opened(module: Module) -> Encoding:
     label = f"MLX {bits} bit, groups of {size}" if mode == "affine" else f"MLX {mode}, groups of {size}"
     shape = (*weight.shape[:-1], columns)
     if mode == "affine":
-        return Affine(module, shape, label, bits, (1, size), levels=Count(bits), width=size, codes_part="weight")
+        return Affine(
+            module, shape, label, bits, (1, size), levels=Whole(bits, signed=False), width=size, codes_part="weight"
+        )
     levels = _FP4 if bits == 4 else _FP8
     return FloatMode(module, shape, label, bits, (1, size), levels=levels, width=size, codes_part="weight", mode=mode)
 
@@ -89,30 +91,6 @@ def _settings(module: Module) -> tuple[str, int, int]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Count:
-    """Integers from 0 on, of so many bits: levels as `_levels` has them."""
-
-    bits: int
-    least: float = 0.0
-
-    @property
-    def most(self) -> float:
-        """The largest integer."""
-        return float((1 << self.bits) - 1)
-
-    @property
-    def table(self) -> Array:
-        """The integers by code."""
-        return np.arange(1 << self.bits, dtype=np.float32)
-
-    def codes(self, x: Array, draw: Draw | None = None) -> Array:
-        """Return the codes of numbers."""
-        rounded = np.rint(x) if draw is None else np.floor(x + draw(x.shape))
-        codes: Array = np.clip(np.nan_to_num(rounded, nan=0.0), 0, self.most).astype(np.uint8)
-        return codes
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class _Fp4(Floats):
     """E2M1 as mlx rounds to it: of two codes as near the one nearer to zero, and zero without a sign."""
 
@@ -150,6 +128,8 @@ _FP4, _FP8 = _Fp4(E2M1), _Fp8()
 @dataclass(frozen=True, slots=True, eq=False)
 class Mlx(Grouped):
     """Codes in words of 32 bits, row by row."""
+
+    scale_part: ClassVar[str] = "scales"
 
     @property
     def name(self) -> str:
@@ -201,29 +181,27 @@ class Affine(Mlx):
         bias is that edge. Numbers are rounded by the scale before that is rounded.
         """
         dtype = self.module.specs["scales"].dtype
-        lows, highs = (widen(narrow(edge, dtype), dtype, np.float32) for edge in (lows, highs))
+        lows, highs = (read_back(edge, dtype) for edge in (lows, highs))
         below = np.abs(lows) > np.abs(highs)
         scale = np.maximum((highs - lows) / np.float32(self.levels.most), np.float32(1e-7))
         scale = np.where(below, scale, -scale)
         edge = np.where(below, lows, highs)
         steps = np.rint(edge / scale)
         by = np.where(steps != 0, edge / np.where(steps != 0, steps, 1), scale)
-        kept = np.stack([narrow(by, dtype), narrow(np.where(steps != 0, edge, 0), dtype)], axis=-1)
-        scales, biases = (widen(kept[..., i], dtype, np.float32) for i in (0, 1))
-        return Fit(scales, kept, biases, W=widen(narrow(W, dtype), dtype, np.float32), by=by)
+        kept = np.stack([stored(by, dtype), stored(np.where(steps != 0, edge, 0), dtype)], axis=-1)
+        scales, biases = (numbers(kept[..., i], dtype) for i in (0, 1))
+        return Fit(scales, kept, biases, W=read_back(W, dtype), by=by)
 
     def kept(self, parts: Parts) -> Array:
         """Return all scales and biases as they are stored, in the form of `Fit.kept`."""
-        stored = [parts.whole(part).reshape(-1, self.groups) for part in ("scales", "biases")]
-        return np.stack(stored, axis=-1).view(unsigned(self.module.specs["scales"].dtype))
+        return np.stack([parts.whole(part).reshape(-1, self.groups) for part in ("scales", "biases")], axis=-1)
 
     def parts_of(self, packed: Array, fit: Fit | None) -> Mapping[str, Array]:
         """Return codes, scales and biases as they are stored."""
         parts = {"weight": self.of_stack(packed.view("<u4"))}
         if fit is not None:
-            dtype = "<u2" if self.module.specs["scales"].dtype == "BF16" else f"<f{fit.kept.itemsize}"
             for i, part in enumerate(("scales", "biases")):
-                parts[part] = self.of_stack(np.ascontiguousarray(fit.kept[..., i]).view(dtype))
+                parts[part] = self.of_stack(np.ascontiguousarray(fit.kept[..., i]))
         return parts
 
 
@@ -258,16 +236,9 @@ class FloatMode(Mlx):
             raise self.module.refuse("it has a global_scale, to which no new scales are fitted", "Use its own grid.")
         return Grouped.encoder(self, parts, grid, draw)
 
-    def kept(self, parts: Parts) -> Array:
-        """Return all scales as they are stored, in the form of `Fit.kept`."""
-        return parts.whole("scales").reshape(-1, self.groups)
-
     def parts_of(self, packed: Array, fit: Fit | None) -> Mapping[str, Array]:
         """Return codes and scales as they are stored."""
-        parts = {"weight": self.of_stack(packed.view("<u4"))}
-        if fit is not None:
-            parts["scales"] = self.of_stack(fit.kept)
-        return parts
+        return {"weight": self.of_stack(packed.view("<u4")), **self.new_scales(fit)}
 
     def _of_matrices(self, parts: Parts, first: int, count: int) -> Array:
         """Return what multiplies all of a matrix, for each of these rows."""

@@ -13,7 +13,6 @@ W·diag(pre_quant_scale), and that is what this codec shows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import prod
@@ -24,14 +23,11 @@ import numpy as np
 from loratools.storage import dtypes
 from loratools.storage.codecs import Encoder, Encoding, Grid, Module, Parts
 from loratools.storage.codecs._blocks import blocks
-from loratools.storage.codecs._fp8 import DTYPES, Fp8, fitted
+from loratools.storage.codecs._fp8 import DTYPES, Fp8, fitted, of_stacks
 from loratools.storage.codecs._fp8 import Blocks as Sides
-from loratools.storage.codecs._grouped import Grouped
-from loratools.storage.codecs._groups import Fit, Stored
-from loratools.storage.codecs._levels import INT4, Draw
-from loratools.storage.codecs._rows8 import Rows8
-from loratools.storage.codecs._scales import POWERS, by_power, by_quotient, read_back
-from loratools.storage.codecs._scales import stored as as_stored
+from loratools.storage.codecs._levels import Draw
+from loratools.storage.codecs._scales import POWERS, by_power, by_quotient
+from loratools.storage.codecs._symmetric import eights, fours
 from loratools.storage.codecs.floats import Array
 from loratools.storage.codecs.tables import numbers
 
@@ -102,15 +98,12 @@ def _algorithm(module: Module) -> str:
 
 
 def _fp8(module: Module) -> Fp8:
-    *stack, rows, columns = module.specs["weight"].shape
+    shape = module.specs["weight"].shape
+    rows, columns = shape[-2:]
     if module.specs["weight_scale"].dtype in POWERS:
         return fitted(module, "weight_scale", [Sides(1, 32)], by_power)
     choices = [Sides(rows, columns), Sides(1, columns), Sides(128, 128)]
-    if stack and rows % 2 == 0:  # gate and up, quantized apart, lie one below the other
-        choices += [Sides(min(each.height, rows // 2), each.width, rows // 2) for each in choices]
-    if stack:  # one scale for all experts
-        choices.append(Sides(rows * prod(stack), columns, rows * prod(stack)))
-    return fitted(module, "weight_scale", choices, by_quotient)
+    return fitted(module, "weight_scale", of_stacks(choices, shape), by_quotient)
 
 
 def _nvfp4(module: Module) -> Encoding:
@@ -118,66 +111,10 @@ def _nvfp4(module: Module) -> Encoding:
     return blocks(module, "weight", whole="weight_scale_2", width=16, name="NVFP4", keep=keep)
 
 
-def _int4(module: Module) -> Encoding:
-    """Return how 4-bit integers are stored, row 2i in the low bits of a byte and row 2i + 1 in the high bits."""
-    weight, scale = module.specs["weight"], module.specs["weight_scale"]
-    *stack, pairs, columns = weight.shape
-    shape = (*stack, 2 * pairs, columns)
-    groups = scale.shape[-1] if scale.shape else 0
-    if scale.dtype not in dtypes.FLOATS or scale.shape[:-1] != shape[:-1] or not groups or columns % groups:
-        raise module.refuse(
-            f"its weight {list(weight.shape)} and weight_scale {scale.dtype} {list(scale.shape)} do not fit"
-        )
-    width = columns // groups
-    stated = module.statement.get("group_size")
-    if isinstance(stated, int) and stated not in (0, width):
-        raise module.refuse(f"config.json says groups of {stated}, and its scales are of {width}")
-    label = f"4-bit integers, groups of {width}, two rows a byte"
-    return Pairs(module, shape, label, 4, (1, width), 2, INT4, 1, width, "weight")
-
-
 _READERS: Mapping[str, Callable[[Module], Encoding]] = {
-    "FP8": _fp8, "NVFP4": _nvfp4, "MXFP4": lambda module: blocks(module, "weight"), "4-bit integers": _int4,
-    "8-bit integers": Rows8.of,
+    "FP8": _fp8, "NVFP4": _nvfp4, "MXFP4": lambda module: blocks(module, "weight"), "4-bit integers": fours,
+    "8-bit integers": eights,
 }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Pairs(Grouped):
-    """4-bit integers in two's complement, two rows a byte, with scales max|w| / 7."""
-
-    def stored(self, parts: Parts, first: int, count: int) -> Stored:
-        """Return codes and scales of rows."""
-        start, stop = first // 2, (first + count + 1) // 2
-        packed = parts.joined("weight", start, stop)
-        codes = np.empty((stop - start, 2, self.columns), np.uint8)
-        np.bitwise_and(packed, 15, out=codes[:, 0])
-        np.right_shift(packed, 4, out=codes[:, 1])
-        codes ^= 8  # counted from the least
-        rows = codes.reshape(-1, self.columns)[first - 2 * start :][:count]
-        scales = parts.joined("weight_scale", first, first + count)
-        return Stored(rows, numbers(scales, self.module.specs["weight_scale"].dtype))
-
-    def fit(self, parts: Parts, first: int, lows: Array, highs: Array, W: Array, largest: float) -> Fit:
-        """Return max|w| / 7, 1 for zeros."""
-        dtype = self.module.specs["weight_scale"].dtype
-        scales = np.maximum(-lows, highs) / np.float32(7)
-        scales = np.where(scales == 0, np.float32(1), scales)
-        return Fit(read_back(scales, dtype), as_stored(scales, dtype))
-
-    def kept(self, parts: Parts) -> Array:
-        """Return all scales as they are stored, in the form of `Fit.kept`."""
-        return parts.whole("weight_scale").reshape(-1, self.groups)
-
-    def packed(self, codes: Array) -> Array:
-        """Return rows of codes, each in a byte of its own yet."""
-        return codes ^ np.uint8(8)
-
-    def parts_of(self, packed: Array, fit: Fit | None) -> Mapping[str, Array]:
-        """Return codes, two rows a byte, and scales where they are new."""
-        specs = self.module.specs
-        made = {"weight": (packed[::2] | packed[1::2] << 4).reshape(specs["weight"].shape)}
-        return made | ({} if fit is None else {"weight_scale": fit.kept.reshape(specs["weight_scale"].shape)})
 
 
 def _with_inputs(inner: Encoding) -> Encoding:
@@ -185,8 +122,7 @@ def _with_inputs(inner: Encoding) -> Encoding:
     module, spec = inner.module, inner.module.specs["pre_quant_scale"]
     if spec.dtype not in dtypes.FLOATS or spec.parameters != inner.columns:
         raise module.refuse(f"its pre_quant_scale is {spec.dtype} {list(spec.shape)}, for {inner.columns} columns")
-    with ExitStack() as stack:
-        scales = Parts(module, stack).numbers("pre_quant_scale").reshape(-1)
+    scales = numbers(module.read("pre_quant_scale"), spec.dtype).reshape(-1)
     if not (np.isfinite(scales).all() and (scales != 0).all()):
         raise module.refuse("its pre_quant_scale has zeros, or no finite numbers")
     label = f"{inner.label}, scales of the inputs"

@@ -18,6 +18,7 @@ from loratools.storage.codecs._levels import FP4, Draw, reach
 from loratools.storage.codecs._packed import pack, unpack
 from loratools.storage.codecs._powers import exponents
 from loratools.storage.codecs.floats import Array
+from loratools.storage.codecs.state import listed
 from loratools.storage.codecs.tables import table
 
 BLOCK = 32
@@ -37,7 +38,7 @@ def opened(module: Module) -> Encoding:
 
 def plain(statement: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
     """Return the statement with the modules of these stacks in `modules_to_not_convert`."""
-    known = list(statement.get("modules_to_not_convert") or ())
+    known = listed(statement, "modules_to_not_convert", ())
     owners = dict.fromkeys(path.rpartition(".")[0] or path for path in modules)
     return {**statement, "modules_to_not_convert": [*known, *(path for path in owners if path not in known)]}
 

@@ -8,8 +8,8 @@ ComfyUI's files say it in the metadata of their header, which stands in an opene
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, TypeGuard
 
 HEADER = "_quantization_metadata"
 """Where a ComfyUI file says how its layers are quantized: in its header, as JSON: {"layers": {path: {"format": …}}}."""
@@ -38,6 +38,13 @@ def listed(statement: Mapping[str, Any], key: str, more: Iterable[str]) -> list[
     """Return a statement's list of modules with more of them; a new list where it has none."""
     before = statement.get(key)
     return [*(before if isinstance(before, list) else ()), *more]
+
+
+def is_block(stated: Any) -> TypeGuard[Sequence[int]]:
+    """Tell whether what a statement has of a block is its two sides."""
+    return (
+        isinstance(stated, list | tuple) and len(stated) == 2 and all(type(side) is int and side > 0 for side in stated)
+    )
 
 
 def by_module(statement: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -6,13 +6,10 @@ E4M3 has no infinity: 0x7F and 0xFF are NaN. E8M0 is 2^(byte − 127), 255 is Na
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import numpy as np
 
-from loratools.storage.codecs.floats import widen
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from loratools.storage.codecs.floats import Array, widen
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 """FP4 by its code."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -19,11 +19,13 @@ from loratools.errors import BadFile
 from loratools.storage import dtypes
 from loratools.storage.codecs import Encoding, Module, Parts
 from loratools.storage.codecs._fp8 import Blocks, Fp8, fitted
-from loratools.storage.codecs._grouped import Grouped
 from loratools.storage.codecs._groups import Fit, Stored
+from loratools.storage.codecs._integers import Integers
 from loratools.storage.codecs._levels import Whole
 from loratools.storage.codecs._scales import by_quotient
-from loratools.storage.codecs.floats import Array, narrow, unsigned
+from loratools.storage.codecs._scales import stored as as_stored
+from loratools.storage.codecs.floats import Array
+from loratools.storage.codecs.state import listed
 from loratools.storage.codecs.tables import numbers
 from loratools.storage.strict_json import parse_json_object
 
@@ -51,7 +53,7 @@ def opened(module: Module) -> Encoding:
 
 def plain(statement: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
     """Return the statement with these modules in `modules_to_not_convert`."""
-    return {**statement, "modules_to_not_convert": [*(statement.get("modules_to_not_convert") or ()), *modules]}
+    return {**statement, "modules_to_not_convert": listed(statement, "modules_to_not_convert", modules)}
 
 
 def _class(module: Module) -> tuple[str, dict[str, Any]]:
@@ -107,7 +109,8 @@ def _integer(module: Module, kind: str, data: Mapping[str, Any], block: tuple[in
     label = f"{kind} of {bits} bits, {by or f'blocks of {height} × {width}'}"
     together = height if height < rows else 1
     levels = Whole(bits, bytes=True)
-    return Affine(module, qdata.shape, label, 8, (height, width), together, levels, height, width, "qdata")
+    zeros = "" if zero is None else "plain"
+    return Affine(module, qdata.shape, label, 8, (height, width), together, levels, height, width, "qdata", zero=zeros)
 
 
 def _int4(module: Module, kind: str, data: Mapping[str, Any], block: tuple[int, ...]) -> Encoding:
@@ -150,21 +153,11 @@ class Float8(Fp8):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Affine(Grouped):
+class Affine(Integers):
     """Integers, a byte each, with scales and perhaps zero points: W = (q - zero)·scale."""
 
-    def stored(self, parts: Parts, first: int, count: int) -> Stored:
-        """Return codes, scales and zero points of rows."""
-        codes = parts.joined("qdata", first, first + count).view(np.uint8)
-        zeros = self._of_groups(parts, "zero_point", first, count) if "zero_point" in self.module.specs else None
-        return Stored(codes, self._of_groups(parts, "scale", first, count), zeros)
-
-    def _of_groups(self, parts: Parts, part: str, first: int, count: int) -> Array:
-        rows = (first + np.arange(count)) // self.height
-        start = int(rows[0])
-        stored, dtype = parts.joined(part, start, int(rows[-1]) + 1), self.module.specs[part].dtype
-        values = stored.astype(np.float32) if dtype == "I8" else numbers(stored, dtype)
-        return values[rows - start]
+    scale_part: ClassVar[str] = "scale"
+    zero_part: ClassVar[str] = "zero_point"
 
     def fit(self, parts: Parts, first: int, lows: Array, highs: Array, W: Array, largest: float) -> Fit:
         """Return max|w| over half the range; with zero points that are not 0, max - min over the range."""
@@ -176,8 +169,8 @@ class Affine(Grouped):
         span = highs - lows if lopsided else np.maximum(-lows, highs)
         steps = (most - least) / np.float32(1 if lopsided else 2)
         scales = np.maximum(span / steps, np.float32(_LEAST[dtype]))
-        kept = narrow(scales.astype(np.float32), dtype)
-        used = numbers(kept if dtype == "BF16" else kept.view(f"<f{kept.itemsize}"), dtype)
+        kept = as_stored(scales.astype(np.float32), dtype)
+        used = numbers(kept, dtype)
         if zero is None:
             return Fit(used, kept)
         zeros = np.clip(least - np.rint(lows / scales), least, most) if lopsided else np.zeros_like(used)
@@ -190,29 +183,6 @@ class Affine(Grouped):
         if stored.zeros is not None:
             self.apply(np.add, x, stored.zeros)
         return x
-
-    def kept(self, parts: Parts) -> Array:
-        """Return all scales as they are stored, in the form of `Fit.kept`."""
-        bits: Array = parts.whole("scale").view(unsigned(self.module.specs["scale"].dtype))
-        return bits.reshape(-1, self.groups)
-
-    def packed(self, codes: Array) -> Array:
-        """Return rows of codes as rows of bytes."""
-        return codes
-
-    def parts_of(self, packed: Array, fit: Fit | None) -> Mapping[str, Array]:
-        """Return codes, scales and zero points as they are stored."""
-        parts = {"qdata": packed.view("<i1").reshape(self.shape)}
-        if fit is not None:
-            spec = self.module.specs["scale"]
-            kept = fit.kept if spec.dtype == "BF16" else fit.kept.view(f"<f{fit.kept.itemsize}")
-            parts["scale"] = kept.reshape(spec.shape)
-            if fit.zeros is not None:
-                zero = self.module.specs["zero_point"]
-                bits = fit.zeros.astype("<i1") if zero.dtype == "I8" else narrow(fit.zeros, zero.dtype)
-                whole = bits if zero.dtype in ("I8", "BF16") else bits.view(f"<f{bits.itemsize}")
-                parts["zero_point"] = whole.reshape(zero.shape)
-        return parts
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import loratools
 from loratools.errors import UnsupportedAdapter
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import encodings, logical
-from tests.storage.codecs.recode import recoded
-from tests.storage.codecs.test_fp8 import K, Q, lora
-from tests.storage.codecs.test_gptq import COLUMNS, ROWS, Tensors, read
+from tests.storage.codecs.recode import K, Q, merges, read, recoded, saved_lora
+from tests.storage.codecs.test_gptq import COLUMNS, ROWS, Tensors
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # autoawq, WQLinear_GEMM.from_linear: the row that nibble i holds
 
@@ -74,7 +73,7 @@ def test_auto_round_packs_as_either(tmp_path: Path, packing: str | None) -> None
     stated = {"quant_method": "auto-round", "version": None, **({"packing_format": packing} if packing else {})}
     base = awq_base(tmp_path / "base", {Q: parts}, **stated)
     assert torch.equal(read(base).double(), W)
-    lora(tmp_path / "lora", Q, (ROWS, COLUMNS))
+    saved_lora(tmp_path / "lora", Q, (ROWS, COLUMNS))
     loratools.merge(base, tmp_path / "lora", tmp_path / "part", quantized="partial")
     config = json.loads((tmp_path / "part" / "config.json").read_text())["quantization_config"]
     assert config["extra_config"] == {Q: {"bits": 16, "data_type": "fp"}}
@@ -135,15 +134,6 @@ def test_fresh_scales_are_autoawqs(tmp_path: Path) -> None:
 def test_merges_by_every_policy(tmp_path: Path) -> None:
     (of_q, q), (of_k, k) = awq_module(), awq_module(seed=1)
     base = awq_base(tmp_path / "base", {Q: of_q, K: of_k})
-    delta = lora(tmp_path / "lora", Q, (ROWS, COLUMNS))
-    loratools.merge(base, tmp_path / "lora", tmp_path / "whole")
-    whole = load_file(tmp_path / "whole" / "model.safetensors")
-    assert set(whole) == {f"{Q}.weight", f"{K}.weight", "lm_head.weight"}
-    assert (whole[f"{Q}.weight"] != (q + delta).half()).double().mean() <= 1e-3
-    assert torch.equal(whole[f"{K}.weight"], k.half())
-    loratools.merge(base, tmp_path / "lora", tmp_path / "part", quantized="partial")
-    part, before = (load_file(tmp_path / name / "model.safetensors") for name in ("part", "base"))
-    assert torch.equal(part[f"{Q}.weight"], whole[f"{Q}.weight"])
-    assert all(torch.equal(part[name], tensor) for name, tensor in before.items() if not name.startswith(Q))
-    stated = json.loads((tmp_path / "part" / "config.json").read_text())["quantization_config"]
+    delta = saved_lora(tmp_path / "lora", Q, (ROWS, COLUMNS))
+    stated = merges(base, tmp_path / "lora", q + delta, k)
     assert set(stated["modules_to_not_convert"]) == {Q, "lm_head"}

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 import loratools
 from loratools.errors import UnsupportedAdapter
@@ -17,6 +16,7 @@ from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import logical
 from loratools.storage.files import chunks, read_tensor
 from tests.storage.codecs.bnb_models import SHAPES, M, eight_bit, exact, four_bit
+from tests.storage.codecs.loads import load, logits
 from tests.storage.codecs.recode import opened
 from tests.surgery.models import lora, random, same_bytes, save_adapter, save_base
 
@@ -149,17 +149,6 @@ def tiny(folder: Path, **quantization: Any) -> Path:
     transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(plain)
     load(plain, quantization_config=transformers.BitsAndBytesConfig(**quantization)).save_pretrained(folder)
     return folder
-
-
-def load(folder: Path, **options: Any) -> Any:
-    """Load a model on the CPU, in bfloat16."""
-    transformers = pytest.importorskip("transformers")
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map="cpu", **options)
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        return cast(Tensor, model.eval()(torch.arange(1, 25).view(2, 12)).logits.double())
 
 
 @pytest.mark.slow

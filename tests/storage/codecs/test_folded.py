@@ -12,8 +12,8 @@ import loratools
 from loratools.decisions import warnings_to
 from loratools.errors import BadFile, WrongBase
 from loratools.storage.codecs.folded import folded
+from tests.storage.codecs.recode import Q, saved_lora
 from tests.storage.codecs.test_awq import awq_base, awq_module
-from tests.storage.codecs.test_fp8 import Q, lora
 from tests.storage.codecs.test_gptq import COLUMNS, ROWS, gptq_base, gptq_module
 from tests.surgery.models import save_base
 
@@ -63,7 +63,7 @@ def merged(base: Path, tmp_path: Path, **options: Any) -> list[str]:
 
 
 def test_a_merge_warns_by_name_with_the_reason(tmp_path: Path) -> None:
-    lora(tmp_path / "lora", Q, (ROWS, COLUMNS))
+    saved_lora(tmp_path / "lora", Q, (ROWS, COLUMNS))
     awq = awq_base(tmp_path / "awq", {Q: awq_module()[0]})
     for policy in ("dequantize", "partial"):
         [text] = merged(awq, tmp_path, quantized=policy)
@@ -82,7 +82,7 @@ def test_a_model_of_other_numbers_is_not_the_original_of_a_folded_base(tmp_path:
     head = torch.ones(10, COLUMNS, dtype=torch.float16)
     other = {f"{Q}.weight": W.half().roll(1, 1).contiguous(), "lm_head.weight": head}
     original = save_base(tmp_path / "original", other, model_type="llama")
-    lora(tmp_path / "lora", Q, (ROWS, COLUMNS))
+    saved_lora(tmp_path / "lora", Q, (ROWS, COLUMNS))
     for policy in ("dequantize", "partial", "requantize"):
         with pytest.raises(WrongBase, match="is not the model that was folded"):
             merged(base, tmp_path, quantized=policy, original=original)

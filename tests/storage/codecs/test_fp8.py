@@ -15,9 +15,8 @@ from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import logical
 from loratools.storage.codecs import fp8
 from loratools.storage.files import chunks, read_tensor
-from tests.storage.codecs.recode import saved_lora
+from tests.storage.codecs.recode import K, Q, saved_lora
 
-Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}
 
 

@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import loratools
 from loratools.errors import UnsupportedAdapter
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import encodings, logical
-from loratools.storage.files import chunks, read_tensor
-from tests.storage.codecs.recode import recoded
-from tests.storage.codecs.test_fp8 import K, Q, lora
+from tests.storage.codecs.recode import K, Q, merges, read, recoded, saved_lora
 
 Tensors = dict[str, torch.Tensor]
 COLUMNS, ROWS = 96, 64
@@ -79,14 +77,6 @@ def gptq_base(folder: Path, modules: dict[str, Tensors], **stated: Any) -> Path:
     config = {"model_type": "llama", "torch_dtype": "float16", "quantization_config": quantization}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
-
-
-def read(folder: Path, path: str = Q) -> torch.Tensor:
-    """Return a module's weight, read whole and in odd pieces to the same bytes."""
-    spec = logical(Checkpoint.open(folder)).specs[f"{path}.weight"]
-    whole = read_tensor(spec)
-    assert b"".join(bytes(piece) for piece in chunks(spec, 1004)) == whole.numpy().tobytes()
-    return whole
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -245,19 +235,8 @@ def test_drawn_codes_are_right_on_average(tmp_path: Path) -> None:
 def test_merges_by_every_policy(tmp_path: Path) -> None:
     (of_q, q), (of_k, k) = gptq_module(4, 32, act_order=True), gptq_module(4, 32, act_order=True, seed=1)
     base = gptq_base(tmp_path / "base", {Q: of_q, K: of_k}, desc_act=True)
-    delta = lora(tmp_path / "lora", Q, (ROWS, COLUMNS))
-    loratools.merge(base, tmp_path / "lora", tmp_path / "whole")
-    whole = load_file(tmp_path / "whole" / "model.safetensors")
-    assert set(whole) == {f"{Q}.weight", f"{K}.weight", "lm_head.weight"}
-    assert (whole[f"{Q}.weight"] != (q + delta).half()).double().mean() <= 1e-3
-    assert torch.equal(whole[f"{K}.weight"], k.half())
-    assert "quantization_config" not in json.loads((tmp_path / "whole" / "config.json").read_text())
-    loratools.merge(base, tmp_path / "lora", tmp_path / "part", quantized="partial")
-    part, before = (load_file(tmp_path / name / "model.safetensors") for name in ("part", "base"))
-    assert torch.equal(part[f"{Q}.weight"], whole[f"{Q}.weight"])
-    assert {name for name in part if name.startswith(Q)} == {f"{Q}.weight"}
-    assert all(torch.equal(part[name], tensor) for name, tensor in before.items() if not name.startswith(Q))
-    stated = json.loads((tmp_path / "part" / "config.json").read_text())["quantization_config"]
+    delta = saved_lora(tmp_path / "lora", Q, (ROWS, COLUMNS))
+    stated = merges(base, tmp_path / "lora", q + delta, k)
     assert stated["dynamic"] == {rf"-:^{Q.replace('.', chr(92) + '.')}$": {}}
     assert stated["modules_to_not_convert"] == [Q, "lm_head"]  # a list that begins names what was plain before
 
@@ -266,7 +245,7 @@ def test_lists_that_are_none_are_begun_anew(tmp_path: Path) -> None:
     """config.json is a stranger's: what should be a list or an object may be anything."""
     parts, _ = gptq_module(4, 32)
     base = gptq_base(tmp_path / "base", {Q: parts}, dynamic=["-:x"], modules_to_not_convert="lm_head")
-    lora(tmp_path / "lora", Q, (ROWS, COLUMNS))
+    saved_lora(tmp_path / "lora", Q, (ROWS, COLUMNS))
     loratools.merge(base, tmp_path / "lora", tmp_path / "part", quantized="partial")
     stated = json.loads((tmp_path / "part" / "config.json").read_text())["quantization_config"]
     assert stated["modules_to_not_convert"][0] == Q

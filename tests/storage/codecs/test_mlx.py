@@ -16,9 +16,7 @@ from loratools.errors import UnsupportedAdapter
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import encodings, logical
 from loratools.storage.codecs import Encoding
-from loratools.storage.files import chunks, read_tensor
-from tests.storage.codecs.recode import recoded
-from tests.storage.codecs.test_fp8 import K, Q, lora
+from tests.storage.codecs.recode import K, Q, read, recoded, saved_lora
 
 mx = pytest.importorskip("mlx.core")
 
@@ -44,14 +42,6 @@ def mlx_base(folder: Path, modules: dict[str, Any], stated: dict[str, Any] | Non
     both = {} if stated is None else {"quantization": stated, "quantization_config": stated}
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", **both}))
     return folder
-
-
-def read(folder: Path, path: str = Q) -> torch.Tensor:
-    """Return a module's weight, read whole and in odd pieces to the same bytes."""
-    spec = logical(Checkpoint.open(folder)).specs[f"{path}.weight"]
-    whole = read_tensor(spec)
-    assert b"".join(bytes(piece) for piece in chunks(spec, 1004)) == whole.numpy().tobytes()
-    return whole
 
 
 def to_torch(array: Any) -> torch.Tensor:
@@ -202,7 +192,7 @@ def test_merges_by_every_policy(tmp_path: Path) -> None:
     stated = {"group_size": 64, "bits": 4, "mode": "affine"}
     modules = {Q: quantized(numbers(*SHAPE)), K: quantized(numbers(*SHAPE, seed=1))}
     base = mlx_base(tmp_path / "base", modules, stated, **{"model.norm.weight": mx.ones(384, dtype=mx.bfloat16)})
-    delta = lora(tmp_path / "lora", Q, SHAPE)
+    delta = saved_lora(tmp_path / "lora", Q, SHAPE)
     exact = read(base).double() + delta
     loratools.merge(base, tmp_path / "lora", tmp_path / "whole")
     whole = load_file(tmp_path / "whole" / "model.safetensors")
@@ -227,7 +217,7 @@ def test_what_is_left_of_the_model_that_was_converted_says_nothing(tmp_path: Pat
     left = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     config = json.loads((base / "config.json").read_text()) | {"quantization_config": left}
     (base / "config.json").write_text(json.dumps(config))
-    lora(tmp_path / "lora", Q, SHAPE)
+    saved_lora(tmp_path / "lora", Q, SHAPE)
     loratools.merge(base, tmp_path / "lora", tmp_path / "part", quantized="partial")
     config = json.loads((tmp_path / "part" / "config.json").read_text())
     assert config["quantization"] == config["quantization_config"] == {**stated, Q: False}

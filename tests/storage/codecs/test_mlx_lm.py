@@ -14,7 +14,7 @@ import loratools
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import logical
 from loratools.storage.files import read_tensor
-from tests.storage.codecs.test_fp8 import lora
+from tests.storage.codecs.recode import saved_lora
 
 mx = pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")
@@ -110,7 +110,7 @@ def test_embedding_and_head_are_codes_too(tmp_path: Path) -> None:
     base = base_of(tmp_path / "base", LLAMA, 4, "affine")
     model = logical(Checkpoint.open(base))
     assert {"model.embed_tokens.weight", "lm_head.weight"} <= model.specs.keys()
-    delta = lora(tmp_path / "lora", "lm_head", (96, 64))
+    delta = saved_lora(tmp_path / "lora", "lm_head", (96, 64))
     loratools.merge(base, tmp_path / "lora", tmp_path / "out", quantized="partial")
     exact = read_tensor(model.specs["lm_head.weight"]).double() + delta
     out = Checkpoint.open(tmp_path / "out")

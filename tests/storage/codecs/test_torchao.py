@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ from loratools.storage.checkpoint.logical import encodings, logical
 from loratools.storage.codecs import Encoding, Grid
 from loratools.storage.files import chunks, read_tensor
 from loratools.storage.header import read_header
+from tests.storage.codecs.loads import load, logits
 from tests.storage.codecs.recode import held, recoded
 from tests.surgery.models import lora, random, same_bytes, save_adapter
 
@@ -193,15 +194,6 @@ def test_transformers_loads_what_a_merge_leaves(tmp_path: Path, case: str) -> No
         "int8": lambda: ao().Int8WeightOnlyConfig(version=2), "float8": lambda: ao().Float8WeightOnlyConfig(),
         "int4": lambda: ao().IntxWeightOnlyConfig(weight_dtype=torch.int4),
     }[case]()  # fmt: skip
-
-    def load(folder: Path, **options: Any) -> Any:
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16, device_map="cpu", **options
-        )
-
-    def logits(model: Any) -> Tensor:
-        with torch.no_grad():
-            return cast(Tensor, model.eval()(torch.arange(1, 25).view(2, 12)).logits.double())
 
     config = transformers.LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ import loratools
 from loratools.storage.codecs import Grid
 from loratools.storage.files import read_tensor
 from tests.storage.codecs.bnb_models import M, eight_bit, exact, four_bit
+from tests.storage.codecs.loads import load, logits
 from tests.storage.codecs.recode import held, opened, recoded
 from tests.surgery.models import random
 
@@ -56,15 +57,6 @@ def test_transformers_loads_a_merged_gpt2(tmp_path: Path, quantization: dict[str
     """The head is tied to the embedding and has no name of its own: the list of plain modules has it all the same."""
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
-
-    def load(folder: Path, **options: Any) -> Any:
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16, device_map="cpu", **options
-        )
-
-    def logits(model: Any) -> Tensor:
-        with torch.no_grad():
-            return cast(Tensor, model.eval()(torch.arange(1, 25).view(2, 12)).logits.double())
 
     torch.manual_seed(0)
     config = transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=97, n_positions=64)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import loratools
 from loratools.errors import IncompatibleAdapter, WrongBase
 from tests.make.fp8 import STATED, blocks, decoded
-from tests.storage.codecs.test_fp8 import K, Q, lora
+from tests.storage.codecs.recode import K, Q, saved_lora
 
 
 def models(folder: Path, size: float = 1.0) -> dict[str, torch.Tensor]:
@@ -29,7 +29,7 @@ def models(folder: Path, size: float = 1.0) -> dict[str, torch.Tensor]:
     config = {"model_type": "llama", "dtype": "bfloat16"}
     (folder / "original" / "config.json").write_text(json.dumps(config))
     (folder / "base" / "config.json").write_text(json.dumps({**config, "quantization_config": STATED}))
-    delta = lora(folder / "lora", Q)
+    delta = saved_lora(folder / "lora", Q, (300, 200))
     scaled = load_file(folder / "lora" / "adapter_model.safetensors")
     scaled = {name: tensor * size if "lora_B" in name else tensor for name, tensor in scaled.items()}
     save_file(scaled, folder / "lora" / "adapter_model.safetensors")
