@@ -56,6 +56,7 @@ class Family:
     `fused`        module of the original -> its parts under diffusers' names
     `split`        module of diffusers -> its parts under the original's names
     `swapped`      modules of the original whose output features' two halves stand the other way round in diffusers
+    `swapped_if`   modules of the original that are swapped only where their output : input features are so
     `prefixes`     reader -> what stands before a name in its files: `comfy` before the original's, `kohya` before
                    flattened ones
     `encoders`     component of a text encoder -> (kohya's prefix, ComfyUI's name): ("lora_te3_", "t5xxl")
@@ -74,6 +75,7 @@ class Family:
     fused: Mapping[str, Fused] = field(default_factory=dict)
     split: Mapping[str, Fused] = field(default_factory=dict)
     swapped: frozenset[str] = frozenset()
+    swapped_if: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     prefixes: Mapping[str, str] = field(default_factory=lambda: {"comfy": "diffusion_model.", "kohya": "lora_unet_"})
     encoders: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     diffusers_in_comfy: bool = False
@@ -116,7 +118,7 @@ class Family:
                   for part in fused.parts]  # fmt: skip
         yield from (f"{a} has {a.count('{}')} numbers, {b} has {b.count('{}')}" for a, b in pairs
                     if a.count("{}") != b.count("{}"))  # fmt: skip
-        strangers = self.swapped - self.renames.keys()
+        strangers = (self.swapped | self.swapped_if.keys()) - self.renames.keys()
         yield from (f"{name} is swapped and not renamed" for name in sorted(strangers))
         yield from (f"{name} has a proportion and no name" for name in self.proportions.keys() - set(self.original))
         lists = [name.split(".{}")[0] for name in (*self.original, *self.diffusers) if ".{}" in name]
