@@ -83,12 +83,13 @@ def as_numbers(identity: BaseIdentity) -> BaseIdentity:
     """Return an identity of numbers: of a quantized base what its codes stand for, instead of what it stores."""
     if not identity.of_codes:
         return identity
-    modules = {name.removesuffix(".weight") for name in identity.weights}
-    coded = {
-        name
-        for name in identity.tensors
-        if any(name == module or name.startswith((f"{module}.", f"{module}_")) for module in modules)
-    }
+    # Parts lie under their module's name; those of a stack, which has no `weight`, have its name before their own.
+    starts = tuple(
+        start
+        for name in identity.weights
+        for start in ([f"{name.removesuffix('weight')}"] if name.endswith(".weight") else [f"{name}.", f"{name}_"])
+    )
+    coded = {name for name in identity.tensors if name in identity.weights or name.startswith(starts)}
     tensors = {name: value for name, value in identity.tensors.items() if name not in coded or name.endswith(".bias")}
     return replace(identity, schema=None, root=identity.logical, tensors={**tensors, **identity.weights})
 

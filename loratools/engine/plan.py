@@ -104,6 +104,11 @@ class MergePlan:
         """The weight of each adapter's change."""
         return tuple(each.weight for each in self.inputs)
 
+    @property
+    def tensors(self) -> int:
+        """Number of tensors of the model: codes are one with what gives them their meaning."""
+        return sum(change.part_of is None for change in self.changes.values())
+
     def touched(self) -> dict[str, Change]:
         """Return the tensors whose numbers change."""
         return {name: change for name, change in self.changes.items() if change.placements or change.replaced}
@@ -136,12 +141,13 @@ class MergePlan:
     def to_json(self, threads: int, *, torch: bool = True) -> dict[str, Any]:
         """Return the plan as plain data: sizes in bytes, names, no machine-dependent number but the estimate."""
         touched, rewritten = self.touched(), self.rewritten()
+        cast = sum(name not in touched and not change.part_of for name, change in rewritten.items())
         total = sum(slot.nbytes for plan in self.files for slot in plan.slots)
         worked = sum(slot.nbytes for plan in self.files for slot in plan.slots if slot.name in rewritten)
         return {
             "base": str(self.base.path),
             "files": [{"name": plan.name, "bytes": plan.size, "tensors": len(plan.slots)} for plan in self.files],
-            "tensors": {"total": len(self.changes), "changed": len(touched), "cast": len(rewritten) - len(touched)},
+            "tensors": {"total": self.tensors, "changed": len(touched), "cast": cast},
             "bytes": {"written": total, "changed": worked, "copied": total - worked},
             "peak_memory": self.peak_memory(threads, torch=torch),
             "verified_tensors": sum(bool(change.expected or change.stored) for change in self.changes.values()),

@@ -26,17 +26,21 @@ def refuse_codes(adapter: Adapter, base: Checkpoint, who: str = "the adapter") -
     sentence calls the adapter.
     """
     _refuse_rotated(base)
-    codes = schemes.find(base.specs, base.config)
-    if not codes.modules:
-        return
-    paths = [*adapter.updates, *(path.removesuffix(".weight") for path in adapter.replacements)]
-    if targets := _quantized(paths, codes.modules, adapter):
+    if targets := stored_as_codes(adapter, base):
+        named = schemes.find(base.specs, base.config).named(targets.values())
         raise IncompatibleAdapter(
-            f"{base.path} is quantized with {codes.named(targets.values())}, and {len(targets)} module(s) that {who} "
+            f"{base.path} is quantized with {named}, and {len(targets)} module(s) that {who} "
             "changes are stored as codes, to which nothing can be added",
             [f"{module}: {scheme}" for module, scheme in sorted(targets.items())[:20]],
             hint=HINT,
         )
+
+
+def stored_as_codes(adapter: Adapter, base: Checkpoint) -> dict[str, str]:
+    """Return the modules that an adapter changes and a base stores as codes, each with the name of its scheme."""
+    modules = schemes.find(base.specs, base.config).modules
+    paths = [*adapter.updates, *(path.removesuffix(".weight") for path in adapter.replacements)]
+    return _quantized(paths, modules, adapter) if modules else {}
 
 
 def refuse_all_codes(base: Checkpoint) -> None:

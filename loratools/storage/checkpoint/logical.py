@@ -39,14 +39,18 @@ def logical(model: Checkpoint, only: Collection[str] | None = None) -> Checkpoin
     weights: dict[str, str] = {}
     told = {shard.prefix + name: text for shard in stored.shards for name, text in shard.metadata.items()}
     gone: set[str] = set()
+    computed: dict[str, str] = {}
     for path, names in found.parts.items():
         name = found.codecs[path]
         if name is None:
             continue
         specs = {part: stored.specs[tensor] for part, tensor in names.items()}
-        config = stored.configs.get(path.partition(".")[0], stored.config)
+        component = path.partition(".")[0] if stored.configs else ""
+        config = stored.configs.get(component, stored.config)
+        if component not in computed:
+            computed[component] = _dtype(stored, component)
         stated, kind = statement(config), str(config.get("model_type") or "")
-        module = Module(path, found.modules[path], names, specs, stated, _dtype(stored), kind, told)
+        module = Module(path, found.modules[path], names, specs, stated, computed[component], kind, told)
         encoding = codecs.get(name).opened(module)
         if only is not None and encoding.name not in only:
             continue
@@ -107,13 +111,19 @@ def restated(model: Checkpoint, changed: Mapping[str, Any], dropped: Collection[
     return replace(model, shards=tuple(replace(shard, metadata=header(shard.metadata)) for shard in model.shards))
 
 
-def _dtype(model: Checkpoint) -> str:
-    """Return the 16-bit dtype that the model computes in: config.json's, else that of most of its plain numbers."""
-    inner = model.config.get("text_config")
-    places: list[Mapping[str, Any]] = [model.config, *([inner] if isinstance(inner, Mapping) else [])]
+def _dtype(model: Checkpoint, component: str) -> str:
+    """Return the 16-bit dtype that a model computes in: config.json's, else that of most of its plain numbers.
+
+    Each component of a pipeline computes in its own; "" stands for any other model.
+    """
+    config = model.configs.get(component, model.config)
+    inner = config.get("text_config")
+    places: list[Mapping[str, Any]] = [config, *([inner] if isinstance(inner, Mapping) else [])]
     for place in places:
         for key in ("dtype", "torch_dtype"):
             if (named := dtypes.ALIASES.get(str(place.get(key)))) in ("BF16", "F16"):
                 return named
-    sizes = {dtype: sum(s.parameters for s in model.specs.values() if s.dtype == dtype) for dtype in ("BF16", "F16")}
+    start = f"{component}." if component else ""
+    own = [spec for name, spec in model.specs.items() if name.startswith(start)]
+    sizes = {dtype: sum(spec.parameters for spec in own if spec.dtype == dtype) for dtype in ("BF16", "F16")}
     return "F16" if sizes["F16"] > sizes["BF16"] else "BF16"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from loratools.decisions import warned
 from loratools.engine.plan import MergePlan
@@ -25,6 +26,11 @@ class Measured:
 
     plan: MergePlan
     results: Sequence[TensorResult]
+
+    @classmethod
+    def of(cls, plan: MergePlan, results: Sequence[TensorResult]) -> Self:
+        """Take what was measured in each file: once of codes whose parts lie in several, which are made for each."""
+        return cls(plan, tuple({result.name: result for result in results}.values()))
 
     @property
     def digests(self) -> dict[str, str]:
@@ -64,11 +70,13 @@ class Measured:
         self._tell_unchanged(options, written)
         for warning in self.warnings:
             warned("%s", warning)
-        if any(change.recoded for change in self.plan.changes.values()):
-            self._tell_recoded(options)
-        elif self.retention is not None and self.retention < _ENOUGH:
-            lost = "only %s of the change survives rounding to the base's dtype; a wider --dtype of `merge` keeps more"
-            warned(lost, f"{self.retention:.1%}")
+        codes = self.recoded
+        self._tell_recoded(options)
+        rounded = retention([result for result in self.results if result.name not in codes])
+        if rounded is not None and rounded < _ENOUGH:
+            what = "the change of what is no codes" if codes else "the change"
+            lost = "only %s of %s survives rounding to the base's dtype; a wider --dtype of `merge` keeps more"
+            warned(lost, f"{rounded:.1%}", what)
 
     def _tell_unchanged(self, options: MergeOptions, written: Path) -> None:
         """Warn of tensors of which no bit changed; only those are compared of which no measured element changed."""
@@ -99,9 +107,15 @@ class Measured:
         """Warn where the quantization erased much of the change; raise `IncompatibleAdapter` where most of it."""
         kept = self.recoded
         total = retention([result for result in self.results if result.name in kept])
-        if total is None or total >= _ENOUGH:
-            return
         lowest = sorted(kept, key=lambda name: kept[name])
+        little = [name for name in lowest if kept[name] < _ENOUGH]
+        if total is None or total >= _ENOUGH:
+            if little:
+                warned(
+                    "less than %s of the change survives as codes in %d of %d module(s), least in %s (%s)",
+                    f"{_ENOUGH:.0%}", len(little), len(kept), little[0], f"{kept[little[0]]:.1%}",
+                )  # fmt: skip
+            return
         why = "a change smaller than a step of the codes is rounded away, one beyond what their scales reach is cut off"
         if total >= _TOO_LITTLE or options.force:
             warned(

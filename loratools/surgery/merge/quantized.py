@@ -76,17 +76,18 @@ def as_written(
         )
     if policy == "dequantize":
         _refuse_scaled_activations(base)
-        fields, dropped = with_statement(base.config, None)
-        left = _left_as_codes(base)
+        after: dict[str, Any] | None = None
         notes = [_note("written in 16 bit", every)]
-        if left:
-            fields, dropped = {}, ()
-            notes.append(
-                f"{len(left)} module(s) stay as they are stored, for no codec reads them: {', '.join(left[:5])}"
-            )
+        if left := _left_as_codes(base):
+            after = _with_plain(base, every, base) if statement(base.config) else None
+            shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
+            notes.append(f"{len(left)} module(s) stay as they are stored, for no codec reads them: {shown}")
+        fields, dropped = with_statement(base.config, after)
         return Written(restated(base, fields, dropped), {}, fields, dropped, tuple(notes))
-    if is_gguf(base):
+    if is_gguf(base) and changed:
         return _of_gguf(base, changed, policy, original)
+    if is_gguf(base):
+        return Written(_as_stored(base, ()), {}, {}, (), ())
     if base.origins:
         raise IncompatibleAdapter(
             "the adapter repeats layers of a quantized base, of which only the whole can be written in 16 bit",
@@ -105,10 +106,7 @@ def as_written(
         recoded = {name: Recoded(encoding, grid, sources.get(name)) for name, encoding in changed.items()}
         how = "by their own scales" if original is None else f"from the weights of {original.path}, with fresh scales"
         return Written(partly, recoded, {}, (), (_note(f"become codes again, {how}", changed),))
-    codec = _codec(stored, changed)
-    modules = sorted(encoding.module.path for encoding in changed.values())
-    after = _with_begun_lists(before, codecs.get(codec).plain(before, modules), partly)
-    fields, dropped = with_statement(base.config, after)
+    fields, dropped = with_statement(base.config, _with_plain(stored, changed, partly))
     partly = restated(partly, fields, dropped)
     return Written(partly, {}, fields, dropped, (_note(_partly(touched, changed), changed),))
 
@@ -125,9 +123,7 @@ def _of_gguf(
             f"{original.path} is no GGUF file, and the original of a GGUF base has to be one",
             hint="Give what llama.cpp's converter made of the unquantized model, in BF16, F16 or F32.",
         )
-    stored = (base.stored or base).specs
-    raw = {name: stored[base.origin(name)] for name in base.specs}
-    partly = replace(base, specs={name: base.specs[name] if name in changed else raw[name] for name in base.specs})
+    partly = _as_stored(base, changed)
     if policy == "partial":
         return Written(partly, {}, {}, (), (_note("written in 16 bit, the others stay as they are", changed),))
     origins = {base.origin(name): encoding for name, encoding in changed.items()}
@@ -141,6 +137,13 @@ def _of_gguf(
         kinds = sorted({changed[name].label for name in other})
         notes.append(f"{len(other)} tensor(s) of {', '.join(kinds)} become Q8_0: ggml alone makes their types")
     return Written(partly, recoded, {}, (), tuple(notes))
+
+
+def _as_stored(base: Checkpoint, shown: Collection[str]) -> Checkpoint:
+    """Return a GGUF base with these tensors as weights, and all others as the file has them."""
+    stored = (base.stored or base).specs
+    specs = {name: spec if name in shown else stored[base.origin(name)] for name, spec in base.specs.items()}
+    return replace(base, specs=specs)
 
 
 def _refuse_scaled_activations(base: Checkpoint) -> None:
@@ -170,7 +173,7 @@ def as_it_was_written(plan: MergePlan, merged: Checkpoint) -> MergePlan:
     Which of the policies made that model is told by its tensors.
     """
     coded, touched = encodings(merged), plan.touched().keys()
-    if not coded and not statement(merged.config):
+    if not coded and (not statement(merged.config) or _left_as_codes(plan.base)):
         return plan
     policy: Quantized = "requantize" if coded.keys() & touched else "partial"
     written = as_written(plan.base, touched, policy)
@@ -205,11 +208,18 @@ def _with_begun_lists(before: Mapping[str, Any], after: dict[str, Any], base: Ch
     return {**after, **{key: [*after[key], *sorted(weights - set(after[key]))] for key in begun}}
 
 
-def _codec(stored: Checkpoint, changed: Mapping[str, Encoding]) -> str:
-    """Return the codec of the changed modules; a model has one, whose words config.json uses."""
-    found = schemes.find(stored.specs, stored.config)
-    names = Counter(found.codecs[encoding.module.path] for encoding in changed.values())
-    return str(names.most_common(1)[0][0])
+def _with_plain(model: Checkpoint, plain: Mapping[str, Encoding], written: Checkpoint) -> dict[str, Any]:
+    """Return the statement of a model in which these modules are plain, each said as its codec says it."""
+    stored = model.stored or model
+    before = statement(model.config)
+    named = schemes.find(stored.specs, stored.config).codecs
+    paths: dict[str, list[str]] = {}
+    for path in sorted(encoding.module.path for encoding in plain.values()):
+        paths.setdefault(str(named[path]), []).append(path)
+    after = dict(before)
+    for codec, modules in paths.items():
+        after = codecs.get(codec).plain(after, modules)
+    return _with_begun_lists(before, after, written)
 
 
 def _left_as_codes(base: Checkpoint) -> list[str]:
@@ -227,10 +237,13 @@ def _partly(touched: Collection[str], written: Mapping[str, Encoding]) -> str:
 def _note(what: str, every: Mapping[str, Encoding]) -> str:
     """Return a sentence on modules, with their scheme and the bytes that they take as codes and in 16 bit."""
     labels = Counter(f"{encoding.module.scheme}, {encoding.label}" for encoding in every.values())
+    counts = [f"{count} of {label}" for label, count in labels.most_common()]
+    more = [f"and {len(counts) - 3} more kinds"] if counts[3:] else []
+    kinds = "; ".join([*counts[:3], *more]) if len(counts) > 1 else next(iter(labels))
+    plain = " and ".join(sorted({encoding.dtype for encoding in every.values()}))
     before = sum(encoding.nbytes for encoding in every.values())
     after = sum(prod(encoding.shape) * dtypes.bits(encoding.dtype) // 8 for encoding in every.values())
-    label, _ = labels.most_common(1)[0]
-    return f"{len(every)} quantized module(s) ({label}) {what}: {_size(before)}, {_size(after)} in 16 bit"
+    return f"{len(every)} quantized module(s) ({kinds}) {what}: {_size(before)}, {_size(after)} in {plain}"
 
 
 def _size(nbytes: int) -> str:

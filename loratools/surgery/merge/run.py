@@ -114,7 +114,7 @@ def execute(
             if journal and not isinstance(error, LoraToolsError):  # which would come again
                 journal.tell_left(len(plan.files))
             raise
-        measured = Measured(plan, tuple(journal.close())) if journal else measured
+        measured = Measured.of(plan, journal.close()) if journal else measured
         measured.tell(options, scratch)
         digests = measured.digests | hash_tensors(_codes(plan), digest.DEFAULT, threads)
         of_base = {**prepared.record["base"], "tensors": digests}
@@ -131,7 +131,7 @@ def execute(
         if sent:
             sent.finish(f"Merge {len(plan.inputs)} adapter(s) with {TOOL}")
     return MergeReport(
-        output=str(prepared.output), changed=len(plan.touched()), tensors=len(plan.changes), bytes_written=size,
+        output=str(prepared.output), changed=len(plan.touched()), tensors=plan.tensors, bytes_written=size,
         verified=measured.verified, adapters=prepared.record["adapters"], consumed=prepared.accounts,
         notes=(*plan.notes, *resumed), warnings=measured.warnings, retention=measured.retention,
         by_tensor=measured.by_tensor, recoded=measured.recoded, loss_share=share, residual=kept, reused=reused,
@@ -148,7 +148,7 @@ def _execute_file(prepared: Merge, progress: Progress, size: int) -> MergeReport
         measured = write_tensors(write, path.parent, progress)
         measured.tell(options, path.parent)
     return MergeReport(
-        output=str(prepared.output), changed=len(plan.touched()), tensors=len(plan.changes), bytes_written=size,
+        output=str(prepared.output), changed=len(plan.touched()), tensors=plan.tensors, bytes_written=size,
         verified=measured.verified, adapters=prepared.record["adapters"], consumed=prepared.accounts,
         notes=plan.notes, warnings=measured.warnings, retention=measured.retention, by_tensor=measured.by_tensor,
         recoded=measured.recoded,
@@ -180,7 +180,7 @@ def write_tensors(
     """
     _refuse_not_finite(prepared.plan)
     results = write_weights(prepared.plan, scratch, settings_of(prepared, before), progress, finished)
-    return Measured(prepared.plan, tuple(results))
+    return Measured.of(prepared.plan, results)
 
 
 def _refuse_not_finite(plan: MergePlan) -> None:

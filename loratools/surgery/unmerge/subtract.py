@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapter.model import AdapterInput
+from loratools.adapter.placement.codes import stored_as_codes
 from loratools.errors import IncompatibleAdapter
 from loratools.format.record import BROUGHT, ERROR, REPLACED, TOOL
 from loratools.parallel import Progress
 from loratools.storage import atomic, digest, dtypes
-from loratools.storage.codecs import schemes
 from loratools.storage.lazy import LazyTensor
 from loratools.surgery.merge.folder import write_companions
 from loratools.surgery.merge.measured import Measured
@@ -70,13 +70,14 @@ def subtract(
 
 def _refuse_codes(merged: MergedModel) -> None:
     """Raise `IncompatibleAdapter` where what the merge changed is codes: rounding on a grid is not undone by a sum."""
-    codes = schemes.find(merged.model.specs, merged.model.config).modules
-    paths = {path for each in merged.inputs for path in each.adapter.updates}
-    if changed := sorted(paths & codes.keys()):
+    changed: dict[str, str] = {}
+    for each in merged.inputs:
+        changed |= stored_as_codes(each.adapter, merged.model)
+    if changed:
         raise IncompatibleAdapter(
             f"{merged.model.path}: {len(changed)} module(s) that the merge changed are codes again "
-            f"({codes[changed[0]]}), from which nothing can be subtracted",
-            changed[:20],
+            f"({next(iter(changed.values()))}), from which nothing can be subtracted",
+            sorted(changed)[:20],
             hint="Give the base model (--base); a merge with --keep-residual can be undone without it.",
         )
 

@@ -169,7 +169,7 @@ def verify(
         ]
         checks = [pool.submit(tensors.check, plan, name, model.specs[name], exact, seed, progress) for name in touched]
         differing = tuple(sorted(name for name, future in zip(untouched, same, strict=True) if not future.result()))
-        checked = tuple(future.result() for future in checks)
+        checked = tensors.with_change(future.result() for future in checks)
     missing = tuple(sorted(plan.changes.keys() - model.specs.keys()))
     extra = tuple(sorted(model.specs.keys() - plan.changes.keys()))
     beside = judge(model, plan, [each.path for each in inputs])
@@ -179,7 +179,7 @@ def verify(
     equal = set(untouched).difference(differing, replaced)
     cast = sum(shared[name].source.dtype != model.specs[name].dtype for name in equal)
     identical = len(equal) - cast
-    unseen = tensors.unseen((model.specs[name].dtype for name in touched), exact)
+    unseen = tensors.unseen((model.specs[name] for name in touched), exact)
     ok = tensors_ok and not any(difference.decides for difference in beside.differences)
     second = None
     if run:

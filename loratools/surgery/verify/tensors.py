@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from loratools.engine.plan import MergePlan
@@ -21,6 +21,8 @@ _SLACK = {"BF16": 1.02, "F16": 1.02, "F32": 8.0, "F64": 8.0}
 # The estimate of an error of rank k from PROBES·k numbers scatters; with this a right one of rank 1 is never beyond.
 _SCATTER = 1.2
 _TILE = 1 << 20
+_HALF, _SURE = 0.5, 4.0
+"""The part of a change under which `merge` refuses to make codes, and standard deviations of an estimate of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,8 @@ class TensorCheck:
     `error` = ‖W' − W − ΔW‖/‖ΔW'‖ with ΔW' = W' − W, the part of the change that the adapter does not explain;
     `error_of_weight` = ‖W' − W − ΔW‖/‖W'‖, to be compared with `bound`; `applied` = ⟨ΔW', ΔW⟩/‖ΔW‖², which is 1 for a
     change that was applied once. With `exact`, `mismatched` counts the elements that are not W + ΔW in float64, rounded
-    once.
+    once. Of a weight that is stored as codes (`coded`) `expected2` is ‖ΔW‖², and `scatter2` the variance of the
+    estimate of `applied`.
     """
 
     name: str
@@ -40,6 +43,9 @@ class TensorCheck:
     applied: float
     within: bool
     mismatched: int | None = None
+    coded: bool = False
+    expected2: float = 0.0
+    scatter2: float = 0.0
 
 
 def same(base: TensorSpec, merged: TensorSpec, coded: bool, progress: Progress) -> bool:
@@ -79,7 +85,7 @@ def check(plan: MergePlan, name: str, merged: TensorSpec, exact: bool, seed: int
     if merged.shape != source.shape or merged.dtype not in dtypes.MANTISSA:
         return TensorCheck(name, float("inf"), float("inf"), bound, 0.0, False)
     probes = probing.draw(plan, name, exact, seed)
-    norm, strays, tally = 0.0, 0, probing.Tally()
+    norm, strays, strays2, beside2, tally = 0.0, 0, 0.0, 0.0, probing.Tally()
     for start, _, rows in files.row_tiles((source, merged), probes[0].site.matrix[1], _TILE):
         before, after = (stored.double() for stored in rows)
         delta = after - before
@@ -91,8 +97,12 @@ def check(plan: MergePlan, name: str, merged: TensorSpec, exact: bool, seed: int
             old, new = before[in_tile, columns], after[in_tile, columns]
             probing.compare(tally, probe, in_site, old, new, merged.dtype, exact)
         for _, in_tile, _, columns in places:
-            delta[in_tile, columns] = 0
-        strays += int(torch.count_nonzero(delta))
+            delta[in_tile, columns] = before[in_tile, columns] = 0
+        if merged.encoding:  # codes that share a scale with changed ones may be others for that
+            strays2 += float(delta.square().sum())
+            beside2 += float(before.square().sum())
+        else:
+            strays += int(torch.count_nonzero(delta))
         progress(delta.numel() * merged.nbytes // max(1, merged.parameters))
 
     def mean(of: Callable[[probing.Probe], torch.Tensor]) -> float:
@@ -106,14 +116,36 @@ def check(plan: MergePlan, name: str, merged: TensorSpec, exact: bool, seed: int
     # Around zero the numbers of a dtype lie no closer than its smallest.
     around_zero = dtypes.smallest(merged.dtype) / 2 * (merged.parameters / norm) ** 0.5 if norm else 0.0
     if merged.encoding:
-        within = of_weight <= bound
+        within = of_weight <= bound and strays2 <= bound**2 * beside2
     elif exact:
         within = tally.far == 0 and tally.wrong <= 1 + tally.compared * probing.TIES[merged.dtype]
     else:
         within = of_weight <= bound * slack + around_zero and tally.far == 0 and tally.survived
     of_change, applied = (error / actual) ** 0.5 if actual else 0.0, cross / expected if expected else 1.0
     mismatched = tally.wrong if exact else None
-    return TensorCheck(name, of_change, of_weight, bound, applied, within and strays == 0, mismatched)
+    count = sum(probe.wanted.shape[1] for probe in probes) * probing.PROBES
+    scatter2 = error / (expected * count) if expected else 0.0
+    return TensorCheck(
+        name, of_change, of_weight, bound, applied, within and strays == 0, mismatched, bool(merged.encoding), expected,
+        scatter2,
+    )  # fmt: skip
+
+
+def with_change(checks: Iterable[TensorCheck]) -> tuple[TensorCheck, ...]:
+    """Return the checks; codes that hold less than half of the change, all together, are none of the merge's.
+
+    The error that codes may have is larger than most changes, so that the base's own would pass without this.
+    """
+    checks = tuple(checks)
+    coded = [check for check in checks if check.coded]
+    total = sum(check.expected2 for check in coded)
+    if not total:
+        return checks
+    applied = sum(check.applied * check.expected2 for check in coded) / total
+    scatter = sum(check.scatter2 * check.expected2**2 for check in coded) ** 0.5 / total
+    if applied + _SURE * scatter >= _HALF:
+        return checks
+    return tuple(replace(check, within=check.within and not check.coded) for check in checks)
 
 
 def _of_codes(merged: TensorSpec) -> float:
@@ -124,18 +156,26 @@ def _of_codes(merged: TensorSpec) -> float:
     return min(1.0, 1.5 * 2.0 ** (3 - cast(Encoding, merged.encoding).bits))
 
 
-def unseen(changed: Iterable[str], exact: bool) -> tuple[str, ...]:
-    """Say for each dtype of the changed tensors which errors in them a verification cannot see."""
-    return tuple(
+def unseen(changed: Iterable[TensorSpec], exact: bool) -> tuple[str, ...]:
+    """Say for each dtype of the changed tensors, and for codes, which errors in them a verification cannot see."""
+    changed = tuple(changed)
+    widest = max((_of_codes(spec) for spec in changed if spec.encoding), default=0.0)
+    plain = {spec.dtype for spec in changed if not spec.encoding}
+    of_codes = (_UNSEEN_OF_CODES.format(bound=widest),) if widest else ()
+    return of_codes + tuple(
         _UNSEEN[exact, probing.TIES[dtype] == 1].format(
             dtype=dtype,
             bound=_SLACK[dtype] * 2.0 ** -dtypes.MANTISSA[dtype],
             terms=probing.SUMS * 2.0 ** -dtypes.MANTISSA[dtype],
         )
-        for dtype in sorted(set(changed) & dtypes.MANTISSA.keys())
+        for dtype in sorted(plain & dtypes.MANTISSA.keys())
     )
 
 
+_UNSEEN_OF_CODES = (
+    "errors below {bound:.0%} of a changed tensor that is codes again, as rounding to them makes; that less than half of "
+    "the change is in all of them is seen"
+)
 # (exact, whether the sums err by units) -> what is not seen. The tests measure these.
 _UNSEEN = {
     (False, False): "errors below {bound:.1e} of a changed {dtype} tensor, outside of the columns compared: the last "

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratools
@@ -49,6 +49,27 @@ def test_codes_read_and_are_written_transposed(tmp_path: Path, scheme: str, shap
         assert all(parts[part].tobytes() == wanted[part].tobytes() for part in parts)
         assert np.array_equal(values, theirs.T)
     assert recoded(encoding, numbers.numpy(), "own")[0]["weight"].tobytes() == held(encoding)["weight"].tobytes()
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (48, 64)])
+def test_what_codes_lose_of_a_turned_weight_is_kept_as_peft_has_it(tmp_path: Path, shape: tuple[int, int]) -> None:
+    rows, columns = shape
+    stored = gpt2(four_bit(random(*shape), "nf4", False))
+    opened(tmp_path / "base", stored, model_type="gpt2")
+    A, B = random(4, columns, seed=4), random(rows, 4, seed=5)
+    start = f"base_model.model.{LAYER}"
+    (tmp_path / "lora").mkdir()
+    save_file(
+        {f"{start}.lora_A.weight": A, f"{start}.lora_B.weight": B}, tmp_path / "lora" / "adapter_model.safetensors"
+    )
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["c_proj"], "fan_in_fan_out": True}
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    loratools.merge(tmp_path / "base", tmp_path / "lora", out, quantized="requantize", keep_loss=64, force=True)
+    loratools.merge(out, out / "loss", tmp_path / "whole", dtype="f32")
+    wanted = exact(stored, f"{LAYER}.weight").double() + B.double() @ A.double()
+    whole = load_file(tmp_path / "whole" / "model.safetensors")[f"{LAYER}.weight"].double().T
+    assert torch.linalg.vector_norm(whole - wanted) <= 1e-5 * torch.linalg.vector_norm(wanted)
 
 
 @pytest.mark.slow

@@ -72,3 +72,20 @@ def test_components(tmp_path: Path, pipeline: Path, policy: Quantized, plain: in
     if policy != "requantize":
         assert torch.equal(merged[f"{BLOCK}.to_q.weight"], wanted.float().bfloat16())
     assert loratools.verify(out, pipeline, lora).ok
+
+
+def test_each_component_computes_in_a_dtype_of_its_own(tmp_path: Path, pipeline: Path) -> None:
+    """What its config.json says, else that of most of its own plain numbers."""
+    folder = pipeline / "text_encoder"
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "shared.weight": torch.ones(64, 64).half()}, folder / "model.safetensors")
+    loratools.dequantize(pipeline, tmp_path / "out")
+    of_encoder = load_file(tmp_path / "out" / "text_encoder" / "model.safetensors")
+    of_transformer = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert of_encoder["encoder.block.0.layer.0.SelfAttention.q.weight"].dtype == torch.float16
+    assert of_transformer[f"{BLOCK}.to_q.weight"].dtype == torch.bfloat16
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    loratools.dequantize(pipeline, tmp_path / "other")
+    of_encoder = load_file(tmp_path / "other" / "text_encoder" / "model.safetensors")
+    assert of_encoder["encoder.block.0.layer.0.SelfAttention.q.weight"].dtype == torch.bfloat16

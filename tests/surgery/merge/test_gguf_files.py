@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import loratools
 from loratools.errors import IncompatibleAdapter, UnsupportedAdapter
-from tests.make import gguf_models, gguf_transformers, llama
+from tests.make import gguf_models, gguf_transformers, llama, tiny
 
 gguf = pytest.importorskip("gguf")
 peft = pytest.importorskip("peft")
@@ -160,3 +162,19 @@ def test_what_a_file_is_and_that_nothing_is_taken_out_of_it(tmp_path: Path) -> N
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["base.gguf"]
     with pytest.raises(UnsupportedAdapter, match="not taken out of a GGUF file"):
         loratools.unmerge(tmp_path / "folder" / "base.gguf", tmp_path / "adapter", tmp_path / "back.gguf")
+
+
+@pytest.mark.parametrize("policy", ["dequantize", "partial", "requantize"])
+def test_an_adapter_that_changes_no_codes_leaves_them_all(tmp_path: Path, policy: Any) -> None:
+    base = gguf_models.save_llama(tmp_path / "base.gguf", tiny.llama_weights())
+    norm = torch.full((tiny.HIDDEN,), 1.5)
+    (tmp_path / "lora").mkdir()
+    save_file({"base_model.model.model.norm.weight": norm}, tmp_path / "lora" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": [], "modules_to_save": ["norm"]}
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config))
+    loratools.merge(base, tmp_path / "lora", tmp_path / "out.gguf", quantized=policy)
+    before, after = gguf_models.read(base), gguf_models.read(tmp_path / "out.gguf")
+    assert torch.equal(after["output_norm.weight"][1], norm)
+    assert {kind for kind, W in after.values() if W.ndim == 2} == {"F16" if policy == "dequantize" else "Q8_0"}
+    if policy != "dequantize":
+        assert all(torch.equal(after[name][1], W) for name, (_, W) in before.items() if name != "output_norm.weight")

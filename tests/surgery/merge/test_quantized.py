@@ -141,3 +141,84 @@ def test_codes_are_not_subtracted_from(tmp_path: Path) -> None:
         loratools.unmerge(tmp_path / "out", tmp_path / "lora", tmp_path / "back")
     assert "--keep-residual" in str(refusal.value.hint)
     assert loratools.unmerge(tmp_path / "out", tmp_path / "lora", tmp_path / "back", base=tmp_path / "base").proved
+
+
+def test_what_codes_lose_of_an_embedding_is_kept_as_one_of_peft(tmp_path: Path) -> None:
+    models(tmp_path)
+    path = "model.embed_tokens"
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors[f"{path}.weight"], tensors[f"{path}.weight_scale_inv"] = blocks(torch.randn(200, 200) / 20)
+    save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    start = f"base_model.model.{path}.lora_embedding"
+    A, B = torch.randn(3, 200) / 10, torch.randn(200, 3) / 10
+    save_file({f"{start}_A": A, f"{start}_B": B}, tmp_path / "lora" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 3, "target_modules": ["embed_tokens"]}
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    loratools.merge(tmp_path / "base", tmp_path / "lora", out, quantized="requantize", keep_loss=200, tied="both")
+    assert loratools.open_adapter(out / "loss").updates[path].kind == "embedding"
+    loratools.merge(out, out / "loss", tmp_path / "whole", dtype="f32", tied="both")
+    wanted = decoded(tensors, path) + (B.double() @ A.double()).T
+    whole = load_file(tmp_path / "whole" / "model.safetensors")[f"{path}.weight"].double()
+    assert torch.linalg.vector_norm(whole - wanted) <= 1e-5 * torch.linalg.vector_norm(wanted)
+
+
+def test_verify_says_that_the_base_itself_is_no_merge(tmp_path: Path) -> None:
+    models(tmp_path, 0.02)
+    assert not loratools.verify(tmp_path / "base", tmp_path / "base", tmp_path / "lora").ok
+    out = tmp_path / "out"
+    loratools.merge(tmp_path / "base", tmp_path / "lora", out, quantized="requantize")
+    account = loratools.verify(out, tmp_path / "base", tmp_path / "lora")
+    assert account.ok
+    assert [line for line in account.unseen if "codes" in line]
+    assert not [line for line in account.unseen if "F32" in line]
+
+
+def test_codes_beside_the_changed_ones_may_get_another_scale(tmp_path: Path) -> None:
+    """One scale for q, k and v: where q grows beyond it all three have others."""
+    models(tmp_path)
+    path = "model.layers.0.self_attn.qkv_proj"
+    W = torch.randn(600, 200, generator=torch.Generator().manual_seed(1)) / 20
+    scale = W.abs().max() / 448
+    save_file(
+        {f"{path}.weight": (W / scale).to(torch.float8_e4m3fn), f"{path}.weight_scale_inv": scale},
+        tmp_path / "base" / "model.safetensors", {"format": "pt"},
+    )  # fmt: skip
+    config = {"model_type": "phi3", "dtype": "bfloat16", "num_attention_heads": 4, "num_key_value_heads": 4,
+              "quantization_config": {"quant_method": "fp8"}}  # fmt: skip
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    lora(tmp_path / "large", Q, (200, 200))
+    loratools.merge(tmp_path / "base", tmp_path / "large", tmp_path / "out", quantized="requantize")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert merged[f"{path}.weight_scale_inv"] > scale
+    assert loratools.verify(tmp_path / "out", tmp_path / "base", tmp_path / "large").ok
+
+
+@pytest.mark.parametrize("quantized", ["dequantize", "partial"])
+def test_config_says_that_modules_are_plain_beside_some_that_stay(tmp_path: Path, quantized: str) -> None:
+    """As in DeepSeek V4, whose experts are FP4 in bytes, which no codec reads."""
+    models(tmp_path)
+    expert = "model.layers.0.mlp.experts.0.w1"
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors |= {f"{expert}.weight": torch.ones(8, 8, dtype=torch.int8), f"{expert}.scale": torch.ones(8, 1)}
+    save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    report = loratools.merge(tmp_path / "base", tmp_path / "lora", tmp_path / "out", quantized=quantized)
+    stated = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    plain = {Q, K} if quantized == "dequantize" else {Q}
+    assert set(stated["modules_to_not_convert"]) == {"lm_head", *plain}
+    assert {name for name, tensor in merged.items() if tensor.dtype == torch.bfloat16} == {f"{x}.weight" for x in plain}
+    assert torch.equal(merged[f"{expert}.weight"], tensors[f"{expert}.weight"])
+    assert any("stay as they are" in note for note in report.notes)
+    assert loratools.verify(tmp_path / "out", tmp_path / "base", tmp_path / "lora").ok
+
+
+def test_a_note_names_every_kind_of_codes(tmp_path: Path) -> None:
+    models(tmp_path)
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors[f"{K}.weight_scale_inv"] = torch.tensor(0.01)
+    save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    (note,) = (n for n in loratools.dequantize(tmp_path / "base", tmp_path / "out").notes if "quantized module" in n)
+    assert "1 of FP8 with scales, FP8 E4M3, blocks of 128 × 128" in note
+    assert "1 of FP8 with scales, FP8 E4M3, one scale a tensor" in note
+    assert note.endswith("in BF16")
