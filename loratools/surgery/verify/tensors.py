@@ -173,7 +173,7 @@ def unseen(changed: Iterable[TensorSpec], exact: bool) -> tuple[str, ...]:
 
 
 _UNSEEN_OF_CODES = (
-    "errors below {bound:.0%} of a changed tensor that is codes again, as rounding to them makes; that less than half of "
+    "errors below {bound:.0%} of a changed tensor that is codes again, as rounding makes; that less than half of "
     "the change is in all of them is seen"
 )
 # (exact, whether the sums err by units) -> what is not seen. The tests measure these.

@@ -187,7 +187,7 @@ def test_codes_beside_the_changed_ones_may_get_another_scale(tmp_path: Path) -> 
     config = {"model_type": "phi3", "dtype": "bfloat16", "num_attention_heads": 4, "num_key_value_heads": 4,
               "quantization_config": {"quant_method": "fp8"}}  # fmt: skip
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
-    lora(tmp_path / "large", Q, (200, 200))
+    saved_lora(tmp_path / "large", Q, (200, 200))
     loratools.merge(tmp_path / "base", tmp_path / "large", tmp_path / "out", quantized="requantize")
     merged = load_file(tmp_path / "out" / "model.safetensors")
     assert merged[f"{path}.weight_scale_inv"] > scale
