@@ -57,8 +57,9 @@ def rows(family: Family, shapes: Shapes) -> dict[str, tuple[str, list[int]]]:
     fused = _fused(family, shapes)
     found: dict[str, tuple[str, list[int]]] = {}
     for module, (original, part) in _places(family, shapes).items():
-        out, swapped = shapes[module][0], _pattern(original, family.swapped)
+        out = shapes[module][0]
         if part is None:
+            swapped = _pattern(original, family.swapped) or _swapped_here(family, original, shapes[module])
             order = list(range(out))
             found[module] = original, order[out // 2 :] + order[: out // 2] if swapped else order
             continue
@@ -147,6 +148,13 @@ def _fused(family: Family, shapes: Shapes) -> dict[str, list[str]]:
             fused: Fused = family.fused[pattern]
             found[original] = [_filled(name, fused.parts[part or 0], module) for name in fused.parts]
     return found
+
+
+def _swapped_here(family: Family, original: str, shape: tuple[int, ...]) -> bool:
+    """Tell whether a module's proportion is one at which its halves change places."""
+    pattern = _pattern(original, family.swapped_if)
+    out, width = family.swapped_if[pattern] if pattern else (0, 0)
+    return bool(pattern) and shape[0] * width == shape[1] * out
 
 
 def _pattern(module: str, patterns: Iterable[str]) -> str | None:

@@ -11,7 +11,6 @@ _SINGLE = ("norm.linear", "proj_mlp", "proj_out", "attn.norm_q", "attn.norm_k", 
 
 MODULES = (
     "time_embed.timestep_embedder.linear_1", "time_embed.timestep_embedder.linear_2",
-    "guidance_embed.timestep_embedder.linear_1", "guidance_embed.timestep_embedder.linear_2",
     "context_embedder", "x_embedder", "norm_out.linear", "proj_out",
     *(f"transformer_blocks.{{}}.{x}" for x in _DOUBLE), *(f"single_transformer_blocks.{{}}.{x}" for x in _SINGLE),
 )  # fmt: skip

@@ -7,8 +7,11 @@ from loratools.adapter.naming.image.families._bria import MODULES
 
 FAMILY = Family(
     summary="FIBO",
-    renames=same(*MODULES, "caption_projection.{}.linear"),
+    renames=same(
+        *MODULES, "caption_projection.{}.linear", "guidance_embed.timestep_embedder.linear_1",
+        "guidance_embed.timestep_embedder.linear_2",
+    ),
     called=(r"fibo(?!-?_?2)",),
     depths={"transformer_blocks": (8,), "single_transformer_blocks": (38,)},
-)
+)  # fmt: skip
 """FIBO and its edit models."""
