@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
+from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.storage import codecs, dtypes
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.shard import Shard
 from loratools.storage.codecs import Encoding, Module, schemes
+from loratools.storage.codecs.schemes import Codes
 from loratools.storage.codecs.state import HEADER, statement, with_plain
 from loratools.storage.header import TensorSpec
 
@@ -35,6 +38,7 @@ def logical(model: Checkpoint, only: Collection[str] | None = None) -> Checkpoin
     found = schemes.find(stored.specs, stored.config)
     if not found.modules:
         return model
+    _refuse_damaged(stored.path, stored.config, found)
     shown: dict[str, TensorSpec] = {}  # stored name of the part at whose place the weight stands -> the weight
     weights: dict[str, str] = {}
     told = {shard.prefix + name: text for shard in stored.shards for name, text in shard.metadata.items()}
@@ -74,6 +78,27 @@ def logical(model: Checkpoint, only: Collection[str] | None = None) -> Checkpoin
 
     shards = tuple(map(shown_in, stored.shards))
     return replace(stored, shards=shards, specs=view(stored.specs), stored=stored)
+
+
+def _refuse_damaged(path: Path, config: Mapping[str, Any], found: Codes) -> None:
+    """Raise `UnsupportedAdapter` where a module lacks what makes its parts codes, `BadFile` for a statement that is none.
+
+    A module lacks parts where others of the model have all of its own, are read, and have more.
+    """
+    if config.get(key := "quantization_config") and not isinstance(config[key], Mapping):
+        raise BadFile(f"{path}: config.json's {key} is {str(config[key])[:80]!r}, and an object was expected")
+    whole = {frozenset(found.parts[module]): module for module, codec in found.codecs.items() if codec}
+    damaged = []
+    for module in (module for module, codec in found.codecs.items() if codec is None):
+        parts = found.parts[module].keys()
+        if len(parts) > 1 and (like := next((each for each in whole if parts < each), None)):
+            missing, named = ", ".join(sorted(like - parts)), ", ".join(sorted(parts))
+            damaged.append(f"{module} ({found.modules[whole[like]]}): {missing} is missing beside {named}")
+    if damaged:
+        raise UnsupportedAdapter(
+            f"{path}: {len(damaged)} quantized module(s) lack tensors", sorted(damaged)[:20],
+            hint="The model is not whole: fetch it again.",
+        )  # fmt: skip
 
 
 def encodings(model: Checkpoint) -> dict[str, Encoding]:

@@ -21,6 +21,9 @@ _SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
 """The names of the scales: transformers, fbgemm, DeepSeek-V4, Mistral."""
 
 _METHODS = (None, "fp8", "fbgemm_fp8", "mxfp8")
+_OTHERS = ("gptq", "awq", "bitsandbytes", "hqq")
+"""Methods that store no FP8: config.json names another model's."""
+
 _EXPERTS = ".experts."
 _LISTS = ("modules_to_not_convert", "ignored_layers")
 
@@ -28,6 +31,8 @@ _LISTS = ("modules_to_not_convert", "ignored_layers")
 def opened(module: Module) -> Encoding:
     """Return how an FP8 weight is stored; raise `UnsupportedAdapter` for scales that do not fit it."""
     module.need("weight")
+    if (method := module.statement.get("quant_method")) in _OTHERS:
+        raise module.refuse(f"config.json says {method!r}", "Set quant_method in config.json to what the tensors are.")
     scale = next((part for part in _SCALES if part in module.specs), None)
     if scale is None:
         raise module.refuse("it has no scale beside it")

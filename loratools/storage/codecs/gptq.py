@@ -31,12 +31,17 @@ from loratools.storage.dtypes import bits as bits_of
 _BITS = (2, 3, 4, 8)
 _WORDS = frozenset({"I32", "U32", "I64", "U64", "I16", "U16", "I8", "U8"})
 _V1 = frozenset({"gptq", "auto_round:auto_gptq", "auto_round:gptq", "auto_gptq"})
+_OTHERS = ("fp8", "fbgemm_fp8", "mxfp4", "bitsandbytes", "hqq")
+"""Methods whose codes are none of GPTQ's: config.json names another model's."""
+
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def opened(module: Module) -> Encoding:
     """Return how a GPTQ weight is stored; raise `UnsupportedAdapter` where its parts, or config.json, do not agree."""
     check_parts(module)
+    if (method := module.statement.get("quant_method")) in _OTHERS:
+        raise module.refuse(f"config.json says {method!r}", "Set quant_method in config.json to what the tensors are.")
     statement, specs = module.statement, module.specs
     qweight, qzeros, scales, g_idx = (specs.get(part) for part in ("qweight", "qzeros", "scales", "g_idx"))
     assert qweight
@@ -134,6 +139,8 @@ def _order(module: Module, columns: int, groups: int, size: int) -> Array | None
     none: loaders read such a file in two ways.
     """
     if "g_idx" not in module.specs:
+        if module.statement.get("desc_act") is True and groups > 1:
+            raise module.refuse("config.json says desc_act true, and the g_idx that orders its columns is missing")
         return None
     of_column = module.read("g_idx").astype(np.int64)
     if np.array_equal(of_column, np.arange(columns) // size):
