@@ -81,7 +81,7 @@ def logical(model: Checkpoint, only: Collection[str] | None = None) -> Checkpoin
 
 
 def _refuse_damaged(path: Path, config: Mapping[str, Any], found: Codes) -> None:
-    """Raise `UnsupportedAdapter` where a module lacks what makes its parts codes, `BadFile` for a statement that is none.
+    """Raise `UnsupportedAdapter` where a module lacks parts, `BadFile` for a statement that is no object.
 
     A module lacks parts where others of the model have all of its own, are read, and have more.
     """

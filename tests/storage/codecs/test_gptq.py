@@ -154,6 +154,11 @@ def test_what_does_not_agree_is_refused(tmp_path: Path) -> None:
         "do not fit each other": (parts | {"scales": parts["scales"][:2].contiguous()}, {}),
         "no words and floats": (parts | {"qweight": parts["qweight"].float()}, {}),
         "qzeros is missing": ({part: parts[part] for part in parts if part != "qzeros"}, {}),
+        "config.json says 'fp8'": (parts, {"quant_method": "fp8"}),
+        "desc_act true, and the g_idx .* is missing": (
+            {part: parts[part] for part in parts if part != "g_idx"},
+            {"desc_act": True},
+        ),
         "sides of a matrix": (parts | {"scales": parts["scales"][0].contiguous()}, {}),
     }
     for i, (match, (changed, stated)) in enumerate(cases.items()):
