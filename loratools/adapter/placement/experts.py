@@ -4,6 +4,7 @@
                 or (E, H, 2I) and (E, I, H), as gpt-oss does, with the rows of gate and up in turn
     by expert   mlp.experts.7.gate_proj, up_proj and down_proj, or block_sparse_moe.experts.7.w1, w3 and w2 (Mixtral)
     switch      mlp.switch_mlp.gate_proj, up_proj and down_proj, (E, out, in) each, as mlx-lm does
+    listed      mlp.experts.gate_up_projs.7 and down_projs.7, (2I, H) and (H, I), as Unsloth has gpt-oss in 4 bits
 
 The output of a merge has the layout of its base, whichever of these the adapter was trained in.
 """
@@ -17,10 +18,11 @@ from typing import Any
 from loratools.adapter.kinds import Update
 from loratools.adapter.naming.stacked import INTERLEAVED, STORED_IN_OUT, known_type
 from loratools.adapter.naming.wrappers import Names
-from loratools.adapter.placement.stacks import MODEL_TYPE, PARAMETERS, Shapes, lies_in_out, spellings, switched
+from loratools.adapter.placement.stacks import MODEL_TYPE, PARAMETERS, Shapes, lies_in_out, listed, spellings, switched
 from loratools.adapter.site import Site
 
 _EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<number>\d+)\.(?P<name>\w+)")
+_LISTED = re.compile(r"(?P<stack>.+\.experts)\.(?P<parameter>\w+_proj)s\.(?P<number>\d+)")
 
 
 class NoPlace(Exception):
@@ -66,6 +68,8 @@ def _single(module: str, update: Update, names: Names, shapes: Shapes) -> str | 
 
 def expert_site(module: str, update: Update, names: Names, shapes: Shapes, config: Mapping[str, Any]) -> Site | None:
     """Return the site of a single expert's projection (`…experts.7.up_proj`) in a base that stacks them, or None."""
+    if listed := _LISTED.fullmatch(module):
+        return _listed_site(listed, update, names, shapes, config)
     match = _EXPERT.fullmatch(module)
     if match is None or len(update.shape) != 2:
         return None
@@ -79,6 +83,19 @@ def expert_site(module: str, update: Update, names: Names, shapes: Shapes, confi
     projection = next((name for name, known in _PROJECTIONS.items() if match["name"] in known), "")
     if tensor := _switch(match["stack"], projection, names, shapes):
         return _in_switch(tensor, shapes[tensor], update.shape, int(match["number"]))
+    return None
+
+
+def _listed_site(
+    match: re.Match[str], update: Update, names: Names, shapes: Shapes, config: Mapping[str, Any]
+) -> Site | None:
+    """Return the site of a whole parameter of one expert (`…experts.gate_up_projs.7`) in the stack of it, or None."""
+    for tensor in names.find(match["stack"], match["parameter"]):
+        if len(shapes[tensor]) == 3 and len(update.shape) == 2:
+            lies = lies_in_out(match["stack"], names, shapes)
+            # Rows of gate and up lie in turn on both sides.
+            place = int(match["number"]), 0, 1
+            return _in_stack(tensor, shapes[tensor], update.shape, place, known_type(config), lies)
     return None
 
 
@@ -121,6 +138,11 @@ def _by_expert(module: str, update: Update, number: int, names: Names, shapes: S
     """Yield the sites of one expert in the tensors that are its own: half of gate_up_proj is gate_proj."""
     projections = PARAMETERS.get(update.layout["parameter"], ())
     count, (out, inner) = len(projections), update.shape[1:]
+    for tensor in names.find(listed(module, update.layout["parameter"], number)):
+        if shapes[tensor] != (out, inner):
+            raise NoPlace(f"its delta weight has shape {(out, inner)}, and {tensor} has {shapes[tensor]}")
+        yield number, Site.whole(tensor, (out, inner))
+        return
     for i, known in enumerate(projections):
         paths = [f"{path}.{number}.{name}" for path in spellings(module) for name in known]
         part = (i * (out // count), (i + 1) * (out // count))

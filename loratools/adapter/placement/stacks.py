@@ -31,6 +31,11 @@ PARAMETERS: Mapping[str, tuple[tuple[str, ...], ...]] = {
 MODEL_TYPE = "model_type in its config.json says which model this is, or --model-type of merge"
 PEFT_VERSION = "peft_version in its adapter_config.json says which PEFT trained it"
 
+_SPELLINGS = (
+    (".block_sparse_moe.", ".mlp."), (".mlp.", ".block_sparse_moe."),
+    (".router.linear.", ".router."), (".mlp.router.", ".mlp.router.linear."),
+)  # fmt: skip
+
 _Choice = tuple[tuple[Update, ...], bool]
 """An update for each wrapper of a module, and whether its stacks lie (in, out); a matrix always lies (out, in)."""
 
@@ -114,6 +119,10 @@ def stored(path: str, parameter: str, names: Names, shapes: Shapes) -> Stored | 
         for name in tensors:
             *count, first, second = shapes[name]
             return Stored(name, (first, second), count[0] if count else 0)
+        for tensor in names.find(listed(spelled, parameter)):
+            if len(shapes[tensor]) == 2:
+                rows, columns = shapes[tensor]
+                return Stored(tensor, (rows, columns), split=True)
         projections = PARAMETERS.get(parameter, ())
         for tensor in (t for known in projections[:1] for name in known for t in names.find(f"{spelled}.0.{name}")):
             if len(shapes[tensor]) == 2:
@@ -125,6 +134,11 @@ def stored(path: str, parameter: str, names: Names, shapes: Shapes) -> Stored | 
     return None
 
 
+def listed(stack: str, parameter: str, number: int = 0) -> str:
+    """Return the module of one expert's whole parameter where each expert has a linear layer, as Unsloth names it."""
+    return f"{stack}.{parameter}s.{number}"
+
+
 def switched(stack: str, projection: str, names: Names, shapes: Shapes) -> str | None:
     """Return mlx-lm's tensor (E, out, in) of one projection of all experts, by its name; None where there is none."""
     found = names.find(f"{stack.removesuffix('experts')}switch_mlp.{projection}") if stack.endswith("experts") else []
@@ -132,9 +146,9 @@ def switched(stack: str, projection: str, names: Names, shapes: Shapes) -> str |
 
 
 def spellings(module: str) -> Iterator[str]:
-    """Yield a module's path, and the path that it has before or after the renaming of transformers 5."""
+    """Yield a module's path, and the paths that it has before or after the renaming of transformers 5 and Unsloth."""
     yield module
-    for old, new in ((".block_sparse_moe.", ".mlp."), (".mlp.", ".block_sparse_moe.")):
+    for old, new in _SPELLINGS:
         if old in f".{module}.":
             yield f".{module}.".replace(old, new).strip(".")
 
@@ -161,8 +175,8 @@ def _choose(
     if not fitting:
         return updates
     known = known_type(config)
-    order = in_order(parameters) if known else None
-    if own := [choice for choice in fitting if [update.layout["parameter"] for update in choice[0]] == order]:
+    named = [[update.layout["parameter"] for update in choice] for choice, _ in fitting]
+    if known and (own := [choice for choice, each in zip(fitting, named, strict=True) if in_order(each) == each]):
         fitting = own
     if len({turned for _, turned in fitting}) > 1:
         expected = _expected(path, updates, known, names, shapes)

@@ -32,7 +32,7 @@ from loratools.dialects._frame.losses import left, record_losses
 from loratools.dialects._frame.metadata import carried, settings_with
 from loratools.dialects.peft import checks
 from loratools.dialects.peft.config import PeftConfig
-from loratools.dialects.peft.experts import layouts, outer, reordered, version_for
+from loratools.dialects.peft.experts import holders, layouts, outer, reordered, version_for
 from loratools.dialects.peft.names import Groups, group, unwrap
 from loratools.errors import BadFile
 from loratools.format import keys, manifest
@@ -95,8 +95,9 @@ def assemble(path: Path, tensors: Mapping[str, LazyTensor], config: PeftConfig) 
     Raises as `read`.
     """
     groups = group(tensors, biases=config.fields.get("bias", "none") != "none")
-    updates, unsupported, faults = _build(groups, config)
-    check_faults(path, [*groups.faults, *checks.faults(groups, config), *faults])
+    held = holders(groups, config)
+    updates, unsupported, faults = _build(groups, config, held)
+    check_faults(path, [*groups.faults, *checks.faults(groups, config, held), *faults])
     check_read(path, unsupported)
     if not updates and not groups.whole:
         raise BadFile(f"{path}: no LoRA tensors in it")
@@ -196,9 +197,14 @@ def _tensors(listing: Listing) -> dict[str, LazyTensor]:
     return tensors
 
 
-def _build(groups: Groups, config: PeftConfig) -> tuple[dict[str, Update], list[str], list[str]]:
-    """Return the updates, a line for each set of parts that no kind claims, and a line for each contradiction."""
-    stacks, faults = layouts(groups, config)
+def _build(
+    groups: Groups, config: PeftConfig, held: Mapping[str, set[str]]
+) -> tuple[dict[str, Update], list[str], list[str]]:
+    """Return the updates, a line for each set of parts that no kind claims, and a line for each contradiction.
+
+    `held` are the parameters of modules that the config targets, as `holders` tells.
+    """
+    stacks, faults = layouts(groups, config, held)
 
     def choose(module: str, parts: Mapping[str, LazyTensor]) -> str | None:
         kind = kinds.claim(parts) if checks.is_plain(module, groups) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from loratools.dialects.peft.config import PeftConfig
 from loratools.dialects.peft.names import Groups, unwrap
@@ -18,8 +19,11 @@ def is_flat(name: str, lazy: LazyTensor) -> bool:
     return "_flat_param" in name or (len(lazy.shape) == 1 and _FACTOR.search(unwrap(name)) is not None)
 
 
-def faults(groups: Groups, config: PeftConfig) -> list[str]:
-    """List missing partners, tensors that the config contradicts, and targets of the config without tensors."""
+def faults(groups: Groups, config: PeftConfig, held: Collection[str]) -> list[str]:
+    """List missing partners, tensors that the config contradicts, and targets of the config without tensors.
+
+    `held` are the modules whose own parameters the config targets.
+    """
     lines = []
     for module, parts in groups.modules.items():
         for pair in _PAIRS:
@@ -32,9 +36,8 @@ def faults(groups: Groups, config: PeftConfig) -> list[str]:
         for part, lazy in parts.items():
             if not lazy.dtype.startswith(("F", "BF")):
                 lines.append(f"{keys.join(module, part)}: {lazy.dtype} numbers, expected floating point")
-        if any(part.startswith("lora_") for part in parts) and not _targeted(
-            re.sub(r"(\.base_layer)+$", "", module.partition(".base_layer.")[0]), config
-        ):
+        path = re.sub(r"(\.base_layer)+$", "", module.partition(".base_layer.")[0])
+        if any(part.startswith("lora_") for part in parts) and path not in held and not _targeted(path, config):
             lines.append(f"{module}: has tensors, but the config does not target it, so PEFT would ignore them")
     return lines + [
         f"{name}: the config targets it by its full name, but it has no tensors"

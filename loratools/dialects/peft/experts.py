@@ -14,12 +14,12 @@ from loratools.adapter.parts import A, B
 from loratools.dialects.peft.config import PeftConfig
 from loratools.dialects.peft.fields import GROUPED
 from loratools.dialects.peft.names import Groups
-from loratools.dialects.peft.targets import EXPERTS
 from loratools.storage.lazy import LazyTensor
 
 Parts = dict[str, LazyTensor]
 
 _NESTED = re.compile(r"(\.base_layer)+$")
+_EXPERTS = "experts"  # what classes call a module of stacked experts
 _MANY = 6  # parameters of one module; classes have four at most
 
 # Whether a stack lies (in, out) where its class says is_transposed, and where it does not -> version
@@ -36,8 +36,45 @@ def outer(module: str) -> str:
     return _NESTED.sub("", module)
 
 
-def layouts(groups: Groups, config: PeftConfig) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Return module -> layout of the stack of experts there, and what is wrong with them.
+def holders(groups: Groups, config: PeftConfig) -> dict[str, set[str]]:
+    """Return module -> the names of its own parameters that the config targets; of those without a path, any may be.
+
+    PEFT takes a name without a path in every module that has such a parameter, which the file does not say. A module
+    has one where it is wrapped more than once, its factors are several of the rank, or it is called `experts`, unless
+    it is a target itself.
+    """
+    targeted: dict[str, set[str]] = {}
+    for target in config.fields.get("target_parameters", ()):
+        place, _, name = target.rpartition(".")
+        if place:
+            targeted.setdefault(place, set()).add(name)
+    if not targeted and not config.targets.pathless:
+        return {}
+    held: dict[str, set[str]] = {}
+    for module, parts in groups.modules.items():
+        path = outer(module)
+        names = {name for suffix in suffixes(path) for name in targeted.get(suffix, ())}
+        if config.targets.pathless and (path in held or _is_stack(module, parts, config)):
+            names |= config.targets.pathless
+        if names:
+            held[path] = held.get(path, set()) | names
+    return held
+
+
+def _is_stack(module: str, parts: Mapping[str, LazyTensor], config: PeftConfig) -> bool:
+    path = outer(module)
+    if path != module or path.rpartition(".")[2] == _EXPERTS:
+        return True
+    if A not in parts or config.targets.select(path):
+        return False
+    ranks = {config.rank(f"{path}.{name}") for name in config.targets.pathless}
+    return any(rank and parts[A].shape[0] > rank and parts[A].shape[0] % rank == 0 for rank in ranks)
+
+
+def layouts(
+    groups: Groups, config: PeftConfig, held: Mapping[str, set[str]]
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return module -> layout of the stack of experts there, and what is wrong with them; `held` is of `holders`.
 
     PEFT wraps a module once for each targeted parameter, in the order in which its class registers them, the first
     innermost; the order in `target_parameters` means nothing. A layout follows the order of the classes of
@@ -46,27 +83,24 @@ def layouts(groups: Groups, config: PeftConfig) -> tuple[dict[str, dict[str, Any
     by_module: dict[str, dict[str, Any]] = {}
     faults = []
     levels: dict[str, list[str]] = {}
-    targeted: dict[str, set[str]] = {}
-    for target in config.fields.get("target_parameters", ()):
-        place, _, name = target.rpartition(".")
-        targeted.setdefault(place or EXPERTS, set()).add(name)
-    for module in groups.modules if targeted else ():
-        if _parameters(outer(module), targeted):
+    for module in groups.modules if held else ():
+        if outer(module) in held:
             levels.setdefault(outer(module), []).append(module)
     for path, modules in levels.items():
-        parameters = _parameters(path, targeted)
+        parameters = held[path]
         modules.sort(key=len, reverse=True)  # innermost first
-        if len(modules) != len(parameters) or len(modules) > _MANY:
+        least = len(parameters - config.targets.pathless)
+        if not max(least, 1) <= len(modules) <= min(len(parameters), _MANY) or len(parameters) > _MANY:
             wrappers = f"{len(modules)} wrapper(s) for {len(parameters)} parameters"
             faults.append(f"{path}: {wrappers}, {', '.join(sorted(parameters)[:_MANY])}")
             continue
         rows = [groups.modules[module][A].shape[0] if A in groups.modules[module] else 0 for module in modules]
         ranks = {parameter: config.rank(f"{path}.{parameter}") for parameter in parameters}
-        known = in_order(parameters)
-        orders = [
-            order for order in permutations(sorted(parameters)) if _divides(rows, [ranks[name] for name in order])
-        ]
-        likely = orders[0] if len(orders) == 1 else tuple(known or sorted(parameters))
+        must = parameters - config.targets.pathless
+        possible = [order for order in permutations(sorted(parameters), len(modules)) if must <= set(order)]
+        orders = [order for order in possible if _divides(rows, [ranks[name] for name in order])]
+        known = [order for order in possible if in_order(order) == list(order)]
+        likely = next((order for order in (*known, *orders) if len(orders) != 1 or order in orders), possible[0])
         for module, count, parameter in zip(modules, rows, likely, strict=True):
             if likely not in orders:
                 rank = ranks[parameter]
@@ -77,7 +111,7 @@ def layouts(groups: Groups, config: PeftConfig) -> tuple[dict[str, dict[str, Any
             place = modules.index(module)
             names = dict.fromkeys((parameter, *(order[place] for order in orders)))
             first, *others = (_layout(name, count // (ranks[name] or 1), config) for name in names)
-            first["ordered"] = known is not None or not others
+            first["ordered"] = len(known) == 1 or not others
             first["others"] = [
                 {**other, "scaling": config.scaling(target, ranks[name] or 1), "alpha": config.alpha(target)}
                 for other in others
@@ -126,8 +160,3 @@ def reordered(parts: Mapping[str, LazyTensor], layout: Mapping[str, Any], fields
         return dict(parts)  # which no stack can have
     turn = lambda tensor: tensor.reshape(out, experts, -1).transpose(1, 2).reshape(out, columns)  # noqa: E731
     return {**parts, B: parts[B].map(turn, parts[B].shape)}
-
-
-def _parameters(path: str, targeted: Mapping[str, set[str]]) -> set[str]:
-    """Return a module's targeted parameters."""
-    return {name for suffix in suffixes(path) for name in targeted.get(suffix, ())}

@@ -16,9 +16,6 @@ MAX_NAME = 1_000
 
 ALL_LINEAR = "all-linear"
 
-EXPERTS = "experts"
-"""The module whose parameters a name without a path means, as PEFT 0.19 and later write it for transformers 5."""
-
 MAX_LISTS = 100
 """Names in `layers_pattern`; a model has one list of layers, or two."""
 
@@ -31,7 +28,8 @@ class Targets:
 
     `modules` and `exclude` are names or a regular expression; `modules` is None where the config leaves it open, as
     with "all-linear". `layers` are the only layer indices, () for all; `layer_lists` match a name up to such an index.
-    `saved` modules are trained whole. `parameters` are the modules whose own parameters (experts) are targeted.
+    `saved` modules are trained whole. `parameters` are the modules whose own parameters (experts) are targeted,
+    `pathless` the names of parameters that are targeted in whatever module has them, as PEFT 0.19 and later write them.
     """
 
     modules: NameList | Expression | None
@@ -40,6 +38,7 @@ class Targets:
     layer_lists: tuple[re.Pattern[str], ...]
     saved: SavedModules
     parameters: NameList
+    pathless: frozenset[str]
     all_linear: bool
 
     @classmethod
@@ -51,6 +50,7 @@ class Targets:
             return Expression(value, name, config) if isinstance(value, str) and value else NameList(value)
 
         modules, lists = fields.get("target_modules"), several(fields, "layers_pattern")
+        parameters = several(fields, "target_parameters")
         config.problems += [
             f"layers_pattern: {name[:80]!r} is no plain name" for name in lists if not _PLAIN.fullmatch(name)
         ]
@@ -69,7 +69,8 @@ class Targets:
             dict.fromkeys(several(fields, "layers_to_transform")),
             tuple(re.compile(rf"{layer}\.(?P<index>\d+)\.") for layer in layers),
             SavedModules(several(fields, "modules_to_save"), config),
-            NameList(parameter.rpartition(".")[0] or EXPERTS for parameter in several(fields, "target_parameters")),
+            NameList(place for parameter in parameters if (place := parameter.rpartition(".")[0])),
+            frozenset(parameter for parameter in parameters if "." not in parameter),
             all_linear,
         )
 
@@ -80,7 +81,7 @@ class Targets:
         if self.exclude.matches(module) or self.saved.matches(module):
             return False
         if self.modules is None:
-            return self.all_linear or not self.parameters.names
+            return self.all_linear or not (self.parameters.names or self.pathless)
         if isinstance(self.modules, Expression):
             return self.modules.matches(module)
         return module in self.modules.names or (self.modules.matches(module) and self._in_layers(module))

@@ -172,3 +172,36 @@ def test_factors_that_are_no_stack_are_refused() -> None:
         ExpertsUpdate(A, B, 1.0, 1.0, 4, "down_proj")
     with pytest.raises(ValueError, match="do not share"):
         ExpertsUpdate(A, LazyTensor.of(random(5, 4)), 1.0, 1.0, 3, "down_proj")
+
+
+@pytest.mark.parametrize("inner", [5, 4])
+def test_experts_one_by_one_of_gpt_oss_and_its_stack(inner: int) -> None:
+    """In 4 bits each expert is a linear layer, `down_projs.2`; published weights are stacked (E, in, out)."""
+    name, config = "model.layers.0.mlp.experts", {"model_type": "gpt_oss"}
+    up, down, router = single(2 * inner, 4, 1), single(4, inner, 2), single(EXPERTS, 4, 3)
+    updates = {f"{name}.gate_up_projs.1": up, f"{name}.down_projs.2": down, "model.layers.0.mlp.router.linear": router}
+    shapes = {f"{name}.gate_up_proj": (EXPERTS, 4, 2 * inner), f"{name}.down_proj": (EXPERTS, inner, 4)}
+    found = change(updates, {**shapes, "model.layers.0.mlp.router.weight": (EXPERTS, 4)}, **config)
+    wanted = {tensor: torch.zeros(shape) for tensor, shape in shapes.items()}
+    wanted[f"{name}.gate_up_proj"][1] = up.delta_weight().T
+    wanted[f"{name}.down_proj"][2] = down.delta_weight().T
+    assert all(torch.allclose(found[tensor], W, atol=1e-6) for tensor, W in wanted.items())
+    assert torch.allclose(found["model.layers.0.mlp.router.weight"], router.delta_weight(), atol=1e-6)
+    with pytest.raises(IncompatibleAdapter, match="3 experts"):
+        change({f"{name}.down_projs.3": down}, shapes, **config)
+
+
+@pytest.mark.parametrize("inner", [5, 4])
+def test_a_stack_on_linear_layers_of_gpt_oss(inner: int) -> None:
+    name = "model.layers.0.mlp.experts"
+    # PEFT has factors of what the class computes with, (E, in, out): of the transpose of a linear layer's weight.
+    up, down = stack(4, 2 * inner, "gate_up_proj"), stack(inner, 4, "down_proj")
+    shapes = {f"{name}.gate_up_projs.{e}.weight": (2 * inner, 4) for e in range(EXPERTS)}
+    shapes |= {f"{name}.down_projs.{e}.weight": (4, inner) for e in range(EXPERTS)}
+    turned = {f"{name}.base_layer": up.turned_round(), name: down.turned_round()}
+    for updates in (turned, {f"{name}.base_layer": up, name: down}):
+        found = change(updates, shapes, model_type="gpt_oss")
+        for e in range(EXPERTS):
+            for parameter, update in (("gate_up_projs", up), ("down_projs", down)):
+                delta = update.delta_weight()[e].T
+                assert torch.allclose(found[f"{name}.{parameter}.{e}.weight"], delta, atol=1e-6)

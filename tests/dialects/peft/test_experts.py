@@ -186,3 +186,43 @@ def test_with_a_base_stacks_are_written_as_the_peft_of_today_reads_them(
         assert torch.allclose(by_peft, wanted, atol=1e-5)
         merge(tmp_path / "base", tmp_path / to, tmp_path / f"merged-{to}")
         assert torch.allclose(load(tmp_path / f"merged-{to}")[f"{NAME}.down_proj"], wanted, atol=1e-5)
+
+
+def test_a_name_without_a_path_is_for_every_module_that_has_the_parameter(tmp_path: Path) -> None:
+    """As PEFT takes it: of four names the experts have two, and the shared experts, stacked too, three."""
+    layer, sides = "model.layers.0.mlp", {"gate_up_proj": (12, H), "down_proj": (H, 6)}
+    shared = {"gate_proj": (4, H), "up_proj": (4, H), "down_proj": (H, 4)}
+    before = {f"{layer}.experts.{name}": random(EXPERTS, *shape, seed=1) for name, shape in sides.items()}
+    before |= {f"{layer}.shared_experts.{name}": random(2, *shape, seed=2) for name, shape in shared.items()}
+    (tmp_path / "base").mkdir()
+    save_file(before, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "inkling_text"}))
+    tensors, wanted = {}, dict(before)
+    for module, parameters, count in (("experts", sides, EXPERTS), ("shared_experts", shared, 2)):
+        for depth, (name, (out, inner)) in enumerate(parameters.items()):
+            A, B = random(count * RANK, inner, seed=depth + 3), random(out, RANK * count, seed=depth + 9)
+            path = f"base_model.model.{layer}.{module}" + ".base_layer" * (len(parameters) - 1 - depth)
+            tensors |= {f"{path}.lora_A.weight": A, f"{path}.lora_B.weight": B}
+            delta = torch.einsum("ore,eri->eoi", B.reshape(out, RANK, count), A.reshape(count, RANK, inner))
+            wanted[f"{layer}.{module}.{name}"] = before[f"{layer}.{module}.{name}"] + 3 * delta
+    (tmp_path / "adapter").mkdir()
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    names = ["down_proj", "gate_proj", "gate_up_proj", "up_proj"]
+    config = {**FIELDS, "target_modules": ["q_proj"], "target_parameters": names, "peft_version": "0.21.2"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    found = load(tmp_path / "merged")
+    assert found.keys() == wanted.keys()
+    assert all(torch.allclose(found[name], W, atol=1e-5) for name, W in wanted.items())
+
+
+def test_a_plain_layer_is_no_holder_of_a_parameter_without_a_path(tmp_path: Path) -> None:
+    adapter(tmp_path / "adapter", [(H, 12), (6, H)], ["gate_up_proj", "down_proj"])
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    name = "base_model.model.model.layers.0.self_attn.k_proj"
+    stranger = {f"{name}.lora_A.weight": random(RANK, H, seed=1), f"{name}.lora_B.weight": random(H, RANK, seed=2)}
+    save_file(load_file(path) | stranger, path)
+    config = {**FIELDS, "target_parameters": ["gate_up_proj", "down_proj"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(BadFile, match="k_proj: has tensors, but the config does not target it"):
+        dialects.open_adapter(tmp_path / "adapter")
