@@ -20,6 +20,6 @@ FAMILY = Family(
         "proj_in.1": "proj_in_conv", "proj_out.1": "proj_out_conv",
         **same("condition_embedder", "norm_out"),
     },
-    called=(r"ace[-_ ]?step",),
+    called=(r"ace[-_ ]?step[-_ ]?v?1[._]?5",),
 )  # fmt: skip
 """ACE-Step 1.5's diffusion transformer."""
