@@ -12,7 +12,7 @@ TARGETS = {
     *(f"lyric_encoder.encoders.0.self_attn.linear_{x}" for x in ("q", "k", "v", "out")),
     "lyric_encoder.encoders.0.feed_forward.w_1", "lyric_encoder.encoders.5.feed_forward.w_2",
     *(f"transformer_blocks.23.attn.{x}" for x in ("to_q", "to_k", "to_v", "to_out.0")),
-    *(f"transformer_blocks.23.cross_attn.{x}" for x in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")),
+    *(f"transformer_blocks.23.cross_attn.{x}" for x in ("to_q", "to_k", "to_v", "add_q_proj", "add_v_proj")),
 }  # fmt: skip
 """Modules of public training configurations of ACE-Step 1."""
 
