@@ -68,8 +68,11 @@ class FourBitEncoder:
     def __post_init__(self) -> None:
         self.codes = self.parts.rows("weight", 0, None).reshape(-1).view(np.uint8).copy()
         self.order = np.argsort(self.levels, kind="stable")
-        near_the_end = np.sort(self.levels)[[1, -2]]  # of NF4 -0.70 and 0.72
-        self.limit = np.float32(1 if self.draw else (3 - np.abs(near_the_end).max()) / 2)
+        self._sorted = self.levels[self.order]
+        near_the_end, self._ends = self._sorted[[1, -2]], self._sorted[[0, -1]]  # of NF4 -0.70 and 0.72, -1 and 1
+        self._reached = np.array([self._ends[0] < 0, self._ends[1] > 0])  # which signs the codes have numbers of
+        ratios = near_the_end[self._reached] / self._ends[self._reached]
+        self.limit = np.float32(1 if self.draw else (3 - ratios.max()) / 2)
         if self.grid == "fresh":
             self.scales = np.zeros_like(self.scales)
 
@@ -79,9 +82,9 @@ class FourBitEncoder:
         return self.grid == "fresh" and self.nested is not None
 
     def observe(self, first: int, W: Array) -> None:
-        """Note the largest magnitude of every block."""
+        """Note the scale of every block: of the library's codes, which end at -1 and 1, its largest magnitude."""
         start = first * self.columns // self.block
-        tops = np.abs(self._blocks(W)).max(axis=1)
+        tops = self._least_scales(self._blocks(W))
         self.scales[start : start + len(tops)] = tops
 
     def encode(self, first: int, W: Array) -> Array:
@@ -127,7 +130,7 @@ class FourBitEncoder:
 
     def _widen(self, start: int, blocks: Array) -> None:
         """Make scales for those blocks, of which the first is number `start`, whose numbers are beyond the codes."""
-        tops = np.abs(blocks).max(axis=1)
+        tops = self._least_scales(blocks)
         few = np.flatnonzero(np.isfinite(tops) & (tops > np.abs(self.scales[start : start + len(tops)]) * self.limit))
         if not few.size:
             return
@@ -142,6 +145,13 @@ class FourBitEncoder:
         better = new > np.abs(self.scales[numbers_of_blocks])
         self.scales[numbers_of_blocks[better]] = new[better]
         self.made |= dict(zip(numbers_of_blocks[better].tolist(), codes[better].tolist(), strict=True))
+
+    def _least_scales(self, blocks: Array) -> Array:
+        """Return the least scale of each block by which the outermost codes reach all its numbers."""
+        outermost = np.stack([blocks.min(axis=1), blocks.max(axis=1)])
+        scales = (outermost[self._reached] / self._ends[self._reached, None]).max(axis=0)
+        least: Array = np.abs(np.maximum(scales, 0))  # never -0.0
+        return least
 
     def _stored(self, which: slice) -> Array:
         """Return some scales as they will be read."""
@@ -159,10 +169,10 @@ class FourBitEncoder:
 
     def _chosen(self, blocks: Array, reciprocal: Array, ragged: int = 0) -> Array:
         """Return the codes of blocks that become numbers from -1 to 1 by their scales' reciprocals."""
-        scaled = np.clip(blocks * reciprocal, -1, 1)
+        levels, ends = self._sorted, self._ends
+        scaled = np.clip(blocks * reciprocal, *ends)
         if ragged:  # the library divides the last block where it is not whole
-            scaled[-1] = np.clip(blocks[-1] / np.maximum(self.scales[-1], _TINY), -1, 1)
-        levels = self.levels[self.order]
+            scaled[-1] = np.clip(blocks[-1] / np.maximum(self.scales[-1], _TINY), *ends)
         index = nearest(scaled, levels) if self.draw is None else drawn(scaled, levels, self.draw)
         codes: Array = self.order[index]
         return codes

@@ -10,18 +10,19 @@ too: absmax = nested_map[code] · nested_absmax[i // 256] + offset. Shape, block
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import gcd, isfinite, prod
 from typing import Any
 
 import numpy as np
 
+from loratools.decisions import warned
 from loratools.errors import BadFile
 from loratools.linalg.native import codes as native
 from loratools.storage.codecs import Encoder, Encoding, Grid, Module, Parts
 from loratools.storage.codecs._bnb_encoders import FourBitEncoder, TurnedEncoder
 from loratools.storage.codecs._bnb_int8 import Int8Encoder, int8_values
-from loratools.storage.codecs.floats import Array
+from loratools.storage.codecs.floats import Array, narrow, widen
 from loratools.storage.codecs.state import listed
 from loratools.storage.codecs.tables import numbers
 from loratools.storage.codecs.turned import is_turned
@@ -39,7 +40,7 @@ MAPS: Mapping[str, Array] = {
          0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32),
     "fp4": np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3], np.float32) / np.float32(12),
 }  # fmt: skip
-"""What a code stands for in a block whose largest magnitude is 1. FP4 has two zeros."""
+"""What a code stands for in a block whose largest magnitude is 1, in the library's files. FP4 has two zeros."""
 
 
 def opened(module: Module) -> Encoding:
@@ -90,14 +91,12 @@ def _four_bit(module: Module) -> Encoding:
     nested = "nested_absmax" in module.specs
     if absmax.shape != (blocks,) or absmax.dtype not in (("U8",) if nested else ("F32", "F16", "BF16")):
         raise module.refuse(f"its absmax is {absmax.dtype} {list(absmax.shape)}, and there are {blocks} blocks")
-    if not np.allclose(_map(module, "quant_map", 16), MAPS[kind], rtol=0, atol=2**-8):
-        raise module.refuse(f"its quant_map is not that of {_NAMES[kind]}")
-    label = f"{_NAMES[kind]}, blocks of {block}"
+    table, label = _table(module, kind), f"{_NAMES[kind]}, blocks of {block}"
     turned = len(shape) == 2 and is_turned(module)
     facing, group = (shape[::-1], (block, 1)) if turned else (shape, (1, block))
     together = 1 if turned else _together(shape, block)
     if not nested:
-        return FourBit(module, facing, label, 4, group, together, kind, block, turned)
+        return FourBit(module, facing, label, 4, group, together, kind, table, block, turned)
     size, offset = state.get("nested_blocksize") or 0, state.get("nested_offset") or 0
     if type(size) is not int or size < 1 or type(offset) not in (int, float) or not isfinite(offset):
         raise module.refuse(f"its state says nested_blocksize {size!r:.40} and nested_offset {offset!r:.40}")
@@ -106,7 +105,7 @@ def _four_bit(module: Module) -> Encoding:
         raise module.refuse(f"its nested_absmax is {scales.dtype} {list(scales.shape)}, and absmax has {blocks} codes")
     _map(module, "nested_quant_map", 256)
     label = f"{label}, double quantization"
-    return FourBit(module, facing, label, 4, group, together, kind, block, turned, size, float(offset))
+    return FourBit(module, facing, label, 4, group, together, kind, table, block, turned, size, float(offset))
 
 
 def _together(shape: tuple[int, ...], block: int) -> int:
@@ -133,6 +132,26 @@ def _state(module: Module, kind: str) -> dict[str, Any]:
     return state
 
 
+def _table(module: Module, kind: str) -> Array:
+    """Return what a code of 4 bits stands for: the file's numbers, which are those of `MAPS` in all but odd files.
+
+    A table in 16 bit that is the library's, rounded, is read as the library's. Raises `UnsupportedAdapter` for a table
+    by which codes cannot be told apart.
+    """
+    table, usual = _map(module, "quant_map", 16), MAPS[kind]
+    rounded = (widen(narrow(usual, dtype), dtype, np.float32) for dtype in ("F16", "BF16"))
+    if np.allclose(table, usual, rtol=0, atol=1e-6) or any(np.array_equal(table, other) for other in rounded):
+        return usual
+    if len(np.unique(table)) < len(np.unique(usual)):
+        raise module.refuse("its quant_map has one number for several codes")
+    warned(
+        "%s weights come with a quant_map that is not that of %s; they are read by it, as the file says. "
+        "bitsandbytes itself computes with the numbers of %s, whatever the file says",
+        f"bitsandbytes {_NAMES[kind]}", _NAMES[kind], _NAMES[kind],
+    )  # fmt: skip
+    return table
+
+
 def _map(module: Module, part: str, count: int) -> Array:
     """Return a map of codes; raise `UnsupportedAdapter` unless it has `count` finite numbers in float32."""
     module.need(part)
@@ -147,12 +166,13 @@ def _map(module: Module, part: str, count: int) -> Array:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FourBit(Encoding):
-    """4-bit codes of the map `kind`, in blocks of `block`; codes of scales in blocks of `nested`, around `offset`.
+    """4-bit codes of `table`, in blocks of `block`; codes of scales in blocks of `nested`, around `offset`.
 
-    `turned` says that the codes are those of the weight transposed.
+    `kind` is the part that has the state, nf4 or fp4. `turned` says that the codes are those of the weight transposed.
     """
 
     kind: str = "nf4"
+    table: Array = field(default_factory=lambda: MAPS["nf4"])
     block: int = 64
     turned: bool = False
     nested: int | None = None
@@ -176,9 +196,9 @@ class FourBit(Encoding):
         stored = parts.raw("weight", left * self.block // 2, (last + 1) // 2, lent=True)
         blocks, scales = flat.reshape(-1, self.block), self.scales(parts, left, right)[:, None]
         rows = stored.reshape(-1, self.block // 2) if last == right * self.block else None
-        if rows is None or not native.decode(rows, "high first", MAPS[self.kind], blocks, scales=scales):
+        if rows is None or not native.decode(rows, "high first", self.table, blocks, scales=scales):
             pairs = flat.view(np.complex64)[: len(stored)]
-            np.take(_pairs(self.kind), stored, out=pairs, mode="clip")
+            np.take(_pairs(self.table), stored, out=pairs, mode="clip")
             blocks *= scales
         if not direct:
             skipped = start - left * self.block
@@ -189,7 +209,7 @@ class FourBit(Encoding):
         places = np.arange(self.columns)[:, None] * self.shape[0] + np.arange(first, first + len(out))
         shifted = parts.whole("weight").reshape(-1).view(np.uint8)[places >> 1] >> np.where(places & 1, 0, 4)
         scales = self.scales(parts, 0, self._blocks)[places // self.block]
-        out[...] = (MAPS[self.kind][shifted & 15] * scales).T
+        out[...] = (self.table[shifted & 15] * scales).T
 
     @property
     def _blocks(self) -> int:
@@ -213,17 +233,17 @@ class FourBit(Encoding):
         double quantization takes off, is rounded from float64, where the library adds in float32.
         """
         shape = self.shape[::-1] if self.turned else self.shape
-        scales, levels = self.scales(parts, 0, self._blocks), MAPS[self.kind]
+        scales, levels = self.scales(parts, 0, self._blocks), self.table
         encoder = FourBitEncoder(
             self.module, parts, levels, shape[-1], self.block, scales, self.nested, self.offset, self.kind, grid, draw
         )
         return TurnedEncoder(encoder, (shape[0], shape[1]), _together(shape, self.block)) if self.turned else encoder
 
 
-def _pairs(kind: str) -> Array:
+def _pairs(table: Array) -> Array:
     """Return the two numbers of every byte, side by side in one complex number: they are copied as one."""
     codes = np.arange(256)
-    return np.stack([MAPS[kind][codes >> 4], MAPS[kind][codes & 15]], axis=1).reshape(-1).view(np.complex64)
+    return np.stack([table[codes >> 4], table[codes & 15]], axis=1).reshape(-1).view(np.complex64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
