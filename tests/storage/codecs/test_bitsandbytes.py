@@ -6,18 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import loratools
+from loratools.decisions import warnings_to
 from loratools.errors import UnsupportedAdapter
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import logical
 from loratools.storage.files import chunks, read_tensor
 from tests.storage.codecs.bnb_models import SHAPES, M, eight_bit, exact, four_bit
 from tests.storage.codecs.loads import load, logits
-from tests.storage.codecs.recode import opened
+from tests.storage.codecs.recode import opened, recoded
 from tests.surgery.models import lora, random, same_bytes, save_adapter, save_base
 
 
@@ -187,3 +189,25 @@ def test_transformers_loads_what_a_merge_leaves(tmp_path: Path, quantization: di
     assert set(skipped["llm_int8_skip_modules"]) >= {*shapes, "lm_head"}
     names = {type(module).__name__ for name, module in load(tmp_path / "partial").named_modules() if name in shapes}
     assert names == {"Linear"}
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_codes_are_read_and_written_by_the_numbers_that_the_file_gives(tmp_path: Path, double: bool) -> None:
+    """Sixteen other numbers, in no order: a code stands for what `quant_map` has at its place, and it is said."""
+    stored = four_bit(random(64, 128), "nf4", double)
+    table = (torch.randperm(16, generator=torch.Generator().manual_seed(3)).float() - 7) / 8
+    usual = stored[f"{M}.weight.quant_map"].double()
+    by_usual = exact(stored, f"{M}.weight").double().reshape(-1, 64)
+    codes = stored[f"{M}.weight"].reshape(-1, 1).view(torch.uint8)
+    places = torch.cat([codes >> 4, codes & 15], dim=1).reshape(-1, 64).long()
+    top = usual[places].abs().argmax(dim=1, keepdim=True)
+    absmax = by_usual.gather(1, top) / usual[places].gather(1, top)
+    stored[f"{M}.weight.quant_map"] = table
+    with warnings_to((warnings := list[str]()).append):
+        view, encoding = opened(tmp_path / "base", stored)
+    assert [warning for warning in warnings if "not that of NF4" in warning]
+    ours = read_tensor(view.specs[encoding.name]).double().reshape(-1, 64)
+    torch.testing.assert_close(ours, table.double()[places] * absmax, rtol=1e-6, atol=0)
+    again, numbers = recoded(encoding, ours.float().numpy(), "own")
+    assert np.array_equal(again["weight"].reshape(-1).view(np.uint8), codes.numpy().reshape(-1))
+    assert np.array_equal(numbers.reshape(-1, 64), ours.float().numpy())
