@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loratools.adapter.naming.image.families import Family, Fused, regex
+from loratools.adapter.naming.image.families import Family, Fused
 
 Shapes = Mapping[str, tuple[int, ...]]
 Rows = Mapping[str, tuple[str, list[int]]]
@@ -158,11 +158,17 @@ def _swapped_here(family: Family, original: str, shape: tuple[int, ...]) -> bool
 
 
 def _pattern(module: str, patterns: Iterable[str]) -> str | None:
-    return next((pattern for pattern in patterns if re.fullmatch(regex(pattern), module)), None)
+    return next((pattern for pattern in patterns if _numbers(pattern, module) is not None), None)
 
 
 def _filled(to: str, pattern: str, module: str) -> str:
     """Return the module of pattern `to` with the numbers that a module has where its own pattern has `{}`."""
-    match = re.fullmatch(regex(pattern).replace(r"\d+", r"(\d+)"), module)
-    assert match, (pattern, module)
-    return to.format(*match.groups())
+    numbers = _numbers(pattern, module)
+    assert numbers is not None, (pattern, module)
+    return to.format(*numbers)
+
+
+def _numbers(pattern: str, module: str) -> tuple[str, ...] | None:
+    """Return the numbers that stand in a module for a pattern's `{}`; None where it has another name."""
+    match = re.fullmatch(re.escape(pattern).replace(re.escape("{}"), r"(\d+)"), module)
+    return match.groups() if match else None
