@@ -11,6 +11,9 @@ from loratools.adapter import kinds
 from loratools.adapter.kinds import Update
 from loratools.storage.lazy import LazyTensor
 
+HEADER = "metadata"
+"""The setting that holds the entries of the header that an adapter's file had: trigger words, tags, a thumbnail."""
+
 
 @dataclass(frozen=True, slots=True)
 class BaseIdentity:

@@ -77,6 +77,10 @@ weight_option = click.option(
     "-w", "--weight", "weights", type=float, multiple=True, metavar="NUMBER",
     help="Weight of an adapter, may be negative: once for each adapter, in order.  [default: 1 for each]",
 )  # fmt: skip
+to_option = click.option(
+    "--to", metavar="DIALECT", help="See `loratools dialects`.  [default: the adapter's, ours for PEFT's]"
+)
+factors_option = click.option("--dtype", type=FACTORS, help="Of the factors.  [default: as they are stored]")
 threads_option = click.option(
     "--threads", type=click.IntRange(min=1), metavar="N",
     help="Threads to work with; the result does not depend on it.  [default: one per core]",

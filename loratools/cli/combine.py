@@ -51,7 +51,8 @@ if TYPE_CHECKING:
 @options.word_option(
     "--check-base", "CheckBase", "strict", "What to do when the adapters belong to different base models."
 )
-@click.option("--dtype", type=options.FACTORS, default="f32", show_default=True, help="Of the factors.")
+@options.to_option
+@options.factors_option
 @click.option("--modules", is_flag=True, help="List what each module keeps.")
 @options.threads_option
 @options.force_option
@@ -59,13 +60,15 @@ if TYPE_CHECKING:
 def command(
     talk: Talk, /, adapters: tuple[str, ...], output: Path, weights: tuple[str, ...], method: str,
     density: float | None, gamma: float | None, epsilon: float | None, seed: int | None, like: Library | None,
-    initial: str | None, check_base: CheckBase, dtype: FloatName, modules: bool, threads: int | None, force: bool,
-    **ranks: Any,
+    initial: str | None, check_base: CheckBase, to: str | None, dtype: FloatName | None, modules: bool,
+    threads: int | None, force: bool, **ranks: Any,
 ) -> show.Report:  # fmt: skip
     """Combine adapters into one, with weights, without the base model.
 
     The default is the weighted sum of their changes, exact for any ranks, scalings, targets and signs; with --rank,
     --energy or --budget it is the nearest there is, and the error is printed. A negative weight takes an adapter away.
+    The result has the first adapter's dialect and their dtype; only PEFT's become one of ours, which PEFT reads too.
+    What their headers say stays, and combined_from in the header says whose it is.
 
     Methods: linear; magnitude_prune, ties, dare, dare_ties, della, breadcrumbs and sce prune or average single
     elements; knots and core_space do what ties does, in a space that the adapters share. All but linear need --density.
@@ -80,16 +83,18 @@ def command(
     from loratools import dialects
     from loratools.storage.dtypes import ALIASES
     from loratools.surgery.combine import combine
+    from loratools.surgery.combine.result import dtype_of
 
     options.require_one_each(weights, adapters)
-    wanted = ranks_of(ranks, ALIASES[dtype])
     sources = [*adapters, *([initial] if initial else [])]
-    total = size_of(dialects.open_adapter(source, initial=bool(initial)) for source in sources)
+    opened = [dialects.open_adapter(source, initial=bool(initial)) for source in sources]
+    dtype = dtype or dtype_of(opened)
+    wanted, total = ranks_of(ranks, ALIASES[dtype.lower()]), size_of(opened)
     with talk.progress("combining", total) as bar:
         combination = combine(
             adapters, output, weights=weights or None, method=method.replace("-", "_"), density=density, gamma=gamma,
-            epsilon=epsilon, seed=seed, like=like, ranks=wanted, initial=initial, check_base=check_base, dtype=dtype,
-            threads=threads, force=force, progress=bar,
+            epsilon=epsilon, seed=seed, like=like, ranks=wanted, initial=initial, check_base=check_base, to=to,
+            dtype=dtype, threads=threads, force=force, progress=bar,
         )  # fmt: skip
     talk.warn(*combination.warnings)
     kept = table(combination) if modules else ()

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 @click.argument("adapter", type=options.INPUT)
 @options.output_option
 @rank_options
-@click.option("--to", metavar="DIALECT", help="See `loratools dialects`.  [default: the adapter's, ours for PEFT's]")
-@click.option("--dtype", type=options.FACTORS, help="Of the factors.  [default: as they are stored]")
+@options.to_option
+@options.factors_option
 @options.dialect_option
 @options.threads_option
 @options.force_option
@@ -47,10 +47,11 @@ def command(
     from loratools import dialects
     from loratools.cli.combine import lines, size_of, table
     from loratools.storage.dtypes import ALIASES
-    from loratools.surgery.resize import dtype_of, resize
+    from loratools.surgery.combine.result import dtype_of
+    from loratools.surgery.resize import resize
 
     source = dialects.open_adapter(adapter, dialect=dialect)
-    dtype = dtype or dtype_of(source)
+    dtype = dtype or dtype_of([source])
     wanted = ranks_of(ranks, ALIASES[dtype.lower()])
     if wanted is None:
         raise click.UsageError(

@@ -26,7 +26,7 @@ from loratools.dialects import kohya
 from loratools.dialects._frame.build import Draft
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import IDENTITY, common_losses, left
-from loratools.dialects._frame.metadata import carried, settings_with
+from loratools.dialects._frame.metadata import ALPHAS, carried, metadata_of, settings_with
 from loratools.dialects._frame.numbers import read_number
 from loratools.errors import BadFile
 from loratools.format import keys
@@ -133,16 +133,20 @@ def losses(adapter: Adapter) -> list[Loss]:
 
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
-    """Write `lora_A` and `lora_B` under the original's names, with an alpha wherever the scaling is not 1."""
+    """Write `lora_A` and `lora_B` under the original's names, with an alpha wherever the scaling is not 1.
+
+    Every alpha is written where the header states one, which readers take for those that are missing.
+    """
     adapter = left(rename.to_original(adapter), losses(adapter), target)
+    stated = not metadata_of(adapter).keys().isdisjoint(ALPHAS)
     tensors: dict[str, LazyTensor] = {}
     for module, update in adapter.updates.items():
         home = kohya.home_of(module, update)
-        parts = _of_peft(update) if home == module else {BIAS_PART: update.parts[WEIGHT_PART]}
+        parts = _of_peft(update, stated) if home == module else {BIAS_PART: update.parts[WEIGHT_PART]}
         tensors |= {f"{_name(home)}.{suffix}": lazy for suffix, lazy in parts.items()}
-    metadata = {"format": "pt", **carried(adapter, "format")}
+    metadata = {"format": "pt", **carried(adapter, tensors, "format")}
     if adapter.base and adapter.base.id:
-        metadata.setdefault("ss_base_model", adapter.base.id)
+        metadata["ss_base_model"] = adapter.base.id
     save.save(target, _FILE, tensors, metadata, force=force)
     return adapter
 
@@ -165,11 +169,11 @@ def _name(module: str) -> str | None:
     return f"text_encoders.{encoder}.transformer.{rest}" if encoder and component.startswith("text_encoder") else None
 
 
-def _of_peft(update: Update) -> dict[str, LazyTensor]:
-    """Return an update's tensors by this dialect's suffixes."""
+def _of_peft(update: Update, alpha: bool) -> dict[str, LazyTensor]:
+    """Return an update's tensors by this dialect's suffixes, with its `alpha` even where the scaling is 1."""
     tensors = kohya.of_peft(update)
     names = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
-    needed = kohya.alpha_of(update) != update.rank
+    needed = alpha or kohya.alpha_of(update) != update.rank
     return {names.get(s, s): lazy for s, lazy in tensors.items() if s != "alpha" or needed}
 
 

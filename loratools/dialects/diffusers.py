@@ -138,7 +138,7 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
     tensors = {
         f"{module}.{part}": lazy for module, update in adapter.updates.items() for part, lazy in update.parts.items()
     }
-    metadata = carried(adapter, _KEY, "format")
+    metadata = carried(adapter, tensors, _KEY, "format")
     configs: dict[str, Any] = {}
     for name in sorted({component(module) for module in adapter.updates}):
         prefix = f"{name}." if name else ""

@@ -155,7 +155,7 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
         config["model"] = adapter.base.id
     tensors = {f"{module}.{part}": lazy for module, parts in groups.items() for part, lazy in parts.items()}
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    metadata = {**carried(adapter, "format"), "format": "mlx"}
+    metadata = {**carried(adapter, tensors, "format"), "format": "mlx"}
     save.save(target, _FILE, tensors, metadata, force=force, beside={_CONFIG: text})
     return adapter
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from loratools.adapter.identity import one_name
 from loratools.adapter.kinds import Update
-from loratools.adapter.model import Adapter, AdapterInput, BaseIdentity
+from loratools.adapter.model import HEADER, Adapter, AdapterInput, BaseIdentity
 from loratools.errors import OutputRefused
 from loratools.format.manifest import LAYERS, public, usual
 from loratools.storage.checkpoint import Checkpoint
@@ -27,6 +27,8 @@ TURNED = "transposed"
 """Field of an adapter's entry: the modules whose weights the base stores (in, out)."""
 REPLACED = "replaced"
 """Field of an adapter's entry: the tensors of the model that are the adapter's own."""
+SAYS = "header"
+"""Field of an adapter's entry: what the header of its file says, such as trigger words."""
 CARRIED = "carried_from"
 """Field of an adapter's entry: the digest of the adapter of the original that was carried into a folded base."""
 BROUGHT = "brought"
@@ -50,7 +52,9 @@ def of_merge(base: Checkpoint, inputs: Sequence[AdapterInput], turned: Sequence[
         entry = {"digest": each.digest, "weight": each.weight, "dialect": each.adapter.dialect, "modules": len(updates)}
         entry["kinds"] = ", ".join(sorted({update.kind for update in updates}))
         entry["ranks"] = ", ".join(map(str, sorted({update.rank for update in updates})))
-        adapters.append(entry | _applied(each.adapter) | ({TURNED: list(turned[i])} if turned else {}))
+        said = each.adapter.settings.get(HEADER)
+        entry |= _applied(each.adapter) | ({TURNED: list(turned[i])} if turned else {})
+        adapters.append(entry | ({SAYS: dict(said)} if said else {}))
     identity = {"id": name and public(name), "schema": base.schema()}
     return {"schema": 1, "operation": "merge", "tool": TOOL, "base": identity, "adapters": adapters}
 
@@ -130,6 +134,11 @@ def held(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the entries of the adapters that a model holds by its record, as far as they can be read."""
     entries: Any = record.get("adapters") if record.get("operation") in _HOLDS else None
     return [entry for entry in entries if isinstance(entry, Mapping)] if isinstance(entries, list) else []
+
+
+def in_short(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the entries of a record's adapters without what the headers of their files say, which may be pictures."""
+    return [{name: value for name, value in entry.items() if name != SAYS} for entry in record["adapters"]]
 
 
 def refuse_second_merge(base: Checkpoint, digests: Sequence[str], taken: Sequence[str] = ()) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING
 
 from loratools import dialects
-from loratools.adapter.model import Adapter
-from loratools.decisions import warned
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.parallel import Progress
 from loratools.storage import atomic
@@ -16,13 +13,10 @@ from loratools.storage.dtypes import FloatName
 from loratools.storage.sources import Location, session
 from loratools.surgery.combine import Combination, run
 from loratools.surgery.combine.options import CombineOptions
-from loratools.surgery.combine.result import plain
 from loratools.surgery.inputs import AdapterSource
 
 if TYPE_CHECKING:
     import torch
-
-_KEPT: tuple[FloatName, ...] = ("BF16", "F16")
 
 
 @session()
@@ -71,26 +65,8 @@ def resize(
         {2}
     """
     atomic.sweep(output)
-    options = CombineOptions(ranks=ranks, dtype="F32" if dtype is None else dtype, threads=threads, force=force)
+    options = CombineOptions(ranks=ranks, dtype=dtype, threads=threads, force=force)
     if to is not None:
         dialects.get(to)
-    opened = dialects.open_adapter(adapter)
-    options = replace(options, dtype=dtype_of(opened)) if dtype is None else options
-    to = dialect_of(opened) if to is None else to
-    source = adapter if isinstance(adapter, str | PathLike) else opened
+    source = adapter if isinstance(adapter, str | PathLike) else dialects.open_adapter(adapter)
     return run([source], output, options, operation="resize", to=to, progress=progress)
-
-
-def dialect_of(adapter: Adapter) -> str:
-    """Return the dialect that an adapter stays in; ours for PEFT's, and, which is said, where its own cannot say it."""
-    if adapter.dialect in ("peft", "loratools") or adapter.dialect not in dialects.names():
-        return "loratools"
-    if lost := dialects.get(adapter.dialect).losses(plain(adapter)):
-        warned("the result is in the loratools format; %s cannot say: %s", adapter.dialect, lost[0])
-    return "loratools" if lost else adapter.dialect
-
-
-def dtype_of(adapter: Adapter) -> FloatName:
-    """Return the dtype of an adapter's factors, float32 where they have several, or a shorter one."""
-    stored = {lazy.dtype for update in adapter.updates.values() for lazy in update.parts.values()}
-    return next((name for name in _KEPT if stored == {name}), "F32")

@@ -4,6 +4,7 @@ listing    what lies at a path: file names, headers and small JSON files, read w
 build      a draft of what is read: tensors sorted by module and part, made into the updates of an adapter
 alphas     alphas that no tensor holds: those of the header, or none
 losses     what foreign layouts commonly cannot say of an adapter
+hashes     the hashes in a header, of the data alone
 metadata   the header entries of a file, which stay with an adapter from reading to writing
 numbers    single numbers in a file: alphas that are read, scalings that one value must stand for
 pickles    state dicts of `torch.save`

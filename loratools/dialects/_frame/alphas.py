@@ -13,12 +13,10 @@ from typing import Any
 from loratools.adapter import kinds
 from loratools.decisions import warned
 from loratools.dialects._frame.build import Draft, some
+from loratools.dialects._frame.metadata import ALPHAS
 from loratools.dialects._frame.numbers import is_number
 from loratools.errors import BadFile
 from loratools.storage.lazy import LazyTensor
-
-HEADER_ALPHAS = ("ss_network_alpha", "lora_alpha", "network_alpha", "alpha")
-"""Entries of a header that trainers write the alpha of all modules into."""
 
 _WITHOUT_ALPHA = ("oft",)  # its alpha is a constraint
 
@@ -51,7 +49,7 @@ def fill(draft: Draft, header: Mapping[str, str], *, apart: frozenset[str] = fro
 
 def stated(header: Mapping[str, str], draft: Draft) -> tuple[float | None, str]:
     """Return the alpha that a header states, and the entries that do, None and "" where there is none."""
-    values = {name: value for name in HEADER_ALPHAS if (value := number(header.get(name))) is not None}
+    values = {name: value for name in ALPHAS if (value := number(header.get(name))) is not None}
     entries = ", ".join(f"{name} = {value:g}" for name, value in values.items())
     if len(set(values.values())) > 1:
         raise BadFile(f"{draft.path}: its header states two alphas, and its tensors hold none: {entries}")

@@ -10,7 +10,6 @@ adapter.
 
     names    flattened names and the way back, by look-up
     network  the header's `ss_network_module` and `ss_network_args`: what they say of the tensors
-    hashes   the header's `sshs_*`, which writing computes anew
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from loratools.dialects._frame import alphas
 from loratools.dialects._frame.build import Draft, some
 from loratools.dialects._frame.listing import Evidence, Listing, by_convert
 from loratools.dialects._frame.losses import IDENTITY, common_losses, left
-from loratools.dialects._frame.metadata import carried, metadata_of, settings_with
+from loratools.dialects._frame.metadata import OF_BYTES, carried, metadata_of, settings_with
 from loratools.dialects._frame.numbers import is_float, read_number
 from loratools.dialects.kohya import network
 from loratools.dialects.kohya.names import NAMES_KEY, dotted, flattened, head_of
@@ -109,7 +108,7 @@ def read(listing: Listing) -> Adapter:
     finish(draft, metadata)
     for note in network.notes(metadata, draft.groups):
         warned("%s: %s", listing.folder / name, note)
-    settings = settings_with(metadata, lambda key: not key.startswith("sshs_") and key != NAMES_KEY)
+    settings = settings_with(metadata, lambda key: key != NAMES_KEY)
     base = BaseIdentity.of_name(metadata.get("ss_sd_model_name"))
     return Adapter(draft.build(), base=base, dialect="kohya", settings=settings)
 
@@ -132,7 +131,7 @@ def losses(adapter: Adapter) -> list[Loss]:
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
     """Write one safetensors file with its hashes; alphas are in the factors' dtype, or a wider one that has them."""
-    from loratools.dialects.kohya.hashes import hashes  # `inspect` need not wait for it
+    from loratools.dialects._frame.hashes import MODELSPEC, SHS, hashes  # `inspect` need not wait for it
 
     adapter = left(rename.to_original(adapter, unet=False), losses(adapter), target)
     homes = {module: home_of(module, update) for module, update in adapter.updates.items()}
@@ -144,9 +143,7 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
     metadata = _metadata(adapter)
     if unknown:
         metadata[NAMES_KEY] = json.dumps(unknown, sort_keys=True)
-    if "modelspec.hash_sha256" in metadata_of(adapter):
-        metadata["modelspec.hash_sha256"] = ""
-    metadata |= hashes(tensors, metadata)
+    metadata |= hashes(tensors, metadata, [*SHS, *(name for name in metadata_of(adapter) if name == MODELSPEC)])
     save.save(target, _FILE, tensors, metadata, force=force)
     return adapter
 
@@ -236,11 +233,12 @@ def _number(value: float, dtypes: Collection[str]) -> LazyTensor:
 
 def _metadata(adapter: Adapter) -> dict[str, str]:
     """Return the header entries that a trainer wrote, or else the few that tools look for."""
-    entries = carried(adapter, NAMES_KEY)
+    entries = carried(adapter, {}, NAMES_KEY, *OF_BYTES)
+    base = {"ss_sd_model_name": adapter.base.id} if adapter.base and adapter.base.id else {}
     if any(key.startswith(("ss_", "modelspec.")) for key in entries):
-        return entries
+        return entries | base
     dims = Counter(str(update.rank) for update in adapter.updates.values()).most_common(1)
     alphas = Counter(f"{alpha_of(update):g}" for update in adapter.updates.values()).most_common(1)
     metadata = {"ss_network_module": "networks.lora"}
     metadata |= {"ss_network_dim": dims[0][0], "ss_network_alpha": alphas[0][0]} if dims else {}
-    return metadata | ({"ss_sd_model_name": adapter.base.id} if adapter.base and adapter.base.id else {})
+    return entries | metadata | base

@@ -131,7 +131,7 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
     config = json.dumps(derive_config(sayable) | version, indent=2, sort_keys=True, ensure_ascii=False)
     with atomic.new_folder(target, force=force) as folder:
         (folder / _CONFIG).write_text(config + "\n", encoding="utf-8")
-        save.write(folder / f"{_STEM}.safetensors", tensors, {**carried(adapter, "format"), "format": "pt"})
+        save.write(folder / f"{_STEM}.safetensors", tensors, {**carried(kept, tensors, "format"), "format": "pt"})
     return kept
 
 

@@ -2,6 +2,7 @@
 
 inputs     the adapters, open, with a weight each, and side by side: which of their modules are one module
 options    the options, one value that is checked when it is built
+entries    what the headers of several files say, in one
 weights    the weight of an adapter: one number, or one for each module pattern
 blocks     weights by the blocks of Stable Diffusion's UNet
 methods    the ways to combine, one file each
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ from loratools.surgery.combine.change import Decomposed, Share, choose, combined
 from loratools.surgery.combine.inputs import Aligned, Input, align, open_inputs
 from loratools.surgery.combine.methods._terms import Library
 from loratools.surgery.combine.options import CombineOptions
-from loratools.surgery.combine.result import assemble, plain
+from loratools.surgery.combine.result import assemble, dialect_of, dtype_of, plain
 from loratools.surgery.combine.weights import Weight
 from loratools.surgery.inputs import AdapterSource, as_list, tell_twice
 
@@ -90,7 +91,8 @@ def combine(
     ranks: Ranks | int | None = None,
     initial: AdapterSource | None = None,
     check_base: CheckBase = "strict",
-    dtype: FloatName | torch.dtype = "F32",
+    to: str | None = None,
+    dtype: FloatName | torch.dtype | None = None,
     threads: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -105,7 +107,7 @@ def combine(
     Args:
         adapters: One adapter or several, each a path, an `hf://` reference, an `Adapter`, or one held in memory.
             Modules are one where their names are, past wrappers such as `base_model.model.`.
-        output: The folder to write, in the loratools format; it must not exist, unless `force`.
+        output: The folder or file to write; it must not exist, unless `force`.
         weights: wᵢ, one for each adapter: a number, which may be negative; a text with a number for modules that
             patterns name (`"q_proj=0.5,v_proj=-1"`, `"0.7,*.mlp.*=0"`) or for each block of an image model
             (`"lbw:1,0,0,…"`); or a `Weight`. Default: 1 for each.
@@ -123,7 +125,10 @@ def combine(
             away: BA − B₀A₀ is plain LoRA for the unchanged base. Default: none.
         check_base: What happens where the adapters belong to different base models: `"strict"` raises, `"warn"`
             reports, `"off"` compares nothing. Default: `"strict"`.
-        dtype: The float dtype of the factors: `"f32"`, `"bf16"`, `"f16"`, `"f64"`, or torch's. Default: `"F32"`.
+        to: The dialect (`loratools.list_dialects()`). Default: that of the first adapter, and `"loratools"` for PEFT's,
+            which reads it, for one that is only read, and for one that cannot say the result.
+        dtype: The float dtype of the factors: `"f32"`, `"bf16"`, `"f16"`, `"f64"`, or torch's. Default: that of the
+            adapters' factors, and `"F32"` where they have several, or a shorter one.
         threads: Threads to work with; no byte depends on it. Default: one per core, at most 8.
         force: Whether to replace an output that exists. Default: no.
         progress: Called with the bytes of factors that were worked on since the last call. Default: nobody is told.
@@ -151,22 +156,25 @@ def combine(
         density=density, gamma=gamma, epsilon=epsilon, seed=seed, like=like, method=method, ranks=ranks,
         check_base=check_base, dtype=dtype, threads=threads, force=force,
     )  # fmt: skip
+    if to is not None:
+        dialects.get(to)
     sources = as_list(adapters)
     numbers = [weights] if isinstance(weights, int | float | str | Weight) else weights
-    return run(sources, output, options, numbers, initial, progress=progress)
+    return run(sources, output, options, numbers, initial, to=to, progress=progress)
 
 
 def run(
     adapters: Sequence[AdapterSource], output: Location, options: CombineOptions,
     weights: Sequence[float | str | Weight] | None = None, initial: AdapterSource | None = None, *,
-    operation: str = "combine", to: str = "loratools", progress: Progress | None = None,
+    operation: str = "combine", to: str | None = None, progress: Progress | None = None,
 ) -> Combination:  # fmt: skip
-    """Do what `combine` says; `operation` is what the provenance calls it, `to` the dialect that is written."""
+    """Do what `combine` says; `operation` is what the provenance calls it, `to` the dialect, None: theirs."""
     atomic.check_output(Path(output), force=options.force)
     atomic.refuse_inputs(Path(output), [Path(x) for x in (*adapters, initial) if isinstance(x, str | os.PathLike)])
     inputs = open_inputs(adapters, weights, initial, options.method)
     tell_twice([each.digest for each in inputs])
     opened = [each.adapter for each in inputs]
+    options = replace(options, dtype=dtype_of(opened)) if options.dtype is None else options
     base, warnings = agree([each.name for each in inputs], [adapter.base for adapter in opened], options.check_base)
     aligned = align(inputs)
     replaced = whole.replacements(inputs, aligned, options.method)
@@ -194,7 +202,9 @@ def run(
     done = _step(operation, inputs, options, initial is not None, error)
     final = aligned.for_peft(updates)
     own_name = dict(zip(aligned.modules, final.modules, strict=True))
-    result = assemble(opened, final, {own_name[path]: update for path, update in updates.items()}, replaced, base, done)
+    named = {own_name[path]: update for path, update in updates.items()}
+    weighted = [each.weight.to_json() for each in inputs]
+    result = assemble(opened, final, named, replaced, base, done, weighted)
     if unsettled := sorted({update.unsettled for update in updates.values() if update.unsettled}):
         # The format says of every stack how it lies; PEFT says it with its version, as the input did.
         warnings.append(
@@ -202,7 +212,9 @@ def run(
         )
         warned("%s", warnings[-1])
         to = "peft"
-    if to != "loratools":
+    if to is None:
+        to, result = dialect_of(opened, result)
+    elif to != "loratools":
         result = plain(result, opened[0].settings)
     dialects.save_adapter(result, output, dialect=to, force=options.force)
     return Combination(

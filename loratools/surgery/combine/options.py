@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 class CombineOptions(MethodOptions):
     """Every option of a combination that is not an input. Building one raises `InvalidOption` with all that is wrong.
 
-    Each field is the parameter of `combine` of that name.
+    Each field is the parameter of `combine` of that name. Without a `dtype` it is that of the factors that come in.
     """
 
     method: str = "linear"
     ranks: Ranks | int | None = None
     check_base: CheckBase = "strict"
-    dtype: dtypes.FloatName | torch.dtype = "F32"
+    dtype: dtypes.FloatName | torch.dtype | None = None
     threads: int | None = None
     force: bool = False
 
@@ -47,7 +47,7 @@ class CombineOptions(MethodOptions):
 
     @property
     def stored(self) -> str:
-        """`dtype` as it is held."""
+        """`dtype` as it is held, once it is known."""
         return str(self.dtype)
 
 

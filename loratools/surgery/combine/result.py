@@ -8,26 +8,32 @@ from typing import Any
 
 import torch
 
+from loratools import dialects
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.adapter.placement.stacks import path_of
-from loratools.dialects._frame.metadata import joined
+from loratools.decisions import warned
 from loratools.errors import UnsupportedAdapter
 from loratools.format import manifest
+from loratools.storage.dtypes import FloatName
 from loratools.storage.lazy import LazyTensor
+from loratools.surgery.combine.entries import joined
 from loratools.surgery.combine.inputs import Aligned
 
 # Settings that the result keeps where no adapter says otherwise; the rest describes factors that are gone.
 _SHARED = ("task_type", "auto_mapping", "fan_in_fan_out", "ensure_weight_tying", "layer_replication", "lora_dropout")
 _ENTRY = ("tensor", "layout")
 _OF_DIALECTS = ("gguf", "base_config")
+_KEPT: tuple[FloatName, ...] = ("BF16", "F16")
 
 
 def assemble(
     adapters: Sequence[Adapter], aligned: Aligned, updates: Mapping[str, Update],
-    replacements: Mapping[str, LazyTensor], base: BaseIdentity | None, done: Step,
+    replacements: Mapping[str, LazyTensor], base: BaseIdentity | None, done: Step, weights: Sequence[Any],
 ) -> Adapter:  # fmt: skip
     """Return the adapter of new updates and replacements, with what its inputs agree on, and their provenance.
+
+    `weights` are those of the inputs as JSON has them.
 
     Raises `UnsupportedAdapter` where adapters bring different copies of a tensor of the base.
     """
@@ -47,7 +53,7 @@ def assemble(
         for reading in update.readings
     }:
         settings["target_parameters"] = sorted(parameters)
-    settings |= joined(adapters)
+    settings |= joined(adapters, weights, updates, done)
     settings[manifest.ORIGIN] = _origin(adapters, aligned, updates, replacements)
     history = {_key(entry): entry for adapter in adapters for entry in adapter.provenance}
     copies = _copies(adapters, aligned, replacements)
@@ -62,6 +68,28 @@ def plain(adapter: Adapter, settings: Mapping[str, Any] | None = None) -> Adapte
     base = adapter.base and BaseIdentity(adapter.base.id, adapter.base.revision)
     needed = {name: value for name, value in (settings or {}).items() if name in _OF_DIALECTS}
     return replace(adapter, provenance=(), base=base, settings={**needed, **adapter.settings})
+
+
+def dialect_of(adapters: Sequence[Adapter], result: Adapter) -> tuple[str, Adapter]:
+    """Return the dialect that the result of adapters is written in, and the result as that one takes it.
+
+    It is that of the first; ours for PEFT's, for one that is only read, and, which is said, where it cannot say all.
+    """
+    dialect = adapters[0].dialect
+    if dialect in ("peft", "loratools") or dialect not in dialects.names():
+        return "loratools", result
+    foreign = plain(result, adapters[0].settings)
+    if lost := dialects.get(dialect).losses(foreign):
+        warned("the result is in the loratools format; %s cannot say: %s", dialect, lost[0])
+        return "loratools", result
+    return dialect, foreign
+
+
+def dtype_of(adapters: Sequence[Adapter]) -> FloatName:
+    """Return the dtype of the factors of adapters, float32 where they have several, or a shorter one."""
+    each = (update for adapter in adapters for update in adapter.updates.values())
+    stored = {lazy.dtype for update in each for lazy in update.parts.values()}
+    return next((name for name in _KEPT if stored == {name}), "F32")
 
 
 def _targets(adapters: Sequence[Adapter]) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools.engine.plan import MergePlan
-from loratools.format.record import ERROR
+from loratools.format.record import ERROR, SAYS
 from loratools.storage.beside.cards import code, cut, read_card
 from loratools.storage.codecs.state import BESIDE, HEADER
 from loratools.storage.codecs.state import beside as beside_config
@@ -18,6 +18,7 @@ from loratools.storage.layout import index_json
 from loratools.storage.strict_json import read_json
 from loratools.surgery.merge.components import restated
 
+_TRIGGERS = ("modelspec.trigger_phrase", "ss_trigger_words", "trigger_words", "trigger_word", "trigger_phrase")
 _SECTION = re.compile("<!-- loratools merge -->"), "<!-- /loratools merge -->", "\n"
 
 
@@ -62,6 +63,7 @@ def card(text: str, record: Mapping[str, Any]) -> str:
     named = code(identity) if identity else "named below by its hash"
     of_base = f"the base model {named} (schema hash `{base['schema']}`)"
     table = f":\n\n| adapter | kind | rank | weight | digest |\n|---|---|---|---|---|\n{rows}\n\n" if rows else ".\n\n"
+    table += _words(record)
     if record.get("operation") == "dequantize":
         made = f"Made with {record['tool']} from {of_base}.\n\n"
         how = "Every quantized weight is stored as the number that its codes stand for, rounded once to 16 bit. "
@@ -84,6 +86,18 @@ def card(text: str, record: Mapping[str, Any]) -> str:
     alone = f"---\n{front}library_name: transformers\ntags: [loratools, {operation}]\n---"
     own = cut(text, *_SECTION)[0].rstrip("\n")
     return f"{own or alone}\n\n{section}"
+
+
+def _words(record: Mapping[str, Any]) -> str:
+    """Return the words that call what each adapter was trained on, as the headers of their files say them."""
+    stated = [adapter.get(SAYS) for adapter in record["adapters"]]
+    said = [entries if isinstance(entries, Mapping) else {} for entries in stated]  # a person may have edited it
+    lines = [
+        f"- adapter {i}: {code(words)}\n"
+        for i, entries in enumerate(said, 1)
+        if (words := ", ".join(dict.fromkeys(str(entries[name]) for name in _TRIGGERS if entries.get(name))))
+    ]
+    return f"Trigger words:\n\n{''.join(lines)}\n" if lines else ""
 
 
 def without_section(text: str, record: Mapping[str, Any]) -> str:

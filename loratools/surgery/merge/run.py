@@ -14,7 +14,7 @@ from loratools.engine.residual.keep import Kept, keep
 from loratools.engine.run import Settings, write_weights
 from loratools.engine.task import Restore, TensorResult
 from loratools.errors import IncompatibleAdapter, LoraToolsError
-from loratools.format.record import TOOL
+from loratools.format.record import TOOL, in_short
 from loratools.parallel import Progress, no_progress
 from loratools.storage import atomic, digest
 from loratools.storage.checkpoint.logical import encodings
@@ -132,7 +132,7 @@ def execute(
             sent.finish(f"Merge {len(plan.inputs)} adapter(s) with {TOOL}")
     return MergeReport(
         output=str(prepared.output), changed=len(plan.touched()), tensors=plan.tensors, bytes_written=size,
-        verified=measured.verified, adapters=prepared.record["adapters"], consumed=prepared.accounts,
+        verified=measured.verified, adapters=in_short(prepared.record), consumed=prepared.accounts,
         notes=(*plan.notes, *resumed), warnings=measured.warnings, retention=measured.retention,
         by_tensor=measured.by_tensor, recoded=measured.recoded, loss_share=share, residual=kept, reused=reused,
         left_behind=prepared.beside.left,
@@ -149,7 +149,7 @@ def _execute_file(prepared: Merge, progress: Progress, size: int) -> MergeReport
         measured.tell(options, path.parent)
     return MergeReport(
         output=str(prepared.output), changed=len(plan.touched()), tensors=plan.tensors, bytes_written=size,
-        verified=measured.verified, adapters=prepared.record["adapters"], consumed=prepared.accounts,
+        verified=measured.verified, adapters=in_short(prepared.record), consumed=prepared.accounts,
         notes=plan.notes, warnings=measured.warnings, retention=measured.retention, by_tensor=measured.by_tensor,
         recoded=measured.recoded,
     )  # fmt: skip

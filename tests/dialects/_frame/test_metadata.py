@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,8 +14,10 @@ from safetensors.torch import save_file
 from loratools import dialects
 from loratools.adapter.model import Adapter
 from loratools.decisions import warnings_to
-from loratools.dialects._frame.metadata import joined
+from loratools.linalg.ranks.allocate import Ranks
+from loratools.linalg.ranks.rules import Energy
 from loratools.surgery.combine import combine
+from loratools.surgery.combine.entries import COMBINED_FROM
 from loratools.surgery.convert import convert
 from loratools.surgery.resize import resize
 from tests.dialects.adapters import Q0, lora
@@ -95,33 +97,64 @@ def test_what_has_no_place_is_said(tmp_path: Path, dialect: str) -> None:
     assert "has no place for what the header said: modelspec.thumbnail, modelspec.trigger_phrase, ss_" in warning
 
 
-def test_entries_of_several_adapters(tmp_path: Path) -> None:
-    other = {
-        "modelspec.trigger_phrase": "a hat, mychar woman", "modelspec.thumbnail": "data:x", "ss_output_name": "hat",
-        "ss_tag_frequency": json.dumps({"10_mychar": {"smiling": 1}, "3_hat": {"hat": 3}}), "modelspec.title": "hat",
-        "modelspec.hash_sha256": "0xother",
-    }  # fmt: skip
-    warnings: list[str] = []
-    with warnings_to(warnings.append):
-        combine([kohya(tmp_path / "a.safetensors"), kohya(tmp_path / "b.safetensors", **other)], tmp_path / "c")
-    said = dialects.open_adapter(tmp_path / "c").settings["metadata"]
-    assert said["modelspec.trigger_phrase"] == "mychar woman, a hat"
-    assert json.loads(said["ss_tag_frequency"]) == {"10_mychar": {"mychar": 40, "smiling": 12}, "3_hat": {"hat": 3}}
-    assert (said["modelspec.thumbnail"], said["modelspec.title"]) == (KEPT["modelspec.thumbnail"], "hat")
-    assert "ss_output_name" not in said
-    assert warnings[0].startswith("adapters 1 and 2 have the same tensors")
-    assert [warning for warning in warnings if "header" in warning or "thumbnail" in warning] == [
-        "entries of the headers in which the adapters differ are not carried: ss_output_name",
-        "of the adapters' modelspec.thumbnail the first is carried",
-    ]
-    convert(tmp_path / "c", tmp_path / "d.safetensors", to="kohya", allow_loss=True)
-    assert entries(tmp_path / "d.safetensors")[0]["ss_network_dim"] == "4"  # of the same factors twice
+TRAINED = {
+    **KEPT, "ss_network_dim": "4", "ss_network_alpha": "2.0", "ss_base_model_version": "sd_v1", "ss_epoch": "10",
+    "ss_learning_rate": "0.0001", "modelspec.title": "mychar", "training_info": '{"step": 900}',
+    "modelspec.architecture": "stable-diffusion-v1/lora", "modelspec.tags": "hat, mychar",
+}  # fmt: skip
+OF_BYTES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+SIZES = {"ss_network_dim": "2", "ss_network_alpha": "2.0"}
+COMMENT = {"ss_training_comment": "dimension is resized from 4 to 2; "}
+AGAIN = {"kohya", "comfy", "diffusers", "peft", "mlx", "loratools"}
 
 
-@pytest.mark.parametrize("value", ["{", "[1]", '{"a": {"b": "c"}}', '{"a": 1}'])
-def test_tags_that_are_none_are_named(value: str) -> None:
-    adapters = [Adapter({}, settings={"metadata": {"ss_tag_frequency": v}}) for v in (json.dumps(TAGS), value)]
-    warnings: list[Any] = []
-    with warnings_to(warnings.append):
-        assert joined(adapters) == {}
-    assert "not carried: ss_tag_frequency" in warnings[0]
+def test_seventeen_entries_through_every_command(tmp_path: Path) -> None:
+    """The table: what is left of a kohya file's 17 entries, after each command and after the way back to kohya."""
+    source = kohya(tmp_path / "a.safetensors", **TRAINED, **dict.fromkeys(OF_BYTES, "of the old bytes"))
+    assert len(entries(source)[0]) == 17
+    done: dict[str, Path] = {"resize": tmp_path / "resize", "combine": tmp_path / "combine"}
+    resize(source, done["resize"], 2)
+    combine([source, source], done["combine"], weights=[0.5, 0.5])
+    for dialect in sorted(AGAIN):
+        convert(source, there := tmp_path / dialect, to=dialect, allow_loss=True)
+        convert(there, back := tmp_path / f"{dialect} and back", to="kohya", allow_loss=True)
+        done |= {f"{dialect} and back": back} | ({dialect: there} if dialect != "loratools" else {})
+    changed = {"resize": {**SIZES, **COMMENT}, "combine": {"ss_network_alpha": "4.0"}}
+    of_dialects = {"lora_adapter_metadata", "format", "ss_base_model", "ss_sd_model_name", COMBINED_FROM}
+    of_dialects |= {"modelspec.merged_from"}
+    for command, path in done.items():
+        said, tensors = entries(path)
+        left = {name: value for name, value in said.items() if name not in OF_BYTES and name not in of_dialects}
+        assert left == TRAINED | changed.get(command, {}), command
+        (file,) = path.glob("*.safetensors")
+        raw = file.read_bytes()
+        data = hashlib.sha256(raw[8 + int.from_bytes(raw[:8], "little") :]).hexdigest()
+        assert (said["sshs_model_hash"], said["modelspec.hash_sha256"]) == (data, f"0x{data}"), command
+        assert len(said["sshs_legacy_hash"]) == 8, command
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}, command
+
+
+@pytest.mark.parametrize("target", ["comfy", "kohya"])
+def test_an_alpha_of_the_header_is_that_of_no_other_rank(tmp_path: Path, target: str) -> None:
+    names = [f"diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_{name}" for name in "qk"]
+    file = {}
+    for name, rank in zip(names, (4, 8), strict=True):
+        file |= {f"{name}.lora_A.weight": torch.randn(rank, 32), f"{name}.lora_B.weight": torch.randn(32, rank)}
+        file[f"{name}.alpha"] = torch.tensor(float(rank))
+    save_file(file, tmp_path / "a.safetensors", metadata={"lora_alpha": "4", "ss_network_alpha": "4"})
+    convert(tmp_path / "a.safetensors", tmp_path / "b", to=target, allow_loss=True)
+    assert {update.scaling for update in dialects.open_adapter(tmp_path / "b").updates.values()} == {1.0}
+    resize(tmp_path / "b", tmp_path / "c", 2)
+    assert {update.scaling for update in dialects.open_adapter(tmp_path / "c").updates.values()} == {1.0}
+    resize(tmp_path / "b", tmp_path / "d", Ranks(Energy(0.9)))
+    again = dialects.open_adapter(tmp_path / "d")
+    assert {update.scaling for update in again.updates.values()} == {1.0}
+    assert again.settings["metadata"]["lora_alpha"] == "Dynamic"
+    assert {update.rank for update in again.updates.values()} != {4}
+
+
+def test_foreign_entries_stay_where_kohya_adds_its_own(tmp_path: Path) -> None:
+    adapter = Adapter({Q0: lora(1)}, settings={**LLAMA, "metadata": {"training_info": "{}", "software": "x"}})
+    dialects.save_adapter(adapter, tmp_path / "a", dialect="kohya", allow_loss=True)
+    said, _ = entries(tmp_path / "a")
+    assert (said["training_info"], said["software"], said["ss_network_module"]) == ("{}", "x", "networks.lora")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 import loratools
+from loratools import dialects
 from loratools.cli._run import run
 from loratools.errors import IncompatibleAdapter, NoSpace
 from loratools.storage.checkpoint import Checkpoint
@@ -253,3 +255,14 @@ def test_a_change_that_rounding_eats_is_warned_about(
     document = json.loads(said.out)
     assert warned == (document["retention"] < 0.9)
     assert any("of the change survives rounding" in line for line in document.get("warnings", ())) == warned
+
+
+def test_what_an_adapter_says_is_in_the_record_and_its_words_in_the_card(place: Path) -> None:
+    adapter = dialects.open_adapter(place / "adapter")
+    said = {"modelspec.trigger_phrase": "mychar `woman`", "modelspec.thumbnail": "data:x", "ss_epoch": "10"}
+    speaking = replace(adapter, settings={**adapter.settings, "metadata": said})
+    report = merge(place / "base", [speaking, adapter], place / "says", weights=[1, 0.5])
+    first, second = json.loads((place / "says" / "loratools.json").read_text())["adapters"]
+    assert (first["header"], "header" in second) == (said, False)
+    assert all("header" not in entry for entry in report.adapters)
+    assert "Trigger words:\n\n- adapter 1: `mychar  woman `\n" in (place / "says" / "README.md").read_text()

@@ -1,23 +1,28 @@
-"""The hashes in a kohya file's header: of its data alone, so that they stay the same when the header changes."""
+"""The hashes in a file's header: of its data alone, so that they stay the same when the header changes."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from loratools.storage import save
 from loratools.storage.lazy import LazyTensor
 
+SHS = ("sshs_model_hash", "sshs_legacy_hash")
+"""Those that sd-scripts writes."""
+MODELSPEC = "modelspec.hash_sha256"
 _LEGACY_START, _LEGACY_LENGTH = 0x100000, 0x10000
 
 
-def hashes(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return `sshs_model_hash`, `sshs_legacy_hash`, and `modelspec.hash_sha256` if the metadata have one.
+def hashes(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str], names: Collection[str]) -> dict[str, str]:
+    """Return the hashes of these `names` of a file of tensors; all its data are read, unless there are none.
 
     `sshs_model_hash` is the SHA-256 of the data section; ModelSpec's is the same with `0x` before it. The legacy hash
     is the first 8 digits of the SHA-256 of 64 KiB, from 1 MiB on, of a file whose header has only the `ss_` entries
-    (sd-scripts, `precalculate_safetensors_hashes`).
+    of `metadata` (sd-scripts, `precalculate_safetensors_hashes`).
     """
+    if not names:
+        return {}
     training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     at = len(save.header(tensors, training))
     data, legacy = hashlib.sha256(), hashlib.sha256()
@@ -27,7 +32,7 @@ def hashes(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> di
         if last > first:
             legacy.update(piece[first:last])
         at += len(piece)
-    digests = {"sshs_model_hash": data.hexdigest(), "sshs_legacy_hash": legacy.hexdigest()[:8]}
-    if "modelspec.hash_sha256" in metadata:
-        digests["modelspec.hash_sha256"] = f"0x{data.hexdigest()}"
-    return digests
+    every = dict(zip(SHS, (data.hexdigest(), legacy.hexdigest()[:8]), strict=True)) | {
+        MODELSPEC: f"0x{data.hexdigest()}"
+    }
+    return {name: every[name] for name in sorted(names)}
