@@ -45,6 +45,7 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
         "fusing identity low_rank",
         "naming",
         "placement",
+        "gathered",
     ),
     "loratools.adapter.naming": ("compact llama_cpp_table stacked wrappers image", "selection llama_cpp"),
     "loratools.adapter.naming.image": ("*", "families", "rename"),

@@ -11,4 +11,5 @@ low_rank    updates that are products, ΔW = s·left·right: their factors, and 
 fusing      several modules as one, and one as several: qkv, gate and up
 naming      what modules are called, by trainers and by models
 placement   which tensors of a base an adapter changes
+gathered    experts of one adapter, one by one, as the stacks that another has of them
 """

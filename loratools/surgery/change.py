@@ -19,6 +19,7 @@ from torch import Tensor
 
 from loratools import dialects
 from loratools.adapter import low_rank
+from loratools.adapter.gathered import gathered
 from loratools.adapter.kinds import Update
 from loratools.adapter.kinds._product import BiasUpdate
 from loratools.adapter.model import Adapter
@@ -82,6 +83,10 @@ def measurable(
         dialects.open_adapter(source, dialect=dialect if isinstance(source, str | PathLike) else None, base=model)
         for source in adapters
     ]
+    try:
+        opened = gathered(opened)
+    except ValueError as error:
+        raise IncompatibleAdapter("the adapters have the same experts in two ways", [str(error)]) from None
     if model is None:
         found = [_alone(adapter) for adapter in _alike(opened, names)]
     else:

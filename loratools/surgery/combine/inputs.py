@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from loratools import dialects
 from loratools.adapter import low_rank
+from loratools.adapter.gathered import gathered
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.stacked import nested
@@ -92,10 +93,12 @@ def open_inputs(
     if initial is not None:
         opened[1] = _starting_point(*opened)
     names = names_of(sources)
-    return tuple(
-        Input(adapter, name, weight, checked_digest(adapter, name))
-        for adapter, name, weight in zip(opened, names, parsed, strict=True)
-    )
+    digests = [checked_digest(adapter, name) for adapter, name in zip(opened, names, strict=True)]
+    try:
+        opened = gathered(opened)
+    except ValueError as error:
+        raise IncompatibleAdapter("the adapters have the same experts in two ways", [str(error)]) from None
+    return tuple(Input(*each) for each in zip(opened, names, parsed, digests, strict=True))
 
 
 def align(inputs: Sequence[Input]) -> Aligned:

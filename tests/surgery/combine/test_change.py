@@ -141,17 +141,18 @@ def test_a_budget_counts_every_expert(tmp_path: Path) -> None:
     assert report.parameters == sum(share.rank * cost[share.module] for share in report.shares)
 
 
-@pytest.mark.parametrize("method", ["ties", "magnitude_prune", "knots"])
+@pytest.mark.parametrize("method", ["ties", "magnitude_prune", "breadcrumbs", "sce", "knots", "core_space"])
 def test_a_method_does_to_each_expert_what_it_does_to_a_module(method: str, tmp_path: Path) -> None:
     both = [adapter(1, r=2, parameters=("down_proj",)), adapter(5, r=2, parameters=("down_proj",))]
-    combine(both, tmp_path / "stack", method=method, density=0.5, weights=[1, 0.4])
+    weights = [1.0, 1.0] if method == "sce" else [1.0, 0.4]  # SCE works out its own
+    combine(both, tmp_path / "stack", method=method, density=0.5, weights=weights)
     found = deltas(tmp_path / "stack")[DOWN]
     for e in range(EXPERTS):
         alone = []
         for each in both:
             left, right = each.updates[NAME].members[e].factored().load()  # type: ignore[union-attr]
             alone.append(Adapter({"m": LoraUpdate(LazyTensor.of(right), LazyTensor.of(left), 1.5, 3.0)}))
-        combine(alone, tmp_path / f"{e}", method=method, density=0.5, weights=[1, 0.4])
+        combine(alone, tmp_path / f"{e}", method=method, density=0.5, weights=weights)
         wanted = open_adapter(tmp_path / f"{e}").updates["m"].delta_weight().double()
         assert near(found[e], wanted)
 
