@@ -51,6 +51,7 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
     "loratools.adapter.naming.image": ("*", "families", "rename"),
     "loratools.storage": ("*", "pickles", "checkpoint", "companions"),
     "loratools.dialects": ("_frame", "*"),
+    "loratools.dialects.peft": ("fields names patterns", "types", "*", "typed", "assemble", "held"),
     "loratools.surgery": (
         "hash inputs quantization",
         "folding inspect",
@@ -109,6 +110,7 @@ REGISTERED = {
     "cli",
     "dialects",
     "adapter.naming.image.families",
+    "dialects.peft.types",
 }
 """Folders of siblings that are found by file name, one file a thing: their signs say what a sibling is."""
 

@@ -118,6 +118,9 @@ def _alone(adapter: Adapter) -> Changes:
         if not update.additive and not update.direction.additive:
             left_out[module] = f"as kind {update.kind}: {ON_BASE}"
             continue
+        if update.unsettled and not update.members:
+            left_out[module] = f"as kind {update.kind}, for only the base tells {update.unsettled} (--base)"
+            continue
         modules |= {name: _additive(part, update.kind) for name, part in parts.items()}
         if not update.additive:
             in_part[module] = _MAGNITUDE

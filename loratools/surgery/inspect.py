@@ -75,7 +75,8 @@ class Group:
 class AdapterSummary:
     """What an adapter is; `digest` is the one its file states, and `dtypes` counts its own tensors by dtype.
 
-    `path` is as the call has it; of an open adapter it is the folder of its files.
+    `path` is as the call has it; of an open adapter it is the folder of its files. `peft_type` is PEFT's word for what
+    it is where that is another one than LORA, else None.
     """
 
     path: str
@@ -90,6 +91,7 @@ class AdapterSummary:
     digest: str | None
     provenance: tuple[Step, ...]
     type: str = "adapter"
+    peft_type: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +188,7 @@ def describe_adapter(adapter: Adapter, path: Location, dialect: str, evidence: s
         replacements=tuple(_tensor(name, adapter.replacements[name]) for name in sorted(adapter.replacements)),
         total=_amount(tensors.values()), dtypes=_by_dtype(tensors.values()),
         base=adapter.base, digest=adapter.settings.get(ORIGIN, {}).get("digest"), provenance=adapter.provenance,
+        peft_type=adapter.settings.get("peft_type"),
     )  # fmt: skip
 
 

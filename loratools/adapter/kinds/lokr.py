@@ -1,13 +1,15 @@
 """LoKr: ΔW = w1 ⊗ w2, the Kronecker product, (a·b, c·d) from w1 (a, c) and w2 (b, d·kh·kw) (LyCORIS; KronA).
 
 Either is stored whole or as w*_a·w*_b; w2 also as a Tucker core t2 (r, r, kh, kw) with w2_a (r, b) and w2_b (r, d).
-s = α/r with the rank of whichever is factored, w2 before w1; where both are whole s is 1, whatever alpha says.
+s = α/r with the rank of whichever is factored, w2 before w1; where both are whole s is 1, whatever alpha says, unless
+the layout says `scaled`, as PEFT does it, whose config has the rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from loratools.adapter.kinds import Device, DType, Rows, Tensor
 from loratools.adapter.kinds._rowwise import Named
@@ -24,7 +26,13 @@ _SECOND = (
 class LokrUpdate(Named):
     """The factors of w1 and w2. Raises `ValueError` where their shapes do not go together."""
 
+    scaled: bool = False
+
     kind = "lokr"
+
+    @property
+    def layout(self) -> Mapping[str, Any]:
+        return {"scaled": True} if self.scaled else {}
 
     def __post_init__(self) -> None:
         shapes = {name: lazy.shape for name, lazy in self.tensors.items()}
@@ -95,7 +103,10 @@ def claims(parts: Mapping[str, LazyTensor]) -> bool:
     return names <= _NAMES and any(names == first | second for first in _FIRST for second in _SECOND)
 
 
-def build(parts: Mapping[str, LazyTensor], scaling: float, alpha: float) -> LokrUpdate:
-    """Return the update of the factors; two whole ones have no scaling."""
-    whole = {"lokr_w1", "lokr_w2"} <= parts.keys()
-    return LokrUpdate(dict(parts), 1.0 if whole else scaling, alpha)
+def build(
+    parts: Mapping[str, LazyTensor], scaling: float, alpha: float, layout: Mapping[str, Any] | None = None
+) -> LokrUpdate:
+    """Return the update of the factors; two whole ones have no scaling unless the layout says so."""
+    scaled = bool(layout and layout.get("scaled"))
+    whole = {"lokr_w1", "lokr_w2"} <= parts.keys() and not scaled
+    return LokrUpdate(dict(parts), 1.0 if whole else scaling, alpha, scaled=scaled)

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from loratools.adapter.kinds import Update
 from loratools.adapter.naming.wrappers import LINEAR
 from loratools.storage.codecs.turned import CONV1D
 
@@ -74,6 +75,29 @@ class Conv1D:
         if (shown := self._shown(layer)) is not None:
             return shown
         return self.of_names is True if last in _NAMES else self.of_all is True and self._has_bias(layer)
+
+    def of_weight(self, tensor: str, swapped: bool, stated: bool | None = None) -> tuple[tuple[int, ...], ...]:
+        """Return the shapes (out, in, …) that the weight of a module may have by that of its tensor, likelier first.
+
+        `stated` is whether it is stored [in, out], where that is known.
+        """
+        shape = self.shapes[tensor]
+        if stated is None:
+            stated = len(shape) == 2 and (self.likely(tensor.removesuffix(".weight")) or swapped)
+        return (shape[::-1], shape) if stated else (shape,)
+
+    def fitted(self, update: Update, tensor: str, swapped: bool, stated: bool | None = None) -> Update:
+        """Return an update that knows the shape of its weight, `tensor`, which its parts may leave open.
+
+        Raises `ValueError` with why it does not fit.
+        """
+        problems = []
+        for shape in self.of_weight(tensor, swapped, stated):
+            try:
+                return update.fitted(shape)
+            except ValueError as error:
+                problems.append(str(error))
+        raise ValueError(problems[0])
 
     def _known(self, last: str) -> bool | None:
         if self.model_type in CONV1D:

@@ -55,9 +55,10 @@ def resolve(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any] | None =
     model_type = (config or {}).get("model_type")
     conv1d = Conv1D.of(shapes, model_type if isinstance(model_type, str) else "")
     resolver = _Resolver(names, shapes, config or {}, conv1d, swapped)
+    updates = resolver.among(adapter.updates)
     placements: list[Placement] = []
     problems = [f"{module}: {reason}" for module, reason in ambiguous.items()]
-    for module, update in ((module, adapter.updates[module]) for module in adapter.updates if module not in ambiguous):
+    for module, update in ((module, updates[module]) for module in updates if module not in ambiguous):
         try:
             stated = adapter.orientation.get(module)
             own = resolver if stated is None else replace(resolver, stated=stated)
@@ -89,6 +90,14 @@ class _Resolver:
     swapped: bool  # whether the adapter's config says fan_in_fan_out: trained on weights stored (in, out)
     stated: bool | None = None  # whether the base stores this module's weight (in, out), where the adapter says it
 
+    def among(self, updates: Mapping[str, Update]) -> Mapping[str, Update]:
+        """Return the updates, those that depend on the shapes of all weights of their adapter with these."""
+        if not any(update.needs_all for update in updates.values()):
+            return updates
+        tensors = (self._tensor_of(stacks.path_of(module), module) for module in updates)
+        shapes = [self.conv1d.of_weight(tensor, self.swapped, self.stated)[0] for tensor in tensors if tensor]
+        return {module: update.among(shapes) if update.needs_all else update for module, update in updates.items()}
+
     def place(self, module: str, update: Update) -> list[Placement]:
         """Return the placements of an update: on the weight, or parts of it, and on the bias if it has one."""
         path = stacks.path_of(module)
@@ -96,14 +105,21 @@ class _Resolver:
             return self._experts(module, path, update)
         if tensor := self._tensor_of(path, path):
             try:
-                update = update.fitted(self.shapes[tensor])
+                update = self.conv1d.fitted(update, tensor, self.swapped, self.stated)
             except ValueError as error:
                 raise NoPlace(str(error)) from None
         placed = [Placement(module, update, site) for site in self.sites(path, update, tensor)]
         if update.bias is not None:
             added = BiasUpdate(update.bias, update.scaling, update.alpha)
             placed += [Placement(module, added, self._bias(weight.site), bias=True) for weight in placed]
+        if (beside := update.on_bias) is not None:
+            sites = filter(None, [self._beside(weight.site) for weight in placed])
+            placed += [Placement(module, beside, site, bias=True) for site in sites]
         return placed
+
+    def _beside(self, site: Site) -> Site | None:
+        """Return where the outputs of a weight's site lie in the bias beside it; None where there is none."""
+        return self._bias(site) if site.tensor.removesuffix("weight") + "bias" in self.shapes else None
 
     def _experts(self, module: str, path: str, update: Update) -> list[Placement]:
         """Return the placements of the experts of a stack, one by one."""

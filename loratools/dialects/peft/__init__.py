@@ -2,6 +2,7 @@
 
 This dialect follows PEFT 0.21 to the letter; the kinds of update decide what a module's tensors mean.
 
+    assemble   an adapter of tensors and a config
     config     a config without faults, and the scalings that it gives
     fields     what each field of a config means: implemented, harmless, or refused with a reason
     targets    which modules a config targets
@@ -10,6 +11,8 @@ This dialect follows PEFT 0.21 to the letter; the kinds of update decide what a 
     checks     what must agree: tensors with each other, and with the config
     experts    which parameter each wrapper around a stack of experts is for
     profiles   what consumers ask beyond PEFT: serving, vLLM, SGLang
+    typed      an adapter of another type than LORA
+    types      those types, one file each
     held       an adapter that is no file: a state dict with a config, a PeftModel, the handle of a running model
 """
 
@@ -17,23 +20,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loratools.adapter import kinds
-from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, Loss
-from loratools.decisions import warned
-from loratools.dialects._frame.build import build_all, check_faults, check_gathered, check_read, some
+from loratools.dialects._frame.build import check_gathered
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import left, record_losses
 from loratools.dialects._frame.metadata import carried, settings_with
 from loratools.dialects.peft import checks
-from loratools.dialects.peft.config import PeftConfig
-from loratools.dialects.peft.experts import holders, layouts, outer, reordered, version_for
-from loratools.dialects.peft.names import Groups, group, unwrap
+from loratools.dialects.peft.assemble import assemble
+from loratools.dialects.peft.experts import version_for
+from loratools.dialects.peft.names import unwrap
 from loratools.errors import BadFile
 from loratools.format import keys, manifest
 from loratools.format.peft_config import derive_config
@@ -50,7 +49,6 @@ CANNOT = ("the hash of the base model", "provenance", "DoRA on some modules and 
 _CONFIG = "adapter_config.json"
 _STEM = "adapter_model"
 _SHARD = re.compile(r"adapter_model-(\d{5})-of-(\d{5})\.(safetensors|bin)")
-_TRAINING_ONLY = frozenset({"lora_velora_embed"})  # only VeLoRA's backward pass uses it
 
 
 def detect(listing: Listing) -> Evidence | None:
@@ -84,26 +82,8 @@ def read(listing: Listing) -> Adapter:
             hint=f"Put the {_CONFIG} that was saved with {_files(listing)[0]} beside it.",
         )
     check_gathered(listing.path, tensors, checks.is_flat)
-    config = PeftConfig.parse(document, path, initial=listing.initial, alpha=listing.alpha)
-    adapter = assemble(listing.path, tensors, config)
+    adapter = assemble(listing.path, tensors, document, path, initial=listing.initial, alpha=listing.alpha)
     return replace(adapter, settings={**adapter.settings, **_entries(listing)})
-
-
-def assemble(path: Path, tensors: Mapping[str, LazyTensor], config: PeftConfig) -> Adapter:
-    """Return the adapter that tensors under PEFT's names are with a config; `path` is what messages call it.
-
-    Raises as `read`.
-    """
-    groups = group(tensors, biases=config.fields.get("bias", "none") != "none")
-    held = holders(groups, config)
-    updates, unsupported, faults = _build(groups, config, held)
-    check_faults(path, [*groups.faults, *checks.faults(groups, config, held), *faults])
-    check_read(path, unsupported)
-    if not updates and not groups.whole:
-        raise BadFile(f"{path}: no LoRA tensors in it")
-    for note in _notes(groups, config):
-        warned("%s: %s", path, note)
-    return Adapter(updates, groups.whole, config.base, dialect="peft", settings=config.settings, copies=groups.copies)
 
 
 def losses(adapter: Adapter) -> list[Loss]:
@@ -195,54 +175,6 @@ def _tensors(listing: Listing) -> dict[str, LazyTensor]:
             raise BadFile(f"{listing.folder / name}: {twice[0]} is in another shard too")
         tensors |= inside
     return tensors
-
-
-def _build(
-    groups: Groups, config: PeftConfig, held: Mapping[str, set[str]]
-) -> tuple[dict[str, Update], list[str], list[str]]:
-    """Return the updates, a line for each set of parts that no kind claims, and a line for each contradiction.
-
-    `held` are the parameters of modules that the config targets, as `holders` tells.
-    """
-    stacks, faults = layouts(groups, config, held)
-
-    def choose(module: str, parts: Mapping[str, LazyTensor]) -> str | None:
-        kind = kinds.claim(parts) if checks.is_plain(module, groups) else None
-        return "experts" if module in stacks and kind in ("lora", None) else kind
-
-    def layout(module: str, kind: str) -> dict[str, Any]:
-        rows = config.token_rows(module) if kind == "tokens" else None
-        return {"layout": {"rows": rows}} if rows else {"layout": stacks[module]} if module in stacks else {}
-
-    def rule(module: str, rank: int) -> tuple[float, float]:
-        path = module.partition(".base_layer.")[0]  # patterns know the outer module
-        if module in stacks:
-            path = f"{outer(module)}.{stacks[module]['parameter']}"
-            return config.scaling(path, rank), config.alpha(path)
-        if rank and config.rank(path) not in (None, rank):
-            raise ValueError(f"its tensors have rank {rank}, the config says {config.rank(path)}")
-        twice = config.applied_twice(module)
-        return twice * (config.scaling(path, rank) if rank else 1.0), twice * config.alpha(path)
-
-    modules = {
-        module: {part: lazy for part, lazy in parts.items() if part not in _TRAINING_ONLY}
-        for module, parts in groups.modules.items()
-    }
-    modules |= {module: reordered(modules[module], stack, config.fields) for module, stack in stacks.items()}
-    updates, unsupported, contradictions = build_all(modules, rule, choose, layout)
-    return updates, unsupported, faults + contradictions
-
-
-def _notes(groups: Groups, config: PeftConfig) -> Iterator[str]:
-    """Yield what a user must know of the tensors beside their config: what is applied otherwise, or not at all."""
-    if doubled := [module for module in groups.modules if config.applied_twice(module) == 2]:
-        yield f"{some(doubled)}: applied twice, as PEFT up to 0.21 does when it trains and when it merges"
-    if groups.originals:
-        yield f"{some(groups.originals)}: copies of the base model's, which PEFT does not load"
-    for name in sorted(groups.adapters):
-        yield f"the adapter's name {name!r} was left in the names of the tensors"
-    for field, names in config.without_tensors(groups.modules, groups.whole).items():
-        yield f"no tensors for these {field}: {', '.join(names[:20])}"
 
 
 def _unsayable(adapter: Adapter) -> dict[str, str]:

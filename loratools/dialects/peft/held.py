@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, runtime_checkable
 
 from loratools.adapter.model import Adapter
 from loratools.dialects._frame.build import check_gathered
-from loratools.dialects.peft import assemble, checks
-from loratools.dialects.peft.config import PeftConfig
+from loratools.dialects.peft import checks
+from loratools.dialects.peft.assemble import assemble
 from loratools.dialects.peft.names import unwrap
 from loratools.errors import BadFile, InvalidOption
 from loratools.format import keys
@@ -109,7 +109,7 @@ def _of_model(model: _PeftModel, initial: bool) -> Adapter:
 def _of_pair(state: Mapping[Any, Any], config: object, initial: bool) -> Adapter:
     tensors, document = _tensors(state), _document(config)
     check_gathered(_TENSORS, tensors, checks.is_flat)
-    return assemble(_TENSORS, tensors, PeftConfig.parse(document, _CONFIG, initial=initial))
+    return assemble(_TENSORS, tensors, document, _CONFIG, initial=initial)
 
 
 def _tensors(state: Mapping[Any, Any]) -> dict[str, LazyTensor]:

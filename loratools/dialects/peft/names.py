@@ -50,7 +50,7 @@ def group(tensors: Mapping[str, LazyTensor], *, biases: bool) -> Groups:
             part, adapter = _without_adapter(part)
             home = groups.modules.setdefault(place, {})
         else:
-            place, adapter, role = _whole(place, biases)
+            place, adapter, role = whole_name(place, biases)
             if role == "original":
                 groups.originals.append(place)
                 continue
@@ -103,7 +103,7 @@ def _without_adapter(part: str) -> tuple[str, str | None]:
     return part, None
 
 
-def _whole(path: str, biases: bool) -> tuple[str, str | None, str]:
+def whole_name(path: str, biases: bool) -> tuple[str, str | None, str]:
     """Return a whole tensor's path in the base, the adapter's name in it, and its role: trained, copy or original."""
     segments = path.split(".")
     if "modules_to_save" in segments:

@@ -24,7 +24,6 @@ A0, B0 = f"base_model.model.{Q0}.lora_A.weight", f"base_model.model.{Q0}.lora_B.
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"peft_type": "LOHA"}, "peft_type = LOHA: only LORA is read"),
         ({"init_lora_weights": "pissa"}, "PEFT changes the base model whenever this adapter is loaded"),
         ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights = pissa_niter_16: PEFT changes the base"),
         ({"init_lora_weights": "OLoRA"}, "init_lora_weights = OLoRA: PEFT changes the base"),

@@ -1,0 +1,129 @@
+"""What kinds have in common whose W' is any function of W: where the weight lies, how much of it they need at once."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+from loratools.adapter.kinds import Device, DType, Tensor, Term, Underlying
+from loratools.adapter.kinds._named import fits_shape
+from loratools.adapter.kinds._shared import OnWeight
+from loratools.adapter.site import Site
+from loratools.errors import IncompatibleAdapter
+from loratools.storage.lazy import LazyTensor
+
+Change = Callable[[Tensor, slice], Tensor]
+"""(rows of W as its module defines it, (n, in·…); which rows these are) -> the same rows of W'."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Changing(OnWeight):
+    """An update W' = f(W) by tensors under their names in files, with what these do not say as `layout`.
+
+    A kind gives `rank`, `change`, `outputs`, `own_shape`, and `together` where rows need each other. With a weight w it
+    is W + w·(f(W) − W).
+    """
+
+    tensors: Mapping[str, LazyTensor]
+    scaling: float = 1.0
+    alpha: float = 1.0
+    layout: Mapping[str, Any] = field(default_factory=dict)
+    weight_shape: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` for tensors that do not fit each other; `check` is asked again once the shape is known."""
+        self.check()
+
+    def check(self) -> None:
+        """Raise `ValueError` for tensors that do not fit each other, or the shape of the weight where it is known."""
+        fits_shape(self.own_shape, self.weight_shape)
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """The number that the kind calls its rank; 0 where there is none."""
+
+    @property
+    @abstractmethod
+    def own_shape(self) -> tuple[int, ...]:
+        """The weight's shape as far as the tensors tell it, 0 for a side that they leave open."""
+
+    @property
+    def together(self) -> int:
+        """Rows of the module's weight that are needed at once: 1, those of a block, or 0 for all."""
+        return 1
+
+    @abstractmethod
+    def change(self, dtype: DType, device: Device) -> Change:
+        """Load what it takes, and return the function f of rows."""
+
+    @abstractmethod
+    def outputs(self, X: Tensor, under: Underlying) -> Tensor:
+        """Return X·f(W)ᵀ in float64, (k, rows of the site), by another formula than `change`.
+
+        `X` is (k, in·…) and `under.below(X)` is X·Wᵀ. The site has all rows, unless `together` is 1.
+        """
+
+    def fitted(self, shape: tuple[int, ...]) -> Self:
+        """Return the update of a base weight of this shape, which the tensors alone may not tell."""
+        return replace(self, weight_shape=shape)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight_shape or tuple(side or 1 for side in self.own_shape)
+
+    @property
+    def parts(self) -> Mapping[str, LazyTensor]:
+        return self.tensors
+
+    def number(self, name: str) -> Tensor:
+        """Load a tensor in float64."""
+        return self.tensors[name].load().double()
+
+    def term(self, site: Site, weight: float, dtype: DType, device: Device) -> Mapped:
+        """Return the term; raise `IncompatibleAdapter` where rows that need each other lie in different weights."""
+        whole = site.part == (0, self.shape[0])
+        if not whole and self.together != 1:
+            raise IncompatibleAdapter(
+                f"{site.tensor}: {self.kind} changes outputs together, and the base stores them in several weights"
+            )
+        alone = site.rows == (0, site.matrix[0], 1)
+        aligned = alone and not site.transposed and self.together and self.shape[0] % self.together == 0
+        together = self.together if self.together == 1 and not site.transposed else 0
+        together = self.together if aligned else together
+        finite = all(bool(lazy.load().isfinite().all()) for lazy in self.tensors.values())
+        return Mapped(self.change(dtype, device), site, weight, together or site.matrix[0], finite)
+
+    def project(self, X: Tensor, weight: float, under: Underlying) -> Tensor:
+        """Return X·Wᵀ + w·(X·f(W)ᵀ − X·Wᵀ)."""
+        before = under.below(X)
+        return before + weight * (self.outputs(X, under) - before)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mapped(Term):
+    """The term W ← W + w·(f(W) − W), of which `together` rows of the base's tensor come at once."""
+
+    change: Change
+    site: Site
+    weight: float
+    together: int = 1
+    finite: bool = True
+
+    def is_finite(self) -> bool:
+        """Tell whether all that it was made of is finite."""
+        return self.finite
+
+    def apply_rows(self, W: Tensor, rows: slice, base: Tensor | None) -> None:
+        if self.site.transposed:
+            first = self.site.part[0]
+            after = self.change(W.T, slice(first, first + W.shape[1])).T
+        else:
+            first = self.site.part[0]
+            after = self.change(W, slice(first + rows.start, first + rows.stop))
+        if self.weight == 1:
+            W.copy_(after)
+        else:
+            W.add_(after.sub(W), alpha=self.weight)
