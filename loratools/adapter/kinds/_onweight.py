@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from loratools.adapter.kinds import Device, DType, Tensor, Term, Underlying
 from loratools.adapter.kinds._named import fits_shape
@@ -31,6 +31,8 @@ class Changing(OnWeight):
     alpha: float = 1.0
     layout: Mapping[str, Any] = field(default_factory=dict)
     weight_shape: tuple[int, ...] | None = None
+
+    of_base: ClassVar[bool] = False  # f is asked about the unchanged base W₀, and w·(f(W₀) − W₀) is added
 
     def __post_init__(self) -> None:
         """Raise `ValueError` for tensors that do not fit each other; `check` is asked again once the shape is known."""
@@ -94,12 +96,16 @@ class Changing(OnWeight):
         together = self.together if self.together == 1 and not site.transposed else 0
         together = self.together if aligned else together
         finite = all(bool(lazy.load().isfinite().all()) for lazy in self.tensors.values())
-        return Mapped(self.change(dtype, device), site, weight, together or site.matrix[0], finite)
+        return Mapped(self.change(dtype, device), site, weight, together or site.matrix[0], finite, self.of_base)
 
     def project(self, X: Tensor, weight: float, under: Underlying) -> Tensor:
         """Return X·Wᵀ + w·(X·f(W)ᵀ − X·Wᵀ)."""
-        before = under.below(X)
-        return before + weight * (self.outputs(X, under) - before)
+        now = under.below(X)
+        if not self.of_base:
+            return now + weight * (self.outputs(X, under) - now)
+        W = under.base()
+        first = replace(under, below=lambda probes: probes @ W.to(probes).T)
+        return now + weight * (self.outputs(X, first) - first.below(X))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,19 +117,24 @@ class Mapped(Term):
     weight: float
     together: int = 1
     finite: bool = True
+    of_base: bool = False
+
+    @property
+    def needs_base(self) -> bool:
+        return self.of_base
 
     def is_finite(self) -> bool:
         """Tell whether all that it was made of is finite."""
         return self.finite
 
     def apply_rows(self, W: Tensor, rows: slice, base: Tensor | None) -> None:
+        before = W if base is None or not self.of_base else base
+        first = self.site.part[0]
         if self.site.transposed:
-            first = self.site.part[0]
-            after = self.change(W.T, slice(first, first + W.shape[1])).T
+            after = self.change(before.T, slice(first, first + W.shape[1])).T
         else:
-            first = self.site.part[0]
-            after = self.change(W, slice(first + rows.start, first + rows.stop))
-        if self.weight == 1:
+            after = self.change(before, slice(first + rows.start, first + rows.stop))
+        if self.weight == 1 and before is W:
             W.copy_(after)
         else:
-            W.add_(after.sub(W), alpha=self.weight)
+            W.add_(after.sub(before), alpha=self.weight)

@@ -12,6 +12,7 @@ This dialect follows PEFT 0.21 to the letter; the kinds of update decide what a 
     experts    which parameter each wrapper around a stack of experts is for
     profiles   what consumers ask beyond PEFT: serving, vLLM, SGLang
     typed      an adapter of another type than LORA
+    order      the modules of a base in the order of its code, for what is drawn for one after the other
     types      those types, one file each
     held       an adapter that is no file: a state dict with a config, a PeftModel, the handle of a running model
 """
@@ -82,7 +83,9 @@ def read(listing: Listing) -> Adapter:
             hint=f"Put the {_CONFIG} that was saved with {_files(listing)[0]} beside it.",
         )
     check_gathered(listing.path, tensors, checks.is_flat)
-    adapter = assemble(listing.path, tensors, document, path, initial=listing.initial, alpha=listing.alpha)
+    adapter = assemble(
+        listing.path, tensors, document, path, initial=listing.initial, alpha=listing.alpha, base=listing.base
+    )
     return replace(adapter, settings={**adapter.settings, **_entries(listing)})
 
 

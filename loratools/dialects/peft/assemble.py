@@ -16,6 +16,7 @@ from loratools.dialects.peft.config import PeftConfig
 from loratools.dialects.peft.experts import holders, layouts, outer, reordered
 from loratools.dialects.peft.names import Groups, group
 from loratools.errors import BadFile
+from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
 
 _TRAINING_ONLY = frozenset({"lora_velora_embed"})  # only VeLoRA's backward pass uses it
@@ -23,15 +24,15 @@ _TRAINING_ONLY = frozenset({"lora_velora_embed"})  # only VeLoRA's backward pass
 
 def assemble(
     path: Path, tensors: Mapping[str, LazyTensor], document: Mapping[str, Any], config_path: Path, *,
-    initial: bool = False, alpha: float | None = None,
+    initial: bool = False, alpha: float | None = None, base: Checkpoint | None = None,
 ) -> Adapter:  # fmt: skip
     """Return the adapter that tensors under PEFT's names are with the document of a config, of any type.
 
-    `path` and `config_path` are what messages call the two; `initial` and `alpha` are as in `PeftConfig.parse`. Raises
-    as `read`.
+    `path` and `config_path` are what messages call the two; `initial` and `alpha` are as in `PeftConfig.parse`, `base`
+    as in `typed.assemble`. Raises as `read`.
     """
     if typed.is_typed(document):
-        return typed.assemble(path, tensors, document, config_path, alpha)
+        return typed.assemble(path, tensors, document, config_path, alpha, base)
     config = PeftConfig.parse(document, config_path, initial=initial, alpha=alpha)
     groups = group(tensors, biases=config.fields.get("bias", "none") != "none")
     held = holders(groups, config)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,14 @@ from loratools.dialects._frame.numbers import tell_alpha
 from loratools.dialects.peft import fields as tables
 from loratools.dialects.peft import types
 from loratools.dialects.peft.names import Groups, unwrap, whole_name
+from loratools.dialects.peft.order import in_code
 from loratools.dialects.peft.patterns import ConfigFile, PatternKeys
 from loratools.dialects.peft.targets import Targets
 from loratools.dialects.peft.types import Field, ModuleTensors
 from loratools.dialects.peft.types._refused import REFUSED
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.format import keys
+from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
 
 TYPE, FIELDS = "peft_type", "peft_fields"
@@ -55,11 +57,13 @@ def is_typed(document: Mapping[str, Any]) -> bool:
 
 
 def assemble(
-    path: Path, tensors: Mapping[str, LazyTensor], document: Mapping[str, Any], config: Path, alpha: float | None = None
-) -> Adapter:
+    path: Path, tensors: Mapping[str, LazyTensor], document: Mapping[str, Any], config: Path,
+    alpha: float | None = None, base: Checkpoint | None = None,
+) -> Adapter:  # fmt: skip
     """Return the adapter that tensors are with the document of a config of another type than LORA.
 
     `path` and `config` are what messages call the two. `alpha` is the user's, for every module; default: the file's.
+    `base` tells the order of modules, for types that draw something for one after the other.
     Raises `UnsupportedAdapter` for types that are not read, with what they are, and `BadFile` with all contradictions.
     """
     parsed = TypedConfig.parse(document, config, alpha)
@@ -70,19 +74,24 @@ def assemble(
         *groups.faults, *_nested(groups), *parsed.untargeted(groups.modules),
         *parsed.strangers(groups.whole),
     ]  # fmt: skip
+    place = getattr(parsed.module, "PLACE", "{module}")
+    order = cache(partial(in_code, path, base, parsed.targets))
+    common = (shared, tuple(groups.modules), parsed.values, parsed.pattern, order)
+    if not groups.modules and shared and hasattr(parsed.module, "updates"):
+        updates |= parsed.module.updates(ModuleTensors("", {}, *common))
     for module, parts in groups.modules.items():
-        one = ModuleTensors(module, parts, shared, tuple(groups.modules), parsed.values, parsed.pattern)
+        one = ModuleTensors(module, parts, *common)
         try:
             if hasattr(parsed.module, "whole"):
                 whole |= {f"{module}.{name}": lazy for name, lazy in parsed.module.whole(one).items()}
             else:
-                updates[module] = parsed.module.update(one)
+                updates[place.format(module=module)] = parsed.module.update(one)
         except ValueError as error:
             faults.append(f"{module}: {error}")
     check_faults(path, faults)
     if not updates and not whole:
         raise BadFile(f"{path}: no tensors of a {parsed.type} adapter in it")
-    for note in _notes(groups, parsed):
+    for note in _notes(groups, parsed, [*groups.modules, *updates]):
         warned("%s: %s", path, note)
     return Adapter(updates, whole, parsed.base, dialect="peft", settings=parsed.settings, copies=groups.copies)
 
@@ -252,11 +261,11 @@ def _nested(groups: Groups) -> Iterator[str]:
             yield f"{module}: an adapter inside another one, whose name does not say which weight it is for"
 
 
-def _notes(groups: Groups, config: TypedConfig) -> Iterator[str]:
+def _notes(groups: Groups, config: TypedConfig, modules: Collection[str]) -> Iterator[str]:
     """Yield what a user must know of the tensors beside their config."""
     if groups.originals:
         yield f"{some(groups.originals)}: copies of the base model's, which PEFT does not load"
     for name in sorted(groups.adapters):
         yield f"the adapter's name {name!r} was left in the names of the tensors"
-    if missing := config.targets.unused(groups.modules):
+    if missing := config.targets.unused(modules):
         yield f"no tensors for these target_modules: {', '.join(missing[:20])}"

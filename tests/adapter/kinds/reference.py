@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from math import lcm
 
 import torch
 
@@ -61,6 +62,8 @@ def applied(
     matrix = matrix.to(dtype)
     site = Site.whole("w", (matrix.shape[0], matrix.shape[1]), transposed=transposed)
     terms = [update.term(site, weight, dtype, torch.device("cpu")) for update, weight in given]
+    together = lcm(*(term.together for term in terms))  # as a merge gives them: what needs rows together gets them
+    rows = -(-rows // together) * together
     tiles = [slice(start, min(start + rows, len(matrix))) for start in range(0, len(matrix), rows)]
     for term in terms:
         for tile in tiles:

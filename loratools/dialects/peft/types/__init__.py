@@ -8,7 +8,9 @@ A file says what PEFT 0.21 writes for its type, and makes the update of a module
     FIELDS       field of the config -> `Field`: what decides the result
     HARMLESS     field -> why it has no effect on a merge
     REFUSED      field -> (which values are refused, why); optional
+    PLACE        where the update of a `{module}` lies if not on its weight, as `{module}.bias`; optional
     update(one)  the `Update` of a module; `ValueError` with a sentence where tensors and config do not go together
+    updates(one) module -> `Update` for a file that names no module; optional
     whole(one)   in its place, for a type that replaces tensors: name of a parameter of the module -> what takes its
                  place
 
@@ -48,7 +50,8 @@ class ModuleTensors:
     """What a file has of one module: its `parts`, the tensors that all modules share, and the config.
 
     `modules` are all modules of the file in its order. `values` are the config's fields, `pattern` returns the value
-    that a pattern has for this module, by PEFT's first-match rule.
+    that a pattern has for this module, by PEFT's first-match rule. `order(why)` returns the (out, in) of all modules
+    that the config targets, in the order of the model's code, which the base tells; `why` says what needs it.
     """
 
     module: str
@@ -57,6 +60,7 @@ class ModuleTensors:
     modules: Sequence[str]
     values: Mapping[str, Any]
     pattern: Callable[[str, str], Any]
+    order: Callable[[str], Mapping[str, tuple[int, int]]]
 
     def __getitem__(self, field: str) -> Any:
         """Return the value of a field, or PEFT's default."""

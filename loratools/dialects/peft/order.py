@@ -1,0 +1,65 @@
+"""The modules of a base in the order of its code, for what PEFT draws for one after the other and does not store.
+
+No file has that order: transformers' class of the model does, built from config.json without numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from loratools.dialects.peft.targets import Targets
+from loratools.errors import BadFile, IncompatibleAdapter, MissingExtra
+from loratools.storage.checkpoint import Checkpoint
+
+
+def in_code(path: Path, base: Checkpoint | None, targets: Targets, why: str) -> dict[str, tuple[int, int]]:
+    """Return module -> (out, in) of all linear layers and embeddings that a config targets, in the order of the code.
+
+    `why` says what needs them, as a sentence without its end, and `path` whose it is. Raises `BadFile` without a base,
+    or where the config does not name its targets, `MissingExtra` without transformers, and `IncompatibleAdapter` for a
+    base that it has no class for.
+    """
+    why = f"{path}: {why}"
+    if base is None:
+        raise BadFile(why, hint="Give the base model (--base): the modules and their order are those of its class.")
+    if targets.modules is None:
+        raise BadFile(f"{why}, and its config does not name the modules that it targets")
+    try:
+        import torch
+
+        transformers: Any = import_module("transformers")
+    except ImportError:
+        raise MissingExtra(
+            f"{why}, and transformers, which knows the order, is not installed", hint="pip install transformers"
+        ) from None
+    model = _built(transformers, torch, base, why)
+    shapes = {}
+    for name, module in model.named_modules():
+        turned = type(module).__name__ == "Conv1D"
+        if turned or isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            out, inner = module.weight.shape[::-1] if turned else module.weight.shape
+            if targets.select(name):
+                shapes[name] = (out, inner)
+    return shapes
+
+
+def _built(transformers: Any, torch: Any, base: Checkpoint, why: str) -> Any:
+    """Return the model of a base's config.json, on no device; remote code is never run."""
+    config: Mapping[str, Any] = base.config
+    fields = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
+    names = [name for name in fields.get("architectures") or () if isinstance(name, str)]
+    kind = getattr(transformers, names[0], None) if names else transformers.AutoModel
+    if kind is None:
+        raise IncompatibleAdapter(
+            f"{why}, and transformers has no class {names[0]}, which the base's config.json names"
+        )
+    try:
+        known = transformers.AutoConfig.for_model(**fields)
+        with torch.device("meta"):
+            return kind.from_config(known) if kind is transformers.AutoModel else kind(known)
+    except (ValueError, TypeError, KeyError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise IncompatibleAdapter(f"{why}, and transformers makes no model of the base's config.json: {text}") from None

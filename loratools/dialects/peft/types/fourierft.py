@@ -1,0 +1,21 @@
+"""FOURIERFT: single coefficients of a Fourier transform, their places drawn from a seed (kind `fourierft`)."""
+
+from __future__ import annotations
+
+from loratools.adapter import kinds
+from loratools.adapter.kinds import Update
+from loratools.dialects.peft.types import PATTERN, ModuleTensors, count, number
+
+PARTS = {"fourierft_spectrum": "coefficients: (n,)"}
+FIELDS = {
+    "n_frequency": count(1000), "n_frequency_pattern": PATTERN, "scaling": number(150.0), "random_loc_seed": count(777),
+}  # fmt: skip
+HARMLESS: dict[str, str] = {}
+
+
+def update(one: ModuleTensors) -> Update:
+    """Return the update; how many coefficients there are, the tensor says."""
+    one.has(*PARTS)
+    layout = {"seed": one["random_loc_seed"]}
+    built: Update = kinds.get("fourierft").build(one.parts, one["scaling"], one["scaling"], layout=layout)
+    return built
