@@ -24,7 +24,7 @@ def in_code(path: Path, base: Checkpoint | None, targets: Targets, why: str) -> 
     """
     why = f"{path}: {why}"
     if base is None:
-        raise BadFile(why, hint="Give the base model (--base): the modules and their order are those of its class.")
+        raise BadFile(why, hint="It is read with its base model at hand: by merge, unmerge and verify, and with --base by the others.")
     if targets.modules is None:
         raise BadFile(f"{why}, and its config does not name the modules that it targets")
     try:
