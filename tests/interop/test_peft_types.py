@@ -139,7 +139,7 @@ def listed() -> list[Any]:
     ]
 
 
-def trained(base: Any, name: str, settings: Mapping[str, Any]) -> Any:
+def trained(base: Any, name: str, settings: Mapping[str, Any], seed: int = 7) -> Any:
     """Return a PEFT model of a type around a copy of `base` in which everything that would be trained has moved."""
     from peft import get_peft_model
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -148,7 +148,7 @@ def trained(base: Any, name: str, settings: Mapping[str, Any]) -> Any:
     torch.manual_seed(3)
     config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[name]](**settings)
     peft = get_peft_model(copy.deepcopy(base), config)
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(seed)
     for parameter in peft.parameters():
         if parameter.requires_grad:
             with torch.no_grad():
@@ -196,6 +196,34 @@ def test_a_merge_is_pefts(name: str, settings: dict[str, Any], tmp_path: Path) -
     else:
         with pytest.raises(BadFile, match="PEFT draws .* of all modules in turn|for all modules in turn"):
             inspect(adapter)
+
+
+SEVERAL = {
+    "HRA": {"r": 3}, "ROAD": {"group_size": 4, "family": "qwen2"}, "MISS": {"r": 4, "init_weights": "bat"},
+    "DEFT": {"r": 3}, "OSF": {"effective_rank": 3}, "PSOFT": {"r": 3}, "PEANUT": {"r": 3}, "FROD": {},
+    "DELORA": {"r": 3}, "SUPERTUNING": {"sparsity": 0.9}, "C3A": {"block_size": 8},
+}  # fmt: skip
+"""Types of which two adapters are merged: what changes the weight that it finds, and what asks the unchanged base."""
+
+
+@pytest.mark.parametrize("name", sorted(SEVERAL))
+def test_two_of_a_type_are_merged_as_peft_merges_them(name: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    settings = SEVERAL[name]
+    base, folder, first = made(tmp_path, name, settings)
+    rest = {"target_modules": TARGETS} | {key: value for key, value in settings.items() if key != "family"}
+    trained(base, name, rest, seed=11).save_pretrained(tmp_path / "second")
+    both = [first, tmp_path / "second"]
+    model = peft.PeftModel.from_pretrained(copy.deepcopy(base), both[0], adapter_name="a")
+    model.load_adapter(both[1], adapter_name="b")
+    theirs = model.merge_and_unload(adapter_names=["a", "b"]).state_dict()
+    merge(folder, both, tmp_path / "ours", keep_residual=True)
+    ours = load(tmp_path / "ours")
+    assert {key: difference(W, theirs[key]) for key, W in ours.items() if difference(W, theirs[key]) > 1e-5} == {}
+    assert verify(tmp_path / "ours", folder, both).ok
+    unmerge(tmp_path / "ours", both, tmp_path / "back")
+    back = load(tmp_path / "back")
+    assert all(torch.equal(W, back[key]) for key, W in load(folder).items())
 
 
 @pytest.mark.xfail(reason="helpers are adding the rest")
