@@ -24,7 +24,8 @@ def in_code(path: Path, base: Checkpoint | None, targets: Targets, why: str) -> 
     """
     why = f"{path}: {why}"
     if base is None:
-        raise BadFile(why, hint="It is read with its base model at hand: by merge, unmerge and verify, and with --base by the others.")
+        hint = "It is read with its base model at hand: by merge, unmerge and verify, and with --base by others."
+        raise BadFile(why, hint=hint)
     if targets.modules is None:
         raise BadFile(f"{why}, and its config does not name the modules that it targets")
     try:
