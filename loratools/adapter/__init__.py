@@ -10,6 +10,7 @@ factors     factors that are not loaded yet: turned, cut, permuted, padded
 low_rank    updates that are products, ΔW = s·left·right: their factors, and updates made of factors
 fusing      several modules as one, and one as several: qkv, gate and up
 naming      what modules are called, by trainers and by models
+converted   updates on tensors that transformers makes of a base's own as it loads them, and the other way round
 placement   which tensors of a base an adapter changes
 gathered    experts of one adapter, one by one, as the stacks that another has of them
 """

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import re
 from bisect import bisect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
+from typing import Any
+
+from loratools.adapter.naming.conversions import conversion
+from loratools.adapter.naming.loaded import Loaded
 
 # Leading segments that only wrap a model: `language_model.model.layers.0…`, `model.language_model.layers.0…` and
 # `layers.0…` are one module. Names of towers (`vision_tower`, `encoder`, …) are no wrappers: they tell modules apart.
@@ -65,25 +70,39 @@ _QUESTIONS, _CANDIDATES, _LONGEST = 20, 1_000, 200
 
 
 class Names:
-    """The module names of a base model, looked up exactly or past their wrappers."""
+    """The module names of a base model, looked up exactly, by transformers' own rules, or past their wrappers.
 
-    def __init__(self, tensors: Iterable[str]) -> None:
+    `config` is the base's config.json: it tells which model of transformers this is, and so how its modules are named.
+    """
+
+    def __init__(self, tensors: Iterable[str], config: Mapping[str, Any] | None = None) -> None:
         self._tensors = frozenset(tensors)
+        self.config = config or {}
         self._by_normalized: dict[str, list[str]] = {}
         for tensor in sorted(self._tensors):
             self._by_normalized.setdefault(normalized(tensor), []).append(tensor)
         self._by_last: dict[str, list[str]] = {}
         self._asked = 0
 
+    @cached_property
+    def loaded(self) -> Loaded | None:
+        """These tensors as transformers loads them; None where it does not know the model."""
+        rules = conversion(self.config)
+        return None if rules is None else Loaded(rules, self._tensors)
+
     def find(self, module: str, parameter: str = "weight") -> list[str]:
         """Return the tensors that could be `module.parameter`: one when it is clear, none, or several candidates.
 
-        An exact name always wins.
+        An exact name always wins, then what transformers' own rules say of the model.
         """
-        for wanted in (f"{module}.{parameter}", module):
+        both = f"{module}.{parameter}", module
+        for wanted in both:
             if wanted in self._tensors:
                 return [wanted]
-        for wanted in (f"{module}.{parameter}", module):
+        for wanted in both if self.loaded else ():
+            if self.loaded and (tensor := self.loaded.find(wanted)):
+                return [tensor]
+        for wanted in both:
             if tensors := self._by_normalized.get(normalized(wanted)):
                 return tensors
         return []

@@ -15,6 +15,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from loratools.adapter.converted.pieces import NoPlace
+from loratools.adapter.converted.sites import block_of, stack_sites_of
 from loratools.adapter.kinds import Update
 from loratools.adapter.naming.stacked import INTERLEAVED, STORED_IN_OUT, known_type
 from loratools.adapter.naming.wrappers import Names
@@ -23,10 +25,6 @@ from loratools.adapter.site import Site
 
 _EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<number>\d+)\.(?P<name>\w+)")
 _LISTED = re.compile(r"(?P<stack>.+\.experts)\.(?P<parameter>\w+_proj)s\.(?P<number>\d+)")
-
-
-class NoPlace(Exception):
-    """Why a module has no certain place, and what would decide it; becomes a line of the resolver's error."""
 
 
 def stack_sites(module: str, update: Update, names: Names, shapes: Shapes) -> list[tuple[int, Site]]:
@@ -52,6 +50,10 @@ def stack_sites(module: str, update: Update, names: Names, shapes: Shapes) -> li
             (e, Site(tensor, matrix, (e * first, (e + 1) * first, 1), (0, second, 1), (0, out), transposed))
             for e in range(count)
         ]
+    if made := block_of(names, shapes, module, parameter):
+        name, block = made
+        turned = _orientation(update, block.shape[1:], name)
+        return list(stack_sites_of(block, name, update, turned, shapes))
     return [pair for e in range(experts) for pair in _by_expert(module, update, e, names, shapes)]
 
 
@@ -122,7 +124,7 @@ def _in_switch(
     return Site(tensor, (experts * first, second), rows, (0, second, 1), part or (0, first))
 
 
-def _orientation(update: Update, sides: tuple[int, int], tensor: str) -> bool:
+def _orientation(update: Update, sides: tuple[int, ...], tensor: str) -> bool:
     """Tell whether each expert is stored transposed, (in, out), as shapes and what is settled tell."""
     out, inner = update.shape[1:]
     fits = [transposed for transposed, wanted in ((False, (out, inner)), (True, (inner, out))) if wanted == sides]

@@ -9,13 +9,14 @@ from itertools import accumulate, combinations
 from math import prod
 from typing import Any
 
+from loratools.adapter.converted.pieces import NoPlace
+from loratools.adapter.converted.sites import block_of, inside, sites_of
 from loratools.adapter.kinds import Update
 from loratools.adapter.kinds._product import BiasUpdate
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.wrappers import FUSIONS, Fusion, Names
 from loratools.adapter.placement import experts, stacks
 from loratools.adapter.placement.conv1d import Conv1D
-from loratools.adapter.placement.experts import NoPlace
 from loratools.adapter.site import Site
 from loratools.decisions import decided
 from loratools.errors import IncompatibleAdapter
@@ -49,7 +50,7 @@ def resolve(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any] | None =
     """
     if not adapter.updates and not adapter.replacements:
         raise IncompatibleAdapter("the adapter has no updates: it would change nothing")
-    names = Names(shapes)
+    names = Names(shapes, config)
     adapter, ambiguous = stacks.settled(adapter, names, shapes, config or {})
     swapped = adapter.settings.get("fan_in_fan_out") is True
     model_type = (config or {}).get("model_type")
@@ -111,7 +112,9 @@ class _Resolver:
         placed = [Placement(module, update, site) for site in self.sites(path, update, tensor)]
         if update.bias is not None:
             added = BiasUpdate(update.bias, update.scaling, update.alpha)
-            placed += [Placement(module, added, self._bias(weight.site), bias=True) for weight in placed]
+            made = None if tensor else block_of(self.names, self.shapes, path, "bias")
+            biases = sites_of(made[1], made[0], added, self.shapes) if made else [self._bias(p.site) for p in placed]
+            placed += [Placement(module, added, site, bias=True) for site in biases]
         if (beside := update.on_bias) is not None:
             sites = filter(None, [self._beside(weight.site) for weight in placed])
             placed += [Placement(module, beside, site, bias=True) for site in sites]
@@ -143,6 +146,10 @@ class _Resolver:
         """Return where an update lies: on `tensor`, the module's own weight, or in or around fused projections."""
         if tensor:
             return [self._orient(module, tensor, update, (0, update.shape[0]), self.shapes[tensor])]
+        if made := block_of(self.names, self.shapes, module):
+            return sites_of(made[1], made[0], update, self.shapes)
+        if sites := inside(self.names, self.shapes, module, update):
+            return sites
         sites = self._into_fused(module, update) or self._out_of_fused(module, update)
         if not sites and (site := experts.expert_site(module, update, self.names, self.shapes, self.config)):
             return [site]

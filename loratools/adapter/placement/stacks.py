@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+from loratools.adapter.converted.sites import block_of
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.stacked import IS_TRANSPOSED, STORED_IN_OUT, in_order, known_type
@@ -123,6 +124,10 @@ def stored(path: str, parameter: str, names: Names, shapes: Shapes) -> Stored | 
             if len(shapes[tensor]) == 2:
                 rows, columns = shapes[tensor]
                 return Stored(tensor, (rows, columns), split=True)
+        if made := block_of(names, shapes, spelled, parameter):
+            name, block = made
+            *count, first, second = block.shape
+            return Stored(name, (first, second), count[0] if count else 0)
         projections = PARAMETERS.get(parameter, ())
         for tensor in (t for known in projections[:1] for name in known for t in names.find(f"{spelled}.0.{name}")):
             if len(shapes[tensor]) == 2:

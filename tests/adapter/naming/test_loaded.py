@@ -1,0 +1,54 @@
+"""The names of a base's tensors as transformers loads them."""
+
+from __future__ import annotations
+
+from loratools.adapter.naming.wrappers import Names
+
+MIXTRAL = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+HUNYUAN = {"model_type": "hunyuan_vl", "architectures": ["HunYuanVLForConditionalGeneration"]}
+
+
+def test_a_tensor_is_found_under_the_name_of_its_module() -> None:
+    names = Names(["model.layers.0.block_sparse_moe.gate.weight"], MIXTRAL)
+    assert names.find("model.layers.0.mlp.gate") == ["model.layers.0.block_sparse_moe.gate.weight"]
+    assert names.find("layers.0.mlp.gate") == ["model.layers.0.block_sparse_moe.gate.weight"]
+
+
+def test_the_older_name_is_found_in_a_base_that_has_the_newer() -> None:
+    names = Names(["model.layers.0.mlp.gate.weight"], MIXTRAL)
+    assert names.find("model.layers.0.block_sparse_moe.gate") == ["model.layers.0.mlp.gate.weight"]
+
+
+def test_a_tower_that_elsewhere_wraps_a_model_is_none_here() -> None:
+    """`vit` wraps a model of ViT; in HunYuan-VL it is the tower beside a language model with layers of its own."""
+    files = ["vit.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.q_proj.weight"]
+    names = Names(files, HUNYUAN)
+    assert names.find("model.vision_tower.layers.0.self_attn.q_proj") == files[:1]
+    assert names.find("model.language_model.layers.0.self_attn.q_proj") == files[1:]
+    assert names.find("model.vit.layers.0.self_attn.q_proj") == files[:1]
+    assert names.find("layers.0.self_attn.q_proj") == files[1:]
+
+
+def test_experts_are_made_into_a_stack_in_the_order_of_their_numbers() -> None:
+    files = [f"model.layers.0.block_sparse_moe.experts.{i}.{w}.weight" for i in range(12) for w in ("w1", "w2", "w3")]
+    loaded = Names(files, MIXTRAL).loaded
+    assert loaded is not None
+    name, made = loaded.made("model.layers.0.mlp.experts.gate_up_proj") or ("", None)
+    assert made is not None
+    assert name == "model.layers.0.mlp.experts.gate_up_proj"
+    stored = [[loaded.tensor(each) for each in listed] for listed in made.sources]
+    assert stored == [
+        [f"model.layers.0.block_sparse_moe.experts.{i}.{w}.weight" for i in range(12)] for w in ("w1", "w3")
+    ]
+    assert loaded.made("model.layers.0.mlp.experts.gate_proj") is None
+
+
+def test_what_a_tensor_becomes_part_of() -> None:
+    loaded = Names(["model.layers.0.mlp.experts.gate_up_proj"], MIXTRAL).loaded
+    assert loaded is not None
+    part = loaded.part("model.layers.0.block_sparse_moe.experts.3.w3.weight")
+    assert part is not None
+    assert part.targets == ("model.layers.0.mlp.experts.gate_up_proj",)
+    made = part.made(8)
+    assert [listed[3] == part.own for listed in made.sources] == [False, True]
+    assert [len(listed) for listed in made.sources] == [8, 8]
