@@ -20,6 +20,7 @@ The entries:
     kohya       sd-scripts and LyCORIS                               torchtune   torchtune
     loralib     microsoft/loralib                                    _frame      what dialects are made of
     loratools   our own format                                       megatron    Megatron-Bridge and NeMo, read only
+    mistral     mistral-finetune, read only                          mlx_vlm     MLX-VLM, read only
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from typing import Protocol, cast
 
 from loratools.adapter.model import Adapter, Loss
 from loratools.decisions import decided
+from loratools.dialects._frame.folders import only_below, unknown
 from loratools.dialects._frame.listing import WEIGHTS, Evidence, Listing
 from loratools.dialects._frame.numbers import is_number
 from loratools.dialects.peft.held import HasAdapter, InMemory, held, is_pair
@@ -44,7 +46,7 @@ from loratools.storage.checkpoint import Checkpoint
 
 __all__ = [
     "Dialect", "Evidence", "HasAdapter", "InMemory", "Listing", "detect", "get", "held", "is_pair", "list_dialects",
-    "names", "open_adapter", "save_adapter",
+    "located", "names", "open_adapter", "save_adapter",
 ]  # fmt: skip
 
 
@@ -139,10 +141,10 @@ def detect(listing: Listing) -> tuple[str, Evidence]:
         >>> detect(Listing.of("my-lora"))[0]  # doctest: +SKIP
         'peft'
     """
-    candidates = [(name, evidence) for name in names() if (evidence := get(name).detect(listing))]
+    candidates = _candidates(listing)
     if not candidates:
         listing.check()
-        raise _unknown(listing)
+        raise unknown(listing, [f"{name}: {get(name).SUMMARY}" for name in names()])
     best = max(evidence.score for _, evidence in candidates)
     first = [(name, evidence) for name, evidence in candidates if evidence.score == best]
     if len(first) > 1:
@@ -152,6 +154,21 @@ def detect(listing: Listing) -> tuple[str, Evidence]:
             hint="Say which one it is: name the dialect.",
         )
     return first[0]
+
+
+def _candidates(listing: Listing, only: str | None = None) -> list[tuple[str, Evidence]]:
+    known = names() if only is None else (only,)
+    return [(name, evidence) for name in known if (evidence := get(name).detect(listing))]
+
+
+def located(listing: Listing, dialect: str | None = None) -> Listing:
+    """Return where an adapter lies that a `dialect` (default: any) reads: there, or in the only folder below with one.
+
+    Raises `UnknownKind` that names them where several folders have one, or one below other weights.
+    """
+    if listing.single or _candidates(listing, dialect):
+        return listing
+    return only_below(listing, lambda below: bool(_candidates(below, dialect)))
 
 
 def open_adapter(
@@ -169,9 +186,9 @@ def open_adapter(
     pickles only.
 
     Args:
-        path: A folder or a single file; an adapter held in memory, which is copied: a pair (state dict, config) with
-            the config as in adapter_config.json or PEFT's object, a `PeftModel` (its active adapter), a live handle
-            (the adapter in use). An `Adapter` comes back as it is.
+        path: A folder, also one above the only adapter, or a single file; an adapter held in memory, which is copied:
+            a pair (state dict, config) with the config as in adapter_config.json or PEFT's object, a `PeftModel` (its
+            active adapter), a live handle (the adapter in use). An `Adapter` comes back as it is.
         dialect: The dialect to read it as, one of `names()`. Default: the one that `detect` finds.
         alpha: The alpha of training, a finite number, for every module, as of files that record none; it wins over what
             a file records, with a warning. Our own format refuses it. Default: the file's.
@@ -206,7 +223,7 @@ def open_adapter(
         raise InvalidOption(f"enabled is {enabled!r}; it can be several of True and False, or None")
     if dialect is not None:
         get(dialect)
-    listing = Listing.of(path, alpha=alpha, base=base, initial=initial, enabled=enabled)
+    listing = located(Listing.of(path, alpha=alpha, base=base, initial=initial, enabled=enabled), dialect)
     name, evidence = (dialect, None) if dialect else detect(listing)
     if enabled is not None and name != "loralib":
         raise InvalidOption(f"{path}: enabled is for files of loralib, and this is one of {name}")
@@ -274,17 +291,3 @@ def write_adapter(
     if any(file == output or output in file.parents for file in files):
         raise OutputRefused(f"{path} is also an input", hint="Choose another output.")
     return writer.write(adapter, path, force=force), losses
-
-
-def _unknown(listing: Listing) -> UnknownKind:
-    known, hint = [f"{name}: {get(name).SUMMARY}" for name in names()], None
-    if listing.single:
-        return UnknownKind(f"{listing.path}: no dialect knows this file; loratools reads", known)
-    more = f" and {len(listing.files) - 12} more" if len(listing.files) > 12 else ""
-    shown = ", ".join(listing.files[:12]) + more or "no files"
-    if inside := sorted(config.parent.name for config in listing.folder.glob("*/adapter_config.json")):
-        hint = f"There are adapters in its folders: {', '.join(inside[:12])}"
-    elif "config.json" in listing.files:
-        hint = "This looks like a base model; an adapter was expected."
-    reason = f"{listing.path}: no dialect knows this folder; it holds {shown}; loratools reads"
-    return UnknownKind(reason, known, hint=hint)

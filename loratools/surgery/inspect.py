@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.adapter.naming.compact import compact, natural
-from loratools.dialects import InMemory, Listing, detect, get, held, names
+from loratools.dialects import InMemory, Listing, detect, get, held, located, names
 from loratools.errors import BadFile
 from loratools.format.manifest import ORIGIN
 from loratools.storage.checkpoint import Checkpoint
@@ -162,7 +162,9 @@ def inspect(
             return describe_checkpoint(Checkpoint.open(listing.path), path)
         except BadFile:
             listing.check()  # which may say more of a file that is no model's
-            raise
+            if (below := located(listing)) is listing:
+                raise
+            listing = below
     dialect, evidence = detect(listing)
     return describe_adapter(_read(listing, dialect), path, dialect, evidence.reason)
 

@@ -17,7 +17,7 @@ from tests.make import tiny
 from .adapters import peft_folder
 
 EMBEDDING, COPY = "model.embed_tokens", "model.embed_tokens.weight"
-FOREIGN = sorted(set(dialects.names()) - {"peft", "tinker", "megatron"})
+FOREIGN = sorted(set(dialects.names()) - {"peft", "tinker", "megatron", "mistral", "mlx_vlm"})
 
 
 def adapter(folder: Path, copy: torch.Tensor) -> Path:

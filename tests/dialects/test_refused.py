@@ -29,6 +29,12 @@ WRITTEN = {
 }  # fmt: skip
 """Every dialect that writes, and a module that it has a name for."""
 
+READ_ONLY = {
+    "tinker": "adapter_model.safetensors", "megatron": "lora.nemo", "mistral": "lora.safetensors",
+    "mlx_vlm": "adapters.safetensors",
+}  # fmt: skip
+"""The others, and a file that each reads."""
+
 
 def written(dialect: str, folder: Path) -> Path:
     """Return the file of tensors that a dialect writes for one module."""
@@ -74,13 +80,13 @@ def base(folder: Path) -> Checkpoint:
     return Checkpoint.open(folder)
 
 
-@pytest.mark.parametrize("dialect", [*WRITTEN, "tinker", "megatron"])
+@pytest.mark.parametrize("dialect", [*WRITTEN, *READ_ONLY])
 @pytest.mark.parametrize("alone", [True, False], ids=["file", "folder"])
 def test_pointers_are_refused_by_name_in_every_dialect(dialect: str, alone: bool, tmp_path: Path) -> None:
     if dialect in WRITTEN:
         file = written(dialect, tmp_path / "a")
     else:
-        file = tmp_path / "a" / {"tinker": "adapter_model.safetensors", "megatron": "lora.nemo"}[dialect]
+        file = tmp_path / "a" / READ_ONLY[dialect]
         file.parent.mkdir()
     file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
     with pytest.raises(BadFile, match="this is a Git-LFS pointer, not the file itself") as refusal:

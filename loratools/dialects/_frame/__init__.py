@@ -1,6 +1,7 @@
 """What dialects are made of.
 
 listing    what lies at a path: file names, headers and small JSON files, read when a dialect asks for them
+folders    adapters in the folders below one that holds none
 build      a draft of what is read: tensors sorted by module and part, made into the updates of an adapter
 alphas     alphas that no tensor holds: those of the header, or none
 losses     what foreign layouts commonly cannot say of an adapter

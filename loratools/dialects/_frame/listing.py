@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ WEIGHTS = (".safetensors", ".gguf", ".npz", *PICKLES)
 
 _EMPTY_PICKLE = 1024  # bytes; the smallest file of torch.save with a tensor in it has more
 _Read = TypeVar("_Read")
+_MODULE = re.compile(r"\d+_\w+")  # a folder of a sentence-transformer: 1_Pooling, 2_Dense
 _LFS = b"version https://git-lfs"
 
 
@@ -178,19 +180,29 @@ class Listing:
         """Warn of files in the folder that can hold tensors, and of which the adapter that was read has none."""
         read = {file.name for lazy in (*adapter.tensors().values(), *adapter.copies.values()) if (file := lazy.file)}
         unread = [name for name in self.weights if name not in read and not is_of_training(name)]
+        unread += self._modules_beside()
         if unread and read and not self.single:
             warned("%s: %s is read; not looked at: %s", self.path, ", ".join(sorted(read)), ", ".join(unread[:12]))
+
+    def _modules_beside(self) -> list[str]:
+        """Return the weights of a sentence-transformer's other modules, such as `2_Dense/model.safetensors`."""
+        if self.single or "modules.json" not in self.files:
+            return []
+        folders = sorted(path for path in self.folder.iterdir() if path.is_dir() and _MODULE.fullmatch(path.name))
+        files = (file for path in folders for file in sorted(path.iterdir()) if file.name.endswith(WEIGHTS))
+        return [f"{file.parent.name}/{file.name}" for file in files]
 
     def check(self) -> None:
         """Raise `BadFile` where a Git-LFS pointer, or the damage of a lone file, keeps every dialect from an adapter.
 
         Only a lone file of tensors is opened: among several, some may be a trainer's own, which no dialect reads.
         """
-        for name in self.weights:
+        weights = [name for name in self.weights if not is_of_training(name)]
+        for name in weights:
             with open_file(self.folder / name) as file:
                 check_pointer(file.read(len(_LFS)), self.folder / name)
-        if len(self.weights) == 1 and self.weights[0].endswith((".safetensors", *PICKLES)):
-            self.tensors(self.weights[0])
+        if len(weights) == 1 and weights[0].endswith((".safetensors", *PICKLES)):
+            self.tensors(weights[0])
 
 
 def by_convert(listing: Listing, option: str, what: str) -> str:

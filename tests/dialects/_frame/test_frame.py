@@ -103,13 +103,6 @@ def test_an_unknown_folder_lists_what_was_seen_and_what_is_known(tmp_path: Path)
     assert [line.split(":")[0] for line in refusal.value.problems] == list(dialects.names())
 
 
-def test_adapters_in_folders_inside_are_pointed_at(tmp_path: Path) -> None:
-    peft_folder(tmp_path / "writer")
-    with pytest.raises(UnknownKind) as refusal:
-        dialects.open_adapter(tmp_path)
-    assert refusal.value.hint == "There are adapters in its folders: writer"
-
-
 def test_unknown_files_and_names(tmp_path: Path) -> None:
     save_file({"w": torch.ones(1)}, tmp_path / "x.safetensors")
     with pytest.raises(UnknownKind, match=r"x\.safetensors: no dialect knows this file"):

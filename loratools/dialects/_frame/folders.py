@@ -1,0 +1,86 @@
+"""Adapters in the folders below one that holds none: a trainer's checkpoints, a module of a sentence-transformer, …
+
+The only one is taken, which is said; of several none is guessed, and of checkpoints the newest is named.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from loratools.adapter.naming.compact import natural
+from loratools.decisions import warned
+from loratools.dialects._frame.listing import Listing
+from loratools.errors import BadFile, UnknownKind
+from loratools.storage.beside.along import is_of_training
+
+MAX_FOLDERS, MAX_DEPTH = 1_000, 4
+"""Folders that are looked into, and how far below: mistral-finetune has checkpoints/checkpoint_000010/consolidated."""
+
+_STEP = re.compile(r"(?:checkpoint|step|epoch)[-_]?(\d+)")
+_STATE = re.compile(r"global_step\d+|\..*|__pycache__")  # DeepSpeed's shares of the optimizer, caches
+
+
+def only_below(listing: Listing, knows: Callable[[Listing], bool]) -> Listing:
+    """Return the listing of the only adapter in the folders below, and warn of it; the same where there is none.
+
+    `knows` tells whether a dialect reads a listing. Raises `UnknownKind` where there are several, or where the folder
+    itself holds weights.
+    """
+    below = [] if listing.single else list(_adapters(listing, knows))
+    if not below:
+        return listing
+    names = [str(each.folder.relative_to(listing.folder)) for each in below]
+    if len(below) == 1 and not [name for name in listing.weights if not is_of_training(name)]:
+        warned("%s: no adapter in this folder; the only one below it is taken, %s", listing.path, names[0])
+        return below[0]
+    listing.check()
+    many = f"{len(names)} adapters are in its folders" if len(names) > 1 else "an adapter is in one of its folders"
+    newest = max(names, key=_step) if len(names) > 1 and all(_step(name) >= 0 for name in names) else None
+    which = f"the newest checkpoint is {listing.folder / newest}" if newest else f"such as {listing.folder / names[0]}"
+    raise UnknownKind(
+        f"{listing.path}: no adapter in this folder, and {many}", names[:20], hint=f"Give the folder of one: {which}"
+    )
+
+
+def _adapters(listing: Listing, knows: Callable[[Listing], bool]) -> Iterator[Listing]:
+    for folder in _folders(listing.folder):
+        try:
+            each = replace(listing, path=folder, folder=folder, files=Listing.of(folder).files, _read={})
+            known = knows(each)
+        except BadFile:
+            known = (folder / "adapter_config.json").is_file()  # reading it tells what is wrong
+        if known:
+            yield each
+
+
+def _folders(top: Path) -> Iterator[Path]:
+    """Yield the folders below one, in natural order; a link is none, nor is what a trainer keeps of its state."""
+    left: list[tuple[Path, int]] = [(top, 0)]
+    for count, (folder, depth) in enumerate(left):
+        if count > MAX_FOLDERS:
+            return
+        if depth:
+            yield folder
+        if depth < MAX_DEPTH:
+            inside = [entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
+            left += [(folder / name, depth + 1) for name in sorted(inside, key=natural) if not _STATE.fullmatch(name)]
+
+
+def _step(name: str) -> int:
+    """Return the step of a checkpoint by its folder's name, -1 for another folder."""
+    return max((int(match[1]) for part in Path(name).parts if (match := _STEP.fullmatch(part))), default=-1)
+
+
+def unknown(listing: Listing, known: Sequence[str]) -> UnknownKind:
+    """Return the error for what no dialect reads, with what was seen and what is `known`."""
+    if listing.single:
+        return UnknownKind(f"{listing.path}: no dialect knows this file; loratools reads", known)
+    more = f" and {len(listing.files) - 12} more" if len(listing.files) > 12 else ""
+    shown = ", ".join(listing.files[:12]) + more or "no files"
+    hint = "This looks like a base model; an adapter was expected." if "config.json" in listing.files else None
+    reason = f"{listing.path}: no dialect knows this folder; it holds {shown}; loratools reads"
+    return UnknownKind(reason, known, hint=hint)
