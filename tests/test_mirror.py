@@ -19,8 +19,8 @@ ELSEWHERE = {
     "adapter/fusing/test_products": "adapter: low_rank; adapter/fusing: rows",
     "adapter/kinds/test_kinds": "adapter: model",
     "adapter/kinds/test_parts": "adapter: parts",
-    "adapter/naming/image/test_architectures": "adapter/naming/image: components flux stable_diffusion",
-    "adapter/placement/test_image": "adapter/naming/image: rename",
+    "adapter/naming/image/test_readings": "adapter/naming/image: components patterns",
+    "adapter/placement/test_image": "adapter/naming/image: groups rename translate",
     "adapter/placement/test_resolve": "adapter/placement: layers settle whole",
     "adapter/placement/test_tied": "adapter/placement: apart shared spread",
     "cli/test_examples": "cli: combine compare completion convert demo dequantize dialects estimate hash inspect "

@@ -13,14 +13,16 @@ names by the base that it has loaded.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from loratools.adapter import factors
 from loratools.adapter.kinds import Update
 from loratools.adapter.kinds.full import BIAS_PART, WEIGHT_PART
 from loratools.adapter.model import Adapter, BaseIdentity, Loss
-from loratools.adapter.naming.image import rename
+from loratools.adapter.naming.image import groups, readings, rename
 from loratools.adapter.parts import BIAS, MAGNITUDE, A, B
 from loratools.dialects import kohya
 from loratools.dialects._frame.build import Draft
@@ -53,9 +55,6 @@ _XLABS_NAMES = {
     "qkv1": "img_attn.qkv", "qkv2": "txt_attn.qkv", "proj1": "img_attn.proj", "proj2": "txt_attn.proj",
     "qkv": "linear1", "proj": "linear2",
 }  # fmt: skip
-_BARE = re.compile(
-    r"(?:double|single)_blocks\.\d+\.(?:img_|txt_|linear|modulation|norm)|(?:img|txt|time|vector|guidance)_in\b|final_layer"
-)
 _ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"}
 _ENCODER = re.compile(r"text_encoders\.(\w+)\.transformer\.(.+)")
 
@@ -71,11 +70,13 @@ def detect(listing: Listing) -> Evidence | None:
         (80, "are of XLabs' processors", _XLABS.fullmatch),
         (80, "begin with diffusion_model.", re.compile(r"diffusion_model\.").match),
         (80, "begin with text_encoders.", _ENCODER.match),
-        (65, "have names of BFL's blocks", _BARE.match),
     ):
         if marked := [tensor for tensor in names if mark(tensor)]:
             return Evidence(score, f"{len(marked)} of the tensors in {name} {what}, such as {marked[0]}")
-    return None
+    modules = {match["module"] for tensor in names if (match := _SUFFIX.fullmatch(tensor))}
+    count, family = _bare(modules)
+    what = f"{count} of the modules in {name} have the original's names of {family}, such as {min(modules, default='')}"
+    return Evidence(65, what) if count else None
 
 
 def read(listing: Listing) -> Adapter:
@@ -87,24 +88,24 @@ def read(listing: Listing) -> Adapter:
     if name is None:
         raise BadFile(f"{listing.path}: expected one safetensors file in this folder")
     tensors = listing.tensors(name)
-    flux = any(".double_blocks." in f".{tensor}" for tensor in tensors)
+    spelling = _Spelling.of(tensors)
     draft = Draft(listing.path, alpha=listing.alpha)
     whole: dict[str, LazyTensor] = {}
     short = set()
     for tensor, lazy in tensors.items():
         if match := _XLABS.fullmatch(tensor):
             kind, number, what, stream, side = match.groups()
-            module = f"{rename.ORIGINAL}.{kind}_blocks.{number}.{_XLABS_NAMES[what + stream]}"
+            module = f"{groups.ORIGINAL}.{kind}_blocks.{number}.{_XLABS_NAMES[what + stream]}"
             draft.add(module, A if side == "down" else B, lazy, tensor)
             short |= {module} if kind == "single" and what == "qkv" else set()
         elif match := _SUFFIX.fullmatch(tensor):
-            module, part = _module(match["module"], flux), match["part"].replace(".default", "")
+            module, part = spelling.module(match["module"]), match["part"].replace(".default", "")
             if part == "alpha":
                 draft.alphas[module] = read_number(lazy, f"{listing.folder / name}: {tensor}")
             else:
                 draft.add(module, _PARTS.get(part, part), lazy, tensor)
         elif tensor.endswith("_norm.scale"):
-            whole[_module(tensor, flux)] = lazy
+            whole[spelling.module(tensor)] = lazy
         else:
             draft.faults.append(f"{tensor}: no name that this dialect gives to a part of an adapter")
     draft.check()
@@ -121,11 +122,13 @@ def read(listing: Listing) -> Adapter:
 def losses(adapter: Adapter) -> list[Loss]:
     """List modules without a known name in an original implementation, and parts that ComfyUI does not read."""
     adapter = rename.to_original(adapter)
-    lost = []
+    lost, undecided, encoders = [], rename.undecided(adapter, "comfy"), groups.encoders(adapter)
     for module, update in adapter.updates.items():
         foreign = sorted(part for part in update.parts if part in keys.PARTS and part not in (A, B, BIAS, MAGNITUDE))
         unread = None if update.kind in _KINDS else f"updates of kind {update.kind}"
-        if _name(kohya.home_of(module, update)) is None:
+        if module in undecided:
+            lost.append(Loss(module, undecided[module]))
+        elif _name(kohya.home_of(module, update), encoders) is None:
             lost.append(Loss(module, "its name in the original implementation is not known"))
         elif foreign or unread:
             lost.append(Loss(module, f"ComfyUI has no {', '.join(foreign) or unread}"))
@@ -140,10 +143,11 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
     adapter = left(rename.to_original(adapter), losses(adapter), target)
     stated = not metadata_of(adapter).keys().isdisjoint(ALPHAS)
     tensors: dict[str, LazyTensor] = {}
+    encoders = groups.encoders(adapter)
     for module, update in adapter.updates.items():
         home = kohya.home_of(module, update)
         parts = _of_peft(update, stated) if home == module else {BIAS_PART: update.parts[WEIGHT_PART]}
-        tensors |= {f"{_name(home)}.{suffix}": lazy for suffix, lazy in parts.items()}
+        tensors |= {f"{_name(home, encoders)}.{suffix}": lazy for suffix, lazy in parts.items()}
     metadata = {"format": "pt", **carried(adapter, tensors, "format")}
     if adapter.base and adapter.base.id:
         metadata["ss_base_model"] = adapter.base.id
@@ -151,21 +155,55 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
     return adapter
 
 
-def _module(name: str, flux: bool) -> str:
-    """Return the module's name in an `Adapter`: diffusers' for text encoders, else the one in the file."""
-    if match := _ENCODER.fullmatch(name):
-        encoder = "text_encoder_2" if flux and match[1] == "t5xxl" else _ENCODERS.get(match[1])
-        return f"{encoder}.{match[2]}" if encoder else name
-    return name if name.startswith("diffusion_model.") or not _BARE.match(name) else f"diffusion_model.{name}"
+@dataclass(frozen=True, slots=True)
+class _Spelling:
+    """How a file names modules: whether the original's names are bare, and which components its encoders are."""
+
+    bare: frozenset[str]
+    encoders: Mapping[str, str]
+
+    @classmethod
+    def of(cls, tensors: Iterable[str]) -> _Spelling:
+        """Look at all of a file's names."""
+        modules = {match["module"] for tensor in tensors if (match := _SUFFIX.fullmatch(tensor))}
+        inside = {module.removeprefix("diffusion_model.") for module in modules if not _ENCODER.fullmatch(module)}
+        _, best = readings.most(inside)
+        called: dict[str, set[str]] = defaultdict(set)
+        for reading in best if inside else ():
+            for component, (_, name) in reading.family.encoders.items():
+                called[name].add(component)
+        encoders = {name: several.pop() for name, several in called.items() if len(several) == 1}
+        return cls(frozenset(inside & modules) if _bare(modules)[0] else frozenset(), _ENCODERS | encoders)
+
+    def module(self, name: str) -> str:
+        """Return the module's name in an `Adapter`: diffusers' for text encoders, else the one in the file."""
+        if match := _ENCODER.fullmatch(name):
+            encoder = self.encoders.get(match[1])
+            return f"{encoder}.{match[2]}" if encoder else name
+        bare = self.bare and not name.startswith("diffusion_model.")
+        return f"diffusion_model.{name}" if bare else name
 
 
-def _name(module: str) -> str | None:
+def _bare(modules: Collection[str]) -> tuple[int, str]:
+    """Return how many modules have an original's names without anything before them, and of which families.
+
+    None where less than half of them have, or where those are diffusers' names too.
+    """
+    count, best = readings.most(modules)
+    original = count * 2 > len(modules) and all(
+        groups.component_of(reading, filter(reading.find, modules)) == groups.ORIGINAL for reading in best
+    )
+    return (count, readings.summaries(best)) if original else (0, "")
+
+
+def _name(module: str, encoders: Mapping[str, str]) -> str | None:
     """Return ComfyUI's name of a module, or None where it has none."""
     component, _, rest = module.partition(".")
-    if component == rename.ORIGINAL or _ENCODER.fullmatch(module):
+    if component == groups.ORIGINAL or _ENCODER.fullmatch(module):
         return module
     t5 = rest.startswith(("encoder.block.", "shared"))
-    encoder = "t5xxl" if t5 else {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}.get(component)
+    usual = "t5xxl" if t5 else {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}.get(component)
+    encoder = encoders.get(component, usual)
     return f"text_encoders.{encoder}.transformer.{rest}" if encoder and component.startswith("text_encoder") else None
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapter.model import Adapter, Loss
-from loratools.adapter.naming.image import rename
+from loratools.adapter.naming.image import groups, readings, rename
 from loratools.adapter.naming.image.components import MODEL_LEVEL, component, inside
 from loratools.adapter.parts import BIAS, MAGNITUDE, A, B
 from loratools.decisions import warned
@@ -68,7 +68,9 @@ def detect(listing: Listing) -> Evidence | None:
         return Evidence(95, f"the header of {name} has {_KEY}, and {len(splits)} tensors have names of diffusers")
     if with_component:
         return Evidence(70, f"{with_component} of the tensors in {name} begin with a component, such as {splits[0][0]}")
-    if known := sum(1 for module, _ in splits if module.partition(".")[0] in MODEL_LEVEL):
+    known = sum(1 for module, _ in splits if module.partition(".")[0] in MODEL_LEVEL)
+    if known or any(each.naming == "diffusers" for each in readings.fitting({module for module, _ in splits})):
+        known = known or len(splits)
         return Evidence(55, f"{known} of the tensors in {name} have names of diffusers' models, such as {splits[0][0]}")
     return None
 
@@ -124,9 +126,10 @@ def losses(adapter: Adapter) -> list[Loss]:
             for module, update in sorted(sayable.items())
             if component(module) in having and part not in update.parts
         ]
-    original = [module for module in sorted(sayable) if module.startswith((f"{rename.ORIGINAL}.", "text_encoders."))]
-    lost += [Loss(module, "diffusers' name of it is not known") for module in original]
-    sayable = {module: update for module, update in sayable.items() if not module.startswith(f"{rename.ORIGINAL}.")}
+    original = [module for module in sorted(sayable) if module.startswith((f"{groups.ORIGINAL}.", "text_encoders."))]
+    undecided = rename.undecided(adapter, "diffusers")
+    lost += [Loss(module, undecided.get(module, "diffusers' name of it is not known")) for module in original]
+    sayable = {module: update for module, update in sayable.items() if not module.startswith(f"{groups.ORIGINAL}.")}
     if with_component:
         lost += [Loss(module, "it begins with no component") for module in sorted(sayable) if not component(module)]
     return lost + common_losses(adapter, "diffusers")

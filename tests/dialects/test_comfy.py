@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from loratools import dialects
 from loratools.adapter import kinds
 from loratools.adapter.model import Adapter, BaseIdentity
-from loratools.adapter.naming.image import architectures, rename, stable_diffusion
+from loratools.adapter.naming.image import rename
+from loratools.adapter.naming.image.readings import Reading, leads
 from loratools.errors import LossyConversion
 from loratools.storage.lazy import LazyTensor
 
@@ -105,6 +106,7 @@ def test_projections_trained_apart_are_fused_on_the_diagonal_and_come_apart_as_t
     split = {
         f"{SPLIT}.attn.to_q": product(H, H, 1, 2),
         f"{SPLIT}.attn.to_v": product(H, H, 2, 3),
+        "transformer.transformer_blocks.18.attn.to_out.0": product(H, H, 6),  # as many double blocks as Flux.1 has
         f"{SPLIT_ONE}.attn.to_k": product(H, H, 3, 2, 1.5),
         f"{SPLIT_ONE}.proj_mlp": product(4 * H, H, 4, 2, 0.7),
         "transformer.single_transformer_blocks.37.attn.to_q": product(H, H, 5),
@@ -114,6 +116,7 @@ def test_projections_trained_apart_are_fused_on_the_diagonal_and_come_apart_as_t
         f"{DOUBLE}.img_attn.qkv": 5,
         f"{SINGLE}.linear1": 4,
         "diffusion_model.single_blocks.37.linear1": 2,
+        "diffusion_model.double_blocks.18.img_attn.proj": 2,
     }
     wanted, found = delta(Adapter(split)), delta(fused)
     zero = torch.zeros(H, H, dtype=torch.float64)
@@ -149,18 +152,19 @@ def test_magnitudes_and_biases_go_with_their_rows() -> None:
 
 def test_models_with_flux_like_names_are_not_taken_for_flux() -> None:
     flux2 = {f"{DOUBLE}.img_attn.qkv": product(3 * H, H, 1), f"{DOUBLE}.img_mlp.0": product(6 * H, H, 2)}
-    assert rename.to_diffusers(Adapter(flux2)).updates.keys() == flux2.keys()
-    hunyuan = {f"transformer.single_transformer_blocks.{i}.proj_out": product(H, 5 * H, i) for i in (0, 39)}
-    assert rename.to_original(Adapter(hunyuan)).updates.keys() == hunyuan.keys()
+    assert f"{SPLIT}.ff.linear_in" in rename.to_diffusers(Adapter(flux2)).updates
+    hunyuan = {f"transformer.single_transformer_blocks.{i}.norm.linear": product(3 * H, H, i) for i in (0, 39)}
+    theirs = {f"diffusion_model.single_blocks.{i}.modulation.linear" for i in (0, 39)}  # Flux.1's ends in .lin
+    assert rename.to_original(Adapter(hunyuan)).updates.keys() == theirs
     short = {"transformer.transformer_blocks.3.attn.to_q": product(H, H, 1)}
     assert rename.to_original(Adapter(short)).updates.keys() == short.keys()
 
 
 def test_unknown_original_names_are_a_loss_for_diffusers(tmp_path: Path) -> None:
-    adapter = Adapter({"diffusion_model.blocks.0.self_attn.q": lora(1)})
+    adapter = Adapter({"diffusion_model.strange.0.self_attn.q": lora(1)})
     with pytest.raises(LossyConversion) as refusal:
         dialects.save_adapter(adapter, tmp_path / "a", dialect="diffusers")
-    assert refusal.value.problems == ("diffusion_model.blocks.0.self_attn.q: diffusers' name of it is not known",)
+    assert refusal.value.problems == ("diffusion_model.strange.0.self_attn.q: diffusers' name of it is not known",)
 
 
 def pair(name: str, down: str, up: str, out: int, width: int, seed: int) -> dict[str, torch.Tensor]:
@@ -224,19 +228,6 @@ def test_flux_through_each_dialect_and_back(tmp_path: Path, through: str) -> Non
         assert torch.equal(found[module], wanted[module])
 
 
-def test_the_unet_under_both_names() -> None:
-    """Every module of the original's list that SDXL or SD1 has comes back from diffusers' name."""
-    ours = set(architectures.get("sd").by_flat.values())
-    there = 0
-    for module in architectures.get("sd-original").by_flat.values():
-        name = stable_diffusion.to_diffusers(module)
-        if name in ours:
-            there += 1
-            xl = ".2.conv" in module
-            assert stable_diffusion.to_original(str(name), xl=xl) == module or module.endswith(".conv")
-    assert there > 1800
-
-
 @pytest.mark.interop
 @pytest.mark.filterwarnings("ignore")
 def test_the_unets_names_are_those_of_diffusers() -> None:
@@ -260,10 +251,9 @@ def test_the_unets_names_are_those_of_diffusers() -> None:
             ("output_blocks", "up_blocks"),
         ):
             theirs = theirs.replace(old, new)  # as its next step does
-        ours = stable_diffusion.to_diffusers(module)
-        assert ours is not None
+        (ours,) = leads(Reading("sdxl", "original"), [module], "diffusers")[module].names
         assert f"lora_unet_{ours.replace('.', '_')}" == theirs
-        assert stable_diffusion.to_original(ours, xl=True) == module
+        assert leads(Reading("sdxl", "diffusers"), [ours], "original")[ours].names == (module,)
 
 
 @pytest.mark.interop

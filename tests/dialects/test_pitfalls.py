@@ -69,7 +69,7 @@ REGISTER: dict[str, tuple[str, ...]] = {
     ),
     "13 flattened names need a list": (
         "dialects.test_unflatten:test_every_layer_comes_back_under_its_own_name",
-        "adapter.naming.image.test_architectures:test_no_two_names_become_one_and_each_is_found_again",
+        "adapter.naming.image.test_readings:test_no_two_names_become_one_and_each_is_found_again",
         "dialects.kohya.test_kohya:test_the_base_decides_where_it_is_given",
     ),
     "14 split_qkv: rank 3r, alpha of r, a block-sparse up": (

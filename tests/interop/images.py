@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from loratools.adapter.naming.image import stable_diffusion
-from loratools.adapter.naming.image.flux import to_original
+from loratools.adapter.naming.image.readings import Lead, Reading, leads
 
 TE = ["q_proj", "k_proj", "out_proj", "fc1"]
 TARGETS: Mapping[str, Mapping[str, list[str]]] = {
@@ -188,13 +187,19 @@ def original(pipe: Any) -> dict[str, torch.Tensor]:
     tensors = {}
     for name, tensor in pipe.unet.state_dict().items():
         module, _, parameter = name.rpartition(".")
-        tensors[f"model.diffusion_model.{stable_diffusion.to_original(module, xl=xl)}.{parameter}"] = tensor
+        original = to_original(module, "sdxl" if xl else "sd").names[0]
+        tensors[f"model.diffusion_model.{original}.{parameter}"] = tensor
     tensors |= _prefixed(
         "conditioner.embedders.0.transformer." if xl else "cond_stage_model.transformer.", _clip(pipe.text_encoder)
     )
     if xl:
         tensors |= _prefixed("conditioner.embedders.1.model.", _open_clip(_clip(pipe.text_encoder_2)))
     return tensors
+
+
+def to_original(module: str, family: str) -> Lead:
+    """Return where a module of diffusers leads to in the original; `from_original` proves it."""
+    return leads(Reading(family, "diffusers"), [module], "original")[module]
 
 
 def _prefixed(root: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -240,14 +245,13 @@ def _flux_original(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
             block = "double" if kind == "transformer_blocks" else "single"
             original[f"{block}_blocks.{number}.{stream}norm.{norms[last]}.scale"] = tensor
             continue
-        place = to_original(module)
-        assert place is not None, name
-        if place[1] is None:
+        lead = to_original(module, "flux")
+        if lead.part is None:
             halves = tensor.chunk(2)
             swap = module == "norm_out.linear"
-            original[f"{place[0]}.{parameter}"] = torch.cat([halves[1], halves[0]]) if swap else tensor
+            original[f"{lead.names[0]}.{parameter}"] = torch.cat([halves[1], halves[0]]) if swap else tensor
         else:
-            parts.setdefault(f"{place[0]}.{parameter}", {})[place[1]] = tensor
+            parts.setdefault(f"{lead.names[0]}.{parameter}", {})[lead.part] = tensor
     return original | {name: torch.cat([blocks[i] for i in sorted(blocks)]) for name, blocks in parts.items()}
 
 

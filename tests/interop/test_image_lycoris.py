@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from loratools import dialects
-from loratools.adapter.naming.image import rename, stable_diffusion
+from loratools.adapter.naming.image import rename
+from loratools.adapter.naming.image.readings import Reading, leads
 from loratools.errors import LossyConversion
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.convert import convert
@@ -56,7 +57,8 @@ def names_of(pipe: Any, *, xl: bool) -> nn.Module:
     root = nn.Module()
     for name, layer in pipe.unet.named_modules():
         if not list(layer.children()) and name:
-            *path, last = str(stable_diffusion.to_original(name, xl=xl) if xl else name).split(".")
+            known = Reading("sdxl", "diffusers").fits([name])  # those without weights are not
+            *path, last = (images.to_original(name, "sdxl").names[0] if xl and known else name).split(".")
             home = root
             for part in path:
                 if not hasattr(home, part):
@@ -216,13 +218,14 @@ def test_round_trips_keep_every_tensor_or_name_the_loss(
 
 def ours(name: str) -> str:
     """Return kohya's name of a module of diffusers, for that of the original."""
-    from loratools.adapter.naming.image import architectures
-
     head, _, suffix = name.partition(".")
-    original = architectures.get("sd-original").by_flat.get(head.removeprefix("lora_unet_"))
-    diffusers_name = stable_diffusion.to_diffusers(original) if original else None
-    head = f"lora_unet_{diffusers_name.replace('.', '_')}" if diffusers_name else head.replace("lora_te1_", "lora_te_")
-    return f"{head}.{suffix}"
+    flat = head.removeprefix("lora_unet_")
+    reading = Reading("sd", "original")
+    if place := reading.find(flat, flat=True):
+        module = place[0].format(*place[1])
+        (diffusers_name,) = leads(reading, [module], "diffusers")[module].names
+        return f"lora_unet_{diffusers_name.replace('.', '_')}.{suffix}"
+    return f"{head.replace('lora_te1_', 'lora_te_')}.{suffix}"
 
 
 def known_to_kohya(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -26,6 +26,11 @@ TARGETS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.Em
 """The layers that PEFT puts a LoRA on."""
 
 
+def regex(pattern: str) -> str:
+    """Return the regular expression of a pattern's modules."""
+    return re.escape(pattern).replace(re.escape("{}"), r"\d+")
+
+
 def model_of(cls: type[nn.Module], **config: Any) -> nn.Module:
     """Return a model without numbers."""
     with torch.device("meta"):

@@ -12,17 +12,20 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from loratools.adapter.fusing import rows
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter
-from loratools.adapter.naming.image import architectures, rename
+from loratools.adapter.naming.image import readings, rename
 from loratools.adapter.naming.image.components import COMPONENTS
-from loratools.adapter.naming.image.flux import is_original
-from loratools.adapter.naming.image.rename import ORIGINAL
+from loratools.adapter.naming.image.families import Naming
+from loratools.adapter.naming.image.groups import ORIGINAL, Group, groups, home
+from loratools.adapter.naming.image.readings import Lead, Reading
+from loratools.adapter.naming.image.translate import together, translated
 from loratools.adapter.naming.wrappers import Names
+from loratools.errors import IncompatibleAdapter
 from loratools.storage.checkpoint import Checkpoint
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -47,29 +50,106 @@ _PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 def for_base(adapter: Adapter, shapes: Shapes) -> Adapter:
     """Return the adapter under the names of a base, whose tensors have these shapes.
 
-    Modules without a known name in the base keep theirs, and the resolver reports them.
+    Modules without a known name in the base keep theirs, and the resolver reports them. Raises `IncompatibleAdapter`
+    where names lead to this base in several ways, by the families that have them.
     """
     whole = rename.spelled_out(adapter)
-    candidates = (_named(naming, shapes) for naming in _namings(whole, shapes))
-    best = max(candidates, key=lambda candidate: sum(f"{module}.weight" in shapes for module in candidate))
+    updates = dict(whole.updates)
+    for group in groups(whole):
+        modules = [group.prefix + name for name in group.updates]
+        if group.fits and any(_spelled(module, shapes) is None for module in modules):
+            for module in modules:
+                del updates[module]
+            updates |= _translated(group, shapes)
     replacements = {  # where only the root differs
         next((spelling for spelling in _spellings(path) if spelling in shapes), path): lazy
         for path, lazy in adapter.replacements.items()
     }
-    return replace(adapter, updates=_open_clip(best, shapes), replacements=replacements)
+    named = _named(replace(whole, updates=updates), shapes)
+    return replace(adapter, updates=_open_clip(named, shapes), replacements=replacements)
 
 
-def _namings(adapter: Adapter, shapes: Shapes) -> Iterator[Adapter]:
-    yield adapter
-    yield rename.to_diffusers(adapter, by=rows)
-    model = {name.removesuffix(".weight").removeprefix(root): shape for name, shape in shapes.items()
-             for root in _ROOTS if name.startswith(root) and name.endswith(".weight")}  # fmt: skip
-    xl = any(name.startswith(("output_blocks.0.1.", "label_emb.")) for name in model)
-    known = set(architectures.get("flux-original").by_flat.values())
-    is_flux = "double_blocks.0.img_mod.lin" in model and is_original(
-        {name: shape for name, shape in model.items() if name in known}
-    )
-    yield rename.to_original(adapter, xl=xl, is_flux=is_flux or None, by=rows)
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """A way for a group's names to lead into a base: their reading, the naming there, and what stands before it."""
+
+    reading: Reading
+    to: Naming
+    root: str
+    places: Mapping[str, tuple[Lead, tuple[str | None, ...]]]
+
+    @classmethod
+    def of(cls, group: Group, reading: Reading, to: Naming, shapes: Shapes) -> _Way:
+        """Look up every name that the group's lead to; None for one that the base lacks."""
+        own = home(group.prefix, reading.family)
+        root = f"{ORIGINAL}." if to == "original" else own
+        return cls(reading, to, root, {
+            module: (lead, tuple(_spelled(root + name, shapes) for name in lead.names))
+            for module, lead in group.leads(reading, to).items()
+        })  # fmt: skip
+
+    @property
+    def held(self) -> int:
+        """How many modules the base has."""
+        return sum(None not in names for _, names in self.places.values())
+
+    @property
+    def outcome(self) -> list[object]:
+        """Where each module lands in the base, without what families may differ in and the base does not."""
+        return [
+            (names, lead.part, lead.swapped, lead.swapped_if) if None not in names else None
+            for lead, names in self.places.values()
+        ]
+
+
+def _translated(group: Group, shapes: Shapes) -> dict[str, Update]:
+    """Return a group's updates by the way on which the base has the most of them."""
+    ways = [_Way.of(group, reading, to, shapes) for reading in group.fits for to in readings.NAMINGS]
+    best = max(way.held for way in ways)
+    ways = [way for way in ways if way.held == best]
+    if not best:
+        return {group.prefix + name: update for name, update in group.updates.items()}
+    if len(_outcomes(ways)) > 1:  # the base's other modules tell whose they are
+        stored = _inside(shapes, group.prefix)
+        known = {id(way): sum(way_in.find(module) is not None for module in stored)
+                 for way in ways for way_in in (Reading(way.reading.name, way.to),)}  # fmt: skip
+        ways = [way for way in ways if known[id(way)] == max(known.values())]
+        told = readings.told([Reading(way.reading.name, way.to) for way in ways], stored)
+        ways = [way for way in ways if Reading(way.reading.name, way.to) in told]
+    if len(_outcomes(ways)) > 1:
+        names = readings.summaries(way.reading for way in ways)
+        raise IncompatibleAdapter(
+            f"the names of {len(group.updates)} modules, such as {group.prefix}{next(iter(group.updates))}, lead to "
+            f"this base in several ways: they are those of {names}",
+            hint="Convert the adapter to the naming of the base first, where its family is known.",
+        )
+
+    def width(module: str) -> int | None:
+        spelling = _spelled(module, shapes)
+        return None if spelling is None else shapes[f"{spelling}.weight"][0]
+
+    return translated(group, ways[0].reading, ways[0].to, ways[0].root, rows, width)
+
+
+def _outcomes(ways: Sequence[_Way]) -> list[list[object]]:
+    """Return what the ways lead to, each outcome once."""
+    outcomes: list[list[object]] = []
+    for way in ways:
+        outcomes += [way.outcome] if way.outcome not in outcomes else []
+    return outcomes
+
+
+def _inside(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
+    """Return the modules of the base's image model without what stands before them."""
+    weights = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight")}
+    roots = (*(root for root in _ROOTS if root), prefix, "transformer.", "unet.", "")
+    root = next(root for root in roots if any(module.startswith(root) for module in weights) or not root)
+    return {module.removeprefix(root): shape for module, shape in weights.items() if module.startswith(root)}
+
+
+def _spelled(module: str, shapes: Shapes) -> str | None:
+    """Return the base's name of a module, None where it has none."""
+    return next((name for name in (module, *_spellings(module)) if _held(name, shapes)), None)
 
 
 def _named(adapter: Adapter, shapes: Shapes) -> dict[str, Update]:
@@ -99,7 +179,7 @@ def _spellings(module: str) -> Iterator[str]:
     elif component == ORIGINAL:
         yield from (f"{root}{rest}" for root in (*_ROOTS, "transformer."))
     elif component in COMPONENTS:
-        yield rest
+        yield from (rest, *(f"{root}{rest}" for root in _ROOTS if root))
 
 
 def _open_clip(updates: Mapping[str, Update], shapes: Shapes) -> dict[str, Update]:
@@ -119,7 +199,7 @@ def _open_clip(updates: Mapping[str, Update], shapes: Shapes) -> dict[str, Updat
             renamed[layer + _OPEN_CLIP_LAYER[match[2]] if match[2] in _OPEN_CLIP_LAYER else module] = update
     for name, parts in fused.items():
         width = shapes[f"{name}.in_proj_weight"][0] // 3
-        renamed |= rename.together(name, parts, (width,) * 3, rows)
+        renamed |= together(name, parts, (width,) * 3, rows)
     return renamed
 
 

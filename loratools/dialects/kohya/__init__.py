@@ -25,7 +25,7 @@ from loratools.adapter import factors, kinds
 from loratools.adapter.kinds import Update
 from loratools.adapter.kinds.full import BIAS_PART, WEIGHT_PART
 from loratools.adapter.model import Adapter, BaseIdentity, Loss
-from loratools.adapter.naming.image import rename
+from loratools.adapter.naming.image import groups, rename
 from loratools.adapter.parts import BIAS, MAGNITUDE, A, B
 from loratools.decisions import warned
 from loratools.dialects._frame import alphas
@@ -74,7 +74,7 @@ def detect(listing: Listing) -> Evidence | None:
 
 
 def read(listing: Listing) -> Adapter:
-    """Read an adapter, and look up each flattened name: in the file, the base, or the lists of known architectures.
+    """Read an adapter, and look up each flattened name: in the file, the base, or the families of image models.
 
     Raises `BadFile` with all names that kohya does not write, that no list has, or that have two readings, and
     `UnsupportedAdapter` for parts of no known kind.
@@ -91,7 +91,8 @@ def read(listing: Listing) -> Adapter:
             flat.setdefault(head[:2], {})[head[2]] = lazy
         else:
             strangers.append(tensor)
-    modules, faults = dotted(flat, metadata, list(listing.base.specs) if listing.base else None)
+    shapes = {head: shape for head, parts in flat.items() if (shape := _shape(parts))}
+    modules, faults = dotted(flat, metadata, list(listing.base.specs) if listing.base else None, shapes)
     if strangers:
         faults.append(f"{len(strangers)} name(s) that are none of kohya's: {some(strangers)}")
     if faults:
@@ -115,14 +116,17 @@ def read(listing: Listing) -> Adapter:
 
 def losses(adapter: Adapter) -> list[Loss]:
     """List what kohya has no words for, and modules whose names become one when they are flattened."""
-    adapter = rename.to_original(adapter, unet=False)
+    adapter = rename.to_original(adapter, reader="kohya")
     known = frozenset({A, B, BIAS, MAGNITUDE})
     lost = []
     homes = {module: home_of(module, update) for module, update in adapter.updates.items()}
-    names, _ = flattened(dict.fromkeys(homes.values()))
+    names, _ = flattened(dict.fromkeys(homes.values()), groups.prefixes(adapter, "kohya"))
+    open_names = rename.undecided(adapter, "kohya")
     for module, update in adapter.updates.items():
         foreign = sorted(part for part in update.parts if part in keys.PARTS and part not in known)
-        if foreign or update.kind == "experts":
+        if module in open_names:
+            lost.append(Loss(module, open_names[module]))
+        elif foreign or update.kind == "experts":
             lost.append(Loss(module, f"kohya has no {', '.join(foreign) or 'stacked experts'}"))
         elif homes[module] not in names:
             lost.append(Loss(module, "its flattened name is that of another module too"))
@@ -133,9 +137,9 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
     """Write one safetensors file with its hashes; alphas are in the factors' dtype, or a wider one that has them."""
     from loratools.dialects._frame.hashes import MODELSPEC, SHS, hashes  # `inspect` need not wait for it
 
-    adapter = left(rename.to_original(adapter, unet=False), losses(adapter), target)
+    adapter = left(rename.to_original(adapter, reader="kohya"), losses(adapter), target)
     homes = {module: home_of(module, update) for module, update in adapter.updates.items()}
-    names, unknown = flattened(dict.fromkeys(homes.values()))
+    names, unknown = flattened(dict.fromkeys(homes.values()), groups.prefixes(adapter, "kohya"))
     tensors: dict[str, LazyTensor] = {}
     for module, update in adapter.updates.items():
         parts = of_peft(update) if homes[module] == module else {BIAS_PART: update.parts[WEIGHT_PART]}
@@ -146,6 +150,12 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
     metadata |= hashes(tensors, metadata, [*SHS, *(name for name in metadata_of(adapter) if name == MODELSPEC)])
     save.save(target, _FILE, tensors, metadata, force=force)
     return adapter
+
+
+def _shape(parts: Mapping[str, LazyTensor]) -> tuple[int, ...]:
+    """Return the shape of a module's ΔW where two factors of a linear layer tell it, else ()."""
+    down, up = parts.get("lora_down.weight"), parts.get("lora_up.weight")
+    return (up.shape[0], down.shape[1]) if down and up and len(down.shape) == len(up.shape) == 2 else ()
 
 
 def finish(draft: Draft, header: Mapping[str, str]) -> None:

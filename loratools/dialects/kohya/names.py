@@ -1,7 +1,7 @@
 """kohya's flattened names and back: `lora_unet_` + a module's path with every `.` made `_`.
 
-The way back is a look-up: in the names that the file itself carries, in the base model's, or in the lists of known
-architectures (`adapter/naming/image/architectures.py`).
+The way back is a look-up: in the names that the file itself carries, in the base model's, or in those of the families
+of image models (`adapter/naming/image/families/`), one of which must have all names of a file.
 """
 
 from __future__ import annotations
@@ -9,24 +9,28 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
-from loratools.adapter.naming.image import architectures
+from loratools.adapter.naming.image import readings
 from loratools.adapter.naming.image.components import component
+from loratools.adapter.naming.image.groups import component_of, stated
+from loratools.adapter.naming.image.readings import ENCODER, Reading
 from loratools.dialects._frame.build import some
 
 NAMES_KEY = "loratools_names"
-"""Header entry with flat -> dotted, as JSON, for the modules that no list of a known architecture has."""
+"""Header entry with flat -> dotted, as JSON, for the modules that no family has."""
 
 _HEAD = re.compile(r"(lora_unet_|lora_te[123]?_|lora_transformer_|lora_prior_unet_|lora_prior_te_|lycoris_)_?(.+)")
 
-# prefix -> the components whose lists may explain its names
-_COMPONENTS: Mapping[str, tuple[str, ...]] = {
-    "lora_unet_": ("unet", "transformer", "diffusion_model"),
+# prefix -> the components whose families may explain its names; None: those of all image models
+_COMPONENTS: Mapping[str, tuple[str, ...] | None] = {
+    "lora_unet_": None,
     "lora_transformer_": ("transformer",),
-    "lycoris_": ("unet", "transformer", "diffusion_model"),
-    **dict.fromkeys(("lora_te_", "lora_te1_", "lora_te2_", "lora_te3_"), ("text_encoder",)),
+    "lycoris_": None,
+    "lora_prior_unet_": ("prior",),
+    **dict.fromkeys(("lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_prior_te_"), (ENCODER,)),
 }
+_IMAGES = ("lora_unet_", "lora_transformer_", "lora_prior_unet_", "lycoris_")
 _ENCODERS = {"lora_te_": "", "lora_te1_": "", "lora_te2_": "_2", "lora_te3_": "_3"}
 _ROOTS = (
     "unet.", "transformer.", "model.diffusion_model.", "diffusion_model.", "text_encoder.", "text_encoder_2.",
@@ -46,86 +50,136 @@ def head_of(name: str) -> tuple[str, str, str] | None:
 
 
 def dotted(
-    heads: Iterable[tuple[str, str]], metadata: Mapping[str, str], base: Iterable[str] | None
+    heads: Iterable[tuple[str, str]],
+    metadata: Mapping[str, str],
+    base: Iterable[str] | None,
+    shapes: Mapping[tuple[str, str], tuple[int, ...]] | None = None,
 ) -> tuple[dict[tuple[str, str], str], list[str]]:
-    """Return (prefix, flat) -> module, and a sentence for each name that no list has, or that has several readings.
+    """Return (prefix, flat) -> module, and a sentence for each name that no family has, or that has several readings.
 
     `heads` are the (prefix, flat) of a file, `metadata` its header's entries, `base` the tensor names of the base
-    model, or None without one.
+    model, or None without one, and `shapes` those of the ΔW where they are known.
     """
     by_prefix: dict[str, set[str]] = defaultdict(set)
     for prefix, flat in heads:
         by_prefix[prefix].add(flat)
-    stated = _stated(metadata)
-    modules = {(prefix, flat): stated[prefix + flat] for prefix, flats in by_prefix.items() for flat in flats
-             if prefix + flat in stated}  # fmt: skip
+    stated_names = _stated(metadata)
+    modules = {(prefix, flat): stated_names[prefix + flat] for prefix, flats in by_prefix.items() for flat in flats
+               if prefix + flat in stated_names}  # fmt: skip
     faults: list[str] = []
     alone = len(by_prefix.keys() & _ENCODERS.keys()) == 1
     of_base = _of_base(base) if base is not None else {}
-    main = ""
-    for prefix in sorted(by_prefix, key=lambda prefix: (prefix not in ("lora_unet_", "lora_transformer_"), prefix)):
+    main: list[Reading] = []
+    for prefix in sorted(by_prefix, key=lambda prefix: (prefix not in _IMAGES, prefix)):
         left = {flat for flat in by_prefix[prefix] if (prefix, flat) not in modules}
-        for flat in sorted(left):
-            candidates = {module for module in of_base.get(flat, ()) if _fits(prefix, module, alone=alone)}
-            if len(candidates) == 1:
-                modules[prefix, flat] = next(iter(candidates))
-            elif candidates:
-                faults.append(f"{prefix}{flat}: could be any of {', '.join(sorted(candidates))} of the base")
-        left = {flat for flat in left if (prefix, flat) not in modules}
-        if not left or (base is not None and faults):
+        if not left:
             continue
-        readings = architectures.explain(left, _COMPONENTS.get(prefix, ()))
-        if len(readings) > 1:
-            faults.append(_ambiguous(prefix, readings))
-        elif readings:
-            architecture, reading = readings[0]
-            main = architecture.name if prefix == "lora_unet_" else main
-            component = _component(prefix, architecture, main)
-            modules |= {(prefix, flat): f"{component}.{module}" for flat, module in reading.items()}
-        else:
-            faults.append(_unknown(prefix, left))
+        known = {flat: {module for module in of_base.get(flat, ()) if _fits(prefix, module, alone=alone)}
+                 for flat in left}  # fmt: skip
+        if all(len(candidates) == 1 for candidates in known.values()):
+            modules |= {(prefix, flat): next(iter(candidates)) for flat, candidates in known.items()}
+            continue
+        fits = readings.fitting(left, flat=True, components=_COMPONENTS[prefix])
+        outcomes = _outcomes(prefix, left, fits, main)
+        if len(outcomes) > 1 and base is not None:
+            outcomes = _in_base(outcomes, {module for several in of_base.values() for module in several})
+        if len(outcomes) > 1:
+            sizes = {flat: (shapes or {}).get((prefix, flat), ()) for flat in left}
+            told = readings.told(fits, sizes, stated(metadata), flat=True)
+            outcomes = [each for each in outcomes if set(each[1]) & set(told)]
+        if len(outcomes) == 1:
+            modules |= {(prefix, flat): module for flat, module in outcomes[0][0].items()}
+            main += outcomes[0][1] if prefix in _IMAGES else []
+            continue
+        several = [f"{prefix}{flat}: could be any of {', '.join(sorted(candidates))} of the base"
+                   for flat, candidates in sorted(known.items()) if len(candidates) > 1]  # fmt: skip
+        modules |= {(prefix, flat): next(iter(c)) for flat, c in known.items() if len(c) == 1}
+        strange = {flat for flat, candidates in known.items() if not candidates}
+        faults += several
+        if strange and not several:
+            faults.append(_ambiguous(prefix, outcomes) if outcomes else _unknown(prefix, strange))
     return modules, faults
 
 
-def flattened(modules: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+def flattened(
+    modules: Iterable[str], prefixes: Mapping[str, str] | None = None
+) -> tuple[dict[str, str], dict[str, str]]:
     """Return module -> flattened name with its prefix, and flat -> module for the names that need `NAMES_KEY`.
 
-    Of modules that share a flattened name, only the first is among them.
+    `prefixes` are kohya's by component; default: the usual ones. Of modules that share a flattened name, only the first
+    is among them.
     """
     modules = list(modules)
     components = {module.partition(".")[0] for module in modules}
-    alone = components <= {"unet", "text_encoder"}
+    if components <= {"unet", "text_encoder"}:
+        prefixes = {"text_encoder": "lora_te_", **(prefixes or {})}
     owners: dict[str, str] = {}
     for module in modules:
-        owners.setdefault("".join(_flat(module, alone)), module)
+        owners.setdefault("".join(_flat(module, prefixes or {})), module)
     flat = {module: name for name, module in owners.items()}
-    split = {module: _flat(module, alone) for module in flat}
+    split = {module: _flat(module, prefixes or {}) for module in flat}
     back, _ = dotted(split.values(), {}, None)
     return flat, {flat[module]: module for module in flat if back.get(split[module]) != module}
 
 
-def _flat(module: str, alone: bool) -> tuple[str, str]:
+def _flat(module: str, prefixes: Mapping[str, str]) -> tuple[str, str]:
     component, _, rest = module.partition(".")
     t5 = ".block." in rest
-    prefix = {
+    usual = {
         "unet": "lora_unet_",
         "diffusion_model": "lora_unet_",
         "transformer": "lora_transformer_",
-        "text_encoder": "lora_te_" if alone else "lora_te1_",
+        "prior": "lora_prior_unet_",
+        "text_encoder": "lora_te1_",
         "text_encoder_2": "lora_te3_" if t5 else "lora_te2_",  # Flux keeps its T5 there, and sd-scripts calls it te3
         "text_encoder_3": "lora_te3_",
-    }.get(component)
+    }
+    prefix = prefixes.get(component, usual.get(component))
     if prefix is None or not rest or (component == "transformer" and rest.startswith(("h.", "layers.0.self"))):
         return "lycoris_", module.replace(".", "_")
     return prefix, rest.replace(".", "_")
 
 
-def _component(prefix: str, architecture: architectures.Architecture, main: str) -> str:
-    if prefix not in _ENCODERS:
-        return architecture.component
-    if prefix == "lora_te3_" and main.startswith("flux"):
-        return "text_encoder_2"
-    return f"text_encoder{_ENCODERS[prefix]}"
+def _outcomes(
+    prefix: str, flats: Iterable[str], fits: Sequence[Reading], main: Sequence[Reading]
+) -> list[tuple[dict[str, str], list[Reading]]]:
+    """Return each way to read flattened names, flat -> module, with the readings that are so."""
+    wanted, outcomes = sorted(flats), list[tuple[dict[str, str], list[Reading]]]()
+    for reading in fits:
+        found = {flat: reading.find(flat, flat=True) for flat in wanted}
+        bare = {flat: pattern[0].format(*pattern[1]) for flat, pattern in found.items() if pattern}
+        first = _encoder(prefix, main) if prefix in _ENCODERS else component_of(reading, bare.values())
+        outcome = {flat: f"{first}.{module}" for flat, module in bare.items()}
+        same = next((readings for known, readings in outcomes if known == outcome), None)
+        if same is None:
+            outcomes.append((outcome, [reading]))
+        else:
+            same.append(reading)
+    return outcomes
+
+
+def _in_base(
+    outcomes: list[tuple[dict[str, str], list[Reading]]], base: set[str]
+) -> list[tuple[dict[str, str], list[Reading]]]:
+    """Return the ways to read names of which the base has the most, under one naming or the other."""
+    stored = {root_less for module in base for root in _ROOTS if module.startswith(root)
+              for root_less in (module.removeprefix(root),)}  # fmt: skip
+    counts = [
+        max(
+            sum(stored.issuperset(lead.names) for lead in readings.leads(reading, bare, to).values())
+            for reading in several
+            for to in readings.NAMINGS
+        )
+        for outcome, several in outcomes
+        for bare in ([module.partition(".")[2] for module in outcome.values()],)
+    ]
+    return [outcome for outcome, count in zip(outcomes, counts, strict=True) if count == max(counts)]
+
+
+def _encoder(prefix: str, main: Sequence[Reading]) -> str:
+    """Return the component of a text encoder that a prefix stands for, in the families of the image model's names."""
+    stated = {name for reading in main for name, (kohya, _) in reading.family.encoders.items() if kohya == prefix}
+    return stated.pop() if len(stated) == 1 else f"text_encoder{_ENCODERS[prefix]}"
 
 
 def _stated(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -168,22 +222,20 @@ def _fits(prefix: str, module: str, *, alone: bool) -> bool:
     return prefix == "lycoris_" or not encoder
 
 
-def _ambiguous(prefix: str, readings: list[tuple[architectures.Architecture, dict[str, str]]]) -> str:
-    for flat in sorted(readings[0][1]):
-        names = [(f"{architecture.component}.{reading[flat]}", architecture.name) for architecture, reading in readings]
-        if len({module for module, _ in names}) > 1:
-            return f"{prefix}{flat}: could be {', '.join(f'{module} ({name})' for module, name in names)}"
-    raise AssertionError("readings that are the same")
+def _ambiguous(prefix: str, outcomes: Sequence[tuple[dict[str, str], list[Reading]]]) -> str:
+    flat = next(flat for flat in sorted(outcomes[0][0]) if len({outcome[flat] for outcome, _ in outcomes}) > 1)
+    ways = (f"{outcome[flat]} ({readings.summaries(several)})" for outcome, several in outcomes)
+    return f"{prefix}{flat}: could be {', '.join(ways)}"
 
 
 def _unknown(prefix: str, flats: set[str]) -> str:
-    """Say which names the list that knows most of them lacks."""
-    allowed = _COMPONENTS.get(prefix, ())
-    lists = [each for each in map(architectures.get, architectures.names()) if each.component in allowed]
-    best = max(lists, key=lambda architecture: len(flats & architecture.by_flat.keys()), default=None)
-    strange = sorted(flats - best.by_flat.keys() if best else flats)
-    near = f", most of them of {best.name}" if best and len(strange) < len(flats) else ""
+    """Say which names the family that knows most of them lacks."""
+    counts = {reading: {flat for flat in flats if reading.find(flat, flat=True)}
+              for reading in readings.every(_COMPONENTS[prefix])}  # fmt: skip
+    best = max(counts, key=lambda reading: len(counts[reading]), default=None)
+    strange = sorted(flats - counts[best] if best else flats)
+    near = f", most of them of {best.family.summary}" if best and len(strange) < len(flats) else ""
     return (
-        f"{len(strange)} of {len(flats)} names under {prefix} are of no known architecture{near}: "
+        f"{len(strange)} of {len(flats)} names under {prefix} are of no known family{near}: "
         f"{some([prefix + flat for flat in strange])}"
     )

@@ -80,7 +80,7 @@ def test_names_that_only_the_base_explains(run: Run, tmp_path: Path) -> None:
         "lora_unet_stages_0_new_block_to_q.alpha": torch.tensor(update.alpha),
     }
     save_file(flat, tmp_path / "a.safetensors")
-    assert "of no known architecture" in run("inspect", tmp_path / "a.safetensors", code=1)
+    assert "of no known family" in run("inspect", tmp_path / "a.safetensors", code=1)
     out = tmp_path / "merged"
     run("merge", base, tmp_path / "a.safetensors", "-o", out, "--keep-residual")
     found = change(base, out)

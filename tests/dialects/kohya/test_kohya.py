@@ -60,13 +60,13 @@ class TestContract(DialectContract):
             f"{CLIP}.fc2": lora(2),
             "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q": lora(3),
         }
-        onetrainer = {"transformer.single_transformer_blocks.37.proj_mlp": lora(1)}
+        strange = {"transformer.strange_blocks.37.proj_mlp": lora(1)}
         qwen = {"transformer.transformer_blocks.59.img_mlp.net.0.proj": lora(1)}
         return samples() | {
             "sd": Adapter(sd, base=BaseIdentity("v1-5-pruned.safetensors")),
             "sdxl": Adapter(sdxl),
             "flux": Adapter(flux),
-            "onetrainer": Adapter(onetrainer),
+            "of no family": Adapter(strange),
             "qwen": Adapter(qwen),
         }
 
@@ -139,7 +139,7 @@ def test_names_that_flattening_lost_wholly_are_named(tmp_path: Path) -> None:
     with pytest.raises(BadFile) as refusal:
         dialects.open_adapter(saved(tmp_path / "a.safetensors", tensors))
     assert refusal.value.problems == (
-        f"2 of 2 names under lora_unet_ are of no known architecture: {wrong}_lora_down, {wrong}_lora_up",
+        f"2 of 2 names under lora_unet_ are of no known family: {wrong}_lora_down, {wrong}_lora_up",
     )
     assert "--base" in str(refusal.value.hint)
 
@@ -149,8 +149,9 @@ def test_one_flattened_name_of_two_architectures_is_ambiguous(tmp_path: Path) ->
     with pytest.raises(BadFile) as refusal:
         dialects.open_adapter(path)
     assert refusal.value.problems == (
-        "lora_unet_double_blocks_0_img_attn_qkv: could be diffusion_model.double_blocks.0.img_attn.qkv (flux-original),"
-        " diffusion_model.double_blocks.0.img_attn_qkv (hunyuan-video-original)",
+        "lora_unet_double_blocks_0_img_attn_qkv: could be diffusion_model.double_blocks.0.img_attn.qkv (Chroma, Flux.1,"
+        " Flux.2 dev and klein, HunyuanVideo in ComfyUI's names), diffusion_model.double_blocks.0.img_attn_qkv"
+        " (HunyuanImage, HunyuanVideo, HunyuanVideo 1.5 as ComfyUI packs it)",
     )
     tensors = named("lora_unet_double_blocks_0_img_attn_qkv", 0) | named("lora_unet_double_blocks_0_img_mlp_0", 1)
     adapter = dialects.open_adapter(saved(tmp_path / "b.safetensors", tensors))

@@ -18,6 +18,7 @@ from pkgutil import iter_modules
 from typing import Literal, cast
 
 from loratools.adapter.naming.image.components import COMPONENTS
+from loratools.adapter.naming.image.patterns import Patterns
 
 Naming = Literal["original", "diffusers"]
 
@@ -61,7 +62,7 @@ class Family:
                    flattened ones
     `encoders`     component of a text encoder -> (kohya's prefix, ComfyUI's name): ("lora_te3_", "t5xxl")
     `diffusers_in_comfy`  whether ComfyUI reads the family's adapters under diffusers' names only
-    `kohya`        whose names kohya's trainers flatten
+    `kohya`        whose names kohya's trainers flatten; "either" where their readers know both
     `called`       regular expressions that find the family in the lower-case name of a base, or in what a header says
                    of it (`modelspec.architecture`, `ss_base_model_version`)
     `depths`       list of blocks, in either naming -> the numbers of blocks that published models have: they tell
@@ -79,7 +80,7 @@ class Family:
     prefixes: Mapping[str, str] = field(default_factory=lambda: {"comfy": "diffusion_model.", "kohya": "lora_unet_"})
     encoders: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     diffusers_in_comfy: bool = False
-    kohya: Naming = "original"
+    kohya: Naming | Literal["either"] = "original"
     called: tuple[str, ...] = ()
     depths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     proportions: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -105,14 +106,12 @@ class Family:
             yield f"{self.component} is no component of a pipeline"
         for naming, patterns in (("original", self.original), ("diffusers", self.diffusers)):
             yield from (f"{naming} has {name} twice" for name, count in Counter(patterns).items() if count > 1)
-            known = re.compile("|".join(f"({regex(name)})" for name in dict.fromkeys(patterns)))
-            for name in dict.fromkeys(patterns):
-                match = known.fullmatch(name.replace("{}", "0"))
-                first = list(dict.fromkeys(patterns))[(match.lastindex or 1) - 1] if match else name
-                if first != name:
-                    yield f"{naming}'s {name.replace('{}', '0')} is one of {first} too"
-            flat = Counter(name.replace(".", "_") for name in set(patterns))
-            yield from (f"two of {naming}'s names become {name} when flattened" for name in flat if flat[name] > 1)
+            for flat in (False, True):
+                known = Patterns(patterns, flat=flat)
+                for name in dict.fromkeys(patterns):
+                    example = (name.replace(".", "_") if flat else name).replace("{}", "0")
+                    first = (known.find(example) or (name,))[0]
+                    yield from [f"{naming}'s {example} is {first} and {name}"] if first != name else []
         pairs = [*self.renames.items()]
         pairs += [(one, part) for table in (self.fused, self.split) for one, fused in table.items()
                   for part in fused.parts]  # fmt: skip
@@ -142,15 +141,6 @@ def within(original: str, diffusers: str, renames: Mapping[str, str]) -> dict[st
     {'blocks.{}.ffn.0': 'transformer_blocks.{}.ff.net.0.proj'}
     """
     return {f"{original}.{theirs}": f"{diffusers}.{ours}" for theirs, ours in renames.items()}
-
-
-def regex(pattern: str) -> str:
-    """Return the regular expression of a pattern's modules.
-
-    >>> regex("blocks.{}.ffn.0")
-    'blocks\\\\.\\\\d+\\\\.ffn\\\\.0'
-    """
-    return re.escape(pattern).replace(re.escape("{}"), r"\d+")
 
 
 @cache

@@ -80,6 +80,13 @@ SINGLE_LINEAR1 = {
 SWAPPED = frozenset({"final_layer.adaLN_modulation.1"})
 """Tencent's last modulation has shift before scale, diffusers' has scale before shift."""
 
+PROPORTIONS = {
+    **{f"double_blocks.{{}}.{stream}_mlp.{layer}": sides for stream in ("img", "txt")
+       for layer, sides in (("fc1", (4, 1)), ("fc2", (1, 4)))},
+    "single_blocks.{}.linear1": (7, 1), "single_blocks.{}.linear2": (1, 5),
+}  # fmt: skip
+"""Those of HunyuanVideo; under ComfyUI's names they tell it from Flux.2."""
+
 Value = TypeVar("Value")
 
 _COMFY = (

@@ -12,6 +12,7 @@ FAMILY = replace(
     summary="HunyuanVideo in ComfyUI's names",
     renames=_hunyuan.as_comfy(_TENCENT.renames),
     fused=_hunyuan.as_comfy(_TENCENT.fused),
+    proportions=_hunyuan.as_comfy(_TENCENT.proportions),
     prefixes={},
 )
 """Read, and never written unless a base has these names."""

@@ -33,8 +33,9 @@ def test_a_family_says_all_that_it_contradicts_at_once() -> None:
         )
     said = str(refusal.value)
     for what in (
-        "engine is no component", "diffusers has x twice", "original has qkv twice", "blocks.0.q is one of blocks.{}.q",
-        "two of original's names become a_b", "blocks.{}.q has 1 numbers, layers.q has 0", "mod is swapped and not",
+        "engine is no component", "diffusers has x twice", "original has qkv twice",
+        "original's blocks.0.q is blocks.{}.q and blocks.0.q",
+        "original's a_b is a.b and a_b", "blocks.{}.q has 1 numbers, layers.q has 0", "mod is swapped and not",
         "mod has a proportion", "heads has depths", "( is no regular expression",
     ):  # fmt: skip
         assert what in said

@@ -1,0 +1,40 @@
+"""Patterns of module names, in which `{}` stands for a number: which of many a name fits, and with which numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+_NUMBER = re.compile(r"\d+|\{\}")
+_Mask = tuple[bool, ...]
+
+
+class Patterns:
+    """Many patterns, of which a name is looked up in a few steps.
+
+    Numbers that a pattern spells out are literal: `norm1` fits `norm1` only, `blocks.7.norm1` fits `blocks.{}.norm1`.
+    """
+
+    def __init__(self, patterns: Iterable[str], *, flat: bool = False) -> None:
+        """Take the patterns; `flat` ones are found by names with `_` for every `.`, as kohya writes them."""
+        # form, with {} for every number -> which numbers are open -> the others -> pattern
+        self._forms: dict[str, dict[_Mask, dict[tuple[str, ...], str]]] = {}
+        for pattern in patterns:
+            spelled = pattern.replace(".", "_") if flat else pattern
+            numbers = _NUMBER.findall(spelled)
+            masks = self._forms.setdefault(_NUMBER.sub("{}", spelled), {})
+            literal = tuple(number for number in numbers if number != "{}")
+            masks.setdefault(tuple(number == "{}" for number in numbers), {}).setdefault(literal, pattern)
+
+    def find(self, name: str) -> tuple[str, tuple[str, ...]] | None:
+        """Return a pattern that a name fits, with the numbers in the places of its `{}`; None without one.
+
+        >>> Patterns(["blocks.{}.ffn.0"]).find("blocks.12.ffn.0")
+        ('blocks.{}.ffn.0', ('12',))
+        """
+        numbers = _NUMBER.findall(name)
+        for mask, patterns in self._forms.get(_NUMBER.sub("{}", name), {}).items():
+            pattern = patterns.get(tuple(number for number, is_open in zip(numbers, mask, strict=True) if not is_open))
+            if pattern is not None:
+                return pattern, tuple(number for number, is_open in zip(numbers, mask, strict=True) if is_open)
+        return None

@@ -1,0 +1,182 @@
+"""Whose names an adapter's modules have: the families that fit, what tells them apart, and where each name leads.
+
+A family fits if one of its namings has all the names. Of several that fit, those that lead to the same names are one.
+Where they differ shapes tell, or what the file says of its base, or the depths that published models have; a base that
+is given decides by its own names. What is still open is nobody's guess: the caller refuses it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+from loratools.adapter.naming.image import families
+from loratools.adapter.naming.image.families import Family, Naming
+from loratools.adapter.naming.image.patterns import Patterns
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+ENCODER = "text_encoder"
+"""The component of all families of text encoders, whichever of a pipeline's they are."""
+
+NAMINGS: tuple[Naming, Naming] = ("original", "diffusers")
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A way to read names: as those of a family, under one of its namings."""
+
+    name: str
+    naming: Naming
+
+    @property
+    def family(self) -> Family:
+        """The family."""
+        return families.get(self.name)
+
+    def find(self, module: str, *, flat: bool = False) -> tuple[str, tuple[str, ...]] | None:
+        """Return the pattern that a module fits, with its numbers."""
+        return _patterns(self.name, self.naming, flat).find(module)
+
+    def fits(self, modules: Iterable[str], *, flat: bool = False) -> bool:
+        """Tell whether the naming has all these modules."""
+        patterns = _patterns(self.name, self.naming, flat)
+        return all(patterns.find(module) for module in modules)
+
+
+@dataclass(frozen=True, slots=True)
+class Lead:
+    """Where a module leads to in the other naming.
+
+    `names`   its name there, or those of its parts
+    `shares`  their output features as `Fused` has them; of the whole weight, where the module is a part
+    `part`    which part of the named weight it is; None for all of it
+    `swapped` whether the halves of its output features change places; `swapped_if` the one output : input features at
+              which they do
+    """
+
+    names: tuple[str, ...]
+    shares: tuple[float | None, ...] = ()
+    part: int | None = None
+    swapped: bool = False
+    swapped_if: tuple[int, int] | None = None
+
+    def agrees(self, other: Lead) -> bool:
+        """Tell whether two lead to the same, where a share that one leaves open may be any."""
+        if replace(self, shares=()) != replace(other, shares=()) or len(self.shares) != len(other.shares):
+            return False
+        return all(a == b or None in (a, b) for a, b in zip(self.shares, other.shares, strict=True))
+
+    def swaps(self, shape: tuple[int, ...]) -> bool:
+        """Tell whether the halves of the output features of a weight of this shape change places."""
+        out, width = self.swapped_if or (0, 0)
+        return self.swapped or (bool(out) and len(shape) > 1 and shape[0] * width == shape[1] * out)
+
+
+def fitting(modules: Iterable[str], *, flat: bool = False, components: Iterable[str] | None = None) -> list[Reading]:
+    """Return every reading that has all the modules, by family; none where there are no modules.
+
+    `components` are those whose families may fit. Default: all but text encoders.
+    """
+    wanted = list(modules)
+    return [reading for reading in every(components) if reading.fits(wanted, flat=flat)] if wanted else []
+
+
+def every(components: Iterable[str] | None = None) -> list[Reading]:
+    """Return all readings of families of these components. Default: of all but text encoders."""
+    allowed = None if components is None else set(components)
+    return [
+        Reading(name, naming)
+        for name in families.names()
+        for naming in NAMINGS
+        if (families.get(name).component != ENCODER if allowed is None else families.get(name).component in allowed)
+    ]
+
+
+def leads(reading: Reading, modules: Iterable[str], to: Naming) -> dict[str, Lead]:
+    """Return where each of the modules, all of which fit, leads to."""
+    table = _table(reading.name, reading.naming, to)
+    places: dict[str, Lead] = {}
+    for module in modules:
+        pattern, numbers = reading.find(module) or (module, ())
+        lead = table[pattern]
+        places[module] = replace(lead, names=tuple(name.format(*numbers) for name in lead.names))
+    return places
+
+
+def told(readings: Sequence[Reading], shapes: Shapes, hints: str = "", *, flat: bool = False) -> list[Reading]:
+    """Return those that shapes, statements, and depths leave of readings that fit all modules of `shapes`.
+
+    `hints` is what the file says of its base, in lower case. A shape of one side or none tells nothing.
+    """
+    left = [reading for reading in readings if _in_proportion(reading, shapes, flat)]
+    left = [reading for reading in left if any(re.search(p, hints) for p in reading.family.called)] or left
+    within = [reading for reading in left if _depth(reading, shapes, flat) is not False]
+    reached = [reading for reading in within if _depth(reading, shapes, flat)]
+    return reached or within or left
+
+
+def most(modules: Iterable[str]) -> tuple[int, list[Reading]]:
+    """Return how many of the modules the readings have that have the most, and those; of families of image models."""
+    wanted = list(modules)
+    counts = {reading: sum(1 for module in wanted if reading.find(module)) for reading in every()}
+    best = max(counts.values(), default=0)
+    return best, [reading for reading, count in counts.items() if count == best]
+
+
+def summaries(readings: Iterable[Reading]) -> str:
+    """Return the families of readings in words, each once."""
+    return ", ".join(dict.fromkeys(reading.family.summary for reading in readings))
+
+
+def _in_proportion(reading: Reading, shapes: Shapes, flat: bool) -> bool:
+    """Tell whether no module contradicts the family's proportions."""
+    if reading.naming != "original":
+        return True
+    wanted = reading.family.proportions
+    for module, shape in shapes.items():
+        found = reading.find(module, flat=flat) if len(shape) == 2 else None
+        out, width = wanted.get(found[0], (0, 0)) if found else (0, 0)
+        if out and shape[0] * width != shape[1] * out:
+            return False
+    return True
+
+
+def _depth(reading: Reading, modules: Iterable[str], flat: bool) -> bool | None:
+    """Tell whether some list of blocks is as long as that of a published model; False if one is longer than of any."""
+    depths: dict[str, int] = {}
+    for module in modules:
+        pattern, numbers = reading.find(module, flat=flat) or ("", ())
+        if numbers:
+            blocks = pattern.split(".{}")[0]
+            depths[blocks] = max(depths.get(blocks, 0), int(numbers[0]) + 1)
+    known = {blocks: depth for blocks, depth in depths.items() if blocks in reading.family.depths}
+    if any(depth > max(reading.family.depths[blocks]) for blocks, depth in known.items()):
+        return False
+    return any(depth in reading.family.depths[blocks] for blocks, depth in known.items()) or None
+
+
+@cache
+def _patterns(name: str, naming: Naming, flat: bool) -> Patterns:
+    family = families.get(name)
+    return Patterns(family.original if naming == "original" else family.diffusers, flat=flat)
+
+
+@cache
+def _table(name: str, naming: Naming, to: Naming) -> Mapping[str, Lead]:
+    """Return pattern -> where it leads, from one naming to one."""
+    family = families.get(name)
+    if naming == to:
+        return {pattern: Lead((pattern,)) for pattern in (family.original if to == "original" else family.diffusers)}
+    forth = naming == "original"
+    table = {}
+    for theirs, ours in family.renames.items():
+        source, target = (theirs, ours) if forth else (ours, theirs)
+        table[source] = Lead((target,), swapped=theirs in family.swapped, swapped_if=family.swapped_if.get(theirs))
+    for whole, fused in (family.fused if forth else family.split).items():
+        table[whole] = Lead(fused.parts, fused.shares)
+    for whole, fused in (family.split if forth else family.fused).items():
+        table |= {part: Lead((whole,), fused.shares, number) for number, part in enumerate(fused.parts)}
+    return table

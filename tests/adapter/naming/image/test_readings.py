@@ -1,0 +1,76 @@
+"""Every family's names are found again from their flattened form, and names of several families are nobody's guess."""
+
+from __future__ import annotations
+
+import pytest
+
+from loratools.adapter.naming.image import families, readings
+from loratools.adapter.naming.image.patterns import Patterns
+from loratools.adapter.naming.image.readings import ENCODER, Reading
+from loratools.dialects.kohya.names import dotted, flattened
+
+IMAGES = [name for name in families.names() if families.get(name).component != ENCODER]
+
+
+def modules(reading: Reading) -> list[str]:
+    """Return a module of each pattern, in block 3, and in the other one where there are two numbers."""
+    family = reading.family
+    patterns = family.original if reading.naming == "original" else family.diffusers
+    return [pattern.format("3", "1", "0") for pattern in patterns]
+
+
+@pytest.mark.parametrize("naming", readings.NAMINGS)
+@pytest.mark.parametrize("name", families.names())
+def test_no_two_names_become_one_and_each_is_found_again(name: str, naming: families.Naming) -> None:
+    reading = Reading(name, naming)
+    names = modules(reading)
+    first = ENCODER if reading.family.component == ENCODER else readings_component(reading, names)
+    flat, _ = flattened([f"{first}.{module}" for module in names])
+    assert len(set(flat.values())) == len(names)
+    for module in names:
+        found = reading.find(module.replace(".", "_"), flat=True)
+        assert found is not None
+        assert found[0].format(*found[1]) == module
+
+
+def readings_component(reading: Reading, names: list[str]) -> str:
+    same = readings.leads(reading, names, "diffusers")
+    return reading.family.component if all(lead.names == (m,) for m, lead in same.items()) else "diffusion_model"
+
+
+@pytest.mark.parametrize("naming", readings.NAMINGS)
+@pytest.mark.parametrize("name", IMAGES)
+def test_what_leads_to_the_other_naming_leads_back(name: str, naming: families.Naming) -> None:
+    forth = Reading(name, naming)
+    other: families.Naming = "diffusers" if naming == "original" else "original"
+    for module, lead in readings.leads(forth, modules(forth), other).items():
+        back = readings.leads(Reading(name, other), lead.names, naming)
+        assert all(module in place.names for place in back.values())
+        assert [place.part for place in back.values()] == (
+            [None] if len(lead.names) == 1 and lead.part is None else
+            list(range(len(lead.names))) if lead.part is None else [None]
+        )  # fmt: skip
+        assert {place.swapped for place in back.values()} == {lead.swapped}
+
+
+def test_flat_names_that_two_families_share_are_never_silently_one_of_them() -> None:
+    """Every flat name of every family, alone: it is found as one module, or refused."""
+    several: dict[str, set[str]] = {}
+    for name in IMAGES:
+        for naming in readings.NAMINGS:
+            for module in modules(Reading(name, naming)):
+                several.setdefault(module.replace(".", "_"), set()).add(module)
+    shared = {flat for flat, dots in several.items() if len(dots) > 1}
+    assert "double_blocks_3_img_attn_qkv" in shared
+    for flat in sorted(shared):
+        _, faults = dotted([("lora_unet_", flat)], {}, None)
+        assert len(faults) == 1
+        assert "could be" in faults[0]
+
+
+def test_a_number_that_a_pattern_spells_out_is_that_number() -> None:
+    patterns = Patterns(["blocks.{}.mlp.0", "blocks.{}.mlp.2", "norm1"])
+    assert patterns.find("blocks.13.mlp.2") == ("blocks.{}.mlp.2", ("13",))
+    assert patterns.find("blocks.13.mlp.1") is None
+    assert patterns.find("norm2") is None
+    assert Patterns(["blocks.{}.mlp.0"], flat=True).find("blocks_13_mlp_0") == ("blocks.{}.mlp.0", ("13",))
