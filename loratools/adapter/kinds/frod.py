@@ -2,7 +2,8 @@
 
 `frod_V` is V (in, in), `frod_lambda_l` λ (in,), and S is zero but for the numbers `frod_lambda_s_values` (n,) at the
 places `frod_s_indices` (2, n). U is in no file: its columns are those of Z = W·V⁻ᵀ, scaled to length 1, so that with l
-their lengths W' = W·V⁻ᵀ·diag(1/l)·(S + diag(λ))·Vᵀ. W is the unchanged base, whatever other adapters have made of it.
+their lengths W' = W·V⁻ᵀ·diag(1/l)·(S + diag(λ))·Vᵀ. PEFT rounds U to the base's dtype, which V shows. W is the
+unchanged base, whatever other adapters have made of it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 from loratools.adapter.kinds import Device, DType, Tensor, Underlying
 from loratools.adapter.kinds._onweight import Change, Changing
+from loratools.adapter.kinds._rounded import as_in
 from loratools.storage.lazy import LazyTensor
 
 V, INDICES, LENGTHS, VALUES = "frod_V", "frod_s_indices", "frod_lambda_l", "frod_lambda_s_values"
@@ -53,22 +55,24 @@ class FrodUpdate(Changing):
             except RuntimeError:  # V is singular: so PEFT does then
                 Z = wide @ torch.linalg.pinv(v, rtol=1e-6).T
             lengths = Z.norm(dim=0)
-            return (torch.where(lengths > _LEAST, Z / lengths, 0.0) @ after).to(dtype)
+            U = as_in(v, torch.where(lengths > _LEAST, Z / lengths, 0.0))
+            return (U @ after).to(dtype)
 
         return change
 
     def outputs(self, X: Tensor, under: Underlying) -> Tensor:
-        """Return X·V·(S + diag(λ))ᵀ·diag(1/l) taken through V⁻¹ and W, with l² the diagonal of V⁻¹·WᵀW·V⁻ᵀ."""
+        """Return X·V·(S + diag(λ))ᵀ·Uᵀ, with Uᵀ the rows of V⁻¹·Wᵀ scaled to length 1."""
         import torch
 
         v, inner = self.number(V).to(X), X.shape[1]
         inverse = torch.linalg.pinv(v, rtol=1e-6 if int(torch.linalg.matrix_rank(v)) < inner else 0.0)
-        lengths = under.below(inverse).norm(dim=1)
+        Zt = under.below(inverse)
+        lengths = Zt.norm(dim=1, keepdim=True)
         Y = X @ v
         through = Y * self.number(LENGTHS).to(X)
         rows, columns = self.tensors[INDICES].load().long()
         through.index_add_(1, rows, Y[:, columns] * self.number(VALUES).to(X))
-        return under.below(torch.where(lengths > _LEAST, through / lengths, 0.0) @ inverse)
+        return through @ as_in(v, torch.where(lengths > _LEAST, Zt / lengths, 0.0))
 
 
 def claims(parts: Mapping[str, LazyTensor]) -> bool:

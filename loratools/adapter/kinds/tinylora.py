@@ -13,6 +13,7 @@ from typing import Any
 
 from loratools.adapter.kinds import Factors, Tensor
 from loratools.adapter.kinds._product import LowRank
+from loratools.adapter.kinds._rounded import as_in
 from loratools.storage.lazy import LazyTensor
 
 A, B, P, V = "tinylora_A", "tinylora_B", "tinylora_P", "tinylora_v"
@@ -43,13 +44,17 @@ class TinyloraUpdate(LowRank):
     def shape(self) -> tuple[int, ...]:
         return self.parts[B].shape[0], self.parts[A].shape[1]
 
+    def _drawn(self, count: int) -> Tensor:
+        """Return the random matrices, rounded to the base's dtype, as the singular vectors are."""
+        return as_in(self.parts[A].load(), matrices(self.layout["seed"], (count, self.rank, self.rank)))
+
     def factored(self) -> Factors:
         """Return B·Σ vₖ·Pₖ in float64, and A."""
 
         def left() -> Tensor:
             b, v = (self.parts[name].load().double() for name in (B, V))
             drawn = P not in self.parts
-            p = matrices(self.layout["seed"], (len(v), self.rank, self.rank)) if drawn else self.parts[P].load()
+            p = self._drawn(len(v)) if drawn else self.parts[P].load()
             return b @ (v @ p.double().flatten(1)).reshape(self.rank, self.rank)
 
         b = self.parts[B]

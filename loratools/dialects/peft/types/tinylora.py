@@ -57,8 +57,14 @@ def _place_of(one: ModuleTensors) -> int:
 
 @lru_cache(maxsize=16)
 def _places(seed: int, count: int, shape: tuple[int, ...], dtype: DType) -> dict[tuple[float, ...], int]:
-    """Return by the random matrices of a place in the model its number."""
-    return {_key(matrices(seed + place, shape).to(dtype)): place for place in range(count)}
+    """Return by the random matrices of a place in the model its number; they are rounded to the base's dtype."""
+    import torch
+
+    drawn = {}
+    for place in range(count):
+        P = matrices(seed + place, shape)
+        drawn |= {_key(P.to(base).to(dtype)): place for base in (torch.float32, torch.bfloat16, torch.float16)}
+    return drawn
 
 
 def _key(P: Tensor) -> tuple[float, ...]:
