@@ -50,7 +50,8 @@ CASES: Mapping[str, list[dict[str, Any]]] = {
     "FROD": [
         {"sparse_rate": rate, **more} for rate in (0.01, 0.2) for more in ({}, {"regularization_alpha": 0.1}, GPT2)
     ],
-    "HRA": [{"r": r, "apply_GS": orthogonal} for r in (2, 5) for orthogonal in (False, True)],
+    "HRA": [{"r": r, "apply_GS": orthogonal} for r in (2, 5) for orthogonal in (False, True)]
+    + [{"bias": "all", "family": "qwen2"}, {"bias": "hra_only", "family": "qwen2", "modules_to_save": ["lm_head"]}],
     "MISS": [
         {"r": r, **more}
         for r in (4, 8)
@@ -79,7 +80,13 @@ CASES: Mapping[str, list[dict[str, Any]]] = {
     "SUPERTUNING": [
         {"sparsity": sparsity, **more}
         for sparsity in (0.9, 0.5)
-        for more in ({}, {"select_top": False, "r": 3}, {"r": 2, "lora_alpha": 7.0})
+        for more in (
+            {},
+            {"select_top": False, "r": 3},
+            {"r": 2, "lora_alpha": 7.0},
+            {"save_precomputed_indices": False},
+            {"save_precomputed_indices": False, "select_top": False, "r": 2},
+        )
     ],
     "TINYLORA": [
         *(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from loratools.adapter.kinds import Device, DType, Rows, Tensor
 from loratools.adapter.kinds._rowwise import Named
@@ -83,6 +84,8 @@ def claims(parts: Mapping[str, LazyTensor]) -> bool:
     return parts.keys() in ({VALUES, INDICES}, {VALUES, INDICES, A, B})
 
 
-def build(parts: Mapping[str, LazyTensor], scaling: float, alpha: float) -> SupertuningUpdate:
-    """Return the update; without factors it has no scaling."""
+def build(
+    parts: Mapping[str, LazyTensor], scaling: float, alpha: float, layout: Mapping[str, Any] | None = None
+) -> SupertuningUpdate:
+    """Return the update; without factors it has no scaling, and a layout says nothing of it."""
     return SupertuningUpdate(dict(parts), scaling if A in parts else 1.0, alpha)

@@ -148,6 +148,14 @@ def supertuning(W: torch.Tensor, p: Parts, s: float) -> torch.Tensor:
     return W + s * p["supertuning_lora_B.weight"] @ p["supertuning_lora_A.weight"]
 
 
+def supertuned(largest: bool) -> Formula:
+    def formula(W: torch.Tensor, p: Parts, s: float) -> torch.Tensor:
+        at = W.abs().flatten().argsort(descending=largest)[: len(p["supertuning_values"])]
+        return supertuning(W, {**p, "supertuning_indices": at}, s)
+
+    return formula
+
+
 def deft(method: str) -> Formula:
     def formula(W: torch.Tensor, p: Parts, s: float) -> torch.Tensor:
         P = p["deft_P"]
@@ -273,6 +281,15 @@ CASES = {
     ),
     "supertuning": Case(
         "supertuning", {"supertuning_values": random(9), "supertuning_indices": places(9).int()}, supertuning
+    ),
+    "supertuned": Case(
+        "supertuned", {"supertuning_values": random(9)}, supertuned(True), {"largest": True}
+    ),
+    "supertuned-small": Case(
+        "supertuned",
+        {"supertuning_values": random(9), "supertuning_lora_A.weight": random(2, IN),
+         "supertuning_lora_B.weight": random(OUT, 2)},
+        supertuned(False), {"largest": False}, 1.5,
     ),
     "supra": Case(
         "supertuning",

@@ -60,7 +60,7 @@ def _places(seed: int, count: int, shape: tuple[int, ...], dtype: DType) -> dict
     """Return by the random matrices of a place in the model its number; they are rounded to the base's dtype."""
     import torch
 
-    drawn = {}
+    drawn: dict[tuple[float, ...], int] = {}
     for place in range(count):
         P = matrices(seed + place, shape)
         drawn |= {_key(P.to(base).to(dtype)): place for base in (torch.float32, torch.bfloat16, torch.float16)}
