@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from loratools import inspect, merge, unmerge, verify
+from loratools.adapter.kinds.peanut import ACTIVATIONS
 from loratools.dialects.peft import types
 from loratools.dialects.peft.types._refused import REFUSED
 from loratools.errors import BadFile, UnsupportedAdapter
 from tests.interop.models import FAMILIES, load
+from tests.make import wavelets
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]
 
@@ -241,6 +243,20 @@ def test_every_type_is_merged_or_refused() -> None:
     assert members - CASES.keys() - REFUSED.keys() - LORA.keys() == set()
     assert CASES.keys() & REFUSED.keys() == set()
     assert {name for name in types.names() if name not in CASES and name in members} == set()
+
+
+def test_functions_of_peanut_are_those_of_transformers() -> None:
+    activations = pytest.importorskip("transformers.activations").ACT2FN
+    x = torch.linspace(-12, 12, 97, dtype=torch.float64)
+    assert set(activations) - set(ACTIVATIONS) == {"xielu"}
+    for name, function in ACTIVATIONS.items():
+        theirs = activations[name].double() if name == "prelu" else activations[name]
+        torch.testing.assert_close(function(x), theirs(x).detach(), rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_wavelets_are_pefts() -> None:
+    pytest.importorskip("peft")
+    assert wavelets.TABLE.read_text(encoding="utf-8") == wavelets.written()
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))

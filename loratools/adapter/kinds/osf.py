@@ -41,15 +41,20 @@ class OsfUpdate(Changing):
         return self.tensors[_PARTS[0]].shape[0], self.tensors[_PARTS[2]].shape[1]
 
     def change(self, dtype: DType, device: Device) -> Change:
-        """Return W without its small singular values, and those of the adapter."""
+        """Return W without its small singular values, by eigenvectors along its shorter side, but the adapter's."""
         import torch
 
         U, S, V = (self.number(name).to(device) for name in _PARTS)
-        small = min(self.own_shape) - self.rank
+        out, inner = self.own_shape
 
         def change(W: Tensor, rows: slice) -> Tensor:
-            left, values, right = torch.linalg.svd(W.double(), full_matrices=False)
-            taken = (left[:, small:] * values[small:]) @ right[small:]
+            W = W.double()
+            if inner <= out:
+                small = torch.linalg.eigh(W.T @ W).eigenvectors[:, : self.rank]
+                taken = (W @ small) @ small.T
+            else:
+                small = torch.linalg.eigh(W @ W.T).eigenvectors[:, : self.rank]
+                taken = small @ (small.T @ W)
             after: Tensor = W - taken + (U * S) @ V
             return after.to(dtype)
 

@@ -101,7 +101,6 @@ class WaveftUpdate(Named):
         across = self.shape[0 if transposed else 1]
         (y, low, _), (x, right, width) = (second, first) if transposed else (first, second)
         # The filter along one side is chosen by the half that the coefficient is in along the other.
-        bank = both[:, None, :].flip(-1)  # conv1d does not turn its filters round
         column = (x + taps - 2) // 2
 
         def made(rows: slice) -> Tensor:
@@ -114,10 +113,11 @@ class WaveftUpdate(Named):
                 place = (low[k].long(), at[inside] - rows.start, column[k])
                 tile.index_put_(place, c[k] * both[right[k].long(), tap], accumulate=True)
             # Along the row: coefficient j adds its filter from 2j on.
-            spread = torch.zeros(2, rows.stop - rows.start, 2 * width + 2 * taps, dtype=torch.float64, device=device)
-            spread[..., taps - 1 : taps - 1 + 2 * width : 2] = tile
-            sums = [torch.nn.functional.conv1d(spread[i][:, None], bank[i : i + 1])[:, 0] for i in (0, 1)]
-            return (sums[0] + sums[1])[:, taps - 2 : taps - 2 + across].to(dtype)
+            row = torch.zeros(rows.stop - rows.start, 2 * width + taps, dtype=torch.float64, device=device)
+            for tap in range(taps):
+                for half in (0, 1):
+                    row[:, tap : tap + 2 * width : 2].add_(tile[half], alpha=float(both[half, tap]))
+            return row[:, taps - 2 : taps - 2 + across].to(dtype)
 
         return made
 

@@ -12,6 +12,7 @@ import torch
 
 from loratools.adapter import kinds
 from loratools.adapter.kinds import Update
+from loratools.adapter.kinds.waveft import filters
 from loratools.storage.lazy import LazyTensor
 from tests.adapter.kinds.reference import Parts, applied, projected, random
 
@@ -82,6 +83,27 @@ def fourierft(W: torch.Tensor, p: Parts, s: float) -> torch.Tensor:
     spectrum = torch.zeros(OUT * IN, dtype=torch.float64)
     spectrum[places(len(p["fourierft_spectrum"]), 777)] = p["fourierft_spectrum"]
     return W + s * torch.fft.ifft2(spectrum.reshape(OUT, IN)).real
+
+
+def waveft(name: str) -> Formula:
+    """Return what the inverse transform of the four quarters of a larger matrix makes, as PEFT arranges them."""
+
+    def formula(W: torch.Tensor, p: Parts, s: float) -> torch.Tensor:
+        g = torch.tensor(filters()[name], dtype=torch.float64)
+        L = len(g)
+        h = torch.tensor([(-1) ** t * float(g[L - 1 - t]) for t in range(L)], dtype=torch.float64)
+        C = torch.zeros(OUT + L - 2, IN + L - 2, dtype=torch.float64)
+        C[(L - 2) // 2 : (L - 2) // 2 + OUT, (L - 2) // 2 : (L - 2) // 2 + IN] = whole(
+            places(len(p["waveft_spectrum"]), 777), p["waveft_spectrum"]
+        )
+        quarters = [half for rows in C.chunk(2, 0) for half in rows.chunk(2, 1)]  # LL, right, lower, both
+        kernels = [torch.outer(g, g), torch.outer(h, g), torch.outer(g, h), torch.outer(h, h)]
+        full = torch.nn.functional.conv_transpose2d(
+            torch.stack(quarters)[None], torch.stack(kernels)[:, None], stride=2
+        )
+        return W + s * full[0, 0, L - 2 : L - 2 + OUT, L - 2 : L - 2 + IN]
+
+    return formula
 
 
 def c3a(W: torch.Tensor, p: Parts, s: float) -> torch.Tensor:
@@ -242,6 +264,16 @@ CASES = {
     ),
     "fourierft": Case("fourierft", {"fourierft_spectrum": random(20)}, fourierft, {"seed": 777}, 150.0),
     "fourierft-all": Case("fourierft", {"fourierft_spectrum": random(OUT * IN)}, fourierft, {"seed": 777}),
+    **{
+        f"waveft-{name}": Case(
+            "waveft", {"waveft_spectrum": random(count)}, waveft(name), {"seed": 777, "wavelet": name}, 25.0
+        )
+        for name, count in (("db1", 20), ("db3", 40), ("sym4", OUT * IN), ("coif2", 30))
+    },
+    "waveft-plain": Case(
+        "waveft", {"waveft_spectrum": random(11)},
+        lambda W, p, s: W + s * whole(places(11, 777), p["waveft_spectrum"]), {"seed": 777, "wavelet": None}, 3.0,
+    ),
     "c3a": Case("c3a", {"c3a_kernel": random(3, 2, 4)}, c3a),
     "road_1": Case(
         "road", {"road_theta": random(OUT // 2), "road_alpha": random(OUT // 2, seed=1)}, road("road_1", 4),
