@@ -7,6 +7,7 @@ This dialect follows PEFT 0.21 to the letter; the kinds of update decide what a 
     fields     what each field of a config means: implemented, harmless, or refused with a reason
     targets    which modules a config targets
     patterns   names and regular expressions of a config, matched in bounded time
+    isolated   Python's own `re` in a process of its own, which ends when it takes too long
     names      the names in a file, in whatever state a trainer left them
     checks     what must agree: tensors with each other, and with the config
     experts    which parameter each wrapper around a stack of experts is for

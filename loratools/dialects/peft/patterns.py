@@ -1,15 +1,16 @@
 """The names and regular expressions of a config, matched as PEFT matches them, in bounded time.
 
 A config comes from anywhere. Names are looked up: a module costs as many look-ups as its path has segments, however
-many names there are. Regular expressions run in the `regex` package, which stops them after a time; only those that it
-and Python's `re`, which PEFT uses, read alike are let through.
+many names there are. Regular expressions run in the `regex` package, which stops them after a time, where it and
+Python's `re`, which PEFT uses, read them alike, as they do what trainers write; the others in `re`, in a process of
+their own (`isolated.py`).
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratools.adapter.naming.compact import suffixes
+from loratools.dialects.peft.isolated import Isolated
 from loratools.errors import UnsupportedAdapter
 
 if TYPE_CHECKING:
@@ -60,13 +62,17 @@ _MOST_SHAPES = 64  # of names of one length; real configs have one or two
 
 @dataclass(slots=True)
 class ConfigFile:
-    """The file of a config, what is wrong with its expressions, and the processor time that they have left."""
+    """The file of a config, what is wrong with its expressions, and the processor time that they have left.
+
+    `python` runs those that `regex` may read otherwise.
+    """
 
     path: Path
     problems: list[str] = field(default_factory=list)
     seconds: float = SECONDS_OF_CONFIG
     expressions: int = MAX_EXPRESSIONS
     characters: int = MAX_CHARACTERS
+    python: Isolated = field(default_factory=Isolated)
 
     def take(self, pattern: str) -> None:
         """Count an expression; raise `UnsupportedAdapter` for one too many: to compile them all takes too long."""
@@ -105,40 +111,53 @@ class Expression:
     """
 
     def __init__(self, pattern: str, field: str, config: ConfigFile, *, whole: bool = True) -> None:
-        self._pattern, self._field, self._config = pattern, field, config
+        self._pattern, self._field, self._config, self._whole = pattern, field, config, whole
         self._by_table = _BY_TABLE.search(pattern) is not None
-        if len(pattern) <= MAX_PATTERN:  # a longer one is not compiled
-            config.take(pattern)
+        self._alike: regex.Pattern[str] | None = None
+        if len(pattern) > MAX_PATTERN:  # it is not compiled
+            found = f"a regular expression of {len(pattern)} characters; at most {MAX_PATTERN} are read"
+            config.problems.append(f"{field}: {found}")
+            return
+        config.take(pattern)
         try:
-            compiled = compile_checked(pattern)
+            self._alike = compile_alike(pattern)
+            if self._alike is None:
+                self._in_python(None)
         except ValueError as error:
-            config.problems.append(f"{field}: {error}")
-        else:
-            self._match = compiled.fullmatch if whole else compiled.match
+            config.problems.append(f"{field}: {pattern[:80]!r} is not a regular expression: {error}")
+        except TimeoutError:
+            config.problems.append(f"{field}: the regular expression {pattern[:80]!r} takes too long to compile")
 
     def matches(self, name: str) -> bool:
-        """Tell whether the expression matches a module's name.
+        """Tell whether the expression matches a module's name; raise `UnsupportedAdapter` where that takes too long."""
+        return self.groups(name) is not None
 
-        Raises `UnsupportedAdapter` where that takes too long, or hangs on what a letter beyond ASCII is.
-        """
-        where = f"{self._config.path}: {self._field}"
-        if self._by_table and not (name.isascii() and name.isprintable()):
-            raise UnsupportedAdapter(
-                f"{where}: whether {self._pattern[:80]!r} matches {name[:80]!r} depends on the version of Unicode",
-                hint="List the names of the modules instead of a regular expression.",
-            )
-        start = time.thread_time()
+    def groups(self, name: str) -> Mapping[str, str] | None:
+        """Return the named groups of a match, None where there is none; raise as `matches`."""
         try:
             if self._config.seconds <= 0:
                 raise TimeoutError
-            matched: bool = self._match(name, timeout=min(SECONDS, self._config.seconds)) is not None
+            # Which letters beyond ASCII are words, each package knows by a table of its own.
+            if self._alike is None or (self._by_table and not (name.isascii() and name.isprintable())):
+                return self._in_python(name)
+            start = time.thread_time()
+            match = self._alike.fullmatch if self._whole else self._alike.match
+            found = match(name, timeout=min(SECONDS, self._config.seconds))
+            self._config.seconds -= time.thread_time() - start
+            return None if found is None else found.groupdict()
         except TimeoutError:
             raise UnsupportedAdapter(
-                f"{where}: the regular expression {self._pattern[:80]!r} takes too long to match {name[:80]!r}",
+                f"{self._config.path}: {self._field}: the regular expression {self._pattern[:80]!r} takes too long to"
+                f" match {name[:80]!r}",
                 hint="Write it without repeats within repeats, or list the names of the modules.",
             ) from None
-        self._config.seconds -= time.thread_time() - start
-        return matched
+
+    def _in_python(self, name: str | None) -> Mapping[str, str] | None:
+        """Return the named groups as Python's own `re` has them, in a process of its own; `name` None only compiles."""
+        seconds = min(SECONDS, self._config.seconds)
+        groups, taken = self._config.python.ask(self._pattern, name, self._whole, seconds)
+        self._config.seconds -= taken
+        return groups
 
 
 class PatternKeys:
@@ -214,22 +233,24 @@ class SavedModules:
 
 
 @lru_cache(maxsize=4096)
-def compile_checked(pattern: str) -> regex.Pattern[str]:
-    """Return an expression, compiled; raise `ValueError` for one that is overlong, wrong, or read in two ways."""
+def compile_alike(pattern: str) -> regex.Pattern[str] | None:
+    """Return an expression, compiled by `regex`; None for one that it may read otherwise than `re`, or at great length.
+
+    Raises `ValueError` with what `re` says of one that is wrong.
+    """
     import regex  # most configs need none
 
-    if len(pattern) > MAX_PATTERN:
-        raise ValueError(f"a regular expression of {len(pattern)} characters; at most {MAX_PATTERN} are read")
-    if prod(int(count) for count in re.findall(r"\d+", " ".join(re.findall(r"\{[\d,]*\}", pattern)))) > MAX_REPEATS:
-        raise ValueError(f"{pattern[:80]!r} repeats more than {MAX_REPEATS} times")
+    counts = re.findall(r"\d+", " ".join(re.findall(r"\{[\d,]*\}", pattern)))
     foreign = pattern.startswith("(?i)") and not pattern.isascii()
-    if foreign or not re.fullmatch(_READ_ALIKE, pattern, re.VERBOSE | re.ASCII):
-        raise ValueError(f"{pattern[:80]!r} is not a regular expression, or has in it what no trainer writes")
+    if foreign or prod(map(int, counts)) > MAX_REPEATS or not re.fullmatch(_READ_ALIKE, pattern, re.VERBOSE | re.ASCII):
+        return None
     try:
         re.compile(pattern)  # what PEFT cannot use is refused, also where `regex` could
         return regex.compile(pattern, regex.V0, cache_pattern=False)
-    except (re.error, regex.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{pattern[:80]!r} is not a regular expression: {error}") from None
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(str(error)) from None
+    except regex.error:
+        return None
 
 
 def _without(name: str, places: Iterable[int]) -> str:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from loratools.adapter.naming.compact import suffixes
 from loratools.dialects.peft.patterns import ConfigFile, Expression, NameList, SavedModules
-from loratools.errors import UnsupportedAdapter
-
-MAX_NAME = 1_000
-"""Characters of a module name in which layers are counted; real ones have about fifty."""
 
 ALL_LINEAR = "all-linear"
 
 MAX_LISTS = 100
 """Names in `layers_pattern`; a model has one list of layers, or two."""
-
-_PLAIN = re.compile(r"[\w.-]{1,1000}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,7 +28,7 @@ class Targets:
     modules: NameList | Expression | None
     exclude: NameList | Expression
     layers: Collection[int]
-    layer_lists: tuple[re.Pattern[str], ...]
+    layer_lists: tuple[Expression, ...]
     saved: SavedModules
     parameters: NameList
     pathless: frozenset[str]
@@ -51,9 +44,6 @@ class Targets:
 
         modules, lists = fields.get("target_modules"), several(fields, "layers_pattern")
         parameters = several(fields, "target_parameters")
-        config.problems += [
-            f"layers_pattern: {name[:80]!r} is no plain name" for name in lists if not _PLAIN.fullmatch(name)
-        ]
         if len(lists) > MAX_LISTS:
             config.problems.append(f"layers_pattern: {len(lists)} names; at most {MAX_LISTS} are read")
             lists = ()
@@ -61,13 +51,18 @@ class Targets:
             allowed = "with which PEFT allows no layers_to_transform or layers_pattern"
             config.problems.append(f"target_modules is a regular expression, {allowed}")
         # Without a list's name, the first numbered segment is the layer; a later one is an expert's number.
-        layers = [rf"(?:^|.*?\.){name}" for name in lists if _PLAIN.fullmatch(name)] or [r".*?\.[^.]*"]
+        layers = [rf"(?:^|.*?\.){name}" for name in lists] or [r".*?\.[^.]*"]
+        indices = dict.fromkeys(several(fields, "layers_to_transform"))
         all_linear = isinstance(modules, str) and modules.lower() == ALL_LINEAR
         return cls(
             None if modules is None or all_linear else rule("target_modules"),
             rule("exclude_modules"),
-            dict.fromkeys(several(fields, "layers_to_transform")),
-            tuple(re.compile(rf"{layer}\.(?P<index>\d+)\.") for layer in layers),
+            indices,
+            tuple(
+                Expression(rf"{layer}\.(?P<idx>\d+)\.", "layers_pattern", config, whole=False)
+                for layer in layers
+                if indices
+            ),
             SavedModules(several(fields, "modules_to_save"), config),
             NameList(place for parameter in parameters if (place := parameter.rpartition(".")[0])),
             frozenset(parameter for parameter in parameters if "." not in parameter),
@@ -95,10 +90,8 @@ class Targets:
     def _in_layers(self, module: str) -> bool:
         if not self.layers:
             return True
-        if len(module) > MAX_NAME:
-            raise UnsupportedAdapter(f"a module name of {len(module)} characters: {module[:80]!r}")
-        match = next((match for pattern in self.layer_lists if (match := pattern.match(module))), None)
-        return match is not None and int(match["index"]) in self.layers
+        groups = next((groups for layers in self.layer_lists if (groups := layers.groups(module)) is not None), None)
+        return groups is not None and int(groups["idx"]) in self.layers
 
 
 def several(fields: Mapping[str, Any], name: str) -> tuple[Any, ...]:

@@ -21,7 +21,7 @@ from loratools.dialects.peft import fields as tables
 from loratools.dialects.peft import types
 from loratools.dialects.peft.names import Groups, unwrap, whole_name
 from loratools.dialects.peft.order import in_code
-from loratools.dialects.peft.patterns import ConfigFile, PatternKeys
+from loratools.dialects.peft.patterns import ConfigFile, Expression, PatternKeys
 from loratools.dialects.peft.targets import Targets
 from loratools.dialects.peft.types import Field, ModuleTensors
 from loratools.dialects.peft.types._refused import REFUSED
@@ -76,7 +76,7 @@ def assemble(
     ]  # fmt: skip
     place = getattr(parsed.module, "PLACE", "{module}")
     order = cache(partial(in_code, path, base, parsed.targets))
-    common = (shared, tuple(groups.modules), parsed.values, parsed.pattern, order)
+    common = (shared, tuple(groups.modules), parsed.values, parsed.pattern, order, parsed.named)
     if not groups.modules and shared and hasattr(parsed.module, "updates"):
         updates |= parsed.module.updates(ModuleTensors("", {}, *common))
     for module, parts in groups.modules.items():
@@ -106,6 +106,7 @@ class TypedConfig:
     fields: Mapping[str, Any]
     targets: Targets
     keys: Mapping[str, PatternKeys]
+    expressions: Mapping[str, Expression]
 
     @classmethod
     def parse(cls, document: Mapping[str, Any], path: Path, alpha: float | None = None) -> TypedConfig:
@@ -131,6 +132,10 @@ class TypedConfig:
         file = ConfigFile(path)
         targets = Targets.of(fields, file)
         patterns = {field: PatternKeys(fields.get(field, ()), field, file) for field in own if _is_pattern(field)}
+        texts = {
+            field: fields[field] for field in own if field.endswith("_modules") and isinstance(fields.get(field), str)
+        }
+        expressions = {field: Expression(text, field, file) for field, text in texts.items()}
         check_faults(path, file.problems)
         refused = [
             f"{field} = {str(fields[field])[:80]}: {reason}"
@@ -143,12 +148,17 @@ class TypedConfig:
             shown = ", ".join(unknown)[:500]
             warned("%s: fields that are not known here, and have no effect: %s", path, shown)
         values = {field: each.default for field, each in own.items()} | fields
-        return cls(name, module, values, fields, targets, patterns)
+        return cls(name, module, values, fields, targets, patterns, expressions)
 
     def pattern(self, field: str, module: str) -> Any:
         """Return the value that a pattern has for a module, by PEFT's first-match rule; None where it has none."""
         key = self.keys[field].first(module)
         return None if key is None else self.values[field][key]
+
+    def named(self, field: str, module: str) -> bool:
+        """Tell whether PEFT takes the end of a module's name, or with an expression all of it, for one in a field."""
+        expression = self.expressions.get(field)
+        return module.endswith(tuple(self.values[field])) if expression is None else expression.matches(module)
 
     def untargeted(self, modules: Collection[str]) -> Iterator[str]:
         """Yield a line for each module with tensors that the config does not target."""

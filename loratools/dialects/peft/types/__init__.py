@@ -52,6 +52,7 @@ class ModuleTensors:
     `modules` are all modules of the file in its order. `values` are the config's fields, `pattern` returns the value
     that a pattern has for this module, by PEFT's first-match rule. `order(why)` returns the (out, in) of all modules
     that the config targets, in the order of the model's code, which the base tells; `why` says what needs it.
+    `names(field, module)` tells whether the names, or the regular expression, in a field are for a module.
     """
 
     module: str
@@ -61,10 +62,15 @@ class ModuleTensors:
     values: Mapping[str, Any]
     pattern: Callable[[str, str], Any]
     order: Callable[[str], Mapping[str, tuple[int, int]]]
+    names: Callable[[str, str], bool]
 
     def __getitem__(self, field: str) -> Any:
         """Return the value of a field, or PEFT's default."""
         return self.values[field]
+
+    def named(self, field: str) -> bool:
+        """Tell whether the names, or the regular expression, in a field are for this module."""
+        return self.names(field, self.module)
 
     def by_pattern(self, field: str, pattern: str) -> Any:
         """Return the value that `pattern` has for this module, else that of `field`."""

@@ -6,7 +6,6 @@ from typing import Any
 
 from loratools.adapter import kinds
 from loratools.adapter.kinds import Update
-from loratools.dialects.peft.patterns import SECONDS, compile_checked
 from loratools.dialects.peft.types import Field, ModuleTensors
 
 PARTS = {"ia3_l": "factors: (out, 1), of a feed-forward module (1, in), of a convolution (1, n, 1, …)"}
@@ -23,20 +22,10 @@ FIELDS = {"feedforward_modules": Field(_names, "a list of names or a regular exp
 def update(one: ModuleTensors) -> Update:
     """Return the update, on inputs where the config calls the module feed-forward."""
     one.has(*PARTS)
-    on_input, shape = _is_feedforward(one["feedforward_modules"], one.module), one.parts["ia3_l"].shape
+    on_input, shape = one.named("feedforward_modules"), one.parts["ia3_l"].shape
     side = "in" if on_input else "out"
     if len(shape) < 2 or (len(shape) == 2 and shape[int(not on_input)] != 1):
         expected = "(1, in)" if on_input else "(out, 1)"
         raise ValueError(f"ia3_l has shape {shape}, expected {expected}: the config has it scale the {side}puts")
     built: Update = kinds.get("ia3").build(one.parts, 1.0, 1.0, layout={"on_input": on_input})
     return built
-
-
-def _is_feedforward(names: str | list[str], module: str) -> bool:
-    """Tell whether PEFT takes a module for a feed-forward one: by the end of its name, whatever stands before it."""
-    if not isinstance(names, str):
-        return module.endswith(tuple(names))
-    try:
-        return compile_checked(names).fullmatch(module, timeout=SECONDS) is not None
-    except TimeoutError:
-        raise ValueError(f"feedforward_modules: {names[:80]!r} takes too long to match it") from None
