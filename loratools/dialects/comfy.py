@@ -3,6 +3,7 @@
     diffusion_model.double_blocks.0.img_attn.qkv . lora_A.weight (or lora_down.weight), lora_B.weight, alpha
     text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1 . lora_A.weight
     diffusion_model.blocks.0.self_attn.q . diff_b      added to the bias; of norms diff (Wan, extractions)
+    diffusion_model.blocks.0 . diff_m        added to the modulation; set_weight, reshape_weight: kohya/beside.py
     double_blocks.0.processor.qkv_lora1.down.weight            XLabs: lora1 the image's stream, lora2 the text's
     double_blocks.0.img_attn.qkv.lora_B.bias, ….query_norm.scale        BFL's control adapters, without a component
 
@@ -20,7 +21,6 @@ from pathlib import Path
 
 from loratools.adapter import factors
 from loratools.adapter.kinds import Update
-from loratools.adapter.kinds.full import BIAS_PART, WEIGHT_PART
 from loratools.adapter.model import Adapter, BaseIdentity, Loss
 from loratools.adapter.naming.image import groups, readings, rename
 from loratools.adapter.parts import BIAS, MAGNITUDE, A, B
@@ -30,6 +30,7 @@ from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import IDENTITY, common_losses, left
 from loratools.dialects._frame.metadata import ALPHAS, carried, metadata_of, settings_with
 from loratools.dialects._frame.numbers import read_number
+from loratools.dialects.kohya.beside import SET_PART, SHAPE_PART, shapes_of
 from loratools.errors import BadFile
 from loratools.format import keys
 from loratools.storage import save
@@ -38,16 +39,21 @@ from loratools.storage.lazy import LazyTensor
 SUMMARY = "ComfyUI, ai-toolkit, musubi-tuner, BFL, XLabs: the original implementation's names (diffusion_model.…)"
 EXTRA = None
 FILES = (".safetensors",)
-CANNOT = (*IDENTITY, "tensors trained whole", "models whose original names are not known here")
+CANNOT = (
+    *IDENTITY,
+    "tensors trained whole outside of the image model",
+    "models whose original names are not known here",
+)
 
 _FILE = "lora.safetensors"
 _SUFFIX = re.compile(
     r"(?P<module>.+?)\.(?P<part>lora_(?:A|B|down|up)(?:\.default)?\.weight|lora_B\.bias|lora_mid\.weight|alpha"
-    r"|dora_scale|(?:hada|lokr)_\w+|diff|diff_b|w_norm|b_norm|set_weight|reshape_weight|[ab][12]\.weight|oft_\w+"
+    r"|dora_scale|lora_magnitude_vector(?:\.weight)?|(?:hada|lokr)_\w+|diff|diff_b|diff_m|w_norm|b_norm|set_weight|reshape_weight|[ab][12]\.weight|oft_\w+"
     r"|rescale)"
 )
 _KINDS = frozenset({"lora", "dora", "conv", "locon", "loha", "lokr", "glora", "full", "norm", "oft", "wdora"})
-_PARTS = {"lora_A.weight": A, "lora_B.weight": B, "lora_down.weight": A, "lora_up.weight": B}
+_PARTS = {"lora_A.weight": A, "lora_B.weight": B, "lora_down.weight": A, "lora_up.weight": B,
+          "lora_magnitude_vector.weight": MAGNITUDE}  # fmt: skip
 _XLABS = re.compile(
     r"(?:diffusion_model\.)?(double|single)_blocks\.(\d+)\.processor\.(qkv|proj)_lora([12]?)\.(down|up)\.weight"
 )
@@ -113,10 +119,10 @@ def read(listing: Listing) -> Adapter:
         draft.groups[module] = _into_linear1(draft.groups[module])
     header = listing.header(name)
     metadata = header.metadata if header else {}
-    kohya.finish(draft, metadata)
+    others = kohya.finish(draft, metadata)
     base = BaseIdentity.of_name(metadata.get("ss_base_model"))
-    settings = settings_with(metadata, lambda key: key != "format")
-    return Adapter(draft.build(), whole, base, dialect="comfy", settings=settings)
+    settings = settings_with(metadata, lambda key: key != "format") | others.settings
+    return Adapter(draft.build(), {**whole, **others.replacements}, base, dialect="comfy", settings=settings)
 
 
 def losses(adapter: Adapter) -> list[Loss]:
@@ -132,7 +138,7 @@ def losses(adapter: Adapter) -> list[Loss]:
             lost.append(Loss(module, "its name in the original implementation is not known"))
         elif foreign or unread:
             lost.append(Loss(module, f"ComfyUI has no {', '.join(foreign) or unread}"))
-    return lost + common_losses(adapter, "ComfyUI")
+    return lost + [loss for loss in common_losses(adapter, "ComfyUI") if loss.where not in _set(adapter)]
 
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
@@ -146,8 +152,10 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
     encoders = groups.encoders(adapter)
     for module, update in adapter.updates.items():
         home = kohya.home_of(module, update)
-        parts = _of_peft(update, stated) if home == module else {BIAS_PART: update.parts[WEIGHT_PART]}
+        parts = _of_peft(update, stated) if home == module else kohya.alone(module, update)
         tensors |= {f"{_name(home, encoders)}.{suffix}": lazy for suffix, lazy in parts.items()}
+    tensors |= {name: adapter.replacements[path] for path, name in _set(adapter).items()}
+    tensors |= {f"{_name(module, encoders)}.{SHAPE_PART}": lazy for module, lazy in shapes_of(adapter).items()}
     metadata = {"format": "pt", **carried(adapter, tensors, "format")}
     if adapter.base and adapter.base.id:
         metadata["ss_base_model"] = adapter.base.id
@@ -205,6 +213,12 @@ def _name(module: str, encoders: Mapping[str, str]) -> str | None:
     usual = "t5xxl" if t5 else {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}.get(component)
     encoder = encoders.get(component, usual)
     return f"text_encoders.{encoder}.transformer.{rest}" if encoder and component.startswith("text_encoder") else None
+
+
+def _set(adapter: Adapter) -> dict[str, str]:
+    """Return path -> ComfyUI's name of a tensor that takes the place of one of the original model."""
+    ours = (path for path in adapter.replacements if path.startswith(f"{rename.ORIGINAL}."))
+    return {path: f"{path.rpartition('.')[0]}.{SET_PART}" for path in ours if path.endswith((".weight", ".scale"))}
 
 
 def _of_peft(update: Update, alpha: bool) -> dict[str, LazyTensor]:

@@ -9,8 +9,11 @@ PEFT's layer for `nn.MultiheadAttention` is of this kind too: there W is `in_pro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
+from loratools.adapter.kinds import Update
 from loratools.adapter.kinds._product import TwoFactors
+from loratools.adapter.kinds.conv import ConvUpdate
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -18,6 +21,14 @@ class LoraUpdate(TwoFactors):
     """s·B·A for a linear layer."""
 
     kind = "lora"
+
+    def fitted(self, shape: tuple[int, ...]) -> Update:
+        """Return the update of a convolution's weight of this shape, whose kernel flat factors do not tell."""
+        if len(shape) < 3 or (self.shape[0], self.shape[1]) != (shape[0], prod(shape[1:])):
+            return self
+        pointwise = (1,) * (len(shape) - 2)
+        A, B = self.A.reshaped((self.rank, *shape[1:])), self.B.reshaped((shape[0], self.rank, *pointwise))
+        return ConvUpdate(A, B, self.scaling, self.alpha, self.bias)
 
 
 claims, build = LoraUpdate.claims, LoraUpdate.build

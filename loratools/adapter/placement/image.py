@@ -164,8 +164,8 @@ def _named(adapter: Adapter, shapes: Shapes) -> dict[str, Update]:
 
 
 def _held(module: str, shapes: Shapes) -> bool:
-    """Tell whether a base has the weight of a module, or is what a bias that changes alone is called."""
-    return f"{module}.weight" in shapes or (module.endswith(".bias") and module in shapes)
+    """Tell whether a base has the weight of a module, or is what a parameter that changes alone is called."""
+    return f"{module}.weight" in shapes or module in shapes
 
 
 def _spellings(module: str) -> Iterator[str]:

@@ -177,7 +177,11 @@ class _Resolver:
         turned = comparable and len(shape) == 2 and self._stored_in_out(tensor, wanted, region)
         if not comparable or wanted != (region[::-1] if turned else region):
             stored = " (stored [in, out])" if turned else ""
-            raise NoPlace(f"its delta weight has shape {wanted}, {tensor}{stored} has {shape}")
+            widens = comparable and wanted[0] == region[turned] and wanted[1] > region[not turned]
+            base = (
+                "; where it widens the input, as control adapters do, the base has to be widened too" if widens else ""
+            )
+            raise NoPlace(f"its delta weight has shape {wanted}, {tensor}{stored} has {shape}{base}")
         matrix, outputs = (shape[0], prod(shape[1:])), (start, start + wanted[0], 1)
         if turned:
             return Site(tensor, matrix, (0, shape[0], 1), outputs, part, True)
@@ -288,7 +292,12 @@ def _overlaps(placements: list[Placement]) -> Iterator[str]:
         clashes = {
             (first.module, second.module)
             for first, second in combinations(together, 2)
-            if first.module != second.module and first.site.meets(second.site)
+            if first.module != second.module and first.site.meets(second.site) and not _beside(first, second)
         }
         for first, second in sorted(clashes):
             yield f"{second}: lands on the same part of {tensor} as {first}"
+
+
+def _beside(first: Placement, second: Placement) -> bool:
+    """Tell whether one of two updates is that of the other's weight alone: a difference beside factors."""
+    return f"{first.module}.weight" == second.module or f"{second.module}.weight" == first.module

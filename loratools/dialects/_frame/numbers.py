@@ -30,6 +30,14 @@ def read_number(lazy: LazyTensor, name: str) -> float:
     return value
 
 
+def read_whole_numbers(lazy: LazyTensor, name: str, most: int = 8) -> tuple[int, ...]:
+    """Return the whole numbers that a small stored tensor holds, without torch; raise `BadFile` for anything else."""
+    if lazy.spec is None or not 0 < lazy.parameters <= most or lazy.dtype not in ("I64", "I32"):
+        raise BadFile(f"{name}: expected at most {most} whole numbers, found {lazy.dtype} of shape {lazy.shape}")
+    code = _CODES[lazy.dtype][1] * lazy.parameters
+    return struct.unpack(f"<{code}", bytes(files.read_bytes(lazy.spec)))
+
+
 def is_number(value: object) -> bool:
     """Tell whether a value of a configuration is a finite number that can be a scaling."""
     return type(value) in (int, float) and -LARGEST < value < LARGEST  # type: ignore[operator]

@@ -9,6 +9,7 @@ header's `ss_network_alpha`, and s = 1 where that is missing too. The header's `
 adapter.
 
     names    flattened names and the way back, by look-up
+    beside   parts that change another parameter than their module's weight
     network  the header's `ss_network_module` and `ss_network_args`: what they say of the tensors
 """
 
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING
 from loratools.adapter import factors, kinds
 from loratools.adapter.kinds import Update
 from loratools.adapter.kinds.full import BIAS_PART, WEIGHT_PART
+from loratools.adapter.kinds.locon import MID_PART
 from loratools.adapter.model import Adapter, BaseIdentity, Loss
 from loratools.adapter.naming.image import groups, rename
 from loratools.adapter.parts import BIAS, MAGNITUDE, A, B
@@ -35,6 +37,7 @@ from loratools.dialects._frame.losses import IDENTITY, common_losses, left
 from loratools.dialects._frame.metadata import OF_BYTES, carried, metadata_of, settings_with
 from loratools.dialects._frame.numbers import is_float, read_number
 from loratools.dialects.kohya import network
+from loratools.dialects.kohya.beside import MODULATION, MODULATION_PART, Beside, take_apart
 from loratools.dialects.kohya.names import NAMES_KEY, dotted, flattened, head_of
 from loratools.errors import BadFile
 from loratools.format import keys
@@ -51,8 +54,10 @@ FILES = (".safetensors",)
 CANNOT = (*IDENTITY, "tensors trained whole", "embeddings", "stacked experts")
 
 _FILE = "lora.safetensors"
-_PARTS = {"lora_down.weight": A, "lora_up.weight": B}
-_SUFFIXES = {part: suffix for suffix, part in _PARTS.items()}
+_SUFFIXES = {A: "lora_down.weight", B: "lora_up.weight"}
+_PARTS = {suffix: part for part, suffix in _SUFFIXES.items()} | {
+    "lora_up.bias": BIAS, "lora_magnitude_vector.weight": MAGNITUDE,
+}  # fmt: skip
 _ALPHA, _DORA = "alpha", "dora_scale"
 _SHORT = ("F16", "BF16")
 _BIASED = frozenset({A, B, MAGNITUDE, _DORA})  # beside what a bias of B can be
@@ -87,7 +92,9 @@ def read(listing: Listing) -> Adapter:
     flat: dict[tuple[str, str], dict[str, LazyTensor]] = {}
     strangers = []
     for tensor, lazy in listing.tensors(name).items():
-        if head := head_of(tensor):
+        if (head := head_of(tensor)) and head[2] == MODULATION_PART:
+            flat.setdefault((head[0], f"{head[1]}_{MODULATION}"), {})[WEIGHT_PART] = lazy
+        elif head:
             flat.setdefault(head[:2], {})[head[2]] = lazy
         else:
             strangers.append(tensor)
@@ -106,12 +113,12 @@ def read(listing: Listing) -> Adapter:
             draft.alphas[module] = read_number(parts.pop(_ALPHA), f"{listing.folder / name}: {prefix}{path}.alpha")
         for suffix, lazy in parts.items():
             draft.add(module, _PARTS.get(suffix, suffix), lazy, f"{prefix}{path}.{suffix}")
-    finish(draft, metadata)
+    others = finish(draft, metadata)
     for note in network.notes(metadata, draft.groups):
         warned("%s: %s", listing.folder / name, note)
-    settings = settings_with(metadata, lambda key: key != NAMES_KEY)
+    settings = settings_with(metadata, lambda key: key != NAMES_KEY) | others.settings
     base = BaseIdentity.of_name(metadata.get("ss_sd_model_name"))
-    return Adapter(draft.build(), base=base, dialect="kohya", settings=settings)
+    return Adapter(draft.build(), others.replacements, base, dialect="kohya", settings=settings)
 
 
 def losses(adapter: Adapter) -> list[Loss]:
@@ -142,7 +149,7 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
     names, unknown = flattened(dict.fromkeys(homes.values()), groups.prefixes(adapter, "kohya"))
     tensors: dict[str, LazyTensor] = {}
     for module, update in adapter.updates.items():
-        parts = of_peft(update) if homes[module] == module else {BIAS_PART: update.parts[WEIGHT_PART]}
+        parts = of_peft(update) if homes[module] == module else alone(module, update)
         tensors |= {f"{names[homes[module]]}.{suffix}": lazy for suffix, lazy in parts.items()}
     metadata = _metadata(adapter)
     if unknown:
@@ -158,12 +165,13 @@ def _shape(parts: Mapping[str, LazyTensor]) -> tuple[int, ...]:
     return (up.shape[0], down.shape[1]) if down and up and len(down.shape) == len(up.shape) == 2 else ()
 
 
-def finish(draft: Draft, header: Mapping[str, str]) -> None:
-    """Give a draft of kohya's parts PEFT's, the alphas that only the header has, and its biases.
+def finish(draft: Draft, header: Mapping[str, str]) -> Beside:
+    """Give a draft of kohya's parts PEFT's, the alphas that only the header has, and its biases; return what is beside.
 
     A difference of a bias, b' = b + diff_b, becomes that of B beside two factors, c = diff_b/s, and an update of the
     bias itself beside anything else. The difference of a whole weight has its bias with it.
     """
+    others = take_apart(draft)
     biases = {
         module: parts.pop(BIAS_PART)
         for module, parts in draft.groups.items()
@@ -181,17 +189,32 @@ def finish(draft: Draft, header: Mapping[str, str]) -> None:
             parts[BIAS] = factors.scaled(bias, 1 / scaling)
         else:
             draft.add(f"{module}.bias", WEIGHT_PART, bias, f"{module}.{BIAS_PART}")
+    return others
 
 
 def home_of(module: str, update: Update) -> str:
-    """Return the module in whose name an update stands in a file: a bias that changes alone has that of its module."""
-    alone = update.kind == "full" and len(update.shape) == 1 and BIAS_PART not in update.parts
-    return module.removesuffix(".bias") if alone else module
+    """Return the module in whose name a parameter's update stands in a file: that of the bias, and the weight's own."""
+    alone = update.kind == "full" and BIAS_PART not in update.parts
+    last = ".bias" if len(update.shape) == 1 else ".weight"
+    return module.removesuffix(last) if alone else module
+
+
+def alone(module: str, update: Update) -> dict[str, LazyTensor]:
+    """Return the tensor of a parameter's update by its suffix: that of a bias, or of the weight."""
+    return {BIAS_PART if module.endswith(".bias") else WEIGHT_PART: update.parts[WEIGHT_PART]}
 
 
 def to_peft(parts: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Return the parts with DoRA's magnitude in PEFT's shape, if it has one number for each output feature."""
+    """Return the parts with DoRA's magnitude in PEFT's shape, if it has one number for each output feature.
+
+    The factors around a Tucker core are convolutions.
+    """
     converted = dict(parts)
+    core = parts.get(MID_PART)
+    if core is not None:  # ComfyUI takes the pointwise convolutions around a core as matrices too
+        pointwise = (1,) * (len(core.shape) - 2)
+        converted |= {name: parts[name].reshaped((*parts[name].shape, *pointwise))
+                      for name in (A, B) if name in parts and len(parts[name].shape) == 2}  # fmt: skip
     scale = parts.get(_DORA)
     if scale is not None and converted.keys() - {BIAS} == {A, B, _DORA}:
         out, sides = parts[B].shape[0], len(parts[A].shape)

@@ -21,7 +21,8 @@ from loratools.surgery.combine.entries import joined
 from loratools.surgery.combine.inputs import Aligned
 
 # Settings that the result keeps where no adapter says otherwise; the rest describes factors that are gone.
-_SHARED = ("task_type", "auto_mapping", "fan_in_fan_out", "ensure_weight_tying", "layer_replication", "lora_dropout")
+_SHARED = ("task_type", "auto_mapping", "fan_in_fan_out", "ensure_weight_tying", "layer_replication", "lora_dropout",
+           "reshape_weight")  # fmt: skip
 _ENTRY = ("tensor", "layout")
 _OF_DIALECTS = ("gguf", "base_config")
 _KEPT: tuple[FloatName, ...] = ("BF16", "F16")
