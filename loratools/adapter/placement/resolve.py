@@ -14,6 +14,7 @@ from loratools.adapter.converted.sites import block_of, inside, sites_of
 from loratools.adapter.kinds import Update
 from loratools.adapter.kinds._product import BiasUpdate
 from loratools.adapter.model import Adapter
+from loratools.adapter.naming.image.components import one_weight, widening
 from loratools.adapter.naming.wrappers import FUSIONS, Fusion, Names
 from loratools.adapter.placement import experts, stacks
 from loratools.adapter.placement.conv1d import Conv1D
@@ -177,11 +178,8 @@ class _Resolver:
         turned = comparable and len(shape) == 2 and self._stored_in_out(tensor, wanted, region)
         if not comparable or wanted != (region[::-1] if turned else region):
             stored = " (stored [in, out])" if turned else ""
-            widens = comparable and wanted[0] == region[turned] and wanted[1] > region[not turned]
-            base = (
-                "; where it widens the input, as control adapters do, the base has to be widened too" if widens else ""
-            )
-            raise NoPlace(f"its delta weight has shape {wanted}, {tensor}{stored} has {shape}{base}")
+            why = widening(module, wanted, region)
+            raise NoPlace(f"its delta weight has shape {wanted}, {tensor}{stored} has {shape}{why}")
         matrix, outputs = (shape[0], prod(shape[1:])), (start, start + wanted[0], 1)
         if turned:
             return Site(tensor, matrix, (0, shape[0], 1), outputs, part, True)
@@ -292,12 +290,9 @@ def _overlaps(placements: list[Placement]) -> Iterator[str]:
         clashes = {
             (first.module, second.module)
             for first, second in combinations(together, 2)
-            if first.module != second.module and first.site.meets(second.site) and not _beside(first, second)
+            if first.module != second.module
+            and first.site.meets(second.site)
+            and not one_weight(first.module, second.module)
         }
         for first, second in sorted(clashes):
             yield f"{second}: lands on the same part of {tensor} as {first}"
-
-
-def _beside(first: Placement, second: Placement) -> bool:
-    """Tell whether one of two updates is that of the other's weight alone: a difference beside factors."""
-    return f"{first.module}.weight" == second.module or f"{second.module}.weight" == first.module

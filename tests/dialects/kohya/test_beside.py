@@ -158,17 +158,18 @@ def test_a_difference_beside_factors_is_said(tmp_path: Path) -> None:
 
 def test_a_widened_input_needs_a_widened_base(tmp_path: Path) -> None:
     wide = factors(N, 2 * N) | {"reshape_weight": torch.tensor([N, 2 * N])}
-    model, adapter = write(tmp_path, {Q: wide}, "comfy", base())
-    with pytest.raises(IncompatibleAdapter, match="as control adapters do, the base has to be widened too"):
+    weights = {"img_in.weight": random(N, N), "img_in.bias": BIAS}
+    model, adapter = write(tmp_path, {"img_in": wide}, "comfy", weights)
+    with pytest.raises(IncompatibleAdapter, match="as control adapters do, and the base has to be widened too"):
         loratools.merge(model, adapter, tmp_path / "out")
-    W = torch.cat([base()[f"{Q}.weight"], torch.zeros(N, N)], 1)
-    model, _ = write(tmp_path, {Q: wide}, "comfy", base() | {f"{Q}.weight": W})
+    W = torch.cat([weights["img_in.weight"], torch.zeros(N, N)], 1)
+    model, _ = write(tmp_path, {"img_in": wide}, "comfy", weights | {"img_in.weight": W})
     loratools.merge(model, adapter, tmp_path / "out")
     merged = load_file(next((tmp_path / "out").glob("*.safetensors")))
-    torch.testing.assert_close(merged[f"{Q}.weight"].double(), W + product(wide), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merged["img_in.weight"].double(), W + product(wide), rtol=1e-5, atol=1e-5)
     loratools.resize(adapter, tmp_path / "small", 2)
     (file,) = (tmp_path / "small").glob("*.safetensors")
-    assert load_file(file)[f"diffusion_model.{Q}.reshape_weight"].tolist() == [N, 2 * N]
+    assert load_file(file)["diffusion_model.img_in.reshape_weight"].tolist() == [N, 2 * N]
 
 
 @pytest.mark.parametrize(("shape", "why"), [

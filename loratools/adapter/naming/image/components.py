@@ -13,6 +13,9 @@ MODEL_LEVEL = frozenset(
 )
 """First segments of names inside a model, as diffusers' `save_lora_adapter` and `load_attn_procs` write them."""
 
+_INPUTS = frozenset({"img_in", "x_embedder", "patch_embedding", "patch_embed", "conv_in", "x_in"})
+"""What image and video models call the layer of their input."""
+
 
 def component(module: str) -> str:
     """Return the component that a module belongs to, or "" where the name begins inside the model.
@@ -27,3 +30,16 @@ def component(module: str) -> str:
 def inside(module: str) -> str:
     """Return a module's name without its component."""
     return module.removeprefix(f"{component(module)}.") if component(module) else module
+
+
+def one_weight(first: str, second: str) -> bool:
+    """Tell whether one of two modules is the weight of the other alone: a difference beside factors, both added."""
+    return f"{first}.weight" == second or f"{second}.weight" == first
+
+
+def widening(module: str, wanted: tuple[int, ...], stored: tuple[int, ...]) -> str:
+    """Return what to say of an update that has more input features than the base's weight; "" of any other."""
+    wider = len(wanted) == len(stored) > 1 and wanted[0] == stored[0] and wanted[1] > stored[1]
+    if not wider or _INPUTS.isdisjoint(module.split(".")):
+        return ""
+    return "; it widens the input, as control adapters do, and the base has to be widened too"
