@@ -217,7 +217,7 @@ def _name(module: str, encoders: Mapping[str, str]) -> str | None:
 
 def _set(adapter: Adapter) -> dict[str, str]:
     """Return path -> ComfyUI's name of a tensor that takes the place of one of the original model."""
-    ours = (path for path in adapter.replacements if path.startswith(f"{rename.ORIGINAL}."))
+    ours = (path for path in adapter.replacements if path.startswith(f"{groups.ORIGINAL}."))
     return {path: f"{path.rpartition('.')[0]}.{SET_PART}" for path in ours if path.endswith((".weight", ".scale"))}
 
 
