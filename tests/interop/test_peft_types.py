@@ -26,6 +26,11 @@ LLAMA = {"target_modules": TARGETS}
 GPT2 = {"family": "gpt2", "target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True}  # (96, 32), (32, 128)
 
 CASES: Mapping[str, list[dict[str, Any]]] = {
+    "ADAMSS": [
+        {"r": r, **more}
+        for r in (5, 8)
+        for more in ({}, {"num_subspaces": 3, "subspace_rank": 2, "random_seed": 4}, {"use_dynamic_rank": True})
+    ],
     "BEFT": [
         {"family": "qwen2", "target_modules": ["q_proj"]},
         {"family": "qwen2", "target_modules": ["q_proj", "k_proj"]},
@@ -173,6 +178,8 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 def made(tmp_path: Path, name: str, settings: Mapping[str, Any]) -> tuple[Any, Path, Path]:
     """Return a base model, its folder, and that of an adapter."""
+    if name == "ADAMSS":
+        pytest.importorskip("sklearn", reason="PEFT makes none without it")
     rest = dict(settings)
     base = FAMILIES[rest.pop("family", "llama")].build()
     for parameter in (parameter for name, parameter in base.named_parameters() if name.endswith("bias")):

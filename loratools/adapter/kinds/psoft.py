@@ -18,6 +18,7 @@ from typing import Any
 
 from loratools.adapter.kinds import Device, DType, Tensor, Underlying
 from loratools.adapter.kinds._onweight import Change, Changing
+from loratools.adapter.kinds._vectors import largest, sketched
 from loratools.storage.lazy import LazyTensor
 
 PART, ROWS, COLUMNS = "psoft_R.weight", "psoft_R.vector_b", "psoft_R.vector_a"
@@ -56,29 +57,11 @@ class PsoftUpdate(Changing):
 
     def _vectors(self, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return U, S and Vᵀ of the largest singular values, drawn as PEFT draws them."""
-        import torch
-
-        W, r, threads = W.float().contiguous(), self.rank, torch.get_num_threads()
-        torch.set_num_threads(1)  # as in every merge: what several sum is rounded otherwise
-        try:
-            U, S, Vt = torch.linalg.svd(W, full_matrices=False) if self.layout["svd"] == "full" else self._sketched(W)
-        finally:
-            torch.set_num_threads(threads)
-        return U[:, :r].double(), S[:r].double(), Vt[:r].double()
-
-    def _sketched(self, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what `torch.svd_lowrank` returns after `torch.manual_seed`; all threads share that generator."""
-        import torch
-
-        tall = W.shape[0] >= W.shape[1]
-        A = W if tall else W.T
-        generator = torch.Generator().manual_seed(self.layout["seed"])
-        Q = torch.linalg.qr(A @ torch.randn(A.shape[1], self.rank, generator=generator)).Q
-        for _ in range(self.layout["niter"]):
-            Q = torch.linalg.qr(A @ torch.linalg.qr(A.T @ Q).Q).Q
-        U, S, Vt = torch.linalg.svd(Q.T @ A, full_matrices=False)
-        U = Q @ U
-        return (U, S, Vt) if tall else (Vt.T, S, U.T)
+        if self.layout["svd"] == "full":
+            U, S, Vt = largest(W, self.rank)
+        else:
+            U, S, Vt = sketched(W, self.rank, self.layout["niter"], self.layout["seed"])
+        return U.double(), S.double(), Vt.double()
 
     def _skew(self) -> Tensor:
         """Return Q (r, r), scaled down where a longest is given."""

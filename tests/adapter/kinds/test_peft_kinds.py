@@ -178,6 +178,35 @@ def supertuned(largest: bool) -> Formula:
     return formula
 
 
+SEEDED = np.random.RandomState(123456789).choice(OUT, 3, replace=False, p=np.full(OUT, 1 / OUT))  # the first centres
+
+
+def in_groups(W: torch.Tensor) -> list[list[int]]:
+    """Return the rows of each of three groups: those of k-means, from their sums, of left singular vectors."""
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        U = torch.svd_lowrank(W.float(), q=5, niter=2)[0].double()
+    centres = U[SEEDED]
+    for _ in range(11):
+        groups = [torch.cdist(U, centres).argmin(1) == i for i in range(3)]
+        centres = torch.stack([U[group].mean(0) for group in groups])
+    return [group.nonzero()[:, 0].tolist() for group in groups]
+
+
+def adamss(W: torch.Tensor, p: Parts, s: float) -> torch.Tensor:
+    out = W.clone()
+    for i, rows in enumerate(in_groups(random(OUT, IN, seed=5))):
+        out[rows] += p[f"adamss_B.{i}"] @ p[f"adamss_A.{i}"] @ p["adamss_newB"]
+    return out
+
+
+GROUPS = {"adamss_newB": random(5, IN)} | {
+    name: tensor
+    for i, rows in enumerate(in_groups(random(OUT, IN, seed=5)))
+    for name, tensor in ((f"adamss_A.{i}", random(2, 5, seed=i)), (f"adamss_B.{i}", random(len(rows), 2, seed=i)))
+}
+
+
 def deft(method: str) -> Formula:
     def formula(W: torch.Tensor, p: Parts, s: float) -> torch.Tensor:
         P = p["deft_P"]
@@ -329,6 +358,7 @@ CASES = {
          "supertuning_lora_A.weight": random(2, IN), "supertuning_lora_B.weight": random(OUT, 2)},
         supertuning, scaling=1.5,
     ),
+    "adamss": Case("adamss", GROUPS, adamss, {"seed": 4}),
     "deft-relu": Case(
         "deft", {"deft_P": 0.3 * random(OUT, 3), "deft_R": random(3, IN)}, deft("relu"), {"method": "relu"}, 2.0
     ),

@@ -13,8 +13,6 @@ REFUSED = {
     "CARTRIDGE": "a cartridge: a trained cache of keys and values stands before those of each layer; no weight changes",
     "ADAPTION_PROMPT": "LLaMA-Adapter: each layer attends to a trained prompt behind a gate; no weight changes",
     "LILY": "LILY: a router weighs several factors for each token; there is no single change of a weight",
-    "ADAMSS": "AdaMSS: which rows each subspace has is not in the file; PEFT clusters the base's weights again, with "
-    "scikit-learn, and has no merge without it",
     "XLORA": "X-LoRA: a classifier weighs several LoRAs for each token; merge those LoRAs one by one",
     "POLY": "Poly: a router weighs several LoRAs by the task of the input; there is no single change of a weight",
     "SHADOW": "Shadow: a small model runs beside the base and adds to its activations; no weight changes",
