@@ -74,7 +74,7 @@ def check_base(base: BaseIdentity | None, layout: Layout, check: CheckBase = "st
     typed = layout.config.get("model_type")
     if base.model_type and typed and base.model_type != typed:
         problems.append(f"model_type: the sealed base is of type {base.model_type}, this model of type {typed}")
-    names = Names(layout.shapes)
+    names = Names(layout.shapes, layout.config)
     for name, recorded in base.tensors.items():
         tensor = live_tensor(name, layout, names)
         if tensor is None:

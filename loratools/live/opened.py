@@ -78,7 +78,7 @@ def settled(adapter: Adapter, layout: Layout) -> Adapter:
     """
     if not adapter.copies:
         return adapter
-    names, own = Names(layout.shapes), dict(adapter.replacements)
+    names, own = Names(layout.shapes, layout.config), dict(adapter.replacements)
     for path, copy in adapter.copies.items():
         module, _, parameter = path.rpartition(".")
         named = names.find(module, parameter)

@@ -111,10 +111,10 @@ def place(layout: Layout, adapter: Adapter, *, trainable: bool, dropout: float =
     if not all(f"{module}.weight" in layout.shapes for module in adapter.updates) and not any(
         update.members for update in adapter.updates.values()
     ):
-        names = Names(layout.shapes)
+        names = Names(layout.shapes, layout.config)
         if not all(names.find(module) for module in adapter.updates):
             adapter = for_base(adapter, layout.shapes)
-    whole = resolve_replacements(adapter, layout.shapes)
+    whole = resolve_replacements(adapter, layout.shapes, layout.config)
     shapes = {**layout.shapes, **{name: tensor.shape for name, tensor in whole.items()}}
     placements = resolve(adapter, shapes, layout.config) if adapter.updates else []
     placements += _on_other_names(placements, adapter, layout)

@@ -91,7 +91,7 @@ def measurable(
         found = [_alone(adapter) for adapter in _alike(opened, names)]
     else:
         on, fitted = _fitted(model, opened, names)
-        alike = _alike([settled(adapter, Names(on.specs), on.shapes, on.config)[0] for adapter in fitted], names)
+        alike = _alike([settled(adapter, Names(on.specs, on.config), on.shapes, on.config)[0] for adapter in fitted], names)
         found = [_on(on, adapter) for adapter in alike]
     for name, changes in zip(names, found, strict=True):
         _tell(name, changes)
@@ -192,7 +192,7 @@ def _on(model: Checkpoint, adapter: Adapter) -> Changes:
     adapter, heads = _with_heads(adapter, model)
     shapes = {name: spec.shape for name, spec in model.specs.items()}
     shapes |= {head: shapes[embedding] for head, embedding in heads.items()}
-    whole = resolve_replacements(adapter, shapes)
+    whole = resolve_replacements(adapter, shapes, model.config)
 
     def weight(name: str) -> Tensor:
         return whole[name].load() if name in whole else model.read(heads.get(name, name))
@@ -220,7 +220,7 @@ def _with_heads(adapter: Adapter, model: Checkpoint) -> tuple[Adapter, dict[str,
 
     A head that is replaced by the tensor of the embedding is left out: there it is one weight.
     """
-    names, embedding = Names(model.specs), main_tensor(model.specs, EMBEDDINGS)
+    names, embedding = Names(model.specs, model.config), main_tensor(model.specs, EMBEDDINGS)
     paths = {*adapter.updates, *(path.removesuffix(".weight") for path in adapter.replacements)}
     missing = [path for path in sorted(paths) if last_segment(path) in HEADS and not names.find(path)]
     if embedding is None or not missing:

@@ -148,7 +148,9 @@ def convert(
         if onto is not None:
             settled = carried(checkpoint, settled, original, trained_on)
         converted = _with_config(settled.adapter, checkpoint)
-        converted = as_peft_has_it(converted, Names(checkpoint.specs), checkpoint.shapes, checkpoint.config)
+        converted = as_peft_has_it(
+            converted, Names(checkpoint.specs, checkpoint.config), checkpoint.shapes, checkpoint.config
+        )
         in_base = named_for(converted, checkpoint)
         if records:
             converted = seal(in_base, checkpoint, progress)
@@ -223,7 +225,7 @@ def _placed(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, list[Placement
     Raises `IncompatibleAdapter` unless the adapter fits the base.
     """
     untied = onto_stored(adapter, base.specs, base.config)
-    whole = resolve_replacements(untied, base.shapes)
+    whole = resolve_replacements(untied, base.shapes, base.config)
     after = base.shapes | {name: tensor.shape for name, tensor in whole.items()}
     return untied, resolve_on(base, untied, after), whole
 

@@ -22,7 +22,7 @@ _TASKS = (
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "layers": {
         r"(num|n)_(hidden_|encoder_|decoder_|attention_)?layers?|(encoder|decoder)_layers|depth|"
-        r"(encoder|decoder)_num_hidden_layers|num_global_layers|.*_(num_hidden_layers|num_layers|depth|layers)|"
+        r"(encoder|decoder)_num_hidden_layers|num_global_layers|(?!num_feat).*_(num_hidden_layers|num_layers|depth|layers)|"
         r"n_layer": 2,
         r"depths|num_blocks": [1], "layer_types|mlp_layer_types|layers_block_type": "cut",
         r"first_k_dense_replace|moe_layer_start_index|num_dense_layers|n_dense_layers|first_k_dense": 1,
@@ -51,6 +51,30 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 """Groups of fields that are shrunk together: pattern of the whole name -> value. A group that keeps a class from being
 built is left out."""
+
+OPEN: Mapping[str, Any] = {
+    "prediction_length": 2, "head_dim": 8, "num_key_value_heads": 2, "n_routed_experts": 4, "vocab_size": 128,
+    "vocabulary_map": {"<image>": 4}, "n_shared_experts": 1,
+}  # fmt: skip
+"""Fields that a default leaves open (None), and a class asks for."""
+
+OWN: Mapping[str, Mapping[str, Any]] = {
+    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16},
+    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16},
+    "mamba2": {"num_heads": 4, "head_dim": 16},
+    "glm5_next_text": {"num_key_value_heads": 4},
+    "esmc": {"num_key_value_heads": 4},
+    "neomme": {"head_dim": 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"expert_ffn_hidden_size": 24, "ffn_hidden_size": 48, "zero_expert_num": 2, "num_layers": 2},
+    "ernie4_5_vl_moe_text": {"hidden_size": 512},
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 24},
+    "dots3_note": {"num_key_value_heads": 4},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "flaubert": {"n_words": 128, "emb_dim": 32, "n_heads": 4},
+    "xlm": {"n_words": 128, "emb_dim": 32, "n_heads": 4},
+}
+"""What a model type needs beside that, in its own config wherever it lies."""
 
 
 @cache
@@ -98,6 +122,7 @@ def built(cls: Any, config_class: Any = None) -> Any:
 def _attempts() -> Iterator[tuple[str, ...]]:
     every = tuple(SIZES)
     yield every
+    yield (*every, "open")
     for left_out in every:
         yield tuple(name for name in every if name != left_out)
     yield ("layers", "vocabulary", "experts")
@@ -123,17 +148,25 @@ def _inner(config: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _shrunk(told: Mapping[str, Any], groups: tuple[str, ...]) -> dict[str, Any]:
-    patterns = [(re.compile(pattern), value) for group in groups for pattern, value in SIZES[group].items()]
+    patterns = [(re.compile(pattern), value) for name in groups for pattern, value in SIZES.get(name, {}).items()]
     made: dict[str, Any] = {}
+    own = OWN.get(told.get("model_type", ""), {}) if "widths" in groups else {}
     for key, value in told.items():
+        if not isinstance(key, str) or (value is None and "open" in groups and key in OPEN):
+            made[key] = OPEN[key] if isinstance(key, str) else value
+            continue
+        if key == "per_layer_config" and isinstance(value, dict) and "layers" in groups:
+            made[key] = {layer: each for layer, each in value.items() if int(layer) < 2}
+            continue
         if isinstance(value, dict) and key not in ("id2label", "label2id"):
             made[key] = _shrunk(value, groups)
             continue
         wanted = next((new for pattern, new in patterns if pattern.fullmatch(key)), None)
         made[key] = _changed(value, wanted)
+    made |= own
     size = made.get("vocab_size")
     for key, value in made.items():
-        if re.fullmatch(r"\w*token_(id|index)", key) and isinstance(value, int) and isinstance(size, int):
+        if isinstance(key, str) and re.fullmatch(r"\w*token_(id|index)", key) and isinstance(value, int) and isinstance(size, int):
             made[key] = min(value, size - 1)
     return made
 

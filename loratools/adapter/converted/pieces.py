@@ -37,11 +37,11 @@ class Span:
         """Return the part of this span in [`begin`, `end`), None where there is none."""
         low, high = max(begin, self.begin), min(end, self.end)
         start = self.start + (low - self.begin) * self.step
-        return replace(self, begin=low, end=high, start=start) if low < high else None
+        return Span(low, high, self.axis, start, self.step) if low < high else None
 
     def moved(self, by: int) -> Span:
         """Return the same numbers, `by` further on in the block."""
-        return replace(self, begin=self.begin + by, end=self.end + by)
+        return Span(self.begin + by, self.end + by, self.axis, self.start, self.step) if by else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Piece:
 
     def along(self, axis: int, span: Span) -> Piece:
         """Return the piece with another span along one axis."""
-        return replace(self, spans=(*self.spans[:axis], span, *self.spans[axis + 1 :]))
+        return Piece(self.tensor, (*self.spans[:axis], span, *self.spans[axis + 1 :]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,13 +154,14 @@ def _stack(blocks: _Blocks, settings: Mapping[str, Any], context: _Context) -> _
 
 
 def _stacked(blocks: Sequence[Block], axis: int) -> Block:
-    grown = []
-    for block in blocks:
-        shape = (*block.shape[:axis], 1, *block.shape[axis:])
-        grown.append(
-            Block(shape, tuple(replace(p, spans=(*p.spans[:axis], Span(0, 1), *p.spans[axis:])) for p in block.pieces))
-        )
-    return joined(grown, axis)
+    if any(block.shape != blocks[0].shape for block in blocks):
+        raise ValueError(f"shapes {' and '.join(map(str, sorted({block.shape for block in blocks})))}")
+    pieces = (
+        Piece(piece.tensor, (*piece.spans[:axis], Span(i, i + 1), *piece.spans[axis:]))
+        for i, block in enumerate(blocks)
+        for piece in block.pieces
+    )
+    return Block((*blocks[0].shape[:axis], len(blocks), *blocks[0].shape[axis:]), tuple(pieces))
 
 
 def _concatenate(blocks: _Blocks, settings: Mapping[str, Any], context: _Context) -> _Blocks:

@@ -129,7 +129,8 @@ class _Resolver:
         """Return the placements of the experts of a stack, one by one."""
         for spelled in stacks.spellings(path):
             if sites := experts.stack_sites(spelled, update, self.names, self.shapes):
-                return [Placement(module, update.members[expert], site, expert) for expert, site in sites]
+                members = update.members
+                return [Placement(module, members[expert], site, expert) for expert, site in sites]
         raise NoPlace(f"no {update.layout['parameter']} of its experts in the base, neither stacked nor one by one")
 
     def _bias(self, site: Site) -> Site:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import AdapterInput
@@ -41,7 +41,7 @@ def settle(
     """
     elsewhere = elsewhere or {}
     without_copies, notes, problems = [], [], []
-    names, ties = Names(base.specs), ties_for([each.adapter for each in inputs], base.specs, base.config)
+    names, ties = Names(base.specs, base.config), ties_for([each.adapter for each in inputs], base.specs, base.config)
     for i, each in enumerate(inputs):
         replacements = dict(each.adapter.replacements)
         for path, copy in each.adapter.copies.items():
@@ -65,8 +65,12 @@ def settle(
     return tuple(without_copies), [*problems, *notes]
 
 
-def replaced(inputs: Sequence[AdapterInput], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorSpec]:
+def replaced(
+    inputs: Sequence[AdapterInput], shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any] | None = None
+) -> dict[str, TensorSpec]:
     """Return output tensor -> what takes its place; two adapters cannot replace one tensor, nor half of one do it.
+
+    `shapes` are the base's tensors, `config` its config.json.
 
     Raises `IncompatibleAdapter` with all that cannot be: also rows for single tokens that two adapters replace.
     """
@@ -80,7 +84,7 @@ def replaced(inputs: Sequence[AdapterInput], shapes: Mapping[str, tuple[int, ...
                 problems.append(f"{module}: rows trained whole in {half}")
             taken = [row for row in update.replaced_rows if rows.setdefault((module, row), i) != i]
             problems += [f"{module}: row {row} is replaced by more than one adapter" for row in taken[:3]]
-        for name, tensor in resolve_replacements(each.adapter, shapes).items():
+        for name, tensor in resolve_replacements(each.adapter, shapes, config).items():
             if name in replacements:
                 problems.append(f"{name}: replaced by more than one adapter")
             elif each.weight != 1:

@@ -30,18 +30,25 @@ _TASKS = {
 _LABELLED = ("SEQ_CLS", "TOKEN_CLS")
 
 
-def resolve_replacements(adapter: Adapter, shapes: Shapes) -> dict[str, LazyTensor]:
+def resolve_replacements(
+    adapter: Adapter, shapes: Shapes, config: Mapping[str, Any] | None = None
+) -> dict[str, LazyTensor]:
     """Return output tensor name -> the tensor that takes its place, or is added under its own path.
+
+    `shapes` are the base's tensors, `config` its config.json, which tells how transformers names what it loads.
 
     Raises `IncompatibleAdapter` that lists every tensor which is ambiguous, which does not fit, or which the base lacks
     although it belongs to a numbered layer or an embedding, so that it is no new head.
     """
-    names, replaced, problems = Names(shapes), {}, []
+    names, replaced, problems = Names(shapes, config), {}, []
     for path, lazy in adapter.replacements.items():
         module, _, parameter = path.rpartition(".")
         tensors = names.find(module, parameter) if module else [path] if path in shapes else []
         if len(tensors) > 1:
             problems.append(f"{path}: ambiguous: {', '.join(tensors)}")
+        elif not tensors and names.loaded and (made := names.loaded.made(path)):
+            parts = made[1].rule.sources
+            problems.append(f"{path}: transformers makes it of {' and '.join(parts)}, and it cannot take their place whole")
         elif not tensors and (_in_layer(path) or last_segment(module) in EMBEDDINGS):
             problems.append(f"{path}: not in the base")
         elif tensors and not _fits(tensors[0], lazy.shape, shapes[tensors[0]]):

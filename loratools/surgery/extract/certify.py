@@ -95,7 +95,7 @@ def certify(
     lost = sorted(covered - counterparts.keys())
     if not modules or lost:
         raise IncompatibleAdapter(f"{tuned.path}: the fine-tune lacks what the adapter changes", lost[:20])
-    replaced = set(resolve_replacements(opened, shapes))
+    replaced = set(resolve_replacements(opened, shapes, base.config))
     work = _Work(base, tuned, counterparts, seed, progress or no_progress)
     with workers(threads or min(8, cores()), torch_threads=1) as pool, full_float32():
         jobs = [pool.submit(work.layer, module, sites) for module, sites in modules.items()]

@@ -56,7 +56,8 @@ def onto(scales: Scales, given: AdapterInput) -> Carried:
         except ValueError as error:
             problems.append(f"{module}: kind {update.kind}: {error}")
     shapes = scales.base.shapes
-    whole = {id(lazy): name for name, lazy in resolve_replacements(adapter, shapes).items()}
+    placed_whole = resolve_replacements(adapter, shapes, scales.base.config)
+    whole = {id(lazy): name for name, lazy in placed_whole.items()}
     replacements = {
         path: _whole(whole[id(lazy)], lazy, scales) if id(lazy) in whole else lazy
         for path, lazy in adapter.replacements.items()

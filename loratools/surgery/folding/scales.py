@@ -44,7 +44,7 @@ class Scales:
     def __post_init__(self) -> None:
         types = _types(self.base)
         self._folds = Folds(next(iter(types), ""), {name.rpartition(".")[0] for name in self.base.specs})
-        self._names = Names(self.original.specs)
+        self._names = Names(self.original.specs, self.original.config)
         self._one_plus = bool(ONE_PLUS & types)
 
     def in_norms(self) -> bool:

@@ -26,7 +26,7 @@ def weights_of(original: Checkpoint, encodings: Mapping[str, Encoding]) -> dict[
     Raises `WrongBase` with every weight that the original lacks, has in another shape, has as codes too, or has with
     other numbers than a quantization of it could have.
     """
-    names = Names(original.specs)
+    names = Names(original.specs, original.config)
     found: dict[str, TensorSpec] = {}
     problems = []
     for name, encoding in encodings.items():

@@ -48,7 +48,7 @@ def plan_merge(
     inputs = tuple(replace(each, adapter=adapter) for each, adapter in zip(inputs, untied.adapters, strict=True))
     specs = {**base.specs, **{new: base.specs[old] for new, old in untied.copies.items()}}
     shapes = {name: spec.shape for name, spec in specs.items()}
-    whole = replaced(inputs, shapes)
+    whole = replaced(inputs, shapes, base.config)
     check_vocabulary(shapes, {name: spec.shape for name, spec in whole.items()})
     placements = _placements(inputs, shapes | {name: spec.shape for name, spec in whole.items()}, base)
     written = as_written(base, {**placements, **whole}.keys() | untied.copies.values(), options.quantized, original)
@@ -139,7 +139,8 @@ def _config(
     """Return the fields of config.json that change, and notes: what an untied head, new tensors and a dtype ask for."""
     config, notes = {**base.config, **untied}, []
     for i, each in enumerate(inputs):
-        whole = {name: tensor.shape for name, tensor in resolve_replacements(each.adapter, shapes).items()}
+        replaced = resolve_replacements(each.adapter, shapes, base.config)
+        whole = {name: tensor.shape for name, tensor in replaced.items()}
         fields, sentences = follow(config, shapes, whole, each.adapter, configs[i] if configs else None)
         config |= fields
         notes += [f"adapter {i + 1}: {sentence}" for sentence in sentences]

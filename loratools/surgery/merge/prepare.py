@@ -146,7 +146,7 @@ def decide(
     record = of_merge(base, inputs, plan.turned()[: len(inputs)])
     shapes = {name: change.source.shape for name, change in plan.changes.items()}
     for entry, each in zip(record["adapters"], plan.adapters, strict=False):
-        entry |= {REPLACED: sorted(own)} if (own := resolve_replacements(each, shapes)) else {}
+        entry |= {REPLACED: sorted(own)} if (own := resolve_replacements(each, shapes, base.config)) else {}
     record |= {"dtype": options.output_dtype, "tied": options.tied if options.tied != "error" else None}
     beside = companions(base, [each.path for each in inputs])
     record |= {"model_type": options.model_type} if options.model_type else {}
