@@ -91,7 +91,9 @@ def measurable(
         found = [_alone(adapter) for adapter in _alike(opened, names)]
     else:
         on, fitted = _fitted(model, opened, names)
-        alike = _alike([settled(adapter, Names(on.specs, on.config), on.shapes, on.config)[0] for adapter in fitted], names)
+        alike = _alike(
+            [settled(adapter, Names(on.specs, on.config), on.shapes, on.config)[0] for adapter in fitted], names
+        )
         found = [_on(on, adapter) for adapter in alike]
     for name, changes in zip(names, found, strict=True):
         _tell(name, changes)

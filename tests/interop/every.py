@@ -1,8 +1,10 @@
 """Every model type of transformers, built small: a merge on disk against PEFT's in memory. A line for each.
 
     python -m tests.interop.every results.jsonl [TYPE …]
+    python -m tests.interop.every table results.jsonl
 
-makes the table that `tests/interop/test_every.py` draws its sample from.
+The first writes a line for each model type as it goes; the second makes of them the table `every.json`, of which
+`tests/interop/test_every.py` runs a sample. What is not right there has its reason.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-WHERE = ("attention", "linear", "experts")
-"""What is trained: linear layers of the attention, all linear layers, stacked weights of experts."""
+WHERE = ("attention", "experts", "linear", "older")
+"""What is trained: linear layers of the attention, stacked weights of experts, all linear layers; and those again, the
+adapter under the names of files and the base as transformers has it in memory."""
 
 CLOSE = 1e-5
 """How far a weight may be from PEFT's, as part of its largest element."""
@@ -43,7 +46,8 @@ def outcomes(model: Any, folder: Path) -> dict[str, str]:
         return dict.fromkeys(WHERE, f"peft: transformers does not save and load it: {_short(error)}")
     if base.keys() != again.keys():
         return dict.fromkeys(WHERE, "peft: transformers saves what it loads under other names")
-    return {where: _outcome(loaded, where, folder) for where in WHERE}
+    became = {where: _outcome(loaded, where, folder) for where in WHERE[:-1]}
+    return became | {"older": _older(loaded, folder) if became["linear"] == "right" else "none"}
 
 
 def _outcome(model: Any, where: str, folder: Path) -> str:
@@ -62,7 +66,7 @@ def _outcome(model: Any, where: str, folder: Path) -> str:
     try:
         merge(folder / "base", [folder / "adapter"], folder / "ours")
     except LoraToolsError as error:
-        return f"refused: {error.message} | {'; '.join(error.problems[:3])}"
+        return f"refused: {_short(' | '.join([error.message, *error.problems[:2]]))}"
     base, ours, theirs = (load(folder / name) for name in ("base", "ours", "peft"))
     if ours.keys() != theirs.keys():
         return f"peft: it saves other names: {sorted(ours.keys() ^ theirs.keys())[:3]}"
@@ -70,6 +74,67 @@ def _outcome(model: Any, where: str, folder: Path) -> str:
     touched = [name for name in ours if not same(again[name], theirs[name])]
     far = [name for name in ours if not near(ours[name], theirs[name] if name in touched else base[name])]
     return f"wrong: {len(far)} of {len(touched)}: {far[:3]}" if far else "right" if touched else "none"
+
+
+def _older(model: Any, folder: Path) -> str:
+    """Return what became of the adapter of linear layers under names of files, on a base of names of modules."""
+    from safetensors.torch import load_file, save_file
+
+    from loratools.errors import LoraToolsError
+    from loratools.surgery.merge import merge
+
+    files = _files_of_modules(model, load(folder / "base"))
+    tensors = {}
+    for key, tensor in load_file(folder / "adapter" / "adapter_model.safetensors").items():
+        module, part = re.fullmatch(r"base_model\.model\.(.+)\.(lora_[AB]\.weight)", key).groups()  # type: ignore[union-attr]
+        file = files.get(f"{module}.weight", f"{module}.weight").removesuffix(".weight")
+        tensors[f"base_model.model.{file}.{part}"] = tensor
+    if tensors.keys() == load_file(folder / "adapter" / "adapter_model.safetensors").keys():
+        return "none"
+    for name in ("older", "memory", "ours"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    shutil.copytree(folder / "adapter", folder / "older")
+    save_file(tensors, folder / "older" / "adapter_model.safetensors")
+    config = json.loads((folder / "older" / "adapter_config.json").read_text(encoding="utf-8"))
+    config["target_modules"] = sorted(
+        {key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in tensors}
+    )
+    (folder / "older" / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "memory").mkdir()
+    shutil.copy(folder / "base" / "config.json", folder / "memory")
+    base = _in_memory(model)
+    save_file(base, folder / "memory" / "model.safetensors")
+    theirs = _in_memory(type(model).from_pretrained(folder / "peft"))
+    try:
+        merge(folder / "memory", [folder / "older"], folder / "ours")
+    except LoraToolsError as error:
+        return f"refused: {_short(' | '.join([error.message, *error.problems[:2]]))}"
+    ours = load(folder / "ours")
+    far = [name for name in ours if not near(ours[name], theirs[name])]
+    return f"wrong: {len(far)} of {len(ours)}: {far[:3]}" if far else "right"
+
+
+def _in_memory(model: Any) -> dict[str, Any]:
+    """Return a model's tensors under the names of its modules, each once."""
+    once = {tensor.data_ptr(): name for name, tensor in reversed(model.state_dict().items())}
+    return {name: each.contiguous() for name, each in model.state_dict().items() if once[each.data_ptr()] == name}
+
+
+def _files_of_modules(model: Any, base: Mapping[str, Any]) -> dict[str, str]:
+    """Return parameter -> tensor of the files for all that transformers only renames."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    converters = [each for each in mapping if isinstance(each, WeightConverter)]
+    renamings = [each for each in mapping if not isinstance(each, WeightConverter)]
+    inside = model.state_dict()
+    files = {}
+    for name in sorted(base):
+        new, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, inside)
+        if converter is None and new in inside and name not in inside:
+            files[new] = name
+    return files
 
 
 def targets(model: Any, where: str) -> dict[str, list[str]]:
@@ -134,12 +199,28 @@ def load(folder: Path) -> dict[str, Any]:
     return tensors
 
 
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+def _short(error: Exception | str) -> str:
+    text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    return re.sub(r"/\S+/model/", "", " ".join(text.split()))[:160]
+
+
+TABLE = Path(__file__).with_name("every.json")
+"""What became of each model type: [class, outcome for each of `WHERE`]; the last line of each in the results counts."""
+
+
+def write_table(results: Path) -> None:
+    """Make the table of the results of a whole run."""
+    lines = map(json.loads, results.read_text(encoding="utf-8").splitlines())
+    rows = {line["type"]: [line["class"], *(line[where] for where in WHERE)] for line in lines}
+    each = (f"{json.dumps(key)}: {json.dumps(row)}" for key, row in sorted(rows.items()))
+    TABLE.write_text("{\n" + ",\n".join(each) + "\n}\n", encoding="utf-8")
 
 
 def main(arguments: list[str]) -> None:
-    """Write a line for each model type, and count them."""
+    """Write a line for each model type, and count them; or make the table."""
+    if arguments[0] == "table":
+        write_table(Path(arguments[1]))
+        return
     os.environ |= {"TRANSFORMERS_VERBOSITY": "critical", "HF_HUB_OFFLINE": "1"}
     warnings.filterwarnings("ignore")
     from transformers.utils.logging import disable_progress_bar

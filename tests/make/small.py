@@ -166,7 +166,12 @@ def _shrunk(told: Mapping[str, Any], groups: tuple[str, ...]) -> dict[str, Any]:
     made |= own
     size = made.get("vocab_size")
     for key, value in made.items():
-        if isinstance(key, str) and re.fullmatch(r"\w*token_(id|index)", key) and isinstance(value, int) and isinstance(size, int):
+        if (
+            isinstance(key, str)
+            and re.fullmatch(r"\w*token_(id|index)", key)
+            and isinstance(value, int)
+            and isinstance(size, int)
+        ):
             made[key] = min(value, size - 1)
     return made
 

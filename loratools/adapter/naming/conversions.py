@@ -19,6 +19,9 @@ from typing import Any
 Operation = tuple[str, Mapping[str, Any]]
 """The name of an operation on tensors, and its settings."""
 
+_ALONE = "thinker"
+"""The part of Qwen-Omni's models that trainers load alone, whose adapters name modules from there on."""
+
 _NUMBER = re.compile(r"(?<=\.)\d{2,}(?=\.)")
 
 
@@ -83,10 +86,14 @@ class Made:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Conversion:
-    """The rules of one model, in order; `prefixes` are the names under which its classes hold their inner model."""
+    """The rules of one model, in order; `prefix` is the name under which its class holds its inner model, or "".
+
+    `alone` is the path of a part that is trained as a model of its own, "" where there is none.
+    """
 
     rules: tuple[Rule, ...]
-    prefixes: frozenset[str]
+    prefix: str
+    alone: str = ""
     _renamings: tuple[Rule, ...] = field(init=False)
     _converters: tuple[Rule, ...] = field(init=False)
 
@@ -164,15 +171,14 @@ def conversion(config: Mapping[str, Any]) -> Conversion | None:
         return None
     taken: dict[str, list[str]] = {}
     rules: list[Rule] = []
-    prefixes = set()
+    alone = ""
     base_prefix = table()["classes"][name][1] if name in table()["classes"] else ""
     for path, inner, its_type in _models(name, str(model_type or ""), config):
-        if inner in table()["classes"]:
-            prefixes.add(table()["classes"][inner][1])
+        alone = _ALONE if path == _ALONE else alone
         if (numbers := _numbers(path, inner, its_type, taken)) is not None:
             rules += (_rule(number, path, base_prefix) for number in numbers)
     rules += (_rule(number, "", base_prefix) for number in table()["mappings"]["legacy"])
-    return Conversion(tuple(rules), frozenset(prefixes - {""}))
+    return Conversion(tuple(rules), base_prefix, alone)
 
 
 def _numbers(path: str, name: str | None, model_type: str, taken: dict[str, list[str]]) -> list[int] | None:

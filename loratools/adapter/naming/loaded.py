@@ -10,7 +10,7 @@ from typing import Any
 
 from loratools.adapter.naming.conversions import Conversion, Made, Rule, templated
 
-# Leading segments that only wrap a model, whichever it is; the names that its classes give an inner model come to them.
+# Leading segments that only wrap a model, whichever it is; the name that its class gives an inner model comes to them.
 _WRAPPERS = frozenset({"base_model", "model", "module", "_orig_mod", "_fsdp_wrapped_module"})
 
 
@@ -47,15 +47,14 @@ class Loaded:
         self._rules, self._tensors = rules, tensors
         self._groups = rules.groups(tensors)
         self.blocks: dict[int, Any] = {}  # what placement made of the rules, by the id of the `Made`
-        self._wrappers = _WRAPPERS | rules.prefixes
+        self._wrappers = _WRAPPERS | {rules.prefix}
         self._new_name = templated(lambda name: rules.renamed(name, self._groups))
         if any(rule.offset for rule in rules.rules):
             self._new_name = lambda name: rules.renamed(name, self._groups)
 
     def find(self, name: str) -> str | None:
         """Return the one tensor of the files that transformers loads, as it is, into a tensor of this name."""
-        new = self._new_name(name)
-        for wanted in dict.fromkeys((name, new)):
+        for wanted in self._spellings(name):
             bare = self._bare(wanted)
             for known, key in ((self._renamed, wanted), (self._by_bare_renamed, bare), (self._by_bare, bare)):
                 if len(tensors := known.get(key, [])) == 1:
@@ -64,7 +63,7 @@ class Loaded:
 
     def made(self, name: str) -> tuple[str, Made] | None:
         """Return the full name of a tensor that transformers makes of others of the files, and of which."""
-        for wanted in dict.fromkeys((name, self._new_name(name))):
+        for wanted in self._spellings(name):
             full = wanted if wanted in self._made else self._made_by_bare.get(self._bare(wanted))
             if full is not None:
                 return full, self._made[full]
@@ -72,8 +71,8 @@ class Loaded:
 
     def part(self, name: str) -> Part | None:
         """Return what a tensor of this name, which the files lack, becomes part of in transformers; None if of none."""
-        own = self._new_name(name)
-        converted = self._rules.converted(own)
+        named = (self._new_name(each) for each in self._names(name))
+        own, converted = next(((own, each) for own in named if (each := self._rules.converted(own))), (name, None))
         if converted is None:
             return None
         target, rule, number = converted
@@ -83,6 +82,13 @@ class Loaded:
     def tensor(self, renamed: str) -> str:
         """Return the tensor of the files that has this name after renaming."""
         return self._renamed[renamed][0]
+
+    def _spellings(self, name: str) -> dict[str, None]:
+        """Return a name as it is and after renaming; the same of the part that is trained alone."""
+        return dict.fromkeys(spelled for each in self._names(name) for spelled in (each, self._new_name(each)))
+
+    def _names(self, name: str) -> tuple[str, ...]:
+        return (name, f"{self._rules.alone}.{name}") if self._rules.alone else (name,)
 
     def _bare(self, name: str) -> str:
         segments = name.split(".")

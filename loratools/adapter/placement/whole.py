@@ -48,7 +48,9 @@ def resolve_replacements(
             problems.append(f"{path}: ambiguous: {', '.join(tensors)}")
         elif not tensors and names.loaded and (made := names.loaded.made(path)):
             parts = made[1].rule.sources
-            problems.append(f"{path}: transformers makes it of {' and '.join(parts)}, and it cannot take their place whole")
+            problems.append(
+                f"{path}: transformers makes it of {' and '.join(parts)}, and it cannot take their place whole"
+            )
         elif not tensors and (_in_layer(path) or last_segment(module) in EMBEDDINGS):
             problems.append(f"{path}: not in the base")
         elif tensors and not _fits(tensors[0], lazy.shape, shapes[tensors[0]]):

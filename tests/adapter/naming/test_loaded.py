@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from loratools.adapter.naming.wrappers import Names
 
 MIXTRAL = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
@@ -41,6 +43,16 @@ def test_experts_are_made_into_a_stack_in_the_order_of_their_numbers() -> None:
         [f"model.layers.0.block_sparse_moe.experts.{i}.{w}.weight" for i in range(12)] for w in ("w1", "w3")
     ]
     assert loaded.made("model.layers.0.mlp.experts.gate_proj") is None
+
+
+OMNI = {"model_type": "qwen2_5_omni", "architectures": ["Qwen2_5OmniForConditionalGeneration"]}
+
+
+@pytest.mark.parametrize("module", ["model.layers", "model.language_model.layers", "thinker.model.layers"])
+def test_an_adapter_of_the_thinker_alone_is_one_of_the_whole_model(module: str) -> None:
+    files = [f"{part}.model.layers.0.self_attn.q_proj.weight" for part in ("talker", "thinker")]
+    assert Names(files, OMNI).find(f"{module}.0.self_attn.q_proj") == files[1:]
+    assert Names(files, OMNI).find("talker.model.layers.0.self_attn.q_proj") == files[:1]
 
 
 def test_what_a_tensor_becomes_part_of() -> None:
