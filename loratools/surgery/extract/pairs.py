@@ -150,7 +150,7 @@ def _as_tied(match: Pair, selection: Selection) -> Pair:
 def _counterparts(base: Checkpoint, tuned: Checkpoint) -> dict[str, str | None]:
     """Return each tensor of the fine-tune with its tensor in the base: the same name, else the same past wrappers."""
     sources: dict[str, str | None] = {name: name for name in tuned.specs if name in base.specs}
-    others = Names(base.specs.keys() - sources.keys())
+    others = Names(base.specs.keys() - sources.keys(), base.config)
     problems = []
     for name in sorted(tuned.specs.keys() - sources.keys()):
         module, _, parameter = name.rpartition(".")
