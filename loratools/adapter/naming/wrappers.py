@@ -1,8 +1,8 @@
 """Module names: the wrappers that trainers and models put before them, and the projections that some models fuse.
 
-Where a base's config.json tells which model of transformers it is, `conversions` says how its modules are named; what is
-here by hand serves where none does: files without a config, two adapters side by side, models of remote code, and what
-transformers 4 had in memory.
+Where a base's config.json tells which model of transformers it is, `conversions` says how its modules are named; what
+is here by hand serves where none does: files without a config, two adapters side by side, models of remote code, and
+what transformers 4 had in memory.
 """
 
 from __future__ import annotations
