@@ -47,13 +47,14 @@ CANNOT = (
 
 _FILE = "lora.safetensors"
 _SUFFIX = re.compile(
-    r"(?P<module>.+?)\.(?P<part>lora_(?:A|B|down|up)(?:\.default)?\.weight|lora_B\.bias|lora_mid\.weight|alpha"
+    r"(?P<module>.+?)\.(?P<part>lora_(?:A|B|down|up)(?:\.default)?(?:\.weight)?|lora_B\.bias|lora_mid\.weight|alpha"
     r"|dora_scale|lora_magnitude_vector(?:\.weight)?|(?:hada|lokr)_\w+|diff|diff_b|diff_m|w_norm|b_norm|set_weight|reshape_weight|[ab][12]\.weight|oft_\w+"
     r"|rescale)"
 )
 _KINDS = frozenset({"lora", "dora", "conv", "locon", "loha", "lokr", "glora", "full", "norm", "oft", "wdora"})
 _PARTS = {"lora_A.weight": A, "lora_B.weight": B, "lora_down.weight": A, "lora_up.weight": B,
-          "lora_magnitude_vector.weight": MAGNITUDE}  # fmt: skip
+          "lora_magnitude_vector.weight": MAGNITUDE,
+          "lora_A": A, "lora_B": B}  # fmt: skip
 _XLABS = re.compile(
     r"(?:diffusion_model\.)?(double|single)_blocks\.(\d+)\.processor\.(qkv|proj)_lora([12]?)\.(down|up)\.weight"
 )
@@ -61,6 +62,7 @@ _XLABS_NAMES = {
     "qkv1": "img_attn.qkv", "qkv2": "txt_attn.qkv", "proj1": "img_attn.proj", "proj2": "txt_attn.proj",
     "qkv": "linear1", "proj": "linear2",
 }  # fmt: skip
+_DIFFSYNTH = re.compile(r"^(?:pipe\.)?dit\.")
 _ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"}
 _ENCODER = re.compile(r"text_encoders\.(\w+)\.transformer\.(.+)")
 
@@ -76,6 +78,7 @@ def detect(listing: Listing) -> Evidence | None:
         (80, "are of XLabs' processors", _XLABS.fullmatch),
         (80, "begin with diffusion_model.", re.compile(r"diffusion_model\.").match),
         (80, "begin with text_encoders.", _ENCODER.match),
+        (80, "begin with dit., as DiffSynth's do", _DIFFSYNTH.match),
     ):
         if marked := [tensor for tensor in names if mark(tensor)]:
             return Evidence(score, f"{len(marked)} of the tensors in {name} {what}, such as {marked[0]}")
@@ -93,7 +96,7 @@ def read(listing: Listing) -> Adapter:
     name = listing.only(*FILES)
     if name is None:
         raise BadFile(f"{listing.path}: expected one safetensors file in this folder")
-    tensors = listing.tensors(name)
+    tensors = {_DIFFSYNTH.sub(f"{groups.ORIGINAL}.", tensor): lazy for tensor, lazy in listing.tensors(name).items()}
     spelling = _Spelling.of(tensors)
     draft = Draft(listing.path, alpha=listing.alpha)
     whole: dict[str, LazyTensor] = {}

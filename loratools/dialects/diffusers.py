@@ -53,6 +53,7 @@ _OLD = re.compile(r"(?P<module>.+?)(?:\.lora\.|\.lora_linear_layer\.|\.lora_)(?P
 _PROCESSOR = re.compile(
     r"(?P<at>.+)\.(?P<name>to_[qkv]|to_out|add_[kqv]_proj|to_add_out)_lora\.(?P<side>down|up)\.weight"
 )
+_PEFT = re.compile(r"^(unet|transformer|text_encoder(?:_[23])?)\.base_model\.model\.")  # of PEFT's own early scripts
 _ALPHA = re.compile(r"(?P<module>.+?)(?:\.lora|\.lora_linear_layer)?\.alpha")
 
 
@@ -164,6 +165,7 @@ def _split(name: str) -> tuple[str, str] | None:
     >>> _split("text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.down.weight")
     ('text_encoder.text_model.encoder.layers.0.self_attn.q_proj', 'lora_A.weight')
     """
+    name = _PEFT.sub(r"\1.", name)
     if match := _PROCESSOR.fullmatch(name):
         at = match["at"].removesuffix(".processor")
         names = _CLIP if at.endswith(".self_attn") else _OUT

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from loratools import dialects
 from loratools.adapter.model import Adapter, BaseIdentity
-from loratools.errors import BadFile, UnknownKind
+from loratools.errors import BadFile
 from loratools.storage.lazy import LazyTensor
 from tests.dialects.adapters import Q0, expect, factors, lora, opened, samples
 from tests.dialects.contract import DialectContract
@@ -80,10 +80,10 @@ def test_what_a_model_saves_has_no_component(tmp_path: Path) -> None:
     expect(dialects.open_adapter(path), f"{module}.to_v", 7, 1.0)
 
 
-def test_bare_names_of_a_language_model_without_a_scale_are_not_guessed_at(tmp_path: Path) -> None:
+def test_bare_names_of_a_language_model_are_pefts(tmp_path: Path) -> None:
     save_file(named(Q0, ".lora_A.weight", ".lora_B.weight", 1), tmp_path / "x.safetensors")
-    with pytest.raises(UnknownKind):
-        dialects.open_adapter(tmp_path / "x.safetensors")
+    adapter = dialects.open_adapter(tmp_path / "x.safetensors")
+    assert (adapter.dialect, adapter.updates[Q0].scaling) == ("peft", 1.0)
 
 
 def header_config(path: Path) -> dict[str, Any]:

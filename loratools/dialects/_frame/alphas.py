@@ -36,6 +36,7 @@ def fill(draft: Draft, header: Mapping[str, str], *, apart: frozenset[str] = fro
         return
     arguments = network_arguments(header)
     root = str(arguments.get("rs_lora", "")).lower() in ("true", "1")  # LyCORIS has it in the alphas that it stores
+    root = root or any(config.get("use_rslora") is True for _, config in _configs(header))
     of_convolutions = number(arguments.get("conv_alpha"))
     for module in missing:
         kernel = any(len(lazy.shape) == 4 and lazy.shape[2:] != (1, 1) for lazy in draft.groups[module].values())
@@ -50,19 +51,32 @@ def fill(draft: Draft, header: Mapping[str, str], *, apart: frozenset[str] = fro
 def stated(header: Mapping[str, str], draft: Draft) -> tuple[float | None, str]:
     """Return the alpha that a header states, and the entries that do, None and "" where there is none."""
     values = {name: value for name in ALPHAS if (value := number(header.get(name))) is not None}
+    values |= {f"{name}.lora_alpha": value for name, config in _configs(header)
+               if (value := number(config["lora_alpha"])) is not None}  # fmt: skip
     entries = ", ".join(f"{name} = {value:g}" for name, value in values.items())
     if len(set(values.values())) > 1:
         raise BadFile(f"{draft.path}: its header states two alphas, and its tensors hold none: {entries}")
     return next(iter(values.values()), None), entries
 
 
+def _configs(header: Mapping[str, str]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the entries of a header that hold a config with `lora_alpha` as JSON, by name."""
+    objects = ((name, json_object(text)) for name, text in header.items() if '"lora_alpha"' in text)
+    return [(name, config) for name, config in objects if "lora_alpha" in config]
+
+
 def network_arguments(header: Mapping[str, str]) -> dict[str, Any]:
     """Return sd-scripts' `ss_network_args`, {} where they are no JSON object."""
+    return json_object(header.get("ss_network_args", "{}"))
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Return the JSON object that an entry of a header is, {} where it is none."""
     try:
-        arguments = json.loads(header.get("ss_network_args", "{}"))
+        value = json.loads(text)
     except (ValueError, RecursionError):
         return {}
-    return arguments if isinstance(arguments, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def number(text: object) -> float | None:

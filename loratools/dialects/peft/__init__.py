@@ -15,6 +15,7 @@ This dialect follows PEFT 0.21 to the letter; the kinds of update decide what a 
     typed      an adapter of another type than LORA
     order      the modules of a base in the order of its code, for what is drawn for one after the other
     types      those types, one file each
+    alone      a single file without its config
     held       an adapter that is no file: a state dict with a config, a PeftModel, the handle of a running model
 """
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,8 @@ from loratools.dialects._frame.build import check_gathered
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import left, record_losses
 from loratools.dialects._frame.metadata import carried, settings_with
-from loratools.dialects.peft import checks
+from loratools.dialects.peft import alone, checks
+from loratools.dialects.peft.alone import is_part, stated_config
 from loratools.dialects.peft.assemble import assemble
 from loratools.dialects.peft.experts import version_for
 from loratools.dialects.peft.names import unwrap
@@ -67,6 +70,8 @@ def detect(listing: Listing) -> Evidence | None:
         return Evidence(90, f"{_CONFIG} has peft_type, and {names}") if stated else Evidence(60, names)
     if stated:
         return Evidence(40 if header else 80, f"{_CONFIG} has peft_type")
+    if listing.single and header and (bare := [name for name in header.tensors if is_part(name)]):
+        return Evidence(30, f"{len(bare)} of the tensors in {files[0]} end as PEFT's factors do, such as {bare[0]}")
     return None
 
 
@@ -78,16 +83,22 @@ def read(listing: Listing) -> Adapter:
     """
     tensors = _tensors(listing)
     path, document = listing.folder / _CONFIG, listing.json(_CONFIG)
+    header = _header(listing)
+    document = stated_config(header) if document is None else document
+    if document is None and (listing.single or listing.alpha is not None):
+        adapter = alone.read(listing, tensors, header)
+        return replace(adapter, settings=_entries(header))
     if document is None:
         raise BadFile(
             f"{path}: no such file, and without it the scaling is unknown",
-            hint=f"Put the {_CONFIG} that was saved with {_files(listing)[0]} beside it.",
+            hint=f"Put the {_CONFIG} that was saved with {_files(listing)[0]} beside it, or give the file "
+            "itself, which is read at scale 1, or the alpha of its training.",
         )
     check_gathered(listing.path, tensors, checks.is_flat)
     adapter = assemble(
         listing.path, tensors, document, path, initial=listing.initial, alpha=listing.alpha, base=listing.base
     )
-    return replace(adapter, settings={**adapter.settings, **_entries(listing)})
+    return replace(adapter, settings={**adapter.settings, **_entries(header)})
 
 
 def losses(adapter: Adapter) -> list[Loss]:
@@ -131,10 +142,15 @@ def _files(listing: Listing) -> list[str]:
     return []
 
 
-def _entries(listing: Listing) -> dict[str, Any]:
-    """Return the settings that hold the entries of the header: trigger phrase, tags, …, of an adapter of images."""
+def _header(listing: Listing) -> Mapping[str, str]:
+    """Return the entries of the header, {} of a pickle's."""
     header = listing.header(_files(listing)[0])
-    return settings_with(header.metadata if header else {}, lambda name: name not in ("format", manifest.METADATA_KEY))
+    return header.metadata if header else {}
+
+
+def _entries(header: Mapping[str, str]) -> dict[str, Any]:
+    """Return the settings that hold the entries of the header: trigger phrase, tags, …, of an adapter of images."""
+    return settings_with(header, lambda name: name not in ("format", manifest.METADATA_KEY))
 
 
 def _compare(listing: Listing, single: str) -> None:
