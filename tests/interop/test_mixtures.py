@@ -5,12 +5,14 @@ Each model is saved as transformers does, under the names of its publisher, and 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from loratools.surgery.merge import merge
@@ -41,6 +43,17 @@ MODELS: dict[str, dict[str, Any]] = {
     "glm4_moe": {**SIDES, **ROUTED, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
     "deepseek_v3": {**SIDES, **ROUTED, **LATENT, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
     "gpt_oss": {**SIDES, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {**SIDES, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoeshared": {**SIDES, "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 12},
+    "aria_text": {**SIDES, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+    "nemotron_h": {
+        **SIDES, **ROUTED, "layers_block_type": ["attention", "moe"], "moe_shared_expert_intermediate_size": 8,
+        "n_group": 1, "topk_group": 1, "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 1,
+    },
+    "deepseek_v4": {
+        **SIDES, **ROUTED, "q_lora_rank": 8, "o_lora_rank": 8, "o_groups": 2, "qk_rope_head_dim": 4, "index_n_heads": 2,
+        "index_head_dim": 8, "index_topk": 4, "layer_types": None, "mlp_layer_types": None,
+    },
     "glm4v_moe": {
         "text_config": {
             **SIDES, **ROUTED, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "rope_parameters": ROPE,
@@ -98,8 +111,8 @@ def close(found: Tensor, wanted: Tensor) -> bool:
 
 
 def cases() -> list[tuple[str, str]]:
-    """Pair models with targets; the router of gpt-oss has another name."""
-    without = {("gpt_oss", "router")}
+    """Pair models with targets; the routers of some have another name."""
+    without = {(model, "router") for model in ("gpt_oss", "granitemoe", "granitemoeshared", "aria_text", "nemotron_h")}
     return [(model, name) for model in MODELS for name in TARGETS if (model, name) not in without]
 
 
@@ -113,4 +126,40 @@ def test_a_mixture_merges_as_peft_merges_it(model_type: str, name: str, tmp_path
         merge(tmp_path / base, tmp_path / "adapter", tmp_path / f"{base}-merged")
         found, wanted = load(tmp_path / f"{base}-merged"), load(tmp_path / f"{base}-expected")
         assert found.keys() == wanted.keys()
+        assert not [tensor for tensor in wanted if not close(found[tensor], wanted[tensor])]
+
+
+def one_by_one(base: Path, folder: Path, names: set[str]) -> dict[str, Tensor]:
+    """Write an adapter of every projection of these names in a published base; return W + 4·B·A in float64."""
+    generator = torch.Generator().manual_seed(1)
+    tensors, wanted = {}, {name: W.double() for name, W in load(base).items() if W.is_floating_point()}
+    for name, W in wanted.items():
+        if name.split(".")[-2] in names and name.endswith(".weight") and W.dim() == 2:
+            A = torch.randn(2, W.shape[1], generator=generator) * 0.3
+            B = torch.randn(W.shape[0], 2, generator=generator) * 0.3
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors |= {f"{module}.lora_A.weight": A, f"{module}.lora_B.weight": B}
+            wanted[name] = W + 4 * (B.double() @ A.double())
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": sorted(names)}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    assert sum(".experts." in name for name in tensors) >= 16
+    return wanted
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "deepseek_v3", "deepseek_v4", "nemotron_h", "olmoe"])
+def test_experts_one_by_one_of_published_names_merge_into_either_naming(model_type: str, tmp_path: Path) -> None:
+    model = small(model_type)
+    model.save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "memory", save_original_format=False)
+    names = {"w1", "w2", "w3"} if model_type in ("mixtral", "deepseek_v4") else {"gate_proj", "up_proj", "down_proj"}
+    wanted = one_by_one(tmp_path / "base", tmp_path / "adapter", names)
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "base-merged")
+    merge(tmp_path / "memory", tmp_path / "adapter", tmp_path / "memory-merged")
+    model.load_state_dict(load(tmp_path / "memory-merged"))
+    model.save_pretrained(tmp_path / "published")
+    for folder in ("base-merged", "published"):
+        found = load(tmp_path / folder)
+        assert found.keys() >= wanted.keys()
         assert not [tensor for tensor in wanted if not close(found[tensor], wanted[tensor])]

@@ -211,9 +211,9 @@ class PeftConfig:
 
 
 def _check(path: Path, faults: list[str]) -> None:
-    """Raise `BadFile` with all fields of a config that PEFT would not accept, if there are any."""
+    """Raise `BadFile` with all fields of a config that cannot be used, if there are any."""
     if faults:
-        raise BadFile(f"{path}: {len(faults)} field(s) that PEFT would not accept", faults)
+        raise BadFile(f"{path}: {len(faults)} field(s) that cannot be used", faults)
 
 
 def _notes(fields: Mapping[str, Any]) -> Iterator[str]:

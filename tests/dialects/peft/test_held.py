@@ -187,7 +187,7 @@ WRONG: dict[str, tuple[Any, type[LoraToolsError], str]] = {
     "meta": ((STATE | {A: torch.ones(2, 4, device="meta")}, CONFIG), BadFile, f"{A}: it is on the device meta"),
     "no name": ((STATE | {3: torch.ones(1)}, CONFIG), BadFile, "3: found a key of type int"),
     "rank": ((STATE, CONFIG | {"r": 3}), BadFile, "its tensors have rank 2, the config says 3"),
-    "type": ((STATE, CONFIG | {"r": "many"}), BadFile, "the config of the state dict: 1 field.* PEFT would not accept"),
+    "type": ((STATE, CONFIG | {"r": "many"}), BadFile, "the config of the state dict: 1 field.* cannot be used"),
     "field": ((STATE, CONFIG | {"x": object()}), BadFile, "x: found object"),
     "missing": (({A: STATE[A]}, CONFIG), BadFile, "lora_B"),
     "empty": (({}, CONFIG), BadFile, "the state dict: no LoRA tensors"),

@@ -19,15 +19,22 @@ OVERLAPPING = {"q_proj": 2, "layers.0.self_attn.q_proj": 6, r".*\.v_proj": 3}
 CONFIGS: dict[str, dict[str, Any]] = {
     "list": {"target_modules": ["q_proj", "v_proj"]},
     "regex": {"target_modules": r".*\.layers\.[01]\.(self_attn\.[qk]|mlp\.up)_proj"},
+    "regex of python alone": {"target_modules": r"(?i:.*\.LAYERS\.([01])\.)(?>self_attn\.[qk]|mlp\.up)_proj"},
     "all-linear": {"target_modules": "all-linear"},
     "exclude": {"target_modules": "all-linear", "exclude_modules": r".*mlp.*"},
     "layers": {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]},
     "layers-pattern": {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
+    "layers-pattern regex": {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "(?>l[a-z]+)"},
     "rslora": {"target_modules": ["q_proj"], "use_rslora": True},
     "patterns": {
         "target_modules": ["q_proj", "v_proj", "o_proj"],
         "rank_pattern": {"layers.1.self_attn.q_proj": 7},
         "alpha_pattern": {"^model.layers.0.self_attn.v_proj": 40, "o_proj": 3},
+    },
+    "patterns of python alone": {
+        "target_modules": ["q_proj", "v_proj", "k_proj"],
+        "rank_pattern": {r"layers\.1\.(?i:SELF)_attn\.(q|k)_proj": 7},
+        "alpha_pattern": {r"layers\.(\d)\.[^.]*+\.v_proj": 40, r"(?P<x>k)_(?!(?P=x))proj": 3},
     },
     "overlapping": {"target_modules": ["q_proj", "v_proj"], "alpha_pattern": OVERLAPPING},
     "reordered ranks": {"target_modules": ["q_proj"], "rank_pattern": OVERLAPPING},
@@ -142,3 +149,21 @@ def test_a_named_adapter_lies_in_a_folder_of_its_own(tmp_path: Path) -> None:
     adapter = dialects.open_adapter(tmp_path / "other")
     assert {update.scaling for update in adapter.updates.values()} == {3.0}
     check(dialects.open_adapter(tmp_path), trained("list"))
+
+
+def test_tensors_that_the_config_does_not_target_are_ignored_by_peft(tmp_path: Path) -> None:
+    """As the refusal of such a file says."""
+    from peft import PeftModel
+    from safetensors.torch import load_file, save_file
+
+    model = trained("list")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    name = "base_model.model.model.layers.0.self_attn.k_proj"
+    stray = {f"{name}.lora_A.weight": torch.ones(4, 32), f"{name}.lora_B.weight": torch.ones(16, 4)}
+    save_file(load_file(file) | stray, file)
+    loaded = PeftModel.from_pretrained(base_model(), tmp_path).merge_and_unload().state_dict()
+    wanted = model.merge_and_unload().state_dict()
+    assert all(torch.equal(loaded[tensor], W) for tensor, W in wanted.items())
+    with pytest.raises(BadFile, match="k_proj: has tensors, but the config does not target it, so PEFT would ignore"):
+        dialects.open_adapter(tmp_path)
