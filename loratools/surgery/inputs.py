@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from loratools import dialects
 from loratools.adapter.model import Adapter, AdapterInput
+from loratools.adapter.parts import factors_of
 from loratools.adapter.placement.codes import refuse_codes
 from loratools.adapter.placement.image import named_for
 from loratools.decisions import warned
-from loratools.errors import InvalidOption
+from loratools.errors import InvalidOption, UnsupportedAdapter
 from loratools.format.digest import checked_digest
 from loratools.options import is_finite
 from loratools.storage import atomic, save, sources
@@ -36,8 +37,13 @@ ModelSource = Location | Checkpoint
 
 
 def open_model(model: ModelSource) -> Checkpoint:
-    """Return a model, open."""
-    return model if isinstance(model, Checkpoint) else Checkpoint.open(model)
+    """Return a model, open; raise `UnsupportedAdapter` for a file of factors, which is none."""
+    opened = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
+    if factors := factors_of(opened.specs):
+        raise UnsupportedAdapter(
+            f"{opened.path}: an adapter, with {len(factors)} factors such as {factors[0]}; a model was expected"
+        )
+    return opened
 
 
 def check_weights(adapters: AdapterSource | Sequence[AdapterSource], weights: object) -> None:

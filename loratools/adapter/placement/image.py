@@ -31,6 +31,7 @@ from loratools.storage.checkpoint import Checkpoint
 Shapes = Mapping[str, tuple[int, ...]]
 
 _ROOTS = ("model.diffusion_model.", f"{ORIGINAL}.", "")
+_MODELS = tuple(sorted(f"{name}." for name in COMPONENTS if not name.startswith("text_encoder")))
 # Where one file keeps each text encoder: that of the original repositories, that of ComfyUI, or the encoder alone.
 _ENCODERS: Mapping[str, tuple[str, ...]] = {
     "text_encoder": ("text_encoder.", "cond_stage_model.transformer.", "conditioner.embedders.0.transformer.",
@@ -103,19 +104,22 @@ class _Way:
 
 
 def _translated(group: Group, shapes: Shapes) -> dict[str, Update]:
-    """Return a group's updates by the way on which the base has the most of them."""
-    ways = [_Way.of(group, reading, to, shapes) for reading in group.fits for to in readings.NAMINGS]
-    best = max(way.held for way in ways)
-    ways = [way for way in ways if way.held == best]
-    if not best:
+    """Return a group's updates by the way on which the base has the most of them.
+
+    Where a base has the original's names of another family that diffusers' names lead to as well (ComfyUI repacks some
+    models), the way is by those.
+    """
+    ways = _best(group, shapes)
+    if not ways or ways[0].held < len(group.updates):
+        for reading in group.fits if group.prefix == f"{ORIGINAL}." else ():
+            ours = translated(group, reading, "diffusers", home(group.prefix, reading.family), rows, lambda _: None)
+            if len(parts := groups(Adapter(ours))) == 1 and parts[0].prefix != group.prefix:
+                through = _best(parts[0], shapes)
+                if through and through[0].held == len(parts[0].updates):
+                    group, ways = parts[0], through
+                    break
+    if not ways:
         return {group.prefix + name: update for name, update in group.updates.items()}
-    if len(_outcomes(ways)) > 1:  # the base's other modules tell whose they are
-        stored = _inside(shapes, group.prefix)
-        known = {id(way): sum(way_in.find(module) is not None for module in stored)
-                 for way in ways for way_in in (Reading(way.reading.name, way.to),)}  # fmt: skip
-        ways = [way for way in ways if known[id(way)] == max(known.values())]
-        told = readings.told([Reading(way.reading.name, way.to) for way in ways], stored)
-        ways = [way for way in ways if Reading(way.reading.name, way.to) in told]
     if len(_outcomes(ways)) > 1:
         names = readings.summaries(way.reading for way in ways)
         raise IncompatibleAdapter(
@@ -126,9 +130,26 @@ def _translated(group: Group, shapes: Shapes) -> dict[str, Update]:
 
     def width(module: str) -> int | None:
         spelling = _spelled(module, shapes)
-        return None if spelling is None else shapes[f"{spelling}.weight"][0]
+        return None if spelling is None else shapes.get(f"{spelling}.weight", (0,))[0] or None
 
     return translated(group, ways[0].reading, ways[0].to, ways[0].root, rows, width)
+
+
+def _best(group: Group, shapes: Shapes) -> list[_Way]:
+    """Return the ways on which a base has the most modules of a group; by its other modules where those differ."""
+    ways = [_Way.of(group, reading, to, shapes) for reading in group.fits for to in readings.NAMINGS]
+    best = max((way.held for way in ways), default=0)
+    ways = [way for way in ways if way.held == best]
+    if not best:
+        return []
+    if len(_outcomes(ways)) > 1:
+        stored = _inside(shapes, group.prefix)
+        there = {id(way): Reading(way.reading.name, way.to) for way in ways}
+        known = {id(way): sum(there[id(way)].find(module) is not None for module in stored) for way in ways}
+        ways = [way for way in ways if known[id(way)] == max(known.values())]
+        told = readings.told([there[id(way)] for way in ways], stored)
+        ways = [way for way in ways if there[id(way)] in told]
+    return ways
 
 
 def _outcomes(ways: Sequence[_Way]) -> list[list[object]]:
@@ -142,7 +163,7 @@ def _outcomes(ways: Sequence[_Way]) -> list[list[object]]:
 def _inside(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
     """Return the modules of the base's image model without what stands before them."""
     weights = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight")}
-    roots = (*(root for root in _ROOTS if root), prefix, "transformer.", "unet.", "")
+    roots = (*(root for root in _ROOTS if root), prefix, *_MODELS, "")
     root = next(root for root in roots if any(module.startswith(root) for module in weights) or not root)
     return {module.removeprefix(root): shape for module, shape in weights.items() if module.startswith(root)}
 
@@ -177,7 +198,7 @@ def _spellings(module: str) -> Iterator[str]:
         for root in _ENCODERS[component]:
             yield from (f"{root}{rest}", f"{root}{bare}", f"{root}text_model.{bare}")
     elif component == ORIGINAL:
-        yield from (f"{root}{rest}" for root in (*_ROOTS, "transformer."))
+        yield from (f"{root}{rest}" for root in (*_ROOTS, *_MODELS))
     elif component in COMPONENTS:
         yield from (rest, *(f"{root}{rest}" for root in _ROOTS if root))
 

@@ -80,13 +80,14 @@ def dotted(
             modules |= {(prefix, flat): next(iter(candidates)) for flat, candidates in known.items()}
             continue
         fits = readings.fitting(left, flat=True, components=_COMPONENTS[prefix])
+        fits = [reading for reading in fits if "kohya" in reading.family.prefixes] or fits
         outcomes = _outcomes(prefix, left, fits, main)
         if len(outcomes) > 1 and base is not None:
             outcomes = _in_base(outcomes, {module for several in of_base.values() for module in several})
         if len(outcomes) > 1:
             sizes = {flat: (shapes or {}).get((prefix, flat), ()) for flat in left}
             told = readings.told(fits, sizes, stated(metadata), flat=True)
-            outcomes = [each for each in outcomes if set(each[1]) & set(told)]
+            outcomes = [each for each in outcomes if set(each[1]) & set(told)] or outcomes
         if len(outcomes) == 1:
             modules |= {(prefix, flat): module for flat, module in outcomes[0][0].items()}
             main += outcomes[0][1] if prefix in _IMAGES else []

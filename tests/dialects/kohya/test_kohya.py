@@ -150,8 +150,8 @@ def test_one_flattened_name_of_two_architectures_is_ambiguous(tmp_path: Path) ->
         dialects.open_adapter(path)
     assert refusal.value.problems == (
         "lora_unet_double_blocks_0_img_attn_qkv: could be diffusion_model.double_blocks.0.img_attn.qkv (Chroma, Flux.1,"
-        " Flux.2 dev and klein, HunyuanVideo in ComfyUI's names), diffusion_model.double_blocks.0.img_attn_qkv"
-        " (HunyuanImage, HunyuanVideo, HunyuanVideo 1.5 as ComfyUI packs it)",
+        " Flux.2 dev and klein), diffusion_model.double_blocks.0.img_attn_qkv"
+        " (HunyuanImage, HunyuanVideo)",
     )
     tensors = named("lora_unet_double_blocks_0_img_attn_qkv", 0) | named("lora_unet_double_blocks_0_img_mlp_0", 1)
     adapter = dialects.open_adapter(saved(tmp_path / "b.safetensors", tensors))

@@ -18,6 +18,9 @@ from loratools.adapter.naming.image.patterns import Patterns
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+_UNKNOWN, _LONGEST, _ALL = -1, 1, 2
+"""How well lists of blocks reach a published depth; a family whose depths are not known yields to `_ALL` only."""
+
 ENCODER = "text_encoder"
 """The component of all families of text encoders, whichever of a pipeline's they are."""
 
@@ -53,6 +56,7 @@ class Lead:
     `names`   its name there, or those of its parts
     `shares`  their output features as `Fused` has them; of the whole weight, where the module is a part
     `part`    which part of the named weight it is; None for all of it
+    `whole`   the whole weight's output : input features, where the module is a part and the family knows them
     `swapped` whether the halves of its output features change places; `swapped_if` the one output : input features at
               which they do
     """
@@ -60,12 +64,15 @@ class Lead:
     names: tuple[str, ...]
     shares: tuple[float | None, ...] = ()
     part: int | None = None
+    whole: tuple[int, int] | None = None
     swapped: bool = False
     swapped_if: tuple[int, int] | None = None
 
     def agrees(self, other: Lead) -> bool:
         """Tell whether two lead to the same, where a share that one leaves open may be any."""
-        if replace(self, shares=()) != replace(other, shares=()) or len(self.shares) != len(other.shares):
+        if replace(self, shares=(), whole=None) != replace(other, shares=(), whole=None) or len(self.shares) != len(
+            other.shares
+        ):
             return False
         return all(a == b or None in (a, b) for a, b in zip(self.shares, other.shares, strict=True))
 
@@ -113,9 +120,11 @@ def told(readings: Sequence[Reading], shapes: Shapes, hints: str = "", *, flat: 
     """
     left = [reading for reading in readings if _in_proportion(reading, shapes, flat)]
     left = [reading for reading in left if any(re.search(p, hints) for p in reading.family.called)] or left
-    within = [reading for reading in left if _depth(reading, shapes, flat) is not False]
-    reached = [reading for reading in within if _depth(reading, shapes, flat)]
-    return reached or within or left
+    reached = {reading: _reached(reading, shapes, flat) for reading in left}
+    left = [reading for reading in left if reached[reading] is not None] or left
+    best = max((level for level in reached.values() if level is not None), default=0)
+    least = {*range(max(best, 0), _ALL + 1), *([_UNKNOWN] if best < _ALL else [])}
+    return [reading for reading in left if (reached[reading] or 0) in least]
 
 
 def most(modules: Iterable[str]) -> tuple[int, list[Reading]]:
@@ -144,18 +153,27 @@ def _in_proportion(reading: Reading, shapes: Shapes, flat: bool) -> bool:
     return True
 
 
-def _depth(reading: Reading, modules: Iterable[str], flat: bool) -> bool | None:
-    """Tell whether some list of blocks is as long as that of a published model; False if one is longer than of any."""
-    depths: dict[str, int] = {}
+def _reached(reading: Reading, modules: Iterable[str], flat: bool) -> int | None:
+    """Return how well lists of blocks are as long as those of a published model.
+
+    None where one is longer than any published; 0 where the longest is not as long.
+    """
+    lengths: dict[str, int] = {}
     for module in modules:
         pattern, numbers = reading.find(module, flat=flat) or ("", ())
         if numbers:
             blocks = pattern.split(".{}")[0]
-            depths[blocks] = max(depths.get(blocks, 0), int(numbers[0]) + 1)
-    known = {blocks: depth for blocks, depth in depths.items() if blocks in reading.family.depths}
-    if any(depth > max(reading.family.depths[blocks]) for blocks, depth in known.items()):
-        return False
-    return any(depth in reading.family.depths[blocks] for blocks, depth in known.items()) or None
+            lengths[blocks] = max(lengths.get(blocks, 0), int(numbers[0]) + 1)
+    depths = reading.family.depths
+    known = {blocks: length for blocks, length in lengths.items() if blocks in depths}
+    if any(length > max(depths[blocks]) for blocks, length in known.items()):
+        return None
+    if not known:
+        return _UNKNOWN
+    longest = max(known, key=lambda blocks: known[blocks])
+    if all(length in depths[blocks] for blocks, length in known.items()):
+        return _ALL
+    return _LONGEST if known[longest] in depths[longest] else 0
 
 
 @cache
@@ -178,5 +196,6 @@ def _table(name: str, naming: Naming, to: Naming) -> Mapping[str, Lead]:
     for whole, fused in (family.fused if forth else family.split).items():
         table[whole] = Lead(fused.parts, fused.shares)
     for whole, fused in (family.split if forth else family.fused).items():
-        table |= {part: Lead((whole,), fused.shares, number) for number, part in enumerate(fused.parts)}
+        sides = family.proportions.get(whole)
+        table |= {part: Lead((whole,), fused.shares, number, sides) for number, part in enumerate(fused.parts)}
     return table

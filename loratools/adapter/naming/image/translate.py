@@ -9,7 +9,7 @@ from typing import Protocol
 from loratools.adapter.kinds import Update
 from loratools.adapter.naming.image.families import Naming
 from loratools.adapter.naming.image.groups import Group, module_of
-from loratools.adapter.naming.image.readings import Reading
+from loratools.adapter.naming.image.readings import Lead, Reading
 
 Parts = Mapping[int, tuple[str, Update]]
 Sizes = Callable[[str], int | None]
@@ -39,21 +39,21 @@ def translated(group: Group, reading: Reading, to: Naming, new: str, by: Fusing,
     """
     places, updates = group.leads(reading, to), dict[str, Update]()
     joined: dict[str, dict[int, tuple[str, Update]]] = defaultdict(dict)
-    shares: dict[str, tuple[float | None, ...]] = {}
+    into: dict[str, Lead] = {}
     for name, update in group.updates.items():
         lead = places[module_of(name)]
         targets = [new + target + name.removeprefix(module_of(name)) for target in lead.names]
         if lead.part is not None:
             joined[targets[0]][lead.part] = group.prefix + name, update
-            shares[targets[0]] = lead.shares
+            into[targets[0]] = lead
         elif len(targets) > 1:
             updates |= _apart(group.prefix + name, update, targets, lead.shares, by, known)
         else:
             updates |= _one(group.prefix + name, targets[0], update, by, swap=lead.swaps(update.shape))
     for name, parts in joined.items():
         first = next(iter(parts.values()))[1]
-        present = [parts[i][1].shape[0] if i in parts else None for i in range(len(shares[name]))]
-        sizes = _sizes(shares[name], first.shape[1:2], known(name), present)
+        present = [parts[i][1].shape[0] if i in parts else None for i in range(len(into[name].shares))]
+        sizes = _sizes(into[name].shares, first.shape[1:2], known(name) or _total(into[name], first.shape), present)
         updates |= together(name, parts, sizes, by) if sizes else dict(parts.values())
     return updates
 
@@ -97,6 +97,12 @@ def _sizes(
         return None
     whole = tuple(each if size is None else size for size in sizes)
     return whole if total in (None, sum(whole)) else None
+
+
+def _total(lead: Lead, shape: Sequence[int]) -> int | None:
+    """Return the output features of the whole weight that a part of this shape leads to, where its family knows."""
+    out, width = lead.whole or (0, 0)
+    return shape[1] * out // width if out and len(shape) > 1 and not shape[1] * out % width else None
 
 
 def _apart(

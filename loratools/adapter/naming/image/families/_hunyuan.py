@@ -72,7 +72,7 @@ DOUBLE_APART = {
 _SINGLE_PARTS = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
 SINGLE_LINEAR1 = {
     "single_blocks.{}.linear1": Fused(
-        tuple(f"single_transformer_blocks.{{}}.{part}" for part in _SINGLE_PARTS), (1, 1, 1, None)
+        tuple(f"single_transformer_blocks.{{}}.{part}" for part in _SINGLE_PARTS), (1, 1, 1, 4)
     )
 }
 """A single block's q, k, v and first layer of the MLP."""
@@ -81,6 +81,7 @@ SWAPPED = frozenset({"final_layer.adaLN_modulation.1"})
 """Tencent's last modulation has shift before scale, diffusers' has scale before shift."""
 
 PROPORTIONS = {
+    "double_blocks.{}.img_attn_qkv": (3, 1), "double_blocks.{}.txt_attn_qkv": (3, 1),
     **{f"double_blocks.{{}}.{stream}_mlp.{layer}": sides for stream in ("img", "txt")
        for layer, sides in (("fc1", (4, 1)), ("fc2", (1, 4)))},
     "single_blocks.{}.linear1": (7, 1), "single_blocks.{}.linear2": (1, 5),

@@ -32,5 +32,6 @@ FAMILY = Family(
     diffusers_in_comfy=True,
     kohya="diffusers",
     called=(r"cogvideo-?x",),
+    depths={"transformer.layers": (30, 42), "transformer_blocks": (30, 42)},
 )  # fmt: skip
 """CogVideoX of THUDM."""

@@ -34,6 +34,7 @@ FAMILY = Family(
         "final_layer.adaln_modulation.1": "norm_out.linear_1", "final_layer.adaln_modulation.2": "norm_out.linear_2",
         **same("crossattn_proj.0", "img_context_proj.0"),
     },
+    depths={"blocks": (20, 28, 36), "transformer_blocks": (20, 28, 36)},
     called=(r"cosmos", r"(?<![a-z])anima(?![a-z])"),
 )  # fmt: skip
 """Cosmos-Predict2's transformer."""

@@ -21,5 +21,6 @@ FAMILY = Family(
         }),
     },
     called=(r"ltx[-_ ]?(?!2)(video|v)",),
+    depths={"transformer_blocks": (28, 48)},
 )  # fmt: skip
 """LTX-Video of Lightricks."""
