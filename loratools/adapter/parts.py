@@ -1,4 +1,4 @@
-"""The names that PEFT gives the tensors of a module; all kinds and dialects use them. How factors' names end anywhere."""
+"""The names that PEFT gives the tensors of a module; all kinds and dialects use them; what factors' names end in."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def inspect(
     listing = Listing.of(path, need="header")
     if dialect is not None:
         return describe_adapter(_read(listing, dialect), path, dialect, "named by the user")
-    if not any(get(name).detect(listing) for name in names()):
+    if not listing.factors and not any(get(name).detect(listing) for name in names()):
         try:
             return describe_checkpoint(Checkpoint.open(listing.path), path)
         except BadFile:

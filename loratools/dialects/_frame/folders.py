@@ -77,6 +77,9 @@ def _step(name: str) -> int:
 
 def unknown(listing: Listing, known: Sequence[str]) -> UnknownKind:
     """Return the error for what no dialect reads, with what was seen and what is `known`."""
+    if factors := listing.factors:
+        what = f"an adapter, with {len(factors)} factors such as {factors[0]}, whose names no dialect has"
+        return UnknownKind(f"{listing.path}: {what}; loratools reads", known)
     if listing.single:
         return UnknownKind(f"{listing.path}: no dialect knows this file; loratools reads", known)
     more = f" and {len(listing.files) - 12} more" if len(listing.files) > 12 else ""

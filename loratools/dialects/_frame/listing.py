@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from loratools.adapter.model import Adapter
+from loratools.adapter.parts import factors_of
 from loratools.decisions import warned
 from loratools.errors import BadFile
 from loratools.storage.beside.along import is_of_training
@@ -107,6 +108,12 @@ class Listing:
     def weights(self) -> tuple[str, ...]:
         """Names of the files that by their ending can hold tensors."""
         return tuple(name for name in self.files if name.endswith(WEIGHTS))
+
+    @property
+    def factors(self) -> list[str]:
+        """Names of factors in its safetensors files, where most of their names are such: an adapter, in any dialect."""
+        headers = (self.header(name) for name in self.weights)
+        return factors_of(tensor for header in headers if header for tensor in header.tensors)
 
     def json(self, name: str) -> dict[str, Any] | None:
         """Return a JSON object in the folder, also beside a single file; None if there is no such file.

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import loratools
 from loratools import dialects
-from loratools.errors import BadFile, LossyConversion, OutputRefused, UnknownKind
+from loratools.errors import BadFile, LossyConversion, OutputRefused, UnknownKind, UnsupportedAdapter
 from loratools.storage.lazy import LazyTensor
 from tests.dialects.adapters import Q0, V0, expect, peft_folder, samples
 
@@ -145,3 +146,29 @@ def test_reading_imports_neither_torch_nor_numpy(tmp_path: Path, dialect: str) -
     )
     done = subprocess.run([sys.executable, "-c", script, tmp_path / "a"], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        ("lora_down", "lora_up"),
+        ("lora.down.weight", "lora.up.weight"),
+        ("hada_w1_a", "hada_w1_b"),
+        ("lora_A", "lora_B"),
+    ],
+)
+def test_a_file_of_factors_is_an_adapter_and_no_model_whatever_its_names(ends: tuple[str, str], tmp_path: Path) -> None:
+    tensors = {f"strange!block{i}.{end}": torch.ones(2, 2) for i in range(3) for end in (*ends, "alpha")}
+    save_file(tensors, tmp_path / "a.safetensors")
+    for folder in (tmp_path, tmp_path / "a.safetensors"):
+        for read in (loratools.inspect, dialects.open_adapter):
+            with pytest.raises(UnknownKind, match=f"an adapter, with 6 factors such as strange!block0.{ends[0]}"):
+                read(folder)
+        with pytest.raises(UnsupportedAdapter, match=r"an adapter, with 6 factors .*; a model was expected"):
+            loratools.merge(folder, tmp_path / "b", tmp_path / "new")
+
+
+def test_a_model_with_some_factors_beside_its_weights_is_a_model(tmp_path: Path) -> None:
+    weights = {f"layers.{i}.weight": torch.ones(2, 2) for i in range(3)}
+    save_file(weights | {"layers.0.lora_A.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    assert loratools.inspect(tmp_path / "model.safetensors").type == "checkpoint"

@@ -22,5 +22,6 @@ FAMILY = Family(
     depths={
         "double_blocks": (20,), "single_blocks": (40,), "transformer_blocks": (20,), "single_transformer_blocks": (40,),
     },
+    proportions=_hunyuan.PROPORTIONS,
 )  # fmt: skip
 """HunyuanImage of Tencent."""

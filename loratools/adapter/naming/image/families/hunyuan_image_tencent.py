@@ -19,6 +19,7 @@ FAMILY = replace(
         }),
     },
     fused=_hunyuan.REFINER_QKV,
+    proportions={name: sides for name, sides in _hunyuan.PROPORTIONS.items() if "_mlp." in name},
     prefixes={},
 )  # fmt: skip
 """Read, and never written unless a base has these names."""
