@@ -64,7 +64,15 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
     ),
     "loratools.storage": ("*", "pickles", "checkpoint", "companions"),
     "loratools.dialects": ("_frame", "*"),
-    "loratools.dialects.peft": ("fields isolated names", "patterns", "types", "*", "typed", "assemble", "held"),
+    "loratools.dialects.peft": (
+        "fields isolated names",
+        "patterns",
+        "types",
+        "*",
+        "typed",
+        "typed_write assemble",
+        "held",
+    ),
     "loratools.surgery": (
         "hash inputs quantization",
         "folding inspect",

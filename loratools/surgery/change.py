@@ -30,6 +30,7 @@ from loratools.adapter.placement.resolve import Placement, resolve
 from loratools.adapter.placement.settle import settle
 from loratools.adapter.placement.shared import EMBEDDINGS, HEADS, last_segment, main_tensor
 from loratools.adapter.placement.stacks import settled
+from loratools.adapter.placement.weight import over_weights
 from loratools.adapter.placement.whole import resolve_replacements
 from loratools.decisions import warned
 from loratools.errors import IncompatibleAdapter
@@ -209,7 +210,7 @@ def _on(model: Checkpoint, adapter: Adapter) -> Changes:
             modules[name] = _replaced(lazy, partial(model.read, heads.get(name, name)))
     after = shapes | {name: tensor.shape for name, tensor in whole.items()}
     grouped: dict[str, list[Placement]] = defaultdict(list)
-    for placement in resolve(adapter, after, model.config):
+    for placement in over_weights(model, resolve(adapter, after, model.config)):
         name = placement.update.path(placement.module) + (".bias" if placement.bias else "")
         grouped[name].append(placement)
     for module, sites in grouped.items():

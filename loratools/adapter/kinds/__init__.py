@@ -81,6 +81,10 @@ class Usual(Protocol):
         """What it does to the module's bias where the base has one, as an update of a weight (out, 1)."""
         return None
 
+    def over(self, weight: Callable[[], Tensor]) -> Update:
+        """Return an update of a bias that can read the unchanged weight beside it, (rows of its site, in)."""
+        return self  # type: ignore[return-value]
+
     @property
     def layout(self) -> Mapping[str, Any]:
         """What the shapes of its parts do not say and `build` has to be told, as JSON values; empty for most kinds."""

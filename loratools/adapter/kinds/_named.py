@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, Self
 
 from loratools.adapter.kinds import Factors, Tensor, Underlying
@@ -80,9 +81,7 @@ class NamedProduct(LowRank):
         """Return left and right; None while a side of the weight is open."""
         if self.unsettled or self.needs_all:
             return None
-        columns, out = 1, self.shape[0]
-        for side in self.shape[1:]:
-            columns *= side
+        out, columns = self.shape[0], prod(self.shape[1:])
         source = next(iter(self.tensors.values()))
         left = LazyTensor("F64", (out, self.width), self.left, file=source.file)
         return Factors(left, LazyTensor("F64", (self.width, columns), self.right, file=source.file), self.scaling)
@@ -93,9 +92,13 @@ class NamedProduct(LowRank):
 
 
 def fits_shape(own: tuple[int, ...], shape: tuple[int, ...] | None) -> None:
-    """Raise `ValueError` where the base's shape is another one than the tensors tell; 0 is a side that they do not."""
-    if shape is not None and (len(own) != len(shape) or any(a not in (0, b) for a, b in zip(own, shape, strict=True))):
-        told = tuple(side or "?" for side in own)
-        raise ValueError(
-            f"its delta weight has shape ({', '.join(map(str, told))}), the base's weight has shape {shape}"
-        )
+    """Raise `ValueError` where the base's shape is another one than the tensors tell; 0 is a side that they do not.
+
+    A shape of two sides may be that of a flattened kernel.
+    """
+    if shape is None:
+        return
+    base = (shape[0], prod(shape[1:])) if len(own) == 2 and len(shape) > 2 else shape
+    if len(own) != len(base) or any(a not in (0, b) for a, b in zip(own, base, strict=True)):
+        told = ", ".join(str(side or "?") for side in own)
+        raise ValueError(f"its delta weight has shape ({told}), the base's weight has shape {shape}")

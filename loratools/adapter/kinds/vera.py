@@ -24,6 +24,7 @@ class VeraUpdate(NamedProduct):
 
     kind = "vera"
     prefix: ClassVar[str] = "vera"
+    halves: ClassVar[int] = 1  # of d and A, of which the first is taken
 
     def check(self) -> None:
         NamedProduct.check(self)
@@ -31,9 +32,11 @@ class VeraUpdate(NamedProduct):
         b, d = (shapes[self._name(part)] for part in ("lambda_b", "lambda_d"))
         if len(b) != 1 or len(d) != 1:
             raise ValueError(f"{self.prefix}_lambda_b has shape {b} and {self.prefix}_lambda_d {d}, expected vectors")
+        if d[0] % self.halves:
+            raise ValueError(f"{self.prefix}_lambda_d has shape {d}, expected two numbers for each rank")
         if self.saved:
             A, B = (shapes[self._name(part)] for part in "AB")
-            if len(A) != 2 or len(B) != 2 or A[0] != self.rank or B[1] != self.rank or B[0] < b[0]:
+            if len(A) != 2 or len(B) != 2 or A[0] != d[0] or B[1] != self.rank or B[0] < b[0]:
                 raise ValueError(f"the shared projections {A} and {B} do not fit {self.rank} ranks and {b[0]} outputs")
             if self.weight_shape and A[1] < self.weight_shape[1]:
                 raise ValueError(f"the shared projection has {A[1]} inputs, the base's weight {self.weight_shape[1]}")
@@ -48,7 +51,7 @@ class VeraUpdate(NamedProduct):
 
     @property
     def rank(self) -> int:
-        return self.tensors[self._name("lambda_d")].parameters
+        return self.tensors[self._name("lambda_d")].parameters // self.halves
 
     @property
     def own_shape(self) -> tuple[int, ...]:
@@ -68,8 +71,8 @@ class VeraUpdate(NamedProduct):
         if self.saved:
             A, B = self.number(self._name("A")), self.number(self._name("B"))
         else:
-            A, B = (drawn.double() for drawn in draw(self.layout["seed"], self.rank, *self.layout["dims"]))
-        return A[:, : self.shape[1]], B[: self.shape[0]]
+            A, B = (drawn.double() for drawn in draw(self.layout["seed"], self.rank, self.halves, *self.layout["dims"]))
+        return A[: self.rank, : self.shape[1]], B[: self.shape[0]]
 
     def left(self) -> Tensor:
         """Return diag(b)·B."""
@@ -77,7 +80,7 @@ class VeraUpdate(NamedProduct):
 
     def right(self) -> Tensor:
         """Return diag(d)·A."""
-        return self.number(self._name("lambda_d"))[:, None] * self._shared()[0]
+        return self.number(self._name("lambda_d"))[: self.rank, None] * self._shared()[0]
 
     def dense(self) -> Tensor:
         """Return the product as one sum over the rank."""
@@ -85,22 +88,22 @@ class VeraUpdate(NamedProduct):
 
         A, B = self._shared()
         b, d = (self.number(self._name(part)) for part in ("lambda_b", "lambda_d"))
-        return torch.einsum("o,or,r,ri->oi", b, B, d, A)
+        return torch.einsum("o,or,r,ri->oi", b, B, d[: self.rank], A)
 
 
 @lru_cache(maxsize=4)
-def draw(seed: int, rank: int, outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
-    """Draw A (r, inputs) and B (outputs, r) as PEFT does: one generator, each uniform in ±√(6/fan_in)."""
+def draw(seed: int, rank: int, halves: int, outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+    """Draw A (halves·r, inputs) and B (outputs, r) as PEFT does: one generator, each uniform in ±√3·√2/√fan_in."""
     import torch
 
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    A, B = (
-        torch.empty(shape).uniform_(
-            -(bound := math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))), bound, generator=generator
-        )
-        for shape in ((rank, inputs), (outputs, rank))
-    )
-    return A, B
+
+    def uniform(rows: int, columns: int) -> Tensor:
+        bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(columns))
+        return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
+
+    A = uniform(halves * rank, inputs)
+    return A, uniform(outputs, rank)
 
 
 def claims(parts: Mapping[str, LazyTensor]) -> bool:

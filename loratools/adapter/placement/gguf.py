@@ -15,6 +15,7 @@ from loratools.adapter.naming.llama_cpp import Layout, model_type, module_of, pl
 from loratools.adapter.naming.llama_cpp_table import TABLE
 from loratools.adapter.placement.resolve import Placement, resolve
 from loratools.adapter.placement.stacks import path_of
+from loratools.adapter.placement.weight import over_weights
 from loratools.adapter.placement.whole import resolve_replacements
 from loratools.adapter.site import Site
 from loratools.errors import IncompatibleAdapter, UnsupportedAdapter
@@ -103,7 +104,7 @@ def resolve_on(base: Checkpoint, adapter: Adapter, shapes: Shapes) -> list[Place
     Raises `IncompatibleAdapter` as `resolve` does, and for q and k whose heads the file does not state.
     """
     if not is_gguf(base):
-        return resolve(adapter, shapes, base.config)
+        return over_weights(base, resolve(adapter, shapes, base.config))
     layout = _layout(base.config)
     _refuse(base, adapter, shapes, layout)
     stacks: dict[str, tuple[str, int]] = {}

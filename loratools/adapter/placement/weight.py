@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loratools.adapter.low_rank import low_rank
 from loratools.adapter.placement.resolve import Placement
+from loratools.adapter.site import Site
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +36,23 @@ def base_matrix(
         block = checkpoint.read(name).view(site.matrix)[slice(*site.rows), slice(*site.columns)]
         W[site.part_rows] = (block.T if site.transposed else block).double()
     return W
+
+
+def over_weights(checkpoint: Checkpoint, placements: list[Placement]) -> list[Placement]:
+    """Return placements whose updates of biases can read the unchanged weights beside them."""
+    weights = {(each.module, each.site.part): each.site for each in placements if not each.bias}
+
+    def reading(site: Site) -> Callable[[], torch.Tensor]:
+        def read() -> torch.Tensor:
+            block = checkpoint.read(site.tensor).view(site.matrix)[slice(*site.rows), slice(*site.columns)]
+            return block.T if site.transposed else block
+
+        return read
+
+    return [
+        replace(each, update=each.update.over(reading(weights[each.module, each.site.part]))) if each.bias else each
+        for each in placements
+    ]
 
 
 def by_module(placements: Iterable[Placement]) -> Mapping[str, list[Placement]]:

@@ -16,6 +16,8 @@ This dialect follows PEFT 0.21 to the letter; the kinds of update decide what a 
     order      the modules of a base in the order of its code, for what is drawn for one after the other
     types      those types, one file each
     alone      a single file without its config
+    typed_names, typed_write
+               what the tensors of such an adapter are called, and its files
     held       an adapter that is no file: a state dict with a config, a PeftModel, the handle of a running model
 """
 
@@ -33,7 +35,7 @@ from loratools.dialects._frame.build import check_gathered
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import left, record_losses
 from loratools.dialects._frame.metadata import carried, settings_with
-from loratools.dialects.peft import alone, checks
+from loratools.dialects.peft import alone, checks, typed, typed_write
 from loratools.dialects.peft.alone import is_part, stated_config
 from loratools.dialects.peft.assemble import assemble
 from loratools.dialects.peft.experts import version_for
@@ -81,7 +83,7 @@ def read(listing: Listing) -> Adapter:
     Scaling is α/r, or α/√r with rsLoRA, with r from the tensor and α by PEFT's first-match rule. Raises `BadFile` for
     what is damaged or contradicts itself, `UnsupportedAdapter` for what is sound and not read; all problems at once.
     """
-    tensors = _tensors(listing)
+    tensors: Mapping[str, LazyTensor] = _tensors(listing)
     path, document = listing.folder / _CONFIG, listing.json(_CONFIG)
     header = _header(listing)
     document = stated_config(header) if document is None else document
@@ -94,6 +96,7 @@ def read(listing: Listing) -> Adapter:
             hint=f"Put the {_CONFIG} that was saved with {_files(listing)[0]} beside it, or give the file "
             "itself, which is read at scale 1, or the alpha of its training.",
         )
+    tensors = typed.present(tensors, document)
     check_gathered(listing.path, tensors, checks.is_flat)
     adapter = assemble(
         listing.path, tensors, document, path, initial=listing.initial, alpha=listing.alpha, base=listing.base
@@ -109,6 +112,9 @@ def losses(adapter: Adapter) -> list[Loss]:
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
     """Write `adapter_model.safetensors` and the `adapter_config.json` derived from it, byte-reproducibly."""
     kept = left(adapter, losses(adapter), target)
+    if (module := typed_write.type_of(kept)) is not None:
+        files = typed_write.files_of(kept, module)
+        return _write(kept, target, files.tensors, files.config, force)
     updates = kept.updates
     tensors = {
         keys.join(module, part): lazy for module, update in updates.items() for part, lazy in update.parts.items()
@@ -123,11 +129,18 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
     sayable = Adapter(targets, adapter.replacements, adapter.base, settings=settings)
     # Nothing else in the files says which PEFT they are for, and versions differ in how they take stacks.
     version = {"peft_version": stacks_for} if (stacks_for := version_for(targets)) else {}
-    config = json.dumps(derive_config(sayable) | version, indent=2, sort_keys=True, ensure_ascii=False)
+    return _write(kept, target, tensors, derive_config(sayable) | version, force)
+
+
+def _write(
+    adapter: Adapter, target: Path, tensors: Mapping[str, LazyTensor], document: Mapping[str, Any], force: bool
+) -> Adapter:
+    """Write the two files, and return the adapter that is in them."""
+    config = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False)
     with atomic.new_folder(target, force=force) as folder:
         (folder / _CONFIG).write_text(config + "\n", encoding="utf-8")
-        save.write(folder / f"{_STEM}.safetensors", tensors, {**carried(kept, tensors, "format"), "format": "pt"})
-    return kept
+        save.write(folder / f"{_STEM}.safetensors", tensors, {**carried(adapter, tensors, "format"), "format": "pt"})
+    return adapter
 
 
 def _files(listing: Listing) -> list[str]:
@@ -199,10 +212,12 @@ def _tensors(listing: Listing) -> dict[str, LazyTensor]:
 
 def _unsayable(adapter: Adapter) -> dict[str, str]:
     """Return the modules whose update PEFT has no words for, and why."""
-    reasons = {}
+    reasons: dict[str, str] = {}
+    if typed_write.type_of(adapter) is not None:
+        return reasons
     for module, update in adapter.updates.items():
         if unknown := sorted(update.parts.keys() - keys.PARTS.keys()):
-            reasons[module] = f"PEFT has no {', '.join(unknown)} (kind {update.kind})"
+            reasons[module] = f"PEFT's LORA has no {', '.join(unknown)} (kind {update.kind})"
     updates = adapter.updates.items()
     if scaled := {module for module, update in updates if "lora_magnitude_vector" in update.parts}:
         plain = sorted(module for module, update in updates if update.rank and module not in scaled | reasons.keys())

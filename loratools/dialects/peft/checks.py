@@ -42,7 +42,7 @@ def faults(groups: Groups, config: PeftConfig, held: Collection[str]) -> list[st
     return lines + [
         f"{name}: the config targets it by its full name, but it has no tensors"
         for name in config.targets.unused(groups.modules)
-        if _in_layer(name) and config.targets.select(name)
+        if in_layer(name) and config.targets.select(name)
     ]
 
 
@@ -58,9 +58,10 @@ def is_plain(module: str, groups: Groups) -> bool:
 
 def _targeted(module: str, config: PeftConfig) -> bool:
     # PEFT gives a tied layer an adapter without a name in target_modules.
-    tied = bool(config.fields.get("ensure_weight_tying")) and not _in_layer(module)
+    tied = bool(config.fields.get("ensure_weight_tying")) and not in_layer(module)
     return tied or config.targets.select(module)
 
 
-def _in_layer(name: str) -> bool:
+def in_layer(name: str) -> bool:
+    """Tell whether a name has a layer's number in it."""
     return re.search(r"\.\d+\.", name) is not None

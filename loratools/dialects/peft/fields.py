@@ -42,12 +42,13 @@ def _map_to(test: Test) -> Test:
     return lambda value: isinstance(value, dict) and all(test(item) for item in value.values())
 
 
-def _indices(value: Any) -> bool:
+def indices(value: Any) -> bool:
+    """Tell whether a value is a list of token indices."""
     return _list_of(int)(value) and all(0 <= index < 2**31 for index in value)
 
 
 def _ranges(value: Any) -> bool:
-    pairs = isinstance(value, list) and all(_indices(pair) and len(pair) == 2 and pair[0] < pair[1] for pair in value)
+    pairs = isinstance(value, list) and all(indices(pair) and len(pair) == 2 and pair[0] < pair[1] for pair in value)
     return pairs and sum(stop - start for start, stop in value) <= _LAYERS
 
 
@@ -73,7 +74,7 @@ TYPES: dict[str, tuple[Test, str]] = {
     "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
     "init_lora_weights": (_is(bool | str), "true, false or a name"),
     "trainable_token_indices": (
-        lambda value: _indices(value) or _map_to(_indices)(value),
+        lambda value: indices(value) or _map_to(indices)(value),
         "token indices, or names to token indices",
     ),
     "auto_mapping": (_is(dict), "an object"),

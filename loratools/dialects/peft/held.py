@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, runtime_checkable
 
 from loratools.adapter.model import Adapter
 from loratools.dialects._frame.build import check_gathered
-from loratools.dialects.peft import checks
+from loratools.dialects.peft import checks, typed
 from loratools.dialects.peft.assemble import assemble
 from loratools.dialects.peft.names import unwrap
 from loratools.errors import BadFile, InvalidOption
@@ -107,7 +107,8 @@ def _of_model(model: _PeftModel, initial: bool) -> Adapter:
 
 
 def _of_pair(state: Mapping[Any, Any], config: object, initial: bool) -> Adapter:
-    tensors, document = _tensors(state), _document(config)
+    document = _document(config)
+    tensors = typed.present(_tensors(state), document)
     check_gathered(_TENSORS, tensors, checks.is_flat)
     return assemble(_TENSORS, tensors, document, _CONFIG, initial=initial)
 

@@ -5,7 +5,6 @@ What is special to a type stands in its file in `types/`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -17,18 +16,21 @@ from loratools.adapter.model import Adapter, BaseIdentity
 from loratools.decisions import warned
 from loratools.dialects._frame.build import check_faults, some
 from loratools.dialects._frame.numbers import tell_alpha
+from loratools.dialects.peft import checks, types
 from loratools.dialects.peft import fields as tables
-from loratools.dialects.peft import types
-from loratools.dialects.peft.names import Groups, unwrap, whole_name
+from loratools.dialects.peft.names import Groups, unwrap
 from loratools.dialects.peft.order import in_code
 from loratools.dialects.peft.patterns import ConfigFile, Expression, PatternKeys
 from loratools.dialects.peft.targets import Targets
+from loratools.dialects.peft.typed_names import by_module
 from loratools.dialects.peft.types import Field, ModuleTensors
 from loratools.dialects.peft.types._refused import REFUSED
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.format import keys
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
+
+Parts = dict[str, LazyTensor]
 
 TYPE, FIELDS = "peft_type", "peft_fields"
 """Settings of an adapter that was read here: the type, and the fields that a file needs to be of that type again."""
@@ -56,6 +58,20 @@ def is_typed(document: Mapping[str, Any]) -> bool:
     return isinstance(document.get(TYPE), str) and document[TYPE] != "LORA"
 
 
+def present(tensors: Mapping[str, LazyTensor], document: Mapping[str, Any]) -> Mapping[str, LazyTensor]:
+    """Return the tensors without those that are empty because their config says that nothing is left of a module."""
+    name = document.get(TYPE)
+    deleted = getattr(types.get(name), "deleted", None) if name in types.names() else None
+    if deleted is None:
+        return tensors
+    gone = {f"{keys.PREFIX}{module}." for module in deleted(document)}
+    return {
+        name: lazy
+        for name, lazy in tensors.items()
+        if 0 not in lazy.shape or not any(unwrap(name).startswith(prefix) for prefix in gone)
+    }
+
+
 def assemble(
     path: Path, tensors: Mapping[str, LazyTensor], document: Mapping[str, Any], config: Path,
     alpha: float | None = None, base: Checkpoint | None = None,
@@ -67,7 +83,9 @@ def assemble(
     Raises `UnsupportedAdapter` for types that are not read, with what they are, and `BadFile` with all contradictions.
     """
     parsed = TypedConfig.parse(document, config, alpha)
-    groups, shared = _sorted(tensors, parsed.module, biases=parsed.values.get("bias", "none") != "none")
+    groups, shared = by_module(tensors, parsed.module, biases=parsed.values.get("bias", "none") != "none")
+    if getattr(parsed.module, "TIED", False):
+        groups.modules = _without_tied(groups.modules, parsed)
     updates: dict[str, Update] = {}
     whole = dict(groups.whole)
     faults = [
@@ -185,7 +203,11 @@ class TypedConfig:
         empty: tuple[Any, ...] = ("none", [], {}, "")
         stated = {name: self.fields[name] for name in _SETTINGS if name in self.fields}
         settings = {name: value for name, value in stated.items() if value is not False and value not in empty}
-        own = {name: self.fields[name] for name in self.module.FIELDS if name in self.fields}
+        own = {
+            name: self.fields[name]
+            for name in (*self.module.FIELDS, *self.module.HARMLESS, "init_weights")
+            if name in self.fields
+        }
         return {**settings, TYPE: self.type, FIELDS: own}
 
 
@@ -203,66 +225,24 @@ def _with_alpha(path: Path, alpha: float, own: Mapping[str, Field], fields: Mapp
     return {**dict.fromkeys(names, alpha), **cleared}
 
 
-def _sorted(tensors: Mapping[str, LazyTensor], module: Any, *, biases: bool) -> tuple[Groups, dict[str, LazyTensor]]:
-    """Sort tensors by module; return them with those that all modules share."""
-    groups, shared = Groups(), dict[str, LazyTensor]()
-    own, common = _pattern(module.__name__, "PARTS"), _pattern(module.__name__, "SHARED")
-    strangers = []
-    for name, lazy in tensors.items():
-        path = unwrap(name)
-        if match := common.fullmatch(path):
-            shared[match["first"] + match["rest"]] = lazy
-            continue
-        if not path.startswith(keys.PREFIX):
-            strangers.append(name)
-            continue
-        path = path.removeprefix(keys.PREFIX)
-        if match := own.fullmatch(path):
-            place, part, adapter = match["module"], match["first"] + match["rest"], match["adapter"]
-            home = groups.modules.setdefault(place, {})
-        else:
-            place, adapter, role = whole_name(path, biases)
-            if role == "original":
-                groups.originals.append(place)
-                continue
-            part, home = place, groups.copies if role == "copy" else groups.whole
-        if adapter:
-            groups.adapters.add(adapter)
-        if part in home:
-            groups.faults.append(f"{name}: a second tensor for {place}")
-        home[part] = lazy
-    if len(groups.adapters) > 1:
-        several = ", ".join(sorted(groups.adapters))
-        groups.faults.append(f"several adapters in one file: {several}; save them one by one")
-    if strangers:
-        begin = f"names do not begin with {keys.PREFIX}: {', '.join(strangers[:5])}"
-        groups.faults.append(f"{len(strangers)} tensor(s) whose {begin}")
-    return groups, shared
+def _without_tied(modules: dict[str, Parts], config: TypedConfig) -> dict[str, Parts]:
+    """Return the modules without those outside the layers that are no targets and have the very tensors of one.
 
-
-@cache
-def _pattern(module: str, table: str) -> re.Pattern[str]:
-    """Return what matches a module's part, or the name of a shared tensor, with an adapter's name in it or without.
-
-    The name stands behind the first segment, where PEFT puts it into raw state dicts.
+    They are tied to it, and PEFT saves both.
     """
-    parts = getattr(types.get(module.rpartition(".")[2].upper()), table, {})
-    firsts: set[str] = set()
-    rests: dict[str, list[str]] = {}
-    for part in sorted(parts, key=len, reverse=True):
-        first, dot, rest = part.partition(".")
-        firsts.add(first)
-        rests.setdefault(first, []).append(
-            (re.escape(dot + rest)).replace(r"\{n\}", r"\d+").replace(r"\{word\}", r"[^.]+")
-        )
-    if not firsts:
-        return re.compile(r"(?!)")
-    each = "|".join(
-        rf"{re.escape(first)}(?=(?:\.[^.]+)?(?:{'|'.join(rests[first])})$)" for first in sorted(firsts, reverse=True)
-    )
-    ends = "|".join(sorted({rest for group in rests.values() for rest in group}, key=len, reverse=True))
-    begin = r"base_model\.(?:model\.)?" if table == "SHARED" else r"(?P<module>.+)\."
-    return re.compile(rf"{begin}(?P<first>{each})(?:\.(?P<adapter>(?!\d+$)[^.]+))??(?P<rest>{ends})")
+    targets = [parts for module, parts in modules.items() if config.targets.select(module)]
+
+    def is_copy(parts: Parts) -> bool:
+        return any(parts.keys() == of.keys() and all(_same(parts[part], of[part]) for part in parts) for of in targets)
+
+    tied = {m for m in modules if not config.targets.select(m) and not checks.in_layer(m) and is_copy(modules[m])}
+    return {module: parts for module, parts in modules.items() if module not in tied}
+
+
+def _same(first: LazyTensor, other: LazyTensor) -> bool:
+    if (first.dtype, first.shape) != (other.dtype, other.shape):
+        return False
+    return b"".join(map(bytes, first.chunks("first"))) == b"".join(map(bytes, other.chunks("other")))
 
 
 def _nested(groups: Groups) -> Iterator[str]:

@@ -9,10 +9,15 @@ A file says what PEFT 0.21 writes for its type, and makes the update of a module
     HARMLESS     field -> why it has no effect on a merge
     REFUSED      field -> (which values are refused, why); optional
     PLACE        where the update of a `{module}` lies if not on its weight, as `{module}.bias`; optional
+    TIED         whether modules that are tied to a target have its tensors too, without being targeted; optional
+    RENAMED      part of the update -> its name in a file, where they differ; optional
+    stored(module, update)
+                 the tensors of an update under their names in a file, where those are not just the parts', with `KIND`,
+                 the kind of updates that there are; optional
     update(one)  the `Update` of a module; `ValueError` with a sentence where tensors and config do not go together
     updates(one) module -> `Update` for a file that names no module; optional
     whole(one)   in its place, for a type that replaces tensors: name of a parameter of the module -> what takes its
-                 place
+                 place; `WHOLE` is what stands before such a name in a file
 
 What a kind of update does to a weight is in `adapter/kinds/`. Types that cannot be merged are in `_refused.py`.
 """

@@ -1,0 +1,26 @@
+"""OFT: rotations of blocks of inputs, as PEFT has them since 0.15 (kind `oft_input`)."""
+
+from __future__ import annotations
+
+from loratools.adapter import kinds
+from loratools.adapter.kinds import Update
+from loratools.dialects.peft.types import SWITCH, Field, ModuleTensors, a_switch, count, number
+
+PARTS = {"oft_R.weight": "upper triangles of skew matrices: (blocks, b(b − 1)/2)"}
+FIELDS = {
+    "r": count(0), "oft_block_size": count(32), "coft": SWITCH, "eps": number(6e-5), "block_share": SWITCH,
+    "use_cayley_neumann": Field(a_switch, "a switch", True), "num_cayley_neumann_terms": count(5),
+}  # fmt: skip
+HARMLESS = {"module_dropout": "training only"}
+
+
+def update(one: ModuleTensors) -> Update:
+    """Return the update; sizes come from the tensor, since PEFT adjusts those of the config to each module."""
+    one.has(*PARTS)
+    layout = {
+        **({"terms": one["num_cayley_neumann_terms"]} if one["use_cayley_neumann"] else {}),
+        **({"eps": one["eps"]} if one["coft"] else {}),
+        **({"share": True} if one["block_share"] else {}),
+    }
+    built: Update = kinds.get("oft_input").build(one.parts, 1.0, 1.0, layout=layout)
+    return built
