@@ -25,13 +25,13 @@ from loratools.adapter.model import Adapter, BaseIdentity, Loss
 from loratools.adapter.naming.image import groups, readings, rename
 from loratools.adapter.parts import BIAS, MAGNITUDE, A, B
 from loratools.dialects import kohya
-from loratools.dialects._frame.build import Draft
+from loratools.dialects._frame.build import Draft, some
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import IDENTITY, common_losses, left
 from loratools.dialects._frame.metadata import ALPHAS, carried, metadata_of, settings_with
 from loratools.dialects._frame.numbers import read_number
 from loratools.dialects.kohya.beside import SET_PART, SHAPE_PART, shapes_of
-from loratools.errors import BadFile
+from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.format import keys
 from loratools.storage import save
 from loratools.storage.lazy import LazyTensor
@@ -63,6 +63,7 @@ _XLABS_NAMES = {
     "qkv": "linear1", "proj": "linear2",
 }  # fmt: skip
 _DIFFSYNTH = re.compile(r"^(?:pipe\.)?dit\.")
+_PACKED = re.compile(r".+\.(?:mlp(?:_context)?_fc[12]|(?:qkv|out)_proj(?:_context)?)\.lora_(?:down|up)")
 _ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"}
 _ENCODER = re.compile(r"text_encoders\.(\w+)\.transformer\.(.+)")
 
@@ -73,6 +74,10 @@ def detect(listing: Listing) -> Evidence | None:
     header = listing.header(name) if name else None
     if name is None or header is None:
         return None
+    if not any(tensor.endswith(".qweight") for tensor in header.tensors):  # which a model of SVDQuant has beside them
+        packed = [tensor for tensor in header.tensors if _PACKED.fullmatch(tensor)]
+        if packed:
+            return Evidence(85, f"{len(packed)} of the tensors in {name} are packed for Nunchaku, such as {packed[0]}")
     names = [tensor for tensor in header.tensors if _SUFFIX.fullmatch(tensor) or _XLABS.fullmatch(tensor)]
     for score, what, mark in (
         (80, "are of XLabs' processors", _XLABS.fullmatch),
@@ -91,12 +96,17 @@ def detect(listing: Listing) -> Evidence | None:
 def read(listing: Listing) -> Adapter:
     """Read an adapter; modules keep the original's names, behind `diffusion_model.`.
 
-    Raises `BadFile` with all names that this dialect does not have, `UnsupportedAdapter` for parts of no known kind.
+    Raises `BadFile` with all names that this dialect does not have, `UnsupportedAdapter` for parts of no known kind
+    and for factors that are packed for Nunchaku.
     """
     name = listing.only(*FILES)
     if name is None:
         raise BadFile(f"{listing.path}: expected one safetensors file in this folder")
     tensors = {_DIFFSYNTH.sub(f"{groups.ORIGINAL}.", tensor): lazy for tensor, lazy in listing.tensors(name).items()}
+    if packed := [tensor for tensor in tensors if _PACKED.fullmatch(tensor)]:
+        what = "its factors are packed for the 4-bit kernels of Nunchaku (SVDQuant), in an order of tensor cores"
+        hint = "Give the LoRA that it was made of: Nunchaku packs others as it loads them."
+        raise UnsupportedAdapter(f"{listing.path}: {what}", [some(packed)], hint=hint)
     spelling = _Spelling.of(tensors)
     draft = Draft(listing.path, alpha=listing.alpha)
     whole: dict[str, LazyTensor] = {}

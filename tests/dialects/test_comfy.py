@@ -15,7 +15,7 @@ from loratools.adapter import kinds
 from loratools.adapter.model import Adapter, BaseIdentity
 from loratools.adapter.naming.image import rename
 from loratools.adapter.naming.image.readings import Reading, leads
-from loratools.errors import LossyConversion
+from loratools.errors import LoraToolsError, LossyConversion, UnsupportedAdapter
 from loratools.storage.lazy import LazyTensor
 
 from .adapters import Q0, lora
@@ -295,3 +295,14 @@ def test_xlabs_is_read_as_diffusers_reads_it(tmp_path: Path) -> None:
     for module in modules:
         wanted = theirs[f"{module}.lora_B.weight"] @ theirs[f"{module}.lora_A.weight"]
         torch.testing.assert_close(found[module].float(), wanted)
+
+
+@pytest.mark.parametrize("module", ["transformer_blocks.0.mlp_context_fc1", "single_transformer_blocks.0.qkv_proj"])
+def test_factors_packed_for_nunchaku_are_refused_by_what_they_are(tmp_path: Path, module: str) -> None:
+    file = {f"{module}.lora_down": torch.zeros(64, 16), f"{module}.lora_up": torch.zeros(192, 16)}
+    save_file(file, tmp_path / "a.safetensors")
+    with pytest.raises(UnsupportedAdapter, match=r"packed for the 4-bit kernels of Nunchaku \(SVDQuant\)"):
+        dialects.open_adapter(tmp_path / "a.safetensors")
+    save_file(file | {f"{module}.qweight": torch.zeros(8, 8, dtype=torch.int8)}, tmp_path / "model.safetensors")
+    with pytest.raises(LoraToolsError):
+        dialects.open_adapter(tmp_path / "model.safetensors")
