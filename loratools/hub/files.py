@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
+from loratools.adapter.naming.compact import natural
 from loratools.decisions import warned
 from loratools.errors import BadFile
 from loratools.hub.refs import is_plain
@@ -27,6 +28,7 @@ _STEMS: Mapping[Kind, tuple[str, ...]] = {
     "checkpoint": ("model", "diffusion_pytorch_model", "pytorch_model"),
 }
 _ENDINGS = (".safetensors", ".bin", ".npz", ".pt", ".pth", ".ckpt", ".gguf")  # of an adapter
+_CONFIGS = ("adapter_config.json", "params.json")  # that say an adapter's scaling: PEFT's and MLX's, mistral-finetune's
 _INDEX = ".index.json"
 
 
@@ -66,7 +68,7 @@ def under(paths: Iterable[str], path: str | None) -> dict[str, str]:
         parent = path.rpartition("/")[0]
         beside = {name: other for name, other in under(paths, parent or None).items() if "/" not in name}
         name = PurePosixPath(path).name
-        return {other: at for other, at in beside.items() if other == name or other == "adapter_config.json"}
+        return {other: at for other, at in beside.items() if other in (name, *_CONFIGS)}
     inside = {other.removeprefix(f"{path}/"): other for other in paths if other.startswith(f"{path}/")}
     if not inside:
         raise BadFile(f"no file or folder {path} in this repository")
@@ -81,6 +83,8 @@ def select(paths: Collection[str], kind: Kind, index: Index) -> Selection:
     Raises `BadFile` where there are no weights, an index names what is not there, or a path leaves its folder.
     """
     folders, by_diffusers = [""], set()
+    if kind == "adapter":
+        folders = [_home(paths, index)]
     if kind == "checkpoint" and PIPELINE in paths:
         entries = index(PIPELINE).items()
         parts = [name for name, entry in entries if isinstance(entry, list) and entry[:1] != [None]]
@@ -104,6 +108,31 @@ def select(paths: Collection[str], kind: Kind, index: Index) -> Selection:
     if problems:
         raise BadFile("the files do not belong together", problems)
     return Selection(tuple(sorted(weights)), tuple(sorted(path for path in others if is_plain(path))))
+
+
+def _home(paths: Collection[str], index: Index) -> str:
+    """Return the folder, "" or `name/`, of the adapter among `paths`: the top, or below it the only one, which is said.
+
+    Raises `BadFile` where there is none at the top and several below.
+    """
+    inside: dict[str, set[str]] = {}
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        inside.setdefault(folder, set()).add(name)
+    if _of_adapter(inside.get("", set()), lambda _: {"weight_map": {}}):
+        return ""
+    stems = tuple(f"{stem}." for stem in (*_STEMS["adapter"], "lora"))
+    homes = [
+        folder
+        for folder, names in sorted(inside.items())
+        if folder and any(name.startswith(stems) and name.endswith(_ENDINGS) for name in names)
+    ]
+    if len(homes) > 1:
+        hint = f"Give the path of one behind the repository's name, such as {max(homes, key=natural)}."
+        raise BadFile("no adapter at the top of the repository, and several in its folders", homes[:20], hint=hint)
+    if homes:
+        warned("no adapter at the top of the repository; the only one below is taken, %s", homes[0])
+    return f"{homes[0]}/" if homes else ""
 
 
 def stale(existing: Iterable[str], weights: Iterable[str]) -> tuple[str, ...]:

@@ -60,6 +60,8 @@ def read(path: Path, base_model: str | None) -> Subject:
             selection = files.select(present, kind, lambda name: read_json(present[name], most=MAX_INDEX))
         except BadFile as error:
             raise BadFile(f"{path}: {error.message}", error.problems, hint=error.hint) from None
+        if kind == "adapter" and (inner := next((name for name in selection.weights if "/" in name), None)):
+            raise BadFile(f"{path}: no adapter at the top of this folder", hint=f"Push {(path / inner).parent}.")
         pictures = [name for name in present if Path(name).suffix.lower() in files.PICTURES]
         chosen = sorted({*selection.paths, *pictures})
     else:

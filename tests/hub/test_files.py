@@ -2,6 +2,7 @@
 
 import pytest
 
+from loratools.decisions import warnings_to
 from loratools.errors import BadFile
 from loratools.hub.files import Kind, kind_of, select, stale, under
 
@@ -85,3 +86,27 @@ def test_stale_shards() -> None:
     assert stale(there, ["model.safetensors", "config.json"]) == (*SHARDS, "model.safetensors.index.json")
     assert stale(there, ["adapter_model.safetensors"]) == ()
     assert stale(["model.safetensors"], [*SHARDS, "model.safetensors.index.json"]) == ("model.safetensors",)
+
+
+def test_the_only_adapter_below_the_top_is_taken_and_said() -> None:
+    paths = ["README.md", "checkpoint-500/adapter_config.json", "checkpoint-500/adapter_model.safetensors"]
+    paths += ["checkpoint-500/optimizer.pt", "checkpoint-500/global_step500/mp_rank_00_model_states.pt"]
+    said: list[str] = []
+    with warnings_to(said.append):
+        selection = select(paths, "adapter", lambda name: {})
+    assert selection.weights == ("checkpoint-500/adapter_model.safetensors",)
+    assert selection.others == ("checkpoint-500/adapter_config.json",)
+    assert said == ["no adapter at the top of the repository; the only one below is taken, checkpoint-500"]
+
+
+def test_of_several_below_the_top_none_is_taken() -> None:
+    paths = [f"checkpoint-{step}/adapter_model.safetensors" for step in (500, 1500, 900)]
+    with pytest.raises(BadFile, match="several in its folders") as refusal:
+        select(paths, "adapter", lambda name: {})
+    assert sorted(refusal.value.problems) == ["checkpoint-1500", "checkpoint-500", "checkpoint-900"]
+    assert "checkpoint-1500." in str(refusal.value.hint)
+
+
+def test_a_single_file_comes_with_the_config_that_says_its_scaling() -> None:
+    paths = ["run/lora.safetensors", "run/params.json", "run/tekken.json"]
+    assert set(under(paths, "run/lora.safetensors")) == {"lora.safetensors", "params.json"}

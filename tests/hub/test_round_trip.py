@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
+from loratools import dialects
 from loratools.errors import BadFile, OutputRefused
 from loratools.hub.client import Hub
 from loratools.hub.pull import RECORD, plan
 from loratools.hub.pull import fetch as write
 from loratools.hub.refs import Ref
+from loratools.hub.subject import read
+from loratools.surgery.inspect import AdapterSummary, inspect
 from tests.hub.server import LocalHub
 from tests.hub.server.client import api
 from tests.hub.trips import REPO, contents, fetch, send, shelf, stored
@@ -210,3 +213,24 @@ def test_the_hub_finds_what_its_snippet_needs(hub: LocalHub, workplace: Path) ->
         "pipeline_tag": "text-generation",
         "tags": ["base_model:adapter:lab/base", "lora", "loratools", "transformers"],
     }
+
+
+def test_a_repository_of_one_checkpoint_is_that_adapter(hub: LocalHub, workplace: Path, tmp_path: Path) -> None:
+    own = contents(workplace / "adapter")
+    hub.seed(REPO, {**{f"checkpoint-9/{name}": data for name, data in own.items()}, "README.md": b"top"})
+    opened = dialects.open_adapter(f"hf://{REPO}")
+    assert opened.updates.keys() == dialects.open_adapter(workplace / "adapter").updates.keys()
+    summary = inspect(f"hf://{REPO}")
+    assert isinstance(summary, AdapterSummary)
+    assert {module.module for module in summary.modules} == opened.updates.keys()
+    hub.seed(REPO, {f"checkpoint-10/{name}": data for name, data in own.items()})
+    with pytest.raises(BadFile, match="several in its folders"):
+        fetch(tmp_path / "none")
+
+
+def test_a_folder_above_an_adapter_is_not_pushed(workplace: Path) -> None:
+    (workplace / "run").mkdir()
+    (workplace / "adapter").rename(workplace / "run" / "checkpoint-9")
+    with pytest.raises(BadFile, match="no adapter at the top") as refusal:
+        read(workplace / "run", None)
+    assert refusal.value.hint == f"Push {workplace / 'run' / 'checkpoint-9'}."

@@ -14,6 +14,7 @@ import sys
 import threading
 import warnings
 import weakref
+from contextlib import suppress
 from typing import Any
 
 SECONDS_OF_WALL = 60.0
@@ -67,6 +68,10 @@ class Isolated:
 
     def _started(self) -> subprocess.Popen[str]:
         if self._process is None:
+            if not sys.executable:
+                raise ValueError(
+                    "only Python's re reads it, for which a process is needed, and no Python is known here"
+                )
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
@@ -80,11 +85,9 @@ def _end(process: subprocess.Popen[str]) -> None:
     process.kill()
     process.wait()
     for pipe in (process.stdin, process.stdout):
-        try:
+        with suppress(BrokenPipeError):  # what was written last was never read
             if pipe is not None:
                 pipe.close()
-        except BrokenPipeError:  # what was written last was never read
-            pass
 
 
 def _serve() -> None:
@@ -121,7 +124,9 @@ def _limit() -> Any:
         import signal
     except ImportError:  # Windows
         return lambda seconds: time.process_time()
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    with suppress(ValueError, OSError):  # macOS knows no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY if most == resource.RLIM_INFINITY else min(MEMORY, most), most))
 
     def limit(seconds: float) -> float:
         signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends the process
