@@ -156,6 +156,11 @@ def convert(
             converted = seal(in_base, checkpoint, progress)
         else:
             _placed(in_base, checkpoint)  # which raises if it does not fit
+            lost_of = dialects.get(to).losses
+            if len(lost_of(in_base)) < len(
+                lost_of(converted)
+            ):  # names of several families: the base tells whose they are
+                converted = in_base
     if profile is not None:
         converted = profiles.apply(converted, profile, checkpoint.shapes if checkpoint else None)
     warn_not_finite(converted)

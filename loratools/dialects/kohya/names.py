@@ -136,7 +136,8 @@ def _flat(module: str, prefixes: Mapping[str, str]) -> tuple[str, str]:
         "text_encoder_3": "lora_te3_",
     }
     prefix = prefixes.get(component, usual.get(component))
-    if prefix is None or not rest or (component == "transformer" and rest.startswith(("h.", "layers.0.self"))):
+    language = component == "transformer" and component not in prefixes and rest.startswith(("h.", "layers.0.self"))
+    if prefix is None or not rest or language:
         return "lycoris_", module.replace(".", "_")
     return prefix, rest.replace(".", "_")
 

@@ -116,10 +116,12 @@ def leads(reading: Reading, modules: Iterable[str], to: Naming) -> dict[str, Lea
 def told(readings: Sequence[Reading], shapes: Shapes, hints: str = "", *, flat: bool = False) -> list[Reading]:
     """Return those that shapes, statements, and depths leave of readings that fit all modules of `shapes`.
 
-    `hints` is what the file says of its base, in lower case. A shape of one side or none tells nothing.
+    `hints` is what the file says of its base, in lower case. A shape of one side or none tells nothing. A model that is
+    as wide as a published one is that rather than another; what is as wide as none of them may be any.
     """
     left = [reading for reading in readings if _in_proportion(reading, shapes, flat)]
     left = [reading for reading in left if any(re.search(p, hints) for p in reading.family.called)] or left
+    left = [reading for reading in left if _as_wide(reading, shapes, flat)] or left
     reached = {reading: _reached(reading, shapes, flat) for reading in left}
     left = [reading for reading in left if reached[reading] is not None] or left
     best = max((level for level in reached.values() if level is not None), default=0)
@@ -151,6 +153,16 @@ def _in_proportion(reading: Reading, shapes: Shapes, flat: bool) -> bool:
         if out and shape[0] * width != shape[1] * out:
             return False
     return True
+
+
+def _as_wide(reading: Reading, shapes: Shapes, flat: bool) -> bool:
+    """Tell whether modules have the input features of a published model, all that are known."""
+    known = []
+    for module, shape in shapes.items():
+        found = reading.find(module, flat=flat) if len(shape) == 2 else None
+        widths = reading.family.inputs.get(found[0], ()) if found else ()
+        known += [shape[1] in widths] if widths else []
+    return bool(known) and all(known)
 
 
 def _reached(reading: Reading, modules: Iterable[str], flat: bool) -> int | None:

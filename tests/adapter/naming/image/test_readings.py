@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 
 from loratools.adapter.naming.image import families, readings
 from loratools.adapter.naming.image.patterns import Patterns
 from loratools.adapter.naming.image.readings import ENCODER, Reading
 from loratools.dialects.kohya.names import dotted, flattened
+from tests.make.image_families import model_of, shapes_of
 
 IMAGES = [name for name in families.names() if families.get(name).component != ENCODER]
 
@@ -74,3 +78,45 @@ def test_a_number_that_a_pattern_spells_out_is_that_number() -> None:
     assert patterns.find("blocks.13.mlp.1") is None
     assert patterns.find("norm2") is None
     assert Patterns(["blocks.{}.mlp.0"], flat=True).find("blocks_13_mlp_0") == ("blocks.{}.mlp.0", ("13",))
+
+
+PUBLISHED: dict[str, tuple[str, dict[str, int]]] = {
+    "flux": ("FluxTransformer2DModel", {}), "flux2": ("Flux2Transformer2DModel", {}),
+    "chroma": ("ChromaTransformer2DModel", {}), "qwen_image": ("QwenImageTransformer2DModel", {}),
+    "sd3": ("SD3Transformer2DModel", {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}),
+    "hunyuan_video": ("HunyuanVideoTransformer3DModel", {}),
+    "hunyuan_video_15": ("HunyuanVideo15Transformer3DModel", {}),
+    "hunyuan_image": ("HunyuanImageTransformer2DModel", {}), "ltx": ("LTXVideoTransformer3DModel", {}),
+    "cosmos": ("CosmosTransformer3DModel", {}), "mochi": ("MochiTransformer3DModel", {}),
+    "cogvideox": ("CogVideoXTransformer3DModel", {}), "sana": ("SanaTransformer2DModel", {}),
+    "pixart": ("PixArtTransformer2DModel", {"sample_size": 128}), "z_image": ("ZImageTransformer2DModel", {}),
+    "ideogram4": ("Ideogram4Transformer2DModel", {}), "fibo2": ("BriaFibo2Transformer2DModel", {}),
+    "lumina2": ("Lumina2Transformer2DModel", {}),
+}  # fmt: skip
+"""Classes that are as deep and as wide by default as what was published, or with these numbers."""
+
+ALONE = {
+    "qwen_image", "hunyuan_video_15", "hunyuan_image", "ltx", "cosmos", "mochi", "sana", "pixart", "z_image",
+    "ideogram4", "fibo2", "lumina2", "sd3",
+}  # fmt: skip
+"""Families whose attentions, all of them, lead to names that no other's do, or are as wide as no other's."""
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("blocks", [None, 3])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_attentions_of_published_models_are_never_read_as_another_familys(name: str, blocks: int | None) -> None:
+    """Adapters of attentions alone have names that many families share: widths and depths tell, or it stays open."""
+    diffusers: Any = pytest.importorskip("diffusers")
+    cls, config = PUBLISHED[name]
+    every = shapes_of(model_of(getattr(diffusers, cls), **config))
+    shapes = {
+        m: s for m, s in every.items() if re.search(r"\.\d+\..*attn\w*\.to_[qkv]$|\.\d+\.attention\.to_[qkv]$", m)
+    }
+    shapes = {m: s for m, s in shapes.items() if blocks is None or int(re.findall(r"\d+", m)[0]) < blocks}
+    assert len(shapes) >= 6
+    left = readings.told([r for r in readings.fitting(shapes) if r.naming == "diffusers"], shapes)
+    assert name in {reading.name for reading in left}
+    if name in ALONE and blocks is None:
+        places = [readings.leads(r, shapes, "original") for r in left if r.family.prefixes.get("comfy")]
+        assert all(place == places[0] for place in places)

@@ -67,6 +67,7 @@ class Family:
                    of it (`modelspec.architecture`, `ss_base_model_version`)
     `depths`       list of blocks, in either naming -> the numbers of blocks that published models have: they tell
                    families apart that share their names
+    `inputs`       module, in either naming -> its input features in published models, for the same purpose
     `proportions`  module of the original -> output : input features, where families share names and shapes tell
     """
 
@@ -83,6 +84,7 @@ class Family:
     kohya: Naming | Literal["either"] = "original"
     called: tuple[str, ...] = ()
     depths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     proportions: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -120,6 +122,8 @@ class Family:
         strangers = (self.swapped | self.swapped_if.keys()) - self.renames.keys()
         yield from (f"{name} is swapped and not renamed" for name in sorted(strangers))
         yield from (f"{name} has a proportion and no name" for name in self.proportions.keys() - set(self.original))
+        known_inputs = set(self.original).union(self.diffusers)
+        yield from (f"{name} has inputs and no name" for name in sorted(self.inputs.keys() - known_inputs))
         lists = [name.split(".{}")[0] for name in (*self.original, *self.diffusers) if ".{}" in name]
         yield from (f"{name} has depths and no blocks" for name in sorted(self.depths.keys() - set(lists)))
         yield from (f"{pattern} is no regular expression" for pattern in self.called if not _compiles(pattern))

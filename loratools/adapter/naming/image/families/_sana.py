@@ -34,6 +34,10 @@ def family(summary: str, embedders: Mapping[str, str], called: str) -> Family:
             "blocks.{}.attn.qkv": Fused(tuple(f"transformer_blocks.{{}}.attn1.to_{x}" for x in "qkv")),
             "blocks.{}.cross_attn.kv_linear": Fused(tuple(f"transformer_blocks.{{}}.attn2.to_{x}" for x in "kv")),
         },
+        inputs={
+            **{f"transformer_blocks.{{}}.attn1.to_{x}": (1152, 2240) for x in "qkv"},
+            "blocks.{}.attn.qkv": (1152, 2240),
+        },
         called=(called,),
         depths={"blocks": (20, 28, 60), "transformer_blocks": (20, 28, 60)},
         proportions={"blocks.{}.attn.qkv": (3, 1), "blocks.{}.cross_attn.kv_linear": (2, 1)},

@@ -8,6 +8,10 @@ from loratools.adapter.naming.image.families._bria import MODULES
 FAMILY = Family(
     summary="Bria 3.2",
     renames=same(*MODULES),
+    inputs={
+        **{f"transformer_blocks.{{}}.attn.to_{x}": (3072,) for x in "qkv"},
+        **{f"single_transformer_blocks.{{}}.attn.to_{x}": (3072,) for x in "qkv"},
+    },
     called=(r"\bbria-?_?[23]",),
 )
 """Bria 3.2."""

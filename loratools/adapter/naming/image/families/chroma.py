@@ -35,6 +35,11 @@ FAMILY = Family(
         ),
     },
     encoders={"text_encoder": ("lora_te1_", "t5xxl")},
+    inputs={
+        **{f"transformer_blocks.{{}}.attn.to_{x}": (3072,) for x in "qkv"},
+        **{f"single_transformer_blocks.{{}}.attn.to_{x}": (3072,) for x in "qkv"},
+        "double_blocks.{}.img_attn.qkv": (3072,), "single_blocks.{}.linear1": (3072,),
+    },
     called=(r"chroma",),
     depths={
         "double_blocks": (19,), "single_blocks": (38,), "transformer_blocks": (19,), "single_transformer_blocks": (38,),

@@ -31,6 +31,9 @@ FAMILY = Family(
     },
     diffusers_in_comfy=True,
     kohya="diffusers",
+    inputs={
+        **{f"transformer_blocks.{{}}.attn1.to_{x}": (1920, 3072) for x in "qkv"},
+    },
     called=(r"cogvideo-?x",),
     depths={"transformer.layers": (30, 42), "transformer_blocks": (30, 42)},
 )  # fmt: skip

@@ -35,6 +35,10 @@ FAMILY = Family(
         **same("crossattn_proj.0", "img_context_proj.0"),
     },
     depths={"blocks": (20, 28, 36), "transformer_blocks": (20, 28, 36)},
+    inputs={
+        **{f"transformer_blocks.{{}}.attn1.to_{x}": (2048, 4096, 5120) for x in "qkv"},
+        "transformer_blocks.{}.attn2.to_k": (1024,), "transformer_blocks.{}.attn2.to_v": (1024,),
+    },
     called=(r"cosmos", r"(?<![a-z])anima(?![a-z])"),
 )  # fmt: skip
 """Cosmos-Predict2's transformer."""

@@ -11,6 +11,10 @@ FAMILY = Family(
         *MODULES, "caption_projection.{}.linear", "guidance_embed.timestep_embedder.linear_1",
         "guidance_embed.timestep_embedder.linear_2",
     ),
+    inputs={
+        **{f"transformer_blocks.{{}}.attn.to_{x}": (3072,) for x in "qkv"},
+        **{f"single_transformer_blocks.{{}}.attn.to_{x}": (3072,) for x in "qkv"},
+    },
     called=(r"fibo(?!-?_?2)",),
     depths={"transformer_blocks": (8,), "single_transformer_blocks": (38,)},
 )  # fmt: skip

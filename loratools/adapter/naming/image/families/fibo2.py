@@ -28,6 +28,9 @@ FAMILY = Family(
         "final_layer.adaLN_modulation.1", *(f"noise_refiner.{{}}.{x}" for x in _BLOCK),
         *(f"layers.{{}}.{x}" for x in _CROSS), *(f"perceiver.layers.{{}}.{x}" for x in _PERCEIVER),
     ),
+    inputs={
+        **{f"layers.{{}}.attention.to_{x}": (3584,) for x in "qkv"},
+    },
     called=(r"fibo-?_?2",),
 )  # fmt: skip
 """FIBO 2."""

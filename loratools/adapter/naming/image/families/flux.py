@@ -38,6 +38,11 @@ FAMILY = Family(
     },
     swapped=frozenset({"final_layer.adaLN_modulation.1"}),
     encoders={"text_encoder": ("lora_te1_", "clip_l"), "text_encoder_2": ("lora_te3_", "t5xxl")},
+    inputs={
+        **{f"transformer_blocks.{{}}.attn.to_{x}": (3072,) for x in "qkv"},
+        **{f"single_transformer_blocks.{{}}.attn.to_{x}": (3072,) for x in "qkv"},
+        "double_blocks.{}.img_attn.qkv": (3072,), "single_blocks.{}.linear1": (3072,),
+    },
     called=(r"flux\.?-?1\b",),
     depths={
         "double_blocks": (19,), "single_blocks": (38,), "transformer_blocks": (19,), "single_transformer_blocks": (38,),

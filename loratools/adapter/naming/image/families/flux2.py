@@ -35,6 +35,10 @@ FAMILY = Family(
         "double_blocks.{}.txt_attn.qkv": Fused(tuple(f"transformer_blocks.{{}}.attn.add_{x}_proj" for x in "qkv")),
     },
     swapped=frozenset({"final_layer.adaLN_modulation.1"}),
+    inputs={
+        **{f"transformer_blocks.{{}}.attn.to_{x}": (6144, 4096, 3072) for x in "qkv"},
+        "double_blocks.{}.img_attn.qkv": (6144, 4096, 3072), "single_blocks.{}.linear1": (6144, 4096, 3072),
+    },
     called=(r"flux\.?-?2\b", r"klein"),
     depths={
         "double_blocks": (8, 5), "single_blocks": (48, 24, 20),

@@ -18,6 +18,10 @@ FAMILY = Family(
     },
     fused={**_hunyuan.REFINER_QKV, **_hunyuan.DOUBLE_QKV, **_hunyuan.SINGLE_LINEAR1},
     swapped=_hunyuan.SWAPPED,
+    inputs={
+        **{f"transformer_blocks.{{}}.attn.to_{x}": (3584,) for x in "qkv"},
+        **{f"single_transformer_blocks.{{}}.attn.to_{x}": (3584,) for x in "qkv"},
+    },
     called=(r"hunyuan[-_ ]?image",),
     depths={
         "double_blocks": (20,), "single_blocks": (40,), "transformer_blocks": (20,), "single_transformer_blocks": (40,),

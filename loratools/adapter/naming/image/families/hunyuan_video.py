@@ -21,6 +21,10 @@ FAMILY = Family(
     },
     fused={**_hunyuan.REFINER_QKV, **_hunyuan.DOUBLE_QKV, **_hunyuan.SINGLE_LINEAR1},
     swapped=_hunyuan.SWAPPED,
+    inputs={
+        **{f"transformer_blocks.{{}}.attn.to_{x}": (3072,) for x in "qkv"},
+        **{f"single_transformer_blocks.{{}}.attn.to_{x}": (3072,) for x in "qkv"},
+    },
     called=(r"hunyuan[-_ ]?video(?![-_ ]?1[._]5)", r"skyreels[-_ ]?v1", r"framepack", r"fasthunyuan"),
     depths={
         "double_blocks": (20,), "single_blocks": (40,), "transformer_blocks": (20,), "single_transformer_blocks": (40,),

@@ -20,6 +20,9 @@ FAMILY = Family(
     fused=_hunyuan.REFINER_QKV,
     swapped=_hunyuan.SWAPPED,
     prefixes={"kohya": "lora_unet_"},
+    inputs={
+        **{f"transformer_blocks.{{}}.attn.to_{x}": (2048,) for x in "qkv"},
+    },
     called=(r"hunyuan[-_ ]?video[-_ ]?1[._]5",),
     depths={"double_blocks": (54,), "transformer_blocks": (54,)},
 )  # fmt: skip

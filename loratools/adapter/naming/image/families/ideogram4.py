@@ -20,6 +20,9 @@ FAMILY = Family(
         "layers.{}.attention.o": "layers.{}.attention.to_out.0",
     },
     fused={"layers.{}.attention.qkv": Fused(tuple(f"layers.{{}}.attention.to_{x}" for x in "qkv"))},
+    inputs={
+        **{f"layers.{{}}.attention.to_{x}": (4608,) for x in "qkv"}, "layers.{}.attention.qkv": (4608,),
+    },
     called=(r"ideogram",),
     depths={"layers": (34,)},
     proportions={"layers.{}.attention.qkv": (3, 1)},

@@ -20,6 +20,10 @@ FAMILY = Family(
             **same("ff.net.0.proj", "ff.net.2"),
         }),
     },
+    inputs={
+        **{f"transformer_blocks.{{}}.attn1.to_{x}": (2048,) for x in "qkv"},
+        "transformer_blocks.{}.attn2.to_k": (2048,), "transformer_blocks.{}.attn2.to_v": (2048,),
+    },
     called=(r"ltx[-_ ]?(?!2)(video|v)",),
     depths={"transformer_blocks": (28, 48)},
 )  # fmt: skip

@@ -32,6 +32,10 @@ FAMILY = Family(
         }),
         **same(*(f"transformer_blocks.{{}}.{ff}.net.{n}" for ff in ("ff", "audio_ff") for n in ("0.proj", "2"))),
     },
+    inputs={
+        **{f"transformer_blocks.{{}}.attn1.to_{x}": (4096,) for x in "qkv"},
+        "transformer_blocks.{}.attn2.to_k": (4096,), "transformer_blocks.{}.attn2.to_v": (4096,),
+    },
     called=(r"ltx[-_ ]?(v[-_ ]?)?2",),
     depths={"transformer_blocks": (48,)},
 )  # fmt: skip

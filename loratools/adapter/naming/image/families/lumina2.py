@@ -29,6 +29,9 @@ FAMILY = Family(
         f"{block}.attention.qkv": Fused(tuple(f"{block}.attn.to_{x}" for x in "qkv"), (1, None, None))
         for block in _BLOCKS
     },
+    inputs={
+        **{f"layers.{{}}.attn.to_{x}": (2304,) for x in "qkv"}, "layers.{}.attention.qkv": (2304,),
+    },
     called=(r"lumina-?_?(image)?-?_?(v?2)", r"neta"),
     depths={"layers": (26,), "noise_refiner": (2,), "context_refiner": (2,)},
     proportions={f"{block}.attention.qkv": (5, 3) for block in _BLOCKS},

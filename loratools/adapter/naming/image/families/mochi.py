@@ -34,6 +34,9 @@ FAMILY = Family(
         "blocks.{}.attn.qkv_y": Fused(tuple(f"transformer_blocks.{{}}.attn1.add_{x}_proj" for x in "qkv")),
     },
     swapped=frozenset({"blocks.{}.mlp_x.w1", "blocks.{}.mlp_y.w1", "final_layer.mod"}),
+    inputs={
+        **{f"transformer_blocks.{{}}.attn1.to_{x}": (3072,) for x in "qkv"},
+    },
     called=(r"(?<![a-z])mochi(?![a-z])",),
     depths={"blocks": (48,), "transformer_blocks": (48,)},
 )  # fmt: skip

@@ -20,6 +20,9 @@ FAMILY = Family(
         *(f"context_refiner.{{}}.{x}" for x in (*_BLOCK, "norm1")),
         "norm_out.linear_1", "norm_out.linear_2",
     ),
+    inputs={
+        **{f"layers.{{}}.attn.to_{x}": (2520,) for x in "qkv"},
+    },
     called=(r"omnigen-?_?2",),
     depths={"layers": (32,), "noise_refiner": (2,), "ref_image_refiner": (2,), "context_refiner": (2,)},
 )  # fmt: skip

@@ -29,6 +29,10 @@ FAMILY = Family(
         "blocks.{}.cross_attn.kv_linear": Fused(tuple(f"transformer_blocks.{{}}.attn2.to_{x}" for x in "kv")),
     },
     encoders={"text_encoder": ("lora_te1_", "t5xxl")},
+    inputs={
+        **{f"transformer_blocks.{{}}.attn1.to_{x}": (1152,) for x in "qkv"},
+        "blocks.{}.attn.qkv": (1152,),
+    },
     called=(r"pixart",),
     depths={"blocks": (28,), "transformer_blocks": (28,)},
     proportions={

@@ -22,6 +22,9 @@ FAMILY = Family(
             )
         ),
     ),
+    inputs={
+        **{f"transformer_blocks.{{}}.attn.to_{x}": (3072,) for x in "qkv"},
+    },
     called=(r"qwen[-_ ]?image",),
     depths={"transformer_blocks": (60,)},
 )  # fmt: skip

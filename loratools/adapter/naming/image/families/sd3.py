@@ -44,6 +44,10 @@ FAMILY = Family(
         "text_encoder": ("lora_te1_", "clip_l"), "text_encoder_2": ("lora_te2_", "clip_g"),
         "text_encoder_3": ("lora_te3_", "t5xxl"),
     },
+    inputs={
+        **{f"transformer_blocks.{{}}.attn.to_{x}": (1536, 2432) for x in "qkv"},
+        "joint_blocks.{}.x_block.attn.qkv": (1536, 2432),
+    },
     called=(r"stable-?_?diffusion-?_?3", r"\bsd-?_?3"),
     depths={"joint_blocks": (24, 38), "transformer_blocks": (24, 38)},
     proportions={

@@ -32,6 +32,9 @@ FAMILY = Family(
         f"{block}.{{}}.attention.qkv": Fused(tuple(f"{block}.{{}}.attention.to_{x}" for x in "qkv"))
         for block in _BLOCKS
     },
+    inputs={
+        **{f"layers.{{}}.attention.to_{x}": (3840,) for x in "qkv"}, "layers.{}.attention.qkv": (3840,),
+    },
     called=(r"z-?_?image", r"zimage"),
     depths={"layers": (30,), "noise_refiner": (2,), "context_refiner": (2,)},
     proportions={f"{block}.{{}}.attention.qkv": (3, 1) for block in _BLOCKS},

@@ -29,6 +29,7 @@ def test_a_family_says_all_that_it_contradicts_at_once() -> None:
             swapped=frozenset({"mod"}),
             called=("(",),
             depths={"heads": (3,)},
+            inputs={"mod": (8,)},
             proportions={"mod": (2, 1)},
         )
     said = str(refusal.value)
@@ -36,7 +37,7 @@ def test_a_family_says_all_that_it_contradicts_at_once() -> None:
         "engine is no component", "diffusers has x twice", "original has qkv twice",
         "original's blocks.0.q is blocks.{}.q and blocks.0.q",
         "original's a_b is a.b and a_b", "blocks.{}.q has 1 numbers, layers.q has 0", "mod is swapped and not",
-        "mod has a proportion", "heads has depths", "( is no regular expression",
+        "mod has a proportion", "mod has inputs", "heads has depths", "( is no regular expression",
     ):  # fmt: skip
         assert what in said
 
