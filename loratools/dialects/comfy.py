@@ -6,6 +6,7 @@
     diffusion_model.blocks.0 . diff_m        added to the modulation; set_weight, reshape_weight: kohya/beside.py
     double_blocks.0.processor.qkv_lora1.down.weight            XLabs: lora1 the image's stream, lora2 the text's
     double_blocks.0.img_attn.qkv.lora_B.bias, ….query_norm.scale        BFL's control adapters, without a component
+    blocks.0.attn.qkv_x.lora_A, ….lora_B               Genmo's of Mochi; alphas in the header's `kwargs`
 
 s = alpha/r; without a tensor for it alpha is the header's, and s = 1 where that is missing too. ComfyUI itself maps the
 names by the base that it has loaded.
@@ -25,6 +26,7 @@ from loratools.adapter.model import Adapter, BaseIdentity, Loss
 from loratools.adapter.naming.image import groups, readings, rename
 from loratools.adapter.parts import BIAS, MAGNITUDE, A, B
 from loratools.dialects import kohya
+from loratools.dialects._frame import alphas
 from loratools.dialects._frame.build import Draft, some
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import IDENTITY, common_losses, left
@@ -65,6 +67,11 @@ _XLABS_NAMES = {
 _DIFFSYNTH = re.compile(r"^(?:pipe\.)?dit\.")
 _PACKED = re.compile(r".+\.(?:mlp(?:_context)?_fc[12]|(?:qkv|out)_proj(?:_context)?)\.lora_(?:down|up)")
 _ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"}
+_GENMO = re.compile(r"(?:diffusion_model\.)?blocks\.\d+\.attn\.(qkv|proj)_[xy]")
+_GENMO_ALPHAS = {"qkv": "qkv_proj_lora_alpha", "proj": "out_proj_lora_alpha"}
+_TOP = "text_embedding_projection."
+"""What LTX-2's files have beside `diffusion_model.`, and adapters of it too."""
+
 _ENCODER = re.compile(r"text_encoders\.(\w+)\.transformer\.(.+)")
 
 
@@ -127,11 +134,13 @@ def read(listing: Listing) -> Adapter:
             whole[spelling.module(tensor)] = lazy
         else:
             draft.faults.append(f"{tensor}: no name that this dialect gives to a part of an adapter")
+    header = listing.header(name)
+    metadata = header.metadata if header else {}
+    if any(tensor.endswith((".lora_A", ".lora_B")) for tensor in tensors):
+        draft.alphas = _of_genmo(draft.groups, metadata) | draft.alphas
     draft.check()
     for module in short:
         draft.groups[module] = _into_linear1(draft.groups[module])
-    header = listing.header(name)
-    metadata = header.metadata if header else {}
     others = kohya.finish(draft, metadata)
     base = BaseIdentity.of_name(metadata.get("ss_base_model"))
     settings = settings_with(metadata, lambda key: key != "format") | others.settings
@@ -201,7 +210,7 @@ class _Spelling:
         if match := _ENCODER.fullmatch(name):
             encoder = self.encoders.get(match[1])
             return f"{encoder}.{match[2]}" if encoder else name
-        bare = self.bare and not name.startswith("diffusion_model.")
+        bare = (self.bare or name.startswith(_TOP)) and not name.startswith("diffusion_model.")
         return f"diffusion_model.{name}" if bare else name
 
 
@@ -221,7 +230,7 @@ def _name(module: str, encoders: Mapping[str, str]) -> str | None:
     """Return ComfyUI's name of a module, or None where it has none."""
     component, _, rest = module.partition(".")
     if component == groups.ORIGINAL or _ENCODER.fullmatch(module):
-        return module
+        return rest if rest.startswith(_TOP) else module
     t5 = rest.startswith(("encoder.block.", "shared"))
     usual = "t5xxl" if t5 else {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}.get(component)
     encoder = encoders.get(component, usual)
@@ -240,6 +249,14 @@ def _of_peft(update: Update, alpha: bool) -> dict[str, LazyTensor]:
     names = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
     needed = alpha or kohya.alpha_of(update) != update.rank
     return {names.get(s, s): lazy for s, lazy in tensors.items() if s != "alpha" or needed}
+
+
+def _of_genmo(modules: Iterable[str], metadata: Mapping[str, str]) -> dict[str, float]:
+    """Return the alphas of Genmo's adapters of Mochi, which the header has as JSON among its model's arguments."""
+    stated = alphas.json_object(metadata.get("kwargs", "{}"))
+    known = {kind: alphas.number(stated.get(key)) for kind, key in _GENMO_ALPHAS.items()}
+    found = {module: known[match[1]] for module in modules if (match := _GENMO.fullmatch(module))}
+    return {module: alpha for module, alpha in found.items() if alpha is not None}
 
 
 def _into_linear1(parts: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:

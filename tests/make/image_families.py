@@ -103,8 +103,11 @@ def prove(
     expected, whole = rows(family, shapes), originals(family, shapes)
     biased = {name.removesuffix(".bias") for name, _ in model.named_parameters() if name.endswith(".bias")}
     originally = {original for module, (original, _) in expected.items() if module in biased}
-    tensors = numbered(whole, originally)
-    converted = convert({f"{prefix}{name}": tensor for name, tensor in tensors.items()} | dict(also or {}))
+    tensors, tables = numbered(whole, originally), _tables(family, model)
+    raw = {where: torch.full(shape, number + 0.5) for number, (where, shape) in enumerate(tables.values())}
+    converted = convert({f"{prefix}{name}": tensor for name, tensor in (tensors | raw).items()} | dict(also or {}))
+    for name, (where, _) in tables.items():
+        assert torch.equal(converted[name], raw[where]), f"{name} does not come of {where}"
     assert shapes.keys() == expected.keys(), f"no names for {sorted(shapes.keys() - expected.keys())}"
     for module, (original, order) in expected.items():
         for kind in ("weight", "bias") if module in biased else ("weight",):
@@ -129,6 +132,13 @@ def lora(shapes: Shapes, rank: int = 2, prefix: str = "diffusion_model.", kohya:
         if kohya:
             tensors[f"{name}.alpha"] = torch.tensor(rank / 2)
     return tensors
+
+
+def _tables(family: Family, model: nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return the parameters of a model that are no layer's and that a family names: original names and shapes."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()
+              if not name.endswith((".weight", ".bias"))}  # fmt: skip
+    return {name: (where, shapes[name]) for name, (where, _) in _places(family, shapes).items()}
 
 
 def _places(family: Family, shapes: Shapes) -> dict[str, tuple[str, int | None]]:

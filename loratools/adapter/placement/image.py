@@ -30,7 +30,7 @@ from loratools.storage.checkpoint import Checkpoint
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-_ROOTS = ("model.diffusion_model.", f"{ORIGINAL}.", "")
+_ROOTS = ("model.diffusion_model.", f"{ORIGINAL}.", "net.", "model.model.", "")
 _MODELS = tuple(sorted(f"{name}." for name in COMPONENTS if not name.startswith("text_encoder")))
 # Where one file keeps each text encoder: that of the original repositories, that of ComfyUI, or the encoder alone.
 _ENCODERS: Mapping[str, tuple[str, ...]] = {

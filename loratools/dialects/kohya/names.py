@@ -34,7 +34,7 @@ _IMAGES = ("lora_unet_", "lora_transformer_", "lora_prior_unet_", "lycoris_")
 _ENCODERS = {"lora_te_": "", "lora_te1_": "", "lora_te2_": "_2", "lora_te3_": "_3"}
 _ROOTS = (
     "unet.", "transformer.", "model.diffusion_model.", "diffusion_model.", "text_encoder.", "text_encoder_2.",
-    "text_encoder_3.", "",
+    "text_encoder_3.", "net.", "model.model.", "",
 )  # fmt: skip
 
 
@@ -70,8 +70,10 @@ def dotted(
     alone = len(by_prefix.keys() & _ENCODERS.keys()) == 1
     of_base = _of_base(base) if base is not None else {}
     main: list[Reading] = []
-    for prefix in sorted(by_prefix, key=lambda prefix: (prefix not in _IMAGES, prefix)):
-        left = {flat for flat in by_prefix[prefix] if (prefix, flat) not in modules}
+    parts = [(prefix, part) for prefix, flats in by_prefix.items()
+             for part in sorted({_part(prefix, flat) for flat in flats})]  # fmt: skip
+    for prefix, part in sorted(parts, key=lambda one: (one[0] not in _IMAGES, one)):
+        left = {f for f in by_prefix[prefix] if (prefix, f) not in modules and _part(prefix, f) == part}
         if not left:
             continue
         known = {flat: {module for module in of_base.get(flat, ()) if _fits(prefix, module, alone=alone)}
@@ -121,6 +123,11 @@ def flattened(
     split = {module: _flat(module, prefixes or {}) for module in flat}
     back, _ = dotted(split.values(), {}, None)
     return flat, {flat[module]: module for module in flat if back.get(split[module]) != module}
+
+
+def _part(prefix: str, flat: str) -> str:
+    """Return the family beside the image model whose module this is, or ""."""
+    return readings.beside(flat, flat=True) if prefix in _IMAGES else ""
 
 
 def _flat(module: str, prefixes: Mapping[str, str]) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 COMPONENTS = frozenset({
     "unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "prior", "decoder",
-    "connectors", "controlnet",
+    "connectors", "controlnet", "text_conditioner",
 })  # fmt: skip
 """Parts of a pipeline that take adapters; the first segment of a name."""
 

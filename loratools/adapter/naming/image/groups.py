@@ -47,7 +47,7 @@ class Group:
 
         None for names that the reader does not read.
         """
-        family = reading.family
+        family = reading.at("original").family if reader != "diffusers" else reading.family
         if reader != "diffusers" and reader not in family.prefixes:
             return None
         if reader == "comfy":
@@ -63,10 +63,8 @@ class Group:
         Of readings that lead to the same names the first is returned that has the most to say of sizes.
         """
         outcomes: list[tuple[Reading, Naming, str, dict[str, Lead]]] = []
-        for reading in self.readings:
-            if (target := self.target(reading, reader)) is None:
-                continue
-            to, prefix = target
+        direct = [(way, target) for way in self.readings if (target := self.target(way, reader)) is not None]
+        for reading, (to, prefix) in direct or self._around(reader):
             leads = self.leads(reading, to)
             if reader == "kohya" and _same_names(reading, to, leads):
                 prefix = home(self.prefix, reading.family)  # whose names are diffusers' too
@@ -78,6 +76,12 @@ class Group:
                 outcomes[same[0]] = (reading, to, prefix, leads)
         return [(reading, to, prefix) for reading, to, prefix, _ in outcomes]
 
+    def _around(self, reader: Reader) -> list[tuple[Reading, tuple[Naming, str]]]:
+        """Return readings with their targets by the other names that a reader has for the same models."""
+        modules = [module_of(name) for name in self.updates]
+        ways = [other for reading in self.readings for other in reading.others(modules)]
+        return [(way, target) for way in ways if (target := self.target(way, reader)) is not None]
+
 
 def home(prefix: str, family: Family) -> str:
     """Return what stands before diffusers' names of a group: its own component, else the family's."""
@@ -86,14 +90,16 @@ def home(prefix: str, family: Family) -> str:
 
 def groups(adapter: Adapter) -> list[Group]:
     """Return the image models that an adapter changes, each with the readings that fit all its modules."""
-    by_prefix: dict[str, dict[str, Update]] = defaultdict(dict)
+    by_model: dict[tuple[str, str], dict[str, Update]] = defaultdict(dict)
     for module, update in adapter.updates.items():
         first, _, name = module.partition(".")
         if first == ORIGINAL or (first in COMPONENTS and not first.startswith("text_encoder")):
-            by_prefix[f"{first}."][name] = update
+            part = readings.beside(module_of(name)) if first == ORIGINAL else ""
+            by_model[f"{first}.", part][name] = update
     hints, encoders = _hints(adapter), {c for c in map(component, adapter.updates) if c.startswith("text_encoder")}
     return [
-        Group(prefix, updates, *_readings(prefix, updates, hints, encoders)) for prefix, updates in by_prefix.items()
+        Group(prefix, updates, *_readings(prefix, updates, hints, encoders))
+        for (prefix, _), updates in by_model.items()
     ]
 
 
@@ -147,7 +153,7 @@ def alike(leads: Mapping[str, Lead], others: Mapping[str, Lead]) -> bool:
 def _same_names(reading: Reading, to: Naming, leads: Mapping[str, Lead]) -> bool:
     """Tell whether names to which modules lead are diffusers' too."""
     names = {name for lead in leads.values() for name in lead.names}
-    return component_of(Reading(reading.name, to), names) != ORIGINAL
+    return component_of(reading.at(to), names) != ORIGINAL
 
 
 def _definite(leads: Mapping[str, Lead]) -> int:

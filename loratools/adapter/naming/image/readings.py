@@ -29,15 +29,32 @@ NAMINGS: tuple[Naming, Naming] = ("original", "diffusers")
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A way to read names: as those of a family, under one of its namings."""
+    """A way to read names: as those of a family, under one of its namings.
+
+    `written` is the family whose original names the modules get, where that is another one of the same models.
+    """
 
     name: str
     naming: Naming
+    written: str = ""
 
     @property
     def family(self) -> Family:
         """The family."""
         return families.get(self.name)
+
+    def at(self, to: Naming) -> Reading:
+        """Return how the names are read to which this reading leads in a naming."""
+        return Reading(self.written or self.name if to == "original" else self.name, to)
+
+    def others(self, modules: Iterable[str]) -> list[Reading]:
+        """Return the same reading for each family of the same models that has all the modules by other names."""
+        patterns = {found[0] for module in modules if (found := self.find(module))}
+        return [
+            replace(self, written=name)
+            for name in _same_models(self.name)
+            if patterns <= _table(self.name, self.naming, "original", name).keys()
+        ]
 
     def find(self, module: str, *, flat: bool = False) -> tuple[str, tuple[str, ...]] | None:
         """Return the pattern that a module fits, with its numbers."""
@@ -102,9 +119,14 @@ def every(components: Iterable[str] | None = None) -> list[Reading]:
     ]
 
 
+def beside(name: str, *, flat: bool = False) -> str:
+    """Return the family whose modules stand beside those of the model in its file, if it has this one; else ""."""
+    return next((each for each in _beside() if _patterns(each, "original", flat).find(name)), "")
+
+
 def leads(reading: Reading, modules: Iterable[str], to: Naming) -> dict[str, Lead]:
     """Return where each of the modules, all of which fit, leads to."""
-    table = _table(reading.name, reading.naming, to)
+    table = _table(reading.name, reading.naming, to, reading.written or reading.name)
     places: dict[str, Lead] = {}
     for module in modules:
         pattern, numbers = reading.find(module) or (module, ())
@@ -195,8 +217,22 @@ def _patterns(name: str, naming: Naming, flat: bool) -> Patterns:
 
 
 @cache
-def _table(name: str, naming: Naming, to: Naming) -> Mapping[str, Lead]:
-    """Return pattern -> where it leads, from one naming to one."""
+def _beside() -> tuple[str, ...]:
+    return tuple(name for name, family in families.every() if family.beside)
+
+
+@cache
+def _same_models(name: str) -> tuple[str, ...]:
+    """Return the other families of the same models."""
+    usual = families.get(name).like or name
+    return tuple(other for other, family in families.every() if (family.like or other) == usual and other != name)
+
+
+@cache
+def _table(name: str, naming: Naming, to: Naming, written: str) -> Mapping[str, Lead]:
+    """Return pattern -> where it leads, from one naming to one; `written` is the family whose original names it has."""
+    if to == "original" and written != name:
+        return _across(_table(name, naming, "diffusers", name), _table(written, "diffusers", to, written))
     family = families.get(name)
     if naming == to:
         return {pattern: Lead((pattern,)) for pattern in (family.original if to == "original" else family.diffusers)}
@@ -210,4 +246,22 @@ def _table(name: str, naming: Naming, to: Naming) -> Mapping[str, Lead]:
     for whole, fused in (family.split if forth else family.fused).items():
         sides = family.proportions.get(whole)
         table |= {part: Lead((whole,), fused.shares, number, sides) for number, part in enumerate(fused.parts)}
+    return table
+
+
+def _across(forth: Mapping[str, Lead], back: Mapping[str, Lead]) -> dict[str, Lead]:
+    """Return where patterns lead that lead to diffusers' names, and from there to other original names."""
+    table = {}
+    for pattern, lead in forth.items():
+        ways = [back.get(name) for name in lead.names]
+        known = [way for way in ways if way is not None]
+        if len(known) < len(ways) or lead.part is not None or lead.swapped_if or any(way.swapped_if for way in known):
+            continue
+        whole = {way.names for way in known}
+        if len(ways) == 1:
+            table[pattern] = replace(known[0], swapped=lead.swapped != known[0].swapped)
+        elif len(whole) == 1 and [way.part for way in known] == list(range(len(known[0].shares))):
+            table[pattern] = Lead(known[0].names)
+        elif all(way.part is None and len(way.names) == 1 and not way.swapped for way in known):
+            table[pattern] = Lead(tuple(way.names[0] for way in known), lead.shares)
     return table

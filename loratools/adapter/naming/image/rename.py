@@ -61,21 +61,23 @@ def undecided(adapter: Adapter, reader: Reader) -> dict[str, str]:
 
 
 def _renamed(adapter: Adapter, reader: Reader, by: Fusing) -> Adapter:
-    renamed: dict[str, dict[str, Update]] = {}
+    renamed: list[dict[str, Update]] = []
+    of_group: dict[str, int] = {}
     for group in groups(adapter):
         decided = group.decided(reader)
         if len(decided) == 1:
             reading, to, prefix = decided[0]
             updates = translated(group, reading, to, prefix, by, lambda _: None)
-            others = {module for module in adapter.updates if not module.startswith(group.prefix)}
-            if not updates.keys() & others.union(*renamed.values()):  # else two of its modules would become one
-                renamed[group.prefix] = updates
-    updates, emitted = {}, set[str]()
+            own = {group.prefix + name for name in group.updates}
+            if not updates.keys() & (adapter.updates.keys() - own).union(*renamed):  # two modules would become one
+                of_group |= dict.fromkeys(own, len(renamed))
+                renamed.append(updates)
+    updates, emitted = {}, set[int]()
     for module, update in adapter.updates.items():
-        first = f"{module.partition('.')[0]}."
-        if first not in renamed:
+        number = of_group.get(module)
+        if number is None:
             updates[module] = update
-        elif first not in emitted:
-            updates |= renamed[first]
-            emitted.add(first)
+        elif number not in emitted:
+            updates |= renamed[number]
+            emitted.add(number)
     return replace(adapter, updates=updates)

@@ -69,6 +69,8 @@ class Family:
                    families apart that share their names
     `inputs`       module, in either naming -> its input features in published models, for the same purpose
     `proportions`  module of the original -> output : input features, where families share names and shapes tell
+    `like`         the family whose models these are too, in files with other original names; "" in the usual ones
+    `beside`       whether a file keeps these modules beside another family's, in the model of the same file
     """
 
     summary: str
@@ -86,6 +88,8 @@ class Family:
     depths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     proportions: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    like: str = ""
+    beside: bool = False
 
     def __post_init__(self) -> None:
         faults = list(self._faults())

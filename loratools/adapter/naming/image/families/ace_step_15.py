@@ -18,7 +18,7 @@ FAMILY = Family(
         **same(*(f"{embed}.{layer}" for embed in ("time_embed", "time_embed_r") for layer in
                  ("linear_1", "linear_2", "time_proj"))),
         "proj_in.1": "proj_in_conv", "proj_out.1": "proj_out_conv",
-        **same("condition_embedder", "norm_out"),
+        **same("condition_embedder", "norm_out", "scale_shift_table", "layers.{}.scale_shift_table"),
     },
     called=(r"ace[-_ ]?step[-_ ]?v?1[._]?5",),
 )  # fmt: skip

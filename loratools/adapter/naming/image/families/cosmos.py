@@ -39,6 +39,7 @@ FAMILY = Family(
         **{f"transformer_blocks.{{}}.attn1.to_{x}": (2048, 4096, 5120) for x in "qkv"},
         "transformer_blocks.{}.attn2.to_k": (1024,), "transformer_blocks.{}.attn2.to_v": (1024,),
     },
+    encoders={"text_encoder": ("lora_te_", "qwen3_06b")},
     called=(r"cosmos", r"(?<![a-z])anima(?![a-z])"),
 )  # fmt: skip
 """Cosmos-Predict2's transformer."""

@@ -21,5 +21,6 @@ FAMILY = replace(
     fused=_hunyuan.REFINER_QKV,
     proportions={name: sides for name, sides in _hunyuan.PROPORTIONS.items() if "_mlp." in name},
     prefixes={},
+    like="hunyuan_image",
 )  # fmt: skip
 """Read, and never written unless a base has these names."""

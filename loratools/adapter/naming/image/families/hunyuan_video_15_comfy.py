@@ -13,5 +13,6 @@ FAMILY = replace(
     renames={name: ours for name, ours in _TENCENT.renames.items() if name not in _hunyuan.DOUBLE_APART},
     fused={**_TENCENT.fused, **_hunyuan.DOUBLE_QKV},
     prefixes={"comfy": "diffusion_model."},
+    like="hunyuan_video_15",
 )
 """The same modules with fused projections."""

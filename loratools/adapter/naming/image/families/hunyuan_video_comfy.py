@@ -14,5 +14,6 @@ FAMILY = replace(
     fused=_hunyuan.as_comfy(_TENCENT.fused),
     proportions=_hunyuan.as_comfy(_TENCENT.proportions),
     prefixes={},
+    like="hunyuan_video",
 )
 """Read, and never written unless a base has these names."""

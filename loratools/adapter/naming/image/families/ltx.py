@@ -10,7 +10,7 @@ ATTENTION = {**same("to_q", "to_k", "to_v", "to_out.0"), "q_norm": "norm_q", "k_
 FAMILY = Family(
     summary="LTX-Video",
     renames={
-        "patchify_proj": "proj_in", "proj_out": "proj_out",
+        "patchify_proj": "proj_in", **same("proj_out", "scale_shift_table", "transformer_blocks.{}.scale_shift_table"),
         **within("adaln_single", "time_embed", same(
             "emb.timestep_embedder.linear_1", "emb.timestep_embedder.linear_2", "linear",
         )),

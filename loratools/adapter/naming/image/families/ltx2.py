@@ -18,7 +18,8 @@ _ATTENTIONS = ("attn1", "attn2", "audio_attn1", "audio_attn2", "audio_to_video_a
 FAMILY = Family(
     summary="LTX-2",
     renames={
-        "patchify_proj": "proj_in", "audio_patchify_proj": "audio_proj_in", **same("proj_out", "audio_proj_out"),
+        "patchify_proj": "proj_in", "audio_patchify_proj": "audio_proj_in",
+        **same("proj_out", "audio_proj_out", "scale_shift_table", "audio_scale_shift_table"),
         **{
             f"{theirs}.{layer}": f"{ours}.{layer}"
             for theirs, ours in _EMBEDDERS.items()
@@ -31,6 +32,12 @@ FAMILY = Family(
             for name, ours in within(attention, attention, {**ATTENTION, **same("to_gate_logits")}).items()
         }),
         **same(*(f"transformer_blocks.{{}}.{ff}.net.{n}" for ff in ("ff", "audio_ff") for n in ("0.proj", "2"))),
+        **within("transformer_blocks.{}", "transformer_blocks.{}", {
+            **same("scale_shift_table", "audio_scale_shift_table"),
+            **same("prompt_scale_shift_table", "audio_prompt_scale_shift_table"),
+            "scale_shift_table_a2v_ca_video": "video_a2v_cross_attn_scale_shift_table",
+            "scale_shift_table_a2v_ca_audio": "audio_a2v_cross_attn_scale_shift_table",
+        }),
     },
     inputs={
         **{f"transformer_blocks.{{}}.attn1.to_{x}": (4096,) for x in "qkv"},

@@ -15,5 +15,6 @@ FAMILY = replace(
     renames={name: ours for name, ours in _APART.renames.items() if name not in _PARTS},
     fused={"transformer_blocks.{}.img_mlp.gate_up": Fused(_PARTS)},
     prefixes={},
+    like="qwen_image_21",
 )
 """The names of a base, in which no adapter is written."""

@@ -17,7 +17,7 @@ _BLOCK = {
         "q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k",
         "k_img": "add_k_proj", "v_img": "add_v_proj", "norm_k_img": "norm_added_k",
     }),
-    "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2", "norm3": "norm2",
+    "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2", "norm3": "norm2", "modulation": "scale_shift_table",
 }  # fmt: skip
 
 FAMILY = Family(
@@ -35,7 +35,7 @@ FAMILY = Family(
         **same("patch_embedding", "vace_patch_embedding", "pose_patch_embedding"),
         **within("blocks.{}", "blocks.{}", _BLOCK),
         **within("vace_blocks.{}", "vace_blocks.{}", {**_BLOCK, "before_proj": "proj_in", "after_proj": "proj_out"}),
-        "head.head": "proj_out",
+        "head.head": "proj_out", "head.modulation": "scale_shift_table",
         "fps_embedding": "fps_embedding", "fps_projection.0": "fps_projection.net.0.proj",
         "fps_projection.2": "fps_projection.net.2",
         **within("face_encoder", "face_encoder", {
