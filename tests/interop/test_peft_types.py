@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from loratools import convert, inspect, merge, unmerge, verify
 from loratools.adapter.kinds.peanut import ACTIVATIONS
@@ -358,10 +358,47 @@ def test_wavelets_are_pefts() -> None:
     assert wavelets.TABLE.read_text(encoding="utf-8") == wavelets.written()
 
 
+@pytest.mark.parametrize("settings", [{"r": 4}, {"r": 8, "init_weights": "bat"}], ids=["plain", "bat"])
+def test_bone_is_what_miss_was_called(settings: dict[str, Any], tmp_path: Path) -> None:
+    """PEFT reads no BONE any more; its files have other names for the same."""
+    pytest.importorskip("peft")
+    _, folder, adapter = made(tmp_path, "MISS", settings)
+    merge(folder, [adapter], tmp_path / "miss")
+    tensors = {key.replace("miss_block", "bone_block"): W for key, W in load(adapter).items()}
+    save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config = {field: value for field, value in config.items() if field not in ("mini_r", "miss_dropout")}
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "BONE"}))
+    merge(folder, [adapter], tmp_path / "bone")
+    miss, bone = load(tmp_path / "miss"), load(tmp_path / "bone")
+    assert all(torch.equal(W, bone[key]) for key, W in miss.items())
+
+
+HALF = {
+    "TINYLORA": [{}, {"save_projection": False}], "FROD": [{}], "UNILORA": [{}, {"save_indices": True}],
+    "OSF": [{"effective_rank": 3}], "PSOFT": [{"r": 3}], "SUPERTUNING": [{"save_precomputed_indices": False}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", sorted(HALF))
+def test_what_is_drawn_for_a_base_of_half_precision(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """PEFT rounds what it draws to the base's dtype; what else it computes in that dtype is no more than rounding."""
+    peft = pytest.importorskip("peft")
+    base = FAMILIES["llama"].build().to(dtype)
+    base.save_pretrained(tmp_path / "base")
+    for i, settings in enumerate(HALF[name]):
+        adapter = tmp_path / str(i)
+        trained(base, name, {"target_modules": TARGETS, **settings}).save_pretrained(adapter)
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), adapter).merge_and_unload().state_dict()
+        merge(tmp_path / "base", [adapter], tmp_path / f"ours-{i}")
+        for key, W in load(tmp_path / f"ours-{i}").items():
+            assert difference(W.float(), theirs[key].float()) <= (2**-7 if dtype == torch.bfloat16 else 2**-10)
+        assert verify(tmp_path / f"ours-{i}", tmp_path / "base", [adapter]).ok
+
+
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_what_cannot_merge_is_refused_by_what_it_is(name: str, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     save_file({"prompt_embeddings": torch.zeros(2, 3)}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": name}))
     with pytest.raises(UnsupportedAdapter, match=f"peft_type {name} cannot be merged: ") as raised:

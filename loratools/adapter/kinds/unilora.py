@@ -5,7 +5,7 @@ A = θ[a]∘p and B = θ[b]∘q: `unilora_theta_d` is θ (d,), `unilora_indices_
 
 PEFT usually stores θ alone and draws the indices of all modules at once from a seed, in the order of the modules in the
 model's code. Then `layout` has the `seed`, how many indices there are in all (`count`), the `first` of this module,
-its `rank` and the `shape` of its weight.
+its `rank`, the `shape` of its weight and the `dtype` of the base, to which PEFT rounds p and q.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from typing import Any
 
 from loratools.adapter.kinds import Factors, Tensor
 from loratools.adapter.kinds._product import LowRank
+from loratools.storage import dtypes
 from loratools.storage.lazy import LazyTensor
 
 THETA = "unilora_theta_d"
 _INDICES, _SCALES = "unilora_indices_", "unilora_scales_"
 _NAMES = frozenset({THETA, *(f"{name}{side}" for name in (_INDICES, _SCALES) for side in "AB")})
-_LAYOUT = ("seed", "count", "first", "rank", "shape")
+_LAYOUT = ("seed", "count", "first", "rank", "shape", "dtype")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,7 +85,7 @@ class UniloraUpdate(LowRank):
         first = self.layout["first"] + (rank * inner if side == "B" else 0)
         at = indices[first : first + (rank * inner if side == "A" else b[0] * rank)]
         at = at.reshape((rank, inner) if side == "A" else b)
-        return at, scales[at]
+        return at, scales.to(dtypes.to_torch(self.layout["dtype"]))[at]
 
 
 @lru_cache(maxsize=2)

@@ -5,18 +5,29 @@ No file has that order: transformers' class of the model does, built from config
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from loratools.dialects.peft.targets import Targets
 from loratools.errors import BadFile, IncompatibleAdapter, MissingExtra
+from loratools.storage import dtypes
 from loratools.storage.checkpoint import Checkpoint
 
 
-def in_code(path: Path, base: Checkpoint | None, targets: Targets, why: str) -> dict[str, tuple[int, int]]:
-    """Return module -> (out, in) of all linear layers and embeddings that a config targets, in the order of the code.
+@dataclass(frozen=True, slots=True)
+class Order:
+    """`shapes`, (out, in) by module in the order of the code, and the float `dtype` of most of the base's matrices."""
+
+    shapes: Mapping[str, tuple[int, int]]
+    dtype: str
+
+
+def in_code(path: Path, base: Checkpoint | None, targets: Targets, why: str) -> Order:
+    """Return the linear layers and embeddings that a config targets, in the order of the code.
 
     `why` says what needs them, as a sentence without its end, and `path` whose it is. Raises `BadFile` without a base,
     or where the config does not name its targets, `MissingExtra` without transformers, and `IncompatibleAdapter` for a
@@ -44,7 +55,8 @@ def in_code(path: Path, base: Checkpoint | None, targets: Targets, why: str) -> 
             out, inner = module.weight.shape[::-1] if turned else module.weight.shape
             if targets.select(name):
                 shapes[name] = (out, inner)
-    return shapes
+    found = Counter(spec.dtype for spec in base.specs.values() if len(spec.shape) == 2 and spec.dtype in dtypes.FLOATS)
+    return Order(shapes, found.most_common(1)[0][0] if found else "F32")
 
 
 def _built(transformers: Any, torch: Any, base: Checkpoint, why: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from loratools.adapter import kinds
 from loratools.adapter.kinds import Update
 from loratools.adapter.kinds.waveft import filters
+from loratools.errors import IncompatibleAdapter
 from loratools.storage.lazy import LazyTensor
 from tests.adapter.kinds.reference import Parts, applied, projected, random
 
@@ -328,7 +329,7 @@ CASES = {
     ),
     "unilora-drawn": Case(
         "unilora", {"unilora_theta_d": random(7)}, unilora_drawn,
-        {"seed": 3, "count": 130, "first": 40, "rank": 3, "shape": [OUT, IN]},
+        {"seed": 3, "count": 130, "first": 40, "rank": 3, "shape": [OUT, IN], "dtype": "F64"},
     ),
     "tinylora-drawn": Case(
         "tinylora", {"tinylora_A": random(2, IN), "tinylora_B": random(OUT, 2), "tinylora_v": random(5)},
@@ -455,3 +456,44 @@ def test_those_that_add_have_their_delta_weight(name: str) -> None:
     else:
         with pytest.raises(ValueError, match="depends on the base weight"):
             update.delta_weight()
+
+
+def altered(name: str, **parts: torch.Tensor) -> Case:
+    """Return a case with other tensors for some of its parts, `__` standing for a dot."""
+    case = CASES[name]
+    return replace(case, parts=case.parts | {part.replace("__", "."): tensor for part, tensor in parts.items()})
+
+
+MISFITS = {
+    "hra": (altered("hra", hra_u=random(IN + 1, 3)), "it reflects 9 inputs"),
+    "miss": (altered("miss", miss_block=random(4, 5)), "which does not divide the base's weight"),
+    "bat": (altered("bat", miss_block=random(4, 4, 4)), "has no such blocks"),
+    "shira": (altered("shira", shira_weight=random(8)), r"expected \(2, n\)"),
+    "fourierft": (altered("fourierft", fourierft_spectrum=random(OUT * IN + 1)), "it has 97 coefficients"),
+    "waveft-db1": (altered("waveft-db1", waveft_spectrum=random(OUT * IN + 1)), "it has 97 coefficients"),
+    "road_1": (altered("road_1", road_theta=random(5)), "are not for groups of 4 features"),
+    "delora": (altered("delora", delora_w_norm=random(3)), "do not go together"),
+    "unilora": (altered("unilora", unilora_scales_A=random(2, 2)), "do not go together"),
+    "tinylora": (altered("tinylora", tinylora_v=random(4)), "do not go together"),
+    "supra": (altered("supra", supertuning_lora_A__weight=random(2, IN + 1)), "its factors are"),
+    "deft-relu": (altered("deft-relu", deft_R=random(2, IN)), "do not go together"),
+    "peanut-deep": (altered("peanut-deep", peanut_A__weight=random(2, OUT)), "do not go together"),
+    "osf": (altered("osf", **{"osf_svd_params__S_low": random(4)}), "do not go together"),
+    "psoft": (altered("psoft", psoft_R__vector_a=random(2)), "do not go together"),
+    "frod": (altered("frod", frod_lambda_l=random(3)), "do not go together"),
+    "adamss": (altered("adamss", **{"adamss_A__0": random(2, 4)}), "do not go together"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(MISFITS))
+def test_tensors_that_do_not_fit(name: str) -> None:
+    case, sentence = MISFITS[name]
+    with pytest.raises(ValueError, match=sentence):
+        update_of(case)
+
+
+def test_what_lies_in_no_base_is_said() -> None:
+    """A weight of zeros tells nothing of groups; the rows of one are equally far from all centres."""
+    case = CASES["adamss"]
+    with pytest.raises(IncompatibleAdapter, match="equally near to two groups"):
+        applied(torch.zeros(OUT, IN).double(), [(update_of(case), 1.0)], transposed=False, rows=5, dtype=torch.float64)

@@ -33,6 +33,7 @@ from typing import Any
 
 from loratools.adapter.kinds import Update
 from loratools.dialects._frame.numbers import is_number
+from loratools.dialects.peft.order import Order
 from loratools.storage.lazy import LazyTensor
 
 Test = Callable[[Any], bool]
@@ -55,8 +56,8 @@ class ModuleTensors:
     """What a file has of one module: its `parts`, the tensors that all modules share, and the config.
 
     `modules` are all modules of the file in its order. `values` are the config's fields, `pattern` returns the value
-    that a pattern has for this module, by PEFT's first-match rule. `order(why)` returns the (out, in) of all modules
-    that the config targets, in the order of the model's code, which the base tells; `why` says what needs it.
+    that a pattern has for this module, by PEFT's first-match rule. `order(why)` returns the modules that the
+    config targets in the order of the model's code, which the base tells; `why` says what needs it.
     `names(field, module)` tells whether the names, or the regular expression, in a field are for a module.
     """
 
@@ -66,7 +67,7 @@ class ModuleTensors:
     modules: Sequence[str]
     values: Mapping[str, Any]
     pattern: Callable[[str, str], Any]
-    order: Callable[[str], Mapping[str, tuple[int, int]]]
+    order: Callable[[str], Order]
     names: Callable[[str, str], bool]
 
     def __getitem__(self, field: str) -> Any:

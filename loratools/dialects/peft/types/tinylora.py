@@ -28,10 +28,8 @@ def update(one: ModuleTensors) -> Update:
     if not groups:
         raise ValueError("no base_model.tinylora_v.0, what is trained")
     drawn = P not in one.parts
-    place = (
-        0 if len(groups) == 1 and not drawn else list(one.order(_WHY)).index(one.module) if drawn else _place_of(one)
-    )
-    group = 0 if len(groups) == 1 else _group(place, len(one.modules), one["weight_tying"])
+    place = _place(one) if drawn or len(groups) > 1 else 0
+    group = _group(place, len(one.modules), one["weight_tying"]) if len(groups) > 1 else 0
     if group not in groups:
         raise ValueError(f"no base_model.tinylora_v.{group}, what is trained for its group")
     layout = {"seed": one["projection_seed"] + place} if drawn else {}
@@ -45,8 +43,10 @@ def _group(place: int, count: int, tying: float) -> int:
     return min(place // max(1, count // groups), groups - 1)
 
 
-def _place_of(one: ModuleTensors) -> int:
+def _place(one: ModuleTensors) -> int:
     """Return the place of a module in the model's code: its random matrices are of the seed `projection_seed` + it."""
+    if P not in one.parts:
+        return list(one.order(_WHY).shapes).index(one.module)
     stored = one.parts[P].load()
     places = _places(one["projection_seed"], len(one.modules), tuple(stored.shape), stored.dtype)
     place = places.get(_key(stored))

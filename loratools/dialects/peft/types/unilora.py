@@ -31,12 +31,15 @@ def update(one: ModuleTensors) -> Update:
 def updates(one: ModuleTensors) -> Mapping[str, Update]:
     """Return the updates of all modules where the file has no indices, by their order in the model's code."""
     one.has(*SHARED)
-    r, shapes = one["r"], one.order(_WHY)
-    sizes = {module: r * (out + inner) for module, (out, inner) in shapes.items()}
+    r, order = one["r"], one.order(_WHY)
+    sizes = {module: r * (out + inner) for module, (out, inner) in order.shapes.items()}
     result: dict[str, Update] = {}
     first, count = 0, sum(sizes.values())
-    for module, shape in shapes.items():
-        layout = {"seed": one["proj_seed"], "count": count, "first": first, "rank": r, "shape": list(shape)}
+    for module, shape in order.shapes.items():
+        layout = {
+            "seed": one["proj_seed"], "count": count, "first": first, "rank": r, "shape": list(shape),
+            "dtype": order.dtype,
+        }  # fmt: skip
         result[module] = kinds.get("unilora").build(one.shared, 1.0, 1.0, layout=layout)
         first += sizes[module]
     return result
