@@ -7,23 +7,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from loratools.dialects.peft.targets import Targets
+from loratools.dialects.peft.types import Order
 from loratools.errors import BadFile, IncompatibleAdapter, MissingExtra
 from loratools.storage import dtypes
 from loratools.storage.checkpoint import Checkpoint
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """`shapes`, (out, in) by module in the order of the code, and the float `dtype` of most of the base's matrices."""
-
-    shapes: Mapping[str, tuple[int, int]]
-    dtype: str
 
 
 def in_code(path: Path, base: Checkpoint | None, targets: Targets, why: str) -> Order:

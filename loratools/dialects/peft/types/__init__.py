@@ -33,7 +33,6 @@ from typing import Any
 
 from loratools.adapter.kinds import Update
 from loratools.dialects._frame.numbers import is_number
-from loratools.dialects.peft.order import Order
 from loratools.storage.lazy import LazyTensor
 
 Test = Callable[[Any], bool]
@@ -49,6 +48,14 @@ class Field:
     test: Test
     expected: str
     default: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """`shapes`, (out, in) by module in the order of the code, and the float `dtype` of most of the base's matrices."""
+
+    shapes: Mapping[str, tuple[int, int]]
+    dtype: str
 
 
 @dataclass(frozen=True, slots=True)

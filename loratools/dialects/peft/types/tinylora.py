@@ -46,7 +46,10 @@ def _group(place: int, count: int, tying: float) -> int:
 def _place(one: ModuleTensors) -> int:
     """Return the place of a module in the model's code: its random matrices are of the seed `projection_seed` + it."""
     if P not in one.parts:
-        return list(one.order(_WHY).shapes).index(one.module)
+        modules = list(one.order(_WHY).shapes)
+        if one.module not in modules:
+            raise ValueError("the base's class has no such module, so its place among the others is not known")
+        return modules.index(one.module)
     stored = one.parts[P].load()
     places = _places(one["projection_seed"], len(one.modules), tuple(stored.shape), stored.dtype)
     place = places.get(_key(stored))
