@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loratools import convert, inspect, merge, unmerge, verify
+from loratools import convert, inspect, live, merge, unmerge, verify
 from loratools.adapter.kinds.peanut import ACTIVATIONS
 from loratools.dialects.peft import types
 from loratools.dialects.peft.types._refused import REFUSED
@@ -372,6 +372,21 @@ def test_bone_is_what_miss_was_called(settings: dict[str, Any], tmp_path: Path) 
     merge(folder, [adapter], tmp_path / "bone")
     miss, bone = load(tmp_path / "miss"), load(tmp_path / "bone")
     assert all(torch.equal(W, bone[key]) for key, W in miss.items())
+
+
+@pytest.mark.parametrize("settings", [{}, GPT2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["UNILORA", "TINYLORA"])
+def test_a_running_model_has_the_order_of_its_modules(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    rest = settings | ({"save_projection": False} if name == "TINYLORA" else {})
+    base, _, adapter = made(tmp_path, name, rest)
+    tokens = torch.arange(10)[None]
+    with torch.no_grad():
+        before = base.eval()(tokens).logits
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), adapter).eval()(tokens).logits
+        live.load(base, adapter)
+        torch.testing.assert_close(base(tokens).logits, theirs, rtol=1e-5, atol=1e-6)
+    assert float((before - theirs).abs().max()) > 1e-4
 
 
 HALF = {

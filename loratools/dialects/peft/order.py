@@ -16,6 +16,7 @@ from loratools.dialects.peft.types import Order
 from loratools.errors import BadFile, IncompatibleAdapter, MissingExtra
 from loratools.storage import dtypes
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.codecs.turned import CONV1D
 
 
 def in_code(path: Path, base: Checkpoint | None, targets: Targets, why: str) -> Order:
@@ -31,6 +32,8 @@ def in_code(path: Path, base: Checkpoint | None, targets: Targets, why: str) -> 
         raise BadFile(why, hint=hint)
     if targets.modules is None:
         raise BadFile(f"{why}, and its config does not name the modules that it targets")
+    if not base.shards:  # a running model, whose tensors come in the order of its code
+        return Order(_of_tensors(base, targets), "F32")
     try:
         import torch
 
@@ -49,6 +52,17 @@ def in_code(path: Path, base: Checkpoint | None, targets: Targets, why: str) -> 
                 shapes[name] = (out, inner)
     found = Counter(spec.dtype for spec in base.specs.values() if len(spec.shape) == 2 and spec.dtype in dtypes.FLOATS)
     return Order(shapes, found.most_common(1)[0][0] if found else "F32")
+
+
+def _of_tensors(base: Checkpoint, targets: Targets) -> dict[str, tuple[int, int]]:
+    turned = CONV1D.get(str(base.config.get("model_type")), frozenset())
+    shapes = {}
+    for name, spec in base.specs.items():
+        module = name.removesuffix(".weight")
+        if module != name and len(spec.shape) == 2 and targets.select(module):
+            out, inner = spec.shape[::-1] if module.rpartition(".")[2] in turned else spec.shape
+            shapes[module] = (out, inner)
+    return shapes
 
 
 def _built(transformers: Any, torch: Any, base: Checkpoint, why: str) -> Any:
