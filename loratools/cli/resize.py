@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 @click.argument("adapter", type=options.INPUT)
 @options.output_option
 @rank_options
+@click.option("--include", multiple=True, metavar="PATTERN", help="Only these modules: attn2.to_q, *.blocks.3.*, re:….")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Not these; they are not in the result.")
 @options.to_option
 @options.factors_option
 @options.dialect_option
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 @pass_talk
 def command(
     talk: Talk, /, adapter: str, output: Path, to: str | None, dtype: FloatName | None, dialect: str | None,
-    threads: int | None, force: bool, **ranks: Any,
+    include: tuple[str, ...], exclude: tuple[str, ...], threads: int | None, force: bool, **ranks: Any,
 ) -> show.Report:  # fmt: skip
     """Give an adapter other ranks, with the least error there is, and print what each module keeps.
 
@@ -43,6 +45,7 @@ def command(
       loratools resize adapter --rank 2 -o small
       loratools resize adapter --energy 0.9 -o small
       loratools resize adapter --budget 2000 -o small
+      loratools resize adapter --rank 4 --exclude '*.layers.0.*' -o small
     """
     from loratools import dialects
     from loratools.cli.combine import lines, size_of, table
@@ -58,5 +61,8 @@ def command(
             "say how ranks are chosen: --rank, --energy, --sv-ratio, --sv-fro, --sv-cumulative or --budget"
         )
     with talk.progress("resizing", size_of([source])) as bar:
-        resized = resize(source, output, wanted, to=to, dtype=dtype, threads=threads, force=force, progress=bar)
+        resized = resize(
+            source, output, wanted, include=include or None, exclude=exclude or None, to=to, dtype=dtype,
+            threads=threads, force=force, progress=bar,
+        )  # fmt: skip
     return show.Report(show.plain(resized), [*lines(resized, "resized"), *table(resized)])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING
 
 from loratools import dialects
+from loratools.errors import InvalidOption
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.parallel import Progress
 from loratools.storage import atomic
@@ -13,6 +15,7 @@ from loratools.storage.dtypes import FloatName
 from loratools.storage.sources import Location, session
 from loratools.surgery.combine import Combination, run
 from loratools.surgery.combine.options import CombineOptions
+from loratools.surgery.combine.weights import Weight
 from loratools.surgery.inputs import AdapterSource
 
 if TYPE_CHECKING:
@@ -25,6 +28,8 @@ def resize(
     output: Location,
     ranks: Ranks | int,
     *,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
     to: str | None = None,
     dtype: FloatName | torch.dtype | None = None,
     threads: int | None = None,
@@ -41,6 +46,9 @@ def resize(
         output: The folder or file to write; it must not exist, unless `force`.
         ranks: How ranks are chosen: a number for every module, or `Ranks`: by a rule (`Energy(0.99)`, kohya's
             `SvRatio(20)`, …) for each, or a `budget` of parameters shared out among all.
+        include: Patterns of the modules to keep: a name, its last segments (`"attn2.to_q"`), a glob
+            (`"*.down_blocks.1.*"`), or `"re:…"`. Default: all.
+        exclude: Patterns of modules to leave out, which win. Default: none.
         to: The dialect (`loratools.list_dialects()`). Default: the adapter's own, and `"loratools"` for PEFT's, which
             reads it, and for one that is only read.
         dtype: The float dtype of the factors: `"f32"`, `"bf16"`, `"f16"`, `"f64"`, or torch's. Default: that of the
@@ -56,7 +64,7 @@ def resize(
         InvalidOption: A word or a number is wrong; all are listed.
         UnsupportedAdapter: A change is no product, such as DoRA's.
         IncompatibleAdapter: Numbers are not finite, or every change is zero.
-        LoraToolsError: A budget is too small.
+        LoraToolsError: A budget is too small, or a pattern names no module.
         OutputRefused: The output exists, or is the input.
 
     Example:
@@ -68,5 +76,21 @@ def resize(
     options = CombineOptions(ranks=ranks, dtype=dtype, threads=threads, force=force)
     if to is not None:
         dialects.get(to)
+    chosen = _chosen(include, exclude)
     source = adapter if isinstance(adapter, str | PathLike) else dialects.open_adapter(adapter)
-    return run([source], output, options, operation="resize", to=to, progress=progress)
+    return run([source], output, options, [chosen], operation="resize", to=to, progress=progress)
+
+
+def _chosen(include: Sequence[str] | None, exclude: Sequence[str] | None) -> Weight:
+    """Return a weight that is 0 for the modules to leave out, which then are not in the result."""
+    given = {"include": include, "exclude": exclude}
+    wrong = [
+        f"{name} is {value!r}; it can be a list of patterns, or None"
+        for name, value in given.items()
+        if value is not None
+        and (not isinstance(value, list | tuple) or not all(isinstance(pattern, str) and pattern for pattern in value))
+    ]
+    if wrong:
+        raise InvalidOption("patterns choose modules", wrong)
+    patterns = (*((pattern, 0.0) for pattern in exclude or ()), *((pattern, 1.0) for pattern in include or ()))
+    return Weight(0.0 if include else 1.0, patterns)

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from loratools import dialects
+from loratools.adapter import kinds
 from loratools.adapter.model import Adapter
 from loratools.dialects import open_adapter
-from loratools.errors import LoraToolsError
+from loratools.errors import InvalidOption, LoraToolsError
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.linalg.ranks.rules import Energy, Fixed, Ratio, SvCumulative, SvFro, SvRatio
 from loratools.storage.lazy import LazyTensor
@@ -131,3 +133,24 @@ def test_factors_that_f16_cannot_hold_are_refused_by_name(size: float, refusal: 
         assert not (tmp_path / name).exists()
         verb(tmp_path / name, "BF16")
         assert all(bool(lazy.load().any()) for lazy in open_adapter(tmp_path / name).tensors().values())
+
+
+def test_blocks_are_kept_and_left_out_by_pattern(tmp_path: Path) -> None:
+    names = [f"unet.down_blocks.{i}.attentions.0.proj_{side}" for i in range(3) for side in ("in", "out")]
+    parts = {"lora_A.weight": torch.randn(4, 8), "lora_B.weight": torch.randn(6, 4)}
+    lazy = {part: LazyTensor.of(tensor) for part, tensor in parts.items()}
+    adapter = Adapter({name: kinds.get("lora").build(lazy, 0.5, 2.0) for name in names})
+    resize(adapter, tmp_path / "a", 2, include=["*.down_blocks.[01].*"], exclude=["down_blocks.0.attentions.0.proj_in"])
+    kept = dialects.open_adapter(tmp_path / "a").updates
+    assert sorted(kept) == sorted(names[1:4])
+    resize(adapter, tmp_path / "b", 4, exclude=["re:.*proj_out"])
+    left = dialects.open_adapter(tmp_path / "b").updates
+    assert sorted(left) == sorted(names[::2])
+    wanted = 0.5 * parts["lora_B.weight"] @ parts["lora_A.weight"]
+    for kept_whole in left.values():
+        torch.testing.assert_close(kept_whole.delta_weight(), wanted, rtol=1e-5, atol=1e-5)
+    with pytest.raises(LoraToolsError, match="are for nothing"):
+        resize(adapter, tmp_path / "c", 2, exclude=["up_blocks"])
+    with pytest.raises(InvalidOption) as caught:
+        resize(adapter, tmp_path / "c", 2, include="proj_in")
+    assert caught.value.problems == ["include is 'proj_in'; it can be a list of patterns, or None"]

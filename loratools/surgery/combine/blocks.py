@@ -1,8 +1,11 @@
-"""Weights by the blocks of Stable Diffusion's UNet, one number for each, as image people write them.
+"""Weights by the blocks of Stable Diffusion's UNet or of Flux.1, one number for each, as image people write them.
 
 The blocks are those of CompVis' model, in the order that sd-webui-lora-block-weight made common: BASE (text encoders),
 IN00…IN11, MID, OUT00…OUT11. Shorter lists name only blocks that have attention: 17 for SD 1 and 2, 12 and 20 for SDXL
 (kohya-ss/sd-scripts, `svd_merge_lora.py --lbws`). A block that a list leaves out has weight 0.
+
+Flux.1 has 61: CLIP, T5, IN, its 19 double blocks D00…D18, its 38 single blocks S00…S37, OUT. Blocks of other models are
+named by patterns (`*.blocks.3.*=0`).
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ def _some(inner: str, outer: str) -> tuple[str, ...]:
     return ("BASE", *(f"IN{i:02d}" for i in inside), "MID", *(f"OUT{i:02d}" for i in outside))
 
 
+FLUX = ("CLIP", "T5", "IN", *(f"D{i:02d}" for i in range(19)), *(f"S{i:02d}" for i in range(38)), "OUT")
+"""The blocks of Flux.1."""
 _ALL = "0 1 2 3 4 5 6 7 8 9 10 11"
 LISTS = {
     len(blocks): blocks
@@ -25,10 +30,18 @@ LISTS = {
         _some("1 2 4 5 7 8", "3 4 5 6 7 8 9 10 11"),
         _some("0 1 2 3 4 5 6 7 8", "0 1 2 3 4 5 6 7 8"),
         _some(_ALL, _ALL),
+        FLUX,
     )
 }
 """Length of a list of weights -> the blocks that they are for, in order."""
 
+_STREAM = re.compile(r"(?:^|[._])((?:single_)?transformer_blocks|double_blocks|single_blocks)[._](\d+)(?:[._]|$)")
+_FLUX = {
+    "T5": re.compile(r"(?:^|[._])(text_encoder_2|t5xxl|te2|te3)(?:[._]|$)"),
+    "CLIP": re.compile(r"(?:^|[._])(text_encoder|clip_l|text_model|te1?)(?:[._]|$)"),
+    "IN": re.compile(r"(?:^|[._])((?:img|txt|time|vector|guidance)_in|(?:x|context)_embedder|time_text\w+)(?:[._]|$)"),
+    "OUT": re.compile(r"(?:^|[._])(final_layer|norm_out|proj_out)(?:[._]|$)"),
+}
 _DIFFUSERS = re.compile(r"(?:^|[._])(down|up)_blocks[._](\d+)[._](resnets|attentions|downsamplers|upsamplers)[._](\d+)")
 _COMPVIS = re.compile(r"(?:^|[._])(input|output)_blocks[._](\d+)")
 _MIDDLE = re.compile(r"(?:^|[._])(mid_block|middle_block)(?:[._]|$)")
@@ -37,23 +50,25 @@ _TEXT = re.compile(r"(?:^|[._])(text_encoder|text_model|te\d?|conditioner|cond_s
 
 
 def weights_of(values: list[float]) -> dict[str, float]:
-    """Return block -> weight for a list of 12, 17, 20 or 26 numbers; raise `LoraToolsError` for any other length."""
+    """Return block -> weight for a list of 12, 17, 20, 26 or 61 numbers; raise `LoraToolsError` for other lengths."""
     if len(values) not in LISTS:
         raise LoraToolsError(
             f"{len(values)} block weights; there are lists of {', '.join(map(str, sorted(LISTS)))} numbers: SDXL 12 or"
-            " 20, SD 1 and 2 17 or 26"
+            " 20, SD 1 and 2 17 or 26, Flux.1 61; patterns name the blocks of any model: *.blocks.3.*=0"
         )
     return dict(zip(LISTS[len(values)], values, strict=True))
 
 
-def block_of(module: str) -> str:
-    """Return the block of a module by diffusers' or CompVis' name of it.
+def block_of(module: str, flux: bool = False) -> str:
+    """Return the block of a module by diffusers' or the original's name of it; `flux`: its blocks are Flux.1's.
 
-    Raises `LoraToolsError` for a module that is in none of them: of another model than Stable Diffusion's UNet.
+    Raises `LoraToolsError` for a module that is in none of them: of another model than the list is for.
 
     >>> block_of("unet.down_blocks.1.attentions.0.proj_in"), block_of("text_encoder.text_model.encoder.layers.0.fc1")
     ('IN04', 'BASE')
     """
+    if flux:
+        return _block_of_flux(module)
     if match := _DIFFUSERS.search(module):
         side, level, part, position = match[1], int(match[2]), match[3], int(match[4])
         if side == "down":
@@ -68,3 +83,12 @@ def block_of(module: str) -> str:
     if _FIRST.search(module):
         return "IN00"
     raise LoraToolsError(f"{module} is in no block of Stable Diffusion's UNet: block weights have none for it")
+
+
+def _block_of_flux(module: str) -> str:
+    if match := _STREAM.search(module):
+        return f"{'S' if match[1].startswith('single') else 'D'}{int(match[2]):02d}"
+    for block, names in _FLUX.items():
+        if names.search(module):
+            return block
+    raise LoraToolsError(f"{module} is in no block of Flux.1: block weights have none for it")

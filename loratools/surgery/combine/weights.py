@@ -19,7 +19,7 @@ BLOCKS = "lbw:"
 class Weight:
     """`default` for every module but those that a pattern names (the first that matches wins), or that a block holds.
 
-    With `blocks` set every module must be in a block of Stable Diffusion's UNet, and `default` multiplies.
+    With `blocks` set every module must be in a block of Stable Diffusion's UNet or of Flux.1; `default` multiplies.
     """
 
     default: float = 1.0
@@ -58,7 +58,7 @@ class Weight:
     def of(self, module: str) -> float:
         """Return the weight of a module."""
         if self.blocks:
-            return self.default * self.blocks.get(blocks.block_of(module), 0.0)
+            return self.default * self.blocks.get(blocks.block_of(module, blocks.FLUX[0] in self.blocks), 0.0)
         return next((value for pattern, value in self.patterns if matches(pattern, module)), self.default)
 
     def negated(self) -> Weight:

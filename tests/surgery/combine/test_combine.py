@@ -246,6 +246,20 @@ def test_block_weights_of_image_models(module: str, block: str, weight17: float)
     assert Weight.parse(f"lbw:{numbers}").of(module) == weight17
 
 
+@pytest.mark.parametrize(("module", "place"), [
+    ("transformer.transformer_blocks.0.attn.to_q", 4), ("diffusion_model.double_blocks.18.img_attn.qkv", 22),
+    ("transformer.single_transformer_blocks.0.proj_out", 23), ("diffusion_model.single_blocks.37.linear1", 60),
+    ("text_encoder.text_model.encoder.layers.0.mlp.fc1", 1), ("text_encoder_2.encoder.block.0.layer.0.q", 2),
+    ("transformer.x_embedder", 3), ("transformer.time_text_embed.timestep_embedder.linear_1", 3),
+    ("diffusion_model.vector_in.in_layer", 3), ("transformer.proj_out", 61), ("diffusion_model.final_layer.linear", 61),
+])  # fmt: skip
+def test_block_weights_of_flux(module: str, place: int) -> None:
+    weight = Weight.parse("lbw:" + ",".join(str(i) for i in range(1, 62)))
+    assert weight.of(module) == place
+    with pytest.raises(LoraToolsError, match="in no block of Flux"):
+        weight.of("model.layers.0.mlp.up_proj")
+
+
 def test_a_language_model_has_no_such_blocks() -> None:
     with pytest.raises(LoraToolsError, match="no block"):
         Weight.parse("lbw:" + ",".join("1" * 26)).of("model.layers.0.mlp.up_proj")
