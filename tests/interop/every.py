@@ -137,6 +137,10 @@ def _files_of_modules(model: Any, base: Mapping[str, Any]) -> dict[str, str]:
     return files
 
 
+_NO_OUT_PROJ = ("falcon_h1", "falcon_mamba", "mamba", "mamba2")
+"""Model types whose `out_proj` PEFT refuses to change."""
+
+
 def targets(model: Any, where: str) -> dict[str, list[str]]:
     """Return what to train of a model, as settings of PEFT's LoraConfig."""
     import torch
@@ -149,7 +153,10 @@ def targets(model: Any, where: str) -> dict[str, list[str]]:
     linear = [
         name
         for name, module in model.named_modules()
-        if type(module) in (torch.nn.Linear, Conv1D) and module is not head and module.weight.numel()
+        if type(module) in (torch.nn.Linear, Conv1D)
+        and module is not head
+        and module.weight.numel()
+        and not (model.config.model_type in _NO_OUT_PROJ and name.endswith("out_proj"))
     ]
     return {"target_modules": linear if where == "linear" else [name for name in linear if _ATTENTION.search(name)]}
 

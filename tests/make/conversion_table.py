@@ -130,7 +130,17 @@ def described() -> dict[str, Any]:
                 break
             except Exception as error:
                 print(f"{cls.__name__}: {type(error).__name__}: {' '.join(str(error).split())[:150]}")
+    for cls in tie_table.classes():
+        told.setdefault(cls.__name__, assumed(cls))
     return dict(sorted(told.items()))
+
+
+def assumed(cls: Any) -> list[Any]:
+    """Return what a class that cannot be built here (for want of another library) says of itself: its inner model."""
+    model_type, prefix = cls.config_class.model_type, cls.base_model_prefix
+    inner = _automatic().get(model_type)
+    within = [[prefix, "", inner, False]] if inner not in (None, cls.__name__) and prefix else []
+    return [model_type, prefix, within]
 
 
 def _describe(model: Any, told: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
-LARGEST = 40_000_000
+LARGEST = 130_000_000
 """Parameters of the largest model that is still small."""
 
 # What a model type is trained as, the usual first; the automatic class of each.
@@ -68,7 +68,7 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"expert_ffn_hidden_size": 24, "ffn_hidden_size": 48, "zero_expert_num": 2, "num_layers": 2},
     "ernie4_5_vl_moe_text": {"hidden_size": 512},
-    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 24},
+    "qwen3_omni_moe": {"enable_audio_output": False},
     "dots3_note": {"num_key_value_heads": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
     "flaubert": {"n_words": 128, "emb_dim": 32, "n_heads": 4},

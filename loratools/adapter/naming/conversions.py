@@ -111,15 +111,18 @@ class Conversion:
         return name
 
     def groups(self, names: Iterable[str]) -> frozenset[int]:
-        """Return the groups of renames that apply to files with these names: the first of the group does."""
+        """Return the groups of renames that apply beside files with these names.
+
+        The first of the group does to one of them, or none does to any: the files have the names of modules then, and
+        whoever has others has the older ones.
+        """
         numbers = [number for number, rule in enumerate(self._renamings) if rule.kind == "group"]
-        applied = set()
+        matched: dict[int, set[int]] = {number: set() for number in numbers}
         for name in names if numbers else ():
             for number in numbers:
-                changed = self._renamings[number].apply(name)
-                if changed is not None and changed[1] == 0:
-                    applied.add(number)
-        return frozenset(applied)
+                if (changed := self._renamings[number].apply(name)) is not None:
+                    matched[number].add(changed[1])
+        return frozenset(number for number, sources in matched.items() if not sources or 0 in sources)
 
     def converted(self, renamed: str) -> tuple[str, Rule, int] | None:
         """Return the tensor that a renamed one becomes part of, the rule, and which source it is; None where none."""

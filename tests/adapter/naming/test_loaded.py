@@ -45,6 +45,19 @@ def test_experts_are_made_into_a_stack_in_the_order_of_their_numbers() -> None:
     assert loaded.made("model.layers.0.mlp.experts.gate_proj") is None
 
 
+@pytest.mark.parametrize("old", [True, False])
+def test_names_that_move_up_by_one_move_together(old: bool) -> None:
+    """Kimi's files have fc0 and fc1 where the modules are fc1 and fc2."""
+    before, after = "vision_tower.encoder.blocks.1.mlp", "model.vision_tower.layers.1.mlp"
+    files = [f"{before}.fc{i}.weight" for i in (0, 1)] if old else [f"{after}.fc{i}.weight" for i in (1, 2)]
+    config = {"model_type": "kimi_k25", "architectures": ["Kimi_K25ForConditionalGeneration"]}
+    names = Names(files, config)
+    for module in (f"{before}.fc0", f"{after}.fc1"):
+        assert names.find(module) == files[:1]
+    for module in (f"{before}.fc1", f"{after}.fc2"):
+        assert names.find(module) == files[1:]
+
+
 OMNI = {"model_type": "qwen2_5_omni", "architectures": ["Qwen2_5OmniForConditionalGeneration"]}
 
 
