@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -77,23 +77,33 @@ OWN: Mapping[str, Mapping[str, Any]] = {
 """What a model type needs beside that, in its own config wherever it lies."""
 
 
-@cache
-def types() -> dict[str, Any]:
-    """Return model type -> the class that people most likely train."""
-    import transformers
+def names() -> dict[str, list[str]]:
+    """Return model type -> names of its classes, what people most likely train first; none of them is imported."""
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    made: dict[str, Any] = {}
+    named: dict[str, list[str]] = {}
     for task in _TASKS:
-        names: Mapping[str, Any] = getattr(modeling_auto, f"{task}_MAPPING_NAMES", {})
-        for model_type, name in names.items():
-            first = name if isinstance(name, str) else name[0]
-            cls = getattr(transformers, first, None)
-            usable = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) and cls.config_class
-            if model_type in CONFIG_MAPPING_NAMES and usable and model_type not in made:
-                made[model_type] = cls
-    return dict(sorted(made.items()))
+        for model_type, name in getattr(modeling_auto, f"{task}_MAPPING_NAMES", {}).items():
+            if model_type in CONFIG_MAPPING_NAMES:
+                named.setdefault(model_type, []).append(name if isinstance(name, str) else name[0])
+    return dict(sorted(named.items()))
+
+
+def model_class(candidates: Sequence[str]) -> Any:
+    """Return the first class of these that the packages here allow, None where there is none."""
+    import transformers
+
+    classes = (getattr(transformers, name, None) for name in candidates)
+    usable = (cls for cls in classes if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel))
+    return next((cls for cls in usable if cls.config_class), None)
+
+
+@cache
+def types() -> dict[str, Any]:
+    """Return model type -> the class that people most likely train, for every model type that has one here."""
+    made = {model_type: model_class(candidates) for model_type, candidates in names().items()}
+    return {model_type: cls for model_type, cls in made.items() if cls is not None}
 
 
 def built(cls: Any, config_class: Any = None) -> Any:

@@ -91,9 +91,9 @@ def test_rules_of_a_model_are_those_that_transformers_collects(model_type: str) 
     pytest.importorskip("transformers")
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    from tests.make.small import built, types
+    from tests.make.small import built, model_class, names
 
-    cls = types()[model_type]
+    cls = model_class(names()[model_type])
     try:
         model = built(cls)
     except ImportError as error:
