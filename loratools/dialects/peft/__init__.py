@@ -72,7 +72,9 @@ def detect(listing: Listing) -> Evidence | None:
         return Evidence(90, f"{_CONFIG} has peft_type, and {names}") if stated else Evidence(60, names)
     if stated:
         return Evidence(40 if header else 80, f"{_CONFIG} has peft_type")
-    if listing.single and header and (bare := [name for name in header.tensors if is_part(name)]):
+    bare = [name for name in header.tensors if is_part(name)] if listing.single and header else []
+    # Factors are the weights of linear layers in PEFT, and most of an adapter's tensors are factors.
+    if any(name.endswith(".weight") for name in bare) and listing.factors:
         return Evidence(30, f"{len(bare)} of the tensors in {files[0]} end as PEFT's factors do, such as {bare[0]}")
     return None
 
