@@ -46,10 +46,11 @@ _HEADS = {"attention.wq": ("n_heads", "num_attention_heads"), "attention.wk": ("
 
 
 def detect(listing: Listing) -> Evidence | None:
-    """Look for Mistral's names of modules in a file of safetensors."""
+    """Look for Mistral's names of attentions in a file of safetensors; Z-Image and its kin have those of its MLPs."""
     name = _file(listing)
     header = listing.header(name) if name else None
-    count = sum(1 for tensor in header.tensors if _FACTOR.fullmatch(tensor)) if header else 0
+    factors = [match[2] for tensor in header.tensors if (match := _FACTOR.fullmatch(tensor))] if header else []
+    count = len(factors) if any(module.startswith("attention.") for module in factors) else 0
     return Evidence(95, f"{count} of the tensors in {name} have the names of mistral-finetune") if count else None
 
 

@@ -154,3 +154,12 @@ def test_an_alpha_of_the_user_counts(tmp_path: Path) -> None:
     (tmp_path / "lora" / "params.json").write_text(json.dumps({"n_heads": HEADS, "n_kv_heads": KV_HEADS}))
     opened = dialects.open_adapter(tmp_path / "lora", alpha=6)
     assert {update.scaling for update in opened.updates.values()} == {2.0}
+
+
+def test_an_adapter_of_z_image_without_its_component_is_not_mistrals(tmp_path: Path) -> None:
+    """Z-Image calls its MLPs as Mistral does, and its attentions otherwise."""
+    tensors = {}
+    for module in ("layers.0.attention.to_q", "layers.0.feed_forward.w1"):
+        tensors |= {f"{module}.lora_A.weight": random(2, 8, seed=1), f"{module}.lora_B.weight": random(8, 2, seed=2)}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    assert dialects.open_adapter(tmp_path / "lora.safetensors").dialect == "diffusers"
