@@ -153,4 +153,4 @@ def test_blocks_are_kept_and_left_out_by_pattern(tmp_path: Path) -> None:
         resize(adapter, tmp_path / "c", 2, exclude=["up_blocks"])
     with pytest.raises(InvalidOption) as caught:
         resize(adapter, tmp_path / "c", 2, include="proj_in")
-    assert caught.value.problems == ["include is 'proj_in'; it can be a list of patterns, or None"]
+    assert list(caught.value.problems) == ["include is 'proj_in'; it can be a list of patterns, or None"]
