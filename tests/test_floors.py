@@ -76,9 +76,9 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
     "loratools.surgery": (
         "hash inputs quantization",
         "folding inspect",
-        "base convert extract",
+        "base extract",
         "change combine merge validate",
-        "paper resize spectrum verify",
+        "convert paper resize spectrum verify",
         "compare dequantize unmerge",
         "switch",
     ),

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     "--profile", type=options.Words("loratools.dialects.peft.profiles", "PROFILES"),
     help="With --to peft: as this consumer reads it, or refused; serving is what all of them read.",
 )  # fmt: skip
+@click.option("--to-lora", is_flag=True, help="Make a LoRA of --rank of it, whatever its kind; the error is told.")
+@click.option("--rank", type=click.IntRange(min=1), metavar="R", help="With --to-lora: the rank.")
 @click.option(
     "--alpha",
     type=float,
@@ -54,8 +56,9 @@ if TYPE_CHECKING:
 @pass_talk
 def command(
     talk: Talk, adapter: str, output: Path, to: str, base: str | None, onto: str | None,
-    original: str | None, trained_on: TrainedOn | None, profile: Name | None, alpha: float | None,
-    enable_lora: str | None, base_id: str | None, allow_loss: bool, dialect: str | None, force: bool,
+    original: str | None, trained_on: TrainedOn | None, profile: Name | None, to_lora: bool, rank: int | None,
+    alpha: float | None, enable_lora: str | None, base_id: str | None, allow_loss: bool, dialect: str | None,
+    force: bool,
 ) -> show.Report:  # fmt: skip
     """Rewrite an adapter in another dialect, or seal it with its base's hash.
 
@@ -70,6 +73,7 @@ def command(
       loratools convert adapter -o sealed --base base
       loratools convert adapter -o served --to peft --profile serving --base base
       loratools convert sealed -o plain --to peft --allow-loss
+      loratools convert adapter -o lora --to-lora --rank 4 --base base
       loratools convert adapter --onto quantized --original base -o carried
     """
     from loratools import dialects
@@ -78,6 +82,8 @@ def command(
 
     if profile and to != "peft":
         raise click.UsageError("--profile is for --to peft")
+    if to_lora != (rank is not None):
+        raise click.UsageError("--to-lora and --rank belong together")
     if base and onto:
         raise click.UsageError("--base and --onto: give one of them; --onto seals the adapter too")
     path = onto or base
@@ -88,8 +94,8 @@ def command(
     with talk.progress("hashing the base", checkpoint.nbytes if checkpoint else 0) as advance:
         conversion = convert(
             source, output, to=to, base=checkpoint if base else None, onto=checkpoint if onto else None,
-            original=original, trained_on=trained_on, base_id=base_id, profile=profile, allow_loss=allow_loss,
-            force=force, progress=advance,
+            original=original, trained_on=trained_on, base_id=base_id, profile=profile, to_lora=rank,
+            allow_loss=allow_loss, force=force, progress=advance,
         )  # fmt: skip
     return show.Report(show.plain(conversion), _lines(conversion))
 
@@ -108,5 +114,6 @@ def _lines(conversion: Conversion) -> Iterator[str]:
         ("digest", conversion.digest),
         ("base", (base.id if base else None) or "not named"),
         ("base hash", f"{base.root}, and {len(base.tensors)} tensors" if base and base.root else None),
+        ("lora", f"rank {lora.rank}, relative error {lora.relative_error:.3g}" if (lora := conversion.lora) else None),
         *(("lost", str(loss)) for loss in conversion.losses),
     )

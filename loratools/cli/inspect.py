@@ -89,6 +89,7 @@ def _adapter(summary: AdapterSummary, modules: bool) -> Iterator[str]:
     yield from show.fields(
         ("adapter", f"{summary.path}"),
         ("dialect", summary.dialect),
+        ("peft_type", summary.peft_type),
         ("base model", _base(summary.base)),
         ("modules", f"{len(summary.modules)}{whole}"),
         ("parameters", show.exact(total.parameters)),

@@ -16,7 +16,7 @@ from loratools import convert, inspect, live, merge, unmerge, verify
 from loratools.adapter.kinds.peanut import ACTIVATIONS
 from loratools.dialects.peft import types
 from loratools.dialects.peft.types._refused import REFUSED
-from loratools.errors import BadFile, LossyConversion, UnsupportedAdapter
+from loratools.errors import BadFile, IncompatibleAdapter, LossyConversion, UnsupportedAdapter
 from tests.interop.models import FAMILIES, load
 from tests.make import wavelets
 
@@ -410,6 +410,42 @@ def test_what_is_drawn_for_a_base_of_half_precision(name: str, dtype: torch.dtyp
         for key, W in load(tmp_path / f"ours-{i}").items():
             assert difference(W.float(), theirs[key].float()) <= (2**-7 if dtype == torch.bfloat16 else 2**-10)
         assert verify(tmp_path / f"ours-{i}", tmp_path / "base", [adapter]).ok
+
+
+# What a LoRA of full rank can say: the types that change no more than weights and, some, biases beside them.
+LORAS = ["ADALORA", "BOFT", "GLORA", "GRALORA", "HIRA", "IA3", "LOHA", "LOKR", "OFT", "RANDLORA", "VBLORA", "VERA"]
+
+
+@pytest.mark.parametrize("name", LORAS)
+def test_a_lora_of_full_rank_is_the_adapter_and_of_less_has_the_error_of_the_singular_values(
+    name: str, tmp_path: Path
+) -> None:
+    """PEFT merges the LoRA to what it merges the adapter to; of rank 2 the error is that of an SVD in numpy."""
+    peft = pytest.importorskip("peft")
+    base, folder, adapter = made(tmp_path, name, CASES[name][0])
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), adapter).merge_and_unload().state_dict()
+    full = convert(adapter, tmp_path / "full", to="peft", base=folder, to_lora=32)
+    assert full.lora is not None
+    assert full.lora.relative_error < 1e-6
+    ours = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "full").merge_and_unload().state_dict()
+    assert max(difference(ours[key], W) for key, W in theirs.items()) <= 1e-5
+    two = convert(adapter, tmp_path / "two", to="peft", base=folder, to_lora=2)
+    assert two.lora is not None
+    before, lost, whole = load(folder), 0.0, 0.0
+    for module in two.lora.modules:
+        W = f"{module.module}.weight"
+        sigma = torch.linalg.svdvals(theirs[W].double() - before[W].double())
+        assert module.relative_error == pytest.approx(float(sigma[2:].norm() / sigma.norm()), rel=1e-3, abs=1e-5)
+        lost, whole = lost + float(sigma[2:].square().sum()), whole + float(sigma.square().sum())
+    assert two.lora.relative_error == pytest.approx((lost / whole) ** 0.5, rel=1e-3, abs=1e-5)
+
+
+def test_a_lora_of_what_depends_on_the_base_needs_it(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    _, _, adapter = made(tmp_path, "IA3", CASES["IA3"][0])
+    with pytest.raises(IncompatibleAdapter, match=r"6 module\(s\) whose change cannot be told") as raised:
+        convert(adapter, tmp_path / "lora", to="peft", to_lora=2)
+    assert "--base" in str(raised.value)
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))

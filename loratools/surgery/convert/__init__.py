@@ -1,4 +1,7 @@
-"""Rewrite an adapter in another dialect; sealing it with its base's hash is a conversion into our own."""
+"""Rewrite an adapter in another dialect; sealing it with its base's hash is a conversion into our own.
+
+`as_lora` makes a LoRA of an adapter of another kind first.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,7 @@ from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import encodings, logical, stored_names
 from loratools.storage.lazy import LazyTensor
 from loratools.storage.sources import Location, session
+from loratools.surgery.convert.as_lora import LoraError, as_lora
 from loratools.surgery.folding import carried
 from loratools.surgery.hash import hash_checkpoint, hash_tensors
 from loratools.surgery.inputs import AdapterSource, ModelSource, open_model
@@ -45,7 +49,10 @@ BASE_CONFIG = ("model_type", "num_attention_heads", "num_key_value_heads", "head
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What was written: dialect, digest of the adapter's tensors, the base identity it carries, and what was lost."""
+    """What was written: dialect, digest of the adapter's tensors, the base identity it carries, and what was lost.
+
+    `lora` says how near the LoRA is that was made of it; None where none was.
+    """
 
     output: str
     dialect: str
@@ -53,6 +60,7 @@ class Conversion:
     modules: int
     base: BaseIdentity | None
     losses: tuple[Loss, ...]
+    lora: LoraError | None = None
 
 
 @session()
@@ -67,6 +75,7 @@ def convert(
     trained_on: TrainedOn | None = None,
     base_id: str | None = None,
     profile: profiles.Name | None = None,
+    to_lora: int | None = None,
     allow_loss: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -91,6 +100,9 @@ def convert(
         base_id: The base model's name to record, such as `"org/model"`. Default: the one that the adapter states.
         profile: With `to="peft"`: make the adapter as a consumer of PEFT adapters reads it, `"serving"` (what all of
             them read), `"vllm"` or `"sglang"`. Default: as PEFT reads it.
+        to_lora: Make a LoRA of at most this rank of an adapter of any kind: of each ΔW the nearest, by its truncated
+            SVD, with its error in the result. Kinds whose change depends on the weight need `base`. Default: every
+            module keeps its kind.
         allow_loss: Whether to write it where the dialect cannot say everything; the losses are in the result. Default:
             no, they are an error.
         force: Whether to replace an output that exists. Default: no.
@@ -126,6 +138,7 @@ def convert(
             options.problems.append(f"{name} is {value!r}, which is for an adapter that is carried onto a base")
     if trained_on is not None:
         options.word("trained_on", trained_on, TrainedOn)
+    options.number("to_lora", to_lora, least=1, optional=True)
     options.flag("allow_loss", allow_loss).flag("force", force).text("base_id", base_id).done()
     dialects.get(to)
     model = base if onto is None else onto
@@ -134,6 +147,9 @@ def convert(
     if checkpoint is not None:
         refuse_codes(converted, checkpoint)
         checkpoint = under_adapters_names(replicated(checkpoint, [converted]), [converted])
+    error = None
+    if to_lora is not None:
+        converted, error = as_lora(converted, to_lora, checkpoint)
     records = _records(to)
     if records:
         parameters = {"from": converted.dialect, "to": to, "sealed": checkpoint is not None}
@@ -167,7 +183,7 @@ def convert(
     written, losses = dialects.write_adapter(converted, Path(output), dialect=to, allow_loss=allow_loss, force=force)
     # The digest is that of the modules under their own names, whatever the dialect calls them, unless some are lost.
     digest = adapter_digest(converted if {loss.where for loss in losses} <= _OF_NO_TENSOR else written)
-    return Conversion(str(output), to, digest, len(written.updates), converted.base, tuple(losses))
+    return Conversion(str(output), to, digest, len(written.updates), converted.base, tuple(losses), error)
 
 
 def warn_not_finite(adapter: Adapter) -> None:
