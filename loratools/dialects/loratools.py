@@ -37,7 +37,7 @@ def read(listing: Listing) -> Adapter:
 
 
 def losses(adapter: Adapter) -> list[Loss]:
-    """List updates of unregistered kinds, stacks of which only the base tells how they lie, and copies of base tensors.
+    """List updates that no registered kind says, stacks of which only the base tells how they lie, and copies of the base.
 
     The format holds all else that an `Adapter` holds.
     """
@@ -48,10 +48,17 @@ def losses(adapter: Adapter) -> list[Loss]:
         for module, update in adapter.updates.items()
         if update.kind not in KINDS
     ]
+    for module, update in adapter.updates.items():
+        kind = KINDS.get(update.kind)
+        if kind and not kind.accepts(frozenset(update.parts)):
+            parts = ", ".join(sorted(update.parts))
+            kinds.append(Loss(module, f"the format's kind {kind.name} has no such tensors: {parts}"))
+        elif kind and (beyond := update.layout.keys() - set(kind.layout or ())):
+            kinds.append(Loss(module, f"the format's kind {kind.name} does not say {', '.join(sorted(beyond))}"))
     stacks = [
         Loss(module, f"only the base tells {update.unsettled} (--base)")
         for module, update in adapter.updates.items()
-        if module not in adapter.orientation and update.unsettled
+        if module not in adapter.orientation and update.unsettled and update.kind in KINDS
     ]
     return [*kinds, *stacks, *copy_losses(adapter)]
 

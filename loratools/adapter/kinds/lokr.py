@@ -32,7 +32,7 @@ class LokrUpdate(Named):
 
     @property
     def layout(self) -> Mapping[str, Any]:
-        return {"scaled": True} if self.scaled else {}
+        return {"scaled": True} if self.scaled and {"lokr_w1", "lokr_w2"} <= self.tensors.keys() else {}
 
     def __post_init__(self) -> None:
         shapes = {name: lazy.shape for name, lazy in self.tensors.items()}
