@@ -37,7 +37,7 @@ def read(listing: Listing) -> Adapter:
 
 
 def losses(adapter: Adapter) -> list[Loss]:
-    """List updates that no registered kind says, stacks of which only the base tells how they lie, and copies of the base.
+    """List updates that no registered kind says, stacks of which only the base tells how they lie, copies of the base.
 
     The format holds all else that an `Adapter` holds.
     """
