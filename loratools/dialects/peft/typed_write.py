@@ -51,6 +51,7 @@ def files_of(adapter: Adapter, module: Any) -> Files:
             tensors |= {str(name_of(module, path, part)): lazy for part, lazy in update.parts.items()}
     listed = list(adapter.settings.get("modules_to_save") or ())
     layers: set[str] = set()
+    names = manifest.names_of({"replacements": adapter.replacements, "modules": adapter.updates})
     for path, lazy in adapter.replacements.items():
         place, _, name = path.rpartition(".")
         saved = any(f".{each}." in f".{place}." for each in listed)
@@ -59,7 +60,7 @@ def files_of(adapter: Adapter, module: Any) -> Files:
             tensors[keys.join(place, module.WHOLE + name)] = lazy
             layers.add(place)
         else:
-            tensors[keys.join(path)] = lazy
+            tensors[names[path]] = lazy
             listed += [] if saved or bias else [place]
     tensors |= {
         name: adapter.copies[path]
