@@ -46,7 +46,7 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
         "naming",
         "converted",
         "placement",
-        "gathered",
+        "gathered weights",
     ),
     "loratools.adapter.naming": (
         "compact conversions llama_cpp_table stacked image",

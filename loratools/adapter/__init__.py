@@ -12,5 +12,6 @@ fusing      several modules as one, and one as several: qkv, gate and up
 naming      what modules are called, by trainers and by models
 converted   updates on tensors that transformers makes of a base's own as it loads them, and the other way round
 placement   which tensors of a base an adapter changes
+weights     the weight of an adapter: a number, or one for each module pattern or block
 gathered    experts of one adapter, one by one, as the stacks that another has of them
 """

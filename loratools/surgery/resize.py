@@ -7,6 +7,7 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 from loratools import dialects
+from loratools.adapter.weights import Weight
 from loratools.errors import InvalidOption
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.parallel import Progress
@@ -15,7 +16,6 @@ from loratools.storage.dtypes import FloatName
 from loratools.storage.sources import Location, session
 from loratools.surgery.combine import Combination, run
 from loratools.surgery.combine.options import CombineOptions
-from loratools.surgery.combine.weights import Weight
 from loratools.surgery.inputs import AdapterSource
 
 if TYPE_CHECKING:

@@ -3,8 +3,6 @@
 inputs     the adapters, open, with a weight each, and side by side: which of their modules are one module
 options    the options, one value that is checked when it is built
 entries    what the headers of several files say, in one
-weights    the weight of an adapter: one number, or one for each module pattern
-blocks     weights by the blocks of Stable Diffusion's UNet
 methods    the ways to combine, one file each
 change     the combined change of every module, and its factors of a chosen rank
 whole      tensors trained whole, and biases, combined
@@ -23,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from loratools import dialects
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import BaseIdentity, Step
+from loratools.adapter.weights import Weight
 from loratools.decisions import warned
 from loratools.errors import IncompatibleAdapter, LoraToolsError
 from loratools.format.digest import adapter_digest
@@ -40,7 +39,6 @@ from loratools.surgery.combine.inputs import Aligned, Input, align, open_inputs
 from loratools.surgery.combine.methods._terms import Library
 from loratools.surgery.combine.options import CombineOptions
 from loratools.surgery.combine.result import assemble, dialect_of, dtype_of, plain
-from loratools.surgery.combine.weights import Weight
 from loratools.surgery.inputs import AdapterSource, as_list, tell_twice
 
 if TYPE_CHECKING:
@@ -110,7 +108,8 @@ def combine(
         output: The folder or file to write; it must not exist, unless `force`.
         weights: wᵢ, one for each adapter: a number, which may be negative; a text with a number for modules that
             patterns name (`"q_proj=0.5,v_proj=-1"`, `"0.7,*.mlp.*=0"`) or for each block of an image model
-            (`"lbw:1,0,0,…"`); or a `Weight`. Default: 1 for each.
+            (`"lbw:1,0,0,…"`: what is in no block, then each block of the family's lists in order; 12, 17, 20 or 26 for
+            Stable Diffusion and 61 for Flux.1 as image people write them); or a `Weight`. Default: 1 for each.
         method: How changes are combined: `"linear"`, or one that looks at single elements (`"ties"`, `"dare"`,
             `"dare_ties"`, `"della"`, `"breadcrumbs"`, `"magnitude_prune"`, `"sce"`) or works in a space that the
             adapters share (`"knots"`, `"core_space"`). Default: `"linear"`.

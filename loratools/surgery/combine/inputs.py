@@ -16,9 +16,9 @@ from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.stacked import nested
 from loratools.adapter.naming.wrappers import normalized
+from loratools.adapter.weights import Weight
 from loratools.errors import IncompatibleAdapter, InvalidOption, LoraToolsError, UnsupportedAdapter
 from loratools.format.digest import checked_digest
-from loratools.surgery.combine.weights import Weight
 from loratools.surgery.inputs import AdapterSource, names_of
 
 _SEAL = "`loratools convert ADAPTER OUTPUT --base BASE` writes each as its base has it; then combine these."
@@ -93,6 +93,7 @@ def open_inputs(
     if initial is not None:
         opened[1] = _starting_point(*opened)
     names = names_of(sources)
+    parsed = [weight.bound(*each) for weight, each in zip(parsed, zip(opened, names, strict=True), strict=True)]
     digests = [checked_digest(adapter, name) for adapter, name in zip(opened, names, strict=True)]
     try:
         opened = gathered(opened)

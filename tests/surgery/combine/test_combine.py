@@ -17,6 +17,8 @@ from torch import Tensor
 
 from loratools.adapter import kinds
 from loratools.adapter.model import Adapter, BaseIdentity
+from loratools.adapter.weights import Weight
+from loratools.adapter.weights.blocks import block_of
 from loratools.dialects import open_adapter
 from loratools.errors import IncompatibleAdapter, LoraToolsError, OutputRefused, UnsupportedAdapter, WrongBase
 from loratools.format.validate import validate
@@ -24,8 +26,6 @@ from loratools.linalg.ranks.allocate import Ranks
 from loratools.linalg.ranks.rules import Energy, Fixed
 from loratools.storage.lazy import LazyTensor
 from loratools.surgery.combine import combine
-from loratools.surgery.combine.blocks import block_of
-from loratools.surgery.combine.weights import Weight
 from tests.make import tiny
 
 Dense = dict[str, Tensor]
@@ -221,7 +221,7 @@ def test_weights_by_pattern(tmp_path: Path) -> None:
     assert len(caught.value.problems) == 2
 
 
-@pytest.mark.parametrize("text", ["a", "1,2", "q_proj=x", "=1", "inf", "lbw:1,2,3", "lbw:"])
+@pytest.mark.parametrize("text", ["a", "1,2", "q_proj=x", "=1", "inf", "lbw:1,x", "lbw:"])
 def test_weights_that_cannot_be_read(text: str) -> None:
     with pytest.raises(LoraToolsError):
         Weight.parse(text)
@@ -258,6 +258,20 @@ def test_block_weights_of_flux(module: str, place: int) -> None:
     assert weight.of(module) == place
     with pytest.raises(LoraToolsError, match="in no block of Flux"):
         weight.of("model.layers.0.mlp.up_proj")
+
+
+def test_blocks_of_another_family_have_their_own_list(tmp_path: Path) -> None:
+    modules = [f"diffusion_model.blocks.{block}.self_attn.q" for block in (0, 3)] + ["diffusion_model.text_embedding.0"]
+    parts = {m: {"A": random(2, 6, seed=i), "B": random(4, 2, seed=9 + i)} for i, m in enumerate(modules)}
+    adapter = Adapter({module: update("lora", 0.5, **each) for module, each in parts.items()})
+    numbers = [0.25, 3.0, 0.0, 0.0, -2.0, *[0.0] * 26]
+    combine(adapter, tmp_path / "one", weights="lbw:" + ",".join(map(str, numbers)))
+    made = open_adapter(tmp_path / "one").updates
+    for module, weight in zip(modules, (3.0, -2.0, 0.25), strict=True):
+        expected = weight * 0.5 * (parts[module]["B"].double() @ parts[module]["A"].double())
+        torch.testing.assert_close(made[module].delta_weight().double(), expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(LoraToolsError, match=r"30 block weights.*expected 31 of Wan"):
+        combine(adapter, tmp_path / "two", weights="lbw:" + ",".join(["1"] * 30))
 
 
 def test_a_language_model_has_no_such_blocks() -> None:

@@ -66,7 +66,8 @@ class Family:
     `called`       regular expressions that find the family in the lower-case name of a base, or in what a header says
                    of it (`modelspec.architecture`, `ss_base_model_version`)
     `depths`       list of blocks, in either naming -> the numbers of blocks that published models have: they tell
-                   families apart that share their names
+                   families apart that share their names; 0 for a list that many lack. Block weights have the lists'
+                   order
     `inputs`       module, in either naming -> its input features in published models, for the same purpose
     `proportions`  module of the original -> output : input features, where families share names and shapes tell
     `like`         the family whose models these are too, in files with other original names; "" in the usual ones

@@ -47,5 +47,8 @@ FAMILY = Family(
     },
     fused={"face_adapter.fuser_blocks.{}.linear1_kv": Fused(("face_adapter.{}.to_k", "face_adapter.{}.to_v"))},
     called=(r"(?<![a-z])wan(?![a-z])", r"wan-?ai", r"skyreels-?v2", r"chronoedit"),
+    depths={
+        "blocks": (30, 40), "vace_blocks": (0, 8, 15), "face_adapter.fuser_blocks": (0, 8), "face_adapter": (0, 8),
+    },
 )  # fmt: skip
 """Wan and its relatives; no other family has `cross_attn.o` or `ffn.net.0.proj` in `blocks`."""

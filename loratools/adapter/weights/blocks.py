@@ -4,8 +4,8 @@ The blocks are those of CompVis' model, in the order that sd-webui-lora-block-we
 IN00…IN11, MID, OUT00…OUT11. Shorter lists name only blocks that have attention: 17 for SD 1 and 2, 12 and 20 for SDXL
 (kohya-ss/sd-scripts, `svd_merge_lora.py --lbws`). A block that a list leaves out has weight 0.
 
-Flux.1 has 61: CLIP, T5, IN, its 19 double blocks D00…D18, its 38 single blocks S00…S37, OUT. Blocks of other models are
-named by patterns (`*.blocks.3.*=0`).
+Flux.1 has 61: CLIP, T5, IN, its 19 double blocks D00…D18, its 38 single blocks S00…S37, OUT. Blocks of other models
+have lists of the one form that `layouts.py` makes of what their family states.
 """
 
 from __future__ import annotations
@@ -34,6 +34,16 @@ LISTS = {
     )
 }
 """Length of a list of weights -> the blocks that they are for, in order."""
+_UNET = frozenset({12, 17, 20, 26})
+OWNERS = {
+    "sd": _UNET, "sdxl": _UNET, "sdxl_refiner": _UNET, "flux": frozenset({len(FLUX)}), "chroma": frozenset({len(FLUX)}),
+}  # fmt: skip
+"""Family -> the lengths of the lists here that are for it."""
+SUMMARY = {
+    length: f"{'Flux.1' if blocks is FLUX else 'a UNet'} ({blocks[0]}, {blocks[1]}, ..., {blocks[-1]})"
+    for length, blocks in LISTS.items()
+}
+"""Length of a list -> whose it is, in words."""
 
 _STREAM = re.compile(r"(?:^|[._])((?:single_)?transformer_blocks|double_blocks|single_blocks)[._](\d+)(?:[._]|$)")
 _FLUX = {
