@@ -15,6 +15,8 @@ def refusal(update: Update) -> str | None:
     """Return why an update is no product of two factors that weights can add up, or None where it is one."""
     if update.members:
         return next(filter(None, map(refusal, update.members)), None)
+    if update.unsettled:
+        return f"kind {update.kind}: only the base tells {update.unsettled}"
     factors = update.factored()
     if factors is None:
         return f"kind {update.kind}: its change is no product of two factors"
@@ -26,7 +28,7 @@ def refusal(update: Update) -> str | None:
 def low_rank(update: Update) -> Update | None:
     """Return the part of an update that is a product, DoRA's without its magnitude; None for a kind that has none."""
     direction = update.direction
-    return direction if direction.factored() else None
+    return direction if not direction.unsettled and direction.factored() else None
 
 
 def products(adapter: Adapter) -> dict[str, Update]:

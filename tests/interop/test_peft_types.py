@@ -18,6 +18,7 @@ from loratools.dialects.peft import types
 from loratools.dialects.peft.types._refused import REFUSED
 from loratools.errors import BadFile, IncompatibleAdapter, LossyConversion, UnsupportedAdapter
 from tests.interop.models import FAMILIES, load
+from tests.interop.test_kinds import mixed, save_mixed
 from tests.make import wavelets
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]
@@ -282,6 +283,39 @@ def test_a_merge_is_pefts(name: str, settings: dict[str, Any], tmp_path: Path) -
     else:
         with pytest.raises(BadFile, match=r"PEFT draws .* all modules in turn"):
             inspect(adapter)
+
+
+CONVOLUTIONS: list[tuple[str, str, dict[str, Any]]] = [
+    ("LOKR", "conv1", {"r": 8}),
+    ("LOKR", "conv1", {"r": 2, "decompose_both": True, "decompose_factor": 4}),
+    ("LOKR", "conv1", {"r": 1}),
+    ("LOKR", "conv2", {"r": 2, "use_effective_conv2d": True}),
+    ("LOHA", "conv1", {"r": 2, "use_effective_conv2d": True}),
+    ("LOHA", "conv1", {"r": 2}),
+    ("HIRA", "conv3", {"r": 3}),
+    ("OFT", "embed", {"oft_block_size": 4}),
+    ("OFT", "embed", {"oft_block_size": 4, "coft": True, "eps": 0.3, "block_share": True, "use_cayley_neumann": False}),
+]
+
+
+@pytest.mark.parametrize(("name", "target", "settings"), CONVOLUTIONS)
+def test_convolutions_and_embeddings_of_types_that_have_them(
+    name: str, target: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    base = mixed()
+    folder, adapter = save_mixed(tmp_path / "base", base), tmp_path / "adapter"
+    trained(base, name, {**settings, "target_modules": [target]}).save_pretrained(adapter)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), adapter).merge_and_unload().state_dict()
+    merge(folder, [adapter], tmp_path / "ours")
+    ours, before = load(tmp_path / "ours"), load(folder)
+    assert max(difference(W, theirs[key]) for key, W in ours.items()) <= 1e-5
+    assert {key for key, W in before.items() if not torch.equal(W, ours[key])} == {f"{target}.weight"}
+    assert verify(tmp_path / "ours", folder, [adapter]).ok
+    convert(adapter, tmp_path / "again", to="peft")
+    first, again = (load_file(each / "adapter_model.safetensors") for each in (adapter, tmp_path / "again"))
+    assert first.keys() == again.keys()
+    assert all(torch.equal(W, again[key]) for key, W in first.items())
 
 
 SEVERAL = {

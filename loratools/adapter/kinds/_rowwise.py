@@ -26,10 +26,14 @@ class Rowwise(Additive):
         return self
 
     def fitted(self, shape: tuple[int, ...]) -> Self:
-        """Return the update of a base weight of this shape: flat factors do not tell the sides of a kernel."""
+        """Return the update of a base weight of this shape, where its numbers lie in the same order.
+
+        Flat factors do not tell the sides of a kernel, and PEFT's core of a Conv1d has a side of 1 more.
+        """
         own = self.shape
         flat = len(own) == 2 and len(shape) > 2 and own == (shape[0], prod(shape[1:]))
-        return replace(self, weight_shape=shape) if flat else self  # type: ignore[type-var]
+        same = flat or (len(shape) == 3 and own == (*shape, 1))
+        return replace(self, weight_shape=shape) if same else self  # type: ignore[type-var]
 
     @abstractmethod
     def rows(self, dtype: DType, device: Device, transposed: bool) -> Rows:

@@ -2,7 +2,8 @@
 
 Either is stored whole or as w*_a·w*_b; w2 also as a Tucker core t2 (r, r, kh, kw) with w2_a (r, b) and w2_b (r, d).
 s = α/r with the rank of whichever is factored, w2 before w1; where both are whole s is 1, whatever alpha says, unless
-the layout says `scaled`, as PEFT does it, whose config has the rank.
+the layout says `scaled`, as PEFT does it, whose config has the rank. PEFT takes the whole w2 of a Conv1d, (b, d, k),
+for the left factor: the layout `swapped` is ΔW = w2 ⊗ w1 at each position.
 """
 
 from __future__ import annotations
@@ -32,7 +33,16 @@ class LokrUpdate(Named):
 
     @property
     def layout(self) -> Mapping[str, Any]:
-        return {"scaled": True} if self.scaled and {"lokr_w1", "lokr_w2"} <= self.tensors.keys() else {}
+        whole = self.scaled and {"lokr_w1", "lokr_w2"} <= self.tensors.keys()
+        return {
+            **({"scaled": True} if whole or self.swapped else {}),
+            **({"swapped": True} if self.swapped else {}),
+        }
+
+    @property
+    def swapped(self) -> bool:
+        """Tell whether w2 stands on the left: `torch.kron` puts the sides that w1 lacks in front, not behind."""
+        return self.scaled and "lokr_w2" in self.tensors and len(self.tensors["lokr_w2"].shape) == 3
 
     def __post_init__(self) -> None:
         shapes = {name: lazy.shape for name, lazy in self.tensors.items()}
@@ -80,6 +90,19 @@ class LokrUpdate(Named):
         """Return rows of the Kronecker product: row o is row o // b of w1 with row o % b of w2."""
         import torch
 
+        if self.swapped:
+            first, second = (self.matrix(w).to(device, dtype) for w in ("w2", "w1"))
+            width, positions = len(second), first.shape[2]
+
+            def swapped(rows: slice) -> Tensor:
+                o = torch.arange(rows.start, rows.stop, device=device)
+                left, right = first[o // width], second[o % width]
+                return (left[:, :, None, :] * right[:, None, :, None]).reshape(len(o), -1, positions).flatten(1)
+
+            if not transposed:
+                return swapped
+            whole = swapped(slice(0, self.shape[0])).T
+            return lambda rows: whole[rows]
         w1, w2 = (self.matrix(w).flatten(1).to(device, dtype) for w in ("w1", "w2"))
         w1, w2 = (w1.T, w2.T) if transposed else (w1, w2)
 
@@ -94,6 +117,8 @@ class LokrUpdate(Named):
         """Return the Kronecker product."""
         import torch
 
+        if self.swapped:
+            return torch.einsum("ac,bdk->badck", self.matrix("w1"), self.matrix("w2")).reshape(self.shape[0], -1)
         return torch.kron(self.matrix("w1"), self.matrix("w2").flatten(1).contiguous())
 
 

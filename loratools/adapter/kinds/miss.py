@@ -45,6 +45,10 @@ class MissUpdate(LowRank):
         return self.weight_shape or self.block.shape[::-1]
 
     @property
+    def unsettled(self) -> str:
+        return "" if self.weight_shape else "the shape of its weight"
+
+    @property
     def parts(self) -> Mapping[str, LazyTensor]:
         return {self.name: self.block}
 

@@ -3,7 +3,8 @@
 `oft_R.weight` (n, b(b − 1)/2) has the upper triangles, row by row, of skew matrices Q; R = (I − Q)(I + Q)⁻¹ of each, or
 with `terms` the sum I + 2Q + 2Q² + … + Q^m of Cayley and Neumann, as many as PEFT takes. `eps` scales Q of each block
 down to a length of eps/√n (constrained OFT); `share` says that one block stands for all. These are the `layout`. A
-kernel is flattened: its rotation mixes inputs and positions. With a weight w it is W + w·(W' − W).
+kernel is flattened: its rotation mixes inputs and positions. Of an embedding, whose part is `oft_embedding_R.weight`,
+W' = W·R: PEFT turns its rows the other way. With a weight w it is W + w·(W' − W).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from loratools.adapter.kinds import Device, DType, Tensor, Underlying
 from loratools.adapter.kinds._onweight import Change, Changing
 from loratools.storage.lazy import LazyTensor
 
-PART = "oft_R.weight"
+PART, OF_EMBEDDING = "oft_R.weight", "oft_embedding_R.weight"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,10 +27,15 @@ class OftInputUpdate(Changing):
 
     kind = "oft_input"
 
+    @property
+    def part(self) -> str:
+        """The name of the triangles."""
+        return next(iter(self.tensors))
+
     def check(self) -> None:
-        shape = self.tensors[PART].shape
+        shape = self.tensors[self.part].shape
         if len(shape) != 2 or 0 in shape or self.rank * (self.rank - 1) // 2 != shape[1]:
-            raise ValueError(f"{PART} has shape {shape}, expected (n, b(b − 1)/2)")
+            raise ValueError(f"{self.part} has shape {shape}, expected (n, b(b − 1)/2)")
         if self.weight_shape is not None:
             inputs, blocks = math.prod(self.weight_shape[1:]), inputs_of(shape[0], self.rank, self.layout)
             if inputs % self.rank or blocks not in (0, inputs):
@@ -38,17 +44,17 @@ class OftInputUpdate(Changing):
     @property
     def rank(self) -> int:
         """The size b of a block."""
-        return (1 + math.isqrt(1 + 8 * self.tensors[PART].shape[1])) // 2
+        return (1 + math.isqrt(1 + 8 * self.tensors[self.part].shape[1])) // 2
 
     @property
     def own_shape(self) -> tuple[int, ...]:
-        return 0, inputs_of(self.tensors[PART].shape[0], self.rank, self.layout)
+        return 0, inputs_of(self.tensors[self.part].shape[0], self.rank, self.layout)
 
     def skew(self) -> Tensor:
-        """Return Q of each block, (n, b, b), constrained where the layout says so, in float64."""
+        """Return Q of each block, (n, b, b), constrained where the layout says so, in float64; −Q of an embedding's."""
         import torch
 
-        triangles, size = self.number(PART), self.rank
+        triangles, size = self.number(self.part), self.rank
         if (eps := self.layout.get("eps")) is not None:
             lengths = math.sqrt(2) * triangles.norm(dim=1, keepdim=True)  # of Q, in which each number stands twice
             limit = eps / math.sqrt(len(triangles))
@@ -56,7 +62,7 @@ class OftInputUpdate(Changing):
         Q = triangles.new_zeros(len(triangles), size, size)
         rows, columns = torch.triu_indices(size, size, 1)
         Q[:, rows, columns] = triangles
-        return Q - Q.transpose(1, 2)
+        return Q.transpose(1, 2) - Q if self.part == OF_EMBEDDING else Q - Q.transpose(1, 2)
 
     def change(self, dtype: DType, device: Device) -> Change:
         """Return the rotation of rows: each block of a row times Rᵀ of its block."""
@@ -106,7 +112,7 @@ def inputs_of(blocks: int, size: int, layout: Mapping[str, Any]) -> int:
 
 def claims(parts: Mapping[str, LazyTensor]) -> bool:
     """Tell whether these are the triangles of rotations of inputs."""
-    return parts.keys() == {PART}
+    return parts.keys() in ({PART}, {OF_EMBEDDING})
 
 
 def build(

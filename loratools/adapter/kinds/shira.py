@@ -37,6 +37,10 @@ class ShiraUpdate(Named):
         rows, columns = self._places()
         return int(rows.max()) + 1, int(columns.max()) + 1
 
+    @property
+    def unsettled(self) -> str:
+        return "" if self.weight_shape else "the shape of its weight"
+
     def fitted(self, shape: tuple[int, ...]) -> ShiraUpdate:
         """Return the update of a base weight of this shape, which the places alone do not tell."""
         if len(shape) != 2:

@@ -46,6 +46,10 @@ class SupertuningUpdate(Named):
             return self.weight_shape or (1, self.tensors[VALUES].shape[0])
         return self.tensors[B].shape[0], self.tensors[A].shape[1]
 
+    @property
+    def unsettled(self) -> str:
+        return "" if self.weight_shape or A in self.tensors else "the shape of its weight"
+
     def fitted(self, shape: tuple[int, ...]) -> SupertuningUpdate:
         """Return the update of a base weight of this shape."""
         return SupertuningUpdate(self.tensors, self.scaling, self.alpha, shape)

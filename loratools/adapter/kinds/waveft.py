@@ -60,6 +60,10 @@ class WaveftUpdate(Named):
         return WaveftUpdate(self.tensors, self.scaling, self.alpha, shape, self.layout)
 
     @property
+    def unsettled(self) -> str:
+        return "" if self.weight_shape else "the shape of its weight"
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return self.weight_shape or (1, self.tensors[SPECTRUM].shape[0])
 

@@ -6,7 +6,10 @@ from loratools.adapter import kinds
 from loratools.adapter.kinds import Update
 from loratools.dialects.peft.types import SWITCH, Field, ModuleTensors, a_switch, count, number
 
-PARTS = {"oft_R.weight": "upper triangles of skew matrices: (blocks, b(b − 1)/2)"}
+PARTS = {
+    "oft_R.weight": "upper triangles of skew matrices: (blocks, b(b − 1)/2)",
+    "oft_embedding_R.weight": "the same of an embedding, whose rows turn the other way",
+}
 FIELDS = {
     "r": count(0), "oft_block_size": count(32), "coft": SWITCH, "eps": number(6e-5), "block_share": SWITCH,
     "use_cayley_neumann": Field(a_switch, "a switch", True), "num_cayley_neumann_terms": count(5),
@@ -16,7 +19,8 @@ HARMLESS = {"module_dropout": "training only"}
 
 def update(one: ModuleTensors) -> Update:
     """Return the update; sizes come from the tensor, since PEFT adjusts those of the config to each module."""
-    one.has(*PARTS)
+    if len(one.parts) != 1:
+        raise ValueError(f"expected one of {', '.join(PARTS)}; found {', '.join(sorted(one.parts))}")
     layout = {
         **({"terms": one["num_cayley_neumann_terms"]} if one["use_cayley_neumann"] else {}),
         **({"eps": one["eps"]} if one["coft"] else {}),
