@@ -15,11 +15,11 @@ def refusal(update: Update) -> str | None:
     """Return why an update is no product of two factors that weights can add up, or None where it is one."""
     if update.members:
         return next(filter(None, map(refusal, update.members)), None)
-    if update.unsettled:
-        return f"kind {update.kind}: only the base tells {update.unsettled}"
     factors = update.factored()
     if factors is None:
         return f"kind {update.kind}: its change is no product of two factors"
+    if update.unsettled:
+        return f"kind {update.kind}: only the base tells {update.unsettled}"
     if not update.additive:
         return f"kind {update.kind}: it rescales the base weight, so its change is no product that could be added up"
     return None

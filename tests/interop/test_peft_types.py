@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loratools import convert, inspect, live, merge, unmerge, verify
+from loratools import convert, inspect, live, merge, resize, spectrum, unmerge, verify
 from loratools.adapter.kinds.peanut import ACTIVATIONS
 from loratools.dialects.peft import types
 from loratools.dialects.peft.types._refused import REFUSED
-from loratools.errors import BadFile, IncompatibleAdapter, LossyConversion, UnsupportedAdapter
+from loratools.errors import BadFile, IncompatibleAdapter, LoraToolsError, LossyConversion, UnsupportedAdapter
 from tests.interop.models import FAMILIES, load
 from tests.interop.test_kinds import mixed, save_mixed
 from tests.make import wavelets
@@ -316,6 +316,23 @@ def test_convolutions_and_embeddings_of_types_that_have_them(
     first, again = (load_file(each / "adapter_model.safetensors") for each in (adapter, tmp_path / "again"))
     assert first.keys() == again.keys()
     assert all(torch.equal(W, again[key]) for key, W in first.items())
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_without_a_base_the_spectrum_is_that_with_it_or_left_out(name: str, tmp_path: Path) -> None:
+    """Of some the file does not tell the shape of the weight: then nothing is measured, and nothing is written."""
+    pytest.importorskip("peft")
+    _, folder, adapter = made(tmp_path, name, CASES[name][0])
+    alone, whole = spectrum(adapter), spectrum(adapter, base=folder)
+    measured = {module.module: module for module in whole.modules}
+    assert {module.module for module in alone.modules} | set(alone.skipped) <= measured.keys()
+    for module in alone.modules:
+        assert module.shape == measured[module.module].shape
+        assert module.norm == pytest.approx(measured[module.module].norm, rel=1e-4)
+    if alone.skipped:
+        with pytest.raises(LoraToolsError):
+            resize(adapter, tmp_path / "small", 2)
+        assert not (tmp_path / "small").exists()
 
 
 SEVERAL = {
