@@ -138,6 +138,7 @@ class AdapterInput:
     """One adapter of a call, and what goes with it on its whole way: the weight of its change, digest, and origin.
 
     `adapter` is replaced as the call goes on: by one under the base's names, without copies, with untied heads.
+    `words` are the weight of each module, which are in the scalings already; `weight` is 1 then.
     `digest` stays that of the adapter as it was read. `path` is None for an adapter that came open.
     """
 
@@ -145,3 +146,4 @@ class AdapterInput:
     weight: float = 1.0
     digest: str = ""
     path: Path | None = None
+    words: str = ""

@@ -73,9 +73,23 @@ durable_option = click.option(
     help="Write the model to the disk itself before it gets its name: a power cut leaves it whole or absent.",
 )  # fmt: skip
 dry_run_option = click.option("--dry-run", is_flag=True, help="Print the plan, from headers alone, and stop.")
+
+
+class _Weight(click.ParamType[Any]):
+    name = "weight"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        """Return a number as that, and a text with patterns or block weights as it is."""
+        if isinstance(value, str) and any(mark in value for mark in "=,:"):
+            return value
+        return float(click.FLOAT.convert(value, param, ctx))
+
+
+WEIGHT = _Weight()
 weight_option = click.option(
-    "-w", "--weight", "weights", type=float, multiple=True, metavar="NUMBER",
-    help="Weight of an adapter, may be negative: once for each adapter, in order.  [default: 1 for each]",
+    "-w", "--weight", "weights", type=WEIGHT, multiple=True, metavar="WEIGHT",
+    help="Weight of an adapter, once for each in order: a number, which may be negative; PATTERN=NUMBER for some of "
+    "its modules, after a comma; or lbw: and a number for each block.  [default: 1 for each]",
 )  # fmt: skip
 to_option = click.option(
     "--to", metavar="DIALECT", help="See `loratools dialects`.  [default: the adapter's, ours for PEFT's]"

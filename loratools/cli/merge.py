@@ -83,9 +83,9 @@ _SHOWN = 3
 @options.durable_option
 @pass_talk
 def command(
-    talk: Talk, /, base: str, adapters: tuple[str, ...], output: Path | None, weights: tuple[float, ...], dry_run: bool,
-    verify: bool, push: str | None, no_local: bool, private: bool, base_model: str | None, license: str | None,
-    **choices: Any,
+    talk: Talk, /, base: str, adapters: tuple[str, ...], output: Path | None, weights: tuple[float | str, ...],
+    dry_run: bool, verify: bool, push: str | None, no_local: bool, private: bool, base_model: str | None,
+    license: str | None, **choices: Any,
 ) -> show.Report:  # fmt: skip
     """Merge adapters into a base model: W' = W + sum of weight x scaling x B A.
 
@@ -144,7 +144,8 @@ def command(
 
     with talk.progress("verifying", 2 * plan["bytes"]["written"]) as advance:
         carried = [each.adapter for each in prepared.plan.inputs] if choices["original"] else adapters
-        proof = prove(output, model, carried, weights=weights or None, progress=advance)
+        known = [each.weight for each in prepared.plan.inputs] if choices["original"] else weights or None
+        proof = prove(output, model, carried, weights=known, progress=advance)
     document["verification"] = show.plain(proof)
     return show.Report(document, [*text, *lines(proof, every=False)], proof.ok)
 

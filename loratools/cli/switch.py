@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 @options.durable_option
 @pass_talk
 def command(
-    talk: Talk, model: str, out: tuple[str, ...], into: tuple[str, ...], output: Path, weights: tuple[float, ...],
+    talk: Talk, model: str, out: tuple[str, ...], into: tuple[str, ...], output: Path, weights: tuple[float | str, ...],
     tied: Tied | None, check_base: CheckBase, keep_residual: bool | None, threads: int | None, force: bool,
     durable: bool,
 ) -> show.Report:  # fmt: skip

@@ -34,7 +34,7 @@ _WAYS = {
 @options.durable_option
 @pass_talk
 def command(
-    talk: Talk, model: str, adapters: tuple[str, ...], output: Path, base: str | None, weights: tuple[float, ...],
+    talk: Talk, model: str, adapters: tuple[str, ...], output: Path, base: str | None, weights: tuple[float | str, ...],
     threads: int | None, force: bool, durable: bool,
 ) -> show.Report:  # fmt: skip
     """Take adapters out of a merged model again.

@@ -40,7 +40,7 @@ _MOST = 10  # lines of one kind, where not all are asked for
 @options.threads_option
 @pass_talk
 def command(
-    talk: Talk, model: str, base: str, adapters: tuple[str, ...], weights: tuple[float, ...], exact: bool,
+    talk: Talk, model: str, base: str, adapters: tuple[str, ...], weights: tuple[float | str, ...], exact: bool,
     tensors: bool, certificate: bool, seed: int | None, run: bool, threads: int | None,
 ) -> show.Report:  # fmt: skip
     """Tell how far a model is from base + adapter.

@@ -37,6 +37,9 @@ ERROR = "error_bound"
 """Field: how far any element can be from the base with these adapters, where some were taken out by subtraction."""
 IN_GGUF = "loratools.record"
 """Field of a GGUF file that holds the record, as JSON."""
+WORDS = "weights"
+"""Field of an adapter's entry: the weight of each module in the words of the merge; the scalings have it in them."""
+
 _HOLDS = ("merge", "switch", "unmerge")  # operations after which a model holds the adapters that the record lists
 
 
@@ -52,6 +55,7 @@ def of_merge(base: Checkpoint, inputs: Sequence[AdapterInput], turned: Sequence[
         entry = {"digest": each.digest, "weight": each.weight, "dialect": each.adapter.dialect, "modules": len(updates)}
         entry["kinds"] = ", ".join(sorted({update.kind for update in updates}))
         entry["ranks"] = ", ".join(map(str, sorted({update.rank for update in updates})))
+        entry |= {WORDS: each.words} if each.words else {}
         said = each.adapter.settings.get(HEADER)
         entry |= _applied(each.adapter) | ({TURNED: list(turned[i])} if turned else {})
         adapters.append(entry | ({SAYS: dict(said)} if said else {}))

@@ -16,6 +16,8 @@ from loratools.adapter.model import Adapter, AdapterInput
 from loratools.adapter.parts import factors_of
 from loratools.adapter.placement.codes import refuse_codes
 from loratools.adapter.placement.image import named_for
+from loratools.adapter.weights import Weight
+from loratools.adapter.weights.scaled import scaled
 from loratools.decisions import warned
 from loratools.errors import InvalidOption, UnsupportedAdapter
 from loratools.format.digest import checked_digest
@@ -36,6 +38,10 @@ ModelSource = Location | Checkpoint
 """A model: a path, a reference such as `hf://org/name`, or an open `Checkpoint`."""
 
 
+Weights = float | str | Sequence[float | str] | None
+"""The weights of adapters: a number each, or a text with a number for each module or block; None: 1 for each."""
+
+
 def open_model(model: ModelSource) -> Checkpoint:
     """Return a model, open; raise `UnsupportedAdapter` for a file of factors, which is none."""
     opened = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
@@ -53,7 +59,7 @@ def check_weights(adapters: AdapterSource | Sequence[AdapterSource], weights: ob
 
 def open_adapters(
     adapters: AdapterSource | Sequence[AdapterSource], base: Checkpoint,
-    weights: float | Sequence[float] | None = None, *, together: bool = True,
+    weights: Weights = None, *, together: bool = True,
 ) -> tuple[AdapterInput, ...]:  # fmt: skip
     """Open one adapter or several, with a weight each (1 where None), and check their digests.
 
@@ -64,12 +70,24 @@ def open_adapters(
     """
     each = as_list(adapters)
     numbers = _weights(weights, len(each))
-    inputs = tuple(_open(adapter, weight, base) for adapter, weight in zip(each, numbers, strict=True))
+    inputs = tuple(
+        _open(adapter, 1.0, base) if isinstance(weight, str) else _open(adapter, weight, base)
+        for adapter, weight in zip(each, numbers, strict=True)
+    )
+    inputs = tuple(
+        weighed(opened, weight, f"adapter {i}") if isinstance(weight, str) else opened
+        for i, (opened, weight) in enumerate(zip(inputs, numbers, strict=True), 1)
+    )
     for i, opened in enumerate(inputs, 1):
         refuse_codes(opened.adapter, base, f"adapter {i}")
     if together:
         tell_twice([opened.digest for opened in inputs])
     return inputs
+
+
+def weighed(opened: AdapterInput, words: str, name: str) -> AdapterInput:
+    """Return an adapter with the weights of its modules in their scalings; raise what `scaled` raises."""
+    return replace(opened, adapter=scaled(opened.adapter, words, name), weight=1.0, words=words)
 
 
 def tell_twice(digests: Sequence[str]) -> None:
@@ -151,11 +169,20 @@ class _Folder:
         return lazy.load()
 
 
-def _weights(weights: Any, count: int) -> list[float]:
+def _weights(weights: Any, count: int) -> list[float | str]:
     listed = [1.0] * count if weights is None else list(weights) if isinstance(weights, Sequence) else [weights]
     listed = [weights] if isinstance(weights, str | bytes) else listed
-    if problems := [f"weight {i + 1} is {weight!r}" for i, weight in enumerate(listed) if not is_finite(weight)]:
+    read = [_read(weight) for weight in listed]
+    if problems := [f"weight {i + 1} is {weight!r}" for i, weight in enumerate(listed) if read[i] is None]:
         raise InvalidOption("a weight is a finite number", problems)
     if not count or len(listed) != count:
         raise InvalidOption(f"{count} adapter(s) and {len(listed)} weight(s); each adapter takes one weight")
-    return [float(weight) for weight in listed]
+    return [weight for weight in read if weight is not None]
+
+
+def _read(weight: Any) -> float | str | None:
+    """Return a weight that is one number as that, one that differs among modules as its words; None for none."""
+    if is_finite(weight):
+        return float(weight)
+    words = isinstance(weight, str) and any(mark in weight for mark in "=,:")
+    return weight if words and not Weight.parse(weight).plain else None

@@ -25,7 +25,15 @@ from loratools.storage.lazy import LazyTensor
 from loratools.storage.sources import Location, session
 from loratools.surgery.base import prove
 from loratools.surgery.hash import hash_tensors
-from loratools.surgery.inputs import AdapterSource, ModelSource, check_weights, open_adapters, places, places_of
+from loratools.surgery.inputs import (
+    AdapterSource,
+    ModelSource,
+    Weights,
+    check_weights,
+    open_adapters,
+    places,
+    places_of,
+)
 from loratools.surgery.merge.folder import write_companions
 from loratools.surgery.merge.options import MergeOptions
 from loratools.surgery.merge.prepare import Account, Merge, decide
@@ -65,7 +73,7 @@ def switch(
     into: AdapterSource | Sequence[AdapterSource],
     output: Location,
     *,
-    weights: float | Sequence[float] | None = None,
+    weights: Weights = None,
     tied: Tied | None = None,
     check_base: CheckBase = "strict",
     keep_residual: bool | None = None,

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from loratools.adapter import kinds
 from loratools.adapter.model import Adapter
@@ -14,8 +19,13 @@ from loratools.adapter.naming.image.groups import Group
 from loratools.adapter.naming.image.readings import NAMINGS, Reading
 from loratools.adapter.weights import Weight
 from loratools.adapter.weights.layouts import layouts_of
-from loratools.errors import LoraToolsError
+from loratools.adapter.weights.scaled import scaled
+from loratools.errors import LoraToolsError, UnsupportedAdapter
 from loratools.storage.lazy import LazyTensor
+from loratools.surgery.merge import merge
+from loratools.surgery.switch import switch
+from loratools.surgery.unmerge import unmerge
+from loratools.surgery.verify import verify
 
 WAN = ("self_attn.q", "cross_attn.k_img")
 
@@ -95,3 +105,69 @@ def test_the_blocks_of_a_family_come_in_one_order_under_both_names(name: str) ->
     for first, second in zip(*found, strict=True):
         assert len(first) == len(second) == len(first.names)
         assert [first.place(a.format(0, 0, 0)) for a, _ in whole] == [second.place(b.format(0, 0, 0)) for _, b in whole]
+
+
+CASES: list[tuple[dict[str, tuple[int, int]], dict[str, tuple[str, slice]], str, dict[str, float]]] = [
+    ({f"blocks.{i}.self_attn.{x}": (6, 6) for i in range(3) for x in "qk"},
+     {f"diffusion_model.blocks.{i}.self_attn.{x}": (f"blocks.{i}.self_attn.{x}", slice(None))
+      for i in range(3) for x in "qk"},
+     "lbw:1,0.5,0,-2" + ",1" * 27,
+     {f"diffusion_model.blocks.{i}.self_attn.{x}": w for i, w in enumerate((0.5, 0, -2)) for x in "qk"}),
+    ({f"double_blocks.{i}.img_attn.qkv": (24, 8) for i in range(2)} | {"single_blocks.0.linear1": (56, 8)},
+     {f"transformer.transformer_blocks.{i}.attn.to_{x}":
+      (f"double_blocks.{i}.img_attn.qkv", slice(8 * j, 8 * j + 8)) for i in range(2) for j, x in enumerate("qkv")}
+     | {"transformer.single_transformer_blocks.0.attn.to_q": ("single_blocks.0.linear1", slice(0, 8))},
+     "lbw:1,1,1,3,0" + ",1" * 17 + ",-0.5" + ",1" * 38,
+     {f"transformer.transformer_blocks.{i}.attn.to_{x}": w for i, w in enumerate((3, 0)) for x in "qkv"}
+     | {"transformer.single_transformer_blocks.0.attn.to_q": -0.5}),
+    ({f"blocks.{i}.self_attn.q": (6, 6) for i in range(3)},
+     {f"diffusion_model.blocks.{i}.self_attn.q": (f"blocks.{i}.self_attn.q", slice(None)) for i in range(3)},
+     "0.5,*.blocks.1.*=0",
+     {f"diffusion_model.blocks.{i}.self_attn.q": w for i, w in enumerate((0.5, 0, 0.5))}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("shapes", "places", "words", "weights"), CASES)
+def test_a_merge_has_them_and_what_follows_it_too(
+    shapes: dict[str, tuple[int, int]], places: dict[str, tuple[str, slice]], words: str, weights: dict[str, float],
+    tmp_path: Path, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    draw = np.random.default_rng(5)
+    base = {f"{name}.weight": draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    factors, expected = {}, {name: W.astype(np.float64) for name, W in base.items()}
+    for module, (name, rows) in places.items():
+        out, width = base[f"{name}.weight"][rows].shape
+        A, B = (draw.normal(size=shape).astype(np.float32) for shape in ((2, width), (out, 2)))
+        factors |= {f"{module}.lora_A.weight": A, f"{module}.lora_B.weight": B}
+        expected[f"{name}.weight"][rows] += weights[module] * (B.astype(np.float64) @ A.astype(np.float64))
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(factors, tmp_path / "adapter.safetensors")
+    model, lora, out = tmp_path / "base.safetensors", tmp_path / "adapter.safetensors", tmp_path / "merged"
+    merge(model, lora, out, weights=[words], keep_residual=True)
+    assert "with weight 0 are left out" in caplog.text
+    made = {name: tensor for file in out.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    for name, W in expected.items():
+        np.testing.assert_allclose(made[name], W, atol=1e-5, rtol=1e-5)
+    assert json.loads((out / "loratools.json").read_text())["adapters"][0]["weights"] == words
+    assert verify(out, model, lora, weights=words).ok
+    assert not verify(out, model, lora).ok
+    with pytest.raises(LoraToolsError, match=re.escape(f"merged with weight {words}, given 1")):
+        unmerge(out, lora, tmp_path / "no", weights=1.0)
+    for number, given in enumerate((None, words)):
+        unmerge(out, lora, tmp_path / f"back{number}", weights=given)
+        back = {n: t for file in (tmp_path / f"back{number}").glob("*.safetensors") for n, t in load_file(file).items()}
+        assert all((back[name] == W).all() for name, W in base.items())
+    switch(out, lora, lora, tmp_path / "switched", weights=[words])
+    again = {n: t for file in (tmp_path / "switched").glob("*.safetensors") for n, t in load_file(file).items()}
+    assert all((again[name] == tensor).all() for name, tensor in made.items())
+
+
+def test_what_has_no_weight_of_its_own_is_refused_by_name() -> None:
+    full = kinds.get("full").build({"diff": LazyTensor.of(torch.ones(4, 4))}, 1.0, 1.0)
+    one = Adapter({"a.q_proj": full, "b.q_proj": full})
+    with pytest.raises(UnsupportedAdapter) as refusal:
+        scaled(one, "a.*=0.5", "one")
+    assert refusal.value.problems == ("a.q_proj: kind full with weight 0.5",)
+    assert list(scaled(one, "a.*=0", "one").updates) == ["b.q_proj"]
+    with pytest.raises(LoraToolsError, match="for nothing"):
+        scaled(one, "k_proj=0", "one")

@@ -135,6 +135,10 @@ class Usual(Protocol):
         """Rows of the weight that it replaces whole, whatever is there: then no weight of a merge can scale it."""
         return ()
 
+    def weighted(self, weight: float) -> Update | None:
+        """Return the update whose scaling has the weight of a merge in it; None for a kind with which it cannot."""
+        return None
+
     @property
     def by_rows(self) -> ByRows | None:
         """The update as one that makes single rows of its ΔW; None for kinds that cannot, or need no other way."""

@@ -126,6 +126,10 @@ class TwoFactors(LowRank):
         c = None if bias is None else LazyTensor.of(bias)
         return replace(self, A=A, B=B, bias=c, scaling=1.0, alpha=float(rank))
 
+    def weighted(self, weight: float) -> Self:
+        """Return the update with the scaling times the weight."""
+        return replace(self, scaling=self.scaling * weight)
+
     def carried(self, basis: Basis) -> Self:
         """Return A·diag(columns) and diag(rows)·B, with the bias of B; of an embedding's (V, d) the other way round."""
         rows, columns = (basis.columns, basis.rows) if self.transposed else (basis.rows, basis.columns)

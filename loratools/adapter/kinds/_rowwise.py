@@ -81,6 +81,10 @@ class Named(Rowwise):
     def parts(self) -> Mapping[str, LazyTensor]:
         return self.tensors
 
+    def weighted(self, weight: float) -> Self:
+        """Return the update with the scaling times the weight."""
+        return replace(self, scaling=self.scaling * weight)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Added(Term):

@@ -88,6 +88,11 @@ class DoraUpdate(Wrapper):
         m = self.magnitude.reshaped((self.features,))
         return replace(self, inner=inner, magnitude=rescaled(m, product, basis, self.features))
 
+    def weighted(self, weight: float) -> DoraUpdate | None:
+        """Return the update whose inner one has the weight: W' = g∘(W + w·ΔW), g = m/‖W₀ + w·ΔW‖."""
+        inner = self.inner.weighted(weight)
+        return replace(self, inner=inner) if isinstance(inner, LowRank) else None
+
     def term(self, site: Site, weight: float, dtype: DType, device: Device) -> Rescaling:
         """Return the term of a site, with m of the features that land there."""
         m, across = magnitudes(self.factored(), site)

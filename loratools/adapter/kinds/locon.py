@@ -7,7 +7,7 @@ kohya's, but for A and B, which are PEFT's here as everywhere.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from loratools.adapter.kinds import Factors, Tensor
@@ -53,6 +53,10 @@ class LoconUpdate(LowRank):
         rank, columns = self.mid.shape[0], prod(self.shape[1:])
         right = LazyTensor("F64", (rank, columns), self._mid_down, file=self.mid.file)
         return Factors(self.up.reshaped((self.shape[0], rank)), right, self.scaling)
+
+    def weighted(self, weight: float) -> LoconUpdate:
+        """Return the update with the scaling times the weight."""
+        return replace(self, scaling=self.scaling * weight)
 
     def _mid_down(self) -> Tensor:
         import torch

@@ -2,6 +2,7 @@
 
 blocks    lists with a number for each block of Stable Diffusion's UNet or of Flux.1, as image people write them
 layouts   the blocks of every other family, by what it states of itself
+scaled    an adapter whose scalings have the weights in them, for a merge
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from loratools.parallel import Progress
 from loratools.storage import atomic
 from loratools.storage.dtypes import FloatName
 from loratools.storage.sources import Location, session
-from loratools.surgery.inputs import AdapterSource, ModelSource
+from loratools.surgery.inputs import AdapterSource, ModelSource, Weights
 from loratools.surgery.merge.options import MergeOptions
 from loratools.surgery.merge.prepare import Merge, decide, prepare
 from loratools.surgery.merge.run import MergeReport, Sink, execute
@@ -43,7 +43,7 @@ def merge(
     adapters: AdapterSource | Sequence[AdapterSource],
     output: Location,
     *,
-    weights: float | Sequence[float] | None = None,
+    weights: Weights = None,
     dtype: FloatName | torch.dtype | None = None,
     max_shard_size: int | str | None = None,
     tied: Tied = "error",
@@ -74,7 +74,9 @@ def merge(
         adapters: One adapter or several, each a path, an `hf://` reference, an `Adapter`, or one held in memory. Where
             several change a tensor and not all of them only add, they act in this order.
         output: The folder to write; it must not exist, unless `force`.
-        weights: wᵢ, a number for each adapter, which may be negative; one number for one adapter. Default: 1 for each.
+        weights: wᵢ, a number for each adapter, which may be negative; one number for one adapter; or a text with a
+            number for each module pattern or block, as `combine` takes it (`"0.7,*.mlp.*=0"`, `"lbw:1,0,…"`): modules
+            with 0 are left out. Default: 1 for each.
         dtype: The float dtype of the output: `"bf16"`, `"f16"`, `"f32"`, `"f64"`, or torch's. Default: each tensor
             keeps the base's.
         max_shard_size: Most bytes of tensor data in one file: a number, or a text such as `"5GB"`. Default: the output

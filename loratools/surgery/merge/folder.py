@@ -54,7 +54,7 @@ def write_companions(plan: MergePlan, beside: Companions, record: Mapping[str, A
 def card(text: str, record: Mapping[str, Any]) -> str:
     """Return a model card with a section on this merge; a person's own text stays as it is."""
     rows = "\n".join(
-        f"| {code(adapter.get('id') or 'adapter')} | {adapter['kinds']} | {adapter['ranks']} | {adapter['weight']:g} "
+        f"| {code(adapter.get('id') or 'adapter')} | {adapter['kinds']} | {adapter['ranks']} | {_weight(adapter)} "
         f"| `{adapter['digest']}` |"
         for adapter in record["adapters"]
     )
@@ -103,3 +103,8 @@ def _words(record: Mapping[str, Any]) -> str:
 def without_section(text: str, record: Mapping[str, Any]) -> str:
     """Return a model card as it was before a merge: without its section; empty if the merge wrote all of it."""
     return "" if text == card("", record) else cut(text, *_SECTION)[0].strip("\n") + "\n"
+
+
+def _weight(adapter: Mapping[str, Any]) -> str:
+    """Return the weight of an adapter in words: one number, or what its modules have."""
+    return str(adapter.get("weights") or format(adapter["weight"], "g"))

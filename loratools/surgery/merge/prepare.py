@@ -29,6 +29,7 @@ from loratools.surgery.folding import in_basis_of
 from loratools.surgery.inputs import (
     AdapterSource,
     ModelSource,
+    Weights,
     check_weights,
     open_adapters,
     open_model,
@@ -89,7 +90,7 @@ def prepare(
     adapters: AdapterSource | Sequence[AdapterSource],
     output: Location,
     *,
-    weights: float | Sequence[float] | None = None,
+    weights: Weights = None,
     options: MergeOptions = MergeOptions(),  # noqa: B008  (frozen)
 ) -> Merge:
     """Decide everything about a merge from headers and the adapters' digests; write nothing.

@@ -29,7 +29,7 @@ from loratools.storage.sources import Location, session
 from loratools.storage.strict_json import read_json
 from loratools.surgery.base import prove
 from loratools.surgery.hash import hash_tensors
-from loratools.surgery.inputs import AdapterSource, ModelSource, check_weights, open_model, places, places_of
+from loratools.surgery.inputs import AdapterSource, ModelSource, Weights, check_weights, open_model, places, places_of
 from loratools.surgery.merge.folder import without_section
 from loratools.surgery.merge.options import MergeOptions
 from loratools.surgery.merge.prepare import Account
@@ -74,7 +74,7 @@ def unmerge(
     output: Location,
     *,
     base: ModelSource | None = None,
-    weights: float | Sequence[float] | None = None,
+    weights: Weights = None,
     threads: int | None = None,
     force: bool = False,
     durable: bool = False,
@@ -169,7 +169,8 @@ def _copy_base(
     if merged.record:
         changed = len(merged.record["base"]["tensors"])
     else:
-        adapters, weights = [each.adapter for each in merged.inputs], [each.weight for each in merged.inputs]
+        adapters = [each.path if each.words and each.path else each.adapter for each in merged.inputs]
+        weights = [each.words if each.words and each.path else each.weight for each in merged.inputs]
         verification = verify(merged.model, base, adapters, weights=weights, threads=threads)
         if not verification.tensors_ok:
             raise WrongBase(

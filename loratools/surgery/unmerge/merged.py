@@ -18,7 +18,15 @@ from loratools.options import Tied, words
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import logical
 from loratools.storage.companions import RECORD, RESIDUAL, Companions
-from loratools.surgery.inputs import AdapterSource, ModelSource, open_adapters, open_model, under_names_of
+from loratools.surgery.inputs import (
+    AdapterSource,
+    ModelSource,
+    Weights,
+    open_adapters,
+    open_model,
+    under_names_of,
+    weighed,
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,7 +46,7 @@ class MergedModel:
     @classmethod
     def open(
         cls, model: ModelSource, adapters: AdapterSource | Sequence[AdapterSource],
-        weights: float | Sequence[float] | None,
+        weights: Weights,
     ) -> MergedModel:  # fmt: skip
         """Open a merged model and look up each adapter in its record by its digest.
 
@@ -69,16 +77,22 @@ class MergedModel:
                 problems.append(f"adapter {i + 1}: its digest is {each.digest}")
                 continue
             # The same tensors can be merged twice, with other scalings; those of the file tell which of the two it is.
-            number = min(alike, key=lambda k: len(records.unlike(remaining[k], each.adapter)))
-            problems += [f"adapter {i + 1}: {line}" for line in records.unlike(remaining[number], each.adapter)]
-            weight = remaining.pop(number)["weight"]
-            if weights is not None and each.weight != weight:
-                problems.append(f"adapter {i + 1}: merged with weight {weight:g}, given {each.weight:g}")
-            recorded[number] = replace(each, weight=float(weight))
+            ways = {k: _as_merged(each, remaining[k], f"adapter {i + 1}") for k in alike}
+            number = min(alike, key=lambda k: len(records.unlike(remaining[k], ways[k].adapter)))
+            merged = ways[number]
+            problems += [f"adapter {i + 1}: {line}" for line in records.unlike(remaining.pop(number), merged.adapter)]
+            if weights is not None and (each.weight, each.words) != (merged.weight, merged.words):
+                was, now = merged.words or f"{merged.weight:g}", each.words or f"{each.weight:g}"
+                problems.append(f"adapter {i + 1}: merged with weight {was}, given {now}")
+            recorded[number] = merged
         if problems:
             raise IncompatibleAdapter(
                 f"{model.root / RECORD}: the record of this model's merge does not list what is to be taken out",
-                [*problems, *(f"recorded: {entry['digest']}, weight {entry['weight']:g}" for entry in entries)],
+                [
+                    *problems,
+                    *(f"recorded: {e['digest']}, weight {e.get(records.WORDS) or format(e['weight'], 'g')}"
+                      for e in entries),
+                ],
             )
         others = tuple(entry["digest"] for entry in remaining.values())
         order = sorted(recorded)
@@ -166,3 +180,11 @@ class MergedModel:
                 [f"not given: {digest}" for digest in self.others],
                 hint="Give every adapter of the merge; then merge those that are to stay into the result.",
             )
+
+
+def _as_merged(each: AdapterInput, entry: Mapping[str, Any], name: str) -> AdapterInput:
+    """Return an adapter with the weight that an entry of the record has, which may be one for each module."""
+    words = str(entry.get(records.WORDS) or "")
+    if words and not each.words:
+        return weighed(each, words, name)
+    return replace(each, weight=float(entry["weight"]), words=words)

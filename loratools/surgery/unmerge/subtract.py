@@ -11,7 +11,7 @@ from typing import Any
 from loratools.adapter.model import AdapterInput
 from loratools.adapter.placement.codes import stored_as_codes
 from loratools.errors import IncompatibleAdapter
-from loratools.format.record import BROUGHT, ERROR, REPLACED, TOOL
+from loratools.format.record import BROUGHT, ERROR, REPLACED, TOOL, WORDS
 from loratools.parallel import Progress
 from loratools.storage import atomic, digest, dtypes
 from loratools.storage.lazy import LazyTensor
@@ -95,7 +95,10 @@ def _record(
         "operation": "switch" if added else "unmerge",
         "base": {**(old.get("base") or new["base"]), "tensors": digests},
         "adapters": [*merged.entries_left(), *added],
-        "removed": [{"digest": each.digest, "weight": each.weight} for each in merged.inputs],
+        "removed": [
+            {"digest": each.digest, "weight": each.weight} | ({WORDS: each.words} if each.words else {})
+            for each in merged.inputs
+        ],
         "tool": TOOL, "tied": old.get("tied") or (new["tied"] if added else None), "retention": measured.retention,
         "approximate": True, ERROR: bound, **({BROUGHT: names} if names else {}),
     }  # fmt: skip

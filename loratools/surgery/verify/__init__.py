@@ -38,6 +38,7 @@ from loratools.storage.sources import session
 from loratools.surgery.inputs import (
     AdapterSource,
     ModelSource,
+    Weights,
     check_weights,
     open_adapters,
     open_model,
@@ -98,7 +99,7 @@ def verify(
     base: ModelSource,
     adapters: AdapterSource | Sequence[AdapterSource],
     *,
-    weights: float | Sequence[float] | None = None,
+    weights: Weights = None,
     exact: bool = False,
     seed: int | None = None,
     run: bool = False,

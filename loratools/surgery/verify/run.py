@@ -131,7 +131,7 @@ def _logits(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
 def _apply(model: Any, inputs: Sequence[AdapterInput]) -> tuple[str, nn.Module]:
     """Apply adapters beside the weights of a running model; return who did, and the model to call."""
     paths = [each.path for each in inputs if each.path is not None]
-    alone = len(paths) == len(inputs) == 1 and inputs[0].weight == 1
+    alone = len(paths) == len(inputs) == 1 and inputs[0].weight == 1 and not inputs[0].words
     if alone and (paths[0] / "adapter_config.json").is_file() and inputs[0].adapter.dialect in ("peft", "loratools"):
         try:
             import peft
