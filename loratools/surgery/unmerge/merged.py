@@ -90,8 +90,10 @@ class MergedModel:
                 f"{model.root / RECORD}: the record of this model's merge does not list what is to be taken out",
                 [
                     *problems,
-                    *(f"recorded: {e['digest']}, weight {e.get(records.WORDS) or format(e['weight'], 'g')}"
-                      for e in entries),
+                    *(
+                        f"recorded: {e['digest']}, weight {e.get(records.WORDS) or format(e['weight'], 'g')}"
+                        for e in entries
+                    ),
                 ],
             )
         others = tuple(entry["digest"] for entry in remaining.values())
