@@ -24,6 +24,7 @@ from loratools.adapter import factors
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, BaseIdentity, Loss
 from loratools.adapter.naming.image import groups, readings, rename
+from loratools.adapter.naming.image.components import with_component
 from loratools.adapter.parts import BIAS, MAGNITUDE, A, B
 from loratools.dialects import kohya
 from loratools.dialects._frame import alphas
@@ -51,11 +52,11 @@ _FILE = "lora.safetensors"
 _SUFFIX = re.compile(
     r"(?P<module>.+?)\.(?P<part>lora_(?:A|B|down|up)(?:\.default)?(?:\.weight)?|lora_B\.bias|lora_mid\.weight|alpha"
     r"|dora_scale|lora_magnitude_vector(?:\.weight)?|(?:hada|lokr)_\w+|diff|diff_b|diff_m|w_norm|b_norm|set_weight|reshape_weight|[ab][12]\.weight|oft_\w+"
-    r"|rescale)"
+    r"|rescale|magnitude)"
 )
 _KINDS = frozenset({"lora", "dora", "conv", "locon", "loha", "lokr", "glora", "full", "norm", "oft", "wdora"})
 _PARTS = {"lora_A.weight": A, "lora_B.weight": B, "lora_down.weight": A, "lora_up.weight": B,
-          "lora_magnitude_vector.weight": MAGNITUDE,
+          "lora_magnitude_vector.weight": MAGNITUDE, "magnitude": MAGNITUDE,
           "lora_A": A, "lora_B": B}  # fmt: skip
 _XLABS = re.compile(
     r"(?:diffusion_model\.)?(double|single)_blocks\.(\d+)\.processor\.(qkv|proj)_lora([12]?)\.(down|up)\.weight"
@@ -65,8 +66,13 @@ _XLABS_NAMES = {
     "qkv": "linear1", "proj": "linear2",
 }  # fmt: skip
 _DIFFSYNTH = re.compile(r"^(?:pipe\.)?dit\.")
+_CHECKPOINT = re.compile(r"^model\.(?=diffusion_model\.)")
+_STACKED, _HEAD = re.compile(r"(?:diffusion_model\.)?(?:token_refiner\.)?blocks\.\d+\.attn\.qkv_proj"), 128
+"""MiniMax-H3's weights of q, k and v, and the width of its heads."""
 _PACKED = re.compile(r".+\.(?:mlp(?:_context)?_fc[12]|(?:qkv|out)_proj(?:_context)?)\.lora_(?:down|up)")
 _ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"}
+_LANGUAGE = ("layers.", "embed_tokens", "norm")
+"""What a language model begins with, around which ComfyUI has `model.`."""
 _GENMO = re.compile(r"(?:diffusion_model\.)?blocks\.\d+\.attn\.(qkv|proj)_[xy]")
 _GENMO_ALPHAS = {"qkv": "qkv_proj_lora_alpha", "proj": "out_proj_lora_alpha"}
 _TOP = "text_embedding_projection."
@@ -91,6 +97,7 @@ def detect(listing: Listing) -> Evidence | None:
         (80, "begin with diffusion_model.", re.compile(r"diffusion_model\.").match),
         (80, "begin with text_encoders.", _ENCODER.match),
         (80, "begin with dit., as DiffSynth's do", _DIFFSYNTH.match),
+        (80, "begin with model.diffusion_model.", _CHECKPOINT.match),
     ):
         if marked := [tensor for tensor in names if mark(tensor)]:
             return Evidence(score, f"{len(marked)} of the tensors in {name} {what}, such as {marked[0]}")
@@ -109,7 +116,7 @@ def read(listing: Listing) -> Adapter:
     name = listing.only(*FILES)
     if name is None:
         raise BadFile(f"{listing.path}: expected one safetensors file in this folder")
-    tensors = {_DIFFSYNTH.sub(f"{groups.ORIGINAL}.", tensor): lazy for tensor, lazy in listing.tensors(name).items()}
+    tensors = {_called(tensor): lazy for tensor, lazy in listing.tensors(name).items()}
     if packed := [tensor for tensor in tensors if _PACKED.fullmatch(tensor)]:
         what = "its factors are packed for the 4-bit kernels of Nunchaku (SVDQuant), in an order of tensor cores"
         hint = "Give the LoRA that it was made of: Nunchaku packs others as it loads them."
@@ -139,6 +146,8 @@ def read(listing: Listing) -> Adapter:
     if any(tensor.endswith((".lora_A", ".lora_B")) for tensor in tensors):
         draft.alphas = _of_genmo(draft.groups, metadata) | draft.alphas
     draft.check()
+    if any(".lora_B.default." in tensor for tensor in tensors):
+        draft.groups |= {m: _by_head(parts) for m, parts in draft.groups.items() if _STACKED.fullmatch(m)}
     for module in short:
         draft.groups[module] = _into_linear1(draft.groups[module])
     others = kohya.finish(draft, metadata)
@@ -209,9 +218,30 @@ class _Spelling:
         """Return the module's name in an `Adapter`: diffusers' for text encoders, else the one in the file."""
         if match := _ENCODER.fullmatch(name):
             encoder = self.encoders.get(match[1])
-            return f"{encoder}.{match[2]}" if encoder else name
+            rest = match[2] if match[1] in _ENCODERS else match[2].removeprefix("model.")
+            return f"{encoder}.{rest}" if encoder else name
         bare = (self.bare or name.startswith(_TOP)) and not name.startswith("diffusion_model.")
         return f"diffusion_model.{name}" if bare else name
+
+
+def _called(tensor: str) -> str:
+    """Return a tensor's name behind `diffusion_model.` or a component, where it has DiffSynth's or another prefix."""
+    return with_component(_CHECKPOINT.sub("", _DIFFSYNTH.sub(f"{groups.ORIGINAL}.", tensor)))
+
+
+def _by_head(parts: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Return a change of q, k and v with its output features stacked."""
+    whole = {part: lazy for part, lazy in parts.items() if part in (B, BIAS, MAGNITUDE)}
+    odd = any(lazy.shape[0] % (3 * _HEAD) for lazy in whole.values())
+    return dict(parts) if odd else {**parts, **{part: _stacked(lazy) for part, lazy in whole.items()}}
+
+
+def _stacked(lazy: LazyTensor) -> LazyTensor:
+    """Return rows q, k, v of each head in turn, as DiffSynth trains MiniMax-H3, as all q, all k, all v."""
+    heads = range(lazy.shape[0] // (3 * _HEAD))
+    return factors.selected(
+        lazy, 0, [(3 * head + part) * _HEAD + row for part in range(3) for head in heads for row in range(_HEAD)]
+    )
 
 
 def _bare(modules: Collection[str]) -> tuple[int, str]:
@@ -234,6 +264,8 @@ def _name(module: str, encoders: Mapping[str, str]) -> str | None:
     t5 = rest.startswith(("encoder.block.", "shared"))
     usual = "t5xxl" if t5 else {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}.get(component)
     encoder = encoders.get(component, usual)
+    if rest.startswith(_LANGUAGE):
+        encoder, rest = (None if encoder in _ENCODERS else encoder), f"model.{rest}"
     return f"text_encoders.{encoder}.transformer.{rest}" if encoder and component.startswith("text_encoder") else None
 
 

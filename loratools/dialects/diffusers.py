@@ -18,7 +18,7 @@ from typing import Any
 
 from loratools.adapter.model import Adapter, Loss
 from loratools.adapter.naming.image import groups, readings, rename
-from loratools.adapter.naming.image.components import MODEL_LEVEL, component, inside
+from loratools.adapter.naming.image.components import MODEL_LEVEL, component, inside, with_component
 from loratools.adapter.parts import BIAS, MAGNITUDE, A, B
 from loratools.decisions import warned
 from loratools.dialects._frame import alphas
@@ -48,7 +48,7 @@ _OUT = {"to_out": "to_out.0"}
 _CLIP = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 _CURRENT = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB])(?:\.(?P<adapter>[^.]+))?\.(?P<what>weight|bias)")
-_MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(?:\.weight)?(?:\.default(?:\.weight)?)?")
+_MAGNITUDE = re.compile(r"(?P<module>.+)\.(?:lora_magnitude_vector(?:\.weight)?(?:\.default(?:\.weight)?)?|magnitude)")
 _OLD = re.compile(r"(?P<module>.+?)(?:\.lora\.|\.lora_linear_layer\.|\.lora_)(?P<side>down|up)\.weight")
 _PROCESSOR = re.compile(
     r"(?P<at>.+)\.(?P<name>to_[qkv]|to_out|add_[kqv]_proj|to_add_out)_lora\.(?P<side>down|up)\.weight"
@@ -165,7 +165,7 @@ def _split(name: str) -> tuple[str, str] | None:
     >>> _split("text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.down.weight")
     ('text_encoder.text_model.encoder.layers.0.self_attn.q_proj', 'lora_A.weight')
     """
-    name = _PEFT.sub(r"\1.", name)
+    name = with_component(_PEFT.sub(r"\1.", name))
     if match := _PROCESSOR.fullmatch(name):
         at = match["at"].removesuffix(".processor")
         names = _CLIP if at.endswith(".self_attn") else _OUT

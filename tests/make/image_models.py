@@ -93,6 +93,18 @@ MODELS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
         {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
          "num_key_value_heads": 1, "head_dim": 8, "in_channels": 12, "audio_acoustic_hidden_dim": 4},
     ),
+    "minimax_h3": (
+        "minimax_h3", "MiniMaxH3Transformer3DModel",
+        {"num_attention_heads": 2, "attention_head_dim": 8, "hidden_size": 12, "num_layers": 2, "ffn_dim": 20,
+         "in_channels": 4, "audio_in_channels": 4, "text_dim": 10, "freq_dim": 8, "time_embed_hidden_dim": 12,
+         "time_embed_dim": 6, "rope_freq_dim": 2},
+    ),
+    "flux3": (
+        "flux3", "Flux3Transformer2DModel",
+        {"in_channels": 4, "cond_in_channels": 4, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 8,
+         "num_attention_heads": 2, "joint_attention_dim": 12, "timestep_channels": 8, "axes_dims_rope": (2, 2, 2, 2),
+         "flow_map": True},
+    ),
 }  # fmt: skip
 """Name -> (family, class of diffusers, configuration)."""
 

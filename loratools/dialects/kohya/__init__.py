@@ -56,9 +56,10 @@ CANNOT = (*IDENTITY, "tensors trained whole", "embeddings", "stacked experts")
 _FILE = "lora.safetensors"
 _SUFFIXES = {A: "lora_down.weight", B: "lora_up.weight"}
 _PARTS = {suffix: part for part, suffix in _SUFFIXES.items()} | {
-    "lora_up.bias": BIAS, "lora_magnitude_vector.weight": MAGNITUDE,
+    "lora_up.bias": BIAS, "lora_magnitude_vector.weight": MAGNITUDE, "magnitude": MAGNITUDE,
 }  # fmt: skip
 _ALPHA, _DORA = "alpha", "dora_scale"
+_IMAGE_MODELS = (groups.ORIGINAL, "transformer", "transformer_2")
 _SHORT = ("F16", "BF16")
 _BIASED = frozenset({A, B, MAGNITUDE, _DORA})  # beside what a bias of B can be
 
@@ -129,9 +130,12 @@ def losses(adapter: Adapter) -> list[Loss]:
     homes = {module: home_of(module, update) for module, update in adapter.updates.items()}
     names, _ = flattened(dict.fromkeys(homes.values()), groups.prefixes(adapter, "kohya"))
     open_names = rename.undecided(adapter, "kohya")
+    second = len({first for module in homes.values() if (first := module.partition(".")[0]) in _IMAGE_MODELS}) > 1
     for module, update in adapter.updates.items():
         foreign = sorted(part for part in update.parts if part in keys.PARTS and part not in known)
-        if module in open_names:
+        if second and module.startswith(f"{_IMAGE_MODELS[-1]}."):
+            lost.append(Loss(module, "a file of kohya's has one image model, and this is of the second"))
+        elif module in open_names:
             lost.append(Loss(module, open_names[module]))
         elif foreign or update.kind == "experts":
             lost.append(Loss(module, f"kohya has no {', '.join(foreign) or 'stacked experts'}"))

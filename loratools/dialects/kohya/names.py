@@ -20,7 +20,7 @@ from loratools.dialects._frame.build import some
 NAMES_KEY = "loratools_names"
 """Header entry with flat -> dotted, as JSON, for the modules that no family has."""
 
-_HEAD = re.compile(r"(lora_unet_|lora_te[123]?_|lora_transformer_|lora_prior_unet_|lora_prior_te_|lycoris_)_?(.+)")
+_HEAD = re.compile(r"(lora_unet_|lora_te[123]?_|lora_transformer_|lora_prior_unet_|lora_prior_te_|lycoris_)_?(.+?)_?")
 
 # prefix -> the components whose families may explain its names; None: those of all image models
 _COMPONENTS: Mapping[str, tuple[str, ...] | None] = {

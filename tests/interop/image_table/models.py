@@ -192,6 +192,16 @@ MODELS: Mapping[str, Model] = {
         "BriaFibo2Transformer2DModel",
         {"in_channels": 4, "dim": 32, "n_heads": 2, "cap_feat_dim": 12, "axes_dims": (8, 4, 4)}, "BriaFibo2Pipeline",
     ),
+    "minimax_h3": Model(
+        "MiniMaxH3Transformer3DModel",
+        HEADS | {"hidden_size": 12, "num_layers": 50, "ffn_dim": 20, "in_channels": 4, "audio_in_channels": 4,
+                 "text_dim": 10, "freq_dim": 8, "time_embed_hidden_dim": 12, "time_embed_dim": 6, "rope_freq_dim": 2},
+    ),
+    "flux3": Model(
+        "Flux3Transformer2DModel",
+        HEADS | {"in_channels": 4, "cond_in_channels": 4, "num_layers": 5, "num_single_layers": 28,
+                 "joint_attention_dim": 12, "timestep_channels": 8, "axes_dims_rope": (2, 2, 2, 2)},
+    ),
 }  # fmt: skip
 """By the family of which each is; OmniGen2 is no class of diffusers."""
 

@@ -13,6 +13,11 @@ MODEL_LEVEL = frozenset(
 )
 """First segments of names inside a model, as diffusers' `save_lora_adapter` and `load_attn_procs` write them."""
 
+_ENCODERS = {
+    "lora_te": "text_encoder", "lora_te1": "text_encoder", "lora_te2": "text_encoder_2", "lora_te3": "text_encoder_3",
+}  # fmt: skip
+"""What ai-toolkit calls text encoders beside an image model under diffusers' or the original's names."""
+
 _INPUTS = frozenset({"img_in", "x_embedder", "patch_embedding", "patch_embed", "conv_in", "x_in"})
 """What image and video models call the layer of their input."""
 
@@ -25,6 +30,16 @@ def component(module: str) -> str:
     """
     first = module.partition(".")[0]
     return first if first in COMPONENTS else ""
+
+
+def with_component(name: str) -> str:
+    """Return a name with the component of a text encoder in place of what ai-toolkit has there.
+
+    >>> with_component("lora_te1.text_model.encoder.layers.0.mlp.fc1")
+    'text_encoder.text_model.encoder.layers.0.mlp.fc1'
+    """
+    first, dot, rest = name.partition(".")
+    return f"{_ENCODERS.get(first, first)}{dot}{rest}"
 
 
 def inside(module: str) -> str:

@@ -102,10 +102,12 @@ class Lead:
 def fitting(modules: Iterable[str], *, flat: bool = False, components: Iterable[str] | None = None) -> list[Reading]:
     """Return every reading that has all the modules, by family; none where there are no modules.
 
-    `components` are those whose families may fit. Default: all but text encoders.
+    `components` are those whose families may fit. Default: all but text encoders, and what stands beside a model only
+    where no model has the names.
     """
     wanted = list(modules)
-    return [reading for reading in every(components) if reading.fits(wanted, flat=flat)] if wanted else []
+    fits = [reading for reading in every(components) if reading.fits(wanted, flat=flat)] if wanted else []
+    return fits if components is not None else [reading for reading in fits if not reading.family.beside] or fits
 
 
 def every(components: Iterable[str] | None = None) -> list[Reading]:

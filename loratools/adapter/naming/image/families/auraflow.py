@@ -30,6 +30,7 @@ FAMILY = Family(
         "final_linear": "proj_out", "modF.1": "norm_out.linear",
     },
     swapped=frozenset({"modF.1"}),
+    inputs={f"{blocks}_transformer_blocks.{{}}.attn.to_{x}": (3072,) for blocks in ("joint", "single") for x in "qkv"},
     called=(r"aura-?_?flow", r"pony-?_?v?7"),
     depths={
         "double_layers": (4,), "single_layers": (32,), "joint_transformer_blocks": (4,),

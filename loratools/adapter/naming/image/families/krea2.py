@@ -24,6 +24,7 @@ FAMILY = Family(
         **{a: b for original, diffusers in _BLOCKS for a, b in within(original, diffusers, _BLOCK).items()},
         "last.norm": "final_layer.norm", "last.linear": "final_layer.linear",
     },
+    inputs={f"transformer_blocks.{{}}.attn.to_{x}": (6144,) for x in "qkv"},
     called=(r"krea-?_?2",),
     depths={"blocks": (28,), "transformer_blocks": (28,)},
 )  # fmt: skip

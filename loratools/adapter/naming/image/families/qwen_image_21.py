@@ -17,6 +17,7 @@ FAMILY = Family(
             )
         ),
     ),
+    inputs={f"transformer_blocks.{{}}.attn.to_{x}": (4096,) for x in "qkv"},
     called=(r"qwen[-_ ]?image[-_ ]?2[._]1",),
 )  # fmt: skip
 """Qwen-Image 2.1; `img_mlp.gate_layer` is its own."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loratools.adapter.naming.image import families
 from tests.make.image_families import model_of, prove, rows, shapes_of
+from tests.make.image_models import MODELS
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -78,6 +79,9 @@ CASES = {
     "lumina2": Case("Lumina2Transformer2DModel", {"num_layers": 2}, "convert_lumina2_to_diffusers"),
     "chroma": Case("ChromaTransformer2DModel", DEPTH, "convert_chroma_transformer_checkpoint_to_diffusers"),
     "krea2": Case("Krea2Transformer2DModel", {"num_layers": 2}, "convert_krea2_transformer_checkpoint_to_diffusers"),
+    "minimax_h3": Case("MiniMaxH3Transformer3DModel", MODELS["minimax_h3"][2],
+                       "convert_minimax_h3_transformer_checkpoint_to_diffusers"),
+    "flux3": Case("Flux3Transformer2DModel", MODELS["flux3"][2], "convert_flux3_transformer_checkpoint_to_diffusers"),
     "auraflow": Case("AuraFlowTransformer2DModel", HEADS | AURA, "convert_auraflow_transformer_checkpoint_to_diffusers",
                      {"positional_encoding": NONE, "register_tokens": NONE}),
     "sana": Case("SanaTransformer2DModel", HEADS | SANA, "convert_sana_transformer_to_diffusers", SANAS),
@@ -120,7 +124,7 @@ def converter(name: str) -> Callable[[dict[str, Tensor]], Mapping[str, Tensor]]:
             kind = key.rpartition(".")[2]
             fused = torch.cat([files.pop(key.replace("to_q", f"to_{x}")) for x in "qkv"])
             files[key.replace(f"to_q.{kind}", f"in_proj_{kind}")] = fused
-        return dict(convert(files))
+        return dict(convert(files, config=None))
 
     return run
 

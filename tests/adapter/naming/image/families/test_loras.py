@@ -27,6 +27,9 @@ def _converter(name: str) -> Convert:
     return convert
 
 
+_FLUX3 = (
+    "timestep", "target_timestep", "early_stream", "single_stream", "x_embedders", "context", "norm_out", "proj_out",
+)  # fmt: skip
 CASES = [
     ("wan", "_convert_non_diffusers_wan_lora_to_diffusers", "diffusion_model.", False, ("patch_embedding",)),
     ("wan_image", "_convert_non_diffusers_wan_lora_to_diffusers", "diffusion_model.", False, ("patch_embedding",)),
@@ -37,6 +40,9 @@ CASES = [
     ("qwen_image", "_convert_non_diffusers_qwen_lora_to_diffusers", "lora_unet_", True, ()),
     ("ltx2", "_convert_non_diffusers_ltx2_lora_to_diffusers", "diffusion_model.", False, ()),
     ("ltx2_3", "_convert_non_diffusers_ltx2_lora_to_diffusers", "diffusion_model.", False, ()),
+    ("minimax_h3", "_convert_non_diffusers_minimax_h3_lora_to_diffusers", "diffusion_model.", False, ()),
+    ("minimax_h3", "_convert_non_diffusers_minimax_h3_lora_to_diffusers", "lora_unet_", True, ()),
+    ("flux3", "_convert_non_diffusers_flux3_lora_to_diffusers", "diffusion_model.", False, _FLUX3),
     ("cosmos", "_convert_non_diffusers_anima_lora_to_diffusers", "diffusion_model.", False, ()),
 ]  # fmt: skip
 """Model, diffusers' converter, what stands before names, whether they are flat, modules that the converter lacks."""
