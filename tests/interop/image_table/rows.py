@@ -104,8 +104,7 @@ def _converting(
     name: str, deltas: Deltas, naming: str, to: str, adapter: Path, bases: Mapping[str, Path]
 ) -> Callable[[], str]:
     packed = f"{name}_comfy"  # what ComfyUI has, where it packs Tencent's weights otherwise
-    repacks = to == "comfy" and NAMINGS[naming].of == "diffusers" and packed in PACKED
-    repacks = repacks and not families.get(name).prefixes.get("comfy")
+    repacks = to == "comfy" and packed in PACKED and not families.get(name).prefixes.get("comfy")
     changed = modules(packed if repacks else name)
     family, output = changed.family, adapter.parent / f"to-{to}.safetensors"
     of: str = "diffusers" if to == "diffusers" or (to == "comfy" and family.diffusers_in_comfy) else "original"
