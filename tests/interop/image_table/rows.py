@@ -100,12 +100,17 @@ def _merged(
     return YES
 
 
+def _packing(name: str, reader: str) -> str:
+    """Return the family whose names a reader has: a model's own, else one that packs the same modules otherwise."""
+    model = PACKED.get(name, name)
+    same = (name, model, *(packed for packed, of in PACKED.items() if of == model))
+    return next((each for each in same if reader in families.get(each).prefixes), name)
+
+
 def _converting(
     name: str, deltas: Deltas, naming: str, to: str, adapter: Path, bases: Mapping[str, Path]
 ) -> Callable[[], str]:
-    packed = f"{name}_comfy"  # what ComfyUI has, where it packs Tencent's weights otherwise
-    repacks = to == "comfy" and packed in PACKED and not families.get(name).prefixes.get("comfy")
-    changed = modules(packed if repacks else name)
+    changed = modules(name if to == "diffusers" else _packing(name, to))
     family, output = changed.family, adapter.parent / f"to-{to}.safetensors"
     of: str = "diffusers" if to == "diffusers" or (to == "comfy" and family.diffusers_in_comfy) else "original"
     if to == "kohya":
