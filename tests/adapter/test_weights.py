@@ -171,3 +171,15 @@ def test_what_has_no_weight_of_its_own_is_refused_by_name() -> None:
     assert list(scaled(one, "a.*=0", "one").updates) == ["b.q_proj"]
     with pytest.raises(LoraToolsError, match="for nothing"):
         scaled(one, "k_proj=0", "one")
+
+
+@pytest.mark.parametrize(("kind", "parts"), [
+    ("lora", {"lora_A.weight": (2, 6), "lora_B.weight": (4, 2)}),
+    ("loha", {"hada_w1_a": (4, 2), "hada_w1_b": (2, 6), "hada_w2_a": (4, 2), "hada_w2_b": (2, 6)}),
+    ("lokr", {"lokr_w1": (2, 2), "lokr_w2": (2, 3)}),
+])  # fmt: skip
+def test_a_scaled_module_has_the_weight_times_its_change(kind: str, parts: dict[str, tuple[int, ...]]) -> None:
+    lazies = {name: LazyTensor.of(torch.randn(shape)) for name, shape in parts.items()}
+    update = kinds.get(kind).build(lazies, 0.5, 1.0)
+    made = scaled(Adapter({"a": update}), "a=-3,2", "one").updates["a"]
+    torch.testing.assert_close(made.delta_weight(), -3 * update.delta_weight())

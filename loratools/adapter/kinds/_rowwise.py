@@ -81,7 +81,7 @@ class Named(Rowwise):
     def parts(self) -> Mapping[str, LazyTensor]:
         return self.tensors
 
-    def weighted(self, weight: float) -> Self:
+    def weighted(self, weight: float) -> Update | None:
         """Return the update with the scaling times the weight."""
         return replace(self, scaling=self.scaling * weight)
 

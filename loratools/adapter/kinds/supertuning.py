@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loratools.adapter.kinds import Device, DType, Rows, Tensor
+from loratools.adapter.kinds import Device, DType, Rows, Tensor, Update
 from loratools.adapter.kinds._rowwise import Named
 from loratools.adapter.kinds._sparse import Sparse
 from loratools.storage.lazy import LazyTensor
@@ -53,6 +53,10 @@ class SupertuningUpdate(Named):
     def fitted(self, shape: tuple[int, ...]) -> SupertuningUpdate:
         """Return the update of a base weight of this shape."""
         return SupertuningUpdate(self.tensors, self.scaling, self.alpha, shape)
+
+    def weighted(self, weight: float) -> Update | None:
+        """Return None: the values beside the product do not follow the scaling."""
+        return None
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         return self.tensors[B].load().double(), self.tensors[A].load().double()
