@@ -335,6 +335,36 @@ def test_without_a_base_the_spectrum_is_that_with_it_or_left_out(name: str, tmp_
         assert not (tmp_path / "small").exists()
 
 
+DAMAGES: list[tuple[str, dict[str, Any], str, str, str]] = [
+    ("VERA", {"r": 2}, "vera_B", "missing", "no vera_B; found vera_lambda_b, vera_lambda_d"),
+    ("PVERA", {"r": 2}, "pvera_A", "missing", "no pvera_A; found"),
+    ("PSOFT", {"r": 2}, "psoft_R.vector_a", "missing", r"no psoft_R\.vector_a; found"),
+    ("BOFT", {"boft_block_size": 4}, "boft_R", "twice", "boft_R has 2 factors, the config says 1"),
+    ("FOURIERFT", {"n_frequency": 40}, "fourierft_spectrum", "twice", "has 80 coefficients, the config says 40"),
+    ("WAVEFT", {"n_frequency": 40}, "waveft_spectrum", "twice", "has 80 coefficients, the config says 40"),
+    ("GLORA", CASES["GLORA"][2], "glora_E.X", "twice", r"glora_E\.X has shape \(2,\), the base's weight"),
+    ("SHIRA", {"r": 2}, "shira_indices", "negative", "a number at row -7 of a weight of"),
+    ("UNILORA", {"r": 2, "save_indices": True}, "unilora_indices_A", "negative", "an index of A is -7"),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "part", "damage", "sentence"), DAMAGES)
+def test_a_damaged_file_is_refused_in_a_sentence(
+    name: str, settings: dict[str, Any], part: str, damage: str, sentence: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    _, folder, adapter = made(tmp_path, name, settings)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    key = next(key for key in sorted(tensors) if key.endswith(part))
+    W = tensors.pop(key)
+    if damage != "missing":
+        tensors[key] = torch.cat([W, W]) if damage == "twice" else torch.full_like(W, -7)
+    save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(LoraToolsError, match=sentence):
+        merge(folder, [adapter], tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
 SEVERAL = {
     "HRA": {"r": 3}, "ROAD": {"group_size": 4, "family": "qwen2"}, "MISS": {"r": 4, "init_weights": "bat"},
     "DEFT": {"r": 3}, "OSF": {"effective_rank": 3}, "PSOFT": {"r": 3}, "PEANUT": {"r": 3}, "FROD": {},

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from loratools.adapter.kinds import Tensor
+from loratools.errors import BadFile
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sparse:
     """Numbers `values` (n,) at `rows` and `columns` of a matrix of `shape`, rows ascending; twice in a place they add.
 
-    Raises `ValueError` for a place outside of the matrix.
+    Raises `BadFile` for a place outside of the matrix.
     """
 
     rows: Tensor
@@ -26,7 +27,8 @@ class Sparse:
         rows, columns = (at.to(values.device) for at in places)
         for name, at, count in (("row", rows, shape[0]), ("column", columns, shape[1])):
             if len(at) and not 0 <= int(at.min()) <= int(at.max()) < count:
-                raise ValueError(f"a number at {name} {int(at.max())} of a weight of {count} {name}s")
+                found = int(at.min()) if int(at.min()) < 0 else int(at.max())
+                raise BadFile(f"a number at {name} {found} of a weight of {count} {name}s")
         order = rows.argsort(stable=True)
         return cls(rows[order], columns[order], values[order], shape)
 

@@ -32,6 +32,12 @@ class GloraSumsUpdate(Changing):
             if parts == {"Xd", "Xu"} and self._shape(path, "Xd")[1:] != self._shape(path, "Xu")[:1]:
                 raise ValueError(f"glora_{path}: Xd and Xu do not share a rank")
         Changing.check(self)
+        for path in "ABDE":
+            own, whole = self._shape(path, "X"), self.weight_shape or ()
+            whole = whole if path in "AB" else whole[:1]
+            sides = zip(reversed(own), reversed(whole), strict=False)
+            if whole and (len(own) > len(whole) or any(a not in (1, b) for a, b in sides)):
+                raise ValueError(f"glora_{path}.X has shape {own}, the base's weight {self.weight_shape}")
 
     def _shape(self, path: str, part: str) -> tuple[int, ...]:
         name = f"glora_{path}.{part}"

@@ -17,6 +17,7 @@ from typing import Any
 
 from loratools.adapter.kinds import Factors, Tensor
 from loratools.adapter.kinds._product import LowRank
+from loratools.errors import BadFile
 from loratools.storage import dtypes
 from loratools.storage.lazy import LazyTensor
 
@@ -71,7 +72,8 @@ class UniloraUpdate(LowRank):
             values = theta.load().double()
             at, scales = self._drawn(side) if self.layout else self._stored(side)
             if not 0 <= int(at.min()) <= int(at.max()) < len(values):
-                raise ValueError(f"an index of {side} is {int(at.max())}, {THETA} has {len(values)} numbers")
+                found = int(at.min()) if int(at.min()) < 0 else int(at.max())
+                raise BadFile(f"Uni-LoRA: an index of {side} is {found}, {THETA} has {len(values)} numbers")
             return values[at] * scales.double()
 
         return LazyTensor("F64", shape, load, file=theta.file or (theta.spec.file if theta.spec else None))

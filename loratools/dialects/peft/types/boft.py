@@ -14,5 +14,7 @@ HARMLESS = {"boft_dropout": "training only"}
 def update(one: ModuleTensors) -> Update:
     """Return the update; sizes come from the tensors, as where PEFT trained with its CUDA kernel or without."""
     one.has(*PARTS)
+    if (factors := one.parts["boft_R"].shape[0]) != one["boft_n_butterfly_factor"]:
+        raise ValueError(f"boft_R has {factors} factors, the config says {one['boft_n_butterfly_factor']}")
     built: Update = kinds.get("boft").build(one.parts, 1.0, 1.0)
     return built

@@ -14,8 +14,11 @@ HARMLESS: dict[str, str] = {}
 
 
 def update(one: ModuleTensors) -> Update:
-    """Return the update; how many coefficients there are, the tensor says."""
+    """Return the update; raise `ValueError` for another number of coefficients than the config has."""
     one.has(*PARTS)
+    count, expected = one.parts["fourierft_spectrum"].parameters, one.by_pattern("n_frequency", "n_frequency_pattern")
+    if count != expected:
+        raise ValueError(f"fourierft_spectrum has {count} coefficients, the config says {expected}")
     layout = {"seed": one["random_loc_seed"]}
     built: Update = kinds.get("fourierft").build(one.parts, one["scaling"], one["scaling"], layout=layout)
     return built

@@ -16,16 +16,17 @@ FIELDS = {
     "psoft_svd": Field(one_of("full", "lowrank"), "full or lowrank", "full"),
     "psoft_svd_lowrank_niter": count(10), "random_seed": count(0), "psoft_orth": Field(a_switch, "a switch", True),
     "use_cayley_neumann": SWITCH, "num_cayley_neumann_terms": rank(5), "cayley_neumann_eps": number(0),
+    "psoft_mag_a": Field(a_switch, "a switch", True), "psoft_mag_b": Field(a_switch, "a switch", True),
 }  # fmt: skip
 HARMLESS = {
-    **dict.fromkeys(("psoft_mag_a", "psoft_mag_b"), "whether there are scales; the tensors say it"),
     "psoft_dropout": "training only",
 }
 
 
 def update(one: ModuleTensors) -> Update:
     """Return the update; PEFT divides the singular values by the scaling and multiplies by it again."""
-    one.has("psoft_R.weight")
+    scales = [f"psoft_R.vector_{side}" for side in "ab" if one[f"psoft_mag_{side}"]]
+    one.has("psoft_R.weight", *(scales if one["psoft_orth"] else ()))
     series = one["use_cayley_neumann"] and one["psoft_orth"]
     if (len(one.parts["psoft_R.weight"].shape) == 1) != one["psoft_orth"]:
         raise ValueError(f"psoft_R.weight has shape {one.parts['psoft_R.weight'].shape}, and the config says otherwise")

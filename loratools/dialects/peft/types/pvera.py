@@ -21,6 +21,6 @@ HARMLESS = {
 
 def update(one: ModuleTensors) -> Update:
     """Return the update, with the seed where the file has no projections."""
-    one.has(*PARTS)
+    one.has(*PARTS, *(SHARED if one.shared else ()))
     layout = {} if one.shared else {"seed": one["projection_prng_key"]}
     return one.of_rank(kinds.get("pvera").build({**one.parts, **one.shared}, 1.0, 1.0, layout=layout))

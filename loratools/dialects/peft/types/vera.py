@@ -16,6 +16,6 @@ HARMLESS = {"vera_dropout": "training only", "d_initial": "how training was init
 
 def update(one: ModuleTensors) -> Update:
     """Return the update, with the seed where the file has no projections."""
-    one.has(*PARTS)
+    one.has(*PARTS, *(SHARED if one.shared else ()))
     layout = {} if one.shared else {"seed": one["projection_prng_key"]}
     return one.of_rank(kinds.get("vera").build({**one.parts, **one.shared}, 1.0, 1.0, layout=layout))
