@@ -91,6 +91,18 @@ def test_anima_with_its_text_encoder_through_each_naming(tmp_path: Path) -> None
     )
 
 
+def test_a_text_encoder_inside_comfys_file_takes_its_part(tmp_path: Path) -> None:
+    tensors = pair("lora_te_layers_0_self_attn_q_proj", 8, 8, kohya=True)
+    image = pair("lora_unet_blocks_0_cross_attn_k_proj", 8, 8, kohya=True)
+    names = ("model.diffusion_model.blocks.0.cross_attn.k_proj.weight",
+             "text_encoders.qwen3_06b.transformer.model.layers.0.self_attn.q_proj.weight")  # fmt: skip
+    save_file({name: torch.zeros(8, 8) for name in names}, tmp_path / "base.safetensors")
+    loratools.merge(tmp_path / "base.safetensors", written(tmp_path, image | tensors), tmp_path / "merged")
+    merged = load_file(next((tmp_path / "merged").glob("*.safetensors")))
+    for name, (a, b) in zip(names, (image.values(), tensors.values()), strict=True):
+        torch.testing.assert_close(merged[name].double(), b.double() @ a.double(), rtol=0, atol=1e-5)
+
+
 def test_a_language_model_alone_is_not_called_clip(tmp_path: Path) -> None:
     lora = written(tmp_path, pair("lora_te_layers_0_self_attn_q_proj", 8, 8, kohya=True))
     with pytest.raises(LoraToolsError, match="its name in the original implementation is not known"):

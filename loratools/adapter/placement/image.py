@@ -35,7 +35,7 @@ _MODELS = tuple(sorted(f"{name}." for name in COMPONENTS if not name.startswith(
 # Where one file keeps each text encoder: that of the original repositories, that of ComfyUI, or the encoder alone.
 _ENCODERS: Mapping[str, tuple[str, ...]] = {
     "text_encoder": ("text_encoder.", "cond_stage_model.transformer.", "conditioner.embedders.0.transformer.",
-                     "text_encoders.clip_l.transformer.", ""),
+                     "text_encoders.clip_l.transformer.", "text_encoders.qwen3_06b.transformer.model.", ""),
     "text_encoder_2": ("text_encoder_2.", "text_encoders.clip_g.transformer.", "text_encoders.t5xxl.transformer.", ""),
     "text_encoder_3": ("text_encoder_3.", "text_encoders.t5xxl.transformer.", ""),
 }  # fmt: skip
