@@ -102,6 +102,8 @@ def detect(listing: Listing) -> Evidence | None:
         if marked := [tensor for tensor in names if mark(tensor)]:
             return Evidence(score, f"{len(marked)} of the tensors in {name} {what}, such as {marked[0]}")
     modules = {match["module"] for tensor in names if (match := _SUFFIX.fullmatch(tensor))}
+    if any(module.startswith(keys.PREFIX) for module in modules):  # PEFT's: no original's; the families stay unread
+        return None
     count, family = _bare(modules)
     what = f"{count} of the modules in {name} have the original's names of {family}, such as {min(modules, default='')}"
     return Evidence(65, what) if count else None

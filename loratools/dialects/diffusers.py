@@ -29,6 +29,7 @@ from loratools.dialects._frame.metadata import carried, settings_with
 from loratools.dialects._frame.numbers import read_number
 from loratools.dialects.peft.config import PeftConfig
 from loratools.errors import BadFile
+from loratools.format import keys
 from loratools.format.peft_config import derive_config
 from loratools.storage import save
 from loratools.storage.strict_json import parse_json_object
@@ -69,6 +70,8 @@ def detect(listing: Listing) -> Evidence | None:
         return Evidence(95, f"the header of {name} has {_KEY}, and {len(splits)} tensors have names of diffusers")
     if with_component:
         return Evidence(70, f"{with_component} of the tensors in {name} begin with a component, such as {splits[0][0]}")
+    if any(module.startswith(keys.PREFIX) for module, _ in splits):  # PEFT's: the families' tables stay unread
+        return None
     known = sum(1 for module, _ in splits if module.partition(".")[0] in MODEL_LEVEL)
     if known or any(each.naming == "diffusers" for each in readings.fitting({module for module, _ in splits})):
         known = known or len(splits)
