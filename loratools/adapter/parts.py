@@ -11,7 +11,7 @@ MAGNITUDE = "lora_magnitude_vector"
 
 _FACTOR = re.compile(
     r"(?:.*[._])?(?:lora[12]?[._](?:[AaBb]|down|up|mid)|lora_embedding_[AB]|lora_linear_layer[._](?:down|up)"
-    r"|hada_(?:w[12](?:_[ab])?|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|oft_(?:blocks|diag|[rR]))(?:[._]\w+){0,2}"
+    r"|hada_(?:w[12](?:_[ab])?|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|oft_(?:blocks|diag|[rR])|boft_[Rs])(?:[._]\w+){0,2}"
 )
 _BESIDE = re.compile(
     r"(?:.*[._])?(?:alpha|dora_scale|(?:lora_magnitude_vector|magnitude)(?:\.\w+)*|diff(?:_b)?|network_\w+)"

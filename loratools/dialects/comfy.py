@@ -51,10 +51,10 @@ CANNOT = (
 _FILE = "lora.safetensors"
 _SUFFIX = re.compile(
     r"(?P<module>.+?)\.(?P<part>lora_(?:A|B|down|up)(?:\.default)?(?:\.weight)?|lora_B\.bias|lora_mid\.weight|alpha"
-    r"|dora_scale|lora_magnitude_vector(?:\.weight)?|(?:hada|lokr)_\w+|diff|diff_b|diff_m|w_norm|b_norm|set_weight|reshape_weight|[ab][12]\.weight|oft_\w+"
-    r"|rescale|magnitude)"
+    r"|dora_scale|lora_magnitude_vector(?:\.weight)?|(?:hada|lokr)_\w+|diff|diff_b|diff_m|w_norm|b_norm|set_weight"
+    r"|reshape_weight|[ab][12]\.weight|oft_R\.\w+|b?oft_\w+|rescale|magnitude)"
 )
-_KINDS = frozenset({"lora", "dora", "conv", "locon", "loha", "lokr", "glora", "full", "norm", "oft", "wdora"})
+_KINDS = frozenset({"lora", "dora", "conv", "locon", "loha", "lokr", "glora", "full", "norm", "oft", "boft_output"})
 _PARTS = {"lora_A.weight": A, "lora_B.weight": B, "lora_down.weight": A, "lora_up.weight": B,
           "lora_magnitude_vector.weight": MAGNITUDE, "magnitude": MAGNITUDE,
           "lora_A": A, "lora_B": B}  # fmt: skip
@@ -164,7 +164,7 @@ def losses(adapter: Adapter) -> list[Loss]:
     lost, undecided, encoders = [], rename.undecided(adapter, "comfy"), groups.encoders(adapter)
     for module, update in adapter.updates.items():
         foreign = sorted(part for part in update.parts if part in keys.PARTS and part not in (A, B, BIAS, MAGNITUDE))
-        unread = None if update.kind in _KINDS else f"updates of kind {update.kind}"
+        unread = None if update.kind in {*_KINDS, "wdora"} else f"updates of kind {update.kind}"
         if module in undecided:
             lost.append(Loss(module, undecided[module]))
         elif _name(kohya.home_of(module, update), encoders) is None:
@@ -249,9 +249,9 @@ def _stacked(lazy: LazyTensor) -> LazyTensor:
 def _bare(modules: Collection[str]) -> tuple[int, str]:
     """Return how many modules have an original's names without anything before them, and of which families.
 
-    None where less than half of them have, or where those are diffusers' names too.
+    None where less than half of them have, or where those are diffusers' names too, or all are a language model's.
     """
-    count, best = readings.most(modules)
+    count, best = (0, []) if readings.Reading("language_model", "original").fits(modules) else readings.most(modules)
     original = count * 2 > len(modules) and all(
         groups.component_of(reading, filter(reading.find, modules)) == groups.ORIGINAL for reading in best
     )

@@ -15,6 +15,7 @@ from loratools.adapter import kinds
 from loratools.adapter.model import Adapter, BaseIdentity
 from loratools.adapter.naming.image import rename
 from loratools.adapter.naming.image.readings import Reading, leads
+from loratools.decisions import warnings_to
 from loratools.errors import LoraToolsError, LossyConversion, UnsupportedAdapter
 from loratools.storage.lazy import LazyTensor
 
@@ -158,6 +159,47 @@ def test_models_with_flux_like_names_are_not_taken_for_flux() -> None:
     assert rename.to_original(Adapter(hunyuan)).updates.keys() == theirs
     short = {"transformer.transformer_blocks.3.attn.to_q": product(H, H, 1)}
     assert rename.to_original(Adapter(short)).updates.keys() == short.keys()
+
+
+def of_blocks(kind: str, count: int, width: int = 3072) -> Adapter:
+    """Return diffusers' attentions of so many of Flux.1's blocks, at the width of the published model."""
+    names = [f"transformer.{kind}.{i}.attn.to_{x}" for i in range(count) for x in "qkv"]
+    return Adapter({name: product(width, width, seed, 1) for seed, name in enumerate(names)})
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "theirs", "flat"),
+    [
+        ("single_transformer_blocks", 38, "single_blocks.{}.linear1", "single_blocks_{}_linear1"),
+        ("transformer_blocks", 19, "double_blocks.{}.img_attn.qkv", "double_blocks_{}_img_attn_qkv"),
+    ],
+)
+def test_all_blocks_of_one_list_at_flux_s_width_are_flux(
+    tmp_path: Path, kind: str, count: int, theirs: str, flat: str
+) -> None:
+    adapter = of_blocks(kind, count)
+    warnings: list[str] = []
+    with warnings_to(warnings.append):
+        for to, name in (("comfy", f"diffusion_model.{theirs}"), ("kohya", f"lora_unet_{flat}")):
+            assert not dialects.get(to).losses(adapter)
+            dialects.get(to).write(adapter, tmp_path / to)
+            (path,) = (tmp_path / to).glob("*.safetensors")
+            modules = {tensor.rsplit(".lora_")[0].removesuffix(".alpha") for tensor in load_file(path)}
+            assert modules == {name.format(i) for i in range(count)}
+    assert any("FIBO" in text for text in warnings) == (count == 38)  # which has as many single blocks, as wide
+
+
+@pytest.mark.parametrize("kind", ["single_transformer_blocks", "transformer_blocks"])
+def test_a_few_blocks_are_refused_with_the_families_and_what_tells(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(LossyConversion) as refusal:
+        dialects.get("comfy").write(of_blocks(kind, 3), tmp_path / "comfy")
+    assert all(word in str(refusal.value) for word in ("Flux.1", "HunyuanVideo", "--base"))
+
+
+def test_an_encoder_that_is_a_language_model_is_not_called_clip(tmp_path: Path) -> None:
+    adapter = Adapter({"text_encoder.layers.0.self_attn.q_proj": lora(1)})
+    with pytest.raises(LossyConversion, match="is not known"):
+        dialects.get("comfy").write(adapter, tmp_path / "comfy")
 
 
 def test_unknown_original_names_are_a_loss_for_diffusers(tmp_path: Path) -> None:

@@ -80,12 +80,21 @@ CASES: list[tuple[str, Callable[[], nn.Module], str, dict[str, Any]]] = [
       for kind, module in (("loha", "LohaModule"), ("lokr", "LokrModule"), ("locon", "LoConModule"))),
     ("norm-layernorm", layernorm, "NormModule", {}),
 ]  # fmt: skip
+UNSEALED = [  # of a kind that the format does not register
+    (f"boft-{layer.__name__}-{name}", layer, "ButterflyOFTModule", {"lora_dim": 18} | options)
+    for layer in LAYERS
+    for name, options in (
+        ("plain", {}), ("rescaled", {"rescaled": True}), ("constrained", {"constraint": 0.02}),
+        ("stages", {"lora_dim": 6, "rescaled": True}),
+    )
+    if name != "stages" or layer is square
+]  # fmt: skip
 
 
 def module_of(layer: nn.Module, name: str, options: dict[str, Any], multiplier: float, seed: int = 3) -> nn.Module:
     """Return a LyCORIS module around a layer, with random numbers in all its parameters."""
     classes = {}
-    for package in ("loha", "lokr", "locon", "glora", "full", "ia3", "diag_oft", "norms"):
+    for package in ("loha", "lokr", "locon", "glora", "full", "ia3", "diag_oft", "boft", "norms"):
         classes |= vars(__import__(f"lycoris.modules.{package}", fromlist=["x"]))
     arguments = {"lora_dim": 4, "alpha": 3, "bypass_mode": False} | options
     made: nn.Module = classes[name]("lora_unet_block_part", layer, multiplier, **arguments)
@@ -99,7 +108,7 @@ def module_of(layer: nn.Module, name: str, options: dict[str, Any], multiplier: 
 
 
 @pytest.mark.parametrize("multiplier", [1.0, -0.6])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
+@pytest.mark.parametrize("case", CASES + UNSEALED, ids=lambda case: case[0])
 def test_the_merged_layer_computes_what_forward_does(case: Any, multiplier: float, tmp_path: Path) -> None:
     kind, make, name, options = case
     if multiplier != 1 and name == "LoConModule" and options == {"weight_decompose": True}:

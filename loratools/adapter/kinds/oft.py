@@ -115,7 +115,7 @@ class Rotation(Term):
 
 
 def claims(parts: Mapping[str, LazyTensor]) -> bool:
-    """Tell whether these are the blocks of OFT; four-dimensional ones are BOFT's, which is not known here."""
+    """Tell whether these are the blocks of OFT; four-dimensional ones are those of `boft_output`."""
     return BLOCKS_PART in parts and parts.keys() <= {BLOCKS_PART, RESCALE_PART} and len(parts[BLOCKS_PART].shape) == 3
 
 

@@ -3,8 +3,8 @@
 `oft_R.weight` (n, b(b − 1)/2) has the upper triangles, row by row, of skew matrices Q; R = (I − Q)(I + Q)⁻¹ of each, or
 with `terms` the sum I + 2Q + 2Q² + … + Q^m of Cayley and Neumann, as many as PEFT takes. `eps` scales Q of each block
 down to a length of eps/√n (constrained OFT); `share` says that one block stands for all. These are the `layout`. A
-kernel is flattened: its rotation mixes inputs and positions. Of an embedding, whose part is `oft_embedding_R.weight`,
-W' = W·R: PEFT turns its rows the other way. With a weight w it is W + w·(W' − W).
+kernel is flattened: its rotation mixes inputs and positions; `turned_kernels`: it is W·R. Of an embedding, whose
+part is `oft_embedding_R.weight`, W' = W·R: PEFT turns its rows the other way. With a weight w it is W + w·(W' − W).
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class OftInputUpdate(Changing):
         Q = triangles.new_zeros(len(triangles), size, size)
         rows, columns = torch.triu_indices(size, size, 1)
         Q[:, rows, columns] = triangles
-        return Q.transpose(1, 2) - Q if self.part == OF_EMBEDDING else Q - Q.transpose(1, 2)
+        turned = self.part == OF_EMBEDDING or (self.layout.get("turned_kernels") and len(self.shape) > 2)
+        return Q.transpose(1, 2) - Q if turned else Q - Q.transpose(1, 2)  # R of −Q is Rᵀ
 
     def change(self, dtype: DType, device: Device) -> Change:
         """Return the rotation of rows: each block of a row times Rᵀ of its block."""

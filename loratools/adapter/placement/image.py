@@ -43,6 +43,10 @@ _OPEN_CLIP: Mapping[str, tuple[str, ...]] = {
     "text_encoder": ("cond_stage_model.model.",),
     "text_encoder_2": ("conditioner.embedders.1.model.", "conditioner.embedders.0.model."),
 }
+_COMFY_ENCODER = re.compile(r"text_encoders\.\w+\.transformer\.(.+)")
+_LANGUAGE = ("model.", "model.language_model.", "language_model.model.", "language_model.", "")
+"""What a language model, which may be a text encoder, has before its layers; trainers name them with and without."""
+
 _LAYER = re.compile(r"(?:text_model\.)?encoder\.layers\.(\d+)\.(.+)")
 _OPEN_CLIP_LAYER = {"self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
 _PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -197,10 +201,22 @@ def _spellings(module: str) -> Iterator[str]:
         bare = rest.removeprefix("text_model.")
         for root in _ENCODERS[component]:
             yield from (f"{root}{rest}", f"{root}{bare}", f"{root}text_model.{bare}")
+            yield from _in_language_model(root, rest)
+    elif match := _COMFY_ENCODER.fullmatch(module):  # of a family that its file does not tell
+        for root in ("", *(f"{encoder}." for encoder in _ENCODERS)):
+            yield f"{root}{match[1]}"
+            yield from _in_language_model(root, match[1])
     elif component == ORIGINAL:
         yield from (f"{root}{rest}" for root in (*_ROOTS, *_MODELS))
     elif component in COMPONENTS:
         yield from (rest, *(f"{root}{rest}" for root in _ROOTS if root))
+
+
+def _in_language_model(root: str, rest: str) -> Iterator[str]:
+    """Yield what a language model behind a root may call a module of its layers."""
+    level = next((level for level in _LANGUAGE if rest.startswith(f"{level}layers.")), None)
+    if level is not None:
+        yield from (f"{root}{other}{rest.removeprefix(level)}" for other in _LANGUAGE)
 
 
 def _open_clip(updates: Mapping[str, Update], shapes: Shapes) -> dict[str, Update]:

@@ -18,7 +18,7 @@ from loratools.dialects._frame.numbers import is_number
 from loratools.errors import BadFile
 from loratools.storage.lazy import LazyTensor
 
-_WITHOUT_ALPHA = ("oft",)  # its alpha is a constraint
+_WITHOUT_ALPHA = ("boft", "boft_output", "oft", "oft_input")  # where there is an alpha, it is a constraint
 
 
 def fill(draft: Draft, header: Mapping[str, str], *, apart: frozenset[str] = frozenset()) -> None:

@@ -58,6 +58,7 @@ class Draft:
     `faults`   a line for each contradiction
     `unknown`  a line for each module that is sound, and of which the file does not say enough
     `alpha`    the user's, for every module; None: the file's
+    `layout`   (module, kind) -> the keywords that a kind is built with besides its parts
     """
 
     path: Path
@@ -66,6 +67,7 @@ class Draft:
     faults: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     alpha: float | None = None
+    layout: Callable[[str, str], Mapping[str, Any]] = lambda *_: {}
 
     def add(self, module: str, part: str, lazy: LazyTensor, name: str) -> None:
         """Put a tensor into its group; a second one in the same place is a fault."""
@@ -93,13 +95,14 @@ class Draft:
     def build(self, rule: Rule | None = None) -> dict[str, Update]:
         """Return the update of each module; the kinds decide what its parts mean.
 
+
         By default s = alpha/r with the user's alpha or else the file's, and 1 where there is none. Raises `BadFile`
         with all that contradicts itself, or `UnsupportedAdapter` with all that is unknown or that no kind claims.
         """
         self.check()
         check_read(self.path, self.unknown)
         tell_alpha(self.path, self.alpha, self.alphas.values())
-        updates, unsupported, faults = build_all(self.groups, rule or self.usual)
+        updates, unsupported, faults = build_all(self.groups, rule or self.usual, layout=self.layout)
         check_faults(self.path, faults)
         check_read(self.path, unsupported)
         if not updates:

@@ -10,6 +10,7 @@ adapter.
 
     names    flattened names and the way back, by look-up
     beside   parts that change another parameter than their module's weight
+    rotations  what rotations of inputs are made of: `oft_R`
     network  the header's `ss_network_module` and `ss_network_args`: what they say of the tensors
 """
 
@@ -36,7 +37,7 @@ from loratools.dialects._frame.listing import Evidence, Listing, by_convert
 from loratools.dialects._frame.losses import IDENTITY, common_losses, left
 from loratools.dialects._frame.metadata import OF_BYTES, carried, metadata_of, settings_with
 from loratools.dialects._frame.numbers import is_float, read_number
-from loratools.dialects.kohya import network
+from loratools.dialects.kohya import network, rotations
 from loratools.dialects.kohya.beside import MODULATION, MODULATION_PART, Beside, take_apart
 from loratools.dialects.kohya.names import NAMES_KEY, dotted, flattened, head_of
 from loratools.errors import BadFile
@@ -183,6 +184,7 @@ def finish(draft: Draft, header: Mapping[str, str]) -> Beside:
     }
     draft.convert(lambda module, parts: {module: to_peft(parts)} if parts else {})
     alphas.fill(draft, header)
+    draft.layout = rotations.layouts(draft, header)
     for module, bias in biases.items():
         parts = draft.groups.get(module, {})
         if BIAS in parts:

@@ -20,17 +20,20 @@ from loratools.dialects._frame.build import some
 NAMES_KEY = "loratools_names"
 """Header entry with flat -> dotted, as JSON, for the modules that no family has."""
 
-_HEAD = re.compile(r"(lora_unet_|lora_te[123]?_|lora_transformer_|lora_prior_unet_|lora_prior_te_|lycoris_)_?(.+?)_?")
+_HEAD = re.compile(
+    r"(lora_unet_|oft_unet_|lora_te[123]?_|lora_transformer_|lora_prior_unet_|lora_prior_te_|lycoris_)_?(.+?)_?"
+)
 
 # prefix -> the components whose families may explain its names; None: those of all image models
 _COMPONENTS: Mapping[str, tuple[str, ...] | None] = {
     "lora_unet_": None,
     "lora_transformer_": ("transformer",),
+    "oft_unet_": ("unet",),
     "lycoris_": None,
     "lora_prior_unet_": ("prior",),
     **dict.fromkeys(("lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_prior_te_"), (ENCODER,)),
 }
-_IMAGES = ("lora_unet_", "lora_transformer_", "lora_prior_unet_", "lycoris_")
+_IMAGES = ("lora_unet_", "oft_unet_", "lora_transformer_", "lora_prior_unet_", "lycoris_")
 _ENCODERS = {"lora_te_": "", "lora_te1_": "", "lora_te2_": "_2", "lora_te3_": "_3"}
 _ROOTS = (
     "unet.", "transformer.", "model.diffusion_model.", "diffusion_model.", "text_encoder.", "text_encoder_2.",

@@ -13,8 +13,8 @@ from loratools.dialects.peft.fields import unknown
 from loratools.storage.lazy import LazyTensor
 
 _MODULES = (
-    "networks.lora", "networks.dylora", "networks.oft", "networks.loha", "networks.lokr", "networks.lora_fa",
-    "lycoris.kohya", "lycoris_kohya", "locon.locon_kohya",
+    "networks.lora", "networks.dylora", "networks.oft", "networks.boft", "networks.loha", "networks.lokr",
+    "networks.lora_fa", "lycoris.kohya", "lycoris_kohya", "locon.locon_kohya",
 )  # fmt: skip
 """Modules of sd-scripts, musubi-tuner and LyCORIS, and what the names of their variants for a model begin with."""
 
@@ -26,13 +26,15 @@ _TENSORS_TELL = frozenset({
     "train_single_block_indices", "train_blocks", "exclude_patterns", "include_patterns", "in_dims", "emb_dims",
     "img_attn_dim", "txt_attn_dim", "img_mlp_dim", "txt_mlp_dim", "img_mod_dim", "txt_mod_dim", "single_dim",
     "single_mod_dim", "context_attn_dim", "context_mlp_dim", "context_mod_dim", "x_attn_dim", "x_mlp_dim",
+    "oft_block_size", "oft_coft", "coft", "coft_eps", "oft_block_share", "block_share", "enable_conv", "auto_adjust",
+    "enable_all_linear", "boft_block_size", "boft_block_num", "boft_n_butterfly_factor",
     "x_mod_dim", "self_attn_dim", "cross_attn_dim", "mlp_dim", "mod_dim", "llm_adapter_dim", "network_reg_dims",
 })  # fmt: skip
 """Options that shaped the tensors, or are in the alphas (`rs_lora`)."""
 
 _TRAINING_ONLY = frozenset({
-    "dropout", "rank_dropout", "rank_dropout_scale", "module_dropout", "bypass_mode", "verbose", "unit",
-    "loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio", "train_t5xxl",
+    "dropout", "dropout_probability", "rank_dropout", "rank_dropout_scale", "module_dropout", "bypass_mode", "verbose",
+    "unit", "loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio", "train_t5xxl",
     "train_llm_adapter", "down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold",
     "network_reg_lrs", "ggpo_sigma", "ggpo_beta", "tgate", "reg_lrs",
 })  # fmt: skip

@@ -305,3 +305,32 @@ def test_language_models_are_left_alone(tmp_path: Path) -> None:
     assert named_for(adapter, base) is adapter
     strange = Adapter({"model.layers.9.self_attn.q_proj": lora(1)})
     assert named_for(strange, base).updates == strange.updates
+
+
+LAYERS = {f"layers.{layer}.{name}": (8, 8) for layer in range(2) for name in ("self_attn.q_proj", "mlp.up_proj")}
+
+
+@pytest.mark.parametrize("root", ["model.", "", "model.language_model."])
+@pytest.mark.parametrize(
+    "prefix", ["", "model.", "lora_te_", "text_encoders.qwen3_06b.transformer.model.", "text_encoders.t5.transformer."]
+)
+def test_language_models_are_found_by_every_naming(run: Run, tmp_path: Path, prefix: str, root: str) -> None:
+    """A text encoder that is a language model, in a folder of its own; and bare names are no image model's."""
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({f"{root}{name}.weight": torch.zeros(shape) for name, shape in LAYERS.items()},
+              base / "model.safetensors", {"format": "pt"})  # fmt: skip
+    tensors, wanted = {}, {}
+    for seed, name in enumerate(LAYERS):
+        generator, flat = torch.Generator().manual_seed(seed), prefix.endswith("_")
+        A, B = torch.randn(2, 8, generator=generator), torch.randn(8, 2, generator=generator)
+        module = prefix + (name.replace(".", "_") if flat else name)
+        ends = ("down", "up") if flat else ("A", "B")
+        tensors |= {f"{module}.lora_{end}.weight": factor for end, factor in zip(ends, (A, B), strict=True)}
+        wanted[f"{root}{name}.weight"] = B @ A
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    run("merge", base, tmp_path / "adapter.safetensors", "-o", tmp_path / "merged")
+    found = change(base, tmp_path / "merged")
+    assert found.keys() == wanted.keys()
+    for name, delta in wanted.items():
+        torch.testing.assert_close(found[name].float(), delta, rtol=1e-5, atol=1e-5)

@@ -15,6 +15,7 @@ from functools import cache
 from loratools.adapter.naming.image import families
 from loratools.adapter.naming.image.families import Family, Naming
 from loratools.adapter.naming.image.patterns import Patterns
+from loratools.decisions import warned
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -150,7 +151,16 @@ def told(readings: Sequence[Reading], shapes: Shapes, hints: str = "", *, flat: 
     left = [reading for reading in left if reached[reading] is not None] or left
     best = max((level for level in reached.values() if level is not None), default=0)
     least = {*range(max(best, 0), _ALL + 1), *([_UNKNOWN] if best < _ALL else [])}
-    return [reading for reading in left if (reached[reading] or 0) in least]
+    left = [reading for reading in left if (reached[reading] or 0) in least]
+    there = {reading.name for reading in left}
+    usual = [reading for reading in left if there.isdisjoint(reading.family.rather)] if best == _ALL else left
+    if len(usual) < len(left):
+        others = summaries(reading for reading in left if reading not in usual)
+        warned(
+            "the names, widths and numbers of blocks are those of %s and of %s alike; they are read as %s: give the "
+            "base model (--base) where it is another", summaries(usual), others, summaries(usual),
+        )  # fmt: skip
+    return usual
 
 
 def most(modules: Iterable[str]) -> tuple[int, list[Reading]]:

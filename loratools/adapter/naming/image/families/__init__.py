@@ -71,6 +71,8 @@ class Family:
     `inputs`       module, in either naming -> its input features in published models, for the same purpose
     `proportions`  module of the original -> output : input features, where families share names and shapes tell
     `like`         the family whose models these are too, in files with other original names; "" in the usual ones
+    `rather`       families, by file name, that names, widths and numbers of blocks are taken for where they are those
+                   of both alike, with a warning
     `beside`       whether a file keeps these modules beside another family's, in the model of the same file
     """
 
@@ -90,6 +92,7 @@ class Family:
     inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     proportions: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     like: str = ""
+    rather: tuple[str, ...] = ()
     beside: bool = False
 
     def __post_init__(self) -> None:

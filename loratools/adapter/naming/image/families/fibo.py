@@ -16,6 +16,7 @@ FAMILY = Family(
         **{f"single_transformer_blocks.{{}}.attn.to_{x}": (3072,) for x in "qkv"},
     },
     called=(r"fibo(?!-?_?2)",),
+    rather=("flux",),
     depths={"transformer_blocks": (8,), "single_transformer_blocks": (38,)},
 )  # fmt: skip
 """FIBO and its edit models."""
