@@ -246,7 +246,12 @@ def named_for(adapter: Adapter, base: Checkpoint) -> Adapter:
     Takes fused projections apart, or fuses them, where the base stores them so. Adapters of other models, and modules
     without a known name in the base, keep their names.
     """
-    names = Names(base.specs)
-    if all(names.find(module) for module in adapter.updates):  # most adapters; what follows takes time to import
+    names = Names(base.specs, base.config)
+    known = sum(bool(names.find(module)) for module in adapter.updates)
+    if known == len(adapter.updates):  # most adapters; what follows takes time to import
         return adapter
-    return for_base(adapter, {name: spec.shape for name, spec in base.specs.items()})
+    shapes = {name: spec.shape for name, spec in base.specs.items()}
+    named = for_base(adapter, shapes)
+    # Language models have names that families of image models have too (`layers.0.self_attn.q_proj`).
+    helps = sum(_held(module, shapes) for module in named.updates) > known or named.replacements != adapter.replacements
+    return named if helps else adapter
