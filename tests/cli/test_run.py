@@ -243,7 +243,7 @@ def test_names_stay_in_their_lines(capsys: pytest.CaptureFixture[str], tmp_path:
     assert document["modules"][0]["module"] == name
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "a\nerror: b\x1b[31m"}))
     assert run(["inspect", str(tmp_path)]) == 1
-        assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == ["error"]
+    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == ["error"]
 
 
 def test_a_name_cannot_drive_the_terminal(root: Commands, capsys: pytest.CaptureFixture[str]) -> None:
