@@ -43,10 +43,8 @@ SUMMARY = "ComfyUI, ai-toolkit, musubi-tuner, BFL, XLabs: the original implement
 EXTRA = None
 FILES = (".safetensors",)
 CANNOT = (
-    *IDENTITY,
-    "tensors trained whole outside of the image model",
-    "models whose original names are not known here",
-)
+    *IDENTITY, "tensors trained whole outside of the image model", "models whose original names are not known here",
+)  # fmt: skip
 
 _FILE = "lora.safetensors"
 _SUFFIX = re.compile(
