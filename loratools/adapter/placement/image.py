@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from loratools.adapter.fusing import rows
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter
-from loratools.adapter.naming.image import readings, rename
+from loratools.adapter.naming.image import families, readings, rename
 from loratools.adapter.naming.image.components import COMPONENTS
 from loratools.adapter.naming.image.families import Naming
 from loratools.adapter.naming.image.groups import ORIGINAL, Group, groups, home
@@ -244,14 +244,35 @@ def named_for(adapter: Adapter, base: Checkpoint) -> Adapter:
     """Return an adapter of an image model under the module names of a base: a pipeline's, a component's, or a file's.
 
     Takes fused projections apart, or fuses them, where the base stores them so. Adapters of other models, and modules
-    without a known name in the base, keep their names.
+    without a known name in the base, keep their names. Raises `IncompatibleAdapter` where names lead to a base in
+    several ways, or to rows that may lie in another order.
     """
     names = Names(base.specs, base.config)
     known = sum(bool(names.find(module)) for module in adapter.updates)
-    if known == len(adapter.updates):  # most adapters; what follows takes time to import
-        return adapter
-    shapes = {name: spec.shape for name, spec in base.specs.items()}
-    named = for_base(adapter, shapes)
-    # Language models have names that families of image models have too (`layers.0.self_attn.q_proj`).
-    helps = sum(_held(module, shapes) for module in named.updates) > known or named.replacements != adapter.replacements
-    return named if helps else adapter
+    named = adapter
+    if known < len(adapter.updates):  # else, as for most adapters: what follows takes time to import
+        shapes = {name: spec.shape for name, spec in base.specs.items()}
+        renamed = for_base(adapter, shapes)
+        # Language models have names that families of image models have too (`layers.0.self_attn.q_proj`).
+        if sum(_held(m, shapes) for m in renamed.updates) > known or renamed.replacements != adapter.replacements:
+            named = renamed
+    if len(base.shards) > 1 and names.loaded is None:
+        _refuse_by_heads(named, base)
+    return named
+
+
+def _refuse_by_heads(adapter: Adapter, base: Checkpoint) -> None:
+    """Raise `IncompatibleAdapter` for fused rows that lie by heads in shards: adapters have them stacked."""
+    bare = {m: next(m.removeprefix(root) for root in _ROOTS if m.startswith(root)) for m in adapter.updates}
+    for name, family in families.every():
+        marks = [f"{pattern}.weight" for pattern in family.renames if "{}" not in pattern]
+        if not family.by_heads or not any(all(root + mark in base.specs for mark in marks) for root in _ROOTS):
+            continue
+        found = {module: Reading(name, "original").find(own) for module, own in bare.items()}
+        hit = [module for module, way in found.items() if way is not None and way[0] in family.by_heads]
+        if hit:
+            raise IncompatibleAdapter(
+                f"{base.path}: {len(hit)} module(s), such as {hit[0]}, have q, k and v of each head in turn in shards "
+                f"of {family.summary}, and an adapter has all q, all k, all v; no shape tells which these are",
+                hint="Merge into the model as diffusers has it, or into one file.",
+            )

@@ -13,14 +13,17 @@ from safetensors.torch import load_file, save_file
 from loratools import dialects
 from loratools.adapter import kinds
 from loratools.adapter.model import Adapter, BaseIdentity
+from loratools.adapter.naming.image import families
 from loratools.adapter.placement import image
 from loratools.adapter.placement.image import named_for
 from loratools.cli import _run
 from loratools.dialects.kohya.names import dotted
+from loratools.errors import IncompatibleAdapter
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
 from tests.dialects.adapters import lora
 from tests.dialects.test_comfy import product
+from tests.surgery.models import save_base
 
 Run = Callable[..., str]
 LAYER = "text_model.encoder.layers.0"
@@ -334,3 +337,30 @@ def test_language_models_are_found_by_every_naming(run: Run, tmp_path: Path, pre
     assert found.keys() == wanted.keys()
     for name, delta in wanted.items():
         torch.testing.assert_close(found[name].float(), delta, rtol=1e-5, atol=1e-5)
+
+
+def of_shape(rows: int, columns: int) -> kinds.Update:
+    """Return an update of a weight of this shape."""
+    A, B = torch.ones(2, columns), torch.ones(rows, 2)
+    built: kinds.Update = kinds.get("lora").build(
+        {"lora_A.weight": LazyTensor.of(A), "lora_B.weight": LazyTensor.of(B)}, 1.0, 2.0
+    )
+    return built
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_rows_that_lie_by_heads_in_shards_are_refused(tmp_path: Path, shards: int) -> None:
+    """MiniMax-H3's own shards have q, k and v of each head in turn, single files all q, all k, all v."""
+    qkv, width = "blocks.0.attn.qkv_proj", 8
+    marks = [name for name in families.get("minimax_h3").renames if "{}" not in name]
+    tensors = {f"{name}.weight": torch.ones(width, width) for name in (*marks, "blocks.0.attn.out_proj")}
+    tensors[f"{qkv}.weight"] = torch.zeros(3 * 128, width)
+    save_base(tmp_path / "base", tensors, shards=shards)
+    base = Checkpoint.open(tmp_path / "base")
+    fused = Adapter({qkv: of_shape(3 * 128, width)})
+    assert set(named_for(Adapter({"blocks.0.attn.out_proj": of_shape(width, width)}), base).updates)
+    if shards == 1:
+        assert set(named_for(fused, base).updates) == {qkv}
+    else:
+        with pytest.raises(IncompatibleAdapter, match="of each head in turn in shards of MiniMax-H3"):
+            named_for(fused, base)

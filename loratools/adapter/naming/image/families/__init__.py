@@ -73,6 +73,8 @@ class Family:
     `like`         the family whose models these are too, in files with other original names; "" in the usual ones
     `rather`       families, by file name, that names, widths and numbers of blocks are taken for where they are those
                    of both alike, with a warning
+    `by_heads`     fused modules of the original whose rows lie q, k, v of each head in turn in the publisher's shards;
+                   in single files they are stacked
     `beside`       whether a file keeps these modules beside another family's, in the model of the same file
     """
 
@@ -93,6 +95,7 @@ class Family:
     proportions: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     like: str = ""
     rather: tuple[str, ...] = ()
+    by_heads: frozenset[str] = frozenset()
     beside: bool = False
 
     def __post_init__(self) -> None:
@@ -129,6 +132,7 @@ class Family:
                     if a.count("{}") != b.count("{}"))  # fmt: skip
         strangers = (self.swapped | self.swapped_if.keys()) - self.renames.keys()
         yield from (f"{name} is swapped and not renamed" for name in sorted(strangers))
+        yield from (f"{name} lies by heads and is not fused" for name in sorted(self.by_heads - self.fused.keys()))
         yield from (f"{name} has a proportion and no name" for name in self.proportions.keys() - set(self.original))
         known_inputs = set(self.original).union(self.diffusers)
         yield from (f"{name} has inputs and no name" for name in sorted(self.inputs.keys() - known_inputs))

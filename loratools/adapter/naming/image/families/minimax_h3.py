@@ -35,6 +35,7 @@ FAMILY = Family(
         **{f"transformer_blocks.{{}}.attn.to_{x}": (5376,) for x in "qkv"},
         "blocks.{}.attn.qkv_proj": (5376,),
     },
+    by_heads=frozenset(f"{original}.attn.qkv_proj" for original, _ in _BLOCKS),
     called=(r"minimax-?_?h3",),
     depths={"blocks": (50,), "transformer_blocks": (50,)},
 )  # fmt: skip
