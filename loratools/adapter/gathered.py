@@ -27,6 +27,16 @@ _Modules = Mapping[str, str]
 """Normalized name of a module -> its name in the adapter."""
 
 
+def under_one_naming(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """Return adapters, those of image models under diffusers' names where some have them and some the original's."""
+    original = [any(module.startswith("diffusion_model.") for module in each.updates) for each in adapters]
+    if all(original) or not any(original):
+        return list(adapters)
+    from loratools.adapter.naming.image import rename  # families take time to read
+
+    return [rename.to_diffusers(rename.spelled_out(adapter)) for adapter in adapters]
+
+
 def gathered(adapters: Sequence[Adapter]) -> list[Adapter]:
     """Return adapters in which experts are stacked where they are in another one; the same where that changes nothing.
 

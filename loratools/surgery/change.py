@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loratools import dialects
 from loratools.adapter import low_rank
-from loratools.adapter.gathered import gathered
+from loratools.adapter.gathered import gathered, under_one_naming
 from loratools.adapter.kinds import Update
 from loratools.adapter.kinds._product import BiasUpdate
 from loratools.adapter.model import Adapter
@@ -85,7 +85,7 @@ def measurable(
         for source in adapters
     ]
     try:
-        opened = gathered(opened)
+        opened = gathered(under_one_naming(opened))
     except ValueError as error:
         raise IncompatibleAdapter("the adapters have the same experts in two ways", [str(error)]) from None
     if model is None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.adapter.naming.compact import compact, natural
+from loratools.adapter.parts import factors_of
 from loratools.dialects import InMemory, Listing, detect, get, held, located, names
 from loratools.errors import BadFile
 from loratools.format.manifest import ORIGIN
@@ -157,14 +158,17 @@ def inspect(
     listing = Listing.of(path, need="header")
     if dialect is not None:
         return describe_adapter(_read(listing, dialect), path, dialect, "named by the user")
-    if not listing.factors and not any(get(name).detect(listing) for name in names()):
+    if not any(get(name).detect(listing) for name in names()):
         try:
-            return describe_checkpoint(Checkpoint.open(listing.path), path)
+            model = Checkpoint.open(listing.path)
         except BadFile:
             listing.check()  # which may say more of a file that is no model's
-            if (below := located(listing)) is listing:
+            if (below := located(listing)) is listing and not listing.factors:
                 raise
             listing = below
+        else:
+            if not factors_of(model.specs):
+                return describe_checkpoint(model, path)
     dialect, evidence = detect(listing)
     return describe_adapter(_read(listing, dialect), path, dialect, evidence.reason)
 

@@ -83,7 +83,9 @@ class Conv1D:
         """
         shape = self.shapes[tensor]
         if stated is None:
-            stated = len(shape) == 2 and (self.likely(tensor.removesuffix(".weight")) or swapped)
+            layer = tensor.removesuffix(".weight")
+            turned = swapped and self._known(_last(layer)) is not False  # fan_in_fan_out is no word on embeddings
+            stated = len(shape) == 2 and (self.likely(layer) or turned)
         return (shape[::-1], shape) if stated else (shape,)
 
     def fitted(self, update: Update, tensor: str, swapped: bool, stated: bool | None = None) -> Update:

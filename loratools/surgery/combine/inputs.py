@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from loratools import dialects
 from loratools.adapter import low_rank
-from loratools.adapter.gathered import gathered
+from loratools.adapter.gathered import gathered, under_one_naming
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.stacked import nested
@@ -92,9 +92,10 @@ def open_inputs(
     opened = [dialects.open_adapter(source, initial=initial is not None) for source in sources]
     if initial is not None:
         opened[1] = _starting_point(*opened)
-    names = names_of(sources)
+    names, given = names_of(sources), opened
+    opened = under_one_naming(opened)
     parsed = [weight.bound(*each) for weight, each in zip(parsed, zip(opened, names, strict=True), strict=True)]
-    digests = [checked_digest(adapter, name) for adapter, name in zip(opened, names, strict=True)]
+    digests = [checked_digest(adapter, name) for adapter, name in zip(given, names, strict=True)]
     try:
         opened = gathered(opened)
     except ValueError as error:

@@ -13,6 +13,7 @@ from loratools.adapter.model import Adapter, Step
 from loratools.decisions import warnings_to
 from loratools.surgery.combine import combine
 from loratools.surgery.combine.entries import COMBINED_FROM, joined
+from loratools.surgery.compare import compare
 from loratools.surgery.convert import convert
 from tests.dialects._frame.test_metadata import KEPT, TAGS, entries, kohya
 
@@ -60,6 +61,8 @@ def test_the_first_decides_the_dialect_and_to_overrides_it(tmp_path: Path, first
     for name, dialect in (("a", first), ("b", second)):
         convert(kohya(tmp_path / f"{name}.safetensors"), tmp_path / name, to=dialect)
     combine([tmp_path / "a", tmp_path / "b"], tmp_path / "c", check_base="off")
+    beside = compare(tmp_path / "a", tmp_path / "b")  # the same change, under the names of two namings in the last case
+    assert beside.cosine == pytest.approx(1, abs=1e-6)
     wanted = "loratools" if first == "peft" else first
     assert dialects.open_adapter(tmp_path / "c").dialect == wanted
     combine([tmp_path / "a", tmp_path / "b"], tmp_path / "d", to="diffusers", dtype="bf16", check_base="off")
