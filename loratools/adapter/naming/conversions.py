@@ -169,7 +169,7 @@ def table() -> dict[str, Any]:
 
 def conversion(config: Mapping[str, Any]) -> Conversion | None:
     """Return the rules of the model that a config.json describes; None where transformers does not know it."""
-    name, model_type = _class(config), config.get("model_type")
+    name, model_type = _class(config), _type_of(config)
     if name is None and model_type not in table()["mappings"]:
         return None
     taken: dict[str, list[str]] = {}
@@ -212,7 +212,7 @@ def _models(name: str | None, model_type: str, config: Mapping[str, Any]) -> Ite
         inner = config
         for key in (place or "").split(".") if place else ():
             inner = value if isinstance(value := inner.get(key), Mapping) else {}
-        its_type, its_class = inner.get("model_type"), default
+        its_type, its_class = _type_of(inner), default
         if place == "":
             its_type = model_type
         elif place and its_type is not None and (chosen or its_type != table()["classes"].get(default, ("",))[0]):
@@ -223,12 +223,17 @@ def _models(name: str | None, model_type: str, config: Mapping[str, Any]) -> Ite
             yield f"{path}.{deeper}".removesuffix("."), deeper_class, deeper_type
 
 
+def _type_of(config: Mapping[str, Any]) -> str | None:
+    """Return the model type that a config.json names; None where it is no text."""
+    return model_type if isinstance(model_type := config.get("model_type"), str) else None
+
+
 def _class(config: Mapping[str, Any]) -> str | None:
     """Return the class that config.json names, else the one that its model type stands for, where one is known."""
     classes: dict[str, Any] = table()["classes"]
     names = config.get("architectures")
     named = [str(name) for name in names] if isinstance(names, list) else []
-    model_type = config.get("model_type")
+    model_type = _type_of(config)
     with_type = [name for name, told in classes.items() if told[0] == model_type and told[2]]
     automatic = table()["automatic"].get(model_type)
     return next((name for name in (*named, *with_type, automatic) if name in classes), None)
