@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 from loratools.adapter.kinds import Tensor
 from loratools.errors import BadFile
@@ -46,15 +45,3 @@ class Sparse:
         tile = self.values.new_zeros(rows.stop - rows.start, self.shape[1])
         at = (self.rows[inside] - rows.start, self.columns[inside])
         return tile.index_put_(at, self.values[inside], accumulate=True)
-
-
-@lru_cache(maxsize=64)
-def drawn(seed: int, count: int, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Return the rows and columns of `count` different elements, drawn as PEFT's FourierFT and WaveFT draw them.
-
-    Modules of one shape have the same ones, so they are drawn once.
-    """
-    import torch
-
-    at = torch.randperm(shape[0] * shape[1], generator=torch.Generator().manual_seed(seed))[:count].clone()
-    return at // shape[1], at % shape[1]

@@ -1,7 +1,7 @@
 """FourierFT: ΔW = s·Re(IDFT₂(F)), F zero but for n coefficients cₖ (arXiv 2405.03003), as in PEFT.
 
 `fourierft_spectrum` (n,) has the coefficients; where they stand is in no file: PEFT draws n of the out·in places from
-the seed of its config, here `layout = {"seed": 777}`, and so does `_sparse.drawn`. With (uₖ, vₖ) the row and column,
+the seed of its config, here `layout = {"seed": 777}`, and so does `_spectrum.drawn`. With (uₖ, vₖ) the row and column,
 
     ΔW[o, i] = s/(out·in) · Σₖ cₖ·cos 2π(uₖ·o/out + vₖ·i/in)
 
@@ -11,57 +11,30 @@ Rows come from one transform along each: Σ over the coefficients of a column fi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from math import prod
+from dataclasses import dataclass
 from typing import Any
 
 from loratools.adapter.kinds import Device, DType, Rows, Tensor
-from loratools.adapter.kinds._rowwise import Named
-from loratools.adapter.kinds._sparse import drawn
+from loratools.adapter.kinds._spectrum import Spectrum
 from loratools.storage.lazy import LazyTensor
 
 SPECTRUM = "fourierft_spectrum"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class FourierftUpdate(Named):
+class FourierftUpdate(Spectrum):
     """The coefficients and the seed of their places. Raises `ValueError` for more of them than the weight has room."""
 
-    layout: Mapping[str, Any] = field(default_factory=dict)
-
     kind = "fourierft"
-    rank = 0
-
-    def __post_init__(self) -> None:
-        shape, weight = self.tensors[SPECTRUM].shape, self.weight_shape
-        if len(shape) != 1 or 0 in shape:
-            raise ValueError(f"{SPECTRUM} has shape {shape}, expected (n,)")
-        if weight is not None and (len(weight) != 2 or shape[0] > prod(weight)):
-            raise ValueError(f"it has {shape[0]} coefficients, the base's weight has shape {weight}")
-
-    def fitted(self, shape: tuple[int, ...]) -> FourierftUpdate:
-        """Return the update of a base weight of this shape, which the coefficients do not tell."""
-        return FourierftUpdate(self.tensors, self.scaling, self.alpha, shape, self.layout)
-
-    @property
-    def unsettled(self) -> str:
-        return "" if self.weight_shape else "the shape of its weight"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight_shape or (1, self.tensors[SPECTRUM].shape[0])
-
-    def _places(self) -> tuple[Tensor, Tensor]:
-        out, inner = self.shape
-        return drawn(self.layout["seed"], self.tensors[SPECTRUM].shape[0], (out, inner))
+    part = SPECTRUM
 
     def rows(self, dtype: DType, device: Device, transposed: bool) -> Rows:
         """Return rows, each the IDFT of what the coefficients give it; worked out in double precision."""
         import torch
 
-        places, sides = self._places(), self.shape
+        places, sides = self.places(), self.shape
         (u, v), (out, inner) = (places[::-1], sides[::-1]) if transposed else (places, sides)
-        u, v, c = u.to(device), v.to(device), self.tensors[SPECTRUM].load().double().to(device)
+        u, v, c = u.to(device), v.to(device), self.coefficients().to(device)
 
         def tile(rows: slice) -> Tensor:
             at = torch.arange(rows.start, rows.stop, device=device)
@@ -77,8 +50,8 @@ class FourierftUpdate(Named):
         """Return the sum of cosines, which the cosines and sines of both sides make: cos(a + b) = cos·cos − sin·sin."""
         import torch
 
-        (u, v), (out, inner) = self._places(), self.shape
-        c = self.tensors[SPECTRUM].load().double() / (out * inner)
+        (u, v), (out, inner) = self.places(), self.shape
+        c = self.coefficients() / (out * inner)
         a = (torch.arange(out)[:, None] * u % out).double() * (2 * torch.pi / out)
         b = (torch.arange(inner)[:, None] * v % inner).double() * (2 * torch.pi / inner)
         return (a.cos() * c) @ b.cos().T - (a.sin() * c) @ b.sin().T

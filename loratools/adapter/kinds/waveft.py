@@ -1,9 +1,9 @@
 """WaveFT: ΔW = s·IDWT₂(C), C zero but for n coefficients cₖ, as in PEFT.
 
 `waveft_spectrum` (n,) has the coefficients; where they stand is in no file: PEFT draws n of the out·in places from the
-seed of its config, and so does `_sparse.drawn`. `layout` has the `seed` and the `wavelet`, null for none (`use_idwt` is
-false): then ΔW[uₖ, vₖ] = s·cₖ. With a wavelet of L taps C has L − 2 rows and columns more, and one more if that is odd,
-half of them before the places. Each half of a side has a filter of its own, g the first and h the second:
+seed of its config, and so does `_spectrum.drawn`. `layout` has the `seed` and the `wavelet`, null for none (`use_idwt`
+is false): then ΔW[uₖ, vₖ] = s·cₖ. With a wavelet of L taps C has L − 2 rows and columns more, and one more if that is
+odd, half of them before the places. Each half of a side has a filter of its own, g the first and h the second:
 
     ΔW[o, i] = s·Σₖ cₖ·yₖ[o + L − 2 − 2·(uₖ mod H/2)]·xₖ[i + L − 2 − 2·(vₖ mod W/2)]
 
@@ -15,15 +15,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from loratools.adapter.kinds import Device, DType, Rows, Tensor
-from loratools.adapter.kinds._rowwise import Named
-from loratools.adapter.kinds._sparse import Sparse, drawn
+from loratools.adapter.kinds._sparse import Sparse
+from loratools.adapter.kinds._spectrum import Spectrum
 from loratools.storage.lazy import LazyTensor
 
 SPECTRUM = "waveft_spectrum"
@@ -38,38 +37,16 @@ def filters() -> Mapping[str, list[float]]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class WaveftUpdate(Named):
+class WaveftUpdate(Spectrum):
     """The coefficients, the seed of their places, and the wavelet. Raises `ValueError` for what is none of these."""
 
-    layout: Mapping[str, Any] = field(default_factory=dict)
-
     kind = "waveft"
-    rank = 0
+    part = SPECTRUM
 
     def __post_init__(self) -> None:
-        shape, weight, wavelet = self.tensors[SPECTRUM].shape, self.weight_shape, self.layout["wavelet"]
-        if len(shape) != 1 or 0 in shape:
-            raise ValueError(f"{SPECTRUM} has shape {shape}, expected (n,)")
-        if wavelet is not None and wavelet not in filters():
+        Spectrum.__post_init__(self)
+        if (wavelet := self.layout["wavelet"]) is not None and wavelet not in filters():
             raise ValueError(f"its wavelet is {wavelet!r}; PEFT can merge {', '.join(filters())}")
-        if weight is not None and (len(weight) != 2 or shape[0] > prod(weight)):
-            raise ValueError(f"it has {shape[0]} coefficients, the base's weight has shape {weight}")
-
-    def fitted(self, shape: tuple[int, ...]) -> WaveftUpdate:
-        """Return the update of a base weight of this shape, which the coefficients do not tell."""
-        return WaveftUpdate(self.tensors, self.scaling, self.alpha, shape, self.layout)
-
-    @property
-    def unsettled(self) -> str:
-        return "" if self.weight_shape else "the shape of its weight"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight_shape or (1, self.tensors[SPECTRUM].shape[0])
-
-    def _places(self) -> tuple[Tensor, Tensor]:
-        out, inner = self.shape
-        return drawn(self.layout["seed"], self.tensors[SPECTRUM].shape[0], (out, inner))
 
     def _pair(self) -> tuple[Tensor, Tensor]:
         """Return g, and h[t] = (−1)ᵗ·g[L − 1 − t]."""
@@ -84,7 +61,7 @@ class WaveftUpdate(Named):
         """Return of both sides 2·(u mod H/2) − L + 2, whether u is in the second half, and H/2."""
         taps = len(filters()[self.layout["wavelet"]])
         halves = []
-        for at, side in zip(self._places(), self.shape, strict=True):
+        for at, side in zip(self.places(), self.shape, strict=True):
             half = (side + taps - 2 + side % 2) // 2  # taps are even in number
             at = at + (2 * half - side) // 2
             halves.append((2 * (at % half) - taps + 2, at >= half, half))
@@ -94,10 +71,10 @@ class WaveftUpdate(Named):
         """Return rows: what the coefficients near them give, along the columns first and then along the rows."""
         import torch
 
-        c = self.tensors[SPECTRUM].load().double().to(device)
+        c = self.coefficients().to(device)
         if self.layout["wavelet"] is None:
             out, inner = self.shape
-            sparse = Sparse.of(self._places(), c.to(dtype), (out, inner))
+            sparse = Sparse.of(self.places(), c.to(dtype), (out, inner))
             return (sparse.transposed() if transposed else sparse).tile
         both = torch.stack(self._pair()).to(device)
         taps = both.shape[1]
@@ -129,10 +106,10 @@ class WaveftUpdate(Named):
         """Return the sum over the coefficients, each a column times a row, both read off the filters."""
         import torch
 
-        c, (out, inner) = self.tensors[SPECTRUM].load().double(), self.shape
+        c, (out, inner) = self.coefficients(), self.shape
         if self.layout["wavelet"] is None:
             whole = torch.zeros(out, inner, dtype=torch.float64)
-            whole[self._places()] = c
+            whole[self.places()] = c
             return whole
         both = torch.nn.functional.pad(torch.stack(self._pair()), (0, 1))  # a zero at the end, for all beyond
         (y, low, _), (x, right, _) = self._halves()
