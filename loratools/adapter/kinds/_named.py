@@ -1,8 +1,8 @@
-"""What kinds have in common whose ΔW is a product of two factors that are made of a file's tensors by name."""
+"""What kinds have in common that keep tensors by name, and those of them whose ΔW is a product of two factors."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -14,11 +14,10 @@ from loratools.storage.lazy import LazyTensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class NamedProduct(LowRank):
-    """An update s·left·right by its tensors, with what these do not say as `layout`.
+class NamedTensors(ABC):
+    """Tensors under their names in files, with what these do not say as `layout`, and the weight's shape once known.
 
-    A kind gives `rank`, `own_shape`, `left`, `right` and `dense`, and `width` where left has other than `rank` columns.
-    Where the tensors leave a side of the weight open, as shared ones do, there are no factors until a base fits it.
+    A kind gives `own_shape`, and in `check` what its tensors have to be.
     """
 
     tensors: Mapping[str, LazyTensor]
@@ -40,6 +39,31 @@ class NamedProduct(LowRank):
     def own_shape(self) -> tuple[int, ...]:
         """The weight's shape as far as the tensors tell it, 0 for a side that they leave open."""
 
+    def fitted(self, shape: tuple[int, ...]) -> Self:
+        """Return the update of a base weight of this shape, which the tensors alone may not tell."""
+        return replace(self, weight_shape=shape)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight_shape or tuple(side or 1 for side in self.own_shape)
+
+    @property
+    def parts(self) -> Mapping[str, LazyTensor]:
+        return self.tensors
+
+    def number(self, name: str) -> Tensor:
+        """Load a tensor in float64."""
+        return self.tensors[name].load().double()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NamedProduct(NamedTensors, LowRank):
+    """An update s·left·right by its tensors.
+
+    A kind gives `rank`, `own_shape`, `left`, `right` and `dense`, and `width` where left has other than `rank` columns.
+    Where the tensors leave a side of the weight open, as shared ones do, there are no factors until a base fits it.
+    """
+
     @property
     def width(self) -> int:
         """Columns of left, rows of right."""
@@ -57,25 +81,9 @@ class NamedProduct(LowRank):
     def dense(self) -> Tensor:
         """Return ΔW in float64 as a matrix, without the scaling, by another formula than `left` and `right`."""
 
-    def fitted(self, shape: tuple[int, ...]) -> Self:
-        """Return the update of a base weight of this shape, which the tensors alone may not tell."""
-        return replace(self, weight_shape=shape)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight_shape or tuple(side or 1 for side in self.own_shape)
-
     @property
     def unsettled(self) -> str:
         return "" if self.weight_shape or all(self.own_shape) else "the shape of its weight"
-
-    @property
-    def parts(self) -> Mapping[str, LazyTensor]:
-        return self.tensors
-
-    def number(self, name: str) -> Tensor:
-        """Load a tensor in float64."""
-        return self.tensors[name].load().double()
 
     def factored(self) -> Factors | None:  # type: ignore[override]
         """Return left and right; None while a side of the weight is open."""

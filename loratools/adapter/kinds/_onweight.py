@@ -3,54 +3,34 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from loratools.adapter.kinds import Device, DType, Tensor, Term, Underlying
-from loratools.adapter.kinds._named import fits_shape
+from loratools.adapter.kinds._named import NamedTensors
 from loratools.adapter.kinds._shared import OnWeight
 from loratools.adapter.site import Site
 from loratools.errors import IncompatibleAdapter
-from loratools.storage.lazy import LazyTensor
 
 Change = Callable[[Tensor, slice], Tensor]
 """(rows of W as its module defines it, (n, in·…); which rows these are) -> the same rows of W'."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Changing(OnWeight):
-    """An update W' = f(W) by tensors under their names in files, with what these do not say as `layout`.
+class Changing(NamedTensors, OnWeight):
+    """An update W' = f(W) by its tensors.
 
     A kind gives `rank`, `change`, `outputs`, `own_shape`, and `together` where rows need each other. With a weight w it
     is W + w·(f(W) − W).
     """
 
-    tensors: Mapping[str, LazyTensor]
-    scaling: float = 1.0
-    alpha: float = 1.0
-    layout: Mapping[str, Any] = field(default_factory=dict)
-    weight_shape: tuple[int, ...] | None = None
-
     of_base: ClassVar[bool] = False  # f is asked about the unchanged base W₀, and w·(f(W₀) − W₀) is added
-
-    def __post_init__(self) -> None:
-        """Raise `ValueError` for tensors that do not fit each other; `check` is asked again once the shape is known."""
-        self.check()
-
-    def check(self) -> None:
-        """Raise `ValueError` for tensors that do not fit each other, or the shape of the weight where it is known."""
-        fits_shape(self.own_shape, self.weight_shape)
 
     @property
     @abstractmethod
     def rank(self) -> int:
         """The number that the kind calls its rank; 0 where there is none."""
-
-    @property
-    @abstractmethod
-    def own_shape(self) -> tuple[int, ...]:
-        """The weight's shape as far as the tensors tell it, 0 for a side that they leave open."""
 
     @property
     def together(self) -> int:
@@ -67,22 +47,6 @@ class Changing(OnWeight):
 
         `X` is (k, in·…) and `under.below(X)` is X·Wᵀ. The site has all rows, unless `together` is 1.
         """
-
-    def fitted(self, shape: tuple[int, ...]) -> Self:
-        """Return the update of a base weight of this shape, which the tensors alone may not tell."""
-        return replace(self, weight_shape=shape)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight_shape or tuple(side or 1 for side in self.own_shape)
-
-    @property
-    def parts(self) -> Mapping[str, LazyTensor]:
-        return self.tensors
-
-    def number(self, name: str) -> Tensor:
-        """Load a tensor in float64."""
-        return self.tensors[name].load().double()
 
     def term(self, site: Site, weight: float, dtype: DType, device: Device) -> Mapped:
         """Return the term; raise `IncompatibleAdapter` where rows that need each other lie in different weights."""

@@ -6,14 +6,10 @@ the others; `pvera_B` is (most outputs, r). Else it is kind `vera`, with a seed 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from loratools.adapter.kinds.vera import VeraUpdate
-from loratools.storage.lazy import LazyTensor
-
-_SCALES = {"pvera_lambda_b", "pvera_lambda_d"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,16 +21,4 @@ class PveraUpdate(VeraUpdate):
     halves: ClassVar[int] = 2
 
 
-def claims(parts: Mapping[str, LazyTensor]) -> bool:
-    """Tell whether these are the scales of PVeRA."""
-    return parts.keys() in (_SCALES, _SCALES | {"pvera_A", "pvera_B"})
-
-
-def build(
-    parts: Mapping[str, LazyTensor], scaling: float, alpha: float, layout: Mapping[str, Any] | None = None
-) -> PveraUpdate:
-    """Return the update; it has no scaling. Raises `ValueError` where it has neither projections nor a seed."""
-    update = PveraUpdate(dict(parts), layout=dict(layout or {}))
-    if not update.saved and "seed" not in update.layout:
-        raise ValueError("no shared projections, and no seed to draw them from")
-    return update
+claims, build = PveraUpdate.claims, PveraUpdate.build

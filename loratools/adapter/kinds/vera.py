@@ -41,8 +41,25 @@ class VeraUpdate(NamedProduct):
             if self.weight_shape and A[1] < self.weight_shape[1]:
                 raise ValueError(f"the shared projection has {A[1]} inputs, the base's weight {self.weight_shape[1]}")
 
-    def _name(self, part: str) -> str:
-        return f"{self.prefix}_{part}"
+    @classmethod
+    def claims(cls, parts: Mapping[str, LazyTensor]) -> bool:
+        """Tell whether these are the two scales, with both projections or none."""
+        scales = {cls._name("lambda_b"), cls._name("lambda_d")}
+        return parts.keys() in (scales, scales | {cls._name("A"), cls._name("B")})
+
+    @classmethod
+    def build(
+        cls, parts: Mapping[str, LazyTensor], scaling: float, alpha: float, layout: Mapping[str, Any] | None = None
+    ) -> Self:
+        """Return the update; it has no scaling. Raises `ValueError` where it has neither projections nor a seed."""
+        update = cls(dict(parts), layout=dict(layout or {}))
+        if not update.saved and "seed" not in update.layout:
+            raise ValueError("no shared projections, and no seed to draw them from")
+        return update
+
+    @classmethod
+    def _name(cls, part: str) -> str:
+        return f"{cls.prefix}_{part}"
 
     @property
     def saved(self) -> bool:
@@ -106,16 +123,4 @@ def draw(seed: int, rank: int, halves: int, outputs: int, inputs: int) -> tuple[
     return A, uniform(outputs, rank)
 
 
-def claims(parts: Mapping[str, LazyTensor]) -> bool:
-    """Tell whether these are the scales of VeRA."""
-    return parts.keys() in ({"vera_lambda_b", "vera_lambda_d"}, {"vera_lambda_b", "vera_lambda_d", "vera_A", "vera_B"})
-
-
-def build(
-    parts: Mapping[str, LazyTensor], scaling: float, alpha: float, layout: Mapping[str, Any] | None = None
-) -> VeraUpdate:
-    """Return the update; it has no scaling. Raises `ValueError` where it has neither projections nor a seed."""
-    update = VeraUpdate(dict(parts), layout=dict(layout or {}))
-    if not update.saved and "seed" not in update.layout:
-        raise ValueError("no shared projections, and no seed to draw them from")
-    return update
+claims, build = VeraUpdate.claims, VeraUpdate.build
