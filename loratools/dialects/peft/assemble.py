@@ -86,9 +86,6 @@ def _notes(groups: Groups, config: PeftConfig) -> Iterator[str]:
     """Yield what a user must know of the tensors beside their config: what is applied otherwise, or not at all."""
     if doubled := [module for module in groups.modules if config.applied_twice(module) == 2]:
         yield f"{some(doubled)}: applied twice, as PEFT up to 0.21 does when it trains and when it merges"
-    if groups.originals:
-        yield f"{some(groups.originals)}: copies of the base model's, which PEFT does not load"
-    for name in sorted(groups.adapters):
-        yield f"the adapter's name {name!r} was left in the names of the tensors"
+    yield from groups.notes()
     for field, names in config.without_tensors(groups.modules, groups.whole).items():
         yield f"no tensors for these {field}: {', '.join(names[:20])}"

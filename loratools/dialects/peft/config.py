@@ -19,7 +19,7 @@ from loratools.dialects._frame.numbers import tell_alpha
 from loratools.dialects.peft import fields as tables
 from loratools.dialects.peft.patterns import ConfigFile, NameList, PatternKeys
 from loratools.dialects.peft.targets import Targets, several
-from loratools.errors import BadFile, UnsupportedAdapter
+from loratools.errors import UnsupportedAdapter
 
 PATTERNS = ("rank_pattern", "alpha_pattern")
 
@@ -56,19 +56,14 @@ class PeftConfig:
         caller that subtracts the initial adapter from it. `alpha` is the user's, for every module; default: the file's.
         """
         fields = {name: value for name, value in document.items() if value is not None}
-        faults = [
-            f"{name}: expected {expected}, found {str(fields[name])[:80]!r}"
-            for name, (test, expected) in tables.TYPES.items()
-            if name in fields and not test(fields[name])
-        ]
-        _check(path, faults)
+        tables.check(path, tables.misfits(fields, tables.TYPES))
         if alpha is not None:
             tell_alpha(path, alpha, [fields.get("lora_alpha"), *fields.get("alpha_pattern", {}).values()])
             fields = {**fields, "lora_alpha": alpha, "alpha_pattern": {}}
         file = ConfigFile(path)
         targets = Targets.of(fields, file)
         rank_keys, alpha_keys = (PatternKeys(fields.get(name, ()), name, file) for name in PATTERNS)
-        _check(path, file.problems)
+        tables.check(path, file.problems)
         init = str(fields.get("init_lora_weights", True)).lower()
         subtracted = initial and init.startswith(tables.SUBTRACTED_INITS)
         refused = [
@@ -191,8 +186,7 @@ class PeftConfig:
     @property
     def base(self) -> BaseIdentity | None:
         """The base model's name and revision; None where neither is there, or both are empty."""
-        name, revision = self.fields.get("base_model_name_or_path") or None, self.fields.get("revision") or None
-        return BaseIdentity(name, revision) if name or revision else None
+        return tables.base_of(self.fields)
 
     @property
     def carried(self) -> dict[str, Any]:
@@ -202,18 +196,7 @@ class PeftConfig:
     @property
     def settings(self) -> dict[str, Any]:
         """What a writer may want."""
-        stated = {name: self.fields[name] for name in _SETTINGS if name in self.fields}
-        empty: tuple[Any, ...] = ("none", [], {}, "")
-        settings = {name: value for name, value in stated.items() if value is not False and value not in empty}
-        if self.targets.layers:
-            settings["layers_to_transform"] = list(self.targets.layers)  # a lone 0 would look like nothing
-        return settings
-
-
-def _check(path: Path, faults: list[str]) -> None:
-    """Raise `BadFile` with all fields of a config that cannot be used, if there are any."""
-    if faults:
-        raise BadFile(f"{path}: {len(faults)} field(s) that cannot be used", faults)
+        return tables.stated(self.fields, _SETTINGS, self.targets.layers)
 
 
 def _notes(fields: Mapping[str, Any]) -> Iterator[str]:

@@ -6,11 +6,14 @@ a reason, or not known, which is said. `python -m tests.make.peft_fields` lists 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from types import UnionType
 from typing import Any
 
+from loratools.adapter.model import BaseIdentity
 from loratools.dialects._frame.numbers import is_number
+from loratools.errors import BadFile
 
 DEFAULT_R = DEFAULT_ALPHA = 8
 """What PEFT takes where a config does not say."""
@@ -156,3 +159,32 @@ def unknown(fields: Mapping[str, Any], *known: Collection[str]) -> list[str]:
 def unknown_to_peft(fields: Mapping[str, Any]) -> list[str]:
     """Return the names of fields that say something, and of which nothing stands in this file."""
     return unknown(fields, TYPES, HARMLESS, {name for name, _, _ in REFUSED})
+
+
+def misfits(fields: Mapping[str, Any], tests: Mapping[str, tuple[Test, str]]) -> list[str]:
+    """List the fields whose value is not what their test wants, with what was expected and found."""
+    return [
+        f"{name}: expected {expected}, found {str(fields[name])[:80]!r}"
+        for name, (test, expected) in tests.items()
+        if name in fields and not test(fields[name])
+    ]
+
+
+def check(path: Path, faults: Sequence[str]) -> None:
+    """Raise `BadFile` with all fields of a config that cannot be used, if there are any."""
+    if faults:
+        raise BadFile(f"{path}: {len(faults)} field(s) that cannot be used", faults)
+
+
+def base_of(fields: Mapping[str, Any]) -> BaseIdentity | None:
+    """Return the base model's name and revision; None where neither is there, or both are empty."""
+    name, revision = fields.get("base_model_name_or_path") or None, fields.get("revision") or None
+    return BaseIdentity(name, revision) if name or revision else None
+
+
+def stated(fields: Mapping[str, Any], names: Iterable[str], layers: Collection[int]) -> dict[str, Any]:
+    """Return those of the named fields that say something, and `layers`, the layers that the config targets."""
+    settings = {name: fields[name] for name in names if says_something(fields.get(name)) and fields[name] != "none"}
+    if layers:
+        settings["layers_to_transform"] = list(layers)  # a lone 0 would look like nothing
+    return settings

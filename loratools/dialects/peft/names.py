@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from loratools.dialects._frame.build import some
 from loratools.format import keys
 from loratools.storage.lazy import LazyTensor
 
@@ -33,6 +34,45 @@ class Groups:
     adapters: set[str] = field(default_factory=set)
     faults: list[str] = field(default_factory=list)
 
+    def add(self, name: str, place: str, part: str, adapter: str | None, lazy: LazyTensor) -> None:
+        """Take in a part of a module, whose name in the file has an adapter's name in it, or None."""
+        self._put(self.modules.setdefault(place, {}), name, place, part, adapter, lazy)
+
+    def add_whole(self, name: str, path: str, lazy: LazyTensor, *, biases: bool) -> None:
+        """Take in a whole tensor by the path in its name; `biases` as in `group`."""
+        place, adapter, role = _whole_name(path, biases)
+        if role == "original":
+            self.originals.append(place)
+        else:
+            self._put(self.copies if role == "copy" else self.whole, name, place, "", adapter, lazy)
+
+    def _put(
+        self, home: dict[str, LazyTensor], name: str, place: str, part: str, adapter: str | None, lazy: LazyTensor
+    ) -> None:
+        if adapter:
+            self.adapters.add(adapter)
+        if (key := part or place) in home:
+            self.faults.append(f"{name}: a second tensor for {keys.join(place, part)}")
+        home[key] = lazy
+
+    def check_names(self, names: Iterable[str], strangers: Sequence[str]) -> None:
+        """Add the faults that the names in a file have together; `strangers` do not begin as PEFT's do."""
+        if broken := [name for name in names if "\n" in name]:
+            self.faults.append(f"{len(broken)} tensor(s) with a line break in the name: {broken[0]!r}")
+        if len(self.adapters) > 1:
+            several = ", ".join(sorted(self.adapters))
+            self.faults.append(f"several adapters in one file: {several}; save them one by one")
+        if strangers:
+            begin = f"names do not begin with {keys.PREFIX}: {', '.join(strangers[:5])}"
+            self.faults.append(f"{len(strangers)} tensor(s) whose {begin}")
+
+    def notes(self) -> Iterator[str]:
+        """Yield what a user must know of the names: what PEFT does not load, and what was left in them."""
+        if self.originals:
+            yield f"{some(self.originals)}: copies of the base model's, which PEFT does not load"
+        for name in sorted(self.adapters):
+            yield f"the adapter's name {name!r} was left in the names of the tensors"
+
 
 def group(tensors: Mapping[str, LazyTensor], *, biases: bool) -> Groups:
     """Sort tensors by module; `biases` says whether biases of the base were trained, or else are copies."""
@@ -47,27 +87,10 @@ def group(tensors: Mapping[str, LazyTensor], *, biases: bool) -> Groups:
         if part.startswith(_ROWS_OF_COPY):  # the embedding under trained rows, saved after a resize
             place, part = f"{place}.base_layer.{part.removeprefix(_ROWS_OF_COPY)}", ""
         if part:
-            part, adapter = _without_adapter(part)
-            home = groups.modules.setdefault(place, {})
+            groups.add(name, place, *_without_adapter(part), lazy)
         else:
-            place, adapter, role = whole_name(place, biases)
-            if role == "original":
-                groups.originals.append(place)
-                continue
-            part, home = place, groups.copies if role == "copy" else groups.whole
-        if adapter:
-            groups.adapters.add(adapter)
-        if part in home:
-            groups.faults.append(f"{name}: a second tensor for {keys.join(place, part if part != place else '')}")
-        home[part] = lazy
-    if broken := [name for name in tensors if "\n" in name]:
-        groups.faults.append(f"{len(broken)} tensor(s) with a line break in the name: {broken[0]!r}")
-    if len(groups.adapters) > 1:
-        several = ", ".join(sorted(groups.adapters))
-        groups.faults.append(f"several adapters in one file: {several}; save them one by one")
-    if strangers:
-        names = f"names do not begin with {keys.PREFIX}: {', '.join(strangers[:5])}"
-        groups.faults.append(f"{len(strangers)} tensor(s) whose {names}")
+            groups.add_whole(name, place, lazy, biases=biases)
+    groups.check_names(tensors, strangers)
     return groups
 
 
@@ -103,7 +126,7 @@ def _without_adapter(part: str) -> tuple[str, str | None]:
     return part, None
 
 
-def whole_name(path: str, biases: bool) -> tuple[str, str | None, str]:
+def _whole_name(path: str, biases: bool) -> tuple[str, str | None, str]:
     """Return a whole tensor's path in the base, the adapter's name in it, and its role: trained, copy or original."""
     segments = path.split(".")
     if "modules_to_save" in segments:

@@ -14,7 +14,7 @@ from typing import Any
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, BaseIdentity
 from loratools.decisions import warned
-from loratools.dialects._frame.build import check_faults, some
+from loratools.dialects._frame.build import check_faults
 from loratools.dialects._frame.numbers import tell_alpha
 from loratools.dialects.peft import checks, types
 from loratools.dialects.peft import fields as tables
@@ -139,12 +139,7 @@ class TypedConfig:
         own: Mapping[str, Field] = module.FIELDS
         fields = {field: value for field, value in document.items() if value is not None}
         tests = {**_TYPES, **{field: (each.test, each.expected) for field, each in own.items()}}
-        faults = [
-            f"{field}: expected {expected}, found {str(fields[field])[:80]!r}"
-            for field, (test, expected) in tests.items()
-            if field in fields and not test(fields[field])
-        ]
-        check_faults(path, faults)
+        tables.check(path, tables.misfits(fields, tests))
         if alpha is not None:
             fields |= _with_alpha(path, alpha, own, fields)
         file = ConfigFile(path)
@@ -154,7 +149,7 @@ class TypedConfig:
             field: fields[field] for field in own if field.endswith("_modules") and isinstance(fields.get(field), str)
         }
         expressions = {field: Expression(text, field, file) for field, text in texts.items()}
-        check_faults(path, file.problems)
+        tables.check(path, file.problems)
         refused = [
             f"{field} = {str(fields[field])[:80]}: {reason}"
             for field, (refuses, reason) in getattr(module, "REFUSED", {}).items()
@@ -194,21 +189,17 @@ class TypedConfig:
     @property
     def base(self) -> BaseIdentity | None:
         """The base model's name and revision; None where neither is there, or both are empty."""
-        name, revision = self.fields.get("base_model_name_or_path") or None, self.fields.get("revision") or None
-        return BaseIdentity(name, revision) if name or revision else None
+        return tables.base_of(self.fields)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What a writer may want."""
-        empty: tuple[Any, ...] = ("none", [], {}, "")
-        stated = {name: self.fields[name] for name in _SETTINGS if name in self.fields}
-        settings = {name: value for name, value in stated.items() if value is not False and value not in empty}
         own = {
             name: self.fields[name]
             for name in (*self.module.FIELDS, *self.module.HARMLESS, "init_weights")
             if name in self.fields
         }
-        return {**settings, TYPE: self.type, FIELDS: own}
+        return {**tables.stated(self.fields, _SETTINGS, self.targets.layers), TYPE: self.type, FIELDS: own}
 
 
 def _is_pattern(field: str) -> bool:
@@ -253,9 +244,6 @@ def _nested(groups: Groups) -> Iterator[str]:
 
 def _notes(groups: Groups, config: TypedConfig, modules: Collection[str]) -> Iterator[str]:
     """Yield what a user must know of the tensors beside their config."""
-    if groups.originals:
-        yield f"{some(groups.originals)}: copies of the base model's, which PEFT does not load"
-    for name in sorted(groups.adapters):
-        yield f"the adapter's name {name!r} was left in the names of the tensors"
+    yield from groups.notes()
     if missing := config.targets.unused(modules):
         yield f"no tensors for these target_modules: {', '.join(missing[:20])}"

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from loratools.dialects.peft import types
-from loratools.dialects.peft.names import Groups, unwrap, whole_name
+from loratools.dialects.peft.names import Groups, unwrap
 from loratools.format import keys
 from loratools.storage.lazy import LazyTensor
 
@@ -28,25 +28,10 @@ def by_module(tensors: Mapping[str, LazyTensor], module: Any, *, biases: bool) -
             continue
         path = path.removeprefix(keys.PREFIX)
         if match := own.fullmatch(path):
-            place, part, adapter = match["module"], match["first"] + match["rest"], match["adapter"]
-            home = groups.modules.setdefault(place, {})
+            groups.add(name, match["module"], match["first"] + match["rest"], match["adapter"], lazy)
         else:
-            place, adapter, role = whole_name(path, biases)
-            if role == "original":
-                groups.originals.append(place)
-                continue
-            part, home = place, groups.copies if role == "copy" else groups.whole
-        if adapter:
-            groups.adapters.add(adapter)
-        if part in home:
-            groups.faults.append(f"{name}: a second tensor for {place}")
-        home[part] = lazy
-    if len(groups.adapters) > 1:
-        several = ", ".join(sorted(groups.adapters))
-        groups.faults.append(f"several adapters in one file: {several}; save them one by one")
-    if strangers:
-        begin = f"names do not begin with {keys.PREFIX}: {', '.join(strangers[:5])}"
-        groups.faults.append(f"{len(strangers)} tensor(s) whose {begin}")
+            groups.add_whole(name, path, lazy, biases=biases)
+    groups.check_names(tensors, strangers)
     return groups, shared
 
 

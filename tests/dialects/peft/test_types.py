@@ -70,6 +70,8 @@ def test_every_field_of_a_type_has_one_meaning(name: str) -> None:
         ({**IA3, f"{Q}.base_layer.ia3_l": torch.ones(6, 1)}, {"peft_type": "IA3"}, "an adapter inside another one"),
         ({f"{Q}.ia3_l": torch.ones(0, 1)}, {"peft_type": "IA3"}, "1 of 1 tensors are empty or flattened"),
         ({**IA3, "lonely": torch.ones(1)}, {"peft_type": "IA3"}, "names do not begin with base_model.model.: lonely"),
+        ({f"{Q}.q\n.ia3_l": torch.ones(6, 1)}, {"peft_type": "IA3"}, "with a line break in the name"),
+        (LOHA, {"peft_type": "LOHA", "r": 0}, r"1 field\(s\) that cannot be used"),
         ({f"{Q}.vera_lambda_b": torch.ones(6), f"{Q}.vera_lambda_d": torch.ones(2, 2)}, {"peft_type": "VERA", "r": 4},
          r"vera_lambda_d \(2, 2\), expected vectors"),
     ],
@@ -105,3 +107,8 @@ def test_the_users_alpha_takes_the_place_of_the_files(tmp_path: Path) -> None:
     (update,) = dialects.open_adapter(adapter, alpha=6).updates.values()
     assert (update.alpha, update.scaling) == (6, 3)
     assert inspect(adapter).peft_type == "LOHA"  # type: ignore[union-attr]
+
+
+def test_a_lone_layer_0_is_kept_as_a_list(tmp_path: Path) -> None:
+    adapter = dialects.open_adapter(folder(tmp_path / "a", LOHA, peft_type="LOHA", r=2, layers_to_transform=0))
+    assert adapter.settings["layers_to_transform"] == [0]
