@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -98,24 +98,15 @@ class Loaded:
 
     @cached_property
     def _renamed(self) -> dict[str, list[str]]:
-        renamed: dict[str, list[str]] = {}
-        for tensor in sorted(self._tensors):
-            renamed.setdefault(self._new_name(tensor), []).append(tensor)
-        return renamed
+        return _grouped((self._new_name(tensor), tensor) for tensor in sorted(self._tensors))
 
     @cached_property
     def _by_bare_renamed(self) -> dict[str, list[str]]:
-        by_bare: dict[str, list[str]] = {}
-        for name, tensors in self._renamed.items():
-            by_bare.setdefault(self._bare(name), []).extend(tensors)
-        return by_bare
+        return _grouped((self._bare(name), tensor) for name, tensors in self._renamed.items() for tensor in tensors)
 
     @cached_property
     def _by_bare(self) -> dict[str, list[str]]:
-        by_bare: dict[str, list[str]] = {}
-        for name in sorted(self._tensors):
-            by_bare.setdefault(self._bare(name), []).append(name)
-        return by_bare
+        return _grouped((self._bare(name), name) for name in sorted(self._tensors))
 
     @cached_property
     def _made(self) -> dict[str, Made]:
@@ -123,7 +114,13 @@ class Loaded:
 
     @cached_property
     def _made_by_bare(self) -> dict[str, str]:
-        bare: dict[str, list[str]] = {}
-        for name in self._made:
-            bare.setdefault(self._bare(name), []).append(name)
+        bare = _grouped((self._bare(name), name) for name in self._made)
         return {key: names[0] for key, names in bare.items() if len(names) == 1}
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Return the values of each key, in their order."""
+    groups: dict[str, list[str]] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups
