@@ -24,7 +24,6 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }  # fmt: skip
-ALL = 1 << 20
 
 
 def stored(path: Path, weight: torch.Tensor, scale: torch.Tensor | None = None) -> Module:

@@ -18,7 +18,6 @@ from tests.surgery.models import lora, random, save_adapter, save_base
 
 NAME = "model.layers.0.q_proj"
 WEIGHTS = {f"{NAME}.weight": random(8, 8), "model.embed_tokens.weight": random(3, 8), "lm_head.weight": random(3, 8)}
-HI = [{"role": "user", "content": "hi"}]
 
 
 @pytest.fixture

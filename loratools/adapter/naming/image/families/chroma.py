@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from loratools.adapter.naming.image.families import Family, Fused, same, within
+from loratools.adapter.naming.image.families import Family, _flux, same, within
 
-_DOUBLE, _SINGLE = ("double_blocks.{}", "transformer_blocks.{}"), ("single_blocks.{}", "single_transformer_blocks.{}")
 _GUIDANCE = "distilled_guidance_layer"
 
 FAMILY = Family(
@@ -15,41 +14,16 @@ FAMILY = Family(
         **within(f"{_GUIDANCE}.layers.{{}}", f"{_GUIDANCE}.layers.{{}}", {
             "in_layer": "linear_1", "out_layer": "linear_2",
         }),
-        **within(*_DOUBLE, {
-            "img_attn.proj": "attn.to_out.0", "txt_attn.proj": "attn.to_add_out",
-            "img_attn.norm.query_norm": "attn.norm_q", "img_attn.norm.key_norm": "attn.norm_k",
-            "txt_attn.norm.query_norm": "attn.norm_added_q", "txt_attn.norm.key_norm": "attn.norm_added_k",
-            "img_mlp.0": "ff.net.0.proj", "img_mlp.2": "ff.net.2",
-            "txt_mlp.0": "ff_context.net.0.proj", "txt_mlp.2": "ff_context.net.2",
+        **within(*_flux.DOUBLE, {
+            **_flux.DOUBLE_PROJECTIONS, **_flux.DOUBLE_NORMS, **_flux.DOUBLE_MLPS,
         }),
-        **within(*_SINGLE, {
-            "linear2": "proj_out", "norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k",
-        }),
+        **within(*_flux.SINGLE, {"linear2": "proj_out", **_flux.SINGLE_NORMS}),
     },
-    fused={
-        "double_blocks.{}.img_attn.qkv": Fused(tuple(f"transformer_blocks.{{}}.attn.to_{x}" for x in "qkv")),
-        "double_blocks.{}.txt_attn.qkv": Fused(tuple(f"transformer_blocks.{{}}.attn.add_{x}_proj" for x in "qkv")),
-        "single_blocks.{}.linear1": Fused(
-            tuple(f"single_transformer_blocks.{{}}.{x}" for x in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")),
-            (1, 1, 1, 4),
-        ),
-    },
+    fused={**_flux.DOUBLE_QKV, **_flux.SINGLE_LINEAR1},
     encoders={"text_encoder": ("lora_te1_", "t5xxl")},
-    inputs={
-        **{f"transformer_blocks.{{}}.attn.to_{x}": (3072,) for x in "qkv"},
-        **{f"single_transformer_blocks.{{}}.attn.to_{x}": (3072,) for x in "qkv"},
-        "double_blocks.{}.img_attn.qkv": (3072,), "single_blocks.{}.linear1": (3072,),
-    },
+    inputs=_flux.INPUTS,
     called=(r"chroma",),
-    depths={
-        "double_blocks": (19,), "single_blocks": (38,), "transformer_blocks": (19,), "single_transformer_blocks": (38,),
-        f"{_GUIDANCE}.layers": (5,),
-    },
-    proportions={
-        "double_blocks.{}.img_attn.qkv": (3, 1), "double_blocks.{}.txt_attn.qkv": (3, 1),
-        "double_blocks.{}.img_mlp.0": (4, 1), "double_blocks.{}.img_mlp.2": (1, 4),
-        "double_blocks.{}.txt_mlp.0": (4, 1), "double_blocks.{}.txt_mlp.2": (1, 4),
-        "single_blocks.{}.linear1": (7, 1), "single_blocks.{}.linear2": (1, 5),
-    },
+    depths={**_flux.DEPTHS, f"{_GUIDANCE}.layers": (5,)},
+    proportions=_flux.PROPORTIONS,
 )  # fmt: skip
 """Chroma: where it shares a name with Flux.1, both namings agree."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from loratools.adapter.naming.image.families import Family, Fused, within
+from loratools.adapter.naming.image.families import Family, _flux, within
 
-_DOUBLE, _SINGLE = ("double_blocks.{}", "transformer_blocks.{}"), ("single_blocks.{}", "single_transformer_blocks.{}")
 _EMBEDDER = "time_guidance_embed.{}_embedder.linear_{}"
 
 FAMILY = Family(
@@ -17,23 +16,17 @@ FAMILY = Family(
         **{f"{x}.lin": f"{x}.linear" for x in (
             "double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation",
         )},
-        **within(*_DOUBLE, {
-            "img_attn.proj": "attn.to_out.0", "txt_attn.proj": "attn.to_add_out",
-            "img_attn.norm.query_norm": "attn.norm_q", "img_attn.norm.key_norm": "attn.norm_k",
-            "txt_attn.norm.query_norm": "attn.norm_added_q", "txt_attn.norm.key_norm": "attn.norm_added_k",
+        **within(*_flux.DOUBLE, {
+            **_flux.DOUBLE_PROJECTIONS, **_flux.DOUBLE_NORMS,
             "img_mlp.0": "ff.linear_in", "img_mlp.2": "ff.linear_out",
             "txt_mlp.0": "ff_context.linear_in", "txt_mlp.2": "ff_context.linear_out",
         }),
-        **within(*_SINGLE, {
-            "linear1": "attn.to_qkv_mlp_proj", "linear2": "attn.to_out",
-            "norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k",
+        **within(*_flux.SINGLE, {
+            "linear1": "attn.to_qkv_mlp_proj", "linear2": "attn.to_out", **_flux.SINGLE_NORMS,
         }),
         "final_layer.linear": "proj_out", "final_layer.adaLN_modulation.1": "norm_out.linear",
     },
-    fused={
-        "double_blocks.{}.img_attn.qkv": Fused(tuple(f"transformer_blocks.{{}}.attn.to_{x}" for x in "qkv")),
-        "double_blocks.{}.txt_attn.qkv": Fused(tuple(f"transformer_blocks.{{}}.attn.add_{x}_proj" for x in "qkv")),
-    },
+    fused=_flux.DOUBLE_QKV,
     swapped=frozenset({"final_layer.adaLN_modulation.1"}),
     inputs={
         **{f"transformer_blocks.{{}}.attn.to_{x}": (6144, 4096, 3072) for x in "qkv"},
