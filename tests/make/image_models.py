@@ -109,9 +109,9 @@ MODELS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
 """Name -> (family, class of diffusers, configuration)."""
 
 
-def build(name: str) -> nn.Module:
-    """Return a model on the meta device, by its name in `MODELS`."""
+def build(name: str, *, cls: str | None = None, **other: Any) -> nn.Module:
+    """Return a model on the meta device, by its name in `MODELS`; of another class, and with another configuration."""
     import diffusers
 
-    _, cls, config = MODELS[name]
-    return model_of(getattr(diffusers, cls), **config)
+    _, usual, config = MODELS[name]
+    return model_of(getattr(diffusers, cls or usual), **{**config, **other})

@@ -5,19 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pytest
-from torch import Tensor, nn
+from torch import Tensor
 
 from loratools.adapter.naming.image.families.ace_step_15 import FAMILY
-from tests.make.image_families import model_of, prove
+from tests.make.image_families import prove
+from tests.make.image_models import build
 
-diffusers = pytest.importorskip("diffusers")
-
-
-def _model() -> nn.Module:
-    return model_of(
-        diffusers.AceStepTransformer1DModel, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=8, in_channels=12, audio_acoustic_hidden_dim=4,
-    )  # fmt: skip
+pytest.importorskip("diffusers")
 
 
 def test_diffusers_names_the_modules_of_a_lora_as_the_family_does() -> None:
@@ -31,4 +25,4 @@ def test_diffusers_names_the_modules_of_a_lora_as_the_family_does() -> None:
         return {name.removeprefix("transformer."): tensor for name, tensor in convert(conv).items()}
 
     norms = [f"layers.{layer}.{attention}_attn.norm_" for layer in (0, 1) for attention in ("self", "cross")]
-    prove(FAMILY, _model(), renamed, without=norms)
+    prove(FAMILY, build("ace_step_15"), renamed, without=norms)

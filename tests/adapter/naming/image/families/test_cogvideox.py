@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from loratools.adapter.naming.image.families.cogvideox import FAMILY
-from tests.make.image_families import model_of, prove
+from tests.adapter.naming.image.families.scripts import replaced
+from tests.make.image_families import prove
+from tests.make.image_models import build
 
-diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("diffusers")
 
 RENAMES = {
     "transformer.final_layernorm": "norm_final", "transformer": "transformer_blocks", "attention": "attn1",
@@ -29,8 +31,7 @@ def convert(tensors: dict[str, Tensor]) -> Mapping[str, Tensor]:
     """Convert as the script does, but for the modulations."""
     converted = {}
     for name, tensor in tensors.items():
-        for old, new in RENAMES.items():
-            name = name.replace(old, new)
+        name = replaced(name, RENAMES)
         if "query_key_value" in name:
             for letter, part in zip("qkv", torch.chunk(tensor, 3), strict=True):
                 converted[name.replace("query_key_value", f"to_{letter}")] = part
@@ -44,9 +45,5 @@ def convert(tensors: dict[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def test_the_scripts_rules_move_rows_where_the_family_says() -> None:
-    model = model_of(
-        diffusers.CogVideoXTransformer3DModel, num_attention_heads=2, attention_head_dim=8, in_channels=4,
-        out_channels=4, time_embed_dim=6, ofs_embed_dim=6, text_embed_dim=12, num_layers=2,
-    )  # fmt: skip
     modulations = [f"transformer_blocks.{layer}.norm{n}.linear" for layer in (0, 1) for n in (1, 2)]
-    prove(FAMILY, model, convert, without=modulations)
+    prove(FAMILY, build("cogvideox"), convert, without=modulations)

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pytest
-import torch
 from torch import Tensor, nn
 
 from loratools.adapter.naming.image.families import Family, hunyuan_image, hunyuan_image_tencent
+from tests.adapter.naming.image.families.scripts import BYT5, tencent
 from tests.make.image_families import model_of, prove
 
 diffusers = pytest.importorskip("diffusers")
 
 RENAMES = {
-    **{f"byt5_in.fc{n}": f"context_embedder_2.linear_{n}" for n in (1, 2, 3)},
-    "byt5_in.layernorm": "context_embedder_2.norm",
+    **BYT5,
     "time_in.mlp.0": "time_guidance_embed.timestep_embedder.linear_1",
     "time_in.mlp.2": "time_guidance_embed.timestep_embedder.linear_2",
     "time_r_in.mlp.0": "time_guidance_embed.timestep_embedder_r.linear_1",
@@ -27,25 +26,7 @@ RENAMES = {
 
 
 def convert(tensors: dict[str, Tensor]) -> Mapping[str, Tensor]:
-    """Convert as the script does: HunyuanVideo's converter, whose blocks HunyuanImage has, and these renames."""
-    from diffusers.loaders.single_file_utils import convert_hunyuan_video_transformer_to_diffusers
-
-    own = {}
-    for name in list(tensors):
-        module, _, kind = name.rpartition(".")
-        if module in RENAMES:
-            own[f"{RENAMES[module]}.{kind}"] = tensors.pop(name)
-    for name in list(tensors):  # the script takes projections apart from Tencent's file
-        stream, _, rest = name.partition("_attn_q.")
-        if rest and name.startswith("double_blocks."):
-            tensors[f"{stream}_attn_qkv.{rest}"] = torch.cat([tensors.pop(f"{stream}_attn_{x}.{rest}") for x in "qkv"])
-        block, _, rest = name.partition(".linear1_q.")
-        if rest:
-            parts = [tensors.pop(f"{block}.linear1_{x}.{rest}") for x in ("q", "k", "v", "mlp")]
-            tensors[f"{block}.linear1.{rest}"] = torch.cat(parts)
-        if ".linear2.fc." in name:
-            tensors[name.replace(".fc.", ".")] = tensors.pop(name)
-    return {**own, **convert_hunyuan_video_transformer_to_diffusers(tensors)}
+    return tencent(tensors, RENAMES)
 
 
 def _model() -> nn.Module:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import loratools
 from loratools.adapter.naming.image.families import ltx2
 from loratools.adapter.naming.image.families.ltx2_connectors import FAMILY
+from tests.adapter.naming.image.families.scripts import replaced
 from tests.make.image_families import TARGETS, lora, model_of, originals, prove, shapes_of
 from tests.make.image_models import build
 
@@ -28,12 +29,7 @@ RENAMES = {
 
 
 def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    converted = {}
-    for name, tensor in tensors.items():
-        for old, new in RENAMES.items():
-            name = name.replace(old, new)
-        converted[name] = tensor
-    return converted
+    return {replaced(name, RENAMES): tensor for name, tensor in tensors.items()}
 
 
 def _connectors(*, each: bool) -> nn.Module:

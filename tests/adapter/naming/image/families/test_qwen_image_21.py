@@ -5,17 +5,14 @@ from __future__ import annotations
 import pytest
 
 from loratools.adapter.naming.image.families import Family, qwen_image_21, qwen_image_21_comfy
-from tests.make.image_families import model_of, prove
+from tests.make.image_families import prove
+from tests.make.image_models import build
 
-diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("diffusers")
 
 
 @pytest.mark.parametrize("family", [qwen_image_21.FAMILY, qwen_image_21_comfy.FAMILY], ids=["apart", "packed"])
 def test_diffusers_converter_moves_rows_where_the_family_says(family: Family) -> None:
     from diffusers.loaders.single_file_utils import convert_qwen_image21_transformer_checkpoint_to_diffusers as convert
 
-    model = model_of(
-        diffusers.QwenImage21Transformer2DModel, num_layers=2, num_attention_heads=2, attention_head_dim=8,
-        context_in_dim=12, axes_dims_rope=(2, 2, 4),
-    )  # fmt: skip
-    prove(family, model, convert, prefix="model.diffusion_model.")
+    prove(family, build("qwen_image_21"), convert, prefix="model.diffusion_model.")
