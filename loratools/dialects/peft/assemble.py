@@ -41,7 +41,7 @@ def assemble(
     check_read(path, unsupported)
     if not updates and not groups.whole:
         raise BadFile(f"{path}: no LoRA tensors in it")
-    for note in _notes(groups, config):
+    for note in (*_notes(groups, config), *checks.lacking(updates, config.targets, base)):
         warned("%s: %s", path, note)
     return Adapter(updates, groups.whole, config.base, dialect="peft", settings=config.settings, copies=groups.copies)
 

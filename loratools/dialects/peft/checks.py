@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
+from loratools.dialects._frame.build import some
 from loratools.dialects.peft.config import PeftConfig
 from loratools.dialects.peft.names import Groups, unwrap
+from loratools.dialects.peft.targets import Targets
 from loratools.format import keys
+from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
 
 _PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _FACTOR = re.compile(r"\.lora_[AB]\.([^.]+\.)?weight$")
 
 
@@ -44,6 +48,21 @@ def faults(groups: Groups, config: PeftConfig, held: Collection[str]) -> list[st
         for name in config.targets.unused(groups.modules)
         if in_layer(name) and config.targets.select(name)
     ]
+
+
+def lacking(modules: Collection[str], targets: Targets, base: Checkpoint | None) -> list[str]:
+    """Return a note on the modules of the base that a config targets and a file has no tensors for, or nothing.
+
+    Looked for are those whose names are that of one of `modules` but for the numbers, as the same in another layer.
+    """
+    alike = {_NUMBER.sub(".#", module) for module in modules}
+    names = [name.removesuffix(".weight") for name in (base.specs if base else ()) if name.endswith(".weight")]
+    missing = [
+        name for name in names if name not in modules and _NUMBER.sub(".#", name) in alike and targets.select(name)
+    ]
+    if not missing:
+        return []
+    return [f"no tensors for {some(missing)}, which the config targets: what is not there changes nothing"]
 
 
 def is_plain(module: str, groups: Groups) -> bool:

@@ -5,6 +5,7 @@ What is special to a type stands in its file in `types/`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -23,7 +24,7 @@ from loratools.dialects.peft.order import in_code
 from loratools.dialects.peft.patterns import ConfigFile, Expression, PatternKeys
 from loratools.dialects.peft.targets import Targets
 from loratools.dialects.peft.typed_names import by_module
-from loratools.dialects.peft.types import Field, ModuleTensors
+from loratools.dialects.peft.types import Field, ModuleTensors, Values
 from loratools.dialects.peft.types._refused import REFUSED
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.format import keys
@@ -61,15 +62,20 @@ def is_typed(document: Mapping[str, Any]) -> bool:
 def present(tensors: Mapping[str, LazyTensor], document: Mapping[str, Any]) -> Mapping[str, LazyTensor]:
     """Return the tensors without those that are empty because their config says that nothing is left of a module."""
     name = document.get(TYPE)
-    deleted = getattr(types.get(name), "deleted", None) if name in types.names() else None
-    if deleted is None:
+    gone = {f"{keys.PREFIX}{module}." for module in (_deleted(name, document) if name in types.names() else ())}
+    if not gone:
         return tensors
-    gone = {f"{keys.PREFIX}{module}." for module in deleted(document)}
     return {
         name: lazy
         for name, lazy in tensors.items()
         if 0 not in lazy.shape or not any(unwrap(name).startswith(prefix) for prefix in gone)
     }
+
+
+def _deleted(name: str, document: Mapping[str, Any]) -> Collection[str]:
+    """Return the modules of which a config says that nothing is left."""
+    module = types.get(name)
+    return module.deleted(document) if hasattr(module, "deleted") else ()
 
 
 def assemble(
@@ -106,10 +112,15 @@ def assemble(
                 updates[place.format(module=module)] = parsed.module.update(one)
         except ValueError as error:
             faults.append(f"{module}: {error}")
+    for field, value in parsed.values.taken.items():
+        warned("%s: the config does not say %s; %s, PEFT's default, is taken", config, field, json.dumps(value))
     check_faults(path, faults)
     if not updates and not whole:
         raise BadFile(f"{path}: no tensors of a {parsed.type} adapter in it")
-    for note in _notes(groups, parsed, [*groups.modules, *updates]):
+    for note in (
+        *_notes(groups, parsed, [*groups.modules, *updates]),
+        *checks.lacking({*groups.modules, *updates, *_deleted(parsed.type, parsed.fields)}, parsed.targets, base),
+    ):
         warned("%s: %s", path, note)
     return Adapter(updates, whole, parsed.base, dialect="peft", settings=parsed.settings, copies=groups.copies)
 
@@ -120,7 +131,7 @@ class TypedConfig:
 
     type: str
     module: Any
-    values: Mapping[str, Any]
+    values: Values
     fields: Mapping[str, Any]
     targets: Targets
     keys: Mapping[str, PatternKeys]
@@ -137,7 +148,9 @@ class TypedConfig:
             raise UnsupportedAdapter(f"{path}: peft_type {name[:80]!r} is not known; known are {known}")
         module = types.get(name)
         own: Mapping[str, Field] = module.FIELDS
-        fields = {field: value for field, value in document.items() if value is not None}
+        off = {field: False for field, each in own.items() if each.default is True}  # what PEFT takes null for
+        stated = {field: off.get(field) if value is None else value for field, value in document.items()}
+        fields = {field: value for field, value in stated.items() if value is not None}
         tests = {**_TYPES, **{field: (each.test, each.expected) for field, each in own.items()}}
         tables.check(path, tables.misfits(fields, tests))
         if alpha is not None:
@@ -160,8 +173,7 @@ class TypedConfig:
         if unknown := tables.unknown(fields, tests, _HARMLESS, module.HARMLESS, getattr(module, "REFUSED", {})):
             shown = ", ".join(unknown)[:500]
             warned("%s: fields that are not known here, and have no effect: %s", path, shown)
-        values = {field: each.default for field, each in own.items()} | fields
-        return cls(name, module, values, fields, targets, patterns, expressions)
+        return cls(name, module, Values(fields, own), fields, targets, patterns, expressions)
 
     def pattern(self, field: str, module: str) -> Any:
         """Return the value that a pattern has for a module, by PEFT's first-match rule; None where it has none."""
@@ -247,3 +259,5 @@ def _notes(groups: Groups, config: TypedConfig, modules: Collection[str]) -> Ite
     yield from groups.notes()
     if missing := config.targets.unused(modules):
         yield f"no tensors for these target_modules: {', '.join(missing[:20])}"
+    if hasattr(config.module, "notes"):
+        yield from config.module.notes(config.fields)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,24 @@ import torch
 from safetensors.torch import save_file
 
 from loratools import dialects, inspect
+from loratools.decisions import warnings_to
 from loratools.dialects.peft import typed, types
 from loratools.dialects.peft.types._refused import REFUSED
 from loratools.errors import BadFile, LoraToolsError, UnsupportedAdapter
+from loratools.storage.checkpoint import Checkpoint
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 IA3 = {f"{Q}.ia3_l": torch.ones(6, 1)}
 LOHA = {f"{Q}.hada_{name}": torch.ones(4, 2) if name.endswith("a") else torch.ones(2, 3)
         for name in ("w1_a", "w1_b", "w2_a", "w2_b")}  # fmt: skip
+
+
+@pytest.fixture
+def warned() -> Iterator[list[str]]:
+    """Return what is warned of while the test runs."""
+    messages: list[str] = []
+    with warnings_to(messages.append):
+        yield messages
 
 
 def folder(path: Path, tensors: dict[str, torch.Tensor], **config: Any) -> Path:
@@ -112,3 +123,73 @@ def test_the_users_alpha_takes_the_place_of_the_files(tmp_path: Path) -> None:
 def test_a_lone_layer_0_is_kept_as_a_list(tmp_path: Path) -> None:
     adapter = dialects.open_adapter(folder(tmp_path / "a", LOHA, peft_type="LOHA", r=2, layers_to_transform=0))
     assert adapter.settings["layers_to_transform"] == [0]
+
+
+OFT = {f"{Q}.oft_R.weight": torch.full((2, 3), 0.1)}
+PLAIN_OFT = {"peft_type": "OFT", "coft": False, "num_cayley_neumann_terms": 5, "peft_version": "0.21.0"}
+
+
+def test_null_is_off_for_a_switch_that_is_on_by_default(tmp_path: Path, warned: list[str]) -> None:
+    """As for PEFT, which asks whether the value is true."""
+    null = dialects.open_adapter(folder(tmp_path / "a", OFT, **PLAIN_OFT, use_cayley_neumann=None))
+    off = dialects.open_adapter(folder(tmp_path / "b", OFT, **PLAIN_OFT, use_cayley_neumann=False))
+    on = dialects.open_adapter(folder(tmp_path / "c", OFT, **PLAIN_OFT, use_cayley_neumann=True))
+    layouts = [next(iter(adapter.updates.values())).layout for adapter in (null, off, on)]
+    assert layouts[0] == layouts[1] != layouts[2]
+    assert warned == []
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "sentences"),
+    [
+        (LOHA, {"peft_type": "LOHA", "r": 2}, ["the config does not say alpha; 8, PEFT's default, is taken"]),
+        (LOHA, {"peft_type": "LOHA", "r": 2, "alpha": None}, ["the config does not say alpha; 8"]),
+        (LOHA, {"peft_type": "LOHA", "r": 2, "alpha": 8}, []),
+        (OFT, {**PLAIN_OFT}, ["the config does not say use_cayley_neumann; true, PEFT's default, is taken"]),
+        (OFT, {"peft_type": "OFT", "use_cayley_neumann": True, "num_cayley_neumann_terms": 5},
+         ["trained with PEFT before 0.18, whose Cayley-Neumann series was slightly another"]),
+        (IA3, {"peft_type": "IA3"}, []),
+    ],
+)  # fmt: skip
+def test_a_default_that_decides_the_result_is_said(
+    tensors: dict[str, torch.Tensor], config: dict[str, Any], sentences: list[str], tmp_path: Path, warned: list[str]
+) -> None:
+    dialects.open_adapter(folder(tmp_path / "a", tensors, **config))
+    assert len(warned) == len(sentences)
+    assert all(sentence in message for sentence, message in zip(sentences, warned, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "shape", "config"),
+    [
+        ("IA3", "ia3_l", (6, 1), {}),
+        ("HRA", "hra_u", (6, 2), {"r": 2}),
+        ("LN_TUNING", "ln_tuning_layers.weight", (6, 6), {}),
+        ("BEFT", "beft_bias", (1, 6), {}),
+        ("LORA", "lora_A.weight", (2, 6), {"r": 2, "lora_alpha": 2}),
+    ],
+)
+def test_a_layer_that_the_config_targets_and_the_file_lacks_is_said(
+    name: str, part: str, shape: tuple[int, ...], config: dict[str, Any], tmp_path: Path, warned: list[str]
+) -> None:
+    """Of a type with one tensor a module nothing else tells that one is missing; the base does."""
+    base = tmp_path / "base"
+    base.mkdir()
+    modules = [f"model.layers.{i}.self_attn.q_proj" for i in range(3)]
+    save_file({f"{m}.{each}": torch.ones(6, 6)[: 6 if each == "weight" else 1].squeeze(0).contiguous()
+               for m in modules for each in ("weight", "bias")}, base / "model.safetensors")  # fmt: skip
+    (base / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    tensors = {f"base_model.model.{m}.{part}": torch.ones(shape) for m in modules}
+    if name == "LORA":
+        tensors |= {f"base_model.model.{m}.lora_B.weight": torch.ones(6, 2) for m in modules}
+    every = folder(tmp_path / "all", tensors, peft_type=name, **config)
+    less = {key: tensor for key, tensor in tensors.items() if modules[1] not in key}
+    some = folder(tmp_path / "some", less, peft_type=name, **config)
+    some_layers = folder(tmp_path / "layers", less, peft_type=name, layers_to_transform=[0, 2], **config)
+    opened = Checkpoint.open(base)
+    dialects.open_adapter(every, base=opened)
+    dialects.open_adapter(some_layers, base=opened)
+    assert warned == []
+    dialects.open_adapter(some, base=opened)
+    assert len(warned) == 1
+    assert f"no tensors for {modules[1]}, which the config targets" in warned[0]

@@ -8,6 +8,8 @@ A file says what PEFT 0.21 writes for its type, and makes the update of a module
     FIELDS       field of the config -> `Field`: what decides the result
     HARMLESS     field -> why it has no effect on a merge
     REFUSED      field -> (which values are refused, why); optional
+    notes(fields)
+                 sentences that a user must know of a config; optional
     PLACE        where the update of a `{module}` lies if not on its weight, as `{module}.bias`; optional
     TIED         whether modules that are tied to a target have its tensors too, without being targeted; optional
     RENAMED      part of the update -> its name in a file, where they differ; optional
@@ -48,6 +50,23 @@ class Field:
     test: Test
     expected: str
     default: Any = None
+
+
+class Values(dict[str, Any]):
+    """The fields that a config states; where it does not, PEFT's default, of which `taken` keeps those that decided."""
+
+    def __init__(self, fields: Mapping[str, Any], own: Mapping[str, Field]) -> None:
+        """Make them of what a config states and the fields of its type."""
+        super().__init__(fields)
+        self._own = own
+        self.taken: dict[str, Any] = {}
+
+    def __missing__(self, field: str) -> Any:
+        """Return the default of a field; it decided nothing where it is what no one asks for: 0, off or none."""
+        default = self._own[field].default
+        if default:
+            self.taken[field] = default
+        return default
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 from loratools.adapter import kinds
 from loratools.adapter.kinds import Update
 from loratools.dialects.peft.types import SWITCH, Field, ModuleTensors, a_switch, count, number
@@ -15,6 +18,15 @@ FIELDS = {
     "use_cayley_neumann": Field(a_switch, "a switch", True), "num_cayley_neumann_terms": count(5),
 }  # fmt: skip
 HARMLESS = {"module_dropout": "training only"}
+
+
+def notes(fields: Mapping[str, Any]) -> Iterator[str]:
+    """Yield that PEFT before 0.18, which wrote no version, computed the series in another way, as PEFT says too."""
+    if fields.get("use_cayley_neumann") and "peft_version" not in fields:
+        yield (
+            "trained with PEFT before 0.18, whose Cayley-Neumann series was slightly another; it is applied as PEFT "
+            "applies it since"
+        )
 
 
 def update(one: ModuleTensors) -> Update:
