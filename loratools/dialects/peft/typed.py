@@ -149,7 +149,9 @@ class TypedConfig:
         module = types.get(name)
         own: Mapping[str, Field] = module.FIELDS
         off = {field: False for field, each in own.items() if each.default is True}  # what PEFT takes null for
-        stated = {field: off.get(field) if value is None else value for field, value in document.items()}
+        stated: dict[str, Any] = {
+            field: off.get(field) if value is None else value for field, value in document.items()
+        }
         fields = {field: value for field, value in stated.items() if value is not None}
         tests = {**_TYPES, **{field: (each.test, each.expected) for field, each in own.items()}}
         tables.check(path, tables.misfits(fields, tests))
