@@ -18,7 +18,7 @@ Look
     inspect          what is in this file? An adapter or a model, from headers alone
     spectrum         the singular values of every ΔW = s·B·A, and the rank that they need
     compare          how alike two adapters are: angles between their changes, and their subspaces
-    hash             which model exactly is this? The base hash, in tiers
+    hash             which model, or which adapter, exactly is this? Its hash, in tiers
     estimate         what a LoRA would cost: parameters, bytes, optimizer state; the rank for a budget
 Check
     verify           how far is a model from base + adapters? A proof that shares no arithmetic with merge

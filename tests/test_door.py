@@ -154,6 +154,7 @@ def test_every_function_takes_every_kind_of_input(
     assert loratools.inspect(base).type == "checkpoint"
     assert loratools.hash(base) == identity
     assert loratools.hash(base, "schema").schema == identity.schema
+    assert loratools.hash(adapter, "root") == loratools.hash(workplace / "sealed", "root")
     assert loratools.spectrum(adapter).norm == loratools.spectrum(workplace / "adapter").norm
     assert (
         loratools.compare(adapter, other, base).cosine
@@ -186,7 +187,7 @@ def test_an_opened_value_where_none_can_be_is_refused_in_a_sentence(workplace: P
     out = tmp_path / "out"
     calls: list[tuple[Callable[..., Any], tuple[Any, ...], str]] = [
         (loratools.validate, (adapter,), "Adapter"), (loratools.push, (adapter, "lab/adapter"), "Adapter"),
-        (loratools.hash, (adapter,), "Adapter"), (loratools.spectrum, (model,), "Checkpoint"),
+        (loratools.hash, (3,), "int"), (loratools.spectrum, (model,), "Checkpoint"),
         (loratools.compare, (adapter, model), "Checkpoint"), (loratools.merge, (adapter, adapter, out), "Adapter"),
         (loratools.merge, (model, model, out), "Checkpoint"), (loratools.merge, (model, [model], out), "Checkpoint"),
         (loratools.verify, (model, model, model), "Checkpoint"), (loratools.convert, (model, out), "Checkpoint"),

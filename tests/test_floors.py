@@ -39,7 +39,7 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
         "__main__ __init__",
     ),
     "loratools.adapter": (
-        "basis factors parts site",
+        "basis factors parts shown site",
         "kinds",
         "model",
         "fusing identity low_rank",

@@ -4,6 +4,7 @@ model       `Adapter`, which every dialect reads into and writes from; `BaseIden
 identity    whether two identities are of one base
 kinds       one file for each kind of update: its formula
 parts       the names that PEFT gives the tensors of a module
+shown       what a notebook shows of an adapter
 basis       what another basis of a weight does to an update of it
 site        where an update lands: a rectangle of a base tensor
 factors     factors that are not loaded yet: turned, cut, permuted, padded

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from loratools.adapter import kinds
 from loratools.adapter.kinds import Update
+from loratools.errors import printable
 from loratools.storage.lazy import LazyTensor
+
+_SHOWN = 20  # names and rows that a notebook shows
 
 HEADER = "metadata"
 """The setting that holds the entries of the header that an adapter's file had: trigger words, tags, a thumbnail."""
@@ -77,9 +81,12 @@ class Loss:
         return f"{self.where}: {self.what}"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Adapter:
     """A set of changes to a base model. Two adapters are equal when their delta weights are, never when A and B are.
+
+    `len(adapter)` counts its modules, `for module in adapter` goes through their paths, and `adapter[module]` is the
+    `Update` of one. A notebook shows it as a table.
 
     `updates`       module path in the base, e.g. `model.layers.0.self_attn.q_proj` -> `Update`
     `replacements`  parameter path in the base, e.g. `lm_head.weight` -> the tensor that takes its place; it comes first
@@ -102,6 +109,57 @@ class Adapter:
     settings: Mapping[str, Any] = field(default_factory=dict)
     copies: Mapping[str, LazyTensor] = field(default_factory=dict)
     orientation: Mapping[str, bool] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """Return the number of modules that it changes by an update; replaced tensors are not among them."""
+        return len(self.updates)
+
+    def __bool__(self) -> bool:
+        """Return True: an adapter that only replaces tensors, or changes nothing, is an adapter too."""
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the module paths, in the order of the file."""
+        return iter(self.updates)
+
+    def __contains__(self, module: object) -> bool:
+        """Tell whether it changes a module."""
+        return module in self.updates
+
+    def __getitem__(self, module: str) -> Update:
+        """Return the update of a module; raise `KeyError` where it has none."""
+        return self.updates[module]
+
+    def __repr__(self) -> str:
+        """Return one line: dialect, number of modules, kinds and ranks, base."""
+        kinds_and_ranks = Counter(f"{update.kind} of rank {update.rank}" for update in self.updates.values())
+        shown = [name for name, _ in kinds_and_ranks.most_common(3)] + ["…"] * (len(kinds_and_ranks) > 3)
+        words = [self.dialect, _count(len(self), "module"), *([", ".join(shown)] if shown else [])]
+        words += [_count(len(self.replacements), "replaced tensor")] if self.replacements else []
+        words += [f"for {self.base.id}"] if self.base and self.base.id else []
+        return printable(f"<Adapter: {'; '.join(word for word in words if word)}>")
+
+    def _repr_html_(self) -> str:
+        """Return the table that a notebook shows: what its one line says, and a row for modules that are alike."""
+        from loratools.adapter.shown import table  # for notebooks only
+
+        sizes = [lazy.parameters for lazy in self.tensors().values()]
+        fields = [
+            ("dialect", self.dialect),
+            ("base", self.base.id or "known by digest" if self.base else ""),
+            ("parameters", f"{sum(sizes):,} in {_count(len(sizes), 'tensor')}"),
+            ("replaced tensors", ", ".join([*self.replacements][:_SHOWN])),
+        ]
+        alike: dict[tuple[str, str, str, str], list[str]] = {}
+        for module, update in self.updates.items():
+            numbers = f"{update.rank}", f"{update.alpha:.6g}", f"{update.scaling:.6g}"
+            alike.setdefault((update.kind, *numbers), []).append(module)
+        rows = []
+        for key, modules in alike.items():
+            targets = list(dict.fromkeys(module.rpartition(".")[2] for module in modules))
+            rows.append((*key, f"{len(modules)}", ", ".join(targets[:_SHOWN]) + ", …" * (len(targets) > _SHOWN)))
+        heading = ("kind", "rank", "alpha", "scaling", "modules", "targets")
+        return table("Adapter", [(name, text) for name, text in fields if text], heading, rows[:_SHOWN])
 
     def tensors(self) -> dict[str, LazyTensor]:
         """Return every tensor of the adapter under a canonical name, `module.part` or the replaced parameter's path.
@@ -131,6 +189,10 @@ class Adapter:
             {path: once(lazy) for path, lazy in whole.items()} for whole in (self.replacements, self.copies)
         )
         return replace(self, updates=updates, replacements=replacements, copies=copies)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

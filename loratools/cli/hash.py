@@ -38,34 +38,38 @@ def command(
     talk: Talk, checkpoint: str, tier: Tier | Literal["all"], include: tuple[str, ...], algorithm: Algorithm,
     threads: int | None,
 ) -> Report:  # fmt: skip
-    """Print the base hash of a model: which model exactly is this?
+    """Print the hash of a model or an adapter: which one exactly is this?
 
-    CHECKPOINT is a safetensors file, or a folder of them with or without an index. The hash does not depend on how
-    the tensors are spread over files, or on their order: the same model in other shards has the same hash. An adapter
-    that is sealed with it refuses every other base. The logical hash of a quantized model is the root hash of the model
-    that `loratools dequantize` makes of it: copies of one parent in several formats that agree in it hold the same
-    numbers.
+    CHECKPOINT is a safetensors file, or a folder of them with or without an index; or an adapter in any dialect. The
+    root of an adapter is its digest: the one that it records of itself when it is sealed, the same in every dialect
+    that keeps its tensors as they are. What the tensors mean (alpha, scaling) is not in it. The hash does not depend on
+    how the tensors are spread over files, or on their order: the same model in other shards has the same hash. An
+    adapter that is sealed with it refuses every other base. The logical hash of a quantized model is the root hash of
+    the model that `loratools dequantize` makes of it: copies of one parent in several formats that agree in it hold the
+    same numbers.
 
     \b
     Examples:
       loratools hash base
       loratools hash base --tier schema
+      loratools hash adapter --tier root
       loratools hash hf://lab/base --tier schema
       loratools hash quantized --tier logical
       loratools hash base --include '*.self_attn.q_proj.weight' --algorithm sha256
     """
-    from loratools.storage import sources
-    from loratools.storage.checkpoint import Checkpoint
-    from loratools.surgery.hash import TIERS, hash_checkpoint
+    from loratools.adapter.model import Adapter
+    from loratools.surgery.hash import TIERS, hash_checkpoint, open_hashed
 
     if include and tier not in ("all", "tensors"):
         raise click.UsageError(f"--include chooses tensors; it does not go with --tier {tier}")
     tiers: tuple[Tier, ...] = ("tensors",) if include else TIERS if tier == "all" else (tier,)
-    model = Checkpoint.open(sources.local(checkpoint, "header" if tiers == ("schema",) else "checkpoint"))
-    with talk.progress("hashing", 0 if tiers == ("schema",) else model.nbytes) as advance:
-        identity = hash_checkpoint(model, tiers, algorithm, include=include or None, threads=threads, progress=advance)
+    opened = open_hashed(checkpoint, headers=tiers == ("schema",))
+    total = 0 if isinstance(opened, Adapter) or tiers == ("schema",) else opened.nbytes
+    with talk.progress("hashing", total) as advance:
+        identity = hash_checkpoint(opened, tiers, algorithm, include=include or None, threads=threads, progress=advance)
     asked = {tier: getattr(identity, tier) for tier in tiers}
-    return Report({"path": checkpoint, "algorithm": algorithm, "hash": asked}, _lines(identity))
+    what = "adapter" if isinstance(opened, Adapter) else "checkpoint"
+    return Report({"path": checkpoint, "type": what, "algorithm": algorithm, "hash": asked}, _lines(identity))
 
 
 def _lines(identity: BaseIdentity) -> Iterator[str]:

@@ -45,8 +45,8 @@ from loratools.storage import atomic
 from loratools.storage.checkpoint import Checkpoint
 
 __all__ = [
-    "Dialect", "Evidence", "HasAdapter", "InMemory", "Listing", "detect", "get", "held", "is_pair", "list_dialects",
-    "located", "names", "open_adapter", "save_adapter",
+    "Dialect", "Evidence", "HasAdapter", "InMemory", "Listing", "detect", "get", "held", "is_adapter", "is_pair",
+    "list_dialects", "located", "names", "open_adapter", "save_adapter",
 ]  # fmt: skip
 
 
@@ -159,6 +159,11 @@ def detect(listing: Listing) -> tuple[str, Evidence]:
 def _candidates(listing: Listing, only: str | None = None) -> list[tuple[str, Evidence]]:
     known = names() if only is None else (only,)
     return [(name, evidence) for name in known if (evidence := get(name).detect(listing))]
+
+
+def is_adapter(listing: Listing) -> bool:
+    """Tell whether any dialect reads a listing, from names, headers and small files only."""
+    return bool(_candidates(listing))
 
 
 def located(listing: Listing, dialect: str | None = None) -> Listing:

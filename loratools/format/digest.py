@@ -14,11 +14,15 @@ def adapter_digest(adapter: Adapter, algorithm: str = digest.DEFAULT) -> str:
     A PEFT adapter and the same adapter sealed have one digest. Needs torch only for tensors that are not plain bytes
     of a file.
     """
-    digests = {
+    return digest.root(tensor_digests(adapter, algorithm), algorithm)
+
+
+def tensor_digests(adapter: Adapter, algorithm: str = digest.DEFAULT) -> dict[str, str]:
+    """Return the digest of each of an adapter's own tensors, by PEFT's canonical names."""
+    return {
         name: digest.tensor(lazy.dtype, lazy.shape, lazy.chunks(name), algorithm)
         for name, lazy in manifest.tensors_of(adapter).items()
     }
-    return digest.root(digests, algorithm)
 
 
 def checked_digest(adapter: Adapter, name: str) -> str:

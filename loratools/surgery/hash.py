@@ -1,17 +1,25 @@
-"""Hash a checkpoint: the tiers of its base hash, at the speed of the disk, without torch."""
+"""Hash a model or an adapter: the tiers of its hash, at the speed of the disk, without torch.
+
+Those of a model are over the tensors of its files. Those of an adapter are over its own tensors under PEFT's canonical
+names, whatever dialect they came in: its root is the digest that a sealed adapter records of itself.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
+from os import PathLike
 from threading import Event
 from typing import get_args
 
+from loratools import dialects
 from loratools.adapter.identity import Tier
-from loratools.adapter.model import BaseIdentity
+from loratools.adapter.model import Adapter, BaseIdentity
 from loratools.adapter.placement.codes import refuse_all_codes
 from loratools.decisions import warned
-from loratools.errors import LoraToolsError
+from loratools.errors import BadFile, InvalidOption, LoraToolsError
+from loratools.format import manifest
+from loratools.format.digest import tensor_digests
 from loratools.options import Options
 from loratools.parallel import Progress, cores, no_progress, workers
 from loratools.storage import digest
@@ -26,7 +34,7 @@ TIERS: tuple[Tier, ...] = get_args(Tier)
 
 @session()
 def hash_checkpoint(
-    checkpoint: Location | Checkpoint,
+    checkpoint: Location | Checkpoint | Adapter | dialects.InMemory,
     tiers: Tier | Collection[Tier] = TIERS,
     algorithm: Algorithm = digest.DEFAULT,
     *,
@@ -34,14 +42,17 @@ def hash_checkpoint(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> BaseIdentity:
-    """Return the base hash of a model: which model exactly is this? (spec/v1; construction in `storage/digest.py`)
+    """Return the hash of a model or an adapter: which one exactly is this? (spec/v1, and `storage/digest.py`)
 
-    The hash does not depend on how the tensors are spread over files, on their order, or on threads. The logical hash
-    of a quantized model is the root hash of the model that `dequantize` makes of it; of any other it is the root.
+    The hash of a model is the base hash that an adapter is sealed with. The root of an adapter is its digest: the one
+    that it records of itself when it is sealed, and the same in every dialect that keeps its tensors as they are. What
+    the tensors mean (alpha, scaling) is not in it. The hash does not depend on how the tensors are spread over files,
+    on their order, or on threads. The logical hash of a quantized model is the root hash of the model that `dequantize`
+    makes of it; of any other it is the root.
 
     Args:
-        checkpoint: The model: a path, an `hf://` reference (of which `"schema"` alone fetches the headers only), or an
-            open `Checkpoint`.
+        checkpoint: The model, or the adapter: a path, an `hf://` reference (of which `"schema"` alone fetches the
+            headers only), an open `Checkpoint` or `Adapter`, or an adapter held in memory.
         tiers: Which parts of the hash, one or several: `"schema"` reads no tensor, `"tensors"` those that `include`
             names, `"root"` all, `"logical"` all of them as numbers in 16 bit. Default: all four.
         algorithm: `"blake3"` or `"sha256"`. Default: `"blake3"`.
@@ -50,12 +61,13 @@ def hash_checkpoint(
         progress: Called with the bytes read since the last call, from any thread. Default: nobody is told.
 
     Returns:
-        An identity with the tiers that were asked for.
+        The tiers that were asked for; an adapter has no logical hash.
 
     Raises:
-        InvalidOption: A tier, the algorithm or the number of threads cannot be.
+        InvalidOption: A tier, the algorithm or the number of threads cannot be; the logical hash of an adapter.
         LoraToolsError: A pattern matches no tensor.
-        BadFile: A file cannot be read.
+        BadFile: A file cannot be read, or a sealed adapter's tensors are not those that were sealed.
+        UnknownKind, UnsupportedAdapter: The adapter cannot be read.
         UnsupportedAdapter, IncompatibleAdapter: The logical hash alone was asked for, and the model is quantized in a
             way that is not read; with other tiers that is a warning, and it is left out.
 
@@ -73,9 +85,13 @@ def hash_checkpoint(
             options.text("include", pattern)
     options.word("algorithm", algorithm, Algorithm).threads(threads).done()
     if not isinstance(checkpoint, Checkpoint):
-        checkpoint = Checkpoint.open(local(checkpoint, "header" if set(tiers) <= {"schema"} else "checkpoint"))
+        opened = open_hashed(checkpoint, headers=set(tiers) <= {"schema"})
+        if isinstance(opened, Adapter):
+            return _of_adapter(opened, tiers, algorithm, include)
+        checkpoint = opened
     checkpoint.tell_unread()
-    selected = set(checkpoint.specs) if include is None else _select(checkpoint, include)
+    names = set(checkpoint.specs)
+    selected = names if include is None else _select(str(checkpoint.path), names, include)
     view = _as_numbers(checkpoint, alone=tiers == ("logical",)) if "logical" in tiers else {}
     coded = {name: spec for name, spec in view.items() if spec.encoding}
     every = set(checkpoint.specs) if "root" in tiers else {name for name in view if name not in coded}
@@ -145,11 +161,50 @@ def _as_numbers(checkpoint: Checkpoint, *, alone: bool) -> Mapping[str, TensorSp
     return view.specs
 
 
-def _select(checkpoint: Checkpoint, include: str | Iterable[str]) -> set[str]:
+def _select(place: str, names: Collection[str], patterns: Iterable[str]) -> set[str]:
     """Return the names that match the patterns; raise `LoraToolsError` with every pattern that matches none."""
-    patterns = [include] if isinstance(include, str) else include
-    matches = {pattern: {name for name in checkpoint.specs if fnmatchcase(name, pattern)} for pattern in patterns}
-    if unmatched := ", ".join(repr(pattern) for pattern, names in matches.items() if not names):
+    matches = {pattern: {name for name in names if fnmatchcase(name, pattern)} for pattern in patterns}
+    if unmatched := ", ".join(repr(pattern) for pattern, matching in matches.items() if not matching):
         hint = "`loratools inspect --modules` lists the names."
-        raise LoraToolsError(f"{checkpoint.path}: no tensor matches {unmatched}", hint=hint)
+        raise LoraToolsError(f"{place}: no tensor matches {unmatched}", hint=hint)
     return set().union(*matches.values())
+
+
+def open_hashed(source: Location | Adapter | dialects.InMemory, *, headers: bool = False) -> Checkpoint | Adapter:
+    """Return the adapter or the model that a value is, open.
+
+    Args:
+        source: A path, an `hf://` reference, an adapter held in memory.
+        headers: Whether to fetch no more of a reference than the headers of its files. Default: all that is read.
+
+    Raises:
+        BadFile, UnknownKind, UnsupportedAdapter: It cannot be read.
+    """
+    if not isinstance(source, str | PathLike):
+        return dialects.open_adapter(source)
+    # What it is can be told from headers alone, before anything else of a reference is fetched.
+    if dialects.is_adapter(dialects.Listing.of(source, need="header")):
+        return dialects.open_adapter(local(source, "header" if headers else "adapter"))
+    return Checkpoint.open(local(source, "header" if headers else "checkpoint"))
+
+
+def _of_adapter(
+    adapter: Adapter, tiers: Collection[Tier], algorithm: Algorithm, include: Iterable[str] | None
+) -> BaseIdentity:
+    """Return the tiers of an adapter's tensors; raise `BadFile` where it records another digest of itself."""
+    if set(tiers) == {"logical"}:
+        raise InvalidOption("tiers: the logical hash is that of a quantized model, and this is an adapter")
+    tensors = manifest.tensors_of(adapter)
+    place = next((str(lazy.file) for lazy in tensors.values() if lazy.file), "the adapter")
+    selected = set(tensors) if include is None else _select(place, set(tensors), include)
+    schema = {name: (lazy.dtype, lazy.shape) for name, lazy in tensors.items()}
+    digests = tensor_digests(adapter, algorithm) if {"tensors", "root"} & set(tiers) else {}
+    root = digest.root(digests, algorithm) if "root" in tiers else None
+    recorded = adapter.settings.get(manifest.ORIGIN, {}).get("digest")
+    if root and recorded and digest.algorithm_of(recorded) == algorithm and root != recorded:
+        raise BadFile(f"{place}: the tensors are not those that were sealed: digest {root}, recorded {recorded}")
+    return BaseIdentity(
+        schema=digest.schema(schema, algorithm) if "schema" in tiers else None,
+        tensors={name: digests[name] for name in sorted(selected)} if "tensors" in tiers else {},
+        root=root,
+    )

@@ -100,7 +100,8 @@ def tell_twice(digests: Sequence[str]) -> None:
 
 def as_list(adapters: AdapterSource | Sequence[AdapterSource]) -> list[AdapterSource]:
     """Return several adapters as a list, and one that stands alone, also a pair (state dict, config), as a list."""
-    if dialects.is_pair(adapters) or isinstance(adapters, str | Mapping) or not isinstance(adapters, Iterable):
+    alone = isinstance(adapters, str | Mapping | Adapter) or not isinstance(adapters, Iterable)
+    if alone or dialects.is_pair(adapters):
         return [cast(AdapterSource, adapters)]
     return list(cast(Sequence[AdapterSource], adapters))
 

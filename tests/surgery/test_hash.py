@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
 import loratools
-from loratools.errors import LoraToolsError
+from loratools.dialects import open_adapter
+from loratools.errors import BadFile, InvalidOption, LoraToolsError
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.hash import hash_checkpoint, hash_tensors
 from tests.make import fp8, tiny
@@ -169,3 +171,41 @@ def test_codes_that_are_not_read_have_no_logical_hash(tmp_path: Path, caplog: py
     assert "its logical hash is left out" in caplog.text
     with pytest.raises(LoraToolsError, match="AQLM"):
         hash_checkpoint(tmp_path, "logical")
+
+
+def test_the_root_of_an_adapter_is_by_hand_what_its_seal_records(workplace: Path) -> None:
+    weights = load_file(workplace / "adapter" / "adapter_model.safetensors")
+    schema, digests, root = by_hand(weights, "blake3")
+    found = loratools.hash(workplace / "adapter")
+    assert (found.schema, dict(found.tensors), found.root, found.logical) == (schema, digests, root, None)
+    recorded = open_adapter(workplace / "sealed").settings["loratools"]["digest"]
+    assert recorded == root == loratools.hash(workplace / "sealed", "root").root
+    assert loratools.hash(workplace / "adapter", "root", "sha256").root == by_hand(weights, "sha256")[2]
+    state = {name: tensor.clone() for name, tensor in weights.items()}
+    config = (workplace / "adapter" / "adapter_config.json").read_bytes()
+    in_memory = loratools.hash((state, json.loads(config)), ["root", "schema"])
+    assert (in_memory.root, in_memory.schema) == (root, schema)
+    (name, *_) = weights
+    assert loratools.hash(workplace / "adapter", "tensors", include=name).tensors == {name: digests[name]}
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "mlx", "diffusers", "gguf", "torchtune", "loratools"])
+def test_an_adapter_has_one_root_in_every_dialect_that_keeps_its_tensors(dialect: str, workplace: Path) -> None:
+    target = workplace / ("other.gguf" if dialect == "gguf" else "other-dialect")
+    source = open_adapter(workplace / "adapter")
+    loratools.convert(source, target, to=dialect, base=workplace / "base", allow_loss=True)
+    back = open_adapter(target, base=Checkpoint.open(workplace / "base"))
+    assert loratools.hash(back, "root").root == loratools.hash(workplace / "adapter", "root").root
+
+
+def test_an_adapter_that_was_changed_after_sealing_has_no_hash(workplace: Path) -> None:
+    (file,) = (workplace / "sealed").glob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(BadFile, match="not those that were sealed"):
+        loratools.hash(workplace / "sealed")
+    with pytest.raises(InvalidOption, match="logical"):
+        loratools.hash(workplace / "adapter", "logical")
+    with pytest.raises(LoraToolsError, match=r"no tensor matches 'x\*'"):
+        loratools.hash(workplace / "adapter", include="x*")
