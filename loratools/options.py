@@ -42,8 +42,8 @@ def words(literal: Any) -> tuple[str, ...]:
 
 
 def either(choices: Sequence[str]) -> str:
-    """Return "a, b or c"."""
-    *first, last = choices
+    """Return "a, b or c", an empty text where there is none."""
+    *first, last = choices or ("",)
     return f"{', '.join(first)} or {last}" if first else last
 
 

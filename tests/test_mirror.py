@@ -26,6 +26,7 @@ ELSEWHERE = {
     "cli/test_examples": "cli: combine compare completion convert demo dequantize dialects estimate hash inspect "
     "merge pull push resize switch unmerge validate verify _options _ranks",
     "cli/test_run": ".: __main__ decisions errors; cli: _group _talk",
+    "cli/test_words": "cli: _spelling",
     "cli/test_show": "cli: _certificate",
     "dialects/kohya/test_kohya": "storage: save",
     "demo/test_llama": "demo: quantized stop tour",

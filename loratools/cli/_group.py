@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pkgutil import iter_modules
@@ -9,16 +10,29 @@ from typing import Any
 
 import click
 
+from loratools.cli import _spelling as spelling
 from loratools.cli._hints import placed
 from loratools.cli._show import SCHEMA, Report, encode
 from loratools.cli._show import line as show_line
+from loratools.cli._spelling import long_name
 from loratools.cli._talk import Talk
+from loratools.cli._words import GROUPS, WORDS
 from loratools.decisions import warnings_to
 from loratools.errors import LoraToolsError
+from loratools.options import either
 from loratools.storage import sources
 
 SECTIONS = ("Look", "Check", "Change", "Share", "Learn")
 """Headings of `loratools --help`, in order; a command names its own."""
+
+_MANY = 8  # options that stand under headings
+MEANT = {
+    "show": "inspect", "info": "inspect", "list": "inspect", "diff": "compare", "check": "validate verify",
+    "upload": "push", "download": "pull", "fuse": "merge", "rank": "resize", "shrink": "resize", "add": "combine",
+    "svd": "extract-svd", "metadata": "inspect edit", "tour": "demo", "remove": "unmerge", "replace": "switch",
+    "digest": "hash", "cost": "estimate", "formats": "dialects",
+}  # fmt: skip
+"""What other tools call a command -> what it is called here."""
 
 
 class Command(click.Command):
@@ -27,11 +41,20 @@ class Command(click.Command):
     def __init__(self, *args: Any, section: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.section = section
-        for option in self.params:
-            if isinstance(option, click.Option):
-                option.show_envvar = True
         self.common = common_options()
         self.params += self.common
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """Parse a command line with the defaults that the environment sets; old spellings work, with a warning."""
+        name = self.name or ""
+        args, renamed = spelling.current(name, args)
+        own = [option for option in self.params if isinstance(option, click.Option)]
+        values, old = spelling.defaults(name, own, os.environ)
+        if parent and not extra.get("resilient_parsing"):
+            parent.find_root().ensure_object(Talk).warn(*renamed, *old)
+        return super().make_context(info_name, args, parent, **{"default_map": values, **extra})
 
     def invoke(self, ctx: click.Context) -> None:
         """Run the function, print its report, and exit with 1 where the report says so."""
@@ -54,17 +77,19 @@ class Command(click.Command):
     def _placed(self, hint: str, ctx: click.Context) -> str:
         """Return a hint that says whose an option is that this command has not."""
         root = ctx.find_root().command
-        if "--" not in hint or not isinstance(root, Commands):
-            return hint
-        commands = ((name, root.get_command(ctx, name)) for name in root.list_commands(ctx))
-        options = {name: [option for each in one.params for option in each.opts] for name, one in commands if one}
-        return placed(hint, self.name or "", options)
+        return placed(hint, self.name or "", root.options(ctx)) if isinstance(root, Commands) else hint
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the command's own options first, those of every command after them."""
+        """List the command's own options first, many under the headings of the table, those of every command last."""
         common = [*self.common, self.get_help_option(ctx)]
-        own = [option for option in self.params if option not in common]
-        _write_options(ctx, formatter, "Options", own)
+        own = [option for option in self.params if option not in common and isinstance(option, click.Option)]
+        if len(own) < _MANY:
+            _write_options(ctx, formatter, "Options", own)
+        else:
+            groups = {option: word.group for option in own if (word := WORDS.get(long_name(option)))}
+            for group in GROUPS:
+                _write_options(ctx, formatter, group, [option for option in own if groups.get(option) == group])
+            _write_options(ctx, formatter, "Others", [option for option in own if option not in groups])
         _write_options(ctx, formatter, "Options of every command", common)
 
 
@@ -79,6 +104,40 @@ class Commands(click.Group):
         """Return the names of all commands, sorted."""
         modules = iter_modules(import_module(self.package).__path__)
         return sorted(module.name.replace("_", "-") for module in modules if not module.name.startswith("_"))
+
+    def options(self, ctx: click.Context) -> dict[str, list[str]]:
+        """Return the spellings of the options of every command; every file is imported for it."""
+        commands = ((name, self.get_command(ctx, name)) for name in self.list_commands(ctx))
+        return {
+            name: [
+                spelled
+                for option in loaded.params
+                if isinstance(option, click.Option)
+                for spelled in (*option.opts, *option.secondary_opts)
+            ]
+            for name, loaded in commands
+            if loaded
+        }
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command of a name; one that is none gets the nearest as a suggestion."""
+        names, name = self.list_commands(ctx), args[0]
+        if name in names or name.startswith("-") or ctx.resilient_parsing:
+            return super().resolve_command(ctx, args)
+        from difflib import get_close_matches
+
+        meant = [other for other in names if other in MEANT.get(name, "").split()]
+        like = [*get_close_matches(name, names), *(other for other in names if len(name) > 2 and name in other)]
+        listed = either([repr(other) for other in meant or dict.fromkeys(like)])
+        raise click.UsageError(f"No such command {name!r}" + (f"; did you mean {listed}?" if listed else "."), ctx)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that was asked for; an environment variable that looks like ours and is none is told."""
+        if odd := [name for name in os.environ if name.startswith(spelling.PREFIX)]:
+            ctx.ensure_object(Talk).warn(*spelling.unknown(odd, lambda: self.options(ctx)))
+        return super().invoke(ctx)
 
     def get_command(self, ctx: click.Context, name: str) -> Command | None:
         """Return a command by name, or None."""
@@ -127,7 +186,7 @@ def common_options() -> list[click.Parameter]:
             setattr(ctx.find_root().ensure_object(Talk), str(option.name), value)
 
     def flag(*names: str, help: str, **more: Any) -> click.Option:
-        variable = "LORATOOLS_" + names[-1].strip("-").upper().replace("-", "_")
+        variable = spelling.variable(names[-1])
         return click.Option(names, help=help, callback=remember, expose_value=False, envvar=variable, **more)
 
     return [

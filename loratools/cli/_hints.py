@@ -24,7 +24,19 @@ def placed(hint: str, command: str, options: Mapping[str, Iterable[str]]) -> str
     added = []
     for option in dict.fromkeys(_OPTION.findall(hint)):
         having = [name for name in sorted(places) if option in places[name]]
-        if option in places.get(command, ()) or not having or any(name in told for name in having):
+        if option in places.get(command, ()) or any(name in told for name in having):
             continue
-        added.append(f"{option} is an option of {' and '.join(filter(None, (', '.join(having[:-1]), having[-1])))}")
+        added.append(owners(option, places).rstrip(". "))
+    added = list(filter(None, added))
     return f"{hint} ({'; '.join(added)})" if added else hint
+
+
+def owners(option: str, options: Mapping[str, Iterable[str]]) -> str:
+    """Return a sentence with the commands that have an option, and a space after it; nothing where none has.
+
+    >>> owners("--tied", {"merge": ["--tied"], "switch": ["--tied"], "hash": []})
+    '--tied is an option of merge and switch. '
+    """
+    having = [name for name in sorted(options) if option in options[name]]
+    listed = " and ".join(filter(None, (", ".join(having[:-1]), *having[-1:])))
+    return f"{option} is an option of {listed}. " if having else ""

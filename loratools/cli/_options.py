@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from loratools.cli._words import WORDS
+
 if TYPE_CHECKING:
     Choice = click.Choice[str]
 else:
@@ -45,9 +47,20 @@ INPUT = click.Path()
 """A text that the library takes as it is: a file or folder, here or on the Hub."""
 
 
-def word_option(name: str, literal: str, default: str, help: str) -> Callable[[Decorated], Decorated]:
+def option(*names: str, more: str = "", **settings: Any) -> Callable[[Decorated], Decorated]:
+    """Return an option of the table of `_words`: help begins with its meaning, and goes on with `more`.
+
+    `names` are those of `click.option`, the long one of the table among them, as are `settings`.
+    """
+    name = next(each for each in names if each.startswith("--")).partition("/")[0]
+    word = WORDS[name]
+    settings.setdefault("metavar", word.metavar)
+    return click.option(*names, help=f"{word.meaning} {more}".rstrip(), **settings)
+
+
+def word_option(name: str, literal: str, default: str | None, more: str = "") -> Callable[[Decorated], Decorated]:
     """Return the option whose words are a `Literal` type of `loratools.options`."""
-    return click.option(name, type=Words("loratools.options", literal), default=default, show_default=True, help=help)
+    return option(name, type=Words("loratools.options", literal), default=default, show_default=True, more=more)
 
 
 def swept(context: click.Context, _: click.Parameter, value: Path | None) -> Path | None:
@@ -59,20 +72,17 @@ def swept(context: click.Context, _: click.Parameter, value: Path | None) -> Pat
     return value
 
 
-trained_on_option = click.option(
-    "--trained-on", type=Words("loratools.options", "TrainedOn"),
-    help="What the adapter saw where the base is folded (AWQ, SmoothQuant): its original, or the folded base itself.",
-)  # fmt: skip
-output_option = click.option(
-    "-o", "--output", type=PATH, required=True, metavar="PATH", is_eager=True, callback=swept,
-    help="Where the result goes; it must not exist yet.",
-)  # fmt: skip
-force_option = click.option("--force", is_flag=True, help="Replace the output if it exists.")
-durable_option = click.option(
-    "--durable", is_flag=True,
-    help="Write the model to the disk itself before it gets its name: a power cut leaves it whole or absent.",
-)  # fmt: skip
-dry_run_option = click.option("--dry-run", is_flag=True, help="Print the plan, from headers alone, and stop.")
+trained_on_option = option("--trained-on", type=Words("loratools.options", "TrainedOn"))
+output_option = option("-o", "--output", type=PATH, required=True, is_eager=True, callback=swept)
+force_option = option("--force", is_flag=True)
+durable_option = option("--durable", is_flag=True)
+dry_run_option = option("--dry-run", is_flag=True)
+modules_option = option("--modules", is_flag=True)
+include_option = option("--include", type=str, multiple=True)
+exclude_option = option("--exclude", type=str, multiple=True)
+model_type_option = option("--model-type", type=str)
+shard_size_option = option("--max-shard-size", type=str)
+base_id_option = option("--base-id", type=str)
 
 
 class _Weight(click.ParamType[Any]):
@@ -86,34 +96,19 @@ class _Weight(click.ParamType[Any]):
 
 
 WEIGHT = _Weight()
-weight_option = click.option(
-    "-w", "--weight", "weights", type=WEIGHT, multiple=True, metavar="WEIGHT",
-    help="Weight of an adapter, once for each in order: a number, which may be negative; PATTERN=NUMBER for some of "
-    "its modules, after a comma; or lbw: and a number for each block.  [default: 1 for each]",
-)  # fmt: skip
-to_option = click.option(
-    "--to", metavar="DIALECT", help="See `loratools dialects`.  [default: the adapter's, ours for PEFT's]"
+weight_option = option("-w", "--weight", "weights", type=WEIGHT, multiple=True, more="[default: 1 for each]")
+to_option = option("--to", type=str, more="[default: the adapter's, ours for PEFT's]")
+factors_option = option("--dtype", type=FACTORS, more="[default: as the factors are stored]")
+threads_option = option(
+    "--threads", type=click.IntRange(min=1), more="The result does not depend on it.  [default: one per core]"
 )
-factors_option = click.option("--dtype", type=FACTORS, help="Of the factors.  [default: as they are stored]")
-threads_option = click.option(
-    "--threads", type=click.IntRange(min=1), metavar="N",
-    help="Threads to work with; the result does not depend on it.  [default: one per core]",
-)  # fmt: skip
-device_option = word_option(
-    "--device", "Device", "cpu",
-    "Where the arithmetic is done; cuda may round one element in some ten thousand to its other neighbour.",
-)  # fmt: skip
-check_base_option = word_option(
-    "--check-base", "CheckBase", "strict", "What to do when the base is not the one the adapter was sealed with."
+device_option = word_option("--device", "Device", "cpu")
+check_base_option = word_option("--check-base", "CheckBase", "strict")
+dialect_option = option("--dialect", type=str, more="[default: by its contents]")
+alpha_option = option("--alpha", type=float)
+algorithm_option = option(
+    "--algorithm", type=Words("loratools.storage.digest", "ALGORITHMS"), default="blake3", show_default=True
 )
-dialect_option = click.option(
-    "--dialect", metavar="NAME",
-    help="Read the adapter as this dialect (see `loratools dialects`).  [default: by its contents]",
-)  # fmt: skip
-algorithm_option = click.option(
-    "--algorithm", type=Words("loratools.storage.digest", "ALGORITHMS"), default="blake3", show_default=True,
-    help="Digest algorithm.",
-)  # fmt: skip
 
 
 def require_one_each(weights: Sequence[object], adapters: Sequence[str]) -> None:

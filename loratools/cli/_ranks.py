@@ -2,54 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from loratools.cli import _options as options
+from loratools.options import either
+
 if TYPE_CHECKING:
     from loratools.linalg.ranks.allocate import Ranks
 
+_BOUND = click.IntRange(min=1)
 # fmt: off
 _OPTIONS = (
-    click.option("--rank", type=click.IntRange(min=1), metavar="R", help="The same rank for every module."),
-    click.option("--energy", type=float, metavar="E", help="Least rank that keeps this share of the squared norm."),
-    click.option("--sv-ratio", type=float, metavar="T", help="Keep singular values above the largest divided by T."),
-    click.option("--sv-fro", type=float, metavar="T", help="Least rank that keeps this share of the norm."),
-    click.option("--sv-cumulative", type=float, metavar="T",
-                 help="Least rank that keeps this share of the sum of singular values."),
-    click.option("--budget", metavar="SIZE",
-                 help="Share out this many parameters (2M), or bytes (8MB), among all modules, "
-                      "to the greatest effect."),
-    click.option("--max-rank", type=click.IntRange(min=1), metavar="R", help="No module has more."),
-    click.option("--multiple-of", type=click.IntRange(min=1), default=1, metavar="N",
-                 help="Round ranks up to multiples of this."),
-    click.option("--uniform", is_flag=True, help="Give every module the one rank that the neediest calls for."),
+    options.option("--energy", type=float),
+    options.option("--ratio", type=float),
+    options.option("--sv-ratio", type=float),
+    options.option("--sv-fro", type=float),
+    options.option("--sv-cumulative", type=float),
+    options.option("--budget", type=str),
+    options.option("--min-rank", type=click.IntRange(min=0), default=1, show_default=True),
+    options.option("--max-rank", type=_BOUND),
+    options.option("--multiple-of", type=_BOUND, default=1, show_default=True),
+    options.option("--uniform", is_flag=True),
 )
 # fmt: on
-_WAYS = ("rank", "energy", "sv_ratio", "sv_fro", "sv_cumulative", "budget")
+_WAYS = ("rank", "energy", "ratio", "sv_ratio", "sv_fro", "sv_cumulative", "noise", "budget")
 
 
-def rank_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command all options that choose ranks."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+def rank_options(rank: str = "", *, noise: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command all options that choose ranks.
+
+    `rank` is what the help of --rank says further; `noise` gives the command --noise, which needs a fine-tune.
+    """
+
+    def give(command: Callable[..., Any]) -> Callable[..., Any]:
+        for each in reversed(_OPTIONS):
+            command = each(command)
+        if noise:
+            command = options.option("--noise", is_flag=True)(command)
+        return options.option("--rank", type=_BOUND, more=rank)(command)
+
+    return give
 
 
 def ranks_of(values: dict[str, Any], dtype: str) -> Ranks | None:
     """Return how ranks are to be chosen, None where no option says so; raise `UsageError` for what contradicts itself.
 
-    `values` are those of all the options of `rank_options`; `dtype` is that of the result, for budgets in bytes.
+    `values` are those of all the options of `rank_options`, perhaps among others; `dtype` is that of the result, for
+    budgets in bytes.
     """
-    chosen = [name for name in _WAYS if values[name] is not None]
-    bounds = {"uniform": values["uniform"], "maximum": values["max_rank"], "multiple_of": values["multiple_of"]}
+    ways = [name for name in _WAYS if name in values]
+    chosen = [name for name in ways if values[name] not in (None, False)]
+    bounds = {
+        "uniform": values["uniform"], "minimum": values["min_rank"], "maximum": values["max_rank"],
+        "multiple_of": values["multiple_of"],
+    }  # fmt: skip
     if len(chosen) == 1:
         return build(chosen[0], values[chosen[0]], dtype, **bounds)
     if chosen:
-        raise click.UsageError(f"{_listed(chosen)} contradict each other; give one")
-    if bounds != {"uniform": False, "maximum": None, "multiple_of": 1}:
-        raise click.UsageError(f"--max-rank, --multiple-of and --uniform need one of {_listed(_WAYS)}")
+        raise click.UsageError(f"{' and '.join(map(_option, chosen))} are different ways to choose ranks; give one")
+    if bounds != {"uniform": False, "minimum": 1, "maximum": None, "multiple_of": 1}:
+        raise click.UsageError(f"--min-rank, --max-rank, --multiple-of and --uniform need one of {_listed(ways)}")
     return None
 
 
@@ -72,5 +87,9 @@ def build(way: str, value: Any, dtype: str, **bounds: Any) -> Ranks:
         raise click.UsageError(str(error)) from None
 
 
-def _listed(names: Any) -> str:
-    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
+def _listed(names: Sequence[str]) -> str:
+    return either([_option(name) for name in names])
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

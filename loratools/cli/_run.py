@@ -11,9 +11,11 @@ from contextlib import suppress
 import click
 
 from loratools.cli._group import Commands, common_options
+from loratools.cli._hints import owners
 from loratools.cli._signals import code_of
 from loratools.cli._talk import Talk
 from loratools.errors import InvalidOption, LoraToolsError, printable
+from loratools.options import either
 from loratools.version import __version__
 
 HELP = """The toolkit for LoRA adapter files: read every layout, tell the truth about it, and operate on it exactly.
@@ -40,9 +42,10 @@ Exit codes:
 
 \b
 Environment:
-  LORATOOLS_<COMMAND>_<OPTION>  default of an option, as LORATOOLS_HASH_TIER
-  LORATOOLS_JSON, LORATOOLS_QUIET, LORATOOLS_VERBOSE, LORATOOLS_NO_PROGRESS
-                                the same for the options of every command
+  LORATOOLS_<OPTION>            default of an option, in every command that
+                                has it: LORATOOLS_THREADS, LORATOOLS_JSON
+  LORATOOLS_<COMMAND>_<OPTION>  in one command, and before the other:
+                                LORATOOLS_EXTRACT_SVD_MAX_RANK
   LORATOOLS_DEBUG=1             show a traceback with an error
   NO_COLOR, FORCE_COLOR         never, or always, use colours on stderr
 
@@ -59,7 +62,7 @@ def group() -> Commands:
         help=HELP,
         epilog=EPILOG,
         params=[_version_option(), *common_options()],
-        context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "LORATOOLS"},
+        context_settings={"help_option_names": ["-h", "--help"]},
         subcommand_metavar="COMMAND ...",
     )
 
@@ -72,7 +75,7 @@ def run(arguments: Sequence[str] | None = None, root: Commands | None = None) ->
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal cannot show
     # --json must already hold while the rest of the command line is found to be wrong.
-    talk = Talk(json="--json" in arguments, color=_color())
+    talk = Talk(json="--json" in arguments or is_on("LORATOOLS_JSON"), color=_color())
     explained = False
     try:
         try:
@@ -116,7 +119,7 @@ def _invoke(root: Commands, arguments: list[str], talk: Talk) -> int:
 
 def _explain(error: Exception, talk: Talk) -> int:
     """Say what went wrong in a sentence, never a traceback unless it was asked for; return the exit code."""
-    if os.environ.get("LORATOOLS_DEBUG", "0") not in ("", "0"):
+    if is_on("LORATOOLS_DEBUG"):
         import traceback
 
         for text in "".join(traceback.format_exception(error)).splitlines():
@@ -128,7 +131,12 @@ def _explain(error: Exception, talk: Talk) -> int:
     if isinstance(error, click.ClickException):
         context = error.ctx if isinstance(error, click.UsageError) else None
         hint = f"{context.command_path} --help explains it." if context else None
-        talk.error(kind, _sentence(error.format_message()), hint=hint)
+        message = error.format_message()
+        if context and isinstance(error, click.NoSuchOption):
+            owned = _owners(error.option_name, context)
+            like = either([repr(name) for name in (not owned and error.possibilities) or ()])
+            message, hint = error.message.rstrip(".") + (f"; did you mean {like}?" if like else ""), f"{owned}{hint}"
+        talk.error(kind, _sentence(message), hint=hint)
         return error.exit_code
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
@@ -139,6 +147,17 @@ def _explain(error: Exception, talk: Talk) -> int:
         hint = "This is a bug in loratools. Run it again with LORATOOLS_DEBUG=1 to see where, and please report it."
         talk.error(kind, f"internal error: {kind}: {error}".rstrip(": "), hint=hint)
     return 1
+
+
+def _owners(option: str, context: click.Context) -> str:
+    """Return whose an option is that the running command has not, or nothing."""
+    root = context.find_root().command
+    return owners(option, root.options(context)) if isinstance(root, Commands) else ""
+
+
+def is_on(variable: str) -> bool:
+    """Tell whether an environment variable is set to something other than no."""
+    return os.environ.get(variable, "").lower() not in ("", "0", "false", "no", "off", "n", "f")
 
 
 def _sentence(text: str) -> str:

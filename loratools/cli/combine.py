@@ -25,35 +25,19 @@ if TYPE_CHECKING:
 @make(section="Change")
 @click.argument("adapters", type=options.INPUT, nargs=-1, required=True, metavar="ADAPTER...")
 @options.output_option
-@click.option(
-    "-w", "--weight", "weights", multiple=True, metavar="WEIGHT",
-    help="Weight of an adapter, once for each in order: a number, which may be negative; PATTERN=NUMBER for some of "
-    "its modules, after a comma; or lbw: and a number for each block of an image model.  [default: 1 for each]",
-)  # fmt: skip
-@click.option(
-    "--method", default="linear", show_default=True, metavar="NAME", help="How changes are combined: see below."
-)
-@rank_options
-@click.option("--density", type=float, metavar="D", help="Share of elements that a method keeps.")
-@click.option("--gamma", type=float, metavar="G", help="Share of outliers that breadcrumbs drops.  [default: 0.01]")
-@click.option(
-    "--epsilon", type=float, metavar="E", help="Half the range of chances that della gives.  [default: 0.15 or less]"
-)
-@click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Seed of a method that draws.  [default: 0]")
-@click.option(
-    "--like", type=options.Words("loratools.surgery.combine.methods._terms", "Library"),
-    help="Where a method's definitions differ, take this library's.",
-)  # fmt: skip
-@click.option(
-    "--initial", type=options.INPUT, metavar="PATH",
-    help="Take away the adapter that training started from, which turns PiSSA, OLoRA and CorDA into plain LoRA.",
-)  # fmt: skip
-@options.word_option(
-    "--check-base", "CheckBase", "strict", "What to do when the adapters belong to different base models."
-)
+@options.option("-w", "--weight", "weights", type=str, multiple=True, more="[default: 1 for each]")
+@options.option("--method", type=str, default="linear", show_default=True)
+@rank_options()
+@options.option("--density", type=float)
+@options.option("--gamma", type=float, more="[default: 0.01]")
+@options.option("--epsilon", type=float, more="[default: 0.15 or less]")
+@options.option("--seed", type=click.IntRange(min=0), more="Of a method that draws.  [default: 0]")
+@options.option("--like", type=options.Words("loratools.surgery.combine.methods._terms", "Library"))
+@options.option("--initial", type=options.INPUT)
+@options.word_option("--check-base", "CheckBase", "strict", "Here: when the adapters belong to different base models.")
 @options.to_option
 @options.factors_option
-@click.option("--modules", is_flag=True, help="List what each module keeps.")
+@options.modules_option
 @options.threads_option
 @options.force_option
 @pass_talk

@@ -20,13 +20,11 @@ _MOST = 10  # modules shown unless all are asked for
 @make(section="Look")
 @click.argument("first", type=options.INPUT)
 @click.argument("second", type=options.INPUT)
-@click.option(
-    "--base", type=options.INPUT, metavar="PATH", help="Base model: for changes that depend on it, and amplification."
-)
-@click.option("--modules", is_flag=True, help="Print every module, not only the least alike.")
-@click.option("--grid", metavar="MODULE", help="Print the whole grid of similarities of one module.")
-@click.option("--paper", is_flag=True, help="What section 7 of the LoRA paper shows: A alone, random control, Table 7.")
-@click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Seed of what is random there.  [default: 0]")
+@options.option("--base", type=options.INPUT, more="For changes that depend on it, and for amplification.")
+@options.modules_option
+@options.option("--grid", type=str)
+@options.option("--paper", is_flag=True)
+@options.option("--seed", type=click.IntRange(min=0), more="For --paper.  [default: 0]")
 def command(
     first: str, second: str, base: str | None, modules: bool, grid: str | None, paper: bool, seed: int | None
 ) -> show.Report:

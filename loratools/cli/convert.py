@@ -22,35 +22,18 @@ if TYPE_CHECKING:
 @make(section="Change")
 @click.argument("adapter", type=options.INPUT)
 @options.output_option
-@click.option("--to", metavar="DIALECT", default="loratools", show_default=True, help="See `loratools dialects`.")
-@click.option("--base", type=options.INPUT, metavar="PATH", help="Seal the adapter with the hash of this base model.")
-@click.option(
-    "--onto", type=options.INPUT, metavar="PATH",
-    help="A folded base (AWQ, SmoothQuant): carry an adapter of its original into its basis, and seal it with that.",
-)  # fmt: skip
-@click.option(
-    "--original", type=options.INPUT, metavar="PATH",
-    help="With --onto: the model that the base was made from; the scales are read from its norms.",
-)  # fmt: skip
+@options.option("--to", type=str, default="loratools", show_default=True)
+@options.option("--base", type=options.INPUT, more="Seal the adapter with its hash.")
+@options.option("--onto", type=options.INPUT)
+@options.option("--original", type=options.INPUT, more="With --onto; the scales are read from its norms.")
 @options.trained_on_option
-@click.option(
-    "--profile", type=options.Words("loratools.dialects.peft.profiles", "PROFILES"),
-    help="With --to peft: as this consumer reads it, or refused; serving is what all of them read.",
-)  # fmt: skip
-@click.option("--to-lora", is_flag=True, help="Make a LoRA of --rank of it, whatever its kind; the error is told.")
-@click.option("--rank", type=click.IntRange(min=1), metavar="R", help="With --to-lora: the rank.")
-@click.option(
-    "--alpha",
-    type=float,
-    metavar="NUMBER",
-    help="The alpha it was trained with, for files that do not record it; wins over one that they record.",
-)
-@click.option(
-    "--enable-lora", metavar="T,F,T",
-    help="Which projections of a fused weight have factors, for loralib's MergedLinear.",
-)  # fmt: skip
-@click.option("--base-id", metavar="NAME", help="Name of the base model to record, such as org/model.")
-@click.option("--allow-loss", is_flag=True, help="Write it even where the dialect cannot say everything.")
+@options.option("--profile", type=options.Words("loratools.dialects.peft.profiles", "PROFILES"))
+@options.option("--to-lora", is_flag=True)
+@options.option("--rank", type=click.IntRange(min=1), more="With --to-lora.")
+@options.alpha_option
+@options.option("--enable-lora", type=str)
+@options.base_id_option
+@options.option("--allow-loss", is_flag=True)
 @options.dialect_option
 @options.force_option
 @pass_talk

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
 from loratools.cli import _options as options
 from loratools.cli import _show as show
 from loratools.cli._group import command as make
@@ -17,10 +15,7 @@ if TYPE_CHECKING:
 
 
 @make(section="Learn")
-@click.option(
-    "--keep", type=options.PATH, metavar="PATH", is_eager=True, callback=options.swept,
-    help="Make everything in this new folder, and leave it there.",
-)  # fmt: skip
+@options.option("--keep", type=options.PATH, is_eager=True, callback=options.swept)
 def command(keep: Path | None) -> show.Report:
     """Take the guided tour, on a small real model that is part of this package.
 

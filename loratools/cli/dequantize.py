@@ -16,12 +16,12 @@ from loratools.cli._talk import Talk, pass_talk
 @make(section="Change")
 @click.argument("model", type=options.INPUT)
 @options.output_option
-@click.option(
+@options.option(
     "--dtype", type=options.Words("loratools.storage.dtypes", "SPELLINGS"),
-    help="Store every float tensor in this dtype.  [default: codes in what the model computes in]",
+    more="Every float tensor has it.  [default: codes in what the model computes in]",
 )  # fmt: skip
-@click.option("--max-shard-size", metavar="SIZE", help="Most bytes of one file: 5GB, 500MB.  [default: 5GB]")
-@click.option("--verify", is_flag=True, help="Read the output again and compare every tensor with the codes.")
+@options.option("--max-shard-size", type=str, more="[default: 5GB]")
+@options.option("--verify", is_flag=True, more="Every tensor is compared with the codes.")
 @options.threads_option
 @options.force_option
 @options.durable_option

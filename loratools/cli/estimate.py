@@ -17,16 +17,11 @@ if TYPE_CHECKING:
 
 @make(section="Look")
 @click.argument("model", type=options.INPUT)
-@click.option("--rank", type=click.IntRange(min=1), metavar="R", help="The rank of every target.  [default: 8]")
-@click.option(
-    "--targets", default="all-linear", show_default=True, metavar="NAMES",
-    help="Modules, as PEFT's target_modules: names or globs with commas between them, or all-linear.",
-)  # fmt: skip
-@click.option("--budget", metavar="SIZE", help="Find the largest rank for so much: 20M parameters, or 64MB.")
-@click.option("--dtype", type=options.FACTORS, default="bf16", show_default=True, help="Of stored adapters.")
-@click.option(
-    "--tasks", type=click.IntRange(min=1), default=100, show_default=True, metavar="N", help="Tasks to store."
-)
+@options.option("--rank", type=click.IntRange(min=1), more="[default: 8]")
+@options.option("--targets", type=str, default="all-linear", show_default=True)
+@options.option("--budget", type=str, more="Here: find the largest rank for so much.")
+@options.option("--dtype", type=options.FACTORS, default="bf16", show_default=True, more="Here: of stored adapters.")
+@options.option("--tasks", type=click.IntRange(min=1), default=100, show_default=True)
 def command(model: str, rank: int | None, targets: str, budget: str | None, dtype: str, tasks: int) -> show.Report:
     """Tell what a LoRA would cost, before it exists: parameters, bytes, optimizer state, many tasks.
 

@@ -14,7 +14,7 @@ from loratools.cli import _options as options
 from loratools.cli import _show as show
 from loratools.cli._certificate import table
 from loratools.cli._group import command as make
-from loratools.cli._ranks import build
+from loratools.cli._ranks import rank_options, ranks_of
 from loratools.cli._talk import Talk, pass_talk
 
 if TYPE_CHECKING:
@@ -30,35 +30,24 @@ _SHOWN = 8  # patterns of one class in the text
 @click.argument("base", type=options.INPUT)
 @click.argument("tuned", type=options.INPUT)
 @options.output_option
-@click.option("--rank", type=click.IntRange(min=1), metavar="R", help="The same rank everywhere.  [default: 32]")
-@click.option("--energy", type=float, metavar="SHARE", help="Per layer, the least rank that keeps this share of ΔW².")
-@click.option("--ratio", type=float, metavar="SHARE", help="Per layer, singular values above this share of the first.")
-@click.option("--noise", is_flag=True, help="Per layer, what stands above the rounding of the fine-tune's dtype.")
-@click.option(
-    "--budget", metavar="AMOUNT",
-    help="Parameters (20M) or bytes (64MB) for all layers together, shared out so that the most is captured.",
-)  # fmt: skip
-@click.option("--min-rank", type=click.IntRange(min=0), default=1, show_default=True, metavar="R", help="Lower bound.")
-@click.option("--max-rank", type=click.IntRange(min=1), metavar="R", help="Upper bound.")
-@click.option("--multiple-of", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Round up.")
-@click.option("--uniform", is_flag=True, help="One rank for all layers: the largest needed, or that the budget allows.")
-@click.option("--include", multiple=True, metavar="PATTERN", help="Only these modules: q_proj, layers.*.mlp.*, re:….")
-@click.option("--exclude", multiple=True, metavar="PATTERN", help="Not these; their change is lost, and reported.")
-@click.option("--save-module", "save", multiple=True, metavar="PATTERN", help="Keep these whole, not factored.")
-@click.option(
+@rank_options("[default: 32]", noise=True)
+@options.include_option
+@options.option("--exclude", type=str, multiple=True, more="Their change is lost, and reported.")
+@options.option("--save-module", "save", type=str, multiple=True)
+@options.option(
     "--kind", "kinds", multiple=True, type=options.Words("loratools.adapter.naming.selection", "KINDS"),
-    help="Kinds of modules that are factored; others are saved whole.  [default: linear, conv, experts]",
+    more="[default: linear, conv, experts]",
 )  # fmt: skip
-@click.option("--drop-whole", is_flag=True, help="Leave out what is not factored, for servers that take only factors.")
-@click.option("--dtype", type=options.FACTORS, default="f32", show_default=True, help="Dtype of the factors.")
-@click.option("--tight", is_flag=True, help="Spend as much again on far tighter bounds.")
-@click.option("--tolerance", type=float, default=6e-4, show_default=True, help="Excess over the optimal error², about.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sketches.")
-@click.option("--base-id", metavar="NAME", help="Name of the base model to record, such as org/model.")
-@click.option("--layers", is_flag=True, help="Print the certificate of every layer, not only the total.")
-@click.option(
-    "--threads", type=click.IntRange(min=1), metavar="N",
-    help="Threads to work with; another number may change the last bits of factors.  [default: one per core]",
+@options.option("--drop-whole", is_flag=True)
+@options.option("--dtype", type=options.FACTORS, default="f32", show_default=True, more="Here: of the factors.")
+@options.option("--tight", is_flag=True)
+@options.option("--tolerance", type=float, default=6e-4, show_default=True)
+@options.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, more="Of the sketches.")
+@options.base_id_option
+@options.option("--modules", is_flag=True, more="Here: its certificate.")
+@options.option(
+    "--threads", type=click.IntRange(min=1),
+    more="Another number may change the last bits of factors.  [default: one per core]",
 )  # fmt: skip
 @options.dry_run_option
 @options.force_option
@@ -74,7 +63,7 @@ def command(talk: Talk, /, base: str, tuned: str, output: Path, **values: Any) -
     \b
     Examples:
       loratools extract-svd base tuned -o extracted
-      loratools extract-svd base tuned -o small --energy 0.9 --max-rank 64 --layers
+      loratools extract-svd base tuned -o small --energy 0.9 --max-rank 64 --modules
       loratools extract-svd base tuned -o served --budget 64MB --uniform --drop-whole
       loratools extract-svd base tuned -o extracted --dry-run
     """
@@ -100,7 +89,7 @@ def command(talk: Talk, /, base: str, tuned: str, output: Path, **values: Any) -
     talk.note(*extraction.notes)
     if extraction.dropped_energy > 0:
         talk.warn(f"{extraction.dropped_energy:.2%} of the change was left out on request")
-    return show.Report(document(extraction), _lines(extraction, values["layers"]))
+    return show.Report(document(extraction), _lines(extraction, values["modules"]))
 
 
 def document(extraction: Extraction) -> dict[str, Any]:
@@ -121,14 +110,11 @@ def document(extraction: Extraction) -> dict[str, Any]:
 
 
 def _ranks(values: dict[str, Any], dtype: str) -> Ranks:
-    asked = [name for name in ("rank", "energy", "ratio", "noise", "budget") if values[name] not in (None, False)]
-    if len(asked) > 1:
-        raise click.UsageError(f"--{' and --'.join(asked)} are different ways to choose ranks; give one")
-    way, value = (asked[0], values[asked[0]]) if asked else ("rank", _DEFAULT_RANK)
-    return build(
-        way, value, dtype, uniform=values["uniform"], minimum=values["min_rank"], maximum=values["max_rank"],
-        multiple_of=values["multiple_of"],
-    )  # fmt: skip
+    ways = ("rank", "energy", "ratio", "sv_ratio", "sv_fro", "sv_cumulative", "noise", "budget")
+    asked = any(values[way] not in (None, False) for way in ways)
+    ranks = ranks_of(values if asked else {**values, "rank": _DEFAULT_RANK}, dtype)
+    assert ranks is not None
+    return ranks
 
 
 def _dry(pairing: Pairing, before: Any, after: Any) -> show.Report:

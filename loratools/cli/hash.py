@@ -20,17 +20,13 @@ if TYPE_CHECKING:
 
 @make(section="Look")
 @click.argument("checkpoint", type=options.INPUT)
-@click.option(
+@options.option(
     "--tier", type=options.Words("loratools.surgery.hash", "TIERS", "all"), default="all", show_default=True,
-    metavar="TIER",
-    help="schema: names, dtypes and shapes, read from headers alone; tensors: a digest of each tensor; "
+    more="schema: names, dtypes and shapes, read from headers alone; tensors: a digest of each tensor; "
     "root: one digest of all tensors; logical: the root of the 16-bit numbers that a quantized model stands for; "
     "all of them.",
 )  # fmt: skip
-@click.option(
-    "--include", multiple=True, metavar="GLOB",
-    help="Digests of the tensors with such names only, once or more; implies --tier tensors.",
-)  # fmt: skip
+@options.option("--include", type=str, multiple=True, more="Here: the digests of such tensors; implies --tier tensors.")
 @options.algorithm_option
 @options.threads_option
 @pass_talk

@@ -25,11 +25,11 @@ _WIDTH = 32
 
 @make(section="Look")
 @click.argument("path", type=options.INPUT)
-@click.option("--modules", is_flag=True, help="List every module of an adapter, every tensor of a checkpoint.")
-@click.option("--spectrum", is_flag=True, help="Singular values of every module of an adapter; this reads the factors.")
-@click.option(
-    "--base", type=options.INPUT, metavar="PATH",
-    help="Base model, for a --spectrum of changes that depend on it: DoRA, (IA)3, OFT, GLoRA, tensors trained whole.",
+@options.modules_option
+@options.option("--spectrum", is_flag=True)
+@options.option(
+    "--base", type=options.INPUT,
+    more="For a --spectrum of changes that depend on it: DoRA, (IA)3, OFT, GLoRA, tensors trained whole.",
 )  # fmt: skip
 @options.dialect_option
 def command(path: str, modules: bool, spectrum: bool, base: str | None, dialect: str | None) -> show.Report:

@@ -23,62 +23,46 @@ _SHOWN = 3
 @make(section="Change")
 @click.argument("base", type=options.INPUT)
 @click.argument("adapters", type=options.INPUT, nargs=-1, required=True, metavar="ADAPTER...")
-@click.option(
-    "-o", "--output", type=options.PATH, metavar="PATH", is_eager=True, callback=options.swept,
-    help="Where the result goes; it must not exist yet. Needed unless --no-local.",
-)  # fmt: skip
-@options.weight_option
-@click.option(
-    "--dtype", type=options.Words("loratools.storage.dtypes", "SPELLINGS"),
-    help="Store every float tensor in this dtype.  [default: as the base has it]",
-)  # fmt: skip
-@click.option("--max-shard-size", metavar="SIZE", help="Cut the output anew: 5GB, 500MB.  [default: the base's files]")
-@options.word_option(
-    "--tied", "Tied", "error",
-    "What a change of a tied embedding or head does: refuse, give the head a weight of its own, or change both.",
-)  # fmt: skip
-@click.option(
-    "--model-type", metavar="NAME", help="What the base is (gpt2, gpt_oss, …), where its config.json does not say it."
+@options.option(
+    "-o", "--output", type=options.PATH, is_eager=True, callback=options.swept, more="Needed unless --no-local."
 )
-@options.check_base_option
-@options.word_option(
-    "--retention", "Retention", "sample",
-    "Measure how much of the change survives rounding, on a sample of tiles, on all, or not.",
+@options.weight_option
+@options.option(
+    "--dtype", type=options.Words("loratools.storage.dtypes", "SPELLINGS"),
+    more="Every float tensor has it.  [default: as the base has it]",
 )  # fmt: skip
+@options.option("--max-shard-size", type=str, more="[default: the base's files]")
+@options.word_option("--tied", "Tied", "error")
+@options.model_type_option
+@options.check_base_option
+@options.word_option("--retention", "Retention", "sample")
 @options.word_option(
     "--rounding", "Rounding", "nearest",
     "Stochastic rounding keeps, on average, changes that are too small for bf16 or f16.",
 )  # fmt: skip
-@click.option("--seed", type=int, default=0, show_default=True, help="For the sampled tiles and stochastic rounding.")
+@options.option("--seed", type=int, default=0, show_default=True, more="For the sampled tiles and stochastic rounding.")
 @options.word_option(
     "--quantized", "Quantized", "dequantize",
-    "A base of codes: write it in 16 bit, only the changed modules, make codes of those again, or refuse.",
+    "Write it in 16 bit, only the changed modules, make codes of those again, or refuse.",
 )  # fmt: skip
-@click.option(
-    "--original", type=options.INPUT, metavar="PATH",
-    help="The unquantized model: --quantized requantize quantizes its weights anew; an adapter of it is carried into a "
-    "folded base (AWQ, SmoothQuant).",
+@options.option(
+    "--original", type=options.INPUT,
+    more="--quantized requantize quantizes its weights anew; an adapter of it is carried into a folded base (AWQ, "
+    "SmoothQuant).",
 )  # fmt: skip
 @options.trained_on_option
-@click.option(
-    "--keep-loss", type=int, metavar="RANK",
-    help="With requantize: write what the codes lose beside the model, as an adapter of this rank (folder loss).",
-)  # fmt: skip
-@click.option(
-    "--keep-residual", is_flag=True, help="Keep what rounding destroys, so that `loratools unmerge` restores every bit."
-)
-@click.option("--push", metavar="REPO", help="Send each shard to this repository of the Hub as it is finished.")
-@click.option("--no-local", is_flag=True, help="With --push: keep nothing here, never more than a shard at a time.")
-@click.option("--private", is_flag=True, help="With --push: make a new repository private.")
-@click.option("--base-model", metavar="ORG/NAME", help="With --push: the base model's name on the Hub, for the card.")
-@click.option("--license", metavar="ID", help="With --push: the licence, for the card.")
-@click.option(
-    "--resume", is_flag=True, help="Keep what is complete when interrupted, and go on from there the next time."
-)
+@options.option("--keep-loss", type=int)
+@options.option("--keep-residual", is_flag=True, more="`loratools unmerge` does it.")
+@options.option("--push", type=str)
+@options.option("--no-local", is_flag=True)
+@options.option("--private", is_flag=True, more="With --push.")
+@options.option("--base-model", type=str, more="With --push.")
+@options.option("--license", type=str, more="With --push.")
+@options.option("--resume", is_flag=True)
 @options.device_option
 @options.threads_option
 @options.dry_run_option
-@click.option("--verify", is_flag=True, help="Prove the result afterwards, as `loratools verify` does.")
+@options.option("--verify", is_flag=True, more="As `loratools verify` does.")
 @options.force_option
 @options.durable_option
 @pass_talk

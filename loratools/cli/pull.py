@@ -15,21 +15,20 @@ from loratools.cli._talk import Talk, pass_talk
 
 if TYPE_CHECKING:
     from loratools.hub.pull import Pull, Pulled
+    from loratools.options import CheckBase
 
 
 @make(section="Share")
 @click.argument("repo", metavar="REPO")
 @options.output_option
-@click.option("--revision", help="A branch, a tag or a commit.  [default: main]")
-@click.option(
-    "--check-base/--no-check-base", default=True, help="Compare the base model on the Hub with the sealed one."
-)
+@options.option("--revision", type=str, more="[default: main]")
+@options.word_option("--check-base", "CheckBase", "warn", "The base model on the Hub is compared.")
 @options.dry_run_option
 @options.force_option
 @options.durable_option
 @pass_talk
 def command(
-    talk: Talk, repo: str, output: Path, revision: str | None, check_base: bool, dry_run: bool, force: bool,
+    talk: Talk, repo: str, output: Path, revision: str | None, check_base: CheckBase, dry_run: bool, force: bool,
     durable: bool,
 ) -> show.Report:  # fmt: skip
     """Fetch an adapter or a model from the Hub into a new folder.
@@ -52,8 +51,6 @@ def command(
     with talk.progress("pulling", prepared.nbytes) as advance:
         done = pull.fetch(prepared, output, force=force, durable=durable, check_base=check_base, progress=advance)
     talk.warn(*done.notes)
-    if done.base and done.base.same is False:
-        talk.warn(f"{done.base.id} on the Hub is not the model that this adapter was sealed with: {done.base.reason}")
     document = {"dry_run": False, **_document(prepared), **show.plain(done), "files": _document(prepared)["files"]}
     return show.Report(document, _report(done))
 

@@ -21,18 +21,13 @@ if TYPE_CHECKING:
 @make(section="Share")
 @click.argument("path", type=options.PATH)
 @click.argument("repo", metavar="REPO")
-@click.option("--revision", metavar="BRANCH", help="The branch to push to; it is made if it is not there.")
-@click.option("--create-pr", is_flag=True, help="Open a pull request instead of changing the branch.")
-@click.option("--private", is_flag=True, help="Make a new repository private.")
-@click.option("-m", "--message", metavar="TEXT", help="The title of the commit.")
-@click.option("--base-model", metavar="ORG/NAME", help="The base model's name on the Hub.  [default: as the files say]")
-@click.option(
-    "--license", metavar="ID", help="The licence, as apache-2.0.  [default: README.md's, or the base model's]"
-)
-@click.option(
-    "--card", type=options.Words("loratools.hub.card", "Side"),
-    help="Whose README.md stays where the folder's and the Hub's have both been changed.",
-)  # fmt: skip
+@options.option("--revision", type=str, more="A branch that is not there is made.")
+@options.option("--create-pr", is_flag=True)
+@options.option("--private", is_flag=True)
+@options.option("-m", "--message", type=str)
+@options.option("--base-model", type=str, more="[default: as the files say]")
+@options.option("--license", type=str, more="[default: README.md's, or the base model's]")
+@options.option("--card", type=options.Words("loratools.hub.card", "Side"))
 @options.dry_run_option
 @pass_talk
 def command(

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 @make(section="Change")
 @click.argument("adapter", type=options.INPUT)
 @options.output_option
-@rank_options
-@click.option("--include", multiple=True, metavar="PATTERN", help="Only these modules: attn2.to_q, *.blocks.3.*, re:….")
-@click.option("--exclude", multiple=True, metavar="PATTERN", help="Not these; they are not in the result.")
+@rank_options()
+@options.include_option
+@options.option("--exclude", type=str, multiple=True, more="They are not in the result.")
 @options.to_option
 @options.factors_option
 @options.dialect_option

@@ -20,31 +20,22 @@ if TYPE_CHECKING:
 
 @make(section="Change")
 @click.argument("model", type=options.INPUT)
-@click.option(
-    "--out", type=options.INPUT, required=True, multiple=True, metavar="PATH",
-    help="Adapter to take out; once for each.",
-)  # fmt: skip
-@click.option(
-    "--in", "into", type=options.INPUT, required=True, multiple=True, metavar="PATH",
-    help="Adapter to put in; once for each.",
-)  # fmt: skip
+@options.option("--take", type=options.INPUT, required=True, multiple=True)
+@options.option("--put", type=options.INPUT, required=True, multiple=True)
 @options.output_option
 @options.weight_option
-@click.option(
-    "--tied", type=options.Words("loratools.options", "Tied"),
-    help="What a change of a tied embedding or head does.  [default: as at the merge]",
-)  # fmt: skip
+@options.option("--tied", type=options.Words("loratools.options", "Tied"), more="[default: as at the merge]")
 @options.check_base_option
-@click.option(
+@options.option(
     "--keep-residual/--no-keep-residual", default=None,
-    help="Keep what it takes to restore the base, so that the next switch is exact too.  [default: where it was kept]",
+    more="So the next switch is exact too.  [default: where it was kept]",
 )  # fmt: skip
 @options.threads_option
 @options.force_option
 @options.durable_option
 @pass_talk
 def command(
-    talk: Talk, model: str, out: tuple[str, ...], into: tuple[str, ...], output: Path, weights: tuple[float | str, ...],
+    talk: Talk, model: str, take: tuple[str, ...], put: tuple[str, ...], output: Path, weights: tuple[float | str, ...],
     tied: Tied | None, check_base: CheckBase, keep_residual: bool | None, threads: int | None, force: bool,
     durable: bool,
 ) -> show.Report:  # fmt: skip
@@ -52,20 +43,20 @@ def command(
 
     Beside the residual of `merge --keep-residual` this is exact: each tensor of the base is restored, checked, and
     merged with the new adapter, as if that were merged into the base; a residual is kept again, for the next switch.
-    Without a residual the result is W' - dW(out) + dW(in) in float32, rounded once, which is said to be approximate,
+    Without a residual the result is W' - dW(taken) + dW(put) in float32, rounded once, which is said to be approximate,
     and how far it can be from the merge. Weights are those of the adapters that are put in.
 
     \b
     Examples:
-      loratools switch merged --out adapter --in other -o switched
+      loratools switch merged --take adapter --put other -o switched
     """
     from loratools.storage.checkpoint import Checkpoint
     from loratools.surgery.switch import switch
 
-    options.require_one_each(weights, into)
+    options.require_one_each(weights, put)
     with talk.progress("switching", Checkpoint.open(model).nbytes) as advance:
         report = switch(
-            model, out, into, output, weights=weights or None,
+            model, take, put, output, weights=weights or None,
             tied=tied, check_base=check_base, keep_residual=keep_residual, threads=threads, force=force,
             durable=durable, progress=advance,
         )  # fmt: skip

@@ -27,7 +27,7 @@ _WAYS = {
 @click.argument("model", type=options.INPUT)
 @click.argument("adapters", type=options.INPUT, nargs=-1, required=True, metavar="ADAPTER...")
 @options.output_option
-@click.option("--base", type=options.INPUT, metavar="PATH", help="The base model, where it is at hand.")
+@options.option("--base", type=options.INPUT, more="Where it is at hand.")
 @options.weight_option
 @options.threads_option
 @options.force_option

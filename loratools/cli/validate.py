@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 @make(section="Check")
 @click.argument("adapter", type=options.INPUT)
-@click.option("--base", type=options.INPUT, metavar="PATH", help="Also compare this base model with the base hash.")
-@click.option("--header-only", is_flag=True, help="Do not read the data to compare them with the adapter's digest.")
+@options.option("--base", type=options.INPUT, more="It is compared with the adapter's base hash.")
+@options.option("--header-only", is_flag=True)
 @options.threads_option
 @pass_talk
 def command(talk: Talk, adapter: str, base: str | None, header_only: bool, threads: int | None) -> Report:

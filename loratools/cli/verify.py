@@ -20,28 +20,19 @@ _MOST = 10  # lines of one kind, where not all are asked for
 
 @make(section="Check")
 @click.argument("model", type=options.INPUT)
-@click.option("--base", type=options.INPUT, required=True, metavar="PATH", help="The base model.")
-@click.option(
-    "--adapter", "adapters", type=options.INPUT, required=True, multiple=True, metavar="PATH",
-    help="The adapter; once for each.",
-)  # fmt: skip
+@options.option("--base", type=options.INPUT, required=True)
+@options.option("--adapter", "adapters", type=options.INPUT, required=True, multiple=True)
 @options.weight_option
-@click.option("--exact", is_flag=True, help="Recompute every changed tensor in float64, element by element.")
-@click.option("--tensors", is_flag=True, help="Print a line for every changed tensor, not only for those that fail.")
-@click.option(
-    "--certificate", is_flag=True,
-    help="For an adapter that stands for a fine-tune: how much of each layer's change it holds, beside the optimum.",
-)  # fmt: skip
-@click.option("--seed", type=int, metavar="N", help="Seed of the probes.  [default: a fresh one, which is printed]")
-@click.option(
-    "--run", is_flag=True,
-    help="Run base and merged model in transformers too, and compare the logits with the adapter live in the base.",
-)  # fmt: skip
+@options.option("--exact", is_flag=True)
+@options.option("--modules", is_flag=True, more="Here: for every changed tensor, not only for those that fail.")
+@options.option("--certificate", is_flag=True)
+@options.option("--seed", type=int, more="Of the probes.  [default: a fresh one, which is printed]")
+@options.option("--run", is_flag=True)
 @options.threads_option
 @pass_talk
 def command(
     talk: Talk, model: str, base: str, adapters: tuple[str, ...], weights: tuple[float | str, ...], exact: bool,
-    tensors: bool, certificate: bool, seed: int | None, run: bool, threads: int | None,
+    modules: bool, certificate: bool, seed: int | None, run: bool, threads: int | None,
 ) -> show.Report:  # fmt: skip
     """Tell how far a model is from base + adapter.
 
@@ -56,7 +47,7 @@ def command(
     \b
     Examples:
       loratools verify merged --base base --adapter adapter
-      loratools verify merged --base base --adapter adapter --exact --tensors
+      loratools verify merged --base base --adapter adapter --exact --modules
       loratools verify merged --base base --adapter adapter --run
       loratools verify tuned --base base --adapter adapter --certificate
     """
@@ -76,7 +67,7 @@ def command(
             merged, base, adapters, weights=weights or None, exact=exact, seed=seed, run=run, threads=threads,
             progress=advance,
         )  # fmt: skip
-    return show.Report(show.plain(verification), lines(verification, every=tensors), verification.ok)
+    return show.Report(show.plain(verification), lines(verification, every=modules), verification.ok)
 
 
 def lines(verification: Verification, *, every: bool) -> Iterator[str]:
@@ -95,7 +86,7 @@ def lines(verification: Verification, *, every: bool) -> Iterator[str]:
             right=(1, 2, 3, 4),
         )  # fmt: skip
         if not every and len(shown) > _MOST:
-            yield f"… and {len(shown) - _MOST} more; --tensors shows all"
+            yield f"… and {len(shown) - _MOST} more; --modules shows all"
         yield ""
     for kind, names in (
         ("differs from the base, and no adapter changes it", _of(verification, replaced=False)),

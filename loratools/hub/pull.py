@@ -13,14 +13,14 @@ from threading import Event, Thread
 from loratools import dialects
 from loratools.adapter.model import BaseIdentity
 from loratools.decisions import warned
-from loratools.errors import LoraToolsError, UnknownKind, UnsupportedAdapter
+from loratools.errors import LoraToolsError, UnknownKind, UnsupportedAdapter, WrongBase
 from loratools.format import validate
 from loratools.format.manifest import ORIGIN
 from loratools.hub import faults, files
 from loratools.hub.client import Hub, RemoteFile, quiet
 from loratools.hub.headers import choose, headers_of, schema_of
 from loratools.hub.refs import Ref, is_plain, parse, repository
-from loratools.options import Options
+from loratools.options import CheckBase, Options
 from loratools.parallel import Progress
 from loratools.storage import atomic, digest
 from loratools.storage.checkpoint import Checkpoint
@@ -76,7 +76,7 @@ def pull(
     output: Location,
     *,
     revision: str | None = None,
-    check_base: bool = True,
+    check_base: CheckBase = "warn",
     force: bool = False,
     durable: bool = False,
     token: str | None = None,
@@ -91,7 +91,8 @@ def pull(
         repo: `org/name`, perhaps with `@revision` and `/file`; `hf://` may stand before it.
         output: The folder to write; it must not exist, unless `force`.
         revision: A branch, a tag or a commit. Default: `main`.
-        check_base: Compare the base model on the Hub with the one that the adapter was sealed with, from headers.
+        check_base: What happens where the base on the Hub, by its headers, is not the one that the adapter was sealed
+            with: `strict` refuses, `warn` warns, `off` does not compare. Default: `warn`.
         force: Replace an output that exists.
         durable: Whether a model is on the disk itself before it has its name, so that a power cut leaves it whole or
             absent, as an adapter always is. Default: no, the system writes it when it likes.
@@ -104,6 +105,7 @@ def pull(
     Raises:
         InvalidOption: `repo` names another revision than `revision`.
         BadFile: `repo` is no place on the Hub, or what was fetched is not sound.
+        WrongBase: The base on the Hub is another model, and `check_base` is `strict`.
         HubError: The Hub said no, or could not be reached.
         OutputRefused: The output exists.
 
@@ -112,7 +114,7 @@ def pull(
         '5f3c…'
     """
     atomic.sweep(output)
-    checked = Options().flag("check_base", check_base).flag("force", force).flag("durable", durable)
+    checked = Options().word("check_base", check_base, CheckBase).flag("force", force).flag("durable", durable)
     checked.text("revision", revision).text("token", token).done()
     prepared = prepare(repo, output, revision=revision, force=force, token=token)
     return fetch(prepared, output, force=force, durable=durable, check_base=check_base, progress=progress)
@@ -138,7 +140,7 @@ def plan(hub: Hub, ref: Ref, kind: files.Kind | None = None) -> Pull:
 
 
 def fetch(
-    prepared: Pull, output: Location, *, force: bool = False, durable: bool = False, check_base: bool = True,
+    prepared: Pull, output: Location, *, force: bool = False, durable: bool = False, check_base: CheckBase = "warn",
     progress: Progress | None = None,
 ) -> Pulled:  # fmt: skip
     """Write the files of a prepared pull as a new folder; it appears whole, checked, or not at all.
@@ -219,22 +221,27 @@ def _cached(hub: Hub, ref: Ref, need: Need, watch: Watch) -> Path:
     return root / ref.path if ref.path else root
 
 
-def _check(prepared: Pull, folder: Path, check_base: bool) -> tuple[str | None, BaseCheck | None, tuple[str, ...]]:
+def _check(prepared: Pull, folder: Path, check_base: CheckBase) -> tuple[str | None, BaseCheck | None, tuple[str, ...]]:
     """Open what was fetched; return the digest that an adapter states, checked, and what is known of its base."""
     if prepared.kind == "checkpoint":
         Checkpoint.open(folder)
         return None, None, ()
-    path = folder / prepared.single if prepared.single else folder
+    path = folder / (prepared.single or "")
     try:
         adapter = dialects.open_adapter(path)
     except (UnknownKind, UnsupportedAdapter) as error:  # sound files, as far as the Hub knows
         return None, None, (f"not opened: {error.message}",)
-    own = None
-    if adapter.dialect == "loratools":
-        if problems := validate.validate(path):
-            raise validate.refusal(path, problems)
-        own = adapter.settings[ORIGIN].get("digest")
-    return own, _base(prepared.hub, adapter.base) if check_base and adapter.base else None, ()
+    ours = adapter.dialect == "loratools"
+    if ours and (problems := validate.validate(path)):
+        raise validate.refusal(path, problems)
+    own = adapter.settings[ORIGIN].get("digest") if ours else None
+    base = _base(prepared.hub, adapter.base) if check_base != "off" and adapter.base else None
+    if base and base.same is False:
+        told = f"{base.id} on the Hub is not the model that this adapter was sealed with: {base.reason}"
+        if check_base == "strict":
+            raise WrongBase(told)
+        warned("%s", told)
+    return own, base, ()
 
 
 def _base(hub: Hub, base: BaseIdentity) -> BaseCheck | None:

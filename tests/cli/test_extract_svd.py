@@ -60,7 +60,7 @@ def test_budgets_are_parameters_or_bytes(
 
 
 def test_text_shows_classes_and_totals(shell: Callable, workplace: Path) -> None:
-    done = shell(f"{EXTRACT} --layers", workplace)
+    done = shell(f"{EXTRACT} --modules", workplace)
     assert done.code == 0, done.err
     assert "factored: 14\n  model.layers.[0-1].mlp.{down,gate,up}_proj" in done.out
     assert "whole: 5\n  model.layers.[0-1].{input,post_attention}_layernorm.weight  (norm)" in done.out

@@ -87,7 +87,7 @@ def test_help_lists_the_commands_under_their_headings(arguments: list[str], caps
     [
         (["inspct"], 2, "no such command 'inspct'"),
         (["inspect"], 2, "missing argument 'PATH'"),
-        (["inspect", "--modles", "x"], 2, "no such option '--modles'. Did you mean '--modules'?"),
+        (["inspect", "--modles", "x"], 2, "no such option '--modles'; did you mean '--modules'?"),
         (["hash", "base", "--tier", "leaf"], 2, "invalid value for '--tier'"),
         (["hash", "base", "--threads", "0"], 2, "invalid value for '--threads'"),
         (["hash", "base", "--tier", "root", "--include", "*"], 2, "--include chooses tensors"),
@@ -278,8 +278,6 @@ def test_options_come_from_the_environment(
     monkeypatch.setenv("LORATOOLS_JSON", "1")
     assert run(["hash", str(prepared / "base")]) == 0
     assert json.loads(capsys.readouterr().out)["hash"].keys() == {"schema"}
-    assert run(["hash", "-h"]) == 0
-    assert "LORATOOLS_HASH_TIER" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("line", [["--json", "hash", "{base}"], ["hash", "{base}", "--json"]])

@@ -20,7 +20,7 @@ COMMANDS = {
     "merge, the output is there": "merge base adapter -o {there}",
     "merge, only planned": "merge missing missing -o {out} --dry-run",
     "unmerge": "unmerge missing adapter -o {out}",
-    "switch": "switch missing --out adapter --in adapter -o {out}",
+    "switch": "switch missing --take adapter --put adapter -o {out}",
     "combine": "combine missing missing -o {out}",
     "combine, a wrong word": "combine adapter adapter --method sorcery -o {out}",
     "resize": "resize missing --rank 2 -o {out}",

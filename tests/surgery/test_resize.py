@@ -100,7 +100,10 @@ def test_command(shell: Callable, workplace: Path) -> None:
     assert "energy kept" in done.out
     for line, reason in (
         ("resize adapter -o x", "say how ranks"),
-        ("resize adapter --rank 2 --energy 0.5 -o x", "contradict"),
+        (
+            "resize adapter --rank 2 --energy 0.5 -o x",
+            "--rank and --energy are different ways to choose ranks; give one",
+        ),
         ("resize adapter --energy 2 -o x", "share"),
         ("resize adapter --budget soon -o x", "budget"),
         ("combine adapter other -w 1 -o x", "1 weight(s) for 2"),

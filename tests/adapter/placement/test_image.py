@@ -96,7 +96,7 @@ def test_names_that_only_the_base_explains(run: Run, tmp_path: Path) -> None:
     run("convert", tmp_path / "a.safetensors", "-o", sealed, "--base", base)
     run("validate", sealed, "--base", base)
     assert list(dialects.open_adapter(sealed).updates) == [module]
-    run("switch", out, "--out", tmp_path / "a.safetensors", "--in", sealed, "-o", tmp_path / "switched")
+    run("switch", out, "--take", tmp_path / "a.safetensors", "--put", sealed, "-o", tmp_path / "switched")
     assert (load_file(tmp_path / "switched" / "model.safetensors")[f"{module}.weight"]).equal(
         load_file(out / "model.safetensors")[f"{module}.weight"]
     )

@@ -1,0 +1,98 @@
+"""How an option is spelled: old names that still work, and environment variables that are defaults of options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import click
+
+from loratools.cli._words import COMMON, RENAMED, WORDS
+
+PREFIX = "LORATOOLS_"
+ELSEWHERE = ("DEBUG", "REAL_MODELS", "LLAMA_CPP", "LLAMA_CPP_LOG", "TRANSFORMERS_4")
+"""Variables that are no options: of the whole command line, and of the checkout's tests."""
+
+
+def current(command: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return arguments with the new spelling of every old option, and a warning for each.
+
+    >>> current("switch", ["m", "--out", "a", "--", "--in"])
+    (['m', '--take', 'a', '--', '--in'], ['--out is now --take; the old name goes away in the next version'])
+    """
+    renamed, after = RENAMED.get(command, {}), list(arguments)
+    warnings: dict[str, str] = {}
+    for place, argument in enumerate(arguments):
+        if argument == "--":
+            break
+        old, equals, value = argument.partition("=")
+        if new := renamed.get(old):
+            after[place] = f"{new}{equals}{value}"
+            warnings[old] = f"{old} is now {new}; the old name goes away in the next version"
+    return after, list(warnings.values())
+
+
+def variable(option: str, command: str | None = None) -> str:
+    """Return the environment variable of an option, of one command or of all that have it.
+
+    >>> variable("--max-rank", "extract-svd"), variable("--threads")
+    ('LORATOOLS_EXTRACT_SVD_MAX_RANK', 'LORATOOLS_THREADS')
+    """
+    return PREFIX + "_".join(filter(None, (command, option.strip("-")))).upper().replace("-", "_")
+
+
+def long_name(option: click.Parameter) -> str:
+    """Return the name of an option in the table of words."""
+    return next((name for name in option.opts if name.startswith("--")), option.opts[0])
+
+
+def defaults(
+    command: str, options: Iterable[click.Option], environment: Mapping[str, str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return parameter -> value for the options that the environment sets, and warnings of old spellings.
+
+    A variable of the command goes before one of all commands. Values of an option that may be given more than once are
+    separated as a shell separates words. An empty variable is none.
+    """
+    import shlex
+
+    values: dict[str, Any] = {}
+    warnings = []
+    old = {new.partition("=")[0]: name for name, new in RENAMED.get(command, {}).items()}
+    for option in options:
+        name = long_name(option)
+        names = [variable(name, command), *([variable(old[name], command)] if name in old else []), variable(name)]
+        found = next((each for each in names if environment.get(each)), None)
+        if found is None or option.name is None:
+            continue
+        value = environment[found]
+        values[option.name] = shlex.split(value) if option.multiple else value
+        if name in old and found == names[1]:
+            warnings.append(f"{found} is now {names[0]}; the old name goes away in the next version")
+    return values, warnings
+
+
+def unknown(names: Sequence[str], options: Callable[[], Mapping[str, Iterable[str]]]) -> list[str]:
+    """Return a warning for each variable that begins as ours do and is none, with the nearest that is one.
+
+    `options` returns the options of every command; it is called only where the table of words does not know a name.
+    """
+    known = {PREFIX + name for name in ELSEWHERE} | {variable(name) for name in (*COMMON, *WORDS)}
+    if known.issuperset(names):
+        return []
+    for command, of_command in options().items():
+        known |= {variable(option, command) for option in of_command if option.startswith("--")}
+        known |= {variable(option, command) for option in RENAMED.get(command, {})}
+    return [f"{name} is no variable of loratools{near(name, known)}" for name in sorted(set(names) - known)]
+
+
+def near(name: str, names: Iterable[str]) -> str:
+    """Return `; did you mean X?` with the nearest name, or nothing.
+
+    >>> near("merg", ["merge", "inspect"])
+    '; did you mean merge?'
+    """
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, list(names), 1, 0.75)
+    return f"; did you mean {close[0]}?" if close else ""

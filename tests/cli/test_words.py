@@ -1,0 +1,202 @@
+"""Every option of every help page is held against one table; old spellings and the environment follow one rule."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import click
+import pytest
+
+from loratools.cli import _spelling as spelling
+from loratools.cli._group import Command
+from loratools.cli._run import group, run
+from loratools.cli._spelling import long_name
+from loratools.cli._words import COMMON, GROUPS, RENAMED, WORDS
+
+ROOT = group()
+CONTEXT = click.Context(ROOT)
+NAMES = ROOT.list_commands(CONTEXT)
+COMMANDS: dict[str, Command] = {name: found for name in NAMES if (found := ROOT.get_command(CONTEXT, name))}
+
+
+def own(command: Command) -> dict[str, click.Option]:
+    """Return the options that a command has beside the common ones."""
+    options = [each for each in command.params if isinstance(each, click.Option) and each not in command.common]
+    return {long_name(option): option for option in options}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_option_is_a_word_of_the_table_and_means_it(name: str) -> None:
+    wrong = []
+    for option in own(COMMANDS[name]).values():
+        word = WORDS.get(long_name(option))
+        if word is None:
+            wrong.append(f"{long_name(option)} is not in loratools/cli/_words.py")
+        elif not f"{option.help} ".startswith(f"{word.meaning} "):
+            wrong.append(f"{long_name(option)}: {option.help!r} does not begin with {word.meaning!r}")
+        elif option.is_flag is not (word.metavar is None and not word.words):
+            wrong.append(f"{long_name(option)}: the table says otherwise whether it takes a value")
+        elif word.metavar not in (None, option.metavar):
+            wrong.append(f"{long_name(option)}: its value is {option.metavar}, not {word.metavar}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_table_has_no_word_that_no_command_has() -> None:
+    used = {option for command in COMMANDS.values() for option in own(command)}
+    assert WORDS.keys() - used == set()
+    assert {word.group for word in WORDS.values()} <= set(GROUPS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_help_page_prints_each_option_once_with_its_meaning(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([name, "--help"]) == 0
+    page = capsys.readouterr().out
+    lines = page.splitlines()
+    assert max(map(len, lines)) <= 100
+    told = "".join(page.split())
+    for option in own(COMMANDS[name]).values():
+        starts = [
+            line for line in lines if re.match(rf" +{', '.join(sorted(option.opts, key=len))}( [^a-z]| ?$|  |/)", line)
+        ]
+        assert len(starts) == 1, (option.opts, starts)
+        assert option.help
+        assert "".join(option.help.split()) in told
+    headings = [line[:-1] for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert [heading for heading in headings if heading in GROUPS] == [
+        heading for heading in GROUPS if heading in headings
+    ]
+    assert headings[-1] == "Options of every command"
+    assert "Others" not in headings
+
+
+@pytest.mark.parametrize("command", RENAMED)
+def test_an_old_spelling_is_no_longer_an_option(command: str) -> None:
+    options = {
+        spelled for option in own(COMMANDS[command]).values() for spelled in (*option.opts, *option.secondary_opts)
+    }
+    assert options.isdisjoint(RENAMED[command])
+    assert options.issuperset(new.partition("=")[0] for new in RENAMED[command].values())
+
+
+def test_an_old_spelling_works_with_a_warning(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    verify = ["verify", "merged", "--base", "base", "--adapter", "adapter", "--seed", "1"]
+    told = "--tensors is now --modules; the old name goes away in the next version"
+    assert run([*verify, "--modules"]) == 0
+    new = capsys.readouterr()
+    assert run([*verify, "--tensors"]) == 0
+    assert capsys.readouterr() == (new.out, f"warning: {told}\n")
+    assert run([*verify, "--tensors", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["warnings"] == [told]
+    assert run(["merge", "base", "adapter", "-o", "m", "--keep-residual"]) == 0
+    assert run(["switch", "m", "--out=adapter", "--in", "other", "-o", "s", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out.partition("residual")[2].partition("\n")[2])
+    assert [warning.partition(";")[0] for warning in document["warnings"]] == [
+        "--out is now --take",
+        "--in is now --put",
+    ]
+    monkeypatch.setenv("LORATOOLS_VERIFY_TENSORS", "1")
+    assert run(verify) == 0
+    assert capsys.readouterr() == (
+        new.out,
+        "warning: LORATOOLS_VERIFY_TENSORS is now LORATOOLS_VERIFY_MODULES; "
+        "the old name goes away in the next version\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("environment", "tier"),
+    [
+        ({"LORATOOLS_HASH_TIER": "schema"}, "schema"),
+        ({"LORATOOLS_TIER": "schema"}, "schema"),
+        ({"LORATOOLS_TIER": "logical", "LORATOOLS_HASH_TIER": "schema"}, "schema"),
+        ({"LORATOOLS_TIER": "schema", "LORATOOLS_HASH_TIER": ""}, "schema"),
+    ],
+)
+def test_the_rule_of_the_environment(
+    environment: dict[str, str], tier: str, prepared: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert run(["hash", str(prepared / "base"), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["hash"].keys() == {tier}
+    assert document["warnings"] == []
+    assert run(["hash", str(prepared / "base"), "--json", "--tier", "root"]) == 0
+    assert json.loads(capsys.readouterr().out)["hash"].keys() == {"root"}
+
+
+def test_every_option_of_every_command_has_its_variable() -> None:
+    """Each by itself reaches the parameter of its command, named after the long option."""
+    for name, command in COMMANDS.items():
+        options = own(command)
+        for long, option in options.items():
+            for variable in (spelling.variable(long, name), spelling.variable(long)):
+                values, warnings = spelling.defaults(name, options.values(), {variable: "x 'y z'"})
+                assert values == {option.name: ["x", "y z"] if option.multiple else "x 'y z'"}
+                assert warnings == []
+
+
+def test_a_variable_sets_a_switch_a_number_a_list_and_a_required_option(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    for name, value in {
+        "OUTPUT": "by environment", "MERGE_WEIGHT": "0.5 'q_proj=0.25,v_proj=1'", "THREADS": "1", "DRY_RUN": "yes",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(f"LORATOOLS_{name}", value)
+    assert run(["merge", "base", "adapter", "other", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["dry_run"], plan["output"], plan["threads"]) == (True, "by environment", 1)
+    monkeypatch.setenv("LORATOOLS_DRY_RUN", "off")
+    monkeypatch.setenv("LORATOOLS_THREADS", "none")
+    assert run(["merge", "base", "adapter", "other"]) == 2
+    assert "invalid value for '--threads'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("variable", "nearest"),
+    [
+        ("LORATOOLS_MERGE_TREADS", "; did you mean LORATOOLS_MERGE_THREADS?"),
+        ("LORATOOLS_THREAD", "; did you mean LORATOOLS_THREADS?"),
+        ("LORATOOLS_JSONN", "; did you mean LORATOOLS_JSON?"),
+        ("LORATOOLS_XYZZY", ""),
+    ],
+)
+def test_an_unknown_variable_is_told(
+    variable: str, nearest: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, "1")
+    assert run(["dialects", "-q"]) == 0
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"warning: {variable} is no variable of loratools")
+    assert (nearest in warning) if nearest else warning.endswith("loratools\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "hint"),
+    [
+        (["mrge"], "no such command 'mrge'; did you mean 'merge' or 'unmerge'?", ""),
+        (["diff"], "no such command 'diff'; did you mean 'compare'?", ""),
+        (["extract"], "no such command 'extract'; did you mean 'extract-svd'?", ""),
+        (["hash", "--thread", "2"], "no such option '--thread'; did you mean '--threads'?", ""),
+        (["hash", "--energy", "0.9"], "no such option '--energy'", "--energy is an option of combine,"),
+        (["qqqqq"], "no such command 'qqqqq'", ""),
+    ],
+)
+def test_what_is_mistyped_gets_a_suggestion(
+    arguments: list[str], message: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments) == 2
+    error, told = capsys.readouterr().err.splitlines()
+    assert error == f"error: {message}"
+    assert told.startswith(f"hint: {hint}")
+
+
+def test_common_words_are_those_of_every_command() -> None:
+    assert tuple(long_name(option) for option in COMMANDS["merge"].common) == COMMON
