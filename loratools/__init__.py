@@ -19,6 +19,7 @@ Look
     spectrum         the singular values of every ΔW = s·B·A, and the rank that they need
     compare          how alike two adapters are: angles between their changes, and their subspaces
     hash             which model, or which adapter, exactly is this? Its hash, in tiers
+    report           a page of figures about adapters or a merge: one HTML file
     estimate         what a LoRA would cost: parameters, bytes, optimizer state; the rank for a budget
 Check
     verify           how far is a model from base + adapters? A proof that shares no arithmetic with merge
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from loratools.hub.pull import pull
     from loratools.hub.push import push
     from loratools.live.cost import estimate
+    from loratools.reports import report
     from loratools.storage.checkpoint import Checkpoint
     from loratools.surgery.combine import combine
     from loratools.surgery.compare import compare
@@ -107,6 +109,7 @@ else:
         "open_adapter": "loratools.dialects:open_adapter",
         "pull": "loratools.hub.pull:pull",
         "push": "loratools.hub.push:push",
+        "report": "loratools.reports:report",
         "resize": "loratools.surgery.resize:resize",
         "run_demo": "loratools.demo.tour:run_demo",
         "save_adapter": "loratools.dialects:save_adapter",
@@ -133,8 +136,8 @@ __all__ = [
     "Adapter", "BaseIdentity", "Checkpoint", "LoraToolsError", "MergeOptions", "__version__", "certify", "combine",
     "compare", "convert", "dequantize", "estimate", "extract", "extract_svd", "hash", "hash_checkpoint", "inspect",
     "list_dialects",
-    "merge", "open_adapter", "pull", "push", "resize", "run_demo", "save_adapter", "spectrum", "switch", "unmerge",
-    "validate", "verify",
+    "merge", "open_adapter", "pull", "push", "report", "resize", "run_demo", "save_adapter", "spectrum", "switch",
+    "unmerge", "validate", "verify",
 ]  # fmt: skip
 
 resolvers.install("hf://", "loratools.hub.pull", "resolve")

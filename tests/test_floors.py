@@ -33,7 +33,7 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
         "dialects engine",
         "live",
         "surgery",
-        "hub",
+        "hub reports",
         "demo",
         "cli",
         "__main__ __init__",
@@ -90,6 +90,8 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
         "arithmetic coded sealed",
         "run",
     ),
+    "loratools.reports": ("markup numbers scale", "arrange charts style", "page", "subjects", "pages"),
+    "loratools.reports.charts": ("drawing", "*"),
     "loratools.live": (
         "below product",
         "site",
@@ -132,6 +134,7 @@ REGISTERED = {
     "dialects",
     "adapter.naming.image.families",
     "dialects.peft.types",
+    "reports.pages",
 }
 """Folders of siblings that are found by file name, one file a thing: their signs say what a sibling is."""
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from loratools.adapter.naming.compact import natural
-from loratools.errors import IncompatibleAdapter
+from loratools.errors import IncompatibleAdapter, InvalidOption
+from loratools.options import Options
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.sources import Location, session
 from loratools.surgery.change import ModuleChange, measurable
@@ -24,7 +25,8 @@ class ModuleSpectrum:
 
     `sigma` are its singular values (0 where they are only rounding), `norm` = ‖ΔW‖_F, `true_rank` how many are not 0.
     `stable_rank` = Σσ²/σ₁²; `effective_rank` = exp(−Σ pᵢ ln pᵢ) with pᵢ = σᵢ/Σσ (Roy & Vetterli 2007). `needed` is the
-    least rank that keeps each of `SHARES` of Σσ²; all are 0 for ΔW = 0.
+    least rank that keeps each of `SHARES` of Σσ²; all are 0 for ΔW = 0. `base_norm` = ‖W‖_F of the weight under it,
+    None where it was not asked for.
     """
 
     module: str
@@ -38,6 +40,14 @@ class ModuleSpectrum:
     effective_rank: float
     needed: tuple[int, ...]
     sigma: tuple[float, ...]
+    base_norm: float | None = None
+
+    @property
+    def relative(self) -> float | None:
+        """Return ‖ΔW‖/‖W‖: infinite where the base is zero, None where ‖W‖ was not asked for."""
+        if self.base_norm is None:
+            return None
+        return self.norm / self.base_norm if self.base_norm else math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +67,17 @@ class AdapterSpectrum:
     in_part: Mapping[str, str]
     left_out: Mapping[str, str]
 
+    def kept(self, rank: int) -> float:
+        """Return which share of Σ‖ΔW‖² the best changes of a rank keep, Σσᵢ² with i ≤ rank in each module; 1 for 0."""
+        kept = math.fsum(value * value for module in self.modules for value in module.sigma[:rank])
+        return kept / self.norm**2 if self.norm else 1.0
+
 
 @session()
 def spectrum(
-    adapter: AdapterSource, dialect: str | None = None, base: Location | Checkpoint | None = None
-) -> AdapterSpectrum:
+    adapter: AdapterSource, dialect: str | None = None, base: Location | Checkpoint | None = None, *,
+    relative: bool = False,
+) -> AdapterSpectrum:  # fmt: skip
     """Return the singular values of every ΔW, and the rank that they need.
 
     Of ΔW = s·B·A from a QR of each factor and an r × r core in float64; no dense ΔW is built. What a change of DoRA,
@@ -74,11 +90,13 @@ def spectrum(
         dialect: The layout that a path is to be read in, one of `list_dialects()`. Default: what is found in the file.
         base: The base model (a path, a reference, or an open `Checkpoint`), for changes that depend on it. Default:
             none.
+        relative: Whether to read the weights that change, for ‖ΔW‖/‖W‖; this takes a base. Default: no.
 
     Returns:
         The spectrum of each module (σ in descending order), and what the ranks that they need come to in parameters.
 
     Raises:
+        InvalidOption: `relative` cannot be, or there is no base for it.
         IncompatibleAdapter: The adapter does not fit the base.
         BadFile, UnsupportedAdapter, UnknownKind: The adapter cannot be read.
 
@@ -87,8 +105,11 @@ def spectrum(
         >>> found.modules[0].rank, len(found.modules[0].sigma)
         (4, 4)
     """
+    Options().flag("relative", relative).done()
+    if relative and base is None:
+        raise InvalidOption("relative measures a change beside the weight that it changes, which takes a base")
     (changes,) = measurable([adapter], base, dialect)
-    modules = [_of(module, changes.modules[module]) for module in sorted(changes.modules, key=natural)]
+    modules = [_of(module, changes.modules[module], relative) for module in sorted(changes.modules, key=natural)]
     sizes = [sum(module.shape) for module in modules]
     return AdapterSpectrum(
         tuple(modules), tuple(sorted(changes.left_out)), math.sqrt(math.fsum(module.norm**2 for module in modules)),
@@ -99,7 +120,8 @@ def spectrum(
     )  # fmt: skip
 
 
-def _of(module: str, change: ModuleChange) -> ModuleSpectrum:
+def _of(module: str, change: ModuleChange, relative: bool) -> ModuleSpectrum:
+    base_norm = math.sqrt(float(change.base().double().square().sum())) if relative and change.base else None
     kind, shape, rank, parameters = change.kind, change.shape, change.rank, change.parameters
     try:
         sigma: Sequence[float] = change.load().sigma().tolist()
@@ -108,12 +130,12 @@ def _of(module: str, change: ModuleChange) -> ModuleSpectrum:
     energy, lengths = math.fsum(value * value for value in sigma), math.fsum(sigma)
     if energy == 0:
         none = (0,) * len(SHARES)
-        return ModuleSpectrum(module, kind, shape, rank, parameters, 0, 0.0, 0.0, 0.0, none, tuple(sigma))
+        return ModuleSpectrum(module, kind, shape, rank, parameters, 0, 0.0, 0.0, 0.0, none, tuple(sigma), base_norm)
     shares = [value / lengths for value in sigma if value > 0]
     return ModuleSpectrum(
         module, kind, shape, rank, parameters, len(shares), math.sqrt(energy), energy / sigma[0] ** 2,
         math.exp(-math.fsum(share * math.log(share) for share in shares)),
-        tuple(_needed(sigma, share * energy) for share in SHARES), tuple(sigma),
+        tuple(_needed(sigma, share * energy) for share in SHARES), tuple(sigma), base_norm,
     )  # fmt: skip
 
 
