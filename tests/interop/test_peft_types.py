@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loratools import convert, inspect, live, merge, resize, spectrum, unmerge, verify
+from loratools.adapter import kinds
 from loratools.adapter.kinds.peanut import ACTIVATIONS
 from loratools.dialects.peft import types
 from loratools.dialects.peft.types._refused import REFUSED
 from loratools.errors import BadFile, IncompatibleAdapter, LoraToolsError, LossyConversion, UnsupportedAdapter
+from loratools.storage.lazy import LazyTensor
 from tests.interop.models import FAMILIES, load
 from tests.interop.test_kinds import mixed, save_mixed
 from tests.make import wavelets
@@ -437,6 +439,26 @@ def test_functions_of_peanut_are_those_of_transformers() -> None:
 def test_wavelets_are_pefts() -> None:
     pytest.importorskip("peft")
     assert wavelets.TABLE.read_text(encoding="utf-8") == wavelets.written()
+
+
+@pytest.mark.parametrize("shape", [(11, 8), (12, 7), (9, 13)])
+@pytest.mark.parametrize("wavelet", ["db1", "sym4", "coif2"])
+def test_waveft_of_odd_sides_is_pefts(wavelet: str, shape: tuple[int, int]) -> None:
+    """PEFT widens an odd side by one more, and cuts the middle out of what the transform makes of it."""
+    peft = pytest.importorskip("peft")
+    out, inner = shape
+    config = peft.WaveFTConfig(target_modules=["0"], n_frequency=out * inner // 2, wavelet_family=wavelet, scaling=3.0)
+    model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(inner, out, bias=False)), config)
+    layer = model.base_model.model[0]
+    spectrum = torch.randn(out * inner // 2, generator=torch.Generator().manual_seed(1))
+    layer.waveft_spectrum["default"].data.copy_(spectrum)
+    theirs = layer.get_delta_weight("default").detach().double()
+    layout = {"seed": config.random_loc_seed, "wavelet": wavelet}
+    update = kinds.get("waveft").build({"waveft_spectrum": LazyTensor.of(spectrum)}, 3.0, 3.0, layout=layout)
+    update = update.fitted(shape)
+    torch.testing.assert_close(3.0 * update.dense(), theirs, rtol=1e-5, atol=1e-5)
+    tile = update.rows(torch.float64, torch.device("cpu"), False)
+    torch.testing.assert_close(3.0 * torch.cat([tile(slice(0, 5)), tile(slice(5, out))]), theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("settings", [{"r": 4}, {"r": 8, "init_weights": "bat"}], ids=["plain", "bat"])

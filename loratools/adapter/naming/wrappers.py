@@ -148,6 +148,16 @@ class Fusion:
         """Return which of the parts a projection is, or None."""
         return next((i for i, names in enumerate(self.parts) if name in names), None)
 
+    def fits(self, rows: int, position: int, total: int, config: Mapping[str, Any]) -> bool:
+        """Tell whether a part can have `rows` of `total`: q at least as many as k and v each, gate as many as up."""
+        if len(self.parts) == 2:
+            return 2 * rows == total
+        key_rows = (total - rows) / 2 if position == 0 else rows
+        heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
+        if isinstance(heads, int) and isinstance(groups, int) and heads > 0 < groups:
+            return key_rows * (heads + 2 * groups) == total * groups
+        return key_rows == int(key_rows) and 0 < 3 * key_rows <= total
+
 
 _QKV = (("q_proj", "query", "q"), ("k_proj", "key", "k"), ("v_proj", "value", "v"))
 

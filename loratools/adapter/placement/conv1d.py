@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from loratools.adapter.kinds import Update
 from loratools.adapter.naming.wrappers import LINEAR
 from loratools.storage.codecs.turned import CONV1D
 
@@ -87,19 +86,6 @@ class Conv1D:
             turned = swapped and self._known(_last(layer)) is not False  # fan_in_fan_out is no word on embeddings
             stated = len(shape) == 2 and (self.likely(layer) or turned)
         return (shape[::-1], shape) if stated else (shape,)
-
-    def fitted(self, update: Update, tensor: str, swapped: bool, stated: bool | None = None) -> Update:
-        """Return an update that knows the shape of its weight, `tensor`, which its parts may leave open.
-
-        Raises `ValueError` with why it does not fit.
-        """
-        problems = []
-        for shape in self.of_weight(tensor, swapped, stated):
-            try:
-                return update.fitted(shape)
-            except ValueError as error:
-                problems.append(str(error))
-        raise ValueError(problems[0])
 
     def _known(self, last: str) -> bool | None:
         if self.model_type in CONV1D:

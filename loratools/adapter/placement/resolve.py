@@ -10,7 +10,7 @@ from math import prod
 from typing import Any
 
 from loratools.adapter.converted.pieces import NoPlace
-from loratools.adapter.converted.sites import block_of, inside, sites_of
+from loratools.adapter.converted.sites import block_of, fitted, inside, sites_of
 from loratools.adapter.kinds import Update
 from loratools.adapter.kinds._product import BiasUpdate
 from loratools.adapter.model import Adapter
@@ -96,8 +96,8 @@ class _Resolver:
         """Return the updates, those that depend on the shapes of all weights of their adapter with these."""
         if not any(update.needs_all for update in updates.values()):
             return updates
-        tensors = (self._tensor_of(stacks.path_of(module), module) for module in updates)
-        shapes = [self.conv1d.of_weight(tensor, self.swapped, self.stated)[0] for tensor in tensors if tensor]
+        paths = (stacks.path_of(module) for module in updates)
+        shapes = [each[0] for path in paths if (each := self._shapes_of(path, self._tensor_of(path, path)))]
         return {module: update.among(shapes) if update.needs_all else update for module, update in updates.items()}
 
     def place(self, module: str, update: Update) -> list[Placement]:
@@ -105,11 +105,9 @@ class _Resolver:
         path = stacks.path_of(module)
         if update.members:
             return self._experts(module, path, update)
-        if tensor := self._tensor_of(path, path):
-            try:
-                update = self.conv1d.fitted(update, tensor, self.swapped, self.stated)
-            except ValueError as error:
-                raise NoPlace(str(error)) from None
+        tensor = self._tensor_of(path, path)
+        if shapes := self._shapes_of(path, tensor):
+            update = fitted(update, shapes)
         placed = [Placement(module, update, site) for site in self.sites(path, update, tensor)]
         if update.bias is not None:
             added = BiasUpdate(update.bias, update.scaling, update.alpha)
@@ -120,6 +118,13 @@ class _Resolver:
             sites = filter(None, [self._beside(weight.site) for weight in placed])
             placed += [Placement(module, beside, site, bias=True) for site in sites]
         return placed
+
+    def _shapes_of(self, path: str, tensor: str | None) -> tuple[tuple[int, ...], ...]:
+        """Return the shapes that a module's weight may have, likelier first: by its tensor, or by transformers."""
+        if tensor:
+            return self.conv1d.of_weight(tensor, self.swapped, self.stated)
+        made = block_of(self.names, self.shapes, path)
+        return (made[1].shape,) if made else ()
 
     def _beside(self, site: Site) -> Site | None:
         """Return where the outputs of a weight's site lie in the bias beside it; None where there is none."""
@@ -214,21 +219,11 @@ class _Resolver:
                 return self._by_heads(tensor, update, position, count)
             # The first part begins at 0; the later ones (k and v, or up) are equally large and end at the end.
             first = 0 if position == 0 else total - (count - position) * rows
-            if not self._fits(rows, position, total, count):
+            if not fusion.fits(rows, position, total, self.config):
                 raise NoPlace(f"its {rows} output features are no part of {tensor} with shape {shape}")
             region = (shape[0], rows) if axis else (rows, shape[1])
             return [self._orient(fused, tensor, update, (0, rows), region, first)]
         return []
-
-    def _fits(self, rows: int, position: int, total: int, count: int) -> bool:
-        """Tell whether a part can have so many rows: q at least as many as k and v each, gate as many as up."""
-        if count == 2:
-            return 2 * rows == total
-        key_rows = (total - rows) / 2 if position == 0 else rows
-        heads, groups = self.config.get("num_attention_heads"), self.config.get("num_key_value_heads")
-        if isinstance(heads, int) and isinstance(groups, int) and heads > 0 < groups:
-            return key_rows * (heads + 2 * groups) == total * groups
-        return key_rows == int(key_rows) and 0 < 3 * key_rows <= total
 
     def _by_heads(self, tensor: str, update: Update, position: int, count: int) -> list[Site]:
         rows, (total, columns) = update.shape[0], self.shapes[tensor]
