@@ -34,6 +34,7 @@ Change
     resize           other ranks, with the least error there is
     extract_svd      the low-rank change of a full fine-tune, near the optimum
     convert          another dialect; or seal an adapter with its base's hash
+    edit             trigger words, tags, base, thumbnail, any entry, or nothing private: no tensor is touched
 Share
     push, pull       an adapter or a model to the Hub in one commit, and back, every file checked
 Open and save
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from loratools.surgery.compare import compare
     from loratools.surgery.convert import convert
     from loratools.surgery.dequantize import dequantize
+    from loratools.surgery.edit import edit
     from loratools.surgery.extract import extract
     from loratools.surgery.extract import extract as extract_svd
     from loratools.surgery.extract.certify import certify
@@ -98,6 +100,7 @@ else:
         "compare": "loratools.surgery.compare:compare",
         "convert": "loratools.surgery.convert:convert",
         "dequantize": "loratools.surgery.dequantize:dequantize",
+        "edit": "loratools.surgery.edit:edit",
         "estimate": "loratools.live.cost:estimate",
         "extract": "loratools.surgery.extract:extract",
         "extract_svd": "loratools.surgery.extract:extract",
@@ -134,8 +137,8 @@ else:
 
 __all__ = [
     "Adapter", "BaseIdentity", "Checkpoint", "LoraToolsError", "MergeOptions", "__version__", "certify", "combine",
-    "compare", "convert", "dequantize", "estimate", "extract", "extract_svd", "hash", "hash_checkpoint", "inspect",
-    "list_dialects",
+    "compare", "convert", "dequantize", "edit", "estimate", "extract", "extract_svd", "hash", "hash_checkpoint",
+    "inspect", "list_dialects",
     "merge", "open_adapter", "pull", "push", "report", "resize", "run_demo", "save_adapter", "spectrum", "switch",
     "unmerge", "validate", "verify",
 ]  # fmt: skip
