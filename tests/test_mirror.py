@@ -40,7 +40,6 @@ ELSEWHERE = {
     "format/clauses: container integrity layout manifest tensors",
     "interop/test_live_hooks": "live/below: checkpoints",
     "live/below/test_meta": "live/below: silent",
-    "dialects/_frame/test_facts": "dialects/_frame: places",
     "storage/pickles/test_archive": "storage/pickles: unpickle",
     "storage/codecs/test_awq": "storage/codecs: _transposed auto_round",
     "storage/codecs/test_schemes": "storage/codecs: unread",
