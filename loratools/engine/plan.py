@@ -80,8 +80,9 @@ class MergePlan:
 
     `inputs` are the adapters as they are placed, in the order of the call; `config` holds changed fields of
     config.json, and `dropped` those that go; `laid_out` says whether files, headers and offsets are the base's own, so
-    that untouched ranges are
-    copied where they lie. `strict` makes a tensor that is not the recorded one an error, else it is reported.
+    that untouched ranges are copied where they lie. `metadata` is what the header says besides the record of the merge
+    where the output is one safetensors file, None where it is a folder or a GGUF file. `strict` makes a tensor that is
+    not the recorded one an error, else it is reported.
     """
 
     base: Checkpoint
@@ -92,7 +93,13 @@ class MergePlan:
     dropped: tuple[str, ...] = ()
     laid_out: bool = True
     strict: bool = True
+    metadata: Mapping[str, str] | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def single(self) -> bool:
+        """Whether the output is one safetensors file."""
+        return self.metadata is not None
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:

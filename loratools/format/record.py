@@ -35,8 +35,8 @@ BROUGHT = "brought"
 """Field: files beside the weights that an adapter brought, and that are not the base's."""
 ERROR = "error_bound"
 """Field: how far any element can be from the base with these adapters, where some were taken out by subtraction."""
-IN_GGUF = "loratools.record"
-"""Field of a GGUF file that holds the record, as JSON."""
+IN_FILE = "loratools.record"
+"""Field of a GGUF file, and entry in the header of a model that is one safetensors file: the record as JSON."""
 WORDS = "weights"
 """Field of an adapter's entry: the weight of each module in the words of the merge; the scalings have it in them."""
 
@@ -105,12 +105,22 @@ def unlike(entry: Mapping[str, Any], adapter: Adapter) -> list[str]:
 
 
 def read(model: Checkpoint) -> dict[str, Any]:
-    """Return the record in a model's folder, of a merge or of another operation; {} where there is none."""
+    """Return the record of a model, of a merge or of another operation; {} where there is none.
+
+    It is in the header of a model that is one file, else beside the files.
+    """
     if model.path.suffix == ".gguf":
-        text = read_container(model.path).get(IN_GGUF)
+        text = read_container(model.path).get(IN_FILE)
         return parse_json_object(text.encode(), model.path) if isinstance(text, str) else {}
+    if is_in_file(model):
+        return parse_json_object(model.shards[0].metadata[IN_FILE].encode(), model.shards[0].path, constants=True)
     path = model.root / RECORD
     return read_json(path, most=MAX_INDEX) if model.root.is_dir() and path.is_file() else {}
+
+
+def is_in_file(model: Checkpoint) -> bool:
+    """Tell whether a model is one safetensors file with its record in the header."""
+    return len(model.shards) == 1 and IN_FILE in model.shards[0].metadata
 
 
 def is_complete(record: Mapping[str, Any]) -> bool:
@@ -149,7 +159,8 @@ def refuse_second_merge(base: Checkpoint, digests: Sequence[str], taken: Sequenc
     """Raise `OutputRefused` if a base holds an adapter of one of these digests, and it is not `taken` out."""
     merged = {entry.get("digest") for entry in held(read(base))}
     if again := sorted(set(digests) & (merged - set(taken))):
-        where = f"its field {IN_GGUF}" if base.path.suffix == ".gguf" else RECORD
+        in_file = base.path.suffix == ".gguf" or is_in_file(base)
+        where = f"{IN_FILE} in its header" if in_file else RECORD
         raise OutputRefused(
             f"{base.path} already is a merge of this adapter ({again[0]}); merging again would apply it twice",
             hint=f"Merge into the base model instead, or remove {where} if you mean it.",

@@ -95,6 +95,12 @@ def companions(base: Checkpoint, adapter_paths: Iterable[Path | None]) -> Compan
     return Companions(sources, texts, tuple(left), tuple(brought))
 
 
+def beside_base(base: Checkpoint) -> tuple[str, ...]:
+    """Return all files beside the weights of a base, by their relative paths: () for one that is a single file."""
+    coming, left = _of_base(base) if base.path.is_dir() or base.indexes else ({}, ())
+    return tuple(sorted((*coming, *left)))
+
+
 def _is_same(path: Path, other: Path | None) -> bool:
     return other is not None and path.read_bytes() == other.read_bytes()
 

@@ -64,7 +64,7 @@ def dequantize(
 
     Args:
         model: The model: a folder, a safetensors file, an index, an `hf://` reference, or an open `Checkpoint`.
-        output: The folder to write; it must not exist, unless `force`.
+        output: The folder to write, or one file (`out.safetensors`), as for `merge`; it must not exist, unless `force`.
         dtype: The float dtype of every float tensor. Default: codes become what the model computes in (bf16 or f16),
             all others keep their dtype.
         max_shard_size: Most bytes of tensor data in one file. Default: 5 GB.

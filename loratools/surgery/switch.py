@@ -12,15 +12,16 @@ from loratools.adapter.model import AdapterInput
 from loratools.adapter.placement.settle import equal
 from loratools.engine.residual import Lost, Residual
 from loratools.engine.residual.keep import Kept, keep
-from loratools.engine.residual.restore import file_plan, lost_bytes, write_pieces
+from loratools.engine.residual.restore import lost_bytes, write_pieces
 from loratools.errors import IncompatibleAdapter, InvalidOption, WrongBase
-from loratools.format.record import BROUGHT, refuse_second_merge
+from loratools.format.record import BROUGHT, is_in_file, refuse_second_merge
 from loratools.options import CheckBase, Options, Tied
 from loratools.parallel import Progress, each, no_progress
 from loratools.storage import atomic, digest
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.companions import RESIDUAL
 from loratools.storage.header import TensorSpec, nbytes
+from loratools.storage.layout import plan_file
 from loratools.storage.lazy import LazyTensor
 from loratools.storage.sources import Location, session
 from loratools.surgery.base import prove
@@ -38,6 +39,7 @@ from loratools.surgery.merge.folder import write_companions
 from loratools.surgery.merge.options import MergeOptions
 from loratools.surgery.merge.prepare import Account, Merge, decide
 from loratools.surgery.merge.run import write_tensors
+from loratools.surgery.merge.single import is_single, new_model
 from loratools.surgery.unmerge.merged import MergedModel
 from loratools.surgery.unmerge.subtract import subtract
 
@@ -94,7 +96,7 @@ def switch(
         model: The merged model: a path, an `hf://` reference, or an open `Checkpoint`.
         out: The adapters to take out, one or several; with a residual every adapter of the merge.
         into: The adapters to put in, one or several.
-        output: The folder to write; it must not exist, unless `force`.
+        output: The folder to write, or one file (`out.safetensors`), as for `merge`; it must not exist, unless `force`.
         weights: A number for each adapter of `into`; one number for one adapter. Default: 1 for each.
         tied: What a change of an embedding does to a head that is the same tensor, as for `merge`. Default: what it did
             at the merge.
@@ -147,7 +149,8 @@ def switch(
         tied=tied or merged.tied or "error", check_base=check_base, threads=threads, force=force, durable=durable,
         keep_residual=residual is not None and keep_residual is not False,
     )  # fmt: skip
-    with atomic.new_folder(output, force=force, durable=durable) as scratch:
+    single = is_single(output, merged.model)
+    with new_model(output, single=single, force=force, durable=durable) as scratch:
         if residual is not None:
             return _Exact(merged, residual, scratch).run(inputs, output, options, progress)
         done = subtract(merged, inputs, options, output, progress, scratch)
@@ -209,7 +212,9 @@ class _Exact:
         measured = write_tensors(prepared, self.scratch, progress, before=before)
         measured.tell(options, self.scratch)
         plan, threads = prepared.plan, prepared.threads
-        kept = keep(plan, self.scratch, threads, progress, before=self.restorers) if options.keep_residual else None
+        kept = None
+        if options.keep_residual:
+            kept = keep(plan, self.scratch, threads, progress, before=self.restorers, below=self.residual)
         digests = self._digests(measured.digests, plan.base, threads)
         prove(self.merged.record, digests, self.merged.model.path)
         of_base = {**self.merged.record["base"], "tensors": {name: digests[name] for name in measured.digests}}
@@ -224,23 +229,21 @@ class _Exact:
     def _base(self) -> Checkpoint:
         """Return the base as if it were opened; where its lost tensors will lie is not known yet."""
         model, residual = self.merged.model, self.residual
-        restored = {Path(file.name): file_plan(model, file).specs(self.scratch) for file in residual.layout}
-        own = {shard.path.relative_to(model.root): shard.tensors for shard in model.shards}
-
-        def offsets(files: Mapping[Path, Mapping[str, TensorSpec]]) -> dict[Path, list[tuple[str, str, int]]]:
-            return {
-                path: [(name, spec.dtype, spec.start) for name, spec in tensors.items()]
-                for path, tensors in files.items()
-            }
-
+        if is_in_file(model):  # whatever the files of the base were called
+            residual = residual.as_one(model.shards[0].path.name)
+        described = {Path(file.name): list(file.tensors) for file in residual.layout}
         stored = any(tensor.mode == "stored" for tensor in self.lost.values())
-        if offsets(restored) != offsets(own) or residual.config or stored:
+        own = {shard.path.relative_to(model.root): shard for shard in model.shards}
+        same = described == {path: shard.layout for path, shard in own.items()}
+        if not same or residual.config or stored:
             raise IncompatibleAdapter(
                 f"{model.path}: the merge changed its layout or config.json besides its numbers, so one pass does not "
                 "do",
                 hint="Run `loratools unmerge`, then `loratools merge`.",
             )
-        moved = {name: spec for tensors in restored.values() for name, spec in tensors.items() if name in self.lost}
+        plans = [plan_file(str(path), shard.layout, header=shard.header()) for path, shard in own.items()]
+        places = {name: spec for file in plans for name, spec in file.specs(self.scratch).items()}
+        moved = {name: spec for name, spec in places.items() if name in self.lost}
         shards = [
             replace(shard, tensors={n: moved.get(n, spec) for n, spec in shard.tensors.items()})
             for shard in model.shards

@@ -1,7 +1,8 @@
 """The residual of a merge: what rounding destroyed, coded so compactly that it can always be kept.
 
-`unmerge.residual` beside a merged model is a safetensors file with one U8 tensor for each tensor of the base that is
-not in the model as it was. Its metadata say how the base was laid out, and in which way each tensor is coded:
+`unmerge.residual` beside a merged model, `NAME.residual` beside one that is the file `NAME.safetensors`, is a
+safetensors file with one U8 tensor for each tensor of the base that is not in the model as it was. Its
+metadata say how the base was laid out, and in which way each tensor is coded:
 
     predicted   factors g of DoRA, then a block (`engine/residual/codes.py`) for each tile, each after its u32 length;
                 the tiles' predictions are made from the merged tensor and the adapters (`engine/residual/predict.py`)
@@ -14,9 +15,11 @@ writes the base again from it.
 
 from __future__ import annotations
 
+import base64
 import struct
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,13 +31,16 @@ from loratools.engine.residual.predict import Step
 from loratools.errors import BadFile
 from loratools.storage import dtypes, files
 from loratools.storage.codecs.floats import bytes_of, unsigned, widen
-from loratools.storage.header import MAX_SIDES, TensorSpec, read_header
+from loratools.storage.header import MAX_HEADER, MAX_SIDES, TensorSpec, parse_header, read_header
+from loratools.storage.layout import plan_file
 from loratools.storage.strict_json import parse_json_object
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 VERSION = 1
 ELEMENTS = 1 << 17  # of a tile: its float64 product stays in the core's cache
+HEADED = (".safetensors", ".sft")
+"""Endings of files that have a header."""
 LENGTH = struct.Struct("<I")
 
 
@@ -75,12 +81,16 @@ class Lost:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """One of the base's files of tensors: `(name, dtype, shape)` in order, string metadata, prefix of its component."""
+    """One of the base's files of tensors: `(name, dtype, shape)` in order, string metadata, prefix of its component.
+
+    `header` are the bytes before its first tensor, where they are not those that the others make.
+    """
 
     name: str
     tensors: Sequence[tuple[str, str, tuple[int, ...]]]
     metadata: Mapping[str, str]
     prefix: str
+    header: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,10 +115,12 @@ class Residual:
         if document.get("version") != VERSION:
             raise BadFile(f"{path}: a residual of version {document.get('version')}, this loratools reads {VERSION}")
         try:
+            headers = dict(document.get("headers") or {})
             layout = [
                 Layout(str(name), [_described(*tensor) for tensor in tensors], _texts(metadata), str(p))
                 for name, tensors, metadata, p in document["layout"]
             ]
+            layout = [replace(file, header=_header(headers.get(file.name), file, path)) for file in layout]
             modes, config, indexes = (dict(document[field]) for field in ("modes", "config", "indexes"))
         except (KeyError, TypeError, ValueError, OverflowError):
             raise BadFile(f"{path}: its description of the base's layout is damaged") from None
@@ -118,6 +130,41 @@ class Residual:
         if bad or modes.keys() != header.tensors.keys() or not modes.keys() <= listed:
             raise BadFile(f"{path}: its description of the base's layout does not fit its tensors")
         return cls(path, header.tensors, modes, layout, config, indexes)
+
+    def as_one(self, name: str) -> Residual:
+        """Return the residual of the same base whose tensors are all in one file of this name."""
+        if len(self.layout) == 1:
+            return replace(self, layout=[replace(self.layout[0], name=name)], indexes={})
+        tensors = [tensor for file in self.layout for tensor in file.tensors]
+        return replace(self, layout=[Layout(name, tensors, self.layout[0].metadata, "")], indexes={})
+
+
+def description(layout: Sequence[Layout], indexes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the metadata of a residual say of the files of a base, as `Residual.open` reads it."""
+    headers = {file.name: file.header for file in layout if file.header is not None}
+    return {
+        "layout": [[file.name, file.tensors, dict(file.metadata), file.prefix] for file in layout],
+        "headers": {name: base64.b64encode(zlib.compress(header)).decode() for name, header in headers.items()},
+        "indexes": dict(indexes),
+    }
+
+
+def _header(packed: Any, file: Layout, path: Path) -> bytes | None:
+    """Return the header of a file of the base; raise `ValueError` unless it says what `file` does."""
+    if packed is None:
+        return None
+    inflater = zlib.decompressobj()
+    try:
+        header = inflater.decompress(base64.b64decode(packed, validate=True), MAX_HEADER + 8)
+    except zlib.error:
+        raise ValueError from None
+    plan = plan_file(file.name, file.tensors, header=header)
+    parsed = parse_header(header[8:], plan.size, path)
+    specs = [(f"{file.prefix}{name}", spec.dtype, spec.shape) for name, spec in parsed.tensors.items()]
+    sized = int.from_bytes(header[:8], "little") == len(header) - 8
+    if not sized or specs != list(file.tensors) or parsed.metadata != file.metadata:
+        raise ValueError
+    return header
 
 
 def _described(name: Any, dtype: Any, shape: Any) -> tuple[str, str, tuple[int, ...]]:

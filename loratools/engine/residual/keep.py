@@ -15,10 +15,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loratools.engine.residual import ELEMENTS, LENGTH, VERSION, Array, Lost, codes, prediction, read_bits
+from loratools.engine.residual import (
+    ELEMENTS,
+    HEADED,
+    LENGTH,
+    VERSION,
+    Array,
+    Layout,
+    Lost,
+    Residual,
+    codes,
+    description,
+    prediction,
+    read_bits,
+)
 from loratools.engine.residual import predict as undo
 from loratools.parallel import Progress, no_progress, workers
 from loratools.storage import dtypes, files
+from loratools.storage.beside.along import residual_of
 from loratools.storage.codecs.floats import widen
 from loratools.storage.companions import RESIDUAL
 from loratools.storage.header import TensorSpec
@@ -45,17 +59,18 @@ class Kept:
 
 def keep(
     plan: MergePlan, folder: Path, threads: int, progress: Progress = no_progress, *,
-    before: Mapping[str, Restore] | None = None,
+    before: Mapping[str, Restore] | None = None, below: Residual | None = None,
 ) -> Kept:  # fmt: skip
     """Write the residual of a merge whose tensors are in `folder`, from the base and the result; return its size.
 
     Needs a second look at every touched tensor, which the page cache still has. `before` restores, once more, tensors
-    of the base that were overwritten where they lay (`engine/run.py`); each passes through a temporary file.
+    of the base that were overwritten where they lay (`engine/run.py`); each passes through a temporary file. `below`
+    is the residual that they come from, which describes the files of the base.
     """
-    before = before or {}
+    before, name = before or {}, residual_name(plan)
     stored = plan.base.stored or plan.base
     lost = list(_lost(plan, stored, folder))
-    with workers(threads) as pool, (folder / f".{RESIDUAL}.spool").open("w+b") as spool:
+    with workers(threads) as pool, (folder / f".{name}.spool").open("w+b") as spool:
         sizes, waiting, left = [], deque[Any](), iter(lost)
 
         def submit(tensor: Lost) -> Any:
@@ -72,25 +87,42 @@ def keep(
         document = {
             "version": VERSION,
             "modes": {tensor.name: tensor.mode for tensor in lost},
-            "layout": [
-                [str(shard.path.relative_to(stored.root).with_suffix(".safetensors")),
-                 shard.layout, dict(shard.metadata), shard.prefix]
-                for shard in stored.shards
-            ],
             "config": {key: stored.config.get(key) for key in (*plan.config, *plan.dropped)},
-            "indexes": {
-                str(path.relative_to(stored.root)).replace(".bin.index", ".safetensors.index"):
-                    {key: value for key, value in (index.get("metadata") or {}).items() if key != "total_size"}
-                for path, index in stored.indexes.items()
-            },
-        }  # fmt: skip
+            **(_described(plan, stored) if below is None else description(below.layout, below.indexes)),
+        }
         metadata = {"residual": json.dumps(document, separators=(",", ":"), ensure_ascii=False)}
-        file = plan_file(RESIDUAL, [(o.name, "U8", (n,)) for o, n in zip(lost, sizes, strict=True)], metadata)
-        with files.descriptor(folder / RESIDUAL, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as target:
+        file = plan_file(name, [(o.name, "U8", (n,)) for o, n in zip(lost, sizes, strict=True)], metadata)
+        with files.descriptor(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as target:
             files.write_from(target, memoryview(file.header), 0)
             files.copy_range(spool.fileno(), 0, sum(sizes), target, len(file.header))
-    (folder / f".{RESIDUAL}.spool").unlink()
+    (folder / f".{name}.spool").unlink()
     return Kept(file.size, sum(stored.specs[tensor.name].nbytes for tensor in lost))
+
+
+def residual_name(plan: MergePlan) -> str:
+    """Return the name of the residual beside the output of a plan."""
+    return residual_of(Path(plan.files[0].name)) if plan.single else RESIDUAL
+
+
+def _described(plan: MergePlan, stored: Checkpoint) -> dict[str, Any]:
+    """Return what a residual says of the files of a base; headers stand in it that nothing else would bring back."""
+    written = {file.name: file.header for file in plan.files}
+    layout = []
+    for shard in stored.shards:
+        path = shard.path.relative_to(stored.root)
+        has_header = path.suffix in HEADED
+        name = str(path if has_header else path.with_suffix(".safetensors"))
+        header = shard.header() if has_header else None
+        known = (written.get(name), plan_file(name, shard.layout, shard.metadata, prefix=shard.prefix).header)
+        header = None if header in known else header
+        layout.append(Layout(name, shard.layout, shard.metadata, shard.prefix, header))
+    indexes = {
+        str(path.relative_to(stored.root)).replace(".bin.index", ".safetensors.index"): {
+            key: value for key, value in (index.get("metadata") or {}).items() if key != "total_size"
+        }
+        for path, index in stored.indexes.items()
+    }
+    return description(layout, indexes)
 
 
 def _lost(plan: MergePlan, stored: Checkpoint, folder: Path) -> Iterator[Lost]:

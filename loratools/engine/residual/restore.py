@@ -107,8 +107,11 @@ def write_pieces(
 
 def file_plan(model: Checkpoint, file: Layout) -> FilePlan:
     """Lay out one of the base's files; where the merged model has the same header, its bytes are taken over."""
+    if file.header is not None:
+        return plan_file(file.name, file.tensors, header=file.header, prefix=file.prefix)
     for shard in model.shards:
-        if str(shard.path.relative_to(model.root)) == file.name and shard.layout == list(file.tensors):
+        own = str(shard.path.relative_to(model.root)) == file.name and shard.layout == list(file.tensors)
+        if own and shard.metadata == file.metadata:
             return plan_file(file.name, file.tensors, header=shard.header())
     return plan_file(file.name, file.tensors, file.metadata, prefix=file.prefix)
 

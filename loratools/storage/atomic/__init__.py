@@ -7,6 +7,7 @@ the end it is written to the disk itself, and renamed.
     leftovers     hidden folders beside an output: whose they are, and removing those of killed runs
     place         the final name, in one step
     sync          what was written outlasts a power cut
+    together      a file and what lies beside it, all at once
     temporary     folders that go away with the run
     undisturbed   steps that no signal tears apart
 """
@@ -29,11 +30,12 @@ from loratools.storage.atomic.leftovers import remove
 from loratools.storage.atomic.place import put
 from loratools.storage.atomic.sync import sync, sync_names
 from loratools.storage.atomic.temporary import temporary
+from loratools.storage.atomic.together import put_together
 from loratools.storage.atomic.undisturbed import undisturbed
 
 __all__ = [
-    "check_output", "check_space", "free_space", "kept_folder", "new_file", "new_folder", "new_output", "refuse_inputs",
-    "remove", "sweep", "temporary",
+    "check_output", "check_space", "free_space", "kept_folder", "new_file", "new_files", "new_folder", "new_output",
+    "refuse_inputs", "remove", "sweep", "temporary",
 ]  # fmt: skip
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -72,6 +74,35 @@ def new_file(target: Path, *, force: bool = False) -> Iterator[Path]:
         yield path
         check_unchanged(scratch)
         _install(path, target, scratch, force=force, durable=True)
+
+
+@contextmanager
+def new_files(target: Path, beside: Sequence[str], *, force: bool = False, durable: bool = True) -> Iterator[Path]:
+    """Yield a scratch folder whose file of `target`'s name becomes `target` when the block succeeds; see `new_folder`.
+
+    Files of the names `beside` it come along, and take the places of those that are there; one that is there and not in
+    the scratch folder goes.
+    """
+    others = [target.with_name(name) for name in beside]
+    with _scratch(target, force) as scratch:
+        for path in (target, *others):
+            check_output(path, force=force)
+            _check_kind(path, folder=False)
+        yield scratch
+        check_unchanged(scratch)
+        for path in (target, *others):
+            check_output(path, force=force)  # again: hours may have passed
+            if durable and (scratch / path.name).exists():
+                sync(scratch / path.name)
+        try:
+            put_together(scratch, target.absolute(), beside, force=force)
+        except FileExistsError:
+            check_output(target, force=force)
+            raise
+        with undisturbed():
+            if durable:
+                sync_names(target.absolute().parent)
+            remove(scratch)
 
 
 @contextmanager

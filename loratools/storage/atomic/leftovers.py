@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from loratools.decisions import warned
+from loratools.storage.atomic.together import put_back
 
 _HEX = r"-([0-9a-f]{8,16})"
 GARBAGE = ("replaced", "partial")
@@ -71,6 +72,7 @@ def _sweep(leftover: Path, owner: Path, target: Path) -> None:
         if leftover != owner and not os.path.lexists(target):
             leftover.rename(target)
             return
+        put_back(leftover, target)
         remove(leftover)
         if leftover.is_dir() and not leftover.is_symlink():
             warned("%s: left over from a run that was killed, and it cannot be removed", leftover)

@@ -17,6 +17,12 @@ _TEXTS = frozenset({
 RESIDUAL = "unmerge.residual"
 """What rounding destroyed; not a name that a loader would take for weights."""
 
+
+def residual_of(file: PurePath) -> str:
+    """Return the name of the residual beside a model that is one file: `model.residual` of `model.safetensors`."""
+    return file.with_suffix(".residual").name
+
+
 PICTURES = frozenset([".png", ".jpg", ".jpeg", ".webp", ".gif", ".svg"])
 """Endings of pictures, as model cards show them."""
 

@@ -5,6 +5,7 @@ quantized what becomes of the codes of a quantized base
 siblings  modules that are plain together, for a runtime stores them in one weight
 original  the unquantized model that a base was made from
 gguf      a GGUF base becomes a GGUF file
+single    a model in one safetensors file, with its record in the header
 loss      what codes lose, kept as a small adapter
 sealed    which digests of the base adapters recorded
 plan      what becomes of every tensor, from headers alone
@@ -64,7 +65,7 @@ def merge(
     durable: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
-    """Merge adapters into a base model and write the result as a new folder.
+    """Merge adapters into a base model and write the result as a new folder, or as one file.
 
     W' = W + Σ wᵢ·sᵢ·Bᵢ·Aᵢ, accumulated in float32 (float64 for a float64 base) and rounded once. Tensors that no
     adapter touches are copied byte for byte; the output appears only when it is complete.
@@ -73,7 +74,9 @@ def merge(
         base: The base model: a folder, a safetensors file, an index, an `hf://` reference, or an open `Checkpoint`.
         adapters: One adapter or several, each a path, an `hf://` reference, an `Adapter`, or one held in memory. Where
             several change a tensor and not all of them only add, they act in this order.
-        output: The folder to write; it must not exist, unless `force`.
+        output: What to write: a folder, or one file where the name ends so (`out.safetensors`), whatever the base is;
+            its header has the record then, and nothing but a residual (`out.residual`) lies beside it. It must not
+            exist, unless `force`.
         weights: wᵢ, a number for each adapter, which may be negative; one number for one adapter; or a text with a
             number for each module pattern or block, as `combine` takes it (`"0.7,*.mlp.*=0"`, `"lbw:1,0,…"`): modules
             with 0 are left out. Default: 1 for each.

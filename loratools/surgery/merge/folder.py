@@ -17,13 +17,20 @@ from loratools.storage.companions import RECORD, Companions, copy_companions, js
 from loratools.storage.layout import index_json
 from loratools.storage.strict_json import read_json
 from loratools.surgery.merge.components import restated
+from loratools.surgery.merge.single import write_record
 
 _TRIGGERS = ("modelspec.trigger_phrase", "ss_trigger_words", "trigger_words", "trigger_word", "trigger_phrase")
 _SECTION = re.compile("<!-- loratools merge -->"), "<!-- /loratools merge -->", "\n"
 
 
 def write_companions(plan: MergePlan, beside: Companions, record: Mapping[str, Any], folder: Path) -> None:
-    """Write everything beside the weights into `folder`; indexes come last, and a model in one file has none."""
+    """Write everything beside the weights into `folder`; indexes come last, and a model in one file has none.
+
+    Of a model that is one safetensors file the record goes into its header, and nothing lies beside it.
+    """
+    if plan.single:
+        write_record(plan, record, folder)
+        return
     sources = beside.sources
     texts: dict[str, str | None] = {RECORD: json_text(record)}
     if "config.json" in sources and (plan.config or plan.dropped):

@@ -10,7 +10,7 @@ from typing import Any
 from loratools.adapter.placement.gguf import stored_name
 from loratools.engine.plan import MergePlan, Recoded
 from loratools.errors import InvalidOption
-from loratools.format.record import IN_GGUF
+from loratools.format.record import IN_FILE
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.dtypes import FLOATS
 from loratools.storage.gguf.container import Container, nbytes, read_container
@@ -81,7 +81,7 @@ def _file_type(container: Container, tensors: list[tuple[str, str, tuple[int, ..
 def with_record(plan: MergePlan, record: Mapping[str, Any]) -> MergePlan:
     """Return the plan of a merge into a GGUF file with the record of it among the fields."""
     file = plan.files[0]
-    container = read_container(plan.base.path).with_text(IN_GGUF, json.dumps(record, ensure_ascii=False))
+    container = read_container(plan.base.path).with_text(IN_FILE, json.dumps(record, ensure_ascii=False))
     return replace(plan, files=(_file(plan.base, container, [(s.name, s.dtype, s.shape) for s in file.slots]),))
 
 

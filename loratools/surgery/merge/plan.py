@@ -25,6 +25,7 @@ from loratools.surgery.merge.gguf import plan_gguf
 from loratools.surgery.merge.options import MergeOptions
 from loratools.surgery.merge.quantized import as_written
 from loratools.surgery.merge.sealed import sealed
+from loratools.surgery.merge.single import metadata_of, still_true
 
 _Configs = Sequence[Mapping[str, Any] | None]
 _Placements = Mapping[str, Sequence[tuple[int, Placement]]]
@@ -32,14 +33,15 @@ _Placements = Mapping[str, Sequence[tuple[int, Placement]]]
 
 def plan_merge(
     base: Checkpoint, inputs: Sequence[AdapterInput], options: MergeOptions, *, configs: _Configs = (),
-    taken: int = 0, recorded: BaseIdentity | None = None, original: Checkpoint | None = None,
+    taken: int = 0, recorded: BaseIdentity | None = None, original: Checkpoint | None = None, single: str | None = None,
 ) -> MergePlan:  # fmt: skip
     """Decide everything about a merge of adapters into `base`.
 
     The adapters have the base's names and no copies of its tensors (`adapter/placement/settle.py`); `configs` are
     their own config.json, where they brought one. Where `base` is a merged model, the last `taken` inputs are those
     that it holds and that are taken out of it; `recorded` is what their merge recorded of the model below, with which
-    the other inputs are compared. `original` is what a quantized base was made from.
+    the other inputs are compared. `original` is what a quantized base was made from. `single` is the name of the one
+    file that is written, None for a folder.
 
     Raises `IncompatibleAdapter` for modules without a place, shapes that do not fit, quantized targets, and tied
     embeddings without a policy; `WrongBase` when an adapter's recorded schema or tensor list contradicts the base.
@@ -94,7 +96,8 @@ def plan_merge(
         files: tuple[FilePlan, ...] = (plan_gguf(base, new, written.recoded, options.output_dtype),)
         laid_out = True
     else:
-        files, laid_out = _files(written.layout, specs, sources, added, codes.tensors | parts.keys(), options)
+        kept_dtypes = codes.tensors | parts.keys()
+        files, laid_out = _files(written.layout, specs, sources, added, kept_dtypes, options, single)
     for name, recoded in written.recoded.items():
         source = changes[name].source if changes[name].replaced else recoded.original or changes[name].source
         kept = (options.keep_loss or 0) * (len(recoded.encoding.shape) == 2)
@@ -102,12 +105,15 @@ def plan_merge(
         for part, spec in recoded.parts.items():
             changes.setdefault(part, Change(spec, part_of=name))
     strict = options.check_base == "strict"
-    return MergePlan(base, inputs, files, changes, config, written.dropped, laid_out, strict, tuple(notes))
+    metadata = metadata_of(written.layout.shards) if single else None
+    return MergePlan(
+        base, inputs, files, changes, config, written.dropped, laid_out, strict, metadata, tuple(notes)
+    )  # fmt: skip
 
 
 def _files(
     base: Checkpoint, specs: Mapping[str, TensorSpec], sources: Mapping[str, TensorSpec], added: list[str],
-    kept: Set[str], options: MergeOptions,
+    kept: Set[str], options: MergeOptions, single: str | None,
 ) -> tuple[tuple[FilePlan, ...], bool]:  # fmt: skip
     """Lay out the output's files of tensors; tell whether they are the base's own. Those `kept` keep their dtype."""
     if base.components and options.shard_bytes is not None:
@@ -117,18 +123,22 @@ def _files(
         stored = specs[name].plain_dtype if name in specs else usual_dtype(base.specs)
         cast = options.output_dtype if stored in dtypes.FLOATS and name not in kept else None
         planned[name] = (name, cast or stored, source.shape)
+    if single:
+        ordered = [planned[name] for name in [*(name for shard in base.shards for name in shard.tensors), *added]]
+        return (plan_file(single, ordered, metadata_of(base.shards)),), False
     grows = options.quantized == "dequantize" and bool(encodings(base)) and base.path.is_dir() and not base.components
     as_base = not grows and all(shard.path.suffix == ".safetensors" for shard in base.shards)
     if options.shard_bytes is not None or not as_base:
-        metadata = {"format": "pt"} | dict(base.shards[0].metadata)
+        metadata = {"format": "pt"} | still_true(base.shards[0].metadata)
         return tuple(plan_shards(list(planned.values()), options.shard_bytes or DEFAULT_SHARD, metadata)), False
     files = []
     for shard in base.shards:  # names and order stay, and where nothing forces another the header, byte for byte
         name = str(shard.path.relative_to(base.root))
         tensors = [planned[tensor] for tensor in [*shard.tensors, *(added if shard is base.shards[-1] else ())]]
+        metadata = still_true(shard.metadata)
         same = tensors == shard.layout and any(shard is own for own in (base.stored or base).shards)
-        header = shard.header() if same else None
-        files.append(plan_file(name, tensors, shard.metadata, header=header, prefix=shard.prefix))
+        header = shard.header() if same and metadata == shard.metadata else None
+        files.append(plan_file(name, tensors, metadata, header=header, prefix=shard.prefix))
     return tuple(files), True
 
 

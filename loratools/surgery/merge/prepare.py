@@ -37,6 +37,7 @@ from loratools.surgery.inputs import (
     places_of,
     under_names_of,
 )  # fmt: skip
+from loratools.surgery.merge import single
 from loratools.surgery.merge.gguf import refuse_what_needs_a_folder, with_record
 from loratools.surgery.merge.options import MergeOptions
 from loratools.surgery.merge.plan import plan_merge
@@ -138,9 +139,13 @@ def decide(
     settled, decided = settle(base, named, strict=strict, elsewhere=elsewhere)
     outgoing = [replace(each, weight=-each.weight) for each in under_names_of(base, taken)]
     configs = [*(own_config(each.path) for each in inputs), *(None for _ in taken)]
+    name = output.name if single.is_single(output, base) else None
+    if name:
+        single.refuse_what_needs_a_folder(options)
     plan = plan_merge(
-        base, (*settled, *outgoing), options, configs=configs, taken=len(taken), recorded=below, original=original
-    )
+        base, (*settled, *outgoing), options, configs=configs, taken=len(taken), recorded=below, original=original,
+        single=name,
+    )  # fmt: skip
     plan = replace(plan, notes=(*plan.notes, *decided))
     if not told:
         warn_of_folded(base, plan.touched())
@@ -149,12 +154,16 @@ def decide(
     for entry, each in zip(record["adapters"], plan.adapters, strict=False):
         entry |= {REPLACED: sorted(own)} if (own := resolve_replacements(each, shapes, base.config)) else {}
     record |= {"dtype": options.output_dtype, "tied": options.tied if options.tied != "error" else None}
-    beside = companions(base, [each.path for each in inputs])
+    paths = [each.path for each in inputs]
+    beside = single.left_behind(base, paths) if plan.single else companions(base, paths)
     record |= {"model_type": options.model_type} if options.model_type else {}
     record |= {BROUGHT: list(beside.brought)} if beside.brought else {}
     if is_gguf(base):
         refuse_what_needs_a_folder(options)
         plan = with_record(plan, record)
+    if plan.single:
+        plan = single.with_room(plan, record, [each.words for each in taken])
+        plan = replace(plan, notes=(*plan.notes, *single.restated(plan)))
     _check_vocabulary(plan, beside)
     return Merge(plan, output, beside, record, options, tuple(_accounts(plan, (*inputs, *taken))))
 

@@ -26,6 +26,7 @@ from loratools.surgery.merge.folder import write_companions
 from loratools.surgery.merge.measured import Measured
 from loratools.surgery.merge.prepare import Account, Merge
 from loratools.surgery.merge.resume import Journal, fingerprint, tell_others
+from loratools.surgery.merge.single import new_model
 
 
 class Sink(Protocol):
@@ -93,7 +94,8 @@ def execute(
     key = fingerprint(plan, settings_of(prepared)) if options.resume else None
     if key:
         tell_others(prepared.output, key)
-    with atomic.new_folder(prepared.output, force=options.force, key=key, durable=options.durable) as scratch:
+    output = prepared.output
+    with new_model(output, single=plan.single, force=options.force, key=key, durable=options.durable) as scratch:
         sent = sink(scratch) if sink else None
         journal = Journal(scratch, key) if key else None
         reused = journal.kept if journal else ()
@@ -102,7 +104,7 @@ def execute(
         def finished(path: Path, measured: list[TensorResult]) -> None:
             if journal:
                 journal.add(path, measured)
-            if sent:
+            if sent and not plan.single:
                 sent.shard(path)
 
         remaining = replace(plan, files=tuple(file for file in plan.files if file.name not in reused))
@@ -128,6 +130,8 @@ def execute(
             rest = {name: spec for name, spec in stored.specs.items() if name not in digests}
             of_base["root"] = digest.root({**digests, **hash_tensors(rest, digest.DEFAULT, threads)})
         write_companions(plan, prepared.beside, record, scratch)
+        if sent and plan.single:  # its header is known now
+            sent.shard(scratch / plan.files[0].name)
         if sent:
             sent.finish(f"Merge {len(plan.inputs)} adapter(s) with {TOOL}")
     return MergeReport(

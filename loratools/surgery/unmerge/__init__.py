@@ -16,6 +16,7 @@ from typing import Any, Literal
 from loratools.decisions import warned
 from loratools.engine.residual import Residual
 from loratools.engine.residual.restore import restore
+from loratools.engine.run import Settings, write_weights
 from loratools.errors import WrongBase
 from loratools.options import Options
 from loratools.parallel import Progress, cores, no_progress
@@ -32,7 +33,9 @@ from loratools.surgery.hash import hash_tensors
 from loratools.surgery.inputs import AdapterSource, ModelSource, Weights, check_weights, open_model, places, places_of
 from loratools.surgery.merge.folder import without_section
 from loratools.surgery.merge.options import MergeOptions
+from loratools.surgery.merge.plan import plan_merge
 from loratools.surgery.merge.prepare import Account
+from loratools.surgery.merge.single import is_single, left_behind, new_model
 from loratools.surgery.unmerge.merged import MergedModel
 from loratools.surgery.unmerge.subtract import subtract
 from loratools.surgery.verify import verify
@@ -90,7 +93,7 @@ def unmerge(
     Args:
         model: The merged model: a path, an `hf://` reference, or an open `Checkpoint`.
         adapters: The adapters to take out, one or several. The base and the residual need every adapter of the merge.
-        output: The folder to write; it must not exist, unless `force`.
+        output: The folder to write, or one file (`out.safetensors`), as for `merge`; it must not exist, unless `force`.
         base: The base model, where it is at hand. Default: the result comes from the merged model.
         weights: The weights of the merge, for a model without a record of it; beside a record they must be those
             recorded. Default: those recorded, or 1 for each.
@@ -130,16 +133,21 @@ def unmerge(
     if original is not None or residual is not None:
         merged.check_complete()
     atomic.check_space(output, (original or merged.model).nbytes)
-    with atomic.new_folder(output, force=force, durable=durable) as scratch:
+    single = is_single(output, original or merged.model)
+    with new_model(output, single=single, force=force, durable=durable) as scratch:
         if original is not None:
-            restored, digests, left = _copy_base(merged, original, threads, progress, scratch)
+            restored, digests, left = _copy_base(
+                merged, original, threads, progress, scratch, output if single else None
+            )
         elif residual is not None:
+            residual = residual.as_one(output.name) if single else residual
             lost = merged.lost(residual)
             restored, digests = len(lost), restore(merged.model, residual, lost, scratch, threads, progress)
-            beside = companions(merged.model, ())
+            beside = left_behind(merged.model, ()) if single else companions(merged.model, ())
             left = beside.left
             merged.tell_brought()
-            copy_companions(beside, scratch, _unmerged_texts(beside.sources, residual, merged.record))
+            if not single:
+                copy_companions(beside, scratch, _unmerged_texts(beside.sources, residual, merged.record))
         else:
             options = MergeOptions(tied=merged.tied or "both", check_base="off", retention="off", threads=threads)
             done = subtract(merged, (), options, output, progress, scratch)
@@ -159,9 +167,9 @@ def unmerge(
 
 
 def _copy_base(
-    merged: MergedModel, base: Checkpoint, threads: int, progress: Progress, scratch: Path
+    merged: MergedModel, base: Checkpoint, threads: int, progress: Progress, scratch: Path, single: Path | None
 ) -> tuple[int, dict[str, str], tuple[str, ...]]:
-    """Copy a base that is, by the record or else by a proof, the one of the merge.
+    """Copy a base that is, by the record or else by a proof, the one of the merge; into one file where one is given.
 
     Returns the number of tensors that the merge had changed, the digests of all that was written, and the files of the
     base's folder that stay behind.
@@ -178,8 +186,14 @@ def _copy_base(
                 hint="`loratools verify` shows where they differ.",
             )
         changed = len(verification.checked)
+    if single and not base.path.is_file():
+        options = MergeOptions(check_base="off", retention="off", threads=threads)
+        plan = plan_merge(base, (), options, single=single.name)
+        write_weights(plan, scratch, Settings(threads, retention="off"), progress)
+        left = left_behind(base, ()).left
+        return changed, hash_tensors(dict(Checkpoint.open(scratch / single.name).specs), digest.DEFAULT, threads), left
     for path in [*(shard.path for shard in base.shards), *base.indexes]:
-        target = scratch / path.relative_to(base.root)
+        target = scratch / (single.name if single else path.relative_to(base.root))
         target.parent.mkdir(parents=True, exist_ok=True)
         size = path.stat().st_size
         with files.descriptor(path) as source, files.descriptor(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as copy:
@@ -189,7 +203,8 @@ def _copy_base(
                 progress(stop - start)
     beside = companions(base, ())
     copy_companions(beside, scratch, {})
-    return changed, hash_tensors(dict(Checkpoint.open(scratch).specs), digest.DEFAULT, threads), beside.left
+    written = scratch / single.name if single else scratch
+    return changed, hash_tensors(dict(Checkpoint.open(written).specs), digest.DEFAULT, threads), beside.left
 
 
 def _unmerged_texts(

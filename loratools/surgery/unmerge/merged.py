@@ -15,6 +15,7 @@ from loratools.engine.residual.restore import lost_tensors
 from loratools.errors import IncompatibleAdapter, UnsupportedAdapter
 from loratools.format import record as records
 from loratools.options import Tied, words
+from loratools.storage.beside.along import residual_of
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import logical
 from loratools.storage.companions import RECORD, RESIDUAL, Companions
@@ -103,7 +104,9 @@ class MergedModel:
 
     def residual(self) -> Residual | None:
         """Open the residual, if the merge kept one."""
-        path = self.model.root / RESIDUAL
+        shard = self.model.shards[0].path
+        single = records.is_in_file(self.model)
+        path = shard.with_name(residual_of(shard)) if single else self.model.root / RESIDUAL
         return Residual.open(path) if self.record and path.is_file() else None
 
     def lost(self, residual: Residual) -> dict[str, Lost]:
