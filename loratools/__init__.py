@@ -34,7 +34,9 @@ Change
     resize           other ranks, with the least error there is
     extract_svd      the low-rank change of a full fine-tune, near the optimum
     convert          another dialect; or seal an adapter with its base's hash
-    edit             trigger words, tags, base, thumbnail, any entry, or nothing private: no tensor is touched
+Again
+    run_recipe       several commands from one file of YAML, and only what is not up to date
+    recipe_of        how an output was made, by its own record: the recipe that makes it again, byte for byte
 Share
     push, pull       an adapter or a model to the Hub in one commit, and back, every file checked
 Open and save
@@ -60,6 +62,7 @@ from loratools.version import __version__
 TYPE_CHECKING = False  # as checkers know it; typing itself takes longer to import than all of this
 if TYPE_CHECKING:
     from loratools.adapter.model import Adapter, BaseIdentity
+    from loratools.cli._recipes import recipe_of, run_recipe
     from loratools.demo.tour import run_demo
     from loratools.dialects import list_dialects, open_adapter, save_adapter
     from loratools.errors import LoraToolsError
@@ -72,7 +75,6 @@ if TYPE_CHECKING:
     from loratools.surgery.compare import compare
     from loratools.surgery.convert import convert
     from loratools.surgery.dequantize import dequantize
-    from loratools.surgery.edit import edit
     from loratools.surgery.extract import extract
     from loratools.surgery.extract import extract as extract_svd
     from loratools.surgery.extract.certify import certify
@@ -100,7 +102,6 @@ else:
         "compare": "loratools.surgery.compare:compare",
         "convert": "loratools.surgery.convert:convert",
         "dequantize": "loratools.surgery.dequantize:dequantize",
-        "edit": "loratools.surgery.edit:edit",
         "estimate": "loratools.live.cost:estimate",
         "extract": "loratools.surgery.extract:extract",
         "extract_svd": "loratools.surgery.extract:extract",
@@ -112,9 +113,11 @@ else:
         "open_adapter": "loratools.dialects:open_adapter",
         "pull": "loratools.hub.pull:pull",
         "push": "loratools.hub.push:push",
+        "recipe_of": "loratools.cli._recipes:recipe_of",
         "report": "loratools.reports:report",
         "resize": "loratools.surgery.resize:resize",
         "run_demo": "loratools.demo.tour:run_demo",
+        "run_recipe": "loratools.cli._recipes:run_recipe",
         "save_adapter": "loratools.dialects:save_adapter",
         "spectrum": "loratools.surgery.spectrum:spectrum",
         "switch": "loratools.surgery.switch:switch",
@@ -137,10 +140,10 @@ else:
 
 __all__ = [
     "Adapter", "BaseIdentity", "Checkpoint", "LoraToolsError", "MergeOptions", "__version__", "certify", "combine",
-    "compare", "convert", "dequantize", "edit", "estimate", "extract", "extract_svd", "hash", "hash_checkpoint",
-    "inspect", "list_dialects",
-    "merge", "open_adapter", "pull", "push", "report", "resize", "run_demo", "save_adapter", "spectrum", "switch",
-    "unmerge", "validate", "verify",
+    "compare", "convert", "dequantize", "estimate", "extract", "extract_svd", "hash", "hash_checkpoint", "inspect",
+    "list_dialects",
+    "merge", "open_adapter", "pull", "push", "recipe_of", "report", "resize", "run_demo", "run_recipe", "save_adapter",
+    "spectrum", "switch", "unmerge", "validate", "verify",
 ]  # fmt: skip
 
 resolvers.install("hf://", "loratools.hub.pull", "resolve")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, chdir, contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -58,6 +59,23 @@ def real_models() -> Path:
     return folder
 
 
+RECIPE = """\
+inputs:
+  base: base
+  style: sealed
+steps:
+  half:
+    command: combine
+    adapters: [style]
+    weight: [0.5]
+  with-half:
+    command: merge
+    base: base
+    adapters: [half]
+    dtype: bf16
+"""
+
+
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tiny files of every sort, under the names that examples use. Read only: see `workplace`.
@@ -68,7 +86,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     merged/   base + adapter, computed in float64 and rounded once
     quantized/  base/ with its linear layers in FP8
     tuned/    a full fine-tune of base/: other numbers in every tensor but the embedding and the head
+    blend/    sealed/ at half its strength, by `loratools combine`, so that it says how it was made; recipe.yaml has two
+              steps
     """
+    from loratools.cli._run import run
     from loratools.dialects import open_adapter
     from loratools.format import writer
     from loratools.storage.checkpoint import Checkpoint
@@ -88,6 +109,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     identity = hash_checkpoint(Checkpoint.open(folder / "base"), include=touched.values())
     sealed = replace(adapter, base=replace(identity, id="tiny-llama"))
     writer.write(sealed, folder / "sealed", tensors=touched)
+    with chdir(folder), redirect_stdout(io.StringIO()):
+        assert run(["combine", "sealed", "-w", "0.5", "-o", "blend", "-q"]) == 0
+    (folder / "recipe.yaml").write_text(RECIPE)
     return folder
 
 

@@ -28,7 +28,13 @@ from tests.hub.trips import stored
 __all__ = ["hub", "hub_home"]
 
 PAGE = loratools.__doc__ or ""
-NAMES = {"dialects": "list_dialects", "demo": "run_demo", "extract-svd": "extract_svd"}
+NAMES = {
+    "dialects": "list_dialects",
+    "demo": "run_demo",
+    "extract-svd": "extract_svd",
+    "run": "run_recipe",
+    "recipe": "recipe_of",
+}
 """Commands whose function has another name: a package bears the command's, or Python does not allow it."""
 
 SCRIPT = """\

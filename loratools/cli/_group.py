@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
@@ -21,6 +23,7 @@ from loratools.decisions import warnings_to
 from loratools.errors import LoraToolsError
 from loratools.options import either
 from loratools.storage import sources
+from loratools.storage.beside.making import making
 
 SECTIONS = ("Look", "Check", "Change", "Share", "Learn")
 """Headings of `loratools --help`, in order; a command names its own."""
@@ -62,7 +65,8 @@ class Command(click.Command):
         with sources.session(talk.fetching) as session, talk.decisions(), warnings_to(talk.warn):
             talk.names = session.names
             try:
-                report = super().invoke(ctx)
+                with nullcontext() if ctx.params.get("dry_run") else making(partial(_account, self.name or "", ctx)):
+                    report = super().invoke(ctx)
             except LoraToolsError as error:
                 error.hint = error.hint and self._placed(error.hint, ctx)
                 raise
@@ -162,6 +166,12 @@ class Commands(click.Group):
             if records:
                 with formatter.section(section):
                     formatter.write_dl(records)
+
+
+def _account(name: str, ctx: click.Context) -> dict[str, Any]:
+    from loratools.cli._account import account_of  # only what is written needs it
+
+    return account_of(name, ctx)
 
 
 def _write_options(

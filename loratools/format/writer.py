@@ -14,6 +14,7 @@ from loratools.format import manifest, validate
 from loratools.format.clauses import ADAPTER_FILE, CONFIG_FILE, Subject
 from loratools.format.peft_config import derive_config
 from loratools.storage import atomic, digest, files
+from loratools.storage.beside import making
 from loratools.storage.lazy import LazyTensor
 from loratools.storage.save import header, ordered
 
@@ -61,8 +62,9 @@ def _write_file(path: Path, document: dict[str, Any], lazies: Mapping[str, LazyT
     # The header comes first in the file and holds the digest, which is known last; its length is known at once.
     def encoded(stated: str) -> bytes:
         text = manifest.canonical(document | {"digest": stated})
-        return header(lazies, {"format": "pt", manifest.METADATA_KEY: text})
+        return header(lazies, {"format": "pt", manifest.METADATA_KEY: text, **made})
 
+    made = making.entry()
     offset = len(encoded(manifest.NO_DIGEST))
     digests = {}
     with files.descriptor(path, os.O_RDWR | os.O_CREAT | os.O_EXCL) as output:

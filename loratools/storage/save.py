@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from loratools.storage import atomic, dtypes
+from loratools.storage.beside import making
 from loratools.storage.header import encode_header
 from loratools.storage.lazy import LazyTensor
 
@@ -28,9 +29,9 @@ def pieces(tensors: Mapping[str, LazyTensor]) -> Iterator[memoryview]:
 
 
 def write(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> None:
-    """Write a file of tensors; those that lie in files are copied without torch."""
+    """Write a file of tensors, which says how it was made where that is known; those in files need no torch."""
     with path.open("wb") as output:
-        output.write(header(tensors, metadata))
+        output.write(header(tensors, {**metadata, **making.entry()}))
         output.writelines(pieces(tensors))
 
 

@@ -73,7 +73,14 @@ def test_merging_from_the_hub_is_merging_here(hub: LocalHub, line: Callable, wor
     for command in ("loratools merge base adapter -o here", f"loratools merge hf://lab/base hf://{REPO}@main -o there"):
         done = line(command)
         assert done.code == 0, done.err
-    assert contents(workplace / "there") == contents(workplace / "here")
+    here, there = contents(workplace / "here"), contents(workplace / "there")
+    records = [json.loads(each.pop("loratools.json")) for each in (here, there)]
+    assert there == here
+    made = [each.pop("recipe")["inputs"] for each in records]
+    assert records[0] == records[1]
+    assert {name: made[1]["base"].pop(name) for name in ("hub", "commit")}["hub"] == "lab/base"
+    assert {name: made[1]["adapters"][0].pop(name) for name in ("hub", "commit")}["hub"] == REPO
+    assert made[0] == made[1]
 
 
 def test_inspect_and_hash_from_afar(hub: LocalHub, line: Callable, workplace: Path) -> None:

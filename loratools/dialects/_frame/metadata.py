@@ -12,6 +12,7 @@ from typing import Any
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import HEADER, Adapter
 from loratools.decisions import warned
+from loratools.storage.beside.making import ENTRY
 from loratools.storage.lazy import LazyTensor
 
 OF_BYTES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
@@ -25,8 +26,11 @@ DYNAMIC = "Dynamic"
 
 
 def settings_with(metadata: Mapping[str, str], keep: Callable[[str], bool]) -> dict[str, Any]:
-    """Return the settings of an adapter that hold the entries to `keep`; {} where there are none."""
-    entries = {name: value for name, value in metadata.items() if keep(name)}
+    """Return the settings of an adapter that hold the entries to `keep`; {} where there are none.
+
+    How a file was made is said of that file, and never of one that is made of it.
+    """
+    entries = {name: value for name, value in metadata.items() if name != ENTRY and keep(name)}
     return {HEADER: entries} if entries else {}
 
 

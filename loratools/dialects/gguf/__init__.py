@@ -30,6 +30,7 @@ from loratools.dialects._frame.metadata import tell_lost
 from loratools.dialects._frame.numbers import is_float32, is_number, most_common, tell_alpha
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.storage import gguf
+from loratools.storage.beside import making
 from loratools.storage.gguf.container import read_container
 from loratools.storage.lazy import LazyTensor
 from loratools.storage.sources import open_file
@@ -166,6 +167,7 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
         fields[f"{layout.architecture}.attention.head_count_kv"] = layout.kv_heads
     if adapter.base and adapter.base.id:
         fields |= {"general.base_model.count": 1, "general.base_model.0.name": adapter.base.id}
+    fields |= making.entry()
     tell_lost(adapter, target, "GGUF")
     gguf.save(target, _FILE, layout.architecture, fields, tensors, force=force)
     return kept

@@ -30,17 +30,21 @@ def watched() -> Iterator[None]:
         _SEEN.reset(token)
 
 
+@contextmanager
+def afresh() -> Iterator[None]:
+    """Begin anew while the block runs: what it opens is no input of the task around it, which may replace it."""
+    token = _SEEN.set({})
+    try:
+        yield
+    finally:
+        _SEEN.reset(token)
+
+
 def see(path: Path, status: os.stat_result | None = None) -> None:
     """Remember what an input is (default: what it is now); the first time counts."""
     seen = _SEEN.get()
     if seen is not None and (key := path.absolute()) not in seen:
         seen[key] = _stamp(status or path.stat())
-
-
-def forget(path: Path) -> None:
-    """Let go of an input that the task itself has changed."""
-    if (seen := _SEEN.get()) is not None:
-        seen.pop(path.absolute(), None)
 
 
 def check_unchanged(scratch: Path | None = None) -> None:

@@ -20,7 +20,7 @@ from loratools.errors import IncompatibleAdapter
 from loratools.format.record import BROUGHT, CARRIED, REPLACED, of_merge, refuse_second_merge
 from loratools.parallel import cores
 from loratools.storage import atomic
-from loratools.storage.beside import vocabulary
+from loratools.storage.beside import making, vocabulary
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import logical
 from loratools.storage.companions import Companions, companions, own_config
@@ -158,6 +158,7 @@ def decide(
     beside = single.left_behind(base, paths) if plan.single else companions(base, paths)
     record |= {"model_type": options.model_type} if options.model_type else {}
     record |= {BROUGHT: list(beside.brought)} if beside.brought else {}
+    record |= making.field()
     if is_gguf(base):
         refuse_what_needs_a_folder(options)
         plan = with_record(plan, record)

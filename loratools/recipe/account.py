@@ -1,0 +1,138 @@
+"""How an output was made, in its record: the command, its options that are no default, its inputs by digest.
+
+    {"command": "merge", "tool": "loratools 1.0", "options": {"keep-residual": true}, "inputs": {
+        "base": {"schema": "blake3:…", "content": "blake3:…", "hub": "lab/base", "commit": "…"},
+        "adapters": [{"digest": "blake3:…", "content": "blake3:…", "recipe": {…}}]}}
+
+No path and no time is in it, so that equal work has equal records. `digest` is that of the tensors, `content` of all
+else that is read of an input, `recipe` the account of an input that has one itself. A model is named by the `schema` of
+its tensors where its numbers can be told from the output and the record beside it, for reading all of it takes time.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from loratools.dialects import Listing, located
+from loratools.errors import BadFile, LoraToolsError, UnsupportedAdapter
+from loratools.format import record
+from loratools.recipe import identity
+from loratools.recipe.catalog import Role
+from loratools.storage.beside.making import ENTRY, FIELD
+from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.gguf.container import read_container
+from loratools.storage.header import read_header
+from loratools.storage.sources import is_reference, local
+
+MOST = 1_000_000
+"""Characters of the account of an input that are taken along; of a longer one only the digest is."""
+
+_SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})")
+_HELD: ContextVar[Mapping[str, Mapping[str, str]] | None] = ContextVar("held", default=None)
+
+
+@contextmanager
+def from_hub(places: Mapping[str, Mapping[str, str]]) -> Iterator[None]:
+    """Have inputs at these paths said to be from the Hub while the block runs: path -> `hub` and `commit`."""
+    token = _HELD.set({**(_HELD.get() or {}), **places})
+    try:
+        yield
+    finally:
+        _HELD.reset(token)
+
+
+def describe(
+    command: str, options: Mapping[str, Any], inputs: Mapping[str, Sequence[str] | str], roles: Mapping[str, Role]
+) -> dict[str, Any]:
+    """Return the account of a command that runs: `inputs` are the places of what it takes, by option.
+
+    `options` are those whose result it depends on; `roles` says which inputs are models.
+    """
+    numbers = command != "merge" or "dtype" in options
+    dialect = options.get("dialect")
+    taken: dict[str, Any] = {}
+    for name, places in inputs.items():
+        listed = [places] if isinstance(places, str) else places
+        entries = [_entry(place, roles[name], dialect, numbers) for place in listed]
+        taken[name] = entries[0] if isinstance(places, str) else entries
+    return {"command": command, "tool": record.TOOL, "options": dict(options), "inputs": taken}
+
+
+def _entry(place: str, role: Role, dialect: Any, numbers: bool) -> dict[str, Any]:
+    """Return what an account says of one input; `numbers` has all of a model read for its digest."""
+    reference = is_reference(place)
+    path = local(place, "header" if role == "model" else "adapter")
+    entry: dict[str, Any] = dict((_HELD.get() or {}).get(str(path), {}))
+    if reference and (found := _SNAPSHOT.search(str(path))):
+        entry |= {"hub": found[1].replace("--", "/", 1), "commit": found[2]}
+    entry["content"] = identity.content_of(path, role)
+    if role == "adapter":
+        entry["digest"] = identity.adapter_of(path, dialect) or entry["content"]
+    elif numbers:
+        entry["digest"] = identity.tensors_of(path, "model")
+    else:
+        entry["schema"] = identity.schema_of(path)
+    before = of(path) if not reference or role == "adapter" else None
+    if before and len(json.dumps(before)) <= MOST:
+        entry[FIELD] = before
+    return entry
+
+
+def of(path: Path) -> dict[str, Any] | None:
+    """Return the account in the record of what lies at a path; None where there is none, or none that is sound."""
+    try:
+        found = _read(path)
+    except LoraToolsError:
+        return None
+    return found if is_sound(found) else None
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".gguf" and path.is_file():
+        fields = read_container(path)
+        if text := fields.get(ENTRY):
+            return _parsed(text)
+    for file in _headers(path):
+        if text := read_header(file).metadata.get(ENTRY):
+            return _parsed(text)
+    return record.read(Checkpoint.open(path)).get(FIELD)
+
+
+def _headers(path: Path) -> list[Path]:
+    """Return the safetensors files of an adapter; those of a model have its record beside them."""
+    if path.is_file():
+        return [path] if path.suffix == ".safetensors" else []
+    try:
+        listing = located(Listing.of(path))
+    except (BadFile, UnsupportedAdapter):
+        return []
+    return [listing.folder / name for name in listing.weights if name.endswith(".safetensors")][:1]
+
+
+def _parsed(text: Any) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        return None
+
+
+def is_sound(account: Any, depth: int = 0) -> bool:
+    """Tell whether a JSON value has the form of an account: a file is a stranger's, and may say anything."""
+    if not isinstance(account, dict) or depth > 64:
+        return False
+    options, inputs = account.get("options"), account.get("inputs")
+    if not (isinstance(account.get("command"), str) and isinstance(options, dict) and isinstance(inputs, dict)):
+        return False
+    entries = [entry for each in inputs.values() for entry in (each if isinstance(each, list) else [each])]
+    return all(
+        isinstance(entry, dict)
+        and all(isinstance(entry.get(name, ""), str) for name in ("digest", "schema", "content", "hub", "commit"))
+        and (FIELD not in entry or is_sound(entry[FIELD], depth + 1))
+        for entry in entries
+    )
