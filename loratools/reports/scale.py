@@ -80,3 +80,14 @@ def decades(low: float, high: float, most: int = 5) -> list[int]:
     last = max(last, first + 1)
     step = math.ceil((last - first) / most)
     return list(range(last, first - 1, -step))[::-1]
+
+
+def few_ranks(most: int) -> list[int]:
+    """Return the ranks of a table from 1 to `most`: each up to 4, then two in every doubling, and the last.
+
+    Example:
+        >>> few_ranks(20)
+        [1, 2, 3, 4, 6, 8, 12, 16, 20]
+    """
+    usual = [1, 2, 3, *(size << i for i in range(16) for size in (4, 6))]
+    return sorted({*(rank for rank in usual if rank < most), *([most] if most else [])})

@@ -37,6 +37,7 @@ font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","DejaVu San
 header,main,footer{max-width:800px;margin:0 auto;padding:0 22px;overflow-wrap:anywhere}
 header{padding-top:56px}
 h1,h2,h3{font-weight:600;line-height:1.2;text-wrap:balance}
+p,figcaption{text-wrap:pretty}
 h1{font:600 34px/1.15 ui-serif,Charter,"Iowan Old Style",Georgia,"DejaVu Serif",serif;margin:6px 0 14px}
 h2{font:600 23px/1.2 ui-serif,Charter,"Iowan Old Style",Georgia,"DejaVu Serif",serif;margin:0 0 8px}
 h3{font-size:15px;margin:0 0 12px}
@@ -77,6 +78,7 @@ svg path:hover{stroke:var(--ink);stroke-width:1.5}
 color:var(--soft)}
 .legend li{display:flex;align-items:center;gap:6px;min-width:0}
 .legend svg{flex:none}
+.names{columns:2;margin:12px 0 0;padding-left:24px;font-size:12px;color:var(--soft)}
 details{margin-top:10px;font-size:14px}
 summary{cursor:pointer;color:var(--link);width:fit-content}
 .scroll{overflow-x:auto;margin-top:8px}

@@ -41,6 +41,7 @@ class Subjects:
 
     adapters: tuple[Named, ...] = ()
     models: tuple[NamedModel, ...] = ()
+    folders: tuple[str, ...] = ()
     base: NamedModel | None = None
     seed: int = 0
 
@@ -57,7 +58,7 @@ def opened(inputs: Sequence[Source], base: Location | Checkpoint | None, seed: i
             models.append(NamedModel(name, value))
         else:
             adapters.append(Named(name, value))
-    return Subjects(tuple(adapters), tuple(models), model, seed)
+    return Subjects(tuple(adapters), tuple(models), (), model, seed)
 
 
 def _opened(source: Source, base: Checkpoint | None) -> Adapter | Checkpoint:

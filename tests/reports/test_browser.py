@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from loratools.reports import report
+from loratools.surgery.extract import extract
+from loratools.surgery.merge import merge
+from loratools.surgery.resize import resize
 from tests.make import REPOSITORY
 from tests.reports.browser import FAULTS, NAMES, Browser, executable
 from tests.surgery.models import lora, save_adapter
@@ -36,8 +39,16 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     save_adapter(work / "long", lora(long, rank=3))
     wide = {f"模型.层.{i}.投影{j}": (9, 7) for i in range(6) for j in range(30)}
     save_adapter(work / ("n" * 200), lora(wide, rank=3))
-    inputs = {
+    merge(DEMO / "base", DEMO / "adapter", work / "merged")
+    extract(DEMO / "base", work / "merged", work / "extracted", 4)
+    resize(DEMO / "adapter", work / "small", 2)
+    inputs: dict[str, tuple[list[Path], Path | None]] = {
         "adapter": ([DEMO / "adapter"], DEMO / "base"),
+        "two": ([DEMO / "adapter", work / "small"], DEMO / "base"),
+        "several": ([DEMO / "adapter", work / "small", work / "extracted", work / "small"], None),
+        "merge": ([work / "merged", DEMO / "adapter"], DEMO / "base"),
+        "extraction": ([work / "extracted"], None),
+        "anew": ([work / "merged", work / "extracted"], DEMO / "base"),
         "long": ([work / "long"], None),
         "wide": ([work / ("n" * 200)], None),
     }

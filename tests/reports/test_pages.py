@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from loratools.errors import InvalidOption
-from loratools.reports import report
+from loratools.reports import pages, report
 from loratools.reports.numbers import number, percent
+from loratools.reports.pages._matrix import ordered
+from loratools.reports.pages._pair import phi, signed
+from loratools.reports.subjects import opened
+from loratools.surgery.compare import compare
+from loratools.surgery.extract import extract
+from loratools.surgery.extract.certify import certify
+from loratools.surgery.extract.changes import changes
+from loratools.surgery.extract.layers import from_json, to_json
+from loratools.surgery.merge import merge
 from loratools.surgery.resize import resize
 from loratools.surgery.spectrum import spectrum
+from loratools.surgery.verify import verify
 from tests.reports.reading import Reading
-from tests.surgery.models import Lora, lora, random, save_adapter, save_base
+from tests.surgery.models import Lora, load, lora, random, save_adapter, save_base
 
 SHAPES = {f"model.layers.{i}.self_attn.{side}_proj": (24, 16) for i in range(3) for side in "qv"}
 
@@ -62,6 +73,175 @@ def test_the_weight_is_measured_where_it_is_asked_for(work: Path) -> None:
     assert all(module.relative is None for module in spectrum(work / "adapter", base=work / "base").modules)
     with pytest.raises(InvalidOption, match="takes a base"):
         spectrum(work / "adapter", relative=True)
+
+
+def test_a_comparison_has_the_numbers_of_compare(work: Path) -> None:
+    save_adapter(work / "other", lora(SHAPES, rank=3, seed=7))
+    found = compare(work / "adapter", work / "other", work / "base", paper=True, seed=5)
+    page = report([work / "adapter", work / "other"], work / "page.html", base=work / "base", seed=5)
+    assert page.kind == "comparison"
+    reading = Reading.of((work / "page.html").read_text(encoding="utf-8"))
+    assert reading.facts["distance ‖ΔW₁ − ΔW₂‖ / ‖ΔW₁‖"] == number(found.distance)
+    assert reading.facts["cosine"] == signed(found.cosine)
+    cosines, inputs, outputs, diagonal = reading.tables[:4]
+    modules = {module.module: module for module in found.modules}
+    shown = {
+        name: (signed(each.cosine), phi(each.input_overlap), phi(each.output_overlap)) for name, each in modules.items()
+    }
+    for which, table in enumerate((cosines, inputs, outputs)):
+        for layer, *cells in table[1:]:
+            assert cells == [shown[f"model.layers.{layer}.self_attn.{side}_proj"][which] for side in "qv"]
+    assert [row[0] for row in diagonal[1:]] == ["ΔW, input side", "ΔW, output side", "A alone", "random control"]
+    medians = [median(module.paper.control[i][i] for module in found.modules if module.paper) for i in range(3)]
+    assert diagonal[4][1:] == list(map(phi, medians))
+    first = next(i for i, heading in enumerate(reading.headings) if heading.startswith("ΔW of "))
+    grids = dict(zip(reading.headings[first:], reading.tables[4:], strict=False))
+    picture = reading.headings[first].removeprefix("ΔW of ")
+    assert picture.startswith("model.layers.1.")  # the layer in the middle
+    chosen = modules[picture]
+    assert chosen.paper is not None
+    for heading, values in (
+        (f"ΔW of {picture}", chosen.input_similarity),
+        (f"A of {picture}", chosen.paper.factor_similarity),
+        (f"Random control of {picture}", chosen.paper.control),
+    ):
+        assert [row[1:] for row in grids[heading][1:]] == [[phi(value) for value in row] for row in values]
+    rows = reading.tables[-1][1:]
+    assert len(rows) == 2 * len(modules)
+    for module, which, *cells in rows:
+        beside = modules[module].paper
+        row = beside.projections[which == "other"] if beside else None
+        assert row is not None
+        assert cells == [str(row.rank), *map(number, (row.weight_norm, row.update_norm, row.of_update, row.of_weight,
+                                                      row.of_random, row.amplification))]  # fmt: skip
+
+
+def test_several_adapters_are_ordered_by_likeness(work: Path) -> None:
+    first = lora(SHAPES, rank=4, seed=1)
+    near = Lora({module: (A + 0.01, B) for module, (A, B) in first.factors.items()})
+    save_adapter(work / "far", lora(SHAPES, rank=4, seed=9))
+    save_adapter(work / "near", near)
+    page = report([work / "adapter", work / "far", work / "near"], work / "page.html")
+    assert page.lead.startswith("The most alike are adapter and near")
+    reading = Reading.of((work / "page.html").read_text(encoding="utf-8"))
+    names = [row[0].split()[1] for row in reading.tables[0][1:]]
+    assert abs(names.index("adapter") - names.index("near")) == 1
+    i, j = names.index("adapter"), names.index("far")
+    assert reading.tables[0][1 + i][1 + j] == signed(compare(work / "adapter", work / "far").cosine)
+
+
+def test_like_ones_stand_together_in_one_order() -> None:
+    alike = {(0, 3), (1, 4), (2, 5)}
+    cosines = {(i, j): 0.9 if (i, j) in alike else 0.1 for i in range(6) for j in range(i + 1, 6)}
+    order = ordered(6, cosines)
+    assert sorted(order) == list(range(6))
+    assert all(abs(order.index(i) - order.index(j)) == 1 for i, j in alike)
+    assert ordered(1, {}) == [0]
+    assert sorted(ordered(3, {(0, 1): 0.5})) == [0, 1, 2]  # pairs that have no module in common
+
+
+def test_what_only_one_changes_is_listed(work: Path) -> None:
+    save_adapter(work / "part", lora(dict(list(SHAPES.items())[:2]), rank=2, seed=3))
+    report([work / "adapter", work / "part"], work / "page.html")
+    reading = Reading.of((work / "page.html").read_text(encoding="utf-8"))
+    assert reading.tables[0][1:] == [["adapter", module] for module in list(SHAPES)[2:]]
+
+
+def test_a_merge_has_what_verify_and_changes_find(work: Path) -> None:
+    merge(work / "base", work / "adapter", work / "merged", weights=0.5)
+    page = report([work / "merged", work / "adapter"], work / "page.html", base=work / "base", seed=3)
+    assert page.kind == "merge"
+    assert "it is base + adapter" in page.lead
+    reading = Reading.of((work / "page.html").read_text(encoding="utf-8"))
+    assert reading.facts["weight of adapter"] == "0.5"  # by its record
+    found = changes(work / "merged", work / "base")
+    checked = verify(work / "merged", work / "base", work / "adapter", weights=0.5, seed=3)
+    norms, shares, kept, _, held = reading.tables[1:6]
+    by_name = {change.path: change for change in found.changed}
+    applied = {check.name.removesuffix(".weight"): check.applied for check in checked.checked}
+    for row, column in ((row, column) for row in range(3) for column in range(2)):
+        module = f"model.layers.{row}.self_attn.{'qv'[column]}_proj"
+        W, after = (load(work / which)[f"{module}.weight"].double() for which in ("base", "merged"))
+        assert by_name[module].norm == pytest.approx(float((after - W).norm()), rel=1e-6)
+        assert by_name[module].base_norm == pytest.approx(float(W.norm()), rel=1e-6)
+        assert norms[1 + row][1 + column] == number(by_name[module].norm)
+        assert shares[1 + row][1 + column] == percent(by_name[module].relative)
+        assert kept[1 + row][1 + column] == f"{applied[module] * 100:.2f} %"
+    assert held[1][1] == "0.5"
+    alone = report(work / "merged", work / "alone.html", base=work / "base")
+    assert "Give its adapters" in alone.lead
+
+
+def test_a_model_that_is_no_merge_is_called_that(work: Path) -> None:
+    weights = load(work / "base")
+    wrong = next(iter(SHAPES)) + ".weight"
+    save_base(work / "odd", {**weights, wrong: weights[wrong] + 1, "more": weights[wrong]}, model_type="llama")
+    assert "NOT base" in report([work / "odd", work / "adapter"], work / "page.html", base=work / "base").lead
+    reading = Reading.of((work / "page.html").read_text(encoding="utf-8"))
+    assert [wrong, "more"] == [row[0] for row in reading.tables[1][1:] if row[0] in (wrong, "more")]
+
+
+def test_an_extraction_has_its_certificate(work: Path) -> None:
+    weights = load(work / "base")
+    tuned = {name: W + random(*W.shape, seed=90 + i, scale=0.1) for i, (name, W) in enumerate(weights.items())}
+    save_base(work / "tuned", tuned, model_type="llama")
+    made = extract(work / "base", work / "tuned", work / "extracted", 3)
+    page = report(work / "extracted", work / "page.html")
+    assert page.kind == "extraction"
+    reading = Reading.of((work / "page.html").read_text(encoding="utf-8"))
+    assert reading.facts["captured"] == percent(made.total.captured)
+    classes, held, errors = reading.tables[:3]
+    assert dict(classes[1:])["as B·A"] == "6"  # type: ignore[arg-type]
+    assert held[1] == ["model.layers.[0-2].self_attn.{q,v}_proj", "as factors"]
+    by_name = {outcome.layer.module: outcome.layer for outcome in made.outcomes if outcome.layer}
+    for layer, *cells in errors[1:]:
+        assert cells == [number(by_name[f"model.layers.{layer}.self_attn.{side}_proj"].error) for side in "qv"]
+    anew = report([work / "tuned", work / "extracted"], work / "anew.html", base=work / "base")
+    assert anew.kind == "extraction"
+    reading = Reading.of((work / "anew.html").read_text(encoding="utf-8"))
+    certified = certify(work / "tuned", work / "base", work / "extracted")
+    assert reading.facts["error"] == number(certified.total.error)
+    assert "Beside the optimum" in reading.headings
+
+
+@pytest.mark.parametrize(
+    "document",
+    [None, [], {"columns": []}, {"columns": 1, "modules": {}}, {"modules": {"a": 1}}, {"modules": {"a": [1] * 12}},
+     {"modules": {"a": ["lora", [1, 2], 1, 1, *["x"] * 8]}}, {"modules": {"a": ["lora", [1, 2], 1, 1, *[10**400] * 8]}},
+     {"modules": {"a": ["lora", 3, 1, 1, *[0.5] * 8]}}],
+)  # fmt: skip
+def test_a_certificate_that_a_file_states_is_checked(document: object) -> None:
+    columns = to_json([])["columns"]
+    if isinstance(document, dict):
+        document = {"columns": columns} | document
+    assert from_json(document) == ()
+    sound = {"columns": columns, "modules": {"a": ["lora", [1, 2], 1, 1, *[0.5] * 7, None]}}
+    (layer,) = from_json(sound)
+    assert to_json([layer]) == sound
+
+
+def test_no_inputs_make_two_kinds_of_pages(work: Path) -> None:
+    weights = load(work / "base")
+    save_base(work / "tuned", {name: W + 0.1 * random(*W.shape) for name, W in weights.items()}, model_type="llama")
+    extract(work / "base", work / "tuned", work / "extracted", 2)
+    merge(work / "base", work / "adapter", work / "merged")
+    kinds = {}
+    for inputs in (
+        ["adapter"], ["extracted"], ["adapter", "extracted"], ["merged"], ["merged", "adapter"], ["tuned", "extracted"],
+        ["merged", "extracted"], ["merged", "adapter", "adapter"], ["tuned", "adapter"], ["tuned", "merged"],
+    ):  # fmt: skip
+        for base in (None, work / "base"):
+            subjects = opened([work / name for name in inputs], base, 0)
+            fitting = [name for name in pages.names() if pages.get(name).fits(subjects)]
+            assert len(fitting) <= 1
+            kinds[" ".join(inputs), base is not None] = "".join(fitting)
+    assert kinds["adapter", False] == kinds["adapter", True] == "adapter"
+    assert kinds["extracted", False] == kinds["tuned extracted", True] == "extraction"
+    assert kinds["adapter extracted", False] == "comparison"
+    assert {kinds[inputs, True] for inputs in ("merged", "merged adapter", "tuned adapter", "merged extracted")} == {
+        "merge"
+    }
+    assert kinds["merged", False] == kinds["tuned merged", True] == ""
 
 
 def test_no_input_and_a_model_alone_make_no_page(work: Path) -> None:

@@ -25,7 +25,7 @@ class Bars:
     def draw(self) -> Markup:
         """Return the drawing."""
         names = tuple(name for name, _ in self.rows)
-        columns = min(26, widest(names))
+        columns = min(28, widest(names))
         left = columns * SMALL + 8
         shown = [self.show(value) for _, value in self.rows]
         room = WIDTH - left - max(map(width, shown), default=0) * SMALL - 12

@@ -43,8 +43,13 @@ def spread(values: list[float]) -> str:
 
 def base_of(base: BaseIdentity | None) -> str:
     """Return the name of a base model, and whether its hash is known: no path of a machine."""
-    name = public(base.id) if base and base.id else "not named"
-    return f"{name}, {'sealed with its hash' if base and base.sealed else 'no hash, so a wrong one cannot be told'}"
+    sealed = "sealed with its hash" if base and base.sealed else "no hash, so a wrong one cannot be told"
+    return f"{base_name(base)}, {sealed}"
+
+
+def base_name(base: BaseIdentity | None) -> str:
+    """Return the name of a base model alone."""
+    return public(base.id) if base and base.id else "not named"
 
 
 def made_by(steps: tuple[Step, ...]) -> str:

@@ -13,7 +13,7 @@ from loratools.reports.markup import element, joined
 from loratools.reports.numbers import number, percent, plural, whole
 from loratools.reports.page import Figure, Section, Table
 from loratools.reports.pages._maps import Several, layer_map, middle
-from loratools.reports.scale import Scale
+from loratools.reports.scale import Scale, few_ranks
 from loratools.surgery.spectrum import AdapterSpectrum, ModuleSpectrum
 
 _RANKS = 12  # ranks in a table
@@ -62,7 +62,7 @@ def _strength(modules: Mapping[str, ModuleSpectrum]) -> Section:
     figures = [
         layer_map(
             "Strength of the change, ‖ΔW‖", "‖ΔW‖",
-            "The darker a cell, the more the adapter moves that weight; ‖ΔW‖ is the length of scaling · B · A.",
+            "The stronger its colour, the more the adapter moves that weight; ‖ΔW‖ is the length of scaling · B · A.",
             list(modules), joint_norm(modules),
         )
     ]  # fmt: skip
@@ -94,7 +94,7 @@ def _use(modules: Mapping[str, ModuleSpectrum]) -> Section:
         "Line chart of singular values by their number, relative to the largest", "singular value", "σᵢ / σ₁",
         lines, logarithmic=True,
     )  # fmt: skip
-    steps = _steps(longest)
+    steps = few_ranks(longest)
     shares = {line.name: dict(line.points) for line in lines}
     table = Table(
         ["projection", *(f"σ{i}/σ1" for i in steps)],
@@ -134,7 +134,7 @@ def _smaller(measured: AdapterSpectrum) -> Section:
     rows = [
         [whole(rank), percent(measured.kept(rank)), number(math.sqrt(max(0.0, 1 - measured.kept(rank)))),
          whole(sum(min(rank, module.true_rank) * sum(module.shape) for module in measured.modules))]
-        for rank in _steps(most)
+        for rank in few_ranks(most)
     ]  # fmt: skip
     needs = "; ".join(
         f"{share} of the change in every module takes rank {rank} at most, {whole(parameters)} parameters"
@@ -186,9 +186,3 @@ def _falling(modules: Sequence[ModuleSpectrum]) -> list[tuple[float, float]]:
         (float(i + 1), median(module.sigma[i] / module.sigma[0] for module in modules if module.true_rank > i))
         for i in range(longest)
     ]
-
-
-def _steps(most: int) -> list[int]:
-    """Return the ranks of a table: each up to 4, then two in every doubling, and the last."""
-    usual = [1, 2, 3, *(size << i for i in range(16) for size in (4, 6))]
-    return sorted({*(rank for rank in usual if rank < most), *([most] if most else [])})

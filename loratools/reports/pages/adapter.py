@@ -5,6 +5,7 @@ from __future__ import annotations
 from loratools.reports.numbers import plural, size, whole
 from loratools.reports.page import Page
 from loratools.reports.pages import _facts, _strength
+from loratools.reports.pages._extracted import is_extraction
 from loratools.reports.subjects import Subjects
 from loratools.surgery.spectrum import spectrum
 
@@ -13,7 +14,7 @@ NEEDS = "one adapter; with its base model also ‖ΔW‖/‖W‖"
 
 def fits(subjects: Subjects) -> bool:
     """Tell whether this is one adapter alone."""
-    return len(subjects.adapters) == 1 and not subjects.models
+    return len(subjects.adapters) == 1 and not (subjects.models or subjects.folders or is_extraction(subjects))
 
 
 def page(subjects: Subjects) -> Page:

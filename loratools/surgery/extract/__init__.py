@@ -12,6 +12,7 @@ no low-rank form is saved whole, so that base + adapter is the fine-tune but for
     assemble      the adapter, its record and its card
     layers        what an adapter keeps of a change: the certificate of each layer and their total
     certify       the same for any adapter after the fact
+    changes       how far each tensor of a model is from the base's, in norms alone
     options       the options, one value that is checked when it is built
 """
 

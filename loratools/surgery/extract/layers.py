@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
+
+_MOST = 1e300  # a number of a certificate that a file states
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,32 @@ def to_json(layers: Iterable[Layer]) -> dict[str, Any]:
     columns = [field.name for field in fields(Layer) if field.name != "module"]
     rows = {layer.module: [_plain(getattr(layer, column)) for column in columns] for layer in layers}
     return {"columns": columns, "modules": rows}
+
+
+def from_json(document: object) -> tuple[Layer, ...]:
+    """Return the layers that `to_json` wrote, with its six digits; () for anything else, which a file may hold.
+
+    A number that was not finite is infinite here.
+    """
+    columns = [field.name for field in fields(Layer) if field.name != "module"]
+    if not isinstance(document, Mapping) or document.get("columns") != columns:
+        return ()
+    modules: Any = document.get("modules")
+    rows = modules.items() if isinstance(modules, Mapping) else ()
+    layers: list[Layer] = []
+    for module, row in rows:
+        if not isinstance(row, Sequence) or len(row) != len(columns):
+            return ()
+        kind, shape, rank, parameters = row[:4]
+        numbers = [math.inf if value is None else value for value in row[4:]]
+        counts = [rank, parameters, *(shape if isinstance(shape, list) else [None])]
+        sound = isinstance(kind, str) and all(isinstance(value, int) and value >= 0 for value in counts)
+        if not sound or not all(
+            isinstance(value, int | float) and (0 <= value <= _MOST or value == math.inf) for value in numbers
+        ):
+            return ()
+        layers.append(Layer(module, kind, tuple(shape), rank, parameters, *map(float, numbers)))
+    return tuple(layers)
 
 
 def _excess(error2: float, excess2: float) -> float:
