@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
@@ -44,7 +45,7 @@ class Command(click.Command):
     def __init__(self, *args: Any, section: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.section = section
-        self.common = common_options()
+        self.common = [*common_options(), schema_option()]
         self.params += self.common
 
     def make_context(
@@ -207,10 +208,29 @@ def common_options() -> list[click.Parameter]:
     ]
 
 
+def schema_option() -> click.Option:
+    """Return the option that prints the JSON Schema of a command's documents."""
+
+    def show(ctx: click.Context, option: click.Parameter, value: bool) -> None:
+        if value and not ctx.resilient_parsing:
+            path = Path(__file__).parent / "schemas" / f"{ctx.command.name}.json"
+            click.echo(path.read_text(encoding="utf-8"), nl=False)
+            ctx.exit()
+
+    return click.Option(
+        ["--json-schema"], help="Print the JSON Schema of what --json prints.", is_flag=True, is_eager=True,
+        expose_value=False, callback=show,
+    )  # fmt: skip
+
+
 def emit(report: Report, talk: Talk) -> None:
     """Print a report to stdout: its document with --json, else its text."""
     if talk.json:
-        click.echo(talk.named(encode({"schema": SCHEMA, **report.document, "warnings": talk.warnings})))
+        click.echo(
+            talk.named(
+                encode({"schema": SCHEMA} | dict(report.document) | {"schema": SCHEMA, "warnings": talk.warnings})
+            )
+        )
         return
     for line in [report.text] if isinstance(report.text, str) else report.text:
         click.echo(show_line(talk.named(line)))

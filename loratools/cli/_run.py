@@ -49,7 +49,8 @@ Environment:
   LORATOOLS_DEBUG=1             show a traceback with an error
   NO_COLOR, FORCE_COLOR         never, or always, use colours on stderr
 
-The result goes to stdout, all talk to stderr; --json makes the result one JSON document, with sizes in bytes.
+The result goes to stdout, all talk to stderr; with --json the result, or the error, is one JSON document on stdout,
+with sizes in bytes, as `loratools COMMAND --json-schema` describes it.
 `loratools COMMAND --help` explains a command; `loratools completion SHELL` prints completion for your shell.
 """
 
@@ -99,7 +100,7 @@ def run(arguments: Sequence[str] | None = None, root: Commands | None = None) ->
         if explained:
             return code  # what could not be written is still in the buffer, and fails again
         with suppress(OSError):
-            talk.error("OSError", f"stdout: {(error.strerror or str(error)).lower()}")
+            talk.error("OSError", f"stdout: {(error.strerror or str(error)).lower()}", lost=True)
         return 1
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loratools.cli._show import encode, encode_text, line
+from loratools.cli._show import SCHEMA, encode, encode_text, line
 
 if TYPE_CHECKING:
     from loratools.parallel import Progress
@@ -28,7 +28,7 @@ MOST_PROBLEMS = 1_000
 class Talk:
     """How one run talks: set by -q, -v, --no-progress and --json, wherever they stand.
 
-    With --json nothing but an error goes to stderr, so that it can be parsed too; warnings go into the document.
+    With --json nothing goes to stderr: the result or the error is one document on stdout, with the warnings in it.
     `names` maps paths that are only known to this process to what the user called them.
     """
 
@@ -56,12 +56,17 @@ class Talk:
                 if not self.json:
                     self._say(text, "warning", "yellow")
 
-    def error(self, kind: str, message: str, problems: tuple[str, ...] = (), hint: str | None = None) -> None:
-        """Say what failed: one sentence, every problem, and the next step."""
+    def error(
+        self, kind: str, message: str, problems: tuple[str, ...] = (), hint: str | None = None, *, lost: bool = False
+    ) -> None:
+        """Say what failed: one sentence, every problem, and the next step.
+
+        With --json it is the document on stdout, or on stderr where stdout is `lost`.
+        """
         if self.json:
             document = {"type": kind, "message": message, "problems": problems, "hint": hint}
-            warnings = {"warnings": self.warnings} if self.warnings else {}
-            click.echo(self.named(encode({"error": document, **warnings})), err=True)
+            text = encode({"schema": SCHEMA, "error": document, "warnings": self.warnings})
+            click.echo(self.named(text), err=lost)
             return
         self._say(message, "error", "red")
         for problem in problems[:MOST_PROBLEMS]:

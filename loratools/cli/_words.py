@@ -147,8 +147,8 @@ WORDS: Mapping[str, Word] = {
 }
 # fmt: on
 
-COMMON = ("--json", "--quiet", "--verbose", "--no-progress")
-"""Options of every command, which may stand before it too."""
+COMMON = ("--json", "--quiet", "--verbose", "--no-progress", "--json-schema")
+"""Options of every command."""
 
 RENAMED: Mapping[str, Mapping[str, str]] = {
     "extract-svd": {"--layers": "--modules"},

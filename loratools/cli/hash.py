@@ -21,18 +21,19 @@ if TYPE_CHECKING:
 @make(section="Look")
 @click.argument("checkpoint", type=options.INPUT)
 @options.option(
-    "--tier", type=options.Words("loratools.surgery.hash", "TIERS", "all"), default="all", show_default=True,
-    more="schema: names, dtypes and shapes, read from headers alone; tensors: a digest of each tensor; "
-    "root: one digest of all tensors; logical: the root of the 16-bit numbers that a quantized model stands for; "
-    "all of them.",
+    "--tier", type=options.Words("loratools.surgery.hash", "TIERS", "all"), default="root", show_default=True,
+    more="root: one digest of all tensors; schema: names, dtypes and shapes, read from headers alone; tensors: a "
+    "digest of each tensor; logical: the root of the 16-bit numbers that a quantized model stands for; all of them.",
 )  # fmt: skip
-@options.option("--include", type=str, multiple=True, more="Here: the digests of such tensors; implies --tier tensors.")
+@options.option("--modules", is_flag=True, more="Here: its digest, as --tier tensors.")
+@options.option("--include", type=str, multiple=True, more="Implies --modules.")
+@options.option("--exclude", type=str, multiple=True, more="Implies --modules.")
 @options.algorithm_option
 @options.threads_option
 @pass_talk
 def command(
-    talk: Talk, checkpoint: str, tier: Tier | Literal["all"], include: tuple[str, ...], algorithm: Algorithm,
-    threads: int | None,
+    talk: Talk, checkpoint: str, tier: Tier | Literal["all"], modules: bool, include: tuple[str, ...],
+    exclude: tuple[str, ...], algorithm: Algorithm, threads: int | None,
 ) -> Report:  # fmt: skip
     """Print the hash of a model or an adapter: which one exactly is this?
 
@@ -47,8 +48,8 @@ def command(
     \b
     Examples:
       loratools hash base
-      loratools hash base --tier schema
-      loratools hash adapter --tier root
+      loratools hash adapter
+      loratools hash base --tier all
       loratools hash hf://lab/base --tier schema
       loratools hash quantized --tier logical
       loratools hash base --include '*.self_attn.q_proj.weight' --algorithm sha256
@@ -56,24 +57,36 @@ def command(
     from loratools.adapter.model import Adapter
     from loratools.surgery.hash import TIERS, hash_checkpoint, open_hashed
 
-    if include and tier not in ("all", "tensors"):
-        raise click.UsageError(f"--include chooses tensors; it does not go with --tier {tier}")
-    tiers: tuple[Tier, ...] = ("tensors",) if include else TIERS if tier == "all" else (tier,)
+    context = click.get_current_context()
+    asked = None if context.get_parameter_source("tier") is click.core.ParameterSource.DEFAULT else tier
+    if asked not in (None, "all", "tensors") and (modules or include or exclude):
+        raise click.UsageError(f"--modules, --include and --exclude are for --tier tensors; it is {tier}")
+    each = asked != "all" and (modules or include or exclude)
+    tiers: tuple[Tier, ...] = ("tensors",) if each else TIERS if tier == "all" else (tier,)
     opened = open_hashed(checkpoint, headers=tiers == ("schema",))
     total = 0 if isinstance(opened, Adapter) or tiers == ("schema",) else opened.nbytes
     with talk.progress("hashing", total) as advance:
-        identity = hash_checkpoint(opened, tiers, algorithm, include=include or None, threads=threads, progress=advance)
-    asked = {tier: getattr(identity, tier) for tier in tiers}
+        identity = hash_checkpoint(
+            opened,
+            tiers,
+            algorithm,
+            include=include or None,
+            exclude=exclude or None,
+            threads=threads,
+            progress=advance,
+        )
+    hashes = {tier: getattr(identity, tier) for tier in tiers}
     what = "adapter" if isinstance(opened, Adapter) else "checkpoint"
-    return Report({"path": checkpoint, "type": what, "algorithm": algorithm, "hash": asked}, _lines(identity))
+    return Report({"path": checkpoint, "type": what, "algorithm": algorithm, "hash": hashes}, _lines(identity, tiers))
 
 
-def _lines(identity: BaseIdentity) -> Iterator[str]:
+def _lines(identity: BaseIdentity, tiers: tuple[Tier, ...]) -> Iterator[str]:
+    """Yield the digest alone where it is one, else with what each is of."""
     for name, digest in identity.tensors.items():
         yield f"{digest}  {name}"
-    if identity.schema:
-        yield f"{identity.schema}  (schema)"
-    if identity.root:
-        yield f"{identity.root}  (root)"
-    if identity.logical and identity.logical != identity.root:
-        yield f"{identity.logical}  (logical)"
+    for tier in ("schema", "root", "logical"):
+        digest = getattr(identity, tier)
+        if digest and tiers == (tier,):
+            yield digest
+        elif digest and not (tier == "logical" and digest == identity.root):
+            yield f"{digest}  ({tier})"

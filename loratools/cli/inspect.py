@@ -66,7 +66,9 @@ def command(path: str, modules: bool, spectrum: bool, base: str | None, dialect:
         return show.Report(show.plain(summary) | {"spectrum": show.plain(measured)}, _spectrum(measured))
     if isinstance(summary, AdapterSummary):
         return show.Report(show.plain(summary), _adapter(summary, modules))
-    return show.Report(show.plain(summary), _checkpoint(summary, modules))
+    document = show.plain(summary)
+    document["schema_hash"] = document.pop("schema")  # for `schema` is the version of every document
+    return show.Report(document, _checkpoint(summary, modules))
 
 
 def _measured(path: str, base: str, dialect: str | None) -> show.Report:

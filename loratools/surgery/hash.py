@@ -7,7 +7,6 @@ names, whatever dialect they came in: its root is the digest that a sealed adapt
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from fnmatch import fnmatchcase
 from os import PathLike
 from threading import Event
 from typing import get_args
@@ -15,6 +14,7 @@ from typing import get_args
 from loratools import dialects
 from loratools.adapter.identity import Tier
 from loratools.adapter.model import Adapter, BaseIdentity
+from loratools.adapter.naming.selection import matches
 from loratools.adapter.placement.codes import refuse_all_codes
 from loratools.decisions import warned
 from loratools.errors import BadFile, InvalidOption, LoraToolsError
@@ -39,6 +39,7 @@ def hash_checkpoint(
     algorithm: Algorithm = digest.DEFAULT,
     *,
     include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> BaseIdentity:
@@ -56,7 +57,9 @@ def hash_checkpoint(
         tiers: Which parts of the hash, one or several: `"schema"` reads no tensor, `"tensors"` those that `include`
             names, `"root"` all, `"logical"` all of them as numbers in 16 bit. Default: all four.
         algorithm: `"blake3"` or `"sha256"`. Default: `"blake3"`.
-        include: Patterns of tensor names for `"tensors"`, one or several, with `*` and `?` as in a shell. Default: all.
+        include: Patterns of tensor names for `"tensors"`, one or several: a name (`q_proj`), a glob, or `re:` and a
+            regular expression, as everywhere. Default: all.
+        exclude: Patterns of those that are left out of `"tensors"`. Default: none.
         threads: Threads that share the tensors, largest first. Default: one per core.
         progress: Called with the bytes read since the last call, from any thread. Default: nobody is told.
 
@@ -79,19 +82,20 @@ def hash_checkpoint(
     options = Options()
     for tier in tiers:
         options.word("tiers", tier, Tier)
-    if include is not None:
-        include = list(include) if isinstance(include, Iterable) and not isinstance(include, str) else [include]
-        for pattern in include:
-            options.text("include", pattern)
+    patterns: dict[str, list[str] | None] = {}
+    for option, given in (("include", include), ("exclude", exclude)):
+        listed = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given or ""]
+        patterns[option] = None if given is None else listed
+        for pattern in listed if given is not None else ():
+            options.text(option, pattern)
     options.word("algorithm", algorithm, Algorithm).threads(threads).done()
     if not isinstance(checkpoint, Checkpoint):
         opened = open_hashed(checkpoint, headers=set(tiers) <= {"schema"})
         if isinstance(opened, Adapter):
-            return _of_adapter(opened, tiers, algorithm, include)
+            return _of_adapter(opened, tiers, algorithm, **patterns)
         checkpoint = opened
     checkpoint.tell_unread()
-    names = set(checkpoint.specs)
-    selected = names if include is None else _select(str(checkpoint.path), names, include)
+    selected = _select(str(checkpoint.path), set(checkpoint.specs), **patterns)
     view = _as_numbers(checkpoint, alone=tiers == ("logical",)) if "logical" in tiers else {}
     coded = {name: spec for name, spec in view.items() if spec.encoding}
     every = set(checkpoint.specs) if "root" in tiers else {name for name in view if name not in coded}
@@ -161,13 +165,19 @@ def _as_numbers(checkpoint: Checkpoint, *, alone: bool) -> Mapping[str, TensorSp
     return view.specs
 
 
-def _select(place: str, names: Collection[str], patterns: Iterable[str]) -> set[str]:
-    """Return the names that match the patterns; raise `LoraToolsError` with every pattern that matches none."""
-    matches = {pattern: {name for name in names if fnmatchcase(name, pattern)} for pattern in patterns}
-    if unmatched := ", ".join(repr(pattern) for pattern, matching in matches.items() if not matching):
+def _select(
+    place: str, names: Collection[str], include: Iterable[str] | None, exclude: Iterable[str] | None
+) -> set[str]:
+    """Return the names that the patterns choose; raise `LoraToolsError` with every pattern that matches none."""
+    chosen, left = (
+        {pattern: {name for name in names if matches(pattern, name)} for pattern in patterns or ()}
+        for patterns in (include, exclude)
+    )
+    if unmatched := ", ".join(repr(pattern) for pattern, of in (chosen | left).items() if not of):
         hint = "`loratools inspect --modules` lists the names."
         raise LoraToolsError(f"{place}: no tensor matches {unmatched}", hint=hint)
-    return set().union(*matches.values())
+    every = set(names) if include is None else set().union(*chosen.values())
+    return every.difference(*left.values())
 
 
 def open_hashed(source: Location | Adapter | dialects.InMemory, *, headers: bool = False) -> Checkpoint | Adapter:
@@ -189,14 +199,18 @@ def open_hashed(source: Location | Adapter | dialects.InMemory, *, headers: bool
 
 
 def _of_adapter(
-    adapter: Adapter, tiers: Collection[Tier], algorithm: Algorithm, include: Iterable[str] | None
+    adapter: Adapter,
+    tiers: Collection[Tier],
+    algorithm: Algorithm,
+    include: Iterable[str] | None,
+    exclude: Iterable[str] | None,
 ) -> BaseIdentity:
     """Return the tiers of an adapter's tensors; raise `BadFile` where it records another digest of itself."""
     if set(tiers) == {"logical"}:
         raise InvalidOption("tiers: the logical hash is that of a quantized model, and this is an adapter")
     tensors = manifest.tensors_of(adapter)
     place = next((str(lazy.file) for lazy in tensors.values() if lazy.file), "the adapter")
-    selected = set(tensors) if include is None else _select(place, set(tensors), include)
+    selected = _select(place, set(tensors), include, exclude)
     schema = {name: (lazy.dtype, lazy.shape) for name, lazy in tensors.items()}
     digests = tensor_digests(adapter, algorithm) if {"tensors", "root"} & set(tiers) else {}
     root = digest.root(digests, algorithm) if "root" in tiers else None

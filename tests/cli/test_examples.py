@@ -11,6 +11,7 @@ import click
 import pytest
 
 from loratools.cli._run import group
+from tests.cli.test_schemas import assert_valid
 from tests.hub.server import LocalHub
 from tests.hub.server.client import environment
 from tests.hub.trips import contents
@@ -63,15 +64,16 @@ def test_example_runs(name: str, example: str, shell: Callable, workplace: Path,
     assert "Traceback" not in done.err
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_prints_one_json_document(
-    name: str, shell: Callable, workplace: Path, lab: dict[str, str]
+@pytest.mark.parametrize(
+    ("name", "example"),
+    [(name, line) for name, line in of_all_commands() if name != "loratools" and line.startswith("loratools ")],
+    ids=lambda value: value,
+)
+def test_example_prints_one_json_document_of_the_schema(
+    name: str, example: str, shell: Callable, workplace: Path, lab: dict[str, str]
 ) -> None:
-    example = next(example for own, example in of_all_commands() if own == name and example.startswith("loratools "))
-    line = example.partition(">")[0].replace(" --json", "")
+    line = example.partition(">")[0]
     done = shell(f"rm -rf {output(line)}; {line} --json", workplace, **lab)
-    assert done.code == 0, done.err
-    document = json.loads(done.out)
-    assert document["schema"] == 1
-    assert document["warnings"] == []
-    assert done.err == ""
+    assert done.code == 0
+    assert done.err == "" or "--run" in example  # transformers and what it imports talk there
+    assert_valid(name, json.loads(done.out))

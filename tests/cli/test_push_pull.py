@@ -90,9 +90,12 @@ def test_inspect_and_hash_from_afar(hub: LocalHub, line: Callable, workplace: Pa
     assert there.code == 0, there.err
     assert json.loads(there.out) == {**json.loads(here.out), "path": f"hf://{REPO}"}
     assert line(f"loratools inspect hf://{REPO}").out.splitlines()[0].endswith(f"hf://{REPO}")
-    here, there = line("loratools hash base --json"), line("loratools hash hf://lab/base --tier schema --json")
+    here, there = (
+        line("loratools hash base --tier all --json"),
+        line("loratools hash hf://lab/base --tier schema --json"),
+    )
     assert json.loads(there.out)["hash"]["schema"] == json.loads(here.out)["hash"]["schema"]
-    whole = line("loratools hash hf://lab/base --json")
+    whole = line("loratools hash hf://lab/base --tier all --json")
     assert json.loads(whole.out)["hash"] == json.loads(here.out)["hash"]
     assert line(f"loratools validate hf://{REPO}").code == 0
 
@@ -124,7 +127,7 @@ def test_an_error_from_afar_names_what_the_user_named(hub: LocalHub, line: Calla
     hub.seed(REPO, {"adapter_config.json": b'{"peft_type": "LORA"}', "adapter_model.safetensors": b"x" * 100})
     done = line(f"loratools inspect hf://{REPO} --json")
     assert done.code == 1
-    assert f"hf://{REPO}/adapter_model.safetensors: " in json.loads(done.err)["error"]["message"]
+    assert f"hf://{REPO}/adapter_model.safetensors: " in json.loads(done.out)["error"]["message"]
     assert "loratools-headers" not in done.err
 
 

@@ -112,8 +112,17 @@ def test_include_reads_and_names_what_matches(prepared: Path) -> None:
 
 
 def test_a_pattern_without_match_is_an_error(prepared: Path) -> None:
-    with pytest.raises(LoraToolsError, match=r"no tensor matches 'q_proj'"):
-        hash_checkpoint(Checkpoint.open(prepared / "base"), include=["q_proj"])
+    with pytest.raises(LoraToolsError, match=r"no tensor matches 'x_proj', 'y\*'"):
+        hash_checkpoint(Checkpoint.open(prepared / "base"), include=["x_proj", "q_proj"], exclude="y*")
+
+
+def test_patterns_are_those_of_every_command(prepared: Path) -> None:
+    base = Checkpoint.open(prepared / "base")
+    every = hash_checkpoint(base, "tensors").tensors
+    chosen = hash_checkpoint(base, "tensors", include=["q_proj", "re:.*norm"], exclude="*.0.*").tensors
+    expected = {name for name in every if ("q_proj" in name or "norm" in name) and ".0." not in name}
+    assert chosen == {name: every[name] for name in expected} != {}
+    assert hash_checkpoint(base, "tensors", exclude="q_proj").tensors.keys() == {n for n in every if "q_proj" not in n}
 
 
 def test_a_file_that_shrinks_after_it_was_opened_is_an_error(workplace: Path) -> None:

@@ -177,7 +177,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "max_shard_size": ("lots", "5 bananas", 0, -1, 1.5), "model_type": (3,), "seed": ("x", 1.5), "threads": (0, "2"),
     "force": ("yes", 1), "durable": ("yes", 1), "keep_residual": ("yes", 1), "resume": ("no", 0), "exact": ("no",),
     "data": ("no",), "allow_loss": ("yes",), "ranks": ("x", 0, -3, 1.5), "tolerance": ("x", -1), "tight": ("x",),
-    "base_id": (3, ""), "include": (3,), "alpha": ("x",), "enabled": ("x", [1]), "original": (3, ""),
+    "base_id": (3, ""), "include": (3,), "exclude": (3,), "alpha": ("x",), "enabled": ("x", [1]), "original": (3, ""),
     "trained_on": ("Folded", 3),
     "keep_loss": (0, 1.5),
     "private": ("x",), "create_pr": ("x",), "card": ("left",), "message": (3,), "revision": (3,), "license": (3,),
