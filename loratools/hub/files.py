@@ -14,6 +14,7 @@ from loratools.errors import BadFile
 from loratools.hub.refs import is_plain
 from loratools.storage.beside import along, templates
 from loratools.storage.beside.choice import STATED, Choice, choose
+from loratools.storage.companions import RECORD
 
 Kind = Literal["adapter", "checkpoint"]
 Index = Callable[[str], Mapping[str, Any]]
@@ -49,6 +50,8 @@ def kind_of(paths: Collection[str]) -> Kind:
     """Tell by the names at the top whether a repository holds an adapter or a whole model."""
     top = {path for path in paths if "/" not in path}
     if PIPELINE in top:
+        return "checkpoint"
+    if RECORD in top:  # of a merge, whatever its weights are called
         return "checkpoint"
     if any(name.startswith(_STEMS["adapter"]) or name == "adapter_config.json" for name in top):
         return "adapter"

@@ -63,7 +63,7 @@ def push(
     wrote in it. Training state and paths of this machine are not sent.
 
     Args:
-        path: The adapter or the model: a folder, or an adapter's single file.
+        path: The adapter or the model: a folder, or a single file.
         repo: `org/name`, perhaps with `@branch`; it is made where it does not exist.
         revision: The branch to commit to; it is made where it does not exist. Default: `main`.
         create_pr: Open a pull request instead of changing the branch.
@@ -170,7 +170,8 @@ def card_for(
         text = section.adapter_section(summary, target.repo, subject.base_model, subject.task)
     else:
         facts = section.checkpoint_facts(summary, subject.base_model, subject.record, base_card)
-        text = section.checkpoint_section(summary, target.repo, subject.base_model)
+        file = subject.path.name if subject.path.is_file() else None
+        text = section.checkpoint_section(summary, target.repo, subject.base_model, file)
     stated = [cards.parse(readme).data() for readme in (local, remote) if readme]
     force: dict[str, Any] = {"license": license} if license else {}
     by_path = any(is_path(str(front.get("base_model", ""))) for front in stated)

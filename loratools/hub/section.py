@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from loratools.adapter.naming.image import readings
 from loratools.storage.beside.cards import code
 from loratools.surgery.inspect import AdapterSummary, CheckpointSummary
 
@@ -13,6 +14,8 @@ _TASKS = {
     "CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification",
     "QUESTION_ANS": "question-answering", "FEATURE_EXTRACTION": "feature-extraction",
 }  # fmt: skip
+_ROOTS = ("model.diffusion_model.", "diffusion_model.")  # what single files have before the names of an image model
+_VAE = ("first_stage_model.", "vae.")
 _VLLM_RANK = 16  # vLLM's default of --max-lora-rank
 _RANKS = (16, 32, 64, 128, 256, 320, 512)  # those that it takes
 
@@ -41,7 +44,7 @@ def checkpoint_facts(
         [*(["merge"] if adapters else []), "loratools"],
         base_model=base_model,
         base_model_relation=("merge" if several else "finetune") if base_model and adapters else None,
-        library_name="diffusers" if summary.components else "transformers",
+        library_name=_library(summary),
         pipeline_tag=base_card.get("pipeline_tag") or ("text-generation" if _is_causal(summary) else None),
     )
 
@@ -67,8 +70,8 @@ def adapter_section(summary: AdapterSummary, repo: str, base_model: str | None, 
     return "\n".join(lines)
 
 
-def checkpoint_section(summary: CheckpointSummary, repo: str, base_model: str | None) -> str:
-    """Return the section of a model's card."""
+def checkpoint_section(summary: CheckpointSummary, repo: str, base_model: str | None, file: str | None = None) -> str:
+    """Return the section of a model's card; `file` is the name of a model that is one file."""
     rows = [
         *([("architecture", code(summary.architecture))] if summary.architecture else []),
         *([("base model", code(base_model))] if base_model else []),
@@ -77,11 +80,50 @@ def checkpoint_section(summary: CheckpointSummary, repo: str, base_model: str | 
         ("schema hash", code(summary.schema)),
     ]
     lines = ["## The model", "", *_table(("", ""), rows)]
-    if not summary.components:
+    if file:
+        lines += ["", "## How to load it", "", *_of_file(summary, repo, file)]
+    elif not summary.components:
         load = "AutoModelForCausalLM" if _is_causal(summary) else "AutoModel"
         loading = _block("python", f"from transformers import {load}", "", f'model = {load}.from_pretrained("{repo}")')
         lines += ["", "## How to load it", "", *loading]
     return "\n".join(lines)
+
+
+def _library(summary: CheckpointSummary) -> str | None:
+    """Return the library that loads a model, as the Hub calls it; None where that is left to its files."""
+    if summary.components:
+        return "diffusers"
+    if _is_gguf(summary):
+        return None
+    if _is_image(summary):
+        return "diffusion-single-file"
+    return "transformers" if summary.architecture or summary.model_type or len(summary.shards) > 1 else None
+
+
+def _of_file(summary: CheckpointSummary, repo: str, file: str) -> list[str]:
+    """Return the lines that load a model which is one file."""
+    if _is_gguf(summary):
+        return _block("sh", f"llama-cli -hf {repo} -hff {file}")
+    if not _is_image(summary):
+        get = f'weights = load_file(hf_hub_download("{repo}", "{file}"))'
+        imports = ("from huggingface_hub import hf_hub_download", "from safetensors.torch import load_file")
+        return _block("python", *imports, "", get)
+    whole = any(tensor.name.startswith(_VAE) for tensor in summary.tensors)
+    folder = "checkpoints" if whole else "diffusion_models"
+    return _block("sh", f"hf download {repo} {file} --local-dir ComfyUI/models/{folder}")
+
+
+def _is_gguf(summary: CheckpointSummary) -> bool:
+    return all(name.endswith(".gguf") for name in summary.shards)
+
+
+def _is_image(summary: CheckpointSummary) -> bool:
+    """Tell whether most weights of a model in one file are those of a family of image models, by their names."""
+    weights = [tensor.name for tensor in summary.tensors if len(tensor.shape) > 1 and tensor.name.endswith(".weight")]
+    roots = (root for root in _ROOTS if any(name.startswith(root) for name in weights))
+    root = next(roots, "")
+    modules = [name.removeprefix(root).removesuffix(".weight") for name in weights if name.startswith(root)]
+    return len(summary.shards) == 1 and readings.most(modules)[0] > len(modules) / 2
 
 
 def _is_causal(summary: CheckpointSummary) -> bool:

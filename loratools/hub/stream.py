@@ -19,15 +19,16 @@ class Stream:
     ...
     stream.finish("Merged with loratools")                      # config, tokenizer, index, card; the one commit
 
-    With `keep` the shards stay on disk as they are. What the commit was, and what to say of it, is in `done`.
+    With `keep` the shards stay on disk as they are. Of a model that is one file `place` is the path of that file, of
+    any other the folder that it is written into. What the commit was, and what to say of it, is in `done`.
     """
 
     def __init__(
-        self, hub: Hub, ref: Ref, folder: Path, *, private: bool = False, keep: bool = False,
+        self, hub: Hub, ref: Ref, place: Path, *, private: bool = False, keep: bool = False,
         base_model: str | None = None, license: str | None = None,
     ) -> None:  # fmt: skip
         target = look(hub, ref.repo, revision=ref.revision)
-        self.hub, self.folder, self.uploader = hub, folder, Uploader(hub, target, private=private)
+        self.hub, self.place, self.uploader = hub, place, Uploader(hub, target, private=private)
         self.keep, self.base_model, self.license = keep, base_model, license
         self._sent: set[str] = set()
         self.done: tuple[Committed, list[str]] | None = None
@@ -37,7 +38,7 @@ class Stream:
 
         Safe to call from one thread at a time. Raises `HubError`; the file is then still whole.
         """
-        name = path.relative_to(self.folder).as_posix()
+        name = path.name if path == self.place else path.relative_to(self.place).as_posix()
         self.uploader.send(name, path)
         self._sent.add(name)
         if self.keep:
@@ -53,7 +54,7 @@ class Stream:
 
         Shards of an earlier version that the new one does not have are removed by the same commit. Raises `HubError`.
         """
-        subject, target = read(self.folder, self.base_model), self.uploader.target
+        subject, target = read(self.place, self.base_model), self.uploader.target
         text, notes = push.card_for(self.hub, subject, target, self.license, None)
         self.hub.validate_card(target.repo, text)
         for name, content in subject.content.items():

@@ -17,9 +17,9 @@ from loratools.hub import files
 from loratools.hub.refs import is_plain
 from loratools.storage.beside.links import refuse_outside
 from loratools.storage.checkpoint import Checkpoint
-from loratools.storage.companions import RECORD
+from loratools.storage.pickles.archive import SUFFIXES as PICKLED
 from loratools.storage.strict_json import MAX_INDEX, read_json
-from loratools.surgery.inspect import AdapterSummary, CheckpointSummary, describe_adapter, describe_checkpoint
+from loratools.surgery.inspect import AdapterSummary, CheckpointSummary, describe_adapter, describe_checkpoint, inspect
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -53,30 +53,53 @@ def read(path: Path, base_model: str | None) -> Subject:
     """
     if not path.exists():
         raise BadFile(f"{path}: no such file or folder")
-    present = _walk(path) if path.is_dir() else {path.name: path}
-    kind = files.kind_of(present) if path.is_dir() else "adapter"
-    if path.is_dir():
-        try:
-            selection = files.select(present, kind, lambda name: read_json(present[name], most=MAX_INDEX))
-        except BadFile as error:
-            raise BadFile(f"{path}: {error.message}", error.problems, hint=error.hint) from None
-        if kind == "adapter" and (inner := next((name for name in selection.weights if "/" in name), None)):
-            raise BadFile(f"{path}: no adapter at the top of this folder", hint=f"Push {(path / inner).parent}.")
-        pictures = [name for name in present if Path(name).suffix.lower() in files.PICTURES]
-        chosen = sorted({*selection.paths, *pictures})
-    else:
-        chosen = [path.name]
+    if not path.is_dir():
+        return _file(path, base_model)
+    present = _walk(path)
+    kind = files.kind_of(present)
+    try:
+        selection = files.select(present, kind, lambda name: read_json(present[name], most=MAX_INDEX))
+    except BadFile as error:
+        raise BadFile(f"{path}: {error.message}", error.problems, hint=error.hint) from None
+    if kind == "adapter" and (inner := next((name for name in selection.weights if "/" in name), None)):
+        raise BadFile(f"{path}: no adapter at the top of this folder", hint=f"Push {(path / inner).parent}.")
+    pictures = [name for name in present if Path(name).suffix.lower() in files.PICTURES]
+    chosen = sorted({*selection.paths, *pictures})
     content: dict[str, Path | bytes] = {name: present[name] for name in chosen}
-    if path.is_dir():
-        refuse_outside([present[name] for name in chosen], path)
+    refuse_outside([present[name] for name in chosen], path)
     left_out = tuple(sorted(present.keys() - content.keys()))
     if kind == "checkpoint":
-        record = read_json(present[RECORD], most=MAX_INDEX) if RECORD in present else {}
-        base = record.get("base")
-        name = _name(base_model or (base.get("id") if isinstance(base, Mapping) else None), path)
-        summary = describe_checkpoint(Checkpoint.open(path), path)
-        return Subject(path, kind, content, summary, name, bool(base_model), record=record, left_out=left_out)
+        return _model(path, content, describe_checkpoint(Checkpoint.open(path), path), left_out, base_model)
     return _adapter(path, content, left_out, base_model)
+
+
+def _file(path: Path, base_model: str | None) -> Subject:
+    """Return what is pushed of one file, an adapter or a whole model: which of the two its tensors tell."""
+    summary = inspect(path)
+    content: dict[str, Path | bytes] = {path.name: path}
+    if isinstance(summary, CheckpointSummary):
+        if path.suffix in PICKLED:
+            hint = "Write it as safetensors, which `loratools merge` and `dequantize` do, and push that."
+            raise BadFile(f"{path}: a pickle, which can run code where it is loaded, is not sent", hint=hint)
+        return _model(path, content, summary, (), base_model)
+    return _adapter(path, content, (), base_model)
+
+
+def _model(
+    path: Path, content: Mapping[str, Path | bytes], summary: CheckpointSummary, left_out: tuple[str, ...],
+    base_model: str | None,
+) -> Subject:  # fmt: skip
+    record = summary.record or {}
+    base = record.get("base")
+    stated = (base.get("id") if isinstance(base, Mapping) else None) or _on_the_hub(summary.parent)
+    name = _name(base_model or stated, path)
+    return Subject(path, "checkpoint", content, summary, name, bool(base_model), record=record, left_out=left_out)
+
+
+def _on_the_hub(address: object) -> str | None:
+    """Return the name of a model of which a GGUF file states the address on the Hub; None for any other words."""
+    match = re.fullmatch(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/?", str(address), re.ASCII)
+    return match[1] if match else None
 
 
 def _walk(folder: Path) -> dict[str, Path]:

@@ -61,7 +61,7 @@ def test_a_merge_holds_never_more_than_one_shard_on_the_disk(hub: LocalHub, work
 
     class Watched(Stream):
         def shard(self, path: Path) -> None:
-            held.append(sum(file.stat().st_blocks * 512 for file in self.folder.rglob("*.safetensors")))
+            held.append(sum(file.stat().st_blocks * 512 for file in self.place.rglob("*.safetensors")))
             super().shard(path)
 
     prepared = prepare(

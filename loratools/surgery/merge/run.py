@@ -75,8 +75,8 @@ def execute(
 ) -> MergeReport:
     """Run a prepared merge, and return its report.
 
-    `progress` is that of `merge`. `sink` makes, for the folder being written, what takes each finished shard. Raises
-    what `merge` raises.
+    `progress` is that of `merge`. `sink` makes, for the folder or the one file that is being written, what takes each
+    finished file of tensors. Raises what `merge` raises.
     """
     plan, options, threads = prepared.plan, prepared.options, prepared.threads
     progress = progress or no_progress
@@ -88,7 +88,7 @@ def execute(
         )
     size = sum(file.size for file in plan.files)
     if is_gguf(plan.base):
-        return _execute_file(prepared, progress, size)
+        return _execute_file(prepared, progress, size, sink)
     if not sink and not options.resume:
         atomic.check_space(prepared.output, size)
     key = fingerprint(plan, settings_of(prepared)) if options.resume else None
@@ -96,7 +96,8 @@ def execute(
         tell_others(prepared.output, key)
     output = prepared.output
     with new_model(output, single=plan.single, force=options.force, key=key, durable=options.durable) as scratch:
-        sent = sink(scratch) if sink else None
+        whole = scratch / plan.files[0].name if plan.single else scratch
+        sent = sink(whole) if sink else None
         journal = Journal(scratch, key) if key else None
         reused = journal.kept if journal else ()
         resumed = journal.tell(len(plan.files)) if journal else []
@@ -131,9 +132,9 @@ def execute(
             of_base["root"] = digest.root({**digests, **hash_tensors(rest, digest.DEFAULT, threads)})
         write_companions(plan, prepared.beside, record, scratch)
         if sent and plan.single:  # its header is known now
-            sent.shard(scratch / plan.files[0].name)
+            sent.shard(whole)
         if sent:
-            sent.finish(f"Merge {len(plan.inputs)} adapter(s) with {TOOL}")
+            sent.finish(_commit_title(plan))
     return MergeReport(
         output=str(prepared.output), changed=len(plan.touched()), tensors=plan.tensors, bytes_written=size,
         verified=measured.verified, adapters=in_short(prepared.record), consumed=prepared.accounts,
@@ -143,7 +144,7 @@ def execute(
     )  # fmt: skip
 
 
-def _execute_file(prepared: Merge, progress: Progress, size: int) -> MergeReport:
+def _execute_file(prepared: Merge, progress: Progress, size: int, sink: Callable[[Path], Sink] | None) -> MergeReport:
     """Run a merge into one GGUF file: `prepared.output`, or in a folder of that name the file as the base calls it."""
     plan, options = prepared.plan, prepared.options
     atomic.check_space(prepared.output, size)
@@ -151,12 +152,20 @@ def _execute_file(prepared: Merge, progress: Progress, size: int) -> MergeReport
         write = replace(prepared, plan=replace(plan, files=(replace(plan.files[0], name=path.name),)))
         measured = write_tensors(write, path.parent, progress)
         measured.tell(options, path.parent)
+        if sink:
+            sent = sink(path)
+            sent.shard(path)
+            sent.finish(_commit_title(plan))
     return MergeReport(
         output=str(prepared.output), changed=len(plan.touched()), tensors=plan.tensors, bytes_written=size,
         verified=measured.verified, adapters=in_short(prepared.record), consumed=prepared.accounts,
         notes=plan.notes, warnings=measured.warnings, retention=measured.retention, by_tensor=measured.by_tensor,
         recoded=measured.recoded,
     )  # fmt: skip
+
+
+def _commit_title(plan: MergePlan) -> str:
+    return f"Merge {len(plan.inputs)} adapter(s) with {TOOL}"
 
 
 def _codes(plan: MergePlan) -> dict[str, TensorSpec]:
