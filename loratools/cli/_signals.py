@@ -6,7 +6,7 @@ import signal
 import time
 from types import FrameType
 
-_ENDING = ("SIGINT", "SIGTERM", "SIGHUP")
+_ENDING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # Windows has the last in place of SIGHUP
 _BURST = 1.0
 """Seconds within which further signals are the same wish: a closing terminal sends several, its shell some more."""
 

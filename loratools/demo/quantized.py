@@ -63,6 +63,6 @@ def _write_fp8(base: Path, target: Path) -> None:
         tensors[name], tensors[f"{name}_scale_inv"] = codes, scales
     shutil.copytree(base, target, ignore=shutil.ignore_patterns("*.safetensors*"))
     save_file(tensors, target / "model.safetensors", {"format": "pt"})
-    config = json.loads((base / "config.json").read_text())
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
-    (target / "config.json").write_text(json.dumps(config, indent=2))
+    (target / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8", newline="\n")

@@ -125,7 +125,8 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
     peft_config = {"r": first.rank, "lora_alpha": first.alpha, "target_modules": targets, "peft_type": "LORA"}
     tell_lost(adapter, target, "torchtune")
     with atomic.new_folder(target, force=force) as folder:
-        (folder / _CONFIG).write_text(json.dumps(peft_config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        text = json.dumps(peft_config, indent=2, sort_keys=True) + "\n"
+        (folder / _CONFIG).write_text(text, encoding="utf-8", newline="\n")
         pickles.write(folder / _FILE, tensors)
     return kept
 

@@ -157,7 +157,7 @@ def _open(
         target = folder / file.name
         target.parent.mkdir(parents=True, exist_ok=True)
         descriptor = descriptors.enter_context(files.descriptor(target, os.O_RDWR | os.O_CREAT | os.O_EXCL))
-        os.truncate(descriptor, file.size)
+        os.ftruncate(descriptor, file.size)
         files.write_from(descriptor, memoryview(file.header), 0)
         changed: dict[str, list[Slot]] = {}
         for slot in file.slots:

@@ -38,7 +38,7 @@ def write(adapter: Adapter, target: Path, *, tensors: Mapping[str, str] | None =
     with atomic.new_output(target, ADAPTER_FILE, force=force) as path:
         if not single:
             text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
-            path.with_name(CONFIG_FILE).write_text(f"{text}\n", encoding="utf-8")
+            path.with_name(CONFIG_FILE).write_text(f"{text}\n", encoding="utf-8", newline="\n")
         return _write_file(path, document, lazies)
 
 

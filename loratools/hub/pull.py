@@ -172,7 +172,7 @@ def fetch(
                 "schema": 1, "repo": ref.repo, "commit": prepared.commit, "revision": ref.revision, "path": ref.path,
             }  # fmt: skip
             (scratch / RECORD).parent.mkdir()
-            (scratch / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            (scratch / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8", newline="\n")
             own, base, notes = _check(prepared, scratch, check_base)
     return Pulled(
         output, ref.repo, prepared.commit, prepared.kind, len(prepared.files), prepared.nbytes, own, base, notes
@@ -217,7 +217,7 @@ def _cached(hub: Hub, ref: Ref, need: Need, watch: Watch) -> Path:
     root = at.parents[path.count("/")]
     if prepared.commit != ref.revision:
         noted.parent.mkdir(parents=True, exist_ok=True)
-        noted.write_text(prepared.commit, encoding="utf-8")
+        noted.write_text(prepared.commit, encoding="utf-8", newline="\n")
     return root / ref.path if ref.path else root
 
 

@@ -122,7 +122,7 @@ def _of_base(base: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...]]:
     left: list[str] = []
     written = {shard.path for shard in base.shards} | set(base.indexes)
     for path in walk(base.root):
-        name = str(path.relative_to(base.root))
+        name = path.relative_to(base.root).as_posix()
         if name == _ADAPTER:
             warned("%s: the base's folder holds an adapter too, with which transformers would load it", path)
         if name in (RECORD, RESIDUAL) or path in written:
@@ -164,7 +164,7 @@ def copy_companions(beside: Companions, folder: Path, texts: Mapping[str, str | 
         target, text = folder / name, written.get(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         if text is not None:
-            target.write_text(text, encoding="utf-8")
+            target.write_text(text, encoding="utf-8", newline="\n")
         elif name not in written:
             see(beside.sources[name])
             shutil.copyfile(beside.sources[name], target)

@@ -1,4 +1,7 @@
-"""Reads and writes at an offset, and copies inside the kernel: the few system calls under every tile."""
+"""Reads and writes at an offset, and copies inside the kernel: the few system calls under every tile.
+
+system   what systems differ in
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from loratools.errors import BadFile
 from loratools.storage import dtypes
+from loratools.storage.atomic import system
 from loratools.storage.header import TensorSpec
 
 if TYPE_CHECKING:
@@ -25,9 +29,9 @@ CHUNK = 1 << 20
 
 @contextmanager
 def descriptor(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
-    """Open a file by its descriptor for `os.preadv` and friends; raise `BadFile` where it cannot be opened."""
+    """Open a file by its descriptor for `read_into` and friends; raise `BadFile` where it cannot be opened."""
     try:
-        number = os.open(path, flags | os.O_CLOEXEC, 0o666)
+        number = os.open(path, flags | system.BINARY, 0o666)
     except OSError as error:
         if flags != os.O_RDONLY:
             raise
@@ -38,11 +42,24 @@ def descriptor(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
         os.close(number)
 
 
+@contextmanager
+def temporary(folder: Path, prefix: str) -> Iterator[tuple[int, Path]]:
+    """Make a file that goes away with the block: its descriptor, and its path, by which it may be opened meanwhile."""
+    from tempfile import mkstemp
+
+    number, name = mkstemp(dir=folder, prefix=prefix)
+    try:
+        yield number, Path(name)
+    finally:
+        os.close(number)
+        Path(name).unlink()
+
+
 def read_into(source: int, buffer: memoryview, offset: int, path: Path | str = "a file") -> None:
     """Fill `buffer` from a descriptor at `offset`; raise `BadFile`, which names `path`, at the end of the file."""
     done = 0
     while done < len(buffer):
-        count = os.preadv(source, [buffer[done:]], offset + done)
+        count = system.read_at(source, buffer[done:], offset + done)
         if count == 0:
             raise BadFile(f"{path}: became shorter while it was read (ends at byte {offset + done})")
         done += count
@@ -52,7 +69,7 @@ def write_from(target: int, buffer: memoryview, offset: int) -> None:
     """Write all of `buffer` to a descriptor at `offset`."""
     done = 0
     while done < len(buffer):
-        done += os.pwrite(target, buffer[done:], offset + done)
+        done += system.write_at(target, buffer[done:], offset + done)
 
 
 def copy_range(source: int, start: int, stop: int, target: int, offset: int, path: Path | str = "a file") -> None:

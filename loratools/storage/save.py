@@ -44,4 +44,4 @@ def save(
         write(path, tensors, metadata)
         if target.suffix != path.suffix:
             for other, text in (beside or {}).items():
-                path.with_name(other).write_text(text, encoding="utf-8")
+                path.with_name(other).write_text(text, encoding="utf-8", newline="\n")

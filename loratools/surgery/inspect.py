@@ -216,7 +216,7 @@ def describe_checkpoint(checkpoint: Checkpoint, path: Location) -> CheckpointSum
         model_type=model_type if isinstance(model_type, str) else None,
         tied=tied, quantization=_quantization(config) or _of_gguf(specs), parent=in_gguf.get("parent"),
         total=_amount(specs.values()), dtypes=_by_dtype(specs.values()),
-        shards={str(s.path.relative_to(checkpoint.root)): _amount(s.tensors.values()) for s in checkpoint.shards},
+        shards={s.path.relative_to(checkpoint.root).as_posix(): _amount(s.tensors.values()) for s in checkpoint.shards},
         tensors=tuple(_tensor(name, specs[name]) for name in sorted(specs, key=natural)),
         codes=quantization(checkpoint, record),
     )  # fmt: skip

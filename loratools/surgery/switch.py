@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 from loratools.adapter.model import AdapterInput
 from loratools.adapter.placement.settle import equal
@@ -17,7 +16,7 @@ from loratools.errors import IncompatibleAdapter, InvalidOption, WrongBase
 from loratools.format.record import BROUGHT, is_in_file, refuse_second_merge
 from loratools.options import CheckBase, Options, Tied
 from loratools.parallel import Progress, each, no_progress
-from loratools.storage import atomic, digest
+from loratools.storage import atomic, digest, files
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.companions import RESIDUAL
 from loratools.storage.header import TensorSpec, nbytes
@@ -184,10 +183,10 @@ class _Restorer:
 
     def equals(self, folder: Path, copy: LazyTensor) -> bool:
         """Tell whether an adapter's copy is this tensor."""
-        with NamedTemporaryFile(dir=folder, prefix=".restored-") as file:
-            self(file.fileno(), 0)
+        with files.temporary(folder, ".restored-") as (target, path):
+            self(target, 0)
             size = nbytes(self.lost.dtype, self.lost.shape)
-            return equal(copy, TensorSpec(self.lost.dtype, self.lost.shape, Path(file.name), 0, size))
+            return equal(copy, TensorSpec(self.lost.dtype, self.lost.shape, path, 0, size))
 
 
 class _Exact:
@@ -274,8 +273,8 @@ class _Exact:
         unread = {name: restorer for name, restorer in self.restorers.items() if restorer.digest is None}
 
         def read(name: str, restorer: _Restorer) -> None:
-            with NamedTemporaryFile(dir=self.scratch, prefix=".restored-") as file:
-                restorer(file.fileno(), 0)
+            with files.temporary(self.scratch, ".restored-") as (target, _):
+                restorer(target, 0)
 
         each(read, unread, threads)
         restored = {name: restorer.digest for name, restorer in self.restorers.items() if restorer.digest}

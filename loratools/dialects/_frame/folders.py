@@ -33,7 +33,7 @@ def only_below(listing: Listing, knows: Callable[[Listing], bool]) -> Listing:
     below = [] if listing.single else list(_adapters(listing, knows))
     if not below:
         return listing
-    names = [str(each.folder.relative_to(listing.folder)) for each in below]
+    names = [each.folder.relative_to(listing.folder).as_posix() for each in below]
     if len(below) == 1 and not [name for name in listing.weights if not is_of_training(name)]:
         warned("%s: no adapter in this folder; the only one below it is taken, %s", listing.path, names[0])
         return below[0]

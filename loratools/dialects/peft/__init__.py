@@ -140,7 +140,7 @@ def _write(
     """Write the two files, and return the adapter that is in them."""
     config = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False)
     with atomic.new_folder(target, force=force) as folder:
-        (folder / _CONFIG).write_text(config + "\n", encoding="utf-8")
+        (folder / _CONFIG).write_text(config + "\n", encoding="utf-8", newline="\n")
         save.write(folder / f"{_STEM}.safetensors", tensors, {**carried(adapter, tensors, "format"), "format": "pt"})
     return adapter
 

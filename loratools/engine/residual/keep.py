@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -111,13 +110,13 @@ def _described(plan: MergePlan, stored: Checkpoint) -> dict[str, Any]:
     for shard in stored.shards:
         path = shard.path.relative_to(stored.root)
         has_header = path.suffix in HEADED
-        name = str(path if has_header else path.with_suffix(".safetensors"))
+        name = (path if has_header else path.with_suffix(".safetensors")).as_posix()
         header = shard.header() if has_header else None
         known = (written.get(name), plan_file(name, shard.layout, shard.metadata, prefix=shard.prefix).header)
         header = None if header in known else header
         layout.append(Layout(name, shard.layout, shard.metadata, shard.prefix, header))
     indexes = {
-        str(path.relative_to(stored.root)).replace(".bin.index", ".safetensors.index"): {
+        path.relative_to(stored.root).as_posix().replace(".bin.index", ".safetensors.index"): {
             key: value for key, value in (index.get("metadata") or {}).items() if key != "total_size"
         }
         for path, index in stored.indexes.items()
@@ -148,9 +147,9 @@ def _encode(lost: Lost, base: TensorSpec, progress: Progress, folder: Path, rest
     import torch
 
     if restore is not None:
-        with NamedTemporaryFile(dir=folder, prefix=".restored-") as file:
-            restore(file.fileno(), 0)
-            return _encode(lost, replace(base, file=Path(file.name), start=0, stop=base.nbytes), progress, folder)
+        with files.temporary(folder, ".restored-") as (target, path):
+            restore(target, 0)
+            return _encode(lost, replace(base, file=path, start=0, stop=base.nbytes), progress, folder)
     if lost.after is None:
         progress(base.nbytes)
         packer = zlib.compressobj(6)

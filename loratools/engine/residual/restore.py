@@ -73,7 +73,7 @@ def restore(
         path = folder / plan.name
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as target:
-            os.truncate(target, plan.size)
+            os.ftruncate(target, plan.size)
             files.write_from(target, memoryview(plan.header), 0)
 
     def write(name: str, spec: TensorSpec) -> str:
@@ -85,7 +85,7 @@ def restore(
     for name, metadata in residual.indexes.items():
         part = Path(name).parent
         prefix = next((file.prefix for file in residual.layout if Path(file.name).parent == part), "")
-        (folder / name).write_text(json_text(index_json(plans, metadata, part, prefix)), encoding="utf-8")
+        (folder / name).write_text(json_text(index_json(plans, metadata, part, prefix)), encoding="utf-8", newline="\n")
     return digests
 
 
@@ -110,7 +110,7 @@ def file_plan(model: Checkpoint, file: Layout) -> FilePlan:
     if file.header is not None:
         return plan_file(file.name, file.tensors, header=file.header, prefix=file.prefix)
     for shard in model.shards:
-        own = str(shard.path.relative_to(model.root)) == file.name and shard.layout == list(file.tensors)
+        own = shard.path.relative_to(model.root).as_posix() == file.name and shard.layout == list(file.tensors)
         if own and shard.metadata == file.metadata:
             return plan_file(file.name, file.tensors, header=shard.header())
     return plan_file(file.name, file.tensors, file.metadata, prefix=file.prefix)

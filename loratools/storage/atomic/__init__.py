@@ -4,9 +4,11 @@ Work happens in a scratch folder `.NAME.partial-XXXXXXXX` beside the output, loc
 the end it is written to the disk itself, and renamed.
 
     inputs        inputs are what they were when they were opened
-    leftovers     hidden folders beside an output: whose they are, and removing those of killed runs
+    leftovers     hidden folders beside an output: removing those of killed runs
+    locks         whose they are
     place         the final name, in one step
     sync          what was written outlasts a power cut
+    system        what systems differ in
     together      a file and what lies beside it, all at once
     temporary     folders that go away with the run
     undisturbed   steps that no signal tears apart
@@ -24,7 +26,7 @@ from pathlib import Path
 
 from loratools.decisions import warned
 from loratools.errors import BadFile, InvalidOption, LoraToolsError, NoSpace, OutputRefused
-from loratools.storage.atomic import leftovers
+from loratools.storage.atomic import leftovers, locks
 from loratools.storage.atomic.inputs import check_unchanged
 from loratools.storage.atomic.leftovers import remove
 from loratools.storage.atomic.place import put
@@ -160,8 +162,8 @@ def kept_folder(target: Path, key: str) -> Iterator[Path]:
         lock = _make(folder, target, kept=True)
         yield folder
     finally:
-        if lock is not None:
-            os.close(lock)
+        if lock:
+            lock.release()
 
 
 def sweep(output: str | os.PathLike[str]) -> None:
@@ -207,20 +209,20 @@ def _scratch(target: Path, force: bool, kept: str | None = None) -> Iterator[Pat
             raise NoSpace(f"{target}: {reason}; nothing was written", hint=hint) from None
         raise
     finally:
-        if lock is not None:
-            os.close(lock)
+        if lock:
+            lock.release()
 
 
 def _beside(target: Path, name: str) -> Path:
     return target.parent / f".{target.name}.{name}"
 
 
-def _make(folder: Path, target: Path, *, kept: bool) -> int | None:
+def _make(folder: Path, target: Path, *, kept: bool) -> locks.Lock | None:
     """Make a folder, or take the kept one that is there; return its lock, or None where the file system has none."""
     while True:
         folder.mkdir(exist_ok=True)
         try:
-            return leftovers.lock(folder)
+            return locks.lock(folder)
         except BlockingIOError:
             if kept:
                 hint = "Wait for it, or choose another output."

@@ -1,17 +1,14 @@
 """Hidden folders beside an output: who works in one is known by its lock, and what killed runs left is removed.
 
-    .NAME.partial-XXXXXXXX    a run writes in it; after an exchange it holds the old output, to be deleted
-    .NAME.replaced-XXXXXXXX   the old output, moved aside by the run of that `partial`, where nothing can be exchanged
-    .NAME.resume-XXXXXXXX     what a run that may be interrupted has finished
-    .NAME.pull-X…             what has been fetched of a commit
-
-The kernel drops a lock (flock) when its process dies, however it dies. Process numbers could not tell: they are used
-again, and mean nothing in another container or on another machine.
+.NAME.partial-XXXXXXXX    a run writes in it; after an exchange it holds the old output, to be deleted
+.NAME.replaced-XXXXXXXX   the old output, moved aside by the run of that `partial`, where nothing can be exchanged
+.NAME.resume-XXXXXXXX     what a run that may be interrupted has finished
+.NAME.pull-X…             what has been fetched of a commit
+.NAME.lock-X…             a file that is locked in place of all those, where folders cannot be
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -20,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from loratools.decisions import warned
+from loratools.storage.atomic import locks
 from loratools.storage.atomic.together import put_back
 
 _HEX = r"-([0-9a-f]{8,16})"
@@ -27,24 +25,6 @@ GARBAGE = ("replaced", "partial")
 """What only a kill leaves; in this order, for an old output must be back before its run's own folder goes."""
 KEPT = ("resume", "pull")
 """What a run left on purpose, for the next of its kind."""
-
-
-def lock(folder: Path) -> int:
-    """Return a descriptor that locks a folder until it is closed, or its process ends.
-
-    Raises `BlockingIOError` where another run holds the lock, `FileNotFoundError` where there is no such folder, and
-    another `OSError` where the file system has no locks.
-    """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Between its making and its locking another run may have taken it for a leftover.
-        if not os.path.samestat(os.fstat(descriptor), folder.stat()):
-            raise FileNotFoundError(f"{folder} is another folder by now")
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
 
 
 def sweep(target: Path, kinds: Sequence[str], mine: Path | None = None) -> None:
@@ -62,13 +42,14 @@ def sweep(target: Path, kinds: Sequence[str], mine: Path | None = None) -> None:
         if leftover != mine:
             owner = target.with_name(f".{target.name}.partial-{match[2]}") if match[1] == "replaced" else leftover
             _sweep(leftover, owner, target)
+    locks.sweep(target)
 
 
 def _sweep(leftover: Path, owner: Path, target: Path) -> None:
-    descriptor = None
+    held = None
     try:
         with suppress(FileNotFoundError):  # of an old output that was moved aside: its run was killed later
-            descriptor = lock(owner)
+            held = locks.lock(owner)
         if leftover != owner and not os.path.lexists(target):
             leftover.rename(target)
             return
@@ -81,8 +62,8 @@ def _sweep(leftover: Path, owner: Path, target: Path) -> None:
     except OSError as error:
         warned("%s: perhaps left over from a run that was killed: %s", leftover, (error.strerror or "").lower())
     finally:
-        if descriptor is not None:
-            os.close(descriptor)
+        if held:
+            held.release()
 
 
 def remove(path: Path) -> None:

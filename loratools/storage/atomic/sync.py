@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 from pathlib import Path
+
+from loratools.storage.atomic import system
+
+_fcntl = system.module("fcntl")
 
 _NO_FOLDERS = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EISDIR}
 """How file systems say that folders are not theirs to sync: their names are on disk by other means, or cannot be."""
@@ -19,7 +22,7 @@ def sync(path: Path) -> None:
     if path.is_symlink():
         return
     if not path.is_dir():
-        _sync(path, os.O_RDONLY)
+        _sync(path, system.SYNCED)
         return
     with os.scandir(path) as entries:
         inside = sorted(entry.path for entry in entries)
@@ -30,6 +33,8 @@ def sync(path: Path) -> None:
 
 def sync_names(folder: Path) -> None:
     """Write the names that a folder holds to the disk, where its file system does that; raise `OSError` as `sync`."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows opens no folders
+        return
     try:
         _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
@@ -38,11 +43,11 @@ def sync_names(folder: Path) -> None:
 
 
 def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags | os.O_CLOEXEC)
+    descriptor = os.open(path, flags)
     try:
-        if hasattr(fcntl, "F_FULLFSYNC"):  # fsync of macOS stops at the cache of the drive
+        if hasattr(_fcntl, "F_FULLFSYNC"):  # fsync of macOS stops at the cache of the drive
             try:
-                fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+                _fcntl.fcntl(descriptor, _fcntl.F_FULLFSYNC)
                 return
             except OSError as error:
                 if error.errno not in (errno.ENOTSUP, errno.EINVAL, errno.ENOTTY):

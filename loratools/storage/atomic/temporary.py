@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from loratools.options import words
-from loratools.storage.atomic import leftovers
+from loratools.storage.atomic import leftovers, locks
 from loratools.storage.atomic.undisturbed import undisturbed
 
 Use = Literal["headers", "demo", "merge", "adapter"]
@@ -35,17 +35,17 @@ def temporary(use: Use) -> Iterator[Path]:
     finally:
         with undisturbed():
             leftovers.remove(folder)
-            if lock is not None:
-                os.close(lock)
+            if lock:
+                lock.release()
 
 
-def _make(use: Use) -> tuple[Path, int | None]:
+def _make(use: Use) -> tuple[Path, locks.Lock | None]:
     from tempfile import mkdtemp
 
     while True:
         folder = Path(mkdtemp(prefix=f"loratools-{use}-"))
         try:
-            return folder, leftovers.lock(folder)
+            return folder, locks.lock(folder)
         except (BlockingIOError, FileNotFoundError):
             continue  # another run took it for a leftover before it was locked
         except OSError:  # nothing can be locked here, so nothing is ever swept either
@@ -56,10 +56,10 @@ def _sweep(place: Path) -> None:
     for path in place.iterdir():
         if _NAME.fullmatch(path.name):
             try:
-                if path.lstat().st_uid != os.getuid():
+                if hasattr(os, "getuid") and path.lstat().st_uid != os.getuid():  # Windows gives each user a folder
                     continue
-                lock = leftovers.lock(path)
+                lock = locks.lock(path)
             except OSError:  # a living run's, or gone, or no folder, or nothing can be locked here
                 continue
             leftovers.remove(path)
-            os.close(lock)
+            lock.release()

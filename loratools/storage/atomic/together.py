@@ -30,7 +30,7 @@ def put_together(scratch: Path, target: Path, names: Sequence[str], *, force: bo
         try:
             if new or old:
                 (scratch / _OLD).mkdir()
-                (scratch / f"{_PLAN}.new").write_text(json.dumps(new), encoding="utf-8")
+                (scratch / f"{_PLAN}.new").write_text(json.dumps(new), encoding="utf-8", newline="\n")
                 (scratch / f"{_PLAN}.new").replace(scratch / _PLAN)
             for name in old:
                 target.with_name(name).rename(scratch / _OLD / name)

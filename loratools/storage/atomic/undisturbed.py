@@ -7,7 +7,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = tuple(
+    number for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if (number := signal.Signals.__members__.get(name))
+)  # Windows has the first two and the last
 
 
 @contextmanager

@@ -113,7 +113,7 @@ class Checkpoint:
             return ()
         read = {shard.path for shard in self.shards} | set(self.indexes)
         paths = (path for path in walk(self.root) if path not in read and path.name != RESIDUAL)
-        names = (str(path.relative_to(self.root)) for path in paths)
+        names = (path.relative_to(self.root).as_posix() for path in paths)
         return tuple(name for name in names if not may_come(name))
 
     def tell_unread(self) -> None:

@@ -165,7 +165,7 @@ def extract(
         target.rmdir()
         for source in companion_files(base, tuned, accounts):
             (scratch / source.name).write_bytes(source.read_bytes())
-        (scratch / "README.md").write_text(card, encoding="utf-8")
+        (scratch / "README.md").write_text(card, encoding="utf-8", newline="\n")
     tensors = adapter.tensors().values()
     return Extraction(
         str(output), written, accounts, pairing.missing,

@@ -55,7 +55,7 @@ def write_companions(plan: MergePlan, beside: Companions, record: Mapping[str, A
     elif len(plan.files) > 1:
         indexes[Path("model.safetensors.index.json")] = index_json(plan.files)
     for name, document in indexes.items():
-        (folder / name).write_text(json_text(document), encoding="utf-8")
+        (folder / name).write_text(json_text(document), encoding="utf-8", newline="\n")
 
 
 def card(text: str, record: Mapping[str, Any]) -> str:

@@ -133,7 +133,7 @@ def _files(
         return tuple(plan_shards(list(planned.values()), options.shard_bytes or DEFAULT_SHARD, metadata)), False
     files = []
     for shard in base.shards:  # names and order stay, and where nothing forces another the header, byte for byte
-        name = str(shard.path.relative_to(base.root))
+        name = shard.path.relative_to(base.root).as_posix()
         tensors = [planned[tensor] for tensor in [*shard.tensors, *(added if shard is base.shards[-1] else ())]]
         metadata = still_true(shard.metadata)
         same = tensors == shard.layout and any(shard is own for own in (base.stored or base).shards)

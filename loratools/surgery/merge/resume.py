@@ -71,7 +71,7 @@ class Journal:
         self.kept = tuple(self.done)
         self.damaged = tuple(name for name in listed if name not in self.done)
         for path in folder.rglob("*"):
-            if not path.is_dir() and str(path.relative_to(folder)) not in self.done:
+            if not path.is_dir() and path.relative_to(folder).as_posix() not in self.done:
                 path.unlink()
 
     def tell(self, total: int) -> list[str]:
@@ -95,10 +95,10 @@ class Journal:
         """Take down a complete file, and what was measured while it was written; both are on disk afterwards."""
         sync(path)
         sync_names(path.parent)
-        name = str(path.relative_to(self._folder))
+        name = path.relative_to(self._folder).as_posix()
         self.done[name] = {"digest": _digest(path), "results": [asdict(result) for result in results]}
         fresh = self._folder / f"{_NAME}.new"
-        with fresh.open("w", encoding="utf-8") as file:
+        with fresh.open("w", encoding="utf-8", newline="\n") as file:
             json.dump({"key": self._key, "files": self.done}, file)
         sync(fresh)
         fresh.replace(self._folder / _NAME)

@@ -107,7 +107,7 @@ def _files(model: Checkpoint) -> dict[str, Path]:
     Raises `BadFile` for links that lead out of the model's folder.
     """
     read = {shard.path for shard in model.shards} | set(model.indexes)
-    files = {str(path.relative_to(model.root)): path for path in walk(model.root) if path not in read}
+    files = {path.relative_to(model.root).as_posix(): path for path in walk(model.root) if path not in read}
     kept = {
         name: path
         for name, path in files.items()

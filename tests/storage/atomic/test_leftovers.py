@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from loratools.storage.atomic import leftovers, new_folder
+from loratools.storage.atomic import leftovers, locks, new_folder
 from loratools.storage.atomic.leftovers import GARBAGE, KEPT
 
 
@@ -30,12 +30,12 @@ def test_kinds_are_swept_as_asked(tmp_path: Path) -> None:
 def test_a_locked_folder_is_left_alone_until_its_lock_ends(tmp_path: Path) -> None:
     leftover = tmp_path / ".out.partial-0123abcd"
     leftover.mkdir()
-    descriptor = leftovers.lock(leftover)
+    held = locks.lock(leftover)
     with pytest.raises(BlockingIOError):
-        leftovers.lock(leftover)
+        locks.lock(leftover)
     leftovers.sweep(tmp_path / "out", GARBAGE)
     assert names(tmp_path) == [".out.partial-0123abcd"]
-    os.close(descriptor)
+    held.release()
     leftovers.sweep(tmp_path / "out", GARBAGE)
     assert names(tmp_path) == []
 
@@ -43,10 +43,10 @@ def test_a_locked_folder_is_left_alone_until_its_lock_ends(tmp_path: Path) -> No
 def test_an_output_moved_aside_by_a_living_run_stays_there(tmp_path: Path) -> None:
     (tmp_path / ".out.replaced-0123abcd").mkdir()
     (tmp_path / ".out.partial-0123abcd").mkdir()
-    descriptor = leftovers.lock(tmp_path / ".out.partial-0123abcd")
+    held = locks.lock(tmp_path / ".out.partial-0123abcd")
     leftovers.sweep(tmp_path / "out", GARBAGE)
     assert names(tmp_path) == [".out.partial-0123abcd", ".out.replaced-0123abcd"]
-    os.close(descriptor)
+    held.release()
     leftovers.sweep(tmp_path / "out", GARBAGE)
     assert names(tmp_path) == ["out"]
 
@@ -73,7 +73,7 @@ def test_a_lock_on_a_folder_that_was_swept_meanwhile_is_none(tmp_path: Path, mon
 
     monkeypatch.setattr(fcntl, "flock", late)
     with pytest.raises(FileNotFoundError):
-        leftovers.lock(folder)
+        locks.lock(folder)
 
 
 def test_without_locks_nothing_is_swept_and_it_is_said(

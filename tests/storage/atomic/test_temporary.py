@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from loratools.storage.atomic import leftovers, temporary
+from loratools.storage.atomic import locks, temporary
 from tests.conftest import clean_env
 
 
@@ -58,10 +57,10 @@ def test_what_killed_runs_left_goes_too(place: Path) -> None:
     (place / "loratools-demo-abcdefgh").write_text("a file")
     held = place / "loratools-demo-00000000"
     held.mkdir()
-    lock = leftovers.lock(held)
+    lock = locks.lock(held)
     with temporary("merge"):
         assert not left.exists()
     assert names(place) == sorted([*kept, "loratools-demo-00000000", "loratools-demo-abcdefgh"])
-    os.close(lock)
+    lock.release()
     with temporary("headers"):
         assert not held.exists()

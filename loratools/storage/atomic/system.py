@@ -1,0 +1,49 @@
+"""What systems differ in: calls that Windows or macOS do not have, and what does the same there.
+
+Everything that asks whether a call exists is here, in `locks.py` and in `place.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from io import FileIO
+from threading import Lock
+from typing import Any
+
+BINARY = getattr(os, "O_BINARY", 0)
+"""A flag of `os.open`: Windows would change ends of lines without it, and other systems have none."""
+
+SYNCED = os.O_RDWR | BINARY if BINARY else os.O_RDONLY
+"""How a file is opened whose bytes are to reach the disk: Windows syncs only what may be written."""
+
+_TURNS = tuple(Lock() for _ in range(64))  # of descriptors, by their numbers, where a place in a file is their state
+
+
+def module(name: str) -> Any:
+    """Return a module of Python that not every system has; None where this one has not."""
+    try:
+        return import_module(name)
+    except ImportError:
+        return None
+
+
+def read_at(source: int, buffer: memoryview, offset: int) -> int:
+    """Read into `buffer` from `offset` on, and return how many bytes there were; 0 at the end of the file.
+
+    Threads may share the descriptor, for reading and writing.
+    """
+    if hasattr(os, "preadv"):
+        return os.preadv(source, [buffer], offset)
+    with _TURNS[source % len(_TURNS)]:
+        os.lseek(source, offset, os.SEEK_SET)
+        return FileIO(source, closefd=False).readinto(buffer)
+
+
+def write_at(target: int, buffer: memoryview, offset: int) -> int:
+    """Write `buffer` at `offset`, and return how many bytes of it were taken; threads may share the descriptor."""
+    if hasattr(os, "pwrite"):
+        return os.pwrite(target, buffer, offset)
+    with _TURNS[target % len(_TURNS)]:
+        os.lseek(target, offset, os.SEEK_SET)
+        return os.write(target, buffer)
