@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from loratools.adapter.naming.compact import natural
 
-MOST_ROWS, MOST_COLUMNS = 48, 12
+MOST_ROWS, MOST_COLUMNS, MOST_CELLS = 48, 12, 336
 """A grid of more has several layers in a row, and the columns of fewest modules as one."""
 _LEVELS = 3
 _MANY_ROWS = 160  # a level of more rows than this is that of experts
@@ -143,7 +143,7 @@ def _grid(family: _Places) -> Grid:
     if len(columns) > MOST_COLUMNS:  # experts, parts of a Sequential
         columns = {column: re.sub(r"(?<![^._])\d+(?![^._])", "*", column) for column in columns}
     shown = _few([columns[column] for _, column in family.values()])
-    together = -(-len(rows) // MOST_ROWS)
+    together = -(-len(rows) // min(MOST_ROWS, MOST_CELLS // len(shown)))
     row_at = {row: i // together for i, row in enumerate(rows)}
     column_at = {column: i for i, column in enumerate(shown)}
     members: dict[tuple[int, int], list[str]] = defaultdict(list)

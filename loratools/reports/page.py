@@ -57,18 +57,25 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part of a page: what it is about, figures side by side, and a table that is always seen."""
+    """A part of a page: what it is about, figures side by side, and a table that is always seen.
+
+    `groups` are small figures, three beside each other, under a heading of their own.
+    """
 
     heading: str
     text: str
     figures: Sequence[Figure] = ()
     table: Table | None = None
+    groups: Sequence[tuple[str, Sequence[Figure]]] = ()
 
     def draw(self) -> Markup:
         """Return the section."""
         parts = [element("h2", self.heading), element("p", self.text)]
         if self.figures:
             parts.append(element("div", *(figure.draw() for figure in self.figures), class_="figures"))
+        for heading, figures in self.groups:
+            parts.append(element("h3", element("bdi", heading), class_="group"))
+            parts.append(element("div", *(figure.draw() for figure in figures), class_="small"))
         if self.table is not None:
             parts.append(element("div", self.table.draw(), class_="whole"))
         return element("section", *parts)

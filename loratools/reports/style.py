@@ -58,6 +58,10 @@ footer{margin-top:64px;padding-top:16px;padding-bottom:40px;color:var(--soft);fo
 _FIGURES = """
 .figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,344px),1fr));gap:36px 32px;
 align-items:start}
+.small{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,226px),1fr));gap:28px;align-items:start}
+.group{margin:36px 0 14px;padding-top:14px;border-top:1px solid var(--rule)}
+.small h3{font-weight:400;font-size:14px;margin-bottom:6px}
+.whole{margin-top:20px}
 figure{margin:0;min-width:0}
 figcaption{margin-top:12px;font-size:14px;line-height:1.5;color:var(--soft)}
 svg{display:block;max-width:100%;height:auto}

@@ -59,7 +59,7 @@ class Reading(HTMLParser):
             self.tables[-1][-1][-1] += data
         if inside == "title":
             self.titles.append(data)
-        if inside in ("h1", "h2", "h3") or self._open[-2:] == ["h1", "bdi"]:
+        if inside in ("h1", "h2", "h3") or self._open[-2:] in (["h1", "bdi"], ["h3", "bdi"]):
             self.headings.append(data)
         if inside == "dt":
             self._term = data

@@ -24,7 +24,7 @@ def test_a_heat_map_has_a_cell_for_each_number() -> None:
     )
     drawing = heat.draw()
     cells = re.findall(
-        r'<path class="(\w\d)" d="M([\d.]+) ([\d.]+)h([\d.]+)v([\d.]+)h-\4z"><title>(.*?)</title>', drawing
+        r'<path class="(\w\d)" d="M([\d.]+) ([\d.]+)h([\d.]+)v([\d.]+)H\2z"><title>(.*?)</title>', drawing
     )
     assert [(colour, title) for colour, *_, title in cells] == [("s0", "ax=0.0"), ("s8", "ay=1.0"), ("s4", "cy=0.5")]
     places = [(float(x), float(y)) for _, x, y, *_ in cells]

@@ -94,23 +94,17 @@ def test_a_comparison_has_the_numbers_of_compare(work: Path) -> None:
     assert [row[0] for row in diagonal[1:]] == ["ΔW, input side", "ΔW, output side", "A alone", "random control"]
     medians = [median(module.paper.control[i][i] for module in found.modules if module.paper) for i in range(3)]
     assert diagonal[4][1:] == list(map(phi, medians))
-    first = next(i for i, heading in enumerate(reading.headings) if heading.startswith("ΔW of "))
-    grids = dict(zip(reading.headings[first:], reading.tables[4:], strict=False))
-    picture = reading.headings[first].removeprefix("ΔW of ")
-    assert picture.startswith("model.layers.1.")  # the layer in the middle
+    picture = next(heading for heading in reading.headings if heading.startswith("model.layers.1."))  # in the middle
     chosen = modules[picture]
     assert chosen.paper is not None
-    for heading, values in (
-        (f"ΔW of {picture}", chosen.input_similarity),
-        (f"A of {picture}", chosen.paper.factor_similarity),
-        (f"Random control of {picture}", chosen.paper.control),
-    ):
-        assert [row[1:] for row in grids[heading][1:]] == [[phi(value) for value in row] for row in values]
+    grids = (chosen.input_similarity, chosen.paper.factor_similarity, chosen.paper.control)
+    for table, values in zip(reading.tables[4:7], grids, strict=True):
+        assert [row[1:] for row in table[1:]] == [[phi(value) for value in row] for row in values]
     rows = reading.tables[-1][1:]
     assert len(rows) == 2 * len(modules)
-    for module, which, *cells in rows:
+    for module, adapter, *cells in rows:
         beside = modules[module].paper
-        row = beside.projections[which == "other"] if beside else None
+        row = beside.projections[adapter == "other"] if beside else None
         assert row is not None
         assert cells == [str(row.rank), *map(number, (row.weight_norm, row.update_norm, row.of_update, row.of_weight,
                                                       row.of_random, row.amplification))]  # fmt: skip
@@ -191,7 +185,7 @@ def test_an_extraction_has_its_certificate(work: Path) -> None:
     reading = Reading.of((work / "page.html").read_text(encoding="utf-8"))
     assert reading.facts["captured"] == percent(made.total.captured)
     classes, held, errors = reading.tables[:3]
-    assert dict(classes[1:])["as B·A"] == "6"  # type: ignore[arg-type]
+    assert dict(classes[1:])["as B·A"] == "6"
     assert held[1] == ["model.layers.[0-2].self_attn.{q,v}_proj", "as factors"]
     by_name = {outcome.layer.module: outcome.layer for outcome in made.outcomes if outcome.layer}
     for layer, *cells in errors[1:]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loratools.reports.markup import Markup, element
+from loratools.reports.markup import Markup, coordinate, element
 from loratools.reports.numbers import shortened, width
 
 WIDTH = 344
@@ -46,7 +46,8 @@ def widest(names: tuple[str, ...]) -> int:
 def box(class_: str, x: float, y: float, wide: float, high: float, title: str = "") -> Markup:
     """Return a rectangle, in which hovering shows the title."""
     said = element("title", title) if title else ""
-    return element("path", said, class_=class_, d=f"M{x:.1f} {y:.1f}h{wide:.1f}v{high:.1f}h-{wide:.1f}z")
+    sides = tuple(map(coordinate, (x, y, wide, high)))
+    return element("path", said, class_=class_, d="M{} {}h{}v{}H{}z".format(*sides, sides[0]))
 
 
 def swatch(class_: str) -> Markup:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,8 @@ from loratools.reports.scale import Scale
 _LABEL = 22  # columns of the font that the name of a row may take
 _TOP = 18  # columns that an upright name may take
 _GAP = 1
-_TALLEST = 26
+_TALLEST = 17.0
+_LEAST = 120.0  # pixels across, so that no name is wider than the drawing
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +36,14 @@ class Heat:
     def draw(self, *, square: bool = False) -> Markup:
         """Return the drawing; the cells of a `square` one are as high as they are wide."""
         label = min(_LABEL, widest(tuple(self.rows)))
-        left = label * SMALL + 8 if label else 0.0
-        wide = min(64.0, (WIDTH - left - 2) / max(1, len(self.columns)))
+        left = float(math.ceil(label * SMALL + 8)) if label else 0.0
+        wide = float(min(64, (WIDTH - left - 2) // max(1, len(self.columns))))
         high = min(wide, _TALLEST) if square else _high(len(self.rows))
         wide = high if square else wide
         head, top = self._head(left, wide)
         return frame(
             self.label, top + len(self.rows) * high + 4, *head, *self._labels(left, top, high, label),
-            *self._cells(left, top, wide, high),
+            *self._cells(left, top, wide, high), wide=max(_LEAST, min(WIDTH, left + len(self.columns) * wide + 4)),
         )  # fmt: skip
 
     def _head(self, left: float, wide: float) -> tuple[list[Markup], float]:
@@ -52,7 +54,7 @@ class Heat:
             middle = enumerate(self.columns)
             return [text(name, left + (i + 0.5) * wide, 12, "n m") for i, name in middle], 18.0
         longest = min(_TOP, widest(tuple(self.columns)))
-        top = longest * LETTER + 6
+        top = float(math.ceil(longest * LETTER + 6))
         every = -(-12 // int(max(1, wide)))
         return [
             upright(name, _TOP, left + (i + 0.5) * wide + 4, top - 5)

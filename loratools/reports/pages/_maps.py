@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 
 from loratools.reports.arrange import Grid, arranged
@@ -73,3 +73,11 @@ def _table(
 def middle(values: Mapping[str, float]) -> Several:
     """Return what gives the median of several modules."""
     return lambda names: median(values[name] for name in names)
+
+
+def in_the_middle(modules: Iterable[str], weight: Callable[[str], float]) -> list[str]:
+    """Return the modules of the layer in the middle, those of most `weight` first."""
+    grid = max(arranged(modules), key=lambda grid: len(grid.members))
+    rows = sorted({row for row, _ in grid.members})
+    names = [name for (row, _), members in grid.members.items() if row == rows[len(rows) // 2] for name in members]
+    return sorted(names, key=lambda name: -weight(name))

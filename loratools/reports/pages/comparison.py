@@ -8,13 +8,14 @@ from itertools import combinations
 from loratools.reports.numbers import number, plural, whole
 from loratools.reports.page import Page, Section, Table
 from loratools.reports.pages import _facts, _pair
+from loratools.reports.pages._amplified import projections, table_7
 from loratools.reports.pages._matrix import matrix
 from loratools.reports.subjects import Named, Subjects
 from loratools.surgery.compare import Comparison, compare
 
 NEEDS = "two or more adapters; with their base model also Table 7 of the LoRA paper"
 _ALL = 3  # adapters of which every two are shown in full; of more, each beside the first
-_MOST = 6  # pairs in full
+_MOST = 4  # pairs in full
 
 
 def fits(subjects: Subjects) -> bool:
@@ -40,6 +41,8 @@ def page(subjects: Subjects) -> Page:
     for i, j in full:
         several = len(full) > 1
         sections += _pair.sections((names[i], names[j]), found[i, j], 1, f"{names[i]} and {names[j]}: " * several)
+    sections += _amplified(names, [next((found[pair], pair.index(i)) for pair in full if i in pair) for i in range(
+        1 + max(j for _, j in full))])  # fmt: skip
     closest = max(pairs, key=lambda pair: found[pair].cosine)
     lead = (
         f"The most alike are {names[closest[0]]} and {names[closest[1]]}, with a cosine of "
@@ -66,8 +69,17 @@ def _of_two(subjects: Subjects, found: Comparison) -> Page:
         ("only in one", f"{len(found.only[0])} and {len(found.only[1])}"),
         *_shared_facts(subjects),
     ]
-    sections = [*_pair.sections((first, second), found, 2), *_unmeasured((first, second), found)]
+    sections = [
+        *_pair.sections((first, second), found, 2), *_amplified([first, second], [(found, 0), (found, 1)]),
+        *_unmeasured((first, second), found),
+    ]  # fmt: skip
     return Page("Comparison of two LoRA adapters", f"{first} and {second}", lead, facts, sections)
+
+
+def _amplified(names: list[str], sides: list[tuple[Comparison, int]]) -> Iterator[Section]:
+    rows = [projections(found, side) for found, side in sides]
+    if any(rows):
+        yield table_7(names[: len(rows)], rows)
 
 
 def _shared_facts(subjects: Subjects) -> Iterator[tuple[str, str]]:
