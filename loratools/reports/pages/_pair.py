@@ -9,7 +9,6 @@ from statistics import median
 from loratools.reports.charts.heat import Heat, key
 from loratools.reports.charts.lines import Line, Lines
 from loratools.reports.markup import joined
-from loratools.reports.numbers import percent
 from loratools.reports.page import Figure, Section, Table
 from loratools.reports.pages._maps import in_the_middle, layer_map, middle
 from loratools.reports.scale import Scale, few_ranks
@@ -17,7 +16,6 @@ from loratools.surgery.compare import Comparison, ModuleComparison
 from loratools.surgery.paper import Grid
 
 _ROWS = 24  # rows of a table that is always seen
-_SHARE = Scale(0.0, 1.0)
 
 
 def sections(names: tuple[str, str], found: Comparison, pictured: int, prefix: str = "") -> Iterator[Section]:
@@ -26,8 +24,6 @@ def sections(names: tuple[str, str], found: Comparison, pictured: int, prefix: s
     `prefix` begins their headings, where a page has those of several pairs, and less of each.
     """
     modules = {module.module: module for module in found.modules}
-    if alone := _alone(names, found):
-        yield alone
     yield _likeness(modules, prefix)
     if moving := {name: module for name, module in modules.items() if all(module.ranks)}:
         yield _subspaces(names, moving, pictured, prefix)
@@ -49,8 +45,9 @@ def overlap(found: Comparison) -> str:
     if not moving:
         return "One of them changes nothing."
     shared, chance = median(map(_inputs, moving)), median(module.chance[0] for module in moving)
-    middling = "the median of their modules" if len(moving) > 1 else "their module"
-    return f"In {middling} {percent(shared)} of the input directions are shared; chance gives {percent(chance)}."
+    share, control = (f"{100 * value:.3g} %" for value in (shared, chance))
+    which = "their median module" if len(moving) > 1 else "the one module"
+    return f"In {which} they share {share} of the input directions; chance alone would give {control}."
 
 
 def _inputs(module: ModuleComparison) -> float:
@@ -71,7 +68,7 @@ def _likeness(modules: Mapping[str, ModuleComparison], prefix: str) -> Section:
         layer_map(
             f"Shared {which} directions, φ", "φ",
             f"Which share of the smaller adapter's {which} directions lies among the other's; 1 is all of them.",
-            list(modules), middle({name: of(module) for name, module in modules.items()}), show=phi, scale=_SHARE,
+            list(modules), middle({name: of(module) for name, module in modules.items()}), show=phi,
         )
         for which, of in (("input", _inputs), ("output", _outputs))[: 1 if prefix else 2]
     ]  # fmt: skip
@@ -108,7 +105,7 @@ def _falling(modules: Mapping[str, ModuleComparison]) -> Figure:
     lines = [Line(name, _diagonal(grids)) for name, grids in kinds if grids]
     chart = Lines(
         "Line chart of φ(i, i), medians over modules, of ΔW, of A alone and of two random matrices", "i", "φ(i, i)",
-        lines, low=0.0, high=1.0, show=lambda value: f"{value:.3g}",
+        lines, show=lambda value: f"{value:.3g}",
     )  # fmt: skip
     steps = few_ranks(max(len(line.points) for line in lines))
     rows = [
@@ -130,35 +127,34 @@ def _diagonal(grids: Sequence[Grid]) -> list[tuple[float, float]]:
 
 
 def _grids(names: tuple[str, str], module: ModuleComparison) -> Iterator[Figure]:
-    yield _grid("ΔW, input side", module.input_similarity, names)
-    if module.paper and module.paper.factor_similarity:
-        yield _grid("A alone, as in the paper", module.paper.factor_similarity, names)
-    if module.paper and module.paper.control:
-        yield _grid("Random control", module.paper.control, names)
+    """Yield φ(i, j) of ΔW, of A alone and of chance, in the same colours."""
+    found = {"ΔW, input side": module.input_similarity}
+    if module.paper:
+        found |= {"A alone, as in the paper": module.paper.factor_similarity, "Random control": module.paper.control}
+    scale = Scale.of([value for grid in found.values() for row in grid for value in row])
+    yield from (_grid(title, grid, names, scale) for title, grid in found.items() if grid)
 
 
-def _grid(title: str, values: Grid, names: tuple[str, str]) -> Figure:
+def _grid(title: str, values: Grid, names: tuple[str, str], scale: Scale) -> Figure:
     down, across = few_ranks(len(values)), few_ranks(len(values[0]))
     cells = {(i, j): values[a - 1][b - 1] for i, a in enumerate(down) for j, b in enumerate(across)}
     labels = [str(i) for i in down], [str(j) for j in across]
     heat = Heat(
-        f"Heat map of φ(i, j): {title}", *labels, cells, _SHARE, lambda i, j, value: f"φ({i}, {j}) = {phi(value)}"
+        f"Heat map of φ(i, j): {title}", *labels, cells, scale, lambda i, j, value: f"φ({i}, {j}) = {phi(value)}"
     )
     rows = [[str(a), *(phi(values[a - 1][b - 1]) for b in across)] for a in down]
     return Figure(
-        title, joined(heat.draw(square=True), key(_SHARE)),
+        title, joined(heat.draw(square=True), key(scale)),
         f"φ(i, j) with i down, of {names[0]}, and j across, of {names[1]}.",
         Table(["i \\ j", *map(str, across)], rows),
     )  # fmt: skip
 
 
-def _alone(names: tuple[str, str], found: Comparison) -> Section | None:
-    """Return what only one of them changes; None where both change the same modules."""
-    rows = [[name, module] for name, only in zip(names, found.only, strict=True) for module in only[: _ROWS // 2]]
-    rows += [
-        [name, f"and {len(only) - _ROWS // 2} more"]
-        for name, only in zip(names, found.only, strict=True)
-        if len(only) > _ROWS // 2
-    ]
-    text = "These modules are in one adapter only. They count as differences in the cosine of the whole."
-    return Section("What only one of them changes", text, table=Table(["adapter", "module"], rows, 2)) if rows else None
+def alone(names: tuple[str, str], found: Comparison) -> Iterator[Section]:
+    """Yield what only one of them changes, nothing where both change the same modules."""
+    rows = [[name, pattern] for name, only in zip(names, found.only, strict=True) for pattern in compact(only)]
+    if rows:
+        more = [["", f"and {len(rows) - _ROWS} more"]] if len(rows) > _ROWS else []
+        text = "These modules are in one adapter only. They count as differences in the cosine of the whole."
+        table = Table(["adapter", "modules"], [*rows[:_ROWS], *more], 2)
+        yield Section("What only one of them changes", text, table=table)

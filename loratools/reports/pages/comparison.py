@@ -62,7 +62,7 @@ def _of_two(subjects: Subjects, found: Comparison) -> Page:
     ranks = [_facts.spread(sorted({float(module.ranks[side]) for module in found.modules})) for side in (0, 1)]
     facts = [
         ("cosine", _pair.signed(found.cosine)),
-        ("distance ‖ΔW₁ − ΔW₂‖ / ‖ΔW₁‖", number(found.distance)),
+        ("‖ΔW₁ − ΔW₂‖ / ‖ΔW₁‖", number(found.distance)),
         ("‖ΔW‖", f"{number(found.norms[0])} and {number(found.norms[1])}"),
         ("rank", " and ".join(ranks)),
         ("shared modules", whole(len(found.modules))),
@@ -71,7 +71,7 @@ def _of_two(subjects: Subjects, found: Comparison) -> Page:
     ]
     sections = [
         *_pair.sections((first, second), found, 2), *_amplified([first, second], [(found, 0), (found, 1)]),
-        *_unmeasured((first, second), found),
+        *_pair.alone((first, second), found), *_unmeasured((first, second), found),
     ]  # fmt: skip
     return Page("Comparison of two LoRA adapters", f"{first} and {second}", lead, facts, sections)
 
