@@ -14,26 +14,28 @@ from loratools.cli._group import command as make
 @make(section="Look")
 @click.argument("inputs", type=options.INPUT, nargs=-1, required=True)
 @options.output_option
-@click.option(
-    "--base", type=options.INPUT, metavar="PATH",
-    help="Base model: for |dW|/|W|, Table 7 of the paper, and changes that depend on it.",
-)  # fmt: skip
-@click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N",
-    help="Seed of what is random on the page: the control of a comparison, the probes of a merge.",
+@options.option("--base", type=options.INPUT, more="For |dW|/|W|, Table 7, and changes that depend on it.")
+@options.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True,
+    more="The control of a comparison, the probes of a merge.",
 )  # fmt: skip
 @options.force_option
 def command(inputs: tuple[str, ...], output: Path, base: str | None, seed: int, force: bool) -> show.Report:
-    """Write a page of figures about adapters or a merge: one HTML file, offline, without a script.
+    """Write a page of figures about adapters or a merge: one HTML file that needs no network and no script.
 
-    What it shows follows from what the inputs are. One adapter: where it changes the model, its singular values, and
-    what a smaller rank would keep. With --base each change is also shown beside the weight that it changes. Every
-    figure has its numbers in a table below it.
+    What the page shows follows from what the inputs are. An adapter: where it changes the model, its singular values,
+    and what a smaller rank keeps; with --base each change stands beside the weight that it changes. Two adapters or
+    more: cosines, the directions that they share beside those of chance (Figures 3 and 4 of the LoRA paper), and with
+    --base its Table 7. A merged model with --base, and its adapters: what changed, and how much of each module's change
+    survived. An adapter of extract-svd: error, rank and class of every tensor. Every figure has a table of its numbers
+    below it. Equal inputs give equal bytes, and no path of this machine is in them.
 
     \b
     Examples:
       loratools report adapter -o page.html
       loratools report adapter --base base -o page.html
+      loratools report adapter other --base base -o page.html
+      loratools report merged adapter --base base -o page.html
     """
     from loratools.reports import report
 

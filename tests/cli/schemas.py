@@ -195,6 +195,8 @@ def variants(command: str, types_of: Types) -> list[dict[str, Schema]]:
                 "remove": listed(TEXT),
             }  # fmt: skip
             return [DRY | asked, asked | fields("hub.upload:Committed") | {"dry_run": {"const": False}}]
+        case "report":
+            return [fields("reports:ReportPage")]
         case "switch":
             return [fields("surgery.switch:SwitchReport")]
         case "unmerge":

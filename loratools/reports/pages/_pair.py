@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 
+from loratools.adapter.naming.compact import compact
 from loratools.reports.charts.heat import Heat, key
 from loratools.reports.charts.lines import Line, Lines
 from loratools.reports.markup import joined
