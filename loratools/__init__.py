@@ -18,6 +18,7 @@ Look
     inspect          what is in this file? An adapter or a model, from headers alone
     spectrum         the singular values of every ΔW = s·B·A, and the rank that they need
     compare          how alike two adapters are: angles between their changes, and their subspaces
+    find             the adapters below a folder: which are the same, by what they do, and which nearly
     hash             which model, or which adapter, exactly is this? Its hash, in tiers
     report           a page of figures about adapters or a merge: one HTML file
     estimate         what a LoRA would cost: parameters, bytes, optimizer state; the rank for a budget
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     from loratools.surgery.extract import extract
     from loratools.surgery.extract import extract as extract_svd
     from loratools.surgery.extract.certify import certify
+    from loratools.surgery.find import find
     from loratools.surgery.hash import hash_checkpoint
     from loratools.surgery.hash import hash_checkpoint as hash
     from loratools.surgery.inspect import inspect
@@ -105,6 +107,7 @@ else:
         "estimate": "loratools.live.cost:estimate",
         "extract": "loratools.surgery.extract:extract",
         "extract_svd": "loratools.surgery.extract:extract",
+        "find": "loratools.surgery.find:find",
         "hash": "loratools.surgery.hash:hash_checkpoint",
         "hash_checkpoint": "loratools.surgery.hash:hash_checkpoint",
         "inspect": "loratools.surgery.inspect:inspect",
@@ -140,10 +143,9 @@ else:
 
 __all__ = [
     "Adapter", "BaseIdentity", "Checkpoint", "LoraToolsError", "MergeOptions", "__version__", "certify", "combine",
-    "compare", "convert", "dequantize", "estimate", "extract", "extract_svd", "hash", "hash_checkpoint", "inspect",
-    "list_dialects",
-    "merge", "open_adapter", "pull", "push", "recipe_of", "report", "resize", "run_demo", "run_recipe", "save_adapter",
-    "spectrum", "switch", "unmerge", "validate", "verify",
+    "compare", "convert", "dequantize", "estimate", "extract", "extract_svd", "find", "hash", "hash_checkpoint",
+    "inspect", "list_dialects", "merge", "open_adapter", "pull", "push", "recipe_of", "report", "resize", "run_demo",
+    "run_recipe", "save_adapter", "spectrum", "switch", "unmerge", "validate", "verify",
 ]  # fmt: skip
 
 resolvers.install("hf://", "loratools.hub.pull", "resolve")

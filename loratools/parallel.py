@@ -53,6 +53,19 @@ def workers(threads: int, torch_threads: int | None = None) -> Iterator[ThreadPo
             restore()
 
 
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Let this thread compute on one thread of torch: over small matrices more of them wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def each(
     work: Callable[[Key, Item], Result], items: Mapping[Key, Item], threads: int, *, torch_threads: int | None = None,
     refuse: Callable[[Sequence[str]], LoraToolsError] | None = None,

@@ -23,7 +23,7 @@ ELSEWHERE = {
     "adapter/placement/test_image": "adapter/naming/image: groups rename translate",
     "adapter/placement/test_resolve": "adapter/placement: layers settle whole",
     "adapter/placement/test_tied": "adapter/placement: apart shared spread",
-    "cli/test_examples": "cli: combine compare completion convert demo dequantize dialects estimate hash inspect "
+    "cli/test_examples": "cli: combine compare completion convert demo dequantize dialects estimate find hash inspect "
     "merge pull push report resize switch unmerge validate verify _options _ranks",
     "cli/test_run": ".: __main__ decisions errors; cli: _group _talk",
     "cli/test_words": "cli: _spelling",

@@ -21,6 +21,7 @@ from loratools.adapter.parts import A, B
 from loratools.adapter.placement.stacks import PARAMETERS, listed, spellings
 from loratools.storage.lazy import LazyTensor
 
+_LAYER = re.compile(r"(?:layers|h)\.\d+\.")
 _EXPERT = re.compile(r".+\.experts\.(?:\d+\.\w+|\w+_projs\.\d+)")
 
 _Modules = Mapping[str, str]
@@ -35,6 +36,18 @@ def under_one_naming(adapters: Sequence[Adapter]) -> list[Adapter]:
     from loratools.adapter.naming.image import rename  # families take time to read
 
     return [rename.to_diffusers(rename.spelled_out(adapter)) for adapter in adapters]
+
+
+def canonically_named(adapter: Adapter) -> Adapter:
+    """Return an adapter whose names do not depend on who wrote it: an image model's, which have several, diffusers'.
+
+    A language model's, with its layers right below, has one naming but for its wrappers (`normalized`).
+    """
+    if any(_LAYER.match(normalized(module)) for module in adapter.updates):
+        return adapter
+    from loratools.adapter.naming.image import rename  # families take time to read
+
+    return rename.to_diffusers(rename.spelled_out(adapter))
 
 
 def gathered(adapters: Sequence[Adapter]) -> list[Adapter]:

@@ -56,6 +56,7 @@ WORDS: Mapping[str, Word] = {
     "--save-module": Word(CHOOSE, "Keep these whole, not factored.", "PATTERN"),
     "--targets": Word(CHOOSE, "Modules, as PEFT's target_modules: names or globs with commas between them, or "
                               "all-linear.", "NAMES"),
+    "--similar": Word(CHOOSE, "Least cosine of two changes dW that are listed as near.", "NUMBER"),
     "--tier": Word(CHOOSE, "Which hash.", "TIER"),
 
     "--algorithm": Word(HOW, "Digest algorithm.", words=True),

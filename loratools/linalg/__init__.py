@@ -2,6 +2,7 @@
 
 factored      algebra of ΔW = B·A in factor space: sums, SVD, norms, inner products; no matrix of ΔW's size
 delta         one ΔW as factors or as a dense matrix: norms, angles and directions of either
+sketch        256 numbers of a change of many matrices, whose cosines are near those of the changes
 similarity    subspace similarity, principal angles and amplification, as in the LoRA paper
 orthonormal   orthonormal bases, also of columns that depend on each other; sums in float64
 svd           the truncated SVD of a large matrix, near-optimal, with a certificate of its error

@@ -32,6 +32,9 @@ class Delta(Protocol):
     def norm2(self) -> float:
         """Return ‖ΔW‖_F²."""
 
+    def terms2(self) -> float:
+        """Return Σ‖terms‖², of a product those that it adds up, Σⱼ‖bⱼ‖²‖aⱼ‖²: what rounding its factors works on."""
+
     def inner(self, other: Delta) -> float:
         """Return ⟨ΔW, ΔW'⟩ with a change of the same shape; raise `ValueError` for another shape."""
 
@@ -40,6 +43,13 @@ class Delta(Protocol):
 
     def times(self, X: Tensor) -> Tensor:
         """Return ΔW·X for X (columns, k)."""
+
+    def binned(self, rows: Tensor, columns: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Return L and R (size, k) with L·Rᵀ = S·ΔW·Tᵀ.
+
+        S (size, rows) and T (size, columns) have one ±1 in each column: `rows` and `columns` (int32) are the numbers of
+        the row where it stands, plus `size` where it is −1.
+        """
 
     def leading(self, rank: int) -> tuple[FactoredSVD, float]:
         """Return leading singular directions, all of a product, `rank` ≥ 1 of a dense matrix, and ‖ΔW‖_F of all."""
@@ -62,6 +72,9 @@ class Product:
     def norm2(self) -> float:
         return float(singular_values(self.B, self.A).square().sum())  # where terms cancel, a trace would too
 
+    def terms2(self) -> float:
+        return float((self.B.square().sum(0) * self.A.square().sum(1)).sum())
+
     def inner(self, other: Delta) -> float:
         _check(self, other)
         return float((self.B * other.times(self.A.mT)).sum())
@@ -71,6 +84,9 @@ class Product:
 
     def times(self, X: Tensor) -> Tensor:
         return self.B @ (self.A @ X)
+
+    def binned(self, rows: Tensor, columns: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        return _binned(self.B, rows, size), _binned(self.A.mT, columns, size)
 
     def leading(self, rank: int) -> tuple[FactoredSVD, float]:
         svd = factored_svd(self.B, self.A)
@@ -98,6 +114,9 @@ class Dense:
     def norm2(self) -> float:
         return float(self.D.square().sum())
 
+    def terms2(self) -> float:
+        return self.norm2()
+
     def inner(self, other: Delta) -> float:
         _check(self, other)
         return other.onto(self.D)
@@ -107,6 +126,9 @@ class Dense:
 
     def times(self, X: Tensor) -> Tensor:
         return self.D @ X
+
+    def binned(self, rows: Tensor, columns: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        return torch.eye(size, dtype=self.D.dtype), _binned(_binned(self.D, rows, size).mT, columns, size)
 
     def leading(self, rank: int) -> tuple[FactoredSVD, float]:
         if min(self.shape) <= _EXACT_SIDE:
@@ -127,6 +149,12 @@ class Dense:
     def _floor(self, S: Tensor) -> Tensor:
         floor: Tensor = _EPS * max(self.shape) * S[:1].sum()
         return floor
+
+
+def _binned(X: Tensor, bins: Tensor, size: int) -> Tensor:
+    """Return S·X (size, k), as `Delta.binned` has S."""
+    sums = X.new_zeros(2 * size, X.shape[1]).index_add_(0, bins, X.contiguous())
+    return sums[:size] - sums[size:]
 
 
 def _check(one: Delta, other: Delta) -> None:

@@ -1,6 +1,7 @@
 """What is done with adapters and models: one verb a file, or a folder where a verb needs more.
 
 inspect, spectrum, compare, hash   look at them
+find                               the adapters below a folder, by what they do
 validate, verify                   check them
 merge, unmerge, switch             change a model
 folding                            adapters carried into bases whose weights are folded

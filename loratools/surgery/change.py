@@ -89,7 +89,7 @@ def measurable(
     except ValueError as error:
         raise IncompatibleAdapter("the adapters have the same experts in two ways", [str(error)]) from None
     if model is None:
-        found = [_alone(adapter) for adapter in _alike(opened, names)]
+        found = [alone(adapter) for adapter in _alike(opened, names)]
     else:
         on, fitted = _fitted(model, opened, names)
         alike = _alike(
@@ -112,7 +112,8 @@ def _tell(name: str, changes: Changes) -> None:
             warned("%s: %d module(s) %s %s: %s", name, len(modules), verb, reason, shown)
 
 
-def _alone(adapter: Adapter) -> Changes:
+def alone(adapter: Adapter) -> Changes:
+    """Return what an adapter changes whatever the base is; the modules of which only the base tells are left out."""
     modules: dict[str, ModuleChange] = {}
     in_part: dict[str, str] = {}
     left_out = dict.fromkeys(adapter.replacements, f"as a tensor trained whole: {ON_BASE}")

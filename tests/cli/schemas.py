@@ -167,6 +167,8 @@ def variants(command: str, types_of: Types) -> list[dict[str, Schema]]:
             pair = of("surgery.extract.pairs:Pair")
             dry = {"base": TEXT, "tuned": TEXT, "missing": listed(TEXT), "notes": listed(TEXT), "tensors": listed(pair)}
             return [made | {"tensors": listed(record(tensor)), "layers": listed(record(layer))}, DRY | dry]
+        case "find":
+            return [fields("surgery.find:Findings")]
         case "hash":
             tiers = {"schema": TEXT, "root": nullable(TEXT), "logical": nullable(TEXT), "tensors": mapped(TEXT)}
             found = {"path": TEXT, "type": {"enum": ["adapter", "checkpoint"]}, "algorithm": TEXT}

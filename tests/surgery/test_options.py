@@ -167,6 +167,7 @@ PLACES: dict[str, tuple[Any, ...]] = {
     "certify": (MISSING, MISSING, MISSING), "convert": (MISSING, OUT), "hash": (MISSING,), "inspect": (MISSING,),
     "spectrum": (MISSING,), "validate": (MISSING,), "verify": (MISSING, MISSING, MISSING), "open_adapter": (MISSING,),
     "save_adapter": (loratools.Adapter({}), OUT), "pull": ("lab/x", OUT), "push": (MISSING, "lab/x"),
+    "find": (MISSING,),
     "compare": (MISSING, MISSING), "dequantize": (MISSING, OUT), "run_demo": (), "list_dialects": (),
 }  # fmt: skip
 WRONG: dict[str, tuple[Any, ...]] = {
@@ -178,7 +179,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "force": ("yes", 1), "durable": ("yes", 1), "keep_residual": ("yes", 1), "resume": ("no", 0), "exact": ("no",),
     "data": ("no",), "allow_loss": ("yes",), "ranks": ("x", 0, -3, 1.5), "tolerance": ("x", -1), "tight": ("x",),
     "base_id": (3, ""), "include": (3,), "exclude": (3,), "alpha": ("x",), "enabled": ("x", [1]), "original": (3, ""),
-    "trained_on": ("Folded", 3),
+    "trained_on": ("Folded", 3), "similar": (0, 1.5, "x"),
     "keep_loss": (0, 1.5),
     "private": ("x",), "create_pr": ("x",), "card": ("left",), "message": (3,), "revision": (3,), "license": (3,),
     "token": (3,), "density": ("x", 2), "gamma": (2,), "epsilon": (-1,), "selection": ("x",), "base_model": (3,),

@@ -2,6 +2,7 @@
 
 listing    what lies at a path: file names, headers and small JSON files, read when a dialect asks for them
 folders    adapters in the folders below one that holds none
+items      the adapters and models in a folder and below it, by the names of their files
 build      a draft of what is read: tensors sorted by module and part, made into the updates of an adapter
 alphas     alphas that no tensor holds: those of the header, or none
 losses     what foreign layouts commonly cannot say of an adapter
