@@ -94,7 +94,8 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
     "loratools.engine": (
         "stochastic task turns",
         "device plan tensor",
-        "load residual",
+        "load",
+        "residual",
         "arithmetic coded sealed",
         "run",
     ),

@@ -80,12 +80,12 @@ def load_products(plan: MergePlan, change: Change, name: str) -> list[SiteProduc
     for number, placement in _in_order(plan, change):
         site, factors = placement.site, placement.update.factored()
         assert factors is not None
-        left, right = _read(factors.left)[site.part_rows], _read(factors.right)
+        left, right = read_factor(factors.left)[site.part_rows], read_factor(factors.right)
         if site.transposed:
             left, right = right.T, left.T
         magnitude = None
         if factors.magnitude is not None:
-            magnitude = _read(factors.magnitude)[site.part_rows].astype(np.float64)
+            magnitude = read_factor(factors.magnitude)[site.part_rows].astype(np.float64)
         if not all(np.isfinite(array).all() for array in (left, right, magnitude) if array is not None):
             raise _damaged(number, placement, name)
         scale = np.full(len(right), plan.inputs[number].weight * factors.scale)
@@ -107,7 +107,7 @@ def _joined(products: Sequence[SiteProduct]) -> SiteProduct:
     )
 
 
-def _read(lazy: LazyTensor) -> Array:
+def read_factor(lazy: LazyTensor) -> Array:
     """Return a stored factor in float32."""
     import numpy as np
 
@@ -191,4 +191,4 @@ def _acts(placement: Placement, weight: float) -> bool:
     if factors.magnitude is not None:
         return True
     scale = weight * factors.scale
-    return scale != 0 and bool((_read(factors.left).any(0) & _read(factors.right).any(1)).any())
+    return scale != 0 and bool((read_factor(factors.left).any(0) & read_factor(factors.right).any(1)).any())

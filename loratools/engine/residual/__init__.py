@@ -11,6 +11,7 @@ metadata say how the base was laid out, and in which way each tensor is coded:
 
 Equal merges give equal residuals, whatever the number of threads. `keep` writes the file after a merge, and `restore`
 writes the base again from it.
+`tiles` makes blocks and reads them, in C where that serves.
 """
 
 from __future__ import annotations

@@ -44,15 +44,21 @@ def encode(W: Array, after: Array, prediction: Array, dtype: str, after_dtype: s
     ranks = _pack(rank[: len(coarse)], spread)
     rank[: len(coarse)] >>= spread
     exceptions = np.flatnonzero(rank)
-    if len(exceptions) * _FEW < len(W):
-        order = np.argsort(at[exceptions], kind="stable")
-        positions, values = at[exceptions][order], rank[exceptions][order]
-        raw = np.diff(positions, prepend=0).astype("<u4").tobytes() + _planes(values)
-        form, count = _SPARSE, len(values)
+    order = np.argsort(at[exceptions], kind="stable")
+    return joined(ranks, at[exceptions][order], rank[exceptions][order], len(W))
+
+
+def joined(ranks: bytes, at: Array, high: Array, count: int) -> bytes:
+    """Return a block of packed `ranks` and of exceptions, `high` at places `at` in order, of `count` elements."""
+    if len(at) * _FEW < count:
+        gaps = at.astype("<u4")
+        gaps[1:] -= gaps[:-1].copy()
+        raw = gaps.tobytes() + _planes(high)
+        form, count = _SPARSE, len(at)
     else:
-        every = np.zeros(len(W), rank.dtype)
-        every[at] = rank
-        raw, form, count = _planes(every), _DENSE, len(every)
+        every = np.zeros(count, high.dtype)
+        every[at] = high
+        raw, form = _planes(every), _DENSE
     packed = zlib.compress(raw, 6) if count else b""
     return _HEAD.pack(form, count, len(ranks), len(packed)) + ranks + packed
 
@@ -61,28 +67,39 @@ def decode(block: memoryview, after: Array, prediction: Array, dtype: str, after
     """Return the bits of W that `encode` was given; raise `BadFile` where the block does not fit what it is about."""
     P = narrow(prediction, dtype)
     coarse, spread = _coarse(P, after, dtype, after_dtype)
-    if len(block) < _HEAD.size:
-        raise BadFile("a block of the residual is truncated")
-    form, count, ranks_size, packed_size = _HEAD.unpack(block[: _HEAD.size])
-    if len(block) != _HEAD.size + ranks_size + packed_size or count > len(P) or form not in (_SPARSE, _DENSE):
-        raise BadFile("a block of the residual contradicts itself")
-    low = _unpack(block[_HEAD.size : _HEAD.size + ranks_size], spread, P.dtype)
-    width = P.itemsize
-    raw = _inflate(block[_HEAD.size + ranks_size :], count * (width + (4 if form == _SPARSE else 0)))
+    packed, positions, values = apart(block, spread, len(P), P.dtype)
     high = np.zeros(len(P), P.dtype)
-    if form == _DENSE:
-        if count != len(P):
-            raise BadFile("a block of the residual is of another size than its tile")
-        high[:] = _unplanes(raw, P.dtype)
-    elif count:
-        positions = np.frombuffer(raw[: 4 * count], "<u4").cumsum(dtype=np.int64)
-        if int(positions[-1]) >= len(P):
-            raise BadFile("a block of the residual points beyond its tile")
-        high[positions] = _unplanes(raw[4 * count :], P.dtype)
-    high[coarse] = (high[coarse] << spread) | low
+    high[positions] = values
+    high[coarse] = (high[coarse] << spread) | _unpack(packed, spread, P.dtype)
     at = np.flatnonzero(high)
     P[at] = _at_rank(high[at], P[at], _above(prediction[at], P[at], dtype))
     return P
+
+
+def apart(block: memoryview, spread: Array, length: int, dtype: Any) -> tuple[memoryview, Array, Array]:
+    """Return the packed ranks of a block, and its exceptions: places in order, and values of `dtype`.
+
+    Raises `BadFile` where the block is not one of a tile of `length` elements with so many bits open.
+    """
+    if len(block) < _HEAD.size:
+        raise BadFile("a block of the residual is truncated")
+    form, count, ranks_size, packed_size = _HEAD.unpack(block[: _HEAD.size])
+    if len(block) != _HEAD.size + ranks_size + packed_size or count > length or form not in (_SPARSE, _DENSE):
+        raise BadFile("a block of the residual contradicts itself")
+    if ranks_size != -(-int(spread.sum(dtype=np.int64)) // 8):
+        raise BadFile("a block of the residual was made for another merge: it has another number of candidates")
+    ranks, width = block[_HEAD.size : _HEAD.size + ranks_size], dtype.itemsize
+    raw = _inflate(block[_HEAD.size + ranks_size :], count * (width + (4 if form == _SPARSE else 0)))
+    if form == _DENSE:
+        if count != length:
+            raise BadFile("a block of the residual is of another size than its tile")
+        values = _unplanes(raw, dtype)
+        positions: Array = np.flatnonzero(values)
+        return ranks, positions, values[positions]
+    positions = np.frombuffer(raw[: 4 * count], "<u4").cumsum(dtype=np.int64)
+    if count and int(positions[-1]) >= length:
+        raise BadFile("a block of the residual points beyond its tile")
+    return ranks, positions, _unplanes(raw[4 * count :], dtype)
 
 
 def _coarse(P: Array, after: Array, dtype: str, after_dtype: str) -> tuple[Array, Array]:
@@ -132,10 +149,7 @@ def _pack(rank: Array, spread: Array) -> bytes:
 
 
 def _unpack(data: memoryview, spread: Array, dtype: Any) -> Array:
-    total = int(spread.sum(dtype=np.int64))
-    if len(data) != -(-total // 8):
-        raise BadFile("a block of the residual was made for another merge: it has another number of candidates")
-    bits = np.unpackbits(np.frombuffer(data, np.uint8), count=total)
+    bits = np.unpackbits(np.frombuffer(data, np.uint8), count=int(spread.sum(dtype=np.int64)))
     rank = np.zeros(len(spread), dtype)
     start = 0
     for bit in range(int(spread.max()) if len(spread) else 0):

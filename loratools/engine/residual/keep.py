@@ -23,10 +23,9 @@ from loratools.engine.residual import (
     Layout,
     Lost,
     Residual,
-    codes,
     description,
-    prediction,
     read_bits,
+    tiles,
 )
 from loratools.engine.residual import predict as undo
 from loratools.parallel import Progress, no_progress, workers
@@ -144,8 +143,6 @@ def _lost(plan: MergePlan, stored: Checkpoint, folder: Path) -> Iterator[Lost]:
 
 
 def _encode(lost: Lost, base: TensorSpec, progress: Progress, folder: Path, restore: Restore | None = None) -> bytes:
-    import torch
-
     if restore is not None:
         with files.temporary(folder, ".restored-") as (target, path):
             restore(target, 0)
@@ -154,7 +151,6 @@ def _encode(lost: Lost, base: TensorSpec, progress: Progress, folder: Path, rest
         progress(base.nbytes)
         packer = zlib.compressobj(6)
         return b"".join([*(packer.compress(chunk) for chunk in files.chunks(base)), packer.flush()])
-    torch.set_num_threads(1)  # for this thread: the tensors share the cores already
     columns = lost.matrix[1]
     with files.descriptor(base.file) as source, files.descriptor(lost.after.file) as result:
 
@@ -168,8 +164,7 @@ def _encode(lost: Lost, base: TensorSpec, progress: Progress, folder: Path, rest
         for start, stop in lost.tiles():
             W = read_bits(source, base, start * columns, stop * columns)
             after = read_bits(result, lost.after, start * columns, stop * columns)
-            predicted = prediction(lost, after, steps, start)
-            block = codes.encode(W, after, predicted, base.dtype, lost.after.dtype)
+            block = tiles.encode(lost, W, after, steps, start)
             parts += [LENGTH.pack(len(block)), block]
             progress(W.nbytes)
     return b"".join(parts)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -18,9 +19,8 @@ from loratools.adapter.kinds import Factors
 from loratools.adapter.kinds.dora import gains, magnitudes, squares
 from loratools.adapter.placement.resolve import Placement
 from loratools.adapter.site import Site
-
-if TYPE_CHECKING:
-    import torch
+from loratools.engine.load import is_stored, read_factor
+from loratools.linalg.native import residual as native
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -30,7 +30,7 @@ Rows = Callable[[int, int], Array]
 """Rows [start, stop) of the base's matrix in float64."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class Step:
     """One change of a tensor that can be taken back: W ← g∘(W + left·right), or without g.
 
@@ -39,8 +39,8 @@ class Step:
     """
 
     site: Site
-    left: torch.Tensor
-    right: torch.Tensor
+    left: Array
+    right: Array
     across: bool = False
     gains: Array | None = None
 
@@ -51,8 +51,13 @@ class Step:
 
     def delta(self, rows: slice) -> Array:
         """Return rows of left·right in float64, exactly."""
-        product: Array = (self.left[rows] @ self.right).numpy()
+        product: Array = self.left[rows] @ self.right
         return product
+
+    @cached_property
+    def panels(self) -> Array:
+        """Return right as C takes it."""
+        return native.panels(self.right)
 
     def take_back(self, W: Array, start: int) -> None:
         """Turn a tile of changed rows, from `start` on, into what they were before, in place."""
@@ -63,6 +68,16 @@ class Step:
         if self.gains is not None:
             region /= self.gains if self.across else self.gains[met[1], None]
         region -= self.delta(met[1]).astype(W.dtype, copy=False)
+
+    def take_back_in_c(self, W: Array, start: int) -> None:
+        """Do what `take_back` does in C, on float32: to the same bits."""
+        met = self.site.overlap(start, start + len(W))
+        if met is None:
+            return
+        by_row = None if self.gains is None or self.across else self.gains[met[1]]
+        by_column = self.gains if self.across else None
+        region = W[met[0], slice(*self.site.columns)]
+        native.take_back(region, self.left[met[1]], self.panels, by_row=by_row, by_column=by_column)
 
 
 def is_predictable(placements: Sequence[Placement]) -> bool:
@@ -90,6 +105,8 @@ def measure(placements: Sequence[tuple[Placement, float]], made: Sequence[Step],
     Only here may a sum depend on the machine, so g is the kind's own: the residual keeps it, and nobody has to find
     the same bits again. Where it is 0 or no float32, 1 takes its place.
     """
+    if all(step.gains is None for step in made):
+        return
     import torch
 
     for (placement, _), step in zip(placements, made, strict=False):
@@ -119,20 +136,21 @@ def _factors(placement: Placement) -> Factors:
 
 def _matrices(site: Site, factors: Factors, weight: float) -> tuple[Array, Array]:
     """Return (left, right) in float64 as they lie on a site, with weight and scaling in left."""
-    left, right = (factor.double().numpy() for factor in factors.load())
+    if is_stored(factors):
+        left, right = (read_factor(lazy).astype(np.float64) for lazy in (factors.left, factors.right))
+    else:
+        left, right = (factor.double().numpy() for factor in factors.load())
     left = left[site.part_rows] * (weight * factors.scale)
     return (right.T, left.T) if site.transposed else (left, right)
 
 
 def _step(changes: Sequence[tuple[Site, Factors, float]]) -> Step:
     """Return one step for the sum of products on one site, or for a single change."""
-    import torch
-
     site, factors, _ = changes[0]
     lefts, rights = zip(*(_matrices(*change) for change in changes), strict=True)
     left, right = np.concatenate(lefts, axis=1), np.concatenate(rights)
     bits = (_EXACT - int(np.ceil(np.log2(max(2, len(right)))))) // 2
-    step = Step(site, torch.from_numpy(_fixed(left, bits, 1)), torch.from_numpy(_fixed(right, bits, 0)))
+    step = Step(site, _fixed(left, bits, 1), _fixed(right, bits, 0))
     if factors.magnitude is not None:
         step.across = factors.by_column != site.transposed
         step.gains = np.ones(step.features, np.float32)

@@ -13,7 +13,7 @@ import numpy as np
 from loratools.adapter.model import AdapterInput
 from loratools.adapter.placement.resolve import Placement, resolve
 from loratools.adapter.placement.tied import apply_policy
-from loratools.engine.residual import LENGTH, Layout, Lost, Residual, codes, prediction, read_bits
+from loratools.engine.residual import LENGTH, Layout, Lost, Residual, read_bits, tiles
 from loratools.engine.residual.predict import steps
 from loratools.errors import BadFile
 from loratools.parallel import Progress, each, no_progress
@@ -21,6 +21,7 @@ from loratools.storage import digest, dtypes, files
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import logical
 from loratools.storage.codecs import schemes
+from loratools.storage.codecs.floats import bytes_of
 from loratools.storage.companions import json_text
 from loratools.storage.header import TensorSpec
 from loratools.storage.layout import FilePlan, index_json, plan_file
@@ -116,8 +117,11 @@ def file_plan(model: Checkpoint, file: Layout) -> FilePlan:
     return plan_file(file.name, file.tensors, file.metadata, prefix=file.prefix)
 
 
-def lost_bytes(lost: Lost, residual: Residual) -> Iterator[bytes]:
-    """Yield the bytes of a tensor of the base, tile after tile; raise `BadFile` where they cannot be brought back."""
+def lost_bytes(lost: Lost, residual: Residual) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of a tensor of the base, tile after tile; raise `BadFile` where they cannot be brought back.
+
+    Each is to be used before the next is asked for, which may overwrite it.
+    """
     blob = memoryview(files.read_bytes(residual.tensors[lost.name]))
     try:
         yield from _inflated(lost, blob) if lost.after is None else _decoded(lost, lost.after, blob)
@@ -142,9 +146,7 @@ def _inflated(lost: Lost, blob: memoryview) -> Iterator[bytes]:
         raise BadFile(f"it holds {'more' if done > size else done} bytes, the tensor {size}")
 
 
-def _decoded(lost: Lost, merged: TensorSpec, blob: memoryview) -> Iterator[bytes]:
-    import torch
-
+def _decoded(lost: Lost, merged: TensorSpec, blob: memoryview) -> Iterator[memoryview]:
     end = 0
 
     def take(size: int) -> memoryview:
@@ -161,10 +163,8 @@ def _decoded(lost: Lost, merged: TensorSpec, blob: memoryview) -> Iterator[bytes
     blocks = [take(*LENGTH.unpack(take(LENGTH.size))) for _ in lost.tiles()]
     if end != len(blob):
         raise BadFile("it goes on after its last block")
-    torch.set_num_threads(1)  # for this thread, as in `_encode`
     columns = lost.matrix[1]
     with files.descriptor(merged.file) as source:
         for (start, stop), block in zip(lost.tiles(), blocks, strict=True):
             after = read_bits(source, merged, start * columns, stop * columns)
-            predicted = prediction(lost, after, made, start)
-            yield codes.decode(block, after, predicted, lost.dtype, merged.dtype).tobytes()
+            yield bytes_of(tiles.decode(lost, block, after, made, start))
