@@ -85,7 +85,8 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
     ),
     "loratools.recipe": (
         "catalog made text",
-        "identity value",
+        "identity mergekit_fields value",
+        "mergekit",
         "account",
         "bind read",
         "chain run",

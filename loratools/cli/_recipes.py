@@ -61,6 +61,8 @@ def run_recipe(
         ['made', 'made']
     """
     checked = Options().flag("dry_run", dry_run).flag("force", force).flag("allow_outside", allow_outside)
+    if not isinstance(inputs, Mapping | None):
+        checked.problems.append(f"inputs is {inputs!r}; it can be a mapping of names to paths, or None")
     checked.done()
     return runs.run(
         local(recipe), catalog_of(talk), inputs={name: str(place) for name, place in (inputs or {}).items()},

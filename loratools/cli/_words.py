@@ -66,6 +66,10 @@ WORDS: Mapping[str, Word] = {
     "--gamma": Word(HOW, "Share of outliers that breadcrumbs drops.", "SHARE"),
     "--like": Word(HOW, "Where a method's definitions differ, take this library's.", words=True),
     "--method": Word(HOW, "How changes are combined: see above.", "NAME"),
+    "--normalize": Word(HOW, "With --like mergekit: divide what is elected by the sum of its weights, as it does for "
+                             "ties and della."),
+    "--rescale": Word(HOW, "With --like mergekit: rescale what is kept of each change to its L1 norm, as it does for "
+                           "dare and della."),
     "--quantized": Word(HOW, "What becomes of a base of codes.", words=True),
     "--rounding": Word(HOW, "How results become numbers of a shorter dtype.", words=True),
     "--seed": Word(HOW, "Seed of what is drawn at random.", "N"),

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 @options.option("--epsilon", type=float, more="[default: 0.15 or less]")
 @options.option("--seed", type=click.IntRange(min=0), more="Of a method that draws.  [default: 0]")
 @options.option("--like", type=options.Words("loratools.surgery.combine.methods._terms", "Library"))
+@options.option("--normalize/--no-normalize", default=None)
+@options.option("--rescale/--no-rescale", default=None)
 @options.option("--initial", type=options.INPUT)
 @options.word_option("--check-base", "CheckBase", "strict", "Here: when the adapters belong to different base models.")
 @options.to_option
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 def command(
     talk: Talk, /, adapters: tuple[str, ...], output: Path, weights: tuple[str, ...], method: str,
     density: float | None, gamma: float | None, epsilon: float | None, seed: int | None, like: Library | None,
+    normalize: bool | None, rescale: bool | None,
     initial: str | None, check_base: CheckBase, to: str | None, dtype: FloatName | None, modules: bool,
     threads: int | None, force: bool, **ranks: Any,
 ) -> show.Report:  # fmt: skip
@@ -54,8 +57,9 @@ def command(
     The result has the first adapter's dialect and their dtype; only PEFT's become one of ours, which PEFT reads too.
     What their headers say stays, and combined_from in the header says whose it is.
 
-    Methods: linear; magnitude_prune, ties, dare, dare_ties, della, breadcrumbs and sce prune or average single
-    elements; knots and core_space do what ties does, in a space that the adapters share. All but linear need --density.
+    Methods: linear; magnitude_prune, ties, dare, dare_ties, della, della_linear, breadcrumbs and sce prune or average
+    single elements; knots and core_space do what ties does, in a space that the adapters share. All but linear need
+    --density.
 
     \b
     Examples:
@@ -77,7 +81,8 @@ def command(
     with talk.progress("combining", total) as bar:
         combination = combine(
             adapters, output, weights=weights or None, method=method.replace("-", "_"), density=density, gamma=gamma,
-            epsilon=epsilon, seed=seed, like=like, ranks=wanted, initial=initial, check_base=check_base, to=to,
+            epsilon=epsilon, seed=seed, like=like, normalize=normalize, rescale=rescale, ranks=wanted,
+            initial=initial, check_base=check_base, to=to,
             dtype=dtype, threads=threads, force=force, progress=bar,
         )  # fmt: skip
     talk.warn(*combination.warnings)

@@ -35,7 +35,7 @@ def command(
     A recipe is YAML with inputs (names for what exists) and steps (a command each, with the long names of its options
     as keys). Where an option takes an adapter or a model, the name of an input or of an earlier step stands for it. A
     step is made again if its options, the files of its inputs, its output, or the versions that bytes depend on are
-    not those noted beside its output. It takes loratools[run].
+    not those noted beside its output. mergekit's YAML for adapters is read too. It takes loratools[run].
 
     \b
     Examples:

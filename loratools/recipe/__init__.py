@@ -9,6 +9,8 @@
     chain      from the account of an output to the recipe that makes it again
     bind       the inputs of a recipe: where the file says, as `--input` says, or by digest in a folder
     made       what is written beside an output: of what and by what it was made, and what it was then
+    mergekit   mergekit's YAML for adapters, as a recipe
+    mergekit_fields  the values of its fields
     run        make what is not up to date, in order
     mergekit   mergekit's YAML for adapters, as a recipe
 

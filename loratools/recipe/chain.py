@@ -10,7 +10,7 @@ from typing import Any
 
 from loratools.errors import LoraToolsError
 from loratools.format import record
-from loratools.recipe import account, identity, text
+from loratools.recipe import account, identity, mergekit, text
 from loratools.recipe.catalog import Catalog
 from loratools.storage import digest
 from loratools.storage.beside.making import FIELD
@@ -25,7 +25,7 @@ MOST_STEPS = 500
 class RecipeOf:
     """The recipe of an output: as data, and as the YAML that `loratools run` reads. `command` made the output itself.
 
-    `unknown` are options of the record that this loratools has not, so that they are left out.
+    `unknown` are options of the record that this loratools has not, so that they are left out; `notes` are comments.
     """
 
     output: str
@@ -33,11 +33,12 @@ class RecipeOf:
     tool: str
     recipe: Mapping[str, Any]
     unknown: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def yaml(self) -> str:
         """The recipe as YAML."""
-        return text.dump(self.recipe)
+        return "".join(f"# {note}\n" for note in self.notes) + text.dump(self.recipe)
 
 
 def recipe_of(output: Path, catalog: Catalog, *, last: bool = False) -> RecipeOf:
@@ -45,6 +46,8 @@ def recipe_of(output: Path, catalog: Catalog, *, last: bool = False) -> RecipeOf
 
     Raises `LoraToolsError` where the output has no record of how it was made.
     """
+    if output.suffix in (".yaml", ".yml"):
+        return _of_mergekit(output)
     made = account.of(output)
     if made is None:
         output_there = output.exists()
@@ -60,6 +63,15 @@ def recipe_of(output: Path, catalog: Catalog, *, last: bool = False) -> RecipeOf
     own["files"] = identity.files_of(output)
     document = {"loratools": 1, "inputs": chain.inputs, "steps": chain.steps}
     return RecipeOf(str(output), str(made["command"]), str(made.get("tool")), document, tuple(chain.unknown))
+
+
+def _of_mergekit(path: Path) -> RecipeOf:
+    """Return the recipe that a configuration of mergekit is."""
+    table, _ = text.read(path)
+    if not mergekit.is_mergekit(table):
+        raise LoraToolsError(f"{path}: it is a recipe already, and no output", hint="`loratools run` runs it.")
+    document, notes = mergekit.translated(table, path)
+    return RecipeOf(str(path), "combine", record.TOOL, {"loratools": 1, **document}, notes=notes)
 
 
 def _base_of(output: Path, made: Mapping[str, Any]) -> str | None:

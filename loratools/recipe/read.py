@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from loratools.errors import InvalidOption
-from loratools.recipe import text
+from loratools.recipe import mergekit, text
 from loratools.recipe.catalog import Catalog, Command, Key, nearest
 from loratools.recipe.text import Items, Node, Scalar, Table
 from loratools.recipe.value import Recipe, Source, Step, Value
@@ -22,12 +23,19 @@ VERSION = "1"
 
 
 def read(path: Path, catalog: Catalog, *, outside: bool = False) -> Recipe:
-    """Return the recipe in a file of YAML; raise `InvalidOption` with every problem, `BadFile` where it is no YAML.
+    """Return the recipe in a file of YAML, ours or mergekit's; raise `InvalidOption` with every problem.
 
-    `outside` allows outputs beyond the folder that outputs go to.
+    `outside` allows outputs beyond the folder that outputs go to. `BadFile` is raised where it is no YAML, and
+    `UnsupportedAdapter` for what mergekit does and loratools does not.
     """
     table, _ = text.read(path)
-    return parse(table, path, catalog, outside=outside)
+    notes: tuple[str, ...] = ()
+    if mergekit.is_mergekit(table):
+        document, notes = mergekit.translated(table, path)
+        node = text.node_of(document)
+        assert isinstance(node, Table)
+        table = node
+    return replace(parse(table, path, catalog, outside=outside), notes=notes)
 
 
 def parse(table: Table, path: Path, catalog: Catalog, *, outside: bool = False) -> Recipe:

@@ -49,6 +49,7 @@ class RecipeReport:
     inputs: Mapping[str, str]
     steps: tuple[StepReport, ...]
     left: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -201,10 +202,10 @@ def run(
             )
             told(reports[-1])
             left = tuple(each.name for each in recipe.steps[number + 1 :])
-            return RecipeReport(str(path), dry_run, places, tuple(reports), left)
+            return RecipeReport(str(path), dry_run, places, tuple(reports), left, recipe.notes)
         reports.append(report)
         told(report)
-    return RecipeReport(str(path), dry_run, places, tuple(reports))
+    return RecipeReport(str(path), dry_run, places, tuple(reports), notes=recipe.notes)
 
 
 def _plan(task: _Run, step: Step) -> StepReport:

@@ -139,6 +139,16 @@ class _Reader:
         self.problems.append(f"line {line}: the tag {tag.replace(_CORE, '!!')}, and a recipe has none")
 
 
+def node_of(value: Any) -> Node:
+    """Return a value of Python as the node that its YAML would be."""
+    if isinstance(value, Mapping):
+        return Table({str(key): node_of(each) for key, each in value.items()})
+    if isinstance(value, list | tuple):
+        return Items(tuple(map(node_of, value)), 1)
+    kind = "bool" if isinstance(value, bool) else "text" if isinstance(value, str) else "number"
+    return Scalar(str(value).lower() if isinstance(value, bool) else str(value), kind, 1)
+
+
 def dump(document: Mapping[str, Any]) -> str:
     """Return a document as YAML that `read` takes: keys in their order, short lists in one line."""
     yaml = package()

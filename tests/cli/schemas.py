@@ -197,6 +197,15 @@ def variants(command: str, types_of: Types) -> list[dict[str, Schema]]:
                 "remove": listed(TEXT),
             }  # fmt: skip
             return [DRY | asked, asked | fields("hub.upload:Committed") | {"dry_run": {"const": False}}]
+        case "recipe":
+            return [{"output": TEXT, "command": TEXT, "tool": TEXT, "recipe": {"type": "object"}}]
+        case "run":
+            report, step = fields("recipe.run:RecipeReport"), fields("recipe.run:StepReport")
+            del step["lines"]
+            error = record({"type": TEXT, "message": TEXT, "problems": listed(TEXT), "hint": nullable(TEXT)})
+            result = nullable({"type": "object", "description": "The document of the command, as its own schema says."})
+            types_of.definitions.pop("StepReport", None)
+            return [report | {"steps": listed(record(step | {"result": result, "error": nullable(error)}))}]
         case "report":
             return [fields("reports:ReportPage")]
         case "switch":

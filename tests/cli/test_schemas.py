@@ -71,6 +71,8 @@ MORE = {
     "merge": ["merge base adapter -o out --keep-residual --verify", "merge quantized adapter -o out --dry-run"],
     "hash": ["hash base --tier all", "hash quantized --modules", "hash adapter --tier schema"],
     "extract-svd": ["extract-svd base tuned -o out --exclude q_proj"],
+    "recipe": ["recipe blend --last"],
+    "run": ["run recipe.yaml", "run recipe.yaml --input base=tuned --folder out"],
     "convert": ["convert adapter -o out.safetensors --to kohya"],
 }
 

@@ -168,7 +168,8 @@ PLACES: dict[str, tuple[Any, ...]] = {
     "spectrum": (MISSING,), "validate": (MISSING,), "verify": (MISSING, MISSING, MISSING), "open_adapter": (MISSING,),
     "save_adapter": (loratools.Adapter({}), OUT), "pull": ("lab/x", OUT), "push": (MISSING, "lab/x"),
     "find": (MISSING,),
-    "compare": (MISSING, MISSING), "dequantize": (MISSING, OUT), "run_demo": (), "list_dialects": (),
+    "compare": (MISSING, MISSING), "dequantize": (MISSING, OUT), "run_demo": (), "run_recipe": (MISSING,),
+    "recipe_of": (MISSING,), "list_dialects": (),
 }  # fmt: skip
 WRONG: dict[str, tuple[Any, ...]] = {
     "weights": ("x",), "profile": ("VLLM", 1), "to": ("Peft", "PEFT"), "method": ("dare-ties", "TIES", 3),
@@ -186,7 +187,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 WORDS = {"method", "dialect", "to", "check_base", "tied", "dtype", "device", "rounding", "retention", "algorithm"}
 # Inputs, whose errors are those of files, and functions that are called as the work goes on.
-NO_WORDS = {"base", "onto", "initial", "progress", "folder"}
+NO_WORDS = {"base", "onto", "initial", "progress", "folder", "search", "told", "talk"}
 
 
 def options_of(name: str) -> list[str]:

@@ -86,6 +86,8 @@ def combine(
     epsilon: float | None = None,
     seed: int | None = None,
     like: Library | None = None,
+    normalize: bool | None = None,
+    rescale: bool | None = None,
     ranks: Ranks | int | None = None,
     initial: AdapterSource | None = None,
     check_base: CheckBase = "strict",
@@ -111,14 +113,19 @@ def combine(
             (`"lbw:1,0,0,…"`: what is in no block, then each block of the family's lists in order; 12, 17, 20 or 26 for
             Stable Diffusion and 61 for Flux.1 as image people write them); or a `Weight`. Default: 1 for each.
         method: How changes are combined: `"linear"`, or one that looks at single elements (`"ties"`, `"dare"`,
-            `"dare_ties"`, `"della"`, `"breadcrumbs"`, `"magnitude_prune"`, `"sce"`) or works in a space that the
-            adapters share (`"knots"`, `"core_space"`). Default: `"linear"`.
+            `"dare_ties"`, `"della"`, `"della_linear"`, `"breadcrumbs"`, `"magnitude_prune"`, `"sce"`) or works in a
+            space that the adapters share (`"knots"`, `"core_space"`). Default: `"linear"`.
         density: Share of elements that a method keeps, above 0 and at most 1; all methods but `linear` need it.
         gamma: Share of the largest elements that `breadcrumbs` drops, from 0 to below 1. Default: 0.01.
         epsilon: How far `della` lets the chance of keeping an element lie from the density, to both sides. Default:
             0.15, or less where the density leaves less.
         seed: A whole number that chooses what `dare`, `dare_ties` and `della` keep. Default: 0.
-        like: `"peft"` takes PEFT's definition of a method where it differs from the paper's. Default: the paper's.
+        like: `"peft"` or `"mergekit"` takes that library's definition of a method where it differs from the paper's.
+            Default: the paper's.
+        normalize: With `like="mergekit"`: whether what is elected is divided by the sum of its weights. Default: as
+            mergekit, yes but for `dare_ties`.
+        rescale: With `like="mergekit"`: whether what is kept of each change is rescaled to the change's L1 norm.
+            Default: as mergekit, yes but for `ties`.
         ranks: How ranks are chosen: a number for every module, or `Ranks`. Default: all there is.
         initial: The adapter from which the training of the one adapter started (PiSSA, OLoRA, CorDA), which is taken
             away: BA − B₀A₀ is plain LoRA for the unchanged base. Default: none.
@@ -152,8 +159,8 @@ def combine(
     """
     atomic.sweep(output)
     options = CombineOptions(
-        density=density, gamma=gamma, epsilon=epsilon, seed=seed, like=like, method=method, ranks=ranks,
-        check_base=check_base, dtype=dtype, threads=threads, force=force,
+        density=density, gamma=gamma, epsilon=epsilon, seed=seed, like=like, normalize=normalize, rescale=rescale,
+        method=method, ranks=ranks,        check_base=check_base, dtype=dtype, threads=threads, force=force,
     )  # fmt: skip
     if to is not None:
         dialects.get(to)
@@ -258,6 +265,7 @@ def _updates(
 def _step(operation: str, inputs: Sequence[Input], options: CombineOptions, initial: bool, error: float) -> Step:
     recorded: dict[str, Any] = {"method": options.method, "dtype": options.stored, "error": float(f"{error:.6g}")}
     stated = {"density": options.density, "gamma": options.gamma, "epsilon": options.epsilon, "like": options.like}
+    stated |= {"normalize": options.normalize, "rescale": options.rescale}
     recorded |= {name: value for name, value in stated.items() if value is not None}
     if options.rule is not None:
         recorded["ranks"] = options.rule.to_json()

@@ -153,7 +153,7 @@ def _rule(members: Sequence[Member], options: CombineOptions) -> RankRule:
     if options.rule is not None and options.rule.budget is None:
         return options.rule.first([], 0.0)
     own = [member.update.rank for member in members]
-    return Fixed(max(own) if options.like else sum(own))
+    return Fixed(max(own) if options.like == "peft" else sum(own))
 
 
 def _decompose(change: tuple[Tensor, Tensor] | Tensor, rule: RankRule, size: float) -> Decomposed | None:

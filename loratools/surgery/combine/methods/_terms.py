@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loratools.options import Options
 
-Library = Literal["peft"]
+Library = Literal["peft", "mergekit"]
 """Libraries whose numbers a method can give instead of the paper's."""
 
 
@@ -50,6 +50,8 @@ class MethodOptions:
     epsilon: float | None = None
     seed: int | None = None
     like: Library | None = None
+    normalize: bool | None = None
+    rescale: bool | None = None
 
     def __post_init__(self) -> None:
         checked = Options()
@@ -72,3 +74,8 @@ class MethodOptions:
             checked.problems.append(f"seed is {self.seed!r}; it lies between 0 and 2^53 - 1")
         if self.like is not None:
             checked.word("like", self.like, Library)
+        for name, value in {"normalize": self.normalize, "rescale": self.rescale}.items():
+            if value is not None:
+                checked.flag(name, value)
+                if self.like != "mergekit":
+                    checked.problems.append(f"{name} is {value!r}, which is for what is like mergekit")

@@ -102,6 +102,48 @@ def test_della_keeps_large_elements_more_often_and_divides_by_the_chance() -> No
         run("della", (1, X1), density=0.9, epsilon=0.2)
 
 
+def test_ties_like_mergekit_divides_by_the_weights() -> None:
+    # Trimmed as above; weighted by 1, 3 and 2: [4 -3 0; 0 0 -6], [0 15 0; -9 0 -12], [0 -8 16; 0 14 0].
+    weighted = (1, X1), (3, X2), (2, X3)
+    found = run("ties", *weighted, density=0.5, like="mergekit")
+    assert equal(found, [[4, 5, 8], [-3, 7, -18 / 4]])
+    found = run("ties", *weighted, density=0.5, like="mergekit", normalize=False)
+    assert equal(found, [[4, 15, 16], [-9, 14, -18]])
+    # Of one that keeps -6 and 4 of 16.5 in all, what is left has that norm again.
+    assert equal(run("ties", (1, X1), density=0.34, like="mergekit", rescale=True), [[6.6, 0, 0], [0, 0, -9.9]])
+    assert equal(run("ties", (1, X1), density=0.01, like="mergekit"), [[0, 0, 0], [0, 0, -6]])  # one stays
+    # Where the sum is 0 the elected sign is +, and the weights of an election may add up to 0.
+    assert equal(run("ties", (1, X1), (-1, X1), density=1, like="mergekit", normalize=False), (X1.abs()).tolist())
+
+
+def test_dare_and_della_like_mergekit_keep_the_l1_norm() -> None:
+    masks = [[[1, 0, 1], [0, 1, 0]], [[0, 1, 1], [0, 0, 1]]]
+    kept = [X * torch.tensor(mask) for X, mask in zip((X1, X2), masks, strict=True)]
+    one, other = (X.abs().sum() / left.abs().sum() * left for X, left in zip((X1, X2), kept, strict=True))
+    twice = [mask for mask in masks for _ in (0, 1)]  # once for the norm, once for the result
+    order = [twice[0], twice[2], twice[1], twice[3]]
+    linear = (one - 2 * other).tolist()
+    for method, more in (("dare", {}), ("della_linear", {"epsilon": 0.2})):
+        found = run(method, (1, X1), (-2, X2), density=0.5, like="mergekit", chance=Fair(order), **more)
+        assert equal(found, linear)
+    assert equal(run("dare", (1, X1), (-2, X2), density=0.5, like="mergekit", rescale=False, chance=Fair(masks)),
+                 (kept[0] - 2 * kept[1]).tolist())  # fmt: skip
+    weights = torch.tensor([1.0, 2.0])[:, None, None]
+    both = torch.stack([one, other]) * weights
+    elected = both.sign() == torch.where(both.sum(0) >= 0, 1.0, -1.0)
+    total, share = (both * elected).sum(0), (weights * elected).sum(0)
+    for method, divided, more in (("dare_ties", False, {}), ("della", True, {"epsilon": 0.2})):
+        found = run(method, (1, X1), (2, X2), density=0.5, like="mergekit", chance=Fair(order), **more)
+        assert equal(found, (total / torch.where(share == 0, 1.0, share) if divided else total).tolist())
+    assert equal(run("dare", (1, X1), (-2, X2), density=1, like="mergekit"), (X1 - 2 * X2).tolist())
+
+
+def test_della_linear() -> None:
+    masks = [[[1, 1, 0], [1, 1, 0]]]
+    found = run("della_linear", (2, X1), density=0.5, epsilon=0.2, chance=Fair(masks))
+    assert equal(found, [[2 * 4 / 0.7, 2 * -3 / 0.5, 0], [2 * 2 / 0.5, 2 * 1 / 0.3, 0]])
+
+
 def test_breadcrumbs_drops_both_ends() -> None:
     # Of six: the largest goes (gamma 1/6), the next three stay: 4, -3, 2 of the first; -4, -3, 2 of the second.
     found = run("breadcrumbs", (1, X1), (2, X2), density=0.5, gamma=0.17)
@@ -248,6 +290,8 @@ def test_the_rank_that_is_asked_for_and_the_error_that_is_printed(method: str, t
         ("linear", {"density": 0.5}, "takes no density"),
         ("ties", {"density": 0.5, "seed": 1}, "takes no seed"),
         ("della", {"density": 0.5, "like": "peft"}, "no della of peft"),
+        ("sce", {"density": 0.5, "like": "mergekit"}, "no sce of mergekit"),
+        ("ties", {"density": 0.5, "normalize": False}, "normalize is False, which is for what is like mergekit"),
         ("breadcrumbs", {"gamma": 0.1, "epsilon": 0.1}, "takes no epsilon; it needs a density"),
     ],
 )
@@ -258,12 +302,13 @@ def test_options_that_a_method_does_not_take(method: str, options: dict[str, Any
 
 def test_every_option_out_of_range_is_named() -> None:
     with pytest.raises(InvalidOption) as caught:
-        MethodOptions(density=1.5, gamma=1, seed=-1, like="mergekit")  # type: ignore[arg-type]
+        MethodOptions(density=1.5, gamma=1, seed=-1, like="kohya", rescale=True)  # type: ignore[arg-type]
     assert caught.value.problems == (
         "density is 1.5; it is a share of elements, above 0 and at most 1",
         "gamma is 1; it is a share of elements, at least 0 and below 1",
         "seed is -1; it lies between 0 and 2^53 - 1",
-        "like is 'mergekit'; it can be peft",
+        "like is 'kohya'; it can be peft or mergekit",
+        "rescale is True, which is for what is like mergekit",
     )
 
 
