@@ -35,6 +35,7 @@ Change
     resize           other ranks, with the least error there is
     extract_svd      the low-rank change of a full fine-tune, near the optimum
     convert          another dialect; or seal an adapter with its base's hash
+    edit             trigger words, tags, base, thumbnail, any entry, or nothing private: no tensor is touched
 Again
     run_recipe       several commands from one file of YAML, and only what is not up to date
     recipe_of        how an output was made, by its own record: the recipe that makes it again, byte for byte
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from loratools.surgery.compare import compare
     from loratools.surgery.convert import convert
     from loratools.surgery.dequantize import dequantize
+    from loratools.surgery.edit import edit
     from loratools.surgery.extract import extract
     from loratools.surgery.extract import extract as extract_svd
     from loratools.surgery.extract.certify import certify
@@ -104,6 +106,7 @@ else:
         "compare": "loratools.surgery.compare:compare",
         "convert": "loratools.surgery.convert:convert",
         "dequantize": "loratools.surgery.dequantize:dequantize",
+        "edit": "loratools.surgery.edit:edit",
         "estimate": "loratools.live.cost:estimate",
         "extract": "loratools.surgery.extract:extract",
         "extract_svd": "loratools.surgery.extract:extract",
@@ -143,7 +146,7 @@ else:
 
 __all__ = [
     "Adapter", "BaseIdentity", "Checkpoint", "LoraToolsError", "MergeOptions", "__version__", "certify", "combine",
-    "compare", "convert", "dequantize", "estimate", "extract", "extract_svd", "find", "hash", "hash_checkpoint",
+    "compare", "convert", "dequantize", "edit", "estimate", "extract", "extract_svd", "find", "hash", "hash_checkpoint",
     "inspect", "list_dialects", "merge", "open_adapter", "pull", "push", "recipe_of", "report", "resize", "run_demo",
     "run_recipe", "save_adapter", "spectrum", "switch", "unmerge", "validate", "verify",
 ]  # fmt: skip

@@ -23,8 +23,8 @@ ELSEWHERE = {
     "adapter/placement/test_image": "adapter/naming/image: groups rename translate",
     "adapter/placement/test_resolve": "adapter/placement: layers settle whole",
     "adapter/placement/test_tied": "adapter/placement: apart shared spread",
-    "cli/test_examples": "cli: combine compare completion convert demo dequantize dialects estimate find hash inspect "
-    "merge pull push report resize switch unmerge validate verify _options _ranks",
+    "cli/test_examples": "cli: combine compare completion convert demo dequantize dialects edit estimate find hash "
+    "inspect merge pull push report resize switch unmerge validate verify _facts _options _ranks",
     "cli/test_run": ".: __main__ decisions errors; cli: _group _talk",
     "cli/test_words": "cli: _spelling",
     "cli/test_show": "cli: _certificate",
@@ -33,6 +33,7 @@ ELSEWHERE = {
     "format/test_manifest": "format: canonical",
     "format/test_writer": "format: keys peft_config record",
     "interop/test_live_slices": "adapter/placement: slices",
+    "hub/test_card": "storage/beside: front",
     "hub/test_pull_faults": "hub: pull client faults",
     "hub/test_round_trip": "hub: push section subject",
     "recipe/test_recipe": "cli: recipe _account _catalog _recipes; storage/beside: making",

@@ -60,6 +60,11 @@ def line(text: str) -> str:
     return printable(text[:LONGEST]) + more
 
 
+def clipped(text: str, most: int) -> str:
+    """Return at most so many characters of a text, and how many more it has."""
+    return f"{text[:most]}… and {len(text) - most} characters more" if len(text) > most else text
+
+
 def size(nbytes: int) -> str:
     """Return bytes as people write them, in powers of ten: `999 B`, `1.80 MB`, `24.7 GB`."""
     value, units = float(nbytes), ["B", "kB", "MB", "GB", "TB", "PB"]

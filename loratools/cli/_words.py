@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-READ, CHOOSE, HOW, RANKS, WRITE, CHECK, SHOW, WORK, HUB = GROUPS = (
-    "What is read", "What is chosen", "How it is done", "Ranks", "What is written", "Checks", "What is shown", "Work",
-    "The Hub",
+READ, CHOOSE, HOW, RANKS, SAY, WRITE, CHECK, SHOW, WORK, HUB = GROUPS = (
+    "What is read", "What is chosen", "How it is done", "Ranks", "What is said", "What is written", "Checks",
+    "What is shown", "Work", "The Hub",
 )  # fmt: skip
 """Headings of a help page, in order."""
 
@@ -97,6 +97,18 @@ WORDS: Mapping[str, Word] = {
     "--sv-ratio": Word(RANKS, "kohya's: keep singular values above the largest divided by this.", "NUMBER"),
     "--uniform": Word(RANKS, "Give every module the one rank that the neediest calls for, or the budget allows."),
 
+    "--author": Word(SAY, "Who made it.", "TEXT"),
+    "--description": Word(SAY, "What it does.", "TEXT"),
+    "--set": Word(SAY, "Any entry of the header, once for each.", "KEY=VALUE"),
+    "--strip": Word(SAY, "Take out what is private: local paths, names of people, machines and dataset folders, "
+                         "prompts, captions, comments, mail addresses, session ids. Every one is listed."),
+    "--tags": Word(SAY, "Words to find it by, with commas between them.", "WORDS"),
+    "--thumbnail": Word(SAY, "A picture, PNG, JPEG or WebP of at most 2 MB; what it says of its making is left out.",
+                        "FILE"),
+    "--title": Word(SAY, "Its name for people.", "TEXT"),
+    "--trigger": Word(SAY, "Trigger words, with commas between them; '' takes them out.", "WORDS"),
+    "--unset": Word(SAY, "An entry of the header to take out, or a glob: 'ss_*'; once for each.", "KEY"),
+
     "--allow-loss": Word(WRITE, "Write it even where the dialect cannot say everything."),
     "--allow-outside": Word(WRITE, "Let outputs lie wherever the recipe says, also outside of the folder."),
     "--folder": Word(WRITE, "The folder that outputs go into.", "FOLDER"),
@@ -131,6 +143,7 @@ WORDS: Mapping[str, Word] = {
 
     "--last": Word(SHOW, "Only the last step; what it took in are inputs."),
     "--grid": Word(SHOW, "Print the whole grid of similarities of one module.", "MODULE"),
+    "--metadata": Word(SHOW, "List every entry of the header of an adapter's file."),
     "--modules": Word(SHOW, "Print a line for every module or tensor."),
     "--paper": Word(SHOW, "What section 7 of the LoRA paper shows: A alone, random control, Table 7."),
     "--spectrum": Word(SHOW, "Singular values of every module of an adapter; this reads the factors."),

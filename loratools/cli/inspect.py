@@ -10,6 +10,7 @@ import click
 
 from loratools.cli import _options as options
 from loratools.cli import _show as show
+from loratools.cli._facts import bounded, entry_lines, fact_lines
 from loratools.cli._group import command as make
 
 if TYPE_CHECKING:
@@ -31,12 +32,16 @@ _WIDTH = 32
     "--base", type=options.INPUT,
     more="For a --spectrum of changes that depend on it: DoRA, (IA)3, OFT, GLoRA, tensors trained whole.",
 )  # fmt: skip
+@options.option("--metadata", is_flag=True)
 @options.dialect_option
-def command(path: str, modules: bool, spectrum: bool, base: str | None, dialect: str | None) -> show.Report:
+def command(
+    path: str, modules: bool, spectrum: bool, base: str | None, metadata: bool, dialect: str | None
+) -> show.Report:
     """Describe an adapter or a model, from headers alone unless --spectrum is given.
 
     Of an adapter: its dialect, ranks, alpha and scaling, target modules, size, the base model it belongs to and what
-    it was made by. Of a model: architecture, parameters, dtypes, shards and the schema tier of its base hash. Layer
+    it was made by; and what its metadata have: trigger words, the most frequent tags, resolution, steps, learning rate,
+    date. Of a model: architecture, parameters, dtypes, shards and the schema tier of its base hash. Layer
     numbers are collapsed: model.layers.[0-29].self_attn.{q,v}_proj means 60 modules. With --spectrum: the singular
     values of each dW = scaling B A, as bars from 1 (the largest) down to 1/1000 on a logarithmic scale, and the rank
     that 99 % and 99.9 % of its energy need. What a change of DoRA is depends on the base: with --base it is W' - W.
@@ -45,6 +50,7 @@ def command(path: str, modules: bool, spectrum: bool, base: str | None, dialect:
     Examples:
       loratools inspect adapter
       loratools inspect adapter --modules
+      loratools inspect adapter --metadata
       loratools inspect adapter --spectrum
       loratools inspect adapter --spectrum --base base
       loratools inspect base --json
@@ -63,9 +69,9 @@ def command(path: str, modules: bool, spectrum: bool, base: str | None, dialect:
         if summary.type != "adapter":
             raise click.UsageError(f"--spectrum: {path} is a model; it describes adapters")
         measured = measure(path, dialect)
-        return show.Report(show.plain(summary) | {"spectrum": show.plain(measured)}, _spectrum(measured))
+        return show.Report(_document(summary, False) | {"spectrum": show.plain(measured)}, _spectrum(measured))
     if isinstance(summary, AdapterSummary):
-        return show.Report(show.plain(summary), _adapter(summary, modules))
+        return show.Report(_document(summary, metadata), _adapter(summary, modules, metadata))
     document = show.plain(summary)
     document["schema_hash"] = document.pop("schema")  # for `schema` is the version of every document
     return show.Report(document, _checkpoint(summary, modules))
@@ -82,10 +88,17 @@ def _measured(path: str, base: str, dialect: str | None) -> show.Report:
     adapter = dialects.open_adapter(path, dialect=dialect, base=model)
     measured = spectrum(adapter, base=model)
     summary = describe_adapter(adapter, path, adapter.dialect, "read with its base model")
-    return show.Report(show.plain(summary) | {"spectrum": show.plain(measured)}, _spectrum(measured))
+    return show.Report(_document(summary, False) | {"spectrum": show.plain(measured)}, _spectrum(measured))
 
 
-def _adapter(summary: AdapterSummary, modules: bool) -> Iterator[str]:
+def _document(summary: AdapterSummary | CheckpointSummary, metadata: bool) -> dict[str, Any]:
+    """Return the document of a summary, with the entries of an adapter's header only where they were asked for."""
+    document: dict[str, Any] = show.plain(summary)
+    entries = document.pop("entries", {})
+    return document | ({"metadata": bounded(entries)} if metadata else {})
+
+
+def _adapter(summary: AdapterSummary, modules: bool, metadata: bool) -> Iterator[str]:
     total = summary.total
     whole = f", and {len(summary.replacements)} tensors replaced whole" if summary.replacements else ""
     yield from show.fields(
@@ -98,6 +111,7 @@ def _adapter(summary: AdapterSummary, modules: bool) -> Iterator[str]:
         ("size", f"{show.size(total.nbytes)} in {total.tensors} tensors, {', '.join(summary.dtypes)}"),
         ("digest", summary.digest or "none stated"),
         ("provenance", [f"{step.operation}, by {step.tool}" for step in summary.provenance] or "none stated"),
+        *fact_lines(summary.facts, base=not summary.base),
     )
     for group in summary.groups:
         yield ""
@@ -107,6 +121,9 @@ def _adapter(summary: AdapterSummary, modules: bool) -> Iterator[str]:
         yield ""
         yield "replaced whole:"
         yield from (f"  {tensor.name}  {tensor.dtype} {list(tensor.shape)}" for tensor in summary.replacements)
+    if metadata:
+        yield ""
+        yield from entry_lines(summary.entries)
     if modules:
         yield ""
         yield from show.table(

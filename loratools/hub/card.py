@@ -21,9 +21,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from loratools.errors import BadFile, HubError
+from loratools.errors import HubError
 from loratools.storage.beside.cards import cut
-from loratools.storage.beside.plain_yaml import parse_yaml
+from loratools.storage.beside.front import data_of, parted, with_field
 
 Side = Literal["local", "hub"]
 
@@ -32,7 +32,6 @@ _SECTION = (
     "<!-- /loratools card -->",
     "\n\n",
 )
-_KEY = re.compile(r"([A-Za-z_][\w-]*|\"[^\"]+\"|'[^']+')\s*:(?=\s|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,19 +51,12 @@ class Card:
 
     def data(self) -> dict[str, Any]:
         """Return the front matter; raise `BadFile` where it is not YAML of names and values."""
-        return parse_yaml("\n".join(self.front), "README.md: the front matter") or {}
+        return data_of(list(self.front))
 
 
 def parse(readme: str) -> Card:
     """Take a README.md apart; raise `BadFile` where its front matter has no end."""
-    lines = readme.replace("\r\n", "\n").removeprefix("\ufeff").split("\n")
-    front: list[str] = []
-    if lines[0].rstrip() == "---":
-        end = next((i for i, line in enumerate(lines[1:], 1) if line.rstrip() == "---"), None)
-        if end is None:
-            raise BadFile("README.md: the front matter is not closed by a line ---")
-        front, lines = lines[1:end], lines[end + 1 :]
-    body = "\n".join(lines)
+    front, body = parted(readme)
     text, mark = cut(body, *_SECTION)
     digests = mark.groupdict() if mark else {}
     return Card(tuple(front), text.strip("\n"), digests.get("local") or "", digests.get("text") or "")
@@ -115,26 +107,7 @@ def _front(card: Card, facts: Mapping[str, Any], force: Mapping[str, Any]) -> li
             tags = present.get("tags") or []
             tags = tags if isinstance(tags, list) else [tags]
             if missing := [tag for tag in value if tag not in tags]:
-                lines = _set(lines, name, [*tags, *missing])
+                lines = with_field(lines, name, [*tags, *missing])
         elif present.get(name) is None or (name in force and present[name] != value):
-            lines = _set(lines, name, value)
+            lines = with_field(lines, name, value)
     return lines
-
-
-def _set(lines: list[str], name: str, value: Any) -> list[str]:
-    """Replace a top-level field where it stands, or add it at the end."""
-    import yaml  # type: ignore[import-untyped,unused-ignore]
-
-    visible = str(value).isprintable()  # what is not is escaped
-    new = yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=visible, width=1000).rstrip("\n").split("\n")
-    starts = [i for i, line in enumerate(lines) if _KEY.match(line)]
-    for at, start in enumerate(starts):
-        key = _KEY.match(lines[start])
-        if key and key[1].strip("\"'") == name:
-            end = starts[at + 1] if at + 1 < len(starts) else len(lines)
-            while end > start + 1 and re.fullmatch(r"\s*(#.*)?", lines[end - 1]):
-                end -= 1  # a remark above the next field belongs to that one
-            return [*lines[:start], *new, *lines[end:]]
-    while lines and not lines[-1].strip():
-        lines = lines[:-1]
-    return [*lines, *new]

@@ -17,5 +17,6 @@ companions    the files beside a model's weights: which of them come along
 layout        where each tensor of an output lies: shards, offsets, the index
 save          a safetensors file of lazy tensors
 atomic        an output appears whole, or not at all
+rewrite       files changed where they stand, all of them or none
 sizes         sizes in bytes, as people write them
 """

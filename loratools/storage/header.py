@@ -94,6 +94,16 @@ def read_header(path: Path) -> Header:
 
     Raises `BadFile` with one sentence that names the file and, where there is one, the tensor.
     """
+    try:
+        return _read_header(path)
+    except BadFile:
+        if path.with_name(f".{path.name}.edit").is_dir():  # of `storage/rewrite`
+            hint = f"Bring it to its end: loratools edit {path}"
+            raise BadFile(f"{path}: an edit of it was cut short", hint=hint) from None
+        raise
+
+
+def _read_header(path: Path) -> Header:
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(32)

@@ -13,8 +13,11 @@ from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.adapter.naming.compact import compact, natural
 from loratools.adapter.parts import factors_of
 from loratools.dialects import InMemory, Listing, detect, get, held, located, names
+from loratools.dialects._frame.facts import Facts, facts_of
+from loratools.dialects._frame.metadata import metadata_of
 from loratools.errors import BadFile
-from loratools.format.manifest import ORIGIN
+from loratools.format.manifest import METADATA_KEY, ORIGIN
+from loratools.storage.beside.cards import read_card
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.gguf.types import CODES
 from loratools.storage.header import TensorSpec
@@ -24,6 +27,7 @@ from loratools.storage.sources import Location, session
 if TYPE_CHECKING:
     from loratools.surgery.quantization import Quantization
 
+_CARD = "README.md"
 _Tensor = LazyTensor | TensorSpec
 
 
@@ -77,7 +81,8 @@ class AdapterSummary:
     """What an adapter is; `digest` is the one its file states, and `dtypes` counts its own tensors by dtype.
 
     `path` is as the call has it; of an open adapter it is the folder of its files. `peft_type` is PEFT's word for what
-    it is where that is another one than LORA, else None.
+    it is where that is another one than LORA, else None. `facts` are what its metadata say, `entries` those of the
+    headers of its files.
     """
 
     path: str
@@ -93,6 +98,8 @@ class AdapterSummary:
     provenance: tuple[Step, ...]
     type: str = "adapter"
     peft_type: str | None = None
+    facts: Facts = field(default_factory=Facts)
+    entries: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +107,9 @@ class CheckpointSummary:
     """What a model's files are; `schema` is the first tier of its base hash, `shards` maps file to what is in it.
 
     `architecture`, `model_type` and `quantization` are what its config.json says, or the fields and types of a GGUF
-    file, None where it is silent; `tied` is
-    too, or what its class does by default; `parent` is the model that a GGUF file says it was made from.
-    `record` is what loratools.json says of the merge that it came out of. `codes` says how a quantized model is, module
-    by module; None for any other.
+    file, None where it is silent; `tied` is too, or what its class does by default; `parent` is the model that a GGUF
+    file says it was made from. `record` is what loratools.json says of the merge that it came out of. `codes` says how
+    a quantized model is, module by module; None for any other.
     """
 
     path: str
@@ -157,7 +163,7 @@ def inspect(
         return describe_checkpoint(path, path.path)
     listing = Listing.of(path, need="header")
     if dialect is not None:
-        return describe_adapter(_read(listing, dialect), path, dialect, "named by the user")
+        return _described(listing, path, dialect, "named by the user")
     if not any(get(name).detect(listing) for name in names()):
         try:
             model = Checkpoint.open(listing.path)
@@ -170,17 +176,29 @@ def inspect(
             if not factors_of(model.specs):
                 return describe_checkpoint(model, path)
     dialect, evidence = detect(listing)
-    return describe_adapter(_read(listing, dialect), path, dialect, evidence.reason)
+    return _described(listing, path, dialect, evidence.reason)
 
 
-def _read(listing: Listing, dialect: str) -> Adapter:
+def _described(listing: Listing, path: Location, dialect: str, evidence: str) -> AdapterSummary:
     adapter = get(dialect).read(listing)
     listing.tell_unread(adapter)
-    return adapter
+    read, entries = {lazy.file for lazy in adapter.tensors().values() if lazy.file}, metadata_of(adapter)
+    for name in listing.weights:
+        if listing.folder / name in read and (header := listing.header(name)):
+            entries |= {key: value for key, value in header.metadata.items() if key != METADATA_KEY}
+    card = read_card(listing.folder / _CARD) if _CARD in listing.files else None
+    return describe_adapter(adapter, path, dialect, evidence, entries=entries, card=card)
 
 
-def describe_adapter(adapter: Adapter, path: Location, dialect: str, evidence: str = "") -> AdapterSummary:
-    """Summarize an open adapter; `path` is where it is said to lie."""
+def describe_adapter(
+    adapter: Adapter, path: Location, dialect: str, evidence: str = "", *, entries: Mapping[str, str] | None = None,
+    card: str | None = None,
+) -> AdapterSummary:  # fmt: skip
+    """Summarize an open adapter; `path` is where it is said to lie.
+
+    `entries` are those of its header (default: those that it carries), `card` the text of its README.md.
+    """
+    entries = metadata_of(adapter) if entries is None else entries
     modules = tuple(
         ModuleSummary(
             module, update.kind, update.rank, update.alpha, update.scaling, update.shape,
@@ -194,7 +212,8 @@ def describe_adapter(adapter: Adapter, path: Location, dialect: str, evidence: s
         replacements=tuple(_tensor(name, adapter.replacements[name]) for name in sorted(adapter.replacements)),
         total=_amount(tensors.values()), dtypes=_by_dtype(tensors.values()),
         base=adapter.base, digest=adapter.settings.get(ORIGIN, {}).get("digest"), provenance=adapter.provenance,
-        peft_type=adapter.settings.get("peft_type"),
+        peft_type=adapter.settings.get("peft_type"), entries=entries,
+        facts=facts_of(entries, adapter.base.id if adapter.base else None, card),
     )  # fmt: skip
 
 

@@ -58,7 +58,11 @@ def test_a_help_page_prints_each_option_once_with_its_meaning(name: str, capsys:
     told = "".join(page.split())
     for option in own(COMMANDS[name]).values():
         starts = [
-            line for line in lines if re.match(rf" +{', '.join(sorted(option.opts, key=len))}( [^a-z]| ?$|  |/)", line)
+            line
+            for line in lines
+            if re.match(
+                rf" +{', '.join(sorted(option.opts, key=lambda name: name.count('-', 0, 2)))}( [^a-z]| ?$|  |/)", line
+            )
         ]
         assert len(starts) == 1, (option.opts, starts)
         assert option.help

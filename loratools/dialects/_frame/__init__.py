@@ -7,6 +7,8 @@ build      a draft of what is read: tensors sorted by module and part, made into
 alphas     alphas that no tensor holds: those of the header, or none
 losses     what foreign layouts commonly cannot say of an adapter
 hashes     the hashes in a header, of the data alone
+facts      what the header entries say that people look for: trigger words, tags, steps, base
+places     where a fact stands in the files of each dialect
 metadata   the header entries of a file, which stay with an adapter from reading to writing
 numbers    single numbers in a file: alphas that are read, scalings that one value must stand for
 pickles    state dicts of `torch.save`

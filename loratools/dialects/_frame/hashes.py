@@ -23,16 +23,25 @@ def hashes(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str], names
     """
     if not names:
         return {}
-    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    at = len(save.header(tensors, training))
-    data, legacy = hashlib.sha256(), hashlib.sha256()
+    data = hashlib.sha256()
     for piece in save.pieces(tensors):
         data.update(piece)
-        first, last = max(_LEGACY_START - at, 0), _LEGACY_START + _LEGACY_LENGTH - at
-        if last > first:
-            legacy.update(piece[first:last])
-        at += len(piece)
-    every = dict(zip(SHS, (data.hexdigest(), legacy.hexdigest()[:8]), strict=True)) | {
+    every = dict(zip(SHS, (data.hexdigest(), legacy_hash(tensors, metadata)), strict=True)) | {
         MODELSPEC: f"0x{data.hexdigest()}"
     }
     return {name: every[name] for name in sorted(names)}
+
+
+def legacy_hash(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> str:
+    """Return `sshs_legacy_hash` of a file of tensors, of which no more than about a megabyte is read."""
+    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    at, stop = len(save.header(tensors, training)), _LEGACY_START + _LEGACY_LENGTH
+    hashed = hashlib.sha256()
+    for piece in save.pieces(tensors):
+        if at >= stop:
+            break
+        first, last = max(_LEGACY_START - at, 0), stop - at
+        if last > first:
+            hashed.update(piece[first:last])
+        at += len(piece)
+    return hashed.hexdigest()[:8]

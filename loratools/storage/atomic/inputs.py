@@ -47,6 +47,12 @@ def see(path: Path, status: os.stat_result | None = None) -> None:
         seen[key] = _stamp(status or path.stat())
 
 
+def forget(path: Path) -> None:
+    """Let go of an input that the task itself has changed."""
+    if (seen := _SEEN.get()) is not None:
+        seen.pop(path.absolute(), None)
+
+
 def check_unchanged(scratch: Path | None = None) -> None:
     """Raise `BadFile` with every input that is another than when it was opened; files in `scratch` are our own.
 

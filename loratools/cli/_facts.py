@@ -1,0 +1,58 @@
+"""What metadata say of an adapter, as lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from loratools.cli import _show as show
+
+if TYPE_CHECKING:
+    from loratools.dialects._frame.facts import Facts
+
+_LONGEST = 300
+"""Characters of a value that is shown; pictures and tags of large data sets have a million."""
+_MOST = 200
+"""Entries that are shown."""
+_TAGS = 10
+
+
+def fact_lines(facts: Facts, *, base: bool = True) -> Iterator[tuple[str, str | None]]:
+    """Yield name and value of every fact, None where the metadata are silent; `base` says whether that is one."""
+    tags = ", ".join(f"{tag} ({count})" for tag, count in facts.frequent_tags[:_TAGS])
+    more = facts.tags_in_all - min(len(facts.frequent_tags), _TAGS)
+    yield "title", _clip(facts.title)
+    yield "trigger words", _clip(", ".join(facts.trigger))
+    yield "tags", _clip(", ".join(facts.tags))
+    yield "frequent tags", _clip(f"{tags} and {more} more" if more else tags)
+    yield "base model", _clip(facts.base) if base else None
+    yield "family", _clip(facts.family)
+    yield "resolution", _clip(facts.resolution)
+    trained = ((facts.steps, "steps"), (facts.epochs, "epochs"), (facts.images, "images"))
+    yield "training", ", ".join(f"{show.exact(count)} {what}" for count, what in trained if count is not None) or None
+    yield "learning rate", _clip(facts.learning_rate)
+    yield "date", _clip(facts.date)
+    yield "trained with", _clip(facts.trained_with)
+    yield "description", _clip(facts.description)
+    yield "author", _clip(facts.author)
+    yield "license", _clip(facts.license)
+    yield "comment", _clip(facts.comment)
+    yield "thumbnail", f"{facts.thumbnail[0]}, {show.size(facts.thumbnail[1])}" if facts.thumbnail else None
+
+
+def entry_lines(entries: Mapping[str, str]) -> Iterator[str]:
+    """Yield a line for each entry of a header, its value cut where it is long."""
+    yield f"{len(entries)} entries in the header:"
+    for key in sorted(entries)[:_MOST]:
+        yield f"  {_clip(key)} = {_clip(entries[key])}"
+    if len(entries) > _MOST:
+        yield f"  and {len(entries) - _MOST} more"
+
+
+def bounded(entries: Mapping[str, str]) -> dict[str, str]:
+    """Return entries for a JSON document, of which none is longer than a line can be."""
+    return {key: show.clipped(value, show.LONGEST) for key, value in entries.items()}
+
+
+def _clip(text: str | None) -> str | None:
+    return show.clipped(text, _LONGEST) if text else None
