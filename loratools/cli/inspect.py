@@ -194,9 +194,9 @@ def _few(targets: Sequence[str]) -> str:
 def _made(record: Mapping[str, Any] | None) -> str:
     if record is None:
         return "none stated"
-    adapters = record.get("adapters")
-    of = f" of {len(adapters)} adapter(s)" if isinstance(adapters, list) else ""
-    return f"{record.get('operation')}{of}, by {record.get('tool')}"
+    from loratools.format.record import made_by
+
+    return made_by(record)
 
 
 def _base(base: BaseIdentity | None) -> list[str]:

@@ -16,9 +16,11 @@ from loratools.adapter.kinds import Update
 from loratools.adapter.model import HEADER, Adapter, AdapterInput, BaseIdentity
 from loratools.errors import OutputRefused
 from loratools.format.manifest import LAYERS, public, usual
+from loratools.storage.beside.paths import public_entries
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.companions import RECORD
 from loratools.storage.gguf.container import read_container
+from loratools.storage.sources import origin
 from loratools.storage.strict_json import MAX_INDEX, parse_json_object, read_json
 from loratools.version import __version__
 
@@ -48,18 +50,23 @@ def of_merge(base: Checkpoint, inputs: Sequence[AdapterInput], turned: Sequence[
 
     `turned` has for each adapter the modules whose weights the base stores (in, out); () where that is not known.
     """
-    name = one_name([each.adapter.base.id for each in inputs if each.adapter.base and each.adapter.base.id])
+    own, revision = origin(base.path)
+    named = one_name([each.adapter.base.id for each in inputs if each.adapter.base and each.adapter.base.id])
+    name = own if revision else named  # a folder's name tells less than an adapter may know
     adapters = []
     for i, each in enumerate(inputs):
         updates = each.adapter.updates.values()
-        entry = {"digest": each.digest, "weight": each.weight, "dialect": each.adapter.dialect, "modules": len(updates)}
+        entry: dict[str, Any] = {"id": each.name} if each.name else {}
+        entry |= {"revision": each.commit} if each.commit else {}
+        entry |= {"digest": each.digest, "weight": each.weight, "dialect": each.adapter.dialect}
+        entry["modules"] = len(updates)
         entry["kinds"] = ", ".join(sorted({update.kind for update in updates}))
         entry["ranks"] = ", ".join(map(str, sorted({update.rank for update in updates})))
         entry |= {WORDS: each.words} if each.words else {}
-        said = each.adapter.settings.get(HEADER)
+        said = public_entries(each.adapter.settings.get(HEADER) or {})
         entry |= _applied(each.adapter) | ({TURNED: list(turned[i])} if turned else {})
         adapters.append(entry | ({SAYS: dict(said)} if said else {}))
-    identity = {"id": name and public(name), "schema": base.schema()}
+    identity = {"id": name and public(name), "schema": base.schema()} | ({"revision": revision} if revision else {})
     return {"schema": 1, "operation": "merge", "tool": TOOL, "base": identity, "adapters": adapters}
 
 
@@ -165,3 +172,12 @@ def refuse_second_merge(base: Checkpoint, digests: Sequence[str], taken: Sequenc
             f"{base.path} already is a merge of this adapter ({again[0]}); merging again would apply it twice",
             hint=f"Merge into the base model instead, or remove {where} if you mean it.",
         )
+
+
+def made_by(record: Mapping[str, Any]) -> str:
+    """Return in words what made a model: the operation, how many adapters it holds, by which program."""
+    adapters, removed = record.get("adapters"), record.get("removed")
+    of = f" of {len(adapters)} adapter(s)" if isinstance(adapters, list) and adapters else ""
+    out = f", {len(removed)} taken out" if isinstance(removed, list) and removed else ""
+    how = "approximate " if record.get("approximate") else ""
+    return f"{how}{record.get('operation')}{of}{out}, by {record.get('tool')}"

@@ -24,6 +24,7 @@ from typing import Any, Literal
 from loratools.errors import HubError
 from loratools.storage.beside.cards import cut
 from loratools.storage.beside.front import data_of, parted, with_field
+from loratools.storage.beside.paths import without_homes, without_paths
 
 Side = Literal["local", "hub"]
 
@@ -81,6 +82,18 @@ def merged(
     return "\n".join(["---", *front, "---", "", f"{text}{mark}\n{section.strip()}\n<!-- /loratools card -->", ""])
 
 
+def public(readme: str) -> str:
+    """Return a README.md without local paths: none in its front matter, and none of somebody's home in its text."""
+    card = parse(readme)
+    front = [without_paths(line) for line in card.front]
+    whole = readme.replace("\r\n", "\n")
+    head = "\n".join(["---", *card.front, "---"])
+    if card.front and head in whole:
+        before, _, after = whole.partition(head)
+        return before + "\n".join(["---", *front, "---"]) + without_homes(after)
+    return without_homes(whole)
+
+
 def _choose(ours: Card, theirs: Card, has_local: bool, has_remote: bool, keep: Side | None) -> Card:
     if not has_local or not has_remote:
         return ours if has_local else theirs
@@ -106,8 +119,15 @@ def _front(card: Card, facts: Mapping[str, Any], force: Mapping[str, Any]) -> li
         if name == "tags":
             tags = present.get("tags") or []
             tags = tags if isinstance(tags, list) else [tags]
-            if missing := [tag for tag in value if tag not in tags]:
-                lines = with_field(lines, name, [*tags, *missing])
+            of_base = any(_is_base(tag) for tag in value)
+            kept = [tag for tag in tags if not (of_base and _is_base(tag) and tag not in value)]
+            if (joined := [*kept, *(tag for tag in value if tag not in kept)]) != tags:
+                lines = with_field(lines, name, joined)
         elif present.get(name) is None or (name in force and present[name] != value):
             lines = with_field(lines, name, value)
     return lines
+
+
+def _is_base(tag: object) -> bool:
+    """Tell whether a tag names a base model, as `base_model:adapter:org/name` does."""
+    return isinstance(tag, str) and tag.startswith("base_model:")

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loratools.adapter.identity import same_name
 from loratools.errors import BadFile, LoraToolsError
 from loratools.format.manifest import is_path
+from loratools.format.record import held
 from loratools.hub import card as cards
 from loratools.hub import files, section
 from loratools.hub.client import Hub
@@ -174,15 +176,30 @@ def card_for(
         text = section.checkpoint_section(summary, target.repo, subject.base_model, file)
     stated = [cards.parse(readme).data() for readme in (local, remote) if readme]
     force: dict[str, Any] = {"license": license} if license else {}
-    by_path = any(is_path(str(front.get("base_model", ""))) for front in stated)
-    if subject.base_model and (subject.base_given or by_path):
-        force["base_model"] = subject.base_model
+    force |= _of_base(subject, stated, notes)
+    if local is not None and (public := cards.public(local)) != local:
+        notes.append("README.md names paths of a machine; the card has the names that they end with")
+        local = public
     if license or any(front.get("license") for front in stated):
         facts = {name: value for name, value in facts.items() if not name.startswith("license")}
     written = cards.merged(local, remote, facts, text, force=force, keep=keep)
     if not any(line.startswith("license:") for line in cards.parse(written).front):
         notes.append("the card states no licence: neither the base model nor README.md has one; give it with --license")
     return written, notes
+
+
+def _of_base(subject: Subject, stated: list[dict[str, Any]], notes: list[str]) -> dict[str, Any]:
+    """Return the base model that the card has whatever a person's text says: that of the files, and never a path."""
+    fields = [front.get("base_model") for front in stated]
+    told = {str(name) for field in fields for name in (field if isinstance(field, list) else [field]) if name}
+    if subject.base_model is None:
+        return {"base_model": None, "base_model_relation": None} if any(map(is_path, told)) else {}
+    others = sorted(name for name in told if same_name(name, subject.base_model) is False)
+    if others and not subject.base_given and not any(map(is_path, others)):
+        notes.append(f"README.md names the base model {', '.join(others)}; the files say {subject.base_model}")
+    wrong = told != {subject.base_model} if subject.kind == "adapter" else others and held(subject.record)
+    forced = subject.base_given or any(map(is_path, told)) or (told and wrong)
+    return {"base_model": subject.base_model} if forced else {}
 
 
 def _base_card(hub: Hub, base_model: str | None, notes: list[str]) -> Mapping[str, Any]:

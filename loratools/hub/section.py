@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from loratools.adapter.naming.image import readings
+from loratools.format.record import made_by
 from loratools.storage.beside.cards import code
 from loratools.surgery.inspect import AdapterSummary, CheckpointSummary
 
@@ -37,7 +38,7 @@ def checkpoint_facts(
     summary: CheckpointSummary, base_model: str | None, record: Mapping[str, Any], base_card: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the front matter of a model's card; `record` is that of the merge that made it, if one did."""
-    adapters = record.get("adapters") if record.get("operation") in ("merge", "switch") else None
+    adapters = record.get("adapters") if record.get("operation") in ("merge", "switch", "unmerge") else None
     several = isinstance(adapters, list) and len(adapters) > 1
     return _known(
         base_card,
@@ -78,6 +79,7 @@ def checkpoint_section(summary: CheckpointSummary, repo: str, base_model: str | 
         ("parameters", f"{summary.total.parameters:,}"),
         ("dtypes", ", ".join(summary.dtypes)),
         ("schema hash", code(summary.schema)),
+        *([("made by", code(made_by(record)))] if (record := summary.record) else []),
     ]
     lines = ["## The model", "", *_table(("", ""), rows)]
     if file:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 
 Location = str | os.PathLike[str]
 """A path, or a reference. A reference is a text: a `Path` has lost one of its slashes."""
+
+_REFERENCE = re.compile(r"[a-z]+://([^/@]+/[^/@]+)(?:@([^/]+))?")
+_CACHED = re.compile(r"/models--(?:([^/]+?)--)?([^/]+)/snapshots/([0-9a-f]{7,64})(?:/|\Z)")
+_GENERIC = {"adapter_model", "adapters", "model", "pytorch_model", "pytorch_lora_weights", "diffusion_pytorch_model"}
+_FILES = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".npz", ".ckpt"}
 
 Need = Literal["adapter", "checkpoint", "header"]
 """What of an input will be read: an adapter's files, a model's, or the headers of either."""
@@ -127,6 +133,23 @@ def session(fetching: Fetching | None = None) -> Iterator[Session]:
     finally:
         _CURRENT.reset(token)
         current.close()
+
+
+def origin(path: Path) -> tuple[str, str | None]:
+    """Return what an input is called where nobody knows this machine, and its commit where it came from the Hub.
+
+    That is the repository of what a reference named, which lies in the Hub's cache or in a folder of this task; else
+    the name of its folder, or of its file where that says more than `adapter_model`.
+    """
+    whole = path.absolute()
+    current = _CURRENT.get()
+    for place, reference in (current.names if current else {}).items():
+        if whole.is_relative_to(place) and (match := _REFERENCE.match(reference)):
+            return match[1], match[2]
+    if match := _CACHED.search(whole.as_posix()):
+        return "/".join(filter(None, (match[1], match[2]))), match[3]
+    generic = whole.suffix and whole.name.partition(".")[0].partition("-")[0] in _GENERIC
+    return (whole.parent.name if generic else whole.stem if whole.suffix in _FILES else whole.name) or "unnamed", None
 
 
 def refuse_pointer(begin: bytes, path: Path) -> None:

@@ -138,7 +138,8 @@ def _open(adapter: AdapterSource, weight: float, base: Checkpoint) -> AdapterInp
         return AdapterInput(value, weight, checked_digest(value, "adapter"))
     path = sources.local(adapter)
     opened = dialects.open_adapter(path, base=base)
-    return AdapterInput(opened, weight, checked_digest(opened, str(path)), path)
+    name, commit = sources.origin(path)
+    return AdapterInput(opened, weight, checked_digest(opened, str(path)), path, name=name, commit=commit)
 
 
 def in_a_file(adapter: Adapter) -> Adapter:

@@ -1,6 +1,7 @@
 """push, pull and hf:// on the command line, each in a process of its own, against the local Hub."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -73,14 +74,23 @@ def test_merging_from_the_hub_is_merging_here(hub: LocalHub, line: Callable, wor
     for command in ("loratools merge base adapter -o here", f"loratools merge hf://lab/base hf://{REPO}@main -o there"):
         done = line(command)
         assert done.code == 0, done.err
-    here, there = contents(workplace / "here"), contents(workplace / "there")
-    records = [json.loads(each.pop("loratools.json")) for each in (here, there)]
+    there, here = contents(workplace / "there"), contents(workplace / "here")
+    records = [json.loads(model.pop("loratools.json")) for model in (there, here)]
+    cards = [model.pop("README.md").decode() for model in (there, here)]
     assert there == here
-    made = [each.pop("recipe")["inputs"] for each in records]
-    assert records[0] == records[1]
-    assert {name: made[1]["base"].pop(name) for name in ("hub", "commit")}["hub"] == "lab/base"
-    assert {name: made[1]["adapters"][0].pop(name) for name in ("hub", "commit")}["hub"] == REPO
+    made = [record.pop("recipe")["inputs"] for record in records]
+    assert {name: made[0]["base"].pop(name) for name in ("hub", "commit")}["hub"] == "lab/base"
+    assert {name: made[0]["adapters"][0].pop(name) for name in ("hub", "commit")}["hub"] == REPO
     assert made[0] == made[1]
+    # What came from the Hub is recorded by repository and commit, what lay in a folder by the folder's name.
+    (base, adapter), (own, other) = ((record["base"], record["adapters"][0]) for record in records)
+    assert (base["id"], adapter["id"], other["id"]) == ("lab/base", REPO, "adapter")
+    for entry in (base, adapter):
+        assert re.fullmatch("[0-9a-f]{40}", entry["revision"])
+        assert f"`{entry['id']}` at `{entry['revision']}`" in cards[0]
+    assert "revision" not in own | other
+    assert adapter["digest"] == other["digest"]
+    assert str(workplace) not in "".join(cards) + json.dumps(records)
 
 
 def test_inspect_and_hash_from_afar(hub: LocalHub, line: Callable, workplace: Path) -> None:

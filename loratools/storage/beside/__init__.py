@@ -5,6 +5,7 @@ along        names of the files that may come along
 links        symbolic links, and where they may lead
 templates    chat templates in all their forms
 cards        model cards as text, and sections cut out of them
+paths        local paths in texts
 front        the front matter of a card, field by field
 plain_yaml   YAML of names and plain values
 vocabulary   how many tokens a tokenizer has

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from loratools.storage.beside.paths import without_paths
 from loratools.surgery.edit.pictures import bare_uri
 
 _WHOLE: Mapping[str, str] = {
@@ -45,12 +46,6 @@ DECISIVE_FIELDS = frozenset({
 })  # fmt: skip
 """Fields of configs and manifests that say what the tensors are; some are patterns, and look like paths."""
 
-_END = r"\s\"'<>|`;,)(\]\[}{*?"
-_PATH = re.compile(
-    rf"(?:file:/*)?(?<![\w/\\.~%-])(?:~(?:/[^/{_END}:]+)+|\.{{1,2}}(?:/[^/{_END}:]+)+|(?:/[^/{_END}:]+){{2,}})/?"
-    rf"|(?<![A-Za-z0-9])[A-Za-z]:[\\/][^{_END}:]*|\\\\[\w.$-]+\\[^{_END}:]*"
-)
-_ALL_PATH = re.compile(r"(?:file:|~?/|\.{1,2}/|[A-Za-z]:[\\/]|\\\\)[^\n]*")
 _MAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){0,8}\.[A-Za-z]{2,24}\b")
 _HOME = re.compile(r"(?:/home/|/Users/|[A-Za-z]:\\Users\\|[A-Za-z]:/Users/)([^/\\\s\"':;,]+)")
 _NOBODY = frozenset(
@@ -142,16 +137,13 @@ def _scrubbed(text: str, names: frozenset[str], reasons: list[str]) -> str:
         reasons += ["what a picture says of its making"] if bare != text else []
         return bare
 
-    def last(match: re.Match[str]) -> str:
-        reasons.append("a local path")
-        return re.split(r"[/\\]", match[0].rstrip("/\\"))[-1].removeprefix("file:").lstrip("~.")
-
     def gone(match: re.Match[str]) -> str:
         reasons.append("a mail address" if "@" in match[0] else "a name")
         return ""
 
-    whole = _ALL_PATH.fullmatch(text) if " /" not in text and len(text) > 1 else None
-    text = last(whole) if whole else _PATH.sub(last, text)
+    if (public := without_paths(text)) != text:
+        reasons.append("a local path")
+        text = public
     text = _MAIL.sub(gone, text)
     if names:
         called = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))

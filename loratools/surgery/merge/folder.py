@@ -61,13 +61,12 @@ def write_companions(plan: MergePlan, beside: Companions, record: Mapping[str, A
 def card(text: str, record: Mapping[str, Any]) -> str:
     """Return a model card with a section on this merge; a person's own text stays as it is."""
     rows = "\n".join(
-        f"| {code(adapter.get('id') or 'adapter')} | {adapter['kinds']} | {adapter['ranks']} | {_weight(adapter)} "
-        f"| `{adapter['digest']}` |"
+        f"| {_named(adapter)} | {adapter['kinds']} | {adapter['ranks']} | {_weight(adapter)} | `{adapter['digest']}` |"
         for adapter in record["adapters"]
     )
     base = record["base"]
     identity = base.get("id")
-    named = code(identity) if identity else "named below by its hash"
+    named = _named(base) if identity else "named below by its hash"
     of_base = f"the base model {named} (schema hash `{base['schema']}`)"
     table = f":\n\n| adapter | kind | rank | weight | digest |\n|---|---|---|---|---|\n{rows}\n\n" if rows else ".\n\n"
     table += _words(record)
@@ -77,10 +76,11 @@ def card(text: str, record: Mapping[str, Any]) -> str:
     elif ERROR in record:
         holds = "with these adapters" if rows else "without an adapter"
         how = (
-            f"Adapters were taken out by subtraction: no element is further than {record[ERROR]:.3g} from the base "
-            f"model {holds}. "
+            f"Adapters were taken out by subtraction, which is approximate: no element is further than "
+            f"{record[ERROR]:.3g} from the base model {holds}. "
         )
-        made = f"Made with {record['tool']} from a merge into {of_base}{table}"
+        what = "switch" if record.get("operation") == "switch" else "unmerge"
+        made = f"An approximate {what} with {record['tool']}, of a merge into {of_base}{table}"
     else:
         how = "W' = W + Σ weight·scaling·B·A in float32, rounded once. "
         made = f"Merged with {record['tool']} from {of_base}{table}"
@@ -88,11 +88,18 @@ def card(text: str, record: Mapping[str, Any]) -> str:
         f"<!-- loratools merge -->\n## How this model was made\n\n{made}{how}The whole record: `{RECORD}`.\n"
         "<!-- /loratools merge -->\n"
     )
-    operation = "dequantize" if record.get("operation") == "dequantize" else "merge"
-    front = f"base_model: {json.dumps(identity)}\nbase_model_relation: merge\n" if identity else ""
-    alone = f"---\n{front}library_name: transformers\ntags: [loratools, {operation}]\n---"
+    relation = "base_model_relation: merge\n" if rows else ""
+    front = f"base_model: {json.dumps(identity)}\n{relation}" if identity else ""
+    tag = "merge" if rows else record.get("operation", "merge")
+    alone = f"---\n{front}library_name: transformers\ntags: [loratools, {tag}]\n---"
     own = cut(text, *_SECTION)[0].rstrip("\n")
     return f"{own or alone}\n\n{section}"
+
+
+def _named(entry: Mapping[str, Any]) -> str:
+    """Return the name of an adapter or a base in a record, and its commit where it is one of the Hub."""
+    at = f" at {code(str(entry['revision']))}" if entry.get("revision") else ""
+    return code(str(entry.get("id") or "adapter")) + at
 
 
 def _words(record: Mapping[str, Any]) -> str:
