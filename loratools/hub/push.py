@@ -20,6 +20,7 @@ from loratools.hub.upload import Committed, Target, Uploader, look
 from loratools.options import Options
 from loratools.parallel import Progress, no_progress
 from loratools.storage.beside.cards import MAX_CARD, read_bytes
+from loratools.storage.beside.paths import paths_in
 from loratools.storage.sources import Location, as_path
 from loratools.surgery.inspect import AdapterSummary
 
@@ -116,6 +117,9 @@ def prepare(
     text, notes = card_for(hub, subject, target, license, card)
     if subject.kind == "adapter" and not subject.task:
         notes.append("the adapter states no task_type, so the Hub shows no code to load it")
+    if isinstance(subject.summary, AdapterSummary) and (private := _private(subject.summary.entries)):
+        shown = ", ".join(private[:8]) + (" …" if len(private) > 8 else "")
+        notes.append(f"the header names paths of a machine ({shown}): loratools edit {path} --strip takes them out")
     if subject.left_out:
         shown = ", ".join(subject.left_out[:8]) + (" …" if len(subject.left_out) > 8 else "")
         notes.append(f"{len(subject.left_out)} file(s) are no part of it and stay here: {shown}")
@@ -186,6 +190,11 @@ def card_for(
     if not any(line.startswith("license:") for line in cards.parse(written).front):
         notes.append("the card states no licence: neither the base model nor README.md has one; give it with --license")
     return written, notes
+
+
+def _private(entries: Mapping[str, str]) -> list[str]:
+    """Return the entries of a header that hold local paths."""
+    return [name for name, value in sorted(entries.items()) if paths_in(value)]
 
 
 def _of_base(subject: Subject, stated: list[dict[str, Any]], notes: list[str]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from loratools.errors import BadFile, HubError
-from loratools.hub.card import merged, parse
+from loratools.hub.card import merged, parse, public
 from tests.hub.server import LocalHub
 from tests.hub.server import card as the_hubs
 from tests.hub.trips import REPO, send
@@ -231,3 +231,46 @@ def test_a_merged_model(hub: LocalHub, workplace: Path) -> None:
     assert {"merge", "loratools"} <= set(data["tags"])  # type: ignore[call-overload]
     assert "## How this model was made" in text
     assert the_hubs.check(text) == ([], [])
+
+
+def test_paths_are_cut_to_the_names_that_they_end_with() -> None:
+    text = "Run `/usr/bin/env x`, see /home/ann/notes/a.txt.\n"
+    readme = f"---\nbase_model: /srv/models/x\ndatasets: [C:\\data\\y]\n---\n{text}"
+    assert public(readme) == "---\nbase_model: x\ndatasets: [y]\n---\nRun `/usr/bin/env x`, see a.txt.\n"
+    assert public("text https://a.org/b/c\n") == "text https://a.org/b/c\n"
+
+
+def test_one_base_model_and_it_is_that_of_the_config(hub: LocalHub, workplace: Path) -> None:
+    from tests.make import tiny
+
+    tiny.save_peft(workplace / "own", tiny.lora_factors(), base="lab/base")
+    (workplace / "own" / "README.md").write_text(
+        "---\nbase_model: other/base\ntags: ['base_model:adapter:other/base', mine]\n---\nSee /home/ann/x/notes.txt\n"
+    )
+    hub.seed("lab/base", {})
+    notes = send(workplace / "own").notes
+    text = hub.files(REPO)["README.md"].decode()
+    data = front(text)
+    assert data["base_model"] == "lab/base"
+    assert data["tags"] == ["mine", "base_model:adapter:lab/base", "lora", "loratools", "transformers"]
+    assert "other" not in text
+    assert "ann" not in text
+    assert any("names the base model other/base" in note for note in notes)
+    assert any("paths of a machine" in note for note in notes)
+
+
+def test_an_approximate_unmerge_is_called_that(hub: LocalHub, workplace: Path) -> None:
+    from loratools import inspect, merge, unmerge
+
+    merge(workplace / "base", workplace / "adapter", workplace / "m")
+    unmerge(workplace / "m", workplace / "adapter", workplace / "u")
+    card = (workplace / "u" / "README.md").read_text()
+    assert "An approximate unmerge with loratools" in card
+    assert front(card)["tags"] == ["loratools", "unmerge"]
+    assert "base_model_relation" not in front(card)
+    summary = inspect(workplace / "u")
+    assert summary.type == "checkpoint"
+    send(workplace / "u")
+    text = hub.files(REPO)["README.md"].decode()
+    assert "| made by | `approximate unmerge, 1 taken out, by loratools" in text
+    assert "merge" not in front(text)["tags"]  # type: ignore[operator]

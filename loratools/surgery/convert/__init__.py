@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loratools import dialects
+from loratools.adapter.identity import same_name
 from loratools.adapter.model import Adapter, AdapterInput, BaseIdentity, Loss, Step
 from loratools.adapter.naming.wrappers import Names
 from loratools.adapter.placement.codes import refuse_codes
@@ -30,7 +31,7 @@ from loratools.format.manifest import NO_DIGEST
 from loratools.format.record import TOOL
 from loratools.options import Options, TrainedOn
 from loratools.parallel import Progress
-from loratools.storage import atomic
+from loratools.storage import atomic, sources
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import encodings, logical, stored_names
 from loratools.storage.lazy import LazyTensor
@@ -216,6 +217,9 @@ def seal(adapter: Adapter, base: Checkpoint, progress: Progress | None = None) -
     hashes = hash_checkpoint(base.stored or base, progress=progress)
     coded = {base.origin(name): base.specs[name] for name in touched if base.specs[name].encoding}
     stated = adapter.base or BaseIdentity()
+    name, commit = sources.origin(base.path)
+    if commit and (stated.id is None or same_name(stated.id, name) is not False):
+        stated = replace(stated, id=name, revision=commit)
     digests = {name: hashes.tensors[name] for name in sorted(set().union(*stored.values()))}
     identity = BaseIdentity(
         stated.id, stated.revision, hashes.schema, digests, hashes.root, base.model_type,

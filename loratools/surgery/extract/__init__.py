@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratools import dialects
+from loratools.adapter.identity import one_name
 from loratools.adapter.naming.selection import Selection
 from loratools.adapter.placement.codes import refuse_other_codes
 from loratools.decisions import warned
@@ -37,7 +38,7 @@ from loratools.storage import atomic
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import logical
 from loratools.storage.dtypes import FloatName
-from loratools.storage.sources import Location, session
+from loratools.storage.sources import Location, origin, session
 from loratools.surgery.extract.assemble import Outcome, assemble, companion_files, dropped_energy
 from loratools.surgery.extract.layers import Total, total
 from loratools.surgery.extract.options import ExtractOptions
@@ -112,7 +113,8 @@ def extract(
         seed: A whole number that chooses the random sketches. Default: 0.
         tolerance: By which share a layer's squared error may exceed the optimum, about. Default: 6e-4.
         tight: Whether to spend about as much again on bounds that are far tighter. Default: no.
-        base_id: Name of the base model to record, such as `"org/model"`. Default: its hash alone.
+        base_id: Name of the base model to record, such as `"org/model"`. Default: its repository and commit where it
+            came from the Hub, else the name of its folder, or the one on the Hub that the fine-tune says it had.
         threads: Threads to work with; another number may change the last bits of factors. Default: one per core.
         force: Whether to replace an output that exists. Default: no.
         progress: Called with the bytes read since the last call, from any thread. Default: nobody is told.
@@ -153,7 +155,8 @@ def extract(
         spool = Spool(scratch / ".factors")
         work = Sweep(base, tuned, pairing, options, spool, progress or no_progress, coded)
         outcomes, hashes = work.run(threads or cores())
-        identity = replace(hashes[0], id=base_id)
+        name, commit = (base_id, None) if base_id else _named(base, tuned)
+        identity = replace(hashes[0], id=name and manifest.public(name), revision=commit)
         adapter, accounts, card, notes = assemble(base, tuned, pairing, outcomes, identity, hashes[1], options)
         _refuse_empty(base, tuned, accounts)
         target = scratch / "adapter"
@@ -178,6 +181,15 @@ def extract(
 def plan(base: ModelSource, tuned: ModelSource, selection: Selection | None = None) -> Pairing:
     """Return what would become of every tensor if it had changed, from headers alone; parameters as of `extract`."""
     return pair(logical(open_model(base)), logical(open_model(tuned)), selection or Selection())
+
+
+def _named(base: Checkpoint, tuned: Checkpoint) -> tuple[str | None, str | None]:
+    """Return the name of the base model, and its commit where it came from the Hub."""
+    name, commit = origin(base.path)
+    stated = tuned.config.get("_name_or_path")
+    if commit or not isinstance(stated, str) or not stated:
+        return name, commit
+    return one_name([name, stated]) or name, None
 
 
 def _tell_quantized(base: Checkpoint, tuned: Checkpoint, pairing: Pairing) -> None:

@@ -221,8 +221,8 @@ def _card(identity: BaseIdentity, outcomes: tuple[Outcome, ...], layers: list[La
     return (
         "---\n" + "\n".join(head) + "\n---\n\n"
         "# Extracted from a full fine-tune\n\n"
-        f"Made by `loratools extract-svd` from the base model {identity.id or 'named by its hash'} "
-        f"(`{identity.root}`).\n\n"
+        f"Made by `loratools extract-svd` from the base model {identity.id or 'named by its hash'}"
+        f"{f' at {identity.revision}' if identity.revision else ''} (`{identity.root}`).\n\n"
         f"| tensors | count |\n|---|---|\n{rows}\n\n"
         f"Of the change in the {sums.layers} factored layers, {sums.captured:.2%} of the energy is kept; the relative "
         f"error is {sums.error:.4f}. The certificate of each layer is in the header of the safetensors file.\n"

@@ -20,6 +20,9 @@ from loratools.surgery.merge.components import restated
 from loratools.surgery.merge.single import write_record
 
 _TRIGGERS = ("modelspec.trigger_phrase", "ss_trigger_words", "trigger_words", "trigger_word", "trigger_phrase")
+_ALONE = re.compile(
+    r"---\n(?:base_model: .*\n)?(?:base_model_relation: merge\n)?library_name: transformers\ntags: \[loratools, [a-z]+\]\n---"
+)  # the front matter that a record alone made
 _SECTION = re.compile("<!-- loratools merge -->"), "<!-- /loratools merge -->", "\n"
 
 
@@ -93,6 +96,7 @@ def card(text: str, record: Mapping[str, Any]) -> str:
     tag = "merge" if rows else record.get("operation", "merge")
     alone = f"---\n{front}library_name: transformers\ntags: [loratools, {tag}]\n---"
     own = cut(text, *_SECTION)[0].rstrip("\n")
+    own = "" if _ALONE.fullmatch(own) else own
     return f"{own or alone}\n\n{section}"
 
 

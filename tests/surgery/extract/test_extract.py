@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,23 @@ def test_adapter_is_sealed_with_the_base(models: tuple[Path, Path], tmp_path: Pa
     made, base = open_adapter(tmp_path / "out").base, hash_checkpoint(Checkpoint.open(models[0]))
     assert made is not None
     assert (made.id, made.root, made.schema, made.tensors) == ("org/model", base.root, base.schema, base.tensors)
+
+
+@pytest.mark.parametrize(
+    ("stated", "named"),
+    [(None, "base"), ("org/base", "org/base"), ("org/another", "base"), ("/home/ann/base", "base")],
+)
+def test_the_base_is_named_by_its_folder_or_as_the_fine_tune_has_it(
+    models: tuple[Path, Path], tmp_path: Path, stated: str | None, named: str
+) -> None:
+    base, tuned = (shutil.copytree(model, tmp_path / name) for model, name in zip(models, ("base", "t"), strict=True))
+    config = json.loads((tuned / "config.json").read_text()) if (tuned / "config.json").is_file() else {}
+    (tuned / "config.json").write_text(json.dumps(config | ({"_name_or_path": stated} if stated else {})))
+    extract(base, tuned, tmp_path / "out", Ranks(Fixed(2)))
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == named
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f'base_model: "{named}"' in card
+    assert str(tmp_path) not in card
 
 
 def test_energy_and_ratio_choose_the_least_rank(models: tuple[Path, Path], tmp_path: Path) -> None:
