@@ -20,9 +20,10 @@ from loratools.surgery.merge.components import restated
 from loratools.surgery.merge.single import write_record
 
 _TRIGGERS = ("modelspec.trigger_phrase", "ss_trigger_words", "trigger_words", "trigger_word", "trigger_phrase")
-_ALONE = re.compile(
-    r"---\n(?:base_model: .*\n)?(?:base_model_relation: merge\n)?library_name: transformers\ntags: \[loratools, [a-z]+\]\n---"
-)  # the front matter that a record alone made
+_FRONT = (
+    r"(?:base_model: .*\n)?(?:base_model_relation: merge\n)?library_name: transformers\ntags: \[loratools, [a-z]+\]\n"
+)
+_ALONE = re.compile(f"---\n{_FRONT}---")  # the front matter that a record alone made
 _SECTION = re.compile("<!-- loratools merge -->"), "<!-- /loratools merge -->", "\n"
 
 
