@@ -202,7 +202,7 @@ class AdapterInput:
     `adapter` is replaced as the call goes on: by one under the base's names, without copies, with untied heads.
     `words` are the weight of each module, which are in the scalings already; `weight` is 1 then.
     `digest` stays that of the adapter as it was read. `path` is None for an adapter that came open. `name` is what it
-    is called elsewhere: the repository of one from the Hub, whose `commit` is known then, or the name of its folder.
+    is called elsewhere: the repository of one from the Hub, whose `commit` is known then, or the title in its file.
     """
 
     adapter: Adapter

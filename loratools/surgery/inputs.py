@@ -19,6 +19,8 @@ from loratools.adapter.placement.image import named_for
 from loratools.adapter.weights import Weight
 from loratools.adapter.weights.scaled import scaled
 from loratools.decisions import warned
+from loratools.dialects._frame.facts import facts_of
+from loratools.dialects._frame.metadata import metadata_of
 from loratools.errors import InvalidOption, UnsupportedAdapter
 from loratools.format.digest import checked_digest
 from loratools.options import is_finite
@@ -138,7 +140,8 @@ def _open(adapter: AdapterSource, weight: float, base: Checkpoint) -> AdapterInp
         return AdapterInput(value, weight, checked_digest(value, "adapter"))
     path = sources.local(adapter)
     opened = dialects.open_adapter(path, base=base)
-    name, commit = sources.origin(path)
+    repository, commit = sources.origin(path)
+    name = repository if commit else facts_of(metadata_of(opened)).title  # a folder may have any name
     return AdapterInput(opened, weight, checked_digest(opened, str(path)), path, name=name, commit=commit)
 
 

@@ -154,6 +154,8 @@ def variants(command: str, types_of: Types) -> list[dict[str, Schema]]:
             return [fields("surgery.dequantize:DequantizeReport")]
         case "dialects":
             return [{"dialects": listed(of("dialects:DialectSummary"))}]
+        case "edit":
+            return [fields("surgery.edit:Edit")]
         case "estimate":
             return [fields("live.cost:Estimate")]
         case "extract-svd":
@@ -175,9 +177,11 @@ def variants(command: str, types_of: Types) -> list[dict[str, Schema]]:
             return [found | {"hash": record(tiers, optional=tiers)}]
         case "inspect":
             adapter = fields("surgery.inspect:AdapterSummary")
+            adapter |= {"metadata": adapter.pop("entries")}
             measured = {"spectrum": of("surgery.spectrum:AdapterSpectrum")}
             model = fields("surgery.inspect:CheckpointSummary")
-            return [adapter, adapter | measured, model | {"schema_hash": model.pop("schema")}]
+            short = {name: value for name, value in adapter.items() if name != "metadata"}
+            return [short, adapter, short | measured, model | {"schema_hash": model.pop("schema")}]
         case "merge":
             merged, pushed = fields("surgery.merge.run:MergeReport"), {"pushed": of("hub.upload:Committed")}
             proof = {"verification": of("surgery.verify:Verification")}

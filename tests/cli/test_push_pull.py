@@ -82,9 +82,10 @@ def test_merging_from_the_hub_is_merging_here(hub: LocalHub, line: Callable, wor
     assert {name: made[0]["base"].pop(name) for name in ("hub", "commit")}["hub"] == "lab/base"
     assert {name: made[0]["adapters"][0].pop(name) for name in ("hub", "commit")}["hub"] == REPO
     assert made[0] == made[1]
-    # What came from the Hub is recorded by repository and commit, what lay in a folder by the folder's name.
+    # What came from the Hub is recorded by repository and commit, what lay in a folder by no name of that.
     (base, adapter), (own, other) = ((record["base"], record["adapters"][0]) for record in records)
-    assert (base["id"], adapter["id"], other["id"]) == ("lab/base", REPO, "adapter")
+    assert (base["id"], adapter["id"]) == ("lab/base", REPO)
+    assert "id" not in other
     for entry in (base, adapter):
         assert re.fullmatch("[0-9a-f]{40}", entry["revision"])
         assert f"`{entry['id']}` at `{entry['revision']}`" in cards[0]
