@@ -24,8 +24,9 @@ from typing import Any, Literal
 
 from loratools.decisions import decided, warned
 from loratools.errors import OutputRefused
-from loratools.storage.atomic import check_space, leftovers
+from loratools.storage.atomic import check_space, leftovers, locks
 from loratools.storage.atomic.inputs import check_unchanged, forget
+from loratools.storage.atomic.locks import Lock
 from loratools.storage.atomic.sync import sync, sync_names
 from loratools.storage.atomic.undisturbed import undisturbed
 from loratools.storage.rewrite import apply as plans
@@ -43,7 +44,7 @@ _CANNOT = 3
 class Editing:
     """Files in one folder that this process, and no other, is about to change."""
 
-    def __init__(self, scratch: Path, lock: int | None) -> None:
+    def __init__(self, scratch: Path, lock: Lock | None) -> None:
         self.scratch = scratch
         self.lock = lock
 
@@ -123,7 +124,7 @@ class Editing:
         worker = subprocess.Popen(
             [sys.executable, "-I", "-S", str(_APPLY), str(self.scratch)],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
-            pass_fds=() if self.lock is None else (self.lock,),
+            pass_fds=() if self.lock is None else (self.lock.descriptor,),
         )  # fmt: skip
         _, said = worker.communicate()
         if worker.returncode not in (0, _CANNOT):
@@ -150,7 +151,7 @@ def editing(place: Path) -> Iterator[Editing]:
             if not (scratch / plans.PLAN).exists():  # a plan that failed is for the next run
                 leftovers.remove(scratch)
             if lock is not None:
-                os.close(lock)
+                lock.release()
 
 
 def scratch_of(place: Path) -> Path:
@@ -181,9 +182,9 @@ def _finish(scratch: Path) -> None:
         leftovers.remove(left)
 
 
-def _lock(scratch: Path, place: Path) -> int | None:
+def _lock(scratch: Path, place: Path) -> Lock | None:
     try:
-        return leftovers.lock(scratch)
+        return locks.lock(scratch)
     except (BlockingIOError, FileNotFoundError):
         hint = "Wait for it, and run it again."
         raise OutputRefused(f"{place} is being edited by another process", hint=hint) from None
