@@ -25,7 +25,8 @@ ELSEWHERE = {
     "adapter/placement/test_tied": "adapter/placement: apart shared spread",
     "cli/test_examples": "cli: combine compare completion convert demo dequantize dialects edit estimate find hash "
     "inspect merge pull push report resize switch unmerge validate verify _facts _options _ranks",
-    "cli/test_run": ".: __main__ decisions errors; cli: _group _talk",
+    "cli/test_each": "cli: _batch _pool",
+    "cli/test_run": ".: __main__ decisions errors; cli: _faults _group _talk",
     "cli/test_words": "cli: _spelling",
     "cli/test_show": "cli: _certificate",
     "dialects/kohya/test_kohya": "storage: save",

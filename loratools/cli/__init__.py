@@ -8,6 +8,10 @@ calls the library once, and returns a `Report`; the frame prints it as text or, 
     _options   options that several commands share
     _show      the result on stdout: `Report`, tables, sizes, JSON
     _talk      everything else, on stderr: notes, warnings, progress, errors
+    _faults    what is said of an exception
+    _batch     what a command line with several paths, or with --each FOLDER, is about
+    _each      a command on each of several paths
+    _pool      the same in several processes, in the order of the paths
     _signals   SIGINT, SIGTERM and SIGHUP end a run in one way
     _run       one run from arguments to exit code
 """

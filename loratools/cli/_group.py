@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from loratools.cli import _batch, _each
 from loratools.cli import _spelling as spelling
 from loratools.cli._hints import placed
 from loratools.cli._show import SCHEMA, Report, encode
@@ -40,11 +41,21 @@ MEANT = {
 
 
 class Command(click.Command):
-    """A command whose function returns a `Report`; it has --json, -q, -v and --no-progress without asking."""
+    """A command whose function returns a `Report`; it has --json, -q, -v and --no-progress without asking.
 
-    def __init__(self, *args: Any, section: str, **kwargs: Any) -> None:
+    `each` is its argument of which there may be several, and `renamed` makes the names of their outputs.
+    """
+
+    def __init__(
+        self, *args: Any, section: str, each: str | None = None, renamed: _batch.Renamed | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.section = section
+        self.section, self.each, self.renamed = section, each, renamed
+        for argument in self.params if each else ():
+            if argument.name == each:
+                argument.nargs, argument.required = -1, False
+                argument.metavar = argument.metavar or f"{each.upper()}..."
+        self.params += _batch.options() if each else []
         self.common = [*common_options(), schema_option()]
         self.params += self.common
 
@@ -61,8 +72,23 @@ class Command(click.Command):
         return super().make_context(info_name, args, parent, **{"default_map": values, **extra})
 
     def invoke(self, ctx: click.Context) -> None:
-        """Run the function, print its report, and exit with 1 where the report says so."""
+        """Run the function on the path, or on each of several; print its reports, and exit with 1 where one says so."""
         talk = ctx.find_root().ensure_object(Talk)
+        if self.each and (batch := _batch.batch_of(ctx, self.each, self.renamed)):
+            root = ctx.find_root().command
+            package = root.package if isinstance(root, Commands) else __package__
+            load = partial(_loaded, package, str(ctx.info_name))
+            if not _each.run(_each.Work(load, self.each, ctx.params, talk, apart=False), batch, ctx):
+                ctx.exit(1)
+            return
+        report = self.report(ctx, talk)
+        if isinstance(report, Report):
+            emit(report, talk)
+            if not report.ok:
+                ctx.exit(1)
+
+    def report(self, ctx: click.Context, talk: Talk) -> Report | None:
+        """Run the function on one path, and return its report."""
         with sources.session(talk.fetching) as session, talk.decisions(), warnings_to(talk.warn):
             talk.names = session.names
             try:
@@ -71,13 +97,12 @@ class Command(click.Command):
             except LoraToolsError as error:
                 error.hint = error.hint and self._placed(error.hint, ctx)
                 raise
-        if isinstance(report, Report):
-            # What a report holds is shown, whether or not its command has said it already.
-            talk.warn(*report.document.get("warnings", ()))
-            talk.note(*report.document.get("notes", ()))
-            emit(report, talk)
-            if not report.ok:
-                ctx.exit(1)
+        if not isinstance(report, Report):
+            return None
+        # What a report holds is shown, whether or not its command has said it already.
+        talk.warn(*report.document.get("warnings", ()))
+        talk.note(*report.document.get("notes", ()))
+        return report
 
     def _placed(self, hint: str, ctx: click.Context) -> str:
         """Return a hint that says whose an option is that this command has not."""
@@ -184,9 +209,24 @@ def _write_options(
             formatter.write_dl(records)
 
 
-def command(section: str) -> Callable[[Callable[..., Report | None]], Command]:
-    """Make a command of a function whose docstring is its help; `section` is its heading in `loratools --help`."""
-    return click.command(cls=Command, section=section)
+@cache
+def _loaded(package: str, name: str) -> tuple[Commands, Command]:
+    """Return the group of all commands and one of them, once in a process."""
+    root = Commands(package, name="loratools")
+    loaded = root.get_command(click.Context(root), name)
+    assert loaded is not None
+    return root, loaded
+
+
+def command(
+    section: str, *, each: str | None = None, renamed: _batch.Renamed | None = None
+) -> Callable[[Callable[..., Report | None]], Command]:
+    """Make a command of a function whose docstring is its help; `section` is its heading in `loratools --help`.
+
+    `each` names an argument of which the command line may have several, or all in a folder; the function is called with
+    one of them. `renamed` makes the names of their outputs below `-o FOLDER`. Default: those of the inputs.
+    """
+    return click.command(cls=Command, section=section, each=each, renamed=renamed)
 
 
 def common_options() -> list[click.Parameter]:

@@ -7,14 +7,16 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 import click
 
+from loratools.cli._faults import fault_of, sentence
 from loratools.cli._group import Commands, common_options
 from loratools.cli._hints import owners
 from loratools.cli._signals import code_of
+from loratools.cli._spelling import is_on
 from loratools.cli._talk import Talk
-from loratools.errors import InvalidOption, LoraToolsError, printable
 from loratools.options import either
 from loratools.version import __version__
 
@@ -120,50 +122,21 @@ def _invoke(root: Commands, arguments: list[str], talk: Talk) -> int:
 
 def _explain(error: Exception, talk: Talk) -> int:
     """Say what went wrong in a sentence, never a traceback unless it was asked for; return the exit code."""
-    if is_on("LORATOOLS_DEBUG"):
-        import traceback
-
-        for text in "".join(traceback.format_exception(error)).splitlines():
-            click.echo(printable(text), err=True)
-    kind = type(error).__name__
-    if isinstance(error, LoraToolsError):
-        talk.error(kind, error.message, error.problems, error.hint)
-        return 2 if isinstance(error, InvalidOption) else 1
-    if isinstance(error, click.ClickException):
-        context = error.ctx if isinstance(error, click.UsageError) else None
-        hint = f"{context.command_path} --help explains it." if context else None
-        message = error.format_message()
-        if context and isinstance(error, click.NoSuchOption):
-            owned = _owners(error.option_name, context)
-            like = either([repr(name) for name in (not owned and error.possibilities) or ()])
-            message, hint = error.message.rstrip(".") + (f"; did you mean {like}?" if like else ""), f"{owned}{hint}"
-        talk.error(kind, _sentence(message), hint=hint)
-        return error.exit_code
-    if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        talk.error(kind, where + (error.strerror or str(error)).lower())
-    elif isinstance(error, MemoryError):
-        talk.error(kind, "not enough memory")
+    if isinstance(error, click.NoSuchOption) and error.ctx:
+        owned = _owners(error.option_name, error.ctx)
+        like = either([repr(name) for name in (not owned and error.possibilities) or ()])
+        message = error.message.rstrip(".") + (f"; did you mean {like}?" if like else "")
+        fault = replace(fault_of(error), message=sentence(message), hint=f"{owned}{fault_of(error).hint}")
     else:
-        hint = "This is a bug in loratools. Run it again with LORATOOLS_DEBUG=1 to see where, and please report it."
-        talk.error(kind, f"internal error: {kind}: {error}".rstrip(": "), hint=hint)
-    return 1
+        fault = fault_of(error)
+    talk.error(fault.kind, fault.message, fault.problems, fault.hint)
+    return fault.code
 
 
 def _owners(option: str, context: click.Context) -> str:
     """Return whose an option is that the running command has not, or nothing."""
     root = context.find_root().command
     return owners(option, root.options(context)) if isinstance(root, Commands) else ""
-
-
-def is_on(variable: str) -> bool:
-    """Tell whether an environment variable is set to something other than no."""
-    return os.environ.get(variable, "").lower() not in ("", "0", "false", "no", "off", "n", "f")
-
-
-def _sentence(text: str) -> str:
-    text = " ".join(text.split())
-    return text[:1].lower() + text[1:].rstrip(".")
 
 
 def _version_option() -> click.Option:

@@ -19,17 +19,24 @@ class Report:
     """What a command found: `document` for --json, `text` for people: lines, which may be made as they are printed.
 
     Ends of lines inside a line are escaped. `ok` is False where the answer is no (not valid, not equal): the exit code
-    is 1.
+    is 1. `line` says it in one line without the path, where a command was run on several; None where that is too
+    little, and `text` is shown there too.
     """
 
     document: Mapping[str, Any]
     text: str | Iterable[str]
     ok: bool = True
+    line: str | None = None
 
 
 def encode(document: Mapping[str, Any]) -> str:
     """Return a JSON document in ASCII, of `plain` values."""
     return json.dumps(plain(document), indent=2, allow_nan=False)
+
+
+def encode_line(document: Mapping[str, Any]) -> str:
+    """Return a JSON document in ASCII on one line, of `plain` values."""
+    return json.dumps(plain(document), separators=(",", ":"), allow_nan=False)
 
 
 def encode_text(text: str) -> str:

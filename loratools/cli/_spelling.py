@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -39,6 +40,11 @@ def variable(option: str, command: str | None = None) -> str:
     ('LORATOOLS_EXTRACT_SVD_MAX_RANK', 'LORATOOLS_THREADS')
     """
     return PREFIX + "_".join(filter(None, (command, option.strip("-")))).upper().replace("-", "_")
+
+
+def is_on(variable: str) -> bool:
+    """Tell whether an environment variable is set to something other than no."""
+    return os.environ.get(variable, "").lower() not in ("", "0", "false", "no", "off", "n", "f")
 
 
 def long_name(option: click.Parameter) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from threading import Lock
@@ -29,7 +29,8 @@ class Talk:
     """How one run talks: set by -q, -v, --no-progress and --json, wherever they stand.
 
     With --json nothing goes to stderr: the result or the error is one document on stdout, with the warnings in it.
-    `names` maps paths that are only known to this process to what the user called them.
+    `names` maps paths that are only known to this process to what the user called them. `about` is the path that all of
+    it is about, where a run has several; `take` takes the lines that would go to stderr.
     """
 
     json: bool = False
@@ -39,6 +40,8 @@ class Talk:
     color: bool | None = None
     warnings: list[str] = field(default_factory=list)
     names: dict[str, str] = field(default_factory=dict)
+    about: str = ""
+    take: Callable[[str], object] | None = None
     _noted: set[str] = field(default_factory=set)
 
     def note(self, *texts: str) -> None:
@@ -134,9 +137,18 @@ class Talk:
             text = text.replace(encode_text(path), encode_text(name)).replace(path, name)
         return text
 
-    def _say(self, text: str, prefix: str = "", color: str = "") -> None:
+    def worded(self, text: str, prefix: str = "", color: str = "") -> str:
+        """Return a line as it is printed on stderr."""
         start = click.style(f"{prefix}: ", fg=color, bold=True) if prefix else ""
-        click.echo(start + line(self.named(text)), err=True, color=self.color)
+        named = self.named(text)
+        return start + line(named if self.about in named else f"{self.about}: {named}")
+
+    def _say(self, text: str, prefix: str = "", color: str = "") -> None:
+        shown = self.worded(text, prefix, color)
+        if self.take:
+            self.take(shown)
+        else:
+            click.echo(shown, err=True, color=self.color)
 
 
 pass_talk = click.make_pass_decorator(Talk, ensure=True)

@@ -38,6 +38,9 @@ WORDS: Mapping[str, Word] = {
                           "it.", "NAME=PATH"),
     "--search": Word(READ, "Find inputs that are nowhere else in this folder, by their digests.", "FOLDER"),
     "--dialect": Word(READ, "Read the adapter as this dialect (see `loratools dialects`).", "NAME"),
+    "--each": Word(READ, "Every adapter and model in this folder and below it, a line for each: folders whose files "
+                         "belong together, and lone files. What is hidden, a trainer's own, or a link within the "
+                         "folder is left out.", "FOLDER"),
     "--enable-lora": Word(READ, "Which projections of a fused weight have factors, for loralib's MergedLinear.",
                           "T,F,T"),
     "--initial": Word(READ, "Take away the adapter that training started from, which turns PiSSA, OLoRA and CorDA into "
@@ -151,6 +154,7 @@ WORDS: Mapping[str, Word] = {
 
     "--device": Word(WORK, "Where the arithmetic is done; cuda may round one element in some ten thousand to its other "
                            "neighbour.", words=True),
+    "--jobs": Word(WORK, "Paths to work on at once, of several.", "N"),
     "--threads": Word(WORK, "Threads to work with.", "N"),
 
     "--base-model": Word(HUB, "The base model's name on the Hub, for the card.", "ORG/NAME"),

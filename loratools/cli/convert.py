@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from loratools.cli import _options as options
 from loratools.cli import _show as show
+from loratools.cli._batch import named_for
 from loratools.cli._group import command as make
 from loratools.cli._talk import Talk, pass_talk
 
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
     from loratools.surgery.convert import Conversion
 
 
-@make(section="Change")
+def _renamed(name: str, file: bool, values: Mapping[str, Any]) -> str:
+    """Return an output's name: a file stays one where the dialect writes files, of its ending."""
+    return named_for(name, values["to"]) if file else name
+
+
+@make(section="Change", each="adapter", renamed=_renamed)
 @click.argument("adapter", type=options.INPUT)
 @options.output_option
 @options.option("--to", type=str, default="loratools", show_default=True)
@@ -57,6 +63,7 @@ def command(
       loratools convert adapter -o served --to peft --profile serving --base base
       loratools convert sealed -o plain --to peft --allow-loss
       loratools convert adapter -o lora --to-lora --rank 4 --base base
+      loratools convert adapter other -o both --base base
       loratools convert adapter --onto quantized --original base -o carried
     """
     from loratools import dialects
@@ -80,7 +87,15 @@ def command(
             original=original, trained_on=trained_on, base_id=base_id, profile=profile, to_lora=rank,
             allow_loss=allow_loss, force=force, progress=advance,
         )  # fmt: skip
-    return show.Report(show.plain(conversion), _lines(conversion))
+    return show.Report(show.plain(conversion), _lines(conversion), line=_in_a_line(conversion))
+
+
+def _in_a_line(conversion: Conversion) -> str:
+    base = conversion.base
+    sealed = f", sealed with {base.id or 'its base'}" if base and base.root else ""
+    lora = f", relative error {conversion.lora.relative_error:.3g}" if conversion.lora else ""
+    lost = f", {len(conversion.losses)} losses" if conversion.losses else ""
+    return f"wrote {conversion.output} ({conversion.dialect}, {conversion.modules} modules{sealed}{lora}{lost})"
 
 
 def _switches(text: str) -> tuple[bool, ...]:

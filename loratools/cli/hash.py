@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from loratools.storage.digest import Algorithm
 
 
-@make(section="Look")
+@make(section="Look", each="checkpoint")
 @click.argument("checkpoint", type=options.INPUT)
 @options.option(
     "--tier", type=options.Words("loratools.surgery.hash", "TIERS", "all"), default="root", show_default=True,
@@ -77,7 +77,15 @@ def command(
         )
     hashes = {tier: getattr(identity, tier) for tier in tiers}
     what = "adapter" if isinstance(opened, Adapter) else "checkpoint"
-    return Report({"path": checkpoint, "type": what, "algorithm": algorithm, "hash": hashes}, _lines(identity, tiers))
+    document = {"path": checkpoint, "type": what, "algorithm": algorithm, "hash": hashes}
+    return Report(document, _lines(identity, tiers), line=_in_a_line(identity, tiers))
+
+
+def _in_a_line(identity: BaseIdentity, tiers: tuple[Tier, ...]) -> str | None:
+    """Return the root hash, or the tier that was asked for; None where that is a line for each tensor."""
+    if identity.tensors and "root" not in tiers:
+        return None
+    return next((digest for tier in ("root", "schema", "logical") if (digest := getattr(identity, tier))), None)
 
 
 def _lines(identity: BaseIdentity, tiers: tuple[Tier, ...]) -> Iterator[str]:

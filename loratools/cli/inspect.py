@@ -24,7 +24,7 @@ _DECADES = 3  # a bar is full at σ₁ and empty at σ₁/1000
 _WIDTH = 32
 
 
-@make(section="Look")
+@make(section="Look", each="path")
 @click.argument("path", type=options.INPUT)
 @options.modules_option
 @options.option("--spectrum", is_flag=True)
@@ -55,6 +55,7 @@ def command(
       loratools inspect adapter --spectrum --base base
       loratools inspect base --json
       loratools inspect hf://lab/adapter
+      loratools inspect --each .
     """
     from loratools.surgery.inspect import AdapterSummary, inspect
 
@@ -71,10 +72,12 @@ def command(
         measured = measure(path, dialect)
         return show.Report(_document(summary, False) | {"spectrum": show.plain(measured)}, _spectrum(measured))
     if isinstance(summary, AdapterSummary):
-        return show.Report(_document(summary, metadata), _adapter(summary, modules, metadata))
+        line = None if modules or metadata else _adapter_in_a_line(summary)
+        return show.Report(_document(summary, metadata), _adapter(summary, modules, metadata), line=line)
     document = show.plain(summary)
     document["schema_hash"] = document.pop("schema")  # for `schema` is the version of every document
-    return show.Report(document, _checkpoint(summary, modules))
+    line = None if modules else _checkpoint_in_a_line(summary)
+    return show.Report(document, _checkpoint(summary, modules), line=line)
 
 
 def _measured(path: str, base: str, dialect: str | None) -> show.Report:
@@ -96,6 +99,30 @@ def _document(summary: AdapterSummary | CheckpointSummary, metadata: bool) -> di
     document: dict[str, Any] = show.plain(summary)
     entries = document.pop("entries", {})
     return document | ({"metadata": bounded(entries)} if metadata else {})
+
+
+def _adapter_in_a_line(summary: AdapterSummary) -> str:
+    kinds = " and ".join(sorted({group.kind for group in summary.groups}))
+    ranks = sorted({group.rank for group in summary.groups})
+    several = f" to {ranks[-1]}" if len(ranks) > 1 else ""
+    base = summary.base
+    parts = [
+        summary.dialect,
+        f"{kinds} of rank {ranks[0]}{several}, {len(summary.modules)} modules" if ranks else "no modules",
+        f"{len(summary.replacements)} tensors replaced whole" if summary.replacements else "",
+        f"{show.size(summary.total.nbytes)} {' and '.join(summary.dtypes)}",
+        f"base {(base.id if base else None) or 'not named'}{', sealed' if base and base.sealed else ''}",
+    ]
+    return ", ".join(filter(None, parts))
+
+
+def _checkpoint_in_a_line(summary: CheckpointSummary) -> str:
+    what = summary.quantization or " and ".join(summary.dtypes)
+    parameters = summary.codes.parameters if summary.codes else summary.total.parameters
+    return (
+        f"model, {summary.architecture or 'architecture not stated'}, {show.exact(parameters)} parameters, "
+        f"{show.size(summary.total.nbytes)} {what}"
+    )
 
 
 def _adapter(summary: AdapterSummary, modules: bool, metadata: bool) -> Iterator[str]:

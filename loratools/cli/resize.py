@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import click
 
 from loratools.cli import _options as options
 from loratools.cli import _show as show
+from loratools.cli._batch import named_for
 from loratools.cli._group import command as make
 from loratools.cli._ranks import rank_options, ranks_of
 from loratools.cli._talk import Talk, pass_talk
@@ -17,7 +19,12 @@ if TYPE_CHECKING:
     from loratools.storage.dtypes import FloatName
 
 
-@make(section="Change")
+def _renamed(name: str, file: bool, values: Mapping[str, Any]) -> str:
+    """Return an output's name: the input's, or a file of the dialect that it is written in."""
+    return named_for(name, values["to"]) if file and values["to"] else name
+
+
+@make(section="Change", each="adapter", renamed=_renamed)
 @click.argument("adapter", type=options.INPUT)
 @options.output_option
 @rank_options()
@@ -65,4 +72,5 @@ def command(
             source, output, wanted, include=include or None, exclude=exclude or None, to=to, dtype=dtype,
             threads=threads, force=force, progress=bar,
         )  # fmt: skip
-    return show.Report(show.plain(resized), [*lines(resized, "resized"), *table(resized)])
+    line = f"wrote {resized.output} ({len(resized.shares)} modules, error {resized.error:.3g} of the change)"
+    return show.Report(show.plain(resized), [*lines(resized, "resized"), *table(resized)], line=line)

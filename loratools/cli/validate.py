@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from loratools.surgery.validate import Validation
 
 
-@make(section="Check")
+@make(section="Check", each="adapter")
 @click.argument("adapter", type=options.INPUT)
 @options.option("--base", type=options.INPUT, more="It is compared with the adapter's base hash.")
 @options.option("--header-only", is_flag=True)
@@ -34,6 +34,7 @@ def command(talk: Talk, adapter: str, base: str | None, header_only: bool, threa
       loratools validate sealed
       loratools validate sealed --base base
       loratools validate sealed/adapter_model.safetensors --header-only --json
+      loratools validate sealed sealed/adapter_model.safetensors -j 2
     """
     from loratools.storage.checkpoint import Checkpoint
     from loratools.surgery.validate import validate
@@ -47,7 +48,16 @@ def command(talk: Talk, adapter: str, base: str | None, header_only: bool, threa
         "problems": report.problems, "clauses": report.clauses,
         "base": None if base is None else {"path": base, "differences": validation.differences},
     }  # fmt: skip
-    return Report(document, _lines(adapter, base, validation), ok=validation.valid)
+    return Report(document, _lines(adapter, base, validation), ok=validation.valid, line=_in_a_line(validation))
+
+
+def _in_a_line(validation: Validation) -> str:
+    report = validation.report
+    if broken := [*map(str, report.problems), *(f"[base] {each}" for each in validation.differences or ())]:
+        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        return f"not valid: {broken[0]}{more}"
+    base = "" if validation.differences is None else ", sealed with this base"
+    return f"valid, format {report.format_version}, {report.modules} modules, {len(report.clauses)} clauses{base}"
 
 
 def _lines(adapter: str, base: str | None, validation: Validation) -> Iterator[str]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _MOST = 10  # lines of one kind, where not all are asked for
 
 
-@make(section="Check")
+@make(section="Check", each="model")
 @click.argument("model", type=options.INPUT)
 @options.option("--base", type=options.INPUT, required=True)
 @options.option("--adapter", "adapters", type=options.INPUT, required=True, multiple=True)
@@ -67,7 +67,16 @@ def command(
             merged, base, adapters, weights=weights or None, exact=exact, seed=seed, run=run, threads=threads,
             progress=advance,
         )  # fmt: skip
-    return show.Report(show.plain(verification), lines(verification, every=modules), verification.ok)
+    line = None if modules else _in_a_line(verification)
+    return show.Report(show.plain(verification), lines(verification, every=modules), verification.ok, line)
+
+
+def _in_a_line(verification: Verification) -> str:
+    good = sum(check.within for check in verification.checked)
+    return (
+        f"{'verified' if verification.ok else 'NOT verified'}: {good} of {len(verification.checked)} changed tensors "
+        f"are base + adapter within rounding, largest error {verification.error:.2e}, seed {verification.seed}"
+    )
 
 
 def lines(verification: Verification, *, every: bool) -> Iterator[str]:

@@ -1,0 +1,169 @@
+"""A command that takes one path, run on many: in this process, or with -j in several, which share the files out.
+
+One line an item on stdout, or with --json one document a line, in the order of the items. An item that fails is one
+line of error, and the others go on.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import click
+
+from loratools.cli._batch import OUTPUT, Batch, Item
+from loratools.cli._faults import Fault, fault_of
+from loratools.cli._show import SCHEMA, Report, encode_line, exact
+from loratools.cli._show import line as show_line
+from loratools.cli._talk import Talk
+
+_HINTS = 3
+"""Hints that are told after all errors; of more, each is about one file only."""
+
+
+class OneByOne(Protocol):
+    """A command, as far as it is needed here."""
+
+    name: str | None
+
+    def report(self, context: click.Context, talk: Talk) -> Report | None:
+        """Run it and return its report, with what it says in `talk`."""
+        ...
+
+
+Load = Callable[[], tuple[click.Command, OneByOne]]
+"""Returns the group of all commands and one of them; it can be pickled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of an item: lines for stdout and for stderr, and whether all was well.
+
+    `hint` is the next step after an error; `usage` says that the command line itself is wrong.
+    """
+
+    out: tuple[str, ...] = ()
+    err: tuple[str, ...] = ()
+    ok: bool = True
+    hint: str | None = None
+    usage: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A command with the values of its options, to be run on an item; `apart` from the process that prints."""
+
+    load: Load
+    argument: str
+    params: Mapping[str, Any]
+    talk: Talk
+    apart: bool
+
+    def __call__(self, item: Item) -> Outcome:
+        """Run the command on one item; nothing but a signal and a closed stdout is raised."""
+        root, command = self.load()
+        said: list[str] = []
+        take = said.append if self.apart else None
+        talk = replace(self.talk, warnings=[*self.talk.warnings], names={}, _noted=set(), about=item.path, take=take)
+        with click.Context(root, info_name=root.name, obj=talk) as above:
+            assert isinstance(command, click.Command)
+            context = click.Context(command, parent=above, info_name=command.name, obj=talk)
+            output = {} if item.output is None else {OUTPUT: item.output}
+            context.params = {**self.params, **output, self.argument: item.path}
+            try:
+                if item.output is not None:
+                    item.output.parent.mkdir(parents=True, exist_ok=True)
+                with context:
+                    return replace(_outcome(item, command.report(context, talk), talk), err=tuple(said))
+            except BrokenPipeError:
+                raise
+            except Exception as error:
+                usage = error.message if isinstance(error, click.UsageError) else None
+                failed = _failed(item, fault_of(error), talk)
+                return replace(failed, err=(*said, *failed.err), usage=usage)
+
+
+def run(work: Work, batch: Batch, context: click.Context) -> bool:
+    """Run a command on all items and print what comes of them; return whether all was well."""
+    folders = [folder for folder in batch.folders() if not folder.exists()]
+    try:
+        return _run(work, batch, context)
+    finally:
+        for folder in folders:
+            with suppress(OSError):  # there is a result in it
+                folder.rmdir()
+
+
+def _run(work: Work, batch: Batch, context: click.Context) -> bool:
+    talk, failed, hints = work.talk, 0, dict[str, None]()
+    for path, reason in batch.unread:
+        _print(_failed(Item(str(path)), Fault("BadFile", f"{path}: cannot be listed: {reason}"), talk), talk)
+    for number, outcome in enumerate(_outcomes(work, batch)):
+        if number == 0 and outcome.usage:
+            raise click.UsageError(outcome.usage, context)
+        _print(outcome, talk)
+        failed += not outcome.ok
+        if outcome.hint:
+            hints[outcome.hint] = None
+        if number == 0 and not gc.isenabled():  # which is off for a command on one path
+            gc.freeze()
+            gc.enable()
+    failed += len(batch.unread)
+    if len(hints) <= _HINTS:
+        talk.note(*(f"hint: {hint}" for hint in hints))
+    talk.note(f"{exact(len(batch.items) + len(batch.unread))} paths, {exact(failed) if failed else 'none'} failed")
+    return not failed
+
+
+def _outcomes(work: Work, batch: Batch) -> Iterator[Outcome]:
+    """Yield what becomes of each item, in order."""
+    if batch.jobs == 1 or len(batch.items) < 2:
+        yield from map(work, batch.items)
+        return
+    from loratools.cli._pool import in_order
+    from loratools.parallel import cores
+
+    params = dict(work.params)
+    if params.get("threads", 1) is None:
+        params["threads"] = max(1, cores() // batch.jobs)
+    apart = replace(work, params=params, talk=replace(work.talk, no_progress=True), apart=True)
+
+    def lost(item: Item, code: int | None) -> Outcome:
+        message = f"{item.path}: the process that worked on it ended with exit code {code}"
+        hint = "-9 is how a system ends what takes more memory than there is; try a smaller -j."
+        return _failed(item, Fault("ChildProcessError", message, (), hint), work.talk)
+
+    yield from in_order(apart, batch.items, batch.jobs, batch.after, lost)
+
+
+def _outcome(item: Item, report: Report | None, talk: Talk) -> Outcome:
+    if report is None:
+        return Outcome()
+    if talk.json:
+        document = {"schema": SCHEMA, "path": item.path, **report.document, "warnings": talk.warnings}
+        return Outcome((talk.named(encode_line(document)),), ok=report.ok)
+    text = [report.text] if isinstance(report.text, str) else report.text
+    lines = [f"{item.path}:", *text, ""] if report.line is None else [f"{item.path}: {report.line}"]
+    return Outcome(tuple(show_line(talk.named(line)) for line in lines), ok=report.ok)
+
+
+def _failed(item: Item, fault: Fault, talk: Talk) -> Outcome:
+    if talk.json:
+        error = {"type": fault.kind, "message": fault.message, "problems": fault.problems, "hint": fault.hint}
+        document = {"schema": SCHEMA, "path": item.path, "error": error, "warnings": talk.warnings}
+        return Outcome((talk.named(encode_line(document)),), ok=False)
+    first = f": {fault.problems[0]}" if fault.problems else ""
+    more = f" (and {len(fault.problems) - 1} more)" if len(fault.problems) > 1 else ""
+    named = "" if item.path in fault.message else f"{item.path}: "
+    text = talk.worded(f"{named}{fault.message}{first}{more}", "error", "red")
+    return Outcome((), (text,), ok=False, hint=fault.hint and talk.named(fault.hint))
+
+
+def _print(outcome: Outcome, talk: Talk) -> None:
+    for text in outcome.err:
+        click.echo(text, err=True, color=talk.color)
+    for text in outcome.out:
+        click.echo(text)
