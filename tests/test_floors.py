@@ -75,7 +75,7 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
         "held",
     ),
     "loratools.surgery": (
-        "hash inputs items quantization",
+        "hash inputs quantization",
         "folding inspect",
         "base extract",
         "change combine edit merge validate",

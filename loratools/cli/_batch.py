@@ -70,7 +70,7 @@ def batch_of(context: click.Context, argument: str, renamed: Renamed | None) -> 
     jobs: int | None = params.pop("jobs")
     if not paths and not folders:
         missing = next(each for each in context.command.params if each.name == argument)
-        raise click.MissingParameter(ctx=context, param=missing)
+        raise click.MissingParameter(ctx=context, param=missing, param_hint=f"'{argument.upper()}'")
     if len(paths) == 1 and not folders:
         params[argument] = paths[0]
         return None
@@ -113,7 +113,7 @@ def _own_name(path: str) -> str:
 
 def _below(folder: str, output: Path | None, unread: list[tuple[Path, str]]) -> dict[str, str]:
     """Return the paths of the items in a folder, and what each is called in it."""
-    from loratools.surgery.items import items_in
+    from loratools.dialects._frame.items import items_in
 
     found = items_in(folder, skip=[output] if output else [])
     unread += found.unread

@@ -9,7 +9,6 @@ dequantize                         a quantized model in 16 bit
 quantization                       how a model is quantized, as `inspect` says it
 combine, resize, extract, convert  make an adapter
 edit                               what an adapter's files say about it
-items                              the adapters and models in a folder
 inputs, base, change               what a verb opens; whether it belongs to one base; what an adapter changes
 paper                              what the LoRA paper measures, beside what `compare` does
 """
