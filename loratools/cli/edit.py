@@ -22,7 +22,7 @@ _CLIP = 200
 """Characters of a value that a line shows; an entry can be a picture."""
 
 
-@make(section="Change")
+@make(section="Change", each="adapter")
 @click.argument("adapter", type=options.INPUT)
 @options.option("-o", "--output", type=options.PATH, more="[default: the adapter is changed in place]")
 @options.option("--trigger")
@@ -70,7 +70,10 @@ def command(
         force=force, dry_run=dry_run,
     )  # fmt: skip
     asked = any(value is not None for value in (trigger, title, tags, base, description, author, license, thumbnail))
-    return show.Report(show.plain(result), _lines(result, asked or bool(entries or unset or strip)))
+    changed = asked or bool(entries or unset or strip)
+    made = f"{'; dry run' if dry_run else ''}{f', written to {result.output}' if result.output else ''}"
+    line = f"{len(result.changes)} change(s){made}" if changed else None
+    return show.Report(show.plain(result), _lines(result, changed), line=line)
 
 
 def _pairs(entries: Sequence[str]) -> Mapping[str, str]:

@@ -243,11 +243,21 @@ def planned_merge(account: Schema) -> dict[str, Schema]:
     }  # fmt: skip
 
 
+def takes_several(command: str) -> bool:
+    """Tell whether a command takes several paths: its documents name theirs then."""
+    found = group().get_command(click.Context(group()), command)
+    return found is not None and found.each is not None
+
+
 def schema(command: str) -> Schema:
     """Return the JSON Schema of the documents of a command: its results, and an error."""
     made = Types()
     common = {"schema": {"const": SCHEMA}, "warnings": listed(TEXT)}
-    results = [record(properties | common) for properties in variants(command, made)]
+    several: dict[str, Schema] = {"path": TEXT} if takes_several(command) else {}
+    results = [
+        record(several | properties | common, optional=several.keys() - properties.keys())
+        for properties in variants(command, made)
+    ]
     error = record({"type": TEXT, "message": TEXT, "problems": listed(TEXT), "hint": nullable(TEXT)})
     about = "What failed; the exit code is not 0."
     failed = record(common | {"path": TEXT, "error": error}, optional=["path"], about=about)
