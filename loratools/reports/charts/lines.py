@@ -13,6 +13,7 @@ from loratools.reports.scale import decades, ticks
 
 _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 236.0, 48.0, 12.0, 22.0, 40.0
 _MARKS = 24  # marks on a line
+_FEW = 48  # beyond, an axis of whole numbers doubles from mark to mark
 COLOURS = 8
 """Lines that a figure can tell apart, by colour, dashes and their place in the legend."""
 
@@ -52,8 +53,11 @@ class Lines:
         heights = [self._height(mark) for mark in marks]
         low, high = min(heights), max(heights)
 
+        wide = left > 0 and right > _FEW  # most of what there is to see happens at the first few
+        place: Callable[[float], float] = math.log2 if wide else lambda x: x
+
         def at_x(x: float) -> float:
-            return _LEFT + (WIDTH - _LEFT - _RIGHT) * (x - left) / (right - left or 1)
+            return _LEFT + (WIDTH - _LEFT - _RIGHT) * (place(x) - place(left)) / (place(right) - place(left) or 1)
 
         def at_y(y: float) -> float:
             return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * (self._height(y) - low) / (high - low or 1)
@@ -62,7 +66,7 @@ class Lines:
         for mark in marks:
             parts.append(element("path", class_="g", d=f"M{_LEFT:.0f} {at_y(mark):.1f}H{WIDTH - _RIGHT:.0f}"))
             parts.append(text(power(mark) if self.logarithmic else self.show(mark), _LEFT - 7, at_y(mark) + 3.5, "e"))
-        for x in ticks(left, right, 6, integers=True) if right > left else [left]:
+        for x in _doubling(right) if wide else ticks(left, right, 6, integers=True) if right > left else [left]:
             parts.append(text(f"{x:.0f}", at_x(x), _HEIGHT - _BOTTOM + 16, "m"))
         parts.append(text(self.across, (_LEFT + WIDTH - _RIGHT) / 2, _HEIGHT - 6, "a m"))
         for i, line in enumerate(self.lines):
@@ -82,13 +86,13 @@ class Lines:
         if not seen:
             return []
         path = " ".join(f"{coordinate(at_x(x))} {coordinate(at_y(y))}" for x, y in seen)
-        step = math.ceil(len(seen) / _MARKS)
+        marked = {round(at_x(x) / (WIDTH / _MARKS)): (x, y) for x, y in reversed(seen)}
         dots = [
             element(
                 "circle", element("title", f"{line.name}: {self.across} {x:.0f}, {self.show(y)}".removeprefix(": ")),
                 cx=at_x(x), cy=at_y(y), r=2.6, class_=class_,
             )
-            for x, y in seen[::step]
+            for x, y in sorted(marked.values())
         ]  # fmt: skip
         return [element("polyline", class_=class_, points=path), *dots]
 
@@ -106,6 +110,10 @@ class Lines:
         step = ticks(low, high)
         size = step[1] - step[0] if len(step) > 1 else 1.0
         return [low] * (low < step[0] - size / 1e6) + step + [step[-1] + size] * (high > step[-1] + size / 1e6)
+
+
+def _doubling(most: float) -> list[float]:
+    return [float(1 << i) for i in range(int(most).bit_length())]
 
 
 def power(value: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import median
 
 from loratools.reports.arrange import arranged
@@ -42,6 +42,12 @@ def lead(measured: AdapterSpectrum) -> str:
     first = max(energy, key=lambda projection: energy[projection])
     share = energy[first] / measured.norm**2
     where = f"{share * 100:.0f} % of its change ‖ΔW‖² is in {first}; " if len(energy) > 1 else ""
+    if not _products(measured.modules):
+        most = max(module.rank for module in measured.modules)
+        rest = (
+            f"as a matrix it has more than its rank: the best rank {most} keeps {percent(measured.kept(most))} of it."
+        )
+        return _sentence(where + (rest if most else "it is no product of two factors."))
     rank, most = measured.uniform_rank[0], max(module.rank for module in measured.modules)
     enough = next(r for r in range(1, rank + 1) if measured.kept(r) >= 0.99) if rank else 0
     lower = f"rank {most - 1} would keep {percent(measured.kept(most - 1))} of it" if most > 1 else "there is no less"
@@ -50,7 +56,16 @@ def lead(measured: AdapterSpectrum) -> str:
         if enough < most
         else f"it needs its rank {most}: {lower}."
     )
+    return _sentence(text)
+
+
+def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
+
+
+def _products(modules: Iterable[ModuleSpectrum]) -> bool:
+    """Tell whether every change is a product of its rank, as a DoRA's with its base is not."""
+    return all(len(module.sigma) <= module.rank for module in modules)
 
 
 def joint_norm(modules: Mapping[str, ModuleSpectrum]) -> Several:
@@ -109,12 +124,13 @@ def _use(modules: Mapping[str, ModuleSpectrum]) -> Section:
     ]  # fmt: skip
     effective = {name: module.effective_rank for name, module in modules.items()}
     ranks = sorted({module.rank for module in modules.values()} - {0})
-    of = f"its rank, {ranks[0]}" if len(ranks) == 1 else "its rank"
+    bound = (f", at most its rank, {ranks[0]}" if len(ranks) == 1 else ", at most its rank") if ranks else ""
+    within = _products(modules.values()) and ranks
     figures.append(
         layer_map(
             "Effective rank", "effective rank",
-            f"How many directions a module uses as if all were equally strong, at most {of}.",
-            list(modules), middle(effective), scale=Scale(0.0, float(max(ranks))) if ranks else None,
+            f"How many directions a module uses as if all were equally strong{bound if within else ''}.",
+            list(modules), middle(effective), scale=Scale(0.0, float(max(ranks))) if within else None,
         )
     )  # fmt: skip
     text = (
@@ -142,13 +158,12 @@ def _smaller(measured: AdapterSpectrum) -> Section:
             ("99 %", "99.9 %"), measured.uniform_rank, measured.needed_parameters, strict=True
         )
     )
+    products = _products(measured.modules)
+    by = element("code", "loratools resize --rank r") if products else "the best change of that rank"
     figure = Figure(
-        "A resize to rank r keeps …",
-        chart.draw(),
-        joined(
-            "Read up from a rank to the share of ‖ΔW‖² that ", element("code", "loratools resize --rank r"), " keeps."
-        ),
-    )
+        "A resize to rank r keeps …" if products else "The best change of rank r keeps …", chart.draw(),
+        joined("Read up from a rank to the share of ‖ΔW‖² that ", by, " keeps."),
+    )  # fmt: skip
     table = Figure(
         "… in numbers", Table(["rank", "kept", "error", "parameters"], rows, 0).draw(),
         "The error is ‖ΔW − ΔWᵣ‖ / ‖ΔW‖, the least that a change of rank r can have.",
