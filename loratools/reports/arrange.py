@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from loratools.adapter.naming.compact import natural
 
 MOST_ROWS, MOST_COLUMNS, MOST_CELLS = 48, 12, 336
-"""A grid of more has several layers in a row, and the columns of fewest modules as one."""
-_LEVELS = 3
+"""A grid of more has several layers in a row, and the columns of fewest modules as one; all grids share the cells."""
+_LEVELS, _MOST_GRIDS, _LEAST = 3, 5, 24
 _MANY_ROWS = 160  # a level of more rows than this is that of experts
 _OTHER = "other"
 _ORDER = ("q", "k", "v", "qkv", "o", "out", "gate", "up", "fc1", "down", "fc2")
@@ -52,12 +52,12 @@ def arranged(modules: Iterable[str]) -> list[Grid]:
     layers = _layers(names)
     tables = [_families({name: _split(name, layers[name], level) for name in names}) for level in range(1, _LEVELS + 1)]
     best = max(tables, key=lambda table: (_fill(table), -len(table), -_segments_of(table)))
-    alone = {name: place for family in best if _single(family) for name, place in family.items()}
-    families = [family for family in best if not _single(family)]
-    grids = [_grid(family) for family in families]
-    if alone:  # the head, the embedding, a norm: a row each
-        grids += [_grid({name: (name, "") for name in sorted(alone, key=natural)})]
-    return grids
+    several = sorted((family for family in best if not _single(family)), key=len, reverse=True)[:_MOST_GRIDS]
+    families = [family for family in best if family in several]
+    rest = [name for name in names if not any(name in family for family in families)]
+    if rest:  # the head, the embedding, a norm: a row each
+        families.append({name: (name, "") for name in rest})
+    return [_grid(family, max(_LEAST, MOST_CELLS * len(family) // len(names))) for family in families]
 
 
 _Places = dict[str, tuple[str, str]]
@@ -137,13 +137,13 @@ def _fill(families: Sequence[_Places]) -> float:
     return round(sum(map(len, families)) / cells, 6) if cells and few else 0.0
 
 
-def _grid(family: _Places) -> Grid:
+def _grid(family: _Places, cells: int) -> Grid:
     rows = sorted({row for row, _ in family.values()}, key=natural)
     columns = {column: column for _, column in family.values()}
     if len(columns) > MOST_COLUMNS:  # experts, parts of a Sequential
         columns = {column: re.sub(r"(?<![^._])\d+(?![^._])", "*", column) for column in columns}
     shown = _few([columns[column] for _, column in family.values()])
-    together = -(-len(rows) // min(MOST_ROWS, MOST_CELLS // len(shown)))
+    together = -(-len(rows) // min(MOST_ROWS, cells // len(shown)))
     row_at = {row: i // together for i, row in enumerate(rows)}
     column_at = {column: i for i, column in enumerate(shown)}
     members: dict[tuple[int, int], list[str]] = defaultdict(list)

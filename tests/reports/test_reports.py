@@ -79,14 +79,25 @@ def test_names_of_strangers_are_text(work: Path) -> None:
     assert reading.facts["base model"].startswith("<b>llama, no hash")  # its last part alone
 
 
-def test_a_page_of_two_thousand_modules_is_small(work: Path) -> None:
-    shapes = {
-        f"model.layers.{i}.mlp.experts.{expert}.{side}_proj": (8, 8)
-        for i in range(60) for expert in range(17) for side in ("up", "down")
-    }  # fmt: skip
-    assert len(shapes) == 2040
+WIDE = {
+    "experts": [f"model.layers.{i}.mlp.experts.{j}.{side}_proj" for i in range(60) for j in range(17) for side in "ud"],
+    "deep": [f"model.layers.{i}.{'part' * 8}{j}.{'q' * 40}_proj" for i in range(100) for j in range(20)],
+    "odd": [f"{'abcdefghij'[i % 10]}{i}.net.{i}.{i * i}.{'module' * 5}{i}" for i in range(2000)],
+    "sorts": [f"{chr(97 + i % 26)}{chr(97 + i // 26)}.{j}.w{i}{k}" for i in range(100) for j in range(10) for k in "ab"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", WIDE)
+def test_a_page_of_two_thousand_modules_is_small(case: str, work: Path) -> None:
+    shapes = dict.fromkeys(WIDE[case], (8, 8))
+    assert len(shapes) >= 2000
     save_adapter(work / "wide", lora(shapes, rank=2, seed=3))
-    assert report(work / "wide", work / "page.html").nbytes < 300_000
+    save_adapter(work / "other", lora(shapes, rank=2, seed=4))
+    save_base(work / "large", {f"{module}.weight": torch.eye(8) for module in shapes})
+    for inputs in (["wide"], ["wide", "other"]):
+        page = report([work / name for name in inputs], work / "page.html", base=work / "large", force=True)
+        assert page.nbytes < 300_000
 
 
 @pytest.mark.parametrize(

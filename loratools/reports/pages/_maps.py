@@ -8,9 +8,11 @@ from statistics import median
 from loratools.reports.arrange import Grid, arranged
 from loratools.reports.charts.heat import Heat, key
 from loratools.reports.markup import Markup, element, joined
-from loratools.reports.numbers import number
+from loratools.reports.numbers import number, shortened
 from loratools.reports.page import Figure, Table
 from loratools.reports.scale import Scale
+
+_NAME = 28  # columns of a name in the title of a cell
 
 Several = Callable[[Sequence[str]], float]
 """The number of a cell from the modules in it."""
@@ -44,7 +46,7 @@ def _drawing(
     show: Callable[[float], str],
 ) -> Markup:  # fmt: skip
     def title(row: str, column: str, value: float) -> str:
-        return f"{' '.join(filter(None, (row, column)))}: {what} {show(value)}"
+        return f"{' '.join(shortened(name, _NAME) for name in (row, column) if name)}: {what} {show(value)}"
 
     heat = Heat(label, grid.rows, grid.labels, cells, scale, title)
     heading = element("h4", element("bdi", grid.heading), class_="n") if grid.heading else Markup("")
