@@ -26,9 +26,10 @@ def command(inputs: tuple[str, ...], output: Path, base: str | None, seed: int, 
     What the page shows follows from what the inputs are. An adapter: where it changes the model, its singular values,
     and what a smaller rank keeps; with --base each change stands beside the weight that it changes. Two adapters or
     more: cosines, the directions that they share beside those of chance (Figures 3 and 4 of the LoRA paper), and with
-    --base its Table 7. A merged model with --base, and its adapters: what changed, and how much of each module's change
-    survived. An adapter of extract-svd: error, rank and class of every tensor. Every figure has a table of its numbers
-    below it. Equal inputs give equal bytes, and no path of this machine is in them.
+    --base its Table 7. A merged model with --base, and its adapters: what changed, and how much of each module's
+    change survived. An adapter of extract-svd: error, rank and class of every tensor. A folder of adapters: who
+    resembles whom, and which are the same. Every figure has a table of its numbers below it. Equal inputs give equal
+    bytes, and no path of this machine is in them.
 
     \b
     Examples:

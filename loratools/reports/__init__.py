@@ -15,13 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 from typing import cast
 
 from loratools.adapter.model import Adapter
 from loratools.dialects import InMemory
-from loratools.errors import InvalidOption
+from loratools.errors import InvalidOption, OutputRefused
 from loratools.options import Options
 from loratools.reports import pages
 from loratools.reports.subjects import Source, opened
@@ -29,6 +28,8 @@ from loratools.storage import atomic
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.sources import Location, session
 from loratools.surgery.inputs import as_list
+
+_ENDINGS = (".html", ".htm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ def report(
 
     Args:
         inputs: One input or several: paths, `hf://` references, open adapters and models.
-        output: The HTML file to write; it must not exist, unless `force`.
+        output: The file to write, NAME.html, which may lie in an input's folder; it must not exist, unless `force`.
         base: The base model (a path, a reference, or an open `Checkpoint`), for ‖ΔW‖/‖W‖, for Table 7 of the LoRA
             paper, and for changes that depend on it. Default: none, and a page without them.
         seed: A whole number that draws what is random on the page: the control of a comparison, the probes of a merge.
@@ -73,7 +74,7 @@ def report(
         InvalidOption: An option cannot be, or no page is made of these inputs.
         IncompatibleAdapter: The inputs do not belong together.
         BadFile, UnsupportedAdapter, UnknownKind: An input cannot be read.
-        OutputRefused: The output exists, or is an input.
+        OutputRefused: The output exists, or its name does not end in .html.
 
     Example:
         >>> report("adapter", "page.html").kind
@@ -85,8 +86,9 @@ def report(
     sources = cast(list[Source], as_list(cast(Adapter | InMemory, inputs)))
     if not sources:
         raise InvalidOption("a page is made of at least one adapter or model, and none was given")
+    if target.suffix.lower() not in _ENDINGS:  # which no input has: a page may lie among them, and replaces none
+        raise OutputRefused(f"{target}: a page is an HTML file", hint="Give it a name that ends in .html.")
     atomic.check_output(target, force=force)
-    atomic.refuse_inputs(target, [str(source) for source in sources if isinstance(source, str | PathLike)])
     subjects = opened(sources, base, seed)
     kind = pages.of(subjects)
     made = pages.get(kind).page(subjects)

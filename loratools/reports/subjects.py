@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from loratools import dialects
 from loratools.adapter.model import Adapter
 from loratools.dialects import InMemory
+from loratools.dialects._frame.items import items_in
 from loratools.reports.numbers import names_of
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.sources import Location, local
@@ -35,13 +37,21 @@ class NamedModel:
     model: Checkpoint
 
 
+@dataclass(frozen=True, slots=True)
+class NamedFolder:
+    """A folder that holds no adapter itself, and several below it."""
+
+    name: str
+    path: Path
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Subjects:
     """All inputs of one page. `base` is the model that `--base` names; `seed` draws what is random on the page."""
 
     adapters: tuple[Named, ...] = ()
     models: tuple[NamedModel, ...] = ()
-    folders: tuple[str, ...] = ()
+    folders: tuple[NamedFolder, ...] = ()
     base: NamedModel | None = None
     seed: int = 0
 
@@ -52,13 +62,25 @@ def opened(inputs: Sequence[Source], base: Location | Checkpoint | None, seed: i
     model = None if base is None else NamedModel(names_of([_place(base, 0)])[0], open_model(base))
     adapters: list[Named] = []
     models: list[NamedModel] = []
+    folders: list[NamedFolder] = []
     for name, source in zip(names, inputs, strict=True):
+        if isinstance(source, str | os.PathLike) and (folder := _folder(local(source))):
+            folders.append(NamedFolder(name, folder))
+            continue
         value = _opened(source, model.model if model else None)
         if isinstance(value, Checkpoint):
             models.append(NamedModel(name, value))
         else:
             adapters.append(Named(name, value))
-    return Subjects(tuple(adapters), tuple(models), (), model, seed)
+    return Subjects(tuple(adapters), tuple(models), tuple(folders), model, seed)
+
+
+def _folder(path: Path) -> Path | None:
+    """Return the path where it is a folder with several adapters or models below it, and none in itself."""
+    if not path.is_dir():
+        return None
+    items = items_in(path).paths
+    return path if len(items) > 1 and path not in items else None
 
 
 def _opened(source: Source, base: Checkpoint | None) -> Adapter | Checkpoint:

@@ -214,6 +214,39 @@ def test_a_certificate_that_a_file_states_is_checked(document: object) -> None:
     assert to_json([layer]) == sound
 
 
+def test_a_folder_shows_who_resembles_whom(work: Path) -> None:
+    folder = work / "zoo"
+    first = lora(SHAPES, rank=4, seed=1)
+    save_adapter(folder / "a" / "first", first)
+    save_adapter(folder / "far", lora(SHAPES, rank=4, seed=9))
+    save_adapter(folder / "near", Lora({module: (A + 0.01, B) for module, (A, B) in first.factors.items()}))
+    twice = Lora({module: (2 * A, B / 2) for module, (A, B) in first.factors.items()})
+    save_adapter(folder / "twice", twice)
+    (folder / "broken.safetensors").write_bytes(b"lora_A")
+    page = report(folder, work / "page.html")
+    assert (page.kind, page.name) == ("folder", "zoo")
+    text = (work / "page.html").read_text(encoding="utf-8")
+    assert str(work) not in text
+    reading = Reading.of(text)
+    cosines, same, near, listed, failed = reading.tables
+    names = [row[0].split()[1] for row in cosines[1:]]
+    assert sorted(names) == ["a/first", "far", "near"]
+    assert abs(names.index("a/first") - names.index("near")) == 1
+    for i, one in enumerate(names):
+        for j, other in enumerate(names):
+            expected = 1.0 if i == j else compare(folder / one, folder / other).cosine
+            assert cosines[1 + i][1 + j] == signed(expected)
+    assert same[1][:3] == ["a/first", "twice", "ΔW"]
+    assert [near[1][0], near[1][1]] == ["a/first", "near"]
+    assert [row[0] for row in listed[1:]] == ["a/first", "far", "near", "twice"]
+    assert failed[1] == ["broken.safetensors"]
+
+
+def test_a_folder_of_one_adapter_is_that_adapter(work: Path) -> None:
+    save_adapter(work / "above" / "only", lora(SHAPES, rank=2))
+    assert report(work / "above", work / "page.html").kind == "adapter"
+
+
 def test_no_inputs_make_two_kinds_of_pages(work: Path) -> None:
     weights = load(work / "base")
     save_base(work / "tuned", {name: W + 0.1 * random(*W.shape) for name, W in weights.items()}, model_type="llama")
@@ -223,6 +256,7 @@ def test_no_inputs_make_two_kinds_of_pages(work: Path) -> None:
     for inputs in (
         ["adapter"], ["extracted"], ["adapter", "extracted"], ["merged"], ["merged", "adapter"], ["tuned", "extracted"],
         ["merged", "extracted"], ["merged", "adapter", "adapter"], ["tuned", "adapter"], ["tuned", "merged"],
+        ["."], [".", "adapter"],
     ):  # fmt: skip
         for base in (None, work / "base"):
             subjects = opened([work / name for name in inputs], base, 0)
@@ -235,6 +269,8 @@ def test_no_inputs_make_two_kinds_of_pages(work: Path) -> None:
     assert {kinds[inputs, True] for inputs in ("merged", "merged adapter", "tuned adapter", "merged extracted")} == {
         "merge"
     }
+    assert kinds[".", False] == kinds[".", True] == "folder"
+    assert kinds[". adapter", False] == ""
     assert kinds["merged", False] == kinds["tuned merged", True] == ""
 
 

@@ -83,7 +83,7 @@ WIDE = {
     "experts": [f"model.layers.{i}.mlp.experts.{j}.{side}_proj" for i in range(60) for j in range(17) for side in "ud"],
     "deep": [f"model.layers.{i}.{'part' * 8}{j}.{'q' * 40}_proj" for i in range(100) for j in range(20)],
     "odd": [f"{'abcdefghij'[i % 10]}{i}.net.{i}.{i * i}.{'module' * 5}{i}" for i in range(2000)],
-    "sorts": [f"{chr(97 + i % 26)}{chr(97 + i // 26)}.{j}.w{i}{k}" for i in range(100) for j in range(10) for k in "ab"],
+    "sorts": [f"{chr(97 + i % 26)}{'ab'[i % 2]}.{j}.w{i}{k}" for i in range(100) for j in range(10) for k in "ab"],
 }
 
 
@@ -107,6 +107,14 @@ def test_wrong_options_are_refused(options: dict[str, object], work: Path) -> No
     with pytest.raises(InvalidOption, match=next(iter(options))):
         report(work / "adapter", work / "page.html", **options)  # type: ignore[arg-type]
     assert not (work / "page.html").exists()
+
+
+def test_no_page_takes_the_place_of_an_input(work: Path) -> None:
+    config = work / "adapter" / "adapter_config.json"
+    with pytest.raises(OutputRefused, match="a page is an HTML file"):
+        report(work / "adapter", config, force=True)
+    assert json.loads(config.read_text())["r"] == 4
+    assert report(work / "adapter", work / "adapter" / "page.html").kind == "adapter"
 
 
 def test_what_is_there_stays(work: Path) -> None:

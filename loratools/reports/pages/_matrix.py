@@ -68,6 +68,7 @@ def matrix(names: Sequence[str], cosines: Cosines) -> Figure:
     )  # fmt: skip
     return Figure(
         "Cosine of every two", joined(heat.draw(square=True), key(scale, signed), *([] if named else [legend])),
-        "Like adapters stand beside each other: a square of one strong colour is a family. Empty: no module in common.",
+        "Like adapters stand beside each other: a square of one strong colour is a family. What has nothing in common "
+        "stays pale.",
         table,
     )  # fmt: skip
