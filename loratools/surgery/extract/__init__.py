@@ -8,6 +8,7 @@ no low-rank form is saved whole, so that base + adapter is the fine-tune but for
     read          two tensors side by side: ΔW, its norms, both digests
     factor        one ΔW becomes factors, or a stack of experts, or a few changed rows of an embedding
     spool         factors on disk while the extraction runs
+    single        the adapter as one file
     updates       from factors to the updates of each kind
     assemble      the adapter, its record and its card
     layers        what an adapter keeps of a change: the certificate of each layer and their total
@@ -43,9 +44,10 @@ from loratools.surgery.extract.assemble import Outcome, assemble, companion_file
 from loratools.surgery.extract.layers import Total, total
 from loratools.surgery.extract.options import ExtractOptions
 from loratools.surgery.extract.pairs import Pairing, pair
+from loratools.surgery.extract.single import write as write_single
 from loratools.surgery.extract.spool import Spool
 from loratools.surgery.extract.sweep import Sweep
-from loratools.surgery.inputs import ModelSource, open_model
+from loratools.surgery.inputs import ModelSource, open_model, places_of
 
 if TYPE_CHECKING:
     import torch
@@ -104,7 +106,9 @@ def extract(
     Args:
         base: The base model: a folder, a safetensors file, an index, an `hf://` reference, or an open `Checkpoint`.
         tuned: The fine-tune, likewise. Names may differ by wrappers such as `language_model.`.
-        output: The folder to write, in the loratools format; it must not exist, unless `force`.
+        output: What to write: a folder in the loratools format, which PEFT loads, or one file where the name ends so
+            (`style.safetensors`): of an image model in the layout of kohya, or of ComfyUI where only that has names for
+            all of it, of any other in the loratools format. It must not exist, unless `force`.
         ranks: How ranks are chosen: a number for every layer, or `Ranks`: by a rule (`Energy(0.9)`, …), by what stands
             above the `noise` of the fine-tune's dtype, or by a `budget` of parameters. Default: 32.
         selection: What is factored, saved whole or dropped: patterns for modules, and kinds. Default: linear layers,
@@ -143,6 +147,9 @@ def extract(
     checked.done()
     output, base, tuned = Path(output), logical(open_model(base)), logical(open_model(tuned))
     atomic.check_output(output, force=force)
+    single = output.suffix == ".safetensors"
+    if single:
+        atomic.refuse_inputs(output, [*places_of(base), *places_of(tuned)])
     for path in (base.root, tuned.root):
         if path.resolve().is_relative_to(output.resolve()):
             raise OutputRefused(f"{output} is or holds the input {path}", hint="Choose another output.")
@@ -151,7 +158,8 @@ def extract(
     coded = refuse_other_codes(base, tuned)
     pairing = pair(base, tuned, selection or Selection())
     _tell_quantized(base, tuned, pairing)
-    with atomic.new_folder(output, force=force) as scratch, full_float32():
+    opened = atomic.new_files(output, (), force=force) if single else atomic.new_folder(output, force=force)
+    with opened as scratch, full_float32():
         spool = Spool(scratch / ".factors")
         work = Sweep(base, tuned, pairing, options, spool, progress or no_progress, coded)
         outcomes, hashes = work.run(threads or cores())
@@ -159,16 +167,21 @@ def extract(
         identity = replace(hashes[0], id=name and manifest.public(name), revision=commit)
         adapter, accounts, card, notes = assemble(base, tuned, pairing, outcomes, identity, hashes[1], options)
         _refuse_empty(base, tuned, accounts)
-        target = scratch / "adapter"
-        dialects.save_adapter(adapter, target)
-        written = dialects.open_adapter(target).settings[manifest.ORIGIN]["digest"]
+        target = scratch / (output.name if single else "adapter")
+        if single:
+            written, layout = write_single(adapter, accounts, base, tuned, target)
+            notes = (*notes, *layout)
+        else:
+            dialects.save_adapter(adapter, target)
+            written = dialects.open_adapter(target).settings[manifest.ORIGIN]["digest"]
         spool.path.unlink()
-        for file in sorted(target.iterdir()):
-            file.rename(scratch / file.name)
-        target.rmdir()
-        for source in companion_files(base, tuned, accounts):
-            (scratch / source.name).write_bytes(source.read_bytes())
-        (scratch / "README.md").write_text(card, encoding="utf-8", newline="\n")
+        if not single:
+            for file in sorted(target.iterdir()):
+                file.rename(scratch / file.name)
+            target.rmdir()
+            for source in companion_files(base, tuned, accounts):
+                (scratch / source.name).write_bytes(source.read_bytes())
+            (scratch / "README.md").write_text(card, encoding="utf-8", newline="\n")
     tensors = adapter.tensors().values()
     return Extraction(
         str(output), written, accounts, pairing.missing,

@@ -6,5 +6,6 @@ families           one file a family: the original's names and diffusers', what 
 readings           whose names these are, and where each leads
 groups             the image models that an adapter changes, and the names that readers want
 translate          updates renamed, taken apart, fused
+one_file           the original's names as a checkpoint in one file has them
 rename             a whole adapter under one spelling or the other
 """

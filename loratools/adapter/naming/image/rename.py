@@ -12,7 +12,7 @@ from dataclasses import replace
 from loratools.adapter.fusing import products
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter
-from loratools.adapter.naming.image import readings
+from loratools.adapter.naming.image import one_file, readings
 from loratools.adapter.naming.image.components import component
 from loratools.adapter.naming.image.groups import ORIGINAL, Reader, component_of, groups, module_of
 from loratools.adapter.naming.image.translate import Fusing, translated
@@ -24,8 +24,10 @@ def spelled_out(adapter: Adapter) -> Adapter:
     """Return the adapter with the component before every module, and `text_model` in CLIP's names.
 
     `save_lora_adapter` of diffusers, and PEFT, leave the component out. The families that fit tell it, unless they have
-    several. transformers 5 took `text_model` out; checkpoints and kohya keep it.
+    several. transformers 5 took `text_model` out; checkpoints and kohya keep it. Names of a checkpoint in one file
+    (`model.diffusion_model.`) become those that adapters have.
     """
+    adapter = one_file.renamed(adapter)
     bare = {m for m in adapter.updates if not component(m) and not m.startswith((f"{ORIGINAL}.", "text_encoders."))}
     fits = readings.fitting(map(module_of, bare)) if bare else []
     found = {component_of(reading, map(module_of, bare)) for reading in fits}
@@ -37,7 +39,7 @@ def spelled_out(adapter: Adapter) -> Adapter:
 
 def to_diffusers(adapter: Adapter, *, by: Fusing = products) -> Adapter:
     """Return the adapter with `unet.` and `transformer.` names; `by` takes projections apart and fuses them."""
-    return _renamed(adapter, "diffusers", by)
+    return _renamed(one_file.renamed(adapter), "diffusers", by)
 
 
 def to_original(adapter: Adapter, *, reader: Reader = "comfy", by: Fusing = products) -> Adapter:

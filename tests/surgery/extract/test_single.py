@@ -1,0 +1,141 @@
+"""Two models in one file each: what separates them becomes a file that programs for image models load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from loratools import dialects
+from loratools.adapter.naming.image import families
+from loratools.errors import OutputRefused
+from loratools.format.digest import checked_digest
+from loratools.surgery.extract import Extraction, extract
+from loratools.surgery.merge import merge
+from tests.surgery.models import random
+
+_CLIP = "conditioner.embedders.0.transformer.text_model.encoder.layers.0"
+_OPEN_CLIP = "conditioner.embedders.1.model.transformer.resblocks.0"
+_NORM = "model.diffusion_model.input_blocks.1.0.in_layers.0.weight"
+_VAE = "first_stage_model.decoder.conv_in.weight"
+_IN_PROJ = f"{_OPEN_CLIP}.attn.in_proj_weight"
+
+
+def sdxl() -> dict[str, Tensor]:
+    """Weights of SDXL's names: UNet, both text encoders, VAE."""
+    names = [name.replace("{}", "0") for name in families.get("sdxl").original]
+    weights = {f"model.diffusion_model.{name}.weight": random(16, 16, seed=i) for i, name in enumerate(names)}
+    return weights | {
+        _NORM: random(16), _VAE: random(2, 2), _IN_PROJ: random(48, 16),
+        f"{_CLIP}.self_attn.q_proj.weight": random(16, 16), f"{_CLIP}.layer_norm1.bias": random(16),
+        f"{_OPEN_CLIP}.mlp.c_fc.weight": random(32, 16),
+    }  # fmt: skip
+
+
+def flux() -> dict[str, Tensor]:
+    """Weights of Flux' names, with nothing before them."""
+    names = [name.replace("{}", "0") for name in families.get("flux").original]
+    weights = {f"{name}.weight": random(16, 16, seed=i) for i, name in enumerate(names)}
+    return weights | {"double_blocks.0.img_attn.norm.query_norm.scale": random(16), "img_in.bias": random(16)}
+
+
+def language() -> dict[str, Tensor]:
+    """Weights of a language model."""
+    return {f"model.layers.{i}.self_attn.q_proj.weight": random(16, 16, seed=i) for i in range(2)}
+
+
+def tuned(weights: dict[str, Tensor], *changed: str) -> dict[str, Tensor]:
+    """Return other weights: matrices differ by rank 2, and those `changed` by 1; other vectors, and VAE, not at all."""
+
+    def change(name: str, W: Tensor, seed: int) -> Tensor:
+        if name in changed:
+            return W + 1
+        if W.ndim < 2 or name in (_VAE, _IN_PROJ):
+            return W
+        return W + 0.1 * random(W.shape[0], 2, seed=seed) @ random(2, W.shape[1], seed=seed + 1)
+
+    return {name: change(name, W, 1000 + 2 * i) for i, (name, W) in enumerate(weights.items())}
+
+
+def run(folder: Path, weights: dict[str, Tensor], changed: dict[str, Tensor], **says: str) -> Extraction:
+    """Extract into out.safetensors, and see that base + adapter is the fine-tune, and the digest that of the file."""
+    save_file(weights, folder / "base.safetensors", says)
+    save_file(changed, folder / "tuned.safetensors")
+    extraction = extract(folder / "base.safetensors", folder / "tuned.safetensors", folder / "out.safetensors", 2)
+    assert {path.name for path in folder.iterdir()} == {"base.safetensors", "tuned.safetensors", "out.safetensors"}
+    adapter = dialects.open_adapter(folder / "out.safetensors")
+    assert extraction.digest == checked_digest(adapter, "out")
+    merge(folder / "base.safetensors", folder / "out.safetensors", folder / "again.safetensors")
+    again = load_file(folder / "again.safetensors")
+    for name, W in changed.items():
+        torch.testing.assert_close(again[name], W, rtol=1e-5, atol=1e-5)
+    return extraction
+
+
+def test_factors_alone_are_kohyas(tmp_path: Path) -> None:
+    weights = sdxl()
+    extraction = run(tmp_path, weights, tuned(weights), **{"modelspec.architecture": "stable-diffusion-xl-v1-base"})
+    assert "written in the layout of kohya, which ComfyUI loads" in extraction.notes
+    written = load_file(tmp_path / "out.safetensors")
+    assert "lora_unet_input_blocks_0_0.lora_down.weight" in written
+    assert "lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight" in written
+    assert "lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha" in written
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        says = file.metadata()
+    assert says["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert (says["ss_network_dim"], says["ss_network_alpha"], says["modelspec.title"]) == ("2", "2.0", "out")
+
+
+@pytest.mark.parametrize(
+    ("changed", "dialect", "names"),
+    [
+        ([_NORM], "kohya", ["lora_unet_input_blocks_1_0_in_layers_0.diff"]),
+        ([f"{_CLIP}.layer_norm1.bias"], "comfy",
+         ["text_encoders.clip_l.transformer.text_model.encoder.layers.0.layer_norm1.diff_b"]),
+        ([_IN_PROJ], "comfy",
+         [f"text_encoders.clip_g.transformer.text_model.encoder.layers.0.self_attn.{x}_proj.diff" for x in "qkv"]),
+    ],
+)  # fmt: skip
+def test_what_is_whole_becomes_a_difference(tmp_path: Path, changed: list[str], dialect: str, names: list[str]) -> None:
+    weights = sdxl()
+    extraction = run(tmp_path, weights, tuned(weights, *changed))
+    assert f"written in the layout of {dialect}, which ComfyUI loads" in extraction.notes
+    assert load_file(tmp_path / "out.safetensors").keys() >= set(names)
+
+
+def test_a_transformer_alone(tmp_path: Path) -> None:
+    weights = flux()
+    run(tmp_path, weights, tuned(weights, "double_blocks.0.img_attn.norm.query_norm.scale", "img_in.bias"))
+    written = load_file(tmp_path / "out.safetensors")
+    assert written.keys() >= {
+        "diffusion_model.double_blocks.0.img_attn.norm.query_norm.scale.diff", "diffusion_model.img_in.diff_b",
+        "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["vae", "language"])
+def test_what_no_such_program_loads_is_in_our_format(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = sdxl() if kind == "vae" else language()
+    run(tmp_path, weights, tuned(weights, *([_VAE] if kind == "vae" else [])))
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert "extract-svd" in json.dumps(json.loads(file.metadata()["loratools"])["provenance"])
+    said = "first_stage_model.decoder.conv_in: no program puts an adapter there" in caplog.text
+    assert said == (kind == "vae")
+
+
+def test_an_input_is_not_replaced(tmp_path: Path) -> None:
+    save_file(language(), tmp_path / "base.safetensors")
+    save_file(tuned(language()), tmp_path / "tuned.safetensors")
+    before = (tmp_path / "tuned.safetensors").read_bytes()
+    with pytest.raises(OutputRefused, match="is, holds or lies in"):
+        extract(
+            tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "tuned.safetensors", 2, force=True
+        )
+    assert (tmp_path / "tuned.safetensors").read_bytes() == before
