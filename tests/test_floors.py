@@ -60,7 +60,7 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
         "families",
         "readings",
         "groups",
-        "translate",
+        "translate one_file",
         "rename",
     ),
     "loratools.storage": ("*", "pickles", "checkpoint", "companions"),

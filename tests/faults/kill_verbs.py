@@ -28,6 +28,7 @@ from pkgutil import walk_packages
 from typing import Any
 
 import loratools
+from loratools.storage import atomic
 from tests.faults.killer import count_events, ended, fork, hashes, stop
 
 
@@ -72,6 +73,14 @@ VERBS = (
     Verb("convert", "convert adapter -o {out} --base base"),
     Verb("convert, one file", "convert adapter -o {out}.safetensors"),
     Verb("convert, one file --force", "convert adapter -o {out}.safetensors --force"),
+    Verb("merge, one file", "merge one/model.safetensors adapter -o {out}.safetensors"),
+    Verb("merge, one file --force", "merge one/model.safetensors other -o {out}.safetensors --keep-residual --force"),
+    Verb("unmerge, one file", "unmerge kept.safetensors adapter -o {out}.safetensors"),
+    Verb("switch, one file", "switch kept.safetensors --take adapter --put other -o {out}.safetensors"),
+    Verb(
+        "extract-svd, one file",
+        "extract-svd one/model.safetensors tuned.safetensors --rank 2 --threads 1 -o {out}.safetensors",
+    ),
     Verb("pull", "pull tester/sent -o {out}"),
     Verb("pull --force", "pull tester/model -o {out} --force"),
     Verb("push", "push sealed {repo}"),
@@ -146,6 +155,8 @@ class Bench:
         """Put an older output where the new one will be."""
         if verb.replaces and ".safetensors" in verb.words:
             (room / "out.safetensors").write_text("old")
+            if "--keep-residual" in verb.words:
+                (room / "out.residual").write_text("old")
         elif verb.replaces:
             shutil.copytree("old", room / "out")
 
@@ -154,12 +165,16 @@ class Bench:
         if "{repo}" in verb.words:
             return self.hub.files(f"tester/{room.name}") or None
         if (file := room / "out.safetensors").is_file():
-            return hashlib.sha256(file.read_bytes()).hexdigest()
+            if (room / "out.residual").is_file():
+                atomic.sweep(file)  # as `unmerge` does before it looks at the residual
+            files = [path for path in (file, room / "out.residual") if path.is_file()]
+            return [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
         return hashes(room / "out") if (room / "out").is_dir() else None
 
 
 def _left(room: Path) -> list[str]:
-    names = [path.name for path in room.iterdir() if path.name not in ("out", "out.safetensors", "tmp")]
+    known = ("out", "out.safetensors", "tmp", *(["out.residual"] if (room / "out.safetensors").exists() else []))
+    names = [path.name for path in room.iterdir() if path.name not in known]
     return sorted([*names, *(f"tmp/{path.name}" for path in (room / "tmp").iterdir())])
 
 
@@ -172,6 +187,9 @@ def _inputs() -> None:
     tiny.save_peft(here / "adapter", tiny.lora_factors())
     tiny.save_peft(here / "other", tiny.lora_factors(rank=2, seed=2), alpha=2)
     tiny.save_llama(here / "tuned", tiny.tuned_weights(tiny.llama_weights()))
+    tiny.save_llama(here / "one", tiny.llama_weights(), shards=1)
+    tiny.save_llama(here / "two", tiny.tuned_weights(tiny.llama_weights()), shards=1)
+    (here / "two" / "model.safetensors").rename(here / "tuned.safetensors")
     (here / "old" / "older").mkdir(parents=True)
     (here / "old" / "adapter_config.json").write_text("{}")
     (here / "old" / "older" / "weights").write_bytes(bytes(100_000))
@@ -179,6 +197,8 @@ def _inputs() -> None:
         assert run(["convert", "adapter", "-o", "sealed", "--base", "base", "-q"]) == 0
         assert run(["merge", "base", "adapter", "-o", "kept", "--keep-residual", "-q"]) == 0
         assert run(["merge", "base", "adapter", "-o", "plain", "-q"]) == 0
+        one = ["merge", "one/model.safetensors", "adapter", "-o", "kept.safetensors", "--keep-residual", "-q"]
+        assert run(one) == 0
 
 
 def prepare(folder: Path) -> Hub:

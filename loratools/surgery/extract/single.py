@@ -15,7 +15,7 @@ import torch
 from loratools import dialects
 from loratools.adapter.kinds import Update
 from loratools.adapter.kinds.full import FullUpdate
-from loratools.adapter.model import HEADER, Adapter
+from loratools.adapter.model import HEADER, Adapter, BaseIdentity
 from loratools.adapter.naming.image import one_file, rename
 from loratools.adapter.naming.image.components import COMPONENTS
 from loratools.adapter.naming.image.groups import ORIGINAL, groups
@@ -24,7 +24,6 @@ from loratools.dialects._frame.metadata import ALPHAS, RANKS
 from loratools.format.digest import checked_digest
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
-from loratools.surgery.combine.result import plain
 from loratools.surgery.extract.assemble import Outcome
 
 _ARCHITECTURE = "modelspec.architecture"
@@ -63,7 +62,8 @@ def _digest(path: Path) -> str:
 
 def _of_image(adapter: Adapter, outcomes: Iterable[Outcome], base: Checkpoint, tuned: Checkpoint) -> Adapter | None:
     """Return the adapter under the names that image models have in adapters; None where it is of another model."""
-    spelled = rename.spelled_out(plain(adapter))
+    base_id = adapter.base and BaseIdentity(adapter.base.id, adapter.base.revision)
+    spelled = rename.spelled_out(replace(adapter, provenance=(), base=base_id))  # a foreign file has no more
     if not any(group.fits for group in groups(spelled)):
         return None
     # Files of a transformer alone have nothing before its names.

@@ -23,6 +23,7 @@ from loratools.format.manifest import NO_DIGEST
 from loratools.format.record import IN_FILE, SAYS
 from loratools.format.record import read as read_record
 from loratools.storage import atomic, files
+from loratools.storage.beside import making
 from loratools.storage.beside.along import residual_of
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import encodings
@@ -93,7 +94,7 @@ def refuse_what_needs_a_folder(options: MergeOptions) -> None:
 
 def still_true(metadata: Mapping[str, str]) -> dict[str, str]:
     """Return what a header says that holds of a file with other numbers: no hashes of its bytes, no record of ours."""
-    return {name: text for name, text in metadata.items() if name not in (*OF_BYTES, IN_FILE)}
+    return {name: text for name, text in metadata.items() if name not in (*OF_BYTES, IN_FILE, making.ENTRY)}
 
 
 def metadata_of(shards: Sequence[Shard]) -> dict[str, str]:

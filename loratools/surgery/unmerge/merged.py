@@ -15,6 +15,7 @@ from loratools.engine.residual.restore import lost_tensors
 from loratools.errors import IncompatibleAdapter, UnsupportedAdapter
 from loratools.format import record as records
 from loratools.options import Tied, words
+from loratools.storage import atomic
 from loratools.storage.beside.along import residual_of
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import logical
@@ -106,6 +107,8 @@ class MergedModel:
         """Open the residual, if the merge kept one."""
         shard = self.model.shards[0].path
         single = records.is_in_file(self.model)
+        if single:
+            atomic.sweep(shard)  # a run that was killed may have put another residual in the place of this model's
         path = shard.with_name(residual_of(shard)) if single else self.model.root / RESIDUAL
         return Residual.open(path) if self.record and path.is_file() else None
 

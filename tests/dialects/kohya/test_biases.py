@@ -61,7 +61,7 @@ def made(folder: Path, alpha: float | None, dora: bool = False) -> dict[str, tor
 
 
 def check(folder: Path, adapter: Path, wanted: dict[str, torch.Tensor]) -> None:
-    out = folder / f"of-{adapter.name}"
+    out = folder / f"of-{adapter.stem}"
     merge(folder / "base.safetensors", adapter, out)
     merged = load_file(out / "base.safetensors")
     assert merged.keys() == wanted.keys()

@@ -65,8 +65,8 @@ def test_it_is_merged_into_one_file(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "lora.safetensors")
     loratools.convert(tmp_path / "lora.safetensors", tmp_path / "diffusers", to="diffusers")
     for adapter in ("lora.safetensors", "diffusers"):
-        loratools.merge(tmp_path / "base.safetensors", tmp_path / adapter, tmp_path / f"merged-{adapter}")
-        merged = load_file(next((tmp_path / f"merged-{adapter}").glob("*.safetensors")))
+        loratools.merge(tmp_path / "base.safetensors", tmp_path / adapter, tmp_path / f"merged-{Path(adapter).stem}")
+        merged = load_file(next((tmp_path / f"merged-{Path(adapter).stem}").glob("*.safetensors")))
         for module, shape in shapes.items():
             a, b = (tensors[f"diffusion_model.{module}.lora_{factor}.weight"] for factor in "AB")
             product = (b.flatten(1) @ a.flatten(1)).reshape(shape)

@@ -72,8 +72,8 @@ def test_a_lora_of_all_of_it_is_what_diffusers_makes_of_it_and_is_merged(tmp_pat
     weights = {f"{name}.weight": torch.zeros((inside | top)[module]) for module, name in sorted(names.items())}
     save_file(weights, tmp_path / "base.safetensors")
     for adapter in ("lora.safetensors", "diffusers"):
-        loratools.merge(tmp_path / "base.safetensors", tmp_path / adapter, tmp_path / f"merged-{adapter}")
-        merged = load_file(next((tmp_path / f"merged-{adapter}").glob("*.safetensors")))
+        loratools.merge(tmp_path / "base.safetensors", tmp_path / adapter, tmp_path / f"merged-{Path(adapter).stem}")
+        merged = load_file(next((tmp_path / f"merged-{Path(adapter).stem}").glob("*.safetensors")))
         for module, name in names.items():
             before = module if module in top else f"diffusion_model.{module}"
             a, b = (tensors[f"{before}.lora_{factor}.weight"] for factor in "AB")
