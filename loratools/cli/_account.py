@@ -60,7 +60,8 @@ def account_of(name: str, context: click.Context) -> dict[str, Any]:
     if name in _THREADS:
         chosen["threads"] = context.params.get("threads") or cores()
     chosen = {long: value for long, value in chosen.items() if value not in (None, [])}
-    return describe(name, chosen, inputs, roles)
+    output = context.params.get("output")
+    return describe(name, chosen, inputs, roles, output.suffix if isinstance(output, Path) else "")
 
 
 def _plain(value: Any) -> Any:

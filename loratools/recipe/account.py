@@ -5,8 +5,9 @@
         "adapters": [{"digest": "blake3:…", "content": "blake3:…", "recipe": {…}}]}}
 
 No path and no time is in it, so that equal work has equal records. `digest` is that of the tensors, `content` of all
-else that is read of an input, `recipe` the account of an input that has one itself. A model is named by the `schema` of
-its tensors where its numbers can be told from the output and the record beside it, for reading all of it takes time.
+else that is read of an input, `recipe` the account of an input that has one itself, `suffix` the ending of an output
+that is a file. A model is named by the `schema` of its tensors where its numbers can be told from the output and the
+record beside it, for reading all of it takes time.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools.dialects import Listing, located
+from loratools.dialects._frame.listing import WEIGHTS
 from loratools.errors import BadFile, LoraToolsError, UnsupportedAdapter
 from loratools.format import record
 from loratools.recipe import identity
@@ -48,11 +50,13 @@ def from_hub(places: Mapping[str, Mapping[str, str]]) -> Iterator[None]:
 
 
 def describe(
-    command: str, options: Mapping[str, Any], inputs: Mapping[str, Sequence[str] | str], roles: Mapping[str, Role]
-) -> dict[str, Any]:
+    command: str, options: Mapping[str, Any], inputs: Mapping[str, Sequence[str] | str], roles: Mapping[str, Role],
+    suffix: str = "",
+) -> dict[str, Any]:  # fmt: skip
     """Return the account of a command that runs: `inputs` are the places of what it takes, by option.
 
-    `options` are those whose result it depends on; `roles` says which inputs are models.
+    `options` are those whose result it depends on; `roles` says which inputs are models; `suffix` is the ending of an
+    output that is a file.
     """
     numbers = command != "merge" or "dtype" in options
     dialect = options.get("dialect")
@@ -61,7 +65,8 @@ def describe(
         listed = [places] if isinstance(places, str) else places
         entries = [_entry(place, roles[name], dialect, numbers) for place in listed]
         taken[name] = entries[0] if isinstance(places, str) else entries
-    return {"command": command, "tool": record.TOOL, "options": dict(options), "inputs": taken}
+    form = {"suffix": suffix} if suffix in WEIGHTS else {}
+    return {"command": command, "tool": record.TOOL, "options": dict(options), "inputs": taken, **form}
 
 
 def _entry(place: str, role: Role, dialect: Any, numbers: bool) -> dict[str, Any]:
@@ -124,7 +129,7 @@ def _parsed(text: Any) -> Any:
 
 def is_sound(account: Any, depth: int = 0) -> bool:
     """Tell whether a JSON value has the form of an account: a file is a stranger's, and may say anything."""
-    if not isinstance(account, dict) or depth > 64:
+    if not isinstance(account, dict) or depth > 64 or account.get("suffix", ".gguf") not in WEIGHTS:
         return False
     options, inputs = account.get("options"), account.get("inputs")
     if not (isinstance(account.get("command"), str) and isinstance(options, dict) and isinstance(inputs, dict)):

@@ -126,7 +126,8 @@ class _Chain:
             else:
                 values[name] = value
         chosen = self._free(command)
-        self.steps[chosen] = {**values, **stated}
+        form = {"output": f"{chosen}{made['suffix']}"} if "suffix" in made else {}
+        self.steps[chosen] = {**values, **form, **stated}
         return chosen
 
     def _input(self, role: str, entry: Mapping[str, Any], root: str | None) -> str:

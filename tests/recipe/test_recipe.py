@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 import loratools
 from loratools.cli._run import run
@@ -17,6 +18,7 @@ from loratools.recipe.run import RecipeReport
 from loratools.storage.beside.making import ENTRY
 from loratools.storage.header import read_header
 from tests.hub.trips import contents
+from tests.make import tiny
 
 TWO = """\
 inputs:
@@ -180,6 +182,20 @@ def test_a_chain_is_repeated_from_its_last_output(here: Path) -> None:
     last = loratools.recipe_of("two", last=True).recipe
     assert list(last["steps"]) == ["switch"]
     assert set(last["inputs"]) == {"model", "take", "put"}
+
+
+def test_a_step_before_the_last_makes_a_file_where_it_was_one(here: Path) -> None:
+    save_file(tiny.llama_weights(), here / "one.safetensors", {"format": "pt"})
+    for line in (
+        "convert adapter --to kohya -o k.safetensors", "merge one.safetensors k.safetensors -o out.safetensors",
+        "switch out.safetensors --take k.safetensors --put other -o switched.safetensors",
+    ):  # fmt: skip
+        assert run([*line.split(), "-q"]) == 0
+    (here / "again.yaml").write_text(loratools.recipe_of("switched.safetensors").yaml)
+    report = loratools.run_recipe("again.yaml", search=here, folder="again")
+    assert states(report) == ["made"] * 3, report.steps[-1].error
+    for before, now in (("k", "convert"), ("out", "merge"), ("switched", "switched")):
+        assert (here / f"{before}.safetensors").read_bytes() == (here / "again" / f"{now}.safetensors").read_bytes()
 
 
 def test_a_wrong_input_is_refused(here: Path) -> None:
