@@ -13,10 +13,7 @@ record beside it, for reading all of it takes time.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +27,10 @@ from loratools.storage.beside.making import ENTRY, FIELD
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.gguf.container import read_container
 from loratools.storage.header import read_header
-from loratools.storage.sources import is_reference, local
+from loratools.storage.sources import local, origin
 
 MOST = 1_000_000
 """Characters of the account of an input that are taken along; of a longer one only the digest is."""
-
-_SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})")
-_HELD: ContextVar[Mapping[str, Mapping[str, str]] | None] = ContextVar("held", default=None)
-
-
-@contextmanager
-def from_hub(places: Mapping[str, Mapping[str, str]]) -> Iterator[None]:
-    """Have inputs at these paths said to be from the Hub while the block runs: path -> `hub` and `commit`."""
-    token = _HELD.set({**(_HELD.get() or {}), **places})
-    try:
-        yield
-    finally:
-        _HELD.reset(token)
 
 
 def describe(
@@ -71,11 +55,9 @@ def describe(
 
 def _entry(place: str, role: Role, dialect: Any, numbers: bool) -> dict[str, Any]:
     """Return what an account says of one input; `numbers` has all of a model read for its digest."""
-    reference = is_reference(place)
-    path = local(place, "header" if role == "model" else "adapter")
-    entry: dict[str, Any] = dict((_HELD.get() or {}).get(str(path), {}))
-    if reference and (found := _SNAPSHOT.search(str(path))):
-        entry |= {"hub": found[1].replace("--", "/", 1), "commit": found[2]}
+    path = local(place, "checkpoint" if role == "model" else "adapter")
+    repository, commit = origin(path)
+    entry: dict[str, Any] = {"hub": repository, "commit": commit} if commit else {}
     entry["content"] = identity.content_of(path, role)
     if role == "adapter":
         entry["digest"] = identity.adapter_of(path, dialect) or entry["content"]
@@ -83,7 +65,7 @@ def _entry(place: str, role: Role, dialect: Any, numbers: bool) -> dict[str, Any
         entry["digest"] = identity.tensors_of(path, "model")
     else:
         entry["schema"] = identity.schema_of(path)
-    before = of(path) if not reference or role == "adapter" else None
+    before = of(path)
     if before and len(json.dumps(before)) <= MOST:
         entry[FIELD] = before
     return entry

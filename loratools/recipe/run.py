@@ -10,13 +10,13 @@ from typing import Any, Literal
 from loratools.decisions import warned
 from loratools.errors import BadFile, InvalidOption, LoraToolsError, OutputRefused
 from loratools.parallel import cores
-from loratools.recipe import account, identity, made
+from loratools.recipe import identity, made
 from loratools.recipe.bind import Bound, bind
 from loratools.recipe.catalog import Catalog
 from loratools.recipe.read import read
 from loratools.recipe.value import Recipe, Step
 from loratools.storage.atomic.inputs import afresh
-from loratools.storage.sources import is_reference, local
+from loratools.storage.sources import is_reference, known_as, local
 
 State = Literal["made", "checked", "up to date", "planned", "failed"]
 
@@ -248,7 +248,7 @@ def _make(task: _Run, step: Step) -> StepReport:
         replace = output.exists()
         output.parent.mkdir(parents=True, exist_ok=True)
         task.digests.pop(str(output), None)
-    with afresh(), account.from_hub(_hub(task, step)):
+    with afresh(), known_as(_on_the_hub(task, step)):
         result = task.catalog.run(step.command.name, task.arguments(step, output, replace=replace))
     if not result.ok:
         raise LoraToolsError(f"{step.command.name} says no", list(result.lines))
@@ -265,16 +265,14 @@ def _make(task: _Run, step: Step) -> StepReport:
     )  # fmt: skip
 
 
-def _hub(task: _Run, step: Step) -> dict[str, dict[str, str]]:
-    """Return which inputs of a step are those of the Hub that the recipe names, though they lie elsewhere."""
-    places: dict[str, dict[str, str]] = {}
+def _on_the_hub(task: _Run, step: Step) -> dict[str, str]:
+    """Return which inputs of a step are those of the Hub that the recipe names by digest, though they lie elsewhere."""
+    places: dict[str, str] = {}
     for _, used in step.inputs():
-        source = task.recipe.sources.get(used)
-        at = task.bound.get(used)
-        if source and at and at.path and source.digest and source.location and is_reference(source.location):
-            repo, _, commit = source.location.removeprefix("hf://").partition("@")
-            if commit:
-                places[str(at.path)] = {"hub": repo, "commit": commit}
+        source, at = task.recipe.sources.get(used), task.bound.get(used)
+        named = source and source.location and (source.digest or source.schema)
+        if source and named and at and at.path and is_reference(source.location) and not is_reference(at.text):
+            places[str(at.path.absolute())] = str(source.location)
     return places
 
 

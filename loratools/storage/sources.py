@@ -10,7 +10,7 @@ import atexit
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
@@ -150,6 +150,18 @@ def origin(path: Path) -> tuple[str, str | None]:
         return "/".join(filter(None, (match[1], match[2]))), match[3]
     generic = whole.suffix and whole.name.partition(".")[0].partition("-")[0] in _GENERIC
     return (whole.parent.name if generic else whole.stem if whole.suffix in _FILES else whole.name) or "unnamed", None
+
+
+@contextmanager
+def known_as(references: Mapping[str, str]) -> Iterator[None]:
+    """Have inputs called by references while the block runs: path -> what lies there, as it is on the Hub."""
+    with session() as current:
+        before = dict(current.names)
+        current.names |= references
+        try:
+            yield
+        finally:
+            current.names = before
 
 
 def refuse_pointer(begin: bytes, path: Path) -> None:

@@ -17,7 +17,9 @@ from loratools.recipe import account, identity
 from loratools.recipe.run import RecipeReport
 from loratools.storage.beside.making import ENTRY
 from loratools.storage.header import read_header
-from tests.hub.trips import contents
+from tests.hub.fixtures import hub, hub_home
+from tests.hub.server import LocalHub
+from tests.hub.trips import contents, stored
 from tests.make import tiny
 
 TWO = """\
@@ -29,6 +31,9 @@ steps:
   done: {command: merge, base: base, adapters: [half], dtype: bf16}
   proof: {command: verify, model: done, base: base, adapter: half}
 """
+
+
+__all__ = ["hub", "hub_home"]
 
 
 @pytest.fixture
@@ -196,6 +201,46 @@ def test_a_step_before_the_last_makes_a_file_where_it_was_one(here: Path) -> Non
     assert states(report) == ["made"] * 3, report.steps[-1].error
     for before, now in (("k", "convert"), ("out", "merge"), ("switched", "switched")):
         assert (here / f"{before}.safetensors").read_bytes() == (here / "again" / f"{now}.safetensors").read_bytes()
+
+
+def test_what_came_from_the_hub_is_made_again_of_copies_here(here: Path, hub: LocalHub) -> None:
+    stored(hub, here / "base", "lab/base")
+    stored(hub, here / "adapter", "lab/adapter")
+    assert run(["merge", "hf://lab/base", "hf://lab/adapter", "-o", "made", "-q"]) == 0
+    recipe = loratools.recipe_of("made").recipe
+    places = [source["path"] for source in recipe["inputs"].values()]
+    assert [place.partition("@")[0] for place in places] == ["hf://lab/base", "hf://lab/adapter"]
+    assert all(len(place.partition("@")[2]) == 40 for place in places)
+    (here / "again.yaml").write_text(loratools.recipe_of("made").yaml)
+    for inputs, folder in (({"base": "base", "adapter": "adapter"}, "copies"), ({}, "fetched")):
+        report = loratools.run_recipe("again.yaml", inputs=inputs, folder=folder)
+        assert states(report) == ["made"], report.steps[0].error
+        assert contents(here / folder / "made") == contents(here / "made")
+    assert states(loratools.run_recipe("again.yaml", folder="planned", dry_run=True)) == ["planned"]
+
+
+def test_an_edited_output_says_that_it_was_edited(here: Path) -> None:
+    for name, target in (("combine", "half"), ("kohya", "k.safetensors")):
+        line = {
+            "combine": "combine sealed -w 0.5 -o half", "kohya": "convert adapter --to kohya -o k.safetensors",
+        }[name]  # fmt: skip
+        assert run([*line.split(), "-q"]) == 0
+        assert run(["edit", target, "--title", "Half", "--output", f"e-{target}", "-q"]) == 0
+        recipe = loratools.recipe_of(f"e-{target}").recipe
+        assert [step["command"] for step in recipe["steps"].values()] == [line.partition(" ")[0], "edit"]
+        (here / f"{name}.yaml").write_text(loratools.recipe_of(f"e-{target}").yaml)
+        report = loratools.run_recipe(f"{name}.yaml", search=here, folder=f"again-{name}")
+        assert states(report) == ["made", "made"], report.steps[-1].error
+        again, made = here / f"again-{name}" / f"e-{target}", here / f"e-{target}"
+        if made.is_dir():
+            assert contents(again) == contents(made)
+        else:
+            assert again.read_bytes() == made.read_bytes()
+    loratools.edit("half", title="Other")
+    with pytest.raises(LoraToolsError, match="no record in it"):
+        loratools.recipe_of("half")
+    assert run(["edit", "adapter", "--title", "Mine", "-q"]) == 0
+    assert ENTRY not in read_header(here / "adapter" / "adapter_model.safetensors").metadata
 
 
 def test_a_wrong_input_is_refused(here: Path) -> None:

@@ -18,6 +18,7 @@ from loratools.errors import BadFile
 from loratools.format import manifest as sealed
 from loratools.format import validate
 from loratools.format.clauses import CONFIG_FILE, Subject
+from loratools.storage.beside import making
 from loratools.storage.beside.cards import read_card
 from loratools.storage.beside.front import data_of, parted, with_field
 from loratools.storage.beside.links import refuse_outside
@@ -185,12 +186,16 @@ class Documents:
         return files
 
     def _metadata(self) -> dict[str, str]:
-        """Return the entries of the new header, with hashes and manifest that agree with them."""
+        """Return the entries of the new header, with hashes and manifest that agree with them.
+
+        Where one says how the file was made, that it was edited is said instead, or nothing.
+        """
         assert self.weights is not None
         assert self.header is not None
         entries = dict(self.entries or {})
+        made = making.entry() if making.ENTRY in (self.header.metadata if self.stated else entries) else {}
         if self.stated is None:
-            return entries
+            return {name: value for name, value in entries.items() if name != making.ENTRY} | made
         settings = {name: value for name, value in self.stated.get("settings", {}).items() if name != HEADER}
         settings |= {HEADER: dict(sorted(entries.items()))} if entries else {}
         document = {name: value for name, value in self.stated.items() if name != "settings"}
@@ -200,7 +205,8 @@ class Documents:
         subject = Subject(self.weights, shapes, json.loads(text), text, self.config)
         if problems := validate.problems(subject, digest=False):
             raise validate.refusal(self.weights, problems)
-        return {**self.header.metadata, sealed.METADATA_KEY: text}
+        kept = {name: value for name, value in self.header.metadata.items() if name != making.ENTRY}
+        return {**kept, sealed.METADATA_KEY: text, **made}
 
 
 _PUT = {
