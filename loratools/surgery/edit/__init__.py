@@ -15,10 +15,11 @@ from os import fspath
 from pathlib import Path
 
 from loratools import dialects
+from loratools.decisions import decided
 from loratools.dialects._frame.facts import Facts, facts_of
 from loratools.dialects._frame.listing import Listing
 from loratools.dialects._frame.places import Fact, table_of
-from loratools.errors import BadFile, InvalidOption, OutputRefused
+from loratools.errors import BadFile, InvalidOption, LoraToolsError, OutputRefused
 from loratools.storage import atomic
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.rewrite import How, NewHeader, editing, finish
@@ -156,7 +157,15 @@ def _open(path: Location, dialect: str | None) -> tuple[Listing, str, Documents]
         return listing, "model", Documents.of(listing, None)
     listing = dialects.located(listing, dialect)
     name = dialect or dialects.detect(listing)[0]
-    adapter = dialects.get(name).read(listing)
+    try:
+        adapter = dialects.get(name).read(listing)
+    except LoraToolsError as error:  # which merges and converts alone need to know
+        if not listing.single:
+            raise
+        decided(
+            "%s: not read as an adapter, and its header can be edited all the same: %s", listing.path, error.message
+        )
+        return listing, name, Documents.of(listing, None)
     return listing, name, Documents.of(listing, adapter)
 
 

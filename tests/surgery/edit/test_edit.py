@@ -250,6 +250,16 @@ def test_nothing_is_written_without_need(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 
+def test_names_that_no_base_explains_do_not_matter(tmp_path: Path) -> None:
+    names = [f"lora_unet_unheard_of_{i}_thing.lora_{part}.weight" for i in (0, 1) for part in ("down", "up")]
+    path = tmp_path / "a.safetensors"
+    save_file({name: torch.ones(4, 4) for name in names}, path, metadata={"ss_network_module": "networks.lora"})
+    with pytest.raises(BadFile):
+        dialects.open_adapter(path)
+    assert edit(path, base="x/y", trigger="sks").dialect == "kohya"
+    assert said(path).items() >= {"ss_sd_model_name": "x/y", "modelspec.trigger_phrase": "sks"}.items()
+
+
 def test_a_models_file_is_taken_too(tmp_path: Path) -> None:
     save_file({"model.embed.weight": torch.ones(4, 4)}, tmp_path / "m.safetensors", metadata={"format": "pt"})
     assert edit(tmp_path / "m.safetensors", title="M").dialect == "model"
