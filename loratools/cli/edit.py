@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 _CLIP = 200
 """Characters of a value that a line shows; an entry can be a picture."""
 
+_MOST = 1000
+"""Characters of the keys in the line of one of several adapters."""
+
 
 @make(section="Change", each="adapter")
 @click.argument("adapter", type=options.INPUT)
@@ -72,7 +75,9 @@ def command(
     asked = any(value is not None for value in (trigger, title, tags, base, description, author, license, thumbnail))
     changed = asked or bool(entries or unset or strip)
     made = f"{'; dry run' if dry_run else ''}{f', written to {result.output}' if result.output else ''}"
-    line = f"{len(result.changes)} change(s){made}" if changed else None
+    keys = ", ".join(f"{each.key} ({each.why})" if each.why else each.key for each in result.changes)
+    what = f"{len(result.changes)} change(s){made}{': ' if keys else ''}{show.clipped(keys, _MOST)}"
+    line = what if changed else None
     return show.Report(show.plain(result), _lines(result, changed), line=line)
 
 
