@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from loratools.cli import _batch
 from loratools.cli import _options as options
 from loratools.cli import _show as show
 from loratools.cli._account import account_of, is_recorded, long_name, role_of
@@ -60,20 +62,23 @@ class Catalog:
     def get(self, name: str) -> catalog.Command:
         """Return a command's keys: what it takes, but where its output goes, and how a run goes."""
         command = self._command(name)
+        several = [long_name(option) for option in _batch.options()] if command.each else []
         keys, refused, known = dict[str, catalog.Key](), dict[str, str](), set[str]()
         for option in command.params:
             long = long_name(option)
             known.add(long)
-            if not option.expose_value or long == "output" or getattr(option, "hidden", False):
+            if not option.expose_value or long in ("output", *several) or getattr(option, "hidden", False):
                 continue
             if long in _OF_RUN:
                 refused[long] = _OF_RUN[long]
-            elif long in _SENDS:
+            elif long in _SENDS and name == "merge":
                 refused[long] = "a recipe sends nothing to the Hub"
             elif option.type is options.PATH:
                 refused[long] = "it writes a file of its own, and a step has one output"
             else:
                 keys[long] = key_of(option)
+                if option.name == command.each:
+                    keys[long] = replace(keys[long], many=False, required=True)
         return catalog.Command(name, keys, refused, "output" in known, "dry-run" in known, "force" in known)
 
     def check(self, name: str, arguments: Sequence[str]) -> None:
@@ -84,6 +89,8 @@ class Catalog:
         """Run a command in this process, and return what it found; raise what it raises."""
         command = self._command(name)
         context = self._parsed(name, arguments)
+        if command.each:  # a step has one
+            _batch.batch_of(context, command.each, command.renamed)
         try:
             with making(lambda: account_of(name, context)), context:
                 report = click.Command.invoke(command, context)

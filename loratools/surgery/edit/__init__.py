@@ -21,6 +21,7 @@ from loratools.dialects._frame.listing import Listing
 from loratools.dialects._frame.places import Fact, table_of
 from loratools.errors import BadFile, InvalidOption, LoraToolsError, OutputRefused
 from loratools.storage import atomic
+from loratools.storage.beside import making
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.rewrite import How, NewHeader, editing, finish
 from loratools.storage.rewrite.header import write_copy
@@ -183,7 +184,7 @@ def _edit(
 def _write_new(listing: Listing, documents: Documents, target: Path, force: bool) -> None:
     """Write the edited file or folder anew; what is not edited is copied."""
     atomic.refuse_inputs(target, [listing.path])
-    files = documents.changes()
+    files = documents.changes(making.entry())
     if listing.single:
         if target.suffix != listing.path.suffix:
             raise OutputRefused(

@@ -14,6 +14,7 @@ from loratools.dialects._frame.metadata import ALPHAS, OF_BYTES, RANKS
 from loratools.dialects._frame.places import ALSO, Fact, Place, table_of
 from loratools.errors import InvalidOption
 from loratools.format.manifest import is_path
+from loratools.storage.beside import making
 from loratools.storage.beside.front import data_of, parted
 from loratools.surgery.edit import privacy
 from loratools.surgery.edit.documents import CARD, Documents
@@ -142,11 +143,12 @@ def _unset(documents: Documents, pattern: str) -> Iterator[str]:
 def _strip(documents: Documents, dialect: str, keep: frozenset[str]) -> dict[tuple[str, str], str]:
     """Take out what is private; return (document, field) -> what it was."""
     published = frozenset(ALSO["trigger"]) | keep
+    stays = DECISIVE | {*OF_BYTES, making.ENTRY}  # the record of its making holds no path
     said = documents.said()
     names = privacy.names_in(text for part in said.values() for text in privacy.strings_in(part))
     reasons: dict[tuple[str, str], str] = {}
     for key, value in list((documents.entries or {}).items()):
-        if key not in DECISIVE | set(OF_BYTES) and (found := privacy.private(key, value, names, published)):
+        if key not in stays and (found := privacy.private(key, value, names, published)):
             documents.put_entry(key, found.value)
             reasons["header", key] = found.reason
     for where, document in (

@@ -166,15 +166,16 @@ class Documents:
             tensors = {name: LazyTensor.stored(spec) for name, spec in self.header.tensors.items()}
             entries[_LEGACY] = legacy_hash(tensors, entries)
 
-    def changes(self) -> dict[str, bytes | NewHeader]:
-        """Return the new contents of the files that are to change, by their names.
+    def changes(self, made: Mapping[str, str] | None = None) -> dict[str, bytes | NewHeader]:
+        """Return the new contents of the files that are to change, by their names; `made` are entries of a record.
 
         Raises `InvalidFormat` where a sealed adapter would break a clause, and `BadFile` for a header that is too long.
         """
         files: dict[str, bytes | NewHeader] = {}
         now = self.said()
-        if self.weights and self.header and any(now[part] != self.before[part] for part in ("header", "manifest")):
-            metadata = self._metadata()
+        changed = any(now[part] != self.before[part] for part in ("header", "manifest"))
+        if self.weights and self.header and (changed or made):
+            metadata = {**self._metadata(), **(made or {})}
             try:
                 files[self.weights.name] = NewHeader.of(self.weights, self.header, metadata)
             except UnicodeEncodeError:
