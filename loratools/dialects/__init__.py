@@ -25,54 +25,32 @@ The entries:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Protocol, cast
+from typing import Any, cast
 
 from loratools.adapter.model import Adapter, Loss
-from loratools.decisions import decided
+from loratools.decisions import decided, warned, warnings_to
+from loratools.dialects._frame import memory
+from loratools.dialects._frame.dialect import Dialect, DialectSummary
 from loratools.dialects._frame.folders import only_below, unknown
 from loratools.dialects._frame.listing import WEIGHTS, Evidence, Listing
 from loratools.dialects._frame.numbers import is_number
-from loratools.dialects.peft.held import HasAdapter, InMemory, held, is_pair
-from loratools.errors import InvalidOption, LossyConversion, OutputRefused, UnknownKind
+from loratools.dialects.peft.held import HasAdapter, InMemory, held, is_pair, refuse_unscaled
+from loratools.errors import InvalidOption, LoraToolsError, LossyConversion, OutputRefused, UnknownKind
 from loratools.options import Options
 from loratools.storage import atomic
 from loratools.storage.checkpoint import Checkpoint
 
 __all__ = [
-    "Dialect", "Evidence", "HasAdapter", "InMemory", "Listing", "detect", "get", "held", "is_adapter", "is_pair",
-    "list_dialects", "located", "names", "open_adapter", "save_adapter",
+    "Dialect", "DialectSummary", "Evidence", "HasAdapter", "InMemory", "Listing", "detect", "get", "is_adapter",
+    "is_pair", "list_dialects", "located", "names", "open_adapter", "save_adapter",
 ]  # fmt: skip
-
-
-class Dialect(Protocol):
-    """A dialect's module, as the docstring of `loratools.dialects` describes it."""
-
-    SUMMARY: str
-    EXTRA: str | None
-    FILES: tuple[str, ...]
-    CANNOT: tuple[str, ...]
-
-    def detect(self, listing: Listing) -> Evidence | None:
-        """Return how sure the dialect is that the listing is its own, or None."""
-        ...
-
-    def read(self, listing: Listing) -> Adapter:
-        """Read the adapter."""
-        ...
-
-    def losses(self, adapter: Adapter) -> list[Loss]:
-        """List what the dialect cannot say of the adapter."""
-        ...
-
-    def write(self, adapter: Adapter, target: Path, *, force: bool) -> Adapter:
-        """Write what the dialect can say of the adapter, whole or not at all, and return that."""
-        ...
 
 
 @cache
@@ -103,17 +81,6 @@ def get(name: str) -> Dialect:
     if name not in names():
         raise UnknownKind(f"no dialect {name!r}; loratools knows {', '.join(names())}")
     return cast(Dialect, import_module(f"{__name__}.{name}"))
-
-
-@dataclass(frozen=True, slots=True)
-class DialectSummary:
-    """What `Dialect` says of itself: its name, what it is, the files it writes, what it cannot say, and its extra."""
-
-    name: str
-    summary: str
-    extra: str | None
-    files: tuple[str, ...]
-    cannot: tuple[str, ...]
 
 
 def list_dialects() -> tuple[DialectSummary, ...]:
@@ -193,7 +160,9 @@ def open_adapter(
     Args:
         path: A folder, also one above the only adapter, or a single file; an adapter held in memory, which is copied:
             a pair (state dict, config) with the config as in adapter_config.json or PEFT's object, a `PeftModel` (its
-            active adapter), a live handle (the adapter in use). An `Adapter` comes back as it is.
+            active adapter), a live handle (the adapter in use); a state dict as any dialect saves it, alone or in a
+            pair with the entries of its file's header. A state dict maps names to tensors, or to arrays of numpy. An
+            `Adapter` comes back as it is.
         dialect: The dialect to read it as, one of `names()`. Default: the one that `detect` finds.
         alpha: The alpha of training, a finite number, for every module, as of files that record none; it wins over what
             a file records, with a warning. Our own format refuses it. Default: the file's.
@@ -217,6 +186,8 @@ def open_adapter(
         8
     """
     told = {"dialect": dialect, "alpha": alpha, "enabled": enabled}
+    if memory.is_saved(path):
+        return _of_state(path, dialect=dialect, alpha=alpha, base=base, initial=initial, enabled=enabled)
     if not isinstance(path, str | PathLike):
         if useless := [name for name, value in told.items() if value is not None]:
             raise InvalidOption(f"{' and '.join(useless)}: for files only, and the adapter is open already")
@@ -236,6 +207,28 @@ def open_adapter(
     listing.tell_unread(adapter)
     decided("%s: dialect %s: %s", listing.path, name, evidence.reason if evidence else "as the call says")
     return adapter if adapter.dialect == name else replace(adapter, dialect=name)
+
+
+def _of_state(value: Any, *, dialect: str | None, alpha: float | None, **options: Any) -> Adapter:
+    """Return the adapter of a state dict that no config of PEFT goes with, read as the file that it would be."""
+    said: list[str] = []
+    with memory.as_file(value) as place:
+
+        def named(text: str) -> str:
+            return text.replace(str(place), str(memory.STATE))
+
+        try:
+            with warnings_to(said.append):
+                bare = dialect is None and isinstance(value, Mapping)
+                if bare and alpha is None and detect(Listing.of(place))[0] == "peft":
+                    refuse_unscaled(value)
+                adapter = memory.kept(open_adapter(place, dialect=dialect, alpha=alpha, **options))
+        except LoraToolsError as error:
+            error.reword(named)
+            raise
+    for text in said:
+        warned("%s", named(text))
+    return adapter
 
 
 def save_adapter(

@@ -87,7 +87,7 @@ def _opened(source: Source, base: Checkpoint | None) -> Adapter | Checkpoint:
     if isinstance(source, Checkpoint):
         return source
     if not isinstance(source, str | os.PathLike):
-        return dialects.held(source)
+        return dialects.open_adapter(source, base=base)
     path = local(source)
     if inspect(path).type == "checkpoint":
         return open_model(path)

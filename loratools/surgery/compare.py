@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from loratools.adapter.naming.compact import natural
 from loratools.adapter.naming.wrappers import normalized
@@ -81,6 +82,26 @@ class Comparison:
     distance: float
     in_part: tuple[Mapping[str, str], Mapping[str, str]]
     left_out: tuple[Mapping[str, str], Mapping[str, str]]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a plain dict of numbers for each shared module; `pandas.DataFrame(found.rows())` is a table of them.
+
+        What both adapters have ends in `_1` and `_2`.
+        """
+        return [
+            {
+                "module": each.module, **_both("kind", each.kinds), "out": each.shape[0], "in": each.shape[1],
+                **_both("rank", each.ranks), **_both("norm", each.norms), "cosine": each.cosine,
+                "input_overlap": each.input_overlap, "input_chance": each.chance[0],
+                "output_overlap": each.output_overlap, "output_chance": each.chance[1],
+                **_both("amplification", each.amplification),
+            }
+            for each in self.modules
+        ]  # fmt: skip
+
+
+def _both(name: str, values: tuple[Any, Any]) -> dict[str, Any]:
+    return {f"{name}_1": values[0], f"{name}_2": values[1]}
 
 
 @session()

@@ -134,7 +134,7 @@ def places(inputs: Sequence[AdapterInput]) -> Iterator[Path]:
 
 def _open(adapter: AdapterSource, weight: float, base: Checkpoint) -> AdapterInput:
     if not isinstance(adapter, str | os.PathLike):
-        value = dialects.held(adapter)
+        value = dialects.open_adapter(adapter, base=base)
         if value.tensors() and all(lazy.spec is None and lazy.file is None for lazy in value.tensors().values()):
             value = in_a_file(value)
         return AdapterInput(value, weight, checked_digest(value, "adapter"))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.adapter.naming.compact import compact, natural
 from loratools.adapter.parts import factors_of
-from loratools.dialects import InMemory, Listing, detect, get, held, located, names
+from loratools.dialects import InMemory, Listing, detect, get, located, names, open_adapter
 from loratools.dialects._frame.facts import Facts, facts_of
 from loratools.dialects._frame.metadata import metadata_of
 from loratools.errors import BadFile
@@ -155,7 +155,7 @@ def inspect(
     if dialect is not None:
         get(dialect)
     if not isinstance(path, str | PathLike | Checkpoint):
-        path = held(path)
+        path = open_adapter(path, dialect=dialect)
         # An adapter that was made in memory lies nowhere.
         place = next((lazy.spec.file.parent for lazy in path.tensors().values() if lazy.spec), Path())
         return describe_adapter(path, place, path.dialect, "opened by the caller")

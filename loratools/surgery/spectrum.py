@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate
+from typing import Any
 
 from loratools.adapter.naming.compact import natural
 from loratools.errors import IncompatibleAdapter, InvalidOption
@@ -71,6 +72,20 @@ class AdapterSpectrum:
         """Return which share of Σ‖ΔW‖² the best changes of a rank keep, Σσᵢ² with i ≤ rank in each module; 1 for 0."""
         kept = math.fsum(value * value for module in self.modules for value in module.sigma[:rank])
         return kept / self.norm**2 if self.norm else 1.0
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a plain dict for each module; `pandas.DataFrame(found.rows())` is a table of them.
+
+        The keys are its fields, with `needed_0.99` and `needed_0.999` for `needed`; `shape` and `sigma` are lists.
+        """
+        return [
+            {
+                **{name: value for name, value in asdict(each).items() if name != "needed"},
+                **{"shape": list(each.shape), "sigma": list(each.sigma)},
+                **{f"needed_{share:g}": rank for share, rank in zip(SHARES, each.needed, strict=True)},
+            }
+            for each in self.modules
+        ]  # fmt: skip
 
 
 @session()

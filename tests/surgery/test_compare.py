@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import loratools
 from loratools.errors import IncompatibleAdapter
 from loratools.surgery.compare import compare
 from tests.surgery.models import Lora, lora, random, save_adapter, save_base
@@ -114,3 +116,24 @@ def test_strangers_and_other_shapes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(IncompatibleAdapter) as caught:
         compare(one, save_adapter(tmp_path / "c", lora({"q": (8, 6)})))
     assert "q: [8, 8] in the first, [8, 6] in the second" in str(caught.value)
+
+
+def test_rows_are_plain_and_make_a_frame(prepared: Path) -> None:
+    found = {
+        "compare": loratools.compare(prepared / "adapter", prepared / "other", prepared / "base"),
+        "spectrum": loratools.spectrum(prepared / "adapter"),
+        "certify": loratools.certify(prepared / "merged", prepared / "base", prepared / "adapter"),
+    }
+    for measured in found.values():
+        assert json.loads(json.dumps(measured.rows())) == measured.rows()
+        assert len(measured.rows()) == 4
+    one, module = found["compare"].rows()[1], found["compare"].modules[1]
+    assert (one["module"], one["norm_2"], one["cosine"]) == (module.module, module.norms[1], module.cosine)
+    assert (one["input_chance"], one["output_overlap"]) == (module.chance[0], module.output_overlap)
+    assert found["spectrum"].rows()[0]["needed_0.99"] == found["spectrum"].modules[0].needed[0]
+    assert found["certify"].rows()[0]["optimal"] == found["certify"].optimal[0]
+    pandas = pytest.importorskip("pandas")
+    for measured in found.values():
+        frame = pandas.DataFrame(measured.rows())
+        assert frame.shape == (4, len(measured.rows()[0]))
+        assert list(frame["module"]) == [row["module"] for row in measured.rows()]

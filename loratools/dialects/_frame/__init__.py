@@ -1,7 +1,9 @@
 """What dialects are made of.
 
+dialect    what a dialect's module offers
 listing    what lies at a path: file names, headers and small JSON files, read when a dialect asks for them
 folders    adapters in the folders below one that holds none
+memory     state dicts as the files that they would be saved as
 items      the adapters and models in a folder and below it, by the names of their files
 build      a draft of what is read: tensors sorted by module and part, made into the updates of an adapter
 alphas     alphas that no tensor holds: those of the header, or none

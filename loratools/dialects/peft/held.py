@@ -1,4 +1,4 @@
-"""An adapter that is no file: a state dict with its config, a `PeftModel`, or what holds one and says so.
+"""An adapter that is no file: a state dict with PEFT's config, a `PeftModel`, or what holds one and says so.
 
 PEFT is asked only where the value is PEFT's, and so is imported already. Tensors are copied: training goes on without
 changing the adapter.
@@ -10,9 +10,10 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, runtime_checkable
+from typing import Any, NoReturn, Protocol, TypeGuard, runtime_checkable
 
 from loratools.adapter.model import Adapter
+from loratools.dialects._frame import memory
 from loratools.dialects._frame.build import check_gathered
 from loratools.dialects.peft import checks, typed
 from loratools.dialects.peft.assemble import assemble
@@ -21,10 +22,7 @@ from loratools.errors import BadFile, InvalidOption
 from loratools.format import keys
 from loratools.storage.lazy import LazyTensor
 
-if TYPE_CHECKING:
-    import torch
-
-_TENSORS, _CONFIG = Path("the state dict"), Path("the config of the state dict")
+_CONFIG = Path("the config of the state dict")
 _WANTED = (
     "expected a path or a reference such as hf://org/name, or an adapter in memory"
     " (`Adapter`, (state dict, config), PeftModel, handle of a live model)"
@@ -56,13 +54,20 @@ class _PeftModel(Protocol):
     def peft_config(self) -> Mapping[str, Any]: ...
 
 
-InMemory = tuple[Mapping[str, Any], Mapping[str, Any] | _Config] | _PeftModel | HasAdapter
-"""An adapter held in memory: (state dict, config), a `PeftModel`, or a live handle."""
+InMemory = Mapping[str, Any] | tuple[Mapping[str, Any], Mapping[str, Any] | _Config] | _PeftModel | HasAdapter
+"""An adapter held in memory: a state dict, (state dict, config or header), a `PeftModel`, or a live handle."""
 
 
 def is_pair(value: object) -> bool:
     """Tell whether a value is one adapter as (state dict, config), and not two adapters."""
-    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], Mapping)
+    if not isinstance(value, tuple) or len(value) != 2 or not isinstance(value[0], Mapping):
+        return False
+    beside = value[1]
+    return not isinstance(beside, Mapping) or not beside or not all(map(_is_array, beside.values()))
+
+
+def _is_array(value: object) -> bool:
+    return hasattr(value, "__array__")
 
 
 def held(value: object, *, initial: bool = False) -> Adapter:
@@ -79,12 +84,15 @@ def held(value: object, *, initial: bool = False) -> Adapter:
         return _of_model(value, initial)
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], Mapping):
         return _of_pair(value[0], value[1], initial)
-    if isinstance(value, Mapping):
-        raise InvalidOption(
-            f"{_WANTED}, found a state dict ({type(value).__name__}) without its config, so the scaling is unknown",
-            hint="Give a pair: (state_dict, config), the config as in adapter_config.json, or PEFT's LoraConfig.",
-        )
     raise InvalidOption(f"{_WANTED}, found {type(value).__name__}")
+
+
+def refuse_unscaled(state: Mapping[Any, Any]) -> NoReturn:
+    """Raise `InvalidOption` for a state dict under PEFT's names without its config."""
+    raise InvalidOption(
+        f"{_WANTED}, found a state dict ({type(state).__name__}) without its config, so the scaling is unknown",
+        hint="Give a pair: (state_dict, config), the config as in adapter_config.json, or PEFT's LoraConfig.",
+    )
 
 
 def _is_peft_model(value: object) -> TypeGuard[_PeftModel]:
@@ -109,35 +117,17 @@ def _of_model(model: _PeftModel, initial: bool) -> Adapter:
 def _of_pair(state: Mapping[Any, Any], config: object, initial: bool) -> Adapter:
     document = _document(config)
     tensors = typed.present(_tensors(state), document)
-    check_gathered(_TENSORS, tensors, checks.is_flat)
-    return assemble(_TENSORS, tensors, document, _CONFIG, initial=initial)
+    check_gathered(memory.STATE, tensors, checks.is_flat)
+    return assemble(memory.STATE, tensors, document, _CONFIG, initial=initial)
 
 
 def _tensors(state: Mapping[Any, Any]) -> dict[str, LazyTensor]:
     """Return copies of the tensors, under the names that a file has; raise `BadFile` with all that are none."""
-    import torch
-
-    faults = []
-    for name, tensor in state.items():
-        if not isinstance(name, str):
-            faults.append(f"{name!r}: found a key of type {type(name).__name__}, expected a name")
-        elif not isinstance(tensor, torch.Tensor):
-            faults.append(f"{name}: found {type(tensor).__name__}, expected a torch.Tensor")
-        elif tensor.is_meta:
-            faults.append(f"{name}: it is on the device meta, where tensors have no numbers")
-    if faults:
-        raise BadFile(f"{_TENSORS}: {len(faults)} of {len(state)} entries are no tensors of an adapter", faults)
+    tensors = memory.tensors_of(state)
     # Without PEFT's wrapper around the model (`model.add_adapter` of transformers and diffusers) there is no prefix.
-    bare = not any(unwrap(name).startswith(keys.PREFIX) for name in state)
+    bare = not any(unwrap(name).startswith(keys.PREFIX) for name in tensors)
     prefix = keys.PREFIX if bare else ""
-    return {f"{prefix}{unwrap(name) if bare else name}": _copied(tensor) for name, tensor in state.items()}
-
-
-def _copied(tensor: torch.Tensor) -> LazyTensor:
-    """Return a copy on the processor, of a tensor that is spread over processes in one piece."""
-    gathered: Any = getattr(tensor, "full_tensor", None)
-    whole: torch.Tensor = (tensor if gathered is None else gathered()).detach()
-    return LazyTensor.of(whole.to("cpu", copy=True).contiguous())
+    return {f"{prefix}{unwrap(name) if bare else name}": lazy for name, lazy in tensors.items()}
 
 
 def _document(config: object) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import prod
+from typing import Any
 
 from loratools import dialects
 from loratools.adapter.low_rank import load
@@ -43,6 +44,16 @@ class Certification:
     uncovered: tuple[tuple[str, float], ...]
     uncovered_energy: float
     skipped: tuple[str, ...]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a plain dict for each factored layer; `pandas.DataFrame(found.rows())` is a table of them.
+
+        The keys are the fields of its certificate, `change` = ‖ΔW‖/‖W‖, and `optimal`, the error of the best factors.
+        """
+        return [
+            {**asdict(layer), "shape": list(layer.shape), "change": layer.change, "optimal": optimal}
+            for layer, optimal in zip(self.layers, self.optimal, strict=True)
+        ]
 
 
 def certify(

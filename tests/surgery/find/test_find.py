@@ -153,7 +153,7 @@ def test_what_depends_on_the_base_is_compared_by_its_parameters(prepared: Path, 
 
 def test_a_base_selects_by_name_hash_and_shape(workplace: Path) -> None:
     names = {each.path for each in find(workplace).adapters}
-    assert names == {"adapter", "other", "sealed"}
+    assert names == {"adapter", "blend", "other", "sealed"}
     assert {each.path for each in find(workplace, base=workplace / "base").adapters} == names
     shorter = {name: (A, B[:-1]) for name, (A, B) in tiny.lora_factors(seed=5).items()}
     tiny.save_peft(workplace / "elsewhere", shorter)
@@ -215,5 +215,5 @@ def test_wrappers_do_not_matter(tmp_path: Path) -> None:
 def test_a_row_for_each_adapter_makes_a_frame(prepared: Path) -> None:
     pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame(find(prepared).rows())
-    assert list(frame["path"]) == ["adapter", "other", "sealed"]
-    assert list(frame["group"].fillna(0)) == [1, 0, 1]
+    assert list(frame["path"]) == ["adapter", "blend", "other", "sealed"]
+    assert list(frame["group"].fillna(0)) == [1, 0, 0, 1]
