@@ -28,6 +28,7 @@ from loratools.engine.turns import Queue, Turns
 from loratools.linalg.native import available, why_not
 from loratools.parallel import Progress, workers
 from loratools.storage import files
+from loratools.storage.atomic import system
 from loratools.storage.codecs import floats
 from loratools.storage.layout import FilePlan, Slot
 
@@ -157,7 +158,7 @@ def _open(
         target = folder / file.name
         target.parent.mkdir(parents=True, exist_ok=True)
         descriptor = descriptors.enter_context(files.descriptor(target, os.O_RDWR | os.O_CREAT | os.O_EXCL))
-        os.ftruncate(descriptor, file.size)
+        system.make_room(descriptor, file.size)
         files.write_from(descriptor, memoryview(file.header), 0)
         changed: dict[str, list[Slot]] = {}
         for slot in file.slots:

@@ -18,6 +18,7 @@ from loratools.engine.residual.predict import steps
 from loratools.errors import BadFile
 from loratools.parallel import Progress, each, no_progress
 from loratools.storage import digest, dtypes, files
+from loratools.storage.atomic import system
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import logical
 from loratools.storage.codecs import schemes
@@ -74,7 +75,7 @@ def restore(
         path = folder / plan.name
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as target:
-            os.ftruncate(target, plan.size)
+            system.make_room(target, plan.size)
             files.write_from(target, memoryview(plan.header), 0)
 
     def write(name: str, spec: TensorSpec) -> str:
