@@ -58,13 +58,16 @@ def command(talk: Talk, /, base: str, tuned: str, output: Path, **values: Any) -
     Every changed weight W' - W becomes factors B A near the best of their rank, in float32, with alpha = rank; what has
     no factors (norms, biases, embeddings) is saved whole, so that base + adapter is the fine-tune but for the printed
     error. A layer's error is exact, and a bound says how far from the optimum it can be. The result is a PEFT adapter,
-    sealed with the base's hash. A PATTERN is a name (q_proj), a glob (layers.*.mlp.*), or re: and a regular expression.
+    sealed with the base's hash; where the output's name ends in .safetensors it is one file, that of an image model in
+    the layout of kohya or ComfyUI. A PATTERN is a name (q_proj), a glob (layers.*.mlp.*), or re: and a regular
+    expression.
 
     \b
     Examples:
       loratools extract-svd base tuned -o extracted
       loratools extract-svd base tuned -o small --energy 0.9 --max-rank 64 --modules
       loratools extract-svd base tuned -o served --budget 64MB --uniform --drop-whole
+      loratools extract-svd base tuned -o extracted.safetensors
       loratools extract-svd base tuned -o extracted --dry-run
     """
     from loratools.adapter.naming.selection import Selection

@@ -75,7 +75,8 @@ def command(
 
     The sum is made in float32 and rounded once; it does not depend on the order of the adapters or on threads. Tensors
     that no adapter touches are copied byte for byte, and every other file of the base comes along. An adapter that was
-    sealed with a base hash is checked against the base while it is read; a wrong base leaves no output.
+    sealed with a base hash is checked against the base while it is read; a wrong base leaves no output. An output whose
+    name ends in .safetensors is one file, with the record of the merge in its header; any other is a folder.
 
     \b
     Examples:
@@ -83,6 +84,7 @@ def command(
       loratools merge hf://lab/base hf://lab/adapter -o merged
       loratools merge base adapter other -w 0.7 -w -0.3 -o merged
       loratools merge base adapter -o merged --dry-run
+      loratools merge base adapter -o merged.safetensors --keep-residual
       loratools merge quantized adapter -o merged --quantized partial
       loratools merge base adapter -o merged --dtype f32 --max-shard-size 2GB --verify
       loratools merge base adapter --push lab/merged --no-local --license mit --base-model lab/base

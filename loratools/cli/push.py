@@ -36,10 +36,11 @@ def command(
 ) -> show.Report:  # fmt: skip
     """Send an adapter or a model to the Hub, in one commit.
 
-    PATH is validated first. REPO is org/name; it is made if it is not there. The model card keeps what a person wrote:
-    missing fields of its front matter are added, and one section on the adapter is written anew. Training state
-    (optimizer, training_args.bin) stays here, and so does every path of this machine. What the repository has already
-    is not sent again. If the branch moves meanwhile nothing is committed. Log in with `hf auth login`, or set HF_TOKEN.
+    PATH, a folder or one file, is validated first. REPO is org/name; it is made if it is not there. The model card
+    keeps what a person wrote: missing fields of its front matter are added, and one section on the adapter is written
+    anew. Training state (optimizer, training_args.bin) stays here, and so does every path of this machine. What the
+    repository has already is not sent again. If the branch moves meanwhile nothing is committed. Log in with `hf auth
+    login`, or set HF_TOKEN.
 
     \b
     Examples:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import loratools
 from loratools.errors import BadFile, InvalidOption, LoraToolsError, OutputRefused
+from tests.storage.codecs import comfy_models
 from tests.surgery.models import Lora, lora, merged, same_bytes, save_adapter, save_base, weights_of
 
 SHAPES = {"model.layers.0.q_proj": (32, 48), "model.layers.1.q_proj": (48, 32)}
@@ -248,3 +249,26 @@ def test_a_damaged_record_is_said(room: Path, weights: dict[str, Tensor]) -> Non
     save_file(weights, room / "odd.safetensors", {"loratools.record": "[]"})
     with pytest.raises(LoraToolsError, match="JSON object"):
         loratools.merge(room / "odd.safetensors", room / "adapter0", room / "out.safetensors")
+
+
+@pytest.mark.parametrize("how", ["old", "tensors", "header", torch.float8_e4m3fn])
+@pytest.mark.parametrize("policy", ["dequantize", "partial", "requantize"])
+def test_a_file_of_codes_is_that_of_the_folder(tmp_path: Path, how: Any, policy: Any) -> None:
+    base, adapter, out = tmp_path / "base.safetensors", tmp_path / "lora.safetensors", tmp_path / "out.safetensors"
+    comfy_models.scaled(base, how) if isinstance(how, str) else comfy_models.cast(base, how)
+    comfy_models.lora(adapter)
+    chosen = {"quantized": policy, "force": True}
+    loratools.merge(base, adapter, tmp_path / "out", **chosen)
+    loratools.merge(base, adapter, out, keep_residual=True, **chosen)
+    expect_same(out, load_file(tmp_path / "out" / "base.safetensors"))
+    says = metadata_of(out)
+    assert says.pop("loratools.record")
+    assert says == metadata_of(tmp_path / "out" / "base.safetensors")
+    assert loratools.verify(out, base, adapter).ok
+    loratools.unmerge(out, adapter, tmp_path / "back.safetensors")
+    assert (tmp_path / "back.safetensors").read_bytes() == base.read_bytes()
+    if policy == "dequantize":
+        report = loratools.dequantize(base, tmp_path / "plain.safetensors", verify=True)
+        loratools.dequantize(base, tmp_path / "plain")
+        expect_same(tmp_path / "plain.safetensors", load_file(tmp_path / "plain" / "base.safetensors"))
+        assert report.root
