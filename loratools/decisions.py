@@ -1,6 +1,7 @@
 """What was decided and why, and what a user must know of it, wherever in the library it is found out.
 
-`decided` is for whoever asks: `loratools -v`, or a program that listens to the logger `loratools`. `warned` is for
+`decided` is for whoever asks: `loratools -v`, or a program that listens to the logger `loratools`; `detailed` is what
+`-vv` adds, of every tensor. `warned` is for
 everybody: a warning on the command line and in its JSON, and in Python a warning of that logger, which is shown on
 stderr unless the program says otherwise.
 """
@@ -23,6 +24,18 @@ def decided(what: str, *values: object) -> None:
     """
     if logging := sys.modules.get("logging"):
         logging.getLogger("loratools").info(what, *values)
+
+
+def wants_detail() -> bool:
+    """Tell whether anybody listens to `detailed`, where what it would say costs something."""
+    logging = sys.modules.get("logging")
+    return logging is not None and logging.getLogger("loratools").isEnabledFor(logging.DEBUG)
+
+
+def detailed(what: str, *values: object) -> None:
+    """Log a decision about one tensor or module at level DEBUG, as `decided` logs those about all of them."""
+    if logging := sys.modules.get("logging"):
+        logging.getLogger("loratools").debug(what, *values)
 
 
 def warned(what: str, *values: object) -> None:

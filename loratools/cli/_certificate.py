@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loratools.cli import _show as show
 from loratools.cli._talk import Talk
@@ -32,12 +32,12 @@ def table(layers: Sequence[Layer]) -> Iterator[str]:
     )  # fmt: skip
 
 
-def report(talk: Talk, tuned: Checkpoint, base: str, adapter: str, seed: int, threads: int | None) -> show.Report:
+def report(talk: Talk, tuned: Checkpoint, base: str, adapter: str, **choices: Any) -> show.Report:
     """Certify any adapter against a fine-tune, and return the report."""
     from loratools.surgery.extract.certify import certify
 
     with talk.progress("certifying", 2 * tuned.nbytes) as advance:
-        certification = certify(tuned, base, adapter, seed=seed, threads=threads, progress=advance)
+        certification = certify(tuned, base, adapter, **choices, progress=advance)
     return show.Report(show.plain(certification), lines(certification))
 
 

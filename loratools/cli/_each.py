@@ -67,7 +67,16 @@ class Work:
         root, command = self.load()
         said: list[str] = []
         take = said.append if self.apart else None
-        talk = replace(self.talk, warnings=[*self.talk.warnings], names={}, _noted=set(), about=item.path, take=take)
+        talk = replace(
+            self.talk,
+            warnings=[*self.talk.warnings],
+            names={},
+            _known=set(),
+            _first={},
+            _alike={},
+            about=item.path,
+            take=take,
+        )
         with click.Context(root, info_name=root.name, obj=talk) as above:
             assert isinstance(command, click.Command)
             context = click.Context(command, parent=above, info_name=command.name, obj=talk)

@@ -102,6 +102,7 @@ class Command(click.Command):
         # What a report holds is shown, whether or not its command has said it already.
         talk.warn(*report.document.get("warnings", ()))
         talk.note(*report.document.get("notes", ()))
+        talk.count()
         return report
 
     def _placed(self, hint: str, ctx: click.Context) -> str:

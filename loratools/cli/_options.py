@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from loratools.cli._show import Report, fields, plain, size
 from loratools.cli._words import WORDS
 
 if TYPE_CHECKING:
+    from loratools.surgery.inputs import Planned
+
     Choice = click.Choice[str]
 else:
     Choice = click.Choice
@@ -56,6 +59,16 @@ def option(*names: str, more: str = "", **settings: Any) -> Callable[[Decorated]
     word = WORDS[name]
     settings.setdefault("metavar", word.metavar)
     return click.option(*names, help=f"{word.meaning} {more}".rstrip(), **settings)
+
+
+def adapter_options(command: Decorated) -> Decorated:
+    """Give a command the options that say how adapters are read."""
+    return dialect_option(alpha_option(command))
+
+
+def module_options(command: Decorated) -> Decorated:
+    """Give a command the options that choose modules."""
+    return include_option(exclude_option(command))
 
 
 def word_option(name: str, literal: str, default: str | None, more: str = "") -> Callable[[Decorated], Decorated]:
@@ -109,6 +122,17 @@ alpha_option = option("--alpha", type=float)
 algorithm_option = option(
     "--algorithm", type=Words("loratools.storage.digest", "ALGORITHMS"), default="blake3", show_default=True
 )
+
+
+def would(made: Planned) -> Report:
+    """Return the report of a plan, for --dry-run."""
+    rows: list[tuple[str, str | Sequence[str] | None]] = [("would write", made.output), ("of", list(made.reads))]
+    for name, value in made.facts.items():
+        if value not in (None, [], {}):
+            listed = [f"{key}: {each}" for key, each in value.items()] if isinstance(value, dict) else value
+            rows.append((name, [str(each) for each in listed] if isinstance(listed, list) else str(value)))
+    rows.append(("size", None if made.nbytes is None else f"about {size(made.nbytes)}"))
+    return Report(plain(made), list(fields(*rows, ("free disk", size(made.free_disk)))))
 
 
 def require_one_each(weights: Sequence[object], adapters: Sequence[str]) -> None:

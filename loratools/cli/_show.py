@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+import shutil
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -57,6 +60,9 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
+_NAME = 16  # characters that a name in a table keeps at least
+_DIGEST = re.compile(r"(blake3|sha256):[0-9a-f]{64}[,;]?")
+_NARROWEST = 40  # characters of a terminal; on a narrower one lines are broken by it
 LONGEST = 20_000
 """Characters of a printed line; of a longer one the rest is counted."""
 
@@ -70,6 +76,57 @@ def line(text: str) -> str:
 def clipped(text: str, most: int) -> str:
     """Return at most so many characters of a text, and how many more it has."""
     return f"{text[:most]}… and {len(text) - most} characters more" if len(text) > most else text
+
+
+_NUMBERS = re.compile(
+    r"(?<=[._])\d+(?=[._:;,)\]'\"\s]|$)|(?<=layer )\d+|(?<=layers )\d+|(?<=block )\d+|(?<=blocks )\d+"
+)
+
+
+def alike(text: str) -> str:
+    """Return a text without the numbers of modules and layers: what is equal then is said once.
+
+    >>> alike("model.layers.11.q_proj: rank 8 in layer 3") == alike("model.layers.2.q_proj: rank 8 in layer 7")
+    True
+    >>> alike("m.0: rank 8") == alike("m.0: rank 4")
+    False
+    """
+    return _NUMBERS.sub("#", text)
+
+
+def counted(texts: Iterable[str]) -> list[str]:
+    """Return the first of all texts that differ in numbers of modules and layers alone, with how many more there are.
+
+    >>> counted(["h.0.q: odd", "h.1.q: odd", "h.0.k: odd", "h.2.q: odd"])
+    ['h.0.q: odd (and 2 more like it, of other modules or layers)', 'h.0.k: odd']
+    """
+    groups: dict[str, list[str]] = {}
+    for text in texts:
+        groups.setdefault(alike(text), []).append(text)
+    more = "{} (and {} more like it, of other modules or layers)"
+    return [first if not rest else more.format(first, len(rest)) for first, *rest in groups.values()]
+
+
+def room() -> int | None:
+    """Return how many characters a line of stdout may have: those of the terminal; None where it is no terminal."""
+    try:
+        if sys.stdout is None or not sys.stdout.isatty():
+            return None
+    except ValueError:  # it is closed
+        return None
+    return max(_NARROWEST, shutil.get_terminal_size().columns)
+
+
+def shortened(text: str, width: int) -> str:
+    """Return a text of at most `width` characters: a longer one loses its middle.
+
+    >>> shortened("model.layers.0.self_attn.q_proj", 16)
+    'model.l…n.q_proj'
+    """
+    if len(text) <= width:
+        return text
+    left = max(0, width - 1)
+    return f"{text[: left // 2]}…{text[len(text) - (left - left // 2) :]}"
 
 
 def size(nbytes: int) -> str:
@@ -94,21 +151,80 @@ def number(value: float) -> str:
 
 
 def fields(*rows: tuple[str, str | Sequence[str] | None]) -> Iterable[str]:
-    """Yield `name  value` lines, aligned; a list's lines stay in their column, None leaves its row out."""
+    """Yield `name  value` lines, aligned; a list's lines stay in their column, None leaves its row out.
+
+    On a terminal a value that is too wide goes on in the next line.
+    """
     shown = [(name, [value] if isinstance(value, str) else value) for name, value in rows if value is not None]
     width = max((len(name) for name, _ in shown), default=0)
+    columns = room()
     for name, lines in shown:
+        if columns is not None:
+            lines = [part for each in lines for part in _wrapped(line(each), columns - width - 2)] or [""]
         for index, each in enumerate(lines):
+            if columns is not None and len(each) > columns - width - 2:  # a digest, which is copied whole
+                yield from ((name,) if not index else ())
+                yield f"  {shortened(each, columns - 2)}"
+                continue
             yield f"{'' if index else name:<{width}}  {each}".rstrip()
 
 
+def _wrapped(text: str, width: int) -> list[str]:
+    """Return a text as lines of at most `width`, broken at spaces; a longer word loses its middle, no digest does."""
+    lines = [""]
+    for word in text.split(" "):
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
+            lines.append("")
+        shown = word if _DIGEST.fullmatch(word) else shortened(word, width)
+        lines[-1] = f"{lines[-1]} {shown}" if lines[-1] else shown
+    return lines
+
+
 def table(heading: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> Iterable[str]:
-    """Yield an aligned table; the columns numbered in `right` are aligned to the right."""
+    """Yield an aligned table; the columns numbered in `right` are aligned to the right.
+
+    On a terminal long names lose their middle, and columns that do not fit stand in a table below, beside the first.
+    """
     lines = [tuple(heading), *(tuple(map(line, row)) for row in rows)]
+    columns = room()
     widths = [max(len(row[column]) for row in lines) for column in range(len(heading))]
-    for row in lines:
-        cells = (
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        yield "  ".join(cells).rstrip()
+    blocks = [list(range(len(heading)))]
+    if columns is not None:
+        widths = _narrowed(widths, [len(name) for name in heading], columns, right)
+        blocks = _blocks(widths, columns)
+    for number, block in enumerate(blocks):
+        yield from ("",) if number else ()
+        for row in lines:
+            cells = (
+                shortened(row[column], widths[column]).rjust(widths[column])
+                if column in right
+                else shortened(row[column], widths[column]).ljust(widths[column])
+                for column in block
+            )
+            yield "  ".join(cells).rstrip()
+
+
+def _narrowed(widths: Sequence[int], least: Sequence[int], columns: int, right: Sequence[int]) -> list[int]:
+    """Return widths with which a row fits, as far as columns of text can be narrower: the widest loses first."""
+    widths = list(widths)
+    text = [column for column in range(len(widths)) if column not in right]
+    while (over := sum(widths) + 2 * (len(widths) - 1) - columns) > 0:
+        wide = [column for column in text if widths[column] > max(_NAME, least[column])]
+        if not wide:
+            break
+        widest = max(wide, key=lambda column: widths[column])
+        second = max((widths[column] for column in wide if widths[column] < widths[widest]), default=0)
+        widths[widest] -= min(over, widths[widest] - max(_NAME, least[widest], second)) or 1
+    return widths
+
+
+def _blocks(widths: Sequence[int], columns: int) -> list[list[int]]:
+    """Return the columns of each table that fits; the first column stands in all."""
+    blocks, used = [[0]] if widths else [[]], widths[0] if widths else 0
+    for column, width in enumerate(widths[1:], 1):
+        if len(blocks[-1]) > 1 and used + 2 + width > columns:
+            blocks.append([0])
+            used = widths[0]
+        blocks[-1].append(column)
+        used += 2 + width
+    return blocks

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loratools.cli._show import SCHEMA, encode, encode_text, line
+from loratools.cli._show import SCHEMA, alike, counted, encode, encode_text, line
 
 if TYPE_CHECKING:
     from loratools.parallel import Progress
@@ -22,6 +22,11 @@ PATIENCE = 0.5
 
 MOST_PROBLEMS = 1_000
 """Problems of one error that are printed; with --json all of them are."""
+MOST_WARNINGS = 1_000
+"""Warnings in one JSON document; a line says that there were more."""
+_MORE = f"more than {MOST_WARNINGS} warnings; the others are left out"
+_SAYING = Lock()  # of this process: what a warning is like is looked up by any thread
+_BEGINNING = 60  # characters of a text that tell which one it is
 
 
 @dataclass(slots=True)
@@ -42,22 +47,47 @@ class Talk:
     names: dict[str, str] = field(default_factory=dict)
     about: str = ""
     take: Callable[[str], object] | None = None
-    _noted: set[str] = field(default_factory=set)
+    _known: set[str] = field(default_factory=set)
+    _first: dict[tuple[str, str], str] = field(default_factory=dict)
+    _alike: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def note(self, *texts: str) -> None:
         """Say something that -q silences, unless it was said before."""
         for text in () if self.quiet or self.json else texts:
-            if text not in self._noted and text not in self.warnings:
-                self._noted.add(text)
-                self._say(text)
+            if text not in self._known:
+                self._known.add(text)
+                self._once(text)
 
     def warn(self, *texts: str) -> None:
         """Warn, of the same thing once: -q does not silence it, and with --json it is part of the document."""
         for text in texts:
-            if text not in self.warnings:
+            if text in self._known:
+                continue
+            self._known.add(text)
+            if len(self.warnings) < MOST_WARNINGS:
                 self.warnings.append(text)
-                if not self.json:
-                    self._say(text, "warning", "yellow")
+            elif self.warnings[-1] != _MORE:
+                self.warnings.append(_MORE)
+            if not self.json:
+                self._once(text, "warning", "yellow")
+
+    def count(self) -> None:
+        """Say how often what was said once could have been said, of other modules or layers."""
+        for (prefix, first), more in self._alike.items():
+            if more:
+                start = first if len(first) <= _BEGINNING else f"{first[:_BEGINNING]}…"
+                self._say(f"{more} more like this one, of other modules or layers: {start}", prefix, "yellow")
+        self._alike.clear()
+
+    def _once(self, text: str, prefix: str = "", color: str = "") -> None:
+        """Say a text unless one was said that differs in numbers of modules and layers alone; count it then."""
+        with _SAYING:
+            key = (prefix, alike(text))
+            first = self._first.setdefault(key, text)
+            new = (prefix, first) not in self._alike
+            self._alike[prefix, first] = 0 if new else self._alike[prefix, first] + 1
+        if new:
+            self._say(text, prefix, color)
 
     def error(
         self, kind: str, message: str, problems: tuple[str, ...] = (), hint: str | None = None, *, lost: bool = False
@@ -71,32 +101,34 @@ class Talk:
             text = encode({"schema": SCHEMA, "error": document, "warnings": self.warnings})
             click.echo(self.named(text), err=lost)
             return
+        self.count()
         self._say(message, "error", "red")
-        for problem in problems[:MOST_PROBLEMS]:
+        lines = counted(problems)
+        for problem in lines[:MOST_PROBLEMS]:
             self._say(f"  {problem}")
-        if len(problems) > MOST_PROBLEMS:
-            self._say(f"  … and {len(problems) - MOST_PROBLEMS} more; --json lists all")
+        if len(lines) > MOST_PROBLEMS:
+            self._say(f"  … and {len(lines) - MOST_PROBLEMS} more; --json lists all")
         if hint:
             self._say(hint, "hint", "cyan")
 
     @contextmanager
     def decisions(self) -> Iterator[None]:
-        """With -v, say what the library decides while the block runs, and why."""
+        """With -v, say what the library decides while the block runs, and why; with -vv, of every tensor."""
         if not self.verbose or self.json:
             yield
             return
         import logging
 
-        say = self._say
+        note, say, level = self.note, self._say, logging.DEBUG if self.verbose > 1 else logging.INFO
 
         class Told(logging.Handler):
             def emit(self, record: logging.LogRecord) -> None:
-                say(record.getMessage())
+                (say if record.levelno < logging.INFO else note)(record.getMessage())
 
-        logger, told = logging.getLogger("loratools"), Told(logging.INFO)
+        logger, told = logging.getLogger("loratools"), Told(level)
         before = logger.level
         logger.addHandler(told)
-        logger.setLevel(logging.INFO)
+        logger.setLevel(level)
         try:
             yield
         finally:

@@ -31,13 +31,13 @@ class Word(NamedTuple):
 # fmt: off
 WORDS: Mapping[str, Word] = {
     "--adapter": Word(READ, "An adapter; once for each.", "PATH"),
-    "--alpha": Word(READ, "The alpha that the adapter was trained with, for files that do not record it; it wins over "
+    "--alpha": Word(READ, "The alpha that adapters were trained with, for files that do not record it; it wins over "
                           "one that they record.", "NUMBER"),
     "--base": Word(READ, "The base model.", "PATH"),
     "--input": Word(READ, "Where an input of the recipe is; once for each. One named by digest there must have "
                           "it.", "NAME=PATH"),
     "--search": Word(READ, "Find inputs that are nowhere else in this folder, by their digests.", "FOLDER"),
-    "--dialect": Word(READ, "Read the adapter as this dialect (see `loratools dialects`).", "NAME"),
+    "--dialect": Word(READ, "Read every adapter as this dialect (see `loratools dialects`).", "NAME"),
     "--each": Word(READ, "Every adapter and model in this folder and below it, a line for each: folders whose files "
                          "belong together, and lone files. What is hidden, a trainer's own, or a link within the "
                          "folder is left out.", "FOLDER"),

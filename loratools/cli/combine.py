@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 @click.argument("adapters", type=options.INPUT, nargs=-1, required=True, metavar="ADAPTER...")
 @options.output_option
 @options.option("-w", "--weight", "weights", type=str, multiple=True, more="[default: 1 for each]")
+@options.module_options
+@options.adapter_options
 @options.option("--method", type=str, default="linear", show_default=True)
 @rank_options()
 @options.option("--density", type=float)
@@ -41,14 +43,16 @@ if TYPE_CHECKING:
 @options.factors_option
 @options.modules_option
 @options.threads_option
+@options.dry_run_option
 @options.force_option
 @pass_talk
 def command(
-    talk: Talk, /, adapters: tuple[str, ...], output: Path, weights: tuple[str, ...], method: str,
+    talk: Talk, /, adapters: tuple[str, ...], output: Path, weights: tuple[str, ...],
+    include: tuple[str, ...], exclude: tuple[str, ...], dialect: str | None, alpha: float | None, method: str,
     density: float | None, gamma: float | None, epsilon: float | None, seed: int | None, like: Library | None,
     normalize: bool | None, rescale: bool | None,
     initial: str | None, check_base: CheckBase, to: str | None, dtype: FloatName | None, modules: bool,
-    threads: int | None, force: bool, **ranks: Any,
+    threads: int | None, dry_run: bool, force: bool, **ranks: Any,
 ) -> show.Report:  # fmt: skip
     """Combine adapters into one, with weights, without the base model.
 
@@ -72,19 +76,24 @@ def command(
     from loratools.storage.dtypes import ALIASES
     from loratools.surgery.combine import combine
     from loratools.surgery.combine.result import dtype_of
+    from loratools.surgery.inputs import plan, read_as
 
     options.require_one_each(weights, adapters)
-    sources = [*adapters, *([initial] if initial else [])]
+    sources = read_as([*adapters, *([initial] if initial else [])], dialect, alpha)
     opened = [dialects.open_adapter(source, initial=bool(initial)) for source in sources]
     dtype = dtype or dtype_of(opened)
     wanted, total = ranks_of(ranks, ALIASES[dtype.lower()]), size_of(opened)
+    given: dict[str, Any] = {
+        "weights": weights or None, "include": include or None, "exclude": exclude or None, "dialect": dialect,
+        "alpha": alpha, "method": method.replace("-", "_"), "density": density, "gamma": gamma, "epsilon": epsilon,
+        "seed": seed, "like": like, "normalize": normalize, "rescale": rescale, "ranks": wanted,
+        "initial": initial, "check_base": check_base, "to": to,
+        "dtype": dtype, "threads": threads, "force": force,
+    }  # fmt: skip
+    if dry_run:
+        return options.would(plan(combine, adapters, output, **given))
     with talk.progress("combining", total) as bar:
-        combination = combine(
-            adapters, output, weights=weights or None, method=method.replace("-", "_"), density=density, gamma=gamma,
-            epsilon=epsilon, seed=seed, like=like, normalize=normalize, rescale=rescale, ranks=wanted,
-            initial=initial, check_base=check_base, to=to,
-            dtype=dtype, threads=threads, force=force, progress=bar,
-        )  # fmt: skip
+        combination = combine(adapters, output, **given, progress=bar)
     talk.warn(*combination.warnings)
     kept = table(combination) if modules else ()
     return show.Report(show.plain(combination), [*lines(combination, "combined"), *kept])

@@ -21,13 +21,19 @@ _MOST = 10  # modules shown unless all are asked for
 @click.argument("first", type=options.INPUT)
 @click.argument("second", type=options.INPUT)
 @options.option("--base", type=options.INPUT, more="For changes that depend on it, and for amplification.")
+@options.module_options
+@options.adapter_options
+@options.model_type_option
 @options.modules_option
 @options.option("--grid", type=str)
 @options.option("--paper", is_flag=True)
 @options.option("--seed", type=click.IntRange(min=0), more="For --paper.  [default: 0]")
+@options.threads_option
 def command(
-    first: str, second: str, base: str | None, modules: bool, grid: str | None, paper: bool, seed: int | None
-) -> show.Report:
+    first: str, second: str, base: str | None, modules: bool, grid: str | None, paper: bool, seed: int | None,
+    include: tuple[str, ...], exclude: tuple[str, ...], dialect: str | None, alpha: float | None,
+    model_type: str | None, threads: int | None,
+) -> show.Report:  # fmt: skip
     """Tell how alike two adapters are: the angle between their changes, and the subspaces they use.
 
     The cosine is that of the two dW = scaling B A, computed from the factors. What a change of DoRA, (IA)3, OFT, GLoRA
@@ -50,7 +56,10 @@ def command(
 
     if seed is not None and not paper:
         raise click.UsageError("--seed draws what --paper compares with; without it nothing is random")
-    comparison = compare(first, second, base, paper=paper, seed=seed or 0)
+    comparison = compare(
+        first, second, base, paper=paper, seed=seed or 0, include=include or None, exclude=exclude or None,
+        dialect=dialect, alpha=alpha, model_type=model_type, threads=threads,
+    )  # fmt: skip
     document: dict[str, Any] = show.plain(comparison)
     for data, module in zip(document["modules"], comparison.modules, strict=True):
         data |= {"input_overlap": module.input_overlap, "output_overlap": module.output_overlap}

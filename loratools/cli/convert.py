@@ -36,18 +36,19 @@ def _renamed(name: str, file: bool, values: Mapping[str, Any]) -> str:
 @options.option("--profile", type=options.Words("loratools.dialects.peft.profiles", "PROFILES"))
 @options.option("--to-lora", is_flag=True)
 @options.option("--rank", type=click.IntRange(min=1), more="With --to-lora.")
-@options.alpha_option
+@options.adapter_options
+@options.model_type_option
 @options.option("--enable-lora", type=str)
 @options.base_id_option
 @options.option("--allow-loss", is_flag=True)
-@options.dialect_option
+@options.dry_run_option
 @options.force_option
 @pass_talk
 def command(
     talk: Talk, adapter: str, output: Path, to: str, base: str | None, onto: str | None,
     original: str | None, trained_on: TrainedOn | None, profile: Name | None, to_lora: bool, rank: int | None,
     alpha: float | None, enable_lora: str | None, base_id: str | None, allow_loss: bool, dialect: str | None,
-    force: bool,
+    model_type: str | None, dry_run: bool, force: bool,
 ) -> show.Report:  # fmt: skip
     """Rewrite an adapter in another dialect, or seal it with its base's hash.
 
@@ -66,9 +67,8 @@ def command(
       loratools convert adapter other -o both --base base
       loratools convert adapter --onto quantized --original base -o carried
     """
-    from loratools import dialects
-    from loratools.storage.checkpoint import Checkpoint
     from loratools.surgery.convert import convert
+    from loratools.surgery.inputs import plan, typed_model
 
     if profile and to != "peft":
         raise click.UsageError("--profile is for --to peft")
@@ -77,16 +77,19 @@ def command(
     if base and onto:
         raise click.UsageError("--base and --onto: give one of them; --onto seals the adapter too")
     path = onto or base
-    checkpoint = Checkpoint.open(path) if path else None
-    source = dialects.open_adapter(
-        adapter, dialect=dialect, alpha=alpha, base=checkpoint, enabled=_switches(enable_lora) if enable_lora else None
-    )
+    if model_type and not path:
+        raise click.UsageError("--model-type says what a base is; give --base or --onto")
+    checkpoint = typed_model(path, model_type) if path else None
+    given: dict[str, Any] = {
+        "to": to, "base": checkpoint if base else None, "onto": checkpoint if onto else None, "dialect": dialect,
+        "alpha": alpha, "enabled": _switches(enable_lora) if enable_lora else None, "original": original,
+        "trained_on": trained_on, "base_id": base_id, "profile": profile, "to_lora": rank, "allow_loss": allow_loss,
+        "force": force,
+    }  # fmt: skip
+    if dry_run:
+        return options.would(plan(convert, adapter, output, **given))
     with talk.progress("hashing the base", checkpoint.nbytes if checkpoint else 0) as advance:
-        conversion = convert(
-            source, output, to=to, base=checkpoint if base else None, onto=checkpoint if onto else None,
-            original=original, trained_on=trained_on, base_id=base_id, profile=profile, to_lora=rank,
-            allow_loss=allow_loss, force=force, progress=advance,
-        )  # fmt: skip
+        conversion = convert(adapter, output, **given, progress=advance)
     return show.Report(show.plain(conversion), _lines(conversion), line=_in_a_line(conversion))
 
 

@@ -23,10 +23,11 @@ from loratools.cli._talk import Talk, pass_talk
 @options.option("--max-shard-size", type=str, more="[default: 5GB]")
 @options.option("--verify", is_flag=True, more="Every tensor is compared with the codes.")
 @options.threads_option
+@options.dry_run_option
 @options.force_option
 @options.durable_option
 @pass_talk
-def command(talk: Talk, /, model: str, output: Path, **choices: Any) -> show.Report:
+def command(talk: Talk, /, model: str, output: Path, dry_run: bool, **choices: Any) -> show.Report:
     """Write a quantized model in 16 bit: every code as the number that it stands for, rounded once.
 
     bitsandbytes, FP8, MXFP4 and NVFP4, GPTQ, AWQ, compressed-tensors, MLX and others are read by their own formulas, in
@@ -41,8 +42,11 @@ def command(talk: Talk, /, model: str, output: Path, **choices: Any) -> show.Rep
     from loratools.storage.checkpoint import Checkpoint
     from loratools.storage.checkpoint.logical import logical
     from loratools.surgery.dequantize import dequantize
+    from loratools.surgery.inputs import plan
 
-    opened = Checkpoint.open(sources.local(model, "checkpoint"))
+    opened = Checkpoint.open(sources.local(model, "header" if dry_run else "checkpoint"))
+    if dry_run:
+        return options.would(plan(dequantize, opened, output, **choices))
     total = sum(spec.parameters * 2 if spec.encoding else spec.nbytes for spec in logical(opened).specs.values())
     with talk.progress("dequantizing", total) as advance:
         report = dequantize(opened, output, progress=advance, **choices)

@@ -28,12 +28,13 @@ if TYPE_CHECKING:
 @options.option("--modules", is_flag=True, more="Here: its digest, as --tier tensors.")
 @options.option("--include", type=str, multiple=True, more="Implies --modules.")
 @options.option("--exclude", type=str, multiple=True, more="Implies --modules.")
+@options.adapter_options
 @options.algorithm_option
 @options.threads_option
 @pass_talk
 def command(
     talk: Talk, checkpoint: str, tier: Tier | Literal["all"], modules: bool, include: tuple[str, ...],
-    exclude: tuple[str, ...], algorithm: Algorithm, threads: int | None,
+    exclude: tuple[str, ...], dialect: str | None, alpha: float | None, algorithm: Algorithm, threads: int | None,
 ) -> Report:  # fmt: skip
     """Print the hash of a model or an adapter: which one exactly is this?
 
@@ -63,7 +64,7 @@ def command(
         raise click.UsageError(f"--modules, --include and --exclude are for --tier tensors; it is {tier}")
     each = asked != "all" and (modules or include or exclude)
     tiers: tuple[Tier, ...] = ("tensors",) if each else TIERS if tier == "all" else (tier,)
-    opened = open_hashed(checkpoint, headers=tiers == ("schema",))
+    opened = open_hashed(checkpoint, headers=tiers == ("schema",), dialect=dialect, alpha=alpha)
     total = 0 if isinstance(opened, Adapter) or tiers == ("schema",) else opened.nbytes
     with talk.progress("hashing", total) as advance:
         identity = hash_checkpoint(

@@ -33,10 +33,14 @@ _WIDTH = 32
     more="For a --spectrum of changes that depend on it: DoRA, (IA)3, OFT, GLoRA, tensors trained whole.",
 )  # fmt: skip
 @options.option("--metadata", is_flag=True)
-@options.dialect_option
+@options.module_options
+@options.adapter_options
+@options.model_type_option
 def command(
-    path: str, modules: bool, spectrum: bool, base: str | None, metadata: bool, dialect: str | None
-) -> show.Report:
+    path: str, modules: bool, spectrum: bool, base: str | None, metadata: bool, include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    dialect: str | None, alpha: float | None, model_type: str | None,
+) -> show.Report:  # fmt: skip
     """Describe an adapter or a model, from headers alone unless --spectrum is given.
 
     Of an adapter: its dialect, ranks, alpha and scaling, target modules, size, the base model it belongs to and what
@@ -61,15 +65,18 @@ def command(
 
     if base is not None and not spectrum:
         raise click.UsageError("--base goes with --spectrum; the rest of what inspect tells needs no base")
+    if model_type is not None and base is None:
+        raise click.UsageError("--model-type says what a base is; give --spectrum --base")
+    chosen: dict[str, Any] = {"include": include or None, "exclude": exclude or None}
     if base is not None:  # which also tells names that some dialects leave out
-        return _measured(path, base, dialect)
-    summary = inspect(path, dialect)
+        return _measured(path, base, dialect, alpha, model_type, chosen)
+    summary = inspect(path, dialect, alpha=alpha, **chosen)
     if spectrum:
         from loratools.surgery.spectrum import spectrum as measure
 
         if summary.type != "adapter":
             raise click.UsageError(f"--spectrum: {path} is a model; it describes adapters")
-        measured = measure(path, dialect)
+        measured = measure(path, dialect, alpha=alpha, **chosen)
         return show.Report(_document(summary, False) | {"spectrum": show.plain(measured)}, _spectrum(measured))
     if isinstance(summary, AdapterSummary):
         line = None if modules or metadata else _adapter_in_a_line(summary)
@@ -80,15 +87,17 @@ def command(
     return show.Report(document, _checkpoint(summary, modules), line=line)
 
 
-def _measured(path: str, base: str, dialect: str | None) -> show.Report:
+def _measured(
+    path: str, base: str, dialect: str | None, alpha: float | None, model_type: str | None, chosen: dict[str, Any]
+) -> show.Report:
     """Return the report of a spectrum that is measured on the base."""
     from loratools import dialects
-    from loratools.storage.checkpoint import Checkpoint
+    from loratools.surgery.inputs import kept, typed_model
     from loratools.surgery.inspect import describe_adapter
     from loratools.surgery.spectrum import spectrum
 
-    model = Checkpoint.open(base)
-    adapter = dialects.open_adapter(path, dialect=dialect, base=model)
+    model = typed_model(base, model_type)
+    adapter = kept(dialects.open_adapter(path, dialect=dialect, alpha=alpha, base=model), **chosen)
     measured = spectrum(adapter, base=model)
     summary = describe_adapter(adapter, path, adapter.dialect, "read with its base model")
     return show.Report(_document(summary, False) | {"spectrum": show.plain(measured)}, _spectrum(measured))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from loratools.cli._talk import Talk, pass_talk
 
 if TYPE_CHECKING:
     from loratools.hub.stream import Stream
+    from loratools.surgery.inputs import AdapterSource
     from loratools.surgery.merge import Merge, MergeReport
 
 _SHOWN = 3
@@ -27,6 +28,8 @@ _SHOWN = 3
     "-o", "--output", type=options.PATH, is_eager=True, callback=options.swept, more="Needed unless --no-local."
 )
 @options.weight_option
+@options.module_options
+@options.adapter_options
 @options.option(
     "--dtype", type=options.Words("loratools.storage.dtypes", "SPELLINGS"),
     more="Every float tensor has it.  [default: as the base has it]",
@@ -68,6 +71,7 @@ _SHOWN = 3
 @pass_talk
 def command(
     talk: Talk, /, base: str, adapters: tuple[str, ...], output: Path | None, weights: tuple[float | str, ...],
+    include: tuple[str, ...], exclude: tuple[str, ...], dialect: str | None, alpha: float | None,
     dry_run: bool, verify: bool, push: str | None, no_local: bool, private: bool, base_model: str | None,
     license: str | None, **choices: Any,
 ) -> show.Report:  # fmt: skip
@@ -93,6 +97,7 @@ def command(
 
     from loratools.storage import atomic, sources
     from loratools.storage.checkpoint import Checkpoint
+    from loratools.surgery.inputs import chosen_weights, read_as
     from loratools.surgery.merge import execute, prepare
     from loratools.surgery.merge.options import MergeOptions
 
@@ -103,11 +108,13 @@ def command(
         raise click.UsageError("--resume does not go with --push: what was sent is not sent again anyway")
     if no_local and (not push or choices["keep_residual"] or verify):
         raise click.UsageError("--no-local needs --push, and leaves nothing for --keep-residual or --verify")
+    read: Sequence[AdapterSource] = read_as(adapters, dialect, alpha)
+    weighed = chosen_weights(len(read), weights or None, include, exclude)
     model = Checkpoint.open(sources.local(base, "header" if dry_run else "checkpoint"))
     with ExitStack() as stack:
         if no_local or output is None:
             output = stack.enter_context(atomic.temporary("merge")) / "merged"
-        prepared = prepare(model, adapters, output, weights=weights or None, options=MergeOptions(**choices))
+        prepared = prepare(model, read, output, weights=weighed, options=MergeOptions(**choices))
         talk.note(*prepared.plan.notes)
         plan = prepared.to_json()
         if dry_run:
@@ -129,8 +136,8 @@ def command(
     from loratools.surgery.verify import verify as prove
 
     with talk.progress("verifying", 2 * plan["bytes"]["written"]) as advance:
-        carried = [each.adapter for each in prepared.plan.inputs] if choices["original"] else adapters
-        known = [each.weight for each in prepared.plan.inputs] if choices["original"] else weights or None
+        carried = [each.adapter for each in prepared.plan.inputs] if choices["original"] else read
+        known = [each.weight for each in prepared.plan.inputs] if choices["original"] else weighed
         proof = prove(output, model, carried, weights=known, progress=advance)
     document["verification"] = show.plain(proof)
     return show.Report(document, [*text, *lines(proof, every=False)], proof.ok)

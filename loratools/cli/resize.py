@@ -31,14 +31,18 @@ def _renamed(name: str, file: bool, values: Mapping[str, Any]) -> str:
 @options.include_option
 @options.option("--exclude", type=str, multiple=True, more="They are not in the result.")
 @options.to_option
+@options.modules_option
 @options.factors_option
-@options.dialect_option
+@options.adapter_options
 @options.threads_option
+@options.dry_run_option
 @options.force_option
 @pass_talk
 def command(
     talk: Talk, /, adapter: str, output: Path, to: str | None, dtype: FloatName | None, dialect: str | None,
-    include: tuple[str, ...], exclude: tuple[str, ...], threads: int | None, force: bool, **ranks: Any,
+    alpha: float | None,
+    include: tuple[str, ...], exclude: tuple[str, ...], threads: int | None, modules: bool, dry_run: bool,
+    force: bool, **ranks: Any,
 ) -> show.Report:  # fmt: skip
     """Give an adapter other ranks, with the least error there is, and print what each module keeps.
 
@@ -58,19 +62,24 @@ def command(
     from loratools.cli.combine import lines, size_of, table
     from loratools.storage.dtypes import ALIASES
     from loratools.surgery.combine.result import dtype_of
+    from loratools.surgery.inputs import plan
     from loratools.surgery.resize import resize
 
-    source = dialects.open_adapter(adapter, dialect=dialect)
+    source = dialects.open_adapter(adapter, dialect=dialect, alpha=alpha)
     dtype = dtype or dtype_of([source])
     wanted = ranks_of(ranks, ALIASES[dtype.lower()])
     if wanted is None:
         raise click.UsageError(
             "say how ranks are chosen: --rank, --energy, --sv-ratio, --sv-fro, --sv-cumulative or --budget"
         )
+    given: dict[str, Any] = {
+        "include": include or None, "exclude": exclude or None, "to": to, "dtype": dtype, "threads": threads,
+        "force": force,
+    }  # fmt: skip
+    if dry_run:
+        return options.would(plan(resize, adapter, output, wanted, dialect=dialect, alpha=alpha, **given))
     with talk.progress("resizing", size_of([source])) as bar:
-        resized = resize(
-            source, output, wanted, include=include or None, exclude=exclude or None, to=to, dtype=dtype,
-            threads=threads, force=force, progress=bar,
-        )  # fmt: skip
+        resized = resize(source, output, wanted, **given, progress=bar)
     line = f"wrote {resized.output} ({len(resized.shares)} modules, error {resized.error:.3g} of the change)"
-    return show.Report(show.plain(resized), [*lines(resized, "resized"), *table(resized)], line=line)
+    kept = table(resized) if modules else ()
+    return show.Report(show.plain(resized), [*lines(resized, "resized"), *kept], line=line)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,7 +14,6 @@ from loratools.cli._group import command as make
 from loratools.cli._talk import Talk, pass_talk
 
 if TYPE_CHECKING:
-    from loratools.options import CheckBase, Tied
     from loratools.surgery.switch import SwitchReport
 
 
@@ -24,6 +23,10 @@ if TYPE_CHECKING:
 @options.option("--put", type=options.INPUT, required=True, multiple=True)
 @options.output_option
 @options.weight_option
+@options.option("--include", type=str, multiple=True, more="Of the adapters that are put in.")
+@options.option("--exclude", type=str, multiple=True, more="Of the adapters that are put in.")
+@options.adapter_options
+@options.model_type_option
 @options.option("--tied", type=options.Words("loratools.options", "Tied"), more="[default: as at the merge]")
 @options.check_base_option
 @options.option(
@@ -31,13 +34,13 @@ if TYPE_CHECKING:
     more="So the next switch is exact too.  [default: where it was kept]",
 )  # fmt: skip
 @options.threads_option
+@options.dry_run_option
 @options.force_option
 @options.durable_option
 @pass_talk
 def command(
-    talk: Talk, model: str, take: tuple[str, ...], put: tuple[str, ...], output: Path, weights: tuple[float | str, ...],
-    tied: Tied | None, check_base: CheckBase, keep_residual: bool | None, threads: int | None, force: bool,
-    durable: bool,
+    talk: Talk, /, model: str, take: tuple[str, ...], put: tuple[str, ...], output: Path,
+    weights: tuple[float | str, ...], include: tuple[str, ...], exclude: tuple[str, ...], dry_run: bool, **choices: Any,
 ) -> show.Report:  # fmt: skip
     """Take one adapter out of a merged model and put another in, in one pass.
 
@@ -51,15 +54,15 @@ def command(
       loratools switch merged --take adapter --put other -o switched
     """
     from loratools.storage.checkpoint import Checkpoint
+    from loratools.surgery.inputs import plan
     from loratools.surgery.switch import switch
 
     options.require_one_each(weights, put)
+    choices |= {"weights": weights or None, "include": include or None, "exclude": exclude or None}
+    if dry_run:
+        return options.would(plan(switch, model, take, put, output, **choices))
     with talk.progress("switching", Checkpoint.open(model).nbytes) as advance:
-        report = switch(
-            model, take, put, output, weights=weights or None,
-            tied=tied, check_base=check_base, keep_residual=keep_residual, threads=threads, force=force,
-            durable=durable, progress=advance,
-        )  # fmt: skip
+        report = switch(model, take, put, output, **choices, progress=advance)
     return show.Report(show.plain(report), _lines(report))
 
 

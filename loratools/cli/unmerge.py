@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -29,13 +29,20 @@ _WAYS = {
 @options.output_option
 @options.option("--base", type=options.INPUT, more="Where it is at hand.")
 @options.weight_option
+@options.module_options
+@options.adapter_options
+@options.model_type_option
+@options.option(
+    "--tied", type=options.Words("loratools.options", "Tied"), more="[default: as at the merge, both without a record]"
+)
 @options.threads_option
+@options.dry_run_option
 @options.force_option
 @options.durable_option
 @pass_talk
 def command(
-    talk: Talk, model: str, adapters: tuple[str, ...], output: Path, base: str | None, weights: tuple[float | str, ...],
-    threads: int | None, force: bool, durable: bool,
+    talk: Talk, /, model: str, adapters: tuple[str, ...], output: Path, base: str | None,
+    weights: tuple[float | str, ...], include: tuple[str, ...], exclude: tuple[str, ...], dry_run: bool, **choices: Any,
 ) -> show.Report:  # fmt: skip
     """Take adapters out of a merged model again.
 
@@ -50,14 +57,15 @@ def command(
       loratools unmerge merged adapter -o unmerged
     """
     from loratools.storage.checkpoint import Checkpoint
+    from loratools.surgery.inputs import plan
     from loratools.surgery.unmerge import unmerge
 
     options.require_one_each(weights, adapters)
+    choices |= {"base": base, "weights": weights or None, "include": include or None, "exclude": exclude or None}
+    if dry_run:
+        return options.would(plan(unmerge, model, adapters, output, **choices))
     with talk.progress("unmerging", Checkpoint.open(base or model).nbytes) as advance:
-        report = unmerge(
-            model, adapters, output, base=base, weights=weights or None, threads=threads, force=force, durable=durable,
-            progress=advance,
-        )  # fmt: skip
+        report = unmerge(model, adapters, output, **choices, progress=advance)
     return show.Report(show.plain(report), _lines(report))
 
 

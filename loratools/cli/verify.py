@@ -23,6 +23,9 @@ _MOST = 10  # lines of one kind, where not all are asked for
 @options.option("--base", type=options.INPUT, required=True)
 @options.option("--adapter", "adapters", type=options.INPUT, required=True, multiple=True)
 @options.weight_option
+@options.module_options
+@options.adapter_options
+@options.model_type_option
 @options.option("--exact", is_flag=True)
 @options.option("--modules", is_flag=True, more="Here: for every changed tensor, not only for those that fail.")
 @options.option("--certificate", is_flag=True)
@@ -32,7 +35,8 @@ _MOST = 10  # lines of one kind, where not all are asked for
 @pass_talk
 def command(
     talk: Talk, model: str, base: str, adapters: tuple[str, ...], weights: tuple[float | str, ...], exact: bool,
-    modules: bool, certificate: bool, seed: int | None, run: bool, threads: int | None,
+    modules: bool, include: tuple[str, ...], exclude: tuple[str, ...], dialect: str | None, alpha: float | None,
+    model_type: str | None, certificate: bool, seed: int | None, run: bool, threads: int | None,
 ) -> show.Report:  # fmt: skip
     """Tell how far a model is from base + adapter.
 
@@ -61,10 +65,14 @@ def command(
 
         if len(adapters) > 1 or weights:
             raise click.UsageError("--certificate measures one adapter, at full strength")
-        return report(talk, merged, base, adapters[0], seed or 0, threads)
+        return report(
+            talk, merged, base, adapters[0], seed=seed or 0, threads=threads, include=include or None,
+            exclude=exclude or None, dialect=dialect, alpha=alpha, model_type=model_type,
+        )  # fmt: skip
     with talk.progress("verifying", merged.nbytes) as advance:
         verification = verify(
-            merged, base, adapters, weights=weights or None, exact=exact, seed=seed, run=run, threads=threads,
+            merged, base, adapters, weights=weights or None, include=include or None, exclude=exclude or None,
+            dialect=dialect, alpha=alpha, model_type=model_type, exact=exact, seed=seed, run=run, threads=threads,
             progress=advance,
         )  # fmt: skip
     line = None if modules else _in_a_line(verification)

@@ -40,7 +40,7 @@ from loratools.dialects._frame import memory
 from loratools.dialects._frame.dialect import Dialect, DialectSummary
 from loratools.dialects._frame.folders import only_below, unknown
 from loratools.dialects._frame.listing import WEIGHTS, Evidence, Listing
-from loratools.dialects._frame.numbers import is_number
+from loratools.dialects._frame.read_as import ReadAs, check_alpha, check_told, told
 from loratools.dialects.peft.held import HasAdapter, InMemory, held, is_pair, refuse_unscaled
 from loratools.errors import InvalidOption, LoraToolsError, LossyConversion, OutputRefused, UnknownKind
 from loratools.options import Options
@@ -48,8 +48,8 @@ from loratools.storage import atomic
 from loratools.storage.checkpoint import Checkpoint
 
 __all__ = [
-    "Dialect", "DialectSummary", "Evidence", "HasAdapter", "InMemory", "Listing", "detect", "get", "is_adapter",
-    "is_pair", "list_dialects", "located", "names", "open_adapter", "save_adapter",
+    "Dialect", "DialectSummary", "Evidence", "HasAdapter", "InMemory", "Listing", "ReadAs", "check_alpha", "detect",
+    "get", "is_adapter", "is_pair", "list_dialects", "located", "names", "open_adapter", "save_adapter", "told",
 ]  # fmt: skip
 
 
@@ -185,18 +185,13 @@ def open_adapter(
         >>> adapter.updates["model.layers.0.self_attn.q_proj"].rank  # doctest: +SKIP
         8
     """
-    told = {"dialect": dialect, "alpha": alpha, "enabled": enabled}
+    path, dialect, alpha = told(path, dialect, alpha)
     if memory.is_saved(path):
         return _of_state(path, dialect=dialect, alpha=alpha, base=base, initial=initial, enabled=enabled)
+    stated = {"dialect": dialect, "alpha": alpha, "enabled": enabled}
+    check_told(stated, initial, in_memory=not isinstance(path, str | PathLike))
     if not isinstance(path, str | PathLike):
-        if useless := [name for name, value in told.items() if value is not None]:
-            raise InvalidOption(f"{' and '.join(useless)}: for files only, and the adapter is open already")
         return held(path, initial=initial)
-    if alpha is not None and not is_number(alpha):
-        raise InvalidOption(f"alpha is {alpha!r}; it is a finite number")
-    Options().flag("initial", initial).done()
-    if enabled is not None and not (isinstance(enabled, tuple | list) and all(isinstance(on, bool) for on in enabled)):
-        raise InvalidOption(f"enabled is {enabled!r}; it can be several of True and False, or None")
     if dialect is not None:
         get(dialect)
     listing = located(Listing.of(path, alpha=alpha, base=base, initial=initial, enabled=enabled), dialect)

@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Event, local
 from typing import Any
 
-from loratools.decisions import decided
+from loratools.decisions import decided, detailed
 from loratools.engine import coded, stochastic
 from loratools.engine.arithmetic import native
 from loratools.engine.arithmetic.torch import TorchRows, Workspace
@@ -116,6 +116,8 @@ def write_weights(
         settings.device, len(plan.rewritten()) - len(late), len(late),
         "" if not late else f", such as {min(late)}" if available() else f"; {why_not()}",
     )  # fmt: skip
+    for name in plan.rewritten():
+        detailed("%s: rewritten in %s", name, "torch" if name in late else "C")
     restored = {name for name in settings.before if not plan.changes[name].replaced}
     job = _Job(plan, settings, progress, late, Event(), local())
     results: list[TensorResult] = []

@@ -18,6 +18,7 @@ from loratools.hub.refs import is_plain
 from loratools.storage.beside.links import refuse_outside
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.pickles.archive import SUFFIXES as PICKLED
+from loratools.storage.sources import absent
 from loratools.storage.strict_json import MAX_INDEX, read_json
 from loratools.surgery.inspect import AdapterSummary, CheckpointSummary, describe_adapter, describe_checkpoint, inspect
 
@@ -52,7 +53,7 @@ def read(path: Path, base_model: str | None) -> Subject:
     its `adapter_config.json`. Raises `BadFile`, `InvalidFormat`, `UnknownKind`, `UnsupportedAdapter`.
     """
     if not path.exists():
-        raise BadFile(f"{path}: no such file or folder")
+        raise absent(path, on_hub=False)
     if not path.is_dir():
         return _file(path, base_model)
     present = _walk(path)

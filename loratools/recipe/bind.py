@@ -12,7 +12,7 @@ from loratools.errors import BadFile, InvalidOption, LoraToolsError
 from loratools.recipe import identity
 from loratools.recipe.catalog import Role, nearest
 from loratools.recipe.value import Recipe, Source
-from loratools.storage.sources import is_reference, local
+from loratools.storage.sources import absent, is_reference, local
 
 MAX_FOLDERS = 20_000
 """Folders that a search looks into."""
@@ -75,7 +75,7 @@ def _at(source: Source, told: str | None, folder: Path, fetch: bool) -> Bound | 
         if is_reference(told):
             return Bound(told, local(told) if fetch else None)
         if not Path(told).exists():
-            raise BadFile(f"{told}: no such file or folder")
+            raise absent(told)
         return Bound(told, Path(told))
     if source.location is None:
         return None

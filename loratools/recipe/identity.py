@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 
 from loratools import dialects
 from loratools.decisions import warnings_to
-from loratools.errors import BadFile, LoraToolsError
+from loratools.errors import LoraToolsError
 from loratools.format.digest import adapter_digest
 from loratools.format.manifest import ORIGIN
 from loratools.parallel import cores, each
@@ -18,7 +18,7 @@ from loratools.storage.beside.links import walk
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.shard import Shard
 from loratools.storage.companions import RESIDUAL
-from loratools.storage.sources import open_file
+from loratools.storage.sources import absent, open_file
 from loratools.surgery.hash import hash_tensors
 
 _CHUNK = 1 << 20
@@ -102,7 +102,7 @@ def files_of(path: Path) -> str:
         return _over({"": path})
     if path.is_dir():
         return _over({each.relative_to(path).as_posix(): each for each in walk(path)})
-    raise BadFile(f"{path}: no such file or folder")
+    raise absent(path)
 
 
 def _over(files: Mapping[str, Path], more: Mapping[str, str] | None = None) -> str:

@@ -184,3 +184,29 @@ def open_file(path: Path) -> IO[bytes]:
         raise BadFile(f"{path}: no such file") from None
     except OSError as error:
         raise BadFile(f"{path}: cannot be read: {error.strerror}") from None
+
+
+_REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?")
+
+
+def absent(path: Path | str, *, on_hub: bool = True) -> BadFile:
+    """Return the error for a path that is not there, with what may have been meant.
+
+    Args:
+        path: The path as the user gave it.
+        on_hub: Whether a reference to the Hub could stand there. Default: yes.
+    """
+    return BadFile(f"{path}: no such file or folder", hint=_meant(Path(path), str(path), on_hub))
+
+
+def _meant(path: Path, text: str, on_hub: bool) -> str | None:
+    from difflib import get_close_matches
+
+    if on_hub and _REPOSITORY.fullmatch(text) and not path.parent.exists():
+        return f"A repository of the Hub is written hf://{text}"
+    try:
+        beside = sorted(entry.name for entry in path.parent.iterdir())
+    except OSError:
+        return None
+    near = get_close_matches(path.name, beside, 1, 0.75)
+    return f"Did you mean {path.parent / near[0]}?" if near else None

@@ -12,12 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
-from os import PathLike
 
 import torch
 from torch import Tensor
 
-from loratools import dialects
 from loratools.adapter import low_rank
 from loratools.adapter.gathered import gathered, under_one_naming
 from loratools.adapter.kinds import Update
@@ -36,10 +34,17 @@ from loratools.decisions import warned
 from loratools.errors import IncompatibleAdapter
 from loratools.linalg.delta import Delta, Dense, Product
 from loratools.storage.checkpoint import Checkpoint
-from loratools.storage.checkpoint.logical import logical
 from loratools.storage.lazy import LazyTensor
 from loratools.surgery.base import differences
-from loratools.surgery.inputs import AdapterSource, ModelSource, names_of, open_adapters, open_model, under_names_of
+from loratools.surgery.inputs import (
+    AdapterSource,
+    ModelSource,
+    Patterns,
+    names_of,
+    open_adapters,
+    open_asked,
+    under_names_of,
+)
 
 ON_BASE = "its change depends on the base model (--base)"
 _MAGNITUDE = "without its magnitude, whose effect depends on the base model (--base)"
@@ -72,18 +77,15 @@ class Changes:
 
 
 def measurable(
-    adapters: Sequence[AdapterSource], base: ModelSource | None = None, dialect: str | None = None
-) -> tuple[Changes, ...]:
+    adapters: Sequence[AdapterSource], base: ModelSource | None = None, dialect: str | None = None, *,
+    alpha: float | None = None, include: Patterns = None, exclude: Patterns = None, model_type: str | None = None,
+) -> tuple[Changes, ...]:  # fmt: skip
     """Return what each adapter changes, and warn of what is not measured as it acts.
 
     Raises what opening the adapters and the base raises, and `IncompatibleAdapter` where they do not fit together.
     """
     names = names_of(adapters)
-    model = None if base is None else logical(open_model(base))
-    opened = [
-        dialects.open_adapter(source, dialect=dialect if isinstance(source, str | PathLike) else None, base=model)
-        for source in adapters
-    ]
+    model, opened = open_asked(adapters, base, dialect, alpha, include, exclude, model_type)
     try:
         opened = gathered(under_one_naming(opened))
     except ValueError as error:

@@ -21,7 +21,7 @@ from loratools.parallel import cores, each
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.sources import Location, session
 from loratools.surgery.change import Changes, ModuleChange, measurable
-from loratools.surgery.inputs import AdapterSource
+from loratools.surgery.inputs import AdapterSource, Patterns
 from loratools.surgery.paper import Beside, beside, grid
 
 _LEADING = 64  # directions of a change whose update has no rank
@@ -107,7 +107,9 @@ def _both(name: str, values: tuple[Any, Any]) -> dict[str, Any]:
 @session()
 def compare(
     first: AdapterSource, second: AdapterSource, base: Location | Checkpoint | None = None, *,
-    paper: bool = False, seed: int = 0,
+    paper: bool = False, seed: int = 0, include: Patterns = None, exclude: Patterns = None,
+    dialect: str | None = None, alpha: float | None = None, model_type: str | None = None,
+    threads: int | None = None,
 ) -> Comparison:  # fmt: skip
     """Tell how alike two adapters are: the angle between their changes, and the subspaces that they use.
 
@@ -123,6 +125,14 @@ def compare(
             measure amplification ‖ΔW‖/‖UᵀWV‖. Default: none, and neither.
         paper: Whether to measure what §7 of the LoRA paper shows beside: φ between the A factors alone, φ of two random
             Gaussian matrices, and with `base` the columns of Table 7. Default: no.
+        include: Patterns of the modules that are compared: a name (`"q_proj"`), a glob (`"layers.*.mlp.*"`), or
+            `"re:…"`. Default: all.
+        exclude: Patterns of modules that are left out. Default: none.
+        dialect: The dialect to read paths as, one of `list_dialects()`. Default: what is found in each file.
+        alpha: The alpha of training, for files that do not record it; it wins over one that they record. Default: the
+            file's.
+        model_type: What the base is (`"gpt2"`, …), where its config.json does not say it. Default: what that says.
+        threads: Threads to work with. Default: one per core.
         seed: A whole number that draws what is random there. Default: 0.
 
     Returns:
@@ -139,7 +149,10 @@ def compare(
         (1.0, 4)
     """
     Options().flag("paper", paper).number("seed", seed, least=0).done()
-    sides = measurable([first, second], base)
+    Options().threads(threads).done()
+    sides = measurable(
+        [first, second], base, dialect, alpha=alpha, include=include, exclude=exclude, model_type=model_type
+    )
     changes = sides[0].modules, sides[1].modules
     by_name = {normalized(module): module for module in changes[1]}
     pairs = {module: by_name[normalized(module)] for module in changes[0] if normalized(module) in by_name}
@@ -154,8 +167,8 @@ def compare(
     # Threads of torch wait for each other over small matrices; large ones are taken one by one, with all its threads.
     small = all(math.prod(changes[0][module].shape) <= _SMALL for module in pairs)
     measured = each(
-        work, dict(sorted(pairs.items(), key=lambda pair: natural(pair[0]))), cores() if small else 1,
-        torch_threads=1 if small else None,
+        work, dict(sorted(pairs.items(), key=lambda pair: natural(pair[0]))), (threads or cores()) if small else 1,
+        torch_threads=1 if small else threads,
     )  # fmt: skip
     modules, inner = zip(*measured.values(), strict=True)
     only = (tuple(sorted(changes[0].keys() - pairs)), tuple(sorted(changes[1].keys() - set(pairs.values()))))

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loratools.adapter.placement.codes import refuse_all_codes
+from loratools.decisions import detailed
 from loratools.errors import BadFile, LoraToolsError
 from loratools.options import Options
 from loratools.parallel import Progress, cores
@@ -18,7 +19,7 @@ from loratools.storage.checkpoint.logical import encodings, logical
 from loratools.storage.dtypes import FloatName
 from loratools.storage.sources import Location, session
 from loratools.surgery.hash import hash_tensors
-from loratools.surgery.inputs import ModelSource, open_model, places_of
+from loratools.surgery.inputs import ModelSource, open_model, places_of, planned
 from loratools.surgery.merge import MergeOptions, decide, execute
 from loratools.surgery.verify.tensors import same
 
@@ -100,18 +101,27 @@ def dequantize(
     every = encodings(base)
     if not every:
         raise LoraToolsError(f"{base.path} is not quantized: none of its modules is stored as codes")
+    for name, encoding in every.items():
+        detailed("%s: %s, %s", name, encoding.module.scheme, encoding.label)
     prepared = decide(base, (), output, options)
     prepared = replace(prepared, record=prepared.record | {"operation": "dequantize"})
+    sizes = prepared.to_json()
+    planned("dequantize", output, [base.path], nbytes=sizes["bytes"]["written"], modules=len(every),
+            files=len(sizes["files"]), schemes=_schemes(every))  # fmt: skip
     report = execute(prepared, progress=progress)
     root = checked = None
     if verify:
         root, checked = _check(base, prepared.plan.base, Checkpoint.open(output), threads or cores())
     return DequantizeReport(
         output=str(output), modules=len(every),
-        schemes=dict(Counter(f"{encoding.module.scheme}, {encoding.label}" for encoding in every.values())),
+        schemes=_schemes(every),
         bytes_before=(base.stored or base).nbytes, bytes_written=report.bytes_written, root=root, verified=checked,
         notes=report.notes,
     )  # fmt: skip
+
+
+def _schemes(every: Mapping[str, Any]) -> dict[str, int]:
+    return dict(Counter(f"{encoding.module.scheme}, {encoding.label}" for encoding in every.values()))
 
 
 def _check(base: Checkpoint, planned: Checkpoint, written: Checkpoint, threads: int) -> tuple[str, int]:

@@ -16,7 +16,7 @@ from loratools.adapter.identity import Tier
 from loratools.adapter.model import Adapter, BaseIdentity
 from loratools.adapter.naming.selection import matches
 from loratools.adapter.placement.codes import refuse_all_codes
-from loratools.decisions import warned
+from loratools.decisions import decided, detailed, warned
 from loratools.errors import BadFile, InvalidOption, LoraToolsError
 from loratools.format import manifest
 from loratools.format.digest import tensor_digests
@@ -40,6 +40,8 @@ def hash_checkpoint(
     *,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    dialect: str | None = None,
+    alpha: float | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> BaseIdentity:
@@ -60,6 +62,8 @@ def hash_checkpoint(
         include: Patterns of tensor names for `"tensors"`, one or several: a name (`q_proj`), a glob, or `re:` and a
             regular expression, as everywhere. Default: all.
         exclude: Patterns of those that are left out of `"tensors"`. Default: none.
+        dialect: The dialect to read an adapter as, one of `list_dialects()`. Default: what is found in the file.
+        alpha: The alpha of training, for an adapter without one; it is not in the hash. Default: the file's.
         threads: Threads that share the tensors, largest first. Default: one per core.
         progress: Called with the bytes read since the last call, from any thread. Default: nobody is told.
 
@@ -89,12 +93,16 @@ def hash_checkpoint(
         for pattern in listed if given is not None else ():
             options.text(option, pattern)
     options.word("algorithm", algorithm, Algorithm).threads(threads).done()
+    if dialect is not None:
+        dialects.get(dialect)
+    dialects.check_alpha(alpha)
     if not isinstance(checkpoint, Checkpoint):
-        opened = open_hashed(checkpoint, headers=set(tiers) <= {"schema"})
+        opened = open_hashed(checkpoint, headers=set(tiers) <= {"schema"}, dialect=dialect, alpha=alpha)
         if isinstance(opened, Adapter):
             return _of_adapter(opened, tiers, algorithm, **patterns)
         checkpoint = opened
     checkpoint.tell_unread()
+    decided("%s: a model of %d tensors; its %s", checkpoint.path, len(checkpoint.specs), ", ".join(tiers))
     selected = _select(str(checkpoint.path), set(checkpoint.specs), **patterns)
     view = _as_numbers(checkpoint, alone=tiers == ("logical",)) if "logical" in tiers else {}
     coded = {name: spec for name, spec in view.items() if spec.encoding}
@@ -146,7 +154,10 @@ def hash_tensors(
             wait(futures.values(), return_when=FIRST_EXCEPTION)
         finally:
             stop.set()  # after a failure or Ctrl-C: do not read on to the end of a tensor, or begin the next
-        return {name: future.result() for name, future in futures.items()}
+        digests = {name: future.result() for name, future in futures.items()}
+    for name, found in digests.items():
+        detailed("%s: %s", name, found)
+    return digests
 
 
 def _as_numbers(checkpoint: Checkpoint, *, alone: bool) -> Mapping[str, TensorSpec]:
@@ -180,21 +191,29 @@ def _select(
     return every.difference(*left.values())
 
 
-def open_hashed(source: Location | Adapter | dialects.InMemory, *, headers: bool = False) -> Checkpoint | Adapter:
+def open_hashed(
+    source: Location | Adapter | dialects.InMemory,
+    *,
+    headers: bool = False,
+    dialect: str | None = None,
+    alpha: float | None = None,
+) -> Checkpoint | Adapter:
     """Return the adapter or the model that a value is, open.
 
     Args:
         source: A path, an `hf://` reference, an adapter held in memory.
+        dialect: The dialect to read an adapter as. Default: what is found in the file.
+        alpha: The alpha of training. Default: the file's.
         headers: Whether to fetch no more of a reference than the headers of its files. Default: all that is read.
 
     Raises:
         BadFile, UnknownKind, UnsupportedAdapter: It cannot be read.
     """
     if not isinstance(source, str | PathLike):
-        return dialects.open_adapter(source)
+        return dialects.open_adapter(source, dialect=dialect, alpha=alpha)
     # What it is can be told from headers alone, before anything else of a reference is fetched.
-    if dialects.is_adapter(dialects.Listing.of(source, need="header")):
-        return dialects.open_adapter(local(source, "header" if headers else "adapter"))
+    if dialect is not None or dialects.is_adapter(dialects.Listing.of(source, need="header")):
+        return dialects.open_adapter(local(source, "header" if headers else "adapter"), dialect=dialect, alpha=alpha)
     return Checkpoint.open(local(source, "header" if headers else "checkpoint"))
 
 

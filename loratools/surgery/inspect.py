@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any
 from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.adapter.naming.compact import compact, natural
 from loratools.adapter.parts import factors_of
-from loratools.dialects import InMemory, Listing, detect, get, located, names, open_adapter
+from loratools.decisions import decided
+from loratools.dialects import InMemory, Listing, check_alpha, detect, get, located, names, open_adapter
 from loratools.dialects._frame.facts import Facts, facts_of
 from loratools.dialects._frame.metadata import metadata_of
 from loratools.errors import BadFile
 from loratools.format.manifest import METADATA_KEY, ORIGIN
 from loratools.storage.beside.cards import read_card
 from loratools.storage.checkpoint import Checkpoint
-from loratools.storage.gguf.types import CODES
 from loratools.storage.header import TensorSpec
 from loratools.storage.lazy import LazyTensor
 from loratools.storage.sources import Location, session
+from loratools.surgery.inputs import Patterns, kept, kept_names, patterns_of
 
 if TYPE_CHECKING:
     from loratools.surgery.quantization import Quantization
@@ -131,8 +132,9 @@ class CheckpointSummary:
 
 @session()
 def inspect(
-    path: Location | Adapter | InMemory | Checkpoint, dialect: str | None = None
-) -> AdapterSummary | CheckpointSummary:
+    path: Location | Adapter | InMemory | Checkpoint, dialect: str | None = None, *,
+    alpha: float | None = None, include: Patterns = None, exclude: Patterns = None,
+) -> AdapterSummary | CheckpointSummary:  # fmt: skip
     """Describe an adapter or a model from its headers alone: no tensor is read, torch is not imported.
 
     Args:
@@ -140,6 +142,11 @@ def inspect(
             an open `Checkpoint`.
         dialect: The dialect to read an adapter as (`loratools.list_dialects()`). Default: the one that knows its
             contents best; what no dialect knows is a model.
+        alpha: The alpha that an adapter was trained with, for a file that does not record it; it wins over one that it
+            records. Default: the file's.
+        include: Patterns of the modules that are described, of a model of the tensors that are listed: a name
+            (`"q_proj"`), a glob (`"layers.*.mlp.*"`), or `"re:…"`. Default: all.
+        exclude: Patterns of modules or tensors that are left out. Default: none.
 
     Returns:
         An `AdapterSummary` or a `CheckpointSummary`.
@@ -154,16 +161,18 @@ def inspect(
     """
     if dialect is not None:
         get(dialect)
+    check_alpha(alpha)
+    patterns = patterns_of(include, exclude)
     if not isinstance(path, str | PathLike | Checkpoint):
-        path = open_adapter(path, dialect=dialect)
+        path = open_adapter(path, dialect=dialect, alpha=alpha)
         # An adapter that was made in memory lies nowhere.
         place = next((lazy.spec.file.parent for lazy in path.tensors().values() if lazy.spec), Path())
-        return describe_adapter(path, place, path.dialect, "opened by the caller")
+        return describe_adapter(kept(path, *patterns), place, path.dialect, "opened by the caller")
     if isinstance(path, Checkpoint):
-        return describe_checkpoint(path, path.path)
-    listing = Listing.of(path, need="header")
+        return _listed(describe_checkpoint(path, path.path), patterns)
+    listing = Listing.of(path, need="header", alpha=alpha)
     if dialect is not None:
-        return _described(listing, path, dialect, "named by the user")
+        return _described(listing, path, dialect, "named by the user", patterns)
     if not any(get(name).detect(listing) for name in names()):
         try:
             model = Checkpoint.open(listing.path)
@@ -174,12 +183,16 @@ def inspect(
             listing = below
         else:
             if not factors_of(model.specs):
-                return describe_checkpoint(model, path)
+                decided("%s: no dialect of adapters knows it, so it is a model", listing.path)
+                return _listed(describe_checkpoint(model, path), patterns)
     dialect, evidence = detect(listing)
-    return _described(listing, path, dialect, evidence.reason)
+    decided("%s: dialect %s: %s", listing.path, dialect, evidence.reason)
+    return _described(listing, path, dialect, evidence.reason, patterns)
 
 
-def _described(listing: Listing, path: Location, dialect: str, evidence: str) -> AdapterSummary:
+def _described(
+    listing: Listing, path: Location, dialect: str, evidence: str, patterns: tuple[tuple[str, ...], tuple[str, ...]]
+) -> AdapterSummary:
     adapter = get(dialect).read(listing)
     listing.tell_unread(adapter)
     read, entries = {lazy.file for lazy in adapter.tensors().values() if lazy.file}, metadata_of(adapter)
@@ -187,7 +200,12 @@ def _described(listing: Listing, path: Location, dialect: str, evidence: str) ->
         if listing.folder / name in read and (header := listing.header(name)):
             entries |= {key: value for key, value in header.metadata.items() if key != METADATA_KEY}
     card = read_card(listing.folder / _CARD) if _CARD in listing.files else None
-    return describe_adapter(adapter, path, dialect, evidence, entries=entries, card=card)
+    return describe_adapter(kept(adapter, *patterns), path, dialect, evidence, entries=entries, card=card)
+
+
+def _listed(summary: CheckpointSummary, patterns: tuple[tuple[str, ...], tuple[str, ...]]) -> CheckpointSummary:
+    names = kept_names([tensor.name for tensor in summary.tensors], patterns)
+    return replace(summary, tensors=tuple(tensor for tensor in summary.tensors if tensor.name in names))
 
 
 def describe_adapter(
@@ -220,7 +238,7 @@ def describe_adapter(
 def describe_checkpoint(checkpoint: Checkpoint, path: Location) -> CheckpointSummary:
     """Summarize an open checkpoint; `path` is where it is said to lie."""
     from loratools.format.record import read  # an adapter need not wait for these imports
-    from loratools.surgery.quantization import quantization
+    from loratools.surgery.quantization import gguf_codes, quantization, stated_codes
 
     checkpoint.tell_unread()
     config, specs = checkpoint.config, checkpoint.specs
@@ -233,7 +251,7 @@ def describe_checkpoint(checkpoint: Checkpoint, path: Location) -> CheckpointSum
             "architecture"
         ),
         model_type=model_type if isinstance(model_type, str) else None,
-        tied=tied, quantization=_quantization(config) or _of_gguf(specs), parent=in_gguf.get("parent"),
+        tied=tied, quantization=stated_codes(config) or gguf_codes(specs), parent=in_gguf.get("parent"),
         total=_amount(specs.values()), dtypes=_by_dtype(specs.values()),
         shards={s.path.relative_to(checkpoint.root).as_posix(): _amount(s.tensors.values()) for s in checkpoint.shards},
         tensors=tuple(_tensor(name, specs[name]) for name in sorted(specs, key=natural)),
@@ -260,24 +278,6 @@ def _groups(modules: Iterable[ModuleSummary]) -> tuple[Group, ...]:
         shared[summary.kind, summary.rank, summary.alpha, summary.scaling].append(summary.module)
     largest_first = sorted(shared.items(), key=lambda item: (-len(item[1]), item[0]))
     return tuple(Group(*key, len(members), tuple(compact(members))) for key, members in largest_first)
-
-
-def _quantization(config: Mapping[str, Any]) -> str | None:
-    stated = config.get("quantization_config") or config.get("quantization")
-    if not isinstance(stated, Mapping):
-        return None
-    method = str(stated.get("quant_method") or stated.get("quant_algo") or "of an unnamed method")
-    bits = stated.get("bits") or next((n for n in (4, 8) if stated.get(f"load_in_{n}bit")), None)
-    return f"{method}, {bits} bits" if bits else method
-
-
-def _of_gguf(specs: Mapping[str, TensorSpec]) -> str | None:
-    """Return the quantized types of a GGUF file, that of most bytes first."""
-    sizes: dict[str, int] = defaultdict(int)
-    for spec in specs.values():
-        sizes[spec.dtype] += spec.nbytes if spec.dtype in CODES else 0
-    kinds = sorted((kind for kind, size in sizes.items() if size), key=lambda kind: -sizes[kind])
-    return f"GGUF, {', '.join(kinds)}" if kinds else None
 
 
 def _tensor(name: str, tensor: _Tensor) -> TensorSummary:

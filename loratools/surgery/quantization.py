@@ -16,6 +16,8 @@ from loratools.storage.beside.cards import read_card
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import encodings, logical
 from loratools.storage.codecs import Encoding, schemes
+from loratools.storage.gguf.types import CODES
+from loratools.storage.header import TensorSpec
 
 _FRONT = re.compile(r"\A---\n(.{0,20000}?)\n---", re.DOTALL)
 _PARENT = re.compile(r"^base_model:[ \t]*(?:\n[ \t]*-[ \t]*)?[\"']?([^\s\"'\[\]]+)", re.MULTILINE)
@@ -129,3 +131,22 @@ def _parent(model: Checkpoint, record: Mapping[str, Any]) -> str | None:
     in_gguf = model.config.get("gguf")
     name = in_gguf.get("parent") if isinstance(in_gguf, Mapping) else model.config.get("_name_or_path")
     return name if isinstance(name, str) and name else None
+
+
+def stated_codes(config: Mapping[str, Any]) -> str | None:
+    """Return what a config.json says of quantization: the method and its bits."""
+    stated = config.get("quantization_config") or config.get("quantization")
+    if not isinstance(stated, Mapping):
+        return None
+    method = str(stated.get("quant_method") or stated.get("quant_algo") or "of an unnamed method")
+    bits = stated.get("bits") or next((n for n in (4, 8) if stated.get(f"load_in_{n}bit")), None)
+    return f"{method}, {bits} bits" if bits else method
+
+
+def gguf_codes(specs: Mapping[str, TensorSpec]) -> str | None:
+    """Return the quantized types of a GGUF file, that of most bytes first."""
+    sizes: dict[str, int] = defaultdict(int)
+    for spec in specs.values():
+        sizes[spec.dtype] += spec.nbytes if spec.dtype in CODES else 0
+    kinds = sorted((kind for kind, size in sizes.items() if size), key=lambda kind: -sizes[kind])
+    return f"GGUF, {', '.join(kinds)}" if kinds else None

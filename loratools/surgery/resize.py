@@ -16,7 +16,7 @@ from loratools.storage.dtypes import FloatName
 from loratools.storage.sources import Location, session
 from loratools.surgery.combine import Combination, run
 from loratools.surgery.combine.options import CombineOptions
-from loratools.surgery.inputs import AdapterSource
+from loratools.surgery.inputs import AdapterSource, read_as
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,8 @@ def resize(
     *,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
+    dialect: str | None = None,
+    alpha: float | None = None,
     to: str | None = None,
     dtype: FloatName | torch.dtype | None = None,
     threads: int | None = None,
@@ -49,6 +51,9 @@ def resize(
         include: Patterns of the modules to keep: a name, its last segments (`"attn2.to_q"`), a glob
             (`"*.down_blocks.1.*"`), or `"re:…"`. Default: all.
         exclude: Patterns of modules to leave out, which win. Default: none.
+        dialect: The dialect to read paths as, one of `list_dialects()`. Default: what is found in each file.
+        alpha: The alpha that the adapters were trained with, for files that do not record it; it wins over one that
+            they record. Default: the file's.
         to: The dialect (`loratools.list_dialects()`). Default: the adapter's own, and `"loratools"` for PEFT's, which
             reads it, and for one that is only read.
         dtype: The float dtype of the factors: `"f32"`, `"bf16"`, `"f16"`, `"f64"`, or torch's. Default: that of the
@@ -77,7 +82,9 @@ def resize(
     if to is not None:
         dialects.get(to)
     chosen = _chosen(include, exclude)
-    source = adapter if isinstance(adapter, str | PathLike) else dialects.open_adapter(adapter)
+    (source,) = read_as(adapter, dialect, alpha)
+    if not isinstance(source, str | PathLike):
+        source = dialects.open_adapter(source)
     return run([source], output, options, [chosen], operation="resize", to=to, progress=progress)
 
 

@@ -14,7 +14,7 @@ from loratools.options import Options
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.sources import Location, session
 from loratools.surgery.change import ModuleChange, measurable
-from loratools.surgery.inputs import AdapterSource
+from loratools.surgery.inputs import AdapterSource, Patterns
 
 SHARES = (0.99, 0.999)
 """Shares of the energy for which the needed rank is given."""
@@ -91,7 +91,8 @@ class AdapterSpectrum:
 @session()
 def spectrum(
     adapter: AdapterSource, dialect: str | None = None, base: Location | Checkpoint | None = None, *,
-    relative: bool = False,
+    relative: bool = False, include: Patterns = None, exclude: Patterns = None, alpha: float | None = None,
+    model_type: str | None = None,
 ) -> AdapterSpectrum:  # fmt: skip
     """Return the singular values of every ΔW, and the rank that they need.
 
@@ -105,6 +106,11 @@ def spectrum(
         dialect: The layout that a path is to be read in, one of `list_dialects()`. Default: what is found in the file.
         base: The base model (a path, a reference, or an open `Checkpoint`), for changes that depend on it. Default:
             none.
+        include: Patterns of the modules that count: a name (`"q_proj"`), a glob (`"layers.*.mlp.*"`), or `"re:…"`.
+            Default: all.
+        exclude: Patterns of modules that are left out. Default: none.
+        alpha: The alpha of training, for a file that does not record it. Default: the file's.
+        model_type: What the base is (`"gpt2"`, …), where its config.json does not say it. Default: what that says.
         relative: Whether to read the weights that change, for ‖ΔW‖/‖W‖; this takes a base. Default: no.
 
     Returns:
@@ -123,7 +129,9 @@ def spectrum(
     Options().flag("relative", relative).done()
     if relative and base is None:
         raise InvalidOption("relative measures a change beside the weight that it changes, which takes a base")
-    (changes,) = measurable([adapter], base, dialect)
+    (changes,) = measurable(
+        [adapter], base, dialect, alpha=alpha, include=include, exclude=exclude, model_type=model_type
+    )
     modules = [_of(module, changes.modules[module], relative) for module in sorted(changes.modules, key=natural)]
     sizes = [sum(module.shape) for module in modules]
     return AdapterSpectrum(

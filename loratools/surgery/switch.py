@@ -9,6 +9,7 @@ from pathlib import Path
 
 from loratools.adapter.model import AdapterInput
 from loratools.adapter.placement.settle import equal
+from loratools.decisions import decided
 from loratools.engine.residual import Lost, Residual
 from loratools.engine.residual.keep import Kept, keep
 from loratools.engine.residual.restore import lost_bytes, write_pieces
@@ -29,10 +30,13 @@ from loratools.surgery.inputs import (
     AdapterSource,
     ModelSource,
     Weights,
+    as_asked,
     check_weights,
     open_adapters,
     places,
     places_of,
+    planned,
+    typed_model,
 )
 from loratools.surgery.merge.folder import write_companions
 from loratools.surgery.merge.options import MergeOptions
@@ -75,6 +79,11 @@ def switch(
     output: Location,
     *,
     weights: Weights = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    dialect: str | None = None,
+    alpha: float | None = None,
+    model_type: str | None = None,
     tied: Tied | None = None,
     check_base: CheckBase = "strict",
     keep_residual: bool | None = None,
@@ -97,17 +106,19 @@ def switch(
         into: The adapters to put in, one or several.
         output: The folder to write, or one file (`out.safetensors`), as for `merge`; it must not exist, unless `force`.
         weights: A number for each adapter of `into`; one number for one adapter. Default: 1 for each.
-        tied: What a change of an embedding does to a head that is the same tensor, as for `merge`. Default: what it did
-            at the merge.
+        include: Patterns of the modules of `into` that count, as for `merge`. Default: all.
+        exclude: Patterns of those that are left out. Default: none.
+        dialect: The dialect to read paths as. Default: what is found in each file.
+        alpha: The alpha of training, which wins over what files record. Default: the file's.
+        model_type: What the base is (`"gpt2"`, …), where its config.json does not say it. Default: what that says.
+        tied: What a change of an embedding does to a tied head, as for `merge`. Default: what it did at the merge.
         check_base: What happens where the base is not the one that a new adapter was sealed with: `"strict"` raises,
             `"warn"` reports, `"off"` compares nothing. Without a residual the record of the merge is asked about
             tensors that it changed. Default: `"strict"`.
-        keep_residual: Whether the result keeps a residual, which takes one beside the model. Default: where there is
-            one.
+        keep_residual: Whether the result keeps a residual, which takes one beside the model. Default: if there is one.
         threads: Threads to work with; no byte depends on it. Default: one per core, at most 8.
         force: Whether to replace an output that exists. Default: no.
-        durable: Whether the output is on the disk itself before it has its name, so that a power cut leaves it whole or
-            absent; it takes as long as the disk needs to write it. Default: no, the system writes it when it likes.
+        durable: Whether the output is on the disk itself before it has its name, as for `merge`. Default: no.
         progress: Called with the bytes written since the last call, from any thread. Default: nobody is told.
 
     Returns:
@@ -130,10 +141,12 @@ def switch(
         checked.flag("keep_residual", keep_residual)
     checked.word("check_base", check_base, CheckBase).threads(threads).flag("force", force)
     checked.flag("durable", durable).done()
+    out, _ = as_asked(out, None, None, None, dialect, alpha)
+    into, weights = as_asked(into, weights, include, exclude, dialect, alpha, model_type)
     check_weights(into, weights)
     output, progress = Path(output), progress or no_progress
     atomic.check_output(output, force=force)
-    merged = MergedModel.open(model, out, None)
+    merged = MergedModel.open(typed_model(model, model_type), out, None)
     inputs = open_adapters(into, merged.model, weights)
     merged.check_layers(inputs)
     atomic.refuse_inputs(output, [*places_of(merged.model), *places(merged.inputs), *places(inputs)])
@@ -148,6 +161,9 @@ def switch(
         tied=tied or merged.tied or "error", check_base=check_base, threads=threads, force=force, durable=durable,
         keep_residual=residual is not None and keep_residual is not False,
     )  # fmt: skip
+    decided("%s: %s residual; a tied head: %s", merged.model.path, "by its" if residual else "without a", options.tied)
+    planned("switch", output, [merged.model.path, *merged.inputs, *inputs], nbytes=merged.model.nbytes,
+            tensors=len(merged.model.specs), exact=bool(residual), tied=options.tied)  # fmt: skip
     single = is_single(output, merged.model)
     with new_model(output, single=single, force=force, durable=durable) as scratch:
         if residual is not None:

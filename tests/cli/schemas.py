@@ -135,9 +135,10 @@ def variants(command: str, types_of: Types) -> list[dict[str, Schema]]:
     """Return the properties of each document that a command can print when all is well."""
     fields = lambda place: types_of.fields(load(place))  # noqa: E731
     of = lambda place: types_of.of(load(place))  # noqa: E731
+    planned = fields("surgery.inputs.planned:Planned") | DRY
     match command:
         case "combine" | "resize":
-            return [fields("surgery.combine:Combination")]
+            return [fields("surgery.combine:Combination"), planned]
         case "compare":
             comparison = fields("surgery.compare:Comparison")
             module = load("surgery.compare:ModuleComparison")
@@ -146,12 +147,12 @@ def variants(command: str, types_of: Types) -> list[dict[str, Schema]]:
         case "completion":
             return [{"shell": TEXT, "script": TEXT}]
         case "convert":
-            return [fields("surgery.convert:Conversion")]
+            return [fields("surgery.convert:Conversion"), planned]
         case "demo":
             stop = {"type": "object", "properties": {"title": TEXT}, "required": ["title"]}
             return [{"seconds": NUMBER, "stops": listed(stop)}]
         case "dequantize":
-            return [fields("surgery.dequantize:DequantizeReport")]
+            return [fields("surgery.dequantize:DequantizeReport"), planned]
         case "dialects":
             return [{"dialects": listed(of("dialects:DialectSummary"))}]
         case "edit":
@@ -213,9 +214,9 @@ def variants(command: str, types_of: Types) -> list[dict[str, Schema]]:
         case "report":
             return [fields("reports:ReportPage")]
         case "switch":
-            return [fields("surgery.switch:SwitchReport")]
+            return [fields("surgery.switch:SwitchReport"), planned]
         case "unmerge":
-            return [fields("surgery.unmerge:UnmergeReport")]
+            return [fields("surgery.unmerge:UnmergeReport"), planned]
         case "validate":
             base = record({"path": TEXT, "differences": nullable(listed(TEXT))})
             problem = of("format.validate:Problem")

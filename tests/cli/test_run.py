@@ -34,6 +34,9 @@ BROKEN = {
     "warns": "talk.warn('odd'); warned('%s', 'odd'); talk.note('aside'); decided('%s length', 'at')\n"
     "    return Report({'n': float('nan')}, 'x')",
     "holds": "talk.note('aside'); return Report({'notes': ['aside', 'more'], 'warnings': ['odd']}, 'x')",
+    "many": "for i in range(120): talk.warn(f'm.layers.{i}.q: odd'); talk.note(f'layer {i} is even')\n"
+    "    talk.warn('m.layers.0.k: odd'); return Report({'warnings': ['m.layers.7.q: odd']}, 'x')",
+    "problems": "raise LoraToolsError('odd', [f'm.layers.{i}.q: odd' for i in range(120)] + ['m.k: odd'])",
     "differs": "return Report({'equal': False}, 'not equal', ok=False)",
 }
 
@@ -49,6 +52,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (package / f"{name}.py").write_text(
             "from loratools.cli._group import command as make\nfrom loratools.cli._show import Report\n"
             "from loratools.cli._talk import pass_talk\nfrom loratools.decisions import decided, warned\n"
+            "from loratools.errors import LoraToolsError\n"
             f"@make(section='Look')\n@pass_talk\ndef command(talk):\n    '''Fail.'''\n    {body}\n"
         )
     return folder
@@ -194,6 +198,61 @@ def test_talk_is_as_loud_as_asked(
         assert json.loads(out) == {"schema": 1, "n": None, "warnings": ["odd"]}
     else:
         assert out == "x\n"
+
+
+def test_equal_lines_are_one_with_a_count(root: Commands, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["many"], root) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: m.layers.0.q: odd",
+        "layer 0 is even",
+        "warning: m.layers.0.k: odd",
+        "warning: 119 more like this one, of other modules or layers: m.layers.0.q: odd",
+        "119 more like this one, of other modules or layers: layer 0 is even",
+    ]
+    assert run(["many", "--json"], root) == 0
+    assert len(json.loads(capsys.readouterr().out)["warnings"]) == 121
+    assert run(["problems"], root) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "error: odd",
+        "  m.layers.0.q: odd (and 119 more like it, of other modules or layers)",
+        "  m.k: odd",
+    ]
+    assert run(["problems", "--json"], root) == 1
+    assert len(error_of(capsys.readouterr().out)["problems"]) == 121
+
+
+def test_warnings_of_a_document_have_an_end() -> None:
+    talk = _talk.Talk(json=True)
+    for i in range(_talk.MOST_WARNINGS + 50):
+        talk.warn(f"{i} is odd")
+    assert len(talk.warnings) == _talk.MOST_WARNINGS + 1
+    assert talk.warnings[-1] == "more than 1000 warnings; the others are left out"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        ("inspect lab/adapter", "A repository of the Hub is written hf://lab/adapter"),
+        ("merge lab/base@main adapter -o out", "A repository of the Hub is written hf://lab/base@main"),
+        ("hash lab/base", "A repository of the Hub is written hf://lab/base"),
+        ("convert lab/a -o out", "A repository of the Hub is written hf://lab/a"),
+        ("verify merged --base base --adapter lab/a", "A repository of the Hub is written hf://lab/a"),
+        ("inspect adaptor", "Did you mean adapter?"),
+        ("merge base2 adapter -o out", "Did you mean base?"),
+        ("inspect sealed/adapter_mode.safetensors", "Did you mean sealed/adapter_model.safetensors?"),
+        ("push lab/adapter lab/adapter", None),
+        ("inspect nowhere", None),
+    ],
+)
+def test_a_place_that_is_not_there_gets_a_suggestion(
+    arguments: str, hint: str | None, workplace: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(workplace)
+    assert run([*arguments.split(), "--json"]) == 1
+    error = error_of(capsys.readouterr().out)
+    assert "no such file or folder" in error["message"]
+    assert error["hint"] == hint
 
 
 def test_what_a_report_holds_is_shown_once(root: Commands, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,10 +72,16 @@ MORE = {
     "inspect": ["inspect quantized --modules", "inspect merged"],
     "merge": ["merge base adapter -o out --keep-residual --verify", "merge quantized adapter -o out --dry-run"],
     "hash": ["hash base --tier all", "hash quantized --modules", "hash adapter --tier schema"],
+    "combine": ["combine adapter other -o out --rank 2 --dry-run"],
+    "resize": ["resize adapter -o out --energy 0.5 --dry-run"],
+    "dequantize": ["dequantize quantized -o out --dry-run"],
+    "unmerge": ["unmerge merged adapter -o out --dry-run"],
+    "switch": ["switch merged --take adapter --put other -o out --dry-run"],
     "extract-svd": ["extract-svd base tuned -o out --exclude q_proj"],
     "recipe": ["recipe blend --last"],
     "run": ["run recipe.yaml", "run recipe.yaml --input base=tuned --folder out"],
-    "convert": ["convert adapter -o out.safetensors --to kohya"],
+    "compare": ["compare adapter other --base base --include q_proj --paper"],
+    "convert": ["convert adapter -o out --base base --dry-run", "convert adapter -o out.safetensors --to kohya"],
 }
 
 

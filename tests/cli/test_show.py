@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from loratools.cli._show import LONGEST, encode, exact, fields, line, number, size, table
+from loratools.cli._show import LONGEST, alike, encode, exact, fields, line, number, shortened, size, table
 from loratools.errors import printable
 
 
@@ -80,6 +82,70 @@ def test_printable_keeps_text(text: str) -> None:
 )
 def test_printable_escapes_what_drives_a_terminal(text: str, shown: str) -> None:
     assert printable(text) == shown
+
+
+DIGEST = "blake3:" + "0123456789abcdef" * 4
+ROWS = [
+    ("model.language_model.layers.0.self_attn.q_proj", *map(str, range(1, 8)), "some words that tell why this is so"),
+    ("x", *["12345678"] * 7, ""),
+]
+HEADING = ("module", *(f"number {i}" for i in range(1, 8)), "why")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 100, 140, 200])
+def test_tables_and_fields_fit_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    lines = list(table(HEADING, ROWS, right=range(1, 8)))
+    assert max(map(len, lines)) <= columns
+    told = " ".join(lines)
+    assert told.count("12345678") == 7, "no number is cut or left out"
+    assert all(name in told for name in HEADING)
+    lines = list(fields(("path", "/a/very/long/path" * 6), ("digest", DIGEST), ("why", "one word and another " * 8)))
+    assert max(map(len, lines)) <= columns
+    assert (DIGEST in "\n".join(lines)) is (columns >= 73)
+    assert " ".join(lines).count("another") == 8
+
+
+def test_what_fits_is_as_it_is_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    piped = [*table(HEADING, ROWS, right=range(1, 8)), *fields(("digest", DIGEST), ("a", ["b", "c"]), ("d", ""))]
+    assert max(map(len, piped)) > 100
+    monkeypatch.setenv("COLUMNS", "60")
+    again = [*table(HEADING, ROWS, right=range(1, 8)), *fields(("digest", DIGEST), ("a", ["b", "c"]), ("d", ""))]
+    assert again == piped, "a pipe has no width"
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    wide = [*table(HEADING, ROWS, right=range(1, 8)), *fields(("digest", DIGEST), ("a", ["b", "c"]), ("d", ""))]
+    assert wide == piped
+
+
+@pytest.mark.parametrize("width", range(1, 12))
+def test_a_shortened_text_keeps_both_ends(width: int) -> None:
+    text = shortened("abcdefghijkl", width)
+    assert len(text) == width
+    assert "…" in text
+    assert "abcdefghijkl".startswith(text.partition("…")[0])
+    assert "abcdefghijkl".endswith(text.partition("…")[2])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        ("model.layers.0.mlp: odd", "model.layers.31.mlp: odd", True),
+        ("lora_unet_down_blocks_0_attentions_1: odd", "lora_unet_down_blocks_2_attentions_0: odd", True),
+        ("layer 3 is odd", "layer 17 is odd", True),
+        ("h.0.q: rank 8", "h.0.q: rank 4", False),
+        ("h.0.q: odd", "h.0.k: odd", False),
+        ("adapter 1: odd", "adapter 2: odd", False),
+    ],
+)
+def test_texts_that_differ_in_numbers_of_layers_alone_are_alike(first: str, second: str, same: bool) -> None:
+    assert (alike(first) == alike(second)) is same
 
 
 def test_lines_have_an_end() -> None:

@@ -41,6 +41,26 @@ def test_what_is_decided(command: str, decisions: list[str], shell: Callable[...
         assert not any(re.fullmatch(decision, line) for line in quiet.err.splitlines())
 
 
+COMMANDS = (
+    "inspect adapter", "inspect adapter --spectrum", "hash base", "hash adapter", "compare adapter other",
+    "combine adapter other --rank 2 -o out", "resize adapter --rank 2 -o out", "extract-svd base tuned -o out",
+    "dequantize quantized -o out", "merge base adapter -o out", "unmerge merged adapter -o out",
+    "switch merged --take adapter --put other -o out", "convert adapter -o out --base base",
+    "verify merged --base base --adapter adapter --seed 0",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_twice_says_it_of_every_tensor(command: str, shell: Callable[..., Result], workplace: Path) -> None:
+    line = f"rm -rf out; loratools {command}"
+    quiet, once, twice = (shell(f"{line} {option}", workplace) for option in ("", "-v", "-vv"))
+    assert (quiet.code, once.code, twice.code) == (0, 0, 0), twice.err
+    lines = [{re.sub(r"partial-\w+", "", line) for line in told.err.splitlines()} for told in (quiet, once, twice)]
+    assert lines[0] < lines[1] < lines[2]
+    added = [line for line in twice.err.splitlines() if line not in once.err.splitlines()]
+    assert sum("q_proj" in line for line in added) >= 2, added
+
+
 def test_a_program_hears_it_from_the_logger(workplace: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "loratools"):
         loratools.open_adapter(workplace / "adapter")

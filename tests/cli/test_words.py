@@ -49,6 +49,95 @@ def test_the_table_has_no_word_that_no_command_has() -> None:
     assert {word.group for word in WORDS.values()} <= set(GROUPS)
 
 
+NOTHING = "completion dialects demo recipe run help"  # they read no adapter and no model of a user by themselves
+WITHOUT: dict[str, dict[str, str]] = {
+    "--dialect": {
+        "it reads none": NOTHING,
+        "it reads models": "dequantize estimate extract-svd",
+        "its files are told apart by their contents, one by one": "find report",
+        "what is sent and fetched is what the files are": "push pull",
+        "it asks whether a file is of our own format": "validate",
+    },
+    "--alpha": {
+        "it reads none": NOTHING,
+        "it reads models": "dequantize estimate extract-svd",
+        "it tells of files as they are": "find report push pull validate edit",
+    },
+    "--model-type": {
+        "no base and adapter meet": f"{NOTHING} combine dequantize edit estimate find hash push pull resize validate",
+        "both of its models say it, or neither: what has the same name is subtracted": "extract-svd",
+        "--base there measures weights as they lie": "report",
+    },
+    "--tied": {
+        "no base and adapter meet": f"{NOTHING} combine dequantize edit estimate find hash push pull resize validate",
+        "it looks at what a merge did, and takes no part in it": "verify report",
+        "it measures changes, and changes no head": "compare inspect",
+        "an adapter says itself what it changes": "convert extract-svd",
+    },
+    "--check-base": {
+        "no base and adapter meet": f"{NOTHING} dequantize edit estimate extract-svd find hash push resize",
+        "the record of the merge proves the base, bit by bit": "unmerge",
+        "it is the check itself": "validate verify",
+        "an adapter is measured on the base that is given; `validate --base` asks whether it is its own": "compare "
+        "inspect report",
+        "it seals the adapter with the base that is given": "convert",
+    },
+    "--dry-run": {
+        "it writes nothing": "compare completion dialects estimate find hash inspect recipe validate verify help",
+        "it writes one page, for which everything is measured": "report",
+        "it makes what it shows, in a folder of its own": "demo",
+    },
+    "--threads": {
+        "it reads headers and small files": f"{NOTHING} edit estimate",
+        "its work is the network's": "push pull",
+        "it takes a second, in the threads of torch": "inspect report find",
+        "what it hashes and factors takes all cores for seconds": "convert",
+    },
+    "--device": {
+        "it does no arithmetic": f"{NOTHING} edit estimate find hash push pull validate",
+        "a proof is made by other means than the merge: on the processor, in float64": "verify",
+        "factors are small, and found in float64": "combine compare convert inspect report resize",
+        "its bytes are those of the processor, which they have to be to undo a merge": "unmerge switch",
+        "the same codes make the same numbers, bit by bit": "dequantize",
+        "its bits are promised for a seed": "extract-svd",
+    },
+    "--seed": {
+        "it draws nothing": f"{NOTHING} convert dequantize edit estimate find hash inspect push pull resize unmerge "
+        "validate",
+        "only the sample of tiles that is measured is drawn, always alike": "switch",
+    },
+    "--budget": {
+        "it chooses no ranks": f"{NOTHING} compare dequantize edit find hash inspect merge push pull report switch "
+        "unmerge validate verify",
+        "it makes one rank of kinds that have none": "convert",
+    },
+    "--include": {
+        "it has no modules to choose among": f"{NOTHING} dequantize edit estimate find push pull report",
+        "a conversion says the same in another dialect; `resize` leaves modules out": "convert",
+        "a file is valid as a whole": "validate",
+    },
+}
+WITHOUT["--energy"] = {**WITHOUT["--budget"], "it asks for a rank, and knows no change yet": "estimate"}
+WITHOUT["--exclude"] = WITHOUT["--include"]
+
+
+@pytest.mark.parametrize("option", WITHOUT)
+def test_a_shared_option_is_everywhere_where_no_reason_is_known(option: str) -> None:
+    reasons = {name: why for why, names in WITHOUT[option].items() for name in names.split()}
+    having = {name for name, command in COMMANDS.items() if option in own(command)}
+    assert {name for name in having if name in reasons} == set(), "the reason is no longer true"
+    missing = COMMANDS.keys() - having - reasons.keys()
+    assert not missing, f"{option}: give it to {', '.join(sorted(missing))}, or say here why not"
+
+
+def test_details_of_each_item_are_asked_for_by_one_name() -> None:
+    """Whatever prints a line a module or tensor does so with --modules."""
+    listing = {name for name, command in COMMANDS.items() if "--modules" in own(command)}
+    assert listing >= {"combine", "compare", "extract-svd", "hash", "inspect", "resize", "verify"}
+    for name, command in COMMANDS.items():
+        assert {"--layers", "--tensors", "--items"}.isdisjoint(own(command)), name
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_help_page_prints_each_option_once_with_its_meaning(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([name, "--help"]) == 0

@@ -19,7 +19,7 @@ from loratools.adapter.naming.wrappers import FUSIONS, Fusion, Names
 from loratools.adapter.placement import experts, stacks
 from loratools.adapter.placement.conv1d import Conv1D
 from loratools.adapter.site import Site
-from loratools.decisions import decided
+from loratools.decisions import decided, detailed
 from loratools.errors import IncompatibleAdapter
 from loratools.storage.codecs.turned import CONV1D
 
@@ -73,6 +73,8 @@ def resolve(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any] | None =
             f"the adapter does not fit this base model: {len(problems)} problem(s) in {len(adapter.updates)} modules",
             problems,
         )
+    for placement in placements:
+        detailed("%s: %s of the base", placement.module, placement.site.tensor)
     for placement in placements[:1]:
         decided(
             "%d modules change %d tensors of the base; %s is %s, rows %d:%d and columns %d:%d of %d x %d%s",

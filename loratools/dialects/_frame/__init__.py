@@ -12,6 +12,7 @@ hashes     the hashes in a header, of the data alone
 facts      what the header entries say that people look for: trigger words, tags, steps, base
 places     where a fact stands in the files of each dialect
 metadata   the header entries of a file, which stay with an adapter from reading to writing
+read_as    what a call says of an adapter that its file does not: its dialect, its alpha
 numbers    single numbers in a file: alphas that are read, scalings that one value must stand for
 pickles    state dicts of `torch.save`
 """

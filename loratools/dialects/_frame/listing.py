@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 
 from loratools.adapter.model import Adapter
 from loratools.adapter.parts import factors_of
-from loratools.decisions import warned
+from loratools.decisions import detailed, wants_detail, warned
 from loratools.errors import BadFile
 from loratools.storage.beside.along import is_of_training
 from loratools.storage.beside.links import refuse_outside
@@ -20,7 +20,7 @@ from loratools.storage.header import Header, read_header
 from loratools.storage.lazy import LazyTensor
 from loratools.storage.pickles.archive import SUFFIXES as PICKLES
 from loratools.storage.pickles.archive import read_pickled
-from loratools.storage.sources import Location, Need, local, open_file
+from loratools.storage.sources import Location, Need, absent, local, open_file
 from loratools.storage.strict_json import read_json
 
 WEIGHTS = (".safetensors", ".gguf", ".npz", *PICKLES)
@@ -92,7 +92,7 @@ class Listing:
                 return cls(path, path.parent, (path.name,), alpha, base, initial, enabled)
         except OSError as error:
             raise BadFile(f"{path}: cannot be read: {error.strerror}") from None
-        raise BadFile(f"{path}: no such file or folder")
+        raise absent(path)
 
     @property
     def single(self) -> bool:
@@ -184,7 +184,12 @@ class Listing:
             refuse_outside([self.folder / name], self.folder)
 
     def tell_unread(self, adapter: Adapter) -> None:
-        """Warn of files in the folder that can hold tensors, and of which the adapter that was read has none."""
+        """Warn of files in the folder that can hold tensors, and of which the adapter that was read has none.
+
+        For who wants every detail, what each module is.
+        """
+        for module, update in adapter.updates.items() if wants_detail() else ():
+            detailed("%s: %s, rank %s, scaling %g", module, update.kind, update.rank, update.scaling)
         read = {file.name for lazy in (*adapter.tensors().values(), *adapter.copies.values()) if (file := lazy.file)}
         unread = [name for name in self.weights if name not in read and not is_of_training(name)]
         unread += self._modules_beside()

@@ -22,7 +22,7 @@ from loratools.storage.beside.links import refuse_outside, walk
 from loratools.storage.checkpoint.shard import GGUF, Shard, config_of, gguf_config, is_plain, is_weights, open_shard
 from loratools.storage.codecs.state import HEADER
 from loratools.storage.header import TensorSpec
-from loratools.storage.sources import Location, local
+from loratools.storage.sources import Location, absent, local
 from loratools.storage.strict_json import MAX_INDEX, parse_json_object, read_json
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Checkpoint:
                 refuse_outside([pipeline], path)
                 return _open_pipeline(path, read_json(pipeline)) if os.path.lexists(pipeline) else _open_folder(path)
             if not path.exists():
-                raise BadFile(f"{path}: no such file or folder")
+                raise absent(path)
         except OSError as error:
             raise BadFile(f"{error.filename or path}: cannot be read: {error.strerror}") from None
         if is_index(path.name):

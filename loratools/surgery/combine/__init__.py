@@ -22,7 +22,7 @@ from loratools import dialects
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import BaseIdentity, Step
 from loratools.adapter.weights import Weight
-from loratools.decisions import warned
+from loratools.decisions import decided, detailed, warned
 from loratools.errors import IncompatibleAdapter, LoraToolsError
 from loratools.format.digest import adapter_digest
 from loratools.format.record import TOOL
@@ -39,7 +39,7 @@ from loratools.surgery.combine.inputs import Aligned, Input, align, open_inputs
 from loratools.surgery.combine.methods._terms import Library
 from loratools.surgery.combine.options import CombineOptions
 from loratools.surgery.combine.result import assemble, dialect_of, dtype_of, plain
-from loratools.surgery.inputs import AdapterSource, as_list, tell_twice
+from loratools.surgery.inputs import AdapterSource, chosen_weights, names_of, planned, read_as, tell_twice
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +80,10 @@ def combine(
     output: Location,
     *,
     weights: float | str | Weight | Sequence[float | str | Weight] | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    dialect: str | None = None,
+    alpha: float | None = None,
     method: str = "linear",
     density: float | None = None,
     gamma: float | None = None,
@@ -112,6 +116,10 @@ def combine(
             patterns name (`"q_proj=0.5,v_proj=-1"`, `"0.7,*.mlp.*=0"`) or for each block of an image model
             (`"lbw:1,0,0,…"`: what is in no block, then each block of the family's lists in order; 12, 17, 20 or 26 for
             Stable Diffusion and 61 for Flux.1 as image people write them); or a `Weight`. Default: 1 for each.
+        include: Patterns of the modules that count, as for `merge`. Default: all.
+        exclude: Patterns of modules that are left out. Default: none.
+        dialect: The dialect to read paths as, one of `list_dialects()`. Default: what is found in each file.
+        alpha: The alpha of training, which wins over what files record. Default: the file's.
         method: How changes are combined: `"linear"`, or one that looks at single elements (`"ties"`, `"dare"`,
             `"dare_ties"`, `"della"`, `"della_linear"`, `"breadcrumbs"`, `"magnitude_prune"`, `"sce"`) or works in a
             space that the adapters share (`"knots"`, `"core_space"`). Default: `"linear"`.
@@ -164,8 +172,10 @@ def combine(
     )  # fmt: skip
     if to is not None:
         dialects.get(to)
-    sources = as_list(adapters)
+    sources = read_as(adapters, dialect, alpha)
+    initial = None if initial is None else read_as(initial, dialect, alpha)[0]
     numbers = [weights] if isinstance(weights, int | float | str | Weight) else weights
+    numbers = chosen_weights(len(sources), numbers, include, exclude)
     return run(sources, output, options, numbers, initial, to=to, progress=progress)
 
 
@@ -183,6 +193,9 @@ def run(
     options = replace(options, dtype=dtype_of(opened)) if options.dtype is None else options
     base, warnings = agree([each.name for each in inputs], [adapter.base for adapter in opened], options.check_base)
     aligned = align(inputs)
+    planned(operation, output, names_of(adapters), method=options.method, modules=len(aligned.modules),
+            dtype=options.stored, dialect=to or "as the first adapter has it, ours for PEFT's",
+            ranks=None if options.rule is None else options.rule.to_json())  # fmt: skip
     replaced = whole.replacements(inputs, aligned, options.method)
     biases = whole.biases(inputs, aligned, options.stored)
     changes = combined(inputs, aligned, options, progress or no_progress)
@@ -192,6 +205,13 @@ def run(
             "the result is empty: the combined change is zero in every module, so nothing was written",
             [f"{each.name}: weight {each.weight.to_json()}" for each in inputs],
         )
+    rule, cut = options.rule, sum(share.rank < share.true_rank for share in shares)
+    decided("%s of %d adapter(s): %d modules, %d of them at a lower rank than their own; ranks by %s; stored as %s",
+            options.method, len(inputs), len(shares), cut, "what there is" if rule is None else rule.to_json(),
+            options.stored)  # fmt: skip
+    for share in shares:
+        detailed("%s: rank %d of %d, error %.2e of its change", share.module, share.rank, share.true_rank,
+                 share.error / share.norm if share.norm else 0.0)  # fmt: skip
     norm = math.hypot(*(share.norm for share in shares))
     error, optimum = math.hypot(*(share.error for share in shares)), math.hypot(*(share.optimum for share in shares))
     error, optimum = (error / norm, optimum / norm) if norm else (0.0, 0.0)

@@ -39,7 +39,16 @@ from loratools.storage.sources import Location, session
 from loratools.surgery.convert.as_lora import LoraError, as_lora
 from loratools.surgery.folding import carried
 from loratools.surgery.hash import hash_checkpoint, hash_tensors
-from loratools.surgery.inputs import AdapterSource, ModelSource, open_model
+from loratools.surgery.inputs import (
+    AdapterSource,
+    ModelSource,
+    check_model_type,
+    is_planning,
+    names_of,
+    planned,
+    read_as,
+    typed_model,
+)
 
 _OF_NO_TENSOR = frozenset({"base model", "provenance", "alpha", "layer_replication"})
 """What losses are of besides modules and tensors."""
@@ -70,6 +79,10 @@ def convert(
     output: Location,
     *,
     to: str = "loratools",
+    dialect: str | None = None,
+    alpha: float | None = None,
+    enabled: tuple[bool, ...] | None = None,
+    model_type: str | None = None,
     base: ModelSource | None = None,
     onto: ModelSource | None = None,
     original: ModelSource | None = None,
@@ -90,6 +103,12 @@ def convert(
         output: The file or folder to write; it must not exist, unless `force`. A name that ends as files of tensors do
             (`.safetensors`, …) makes a single file.
         to: The dialect (`loratools.list_dialects()`). Default: `"loratools"`, which PEFT reads too.
+        dialect: The dialect to read a path as, one of `list_dialects()`. Default: what is found in the file.
+        alpha: The alpha that the adapter was trained with, for files that do not record it; it wins over one that
+            it records. Default: the file's.
+        enabled: Which of the projections in one weight have factors, in order (loralib's MergedLinear). Default: a file
+            with such a weight is refused.
+        model_type: What the base is (`"gpt2"`, …), where its config.json does not say it. Default: what that says.
         base: The base model: a path, an `hf://` reference, or an open `Checkpoint`. It tells what some dialects need to
             know, and all of it is read to seal the adapter. Default: the adapter stays sealed as it is, or unsealed.
         onto: A base that is folded, as AWQ and SmoothQuant leave it: an adapter of its original is carried into its
@@ -143,13 +162,15 @@ def convert(
     options.flag("allow_loss", allow_loss).flag("force", force).text("base_id", base_id).done()
     dialects.get(to)
     model = base if onto is None else onto
-    checkpoint = None if model is None else logical(open_model(model))
-    converted = dialects.open_adapter(adapter, base=checkpoint)
+    check_model_type(model_type, model)
+    (adapter,) = read_as(adapter, dialect, alpha)
+    checkpoint = None if model is None else logical(typed_model(model, model_type))
+    converted = dialects.open_adapter(adapter, base=checkpoint, enabled=enabled)
     if checkpoint is not None:
         refuse_codes(converted, checkpoint)
         checkpoint = under_adapters_names(replicated(checkpoint, [converted]), [converted])
     error = None
-    if to_lora is not None:
+    if to_lora is not None and not is_planning():
         converted, error = as_lora(converted, to_lora, checkpoint)
     records = _records(to)
     if records:
@@ -162,14 +183,14 @@ def convert(
         ((settled,), notes) = settle(checkpoint, [AdapterInput(converted, digest=adapter_digest(converted))])
         for note in notes:
             warned("%s", note)
-        if onto is not None:
+        if onto is not None and not is_planning():
             settled = carried(checkpoint, settled, original, trained_on)
         converted = _with_config(settled.adapter, checkpoint)
         converted = as_peft_has_it(
             converted, Names(checkpoint.specs, checkpoint.config), checkpoint.shapes, checkpoint.config
         )
         in_base = named_for(converted, checkpoint)
-        if records:
+        if records and not is_planning():
             converted = seal(in_base, checkpoint, progress)
         else:
             _placed(in_base, checkpoint)  # which raises if it does not fit
@@ -178,6 +199,13 @@ def convert(
                 lost_of(converted)
             ):  # names of several families: the base tells whose they are
                 converted = in_base
+    if is_planning():
+        atomic.check_output(Path(output), force=force)
+        losses = dialects.get(to).losses(converted)
+        planned("convert", output, [*names_of([adapter]), *([checkpoint.path] if checkpoint else [])],
+                nbytes=sum(lazy.nbytes for lazy in converted.tensors().values()), dialect=to, modules=len(converted),
+                losses=[str(loss) for loss in losses], sealed=bool(records and checkpoint),
+                **{"from": converted.dialect})  # fmt: skip
     if profile is not None:
         converted = profiles.apply(converted, profile, checkpoint.shapes if checkpoint else None)
     warn_not_finite(converted)

@@ -19,6 +19,7 @@ no low-rank form is saved whole, so that base + adapter is the fine-tune but for
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from loratools import dialects
 from loratools.adapter.identity import one_name
 from loratools.adapter.naming.selection import Selection
 from loratools.adapter.placement.codes import refuse_other_codes
-from loratools.decisions import warned
+from loratools.decisions import decided, detailed, warned
 from loratools.errors import IncompatibleAdapter, OutputRefused
 from loratools.format import manifest
 from loratools.linalg.ranks.allocate import Ranks
@@ -158,11 +159,16 @@ def extract(
     coded = refuse_other_codes(base, tuned)
     pairing = pair(base, tuned, selection or Selection())
     _tell_quantized(base, tuned, pairing)
+    planned = Counter(pair.plan for pair in pairing.pairs)
+    decided("%s beside %s: %s if they differ; sketches of seed %d, tolerance %g", tuned.path, base.path,
+            ", ".join(f"{count} tensors {plan}" for plan, count in planned.items()), seed, tolerance)  # fmt: skip
     opened = atomic.new_files(output, (), force=force) if single else atomic.new_folder(output, force=force)
     with opened as scratch, full_float32():
         spool = Spool(scratch / ".factors")
         work = Sweep(base, tuned, pairing, options, spool, progress or no_progress, coded)
         outcomes, hashes = work.run(threads or cores())
+        for outcome in outcomes:
+            detailed("%s: %s%s", outcome.pair.path, outcome.outcome, f", {outcome.why}" if outcome.why else "")
         name, commit = (base_id, None) if base_id else _named(base, tuned)
         identity = replace(hashes[0], id=name and manifest.public(name), revision=commit)
         adapter, accounts, card, notes = assemble(base, tuned, pairing, outcomes, identity, hashes[1], options)

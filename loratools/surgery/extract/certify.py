@@ -25,7 +25,15 @@ from loratools.storage.header import TensorSpec
 from loratools.surgery.extract.layers import Layer, Total, layer, total
 from loratools.surgery.extract.pairs import pair
 from loratools.surgery.extract.read import read_delta, rounding_energy
-from loratools.surgery.inputs import AdapterSource, ModelSource, open_model
+from loratools.surgery.inputs import (
+    AdapterSource,
+    ModelSource,
+    check_model_type,
+    kept,
+    patterns_of,
+    read_as,
+    typed_model,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +69,11 @@ def certify(
     base: ModelSource,
     adapter: AdapterSource,
     *,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    dialect: str | None = None,
+    alpha: float | None = None,
+    model_type: str | None = None,
     seed: int = 0,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -73,6 +86,13 @@ def certify(
         tuned: The fine-tune: a folder, a safetensors file, an index, an `hf://` reference, or an open `Checkpoint`.
         base: The base model, likewise.
         adapter: A path, an `hf://` reference, or an open `Adapter`; modules whose change is no product are skipped.
+        include: Patterns of the modules that count: a name (`"q_proj"`), a glob (`"layers.*.mlp.*"`), or `"re:…"`.
+            Default: all.
+        exclude: Patterns of modules that are left out. Default: none.
+        dialect: The dialect to read paths as, one of `list_dialects()`. Default: what is found in each file.
+        alpha: The alpha that the adapters were trained with, for files that do not record it; it wins over one that
+            they record. Default: the file's.
+        model_type: What the base is (`"gpt2"`, …), where its config.json does not say it. Default: what that says.
         seed: A whole number that chooses the random sketches of the SVDs. Default: 0.
         threads: Threads to work with. Default: one per core, at most 8.
         progress: Called with the bytes read since the last call, from any thread. Default: nobody is told.
@@ -94,8 +114,11 @@ def certify(
     checked.number("seed", seed, least=0)
     checked.number("threads", threads, least=1, optional=True)
     checked.done()
-    tuned, base = logical(open_model(tuned)), logical(open_model(base))
-    opened = dialects.open_adapter(adapter, base=base)
+    check_model_type(model_type)
+    patterns_of(include, exclude)
+    (adapter,) = read_as(adapter, dialect, alpha)
+    tuned, base = logical(typed_model(tuned, model_type)), logical(typed_model(base, model_type))
+    opened = kept(dialects.open_adapter(adapter, base=base), include, exclude)
     opened = named_for(opened, base)
     factors = onto_stored(replace(opened, replacements={}), base.specs, base.config)
     shapes = {name: spec.shape for name, spec in base.specs.items()}

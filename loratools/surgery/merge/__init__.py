@@ -27,7 +27,7 @@ from loratools.parallel import Progress
 from loratools.storage import atomic
 from loratools.storage.dtypes import FloatName
 from loratools.storage.sources import Location, session
-from loratools.surgery.inputs import AdapterSource, ModelSource, Weights
+from loratools.surgery.inputs import AdapterSource, ModelSource, Weights, as_asked
 from loratools.surgery.merge.options import MergeOptions
 from loratools.surgery.merge.prepare import Merge, decide, prepare
 from loratools.surgery.merge.run import MergeReport, Sink, execute
@@ -45,6 +45,10 @@ def merge(
     output: Location,
     *,
     weights: Weights = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    dialect: str | None = None,
+    alpha: float | None = None,
     dtype: FloatName | torch.dtype | None = None,
     max_shard_size: int | str | None = None,
     tied: Tied = "error",
@@ -80,6 +84,12 @@ def merge(
         weights: wᵢ, a number for each adapter, which may be negative; one number for one adapter; or a text with a
             number for each module pattern or block, as `combine` takes it (`"0.7,*.mlp.*=0"`, `"lbw:1,0,…"`): modules
             with 0 are left out. Default: 1 for each.
+        include: Patterns of the modules that count: a name (`"q_proj"`), a glob (`"layers.*.mlp.*"`), or `"re:…"`.
+            Default: all.
+        exclude: Patterns of modules that are left out. Default: none.
+        dialect: The dialect to read paths as, one of `list_dialects()`. Default: what is found in each file.
+        alpha: The alpha that the adapters were trained with, for files that do not record it; it wins over one that
+            they record. Default: the file's.
         dtype: The float dtype of the output: `"bf16"`, `"f16"`, `"f32"`, `"f64"`, or torch's. Default: each tensor
             keeps the base's.
         max_shard_size: Most bytes of tensor data in one file: a number, or a text such as `"5GB"`. Default: the output
@@ -144,4 +154,5 @@ def merge(
         trained_on=trained_on, keep_loss=keep_loss, keep_residual=keep_residual, resume=resume, device=device,
         threads=threads, force=force, durable=durable,
     )  # fmt: skip
+    adapters, weights = as_asked(adapters, weights, include, exclude, dialect, alpha)
     return execute(prepare(base, adapters, output, weights=weights, options=options), progress=progress)

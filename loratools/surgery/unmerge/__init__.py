@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from loratools.decisions import warned
+from loratools.decisions import decided, warned
 from loratools.engine.residual import Residual
 from loratools.engine.residual.restore import restore
 from loratools.engine.run import Settings, write_weights
 from loratools.errors import WrongBase
-from loratools.options import Options
+from loratools.options import Options, Tied
 from loratools.parallel import Progress, cores, no_progress
 from loratools.storage import atomic, digest, files
 from loratools.storage.beside.cards import read_card
@@ -30,7 +30,17 @@ from loratools.storage.sources import Location, session
 from loratools.storage.strict_json import read_json
 from loratools.surgery.base import prove
 from loratools.surgery.hash import hash_tensors
-from loratools.surgery.inputs import AdapterSource, ModelSource, Weights, check_weights, open_model, places, places_of
+from loratools.surgery.inputs import (
+    AdapterSource,
+    ModelSource,
+    Weights,
+    as_asked,
+    check_weights,
+    places,
+    places_of,
+    planned,
+    typed_model,
+)
 from loratools.surgery.merge.folder import without_section
 from loratools.surgery.merge.options import MergeOptions
 from loratools.surgery.merge.plan import plan_merge
@@ -78,6 +88,12 @@ def unmerge(
     *,
     base: ModelSource | None = None,
     weights: Weights = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    dialect: str | None = None,
+    alpha: float | None = None,
+    model_type: str | None = None,
+    tied: Tied | None = None,
     threads: int | None = None,
     force: bool = False,
     durable: bool = False,
@@ -97,6 +113,15 @@ def unmerge(
         base: The base model, where it is at hand. Default: the result comes from the merged model.
         weights: The weights of the merge, for a model without a record of it; beside a record they must be those
             recorded. Default: those recorded, or 1 for each.
+        include: Patterns of the modules that count: a name (`"q_proj"`), a glob (`"layers.*.mlp.*"`), or `"re:…"`.
+            Default: all.
+        exclude: Patterns of modules that are left out. Default: none.
+        dialect: The dialect to read paths as, one of `list_dialects()`. Default: what is found in each file.
+        alpha: The alpha that the adapters were trained with, for files that do not record it; it wins over one that
+            they record. Default: the file's.
+        model_type: What the base is (`"gpt2"`, …), where its config.json does not say it. Default: what that says.
+        tied: What the merge did to a head that is the same tensor as the embedding, for a model without a record of it.
+            Default: what the record says, or `"both"`.
         threads: Threads to work with; no byte depends on it. Default: one per core.
         force: Whether to replace an output that exists. Default: no.
         durable: Whether the output is on the disk itself before it has its name, so that a power cut leaves it whole or
@@ -120,11 +145,14 @@ def unmerge(
     """
     atomic.sweep(output)
     Options().threads(threads).flag("force", force).flag("durable", durable).done()
+    if tied is not None:
+        Options().word("tied", tied, Tied).done()
+    adapters, weights = as_asked(adapters, weights, include, exclude, dialect, alpha, model_type)
     check_weights(adapters, weights)
     output, threads, progress = Path(output), threads or cores(), progress or no_progress
     atomic.check_output(output, force=force)
-    merged = MergedModel.open(model, adapters, weights)
-    original = None if base is None else open_model(base)
+    merged = MergedModel.open(typed_model(model, model_type), adapters, weights)
+    original = None if base is None else typed_model(base, model_type)
     of_base = places_of(original) if original else []
     atomic.refuse_inputs(output, [*places_of(merged.model), *of_base, *places(merged.inputs)])
     residual = None if original else merged.residual()
@@ -132,6 +160,14 @@ def unmerge(
         merged.check_layers()
     if original is not None or residual is not None:
         merged.check_complete()
+    way = "the base" if original else "the residual" if residual else "W' − ΔW, as there is no residual and no base"
+    decided("%s: restored from %s; %s", merged.model.path, way,
+            "its record tells of the merge" if merged.record else "no record tells of its merge")  # fmt: skip
+    total = (original or merged.model).nbytes
+    planned(
+        "unmerge", output, [merged.model.path, *merged.inputs], nbytes=total, tensors=len(merged.model.specs),
+        adapters=[each.digest for each in merged.inputs], recorded=bool(merged.record), **{"from": way},
+    )  # fmt: skip
     atomic.check_space(output, (original or merged.model).nbytes)
     single = is_single(output, original or merged.model)
     with new_model(output, single=single, force=force, durable=durable) as scratch:
@@ -149,7 +185,9 @@ def unmerge(
             if not single:
                 copy_companions(beside, scratch, _unmerged_texts(beside.sources, residual, merged.record))
         else:
-            options = MergeOptions(tied=merged.tied or "both", check_base="off", retention="off", threads=threads)
+            options = MergeOptions(
+                tied=merged.tied or tied or "both", check_base="off", retention="off", threads=threads
+            )
             done = subtract(merged, (), options, output, progress, scratch)
             warned(_APPROXIMATE)
             plan = done.prepared.plan

@@ -28,7 +28,7 @@ from loratools.adapter.placement.gguf import under_adapters_names
 from loratools.adapter.placement.layers import replicated
 from loratools.adapter.placement.settle import settle
 from loratools.adapter.placement.shared import flag_of
-from loratools.decisions import decided, warned
+from loratools.decisions import decided, detailed, warned
 from loratools.options import Options, Tied
 from loratools.parallel import Progress, cores, no_progress, workers
 from loratools.storage.atomic.inputs import check_unchanged
@@ -39,9 +39,10 @@ from loratools.surgery.inputs import (
     AdapterSource,
     ModelSource,
     Weights,
+    as_asked,
     check_weights,
     open_adapters,
-    open_model,
+    typed_model,
     under_names_of,
 )
 from loratools.surgery.merge.options import MergeOptions
@@ -100,6 +101,11 @@ def verify(
     adapters: AdapterSource | Sequence[AdapterSource],
     *,
     weights: Weights = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    dialect: str | None = None,
+    alpha: float | None = None,
+    model_type: str | None = None,
     exact: bool = False,
     seed: int | None = None,
     run: bool = False,
@@ -113,6 +119,13 @@ def verify(
         base: The base model, likewise.
         adapters: The adapters of the merge, one or several, in its order.
         weights: The weights of the merge, a number for each adapter; one number for one adapter. Default: 1 for each.
+        include: Patterns of the modules that count: a name (`"q_proj"`), a glob (`"layers.*.mlp.*"`), or `"re:…"`.
+            Default: all.
+        exclude: Patterns of modules that are left out. Default: none.
+        dialect: The dialect to read paths as, one of `list_dialects()`. Default: what is found in each file.
+        alpha: The alpha that the adapters were trained with, for files that do not record it; it wins over one that
+            they record. Default: the file's.
+        model_type: What the base is (`"gpt2"`, …), where its config.json does not say it. Default: what that says.
         exact: Whether to recompute each changed tensor in float64 and compare every element with it, rounded once.
             Where a float32 sum may come to the other side of a tie an element may be its neighbour, and F32 may err
             by 8·2^-24 of the largest terms. Default: no, 16 random columns (of small tensors up to 256) are compared
@@ -141,10 +154,11 @@ def verify(
         True
     """
     Options().flag("exact", exact).flag("run", run).number("seed", seed, optional=True).threads(threads).done()
+    adapters, weights = as_asked(adapters, weights, include, exclude, dialect, alpha, model_type)
     check_weights(adapters, weights)
     progress = progress or no_progress
     seed = secrets.randbits(48) if seed is None else seed
-    model, base = logical(open_model(model)), logical(open_model(base))
+    model, base = logical(typed_model(model, model_type)), logical(typed_model(base, model_type))
     model.tell_unread()
     base.tell_unread()
     inputs = raw = open_adapters(adapters, base, weights)
@@ -171,6 +185,8 @@ def verify(
         checks = [pool.submit(tensors.check, plan, name, model.specs[name], exact, seed, progress) for name in touched]
         differing = tuple(sorted(name for name, future in zip(untouched, same, strict=True) if not future.result()))
         checked = tensors.with_change(future.result() for future in checks)
+    for check in checked:
+        detailed("%s: error %.2e of the weight, bound %.2e", check.name, check.error_of_weight, check.bound)
     missing = tuple(sorted(plan.changes.keys() - model.specs.keys()))
     extra = tuple(sorted(model.specs.keys() - plan.changes.keys()))
     beside = judge(model, plan, [each.path for each in inputs])

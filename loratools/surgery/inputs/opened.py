@@ -138,8 +138,9 @@ def _open(adapter: AdapterSource, weight: float, base: Checkpoint) -> AdapterInp
         if value.tensors() and all(lazy.spec is None and lazy.file is None for lazy in value.tensors().values()):
             value = in_a_file(value)
         return AdapterInput(value, weight, checked_digest(value, "adapter"))
-    path = sources.local(adapter)
-    opened = dialects.open_adapter(path, base=base)
+    location, dialect, alpha = dialects.told(adapter, None, None)
+    path = sources.local(location)
+    opened = dialects.open_adapter(path, dialect=dialect, alpha=alpha, base=base)
     repository, commit = sources.origin(path)
     name = repository if commit else facts_of(metadata_of(opened)).title  # a folder may have any name
     return AdapterInput(opened, weight, checked_digest(opened, str(path)), path, name=name, commit=commit)
