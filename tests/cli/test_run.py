@@ -91,7 +91,7 @@ def test_help_lists_the_commands_under_their_headings(arguments: list[str], caps
     [
         (["inspct"], 2, "no such command 'inspct'"),
         (["inspect"], 2, "missing argument 'PATH'"),
-        (["inspect", "--modles", "x"], 2, "no such option '--modles'; did you mean '--modules'?"),
+        (["inspect", "--modles", "x"], 2, "no such option '--modles'; did you mean '--modules'"),
         (["hash", "base", "--tier", "leaf"], 2, "invalid value for '--tier'"),
         (["hash", "base", "--threads", "0"], 2, "invalid value for '--threads'"),
         (
