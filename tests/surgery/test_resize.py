@@ -95,7 +95,9 @@ def test_what_else_an_adapter_holds_comes_along(tmp_path: Path) -> None:
 
 
 def test_command(shell: Callable, workplace: Path) -> None:
-    done = shell("loratools resize adapter --energy 0.5 -o small --modules && loratools inspect small --json", workplace)
+    done = shell(
+        "loratools resize adapter --energy 0.5 -o small --modules && loratools inspect small --json", workplace
+    )
     assert done.code == 0, done.err
     assert "energy kept" in done.out
     for line, reason in (
