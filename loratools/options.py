@@ -30,8 +30,8 @@ Quantized = Literal["dequantize", "partial", "requantize", "refuse"]
 TrainedOn = Literal["original", "folded"]
 """Which model an adapter saw, where the base is folded: the model that it was made from, or the base itself."""
 
-Device = Literal["cpu", "cuda"]
-"""Where the arithmetic is done."""
+Device = Literal["cpu", "cuda", "mps"]
+"""Where the arithmetic is done: on the processor, a GPU of NVIDIA or AMD, or one of Apple."""
 
 Value = TypeVar("Value")
 

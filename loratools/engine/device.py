@@ -1,4 +1,4 @@
-"""Where the arithmetic of a merge runs: on the processor, or on a CUDA device.
+"""Where the arithmetic of a merge runs: on the processor, on a CUDA device, or on a GPU of Apple (mps).
 
 The policy: a CUDA device computes what the processor does, in float32 without TF32 (float64 where the processor does),
 rounded once, and results near zero again in float64 on the host. Only the last bit of a float32 sum may differ, for its
@@ -6,13 +6,16 @@ order does; where that bit decides a tie, one element in some ten thousand of a 
 Processors of other kinds may differ likewise in what torch computes; the C code writes the same bytes on all of them.
 On one machine threads, tiles, their order and repetition change no byte.
 
-Each worker thread has a stream of its own and page-locked memory for what it reads and writes, so that while one tile
-is computed, another one is on its way: with two threads that is double buffering.
+A GPU of Apple has no float64: it computes in float32 what CUDA does, and the processor does what needs float64, kinds
+that depend on the weight under them, as DoRA by its norms, and tensors of F64.
+
+On CUDA each worker thread has a stream of its own and page-locked memory for what it reads and writes, so that while
+one tile is computed, another one is on its way: with two threads that is double buffering.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -22,7 +25,7 @@ from loratools.errors import NoDevice
 if TYPE_CHECKING:
     import torch
 
-TILES = {"cpu": TILE, "cuda": 16 << 20}
+TILES = {"cpu": TILE, "cuda": 16 << 20, "mps": 16 << 20}
 """Bytes of one tile: in a core's cache, or large enough that starting a kernel costs nothing beside it."""
 
 
@@ -31,7 +34,8 @@ def check(device: str) -> None:
     if device != "cpu":
         import torch
 
-        if not torch.cuda.is_available():
+        there: dict[str, Callable[[], bool]] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+        if not there[device]():
             raise NoDevice(
                 f"device {device}: torch {torch.__version__} finds none on this machine",
                 hint="Leave --device out, or install a torch that is built for the machine's GPU.",
@@ -60,7 +64,7 @@ def own_stream(device: torch.device) -> AbstractContextManager[object]:
     """Return a context in which the calling thread's work goes to a stream of its own."""
     import torch
 
-    if device.type == "cpu":
+    if device.type != "cuda":
         return nullcontext()
     stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     return torch.cuda.stream(stream)

@@ -262,16 +262,26 @@ class _Job:
         import torch
 
         device, settings = torch.device(self.settings.device), self.settings
-        if not hasattr(self.mine, "workspace"):
+        if device.type == "mps" and self._needs_float64(task, change):
+            device = torch.device("cpu")
+        if not hasattr(self.mine, "workspaces"):
             torch.set_num_threads(1)  # OpenMP keeps this number for each thread
-            self.mine.workspace = Workspace(device)
+            self.mine.workspaces = {}
+        workspace = self.mine.workspaces.setdefault(device, Workspace(device))
         with own_stream(device):
             terms = load_terms(self.plan, change, task.dtype, task.name, device)
             random = settings.random(task.dtype)
             drawn = stochastic.Stochastic(settings.seed, task.name, task.dtype) if random else None
             wide = is_wide(change, task.dtype)
-            rows = TorchRows(task, terms, self.mine.workspace, wide=wide, stochastic=drawn)
+            rows = TorchRows(task, terms, workspace, wide=wide, stochastic=drawn)
             return (run_with or self._run)(task, rows)
+
+    def _needs_float64(self, task: TensorTask, change: Change) -> bool:
+        """Tell whether a tensor is computed in float64, or has a term that may take norms of what is under it."""
+        import torch
+
+        terms = load_terms(self.plan, change, task.dtype, task.name, torch.device("cpu"))
+        return is_wide(change, task.dtype) or any(term.needs_pass or term.needs_base for _, term in terms)
 
     def _run(self, task: TensorTask, arithmetic: Arithmetic) -> TensorResult:
         return run(task, arithmetic, self.progress, self.stop.is_set, self.settings.tile)

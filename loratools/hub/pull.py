@@ -136,6 +136,7 @@ def plan(hub: Hub, ref: Ref, kind: files.Kind | None = None) -> Pull:
     selection, names = choose(hub, ref, commit, tree, kind)
     single = Path(ref.path).name if ref.path and ref.path in tree else None
     wanted = {name: tree[names[name]] for name in sorted(selection.paths)}
+    atomic.names.check(wanted, f"hf://{ref.repo}")
     return Pull(hub, ref, commit, kind or files.kind_of(names), wanted, single)
 
 
@@ -153,6 +154,7 @@ def fetch(
     hub, ref = prepared.hub, prepared.ref
     with atomic.kept_folder(output, prepared.commit[:16]) as stage:
         try:
+            atomic.names.check_case(prepared.files, stage, output)
             with quiet(), _watched(stage, progress):
                 for file in prepared.files.values():
                     hub.fetch(ref.repo, prepared.commit, file, stage)
@@ -168,15 +170,12 @@ def fetch(
                 (scratch / path).parent.mkdir(parents=True, exist_ok=True)
                 (stage / file.path).replace(scratch / path)
             atomic.remove(stage)
-            record = {
-                "schema": 1, "repo": ref.repo, "commit": prepared.commit, "revision": ref.revision, "path": ref.path,
-            }  # fmt: skip
+            doc = {"schema": 1, "repo": ref.repo, "commit": prepared.commit, "revision": ref.revision, "path": ref.path}
             (scratch / RECORD).parent.mkdir()
-            (scratch / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8", newline="\n")
+            (scratch / RECORD).write_text(json.dumps(doc, indent=2) + "\n", encoding="utf-8", newline="\n")
             own, base, notes = _check(prepared, scratch, check_base)
-    return Pulled(
-        output, ref.repo, prepared.commit, prepared.kind, len(prepared.files), prepared.nbytes, own, base, notes
-    )
+    count, nbytes = len(prepared.files), prepared.nbytes
+    return Pulled(output, ref.repo, prepared.commit, prepared.kind, count, nbytes, own, base, notes)
 
 
 def resolve(reference: str, need: Need, watch: Watch, folder: Callable[[], Path], *, token: str | None = None) -> Path:

@@ -60,7 +60,7 @@ def write(output: Path, document: Mapping[str, Any]) -> None:
     path = place(output)
     path.parent.mkdir(exist_ok=True)
     fresh = path.with_name(f"{path.name}.new")
-    fresh.write_text(json_text({"schema": _SCHEMA, **document}), encoding="utf-8")
+    fresh.write_text(json_text({"schema": _SCHEMA, **document}), encoding="utf-8", newline="\n")
     fresh.replace(path)
 
 

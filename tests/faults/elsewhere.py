@@ -58,7 +58,7 @@ MODULES = {
     "here": [],
 }
 SIGNALS = "SIGALRM SIGCHLD SIGCONT SIGHUP SIGKILL SIGPIPE SIGPROF SIGQUIT SIGSTOP SIGTSTP SIGUSR1 SIGUSR2"
-_COMPILED = ("librows.so", "libcodes.so", "libthin.so")
+_COMPILED = "linalg/native"
 
 
 def become(system: str, *, compiled: bool) -> None:
@@ -89,7 +89,7 @@ def _load(*, own_symbols: bool, compiled: bool) -> None:
     def init(self: ctypes.CDLL, name: str | None, *arguments: Any, **options: Any) -> None:
         if name is None and not own_symbols:
             raise TypeError("argument of type 'NoneType' is not a path")
-        if not compiled and Path(name or "").name in _COMPILED:
+        if not compiled and Path(name or "").parent.as_posix().endswith(_COMPILED):
             raise OSError(f"{name}: no such library")
         start(self, name, *arguments, **options)
 

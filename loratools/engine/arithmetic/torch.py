@@ -216,9 +216,10 @@ def _measured(base: torch.Tensor, W: torch.Tensor, rounded: torch.Tensor) -> tup
     step = max(1, (1 << 16) // max(1, W.shape[1]))
     for start in range(0, len(base), step):
         part = slice(start, min(start + step, len(base)))
-        before = base[part].double().flatten()
-        delta = W[part].double().flatten().sub(before)  # not in place: a float64 tile is its own double
-        kept = rounded[part].to(W.device, torch.float64).flatten().sub(before)
+        # A float64 tile is its own double, so nothing is done in place; a GPU of Apple has no float64.
+        tiles = base[part], W[part], rounded[part].to(W.device)
+        before, after, result = ((tile.cpu() if tile.is_mps else tile).double().flatten() for tile in tiles)
+        delta, kept = after.sub(before), result.sub(before)
         retained += float(kept.dot(delta))
         total += float(delta.dot(delta))
         changed += float(torch.count_nonzero(kept))

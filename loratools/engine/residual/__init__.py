@@ -31,6 +31,7 @@ from loratools.adapter.placement.resolve import Placement
 from loratools.engine.residual.predict import Step
 from loratools.errors import BadFile
 from loratools.storage import dtypes, files
+from loratools.storage.atomic import names
 from loratools.storage.codecs.floats import bytes_of, unsigned, widen
 from loratools.storage.header import MAX_HEADER, MAX_SIDES, TensorSpec, parse_header, read_header
 from loratools.storage.layout import plan_file
@@ -128,6 +129,7 @@ class Residual:
         listed = {name for file in layout for name, _, _ in file.tensors}
         paths = [Path(name) for name in [*(file.name for file in layout), *indexes]]
         bad = [path for path in paths if path.is_absolute() or ".." in path.parts or "\0" in str(path)]
+        names.check([name.as_posix() for name in paths], path)
         if bad or modes.keys() != header.tensors.keys() or not modes.keys() <= listed:
             raise BadFile(f"{path}: its description of the base's layout does not fit its tensors")
         return cls(path, header.tensors, modes, layout, config, indexes)

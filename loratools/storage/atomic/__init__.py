@@ -6,6 +6,7 @@ the end it is written to the disk itself, and renamed.
     inputs        inputs are what they were when they were opened
     leftovers     hidden folders beside an output: removing those of killed runs
     locks         whose they are
+    names         names that not every system can write
     place         the final name, in one step
     sync          what was written outlasts a power cut
     system        what systems differ in
@@ -26,7 +27,7 @@ from pathlib import Path
 
 from loratools.decisions import warned
 from loratools.errors import BadFile, InvalidOption, LoraToolsError, NoSpace, OutputRefused
-from loratools.storage.atomic import leftovers, locks
+from loratools.storage.atomic import leftovers, locks, names
 from loratools.storage.atomic.inputs import check_unchanged
 from loratools.storage.atomic.leftovers import remove
 from loratools.storage.atomic.place import put
@@ -247,6 +248,7 @@ def _check_kind(target: Path, *, folder: bool) -> None:
 def _install(finished: Path, target: Path, scratch: Path, *, force: bool, durable: bool) -> None:
     """Give what is `finished`, the scratch folder or a file in it, the name of the output; remove what was there."""
     check_output(target, force=force)  # again: hours may have passed
+    _tell_names(finished, target)
     if durable:
         sync(finished)
     absolute = target.absolute()
@@ -271,6 +273,14 @@ def _install(finished: Path, target: Path, scratch: Path, *, force: bool, durabl
             remove(old)
             if os.path.lexists(old):
                 warned("%s: what was replaced lies there, and cannot be removed", old)
+
+
+def _tell_names(finished: Path, target: Path) -> None:
+    """Warn about names in an output, taken over from a base or a repository, that not every system can write."""
+    inside = (path.relative_to(finished).as_posix() for path in finished.rglob("*")) if finished.is_dir() else ()
+    if lines := names.faults(inside):
+        shown = "; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if len(lines) > 5 else "")
+        warned("%s: not every system can hold it: on Windows %s", target, shown)
 
 
 def refuse_inputs(output: Path, inputs: Sequence[str | Path | None]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loratools.errors import UnsupportedAdapter
+from loratools.storage.atomic import names
 from loratools.storage.beside.along import is_index
 from loratools.storage.beside.links import refuse_outside
 from loratools.storage.codecs.state import BESIDE, with_beside
@@ -58,7 +59,9 @@ def config_of(folder: Path) -> Mapping[str, Any]:
 
 
 def is_plain(name: str) -> bool:
-    """Tell whether a name from a file stays in its folder: no separators, no `..`, no NUL."""
+    """Tell whether a name from a file stays in its folder: no separators, no `..`, no NUL; on Windows no device."""
+    if names.WINDOWS and names.fault(name):
+        return False
     return name not in ("", ".", "..") and PurePosixPath(name).name == name and "\\" not in name and "\0" not in name
 
 

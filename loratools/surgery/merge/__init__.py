@@ -122,8 +122,8 @@ def merge(
             record, so that `unmerge` restores every bit. Default: no.
         resume: Whether an interruption leaves the files that are complete, and the same call goes on from them.
             Default: no, an interruption leaves nothing.
-        device: Where the arithmetic is done, `"cpu"` or `"cuda"`; on CUDA one BF16 element in some ten thousand may be
-            rounded to its other neighbour. Default: `"cpu"`.
+        device: Where the arithmetic is done: `"cpu"`, `"cuda"` or `"mps"`; on a GPU one BF16 element in some ten
+            thousand may be rounded to its other neighbour. Default: `"cpu"`.
         threads: Threads to work with; no byte depends on it. Default: one per core, at most 8.
         force: Whether to replace an output that exists. Default: no.
         durable: Whether the output is on the disk itself before it has its name, so that a power cut leaves it whole or
