@@ -1,16 +1,18 @@
-"""The README is true: every fenced block in it is run.
+"""The README and the topics of `loratools help` are true: every fenced block in them is run.
 
     ```bash      set-up of a fresh machine: .ci/run runs these blocks, in order, in a fresh copy of the checkout
     ```console   lines after `$ ` are run here, in a folder with the tiny models of `prepared`, and print what stands
                  below them; `...` stands for whatever varies; a trailing `# exits with 1` says that they fail
     ```python    is run here, each block by itself, in the same folder
 
-Any other block fails. The blocks share one folder, so a later one may use what an earlier one made.
+Any other block fails. The blocks of a text share one folder, so a later one may use what an earlier one made; those of
+a topic find `tour` there, as `loratools demo --keep tour` leaves it.
 """
 
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,11 +22,14 @@ from pathlib import Path
 import click
 import pytest
 
-from loratools.cli._run import group
+from loratools.cli._run import group, run
 from tests.conftest import REPOSITORY, Result, clean_env
 from tests.test_floors import FLOORS
 
 README, CONTRIBUTING = REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"
+TOPICS = sorted((REPOSITORY / "loratools" / "cli" / "topics").iterdir())
+MOST_WORDS = 1500
+KINDS = {"bash", "console", "python"}
 
 
 @dataclass(frozen=True)
@@ -68,34 +73,76 @@ def readme() -> str:
     return README.read_text(encoding="utf-8")
 
 
-def test_blocks_are_of_kinds_that_are_run() -> None:
-    strange = [f"README.md:{b.line}: {b.kind or 'no kind'}" for b in blocks(readme()) if b.kind not in KINDS]
+@pytest.mark.parametrize("path", [README, *TOPICS], ids=lambda path: path.stem)
+def test_blocks_are_of_kinds_that_are_run(path: Path) -> None:
+    kinds = KINDS if path == README else KINDS - {"bash"}
+    found = blocks(path.read_text(encoding="utf-8"))
+    strange = [f"{path.name}:{b.line}: {b.kind or 'no kind'}" for b in found if b.kind not in kinds]
     assert not strange, strange
 
 
-def test_what_the_console_shows(shell: Callable[..., Result], workplace: Path) -> None:
+def test_the_readme_is_short() -> None:
+    assert len(readme().split()) < MOST_WORDS
+
+
+@pytest.fixture(scope="session")
+def toured(shell: Callable[..., Result], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what `loratools demo --keep tour` leaves. Read only."""
+    folder = tmp_path_factory.mktemp("toured")
+    done = shell("loratools demo --keep tour", folder)
+    assert done.code == 0, done.err
+    return folder
+
+
+def test_what_the_readme_shows(shell: Callable[..., Result], workplace: Path) -> None:
+    check(README, shell, workplace)
+
+
+@pytest.mark.parametrize("path", TOPICS, ids=lambda path: path.stem)
+def test_what_a_topic_shows(path: Path, shell: Callable[..., Result], toured: Path, tmp_path: Path) -> None:
+    check(path, shell, Path(shutil.copytree(toured, tmp_path / "here")))
+
+
+def check(path: Path, shell: Callable[..., Result], folder: Path) -> None:
+    """Run the blocks of a text in a folder; fail with each that does not do what stands below it."""
     wrong = []
-    found = [block for block in blocks(readme()) if block.kind in ("console", "python")]
-    assert any(block.kind == "console" for block in found)
+    found = [block for block in blocks(path.read_text(encoding="utf-8")) if block.kind in ("console", "python")]
     for block in found:
+        where = f"{path.name}:{block.line}"
         if block.kind == "python":
             done = subprocess.run(
-                [sys.executable, "-W", "error", "-c", block.text], cwd=workplace, env=clean_env(), text=True,
+                [sys.executable, "-W", "error", "-c", block.text], cwd=folder, env=clean_env(), text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
             )  # fmt: skip
             if done.returncode:
-                wrong.append(f"README.md:{block.line}: this Python block fails:\n{done.stdout}")
+                wrong.append(f"{where}: this Python block fails:\n{done.stdout}")
             continue
         for command, code, expected in commands(block):
-            result = shell(f"exec 2>&1; {command}", workplace)
+            result = shell(f"exec 2>&1; {command}", folder)
             if result.code != code or not matches(expected, result.out):
-                wrong.append(f"README.md:{block.line}: $ {command}\nexits with {result.code} and prints:\n{result.out}")
+                wrong.append(f"{where}: $ {command}\nexits with {result.code} and prints:\n{result.out}")
     assert not wrong, "\n\n".join(wrong)
 
 
 @pytest.mark.parametrize("name", group().list_commands(click.Context(group())))
 def test_every_command_is_documented(name: str) -> None:
-    assert re.search(rf"\bloratools {name}\b", readme()), f"README.md does not show `loratools {name}`"
+    texts = [readme(), *(path.read_text(encoding="utf-8") for path in TOPICS)]
+    assert any(re.search(rf"\bloratools {name}\b", text) for text in texts), f"no text shows `loratools {name}`"
+
+
+@pytest.mark.parametrize("path", TOPICS, ids=lambda path: path.stem)
+def test_topics_are_found_by_their_file_names(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert path.suffix == ".md"
+    assert path.stem not in group().list_commands(click.Context(group())), "`help` prints the command's page"
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    assert run(["help", path.stem]) == 0
+    assert capsys.readouterr().out == text
+    assert run(["help"]) == 0
+    assert f"{path.stem} " in (listed := capsys.readouterr().out)
+    assert text.partition("\n")[0].removeprefix("# ") in listed
+    mentioned = set(re.findall(r"loratools help (\w+)", readme()))
+    assert path.stem in mentioned, f"README.md does not lead to `loratools help {path.stem}`"
 
 
 def rows(text: str, heading: str) -> list[list[str]]:
@@ -136,6 +183,3 @@ def test_this_test_can_fail() -> None:
     assert not matches("a ... c", "a b")
     assert not matches("a", "a\nb")
     assert not matches("", "warning")
-
-
-KINDS = {"bash": ".ci/run", "console": "here", "python": "here"}

@@ -176,6 +176,8 @@ def variants(command: str, types_of: Types) -> list[dict[str, Schema]]:
             tiers = {"schema": TEXT, "root": nullable(TEXT), "logical": nullable(TEXT), "tensors": mapped(TEXT)}
             found = {"path": TEXT, "type": {"enum": ["adapter", "checkpoint"]}, "algorithm": TEXT}
             return [found | {"hash": record(tiers, optional=tiers)}]
+        case "help":
+            return [{"topics": mapped(TEXT)}, {"topic": TEXT, "text": TEXT}]
         case "inspect":
             adapter = fields("surgery.inspect:AdapterSummary")
             adapter |= {"metadata": adapter.pop("entries")}

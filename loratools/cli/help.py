@@ -1,0 +1,50 @@
+"""loratools help"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+
+import click
+
+from loratools.cli._group import command as make
+from loratools.cli._show import Report
+
+TOPICS = Path(__file__).with_name("topics")
+
+
+@make(section="Learn")
+@click.argument("topic", required=False)
+def command(topic: str | None) -> Report:
+    """Explain a topic at length, or list the topics; of a command print its page.
+
+    \b
+    Examples:
+      loratools help
+      loratools help quantized
+      loratools help merge
+    """
+    topics = {path.stem: path.read_text(encoding="utf-8") for path in sorted(TOPICS.glob("*.md"))}
+    titles = {name: text.partition("\n")[0].removeprefix("# ") for name, text in topics.items()}
+    if topic is None:
+        width = max(map(len, titles))
+        lines = [f"{name:{width}}  {title}" for name, title in titles.items()]
+        after = [
+            "",
+            "loratools help TOPIC prints one, loratools help COMMAND or loratools COMMAND --help a command's page.",
+        ]
+        return Report({"topics": titles}, [*lines, *after])
+    if topic in topics:
+        return Report({"topic": topic, "text": topics[topic]}, topics[topic].rstrip().split("\n"))
+    root = click.get_current_context().find_root()
+    commands = root.command
+    assert isinstance(commands, click.Group)
+    if topic in commands.list_commands(root) and (found := commands.get_command(root, topic)):
+        with click.Context(found, info_name=topic, parent=root) as page:
+            text = found.get_help(page)
+        more = [f"loratools help {name}  {titles[name]}" for name in topics if f"loratools {topic} " in topics[name]]
+        lines = [*text.split("\n"), *(["", "Topics:", *(f"  {line}" for line in more)] if more else [])]
+        return Report({"topic": topic, "text": "\n".join(lines)}, lines)
+    near = get_close_matches(topic, [*topics, *commands.list_commands(root)], 1)
+    hint = f"; perhaps {near[0]}" if near else ""
+    raise click.BadParameter(f"{topic!r} is neither a topic nor a command{hint}", param_hint="'TOPIC'")
