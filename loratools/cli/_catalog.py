@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +66,7 @@ class Catalog:
         for option in command.params:
             long = long_name(option)
             known.add(long)
-            if not option.expose_value or long in ("output", *several) or getattr(option, "hidden", False):
+            if not option.expose_value or long == "output" or getattr(option, "hidden", False):
                 continue
             if long in _OF_RUN:
                 refused[long] = _OF_RUN[long]
@@ -75,10 +74,10 @@ class Catalog:
                 refused[long] = "a recipe sends nothing to the Hub"
             elif option.type is options.PATH:
                 refused[long] = "it writes a file of its own, and a step has one output"
+            elif long in several:
+                refused[long] = "a step takes one input; give each its own step"
             else:
-                keys[long] = key_of(option)
-                if option.name == command.each:
-                    keys[long] = replace(keys[long], many=False, required=True)
+                keys[long] = key_of(option, single=option.name == command.each)
         return catalog.Command(name, keys, refused, "output" in known, "dry-run" in known, "force" in known)
 
     def check(self, name: str, arguments: Sequence[str]) -> None:
@@ -89,8 +88,8 @@ class Catalog:
         """Run a command in this process, and return what it found; raise what it raises."""
         command = self._command(name)
         context = self._parsed(name, arguments)
-        if command.each:  # a step has one
-            _batch.batch_of(context, command.each, command.renamed)
+        if command.each and _batch.batch_of(context, command.each, command.renamed):
+            raise InvalidOption(f"{command.each}: several paths, and a step takes one")
         try:
             with making(lambda: account_of(name, context)), context:
                 report = click.Command.invoke(command, context)
@@ -113,15 +112,18 @@ class Catalog:
             raise InvalidOption(" ".join(error.format_message().split()).rstrip(".")) from None
 
 
-def key_of(option: click.Parameter) -> Key:
-    """Return the key of a recipe that an option or an argument is."""
+def key_of(option: click.Parameter, *, single: bool = False) -> Key:
+    """Return the key of a recipe that an option or an argument is; `single` is the path of a command on many paths.
+
+    On the command line that argument stands for one or several.
+    """
     positional = isinstance(option, click.Argument)
     takes: Any = "value"
     if isinstance(option, click.Option) and option.is_flag:
         takes = "switch" if option.secondary_opts else "flag"
     return catalog.Key(
-        long_name(option), takes, option.multiple or option.nargs != 1, role_of(option), positional,
-        option.required, is_recorded(option),
+        long_name(option), takes, (option.multiple or option.nargs != 1) and not single, role_of(option), positional,
+        option.required or single, is_recorded(option),
     )  # fmt: skip
 
 

@@ -170,6 +170,18 @@ def test_outputs_do_not_lie_in_each_other(tmp_path: Path) -> None:
     ]
 
 
+def test_a_command_on_many_paths_takes_one_in_a_step(tmp_path: Path) -> None:
+    told = problems(
+        tmp_path,
+        f"{HEAD}  a: {{command: resize, adapter: [style, base], rank: 1, jobs: 2}}\n  b: {{command: resize}}\n",
+    )
+    assert told == [
+        "line 3: step a: adapter: expected one value; leave the key out for its default",
+        "line 3: step a: jobs: a step takes one input; give each its own step",
+        "line 4: step b: resize needs adapter",
+    ]
+
+
 def test_steps_may_be_a_list(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(

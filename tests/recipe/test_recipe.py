@@ -243,6 +243,16 @@ def test_an_edited_output_says_that_it_was_edited(here: Path) -> None:
     assert ENTRY not in read_header(here / "adapter" / "adapter_model.safetensors").metadata
 
 
+def test_several_outputs_of_one_command_line_say_each_its_own_making(here: Path) -> None:
+    assert run(["resize", "sealed", "other", "--rank", "1", "-o", "small", "-q"]) == 0
+    assert run(["resize", "other", "--rank", "1", "-o", "alone", "-q"]) == 0
+    assert contents(here / "small" / "other") == contents(here / "alone")
+    digests = [
+        loratools.recipe_of(f"small/{name}").recipe["inputs"]["adapter"]["digest"] for name in ("sealed", "other")
+    ]
+    assert digests == [loratools.hash(name).root for name in ("sealed", "other")]
+
+
 def test_a_wrong_input_is_refused(here: Path) -> None:
     assert run(["merge", "base", "sealed", "-o", "made", "-q"]) == 0
     (here / "again.yaml").write_text(loratools.recipe_of("made").yaml)
