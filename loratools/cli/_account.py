@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
 _MODELS = frozenset({"base", "tuned", "model", "original", "onto"})
 _NOT_RECORDED = frozenset({
-    "output", "force", "dry-run", "resume", "durable", "threads", "verify", "modules", "layers", "push", "no-local",
-    "private", "base-model", "license",
+    "output", "force", "dry-run", "resume", "durable", "threads", "verify", "modules",
 })  # fmt: skip
-"""Options that no byte of the result depends on: how a run goes, what it prints, and where else it sends what."""
+"""Options that no byte of the result depends on: how a run goes, and what it prints."""
+SENDS = {"merge": frozenset({"push", "no-local", "private", "base-model", "license"})}
+"""Command -> its options that send the result elsewhere too."""
 _THREADS = frozenset({"extract-svd"})
 """Commands whose last bits depend on the number of threads."""
 
@@ -35,9 +36,9 @@ def role_of(option: click.Parameter) -> Role | None:
     return "model" if long_name(option) in _MODELS else "adapter"
 
 
-def is_recorded(option: click.Parameter) -> bool:
-    """Tell whether the result depends on an option that is no input."""
-    return long_name(option) not in _NOT_RECORDED
+def is_recorded(option: click.Parameter, command: str) -> bool:
+    """Tell whether the result of a command depends on an option that is no input."""
+    return long_name(option) not in _NOT_RECORDED | SENDS.get(command, frozenset())
 
 
 def account_of(name: str, context: click.Context) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def account_of(name: str, context: click.Context) -> dict[str, Any]:
         if role := role_of(option):
             if value not in (None, ()):
                 inputs[long], roles[long] = value, role
-        elif option.expose_value and is_recorded(option) and value != option.get_default(without):
+        elif option.expose_value and is_recorded(option, name) and value != option.get_default(without):
             chosen[long] = _plain(value)
     if name in _THREADS:
         chosen["threads"] = context.params.get("threads") or cores()
@@ -68,4 +69,8 @@ def _plain(value: Any) -> Any:
     """Return an option's value as JSON has it."""
     if isinstance(value, tuple | list):
         return [_plain(each) for each in value]
-    return str(value) if isinstance(value, Path) else value
+    if isinstance(value, Path):  # a place on this machine means nothing elsewhere
+        from loratools.recipe.identity import files_of
+
+        return files_of(value) if value.is_file() else None
+    return value

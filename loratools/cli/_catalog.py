@@ -11,7 +11,7 @@ import click
 from loratools.cli import _batch
 from loratools.cli import _options as options
 from loratools.cli import _show as show
-from loratools.cli._account import account_of, is_recorded, long_name, role_of
+from loratools.cli._account import SENDS, account_of, is_recorded, long_name, role_of
 from loratools.cli._group import Command, Commands
 from loratools.cli._talk import Talk
 from loratools.errors import InvalidOption
@@ -27,7 +27,6 @@ _OF_RUN = {
     "resume": "`loratools run` goes on with the step that was interrupted",
     "durable": "say it in the call of a single command",
 }  # fmt: skip
-_SENDS = ("push", "no-local", "private", "base-model", "license")
 _NOT_HERE = {
     "push": "a recipe sends nothing to the Hub; `loratools push` does",
     "run": "a recipe runs no other recipe",
@@ -70,14 +69,14 @@ class Catalog:
                 continue
             if long in _OF_RUN:
                 refused[long] = _OF_RUN[long]
-            elif long in _SENDS and name == "merge":
+            elif long in SENDS.get(name, ()):
                 refused[long] = "a recipe sends nothing to the Hub"
             elif option.type is options.PATH:
                 refused[long] = "it writes a file of its own, and a step has one output"
             elif long in several:
                 refused[long] = "a step takes one input; give each its own step"
             else:
-                keys[long] = key_of(option, single=option.name == command.each)
+                keys[long] = key_of(option, name, single=option.name == command.each)
         return catalog.Command(name, keys, refused, "output" in known, "dry-run" in known, "force" in known)
 
     def check(self, name: str, arguments: Sequence[str]) -> None:
@@ -112,8 +111,8 @@ class Catalog:
             raise InvalidOption(" ".join(error.format_message().split()).rstrip(".")) from None
 
 
-def key_of(option: click.Parameter, *, single: bool = False) -> Key:
-    """Return the key of a recipe that an option or an argument is; `single` is the path of a command on many paths.
+def key_of(option: click.Parameter, command: str, *, single: bool = False) -> Key:
+    """Return the key of a recipe that an option or an argument is; `single` is the path of a `command` on many.
 
     On the command line that argument stands for one or several.
     """
@@ -123,7 +122,7 @@ def key_of(option: click.Parameter, *, single: bool = False) -> Key:
         takes = "switch" if option.secondary_opts else "flag"
     return catalog.Key(
         long_name(option), takes, (option.multiple or option.nargs != 1) and not single, role_of(option), positional,
-        option.required or single, is_recorded(option),
+        option.required or single, is_recorded(option, command),
     )  # fmt: skip
 
 

@@ -236,6 +236,8 @@ def test_an_edited_output_says_that_it_was_edited(here: Path) -> None:
             assert contents(again) == contents(made)
         else:
             assert again.read_bytes() == made.read_bytes()
+    assert run(["edit", "k.safetensors", "--license", "mit", "--output", "l.safetensors", "-q"]) == 0
+    assert loratools.recipe_of("l.safetensors").recipe["steps"]["edit"]["license"] == "mit"
     loratools.edit("half", title="Other")
     with pytest.raises(LoraToolsError, match="no record in it"):
         loratools.recipe_of("half")
