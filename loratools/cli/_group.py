@@ -16,7 +16,7 @@ import click
 from loratools.cli import _batch, _each
 from loratools.cli import _spelling as spelling
 from loratools.cli._hints import placed
-from loratools.cli._show import SCHEMA, Report, encode
+from loratools.cli._show import SCHEMA, Report, encode, fitted, room
 from loratools.cli._show import line as show_line
 from loratools.cli._spelling import long_name
 from loratools.cli._talk import Talk
@@ -274,4 +274,5 @@ def emit(report: Report, talk: Talk) -> None:
         )
         return
     for line in [report.text] if isinstance(report.text, str) else report.text:
-        click.echo(show_line(talk.named(line)))
+        for part in fitted(show_line(talk.named(line)), None if report.verbatim else room()):
+            click.echo(part)

@@ -23,13 +23,14 @@ class Report:
 
     Ends of lines inside a line are escaped. `ok` is False where the answer is no (not valid, not equal): the exit code
     is 1. `line` says it in one line without the path, where a command was run on several; None where that is too
-    little, and `text` is shown there too.
+    little, and `text` is shown there too. `verbatim` text is for other programs: no terminal's width breaks its lines.
     """
 
     document: Mapping[str, Any]
     text: str | Iterable[str]
     ok: bool = True
     line: str | None = None
+    verbatim: bool = False
 
 
 def encode(document: Mapping[str, Any]) -> str:
@@ -117,6 +118,20 @@ def room() -> int | None:
     return max(_NARROWEST, shutil.get_terminal_size().columns)
 
 
+def fitted(text: str, columns: int | None) -> list[str]:
+    """Return a line as several where it is longer than a terminal has `columns`, broken at spaces.
+
+    >>> fitted("  a: one two three", 14)
+    ['  a: one two', '    three']
+    """
+    if columns is None or len(text) <= columns:
+        return [text]
+    indent = len(text) - len(text.lstrip(" "))
+    first, *rest = _wrapped(text[indent:], columns - indent)
+    more = _wrapped(" ".join(rest), columns - indent - 2) if rest else []
+    return [" " * indent + first, *(" " * (indent + 2) + each for each in more)]
+
+
 def shortened(text: str, width: int) -> str:
     """Return a text of at most `width` characters: a longer one loses its middle.
 
@@ -190,7 +205,7 @@ def table(heading: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence
     widths = [max(len(row[column]) for row in lines) for column in range(len(heading))]
     blocks = [list(range(len(heading)))]
     if columns is not None:
-        widths = _narrowed(widths, [len(name) for name in heading], columns, right)
+        widths = _narrowed(widths, lines, columns, right)
         blocks = _blocks(widths, columns)
     for number, block in enumerate(blocks):
         yield from ("",) if number else ()
@@ -204,18 +219,25 @@ def table(heading: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence
             yield "  ".join(cells).rstrip()
 
 
-def _narrowed(widths: Sequence[int], least: Sequence[int], columns: int, right: Sequence[int]) -> list[int]:
-    """Return widths with which a row fits, as far as columns of text can be narrower: the widest loses first."""
-    widths = list(widths)
+def _narrowed(widths: Sequence[int], lines: Sequence[Sequence[str]], columns: int, right: Sequence[int]) -> list[int]:
+    """Return widths with which a row fits, as far as columns of text can be narrower: the widest loses first.
+
+    Names that would be equal then stay as they are, up to the whole width, and other columns go below.
+    """
+    narrow, least = list(widths), [len(name) for name in lines[0]]
     text = [column for column in range(len(widths)) if column not in right]
-    while (over := sum(widths) + 2 * (len(widths) - 1) - columns) > 0:
-        wide = [column for column in text if widths[column] > max(_NAME, least[column])]
+    while (over := sum(narrow) + 2 * (len(narrow) - 1) - columns) > 0:
+        wide = [column for column in text if narrow[column] > max(_NAME, least[column])]
         if not wide:
             break
-        widest = max(wide, key=lambda column: widths[column])
-        second = max((widths[column] for column in wide if widths[column] < widths[widest]), default=0)
-        widths[widest] -= min(over, widths[widest] - max(_NAME, least[widest], second)) or 1
-    return widths
+        widest = max(wide, key=lambda column: narrow[column])
+        second = max((narrow[column] for column in wide if narrow[column] < narrow[widest]), default=0)
+        narrow[widest] -= min(over, narrow[widest] - max(_NAME, least[widest], second)) or 1
+    names = {row[0] for row in lines} if widths else set()
+    if over > 0 or len({shortened(name, narrow[0]) for name in names}) < len(names):
+        beside = max((min(narrow[column], columns // 2) for column in range(1, len(narrow))), default=0)
+        narrow[0] = max(_NAME, min(widths[0], columns - beside - 2))
+    return [min(width, columns) for width in narrow]
 
 
 def _blocks(widths: Sequence[int], columns: int) -> list[list[int]]:

@@ -28,4 +28,4 @@ def command(shell: str) -> Report:
     completion = get_completion_class(shell)
     assert completion is not None, shell
     script = completion(group(), {}, "loratools", "_LORATOOLS_COMPLETE").source().strip()
-    return Report({"shell": shell, "script": script}, script.split("\n"))
+    return Report({"shell": shell, "script": script}, script.split("\n"), verbatim=True)

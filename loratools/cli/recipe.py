@@ -33,4 +33,4 @@ def command(talk: Talk, /, output: str, last: bool) -> show.Report:
     if found.unknown:
         talk.warn(f"the record names options that this loratools has not: {'; '.join(found.unknown)}")
     document = {"output": found.output, "command": found.command, "tool": found.tool, "recipe": found.recipe}
-    return show.Report(document, [] if talk.json else found.yaml.splitlines())
+    return show.Report(document, [] if talk.json else found.yaml.splitlines(), verbatim=True)

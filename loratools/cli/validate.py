@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loratools.cli import _options as options
+from loratools.cli import _show as show
 from loratools.cli._group import command as make
 from loratools.cli._show import Report
 from loratools.cli._talk import Talk, pass_talk
@@ -62,7 +63,7 @@ def _in_a_line(validation: Validation) -> str:
 
 def _lines(adapter: str, base: str | None, validation: Validation) -> Iterator[str]:
     report = validation.report
-    yield from map(str, report.problems)
+    yield from show.counted(map(str, report.problems))
     for difference in validation.differences or ():
         yield f"[base] {difference}"
     if report.problems:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from loratools.cli._show import LONGEST, alike, encode, exact, fields, line, number, shortened, size, table
+from loratools.cli._show import LONGEST, alike, encode, exact, fields, fitted, line, number, shortened, size, table
 from loratools.errors import printable
 
 
@@ -122,6 +122,19 @@ def test_what_fits_is_as_it_is_without_a_terminal(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys, "stdout", Terminal())
     wide = [*table(HEADING, ROWS, right=range(1, 8)), *fields(("digest", DIGEST), ("a", ["b", "c"]), ("d", ""))]
     assert wide == piped
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80])
+@pytest.mark.parametrize("line", [
+    "lora: rank 8, alpha 16, scaling 2", "  model.layers.[0-29].self_attn.{q,k,v,o}_proj  (" + "why " * 30 + ")",
+    "x" * 300, "    " + "y" * 300 + " and more",
+])  # fmt: skip
+def test_a_line_fits_the_terminal(line: str, columns: int) -> None:
+    lines = fitted(line, columns)
+    assert max(map(len, lines)) <= columns
+    if all(len(word) < columns - 8 for word in line.split()):
+        assert "".join(lines).replace(" ", "") == line.replace(" ", "")
+    assert fitted(line, None) == [line]
 
 
 @pytest.mark.parametrize("width", range(1, 12))
