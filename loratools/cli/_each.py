@@ -24,6 +24,10 @@ _HINTS = 3
 """Hints that are told after all errors; of more, each is about one file only."""
 
 
+_GARBAGE = 100_000
+"""Objects between two looks for cycles of garbage: those of some twenty items."""
+
+
 class OneByOne(Protocol):
     """A command, as far as it is needed here."""
 
@@ -118,7 +122,8 @@ def _run(work: Work, batch: Batch, context: click.Context) -> bool:
         if outcome.hint:
             hints[outcome.hint] = None
         if number == 0 and not gc.isenabled():  # which is off for a command on one path
-            gc.freeze()
+            gc.freeze()  # what is imported stays
+            gc.set_threshold(_GARBAGE)
             gc.enable()
     failed += len(batch.unread)
     if len(hints) <= _HINTS:

@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from loratools.errors import printable
@@ -48,10 +49,24 @@ def encode_text(text: str) -> str:
     return json.dumps(text)[1:-1]
 
 
+_ATOMS = frozenset({str, int, bool, type(None)})
+
+
+@cache
+def _names(kind: type) -> tuple[str, ...]:
+    """Return the names of a dataclass's fields; () for any other type."""
+    return tuple(field.name for field in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else ()
+
+
 def plain(value: Any) -> Any:
     """Return a value as JSON types: dataclasses as objects, paths as strings, NaN and infinity as null."""
+    kind = type(value)
+    if kind in _ATOMS:
+        return value
+    if names := _names(kind):  # type: ignore[arg-type,unused-ignore]
+        return {name: plain(getattr(value, name)) for name in names}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

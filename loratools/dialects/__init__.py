@@ -25,7 +25,7 @@ The entries:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
@@ -48,8 +48,9 @@ from loratools.storage import atomic
 from loratools.storage.checkpoint import Checkpoint
 
 __all__ = [
-    "Dialect", "DialectSummary", "Evidence", "HasAdapter", "InMemory", "Listing", "ReadAs", "check_alpha", "detect",
-    "get", "is_adapter", "is_pair", "list_dialects", "located", "names", "open_adapter", "save_adapter", "told",
+    "Dialect", "DialectSummary", "Evidence", "HasAdapter", "InMemory", "Listing", "ReadAs", "candidates_for",
+    "check_alpha", "detect", "get", "is_adapter", "is_pair", "list_dialects", "located", "names", "open_adapter",
+    "save_adapter", "told",
 ]  # fmt: skip
 
 
@@ -94,11 +95,12 @@ def list_dialects() -> tuple[DialectSummary, ...]:
     return tuple(DialectSummary(name, each.SUMMARY, each.EXTRA, each.FILES, each.CANNOT) for name, each in dialects)
 
 
-def detect(listing: Listing) -> tuple[str, Evidence]:
+def detect(listing: Listing, candidates: Sequence[tuple[str, Evidence]] | None = None) -> tuple[str, Evidence]:
     """Return the name of the dialect with the best evidence, and the evidence.
 
     Args:
         listing: What lies at a path, `Listing.of(path)`.
+        candidates: The dialects that know it, `candidates_for(listing)`. Default: they are asked.
 
     Raises:
         UnknownKind: No dialect knows it, or the best two are equally sure.
@@ -108,7 +110,7 @@ def detect(listing: Listing) -> tuple[str, Evidence]:
         >>> detect(Listing.of("my-lora"))[0]  # doctest: +SKIP
         'peft'
     """
-    candidates = _candidates(listing)
+    candidates = candidates or candidates_for(listing)
     if not candidates:
         listing.check()
         raise unknown(listing, [f"{name}: {get(name).SUMMARY}" for name in names()])
@@ -123,14 +125,15 @@ def detect(listing: Listing) -> tuple[str, Evidence]:
     return first[0]
 
 
-def _candidates(listing: Listing, only: str | None = None) -> list[tuple[str, Evidence]]:
+def candidates_for(listing: Listing, only: str | None = None) -> list[tuple[str, Evidence]]:
+    """Return the dialects that know a listing (`only`: this one, if it does), sorted by name, with their evidence."""
     known = names() if only is None else (only,)
     return [(name, evidence) for name in known if (evidence := get(name).detect(listing))]
 
 
 def is_adapter(listing: Listing) -> bool:
     """Tell whether any dialect reads a listing, from names, headers and small files only."""
-    return bool(_candidates(listing))
+    return bool(candidates_for(listing))
 
 
 def located(listing: Listing, dialect: str | None = None) -> Listing:
@@ -138,9 +141,9 @@ def located(listing: Listing, dialect: str | None = None) -> Listing:
 
     Raises `UnknownKind` that names them where several folders have one, or one below other weights.
     """
-    if listing.single or _candidates(listing, dialect):
+    if listing.single or candidates_for(listing, dialect):
         return listing
-    return only_below(listing, lambda below: bool(_candidates(below, dialect)))
+    return only_below(listing, lambda below: bool(candidates_for(below, dialect)))
 
 
 def open_adapter(

@@ -86,10 +86,11 @@ def detect(listing: Listing) -> Evidence | None:
     if name is None or header is None:
         return None
     if not any(tensor.endswith(".qweight") for tensor in header.tensors):  # which a model of SVDQuant has beside them
-        packed = [tensor for tensor in header.tensors if _PACKED.fullmatch(tensor)]
+        packed = [t for t in header.tensors if t.endswith((".lora_down", ".lora_up")) and _PACKED.fullmatch(t)]
         if packed:
             return Evidence(85, f"{len(packed)} of the tensors in {name} are packed for Nunchaku, such as {packed[0]}")
-    names = [tensor for tensor in header.tensors if _SUFFIX.fullmatch(tensor) or _XLABS.fullmatch(tensor)]
+    suffixed = {tensor: match for tensor in header.tensors if (match := _SUFFIX.fullmatch(tensor))}
+    names = [tensor for tensor in header.tensors if tensor in suffixed or _XLABS.fullmatch(tensor)]
     for score, what, mark in (
         (80, "are of XLabs' processors", _XLABS.fullmatch),
         (80, "begin with diffusion_model.", re.compile(r"diffusion_model\.").match),
@@ -99,7 +100,7 @@ def detect(listing: Listing) -> Evidence | None:
     ):
         if marked := [tensor for tensor in names if mark(tensor)]:
             return Evidence(score, f"{len(marked)} of the tensors in {name} {what}, such as {marked[0]}")
-    modules = {match["module"] for tensor in names if (match := _SUFFIX.fullmatch(tensor))}
+    modules = {match["module"] for match in suffixed.values()}
     if any(module.startswith(keys.PREFIX) for module in modules):  # PEFT's: no original's; the families stay unread
         return None
     count, family = _bare(modules)

@@ -7,7 +7,8 @@ from pathlib import Path
 from loratools.adapter.model import Adapter, Loss
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import copy_losses, left
-from loratools.errors import InvalidOption
+from loratools.errors import BadFile, InvalidOption
+from loratools.storage.header import Header
 
 SUMMARY = "the loratools format 1.1: what PEFT reads, plus a manifest with scaling, base hash and provenance"
 EXTRA = None
@@ -19,8 +20,7 @@ _FILE = "adapter_model.safetensors"
 
 def detect(listing: Listing) -> Evidence | None:
     """Find the manifest in the header of the single file, or of the folder's `adapter_model.safetensors`."""
-    name = listing.files[0] if listing.single else _FILE
-    header = listing.header(name) if name in listing.files else None
+    name, header = _header(listing)
     if header is None or "loratools" not in header.metadata:
         return None
     return Evidence(100, f"the header of {name} holds a loratools manifest")
@@ -33,7 +33,16 @@ def read(listing: Listing) -> Adapter:
     if listing.alpha is not None:
         why = "this file records its scaling, and its seal covers it; weights change it in `merge` and `combine`"
         raise InvalidOption(f"{listing.path}: alpha is {listing.alpha:g}, and {why}")
-    return reader.read(listing.path)
+    try:
+        _, header = _header(listing)
+    except BadFile:  # which the clauses say
+        header = None
+    return reader.read(listing.path, header=header)
+
+
+def _header(listing: Listing) -> tuple[str, Header | None]:
+    name = listing.files[0] if listing.single else _FILE
+    return name, listing.header(name) if name in listing.files else None
 
 
 def losses(adapter: Adapter) -> list[Loss]:

@@ -15,21 +15,29 @@ def canonical(value: Any) -> str:
 
     Raises `ValueError` for what such a text cannot hold: NaN, infinities, integers beyond 2^53 - 1, lone surrogates.
     """
+    if isinstance(value, str):
+        return _text(value)
     if isinstance(value, Mapping):
         if not all(isinstance(name, str) for name in value):
             raise ValueError("a JSON object has only strings as names")
-        ordered = sorted(value, key=lambda name: name.encode("utf-16-be"))
-        return "{" + ",".join(f"{canonical(name)}:{canonical(value[name])}" for name in ordered) + "}"
+        # ASCII is in the order of UTF-16 as it is.
+        ordered = (
+            sorted(value) if "".join(value).isascii() else sorted(value, key=lambda name: name.encode("utf-16-be"))
+        )
+        return "{" + ",".join([f"{_text(name)}:{canonical(value[name])}" for name in ordered]) + "}"
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(canonical, value)) + "]"
-    if isinstance(value, str):
-        value.encode()
-        return encode_basestring(value)
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, int | float):
         return _number(value)
     raise ValueError(f"{type(value).__name__} is not a JSON type")
+
+
+def _text(value: str) -> str:
+    if not value.isascii():
+        value.encode()  # which a lone surrogate cannot
+    return encode_basestring(value)
 
 
 def _number(value: int | float) -> str:
@@ -40,8 +48,8 @@ def _number(value: int | float) -> str:
         return str(value)
     if not math.isfinite(value):
         raise ValueError(f"{value} is not a JSON number")
-    if value == 0:
-        return "0"
+    if value.is_integer() and abs(value) < 2**53:
+        return str(int(value))
     sign, figures, exponent = Decimal(repr(value)).as_tuple()
     digits = "".join(map(str, figures)).rstrip("0")
     point = len(figures) + int(exponent)  # the value is 0.digits * 10^point

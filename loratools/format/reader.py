@@ -11,19 +11,21 @@ from loratools.errors import UnsupportedAdapter
 from loratools.format import manifest, validate
 from loratools.format.clauses import Subject
 from loratools.format.registry import KINDS
+from loratools.storage.header import Header
 from loratools.storage.lazy import LazyTensor
 
 
-def read(path: Path, *, verify: bool = False) -> Adapter:
+def read(path: Path, *, verify: bool = False, header: Header | None = None) -> Adapter:
     """Return the adapter of a sealed file or folder; its tensors stay in the file until they are asked for.
 
     Every clause of `spec/v1` that a header can show is checked, and with `verify` the data against the adapter's digest
-    too. `settings["loratools"]` keeps the manifest as found, so that a rewrite loses nothing.
+    too. `header` is the file's, where the caller has read it. `settings["loratools"]` keeps the manifest as found, so
+    that a rewrite loses nothing.
 
     Raises `InvalidFormat` with every clause that is broken, `UnsupportedAdapter` for a newer format, an extension that
     must be understood, or a registered kind that this loratools does not apply yet.
     """
-    subject = validate.open_subject(path)
+    subject = validate.open_subject(path, header)
     problems = [subject] if isinstance(subject, validate.Problem) else validate.problems(subject, digest=verify)
     if problems or isinstance(subject, validate.Problem):
         raise validate.refusal(path, problems)

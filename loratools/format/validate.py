@@ -17,7 +17,7 @@ from loratools.format import manifest
 from loratools.format.clauses import ADAPTER_FILE, CONFIG_FILE, Check, Subject, integrity, layout, shown, tensors
 from loratools.format.clauses import manifest as fields
 from loratools.format.clauses.container import clause_of
-from loratools.storage.header import check_name, read_header
+from loratools.storage.header import Header, check_name, read_header
 from loratools.storage.strict_json import parse_json_object, read_json
 
 CLAUSES: Mapping[str, Check] = {
@@ -111,25 +111,27 @@ def refusal(path: Path, problems: list[Problem]) -> LoraToolsError:
     return InvalidFormat(f"{path}: not a valid adapter of format {manifest.VERSION}: {len(problems)} problem(s)", lines)
 
 
-def open_subject(path: Path) -> Subject | Problem:
+def open_subject(path: Path, header: Header | None = None) -> Subject | Problem:
     """Read the header, the manifest and the config of an adapter file or folder, or the first clause that forbids it.
+
+    `header` is the file's, where the caller has read it already.
 
     Raises `BadFile` if there is no such file or folder.
     """
     try:
         if not path.is_dir():
-            return _open(path)
+            return _open(path, header)
         if not (path / ADAPTER_FILE).is_file():
             raise _Refused("L-01", str(path), f"a folder without {ADAPTER_FILE}")
-        subject = _open(path / ADAPTER_FILE)
+        subject = _open(path / ADAPTER_FILE, header)
         return replace(subject, path=path, config=_config(path / CONFIG_FILE))
     except _Refused as refused:
         return refused.problem
 
 
-def _open(path: Path) -> Subject:
+def _open(path: Path, header: Header | None = None) -> Subject:
     try:
-        header = read_header(path)
+        header = header or read_header(path)
     except BadFile as error:
         if not path.is_file():
             raise

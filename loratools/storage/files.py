@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -125,6 +125,29 @@ def chunks(spec: TensorSpec, size: int = CHUNK) -> Iterator[memoryview]:
             piece = buffer[: min(len(buffer), spec.nbytes - offset)]
             read(piece, offset)
             yield piece
+
+
+def chunks_of_all(specs: Mapping[str, TensorSpec]) -> Iterator[tuple[str, Iterator[memoryview]]]:
+    """Yield each tensor's name and `chunks` of it; a file is opened once for tensors that follow each other in it."""
+    buffer = memoryview(bytearray(min(CHUNK, max((spec.nbytes for spec in specs.values()), default=0))))
+    with ExitStack() as stack:
+        file: Path | None = None
+        source = -1
+        for name, spec in specs.items():
+            if spec.encoding is not None:
+                yield name, chunks(spec)
+                continue
+            if spec.file != file:
+                stack.close()
+                source, file = stack.enter_context(descriptor(spec.file)), spec.file
+            yield name, _pieces(source, spec, buffer)
+
+
+def _pieces(source: int, spec: TensorSpec, buffer: memoryview) -> Iterator[memoryview]:
+    for start in range(spec.start, spec.stop, len(buffer) or 1):
+        piece = buffer[: min(len(buffer), spec.stop - start)]
+        read_into(source, piece, start, spec.file)
+        yield piece
 
 
 def same_bytes(first: TensorSpec, second: TensorSpec) -> bool:

@@ -21,6 +21,10 @@ MAX_INDEX = 64_000_000
 """Bytes of the index of a model's files, or of the record of a merge; those of the largest models have ten million."""
 
 
+_ODD_NUMBER = re.compile(r"[\s:,\[]-|\d{21}")
+"""Where a text may have a negative integer, or a long one."""
+
+
 def read_json(path: Path, *, strict: bool = False, most: int | None = None) -> dict[str, Any]:
     """Read a JSON file that must be one object, of at most `most` bytes (default: `MAX_JSON`); raise `BadFile`.
 
@@ -67,8 +71,9 @@ def parse_json_object(raw: bytes, path: Path, *, constants: bool = False) -> dic
         text = raw.decode("utf-8")
         if not text.startswith("{"):
             raise BadFile(f"{path}: not the JSON object that was expected: it begins with {text[:12]!r}")
+        odd = number if _ODD_NUMBER.search(text) else None  # by a function of Python for each number
         document = json.loads(
-            text, object_pairs_hook=unique, parse_constant=constant, parse_int=number, parse_float=finite
+            text, object_pairs_hook=unique, parse_constant=constant, parse_int=odd, parse_float=finite
         )
         if re.search(r"\\u[dD][89a-fA-F]", text):
             json.dumps(document, ensure_ascii=False).encode()  # a lone surrogate cannot be encoded

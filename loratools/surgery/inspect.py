@@ -13,7 +13,7 @@ from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.adapter.naming.compact import compact, natural
 from loratools.adapter.parts import factors_of
 from loratools.decisions import decided
-from loratools.dialects import InMemory, Listing, check_alpha, detect, get, located, names, open_adapter
+from loratools.dialects import InMemory, Listing, candidates_for, check_alpha, detect, get, located, open_adapter
 from loratools.dialects._frame.facts import Facts, facts_of
 from loratools.dialects._frame.metadata import metadata_of
 from loratools.errors import BadFile
@@ -173,19 +173,20 @@ def inspect(
     listing = Listing.of(path, need="header", alpha=alpha)
     if dialect is not None:
         return _described(listing, path, dialect, "named by the user", patterns)
-    if not any(get(name).detect(listing) for name in names()):
+    candidates = candidates_for(listing)
+    if not candidates:
         try:
             model = Checkpoint.open(listing.path)
         except BadFile:
             listing.check()  # which may say more of a file that is no model's
             if (below := located(listing)) is listing and not listing.factors:
                 raise
-            listing = below
+            listing, candidates = below, []
         else:
             if not factors_of(model.specs):
                 decided("%s: no dialect of adapters knows it, so it is a model", listing.path)
                 return _listed(describe_checkpoint(model, path), patterns)
-    dialect, evidence = detect(listing)
+    dialect, evidence = detect(listing, candidates)
     decided("%s: dialect %s: %s", listing.path, dialect, evidence.reason)
     return _described(listing, path, dialect, evidence.reason, patterns)
 

@@ -34,8 +34,11 @@ def own_tensors(subject: Subject) -> Iterator[Fault]:
     if subject.specs is None or not isinstance(stated, str) or not is_digest(stated):
         return
     algorithm = digest.algorithm_of(stated)
-    specs = subject.specs.items()
-    tensors = {name: digest.tensor(spec.dtype, spec.shape, files.chunks(spec), algorithm) for name, spec in specs}
+    specs = subject.specs
+    tensors = {
+        name: digest.tensor(specs[name].dtype, specs[name].shape, chunks, algorithm)
+        for name, chunks in files.chunks_of_all(specs)
+    }
     computed = digest.root(tensors, algorithm)
     if computed != stated:
         fault = f"the tensors are not those that were sealed: the manifest says {stated}, the file has {computed}"

@@ -147,6 +147,8 @@ def _rule(config: Mapping[str, Any], field: str, default: str) -> Callable[[str]
     stated = config.get(field)
     patterns = stated if isinstance(stated, Mapping) else {}
     order = {key: i for i, key in enumerate(patterns)}
+    if not order:
+        return lambda module: config.get(default, 8)
 
     def value(module: str) -> Any:
         hits = [key for key in (f"^{re.escape(module)}", *suffixes(module)) if key in order]

@@ -18,6 +18,11 @@ def refuse_outside(paths: Iterable[Path], root: Path) -> None:
 
     A snapshot in the cache of huggingface_hub consists of links to `blobs` beside it, and those are its own.
     """
+    paths = [
+        path for path in paths if path.parent != root or path.name == ".." or path.is_symlink()
+    ]  # a file in it is in it
+    if not paths:
+        return
     own = root.resolve()
     allowed = [own]
     for parent in (own, *own.parents):
