@@ -34,9 +34,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
-    print(
-        "| modules | command | one start, ms | ms of processor a file | ms of wall a file, -j 2 |\n|---|---|---|---|---|"
-    )
+    print("| modules | command | one start, ms | ms of processor a file | ms of wall a file, -j 2 |")
+    print("|---|---|---|---|---|")
     for modules in args.modules:
         folder = args.folder / f"{modules}-modules"
         make(folder, args.count, modules)
@@ -84,8 +83,7 @@ def profile(arguments: Sequence[str | Path]) -> None:
     """Run a command in this process, and print the functions that take longest."""
     from loratools.cli._run import run
 
-    nowhere = Path(os.devnull).open("w", encoding="utf-8")
-    with nowhere, cProfile.Profile() as profiler:
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere, cProfile.Profile() as profiler:
         out, sys.stdout = sys.stdout, nowhere
         try:
             run([*map(str, arguments), "--quiet"])
