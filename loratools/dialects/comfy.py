@@ -85,10 +85,9 @@ def detect(listing: Listing) -> Evidence | None:
     header = listing.header(name) if name else None
     if name is None or header is None:
         return None
-    if not any(tensor.endswith(".qweight") for tensor in header.tensors):  # which a model of SVDQuant has beside them
-        packed = [t for t in header.tensors if t.endswith((".lora_down", ".lora_up")) and _PACKED.fullmatch(t)]
-        if packed:
-            return Evidence(85, f"{len(packed)} of the tensors in {name} are packed for Nunchaku, such as {packed[0]}")
+    packed = [t for t in header.tensors if t.endswith((".lora_down", ".lora_up")) and _PACKED.fullmatch(t)]
+    if packed and not any(tensor.endswith(".qweight") for tensor in header.tensors):  # which SVDQuant has beside them
+        return Evidence(85, f"{len(packed)} of the tensors in {name} are packed for Nunchaku, such as {packed[0]}")
     suffixed = {tensor: match for tensor in header.tensors if (match := _SUFFIX.fullmatch(tensor))}
     names = [tensor for tensor in header.tensors if tensor in suffixed or _XLABS.fullmatch(tensor)]
     for score, what, mark in (
