@@ -44,7 +44,7 @@ def command(
     include: tuple[str, ...], exclude: tuple[str, ...], threads: int | None, modules: bool, dry_run: bool,
     force: bool, **ranks: Any,
 ) -> show.Report:  # fmt: skip
-    """Give an adapter other ranks, with the least error there is, and print what each module keeps.
+    """Give an adapter other ranks, with the least error there is; --modules prints what each module keeps.
 
     The singular values of every change are found in factor space, in float64. --sv-ratio, --sv-fro and --sv-cumulative
     are kohya's rules, without the one rank more that its script keeps; --energy E is --sv-fro of the square root of E.
