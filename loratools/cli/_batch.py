@@ -119,7 +119,7 @@ def _below(folder: str, output: Path | None, unread: list[tuple[Path, str]]) -> 
     unread += found.unread
     if not found.paths and not found.unread:
         raise BadFile(f"{folder}: no adapter or model in this folder")
-    return {str(path): str(path.relative_to(folder)) for path in found.paths}
+    return {str(path): path.relative_to(folder).as_posix() for path in found.paths}
 
 
 def _check(items: Iterable[Item]) -> None:

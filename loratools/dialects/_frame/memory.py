@@ -56,7 +56,7 @@ def as_file(value: Any) -> Iterator[Path]:
             output.write(save.header(tensors, {} if field else beside))
             output.writelines(save.pieces(tensors))
         if field:
-            (folder / "adapter_config.json").write_text(json.dumps(beside, default=str), encoding="utf-8")
+            (folder / "adapter_config.json").write_text(json.dumps(beside, default=str), encoding="utf-8", newline="\n")
         with afresh():  # it is no input that has to be there when the output appears
             yield folder if field else path
 
