@@ -32,6 +32,8 @@ def test_a_heat_map_has_a_cell_for_each_number() -> None:
     assert places[0][0] < places[1][0] == places[2][0]
     assert Reading.of(drawing).figures == ["name"]
     assert Reading.of(key(Scale(0.0, 1.0))).figures == ["colours from 0 to 1"]
+    for high, end in ((1.0, "1"), (0.25, "0.25"), (20.0, "20"), (0.1, "0.1")):
+        assert Reading.of(key(Scale(0.0, high), lambda value: f"{value:.3f}")).words[-1] == end
 
 
 def test_lines_go_through_their_points() -> None:

@@ -247,6 +247,20 @@ def test_a_folder_of_one_adapter_is_that_adapter(work: Path) -> None:
     assert report(work / "above", work / "page.html").kind == "adapter"
 
 
+def test_what_an_image_adapter_was_trained_on_is_told(work: Path) -> None:
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {f"{name}.lora_down.weight": random(2, 8), f"{name}.lora_up.weight": random(8, 2, seed=1),
+               f"{name}.alpha": torch.tensor(2.0)}  # fmt: skip
+    counts = {"set": {"<b>cat</b>": 12, "red hat": 7}}
+    metadata = {"ss_tag_frequency": json.dumps(counts), "ss_steps": "1200", "ss_learning_rate": "0.0001",
+                "modelspec.trigger_phrase": "xyz cat"}  # fmt: skip
+    save_file(tensors, work / "cat.safetensors", metadata)
+    report(work / "cat.safetensors", work / "page.html")
+    reading = Reading.of((work / "page.html").read_text(encoding="utf-8"))
+    assert (reading.facts["steps"], reading.facts["trigger words"]) == ("1,200", "xyz cat")
+    assert reading.tables[-1][1:] == [["<b>cat</b>", "12"], ["red hat", "7"]]
+
+
 def test_no_inputs_make_two_kinds_of_pages(work: Path) -> None:
     weights = load(work / "base")
     save_base(work / "tuned", {name: W + 0.1 * random(*W.shape) for name, W in weights.items()}, model_type="llama")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -92,5 +93,6 @@ def key(scale: Scale, show: Callable[[float], str] = number) -> Markup:
         "svg", *colours, viewBox=f"0 0 {wide} 10", width=str(wide), height="10", role="img",
         aria_label=f"colours from {show(scale.low)} to {show(scale.high)}",
     )  # fmt: skip
-    ends = (element("span", show(scale.low)), strip, element("span", show(scale.high)))
+    low, high = (re.sub(r"\.0+$|(?<=\.\d)0+$|(?<=\.\d\d)0+$", "", show(end)) for end in (scale.low, scale.high))
+    ends = (element("span", low), strip, element("span", high))
     return element("div", joined(*ends), class_="key")

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.format.manifest import public
+from loratools.reports.charts.bars import Bars
 from loratools.reports.numbers import number, plural, size, whole
-from loratools.reports.page import Section, Table
+from loratools.reports.page import Figure, Section, Table
 from loratools.surgery.inspect import AdapterSummary, describe_adapter
 
 
@@ -29,10 +30,37 @@ def facts(summary: AdapterSummary) -> Iterator[tuple[str, str]]:
     yield "layout", summary.dialect
     if summary.replacements:
         yield "trained whole", plural(len(summary.replacements), "tensor")
+    yield from trained(summary)
     yield "base model", base_of(summary.base)
     yield "made by", made_by(summary.provenance)
     if summary.digest:
         yield "digest", summary.digest
+
+
+def trained(summary: AdapterSummary) -> Iterator[tuple[str, str]]:
+    """Yield what the metadata of the files say of its training and its use; nothing of what they are silent about."""
+    said = summary.facts
+    counts = (("steps", said.steps), ("epochs", said.epochs), ("pictures", said.images))
+    words = (
+        ("title", said.title), ("trigger words", ", ".join(said.trigger)), ("family", said.family),
+        ("resolution", said.resolution), ("learning rate", said.learning_rate), ("date", said.date),
+        ("trained with", said.trained_with and public(said.trained_with)),
+    )  # fmt: skip
+    yield from ((name, text[:_LONGEST]) for name, text in words if text)
+    yield from ((name, whole(count)) for name, count in counts if count is not None)
+
+
+def tags(summary: AdapterSummary) -> Iterator[Section]:
+    """Yield the section of the tags that an image adapter was trained on, where its file has them."""
+    frequent = [(tag[:_LONGEST], float(count)) for tag, count in summary.facts.frequent_tags[:_TAGS]]
+    if frequent:
+        bars = Bars("Bars: how often each tag is in the captions", frequent, show=lambda count: whole(round(count)))
+        text = (
+            f"The most frequent of {plural(summary.facts.tags_in_all, 'tag')} in the captions that it was trained on."
+        )
+        table = Table(["tag", "captions"], [[tag, whole(round(count))] for tag, count in frequent])
+        reading = "What is in nearly every caption is what the adapter has tied itself to; try it as a trigger."
+        yield Section("What it was trained on", text, [Figure("Most frequent tags", bars.draw(), reading, table)])
 
 
 def spread(values: list[float]) -> str:
@@ -72,4 +100,4 @@ def targets(summary: AdapterSummary) -> Section:
     )  # fmt: skip
 
 
-_MOST = 40
+_MOST, _TAGS, _LONGEST = 40, 16, 200

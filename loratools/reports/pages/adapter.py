@@ -27,5 +27,5 @@ def page(subjects: Subjects) -> Page:
     lead = f"{plural(len(summary.modules), 'module')}, {what}. {_strength.lead(measured)}"
     return Page(
         "LoRA adapter", subject.name, lead, list(_facts.facts(summary)),
-        [*_strength.sections(measured), _facts.targets(summary)],
+        [*_strength.sections(measured), _facts.targets(summary), *_facts.tags(summary)],
     )  # fmt: skip

@@ -94,7 +94,7 @@ def _same(found: Findings) -> Iterator[Section]:
         for path, distance in zip(group.paths[1:], group.distances[1:], strict=True)
     ]
     if rows:
-        text = "Adapters that do the same, in whatever dialect, dtype or factors: one of each pair can go."
+        text = "Adapters that do the same, in whatever dialect, dtype or factors: one of them is enough."
         table = Table(["adapter", "is the same as", "by", "distance"], _few(rows), 2)
         yield Section("Which are the same", text, table=table)
 
