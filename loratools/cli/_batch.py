@@ -56,10 +56,11 @@ def options() -> list[click.Parameter]:
     ]
 
 
-def batch_of(context: click.Context, argument: str, renamed: Renamed | None) -> Batch | None:
+def batch_of(context: click.Context, argument: str, renamed: Renamed | None, *, together: bool = False) -> Batch | None:
     """Return what a command line with several paths is about; None where it has one, which `argument` is set to then.
 
     Takes the options of `options` away from the context's. `renamed` makes the names of outputs. Default: the inputs'.
+    Paths that are taken `together` are one input, without --each: `argument` is set to all of them then.
 
     Raises:
         BadFile: A folder is not there, or there is nothing in it.
@@ -71,8 +72,8 @@ def batch_of(context: click.Context, argument: str, renamed: Renamed | None) -> 
     if not paths and not folders:
         missing = next(each for each in context.command.params if each.name == argument)
         raise click.MissingParameter(ctx=context, param=missing, param_hint=f"'{argument.upper()}'")
-    if len(paths) == 1 and not folders:
-        params[argument] = paths[0]
+    if not folders and (together or len(paths) == 1):
+        params[argument] = paths if together else paths[0]
         return None
     output: Path | None = params.get(OUTPUT)
     named = {path: _own_name(path) for path in paths}

@@ -43,14 +43,16 @@ MEANT = {
 class Command(click.Command):
     """A command whose function returns a `Report`; it has --json, -q, -v and --no-progress without asking.
 
-    `each` is its argument of which there may be several, and `renamed` makes the names of their outputs.
+    `each` is its argument of which there may be several, `renamed` makes the names of their outputs, and `together`
+    tells that several without --each are one input.
     """
 
     def __init__(
-        self, *args: Any, section: str, each: str | None = None, renamed: _batch.Renamed | None = None, **kwargs: Any
-    ) -> None:
+        self, *args: Any, section: str, each: str | None = None, renamed: _batch.Renamed | None = None,
+        together: bool = False, **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(*args, **kwargs)
-        self.section, self.each, self.renamed = section, each, renamed
+        self.section, self.each, self.renamed, self.together = section, each, renamed, together
         for argument in self.params if each else ():
             if argument.name == each:
                 argument.nargs, argument.required = -1, False
@@ -74,7 +76,7 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> None:
         """Run the function on the path, or on each of several; print its reports, and exit with 1 where one says so."""
         talk = ctx.find_root().ensure_object(Talk)
-        if self.each and (batch := _batch.batch_of(ctx, self.each, self.renamed)):
+        if self.each and (batch := _batch.batch_of(ctx, self.each, self.renamed, together=self.together)):
             root = ctx.find_root().command
             package = root.package if isinstance(root, Commands) else __package__
             load = partial(_loaded, package, str(ctx.info_name))
@@ -220,14 +222,15 @@ def _loaded(package: str, name: str) -> tuple[Commands, Command]:
 
 
 def command(
-    section: str, *, each: str | None = None, renamed: _batch.Renamed | None = None
+    section: str, *, each: str | None = None, renamed: _batch.Renamed | None = None, together: bool = False
 ) -> Callable[[Callable[..., Report | None]], Command]:
     """Make a command of a function whose docstring is its help; `section` is its heading in `loratools --help`.
 
     `each` names an argument of which the command line may have several, or all in a folder; the function is called with
-    one of them. `renamed` makes the names of their outputs below `-o FOLDER`. Default: those of the inputs.
+    one of them. `renamed` makes the names of their outputs below `-o FOLDER`. Default: those of the inputs. `together`
+    says that several without `--each` are one input: the function is called with a tuple of them then.
     """
-    return click.command(cls=Command, section=section, each=each, renamed=renamed)
+    return click.command(cls=Command, section=section, each=each, renamed=renamed, together=together)
 
 
 def common_options() -> list[click.Parameter]:

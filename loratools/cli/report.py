@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,8 +13,13 @@ from loratools.cli import _show as show
 from loratools.cli._group import command as make
 
 
-@make(section="Look")
-@click.argument("inputs", type=options.INPUT, nargs=-1, required=True)
+def _renamed(name: str, _file: bool, _values: Mapping[str, Any]) -> str:
+    """Return the name of a page: the input's, with the ending of a page."""
+    return f"{name}.html"
+
+
+@make(section="Look", each="inputs", renamed=_renamed, together=True)
+@click.argument("inputs", type=options.INPUT)
 @options.output_option
 @options.option("--base", type=options.INPUT, more="For |dW|/|W|, Table 7, and changes that depend on it.")
 @options.option(
@@ -20,7 +27,7 @@ from loratools.cli._group import command as make
     more="The control of a comparison, the probes of a merge.",
 )  # fmt: skip
 @options.force_option
-def command(inputs: tuple[str, ...], output: Path, base: str | None, seed: int, force: bool) -> show.Report:
+def command(inputs: str | tuple[str, ...], output: Path, base: str | None, seed: int, force: bool) -> show.Report:
     """Write a page of figures about adapters or a merge: one HTML file that needs no network and no script.
 
     What the page shows follows from what the inputs are. An adapter: where it changes the model, its singular values,
@@ -29,7 +36,8 @@ def command(inputs: tuple[str, ...], output: Path, base: str | None, seed: int, 
     --base its Table 7. A merged model with --base, and its adapters: what changed, and how much of each module's
     change survived. An adapter of extract-svd: error, rank and class of every tensor. A folder of adapters: who
     resembles whom, and which are the same. Every figure has a table of its numbers below it. Equal inputs give equal
-    bytes, and no path of this machine is in them.
+    bytes, and no path of this machine is in them. --each FOLDER makes a page of every adapter in it, below the folder
+    that -o names.
 
     \b
     Examples:
@@ -44,4 +52,4 @@ def command(inputs: tuple[str, ...], output: Path, base: str | None, seed: int, 
     lines = show.fields(
         ("wrote", f"{made.output}, {show.size(made.nbytes)}"), ("page", made.kind), (made.kind, made.lead)
     )
-    return show.Report(show.plain(made), lines)
+    return show.Report(show.plain(made), lines, line=f"wrote {made.output} ({made.kind}, {show.size(made.nbytes)})")

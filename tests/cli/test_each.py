@@ -17,6 +17,7 @@ import pytest
 from loratools.cli._batch import named_for
 from loratools.cli._pool import in_order
 from loratools.cli._run import run
+from loratools.cli._show import size
 from tests.conftest import clean_env
 
 Spoken = Callable[..., tuple[int, list[str], list[str]]]
@@ -95,6 +96,18 @@ def test_each_command_tells_its_answer_in_a_line(spoken: Spoken, library: Path) 
     assert code == 1
     assert out[0].startswith("merged: verified: 4 of 4 changed tensors are")
     assert out[1].startswith("base: NOT verified: 0 of 4")
+
+
+def test_several_inputs_are_one_page_and_each_a_page_of_its_own(spoken: Spoken, library: Path) -> None:
+    code, out, _ = spoken("report", "adapter", "other", "-o", "both.html")
+    assert code == 0
+    assert out[1] == "page        comparison"
+    code, out, err = spoken("report", "--each", "library", "-o", "pages")
+    assert code == 1
+    assert err[0].startswith("error: library/broken.safetensors: ")
+    pages = ["plain.html", "run.html", "run/checkpoint-5.html"]
+    told = [f"wrote pages/{page} (adapter, {size((library.parent / 'pages' / page).stat().st_size)})" for page in pages]
+    assert [line.partition(": ")[2] for line in out] == told
 
 
 def test_details_are_shown_for_each(spoken: Spoken) -> None:

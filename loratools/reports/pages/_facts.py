@@ -55,9 +55,7 @@ def tags(summary: AdapterSummary) -> Iterator[Section]:
     frequent = [(tag[:_LONGEST], float(count)) for tag, count in summary.facts.frequent_tags[:_TAGS]]
     if frequent:
         bars = Bars("Bars: how often each tag is in the captions", frequent, show=lambda count: whole(round(count)))
-        text = (
-            f"The most frequent of {plural(summary.facts.tags_in_all, 'tag')} in the captions that it was trained on."
-        )
+        text = f"The most frequent of {plural(summary.facts.tags_in_all, 'tag')} in its captions."
         table = Table(["tag", "captions"], [[tag, whole(round(count))] for tag, count in frequent])
         reading = "What is in nearly every caption is what the adapter has tied itself to; try it as a trigger."
         yield Section("What it was trained on", text, [Figure("Most frequent tags", bars.draw(), reading, table)])
