@@ -45,6 +45,7 @@ def command(inputs: str | tuple[str, ...], output: Path, base: str | None, seed:
       loratools report adapter --base base -o page.html
       loratools report adapter other --base base -o page.html
       loratools report merged adapter --base base -o page.html
+      loratools report hf://lab/adapter -o page.html
     """
     from loratools.reports import report
 

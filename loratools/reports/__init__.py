@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import cast
 
 from loratools.adapter.model import Adapter
+from loratools.decisions import decided
 from loratools.dialects import InMemory
 from loratools.errors import InvalidOption, OutputRefused
 from loratools.options import Options
@@ -91,6 +92,7 @@ def report(
     atomic.check_output(target, force=force)
     subjects = opened(sources, base, seed)
     kind = pages.of(subjects)
+    decided("%s: a page of kind %s, which is made of %s", target, kind, pages.get(kind).NEEDS)
     made = pages.get(kind).page(subjects)
     content = made.draw().encode("utf-8")
     with atomic.new_file(target, force=force) as scratch:

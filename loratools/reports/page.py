@@ -30,7 +30,7 @@ class Table:
         head = element("tr", *(self._cell("th", i, heading) for i, heading in enumerate(self.headings)))
         body = (element("tr", *(self._cell("td", i, text) for i, text in enumerate(row))) for row in self.rows)
         table = element("table", element("thead", head), element("tbody", *body))
-        return element("div", table, class_="scroll", tabindex="0")
+        return element("div", table, class_="scroll", tabindex="0", role="region", aria_label="table of numbers")
 
     def _cell(self, tag: str, column: int, text: str) -> Markup:
         content = element("bdi", text) if column < self.names and tag == "td" else text

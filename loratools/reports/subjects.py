@@ -13,7 +13,7 @@ from loratools.dialects import InMemory
 from loratools.dialects._frame.items import items_in
 from loratools.reports.numbers import names_of
 from loratools.storage.checkpoint import Checkpoint
-from loratools.storage.sources import Location, local
+from loratools.storage.sources import Location, is_reference
 from loratools.surgery.inputs import open_model
 from loratools.surgery.inspect import inspect
 
@@ -64,7 +64,7 @@ def opened(inputs: Sequence[Source], base: Location | Checkpoint | None, seed: i
     models: list[NamedModel] = []
     folders: list[NamedFolder] = []
     for name, source in zip(names, inputs, strict=True):
-        if isinstance(source, str | os.PathLike) and (folder := _folder(local(source))):
+        if folder := _folder(source):
             folders.append(NamedFolder(name, folder))
             continue
         value = _opened(source, model.model if model else None)
@@ -75,10 +75,11 @@ def opened(inputs: Sequence[Source], base: Location | Checkpoint | None, seed: i
     return Subjects(tuple(adapters), tuple(models), tuple(folders), model, seed)
 
 
-def _folder(path: Path) -> Path | None:
-    """Return the path where it is a folder with several adapters or models below it, and none in itself."""
-    if not path.is_dir():
+def _folder(source: Source) -> Path | None:
+    """Return the path of a folder with several adapters or models below it and none in itself; None for all else."""
+    if not isinstance(source, str | os.PathLike) or is_reference(source) or not Path(source).is_dir():
         return None
+    path = Path(source)
     items = items_in(path).paths
     return path if len(items) > 1 and path not in items else None
 
@@ -88,10 +89,9 @@ def _opened(source: Source, base: Checkpoint | None) -> Adapter | Checkpoint:
         return source
     if not isinstance(source, str | os.PathLike):
         return dialects.open_adapter(source, base=base)
-    path = local(source)
-    if inspect(path).type == "checkpoint":
-        return open_model(path)
-    return dialects.open_adapter(path, base=base)
+    if inspect(source).type == "checkpoint":
+        return open_model(source)
+    return dialects.open_adapter(source, base=base)
 
 
 def _place(source: Source, number: int) -> str:

@@ -8,14 +8,16 @@ from statistics import median
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from loratools.dialects import open_adapter
 from loratools.errors import InvalidOption
 from loratools.reports import pages, report
 from loratools.reports.numbers import number, percent
 from loratools.reports.pages._matrix import ordered
 from loratools.reports.pages._pair import phi, signed
 from loratools.reports.subjects import opened
+from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.compare import compare
 from loratools.surgery.extract import extract
 from loratools.surgery.extract.certify import certify
@@ -259,6 +261,18 @@ def test_what_an_image_adapter_was_trained_on_is_told(work: Path) -> None:
     reading = Reading.of((work / "page.html").read_text(encoding="utf-8"))
     assert (reading.facts["steps"], reading.facts["trigger words"]) == ("1,200", "xyz cat")
     assert reading.tables[-1][1:] == [["<b>cat</b>", "12"], ["red hat", "7"]]
+
+
+def test_opened_values_make_the_pages_of_their_files(work: Path) -> None:
+    report([work / "adapter"], work / "path.html", base=work / "base")
+    report(open_adapter(work / "adapter"), work / "adapter 1.html", base=Checkpoint.open(work / "base"))
+    path, value = ((work / f"{name}.html").read_text(encoding="utf-8") for name in ("path", "adapter 1"))
+    assert value == path.replace(">adapter<", ">adapter 1<").replace("<title>adapter:", "<title>adapter 1:")
+    state = load_file(work / "adapter" / "adapter_model.safetensors")
+    pair = state, json.loads((work / "adapter" / "adapter_config.json").read_text())
+    assert report(pair, work / "held.html").kind == "adapter"
+    tables = [Reading.of((work / f"{name}.html").read_text(encoding="utf-8")).tables[0] for name in ("held", "path")]
+    assert tables[0] == tables[1]
 
 
 def test_no_inputs_make_two_kinds_of_pages(work: Path) -> None:
