@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from loratools.adapter.naming.compact import natural
 
-MOST_ROWS, MOST_COLUMNS, MOST_CELLS = 48, 12, 336
+MOST_ROWS, MOST_COLUMNS, MOST_CELLS = 48, 12, 348
 """A grid of more has several layers in a row, and the columns of fewest modules as one; all grids share the cells."""
 _LEVELS, _MOST_GRIDS, _LEAST = 3, 5, 24
 _MANY_ROWS = 160  # a level of more rows than this is that of experts

@@ -31,7 +31,7 @@ def layer_map(
     numbers = [{cell: several(names) for cell, names in grid.members.items()} for grid in grids]
     scale = scale or Scale.of([value for cells in numbers for value in cells.values()], signed=signed)
     drawings = [
-        _drawing(grid, cells, f"{title}: heat map of {what} by layer and projection", what, scale, show)
+        _drawing(grid, cells, f"{title}: heat map of {what} by layer and projection", scale, show)
         for grid, cells in zip(grids, numbers, strict=True)
     ]
     together = max(grid.together for grid in grids)
@@ -42,11 +42,11 @@ def layer_map(
 
 
 def _drawing(
-    grid: Grid, cells: Mapping[tuple[int, int], float], label: str, what: str, scale: Scale,
+    grid: Grid, cells: Mapping[tuple[int, int], float], label: str, scale: Scale,
     show: Callable[[float], str],
 ) -> Markup:  # fmt: skip
     def title(row: str, column: str, value: float) -> str:
-        return f"{' '.join(shortened(name, _NAME) for name in (row, column) if name)}: {what} {show(value)}"
+        return f"{' '.join(shortened(name, _NAME) for name in (row, column) if name)}: {show(value)}"
 
     heat = Heat(label, grid.rows, grid.labels, cells, scale, title)
     heading = element("h4", element("bdi", grid.heading), class_="n") if grid.heading else Markup("")

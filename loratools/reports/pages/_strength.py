@@ -77,7 +77,7 @@ def _strength(modules: Mapping[str, ModuleSpectrum]) -> Section:
     figures = [
         layer_map(
             "Strength of the change, ‖ΔW‖", "‖ΔW‖",
-            "The stronger its colour, the more the adapter moves that weight; ‖ΔW‖ is the length of scaling · B · A.",
+            "The stronger its colour, the more the adapter moves that weight; ‖ΔW‖ is the length of scaling·B·A.",
             list(modules), joint_norm(modules),
         )
     ]  # fmt: skip
@@ -102,7 +102,7 @@ def _use(modules: Mapping[str, ModuleSpectrum]) -> Section:
     moving = [name for name, module in modules.items() if module.norm]
     lines = [
         Line(projection, _falling([modules[name] for name in names]))
-        for projection, names in _by_projection(moving).items()
+        for projection, names in _by_projection(moving, COLOURS).items()
     ]
     longest = max((len(line.points) for line in lines), default=0)
     spectra = Lines(
@@ -181,17 +181,17 @@ def _unmeasured(reasons: Mapping[str, str], measured: AdapterSpectrum) -> Sectio
     return Section("What was not measured", text, table=Table(["module", "why"], [*rows[:_RANKS], *more], 2))
 
 
-def _by_projection(names: Sequence[str]) -> dict[str, list[str]]:
-    """Return the modules of each projection, and what is more than a figure can tell apart as one."""
+def _by_projection(names: Sequence[str], most: int | None = None) -> dict[str, list[str]]:
+    """Return the modules of each projection; where there are more than `most`, those of the fewest modules as one."""
     found: dict[str, list[str]] = defaultdict(list)
     for grid in arranged(names):
         for (_, column), members in grid.members.items():
             found[grid.columns[column] or "other modules"] += members
-    if len(found) <= COLOURS:
+    if most is None or len(found) <= most:
         return dict(found)
-    most = sorted(found, key=lambda projection: -len(found[projection]))[: COLOURS - 1]
-    rest = [name for projection in found if projection not in most for name in found[projection]]
-    return {projection: found[projection] for projection in found if projection in most} | {"the rest": rest}
+    kept = sorted(found, key=lambda projection: -len(found[projection]))[: most - 1]
+    rest = [name for projection in found if projection not in kept for name in found[projection]]
+    return {projection: found[projection] for projection in found if projection in kept} | {"the rest": rest}
 
 
 def _falling(modules: Sequence[ModuleSpectrum]) -> list[tuple[float, float]]:
