@@ -87,9 +87,7 @@ def _folder(source: Source) -> Path | None:
 def _opened(source: Source, base: Checkpoint | None) -> Adapter | Checkpoint:
     if isinstance(source, Checkpoint):
         return source
-    if not isinstance(source, str | os.PathLike):
-        return dialects.open_adapter(source, base=base)
-    if inspect(source).type == "checkpoint":
+    if isinstance(source, str | os.PathLike) and inspect(source).type == "checkpoint":
         return open_model(source)
     return dialects.open_adapter(source, base=base)
 
