@@ -25,7 +25,8 @@ def page(subjects: Subjects) -> Page:
     measured = spectrum(subject.adapter, base=base, relative=base is not None)
     what = f"{whole(summary.total.parameters)} parameters in {size(summary.total.nbytes)}"
     lead = f"{plural(len(summary.modules), 'module')}, {what}. {_strength.lead(measured)}"
+    beside = [("measured on", subjects.base.name)] if subjects.base else []
     return Page(
-        "LoRA adapter", subject.name, lead, list(_facts.facts(summary)),
+        "LoRA adapter", subject.name, lead, [*_facts.facts(summary), *beside],
         [*_strength.sections(measured), _facts.targets(summary), *_facts.tags(summary)],
     )  # fmt: skip
