@@ -53,8 +53,9 @@ def command(
     Without an option to change something it lists the facts and every entry. A fact is written where the adapter's
     layout keeps it: kohya's and ComfyUI's in the header, PEFT's base in adapter_config.json, that of a sealed adapter
     in its manifest; and wherever the files have it already, so that header, config and README.md agree. The seal holds
-    after an edit. In place, a reader finds the old file or the new one, also after a kill; of a file of 64 MiB or more
-    the header alone is written. What decides the result (alpha, rank, module names) is no metadata and stays.
+    after an edit. In place, a reader finds the old file or the new one, also after a kill. Of a file of 64 MiB or more
+    the header alone is written over, which takes a moment and not a copy's time; a power cut in that moment is made
+    good by the next edit. What decides the result (alpha, rank, module names) is no metadata and stays.
 
     \b
     Examples:

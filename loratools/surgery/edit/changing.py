@@ -182,7 +182,32 @@ def _differences(documents: Documents, reasons: Mapping[tuple[str, str], str]) -
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
                 why = reasons.get((where, key), "")
-                yield Change(where, key or "text", _shown(old.get(key)), _shown(new.get(key)), why)
+                yield from _parts(Change(where, key or "text", _shown(old.get(key)), _shown(new.get(key)), why))
+
+
+def _parts(change: Change) -> Iterator[Change]:
+    """Yield a change, or one for each field of JSON where old and new are objects."""
+    old, new = (_object(value) for value in (change.old, change.new))
+    if old is None or new is None:
+        yield change
+        return
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            was, now = (None if each.get(key) is None else _text(each[key]) for each in (old, new))
+            yield from _parts(Change(change.where, f"{change.key}.{key}", was, now, change.why))
+
+
+def _object(text: str | None) -> dict[str, Any] | None:
+    """Return the object of JSON that a text is; None for anything else."""
+    try:
+        value = json.loads(text) if text and text.startswith("{") else None
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _shown(value: Any) -> str | None:

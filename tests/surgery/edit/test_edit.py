@@ -24,6 +24,10 @@ from loratools.format.validate import validate
 from loratools.storage.beside.front import data_of, parted
 from loratools.surgery.edit.pictures import MOST, data_uri, without_texts
 from tests.dialects.adapters import peft_folder, samples
+from tests.hub.fixtures import hub, hub_home
+from tests.hub.server import LocalHub
+
+__all__ = ["hub", "hub_home"]
 
 CARD = """---
 base_model: org/base
@@ -157,7 +161,9 @@ def test_strip_takes_out_what_is_private_and_says_what(tmp_path: Path) -> None:
         "sks dog", PRIVATE["modelspec.thumbnail"],
     )  # fmt: skip
     assert json.loads(entries["extra"]) == {"run": {"steps": 5, "dir": "y", "key": "v"}}
-    told = {change.key: (change.new, change.why) for change in done.changes}
+    told = {change.key.partition(".dir")[0]: (change.new, change.why) for change in done.changes}
+    assert {key for key in told if key.startswith("extra")} == {"extra.run.host_name", "extra.run"}
+    told = {key.partition(".run")[0]: value for key, value in told.items()}
     assert told.keys() == {key for key in PRIVATE if PRIVATE[key] != entries.get(key)}
     assert all(why for _, why in told.values())
     assert edit(path, strip=True).changes == ()
@@ -333,6 +339,17 @@ def test_what_is_no_picture_is_refused(tmp_path: Path, content: bytes, match: st
 def test_what_lies_on_the_hub_is_not_changed_in_place(reference: str) -> None:
     with pytest.raises(LoraToolsError, match="lies on the Hub"):
         edit(reference, title="T")
+
+
+def test_what_lies_on_the_hub_becomes_a_folder_here(hub: LocalHub, tmp_path: Path) -> None:
+    folder = peft_folder(tmp_path / "a")
+    (folder / "README.md").write_text(CARD)
+    hub.seed("lab/adapter", {path.name: path.read_bytes() for path in folder.iterdir()})
+    done = edit("hf://lab/adapter", tmp_path / "b", title="T", base="lab/base")
+    assert done.path == "hf://lab/adapter"
+    assert numbers(tmp_path / "b") == numbers(folder)
+    assert not [path for path in (tmp_path / "b").iterdir() if path.is_symlink()]
+    assert data_of(parted((tmp_path / "b" / "README.md").read_text())[0])["base_model"] == "lab/base"
 
 
 def test_the_command_shows_facts_entries_and_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
