@@ -119,7 +119,7 @@ def find(
     Example:
         >>> found = find(".")
         >>> [adapter.path for adapter in found.adapters], found.duplicates[0].paths
-        (['adapter', 'other', 'sealed'], ('adapter', 'sealed'))
+        (['adapter', 'blend', 'other', 'sealed'], ('adapter', 'sealed'))
     """
     options = Options().real("similar", similar, lambda value: 0 < value <= 1, "a number above 0, and at most 1")
     options.done()
