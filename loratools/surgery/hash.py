@@ -212,7 +212,14 @@ def open_hashed(
     if not isinstance(source, str | PathLike):
         return dialects.open_adapter(source, dialect=dialect, alpha=alpha)
     # What it is can be told from headers alone, before anything else of a reference is fetched.
-    if dialect is not None or dialects.is_adapter(dialects.Listing.of(source, need="header")):
+    try:
+        is_adapter = dialect is not None or dialects.is_adapter(dialects.Listing.of(source, need="header"))
+    except BadFile as unreadable:  # a file beside a model, perhaps, which is none of its weights
+        try:
+            return Checkpoint.open(local(source, "header" if headers else "checkpoint"))
+        except BadFile:
+            raise unreadable from None
+    if is_adapter:
         return dialects.open_adapter(local(source, "header" if headers else "adapter"), dialect=dialect, alpha=alpha)
     return Checkpoint.open(local(source, "header" if headers else "checkpoint"))
 

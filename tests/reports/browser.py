@@ -85,8 +85,9 @@ class Browser:
             f"--user-data-dir={home}", "about:blank",
         ]  # fmt: skip
         process = subprocess.Popen(
-            command, pass_fds=(to_browser[0], of_browser[1]), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+            command, pass_fds=(to_browser[0], of_browser[1]), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env=os.environ | {"HOME": str(home), "XDG_CACHE_HOME": str(home)},  # else it writes into the user's
+        )  # fmt: skip
         os.close(to_browser[0])
         os.close(of_browser[1])
         try:
