@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -105,7 +106,7 @@ def _measured(
 
 def _document(summary: AdapterSummary | CheckpointSummary, metadata: bool) -> dict[str, Any]:
     """Return the document of a summary, with the entries of an adapter's header only where they were asked for."""
-    document: dict[str, Any] = show.plain(summary)
+    document = {field.name: getattr(summary, field.name) for field in fields(summary)}
     entries = document.pop("entries", {})
     return document | ({"metadata": bounded(entries)} if metadata else {})
 

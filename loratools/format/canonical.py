@@ -4,10 +4,36 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from decimal import Decimal
 from json.encoder import encode_basestring
 from typing import Any
+
+_QUOTED = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"')
+_NUMBER = re.compile(r"[-0-9][-+.0-9eE]*")
+
+
+def canonical_object(value: Mapping[str, Any]) -> str:
+    """Return the canonical JSON text of what JSON can say: all names in it are strings. Else like `canonical`, sooner.
+
+    Python's own encoder writes such a text but for the order of names beyond ASCII and the forms of some numbers; where
+    it has either, the text is made piece by piece.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError):
+        return canonical(value)
+    if not text.isascii() or not all(map(_is_canonical, set(_NUMBER.findall(_QUOTED.sub("", text))))):
+        return canonical(value)
+    return text
+
+
+def _is_canonical(number: str) -> bool:
+    """Tell whether Python writes a number as RFC 8785 does."""
+    if number.lstrip("-").isdigit():
+        return len(number) < 16
+    return "e" not in number and not number.endswith(".0") and len(number) < 20
 
 
 def canonical(value: Any) -> str:

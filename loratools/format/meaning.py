@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from loratools.format.canonical import canonical
+from loratools.format.canonical import canonical_object
 from loratools.storage import digest
 
 FIELDS = ("kind", "rank", "alpha", "scaling", "layout", "tensor")
@@ -35,7 +35,7 @@ def of(document: Mapping[str, Any], parts: Mapping[str, Iterable[str]], algorith
         "replacements": replaced,
     }
     hasher = digest.new(algorithm)
-    hasher.update(b"loratools.meaning.v1\0" + canonical(whole).encode())
+    hasher.update(b"loratools.meaning.v1\0" + canonical_object(whole).encode())
     return digest.finish(hasher, algorithm)
 
 

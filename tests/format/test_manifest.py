@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loratools.format import manifest
+from loratools.format.canonical import canonical_object
 
 # RFC 8785, appendix B, and values where ECMAScript and Python lay digits out differently.
 NUMBERS = {
@@ -39,6 +40,25 @@ def test_names_are_sorted_by_utf16_and_text_is_not_escaped() -> None:
     value = {"€": 1, "\r": 2, "\ufb33": 3, "1": 4, "\U0001f600": 5, "\x80": 6, "ö": 7}
     assert list(json.loads(manifest.canonical(value))) == ["\r", "1", "\x80", "ö", "€", "\U0001f600", "\ufb33"]
     assert manifest.canonical('é"\\\n\x1f') == '"é\\"\\\\\\n\\u001f"'
+
+
+_LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**53) + 1, 2**53 - 1), st.floats(-9e15, 9e15), st.text(),
+    st.sampled_from([key for key in NUMBERS if abs(key) < 2**53]), st.sampled_from(['1e5', 'a"b1.0', "\\", "2.0"]),
+)  # fmt: skip
+
+
+@given(
+    st.dictionaries(st.text(), st.recursive(_LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+)
+def test_objects_have_one_text_however_it_is_made(value: dict[str, object]) -> None:
+    assert canonical_object(value) == manifest.canonical(value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 2**53, "\ud800", {1, 2}, b"x"])
+def test_what_json_cannot_hold_is_refused_in_objects_too(value: object) -> None:
+    with pytest.raises(ValueError):
+        canonical_object({"a": [value]})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 2**53, -(2**53), "\ud800", {1: 2}, {1, 2}, b"x"])

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from loratools.errors import BadFile
-from loratools.format.canonical import canonical
+from loratools.format.canonical import canonical_object
 from loratools.format.clauses import (
     COUNT,
     FLAG,
@@ -38,7 +38,7 @@ _PATH = re.compile(r"[^.\x00-\x1f\x7f]+(\.[^.\x00-\x1f\x7f]+)*")
 def canonical_text(subject: Subject) -> Iterator[Fault]:
     """Compare the text with the canonical one (RFC 8785)."""
     try:
-        canon = canonical(subject.manifest)
+        canon = canonical_object(subject.manifest)
     except ValueError as error:
         yield "manifest", str(error)
         return
