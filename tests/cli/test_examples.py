@@ -69,11 +69,15 @@ def test_example_runs(name: str, example: str, shell: Callable, workplace: Path,
     [(name, line) for name, line in of_all_commands() if name != "loratools" and line.startswith("loratools ")],
     ids=lambda value: value,
 )
-def test_example_prints_one_json_document_of_the_schema(
+def test_example_prints_json_of_the_schema(
     name: str, example: str, shell: Callable, workplace: Path, lab: dict[str, str]
 ) -> None:
+    """One document, or of several inputs one a line."""
     line = example.partition(">")[0]
     done = shell(f"rm -rf {output(line)}; {line} --json", workplace, **lab)
     assert done.code == 0
     assert done.err == "" or "--run" in example  # transformers and what it imports talk there
-    assert_valid(name, json.loads(done.out))
+    documents = [done.out] if done.out.startswith("{\n") else done.out.splitlines()
+    assert len(documents) > ("--each" in example)
+    for document in documents:
+        assert_valid(name, json.loads(document))
