@@ -44,7 +44,7 @@ def entry_lines(entries: Mapping[str, str]) -> Iterator[str]:
     """Yield a line for each entry of a header, its value cut where it is long."""
     yield f"{len(entries)} entries in the header:"
     for key in sorted(entries)[:_MOST]:
-        yield f"  {_clip(key)} = {_clip(entries[key])}"
+        yield f"  {_clip(key)} = {show.entry(entries[key], _LONGEST)}"
     if len(entries) > _MOST:
         yield f"  and {len(entries) - _MOST} more"
 

@@ -94,6 +94,12 @@ def clipped(text: str, most: int) -> str:
     return f"{text[:most]}… and {len(text) - most} characters more" if len(text) > most else text
 
 
+def entry(text: str, most: int) -> str:
+    """Return at most so many characters of an entry's value; of a picture, that it is one and its size."""
+    head, _, data = text.partition(";base64,")
+    return f"a picture, {size(len(data) * 3 // 4)}" if head.startswith("data:image/") and data else clipped(text, most)
+
+
 _NUMBERS = re.compile(
     r"(?<=[._])\d+(?=[._:;,)\]'\"\s]|$)|(?<=layer )\d+|(?<=layers )\d+|(?<=block )\d+|(?<=blocks )\d+"
 )

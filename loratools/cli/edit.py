@@ -110,9 +110,9 @@ def _line(change: Change) -> str:
     why = f" ({change.why})" if change.why else ""
     key = f"{change.where}: {change.key}"
     if change.new is None:
-        return f"- {key} = {show.clipped(change.old or '', _CLIP)}{why}"
+        return f"- {key} = {show.entry(change.old or '', _CLIP)}{why}"
     if change.old is None:
-        return f"+ {key} = {show.clipped(change.new, _CLIP)}{why}"
+        return f"+ {key} = {show.entry(change.new, _CLIP)}{why}"
     if change.key == "text":
         return f"~ {key}{why}"
-    return f"~ {key} = {show.clipped(change.old or '', _CLIP)} -> {show.clipped(change.new, _CLIP)}{why}"
+    return f"~ {key} = {show.entry(change.old or '', _CLIP)} -> {show.entry(change.new, _CLIP)}{why}"

@@ -30,7 +30,20 @@ TURNED = "transposed"
 REPLACED = "replaced"
 """Field of an adapter's entry: the tensors of the model that are the adapter's own."""
 SAYS = "header"
-"""Field of an adapter's entry: what the header of its file says, such as trigger words."""
+"""Field of an adapter's entry: what the header of its file says of its use, such as trigger words."""
+TRIGGERS = ("modelspec.trigger_phrase", "ss_trigger_words", "trigger_words", "trigger_word", "trigger_phrase")
+"""Entries that hold the words which call what an adapter was trained on."""
+KEPT = (
+    *TRIGGERS,
+    "modelspec.title",
+    "modelspec.architecture",
+    "modelspec.license",
+    "license",
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+)
+"""Entries of an adapter's header that a record keeps: no names, comments, captions, tags or pictures of a run."""
 CARRIED = "carried_from"
 """Field of an adapter's entry: the digest of the adapter of the original that was carried into a folded base."""
 BROUGHT = "brought"
@@ -63,7 +76,8 @@ def of_merge(base: Checkpoint, inputs: Sequence[AdapterInput], turned: Sequence[
         entry["kinds"] = ", ".join(sorted({update.kind for update in updates}))
         entry["ranks"] = ", ".join(map(str, sorted({update.rank for update in updates})))
         entry |= {WORDS: each.words} if each.words else {}
-        said = public_entries(each.adapter.settings.get(HEADER) or {})
+        entries = each.adapter.settings.get(HEADER) or {}
+        said = public_entries({name: entries[name] for name in KEPT if name in entries})
         entry |= _applied(each.adapter) | ({TURNED: list(turned[i])} if turned else {})
         adapters.append(entry | ({SAYS: dict(said)} if said else {}))
     identity = {"id": name and public(name), "schema": base.schema()} | ({"revision": revision} if revision else {})

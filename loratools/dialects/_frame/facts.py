@@ -179,13 +179,23 @@ def _date(text: str | None) -> str | None:
     return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+_OF_TRAINING = (
+    "ss_steps", "ss_max_train_steps", "ss_epoch", "ss_num_epochs", "ss_training_started_at", "ss_training_finished_at",
+    "ss_session_id", "ss_num_train_images", "ss_learning_rate", "ss_unet_lr", "ss_optimizer",
+)  # fmt: skip
+"""Entries that a training leaves: an extraction names a module of sd-scripts too, for programs that load its file.
+
+`modelspec.implementation` is no trainer: it is the code of the model's family, alike in all files of it.
+"""
+
+
 def _trained_with(entries: Mapping[str, str], software: Mapping[str, Any]) -> str | None:
     """Return the program that trained it, as far as it names itself."""
     if isinstance(name := software.get("name"), str):
         return " ".join(filter(None, [name, _text(software.get("version"))]))
     if "ot_branch" in entries or "ot_config" in entries:
         return "OneTrainer"
-    return _first(entries, "modelspec.implementation", "ss_network_module")
+    return _first(entries, "ss_network_module") if any(name in entries for name in _OF_TRAINING) else None
 
 
 def _picture(uri: str | None) -> tuple[str, int] | None:

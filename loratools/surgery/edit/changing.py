@@ -25,6 +25,7 @@ DECISIVE = frozenset({
     "_quantization_metadata", *ALPHAS, *RANKS,
 })  # fmt: skip
 """Entries of a header that decide what an adapter's tensors do: they are no metadata."""
+_TITLES = ("modelspec.title", "modelspec.merged_from", "ss_output_name", "name", "title")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,8 @@ def _set_entry(documents: Documents, key: str, value: str) -> Iterator[str]:
         yield f"--set {key}: it decides what the tensors do, and is no metadata; convert or resize the adapter"
     elif key in OF_BYTES:
         yield f"--set {key}: it is computed from the tensors"
+    elif key == making.ENTRY:
+        yield f"--set {key}: it says how the file was made, which the command that makes one writes"
     else:
         documents.put_entry(key, value)
 
@@ -138,18 +141,23 @@ def _unset(documents: Documents, pattern: str) -> Iterator[str]:
     for key in matching:
         if key not in kept:
             documents.put_entry(key, None)
+            documents.silent |= key == making.ENTRY
 
 
 def _strip(documents: Documents, dialect: str, keep: frozenset[str]) -> dict[tuple[str, str], str]:
     """Take out what is private; return (document, field) -> what it was."""
     published = frozenset(ALSO["trigger"]) | keep
-    stays = DECISIVE | {*OF_BYTES, making.ENTRY}  # the record of its making holds no path
+    stays = DECISIVE | {*OF_BYTES}
+    documents.silent = True  # what was asked of a file, now and before, holds what is taken out
     said = documents.said()
     names = privacy.names_in(text for part in said.values() for text in privacy.strings_in(part))
+    authors = {str((documents.entries or {}).get(key, "")).strip() for key in ALSO["author"]} - {""}
     reasons: dict[tuple[str, str], str] = {}
     for key, value in list((documents.entries or {}).items()):
-        if key not in stays and (found := privacy.private(key, value, names, published)):
-            documents.put_entry(key, found.value)
+        called = names | authors if key in _TITLES else names
+        if key not in stays and (found := privacy.private(key, value, called, published)):
+            left = privacy.tidy(found.value) if key in _TITLES and found.value else found.value
+            documents.put_entry(key, left or None)
             reasons["header", key] = found.reason
     for where, document in (
         ("adapter_config.json", documents.config), ("manifest", (documents.stated or {}).get("settings")),
@@ -188,7 +196,7 @@ def _differences(documents: Documents, reasons: Mapping[tuple[str, str], str]) -
 def _parts(change: Change) -> Iterator[Change]:
     """Yield a change, or one for each field of JSON where old and new are objects."""
     old, new = (_object(value) for value in (change.old, change.new))
-    if old is None or new is None:
+    if old is None or new is None or (old.keys() != new.keys() and _is_list(change.old)):
         yield change
         return
     for key in sorted(old.keys() | new.keys()):
@@ -197,12 +205,18 @@ def _parts(change: Change) -> Iterator[Change]:
             yield from _parts(Change(change.where, f"{change.key}.{key}", was, now, change.why))
 
 
+def _is_list(text: str | None) -> bool:
+    return bool(text and text.startswith("["))
+
+
 def _object(text: str | None) -> dict[str, Any] | None:
-    """Return the object of JSON that a text is; None for anything else."""
+    """Return the object of JSON that a text is, or a list of objects by their place; None for anything else."""
     try:
-        value = json.loads(text) if text and text.startswith("{") else None
+        value = json.loads(text) if text and text.startswith(("{", "[{")) else None
     except (ValueError, RecursionError):
         return None
+    if isinstance(value, list) and all(isinstance(each, dict) for each in value):
+        return {str(place): each for place, each in enumerate(value, 1)}
     return value if isinstance(value, dict) else None
 
 

@@ -38,7 +38,7 @@ class Documents:
 
     `entries` are those of the header or, of a sealed adapter, those that its manifest keeps for other layouts; None
     where no safetensors file holds the adapter. `stated` is the manifest, `config` adapter_config.json, `card` the text
-    of README.md.
+    of README.md. `silent` is whether the files are to say nothing of how they were made, this edit included.
     """
 
     path: Path
@@ -50,6 +50,7 @@ class Documents:
     config: dict[str, Any] | None
     card: str | None
     before: dict[str, Any] = field(default_factory=dict)
+    silent: bool = False
 
     @classmethod
     def of(cls, listing: Listing, adapter: Adapter | None) -> Documents:
@@ -61,6 +62,8 @@ class Documents:
             stated = parse_json_object(entries[sealed.METADATA_KEY].encode(), weights)
             kept = stated.get("settings", {}).get(HEADER, {})
             entries = {str(name): str(value) for name, value in kept.items()} if isinstance(kept, Mapping) else {}
+            made = (header.metadata if header else {}).get(making.ENTRY)
+            entries |= {making.ENTRY: made} if made else {}
         if not listing.single:
             config = listing.json(CONFIG_FILE)
             if CARD in listing.files:
@@ -175,7 +178,7 @@ class Documents:
         now = self.said()
         changed = any(now[part] != self.before[part] for part in ("header", "manifest"))
         if self.weights and self.header and (changed or made):
-            metadata = {**self._metadata(), **(made or {})}
+            metadata = {**self._metadata(), **({} if self.silent else made or {})}
             try:
                 files[self.weights.name] = NewHeader.of(self.weights, self.header, metadata)
             except UnicodeEncodeError:
@@ -194,9 +197,9 @@ class Documents:
         assert self.weights is not None
         assert self.header is not None
         entries = dict(self.entries or {})
-        made = making.entry() if making.ENTRY in (self.header.metadata if self.stated else entries) else {}
+        made = making.entry() if entries.pop(making.ENTRY, None) and not self.silent else {}
         if self.stated is None:
-            return {name: value for name, value in entries.items() if name != making.ENTRY} | made
+            return entries | made
         settings = {name: value for name, value in self.stated.get("settings", {}).items() if name != HEADER}
         settings |= {HEADER: dict(sorted(entries.items()))} if entries else {}
         document = {name: value for name, value in self.stated.items() if name != "settings"}

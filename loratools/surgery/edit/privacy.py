@@ -35,6 +35,7 @@ _WHOLE: Mapping[str, str] = {
     r"ssmd_cover_images": "pictures, with what they say of their making",
     r"(ss_)?(train_data|reg_data|output|logging|log|cache|save|data|work|root)_?(dir|root|path|folder)": "a path",
     r"(.*\.)?ip(_address)?": "an address",
+    r"(loratools\.)?recipe": "how the file was made, with every option that was given",
 }  # fmt: skip
 _PATTERNS = tuple((re.compile(pattern, re.IGNORECASE), reason) for pattern, reason in _WHOLE.items())
 
@@ -147,8 +148,17 @@ def _scrubbed(text: str, names: frozenset[str], reasons: list[str]) -> str:
     text = _MAIL.sub(gone, text)
     if names:
         called = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
-        text = re.sub(rf"(?<![A-Za-z0-9])(?:{called})(?![A-Za-z0-9])", gone, text)
+        text = re.sub(rf"(?:[ _]+(?:made |trained )?by[ _]+)?(?<![A-Za-z0-9])(?:{called})(?![A-Za-z0-9])", gone, text)
     return text
+
+
+def tidy(title: str) -> str:
+    """Return a title that names were taken out of, without what joined them; empty where only that is left.
+
+    >>> tidy("dog ()  - "), tidy(" + ")
+    ('dog', '')
+    """
+    return re.sub(r"[(\[]\s*[)\]]", "", re.sub(r" {2,}", " ", title)).strip(" -+,|_·–")
 
 
 def _json(text: str) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools.engine.plan import MergePlan
-from loratools.format.record import ERROR, SAYS
+from loratools.format.record import ERROR, SAYS, TRIGGERS
 from loratools.storage.beside.cards import code, cut, read_card
 from loratools.storage.codecs.state import BESIDE, HEADER
 from loratools.storage.codecs.state import beside as beside_config
@@ -19,7 +19,6 @@ from loratools.storage.strict_json import read_json
 from loratools.surgery.merge.components import restated
 from loratools.surgery.merge.single import write_record
 
-_TRIGGERS = ("modelspec.trigger_phrase", "ss_trigger_words", "trigger_words", "trigger_word", "trigger_phrase")
 _FRONT = (
     r"(?:base_model: .*\n)?(?:base_model_relation: merge\n)?library_name: transformers\ntags: \[loratools, [a-z]+\]\n"
 )
@@ -114,7 +113,7 @@ def _words(record: Mapping[str, Any]) -> str:
     lines = [
         f"- adapter {i}: {code(words)}\n"
         for i, entries in enumerate(said, 1)
-        if (words := ", ".join(dict.fromkeys(str(entries[name]) for name in _TRIGGERS if entries.get(name))))
+        if (words := ", ".join(dict.fromkeys(str(entries[name]) for name in TRIGGERS if entries.get(name))))
     ]
     return f"Trigger words:\n\n{''.join(lines)}\n" if lines else ""
 

@@ -41,7 +41,7 @@ MAX_RECORD = 16_000_000
 """Bytes of a record in a header, which every program reads that lists the file; that of SDXL has 0.3 million."""
 
 _SLACK = 4096  # bytes of the record that are known last and are no digests: numbers, and names of files
-_LONG = 1000  # characters of an entry of an adapter's header; longer ones are pictures
+_LONG = 1000  # characters of an entry of an adapter's header; longer ones are pictures of older records
 
 
 def is_single(output: Path, base: Checkpoint) -> bool:

@@ -29,6 +29,13 @@ def test_kohya() -> None:
     )  # fmt: skip
 
 
+def test_only_a_training_is_told_as_one() -> None:
+    code = {"modelspec.implementation": "https://github.com/Stability-AI/generative-models"}
+    assert facts_of(KOHYA | code).trained_with == "networks.lora"
+    extracted = {"ss_network_module": "networks.lora", "ss_network_dim": "4", "ss_network_alpha": "4"}
+    assert facts_of(extracted | code).trained_with is None
+
+
 def test_ai_toolkit() -> None:
     told = facts_of({
         "software": json.dumps({"name": "ai-toolkit", "repo": "https://x.org/ai-toolkit", "version": "0.7"}),

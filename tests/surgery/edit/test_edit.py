@@ -373,3 +373,73 @@ def test_the_command_shows_facts_entries_and_changes(tmp_path: Path, capsys: pyt
     document = json.loads(capsys.readouterr().out)
     assert document["metadata"] == PRIVATE
     assert document["facts"]["steps"] == 1500
+
+
+@pytest.mark.parametrize("layout", ["kohya", "loratools"])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_strip_takes_out_how_the_file_was_made(layout: str, in_place: bool, tmp_path: Path) -> None:
+    kohya(tmp_path / "k.safetensors", {"ss_network_module": "networks.lora"})
+    source, edited = tmp_path / "k.safetensors", tmp_path / "e.safetensors"
+    if layout == "loratools":
+        source = tmp_path / "s.safetensors"
+        assert run(["convert", str(tmp_path / "k.safetensors"), "--to", layout, "-o", str(source), "-q"]) == 0
+    private = ["--author", "Jane Doe", "--set", "note=/home/jane.doe/secret"]
+    assert run(["edit", str(source), *private, "-o", str(edited), "-q"]) == 0
+    converted, public = tmp_path / "c.safetensors", tmp_path / "p.safetensors"
+    assert run(["convert", str(edited), "--to", layout, "-o", str(converted), "-q"]) == 0
+    for path in (edited, converted):
+        assert b"Jane Doe" in path.read_bytes()
+        keys = [change.key for change in edit(path, strip=True, dry_run=True).changes]
+        assert "loratools.recipe" in keys
+        assert run(["edit", str(path), "--strip", "-q", *([] if in_place else ["-o", str(public), "--force"])]) == 0
+        stripped = path if in_place else public
+        assert not [word for word in (b"Jane", b"jane.doe", b"loratools.recipe") if word in stripped.read_bytes()]
+        assert edit(stripped, strip=True, dry_run=True).changes == ()
+        assert load_file(stripped).keys() == load_file(converted).keys()
+    assert layout == "kohya" or validate(stripped) == []
+
+
+def test_unset_takes_out_how_the_file_was_made(tmp_path: Path) -> None:
+    source, edited, bare = kohya(tmp_path / "k.safetensors"), tmp_path / "e.safetensors", tmp_path / "b.safetensors"
+    assert run(["edit", str(source), "--author", "Jane Doe", "-o", str(edited), "-q"]) == 0
+    assert run(["edit", str(edited), "--unset", "loratools.recipe", "-o", str(bare), "-q"]) == 0
+    assert said(bare).keys() == said(edited).keys() - {"loratools.recipe"}
+    assert run(["edit", str(edited), "--unset", "loratools.*", "-q"]) == 0
+    assert said(edited) == said(bare)
+    with pytest.raises(InvalidOption, match="nothing was changed"):
+        edit(bare, entries={"loratools.recipe": "{}"})
+
+
+@pytest.mark.parametrize(
+    ("title", "left"),
+    [
+        ("ohwx_woman by Jane", "ohwx_woman"), ("ohwx by jane.doe + ink by Jane Doe", "ohwx + ink"), ("Jane", None),
+        ("dog (Jane Doe)", "dog"), ("jane.doe - dog", "dog"), ("dog_by_Jane", "dog"), ("standby", "standby"),
+    ],
+)  # fmt: skip
+def test_titles_lose_names_cleanly(title: str, left: str | None, tmp_path: Path) -> None:
+    of_people = {"a": "/home/jane.doe/x", "b": "D:\\Users\\Jane\\x", "modelspec.author": "Jane Doe"}
+    path = kohya(tmp_path / "k.safetensors", of_people | {"modelspec.title": title})
+    edit(path, strip=True)
+    assert said(path).get("modelspec.title") == left
+
+
+def test_a_picture_is_told_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, picture = kohya(tmp_path / "k.safetensors"), tmp_path / "p.png"
+    picture.write_bytes(png((b"IDAT", zlib.compress(bytes(range(256)) * 4))))
+    assert run(["edit", str(path), "--thumbnail", str(picture)]) == 0
+    assert run(["edit", str(path)]) == 0
+    assert run(["inspect", str(path), "--metadata"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("a picture, ") == 4
+    assert "base64" not in shown
+
+
+def test_what_goes_from_a_record_is_told_by_field(tmp_path: Path) -> None:
+    entry = {"digest": "blake3:0", "header": {"modelspec.author": "Jane Doe", "modelspec.title": "dog"}}
+    record = {"operation": "merge", "adapters": [entry], "recipe": {"command": "merge", "options": {"note": "x"}}}
+    path = kohya(tmp_path / "k.safetensors", {"loratools.record": json.dumps(record)})
+    keys = {change.key for change in edit(path, strip=True).changes}
+    assert keys == {"loratools.record.adapters.1.header.modelspec.author", "loratools.record.recipe"}
+    left = json.loads(said(path)["loratools.record"])
+    assert left == {"operation": "merge", "adapters": [entry | {"header": {"modelspec.title": "dog"}}]}

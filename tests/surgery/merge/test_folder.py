@@ -259,8 +259,12 @@ def test_a_change_that_rounding_eats_is_warned_about(
 
 def test_what_an_adapter_says_is_in_the_record_and_its_words_in_the_card(place: Path) -> None:
     adapter = dialects.open_adapter(place / "adapter")
-    said = {"modelspec.trigger_phrase": "mychar `woman`", "modelspec.thumbnail": "data:x", "ss_epoch": "10"}
-    speaking = replace(adapter, settings={**adapter.settings, "metadata": said})
+    said = {"modelspec.trigger_phrase": "mychar `woman`", "modelspec.title": "Me", "ss_network_dim": "4"}
+    of_a_run = {
+        "modelspec.author": "Jane Doe", "ss_training_comment": "by Jane Doe", "modelspec.thumbnail": "data:x",
+        "modelspec.tags": "a, b", "ss_train_data_dir": "/home/jane.doe/x", "ss_output_name": "by Jane", "note": "Jane",
+    }  # fmt: skip
+    speaking = replace(adapter, settings={**adapter.settings, "metadata": said | of_a_run})
     report = merge(place / "base", [speaking, adapter], place / "says", weights=[1, 0.5])
     first, second = json.loads((place / "says" / "loratools.json").read_text())["adapters"]
     assert (first["header"], "header" in second) == (said, False)

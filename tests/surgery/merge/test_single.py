@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratools
+from loratools import dialects
 from loratools.errors import BadFile, InvalidOption, LoraToolsError, OutputRefused
 from tests.storage.codecs import comfy_models
 from tests.surgery.models import Lora, lora, merged, same_bytes, save_adapter, save_base, weights_of
@@ -89,6 +91,24 @@ def test_a_file_in_is_a_file_out(room: Path, weights: dict[str, Tensor]) -> None
     assert again.ok
     loratools.merge(room / "base.safetensors", room / "adapter0", room / "same.safetensors", threads=1)
     assert (room / "same.safetensors").read_bytes() == (room / "out.safetensors").read_bytes()
+
+
+def test_a_record_that_was_stripped_undoes_the_merge(room: Path, weights: dict[str, Tensor]) -> None:
+    said = {"modelspec.title": "dog", "modelspec.author": "Jane Doe", "modelspec.tags": "a", "ss_session_id": "77"}
+    read = [dialects.open_adapter(room / f"adapter{i}") for i in (0, 1)]
+    speaking = [replace(each, settings={**each.settings, "metadata": said}) for each in read]
+    out = room / "out.safetensors"
+    loratools.merge(room / "base.safetensors", speaking, out, keep_residual=True)
+    record = json.loads(metadata_of(out)["loratools.record"])
+    assert [entry["header"] for entry in record["adapters"]] == [{"modelspec.title": "dog"}] * 2
+    assert b"Jane" not in out.read_bytes()
+    record["adapters"][0]["header"] |= said | {"ss_training_comment": "x" * 2000}  # as older versions have it
+    tensors = load_file(out)
+    save_file(tensors, out, metadata_of(out) | {"loratools.record": json.dumps(record)})
+    keys = {change.key.rpartition(".")[2] for change in loratools.edit(out, strip=True).changes}
+    assert keys == {"author", "ss_session_id", "ss_training_comment"}
+    loratools.unmerge(out, speaking, room / "back.safetensors")
+    expect_same(room / "back.safetensors", weights)
 
 
 def test_a_folder_stays_a_folder(room: Path, weights: dict[str, Tensor]) -> None:
