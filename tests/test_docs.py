@@ -4,6 +4,7 @@
     ```console   lines after `$ ` are run here, in a folder with the tiny models of `prepared`, and print what stands
                  below them; `...` stands for whatever varies; a trailing `# exits with 1` says that they fail
     ```python    is run here, each block by itself, in the same folder
+    ```yaml      is written there, as the file that its first line names: `# recipe.yaml`
 
 Any other block fails. The blocks of a text share one folder, so a later one may use what an earlier one made; those of
 a topic find `tour` there, as `loratools demo --keep tour` leaves it.
@@ -29,7 +30,7 @@ from tests.test_floors import FLOORS
 README, CONTRIBUTING = REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"
 TOPICS = sorted((REPOSITORY / "loratools" / "cli" / "topics").iterdir())
 MOST_WORDS = 1500
-KINDS = {"bash", "console", "python"}
+KINDS = {"bash", "console", "python", "yaml"}
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,12 @@ def test_what_a_topic_shows(path: Path, shell: Callable[..., Result], toured: Pa
 def check(path: Path, shell: Callable[..., Result], folder: Path) -> None:
     """Run the blocks of a text in a folder; fail with each that does not do what stands below it."""
     wrong = []
-    found = [block for block in blocks(path.read_text(encoding="utf-8")) if block.kind in ("console", "python")]
+    found = [block for block in blocks(path.read_text(encoding="utf-8")) if block.kind in ("console", "python", "yaml")]
     for block in found:
         where = f"{path.name}:{block.line}"
+        if block.kind == "yaml":
+            (folder / block.text.partition("\n")[0].removeprefix("# ")).write_text(block.text, encoding="utf-8")
+            continue
         if block.kind == "python":
             done = subprocess.run(
                 [sys.executable, "-W", "error", "-c", block.text], cwd=folder, env=clean_env(), text=True,

@@ -23,6 +23,7 @@ ELSEWHERE = {
     "adapter/placement/test_image": "adapter/naming/image: groups rename translate",
     "adapter/placement/test_resolve": "adapter/placement: layers settle whole",
     "adapter/placement/test_tied": "adapter/placement: apart shared spread",
+    "cli/test_unsealed": "cli: convert validate",
     "cli/test_examples": "cli: combine compare completion convert demo dequantize dialects edit estimate find hash "
     "inspect merge pull push report resize switch unmerge validate verify _facts _options _ranks",
     "cli/test_each": "cli: _batch _pool",
@@ -30,7 +31,7 @@ ELSEWHERE = {
     "cli/test_words": "cli: _spelling",
     "cli/test_show": "cli: _certificate",
     "dialects/kohya/test_kohya": "storage: save",
-    "demo/test_llama": "demo: quantized stop tour",
+    "demo/test_llama": "demo: quantized stop tour trained",
     "format/test_manifest": "format: canonical",
     "format/test_writer": "format: keys peft_config record",
     "interop/test_live_slices": "adapter/placement: slices",

@@ -179,3 +179,6 @@ RENAMED: Mapping[str, Mapping[str, str]] = {
     "pull": {"--no-check-base": "--check-base=off"},
 }
 """Command -> old spelling -> new one: the old ones work in this version, with a warning."""
+
+UNSEALED = "so a wrong base is not noticed; convert with --base seals it"
+"""What follows where an adapter is said to have no base hash."""

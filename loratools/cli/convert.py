@@ -13,6 +13,7 @@ from loratools.cli import _show as show
 from loratools.cli._batch import named_for
 from loratools.cli._group import command as make
 from loratools.cli._talk import Talk, pass_talk
+from loratools.cli._words import UNSEALED
 
 if TYPE_CHECKING:
     from loratools.dialects.peft.profiles import Name
@@ -96,6 +97,7 @@ def command(
 def _in_a_line(conversion: Conversion) -> str:
     base = conversion.base
     sealed = f", sealed with {base.id or 'its base'}" if base and base.root else ""
+    sealed = ", no base hash" if _lacks_hash(conversion) else sealed
     lora = f", relative error {conversion.lora.relative_error:.3g}" if conversion.lora else ""
     lost = f", {len(conversion.losses)} losses" if conversion.losses else ""
     return f"wrote {conversion.output} ({conversion.dialect}, {conversion.modules} modules{sealed}{lora}{lost})"
@@ -114,7 +116,19 @@ def _lines(conversion: Conversion) -> Iterator[str]:
         ("wrote", f"{conversion.output} ({conversion.dialect}, {conversion.modules} modules)"),
         ("digest", conversion.digest),
         ("base", (base.id if base else None) or "not named"),
-        ("base hash", f"{base.root}, and {len(base.tensors)} tensors" if base and base.root else None),
+        ("base hash", _hash(conversion)),
         ("lora", f"rank {lora.rank}, relative error {lora.relative_error:.3g}" if (lora := conversion.lora) else None),
         *(("lost", str(loss)) for loss in conversion.losses),
     )
+
+
+def _hash(conversion: Conversion) -> str | None:
+    """Return what is said of the base hash; None of a dialect that has no place for one."""
+    base = conversion.base
+    if base and base.root:
+        return f"{base.root}, and {len(base.tensors)} tensors"
+    return f"none, {UNSEALED}" if _lacks_hash(conversion) else None
+
+
+def _lacks_hash(conversion: Conversion) -> bool:
+    return conversion.dialect == "loratools" and not (conversion.base and conversion.base.sealed)

@@ -12,6 +12,7 @@ from loratools.cli import _show as show
 from loratools.cli._group import command as make
 from loratools.cli._show import Report
 from loratools.cli._talk import Talk, pass_talk
+from loratools.cli._words import UNSEALED
 
 if TYPE_CHECKING:
     from loratools.surgery.validate import Validation
@@ -45,8 +46,8 @@ def command(talk: Talk, adapter: str, base: str | None, header_only: bool, threa
         validation = validate(adapter, model, data=not header_only, threads=threads, progress=advance)
     report = validation.report
     document = {
-        "path": adapter, "valid": validation.valid, "format_version": report.format_version,
-        "problems": report.problems, "clauses": report.clauses,
+        "path": adapter, "valid": validation.valid, "sealed": validation.sealed,
+        "format_version": report.format_version, "problems": report.problems, "clauses": report.clauses,
         "base": None if base is None else {"path": base, "differences": validation.differences},
     }  # fmt: skip
     return Report(document, _lines(adapter, base, validation), ok=validation.valid, line=_in_a_line(validation))
@@ -58,6 +59,7 @@ def _in_a_line(validation: Validation) -> str:
         more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
         return f"not valid: {broken[0]}{more}"
     base = "" if validation.differences is None else ", sealed with this base"
+    base = base if validation.sealed else ", no base hash"
     return f"valid, format {report.format_version}, {report.modules} modules, {len(report.clauses)} clauses{base}"
 
 
@@ -73,5 +75,7 @@ def _lines(adapter: str, base: str | None, validation: Validation) -> Iterator[s
         f"{adapter}: valid, format {report.format_version}: {report.modules} modules, {report.tensors} tensors, "
         f"{len(report.clauses)} clauses checked"
     )
+    if not base and not validation.sealed:
+        yield f"{adapter}: no base hash, {UNSEALED}"
     if base and validation.differences is not None:
         yield f"{base}: {'not ' if validation.differences else ''}the base model that the adapter was sealed with"

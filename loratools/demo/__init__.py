@@ -2,7 +2,9 @@
 
 tour       every capability once
 stop       one stop of it
+trained    the stop at training in a running model
 quantized  the stop at a base of 8-bit codes
+recorded   which command is said to have made what the tour makes
 llama      the model's forward pass: what an adapter does to it
 data       model, adapter and text
 """

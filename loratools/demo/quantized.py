@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+from loratools.demo.recorded import recorded
 from loratools.demo.stop import Stop
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.dequantize import dequantize
@@ -20,9 +21,12 @@ LARGEST = 448.0
 def quantized(folder: Path) -> Stop:
     """Quantize the base as DeepSeek's and Qwen's FP8 models are, and merge the adapter into it in two ways."""
     _write_fp8(folder / "base", folder / "quantized")
-    plain = dequantize(folder / "quantized", folder / "plain", verify=True)
-    kept = merge(folder / "quantized", [folder / "adapter"], folder / "in-16-bit")
-    again = merge(folder / "quantized", [folder / "adapter"], folder / "codes", quantized="requantize")
+    with recorded("dequantize", model=folder / "quantized"):
+        plain = dequantize(folder / "quantized", folder / "plain", verify=True)
+    with recorded("merge", base=folder / "quantized", adapters=[folder / "adapter"]):
+        kept = merge(folder / "quantized", [folder / "adapter"], folder / "in-16-bit")
+    with recorded("merge", {"quantized": "requantize"}, base=folder / "quantized", adapters=[folder / "adapter"]):
+        again = merge(folder / "quantized", [folder / "adapter"], folder / "codes", quantized="requantize")
     proof = verify(folder / "in-16-bit", folder / "quantized", [folder / "adapter"], exact=True)
     if not proof.ok or plain.verified is None:
         raise RuntimeError("a merge into codes is not what they stand for + adapter")

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from loratools import dialects
-from loratools.decisions import warnings_to
 from loratools.demo import data_folder
 from loratools.demo.quantized import quantized
+from loratools.demo.recorded import by_hand, recorded
 from loratools.demo.stop import Stop
+from loratools.demo.trained import trained
 from loratools.errors import WrongBase
 from loratools.linalg.ranks.allocate import Ranks
+from loratools.parallel import cores
 from loratools.storage.atomic import new_folder, temporary
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.sources import Location
@@ -23,11 +25,9 @@ from loratools.storage.strict_json import read_json
 from loratools.surgery.combine import combine
 from loratools.surgery.convert import convert
 from loratools.surgery.extract import extract
-from loratools.surgery.hash import hash_checkpoint
 from loratools.surgery.inspect import AdapterSummary, inspect
 from loratools.surgery.merge import merge
 from loratools.surgery.resize import resize
-from loratools.surgery.switch import switch
 from loratools.surgery.unmerge import unmerge
 from loratools.surgery.verify import verify
 
@@ -61,7 +61,7 @@ def run_demo(folder: Location | None = None) -> Tour:
     """
     place = temporary("demo") if folder is None else new_folder(Path(folder))
     began = time.monotonic()
-    with place as root:
+    with place as root, by_hand():
         for name in ("base", "adapter"):
             shutil.copytree(data_folder() / name, Path(root) / name)
         return Tour(tuple(stop(Path(root)) for stop in STOPS), time.monotonic() - began)
@@ -84,7 +84,8 @@ def _inspect(folder: Path) -> Stop:
 
 
 def _seal(folder: Path) -> Stop:
-    made = convert(folder / "adapter", folder / "sealed", base=folder / "base")
+    with recorded("convert", adapter=folder / "adapter", base=folder / "base"):
+        made = convert(folder / "adapter", folder / "sealed", base=folder / "base")
     root = made.base.root if made.base else None
     return Stop(
         "Seal the adapter: write down, in its own file, which base model it belongs to.",
@@ -95,7 +96,8 @@ def _seal(folder: Path) -> Stop:
 
 
 def _merge(folder: Path) -> Stop:
-    report = merge(folder / "base", [folder / "sealed"], folder / "merged")
+    with recorded("merge", base=folder / "base", adapters=[folder / "sealed"]):
+        report = merge(folder / "base", [folder / "sealed"], folder / "merged")
     return Stop(
         "Merge it: W' = W + s·B·A in float32, rounded once; the base is checked against its hash as it is read.",
         "loratools merge base sealed -o merged",
@@ -124,7 +126,8 @@ def _verify(folder: Path) -> Stop:
 
 
 def _unmerge(folder: Path) -> Stop:
-    made = merge(folder / "base", [folder / "sealed"], folder / "kept", keep_residual=True)
+    with recorded("merge", {"keep-residual": True}, base=folder / "base", adapters=[folder / "sealed"]):
+        made = merge(folder / "base", [folder / "sealed"], folder / "kept", keep_residual=True)
     unmerged = unmerge(folder / "kept", [folder / "adapter"], folder / "unmerged")
     if unmerged.proved != "root hash" or made.residual is None:
         raise RuntimeError("the base model did not come back")
@@ -143,9 +146,12 @@ def _combine(folder: Path) -> Stop:
     from loratools.linalg.ranks.rules import Fixed
 
     half = sum(lazy.parameters for lazy in dialects.open_adapter(folder / "adapter").tensors().values()) // 2
-    small = resize(folder / "adapter", folder / "small", Ranks(budget=half))
-    even = resize(folder / "adapter", folder / "even", Ranks(Fixed(4)))
-    both = combine([folder / "sealed", folder / "small"], folder / "both", weights=[0.7, -0.3])
+    with recorded("resize", {"budget": str(half)}, adapter=folder / "adapter"):
+        small = resize(folder / "adapter", folder / "small", Ranks(budget=half))
+    with recorded("resize", {"rank": 4}, adapter=folder / "adapter"):
+        even = resize(folder / "adapter", folder / "even", Ranks(Fixed(4)))
+    with recorded("combine", {"weight": ["0.7", "-0.3"]}, adapters=[folder / "sealed", folder / "small"]):
+        both = combine([folder / "sealed", folder / "small"], folder / "both", weights=[0.7, -0.3])
     if not small.error < even.error or both.error > 1e-6:
         raise RuntimeError("a combination is further from the sum than it may be")
     return Stop(
@@ -162,7 +168,8 @@ def _combine(folder: Path) -> Stop:
 
 
 def _extract(folder: Path) -> Stop:
-    made = extract(folder / "base", folder / "merged", folder / "extracted", Ranks(noise=True))
+    with recorded("extract-svd", {"noise": True, "threads": cores()}, base=folder / "base", tuned=folder / "merged"):
+        made = extract(folder / "base", folder / "merged", folder / "extracted", Ranks(noise=True))
     ranks = sorted({outcome.rank for outcome in made.of("factored")})
     if ranks != [8] or made.total.error > 0.01:
         raise RuntimeError("extraction did not find the adapter in the merged model")
@@ -208,59 +215,6 @@ def _losses(folder: Path) -> Stop:
     )
 
 
-def _train(folder: Path) -> Stop:
-    import torch
-    from torch.nn import functional as F
-
-    from loratools import live
-    from loratools.demo.llama import CONTEXT, Adam, Llama
-
-    draw = torch.Generator().manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the matrices are small: threads would wait for each other
-    text = torch.frombuffer(bytearray((data_folder() / "plays.txt").read_bytes()), dtype=torch.uint8).long()
-    seen, held_out = text[:6000], text[6000 : 6001 + 1900]
-    model = Llama.open(folder / "base")
-
-    def loss(ids: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
-
-    lora = live.attach(model, rank=4, alpha=8, targets=["q_proj", "v_proj", "up_proj", "down_proj"], seed=0)
-    optimizer = Adam(lora.groups(lr=2e-3, ratio=4))
-    windows = held_out[: len(held_out) // CONTEXT * CONTEXT].view(-1, CONTEXT)
-    with torch.no_grad():
-        before = loss(windows).item()
-    for _ in range(40):
-        starts = torch.randint(len(seen) - CONTEXT, (4,), generator=draw)
-        batch = torch.stack([seen[start : start + CONTEXT] for start in starts])
-        torch.autograd.backward([loss(batch)])
-        optimizer.step()
-    with torch.no_grad():
-        after = loss(windows).item()
-    torch.set_num_threads(threads)
-    if not after < before - 0.02:
-        raise RuntimeError("training did not help")
-    notes: list[str] = []
-    with warnings_to(notes.append):
-        lora.save(folder / "trained", base_id="demo")
-    switched = switch(folder / "kept", folder / "adapter", folder / "trained", folder / "switched")
-    merge(folder / "base", [folder / "trained"], folder / "directly")
-    same = hash_checkpoint(folder / "switched", "root").root == hash_checkpoint(folder / "directly", "root").root
-    if not same:
-        raise RuntimeError("a switch is not the merge that it stands for")
-    return Stop(
-        "Train another one on this machine, in the running model, and switch the merged model over to it.",
-        'live.attach(model, rank=4, alpha=8, targets=["q_proj", "v_proj", "up_proj", "down_proj"], seed=0)',
-        (
-            repr(lora),
-            f"40 steps on three scenes of Macbeth take the loss on the next ones from {before:.3f} to {after:.3f}",
-            f"saved, {notes[0]}" if notes else "saved",
-            "switched in, the merged model is bit for bit the merge of the new adapter",
-        ),
-        {"trained_loss": {"before": before, "after": after}, "switch_exact": switched.exact},
-    )
-
-
 def _wrong_base(folder: Path) -> Stop:
     touched = next(iter(dialects.open_adapter(folder / "adapter").updates)) + ".weight"
     wrong = Path(shutil.copytree(folder / "base", folder / "wrong-base"))
@@ -285,6 +239,6 @@ def _wrong_base(folder: Path) -> Stop:
 
 
 STOPS: tuple[Callable[[Path], Stop], ...] = (
-    _inspect, _seal, _merge, _verify, _unmerge, _combine, _extract, _losses, _train, quantized, _wrong_base,
+    _inspect, _seal, _merge, _verify, _unmerge, _combine, _extract, _losses, trained, quantized, _wrong_base,
 )  # fmt: skip
 """The stops, in order; a later capability adds its own."""

@@ -131,7 +131,7 @@ class _Run:
         if output is None:
             return made.differs(made.read(self.folder / f"{step.name}.check"), now)
         if not output.exists():
-            return "it is not there yet"
+            return "new"
         before = made.read(output)
         if reason := made.differs(before, now):
             return reason

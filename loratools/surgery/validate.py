@@ -16,10 +16,14 @@ from loratools.surgery.base import differences
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """The report on every clause and, where a base was given, how it differs from the sealed one."""
+    """The report on every clause and, where a base was given, how it differs from the sealed one.
+
+    `sealed` tells whether a valid adapter has a base hash, by which a wrong base is noticed.
+    """
 
     report: rules.Report
     differences: tuple[str, ...] | None = None
+    sealed: bool = False
 
     @property
     def valid(self) -> bool:
@@ -61,8 +65,11 @@ def validate(
     Options().flag("data", data).threads(threads).done()
     path = local(path, "adapter" if data else "header")
     report = rules.report(path, digest=data)
-    if report.problems or base is None:
+    if report.problems:
         return Validation(report)
     identity = reader.read(path).base or BaseIdentity()
+    if base is None:
+        return Validation(report, sealed=identity.sealed)
     checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
-    return Validation(report, tuple(differences(identity, checkpoint, threads=threads, progress=progress)))
+    differing = differences(identity, checkpoint, threads=threads, progress=progress)
+    return Validation(report, tuple(differing), identity.sealed)

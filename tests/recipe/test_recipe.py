@@ -89,7 +89,7 @@ def test_a_dry_run_plans_every_step_and_writes_nothing(here: Path) -> None:
     report = loratools.run_recipe("two.yaml", dry_run=True, folder="elsewhere")
     assert states(report) == ["planned"] * 3
     assert whys(report) == [
-        "it is not there yet", "after half, which will be made first", "after done, half, which will be made first",
+        "new", "after half, which will be made first", "after done, half, which will be made first",
     ]  # fmt: skip
     assert contents(here) == before
     loratools.run_recipe("two.yaml")

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from loratools.adapter.model import Adapter, Loss
+from loratools.adapter.model import Adapter, BaseIdentity, Loss
 from loratools.errors import LossyConversion, UnsupportedAdapter
 
 IDENTITY = ("the hash of the base model", "provenance", "copies of the base's tensors")
 """For a dialect's `CANNOT`: what `identity_losses` lists."""
+
+_HASH = Loss("base model", "its hash, by which a wrong base is refused")
 
 
 def identity_losses(adapter: Adapter) -> list[Loss]:
@@ -22,7 +24,7 @@ def record_losses(adapter: Adapter) -> list[Loss]:
     """List the base's hash and the provenance."""
     losses = []
     if adapter.base and adapter.base.sealed:
-        losses.append(Loss("base model", "its hash, by which a wrong base is refused"))
+        losses.append(_HASH)
     if adapter.provenance:
         losses.append(Loss("provenance", f"{len(adapter.provenance)} recorded operation(s)"))
     return losses
@@ -31,6 +33,14 @@ def record_losses(adapter: Adapter) -> list[Loss]:
 def name_losses(adapter: Adapter) -> list[Loss]:
     """List the name of the base model."""
     return [Loss("base model", f"its name, {adapter.base.id}")] if adapter.base and adapter.base.id else []
+
+
+def kept_identity(adapter: Adapter, losses: Iterable[Loss]) -> BaseIdentity | None:
+    """Return what an output says of the base model of an adapter: its identity without what is lost of it."""
+    base = adapter.base
+    if base and _HASH in losses:
+        base = BaseIdentity(base.id, base.revision)
+    return replace(base, id=None, revision=None) if base and {*name_losses(adapter)} & {*losses} else base
 
 
 def copy_losses(adapter: Adapter) -> list[Loss]:

@@ -24,6 +24,7 @@ from loratools.adapter.placement.tied import onto_stored
 from loratools.adapter.placement.whole import resolve_replacements
 from loratools.decisions import decided, warned
 from loratools.dialects._frame.build import some
+from loratools.dialects._frame.losses import kept_identity
 from loratools.dialects.peft import profiles
 from loratools.format import manifest
 from loratools.format.digest import adapter_digest
@@ -195,9 +196,7 @@ def convert(
         else:
             _placed(in_base, checkpoint)  # which raises if it does not fit
             lost_of = dialects.get(to).losses
-            if len(lost_of(in_base)) < len(
-                lost_of(converted)
-            ):  # names of several families: the base tells whose they are
+            if len(lost_of(in_base)) < len(lost_of(converted)):  # the base tells of which family names are
                 converted = in_base
     if is_planning():
         atomic.check_output(Path(output), force=force)
@@ -212,7 +211,8 @@ def convert(
     written, losses = dialects.write_adapter(converted, Path(output), dialect=to, allow_loss=allow_loss, force=force)
     # The digest is that of the modules under their own names, whatever the dialect calls them, unless some are lost.
     digest = adapter_digest(converted if {loss.where for loss in losses} <= _OF_NO_TENSOR else written)
-    return Conversion(str(output), to, digest, len(written.updates), converted.base, tuple(losses), error)
+    kept = kept_identity(converted, losses)
+    return Conversion(str(output), to, digest, len(written.updates), kept, tuple(losses), error)
 
 
 def warn_not_finite(adapter: Adapter) -> None:
