@@ -223,7 +223,8 @@ def variants(command: str, types_of: Types) -> list[dict[str, Schema]]:
             base = record({"path": TEXT, "differences": nullable(listed(TEXT))})
             problem = of("format.validate:Problem")
             return [
-                {"path": TEXT, "valid": FLAG, "sealed": FLAG, "format_version": nullable(TEXT), "problems": listed(problem),
+                {"path": TEXT, "valid": FLAG, "sealed": FLAG, "format_version": nullable(TEXT),
+                 "problems": listed(problem),
                  "clauses": listed(TEXT), "base": nullable(base)}
             ]  # fmt: skip
         case "verify":
