@@ -29,7 +29,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "keep_loss": (0, "keep_loss is 0; it can be a whole number of at least 1 or None"),
     "keep_residual": ("no", "keep_residual is 'no'; it can be True or False"),
     "resume": (None, "resume is None; it can be True or False"),
-    "device": ("gpu", "device is 'gpu'; it can be cpu or cuda"),
+    "device": ("gpu", "device is 'gpu'; it can be cpu, cuda or mps"),
     "threads": (0, "threads is 0; it can be a whole number of at least 1 or None"),
     "force": (1, "force is 1; it can be True or False"),
     "durable": ("yes", "durable is 'yes'; it can be True or False"),
