@@ -20,6 +20,16 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in text)
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a count with its noun.
+
+    Example:
+        >>> counted(1, "problem"), counted(3, "problem")
+        ('1 problem', '3 problems')
+    """
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 class LoraToolsError(Exception):
     """Report what was found, what was expected, and what to do, in plain words.
 

@@ -23,7 +23,6 @@ from loratools.cli._talk import Talk
 from loratools.cli._words import GROUPS, WORDS
 from loratools.decisions import warnings_to
 from loratools.errors import LoraToolsError
-from loratools.options import either
 from loratools.storage import sources
 from loratools.storage.beside.making import making
 
@@ -31,13 +30,6 @@ SECTIONS = ("Look", "Check", "Change", "Share", "Learn")
 """Headings of `loratools --help`, in order; a command names its own."""
 
 _MANY = 8  # options that stand under headings
-MEANT = {
-    "show": "inspect", "info": "inspect", "list": "inspect", "diff": "compare", "check": "validate verify",
-    "upload": "push", "download": "pull", "fuse": "merge", "rank": "resize", "shrink": "resize", "add": "combine",
-    "svd": "extract-svd", "metadata": "inspect edit", "tour": "demo", "remove": "unmerge", "replace": "switch",
-    "digest": "hash", "cost": "estimate", "formats": "dialects",
-}  # fmt: skip
-"""What other tools call a command -> what it is called here."""
 
 
 class Command(click.Command):
@@ -159,11 +151,7 @@ class Commands(click.Group):
         names, name = self.list_commands(ctx), args[0]
         if name in names or name.startswith("-") or ctx.resilient_parsing:
             return super().resolve_command(ctx, args)
-        from difflib import get_close_matches
-
-        meant = [other for other in names if other in MEANT.get(name, "").split()]
-        like = [*get_close_matches(name, names), *(other for other in names if len(name) > 2 and name in other)]
-        listed = either([repr(other) for other in meant or dict.fromkeys(like)])
+        listed = spelling.commands_like(name, names)
         raise click.UsageError(f"No such command {name!r}" + (f"; did you mean {listed}?" if listed else "."), ctx)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -190,7 +178,7 @@ class Commands(click.Group):
         sections: dict[str, list[tuple[str, str]]] = {section: [] for section in SECTIONS}
         for name in self.list_commands(ctx):
             if loaded := self.get_command(ctx, name):
-                sections.setdefault(loaded.section, []).append((name, loaded.get_short_help_str(70)))
+                sections.setdefault(loaded.section, []).append((name, loaded.get_short_help_str(1000)))
         for section, records in sections.items():
             if records:
                 with formatter.section(section):

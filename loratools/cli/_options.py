@@ -105,7 +105,11 @@ class _Weight(click.ParamType[Any]):
         """Return a number as that, and a text with patterns or block weights as it is."""
         if isinstance(value, str) and any(mark in value for mark in "=,:"):
             return value
-        return float(click.FLOAT.convert(value, param, ctx))
+        try:
+            return float(value)
+        except ValueError:
+            valid = "a number, PATTERN=NUMBER for some modules, or lbw: and a number for each block of an image model"
+            self.fail(f"{value!r} is no weight: it is {valid}", param, ctx)
 
 
 WEIGHT = _Weight()

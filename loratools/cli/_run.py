@@ -15,9 +15,8 @@ from loratools.cli._faults import fault_of, sentence
 from loratools.cli._group import Commands, common_options
 from loratools.cli._hints import owners
 from loratools.cli._signals import code_of
-from loratools.cli._spelling import is_on
+from loratools.cli._spelling import is_on, options_like
 from loratools.cli._talk import Talk
-from loratools.options import either
 from loratools.version import __version__
 
 HELP = """The toolkit for LoRA adapter files: read every layout, tell the truth about it, and operate on it exactly.
@@ -124,7 +123,8 @@ def _explain(error: Exception, talk: Talk) -> int:
     """Say what went wrong in a sentence, never a traceback unless it was asked for; return the exit code."""
     if isinstance(error, click.NoSuchOption) and error.ctx:
         owned = _owners(error.option_name, error.ctx)
-        like = either([repr(name) for name in (not owned and error.possibilities) or ()])
+        options = [name for option in error.ctx.command.get_params(error.ctx) for name in option.opts]
+        like = "" if owned else options_like(error.option_name, options)
         message = error.message.rstrip(".") + (f"; did you mean {like}?" if like else "")
         fault = replace(fault_of(error), message=sentence(message), hint=f"{owned}{fault_of(error).hint}")
     else:

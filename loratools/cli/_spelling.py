@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from loratools.cli._words import COMMON, RENAMED, WORDS
+from loratools.cli._words import COMMON, MEANT, MEANT_OPTIONS, RENAMED, WORDS
+from loratools.options import either
 
 PREFIX = "LORATOOLS_"
 ELSEWHERE = ("DEBUG", "REAL_MODELS", "LLAMA_CPP", "LLAMA_CPP_LOG", "TRANSFORMERS_4")
@@ -102,3 +103,47 @@ def near(name: str, names: Iterable[str]) -> str:
 
     close = get_close_matches(name, list(names), 1, 0.75)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def commands_like(name: str, names: Sequence[str]) -> str:
+    """Return the commands that someone may have meant, as "'a' or 'b'", or nothing.
+
+    >>> commands_like("mrge", ["hash", "merge", "unmerge"]), commands_like("seal", ["convert", "merge"])
+    ("'merge' or 'unmerge'", "'convert … --base BASE'")
+    """
+    from difflib import get_close_matches
+
+    meant = MEANT.get(name, "")
+    calls = [meant] if " --" in meant else [other for other in meant.split() if other in names]
+    like = [*get_close_matches(name, names), *(other for other in names if len(name) > 2 and name in other)]
+    return either([repr(other) for other in calls or dict.fromkeys(like)])
+
+
+def topics_like(name: str, topics: Sequence[str], commands: Sequence[str]) -> str:
+    """Return the topic or command that someone may have meant, quoted, or nothing.
+
+    >>> topics_like("quantisation", ["merging", "quantized"], []), topics_like("undo", ["undoing"], ["unmerge"])
+    ("'quantized'", "'undoing'")
+    """
+    from difflib import get_close_matches
+
+    names = [*topics, *commands]
+    begun = [other for other in names if len(name) > 3 and other.startswith(name[:4])]
+    like = get_close_matches(name, begun, 1, 0) or get_close_matches(name, names, 1)
+    return repr(like[0]) if like else commands_like(name, commands)
+
+
+def options_like(option: str, options: Sequence[str]) -> str:
+    """Return the options that someone may have meant, as "'--a' or '--b'", or nothing.
+
+    >>> options_like("--scale", ["--include", "-w"]), options_like("--outp", ["--output", "--quiet"])
+    ("'-w'", "'--output'")
+    >>> options_like("--modles", ["--modules", "--include"]), options_like("--qqq", ["--modules"])
+    ("'--modules'", '')
+    """
+    from difflib import get_close_matches
+
+    meant = [name for name in (MEANT_OPTIONS.get(option),) if name in options]
+    begun = [name for name in options if len(option) > 3 and name.startswith(option)]
+    close = get_close_matches(option, list(dict.fromkeys(options)), 3, 0.75)
+    return either([repr(name) for name in meant or begun or close])

@@ -182,3 +182,20 @@ RENAMED: Mapping[str, Mapping[str, str]] = {
 
 UNSEALED = "so a wrong base is not noticed; convert with --base seals it"
 """What follows where an adapter is said to have no base hash."""
+
+MEANT: Mapping[str, str] = {
+    "show": "inspect", "info": "inspect", "list": "inspect", "diff": "compare", "check": "validate verify",
+    "upload": "push", "download": "pull", "fuse": "merge", "rank": "resize", "shrink": "resize", "add": "combine",
+    "svd": "extract-svd", "metadata": "inspect edit", "tour": "demo", "remove": "unmerge", "replace": "switch",
+    "digest": "hash", "cost": "estimate", "formats": "dialects",
+    "seal": "convert … --base BASE", "undo": "unmerge",
+}  # fmt: skip
+"""What other tools call a command, or a command in words -> what it is called here: names, or a whole call."""
+
+MEANT_OPTIONS: Mapping[str, str] = {
+    "--scale": "-w", "--scales": "-w", "--scaling": "-w", "--strength": "-w",
+    "--multiplier": "-w", "--lora-scale": "-w", "--weights": "-w", "--out": "--output",
+    "--out-dir": "--output", "--output-dir": "--output", "--output-path": "--output", "--save-to": "--output",
+    "--overwrite": "--force", "--precision": "--dtype", "--model": "--base", "--lora": "--adapter",
+}  # fmt: skip
+"""What other tools call an option -> what it is called here."""

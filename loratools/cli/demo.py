@@ -20,7 +20,8 @@ def command(keep: Path | None) -> show.Report:
     """Take the guided tour, on a small real model that is part of this package.
 
     A byte-level language model that learned from the Bible, and a LoRA that taught it Shakespeare, are inspected,
-    sealed, merged, verified and measured; then a wrong base is refused. It needs no network and a few seconds.
+    sealed, merged, verified and measured; then a wrong base is refused. It needs no network and takes
+    under a minute.
 
     \b
     Examples:

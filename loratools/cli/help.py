@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 
 import click
 
 from loratools.cli._group import command as make
 from loratools.cli._show import Report
+from loratools.cli._spelling import topics_like
 
 TOPICS = Path(__file__).with_name("topics")
 
@@ -42,9 +42,9 @@ def command(topic: str | None) -> Report:
     if topic in commands.list_commands(root) and (found := commands.get_command(root, topic)):
         with click.Context(found, info_name=topic, parent=root) as page:
             text = found.get_help(page)
-        more = [f"loratools help {name}  {titles[name]}" for name in topics if f"loratools {topic} " in topics[name]]
-        lines = [*text.split("\n"), *(["", "Topics:", *(f"  {line}" for line in more)] if more else [])]
+        leads = [f"loratools help {name}  {titles[name]}" for name in topics if f"loratools {topic} " in topics[name]]
+        lines = [*text.split("\n"), *(["", "Topics:", *(f"  {line}" for line in leads)] if leads else [])]
         return Report({"topic": topic, "text": "\n".join(lines)}, lines)
-    near = get_close_matches(topic, [*topics, *commands.list_commands(root)], 1)
-    hint = f"; perhaps {near[0]}" if near else ""
-    raise click.BadParameter(f"{topic!r} is neither a topic nor a command{hint}", param_hint="'TOPIC'")
+    like = topics_like(topic, list(topics), commands.list_commands(root))
+    more = f"; did you mean {like}?" if like else ""
+    raise click.BadParameter(f"{topic!r} is neither a topic nor a command{more}", param_hint="'TOPIC'")

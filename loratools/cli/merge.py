@@ -12,6 +12,7 @@ from loratools.cli import _options as options
 from loratools.cli import _show as show
 from loratools.cli._group import command as make
 from loratools.cli._talk import Talk, pass_talk
+from loratools.errors import counted
 
 if TYPE_CHECKING:
     from loratools.hub.stream import Stream
@@ -188,7 +189,7 @@ def _report(report: MergeReport) -> Iterator[str]:
         ("wrote", show.size(report.bytes_written)),
         ("base", base),
         ("retention", kept),
-        ("resumed", f"{len(report.reused)} file(s) were complete, by their digests" if report.reused else None),
+        ("resumed", f"{counted(len(report.reused), 'file')} already complete, by digest" if report.reused else None),
         ("as codes", "; ".join(_lowest(report.recoded)) or None),
         ("loss", lost),
         ("residual", f"{show.size(left.nbytes)}, {left.share:.2%} of the bytes that were touched" if left else None),

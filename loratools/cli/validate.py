@@ -13,6 +13,7 @@ from loratools.cli._group import command as make
 from loratools.cli._show import Report
 from loratools.cli._talk import Talk, pass_talk
 from loratools.cli._words import UNSEALED
+from loratools.errors import counted
 
 if TYPE_CHECKING:
     from loratools.surgery.validate import Validation
@@ -69,7 +70,7 @@ def _lines(adapter: str, base: str | None, validation: Validation) -> Iterator[s
     for difference in validation.differences or ():
         yield f"[base] {difference}"
     if report.problems:
-        yield f"{adapter}: not valid: {len(report.problems)} problem(s)"
+        yield f"{adapter}: not valid: {counted(len(report.problems), 'problem')}"
         return
     yield (
         f"{adapter}: valid, format {report.format_version}: {report.modules} modules, {report.tensors} tensors, "

@@ -42,7 +42,7 @@ from loratools.dialects._frame.folders import only_below, unknown
 from loratools.dialects._frame.listing import WEIGHTS, Evidence, Listing
 from loratools.dialects._frame.read_as import ReadAs, check_alpha, check_told, told
 from loratools.dialects.peft.held import HasAdapter, InMemory, held, is_pair, refuse_unscaled
-from loratools.errors import InvalidOption, LoraToolsError, LossyConversion, OutputRefused, UnknownKind
+from loratools.errors import InvalidOption, LoraToolsError, LossyConversion, OutputRefused, UnknownKind, counted
 from loratools.options import Options
 from loratools.storage import atomic
 from loratools.storage.checkpoint import Checkpoint
@@ -275,7 +275,7 @@ def write_adapter(
     losses = writer.losses(adapter)
     if losses and not allow_loss:
         raise LossyConversion(
-            f"{path}: the dialect {dialect} cannot say {len(losses)} thing(s) of this adapter",
+            f"{path}: the dialect {dialect} cannot say {counted(len(losses), 'thing')} of this adapter",
             [str(loss) for loss in losses],
             hint="Write it without them with --allow-loss, or choose a dialect that keeps them.",
         )

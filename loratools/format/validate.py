@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loratools.errors import BadFile, InvalidFormat, LoraToolsError, UnsupportedAdapter
+from loratools.errors import BadFile, InvalidFormat, LoraToolsError, UnsupportedAdapter, counted
 from loratools.format import manifest
 from loratools.format.clauses import ADAPTER_FILE, CONFIG_FILE, Check, Subject, integrity, layout, shown, tensors
 from loratools.format.clauses import manifest as fields
@@ -108,7 +108,9 @@ def refusal(path: Path, problems: list[Problem]) -> LoraToolsError:
     lines = tuple(map(str, problems))
     if all(problem.clause in _BEYOND for problem in problems):
         return UnsupportedAdapter(f"{path}: this adapter needs a newer reader", lines, hint="Upgrade loratools.")
-    return InvalidFormat(f"{path}: not a valid adapter of format {manifest.VERSION}: {len(problems)} problem(s)", lines)
+    return InvalidFormat(
+        f"{path}: not a valid adapter of format {manifest.VERSION}: {counted(len(problems), 'problem')}", lines
+    )
 
 
 def open_subject(path: Path, header: Header | None = None) -> Subject | Problem:

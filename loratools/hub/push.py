@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapter.identity import same_name
-from loratools.errors import BadFile, LoraToolsError
+from loratools.errors import BadFile, LoraToolsError, counted
 from loratools.format.manifest import is_path
 from loratools.format.record import held
 from loratools.hub import card as cards
-from loratools.hub import files, section
+from loratools.hub import section
 from loratools.hub.client import Hub
 from loratools.hub.refs import parse, repository
 from loratools.hub.subject import Subject, read
@@ -122,7 +122,8 @@ def prepare(
         notes.append(f"the header names paths of a machine ({shown}): loratools edit {path} --strip takes them out")
     if subject.left_out:
         shown = ", ".join(subject.left_out[:8]) + (" …" if len(subject.left_out) > 8 else "")
-        notes.append(f"{len(subject.left_out)} file(s) are no part of it and stay here: {shown}")
+        files = counted(len(subject.left_out), "file") + (" is" if len(subject.left_out) == 1 else " are")
+        notes.append(f"{files} no part of it and left here: {shown}")
     content = {**subject.content, CARD: text.encode()}
     unchanged = tuple(name for name, data in content.items() if target.has(name, data))
     sizes = {name: len(data) if isinstance(data, bytes) else data.stat().st_size for name, data in content.items()}

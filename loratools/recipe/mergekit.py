@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loratools.errors import UnsupportedAdapter
+from loratools.errors import UnsupportedAdapter, counted
 from loratools.recipe.catalog import nearest
 from loratools.recipe.mergekit_fields import Entry, Fields
 from loratools.recipe.text import Items, Node, Table
@@ -63,7 +63,7 @@ def translated(table: Table, path: Path) -> tuple[dict[str, Any], tuple[str, ...
     document = reader.document(table)
     if reader.problems:
         raise UnsupportedAdapter(
-            f"{path}: {len(reader.problems)} thing(s) in this configuration of mergekit are not done here",
+            f"{path}: not done here: {counted(len(reader.problems), 'thing')} in this configuration of mergekit",
             reader.problems,
         )
     return document, tuple(reader.notes)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from loratools.errors import InvalidOption
+from loratools.errors import InvalidOption, counted
 from loratools.recipe import mergekit, text
 from loratools.recipe.catalog import Catalog, Command, Key, nearest
 from loratools.recipe.text import Items, Node, Scalar, Table
@@ -43,7 +43,7 @@ def parse(table: Table, path: Path, catalog: Catalog, *, outside: bool = False) 
     parser = _Parser(catalog, outside)
     recipe = parser.recipe(table, path)
     if parser.problems:
-        raise InvalidOption(f"{path}: {len(parser.problems)} problem(s) in this recipe", parser.problems)
+        raise InvalidOption(f"{path}: {counted(len(parser.problems), 'problem')} in this recipe", parser.problems)
     return recipe
 
 

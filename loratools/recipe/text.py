@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratools.errors import BadFile, MissingExtra
+from loratools.errors import BadFile, MissingExtra, counted
 from loratools.storage.sources import open_file
 
 MAX_BYTES, MAX_NODES, MAX_DEPTH = 256_000, 20_000, 12
@@ -89,7 +89,7 @@ def read(path: Path) -> tuple[Table, str]:
     reader = _Reader(path)
     node = reader.node(root, 0)
     if reader.problems:
-        raise BadFile(f"{path}: {len(reader.problems)} problem(s) in this YAML", reader.problems)
+        raise BadFile(f"{path}: {counted(len(reader.problems), 'problem')} in this YAML", reader.problems)
     if not isinstance(node, Table):
         raise BadFile(f"{path}: expected a mapping with inputs and steps")
     return node, text

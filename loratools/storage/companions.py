@@ -87,8 +87,8 @@ def companions(base: Checkpoint, adapter_paths: Iterable[Path | None]) -> Compan
         texts = _with_template(sources, kept)
     if left:
         shown = ", ".join(left[:12]) + (f" and {len(left) - 12} more" if len(left) > 12 else "")
-        text = "%s: %d file(s) stay behind, for they may be weights without the adapter: %s"
-        warned(text, base.path, len(left), shown)
+        files = "1 file stays" if len(left) == 1 else f"{len(left)} files stay"
+        warned("%s: %s behind, as perhaps weights without the adapter: %s", base.path, files, shown)
     brought = sorted(name for name, path in of_adapters.items() if not _is_same(path, of_base.get(name)))
     if template and template != (templates.read(base.root) if of_base else {}):
         brought.append("chat template")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -109,6 +110,8 @@ def _read_header(path: Path) -> Header:
         prefix = file.read(32)
         refuse_pointer(prefix, path)
         length = int.from_bytes(prefix[:8], "little")
+        if beginning := _text(prefix):
+            raise BadFile(f"{path}: not a safetensors file but a text, which begins with {beginning!r}")
         if len(prefix) < 8 or length > size - 8:
             extent = f"{size} bytes" if len(prefix) < 8 else f"a header of {length} bytes in a file of {size}"
             raise BadFile(f"{path}: not a safetensors file, or truncated: found {extent}")
@@ -117,6 +120,18 @@ def _read_header(path: Path) -> Header:
         file.seek(8)
         raw = file.read(length)
     return parse_header(raw, size, path)
+
+
+def _text(prefix: bytes) -> str | None:
+    """Return the first line of what begins as a text does, None for other bytes and for less than a length."""
+    if len(prefix) < 8:
+        return None
+    try:
+        text = getincrementaldecoder("utf-8-sig")().decode(prefix)  # its last character may be cut
+    except UnicodeDecodeError:
+        return None
+    seen = text.translate(dict.fromkeys(map(ord, "\t\r\n"), " "))
+    return text.split("\n")[0].strip() or text.strip() if seen.isprintable() and text.strip() else None
 
 
 def parse_header(raw: bytes, file_size: int, path: Path) -> Header:

@@ -18,7 +18,7 @@ def test_help_of_a_command_is_its_page_and_leads_to_its_topics(capsys: pytest.Ca
     assert page.startswith(own.rstrip())
     assert "loratools help merging" in page
     assert run(["help", "quantised"]) == 2
-    assert "perhaps quantized" in capsys.readouterr().err
+    assert "; did you mean 'quantized'?" in capsys.readouterr().err
 
 
 def test_the_documents(capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,3 +27,29 @@ def test_the_documents(capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(topics) == sorted(path.stem for path in TOPICS.iterdir())
     assert run(["help", "python", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["text"] == (TOPICS / "python.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("topic", "more"),
+    [
+        ("quantisation", "; did you mean 'quantized'?"), ("undo", "; did you mean 'undoing'?"),
+        ("seal", "; did you mean 'convert … --base BASE'?"), ("mrge", "; did you mean 'merge'?"), ("qqqqq", ""),
+    ],
+)  # fmt: skip
+def test_what_is_no_topic_gets_a_suggestion(topic: str, more: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["help", topic]) == 2
+    assert capsys.readouterr().err.splitlines()[0].endswith(f"{topic!r} is neither a topic nor a command{more}")
+
+
+def test_the_list_of_commands_cuts_no_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    page = capsys.readouterr().out
+    for line in page[page.index("\nLook:") : page.index("\nOptions,")].splitlines():
+        assert not line.endswith("..."), line
+
+
+def test_what_is_no_weight_is_told_the_three_ways(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["merge", "base", "adapter", "-o", "out", "-w", "abc"]) == 2
+    error = capsys.readouterr().err
+    assert "'abc' is no weight: it is a number, PATTERN=NUMBER" in error
+    assert "lbw: and a number for each block" in error

@@ -279,6 +279,11 @@ def test_an_unknown_variable_is_told(
         (["extract"], "no such command 'extract'; did you mean 'extract-svd'?", ""),
         (["hash", "--thread", "2"], "no such option '--thread'; did you mean '--threads'?", ""),
         (["hash", "--energy", "0.9"], "no such option '--energy'", "--energy is an option of combine,"),
+        (["seal"], "no such command 'seal'; did you mean 'convert … --base BASE'?", ""),
+        (["undo"], "no such command 'undo'; did you mean 'unmerge'?", ""),
+        (["merge", "--scale", "2"], "no such option '--scale'; did you mean '-w'?", ""),
+        (["merge", "--out", "x"], "no such option '--out'; did you mean '--output'?", ""),
+        (["merge", "--hepl"], "no such option '--hepl'; did you mean '--help'?", ""),
         (["qqqqq"], "no such command 'qqqqq'", ""),
     ],
 )

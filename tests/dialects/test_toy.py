@@ -124,7 +124,7 @@ def test_it_appears_in_every_command(toyed: Callable[[str], Result], workplace: 
 def test_its_losses_are_refused_by_name(toyed: Callable[[str], Result], workplace: Path) -> None:
     done = toyed("loratools convert sealed -o x --to toy")
     assert done.code == 1
-    assert "the dialect toy cannot say 1 thing(s) of this adapter" in done.err
+    assert "the dialect toy cannot say 1 thing of this adapter" in done.err
     assert "base model: its hash, by which a wrong base is refused" in done.err
     assert not (workplace / "x").exists()
     assert toyed("loratools convert sealed -o x --to toy --allow-loss").code == 0

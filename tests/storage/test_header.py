@@ -184,6 +184,15 @@ def test_several_empty_tensors_share_a_place(tmp_path: Path) -> None:
     assert set(read_header(path).tensors) == {"a", "b", "c", "w"}
 
 
+@pytest.mark.parametrize("text", ["# A model\n\nof ours", "\ufeff<!DOCTYPE html>", "\n\n  größer  und größer, sehr"])
+def test_a_text_is_no_safetensors_file(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "README.md"
+    path.write_text(text * 20, encoding="utf-8")
+    assert not library_accepts(path)
+    line = text.strip("\ufeff\n ").split("\n")[0][:10]
+    refusal(path, f"not a safetensors file but a text, which begins with '{line}")
+
+
 @pytest.mark.parametrize("size", range(8))
 def test_files_without_a_whole_length_prefix(tmp_path: Path, size: int) -> None:
     path = tmp_path / "x"

@@ -62,11 +62,10 @@ def refuse_other_codes(base: Checkpoint, tuned: Checkpoint) -> dict[str, str]:
     """
     _refuse_rotated(base)
     _refuse_rotated(tuned)
-    models = {model.path: schemes.find(model.specs, model.config) for model in (base, tuned)}
-    of_base, of_tuned = models.values()
+    of_base, of_tuned = (schemes.find(model.specs, model.config) for model in (base, tuned))
     both = {**of_base.modules, **of_tuned.modules}
     if other := [module for module in both if of_base.modules.get(module) != of_tuned.modules.get(module)]:
-        path, codes = next((path, codes) for path, codes in models.items() if codes.modules)
+        path, codes = (base.path, of_base) if of_base.modules else (tuned.path, of_tuned)
         raise IncompatibleAdapter(
             f"{path} is quantized with {codes.named()}, and codes cannot be subtracted from weights or other codes",
             [f"{module}: {both[module]}" for module in sorted(other)[:20]],

@@ -20,7 +20,7 @@ from loratools.adapter.placement import experts, stacks
 from loratools.adapter.placement.conv1d import Conv1D
 from loratools.adapter.site import Site
 from loratools.decisions import decided, detailed
-from loratools.errors import IncompatibleAdapter
+from loratools.errors import IncompatibleAdapter, counted
 from loratools.storage.codecs.turned import CONV1D
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -70,7 +70,8 @@ def resolve(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any] | None =
     problems += _overlaps(placements)
     if problems:
         raise IncompatibleAdapter(
-            f"the adapter does not fit this base model: {len(problems)} problem(s) in {len(adapter.updates)} modules",
+            f"the adapter does not fit this base model: {counted(len(problems), 'problem')} in "
+            f"{counted(len(adapter.updates), 'module')}",
             problems,
         )
     for placement in placements:

@@ -13,7 +13,7 @@ from loratools.adapter import kinds
 from loratools.adapter.kinds import Update
 from loratools.adapter.parts import A_EMBEDDING, B_EMBEDDING, A, B
 from loratools.dialects._frame.numbers import tell_alpha
-from loratools.errors import BadFile, UnsupportedAdapter
+from loratools.errors import BadFile, UnsupportedAdapter, counted
 from loratools.storage.lazy import LazyTensor
 
 Groups = dict[str, dict[str, LazyTensor]]
@@ -167,7 +167,7 @@ def factors_of(update: Update) -> tuple[LazyTensor, LazyTensor]:
 def check_faults(path: Path, faults: Sequence[str]) -> None:
     """Raise `BadFile` with all faults of an adapter, if it has any."""
     if faults:
-        raise BadFile(f"{path}: {len(faults)} problem(s) in this adapter", faults)
+        raise BadFile(f"{path}: {counted(len(faults), 'problem')} in this adapter", faults)
 
 
 def check_read(path: Path, unsupported: Sequence[str], hint: str | None = None) -> None:

@@ -80,10 +80,14 @@ def unknown(listing: Listing, known: Sequence[str]) -> UnknownKind:
     if factors := listing.factors:
         what = f"an adapter, with {len(factors)} factors such as {factors[0]}, whose names no dialect has"
         return UnknownKind(f"{listing.path}: {what}; loratools reads", known)
+    hint = f"Give the adapter's folder or file; `loratools inspect {listing.path}` describes a model."
+    header = listing.header(listing.files[0]) if listing.single else None
+    if header and any(name.endswith(".weight") for name in header.tensors):
+        return UnknownKind(f"{listing.path} looks like weights of a base model; an adapter was expected", hint=hint)
     if listing.single:
         return UnknownKind(f"{listing.path}: no dialect knows this file; loratools reads", known)
     more = f" and {len(listing.files) - 12} more" if len(listing.files) > 12 else ""
-    shown = ", ".join(listing.files[:12]) + more or "no files"
-    hint = "This looks like a base model; an adapter was expected." if "config.json" in listing.files else None
-    reason = f"{listing.path}: no dialect knows this folder; it holds {shown}; loratools reads"
-    return UnknownKind(reason, known, hint=hint)
+    holds = f"it holds {', '.join(listing.files[:12]) + more or 'no files'}"
+    if "config.json" in listing.files:
+        return UnknownKind(f"{listing.path} looks like a base model; an adapter was expected; {holds}", hint=hint)
+    return UnknownKind(f"{listing.path}: no dialect knows this folder; {holds}; loratools reads", known)

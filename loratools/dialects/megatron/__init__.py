@@ -27,7 +27,7 @@ from loratools.dialects._frame.numbers import is_number, tell_alpha
 from loratools.dialects.megatron import nemo
 from loratools.dialects.megatron.names import FC1, Shape, place
 from loratools.dialects.peft.fields import says_something, unknown
-from loratools.errors import BadFile, UnsupportedAdapter
+from loratools.errors import BadFile, UnsupportedAdapter, counted
 from loratools.storage.lazy import LazyTensor
 
 SUMMARY = "Megatron-Bridge and NeMo: linear_in and linear_out on fused projections (.nemo, state dicts); read only"
@@ -56,7 +56,7 @@ def detect(listing: Listing) -> Evidence | None:
     if archive := listing.only(nemo.ENDING):
         return Evidence(100, f"{archive} is called as NeMo's archives are")
     if shards := nemo.shards_of(listing):
-        return Evidence(90, f"{shards} file(s) of a distributed checkpoint (.distcp)")
+        return Evidence(90, f"{counted(shards, 'file')} of a distributed checkpoint (.distcp)")
     if {nemo.WEIGHTS, nemo.CONFIG} <= set(listing.files):
         return Evidence(90, f"{nemo.CONFIG} beside {nemo.WEIGHTS}, as in NeMo's archives")
     name = listing.only(*nemo.TENSORS)

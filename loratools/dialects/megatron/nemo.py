@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools.dialects._frame.listing import Listing, check_pointer
-from loratools.errors import BadFile, UnsupportedAdapter
+from loratools.errors import BadFile, UnsupportedAdapter, counted
 from loratools.storage.beside.plain_yaml import parse_yaml
 from loratools.storage.lazy import LazyTensor
 from loratools.storage.pickles import tar
@@ -44,8 +44,8 @@ def read(listing: Listing) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
     """
     if shards := shards_of(listing):
         raise UnsupportedAdapter(
-            f"{listing.path}: a distributed checkpoint ({shards} .distcp file(s)), which cannot be read without running"
-            " what its pickled description names",
+            f"{listing.path}: a distributed checkpoint ({counted(shards, '.distcp file')}), which cannot be read "
+            "without running what its pickled description names",
             hint="Export it where it was trained: Megatron-Bridge and NeMo 2 write Hugging Face PEFT adapters.",
         )
     if archive := listing.only(ENDING):

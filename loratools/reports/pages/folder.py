@@ -81,7 +81,7 @@ def _resemblance(chosen: Sequence[FoundAdapter], cosines: Cosines, found: Findin
     left = len(found.adapters) - len(chosen)
     text = (
         "The cosine of two whole adapters: 1 where both change the model the same way, 0 where they have nothing in "
-        "common." + (f" {plural(left, 'adapter')} are not in the picture: duplicates, those of which only the base "
+        "common." + (f" Not in the picture: {plural(left, 'adapter')}: duplicates, those of which only the base "
                      f"tells what they do, and what is beyond {_COMPARED}." if left else "")
     )  # fmt: skip
     yield Section("Who resembles whom", text, [matrix([each.path for each in chosen], cosines)])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools.decisions import warned
-from loratools.errors import BadFile
+from loratools.errors import BadFile, counted
 from loratools.storage import digest, files
 from loratools.storage.beside.along import RESIDUAL, is_index, may_come
 from loratools.storage.beside.choice import STATED, choose
@@ -119,7 +119,8 @@ class Checkpoint:
     def tell_unread(self) -> None:
         """Warn of the files that `unread` returns."""
         if unread := self.unread():
-            warned("%s: %d file(s) that may be weights were not looked at: %s", self.path, len(unread), _few(unread))
+            files, were = counted(len(unread), "file"), "was" if len(unread) == 1 else "were"
+            warned("%s: %s that may be weights %s not looked at: %s", self.path, files, were, _few(unread))
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -215,7 +216,9 @@ def _open_index(path: Path, root: Path | None = None) -> Checkpoint:
         problems += [f"{tensor}: in {name}, not listed in the index" for tensor in sorted(present - listed)]
     if problems:
         more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-        raise BadFile(f"{path}: index and shards do not agree: {len(problems)} problem(s)", [*problems[:_SHOWN], *more])
+        raise BadFile(
+            f"{path}: index and shards do not agree: {counted(len(problems), 'problem')}", [*problems[:_SHOWN], *more]
+        )
     return _build(path.parent, shards, {path: index})
 
 

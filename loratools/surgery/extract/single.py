@@ -21,6 +21,7 @@ from loratools.adapter.naming.image.components import COMPONENTS
 from loratools.adapter.naming.image.groups import ORIGINAL, groups
 from loratools.decisions import warned
 from loratools.dialects._frame.metadata import ALPHAS, RANKS
+from loratools.errors import counted
 from loratools.format.digest import checked_digest
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
@@ -49,8 +50,8 @@ def write(
             return _digest(target), (f"written in the layout of {dialect}, which ComfyUI loads",)
         warned(
             "%s: written in the loratools format, which programs for image models do not load: their layouts have no "
-            "place for %d thing(s), such as %s; --exclude and --drop-whole leave them out", target.name, len(lost),
-            lost[0],
+            "place for %s, such as %s; --exclude and --drop-whole leave them out", target.name,
+            counted(len(lost), "thing"), lost[0],
         )  # fmt: skip
     dialects.save_adapter(adapter, target)
     return _digest(target), ()

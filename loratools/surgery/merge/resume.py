@@ -13,7 +13,7 @@ from loratools.decisions import warned
 from loratools.engine.plan import MergePlan
 from loratools.engine.run import Settings
 from loratools.engine.task import TensorResult
-from loratools.errors import BadFile
+from loratools.errors import BadFile, counted
 from loratools.storage import digest
 from loratools.storage.atomic.sync import sync, sync_names
 from loratools.storage.strict_json import MAX_INDEX, read_json
@@ -82,13 +82,13 @@ class Journal:
             return []
         proof = f"each has the {digest.DEFAULT} digest that was taken down when it was written"
         known = "the base is told by the sizes and times of its files, adapters by their digests"
-        return [f"resumed: {len(self.kept)} of {total} file(s) of tensors are kept: {proof}; {known}"]
+        return [f"resumed: {len(self.kept)} of {counted(total, 'file')} of tensors kept: {proof}; {known}"]
 
     def tell_left(self, total: int) -> None:
         """Warn, as the merge is interrupted, of what stays for the next run."""
         warned(
-            "%d of %d file(s) of tensors are complete and stay in %s: the same call with resume (--resume) goes on "
-            "from them, any other on this output removes them", len(self.done), total, self._folder,
+            "%d of %s of tensors complete, kept in %s: the same call with resume (--resume) goes on from there, "
+            "any other on this output removes that", len(self.done), counted(total, "file"), self._folder,
         )  # fmt: skip
 
     def add(self, path: Path, results: Sequence[TensorResult]) -> None:

@@ -18,7 +18,7 @@ from loratools.adapter.placement.gguf import is_gguf
 from loratools.decisions import warned
 from loratools.dialects._frame.metadata import OF_BYTES
 from loratools.engine.plan import MergePlan
-from loratools.errors import IncompatibleAdapter, InvalidOption
+from loratools.errors import IncompatibleAdapter, InvalidOption, counted
 from loratools.format.manifest import NO_DIGEST
 from loratools.format.record import IN_FILE, SAYS
 from loratools.format.record import read as read_record
@@ -171,7 +171,8 @@ def left_behind(base: Checkpoint, adapters: Sequence[Path | None]) -> Companions
     names = [*left, *map(str, brought)]
     if names:
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        warned("%s: the output is one file, and %d file(s) beside it stay behind: %s", base.path, len(names), shown)
+        files = counted(len(names), "file")
+        warned("%s: the output is one file; left behind, beside it: %s: %s", base.path, files, shown)
     return Companions(left=left)
 
 

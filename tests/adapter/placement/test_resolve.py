@@ -237,7 +237,7 @@ def test_every_unmatched_module_is_listed_with_the_nearest_names() -> None:
     shapes = {f"model.layers.{i}.mlp.{name}.weight": (F, H) for i in range(12) for name in ("up_proj", "fc1")}
     given = adapter({f"model.layers.{i}.feed_forward.up_proj": (F, H) for i in range(12)} | {"nothing.like_it": (F, H)})
     found = refusal(given, shapes)
-    assert found.message.endswith("13 problem(s) in 13 modules")
+    assert found.message.endswith("13 problems in 13 modules")
     assert [problem.split(":")[0] for problem in found.problems] == list(given.updates)
     for i in range(12):
         assert f"model.layers.{i}.mlp.up_proj" in found.problems[i].split("nearest: ")[1]

@@ -100,7 +100,11 @@ def test_an_unknown_folder_lists_what_was_seen_and_what_is_known(tmp_path: Path)
     with pytest.raises(UnknownKind) as refusal:
         dialects.open_adapter(tmp_path)
     assert "it holds config.json, model.safetensors" in refusal.value.message
-    assert refusal.value.hint == "This looks like a base model; an adapter was expected."
+    assert list(refusal.value.problems) == []
+    assert refusal.value.message.startswith(f"{tmp_path} looks like a base model; an adapter was expected; ")
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UnknownKind, match=r"no dialect knows this folder; it holds model\.safetensors") as refusal:
+        dialects.open_adapter(tmp_path)
     assert [line.split(":")[0] for line in refusal.value.problems] == list(dialects.names())
 
 
@@ -108,6 +112,10 @@ def test_unknown_files_and_names(tmp_path: Path) -> None:
     save_file({"w": torch.ones(1)}, tmp_path / "x.safetensors")
     with pytest.raises(UnknownKind, match=r"x\.safetensors: no dialect knows this file"):
         dialects.open_adapter(tmp_path / "x.safetensors")
+    save_file({"m.q_proj.weight": torch.ones(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(UnknownKind, match=r"x\.safetensors looks like weights of a base model") as refusal:
+        dialects.open_adapter(tmp_path / "x.safetensors")
+    assert list(refusal.value.problems) == []
     with pytest.raises(UnknownKind, match=r"no dialect 'pfet'; loratools knows .*peft"):
         dialects.open_adapter(tmp_path, dialect="pfet")
     with pytest.raises(BadFile, match="nothing: no such file or folder"):

@@ -131,7 +131,7 @@ def test_the_same_weights_twice_are_read_once_and_said(sharded: Path, tmp_path: 
     save_file(W, sharded / "model.safetensors", {"format": "pt"})
     said = heard(lambda: merge(sharded, tmp_path / "adapter", tmp_path / "out"))
     assert said[0] == f"{sharded}: model.safetensors is read; model.safetensors.index.json holds the same tensors"
-    assert "2 file(s) stay behind" not in said[1]
+    assert "2 files stay behind" not in said[1]
     assert sorted(path.name for path in (tmp_path / "out").glob("model*")) == ["model.safetensors"]
     assert load(tmp_path / "out")["b.weight"].equal(W["b.weight"])
 
@@ -148,7 +148,7 @@ def test_what_was_not_looked_at_is_named(sharded: Path, tmp_path: Path) -> None:
         lambda: hash_checkpoint(sharded), lambda: inspect(sharded),
     ):  # fmt: skip
         (said,) = set(heard(run))
-        assert said.startswith(f"{sharded}: 7 file(s) that may be weights were not looked at: ")
+        assert said.startswith(f"{sharded}: 7 files that may be weights were not looked at: ")
         assert sorted(said.rpartition(": ")[2].split(", ")) == sorted(names)
 
 
@@ -159,7 +159,7 @@ def test_a_component_is_judged_like_a_folder(tmp_path: Path) -> None:
     save_file(W, unet / "diffusion_pytorch_model.fp16.safetensors")
     (tmp_path / "pipe" / "sd.safetensors").write_bytes(b"\x00")
     (said,) = heard(lambda: hash_checkpoint(tmp_path / "pipe", "schema"))
-    assert said.endswith("2 file(s) that may be weights were not looked at: sd.safetensors, "
+    assert said.endswith("2 files that may be weights were not looked at: sd.safetensors, "
                          "unet/diffusion_pytorch_model.fp16.safetensors")  # fmt: skip
     save_file({"a.weight": torch.zeros(8, 8)}, unet / "model.safetensors")
     with pytest.raises(BadFile, match="weights of different models"):

@@ -114,7 +114,7 @@ def test_unmerged_weights_stay_behind_and_are_named(place: Path) -> None:
     write(place / "base", kept | left)
     warnings = run(place)
     assert warnings[0].startswith(f"{place / 'base' / 'adapter_config.json'}: the base's folder holds an adapter too")
-    assert f"{place / 'base'}: 7 file(s) stay behind" in warnings[1]
+    assert f"{place / 'base'}: 7 files stay behind" in warnings[1]
     assert all(name in warnings[1] for name in left)
     written = {str(path.relative_to(place / "out")) for path in (place / "out").rglob("*") if path.is_file()}
     assert written == {*kept, "config.json", "model.safetensors", "loratools.json", "README.md"}

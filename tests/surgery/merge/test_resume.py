@@ -146,16 +146,14 @@ def test_what_is_kept_is_said(tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             merge(base, [adapter], tmp_path / "out", resume=True, threads=1, progress=Interrupt(5 * SIZE))
         (kept,) = leftovers(tmp_path)
-        assert warnings.pop().startswith(f"2 of 3 file(s) of tensors are complete and stay in {kept}: the same call")
+        assert warnings.pop().startswith(f"2 of 3 files of tensors complete, kept in {kept}: the same call")
         shard = kept / "model-00001-of-00003.safetensors"
         shard.write_bytes(shard.read_bytes()[:-1] + b"?")
         found = merge(base, [adapter], tmp_path / "out", resume=True)
         assert warnings == [f"resumed: {shard.name} changed since it was written, and is written anew"]
     assert found.reused == ("model-00002-of-00003.safetensors",)
     (said,) = [note for note in found.notes if note.startswith("resumed")]
-    assert said.startswith(
-        "resumed: 1 of 3 file(s) of tensors are kept: each has the blake3 digest that was taken down"
-    )
+    assert said.startswith("resumed: 1 of 3 files of tensors kept: each has the blake3 digest that was taken down")
     merge(base, [adapter], tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
