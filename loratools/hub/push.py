@@ -122,8 +122,8 @@ def prepare(
         notes.append(f"the header names paths of a machine ({shown}): loratools edit {path} --strip takes them out")
     if subject.left_out:
         shown = ", ".join(subject.left_out[:8]) + (" …" if len(subject.left_out) > 8 else "")
-        files = counted(len(subject.left_out), "file") + (" is" if len(subject.left_out) == 1 else " are")
-        notes.append(f"{files} no part of it and left here: {shown}")
+        stay = counted(len(subject.left_out), "file") + (" is" if len(subject.left_out) == 1 else " are")
+        notes.append(f"{stay} no part of it and left here: {shown}")
     content = {**subject.content, CARD: text.encode()}
     unchanged = tuple(name for name, data in content.items() if target.has(name, data))
     sizes = {name: len(data) if isinstance(data, bytes) else data.stat().st_size for name, data in content.items()}

@@ -35,6 +35,14 @@ def test_wrong_use_is_one_sentence(shell: Callable, workplace: Path, options: st
     assert not (workplace / "out").exists()
 
 
+def test_a_model_is_compared_with_itself(shell: Callable, workplace: Path) -> None:
+    done = shell("loratools extract-svd base base -o out", workplace)
+    assert done.code == 1
+    assert done.err.startswith("error: base does not differ from base in any tensor that was to be extracted")
+    assert shell("loratools extract-svd base base -o out --dry-run", workplace).code == 0
+    assert not (workplace / "out").exists()
+
+
 def test_document_accounts_for_every_tensor(shell: Callable, workplace: Path) -> None:
     found = run(shell, f"{EXTRACT} --rank 4 --exclude k_proj --save-module o_proj", workplace)
     counts: dict[str, int] = {}

@@ -33,7 +33,7 @@ def test_the_documents(capsys: pytest.CaptureFixture[str]) -> None:
     ("topic", "more"),
     [
         ("quantisation", "; did you mean 'quantized'?"), ("undo", "; did you mean 'undoing'?"),
-        ("seal", "; did you mean 'convert … --base BASE'?"), ("mrge", "; did you mean 'merge'?"), ("qqqqq", ""),
+        ("seal", "; did you mean 'sealing'?"), ("mrge", "; did you mean 'merge'?"), ("qqqqq", ""),
     ],
 )  # fmt: skip
 def test_what_is_no_topic_gets_a_suggestion(topic: str, more: str, capsys: pytest.CaptureFixture[str]) -> None:
