@@ -12,7 +12,7 @@ from loratools.errors import BadFile, LoraToolsError, counted
 from loratools.format.manifest import is_path
 from loratools.format.record import held
 from loratools.hub import card as cards
-from loratools.hub import section
+from loratools.hub import files, section
 from loratools.hub.client import Hub
 from loratools.hub.refs import parse, repository
 from loratools.hub.subject import Subject, read
