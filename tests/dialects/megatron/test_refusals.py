@@ -48,7 +48,7 @@ def test_distributed_checkpoints_are_refused_by_name(tmp_path: Path, inside: str
     folder.mkdir(parents=True)
     for name in ("__0_0.distcp", "__1_0.distcp", ".metadata", "common.pt"):
         (folder / name).write_bytes(b"x")
-    with pytest.raises(UnsupportedAdapter, match=r"a distributed checkpoint \(2 \.distcp file\(s\)\)") as refusal:
+    with pytest.raises(UnsupportedAdapter, match=r"a distributed checkpoint \(2 \.distcp files\)") as refusal:
         dialects.open_adapter(tmp_path / "ckpt")
     assert "Export it" in str(refusal.value.hint)
 
