@@ -4,6 +4,7 @@ A dialect is a module or a package here, found by its name, with
 
     SUMMARY            what it is and who writes it, in one line
     EXTRA              the pip extra that it needs, or None
+    SURE               the highest score of its evidence (default: 100), for the surest are asked first
     FILES              endings of the single files that it can write; () if it writes folders only
     CANNOT             what no file of it can say, a phrase for each; `losses` names them for an adapter
     detect(listing)    `Evidence` that a listing is of this dialect, or None; from names, headers and small files only
@@ -38,7 +39,7 @@ from loratools.adapter.model import Adapter, Loss
 from loratools.decisions import decided, warned, warnings_to
 from loratools.dialects._frame import memory
 from loratools.dialects._frame.dialect import Dialect, DialectSummary
-from loratools.dialects._frame.folders import only_below, unknown
+from loratools.dialects._frame.folders import only_below, several, unknown
 from loratools.dialects._frame.listing import WEIGHTS, Evidence, Listing
 from loratools.dialects._frame.read_as import ReadAs, check_alpha, check_told, told
 from loratools.dialects.peft.held import HasAdapter, InMemory, held, is_pair, refuse_unscaled
@@ -115,25 +116,32 @@ def detect(listing: Listing, candidates: Sequence[tuple[str, Evidence]] | None =
         listing.check()
         raise unknown(listing, [f"{name}: {get(name).SUMMARY}" for name in names()])
     best = max(evidence.score for _, evidence in candidates)
-    first = [(name, evidence) for name, evidence in candidates if evidence.score == best]
+    first = sorted((pair for pair in candidates if pair[1].score == best), key=lambda pair: pair[0])
     if len(first) > 1:
-        raise UnknownKind(
-            f"{listing.path}: can be read as {' or as '.join(name for name, _ in first)}",
-            [f"{name}: {evidence.reason}" for name, evidence in first],
-            hint="Say which one it is: name the dialect.",
-        )
+        raise several(listing, [(name, evidence.reason) for name, evidence in first])
     return first[0]
 
 
-def candidates_for(listing: Listing, only: str | None = None) -> list[tuple[str, Evidence]]:
-    """Return the dialects that know a listing (`only`: this one, if it does), sorted by name, with their evidence."""
-    known = names() if only is None else (only,)
-    return [(name, evidence) for name in known if (evidence := get(name).detect(listing))]
+@cache
+def _surest(known: tuple[str, ...]) -> list[tuple[str, int]]:
+    scores = [(name, vars(get(name)).get("SURE", 100)) for name in known]
+    return sorted(scores, key=lambda pair: -pair[1])
 
 
-def is_adapter(listing: Listing) -> bool:
-    """Tell whether any dialect reads a listing, from names, headers and small files only."""
-    return bool(candidates_for(listing))
+def candidates_for(listing: Listing) -> list[tuple[str, Evidence]]:
+    """Return the dialects that know a listing, with their evidence, but for those that know it less well than one."""
+    known: list[tuple[str, Evidence]] = []
+    for name, most in _surest(names()):
+        if any(evidence.score > most for _, evidence in known):
+            break
+        if evidence := get(name).detect(listing):
+            known.append((name, evidence))
+    return known
+
+
+def is_adapter(listing: Listing, dialect: str | None = None) -> bool:
+    """Tell whether a dialect (default: any) reads a listing, from names, headers and small files only."""
+    return any(get(name).detect(listing) for name, _ in ([(dialect, 100)] if dialect else _surest(names())))
 
 
 def located(listing: Listing, dialect: str | None = None) -> Listing:
@@ -141,9 +149,9 @@ def located(listing: Listing, dialect: str | None = None) -> Listing:
 
     Raises `UnknownKind` that names them where several folders have one, or one below other weights.
     """
-    if listing.single or candidates_for(listing, dialect):
+    if listing.single or is_adapter(listing, dialect):
         return listing
-    return only_below(listing, lambda below: bool(candidates_for(below, dialect)))
+    return only_below(listing, lambda below: is_adapter(below, dialect))
 
 
 def open_adapter(
@@ -197,8 +205,10 @@ def open_adapter(
         return held(path, initial=initial)
     if dialect is not None:
         get(dialect)
-    listing = located(Listing.of(path, alpha=alpha, base=base, initial=initial, enabled=enabled), dialect)
-    name, evidence = (dialect, None) if dialect else detect(listing)
+    listing = Listing.of(path, alpha=alpha, base=base, initial=initial, enabled=enabled)
+    candidates = [] if dialect else candidates_for(listing)
+    listing = listing if candidates else located(listing, dialect)
+    name, evidence = (dialect, None) if dialect else detect(listing, candidates)
     if enabled is not None and name != "loralib":
         raise InvalidOption(f"{path}: enabled is for files of loralib, and this is one of {name}")
     adapter = get(name).read(listing)

@@ -41,6 +41,7 @@ from loratools.storage.lazy import LazyTensor
 
 SUMMARY = "ComfyUI, ai-toolkit, musubi-tuner, BFL, XLabs: the original implementation's names (diffusion_model.…)"
 EXTRA = None
+SURE = 85
 FILES = (".safetensors",)
 CANNOT = (
     *IDENTITY, "tensors trained whole outside of the image model", "models whose original names are not known here",
@@ -63,8 +64,7 @@ _XLABS_NAMES = {
     "qkv1": "img_attn.qkv", "qkv2": "txt_attn.qkv", "proj1": "img_attn.proj", "proj2": "txt_attn.proj",
     "qkv": "linear1", "proj": "linear2",
 }  # fmt: skip
-_DIFFSYNTH = re.compile(r"^(?:pipe\.)?dit\.")
-_CHECKPOINT = re.compile(r"^model\.(?=diffusion_model\.)")
+_DIFFSYNTH, _CHECKPOINT = re.compile(r"^(?:pipe\.)?dit\."), re.compile(r"^model\.(?=diffusion_model\.)")
 _STACKED, _HEAD = re.compile(r"(?:diffusion_model\.)?(?:token_refiner\.)?blocks\.\d+\.attn\.qkv_proj"), 128
 """MiniMax-H3's weights of q, k and v, and the width of its heads."""
 _PACKED = re.compile(r".+\.(?:mlp(?:_context)?_fc[12]|(?:qkv|out)_proj(?:_context)?)\.lora_(?:down|up)")

@@ -13,6 +13,7 @@ import json
 import re
 from collections import defaultdict
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from loratools.storage.strict_json import parse_json_object
 
 SUMMARY = "diffusers: pytorch_lora_weights.safetensors; also older lora.down/up names and attention processors"
 EXTRA = None
+SURE = 95
 FILES = (".safetensors",)
 CANNOT = (*IDENTITY, "tensors trained whole", "embeddings", "DoRA on some modules of a component only")
 
@@ -160,6 +162,7 @@ def _renamed(adapter: Adapter) -> Adapter:
     return rename.to_diffusers(adapter if adapter.dialect == "diffusers" else rename.spelled_out(adapter))
 
 
+@lru_cache(maxsize=4096)  # the next adapter has the same names
 def _split(name: str) -> tuple[str, str] | None:
     """Return (module with its component, PEFT's part or `_ALPHA_PART`), or None for a name of no known spelling.
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "microsoft/loralib: a state dict of lora_A and lora_B; alpha must be told (--alpha)"
 EXTRA = None
+SURE = 70
 FILES = SUFFIXES
 CANNOT = (*IDENTITY, "alpha", "the name of the base model", "tensors trained whole but biases", "DoRA", "conv")
 

@@ -28,6 +28,7 @@ from loratools.storage.lazy import LazyTensor
 
 SUMMARY = "mistral-finetune: lora.safetensors (layers.0.attention.wq.lora_A.weight) beside params.json; read only"
 EXTRA = None
+SURE = 95
 FILES = ()
 CANNOT = ("anything: it is only read; vLLM and transformers read PEFT",)
 

@@ -29,6 +29,11 @@ def read(path: Path, *, verify: bool = False, header: Header | None = None) -> A
     problems = [subject] if isinstance(subject, validate.Problem) else validate.problems(subject, digest=verify)
     if problems or isinstance(subject, validate.Problem):
         raise validate.refusal(path, problems)
+    return adapter_of(path, subject)
+
+
+def adapter_of(path: Path, subject: Subject) -> Adapter:
+    """Return the adapter of a subject that breaks no clause, opened at `path`; raise as `read` what is not applied."""
     document, specs = subject.manifest, subject.specs or {}
     layers = manifest.layers_of(document)
     return Adapter(

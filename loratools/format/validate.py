@@ -81,7 +81,11 @@ def validate(path: Path, *, digest: bool = True) -> list[Problem]:
 
 def report(path: Path, *, digest: bool = True) -> Report:
     """Validate like `validate`, and say what was looked at."""
-    subject = open_subject(path)
+    return report_of(open_subject(path), digest=digest)
+
+
+def report_of(subject: Subject | Problem, *, digest: bool = True) -> Report:
+    """Validate what `open_subject` returned, and say what was looked at."""
     if isinstance(subject, Problem):
         return Report((subject,), GATE)
     size = sum(spec.nbytes for spec in subject.specs.values()) if digest and subject.specs else 0

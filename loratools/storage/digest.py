@@ -11,6 +11,7 @@ BLAKE3 (256 bits) or SHA-256, and a digest is written `blake3:<64 hex digits>`. 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, Protocol, get_args
 
@@ -20,6 +21,8 @@ Algorithm = Literal["blake3", "sha256"]
 
 DEFAULT: Algorithm = "blake3"
 ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
+
+_DIGITS = re.compile("[0-9a-f]{64}")
 
 
 class Hasher(Protocol):
@@ -44,7 +47,7 @@ def new(algorithm: str = DEFAULT) -> Hasher:
 def algorithm_of(digest: str) -> str:
     """Return the algorithm of a written digest, `blake3:…`; raise `BadFile` unless it is well formed."""
     algorithm, _, digits = digest.partition(":")
-    if algorithm not in ALGORITHMS or len(digits) != 64 or set(digits) - set("0123456789abcdef"):
+    if algorithm not in ALGORITHMS or not _DIGITS.fullmatch(digits):
         raise BadFile(f"{digest!r} is not a digest; expected blake3: or sha256: and 64 lower-case hex digits")
     return algorithm
 

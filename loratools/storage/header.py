@@ -36,6 +36,7 @@ MAX_SIDES = 64
 """Sides of one tensor; torch has no more."""
 
 _U64 = 2**64 - 1
+_ENTRY = frozenset({"dtype", "shape", "data_offsets"})
 
 
 class Decoded(Protocol):
@@ -198,7 +199,7 @@ def nbytes(dtype: str, shape: Iterable[int]) -> int:
 
 def _spec(name: str, entry: Any, path: Path, data_start: int) -> TensorSpec:
     check_name(name, path)
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY:
         raise BadFile(f"{path}: tensor {name!r}: expected exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or not dtypes.is_known(dtype):
@@ -221,4 +222,6 @@ def _spec(name: str, entry: Any, path: Path, data_start: int) -> TensorSpec:
 
 
 def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item <= _U64 for item in value)
+    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
+        return False
+    return not value or (min(value) >= 0 and max(value) <= _U64)

@@ -21,8 +21,9 @@ MAX_INDEX = 64_000_000
 """Bytes of the index of a model's files, or of the record of a merge; those of the largest models have ten million."""
 
 
-_ODD_NUMBER = re.compile(r"[\s:,\[]-|\d{21}")
-"""Where a text may have a negative integer, or a long one."""
+_NEGATIVE = re.compile(rb"[\s:,\[]-")
+_DIGITS = bytes.maketrans(b"123456789", b"0" * 9)
+_LONG = b"0" * 21
 
 
 def read_json(path: Path, *, strict: bool = False, most: int | None = None) -> dict[str, Any]:
@@ -71,11 +72,13 @@ def parse_json_object(raw: bytes, path: Path, *, constants: bool = False) -> dic
         text = raw.decode("utf-8")
         if not text.startswith("{"):
             raise BadFile(f"{path}: not the JSON object that was expected: it begins with {text[:12]!r}")
-        odd = number if _ODD_NUMBER.search(text) else None  # by a function of Python for each number
+        # A negative integer or a long one is read by a function of Python, which then is called for each number.
+        has_odd = (b"-" in raw and _NEGATIVE.search(raw)) or _LONG in raw.translate(_DIGITS)
+        odd = number if has_odd else None
         document = json.loads(
             text, object_pairs_hook=unique, parse_constant=constant, parse_int=odd, parse_float=finite
         )
-        if re.search(r"\\u[dD][89a-fA-F]", text):
+        if b"\\u" in raw and re.search(r"\\u[dD][89a-fA-F]", text):
             json.dumps(document, ensure_ascii=False).encode()  # a lone surrogate cannot be encoded
     except UnicodeError:
         raise BadFile(f"{path}: the JSON is not valid UTF-8") from None

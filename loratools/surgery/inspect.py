@@ -218,13 +218,14 @@ def describe_adapter(
     `entries` are those of its header (default: those that it carries), `card` the text of its README.md.
     """
     entries = metadata_of(adapter) if entries is None else entries
-    modules = tuple(
+    modules = tuple([
         ModuleSummary(
             module, update.kind, update.rank, update.alpha, update.scaling, update.shape,
-            sum(part.parameters for part in update.parts.values()), sum(part.nbytes for part in update.parts.values()),
+            sum([part.parameters for part in parts]), sum([part.nbytes for part in parts]),
         )
         for module, update in sorted(adapter.updates.items(), key=lambda item: natural(item[0]))
-    )  # fmt: skip
+        for parts in [update.parts.values()]
+    ])  # fmt: skip
     tensors = adapter.tensors()
     return AdapterSummary(
         path=str(path), dialect=dialect, evidence=evidence, groups=_groups(modules), modules=modules,
@@ -287,7 +288,7 @@ def _tensor(name: str, tensor: _Tensor) -> TensorSummary:
 
 def _amount(tensors: Iterable[_Tensor]) -> Amount:
     listed = list(tensors)
-    return Amount(len(listed), sum(tensor.parameters for tensor in listed), sum(tensor.nbytes for tensor in listed))
+    return Amount(len(listed), sum([tensor.parameters for tensor in listed]), sum([tensor.nbytes for tensor in listed]))
 
 
 def _by_dtype(tensors: Iterable[_Tensor]) -> dict[str, Amount]:

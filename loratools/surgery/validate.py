@@ -64,10 +64,11 @@ def validate(
     """
     Options().flag("data", data).threads(threads).done()
     path = local(path, "adapter" if data else "header")
-    report = rules.report(path, digest=data)
-    if report.problems:
+    subject = rules.open_subject(path)
+    report = rules.report_of(subject, digest=data)
+    if report.problems or isinstance(subject, rules.Problem):
         return Validation(report)
-    identity = reader.read(path).base or BaseIdentity()
+    identity = reader.adapter_of(path, subject).base or BaseIdentity()
     if base is None:
         return Validation(report, sealed=identity.sealed)
     checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(base)

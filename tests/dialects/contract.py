@@ -70,6 +70,7 @@ class DialectContract:
             evidence = dialects.get(self.name).detect(listing)
             assert evidence is not None
             assert evidence.reason
+            assert evidence.score <= vars(dialects.get(self.name))["SURE"]
 
     def test_it_leaves_the_others_theirs(self, tmp_path: Path) -> None:
         for other in sorted(set(dialects.names()) - {self.name}):

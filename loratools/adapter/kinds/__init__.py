@@ -2,7 +2,7 @@
 
 A kind file, called as the kind is in the format's registry, is a module with
 
-    claims(parts)                     whether a module with these part names is of this kind
+    claims(parts)                     whether a module with these part names, and numbers of sides, is of this kind
     build(parts, scaling, alpha)      the `Update`; raises `ValueError` with a sentence where shapes do not fit. A kind
                                       that shapes cannot tell all about takes `layout` besides, a mapping
 
@@ -246,6 +246,20 @@ def get(kind: str) -> Any:
     return import_module(f"{__name__}.{kind}")
 
 
+_MOST_CLAIMS = 1000
+_claims: dict[tuple[tuple[str, ...], frozenset[tuple[str, int]]], str | None] = {}
+
+
 def claim(parts: Mapping[str, LazyTensor]) -> str | None:
-    """Return the kind whose parts these are, or None."""
-    return next((kind for kind in names() if get(kind).claims(parts)), None)
+    """Return the kind whose parts these are, or None.
+
+    No two kinds claim the same, so the order in which they are asked is free, and one called as a part begins is first.
+    Names and numbers of sides are all that `claims` looks at: what was asked once is known.
+    """
+    signs = names(), frozenset([(name, len(lazy.shape)) for name, lazy in parts.items()])
+    if signs not in _claims:
+        if len(_claims) >= _MOST_CLAIMS:
+            _claims.clear()
+        asked = sorted(names(), key=lambda kind: not any(name.startswith(kind) for name in parts))
+        _claims[signs] = next((kind for kind in asked if get(kind).claims(parts)), None)
+    return _claims[signs]

@@ -102,7 +102,8 @@ class TwoFactors(LowRank):
 
     @property
     def parts(self) -> Mapping[str, LazyTensor]:
-        return dict(zip(self.names, (self.A, self.B), strict=True)) | ({BIAS: self.bias} if self.bias else {})
+        a, b = self.names
+        return {a: self.A, b: self.B, BIAS: self.bias} if self.bias else {a: self.A, b: self.B}
 
     @property
     def roles(self) -> Mapping[str, str]:
@@ -145,8 +146,8 @@ class TwoFactors(LowRank):
     @classmethod
     def build(cls, parts: Mapping[str, LazyTensor], scaling: float, alpha: float) -> Self:
         """Return the update of two factors."""
-        A, B = (parts[name] for name in cls.names)
-        return cls(A, B, scaling, alpha, parts.get(BIAS))
+        a, b = cls.names
+        return cls(parts[a], parts[b], scaling, alpha, parts.get(BIAS))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

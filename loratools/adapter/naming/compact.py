@@ -5,6 +5,10 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import lru_cache
+
+_REMEMBERED = 4096
+"""Names of which the last answers are kept: they are asked about often, and the next adapter has the same."""
 
 # A pattern: for each place between the dots, the set of what stands there. It means every combination.
 _Pattern = tuple[frozenset[str], ...]
@@ -24,17 +28,20 @@ def compact(names: Iterable[str]) -> list[str]:
     places = range(longest - 1, -1, -1)
     for numbers in (True, False):
         for place in places:
-            patterns = _join(patterns, place, numbers)
+            if len({pattern[place] for pattern in patterns if place < len(pattern)}) > 1:
+                patterns = _join(patterns, place, numbers)
     return sorted((".".join(map(_show, pattern)) for pattern in patterns), key=natural)
 
 
-def natural(name: str) -> list[tuple[int, str]]:
+@lru_cache(_REMEMBERED)
+def natural(name: str) -> tuple[tuple[int, str], ...]:
     """Return a sort key that puts layer 9 before layer 10."""
-    return [(int(part), "") if _is_number(part) else (-1, part) for part in re.split(r"(\d+)", name)]
+    return tuple([(int(part), "") if _is_number(part) else (-1, part) for part in re.split(r"(\d+)", name)])
 
 
 def _is_number(part: str) -> bool:
-    return re.fullmatch(r"0|[1-9][0-9]{0,17}", part) is not None
+    """Tell whether this is the decimal form of a number below 10^18."""
+    return part.isdigit() and part.isascii() and len(part) < 19 and (part[0] != "0" or part == "0")
 
 
 def _join(patterns: set[_Pattern], place: int, numbers: bool) -> set[_Pattern]:
@@ -73,10 +80,11 @@ def _ranges(numbers: list[int]) -> Iterable[str]:
         last = number  # type: ignore[assignment]
 
 
-def suffixes(module: str) -> list[str]:
+@lru_cache(_REMEMBERED)
+def suffixes(module: str) -> tuple[str, ...]:
     """Return what PEFT's rule for a list entry lets name a module: its path, and each suffix of it after a dot."""
     names = [module]
     while (dot := module.find(".")) >= 0:
         module = module[dot + 1 :]
         names.append(module)
-    return names
+    return tuple(names)

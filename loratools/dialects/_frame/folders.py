@@ -75,6 +75,15 @@ def _step(name: str) -> int:
     return max((int(match[1]) for part in Path(name).parts if (match := _STEP.fullmatch(part))), default=-1)
 
 
+def several(listing: Listing, reasons: Sequence[tuple[str, str]]) -> UnknownKind:
+    """Return the error for what several dialects know equally well: their names, with the reason of each."""
+    return UnknownKind(
+        f"{listing.path}: can be read as {' or as '.join(name for name, _ in reasons)}",
+        [f"{name}: {reason}" for name, reason in reasons],
+        hint="Say which one it is: name the dialect.",
+    )
+
+
 def unknown(listing: Listing, known: Sequence[str]) -> UnknownKind:
     """Return the error for what no dialect reads, with what was seen and what is `known`."""
     if factors := listing.factors:

@@ -86,7 +86,8 @@ class Listing:
         path = local(path, need)
         try:
             if path.is_dir():
-                files = tuple(sorted(entry.name for entry in path.iterdir() if entry.is_file()))
+                with os.scandir(path) as entries:
+                    files = tuple(sorted([entry.name for entry in entries if entry.is_file()]))
                 return cls(path, path, files, alpha, base, initial, enabled)
             if path.is_file():
                 return cls(path, path.parent, (path.name,), alpha, base, initial, enabled)
@@ -190,7 +191,8 @@ class Listing:
         """
         for module, update in adapter.updates.items() if wants_detail() else ():
             detailed("%s: %s, rank %s, scaling %g", module, update.kind, update.rank, update.scaling)
-        read = {file.name for lazy in (*adapter.tensors().values(), *adapter.copies.values()) if (file := lazy.file)}
+        files = {lazy.file for lazy in (*adapter.tensors().values(), *adapter.copies.values())}
+        read = {file.name for file in files if file}
         unread = [name for name in self.weights if name not in read and not is_of_training(name)]
         unread += self._modules_beside()
         if unread and read and not self.single:

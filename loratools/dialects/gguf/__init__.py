@@ -37,6 +37,7 @@ from loratools.storage.sources import open_file
 
 SUMMARY = "GGUF: a LoRA adapter of llama.cpp, with architecture names and one alpha"
 EXTRA = "gguf"
+SURE = 100
 FILES = (".gguf",)
 CANNOT = (*IDENTITY, "tensors trained whole", "DoRA", "convolutions", "biases of B", "unknown architectures")
 

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "kohya-ss sd-scripts and LyCORIS: flattened names (lora_unet_…), lora_down and lora_up, alpha"
 EXTRA = None
+SURE = 90
 FILES = (".safetensors",)
 CANNOT = (*IDENTITY, "tensors trained whole", "embeddings", "stacked experts")
 

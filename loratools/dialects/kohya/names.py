@@ -10,6 +10,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 
 from loratools.adapter.naming.image import readings
 from loratools.adapter.naming.image.components import component
@@ -41,6 +42,7 @@ _ROOTS = (
 )  # fmt: skip
 
 
+@lru_cache(maxsize=4096)  # the next adapter has the same names
 def head_of(name: str) -> tuple[str, str, str] | None:
     """Return (prefix, flat, suffix) of a tensor's name, or None where it is no flattened one.
 

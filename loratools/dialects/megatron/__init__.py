@@ -32,6 +32,7 @@ from loratools.storage.lazy import LazyTensor
 
 SUMMARY = "Megatron-Bridge and NeMo: linear_in and linear_out on fused projections (.nemo, state dicts); read only"
 EXTRA = None
+SURE = 100
 FILES = ()
 CANNOT = ("anything: it is only read; Megatron's own tools import PEFT",)
 

@@ -34,7 +34,8 @@ def shards_of(listing: Listing) -> int:
     if listing.single:
         return int(listing.path.suffix == ".distcp")
     inside = listing.folder / "weights"
-    return sum(1 for place in (listing.folder, inside) if place.is_dir() for _ in place.glob("*.distcp"))
+    below = [path.name for path in inside.iterdir()] if inside.is_dir() else []
+    return sum(name.endswith(".distcp") for name in (*listing.files, *below))
 
 
 def read(listing: Listing) -> tuple[dict[str, LazyTensor], dict[str, Any]]:

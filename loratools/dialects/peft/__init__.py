@@ -50,6 +50,7 @@ from loratools.storage.pickles.archive import SUFFIXES
 
 SUMMARY = "Hugging Face PEFT: adapter_config.json beside adapter_model.safetensors or .bin"
 EXTRA = None
+SURE = 90
 FILES = ()
 CANNOT = ("the hash of the base model", "provenance", "DoRA on some modules and not on others")
 

@@ -15,6 +15,7 @@ from loratools.storage.lazy import LazyTensor
 
 _PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
+_NESTED = re.compile(r"(\.base_layer)+$")
 _FACTOR = re.compile(r"\.lora_[AB]\.([^.]+\.)?weight$")
 
 
@@ -40,7 +41,7 @@ def faults(groups: Groups, config: PeftConfig, held: Collection[str]) -> list[st
         for part, lazy in parts.items():
             if not lazy.dtype.startswith(("F", "BF")):
                 lines.append(f"{keys.join(module, part)}: {lazy.dtype} numbers, expected floating point")
-        path = re.sub(r"(\.base_layer)+$", "", module.partition(".base_layer.")[0])
+        path = _NESTED.sub("", module.partition(".base_layer.")[0]) if ".base_layer" in module else module
         if any(part.startswith("lora_") for part in parts) and path not in held and not _targeted(path, config):
             lines.append(f"{module}: has tensors, but the config does not target it, so PEFT would ignore them")
     return lines + [
@@ -71,6 +72,8 @@ def is_plain(module: str, groups: Groups) -> bool:
     A name with `base_layer` does not: PEFT wraps two targets in one place there, and the name does not say which. The
     exception is the output projection of an `nn.MultiheadAttention`, which PEFT always wraps with the attention itself.
     """
+    if "base_layer" not in module:
+        return True
     outer, nested, inner = module.partition(".base_layer.")
     return "base_layer" not in module.split(".") or (bool(nested) and inner == "out_proj" and outer in groups.modules)
 

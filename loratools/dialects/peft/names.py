@@ -10,7 +10,8 @@ from loratools.format import keys
 from loratools.storage.lazy import LazyTensor
 
 # Segments that FSDP, gradient checkpointing and torch.compile put into module paths.
-_WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
+_WRAPPED, _COMPILED = "_wrapped_module", "_orig_mod"
+_WRAPPERS = frozenset({f"_fsdp{_WRAPPED}", f"_checkpoint{_WRAPPED}", _COMPILED})
 
 _ROWS_OF_COPY = "token_adapter.base_layer."
 
@@ -101,7 +102,7 @@ def unwrap(name: str) -> str:
     'base_model.model.layers.0.q_proj.lora_A.weight'
     """
     stripped = name
-    if any(wrapper in name for wrapper in _WRAPPERS):
+    if _WRAPPED in name or _COMPILED in name:
         stripped = ".".join(segment for segment in name.split(".") if segment not in _WRAPPERS)
     while stripped.startswith("module."):
         stripped = stripped.removeprefix("module.")

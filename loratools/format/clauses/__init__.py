@@ -49,9 +49,18 @@ class Subject:
     def entries(self, *fields: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Yield the well-formed entries of fields, `modules` or `replacements`; of `modules` if none is named."""
         for name in fields or ("modules",):
-            value = self.manifest.get(name)
-            if isinstance(value, Mapping):
-                yield from ((path, entry) for path, entry in value.items() if isinstance(entry, Mapping))
+            yield from self._entries[name]
+
+    @cached_property
+    def _entries(self) -> Mapping[str, Sequence[tuple[str, Mapping[str, Any]]]]:
+        """The well-formed entries of either field: (path, entry)."""
+        values = ((name, self.manifest.get(name)) for name in ("modules", "replacements"))
+        return {
+            name: [(path, entry) for path, entry in value.items() if isinstance(entry, dict)]
+            if isinstance(value, dict)
+            else []
+            for name, value in values
+        }
 
     def kind(self, entry: Mapping[str, Any]) -> Kind | None:
         """Return the kind of a module's entry; None for one that the file's own version does not register."""
@@ -70,13 +79,24 @@ class Subject:
 
     @cached_property
     def _modules(self) -> Sequence[tuple[str, Mapping[str, Any], Kind]]:
-        kinds = ((path, entry, self.kind(entry)) for path, entry in self.entries())
-        return [(path, entry, kind) for path, entry, kind in kinds if kind and natural(entry.get("rank"), 1)]
+        return [(path, entry, kind) for path, entry, kind in self.kinds if kind and natural(entry.get("rank"), 1)]
+
+    @cached_property
+    def kinds(self) -> Sequence[tuple[str, Mapping[str, Any], Kind | None]]:
+        """The well-formed entries of modules, and the kind of each, None for one that is not registered."""
+        return [(path, entry, self.kind(entry)) for path, entry in self.entries()]
+
+    @cached_property
+    def ranked(self) -> Mapping[str, Sequence[tuple[str, Mapping[str, Any], Kind]]]:
+        """Name of a kind -> those of `modules()` that are of it."""
+        grouped: dict[str, list[tuple[str, Mapping[str, Any], Kind]]] = {}
+        for path, entry, kind in self._modules:
+            grouped.setdefault(kind.name, []).append((path, entry, kind))
+        return grouped
 
     def targeted(self) -> list[str]:
         """Return the modules that PEFT finds by `target_modules`; those of an unknown kind are among them."""
-        known = [(path, self.kind(entry)) for path, entry in self.entries()]
-        return [path for path, kind in known if kind is None or kind.targeted]
+        return [path for path, _, kind in self.kinds if kind is None or kind.targeted]
 
     @cached_property
     def replaced(self) -> Mapping[str, str]:
@@ -86,7 +106,7 @@ class Subject:
     @cached_property
     def names(self) -> Mapping[str, tuple[str, str] | None]:
         """Tensor's name -> (module, part), or (its path, "") if it is no part, or None if it has no prefix."""
-        kinds = {path: kind for path, entry in self.entries() if (kind := self.kind(entry))}
+        kinds = {path: kind for path, _, kind in self.kinds if kind}
         replaced = set(self.replaced.values())
 
         def split(name: str) -> tuple[str, str] | None:

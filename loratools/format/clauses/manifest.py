@@ -148,8 +148,8 @@ def paths(subject: Subject) -> Iterator[Fault]:
 @CHAPTER.clause("M-11")
 def kind(subject: Subject) -> Iterator[Fault]:
     """Check that each kind is registered."""
-    for path, entry in subject.entries():
-        if subject.kind(entry) is None:
+    for path, entry, kind in subject.kinds:
+        if kind is None:
             version = subject.manifest.get("format_version")
             yield path, f"kind {shown(entry.get('kind'))} is not one that version {version} registers"
 

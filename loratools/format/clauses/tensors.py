@@ -63,10 +63,10 @@ def dtype(subject: Subject) -> Iterator[Fault]:
 def _shape(subject: Subject, wanted: str) -> Iterator[Fault]:
     """Check the shapes of the modules of a kind."""
     names = subject.parts
-    for path, entry, kind in subject.modules():
+    for path, entry, kind in subject.ranked.get(wanted, ()):
         have = names.get(path, {})
         layout = entry.get("layout", {})
-        if kind.name != wanted or not kind.accepts(frozenset(have)) or any(layout_faults(kind, entry)):
+        if not kind.accepts(frozenset(have)) or any(layout_faults(kind, entry)):
             continue
         shapes = {part: subject.tensors[name][1] for part, name in have.items()}
         if fault := kind.fault(shapes, entry["rank"], layout):

@@ -153,7 +153,7 @@ def _recover(path: Path) -> None:
 def _open(path: Location, dialect: str | None) -> tuple[Listing, str, Documents]:
     """Return what lies there, the name of its dialect, "model" for a model's file, and what its files say."""
     listing = Listing.of(path)
-    if dialect is None and listing.single and not any(dialects.get(name).detect(listing) for name in dialects.names()):
+    if dialect is None and listing.single and not dialects.is_adapter(listing):
         Checkpoint.open(listing.path)  # which says what is wrong with a file that is neither
         return listing, "model", Documents.of(listing, None)
     listing = dialects.located(listing, dialect)

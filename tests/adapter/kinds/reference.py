@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from math import lcm
 
@@ -19,11 +19,19 @@ Parts = dict[str, torch.Tensor]
 def build(parts: Parts, scaling: float = 0.7) -> Update:
     """Return the update that these tensors are, of whatever kind claims them."""
     lazy = {part: LazyTensor.of(tensor) for part, tensor in parts.items()}
-    kind = kinds.claim(lazy)
-    assert kind is not None
+    kind = claimed(lazy)
     update: Update = kinds.get(kind).build(lazy, scaling, scaling * 4)
     assert update.kind == kind
     return update
+
+
+def claimed(parts: Mapping[str, LazyTensor]) -> str:
+    """Return the only kind that claims these parts, which it does by their names and numbers of sides alone."""
+    blank = {part: LazyTensor("F32", (1,) * len(lazy.shape), lambda: torch.ones(1)) for part, lazy in parts.items()}
+    (kind,) = (name for name in kinds.names() if kinds.get(name).claims(parts))
+    assert [kind] == [name for name in kinds.names() if kinds.get(name).claims(blank)]
+    assert kinds.claim(parts) == kind
+    return kind
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -15,7 +15,7 @@ from loratools.adapter.kinds import Update
 from loratools.adapter.kinds.waveft import filters
 from loratools.errors import IncompatibleAdapter
 from loratools.storage.lazy import LazyTensor
-from tests.adapter.kinds.reference import Parts, applied, projected, random
+from tests.adapter.kinds.reference import Parts, applied, claimed, projected, random
 
 OUT, IN = 12, 8
 Formula = Callable[[torch.Tensor, Parts, float], torch.Tensor]
@@ -407,7 +407,7 @@ CASES = {
 def update_of(case: Case) -> Update:
     """Return the update of a case, of the shape of its weight, claimed by its tensors."""
     lazy = {part: LazyTensor.of(tensor) for part, tensor in case.parts.items()}
-    kind = kinds.claim(lazy)
+    kind = claimed(lazy)
     assert kind == case.kind
     layout = {"layout": case.layout} if case.layout else {}
     update: Update = kinds.get(kind).build(lazy, case.scaling, 1.0, **layout)
