@@ -22,10 +22,14 @@ Renamed = Callable[[str, bool, Mapping[str, Any]], str]
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One input as the user would call it, and where its result goes; None where nothing is written."""
+    """One input as the user would call it, and where its result goes; None where nothing is written.
+
+    `listed` tells that a folder of --each has it: nobody named it, so a command passes over what it does not take.
+    """
 
     path: str
     output: Path | None = None
+    listed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +85,14 @@ def batch_of(context: click.Context, argument: str, renamed: Renamed | None, *, 
     for folder in folders:
         named |= _below(folder, output, unread)
     if output is None:
-        return Batch(tuple(map(Item, named)), jobs or 1, tuple(unread))
+        items = [Item(path, listed=path not in paths) for path in named]
+        return Batch(tuple(items), jobs or 1, tuple(unread))
     if output.exists() and not output.is_dir():
         raise OutputRefused(f"{output}: a file; the results of several inputs go into a folder")
     items = []
     for path, name in named.items():
         name = renamed(name, Path(path).is_file(), params) if renamed else name
-        items.append(Item(path, output / name))
+        items.append(Item(path, output / name, listed=path not in paths))
     _check(items)
     return Batch(tuple(items), jobs or 1, tuple(unread), _after(items))
 

@@ -1,7 +1,8 @@
 """A command that takes one path, run on many: in this process, or with -j in several, which share the files out.
 
 One line an item on stdout, or with --json one document a line, in the order of the items. An item that fails is one
-line of error, and the others go on.
+line of error, and the others go on. A command that takes one kind, adapters or models, passes over what is of the other
+in a folder of --each: that is a document with --json, else they are counted at the end.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from loratools.cli._faults import Fault, fault_of
 from loratools.cli._show import SCHEMA, Report, encode_line, exact
 from loratools.cli._show import line as show_line
 from loratools.cli._talk import Talk
+from loratools.decisions import warnings_to
+from loratools.errors import LoraToolsError
 
 _HINTS = 3
 """Hints that are told after all errors; of more, each is about one file only."""
@@ -26,6 +29,10 @@ _HINTS = 3
 
 _GARBAGE = 100_000
 """Objects between two looks for cycles of garbage: those of some twenty items."""
+
+
+_OTHER = {"adapter": "model", "model": "adapter"}
+"""What is passed over in a folder by a command whose argument is an adapter, or a model; others take both."""
 
 
 class OneByOne(Protocol):
@@ -46,7 +53,8 @@ Load = Callable[[], tuple[click.Command, OneByOne]]
 class Outcome:
     """What became of an item: lines for stdout and for stderr, and whether all was well.
 
-    `hint` is the next step after an error; `usage` says that the command line itself is wrong.
+    `hint` is the next step after an error; `usage` says that the command line itself is wrong; `passed` is the kind of
+    an item that was passed over.
     """
 
     out: tuple[str, ...] = ()
@@ -54,6 +62,7 @@ class Outcome:
     ok: bool = True
     hint: str | None = None
     usage: str | None = None
+    passed: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +78,9 @@ class Work:
     def __call__(self, item: Item) -> Outcome:
         """Run the command on one item; nothing but a signal and a closed stdout is raised."""
         root, command = self.load()
+        if item.listed and (other := _OTHER.get(self.argument)) and _is(other, item.path):
+            document = {"schema": SCHEMA, "path": item.path, "passed_over": other, "warnings": []}
+            return Outcome((self.talk.named(encode_line(document)),) if self.talk.json else (), passed=other)
         said: list[str] = []
         take = said.append if self.apart else None
         talk = replace(
@@ -111,7 +123,7 @@ def run(work: Work, batch: Batch, context: click.Context) -> bool:
 
 
 def _run(work: Work, batch: Batch, context: click.Context) -> bool:
-    talk, failed, hints = work.talk, 0, dict[str, None]()
+    talk, failed, passed, hints = work.talk, 0, 0, dict[str, None]()
     for path, reason in batch.unread:
         _print(_failed(Item(str(path)), Fault("BadFile", f"{path}: cannot be listed: {reason}"), talk), talk)
     for number, outcome in enumerate(_outcomes(work, batch)):
@@ -119,6 +131,7 @@ def _run(work: Work, batch: Batch, context: click.Context) -> bool:
             raise click.UsageError(outcome.usage, context)
         _print(outcome, talk)
         failed += not outcome.ok
+        passed += bool(outcome.passed)
         if outcome.hint:
             hints[outcome.hint] = None
         if number == 0 and not gc.isenabled():  # which is off for a command on one path
@@ -128,8 +141,25 @@ def _run(work: Work, batch: Batch, context: click.Context) -> bool:
     failed += len(batch.unread)
     if len(hints) <= _HINTS:
         talk.note(*(f"hint: {hint}" for hint in hints))
-    talk.note(f"{exact(len(batch.items) + len(batch.unread))} paths, {exact(failed) if failed else 'none'} failed")
+    other = _OTHER.get(work.argument, "")
+    over = f", {exact(passed)} {other}{'s' if passed > 1 else ''} passed over" if passed else ""
+    paths = exact(len(batch.items) + len(batch.unread))
+    talk.note(f"{paths} paths, {exact(failed) if failed else 'none'} failed{over}")
     return not failed
+
+
+def _is(kind: str, path: str) -> bool:
+    """Tell whether an adapter, or a model that can be opened, lies at a path; what cannot be read is neither."""
+    from loratools import dialects
+    from loratools.storage.checkpoint import Checkpoint
+
+    with warnings_to(lambda text: None):  # of which the command, if it takes the path, says what there is to say
+        try:
+            listing = dialects.Listing.of(path)
+            adapter = dialects.is_adapter(listing) or bool(listing.factors)
+            return adapter if kind == "adapter" else not adapter and bool(Checkpoint.open(path).specs)
+        except LoraToolsError:
+            return False
 
 
 def _outcomes(work: Work, batch: Batch) -> Iterator[Outcome]:

@@ -106,11 +106,12 @@ def size_of(adapters: Iterable[Adapter]) -> int:
     )
 
 
-def lines(combination: Combination, done: str) -> Iterator[str]:
-    """Yield what was written and how near it is."""
+def lines(combination: Combination, done: str, *, method: bool = True) -> Iterator[str]:
+    """Yield what was written and how near it is, with the `method` where there is a choice of one."""
     ranks = sorted({share.rank for share in combination.shares})
+    how = f"method {combination.method}, " if method else ""
     yield from show.fields(
-        (done, f"{combination.output} ({combination.method}, {len(combination.shares)} modules)"),
+        (done, f"{combination.output} ({how}{len(combination.shares)} modules)"),
         ("rank", " to ".join(dict.fromkeys(str(rank) for rank in (ranks[:1] + ranks[-1:]))) or "none"),
         ("parameters", show.exact(combination.parameters)),
         ("error", f"{combination.error:.3g} of the change ({combination.optimum:.3g} is the least at these ranks)"),

@@ -82,4 +82,4 @@ def command(
         resized = resize(source, output, wanted, **given, progress=bar)
     line = f"wrote {resized.output} ({len(resized.shares)} modules, error {resized.error:.3g} of the change)"
     kept = table(resized) if modules else ()
-    return show.Report(show.plain(resized), [*lines(resized, "resized"), *kept], line=line)
+    return show.Report(show.plain(resized), [*lines(resized, "resized", method=False), *kept], line=line)

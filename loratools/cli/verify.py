@@ -81,10 +81,28 @@ def command(
 
 def _in_a_line(verification: Verification) -> str:
     good = sum(check.within for check in verification.checked)
+    reason = _reason(verification)
     return (
-        f"{'verified' if verification.ok else 'NOT verified'}: {good} of {len(verification.checked)} changed tensors "
-        f"are base + adapter within rounding, largest error {verification.error:.2e}, seed {verification.seed}"
+        f"{'verified' if verification.ok else 'NOT verified'}: {reason and f'{reason}; '}"
+        f"{good} of {len(verification.checked)} changed tensors are base + adapter within rounding, "
+        f"largest error {verification.error:.2e}, seed {verification.seed}"
     )
+
+
+def _reason(verification: Verification) -> str:
+    """Return the first thing beside the changed tensors for which a model is not verified; "" where there is none."""
+    untouched, whole = (_of(verification, replaced=replaced) for replaced in (False, True))
+    for names, what in (
+        (untouched, "that no adapter changes differ from the base"),
+        (whole, "are not those that an adapter trained whole"),
+        (verification.missing, "are missing"),
+        (verification.extra, "are neither in the base nor in an adapter"),
+    ):
+        if names:
+            return f"tensors {what} ({show.exact(len(names))}, first {names[0]})"
+    decides = next((each for each in verification.beside.differences if each.decides), None)
+    disagrees = verification.run is not None and not verification.run.ok
+    return str(decides) if decides else "the models that --run runs disagree" if disagrees else ""
 
 
 def lines(verification: Verification, *, every: bool) -> Iterator[str]:
@@ -155,7 +173,10 @@ def _ran(verification: Verification) -> str | None:
     ran = verification.run
     if ran is None:
         return None
-    numbers = f"logits {ran.distance:.2e} from the base with the adapter live ({ran.applied_by})"
+    numbers = (
+        f"the logits differ from those of the base with the adapter live ({ran.applied_by}) by {ran.distance:.2e}, the "
+        "norm of the difference"
+    )
     explained = f"rounding makes {ran.noise:.2e}, the adapter {ran.effect:.2e}"
     if ran.ok and not ran.tells:
         return f"tells nothing: {numbers}; {explained}, which is not more than rounding"

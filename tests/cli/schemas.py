@@ -253,6 +253,12 @@ def takes_several(command: str) -> bool:
     return found is not None and found.each is not None
 
 
+def takes_one_kind(command: str) -> bool:
+    """Tell whether a command takes adapters alone, or models alone: it passes over the others in a folder."""
+    found = group().get_command(click.Context(group()), command)
+    return found is not None and found.each in ("adapter", "model")
+
+
 def schema(command: str) -> Schema:
     """Return the JSON Schema of the documents of a command: its results, and an error."""
     made = Types()
@@ -265,10 +271,12 @@ def schema(command: str) -> Schema:
     error = record({"type": TEXT, "message": TEXT, "problems": listed(TEXT), "hint": nullable(TEXT)})
     about = "What failed; the exit code is not 0."
     failed = record(common | {"path": TEXT, "error": error}, optional=["path"], about=about)
+    kinds = {"enum": ["adapter", "model"]}
+    passed = record(common | {"path": TEXT, "passed_over": kinds}, about="What --each found, and is not of the kind.")
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": f"loratools {command} --json",
-        "anyOf": [*results, failed],
+        "anyOf": [*results, *([passed] if takes_one_kind(command) else []), failed],
         "$defs": dict(sorted(made.definitions.items())),
     }
 

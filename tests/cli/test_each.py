@@ -13,11 +13,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+import loratools
 from loratools.cli._batch import named_for
 from loratools.cli._pool import in_order
 from loratools.cli._run import run
 from loratools.cli._show import size
+from tests.cli.test_schemas import assert_valid
 from tests.conftest import clean_env
 
 Spoken = Callable[..., tuple[int, list[str], list[str]]]
@@ -96,6 +100,67 @@ def test_each_command_tells_its_answer_in_a_line(spoken: Spoken, library: Path) 
     assert code == 1
     assert out[0].startswith("merged: verified: 4 of 4 changed tensors are")
     assert out[1].startswith("base: NOT verified: 0 of 4")
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_what_a_command_does_not_take_is_passed_over_in_a_folder(spoken: Spoken, library: Path, jobs: str) -> None:
+    shutil.copytree(library.parent / "base", library / "model")
+    shutil.copytree(library.parent / "merged", library / "other" / "model")
+    code, out, err = spoken("resize", "--each", "library", "--rank", "1", "-o", "out", "-j", jobs)
+    assert [line.partition(":")[0] for line in out] == ["library/plain", "library/run", "library/run/checkpoint-5"]
+    assert (code, len(err), err[-1]) == (1, 2, "6 paths, 1 failed, 2 models passed over")
+    assert err[0].startswith("error: library/broken.safetensors: ")
+    assert not (library.parent / "out" / "other").exists()
+    (library / "broken.safetensors").unlink()
+    assert spoken("validate", "--each", "library/run", "--each", "library/other", "-j", jobs)[::2] == (
+        0, ["3 paths, none failed, 1 model passed over"]
+    )  # fmt: skip
+    code, out, err = spoken("verify", "--each", "library", "--base", "base", "--adapter", "adapter", "-j", jobs)
+    assert [line.partition(",")[0] for line in out] == [
+        "library/model: NOT verified: 0 of 4 changed tensors are base + adapter within rounding",
+        "library/other/model: verified: 4 of 4 changed tensors are base + adapter within rounding",
+    ]
+    assert (code, err) == (1, ["5 paths, 1 failed, 3 adapters passed over"])
+
+
+def test_what_is_passed_over_has_a_document_and_a_path_that_is_named_fails(spoken: Spoken, library: Path) -> None:
+    shutil.copytree(library.parent / "base", library / "model")
+    _, out, err = spoken("validate", "--each", "library", "--json")
+    documents = {document["path"]: document for document in map(json.loads, out)}
+    for document in documents.values():
+        assert_valid("validate", document)
+    assert documents["library/model"] == {
+        "schema": 1, "path": "library/model", "passed_over": "model", "warnings": []
+    }  # fmt: skip
+    assert [path for path, document in documents.items() if "passed_over" in document] == ["library/model"]
+    code, out, err = spoken("resize", "--each", "library", "library/model", "--rank", "1", "-o", "out")
+    assert (code, err[-1]) == (1, "5 paths, 2 failed")
+    assert err[0].startswith("error: library/model: no dialect knows this folder")
+    assert spoken("validate", "--each", "library", "library/model")[2][-1] == "5 paths, 3 failed"
+
+
+def test_the_line_of_verify_says_what_is_against_a_model(spoken: Spoken, workplace: Path) -> None:
+    def line(change: Callable[[dict[str, torch.Tensor]], object]) -> str:
+        target = workplace / "altered"
+        shutil.rmtree(target, ignore_errors=True)
+        loratools.merge("base", "adapter", target)
+        path = next(path for path in target.glob("*.safetensors") if norm in load_file(path))
+        weights = load_file(path)
+        change(weights)
+        save_file(weights, path)
+        code, out, _ = spoken("verify", "altered", "merged", "--base", "base", "--adapter", "adapter")
+        assert (code, out[1].startswith("merged: verified: 4 of 4 changed")) == (1, True)
+        return out[0]
+
+    norm = "model.norm.weight"
+    rest = "; 4 of 4 changed tensors are base + adapter within rounding, "
+    assert line(lambda weights: weights[norm].add_(1)).startswith(
+        f"altered: NOT verified: tensors that no adapter changes differ from the base (1, first {norm}){rest}"
+    )
+    config = json.loads((workplace / "merged" / "config.json").read_text())
+    (workplace / "merged" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    _, out, _ = spoken("verify", "merged", "base", "--base", "base", "--adapter", "adapter")
+    assert out[0].startswith("merged: NOT verified: config.json: rms_norm_eps ")
 
 
 def test_several_inputs_are_one_page_and_each_a_page_of_its_own(spoken: Spoken, library: Path) -> None:

@@ -8,11 +8,13 @@ alike      which of many are the same or nearly: by sketches, then by exact numb
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from loratools.adapter.model import BaseIdentity
 from loratools.decisions import warned, warnings_to
 from loratools.dialects._frame.items import items_in
 from loratools.errors import LoraToolsError
@@ -103,7 +105,8 @@ def find(
 
     Args:
         folder: The folder; what is below it is found in any dialect, as folders and as single files.
-        base: Only the adapters of this base model. Its name on the Hub, or the last part of it: those that state it.
+        base: Only the adapters of this base model. Its name on the Hub, or the last part of it: those that state it,
+            and those whose hash of the base is that of one which states it.
             The model itself (a path, an `hf://` reference, an open `Checkpoint`): those that were sealed with it, and
             of the unsealed those whose modules it has. Default: all.
         similar: The cosine from which two adapters are listed as near, more than 0 and at most 1. Default: 0.9.
@@ -126,6 +129,8 @@ def find(
     wanted = None if base is None else Wanted.of(base)
     advance, top = progress or no_progress, as_path(folder)
     items = items_in(top)
+    if wanted is not None and wanted.name:
+        wanted = wanted.known_from(_bases(items.paths))
     failed = [Failed(_name(path, top), reason) for path, reason in items.unread]
     others = unselected = 0
     adapters: list[Sketched] = []
@@ -164,6 +169,15 @@ def find(
         tuple(NearPair(names[pair.first], names[pair.second], pair.cosine, pair.ratio) for pair in pairs),
         tuple(failed), others, unselected, unlisted, similar, SIZE, standard_error(similar),
     )  # fmt: skip
+
+
+def _bases(paths: Iterable[Path]) -> Iterator[BaseIdentity]:
+    """Yield the bases that adapters state; what cannot be read is left out, and told where it is read again."""
+    for path in paths:
+        with warnings_to(lambda text: None), suppress(LoraToolsError, ValueError):
+            adapter = opened(path)
+            if adapter is not None and adapter.base is not None:
+                yield adapter.base
 
 
 def _groups(adapters: list[Sketched], first: list[tuple[int, float]], exact: Exact) -> Iterator[Duplicates]:

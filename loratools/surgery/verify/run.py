@@ -15,7 +15,10 @@ cannot be told from none at all, which is said. Remote code is never run.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +33,7 @@ from loratools.storage.checkpoint import Checkpoint
 
 ROWS, TOKENS = 2, 12
 TIMES = 4.0  # the noise may be below what rounding did, for it is one draw
+_TALKING = ("transformers", "torchao", "torch", "bitsandbytes", "peft", "accelerate", "huggingface_hub")
 FLOOR = 2e-5  # of ‖y‖: float32 sums in another order
 
 
@@ -49,6 +53,33 @@ class Run:
     seed: int
 
 
+@contextmanager
+def _others_are_quiet() -> Iterator[None]:
+    """Let no library draw bars, or say less than an error, while the block runs: what counts is in the result."""
+    bars = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with suppress(ImportError):  # which `_load` tells
+            from transformers.utils import logging as transformers_talk
+
+            bars = transformers_talk.is_progress_bar_enabled()
+            if bars:
+                transformers_talk.disable_progress_bar()
+        # After the import, which sets levels of its own.
+        loggers = [logging.getLogger(name) for name in _TALKING]
+        levels = [logger.level for logger in loggers]
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(max(level, logging.ERROR))
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+            if bars:
+                transformers_talk.enable_progress_bar()
+
+
+@_others_are_quiet()
 @torch.no_grad()
 def run(model: Checkpoint, base: Checkpoint, inputs: Sequence[AdapterInput], changed: Sequence[str], seed: int) -> Run:
     """Run base, base + adapters and merged model on seeded tokens; `changed` are the tensors that the merge changed.

@@ -163,6 +163,27 @@ def test_a_base_selects_by_name_hash_and_shape(workplace: Path) -> None:
     assert find(workplace, base="org/quite-another").adapters == ()
 
 
+def test_a_name_selects_what_was_sealed_with_the_same_base_under_another_name(
+    adapter: Path, zoo: Path, prepared: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(prepared / "base", tmp_path / "base")
+    changed = shutil.copytree(prepared / "base", tmp_path / "changed")
+    for path in changed.glob("*.safetensors"):
+        save_file({name: W + 1 for name, W in load_file(path).items()}, path)
+    for name, base_name, base in (
+        ("named", "org/tiny", "base"), ("renamed", "org/alias", "base"), ("another", "org/else", "changed"),
+    ):  # fmt: skip
+        source = variant(adapter, tmp_path / name, base_model_name_or_path=base_name)
+        loratools.convert(source, zoo / name, base=tmp_path / base)
+    variant(adapter, zoo / "unsealed", base_model_name_or_path="org/alias")
+    found = find(zoo, base="org/tiny")
+    assert [each.path for each in found.adapters] == ["named", "renamed"]
+    assert [each.base for each in found.adapters] == ["org/tiny", "org/alias"]
+    assert (found.unselected, found.failed) == (2, ())
+    shutil.rmtree(zoo / "named")
+    assert find(zoo, base="org/tiny").adapters == ()
+
+
 def test_what_cannot_be_read_is_told_and_the_others_are_found(
     adapter: Path, zoo: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
