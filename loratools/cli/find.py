@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -74,17 +76,21 @@ def _lines(found: Findings) -> Iterator[str]:
 
 
 def _table(found: Findings, group: dict[str, str]) -> Iterator[str]:
-    """Yield the table, its names cut so that a line fits the terminal, where the output is one."""
+    """Yield the table; names are cut so that a line fits the terminal, where the output is one."""
     heading = ["adapter", "base", "kind", "rank", "size", "digest", "dialect", *(["same"] if group else [])]
     rows = [[*_cells(adapter), *([group.get(adapter.path, "")] if group else [])] for adapter in found.adapters]
     widths = [max(len(row[column]) for row in [heading, *rows]) for column in range(len(heading))]
+    if sys.stdout is None or not sys.stdout.isatty():
+        yield from show.table(heading, rows, right=(3, 4))
+        return
     width = shutil.get_terminal_size((sum(widths) + 2 * len(widths), 0)).columns
     over = sum(widths) + 2 * (len(widths) - 1) - width
     for column in (1, 0):  # the base's name gives way first
         least = min(widths[column], max(_LEAST, widths[column] - over))
         over -= widths[column] - least
-        for row in rows:
-            row[column] = _cut(row[column], least)
+        shown = shortened([row[column] for row in rows], least)
+        for row, name in zip(rows, shown, strict=True):
+            row[column] = name
     yield from show.table(heading, rows, right=(3, 4))
 
 
@@ -97,6 +103,22 @@ def _cells(adapter: FoundAdapter) -> list[str]:
     return [adapter.path, adapter.base or "", shown, rank, show.size(adapter.nbytes), digest, adapter.dialect]
 
 
+def shortened(names: Sequence[str], width: int) -> list[str]:
+    """Return names of at most so many columns: without the ending that all share, and cut in the middle.
+
+    >>> shortened(["woman.safetensors", "armor.safetensors"], 8)
+    ['woman', 'armor']
+    """
+    if all(len(name) <= width for name in names):
+        return list(names)
+    endings = {os.path.splitext(name)[1] for name in names if name}
+    ending = endings.pop() if len(endings) == 1 else ""
+    return [_cut(name.removesuffix(ending), width) for name in names]
+
+
 def _cut(text: str, width: int) -> str:
-    """Return the end of a text, which tells names apart best, with a sign of what is left out."""
-    return text if len(text) <= width else f"…{text[1 - width :]}"
+    """Return both ends of a text, with a sign of what is left out between them."""
+    if len(text) <= width:
+        return text
+    begin = width // 2
+    return f"{text[:begin]}…{text[begin + 1 - width :]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import click
@@ -11,6 +12,7 @@ from loratools.cli._show import Report
 from loratools.cli._spelling import topics_like
 
 TOPICS = Path(__file__).with_name("topics")
+_SHOWN = 4  # topics that have a word, those that have it most
 
 
 @make(section="Learn")
@@ -45,6 +47,11 @@ def command(topic: str | None) -> Report:
         leads = [f"loratools help {name}  {titles[name]}" for name in topics if f"loratools {topic} " in topics[name]]
         lines = [*text.split("\n"), *(["", "Topics:", *(f"  {line}" for line in leads)] if leads else [])]
         return Report({"topic": topic, "text": "\n".join(lines)}, lines)
-    like = topics_like(topic, list(topics), commands.list_commands(root))
-    more = f"; did you mean {like}?" if like else ""
+    if like := topics_like(topic, list(topics), commands.list_commands(root)):
+        more = f"; did you mean {like}?"
+    else:
+        word = re.compile(rf"(?<!\w){re.escape(topic)}(?!\w)", re.IGNORECASE)
+        counts = {name: count for name, text in topics.items() if (count := len(word.findall(text)))}
+        having = sorted(counts, key=lambda name: -counts[name])[:_SHOWN]
+        more = f"; topics that have the word: {', '.join(having)}" if having else ""
     raise click.BadParameter(f"{topic!r} is neither a topic nor a command{more}", param_hint="'TOPIC'")

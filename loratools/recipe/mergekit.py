@@ -18,10 +18,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loratools.errors import UnsupportedAdapter, counted
+from loratools.adapter.parts import factors_of
+from loratools.errors import BadFile, UnsupportedAdapter, counted
 from loratools.recipe.catalog import nearest
 from loratools.recipe.mergekit_fields import Entry, Fields
 from loratools.recipe.text import Items, Node, Table
+from loratools.storage.header import read_header
 
 METHODS: Mapping[str, tuple[str, frozenset[str]]] = {
     "linear": ("linear", frozenset({"weight", "normalize"})),
@@ -216,6 +218,11 @@ class _Reader(Fields):
             return None
         else:
             base = entries[0].base if entries else ""
+        alone = [entry.base for entry in entries if not entry.adapter and self._is_adapter(entry.base)]
+        self.problems += [f"models: {one} is an adapter without its base; mergekit's form is base+adapter, as in "
+                          f"'model: BASE+{one}'" for one in alone]  # fmt: skip
+        if alone:
+            return None
         for entry in entries:
             if entry.base != base:
                 what = "another base" if entry.adapter else "a whole model"
@@ -223,6 +230,16 @@ class _Reader(Fields):
         if entries and not any(entry.adapter for entry in entries):
             self.problems.append("models: none of them has an adapter, as base+adapter has")
         return base
+
+    def _is_adapter(self, text: str) -> bool:
+        """Tell whether what mergekit would take for a model is a file or a folder of an adapter."""
+        path = next((path for path in (self.path.parent / text, Path(text)) if path.exists()), None)
+        if path is None or path.suffix != ".safetensors":
+            return path is not None and (path / "adapter_config.json").is_file()
+        try:
+            return bool(factors_of(read_header(path).tensors))
+        except BadFile:
+            return False
 
     def _place(self, text: str) -> str:
         """Return where mergekit finds a model or an adapter: a path that is there, or a repository of the Hub."""

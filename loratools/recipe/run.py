@@ -148,9 +148,9 @@ class _Run:
         if (output := self.place(step)) is None:
             return
         if output.exists() and not self.force and made.read(output) is None:
-            raise OutputRefused(
-                f"{output} exists, and no recipe made it", hint="Choose another output, or replace it with --force."
-            )
+            what = "no recipe made it here: the record that a run of a recipe leaves beside its output is not there"
+            hint = "Replace it with --force, or make the recipe's outputs elsewhere with --folder."
+            raise OutputRefused(f"{output} exists, and {what}", hint=hint)
         root = self.folder.resolve()
         if not self.outside and root not in (parent := output.parent.resolve()).parents and root != parent:
             raise OutputRefused(f"{output} lies outside of {self.folder}, by a link", hint="See --allow-outside.")

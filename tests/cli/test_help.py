@@ -53,3 +53,12 @@ def test_what_is_no_weight_is_told_the_three_ways(capsys: pytest.CaptureFixture[
     error = capsys.readouterr().err
     assert "'abc' is no weight: it is a number, PATTERN=NUMBER" in error
     assert "lbw: and a number for each block" in error
+
+
+def test_a_word_leads_to_the_topics_that_have_it(capsys: pytest.CaptureFixture[str]) -> None:
+    for word, topic in (("lbw", "combining"), ("kohya", "layouts")):
+        assert run(["help", word]) == 2
+        told = capsys.readouterr().err.partition("topics that have the word: ")[2]
+        assert topic in told.split("\n")[0].split(", "), told
+    assert run(["help", "xyzzy"]) == 2
+    assert "have the word" not in capsys.readouterr().err

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import loratools
@@ -135,3 +136,13 @@ def test_places_are_found_as_mergekit_finds_them(here: Path, tmp_path: Path) -> 
         "base": "hf://lab/base@v1", "adapter": str(here / "adapter"), "adapter-2": "hf://lab/adapter",
     }  # fmt: skip
     assert document["steps"]["combined"]["weight"] == [2 / 3, 1 / 3]
+
+
+def test_an_adapter_without_its_base_is_told(tmp_path: Path) -> None:
+    save_file({f"lora_unet_a.lora_{side}.weight": torch.ones(2, 2) for side in ("down", "up")}, tmp_path / "a.safetensors")
+    file = tmp_path / "m.yaml"
+    file.write_text("models: [{model: a.safetensors, parameters: {weight: 1}}]\nmerge_method: linear\ndtype: float32\n")
+    with pytest.raises(UnsupportedAdapter) as caught:
+        translated(text.read(file)[0], file)
+    assert "'model: BASE+a.safetensors'" in str(caught.value)
+    assert "whole model" not in str(caught.value)

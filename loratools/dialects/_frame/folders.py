@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from loratools.adapter.naming.compact import natural
+from loratools.adapter.parts import factors_of
 from loratools.decisions import warned
 from loratools.dialects._frame.listing import Listing
 from loratools.errors import BadFile, UnknownKind
@@ -86,6 +87,10 @@ def several(listing: Listing, reasons: Sequence[tuple[str, str]]) -> UnknownKind
 
 def unknown(listing: Listing, known: Sequence[str]) -> UnknownKind:
     """Return the error for what no dialect reads, with what was seen and what is `known`."""
+    if not listing.single and len(own := _adapters_in(listing)) > 1:
+        shown = ", ".join(own[:6]) + (f" and {len(own) - 6} more" if len(own) > 6 else "")
+        hint = f"Name one of them, or give --each {listing.path} to a command that takes many."
+        return UnknownKind(f"{listing.path}: {len(own)} files of adapters: {shown}", hint=hint)
     if factors := listing.factors:
         what = f"an adapter, with {len(factors)} factors such as {factors[0]}, whose names no dialect has"
         return UnknownKind(f"{listing.path}: {what}; loratools reads", known)
@@ -100,3 +105,11 @@ def unknown(listing: Listing, known: Sequence[str]) -> UnknownKind:
     if "config.json" in listing.files:
         return UnknownKind(f"{listing.path} looks like a base model; an adapter was expected; {holds}", hint=hint)
     return UnknownKind(f"{listing.path}: no dialect knows this folder; {holds}; loratools reads", known)
+
+
+def _adapters_in(listing: Listing) -> list[str]:
+    """Return the files of a folder whose tensors are mostly factors, where nothing says that they are one adapter."""
+    headers = {name: header for name in listing.weights if (header := listing.header(name))}
+    if "adapter_config.json" in listing.files or any(name.endswith(".index.json") for name in listing.files):
+        return []
+    return [name for name, header in headers.items() if factors_of(header.tensors)]

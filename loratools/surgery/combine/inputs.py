@@ -110,15 +110,7 @@ def align(inputs: Sequence[Input]) -> Aligned:
     counts. Raises `UnsupportedAdapter` with every module whose update is no product, `IncompatibleAdapter` with every
     module whose updates differ in kind or shape, `LoraToolsError` with every pattern of a weight that names no module.
     """
-    refused = [
-        f"{each.name}: {module}: {reason}"
-        for each in inputs
-        for module, update in each.adapter.updates.items()
-        if (reason := low_rank.refusal(update))
-    ]
-    if refused:
-        message = f"{len(refused)} module(s) cannot be combined or resized in factor space"
-        raise UnsupportedAdapter(message, refused, hint="Merge such an adapter into its base model instead.")
+    _refuse(inputs)
     modules: dict[str, list[Member]] = {}
     renamed: list[dict[str, str]] = []
     turned: list[str] = []
@@ -172,3 +164,25 @@ def _starting_point(trained: Adapter, initial: Adapter) -> Adapter:
             [f"{module}: only in the {'trained' if module in trained.updates else 'initial'} one" for module in other],
         )
     return Adapter(initial.updates, base=initial.base, dialect=initial.dialect, settings=initial.settings)
+
+
+def _refuse(inputs: Sequence[Input]) -> None:
+    """Raise `UnsupportedAdapter` where updates are no products: each reason of an input once, with its modules."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for each in inputs:
+        for module, update in each.adapter.updates.items():
+            if reason := low_rank.refusal(update):
+                reasons.setdefault((each.name, reason), []).append(module)
+    if not reasons:
+        return
+    count = sum(map(len, reasons.values()))
+    problems = [
+        f"{name}: {modules[0]}{f' and {len(modules) - 1} more' if modules[1:] else ''}: {reason}"
+        for (name, reason), modules in reasons.items()
+    ]
+    name = next(iter(reasons))[0]
+    hint = (
+        f"Make a LoRA of it first (loratools convert {name} -o OUTPUT --to-lora --rank R; some kinds need --base), "
+        "or merge such an adapter into its base model instead."
+    )
+    raise UnsupportedAdapter(f"{count} module(s) cannot be combined or resized in factor space", problems, hint=hint)

@@ -47,7 +47,8 @@ def write(
                 lost = lost or losses
                 continue
             dialects.save_adapter(image, target, dialect=dialect)
-            return _digest(target), (f"written in the layout of {dialect}, which ComfyUI loads",)
+            note = f"written in the layout of {dialect}, which ComfyUI loads"
+            return _digest(target), (note, "this layout holds no base hash, so the file is not sealed with it")
         warned(
             "%s: written in the loratools format, which programs for image models do not load: their layouts have no "
             "place for %s, such as %s; --exclude and --drop-whole leave them out", target.name,

@@ -120,3 +120,15 @@ def test_links_and_empty_folders_hold_none(tmp_path: Path) -> None:
     with pytest.raises(UnknownKind, match="no dialect knows this folder"):
         dialects.open_adapter(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "empty")
+
+
+def test_a_folder_of_files_that_are_adapters_is_several(tmp_path: Path) -> None:
+    flat = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    pair = {f"{flat}.lora_down.weight": torch.ones(2, 8), f"{flat}.lora_up.weight": torch.ones(8, 2)}
+    for name in ("a", "b"):
+        save_file(pair, tmp_path / f"{name}.safetensors")
+    with pytest.raises(UnknownKind) as caught:
+        dialects.open_adapter(tmp_path)
+    assert caught.value.message == f"{tmp_path}: 2 files of adapters: a.safetensors, b.safetensors"
+    assert f"--each {tmp_path}" in (caught.value.hint or "")
+    assert not caught.value.problems

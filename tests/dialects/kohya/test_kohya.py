@@ -19,6 +19,7 @@ from loratools.adapter.model import Adapter, BaseIdentity
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
+from loratools.surgery.convert import convert
 from tests.dialects.adapters import Q0, V0, expect, factors, lora, samples
 from tests.dialects.contract import DialectContract
 
@@ -352,3 +353,25 @@ def test_a_file_that_diffusers_turned_into_kohya_names(tmp_path: Path) -> None:
     state = {f"unet.{name}": tensor for name, tensor in get_peft_model_state_dict(model).items()}
     kohya = {name: tensor.contiguous() for name, tensor in convert_state_dict_to_kohya(state).items()}
     compare(dense(dialects.open_adapter(saved(tmp_path / "a.safetensors", kohya))), wanted)
+
+
+ATTENTION = "transformer_blocks_0_attn1_to_q"
+SD = (f"down_blocks_0_attentions_0_{ATTENTION}", f"up_blocks_1_attentions_2_{ATTENTION}")
+SDXL = (f"input_blocks_4_1_{ATTENTION}", f"output_blocks_0_1_{ATTENTION}", f"input_blocks_8_1_{ATTENTION}")
+OPEN = (f"input_blocks_4_1_{ATTENTION}",)
+"""A module of Stable Diffusion and of SDXL alike."""
+
+
+@pytest.mark.parametrize("modules", [SD, SDXL, OPEN], ids=["sd", "sdxl", "open"])
+def test_names_of_a_unet_come_back_from_the_originals(modules: tuple[str, ...], tmp_path: Path) -> None:
+    """sd-scripts flattens diffusers' names of Stable Diffusion 1 and 2, and the original's of SDXL."""
+    tensors = {f"lora_unet_{module}.lora_{side}.weight": torch.ones(shape) for module in modules
+               for side, shape in (("down", (2, 8)), ("up", (8, 2)))}  # fmt: skip
+    save_file(tensors, tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "comfy.safetensors", to="comfy")
+    convert(tmp_path / "comfy.safetensors", tmp_path / "back.safetensors", to="kohya")
+    with safe_open(tmp_path / "comfy.safetensors", "pt") as file:
+        assert all("input_blocks" in name or "output_blocks" in name for name in file.keys())  # noqa: SIM118
+    with safe_open(tmp_path / "back.safetensors", "pt") as file:
+        back = {name for name in file.keys() if not name.endswith(".alpha")}  # noqa: SIM118
+    assert back == tensors.keys()

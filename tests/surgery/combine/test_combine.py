@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor
 
 from loratools.adapter import kinds
@@ -531,3 +532,17 @@ def test_law_order_does_not_matter(tmp_path: Path, order: list[int], rank: int) 
         [adapters[i] for i in order], tmp_path / "two", weights=[weights[i] for i in order], ranks=ranks, force=True
     )
     assert distance(dense(tmp_path / "two"), dense(tmp_path / "one")) < 1e-6
+
+
+def test_what_is_no_product_is_told_once_with_the_way_to_a_lora(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    names = [f"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_{each}" for each in "qkv"]
+    tensors = {f"{name}.{part}": torch.randn(shape, generator=generator) for name in names
+               for part, shape in (("hada_w1_a", (8, 2)), ("hada_w1_b", (2, 8)), ("hada_w2_a", (8, 2)),
+                                   ("hada_w2_b", (2, 8)))}  # fmt: skip
+    save_file(tensors, tmp_path / "loha.safetensors")
+    with pytest.raises(UnsupportedAdapter) as caught:
+        combine([tmp_path / "loha.safetensors"], tmp_path / "out")
+    (problem,) = caught.value.problems
+    assert "and 2 more: kind loha: its change is no product of two factors" in problem
+    assert f"loratools convert {tmp_path / 'loha.safetensors'} -o OUTPUT --to-lora --rank R" in (caught.value.hint or "")

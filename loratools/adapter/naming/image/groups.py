@@ -6,7 +6,7 @@ A family is read under whichever of its namings the names are, and written under
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,6 +64,8 @@ class Group:
         """
         outcomes: list[tuple[Reading, Naming, str, dict[str, Lead]]] = []
         direct = [(way, target) for way in self.readings if (target := self.target(way, reader)) is not None]
+        if reader == "kohya" and len({to for _, (to, _) in direct}) > 1:  # open, as with few modules of a UNet
+            direct = [(way, self._kept(way) if self._both(direct) else target) for way, target in direct]
         for reading, (to, prefix) in direct or self._around(reader):
             leads = self.leads(reading, to)
             if reader == "kohya" and _same_names(reading, to, leads):
@@ -75,6 +77,15 @@ class Group:
             elif _definite(leads) > _definite(outcomes[same[0]][3]):
                 outcomes[same[0]] = (reading, to, prefix, leads)
         return [(reading, to, prefix) for reading, to, prefix, _ in outcomes]
+
+    def _kept(self, reading: Reading) -> tuple[Naming, str]:
+        """Return the target that leaves this group's names as they are."""
+        own = f"{ORIGINAL}." if reading.naming == "original" else home(self.prefix, reading.family)
+        return reading.naming, own
+
+    def _both(self, ways: Sequence[tuple[Reading, tuple[Naming, str]]]) -> bool:
+        """Tell whether these are UNets, under either of whose names readers of kohya's files find their modules."""
+        return all(reading.family.component == "unet" for reading, _ in ways)
 
     def _around(self, reader: Reader) -> list[tuple[Reading, tuple[Naming, str]]]:
         """Return readings with their targets by the other names that a reader has for the same models."""
