@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -111,7 +111,7 @@ def shortened(names: Sequence[str], width: int) -> list[str]:
     """
     if all(len(name) <= width for name in names):
         return list(names)
-    endings = {os.path.splitext(name)[1] for name in names if name}
+    endings = {Path(name).suffix for name in names if name}
     ending = endings.pop() if len(endings) == 1 else ""
     return [_cut(name.removesuffix(ending), width) for name in names]
 

@@ -26,7 +26,8 @@ def test_in_a_pipe_nothing_is_cut(
 ) -> None:
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     file = f"{'long' * 12}.safetensors"
-    save_file({f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(8, 2)}, tmp_path / file)
+    factors = {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(8, 2)}
+    save_file(factors, tmp_path / file)
     monkeypatch.setenv("COLUMNS", "80")
     assert run(["find", str(tmp_path)]) == 0
     assert file in capsys.readouterr().out

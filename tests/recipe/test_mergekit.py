@@ -139,7 +139,8 @@ def test_places_are_found_as_mergekit_finds_them(here: Path, tmp_path: Path) -> 
 
 
 def test_an_adapter_without_its_base_is_told(tmp_path: Path) -> None:
-    save_file({f"lora_unet_a.lora_{side}.weight": torch.ones(2, 2) for side in ("down", "up")}, tmp_path / "a.safetensors")
+    factors = {f"lora_unet_a.lora_{side}.weight": torch.ones(2, 2) for side in ("down", "up")}
+    save_file(factors, tmp_path / "a.safetensors")
     file = tmp_path / "m.yaml"
     file.write_text("models: [{model: a.safetensors, parameters: {weight: 1}}]\nmerge_method: linear\ndtype: float32\n")
     with pytest.raises(UnsupportedAdapter) as caught:

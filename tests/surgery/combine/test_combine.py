@@ -545,4 +545,5 @@ def test_what_is_no_product_is_told_once_with_the_way_to_a_lora(tmp_path: Path) 
         combine([tmp_path / "loha.safetensors"], tmp_path / "out")
     (problem,) = caught.value.problems
     assert "and 2 more: kind loha: its change is no product of two factors" in problem
-    assert f"loratools convert {tmp_path / 'loha.safetensors'} -o OUTPUT --to-lora --rank R" in (caught.value.hint or "")
+    file = tmp_path / "loha.safetensors"
+    assert f"loratools convert {file} -o OUTPUT --to-lora --rank R" in (caught.value.hint or "")
