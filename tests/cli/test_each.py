@@ -135,7 +135,7 @@ def test_what_is_passed_over_has_a_document_and_a_path_that_is_named_fails(spoke
     assert [path for path, document in documents.items() if "passed_over" in document] == ["library/model"]
     code, out, err = spoken("resize", "--each", "library", "library/model", "--rank", "1", "-o", "out")
     assert (code, err[-1]) == (1, "5 paths, 2 failed")
-    assert err[0].startswith("error: library/model: no dialect knows this folder")
+    assert err[0].startswith("error: library/model looks like a base model")
     assert spoken("validate", "--each", "library", "library/model")[2][-1] == "5 paths, 3 failed"
 
 
