@@ -64,7 +64,7 @@ def _others_are_quiet() -> Iterator[None]:
 
             bars = transformers_talk.is_progress_bar_enabled()
             if bars:
-                transformers_talk.disable_progress_bar()
+                transformers_talk.disable_progress_bar()  # type: ignore[no-untyped-call]
         # After the import, which sets levels of its own.
         loggers = [logging.getLogger(name) for name in _TALKING]
         levels = [logger.level for logger in loggers]
@@ -76,7 +76,7 @@ def _others_are_quiet() -> Iterator[None]:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
             if bars:
-                transformers_talk.enable_progress_bar()
+                transformers_talk.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @_others_are_quiet()
