@@ -144,7 +144,7 @@ class _Run:
         return None
 
     def refuse(self, step: Step) -> None:
-        """Raise `OutputRefused` for an output that no recipe made, or that lies elsewhere by a link."""
+        """Raise `OutputRefused` for an output without a recipe's record, or that lies elsewhere by a link."""
         if (output := self.place(step)) is None:
             return
         if output.exists() and not self.force and made.read(output) is None:
@@ -186,7 +186,7 @@ def run(
     if refused:
         raise OutputRefused(
             f"{recipe.path}: {len(refused)} output(s) are refused", refused,
-            hint="Choose another --folder, or replace what no recipe made with --force.",
+            hint="Choose another --folder, or replace what is there with --force.",
         )  # fmt: skip
     if problems:
         raise InvalidOption(f"{recipe.path}: {len(problems)} step(s) say what cannot be", problems)

@@ -70,6 +70,11 @@ def run(folder: Path, weights: dict[str, Tensor], changed: dict[str, Tensor], **
     assert {path.name for path in folder.iterdir()} == {"base.safetensors", "tuned.safetensors", "out.safetensors"}
     adapter = dialects.open_adapter(folder / "out.safetensors")
     assert extraction.digest == checked_digest(adapter, "out")
+    lacks = any("holds no base hash" in note for note in extraction.notes)
+    with safe_open(folder / "out.safetensors", "pt") as file:
+        assert (extraction.base in json.dumps(file.metadata())) != lacks
+    assert (adapter.base.root if adapter.base else None) == (None if lacks else extraction.base)
+    assert lacks == (adapter.dialect != "loratools")
     merge(folder / "base.safetensors", folder / "out.safetensors", folder / "again.safetensors")
     again = load_file(folder / "again.safetensors")
     for name, W in changed.items():
