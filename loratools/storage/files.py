@@ -154,35 +154,57 @@ def same_bytes(first: TensorSpec, second: TensorSpec) -> bool:
     """Tell whether two tensors have one dtype, one shape, and the same bytes."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    return all(bytes(a) == bytes(b) for a, b in zip(chunks(first), chunks(second), strict=True))
+    length = min(CHUNK, first.nbytes)
+    ours, theirs = bytearray(length), bytearray(length)  # two of these are compared where they lie, views are copied
+    with opened(first) as read_first, opened(second) as read_second:
+        for offset in range(0, first.nbytes, length or 1):
+            if first.nbytes - offset < length:
+                length = first.nbytes - offset
+                ours, theirs = ours[:length], theirs[:length]
+            read_first(memoryview(ours), offset)
+            read_second(memoryview(theirs), offset)
+            if ours != theirs:
+                return False
+    return True
+
+
+def row_pieces(specs: Sequence[TensorSpec], columns: int, nbytes: int) -> Iterator[tuple[int, int, list[memoryview]]]:
+    """Read tensors of as many elements side by side, each as a matrix of `columns` columns, some rows at a time.
+
+    Yields the number of the first row, how many there are, and for each tensor the bytes of the rows, valid until the
+    next ones are asked for. A tile of the widest dtype takes about `nbytes`, at least one row.
+    """
+    sizes = [dtypes.bits(spec.dtype) // 8 for spec in specs]
+    total = specs[0].parameters // columns
+    step = max(1, nbytes // (columns * max(sizes)))
+    buffers = [memoryview(bytearray(min(step, total) * columns * size)) for size in sizes]
+    with ExitStack() as stack:
+        sources = [stack.enter_context(opened(spec)) for spec in specs]
+        for first in range(0, total, step):
+            count = min(first + step, total) - first
+            pieces = []
+            for read, size, buffer in zip(sources, sizes, buffers, strict=True):
+                piece = buffer[: count * columns * size]
+                read(piece, first * columns * size)
+                pieces.append(piece)
+            yield first, count, pieces
 
 
 def row_tiles(
     specs: Sequence[TensorSpec], columns: int, nbytes: int
 ) -> Iterator[tuple[int, list[memoryview], list[torch.Tensor]]]:
-    """Read tensors of as many elements side by side, each as a matrix of `columns` columns, some rows at a time.
+    """Read tensors as `row_pieces` does; yield the number of the first row, the bytes, and the rows themselves.
 
-    Yields the number of the first row, and for each tensor the bytes of the rows and the rows themselves, (k, columns)
-    in the stored dtype; both share memory, and are valid until the next tile is asked for. A tile of the widest dtype
-    takes about `nbytes`, at least one row.
+    These are (k, columns) in the stored dtype, and share the memory of the bytes.
     """
     import torch
 
     twins = [dtypes.to_torch(spec.dtype) for spec in specs]
-    total = specs[0].parameters // columns
-    step = max(1, nbytes // (columns * max(twin.itemsize for twin in twins)))
-    buffers = [bytearray(min(step, total) * columns * twin.itemsize) for twin in twins]
-    with ExitStack() as stack:
-        sources = [stack.enter_context(opened(spec)) for spec in specs]
-        for first in range(0, total, step):
-            count = (min(first + step, total) - first) * columns
-            pieces, rows = [], []
-            for read, twin, buffer in zip(sources, twins, buffers, strict=True):
-                piece = memoryview(buffer)[: count * twin.itemsize]
-                read(piece, first * columns * twin.itemsize)
-                pieces.append(piece)
-                rows.append(torch.frombuffer(buffer, dtype=twin, count=count).view(-1, columns))
-            yield first, pieces, rows
+    for first, _, pieces in row_pieces(specs, columns, nbytes):
+        rows = [
+            torch.frombuffer(piece, dtype=twin).view(-1, columns) for piece, twin in zip(pieces, twins, strict=True)
+        ]
+        yield first, pieces, rows
 
 
 def read_bytes(spec: TensorSpec) -> bytearray:

@@ -15,6 +15,7 @@ FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fPIC", "-shared")
 LOSS = {
     "rows": "merges will run in torch alone, slower",
     "codes": "quantized weights will be decoded in NumPy alone, slower",
+    "proof": "merges will be verified in NumPy alone, slower",
     "residual": "residuals will be kept and read in NumPy alone, slower",
     "thin": "adapters in a running model train in torch alone",
 }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from math import prod
+from typing import TYPE_CHECKING, Any, cast
 
+from loratools.adapter.site import Site
 from loratools.engine.plan import MergePlan
 from loratools.parallel import Progress
 from loratools.storage import dtypes, files
@@ -14,7 +16,9 @@ from loratools.storage.header import TensorSpec
 from loratools.surgery.verify import probes as probing
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
 
 # On the bound: wide dtypes are no wider than their own sums.
 _SLACK = {"BF16": 1.02, "F16": 1.02, "F32": 8.0, "F64": 8.0}
@@ -77,7 +81,10 @@ def same(base: TensorSpec, merged: TensorSpec, coded: bool, progress: Progress) 
 
 def check(plan: MergePlan, name: str, merged: TensorSpec, exact: bool, seed: int, progress: Progress) -> TensorCheck:
     """Compare one changed tensor with its base and the adapters."""
-    import torch
+    import numpy as np
+
+    from loratools.storage.codecs.floats import unsigned, widen
+    from loratools.surgery.verify.formulas import measure
 
     source, bound = plan.changes[name].source, 2.0 ** -dtypes.MANTISSA.get(merged.dtype, 0)
     if merged.encoding:
@@ -85,50 +92,78 @@ def check(plan: MergePlan, name: str, merged: TensorSpec, exact: bool, seed: int
     if merged.shape != source.shape or merged.dtype not in dtypes.MANTISSA:
         return TensorCheck(name, float("inf"), float("inf"), bound, 0.0, False)
     probes = probing.draw(plan, name, exact, seed)
+    matrix, stored = probes[0].site.matrix, (source.dtype, merged.dtype)
+    apart = _apart([probe.site for probe in probes])
+    everywhere = apart and sum(prod(probe.site.shape) for probe in probes) == source.parameters
     norm, strays, strays2, beside2, tally = 0.0, 0, 0.0, 0.0, probing.Tally()
-    for start, _, rows in files.row_tiles((source, merged), probes[0].site.matrix[1], _TILE):
-        before, after = (stored.double() for stored in rows)
-        delta = after - before
-        norm += float(after.square().sum())
-        overlaps = [(probe, probe.site.overlap(start, start + len(delta))) for probe in probes]
-        places = [(probe, rows[0], rows[1], slice(*probe.site.columns)) for probe, rows in overlaps if rows]
-        for probe, in_tile, in_site, columns in places:
-            probe.take(delta[in_tile, columns], in_site)
-            old, new = before[in_tile, columns], after[in_tile, columns]
-            probing.compare(tally, probe, in_site, old, new, merged.dtype, exact)
-        for _, in_tile, _, columns in places:
-            delta[in_tile, columns] = before[in_tile, columns] = 0
-        if merged.encoding:  # codes that share a scale with changed ones may be others for that
-            strays2 += float(delta.square().sum())
-            beside2 += float(before.square().sum())
-        else:
-            strays += int(torch.count_nonzero(delta))
-        progress(delta.numel() * merged.nbytes // max(1, merged.parameters))
+    for start, count, pieces in files.row_pieces((source, merged), matrix[1], _TILE):
+        before, after = (
+            np.frombuffer(piece, unsigned(dtype)).reshape(count, matrix[1])
+            for piece, dtype in zip(pieces, stored, strict=True)
+        )
+        places = [
+            (probe, (rows[0], slice(*probe.site.columns)), rows[1])
+            for probe in probes
+            if (rows := probe.site.overlap(start, start + count))
+        ]
+        squares, differing = 0.0, 0
+        for probe, in_tile, in_site in places:
+            old, new = before[in_tile], after[in_tile]
+            more = probe.take(old, new, stored, in_site)
+            squares, differing = squares + more[0], differing + more[1]
+            probing.compare(tally, probe, in_site, old, new, stored, exact)
+        if not everywhere:
+            squares, of_all = measure(before, after, stored)
+            if apart and not merged.encoding:
+                strays += of_all - differing
+            else:
+                outside = [widen(bits, dtype, np.float64) for bits, dtype in zip((before, after), stored, strict=True)]
+                for _, in_tile, _ in places:
+                    outside[0][in_tile] = outside[1][in_tile] = 0
+                with np.errstate(invalid="ignore", over="ignore"):
+                    delta = outside[1] - outside[0]
+                    strays += int(np.count_nonzero(delta))
+                    strays2, beside2 = strays2 + float((delta**2).sum()), beside2 + float((outside[0] ** 2).sum())
+        norm += squares
+        progress(before.size * merged.nbytes // max(1, merged.parameters))
 
-    def mean(of: Callable[[probing.Probe], torch.Tensor]) -> float:
-        return sum(float(of(probe).sum()) for probe in probes) / probing.PROBES
+    def mean(of: Callable[[probing.Probe], Array]) -> float:
+        with np.errstate(invalid="ignore", over="ignore"):
+            return sum(float(of(probe).sum()) for probe in probes) / probing.PROBES
 
-    error, actual = mean(lambda probe: (probe.Y - probe.wanted).square()), mean(lambda probe: probe.Y.square())
-    expected, cross = mean(lambda probe: probe.wanted.square()), mean(lambda probe: probe.Y * probe.wanted)
+    error, actual = mean(lambda probe: (probe.Y - probe.wanted) ** 2), mean(lambda probe: probe.Y**2)
+    expected, cross = mean(lambda probe: probe.wanted**2), mean(lambda probe: probe.Y * probe.wanted)
     of_weight = (error / norm) ** 0.5 if norm else 0.0
     rank = min(min(probe.site.shape) for probe in probes)
     slack = _SLACK[merged.dtype] * (1 + _SCATTER / (probing.PROBES * rank) ** 0.5)
     # Around zero the numbers of a dtype lie no closer than its smallest.
     around_zero = dtypes.smallest(merged.dtype) / 2 * (merged.parameters / norm) ** 0.5 if norm else 0.0
     if merged.encoding:
-        within = of_weight <= bound and strays2 <= bound**2 * beside2
+        # Codes that share a scale with changed ones may be others for that.
+        strays, within = 0, of_weight <= bound and strays2 <= bound**2 * beside2
     elif exact:
         within = tally.far == 0 and tally.wrong <= 1 + tally.compared * probing.TIES[merged.dtype]
     else:
         within = of_weight <= bound * slack + around_zero and tally.far == 0 and tally.survived
     of_change, applied = (error / actual) ** 0.5 if actual else 0.0, cross / expected if expected else 1.0
     mismatched = tally.wrong if exact else None
-    count = sum(probe.wanted.shape[1] for probe in probes) * probing.PROBES
+    count = sum(len(probe.wanted) for probe in probes) * probing.PROBES
     scatter2 = error / (expected * count) if expected else 0.0
     return TensorCheck(
         name, of_change, of_weight, bound, applied, within and strays == 0, mismatched, bool(merged.encoding), expected,
         scatter2,
     )  # fmt: skip
+
+
+def _apart(sites: Sequence[Site]) -> bool:
+    """Tell whether no two sites share an element."""
+    open_sites: list[Site] = []
+    for site in sorted(sites, key=lambda site: site.rows[0]):
+        open_sites = [other for other in open_sites if other.rows[1] > site.rows[0]]
+        if any(site.meets(other) for other in open_sites):
+            return False
+        open_sites.append(site)
+    return True
 
 
 def with_change(checks: Iterable[TensorCheck]) -> tuple[TensorCheck, ...]:

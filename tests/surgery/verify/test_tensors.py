@@ -69,8 +69,8 @@ def test_noise_that_hides_from_the_probes_of_known_seeds_is_found_by_fresh_ones(
     for name, W in right.items():
         probes = [probe for seed in range(5) for probe in draw(plan, name, False, seed)]
         columns = torch.zeros(IN, dtype=torch.bool)
-        columns[torch.cat([probe.known for probe in probes])] = True
-        directions = torch.cat([probe.X for probe in probes])
+        columns[torch.cat([torch.from_numpy(probe.known.astype(int)) for probe in probes])] = True
+        directions = torch.cat([torch.from_numpy(probe.X.T) for probe in probes])
         directions[:, columns] = 0
         E = random(OUT, IN, seed=31).double()
         E[:, columns] = 0
