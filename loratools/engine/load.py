@@ -15,8 +15,7 @@ from loratools.adapter.placement.resolve import Placement
 from loratools.adapter.site import Site
 from loratools.engine.plan import Change, MergePlan
 from loratools.errors import IncompatibleAdapter
-from loratools.storage import files
-from loratools.storage.codecs import floats
+from loratools.storage import dtypes, files
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def is_stored(factors: Factors | None) -> bool:
     if factors is None:
         return False
     tensors = [factors.left, factors.right, *([factors.magnitude] if factors.magnitude else [])]
-    return all(lazy.spec is not None and lazy.dtype in floats.SERVED for lazy in tensors)
+    return all(lazy.spec is not None and lazy.dtype in dtypes.ROW_DTYPES for lazy in tensors)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,6 +109,8 @@ def _joined(products: Sequence[SiteProduct]) -> SiteProduct:
 def read_factor(lazy: LazyTensor) -> Array:
     """Return a stored factor in float32."""
     import numpy as np
+
+    from loratools.storage.codecs import floats
 
     assert lazy.spec is not None
     raw = np.frombuffer(files.read_bytes(lazy.spec), dtype=floats.numpy_dtype(lazy.dtype)).reshape(lazy.shape)

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence, Set
-from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, local
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratools.decisions import decided, detailed
-from loratools.engine import coded, stochastic
+from loratools.engine import stochastic
 from loratools.engine.arithmetic import native
 from loratools.engine.arithmetic.torch import TorchRows, Workspace
 from loratools.engine.device import TILES, exact_products, own_stream
@@ -29,8 +28,10 @@ from loratools.linalg.native import available, why_not
 from loratools.parallel import Progress, workers
 from loratools.storage import files
 from loratools.storage.atomic import system
-from loratools.storage.codecs import floats
 from loratools.storage.layout import FilePlan, Slot
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 _COPY = 64 << 20  # bytes of one copy task: large enough to be cheap, small enough to share out and to stop
 
@@ -238,6 +239,8 @@ class _Job:
 
     def _recode(self, target: int, work: Work, change: Change, recoded: Recoded) -> TensorResult:
         """Make codes of the changed weight again, and write those parts that lie in this file."""
+        from loratools.engine import coded
+
         hashes, seed = algorithms(change), self.settings.seed
         task = TensorTask(work.name, change.source, change.matrix, "F32", target, 0, hashes, seed=seed)
         random = self.settings.rounding == "stochastic"
@@ -254,7 +257,9 @@ class _Job:
 
     def _in_c(self, task: TensorTask, change: Change, run_with: Run | None = None) -> TensorResult:
         if not hasattr(self.mine, "buffers"):
-            self.mine.buffers = floats.Buffers()
+            from loratools.storage.codecs.floats import Buffers
+
+            self.mine.buffers = Buffers()
         products = load_products(self.plan, change, task.name)
         return (run_with or self._run)(task, native.NativeRows(task, products, self.mine.buffers))
 

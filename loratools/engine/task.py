@@ -97,6 +97,17 @@ class Changed:
     flushed: int = 0
 
 
+class Passage(Protocol):
+    """What takes tiles of one tensor from its file to the output's, changed, without their coming by Python."""
+
+    def __call__(self, stored: memoryview, first: int, measured: int, /) -> Changed:
+        """Read the tile whose first row is `first` into `stored`, change and write it; its `raw` is what was read.
+
+        `stored` is a part of what `room` gave. `measured` and what is raised are those of `change`, and `BadFile` where
+        the file ends too early.
+        """
+
+
 class Arithmetic(Protocol):
     """What computes the tiles of one tensor. One file of `engine/arithmetic` each; a thread's own."""
 
@@ -110,6 +121,9 @@ class Arithmetic(Protocol):
 
     def room(self, rows: int) -> memoryview:
         """Return memory for a tile of so many rows as stored; valid until a thread's next tensor."""
+
+    def passage(self, source: int) -> Passage | None:
+        """Return what does all at once for a tensor that is stored as numbers in the file of a descriptor, or None."""
 
     def observe(self, stored: memoryview, first: int) -> None:
         """Take in a tile whose first row is `first`, if `needs_pass`."""

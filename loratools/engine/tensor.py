@@ -2,14 +2,25 @@
 
 A tile of about a megabyte is read into a reused buffer, changed and rounded by an arithmetic, and written. It stays in
 the core's cache from the read to the write; digests and retention are fed from the same tile. Tiles depend on the
-tensor's shape alone, so the bytes do not depend on threads.
+tensor's shape alone, so the bytes do not depend on threads. Where the arithmetic reads and writes by itself, a tile
+costs Python one call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from loratools.engine.task import TILE, Arithmetic, TensorResult, TensorTask, sampled_rows, sampled_tiles, tile_reader
+from loratools.engine.task import (
+    TILE,
+    Arithmetic,
+    Changed,
+    TensorResult,
+    TensorTask,
+    sampled_rows,
+    sampled_tiles,
+    tile_reader,
+)
 from loratools.parallel import Progress
 from loratools.storage import digest, dtypes, files
 from loratools.storage.checkpoint import values
@@ -33,18 +44,17 @@ def run(
     hashers = {name: values.start(spec, name) for name in task.hashes}
     sampled = sampled_tiles(task.name, task.seed, task.retention, len(starts))
     result, measured = TensorResult(task.name), 0
-    with files.opened(spec) as fill:
-        read = tile_reader(fill, room, step, (rows, width), stopped)
-        for start in starts if arithmetic.needs_pass else ():
-            arithmetic.observe(read(start), start)
+
+    def take(raw: memoryview) -> None:
+        for hasher in hashers.values():
+            hasher.update(values.plain(spec, raw))
+
+    with _tiles(task, arithmetic, room, step, take, stopped) as tile:
         for index, start in enumerate(starts):
-            raw = read(start)
-            for hasher in hashers.values():
-                hasher.update(values.plain(spec, raw))
-            count = sampled_rows(task.retention, min(step, rows - start), columns) if index in sampled else 0
-            changed = arithmetic.change(raw, start, count)
-            files.write_from(task.target, changed.raw, task.offset + start * out_width)
-            progress(len(changed.raw))
+            here = min(step, rows - start)
+            count = sampled_rows(task.retention, here, columns) if index in sampled else 0
+            changed = tile(start, count)
+            progress(here * out_width)
             measured += count * columns
             result.retained += changed.retained
             result.total += changed.total
@@ -55,3 +65,43 @@ def run(
     result.retained, result.total, result.changed = (x * share for x in (result.retained, result.total, result.changed))
     result.digests = {name: digest.finish(hasher, name) for name, hasher in hashers.items()}
     return result
+
+
+Tile = Callable[[int, int], Changed]
+"""Writes the tile that begins at a row, of which so many first rows are measured."""
+
+
+@contextmanager
+def _tiles(
+    task: TensorTask, arithmetic: Arithmetic, room: memoryview, step: int, take: Callable[[memoryview], None],
+    stopped: Callable[[], bool],
+) -> Iterator[Tile]:  # fmt: skip
+    """Open the source, and yield what writes a tile of `step` rows; `take` sees each as it was stored."""
+    spec, (rows, columns) = task.source, task.matrix
+    width, out_width = (columns * dtypes.bits(dtype) // 8 for dtype in (spec.dtype, task.dtype))
+    if spec.encoding is None:
+        with files.descriptor(spec.file) as source:
+            if passage := arithmetic.passage(source):
+
+                def at_once(start: int, measured: int) -> Changed:
+                    if stopped():
+                        raise InterruptedError
+                    changed = passage(room[: min(step, rows - start) * width], start, measured)
+                    take(changed.raw)
+                    return changed
+
+                yield at_once
+                return
+    with files.opened(spec) as fill:
+        read = tile_reader(fill, room, step, (rows, width), stopped)
+        for start in range(0, rows, step) if arithmetic.needs_pass else ():
+            arithmetic.observe(read(start), start)
+
+        def by_steps(start: int, measured: int) -> Changed:
+            raw = read(start)
+            take(raw)
+            changed = arithmetic.change(raw, start, measured)
+            files.write_from(task.target, changed.raw, task.offset + start * out_width)
+            return changed
+
+        yield by_steps

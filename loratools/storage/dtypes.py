@@ -25,6 +25,9 @@ _FROM_TORCH = {twin: name for name, (_, twin) in _TABLE.items() if twin}
 FLOATS = ("BF16", "F16", "F32", "F64")
 """The dtypes that a merge may change: every value is a number of its own, not a code that needs a scale elsewhere."""
 
+ROW_DTYPES = frozenset({"BF16", "F16", "F32"})
+"""The dtypes of rows and factors that the C code of a merge reads."""
+
 MANTISSA = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}
 """Bits of precision p, the hidden one included: rounding to nearest errs by at most 2^-p of the value."""
 

@@ -61,8 +61,13 @@ def read_into(source: int, buffer: memoryview, offset: int, path: Path | str = "
     while done < len(buffer):
         count = system.read_at(source, buffer[done:], offset + done)
         if count == 0:
-            raise BadFile(f"{path}: became shorter while it was read (ends at byte {offset + done})")
+            raise shortened(path, offset + done)
         done += count
+
+
+def shortened(path: Path | str, end: int) -> BadFile:
+    """Return the exception for a file that ended while it was read."""
+    return BadFile(f"{path}: became shorter while it was read (ends at byte {end})")
 
 
 def write_from(target: int, buffer: memoryview, offset: int) -> None:

@@ -27,6 +27,9 @@ class Doubling:
     def room(self, rows: int) -> memoryview:
         return memoryview(bytearray(rows * COLUMNS * 2))
 
+    def passage(self, source: int) -> None:
+        """Nothing to offer."""
+
     def observe(self, stored: memoryview, first: int) -> None:
         self.seen.append(("observe", first, len(stored) // 2 // COLUMNS, 0))
 

@@ -14,12 +14,15 @@ from loratools.adapter.kinds.dora import no_direction
 from loratools.adapter.placement.resolve import Placement
 from loratools.engine.load import SiteProduct, is_stored, is_wide
 from loratools.engine.plan import Change
-from loratools.engine.task import Changed, TensorTask, near_zero, not_finite
+from loratools.engine.task import Changed, Passage, TensorTask, near_zero, not_finite
 from loratools.linalg import native
-from loratools.storage.codecs import floats
+from loratools.linalg.native import tiles
+from loratools.storage import dtypes, files
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from loratools.storage.codecs import floats
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -33,7 +36,7 @@ def serves(change: Change, dtype: str) -> bool:
     coded = change.source.encoding is not None
     return (
         (coded or (bool(change.placements) and change.source.dtype == dtype))
-        and {change.source.dtype, dtype} <= floats.SERVED
+        and {change.source.dtype, dtype} <= dtypes.ROW_DTYPES
         and all(_is_product_of_rows(placement) for _, placement in change.placements)
         and not is_wide(change, dtype)
         and native.available()
@@ -68,6 +71,8 @@ class NativeRows:
     needs_pass = False
 
     def __init__(self, task: TensorTask, products: Sequence[SiteProduct], buffers: floats.Buffers) -> None:
+        from loratools.storage.codecs import floats
+
         self._task, self._buffers = task, buffers
         self._stored, self._out = (floats.numpy_dtype(dtype) for dtype in (task.source.dtype, task.dtype))
         self._narrows = self._stored != self._out
@@ -77,7 +82,43 @@ class NativeRows:
 
     def room(self, rows: int) -> memoryview:
         """Return memory for a tile of so many rows as stored."""
-        return floats.bytes_of(self._buffers.of("stored", rows * self._task.matrix[1], self._stored))
+        from loratools.storage.codecs.floats import bytes_of
+
+        return bytes_of(self._buffers.of("stored", rows * self._task.matrix[1], self._stored))
+
+    def passage(self, source: int) -> Passage | None:
+        """Return what does all of it in C, where W has the dtype of the result."""
+        import numpy as np
+
+        from loratools.storage.codecs import floats
+
+        if self._narrows or not self._sites or not tiles.available():
+            return None
+        task, columns, dtype = self._task, self._task.matrix[1], np.dtype(self._stored)
+        stored = self._buffers.of("stored", 1, self._stored)  # which `room` has made as large as a tile
+        made = self._buffers.of("made", tiles.room_for(columns, dtype), np.uint8)
+        sums = self._buffers.of("sums", max(site.products.memory for site in self._sites), np.float32)
+        places = [
+            tiles.Rectangle(each.site.rows, each.site.columns, each.products, each.gains, each.bound)
+            for each in self._sites
+        ]
+        way = tiles.Passage(places, columns, dtype, (stored, made, sums), everywhere=self._everywhere)
+        way.between(source, task.source.start, task.target, task.offset)
+        width = columns * dtype.itemsize
+
+        def tile(stored: memoryview, first: int, measured: int) -> Changed:
+            try:
+                passed = way.rows(first, len(stored) // width, measured)
+            except EOFError as end:
+                raise files.shortened(task.source.file, end.args[0]) from None
+            if passed.zero_row is not None:
+                place, row = passed.zero_row
+                raise no_direction(self._sites[place].site, row)
+            if passed.largest >= floats.INFINITY[task.dtype]:
+                raise not_finite(task.name, task.dtype)
+            return Changed(stored, passed.retained, passed.total, passed.changed)
+
+        return tile
 
     def observe(self, stored: memoryview, first: int) -> None:
         """Nothing to see: each row has all that its results take."""
@@ -85,6 +126,8 @@ class NativeRows:
     def change(self, stored: memoryview, first: int, measured: int) -> Changed:
         """Return the tile changed. Raises `IncompatibleAdapter` for what is not finite, or a row without direction."""
         import numpy as np
+
+        from loratools.storage.codecs import floats
 
         W = np.frombuffer(stored, self._stored).reshape(-1, self._task.matrix[1])
         if not self._sites and not self._narrows:
@@ -120,5 +163,7 @@ class NativeRows:
         if self._narrows:
             outcome = native.round_rows(W, out)
             return outcome.largest, outcome.overflowed, outcome.flushed
+        from loratools.storage.codecs import floats
+
         out[...] = W
         return floats.largest(W, self._buffers), 0, 0

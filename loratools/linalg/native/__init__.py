@@ -7,6 +7,7 @@ several times slower: only the last float32 bit of a sum may differ then.
 
     rows.c     who calls and what for, and which processor is served
     kernel.h   the arithmetic, compiled once for each width of vectors
+    tiles      `tiles.h`: a tensor passed through it from file to file
     floats.h   BF16, F16 and F32 as float32 and back, for rows.c and residual.c
     codes      `codes.c` and `codes.h`: what the codes of quantized weights stand for
     proof      `proof.c` and `proof.h`: what two models differ by; `surgery/verify` shares nothing with a merge
@@ -21,19 +22,21 @@ import ctypes
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
-Array = np.ndarray[Any, np.dtype[Any]]
+    Array = np.ndarray[Any, np.dtype[Any]]
 
 LIBRARY = Path(__file__).with_name("librows.so")
 LANES = 32  # as in rows.c, both
 MOST_ROWS = 8
-_DTYPES = {"uint16": 0, "float16": 1, "float32": 2}  # BF16 as its bits, F16, F32
+DTYPES = {"uint16": 0, "float16": 1, "float32": 2}
+"""The numbers of BF16 (as its bits), F16 and F32 in C, by the names that NumPy gives them."""
 
 
-class _Rows(ctypes.Structure):
+class Rows(ctypes.Structure):
     """The same fields, in the same order, as `Rows` in rows.c, where they are explained."""
 
     _fields_ = (
@@ -56,17 +59,25 @@ def _library() -> tuple[Any, str]:
     if not LIBRARY.exists():
         return None, "the C code is not compiled here"
     try:
-        library = ctypes.CDLL(str(LIBRARY))
+        loaded = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         return None, f"the compiled C code does not load: {error}"
-    library.loratools_rows_size.restype = ctypes.c_size_t
-    size = library.loratools_rows_size()
-    if size != ctypes.sizeof(_Rows):
+    loaded.loratools_rows_size.restype = ctypes.c_size_t
+    size = loaded.loratools_rows_size()
+    if size != ctypes.sizeof(Rows):
         return None, "the C code was compiled from another rows.c" if size else "torch is faster on this processor"
-    for function in (library.loratools_add_products, library.loratools_round_rows):
-        function.argtypes = [ctypes.POINTER(_Rows)]
+    for function in (loaded.loratools_add_products, loaded.loratools_round_rows):
+        function.argtypes = [ctypes.POINTER(Rows)]
         function.restype = None
-    return library, ""
+    if hasattr(loaded, "loratools_pass_rows"):  # where files are read and written as POSIX has it
+        loaded.loratools_pass_rows.argtypes = [ctypes.c_void_p, *[ctypes.c_size_t] * 3]
+        loaded.loratools_tensor_size.restype = ctypes.c_size_t
+    return loaded, ""
+
+
+def library() -> Any:
+    """Return the compiled library, for the modules of this folder; None where there is none."""
+    return _library()[0]
 
 
 def available() -> bool:
@@ -102,6 +113,8 @@ def products(left: Array, right: Array, factor: Array, scale: Array, magnitude: 
     `factor` is in float32, `scale` and the `magnitude` of each row, if any, in float64. Raises `ValueError` for arrays
     that do not go together.
     """
+    import numpy as np
+
     rank, columns = right.shape
     shapes = [left.shape, factor.shape, scale.shape, *([] if magnitude is None else [magnitude.shape])]
     wanted = [(len(left), rank), (len(left), rank), (rank,), (len(left),)]
@@ -154,15 +167,13 @@ def add_products(
     if any(rows.stop > len(array) for array in (terms.left, gains) if array is not None):
         raise ValueError(f"{rows} are not rows of left, {terms.left.shape}, or have no gains")
 
-    def at(array: Array | None, part: slice = slice(None)) -> int | None:
-        return None if array is None else array[part].ctypes.data
-
-    call = _Rows(
-        at(W), at(out), _DTYPES[W.dtype.name], _DTYPES[out.dtype.name], stride, step, *W.shape, terms.left.shape[1],
-        at(terms.left, rows), at(terms.panels), at(terms.factor, rows), at(terms.scale), at(terms.magnitude, rows),
-        at(gains, rows), bound, at(sums), measured,
+    call = Rows(
+        pointer(W), pointer(out), DTYPES[W.dtype.name], DTYPES[out.dtype.name], stride, step, *W.shape,
+        terms.left.shape[1],
+        pointer(terms.left, rows), pointer(terms.panels), pointer(terms.factor, rows), pointer(terms.scale),
+        pointer(terms.magnitude, rows), pointer(gains, rows), bound, pointer(sums), measured,
     )  # fmt: skip
-    _library()[0].loratools_add_products(ctypes.byref(call))
+    library().loratools_add_products(ctypes.byref(call))
     return _outcome(call, rows.start)
 
 
@@ -174,9 +185,14 @@ def round_rows(W: Array, out: Array) -> Outcome:
     stride, step = _laid_out(W, out)
     if W.dtype.name != "float32" or out.dtype.name == "float32":
         raise ValueError(f"{W.dtype} is rounded to {out.dtype}, and float32 to 16 bit is what is known")
-    call = _Rows(W.ctypes.data, out.ctypes.data, 2, _DTYPES[out.dtype.name], stride, step, *W.shape, zero_row=-1)
-    _library()[0].loratools_round_rows(ctypes.byref(call))
+    call = Rows(W.ctypes.data, out.ctypes.data, 2, DTYPES[out.dtype.name], stride, step, *W.shape, zero_row=-1)
+    library().loratools_round_rows(ctypes.byref(call))
     return _outcome(call, 0)
+
+
+def pointer(array: Array | None, part: slice = slice(None)) -> int | None:
+    """Return the address of an array's rows; None, which is NULL, for none."""
+    return None if array is None else array[part].ctypes.data
 
 
 def _laid_out(W: Array, out: Array) -> tuple[int, int]:
@@ -184,11 +200,11 @@ def _laid_out(W: Array, out: Array) -> tuple[int, int]:
     size, (down, across) = W.itemsize, W.strides
     stride, step = down // size, across // size
     alike = W.shape == out.shape and out.strides == (stride * out.itemsize, step * out.itemsize)
-    if not alike or not (W.dtype == out.dtype or W.dtype == np.float32):
+    if not alike or not (W.dtype == out.dtype or W.dtype.name == "float32"):
         raise ValueError(f"W {W.dtype} {W.shape} and out {out.dtype} {out.shape} are not rows laid out alike")
     return stride, step
 
 
-def _outcome(call: _Rows, first: int) -> Outcome:
+def _outcome(call: Rows, first: int) -> Outcome:
     zero_row = None if call.zero_row < 0 else first + call.zero_row
     return Outcome(call.largest, zero_row, call.retained, call.total, int(call.changed), call.overflowed, call.flushed)

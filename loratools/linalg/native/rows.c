@@ -4,13 +4,19 @@
  * Products are summed by fused multiply-adds in the order of the rank, W is added to the sum, and the row is rescaled
  * where there is a magnitude (DoRA: g = m / ‖W + left·right‖, its squares summed in float64). 16-bit results so near
  * zero that float32's error shows in them are computed again in float64. No sum depends on the width of a processor's
- * vectors, so all processors write the same bytes. `kernel.h` has the arithmetic; it is compiled for each width. C for
- * its speed alone: a merge that has this waits for the disk.
+ * vectors, so all processors write the same bytes. `kernel.h` has the arithmetic; it is compiled for each width, and
+ * `tiles.h` what passes a tensor through it from file to file. C for its speed alone: a merge that has this waits for
+ * the disk.
  */
+#define _FILE_OFFSET_BITS 64
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__unix__) || defined(__APPLE__)
+#include <errno.h>
+#include <unistd.h>
+#endif
 
 enum { BF16, F16, F32 };
 enum { LANES = 32, PARTS = 16, MOST_ROWS = 8 }; /* columns of a panel; sums of squares of a row; rows at once, at most */
@@ -81,6 +87,10 @@ static int served(void) { return 1; }
 
 void loratools_add_products(Rows *at) { add_products_4(at); }
 void loratools_round_rows(Rows *at) { round_rows_4(at); }
+#endif
+
+#if defined(__unix__) || defined(__APPLE__)
+#include "tiles.h"
 #endif
 
 /* Whoever calls checks that it means the same fields; 0 says that torch is faster on this processor. */

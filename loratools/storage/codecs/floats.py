@@ -11,7 +11,6 @@ from loratools.storage import dtypes
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-SERVED = frozenset({"BF16", "F16", "F32"})
 INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 """The bits of infinity: those of every finite number, without the sign, are less as integers, those of NaN greater."""
 

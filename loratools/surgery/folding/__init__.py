@@ -12,6 +12,5 @@ choice    which adapters of a call are carried, and what is said of the others
 from __future__ import annotations
 
 from loratools.surgery.folding.choice import InBasis, carried, in_basis_of
-from loratools.surgery.folding.scales import Scales
 
-__all__ = ["InBasis", "Scales", "carried", "in_basis_of"]
+__all__ = ["InBasis", "carried", "in_basis_of"]

@@ -20,13 +20,11 @@ from loratools.format.record import TOOL
 from loratools.storage.codecs.floats import Array
 from loratools.storage.lazy import LazyTensor
 from loratools.surgery.folding.scales import Scales, reader
+from loratools.surgery.folding.table import OPERATION
 from loratools.surgery.inputs import in_a_file
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-OPERATION = "carry"
-"""What the provenance of a carried adapter calls it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,9 +13,7 @@ from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import logical
 from loratools.storage.codecs.folded import folded
 from loratools.storage.codecs.state import statement
-from loratools.surgery.folding.carry import OPERATION, onto
-from loratools.surgery.folding.original import in_basis
-from loratools.surgery.folding.scales import Scales
+from loratools.surgery.folding.table import OPERATION
 from loratools.surgery.hash import hash_tensors
 from loratools.surgery.inputs import ModelSource, open_model
 
@@ -57,6 +55,10 @@ def in_basis_of(
                 hint="Give --original, the model that the base was quantized from.",
             )
         return InBasis(tuple(inputs), None, bool(why), all(one == "folded" for one in seen), stay)
+    from loratools.surgery.folding.carry import onto
+    from loratools.surgery.folding.original import in_basis
+    from loratools.surgery.folding.scales import Scales
+
     opened = logical(open_model(original))
     scales = Scales(base, opened)
     if not why and not scales.in_norms():

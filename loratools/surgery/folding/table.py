@@ -11,6 +11,9 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
+OPERATION = "carry"
+"""What the provenance of a carried adapter calls it."""
+
 _LAYER = re.compile(r"^(.*?\.\d+)(?=\.)")
 
 

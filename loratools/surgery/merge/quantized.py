@@ -22,7 +22,6 @@ from loratools.storage.codecs.folded import folded
 from loratools.storage.codecs.state import KEYS, statement, with_statement
 from loratools.storage.header import TensorSpec
 from loratools.surgery.folding.table import SCALED_ACTIVATIONS
-from loratools.surgery.merge.original import weights_of
 from loratools.surgery.merge.siblings import with_siblings
 
 
@@ -101,7 +100,7 @@ def as_written(
     if not changed:
         return Written(replace(stored, config=base.config), {}, {}, (), ())
     if policy == "requantize":
-        sources = {} if original is None else weights_of(original, changed)
+        sources = _weights_of(original, changed)
         grid: Grid = "own" if original is None else "fresh"
         recoded = {name: Recoded(encoding, grid, sources.get(name)) for name, encoding in changed.items()}
         how = "by their own scales" if original is None else f"from the weights of {original.path}, with fresh scales"
@@ -109,6 +108,15 @@ def as_written(
     fields, dropped = with_statement(base.config, _with_plain(stored, changed, partly))
     partly = restated(partly, fields, dropped)
     return Written(partly, {}, fields, dropped, (_note(_partly(touched, changed), changed),))
+
+
+def _weights_of(original: Checkpoint | None, encodings: Mapping[str, Encoding]) -> dict[str, TensorSpec]:
+    """Return the original's tensor for each weight that a base stores as codes; none where no original is given."""
+    if original is None:
+        return {}
+    from loratools.surgery.merge.original import weights_of
+
+    return weights_of(original, encodings)
 
 
 def _of_gguf(
@@ -127,7 +135,7 @@ def _of_gguf(
     if policy == "partial":
         return Written(partly, {}, {}, (), (_note("written in 16 bit, the others stay as they are", changed),))
     origins = {base.origin(name): encoding for name, encoding in changed.items()}
-    sources = {} if original is None else weights_of(original, origins)
+    sources = _weights_of(original, origins)
     recoded = {
         name: Recoded(encoding.written(), "fresh", sources.get(base.origin(name))) for name, encoding in changed.items()
     }

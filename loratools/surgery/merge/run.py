@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from loratools.adapter.placement.gguf import is_gguf
 from loratools.engine.device import check as check_device
 from loratools.engine.plan import MergePlan
-from loratools.engine.residual.keep import Kept, keep
 from loratools.engine.run import Settings, write_weights
 from loratools.engine.task import Restore, TensorResult
 from loratools.errors import IncompatibleAdapter, LoraToolsError
@@ -21,12 +20,14 @@ from loratools.storage.checkpoint.logical import encodings
 from loratools.storage.files import chunks
 from loratools.storage.header import TensorSpec
 from loratools.surgery.hash import hash_tensors
-from loratools.surgery.merge import loss
 from loratools.surgery.merge.folder import write_companions
 from loratools.surgery.merge.measured import Measured
 from loratools.surgery.merge.prepare import Account, Merge
 from loratools.surgery.merge.resume import Journal, fingerprint, tell_others
 from loratools.surgery.merge.single import new_model
+
+if TYPE_CHECKING:
+    from loratools.engine.residual.keep import Kept
 
 
 class Sink(Protocol):
@@ -124,8 +125,8 @@ def execute(
         record = prepared.record | {"base": of_base, "retention": measured.retention}
         if options.rounding == "stochastic":
             record["rounding"] = {"method": options.rounding, "seed": options.seed}
-        share = loss.write(plan, measured.results, scratch, options.keep_loss) if options.keep_loss else None
-        kept = keep(plan, scratch, threads, progress) if options.keep_residual else None
+        share = _keep_loss(plan, measured, scratch, options.keep_loss) if options.keep_loss else None
+        kept = _keep_residual(plan, scratch, threads, progress) if options.keep_residual else None
         if kept:
             stored = plan.base.stored or plan.base
             rest = {name: spec for name, spec in stored.specs.items() if name not in digests}
@@ -142,6 +143,18 @@ def execute(
         by_tensor=measured.by_tensor, recoded=measured.recoded, loss_share=share, residual=kept, reused=reused,
         left_behind=prepared.beside.left,
     )  # fmt: skip
+
+
+def _keep_loss(plan: MergePlan, measured: Measured, scratch: Path, rank: int) -> float | None:
+    from loratools.surgery.merge import loss
+
+    return loss.write(plan, measured.results, scratch, rank)
+
+
+def _keep_residual(plan: MergePlan, scratch: Path, threads: int, progress: Progress) -> Kept:
+    from loratools.engine.residual.keep import keep
+
+    return keep(plan, scratch, threads, progress)
 
 
 def _execute_file(prepared: Merge, progress: Progress, size: int, sink: Callable[[Path], Sink] | None) -> MergeReport:
@@ -198,9 +211,11 @@ def write_tensors(
 
 def _refuse_not_finite(plan: MergePlan) -> None:
     """Raise `IncompatibleAdapter` with every tensor that an adapter replaces by one with NaN or infinity."""
+    whole = [(name, change.source) for name, change in plan.changes.items() if change.replaced]
+    if not whole:
+        return
     from loratools.storage.codecs.floats import is_finite
 
-    whole = ((name, change.source) for name, change in plan.changes.items() if change.replaced)
     if odd := [name for name, spec in whole if not is_finite(chunks(spec), spec.dtype)]:
         raise IncompatibleAdapter(
             f"{len(odd)} tensor(s) that an adapter replaces whole have NaN or infinite numbers in it", sorted(odd),
