@@ -6,6 +6,7 @@ A list of words stands in one place, as a `Literal` type; `words` reads it back 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, Literal, Self, TypeVar, cast, get_args
@@ -31,7 +32,9 @@ TrainedOn = Literal["original", "folded"]
 """Which model an adapter saw, where the base is folded: the model that it was made from, or the base itself."""
 
 Device = Literal["cpu", "cuda", "mps"]
-"""Where the arithmetic is done: on the processor, a GPU of NVIDIA or AMD, or one of Apple."""
+"""Where the arithmetic is done: on the processor, a GPU of NVIDIA or AMD (`cuda:1` is the second), or one of Apple."""
+
+_DEVICE = re.compile(r"cpu|mps|cuda(:(0|[1-9][0-9]?))?")
 
 Value = TypeVar("Value")
 
@@ -80,6 +83,13 @@ class Options:
         if value is not None and not (is_finite(value) and fits(float(cast(float, value)))):
             self.problems.append(f"{name} is {value!r}; it is {which}")
         return self
+
+    def device(self, value: object) -> str:
+        """Return a device, a text or torch's object, by its name (`cuda:1`); note a problem where it is none."""
+        name = str(value)
+        if not _DEVICE.fullmatch(name):
+            self.problems.append(f"device is {value!r}; it can be cpu, cuda, cuda:N or mps")
+        return name
 
     def threads(self, value: object) -> Self:
         """Note a problem unless `value` is a number of threads, or None."""

@@ -85,6 +85,20 @@ def swept(context: click.Context, _: click.Parameter, value: Path | None) -> Pat
     return value
 
 
+class _Device(Words):
+    """A device by its name; one of several GPUs has a number too (`cuda:1`)."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the name of a device."""
+        from loratools.options import Options
+
+        checked = Options()
+        name = checked.device(value)
+        for problem in checked.problems:
+            self.fail(problem, param, ctx)
+        return name
+
+
 trained_on_option = option("--trained-on", type=Words("loratools.options", "TrainedOn"))
 output_option = option("-o", "--output", type=PATH, required=True, is_eager=True, callback=swept)
 force_option = option("--force", is_flag=True)
@@ -119,7 +133,7 @@ factors_option = option("--dtype", type=FACTORS, more="[default: as the factors 
 threads_option = option(
     "--threads", type=click.IntRange(min=1), more="The result does not depend on it.  [default: one per core]"
 )
-device_option = word_option("--device", "Device", "cpu")
+device_option = option("--device", type=_Device("loratools.options", "Device"), default="cpu", show_default=True)
 check_base_option = word_option("--check-base", "CheckBase", "strict")
 dialect_option = option("--dialect", type=str, more="[default: by its contents]")
 alpha_option = option("--alpha", type=float)

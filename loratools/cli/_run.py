@@ -17,6 +17,7 @@ from loratools.cli._hints import owners
 from loratools.cli._signals import code_of
 from loratools.cli._spelling import is_on, options_like
 from loratools.cli._talk import Talk
+from loratools.cli._words import REFUSED
 from loratools.version import __version__
 
 HELP = """The toolkit for LoRA adapter files: read every layout, tell the truth about it, and operate on it exactly.
@@ -126,6 +127,8 @@ def _explain(error: Exception, talk: Talk) -> int:
         options = [name for option in error.ctx.command.get_params(error.ctx) for name in option.opts]
         like = "" if owned else options_like(error.option_name, options)
         message = error.message.rstrip(".") + (f"; did you mean {like}?" if like else "")
+        if error.ctx.parent and (why := REFUSED.get(error.option_name)):
+            message, owned = f"{error.ctx.command.name} {why}: {owned.rstrip('. ')}", ""
         fault = replace(fault_of(error), message=sentence(message), hint=f"{owned}{fault_of(error).hint}")
     else:
         fault = fault_of(error)

@@ -152,8 +152,8 @@ WORDS: Mapping[str, Word] = {
     "--spectrum": Word(SHOW, "Singular values of every module of an adapter; this reads the factors."),
     "--tasks": Word(SHOW, "Tasks to store.", "N"),
 
-    "--device": Word(WORK, "Where the arithmetic is done; a GPU may round one element in some ten thousand to its "
-                           "other neighbour.", words=True),
+    "--device": Word(WORK, "Where the arithmetic is done (cuda:1: the second GPU); a GPU may round one element in some "
+                           "ten thousand to its other neighbour.", words=True),
     "--jobs": Word(WORK, "Paths to work on at once, of several.", "N"),
     "--threads": Word(WORK, "Threads to work with.", "N"),
 
@@ -171,6 +171,9 @@ WORDS: Mapping[str, Word] = {
 
 COMMON = ("--json", "--quiet", "--verbose", "--no-progress", "--json-schema")
 """Options of every command."""
+
+REFUSED: Mapping[str, str] = {"--device": "works on the processor alone"}
+"""Option -> what is said of a command that has none, before the commands that have it."""
 
 RENAMED: Mapping[str, Mapping[str, str]] = {
     "extract-svd": {"--layers": "--modules"},

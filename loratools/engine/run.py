@@ -17,7 +17,7 @@ from loratools.decisions import decided, detailed
 from loratools.engine import stochastic
 from loratools.engine.arithmetic import native
 from loratools.engine.arithmetic.torch import TorchRows, Workspace
-from loratools.engine.device import TILES, exact_products, own_stream
+from loratools.engine.device import LANES, TILES, exact_products, kind_of, told_plainly
 from loratools.engine.load import check_effect, is_wide, load_products, load_terms
 from loratools.engine.plan import Change, MergePlan, Recoded
 from loratools.engine.sealed import algorithms, compare
@@ -73,7 +73,12 @@ class Settings:
     @property
     def tile(self) -> int:
         """Bytes of one tile: `tile_bytes`, or what suits the device."""
-        return self.tile_bytes or TILES[self.device]
+        return self.tile_bytes or TILES[kind_of(self.device)]
+
+    @property
+    def workers(self) -> int:
+        """Threads that work: `threads`, but no more than a device has lanes."""
+        return self.threads if self.device == "cpu" else min(self.threads, LANES)
 
     def random(self, dtype: str) -> bool:
         """Tell whether a tensor of this dtype is rounded at random."""
@@ -122,20 +127,20 @@ def write_weights(
     restored = {name for name in settings.before if not plan.changes[name].replaced}
     job = _Job(plan, settings, progress, late, Event(), local())
     results: list[TensorResult] = []
-    with workers(settings.threads) as pool:
+    with told_plainly(settings.device), workers(settings.workers) as pool:
         for group in groups:
             with ExitStack() as descriptors:
                 try:
                     work, ranges = _open(plan, group, folder, restored, descriptors)
-                    copies = Queue(turns, ranges, alone=True).start(pool, settings.threads, job.copy)
+                    copies = Queue(turns, ranges, alone=True).start(pool, settings.workers, job.copy)
                     soon = [item for item in work if item[1].name not in late]
-                    tasks = [*Queue(turns, soon).start(pool, settings.threads, job.merge)]
+                    tasks = [*Queue(turns, soon).start(pool, settings.workers, job.merge)]
                     if group is groups[0]:
                         check_effect(plan)
                     if len(soon) < len(work):
                         descriptors.enter_context(exact_products(settings.device))
                         later = [item for item in work if item[1].name in late]
-                        tasks += Queue(turns, later).start(pool, settings.threads, job.merge)
+                        tasks += Queue(turns, later).start(pool, settings.workers, job.merge)
                     _finish(copies, len(ranges))
                     results += (measured := _finish(tasks, len(work)))
                 except BaseException:  # no thread may write any more when the files are closed
@@ -272,8 +277,9 @@ class _Job:
         if not hasattr(self.mine, "workspaces"):
             torch.set_num_threads(1)  # OpenMP keeps this number for each thread
             self.mine.workspaces = {}
-        workspace = self.mine.workspaces.setdefault(device, Workspace(device))
-        with own_stream(device):
+        if (workspace := self.mine.workspaces.get(device)) is None:
+            self.mine.workspaces[device] = workspace = Workspace(device)
+        with workspace.lane():
             terms = load_terms(self.plan, change, task.dtype, task.name, device)
             random = settings.random(task.dtype)
             drawn = stochastic.Stochastic(settings.seed, task.name, task.dtype) if random else None

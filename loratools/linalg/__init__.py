@@ -4,6 +4,7 @@ factored      algebra of ΔW = B·A in factor space: sums, SVD, norms, inner pro
 delta         one ΔW as factors or as a dense matrix: norms, angles and directions of either
 sketch        256 numbers of a change of many matrices, whose cosines are near those of the changes
 similarity    subspace similarity, principal angles and amplification, as in the LoRA paper
+precision     products in full float32, whatever the process allows
 orthonormal   orthonormal bases, also of columns that depend on each other; sums in float64
 svd           the truncated SVD of a large matrix, near-optimal, with a certificate of its error
 ranks         which rank to keep: by a rule, above the noise of rounding, or within a budget for all layers

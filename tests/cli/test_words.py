@@ -285,6 +285,7 @@ def test_an_unknown_variable_is_told(
         (["merge", "--out", "x"], "no such option '--out'; did you mean '--output'?", ""),
         (["merge", "--hepl"], "no such option '--hepl'; did you mean '--help'?", ""),
         (["qqqqq"], "no such command 'qqqqq'", ""),
+        (["inspect", "x", "--device", "cuda"], "inspect works on the processor alone: --device is an option of ", ""),
     ],
 )
 def test_what_is_mistyped_gets_a_suggestion(
@@ -292,7 +293,8 @@ def test_what_is_mistyped_gets_a_suggestion(
 ) -> None:
     assert run(arguments) == 2
     error, told = capsys.readouterr().err.splitlines()
-    assert error == f"error: {message}"
+    assert error.startswith(f"error: {message}")
+    assert message.endswith(" of ") or error == f"error: {message}"
     assert told.startswith(f"hint: {hint}")
 
 

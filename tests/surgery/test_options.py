@@ -175,7 +175,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "weights": ("x",), "profile": ("VLLM", 1), "to": ("Peft", "PEFT"), "method": ("dare-ties", "TIES", 3),
     "like": ("PEFT",), "dialect": ("Peft",), "tiers": ("Root", 1), "algorithm": ("SHA256", "md5"),
     "check_base": ("Strict", "no", None), "rounding": ("Stochastic", None), "retention": ("Full", True),
-    "tied": ("Both", True), "device": ("CUDA", "gpu", "cuda:0"), "dtype": ("fp8", "int8", 32),
+    "tied": ("Both", True), "device": ("CUDA", "gpu", "cuda:", "cuda:01", None), "dtype": ("fp8", "int8", 32),
     "max_shard_size": ("lots", "5 bananas", 0, -1, 1.5), "model_type": (3,), "seed": ("x", 1.5), "threads": (0, "2"),
     "force": ("yes", 1), "durable": ("yes", 1), "keep_residual": ("yes", 1), "resume": ("no", 0), "exact": ("no",),
     "data": ("no",), "allow_loss": ("yes",), "ranks": ("x", 0, -3, 1.5), "tolerance": ("x", -1), "tight": ("x",),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.adapter.kinds import Refinable, Term
 from loratools.adapter.site import Site
-from loratools.engine.device import TILES
+from loratools.engine.device import TILES, lane
 from loratools.engine.stochastic import Stochastic
 from loratools.engine.task import Changed, TensorTask, near_zero, not_finite
 from loratools.storage import dtypes
@@ -21,19 +21,23 @@ from loratools.storage import dtypes
 if TYPE_CHECKING:
     import torch
 
-_ON_DEVICE = ("arrived", "work", "base")
+_ON_DEVICE = ("arrived", "work", "base", "result")
 _SENT = ("stored", "out")  # page-locked where there is a device
+_REFINED = 1 << 18  # elements that are computed again in float64 at a time
 
 
 class Workspace:
     """The memory of one thread, reused from tensor to tensor; grown on demand, never shared between threads.
 
     Fresh memory costs a page fault for every four kilobytes, which for a merge would cost more than its arithmetic.
-    `moves` says that tiles move to the `device` and back, as they do unless it is the processor.
+    `moves` says that tiles move to the `device` and back, as they do unless it is the processor; results are looked
+    at where they are, but those of a GPU of Apple, which has no float64, on the host. Work is done in a `lane`.
     """
 
     def __init__(self, device: torch.device, moves: bool | None = None) -> None:
         self.device, self.moves = device, device.type != "cpu" if moves is None else moves
+        self.looks = self.moves and device.type != "mps"
+        self.lane = lane(device)
         self._memory: dict[str, torch.Tensor] = {}
 
     def of(self, name: str, elements: int, dtype: torch.dtype) -> torch.Tensor:
@@ -44,9 +48,11 @@ class Workspace:
         held = self._memory.get(name)
         if held is None or len(held) < nbytes:
             pinned = self.device.type == "cuda" and name in _SENT
+            if pinned:  # at once as much as a tile has, for locking pages takes long and none is given back
+                nbytes = max(nbytes, TILES["cuda"])
             where = self.device if name in _ON_DEVICE else torch.device("cpu")
             self._memory[name] = held = torch.empty(nbytes, dtype=torch.uint8, device=where, pin_memory=pinned)
-        return held[:nbytes].view(dtype)
+        return held[: elements * dtype.itemsize].view(dtype)
 
 
 class TorchRows:
@@ -105,7 +111,7 @@ class TorchRows:
     def observe(self, stored: memoryview, first: int) -> None:
         """Let terms see unchanged rows, in working precision."""
         for start, block in self._blocks(stored):
-            W = self._widened(block)
+            W = self._widened(self._arrived(block, wait=True))  # the next tile is read to the same memory
             for site, term in self._terms:
                 if term.needs_pass and (met := site.overlap(first + start, first + start + len(block))):
                     term.observe_rows(W[met[0], slice(*site.columns)], met[1])
@@ -116,11 +122,15 @@ class TorchRows:
         overflowed = flushed = 0
         out = self._workspace.of("out", len(stored) // self._stored.itemsize, self._out)
         for start, block in self._blocks(stored):
-            W = self._widened(block)
+            arrived = self._arrived(block)
+            W = self._widened(arrived)
             rows = min(len(W), max(0, measured - start))
-            base = self._base(block if self._keep_base else block[:rows])
+            base = self._base(arrived if self._keep_base else arrived[:rows])
             self._apply(W, base, first + start)
-            rounded = out[start * W.shape[1] :][: W.numel()].view(W.shape)
+            sent = out[start * W.shape[1] :][: W.numel()].view(W.shape)
+            rounded = (
+                self._workspace.of("result", W.numel(), self._out).view(W.shape) if self._workspace.looks else sent
+            )
             rounded.copy_(self._stochastic(W, (first + start) * W.shape[1]) if self._stochastic else W)
             self._check_finite(W, rounded)
             if self._narrows:
@@ -129,6 +139,8 @@ class TorchRows:
             self._refine(block, rounded, first + start)
             some = _measured(base[:rows], W, rounded)
             retained, total, changed = retained + some[0], total + some[1], changed + some[2]
+            if rounded is not sent:
+                sent.copy_(rounded)  # which waits for all that was asked of the device
         return Changed(_bytes_of(out), retained, total, changed, overflowed, flushed)
 
     def _blocks(self, stored: memoryview) -> list[tuple[int, torch.Tensor]]:
@@ -140,10 +152,17 @@ class TorchRows:
         tile = torch.frombuffer(stored, dtype=self._stored).view(-1, self._task.matrix[1])
         return [(start, tile[start : start + self._rows]) for start in range(0, len(tile), self._rows)]
 
+    def _arrived(self, block: torch.Tensor, *, wait: bool = False) -> torch.Tensor:
+        """Return a block on the device; it moves there as it is stored, in half the bytes.
+
+        This thread goes on meanwhile, unless it is to `wait`: until then the memory of the block must stay as it is.
+        """
+        if not self._workspace.moves:
+            return block
+        return self._workspace.of("arrived", block.numel(), self._stored).view(block.shape).copy_(block, not wait)
+
     def _widened(self, block: torch.Tensor) -> torch.Tensor:
-        """Return a block in working precision, on the device; it moves there as it is stored, in half the bytes."""
-        if self._workspace.moves:
-            block = self._workspace.of("arrived", block.numel(), self._stored).view(block.shape).copy_(block, True)
+        """Return a block in working precision, where it is."""
         return self._workspace.of("work", block.numel(), self._work).view(block.shape).copy_(block)
 
     def _base(self, block: torch.Tensor) -> torch.Tensor:
@@ -169,21 +188,24 @@ class TorchRows:
                 continue
             inside = (met[0], slice(*site.columns))
             region = rounded[inside]
-            near = self._below(region, _bits(bound * term.gain(met[1]), self._out))
-            if len(near):
+            every = self._below(region, _bits(bound * term.gain(met[1]), self._out))
+            for start in range(0, len(every), _REFINED):
+                near = every[start : start + _REFINED]
                 rows, columns = near // region.shape[1], near % region.shape[1]
                 values = term.elements(block[inside][rows, columns].double(), rows + met[1].start, columns)
-                region[rows, columns] = values.to(region.device, region.dtype)
+                region[rows.to(region.device), columns.to(region.device)] = values.to(region.device, region.dtype)
 
     def _below(self, region: torch.Tensor, limit: int) -> torch.Tensor:
         """Return where in a 16-bit float region, flattened, the magnitude is at most `limit`, both read as integers.
 
-        Without their sign, 16-bit floats are in the order of their bits. NumPy looks through a tile in a tenth of the
-        time that torch takes.
+        Without their sign, 16-bit floats are in the order of their bits. On the host NumPy looks through a tile in a
+        tenth of the time that torch takes. The places are told on the host.
         """
         import numpy as np
         import torch
 
+        if not region.is_cpu:
+            return (region.view(torch.int16) & 0x7FFF).le(limit).flatten().nonzero()[:, 0].cpu()
         bits, mask = (
             self._workspace.of(name, region.numel(), dtype).numpy().reshape(region.shape)
             for name, dtype in (("bits", torch.int16), ("mask", torch.bool))
@@ -215,8 +237,8 @@ def _measured(base: torch.Tensor, W: torch.Tensor, rounded: torch.Tensor) -> tup
     import torch
 
     retained = total = changed = 0.0
-    # A few rows at a time: whole tiles in float64 would leave the cache.
-    step = max(1, (1 << 16) // max(1, W.shape[1]))
+    # A few rows at a time: whole tiles in float64 would leave the cache, or take much of a device's memory.
+    step = max(1, (1 << (16 if W.is_cpu else 20)) // max(1, W.shape[1]))
     for start in range(0, len(base), step):
         part = slice(start, min(start + step, len(base)))
         # A float64 tile is its own double, so nothing is done in place; a GPU of Apple has no float64.

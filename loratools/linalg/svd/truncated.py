@@ -7,8 +7,6 @@ matrix, everything else by block Krylov iteration (`krylov.py`). Nothing here ca
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from loratools.linalg.orthonormal import frobenius2, product64, row_chunks
+from loratools.linalg.precision import full_float32
 from loratools.linalg.ranks.rules import Fixed, RankRule, Spectrum
 from loratools.linalg.svd import krylov
 from loratools.linalg.svd.certificate import excess_bound
@@ -162,17 +161,6 @@ def residual2(D: Tensor, B: Tensor, A: Tensor) -> float:
     A64, tiles = A.double(), row_chunks(D)
     matching = zip(tiles, torch.split(B, len(tiles[0])), strict=True)
     return sum(frobenius2(rows.double() - left.double() @ A64) for rows, left in matching)
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Switch TF32 and bfloat16 products of float32 matrices off for the time of a `with` block."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,8 +32,8 @@ from loratools.adapter.placement.codes import refuse_other_codes
 from loratools.decisions import decided, detailed, warned
 from loratools.errors import IncompatibleAdapter, OutputRefused
 from loratools.format import manifest
+from loratools.linalg.precision import full_float32
 from loratools.linalg.ranks.allocate import Ranks
-from loratools.linalg.svd.truncated import full_float32
 from loratools.options import Options
 from loratools.parallel import Progress, cores, no_progress
 from loratools.storage import atomic

@@ -16,7 +16,8 @@ from loratools.adapter.placement.tied import onto_stored
 from loratools.adapter.placement.weight import base_matrix, by_module
 from loratools.adapter.placement.whole import resolve_replacements
 from loratools.errors import IncompatibleAdapter
-from loratools.linalg.svd.truncated import full_float32, residual2, truncated_svd
+from loratools.linalg.precision import full_float32
+from loratools.linalg.svd.truncated import residual2, truncated_svd
 from loratools.options import Options
 from loratools.parallel import Progress, cores, no_progress, workers
 from loratools.storage.checkpoint import Checkpoint

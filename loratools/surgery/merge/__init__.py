@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from loratools.options import CheckBase, Device, Quantized, Retention, Rounding, Tied, TrainedOn
+from loratools.options import CheckBase, Quantized, Retention, Rounding, Tied, TrainedOn
 from loratools.parallel import Progress
 from loratools.storage import atomic
 from loratools.storage.dtypes import FloatName
@@ -63,7 +63,7 @@ def merge(
     keep_loss: int | None = None,
     keep_residual: bool = False,
     resume: bool = False,
-    device: Device = "cpu",
+    device: str | torch.device = "cpu",
     threads: int | None = None,
     force: bool = False,
     durable: bool = False,
@@ -122,8 +122,9 @@ def merge(
             record, so that `unmerge` restores every bit. Default: no.
         resume: Whether an interruption leaves the files that are complete, and the same call goes on from them.
             Default: no, an interruption leaves nothing.
-        device: Where the arithmetic is done: `"cpu"`, `"cuda"` or `"mps"`; on a GPU one BF16 element in some ten
-            thousand may be rounded to its other neighbour. Default: `"cpu"`.
+        device: Where the arithmetic is done: `"cpu"`, `"cuda"`, `"cuda:1"` (the second GPU) or `"mps"`, or a device of
+            torch; on a GPU one BF16 element in some ten thousand may be rounded to its other neighbour, and the record
+            says which GPU it was. Default: `"cpu"`.
         threads: Threads to work with; no byte depends on it. Default: one per core, at most 8.
         force: Whether to replace an output that exists. Default: no.
         durable: Whether the output is on the disk itself before it has its name, so that a power cut leaves it whole or
@@ -140,7 +141,7 @@ def merge(
         WrongBase: The base is not the recorded one, and `check_base` is `"strict"`.
         BadFile, UnsupportedAdapter: An input cannot be read, or holds what loratools does not do.
         OutputRefused: The output exists, is an input, or the base already holds this adapter.
-        NoSpace, NoDevice: The disk is too small, or the machine has no such device.
+        NoSpace, NoDevice: The disk is too small, or the machine has no such device, or its memory is full.
 
     Example:
         >>> report = merge("base", "adapter", "merged", dtype="bf16")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING
 
-from loratools.options import CheckBase, Device, Options, Quantized, Retention, Rounding, Tied, TrainedOn
+from loratools.options import CheckBase, Options, Quantized, Retention, Rounding, Tied, TrainedOn
 from loratools.storage import dtypes
 from loratools.storage.sizes import parse_size
 from loratools.storage.sources import Location
@@ -37,7 +37,7 @@ class MergeOptions:
     keep_loss: int | None = None
     keep_residual: bool = False
     resume: bool = False
-    device: Device = "cpu"
+    device: str | torch.device = "cpu"
     threads: int | None = None
     force: bool = False
     durable: bool = False
@@ -61,8 +61,14 @@ class MergeOptions:
             why = "resume does not keep it" if self.resume else "only what becomes codes again loses (requantize)"
             checked.problems.append(f"keep_loss is {self.keep_loss!r}; {why}")
         checked.flag("keep_residual", self.keep_residual).flag("resume", self.resume)
-        checked.word("device", self.device, Device).threads(self.threads).flag("force", self.force)
+        object.__setattr__(self, "device", checked.device(self.device))
+        checked.threads(self.threads).flag("force", self.force)
         checked.flag("durable", self.durable).done()
+
+    @property
+    def computes_on(self) -> str:
+        """`device` by its name."""
+        return str(self.device)
 
     @property
     def output_dtype(self) -> str | None:

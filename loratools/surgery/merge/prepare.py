@@ -14,10 +14,12 @@ from loratools.adapter.placement.settle import Equals, settle
 from loratools.adapter.placement.shared import EMBEDDINGS, main_tensor
 from loratools.adapter.placement.whole import resolve_replacements
 from loratools.decisions import warned
+from loratools.engine.device import check as check_device
+from loratools.engine.device import described
 from loratools.engine.plan import MergePlan
-from loratools.engine.run import in_torch
+from loratools.engine.run import Settings, in_torch
 from loratools.errors import IncompatibleAdapter
-from loratools.format.record import BROUGHT, CARRIED, REPLACED, of_merge, refuse_second_merge
+from loratools.format.record import ARITHMETIC, BROUGHT, CARRIED, REPLACED, of_merge, refuse_second_merge
 from loratools.parallel import cores
 from loratools.storage import atomic
 from loratools.storage.beside import making, vocabulary
@@ -76,7 +78,8 @@ class Merge:
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain data, with the free space where the output goes."""
-        return self.plan.to_json(self.threads, torch=bool(in_torch(self.plan))) | {
+        on = Settings(self.threads, self.options.computes_on)
+        return self.plan.to_json(self.threads, torch=bool(in_torch(self.plan, on))) | {
             "output": str(self.output),
             "other_files": len(self.beside.sources.keys() | self.beside.texts),
             "left_behind": list(self.beside.left),
@@ -99,10 +102,12 @@ def prepare(
     `base`, `adapters`, `output` and `weights` are those of `merge`; `options` holds its other arguments.
 
     Raises `IncompatibleAdapter`, `WrongBase`, `BadFile`, `UnsupportedAdapter`, `InvalidOption` for weights that are not
-    one for each adapter, `OutputRefused` where the output exists, is an input, or the base already holds this adapter.
+    one for each adapter, `NoDevice`, `OutputRefused` where the output exists, is an input, or the base already holds
+    this adapter.
     """
     output = Path(output)
     check_weights(adapters, weights)
+    check_device(options.computes_on)
     atomic.check_output(output, force=options.force)
     base = logical(open_model(base))
     if options.model_type:
@@ -158,6 +163,7 @@ def decide(
     beside = single.left_behind(base, paths) if plan.single else companions(base, paths)
     record |= {"model_type": options.model_type} if options.model_type else {}
     record |= {BROUGHT: list(beside.brought)} if beside.brought else {}
+    record |= {ARITHMETIC: on} if (on := described(options.computes_on)) else {}
     record |= making.field()
     if is_gguf(base):
         refuse_what_needs_a_folder(options)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from loratools.adapter.placement.gguf import is_gguf
-from loratools.engine.device import check as check_device
 from loratools.engine.plan import MergePlan
 from loratools.engine.run import Settings, write_weights
 from loratools.engine.task import Restore, TensorResult
@@ -81,7 +80,6 @@ def execute(
     """
     plan, options, threads = prepared.plan, prepared.options, prepared.threads
     progress = progress or no_progress
-    check_device(options.device)
     if options.keep_residual and plan.base.origins:
         raise IncompatibleAdapter(
             "a residual restores the tensors of a base one by one, and this merge repeats its layers",
@@ -192,7 +190,7 @@ def settings_of(prepared: Merge, before: Mapping[str, Restore] | None = None) ->
     """Return how the engine is to run a merge; `before` is that of `Settings`."""
     options = prepared.options
     return Settings(
-        prepared.threads, options.device, options.retention, options.seed, options.rounding, before=before or {}
+        prepared.threads, options.computes_on, options.retention, options.seed, options.rounding, before=before or {}
     )
 
 

@@ -29,7 +29,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "keep_loss": (0, "keep_loss is 0; it can be a whole number of at least 1 or None"),
     "keep_residual": ("no", "keep_residual is 'no'; it can be True or False"),
     "resume": (None, "resume is None; it can be True or False"),
-    "device": ("gpu", "device is 'gpu'; it can be cpu, cuda or mps"),
+    "device": ("gpu", "device is 'gpu'; it can be cpu, cuda, cuda:N or mps"),
     "threads": (0, "threads is 0; it can be a whole number of at least 1 or None"),
     "force": (1, "force is 1; it can be True or False"),
     "durable": ("yes", "durable is 'yes'; it can be True or False"),
@@ -67,6 +67,14 @@ def test_dtypes_in_every_spelling(spelling: Any, name: str) -> None:
     options = MergeOptions(dtype=spelling)
     assert (options.dtype, options.output_dtype) == (name, name)
     assert options == MergeOptions(dtype=name)
+
+
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [("cuda", "cuda"), ("cuda:1", "cuda:1"), (torch.device("cuda", 1), "cuda:1"), (torch.device("mps"), "mps")],
+)
+def test_devices_by_name_and_as_torch_has_them(spelling: Any, name: str) -> None:
+    assert MergeOptions(device=spelling).computes_on == name
 
 
 @pytest.mark.parametrize("spelling", [torch.int8, torch.float8_e4m3fn, "int", "", "float128", 16])
