@@ -10,8 +10,11 @@ from decimal import Decimal
 from json.encoder import encode_basestring
 from typing import Any
 
-_QUOTED = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"')
-_NUMBER = re.compile(r"[-0-9][-+.0-9eE]*")
+_SIGNS = bytes.maketrans(b"123456789,[", b"0" * 9 + b"::")
+"""What a text becomes in which numbers are looked for: every digit is 0, and what comes before a number is a colon."""
+
+_UNUSUAL = re.compile(rb":(-?0+[.eE][-+.0eE]*|-?0{16,})")
+"""A number with a fraction or of many digits, or what looks like one in a string."""
 
 
 def canonical_object(value: Mapping[str, Any]) -> str:
@@ -24,9 +27,10 @@ def canonical_object(value: Mapping[str, Any]) -> str:
         text = json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError):
         return canonical(value)
-    if not text.isascii() or not all(map(_is_canonical, set(_NUMBER.findall(_QUOTED.sub("", text))))):
+    if not text.isascii():
         return canonical(value)
-    return text
+    unusual = _UNUSUAL.finditer(text.encode().translate(_SIGNS))
+    return text if all(_is_canonical(text[slice(*match.span(1))]) for match in unusual) else canonical(value)
 
 
 def _is_canonical(number: str) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import Any, Literal, Protocol, get_args
 
 from loratools.errors import BadFile
@@ -44,6 +45,7 @@ def new(algorithm: str = DEFAULT) -> Hasher:
     raise BadFile(f"unknown digest algorithm {algorithm!r}; registered are {', '.join(ALGORITHMS)}")
 
 
+@lru_cache(maxsize=1024)  # several clauses ask about the same one
 def algorithm_of(digest: str) -> str:
     """Return the algorithm of a written digest, `blake3:…`; raise `BadFile` unless it is well formed."""
     algorithm, _, digits = digest.partition(":")
@@ -101,5 +103,6 @@ def _over_names(domain: bytes, names: Iterable[str], part: Callable[[str], bytes
     return finish(hasher, algorithm)
 
 
+@lru_cache(maxsize=1024)  # the layers of a model have the same shapes
 def _signature(dtype: str, shape: tuple[int, ...]) -> bytes:
     return dtype.encode() + b"\0" + b"".join(n.to_bytes(8, "little") for n in (len(shape), *shape))

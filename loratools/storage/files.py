@@ -133,19 +133,43 @@ def chunks(spec: TensorSpec, size: int = CHUNK) -> Iterator[memoryview]:
 
 
 def chunks_of_all(specs: Mapping[str, TensorSpec]) -> Iterator[tuple[str, Iterator[memoryview]]]:
-    """Yield each tensor's name and `chunks` of it; a file is opened once for tensors that follow each other in it."""
-    buffer = memoryview(bytearray(min(CHUNK, max((spec.nbytes for spec in specs.values()), default=0))))
+    """Yield each tensor's name and `chunks` of it; a file is opened once for tensors that follow each other in it.
+
+    Small ones that lie side by side are read at once.
+    """
+    buffer = memoryview(bytearray(min(CHUNK, sum(spec.nbytes for spec in specs.values()))))
     with ExitStack() as stack:
         file: Path | None = None
         source = -1
-        for name, spec in specs.items():
-            if spec.encoding is not None:
-                yield name, chunks(spec)
+        for run in _runs(specs, len(buffer)):
+            first, last = run[0][1], run[-1][1]
+            if first.encoding is not None:
+                yield run[0][0], chunks(first)
                 continue
-            if spec.file != file:
+            if first.file != file:
                 stack.close()
-                source, file = stack.enter_context(descriptor(spec.file)), spec.file
-            yield name, _pieces(source, spec, buffer)
+                source, file = stack.enter_context(descriptor(first.file)), first.file
+            if len(run) == 1:
+                yield run[0][0], _pieces(source, first, buffer)
+                continue
+            read_into(source, buffer[: last.stop - first.start], first.start, first.file)
+            for name, spec in run:
+                yield name, iter((buffer[spec.start - first.start : spec.stop - first.start],))
+
+
+def _runs(specs: Mapping[str, TensorSpec], size: int) -> Iterator[list[tuple[str, TensorSpec]]]:
+    """Yield the tensors in their order, those together that lie side by side in at most `size` bytes of a file."""
+    run: list[tuple[str, TensorSpec]] = []
+    for name, spec in specs.items():
+        if run:
+            first, last = run[0][1], run[-1][1]
+            beside = spec.encoding is None and first.encoding is None and spec.start == last.stop
+            if not beside or spec.stop - first.start > size or spec.file != first.file:
+                yield run
+                run = []
+        run.append((name, spec))
+    if run:
+        yield run
 
 
 def _pieces(source: int, spec: TensorSpec, buffer: memoryview) -> Iterator[memoryview]:

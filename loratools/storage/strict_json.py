@@ -21,9 +21,10 @@ MAX_INDEX = 64_000_000
 """Bytes of the index of a model's files, or of the record of a merge; those of the largest models have ten million."""
 
 
-_NEGATIVE = re.compile(rb"[\s:,\[]-")
-_DIGITS = bytes.maketrans(b"123456789", b"0" * 9)
-_LONG = b"0" * 21
+_SIGNS = bytes.maketrans(b"123456789" + b" \t\r\n,[", b"0" * 9 + b":" * 6)
+"""What a text becomes to look for odd numbers: every digit is 0, and what comes before a number is a colon."""
+
+_NEGATIVE, _LONG = b":-", b":" + b"0" * 21
 
 
 def read_json(path: Path, *, strict: bool = False, most: int | None = None) -> dict[str, Any]:
@@ -73,8 +74,8 @@ def parse_json_object(raw: bytes, path: Path, *, constants: bool = False) -> dic
         if not text.startswith("{"):
             raise BadFile(f"{path}: not the JSON object that was expected: it begins with {text[:12]!r}")
         # A negative integer or a long one is read by a function of Python, which then is called for each number.
-        has_odd = (b"-" in raw and _NEGATIVE.search(raw)) or _LONG in raw.translate(_DIGITS)
-        odd = number if has_odd else None
+        signs = raw.translate(_SIGNS)
+        odd = number if _NEGATIVE in signs or _LONG in signs else None
         document = json.loads(
             text, object_pairs_hook=unique, parse_constant=constant, parse_int=odd, parse_float=finite
         )

@@ -213,6 +213,8 @@ def _layout(subject: Subject, clause: str) -> Iterator[Fault]:
 
 def layout_faults(kind: Kind, entry: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield (clause, message) for each fault of a module's layout."""
+    if "layout" not in entry and not kind.layout:
+        return
     value = entry.get("layout", {})
     if not isinstance(value, dict):
         yield "M-18", f"layout: expected an object, found {shown(value)}"
