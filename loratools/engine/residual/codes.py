@@ -24,7 +24,9 @@ from loratools.storage.codecs.floats import narrow, widen
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _HEAD = struct.Struct("<BIII")
-_SPARSE, _DENSE = 0, 1
+SPARSE, DENSE = 0, 1
+"""How exceptions are listed: by their places, or for every element."""
+
 _FEW = 16  # exceptions are listed by position while there are fewer than one in so many elements
 
 
@@ -54,11 +56,16 @@ def joined(ranks: bytes, at: Array, high: Array, count: int) -> bytes:
         gaps = at.astype("<u4")
         gaps[1:] -= gaps[:-1].copy()
         raw = gaps.tobytes() + _planes(high)
-        form, count = _SPARSE, len(at)
+        form, count = SPARSE, len(at)
     else:
         every = np.zeros(count, high.dtype)
         every[at] = high
-        raw, form = _planes(every), _DENSE
+        raw, form = _planes(every), DENSE
+    return framed(form, count, ranks, raw)
+
+
+def framed(form: int, count: int, ranks: bytes, raw: bytes) -> bytes:
+    """Return a block of packed `ranks` and of `count` exceptions that are to be compressed."""
     packed = zlib.compress(raw, 6) if count else b""
     return _HEAD.pack(form, count, len(ranks), len(packed)) + ranks + packed
 
@@ -81,18 +88,8 @@ def apart(block: memoryview, spread: Array, length: int, dtype: Any) -> tuple[me
 
     Raises `BadFile` where the block is not one of a tile of `length` elements with so many bits open.
     """
-    if len(block) < _HEAD.size:
-        raise BadFile("a block of the residual is truncated")
-    form, count, ranks_size, packed_size = _HEAD.unpack(block[: _HEAD.size])
-    if len(block) != _HEAD.size + ranks_size + packed_size or count > length or form not in (_SPARSE, _DENSE):
-        raise BadFile("a block of the residual contradicts itself")
-    if ranks_size != -(-int(spread.sum(dtype=np.int64)) // 8):
-        raise BadFile("a block of the residual was made for another merge: it has another number of candidates")
-    ranks, width = block[_HEAD.size : _HEAD.size + ranks_size], dtype.itemsize
-    raw = _inflate(block[_HEAD.size + ranks_size :], count * (width + (4 if form == _SPARSE else 0)))
-    if form == _DENSE:
-        if count != length:
-            raise BadFile("a block of the residual is of another size than its tile")
+    form, count, ranks, raw = unframed(block, length, dtype.itemsize, -(-int(spread.sum(dtype=np.int64)) // 8))
+    if form == DENSE:
         values = _unplanes(raw, dtype)
         positions: Array = np.flatnonzero(values)
         return ranks, positions, values[positions]
@@ -100,6 +97,25 @@ def apart(block: memoryview, spread: Array, length: int, dtype: Any) -> tuple[me
     if count and int(positions[-1]) >= length:
         raise BadFile("a block of the residual points beyond its tile")
     return ranks, positions, _unplanes(raw[4 * count :], dtype)
+
+
+def unframed(block: memoryview, length: int, width: int, size: int | None = None) -> tuple[int, int, memoryview, bytes]:
+    """Return the form of a block, its number of exceptions, its packed ranks and the exceptions, inflated.
+
+    `length` are the elements of the tile, `width` the bytes of one, `size` those that the ranks must have. Raises
+    `BadFile` where the block contradicts itself, or that.
+    """
+    if len(block) < _HEAD.size:
+        raise BadFile("a block of the residual is truncated")
+    form, count, ranks_size, packed_size = _HEAD.unpack_from(block)
+    if len(block) != _HEAD.size + ranks_size + packed_size or count > length or form not in (SPARSE, DENSE):
+        raise BadFile("a block of the residual contradicts itself")
+    if size is not None and ranks_size != size:
+        raise BadFile("a block of the residual was made for another merge: it has another number of candidates")
+    raw = _inflate(block[_HEAD.size + ranks_size :], count * (width + (4 if form == SPARSE else 0)))
+    if form == DENSE and count != length:
+        raise BadFile("a block of the residual is of another size than its tile")
+    return form, count, block[_HEAD.size : _HEAD.size + ranks_size], raw
 
 
 def _coarse(P: Array, after: Array, dtype: str, after_dtype: str) -> tuple[Array, Array]:

@@ -25,9 +25,9 @@ from loratools.engine.residual import (
     Residual,
     description,
     read_bits,
-    tiles,
 )
 from loratools.engine.residual import predict as undo
+from loratools.engine.residual.tiles import Coder
 from loratools.parallel import Progress, no_progress, workers
 from loratools.storage import dtypes, files
 from loratools.storage.beside.along import residual_of
@@ -161,10 +161,11 @@ def _encode(lost: Lost, base: TensorSpec, progress: Progress, folder: Path, rest
         steps = undo.steps(lost.placements)
         undo.measure(lost.placements, steps, rows, max(1, ELEMENTS // max(1, columns)))
         parts = [step.gains.astype("<f4").tobytes() for step in steps if step.gains is not None]
+        coder = Coder(lost, steps)
         for start, stop in lost.tiles():
             W = read_bits(source, base, start * columns, stop * columns)
             after = read_bits(result, lost.after, start * columns, stop * columns)
-            block = tiles.encode(lost, W, after, steps, start)
+            block = coder.encode(W, after, start)
             parts += [LENGTH.pack(len(block)), block]
             progress(W.nbytes)
     return b"".join(parts)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from loratools.adapter.kinds.dora import gains, magnitudes, squares
 from loratools.adapter.placement.resolve import Placement
 from loratools.adapter.site import Site
 from loratools.engine.load import is_stored, read_factor
-from loratools.linalg.native import residual as native
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -54,11 +52,6 @@ class Step:
         product: Array = self.left[rows] @ self.right
         return product
 
-    @cached_property
-    def panels(self) -> Array:
-        """Return right as C takes it."""
-        return native.panels(self.right)
-
     def take_back(self, W: Array, start: int) -> None:
         """Turn a tile of changed rows, from `start` on, into what they were before, in place."""
         met = self.site.overlap(start, start + len(W))
@@ -68,16 +61,6 @@ class Step:
         if self.gains is not None:
             region /= self.gains if self.across else self.gains[met[1], None]
         region -= self.delta(met[1]).astype(W.dtype, copy=False)
-
-    def take_back_in_c(self, W: Array, start: int) -> None:
-        """Do what `take_back` does in C, on float32: to the same bits."""
-        met = self.site.overlap(start, start + len(W))
-        if met is None:
-            return
-        by_row = None if self.gains is None or self.across else self.gains[met[1]]
-        by_column = self.gains if self.across else None
-        region = W[met[0], slice(*self.site.columns)]
-        native.take_back(region, self.left[met[1]], self.panels, by_row=by_row, by_column=by_column)
 
 
 def is_predictable(placements: Sequence[Placement]) -> bool:

@@ -13,8 +13,9 @@ import numpy as np
 from loratools.adapter.model import AdapterInput
 from loratools.adapter.placement.resolve import Placement, resolve
 from loratools.adapter.placement.tied import apply_policy
-from loratools.engine.residual import LENGTH, Layout, Lost, Residual, read_bits, tiles
+from loratools.engine.residual import LENGTH, Layout, Lost, Residual, read_bits
 from loratools.engine.residual.predict import steps
+from loratools.engine.residual.tiles import Coder
 from loratools.errors import BadFile
 from loratools.parallel import Progress, each, no_progress
 from loratools.storage import digest, dtypes, files
@@ -164,8 +165,8 @@ def _decoded(lost: Lost, merged: TensorSpec, blob: memoryview) -> Iterator[memor
     blocks = [take(*LENGTH.unpack(take(LENGTH.size))) for _ in lost.tiles()]
     if end != len(blob):
         raise BadFile("it goes on after its last block")
-    columns = lost.matrix[1]
+    columns, coder = lost.matrix[1], Coder(lost, made)
     with files.descriptor(merged.file) as source:
         for (start, stop), block in zip(lost.tiles(), blocks, strict=True):
             after = read_bits(source, merged, start * columns, stop * columns)
-            yield bytes_of(tiles.decode(lost, block, after, made, start))
+            yield bytes_of(coder.decode(block, after, start))

@@ -1,4 +1,4 @@
-"""One tile of a tensor, to its block and back: by `linalg/native/residual.c` where it serves, else in NumPy.
+"""Tiles of one tensor, to their blocks and back: by `linalg/native/residual.c` where it serves, else in NumPy.
 
 Both write the same blocks and read the other's.
 """
@@ -14,34 +14,45 @@ from loratools.engine.residual.predict import Step
 from loratools.linalg.native import residual as native
 
 
-def encode(lost: Lost, W: Array, after: Array, steps: Sequence[Step], start: int) -> bytes:
-    """Return the block of a tile: `W` and `after` are the bits of its rows from `start` on, of the base and merged."""
-    assert lost.after is not None
-    if (scan := _scan(lost, after, steps, start, W)) is not None:
-        return codes.joined(scan.packed(), scan.at, scan.high.astype(W.dtype), len(W))
-    return codes.encode(W, after, prediction(lost, after, steps, start), lost.dtype, lost.after.dtype)
+class Coder:
+    """Codes the tiles of one tensor of the base, and reads them, any number of threads at a time."""
+
+    def __init__(self, lost: Lost, steps: Sequence[Step]) -> None:
+        """Take a tensor that is predicted, and the `steps` that its change took (`predict.steps`), measured."""
+        assert lost.after is not None
+        self._lost, self._steps, self._dtypes = lost, steps, (lost.after.dtype, lost.dtype)
+        self._native = None
+        served = set(self._dtypes) <= native.DTYPES.keys() and all(step.site.columns[2] == 1 for step in steps)
+        if native.available() and served:
+            self._native = native.Coder([_product(step) for step in steps], lost.matrix[1], *self._dtypes)
+
+    def encode(self, W: Array, after: Array, start: int) -> bytes:
+        """Return the block of a tile; `W` and `after` are the bits of its rows from `start` on, before and after."""
+        if self._native and (coded := self._native.encode(W, after, start)):
+            if coded.raw is None:
+                return codes.joined(coded.ranks, coded.at, coded.high.astype(W.dtype), len(W))
+            return codes.framed(codes.SPARSE, len(coded.at), coded.ranks, coded.raw)
+        predicted = prediction(self._lost, after, self._steps, start)
+        return codes.encode(W, after, predicted, self._lost.dtype, self._dtypes[0])
+
+    def decode(self, block: memoryview, after: Array, start: int) -> Array:
+        """Return the bits of the base's rows from `start` on; raise `BadFile` where the block does not fit the tile.
+
+        They lie in memory that the next tile of this thread overwrites.
+        """
+        if self._native:
+            width = 4 if self._lost.dtype == "F32" else 2
+            form, count, ranks, raw = codes.unframed(block, len(after), width)
+            packed, exceptions = np.frombuffer(ranks, np.uint8), np.frombuffer(raw, np.uint8)
+            W = self._native.decode(after, packed, form, count, exceptions, start)
+            if W is not None:
+                return W
+        predicted = prediction(self._lost, after, self._steps, start)
+        return codes.decode(block, after, predicted, self._lost.dtype, self._dtypes[0])
 
 
-def decode(lost: Lost, block: memoryview, after: Array, steps: Sequence[Step], start: int) -> Array:
-    """Return the bits of the base's rows from `start` on; raise `BadFile` where the block does not fit the tile.
-
-    They lie in memory that the next tile of this thread overwrites.
-    """
-    assert lost.after is not None
-    if (scan := _scan(lost, after, steps, start)) is None:
-        return codes.decode(block, after, prediction(lost, after, steps, start), lost.dtype, lost.after.dtype)
-    packed, at, high = codes.apart(block, scan.spread, len(after), scan.P.dtype)
-    return scan.place(np.frombuffer(packed, np.uint8), at.astype(np.uint32), high.astype(np.uint32))
-
-
-def _scan(lost: Lost, after: Array, steps: Sequence[Step], start: int, W: Array | None = None) -> native.Scan | None:
-    """Compare a tile with its predictions in C; None where that does not serve."""
-    assert lost.after is not None
-    if not native.available() or not {lost.dtype, lost.after.dtype} <= native.DTYPES.keys():
-        return None
-    predicted = native.widened(after, lost.after.dtype)
-    rows = predicted.reshape(-1, lost.matrix[1])
-    for step in reversed(steps):
-        step.take_back_in_c(rows, start)
-    # Only binades of equal dtypes can be compared; a cast leaves exceptions.
-    return native.scan(predicted, after if lost.dtype == lost.after.dtype else None, lost.dtype, W)
+def _product(step: Step) -> native.Product:
+    """Return a step as C takes it."""
+    by_row, by_column = (None, step.gains) if step.across else (step.gains, None)
+    columns = step.site.columns[:2]
+    return native.product(step.site.rows, columns, step.left, step.right, by_row=by_row, by_column=by_column)

@@ -11,7 +11,7 @@ several times slower: only the last float32 bit of a sum may differ then.
     floats.h   BF16, F16 and F32 as float32 and back, for rows.c and residual.c
     codes      `codes.c` and `codes.h`: what the codes of quantized weights stand for
     proof      `proof.c` and `proof.h`: what two models differ by; `surgery/verify` shares nothing with a merge
-    residual   `residual.c` and `residual.h`: what tells the base from a merged model and its adapters
+    residual   `residual.c`, `residual.h` and `ranks.h`: what tells the base from a merged model and its adapters
     thin       `thin.c` and `thin.h`: factors beside a linear layer of a running model, and their gradients
     build      compiles them when the package is installed
 """

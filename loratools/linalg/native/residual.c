@@ -1,90 +1,160 @@
 /* The residual of a merge: the prediction W' - left·right of the base, and the base's place among the floats around it.
  *
  * `left` and `right` are in fixed point (engine/residual/predict.py): every sum is exact in float64, so that each
- * processor finds the same prediction. What is coded, and how, says engine/residual/codes.py, whose formulas in NumPy
- * give the same bytes. `residual.h` has what depends on the vectors of a processor. C for its speed alone.
+ * processor finds the same prediction. Where 16 bits are to be predicted the sum is first formed in float32, with a
+ * bound of its error; only where that leaves open which float is nearest is it formed in float64. What is coded, and
+ * how, says engine/residual/codes.py, whose formulas in NumPy give the same bytes. `residual.h` has the predictions,
+ * `ranks.h` the codes, both compiled for each width of vectors. C for its speed alone.
  */
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
 enum { BF16, F16, F32 };
-enum { LANES = 16 }; /* columns of a panel */
-enum { MORE = 16 };  /* numbers that are written at once, of which fewer may be meant */
+enum { LANES = 32, HALF_PANEL = 16 }; /* columns of a panel, and of what is multiplied in float64 at once */
+enum { MOST_ROWS = 8 };               /* rows at once, at most */
+enum { CHUNK = 64, MOST_PLANES = 23 }; /* numbers that are coded together; bits of a rank */
+enum { SPARSE, DENSE };                /* how exceptions are listed: by place, or for every element */
+enum { DONE, SPECIAL, MISFIT };        /* what became of a tile: see `Tile` */
 
-/* The same fields, in the same order, as `_Step` in residual.py. */
+/* The same fields, in the same order, as `_Step` in residual.py. One product on rows first,
+ * first + every, … below last, and on columns [from, to) of the matrix. */
 typedef struct {
-    float *P; /* (rows, columns), `stride` numbers from row to row */
-    size_t stride, rows, columns, rank;
-    const double *left;            /* (rows, rank) */
-    const double *right;           /* (rank, columns) in panels of LANES columns, the last filled up with zeros */
-    const float *by_row, *by_column; /* what P is divided by first, or NULL */
+    size_t first, last, every, from, to, rank;
+    const double *left;                      /* (rows, rank) */
+    const double *right;                     /* (rank, columns) in panels of LANES columns, the last filled with zeros */
+    const float *near_left, *near_right;     /* the same in float32; NULL where that serves for nothing */
+    const float *row_error, *panel_error;    /* whose products bound the error of a sum in float32; 0: it is exact */
+    const float *by_row, *by_column;         /* what W' is divided by first, or NULL */
 } Step;
 
 /* The same fields, in the same order, as `_Tile` in residual.py. */
 typedef struct {
-    const float *prediction; /* (count) */
-    const char *after;       /* (count), stored in `dtype` where the binades are comparable, else NULL */
-    const char *W;           /* (count), stored in `dtype`, or NULL: nothing but P and the places is wanted */
-    char *P;                 /* (count): the prediction rounded to `dtype` */
-    size_t dtype, count;
-    uint32_t *places, *low; /* where W' lies in a higher binade than P, and the low bits of the rank there */
-    uint8_t *spread;        /* how many bits that are; like the other lists it has room for MORE numbers than `count` */
-    size_t coarse;          /* their number */
-    uint32_t *at, *high;    /* where there is more than that, and what */
-    size_t exceptions;      /* their number */
-    size_t special;         /* not 0: a prediction is NaN or infinite, and nothing here holds */
+    const Step *steps; /* in the order in which they were made */
+    size_t many;
+    const char *after;                /* (rows, columns), stored in `source`: the merged numbers */
+    const char *W;                    /* (rows, columns), stored in `dtype`: the base; NULL where it is wanted */
+    char *P;                          /* (rows, columns): memory, and the base where it is wanted */
+    size_t source, dtype, start, rows, columns; /* `start` is the first row */
+    float *numbers;                   /* memory for MOST_ROWS rows, columns rounded up to CHUNK */
+    uint64_t *above;                  /* memory for a bit for each number, rows rounded up to CHUNK */
+    uint8_t *planes;                  /* memory for MOST_PLANES rows of bits, `room` bytes each */
+    size_t room;
+    uint32_t *at, *high;              /* (rows · columns): where ranks have more bits than `spread` says, and which */
+    uint8_t *packed;                  /* the low bits of all ranks, plane after plane */
+    size_t packed_bytes;
+    uint8_t *raw;                     /* exceptions as they are compressed; sparse alone are written */
+    size_t form, exceptions;
 } Tile;
 
 static const uint32_t EXPONENT[] = {0x7f80, 0x7c00, 0x7f800000};
 static const int MANTISSA[] = {7, 10, 23};
 
-/* A byte with its bits in the other order. */
-#define TWO(n) n, n + 128, n + 64, n + 192
-#define FOUR(n) TWO(n), TWO(n + 32), TWO(n + 16), TWO(n + 48)
-#define SIX(n) FOUR(n), FOUR(n + 8), FOUR(n + 4), FOUR(n + 12)
-static const uint8_t REVERSED[] = {SIX(0), SIX(2), SIX(1), SIX(3)};
-
 #define INLINE static inline __attribute__((always_inline)) TARGET
 #define JOIN(name, width) name##_##width
 #define NAMED(name, width) JOIN(name, width)
 
-/* The bits of one stored number. */
-static inline uint32_t bits_at(const char *stored, size_t j, int dtype)
+/* Bits that follow each other, the first of them in the lowest bit of a byte. */
+typedef struct {
+    uint8_t *to;
+    uint64_t last; /* the bits of the byte at `to` */
+    unsigned filled;
+} Bitstream;
+
+/* Append `count` bits, at most 56; eight bytes after the last must be there. */
+static inline void append(Bitstream *at, uint64_t bits, unsigned count)
 {
-    uint32_t wide = 0;
-    memcpy(&wide, stored + (dtype == F32 ? 4 : 2) * j, dtype == F32 ? 4 : 2);
-    return wide;
+    uint64_t all = at->last | bits << at->filled;
+    memcpy(at->to, &all, 8);
+    unsigned filled = at->filled + count;
+    at->to += filled >> 3;
+    at->last = all >> (filled & ~7u);
+    at->filled = filled & 7;
 }
 
-/* An integer of the width of `dtype`, with its sign. */
-static inline int32_t wrapped(uint32_t bits, int dtype) { return dtype == F32 ? (int32_t)bits : (int16_t)bits; }
-
-/* Integers in the order of the floats, one for each pattern of bits. */
-static inline uint32_t ordered(uint32_t bits, int dtype)
+/* Read `count` bits, at most 56, from a place on. */
+static inline uint64_t bits_at(const uint8_t *packed, size_t place, unsigned count)
 {
-    int32_t number = wrapped(bits, dtype);
-    return (uint32_t)(number ^ ((number >> 31) & (dtype == F32 ? 0x7fffffff : 0x7fff)));
+    uint64_t all;
+    memcpy(&all, packed + (place >> 3), 8);
+    return all >> (place & 7) & ((1ull << count) - 1);
 }
 
-/* The float of a rank. */
-static inline uint32_t at_rank(uint32_t rank, uint32_t P, int above, int dtype)
+/* Turn the bits of every byte around: the first of eight is the highest there. */
+static void turn(uint8_t *bytes, size_t count)
 {
-    uint32_t steps = (rank >> 1) ^ -(rank & 1);
-    if (above) steps = -steps;
-    return ordered(ordered(P, dtype) + steps, dtype);
+    for (size_t n = 0; n < count; n += 8) {
+        uint64_t all;
+        memcpy(&all, bytes + n, 8);
+        all = (all >> 1 & 0x5555555555555555) | (all & 0x5555555555555555) << 1;
+        all = (all >> 2 & 0x3333333333333333) | (all & 0x3333333333333333) << 2;
+        all = (all >> 4 & 0x0f0f0f0f0f0f0f0f) | (all & 0x0f0f0f0f0f0f0f0f) << 4;
+        memcpy(bytes + n, &all, 8);
+    }
+}
+
+/* Join the planes; eight bytes after the last must be there. */
+static void join(Tile *at, const Bitstream *planes)
+{
+    Bitstream all = {at->packed, 0, 0};
+    for (int bit = 0; bit < MOST_PLANES; bit++) {
+        const uint8_t *from = at->planes + bit * at->room;
+        size_t left = (size_t)(planes[bit].to - from) * 8 + planes[bit].filled;
+        for (size_t place = 0; left; place += 56) {
+            unsigned count = left < 56 ? (unsigned)left : 56;
+            append(&all, bits_at(from, place, count), count);
+            left -= count;
+        }
+    }
+    at->packed_bytes = (size_t)(all.to - at->packed) + (all.filled > 0);
+    turn(at->packed, at->packed_bytes);
+}
+
+/* List the exceptions as they are compressed: distances, then the lowest bytes of all, then the next. */
+static void list(const Tile *at)
+{
+    size_t count = at->exceptions, size = at->dtype == F32 ? 4 : 2;
+    for (size_t e = 0; e < count; e++) {
+        uint32_t gap = at->at[e] - (e ? at->at[e - 1] : 0);
+        for (int byte = 0; byte < 4; byte++) at->raw[4 * e + byte] = (uint8_t)(gap >> 8 * byte);
+        for (size_t byte = 0; byte < size; byte++) at->raw[(4 + byte) * count + e] = (uint8_t)(at->high[e] >> 8 * byte);
+    }
+}
+
+/* Read what `list` wrote, or one number for each element, into `at` and `high`; say whether all lie in the tile. */
+static int listed(Tile *at)
+{
+    size_t length = at->rows * at->columns, count = at->exceptions, size = at->dtype == F32 ? 4 : 2, e = 0;
+    const uint8_t *high = at->raw + (at->form == SPARSE ? 4 * count : 0);
+    uint64_t place = 0;
+    for (size_t n = 0; n < count; n++) {
+        uint32_t gap = 0, more = 0;
+        for (size_t byte = 0; byte < size; byte++) more |= (uint32_t)high[byte * count + n] << 8 * byte;
+        if (at->form == SPARSE) {
+            for (int byte = 0; byte < 4; byte++) gap |= (uint32_t)at->raw[4 * n + byte] << 8 * byte;
+            place += gap;
+            if (place >= length) return 0;
+        } else {
+            place = n;
+            if (!more) continue;
+        }
+        at->at[e] = (uint32_t)place;
+        at->high[e++] = more;
+    }
+    at->exceptions = e;
+    return 1;
 }
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#define TARGET __attribute__((target("avx2,fma,f16c")))
+#define TARGET __attribute__((target("avx2,fma,f16c,bmi,bmi2,popcnt")))
 #define WIDTH 8
 #define TOGETHER 3
 #include "residual.h"
 #undef TARGET
 #undef WIDTH
 #undef TOGETHER
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,popcnt")))
 #define WIDTH 16
 #define TOGETHER 8
 #include "residual.h"
@@ -93,22 +163,14 @@ static inline uint32_t at_rank(uint32_t rank, uint32_t P, int above, int dtype)
 size_t loratools_residual_width(void)
 {
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return 0;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c") ||
+        !__builtin_cpu_supports("bmi2") || !__builtin_cpu_supports("popcnt")) return 0;
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") ? 16 : 8;
 }
 
-void loratools_widen(const char *stored, size_t count, size_t dtype, float *out, size_t width)
-{
-    width == 16 ? widen_16(stored, count, dtype, out) : widen_8(stored, count, dtype, out);
-}
-void loratools_take_back(const Step *at, size_t width) { width == 16 ? take_back_16(at) : take_back_8(at); }
-void loratools_scan(Tile *at, size_t width) { width == 16 ? scan_16(at) : scan_8(at); }
-void loratools_place(const Tile *at, size_t width) { width == 16 ? place_16(at) : place_8(at); }
-size_t loratools_pack(const Tile *at, uint8_t *out, uint32_t *low, uint32_t *spread, size_t width)
-{
-    return width == 16 ? pack_16(at, out, low, spread) : pack_8(at, out, low, spread);
-}
+size_t loratools_encode(Tile *at, size_t width) { return width == 16 ? encode_16(at) : encode_8(at); }
+size_t loratools_decode(Tile *at, size_t width) { return width == 16 ? decode_16(at) : decode_8(at); }
 #else
 #define TARGET
 #define WIDTH 4
@@ -116,37 +178,9 @@ size_t loratools_pack(const Tile *at, uint8_t *out, uint32_t *low, uint32_t *spr
 #include "residual.h"
 
 size_t loratools_residual_width(void) { return 4; }
-
-void loratools_widen(const char *stored, size_t count, size_t dtype, float *out, size_t width)
-{
-    (void)width, widen_4(stored, count, dtype, out);
-}
-void loratools_take_back(const Step *at, size_t width) { (void)width, take_back_4(at); }
-void loratools_scan(Tile *at, size_t width) { (void)width, scan_4(at); }
-void loratools_place(const Tile *at, size_t width) { (void)width, place_4(at); }
-size_t loratools_pack(const Tile *at, uint8_t *out, uint32_t *low, uint32_t *spread, size_t width)
-{
-    (void)width;
-    return pack_4(at, out, low, spread);
-}
+size_t loratools_encode(Tile *at, size_t width) { return (void)width, encode_4(at); }
+size_t loratools_decode(Tile *at, size_t width) { return (void)width, decode_4(at); }
 #endif
-
-/* Read the low bits of all ranks; `turn` is memory for as many numbers. */
-void loratools_unpack(const Tile *at, const uint8_t *packed, uint32_t *turn)
-{
-    size_t left = at->coarse, next = 0;
-    for (size_t c = 0; c < left; c++) turn[c] = (uint32_t)c, at->low[c] = 0;
-    for (int bit = 0; left; bit++) {
-        size_t more = 0;
-        for (size_t c = 0; c < left; c++, next++) {
-            uint32_t place = turn[c];
-            at->low[place] |= (uint32_t)(packed[next >> 3] >> (7 - (next & 7)) & 1) << bit;
-            turn[more] = place;
-            more += at->spread[place] > bit + 1;
-        }
-        left = more;
-    }
-}
 
 /* Whoever calls checks that it means the same fields. */
 size_t loratools_step_size(void) { return sizeof(Step); }

@@ -1,6 +1,6 @@
-/* The arithmetic of residual.c for vectors of WIDTH numbers, with the instructions of TARGET, TOGETHER rows at a time.
+/* The predictions of residual.c for vectors of WIDTH numbers, with the instructions of TARGET, TOGETHER rows at a time.
  *
- * `dtype` is a constant wherever these functions are inlined.
+ * `dtype` and `source`, those of the base and of the merged numbers, are constants wherever these functions are inlined.
  */
 #include "floats.h"
 
@@ -12,235 +12,345 @@ typedef double Doubles __attribute__((vector_size(4 * WIDTH), aligned(8), may_al
 typedef float HalfVector __attribute__((vector_size(2 * WIDTH), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
-/* WIDTH stored numbers from element j on as integers. */
-INLINE Bits NAMED(bits_of, WIDTH)(const char *stored, size_t j, int dtype)
-{
-    if (dtype == F32) return *(const Bits *)(stored + 4 * j);
-    return __builtin_convertvector(*(const Halves *)(stored + 2 * j), Bits);
-}
-
-/* A bit for each number that is not 0. */
-INLINE uint32_t NAMED(mask_of, WIDTH)(Bits numbers)
+/* A bit for each number that has one of some bits. */
+INLINE uint32_t NAMED(having, WIDTH)(Bits numbers, Bits some)
 {
 #if WIDTH == 16
-    return _mm512_test_epi32_mask((__m512i)numbers, (__m512i)numbers);
+    return _mm512_test_epi32_mask((__m512i)numbers, (__m512i)some);
 #elif WIDTH == 8
-    return (uint32_t)_mm256_movemask_ps((__m256)(numbers != 0));
+    return (uint32_t)_mm256_movemask_ps((__m256)((numbers & some) != 0));
 #else
     uint32_t mask = 0;
-    for (int n = 0; n < WIDTH; n++) mask |= (uint32_t)(numbers[n] != 0) << n;
+    for (int n = 0; n < WIDTH; n++) mask |= (uint32_t)((numbers[n] & some[n]) != 0) << n;
     return mask;
 #endif
 }
 
-static TARGET void NAMED(widen, WIDTH)(const char *stored, size_t count, size_t dtype, float *out)
+/* A bit for each number of x that is greater. */
+INLINE uint32_t NAMED(greater, WIDTH)(Vector x, Vector y)
+{
+#if WIDTH == 16
+    return _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_GT_OQ);
+#else
+    Bits all = (Bits)(x > y);
+    return NAMED(having, WIDTH)(all, all);
+#endif
+}
+
+/* The larger of each two numbers. */
+INLINE Bits NAMED(larger, WIDTH)(Bits x, Bits y)
+{
+#if WIDTH == 16
+    return (Bits)_mm512_max_epu32((__m512i)x, (__m512i)y);
+#elif WIDTH == 8
+    return (Bits)_mm256_max_epu32((__m256i)x, (__m256i)y);
+#else
+    Bits over = (Bits)(x > y);
+    return (x & over) | (y & ~over);
+#endif
+}
+
+/* Store the upper halves of numbers. */
+INLINE void NAMED(cut, WIDTH)(char *row, size_t j, Bits bits)
+{
+#if WIDTH == 16
+    *(Halves *)(row + 2 * j) = (Halves)_mm512_cvtepi32_epi16((__m512i)(bits >> 16));
+#else
+    *(Halves *)(row + 2 * j) = __builtin_convertvector(bits >> 16, Halves);
+#endif
+}
+
+INLINE void NAMED(widen_as, WIDTH)(const char *stored, size_t count, float *out, int dtype)
 {
     size_t j = 0, size = dtype == F32 ? 4 : 2;
-    if (dtype == BF16)
-        for (; j + WIDTH <= count; j += WIDTH) *(Vector *)(out + j) = NAMED(widened, WIDTH)(stored, j, BF16);
-    else if (dtype == F16)
-        for (; j + WIDTH <= count; j += WIDTH) *(Vector *)(out + j) = NAMED(widened, WIDTH)(stored, j, F16);
-    else memcpy(out, stored, 4 * (j = count));
+    for (; j + WIDTH <= count; j += WIDTH) *(Vector *)(out + j) = NAMED(widened, WIDTH)(stored, j, dtype);
     if (j < count) {
         char last[4 * WIDTH] = {0};
         memcpy(last, stored + j * size, (count - j) * size);
-        Vector numbers = dtype == BF16 ? NAMED(widened, WIDTH)(last, 0, BF16) : NAMED(widened, WIDTH)(last, 0, F16);
+        Vector numbers = NAMED(widened, WIDTH)(last, 0, dtype);
         memcpy(out + j, &numbers, (count - j) * 4);
     }
 }
 
-/* Turn `count` rows, a constant where this is inlined, from `i` on, into what they were before. */
-INLINE void NAMED(before, WIDTH)(const Step *at, size_t i, int count)
+static TARGET void NAMED(widen, WIDTH)(const char *stored, size_t count, size_t dtype, float *out)
 {
-    enum { VECTORS = 2 * LANES / WIDTH, HALF = WIDTH / 2 };
-    const double *left = at->left + i * at->rank, *right = at->right;
-    for (size_t first = 0; first < at->columns; first += LANES, right += at->rank * LANES) {
+    switch (dtype) {
+    case BF16: NAMED(widen_as, WIDTH)(stored, count, out, BF16); break;
+    case F16: NAMED(widen_as, WIDTH)(stored, count, out, F16); break;
+    default: memcpy(out, stored, 4 * count);
+    }
+}
+
+/* Turn `count` rows, a constant where this is inlined, into what they were before a step; row i of the step's is first. */
+INLINE void NAMED(before, WIDTH)(const Step *step, size_t i, float *P, size_t stride, int count)
+{
+    enum { VECTORS = 2 * HALF_PANEL / WIDTH, HALF = WIDTH / 2 };
+    const double *left = step->left + i * step->rank;
+    size_t columns = step->to - step->from;
+    for (size_t first = 0; first < columns; first += HALF_PANEL) {
+        const double *right = step->right + first / LANES * LANES * step->rank + first % LANES;
         Doubles sum[TOGETHER][VECTORS] = {{{0}}}; /* these stay in registers */
-        for (size_t k = 0; k < at->rank; k++)
+        for (size_t k = 0; k < step->rank; k++)
             for (int row = 0; row < count; row++)
                 for (int n = 0; n < VECTORS; n++)
-                    sum[row][n] += left[row * at->rank + k] * *(const Doubles *)(right + k * LANES + n * HALF);
-        size_t rest = at->columns - first;
+                    sum[row][n] += left[row * step->rank + k] * *(const Doubles *)(right + k * LANES + n * HALF);
+        size_t rest = columns - first;
         for (int row = 0; row < count; row++) {
-            float *P = at->P + (i + row) * at->stride + first, part[LANES], divisor[LANES];
-            if (rest < LANES) memcpy(part, P, rest * 4);
-            float *to = rest < LANES ? part : P;
-            if (at->by_column) memcpy(divisor, at->by_column + first, (rest < LANES ? rest : LANES) * 4);
+            float *at = P + row * stride + step->from + first, part[HALF_PANEL] = {0}, divisor[HALF_PANEL];
+            for (int n = 0; n < HALF_PANEL; n++) divisor[n] = 1;
+            if (rest < HALF_PANEL) memcpy(part, at, rest * 4);
+            float *to = rest < HALF_PANEL ? part : at;
+            if (step->by_column) memcpy(divisor, step->by_column + first, (rest < HALF_PANEL ? rest : HALF_PANEL) * 4);
             for (int n = 0; n < VECTORS; n++) {
                 HalfVector number = *(HalfVector *)(to + n * HALF);
-                if (at->by_row) number /= at->by_row[i + row];
-                if (at->by_column) number /= *(HalfVector *)(divisor + n * HALF);
+                if (step->by_row) number /= step->by_row[i + row];
+                if (step->by_column) number /= *(HalfVector *)(divisor + n * HALF);
                 *(HalfVector *)(to + n * HALF) = number - __builtin_convertvector(sum[row][n], HalfVector);
             }
-            if (rest < LANES) memcpy(P, part, rest * 4);
+            if (rest < HALF_PANEL) memcpy(at, part, rest * 4);
         }
     }
 }
 
-static TARGET void NAMED(take_back, WIDTH)(const Step *at)
+static TARGET void NAMED(take_back, WIDTH)(const Step *step, size_t i, float *P, size_t stride, size_t rows)
 {
-    size_t i = 0;
-    for (; i + TOGETHER <= at->rows; i += TOGETHER) NAMED(before, WIDTH)(at, i, TOGETHER);
-    for (; i < at->rows; i++) NAMED(before, WIDTH)(at, i, 1);
+    size_t row = 0;
+    for (; row + TOGETHER <= rows; row += TOGETHER)
+        NAMED(before, WIDTH)(step, i + row, P + row * stride, stride, TOGETHER);
+    for (; row < rows; row++) NAMED(before, WIDTH)(step, i + row, P + row * stride, stride, 1);
 }
 
-/* Integers of the width of `dtype`, with their signs. */
-INLINE Bits NAMED(wrapped, WIDTH)(Bits numbers, int dtype)
+/* left·right from a column on, a multiple of WIDTH: exact in float64, rounded once. */
+static TARGET __attribute__((noinline)) Vector NAMED(exact, WIDTH)(const Step *step, size_t i, size_t column)
 {
-    return dtype == F32 ? numbers : (Bits)((Integers)(numbers << 16) >> 16);
-}
-
-/* Integers in the order of the floats, one for each pattern of bits. */
-INLINE Bits NAMED(ordered, WIDTH)(Bits bits, int dtype)
-{
-    Integers number = (Integers)NAMED(wrapped, WIDTH)(bits, dtype);
-    return (Bits)(number ^ ((number >> 31) & (dtype == F32 ? 0x7fffffff : 0x7fff)));
-}
-
-/* 0, 1, 2, … for W = P, the next float on the prediction's side, the next on the other, and so on. */
-INLINE Bits NAMED(rank_of, WIDTH)(Bits W, Bits P, Bits above, int dtype)
-{
-    Bits steps = NAMED(wrapped, WIDTH)(NAMED(ordered, WIDTH)(W, dtype) - NAMED(ordered, WIDTH)(P, dtype), dtype);
-    steps = NAMED(wrapped, WIDTH)((steps ^ above) - above, dtype); /* negated where above is all ones */
-    return (steps << 1 ^ (Bits)((Integers)steps >> 31)) & (dtype == F32 ? 0xffffffff : 0xffff);
-}
-
-/* Write those of WIDTH numbers that the mask has, one after another; memory for all of them must be there. */
-INLINE void NAMED(gather, WIDTH)(uint32_t *to, Bits numbers, uint32_t mask)
-{
-#if WIDTH == 16
-    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32((__mmask16)mask, (__m512i)numbers));
-#else
-    for (; mask; mask &= mask - 1) *to++ = numbers[__builtin_ctz(mask)];
-#endif
-}
-
-INLINE void NAMED(gather_bytes, WIDTH)(uint8_t *to, Bits numbers, uint32_t mask)
-{
-#if WIDTH == 16
-    _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8(_mm512_maskz_compress_epi32((__mmask16)mask, (__m512i)numbers)));
-#else
-    for (; mask; mask &= mask - 1) *to++ = (uint8_t)numbers[__builtin_ctz(mask)];
-#endif
-}
-
-/* Round WIDTH predictions from element j on, which stand at `from`, and note those that do not say enough. */
-INLINE void NAMED(look, WIDTH)(
-    Tile *at, const float *prediction, const char *W, const char *after, char *P, size_t j, size_t from, int dtype)
-{
-    Vector numbers = *(const Vector *)(prediction + from);
-    Bits nowhere = (Bits)(((Bits)numbers & 0x7f800000) == 0x7f800000), place, spread = {0}, rank = {0};
-    if (NAMED(mask_of, WIDTH)(nowhere)) at->special = 1;
-    NAMED(round_to, WIDTH)(P, from, numbers, dtype);
-    Bits rounded = NAMED(bits_of, WIDTH)(P, from, dtype), base = rounded, open = {0};
-    if (after) {
-        Integers lower = (Integers)(rounded & EXPONENT[dtype]);
-        Integers higher = (Integers)(NAMED(bits_of, WIDTH)(after, from, dtype) & EXPONENT[dtype]);
-        open = (Bits)(higher > lower);
-        spread = open & (Bits)((higher - lower) >> MANTISSA[dtype]);
-        Bits over = (Bits)((Integers)spread > MANTISSA[dtype]);
-        spread = (spread & ~over) | (over & (uint32_t)MANTISSA[dtype]);
+    const double *left = step->left + i * step->rank;
+    const double *right = step->right + column / LANES * LANES * step->rank + column % LANES;
+    Doubles low[2] = {{0}}, high[2] = {{0}}; /* any order does: nothing is rounded */
+    size_t k = 0;
+    for (; k + 2 <= step->rank; k += 2)
+        for (int n = 0; n < 2; n++, right += LANES) {
+            low[n] += left[k + n] * *(const Doubles *)right;
+            high[n] += left[k + n] * *(const Doubles *)(right + WIDTH / 2);
+        }
+    if (k < step->rank) {
+        low[0] += left[k] * *(const Doubles *)right;
+        high[0] += left[k] * *(const Doubles *)(right + WIDTH / 2);
     }
-    if (W) base = NAMED(bits_of, WIDTH)(W, from, dtype);
-    uint32_t coarse = NAMED(mask_of, WIDTH)(spread);
-    if (!(coarse | NAMED(mask_of, WIDTH)(base ^ rounded))) return;
-    for (uint32_t n = 0; n < WIDTH; n++) place[n] = (uint32_t)j + n;
-    NAMED(gather, WIDTH)(at->places + at->coarse, place, coarse);
-    NAMED(gather_bytes, WIDTH)(at->spread + at->coarse, spread, coarse);
-    if (W) {
-        Bits above = (Bits)(numbers > NAMED(widened, WIDTH)(P, from, dtype)), one = {0};
-        one += 1;
-        rank = NAMED(rank_of, WIDTH)(base, rounded, above, dtype);
-        NAMED(gather, WIDTH)(at->low + at->coarse, rank & ((one << spread) - 1), coarse);
-        Bits high = rank >> spread;
-        uint32_t exceptions = NAMED(mask_of, WIDTH)(high);
-        if (exceptions) {
-            NAMED(gather, WIDTH)(at->at + at->exceptions, place, exceptions);
-            NAMED(gather, WIDTH)(at->high + at->exceptions, high, exceptions);
-            at->exceptions += (size_t)__builtin_popcount(exceptions);
+    HalfVector halves[2] = {
+        __builtin_convertvector(low[0] + low[1], HalfVector), __builtin_convertvector(high[0] + high[1], HalfVector)};
+    Vector numbers;
+    memcpy(&numbers, halves, sizeof numbers);
+    return numbers;
+}
+
+/* Round the predictions of LANES columns of one row, from `column` on: W' at `after`, the results at P.
+ *
+ * `sums` are those of the step in float32; where their error could change a result, they are made again. `changed`, a
+ * constant, is 0 where nothing, or all, was taken back already. Returns the bits of those predictions that lie above
+ * what they were rounded to; `largest` gathers the largest bits met: magnitudes that are not finite exceed all others.
+ */
+INLINE uint32_t NAMED(settle, WIDTH)(
+    const Step *step, size_t i, size_t column, const char *after, const float *sums, char *P, Bits *largest,
+    int changed, int source, int dtype)
+{
+    enum { VECTORS = LANES / WIDTH };
+    const uint32_t bucket = dtype == BF16 ? ~0x7fffu : ~0xfffu; /* of a float32 between two results, or their middle */
+    Vector number[VECTORS];
+    uint32_t above = 0, open = 0;
+#pragma GCC unroll 8
+    for (int n = 0; n < VECTORS; n++) {
+        number[n] = NAMED(widened, WIDTH)(after, n * WIDTH, source);
+        if (changed) number[n] -= *(const Vector *)(sums + n * WIDTH);
+        Bits magnitude = (Bits)number[n] & 0x7fffffff;
+        *largest = NAMED(larger, WIDTH)(*largest, magnitude);
+    }
+    if (changed && step->row_error[i] && step->panel_error[column / LANES]) {
+        float error = step->row_error[i] * step->panel_error[column / LANES];
+        error += 0x1p-120f; /* more than all that is lost below the smallest floats */
+#pragma GCC unroll 8
+        for (int n = 0; n < VECTORS; n++) {
+            Vector size = (Vector)((Bits)number[n] & 0x7fffffff);
+            Vector least = size * (1 - 0x1p-22f) - error, most = size * (1 + 0x1p-22f) + error;
+            Bits differ = ((Bits)least - 1) ^ (Bits)most, all = {0};
+            if (dtype == F16) differ |= (Bits)((Integers)(Bits)least < 0x38800000); /* subnormal: another grid */
+            open |= NAMED(having, WIDTH)(differ, all + bucket) << n * WIDTH;
+        }
+        if (open)
+            for (int n = 0; n < VECTORS; n++)
+                if (open >> n * WIDTH & ((1ull << WIDTH) - 1))
+                    number[n] = NAMED(widened, WIDTH)(after, n * WIDTH, source) -
+                                NAMED(exact, WIDTH)(step, i, column + n * WIDTH);
+    }
+#pragma GCC unroll 8
+    for (int n = 0; n < VECTORS; n++) {
+        Vector rounded;
+        if (dtype == BF16) {
+            Bits bits = (Bits)number[n];
+            bits += 0x7fff + ((bits >> 16) & 1);
+            rounded = (Vector)(bits & 0xffff0000);
+            NAMED(cut, WIDTH)(P, n * WIDTH, bits);
+        } else {
+            NAMED(round_to, WIDTH)(P, n * WIDTH, number[n], dtype);
+            rounded = NAMED(widened, WIDTH)(P, n * WIDTH, dtype);
+        }
+        above |= NAMED(greater, WIDTH)(number[n], rounded) << n * WIDTH;
+    }
+    return above;
+}
+
+/* Predict `count` rows, a constant where this is inlined, of 16 bit; `i` is the first of them among the step's.
+ *
+ * `changed`, a constant too, is 0 where nothing is to be taken back; `above` has `words` for each row.
+ */
+INLINE void NAMED(rows_of, WIDTH)(
+    const Step *step, size_t i, const char *after, char *P, uint64_t *above, size_t words, size_t columns,
+    Bits *largest, int count, int changed, int source, int dtype)
+{
+    enum { VECTORS = LANES / WIDTH };
+    size_t size = source == F32 ? 4 : 2;
+    float sums[TOGETHER][LANES];
+    for (size_t first = 0; first < columns; first += LANES) {
+        if (changed) {
+            const float *left = step->near_left + i * step->rank, *right = step->near_right + first * step->rank;
+            Vector sum[TOGETHER][VECTORS] = {{{0}}}; /* these stay in registers */
+            for (size_t k = 0; k < step->rank; k++)
+                for (int row = 0; row < count; row++)
+                    for (int n = 0; n < VECTORS; n++)
+                        sum[row][n] += left[row * step->rank + k] * *(const Vector *)(right + k * LANES + n * WIDTH);
+            for (int row = 0; row < count; row++)
+                for (int n = 0; n < VECTORS; n++) *(Vector *)(sums[row] + n * WIDTH) = sum[row][n];
+        }
+        for (int row = 0; row < count; row++) {
+            const char *from = after + (row * columns + first) * size;
+            char *to = P + (row * columns + first) * 2;
+            uint32_t bits;
+            if (columns - first >= LANES) {
+                bits = NAMED(settle, WIDTH)(step, i + row, first, from, sums[row], to, largest, changed, source, dtype);
+            } else { /* the last ones, with zeros after them */
+                char some[4 * LANES] = {0}, rounded[2 * LANES];
+                memcpy(some, from, (columns - first) * size);
+                bits = NAMED(settle, WIDTH)(
+                    step, i + row, first, some, sums[row], rounded, largest, changed, source, dtype);
+                bits &= (1u << (columns - first)) - 1;
+                memcpy(to, rounded, (columns - first) * 2);
+            }
+            uint64_t *word = above + row * words + first / CHUNK;
+            *word = first % CHUNK ? *word | (uint64_t)bits << LANES : bits;
         }
     }
-    at->coarse += (size_t)__builtin_popcount(coarse);
 }
 
-INLINE void NAMED(scan_as, WIDTH)(Tile *at, int dtype)
+/* Predict at most TOGETHER rows of 16 bit; without a `step` nothing is to be taken back. */
+INLINE void NAMED(some_rows, WIDTH)(
+    const Step *step, size_t i, const char *after, char *P, uint64_t *above, size_t words, size_t columns,
+    Bits *largest, size_t count, int source, int dtype)
 {
-    size_t j = 0, size = dtype == F32 ? 4 : 2, left;
-    for (; j + WIDTH <= at->count; j += WIDTH)
-        NAMED(look, WIDTH)(at, at->prediction, at->W, at->after, at->P, j, j, dtype);
-    if ((left = at->count - j)) { /* the last ones, with zeros after them */
-        float prediction[WIDTH] = {0};
-        char W[4 * WIDTH] = {0}, after[4 * WIDTH] = {0}, P[4 * WIDTH] = {0};
-        memcpy(prediction, at->prediction + j, left * 4);
-        if (at->W) memcpy(W, at->W + j * size, left * size);
-        if (at->after) memcpy(after, at->after + j * size, left * size);
-        NAMED(look, WIDTH)(at, prediction, at->W ? W : NULL, at->after ? after : NULL, P, j, 0, dtype);
-        memcpy(at->P + j * size, P, left * size);
+    if (step && count == TOGETHER) {
+        NAMED(rows_of, WIDTH)(step, i, after, P, above, words, columns, largest, TOGETHER, 1, source, dtype);
+        return;
+    }
+    size_t size = source == F32 ? 4 : 2;
+    for (size_t row = 0; row < count; row++) {
+        const char *from = after + row * columns * size;
+        char *to = P + row * columns * 2;
+        uint64_t *bits = above + row * words;
+        if (step) NAMED(rows_of, WIDTH)(step, i + row, from, to, bits, words, columns, largest, 1, 1, source, dtype);
+        else NAMED(rows_of, WIDTH)(NULL, 0, from, to, bits, words, columns, largest, 1, 0, source, dtype);
     }
 }
 
-static TARGET void NAMED(scan, WIDTH)(Tile *at)
+static TARGET void NAMED(divide, WIDTH)(const Step *step, size_t i, float *P, size_t columns, size_t rows)
 {
-    at->coarse = at->exceptions = at->special = 0;
+    for (size_t row = 0; row < rows; row++, P += columns) {
+        if (step->by_row)
+            for (size_t j = 0; j < columns; j++) P[j] /= step->by_row[i + row];
+        if (step->by_column)
+            for (size_t j = 0; j < columns; j++) P[j] /= step->by_column[j];
+    }
+}
+
+INLINE int NAMED(touches, WIDTH)(const Step *step, size_t row)
+{
+    return row >= step->first && row < step->last && (row - step->first) % step->every == 0;
+}
+
+/* Predict rows from `i` of the tile on, at most TOGETHER, as far as the same steps hold for them; return how many. */
+INLINE size_t NAMED(predict, WIDTH)(Tile *at, size_t i, char *P, uint64_t *above, Bits *largest, int dtype)
+{
+    size_t columns = at->columns, words = (columns + CHUNK - 1) / CHUNK, row = at->start + i;
+    size_t size = at->source == F32 ? 4 : 2, next = at->start + at->rows, met = 0;
+    const char *after = at->after + i * columns * size;
+    const Step *last = NULL;
+    next = row + TOGETHER < next ? row + TOGETHER : next;
+    for (const Step *step = at->steps; step < at->steps + at->many; step++) {
+        size_t end = row < step->first ? step->first : step->every > 1 ? row + 1 : step->last;
+        if (row >= step->last) continue;
+        next = end < next ? end : next;
+        if (NAMED(touches, WIDTH)(step, row)) met++, last = step;
+    }
+    size_t count = next - row;
+    if (dtype != F32 && (!met || (met == 1 && last->near_left && !last->from && last->to == columns))) {
+        int divided = last && (last->by_row || last->by_column);
+        if (dtype == (int)at->source && !divided) {
+            NAMED(some_rows, WIDTH)(
+                last, last ? (row - last->first) / last->every : 0, after, P, above, words, columns, largest, count,
+                dtype, dtype);
+            return count;
+        }
+        NAMED(widen, WIDTH)(after, count * columns, at->source, at->numbers);
+        if (divided) NAMED(divide, WIDTH)(last, (row - last->first) / last->every, at->numbers, columns, count);
+    } else {
+        float *numbers = dtype == F32 ? (float *)P : at->numbers;
+        NAMED(widen, WIDTH)(after, count * columns, at->source, numbers);
+        for (const Step *step = at->steps + at->many; step-- > at->steps;)
+            if (NAMED(touches, WIDTH)(step, row))
+                NAMED(take_back, WIDTH)(step, (row - step->first) / step->every, numbers, columns, count);
+        last = NULL;
+        if (dtype == F32) {
+            memset(above, 0, count * words * 8);
+            for (size_t j = 0; j < count * columns; j++) {
+                uint32_t bits;
+                memcpy(&bits, numbers + j, 4);
+                bits &= 0x7fffffff;
+                if (bits > (*largest)[0]) (*largest)[0] = bits;
+            }
+            return count;
+        }
+    }
+    NAMED(some_rows, WIDTH)(
+        last, last ? (row - last->first) / last->every : 0, (const char *)at->numbers, P, above, words, columns, largest, count, F32,
+        dtype);
+    return count;
+}
+
+INLINE int NAMED(is_special, WIDTH)(Bits largest)
+{
+    int special = 0;
+    for (int n = 0; n < WIDTH; n++) special |= largest[n] >= 0x7f800000;
+    return special;
+}
+
+#define SIZE 2
+#include "ranks.h"
+#undef SIZE
+#define SIZE 4
+#include "ranks.h"
+#undef SIZE
+
+static TARGET size_t NAMED(encode, WIDTH)(Tile *at)
+{
     switch (at->dtype) {
-    case BF16: NAMED(scan_as, WIDTH)(at, BF16); break;
-    case F16: NAMED(scan_as, WIDTH)(at, F16); break;
-    default: NAMED(scan_as, WIDTH)(at, F32);
+    case BF16: return NAMED(NAMED(encode_as, 2), WIDTH)(at, BF16);
+    case F16: return NAMED(NAMED(encode_as, 2), WIDTH)(at, F16);
+    default: return NAMED(NAMED(encode_as, 4), WIDTH)(at, F32);
     }
 }
 
-/* Put the float of each rank in place of the prediction: `low` and `high` of it stand in the order of their places. */
-INLINE void NAMED(place_as, WIDTH)(const Tile *at, int dtype)
-{
-    size_t c = 0, e = 0, size = dtype == F32 ? 4 : 2;
-    while (c < at->coarse || e < at->exceptions) {
-        while (e + 1 < at->exceptions && at->at[e + 1] == at->at[e]) e++; /* the last one counts */
-        uint32_t here = c < at->coarse ? at->places[c] : UINT32_MAX, there = e < at->exceptions ? at->at[e] : UINT32_MAX;
-        uint32_t j = here < there ? here : there, rank = 0, spread = 0;
-        if (j == here) rank = at->low[c], spread = at->spread[c++];
-        if (j == there) rank |= at->high[e++] << spread;
-        if (dtype != F32) rank &= 0xffff;
-        if (!rank) continue;
-        float block[WIDTH] = {0};
-        char stored[4 * WIDTH] = {0};
-        memcpy(stored, at->P + j * size, size);
-        *(Vector *)block = NAMED(widened, WIDTH)(stored, 0, dtype);
-        uint32_t W = at_rank(rank, bits_at(stored, 0, dtype), at->prediction[j] > block[0], dtype);
-        memcpy(at->P + j * size, &W, size);
-    }
-}
-
-static TARGET void NAMED(place, WIDTH)(const Tile *at)
+static TARGET size_t NAMED(decode, WIDTH)(Tile *at)
 {
     switch (at->dtype) {
-    case BF16: NAMED(place_as, WIDTH)(at, BF16); break;
-    case F16: NAMED(place_as, WIDTH)(at, F16); break;
-    default: NAMED(place_as, WIDTH)(at, F32);
+    case BF16: return NAMED(NAMED(decode_as, 2), WIDTH)(at, BF16);
+    case F16: return NAMED(NAMED(decode_as, 2), WIDTH)(at, F16);
+    default: return NAMED(NAMED(decode_as, 4), WIDTH)(at, F32);
     }
-}
-
-/* Write the low bits of all ranks, plane after plane, the first in the highest bit of a byte; return their bytes. */
-static TARGET size_t NAMED(pack, WIDTH)(const Tile *at, uint8_t *out, uint32_t *low, uint32_t *spread)
-{
-    size_t left = at->coarse, bytes = 0, filled = 0;
-    uint64_t bits = 0; /* the last `filled` ones, the first of them the highest */
-    for (size_t c = 0; c < left; c++) low[c] = at->low[c], spread[c] = at->spread[c];
-    for (uint32_t bit = 0; left; bit++) { /* those with more bits move to the front, in order */
-        size_t more = 0;
-        for (size_t c = 0; c < left; c += WIDTH) {
-            size_t count = left - c < WIDTH ? left - c : WIDTH;
-            Bits some = *(const Bits *)(low + c), open = *(const Bits *)(spread + c);
-            uint32_t valid = (1u << count) - 1, set = NAMED(mask_of, WIDTH)(some & 1u << bit);
-            uint32_t mask = NAMED(mask_of, WIDTH)((Bits)((Integers)open > (int32_t)bit + 1)) & valid;
-            uint32_t turned = (uint32_t)REVERSED[set & 255] << 8 | REVERSED[set >> 8];
-            bits = bits << count | turned >> (16 - count);
-            for (filled += count; filled >= 8; filled -= 8) out[bytes++] = (uint8_t)(bits >> (filled - 8));
-            NAMED(gather, WIDTH)(low + more, some, mask);
-            NAMED(gather, WIDTH)(spread + more, open, mask);
-            more += (size_t)__builtin_popcount(mask);
-        }
-        left = more;
-    }
-    if (filled) out[bytes++] = (uint8_t)(bits << (8 - filled));
-    return bytes;
 }

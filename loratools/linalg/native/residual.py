@@ -7,6 +7,7 @@ gives are the bytes of the formulas in NumPy (`engine/residual`), many times soo
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,18 +19,21 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[Any]]
 
 LIBRARY = Path(__file__).with_name("libresidual.so")
-_MOST = 23  # bits that one rank can take, of F32
-LANES = MORE = 16  # as in residual.c, both
+LANES, CHUNK, MOST_ROWS, MOST_PLANES = 32, 64, 8, 23  # as in residual.c, all of them
 DTYPES = {"BF16": 0, "F16": 1, "F32": 2}
+SPARSE, DENSE = 0, 1
+_MORE = 16  # bytes that are touched beyond bits
+_SPECIAL, _MISFIT = 1, 2
+_LARGEST = 2.0**20  # norms up to which the bound of the error in float32 is one
 
 
 class _Step(ctypes.Structure):
     """The same fields, in the same order, as `Step` in residual.c, where they are explained."""
 
     _fields_ = (
-        ("P", ctypes.c_void_p),
-        *((name, ctypes.c_size_t) for name in ("stride", "rows", "columns", "rank")),
-        *((name, ctypes.c_void_p) for name in ("left", "right", "by_row", "by_column")),
+        *((name, ctypes.c_size_t) for name in ("first", "last", "every", "begin", "end", "rank")),
+        *((name, ctypes.c_void_p) for name in ("left", "right", "near_left", "near_right")),
+        *((name, ctypes.c_void_p) for name in ("row_error", "panel_error", "by_row", "by_column")),
     )
 
 
@@ -37,12 +41,16 @@ class _Tile(ctypes.Structure):
     """The same fields, in the same order, as `Tile` in residual.c, where they are explained."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("prediction", "after", "W", "P")),
-        *((name, ctypes.c_size_t) for name in ("dtype", "count")),
-        *((name, ctypes.c_void_p) for name in ("places", "low", "spread")),
-        ("coarse", ctypes.c_size_t),
-        *((name, ctypes.c_void_p) for name in ("at", "high")),
-        *((name, ctypes.c_size_t) for name in ("exceptions", "special")),
+        ("steps", ctypes.c_void_p),
+        ("many", ctypes.c_size_t),
+        *((name, ctypes.c_void_p) for name in ("after", "W", "P")),
+        *((name, ctypes.c_size_t) for name in ("source", "dtype", "start", "rows", "columns")),
+        *((name, ctypes.c_void_p) for name in ("numbers", "above", "planes")),
+        ("room", ctypes.c_size_t),
+        *((name, ctypes.c_void_p) for name in ("at", "high", "packed")),
+        ("packed_bytes", ctypes.c_size_t),
+        ("raw", ctypes.c_void_p),
+        *((name, ctypes.c_size_t) for name in ("form", "exceptions")),
     )
 
 
@@ -53,18 +61,14 @@ def _library() -> tuple[Any, int]:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError:  # not compiled here
         return None, 0
-    for name in ("step_size", "tile_size", "residual_width", "pack"):
+    names = ("step_size", "tile_size", "residual_width", "encode", "decode")
+    if not all(hasattr(library, f"loratools_{name}") for name in names):
+        return None, 0  # of another residual.c
+    for name in names:
         getattr(library, f"loratools_{name}").restype = ctypes.c_size_t
     if (library.loratools_step_size(), library.loratools_tile_size()) != (ctypes.sizeof(_Step), ctypes.sizeof(_Tile)):
-        return None, 0  # of another residual.c
-    pointer, size = ctypes.c_void_p, ctypes.c_size_t
-    library.loratools_widen.argtypes = [pointer, size, size, pointer, size]
-    library.loratools_take_back.argtypes = library.loratools_scan.argtypes = [pointer, size]
-    library.loratools_place.argtypes = [pointer, size]
-    library.loratools_pack.argtypes = [*[pointer] * 4, size]
-    library.loratools_unpack.argtypes = [pointer] * 3
-    for name in ("widen", "take_back", "scan", "place", "unpack"):
-        getattr(library, f"loratools_{name}").restype = None
+        return None, 0
+    library.loratools_encode.argtypes = library.loratools_decode.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     return library, int(library.loratools_residual_width())
 
 
@@ -103,16 +107,53 @@ def _at(array: Array | None) -> int | None:
     return None if array is None else array.__array_interface__["data"][0]
 
 
-def widened(bits: Array, dtype: str, *, width: int | None = None) -> Array:
-    """Return stored numbers, flat, in float32; in memory that the next call of this thread overwrites."""
-    out = _memory.of("prediction", len(bits), np.float32)
-    library, widest = _library()
-    library.loratools_widen(_at(bits), len(bits), DTYPES[dtype], _at(out), width or widest)
-    return out
+@dataclass(frozen=True, slots=True, eq=False)
+class Product:
+    """left·right on a rectangle of a matrix, as the C code takes it. See `product`."""
+
+    call: _Step
+    arrays: tuple[Array | None, ...]
 
 
-def panels(right: Array) -> Array:
-    """Return right (k, columns), float64, in panels of 16 columns, the last filled up with zeros."""
+def product(
+    rows: tuple[int, int, int], columns: tuple[int, int], left: Array, right: Array, *, by_row: Array | None = None,
+    by_column: Array | None = None,
+) -> Product:  # fmt: skip
+    """Prepare P / g − left·right on a rectangle of a matrix.
+
+    Args:
+        rows: The first row, the end, and the step from each to the next.
+        columns: The first column and the end.
+        left: Float64, (rows, k); its products with right, and their sums, must be exact in float64.
+        right: Float64, (k, columns).
+        by_row: g of each row, float32 (rows,). Default: none.
+        by_column: g of each column, float32 (columns,). Default: none.
+
+    Raises:
+        ValueError: Arrays do not go together.
+    """
+    height, width, rank = len(range(*rows)), columns[1] - columns[0], left.shape[1]
+    gains = [(height, by_row), (width, by_column)]
+    alike = left.shape == (height, rank) and right.shape == (rank, width)
+    if not alike or any(g is not None and (g.shape != (n,) or g.dtype != np.float32) for n, g in gains):
+        raise ValueError(f"rows {rows}, columns {columns}, left {left.shape}, right {right.shape} and g do not fit")
+    if min(*rows, columns[0], width) < 0 or rows[2] < 1:
+        raise ValueError(f"rows {rows} and columns {columns} are no rectangle")
+    left, panels = np.ascontiguousarray(left, np.float64), _panels(right)
+    norms = np.sqrt(np.einsum("ij,ij->i", left, left)), np.sqrt(np.square(panels).sum(1).max(1, initial=0))
+    near: tuple[Array | None, ...] = (None,) * 4
+    if all(norm.max(initial=0) < _LARGEST for norm in norms):
+        # Of k products and their sums, and of both factors, each is rounded by at most 2^-24 of |left|·|right|.
+        errors = norms[0] * (rank + 8) * 2.0**-24 * 1.01, norms[1] * 1.01
+        smallest = np.finfo(np.float32).tiny
+        bounds = [np.where(error > 0, np.maximum(error, smallest), 0).astype(np.float32) for error in errors]
+        near = (left.astype(np.float32), panels.astype(np.float32), *bounds)
+    arrays = (left, panels, *near, *(None if g is None else np.ascontiguousarray(g) for _, g in gains))
+    return Product(_Step(*rows, *columns, rank, *map(_at, arrays)), arrays)
+
+
+def _panels(right: Array) -> Array:
+    """Return right (k, columns) in panels of LANES columns, the last filled up with zeros."""
     rank, columns = right.shape
     count = -(-columns // LANES)
     padded = np.zeros((rank, count * LANES))
@@ -120,106 +161,112 @@ def panels(right: Array) -> Array:
     return np.ascontiguousarray(padded.reshape(rank, count, LANES).transpose(1, 0, 2))
 
 
-def take_back(
-    P: Array, left: Array, right: Array, *, by_row: Array | None = None, by_column: Array | None = None,
-    width: int | None = None,
-) -> None:  # fmt: skip
-    """Turn P into P / g − left·right, in place.
-
-    Args:
-        P: Numbers in float32, (n, columns), each row contiguous.
-        left: Float64, (n, k); its products with right, and their sums, must be exact in float64.
-        right: What `panels` made of the right factor, (k, columns).
-        by_row: g of each row, float32 (n,). Default: none.
-        by_column: g of each column, float32 (columns,). Default: none.
-        width: Numbers of a vector, one of `widths()`. Default: as many as the processor has.
-
-    Raises:
-        ValueError: Arrays do not go together.
-    """
-    rows, columns = P.shape
-    if not P.size:
-        return
-    lengths = [(rows, by_row), (columns, by_column)]
-    alike = left.shape == (rows, right.shape[1]) and len(right) == -(-columns // LANES)
-    if not alike or any(g is not None and (g.shape != (n,) or g.dtype != np.float32) for n, g in lengths):
-        raise ValueError(f"P {P.shape}, left {left.shape}, right {right.shape} and g do not go together")
-    if P.dtype != np.float32 or P.strides[1] != 4 or P.strides[0] % 4:
-        raise ValueError(f"P {P.dtype} {P.shape} with steps {P.strides} is not rows of float32")
-    left, right = np.ascontiguousarray(left, np.float64), np.ascontiguousarray(right, np.float64)
-    gains = [None if g is None else np.ascontiguousarray(g) for _, g in lengths]
-    call = _Step(
-        _at(P), P.strides[0] // 4, rows, columns, left.shape[1], _at(left), _at(right),
-        *map(_at, gains),
-    )  # fmt: skip
-    library, widest = _library()
-    library.loratools_take_back(ctypes.byref(call), width or widest)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
-class Scan:
-    """What a tile's predictions leave open; in memory that this thread's next scan overwrites.
+class Coded:
+    """What tells a tile of the base from its predictions: the low bits of all `ranks`, plane after plane, and the rest.
 
-    `places` are where W' lies in a higher binade than the prediction, `spread` how many bits of the rank are open there
-    and `low` those bits; `at` are places where the rank has more than that, and `high` those bits. `P` are the bits of
-    the rounded predictions.
+    `high` are the bits beyond those, at the places `at`, in order; `raw` has them as they are compressed, None where
+    there are so many that they are listed for every element. All but `ranks` and `raw` are in memory that this thread's
+    next tile overwrites.
     """
 
-    tile: _Tile
-    P: Array
-    spread: Array
+    ranks: bytes
+    raw: bytes | None
     at: Array
     high: Array
 
-    def packed(self, *, width: int | None = None) -> bytes:
-        """Return the low bits of all ranks, plane after plane."""
-        count = len(self.P) + MORE
-        out = _memory.of("packed", _MOST * count // 8 + 1, np.uint8)
-        low, spread = _memory.of("turn", count, np.uint32), _memory.of("turned spread", count, np.uint32)
-        library, widest = _library()
-        size = library.loratools_pack(ctypes.byref(self.tile), _at(out), _at(low), _at(spread), width or widest)
-        return out[:size].tobytes()
 
-    def place(self, packed: Array, at: Array, high: Array, *, width: int | None = None) -> Array:
-        """Return the bits of W, given the `packed` low bits, uint8, and what the ranks have more: places, in order.
+class Coder:
+    """Codes tiles of one matrix and reads them, any number of threads at a time."""
 
-        `packed` has as many bits as `spread` says, and `at` and `high`, uint32, are of one length, within the tile.
+    def __init__(self, products: Sequence[Product], columns: int, source: str, dtype: str) -> None:
+        """Take what is to be taken back from merged numbers of dtype `source` to come near the base's, of `dtype`.
+
+        `products` are in the order in which they were added; the matrix has so many columns. Dtypes are those of
+        `DTYPES`. Raises `ValueError` for a product that reaches beyond the matrix.
         """
+        if any(part.call.end > columns for part in products):
+            raise ValueError(f"a product reaches beyond a matrix of {columns} columns")
+        self._products = tuple(products)
+        self._steps = (_Step * len(products))(*(part.call for part in products))
+        self._columns, self._source, self._dtype = columns, DTYPES[source], DTYPES[dtype]
+        self._unsigned = {source: np.dtype(np.uint32 if source == "F32" else np.uint16) for source in DTYPES}
+        self._types = self._unsigned[source], self._unsigned[dtype]
+
+    def _tile(self, after: Array, W: Array | None, start: int) -> _Tile:
+        """Return a call for the rows from `start` on, with memory for it."""
+        count, columns = len(after), self._columns
+        if after.dtype != self._types[0] or (W is not None and (W.dtype, len(W)) != (self._types[1], count)):
+            raise ValueError(f"tiles of {after.dtype} and {W if W is None else W.dtype} are not those of the tensors")
+        if count % max(1, columns):
+            raise ValueError(f"{count} numbers are not whole rows of {columns}")
+        rows = count // columns if columns else 0
+        if not self._products:  # nothing is said of rows
+            start, rows, columns = 0, 1, count
+        padded, memory = -(-columns // CHUNK) * CHUNK, _memory.of
+        room = count // 8 + _MORE
+        P = memory(f"P{self._dtype}", count, self._types[1])
+        return _Tile(
+            ctypes.addressof(self._steps), len(self._steps), _at(after), _at(W), _at(P), self._source, self._dtype,
+            start, rows, columns, _at(memory("numbers", MOST_ROWS * padded, np.float32)),
+            _at(memory("above", max(rows, MOST_ROWS) * padded // CHUNK, np.uint64)),
+            _at(memory("planes", MOST_PLANES * room, np.uint8)), room, _at(memory("at", count, np.uint32)),
+            _at(memory("high", count, np.uint32)), _at(memory("packed", MOST_PLANES * room, np.uint8)), 0,
+            _at(memory("raw", count // 2 + _MORE, np.uint8)), SPARSE, 0,
+        )  # fmt: skip
+
+    def encode(self, W: Array, after: Array, start: int = 0, *, width: int | None = None) -> Coded | None:
+        """Return what tells the base's rows from `start` on from their predictions.
+
+        Args:
+            W: Their bits, flat.
+            after: The bits of what they became.
+            start: The number of the first row. Default: the tile is the matrix.
+            width: Numbers of a vector, one of `widths()`. Default: as many as the processor has.
+
+        Returns:
+            None where a prediction is NaN or infinite: then NumPy's formulas hold.
+        """
+        tile = self._tile(after, W, start)
         library, widest = _library()
-        turn = _memory.of("turn", len(self.P) + MORE, np.uint32)
-        library.loratools_unpack(ctypes.byref(self.tile), _at(packed), _at(turn))
-        self.tile.at, self.tile.high, self.tile.exceptions = _at(at), _at(high), len(at)
-        library.loratools_place(ctypes.byref(self.tile), width or widest)
-        return self.P
+        if library.loratools_encode(ctypes.byref(tile), width or widest):
+            return None
+        count, dtype = tile.exceptions, self._types[1]
+        raw = None
+        if tile.form == SPARSE:
+            raw = _memory.of("raw", count * (4 + dtype.itemsize), np.uint8).tobytes()
+        ranks = _memory.of("packed", tile.packed_bytes, np.uint8).tobytes()
+        return Coded(ranks, raw, _memory.of("at", count, np.uint32), _memory.of("high", count, np.uint32))
 
+    def decode(
+        self, after: Array, ranks: Array, form: int, exceptions: int, raw: Array, start: int = 0, *,
+        width: int | None = None,
+    ) -> Array | None:  # fmt: skip
+        """Return the bits of the base's rows from `start` on; in memory that this thread's next tile overwrites.
 
-def scan(
-    prediction: Array, after: Array | None, dtype: str, W: Array | None = None, *, width: int | None = None
-) -> Scan | None:
-    """Compare a tile's predictions, float32 and flat, with what was merged and, where it is known, with the base.
+        Args:
+            after: The bits of what they became.
+            ranks: Low bits of all ranks, uint8, plane after plane.
+            form: SPARSE or DENSE.
+            exceptions: How many there are; where DENSE, as many as elements.
+            raw: Exceptions as they are compressed, uint8: 4 bytes for the place of each where SPARSE, and the number.
+            start: The number of the first row. Default: the tile is the matrix.
+            width: Numbers of a vector, one of `widths()`. Default: as many as the processor has.
 
-    Args:
-        prediction: W' − ΔW before it is rounded.
-        after: Bits of the merged numbers, where their dtype is the base's; None where it is another.
-        dtype: Of the base: BF16, F16 or F32.
-        W: Bits of the base. Default: they are wanted; only `P`, `places` and `spread` are found.
-        width: Numbers of a vector, one of `widths()`. Default: as many as the processor has.
-
-    Returns:
-        None where a prediction is NaN or infinite: then NumPy's formulas hold.
-    """
-    count, itemsize = len(prediction), 4 if dtype == "F32" else 2
-    unsigned = np.uint32 if dtype == "F32" else np.uint16
-    P = _memory.of(f"P{itemsize}", count, unsigned)
-    room = count + MORE
-    places, low, at, high = (_memory.of(name, room, np.uint32) for name in ("places", "low", "at", "high"))
-    spread = _memory.of("spread", room, np.uint8)
-    tile = _Tile(
-        _at(prediction), _at(after), _at(W), _at(P), DTYPES[dtype], count,
-        _at(places), _at(low), _at(spread), 0, _at(at), _at(high), 0, 0,
-    )  # fmt: skip
-    library, widest = _library()
-    library.loratools_scan(ctypes.byref(tile), width or widest)
-    if tile.special:
-        return None
-    return Scan(tile, P, spread[: tile.coarse], at[: tile.exceptions], high[: tile.exceptions])
+        Returns:
+            None where a prediction is NaN or infinite, and where this does not fit the tile: NumPy's formulas say what
+            holds.
+        """
+        size = self._types[1].itemsize + (4 if form == SPARSE else 0)
+        if len(raw) != exceptions * size or exceptions > len(after) or (form == DENSE and exceptions != len(after)):
+            raise ValueError(f"{len(raw)} bytes are not {exceptions} exceptions of {len(after)} elements")
+        tile = self._tile(after, None, start)
+        if len(ranks) > MOST_PLANES * tile.room - _MORE:
+            return None
+        packed = _memory.of("packed", len(ranks) + _MORE, np.uint8)
+        packed[: len(ranks)] = ranks
+        tile.packed_bytes, tile.raw, tile.form, tile.exceptions = len(ranks), _at(raw), form, exceptions
+        library, widest = _library()
+        if library.loratools_decode(ctypes.byref(tile), width or widest):
+            return None
+        return _memory.of(f"P{self._dtype}", len(after), self._types[1])

@@ -9,8 +9,9 @@ import pytest
 
 from loratools.adapter.placement.resolve import Placement
 from loratools.adapter.site import Site
-from loratools.engine.residual import Lost, codes, prediction, tiles
+from loratools.engine.residual import Lost, codes, prediction
 from loratools.engine.residual.predict import measure, steps
+from loratools.engine.residual.tiles import Coder
 from loratools.storage.codecs.floats import narrow, widen
 from loratools.storage.header import TensorSpec
 from tests.adapter.kinds.reference import build, random
@@ -41,11 +42,11 @@ def test_blocks_are_numpys_and_bring_every_bit_back(name: str, transposed: bool,
     result = narrow(changed, after).reshape(-1)
     spec = TensorSpec(after, tuple(W.shape), Path("model.safetensors"), 0, 0)
     lost = Lost("w", base, tuple(W.shape), spec, tuple(placed))
-    columns = W.shape[1]
+    columns, coder = W.shape[1], Coder(lost, made)
     for start, stop in ((0, 3), (3, len(W))):
         tile = slice(start * columns, stop * columns)
-        block = tiles.encode(lost, bits[tile], result[tile], made, start)
+        block = coder.encode(bits[tile], result[tile], start)
         predicted = prediction(lost, result[tile], made, start)
         assert block == codes.encode(bits[tile], result[tile], predicted, base, after)
-        found = tiles.decode(lost, memoryview(block), result[tile], made, start)
+        found = coder.decode(memoryview(block), result[tile], start)
         assert found.tobytes() == bits[tile].tobytes()

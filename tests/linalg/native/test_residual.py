@@ -14,109 +14,222 @@ from loratools.storage.codecs.floats import narrow, unsigned, widen
 pytestmark = pytest.mark.skipif(not residual.available(), reason="installed without a C compiler")
 Array = np.ndarray[Any, np.dtype[Any]]
 WIDTHS = residual.widths()
+CASTS = [*((dtype, dtype) for dtype in residual.DTYPES), ("F32", "BF16"), ("BF16", "F32"), ("F16", "BF16")]
 
 
 def numbers(dtype: str, count: int, seed: int) -> Array:
     """Return bits of finite numbers of every size, zeros of both signs and subnormal ones among them."""
     random = np.random.default_rng(seed)
-    values = (random.standard_normal(count) * 2.0 ** random.integers(-30, 12, count)).astype(np.float32)
+    values = (random.standard_normal(count) * 2.0 ** random.integers(-30, 10, count)).astype(np.float32)
     values[: min(4, count)] = [0.0, -0.0, 1e-41, -6e-8][:count]
     return narrow(values, dtype)
 
 
-def encoded(scan: residual.Scan | None, count: int, width: int) -> bytes:
-    assert scan is not None
-    return codes.joined(scan.packed(width=width), scan.at, scan.high.astype(scan.P.dtype), count)
+def fixed(rows: int, columns: int, rank: int, seed: int) -> tuple[Array, Array]:
+    """Return factors whose products and sums are exact in float64."""
+    random = np.random.default_rng(seed)
+    left = random.integers(-(2**20), 2**20, (rows, rank)) * 2.0 ** random.integers(-30, -18, (rows, 1))
+    right = random.integers(-(2**20), 2**20, (rank, columns)) * 2.0 ** random.integers(-20, -10, (1, columns))
+    return left, right
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("dtype", residual.DTYPES)
-def test_stored_numbers_are_widened_as_numpy_does(dtype: str, width: int) -> None:
-    bits = np.arange(1 << 16, dtype=np.uint16) if dtype != "F32" else numbers("F32", 5000, 0)
-    wanted = widen(bits, dtype, np.float32)
-    finite = ~np.isnan(wanted)
-    for count in (len(bits), 17, 1, 0):
-        found = residual.widened(bits[:count], dtype, width=width)
-        np.testing.assert_array_equal(
-            found.view(np.uint32)[finite[:count]], wanted[:count].view(np.uint32)[finite[:count]]
-        )
+def taken_back(
+    W: Array, left: Array, right: Array, by_row: Array | None = None, by_column: Array | None = None
+) -> None:
+    """Do in NumPy what a product stands for, on float32, in place."""
+    if by_row is not None:
+        W /= by_row[:, None]
+    if by_column is not None:
+        W /= by_column
+    W -= (left @ right).astype(np.float32)
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize(("rows", "columns", "rank"), [(9, 64, 16), (1, 5, 3), (25, 33, 1), (16, 16, 0), (2, 130, 70)])
-def test_what_is_taken_back_is_what_numpy_takes_back(rows: int, columns: int, rank: int, width: int) -> None:
-    """With g for rows, for columns, or none; on rows that lie apart."""
-    random = np.random.default_rng(rows)
-    left = random.integers(-(2**20), 2**20, (rows, rank)) * 2.0 ** random.integers(-30, -15, (rows, 1))
-    right = random.integers(-(2**20), 2**20, (rank, columns)) * 2.0 ** random.integers(-30, -10, (1, columns))
-    room = random.standard_normal((rows, columns + 7)).astype(np.float32)
-    for divided in ("none", "by_row", "by_column"):
-        g = random.uniform(0.3, 3, rows if divided == "by_row" else columns).astype(np.float32)
-        wanted = room.copy()
-        region = wanted[:, 3 : 3 + columns]
-        region /= {"none": np.float32(1), "by_row": g[: len(room), None], "by_column": g}[divided]
-        region -= (left @ right).astype(np.float32)
-        found = room.copy()
-        more: dict[str, Any] = {} if divided == "none" else {divided: g}
-        residual.take_back(found[:, 3 : 3 + columns], left, residual.panels(right), width=width, **more)
-        np.testing.assert_array_equal(found.view(np.uint32), wanted.view(np.uint32))
+def block(coded: residual.Coded | None, dtype: str, count: int) -> bytes:
+    assert coded is not None
+    high = coded.high.astype(unsigned(dtype))
+    whole = codes.joined(coded.ranks, coded.at, high, count)
+    if coded.raw is not None:
+        assert whole == codes.framed(codes.SPARSE, len(coded.at), coded.ranks, coded.raw)
+    return whole
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("dtype", residual.DTYPES)
-@pytest.mark.parametrize("size", [0.0, 0.003, 0.4, 30.0])
-@pytest.mark.parametrize("count", [4096, 1003, 7])
-def test_a_tile_is_coded_and_read_as_numpy_does(count: int, size: float, dtype: str, width: int) -> None:
-    """Changes of every size: none, below a unit, many binades up; and a prediction that is a little off."""
-    random = np.random.default_rng(count)
-    base = numbers(dtype, count, 1)
-    W = widen(base, dtype, np.float32)
-    change = (size * random.standard_normal(count)).astype(np.float32)
-    after = narrow(W + change, dtype)
-    prediction = widen(after, dtype, np.float32) - change * np.float32(1 + 1e-6)
-    wanted = codes.encode(base, after, prediction, dtype, dtype)
-    assert encoded(residual.scan(prediction, after, dtype, base, width=width), count, width) == wanted
-    scan = residual.scan(prediction, after, dtype, width=width)
-    assert scan is not None
-    packed, at, high = codes.apart(memoryview(wanted), scan.spread, count, unsigned(dtype))
-    found = scan.place(np.frombuffer(packed, np.uint8), at.astype(np.uint32), high.astype(np.uint32), width=width)
+def read(coder: residual.Coder, made: bytes, after: Array, dtype: str, start: int, width: int) -> Array | None:
+    size = np.dtype(unsigned(dtype)).itemsize
+    form, count, ranks, raw = codes.unframed(memoryview(made), len(after), size)
+    packed, exceptions = np.frombuffer(ranks, np.uint8), np.frombuffer(raw, np.uint8)
+    return coder.decode(after, packed, form, count, exceptions, start, width=width)
+
+
+def check(
+    coder: residual.Coder, base: Array, after: Array, prediction: Array, dtypes: tuple[str, str], width: int,
+    start: int = 0,
+) -> None:  # fmt: skip
+    """Hold both ways of coding against each other, and read what was written."""
+    source, dtype = dtypes
+    made = block(coder.encode(base, after, start, width=width), dtype, len(base))
+    assert made == codes.encode(base, after, prediction.reshape(-1), dtype, source)
+    found = read(coder, made, after, dtype, start, width)
+    assert found is not None
     assert found.tobytes() == base.tobytes()
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("dtype", residual.DTYPES)
-def test_any_base_is_coded_from_any_prediction(dtype: str, width: int) -> None:
-    """The base may be anything, infinities and NaN too, and so may W'; only the prediction must be finite."""
+@pytest.mark.parametrize("dtypes", CASTS)
+@pytest.mark.parametrize("gains", ["none", "by_row", "by_column"])
+@pytest.mark.parametrize(
+    ("rows", "columns", "rank"), [(9, 64, 16), (1, 5, 3), (25, 33, 1), (16, 16, 0), (3, 130, 70), (17, 2, 2), (4, 0, 1)]
+)
+def test_a_tile_is_coded_and_read_as_numpy_does(
+    rows: int, columns: int, rank: int, gains: str, dtypes: tuple[str, str], width: int
+) -> None:
+    """Of changes of every size beside numbers of every size; with g for rows, for columns, or none."""
+    source, dtype = dtypes
+    random = np.random.default_rng(rows)
+    left, right = fixed(rows, columns, rank, rows)
+    g = random.uniform(0.3, 3, rows if gains == "by_row" else columns).astype(np.float32)
+    more: dict[str, Any] = {} if gains == "none" else {gains: g}
+    base = numbers(dtype, rows * columns, 1)
+    changed = (widen(base, dtype, np.float32).reshape(rows, columns) + left @ right).astype(np.float32)
+    if gains != "none":
+        changed *= g[:, None] if gains == "by_row" else g
+    after = narrow(changed, source).reshape(-1)
+    prediction = widen(after, source, np.float32).reshape(rows, columns)
+    taken_back(prediction, left, right, **more)
+    product = residual.product((0, rows, 1), (0, columns), left, right, **more)
+    check(residual.Coder([product], columns, source, dtype), base, after, prediction, dtypes, width)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+@pytest.mark.parametrize("size", [2.0**-40, 2.0**-23, 2.0**-10, 1.0, 2.0**12])
+def test_what_float32_leaves_open_is_summed_in_float64(size: float, dtype: str, width: int) -> None:
+    """Predictions lie on the middle of two floats, and so little off that float32 does not tell; sums cancel."""
+    random = np.random.default_rng(3)
+    rows, columns, rank = 40, 96, 16
+    after = numbers(dtype, rows * columns, 4).reshape(rows, columns)
+    exact = widen(after, dtype, np.float32).astype(np.float64)
+    step = np.ldexp(1.0, np.frexp(np.abs(exact).max(1, keepdims=True))[1] - 12)
+    left = np.concatenate([random.integers(1, 2**20, (rows, 14)) * 2.0**-20, np.ones((rows, 2))], 1) * step * size
+    right = random.integers(-(2**8), 2**8, (rank, columns)) * 1.0
+    right[7:14], left[:, 7:14] = -right[:7], left[:, :7]  # nothing is left but the last two
+    right[14] = random.integers(-4, 5, columns)
+    right[15] = random.integers(-1, 2, columns) * 2.0**-22
+    prediction = exact.astype(np.float32)
+    taken_back(prediction, left, right)
+    base = narrow(prediction, dtype).reshape(-1)
+    base[::5] ^= 1
+    product = residual.product((0, rows, 1), (0, columns), left, right)
+    coder = residual.Coder([product], columns, dtype, dtype)
+    check(coder, base, after.reshape(-1), prediction, (dtype, dtype), width)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtypes", CASTS)
+def test_products_lie_on_rectangles_rows_apart_and_over_each_other(dtypes: tuple[str, str], width: int) -> None:
+    """A tile may begin anywhere; what was added last is taken back first."""
+    source, dtype = dtypes
+    rows, columns = 60, 75
+    places = [((3, 20, 1), (0, 75)), ((20, 41, 1), (0, 75)), ((42, 60, 2), (0, 75)), ((43, 60, 2), (0, 75)),
+              ((9, 30, 1), (10, 33)), ((0, 60, 3), (74, 75))]  # fmt: skip
+    base, after = numbers(dtype, rows * columns, 1), numbers(source, rows * columns, 2)
+    for chosen in (places[:2], places[2:4], places):
+        products, prediction = [], widen(after, source, np.float32).reshape(rows, columns)
+        for seed, (down, across) in reversed([*enumerate(chosen)]):
+            left, right = fixed(len(range(*down)), across[1] - across[0], 5, seed)
+            g = np.random.default_rng(seed).uniform(0.5, 2, len(left)).astype(np.float32) if seed % 2 else None
+            taken_back(prediction[slice(*down), slice(*across)], left, right, g)
+            products.insert(0, residual.product(down, across, left, right, by_row=g))
+        coder = residual.Coder(products, columns, source, dtype)
+        for start, stop in ((0, 60), (5, 44), (19, 21), (59, 60)):
+            tile = slice(start * columns, stop * columns)
+            check(coder, base[tile], after[tile], prediction[start:stop], dtypes, width, start)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtypes", CASTS)
+@pytest.mark.parametrize("count", [5000, 1003, 64, 7, 0])
+def test_any_base_is_coded_from_any_result(count: int, dtypes: tuple[str, str], width: int) -> None:
+    """The base may be anything, infinities and NaN too; only the prediction must be finite."""
+    source, dtype = dtypes
     random = np.random.default_rng(5)
-    of_bits = {"size": 5000, "dtype": unsigned(dtype), "endpoint": True, "high": np.iinfo(unsigned(dtype)).max}
-    base, after = random.integers(0, **of_bits), random.integers(0, **of_bits)
-    prediction = widen(numbers(dtype, 5000, 6), dtype, np.float32)
-    prediction[::3] *= np.float32(1 + 2**-9)
-    for comparable in (after, None):
-        other = dtype if comparable is not None else "F64"
-        wanted = codes.encode(base, after, prediction, dtype, other)
-        assert encoded(residual.scan(prediction, comparable, dtype, base, width=width), 5000, width) == wanted
-        scan = residual.scan(prediction, comparable, dtype, width=width)
-        assert scan is not None
-        packed, at, high = codes.apart(memoryview(wanted), scan.spread, 5000, unsigned(dtype))
-        found = scan.place(np.frombuffer(packed, np.uint8), at.astype(np.uint32), high.astype(np.uint32), width=width)
-        assert found.tobytes() == base.tobytes()
+    base = random.integers(0, np.iinfo(unsigned(dtype)).max, count, unsigned(dtype), endpoint=True)
+    after = numbers(source, count, 6)
+    near = narrow(widen(after, source, np.float32) * np.float32(1.003), dtype)
+    base[::2] = near[::2]
+    coder = residual.Coder([], 1, source, dtype)
+    check(coder, base, after, widen(after, source, np.float32), dtypes, width)
+    check(coder, near, after, widen(after, source, np.float32), dtypes, width)
 
 
-def test_predictions_that_are_not_finite_are_left_to_numpy() -> None:
-    base = numbers("BF16", 40, 0)
-    for bad in (np.nan, np.inf, -np.inf):
-        prediction = widen(base, "BF16", np.float32)
-        prediction[37] = bad
-        assert residual.scan(prediction, base, "BF16", base) is None
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", residual.DTYPES)
+@pytest.mark.parametrize("binades", [1, 3, 12, 40])
+def test_bits_of_many_binades_are_packed(binades: int, dtype: str, width: int) -> None:
+    """Where W' lies far above W, as many bits are open as a mantissa has, of every number."""
+    random = np.random.default_rng(binades)
+    rows, columns = 24, 200
+    W = random.standard_normal((rows, columns)).astype(np.float32)
+    left = np.full((rows, 1), 2.0 ** min(binades, 13 if dtype == "F16" else 40))
+    right = np.ones((1, columns))
+    base = narrow(W, dtype).reshape(-1)
+    after = narrow((widen(base, dtype, np.float32).reshape(rows, columns) + left @ right).astype(np.float32), dtype)
+    prediction = widen(after, dtype, np.float32).reshape(rows, columns)
+    taken_back(prediction, left, right)
+    product = residual.product((0, rows, 1), (0, columns), left, right)
+    check(residual.Coder([product], columns, dtype, dtype), base, after.reshape(-1), prediction, (dtype, dtype), width)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", residual.DTYPES)
+def test_predictions_that_are_not_finite_are_left_to_numpy(dtype: str, width: int) -> None:
+    base = numbers(dtype, 40, 0)
+    left, right = fixed(4, 10, 3, 0)
+    for products in ([], [residual.product((0, 4, 1), (0, 10), left, right)]):
+        coder = residual.Coder(products, 10, dtype, dtype)
+        assert coder.encode(base, base, width=width) is not None
+        for bad in (np.nan, np.inf, -np.inf):
+            after = base.copy()
+            after[37] = narrow(np.array([bad], np.float32), dtype)[0]
+            assert coder.encode(base, after, width=width) is None
+            assert coder.decode(after, np.zeros(0, np.uint8), 0, 0, np.zeros(0, np.uint8), width=width) is None
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_block_that_does_not_fit_its_tile_is_left_to_numpy(width: int) -> None:
+    """Too few or too many candidates, and places beyond the tile; of two exceptions in one place the last counts."""
+    coder, after, nothing = residual.Coder([], 8, "BF16", "BF16"), numbers("BF16", 64, 1), np.zeros(0, np.uint8)
+
+    def sparse(*pairs: tuple[int, int]) -> Array:
+        gaps, high = np.array(pairs, np.uint32).T.copy()
+        return np.concatenate([gaps.view(np.uint8), (high & 255).astype(np.uint8), (high >> 8).astype(np.uint8)])
+
+    assert coder.decode(after, np.ones(1, np.uint8), 0, 0, nothing, width=width) is None
+    assert coder.decode(after, np.zeros(1 << 20, np.uint8), 0, 0, nothing, width=width) is None
+    assert coder.decode(after, nothing, 0, 1, sparse((64, 1)), width=width) is None
+    assert coder.decode(after, nothing, 0, 2, sparse((60, 1), (0xFFFFFFFF, 1)), width=width) is None
+    found = coder.decode(after, nothing, 0, 3, sparse((9, 7), (0, 0x102), (54, 1)), width=width)
+    made = codes.framed(codes.SPARSE, 3, b"", sparse((9, 7), (0, 0x102), (54, 1)).tobytes())
+    wanted = codes.decode(memoryview(made), after, widen(after, "BF16", np.float32), "BF16", "BF16")
+    assert found is not None
+    np.testing.assert_array_equal(found, wanted)
 
 
 def test_arrays_that_do_not_go_together_are_refused() -> None:
-    P, left, right = np.zeros((4, 32), np.float32), np.zeros((4, 3)), residual.panels(np.zeros((3, 32)))
+    left, right = np.zeros((4, 3)), np.zeros((3, 32))
+    whole: dict[str, Any] = {"rows": (0, 4, 1), "columns": (0, 32), "left": left, "right": right}
     for wrong in (
-        {"left": left[:3]}, {"left": left[:, :2]}, {"right": right[:1]}, {"by_row": np.ones(3, np.float32)},
-        {"by_column": np.ones(32)}, {"P": P.astype(np.float64)}, {"P": P[:, ::2]},
+        {"left": left[:3]}, {"left": left[:, :2]}, {"right": right[:, 1:]}, {"by_row": np.ones(3, np.float32)},
+        {"by_column": np.ones(32)}, {"rows": (0, 4, 2)}, {"columns": (-1, 31)}, {"rows": (4, 0, -1)},
     ):  # fmt: skip
-        arguments: dict[str, Any] = {"P": P, "left": left, "right": right, **wrong}
-        with pytest.raises(ValueError, match=r"go together|rows of float32"):
-            residual.take_back(**arguments)
+        with pytest.raises(ValueError, match=r"do not fit|no rectangle"):
+            residual.product(**{**whole, **wrong})
+    product = residual.product(**whole)
+    with pytest.raises(ValueError, match="beyond"):
+        residual.Coder([product], 31, "BF16", "BF16")
+    coder, tile = residual.Coder([product], 32, "BF16", "F32"), np.zeros(64, np.uint16)
+    for base, after in ((tile, tile), (tile.astype(np.uint32)[:32], tile), (np.zeros(33, np.uint32), tile[:33])):
+        with pytest.raises(ValueError, match=r"not those of the tensors|not whole rows"):
+            coder.encode(base, after)
+    for form, count, raw in ((0, 1, 5), (0, 65, 65 * 8), (1, 3, 12)):
+        with pytest.raises(ValueError, match="exceptions"):
+            coder.decode(tile, tile[:0].view(np.uint8), form, count, np.zeros(raw, np.uint8))
