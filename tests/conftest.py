@@ -88,6 +88,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tuned/    a full fine-tune of base/: other numbers in every tensor but the embedding and the head
     blend/    sealed/ at half its strength, by `loratools combine`, so that it says how it was made; recipe.yaml has two
               steps
+    .gathered.part-…  the two parts of a merge of base/ and adapter/
     """
     from loratools.cli._run import run
     from loratools.dialects import open_adapter
@@ -111,6 +112,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer.write(sealed, folder / "sealed", tensors=touched)
     with chdir(folder), redirect_stdout(io.StringIO()):
         assert run(["combine", "sealed", "-w", "0.5", "-o", "blend", "-q"]) == 0
+        for part in ("1/2", "2/2"):
+            assert run(["merge", "base", "adapter", "-o", "gathered", "--part", part, "-q"]) == 0
     (folder / "recipe.yaml").write_text(RECIPE)
     return folder
 

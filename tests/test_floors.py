@@ -25,7 +25,8 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
     "loratools": (
         "errors",
         "decisions version",
-        "options parallel",
+        "options",
+        "parallel",
         "linalg",
         "storage",
         "adapter",
@@ -63,6 +64,7 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
         "translate one_file",
         "rename",
     ),
+    "loratools.parallel": ("*", "executors", "tasks"),
     "loratools.storage": ("*", "pickles", "checkpoint", "companions"),
     "loratools.dialects": ("_frame", "*"),
     "loratools.dialects.peft": (

@@ -24,7 +24,7 @@ ELSEWHERE = {
     "adapter/placement/test_resolve": "adapter/placement: layers settle whole",
     "adapter/placement/test_tied": "adapter/placement: apart shared spread",
     "cli/test_unsealed": "cli: convert validate",
-    "cli/test_examples": "cli: combine compare completion convert demo dequantize dialects edit estimate hash "
+    "cli/test_examples": "cli: combine compare completion convert demo dequantize dialects edit estimate gather hash "
     "inspect merge pull push report resize switch unmerge validate verify _facts _options _ranks",
     "cli/test_each": "cli: _batch _pool",
     "cli/test_run": ".: __main__ decisions errors; cli: _faults _group _talk",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _MODELS = frozenset({"base", "tuned", "model", "original", "onto"})
 _NOT_RECORDED = frozenset({
-    "output", "keep", "force", "dry-run", "resume", "durable", "threads", "verify", "modules",
+    "output", "keep", "force", "dry-run", "resume", "durable", "threads", "verify", "modules", "workers", "part",
 })  # fmt: skip
 """Options that no byte of the result depends on: how a run goes, and what it prints."""
 SENDS = {"merge": frozenset({"push", "no-local", "private", "base-model", "license"})}

@@ -26,6 +26,7 @@ _OF_RUN = {
     "force": "`loratools run --force` replaces outputs", "dry-run": "`loratools run --dry-run` plans every step",
     "resume": "`loratools run` goes on with the step that was interrupted",
     "durable": "say it in the call of a single command",
+    "part": "a recipe makes whole outputs",
 }  # fmt: skip
 _NOT_HERE = {
     "push": "a recipe sends nothing to the Hub; `loratools push` does",

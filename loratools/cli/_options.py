@@ -133,6 +133,8 @@ factors_option = option("--dtype", type=FACTORS, more="[default: as the factors 
 threads_option = option(
     "--threads", type=click.IntRange(min=1), more="The result does not depend on it.  [default: one per core]"
 )
+workers_option = option("--workers", type=str, more="No byte depends on it.")
+part_option = option("--part", type=str)
 device_option = option("--device", type=_Device("loratools.options", "Device"), default="cpu", show_default=True)
 check_base_option = word_option("--check-base", "CheckBase", "strict")
 dialect_option = option("--dialect", type=str, more="[default: by its contents]")

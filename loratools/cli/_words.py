@@ -155,6 +155,10 @@ WORDS: Mapping[str, Word] = {
     "--device": Word(WORK, "Where the arithmetic is done (cuda:1: the second GPU); a GPU may round one element in some "
                            "ten thousand to its other neighbour.", words=True),
     "--jobs": Word(WORK, "Paths to work on at once, of several.", "N"),
+    "--part": Word(WORK, "Do one part of the work only, such as 3/16, counted from 1, in a job of an array; "
+                         "`loratools gather` makes the output when all are done.", "I/N"),
+    "--workers": Word(WORK, "Share the work out: a number of processes, the address of a Dask scheduler "
+                            "(tcp://host:8786, tls://…), or slurm. They see the same folders.", "N|ADDRESS"),
     "--threads": Word(WORK, "Threads to work with.", "N"),
 
     "--base-model": Word(HUB, "The base model's name on the Hub, for the card.", "ORG/NAME"),

@@ -16,6 +16,7 @@ from loratools.errors import counted
 
 if TYPE_CHECKING:
     from loratools.hub.stream import Stream
+    from loratools.parallel.call import Call
     from loratools.surgery.inputs import AdapterSource
     from loratools.surgery.merge import Merge, MergeReport
 
@@ -65,6 +66,8 @@ _SHOWN = 3
 @options.option("--resume", is_flag=True)
 @options.device_option
 @options.threads_option
+@options.workers_option
+@options.part_option
 @options.dry_run_option
 @options.option("--verify", is_flag=True, more="As `loratools verify` does.")
 @options.force_option
@@ -74,7 +77,7 @@ def command(
     talk: Talk, /, base: str, adapters: tuple[str, ...], output: Path | None, weights: tuple[float | str, ...],
     include: tuple[str, ...], exclude: tuple[str, ...], dialect: str | None, alpha: float | None,
     dry_run: bool, verify: bool, push: str | None, no_local: bool, private: bool, base_model: str | None,
-    license: str | None, **choices: Any,
+    license: str | None, workers: str | None, part: str | None, **choices: Any,
 ) -> show.Report:  # fmt: skip
     """Merge adapters into a base model: W' = W + sum of weight x scaling x B A.
 
@@ -92,6 +95,7 @@ def command(
       loratools merge base adapter -o merged.safetensors --keep-residual
       loratools merge quantized adapter -o merged --quantized partial
       loratools merge base adapter -o merged --dtype f32 --max-shard-size 2GB --verify
+      loratools merge base adapter -o merged --part 1/2
       loratools merge base adapter --push lab/merged --no-local --license mit --base-model lab/base
     """
     from contextlib import ExitStack
@@ -109,6 +113,20 @@ def command(
         raise click.UsageError("--resume does not go with --push: what was sent is not sent again anyway")
     if no_local and (not push or choices["keep_residual"] or verify):
         raise click.UsageError("--no-local needs --push, and leaves nothing for --keep-residual or --verify")
+    if (workers or part) and (push or choices["resume"]):
+        raise click.UsageError("--workers and --part go with neither --push nor --resume")
+    if part and (workers or verify or dry_run):
+        raise click.UsageError("--part writes one part of the output: without --workers, --verify and --dry-run")
+    call = None
+    if (workers or part) and output is not None:
+        from loratools.surgery.merge.parts import call_of
+
+        call = call_of(
+            base, adapters, output, weights=weights or None, include=include or None, exclude=exclude or None,
+            dialect=dialect, alpha=alpha, **choices,
+        )  # fmt: skip
+    if part and call:
+        return _one_part(call, part)
     read: Sequence[AdapterSource] = read_as(adapters, dialect, alpha)
     weighed = chosen_weights(len(read), weights or None, include, exclude)
     model = Checkpoint.open(sources.local(base, "header" if dry_run else "checkpoint"))
@@ -124,16 +142,21 @@ def command(
         sink = _sink(push, sent, private=private, keep=not no_local, base_model=base_model, license=license)
         total = plan["bytes"]["written"] + choices["keep_residual"] * plan["bytes"]["changed"]
         with talk.progress("merging", total) as advance:
-            report = execute(prepared, progress=advance, sink=sink)
+            if workers and call:
+                from loratools.surgery.merge.shared import merge_shared
+
+                report = merge_shared(call, workers, progress=advance)
+            else:
+                report = execute(prepared, progress=advance, sink=sink)
     document = show.plain(report)
-    text = list(_report(report))
+    text = list(lines(report))
     for committed, notes in (stream.done for stream in sent if stream.done):
         talk.warn(*notes)
         document |= {"output": None if no_local else document["output"], "pushed": show.plain(committed)}
         text = [*(text[1:] if no_local else text), f"pushed     {committed.url}"]
     if not verify:
         return show.Report(document, text)
-    from loratools.cli.verify import lines
+    from loratools.cli.verify import lines as proof_lines
     from loratools.surgery.verify import verify as prove
 
     with talk.progress("verifying", 2 * plan["bytes"]["written"]) as advance:
@@ -141,7 +164,22 @@ def command(
         known = [each.weight for each in prepared.plan.inputs] if choices["original"] else weighed
         proof = prove(output, model, carried, weights=known, progress=advance)
     document["verification"] = show.plain(proof)
-    return show.Report(document, [*text, *lines(proof, every=False)], proof.ok)
+    return show.Report(document, [*text, *proof_lines(proof, every=False)], proof.ok)
+
+
+def _one_part(call: Call, part: str) -> show.Report:
+    """Write one part of the output, and say which files are in it."""
+    from loratools.surgery.merge.parts import merge_part
+
+    report = merge_part(call, part)
+    text = show.fields(
+        ("part", report.part),
+        ("wrote", [*report.files] or "nothing: there are more parts than files"),
+        ("kept", [*report.kept] or None),
+        ("size", show.size(report.nbytes)),
+        ("next", f"loratools gather {call.arguments['output']}"),
+    )
+    return show.Report(show.plain(report), text)
 
 
 def _sink(repo: str | None, sent: list[Stream], **choices: Any) -> Callable[[Path], Stream] | None:
@@ -177,7 +215,8 @@ def _plan(prepared: Merge, plan: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def _report(report: MergeReport) -> Iterator[str]:
+def lines(report: MergeReport) -> Iterator[str]:
+    """Yield the lines that tell of a merge."""
     through = "as codes" if report.recoded else "rounding"
     kept = "not measured" if report.retention is None else f"{report.retention:.2%} of the change survives {through}"
     base = f"{report.verified} tensors are those of the recorded base" if report.verified else "not verified"

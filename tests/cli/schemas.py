@@ -185,11 +185,21 @@ def variants(command: str, types_of: Types) -> list[dict[str, Schema]]:
             model = fields("surgery.inspect:CheckpointSummary")
             short = {name: value for name, value in adapter.items() if name != "metadata"}
             return [short, adapter, short | measured, model | {"schema_hash": model.pop("schema")}]
+        case "gather":
+            return [fields("surgery.merge.run:MergeReport")]
         case "merge":
             merged, pushed = fields("surgery.merge.run:MergeReport"), {"pushed": of("hub.upload:Committed")}
             proof = {"verification": of("surgery.verify:Verification")}
             sent = merged | pushed | {"output": nullable(TEXT)}
-            return [merged, merged | proof, sent, sent | proof, planned_merge(of("surgery.merge.prepare:Account"))]
+            part = fields("surgery.merge.parts:PartReport")
+            return [
+                merged,
+                merged | proof,
+                sent,
+                sent | proof,
+                part,
+                planned_merge(of("surgery.merge.prepare:Account")),
+            ]
         case "pull":
             asked = {
                 "repo": TEXT, "revision": nullable(TEXT), "commit": TEXT, "type": TEXT, "files": mapped(COUNT),

@@ -49,7 +49,7 @@ def test_the_table_has_no_word_that_no_command_has() -> None:
     assert {word.group for word in WORDS.values()} <= set(GROUPS)
 
 
-NOTHING = "completion dialects demo recipe run help"  # they read no adapter and no model of a user by themselves
+NOTHING = "completion dialects demo gather recipe run help"  # they read no adapter and no model of a user by themselves
 WITHOUT: dict[str, dict[str, str]] = {
     "--dialect": {
         "it reads none": NOTHING,
@@ -83,6 +83,7 @@ WITHOUT: dict[str, dict[str, str]] = {
         "it seals the adapter with the base that is given": "convert",
     },
     "--dry-run": {
+        "what it writes is decided already": "gather",
         "it writes nothing": "compare completion dialects estimate find hash inspect recipe validate verify help",
         "it writes one page, for which everything is measured": "report",
         "it makes what it shows, in a folder of its own": "demo",

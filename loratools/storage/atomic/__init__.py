@@ -3,7 +3,9 @@
 Work happens in a scratch folder `.NAME.partial-XXXXXXXX` beside the output, locked by the process that writes it; at
 the end it is written to the disk itself, and renamed.
 
+    hidden        making and locking the folders beside an output
     inputs        inputs are what they were when they were opened
+    kept          folders that outlive a run: what was fetched, and parts of an output
     leftovers     hidden folders beside an output: removing those of killed runs
     locks         whose they are
     names         names that not every system can write
@@ -17,18 +19,18 @@ the end it is written to the disk itself, and renamed.
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from loratools.decisions import warned
 from loratools.errors import BadFile, InvalidOption, LoraToolsError, NoSpace, OutputRefused
-from loratools.storage.atomic import leftovers, locks, names
+from loratools.storage.atomic import leftovers, names
+from loratools.storage.atomic.hidden import FULL, Busy, beside, make
 from loratools.storage.atomic.inputs import check_unchanged
+from loratools.storage.atomic.kept import kept_folder, part_folder, part_folders
 from loratools.storage.atomic.leftovers import remove
 from loratools.storage.atomic.place import put
 from loratools.storage.atomic.sync import sync, sync_names
@@ -38,10 +40,8 @@ from loratools.storage.atomic.undisturbed import undisturbed
 
 __all__ = [
     "check_output", "check_space", "free_space", "kept_folder", "new_file", "new_files", "new_folder", "new_output",
-    "refuse_inputs", "remove", "sweep", "temporary",
+    "part_folder", "part_folders", "refuse_inputs", "remove", "sweep", "temporary",
 ]  # fmt: skip
-
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
@@ -147,26 +147,6 @@ def check_output(target: Path, *, force: bool = False) -> None:
         raise BadFile(f"{target.absolute().parent}: no such folder to write {target.name} into")
 
 
-@contextmanager
-def kept_folder(target: Path, key: str) -> Iterator[Path]:
-    """Yield the hidden folder `.NAME.pull-KEY` beside an output, for what is fetched for it; another block removes it.
-
-    It stays when the block fails or the process is killed, and the next run with the same key (8 to 16 hex digits)
-    finds it; a run for the same output with another key, or by another command that gets as far as writing, removes
-    it. Raises `OutputRefused` while another process works in it.
-    """
-    absolute = target.absolute()
-    folder = _beside(absolute, f"pull-{key}")
-    leftovers.sweep(absolute, ("pull",), folder)
-    lock = None
-    try:
-        lock = _make(folder, target, kept=True)
-        yield folder
-    finally:
-        if lock:
-            lock.release()
-
-
 def sweep(output: str | os.PathLike[str]) -> None:
     """Remove what killed runs for the same output left, and put back an old output that one had moved aside.
 
@@ -193,18 +173,18 @@ def _refuse_reference(target: Path) -> None:
 @contextmanager
 def _scratch(target: Path, force: bool, kept: str | None = None) -> Iterator[Path]:
     absolute = target.absolute()
-    scratch = _beside(absolute, kept or f"partial-{os.urandom(4).hex()}")
+    scratch = beside(absolute, kept or f"partial-{os.urandom(4).hex()}")
     leftovers.sweep(absolute, (*leftovers.GARBAGE, *leftovers.KEPT), scratch)
     check_output(target, force=force)
     lock = None
     try:
-        lock = _make(scratch, target, kept=kept is not None)
+        lock = make(scratch, target, kept=kept is not None)
         yield scratch
     except BaseException as error:
-        if not isinstance(error, _Busy) and (kept is None or isinstance(error, LoraToolsError)):
+        if not isinstance(error, Busy) and (kept is None or isinstance(error, LoraToolsError)):
             with undisturbed():
                 remove(scratch)
-        if isinstance(error, OSError) and error.errno in _FULL:
+        if isinstance(error, OSError) and error.errno in FULL:
             reason = os.strerror(error.errno or 0).lower()
             hint = "Free some space and run it again."
             raise NoSpace(f"{target}: {reason}; nothing was written", hint=hint) from None
@@ -212,31 +192,6 @@ def _scratch(target: Path, force: bool, kept: str | None = None) -> Iterator[Pat
     finally:
         if lock:
             lock.release()
-
-
-def _beside(target: Path, name: str) -> Path:
-    return target.parent / f".{target.name}.{name}"
-
-
-def _make(folder: Path, target: Path, *, kept: bool) -> locks.Lock | None:
-    """Make a folder, or take the kept one that is there; return its lock, or None where the file system has none."""
-    while True:
-        folder.mkdir(exist_ok=True)
-        try:
-            return locks.lock(folder)
-        except BlockingIOError:
-            if kept:
-                hint = "Wait for it, or choose another output."
-                raise _Busy(f"{target} is being written by another process", hint=hint) from None
-            time.sleep(0.001)  # a sweep took it for a leftover before it was locked, and is about to delete it
-        except FileNotFoundError:  # that is done
-            continue
-        except OSError:  # nothing can be locked here, so nothing is ever swept either
-            return None
-
-
-class _Busy(OutputRefused):
-    """Another process holds the scratch folder: it is not ours to remove."""
 
 
 def _check_kind(target: Path, *, folder: bool) -> None:
@@ -255,12 +210,12 @@ def _install(finished: Path, target: Path, scratch: Path, *, force: bool, durabl
     token = scratch.name.rpartition("-")[2]
     kept = None
     with undisturbed():
-        if scratch == _beside(absolute, f"resume-{token}") and absolute.exists():
+        if scratch == beside(absolute, f"resume-{token}") and absolute.exists():
             # What is there will lie in the scratch folder next, and a killed run must not leave it to be resumed.
-            kept, finished = scratch, scratch.rename(_beside(absolute, f"partial-{token}"))
+            kept, finished = scratch, scratch.rename(beside(absolute, f"partial-{token}"))
             scratch = finished
         try:
-            replaced = put(finished, absolute, _beside(absolute, f"replaced-{token}"), force=force)
+            replaced = put(finished, absolute, beside(absolute, f"replaced-{token}"), force=force)
         except OSError as error:
             if kept:
                 scratch.rename(kept)

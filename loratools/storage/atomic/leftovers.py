@@ -4,6 +4,7 @@
 .NAME.replaced-XXXXXXXX   the old output, moved aside by the run of that `partial`, where nothing can be exchanged
 .NAME.resume-XXXXXXXX     what a run that may be interrupted has finished
 .NAME.pull-X…             what has been fetched of a commit
+.NAME.part-X…             what one part of several has finished
 .NAME.lock-X…             a file that is locked in place of all those, where folders cannot be
 """
 
@@ -23,7 +24,7 @@ from loratools.storage.atomic.together import put_back
 _HEX = r"-([0-9a-f]{8,16})"
 GARBAGE = ("replaced", "partial")
 """What only a kill leaves; in this order, for an old output must be back before its run's own folder goes."""
-KEPT = ("resume", "pull")
+KEPT = ("resume", "pull", "part")
 """What a run left on purpose, for the next of its kind."""
 
 
@@ -43,6 +44,12 @@ def sweep(target: Path, kinds: Sequence[str], mine: Path | None = None) -> None:
             owner = target.with_name(f".{target.name}.partial-{match[2]}") if match[1] == "replaced" else leftover
             _sweep(leftover, owner, target)
     locks.sweep(target)
+
+
+def parts_of(target: Path) -> list[Path]:
+    """Return the folders in which parts of an output lie, by name."""
+    pattern = re.compile(re.escape(f".{target.name}.") + rf"part{_HEX}")
+    return sorted(path for path in target.parent.iterdir() if pattern.fullmatch(path.name))
 
 
 def _sweep(leftover: Path, owner: Path, target: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -53,12 +53,12 @@ class Journal:
     """The list of complete files in the folder of a merge that may be interrupted, written anew after each of them.
 
     `done` has the digest of each file, and what was measured while it was written; `kept` are those of an earlier run,
-    and `damaged` those that are no longer what they were.
+    and `damaged` those that are no longer what they were. With `durable` what is complete outlasts a power cut.
     """
 
-    def __init__(self, folder: Path, key: str) -> None:
+    def __init__(self, folder: Path, key: str, *, durable: bool = True) -> None:
         """Find what an earlier run with the same `key` (a `fingerprint`) completed, and delete everything else."""
-        self._folder, self._key = folder, key
+        self._folder, self._key, self._durable = folder, key, durable
         document: dict[str, Any] = {}
         with suppress(BadFile):  # as if there were none
             document = read_json(folder / _NAME, most=MAX_INDEX)
@@ -73,6 +73,34 @@ class Journal:
         for path in folder.rglob("*"):
             if not path.is_dir() and path.relative_to(folder).as_posix() not in self.done:
                 path.unlink()
+
+    def adopt(self, folders: Sequence[Path], names: Set[str]) -> None:
+        """Take over the complete files that others wrote in folders of their own, with journals of the same key.
+
+        `names` are those of all files. Each must have the digest that was taken down when it was written. Raises
+        `BadFile` for one that has not, and for a journal of another merge.
+        """
+        moves: dict[Path, Path] = {}
+        for folder in folders:
+            document = read_json(folder / _NAME, most=MAX_INDEX)
+            if document.get("key") != self._key:
+                raise BadFile(f"{folder}: a part of another merge: its inputs or options differ")
+            for name in names & document["files"].keys():
+                if (folder / name).is_file():
+                    moves[folder / name] = self._folder / name
+                    self.done[name] = document["files"][name]
+        damaged = [str(path) for path, target in moves.items() if _digest(path) != self._of(target)["digest"]]
+        if damaged:
+            raise BadFile(f"{', '.join(damaged)}: not what it was when it was written; make its part again")
+        self._write()  # first: a run that is killed here finds every file in one place or the other
+        for path, target in moves.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+        self.kept = tuple(self.done)
+
+    def _of(self, path: Path) -> dict[str, Any]:
+        entry: dict[str, Any] = self.done[path.relative_to(self._folder).as_posix()]
+        return entry
 
     def tell(self, total: int) -> list[str]:
         """Return what is kept of an earlier run, of `total` files, and how that is known; warn of damage."""
@@ -92,17 +120,27 @@ class Journal:
         )  # fmt: skip
 
     def add(self, path: Path, results: Sequence[TensorResult]) -> None:
-        """Take down a complete file, and what was measured while it was written; both are on disk afterwards."""
-        sync(path)
-        sync_names(path.parent)
+        """Take down a complete file, and what was measured while it was written."""
+        if self._durable:
+            sync(path)
+            sync_names(path.parent)
         name = path.relative_to(self._folder).as_posix()
         self.done[name] = {"digest": _digest(path), "results": [asdict(result) for result in results]}
+        self._write()
+
+    def flush(self) -> None:
+        """Write the list, also where no file was added to it."""
+        self._write()
+
+    def _write(self) -> None:
         fresh = self._folder / f"{_NAME}.new"
         with fresh.open("w", encoding="utf-8", newline="\n") as file:
             json.dump({"key": self._key, "files": self.done}, file)
-        sync(fresh)
+        if self._durable:
+            sync(fresh)
         fresh.replace(self._folder / _NAME)
-        sync_names(self._folder)
+        if self._durable:
+            sync_names(self._folder)
 
     def close(self) -> list[TensorResult]:
         """Remove the list, for the output is complete; return all that was measured."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -71,12 +71,14 @@ class MergeReport:
 
 
 def execute(
-    prepared: Merge, *, progress: Progress | None = None, sink: Callable[[Path], Sink] | None = None
-) -> MergeReport:
+    prepared: Merge, *, progress: Progress | None = None, sink: Callable[[Path], Sink] | None = None,
+    parts: Sequence[Path] = (),
+) -> MergeReport:  # fmt: skip
     """Run a prepared merge, and return its report.
 
     `progress` is that of `merge`. `sink` makes, for the folder or the one file that is being written, what takes each
-    finished file of tensors. Raises what `merge` raises.
+    finished file of tensors. `parts` are folders with files that other processes have written of the same merge
+    (`parts.py`): they are taken over. Raises what `merge` raises.
     """
     plan, options, threads = prepared.plan, prepared.options, prepared.threads
     progress = progress or no_progress
@@ -88,9 +90,9 @@ def execute(
     size = sum(file.size for file in plan.files)
     if is_gguf(plan.base):
         return _execute_file(prepared, progress, size, sink)
-    if not sink and not options.resume:
+    if not sink and not options.resume and not parts:
         atomic.check_space(prepared.output, size)
-    key = fingerprint(plan, settings_of(prepared)) if options.resume else None
+    key = fingerprint(plan, settings_of(prepared)) if options.resume or parts else None
     if key:
         tell_others(prepared.output, key)
     output = prepared.output
@@ -98,8 +100,10 @@ def execute(
         whole = scratch / plan.files[0].name if plan.single else scratch
         sent = sink(whole) if sink else None
         journal = Journal(scratch, key) if key else None
+        if journal and parts:
+            journal.adopt(parts, {file.name for file in plan.files})
         reused = journal.kept if journal else ()
-        resumed = journal.tell(len(plan.files)) if journal else []
+        resumed = journal.tell(len(plan.files)) if journal and not parts else []
 
         def finished(path: Path, measured: list[TensorResult]) -> None:
             if journal:
@@ -138,8 +142,8 @@ def execute(
         output=str(prepared.output), changed=len(plan.touched()), tensors=plan.tensors, bytes_written=size,
         verified=measured.verified, adapters=in_short(prepared.record), consumed=prepared.accounts,
         notes=(*plan.notes, *resumed), warnings=measured.warnings, retention=measured.retention,
-        by_tensor=measured.by_tensor, recoded=measured.recoded, loss_share=share, residual=kept, reused=reused,
-        left_behind=prepared.beside.left,
+        by_tensor=measured.by_tensor, recoded=measured.recoded, loss_share=share, residual=kept,
+        reused=() if parts else reused, left_behind=prepared.beside.left,
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ def test_kinds_are_swept_as_asked(tmp_path: Path) -> None:
         (tmp_path / f".out.{kind}-0123abcd" / "deep").mkdir(parents=True)
     (tmp_path / "out").mkdir()
     leftovers.sweep(tmp_path / "out", GARBAGE)
-    assert names(tmp_path) == [".out.pull-0123abcd", ".out.resume-0123abcd", "out"]
+    assert names(tmp_path) == [".out.part-0123abcd", ".out.pull-0123abcd", ".out.resume-0123abcd", "out"]
     leftovers.sweep(tmp_path / "out", KEPT, mine=tmp_path / ".out.pull-0123abcd")
     assert names(tmp_path) == [".out.pull-0123abcd", "out"]
 

@@ -1,4 +1,14 @@
-"""Work shared between threads: how many cores there are, pools that stop at the first failure, and progress."""
+"""Work that is shared: between threads, here, and between processes and machines.
+
+Here: how many cores there are, pools of threads that stop at the first failure, and progress. Beyond one process the
+seam is `concurrent.futures.Executor`. A task is a plain function of a module and a value of paths and numbers, so that
+it travels; every worker plans anew from the headers, and shows by a fingerprint that it has the same plan.
+
+    call       a verb and its arguments, as plain data
+    shares     parts of a whole, counted from 1, of about equal size
+    executors  what runs tasks, one file for each kind of address
+    tasks      run tasks on an executor, and end all of them at the first error
+"""
 
 from __future__ import annotations
 

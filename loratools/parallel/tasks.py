@@ -1,0 +1,83 @@
+"""Run tasks on an executor: in any order, each again whose worker is lost, and all of them end at the first error."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Future, wait
+from typing import TypeVar
+
+from loratools.decisions import warned
+from loratools.errors import LoraToolsError
+from loratools.parallel.executors._pool import Pool
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+TRIES = 3
+"""How often a task is begun whose worker is lost."""
+
+PATIENCE = 20
+"""Seconds that tasks have to end which have begun when the work ends early."""
+
+
+def place() -> str:
+    """Return where a task runs: the machine's name, and the number of the process."""
+    return f"{platform.node() or 'a machine without a name'}, process {os.getpid()}"
+
+
+def run(
+    pool: Pool, work: Callable[[Task], Result], tasks: Sequence[Task], done: Callable[[Task, Result], None],
+    stop: Callable[[], None],
+) -> list[Result]:  # fmt: skip
+    """Return `work(task)` of each task, in the order of the tasks, which is the order in which they are begun.
+
+    Args:
+        pool: Who does the work.
+        work: A function at the top of a module, which every worker can import.
+        tasks: Values that pickle.
+        done: Called with each task and its result as it comes.
+        stop: Called when the work ends early: tells tasks that have begun to end, which an executor cannot.
+
+    Raises:
+        LoraToolsError: What a task raised, or workers were lost three times with the same task.
+    """
+    ended = (BrokenExecutor, CancelledError)  # of the executor itself: nothing more can be begun
+    lost: tuple[type[BaseException], ...] = (*ended, *pool.lost)
+    results: dict[int, Result] = {}
+    tries = dict.fromkeys(range(len(tasks)), 0)
+    waiting: dict[Future[Result], int] = {}
+
+    def begin(number: int) -> None:
+        tries[number] += 1
+        waiting[pool.executor.submit(work, tasks[number])] = number
+
+    try:
+        for number in tries:
+            begin(number)
+        while waiting:
+            finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in finished:
+                number = waiting.pop(future)
+                try:
+                    results[number] = future.result()
+                except lost as error:
+                    if tries[number] == TRIES or isinstance(error, ended):
+                        raise _lost(pool, tasks[number], error) from None
+                    warned("%s: the worker of %s was lost; it is done again", pool.name, tasks[number])
+                    begin(number)
+                else:
+                    done(tasks[number], results[number])
+    except BaseException:
+        stop()
+        for future in waiting:
+            future.cancel()
+        wait(waiting, timeout=PATIENCE)
+        raise
+    return [results[number] for number in sorted(results)]
+
+
+def _lost(pool: Pool, task: object, error: BaseException) -> LoraToolsError:
+    hint = "Its process may have been ended for want of memory; look at the log of the worker or the scheduler."
+    return LoraToolsError(f"{pool.name}: {task} was not done: {type(error).__name__}: {error}", hint=hint)

@@ -1,0 +1,142 @@
+"""A merge on workers: each part is a task, and the one that called makes the output of them (`parts.py`)."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from loratools.decisions import decided, warned, warnings_to
+from loratools.errors import BadFile, InvalidOption, LoraToolsError, OutputRefused, counted
+from loratools.parallel import Progress, cores, no_progress, tasks
+from loratools.parallel.call import Call
+from loratools.parallel.executors import Workers, opened
+from loratools.parallel.shares import Part
+from loratools.storage import atomic
+from loratools.storage.atomic import leftovers
+from loratools.storage.sources import session
+from loratools.surgery.merge.parts import PartReport, arithmetic_of, decide_call, write_part
+from loratools.surgery.merge.resume import fingerprint
+from loratools.surgery.merge.run import MergeReport, execute, settings_of
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """One part of a call, for a worker; what the caller decided, which the worker must come to as well."""
+
+    call: Call
+    part: Part
+    key: str
+    arithmetic: str
+
+    def __str__(self) -> str:
+        return f"part {self.part}"
+
+
+@session()
+def merge_shared(call: Call, workers: Workers, *, progress: Progress | None = None) -> MergeReport:
+    """Merge as `merge` does, on several processes or machines; the bytes are those of one.
+
+    Args:
+        call: The merge, as `call_of` returns it.
+        workers: Who does it: a number of processes of this machine, the address of a Dask scheduler
+            (`"tcp://host:8786"`), `"slurm"`, or a `concurrent.futures.Executor`. Its workers see the same folders.
+        progress: Called with the bytes written since the last call. Default: nobody is told.
+
+    Raises:
+        LoraToolsError: Whatever `merge` raises; workers that compute otherwise, or are lost again and again.
+
+    Example:
+        >>> call = call_of("base", ["adapter"], "merged")
+        >>> merge_shared(call, 2).output  # doctest: +SKIP
+        'merged'
+    """
+    output = Path(call.arguments["output"])
+    atomic.sweep(output)
+    prepared = decide_call(call)
+    key, arithmetic = fingerprint(prepared.plan, settings_of(prepared)), arithmetic_of(prepared)
+    atomic.check_space(output, sum(file.size for file in prepared.plan.files))
+    count = len(prepared.plan.files)
+    progress = progress or no_progress
+
+    def done(_: _Task, written: PartReport) -> None:
+        progress(written.nbytes)
+        for warning in written.warnings:
+            warned("%s", warning)
+
+    mark = _mark(output, key)
+    try:
+        mark.mkdir(exist_ok=True)
+        with opened(workers) as pool:
+            if pool.local and pool.count and prepared.options.threads is None:
+                call = replace(call, arguments={**call.arguments, "threads": max(1, cores() // pool.count)})
+            decided("%s in %d parts on %s", counted(count, "file"), count, pool.name)
+            todo = [_Task(call, Part(number, count), key, arithmetic) for number in range(1, count + 1)]
+            written = tasks.run(pool, work, todo, done, partial(atomic.remove, mark))
+        with atomic.part_folders(output, [Path(each.folder) for each in written]) as folders:
+            return execute(prepared, parts=folders)
+    finally:
+        _remove(output, key)
+
+
+def work(task: _Task) -> PartReport:
+    """Write one part, in a worker; what it warns of comes back with the report."""
+    warnings: list[str] = []
+    wanted = _while_wanted(_mark(Path(task.call.arguments["output"]), task.key))
+    try:
+        with warnings_to(warnings.append), session():
+            task.call.check_version()
+            prepared = decide_call(task.call)
+            if fingerprint(prepared.plan, settings_of(prepared)) != task.key:
+                raise BadFile(
+                    f"{tasks.place()} sees another merge than the caller: other inputs, or other files of them",
+                    hint="Every worker has to see the same folders under the same names.",
+                )
+            if (own := arithmetic_of(prepared)) != task.arithmetic:
+                raise InvalidOption(
+                    f"{tasks.place()} computes by {own}, the caller by {task.arithmetic}: the bytes could differ",
+                    hint="Give all workers the same torch and the same kind of processor, or a C compiler.",
+                )
+            token = f"{task.key[:4]}{task.part.number:04x}"
+            try:
+                report = write_part(task.call, prepared, task.part, token, wanted, durable=False)
+            except OutputRefused:  # a worker that was given up still holds it: begin beside it
+                report = write_part(task.call, prepared, task.part, token + _random(), wanted, durable=False)
+    except LoraToolsError as error:
+        error.problems = (*error.problems, f"in {task} of the work, by {tasks.place()}")
+        raise
+    return replace(report, warnings=tuple(warnings))
+
+
+def _mark(output: Path, key: str) -> Path:
+    """Return the folder, that of a part 0, which is there as long as the caller of workers wants their work."""
+    return output.with_name(f".{output.name}.part-{key[:4]}0000")
+
+
+def _while_wanted(mark: Path) -> Progress:
+    """Return a progress that ends a worker's task when the caller has ended; it looks once a second."""
+    looked = [time.monotonic()]
+
+    def progress(count: int) -> None:
+        if (now := time.monotonic()) - looked[0] > 1:
+            looked[0] = now
+            if not mark.exists():
+                raise LoraToolsError("the work was called off")
+
+    return progress
+
+
+def _remove(output: Path, key: str) -> None:
+    """Remove the folders of parts that workers made, but for those that one works in which could not be ended."""
+    for folder in leftovers.parts_of(output.absolute()):
+        if folder.name.startswith(f".{output.name}.part-{key[:4]}"):
+            with suppress(OutputRefused), atomic.part_folders(output, [folder]):
+                atomic.remove(folder)
+
+
+def _random() -> str:
+    import secrets
+
+    return secrets.token_hex(4)

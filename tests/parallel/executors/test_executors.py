@@ -1,0 +1,65 @@
+"""Who does the work is a number, an address, or an executor; anything else is refused before anything is read."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from loratools.errors import InvalidOption, LoraToolsError
+from loratools.parallel.executors import check, names, opened
+from loratools.parallel.tasks import run
+
+
+def test_there_is_a_kind_for_each_address() -> None:
+    assert names() == ("local", "slurm", "tcp", "tls")
+    for workers in (1, "2", "tcp://host:8786", "tls://host:1", "slurm", "slurm:4", ThreadPoolExecutor(1)):
+        check(workers)
+
+
+@pytest.mark.parametrize("workers", [0, -1, True, None, "", "local", "0", "http://host", "2x", 1.5, [2]])
+def test_what_nobody_answers_to(workers: Any) -> None:
+    with pytest.raises(InvalidOption, match="it can be a number of processes, or slurm:…, tcp:…"):
+        check(workers)
+
+
+def test_an_executor_stays_open() -> None:
+    with ThreadPoolExecutor(1) as executor:
+        with opened(executor) as pool:
+            assert pool.executor is executor
+        assert executor.submit(abs, -3).result() == 3
+
+
+def pid(task: int) -> int:
+    return os.getpid()
+
+
+@pytest.mark.slow
+def test_local_processes_are_others_than_this_and_listen_here_only() -> None:
+    pytest.importorskip("distributed")
+    with opened(2) as pool:
+        assert (pool.count, pool.local) == (2, True)
+        processes = set(run(pool, pid, range(4), lambda task, result: None, bool))
+        addresses = set(pool.executor._client.scheduler_info()["workers"])  # type: ignore[attr-defined]
+    assert os.getpid() not in processes
+    assert {address.rpartition(":")[0] for address in addresses} == {"tcp://127.0.0.1"}
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("distributed")
+    from loratools.parallel.executors import _dask
+
+    monkeypatch.setattr(_dask, "ANSWER", "1s")
+    with (
+        pytest.raises(LoraToolsError, match=r"tcp://127\.0\.0\.1:1: no scheduler answers"),
+        opened("tcp://127.0.0.1:1"),
+    ):
+        pass
+
+
+def test_a_slurm_address_has_a_number_of_jobs() -> None:
+    with pytest.raises(InvalidOption, match="after slurm: comes a number of jobs"), opened("slurm:many"):
+        pass

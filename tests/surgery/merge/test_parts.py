@@ -1,0 +1,152 @@
+"""A merge that several processes share has the bytes of one process, whoever is killed on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loratools.errors import BadFile, IncompatibleAdapter, InvalidOption
+from loratools.parallel.call import Call
+from loratools.surgery.merge import merge
+from loratools.surgery.merge.parts import call_of, gather, merge_part
+from loratools.surgery.merge.shared import merge_shared
+from tests.surgery.merge.test_resume import contents, leftovers, prepare
+
+
+@pytest.mark.parametrize("of", [1, 2, 3, 5])
+def test_parts_in_any_order_make_the_bytes_of_one_process(of: int, tmp_path: Path) -> None:
+    base, adapter = prepare(tmp_path)
+    merge(base, [adapter], tmp_path / "whole", weights=0.5)
+    call = call_of(base, [adapter], tmp_path / "out", weights=0.5)
+    reports = [merge_part(call, f"{number}/{of}") for number in range(of, 0, -1)]
+    assert sum(len(report.files) for report in reports) == 3
+    assert not (tmp_path / "out").exists()
+    gathered = gather(tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert (gathered.changed, gathered.reused) == (6, ())
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("options", [{"dtype": "f32"}, {"keep_residual": True}, {"rounding": "stochastic", "seed": 3}])
+def test_options_travel(options: dict[str, Any], tmp_path: Path) -> None:
+    base, adapter = prepare(tmp_path)
+    merge(base, [adapter], tmp_path / "whole", **options)
+    with ThreadPoolExecutor(1) as executor:
+        merge_shared(call_of(base, [adapter], tmp_path / "out", **options), executor)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert leftovers(tmp_path) == []
+
+
+def test_a_part_that_is_missing_or_of_another_merge_is_named(tmp_path: Path) -> None:
+    base, adapter = prepare(tmp_path)
+    with pytest.raises(BadFile, match="out: no part of it is complete"):
+        gather(tmp_path / "out")
+    merge_part(call_of(base, [adapter], tmp_path / "out"), "1/3")
+    merge_part(call_of(base, [adapter], tmp_path / "out", weights=2), "2/3")
+    with pytest.raises(BadFile) as caught:
+        gather(tmp_path / "out")
+    problems = sorted(caught.value.problems)
+    assert len(problems) == 2
+    assert any("of another merge: other inputs, options or parts" in problem for problem in problems)
+    assert "part 3/3 is missing" in problems
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_part_of_another_arithmetic_is_refused(tmp_path: Path) -> None:
+    base, adapter = prepare(tmp_path)
+    call = call_of(base, [adapter], tmp_path / "out")
+    for number in (1, 2):
+        folder = Path(merge_part(call, f"{number}/2").folder)
+    document = json.loads((folder / ".part.json").read_text())
+    (folder / ".part.json").write_text(json.dumps(document | {"arithmetic": "torch 1.0, DEFAULT"}))
+    with pytest.raises(BadFile) as caught:
+        gather(tmp_path / "out")
+    assert any("torch 1.0, DEFAULT" in problem for problem in caught.value.problems)
+
+
+def test_a_file_that_changed_since_is_refused(tmp_path: Path) -> None:
+    base, adapter = prepare(tmp_path)
+    call = call_of(base, [adapter], tmp_path / "out")
+    for number in (1, 2):
+        part = merge_part(call, f"{number}/2")
+    path = Path(part.folder) / part.files[0]
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BadFile, match="not what it was when it was written"):
+        gather(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert merge_part(call, "2/2").kept == ()  # it is made again
+    gather(tmp_path / "out")
+
+
+def test_a_part_goes_on_from_what_is_complete(tmp_path: Path) -> None:
+    base, adapter = prepare(tmp_path)
+    call = call_of(base, [adapter], tmp_path / "out")
+    whole = merge_part(call, "1/1")
+    assert merge_part(call, "1/1").kept == tuple(sorted(whole.files))
+
+
+def test_an_error_of_a_part_says_where_it_was_met(tmp_path: Path) -> None:
+    base, adapter = prepare(tmp_path)
+    call = call_of(base, [adapter], tmp_path / "out", weights=1e40)
+    with ThreadPoolExecutor(1) as executor, pytest.raises(IncompatibleAdapter) as caught:
+        merge_shared(call, executor)
+    here = f"process {os.getpid()}"
+    assert any("of the work, by " in problem and here in problem for problem in caught.value.problems)
+    assert leftovers(tmp_path) == []
+
+
+def test_what_cannot_be_shared_is_refused(tmp_path: Path) -> None:
+    base, adapter = prepare(tmp_path)
+    with pytest.raises(InvalidOption, match="it is one file, and processes share a merge by its files"):
+        merge_part(call_of(base, [adapter], tmp_path / "out.safetensors"), "1/2")
+    with pytest.raises(InvalidOption, match="held in memory"):
+        call_of(base, [{"a": torch.zeros(1)}], tmp_path / "out")  # type: ignore[list-item]
+    with pytest.raises(InvalidOption, match="'resize' is no verb"):
+        merge_part(Call.of("resize", {}), "1/2")
+
+
+@pytest.mark.slow
+def test_processes_make_the_bytes_of_one(tmp_path: Path) -> None:
+    pytest.importorskip("distributed")
+    base, adapter = prepare(tmp_path)
+    merge(base, [adapter], tmp_path / "whole")
+    merge_shared(call_of(base, [adapter], tmp_path / "out"), 2)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert leftovers(tmp_path) == []
+
+
+class Late(Executor):
+    """Hands tasks on to an executor, and kills one of its workers as soon as the first is begun."""
+
+    def __init__(self, inner: Executor, pids: list[int]) -> None:
+        self.inner, self.pids = inner, pids
+
+    def submit(self, work: Any, /, *args: Any, **kwargs: Any) -> Any:
+        future = self.inner.submit(work, *args, **kwargs)
+        if self.pids:
+            os.kill(self.pids.pop(), signal.SIGKILL)
+        return future
+
+
+@pytest.mark.slow
+def test_a_killed_worker_changes_no_byte(tmp_path: Path) -> None:
+    distributed = pytest.importorskip("distributed")
+    base, adapter = prepare(tmp_path)
+    merge(base, [adapter], tmp_path / "whole")
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None, silence_logs=50
+    ) as cluster, distributed.Client(cluster, set_as_default=False) as client:  # fmt: skip
+        pids = sorted(client.run(os.getpid).values())
+        executor = Late(client.get_executor(pure=False), pids[:1])
+        merge_shared(call_of(base, [adapter], tmp_path / "out"), executor)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert leftovers(tmp_path) == []
