@@ -36,8 +36,8 @@ def measure(words: Sequence[object]) -> tuple[float, int]:
     return measure_all(words)[:2]
 
 
-def measure_all(words: Sequence[object]) -> tuple[float, int, float]:
-    """Do what `measure` does; return the processor seconds too."""
+def measure_all(words: Sequence[object], accepts: Sequence[int] = (0,)) -> tuple[float, int, float]:
+    """Do what `measure` does; return the processor seconds too. `accepts` are the exit codes that are no failure."""
     command = [str(word) for word in words]
     environment = dict(os.environ) | {"PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
     begun = time.perf_counter()
@@ -47,7 +47,7 @@ def measure_all(words: Sequence[object]) -> tuple[float, int, float]:
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - begun
     process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
+    if process.returncode not in accepts:
         raise RuntimeError(f"{' '.join(command)} failed:\n{stderr.decode(errors='replace')}")
     return seconds, usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime
 
@@ -63,11 +63,13 @@ def warm(folder: Path) -> None:
 
 
 def alternate(
-    commands: Mapping[str, Sequence[object]], count: int, prepare: Callable[[], None], inputs: Mapping[str, Path] = {}
-) -> dict[str, Runs]:
+    commands: Mapping[str, Sequence[object]], count: int, prepare: Callable[[], None], inputs: Mapping[str, Path] = {},
+    accepts: Sequence[int] = (0,),
+) -> dict[str, Runs]:  # fmt: skip
     """Run every command in turn, `count` times after one warm-up, so that a drift of the machine meets all alike.
 
-    `inputs` are folders and files that are read before the command of that name, to be in the page cache.
+    `inputs` are folders and files that are read before the command of that name, to be in the page cache; `accepts`
+    are the exit codes that are no failure.
     """
     taken: dict[str, list[tuple[float, int, float]]] = {name: [] for name in commands}
     for turn in range(count + 1):
@@ -75,7 +77,7 @@ def alternate(
             prepare()
             if name in inputs:
                 warm(inputs[name])
-            measured = measure_all(command)
+            measured = measure_all(command, accepts)
             if turn:
                 taken[name].append(measured)
     prepare()
