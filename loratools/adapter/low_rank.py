@@ -1,14 +1,22 @@
-"""Updates that are products, ΔW = s·left·right: which they are, and their factors for analysis in float64."""
+"""Updates that are products, ΔW = s·left·right: which they are, and their factors for analysis in float64.
+
+`arrays` reads factors that are bytes of a file, or held in memory, without torch.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter
+from loratools.storage import files
+from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
+
+    Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def refusal(update: Update) -> str | None:
@@ -76,3 +84,28 @@ def load(part: Update) -> tuple[Tensor, Tensor]:
         raise ValueError(f"kind {part.kind}: its change is no product of two factors")
     left, right = factors.load()
     return left.double() * factors.scale, right.double()
+
+
+def arrays(part: Update) -> tuple[Array, Array, float]:
+    """Return left (rows, r), right (r, columns) and the scaling of a product, in float64 where stored so, else float32.
+
+    Raises `ValueError` for an update that is no product.
+    """
+    if (factors := part.factored()) is None:
+        raise ValueError(f"kind {part.kind}: its change is no product of two factors")
+    return _numbers(factors.left), _numbers(factors.right), factors.scale
+
+
+def _numbers(lazy: LazyTensor) -> Array:
+    import numpy as np
+
+    from loratools.storage.codecs import floats
+
+    known = lazy.held if lazy.spec is None else files.read_bytes(lazy.spec)
+    if known is None or lazy.dtype not in (*floats.SERVED, "F64"):
+        numbers: Array = lazy.load().double().numpy()
+        return numbers
+    bits = np.frombuffer(known, floats.unsigned(lazy.dtype)).reshape(lazy.shape)
+    if lazy.dtype in ("F32", "F64"):
+        return bits.view(f"<f{bits.itemsize}")
+    return floats.widen(bits, lazy.dtype, np.float32)

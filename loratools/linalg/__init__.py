@@ -1,6 +1,7 @@
 """Tensor maths without files: arrays in, arrays out.
 
-factored      algebra of ΔW = B·A in factor space: sums, SVD, norms, inner products; no matrix of ΔW's size
+factored      algebra of ΔW = B·A in factor space: SVD, norms, inner products; no matrix of ΔW's size
+stacks        sums of products, and their SVDs, of many layers of one shape at once, in NumPy
 delta         one ΔW as factors or as a dense matrix: norms, angles and directions of either
 sketch        256 numbers of a change of many matrices, whose cosines are near those of the changes
 similarity    subspace similarity, principal angles and amplification, as in the LoRA paper

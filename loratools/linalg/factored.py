@@ -1,14 +1,12 @@
 """Algebra of ΔW = B·A in factor space: nothing here ever builds the dense (out, in) matrix.
 
-B is (..., out, r), A is (..., r, in); leading dimensions are a batch of layers of equal shape. Fold the scaling in
-with `concatenate`. Factors may be of any float dtype; arithmetic is float64, so that small differences of large terms
-stay exact, and costs O((out + in)·r²).
+B is (..., out, r), A is (..., r, in), with the scaling in either; leading dimensions are a batch of layers of equal
+shape. `stacks` sums products up, and decomposes many at once, in NumPy. Factors may be of any float dtype; arithmetic
+is float64, so that small differences of large terms stay exact, and costs O((out + in)·r²).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,30 +43,6 @@ class FactoredSVD:
         root = self.S[..., :rank].sqrt()
         B, A = self.U[..., :rank] * root[..., None, :], root[..., :, None] * self.Vh[..., :rank, :]
         return B, A, (self.S[..., rank:] ** 2).sum(-1).sqrt()
-
-
-def concatenate(terms: Sequence[tuple[float, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return factors of Σᵢ cᵢ·BᵢAᵢ at rank Σrᵢ: exact, for any ranks, signs and scalings, without cross terms.
-
-    B = [√|c₁|·B₁ | √|c₂|·B₂ | …], A = [sgn(c₁)√|c₁|·A₁; …] in float64; `terms` are (c, B, A) with c the weight times
-    the scaling. Terms with c = 0 are left out. Raises ValueError when there are none, or shapes do not match.
-    """
-    if not terms:
-        raise ValueError("there is nothing to add up: no terms were given")
-    for _, B, A in terms:
-        _check(B, A)
-    if len({(B.shape[:-1], A.shape[-1], A.shape[:-2]) for _, B, A in terms}) > 1:
-        shapes = ", ".join(_shape(B, A) for _, B, A in terms)
-        raise ValueError(f"updates of one matrix must have its shape, but these differ: {shapes}")
-    for c, _, _ in terms:
-        if not math.isfinite(c):
-            raise ValueError(f"a weight must be a finite number, not {c}")
-    kept = [(c, B.double(), A.double()) for c, B, A in terms if c != 0]
-    if not kept:
-        _, B, A = terms[0]
-        return B.double()[..., :0], A.double()[..., :0, :]
-    left = torch.cat([math.sqrt(abs(c)) * B for c, B, _ in kept], -1)
-    return left, torch.cat([math.copysign(math.sqrt(abs(c)), c) * A for c, _, A in kept], -2)
 
 
 def factored_svd(B: Tensor, A: Tensor) -> FactoredSVD:

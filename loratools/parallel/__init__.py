@@ -76,6 +76,16 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Let NumPy's BLAS compute on one thread in each of ours: its own wait for each other, and spin meanwhile."""
+    import numpy  # noqa: F401  # what is not loaded yet cannot be told
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, user_api="blas"):
+        yield
+
+
 def each(
     work: Callable[[Key, Item], Result], items: Mapping[Key, Item], threads: int, *, torch_threads: int | None = None,
     refuse: Callable[[Sequence[str]], LoraToolsError] | None = None,

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 class LazyTensor:
     """A tensor whose `dtype` (safetensors name) and `shape` are known, and whose numbers `load()` reads.
 
-    `spec` is set where the tensor is exactly some bytes of a file: then it is hashed and copied without torch. `file`
-    is the file that its numbers come from, however they are changed on the way, and must not be overwritten.
+    `spec` is set where the tensor is exactly some bytes of a file, and `held` where its bytes are in memory: then it is
+    hashed and copied without torch. `file` is the file that its numbers come from, however they are changed on the way,
+    and must not be overwritten.
     """
 
     dtype: str
@@ -29,6 +30,7 @@ class LazyTensor:
     load: Callable[[], torch.Tensor]
     spec: TensorSpec | None = None
     file: Path | None = None
+    held: memoryview | None = None
 
     @classmethod
     def stored(cls, spec: TensorSpec) -> LazyTensor:
@@ -40,12 +42,26 @@ class LazyTensor:
         """Stand for a tensor that is in memory already."""
         return cls(dtypes.from_torch(tensor.dtype), tuple(tensor.shape), lambda: tensor)
 
+    @classmethod
+    def holding(cls, dtype: str, shape: tuple[int, ...], held: memoryview) -> LazyTensor:
+        """Stand for a tensor whose bytes, as a file has them, are in memory already; they are shared, not copied."""
+
+        def load() -> torch.Tensor:
+            import torch
+
+            return torch.frombuffer(bytearray(held), dtype=dtypes.to_torch(dtype)).reshape(shape)
+
+        return cls(dtype, shape, load, held=held)
+
     def reshaped(self, shape: tuple[int, ...]) -> LazyTensor:
-        """Stand for the same bytes in another shape of as many elements, in C order: `spec` is kept, with the shape."""
+        """Stand for the same bytes in another shape of as many elements, in C order: `spec` is kept, with the shape.
+
+        So are bytes that are `held`.
+        """
         if shape == self.shape:
             return self
         load, spec = self.load, self.spec and replace(self.spec, shape=shape)
-        return LazyTensor(self.dtype, shape, lambda: load().reshape(shape), spec, self.file)
+        return LazyTensor(self.dtype, shape, lambda: load().reshape(shape), spec, self.file, self.held)
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...]) -> LazyTensor:
         """Stand for `change(tensor)` of the given shape and the same dtype: a transpose, a slice, a permutation."""
@@ -59,6 +75,9 @@ class LazyTensor:
         """
         if self.spec:
             yield from files.chunks(self.spec)
+            return
+        if self.held is not None:
+            yield self.held
             return
         import torch
 

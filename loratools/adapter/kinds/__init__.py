@@ -165,7 +165,7 @@ class Usual(Protocol):
         """Return what does to a weight in another basis as this does to W; `ValueError` where nothing is known to."""
         raise ValueError("nothing is known that does the same in another basis")
 
-    def with_factors(self, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Update:
+    def with_factors(self, left: LazyTensor, right: LazyTensor, bias: LazyTensor | None = None) -> Update:
         """Return an update of the same weight with ΔW = left·right (as in `Factors`), its alpha the rank, scaling 1.
 
         `bias` (out,) is added to the module's. Raises `ValueError` for a kind that is not made of two factors alone.

@@ -43,13 +43,12 @@ class LowRank(Additive):
         left, right = (factor.to(X) for factor in self.factored().load())
         return under.below(X) + weight * self.scaling * ((X @ right.T) @ left[under.site.part_rows].T)
 
-    def with_factors(self, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Update:
+    def with_factors(self, left: LazyTensor, right: LazyTensor, bias: LazyTensor | None = None) -> Update:
         """Return a plain product, of kind `lora` or `conv` by the shape: what else a kind has is in the factors."""
         out, rank, *inner = *left.shape, *self.shape[1:]
-        A, B = right.reshape(rank, *inner), left.reshape(out, rank, *(1 for _ in inner[1:]))
+        A, B = right.reshaped((rank, *inner)), left.reshaped((out, rank, *(1 for _ in inner[1:])))
         parts = {part_names.A: A, part_names.B: B} | ({} if bias is None else {BIAS: bias})
-        lazy = {name: LazyTensor.of(tensor.contiguous()) for name, tensor in parts.items()}
-        update: Update = kinds.get("conv" if len(inner) > 1 else "lora").build(lazy, 1.0, float(rank))
+        update: Update = kinds.get("conv" if len(inner) > 1 else "lora").build(parts, 1.0, float(rank))
         return update
 
     def delta_weight(self) -> Tensor:
@@ -118,14 +117,14 @@ class TwoFactors(LowRank):
         left, right = (lazy.map(lambda tensor: tensor.T, lazy.shape[::-1]) for lazy in (A, B))
         return Factors(left, right, self.scaling)
 
-    def with_factors(self, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Self:
+    def with_factors(self, left: LazyTensor, right: LazyTensor, bias: LazyTensor | None = None) -> Self:
         """Return an update of the same kind and shape whose tensors are these."""
         rank = left.shape[1]
-        left, right = (right.T, left.T) if self.transposed else (left, right)
-        A = LazyTensor.of(right.reshape(rank, *self.A.shape[1:]).contiguous())
-        B = LazyTensor.of(left.reshape(len(left), rank, *self.B.shape[2:]).contiguous())
-        c = None if bias is None else LazyTensor.of(bias)
-        return replace(self, A=A, B=B, bias=c, scaling=1.0, alpha=float(rank))
+        if self.transposed:
+            left, right = (lazy.map(lambda tensor: tensor.T, lazy.shape[::-1]) for lazy in (right, left))
+        A = right.reshaped((rank, *self.A.shape[1:]))
+        B = left.reshaped((left.shape[0], rank, *self.B.shape[2:]))
+        return replace(self, A=A, B=B, bias=bias, scaling=1.0, alpha=float(rank))
 
     def weighted(self, weight: float) -> Self:
         """Return the update with the scaling times the weight."""

@@ -112,7 +112,7 @@ class ExpertsUpdate(Additive):
         B = self.A.map(lambda A: A.reshape(count, r, inner).permute(2, 1, 0).reshape(inner, -1), (inner, r * count))
         return replace(self, A=A, B=B, transposed=None if self.transposed is None else not self.transposed)
 
-    def with_factors(self, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Self:
+    def with_factors(self, left: LazyTensor, right: LazyTensor, bias: LazyTensor | None = None) -> Self:
         """Return a stack of the same parameter from left (E, out, r) and right (E, r, in).
 
         Raises `ValueError` where only the base tells the parameter, and with it the scaling that is folded in.
@@ -121,8 +121,8 @@ class ExpertsUpdate(Additive):
         if not self.ordered and len(others) < len(self.alternatives):
             raise ValueError(f"only the base tells {self.unsettled}, and their scalings differ")
         (count, out, r), inner = left.shape, right.shape[2]
-        A = LazyTensor.of(right.reshape(count * r, inner).contiguous())
-        B = LazyTensor.of(left.permute(1, 2, 0).reshape(out, r * count).contiguous())
+        A = right.reshaped((count * r, inner))
+        B = left.map(lambda tensor: tensor.permute(1, 2, 0).reshape(out, r * count), (out, r * count))
         made = replace(self, A=A, B=B, scaling=1.0, alpha=float(r), alternatives={})
         # Each parameter that it may be for has the same numbers.
         return replace(made, alternatives={name: replace(made, parameter=name) for name in others})

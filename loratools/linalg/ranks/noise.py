@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from loratools.linalg.orthonormal import line_sums
 from loratools.linalg.ranks.rules import Spectrum, at_least_one
 
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 
 def ulp(W: Tensor, dtype: torch.dtype) -> Tensor:
@@ -20,8 +21,10 @@ def ulp(W: Tensor, dtype: torch.dtype) -> Tensor:
     ulp(w) = 2^(⌊log₂|w|⌋ - p) with p explicit significand bits, and the subnormal spacing below the normal range.
     Raises ValueError for a dtype that is not a floating point dtype of safetensors.
     """
-    if dtype not in _FLOATS:
-        raise ValueError(f"rounding noise is defined for {', '.join(str(d) for d in _FLOATS)}, not {dtype}")
+    import torch
+
+    if str(dtype).removeprefix("torch.") not in _FLOATS:
+        raise ValueError(f"rounding noise is defined for {', '.join(f'torch.{d}' for d in _FLOATS)}, not {dtype}")
     info = torch.finfo(dtype)
     # Clearing the significand bits of a float32 leaves the power of two below it.
     power = (W.float().contiguous().view(torch.int32) & 0x7F800000).view(torch.float32)
@@ -35,6 +38,8 @@ def rounding_edge(W: Tensor, dtype: torch.dtype) -> float:
     σ₁ ≲ max row norm + max column norm of the standard deviations (Bandeira & van Handel 2016), which is
     std·(√m + √n) when all elements are alike.
     """
+    from loratools.linalg.orthonormal import line_sums
+
     rows, columns = line_sums(W, lambda chunk: ulp(chunk, dtype).double() ** 2 / 12)
     return math.sqrt(float(rows.max())) + math.sqrt(float(columns.max()))
 
@@ -52,8 +57,8 @@ class AboveNoise:
 
     def rank(self, spectrum: Spectrum) -> int | None:
         """Return the largest r such that every σ up to σᵣ stands above its floor, at least 1."""
-        floor = torch.full_like(spectrum.sigma, self.edge)
-        if spectrum.residual_edges is not None:
-            floor = torch.minimum(floor, spectrum.residual_edges()[: len(floor)])
-        count = int((spectrum.sigma > floor).to(torch.int64).cumprod(0).sum())
+        sigma = spectrum.sigma.tolist()
+        edges = [self.edge] * len(sigma) if spectrum.residual_edges is None else spectrum.residual_edges().tolist()
+        below = (i for i, (value, edge) in enumerate(zip(sigma, edges, strict=False)) if value <= min(self.edge, edge))
+        count = next(below, len(sigma))
         return at_least_one(count, spectrum)

@@ -9,22 +9,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    Values = Tensor | np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Spectrum:
     """What is known of a matrix D: leading singular values, ‖D‖_F² and the shape (m, n).
 
-    `sigma` is descending, float64 (k,), k ≥ 1; `complete` says that the singular values not in it are all zero.
-    `residual_edges()`, where D itself is at hand, is (k,): element r-1 is the max row norm + max column norm of D less
-    its r-1 leading directions, which is as large as the next singular value can be if that residual is noise.
+    `sigma` is descending, float64 (k,), k ≥ 1, of torch or NumPy; `complete` says that the singular values not in it
+    are all zero. `residual_edges()`, where D itself is at hand, is (k,): element r-1 is the max row norm + max column
+    norm of D less its r-1 leading directions, which is as large as the next singular value can be if that residual is
+    noise.
     """
 
-    sigma: Tensor
+    sigma: Values
     norm2: float
     shape: tuple[int, int]
     complete: bool = True
@@ -209,7 +213,7 @@ def _above(floor: float, spectrum: Spectrum) -> int | None:
     return at_least_one(int((spectrum.sigma > floor).sum()), spectrum)
 
 
-def _first(reached: Tensor, spectrum: Spectrum) -> int | None:
+def _first(reached: Values, spectrum: Spectrum) -> int | None:
     if bool(reached.any()):
-        return int(torch.argmax(reached.to(torch.uint8))) + 1
+        return int((~reached).sum()) + 1  # what is captured grows: once reached, it stays so
     return len(spectrum.sigma) if spectrum.complete else None

@@ -4,7 +4,9 @@ inputs     the adapters, open, with a weight each, and side by side: which of th
 options    the options, one value that is checked when it is built
 entries    what the headers of several files say, in one
 methods    the ways to combine, one file each
-change     the combined change of every module, and its factors of a chosen rank
+change     the combined change of a module, in numbers, and the rank that is chosen for it
+products   sums of products, many modules at once
+elementwise  what the other methods make, one module after the other
 whole      tensors trained whole, and biases, combined
 result     the adapter that several become: its settings and provenance
 """
@@ -31,10 +33,11 @@ from loratools.options import CheckBase
 from loratools.parallel import Progress, no_progress
 from loratools.storage import atomic
 from loratools.storage.dtypes import FloatName
+from loratools.storage.lazy import LazyTensor
 from loratools.storage.sources import Location, session
 from loratools.surgery.base import agree
 from loratools.surgery.combine import methods, whole
-from loratools.surgery.combine.change import Decomposed, Share, choose, combined, for_each_module, keep
+from loratools.surgery.combine.change import Settled, Share
 from loratools.surgery.combine.inputs import Aligned, Input, align, open_inputs
 from loratools.surgery.combine.methods._terms import Library
 from loratools.surgery.combine.options import CombineOptions
@@ -198,8 +201,11 @@ def run(
             ranks=None if options.rule is None else options.rule.to_json())  # fmt: skip
     replaced = whole.replacements(inputs, aligned, options.method)
     biases = whole.biases(inputs, aligned, options.stored)
-    changes = combined(inputs, aligned, options, progress or no_progress)
-    updates, shares = _updates(aligned, changes, biases, options)
+    try:
+        changes = _settled(inputs, aligned, options, progress or no_progress)
+    except ValueError as too_small:
+        raise LoraToolsError(str(too_small)) from None
+    updates, shares = _updates(aligned, changes, biases)
     if not updates and not replaced:
         raise IncompatibleAdapter(
             "the result is empty: the combined change is zero in every module, so nothing was written",
@@ -215,7 +221,7 @@ def run(
     norm = math.hypot(*(share.norm for share in shares))
     error, optimum = math.hypot(*(share.error for share in shares)), math.hypot(*(share.optimum for share in shares))
     error, optimum = (error / norm, optimum / norm) if norm else (0.0, 0.0)
-    if norm < _CANCELLED * math.fsum(change.size for change in changes.values() if change):
+    if norm < _CANCELLED * math.fsum(settled.change.size for settled in changes.values() if settled):
         warnings.append(
             "the adapters take each other away almost completely: what is left may be the rounding of their numbers"
         )
@@ -251,30 +257,40 @@ def run(
     )  # fmt: skip
 
 
+def _settled(
+    inputs: Sequence[Input], aligned: Aligned, options: CombineOptions, progress: Progress
+) -> dict[str, Settled | None]:
+    """Return module -> its change and what is stored of it; a sum of products takes no torch."""
+    merge = methods.get(options.method).merge
+    if merge is None:
+        from loratools.surgery.combine import products
+
+        return products.settle(inputs, aligned, options, progress)
+    from loratools.surgery.combine import elementwise
+
+    return elementwise.settle(inputs, aligned, options, progress, merge)
+
+
 def _updates(
-    aligned: Aligned, changes: Mapping[str, Decomposed | None], biases: Mapping[str, Any],
-    options: CombineOptions,
-) -> tuple[dict[str, Update], list[Share]]:  # fmt: skip
-    """Choose ranks, round, and rebuild updates; a module whose change and bias are zero is left out."""
-    nonzero = {module: change for module, change in sorted(changes.items()) if change is not None}
-    try:
-        chosen = choose(list(nonzero.values()), options.rule)
-    except ValueError as error:
-        raise LoraToolsError(str(error)) from None
-    ranked = dict(zip(nonzero, zip(nonzero.values(), chosen, strict=True), strict=True))
-    rounded = for_each_module(lambda _, item: keep(*item, options.stored), ranked, options.threads)
+    aligned: Aligned, changes: Mapping[str, Settled | None], biases: Mapping[str, Any]
+) -> tuple[dict[str, Update], list[Share]]:
+    """Rebuild updates of what is stored; a module whose change and bias are zero is left out."""
     updates: dict[str, Update] = {}
     shares = []
-    for module, (change, rank) in ranked.items():
-        members, kept = aligned.modules[module], rounded[module]
+    for module, settled in sorted(changes.items()):
+        if settled is None:
+            continue
+        members, (change, rank, kept) = aligned.modules[module], settled
         like, given = members[0].update, sum(member.update.rank for member in members)
+        bias = biases.get(module)
         try:
-            updates[module] = like.with_factors(kept.left, kept.right, biases.get(module))
+            updates[module] = like.with_factors(kept.left, kept.right, None if bias is None else LazyTensor.of(bias))
         except ValueError as error:
             raise IncompatibleAdapter(f"{module}: {error}") from None
+        optimum2 = change.optimum2(rank)
         shares.append(Share(
             module, like.kind, like.shape, given, len(change.sigma), rank, math.sqrt(change.norm2),
-            math.sqrt(kept.error2), math.sqrt(kept.optimum2), change.sigma[0], change.sigma[rank - 1],
+            math.sqrt(optimum2 + kept.rounding2), math.sqrt(optimum2), change.sigma[0], change.sigma[rank - 1],
         ))  # fmt: skip
     for module, bias in biases.items():
         if module not in updates and bool(bias.any()):

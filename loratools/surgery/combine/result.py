@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from loratools import dialects
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, BaseIdentity, Step
@@ -137,7 +135,11 @@ def _copies(
 
 
 def _equal(one: LazyTensor, other: LazyTensor) -> bool:
-    return (one.dtype, one.shape) == (other.dtype, other.shape) and torch.equal(one.load(), other.load())
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    import torch
+
+    return torch.equal(one.load(), other.load())
 
 
 def _key(entry: Step) -> str:

@@ -10,18 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from math import prod
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from loratools.adapter.kinds import Update
 from loratools.adapter.naming.compact import compact
 from loratools.adapter.parts import B
 from loratools.errors import UnsupportedAdapter
 from loratools.storage import dtypes
-from loratools.storage.codecs.floats import is_finite
 from loratools.storage.lazy import LazyTensor
 from loratools.surgery.combine.inputs import Aligned, Input
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Weighted = tuple[str, float, LazyTensor]
 """(name of the adapter, its weight, the tensor)"""
@@ -61,6 +61,8 @@ def biases(inputs: Sequence[Input], aligned: Aligned, dtype: str) -> dict[str, T
     modules = aligned.modules
     if not any(member.update.bias for members in modules.values() for member in members):
         return {}
+    import torch
+
     totals = {}
     for module, members in modules.items():
         if B in members[0].update.parts:
@@ -75,7 +77,8 @@ def biases(inputs: Sequence[Input], aligned: Aligned, dtype: str) -> dict[str, T
 def only_bias(like: Update, bias: Tensor) -> Update:
     """Return an update of the weight of `like` that changes nothing but the bias: of rank 1, for no rank is 0."""
     rows, columns = like.shape[0], prod(like.shape[1:])
-    return like.with_factors(bias.new_zeros(rows, 1), bias.new_zeros(1, columns), bias)
+    left, right = LazyTensor.of(bias.new_zeros(rows, 1)), LazyTensor.of(bias.new_zeros(1, columns))
+    return like.with_factors(left, right, LazyTensor.of(bias))
 
 
 def _refusal(group: Sequence[Weighted], method: str) -> str | None:
@@ -91,6 +94,8 @@ def _refusal(group: Sequence[Weighted], method: str) -> str | None:
 
 
 def _not_finite(group: Sequence[Weighted]) -> str | None:
+    from loratools.storage.codecs.floats import is_finite
+
     odd = [who for who, _, lazy in group if not is_finite(lazy.chunks(who), lazy.dtype)]
     return f"NaN or infinite numbers in {' and '.join(odd)}" if odd else None
 
@@ -103,6 +108,8 @@ def _sum(group: Sequence[Weighted]) -> LazyTensor:
     dtype = first.dtype if same else "F32"
 
     def load() -> Tensor:
+        import torch
+
         total = torch.zeros(first.shape, dtype=torch.float64)
         for _, w, lazy in group:
             total += w * lazy.load().double()

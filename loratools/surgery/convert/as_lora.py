@@ -6,9 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from loratools.adapter import kinds
 from loratools.adapter import parts as part_names
@@ -16,10 +14,14 @@ from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter
 from loratools.dialects._frame.build import is_embedding
 from loratools.errors import IncompatibleAdapter, UnsupportedAdapter
-from loratools.linalg.delta import Delta
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
-from loratools.surgery.change import ModuleChange, measurable
+
+if TYPE_CHECKING:
+    import torch
+
+    from loratools.linalg.delta import Delta
+    from loratools.surgery.change import ModuleChange
 
 _DROPPED = (
     "peft_type", "peft_fields", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
@@ -56,6 +58,8 @@ def as_lora(adapter: Adapter, rank: int, base: Checkpoint | None = None) -> tupl
     Raises `IncompatibleAdapter` for changes that depend on a base where none is given, `UnsupportedAdapter` for a bias
     that is changed without its weight.
     """
+    from loratools.surgery.change import measurable  # with torch, which no other conversion needs
+
     (changes,) = measurable([adapter], base)
     if open_ones := {**changes.left_out, **changes.in_part}:
         problems = [f"{module}: {why}" for module, why in open_ones.items() if module not in adapter.replacements]
@@ -119,6 +123,8 @@ def _update(
     module: str, shape: tuple[int, ...], left: torch.Tensor, right: torch.Tensor, bias: ModuleChange | None
 ) -> Update:
     rank = left.shape[1]
+    import torch
+
     if len(shape) == 2 and is_embedding(module):
         kind = "embedding"
         parts: dict[str, torch.Tensor] = {part_names.A_EMBEDDING: left.mT, part_names.B_EMBEDDING: right.mT}

@@ -5,9 +5,10 @@ A method is a module here with
     SUMMARY    what it does, in one line
     OPTIONS    the names of the options it takes, of `MethodOptions`
     LIKE       the libraries whose numbers it can give instead, where they differ from the paper's
-    merge(terms, options, chance)   the combined change: two factors where it is a product, else a dense matrix
+    merge(terms, options, chance)   the combined change: two factors where it is a product, else a dense matrix; None
+                                    for the sum of the terms, which keeps factors as they are (`products.py`)
 
-Only `linear` keeps factors as they are; `knots` and `core_space` work in a space of Σr dimensions that all share. The
+Only `linear` does; `knots` and `core_space` work in a space of Σr dimensions that all share. The
 others look at single elements of ΔW and so need one module's matrix, which `_deltas` makes a few rows at a time.
 """
 
@@ -15,13 +16,21 @@ from __future__ import annotations
 
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Protocol, cast
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol, cast
 
 from loratools.errors import UnknownKind
 from loratools.options import either
 from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Terms
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Merge(Protocol):
+    """Combines the changes of one module."""
+
+    def __call__(self, terms: Terms, options: MethodOptions, chance: Chance) -> tuple[Tensor, Tensor] | Tensor:
+        """Return the combined change: left (rows, k) and right (k, columns), or the matrix itself."""
 
 
 class Method(Protocol):
@@ -30,9 +39,7 @@ class Method(Protocol):
     SUMMARY: str
     OPTIONS: frozenset[str]
     LIKE: frozenset[str]
-
-    def merge(self, terms: Terms, options: MethodOptions, chance: Chance) -> tuple[Tensor, Tensor] | Tensor:
-        """Return the combined change of one module: left (rows, k) and right (k, columns), or the matrix itself."""
+    merge: Merge | None
 
 
 def names() -> tuple[str, ...]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from loratools.options import Options
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Library = Literal["peft", "mergekit"]
 """Libraries whose numbers a method can give instead of the paper's."""

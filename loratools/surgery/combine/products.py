@@ -1,0 +1,229 @@
+"""Sums of products, Σ wᵢ·sᵢ·Bᵢ·Aᵢ, of many modules at once: those of one shape and rank are one stack, in NumPy.
+
+A stack is read, decomposed, and, where ranks are chosen module by module, rounded and let go, so that memory holds a
+few stacks and what is stored. A budget, and one rank for all, are known when everything is decomposed: until then only
+r × r cores are kept, and the factors are read again. A module has the same numbers alone as in any stack.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from loratools.adapter import low_rank
+from loratools.adapter.kinds import Update
+from loratools.adapter.naming.compact import natural
+from loratools.linalg import stacks
+from loratools.linalg.stacks import Array, Decomposition
+from loratools.parallel import Progress, cores, each, one_blas_thread
+from loratools.storage.codecs import floats
+from loratools.storage.lazy import LazyTensor
+from loratools.surgery.combine.change import Change, Kept, Known, Settled, choose, refused
+from loratools.surgery.combine.inputs import Aligned, Input
+from loratools.surgery.combine.options import CombineOptions
+
+_NUMBERS = 1 << 19
+"""Of the factors of one stack, at most, unless one module has more: 4 MB in float64."""
+
+Factors = tuple[Array, Array]
+"""B (n, out, r) and A (n, r, in) of a stack, with weights and scalings in them."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Module:
+    """One module: weight and number of each adapter that changes it, and its products, one for each expert."""
+
+    path: str
+    weights: tuple[float, ...]
+    adapters: tuple[int, ...]
+    products: tuple[Sequence[Update], ...]
+    is_stack: bool
+    nbytes: int
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Sides of one product as a matrix."""
+        out, *inner = self.products[0][0].shape
+        return out, math.prod(inner)
+
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """What the modules of one stack have in common."""
+        return self.is_stack, len(self.products[0]), self.sides, tuple(parts[0].rank for parts in self.products)
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers its factors have."""
+        return sum(len(parts) * parts[0].rank for parts in self.products) * sum(self.sides)
+
+
+_Batch = Sequence[_Module]
+
+
+def settle(
+    inputs: Sequence[Input], aligned: Aligned, options: CombineOptions, progress: Progress
+) -> dict[str, Settled | None]:
+    """Return module -> its change, decomposed, and what is stored of it; None where that is zero.
+
+    No number depends on the threads. Raises `IncompatibleAdapter` with every module that fails, and `ValueError` for a
+    budget that is too small.
+    """
+    modules = _modules(inputs, aligned)
+    batches = list(_batches(module for module in modules if module.weights))
+    settled: dict[str, Settled | None] = dict.fromkeys(module.path for module in modules)
+    alone = options.rule is None or (options.rule.budget is None and not options.rule.uniform)
+    problems: dict[str, str] = {}
+
+    def decomposed(batch: _Batch) -> tuple[Factors, Decomposition, dict[str, Change]]:
+        factors = _loaded(batch)
+        found = stacks.decompose(*factors)
+        changes = _changes(batch, found, problems)
+        progress(sum(module.nbytes for module in batch))
+        return factors, found, changes
+
+    def stored(batch: _Batch, factors: Factors, found: Decomposition, changes: Mapping[str, Change],
+               ranks: Mapping[str, int]) -> None:  # fmt: skip
+        kept = _kept(batch, factors, found, ranks, options.stored)
+        for path, of_module in kept.items():
+            if fault := of_module.fault(options.stored):
+                problems[path] = fault
+            else:
+                settled[path] = Settled(changes[path], ranks[path], of_module)
+
+    def at_once(_: int, batch: _Batch) -> None:
+        factors, found, changes = decomposed(batch)
+        ranks = choose(list(changes.values()), options.rule)
+        stored(batch, factors, found, changes, dict(zip(changes, ranks, strict=True)))
+
+    def first(_: int, batch: _Batch) -> tuple[Decomposition, dict[str, Change]]:
+        return decomposed(batch)[1:]
+
+    threads = options.threads or min(8, cores())
+    numbered = dict(enumerate(batches))
+    with one_blas_thread():
+        if alone:
+            each(at_once, numbered, threads)
+        else:
+            looked = each(first, numbered, threads)
+            changes = {path: change for _, of_batch in looked.values() for path, change in of_batch.items()}
+            changes = dict(sorted(changes.items()))
+            ranks = dict(zip(changes, choose(list(changes.values()), options.rule), strict=True))
+
+            def second(number: int, batch: _Batch) -> None:
+                stored(batch, _loaded(batch), looked[number][0], changes, ranks)
+
+            if not problems:
+                each(second, numbered, threads)
+    if problems:
+        raise refused(problems)
+    return settled
+
+
+def _modules(inputs: Sequence[Input], aligned: Aligned) -> list[_Module]:
+    """Return the modules in natural order; an adapter whose weight is 0 there is left out."""
+    modules = []
+    for path in sorted(aligned.modules, key=natural):
+        members = aligned.modules[path]
+        weights = [inputs[member.adapter].weight.of(path) for member in members]
+        counted = [(weight, member) for weight, member in zip(weights, members, strict=True) if weight != 0]
+        modules.append(_Module(
+            path, tuple(weight for weight, _ in counted), tuple(member.adapter for _, member in counted),
+            tuple(member.update.members or [member.update] for _, member in counted), bool(members[0].update.members),
+            sum(lazy.nbytes for member in members for lazy in member.update.parts.values()),
+        ))  # fmt: skip
+    return modules
+
+
+def _batches(modules: Iterable[_Module]) -> Iterator[list[_Module]]:
+    """Yield the modules in stacks of bounded size, one after the other as they lie in their files."""
+    growing: dict[tuple[object, ...], tuple[list[_Module], int]] = {}
+    for module in modules:
+        alike, numbers = module.alike, module.numbers
+        batch, size = growing.get(alike, ([], 0))
+        if batch and size + numbers > _NUMBERS:
+            yield batch
+            batch, size = [], 0
+        batch.append(module)
+        growing[alike] = batch, size + numbers
+    for batch, _ in growing.values():
+        yield batch
+
+
+def _loaded(batch: _Batch) -> Factors:
+    """Read the factors of a stack; those of a stack of experts lie one after the other."""
+    terms = []
+    for number in range(len(batch[0].weights)):
+        parts = [(module.weights[number], part) for module in batch for part in module.products[number]]
+        read = [(weight, *low_rank.arrays(part)) for weight, part in parts]
+        c = np.array([weight * scale for weight, _, _, scale in read])
+        terms.append((c, np.stack([left for _, left, _, _ in read]), np.stack([right for _, _, right, _ in read])))
+    return stacks.side_by_side(terms)
+
+
+def _changes(batch: _Batch, found: Decomposition, problems: dict[str, str]) -> dict[str, Change]:
+    """Return module -> its change, unless that is zero; a module whose numbers are not finite becomes a problem."""
+    count, sides = len(batch[0].products[0]), batch[0].sides
+    finite = np.isfinite(np.einsum("nii->n", found.grams[0])) & np.isfinite(np.einsum("nii->n", found.grams[1]))
+    sigma, true = found.sigma.tolist(), found.ranks.tolist()
+    size = np.zeros(len(sigma))
+    start = 0
+    for parts in batch[0].products:
+        size += found.term_norms(start, start + parts[0].rank)
+        start += parts[0].rank
+    changes = {}
+    for place, module in enumerate(batch):
+        own = range(place * count, (place + 1) * count)
+        if not finite[own.start : own.stop].all():
+            problems[module.path] = _not_finite(module)
+            continue
+        known = [
+            Known(tuple(sigma[i][: true[i]]), math.fsum(value * value for value in sigma[i]), 0.0, sides)
+            for i in own
+            if true[i]
+        ]
+        if known and module.is_stack:
+            changes[module.path] = Change.of_stack(known, count, math.hypot(*size[own.start : own.stop].tolist()))
+        elif known:
+            changes[module.path] = Change(*known[0], size=float(size[place]))
+    return changes
+
+
+def _kept(
+    batch: _Batch, factors: Factors, found: Decomposition, ranks: Mapping[str, int], dtype: str
+) -> dict[str, Kept]:  # fmt: skip
+    """Return module -> its factors of the chosen rank, rounded to `dtype`, and what that costs."""
+    count = len(batch[0].products[0])
+    by_rank: dict[int, list[int]] = {}
+    for place, module in enumerate(batch):
+        if module.path in ranks:
+            by_rank.setdefault(ranks[module.path], []).append(place)
+    kept = {}
+    for rank, places in by_rank.items():
+        items = [place * count + expert for place in places for expert in range(count)]
+        sigma = found.sigma[items, :rank]
+        with np.errstate(invalid="ignore", over="ignore"):  # what overflows is a fault of what is kept
+            exact = found.balanced(*factors, rank, items)
+            bits = [floats.narrow(factor, dtype) for factor in exact]
+            B, A = (floats.widen(factor, dtype, np.float64) for factor in bits)
+            rounding = stacks.rounding2(sigma, exact, (B, A))
+            energy = (sigma * sigma).sum(-1)
+        for number, place in enumerate(places):
+            own = slice(number * count, (number + 1) * count)
+            whole = own if batch[place].is_stack else number
+            left, right = (
+                LazyTensor.holding(dtype, factor[whole].shape, floats.bytes_of(factor[whole])) for factor in bits
+            )
+            kept[batch[place].path] = Kept(left, right, float(rounding[own].sum()), float(energy[own].sum()))
+    return kept
+
+
+def _not_finite(module: _Module) -> str:
+    for adapter, parts in zip(module.adapters, module.products, strict=True):
+        for left, right, _ in map(low_rank.arrays, parts):
+            for name, factor in (("B", left), ("A", right)):
+                if not np.isfinite(factor).all():
+                    return f"adapter {adapter + 1} has NaN or infinite elements in factor {name}"
+    return "its factors are too large: float64 does not hold their squares"
