@@ -102,7 +102,7 @@ def _numbers(lazy: LazyTensor) -> Array:
     from loratools.storage.codecs import floats
 
     known = lazy.held if lazy.spec is None else files.read_bytes(lazy.spec)
-    if known is None or lazy.dtype not in (*floats.SERVED, "F64"):
+    if known is None or lazy.dtype not in ("BF16", "F16", "F32", "F64"):
         numbers: Array = lazy.load().double().numpy()
         return numbers
     bits = np.frombuffer(known, floats.unsigned(lazy.dtype)).reshape(lazy.shape)
