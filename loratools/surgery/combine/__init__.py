@@ -22,12 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from loratools import dialects
 from loratools.adapter.kinds import Update
-from loratools.adapter.model import BaseIdentity, Step
+from loratools.adapter.model import BaseIdentity
 from loratools.adapter.weights import Weight
 from loratools.decisions import decided, detailed, warned
 from loratools.errors import IncompatibleAdapter, LoraToolsError
 from loratools.format.digest import adapter_digest
-from loratools.format.record import TOOL
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.options import CheckBase
 from loratools.parallel import Progress, no_progress
@@ -41,7 +40,7 @@ from loratools.surgery.combine.change import Settled, Share
 from loratools.surgery.combine.inputs import Aligned, Input, align, open_inputs
 from loratools.surgery.combine.methods._terms import Library
 from loratools.surgery.combine.options import CombineOptions
-from loratools.surgery.combine.result import assemble, dialect_of, dtype_of, plain
+from loratools.surgery.combine.result import assemble, dialect_of, dtype_of, plain, step_of
 from loratools.surgery.inputs import AdapterSource, chosen_weights, names_of, planned, read_as, tell_twice
 
 if TYPE_CHECKING:
@@ -231,7 +230,7 @@ def run(
         )
         warnings.append(lost)
         warned("%s", lost)
-    done = _step(operation, inputs, options, initial is not None, error)
+    done = step_of(operation, inputs, options, initial is not None, error)
     final = aligned.for_peft(updates)
     own_name = dict(zip(aligned.modules, final.modules, strict=True))
     named = {own_name[path]: update for path, update in updates.items()}
@@ -296,20 +295,3 @@ def _updates(
         if module not in updates and bool(bias.any()):
             updates[module] = whole.only_bias(aligned.modules[module][0].update, bias)
     return updates, shares
-
-
-def _step(operation: str, inputs: Sequence[Input], options: CombineOptions, initial: bool, error: float) -> Step:
-    recorded: dict[str, Any] = {"method": options.method, "dtype": options.stored, "error": float(f"{error:.6g}")}
-    stated = {"density": options.density, "gamma": options.gamma, "epsilon": options.epsilon, "like": options.like}
-    stated |= {"normalize": options.normalize, "rescale": options.rescale}
-    recorded |= {name: value for name, value in stated.items() if value is not None}
-    if options.rule is not None:
-        recorded["ranks"] = options.rule.to_json()
-    if initial:
-        recorded["initial"] = True
-    if not all(each.weight.plain for each in inputs):
-        recorded["weights"] = [each.weight.to_json() for each in inputs]
-    sources = tuple(
-        {"digest": each.digest} | ({"weight": each.weight.default} if each.weight.plain else {}) for each in inputs
-    )
-    return Step(operation, TOOL, recorded, sources, methods.seed_of(options.method, options))

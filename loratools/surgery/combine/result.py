@@ -13,10 +13,13 @@ from loratools.adapter.placement.stacks import path_of
 from loratools.decisions import warned
 from loratools.errors import UnsupportedAdapter
 from loratools.format import manifest
+from loratools.format.record import TOOL
 from loratools.storage.dtypes import FloatName
 from loratools.storage.lazy import LazyTensor
+from loratools.surgery.combine import methods
 from loratools.surgery.combine.entries import joined
-from loratools.surgery.combine.inputs import Aligned
+from loratools.surgery.combine.inputs import Aligned, Input
+from loratools.surgery.combine.options import CombineOptions
 
 # Settings that the result keeps where no adapter says otherwise; the rest describes factors that are gone.
 _SHARED = ("task_type", "auto_mapping", "fan_in_fan_out", "ensure_weight_tying", "layer_replication", "lora_dropout",
@@ -24,6 +27,24 @@ _SHARED = ("task_type", "auto_mapping", "fan_in_fan_out", "ensure_weight_tying",
 _ENTRY = ("tensor", "layout")
 _OF_DIALECTS = ("gguf", "base_config")
 _KEPT: tuple[FloatName, ...] = ("BF16", "F16")
+
+
+def step_of(operation: str, inputs: Sequence[Input], options: CombineOptions, initial: bool, error: float) -> Step:
+    """Return what the provenance says of an operation on these inputs, whose result has this relative error."""
+    recorded: dict[str, Any] = {"method": options.method, "dtype": options.stored, "error": float(f"{error:.6g}")}
+    stated = {"density": options.density, "gamma": options.gamma, "epsilon": options.epsilon, "like": options.like}
+    stated |= {"normalize": options.normalize, "rescale": options.rescale}
+    recorded |= {name: value for name, value in stated.items() if value is not None}
+    if options.rule is not None:
+        recorded["ranks"] = options.rule.to_json()
+    if initial:
+        recorded["initial"] = True
+    if not all(each.weight.plain for each in inputs):
+        recorded["weights"] = [each.weight.to_json() for each in inputs]
+    sources = tuple(
+        {"digest": each.digest} | ({"weight": each.weight.default} if each.weight.plain else {}) for each in inputs
+    )
+    return Step(operation, TOOL, recorded, sources, methods.seed_of(options.method, options))
 
 
 def assemble(
