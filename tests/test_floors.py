@@ -130,7 +130,15 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
         "validate",
         "reader writer record",
     ),
-    "loratools.linalg": ("orthonormal factored stacks native precision", "ranks similarity", "svd", "delta", "sketch"),
+    "loratools.linalg": (
+        "native precision",
+        "products",
+        "orthonormal factored stacks",
+        "ranks similarity",
+        "svd",
+        "delta",
+        "sketch",
+    ),
 }
 """Folder -> what it holds, ground floor first: nothing imports its own floor or one above. "*" is all that is not
 named, and may import its like. A folder that is not here has only files, which form no circle.

@@ -7,7 +7,8 @@ sketch        256 numbers of a change of many matrices, whose cosines are near t
 similarity    subspace similarity, principal angles and amplification, as in the LoRA paper
 precision     products in full float32, whatever the process allows
 orthonormal   orthonormal bases, also of columns that depend on each other; sums in float64
+products      a large matrix times few columns: in C where it serves
 svd           the truncated SVD of a large matrix, near-optimal, with a certificate of its error
 ranks         which rank to keep: by a rule, above the noise of rounding, or within a budget for all layers
-native        the C: W + left·right on rows of a weight; factors beside a linear layer that runs
+native        the C: W + left·right on rows of a weight; ΔW of two; factors beside a linear layer that runs
 """

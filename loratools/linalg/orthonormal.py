@@ -11,10 +11,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from loratools.linalg import products
+
 # Columns are dependent when float64 Cholesky leaves less than this of a unit column; then directions are dropped.
 _DEPENDENT = 1e-4
+_APART = 0.03
 # Elements widened to float64 at a time: bounds the extra memory, and keeps it in the cache.
 _CHUNK = 1 << 20
+# Columns up to which C forms a Gram matrix faster than torch.
+_FEW = 256
 
 
 def row_chunks(X: Tensor, elements: int = _CHUNK) -> tuple[Tensor, ...]:
@@ -24,6 +29,8 @@ def row_chunks(X: Tensor, elements: int = _CHUNK) -> tuple[Tensor, ...]:
 
 def gram(X: Tensor, Y: Tensor) -> Tensor:
     """Return XᵀY in float64 on the CPU; X is (m, a), Y is (m, b)."""
+    if max(X.shape[1], Y.shape[1]) <= _FEW and (summed := products.gram64(X, Y)) is not None:
+        return summed
     G = torch.zeros(X.shape[1], Y.shape[1], dtype=torch.float64, device=X.device)
     rows = max(1, _CHUNK // max(1, X.shape[1], Y.shape[1]))
     for start in range(0, len(X), rows):
@@ -81,6 +88,21 @@ def orthonormal_columns(Y: Tensor) -> Tensor:
             change, deflated = vectors[:, kept] / values[kept].sqrt(), True
         Q = torch.mm(Q, change.to(Q.device))
     return Q.to(Y.dtype)
+
+
+def well_conditioned(Y: Tensor, G: Tensor) -> Tensor:
+    """Return an orthonormal basis of the columns of Y (m, b), given G = YᵀY in float64 on the CPU.
+
+    One product in Y's dtype where columns hardly depend on each other, Cholesky leaving `_APART` of each; the steps of
+    `orthonormal_columns` elsewhere.
+    """
+    lengths = G.diagonal().clamp_min(0).sqrt()
+    if Y.dtype == torch.float32 and bool((lengths > 0).all()):
+        L, info = torch.linalg.cholesky_ex(G / lengths / lengths[:, None])
+        if int(info) == 0 and float(L.diagonal().min()) > _APART:
+            change = torch.linalg.solve_triangular(L, lengths.reciprocal().diag(), upper=False).T
+            return products.times(Y, change.to(Y.device, Y.dtype))
+    return orthonormal_columns(Y)
 
 
 def extend(V: Tensor, W: Tensor) -> Tensor:

@@ -8,10 +8,11 @@ several times slower: only the last float32 bit of a sum may differ then.
     rows.c     who calls and what for, and which processor is served
     kernel.h   the arithmetic, compiled once for each width of vectors
     tiles      `tiles.h`: a tensor passed through it from file to file
-    floats.h   BF16, F16 and F32 as float32 and back, for rows.c and residual.c
+    floats.h   BF16, F16 and F32 as float32 and back, for rows.c, residual.c and delta.c
     codes      `codes.c` and `codes.h`: what the codes of quantized weights stand for
     proof      `proof.c` and `proof.h`: what two models differ by; `surgery/verify` shares nothing with a merge
     residual   `residual.c`, `residual.h` and `ranks.h`: what tells the base from a merged model and its adapters
+    delta      `delta.c` and `delta.h`: ΔW with its norms, and products of a large matrix with few columns
     thin       `thin.c` and `thin.h`: factors beside a linear layer of a running model, and their gradients
     build      compiles them when the package is installed
 """

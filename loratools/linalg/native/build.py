@@ -17,6 +17,7 @@ LOSS = {
     "codes": "quantized weights will be decoded in NumPy alone, slower",
     "proof": "merges will be verified in NumPy alone, slower",
     "residual": "residuals will be kept and read in NumPy alone, slower",
+    "delta": "changes will be extracted in torch alone, slower",
     "thin": "adapters in a running model train in torch alone",
 }
 

@@ -16,7 +16,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from loratools.linalg.orthonormal import extend, gram, line_sums, orthonormal_columns, product64
+from loratools.linalg.orthonormal import (
+    extend,
+    gram,
+    line_sums,
+    orthonormal_columns,
+    product64,
+    well_conditioned,
+)
+from loratools.linalg.products import across, times
 
 # Blocks kept beyond the wanted rank before a restart; a restart bounds memory and the size of the small problem.
 _EXTRA_BLOCKS = 6
@@ -70,7 +78,7 @@ class Krylov:
 
     def append(self, new: Tensor) -> None:
         """Add orthonormal columns `new` (n, b), orthogonal to V, with their products D·new."""
-        Y = (new.T @ self.D.T).T  # faster than D·new where D itself is a transpose, and never slower
+        Y = times(self.D, new)
         self.products += new.shape[1]
         self.V = torch.cat([self.V, new], 1)
         self.parts.append(Y)
@@ -82,10 +90,10 @@ class Krylov:
 
     def residual(self) -> tuple[Tensor, Tensor]:
         """Return W = Dᵀ·Q (n, b) for Q = orth(last block of Y), and Q (m, b)."""
-        Q = orthonormal_columns(self.parts[-1])
+        Y = self.parts[-1]
+        Q = well_conditioned(Y, self.G[-Y.shape[1] :, -Y.shape[1] :])
         self.products += Q.shape[1]
-        # (QᵀD)ᵀ rather than DᵀQ: the product then runs along the rows of D as they lie in memory.
-        return (Q.T @ self.D).T, Q
+        return across(self.D, Q), Q
 
     def news(self, W: Tensor) -> Tensor:
         """Return an orthonormal basis of what W (n, b) adds to V and to the deflated columns."""
@@ -139,14 +147,19 @@ class Krylov:
             self._theta = torch.linalg.eigvalsh(self.G).flip(0).clamp_min(0)
         return self._theta
 
-    def leading(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return Y·X (m, r), θ (r,) and V·X (n, r) in float64 for the `rank` leading eigenvectors X of YᵀY."""
+    def leading(self, rank: int, *, rounded: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Return Y·X (m, r), θ (r,) and V·X (n, r) for the `rank` leading eigenvectors X of YᵀY.
+
+        All in float64; with `rounded` Y·X is in D's dtype, as its products are: enough for factors in that dtype.
+        """
         values, vectors = torch.linalg.eigh(self.G)
         X = vectors[:, -rank:].flip(1).to(self.D.device)
         start = 0
-        left = torch.zeros(self.D.shape[0], rank, dtype=torch.float64, device=self.D.device)
+        dtype = self.D.dtype if rounded else torch.float64
+        left = torch.zeros(self.D.shape[0], rank, dtype=dtype, device=self.D.device)
         for part in self.parts:
-            left += product64(part, X[start : start + part.shape[1]])
+            piece = X[start : start + part.shape[1]]
+            left += times(part, piece.to(dtype)) if rounded else product64(part, piece)
             start += part.shape[1]
         return left, values[-rank:].flip(0).clamp_min(0), product64(self.V, X)
 
@@ -172,14 +185,14 @@ class Krylov:
 
 
 def sketched_start(D: Tensor, block: int, seed: int) -> Tensor:
-    """Return an orthonormal basis (n, k), k ≤ `block`, of the columns of (S·D)ᵀ, S (block, m) Gaussian.
+    """Return an orthonormal basis (n, k), k ≤ `block`, of the columns of Dᵀ·Sᵀ, S (block, m) Gaussian.
 
     S is drawn on the CPU, the same for every device and thread. To begin with DᵀSᵀ instead of random columns
     saves a product and a block: the columns already lean towards the leading directions.
     """
     generator = torch.Generator().manual_seed(seed)
     S = torch.randn(min(block, D.shape[1]), D.shape[0], generator=generator, dtype=D.dtype).to(D.device)
-    return orthonormal_columns((S @ D).T)
+    return orthonormal_columns(across(D, S.T))
 
 
 def iterate(

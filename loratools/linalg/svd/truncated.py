@@ -80,7 +80,7 @@ class TruncatedSVD:
 
 def truncated_svd(
     D: Tensor, rule: RankRule | int, *, tolerance: float = 3e-4, seed: int = 0, max_rank: int | None = None,
-    probe: bool = False,
+    probe: bool = False, norm2: float | None = None,
 ) -> TruncatedSVD:  # fmt: skip
     """Return the truncated SVD of D whose rank `rule` chooses, within `tolerance` of the optimal error².
 
@@ -88,13 +88,14 @@ def truncated_svd(
     is within 1 + tolerance/2 of the best. D is (m, n), float32 or float64 (bfloat16 and float16 are widened); form it
     as float32 minus float32. `rule` is a rank or a rule of `ranks/rules.py`, for which the basis grows until it is met.
     `max_rank` caps the rank (default: none; above m·n/(m+n) the factors outgrow D). `probe` spends about as much
-    again on a far tighter `excess_bound`, true with probability 1 - 1.6e-9. Deterministic: the same D, seed and
+    again on a far tighter `excess_bound`, true with probability 1 - 1.6e-9. `norm2` is ‖D‖_F², summed in float64, where
+    it is known already (default: it is summed here). Deterministic: the same D, seed and
     thread count give the same bits. Raises ValueError when D is not a matrix, is empty, or holds NaN or infinity.
     Method: block Krylov iteration, Musco & Musco 2015; Tropp & Webber 2023 (arXiv 2306.12418).
     """
     D = _checked(D)
     m, n = D.shape
-    norm2 = frobenius2(D)
+    norm2 = frobenius2(D) if norm2 is None else norm2
     if not math.isfinite(norm2):
         bad = int((~torch.isfinite(D)).sum())
         raise ValueError(
@@ -130,7 +131,9 @@ def truncated_svd(
 
 def _leading(D: Tensor, norm2: float, basis: krylov.Krylov, rank: int) -> tuple[Tensor, Tensor, Tensor, float]:
     """Return U (m, r), σ (r,), V (n, r) and ‖D - U·diag(σ)·Vᵀ‖_F² of the `rank` leading directions of a basis."""
-    Y, theta, V = basis.leading(rank)
+    # Where most of D is left, its rounding is no part of the error; elsewhere factors are rounded once, at the end.
+    rounded = norm2 - float(basis.spectrum()[:rank].sum()) > _CANCELLED * norm2
+    Y, theta, V = basis.leading(rank, rounded=rounded)
     error2 = norm2 - float(theta.sum())
     if error2 < _AT_ROUNDING * norm2 and basis.width < D.shape[1]:
         Q = torch.linalg.qr(product64(D, torch.linalg.qr(V)[0]))[0]

@@ -11,7 +11,7 @@ from loratools.parallel import Progress, cores, no_progress, workers
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import logical
 from loratools.surgery.extract.pairs import Pair, pair
-from loratools.surgery.extract.read import read_delta, read_norm2
+from loratools.surgery.extract.read import read_delta
 from loratools.surgery.inputs import ModelSource, open_model
 
 
@@ -94,6 +94,6 @@ def changes(
 
 def _change(match: Pair, base: Checkpoint, tuned: Checkpoint, progress: Progress) -> TensorChange:
     spec = base.specs[str(match.base)]
-    norm2 = read_delta(spec, tuned.specs[match.name], progress, keep=False).norm2
-    base_norm2 = read_norm2(spec, progress)[0] if norm2 else 0.0
-    return TensorChange(match.name, match.path, match.kind, math.sqrt(norm2), math.sqrt(base_norm2))
+    delta = read_delta(spec, tuned.specs[match.name], progress, keep=False)
+    base_norm2 = delta.base_norm2 if delta.norm2 else 0.0
+    return TensorChange(match.name, match.path, match.kind, math.sqrt(delta.norm2), math.sqrt(base_norm2))

@@ -30,6 +30,8 @@ MOST_ROWS = 64
 
 # Below this share of ‖ΔW‖² the error is float32's own, and the error of the stored factors is measured, not added up.
 _AT_ROUNDING = 1e-10
+# Singular values above which the factors have all of float32's digits, but for numbers that are nothing beside others.
+_LARGE_ENOUGH = 1e-40
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,7 +74,7 @@ def factor(
     assert delta.D is not None
     D = delta.D.T if pair.transposed or pair.kind == "embedding" else delta.D
     rule = rule or _first_rule(tuned, shapes, options)
-    svd = _decompose(D, rule, options)
+    svd = _decompose(D, delta.norm2, rule, options)
     return Factored(
         spool.add(*svd.factors()), tuple(svd.S.tolist()), _is_complete(svd.rank, D.shape, rule), svd.error2,
         _stored2(D, svd, options.stored), svd.excess_estimate, svd.excess_bound,
@@ -94,7 +96,7 @@ def factor_stack(
         D = delta.D.T if delta.D is not None and pair.transposed else delta.D
         if D is None:
             return delta, None
-        svd = _decompose(D, rule, options)
+        svd = _decompose(D, delta.norm2, rule, options)
         rounded2[e] = _stored2(D, svd, options.stored)
         return delta, svd
 
@@ -160,10 +162,12 @@ def _is_complete(rank: int, sides: Sequence[int], rule: RankRule) -> bool:
     return rank == min(sides) or (isinstance(rule, Fixed) and rank < rule.r)
 
 
-def _decompose(D: torch.Tensor, rule: RankRule, options: ExtractOptions) -> TruncatedSVD:
-    """Return the truncated SVD of a matrix as the options ask for it."""
+def _decompose(D: torch.Tensor, norm2: float, rule: RankRule, options: ExtractOptions) -> TruncatedSVD:
+    """Return the truncated SVD of a matrix, whose ‖D‖² is known, as the options ask for it."""
     most, probe = options.rank_choice.maximum, options.tight
-    return truncated_svd(D, rule, tolerance=options.tolerance, seed=options.seed, max_rank=most, probe=probe)
+    return truncated_svd(
+        D, rule, tolerance=options.tolerance, seed=options.seed, max_rank=most, probe=probe, norm2=norm2
+    )
 
 
 def _stored2(D: torch.Tensor, svd: TruncatedSVD, dtype: str) -> float:
@@ -177,6 +181,8 @@ def _stored2(D: torch.Tensor, svd: TruncatedSVD, dtype: str) -> float:
         raise LoraToolsError(f"its factors have numbers beyond {dtype}; BF16 and F32 hold them (--dtype)")
     if svd.error2 <= _AT_ROUNDING * svd.norm2:  # the two roundings are of one size then, and not independent
         return residual2(D, B, A) - svd.error2
+    if B.dtype == svd.U.dtype and float(svd.S[-1]) > _LARGE_ENOUGH:
+        return 0.0  # the rounding of float32 factors is less than 1e-13 of what they hold
     return rounding2((svd.U.double() * root, root[:, None] * svd.Vh.double()), (B, A))
 
 

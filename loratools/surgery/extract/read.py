@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from threading import local
 import torch
 
 from loratools.errors import BadFile
+from loratools.linalg.native import delta
 from loratools.linalg.orthonormal import frobenius2
 from loratools.linalg.ranks.noise import ulp
 from loratools.parallel import Progress
@@ -29,7 +31,7 @@ _OWN = local()
 class Delta:
     """What one pass over W (base) and W' (fine-tune) found.
 
-    `norm2` = ‖W' − W‖_F², 0 where no value differs, and, where D is kept, `base_norm2` = ‖W‖_F², in float64. `rows`
+    `norm2` = ‖W' − W‖_F², 0 where no value differs, and `base_norm2` = ‖W‖_F², in float64. `rows`
     lists the rows (of the first dimension) that differ, where D is not kept. `D` is W' − W in float32
     (float64 where one of them is), as a matrix (first dimension, the rest), if it was asked for. `digests` are those of
     base and fine-tune, of codes by value (`storage/checkpoint/values.py`). `noise2` is the energy that rounding W' to
@@ -92,29 +94,41 @@ def read_delta(base: TensorSpec, tuned: TensorSpec, progress: Progress, *, keep:
     work = torch.empty(0, dtype=wide)
     base_norm2 = norm2 = 0.0
     rows: list[int] = []
-    for start, raw, (before, after) in files.row_tiles((base, tuned), columns, TILE):
+    for start, raw, pair in files.row_tiles((base, tuned), columns, TILE):
         for hasher, spec, piece in zip(hashers, (base, tuned), raw, strict=True):
             hasher.update(values.plain(spec, piece))
-        count = len(after)
-        target = work.resize_(after.shape) if D is None else D[start : start + count]
-        if D is not None:
-            base_norm2 += frobenius2(target.copy_(before))
-        # Where something differs already nobody asks for equality, and comparing costs as much as subtracting.
-        if not (keep and norm2) and base.dtype == tuned.dtype and bytes(raw[0]) == bytes(raw[1]):
-            target.zero_()
-        else:
-            target.copy_(after).sub_(before)
-            norm2 += frobenius2(target)
-            rows += [] if keep else (target.any(1).nonzero()[:, 0] + start).tolist()
+        count = len(pair[0])
+        target = work.resize_(pair[0].shape) if D is None else D[start : start + count]
+        change2, before2 = _subtract(raw, pair, (base.dtype, tuned.dtype), target)
+        base_norm2 += before2
+        norm2 += change2
+        if change2 and not keep:
+            rows += (target.any(1).nonzero()[:, 0] + start).tolist()
         progress(sum(len(piece) for piece in raw))
-    if not norm2 < float("inf"):
-        wrong = tuned if base_norm2 < float("inf") else base
+    if norm2 and not (norm2 < math.inf and base_norm2 < math.inf):
+        wrong = tuned if base_norm2 < math.inf else base
         raise BadFile(f"NaN or infinity in {wrong.file}, so the change has no norm")
     old, new = (digest.finish(hasher) for hasher in hashers)
     if old == new:  # also of codes and of the 16-bit numbers that they stand for: no change but a rounding
         norm2, rows, D = 0.0, [], None
     noise2 = rounding_energy(tuned) if norm2 and keep else 0.0
     return Delta(base_norm2, norm2, tuple(rows), (old, new), noise2, D if norm2 else None)
+
+
+def _subtract(
+    raw: list[memoryview], pair: list[torch.Tensor], dtypes: tuple[str, str], target: torch.Tensor
+) -> tuple[float, float]:
+    """Store W' − W of a tile in `target`, and return ‖W' − W‖² and ‖W‖²; tiles of the same bytes do not differ."""
+    before, after = pair
+    if target.dtype == torch.float32 and delta.differs(*dtypes):
+        change2, before2 = delta.difference(raw[0], raw[1], dtypes, target.numpy())
+    else:
+        before2 = frobenius2(target.copy_(before))
+        change2 = frobenius2(target.copy_(after).sub_(before))
+    if not change2 < math.inf and dtypes[0] == dtypes[1] and bytes(raw[0]) == bytes(raw[1]):
+        target.zero_()  # a number that is not finite, in both: masks of attention have such
+        return 0.0, before2
+    return change2, before2
 
 
 def _scratch(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:

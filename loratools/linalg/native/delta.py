@@ -1,0 +1,177 @@
+"""`delta.c`: ΔW = W' − W with both norms in one pass, and products of a large matrix with few columns, float32.
+
+It is compiled when the package is installed, where there is a C compiler. `available` says whether it is there. Of a
+difference NumPy gives the same bytes (`plain_difference`); where this does not serve products are torch's, which sums
+in another order (`linalg/products.py`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+LIBRARY = Path(__file__).with_name("libdelta.so")
+LANES = PARTS = 16  # as in delta.c, all three
+FEW = 64
+_CODES = {"BF16": 0, "F16": 1, "F32": 2}
+_STORED = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
+
+
+class _Change(ctypes.Structure):
+    """The same fields, in the same order, as `Change` in delta.c, where they are explained."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("before", "after", "out")),
+        *((name, ctypes.c_size_t) for name in ("before_dtype", "after_dtype", "count")),
+        *((name, ctypes.c_double) for name in ("norm2", "before2")),
+    )
+
+
+class _Product(ctypes.Structure):
+    """The same fields, in the same order, as `Product` in delta.c, where they are explained."""
+
+    _fields_ = (
+        ("D", ctypes.c_void_p),
+        *((name, ctypes.c_size_t) for name in ("stride", "rows", "columns")),
+        ("X", ctypes.c_void_p),
+        *((name, ctypes.c_size_t) for name in ("down", "over", "k")),
+        *((name, ctypes.c_void_p) for name in ("out", "panels", "memory")),
+    )
+
+
+@cache
+def _library() -> tuple[Any, int]:
+    """Return the compiled library and the numbers of its widest vectors; None and 0 where it does not serve."""
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError:  # not compiled here
+        return None, 0
+    for name in ("change_size", "product_size", "delta_width"):
+        getattr(library, f"loratools_{name}").restype = ctypes.c_size_t
+    sizes = ctypes.sizeof(_Change), ctypes.sizeof(_Product)
+    if (library.loratools_change_size(), library.loratools_product_size()) != sizes:
+        return None, 0  # of another delta.c
+    for name in ("difference", "times", "across", "gram"):
+        getattr(library, f"loratools_{name}").argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        getattr(library, f"loratools_{name}").restype = None
+    return library, int(library.loratools_delta_width())
+
+
+def available() -> bool:
+    """Tell whether the C code was compiled at installation, and serves this processor."""
+    return _library()[1] > 0
+
+
+def widths() -> list[int]:
+    """Return the widths of vectors that this processor has, in float32 numbers, the widest first; all give one result.
+
+    Empty where nothing serves.
+    """
+    return [width for width in (16, 8, 4) if width <= _library()[1] and (width > 4 or _library()[1] == 4)]
+
+
+def differs(*dtypes: str) -> bool:
+    """Tell whether `difference` takes numbers of these dtypes."""
+    return all(dtype in _CODES for dtype in dtypes)
+
+
+def difference(
+    before: memoryview, after: memoryview, dtypes: tuple[str, str], out: Array, *, width: int | None = None
+) -> tuple[float, float]:
+    """Store W' − W in `out`; return ‖W' − W‖² and ‖W‖², summed in float64.
+
+    Args:
+        before: The bytes of W, of a dtype that `differs` knows.
+        after: The bytes of W', likewise.
+        dtypes: Those of W and of W'.
+        out: Float32, contiguous, of as many numbers as both.
+        width: Numbers of a vector, one of `widths()`. Default: as many as the processor has, or NumPy where none serve.
+
+    Returns:
+        Both sums, NaN or infinite exactly where a number is.
+
+    Raises:
+        ValueError: The three are not of one length.
+    """
+    count = out.size
+    sizes = [np.dtype(_STORED[dtype]).itemsize * count for dtype in dtypes]
+    if [len(before), len(after)] != sizes or out.dtype != np.float32 or not out.flags.c_contiguous:
+        raise ValueError(f"{len(before)} and {len(after)} bytes of {dtypes} are not {count} numbers each")
+    library, widest = _library()
+    if not widest:
+        return plain_difference(before, after, dtypes, out)
+    places = [np.frombuffer(piece, np.uint8).__array_interface__["data"][0] for piece in (before, after)]
+    call = _Change(*places, out.__array_interface__["data"][0], *(_CODES[dtype] for dtype in dtypes), count)
+    library.loratools_difference(ctypes.byref(call), width or widest)
+    return call.norm2, call.before2
+
+
+def plain_difference(before: memoryview, after: memoryview, dtypes: tuple[str, str], out: Array) -> tuple[float, float]:
+    """Do what `difference` does, in NumPy: the same bytes and the same sums."""
+    W, new = (_widened(piece, dtype) for piece, dtype in zip((before, after), dtypes, strict=True))
+    flat = out.reshape(-1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        np.subtract(new, W, out=flat)
+        return _squares(flat), _squares(W)
+
+
+def _widened(piece: memoryview, dtype: str) -> Array:
+    numbers = np.frombuffer(piece, _STORED[dtype])
+    if dtype == "BF16":
+        return (numbers.astype(np.uint32) << 16).view(np.float32)
+    return numbers.astype(np.float32)
+
+
+def _squares(numbers: Array) -> float:
+    """Return the sum of squares in the order of delta.c: PARTS sums of every PARTS-th number, then those."""
+    padded = np.zeros((-(-len(numbers) // PARTS), PARTS))
+    padded.reshape(-1)[: len(numbers)] = numbers
+    total = 0.0
+    for part in np.add.reduce(padded * padded, axis=0).tolist():
+        total += part
+    return total
+
+
+def times(D: Array, X: Array, *, width: int | None = None) -> Array:
+    """Return D·X, float32 (rows, k), of D (rows, columns) with contiguous rows and X (columns, k)."""
+    return _product("times", D, X, np.empty((len(D), _padded(X.shape[1])), np.float32), D.shape[1], width)
+
+
+def across(D: Array, X: Array, *, width: int | None = None) -> Array:
+    """Return Dᵀ·X, float32 (columns, k), of D (rows, columns) with contiguous rows and X (rows, k)."""
+    return _product("across", D, X, np.empty((D.shape[1], _padded(X.shape[1])), np.float32), len(D), width)
+
+
+def gram(D: Array, X: Array, *, width: int | None = None) -> Array:
+    """Return Dᵀ·X in float64 (columns, k), of D (rows, columns) and X (rows, k), both float32 with contiguous rows."""
+    if X.shape[1] > 1 and X.strides[1] != 4:
+        raise ValueError(f"X {X.shape} with steps {X.strides} is not contiguous rows")
+    return _product("gram", D, X, np.empty((D.shape[1], _padded(X.shape[1])), np.float64), len(D), width)
+
+
+def _padded(count: int) -> int:
+    return -(-count // LANES) * LANES
+
+
+def _product(name: str, D: Array, X: Array, out: Array, length: int, width: int | None) -> Array:
+    """Call a product of D with X (length, k); return the first k columns of `out`."""
+    over, down = D.strides[1] // 4, D.strides[0] // 4
+    if not D.dtype == X.dtype == np.float32 or (D.size and over != 1 and D.shape[1] > 1) or len(X) != length:
+        raise ValueError(f"D {D.dtype} {D.shape} with steps {D.strides} and X {X.dtype} {X.shape} do not go together")
+    if not out.size or not length:
+        return np.zeros((len(out), X.shape[1]), out.dtype)
+    wide = out.shape[1]
+    panels = np.empty(0 if name == "gram" else length * wide, np.float32)
+    memory = np.empty(FEW * (_padded(D.shape[1]) + wide) if name == "gram" else 0)
+    addresses = [array.__array_interface__["data"][0] for array in (D, X, out, panels, memory)]
+    D_at, X_at, *rest = addresses
+    call = _Product(D_at, down, *D.shape, X_at, X.strides[0] // 4, X.strides[1] // 4, X.shape[1], *rest)
+    library, widest = _library()
+    getattr(library, f"loratools_{name}")(ctypes.byref(call), width or widest)
+    return out[:, : X.shape[1]]
