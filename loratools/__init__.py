@@ -18,6 +18,7 @@ Look
     inspect          what is in this file? An adapter or a model, from headers alone
     spectrum         the singular values of every ΔW = s·B·A, and the rank that they need
     compare          how alike two adapters are: angles between their changes, and their subspaces
+    compare_all      how alike every two of the adapters below a folder are
     find             the adapters below a folder: which are the same, by what they do, and which nearly
     hash             which model, or which adapter, exactly is this? Its hash, in tiers
     report           a page of figures about adapters or a merge: one HTML file
@@ -28,6 +29,7 @@ Check
     certify          how much of a fine-tune an adapter holds, layer by layer
 Change
     merge            W' = W + Σ w·s·B·A in float32, rounded once
+    gather           make the output of a merge whose parts several processes wrote
     unmerge          take adapters out of a merged model again, bit for bit where the merge kept what that takes
     switch           take one adapter out and put another in, in one pass
     combine          one adapter of several: weighted sums, TIES, DARE, KnOTS and more
@@ -81,12 +83,13 @@ if TYPE_CHECKING:
     from loratools.surgery.extract import extract
     from loratools.surgery.extract import extract as extract_svd
     from loratools.surgery.extract.certify import certify
-    from loratools.surgery.find import find
+    from loratools.surgery.find import compare_all, find
     from loratools.surgery.hash import hash_checkpoint
     from loratools.surgery.hash import hash_checkpoint as hash
     from loratools.surgery.inspect import inspect
     from loratools.surgery.merge import merge
     from loratools.surgery.merge.options import MergeOptions
+    from loratools.surgery.merge.parts import gather
     from loratools.surgery.resize import resize
     from loratools.surgery.spectrum import spectrum
     from loratools.surgery.switch import switch
@@ -104,6 +107,7 @@ else:
         "certify": "loratools.surgery.extract.certify:certify",
         "combine": "loratools.surgery.combine:combine",
         "compare": "loratools.surgery.compare:compare",
+        "compare_all": "loratools.surgery.find:compare_all",
         "convert": "loratools.surgery.convert:convert",
         "dequantize": "loratools.surgery.dequantize:dequantize",
         "edit": "loratools.surgery.edit:edit",
@@ -111,6 +115,7 @@ else:
         "extract": "loratools.surgery.extract:extract",
         "extract_svd": "loratools.surgery.extract:extract",
         "find": "loratools.surgery.find:find",
+        "gather": "loratools.surgery.merge.parts:gather",
         "hash": "loratools.surgery.hash:hash_checkpoint",
         "hash_checkpoint": "loratools.surgery.hash:hash_checkpoint",
         "inspect": "loratools.surgery.inspect:inspect",
@@ -146,9 +151,10 @@ else:
 
 __all__ = [
     "Adapter", "BaseIdentity", "Checkpoint", "LoraToolsError", "MergeOptions", "__version__", "certify", "combine",
-    "compare", "convert", "dequantize", "edit", "estimate", "extract", "extract_svd", "find", "hash", "hash_checkpoint",
-    "inspect", "list_dialects", "merge", "open_adapter", "pull", "push", "recipe_of", "report", "resize", "run_demo",
-    "run_recipe", "save_adapter", "spectrum", "switch", "unmerge", "validate", "verify",
+    "compare", "compare_all", "convert", "dequantize", "edit", "estimate", "extract", "extract_svd", "find", "gather",
+    "hash", "hash_checkpoint", "inspect", "list_dialects", "merge", "open_adapter", "pull", "push", "recipe_of",
+    "report", "resize", "run_demo", "run_recipe", "save_adapter", "spectrum", "switch", "unmerge", "validate",
+    "verify",
 ]  # fmt: skip
 
 resolvers.install("hf://", "loratools.hub.pull", "resolve")

@@ -38,6 +38,7 @@ WORDS: Mapping[str, Word] = {
                           "it.", "NAME=PATH"),
     "--search": Word(READ, "Find inputs that are nowhere else in this folder, by their digests.", "FOLDER"),
     "--dialect": Word(READ, "Read every adapter as this dialect (see `loratools dialects`).", "NAME"),
+    "--all": Word(READ, "Every two of the adapters below this folder, in any dialect.", "FOLDER"),
     "--each": Word(READ, "Every adapter and model in this folder and below it, a line for each: folders whose files "
                          "belong together, and lone files. What is hidden, a trainer's own, or a link within the "
                          "folder is left out.", "FOLDER"),

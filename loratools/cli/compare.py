@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,16 +11,21 @@ import click
 from loratools.cli import _options as options
 from loratools.cli import _show as show
 from loratools.cli._group import command as make
+from loratools.cli._talk import Talk, pass_talk
+from loratools.errors import counted
 
 if TYPE_CHECKING:
     from loratools.surgery.compare import Comparison, ModuleComparison
+    from loratools.surgery.find import Pairs
 
 _MOST = 10  # modules shown unless all are asked for
+_TABLE, _SHOWN_PAIRS = 12, 20  # adapters whose table fits a line; pairs that are shown of more
 
 
 @make(section="Look")
-@click.argument("first", type=options.INPUT)
-@click.argument("second", type=options.INPUT)
+@click.argument("first", type=options.INPUT, required=False)
+@click.argument("second", type=options.INPUT, required=False)
+@options.option("--all", "every", type=options.PATH)
 @options.option("--base", type=options.INPUT, more="For changes that depend on it, and for amplification.")
 @options.module_options
 @options.adapter_options
@@ -28,11 +34,13 @@ _MOST = 10  # modules shown unless all are asked for
 @options.option("--grid", type=str)
 @options.option("--paper", is_flag=True)
 @options.option("--seed", type=click.IntRange(min=0), more="For --paper.  [default: 0]")
+@options.option("--similar", type=float, more="With --all.  [default: 0.9]")
 @options.threads_option
+@pass_talk
 def command(
-    first: str, second: str, base: str | None, modules: bool, grid: str | None, paper: bool, seed: int | None,
-    include: tuple[str, ...], exclude: tuple[str, ...], dialect: str | None, alpha: float | None,
-    model_type: str | None, threads: int | None,
+    talk: Talk, first: str | None, second: str | None, every: Path | None, base: str | None, similar: float | None,
+    modules: bool, grid: str | None, paper: bool, seed: int | None, include: tuple[str, ...], exclude: tuple[str, ...],
+    dialect: str | None, alpha: float | None, model_type: str | None, threads: int | None,
 ) -> show.Report:  # fmt: skip
     """Tell how alike two adapters are: the angle between their changes, and the subspaces they use.
 
@@ -51,8 +59,19 @@ def command(
       loratools compare adapter other --base base --modules
       loratools compare adapter other --grid model.layers.0.self_attn.q_proj
       loratools compare adapter other --base base --paper
+      loratools compare --all .
     """
     from loratools.surgery.compare import compare
+
+    if every is not None:
+        more = (first, modules, grid, paper, include, exclude, dialect, alpha, model_type, threads)
+        if any(more):
+            raise click.UsageError("--all compares whole adapters below a folder: only --base and --similar go with it")
+        return _all(talk, every, base, 0.9 if similar is None else similar)
+    if similar is not None:
+        raise click.UsageError("--similar goes with --all FOLDER")
+    if first is None or second is None:
+        raise click.UsageError("missing argument 'SECOND'" if first else "missing argument 'FIRST', or --all FOLDER")
 
     if seed is not None and not paper:
         raise click.UsageError("--seed draws what --paper compares with; without it nothing is random")
@@ -69,6 +88,52 @@ def command(
     if not chosen:
         raise click.UsageError(f"--grid: the adapters do not both change {grid}")
     return show.Report(document, _grid(chosen[0]))
+
+
+def _all(talk: Talk, folder: Path, base: str | None, similar: float) -> show.Report:
+    """Compare every two adapters below a folder."""
+    from loratools.surgery.find import compare_all
+
+    with talk.progress("reading", 0) as advance:
+        pairs = compare_all(folder, base=base, similar=similar, progress=advance)
+    return show.Report(show.plain(pairs), list(_pairs(pairs)), ok=not pairs.failed)
+
+
+def _pairs(pairs: Pairs) -> Iterator[str]:
+    """Yield the table of all cosines where it is small, else the pairs that are most alike; then what they are."""
+    count, apart = len(pairs.adapters), len(pairs.by_parameters)
+    exact = set(pairs.exact)
+    if 0 < count <= _TABLE:
+        rows = [
+            [
+                name,
+                str(i + 1),
+                *(_cosine(value, i == j or (min(i, j), max(i, j)) in exact) for j, value in enumerate(row)),
+            ]
+            for i, (name, row) in enumerate(zip(pairs.adapters, pairs.cosines, strict=True))
+        ]
+        yield from show.table(["adapter", "", *map(str, range(1, count + 1))], rows, right=range(1, count + 2))
+        yield ""
+    elif count:
+        rows = [
+            [_cosine(row["cosine"], row["exact"]), row["first"], row["second"]] for row in pairs.rows()[:_SHOWN_PAIRS]
+        ]
+        yield from show.table(["cosine", "first", "second"], rows, right=(0,))
+        yield f"… and {count * (count - 1) // 2 - len(rows)} more, less alike; --json has all"
+        yield ""
+    yield from show.fields(
+        ("adapters", str(count)),
+        ("exact", f"{counted(len(pairs.exact), 'pair')}, from {pairs.similar:g} on, by the factors"),
+        ("others (~)", f"by sketches: a cosine c is off by (1 - c^2) {pairs.standard_error:.3f} (one standard error)"),
+        ("by parameters", f"{apart} left out: the base decides what they do" if apart else None),
+        ("of another base", str(pairs.unselected) if pairs.unselected else None),
+        ("no adapters", f"{pairs.others} models or other files" if pairs.others else None),
+        ("not read", f"{len(pairs.failed)}, as warned" if pairs.failed else None),
+    )
+
+
+def _cosine(value: float, exact: bool) -> str:
+    return f"{value:+.4f}" if exact else f"~{value:+.2f}"
 
 
 def _lines(comparison: Comparison, every: bool) -> Iterator[str]:

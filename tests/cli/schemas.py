@@ -143,7 +143,8 @@ def variants(command: str, types_of: Types) -> list[dict[str, Schema]]:
             comparison = fields("surgery.compare:Comparison")
             module = load("surgery.compare:ModuleComparison")
             overlaps = {"input_overlap": NUMBER, "output_overlap": NUMBER}
-            return [comparison | {"modules": listed(record(types_of.fields(module) | overlaps))}]
+            pairs = fields("surgery.find:Pairs")
+            return [comparison | {"modules": listed(record(types_of.fields(module) | overlaps))}, pairs]
         case "completion":
             return [{"shell": TEXT, "script": TEXT}]
         case "convert":

@@ -167,7 +167,7 @@ PLACES: dict[str, tuple[Any, ...]] = {
     "certify": (MISSING, MISSING, MISSING), "convert": (MISSING, OUT), "hash": (MISSING,), "inspect": (MISSING,),
     "spectrum": (MISSING,), "validate": (MISSING,), "verify": (MISSING, MISSING, MISSING), "open_adapter": (MISSING,),
     "save_adapter": (loratools.Adapter({}), OUT), "pull": ("lab/x", OUT), "push": (MISSING, "lab/x"),
-    "find": (MISSING,),
+    "find": (MISSING,), "compare_all": (MISSING,), "gather": (OUT,),
     "compare": (MISSING, MISSING), "dequantize": (MISSING, OUT), "run_demo": (), "run_recipe": (MISSING,),
     "recipe_of": (MISSING,), "list_dialects": (),
 }  # fmt: skip

@@ -1,33 +1,31 @@
 """Find the adapters below a folder: what each is, which are the same, and which nearly.
 
+collected  all adapters below a folder, each with its sketch
 sketches   what one adapter is, and the sketch of what it changes
 selection  whether it is one of the base model that was asked for
 alike      which of many are the same or nearly: by sketches, then by exact numbers
+pairs      the cosine of every two
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from loratools.adapter.model import BaseIdentity
-from loratools.decisions import warned, warnings_to
-from loratools.dialects._frame.items import items_in
-from loratools.errors import LoraToolsError
 from loratools.linalg.sketch import SIZE, standard_error
 from loratools.options import Options
 from loratools.parallel import Progress, no_progress, one_torch_thread
 from loratools.storage.checkpoint import Checkpoint
-from loratools.storage.sources import Location, as_path, session
+from loratools.storage.sources import Location, session
 from loratools.surgery.find.alike import Exact, near, same
-from loratools.surgery.find.selection import Wanted
-from loratools.surgery.find.sketches import FoundAdapter, Sketched, opened, sketched
+from loratools.surgery.find.collected import Failed, collect
+from loratools.surgery.find.pairs import Pairs, compare_all
+from loratools.surgery.find.sketches import FoundAdapter, Sketched
 
-__all__ = ["Duplicates", "Failed", "Findings", "FoundAdapter", "NearPair", "find"]
+__all__ = ["Duplicates", "Failed", "Findings", "FoundAdapter", "NearPair", "Pairs", "compare_all", "find"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +49,6 @@ class NearPair:
     second: str
     cosine: float
     ratio: float
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """What is an adapter by its names, and cannot be read: why not."""
-
-    path: str
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,39 +116,9 @@ def find(
     """
     options = Options().real("similar", similar, lambda value: 0 < value <= 1, "a number above 0, and at most 1")
     options.done()
-    wanted = None if base is None else Wanted.of(base)
-    advance, top = progress or no_progress, as_path(folder)
-    items = items_in(top)
-    if wanted is not None and wanted.name:
-        wanted = wanted.known_from(_bases(items.paths))
-    failed = [Failed(_name(path, top), reason) for path, reason in items.unread]
-    others = unselected = 0
-    adapters: list[Sketched] = []
-    places: list[Path] = []
-    for path in items.paths:
-        name = _name(path, top)
-        warnings: list[str] = []
-        each = None
-        try:
-            with one_torch_thread(), warnings_to(warnings.append):
-                adapter = opened(path)
-                chosen = adapter is not None and (wanted is None or wanted.has(adapter))
-                if adapter is not None and chosen:
-                    each = sketched(adapter, name, warnings)
-        except LoraToolsError as error:
-            failed.append(Failed(name, "; ".join([error.message, *error.problems[:1]])))
-        except ValueError as error:  # of a module's numbers: NaN or infinity
-            failed.append(Failed(name, str(error)))
-        else:
-            others += adapter is None
-            unselected += adapter is not None and not chosen
-            if each is not None:
-                adapters.append(each)
-                places.append(path)
-                advance(each.found.nbytes)
-    for failure in failed:
-        warned("%s: %s", failure.path, failure.reason)
-    exact = Exact(places)
+    below = collect(folder, base, progress or no_progress)
+    adapters = below.adapters
+    exact = Exact(below.places)
     with one_torch_thread():
         first = same(adapters, exact)
         heads = [i for i, (head, _) in enumerate(first) if head == i and adapters[i].sketch is not None]
@@ -167,17 +127,8 @@ def find(
     return Findings(
         str(folder), tuple(each.found for each in adapters), tuple(_groups(adapters, first, exact)),
         tuple(NearPair(names[pair.first], names[pair.second], pair.cosine, pair.ratio) for pair in pairs),
-        tuple(failed), others, unselected, unlisted, similar, SIZE, standard_error(similar),
+        below.failed, below.others, below.unselected, unlisted, similar, SIZE, standard_error(similar),
     )  # fmt: skip
-
-
-def _bases(paths: Iterable[Path]) -> Iterator[BaseIdentity]:
-    """Yield the bases that adapters state; what cannot be read is left out, and told where it is read again."""
-    for path in paths:
-        with warnings_to(lambda text: None), suppress(LoraToolsError, ValueError):
-            adapter = opened(path)
-            if adapter is not None and adapter.base is not None:
-                yield adapter.base
 
 
 def _groups(adapters: list[Sketched], first: list[tuple[int, float]], exact: Exact) -> Iterator[Duplicates]:
@@ -189,7 +140,3 @@ def _groups(adapters: list[Sketched], first: list[tuple[int, float]], exact: Exa
             paths, distances = zip(*((adapters[i].found.path, off) for i, off in group), strict=True)
             norm = None if adapters[head].sketch is None else math.sqrt(exact.norm2(head))
             yield Duplicates(paths, distances, norm is None, norm)
-
-
-def _name(path: Path, top: Path) -> str:
-    return path.relative_to(top).as_posix()

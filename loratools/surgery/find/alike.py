@@ -140,6 +140,17 @@ def near(adapters: Sequence[Sketched], chosen: Sequence[int], exact: Exact, cosi
     return sorted(measured, key=lambda pair: (-pair.cosine, pair.first, pair.second)), candidates // 2 - len(pairs)
 
 
+def cosines(adapters: Sequence[Sketched], chosen: Sequence[int]) -> tuple[list[list[float]], list[float]]:
+    """Return the cosine of every two sketches, 1 of one with itself and 0 where ΔW = 0; and the norms of all."""
+    sketches = _stacked(adapters, chosen).double()
+    norms = sketches.norm(dim=1)
+    unit = sketches / norms.masked_fill(norms == 0, 1.0)[:, None]
+    upper = (unit @ unit.mT).clamp(-1.0, 1.0).triu(1)
+    table = (upper + upper.mT).fill_diagonal_(1.0)  # a product of matrices need not be symmetric to the last bit
+    rounded: list[list[float]] = table.tolist()
+    return rounded, norms.tolist()
+
+
 def _distance(adapters: Sequence[Sketched], exact: Exact, i: int, j: int) -> float | None:
     """Return ‖ΔWᵢ − ΔWⱼ‖/‖ΔWᵢ‖ where the two are the same but for rounding, else None."""
     first, second = exact.norm2(i), exact.norm2(j)
