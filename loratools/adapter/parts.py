@@ -9,13 +9,11 @@ A, B, BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
 A_EMBEDDING, B_EMBEDDING = "lora_embedding_A", "lora_embedding_B"
 MAGNITUDE = "lora_magnitude_vector"
 
-_FACTOR = re.compile(
+_FACTOR = (
     r"(?:.*[._])?(?:lora[12]?[._](?:[AaBb]|down|up|mid)|lora_embedding_[AB]|lora_linear_layer[._](?:down|up)"
     r"|hada_(?:w[12](?:_[ab])?|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|oft_(?:blocks|diag|[rR])|boft_[Rs])(?:[._]\w+){0,2}"
 )
-_BESIDE = re.compile(
-    r"(?:.*[._])?(?:alpha|dora_scale|(?:lora_magnitude_vector|magnitude)(?:\.\w+)*|diff(?:_b)?|network_\w+)"
-)
+_BESIDE = r"(?:.*[._])?(?:alpha|dora_scale|(?:lora_magnitude_vector|magnitude)(?:\.\w+)*|diff(?:_b)?|network_\w+)"
 
 
 def factors_of(names: Iterable[str]) -> list[str]:
@@ -23,6 +21,6 @@ def factors_of(names: Iterable[str]) -> list[str]:
 
     A model that has factors beside its weights is a model. Parts that are no factors, such as `alpha`, tell nothing.
     """
-    telling = [name for name in names if not _BESIDE.fullmatch(name)]
-    factors = [name for name in telling if _FACTOR.fullmatch(name)]
+    telling = [name for name in names if not re.fullmatch(_BESIDE, name)]
+    factors = [name for name in telling if re.fullmatch(_FACTOR, name)]
     return factors if 2 * len(factors) > len(telling) else []

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import re
-import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -136,6 +135,8 @@ def room() -> int | None:
             return None
     except ValueError:  # it is closed
         return None
+    import shutil
+
     return max(_NARROWEST, shutil.get_terminal_size().columns)
 
 

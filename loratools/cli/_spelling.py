@@ -61,8 +61,6 @@ def defaults(
     A variable of the command goes before one of all commands. Values of an option that may be given more than once are
     separated as a shell separates words. An empty variable is none.
     """
-    import shlex
-
     values: dict[str, Any] = {}
     warnings = []
     old = {new.partition("=")[0]: name for name, new in RENAMED.get(command, {}).items()}
@@ -72,8 +70,11 @@ def defaults(
         found = next((each for each in names if environment.get(each)), None)
         if found is None or option.name is None:
             continue
-        value = environment[found]
-        values[option.name] = shlex.split(value) if option.multiple else value
+        value = values[option.name] = environment[found]
+        if option.multiple:
+            import shlex
+
+            values[option.name] = shlex.split(value)
         if name in old and found == names[1]:
             warnings.append(f"{found} is now {names[0]}; the old name goes away in the next version")
     return values, warnings

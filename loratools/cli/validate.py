@@ -16,6 +16,7 @@ from loratools.cli._words import UNSEALED
 from loratools.errors import counted
 
 if TYPE_CHECKING:
+    from loratools.storage.checkpoint import Checkpoint
     from loratools.surgery.validate import Validation
 
 
@@ -39,10 +40,9 @@ def command(talk: Talk, adapter: str, base: str | None, header_only: bool, threa
       loratools validate sealed/adapter_model.safetensors --header-only --json
       loratools validate sealed sealed/adapter_model.safetensors -j 2
     """
-    from loratools.storage.checkpoint import Checkpoint
     from loratools.surgery.validate import validate
 
-    model = Checkpoint.open(base) if base else None
+    model = _opened(base) if base else None
     with talk.progress("hashing the base", model.nbytes if model else 0) as advance:
         validation = validate(adapter, model, data=not header_only, threads=threads, progress=advance)
     report = validation.report
@@ -52,6 +52,12 @@ def command(talk: Talk, adapter: str, base: str | None, header_only: bool, threa
         "base": None if base is None else {"path": base, "differences": validation.differences},
     }  # fmt: skip
     return Report(document, _lines(adapter, base, validation), ok=validation.valid, line=_in_a_line(validation))
+
+
+def _opened(base: str) -> Checkpoint:
+    from loratools.storage.checkpoint import Checkpoint
+
+    return Checkpoint.open(base)
 
 
 def _in_a_line(validation: Validation) -> str:

@@ -4,7 +4,6 @@ A dialect is a module or a package here, found by its name, with
 
     SUMMARY            what it is and who writes it, in one line
     EXTRA              the pip extra that it needs, or None
-    SURE               the highest score of its evidence (default: 100), for the surest are asked first
     FILES              endings of the single files that it can write; () if it writes folders only
     CANNOT             what no file of it can say, a phrase for each; `losses` names them for an adapter
     detect(listing)    `Evidence` that a listing is of this dialect, or None; from names, headers and small files only
@@ -33,20 +32,20 @@ from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from loratools.adapter.model import Adapter, Loss
 from loratools.decisions import decided, warned, warnings_to
-from loratools.dialects._frame import memory
+from loratools.dialects._frame import folders
 from loratools.dialects._frame.dialect import Dialect, DialectSummary
-from loratools.dialects._frame.folders import only_below, several, unknown
-from loratools.dialects._frame.listing import WEIGHTS, Evidence, Listing
+from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.read_as import ReadAs, check_alpha, check_told, told
-from loratools.dialects.peft.held import HasAdapter, InMemory, held, is_pair, refuse_unscaled
-from loratools.errors import InvalidOption, LoraToolsError, LossyConversion, OutputRefused, UnknownKind, counted
+from loratools.dialects._frame.values import HasAdapter, InMemory, is_pair, is_saved
+from loratools.errors import InvalidOption, LoraToolsError, UnknownKind
 from loratools.options import Options
-from loratools.storage import atomic
-from loratools.storage.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from loratools.storage.checkpoint import Checkpoint
 
 __all__ = [
     "Dialect", "DialectSummary", "Evidence", "HasAdapter", "InMemory", "Listing", "ReadAs", "candidates_for",
@@ -114,25 +113,30 @@ def detect(listing: Listing, candidates: Sequence[tuple[str, Evidence]] | None =
     candidates = candidates or candidates_for(listing)
     if not candidates:
         listing.check()
-        raise unknown(listing, [f"{name}: {get(name).SUMMARY}" for name in names()])
+        raise folders.unknown(listing, [f"{name}: {get(name).SUMMARY}" for name in names()])
     best = max(evidence.score for _, evidence in candidates)
     first = sorted((pair for pair in candidates if pair[1].score == best), key=lambda pair: pair[0])
     if len(first) > 1:
-        raise several(listing, [(name, evidence.reason) for name, evidence in first])
+        raise folders.several(listing, [(name, evidence.reason) for name, evidence in first])
     return first[0]
 
 
-@cache
-def _surest(known: tuple[str, ...]) -> list[tuple[str, int]]:
-    scores = [(name, vars(get(name)).get("SURE", 100)) for name in known]
-    return sorted(scores, key=lambda pair: -pair[1])
+_HIGHEST = {
+    "comfy": 85, "diffusers": 95, "kohya": 90, "loralib": 70, "mistral": 95, "mlx": 90, "mlx_vlm": 90, "peft": 90,
+    "tinker": 95, "torchtune": 85,
+}  # fmt: skip
+"""The highest scores of dialects that never are quite sure, 100: the others are asked, and imported, before them."""
+
+
+def _surest() -> list[str]:
+    return sorted(names(), key=lambda name: -_HIGHEST.get(name, 100))
 
 
 def candidates_for(listing: Listing) -> list[tuple[str, Evidence]]:
     """Return the dialects that know a listing, with their evidence, but for those that know it less well than one."""
     known: list[tuple[str, Evidence]] = []
-    for name, most in _surest(names()):
-        if any(evidence.score > most for _, evidence in known):
+    for name in _surest():
+        if any(evidence.score > _HIGHEST.get(name, 100) for _, evidence in known):
             break
         if evidence := get(name).detect(listing):
             known.append((name, evidence))
@@ -141,7 +145,7 @@ def candidates_for(listing: Listing) -> list[tuple[str, Evidence]]:
 
 def is_adapter(listing: Listing, dialect: str | None = None) -> bool:
     """Tell whether a dialect (default: any) reads a listing, from names, headers and small files only."""
-    return any(get(name).detect(listing) for name, _ in ([(dialect, 100)] if dialect else _surest(names())))
+    return any(get(name).detect(listing) for name in ([dialect] if dialect else _surest()))
 
 
 def located(listing: Listing, dialect: str | None = None) -> Listing:
@@ -151,7 +155,7 @@ def located(listing: Listing, dialect: str | None = None) -> Listing:
     """
     if listing.single or is_adapter(listing, dialect):
         return listing
-    return only_below(listing, lambda below: is_adapter(below, dialect))
+    return folders.only_below(listing, lambda below: is_adapter(below, dialect))
 
 
 def open_adapter(
@@ -197,11 +201,13 @@ def open_adapter(
         8
     """
     path, dialect, alpha = told(path, dialect, alpha)
-    if memory.is_saved(path):
+    if is_saved(path):
         return _of_state(path, dialect=dialect, alpha=alpha, base=base, initial=initial, enabled=enabled)
     stated = {"dialect": dialect, "alpha": alpha, "enabled": enabled}
     check_told(stated, initial, in_memory=not isinstance(path, str | PathLike))
     if not isinstance(path, str | PathLike):
+        from loratools.dialects.peft.held import held
+
         return held(path, initial=initial)
     if dialect is not None:
         get(dialect)
@@ -219,6 +225,8 @@ def open_adapter(
 
 def _of_state(value: Any, *, dialect: str | None, alpha: float | None, **options: Any) -> Adapter:
     """Return the adapter of a state dict that no config of PEFT goes with, read as the file that it would be."""
+    from loratools.dialects._frame import memory
+
     said: list[str] = []
     with memory.as_file(value) as place:
 
@@ -229,6 +237,8 @@ def _of_state(value: Any, *, dialect: str | None, alpha: float | None, **options
             with warnings_to(said.append):
                 bare = dialect is None and isinstance(value, Mapping)
                 if bare and alpha is None and detect(Listing.of(place))[0] == "peft":
+                    from loratools.dialects.peft.held import refuse_unscaled
+
                     refuse_unscaled(value)
                 adapter = memory.kept(open_adapter(place, dialect=dialect, alpha=alpha, **options))
         except LoraToolsError as error:
@@ -271,6 +281,8 @@ def save_adapter(
         >>> save_adapter(open_adapter("my-lora"), "my-lora.gguf", dialect="gguf", allow_loss=True)  # doctest: +SKIP
         []
     """
+    from loratools.storage import atomic
+
     atomic.sweep(path)
     Options().flag("allow_loss", allow_loss).flag("force", force).done()
     get(dialect)
@@ -281,19 +293,6 @@ def write_adapter(
     adapter: Adapter, path: Path, *, dialect: str, allow_loss: bool, force: bool
 ) -> tuple[Adapter, list[Loss]]:
     """Do what `save_adapter` says; return also the adapter as it was written, under the dialect's names."""
-    writer = get(dialect)
-    losses = writer.losses(adapter)
-    if losses and not allow_loss:
-        raise LossyConversion(
-            f"{path}: the dialect {dialect} cannot say {counted(len(losses), 'thing')} of this adapter",
-            [str(loss) for loss in losses],
-            hint="Write it without them with --allow-loss, or choose a dialect that keeps them.",
-        )
-    if path.suffix in WEIGHTS and path.suffix not in writer.FILES:
-        written = " or ".join((*writer.FILES, "a folder"))
-        raise OutputRefused(f"{path}: the dialect {dialect} does not write {path.suffix} files; it writes {written}")
-    output = path.resolve()
-    files = {lazy.file.resolve() for lazy in adapter.tensors().values() if lazy.file}
-    if any(file == output or output in file.parents for file in files):
-        raise OutputRefused(f"{path} is also an input", hint="Choose another output.")
-    return writer.write(adapter, path, force=force), losses
+    from loratools.dialects._frame.writing import written
+
+    return written(get(dialect), adapter, path, dialect, allow_loss, force)

@@ -26,13 +26,13 @@ from loratools.adapter.model import Adapter, BaseIdentity, Loss
 from loratools.adapter.naming.image import groups, readings, rename
 from loratools.adapter.naming.image.components import with_component
 from loratools.adapter.parts import BIAS, MAGNITUDE, A, B
-from loratools.dialects import kohya
 from loratools.dialects._frame import alphas
 from loratools.dialects._frame.build import Draft, some
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import IDENTITY, common_losses, left
 from loratools.dialects._frame.metadata import ALPHAS, carried, metadata_of, settings_with
 from loratools.dialects._frame.numbers import read_number
+from loratools.dialects.kohya import files as kohya
 from loratools.dialects.kohya.beside import SET_PART, SHAPE_PART, shapes_of
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.format import keys
@@ -41,7 +41,6 @@ from loratools.storage.lazy import LazyTensor
 
 SUMMARY = "ComfyUI, ai-toolkit, musubi-tuner, BFL, XLabs: the original implementation's names (diffusion_model.…)"
 EXTRA = None
-SURE = 85
 FILES = (".safetensors",)
 CANNOT = (
     *IDENTITY, "tensors trained whole outside of the image model", "models whose original names are not known here",

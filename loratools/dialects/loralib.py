@@ -34,14 +34,13 @@ from loratools.dialects._frame.numbers import most_common
 from loratools.errors import BadFile, InvalidOption, UnsupportedAdapter
 from loratools.storage.header import TensorSpec
 from loratools.storage.lazy import LazyTensor
-from loratools.storage.pickles.archive import SUFFIXES
+from loratools.storage.pickles import SUFFIXES
 
 if TYPE_CHECKING:
     import torch
 
 SUMMARY = "microsoft/loralib: a state dict of lora_A and lora_B; alpha must be told (--alpha)"
 EXTRA = None
-SURE = 70
 FILES = SUFFIXES
 CANNOT = (*IDENTITY, "alpha", "the name of the base model", "tensors trained whole but biases", "DoRA", "conv")
 

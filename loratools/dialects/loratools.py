@@ -12,7 +12,6 @@ from loratools.storage.header import Header
 
 SUMMARY = "the loratools format 1.1: what PEFT reads, plus a manifest with scaling, base hash and provenance"
 EXTRA = None
-SURE = 100
 FILES = (".safetensors",)
 CANNOT = ("copies of the base's tensors",)
 

@@ -16,8 +16,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from loratools.adapter.model import Adapter
-from loratools.adapter.naming.llama_cpp import Order, permuted
-from loratools.adapter.naming.llama_cpp_table import PAIRS
 from loratools.adapter.parts import A, B
 from loratools.dialects._frame.build import Draft, Groups, both, check_gathered
 from loratools.dialects._frame.listing import Evidence, Listing, by_convert
@@ -28,7 +26,6 @@ from loratools.storage.lazy import LazyTensor
 
 SUMMARY = "mistral-finetune: lora.safetensors (layers.0.attention.wq.lora_A.weight) beside params.json; read only"
 EXTRA = None
-SURE = 95
 FILES = ()
 CANNOT = ("anything: it is only read; vLLM and transformers read PEFT",)
 
@@ -140,6 +137,9 @@ def _heads(listing: Listing, parameters: Mapping[str, Any], groups: Groups) -> d
 
 def _transformed(module: str, parts: Mapping[str, LazyTensor], heads: Mapping[str, int]) -> Groups:
     """Return a module under transformers' name, with rows of B in its order."""
+    from loratools.adapter.naming.llama_cpp import Order, permuted
+    from loratools.adapter.naming.llama_cpp_table import PAIRS
+
     _, layer, target = module.split(".", 2)
     if target not in _TARGETS:  # Mixtral's experts are called alike
         return {f"model.layers.{layer}.{target.replace('feed_forward', 'block_sparse_moe')}": dict(parts)}

@@ -44,7 +44,6 @@ from loratools.storage.lazy import LazyTensor
 
 SUMMARY = "MLX-LM: adapters.safetensors (lora_a, lora_b) beside an adapter_config.json with lora_parameters"
 EXTRA = None
-SURE = 90
 FILES = ()
 CANNOT = (*IDENTITY, "DoRA on embeddings, and on some modules only", "convolutions", "biases of B")
 

@@ -25,7 +25,6 @@ SUMMARY = (
     "MLX-VLM: adapters.safetensors (q_proj.A, q_proj.B) beside an adapter_config.json with rank and alpha; read only"
 )
 EXTRA = None
-SURE = 90
 FILES = ()
 CANNOT = ("anything: it is only read; later versions read MLX-LM's files",)
 

@@ -26,7 +26,6 @@ from loratools.storage.lazy import LazyTensor
 
 SUMMARY = "Tinker: PEFT's files with stacked experts (experts.w1) and unembed_tokens; read only"
 EXTRA = None
-SURE = 95
 FILES = ()
 CANNOT = ("anything: it is only read; Tinker's services read PEFT",)
 

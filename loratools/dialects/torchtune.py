@@ -32,7 +32,6 @@ from loratools.storage.lazy import LazyTensor
 
 SUMMARY = "torchtune: adapter_model.pt with names of its own (layers.0.attn.q_proj.lora_a.weight)"
 EXTRA = None
-SURE = 85
 FILES = ()
 CANNOT = (
     *IDENTITY, "tensors trained whole", "embeddings", "convolutions", "DoRA", "biases of B", "unknown models",

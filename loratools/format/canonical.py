@@ -6,7 +6,6 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from decimal import Decimal
 from json.encoder import encode_basestring
 from typing import Any
 
@@ -80,6 +79,8 @@ def _number(value: int | float) -> str:
         raise ValueError(f"{value} is not a JSON number")
     if value.is_integer() and abs(value) < 2**53:
         return str(int(value))
+    from decimal import Decimal
+
     sign, figures, exponent = Decimal(repr(value)).as_tuple()
     digits = "".join(map(str, figures)).rstrip("0")
     point = len(figures) + int(exponent)  # the value is 0.digits * 10^point

@@ -15,7 +15,6 @@ from loratools.adapter.naming.compact import suffixes
 from loratools.format import keys
 from loratools.format.canonical import canonical as canonical
 from loratools.storage import digest
-from loratools.storage.beside.paths import public_entries
 from loratools.storage.lazy import LazyTensor
 
 VERSION = "1.1"
@@ -87,6 +86,8 @@ def of(adapter: Adapter, tensors: Mapping[str, str] | None = None) -> dict[str, 
         document["provenance"] = _provenance(adapter.provenance, origin.get("provenance", []))
     if settings := {key: value for key, value in adapter.settings.items() if key not in _STATED}:
         if isinstance(entries := settings.get(HEADER), Mapping):
+            from loratools.storage.beside.paths import public_entries  # not needed to read
+
             settings[HEADER] = public_entries(entries)  # M-24
         document["settings"] = settings
     if extensions := _extensions(adapter, origin.get("extensions", [])):

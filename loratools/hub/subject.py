@@ -17,7 +17,7 @@ from loratools.hub import files
 from loratools.hub.refs import is_plain
 from loratools.storage.beside.links import refuse_outside
 from loratools.storage.checkpoint import Checkpoint
-from loratools.storage.pickles.archive import SUFFIXES as PICKLED
+from loratools.storage.pickles import SUFFIXES as PICKLED
 from loratools.storage.sources import absent
 from loratools.storage.strict_json import MAX_INDEX, read_json
 from loratools.surgery.inspect import AdapterSummary, CheckpointSummary, describe_adapter, describe_checkpoint, inspect

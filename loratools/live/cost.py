@@ -24,7 +24,7 @@ from loratools.storage import dtypes, sources
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import logical
 from loratools.storage.header import TensorSpec
-from loratools.storage.pickles.archive import SUFFIXES
+from loratools.storage.pickles import SUFFIXES
 from loratools.storage.strict_json import read_json
 
 ALL_LINEAR = "all-linear"

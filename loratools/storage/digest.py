@@ -10,7 +10,6 @@ BLAKE3 (256 bits) or SHA-256, and a digest is written `blake3:<64 hex digits>`. 
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
@@ -41,7 +40,9 @@ def new(algorithm: str = DEFAULT) -> Hasher:
 
         return blake3()  # type: ignore[no-any-return,unused-ignore]
     if algorithm == "sha256":
-        return hashlib.sha256()
+        from hashlib import sha256
+
+        return sha256()
     raise BadFile(f"unknown digest algorithm {algorithm!r}; registered are {', '.join(ALGORITHMS)}")
 
 

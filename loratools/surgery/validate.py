@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from loratools.adapter.model import BaseIdentity
 from loratools.format import reader
 from loratools.format import validate as rules
 from loratools.options import Options
 from loratools.parallel import Progress
-from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.sources import Location, local, session
-from loratools.surgery.base import differences
+
+if TYPE_CHECKING:
+    from loratools.storage.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,9 @@ def validate(
     identity = reader.adapter_of(path, subject).base or BaseIdentity()
     if base is None:
         return Validation(report, sealed=identity.sealed)
+    from loratools.storage.checkpoint import Checkpoint
+    from loratools.surgery.base import differences
+
     checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
     differing = differences(identity, checkpoint, threads=threads, progress=progress)
     return Validation(report, tuple(differing), identity.sealed)

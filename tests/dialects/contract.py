@@ -70,7 +70,7 @@ class DialectContract:
             evidence = dialects.get(self.name).detect(listing)
             assert evidence is not None
             assert evidence.reason
-            assert evidence.score <= vars(dialects.get(self.name))["SURE"]
+            assert evidence.score <= dialects._HIGHEST.get(self.name, 100)
 
     def test_it_leaves_the_others_theirs(self, tmp_path: Path) -> None:
         for other in sorted(set(dialects.names()) - {self.name}):

@@ -32,7 +32,6 @@ from loratools.storage.lazy import LazyTensor
 
 SUMMARY = "toy: numbers that a person can read"
 EXTRA = None
-SURE = 95
 FILES = ()
 CANNOT = (*lost.IDENTITY, "tensors trained whole", "anything but plain LoRA")
 

@@ -13,7 +13,6 @@ from math import prod
 
 from loratools.adapter.kinds import Update
 from loratools.adapter.kinds._product import TwoFactors
-from loratools.adapter.kinds.conv import ConvUpdate
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,6 +27,8 @@ class LoraUpdate(TwoFactors):
             return self
         pointwise = (1,) * (len(shape) - 2)
         A, B = self.A.reshaped((self.rank, *shape[1:])), self.B.reshaped((shape[0], self.rank, *pointwise))
+        from loratools.adapter.kinds.conv import ConvUpdate
+
         return ConvUpdate(A, B, self.scaling, self.alpha, self.bias)
 
 

@@ -16,13 +16,12 @@ from loratools.adapter.parts import factors_of
 from loratools.decisions import warned
 from loratools.dialects._frame.listing import Listing
 from loratools.errors import BadFile, UnknownKind
-from loratools.storage.beside.along import is_of_training
 
 MAX_FOLDERS, MAX_DEPTH = 1_000, 4
 """Folders that are looked into, and how far below: mistral-finetune has checkpoints/checkpoint_000010/consolidated."""
 
-_STEP = re.compile(r"(?:checkpoint|step|epoch)[-_]?(\d+)")
-_STATE = re.compile(r"global_step\d+|\..*|__pycache__")  # DeepSpeed's shares of the optimizer, caches
+_STEP = r"(?:checkpoint|step|epoch)[-_]?(\d+)"
+_STATE = r"global_step\d+|\..*|__pycache__"  # DeepSpeed's shares of the optimizer, caches
 
 
 def only_below(listing: Listing, knows: Callable[[Listing], bool]) -> Listing:
@@ -35,7 +34,7 @@ def only_below(listing: Listing, knows: Callable[[Listing], bool]) -> Listing:
     if not below:
         return listing
     names = [each.folder.relative_to(listing.folder).as_posix() for each in below]
-    if len(below) == 1 and not [name for name in listing.weights if not is_of_training(name)]:
+    if len(below) == 1 and not listing.own_weights:
         warned("%s: no adapter in this folder; the only one below it is taken, %s", listing.path, names[0])
         return below[0]
     listing.check()
@@ -68,12 +67,14 @@ def _folders(top: Path) -> Iterator[Path]:
             yield folder
         if depth < MAX_DEPTH:
             inside = [entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
-            left += [(folder / name, depth + 1) for name in sorted(inside, key=natural) if not _STATE.fullmatch(name)]
+            left += [
+                (folder / name, depth + 1) for name in sorted(inside, key=natural) if not re.fullmatch(_STATE, name)
+            ]
 
 
 def _step(name: str) -> int:
     """Return the step of a checkpoint by its folder's name, -1 for another folder."""
-    return max((int(match[1]) for part in Path(name).parts if (match := _STEP.fullmatch(part))), default=-1)
+    return max((int(match[1]) for part in Path(name).parts if (match := re.fullmatch(_STEP, part))), default=-1)
 
 
 def several(listing: Listing, reasons: Sequence[tuple[str, str]]) -> UnknownKind:

@@ -7,28 +7,28 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from loratools.adapter.model import Adapter
 from loratools.adapter.parts import factors_of
 from loratools.decisions import detailed, wants_detail, warned
 from loratools.errors import BadFile
-from loratools.storage.beside.along import is_of_training
 from loratools.storage.beside.links import refuse_outside
-from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import Header, read_header
 from loratools.storage.lazy import LazyTensor
-from loratools.storage.pickles.archive import SUFFIXES as PICKLES
-from loratools.storage.pickles.archive import read_pickled
+from loratools.storage.pickles import SUFFIXES as PICKLES
 from loratools.storage.sources import Location, Need, absent, local, open_file
 from loratools.storage.strict_json import read_json
+
+if TYPE_CHECKING:
+    from loratools.storage.checkpoint import Checkpoint
 
 WEIGHTS = (".safetensors", ".gguf", ".npz", *PICKLES)
 """Endings of files that can hold an adapter's tensors."""
 
 _EMPTY_PICKLE = 1024  # bytes; the smallest file of torch.save with a tensor in it has more
 _Read = TypeVar("_Read")
-_MODULE = re.compile(r"\d+_\w+")  # a folder of a sentence-transformer: 1_Pooling, 2_Dense
+_MODULE = r"\d+_\w+"  # a folder of a sentence-transformer: 1_Pooling, 2_Dense
 _LFS = b"version https://git-lfs"
 
 
@@ -111,6 +111,13 @@ class Listing:
         return tuple(name for name in self.files if name.endswith(WEIGHTS))
 
     @property
+    def own_weights(self) -> list[str]:
+        """Names of those of `weights` that are not a trainer's own, such as an optimizer's state."""
+        from loratools.storage.beside.along import is_of_training
+
+        return [name for name in self.weights if not is_of_training(name)]
+
+    @property
     def factors(self) -> list[str]:
         """Names of factors in its safetensors files, where most of their names are such: an adapter, in any dialect."""
         headers = (self.header(name) for name in self.weights)
@@ -152,6 +159,8 @@ class Listing:
         path = self.folder / name
 
         def read() -> dict[str, LazyTensor]:
+            from loratools.storage.pickles.archive import read_pickled
+
             self._inside(name)
             with open_file(path) as file:
                 begin = file.read(_EMPTY_PICKLE + 1)
@@ -193,7 +202,7 @@ class Listing:
             detailed("%s: %s, rank %s, scaling %g", module, update.kind, update.rank, update.scaling)
         files = {lazy.file for lazy in (*adapter.tensors().values(), *adapter.copies.values())}
         read = {file.name for file in files if file}
-        unread = [name for name in self.weights if name not in read and not is_of_training(name)]
+        unread = [name for name in self.own_weights if name not in read]
         unread += self._modules_beside()
         if unread and read and not self.single:
             warned("%s: %s is read; not looked at: %s", self.path, ", ".join(sorted(read)), ", ".join(unread[:12]))
@@ -202,7 +211,7 @@ class Listing:
         """Return the weights of a sentence-transformer's other modules, such as `2_Dense/model.safetensors`."""
         if self.single or "modules.json" not in self.files:
             return []
-        folders = sorted(path for path in self.folder.iterdir() if path.is_dir() and _MODULE.fullmatch(path.name))
+        folders = sorted(path for path in self.folder.iterdir() if path.is_dir() and re.fullmatch(_MODULE, path.name))
         files = (file for path in folders for file in sorted(path.iterdir()) if file.name.endswith(WEIGHTS))
         return [f"{file.parent.name}/{file.name}" for file in files]
 
@@ -211,7 +220,7 @@ class Listing:
 
         Only a lone file of tensors is opened: among several, some may be a trainer's own, which no dialect reads.
         """
-        weights = [name for name in self.weights if not is_of_training(name)]
+        weights = self.own_weights
         for name in weights:
             with open_file(self.folder / name) as file:
                 check_pointer(file.read(len(_LFS)), self.folder / name)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools.adapter.model import Adapter
+from loratools.dialects._frame.values import OTHER_CONFIGS
 from loratools.errors import BadFile, printable
 from loratools.storage import atomic, save
 from loratools.storage.atomic.inputs import afresh
@@ -23,23 +24,6 @@ if TYPE_CHECKING:
 STATE = Path("the state dict")
 """What messages call it."""
 
-_OTHER_CONFIGS = {"lora_parameters": "adapters.safetensors"}
-"""A field of a config that is not PEFT's, and the file beside which it lies: mlx-lm's."""
-
-
-def is_saved(value: object) -> bool:
-    """Tell whether a value is what a file holds: a state dict, alone, or with the entries of a file's header.
-
-    A pair with PEFT's config is none, for that says all by itself.
-    """
-    if isinstance(value, Mapping):
-        return True
-    if not isinstance(value, tuple) or len(value) != 2 or not all(isinstance(each, Mapping) for each in value):
-        return False
-    beside = value[1]
-    texts = bool(beside) and all(isinstance(each, str) for each in beside.values())
-    return "peft_type" not in beside and (texts or not beside.keys().isdisjoint(_OTHER_CONFIGS))
-
 
 @contextmanager
 def as_file(value: Any) -> Iterator[Path]:
@@ -50,8 +34,8 @@ def as_file(value: Any) -> Iterator[Path]:
     state, beside = (value, {}) if isinstance(value, Mapping) else value
     tensors = tensors_of(state)
     with atomic.temporary("adapter") as folder:
-        field = next((field for field in _OTHER_CONFIGS if field in beside), None)
-        path = folder / (_OTHER_CONFIGS[field] if field else "state.safetensors")
+        field = next((field for field in OTHER_CONFIGS if field in beside), None)
+        path = folder / (OTHER_CONFIGS[field] if field else "state.safetensors")
         with path.open("wb") as output:
             output.write(save.header(tensors, {} if field else beside))
             output.writelines(save.pieces(tensors))

@@ -10,7 +10,7 @@ from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.errors import BadFile
 from loratools.storage import atomic
 from loratools.storage.lazy import LazyTensor
-from loratools.storage.pickles.archive import SUFFIXES
+from loratools.storage.pickles import SUFFIXES
 
 
 def file_of(listing: Listing) -> str | None:

@@ -16,8 +16,8 @@ from loratools.dialects._frame.listing import Listing, check_pointer
 from loratools.errors import BadFile, UnsupportedAdapter, counted
 from loratools.storage.beside.plain_yaml import parse_yaml
 from loratools.storage.lazy import LazyTensor
-from loratools.storage.pickles import tar
-from loratools.storage.pickles.archive import SUFFIXES, read_pickled
+from loratools.storage.pickles import SUFFIXES, tar
+from loratools.storage.pickles.archive import read_pickled
 from loratools.storage.sources import open_file
 
 ENDING = ".nemo"

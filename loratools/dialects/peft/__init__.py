@@ -35,22 +35,18 @@ from loratools.dialects._frame.build import check_gathered
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import left, record_losses
 from loratools.dialects._frame.metadata import carried, settings_with
-from loratools.dialects.peft import alone, checks, typed, typed_write
+from loratools.dialects.peft import alone, checks
 from loratools.dialects.peft.alone import is_part, stated_config
 from loratools.dialects.peft.assemble import assemble
-from loratools.dialects.peft.experts import version_for
+from loratools.dialects.peft.fields import is_typed
 from loratools.dialects.peft.names import unwrap
 from loratools.errors import BadFile
 from loratools.format import keys, manifest
-from loratools.format.peft_config import derive_config
-from loratools.storage import atomic, save
-from loratools.storage.files import same_bytes
 from loratools.storage.lazy import LazyTensor
-from loratools.storage.pickles.archive import SUFFIXES
+from loratools.storage.pickles import SUFFIXES
 
 SUMMARY = "Hugging Face PEFT: adapter_config.json beside adapter_model.safetensors or .bin"
 EXTRA = None
-SURE = 90
 FILES = ()
 CANNOT = ("the hash of the base model", "provenance", "DoRA on some modules and not on others")
 
@@ -99,7 +95,10 @@ def read(listing: Listing) -> Adapter:
             hint=f"Put the {_CONFIG} that was saved with {_files(listing)[0]} beside it, or give the file "
             "itself, which is read at scale 1, or the alpha of its training.",
         )
-    tensors = typed.present(tensors, document)
+    if is_typed(document):
+        from loratools.dialects.peft import typed
+
+        tensors = typed.present(tensors, document)
     check_gathered(listing.path, tensors, checks.is_flat)
     adapter = assemble(
         listing.path, tensors, document, path, initial=listing.initial, alpha=listing.alpha, base=listing.base
@@ -114,6 +113,10 @@ def losses(adapter: Adapter) -> list[Loss]:
 
 def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
     """Write `adapter_model.safetensors` and the `adapter_config.json` derived from it, byte-reproducibly."""
+    from loratools.dialects.peft import typed_write
+    from loratools.dialects.peft.experts import version_for
+    from loratools.format.peft_config import derive_config
+
     kept = left(adapter, losses(adapter), target)
     if (module := typed_write.type_of(kept)) is not None:
         files = typed_write.files_of(kept, module)
@@ -139,6 +142,8 @@ def _write(
     adapter: Adapter, target: Path, tensors: Mapping[str, LazyTensor], document: Mapping[str, Any], force: bool
 ) -> Adapter:
     """Write the two files, and return the adapter that is in them."""
+    from loratools.storage import atomic, save
+
     config = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False)
     with atomic.new_folder(target, force=force) as folder:
         (folder / _CONFIG).write_text(config + "\n", encoding="utf-8", newline="\n")
@@ -175,6 +180,8 @@ def _compare(listing: Listing, single: str) -> None:
     shards = [name for name in listing.files if _SHARD.fullmatch(name) and name.endswith(ending)]
     if listing.single or not shards or single in shards:
         return
+    from loratools.storage.files import same_bytes
+
     inside = listing.tensors(single)
     parts: dict[str, LazyTensor] = {}
     for name in shards:
@@ -215,6 +222,8 @@ def _tensors(listing: Listing) -> dict[str, LazyTensor]:
 
 def _unsayable(adapter: Adapter) -> dict[str, str]:
     """Return the modules whose update PEFT has no words for, and why."""
+    from loratools.dialects.peft import typed_write
+
     reasons: dict[str, str] = {}
     if typed_write.type_of(adapter) is not None:
         return reasons

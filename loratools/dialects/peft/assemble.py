@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratools.adapter import kinds
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter
 from loratools.decisions import warned
 from loratools.dialects._frame.build import build_all, check_faults, check_read, some
-from loratools.dialects.peft import checks, typed
+from loratools.dialects.peft import checks
 from loratools.dialects.peft.config import PeftConfig
 from loratools.dialects.peft.experts import holders, layouts, outer, reordered
+from loratools.dialects.peft.fields import is_typed
 from loratools.dialects.peft.names import Groups, group
 from loratools.errors import BadFile
-from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
+
+if TYPE_CHECKING:
+    from loratools.storage.checkpoint import Checkpoint
 
 _TRAINING_ONLY = frozenset({"lora_velora_embed"})  # only VeLoRA's backward pass uses it
 
@@ -31,7 +34,9 @@ def assemble(
     `path` and `config_path` are what messages call the two; `initial` and `alpha` are as in `PeftConfig.parse`, `base`
     as in `typed.assemble`. Raises as `read`.
     """
-    if typed.is_typed(document):
+    if is_typed(document):
+        from loratools.dialects.peft import typed
+
         return typed.assemble(path, tensors, document, config_path, alpha, base)
     config = PeftConfig.parse(document, config_path, initial=initial, alpha=alpha)
     groups = group(tensors, biases=config.fields.get("bias", "none") != "none")

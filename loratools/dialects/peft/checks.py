@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 from loratools.dialects._frame.build import some
 from loratools.dialects.peft.config import PeftConfig
 from loratools.dialects.peft.names import Groups, unwrap
 from loratools.dialects.peft.targets import Targets
 from loratools.format import keys
-from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
+
+if TYPE_CHECKING:
+    from loratools.storage.checkpoint import Checkpoint
 
 _PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")

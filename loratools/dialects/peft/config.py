@@ -8,9 +8,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from loratools.adapter.kinds.experts import Rule
 from loratools.adapter.model import BaseIdentity
 from loratools.adapter.naming.compact import suffixes
 from loratools.adapter.parts import BIAS, MAGNITUDE
@@ -20,6 +19,9 @@ from loratools.dialects.peft import fields as tables
 from loratools.dialects.peft.patterns import ConfigFile, NameList, PatternKeys
 from loratools.dialects.peft.targets import Targets, several
 from loratools.errors import UnsupportedAdapter
+
+if TYPE_CHECKING:
+    from loratools.adapter.kinds.experts import Rule
 
 PATTERNS = ("rank_pattern", "alpha_pattern")
 

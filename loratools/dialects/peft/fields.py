@@ -188,3 +188,8 @@ def stated(fields: Mapping[str, Any], names: Iterable[str], layers: Collection[i
     if layers:
         settings["layers_to_transform"] = list(layers)  # a lone 0 would look like nothing
     return settings
+
+
+def is_typed(document: Mapping[str, Any]) -> bool:
+    """Tell whether a config is that of a type beside LORA; what is no word is for the config of LORA to refuse."""
+    return isinstance(document.get("peft_type"), str) and document["peft_type"] != "LORA"

@@ -10,11 +10,12 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeGuard, runtime_checkable
+from typing import Any, NoReturn, TypeGuard
 
 from loratools.adapter.model import Adapter
 from loratools.dialects._frame import memory
 from loratools.dialects._frame.build import check_gathered
+from loratools.dialects._frame.values import Config, HasAdapter, PeftModel
 from loratools.dialects.peft import checks, typed
 from loratools.dialects.peft.assemble import assemble
 from loratools.dialects.peft.names import unwrap
@@ -27,47 +28,6 @@ _WANTED = (
     "expected a path or a reference such as hf://org/name, or an adapter in memory"
     " (`Adapter`, (state dict, config), PeftModel, handle of a live model)"
 )
-
-
-@runtime_checkable
-class HasAdapter(Protocol):
-    """What holds an adapter and gives it when it is asked, as the handle of a running model."""
-
-    def __loratools_adapter__(self) -> Adapter:
-        """Return the adapter, a value of its own."""
-        ...
-
-
-@runtime_checkable
-class _Config(Protocol):
-    """A config of PEFT."""
-
-    def to_dict(self) -> dict[str, Any]: ...
-
-
-class _PeftModel(Protocol):
-    """What is asked of a `PeftModel`."""
-
-    @property
-    def active_adapters(self) -> list[str]: ...
-    @property
-    def peft_config(self) -> Mapping[str, Any]: ...
-
-
-InMemory = Mapping[str, Any] | tuple[Mapping[str, Any], Mapping[str, Any] | _Config] | _PeftModel | HasAdapter
-"""An adapter held in memory: a state dict, (state dict, config or header), a `PeftModel`, or a live handle."""
-
-
-def is_pair(value: object) -> bool:
-    """Tell whether a value is one adapter as (state dict, config), and not two adapters."""
-    if not isinstance(value, tuple) or len(value) != 2 or not isinstance(value[0], Mapping):
-        return False
-    beside = value[1]
-    return not isinstance(beside, Mapping) or not beside or not all(map(_is_array, beside.values()))
-
-
-def _is_array(value: object) -> bool:
-    return hasattr(value, "__array__")
 
 
 def held(value: object, *, initial: bool = False) -> Adapter:
@@ -95,12 +55,12 @@ def refuse_unscaled(state: Mapping[Any, Any]) -> NoReturn:
     )
 
 
-def _is_peft_model(value: object) -> TypeGuard[_PeftModel]:
+def _is_peft_model(value: object) -> TypeGuard[PeftModel]:
     kind = vars(sys.modules["peft"]).get("PeftModel") if "peft" in sys.modules else None
     return kind is not None and isinstance(value, kind)
 
 
-def _of_model(model: _PeftModel, initial: bool) -> Adapter:
+def _of_model(model: PeftModel, initial: bool) -> Adapter:
     """Return the active adapter of a `PeftModel`, of the tensors that its `save_pretrained` would write."""
     active = list(model.active_adapters)
     if len(active) != 1:
@@ -132,7 +92,7 @@ def _tensors(state: Mapping[Any, Any]) -> dict[str, LazyTensor]:
 
 def _document(config: object) -> dict[str, Any]:
     """Return a config as it would be read from a file; raise `BadFile` with every field that no file can hold."""
-    if not isinstance(config, Mapping | _Config):
+    if not isinstance(config, Mapping | Config):
         raise InvalidOption(
             "the config beside a state dict: expected a mapping as in adapter_config.json, or PEFT's LoraConfig,"
             f" found {type(config).__name__}"

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 import threading
 import warnings
 import weakref
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import subprocess
 
 SECONDS_OF_WALL = 60.0
 """Time after which a process is ended that the system did not end: it may have waited for a processor."""
@@ -68,6 +70,8 @@ class Isolated:
 
     def _started(self) -> subprocess.Popen[str]:
         if self._process is None:
+            import subprocess
+
             if not sys.executable:
                 raise ValueError(
                     "only Python's re reads it, for which a process is needed, and no Python is known here"

@@ -9,14 +9,16 @@ from collections import Counter
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratools.dialects.peft.targets import Targets
 from loratools.dialects.peft.types import Order
 from loratools.errors import BadFile, IncompatibleAdapter, MissingExtra
 from loratools.storage import dtypes
-from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.codecs.turned import CONV1D
+
+if TYPE_CHECKING:
+    from loratools.storage.checkpoint import Checkpoint
 
 
 def in_code(path: Path, base: Checkpoint | None, targets: Targets, why: str) -> Order:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, BaseIdentity
@@ -28,8 +28,10 @@ from loratools.dialects.peft.types import Field, ModuleTensors, Values
 from loratools.dialects.peft.types._refused import REFUSED
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.format import keys
-from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
+
+if TYPE_CHECKING:
+    from loratools.storage.checkpoint import Checkpoint
 
 Parts = dict[str, LazyTensor]
 
@@ -52,11 +54,6 @@ _SETTINGS = (
     "task_type", "auto_mapping", "fan_in_fan_out", "bias", "target_modules", "exclude_modules", "layers_to_transform",
     "layers_pattern", "modules_to_save",
 )  # fmt: skip
-
-
-def is_typed(document: Mapping[str, Any]) -> bool:
-    """Tell whether a config is that of a type beside LORA; what is no word is for the config of LORA to refuse."""
-    return isinstance(document.get(TYPE), str) and document[TYPE] != "LORA"
 
 
 def present(tensors: Mapping[str, LazyTensor], document: Mapping[str, Any]) -> Mapping[str, LazyTensor]:

@@ -15,7 +15,8 @@ from loratools.storage.beside.links import refuse_outside
 from loratools.storage.codecs.state import BESIDE, with_beside
 from loratools.storage.gguf.container import Container, read_container
 from loratools.storage.header import TensorSpec, read_header
-from loratools.storage.pickles.archive import SUFFIXES, read_pickled
+from loratools.storage.pickles import SUFFIXES
+from loratools.storage.pickles.archive import read_pickled
 from loratools.storage.strict_json import read_json
 
 GGUF = "A GGUF model is given by the path of its file."

@@ -5,3 +5,6 @@ unpickle   its pickle, read as data
 tar        where the files of a tar archive lie
 window     a file inside a file: a member of a tar archive
 """
+
+SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+"""Endings of files that `torch.save` wrote."""

@@ -20,8 +20,6 @@ from loratools.storage.pickles.unpickle import Damaged, Refused, View, unpickle
 from loratools.storage.pickles.window import Window
 from loratools.storage.sources import open_file, refuse_pointer
 
-SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-
 MAX_PICKLE = 100_000_000
 """Bytes of the description; that of a thousand tensors has about a hundred thousand."""
 

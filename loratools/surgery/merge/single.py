@@ -31,7 +31,7 @@ from loratools.storage.checkpoint.shard import Shard
 from loratools.storage.codecs.state import HEADER
 from loratools.storage.companions import Companions, beside_base, tokenizer_files
 from loratools.storage.layout import FilePlan, plan_file
-from loratools.storage.pickles.archive import SUFFIXES as PICKLED
+from loratools.storage.pickles import SUFFIXES as PICKLED
 from loratools.surgery.merge.options import MergeOptions
 
 ENDINGS = (".safetensors", ".sft")

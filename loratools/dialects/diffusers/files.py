@@ -1,11 +1,4 @@
-"""diffusers: `pytorch_lora_weights.safetensors`, PEFT's names behind a component's, the configs in the header.
-
-    unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q . lora_A.weight      component.module.part
-
-The header's `lora_adapter_metadata` is a JSON object of each component's LoraConfig, `unet.r`, `unet.lora_alpha`, …
-Files without it (all before 2025, and most since) have lost their scale: diffusers applies 1.0, or alpha/r where there
-are tensors `….alpha`. Reading knows every spelling of names since 2023, writing uses the current one.
-"""
+"""Files of diffusers: read into an `Adapter`, and written from one."""
 
 from __future__ import annotations
 
@@ -25,7 +18,7 @@ from loratools.decisions import warned
 from loratools.dialects._frame import alphas
 from loratools.dialects._frame.build import Draft
 from loratools.dialects._frame.listing import Evidence, Listing
-from loratools.dialects._frame.losses import IDENTITY, common_losses, left, update_losses, without
+from loratools.dialects._frame.losses import common_losses, left, update_losses, without
 from loratools.dialects._frame.metadata import carried, settings_with
 from loratools.dialects._frame.numbers import read_number
 from loratools.dialects.peft.config import PeftConfig
@@ -34,12 +27,6 @@ from loratools.format import keys
 from loratools.format.peft_config import derive_config
 from loratools.storage import save
 from loratools.storage.strict_json import parse_json_object
-
-SUMMARY = "diffusers: pytorch_lora_weights.safetensors; also older lora.down/up names and attention processors"
-EXTRA = None
-SURE = 95
-FILES = (".safetensors",)
-CANNOT = (*IDENTITY, "tensors trained whole", "embeddings", "DoRA on some modules of a component only")
 
 _STEM = "pytorch_lora_weights"
 _KEY = "lora_adapter_metadata"
@@ -60,7 +47,7 @@ _PEFT = re.compile(r"^(unet|transformer|text_encoder(?:_[23])?)\.base_model\.mod
 _ALPHA = re.compile(r"(?P<module>.+?)(?:\.lora|\.lora_linear_layer)?\.alpha")
 
 
-def detect(listing: Listing) -> Evidence | None:
+def evidence(listing: Listing) -> Evidence | None:
     """Look for the metadata, for components in front of the names, and for the names of diffusers' models."""
     name = _file(listing)
     header = listing.header(name) if name else None

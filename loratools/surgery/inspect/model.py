@@ -1,0 +1,90 @@
+"""What a model is, from the headers of its files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from loratools.adapter.naming.compact import natural
+from loratools.storage.sources import Location
+from loratools.surgery.inspect.amounts import Amount, TensorSummary, amount_of, by_dtype, summary_of
+
+if TYPE_CHECKING:
+    from loratools.storage.checkpoint import Checkpoint
+    from loratools.surgery.quantization import Quantization
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSummary:
+    """What a model's files are; `schema` is the first tier of its base hash, `shards` maps file to what is in it.
+
+    `architecture`, `model_type` and `quantization` are what its config.json says, or the fields and types of a GGUF
+    file, None where it is silent; `tied` is too, or what its class does by default; `parent` is the model that a GGUF
+    file says it was made from. `record` is what loratools.json says of the merge that it came out of. `codes` says how
+    a quantized model is, module by module; None for any other.
+    """
+
+    path: str
+    architecture: str | None
+    model_type: str | None
+    tied: bool | None
+    quantization: str | None
+    components: tuple[str, ...]
+    total: Amount
+    dtypes: Mapping[str, Amount]
+    shards: Mapping[str, Amount]
+    schema: str
+    record: Mapping[str, Any] | None
+    tensors: tuple[TensorSummary, ...] = field(repr=False)
+    codes: Quantization | None = None
+    type: str = "checkpoint"
+    parent: str | None = None
+
+
+def describe_checkpoint(checkpoint: Checkpoint, path: Location) -> CheckpointSummary:
+    """Summarize an open checkpoint; `path` is where it is said to lie."""
+    from loratools.format.record import read  # an adapter need not wait for these imports
+    from loratools.surgery.quantization import gguf_codes, quantization, stated_codes
+
+    checkpoint.tell_unread()
+    config, specs = checkpoint.config, checkpoint.specs
+    architectures, model_type = config.get("architectures"), config.get("model_type")
+    record = read(checkpoint) or None
+    tied, in_gguf = _tied(checkpoint), config.get("gguf") or {}
+    return CheckpointSummary(
+        path=str(path), components=checkpoint.components, schema=checkpoint.schema(), record=record,
+        architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else in_gguf.get(
+            "architecture"
+        ),
+        model_type=model_type if isinstance(model_type, str) else None,
+        tied=tied, quantization=stated_codes(config) or gguf_codes(specs), parent=in_gguf.get("parent"),
+        total=amount_of(specs.values()), dtypes=by_dtype(specs.values()),
+        shards={
+            shard.path.relative_to(checkpoint.root).as_posix(): amount_of(shard.tensors.values())
+            for shard in checkpoint.shards
+        },
+        tensors=tuple(summary_of(name, specs[name]) for name in sorted(specs, key=natural)),
+        codes=quantization(checkpoint, record),
+    )  # fmt: skip
+
+
+def _tied(checkpoint: Checkpoint) -> bool | None:
+    """Tell whether head and embedding are one weight: by config.json, or by the class where it is silent."""
+    from loratools.adapter.placement.shared import flag_of, ties_of
+
+    if (stated := flag_of(checkpoint.config)) is not None:
+        return stated
+    ties = ties_of(checkpoint.specs, checkpoint.config)
+    of_head = [tie for tie in ties.ties if tie.has_head]
+    if ties.model is None or any(tie.asked for tie in of_head):
+        return None
+    return True if of_head else False if ties.head else None
+
+
+def listed(summary: CheckpointSummary, patterns: tuple[tuple[str, ...], tuple[str, ...]]) -> CheckpointSummary:
+    """Return the summary with the tensors that patterns keep."""
+    from loratools.surgery.inputs import kept_names
+
+    names = kept_names([tensor.name for tensor in summary.tensors], patterns)
+    return replace(summary, tensors=tuple(tensor for tensor in summary.tensors if tensor.name in names))
