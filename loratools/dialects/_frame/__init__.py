@@ -15,4 +15,6 @@ metadata   the header entries of a file, which stay with an adapter from reading
 read_as    what a call says of an adapter that its file does not: its dialect, its alpha
 numbers    single numbers in a file: alphas that are read, scalings that one value must stand for
 pickles    state dicts of `torch.save`
+values     what may stand where a path stands: values in memory that hold an adapter
+writing    an adapter into the files of a dialect, or the losses that forbid it
 """
