@@ -6,9 +6,10 @@ A list of words stands in one place, as a `Literal` type; `words` reads it back 
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Callable, Sequence
-from numbers import Real
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, cast, get_args
 
 from loratools.errors import InvalidOption
@@ -44,6 +45,21 @@ def words(literal: Any) -> tuple[str, ...]:
     return get_args(literal)
 
 
+def modules_in(folders: Iterable[str]) -> list[str]:
+    """Return the names of the modules in a package's folders, sorted; those that begin with an underscore are its own.
+
+    `pkgutil` does the same, with an import and a look at every file.
+    """
+    found: set[str] = set()
+    for folder in folders:
+        for entry in os.scandir(folder):
+            name = entry.name.removesuffix(".py")
+            is_module = name != entry.name or ("." not in name and Path(entry, "__init__.py").is_file())
+            if is_module and name[0] != "_":
+                found.add(name)
+    return sorted(found)
+
+
 def either(choices: Sequence[str]) -> str:
     """Return "a, b or c", an empty text where there is none."""
     *first, last = choices or ("",)
@@ -52,6 +68,8 @@ def either(choices: Sequence[str]) -> str:
 
 def is_finite(value: object) -> bool:
     """Tell whether a value is a finite number, of any type but bool."""
+    from numbers import Real  # the command line need not wait for it
+
     try:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an int that no float holds

@@ -10,7 +10,6 @@ from typing import Any
 
 import click
 
-from loratools.cli._words import WORDS
 from loratools.errors import BadFile, OutputRefused
 
 OUTPUT = "output"
@@ -50,21 +49,10 @@ class Batch:
         return sorted(around, key=lambda folder: -len(folder.parts))
 
 
-def options() -> list[click.Parameter]:
-    """Return the options of a command that takes several paths."""
-    each, jobs = WORDS["--each"], WORDS["--jobs"]
-    count = f"{jobs.meaning}  [default: 1]"
-    return [
-        click.Option(["--each"], multiple=True, metavar=each.metavar, type=click.Path(), help=each.meaning),
-        click.Option(["-j", "--jobs"], metavar=jobs.metavar, type=click.IntRange(min=1), help=count),
-    ]
+def batch_of(context: click.Context, argument: str, renamed: Renamed | None) -> Batch:
+    """Return what a command line with several paths is about.
 
-
-def batch_of(context: click.Context, argument: str, renamed: Renamed | None, *, together: bool = False) -> Batch | None:
-    """Return what a command line with several paths is about; None where it has one, which `argument` is set to then.
-
-    Takes the options of `options` away from the context's. `renamed` makes the names of outputs. Default: the inputs'.
-    Paths that are taken `together` are one input, without --each: `argument` is set to all of them then.
+    Takes --each and --jobs away from the context's options. `renamed` makes the names of outputs. Default: the inputs'.
 
     Raises:
         BadFile: A folder is not there, or there is nothing in it.
@@ -76,9 +64,6 @@ def batch_of(context: click.Context, argument: str, renamed: Renamed | None, *, 
     if not paths and not folders:
         missing = next(each for each in context.command.params if each.name == argument)
         raise click.MissingParameter(ctx=context, param=missing, param_hint=f"'{argument.upper()}'")
-    if not folders and (together or len(paths) == 1):
-        params[argument] = paths if together else paths[0]
-        return None
     output: Path | None = params.get(OUTPUT)
     named = {path: _own_name(path) for path in paths}
     unread: list[tuple[Path, str]] = []

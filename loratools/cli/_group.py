@@ -8,12 +8,10 @@ from contextlib import nullcontext
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from loratools.cli import _batch, _each
 from loratools.cli import _spelling as spelling
 from loratools.cli._hints import placed
 from loratools.cli._show import SCHEMA, Report, encode, fitted, room
@@ -23,8 +21,10 @@ from loratools.cli._talk import Talk
 from loratools.cli._words import GROUPS, WORDS
 from loratools.decisions import warnings_to
 from loratools.errors import LoraToolsError
-from loratools.storage import sources
-from loratools.storage.beside.making import making
+from loratools.options import modules_in
+
+if TYPE_CHECKING:
+    from loratools.cli._batch import Renamed
 
 SECTIONS = ("Look", "Check", "Change", "Share", "Learn")
 """Headings of `loratools --help`, in order; a command names its own."""
@@ -40,7 +40,7 @@ class Command(click.Command):
     """
 
     def __init__(
-        self, *args: Any, section: str, each: str | None = None, renamed: _batch.Renamed | None = None,
+        self, *args: Any, section: str, each: str | None = None, renamed: Renamed | None = None,
         together: bool = False, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(*args, **kwargs)
@@ -49,7 +49,7 @@ class Command(click.Command):
             if argument.name == each:
                 argument.nargs, argument.required = -1, False
                 argument.metavar = argument.metavar or f"{each.upper()}..."
-        self.params += _batch.options() if each else []
+        self.params += several_options() if each else []
         self.common = [*common_options(), schema_option()]
         self.params += self.common
 
@@ -68,7 +68,10 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> None:
         """Run the function on the path, or on each of several; print its reports, and exit with 1 where one says so."""
         talk = ctx.find_root().ensure_object(Talk)
-        if self.each and (batch := _batch.batch_of(ctx, self.each, self.renamed, together=self.together)):
+        if self.each and not self.takes_one(ctx, self.each):
+            from loratools.cli import _batch, _each
+
+            batch = _batch.batch_of(ctx, self.each, self.renamed)
             root = ctx.find_root().command
             package = root.package if isinstance(root, Commands) else __package__
             load = partial(_loaded, package, str(ctx.info_name))
@@ -81,8 +84,20 @@ class Command(click.Command):
             if not report.ok:
                 ctx.exit(1)
 
+    def takes_one(self, ctx: click.Context, argument: str) -> bool:
+        """Tell whether a command line has one input, and give its parameters to the context then."""
+        paths = ctx.params[argument]
+        if ctx.params["each"] or not paths or not (self.together or len(paths) == 1):
+            return False
+        del ctx.params["each"], ctx.params["jobs"]
+        ctx.params[argument] = paths if self.together else paths[0]
+        return True
+
     def report(self, ctx: click.Context, talk: Talk) -> Report | None:
         """Run the function on one path, and return its report."""
+        from loratools.storage import sources  # not needed for a help page
+        from loratools.storage.beside.making import making
+
         with sources.session(talk.fetching) as session, talk.decisions(), warnings_to(talk.warn):
             talk.names = session.names
             try:
@@ -127,8 +142,7 @@ class Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all commands, sorted."""
-        modules = iter_modules(import_module(self.package).__path__)
-        return sorted(module.name.replace("_", "-") for module in modules if not module.name.startswith("_"))
+        return [name.replace("_", "-") for name in _files(self.package)]
 
     def options(self, ctx: click.Context) -> dict[str, list[str]]:
         """Return the spellings of the options of every command; every file is imported for it."""
@@ -185,6 +199,12 @@ class Commands(click.Group):
                     formatter.write_dl(records)
 
 
+@cache
+def _files(package: str) -> list[str]:
+    """Return the names of the files of commands, sorted: the folder is listed once, and not by `pkgutil`."""
+    return modules_in(import_module(package).__path__)
+
+
 def _account(name: str, ctx: click.Context) -> dict[str, Any]:
     from loratools.cli._account import account_of  # only what is written needs it
 
@@ -210,7 +230,7 @@ def _loaded(package: str, name: str) -> tuple[Commands, Command]:
 
 
 def command(
-    section: str, *, each: str | None = None, renamed: _batch.Renamed | None = None, together: bool = False
+    section: str, *, each: str | None = None, renamed: Renamed | None = None, together: bool = False
 ) -> Callable[[Callable[..., Report | None]], Command]:
     """Make a command of a function whose docstring is its help; `section` is its heading in `loratools --help`.
 
@@ -237,6 +257,16 @@ def common_options() -> list[click.Parameter]:
         flag("-q", "--quiet", help="Say nothing on stderr but warnings and errors.", is_flag=True),
         flag("-v", "--verbose", help="Say on stderr what is decided, and why.", count=True),
         flag("--no-progress", help="Draw no progress bars.", is_flag=True),
+    ]
+
+
+def several_options() -> list[click.Parameter]:
+    """Return the options of a command that takes several paths."""
+    each, jobs = WORDS["--each"], WORDS["--jobs"]
+    count = f"{jobs.meaning}  [default: 1]"
+    return [
+        click.Option(["--each"], multiple=True, metavar=each.metavar, type=click.Path(), help=each.meaning),
+        click.Option(["-j", "--jobs"], metavar=jobs.metavar, type=click.IntRange(min=1), help=count),
     ]
 
 

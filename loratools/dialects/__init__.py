@@ -31,7 +31,6 @@ from functools import cache
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
-from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, cast
 
 from loratools.adapter.model import Adapter, Loss
@@ -42,7 +41,7 @@ from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.read_as import ReadAs, check_alpha, check_told, told
 from loratools.dialects._frame.values import HasAdapter, InMemory, is_pair, is_saved
 from loratools.errors import InvalidOption, LoraToolsError, UnknownKind
-from loratools.options import Options
+from loratools.options import Options, modules_in
 
 if TYPE_CHECKING:
     from loratools.storage.checkpoint import Checkpoint
@@ -62,7 +61,7 @@ def names() -> tuple[str, ...]:
         >>> "peft" in names(), "_frame" in names()
         (True, False)
     """
-    return tuple(sorted(module.name for module in iter_modules(__path__) if not module.name.startswith("_")))
+    return tuple(modules_in(__path__))
 
 
 @cache

@@ -17,13 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from pkgutil import iter_modules
 from typing import Any, Protocol
 
 from loratools.adapter.basis import Basis
 from loratools.adapter.kinds._term import Device, DType, Refinable, Tensor, Term
 from loratools.adapter.site import Site
 from loratools.errors import UnknownKind
+from loratools.options import modules_in
 from loratools.storage.lazy import LazyTensor
 
 __all__ = [
@@ -235,7 +235,7 @@ class ByRows(Update, Protocol):
 @cache
 def names() -> tuple[str, ...]:
     """Return the names of all kinds, sorted."""
-    return tuple(sorted(module.name for module in iter_modules(__path__) if not module.name.startswith("_")))
+    return tuple(modules_in(__path__))
 
 
 @cache

@@ -24,12 +24,12 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from pkgutil import iter_modules
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from loratools.live.site import Site
+from loratools.options import modules_in
 
 
 class ModuleType(Protocol):
@@ -60,7 +60,7 @@ class ModuleType(Protocol):
 @cache
 def types() -> tuple[Any, ...]:
     """Return the files of all types of modules that factors act beside, sorted by name."""
-    names = sorted(module.name for module in iter_modules(__path__) if not module.name.startswith("_"))
+    names = modules_in(__path__)
     return tuple(import_module(f"{__name__}.{name}") for name in names if name != "whole")
 
 

@@ -10,10 +10,10 @@ A file whose name begins with `_` is no kind: it holds sections that several hav
 from __future__ import annotations
 
 from importlib import import_module
-from pkgutil import iter_modules
 from typing import Protocol, cast
 
 from loratools.errors import InvalidOption
+from loratools.options import modules_in
 from loratools.reports.page import Page
 from loratools.reports.subjects import Subjects
 
@@ -39,7 +39,7 @@ def names() -> tuple[str, ...]:
         >>> "adapter" in names()
         True
     """
-    return tuple(sorted(module.name for module in iter_modules(__path__) if not module.name.startswith("_")))
+    return tuple(modules_in(__path__))
 
 
 def get(name: str) -> Kind:

@@ -20,7 +20,6 @@ the end it is written to the disk itself, and renamed.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -118,6 +117,8 @@ def new_output(target: Path, name: str, *, force: bool = False) -> Iterator[Path
 
 def free_space(target: Path) -> int:
     """Return the bytes that are free on the disk of an output."""
+    import shutil
+
     return shutil.disk_usage(target.absolute().parent).free
 
 

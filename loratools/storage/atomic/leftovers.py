@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -76,6 +75,8 @@ def _sweep(leftover: Path, owner: Path, target: Path) -> None:
 def remove(path: Path) -> None:
     """Delete a file or a folder if it is there, as far as it can be deleted."""
     if path.is_dir() and not path.is_symlink():
+        import shutil
+
         shutil.rmtree(path, ignore_errors=True)
     else:
         with suppress(FileNotFoundError):

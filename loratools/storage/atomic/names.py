@@ -11,14 +11,13 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from unicodedata import normalize
 
 from loratools.errors import BadFile
 
 WINDOWS = os.name == "nt"
 """Whether names are written here that Windows must be able to write."""
 
-_DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])", re.IGNORECASE)
+_DEVICE = r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])"
 _NEVER = re.compile(r'[<>:"|?*\\\x00-\x1f]')
 _LONGEST = 255
 
@@ -30,7 +29,7 @@ def fault(name: str) -> str | None:
             return f"{match[0]!r} is in no name there"
         if part != part.rstrip(". ") and part not in (".", ".."):
             return "a dot or a space at the end of a name is lost there"
-        if _DEVICE.fullmatch(part.split(".")[0].rstrip(" ")):
+        if re.fullmatch(_DEVICE, part.split(".")[0].rstrip(" "), re.IGNORECASE):
             return f"{part.split('.')[0]} is a device there"
         if len(part.encode("utf-16-le")) // 2 > _LONGEST:
             return f"a name has at most {_LONGEST} characters"
@@ -46,6 +45,8 @@ def faults(names: Iterable[str]) -> list[str]:
 
 def clashes(names: Iterable[str]) -> list[list[str]]:
     """Return the names that systems take for one which do not tell upper from lower case."""
+    from unicodedata import normalize
+
     alike: dict[str, list[str]] = {}
     for name in sorted(set(names)):
         alike.setdefault(normalize("NFC", name).casefold(), []).append(name)

@@ -30,11 +30,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from pkgutil import iter_modules
 from typing import Any
 
 from loratools.adapter.kinds import Update
 from loratools.dialects._frame.numbers import is_number
+from loratools.options import modules_in
 from loratools.storage.lazy import LazyTensor
 
 Test = Callable[[Any], bool]
@@ -170,7 +170,7 @@ def rank(default: int) -> Field:
 @cache
 def names() -> tuple[str, ...]:
     """Return the types that are read here, as `peft_type` spells them, sorted."""
-    return tuple(sorted(module.name.upper() for module in iter_modules(__path__) if not module.name.startswith("_")))
+    return tuple(name.upper() for name in modules_in(__path__))
 
 
 @cache

@@ -15,11 +15,10 @@ others look at single elements of ΔW and so need one module's matrix, which `_d
 from __future__ import annotations
 
 from importlib import import_module
-from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Protocol, cast
 
 from loratools.errors import UnknownKind
-from loratools.options import either
+from loratools.options import either, modules_in
 from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Terms
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ class Method(Protocol):
 
 def names() -> tuple[str, ...]:
     """Return the names of all methods, sorted."""
-    return tuple(sorted(module.name for module in iter_modules(__path__) if not module.name.startswith("_")))
+    return tuple(modules_in(__path__))
 
 
 def get(name: str) -> Method:

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from itertools import chain
-from pkgutil import iter_modules
 from typing import Literal, cast
 
 from loratools.adapter.naming.image.components import COMPONENTS
 from loratools.adapter.naming.image.patterns import Patterns
+from loratools.options import modules_in
 
 Naming = Literal["original", "diffusers"]
 
@@ -162,7 +162,7 @@ def within(original: str, diffusers: str, renames: Mapping[str, str]) -> dict[st
 @cache
 def names() -> tuple[str, ...]:
     """Return the names of all families, sorted."""
-    return tuple(sorted(module.name for module in iter_modules(__path__) if not module.name.startswith("_")))
+    return tuple(modules_in(__path__))
 
 
 @cache
