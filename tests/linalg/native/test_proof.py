@@ -140,6 +140,19 @@ def test_elements_are_judged_as_fractions_judge_them(
     assert 0 < made[0].wrong < before.size
 
 
+@pytest.mark.parametrize("of_change", [False, True])
+@pytest.mark.parametrize("width", proof.widths())
+def test_a_unit_of_the_change_is_allowed_where_numbers_cancel(width: int, of_change: bool) -> None:
+    """W + ΔW = 2^-10 of numbers near 1: half a unit of ΔW is many units of the result."""
+    W, change = np.full((2, 20), 1.0), np.full((2, 20), 2.0**-10 - 1)
+    result = np.full((2, 20), 2.0**-10 + 2.0**-9)
+    found = proof.compare(
+        narrow(W.astype(np.float32), "BF16"), narrow(result.astype(np.float32), "BF16"), ("BF16", "BF16"), change,
+        proof.Rule(False, 1.0, 2.0**-7, of_change=of_change), width=width,
+    )  # fmt: skip
+    assert (found.wrong, found.far) == (40, 0 if of_change else 40)
+
+
 @pytest.mark.parametrize("width", proof.widths())
 def test_some_rows_and_columns_are_compared(width: int) -> None:
     before, after, W, result = pair((20, 90), ("F16", "F16"))
