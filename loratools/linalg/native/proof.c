@@ -2,7 +2,7 @@
  *
  * `surgery/verify` has the formulas, also in NumPy, which gives the same up to the order of its sums; here that order is
  * one for all widths of vectors. Nothing is shared with what merges (rows.c), so that no fault of it can hide here.
- * `proof.h` has what depends on the vectors of a processor. C for its speed alone.
+ * `proof.h` has what depends on the vectors of a processor, `passes.h` reads files. C for its speed alone.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -77,6 +77,10 @@ void loratools_compare(Elements *at, size_t width) { width == 8 ? compare_8(at) 
 size_t loratools_proof_width(void) { return 2; }
 void loratools_measure(Region *at, size_t width) { (void)width, measure_2(at); }
 void loratools_compare(Elements *at, size_t width) { (void)width, compare_2(at); }
+#endif
+
+#if defined(__unix__) || defined(__APPLE__)
+#include "passes.h"
 #endif
 
 /* Whoever calls checks that it means the same fields. */

@@ -6,6 +6,7 @@ It is compiled when the package is installed, where there is a C compiler. `avai
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +18,7 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[Any]]
 
 LIBRARY = Path(__file__).with_name("libproof.so")
-PROBES = 16  # as in proof.c
+PROBES, BYTES, ROWS = 16, 1 << 17, 8  # as in proof.c and passes.h
 DTYPES = {"BF16": 0, "F16": 1, "F32": 2}
 _POINTERS, _SIZES = ("before", "after"), ("before_dtype", "after_dtype", "stride", "rows", "columns")
 
@@ -50,6 +51,22 @@ class _Elements(ctypes.Structure):
     )
 
 
+class _Pass(ctypes.Structure):
+    """The same fields, in the same order, as `Pass` in passes.h, where they are explained."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64 * 2) for name in ("files", "starts")),
+        ("memory", ctypes.c_void_p * 2),
+        ("region", _Region),
+        ("kept", ctypes.c_void_p),
+        ("count", ctypes.c_size_t),
+        ("stored", ctypes.c_void_p * 2),
+        ("which", ctypes.c_size_t),
+        ("ended", ctypes.c_int64),
+        ("error", ctypes.c_uint32),
+    )
+
+
 @cache
 def _library() -> tuple[Any, int]:
     """Return the compiled library and the numbers of its widest vectors; None and 0 where it does not serve."""
@@ -65,6 +82,9 @@ def _library() -> tuple[Any, int]:
     for name in ("measure", "compare"):
         function: Any = getattr(library, f"loratools_{name}")
         function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_size_t], None
+    if hasattr(library, "loratools_pass"):
+        library.loratools_pass_size.restype = ctypes.c_size_t
+        library.loratools_pass.argtypes = [ctypes.c_void_p, *[ctypes.c_size_t] * 3]
     return library, int(library.loratools_proof_width())
 
 
@@ -180,6 +200,74 @@ def compare(
     )  # fmt: skip
     _call(lambda library: library.loratools_compare, call, width)
     return Found(call.wrong, call.far, call.actual, call.expected, call.total)
+
+
+def passes() -> bool:
+    """Tell whether `Pass` serves: the C code is there, and this system reads files as it does."""
+    library, width = _library()
+    return width > 0 and hasattr(library, "loratools_pass") and library.loratools_pass_size() == ctypes.sizeof(_Pass)
+
+
+class Pass:
+    """A way through one tensor of two models, which reads it from both files and measures it.
+
+    Args:
+        files: The descriptors, before and after.
+        starts: The byte at which the tensor begins in each.
+        dtypes: BF16, F16 or F32, of each.
+        X: Probes in float64, contiguous, (columns, 16).
+        Y: Float64, contiguous, (rows of the tensor, 16): products are added to it as `measure` does.
+        kept: Numbers of columns, uint32, of which the stored bits are kept.
+        memory: For each model an array of `room_for` bytes, which a call overwrites.
+
+    Raises:
+        ValueError: Arrays do not go together.
+    """
+
+    def __init__(
+        self, files: tuple[int, int], starts: tuple[int, int], dtypes: tuple[str, str], X: Array, Y: Array, kept: Array,
+        memory: tuple[Array, Array],
+    ) -> None:  # fmt: skip
+        columns = len(X)
+        probes = [(array.shape[1:], array.dtype.name, array.flags.c_contiguous) for array in (X, Y)]
+        room = min(array.nbytes for array in memory)
+        if probes != [((PROBES,), "float64", True)] * 2 or room < room_for(columns, dtypes):
+            raise ValueError(f"probes {probes} and memory of {room} bytes do not go together")
+        if kept.dtype != np.uint32 or (len(kept) and kept.max() >= columns):
+            raise ValueError(f"the columns to keep are not uint32, or none of {columns}")
+        kept = np.ascontiguousarray(kept)
+        first, second = (DTYPES[dtype] for dtype in dtypes)
+        region = _Region(None, None, first, second, columns, 0, columns, _at(X), _at(Y))
+        sides = ctypes.c_int64 * 2
+        self._pass = _Pass(
+            sides(*files), sides(*starts), (ctypes.c_void_p * 2)(*map(_at, memory)), region, _at(kept), len(kept)
+        )
+        self._bits = [np.dtype(np.uint32 if dtype == "F32" else np.uint16) for dtype in dtypes]
+        self._held = (X, Y, kept, memory)  # what C has pointers to
+
+    def rows(self, first: int, count: int, *, width: int | None = None) -> tuple[float, int, Array, Array]:
+        """Measure so many rows from `first` on; return what `measure` does, and the bits that are kept of both.
+
+        These are (count, kept). Raises `OSError` as reading does, and where a file ends too early `EOFError` with 0 or
+        1, for the file before or after, and the byte at which it ended; `ValueError` for rows that are not there.
+        """
+        call, rows = self._pass, len(self._held[1])
+        if first < 0 or count < 0 or first + count > rows:
+            raise ValueError(f"rows [{first}, {first + count}) are not all among {rows}")
+        stored = [np.empty((count, call.count), bits) for bits in self._bits]
+        call.stored = (ctypes.c_void_p * 2)(*map(_at, stored))
+        library, widest = _library()
+        how = library.loratools_pass(ctypes.byref(call), first, count, width or widest)
+        if how == 2:
+            raise EOFError(call.which, call.ended)
+        if how:
+            raise OSError(call.error, os.strerror(call.error))
+        return call.region.squares, call.region.differing, stored[0], stored[1]
+
+
+def room_for(columns: int, dtypes: tuple[str, str]) -> int:
+    """Return the bytes of memory that `Pass` takes for each model."""
+    return max(BYTES, ROWS * columns * (4 if "F32" in dtypes else 2))
 
 
 def _call(function: Callable[[Any], Any], call: ctypes.Structure, width: int | None) -> None:

@@ -11,6 +11,7 @@ was made to hide from the probes of one seed is an error like any other to those
 
     tensors   judge one tensor, changed or not
     probes    the vectors, and what a change is and should be along them
+    tiles     read both tensors, tile by tile
     formulas  the arithmetic on a tile of both models, in NumPy, or in C where it serves
     beside    judge everything else in the model's folder
     run       judge by running the models, which shares no reading, naming or orientation with `merge`

@@ -205,12 +205,14 @@ def _projected(plan: MergePlan, group: _Group, X: torch.Tensor, source: TensorSp
 
 
 def compare(
-    tally: Tally, probe: Probe, rows: slice, before: Array, after: Array, stored: tuple[str, str], once: bool
-) -> None:
+    tally: Tally, probe: Probe, rows: slice, before: Array, after: Array, stored: tuple[str, str], once: bool, *,
+    picked: bool = False,
+) -> None:  # fmt: skip
     """Compare the known elements in these rows of the site with `before + change`, rounded; all are bits as `stored`.
 
     One unit in the last place is allowed: of the result or of the change. Where all was rounded only `once`, a number
     of a short dtype may be its neighbour only if the exact sum lies between the two as nearly as float32 can tell.
+    `picked` says that the bits are those of the known columns alone.
     """
     from loratools.surgery.verify import formulas
 
@@ -219,7 +221,7 @@ def compare(
         first, last = (int(place) for place in probe.known.searchsorted([rows.start, rows.stop]))
         change, places = probe.change(slice(first, last)), {"rows": probe.known[first:last] - rows.start}
     else:
-        change, places = probe.change(rows), {"columns": probe.known}
+        change, places = probe.change(rows), {} if picked else {"columns": probe.known}
     width, ties = 2.0 ** -dtypes.MANTISSA[dtype], TIES[dtype] < 1
     if once and ties:
         rule = formulas.Rule(True, probe.reach, SUMS * 2.0**-24)

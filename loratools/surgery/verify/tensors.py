@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
-from loratools.adapter.site import Site
 from loratools.engine.plan import MergePlan
 from loratools.parallel import Progress
 from loratools.storage import dtypes, files
 from loratools.storage.codecs import Encoding
 from loratools.storage.header import TensorSpec
 from loratools.surgery.verify import probes as probing
+from loratools.surgery.verify.tiles import TILE, survey
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 _SLACK = {"BF16": 1.02, "F16": 1.02, "F32": 8.0, "F64": 8.0}
 # The estimate of an error of rank k from PROBES·k numbers scatters; with this a right one of rank 1 is never beyond.
 _SCATTER = 1.2
-_TILE = 1 << 20
 _HALF, _SURE = 0.5, 4.0
 """The part of a change under which `merge` refuses to make codes, and standard deviations of an estimate of it."""
 
@@ -70,7 +68,7 @@ def same(base: TensorSpec, merged: TensorSpec, coded: bool, progress: Progress) 
         return False
     import torch
 
-    for _, _, (W, actual) in files.row_tiles((base, merged), 1, _TILE):
+    for _, _, (W, actual) in files.row_tiles((base, merged), 1, TILE):
         infinite = torch.isinf(actual) & ~torch.isinf(W)
         equal = (W.to(actual.dtype) == actual) | (torch.isnan(W) & torch.isnan(actual))
         if bool(infinite.any()) or not bool(equal.all()):
@@ -83,49 +81,14 @@ def check(plan: MergePlan, name: str, merged: TensorSpec, exact: bool, seed: int
     """Compare one changed tensor with its base and the adapters."""
     import numpy as np
 
-    from loratools.storage.codecs.floats import unsigned, widen
-    from loratools.surgery.verify.formulas import measure
-
     source, bound = plan.changes[name].source, 2.0 ** -dtypes.MANTISSA.get(merged.dtype, 0)
     if merged.encoding:
         bound = _of_codes(merged)
     if merged.shape != source.shape or merged.dtype not in dtypes.MANTISSA:
         return TensorCheck(name, float("inf"), float("inf"), bound, 0.0, False)
     probes = probing.draw(plan, name, exact, seed)
-    matrix, stored = probes[0].site.matrix, (source.dtype, merged.dtype)
-    apart = _apart([probe.site for probe in probes])
-    everywhere = apart and sum(prod(probe.site.shape) for probe in probes) == source.parameters
-    norm, strays, strays2, beside2, tally = 0.0, 0, 0.0, 0.0, probing.Tally()
-    for start, count, pieces in files.row_pieces((source, merged), matrix[1], _TILE):
-        before, after = (
-            np.frombuffer(piece, unsigned(dtype)).reshape(count, matrix[1])
-            for piece, dtype in zip(pieces, stored, strict=True)
-        )
-        places = [
-            (probe, (rows[0], slice(*probe.site.columns)), rows[1])
-            for probe in probes
-            if (rows := probe.site.overlap(start, start + count))
-        ]
-        squares, differing = 0.0, 0
-        for probe, in_tile, in_site in places:
-            old, new = before[in_tile], after[in_tile]
-            more = probe.take(old, new, stored, in_site)
-            squares, differing = squares + more[0], differing + more[1]
-            probing.compare(tally, probe, in_site, old, new, stored, exact)
-        if not everywhere:
-            squares, of_all = measure(before, after, stored)
-            if apart and not merged.encoding:
-                strays += of_all - differing
-            else:
-                outside = [widen(bits, dtype, np.float64) for bits, dtype in zip((before, after), stored, strict=True)]
-                for _, in_tile, _ in places:
-                    outside[0][in_tile] = outside[1][in_tile] = 0
-                with np.errstate(invalid="ignore", over="ignore"):
-                    delta = outside[1] - outside[0]
-                    strays += int(np.count_nonzero(delta))
-                    strays2, beside2 = strays2 + float((delta**2).sum()), beside2 + float((outside[0] ** 2).sum())
-        norm += squares
-        progress(before.size * merged.nbytes // max(1, merged.parameters))
+    sums = survey(source, merged, probes, exact, progress)
+    norm, strays, tally = sums.squares, sums.strays, sums.tally
 
     def mean(of: Callable[[probing.Probe], Array]) -> float:
         with np.errstate(invalid="ignore", over="ignore"):
@@ -140,7 +103,7 @@ def check(plan: MergePlan, name: str, merged: TensorSpec, exact: bool, seed: int
     around_zero = dtypes.smallest(merged.dtype) / 2 * (merged.parameters / norm) ** 0.5 if norm else 0.0
     if merged.encoding:
         # Codes that share a scale with changed ones may be others for that.
-        strays, within = 0, of_weight <= bound and strays2 <= bound**2 * beside2
+        strays, within = 0, of_weight <= bound and sums.strays2 <= bound**2 * sums.beside2
     elif exact:
         within = tally.far == 0 and tally.wrong <= 1 + tally.compared * probing.TIES[merged.dtype]
     else:
@@ -153,17 +116,6 @@ def check(plan: MergePlan, name: str, merged: TensorSpec, exact: bool, seed: int
         name, of_change, of_weight, bound, applied, within and strays == 0, mismatched, bool(merged.encoding), expected,
         scatter2,
     )  # fmt: skip
-
-
-def _apart(sites: Sequence[Site]) -> bool:
-    """Tell whether no two sites share an element."""
-    open_sites: list[Site] = []
-    for site in sorted(sites, key=lambda site: site.rows[0]):
-        open_sites = [other for other in open_sites if other.rows[1] > site.rows[0]]
-        if any(site.meets(other) for other in open_sites):
-            return False
-        open_sites.append(site)
-    return True
 
 
 def with_change(checks: Iterable[TensorCheck]) -> tuple[TensorCheck, ...]:

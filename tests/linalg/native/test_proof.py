@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -194,3 +195,54 @@ def test_arrays_that_do_not_go_together_are_refused() -> None:
             proof.measure(before, after, ("BF16", "BF16"), *wrong)
     with pytest.raises(ValueError, match="do not go together"):
         proof.measure(before, after[:3], ("BF16", "BF16"))
+
+
+@pytest.mark.skipif(not proof.passes(), reason="no file is read in C here")
+@pytest.mark.parametrize("shape", [(64, 300), (3, 5), (900, 1030), (70, 20000)])
+@pytest.mark.parametrize("dtypes", PAIRS, ids="-".join)
+def test_a_pass_measures_what_is_in_both_files(shape: tuple[int, int], dtypes: tuple[str, str], tmp_path: Path) -> None:
+    """In two calls, at every width; some columns are kept; in each file the tensor begins elsewhere."""
+    before, after, W, result = pair(shape, dtypes)
+    rows, columns = shape
+    X = np.random.default_rng(1).standard_normal((columns, proof.PROBES))
+    kept = np.array(sorted({0, columns // 3, columns - 1}), np.uint32)
+    starts, room = (8, 24), proof.room_for(columns, dtypes)
+    for name, start, bits in (("before", 8, before), ("after", 24, after)):
+        (tmp_path / name).write_bytes(bytes(start) + bits.tobytes() + b"more")
+    made = []
+    with (tmp_path / "before").open("rb") as ours, (tmp_path / "after").open("rb") as theirs:
+        for width in proof.widths():
+            Y, memory = np.zeros((rows, proof.PROBES)), (np.empty(room, np.uint8), np.empty(room, np.uint8))
+            way = proof.Pass((ours.fileno(), theirs.fileno()), starts, dtypes, X, Y, kept, memory)
+            half = rows // 2
+            parts = [way.rows(0, half, width=width), way.rows(half, rows - half, width=width)]
+            made.append((parts[0][0], parts[1][0], Y.tobytes()))
+            assert sum(part[0] for part in parts) == pytest.approx(float((result**2).sum()), rel=1e-13)
+            assert sum(part[1] for part in parts) == int((result != W).sum())
+            for stored, bits in ((2, before), (3, after)):
+                np.testing.assert_array_equal(np.concatenate([part[stored] for part in parts]), bits[:, kept])
+            np.testing.assert_allclose(Y, (result - W) @ X, rtol=0, atol=1e-11)
+            with pytest.raises(ValueError, match="not all among"):
+                way.rows(half, rows, width=width)
+    assert len(set(made)) == 1
+
+
+@pytest.mark.skipif(not proof.passes(), reason="no file is read in C here")
+def test_a_file_that_ends_is_told(tmp_path: Path) -> None:
+    files, X, Y = [tmp_path / "before", tmp_path / "after"], np.zeros((16, proof.PROBES)), np.zeros((9, proof.PROBES))
+    none, room = np.zeros(0, np.uint32), proof.room_for(16, ("F16", "F16"))
+    for which in (0, 1):
+        for number, path in enumerate(files):
+            path.write_bytes(bytes(10 + 9 * 32 - (number == which)))
+        with files[0].open("rb") as ours, files[1].open("rb") as theirs:
+            memory = (np.empty(room, np.uint8), np.empty(room, np.uint8))
+            way = proof.Pass((ours.fileno(), theirs.fileno()), (10, 10), ("F16", "F16"), X, Y, none, memory)
+            with pytest.raises(EOFError) as end:
+                way.rows(0, 9)
+            assert end.value.args == (which, 10 + 9 * 32 - 1)
+    way = proof.Pass((-1, -1), (0, 0), ("F16", "F16"), X, Y, none, memory)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        way.rows(0, 9)
+    for wrong in ((X[:, :3], Y, none, memory), (X, Y, np.array([16], np.uint32), memory), (X, Y, none, (X, X))):
+        with pytest.raises(ValueError, match=r"do not go together|not uint32"):
+            proof.Pass((0, 0), (0, 0), ("F16", "F16"), *wrong)
