@@ -28,6 +28,11 @@ typedef struct {
     const float *by_row, *by_column;         /* what W' is divided by first, or NULL */
 } Step;
 
+/* Numbers of a row, by `mask` from a column on, of which a sum in float32 does not tell what they are rounded to. */
+typedef struct {
+    uint32_t row, column, mask;
+} Doubt;
+
 /* The same fields, in the same order, as `_Tile` in residual.py. */
 typedef struct {
     const Step *steps; /* in the order in which they were made */
@@ -37,6 +42,7 @@ typedef struct {
     char *P;                          /* (rows, columns): memory, and the base where it is wanted */
     size_t source, dtype, start, rows, columns; /* `start` is the first row */
     float *numbers;                   /* memory for MOST_ROWS rows, columns rounded up to CHUNK */
+    Doubt *doubts;                    /* memory for one of each LANES of these */
     uint64_t *above;                  /* memory for a bit for each number, rows rounded up to CHUNK */
     uint8_t *planes;                  /* memory for MOST_PLANES rows of bits, `room` bytes each */
     size_t room;

@@ -120,8 +120,64 @@ static TARGET void NAMED(take_back, WIDTH)(const Step *step, size_t i, float *P,
     for (; row < rows; row++) NAMED(before, WIDTH)(step, i + row, P + row * stride, stride, 1);
 }
 
+/* Store predictions from element j on, rounded; return the bits of those that lie above what they were rounded to. */
+INLINE uint32_t NAMED(predicted, WIDTH)(char *P, size_t j, Vector number, int dtype)
+{
+    Vector rounded;
+    if (dtype == BF16) {
+        Bits bits = (Bits)number;
+        bits += 0x7fff + ((bits >> 16) & 1);
+        rounded = (Vector)(bits & 0xffff0000);
+        NAMED(cut, WIDTH)(P, j, bits);
+    } else {
+        NAMED(round_to, WIDTH)(P, j, number, dtype);
+        rounded = NAMED(widened, WIDTH)(P, j, dtype);
+    }
+    return NAMED(greater, WIDTH)(number, rounded);
+}
+
+/* Round the predictions of LANES columns of one row, from `column` on: W' at `after`, the results at P.
+ *
+ * `sums` are those of the step in float32; `open` tells where their error could change a result. `changed`, a constant,
+ * is 0 where nothing, or all, was taken back already. Returns the bits of those predictions that lie above what they
+ * were rounded to; `largest` gathers the largest bits met: magnitudes that are not finite exceed all others.
+ */
+INLINE uint32_t NAMED(settle, WIDTH)(
+    const Step *step, size_t i, size_t column, const char *after, const float *sums, char *P, uint32_t *open,
+    Bits *largest, int changed, int source, int dtype)
+{
+    enum { VECTORS = LANES / WIDTH };
+    const uint32_t bucket = dtype == BF16 ? ~0x7fffu : ~0xfffu; /* of a float32 between two results, or their middle */
+    Vector number[VECTORS];
+    uint32_t above = 0;
+    *open = 0;
+#pragma GCC unroll 8
+    for (int n = 0; n < VECTORS; n++) {
+        number[n] = NAMED(widened, WIDTH)(after, n * WIDTH, source);
+        if (changed) number[n] -= *(const Vector *)(sums + n * WIDTH);
+        Bits magnitude = (Bits)number[n] & 0x7fffffff;
+        *largest = NAMED(larger, WIDTH)(*largest, magnitude);
+    }
+    if (changed && step->row_error[i] && step->panel_error[column / LANES]) {
+        float error = step->row_error[i] * step->panel_error[column / LANES];
+        error += 0x1p-120f; /* more than all that is lost below the smallest floats */
+#pragma GCC unroll 8
+        for (int n = 0; n < VECTORS; n++) {
+            Vector size = (Vector)((Bits)number[n] & 0x7fffffff);
+            Vector least = size * (1 - 0x1p-22f) - error, most = size * (1 + 0x1p-22f) + error;
+            Bits differ = ((Bits)least - 1) ^ (Bits)most, all = {0};
+            if (dtype == F16) differ |= (Bits)((Integers)(Bits)least < 0x38800000); /* subnormal: another grid */
+            *open |= NAMED(having, WIDTH)(differ, all + bucket) << n * WIDTH;
+        }
+    }
+#pragma GCC unroll 8
+    for (int n = 0; n < VECTORS; n++)
+        above |= NAMED(predicted, WIDTH)(P, n * WIDTH, number[n], dtype) << n * WIDTH;
+    return above;
+}
+
 /* left·right from a column on, a multiple of WIDTH: exact in float64, rounded once. */
-static TARGET __attribute__((noinline)) Vector NAMED(exact, WIDTH)(const Step *step, size_t i, size_t column)
+INLINE Vector NAMED(exact, WIDTH)(const Step *step, size_t i, size_t column)
 {
     const double *left = step->left + i * step->rank;
     const double *right = step->right + column / LANES * LANES * step->rank + column % LANES;
@@ -143,59 +199,52 @@ static TARGET __attribute__((noinline)) Vector NAMED(exact, WIDTH)(const Step *s
     return numbers;
 }
 
-/* Round the predictions of LANES columns of one row, from `column` on: W' at `after`, the results at P.
- *
- * `sums` are those of the step in float32; where their error could change a result, they are made again. `changed`, a
- * constant, is 0 where nothing, or all, was taken back already. Returns the bits of those predictions that lie above
- * what they were rounded to; `largest` gathers the largest bits met: magnitudes that are not finite exceed all others.
- */
-INLINE uint32_t NAMED(settle, WIDTH)(
-    const Step *step, size_t i, size_t column, const char *after, const float *sums, char *P, Bits *largest,
-    int changed, int source, int dtype)
+/* Predict one number of a row again, from a sum in float64; return whether it lies above what it is rounded to. */
+INLINE uint64_t NAMED(once_more, WIDTH)(
+    const Step *step, size_t i, size_t column, const char *after, char *P, int source, int dtype)
 {
-    enum { VECTORS = LANES / WIDTH };
-    const uint32_t bucket = dtype == BF16 ? ~0x7fffu : ~0xfffu; /* of a float32 between two results, or their middle */
-    Vector number[VECTORS];
-    uint32_t above = 0, open = 0;
-#pragma GCC unroll 8
-    for (int n = 0; n < VECTORS; n++) {
-        number[n] = NAMED(widened, WIDTH)(after, n * WIDTH, source);
-        if (changed) number[n] -= *(const Vector *)(sums + n * WIDTH);
-        Bits magnitude = (Bits)number[n] & 0x7fffffff;
-        *largest = NAMED(larger, WIDTH)(*largest, magnitude);
-    }
-    if (changed && step->row_error[i] && step->panel_error[column / LANES]) {
-        float error = step->row_error[i] * step->panel_error[column / LANES];
-        error += 0x1p-120f; /* more than all that is lost below the smallest floats */
-#pragma GCC unroll 8
-        for (int n = 0; n < VECTORS; n++) {
-            Vector size = (Vector)((Bits)number[n] & 0x7fffffff);
-            Vector least = size * (1 - 0x1p-22f) - error, most = size * (1 + 0x1p-22f) + error;
-            Bits differ = ((Bits)least - 1) ^ (Bits)most, all = {0};
-            if (dtype == F16) differ |= (Bits)((Integers)(Bits)least < 0x38800000); /* subnormal: another grid */
-            open |= NAMED(having, WIDTH)(differ, all + bucket) << n * WIDTH;
-        }
-        if (open)
-            for (int n = 0; n < VECTORS; n++)
-                if (open >> n * WIDTH & ((1ull << WIDTH) - 1))
-                    number[n] = NAMED(widened, WIDTH)(after, n * WIDTH, source) -
-                                NAMED(exact, WIDTH)(step, i, column + n * WIDTH);
-    }
-#pragma GCC unroll 8
-    for (int n = 0; n < VECTORS; n++) {
-        Vector rounded;
-        if (dtype == BF16) {
-            Bits bits = (Bits)number[n];
-            bits += 0x7fff + ((bits >> 16) & 1);
-            rounded = (Vector)(bits & 0xffff0000);
-            NAMED(cut, WIDTH)(P, n * WIDTH, bits);
-        } else {
-            NAMED(round_to, WIDTH)(P, n * WIDTH, number[n], dtype);
-            rounded = NAMED(widened, WIDTH)(P, n * WIDTH, dtype);
-        }
-        above |= NAMED(greater, WIDTH)(number[n], rounded) << n * WIDTH;
-    }
+    const double *left = step->left + i * step->rank;
+    const double *right = step->right + column / LANES * LANES * step->rank + column % LANES;
+    double even = 0, odd = 0; /* any order does: nothing is rounded */
+    size_t k = 0;
+    for (; k + 2 <= step->rank; k += 2, right += 2 * LANES) even += left[k] * right[0], odd += left[k + 1] * right[LANES];
+    if (k < step->rank) even += left[k] * right[0];
+    char stored[4 * WIDTH] = {0}, rounded[2 * WIDTH];
+    memcpy(stored, after + column * (source == F32 ? 4 : 2), source == F32 ? 4 : 2);
+    Vector number = NAMED(widened, WIDTH)(stored, 0, source);
+    number -= (float)(even + odd);
+    uint64_t above = NAMED(predicted, WIDTH)(rounded, 0, number, dtype) & 1;
+    memcpy(P + column * 2, rounded, 2);
     return above;
+}
+
+/* Predict numbers of rows again of which float32 told too little: `i` is the first row among the step's. */
+INLINE void NAMED(resolve, WIDTH)(
+    const Step *step, size_t i, const Doubt *doubts, size_t count, const char *after, char *P, uint64_t *above,
+    size_t words, size_t columns, int source, int dtype)
+{
+    size_t size = source == F32 ? 4 : 2;
+    for (const Doubt *doubt = doubts; doubt < doubts + count; doubt++) {
+        const char *from = after + doubt->row * columns * size;
+        char *to = P + doubt->row * columns * 2;
+        uint64_t *word = above + doubt->row * words + doubt->column / CHUNK, bits = *word;
+        unsigned place = doubt->column % CHUNK;
+        if (__builtin_popcount(doubt->mask) > 4 && columns - doubt->column >= LANES) {
+            bits &= ~(0xffffffffull << place);
+            for (size_t j = doubt->column; j < doubt->column + LANES; j += WIDTH) {
+                Vector number = NAMED(widened, WIDTH)(from, j, source) - NAMED(exact, WIDTH)(step, i + doubt->row, j);
+                bits |= (uint64_t)NAMED(predicted, WIDTH)(to, j, number, dtype) << j % CHUNK;
+            }
+        } else {
+            for (uint32_t mask = doubt->mask; mask; mask &= mask - 1) {
+                unsigned n = (unsigned)__builtin_ctz(mask);
+                bits &= ~(1ull << (place + n));
+                bits |= NAMED(once_more, WIDTH)(step, i + doubt->row, doubt->column + n, from, to, source, dtype)
+                        << (place + n);
+            }
+        }
+        *word = bits;
+    }
 }
 
 /* Predict `count` rows, a constant where this is inlined, of 16 bit; `i` is the first of them among the step's.
@@ -204,10 +253,10 @@ INLINE uint32_t NAMED(settle, WIDTH)(
  */
 INLINE void NAMED(rows_of, WIDTH)(
     const Step *step, size_t i, const char *after, char *P, uint64_t *above, size_t words, size_t columns,
-    Bits *largest, int count, int changed, int source, int dtype)
+    Doubt *doubts, Bits *largest, int count, int changed, int source, int dtype)
 {
     enum { VECTORS = LANES / WIDTH };
-    size_t size = source == F32 ? 4 : 2;
+    size_t size = source == F32 ? 4 : 2, many = 0;
     float sums[TOGETHER][LANES];
     for (size_t first = 0; first < columns; first += LANES) {
         if (changed) {
@@ -223,30 +272,37 @@ INLINE void NAMED(rows_of, WIDTH)(
         for (int row = 0; row < count; row++) {
             const char *from = after + (row * columns + first) * size;
             char *to = P + (row * columns + first) * 2;
-            uint32_t bits;
+            uint32_t bits, open;
             if (columns - first >= LANES) {
-                bits = NAMED(settle, WIDTH)(step, i + row, first, from, sums[row], to, largest, changed, source, dtype);
+                bits = NAMED(settle, WIDTH)(
+                    step, i + row, first, from, sums[row], to, &open, largest, changed, source, dtype);
             } else { /* the last ones, with zeros after them */
                 char some[4 * LANES] = {0}, rounded[2 * LANES];
                 memcpy(some, from, (columns - first) * size);
                 bits = NAMED(settle, WIDTH)(
-                    step, i + row, first, some, sums[row], rounded, largest, changed, source, dtype);
+                    step, i + row, first, some, sums[row], rounded, &open, largest, changed, source, dtype);
                 bits &= (1u << (columns - first)) - 1;
+                open &= (1u << (columns - first)) - 1;
                 memcpy(to, rounded, (columns - first) * 2);
             }
             uint64_t *word = above + row * words + first / CHUNK;
             *word = first % CHUNK ? *word | (uint64_t)bits << LANES : bits;
+            if (changed) { /* without a branch: nobody can foretell it */
+                doubts[many] = (Doubt){(uint32_t)row, (uint32_t)first, open};
+                many += open != 0;
+            }
         }
     }
+    if (changed) NAMED(resolve, WIDTH)(step, i, doubts, many, after, P, above, words, columns, source, dtype);
 }
 
 /* Predict at most TOGETHER rows of 16 bit; without a `step` nothing is to be taken back. */
 INLINE void NAMED(some_rows, WIDTH)(
     const Step *step, size_t i, const char *after, char *P, uint64_t *above, size_t words, size_t columns,
-    Bits *largest, size_t count, int source, int dtype)
+    Doubt *doubts, Bits *largest, size_t count, int source, int dtype)
 {
     if (step && count == TOGETHER) {
-        NAMED(rows_of, WIDTH)(step, i, after, P, above, words, columns, largest, TOGETHER, 1, source, dtype);
+        NAMED(rows_of, WIDTH)(step, i, after, P, above, words, columns, doubts, largest, TOGETHER, 1, source, dtype);
         return;
     }
     size_t size = source == F32 ? 4 : 2;
@@ -254,8 +310,9 @@ INLINE void NAMED(some_rows, WIDTH)(
         const char *from = after + row * columns * size;
         char *to = P + row * columns * 2;
         uint64_t *bits = above + row * words;
-        if (step) NAMED(rows_of, WIDTH)(step, i + row, from, to, bits, words, columns, largest, 1, 1, source, dtype);
-        else NAMED(rows_of, WIDTH)(NULL, 0, from, to, bits, words, columns, largest, 1, 0, source, dtype);
+        if (step)
+            NAMED(rows_of, WIDTH)(step, i + row, from, to, bits, words, columns, doubts, largest, 1, 1, source, dtype);
+        else NAMED(rows_of, WIDTH)(NULL, 0, from, to, bits, words, columns, doubts, largest, 1, 0, source, dtype);
     }
 }
 
@@ -293,8 +350,8 @@ INLINE size_t NAMED(predict, WIDTH)(Tile *at, size_t i, char *P, uint64_t *above
         int divided = last && (last->by_row || last->by_column);
         if (dtype == (int)at->source && !divided) {
             NAMED(some_rows, WIDTH)(
-                last, last ? (row - last->first) / last->every : 0, after, P, above, words, columns, largest, count,
-                dtype, dtype);
+                last, last ? (row - last->first) / last->every : 0, after, P, above, words, columns, at->doubts,
+                largest, count, dtype, dtype);
             return count;
         }
         NAMED(widen, WIDTH)(after, count * columns, at->source, at->numbers);
@@ -318,8 +375,8 @@ INLINE size_t NAMED(predict, WIDTH)(Tile *at, size_t i, char *P, uint64_t *above
         }
     }
     NAMED(some_rows, WIDTH)(
-        last, last ? (row - last->first) / last->every : 0, (const char *)at->numbers, P, above, words, columns, largest, count, F32,
-        dtype);
+        last, last ? (row - last->first) / last->every : 0, (const char *)at->numbers, P, above, words, columns,
+        at->doubts, largest, count, F32, dtype);
     return count;
 }
 

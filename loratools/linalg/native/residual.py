@@ -45,7 +45,7 @@ class _Tile(ctypes.Structure):
         ("many", ctypes.c_size_t),
         *((name, ctypes.c_void_p) for name in ("after", "W", "P")),
         *((name, ctypes.c_size_t) for name in ("source", "dtype", "start", "rows", "columns")),
-        *((name, ctypes.c_void_p) for name in ("numbers", "above", "planes")),
+        *((name, ctypes.c_void_p) for name in ("numbers", "doubts", "above", "planes")),
         ("room", ctypes.c_size_t),
         *((name, ctypes.c_void_p) for name in ("at", "high", "packed")),
         ("packed_bytes", ctypes.c_size_t),
@@ -177,7 +177,7 @@ class Coded:
 
 
 class Coder:
-    """Codes tiles of one matrix and reads them, any number of threads at a time."""
+    """Codes tiles of one matrix and reads them; one thread at a time."""
 
     def __init__(self, products: Sequence[Product], columns: int, source: str, dtype: str) -> None:
         """Take what is to be taken back from merged numbers of dtype `source` to come near the base's, of `dtype`.
@@ -189,31 +189,43 @@ class Coder:
             raise ValueError(f"a product reaches beyond a matrix of {columns} columns")
         self._products = tuple(products)
         self._steps = (_Step * len(products))(*(part.call for part in products))
-        self._columns, self._source, self._dtype = columns, DTYPES[source], DTYPES[dtype]
-        self._unsigned = {source: np.dtype(np.uint32 if source == "F32" else np.uint16) for source in DTYPES}
-        self._types = self._unsigned[source], self._unsigned[dtype]
+        self._columns, self._room = columns, -1
+        self._types = tuple(np.dtype(np.uint32 if name == "F32" else np.uint16) for name in (source, dtype))
+        self._tile = _Tile(
+            steps=ctypes.addressof(self._steps), many=len(self._steps), source=DTYPES[source], dtype=DTYPES[dtype]
+        )
+        self._call = ctypes.byref(self._tile)
+        self._held: dict[str, Array] = {}
 
-    def _tile(self, after: Array, W: Array | None, start: int) -> _Tile:
-        """Return a call for the rows from `start` on, with memory for it."""
-        count, columns = len(after), self._columns
+    def _lay_out(self, after: Array, W: Array | None, start: int) -> _Tile:
+        """Return the call for the rows from `start` on, with memory for it."""
+        count, columns, tile = len(after), self._columns, self._tile
         if after.dtype != self._types[0] or (W is not None and (W.dtype, len(W)) != (self._types[1], count)):
             raise ValueError(f"tiles of {after.dtype} and {W if W is None else W.dtype} are not those of the tensors")
         if count % max(1, columns):
             raise ValueError(f"{count} numbers are not whole rows of {columns}")
-        rows = count // columns if columns else 0
-        if not self._products:  # nothing is said of rows
-            start, rows, columns = 0, 1, count
-        padded, memory = -(-columns // CHUNK) * CHUNK, _memory.of
-        room = count // 8 + _MORE
-        P = memory(f"P{self._dtype}", count, self._types[1])
-        return _Tile(
-            ctypes.addressof(self._steps), len(self._steps), _at(after), _at(W), _at(P), self._source, self._dtype,
-            start, rows, columns, _at(memory("numbers", MOST_ROWS * padded, np.float32)),
-            _at(memory("above", max(rows, MOST_ROWS) * padded // CHUNK, np.uint64)),
-            _at(memory("planes", MOST_PLANES * room, np.uint8)), room, _at(memory("at", count, np.uint32)),
-            _at(memory("high", count, np.uint32)), _at(memory("packed", MOST_PLANES * room, np.uint8)), 0,
-            _at(memory("raw", count // 2 + _MORE, np.uint8)), SPARSE, 0,
-        )  # fmt: skip
+        if count > self._room:
+            self._make_room(count)
+        tile.after, tile.W = _at(after), _at(W)
+        if self._products:
+            tile.start, tile.rows, tile.columns = start, count // columns if columns else 0, columns
+        else:  # nothing is said of rows
+            tile.start, tile.rows, tile.columns = 0, 1, count
+        return tile
+
+    def _make_room(self, count: int) -> None:
+        """Take this thread's memory for tiles of so many numbers."""
+        tile, columns = self._tile, self._columns if self._products else count
+        padded, words = -(-columns // CHUNK) * CHUNK, -(-columns // CHUNK)
+        rows, self._room, tile.room = max(count // max(1, columns), MOST_ROWS), count, count // 8 + _MORE
+        for name, size, dtype in (
+            ("P", count, self._types[1]), ("numbers", MOST_ROWS * padded, np.float32),
+            ("doubts", 3 * MOST_ROWS * (padded // LANES + 1), np.uint32), ("above", rows * words, np.uint64),
+            ("planes", MOST_PLANES * tile.room, np.uint8), ("at", count, np.uint32), ("high", count, np.uint32),
+            ("packed", MOST_PLANES * tile.room, np.uint8), ("raw", count // 2 + _MORE, np.uint8),
+        ):  # fmt: skip
+            self._held[name] = array = _memory.of(name, size, np.dtype(dtype))
+            setattr(tile, name, _at(array))
 
     def encode(self, W: Array, after: Array, start: int = 0, *, width: int | None = None) -> Coded | None:
         """Return what tells the base's rows from `start` on from their predictions.
@@ -227,16 +239,14 @@ class Coder:
         Returns:
             None where a prediction is NaN or infinite: then NumPy's formulas hold.
         """
-        tile = self._tile(after, W, start)
+        tile, held = self._lay_out(after, W, start), self._held
+        tile.raw = _at(held["raw"])
         library, widest = _library()
-        if library.loratools_encode(ctypes.byref(tile), width or widest):
+        if library.loratools_encode(self._call, width or widest):
             return None
         count, dtype = tile.exceptions, self._types[1]
-        raw = None
-        if tile.form == SPARSE:
-            raw = _memory.of("raw", count * (4 + dtype.itemsize), np.uint8).tobytes()
-        ranks = _memory.of("packed", tile.packed_bytes, np.uint8).tobytes()
-        return Coded(ranks, raw, _memory.of("at", count, np.uint32), _memory.of("high", count, np.uint32))
+        raw = held["raw"][: count * (4 + dtype.itemsize)].tobytes() if tile.form == SPARSE else None
+        return Coded(held["packed"][: tile.packed_bytes].tobytes(), raw, held["at"][:count], held["high"][:count])
 
     def decode(
         self, after: Array, ranks: Array, form: int, exceptions: int, raw: Array, start: int = 0, *,
@@ -260,13 +270,12 @@ class Coder:
         size = self._types[1].itemsize + (4 if form == SPARSE else 0)
         if len(raw) != exceptions * size or exceptions > len(after) or (form == DENSE and exceptions != len(after)):
             raise ValueError(f"{len(raw)} bytes are not {exceptions} exceptions of {len(after)} elements")
-        tile = self._tile(after, None, start)
+        tile = self._lay_out(after, None, start)
         if len(ranks) > MOST_PLANES * tile.room - _MORE:
             return None
-        packed = _memory.of("packed", len(ranks) + _MORE, np.uint8)
-        packed[: len(ranks)] = ranks
+        self._held["packed"][: len(ranks)] = ranks
         tile.packed_bytes, tile.raw, tile.form, tile.exceptions = len(ranks), _at(raw), form, exceptions
         library, widest = _library()
-        if library.loratools_decode(ctypes.byref(tile), width or widest):
+        if library.loratools_decode(self._call, width or widest):
             return None
-        return _memory.of(f"P{self._dtype}", len(after), self._types[1])
+        return self._held["P"][: len(after)]
