@@ -21,7 +21,7 @@ from loratools.engine.device import LANES, TILES, exact_products, kind_of, told_
 from loratools.engine.load import check_effect, is_wide, load_products, load_terms
 from loratools.engine.plan import Change, MergePlan, Recoded
 from loratools.engine.sealed import algorithms, compare
-from loratools.engine.task import Arithmetic, Restore, TensorResult, TensorTask
+from loratools.engine.task import Arithmetic, Restore, TensorResult, TensorTask, Watch
 from loratools.engine.tensor import run
 from loratools.engine.turns import Queue, Turns
 from loratools.linalg.native import available, why_not
@@ -56,10 +56,9 @@ Run = Callable[[TensorTask, Arithmetic], TensorResult]
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How to run: nothing here changes a byte of the output, but for `device` (`device.py` has the policy), and
-    `rounding`, `nearest` or `stochastic`, which draws by `seed`.
-
-    `before` has functions for tensors that are changed where they will lie in the output: each puts the base's bytes
-    there, unless an adapter replaces them.
+    `rounding`, `nearest` or `stochastic`, which draws by `seed`. `before` has functions for tensors that are
+    changed where they will lie in the output: each puts the base's bytes there, unless an adapter replaces them.
+    `watch` may return what sees a tensor's tiles, by its name and the descriptor of its file in the output.
     """
 
     threads: int
@@ -69,6 +68,7 @@ class Settings:
     rounding: str = "nearest"
     tile_bytes: int | None = None
     before: Mapping[str, Restore] = field(default_factory=dict)
+    watch: Callable[[str, int], Watch | None] | None = None
 
     @property
     def tile(self) -> int:
@@ -234,9 +234,10 @@ class _Job:
             before(target, slot.offset)
             if not change.placements and change.source.dtype == slot.dtype:
                 return TensorResult(slot.name)
+        watch = settings.watch(slot.name, target) if settings.watch and slot.name not in self.late else None
         task = TensorTask(
             slot.name, change.source, change.matrix, slot.dtype, target, slot.offset, algorithms(change),
-            settings.retention if change.placements else "off", settings.seed,
+            settings.retention if change.placements else "off", settings.seed, watch,
         )  # fmt: skip
         result = (self._in_torch if slot.name in self.late else self._in_c)(task, change)
         compare(self.plan, change, result)

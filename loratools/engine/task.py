@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 Restore = Callable[[int, int], None]
 """Puts the bytes of a base's tensor to where it will lie in the output: a file's descriptor, and an offset in it."""
 
+Watch = Callable[[memoryview, int], None]
+"""Sees each tile of a tensor as it was, once it is written changed: its bytes, and its first row; in order."""
+
 TILE = 1 << 20
 """Bytes of one tile, about: it is cut at whole rows."""
 
@@ -34,7 +37,7 @@ class TensorTask:
     """One output tensor: `source` bytes, seen as a `matrix`, stored as `dtype` at `offset` of the descriptor `target`.
 
     `hashes` are the algorithms by which the source is hashed on the way. `retention` is `sample`, `full` or `off`;
-    `seed` chooses the sample.
+    `seed` chooses the sample. `watch` is called where the source is not stored as codes, and keeps its dtype.
     """
 
     name: str
@@ -46,6 +49,7 @@ class TensorTask:
     hashes: Sequence[str] = ()
     retention: str = "sample"
     seed: int = 0
+    watch: Watch | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

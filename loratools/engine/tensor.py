@@ -88,6 +88,8 @@ def _tiles(
                         raise InterruptedError
                     changed = passage(room[: min(step, rows - start) * width], start, measured)
                     take(changed.raw)
+                    if task.watch:
+                        task.watch(changed.raw, start)
                     return changed
 
                 yield at_once

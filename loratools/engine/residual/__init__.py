@@ -9,8 +9,8 @@ metadata say how the base was laid out, and in which way each tensor is coded:
     direct      blocks alone: what a cast changed, or a tensor that was trained whole, is predicted to be as it now is
     stored      the base's bytes, deflated: where the merged model has nothing to predict them from
 
-Equal merges give equal residuals, whatever the number of threads. `keep` writes the file after a merge, and `restore`
-writes the base again from it.
+Equal merges give equal residuals, whatever the number of threads. `keep` writes the file after a merge, with
+what `meanwhile` coded while it ran, and `restore` writes the base again from it.
 `tiles` makes blocks and reads them, in C where that serves.
 """
 

@@ -7,10 +7,10 @@ import os
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -55,32 +55,42 @@ class Kept:
         return self.nbytes / self.touched if self.touched else 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Early:
+    """What was coded while the merge ran: for each tensor a place in `spool`, from and how many bytes."""
+
+    spool: BinaryIO
+    pieces: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
 def keep(
     plan: MergePlan, folder: Path, threads: int, progress: Progress = no_progress, *,
-    before: Mapping[str, Restore] | None = None, below: Residual | None = None,
+    before: Mapping[str, Restore] | None = None, below: Residual | None = None, early: Early | None = None,
 ) -> Kept:  # fmt: skip
     """Write the residual of a merge whose tensors are in `folder`, from the base and the result; return its size.
 
-    Needs a second look at every touched tensor, which the page cache still has. `before` restores, once more, tensors
-    of the base that were overwritten where they lay (`engine/run.py`); each passes through a temporary file. `below`
-    is the residual that they come from, which describes the files of the base.
+    Needs a second look at every touched tensor, which the page cache still has, but for those that are in `early`.
+    `before` restores, once more, tensors of the base that were overwritten where they lay (`engine/run.py`); each
+    passes through a temporary file. `below` is the residual that they come from, which describes the files of the base.
     """
     before, name = before or {}, residual_name(plan)
     stored = plan.base.stored or plan.base
-    lost = list(_lost(plan, stored, folder))
+    lost, pieces = list(lost_by(plan, stored, folder)), dict(early.pieces if early else {})
     with workers(threads) as pool, (folder / f".{name}.spool").open("w+b") as spool:
-        sizes, waiting, left = [], deque[Any](), iter(lost)
+        places, end, waiting = {tensor: early.spool.fileno() for tensor in pieces} if early else {}, 0, deque[Any]()
+        left = iter([tensor for tensor in lost if tensor.name not in pieces])
 
         def submit(tensor: Lost) -> Any:
             base, restore = stored.specs[tensor.name], before.get(tensor.name)
-            return pool.submit(_encode, tensor, base, progress, folder, restore)
+            return tensor.name, pool.submit(_encode, tensor, base, progress, folder, restore)
 
         waiting.extend(map(submit, islice(left, threads + 1)))
         while waiting:
-            blob = waiting.popleft().result()
+            tensor, future = waiting.popleft()
+            blob = future.result()
             waiting.extend(map(submit, islice(left, 1)))
-            sizes.append(len(blob))
-            spool.write(blob)
+            pieces[tensor], places[tensor] = (end, len(blob)), spool.fileno()
+            end += spool.write(blob)
         spool.flush()
         document = {
             "version": VERSION,
@@ -89,10 +99,14 @@ def keep(
             **(_described(plan, stored) if below is None else description(below.layout, below.indexes)),
         }
         metadata = {"residual": json.dumps(document, separators=(",", ":"), ensure_ascii=False)}
-        file = plan_file(name, [(o.name, "U8", (n,)) for o, n in zip(lost, sizes, strict=True)], metadata)
+        file = plan_file(name, [(each.name, "U8", (pieces[each.name][1],)) for each in lost], metadata)
         with files.descriptor(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as target:
             files.write_from(target, memoryview(file.header), 0)
-            files.copy_range(spool.fileno(), 0, sum(sizes), target, len(file.header))
+            at = len(file.header)
+            for tensor in lost:
+                start, size = pieces[tensor.name]
+                files.copy_range(places[tensor.name], start, start + size, target, at)
+                at += size
     (folder / f".{name}.spool").unlink()
     return Kept(file.size, sum(stored.specs[tensor.name].nbytes for tensor in lost))
 
@@ -123,7 +137,7 @@ def _described(plan: MergePlan, stored: Checkpoint) -> dict[str, Any]:
     return description(layout, indexes)
 
 
-def _lost(plan: MergePlan, stored: Checkpoint, folder: Path) -> Iterator[Lost]:
+def lost_by(plan: MergePlan, stored: Checkpoint, folder: Path) -> Iterator[Lost]:
     """Find the base's tensors that the output does not hold byte for byte, and what became of them.
 
     Codes, and what gives them their meaning, are kept as they are: they take a quarter of what they stand for.

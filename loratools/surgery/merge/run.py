@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,6 +28,7 @@ from loratools.surgery.merge.single import new_model
 
 if TYPE_CHECKING:
     from loratools.engine.residual.keep import Kept
+    from loratools.engine.residual.meanwhile import Meanwhile
 
 
 class Sink(Protocol):
@@ -96,7 +98,10 @@ def execute(
     if key:
         tell_others(prepared.output, key)
     output = prepared.output
-    with new_model(output, single=plan.single, force=options.force, key=key, durable=options.durable) as scratch:
+    with (
+        new_model(output, single=plan.single, force=options.force, key=key, durable=options.durable) as scratch,
+        _residual(plan, scratch, progress, wanted=options.keep_residual) as early,
+    ):
         whole = scratch / plan.files[0].name if plan.single else scratch
         sent = sink(whole) if sink else None
         journal = Journal(scratch, key) if key else None
@@ -115,7 +120,9 @@ def execute(
         progress(sum(file.size for file in plan.files if file.name in reused))
         write = replace(prepared, plan=remaining)
         try:
-            measured = write_tensors(write, scratch, progress, finished=finished if sent or journal else None)
+            measured = write_tensors(
+                write, scratch, progress, finished=finished if sent or journal else None, early=early
+            )
         except BaseException as error:
             if journal and not isinstance(error, LoraToolsError):  # which would come again
                 journal.tell_left(len(plan.files))
@@ -128,7 +135,7 @@ def execute(
         if options.rounding == "stochastic":
             record["rounding"] = {"method": options.rounding, "seed": options.seed}
         share = _keep_loss(plan, measured, scratch, options.keep_loss) if options.keep_loss else None
-        kept = _keep_residual(plan, scratch, threads, progress) if options.keep_residual else None
+        kept = _keep_residual(plan, scratch, threads, progress, early) if early else None
         if kept:
             stored = plan.base.stored or plan.base
             rest = {name: spec for name, spec in stored.specs.items() if name not in digests}
@@ -153,10 +160,22 @@ def _keep_loss(plan: MergePlan, measured: Measured, scratch: Path, rank: int) ->
     return loss.write(plan, measured.results, scratch, rank)
 
 
-def _keep_residual(plan: MergePlan, scratch: Path, threads: int, progress: Progress) -> Kept:
+@contextmanager
+def _residual(plan: MergePlan, scratch: Path, progress: Progress, *, wanted: bool) -> Iterator[Meanwhile | None]:
+    """Give what codes the residual of the merge beside it, if that is `wanted`."""
+    if not wanted:
+        yield None
+        return
+    from loratools.engine.residual.meanwhile import meanwhile
+
+    with meanwhile(plan, scratch, progress) as early:
+        yield early
+
+
+def _keep_residual(plan: MergePlan, scratch: Path, threads: int, progress: Progress, early: Meanwhile) -> Kept:
     from loratools.engine.residual.keep import keep
 
-    return keep(plan, scratch, threads, progress)
+    return keep(plan, scratch, threads, progress, early=early.early)
 
 
 def _execute_file(prepared: Merge, progress: Progress, size: int, sink: Callable[[Path], Sink] | None) -> MergeReport:
@@ -190,24 +209,33 @@ def _codes(plan: MergePlan) -> dict[str, TensorSpec]:
     return {name: module.specs[part] for module in modules for part, name in module.names.items()}
 
 
-def settings_of(prepared: Merge, before: Mapping[str, Restore] | None = None) -> Settings:
-    """Return how the engine is to run a merge; `before` is that of `Settings`."""
+def settings_of(
+    prepared: Merge, before: Mapping[str, Restore] | None = None, early: Meanwhile | None = None
+) -> Settings:
+    """Return how the engine is to run a merge; `early` codes a residual beside it, `before` is that of `Settings`."""
     options = prepared.options
     return Settings(
-        prepared.threads, options.computes_on, options.retention, options.seed, options.rounding, before=before or {}
+        prepared.threads,
+        options.computes_on,
+        options.retention,
+        options.seed,
+        options.rounding,
+        before=before or {},
+        watch=early.watch if early else None,
     )
 
 
 def write_tensors(
     prepared: Merge, scratch: Path, progress: Progress, *, before: Mapping[str, Restore] | None = None,
-    finished: Callable[[Path, list[TensorResult]], None] | None = None,
+    finished: Callable[[Path, list[TensorResult]], None] | None = None, early: Meanwhile | None = None,
 ) -> Measured:  # fmt: skip
     """Write the files of tensors of a merge into `scratch`, and return what was measured.
 
-    `before` is that of `Settings`, `finished` that of `write_weights`. Raises what `merge` raises of numbers.
+    `before` is that of `Settings`, `finished` that of `write_weights`; `early` codes the residual beside it.
+    Raises what `merge` raises of numbers.
     """
     _refuse_not_finite(prepared.plan)
-    results = write_weights(prepared.plan, scratch, settings_of(prepared, before), progress, finished)
+    results = write_weights(prepared.plan, scratch, settings_of(prepared, before, early), progress, finished)
     return Measured.of(prepared.plan, results)
 
 
