@@ -43,6 +43,7 @@ _SHOWN = 8  # patterns of one class in the text
 @options.option("--tight", is_flag=True)
 @options.option("--tolerance", type=float, default=6e-4, show_default=True)
 @options.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, more="Of the sketches.")
+@options.device_option
 @options.base_id_option
 @options.option("--modules", is_flag=True, more="Here: its certificate.")
 @options.option(
@@ -86,8 +87,8 @@ def command(talk: Talk, /, base: str, tuned: str, output: Path, **values: Any) -
     with talk.progress("extracting", before.nbytes + after.nbytes) as advance:
         extraction = extract(
             before, after, output, ranks, selection=selection, dtype=dtype, seed=values["seed"],
-            tolerance=values["tolerance"], tight=values["tight"], base_id=values["base_id"], threads=values["threads"],
-            force=values["force"], progress=advance,
+            tolerance=values["tolerance"], tight=values["tight"], device=values["device"], base_id=values["base_id"],
+            threads=values["threads"], force=values["force"], progress=advance,
         )  # fmt: skip
     talk.note(*extraction.notes)
     if extraction.dropped_energy > 0:

@@ -21,15 +21,11 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, nullcontext
 
 from loratools.engine.task import TILE
 from loratools.errors import NoDevice
 from loratools.parallel import one_torch_thread
-
-if TYPE_CHECKING:
-    import torch
 
 TILES = {"cpu": TILE, "cuda": 16 << 20, "mps": 16 << 20}
 """Bytes of one tile: in a core's cache, or large enough that starting a kernel costs nothing beside it."""
@@ -45,8 +41,8 @@ def kind_of(device: str) -> str:
     return device.partition(":")[0]
 
 
-def check(device: str) -> None:
-    """Raise `NoDevice` where torch has no such device, or cannot compute on it."""
+def check(device: str, *, wide: bool = False) -> None:
+    """Raise `NoDevice` where torch has no such device, or cannot compute on it; `wide` asks for float64 there."""
     kind, _, number = device.partition(":")
     if kind == "cpu":
         return
@@ -65,6 +61,10 @@ def check(device: str) -> None:
     if number and int(number) >= count:
         listed = "only cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
         raise NoDevice(f"device {device}: this machine has {listed}", hint="The first one has the number 0.")
+    if wide and kind == "mps":
+        raise NoDevice(
+            f"device {device}: it has no float64, which this needs", hint="Leave --device out, or use a CUDA device."
+        )
     if kind == "cuda":
         with told_plainly(device):  # a driver or a build that cannot compute shows at the first number
             torch.ones(1, device=device).add_(1).cpu()
@@ -112,11 +112,21 @@ def described(device: str) -> dict[str, str]:
 
 @contextmanager
 def exact_products(device: str) -> Iterator[None]:
-    """Keep products in full float32, and sums in one order, while the block runs; what was set before comes back."""
+    """Do what `computing` does, with one thread of torch in each worker: they share the cores already."""
+    with one_torch_thread(), computing(device):
+        yield
+
+
+@contextmanager
+def computing(device: str) -> Iterator[None]:
+    """Keep products in full float32, and sums in one order, while the block runs; what was set before comes back.
+
+    What torch says of the device is raised as `NoDevice`.
+    """
     from loratools.linalg.precision import full_float32
 
     order = one_order() if kind_of(device) == "cuda" else nullcontext()
-    with one_torch_thread(), full_float32(), order:  # the workers share the cores already
+    with told_plainly(device), full_float32(), order:
         yield
 
 
@@ -143,14 +153,3 @@ def _fill() -> bool:
     from torch.utils import deterministic
 
     return bool(deterministic.fill_uninitialized_memory)  # type: ignore[attr-defined]
-
-
-def lane(device: torch.device) -> Callable[[], AbstractContextManager[object]]:
-    """Return what opens a context in which a thread's work goes to one stream, its own; on the processor it does
-    nothing."""
-    import torch
-
-    if device.type != "cuda":
-        return nullcontext
-    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    return lambda: torch.cuda.stream(stream)

@@ -17,7 +17,7 @@ from loratools.decisions import decided, detailed
 from loratools.engine import stochastic
 from loratools.engine.arithmetic import native
 from loratools.engine.arithmetic.torch import TorchRows, Workspace
-from loratools.engine.device import LANES, TILES, exact_products, kind_of, told_plainly
+from loratools.engine.device import LANES, TILES, exact_products, kind_of
 from loratools.engine.load import check_effect, is_wide, load_products, load_terms
 from loratools.engine.plan import Change, MergePlan, Recoded
 from loratools.engine.sealed import algorithms, compare
@@ -127,7 +127,7 @@ def write_weights(
     restored = {name for name in settings.before if not plan.changes[name].replaced}
     job = _Job(plan, settings, progress, late, Event(), local())
     results: list[TensorResult] = []
-    with told_plainly(settings.device), workers(settings.workers) as pool:
+    with workers(settings.workers) as pool:
         for group in groups:
             with ExitStack() as descriptors:
                 try:

@@ -1,1 +1,1 @@
-"""Speed and memory, as ratios in one run. Never part of the tests: `python -m tests.benchmarks --help`."""
+"""Speed and memory, as ratios in one run: `python -m tests.benchmarks --help`. Only `gpu` has a test, of a small run."""

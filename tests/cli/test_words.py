@@ -100,7 +100,6 @@ WITHOUT: dict[str, dict[str, str]] = {
         "factors are small, and found in float64": "combine compare convert inspect report resize",
         "its bytes are those of the processor, which they have to be to undo a merge": "unmerge switch",
         "the same codes make the same numbers, bit by bit": "dequantize",
-        "its bits are promised for a seed": "extract-svd",
     },
     "--seed": {
         "it draws nothing": f"{NOTHING} convert dequantize edit estimate find hash inspect push pull resize unmerge "

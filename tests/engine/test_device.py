@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils import deterministic
 
 from loratools.engine.arithmetic import native
-from loratools.engine.device import LANES, TILES, check, exact_products, lane, told_plainly
+from loratools.engine.device import LANES, TILES, check, exact_products, told_plainly
+from loratools.engine.lane import Lane
 from loratools.errors import NoDevice
 from loratools.options import Device
 from loratools.surgery.merge import merge
@@ -206,5 +207,6 @@ def test_settings_of_torch_come_back() -> None:
 
 def test_the_processor_has_no_streams_and_needs_no_check() -> None:
     check("cpu")
-    with lane(torch.device("cpu"))() as stream:
+    with Lane.of("cpu").open() as stream:
         assert stream is None
+    assert Lane.of("cpu").send(there := torch.ones(2, 2)) is there

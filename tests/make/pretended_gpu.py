@@ -190,6 +190,12 @@ def pretended() -> Iterator[Log]:
 
         def synchronize(self) -> None: ...
 
+    class Event:
+        def record(self, stream: object = None) -> None: ...
+
+        def synchronize(self) -> None:
+            log.on_the_way()
+
     @contextmanager
     def stream(of: Stream | None) -> Iterator[None]:
         with Made(log):
@@ -200,6 +206,7 @@ def pretended() -> Iterator[Log]:
 
     changed: dict[str, Callable[..., Any]] = {
         "is_available": lambda: True, "device_count": lambda: COUNT, "Stream": Stream, "stream": stream,
+        "Event": Event,
         "get_device_name": lambda device=None: GPU, "get_device_properties": properties,
         "current_device": lambda: 0, "synchronize": lambda device=None: None, "empty_cache": lambda: None,
     }  # fmt: skip

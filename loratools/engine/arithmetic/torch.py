@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.adapter.kinds import Refinable, Term
 from loratools.adapter.site import Site
-from loratools.engine.device import TILES, lane
+from loratools.engine.device import TILES
+from loratools.engine.lane import Lane
 from loratools.engine.stochastic import Stochastic
 from loratools.engine.task import Changed, TensorTask, near_zero, not_finite
 from loratools.storage import dtypes
@@ -37,7 +38,7 @@ class Workspace:
     def __init__(self, device: torch.device, moves: bool | None = None) -> None:
         self.device, self.moves = device, device.type != "cpu" if moves is None else moves
         self.looks = self.moves and device.type != "mps"
-        self.lane = lane(device)
+        self.lane = Lane(device).open
         self._memory: dict[str, torch.Tensor] = {}
 
     def of(self, name: str, elements: int, dtype: torch.dtype) -> torch.Tensor:

@@ -166,12 +166,14 @@ class Krylov:
     def residual_edges(self) -> Tensor:
         """Return the max row norm + max column norm of D less the leading r-1 directions, for r = 1..k; (k,)."""
         if self._lines is None:
-            self._lines = line_sums(self.D)
+            rows, columns = line_sums(self.D)
+            self._lines = rows.cpu(), columns.cpu()
         Y, theta, V = self.leading(self.width)
-        rows, columns = Y * Y, V * V * theta.to(V.device)
+        # On the host: CUDA's running sums have no fixed order.
+        rows, columns = (Y * Y).cpu(), (V * V * theta.to(V.device)).cpu()
         rows = self._lines[0][:, None] - rows.cumsum(1) + rows
         columns = self._lines[1][:, None] - columns.cumsum(1) + columns
-        return (rows.amax(0).clamp_min(0).sqrt() + columns.amax(0).clamp_min(0).sqrt()).cpu()
+        return rows.amax(0).clamp_min(0).sqrt() + columns.amax(0).clamp_min(0).sqrt()
 
     def restart(self, rank: int) -> None:
         """Keep the `rank` leading directions only, and the last block's news; the iteration goes on from there."""

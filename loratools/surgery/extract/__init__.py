@@ -30,9 +30,10 @@ from loratools.adapter.identity import one_name
 from loratools.adapter.naming.selection import Selection
 from loratools.adapter.placement.codes import refuse_other_codes
 from loratools.decisions import decided, detailed, warned
+from loratools.engine.device import check as check_device
+from loratools.engine.device import computing
 from loratools.errors import IncompatibleAdapter, OutputRefused
 from loratools.format import manifest
-from loratools.linalg.precision import full_float32
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.options import Options
 from loratools.parallel import Progress, cores, no_progress
@@ -92,6 +93,7 @@ def extract(
     seed: int = 0,
     tolerance: float = 6e-4,
     tight: bool = False,
+    device: str | torch.device = "cpu",
     base_id: str | None = None,
     threads: int | None = None,
     force: bool = False,
@@ -118,6 +120,9 @@ def extract(
         seed: A whole number that chooses the random sketches. Default: 0.
         tolerance: By which share a layer's squared error may exceed the optimum, about. Default: 6e-4.
         tight: Whether to spend about as much again on bounds that are far tighter. Default: no.
+        device: Where changes are decomposed: `"cpu"`, `"cuda"`, `"cuda:1"` (the second GPU), or a device of torch; they
+            are read, and their norms taken, on the processor. On a GPU the last digits of factors differ, not the
+            accuracy, and the provenance says which GPU it was. Default: `"cpu"`.
         base_id: Name of the base model to record, such as `"org/model"`. Default: its repository and commit where it
             came from the Hub, else the name of its folder, or the one on the Hub that the fine-tune says it had.
         threads: Threads to work with; another number may change the last bits of factors. Default: one per core.
@@ -133,6 +138,7 @@ def extract(
         BadFile: A tensor has NaN or infinities, is quantized, or cannot be read.
         LoraToolsError: A pattern of `selection` names no module.
         OutputRefused: The output exists, or is an input.
+        NoDevice: The machine has no such device, it has no float64, or its memory is full.
         ValueError: A budget is too small for the lowest ranks.
 
     Example:
@@ -141,11 +147,12 @@ def extract(
         (14, True)
     """
     atomic.sweep(output)
-    options = ExtractOptions(ranks, dtype, seed, tolerance, tight, threads, force)
+    options = ExtractOptions(ranks, dtype, seed, tolerance, tight, device, threads, force)
     checked = Options().text("base_id", base_id)
     if not isinstance(selection, Selection | None):
         checked.problems.append(f"selection is {selection!r}; it can be a Selection or None")
     checked.done()
+    check_device(options.computes_on, wide=True)
     output, base, tuned = Path(output), logical(open_model(base)), logical(open_model(tuned))
     atomic.check_output(output, force=force)
     single = output.suffix == ".safetensors"
@@ -163,7 +170,7 @@ def extract(
     decided("%s beside %s: %s if they differ; sketches of seed %d, tolerance %g", tuned.path, base.path,
             ", ".join(f"{count} tensors {plan}" for plan, count in planned.items()), seed, tolerance)  # fmt: skip
     opened = atomic.new_files(output, (), force=force) if single else atomic.new_folder(output, force=force)
-    with opened as scratch, full_float32():
+    with opened as scratch, computing(options.computes_on):
         spool = Spool(scratch / ".factors")
         work = Sweep(base, tuned, pairing, options, spool, progress or no_progress, coded)
         outcomes, hashes = work.run(threads or cores())

@@ -10,8 +10,9 @@ from typing import Any
 from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.adapter.placement.owners import task_of
 from loratools.adapter.placement.shared import ties_of
+from loratools.engine.device import described
 from loratools.format import manifest
-from loratools.format.record import TOOL
+from loratools.format.record import ARITHMETIC, TOOL
 from loratools.storage.beside.links import refuse_outside
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import stored_names
@@ -195,7 +196,7 @@ def _step(
         "tensors": counts | {"missing": len(pairing.missing)},
         "dropped_energy": float(f"{dropped_energy(outcomes):.6g}"),
         "certificate": to_json(layers),
-    }  # fmt: skip
+    } | ({ARITHMETIC: on} if (on := described(options.computes_on)) else {})  # fmt: skip
     inputs: tuple[Mapping[str, Any], ...] = ({"digest": identity.root}, {"digest": tuned_root})
     return Step("extract-svd", TOOL, parameters, inputs, options.seed)
 

@@ -8,10 +8,11 @@ and ones, which selects the tokens, and B (d, n): n·(V + d) numbers where the w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from loratools.engine.lane import Lane
 from loratools.errors import LoraToolsError
 from loratools.linalg.factored import rounding2
 from loratools.linalg.ranks.noise import rounding_edge
@@ -74,10 +75,10 @@ def factor(
     assert delta.D is not None
     D = delta.D.T if pair.transposed or pair.kind == "embedding" else delta.D
     rule = rule or _first_rule(tuned, shapes, options)
-    svd = _decompose(D, delta.norm2, rule, options)
+    svd, rounded2 = _decompose(D, delta.norm2, rule, options)
     return Factored(
         spool.add(*svd.factors()), tuple(svd.S.tolist()), _is_complete(svd.rank, D.shape, rule), svd.error2,
-        _stored2(D, svd, options.stored), svd.excess_estimate, svd.excess_bound,
+        rounded2, svd.excess_estimate, svd.excess_bound,
     )  # fmt: skip
 
 
@@ -96,8 +97,7 @@ def factor_stack(
         D = delta.D.T if delta.D is not None and pair.transposed else delta.D
         if D is None:
             return delta, None
-        svd = _decompose(D, delta.norm2, rule, options)
-        rounded2[e] = _stored2(D, svd, options.stored)
+        svd, rounded2[e] = _decompose(D, delta.norm2, rule, options)
         return delta, svd
 
     shown, energies = [], []
@@ -162,12 +162,22 @@ def _is_complete(rank: int, sides: Sequence[int], rule: RankRule) -> bool:
     return rank == min(sides) or (isinstance(rule, Fixed) and rank < rule.r)
 
 
-def _decompose(D: torch.Tensor, norm2: float, rule: RankRule, options: ExtractOptions) -> TruncatedSVD:
-    """Return the truncated SVD of a matrix, whose ‖D‖² is known, as the options ask for it."""
-    most, probe = options.rank_choice.maximum, options.tight
-    return truncated_svd(
-        D, rule, tolerance=options.tolerance, seed=options.seed, max_rank=most, probe=probe, norm2=norm2
-    )
+def _decompose(
+    D: torch.Tensor, norm2: float, rule: RankRule, options: ExtractOptions
+) -> tuple[TruncatedSVD, float]:
+    """Return the truncated SVD of a matrix, whose ‖D‖² is known, as the options ask for it; and what storing it costs.
+
+    It is made on the options' device, and is in the processor's memory then.
+    """
+    lane = Lane.of(options.computes_on)
+    with lane.open():
+        D = lane.send(D)
+        svd = truncated_svd(
+            D, rule, tolerance=options.tolerance, seed=options.seed, max_rank=options.rank_choice.maximum,
+            probe=options.tight, norm2=norm2,
+        )  # fmt: skip
+        rounded2 = _stored2(D, svd, options.stored)
+        return replace(svd, U=svd.U.cpu(), Vh=svd.Vh.cpu()), rounded2
 
 
 def _stored2(D: torch.Tensor, svd: TruncatedSVD, dtype: str) -> float:
@@ -175,7 +185,7 @@ def _stored2(D: torch.Tensor, svd: TruncatedSVD, dtype: str) -> float:
 
     Raises `LoraToolsError` where a factor has a number beyond the dtype.
     """
-    wanted, root = dtypes.to_torch(dtype), svd.S.sqrt()
+    wanted, root = dtypes.to_torch(dtype), svd.S.sqrt().to(D.device)
     B, A = (factor.to(wanted) for factor in svd.factors())
     if not (torch.isfinite(B).all() and torch.isfinite(A).all()):
         raise LoraToolsError(f"its factors have numbers beyond {dtype}; BF16 and F32 hold them (--dtype)")

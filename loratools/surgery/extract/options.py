@@ -25,6 +25,7 @@ class ExtractOptions:
     seed: int = 0
     tolerance: float = 6e-4
     tight: bool = False
+    device: str | torch.device = "cpu"
     threads: int | None = None
     force: bool = False
 
@@ -35,6 +36,7 @@ class ExtractOptions:
         checked.number("seed", self.seed, least=0)
         checked.real("tolerance", self.tolerance, lambda x: 0 < x < 1, "a share, above 0 and below 1")
         checked.flag("tight", self.tight)
+        object.__setattr__(self, "device", checked.device(self.device))
         checked.number("threads", self.threads, least=1, optional=True)
         checked.flag("force", self.force)
         checked.done()
@@ -43,6 +45,11 @@ class ExtractOptions:
     def rank_choice(self) -> Ranks:
         """`ranks` as it is held."""
         return Ranks.of(self.ranks)
+
+    @property
+    def computes_on(self) -> str:
+        """`device` by its name."""
+        return str(self.device)
 
     @property
     def stored(self) -> str:
