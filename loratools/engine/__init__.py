@@ -13,6 +13,7 @@ How a merge goes through it:
     sealed       whether the base is the one that adapters were sealed with
     stochastic   rounding at random
     device       the processor or a CUDA device
+    lane         the way of a thread to a device: its stream, and page-locked memory
 
 `residual` keeps what rounding destroyed, to undo a merge.
 """

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapter.placement.gguf import is_gguf
+from loratools.engine.device import described
 from loratools.engine.run import in_torch
 from loratools.errors import BadFile, InvalidOption, counted
 from loratools.parallel import Progress, no_progress
@@ -138,6 +139,8 @@ def arithmetic_of(prepared: Merge) -> str:
     """Return what computes the merge, as far as that decides the last bit: the C code has the same everywhere."""
     if not in_torch(prepared.plan, settings_of(prepared)):
         return "C"
+    if on := described(prepared.options.computes_on):
+        return ", ".join(on.values())
     import torch
 
     return f"torch {torch.__version__.partition('+')[0]}, {torch.backends.cpu.get_cpu_capability()}"
