@@ -162,9 +162,7 @@ def _is_complete(rank: int, sides: Sequence[int], rule: RankRule) -> bool:
     return rank == min(sides) or (isinstance(rule, Fixed) and rank < rule.r)
 
 
-def _decompose(
-    D: torch.Tensor, norm2: float, rule: RankRule, options: ExtractOptions
-) -> tuple[TruncatedSVD, float]:
+def _decompose(D: torch.Tensor, norm2: float, rule: RankRule, options: ExtractOptions) -> tuple[TruncatedSVD, float]:
     """Return the truncated SVD of a matrix, whose ‖D‖² is known, as the options ask for it; and what storing it costs.
 
     It is made on the options' device, and is in the processor's memory then.
