@@ -95,7 +95,7 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
     ),
     "loratools.surgery.combine": ("methods", "*"),
     "loratools.engine": (
-        "stochastic task turns",
+        "lane stochastic task turns",
         "device plan tensor",
         "load",
         "residual",
