@@ -38,6 +38,7 @@ from loratools.decisions import decided, warned, warnings_to
 from loratools.dialects._frame import folders
 from loratools.dialects._frame.dialect import Dialect, DialectSummary
 from loratools.dialects._frame.listing import Evidence, Listing
+from loratools.dialects._frame.once import once
 from loratools.dialects._frame.read_as import ReadAs, check_alpha, check_told, told
 from loratools.dialects._frame.values import HasAdapter, InMemory, is_pair, is_saved
 from loratools.errors import InvalidOption, LoraToolsError, UnknownKind
@@ -211,10 +212,16 @@ def open_adapter(
     if dialect is not None:
         get(dialect)
     listing = Listing.of(path, alpha=alpha, base=base, initial=initial, enabled=enabled)
+    return once(listing, dialect, _open)
+
+
+def _open(listing: Listing, dialect: str | None) -> Adapter:
+    """Read the adapter of a listing, or of the only folder below it that has one, in a dialect, or in its own."""
+    path = listing.path
     candidates = [] if dialect else candidates_for(listing)
     listing = listing if candidates else located(listing, dialect)
     name, evidence = (dialect, None) if dialect else detect(listing, candidates)
-    if enabled is not None and name != "loralib":
+    if listing.enabled is not None and name != "loralib":
         raise InvalidOption(f"{path}: enabled is for files of loralib, and this is one of {name}")
     adapter = get(name).read(listing)
     listing.tell_unread(adapter)

@@ -6,6 +6,7 @@ from loratools.adapter.model import Adapter
 from loratools.errors import BadFile
 from loratools.format import manifest
 from loratools.storage import digest
+from loratools.storage.sources import remember, remembered
 
 
 def adapter_digest(adapter: Adapter, algorithm: str = digest.DEFAULT) -> str:
@@ -14,7 +15,11 @@ def adapter_digest(adapter: Adapter, algorithm: str = digest.DEFAULT) -> str:
     A PEFT adapter and the same adapter sealed have one digest. Needs torch only for tensors that are not plain bytes
     of a file.
     """
-    return digest.root(tensor_digests(adapter, algorithm), algorithm)
+    key = "digest", id(adapter), algorithm
+    if (known := remembered().get(key)) is None:
+        known = adapter, digest.root(tensor_digests(adapter, algorithm), algorithm)
+        remember(key, known)  # with the adapter, whose id is then nobody else's
+    return str(known[1])
 
 
 def tensor_digests(adapter: Adapter, algorithm: str = digest.DEFAULT) -> dict[str, str]:

@@ -16,11 +16,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from loratools.errors import BadFile
 from loratools.storage import dtypes
-from loratools.storage.sources import open_file, refuse_pointer
+from loratools.storage.atomic.inputs import stamp
+from loratools.storage.sources import open_file, refuse_pointer, remember, remembered
 from loratools.storage.strict_json import parse_json_object
 
 MAX_HEADER = 100_000_000
@@ -107,7 +108,10 @@ def read_header(path: Path) -> Header:
 
 def _read_header(path: Path) -> Header:
     with open_file(path) as file:
-        size = os.fstat(file.fileno()).st_size
+        status = os.fstat(file.fileno())
+        key, size = ("header", path, stamp(status)), status.st_size
+        if (known := remembered().get(key)) is not None:
+            return cast(Header, known)
         prefix = file.read(32)
         refuse_pointer(prefix, path)
         length = int.from_bytes(prefix[:8], "little")
@@ -120,7 +124,9 @@ def _read_header(path: Path) -> Header:
             raise BadFile(f"{path}: the header is {length} bytes long; safetensors allows {MAX_HEADER}")
         file.seek(8)
         raw = file.read(length)
-    return parse_header(raw, size, path)
+    header = parse_header(raw, size, path)
+    remember(key, header)
+    return header
 
 
 def _text(prefix: bytes) -> str | None:

@@ -10,16 +10,16 @@ import atexit
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 from loratools.errors import BadFile, InvalidOption, LoraToolsError
-from loratools.storage.atomic.inputs import see, watched
+from loratools.storage.atomic.inputs import Stamp, see, stamp, watched
 from loratools.storage.resolvers import RESOLVERS
 
 if TYPE_CHECKING:
@@ -46,13 +46,15 @@ Fetching = Callable[[str, int], AbstractContextManager["Progress"]]
 class Session:
     """What became of references in the course of one task: each was resolved once.
 
-    `names` are paths that go away with the task, and the references that they stood for; `folders` hold them.
+    `names` are paths that go away with the task, and the references that they stood for; `folders` hold them. `read` is
+    what was made of inputs already (`remembered`).
     """
 
     def __init__(self, fetching: Fetching | None = None) -> None:
         self.fetching = fetching or (lambda reference, total: nullcontext(lambda count: None))
         self.paths: dict[tuple[str, Need], Path] = {}
         self.names: dict[str, str] = {}
+        self.read: dict[object, Any] = {}
         self.folders = ExitStack()
 
     def named(self, text: str) -> str:
@@ -71,6 +73,8 @@ class Session:
         """Remove the folders."""
         self.folders.close()
 
+
+_REMEMBERED = 64
 
 _CURRENT: ContextVar[Session | None] = ContextVar("session", default=None)
 
@@ -111,6 +115,32 @@ def local(location: Location, need: Need = "adapter") -> Path:
     if need == "header":
         current.names[str(path)] = location
     return path
+
+
+def remembered() -> dict[object, Any]:
+    """Return what this task has made of its inputs (`remember`), by what it was made of; {} outside a task."""
+    current = _CURRENT.get()
+    return {} if current is None else current.read
+
+
+def remember(key: object, made: object) -> None:
+    """Keep what was made of inputs while this task runs, the last few; outside a task nothing is kept."""
+    if current := _CURRENT.get():
+        current.read[key] = made
+        while len(current.read) > _REMEMBERED:
+            current.read.pop(next(iter(current.read)))
+
+
+def stamps(folder: Path, names: Iterable[str]) -> tuple[Stamp | None, ...]:
+    """Return what some files of a folder are now, None for one that is not there."""
+
+    def now(name: str) -> Stamp | None:
+        try:
+            return stamp((folder / name).stat())
+        except OSError:
+            return None
+
+    return tuple(map(now, names))
 
 
 @contextmanager

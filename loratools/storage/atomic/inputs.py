@@ -44,7 +44,7 @@ def see(path: Path, status: os.stat_result | None = None) -> None:
     """Remember what an input is (default: what it is now); the first time counts."""
     seen = _SEEN.get()
     if seen is not None and (key := path.absolute()) not in seen:
-        seen[key] = _stamp(status or path.stat())
+        seen[key] = stamp(status or path.stat())
 
 
 def forget(path: Path) -> None:
@@ -59,16 +59,16 @@ def check_unchanged(scratch: Path | None = None) -> None:
     A file that changes while it is read is neither the old one nor the new, and nor is what was made of it.
     """
     seen, changed = _SEEN.get() or {}, []
-    for path, stamp in list(seen.items()):
+    for path, before in list(seen.items()):
         if scratch and path.is_relative_to(scratch.absolute()):
             del seen[path]
             continue
         try:
-            now = _stamp(path.stat())
+            now = stamp(path.stat())
         except OSError as error:
             changed.append(f"{path}: {(error.strerror or str(error)).lower()}")
             continue
-        if other := [f"{what} {a}, now {b}" for what, a, b in zip(_FIELDS, stamp, now, strict=True) if a != b]:
+        if other := [f"{what} {a}, now {b}" for what, a, b in zip(_FIELDS, before, now, strict=True) if a != b]:
             changed.append(f"{path}: {', '.join(other)}")
     if changed:
         raise BadFile(
@@ -78,5 +78,6 @@ def check_unchanged(scratch: Path | None = None) -> None:
         )
 
 
-def _stamp(status: os.stat_result) -> Stamp:
+def stamp(status: os.stat_result) -> Stamp:
+    """Return what tells one state of a file from another."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
