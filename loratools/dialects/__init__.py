@@ -128,14 +128,10 @@ _HIGHEST = {
 """The highest scores of dialects that never are quite sure, 100: the others are asked, and imported, before them."""
 
 
-def _surest() -> list[str]:
-    return sorted(names(), key=lambda name: -_HIGHEST.get(name, 100))
-
-
 def candidates_for(listing: Listing) -> list[tuple[str, Evidence]]:
     """Return the dialects that know a listing, with their evidence, but for those that know it less well than one."""
     known: list[tuple[str, Evidence]] = []
-    for name in _surest():
+    for name in sorted(names(), key=lambda name: -_HIGHEST.get(name, 100)):
         if any(evidence.score > _HIGHEST.get(name, 100) for _, evidence in known):
             break
         if evidence := get(name).detect(listing):
@@ -145,7 +141,8 @@ def candidates_for(listing: Listing) -> list[tuple[str, Evidence]]:
 
 def is_adapter(listing: Listing, dialect: str | None = None) -> bool:
     """Tell whether a dialect (default: any) reads a listing, from names, headers and small files only."""
-    return any(get(name).detect(listing) for name in ([dialect] if dialect else _surest()))
+    surest = sorted(names(), key=lambda name: -_HIGHEST.get(name, 100))
+    return any(get(name).detect(listing) for name in ([dialect] if dialect else surest))
 
 
 def located(listing: Listing, dialect: str | None = None) -> Listing:
@@ -211,18 +208,16 @@ def open_adapter(
         return held(path, initial=initial)
     if dialect is not None:
         get(dialect)
-    listing = Listing.of(path, alpha=alpha, base=base, initial=initial, enabled=enabled)
-    return once(listing, dialect, _open)
+    return once(Listing.of(path, alpha=alpha, base=base, initial=initial, enabled=enabled), dialect, _open)
 
 
 def _open(listing: Listing, dialect: str | None) -> Adapter:
     """Read the adapter of a listing, or of the only folder below it that has one, in a dialect, or in its own."""
-    path = listing.path
     candidates = [] if dialect else candidates_for(listing)
     listing = listing if candidates else located(listing, dialect)
     name, evidence = (dialect, None) if dialect else detect(listing, candidates)
     if listing.enabled is not None and name != "loralib":
-        raise InvalidOption(f"{path}: enabled is for files of loralib, and this is one of {name}")
+        raise InvalidOption(f"{listing.path}: enabled is for files of loralib, and this is one of {name}")
     adapter = get(name).read(listing)
     listing.tell_unread(adapter)
     decided("%s: dialect %s: %s", listing.path, name, evidence.reason if evidence else "as the call says")

@@ -33,7 +33,7 @@ def write(adapter: Adapter, target: Path, *, tensors: Mapping[str, str] | None =
     config = _check(target, document, derive_config(adapter), lazies)
     single = target.suffix == ".safetensors"
     output = target if single else target / ADAPTER_FILE
-    if any(lazy.spec and lazy.spec.file.resolve() == output.resolve() for lazy in lazies.values()):
+    if output.resolve() in {file.resolve() for file in {lazy.spec.file for lazy in lazies.values() if lazy.spec}}:
         raise OutputRefused(f"{target} is also an input", hint="Choose another output.")
     with atomic.new_output(target, ADAPTER_FILE, force=force) as path:
         if not single:

@@ -10,9 +10,9 @@ product is worked on by itself, so that no number depends on what else is in its
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,31 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _EPS = float(np.finfo(np.float64).eps)
 _ONE_PASS, _TWO_PASSES = 1e5, 1e8
 """Squared condition of unit columns up to which one pass, and two, are as good as a QR."""
+
+
+NUMBERS = 1 << 19
+"""Of the factors of one stack, at most, unless one product has more: 4 MB in float64."""
+
+Item = TypeVar("Item")
+
+
+def batches(items: Iterable[Item], alike: Callable[[Item], Hashable], numbers: Callable[[Item], int],
+            most: int = NUMBERS) -> Iterator[list[Item]]:  # fmt: skip
+    """Yield items that are `alike` together, in their order, in lists of at most `most` numbers, or of one item.
+
+    Each item is looked at once; `numbers` says how many numbers an item's factors have.
+    """
+    growing: dict[Hashable, tuple[list[Item], int]] = {}
+    for item in items:
+        key, size = alike(item), numbers(item)
+        batch, total = growing.get(key, ([], 0))
+        if batch and total + size > most:
+            yield batch
+            batch, total = [], 0
+        batch.append(item)
+        growing[key] = batch, total + size
+    for batch, _ in growing.values():
+        yield batch
 
 
 def side_by_side(terms: Sequence[tuple[Array, Array, Array]]) -> tuple[Array, Array]:
@@ -61,12 +86,14 @@ class Decomposition:
     """The thin SVDs of a stack of products, without their long sides: `balanced` makes those.
 
     `sigma` (n, k) are the singular values, descending; `ranks` (n,) how many of each are more than the rounding of
-    terms as large as Σⱼ‖bⱼ‖·‖aⱼ‖. `grams` are BᵀB and AAᵀ (n, r, r).
+    terms as large as Σⱼ‖bⱼ‖·‖aⱼ‖. `grams` are BᵀB and AAᵀ (n, r, r), and `finite` (n,) tells where these
+    are finite; elsewhere there is nothing.
     """
 
     sigma: Array
     ranks: Array
     grams: tuple[Array, Array]
+    finite: Array
     _changes: tuple[Array, Array]  # (n, r, k) and (n, k, r): B·change is U√Σ, change·A is √ΣVᵀ
     _made: Mapping[int, tuple[Array, Array]] = field(default_factory=dict)  # those for which no change is as exact
 
@@ -94,7 +121,7 @@ class Decomposition:
 def decompose(B: Array, A: Array) -> Decomposition:
     """Return the SVDs of B·A for stacks B (n, out, r) and A (n, r, in) in float64.
 
-    Where an element is NaN or infinite, so are `grams`, and the rest is that of zeros: the caller looks there first.
+    Where an element is NaN or infinite, or its square is, nothing is `finite`, and the rest is that of zeros.
     """
     with np.errstate(invalid="ignore", over="ignore"):
         return _decomposed(B, A)
@@ -127,7 +154,14 @@ def _decomposed(B: Array, A: Array) -> Decomposition:
     beyond = np.arange(k) >= ranks[:, None]
     changes[0][np.broadcast_to(beyond[:, None, :], changes[0].shape)] = 0.0
     changes[1][np.broadcast_to(beyond[:, :, None], changes[1].shape)] = 0.0
-    return Decomposition(sigma, ranks, grams, changes, made)
+    return Decomposition(sigma, ranks, grams, finite, changes, made)
+
+
+def singular_values(B: Array, A: Array) -> tuple[Array, Array]:
+    """Return the singular values of B·A (n, k), those that are rounding as 0, and which products are finite (n,)."""
+    found = decompose(B, A)
+    above = np.arange(found.sigma.shape[1]) < found.ranks[:, None]
+    return np.where(above, found.sigma, 0.0), found.finite
 
 
 def rounding2(sigma: Array, exact: tuple[Array, Array], stored: tuple[Array, Array]) -> Array:

@@ -12,9 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from loratools.adapter import low_rank
 from loratools.adapter.gathered import gathered, under_one_naming
@@ -26,13 +24,12 @@ from loratools.adapter.naming.wrappers import Names, normalized
 from loratools.adapter.placement.layers import replicated
 from loratools.adapter.placement.resolve import Placement, resolve
 from loratools.adapter.placement.settle import settle
-from loratools.adapter.placement.shared import EMBEDDINGS, HEADS, last_segment, main_tensor
 from loratools.adapter.placement.stacks import settled
+from loratools.adapter.placement.tied import with_heads
 from loratools.adapter.placement.weight import over_weights
 from loratools.adapter.placement.whole import resolve_replacements
 from loratools.decisions import warned
 from loratools.errors import IncompatibleAdapter
-from loratools.linalg.delta import Delta, Dense, Product
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
 from loratools.surgery.base import differences
@@ -46,6 +43,11 @@ from loratools.surgery.inputs import (
     under_names_of,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loratools.linalg.delta import Delta
+
 ON_BASE = "its change depends on the base model (--base)"
 _MAGNITUDE = "without its magnitude, whose effect depends on the base model (--base)"
 
@@ -55,7 +57,8 @@ class ModuleChange:
     """One change, loaded when it is asked for; `shape` is that of the matrix, `rank` that of its update, 0 for none.
 
     `parameters` counts the numbers that say it. `base` loads the weight under it, laid out alike, None without a base.
-    `factor` loads A (r, columns) alone, None where there is none.
+    `factor` loads A (r, columns) alone, None where there is none. `product` is the update that is a product of two
+    factors, None for another: many of one shape are worked on together.
     """
 
     kind: str
@@ -65,6 +68,7 @@ class ModuleChange:
     load: Callable[[], Delta]
     base: Callable[[], Tensor] | None = None
     factor: Callable[[], Tensor] | None = None
+    product: Update | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -140,17 +144,28 @@ def _additive(update: Update, kind: str, base: Callable[[], Tensor] | None = Non
     """Return the change of an update that adds the same ΔW to any weight."""
     factors, by_rows, (rows, *sides) = update.factored(), update.by_rows, update.shape
     shape = rows, prod(sides)
+
     if factors is not None:
-        parameters = update.rank * sum(shape)
-        return ModuleChange(
-            kind, shape, update.rank, parameters, lambda: Product(*low_rank.load(update)), base, _factor(update)
-        )
+        parameters, load = update.rank * sum(shape), partial(_product, update)
+        return ModuleChange(kind, shape, update.rank, parameters, load, base, _factor(update), update)
     if by_rows is None:
         raise ValueError(f"kind {update.kind}: it adds a ΔW that is neither a product nor made by rows")
     parameters = sum(lazy.parameters for lazy in update.parts.values())
     return ModuleChange(
-        kind, shape, update.rank, parameters, lambda: Dense(by_rows.dense().reshape(shape) * update.scaling), base
+        kind, shape, update.rank, parameters, lambda: _dense(by_rows.dense().reshape(shape) * update.scaling), base
     )
+
+
+def _product(update: Update) -> Delta:
+    from loratools.linalg.delta import Product  # with torch, which products that are worked on together do not need
+
+    return Product(*low_rank.load(update))
+
+
+def _dense(D: Tensor) -> Delta:
+    from loratools.linalg.delta import Dense
+
+    return Dense(D)
 
 
 def _alike(adapters: Sequence[Adapter], names: Sequence[str]) -> list[Adapter]:
@@ -195,7 +210,7 @@ def _fitted(model: Checkpoint, opened: Sequence[Adapter], names: Sequence[str]) 
 
 def _on(model: Checkpoint, adapter: Adapter) -> Changes:
     """Return the changes W' − W of an adapter that has a base's names."""
-    adapter, heads = _with_heads(adapter, model)
+    adapter, heads = with_heads(adapter, model)
     shapes = {name: spec.shape for name, spec in model.specs.items()}
     shapes |= {head: shapes[embedding] for head, embedding in heads.items()}
     whole = resolve_replacements(adapter, shapes, model.config)
@@ -221,25 +236,6 @@ def _on(model: Checkpoint, adapter: Adapter) -> Changes:
     return Changes(modules, {}, left_out)
 
 
-def _with_heads(adapter: Adapter, model: Checkpoint) -> tuple[Adapter, dict[str, str]]:
-    """Return the adapter, and for heads that it changes and the base does not store the embedding that they start as.
-
-    A head that is replaced by the tensor of the embedding is left out: there it is one weight.
-    """
-    names, embedding = Names(model.specs, model.config), main_tensor(model.specs, EMBEDDINGS)
-    paths = {*adapter.updates, *(path.removesuffix(".weight") for path in adapter.replacements)}
-    missing = [path for path in sorted(paths) if last_segment(path) in HEADS and not names.find(path)]
-    if embedding is None or not missing:
-        return adapter, {}
-    of_embedding = [lazy for path, lazy in adapter.replacements.items() if last_segment(path) in EMBEDDINGS]
-    kept = {
-        path: lazy
-        for path, lazy in adapter.replacements.items()
-        if lazy not in of_embedding or path.removesuffix(".weight") not in missing
-    }
-    return replace(adapter, replacements=kept), {f"{path}.weight": embedding for path in missing}
-
-
 def _replaced(lazy: LazyTensor, base: Callable[[], Tensor]) -> ModuleChange:
     """Return the change of a tensor trained whole, of the base's shape."""
     shape = lazy.shape[0] if lazy.shape else 1, prod(lazy.shape[1:])
@@ -248,7 +244,7 @@ def _replaced(lazy: LazyTensor, base: Callable[[], Tensor]) -> ModuleChange:
         return base().double().reshape(shape)
 
     return ModuleChange(
-        "whole", shape, 0, lazy.parameters, lambda: Dense(lazy.load().double().reshape(shape) - under()), under
+        "whole", shape, 0, lazy.parameters, lambda: _dense(lazy.load().double().reshape(shape) - under()), under
     )
 
 
@@ -262,7 +258,7 @@ def _placed(sites: Sequence[Placement], weight: Callable[[str], Tensor]) -> Modu
         return _assembled(sites, shape, lambda placement: _rectangle(placement, weight))
 
     def change() -> Delta:
-        return Dense(_assembled(sites, shape, lambda placement: _difference(placement, weight)))
+        return _dense(_assembled(sites, shape, lambda placement: _difference(placement, weight)))
 
     if update.additive:
         return replace(_additive(update, update.kind), base=under)
@@ -276,6 +272,8 @@ def _factor(update: Update) -> Callable[[], Tensor] | None:
 
 
 def _assembled(sites: Sequence[Placement], shape: tuple[int, int], rectangle: Callable[[Placement], Tensor]) -> Tensor:
+    import torch
+
     whole = torch.zeros(shape, dtype=torch.float64)
     for placement in sites:
         block = rectangle(placement)
@@ -290,6 +288,8 @@ def _rectangle(placement: Placement, weight: Callable[[str], Tensor]) -> Tensor:
 
 def _difference(placement: Placement, weight: Callable[[str], Tensor]) -> Tensor:
     """Return W' − W of a site, as the base stores it."""
+    import torch
+
     W = _rectangle(placement, weight)
     term = placement.update.term(placement.site, 1.0, torch.float64, torch.device("cpu"))
     every, changed = slice(0, len(W)), W.clone()

@@ -8,9 +8,12 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any
 
+from loratools.adapter import low_rank
+from loratools.adapter.kinds import Update
 from loratools.adapter.naming.compact import natural
 from loratools.errors import IncompatibleAdapter, InvalidOption
 from loratools.options import Options
+from loratools.parallel import cores, each, one_blas_thread
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.sources import Location, session
 from loratools.surgery.change import ModuleChange, measurable
@@ -132,7 +135,9 @@ def spectrum(
     (changes,) = measurable(
         [adapter], base, dialect, alpha=alpha, include=include, exclude=exclude, model_type=model_type
     )
-    modules = [_of(module, changes.modules[module], relative) for module in sorted(changes.modules, key=natural)]
+    ordered = sorted(changes.modules, key=natural)
+    known = _of_products({module: changes.modules[module] for module in ordered})
+    modules = [_of(module, changes.modules[module], known.get(module), relative) for module in ordered]
     sizes = [sum(module.shape) for module in modules]
     return AdapterSpectrum(
         tuple(modules), tuple(sorted(changes.left_out)), math.sqrt(math.fsum(module.norm**2 for module in modules)),
@@ -143,11 +148,36 @@ def spectrum(
     )  # fmt: skip
 
 
-def _of(module: str, change: ModuleChange, relative: bool) -> ModuleSpectrum:
+def _of_products(changes: Mapping[str, ModuleChange]) -> dict[str, list[float]]:
+    """Return module -> the singular values of each product that is finite, many of one shape and rank at a time."""
+    from loratools.linalg import stacks
+
+    def worked(_: int, batch: Sequence[tuple[str, Update]]) -> list[tuple[str, list[float]]]:
+        read = [low_rank.arrays(product) for _, product in batch]
+        left, right = (np.stack([factors[i] for factors in read]) for i in (0, 1))
+        scales = np.array([scale for _, _, scale in read])
+        values, finite = stacks.singular_values(*stacks.side_by_side([(scales, left, right)]))
+        known = zip(batch, values.tolist(), finite.tolist(), strict=True)
+        return [(module, sigma) for (module, _), sigma, is_finite in known if is_finite]
+
+    import numpy as np
+
+    products = [(module, change.product) for module, change in changes.items() if change.product is not None]
+    if not products:
+        return {}
+    batches = stacks.batches(
+        products, lambda item: (item[1].shape, item[1].rank), lambda item: item[1].rank * sum(changes[item[0]].shape)
+    )
+    with one_blas_thread():
+        done = each(worked, dict(enumerate(batches)), min(8, cores()))
+    return {module: sigma for batch in done.values() for module, sigma in batch}
+
+
+def _of(module: str, change: ModuleChange, known: Sequence[float] | None, relative: bool) -> ModuleSpectrum:
     base_norm = math.sqrt(float(change.base().double().square().sum())) if relative and change.base else None
     kind, shape, rank, parameters = change.kind, change.shape, change.rank, change.parameters
     try:
-        sigma: Sequence[float] = change.load().sigma().tolist()
+        sigma: Sequence[float] = change.load().sigma().tolist() if known is None else known
     except ValueError as error:
         raise IncompatibleAdapter(f"{module}: {error}") from None
     energy, lengths = math.fsum(value * value for value in sigma), math.fsum(sigma)

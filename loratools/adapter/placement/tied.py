@@ -12,15 +12,17 @@ What is written is read alike by transformers 4 and 5, or refused.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loratools.adapter.model import Adapter
+from loratools.adapter.naming.wrappers import Names
 from loratools.adapter.placement.apart import apart
-from loratools.adapter.placement.shared import Name, Tie, Ties, ties_for
+from loratools.adapter.placement.shared import EMBEDDINGS, HEADS, Name, Tie, Ties, last_segment, main_tensor, ties_for
 from loratools.adapter.placement.spread import acting, breaking, spread
 from loratools.errors import IncompatibleAdapter
 from loratools.storage import files
+from loratools.storage.checkpoint import Checkpoint
 
 POLICIES = ("error", "untie", "both")
 
@@ -141,3 +143,22 @@ def _still_tied(whole: Collection[Tie], ties: Ties, config: Mapping[str, Any]) -
 
     fields = ties.model.tied(config) if apart_in_one(config) else {}
     return {} if apart_in_one({**config, **fields}) else fields
+
+
+def with_heads(adapter: Adapter, model: Checkpoint) -> tuple[Adapter, dict[str, str]]:
+    """Return the adapter, and for heads that it changes and the base does not store the embedding that they start as.
+
+    A head that is replaced by the tensor of the embedding is left out: there it is one weight.
+    """
+    names, embedding = Names(model.specs, model.config), main_tensor(model.specs, EMBEDDINGS)
+    paths = {*adapter.updates, *(path.removesuffix(".weight") for path in adapter.replacements)}
+    missing = [path for path in sorted(paths) if last_segment(path) in HEADS and not names.find(path)]
+    if embedding is None or not missing:
+        return adapter, {}
+    of_embedding = [lazy for path, lazy in adapter.replacements.items() if last_segment(path) in EMBEDDINGS]
+    kept = {
+        path: lazy
+        for path, lazy in adapter.replacements.items()
+        if lazy not in of_embedding or path.removesuffix(".weight") not in missing
+    }
+    return replace(adapter, replacements=kept), {f"{path}.weight": embedding for path in missing}

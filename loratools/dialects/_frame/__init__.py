@@ -2,6 +2,7 @@
 
 dialect    what a dialect's module offers
 listing    what lies at a path: file names, headers and small JSON files, read when a dialect asks for them
+once       an adapter that a task opens again, which is read once
 folders    adapters in the folders below one that holds none
 memory     state dicts as the files that they would be saved as
 items      the adapters and models in a folder and below it, by the names of their files

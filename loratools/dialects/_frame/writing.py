@@ -27,8 +27,7 @@ def written(
     if path.suffix in WEIGHTS and path.suffix not in writer.FILES:
         written = " or ".join((*writer.FILES, "a folder"))
         raise OutputRefused(f"{path}: the dialect {dialect} does not write {path.suffix} files; it writes {written}")
-    output = path.resolve()
-    files = {lazy.file.resolve() for lazy in adapter.tensors().values() if lazy.file}
-    if any(file == output or output in file.parents for file in files):
+    output, files = path.resolve(), {lazy.file for lazy in adapter.tensors().values() if lazy.file}
+    if any(file == output or output in file.parents for file in map(Path.resolve, files)):
         raise OutputRefused(f"{path} is also an input", hint="Choose another output.")
     return writer.write(adapter, path, force=force), losses

@@ -8,7 +8,7 @@ r × r cores are kept, and the factors are read again. A module has the same num
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,9 +24,6 @@ from loratools.storage.lazy import LazyTensor
 from loratools.surgery.combine.change import Change, Kept, Known, Settled, choose, refused
 from loratools.surgery.combine.inputs import Aligned, Input
 from loratools.surgery.combine.options import CombineOptions
-
-_NUMBERS = 1 << 19
-"""Of the factors of one stack, at most, unless one module has more: 4 MB in float64."""
 
 Factors = tuple[Array, Array]
 """B (n, out, r) and A (n, r, in) of a stack, with weights and scalings in them."""
@@ -72,7 +69,8 @@ def settle(
     budget that is too small.
     """
     modules = _modules(inputs, aligned)
-    batches = list(_batches(module for module in modules if module.weights))
+    weighed = [module for module in modules if module.weights]
+    batches = list(stacks.batches(weighed, lambda module: module.alike, lambda module: module.numbers, stacks.NUMBERS))
     settled: dict[str, Settled | None] = dict.fromkeys(module.path for module in modules)
     alone = options.rule is None or (options.rule.budget is None and not options.rule.uniform)
     problems: dict[str, str] = {}
@@ -137,21 +135,6 @@ def _modules(inputs: Sequence[Input], aligned: Aligned) -> list[_Module]:
     return modules
 
 
-def _batches(modules: Iterable[_Module]) -> Iterator[list[_Module]]:
-    """Yield the modules in stacks of bounded size, one after the other as they lie in their files."""
-    growing: dict[tuple[object, ...], tuple[list[_Module], int]] = {}
-    for module in modules:
-        alike, numbers = module.alike, module.numbers
-        batch, size = growing.get(alike, ([], 0))
-        if batch and size + numbers > _NUMBERS:
-            yield batch
-            batch, size = [], 0
-        batch.append(module)
-        growing[alike] = batch, size + numbers
-    for batch, _ in growing.values():
-        yield batch
-
-
 def _loaded(batch: _Batch) -> Factors:
     """Read the factors of a stack; those of a stack of experts lie one after the other."""
     terms = []
@@ -166,7 +149,6 @@ def _loaded(batch: _Batch) -> Factors:
 def _changes(batch: _Batch, found: Decomposition, problems: dict[str, str]) -> dict[str, Change]:
     """Return module -> its change, unless that is zero; a module whose numbers are not finite becomes a problem."""
     count, sides = len(batch[0].products[0]), batch[0].sides
-    finite = np.isfinite(np.einsum("nii->n", found.grams[0])) & np.isfinite(np.einsum("nii->n", found.grams[1]))
     sigma, true = found.sigma.tolist(), found.ranks.tolist()
     size = np.zeros(len(sigma))
     start = 0
@@ -176,7 +158,7 @@ def _changes(batch: _Batch, found: Decomposition, problems: dict[str, str]) -> d
     changes = {}
     for place, module in enumerate(batch):
         own = range(place * count, (place + 1) * count)
-        if not finite[own.start : own.stop].all():
+        if not found.finite[own.start : own.stop].all():
             problems[module.path] = _not_finite(module)
             continue
         known = [

@@ -16,7 +16,7 @@ from loratools.linalg import stacks
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.linalg.ranks.rules import Energy, Fixed
 from loratools.storage.lazy import LazyTensor
-from loratools.surgery.combine import combine, products
+from loratools.surgery.combine import combine
 from loratools.surgery.resize import resize
 from tests.surgery.models import random
 
@@ -56,7 +56,7 @@ def test_a_module_has_the_same_bytes_alone_as_in_any_stack(
 ) -> None:
     one, other = adapter(1), adapter(50)
     combine([one, other], tmp_path / "whole", weights=[0.7, -1.3], ranks=3)
-    monkeypatch.setattr(products, "_NUMBERS", size)
+    monkeypatch.setattr(stacks, "NUMBERS", size)
     combine([one, other], tmp_path / "again", weights=[0.7, -1.3], ranks=3)
     files = [next((tmp_path / name).glob("*.safetensors")).read_bytes() for name in ("whole", "again")]
     assert files[0] == files[1]
