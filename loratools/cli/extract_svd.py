@@ -42,14 +42,15 @@ _SHOWN = 8  # patterns of one class in the text
 @options.option("--dtype", type=options.FACTORS, default="f32", show_default=True, more="Here: of the factors.")
 @options.option("--tight", is_flag=True)
 @options.option("--tolerance", type=float, default=6e-4, show_default=True)
+@options.option(
+    "--arithmetic", type=options.Words("loratools.surgery.extract.options", "Arithmetic"), default="auto",
+    show_default=True,
+)  # fmt: skip
 @options.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, more="Of the sketches.")
 @options.device_option
 @options.base_id_option
 @options.option("--modules", is_flag=True, more="Here: its certificate.")
-@options.option(
-    "--threads", type=click.IntRange(min=1),
-    more="Another number may change the last bits of factors.  [default: one per core]",
-)  # fmt: skip
+@options.option("--threads", type=click.IntRange(min=1), more="[default: one per core]")
 @options.dry_run_option
 @options.force_option
 @pass_talk
@@ -87,8 +88,9 @@ def command(talk: Talk, /, base: str, tuned: str, output: Path, **values: Any) -
     with talk.progress("extracting", before.nbytes + after.nbytes) as advance:
         extraction = extract(
             before, after, output, ranks, selection=selection, dtype=dtype, seed=values["seed"],
-            tolerance=values["tolerance"], tight=values["tight"], device=values["device"], base_id=values["base_id"],
-            threads=values["threads"], force=values["force"], progress=advance,
+            tolerance=values["tolerance"], tight=values["tight"], arithmetic=values["arithmetic"],
+            device=values["device"], base_id=values["base_id"], threads=values["threads"], force=values["force"],
+            progress=advance,
         )  # fmt: skip
     talk.note(*extraction.notes)
     if extraction.dropped_energy > 0:

@@ -179,13 +179,17 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "max_shard_size": ("lots", "5 bananas", 0, -1, 1.5), "model_type": (3,), "seed": ("x", 1.5), "threads": (0, "2"),
     "force": ("yes", 1), "durable": ("yes", 1), "keep_residual": ("yes", 1), "resume": ("no", 0), "exact": ("no",),
     "data": ("no",), "allow_loss": ("yes",), "ranks": ("x", 0, -3, 1.5), "tolerance": ("x", -1), "tight": ("x",),
+    "arithmetic": ("Float32", "bf16", 1),
     "base_id": (3, ""), "include": (3,), "exclude": (3,), "alpha": ("x",), "enabled": ("x", [1]), "original": (3, ""),
     "trained_on": ("Folded", 3), "similar": (0, 1.5, "x"),
     "keep_loss": (0, 1.5),
     "private": ("x",), "create_pr": ("x",), "card": ("left",), "message": (3,), "revision": (3,), "license": (3,),
     "token": (3,), "density": ("x", 2), "gamma": (2,), "epsilon": (-1,), "selection": ("x",), "base_model": (3,),
 }  # fmt: skip
-WORDS = {"method", "dialect", "to", "check_base", "tied", "dtype", "device", "rounding", "retention", "algorithm"}
+WORDS = {
+    "method", "arithmetic", "dialect", "to", "check_base", "tied", "dtype", "device", "rounding", "retention",
+    "algorithm",
+}  # fmt: skip
 # Inputs, whose errors are those of files, and functions that are called as the work goes on.
 NO_WORDS = {"base", "onto", "initial", "progress", "folder", "search", "told", "talk"}
 

@@ -3,7 +3,8 @@
  * Squares are summed in float64, in PARTS sums of every PARTS-th number. Products are fused multiply-adds in float32 in
  * the order of the numbers, each run of RUN of them summed on its own; Gram matrices are in float64 throughout. No
  * sum depends on the width of a processor's vectors. A library's general product reaches a third of a processor's speed
- * at 32 columns, and its sums depend on the number of threads. `delta.h` has the arithmetic, compiled for each width.
+ * at 32 columns, and its sums depend on the number of threads. `delta.h` and `skinny.h` have the
+ * arithmetic, compiled for each width. Where a processor multiplies BF16 it does so in half the time.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -13,25 +14,27 @@
 enum { BF16, F16, F32 };
 enum { LANES = 16, PARTS = 16 };               /* columns of a panel; sums of squares */
 enum { RUN = 512, FEW = 64 };                 /* numbers summed in one run; rows of a Gram matrix at once */
-enum { BLOCK = 2048, TILE = 32, AHEAD = 16 }; /* columns, and rows, whose numbers stay in the cache; floats of a line */
+enum { BLOCK = 2048, TILE = 32 };             /* columns, and rows, whose numbers stay in the cache */
+enum { ASIDE = BLOCK + 16, LINE = 64 };       /* numbers from row to row of a tile: a line more; bytes of a line */
 
 /* The same fields, in the same order, as `_Change` in delta.py. */
 typedef struct {
     const char *before, *after; /* W and W' (count), stored in their dtypes */
     float *out;                 /* (count) */
+    uint16_t *low;              /* (count): W' − W rounded to BF16, or NULL where it is not wanted */
     size_t before_dtype, after_dtype, count;
-    double norm2, before2; /* results: ‖W' − W‖² and ‖W‖² */
+    double norm2, before2, lost2; /* results: ‖W' − W‖², ‖W‖², and ‖W' − W − low‖² */
 } Change;
 
 /* The same fields, in the same order, as `_Product` in delta.py. */
 typedef struct {
-    const float *D; /* (rows, columns), `stride` numbers from row to row */
+    const void *D; /* (rows, columns), F32 or BF16, `stride` numbers from row to row */
     size_t stride, rows, columns;
     const float *X; /* (columns or rows, k), `down` numbers from row to row, `over` from column to column */
     size_t down, over, k;
-    void *out;     /* (rows or columns, k rounded up to LANES), float, or double of a Gram matrix */
-    float *panels; /* memory for as many numbers as X has with k rounded up to LANES */
-    double *memory; /* of a Gram matrix: for FEW rows of D and of X, both rounded up to LANES; their rows are contiguous */
+    void *out;    /* (rows or columns, k rounded up to LANES), float, or double of a Gram matrix */
+    void *panels; /* for as many numbers as X has with k rounded up to LANES, and one row more */
+    void *memory; /* for TILE rows of ASIDE numbers; of a Gram matrix for FEW rows of D and X, rounded up to LANES */
 } Product;
 
 #define INLINE static inline __attribute__((always_inline)) TARGET
@@ -39,22 +42,6 @@ typedef struct {
 #define NAMED(name, width) JOIN(name, width)
 
 static size_t padded(size_t k) { return (k + LANES - 1) / LANES * LANES; }
-
-/* X in panels of LANES columns, the last filled up with zeros. */
-static void pack(const Product *at, size_t length)
-{
-    for (size_t p = 0; p < padded(at->k); p += LANES) {
-        size_t count = at->k - p < LANES ? at->k - p : LANES;
-        float *panel = at->panels + p * length;
-        const float *from = at->X + p * at->over;
-        if (count < LANES) memset(panel, 0, length * LANES * sizeof(float));
-        if (at->over == 1 && count == LANES)
-            for (size_t i = 0; i < length; i++) memcpy(panel + i * LANES, from + i * at->down, LANES * sizeof(float));
-        else
-            for (size_t i = 0; i < length; i++)
-                for (size_t n = 0; n < count; n++) panel[i * LANES + n] = from[i * at->down + n * at->over];
-    }
-}
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -78,6 +65,45 @@ static void pack(const Product *at, size_t length)
 #define SQUARE 8
 #define PANELS 2
 #include "delta.h"
+#undef TARGET
+#undef WIDTH
+#undef TOGETHER
+#undef STRIP
+#undef SQUARE
+#undef PANELS
+
+/* D of BF16: a cell is two numbers, of one row or of two. */
+#define TARGET __attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#define WIDTH 16
+#define TOGETHER 12
+#define STRIP 8
+#define PANELS 2
+#define TYPE bf16
+#define DEEP 2
+typedef uint32_t Cell __attribute__((aligned(2), may_alias));
+INLINE uint32_t rounded_bf16(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+INLINE Cell NAMED(NAMED(cell, bf16), 16)(float x, float next) { return rounded_bf16(x) | rounded_bf16(next) << 16; }
+INLINE Vector NAMED(NAMED(add, bf16), 16)(Vector sum, uint32_t d, Vector x)
+{
+    return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)_mm512_set1_epi32((int)d));
+}
+/* Two rows number by number; zeros where there is no second. */
+INLINE void NAMED(NAMED(gather, bf16), 16)(Cell *to, const char *row, const char *next, size_t count)
+{
+    const uint16_t *low = (const uint16_t *)row, *high = (const uint16_t *)next;
+    size_t c = 0;
+    for (; high && c + 16 <= count; c += 16) {
+        Bits_16 first = __builtin_convertvector(*(const Halves_16 *)(low + c), Bits_16);
+        *(Bits_16 *)(to + c) = first | __builtin_convertvector(*(const Halves_16 *)(high + c), Bits_16) << 16;
+    }
+    for (; c < count; c++) to[c] = low[c] | (high ? (uint32_t)high[c] << 16 : 0);
+}
+#include "skinny.h"
 
 /* Return the widest vectors that this processor has: 16 or 8 numbers; 0 where NumPy and torch have to do. */
 size_t loratools_delta_width(void)
@@ -89,8 +115,16 @@ size_t loratools_delta_width(void)
 }
 
 void loratools_difference(Change *at, size_t width) { width == 16 ? difference_16(at) : difference_8(at); }
-void loratools_times(const Product *at, size_t width) { width == 16 ? times_16(at) : times_8(at); }
-void loratools_across(const Product *at, size_t width) { width == 16 ? across_16(at) : across_8(at); }
+void loratools_times(const Product *at, size_t width) { width == 16 ? times_f32_16(at) : times_f32_8(at); }
+void loratools_across(const Product *at, size_t width) { width == 16 ? across_f32_16(at) : across_f32_8(at); }
+void loratools_times_bf16(const Product *at, size_t width) { (void)width, times_bf16_16(at); }
+void loratools_across_bf16(const Product *at, size_t width) { (void)width, across_bf16_16(at); }
+
+/* Tell whether this processor multiplies numbers of BF16. */
+size_t loratools_multiplies_bf16(void)
+{
+    return loratools_delta_width() == 16 && __builtin_cpu_supports("avx512bf16") != 0;
+}
 void loratools_gram(const Product *at, size_t width) { width == 16 ? gram_16(at) : gram_8(at); }
 #else
 #define TARGET
@@ -104,8 +138,11 @@ void loratools_gram(const Product *at, size_t width) { width == 16 ? gram_16(at)
 size_t loratools_delta_width(void) { return 4; }
 
 void loratools_difference(Change *at, size_t width) { (void)width, difference_4(at); }
-void loratools_times(const Product *at, size_t width) { (void)width, times_4(at); }
-void loratools_across(const Product *at, size_t width) { (void)width, across_4(at); }
+void loratools_times(const Product *at, size_t width) { (void)width, times_f32_4(at); }
+void loratools_across(const Product *at, size_t width) { (void)width, across_f32_4(at); }
+void loratools_times_bf16(const Product *at, size_t width) { (void)at, (void)width; }
+void loratools_across_bf16(const Product *at, size_t width) { (void)at, (void)width; }
+size_t loratools_multiplies_bf16(void) { return 0; }
 void loratools_gram(const Product *at, size_t width) { (void)width, gram_4(at); }
 #endif
 

@@ -17,8 +17,8 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[Any]]
 
 LIBRARY = Path(__file__).with_name("libdelta.so")
-LANES = PARTS = 16  # as in delta.c, all three
-FEW = 64
+LANES = PARTS = 16  # as in delta.c, all of them
+FEW, TILE, ASIDE = 64, 32, 2048 + 16
 _CODES = {"BF16": 0, "F16": 1, "F32": 2}
 _STORED = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 
@@ -27,9 +27,9 @@ class _Change(ctypes.Structure):
     """The same fields, in the same order, as `Change` in delta.c, where they are explained."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("before", "after", "out")),
+        *((name, ctypes.c_void_p) for name in ("before", "after", "out", "low")),
         *((name, ctypes.c_size_t) for name in ("before_dtype", "after_dtype", "count")),
-        *((name, ctypes.c_double) for name in ("norm2", "before2")),
+        *((name, ctypes.c_double) for name in ("norm2", "before2", "lost2")),
     )
 
 
@@ -52,12 +52,12 @@ def _library() -> tuple[Any, int]:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError:  # not compiled here
         return None, 0
-    for name in ("change_size", "product_size", "delta_width"):
+    for name in ("change_size", "product_size", "delta_width", "multiplies_bf16"):
         getattr(library, f"loratools_{name}").restype = ctypes.c_size_t
     sizes = ctypes.sizeof(_Change), ctypes.sizeof(_Product)
     if (library.loratools_change_size(), library.loratools_product_size()) != sizes:
         return None, 0  # of another delta.c
-    for name in ("difference", "times", "across", "gram"):
+    for name in ("difference", "times", "across", "times_bf16", "across_bf16", "gram"):
         getattr(library, f"loratools_{name}").argtypes = [ctypes.c_void_p, ctypes.c_size_t]
         getattr(library, f"loratools_{name}").restype = None
     return library, int(library.loratools_delta_width())
@@ -76,49 +76,69 @@ def widths() -> list[int]:
     return [width for width in (16, 8, 4) if width <= _library()[1] and (width > 4 or _library()[1] == 4)]
 
 
+def multiplies_bf16() -> bool:
+    """Tell whether `times` and `across` take a D of BF16 here: an instruction of some processors."""
+    return available() and bool(_library()[0].loratools_multiplies_bf16())
+
+
 def differs(*dtypes: str) -> bool:
     """Tell whether `difference` takes numbers of these dtypes."""
     return all(dtype in _CODES for dtype in dtypes)
 
 
 def difference(
-    before: memoryview, after: memoryview, dtypes: tuple[str, str], out: Array, *, width: int | None = None
-) -> tuple[float, float]:
-    """Store W' − W in `out`; return ‖W' − W‖² and ‖W‖², summed in float64.
+    before: memoryview, after: memoryview, dtypes: tuple[str, str], out: Array, low: Array | None = None, *,
+    width: int | None = None,
+) -> tuple[float, float, float]:  # fmt: skip
+    """Store W' − W in `out`; return ‖W' − W‖², ‖W‖² and what `low` lacks of the first, summed in float64.
 
     Args:
         before: The bytes of W, of a dtype that `differs` knows.
         after: The bytes of W', likewise.
         dtypes: Those of W and of W'.
         out: Float32, contiguous, of as many numbers as both.
+        low: For W' − W rounded to BF16: its bits, uint16, contiguous, of as many numbers. Default: not wanted.
         width: Numbers of a vector, one of `widths()`. Default: as many as the processor has, or NumPy where none serve.
 
     Returns:
-        Both sums, NaN or infinite exactly where a number is.
+        The sums, the first two NaN or infinite exactly where a number is; the last ‖W' − W − low‖², 0 without `low`.
 
     Raises:
-        ValueError: The three are not of one length.
+        ValueError: They are not of one length.
     """
     count = out.size
     sizes = [np.dtype(_STORED[dtype]).itemsize * count for dtype in dtypes]
-    if [len(before), len(after)] != sizes or out.dtype != np.float32 or not out.flags.c_contiguous:
+    arrays = [(out, np.float32), *([] if low is None else [(low, np.uint16)])]
+    fits = all(array.size == count and array.dtype == dtype and array.flags.c_contiguous for array, dtype in arrays)
+    if [len(before), len(after)] != sizes or not fits:
         raise ValueError(f"{len(before)} and {len(after)} bytes of {dtypes} are not {count} numbers each")
     library, widest = _library()
     if not widest:
-        return plain_difference(before, after, dtypes, out)
-    places = [np.frombuffer(piece, np.uint8).__array_interface__["data"][0] for piece in (before, after)]
-    call = _Change(*places, out.__array_interface__["data"][0], *(_CODES[dtype] for dtype in dtypes), count)
+        return plain_difference(before, after, dtypes, out, low)
+    places = [_at(np.frombuffer(piece, np.uint8)) for piece in (before, after)]
+    call = _Change(*places, _at(out), _at(low), *(_CODES[dtype] for dtype in dtypes), count)
     library.loratools_difference(ctypes.byref(call), width or widest)
-    return call.norm2, call.before2
+    return call.norm2, call.before2, call.lost2
 
 
-def plain_difference(before: memoryview, after: memoryview, dtypes: tuple[str, str], out: Array) -> tuple[float, float]:
+def plain_difference(
+    before: memoryview, after: memoryview, dtypes: tuple[str, str], out: Array, low: Array | None = None
+) -> tuple[float, float, float]:
     """Do what `difference` does, in NumPy: the same bytes and the same sums."""
     W, new = (_widened(piece, dtype) for piece, dtype in zip((before, after), dtypes, strict=True))
-    flat = out.reshape(-1)
+    flat, lost2 = out.reshape(-1), 0.0
     with np.errstate(invalid="ignore", over="ignore"):
         np.subtract(new, W, out=flat)
-        return _squares(flat), _squares(W)
+        if low is not None:
+            bits = flat.view(np.uint32)
+            low.reshape(-1)[:] = (bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16
+            lost2 = _squares(flat - _widened(memoryview(low.reshape(-1)).cast("B"), "BF16"))
+        return _squares(flat), _squares(W), lost2
+
+
+def _at(array: Array | None) -> int | None:
+    """Return the address of an array's first number."""
+    return None if array is None else array.__array_interface__["data"][0]
 
 
 def _widened(piece: memoryview, dtype: str) -> Array:
@@ -139,12 +159,16 @@ def _squares(numbers: Array) -> float:
 
 
 def times(D: Array, X: Array, *, width: int | None = None) -> Array:
-    """Return D·X, float32 (rows, k), of D (rows, columns) with contiguous rows and X (columns, k)."""
+    """Return D·X, float32 (rows, k), of D (rows, columns) with contiguous rows and X (columns, k) in float32.
+
+    D is in float32, or holds the bits of BF16 as uint16 in an even number of columns; then X is rounded to BF16 too,
+    and sums are in float32.
+    """
     return _product("times", D, X, np.empty((len(D), _padded(X.shape[1])), np.float32), D.shape[1], width)
 
 
 def across(D: Array, X: Array, *, width: int | None = None) -> Array:
-    """Return Dᵀ·X, float32 (columns, k), of D (rows, columns) with contiguous rows and X (rows, k)."""
+    """Return Dᵀ·X, float32 (columns, k), of D (rows, columns) as `times` has it and X (rows, k) in float32."""
     return _product("across", D, X, np.empty((D.shape[1], _padded(X.shape[1])), np.float32), len(D), width)
 
 
@@ -161,17 +185,20 @@ def _padded(count: int) -> int:
 
 def _product(name: str, D: Array, X: Array, out: Array, length: int, width: int | None) -> Array:
     """Call a product of D with X (length, k); return the first k columns of `out`."""
-    over, down = D.strides[1] // 4, D.strides[0] // 4
-    if not D.dtype == X.dtype == np.float32 or (D.size and over != 1 and D.shape[1] > 1) or len(X) != length:
+    size, wide, low = D.itemsize, out.shape[1], D.dtype == np.uint16 and name != "gram"
+    known = X.dtype == np.float32 and (low or D.dtype == np.float32)
+    together = len(X) == length and (not D.size or D.shape[1] <= 1 or D.strides[1] == size)
+    if not known or not together or (low and (D.shape[1] % 2 or not multiplies_bf16())):
         raise ValueError(f"D {D.dtype} {D.shape} with steps {D.strides} and X {X.dtype} {X.shape} do not go together")
     if not out.size or not length:
         return np.zeros((len(out), X.shape[1]), out.dtype)
-    wide = out.shape[1]
-    panels = np.empty(0 if name == "gram" else length * wide, np.float32)
-    memory = np.empty(FEW * (_padded(D.shape[1]) + wide) if name == "gram" else 0)
-    addresses = [array.__array_interface__["data"][0] for array in (D, X, out, panels, memory)]
-    D_at, X_at, *rest = addresses
-    call = _Product(D_at, down, *D.shape, X_at, X.strides[0] // 4, X.strides[1] // 4, X.shape[1], *rest)
+    panels = np.empty(0 if name == "gram" else (length + 1) * wide, np.float32)
+    rooms = {"gram": 2 * FEW * (_padded(D.shape[1]) + wide), "across": TILE * ASIDE}
+    memory = np.empty(rooms.get(name, 0), np.float32)
+    call = _Product(
+        _at(D), D.strides[0] // size, *D.shape, _at(X), X.strides[0] // 4, X.strides[1] // 4, X.shape[1],
+        _at(out), _at(panels), _at(memory),
+    )  # fmt: skip
     library, widest = _library()
-    getattr(library, f"loratools_{name}")(ctypes.byref(call), width or widest)
+    getattr(library, f"loratools_{name}{'_bf16' if low else ''}")(ctypes.byref(call), width or widest)
     return out[:, : X.shape[1]]

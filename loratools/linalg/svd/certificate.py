@@ -14,6 +14,8 @@ from loratools.linalg.svd.krylov import Krylov
 _PROBES, _COMPONENT, _DEPTH = 8, 0.1, 5
 # Units of D's dtype that the factors are off, relative to ‖D‖_F: each of the two is rounded to half a unit.
 _ROUNDING = 1.0
+# Far more than sums of float32 products are off.
+_SUMS = 1e-4
 
 
 def excess_bound(
@@ -51,6 +53,21 @@ def excess_bound(
             gained = float(rivals[:rank].sum() - theta[:rank].sum())
             best = min(best, gained + float(coupling) / gamma)
     return best + rounding
+
+
+def energy_beyond(basis: Krylov, rank: int, lost2: float) -> float:
+    """Return what a basis of products in bfloat16 proves of D beyond its `rank` leading directions: a lower bound.
+
+    On Σ_{i>r} σᵢ(D·P)², P the projector on the vectors Ṽ that were multiplied, V rounded. With N = ṼᵀṼ the squared
+    singular values of low·P are ≥ θ/λ₁(N) (Ostrowski); D is `lost2` = ‖D − low‖² away from low, and the distance to
+    the nearest matrix of rank r changes by no more than that. 0 where Y was turned since.
+    """
+    if basis.restarted:
+        return 0.0
+    multiplied = basis.V.to(torch.bfloat16).to(basis.V.dtype)
+    largest = float(torch.linalg.eigvalsh(gram(multiplied, multiplied))[-1])
+    beyond = math.sqrt(float(basis.spectrum()[rank:].sum()) / largest) - math.sqrt(lost2)
+    return (1 - _SUMS) * max(beyond, 0.0) ** 2
 
 
 def spectral_norm2(D: Tensor, V: Tensor, *, seed: int) -> float:

@@ -35,6 +35,10 @@ _MOST_FRESH = 256
 _PROBES = 8
 # Values of θ this close to one another may be one repeated value to the iteration, for the few steps that it makes.
 _ALIKE = 1.1
+LEFT = 1e-2
+"""Below this share of ‖D‖², ‖D‖² - Σσ² is a difference of nearly equal numbers, and bfloat16 too coarse to seek it."""
+# A hundred times what rounding to bfloat16 puts into each direction: ‖D‖²·(2^-8)²/12 over the short side.
+_COARSE = 1e-4
 # The share by which a gain shrinks each step. Never trust less (luck) or more (a plateau) than these.
 _FASTEST, _SLOWEST = 0.1, 0.9
 
@@ -46,12 +50,18 @@ class Krylov:
     energy of D that it removes: ‖D - Y_r·V_rᵀ‖² = ‖D‖² - Σ_{i≤r} θᵢ.
     """
 
-    def __init__(self, D: Tensor, start: Tensor, deflated: Tensor | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, D: Tensor, start: Tensor, deflated: Tensor | None = None, seed: int = 0, low: Tensor | None = None
+    ) -> None:
         """Start from the orthonormal columns `start` (n, b), and stay orthogonal to the columns `deflated` (n, d).
 
-        `seed` draws the random columns that `refresh` adds; `fresh` counts them, with those of the start.
+        `seed` draws the random columns that `refresh` adds; `fresh` counts them, with those of the start. `low` is D in
+        bfloat16, to multiply instead of it: what is known of D is then known to about three digits. `restarted` tells
+        whether Y has been turned since.
         """
         self.D = D
+        self.factor = D if low is None else low
+        self.restarted = False
         self.V = D.new_empty(D.shape[1], 0)
         self.deflated = self.V if deflated is None else deflated
         self.parts: list[Tensor] = []
@@ -78,11 +88,12 @@ class Krylov:
 
     def append(self, new: Tensor) -> None:
         """Add orthonormal columns `new` (n, b), orthogonal to V, with their products D·new."""
-        Y = times(self.D, new)
+        Y = times(self.factor, new)
         self.products += new.shape[1]
         self.V = torch.cat([self.V, new], 1)
         self.parts.append(Y)
-        edge = torch.cat([gram(part, Y) for part in self.parts])
+        sums = gram if self.factor is self.D else across  # sums of three digits need no float64
+        edge = torch.cat([sums(part, Y) for part in self.parts]).double()
         old = len(self.G)
         G = edge.new_empty(self.width, self.width)
         G[:old, :old], G[:, old:], G[old:, :] = self.G, edge, edge.T
@@ -93,7 +104,7 @@ class Krylov:
         Y = self.parts[-1]
         Q = well_conditioned(Y, self.G[-Y.shape[1] :, -Y.shape[1] :])
         self.products += Q.shape[1]
-        return across(self.D, Q), Q
+        return across(self.factor, Q), Q
 
     def news(self, W: Tensor) -> Tensor:
         """Return an orthonormal basis of what W (n, b) adds to V and to the deflated columns."""
@@ -163,6 +174,10 @@ class Krylov:
             start += part.shape[1]
         return left, values[-rank:].flip(0).clamp_min(0), product64(self.V, X)
 
+    def directions(self, rank: int) -> Tensor:
+        """Return V·X (n, r) in float64, as `leading` does."""
+        return product64(self.V, torch.linalg.eigh(self.G)[1][:, -rank:].flip(1).to(self.D.device))
+
     def residual_edges(self) -> Tensor:
         """Return the max row norm + max column norm of D less the leading r-1 directions, for r = 1..k; (k,)."""
         if self._lines is None:
@@ -181,7 +196,7 @@ class Krylov:
         new = self.news(W)
         Y, theta, V = self.leading(rank)
         self.V, self.parts, self.G = V.to(self.D.dtype), [Y.to(self.D.dtype)], torch.diag(theta)
-        self._theta = None
+        self._theta, self.restarted = None, True
         if new.shape[1]:
             self.append(new)
 
@@ -193,14 +208,15 @@ def sketched_start(D: Tensor, block: int, seed: int) -> Tensor:
     saves a product and a block: the columns already lean towards the leading directions.
     """
     generator = torch.Generator().manual_seed(seed)
-    S = torch.randn(min(block, D.shape[1]), D.shape[0], generator=generator, dtype=D.dtype).to(D.device)
+    dtype = torch.float32 if D.dtype == torch.bfloat16 else D.dtype
+    S = torch.randn(min(block, D.shape[1]), D.shape[0], generator=generator, dtype=dtype).to(D.device)
     return orthonormal_columns(across(D, S.T))
 
 
 def iterate(
     D: Tensor, norm2: float, wanted: Callable[[Krylov, bool], int | None], *, block: int, least: int,
-    tolerance: float, seed: int, counted: bool,
-) -> tuple[Krylov, int, float]:  # fmt: skip
+    tolerance: float, seed: int, counted: bool, low: Tensor | None = None,
+) -> tuple[Krylov, int, float] | None:  # fmt: skip
     """Grow a Krylov basis until the wanted rank is known and its captured energy has stopped growing.
 
     D is (m, n) with n ≤ m best; `norm2` is ‖D‖². `wanted(basis, complete)` says the rank that the singular values
@@ -208,9 +224,11 @@ def iterate(
     the rank hangs on the values. It is not asked before the basis has `least` columns. Stops when the
     energy still to be won, estimated from the last two gains as a geometric series, is ≤ tolerance·(‖D‖² - captured).
     Returns the basis, the rank, and that estimate. Always returns: a spectrum that resists only costs steps, and beyond
-    half of the short side the complete basis is cheaper than to go on.
+    half of the short side the complete basis is cheaper than to go on. With `low` (see `Krylov`) it returns None where
+    the digits do not suffice: what is left, or the last direction seen, is near their rounding, or the complete basis
+    would be next.
     """
-    basis = Krylov(D, sketched_start(D, block, seed), seed=seed)
+    basis = Krylov(D, sketched_start(D if low is None else low, block, seed), seed=seed, low=low)
     basis.products += block
     short = min(D.shape)
     last: tuple[int, float, float | None] | None = None  # rank, captured, gain
@@ -219,15 +237,17 @@ def iterate(
     def refreshed() -> bool:
         return basis.refresh(min(max(basis.fresh, block), _MOST_FRESH))
 
-    def whole(basis: Krylov) -> tuple[Krylov, int, float]:
-        return basis, wanted(basis, True) or basis.width, 0.0
+    def whole(basis: Krylov) -> tuple[Krylov, int, float] | None:
+        return (basis, wanted(basis, True) or basis.width, 0.0) if low is None else None
 
     for _ in range(_MOST_STEPS + 2 * short // block):
         if 2 * basis.width >= short:
-            return whole(Krylov.exact(D))
+            return whole(Krylov.exact(D) if low is None else basis)
         if basis.width < least and basis.step():
             continue
         theta = basis.spectrum()
+        if low is not None and float(theta[-1]) <= _COARSE * norm2 / short:
+            return None
         if float(theta[-1]) <= (4 * torch.finfo(D.dtype).eps) ** 2 * float(theta[0]):
             # Rounding is in the basis: either this is all of D, or there is more beside what the iteration can reach.
             if not refreshed():
@@ -236,6 +256,8 @@ def iterate(
         elif (rank := wanted(basis, False)) is not None and rank <= basis.width:
             captured = float(theta[:rank].sum())
             left = max(norm2 - captured, 0.0)
+            if low is not None and left < LEFT * norm2:
+                return None
             gain = None
             if last is not None and last[0] == rank:
                 gain = max(captured - last[1], 0.0)

@@ -15,21 +15,24 @@ from torch import Tensor
 
 from loratools.linalg.orthonormal import frobenius2, product64, row_chunks
 from loratools.linalg.precision import full_float32
+from loratools.linalg.products import Rounded
 from loratools.linalg.ranks.rules import Fixed, RankRule, Spectrum
 from loratools.linalg.svd import krylov
-from loratools.linalg.svd.certificate import excess_bound
+from loratools.linalg.svd.certificate import energy_beyond, excess_bound
 
 # Up to this short side the exact solution is as fast as a sketch; up to the next it is used for large ranks.
 _EXACT_SIDE = 256
 _EXACT_SIDE_LARGE_RANK = 512
-# Below this share of ‖D‖², ‖D‖² - Σσ² is a difference of nearly equal numbers; the residual is then summed itself.
-_CANCELLED = 1e-2
+# Below this share of ‖D‖² the residual is summed itself.
+_CANCELLED = krylov.LEFT
 # Below this float32 has no digits left for the residual; one step of subspace iteration in float64 then follows.
 _AT_ROUNDING = 1e-5
 # ‖D‖_F within these powers of two: no square of what matters in it over- or underflows in float32.
 _MODERATE = 40
 # Of the tolerance, where a rule chooses the rank: it hangs on single singular values, not only on their sum.
 _FINER = 0.1
+# Directions beyond the rank that go into the last products with them, where a rule chooses the rank by the result.
+_SPARE = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,7 +41,9 @@ class TruncatedSVD:
 
     `U` (m, r) and `Vh` (r, n) are in D's dtype, `S` (r,) float64 on the CPU, descending. `norm2` is ‖D‖_F², `error2`
     is ‖D - U·diag(S)·Vh‖_F², exact up to rounding; no rank-r matrix comes closer than error2 - `excess_bound`, and
-    error2 - `excess_estimate` is where the iteration was heading. Rank 0 means that D is zero, and nothing else.
+    error2 - `excess_estimate` is where the iteration was heading. `rounded` tells that the directions were found by
+    products with D in bfloat16; they, σ and error2 are of products in float32 all the same. Rank 0 means that D is
+    zero, and nothing else.
     """
 
     U: Tensor
@@ -51,6 +56,7 @@ class TruncatedSVD:
     method: str
     seed: int | None
     products: int
+    rounded: bool = False
 
     @property
     def rank(self) -> int:
@@ -80,7 +86,7 @@ class TruncatedSVD:
 
 def truncated_svd(
     D: Tensor, rule: RankRule | int, *, tolerance: float = 3e-4, seed: int = 0, max_rank: int | None = None,
-    probe: bool = False, norm2: float | None = None,
+    probe: bool = False, norm2: float | None = None, rounded: Rounded | None = None,
 ) -> TruncatedSVD:  # fmt: skip
     """Return the truncated SVD of D whose rank `rule` chooses, within `tolerance` of the optimal error².
 
@@ -89,7 +95,8 @@ def truncated_svd(
     as float32 minus float32. `rule` is a rank or a rule of `ranks/rules.py`, for which the basis grows until it is met.
     `max_rank` caps the rank (default: none; above m·n/(m+n) the factors outgrow D). `probe` spends about as much
     again on a far tighter `excess_bound`, true with probability 1 - 1.6e-9. `norm2` is ‖D‖_F², summed in float64, where
-    it is known already (default: it is summed here). Deterministic: the same D, seed and
+    it is known already (default: it is summed here). `rounded` is D in bfloat16, with which all products but the last
+    are formed where they suffice and nobody probes (default: float32 throughout). Deterministic: the same D, seed and
     thread count give the same bits. Raises ValueError when D is not a matrix, is empty, or holds NaN or infinity.
     Method: block Krylov iteration, Musco & Musco 2015; Tropp & Webber 2023 (arXiv 2306.12418).
     """
@@ -117,15 +124,18 @@ def truncated_svd(
     wanted = _Wanted(chosen, norm2, (m, n), torch.finfo(D.dtype).eps, max_rank, 2.0**power)
     # Orient so that the basis lives on the short side.
     tall = D if m >= n else D.T
+    low = None if rounded is None or probe or power else rounded if m >= n else rounded.T
     with full_float32():
-        basis, rank, estimate, method = _basis(tall, scaled, wanted, tolerance, seed)
+        basis, rank, estimate, method, beyond = _basis(tall, scaled, wanted, tolerance, seed, low)
         left, sigma, right, error2 = _leading(tall, scaled, basis, rank)
-        bound = excess_bound(basis, rank, scaled, probe=probe, seed=seed, unseen=_unseen(tall, scaled, basis, error2))
+        unseen = _unseen(tall, scaled, basis, error2)
+        unseen = unseen if beyond is None else min(unseen, max(error2 - beyond, 0.0))
+        bound = excess_bound(basis, rank, scaled, probe=probe, seed=seed, unseen=unseen)
     U, Vh = (left, right.T) if m >= n else (right, left.T)
     error2, bound, estimate = (4.0**power * value for value in (error2, bound, estimate))
     return TruncatedSVD(
         U.contiguous(), sigma * 2.0**power, Vh.contiguous(), norm2, error2, min(bound, error2), min(estimate, error2),
-        method, None if method == "gram" else seed, basis.products,
+        method, None if method == "gram" else seed, basis.products, beyond is not None,
     )  # fmt: skip
 
 
@@ -198,21 +208,34 @@ def _scaled_edges(basis: krylov.Krylov, scale: float) -> Tensor:
 
 
 def _basis(
-    D: Tensor, norm2: float, wanted: _Wanted, tolerance: float, seed: int
-) -> tuple[krylov.Krylov, int, float, str]:
-    short = D.shape[1]
+    D: Tensor, norm2: float, wanted: _Wanted, tolerance: float, seed: int, rounded: Rounded | None
+) -> tuple[krylov.Krylov, int, float, str, float | None]:
+    """Return a basis, the rank, what may be missing, the method, and of a `rounded` D what it proves to lie beyond."""
+    short, counted = D.shape[1], not isinstance(wanted.rule, Fixed)
     fixed = wanted.rule.r if isinstance(wanted.rule, Fixed) else 16
     if short <= _EXACT_SIDE or (short <= _EXACT_SIDE_LARGE_RANK and 8 * fixed > short) or 2 * fixed >= short:
         basis = krylov.Krylov.exact(D)
-        return basis, wanted(basis, True) or 1, 0.0, "gram"
+        return basis, wanted(basis, True) or 1, 0.0, "gram", None
     # Wide enough to use the cores well, narrow enough that the basis deepens: both cost products with D.
     block = min(64, max(16, -(-fixed // 8) * 8))
-    tolerance = tolerance if isinstance(wanted.rule, Fixed) else _FINER * tolerance
-    basis, rank, estimate = krylov.iterate(
-        D, norm2, wanted, block=block, least=fixed + block, tolerance=tolerance, seed=seed,
-        counted=not isinstance(wanted.rule, Fixed),
+    tolerance = _FINER * tolerance if counted else tolerance
+    iterate = partial(
+        krylov.iterate, D, norm2, wanted, block=block, least=fixed + block, tolerance=tolerance, seed=seed,
+        counted=counted,
     )  # fmt: skip
-    return basis, rank, estimate, "krylov"
+    if rounded is not None and (found := iterate(low=rounded.low)):
+        rough, rank, estimate = found
+        V = rough.directions(min(rank + _SPARE * counted, rough.width))
+        basis = krylov.Krylov(D, V.to(D.dtype), seed=seed)
+        basis.products += rough.products
+        last = wanted(basis, False)
+        captured = float(basis.spectrum()[:last].sum()) if last is not None and last <= basis.width else norm2
+        if last is not None and norm2 - captured >= krylov.LEFT * norm2:
+            return basis, last, estimate, "krylov", energy_beyond(rough, last, rounded.lost2)
+    found = iterate()
+    assert found is not None  # without `low` it always returns
+    basis, rank, estimate = found
+    return basis, rank, estimate, "krylov", None
 
 
 def _checked(D: Tensor) -> Tensor:

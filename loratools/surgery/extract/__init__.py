@@ -44,7 +44,7 @@ from loratools.storage.dtypes import FloatName
 from loratools.storage.sources import Location, origin, session
 from loratools.surgery.extract.assemble import Outcome, assemble, companion_files, dropped_energy
 from loratools.surgery.extract.layers import Total, total
-from loratools.surgery.extract.options import ExtractOptions
+from loratools.surgery.extract.options import Arithmetic, ExtractOptions
 from loratools.surgery.extract.pairs import Pairing, pair
 from loratools.surgery.extract.single import write as write_single
 from loratools.surgery.extract.spool import Spool
@@ -93,6 +93,7 @@ def extract(
     seed: int = 0,
     tolerance: float = 6e-4,
     tight: bool = False,
+    arithmetic: Arithmetic = "auto",
     device: str | torch.device = "cpu",
     base_id: str | None = None,
     threads: int | None = None,
@@ -120,12 +121,15 @@ def extract(
         seed: A whole number that chooses the random sketches. Default: 0.
         tolerance: By which share a layer's squared error may exceed the optimum, about. Default: 6e-4.
         tight: Whether to spend about as much again on bounds that are far tighter. Default: no.
+        arithmetic: `"auto"` finds directions by products in bfloat16 where the processor has them and they suffice; σ,
+            norms and errors are of products in float32 all the same, and the record says so. `"float32"` does without:
+            processors with and without them take the same steps. Default: `"auto"`.
         device: Where changes are decomposed: `"cpu"`, `"cuda"`, `"cuda:1"` (the second GPU), or a device of torch; they
             are read, and their norms taken, on the processor. On a GPU the last digits of factors differ, not the
             accuracy, and the provenance says which GPU it was. Default: `"cpu"`.
         base_id: Name of the base model to record, such as `"org/model"`. Default: its repository and commit where it
             came from the Hub, else the name of its folder, or the one on the Hub that the fine-tune says it had.
-        threads: Threads to work with; another number may change the last bits of factors. Default: one per core.
+        threads: Threads to work with; any number gives the same bytes. Default: one per core.
         force: Whether to replace an output that exists. Default: no.
         progress: Called with the bytes read since the last call, from any thread. Default: nobody is told.
 
@@ -147,7 +151,7 @@ def extract(
         (14, True)
     """
     atomic.sweep(output)
-    options = ExtractOptions(ranks, dtype, seed, tolerance, tight, device, threads, force)
+    options = ExtractOptions(ranks, dtype, seed, tolerance, tight, arithmetic, device, threads, force)
     checked = Options().text("base_id", base_id)
     if not isinstance(selection, Selection | None):
         checked.problems.append(f"selection is {selection!r}; it can be a Selection or None")

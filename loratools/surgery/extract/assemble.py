@@ -19,7 +19,7 @@ from loratools.storage.checkpoint.logical import stored_names
 from loratools.storage.companions import tokenizer_files
 from loratools.storage.lazy import LazyTensor
 from loratools.surgery.extract.layers import Layer, to_json, total
-from loratools.surgery.extract.options import ExtractOptions
+from loratools.surgery.extract.options import ROUNDED, ExtractOptions
 from loratools.surgery.extract.pairs import HEAD_OF_TASK, Pair, Pairing
 from loratools.surgery.extract.spool import Spooled
 from loratools.surgery.extract.updates import build, module_names
@@ -38,7 +38,8 @@ CLASSES = {
 class Outcome:
     """What became of one tensor: its class, why, ‖W' − W‖_F² (‖W'‖_F² where there was nothing to compare with).
 
-    `rows` counts changed rows of tensors that were not factored.
+    `rows` counts changed rows of tensors that were not factored; `rounded` tells that products in bfloat16 found what
+    was factored.
     """
 
     pair: Pair
@@ -51,6 +52,7 @@ class Outcome:
     rank: int = 0
     layer: Layer | None = None
     factors: Spooled | None = field(default=None, repr=False)
+    rounded: bool = False
 
     @property
     def path(self) -> str:
@@ -191,7 +193,8 @@ def _step(
 ) -> Step:  # fmt: skip
     counts = {name: sum(tensor.outcome == name for tensor in outcomes) for name in CLASSES}
     parameters = {
-        "method": "block Krylov", "ranks": options.rank_choice.to_json(),
+        "method": "block Krylov", "arithmetic": ROUNDED if any(tensor.rounded for tensor in outcomes) else "float32",
+        "ranks": options.rank_choice.to_json(),
         "dtype": options.stored, "tolerance": options.tolerance,
         "tensors": counts | {"missing": len(pairing.missing)},
         "dropped_energy": float(f"{dropped_energy(outcomes):.6g}"),

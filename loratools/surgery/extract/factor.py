@@ -15,6 +15,7 @@ import torch
 from loratools.engine.lane import Lane
 from loratools.errors import LoraToolsError
 from loratools.linalg.factored import rounding2
+from loratools.linalg.products import Rounded
 from loratools.linalg.ranks.noise import rounding_edge
 from loratools.linalg.ranks.rules import Fixed, RankRule
 from loratools.linalg.svd.truncated import TruncatedSVD, residual2, truncated_svd
@@ -41,7 +42,8 @@ class Factored:
 
     `complete` says that there is no more to be seen of it: all σ are known, or no rule may take more. `lost2` is the
     squared error at full rank, `rounded2` what storing the factors at full rank in the wanted dtype adds. In a stack of
-    `blocks` experts σᵢ is the root of the energy that all their i-th directions hold.
+    `blocks` experts σᵢ is the root of the energy that all their i-th directions hold. `rounded` tells that directions
+    were found by products in bfloat16.
     """
 
     factors: Spooled
@@ -52,6 +54,7 @@ class Factored:
     excess2: float
     bound2: float
     blocks: int = 1
+    rounded: bool = False
 
     def error2(self, rank: int) -> float:
         """Return ‖ΔW − B·A‖_F² of the leading `rank` factors, before they are rounded."""
@@ -72,13 +75,13 @@ def factor(
     spool: Spool, rule: RankRule | None = None,
 ) -> Factored:  # fmt: skip
     """Return the truncated SVD of a ΔW at the rank that the options choose, or a `rule` given here."""
-    assert delta.D is not None
-    D = delta.D.T if pair.transposed or pair.kind == "embedding" else delta.D
+    D, rounded = _oriented(delta, pair.transposed or pair.kind == "embedding")
+    assert D is not None
     rule = rule or _first_rule(tuned, shapes, options)
-    svd, rounded2 = _decompose(D, delta.norm2, rule, options)
+    svd, rounded2 = _decompose(D, rounded, delta.norm2, rule, options)
     return Factored(
         spool.add(*svd.factors()), tuple(svd.S.tolist()), _is_complete(svd.rank, D.shape, rule), svd.error2,
-        rounded2, svd.excess_estimate, svd.excess_bound,
+        rounded2, svd.excess_estimate, svd.excess_bound, rounded=svd.rounded,
     )  # fmt: skip
 
 
@@ -93,11 +96,11 @@ def factor_stack(
     """
 
     def look(e: int, rule: RankRule) -> tuple[Delta, TruncatedSVD | None]:
-        delta = read_delta(one_of(base, e), one_of(tuned, e), no_progress, keep=True)
-        D = delta.D.T if delta.D is not None and pair.transposed else delta.D
+        delta = read_delta(one_of(base, e), one_of(tuned, e), no_progress, keep=True, rounded=options.rounds)
+        D, rounded = _oriented(delta, pair.transposed)
         if D is None:
             return delta, None
-        svd, rounded2[e] = _decompose(D, delta.norm2, rule, options)
+        svd, rounded2[e] = _decompose(D, rounded, delta.norm2, rule, options)
         return delta, svd
 
     shown, energies = [], []
@@ -118,6 +121,7 @@ def factor_stack(
         spool.add(B, A), tuple(value**0.5 for value in sigma2), _is_complete(len(sigma2), sides, used),
         sum(svd.error2 for svd in svds), sum(rounded2.values()),
         sum(svd.excess_estimate for svd in svds), sum(svd.excess_bound for svd in svds), len(shown),
+        any(svd.rounded for svd in svds),
     )  # fmt: skip
     norm2, base_norm2, noise2 = map(sum, zip(*energies, strict=True))
     return factored, norm2, base_norm2, noise2
@@ -162,7 +166,17 @@ def _is_complete(rank: int, sides: Sequence[int], rule: RankRule) -> bool:
     return rank == min(sides) or (isinstance(rule, Fixed) and rank < rule.r)
 
 
-def _decompose(D: torch.Tensor, norm2: float, rule: RankRule, options: ExtractOptions) -> tuple[TruncatedSVD, float]:
+def _oriented(delta: Delta, transposed: bool) -> tuple[torch.Tensor | None, Rounded | None]:
+    """Return D, and D in bfloat16, as the module has it."""
+    D, rounded = delta.D, delta.rounded
+    if not transposed:
+        return D, rounded
+    return None if D is None else D.T, None if rounded is None else rounded.T
+
+
+def _decompose(
+    D: torch.Tensor, rounded: Rounded | None, norm2: float, rule: RankRule, options: ExtractOptions
+) -> tuple[TruncatedSVD, float]:
     """Return the truncated SVD of a matrix, whose ‖D‖² is known, as the options ask for it; and what storing it costs.
 
     It is made on the options' device, and is in the processor's memory then.
@@ -172,7 +186,7 @@ def _decompose(D: torch.Tensor, norm2: float, rule: RankRule, options: ExtractOp
         D = lane.send(D)
         svd = truncated_svd(
             D, rule, tolerance=options.tolerance, seed=options.seed, max_rank=options.rank_choice.maximum,
-            probe=options.tight, norm2=norm2,
+            probe=options.tight, norm2=norm2, rounded=rounded,
         )  # fmt: skip
         rounded2 = _stored2(D, svd, options.stored)
         return replace(svd, U=svd.U.cpu(), Vh=svd.Vh.cpu()), rounded2

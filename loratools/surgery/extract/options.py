@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.options import Options
@@ -11,6 +11,11 @@ from loratools.storage import dtypes
 
 if TYPE_CHECKING:
     import torch
+
+
+Arithmetic = Literal["auto", "float32"]
+ROUNDED = "bfloat16, the last product float32"
+"""What a record says where the processor multiplied in bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +30,7 @@ class ExtractOptions:
     seed: int = 0
     tolerance: float = 6e-4
     tight: bool = False
+    arithmetic: Arithmetic = "auto"
     device: str | torch.device = "cpu"
     threads: int | None = None
     force: bool = False
@@ -36,6 +42,7 @@ class ExtractOptions:
         checked.number("seed", self.seed, least=0)
         checked.real("tolerance", self.tolerance, lambda x: 0 < x < 1, "a share, above 0 and below 1")
         checked.flag("tight", self.tight)
+        checked.word("arithmetic", self.arithmetic, Arithmetic)
         object.__setattr__(self, "device", checked.device(self.device))
         checked.number("threads", self.threads, least=1, optional=True)
         checked.flag("force", self.force)
@@ -50,6 +57,11 @@ class ExtractOptions:
     def computes_on(self) -> str:
         """`device` by its name."""
         return str(self.device)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether products in bfloat16 may find directions: on the processor, and not where bounds are to be tight."""
+        return self.arithmetic == "auto" and not self.tight and self.computes_on == "cpu"
 
     @property
     def stored(self) -> str:

@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import local
 
+import numpy as np
 import torch
 
 from loratools.errors import BadFile
 from loratools.linalg.native import delta
 from loratools.linalg.orthonormal import frobenius2
+from loratools.linalg.products import Rounded
 from loratools.linalg.ranks.noise import ulp
 from loratools.parallel import Progress
 from loratools.storage import digest, dtypes, files
@@ -35,7 +37,8 @@ class Delta:
     lists the rows (of the first dimension) that differ, where D is not kept. `D` is W' − W in float32
     (float64 where one of them is), as a matrix (first dimension, the rest), if it was asked for. `digests` are those of
     base and fine-tune, of codes by value (`storage/checkpoint/values.py`). `noise2` is the energy that rounding W' to
-    its dtype alone accounts for, from a sample.
+    its dtype alone accounts for, from a sample. `rounded` is D in bfloat16, if it was asked for and this processor has
+    products with it.
     """
 
     base_norm2: float
@@ -44,6 +47,7 @@ class Delta:
     digests: tuple[str, str]
     noise2: float = 0.0
     D: torch.Tensor | None = field(default=None, repr=False)
+    rounded: Rounded | None = field(default=None, repr=False)
 
 
 def one_of(spec: TensorSpec, number: int) -> TensorSpec:
@@ -83,25 +87,32 @@ def _columns(spec: TensorSpec) -> int:
     return max(1, spec.parameters // max(1, spec.shape[0] if spec.shape else 1))
 
 
-def read_delta(base: TensorSpec, tuned: TensorSpec, progress: Progress, *, keep: bool) -> Delta:
-    """Compare two tensors of one shape; `keep` returns D too, valid until this thread keeps the next.
+def read_delta(base: TensorSpec, tuned: TensorSpec, progress: Progress, *, keep: bool, rounded: bool = False) -> Delta:
+    """Compare two tensors of one shape; `keep` returns D too, with `rounded` also in bfloat16 where that serves.
+
+    Both are valid until this thread keeps the next.
 
     Raises `BadFile` where a number is NaN or infinite.
     """
     hashers = [values.start(spec) for spec in (base, tuned)]
     columns, wide = _columns(tuned), common_dtype(base, tuned)
-    D = _scratch((tuned.parameters // columns, columns), wide) if keep else None
+    shape = tuned.parameters // columns, columns
+    D = _scratch("D", shape, wide) if keep else None
+    rounded = rounded and wide == torch.float32 and delta.differs(base.dtype, tuned.dtype) and Rounded.serves(shape)
+    low = _scratch("low", shape, torch.bfloat16) if keep and rounded else None
     work = torch.empty(0, dtype=wide)
-    base_norm2 = norm2 = 0.0
+    base_norm2 = norm2 = lost2 = 0.0
     rows: list[int] = []
     for start, raw, pair in files.row_tiles((base, tuned), columns, TILE):
         for hasher, spec, piece in zip(hashers, (base, tuned), raw, strict=True):
             hasher.update(values.plain(spec, piece))
         count = len(pair[0])
         target = work.resize_(pair[0].shape) if D is None else D[start : start + count]
-        change2, before2 = _subtract(raw, pair, (base.dtype, tuned.dtype), target)
+        lows = None if low is None else low[start : start + count]
+        change2, before2, rest2 = _subtract(raw, pair, (base.dtype, tuned.dtype), target, lows)
         base_norm2 += before2
         norm2 += change2
+        lost2 += rest2
         if change2 and not keep:
             rows += (target.any(1).nonzero()[:, 0] + start).tolist()
         progress(sum(len(piece) for piece in raw))
@@ -112,30 +123,38 @@ def read_delta(base: TensorSpec, tuned: TensorSpec, progress: Progress, *, keep:
     if old == new:  # also of codes and of the 16-bit numbers that they stand for: no change but a rounding
         norm2, rows, D = 0.0, [], None
     noise2 = rounding_energy(tuned) if norm2 and keep else 0.0
-    return Delta(base_norm2, norm2, tuple(rows), (old, new), noise2, D if norm2 else None)
+    small = Rounded(low, lost2) if norm2 and low is not None else None
+    return Delta(base_norm2, norm2, tuple(rows), (old, new), noise2, D if norm2 else None, small)
 
 
 def _subtract(
-    raw: list[memoryview], pair: list[torch.Tensor], dtypes: tuple[str, str], target: torch.Tensor
-) -> tuple[float, float]:
-    """Store W' − W of a tile in `target`, and return ‖W' − W‖² and ‖W‖²; tiles of the same bytes do not differ."""
+    raw: list[memoryview], pair: list[torch.Tensor], dtypes: tuple[str, str], target: torch.Tensor,
+    low: torch.Tensor | None,
+) -> tuple[float, float, float]:  # fmt: skip
+    """Store W' − W of a tile in `target`, and in `low`; return ‖W' − W‖², ‖W‖² and what `low` lacks of the first.
+
+    Tiles of the same bytes do not differ.
+    """
     before, after = pair
+    rest2 = 0.0
     if target.dtype == torch.float32 and delta.differs(*dtypes):
-        change2, before2 = delta.difference(raw[0], raw[1], dtypes, target.numpy())
+        bits = None if low is None else low.view(torch.int16).numpy().view(np.uint16)
+        change2, before2, rest2 = delta.difference(raw[0], raw[1], dtypes, target.numpy(), bits)
     else:
         before2 = frobenius2(target.copy_(before))
         change2 = frobenius2(target.copy_(after).sub_(before))
     if not change2 < math.inf and dtypes[0] == dtypes[1] and bytes(raw[0]) == bytes(raw[1]):
         target.zero_()  # a number that is not finite, in both: masks of attention have such
-        return 0.0, before2
-    return change2, before2
+        return 0.0, before2, 0.0
+    return change2, before2, rest2
 
 
-def _scratch(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    """Return memory of this thread for a D, which lives until the thread keeps the next: fresh pages cost more."""
-    held: torch.Tensor | None = getattr(_OWN, "D", None)
+def _scratch(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Return memory of this thread under a name, which lives until it is asked for again: fresh pages cost more."""
+    held: torch.Tensor | None = getattr(_OWN, name, None)
     if held is None or held.dtype != dtype or held.numel() < shape[0] * shape[1]:
-        _OWN.D = held = torch.empty(shape[0] * shape[1], dtype=dtype)
+        held = torch.empty(shape[0] * shape[1], dtype=dtype)
+        setattr(_OWN, name, held)
     return held[: shape[0] * shape[1]].view(shape)
 
 

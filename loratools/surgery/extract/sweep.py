@@ -123,7 +123,8 @@ class Sweep:
             old = read_norm2(source, self.progress)[1] if pair.base else ""
             return _Result(pair, 0.0 if pair.plan == "ignore" else norm2, 0.0, (old, new))
         stacked = pair.kind == "experts"
-        delta = read_delta(source, spec, self.progress, keep=pair.plan == "factor" and not stacked)
+        keep = pair.plan == "factor" and not stacked
+        delta = read_delta(source, spec, self.progress, keep=keep, rounded=self.options.rounds)
         if pair.plan == "factor" and stacked and delta.norm2:
             factored, norm2, base_norm2, noise2 = factor_stack(pair, source, spec, shapes, self.options, self.spool)
             return _Result(pair, norm2, base_norm2, delta.digests, factored, noise2=noise2)
@@ -145,7 +146,7 @@ class Sweep:
         if result.pair.kind == "experts":
             factored = factor_stack(result.pair, source, spec, (), self.options, self.spool, rule)[0]
         else:
-            delta = read_delta(source, spec, no_progress, keep=True)
+            delta = read_delta(source, spec, no_progress, keep=True, rounded=self.options.rounds)
             factored = factor(result.pair, delta, spec, (), self.options, self.spool, rule)
         return replace(result, factored=factored)
 
@@ -161,7 +162,9 @@ class Sweep:
                 error2=error2 + rounding, excess2=factored.excess2 + rounding, bound2=factored.bound2 + rounding,
                 noise2=result.noise2, sigma1=factored.sigma[0],
             )  # fmt: skip
-            return Outcome(pair, "factored", *known, rank=rank, layer=layer, factors=factored.factors)
+            return Outcome(
+                pair, "factored", *known, rank=rank, layer=layer, factors=factored.factors, rounded=factored.rounded
+            )
         if result.exact:
             return Outcome(pair, "rows", *known, rows=result.rows, rank=result.rows, factors=result.exact)
         if result.factored:

@@ -35,15 +35,19 @@ def wide(raw: memoryview, dtype: str) -> np.ndarray:
 @pytest.mark.parametrize("dtypes", list(product(DTYPES, DTYPES)))
 def test_a_difference_has_the_bytes_of_numpy_at_every_width(dtypes: tuple[str, str], count: int) -> None:
     before, after = (stored(dtype, count, seed) for seed, dtype in enumerate(dtypes))
-    plain = np.empty(count, np.float32)
-    norms = delta.plain_difference(before, after, dtypes, plain)
+    plain, low = np.empty(count, np.float32), np.empty(count, np.uint16)
+    norms = delta.plain_difference(before, after, dtypes, plain, low)
+    assert delta.plain_difference(before, after, dtypes, plain) == (*norms[:2], 0)
     for width in WIDTHS:
-        out = np.full(count, np.nan, np.float32)
-        assert delta.difference(before, after, dtypes, out, width=width) == norms
+        out, bits = np.full(count, np.nan, np.float32), np.full(count, 7, np.uint16)
+        assert delta.difference(before, after, dtypes, out, width=width) == (*norms[:2], 0)
         assert out.tobytes() == plain.tobytes()
+        assert delta.difference(before, after, dtypes, out, bits, width=width) == norms
+        assert (out.tobytes(), bits.tobytes()) == (plain.tobytes(), low.tobytes())
+    assert norms[2] == pytest.approx(np.square(plain.astype(float) - wide(memoryview(low), "BF16")).sum(), rel=1e-9)
     W, new = (wide(raw, dtype) for raw, dtype in zip((before, after), dtypes, strict=True))
     np.testing.assert_array_equal(plain, (new - W).astype(np.float32))
-    assert norms == pytest.approx((np.square(plain.astype(np.float64)).sum(), np.square(W).sum()), rel=1e-13)
+    assert norms[:2] == pytest.approx((np.square(plain.astype(np.float64)).sum(), np.square(W).sum()), rel=1e-13)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -56,7 +60,7 @@ def test_numbers_that_are_not_finite_make_norms_that_are_not(bad: float, place: 
         for width in [*WIDTHS, None]:
             out = np.empty(41, np.float32)
             found = delta.difference(*raw, ("F32", "F32"), out, width=width)
-            assert tuple(map(math.isfinite, found)) == finite
+            assert tuple(map(math.isfinite, found[:2])) == finite
 
 
 def test_pieces_of_another_length_are_refused() -> None:
@@ -87,6 +91,37 @@ def test_products_are_those_of_float64_and_the_same_at_every_width(shape: tuple[
     sums = [delta.gram(Y, D, width=width) for width in WIDTHS]
     assert len({one.tobytes() for one in sums}) == 1
     np.testing.assert_allclose(sums[0], Y.T.astype(float) @ D, atol=1e-13 * shape[0])
+
+
+@pytest.mark.skipif(not delta.multiplies_bf16(), reason="this processor does not multiply BF16")
+@pytest.mark.parametrize("k", [1, 16, 32, 50])
+@pytest.mark.parametrize("shape", [(2, 2), (7, 6), (64, 16), (33, 48), (130, 530), (70, 4200)])
+def test_products_of_bf16_are_those_of_the_rounded_numbers(shape: tuple[int, int], k: int) -> None:
+    sizes = ((shape[0], shape[1] + 4), (shape[1], k), (shape[0], k))
+    held, X, Y = (stored_normal(size, seed) for seed, size in enumerate(sizes))
+    D = rounded(held)[:, 2 : 2 + shape[1]]
+    exact = wide(memoryview(np.ascontiguousarray(D)), "BF16").reshape(shape)
+    X_low, Y_low = (wide(memoryview(rounded(x)), "BF16").reshape(x.shape) for x in (X, Y))
+    atol = 6e-6 * math.sqrt(max(shape))
+    np.testing.assert_allclose(delta.times(D, X), exact @ X_low, atol=atol)
+    np.testing.assert_allclose(delta.across(D, np.asfortranarray(Y)), exact.T @ Y_low, atol=atol)
+
+
+def stored_normal(size: tuple[int, int], seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(size, np.float32)
+
+
+def rounded(numbers: np.ndarray) -> np.ndarray:
+    """Return the bits of numbers rounded to BF16, by torch."""
+    torch = pytest.importorskip("torch")
+    return torch.from_numpy(numbers).bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+
+def test_bf16_that_is_not_served_is_refused() -> None:
+    numbers = np.ones((3, 3), np.float32)
+    for D, X in ((np.ones((2, 3), np.uint16), numbers), (np.ones((3, 2), np.uint16), numbers[:2].astype(float))):
+        with pytest.raises(ValueError, match="do not go together"):
+            delta.times(D, X)
 
 
 def test_products_of_nothing_are_zero() -> None:
