@@ -80,7 +80,7 @@ WORDS: Mapping[str, Word] = {
     "--tied": Word(HOW, "What a change of a tied embedding or head does: refuse, give the head a weight of its own, or "
                         "change both.", words=True),
     "--tight": Word(HOW, "Spend as much again on far tighter bounds."),
-    "--arithmetic": Word(HOW, "float32: no products in bfloat16 on the way, on processors that have them."),
+    "--arithmetic": Word(HOW, "float32: no products in bfloat16 on the way, on processors that have them.", words=True),
     "--to-lora": Word(HOW, "Make a LoRA of it, whatever its kind; the error is told."),
     "--tolerance": Word(HOW, "Excess over the optimal error², about.", "SHARE"),
     "--onto": Word(HOW, "A folded base (AWQ, SmoothQuant): carry an adapter of its original into its basis, and seal "

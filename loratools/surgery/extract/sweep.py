@@ -26,7 +26,10 @@ from loratools.surgery.extract.spool import Spool, Spooled
 from loratools.surgery.hash import hash_tensors
 
 WORKERS = 4
-"""Tensors at once: memory is bounded by a few of the largest; further cores share the arithmetic of each."""
+"""Tensors at once, whatever their size; more where the changes of all of them take no more than `MEMORY`."""
+
+MOST_WORKERS = 16
+MEMORY = 1 << 31
 
 
 _Several = Callable[..., dict[str, "_Result"]]
@@ -48,10 +51,18 @@ class Sweep:
 
     def run(self, threads: int) -> tuple[list[Outcome], tuple[BaseIdentity, str]]:
         """Work on all pairs, several at a time, then on those whose ranks need a second look."""
-        workers = min(threads, WORKERS)
-        several = partial(each, threads=workers, torch_threads=threads // workers, refuse=_refuse)
+        workers = min(threads, self._workers())
+        # On one thread of torch each: its sums are in another order on another number.
+        several = partial(each, threads=workers, torch_threads=1, refuse=_refuse)
         results = self._first(several, workers)
         return self._decided(several, results), self._hashes(results, threads)
+
+    def _workers(self) -> int:
+        """Return how many tensors there may be at once: of each its change is held in float32, and in bfloat16."""
+        factored = [(pair, self.tuned.specs[pair.name]) for pair in self.pairing.pairs if pair.plan == "factor"]
+        numbers = [spec.parameters // (spec.shape[0] if pair.kind == "experts" else 1) for pair, spec in factored]
+        largest = 6 * max(numbers, default=1)
+        return min(MOST_WORKERS, max(WORKERS, MEMORY // max(1, largest)))
 
     def _first(self, several: _Several, ahead: int) -> list[_Result]:
         pairs = sorted(self.pairing.pairs, key=lambda pair: (-self.tuned.specs[pair.name].nbytes, pair.path))

@@ -88,7 +88,7 @@ def test_error_is_near_the_optimum_and_the_printed_one(models: tuple[Path, Path]
 
 
 def test_tight_bounds_are_true_and_tighter(models: tuple[Path, Path], tmp_path: Path) -> None:
-    loose = extract(*models, tmp_path / "loose", Ranks(Fixed(12)))
+    loose = extract(*models, tmp_path / "loose", Ranks(Fixed(12)), arithmetic="float32")
     tight = extract(*models, tmp_path / "tight", Ranks(Fixed(12)), tight=True)
     assert tight.total.error == loose.total.error
     assert 0 < tight.total.excess_bound < 0.5 * loose.total.excess_bound
@@ -243,13 +243,13 @@ def test_equal_seeds_give_equal_bytes(models: tuple[Path, Path], tmp_path: Path)
     assert len(list((tmp_path / "one").iterdir())) == 3
 
 
-def test_threads_change_neither_ranks_nor_errors(models: tuple[Path, Path], tmp_path: Path) -> None:
-    one, many = (extract(*models, tmp_path / str(n), Ranks(Energy(0.6)), threads=n) for n in (1, 6))
-    for first, second in zip(one.of("factored"), many.of("factored"), strict=True):
-        assert first.layer is not None
-        assert second.layer is not None
-        assert first.rank == second.rank
-        assert first.layer.error == pytest.approx(second.layer.error, rel=1e-4)
+@pytest.mark.parametrize("ranks", [Ranks(Fixed(8)), Ranks(Energy(0.6)), Ranks(budget=30_000)])
+def test_threads_change_no_byte(models: tuple[Path, Path], tmp_path: Path, ranks: Ranks) -> None:
+    made = []
+    for threads in (1, 2, 9):
+        extract(*models, tmp_path / str(threads), ranks, threads=threads)
+        made.append({file.name: file.read_bytes() for file in (tmp_path / str(threads)).iterdir()})
+    assert made[0] == made[1] == made[2]
 
 
 def test_no_large_matrix_is_decomposed_in_full(

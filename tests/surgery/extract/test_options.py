@@ -17,9 +17,9 @@ def test_spellings_become_one() -> None:
 
 def test_everything_that_is_wrong_is_named() -> None:
     with pytest.raises(InvalidOption) as caught:
-        ExtractOptions("all", "int4", -1, 0.0, "yes", "gpu", 0, None)  # type: ignore[arg-type]
+        ExtractOptions("all", "int4", -1, 0.0, "yes", "f16", "gpu", 0, None)  # type: ignore[arg-type]
     assert [problem.partition(" ")[0].rstrip(":") for problem in caught.value.problems] == [
-        "ranks", "dtype", "seed", "tolerance", "tight", "device", "threads", "force",
+        "ranks", "dtype", "seed", "tolerance", "tight", "arithmetic", "device", "threads", "force",
     ]  # fmt: skip
     assert "bf16, f16, f32 or f64" in str(caught.value)
 
