@@ -132,7 +132,7 @@ def plain_difference(
         if low is not None:
             bits = flat.view(np.uint32)
             low.reshape(-1)[:] = (bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16
-            lost2 = _squares(flat - _widened(memoryview(low.reshape(-1)).cast("B"), "BF16"))
+            lost2 = _squares(flat - (low.reshape(-1).astype(np.uint32) << 16).view(np.float32))
         return _squares(flat), _squares(W), lost2
 
 
