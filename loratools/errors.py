@@ -20,14 +20,14 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in text)
 
 
-def counted(count: int, noun: str) -> str:
-    """Return a count with its noun.
+def counted(count: int, noun: str, nouns: str | None = None) -> str:
+    """Return a count with its noun, which is `nouns` for any but one; by default it takes an s there.
 
     Example:
-        >>> counted(1, "problem"), counted(3, "problem")
-        ('1 problem', '3 problems')
+        >>> counted(1, "problem"), counted(3, "problem"), counted(2, "name is", "names are")
+        ('1 problem', '3 problems', '2 names are')
     """
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    return f"{count} {noun}" if count == 1 else f"{count} {nouns or f'{noun}s'}"
 
 
 class LoraToolsError(Exception):

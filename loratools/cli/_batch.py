@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from loratools.errors import BadFile, OutputRefused
+from loratools.errors import BadFile, OutputRefused, counted
 
 OUTPUT = "output"
 """The option that says where a result goes, of the commands that have one."""
@@ -126,7 +126,7 @@ def _check(items: Iterable[Item]) -> None:
     problems += [f"{' and '.join(paths)}: both would be {place}" for place, paths in places.items() if paths in shared]
     if problems:
         raise OutputRefused(
-            f"{len(problems)} output(s) cannot be; nothing was written",
+            f"{counted(len(problems), 'output')} cannot be; nothing was written",
             problems,
             hint="Choose another -o FOLDER; --each FOLDER keeps the folders of the inputs apart.",
         )

@@ -11,6 +11,7 @@ import click
 
 from loratools.cli._show import Report, fields, plain, size
 from loratools.cli._words import WORDS
+from loratools.errors import counted
 
 if TYPE_CHECKING:
     from loratools.surgery.inputs import Planned
@@ -158,4 +159,6 @@ def would(made: Planned) -> Report:
 def require_one_each(weights: Sequence[object], adapters: Sequence[str]) -> None:
     """Raise `UsageError` where weights are given, but not one for each adapter."""
     if weights and len(weights) != len(adapters):
-        raise click.UsageError(f"{len(weights)} weight(s) for {len(adapters)} adapter(s); give -w once for each")
+        raise click.UsageError(
+            f"{counted(len(weights), 'weight')} for {counted(len(adapters), 'adapter')}; give -w once for each"
+        )

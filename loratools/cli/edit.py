@@ -13,6 +13,7 @@ from loratools.cli import _show as show
 from loratools.cli._facts import entry_lines, fact_lines
 from loratools.cli._group import command as make
 from loratools.cli._talk import Talk, pass_talk
+from loratools.errors import counted
 
 if TYPE_CHECKING:
     from loratools.surgery.edit import Edit
@@ -77,7 +78,7 @@ def command(
     changed = asked or bool(entries or unset or strip)
     made = f"{'; dry run' if dry_run else ''}{f', written to {result.output}' if result.output else ''}"
     keys = ", ".join(f"{each.key} ({each.why})" if each.why else each.key for each in result.changes)
-    what = f"{len(result.changes)} change(s){made}{': ' if keys else ''}{show.clipped(keys, _MOST)}"
+    what = f"{counted(len(result.changes), 'change')}{made}{': ' if keys else ''}{show.clipped(keys, _MOST)}"
     line = what if changed else None
     return show.Report(show.plain(result), _lines(result, changed), line=line)
 
@@ -99,11 +100,11 @@ def _lines(result: Edit, changed: bool) -> Iterator[str]:
         yield _line(change)
     where = result.output or result.path
     if result.dry_run:
-        yield f"{len(result.changes)} change(s) to {result.path}; nothing was written"
+        yield f"{counted(len(result.changes), 'change')} to {result.path}; nothing was written"
     elif not result.changes and not result.output:
         yield f"{where}: nothing to change"
     else:
-        yield f"{where}: {len(result.changes)} change(s)"
+        yield f"{where}: {counted(len(result.changes), 'change')}"
 
 
 def _line(change: Change) -> str:

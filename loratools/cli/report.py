@@ -11,6 +11,7 @@ import click
 from loratools.cli import _options as options
 from loratools.cli import _show as show
 from loratools.cli._group import command as make
+from loratools.cli._talk import Talk, pass_talk
 
 
 def _renamed(name: str, _file: bool, _values: Mapping[str, Any]) -> str:
@@ -27,7 +28,10 @@ def _renamed(name: str, _file: bool, _values: Mapping[str, Any]) -> str:
     more="The control of a comparison, the probes of a merge.",
 )  # fmt: skip
 @options.force_option
-def command(inputs: str | tuple[str, ...], output: Path, base: str | None, seed: int, force: bool) -> show.Report:
+@pass_talk
+def command(
+    talk: Talk, inputs: str | tuple[str, ...], output: Path, base: str | None, seed: int, force: bool
+) -> show.Report:
     """Write a page of figures about adapters or a merge: one HTML file that needs no network and no script.
 
     What the page shows follows from what the inputs are. An adapter: where it changes the model, its singular values,
@@ -49,7 +53,8 @@ def command(inputs: str | tuple[str, ...], output: Path, base: str | None, seed:
     """
     from loratools.reports import report
 
-    made = report(inputs, output, base=base, seed=seed, force=force)
+    with talk.progress("reading", 0) as advance:
+        made = report(inputs, output, base=base, seed=seed, force=force, progress=advance)
     lines = show.fields(
         ("wrote", f"{made.output}, {show.size(made.nbytes)}"), ("page", made.kind), (made.kind, made.lead)
     )

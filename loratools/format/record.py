@@ -14,7 +14,7 @@ from typing import Any
 from loratools.adapter.identity import one_name
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import HEADER, Adapter, AdapterInput, BaseIdentity
-from loratools.errors import OutputRefused
+from loratools.errors import OutputRefused, counted
 from loratools.format.manifest import LAYERS, public, usual
 from loratools.storage.beside.paths import public_entries
 from loratools.storage.checkpoint import Checkpoint
@@ -193,7 +193,7 @@ def refuse_second_merge(base: Checkpoint, digests: Sequence[str], taken: Sequenc
 def made_by(record: Mapping[str, Any]) -> str:
     """Return in words what made a model: the operation, how many adapters it holds, by which program."""
     adapters, removed = record.get("adapters"), record.get("removed")
-    of = f" of {len(adapters)} adapter(s)" if isinstance(adapters, list) and adapters else ""
+    of = f" of {counted(len(adapters), 'adapter')}" if isinstance(adapters, list) and adapters else ""
     out = f", {len(removed)} taken out" if isinstance(removed, list) and removed else ""
     how = "approximate " if record.get("approximate") else ""
     return f"{how}{record.get('operation')}{of}{out}, by {record.get('tool')}"

@@ -18,7 +18,7 @@ from loratools.adapter.naming.selection import matches
 from loratools.adapter.placement.owners import Kinds
 from loratools.adapter.placement.shared import HEADS
 from loratools.adapter.placement.slices import slices
-from loratools.errors import IncompatibleAdapter, InvalidOption, MissingExtra
+from loratools.errors import IncompatibleAdapter, InvalidOption, MissingExtra, counted
 from loratools.options import Options
 from loratools.storage import dtypes, sources
 from loratools.storage.checkpoint import Checkpoint
@@ -167,7 +167,8 @@ def _chosen(model: Shapes, targets: Collection[str]) -> dict[str, tuple[int, ...
         for near in [get_close_matches(target, last, cutoff=0.4)]
     ]
     if problems or not targets:
-        raise IncompatibleAdapter(f"{model.name}: {len(problems) or 'no'} target(s) that name nothing", problems)
+        named = counted(len(problems), "target names nothing", "targets name nothing") if problems else "no targets"
+        raise IncompatibleAdapter(f"{model.name}: {named}", problems)
     meant = {name: model.shapes[name] for name in able if any(matches(target, name) for target in targets)}
     return meant | parts
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from loratools.adapter.model import BaseIdentity
 from loratools.adapter.naming.wrappers import Names
 from loratools.decisions import warned
-from loratools.errors import IncompatibleAdapter, WrongBase
+from loratools.errors import IncompatibleAdapter, WrongBase, counted
 from loratools.live.below.meta import stored
 from loratools.live.place import Layout
 from loratools.options import CheckBase
@@ -143,7 +143,7 @@ def seal(layout: Layout, touched: Iterable[str], base_id: str | None) -> BaseIde
             hint="Load the weights into the model first.",
         )  # fmt: skip
     if codes:
-        warned("%d weight(s) that it changes are codes in this model, and are left out of the adapter's seal", codes)
+        warned("left out of the adapter's seal, for they are codes in this model: %s", counted(codes, "weight"))
     dtypes_of = {tensor.dtype for tensor in tensors.values()}
     if dtypes_of == {torch.float32}:
         for narrow in _NARROWER[torch.float32]:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as registry
 
-from loratools.errors import IncompatibleAdapter
+from loratools.errors import IncompatibleAdapter, counted
 from loratools.live.modules import type_of
 from loratools.live.place import output_head, walk
 from loratools.live.site import Handle
@@ -149,7 +149,8 @@ class Watch:
 def passed_over(paths: list[str]) -> IncompatibleAdapter:
     """Return the exception for targets whose weight is read without calling them."""
     return IncompatibleAdapter(
-        f"{len(paths)} module(s) with an adapter did not run, although what holds them did: the adapter is passed over",
+        f"{counted(len(paths), 'module')} with an adapter did not run, although what holds each did: the adapter is "
+        "passed over",
         paths,
         hint="The model's code reads their weights itself, as fused fast paths do. Merge the adapter (`lora.merge`), "
         "or choose other targets.",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loratools.decisions import decided, warned
 from loratools.dialects import Listing
-from loratools.errors import BadFile, InvalidOption, LoraToolsError
+from loratools.errors import BadFile, InvalidOption, LoraToolsError, counted
 from loratools.recipe import identity
 from loratools.recipe.catalog import Role, nearest
 from loratools.recipe.value import Recipe, Source
@@ -63,7 +63,7 @@ def bind(
     problems += [f"{source.name}: {_missing(source, search)}" for source, _ in wanted]
     if problems:
         raise BadFile(
-            f"{recipe.path}: {len(problems)} input(s) are not at hand", problems,
+            f"{recipe.path}: {counted(len(problems), 'input is', 'inputs are')} not at hand", problems,
             hint="Say where they are with --input NAME=PATH, or have them found by digest with --search FOLDER.",
         )  # fmt: skip
     return bound

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loratools.decisions import warned
-from loratools.errors import BadFile, InvalidOption, LoraToolsError, OutputRefused
+from loratools.errors import BadFile, InvalidOption, LoraToolsError, OutputRefused, counted
 from loratools.parallel import cores
 from loratools.recipe import identity, made
 from loratools.recipe.bind import Bound, bind
@@ -185,11 +185,13 @@ def run(
             (problems if isinstance(error, InvalidOption) else refused).append(f"step {step.name}: {error.line}")
     if refused:
         raise OutputRefused(
-            f"{recipe.path}: {len(refused)} output(s) are refused", refused,
+            f"{recipe.path}: {counted(len(refused), 'output is', 'outputs are')} refused", refused,
             hint="Choose another --folder, or replace what is there with --force.",
         )  # fmt: skip
     if problems:
-        raise InvalidOption(f"{recipe.path}: {len(problems)} step(s) say what cannot be", problems)
+        raise InvalidOption(
+            f"{recipe.path}: {counted(len(problems), 'step says', 'steps say')} what cannot be", problems
+        )
     reports: list[StepReport] = []
     places = {name: each.text for name, each in bound.items()}
     for number, step in enumerate(recipe.steps):

@@ -23,6 +23,7 @@ from loratools.decisions import decided
 from loratools.dialects import InMemory
 from loratools.errors import InvalidOption, OutputRefused
 from loratools.options import Options
+from loratools.parallel import Progress, no_progress
 from loratools.reports import pages
 from loratools.reports.subjects import Source, opened
 from loratools.storage import atomic
@@ -52,6 +53,7 @@ def report(
     base: Location | Checkpoint | None = None,
     seed: int = 0,
     force: bool = False,
+    progress: Progress | None = None,
 ) -> ReportPage:
     """Write a page about adapters or a merge: one HTML file that needs no network, no script and no other file.
 
@@ -67,6 +69,8 @@ def report(
         seed: A whole number that draws what is random on the page: the control of a comparison, the probes of a merge.
             Default: 0.
         force: Whether to replace an output that exists. Default: no.
+        progress: Called with the bytes of models read since the last call, from any thread, where a page of a merge or
+            of an extraction is made. Default: nobody is told.
 
     Returns:
         What was written, and which kind of page it is.
@@ -90,7 +94,7 @@ def report(
     if target.suffix.lower() not in _ENDINGS:  # which no input has: a page may lie among them, and replaces none
         raise OutputRefused(f"{target}: a page is an HTML file", hint="Give it a name that ends in .html.")
     atomic.check_output(target, force=force)
-    subjects = opened(sources, base, seed)
+    subjects = opened(sources, base, seed, progress or no_progress)
     kind = pages.of(subjects)
     decided("%s: a page of kind %s, which is made of %s", target, kind, pages.get(kind).NEEDS)
     made = pages.get(kind).page(subjects)

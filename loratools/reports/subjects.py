@@ -11,6 +11,7 @@ from loratools import dialects
 from loratools.adapter.model import Adapter
 from loratools.dialects import InMemory
 from loratools.dialects._frame.items import items_in
+from loratools.parallel import Progress, no_progress
 from loratools.reports.numbers import names_of
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.sources import Location, is_reference
@@ -47,16 +48,22 @@ class NamedFolder:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Subjects:
-    """All inputs of one page. `base` is the model that `--base` names; `seed` draws what is random on the page."""
+    """All inputs of one page. `base` is the model that `--base` names; `seed` draws what is random on the page.
+
+    `progress` is told of the bytes of models that are read for it.
+    """
 
     adapters: tuple[Named, ...] = ()
     models: tuple[NamedModel, ...] = ()
     folders: tuple[NamedFolder, ...] = ()
     base: NamedModel | None = None
     seed: int = 0
+    progress: Progress = no_progress
 
 
-def opened(inputs: Sequence[Source], base: Location | Checkpoint | None, seed: int) -> Subjects:
+def opened(
+    inputs: Sequence[Source], base: Location | Checkpoint | None, seed: int, progress: Progress = no_progress
+) -> Subjects:
     """Open the inputs of a page; raise what opening raises."""
     names = names_of([_place(source, i) for i, source in enumerate(inputs, 1)])
     model = None if base is None else NamedModel(names_of([_place(base, 0)])[0], open_model(base))
@@ -72,7 +79,7 @@ def opened(inputs: Sequence[Source], base: Location | Checkpoint | None, seed: i
             models.append(NamedModel(name, value))
         else:
             adapters.append(Named(name, value))
-    return Subjects(tuple(adapters), tuple(models), tuple(folders), model, seed)
+    return Subjects(tuple(adapters), tuple(models), tuple(folders), model, seed, progress)
 
 
 def _folder(source: Source) -> Path | None:

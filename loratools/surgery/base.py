@@ -14,7 +14,7 @@ from typing import Any
 from loratools.adapter.identity import as_numbers, compare, one_name
 from loratools.adapter.model import BaseIdentity
 from loratools.decisions import decided
-from loratools.errors import LoraToolsError, WrongBase
+from loratools.errors import LoraToolsError, WrongBase, counted
 from loratools.format import record as records
 from loratools.options import CheckBase, Options
 from loratools.parallel import Progress
@@ -56,8 +56,9 @@ def agree(
         elif (looked := _at_hand((first, folder), (second, other_folder))) is not None:
             differing += [f"{both}: {sentence}" for sentence in looked[:1]]
         elif first.id is None or second.id is None:
-            nameless = " and ".join(n for n, base in ((name, first), (other_name, second)) if base.id is None)
-            uncertain.append(f"{nameless} does not say which base it belongs to, so it cannot be compared")
+            nameless = [n for n, base in ((name, first), (other_name, second)) if base.id is None]
+            says = f"neither {' nor '.join(nameless)} says" if nameless[1:] else f"{nameless[0]} does not say"
+            uncertain.append(f"{says} which base it belongs to, so it cannot be compared")
         elif comparison.by_name is None:
             uncertain.append(
                 f"{both}: of the names of their bases only the last part can be compared, {first.id} and {second.id}"
@@ -236,7 +237,8 @@ def prove(record: Mapping[str, Any], digests: Mapping[str, str], where: str | Pa
     if unproved:
         wrong = [pair for pair in unproved if pair.tier == "tensors"]
         raise WrongBase(
-            f"{where}: this is not the base model that was merged; {len(wrong)} changed tensor(s) differ",
+            f"{where}: this is not the base model that was merged; "
+            f"{counted(len(wrong), 'changed tensor differs', 'changed tensors differ')}",
             [f"{pair.name}: digest {pair.second or 'of no tensor'}, recorded {pair.first}" for pair in wrong[:20]],
             hint="One of the files was changed since, or the residual belongs to another merge.",
         )

@@ -29,7 +29,7 @@ from loratools.adapter.placement.tied import with_heads
 from loratools.adapter.placement.weight import over_weights
 from loratools.adapter.placement.whole import resolve_replacements
 from loratools.decisions import warned
-from loratools.errors import IncompatibleAdapter
+from loratools.errors import IncompatibleAdapter, counted
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
 from loratools.surgery.base import differences
@@ -115,7 +115,7 @@ def _tell(name: str, changes: Changes) -> None:
         for reason, modules in by_reason.items():
             targets = compact(modules)
             shown = ", ".join(targets[:3]) + (", …" if len(targets) > 3 else "")
-            warned("%s: %d module(s) %s %s: %s", name, len(modules), verb, reason, shown)
+            warned("%s: %s %s %s: %s", name, counted(len(modules), "module"), verb, reason, shown)
 
 
 def alone(adapter: Adapter) -> Changes:
@@ -186,8 +186,8 @@ def _alike(adapters: Sequence[Adapter], names: Sequence[str]) -> list[Adapter]:
                     problems.append(f"{name}: {path}: {error}")
         changed.append(replace(adapter, updates={**adapter.updates, **turned}) if turned else adapter)
     if problems:
-        hint = "Their base model tells (--base)."
-        raise IncompatibleAdapter(f"{len(problems)} stack(s) of experts may lie in two ways", problems, hint=hint)
+        stacks_of = counted(len(problems), "stack of experts", "stacks of experts")
+        raise IncompatibleAdapter(f"{stacks_of} may lie in two ways", problems, hint="Their base model tells (--base).")
     return changed
 
 

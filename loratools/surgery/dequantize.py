@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.adapter.placement.codes import refuse_all_codes
 from loratools.decisions import detailed
-from loratools.errors import BadFile, LoraToolsError
+from loratools.errors import BadFile, LoraToolsError, counted
 from loratools.options import Options
 from loratools.parallel import Progress, cores
 from loratools.storage import atomic, digest
@@ -131,5 +131,8 @@ def _check(base: Checkpoint, planned: Checkpoint, written: Checkpoint, threads: 
         raise BadFile(f"{written.path}: tensors are missing or too many", names[:20])
     wrong = [name for name, spec in base.specs.items() if not same(spec, written.specs[name], False, lambda _: None)]
     if wrong:
-        raise BadFile(f"{written.path}: {len(wrong)} tensor(s) are not what {base.path} stands for", wrong[:20])
+        raise BadFile(
+            f"{written.path}: {counted(len(wrong), 'tensor is', 'tensors are')} not what {base.path} stands for",
+            wrong[:20],
+        )
     return digest.root(hash_tensors(dict(written.specs), digest.DEFAULT, threads)), len(written.specs)

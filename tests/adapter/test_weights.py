@@ -144,7 +144,7 @@ def test_a_merge_has_them_and_what_follows_it_too(
     save_file(factors, tmp_path / "adapter.safetensors")
     model, lora, out = tmp_path / "base.safetensors", tmp_path / "adapter.safetensors", tmp_path / "merged"
     merge(model, lora, out, weights=[words], keep_residual=True)
-    assert "with weight 0 are left out" in caplog.text
+    assert "left out, with weight 0: " in caplog.text
     made = {name: tensor for file in out.glob("*.safetensors") for name, tensor in load_file(file).items()}
     for name, W in expected.items():
         np.testing.assert_allclose(made[name], W, atol=1e-5, rtol=1e-5)

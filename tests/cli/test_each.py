@@ -224,7 +224,7 @@ def test_two_results_in_one_place_are_refused_before_anything_is_written(spoken:
     assert code == 1
     assert out == []
     assert err[:2] == [
-        "error: 1 output(s) cannot be; nothing was written",
+        "error: 1 output cannot be; nothing was written",
         f"  adapter and twins/adapter: both would be {workplace / 'new' / 'adapter'}",
     ]
     assert not (workplace / "new").exists()

@@ -81,7 +81,7 @@ def test_a_base_of_links_to_elsewhere_is_refused(model: Path) -> None:
         (model / "links" / path.name).symlink_to(path)
     before = hashes(model / "base")
     for output in (model / "base", model / "out"):
-        with pytest.raises(BadFile, match="lead out of it"):
+        with pytest.raises(BadFile, match=r"leads? out of it"):
             merge(model / "links", [model / "adapter"], output, force=True)
     assert hashes(model / "base") == before
 

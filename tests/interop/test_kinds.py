@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from loratools.errors import BadFile, IncompatibleAdapter
+from loratools.errors import BadFile, IncompatibleAdapter, counted
 from loratools.surgery.merge import MergeReport, merge
 from loratools.surgery.verify import verify
 from tests.interop.models import FAMILIES, load, merge_by_peft
@@ -179,7 +179,7 @@ def test_several_adapters_compose_as_in_peft(second: dict[str, Any], transposed:
             tmp_path / "base", [tmp_path / adapter_name for adapter_name in order], tmp_path / order, tied="both"
         )
         count = 3 if transposed else 2
-        sentence = f"the order matters for {count} tensor(s), and is as given: adapter 1, then 2"
+        sentence = f"the order matters for {counted(count, 'tensor')}, and is as given: adapter 1, then 2"
         assert sentence in report.notes
         merged[order] = load(tmp_path / order)
         assert max(difference(W, theirs[name]) for name, W in merged[order].items()) <= 1e-5

@@ -546,7 +546,7 @@ def test_a_lora_of_full_rank_is_the_adapter_and_of_less_has_the_error_of_the_sin
 def test_a_lora_of_what_depends_on_the_base_needs_it(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     _, _, adapter = made(tmp_path, "IA3", CASES["IA3"][0])
-    with pytest.raises(IncompatibleAdapter, match=r"6 module\(s\) whose change cannot be told") as raised:
+    with pytest.raises(IncompatibleAdapter, match=r"6 modules whose change cannot be told") as raised:
         convert(adapter, tmp_path / "lora", to="peft", to_lora=2)
     assert "--base" in str(raised.value)
 

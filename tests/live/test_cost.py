@@ -66,7 +66,7 @@ def test_stacks_and_convolutions() -> None:
 
 def test_targets_that_name_nothing(tmp_path: Path) -> None:
     base = tiny.save_llama(tmp_path / "base", tiny.llama_weights())
-    with pytest.raises(IncompatibleAdapter, match=r"2 target\(s\)") as caught:
+    with pytest.raises(IncompatibleAdapter, match=r"2 targets name nothing") as caught:
         loratools.estimate(base, targets=["q_prj", "v_proj", "norm"])
     assert [problem.partition(":")[0] for problem in caught.value.problems] == ["q_prj", "norm"]
     assert "q_proj" in caught.value.problems[0]

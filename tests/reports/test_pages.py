@@ -27,22 +27,9 @@ from loratools.surgery.merge import merge
 from loratools.surgery.resize import resize
 from loratools.surgery.spectrum import spectrum
 from loratools.surgery.verify import verify
+from tests.reports.conftest import SHAPES, text_of
 from tests.reports.reading import Reading
 from tests.surgery.models import Lora, load, lora, random, save_adapter, save_base
-
-SHAPES = {f"model.layers.{i}.self_attn.{side}_proj": (24, 16) for i in range(3) for side in "qv"}
-
-
-@pytest.fixture
-def work(tmp_path: Path) -> Path:
-    save_adapter(tmp_path / "adapter", lora(SHAPES, rank=4, seed=1))
-    weights = {f"{module}.weight": random(*shape, seed=60 + i) for i, (module, shape) in enumerate(SHAPES.items())}
-    save_base(tmp_path / "base", weights, model_type="llama")
-    return tmp_path
-
-
-def text_of(page: Path) -> str:
-    return page.read_text(encoding="utf-8")
 
 
 def test_the_tables_have_the_numbers_of_the_library(work: Path) -> None:
@@ -305,7 +292,7 @@ def test_no_inputs_make_two_kinds_of_pages(work: Path) -> None:
 def test_no_input_and_a_model_alone_make_no_page(work: Path) -> None:
     with pytest.raises(InvalidOption, match="at least one"):
         report([], work / "page.html")
-    with pytest.raises(InvalidOption, match=r"0 adapter\(s\) and 1 model\(s\) without") as refused:
+    with pytest.raises(InvalidOption, match=r"0 adapters and 1 model without") as refused:
         report(work / "base", work / "page.html")
     assert any(problem.startswith("adapter: one adapter") for problem in refused.value.problems)
 

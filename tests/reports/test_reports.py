@@ -16,22 +16,10 @@ from loratools.reports.arrange import MOST_COLUMNS, MOST_ROWS, arranged
 from loratools.reports.markup import Markup, element, escaped
 from loratools.reports.numbers import names_of, shortened, width
 from loratools.reports.scale import Scale, decades, ticks
+from loratools.surgery.merge import merge
+from tests.reports.conftest import text_of
 from tests.reports.reading import Reading
-from tests.surgery.models import lora, random, save_adapter, save_base
-
-SHAPES = {f"model.layers.{i}.self_attn.{side}_proj": (24, 16) for i in range(3) for side in "qv"}
-
-
-@pytest.fixture
-def work(tmp_path: Path) -> Path:
-    save_adapter(tmp_path / "adapter", lora(SHAPES, rank=4, seed=1))
-    weights = {f"{module}.weight": random(*shape, seed=60 + i) for i, (module, shape) in enumerate(SHAPES.items())}
-    save_base(tmp_path / "base", weights, model_type="llama")
-    return tmp_path
-
-
-def text_of(page: Path) -> str:
-    return page.read_text(encoding="utf-8")
+from tests.surgery.models import lora, save_adapter, save_base
 
 
 def test_equal_inputs_give_equal_bytes_wherever_they_lie(work: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -42,6 +30,14 @@ def test_equal_inputs_give_equal_bytes_wherever_they_lie(work: Path, tmp_path_fa
     assert (work / "page.html").read_bytes() == (elsewhere / "again.html").read_bytes()
     page = text_of(work / "page.html")
     assert not [part for part in work.parts[1:] if part in page]
+
+
+def test_the_bytes_of_models_are_told_as_they_are_read(work: Path) -> None:
+    merge(work / "base", work / "adapter", work / "merged")
+    told: list[int] = []
+    report([work / "merged", work / "adapter"], work / "page.html", base=work / "base", progress=told.append)
+    assert len(told) > 1
+    assert sum(told) >= (work / "base" / "model.safetensors").stat().st_size - 2000  # all but the header
 
 
 def test_the_page_needs_nothing_and_runs_nothing(work: Path) -> None:

@@ -106,13 +106,13 @@ def test_without_a_base_it_is_said_that_the_magnitude_is_left_out(
     reason = "without its magnitude, whose effect depends on the base model (--base)"
     assert found.in_part == ({Q: reason}, {Q: reason})
     assert measured.in_part == {Q: reason}
-    assert [message.partition(": ")[2] for message in caplog.messages] == [f"1 module(s) measured {reason}: {Q}"] * 3
+    assert [message.partition(": ")[2] for message in caplog.messages] == [f"1 module measured {reason}: {Q}"] * 3
 
 
 @pytest.mark.parametrize("command", ["inspect a --spectrum", "compare a a"])
 def test_the_commands_say_it_in_text_and_in_json(shell: Callable[..., Any], command: str, base: Path) -> None:
     _, product, true = dora(base.parent / "a", 5)
-    assert "warning: a: 1 module(s) measured without its magnitude" in shell(f"loratools {command}", base.parent).err
+    assert "warning: a: 1 module measured without its magnitude" in shell(f"loratools {command}", base.parent).err
     lines = (f"loratools {command} --json", f"loratools {command} --base base --json")
     alone, on_base = (json.loads(shell(line, base.parent).out) for line in lines)
     assert any("without its magnitude" in warning for warning in alone["warnings"])
@@ -138,7 +138,7 @@ def test_what_is_trained_whole_is_left_out_without_a_base_and_measured_with_it(
     ]
     found = compare(*adapters)
     assert [list(side) for side in found.left_out] == [["lm_head.weight"]] * 2
-    assert "1 module(s) left out as a tensor trained whole: its change depends on the base" in caplog.messages[0]
+    assert "1 module left out as a tensor trained whole: its change depends on the base" in caplog.messages[0]
     assert found.cosine == pytest.approx(1)
     caplog.clear()
     found = compare(*adapters, base)

@@ -67,7 +67,7 @@ def factor_inf(tensors: dict[str, torch.Tensor]) -> None:
     tensors[f"base_model.model.{NAMES[0]}.lora_B.weight"][2, 1] = torch.inf
 
 
-NO_BIT = "no bit of {} of 2 tensor(s) changed that adapters are for, such as {}.weight: "
+NO_BIT = "no bit of {} of 2 tensors changed that adapters are for, such as {}.weight: "
 TWICE = "adapters 1 and 2 have the same tensors; each is applied with its own weight"
 
 

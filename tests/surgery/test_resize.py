@@ -108,7 +108,7 @@ def test_command(shell: Callable, workplace: Path) -> None:
         ),
         ("resize adapter --energy 2 -o x", "share"),
         ("resize adapter --budget soon -o x", "budget"),
-        ("combine adapter other -w 1 -o x", "1 weight(s) for 2"),
+        ("combine adapter other -w 1 -o x", "1 weight for 2"),
         ("combine adapter --max-rank 3 -o x", "need one of"),
     ):
         refused = shell(f"loratools {line}", workplace)
@@ -154,7 +154,7 @@ def test_blocks_are_kept_and_left_out_by_pattern(tmp_path: Path) -> None:
     wanted = 0.5 * parts["lora_B.weight"] @ parts["lora_A.weight"]
     for kept_whole in left.values():
         torch.testing.assert_close(kept_whole.delta_weight(), wanted, rtol=1e-5, atol=1e-5)
-    with pytest.raises(LoraToolsError, match="are for nothing"):
+    with pytest.raises(LoraToolsError, match="for nothing"):
         resize(adapter, tmp_path / "c", 2, exclude=["up_blocks"])
     with pytest.raises(InvalidOption) as caught:
         resize(adapter, tmp_path / "c", 2, include="proj_in")

@@ -167,7 +167,7 @@ def test_without_a_record_what_cannot_be_compared_is_said(tmp_path: Path) -> Non
     merge(base, [old], tmp_path / "merged")
     (tmp_path / "merged" / RECORD).unlink()
     report = switch(tmp_path / "merged", old, tmp_path / "sealed", tmp_path / "out")
-    said = "1 tensor(s) that it changes, such as a.down.weight, are no longer the base's"
+    said = "no longer the base's: 1 tensor that it changes, such as a.down.weight"
     assert any(said in note for note in report.notes)
     assert any("no record of its merge" in note for note in report.notes)
     assert switch(tmp_path / "out", tmp_path / "sealed", old, tmp_path / "again").error_bound > report.error_bound

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from loratools.adapter.naming.compact import suffixes
 from loratools.adapter.naming.wrappers import Names
-from loratools.errors import LoraToolsError
+from loratools.errors import LoraToolsError, counted
 
 KINDS = ("linear", "conv", "embedding", "experts")
 """Kinds of modules whose change can be factored."""
@@ -52,7 +52,9 @@ class Selection:
             for near in [names.nearest(pattern)]
         ]
         if problems:
-            raise LoraToolsError(f"{len(problems)} pattern(s) name no module of this model", problems)
+            raise LoraToolsError(
+                f"{counted(len(problems), 'pattern names', 'patterns name')} no module of this model", problems
+            )
 
 
 def matches(pattern: str, path: str) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.wrappers import FUSIONS, Names, normalized
 from loratools.adapter.placement.stacks import spellings
-from loratools.errors import IncompatibleAdapter
+from loratools.errors import IncompatibleAdapter, counted
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.codecs import schemes
 from loratools.storage.codecs.state import statement
@@ -29,7 +29,7 @@ def refuse_codes(adapter: Adapter, base: Checkpoint, who: str = "the adapter") -
     if targets := stored_as_codes(adapter, base):
         named = schemes.find(base.specs, base.config).named(targets.values())
         raise IncompatibleAdapter(
-            f"{base.path} is quantized with {named}, and {len(targets)} module(s) that {who} "
+            f"{base.path} is quantized with {named}, and {counted(len(targets), 'module')} that {who} "
             "changes are stored as codes, to which nothing can be added",
             [f"{module}: {scheme}" for module, scheme in sorted(targets.items())[:20]],
             hint=HINT,

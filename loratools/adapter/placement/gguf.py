@@ -18,7 +18,7 @@ from loratools.adapter.placement.stacks import path_of
 from loratools.adapter.placement.weight import over_weights
 from loratools.adapter.placement.whole import resolve_replacements
 from loratools.adapter.site import Site
-from loratools.errors import IncompatibleAdapter, UnsupportedAdapter
+from loratools.errors import IncompatibleAdapter, UnsupportedAdapter, counted
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.codecs import Encoding
 from loratools.storage.header import TensorSpec
@@ -145,8 +145,8 @@ def _refuse(base: Checkpoint, adapter: Adapter, shapes: Shapes, layout: Layout) 
         ]
     if problems:
         raise IncompatibleAdapter(
-            f"{len(problems)} tensor(s) of the adapter are for what llama.cpp's converter changed further: merge into "
-            "the model that the file was made from",
+            "llama.cpp's converter changed further what the adapter is for, in "
+            f"{counted(len(problems), 'tensor')}: merge into the model that the file was made from",
             problems,
         )
 

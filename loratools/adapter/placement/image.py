@@ -25,7 +25,7 @@ from loratools.adapter.naming.image.groups import ORIGINAL, Group, groups, home
 from loratools.adapter.naming.image.readings import Lead, Reading
 from loratools.adapter.naming.image.translate import together, translated
 from loratools.adapter.naming.wrappers import Names
-from loratools.errors import IncompatibleAdapter
+from loratools.errors import IncompatibleAdapter, counted
 from loratools.storage.checkpoint import Checkpoint
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -272,7 +272,7 @@ def _refuse_by_heads(adapter: Adapter, base: Checkpoint) -> None:
         hit = [module for module, way in found.items() if way is not None and way[0] in family.by_heads]
         if hit:
             raise IncompatibleAdapter(
-                f"{base.path}: {len(hit)} module(s), such as {hit[0]}, have q, k and v of each head in turn in shards "
-                f"of {family.summary}, and an adapter has all q, all k, all v; no shape tells which these are",
+                f"{base.path}: {counted(len(hit), 'module')}, such as {hit[0]}: q, k and v of each head in turn in "
+                f"shards of {family.summary}, and an adapter has all q, all k, all v; no shape tells which these are",
                 hint="Merge into the model as diffusers has it, or into one file.",
             )

@@ -14,7 +14,7 @@ from typing import Any
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.wrappers import Names
 from loratools.adapter.placement.shared import EMBEDDINGS, HEADS, last_segment, main_tensor
-from loratools.errors import IncompatibleAdapter
+from loratools.errors import IncompatibleAdapter, counted
 from loratools.storage.lazy import LazyTensor
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -60,7 +60,8 @@ def resolve_replacements(
         else:
             replaced[name] = lazy
     if problems:
-        raise IncompatibleAdapter(f"{len(problems)} tensor(s) trained whole do not fit this base model", problems)
+        tensors = counted(len(problems), "tensor trained whole does", "tensors trained whole do")
+        raise IncompatibleAdapter(f"{tensors} not fit this base model", problems)
     return replaced
 
 

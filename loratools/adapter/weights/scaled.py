@@ -8,7 +8,7 @@ from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter
 from loratools.adapter.weights import Weight
 from loratools.decisions import warned
-from loratools.errors import LoraToolsError, UnsupportedAdapter
+from loratools.errors import LoraToolsError, UnsupportedAdapter, counted
 
 
 def scaled(adapter: Adapter, words: str, name: str) -> Adapter:
@@ -20,7 +20,7 @@ def scaled(adapter: Adapter, words: str, name: str) -> Adapter:
     weight = Weight.parse(words).bound(adapter, name)
     if unmatched := weight.unmatched([*adapter.updates, *adapter.replacements]):
         problems = [f"{name}: {pattern} names none of its modules" for pattern in unmatched]
-        raise LoraToolsError(f"{len(unmatched)} weight(s) are for nothing", problems)
+        raise LoraToolsError(f"{counted(len(unmatched), 'weight is', 'weights are')} for nothing", problems)
     updates: dict[str, Update] = {}
     refused, out = [], [path for path in adapter.replacements if weight.of(path) == 0]
     for module, update in adapter.updates.items():
@@ -37,9 +37,9 @@ def scaled(adapter: Adapter, words: str, name: str) -> Adapter:
                 if weight.of(path) != 1]  # fmt: skip
     if refused:
         raise UnsupportedAdapter(
-            f"{name}: {len(refused)} change(s) have no weight of their own besides 0 and 1", refused,
+            f"{name}: no weight but 0 and 1 can be given to {counted(len(refused), 'change')}", refused,
             hint="One number for the whole adapter is taken by every kind.",
         )  # fmt: skip
     if out:
-        warned("%s: %d module(s) with weight 0 are left out, the first is %s", name, len(out), out[0])
+        warned("%s: left out, with weight 0: %s, the first is %s", name, counted(len(out), "module"), out[0])
     return replace(adapter, updates=updates, replacements=whole)

@@ -99,12 +99,17 @@ def unknown(listing: Listing, known: Sequence[str]) -> UnknownKind:
     header = listing.header(listing.files[0]) if listing.single else None
     if header and any(name.endswith(".weight") for name in header.tensors):
         return UnknownKind(f"{listing.path} looks like weights of a base model; an adapter was expected", hint=hint)
+    lists = "`loratools dialects` lists what loratools reads."
+    if listing.single and not listing.weights:
+        return UnknownKind(f"{listing.path}: no file of weights; an adapter was expected", hint=lists)
     if listing.single:
         return UnknownKind(f"{listing.path}: no dialect knows this file; loratools reads", known)
     more = f" and {len(listing.files) - 12} more" if len(listing.files) > 12 else ""
     holds = f"it holds {', '.join(listing.files[:12]) + more or 'no files'}"
     if "config.json" in listing.files:
         return UnknownKind(f"{listing.path} looks like a base model; an adapter was expected; {holds}", hint=hint)
+    if not listing.weights:
+        return UnknownKind(f"{listing.path}: no dialect knows this folder; {holds}", hint=lists)
     return UnknownKind(f"{listing.path}: no dialect knows this folder; {holds}; loratools reads", known)
 
 

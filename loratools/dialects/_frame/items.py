@@ -56,11 +56,14 @@ def items_in(folder: str | os.PathLike[str], skip: Collection[str | os.PathLike[
         (PosixPath('loras/style.safetensors'), PosixPath('loras/tuned/checkpoint-500'))
     """
     if is_reference(os.fspath(folder)):
-        raise BadFile(f"{folder}: a reference is no folder", hint="Give it itself, without --each.")
+        hint = "Fetch it with `loratools pull` first, or give it itself to a command that takes one."
+        raise BadFile(f"{folder}: a reference is no folder", hint=hint)
     top = Path(folder)
     if not top.is_dir():
-        what = "this is a file" if top.exists() else "no such folder"
-        raise BadFile(f"{folder}: {what}", hint="Give the paths of files themselves, without --each.")
+        if not top.exists():
+            raise BadFile(f"{folder}: no such folder")
+        hint = f"Give the folder in which it lies, {top.parent}, or the file itself to a command that takes one."
+        raise BadFile(f"{folder}: this is a file, and a folder is expected", hint=hint)
     walk = _Walk(os.path.realpath(top), [Path(path).stat() for path in skip if Path(path).exists()])
     listed = list(walk.items(str(top)))
     own: dict[str, str] = {}

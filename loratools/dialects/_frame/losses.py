@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from loratools.adapter.model import Adapter, BaseIdentity, Loss
-from loratools.errors import LossyConversion, UnsupportedAdapter
+from loratools.errors import LossyConversion, UnsupportedAdapter, counted
 
 IDENTITY = ("the hash of the base model", "provenance", "copies of the base's tensors")
 """For a dialect's `CANNOT`: what `identity_losses` lists."""
@@ -26,7 +26,7 @@ def record_losses(adapter: Adapter) -> list[Loss]:
     if adapter.base and adapter.base.sealed:
         losses.append(_HASH)
     if adapter.provenance:
-        losses.append(Loss("provenance", f"{len(adapter.provenance)} recorded operation(s)"))
+        losses.append(Loss("provenance", counted(len(adapter.provenance), "recorded operation")))
     return losses
 
 

@@ -26,7 +26,7 @@ from loratools.dialects._frame.numbers import is_float, read_number
 from loratools.dialects.kohya import network, rotations
 from loratools.dialects.kohya.beside import MODULATION, MODULATION_PART, Beside, take_apart
 from loratools.dialects.kohya.names import NAMES_KEY, dotted, flattened, head_of
-from loratools.errors import BadFile
+from loratools.errors import BadFile, counted
 from loratools.format import keys
 from loratools.storage import save
 from loratools.storage.dtypes import to_torch
@@ -85,7 +85,7 @@ def read(listing: Listing) -> Adapter:
     shapes = {head: shape for head, parts in flat.items() if (shape := _shape(parts))}
     modules, faults = dotted(flat, metadata, list(listing.base.specs) if listing.base else None, shapes)
     if strangers:
-        faults.append(f"{len(strangers)} name(s) that are none of kohya's: {some(strangers)}")
+        faults.append(f"{counted(len(strangers), 'name is', 'names are')} none of kohya's: {some(strangers)}")
     if faults:
         asked = by_convert(listing, "--base BASE", "Give the base model that it was trained on, whose names decide")
         hint = None if listing.base else asked

@@ -208,7 +208,9 @@ def _tensors(listing: Listing) -> dict[str, LazyTensor]:
         count, ending = int(shard[2]), shard[3]
         wanted = [f"{_STEM}-{i:05d}-of-{count:05d}.{ending}" for i in range(1, count + 1)]
         if missing := sorted(set(wanted) - set(files)):
-            raise BadFile(f"{listing.path}: missing shard(s): {', '.join(missing[:12])}")
+            raise BadFile(
+                f"{listing.path}: missing {'shard' if len(missing) == 1 else 'shards'}: {', '.join(missing[:12])}"
+            )
         if extra := sorted(set(files) - set(wanted)):
             raise BadFile(f"{listing.path}: shards of two savings: {', '.join(extra[:12])} do not belong to {files[0]}")
     tensors: dict[str, LazyTensor] = {}

@@ -14,6 +14,7 @@ from loratools.adapter.parts import A, B
 from loratools.dialects.peft.config import PeftConfig
 from loratools.dialects.peft.fields import GROUPED
 from loratools.dialects.peft.names import Groups
+from loratools.errors import counted
 from loratools.storage.lazy import LazyTensor
 
 Parts = dict[str, LazyTensor]
@@ -91,7 +92,7 @@ def layouts(
         modules.sort(key=len, reverse=True)  # innermost first
         least = len(parameters - config.targets.pathless)
         if not max(least, 1) <= len(modules) <= min(len(parameters), _MANY) or len(parameters) > _MANY:
-            wrappers = f"{len(modules)} wrapper(s) for {len(parameters)} parameters"
+            wrappers = f"{counted(len(modules), 'wrapper')} for {len(parameters)} parameters"
             faults.append(f"{path}: {wrappers}, {', '.join(sorted(parameters)[:_MANY])}")
             continue
         rows = [groups.modules[module][A].shape[0] if A in groups.modules[module] else 0 for module in modules]

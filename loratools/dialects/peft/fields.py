@@ -13,7 +13,7 @@ from typing import Any
 
 from loratools.adapter.model import BaseIdentity
 from loratools.dialects._frame.numbers import is_number
-from loratools.errors import BadFile
+from loratools.errors import BadFile, counted
 
 DEFAULT_R = DEFAULT_ALPHA = 8
 """What PEFT takes where a config does not say."""
@@ -173,7 +173,7 @@ def misfits(fields: Mapping[str, Any], tests: Mapping[str, tuple[Test, str]]) ->
 def check(path: Path, faults: Sequence[str]) -> None:
     """Raise `BadFile` with all fields of a config that cannot be used, if there are any."""
     if faults:
-        raise BadFile(f"{path}: {len(faults)} field(s) that cannot be used", faults)
+        raise BadFile(f"{path}: {counted(len(faults), 'field')} that cannot be used", faults)
 
 
 def base_of(fields: Mapping[str, Any]) -> BaseIdentity | None:

@@ -19,7 +19,7 @@ from loratools.dialects._frame.values import Config, HasAdapter, PeftModel
 from loratools.dialects.peft import checks, typed
 from loratools.dialects.peft.assemble import assemble
 from loratools.dialects.peft.names import unwrap
-from loratools.errors import BadFile, InvalidOption
+from loratools.errors import BadFile, InvalidOption, counted
 from loratools.format import keys
 from loratools.storage.lazy import LazyTensor
 
@@ -106,7 +106,7 @@ def _document(config: object) -> dict[str, Any]:
         except (TypeError, ValueError) as error:
             faults.append(f"{name}: {error}")
     if faults:
-        raise BadFile(f"{_CONFIG}: {len(faults)} field(s) that adapter_config.json cannot hold", faults)
+        raise BadFile(f"{_CONFIG}: {counted(len(faults), 'field')} that adapter_config.json cannot hold", faults)
     return document
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loratools.dialects._frame.build import some
+from loratools.errors import counted
 from loratools.format import keys
 from loratools.storage.lazy import LazyTensor
 
@@ -59,13 +60,13 @@ class Groups:
     def check_names(self, names: Iterable[str], strangers: Sequence[str]) -> None:
         """Add the faults that the names in a file have together; `strangers` do not begin as PEFT's do."""
         if broken := [name for name in names if "\n" in name]:
-            self.faults.append(f"{len(broken)} tensor(s) with a line break in the name: {broken[0]!r}")
+            self.faults.append(f"{counted(len(broken), 'tensor')} with a line break in the name: {broken[0]!r}")
         if len(self.adapters) > 1:
             several = ", ".join(sorted(self.adapters))
             self.faults.append(f"several adapters in one file: {several}; save them one by one")
         if strangers:
             begin = f"names do not begin with {keys.PREFIX}: {', '.join(strangers[:5])}"
-            self.faults.append(f"{len(strangers)} tensor(s) whose {begin}")
+            self.faults.append(f"{counted(len(strangers), 'tensor')} whose {begin}")
 
     def notes(self) -> Iterator[str]:
         """Yield what a user must know of the names: what PEFT does not load, and what was left in them."""

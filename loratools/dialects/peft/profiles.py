@@ -19,7 +19,7 @@ from loratools.adapter.model import Adapter
 from loratools.adapter.naming.wrappers import normalized
 from loratools.adapter.parts import A_EMBEDDING, B_EMBEDDING, A, B
 from loratools.dialects._frame.numbers import most_common
-from loratools.errors import LossyConversion, UnknownKind
+from loratools.errors import LossyConversion, UnknownKind, counted
 
 _LAYER = re.compile(r"(.*?)\.(\d+)\.(.+)")
 Shapes = Mapping[str, tuple[int, ...]]
@@ -74,7 +74,7 @@ def apply(adapter: Adapter, name: str, base: Shapes | None = None) -> Adapter:
         problems += missing
     if problems:
         raise LossyConversion(
-            f"the consumer {profile.name} would refuse or change this adapter: {len(problems)} reason(s)",
+            f"the consumer {profile.name} would refuse or change this adapter: {counted(len(problems), 'reason')}",
             problems,
             hint="Merge it into the base model instead, or give the base model with --base where layers are missing.",
         )
@@ -130,7 +130,7 @@ def _every_layer(adapter: Adapter, base: Shapes | None) -> tuple[Adapter, list[s
         missing = sorted(layers - updates.keys())
         if missing and wanted is None:
             shown = ", ".join(map(str, missing[:12]))
-            problems.append(f"{front}.*.{target}: no update in layer(s) {shown} of {last + 1}")
+            problems.append(f"{front}.*.{target}: no update in layers {shown} of {last + 1}")
             continue
         like = next(iter(updates.values()))
         for layer in missing:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Protocol, cast
 
-from loratools.errors import InvalidOption
+from loratools.errors import InvalidOption, counted
 from loratools.options import modules_in
 from loratools.reports.page import Page
 from loratools.reports.subjects import Subjects
@@ -52,7 +52,7 @@ def of(subjects: Subjects) -> str:
     for name in names():
         if get(name).fits(subjects):
             return name
-    given = f"{len(subjects.adapters)} adapter(s) and {len(subjects.models)} model(s)"
+    given = f"{counted(len(subjects.adapters), 'adapter')} and {counted(len(subjects.models), 'model')}"
     base = "with" if subjects.base else "without"
     raise InvalidOption(
         f"no page is made of {given} {base} a base model", [f"{name}: {get(name).NEEDS}" for name in names()]

@@ -35,7 +35,8 @@ def page(subjects: Subjects) -> Page:
     base = subjects.base.model if subjects.base else None
     anew = None
     if base is not None and subjects.models:
-        anew = certify(subjects.models[0].model, base, subject.adapter, seed=subjects.seed)
+        tuned, progress = subjects.models[0].model, subjects.progress
+        anew = certify(tuned, base, subject.adapter, seed=subjects.seed, progress=progress)
     layers = anew.layers if anew else certificate(subject.adapter)
     summary, sums = _facts.summary_of(subject.adapter, subject.name), anew.total if anew else total(layers)
     stated = parameters(subject.adapter)

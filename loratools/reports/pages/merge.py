@@ -60,7 +60,7 @@ def _verified(subjects: Subjects, stated: Mapping[str, Any]) -> Verification:
     adapters = [each.adapter for each in subjects.adapters]
     return verify(
         subjects.models[0].model, subjects.base.model, adapters, weights=_weights(subjects.adapters, stated),
-        seed=subjects.seed,
+        seed=subjects.seed, progress=subjects.progress,
     )  # fmt: skip
 
 

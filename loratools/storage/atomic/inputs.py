@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
-from loratools.errors import BadFile
+from loratools.errors import BadFile, counted
 
 Stamp = tuple[int, int, int, int]
 """What a file is when it is opened: device, inode, bytes, and the time of its last change in nanoseconds."""
@@ -72,7 +72,7 @@ def check_unchanged(scratch: Path | None = None) -> None:
             changed.append(f"{path}: {', '.join(other)}")
     if changed:
         raise BadFile(
-            f"{len(changed)} input(s) changed while they were read; nothing was made of them",
+            f"{counted(len(changed), 'input')} changed while they were read; nothing was made of them",
             changed,
             hint="Run it again when nothing else writes them.",
         )

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from loratools.errors import BadFile
+from loratools.errors import BadFile, counted
 
 
 def refuse_outside(paths: Iterable[Path], root: Path) -> None:
@@ -35,7 +35,8 @@ def refuse_outside(paths: Iterable[Path], root: Path) -> None:
     ]
     if outside:
         raise BadFile(
-            f"{root}: {len(outside)} link(s) in it lead out of it; links are followed only inside a folder, or inside "
+            f"{root}: {counted(len(outside), 'link in it leads', 'links in it lead')} "
+            "out of it; links are followed only inside a folder, or inside "
             "the Hub's cache that holds it",
             outside,
             hint="Put the file itself there, or give the folder that it is in.",

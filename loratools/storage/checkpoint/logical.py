@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from loratools.errors import BadFile, UnsupportedAdapter
+from loratools.errors import BadFile, UnsupportedAdapter, counted
 from loratools.storage import codecs, dtypes
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.shard import Shard
@@ -96,7 +96,7 @@ def _refuse_damaged(path: Path, config: Mapping[str, Any], found: Codes) -> None
             damaged.append(f"{module} ({found.modules[whole[like]]}): {missing} is missing beside {named}")
     if damaged:
         raise UnsupportedAdapter(
-            f"{path}: {len(damaged)} quantized module(s) lack tensors", sorted(damaged)[:20],
+            f"{path}: tensors are missing in {counted(len(damaged), 'quantized module')}", sorted(damaged)[:20],
             hint="The model is not whole: fetch it again.",
         )  # fmt: skip
 

@@ -12,6 +12,7 @@ from math import prod
 from typing import Any
 
 from loratools.decisions import warned
+from loratools.errors import counted
 from loratools.storage.codecs import Encoding, Module
 from loratools.storage.codecs._fp8 import Blocks, fitted
 from loratools.storage.codecs._scales import by_inverse
@@ -33,8 +34,8 @@ def opened(module: Module) -> Encoding:
 def plain(statement: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
     """Return the statement as it is: a weight without a scale is plain. Warn of the ComfyUI that does not know that."""
     warned(
-        "%d weight(s) are in 16 bit among others in scaled FP8: ComfyUI reads them so since the end of 2025; an older "
-        "one casts them to FP8 without a scale, for which --quantized dequantize or requantize is better",
-        len(modules),
+        "%s in 16 bit among others in scaled FP8: ComfyUI reads them so since the end of 2025; an older one "
+        "casts them to FP8 without a scale, for which --quantized dequantize or requantize is better",
+        counted(len(modules), "weight is", "weights are"),
     )
     return dict(statement)

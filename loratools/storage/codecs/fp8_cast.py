@@ -10,6 +10,7 @@ from math import prod
 from typing import Any
 
 from loratools.decisions import warned
+from loratools.errors import counted
 from loratools.storage.codecs import Encoding, Module
 from loratools.storage.codecs._fp8 import Blocks, fitted
 from loratools.storage.codecs._scales import by_quotient
@@ -27,8 +28,8 @@ def opened(module: Module) -> Encoding:
 def plain(statement: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
     """Return the statement as it is, and warn: what loads such a file takes all its weights for FP8."""
     warned(
-        "%d weight(s) are in 16 bit among others in FP8 without scales: ComfyUI casts all weights of such a file to "
+        "%s in 16 bit among others in FP8 without scales: ComfyUI casts all weights of such a file to "
         "the dtype of most of them, the merged ones too; --quantized dequantize or requantize is better there",
-        len(modules),
+        counted(len(modules), "weight is", "weights are"),
     )
     return dict(statement)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loratools.errors import BadFile
+from loratools.errors import BadFile, counted
 from loratools.storage.header import TensorSpec, check_name, nbytes
 from loratools.storage.pickles.unpickle import Damaged, Refused, View, unpickle
 from loratools.storage.pickles.window import Window
@@ -61,7 +61,7 @@ def read_pickled(path: Path, within: tuple[int, int] | None = None) -> dict[str,
         else:
             specs[name] = spec
     if problems:
-        raise BadFile(f"{path}: {len(problems)} tensor(s) cannot be read in place", problems)
+        raise BadFile(f"{path}: {counted(len(problems), 'tensor')} cannot be read in place", problems)
     if sum(spec.nbytes for spec in specs.values()) > MAX_SHARING * (stop - start):
         raise BadFile(
             f"{path}: its tensors share storages, and have more than {MAX_SHARING} times the bytes of the file"

@@ -25,7 +25,7 @@ from loratools.adapter.kinds import Update
 from loratools.adapter.model import BaseIdentity
 from loratools.adapter.weights import Weight
 from loratools.decisions import decided, detailed, warned
-from loratools.errors import IncompatibleAdapter, LoraToolsError
+from loratools.errors import IncompatibleAdapter, LoraToolsError, counted
 from loratools.format.digest import adapter_digest
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.options import CheckBase
@@ -211,9 +211,9 @@ def run(
             [f"{each.name}: weight {each.weight.to_json()}" for each in inputs],
         )
     rule, cut = options.rule, sum(share.rank < share.true_rank for share in shares)
-    decided("%s of %d adapter(s): %d modules, %d of them at a lower rank than their own; ranks by %s; stored as %s",
-            options.method, len(inputs), len(shares), cut, "what there is" if rule is None else rule.to_json(),
-            options.stored)  # fmt: skip
+    decided("%s of %s: %d modules, %d of them at a lower rank than their own; ranks by %s; stored as %s",
+            options.method, counted(len(inputs), "adapter"), len(shares), cut,
+            "what there is" if rule is None else rule.to_json(), options.stored)  # fmt: skip
     for share in shares:
         detailed("%s: rank %d of %d, error %.2e of its change", share.module, share.rank, share.true_rank,
                  share.error / share.norm if share.norm else 0.0)  # fmt: skip

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from loratools.adapter.naming.compact import natural
-from loratools.errors import IncompatibleAdapter
+from loratools.errors import IncompatibleAdapter, counted
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.linalg.ranks.rules import Spectrum, bounded
 from loratools.storage.lazy import LazyTensor
@@ -150,4 +150,4 @@ def choose(changes: Sequence[Change], ranks: Ranks | None) -> list[int]:
 def refused(problems: Mapping[str, str]) -> IncompatibleAdapter:
     """Return the error that names every module that cannot be worked on, and why."""
     lines = [f"{module}: {problem}" for module, problem in sorted(problems.items(), key=lambda item: natural(item[0]))]
-    return IncompatibleAdapter(f"{len(lines)} module(s) cannot be worked on", lines)
+    return IncompatibleAdapter(f"{counted(len(lines), 'module')} cannot be worked on", lines)

@@ -17,7 +17,7 @@ from loratools.adapter.model import Adapter
 from loratools.adapter.naming.stacked import nested
 from loratools.adapter.naming.wrappers import normalized
 from loratools.adapter.weights import Weight
-from loratools.errors import IncompatibleAdapter, InvalidOption, LoraToolsError, UnsupportedAdapter
+from loratools.errors import IncompatibleAdapter, InvalidOption, LoraToolsError, UnsupportedAdapter, counted
 from loratools.format.digest import checked_digest
 from loratools.surgery.inputs import AdapterSource, names_of
 
@@ -83,7 +83,9 @@ def open_inputs(
         weight if isinstance(weight, Weight) else Weight.parse(weight) for weight in weights or [1.0] * len(adapters)
     ]
     if not adapters or len(parsed) != len(adapters):
-        raise InvalidOption(f"{len(adapters)} adapter(s) and {len(parsed)} weight(s); each adapter takes one weight")
+        raise InvalidOption(
+            f"{counted(len(adapters), 'adapter')} and {counted(len(parsed), 'weight')}; each adapter takes one weight"
+        )
     sources = list(adapters)
     if initial is not None:
         if len(adapters) > 1 or method != "linear":
@@ -132,7 +134,7 @@ def align(inputs: Sequence[Input]) -> Aligned:
                 turned.append(f"{each.name}: {path}: {error}")
         renamed.append(common)
     if turned:
-        raise IncompatibleAdapter(f"{len(turned)} stack(s) of experts may lie in two ways", turned, hint=_SEAL)
+        raise IncompatibleAdapter(f"{counted(len(turned), 'stack')} of experts may lie in two ways", turned, hint=_SEAL)
     _refuse_differences([each.name for each in inputs], modules)
     unmatched = [
         f"{each.name}: {pattern} names none of its modules"
@@ -140,7 +142,7 @@ def align(inputs: Sequence[Input]) -> Aligned:
         for pattern in each.weight.unmatched([*common.values(), *each.adapter.replacements])
     ]
     if unmatched:
-        raise LoraToolsError(f"{len(unmatched)} weight(s) are for nothing", unmatched)
+        raise LoraToolsError(f"{counted(len(unmatched), 'weight is', 'weights are')} for nothing", unmatched)
     return Aligned({module: tuple(members) for module, members in modules.items()}, tuple(renamed))
 
 
@@ -153,7 +155,9 @@ def _refuse_differences(names: Sequence[str], modules: Mapping[str, Sequence[Mem
             if old != new:
                 problems.append(f"{module}: {what} {old} in {names[first.adapter]}, {new} in {names[other.adapter]}")
     if problems:
-        raise IncompatibleAdapter(f"the adapters differ in {len(problems)} module(s) that they share", problems)
+        raise IncompatibleAdapter(
+            f"the adapters differ in {counted(len(problems), 'module')} that they share", problems
+        )
 
 
 def _starting_point(trained: Adapter, initial: Adapter) -> Adapter:
@@ -185,4 +189,6 @@ def _refuse(inputs: Sequence[Input]) -> None:
         f"Make a LoRA of it first (loratools convert {name} -o OUTPUT --to-lora --rank R; some kinds need --base), "
         "or merge such an adapter into its base model instead."
     )
-    raise UnsupportedAdapter(f"{count} module(s) cannot be combined or resized in factor space", problems, hint=hint)
+    raise UnsupportedAdapter(
+        f"{counted(count, 'module')} cannot be combined or resized in factor space", problems, hint=hint
+    )

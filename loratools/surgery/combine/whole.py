@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from loratools.adapter.kinds import Update
 from loratools.adapter.naming.compact import compact
 from loratools.adapter.parts import B
-from loratools.errors import UnsupportedAdapter
+from loratools.errors import UnsupportedAdapter, counted
 from loratools.storage import dtypes
 from loratools.storage.lazy import LazyTensor
 from loratools.surgery.combine.inputs import Aligned, Input
@@ -46,7 +46,8 @@ def replacements(inputs: Sequence[Input], aligned: Aligned, method: str) -> dict
             kept[path] = _sum(group)
     if problems:
         raise UnsupportedAdapter(
-            f"{sum(map(len, problems.values()))} tensor(s) trained whole cannot be combined without the base model",
+            f"{counted(sum(map(len, problems.values())), 'tensor')} "
+            f"trained whole cannot be combined without the base model",
             [f"{', '.join(compact(paths))}: {reason}" for reason, paths in problems.items()],
             hint="W + sum of w (W_i - W) needs no base where the weights sum to 1. Or merge into the base model.",
         )

@@ -13,7 +13,7 @@ from loratools.adapter import parts as part_names
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter
 from loratools.dialects._frame.build import is_embedding
-from loratools.errors import IncompatibleAdapter, UnsupportedAdapter
+from loratools.errors import IncompatibleAdapter, UnsupportedAdapter, counted
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
 
@@ -65,7 +65,7 @@ def as_lora(adapter: Adapter, rank: int, base: Checkpoint | None = None) -> tupl
         problems = [f"{module}: {why}" for module, why in open_ones.items() if module not in adapter.replacements]
         if problems:
             raise IncompatibleAdapter(
-                f"{len(problems)} module(s) whose change cannot be told", problems[:20],
+                f"{counted(len(problems), 'module')} whose change cannot be told", problems[:20],
                 hint="Give the base model that it was trained on (--base).",
             )  # fmt: skip
     modules = {name: change for name, change in changes.modules.items() if name not in adapter.replacements}

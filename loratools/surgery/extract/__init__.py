@@ -30,9 +30,8 @@ from loratools.adapter.identity import one_name
 from loratools.adapter.naming.selection import Selection
 from loratools.adapter.placement.codes import refuse_other_codes
 from loratools.decisions import decided, detailed, warned
-from loratools.engine.device import check as check_device
-from loratools.engine.device import computing
-from loratools.errors import IncompatibleAdapter, OutputRefused
+from loratools.engine.device import check as check_device, computing
+from loratools.errors import IncompatibleAdapter, OutputRefused, counted
 from loratools.format import manifest
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.options import Options
@@ -227,8 +226,8 @@ def _tell_quantized(base: Checkpoint, tuned: Checkpoint, pairing: Pairing) -> No
     pairs = [match for match in pairing.pairs if match.base and tuned.specs[match.name].encoding]
     if noisy := [match.path for match in pairs if not base.specs[str(match.base)].encoding]:
         warned(
-            "%s: %d module(s) are stored as codes, and in the base they are not: what quantization did to them is part "
-            "of their change, unless the base holds the same numbers", tuned.path, len(noisy),
+            "%s: stored as codes, and in the base not: %s; what quantization did there is part of the change, unless "
+            "the base holds the same numbers", tuned.path, counted(len(noisy), "module"),
         )  # fmt: skip
 
 
@@ -238,7 +237,8 @@ def _refuse_empty(base: Checkpoint, tuned: Checkpoint, outcomes: Sequence[Outcom
         return
     if names := [tensor.pair.path for tensor in outcomes if tensor.outcome == "whole"]:
         raise IncompatibleAdapter(
-            f"{tuned.path} differs from {base.path} in {len(names)} tensor(s), and none of them can be factored",
+            f"{tuned.path} differs from {base.path} in "
+            f"{counted(len(names), 'tensor')}, and none of them can be factored",
             names[:20],
             hint="An adapter needs a module with factors: see --kind and --save-module.",
         )

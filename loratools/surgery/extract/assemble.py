@@ -11,6 +11,7 @@ from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.adapter.placement.owners import task_of
 from loratools.adapter.placement.shared import ties_of
 from loratools.engine.device import described
+from loratools.errors import counted
 from loratools.format import manifest
 from loratools.format.record import ARITHMETIC, TOOL
 from loratools.storage.beside.links import refuse_outside
@@ -208,7 +209,7 @@ def _notes(base: Checkpoint, outcomes: tuple[Outcome, ...], pairing: Pairing) ->
     """Say what is new, and what PEFT will refuse to load although `merge` takes it."""
     whole = [tensor for tensor in outcomes if tensor.outcome == "whole"]
     if new := [tensor.path for tensor in whole if tensor.pair.base is None]:
-        yield f"{len(new)} tensor(s) are new, and no part of the base: {', '.join(new[:5])}"
+        yield f"{counted(len(new), 'tensor is', 'tensors are')} new, and no part of the base: {', '.join(new[:5])}"
     inner = {".".join(parts[:i]) for tensor in outcomes if tensor.factors
              for parts in [tensor.path.split(".")] for i in range(1, len(parts))}  # fmt: skip
     if loose := [tensor.path for tensor in whole if tensor.module in inner]:

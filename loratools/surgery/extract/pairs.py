@@ -9,7 +9,7 @@ from loratools.adapter.naming.selection import Selection
 from loratools.adapter.naming.wrappers import RENAMED, Names
 from loratools.adapter.placement.owners import Kinds
 from loratools.adapter.placement.shared import Ties, flag_of, ties_of
-from loratools.errors import IncompatibleAdapter
+from loratools.errors import IncompatibleAdapter, counted
 from loratools.storage import dtypes
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import TensorSpec
@@ -163,7 +163,9 @@ def _counterparts(base: Checkpoint, tuned: Checkpoint) -> dict[str, str | None]:
         if source and claimed.setdefault(source, name) != name:
             problems.append(f"{name} and {claimed[source]} both are {source} of the base")
     if problems:
-        raise IncompatibleAdapter(f"{tuned.path}: {len(problems)} name(s) are ambiguous in {base.path}", problems)
+        raise IncompatibleAdapter(
+            f"{tuned.path}: {counted(len(problems), 'name is', 'names are')} ambiguous in {base.path}", problems
+        )
     return sources
 
 

@@ -9,7 +9,7 @@ from math import prod
 
 from loratools.adapter.model import BaseIdentity
 from loratools.decisions import warned
-from loratools.errors import BadFile, LoraToolsError
+from loratools.errors import BadFile, LoraToolsError, counted
 from loratools.linalg.ranks.rules import Fixed
 from loratools.parallel import Progress, each, no_progress
 from loratools.storage import digest, files
@@ -109,14 +109,15 @@ class Sweep:
             lost[path] = rounding / max(layer.norm2 - layer.factored.error2(rank), rounding)
         if gone := [path for path, share in lost.items() if share > 0.999]:
             raise BadFile(
-                f"the factors of {len(gone)} module(s) are too small for {self.options.stored}: they would become zero",
+                f"the factors of {counted(len(gone), 'module')} are too "
+                f"small for {self.options.stored}: they would become zero",
                 gone,
                 hint="BF16 and F32 hold them (--dtype).",
             )
         if worse := sorted((path for path, share in lost.items() if share > _USUAL_ROUNDING), key=lambda p: -lost[p]):
             warned(
-                "factors of %d module(s) have numbers too small for %s, most of them in %s: %.2g of its energy is lost",
-                len(worse), self.options.stored, worse[0], lost[worse[0]],
+                "factors of %s have numbers too small for %s, most of them in %s: %.2g of its energy is lost",
+                counted(len(worse), "module"), self.options.stored, worse[0], lost[worse[0]],
             )  # fmt: skip
 
     def _compared(self, pair: Pair, shapes: Sequence[tuple[int, int]]) -> _Result:
@@ -252,4 +253,4 @@ class _Result:
 
 
 def _refuse(problems: Sequence[str]) -> BadFile:
-    return BadFile(f"{len(problems)} tensor(s) cannot be compared", problems)
+    return BadFile(f"{counted(len(problems), 'tensor')} cannot be compared", problems)

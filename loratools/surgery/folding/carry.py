@@ -14,7 +14,7 @@ from loratools.adapter.model import Adapter, AdapterInput, BaseIdentity, Step
 from loratools.adapter.placement.image import named_for
 from loratools.adapter.placement.resolve import Placement, resolve
 from loratools.adapter.placement.whole import resolve_replacements
-from loratools.errors import UnsupportedAdapter
+from loratools.errors import UnsupportedAdapter, counted
 from loratools.format.digest import adapter_digest
 from loratools.format.record import TOOL
 from loratools.storage.codecs.floats import Array
@@ -62,7 +62,8 @@ def onto(scales: Scales, given: AdapterInput) -> Carried:
     }
     if problems:
         raise UnsupportedAdapter(
-            f"{len(problems)} module(s) of the adapter cannot be carried into {scales.base.path}, whose weights are "
+            f"{counted(len(problems), 'module')} of the adapter "
+            f"cannot be carried into {scales.base.path}, whose weights are "
             "scaled",
             problems,
             hint="Merge it into the original, then quantize the result; --trained-on folded if it is of this base.",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from loratools.adapter.model import Adapter, AdapterInput
 from loratools.decisions import decided, warned
-from loratools.errors import IncompatibleAdapter, WrongBase
+from loratools.errors import IncompatibleAdapter, WrongBase, counted
 from loratools.options import CheckBase, TrainedOn
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import logical
@@ -120,7 +120,8 @@ def _check_seal(adapter: Adapter, original: Checkpoint, check_base: CheckBase) -
     digests = hash_tensors(present)
     if other := sorted(name for name in recorded if digests.get(name) != recorded[name]):
         raise WrongBase(
-            f"{original.path} is not the original that the adapter is sealed with: {len(other)} tensor(s) differ",
+            f"{original.path} is not the original that the adapter is sealed with: "
+            f"{counted(len(other), 'tensor differs', 'tensors differ')}",
             other[:20],
             hint="Give the model that it was trained on; --trained-on folded if it was trained on the folded base.",
         )

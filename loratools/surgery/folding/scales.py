@@ -10,7 +10,7 @@ from typing import cast
 import numpy as np
 
 from loratools.adapter.naming.wrappers import Names
-from loratools.errors import WrongBase
+from loratools.errors import WrongBase, counted
 from loratools.storage import dtypes, files
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.codecs import Encoding
@@ -82,7 +82,8 @@ class Scales:
             damaged = ", or its norms, which multiply by 1 + w, were divided as if by w" if self._one_plus else ""
             raise WrongBase(
                 f"{self.original.path} is not the model that was folded into {self.base.path}, or it was folded in "
-                f"another way than AWQ and SmoothQuant do{damaged}: {len(problems)} weight(s) differ",
+                f"another way than AWQ and SmoothQuant do{damaged}: "
+                f"{counted(len(problems), 'weight differs', 'weights differ')}",
                 problems[:20],
                 hint="Give the model that the base was quantized from; --trained-on folded for an adapter of the base.",
             )

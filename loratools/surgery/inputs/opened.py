@@ -21,7 +21,7 @@ from loratools.adapter.weights.scaled import scaled
 from loratools.decisions import warned
 from loratools.dialects._frame.facts import facts_of
 from loratools.dialects._frame.metadata import metadata_of
-from loratools.errors import InvalidOption, UnsupportedAdapter
+from loratools.errors import InvalidOption, UnsupportedAdapter, counted
 from loratools.format.digest import checked_digest
 from loratools.options import is_finite
 from loratools.storage import atomic, save, sources
@@ -182,7 +182,9 @@ def _weights(weights: Any, count: int) -> list[float | str]:
     if problems := [f"weight {i + 1} is {weight!r}" for i, weight in enumerate(listed) if read[i] is None]:
         raise InvalidOption("a weight is a finite number", problems)
     if not count or len(listed) != count:
-        raise InvalidOption(f"{count} adapter(s) and {len(listed)} weight(s); each adapter takes one weight")
+        raise InvalidOption(
+            f"{counted(count, 'adapter')} and {counted(len(listed), 'weight')}; each adapter takes one weight"
+        )
     return [weight for weight in read if weight is not None]
 
 

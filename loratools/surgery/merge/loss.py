@@ -14,6 +14,7 @@ from loratools.adapter.placement.shared import EMBEDDINGS, last_segment
 from loratools.decisions import warned
 from loratools.engine.plan import MergePlan
 from loratools.engine.task import Loss, TensorResult
+from loratools.errors import counted
 from loratools.format.record import TOOL
 from loratools.storage.lazy import LazyTensor
 
@@ -31,7 +32,7 @@ def write(plan: MergePlan, results: Sequence[TensorResult], scratch: Path, rank:
     if stacks := sorted(
         name for name, change in plan.changes.items() if change.recoded and len(change.source.shape) > 2
     ):
-        warned("what is lost of %d stack(s) of experts, such as %s, is not kept", len(stacks), stacks[0])
+        warned("what is lost of %s of experts, such as %s, is not kept", counted(len(stacks), "stack"), stacks[0])
     if not losses:
         return None
     turned = _turned(plan)

@@ -10,7 +10,7 @@ from typing import Self
 from loratools.decisions import warned
 from loratools.engine.plan import MergePlan
 from loratools.engine.task import TensorResult, retention
-from loratools.errors import IncompatibleAdapter
+from loratools.errors import IncompatibleAdapter, counted
 from loratools.storage import digest
 from loratools.storage.files import same_bytes
 from loratools.surgery.merge.options import MergeOptions
@@ -93,8 +93,9 @@ class Measured:
         if unchanged:
             count = sum(bool(change.placements) for change in changes.values())
             warned(
-                "no bit of %d of %d tensor(s) changed that adapters are for, such as %s: the change is zero there, or "
-                "too small for the dtype (see alpha and weights)", len(unchanged), count, unchanged[0],
+                "no bit of %d of %s changed that adapters are for, such as %s: the change is zero there, or "
+                "too small for the dtype (see alpha and weights)",
+                len(unchanged), counted(count, "tensor"), unchanged[0],
             )  # fmt: skip
 
     @property
@@ -112,8 +113,9 @@ class Measured:
         if total is None or total >= _ENOUGH:
             if little:
                 warned(
-                    "less than %s of the change survives as codes in %d of %d module(s), least in %s (%s)",
-                    f"{_ENOUGH:.0%}", len(little), len(kept), little[0], f"{kept[little[0]]:.1%}",
+                    "less than %s of the change survives as codes in %d of %s, least in %s (%s)",
+                    f"{_ENOUGH:.0%}", len(little), counted(len(kept), "module"),
+                    little[0], f"{kept[little[0]]:.1%}",
                 )  # fmt: skip
             return
         why = "a change smaller than a step of the codes is rounded away, one beyond what their scales reach is cut off"
@@ -134,15 +136,17 @@ class Measured:
     def _check_casts(self, options: MergeOptions) -> None:
         """Refuse infinities that a cast made, with every tensor that has some; warn of numbers that it made zero."""
         if overflowed := [result for result in self.results if result.overflowed]:
-            problems = [f"{result.name}: {result.overflowed} number(s) beyond it" for result in overflowed]
+            problems = [f"{result.name}: {counted(result.overflowed, 'number')} beyond it" for result in overflowed]
             raise IncompatibleAdapter(
-                f"numbers of {len(overflowed)} tensor(s) are larger than any that their new dtype holds, and would be "
+                f"numbers of {counted(len(overflowed), 'tensor')} are "
+                "larger than any that their new dtype holds, and would be "
                 f"infinite in {options.output_dtype or 'the dtype of the base'}",
                 problems,
                 hint="Choose a dtype with a wider range: --dtype bf16 or f32.",
             )
         if flushed := sorted((each for each in self.results if each.flushed), key=lambda each: -each.flushed):
             warned(
-                "%d number(s) of %d tensor(s) are too small for their new dtype and became zero, most of them in "
-                "%s (%d)", sum(each.flushed for each in flushed), len(flushed), flushed[0].name, flushed[0].flushed,
+                "too small for their new dtype, and became zero: %s of %s, most of them in %s (%d)",
+                counted(sum(each.flushed for each in flushed), "number"), counted(len(flushed), "tensor"),
+                flushed[0].name, flushed[0].flushed,
             )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import cast
 import numpy as np
 
 from loratools.adapter.naming.wrappers import Names
-from loratools.errors import WrongBase
+from loratools.errors import WrongBase, counted
 from loratools.storage import dtypes, files
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.codecs import Encoding
@@ -45,7 +45,8 @@ def weights_of(original: Checkpoint, encodings: Mapping[str, Encoding]) -> dict[
             found[name] = spec
     if problems:
         raise WrongBase(
-            f"{original.path} is not the unquantized original of this base: {len(problems)} weight(s) differ",
+            f"{original.path} is not the unquantized original of this base: "
+            f"{counted(len(problems), 'weight differs', 'weights differ')}",
             problems[:20],
             hint="Give the model that the base was quantized from, in bf16, f16 or f32.",
         )

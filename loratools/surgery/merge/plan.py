@@ -14,7 +14,7 @@ from loratools.adapter.placement.settle import replaced, usual_dtype
 from loratools.adapter.placement.tied import apply_policy
 from loratools.adapter.placement.whole import Shapes, check_vocabulary, follow, resolve_replacements
 from loratools.engine.plan import Change, MergePlan
-from loratools.errors import IncompatibleAdapter
+from loratools.errors import IncompatibleAdapter, counted
 from loratools.storage import dtypes
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import encodings
@@ -61,7 +61,7 @@ def plan_merge(
     codes = schemes.find(base.specs, base.config)
     if coded := [(name, spec) for name, spec in targets if spec.dtype not in dtypes.FLOATS or name in codes.tensors]:
         raise IncompatibleAdapter(
-            f"{len(coded)} target tensor(s) of {base.path} are quantized, and adding to their codes would be wrong",
+            f"{base.path}: quantized, and adding to codes would be wrong: {counted(len(coded), 'target tensor')}",
             [f"{name}: {codes.of_tensor(name)}, stored as {spec.dtype} {spec.shape}" for name, spec in coded],
             hint=HINT,
         )
@@ -87,7 +87,8 @@ def plan_merge(
     notes += _order(placements, len(inputs))
     if options.output_dtype and codes.tensors:
         named = codes.named() if codes.modules else "a calibration"
-        notes.append(f"{len(codes.tensors)} tensor(s) of the quantization ({named}) keep their dtypes")
+        tensors = counted(len(codes.tensors), "tensor")
+        notes.append(f"no dtype changes in {tensors} of the quantization ({named})")
     parts = written.parts
     specs |= parts
     sources = {name: spec for name, spec in sources.items() if name not in written.recoded} | parts
@@ -196,4 +197,4 @@ def _order(placements: _Placements, count: int) -> list[str]:
         for on_it in placements.values()
     )
     order = ", then ".join(str(i + 1) for i in range(count))
-    return [f"the order matters for {ordered} tensor(s), and is as given: adapter {order}"] if ordered else []
+    return [f"the order matters for {counted(ordered, 'tensor')}, and is as given: adapter {order}"] if ordered else []

@@ -12,7 +12,7 @@ from loratools.adapter.placement.classes import model_class
 from loratools.adapter.placement.gguf import is_gguf
 from loratools.decisions import warned
 from loratools.engine.plan import Change, MergePlan, Recoded
-from loratools.errors import IncompatibleAdapter, InvalidOption, WrongBase
+from loratools.errors import IncompatibleAdapter, InvalidOption, WrongBase, counted
 from loratools.options import Quantized
 from loratools.storage import codecs, dtypes
 from loratools.storage.checkpoint import Checkpoint
@@ -69,7 +69,7 @@ def as_written(
     changed = {name: encoding for name, encoding in every.items() if name in touched}
     if policy == "refuse" and changed:
         raise IncompatibleAdapter(
-            f"{len(changed)} target tensor(s) of {base.path} are quantized",
+            f"{counted(len(changed), 'target tensor')} of {base.path} {'is' if len(changed) == 1 else 'are'} quantized",
             [f"{name}: {encoding.module.scheme}, {encoding.label}" for name, encoding in sorted(changed.items())[:20]],
             hint="--quantized dequantize writes the merged model in 16 bit, --quantized partial only what changes.",
         )
@@ -80,7 +80,8 @@ def as_written(
         if left := _left_as_codes(base):
             after = _with_plain(base, every, base) if statement(base.config) else None
             shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
-            notes.append(f"{len(left)} module(s) stay as they are stored, for no codec reads them: {shown}")
+            stored = counted(len(left), "module stays as it is", "modules stay as they are")
+            notes.append(f"{stored} stored, for no codec reads what is there: {shown}")
         fields, dropped = with_statement(base.config, after)
         return Written(restated(base, fields, dropped), {}, fields, dropped, tuple(notes))
     if is_gguf(base) and changed:
@@ -143,7 +144,8 @@ def _of_gguf(
     notes = [_note(f"become codes again{how}", changed)]
     if other := sorted(name for name, each in recoded.items() if each.encoding.label != changed[name].label):
         kinds = sorted({changed[name].label for name in other})
-        notes.append(f"{len(other)} tensor(s) of {', '.join(kinds)} become Q8_0: ggml alone makes their types")
+        tensors = counted(len(other), "tensor")
+        notes.append(f"Q8_0 takes the place of {', '.join(kinds)} in {tensors}: ggml alone makes their types")
     return Written(partly, recoded, {}, (), tuple(notes))
 
 
@@ -158,8 +160,8 @@ def _refuse_scaled_activations(base: Checkpoint) -> None:
     """Raise `IncompatibleAdapter` for a base whose activations divide by scales: a model in 16 bit has none that do."""
     if scales := sorted(name for name in base.specs if name.endswith(SCALED_ACTIVATIONS)):
         raise IncompatibleAdapter(
-            f"{base.path}: {len(scales)} activation(s) divide by scales of their own ({scales[0]}), which AWQ's "
-            "runtime applies, and no class of a model in 16 bit",
+            f"{base.path}: outputs are divided by scales of their own in {counted(len(scales), 'activation')} "
+            f"({scales[0]}), which AWQ's runtime applies, and no class of a model in 16 bit",
             hint="Use --quantized partial or requantize, which leave them where that runtime looks for them.",
         )
 
@@ -251,7 +253,7 @@ def _note(what: str, every: Mapping[str, Encoding]) -> str:
     plain = " and ".join(sorted({encoding.dtype for encoding in every.values()}))
     before = sum(encoding.nbytes for encoding in every.values())
     after = sum(prod(encoding.shape) * dtypes.bits(encoding.dtype) // 8 for encoding in every.values())
-    return f"{len(every)} quantized module(s) ({kinds}) {what}: {_size(before)}, {_size(after)} in {plain}"
+    return f"{counted(len(every), 'quantized module')} ({kinds}) {what}: {_size(before)}, {_size(after)} in {plain}"
 
 
 def _size(nbytes: int) -> str:

@@ -12,7 +12,7 @@ from loratools.adapter.placement.gguf import is_gguf
 from loratools.engine.plan import MergePlan
 from loratools.engine.run import Settings, write_weights
 from loratools.engine.task import Restore, TensorResult
-from loratools.errors import IncompatibleAdapter, LoraToolsError
+from loratools.errors import IncompatibleAdapter, LoraToolsError, counted
 from loratools.format.record import TOOL, in_short
 from loratools.parallel import Progress, no_progress
 from loratools.storage import atomic, digest
@@ -199,7 +199,7 @@ def _execute_file(prepared: Merge, progress: Progress, size: int, sink: Callable
 
 
 def _commit_title(plan: MergePlan) -> str:
-    return f"Merge {len(plan.inputs)} adapter(s) with {TOOL}"
+    return f"Merge {counted(len(plan.inputs), 'adapter')} with {TOOL}"
 
 
 def _codes(plan: MergePlan) -> dict[str, TensorSpec]:
@@ -248,6 +248,6 @@ def _refuse_not_finite(plan: MergePlan) -> None:
 
     if odd := [name for name, spec in whole if not is_finite(chunks(spec), spec.dtype)]:
         raise IncompatibleAdapter(
-            f"{len(odd)} tensor(s) that an adapter replaces whole have NaN or infinite numbers in it", sorted(odd),
+            f"NaN or infinite numbers in {counted(len(odd), 'tensor')} that an adapter replaces whole", sorted(odd),
             hint="The training diverged, or the file is damaged; such an adapter would destroy the model.",
         )  # fmt: skip

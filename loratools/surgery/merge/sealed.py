@@ -13,7 +13,7 @@ from loratools.adapter.identity import compare
 from loratools.adapter.model import AdapterInput, BaseIdentity
 from loratools.adapter.naming.wrappers import normalized
 from loratools.adapter.placement.resolve import Placement
-from loratools.errors import WrongBase
+from loratools.errors import WrongBase, counted
 from loratools.options import CheckBase
 from loratools.storage import digest
 from loratools.storage.checkpoint import Checkpoint
@@ -85,8 +85,8 @@ def sealed(
                     problems.append(f"{who}: changes {name}, which its recorded base does not list")
             if gone:
                 notes.append(
-                    f"{who}: {len(gone)} tensor(s) that it changes, such as {gone[0]}, are no longer the base's, and "
-                    "no record says what they were, so they are not compared with its seal"
+                    f"{who}: no longer the base's: {counted(len(gone), 'tensor')} that it changes, such as {gone[0]}; "
+                    "no record says what was there, so that is not compared with its seal"
                 )
     if problems and check_base == "strict":
         hint = "Use the right base, or --check-base warn if you know better."

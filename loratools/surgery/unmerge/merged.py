@@ -12,7 +12,7 @@ from loratools.adapter.placement.layers import replicates
 from loratools.decisions import warned
 from loratools.engine.residual import Lost, Residual
 from loratools.engine.residual.restore import lost_tensors
-from loratools.errors import IncompatibleAdapter, UnsupportedAdapter
+from loratools.errors import IncompatibleAdapter, UnsupportedAdapter, counted
 from loratools.format import record as records
 from loratools.options import Tied, words
 from loratools.storage import atomic
@@ -142,7 +142,7 @@ class MergedModel:
         brought = [str(name) for name in stated] if isinstance(stated, list) else []
         stay = [name for name in brought if new is None or name not in new.brought]
         if stay:
-            text = "%s: %s came with an adapter of the merge and stay(s): this model does not hold the base's"
+            text = "%s: left in place: %s came with an adapter of the merge, and this model does not hold the base's"
             warned(text, self.model.path, ", ".join(stay))
         return stay
 
@@ -184,7 +184,8 @@ class MergedModel:
         """Raise `IncompatibleAdapter` unless every merged adapter is among the inputs: all of them lead to the base."""
         if self.others:
             raise IncompatibleAdapter(
-                f"{self.model.path}: holds {len(self.others)} more adapter(s); all of them lead back to the base",
+                f"{self.model.path}: holds "
+                f"{counted(len(self.others), 'more adapter')}; all of them lead back to the base",
                 [f"not given: {digest}" for digest in self.others],
                 hint="Give every adapter of the merge; then merge those that are to stay into the result.",
             )

@@ -10,7 +10,7 @@ from typing import Any
 
 from loratools.adapter.model import AdapterInput
 from loratools.adapter.placement.codes import stored_as_codes
-from loratools.errors import IncompatibleAdapter
+from loratools.errors import IncompatibleAdapter, counted
 from loratools.format.record import BROUGHT, ERROR, REPLACED, TOOL, WORDS
 from loratools.parallel import Progress
 from loratools.storage import atomic, digest, dtypes
@@ -75,7 +75,7 @@ def _refuse_codes(merged: MergedModel) -> None:
         changed |= stored_as_codes(each.adapter, merged.model)
     if changed:
         raise IncompatibleAdapter(
-            f"{merged.model.path}: {len(changed)} module(s) that the merge changed are codes again "
+            f"{merged.model.path}: {counted(len(changed), 'module')} that the merge changed are codes again "
             f"({next(iter(changed.values()))}), from which nothing can be subtracted",
             sorted(changed)[:20],
             hint="Give the base model (--base); a merge with --keep-residual can be undone without it.",

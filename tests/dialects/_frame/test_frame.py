@@ -109,6 +109,11 @@ def test_an_unknown_folder_lists_what_was_seen_and_what_is_known(tmp_path: Path)
 
 
 def test_unknown_files_and_names(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# a text\n")
+    for path, reason in ((tmp_path / "README.md", "no file of weights"), (tmp_path, "it holds README.md")):
+        with pytest.raises(UnknownKind, match=reason) as refusal:
+            dialects.open_adapter(path)
+        assert not refusal.value.problems  # a list of layouts helps nobody who named the wrong file
     save_file({"w": torch.ones(1)}, tmp_path / "x.safetensors")
     with pytest.raises(UnknownKind, match=r"x\.safetensors: no dialect knows this file"):
         dialects.open_adapter(tmp_path / "x.safetensors")

@@ -114,5 +114,6 @@ def test_deep_folders_and_those_to_skip(tree: Callable[[str], Path]) -> None:
 def test_what_is_no_folder(path: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    with pytest.raises(BadFile, match=reason):
+    with pytest.raises(BadFile, match=reason) as refusal:
         items_in(path)
+    assert "--each" not in (refusal.value.hint or "")  # `find` and `report` take a folder without it

@@ -188,7 +188,7 @@ def test_strangers_and_lonely_alphas_are_listed(tmp_path: Path) -> None:
     tensors = named(f"{FLAT}_to_q", 0) | {"what": torch.ones(1)}
     with pytest.raises(BadFile) as refusal:
         dialects.open_adapter(saved(tmp_path / "a.safetensors", tensors))
-    assert refusal.value.problems == ("1 name(s) that are none of kohya's: what",)
+    assert refusal.value.problems == ("1 name is none of kohya's: what",)
     with pytest.raises(BadFile, match="problem") as refusal:
         dialects.open_adapter(
             saved(tmp_path / "b.safetensors", named(f"{FLAT}_to_q", 0) | {f"{FLAT}_to_k.alpha": torch.ones(())})

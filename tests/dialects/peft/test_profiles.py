@@ -53,7 +53,7 @@ def test_every_layer_is_present(tmp_path: Path) -> None:
     some = Adapter({Q0: lora(1), Q1: lora(2), V1: lora(3)})
     with pytest.raises(LossyConversion) as refusal:
         apply(some, "serving")
-    assert refusal.value.problems == ("model.layers.*.self_attn.v_proj: no update in layer(s) 0 of 2",)
+    assert refusal.value.problems == ("model.layers.*.self_attn.v_proj: no update in layers 0 of 2",)
     base = {f"model.language_model.layers.{i}.self_attn.{n}_proj.weight": (12, 10) for i in range(4) for n in "qkv"}
     served = apply(some, "serving", base)
     assert served.updates.keys() == {f"model.layers.{i}.self_attn.{n}_proj" for i in range(4) for n in "qv"}

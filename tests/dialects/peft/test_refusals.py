@@ -132,7 +132,7 @@ def put(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Callable[
         (put("base_model.model.x.fc.lora_A.weight", 4, 10), "x.fc: has tensors, but the config does not target it"),
         (
             put("model.x.lora_A.weight", 4, 10),
-            r"1 tensor\(s\) whose names do not begin with base_model.model.: model.x",
+            r"1 tensor whose names do not begin with base_model.model.: model.x",
         ),
         (put(A0.replace("lora_A", "lora_A.other"), 4, 10), "a second tensor for base_model.model.model.layers.0"),
         (put(A0, 0), "1 of 6 tensors are empty or flattened: saved under DeepSpeed ZeRO-3 or FSDP without gathering"),

@@ -82,7 +82,7 @@ def test_every_field_of_a_type_has_one_meaning(name: str) -> None:
         ({f"{Q}.ia3_l": torch.ones(0, 1)}, {"peft_type": "IA3"}, "1 of 1 tensors are empty or flattened"),
         ({**IA3, "lonely": torch.ones(1)}, {"peft_type": "IA3"}, "names do not begin with base_model.model.: lonely"),
         ({f"{Q}.q\n.ia3_l": torch.ones(6, 1)}, {"peft_type": "IA3"}, "with a line break in the name"),
-        (LOHA, {"peft_type": "LOHA", "r": 0}, r"1 field\(s\) that cannot be used"),
+        (LOHA, {"peft_type": "LOHA", "r": 0}, r"1 field that cannot be used"),
         ({f"{Q}.vera_lambda_b": torch.ones(6), f"{Q}.vera_lambda_d": torch.ones(2, 2)}, {"peft_type": "VERA", "r": 4},
          r"vera_lambda_d \(2, 2\), expected vectors"),
     ],

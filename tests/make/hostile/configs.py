@@ -148,7 +148,7 @@ def a_billion_layers_repeated(folder: Path) -> None:
     adapter(folder, layer_replication=[[0, 2**30]] * 100_000)
 
 
-@hostile(INSPECT, r"field\(s\) that cannot be used")
+@hostile(INSPECT, r"fields? that cannot be used")
 def numbers_of_a_million_digits(folder: Path) -> None:
     adapter(folder)
     path = folder / "adapter" / "adapter_config.json"
@@ -156,7 +156,7 @@ def numbers_of_a_million_digits(folder: Path) -> None:
                     + ', "lora_alpha": ' + "9" * MILLION + "}")  # fmt: skip
 
 
-@hostile(INSPECT, r"field\(s\) that cannot be used")
+@hostile(INSPECT, r"fields? that cannot be used")
 def a_rank_of_a_billion(folder: Path) -> None:
     adapter(folder, rank_pattern={"q_proj": 10**12}, r=-5, lora_alpha="1e999")
 

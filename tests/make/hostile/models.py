@@ -79,14 +79,14 @@ def a_config_of_empty_lists(folder: Path) -> None:
     base(folder, config_json='{"a":[' + "[]," * 30 * MILLION + "[]]}")
 
 
-@hostile(MERGE, r"lead out of it")
+@hostile(MERGE, r"leads? out of it")
 def a_config_that_is_a_device(folder: Path) -> None:
     base(folder)
     (folder / "base" / "config.json").unlink()
     (folder / "base" / "config.json").symlink_to("/dev/zero")
 
 
-@hostile(MERGE, r"lead out of it")
+@hostile(MERGE, r"leads? out of it")
 def links_in_a_circle(folder: Path) -> None:
     base(folder)
     (folder / "base" / "config.json").unlink()

@@ -98,7 +98,7 @@ def test_a_verb_makes_nothing_of_an_input_that_changes(workplace: Path, verb: st
             if len(calls) == 1:
                 replaced(path)
 
-    with pytest.raises(BadFile, match=r"input\(s\) changed while they were read") as error:
+    with pytest.raises(BadFile, match=r"inputs? changed while they were read") as error:
         VERBS[verb](workplace, progress)
     assert str(path) in error.value.problems[0]
     assert not (workplace / "out").exists()

@@ -180,7 +180,7 @@ def test_links_that_lead_elsewhere_are_refused(link: str, sharded: Path, tmp_pat
     (sharded / link).unlink(missing_ok=True)
     (tmp_path / "elsewhere").write_text("{}")
     (sharded / link).symlink_to("../elsewhere")
-    with pytest.raises(BadFile, match="lead out of it") as refusal:
+    with pytest.raises(BadFile, match=r"leads? out of it") as refusal:
         hash_checkpoint(sharded)
     assert refusal.value.problems == (f"{sharded / link}: leads to {tmp_path / 'elsewhere'}",)
 
@@ -189,7 +189,7 @@ def test_a_linked_component(sharded: Path, tmp_path: Path) -> None:
     (tmp_path / "pipe").mkdir()
     (tmp_path / "pipe" / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "UNet"]}))
     (tmp_path / "pipe" / "unet").symlink_to(sharded)
-    with pytest.raises(BadFile, match="lead out of it"):
+    with pytest.raises(BadFile, match=r"leads? out of it"):
         Checkpoint.open(tmp_path / "pipe")
 
 
@@ -223,5 +223,5 @@ def test_links_in_an_adapter(name: str, tmp_path: Path) -> None:
     folder = save_adapter(tmp_path / "adapter", lora({"a": (8, 8)}))
     (folder / name).rename(tmp_path / "elsewhere")
     (folder / name).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(LoraToolsError, match="lead out of it"):
+    with pytest.raises(LoraToolsError, match=r"leads? out of it"):
         dialects.open_adapter(folder)

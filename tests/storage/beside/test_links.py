@@ -29,7 +29,7 @@ def test_links_in_a_folder(tmp_path: Path, secret: Path) -> None:
     (model / "twice.json").symlink_to("out.json")
     (model / "folder").symlink_to(secret)
     outside = [model / "out.json", model / "absolute.json", model / "twice.json", model / "folder" / "key.json"]
-    with pytest.raises(BadFile, match=r"4 link\(s\) in it lead out of it") as refusal:
+    with pytest.raises(BadFile, match=r"4 links in it lead out of it") as refusal:
         refuse_outside([model / "plain.json", *outside], model)
     assert refusal.value.problems == tuple(f"{path}: leads to {secret / 'key.json'}" for path in outside)
     (tmp_path / "elsewhere").symlink_to(model)  # a folder that the user names may itself be a link
@@ -41,7 +41,7 @@ def test_a_name_that_only_begins_alike_is_another_folder(tmp_path: Path) -> None
     (tmp_path / "model2").mkdir()
     (tmp_path / "model2" / "w").write_text("")
     (tmp_path / "model" / "w").symlink_to("../model2/w")
-    with pytest.raises(BadFile, match="lead out of it"):
+    with pytest.raises(BadFile, match=r"leads? out of it"):
         refuse_outside([tmp_path / "model" / "w"], tmp_path / "model")
 
 
@@ -65,5 +65,5 @@ def test_the_hub_s_cache(target: str, good: bool, tmp_path: Path, secret: Path) 
         if good:
             refuse_outside([unet / "config.json"], root)
         else:
-            with pytest.raises(BadFile, match="lead out of it"):
+            with pytest.raises(BadFile, match=r"leads? out of it"):
                 refuse_outside([unet / "config.json"], root)

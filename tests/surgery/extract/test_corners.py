@@ -183,7 +183,7 @@ def test_factors_that_f16_holds_in_part_are_warned_of(tmp_path: Path) -> None:
     assert layer is not None
     assert truths["far"][0] > 1.001 * truths["far"][1]
     assert layer.error == pytest.approx(truths["far"][0], rel=1e-2)
-    assert [text.startswith("factors of 1 module(s) have numbers too small for F16") for text in told] == [True]
+    assert [text.startswith("factors of 1 module have numbers too small for F16") for text in told] == [True]
 
 
 def test_a_change_of_exactly_low_rank_of_float32_weights(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_links_that_lead_elsewhere(where: str, place: Path) -> None:
     link = place / where
     link.parent.mkdir(exist_ok=True)
     link.symlink_to(place / "secret" / ("" if where == "base/sub" else "key"))
-    with pytest.raises(BadFile, match="lead out of it") as refusal:
+    with pytest.raises(BadFile, match=r"leads? out of it") as refusal:
         run(place)
     assert refusal.value.problems[0].startswith(f"{link}: leads to {place / 'secret'}")
     assert not (place / "out").exists()
@@ -142,5 +142,5 @@ def test_links_that_lead_elsewhere(where: str, place: Path) -> None:
 def test_links_are_not_pushed(place: Path) -> None:
     (place / "key").write_text("secret")
     (place / "adapter" / "notes.txt").symlink_to(place / "key")
-    with pytest.raises(BadFile, match="lead out of it"):
+    with pytest.raises(BadFile, match=r"leads? out of it"):
         subject.read(place / "adapter", "org/base")

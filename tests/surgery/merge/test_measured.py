@@ -78,7 +78,7 @@ def test_a_module_whose_change_is_erased_is_said_though_all_together_survive(
     assert report.retention is not None
     assert report.retention > 0.9
     assert report.recoded[f"{K}.weight"] < 0.5
-    assert f"in 1 of 2 module(s), least in {K}.weight" in caplog.text
+    assert f"in 1 of 2 modules, least in {K}.weight" in caplog.text
 
 
 def test_what_rounding_loses_of_plain_tensors_is_said_beside_codes(

@@ -79,7 +79,7 @@ def test_quantized_targets(tmp_path: Path) -> None:
         "c.weight": random(8, 8),
     }
     base, paths = save(tmp_path, weights, [lora({"a": (8, 8), "b": (8, 8), "c": (8, 8)}), lora({"c": (8, 8)})])
-    with pytest.raises(IncompatibleAdapter, match=r"quantized with I8 codes, and 1 module\(s\)") as refusal:
+    with pytest.raises(IncompatibleAdapter, match=r"quantized with I8 codes, and 1 module ") as refusal:
         merge(base, paths[:1], tmp_path / "out")
     assert refusal.value.problems == ("a: I8 codes",)
     merge(base, paths[1:], tmp_path / "out", quantized="partial")

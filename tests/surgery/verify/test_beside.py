@@ -274,7 +274,7 @@ def test_links_that_lead_elsewhere_are_refused_by_name(merged: Path) -> None:
     secret.write_text('{"token": "s3cret"}')
     (merged / "model" / "preprocessor_config.json").unlink()
     (merged / "model" / "preprocessor_config.json").symlink_to(secret)
-    with pytest.raises(BadFile, match="lead out of it") as caught:
+    with pytest.raises(BadFile, match=r"leads? out of it") as caught:
         account(merged)
     assert "preprocessor_config.json" in str(caught.value.problems)
     assert "s3cret" not in str(caught.value)

@@ -7,9 +7,6 @@ our epsilon, but rescales to the L1 norm, and divides by the sum of the weights:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -29,34 +26,26 @@ EPSILON = 0.15
 
 def merge(terms: Terms, options: MethodOptions, chance: Chance) -> Tensor:
     """Return the disjoint mean of x·m/p with P(m) = p. Raises `LoraToolsError` where p would leave (0, 1]."""
-    deltas, chances = Deltas(terms), chances_of(options)
+    deltas, kept = Deltas(terms), drawn(terms, options, chance)
     if options.like == "mergekit":
-        kept = drawn(terms, chances, chance)
         return _mergekit.merged(deltas, kept, options, elects=True, normalize=True, rescale=True)
-
-    def combine(X: Tensor, tile: int) -> Tensor:
-        p = chances(X)
-        masks = torch.stack([chance.keep(term, tile, own) for term, own in zip(terms, p, strict=True)])
-        return disjoint_mean(X * masks / p, deltas.weights)
-
-    return deltas.merged(combine)
+    return deltas.merged(lambda X, tile: disjoint_mean(kept(X, tile), deltas.weights))
 
 
-def chances_of(options: MethodOptions) -> Callable[[Tensor], Tensor]:
-    """Return what gives each element its chance; raise `LoraToolsError` where one would leave (0, 1]."""
+def drawn(terms: Terms, options: MethodOptions, chance: Chance) -> _mergekit.Kept:
+    """Return what gives x·m/p of all ΔW with P(m) = p, or x·m where mergekit rescales later.
+
+    Raises `LoraToolsError` where a chance p would leave (0, 1].
+    """
     density = options.share
     epsilon = min(EPSILON, density / 2, 1 - density) if options.epsilon is None else options.epsilon
     if not (0 <= epsilon < density and density + epsilon <= 1):
         raise LoraToolsError(f"della: density {density:g} ± epsilon {epsilon:g} is no range of probabilities")
-    return partial(probabilities, density=density, epsilon=epsilon)
-
-
-def drawn(terms: Terms, chances: Callable[[Tensor], Tensor], chance: Chance) -> _mergekit.Kept:
-    """Return what drops elements of all ΔW by their chances, and leaves the others as they are."""
 
     def kept(X: Tensor, tile: int) -> Tensor:
-        masks = [chance.keep(term, tile, own) for term, own in zip(terms, chances(X), strict=True)]
-        return X * torch.stack(masks)
+        p = probabilities(X, density, epsilon)
+        masks = torch.stack([chance.keep(term, tile, own) for term, own in zip(terms, p, strict=True)])
+        return X * masks if options.like == "mergekit" else X * masks / p
 
     return kept
 
