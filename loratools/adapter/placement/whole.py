@@ -60,8 +60,8 @@ def resolve_replacements(
         else:
             replaced[name] = lazy
     if problems:
-        tensors = counted(len(problems), "tensor trained whole does", "tensors trained whole do")
-        raise IncompatibleAdapter(f"{tensors} not fit this base model", problems)
+        misfits = counted(len(problems), "tensor trained whole does", "tensors trained whole do")
+        raise IncompatibleAdapter(f"{misfits} not fit this base model", problems)
     return replaced
 
 

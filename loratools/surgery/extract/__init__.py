@@ -30,7 +30,8 @@ from loratools.adapter.identity import one_name
 from loratools.adapter.naming.selection import Selection
 from loratools.adapter.placement.codes import refuse_other_codes
 from loratools.decisions import decided, detailed, warned
-from loratools.engine.device import check as check_device, computing
+from loratools.engine.device import check as check_device
+from loratools.engine.device import computing
 from loratools.errors import IncompatibleAdapter, OutputRefused, counted
 from loratools.format import manifest
 from loratools.linalg.ranks.allocate import Ranks

@@ -80,8 +80,8 @@ def as_written(
         if left := _left_as_codes(base):
             after = _with_plain(base, every, base) if statement(base.config) else None
             shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
-            stored = counted(len(left), "module stays as it is", "modules stay as they are")
-            notes.append(f"{stored} stored, for no codec reads what is there: {shown}")
+            kept = counted(len(left), "module stays as it is", "modules stay as they are")
+            notes.append(f"{kept} stored, for no codec reads what is there: {shown}")
         fields, dropped = with_statement(base.config, after)
         return Written(restated(base, fields, dropped), {}, fields, dropped, tuple(notes))
     if is_gguf(base) and changed:
