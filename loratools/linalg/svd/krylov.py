@@ -12,6 +12,7 @@ only random columns along which D has nothing say that all of D was seen.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -207,10 +208,15 @@ def sketched_start(D: Tensor, block: int, seed: int) -> Tensor:
     S is drawn on the CPU, the same for every device and thread. To begin with DᵀSᵀ instead of random columns
     saves a product and a block: the columns already lean towards the leading directions.
     """
-    generator = torch.Generator().manual_seed(seed)
     dtype = torch.float32 if D.dtype == torch.bfloat16 else D.dtype
-    S = torch.randn(min(block, D.shape[1]), D.shape[0], generator=generator, dtype=dtype).to(D.device)
+    S = _gaussian(min(block, D.shape[1]), D.shape[0], seed, dtype).to(D.device)
     return orthonormal_columns(across(D, S.T))
+
+
+@lru_cache(maxsize=4)
+def _gaussian(rows: int, columns: int, seed: int, dtype: torch.dtype) -> Tensor:
+    """Return S; most layers of a model have one of a few shapes."""
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def iterate(

@@ -114,7 +114,7 @@ def test_what_is_proved_to_lie_beyond_does_so(coarse: bool) -> None:
     beyond, true = energy_beyond(basis, 20, small.lost2), float(seen[20:].sum())
     assert (small.lost2 > 0) is coarse
     assert beyond <= true
-    assert beyond >= (0.98 if coarse else 0.995) * true
+    assert beyond >= (0.97 if coarse else 0.985) * true
     assert torch.allclose(basis.G, gram(torch.cat(basis.parts, 1), torch.cat(basis.parts, 1)), rtol=1e-4, atol=1e-5)
     basis.restarted = True
     assert energy_beyond(basis, 20, small.lost2) == 0
