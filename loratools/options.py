@@ -35,7 +35,7 @@ TrainedOn = Literal["original", "folded"]
 Device = Literal["cpu", "cuda", "mps"]
 """Where the arithmetic is done: on the processor, a GPU of NVIDIA or AMD (`cuda:1` is the second), or one of Apple."""
 
-_DEVICE = re.compile(r"cpu|mps|cuda(:(0|[1-9][0-9]?))?")
+_DEVICE = r"cpu|mps|cuda(:(0|[1-9][0-9]?))?"
 
 Value = TypeVar("Value")
 
@@ -105,7 +105,7 @@ class Options:
     def device(self, value: object) -> str:
         """Return a device, a text or torch's object, by its name (`cuda:1`); note a problem where it is none."""
         name = str(value)
-        if not _DEVICE.fullmatch(name):
+        if not re.fullmatch(_DEVICE, name):
             self.problems.append(f"device is {value!r}; it can be cpu, cuda, cuda:N or mps")
         return name
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-_OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+_OPTION = r"(?<![\w-])--[a-z][a-z-]*"
 _COMMAND = r"(?:loratools |`){}\b"
 
 
@@ -22,7 +22,7 @@ def placed(hint: str, command: str, options: Mapping[str, Iterable[str]]) -> str
     places = {name: set(of_command) for name, of_command in options.items()}
     told = [name for name in places if re.search(_COMMAND.format(name), hint)]
     added = []
-    for option in dict.fromkeys(_OPTION.findall(hint)):
+    for option in dict.fromkeys(re.findall(_OPTION, hint)):
         having = [name for name in sorted(places) if option in places[name]]
         if option in places.get(command, ()) or any(name in told for name in having):
             continue

@@ -76,7 +76,7 @@ def plain(value: Any) -> Any:
 
 
 _NAME = 16  # characters that a name in a table keeps at least
-_DIGEST = re.compile(r"(blake3|sha256):[0-9a-f]{64}[,;]?")
+_DIGEST = r"(blake3|sha256):[0-9a-f]{64}[,;]?"
 _NARROWEST = 40  # characters of a terminal; on a narrower one lines are broken by it
 LONGEST = 20_000
 """Characters of a printed line; of a longer one the rest is counted."""
@@ -212,7 +212,7 @@ def _wrapped(text: str, width: int) -> list[str]:
     for word in text.split(" "):
         if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
             lines.append("")
-        shown = word if _DIGEST.fullmatch(word) else shortened(word, width)
+        shown = word if re.fullmatch(_DIGEST, word) else shortened(word, width)
         lines[-1] = f"{lines[-1]} {shown}" if lines[-1] else shown
     return lines
 

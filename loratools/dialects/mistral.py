@@ -30,10 +30,8 @@ FILES = ()
 CANNOT = ("anything: it is only read; vLLM and transformers read PEFT",)
 
 _FILE, _PARAMETERS = "lora.safetensors", "params.json"
-_FACTOR = re.compile(
-    r"(layers\.\d+)\.(attention\.w[qkvo]|feed_forward\.(?:experts\.\d+\.)?w[123])\.(lora_[AB]\.weight)"
-)
-_NORM = re.compile(r"(?:(layers\.\d+)\.(attention_norm|ffn_norm)|norm)\.weight")
+_FACTOR = r"(layers\.\d+)\.(attention\.w[qkvo]|feed_forward\.(?:experts\.\d+\.)?w[123])\.(lora_[AB]\.weight)"
+_NORM = r"(?:(layers\.\d+)\.(attention_norm|ffn_norm)|norm)\.weight"
 _TARGETS = {
     "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
     "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
@@ -47,7 +45,7 @@ def detect(listing: Listing) -> Evidence | None:
     """Look for Mistral's names of attentions in a file of safetensors; Z-Image and its kin have those of its MLPs."""
     name = _file(listing)
     header = listing.header(name) if name else None
-    factors = [match[2] for tensor in header.tensors if (match := _FACTOR.fullmatch(tensor))] if header else []
+    factors = [match[2] for tensor in header.tensors if (match := re.fullmatch(_FACTOR, tensor))] if header else []
     count = len(factors) if any(module.startswith("attention.") for module in factors) else 0
     return Evidence(95, f"{count} of the tensors in {name} have the names of mistral-finetune") if count else None
 
@@ -68,9 +66,9 @@ def read(listing: Listing) -> Adapter:
     own = listing.base is not None and any(_is_own(tensor) for tensor in listing.base.specs)
     replacements: dict[str, LazyTensor] = {}
     for tensor, lazy in tensors.items():
-        if match := _FACTOR.fullmatch(tensor):
+        if match := re.fullmatch(_FACTOR, tensor):
             draft.add(f"{match[1]}.{match[2]}", match[3], lazy, tensor)
-        elif match := _NORM.fullmatch(tensor):
+        elif match := re.fullmatch(_NORM, tensor):
             layer = f"model.{match[1]}.{_NORMS[match[2]]}" if match[1] else "model.norm"
             replacements[tensor if own else f"{layer}.weight"] = lazy
         else:

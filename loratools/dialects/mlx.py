@@ -59,8 +59,8 @@ _ARGUMENTS = frozenset({
     "completion_feature", "text_feature", "chat_feature", "hf_dataset",
 })  # fmt: skip
 """Arguments of mlx-lm's trainer: those that `read` asks for, and those that only say how it was trained."""
-_NAME = re.compile(r"(.+)\.(lora_a|lora_b|m)")
-_SWITCH = re.compile(r"(.+)\.switch_mlp\.(\w+)")
+_NAME = r"(.+)\.(lora_a|lora_b|m)"
+_SWITCH = r"(.+)\.switch_mlp\.(\w+)"
 _EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)")
 
 
@@ -95,7 +95,7 @@ def read(listing: Listing) -> Adapter:
     draft, tensors = Draft(listing.path, alpha=listing.alpha), listing.tensors(name)
     check_gathered(listing.path, tensors)
     for tensor, lazy in tensors.items():
-        if match := _NAME.fullmatch(tensor):
+        if match := re.fullmatch(_NAME, tensor):
             draft.add(match[1], match[2], lazy, tensor)
         else:
             draft.faults.append(f"{tensor}: expected a name that ends in .lora_a, .lora_b or .m")
@@ -207,7 +207,7 @@ def _to_peft(module: str, parts: Mapping[str, LazyTensor]) -> Groups:
 
 
 def _experts(module: str, a: LazyTensor, b: LazyTensor) -> Groups:
-    match = _SWITCH.fullmatch(module)
+    match = re.fullmatch(_SWITCH, module)
     if match is None or a.shape[0] != b.shape[0]:
         raise ValueError(f"lora_a {a.shape} and lora_b {b.shape} are no stacked experts of a switch_mlp")
     return {

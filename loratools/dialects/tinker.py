@@ -30,7 +30,7 @@ FILES = ()
 CANNOT = ("anything: it is only read; Tinker's services read PEFT",)
 
 _CONFIG, _FILE = "adapter_config.json", "adapter_model.safetensors"
-_EXPERTS = re.compile(r"(.+\.experts)\.(w[123])")
+_EXPERTS = r"(.+\.experts)\.(w[123])"
 _GATED = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _UNGATED = {"w1": "up_proj", "w2": "down_proj"}
 
@@ -40,7 +40,7 @@ def detect(listing: Listing) -> Evidence | None:
     header = listing.header(_FILE) if _FILE in listing.files else None
     for name in header.tensors if header else ():
         split = keys.split(name)
-        if split and (_EXPERTS.fullmatch(split[0]) or split[0].endswith("unembed_tokens")) and split[1] in (A, B):
+        if split and (re.fullmatch(_EXPERTS, split[0]) or split[0].endswith("unembed_tokens")) and split[1] in (A, B):
             return Evidence(95, f"{_FILE} has names of Tinker, such as {name}")
     return None
 
@@ -79,7 +79,7 @@ def _modules(module: str, parts: Mapping[str, LazyTensor], all_of: Groups) -> Gr
     if parts.keys() != {A, B}:
         raise ValueError("a factor without its partner")
     a, b = parts[A], parts[B]
-    match = _EXPERTS.fullmatch(module)
+    match = re.fullmatch(_EXPERTS, module)
     if match is None:
         return {_renamed(module): dict(parts)}
     if 0 in a.shape and 0 in b.shape:

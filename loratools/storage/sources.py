@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 Location = str | os.PathLike[str]
 """A path, or a reference. A reference is a text: a `Path` has lost one of its slashes."""
 
-_REFERENCE = re.compile(r"[a-z]+://([^/@]+/[^/@]+)(?:@([^/]+))?")
-_CACHED = re.compile(r"/models--(?:([^/]+?)--)?([^/]+)/snapshots/([0-9a-f]{7,64})(?:/|\Z)")
+_REFERENCE = r"[a-z]+://([^/@]+/[^/@]+)(?:@([^/]+))?"
+_CACHED = r"/models--(?:([^/]+?)--)?([^/]+)/snapshots/([0-9a-f]{7,64})(?:/|\Z)"
 _GENERIC = {"adapter_model", "adapters", "model", "pytorch_model", "pytorch_lora_weights", "diffusion_pytorch_model"}
 _FILES = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".npz", ".ckpt"}
 
@@ -174,9 +174,9 @@ def origin(path: Path) -> tuple[str, str | None]:
     whole = path.absolute()
     current = _CURRENT.get()
     for place, reference in (current.names if current else {}).items():
-        if whole.is_relative_to(place) and (match := _REFERENCE.match(reference)):
+        if whole.is_relative_to(place) and (match := re.match(_REFERENCE, reference)):
             return match[1], match[2]
-    if match := _CACHED.search(whole.as_posix()):
+    if match := re.search(_CACHED, whole.as_posix()):
         return "/".join(filter(None, (match[1], match[2]))), match[3]
     generic = whole.suffix and whole.name.partition(".")[0].partition("-")[0] in _GENERIC
     return (whole.parent.name if generic else whole.stem if whole.suffix in _FILES else whole.name) or "unnamed", None

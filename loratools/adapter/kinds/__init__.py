@@ -17,14 +17,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from loratools.adapter.basis import Basis
 from loratools.adapter.kinds._term import Device, DType, Refinable, Tensor, Term
 from loratools.adapter.site import Site
 from loratools.errors import UnknownKind
 from loratools.options import modules_in
 from loratools.storage.lazy import LazyTensor
+
+if TYPE_CHECKING:
+    from loratools.adapter.basis import Basis
 
 __all__ = [
     "ByRows", "DType", "Device", "Factors", "Refinable", "Rows", "Tensor", "Term", "Underlying", "Update", "Usual",

@@ -6,16 +6,18 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from loratools.adapter import kinds
 from loratools.adapter import parts as part_names
-from loratools.adapter.basis import Basis, along
 from loratools.adapter.kinds import Device, DType, Factors, Tensor, Term, Underlying, Update
 from loratools.adapter.kinds._shared import Additive
 from loratools.adapter.parts import BIAS
 from loratools.adapter.site import Site
 from loratools.storage.lazy import LazyTensor
+
+if TYPE_CHECKING:
+    from loratools.adapter.basis import Basis
 
 
 class LowRank(Additive):
@@ -132,6 +134,8 @@ class TwoFactors(LowRank):
 
     def carried(self, basis: Basis) -> Self:
         """Return A·diag(columns) and diag(rows)·B, with the bias of B; of an embedding's (V, d) the other way round."""
+        from loratools.adapter.basis import along
+
         rows, columns = (basis.columns, basis.rows) if self.transposed else (basis.rows, basis.columns)
         c = None if self.bias is None else along(self.bias, rows, 0)
         return replace(self, A=along(self.A, columns, 1), B=along(self.B, rows, 0), bias=c)

@@ -19,7 +19,7 @@ MOST_TAGS = 20
 """So many of the most frequent tags are listed."""
 
 _LONGEST = 1_000_000  # characters of an entry that is read as JSON; tags of large data sets take some ten thousand
-_REPEATED = re.compile(r"\d+_(?P<name>.+)")
+_REPEATED = r"\d+_(?P<name>.+)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ def _trigger(entries: Mapping[str, str], counts: Mapping[str, Mapping[str, int]]
     if stated := _first(entries, *ALSO["trigger"]):
         return words(stated)
     alone = [(folder, *tags) for folder, tags in counts.items() if len(tags) == 1]
-    named = [tag for folder, tag in alone if (match := _REPEATED.fullmatch(folder)) and match["name"] == tag]
+    named = [tag for folder, tag in alone if (match := re.fullmatch(_REPEATED, folder)) and match["name"] == tag]
     return tuple(named) if len(named) == len(counts) else ()
 
 

@@ -202,7 +202,8 @@ class Listing:
             detailed("%s: %s, rank %s, scaling %g", module, update.kind, update.rank, update.scaling)
         files = {lazy.file for lazy in (*adapter.tensors().values(), *adapter.copies.values())}
         read = {file.name for file in files if file}
-        unread = [name for name in self.own_weights if name not in read]
+        unread = [name for name in self.weights if name not in read]
+        unread = [name for name in self.own_weights if name in unread] if unread else []
         unread += self._modules_beside()
         if unread and read and not self.single:
             warned("%s: %s is read; not looked at: %s", self.path, ", ".join(sorted(read)), ", ".join(unread[:12]))

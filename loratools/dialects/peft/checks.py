@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from loratools.storage.checkpoint import Checkpoint
 
 _PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
-_NUMBER = re.compile(r"\.\d+(?=\.|$)")
-_NESTED = re.compile(r"(\.base_layer)+$")
+_NUMBER = r"\.\d+(?=\.|$)"
+_NESTED = r"(\.base_layer)+$"
 _FACTOR = re.compile(r"\.lora_[AB]\.([^.]+\.)?weight$")
 
 
@@ -44,7 +44,7 @@ def faults(groups: Groups, config: PeftConfig, held: Collection[str]) -> list[st
         for part, lazy in parts.items():
             if not lazy.dtype.startswith(("F", "BF")):
                 lines.append(f"{keys.join(module, part)}: {lazy.dtype} numbers, expected floating point")
-        path = _NESTED.sub("", module.partition(".base_layer.")[0]) if ".base_layer" in module else module
+        path = re.sub(_NESTED, "", module.partition(".base_layer.")[0]) if ".base_layer" in module else module
         if any(part.startswith("lora_") for part in parts) and path not in held and not _targeted(path, config):
             lines.append(f"{module}: has tensors, but the config does not target it, so PEFT would ignore them")
     return lines + [
@@ -59,10 +59,10 @@ def lacking(modules: Collection[str], targets: Targets, base: Checkpoint | None)
 
     Looked for are those whose names are that of one of `modules` but for the numbers, as the same in another layer.
     """
-    alike = {_NUMBER.sub(".#", module) for module in modules}
+    alike = {re.sub(_NUMBER, ".#", module) for module in modules}
     names = [name.removesuffix(".weight") for name in (base.specs if base else ()) if name.endswith(".weight")]
     missing = [
-        name for name in names if name not in modules and _NUMBER.sub(".#", name) in alike and targets.select(name)
+        name for name in names if name not in modules and re.sub(_NUMBER, ".#", name) in alike and targets.select(name)
     ]
     if not missing:
         return []

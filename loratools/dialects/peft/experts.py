@@ -19,7 +19,7 @@ from loratools.storage.lazy import LazyTensor
 
 Parts = dict[str, LazyTensor]
 
-_NESTED = re.compile(r"(\.base_layer)+$")
+_NESTED = r"(\.base_layer)+$"
 _EXPERTS = "experts"  # what classes call a module of stacked experts
 _MANY = 6  # parameters of one module; classes have four at most
 
@@ -34,7 +34,7 @@ _VERSIONS: Mapping[tuple[bool | None, ...], str] = {
 
 def outer(module: str) -> str:
     """Return a module's path without the `base_layer` that marks the inner one of several wrappers."""
-    return _NESTED.sub("", module)
+    return re.sub(_NESTED, "", module)
 
 
 def holders(groups: Groups, config: PeftConfig) -> dict[str, set[str]]:

@@ -50,12 +50,12 @@ _PART = r"""
 """
 _READ_ALIKE = rf"(?:\(\?i\))?(?:{_PART})*+"
 # Letters and digits of other scripts are classified, and their case is folded, by tables of each package's own.
-_BY_TABLE = re.compile(r"\\[dDwWsSbB]|^\(\?i\)")
+_BY_TABLE = r"\\[dDwWsSbB]|^\(\?i\)"
 
 # A key of a pattern that is a name: each character means itself, and a dot any character.
-_NAME = re.compile(r"(\^?)((?:\\[^a-zA-Z0-9\n]|[^\\^$*+?{}\[\]|()\n])*)\$?")
+_NAME = r"(\^?)((?:\\[^a-zA-Z0-9\n]|[^\\^$*+?{}\[\]|()\n])*)\$?"
 _SEGMENT = re.compile(r"[\w-]+")
-_ESCAPED_OR_DOT = re.compile(r"\\(.)|\.")
+_ESCAPED_OR_DOT = r"\\(.)|\."
 _ANY = "\n"  # what stands for any character; no name of a module has it
 _MOST_SHAPES = 64  # of names of one length; real configs have one or two
 
@@ -112,7 +112,7 @@ class Expression:
 
     def __init__(self, pattern: str, field: str, config: ConfigFile, *, whole: bool = True) -> None:
         self._pattern, self._field, self._config, self._whole = pattern, field, config, whole
-        self._by_table = _BY_TABLE.search(pattern) is not None
+        self._by_table = re.search(_BY_TABLE, pattern) is not None
         self._alike: regex.Pattern[str] | None = None
         if len(pattern) > MAX_PATTERN:  # it is not compiled
             found = f"a regular expression of {len(pattern)} characters; at most {MAX_PATTERN} are read"
@@ -203,10 +203,10 @@ class PatternKeys:
 
     def _add_name(self, position: int, key: str) -> bool:
         """Keep a key that is a name; return False for one that is not, or whose shape is one too many."""
-        match = _NAME.fullmatch(key)
+        match = re.fullmatch(_NAME, key)
         if match is None or len(key) > MAX_PATTERN:
             return False
-        name = _ESCAPED_OR_DOT.sub(lambda character: character[1] or _ANY, match[2])
+        name = re.sub(_ESCAPED_OR_DOT, lambda character: character[1] or _ANY, match[2])
         dots = tuple(i for i, character in enumerate(name) if character == _ANY)
         shapes = self._names.setdefault((bool(match[1]), len(name)), {})
         if dots not in shapes and len(shapes) == _MOST_SHAPES:

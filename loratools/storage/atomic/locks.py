@@ -18,7 +18,7 @@ from pathlib import Path
 
 from loratools.storage.atomic import system
 
-_OF_RUN = re.compile(r"(\..+)\.[a-z]+-([0-9a-f]{8,16})")
+_OF_RUN = r"(\..+)\.[a-z]+-([0-9a-f]{8,16})"
 _fcntl, _msvcrt = system.module("fcntl"), system.module("msvcrt")
 
 
@@ -50,7 +50,7 @@ def lock(folder: Path) -> Lock:
     if folder.is_symlink() or not folder.is_dir():
         number = errno.ENOTDIR if os.path.lexists(folder) else errno.ENOENT
         raise OSError(number, os.strerror(number), str(folder))
-    match = _OF_RUN.fullmatch(folder.name)
+    match = re.fullmatch(_OF_RUN, folder.name)
     file = folder.with_name(f"{match[1]}.lock-{match[2]}" if match else f"{folder.name}.lock")
     return _locked(folder, Lock(os.open(file, os.O_RDWR | os.O_CREAT | system.BINARY, 0o666), file), _lock_byte)
 

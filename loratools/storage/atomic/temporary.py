@@ -16,7 +16,7 @@ from loratools.storage.atomic.undisturbed import undisturbed
 Use = Literal["headers", "demo", "merge", "adapter"]
 """What a temporary folder is for; part of its name."""
 
-_NAME = re.compile(rf"loratools-({'|'.join(words(Use))})-[a-z0-9_]{{8}}")
+_NAME = rf"loratools-({'|'.join(words(Use))})-[a-z0-9_]{{8}}"
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def _make(use: Use) -> tuple[Path, locks.Lock | None]:
 
 def _sweep(place: Path) -> None:
     for path in place.iterdir():
-        if _NAME.fullmatch(path.name):
+        if re.fullmatch(_NAME, path.name):
             try:
                 if hasattr(os, "getuid") and path.lstat().st_uid != os.getuid():  # Windows gives each user a folder
                     continue

@@ -28,14 +28,12 @@ PICTURES = frozenset([".png", ".jpg", ".jpeg", ".webp", ".gif", ".svg"])
 
 SHOWN = PICTURES | frozenset([".wav", ".mp3", ".flac", ".ogg", ".mp4", ".webm", ".pdf"])
 """And of all that people look at or listen to."""
-_SENTENCEPIECE = re.compile(r".*\.model(\.v\d+\w*)?")  # Mistral numbers its tokenizers: tokenizer.model.v3
-_BARE = re.compile(r"(licen[cs]e|notice|use_policy|copying|readme|vocab|merges|dict)[\w-]*", re.IGNORECASE)
-_LEGAL = re.compile(r"(licen[cs]e|notice|use_policy|copying)", re.IGNORECASE)
-_INDEX = re.compile(r".*\.index(\.[\w-]+)?\.json")  # of weights; a variant's is model.safetensors.index.fp16.json
+_SENTENCEPIECE = r".*\.model(\.v\d+\w*)?"  # Mistral numbers its tokenizers: tokenizer.model.v3
+_BARE = r"(licen[cs]e|notice|use_policy|copying|readme|vocab|merges|dict)[\w-]*"
+_LEGAL = r"(licen[cs]e|notice|use_policy|copying)"
+_INDEX = r".*\.index(\.[\w-]+)?\.json"  # of weights; a variant's is model.safetensors.index.fp16.json
 # What training leaves beside a model: state of the run, and pickles that may hold a token or a path.
-_OF_TRAINING = re.compile(
-    r"(optimizer|scheduler\.|rng_state|training_args|trainer_state|events\.out|.*_results\.)", re.IGNORECASE
-)
+_OF_TRAINING = r"(optimizer|scheduler\.|rng_state|training_args|trainer_state|events\.out|.*_results\.)"
 # Folders of other savings, of a run, and of a format that is a folder.
 _FOLDERS = re.compile(r"(checkpoint-\d+|global_step\d+|runs|wandb|__pycache__|.*\.(mlpackage|mlmodelc|zarr))")
 
@@ -48,20 +46,20 @@ def may_come(path: PurePath | str) -> bool:
         return False
     if is_of_training(name) or is_index(name):
         return False
-    known = suffix in _TEXTS or suffix in SHOWN or _SENTENCEPIECE.fullmatch(name) is not None
-    return known or (not suffix and _BARE.fullmatch(name) is not None) or is_legal(name)
+    known = suffix in _TEXTS or suffix in SHOWN or re.fullmatch(_SENTENCEPIECE, name) is not None
+    return known or (not suffix and re.fullmatch(_BARE, name, re.IGNORECASE) is not None) or is_legal(name)
 
 
 def is_legal(name: str) -> bool:
     """Tell whether a file is a licence or a notice."""
-    return _LEGAL.match(name) is not None
+    return re.match(_LEGAL, name, re.IGNORECASE) is not None
 
 
 def is_index(name: str) -> bool:
     """Tell whether a file lists the shards of weights."""
-    return _INDEX.fullmatch(name) is not None
+    return re.fullmatch(_INDEX, name) is not None
 
 
 def is_of_training(name: str) -> bool:
     """Tell whether a file is state of a training run, and no part of a model."""
-    return _OF_TRAINING.match(name) is not None
+    return re.match(_OF_TRAINING, name, re.IGNORECASE) is not None
