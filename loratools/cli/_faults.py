@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import click
 
 from loratools.cli._spelling import is_on
 from loratools.errors import InvalidOption, LoraToolsError, printable
+from loratools.frozen import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratools.errors import LoraToolsError
+from loratools.frozen import dataclass
 from loratools.storage import dtypes, files
 from loratools.storage.header import TensorSpec
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
 
 import numpy as np
 
+from loratools.frozen import dataclass
 from loratools.linalg.native import codes as native
 from loratools.storage.codecs import Encoding, Parts
 from loratools.storage.codecs._levels import INT4, Levels
