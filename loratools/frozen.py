@@ -17,23 +17,21 @@ if TYPE_CHECKING:  # type checkers know the original
     from dataclasses import dataclass as dataclass
 else:
 
-    def dataclass(*, frozen: bool, slots: bool, eq: bool = True, repr: bool = True) -> Callable[[type], type]:
-        """Return the decorator that makes a class a frozen dataclass with slots, as `dataclasses.dataclass` does.
+    def dataclass(**options: bool) -> Callable[[type], type]:
+        """Return the decorator that makes a class a frozen dataclass with slots.
 
         Args:
-            frozen: True.
-            slots: True.
-            eq: Whether two values are equal, and have one hash, where all their fields are. Default: yes.
-            repr: Whether `repr` shows the fields. Default: yes.
+            options: As `dataclasses.dataclass` takes them, with `frozen` and `slots`. With others than `eq`, `repr` and
+                `kw_only` it is that one which makes the class.
         """
-        assert frozen
-        assert slots
+        eq, repr = options.get("eq", True), options.get("repr", True)
+        ours = options.keys() <= {"frozen", "slots", "eq", "repr", "kw_only"} and options["frozen"] and options["slots"]
 
         def make(cls: type) -> type:
-            if any(dataclasses.is_dataclass(base) for base in cls.__mro__[1:]):
-                return dataclasses.dataclass(frozen=True, slots=True, eq=eq, repr=repr)(cls)
+            if not ours or any(dataclasses.is_dataclass(base) for base in cls.__mro__[1:]):
+                return dataclasses.dataclass(**options)(cls)
             own = dict(vars(cls))
-            made = dataclasses.dataclass(init=False, eq=False, repr=False, slots=True)(cls)
+            made = dataclasses.dataclass(**options | {"init": False, "eq": False, "repr": False, "frozen": False})(cls)
             methods = _of_frozen(made, own)
             methods |= _of_equal(made, own) if eq else {}
             methods |= _of_shown(made, own) if repr else {}

@@ -84,17 +84,24 @@ def values(make: Make) -> dict[str, Any]:
 
         b: int = 1
 
+    @make(frozen=True, slots=True, kw_only=True)
+    class Named:
+        """A value by names."""
+
+        a: int = 1
+        b: int
+
     @make(frozen=True, slots=True)
     class Empty:
         """A value of nothing."""
 
-    return {each.__name__: each for each in (Plain, Unequal, Own, Base, Heir, Empty)}
+    return {each.__name__: each for each in (Plain, Unequal, Own, Base, Heir, Named, Empty)}
 
 
 def told(make: Make) -> list[Any]:
     """Return what classes and their values say of themselves."""
     made = values(make)
-    plain, unequal, own, base, heir, empty = made.values()
+    plain, unequal, own, base, heir, named, empty = made.values()
     one, other = plain(1, c=[2]), plain(1, "x", [2], e=9)
     nan = float("nan")
     said: list[Any] = [
@@ -104,7 +111,7 @@ def told(make: Make) -> list[Any]:
         heir(2) == base(2), repr(heir(1))[-9:], empty() == empty(), hash(empty()) == hash(empty()), repr(empty())[-7:],
         copy.copy(one) == one, copy.deepcopy(one) == one, copy.deepcopy(one).c is not one.c, one.g,
         dataclasses.replace(one, a=5, f=8).f, dataclasses.asdict(one), dataclasses.astuple(heir(1)),
-        plain(1).c is plain(1).c,
+        plain(1).c is plain(1).c, named(b=3).b, named(b=2) == named(a=1, b=2),
     ]  # fmt: skip
     for each in made.values():
         said += [
@@ -114,6 +121,7 @@ def told(make: Make) -> list[Any]:
         ]  # fmt: skip
     for call in (
         plain, lambda: plain(1, 2, 3, 4, 5, 6), lambda: plain(1, g=2), lambda: own(-1.0), lambda: hash(one),
+        lambda: named(1, 2),
         lambda: setattr(one, "a", 2), lambda: delattr(one, "a"), lambda: setattr(heir(1), "b", 2),
     ):  # fmt: skip
         with pytest.raises((TypeError, ValueError, dataclasses.FrozenInstanceError)) as refused:

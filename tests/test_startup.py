@@ -23,10 +23,10 @@ print(json.dumps([code, sorted(added)]), file=sys.stderr)
 """
 
 
-def imported(arguments: list[str], folder: Path) -> set[str]:
+def imported(arguments: list[str], folder: Path, program: str = PROGRAM) -> set[str]:
     """Run a command line in a fresh interpreter and return the top-level packages it imported, outside the stdlib."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *arguments],
+        [sys.executable, "-c", program, *arguments],
         cwd=folder,
         env=clean_env(),
         capture_output=True,
@@ -61,3 +61,41 @@ def test_help_imports_only_click(arguments: list[str], prepared: Path) -> None:
 )
 def test_header_only_commands_import_neither_torch_nor_numpy(arguments: list[str], prepared: Path) -> None:
     assert imported(arguments, prepared) <= {"click", "loratools", "blake3"}
+
+
+NEVER = frozenset({
+    "bz2", "decimal", "difflib", "hashlib", "hmac", "logging", "lzma", "multiprocessing", "pickle", "pickletools",
+    "pkgutil", "secrets", "shutil", "socket", "subprocess", "tempfile", "zipfile",
+    "loratools.storage.checkpoint", "loratools.storage.gguf.container", "loratools.storage.pickles.archive",
+    "loratools.surgery.base", "loratools.surgery.inputs", "loratools.adapter.placement", "loratools.adapter.weights",
+    "loratools.adapter.naming.image", "loratools.adapter.naming.wrappers", "loratools.adapter.naming.llama_cpp",
+    "loratools.dialects.comfy", "loratools.dialects.kohya.files", "loratools.dialects.diffusers.files",
+    "loratools.dialects.gguf.files", "loratools.dialects.megatron.files", "loratools.dialects.torchtune",
+    "loratools.dialects.loralib", "loratools.dialects.peft.typed", "loratools.cli._batch", "loratools.cli._each",
+})  # fmt: skip
+"""What neither an adapter of PEFT nor a sealed one needs to be told or checked: other layouts, models, other tools."""
+
+ALSO = {
+    "inspect adapter": {"loratools.format.validate", "loratools.adapter.kinds.dora", "loratools.adapter.kinds.conv"},
+    "inspect sealed": {"loratools.dialects.peft", "loratools.dialects.kohya", "loratools.dialects.mlx"},
+    "validate sealed": {"loratools.dialects", "loratools.surgery.inspect"},
+}
+"""And what one of them does not need."""
+
+
+WHOLE = PROGRAM.replace('added = {name.split(".")[0] for', "added = {name for").replace(
+    " - set(sys.stdlib_module_names)", ""
+)
+"""The program that tells every module by its whole name."""
+
+
+@pytest.mark.parametrize("arguments", sorted(ALSO))
+def test_what_a_small_command_leaves_alone(arguments: str, prepared: Path) -> None:
+    added = imported(arguments.split(), prepared, WHOLE)
+    assert "loratools.cli._run" in added
+    assert added & (NEVER | ALSO[arguments]) == set()
+
+
+def test_help_needs_the_command_line_only(prepared: Path) -> None:
+    ours = {name.split(".")[1] for name in imported(["--help"], prepared, WHOLE) if name.startswith("loratools.")}
+    assert ours == {"__main__", "cli", "decisions", "errors", "frozen", "options", "storage", "version"}
