@@ -23,7 +23,7 @@ from tests.conftest import REPOSITORY, clean_env
 
 FLOORS: Mapping[str, tuple[str, ...]] = {
     "loratools": (
-        "errors frozen",
+        "errors",
         "decisions version",
         "options",
         "parallel",

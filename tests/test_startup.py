@@ -98,4 +98,4 @@ def test_what_a_small_command_leaves_alone(arguments: str, prepared: Path) -> No
 
 def test_help_needs_the_command_line_only(prepared: Path) -> None:
     ours = {name.split(".")[1] for name in imported(["--help"], prepared, WHOLE) if name.startswith("loratools.")}
-    assert ours == {"__main__", "cli", "decisions", "errors", "frozen", "options", "storage", "version"}
+    assert ours == {"__main__", "cli", "decisions", "errors", "options", "storage", "version"}

@@ -14,7 +14,7 @@ from itertools import combinations
 from typing import Literal
 
 from loratools.adapter.model import BaseIdentity
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage import digest
 
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]*"

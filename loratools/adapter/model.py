@@ -11,7 +11,7 @@ from typing import Any
 from loratools.adapter import kinds
 from loratools.adapter.kinds import Update
 from loratools.errors import printable
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.lazy import LazyTensor
 
 _SHOWN = 20  # names and rows that a notebook shows

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 from math import gcd
 
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 
 
 @dataclass(frozen=True, slots=True)

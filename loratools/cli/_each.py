@@ -22,7 +22,7 @@ from loratools.cli._show import line as show_line
 from loratools.cli._talk import Talk
 from loratools.decisions import warnings_to
 from loratools.errors import LoraToolsError
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 
 _HINTS = 3
 """Hints that are told after all errors; of more, each is about one file only."""

@@ -6,7 +6,7 @@ import click
 
 from loratools.cli._spelling import is_on
 from loratools.errors import InvalidOption, LoraToolsError, printable
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ from loratools.dialects.kohya import files as kohya
 from loratools.dialects.kohya.beside import SET_PART, SHAPE_PART, shapes_of
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.format import keys
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage import save
 from loratools.storage.lazy import LazyTensor
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from loratools.errors import BadFile, InvalidOption
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.version import __version__
 
 

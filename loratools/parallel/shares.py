@@ -8,7 +8,7 @@ from heapq import heapify, heapreplace
 from typing import Self
 
 from loratools.errors import InvalidOption
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 
 MOST = 65535
 """Parts of one result, at most; far beyond what a scheduler gives one user."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from loratools.decisions import decided, warned
 from loratools.errors import IncompatibleAdapter
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.atomic.inputs import see
 from loratools.storage.beside import along, templates
 from loratools.storage.beside.links import refuse_outside, walk

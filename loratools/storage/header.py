@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from loratools.errors import BadFile
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage import dtypes
 from loratools.storage.atomic.inputs import stamp
 from loratools.storage.sources import open_file, refuse_pointer, remember, remembered

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.header import TensorSpec, encode_header, nbytes
 
 DEFAULT_SHARD = 5_000_000_000

@@ -12,7 +12,7 @@ from math import ceil
 from typing import Any
 
 from loratools.adapter.naming.conversions import Made
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 
 Shape = tuple[int, ...]
 

@@ -15,7 +15,7 @@ from loratools.adapter import factors
 from loratools.adapter.fusing import products
 from loratools.adapter.kinds import ByRows, Rows, Update
 from loratools.adapter.kinds._rowwise import Rowwise
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from loratools.adapter.kinds._term import Device, DType, Refinable, Tensor, Term
 from loratools.adapter.site import Site
 from loratools.errors import UnknownKind
-from loratools.frozen import dataclass
 from loratools.options import modules_in
+from loratools.options.frozen import dataclass
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:

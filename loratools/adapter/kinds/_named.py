@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from loratools.adapter.kinds import Factors, Tensor, Underlying
 from loratools.adapter.kinds._product import LowRank
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.lazy import LazyTensor
 
 

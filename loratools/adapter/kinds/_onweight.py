@@ -12,7 +12,7 @@ from loratools.adapter.kinds._named import NamedTensors
 from loratools.adapter.kinds._shared import OnWeight
 from loratools.adapter.site import Site
 from loratools.errors import IncompatibleAdapter
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 
 Change = Callable[[Tensor, slice], Tensor]
 """(rows of W as its module defines it, (n, in·…); which rows these are) -> the same rows of W'."""

@@ -14,7 +14,7 @@ from loratools.adapter.kinds import Device, DType, Factors, Tensor, Term, Underl
 from loratools.adapter.kinds._shared import Additive
 from loratools.adapter.parts import BIAS
 from loratools.adapter.site import Site
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:

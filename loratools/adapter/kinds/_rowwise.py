@@ -13,7 +13,7 @@ from loratools.adapter.basis import Basis, along, made
 from loratools.adapter.kinds import Device, DType, Rows, Tensor, Term, Underlying, Update
 from loratools.adapter.kinds._shared import Additive
 from loratools.adapter.site import Site
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.lazy import LazyTensor
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 
 from loratools.adapter import kinds
 from loratools.adapter.kinds import Tensor, Update, Usual
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.lazy import LazyTensor
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from loratools.adapter.kinds import Tensor
 from loratools.errors import BadFile
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 
 
 @dataclass(frozen=True, slots=True, eq=False)

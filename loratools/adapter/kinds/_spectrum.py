@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 from loratools.adapter.kinds import Tensor
 from loratools.adapter.kinds._rowwise import Named
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 
 
 @dataclass(frozen=True, slots=True, eq=False)

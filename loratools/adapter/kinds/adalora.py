@@ -11,7 +11,7 @@ from typing import Any
 
 from loratools.adapter.kinds import Tensor
 from loratools.adapter.kinds._named import NamedProduct
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.lazy import LazyTensor
 
 _A, _B, _E = "lora_A", "lora_B", "lora_E"

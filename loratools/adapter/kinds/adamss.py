@@ -17,7 +17,7 @@ from loratools.adapter.kinds import Device, DType, Tensor, Underlying
 from loratools.adapter.kinds._onweight import Change, Changing
 from loratools.adapter.kinds._vectors import sketched
 from loratools.errors import IncompatibleAdapter
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.lazy import LazyTensor
 
 V = "adamss_newB"

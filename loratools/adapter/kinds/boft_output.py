@@ -16,7 +16,7 @@ from typing import Any
 from loratools.adapter.kinds import Device, DType, Tensor, Underlying
 from loratools.adapter.kinds._onweight import Change, Changing, Mapped
 from loratools.adapter.site import Site
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.lazy import LazyTensor
 
 BLOCKS, RESCALE = "oft_blocks", "rescale"

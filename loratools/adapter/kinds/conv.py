@@ -9,7 +9,7 @@ With `lora_bias`, b' = b + s·c. Grouped convolutions are refused, as PEFT refus
 from __future__ import annotations
 
 from loratools.adapter.kinds._product import TwoFactors
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from loratools.adapter.kinds import Factors, Tensor
 from loratools.adapter.kinds._product import LowRank
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.lazy import LazyTensor
 
 _PARTS = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")

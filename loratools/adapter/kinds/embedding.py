@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from loratools.adapter.kinds._product import TwoFactors
 from loratools.adapter.parts import A_EMBEDDING, B_EMBEDDING
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -18,7 +18,7 @@ from loratools.adapter.kinds import Factors, Tensor, Update
 from loratools.adapter.kinds._product import LowRank
 from loratools.adapter.kinds._shared import Additive
 from loratools.adapter.parts import A, B
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.lazy import LazyTensor
 
 Rule = Literal["model", "inverse", "in_out", "out_in", "unknown"]

@@ -9,7 +9,7 @@ from typing import Self
 from loratools.adapter.basis import Basis, along
 from loratools.adapter.kinds import Device, DType, Rows, Tensor
 from loratools.adapter.kinds._rowwise import Rowwise
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.lazy import LazyTensor
 
 WEIGHT_PART, BIAS_PART = "diff", "diff_b"

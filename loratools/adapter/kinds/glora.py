@@ -15,7 +15,7 @@ from loratools.adapter.kinds import Device, DType, Tensor, Term, Underlying
 from loratools.adapter.kinds._shared import OnWeight
 from loratools.adapter.site import Site
 from loratools.errors import IncompatibleAdapter
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.lazy import LazyTensor
 
 _PARTS = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")

@@ -15,7 +15,7 @@ from loratools.adapter.basis import Basis
 from loratools.adapter.kinds import Device, DType, Tensor, Term, Underlying, Update
 from loratools.adapter.kinds._shared import OnWeight
 from loratools.adapter.site import Site
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.lazy import LazyTensor
 
 WEIGHT_PART, INPUT_PART, FACTORS_PART = "weight", "on_input", "ia3_l"

@@ -13,7 +13,7 @@ from math import prod
 from loratools.adapter.kinds import Factors, Tensor
 from loratools.adapter.kinds._product import LowRank
 from loratools.adapter.parts import A, B
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.lazy import LazyTensor
 
 MID_PART = "lora_mid.weight"

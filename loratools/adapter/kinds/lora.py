@@ -12,7 +12,7 @@ from math import prod
 
 from loratools.adapter.kinds import Update
 from loratools.adapter.kinds._product import TwoFactors
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from loratools.adapter.kinds.vera import VeraUpdate
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 
 
 @dataclass(frozen=True, slots=True, eq=False)

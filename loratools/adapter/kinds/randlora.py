@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from loratools.adapter.kinds import Tensor
 from loratools.adapter.kinds._named import NamedProduct
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.lazy import LazyTensor
 
 _LAMBDA, _GAMMA, _A, _B = "randlora_lambda", "randlora_gamma", "randlora_A", "randlora_B"

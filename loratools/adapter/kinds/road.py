@@ -17,7 +17,7 @@ from typing import Any
 
 from loratools.adapter.kinds import Device, DType, Tensor, Underlying, Update
 from loratools.adapter.kinds._onweight import Change, Changing
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.lazy import LazyTensor
 
 THETA, ALPHA = "road_theta", "road_alpha"

@@ -14,7 +14,7 @@ from typing import Any
 from loratools.adapter.kinds import Factors, Tensor
 from loratools.adapter.kinds._product import LowRank
 from loratools.adapter.kinds._rounded import as_in
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.lazy import LazyTensor
 
 A, B, P, V = "tinylora_A", "tinylora_B", "tinylora_P", "tinylora_v"

@@ -12,7 +12,7 @@ from typing import Any
 
 from loratools.adapter.kinds import Tensor
 from loratools.adapter.kinds._named import NamedProduct
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.lazy import LazyTensor
 
 BANK = "vblora_vector_bank"

@@ -22,7 +22,7 @@ from typing import Any
 from loratools.adapter.kinds import Device, DType, Rows, Tensor
 from loratools.adapter.kinds._sparse import Sparse
 from loratools.adapter.kinds._spectrum import Spectrum
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.lazy import LazyTensor
 
 SPECTRUM = "waveft_spectrum"

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 
 Operation = tuple[str, Mapping[str, Any]]
 """The name of an operation on tensors, and its settings."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from loratools.adapter.naming.llama_cpp_table import GROUPS, PAIRS, TABLE, Architecture
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import field
 
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 
 PAIRS, GROUPS = "pairs", "groups"
 """Orders of rows: halves of a head in pairs; q, k and v of groups of heads (q…, k, v) one after the other."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from loratools.adapter.naming.conversions import conversion
 from loratools.adapter.naming.loaded import Loaded
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 
 # Leading segments that only wrap a model: `language_model.model.layers.0…`, `model.language_model.layers.0…` and
 # `layers.0…` are one module. Names of towers (`vision_tower`, `encoder`, …) are no wrappers: they tell modules apart.

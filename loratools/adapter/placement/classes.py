@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapter.naming.wrappers import normalized
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 
 MAJORS = ("4", "5")
 """Major versions of transformers that the table tells of."""

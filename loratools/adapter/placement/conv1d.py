@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 from loratools.adapter.naming.wrappers import LINEAR
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.codecs.turned import CONV1D
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -21,7 +21,7 @@ from loratools.adapter.placement.conv1d import Conv1D
 from loratools.adapter.site import Site
 from loratools.decisions import decided, detailed
 from loratools.errors import IncompatibleAdapter, counted
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.codecs.turned import CONV1D
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -18,7 +18,7 @@ from loratools.adapter.model import Adapter
 from loratools.adapter.naming.stacked import IS_TRANSPOSED, STORED_IN_OUT, in_order, known_type
 from loratools.adapter.naming.wrappers import Names
 from loratools.decisions import warned
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -18,8 +18,8 @@ from loratools.adapter.weights import blocks
 from loratools.adapter.weights.layouts import Layout, layouts
 from loratools.decisions import warned
 from loratools.errors import InvalidOption, LoraToolsError
-from loratools.frozen import dataclass
 from loratools.options import is_finite
+from loratools.options.frozen import dataclass
 
 BLOCKS = "lbw:"
 """What begins a list of block weights."""

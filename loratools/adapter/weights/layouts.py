@@ -17,7 +17,7 @@ from loratools.adapter.naming.image.components import component, inside
 from loratools.adapter.naming.image.families import Family
 from loratools.adapter.naming.image.groups import ORIGINAL, Group, groups, module_of
 from loratools.adapter.naming.image.readings import ENCODER, Reading
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 
 Lists = tuple[tuple[str, int], ...]
 """Lists of blocks by their names, with their lengths."""

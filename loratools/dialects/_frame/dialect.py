@@ -7,7 +7,7 @@ from typing import Protocol
 
 from loratools.adapter.model import Adapter, Loss
 from loratools.dialects._frame.listing import Evidence, Listing
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 
 
 class Dialect(Protocol):

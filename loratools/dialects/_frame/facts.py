@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from loratools.dialects._frame.places import ALSO
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 
 MOST_TAGS = 20
 """So many of the most frequent tags are listed."""

@@ -13,7 +13,7 @@ from loratools.adapter.model import Adapter
 from loratools.adapter.parts import factors_of
 from loratools.decisions import detailed, wants_detail, warned
 from loratools.errors import BadFile
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.beside.links import refuse_outside
 from loratools.storage.header import Header, read_header
 from loratools.storage.lazy import LazyTensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 
 Fact = Literal["trigger", "title", "tags", "base", "description", "author", "license", "thumbnail"]
 """What people write into an adapter's files about it."""

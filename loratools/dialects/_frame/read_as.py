@@ -8,8 +8,8 @@ from typing import Any
 
 from loratools.dialects._frame.numbers import is_number
 from loratools.errors import InvalidOption
-from loratools.frozen import dataclass
 from loratools.options import Options
+from loratools.options.frozen import dataclass
 from loratools.storage.sources import Location
 
 

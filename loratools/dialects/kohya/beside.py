@@ -19,7 +19,7 @@ from loratools.adapter.parts import A, B
 from loratools.decisions import warned
 from loratools.dialects._frame.build import Draft, some
 from loratools.dialects._frame.numbers import read_whole_numbers
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.lazy import LazyTensor
 
 MODULATION_PART, MODULATION = "diff_m", "modulation"

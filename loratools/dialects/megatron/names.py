@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loratools.adapter import factors
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.lazy import LazyTensor
 
 _NAME = re.compile(

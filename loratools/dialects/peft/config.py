@@ -18,7 +18,7 @@ from loratools.dialects.peft import fields as tables
 from loratools.dialects.peft.patterns import ConfigFile, NameList, PatternKeys
 from loratools.dialects.peft.targets import Targets, several
 from loratools.errors import UnsupportedAdapter
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 
 if TYPE_CHECKING:
     from loratools.adapter.kinds.experts import Rule

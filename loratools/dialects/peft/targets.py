@@ -7,7 +7,7 @@ from typing import Any
 
 from loratools.adapter.naming.compact import suffixes
 from loratools.dialects.peft.patterns import ConfigFile, Expression, NameList, SavedModules
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 
 ALL_LINEAR = "all-linear"
 

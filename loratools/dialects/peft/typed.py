@@ -27,7 +27,7 @@ from loratools.dialects.peft.types import Field, ModuleTensors, Values
 from loratools.dialects.peft.types._refused import REFUSED
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.format import keys
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from loratools.dialects.peft import types
 from loratools.dialects.peft.typed import FIELDS, TYPE
 from loratools.dialects.peft.typed_names import name_of
 from loratools.format import keys, manifest
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.lazy import LazyTensor
 
 _CARRIED = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Executor
 
 from loratools.errors import LoraToolsError
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,7 +15,7 @@ from contextlib import suppress
 from glob import escape
 from pathlib import Path
 
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.atomic import system
 
 _OF_RUN = r"(\..+)\.[a-z]+-([0-9a-f]{8,16})"

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection
 
 from loratools.errors import BadFile
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.beside import along
 
 STATED = "transformers_weights"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.decisions import warned
 from loratools.errors import BadFile, counted
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage import digest, files
 from loratools.storage.beside.along import RESIDUAL, is_index, may_come
 from loratools.storage.beside.choice import STATED, choose

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loratools.errors import UnsupportedAdapter
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.atomic import names
 from loratools.storage.beside.along import is_index
 from loratools.storage.beside.links import refuse_outside

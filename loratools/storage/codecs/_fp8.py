@@ -13,8 +13,8 @@ from math import prod
 
 import numpy as np
 
-from loratools.frozen import dataclass
 from loratools.linalg.native import codes as native
+from loratools.options.frozen import dataclass
 from loratools.storage import dtypes
 from loratools.storage.codecs import Encoder, Encoding, Grid, Module, Parts
 from loratools.storage.codecs._scales import POWERS, Rule, beyond, by_quotient, largest, read_back, rounded, stored

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.codecs import Encoder, Grid, Parts
 from loratools.storage.codecs._groups import Fit, Groups, Stored
 from loratools.storage.codecs._levels import Draw, reach

@@ -13,8 +13,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from loratools.frozen import dataclass
 from loratools.linalg.native import codes as native
+from loratools.options.frozen import dataclass
 from loratools.storage.codecs import Encoding, Parts
 from loratools.storage.codecs._levels import INT4, Levels
 from loratools.storage.codecs._packed import unpack

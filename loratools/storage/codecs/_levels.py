@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.codecs.floats import Array
 from loratools.storage.codecs.tables import E2M1
 

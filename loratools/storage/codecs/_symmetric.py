@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from loratools.errors import UnsupportedAdapter
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage import dtypes
 from loratools.storage.codecs import Encoding, Module, Parts
 from loratools.storage.codecs._grouped import Grouped

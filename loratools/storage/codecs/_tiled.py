@@ -14,7 +14,7 @@ from math import prod
 
 import numpy as np
 
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.codecs import Encoder, Encoding, Grid, Module, Parts
 from loratools.storage.codecs.floats import Array
 from loratools.storage.codecs.tables import E2M1, table

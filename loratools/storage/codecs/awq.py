@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.codecs import Encoding, Module, Parts
 from loratools.storage.codecs._groups import Fit, Stored
 from loratools.storage.codecs._levels import INT4

@@ -18,8 +18,8 @@ import numpy as np
 
 from loratools.decisions import warned
 from loratools.errors import BadFile
-from loratools.frozen import dataclass
 from loratools.linalg.native import codes as native
+from loratools.options.frozen import dataclass
 from loratools.storage.codecs import Encoder, Encoding, Grid, Module, Parts
 from loratools.storage.codecs._bnb_encoders import FourBitEncoder, TurnedEncoder
 from loratools.storage.codecs._bnb_int8 import Int8Encoder, int8_values

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from loratools.frozen import dataclass
 from loratools.linalg.native import codes as native
+from loratools.options.frozen import dataclass
 from loratools.storage.codecs import Encoder, Encoding, Grid, Module, Parts
 from loratools.storage.codecs.floats import Array
 from loratools.storage.gguf import package

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from loratools.decisions import warned
-from loratools.frozen import dataclass
 from loratools.linalg.native import codes as native
+from loratools.options.frozen import dataclass
 from loratools.storage.codecs import Encoding, Module, Parts
 from loratools.storage.codecs._groups import Fit, Packed
 from loratools.storage.codecs._levels import Whole

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.codecs import Encoder, Encoding, Grid, Module, Parts
 from loratools.storage.codecs._grouped import Grouped
 from loratools.storage.codecs._groups import Fit, Stored

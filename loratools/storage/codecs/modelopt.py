@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage import dtypes
 from loratools.storage.codecs import Encoder, Encoding, Grid, Module, Parts
 from loratools.storage.codecs._blocks import blocks

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.codecs import Encoder, Encoding, Grid, Module, Parts
 from loratools.storage.codecs._levels import FP4, Draw, reach
 from loratools.storage.codecs._packed import pack, unpack

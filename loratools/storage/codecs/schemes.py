@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import field
 from typing import Any
 
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage import dtypes
 from loratools.storage.codecs import unread
 from loratools.storage.codecs.state import comfy_layers, statement

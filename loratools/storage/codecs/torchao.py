@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from loratools.errors import BadFile
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage import dtypes
 from loratools.storage.codecs import Encoding, Module, Parts
 from loratools.storage.codecs._fp8 import Blocks, Fp8, fitted

@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 
 from loratools.errors import BadFile, UnsupportedAdapter
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.gguf.types import BY_NUMBER, TYPES
 from loratools.storage.header import MAX_NAME, MAX_TENSORS, TensorSpec
 from loratools.storage.sources import open_file

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import pickletools
 from collections.abc import Callable
 from typing import Any, cast
 
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage import dtypes
 from loratools.storage.header import MAX_SIDES
 

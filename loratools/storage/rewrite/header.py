@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from loratools.errors import BadFile
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage import files
 from loratools.storage.header import MAX_HEADER, Header, encode_header
 from loratools.storage.rewrite.apply import BLOCK

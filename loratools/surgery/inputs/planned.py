@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ParamSpec
 
 from loratools.adapter.model import AdapterInput
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage import atomic
 from loratools.storage.sources import Location
 

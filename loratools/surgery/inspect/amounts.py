@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 
 if TYPE_CHECKING:
     from loratools.storage.header import TensorSpec

@@ -7,7 +7,7 @@ from dataclasses import field, replace
 from typing import TYPE_CHECKING, Any
 
 from loratools.adapter.naming.compact import natural
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 from loratools.storage.sources import Location
 from loratools.surgery.inspect.amounts import Amount, TensorSummary, amount_of, by_dtype, summary_of
 

@@ -15,7 +15,7 @@ from loratools.adapter.naming.image import readings
 from loratools.adapter.naming.image.components import COMPONENTS, component
 from loratools.adapter.naming.image.families import Family, Naming
 from loratools.adapter.naming.image.readings import Lead, Reading
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 
 ORIGINAL = "diffusion_model"
 """ComfyUI's name for the image model of a checkpoint: the component of all modules with the original's names."""

@@ -16,7 +16,7 @@ from loratools.adapter.naming.image import families
 from loratools.adapter.naming.image.families import Family, Naming
 from loratools.adapter.naming.image.patterns import Patterns
 from loratools.decisions import warned
-from loratools.frozen import dataclass
+from loratools.options.frozen import dataclass
 
 Shapes = Mapping[str, tuple[int, ...]]
 

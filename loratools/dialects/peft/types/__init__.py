@@ -33,8 +33,8 @@ from typing import Any
 
 from loratools.adapter.kinds import Update
 from loratools.dialects._frame.numbers import is_number
-from loratools.frozen import dataclass
 from loratools.options import modules_in
+from loratools.options.frozen import dataclass
 from loratools.storage.lazy import LazyTensor
 
 Test = Callable[[Any], bool]

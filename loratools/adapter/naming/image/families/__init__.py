@@ -18,8 +18,8 @@ from typing import Literal, cast
 
 from loratools.adapter.naming.image.components import COMPONENTS
 from loratools.adapter.naming.image.patterns import Patterns
-from loratools.frozen import dataclass
 from loratools.options import modules_in
+from loratools.options.frozen import dataclass
 
 Naming = Literal["original", "diffusers"]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from loratools import frozen
+from loratools.options import frozen
 
 Make = Callable[..., Any]
 MAKERS = {"ours": frozen.dataclass, "theirs": dataclasses.dataclass}

@@ -93,7 +93,7 @@ def _init(cls: Any, fields: tuple[dataclasses.Field[Any], ...], put: list[Any]) 
             lines.append(f"_put{number}(self, {value})")
         elif made or field.default is not MISSING:
             lines.append(f"_put{number}(self, {f'_make{number}()' if made else f'_default{number}'})")
-    lines += ["self.__post_init__()"] if hasattr(cls, "__post_init__") else []
+    lines += ["self.__post_init__()"] if any("__post_init__" in vars(each) for each in cls.__mro__) else []
     parameters = ", ".join(["self", *asked, *(["*", *by_name] if by_name else [])])
     text = "\n  ".join([f"def __init__({parameters}):", *(lines or ["pass"])])
     exec(text, known)
