@@ -78,11 +78,11 @@ def write_from(target: int, buffer: memoryview, offset: int) -> None:
 
 
 def copy_range(source: int, start: int, stop: int, target: int, offset: int, path: Path | str = "a file") -> None:
-    """Copy bytes [`start`, `stop`) of one descriptor to another at `offset`, inside the kernel where it can.
+    """Copy bytes [`start`, `stop`) of one descriptor to another at `offset`, inside the kernel where it does that well.
 
     Raises `BadFile`, which names `path`, where the source ends too early.
     """
-    kernel = hasattr(os, "copy_file_range")
+    kernel = system.copies_well(target, start, offset)
     buffer = memoryview(b"")
     while start < stop:
         if kernel:

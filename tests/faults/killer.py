@@ -3,7 +3,8 @@
     python -m tests.faults.killer BASE ADAPTER FOLDER SEED SHARE
 
 A moment is the n-th event of a merge: a file opened, truncated, renamed, made or deleted (Python's audit events), or a
-positioned read, a write or a copy about to be made, or something about to be sent or received. Three ways to end:
+positioned read, a write or a copy about to be made, a tile about to be passed from file to file, or something about to
+be sent or received. Three ways to end:
 
     exact    the process kills itself at the event
     late     its parent kills it when it hears of the event, a little later, wherever it is by then
@@ -26,6 +27,8 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
+
+from loratools.linalg.native.tiles import Passage
 
 WATCHED = ("open", "os.mkdir", "os.rename", "os.truncate", "os.remove", "os.rmdir", "shutil.copyfile", "shutil.rmtree")
 
@@ -52,6 +55,7 @@ def watch(event: Callable[[], None]) -> None:
     for name in ("pwrite", "preadv", "copy_file_range"):
         if hasattr(os, name):
             setattr(os, name, wrapped(getattr(os, name)))
+    Passage.rows = wrapped(Passage.rows)  # type: ignore[method-assign]
     for name in ("send", "sendall", "recv", "recv_into"):
         setattr(socket.socket, name, wrapped(getattr(socket.socket, name)))
     sys.addaudithook(lambda name, _: event() if name in WATCHED else None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.storage import files
+from loratools.storage.atomic import system
 from loratools.storage.header import TensorSpec
 
 DATA = bytes(range(256)) * 20_000  # 5 MB: several chunks
@@ -54,7 +56,7 @@ def test_the_end_of_a_file_is_a_sentence(source: Path) -> None:
     for read in (files.read_bytes, files.read_tensor, lambda spec: list(files.chunks(spec))):
         with pytest.raises(BadFile, match="source: became shorter"):
             read(spec)  # type: ignore[operator]
-    with pytest.raises(BadFile, match="source: became shorter while it was copied"):
+    with pytest.raises(BadFile, match="source: became shorter while it was"):
         copied(source, len(DATA) - 50, len(DATA) + 50, 0)
     with (
         pytest.raises(BadFile, match=r"nothing: cannot be read: No such file"),
@@ -73,6 +75,8 @@ def test_copies_with_and_without_the_kernel(
 ) -> None:
     """`number` 0: there is no such call; else it fails with this error after a first piece; None: it works."""
     calls = []
+    if number:
+        monkeypatch.setattr(system, "copies_well", lambda *_: True)
     if number == 0:
         monkeypatch.delattr(os, "copy_file_range")
     elif number is not None:
@@ -89,6 +93,17 @@ def test_copies_with_and_without_the_kernel(
     assert copied(source, start, stop, offset) == expected
     if number and stop - start > 1001:
         assert len(calls) == 2  # after the refusal it is not asked again
+
+
+def test_the_kernel_copies_whole_blocks_and_between_machines(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with files.descriptor(source) as opened:
+        for device, unaligned in ((os.makedev(0, 45), True), (os.makedev(254, 0), False)):  # of NFS, say, and of a disk
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "fstat", lambda _, device=device: SimpleNamespace(st_dev=device))
+                asked = [system.copies_well(opened, *at) for at in ((0, 8192), (8, 8), (4096, 1), (1, 0))]
+            assert asked == [True, unaligned, unaligned, unaligned]
+        monkeypatch.delattr(os, "copy_file_range")
+        assert not system.copies_well(opened, 0, 0)
 
 
 def test_other_errors_of_the_kernel_are_raised(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
