@@ -97,7 +97,7 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
     "loratools.engine": (
         "lane stochastic task turns",
         "device plan tensor",
-        "load",
+        "copies load",
         "residual",
         "arithmetic coded sealed",
         "run",

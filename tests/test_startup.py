@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from loratools.linalg.native import tiles
 from tests.conftest import clean_env
 
 PROGRAM = """
@@ -99,3 +100,8 @@ def test_what_a_small_command_leaves_alone(arguments: str, prepared: Path) -> No
 def test_help_needs_the_command_line_only(prepared: Path) -> None:
     ours = {name.split(".")[1] for name in imported(["--help"], prepared, WHOLE) if name.startswith("loratools.")}
     assert ours == {"__main__", "cli", "decisions", "errors", "options", "storage", "version"}
+
+
+@pytest.mark.skipif(not tiles.available(), reason="no C code that reads files")
+def test_a_merge_in_c_imports_neither_torch_nor_numpy(prepared: Path) -> None:
+    assert imported(["merge", "base", "adapter", "-o", "in_c"], prepared) == {"click", "loratools", "blake3"}

@@ -4,6 +4,7 @@ How a merge goes through it:
 
     plan         what becomes of each tensor: a value, made from headers
     run          runs a plan: copies beside arithmetic, which is chosen for each tensor
+    copies       what comes to the output as it is
     turns        shares the work out, so that two threads seldom write to one file
     load         from placements to loaded factors
     task         one output tensor, what is measured on it, and what an arithmetic offers

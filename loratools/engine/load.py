@@ -1,6 +1,7 @@
 """From placements to loaded factors: checked, joined for each site, in an order of their own.
 
-`load_products` gives NumPy arrays of factors that are bytes of files, without torch; `load_terms` what any kind makes.
+Factors that are bytes of files come without torch: `load_sums` gives them as C has them, `load_products` as NumPy
+arrays. `load_terms` gives what any kind makes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from loratools.linalg.native.factors import Matrix, Memory, Sum
+
     Array = np.ndarray[Any, np.dtype[Any]]
+
+
+_UNSIGNED = bytes(byte & 0x7F for byte in range(256))  # the last byte of a number without its sign
 
 
 def is_wide(change: Change, dtype: str) -> bool:
@@ -104,6 +110,57 @@ def _joined(products: Sequence[SiteProduct]) -> SiteProduct:
         np.concatenate([product.scale for product in products]),
         np.concatenate([product.right for product in products], axis=0),
     )
+
+
+def load_sums(plan: MergePlan, change: Change, name: str, memory: Memory) -> list[tuple[Site, Sum]]:
+    """Load what `load_products` does into `memory`, where C has it: it stays until the next tensor is loaded.
+
+    Raises `IncompatibleAdapter` for factors that are not finite.
+    """
+    from loratools.linalg.native.factors import Piece, Sum
+
+    groups: dict[Site, list[tuple[int, Placement, Factors]]] = {}
+    for number, placement in _in_order(plan, change):
+        factors = placement.update.factored()
+        assert factors is not None
+        groups.setdefault(placement.site, []).append((number, placement, factors))
+    sizes = [
+        (*site.shape, sum(factors.left.shape[1] for _, _, factors in group), group[0][2].magnitude is not None)
+        for site, group in groups.items()
+    ]
+    needed = [Sum.nbytes(rows, columns, rank, rescaled=rescaled) for rows, columns, rank, rescaled in sizes]
+    room, at = memory.of("factors", sum(needed)), 0
+    sums = []
+    for (site, group), (rows, columns, rank, rescaled), nbytes in zip(groups.items(), sizes, needed, strict=True):
+        part = Piece(room.address + at, room.view[at : at + nbytes])
+        at += nbytes
+        total = Sum(rows, columns, rank, part, rescaled=rescaled)
+        for number, placement, factors in group:
+            if not _add(total, site, factors, plan.inputs[number].weight * factors.scale, memory):
+                raise _damaged(number, placement, name)
+        sums.append((site, total))
+    return sums
+
+
+def _add(total: Sum, site: Site, factors: Factors, scale: float, memory: Memory) -> bool:
+    """Read factors and add their product; tell whether they are finite."""
+    left = _read_matrix(factors.left, memory, "left").rows(site.part_rows)
+    right = _read_matrix(factors.right, memory, "right")
+    ok = total.add(right.T, left.T, scale, memory) if site.transposed else total.add(left, right, scale, memory)
+    if factors.magnitude is not None:
+        magnitudes = _read_matrix(factors.magnitude, memory, "magnitudes").rows(site.part_rows)
+        ok = total.rescale(magnitudes, memory) and ok
+    return ok
+
+
+def _read_matrix(lazy: LazyTensor, memory: Memory, name: str) -> Matrix:
+    from loratools.linalg.native.factors import Matrix
+
+    assert lazy.spec is not None
+    piece = memory.of(name, lazy.spec.nbytes)
+    with files.opened(lazy.spec) as read:
+        read(piece.view, 0)
+    return Matrix.of(piece, lazy.dtype, lazy.shape)
 
 
 def read_factor(lazy: LazyTensor) -> Array:
@@ -191,5 +248,21 @@ def _acts(placement: Placement, weight: float) -> bool:
         return not placement.update.term(placement.site, weight, torch.float32, torch.device("cpu")).is_zero()
     if factors.magnitude is not None:
         return True
-    scale = weight * factors.scale
-    return scale != 0 and bool((read_factor(factors.left).any(0) & read_factor(factors.right).any(1)).any())
+    if weight * factors.scale == 0:
+        return False
+    left, right = _bits(factors.left), _bits(factors.right)
+    rank = factors.left.shape[1]
+    columns = len(right) // rank if rank else 0
+    return any(_any(left[k::rank]) and _any(right[k * columns : (k + 1) * columns]) for k in range(rank))
+
+
+def _bits(lazy: LazyTensor) -> memoryview:
+    """Return the bits of a stored factor, number by number, without the sign."""
+    assert lazy.spec is not None
+    sign, raw = dtypes.bits(lazy.dtype) // 8 - 1, files.read_bytes(lazy.spec)
+    raw[sign :: sign + 1] = raw[sign :: sign + 1].translate(_UNSIGNED)
+    return memoryview(raw).cast("H" if sign == 1 else "I")
+
+
+def _any(bits: memoryview) -> bool:
+    return any(bits.tobytes())

@@ -15,16 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.decisions import decided, detailed
 from loratools.engine import stochastic
-from loratools.engine.arithmetic import native
+from loratools.engine.arithmetic import native, passed
 from loratools.engine.arithmetic.torch import TorchRows, Workspace
+from loratools.engine.copies import Range, copy_ranges
 from loratools.engine.device import LANES, TILES, exact_products, kind_of
-from loratools.engine.load import check_effect, is_wide, load_products, load_terms
+from loratools.engine.load import check_effect, is_wide, load_products, load_sums, load_terms
 from loratools.engine.plan import Change, MergePlan, Recoded
 from loratools.engine.sealed import algorithms, compare
-from loratools.engine.task import Arithmetic, Restore, TensorResult, TensorTask, Watch
-from loratools.engine.tensor import run
+from loratools.engine.task import Arithmetic, Restore, TensorResult, TensorTask, Tiling, Watch
+from loratools.engine.tensor import InMemory, run
 from loratools.engine.turns import Queue, Turns
 from loratools.linalg.native import available, why_not
+from loratools.linalg.native.factors import Memory
 from loratools.parallel import Progress, workers
 from loratools.storage import files
 from loratools.storage.atomic import system
@@ -32,8 +34,6 @@ from loratools.storage.layout import FilePlan, Slot
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
-
-_COPY = 64 << 20  # bytes of one copy task: large enough to be cheap, small enough to share out and to stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,6 @@ class Work:
         return sum(slot.nbytes for slot in self.slots)
 
 
-_Range = tuple[Path, int, int, int]  # of a file, from, to; and where it goes
 Run = Callable[[TensorTask, Arithmetic], TensorResult]
 
 
@@ -154,14 +153,14 @@ def write_weights(
 
 def _open(
     plan: MergePlan, group: Sequence[FilePlan], folder: Path, before: Set[str], descriptors: ExitStack
-) -> tuple[list[tuple[int, Work]], list[tuple[int, _Range]]]:
+) -> tuple[list[tuple[int, Work]], list[tuple[int, Range]]]:
     """Make output files with their headers; return their tensors that are to be changed, and the ranges to be copied.
 
     Both come with their file's descriptor. The largest tensors are first, so that threads end together.
     """
     rewritten = plan.rewritten().keys() | before
     work: list[tuple[int, Work]] = []
-    ranges: list[tuple[int, _Range]] = []
+    ranges: list[tuple[int, Range]] = []
     for file in group:
         target = folder / file.name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +174,7 @@ def _open(
         items = [Work(name, tuple(slots)) for name, slots in changed.items()]
         work += [(descriptor, item) for item in sorted(items, key=lambda item: -item.nbytes)]
         kept = [slot for slot in file.slots if slot.name not in rewritten]
-        ranges += [(descriptor, part) for part in _copy_ranges(plan, kept)]
+        ranges += [(descriptor, part) for part in copy_ranges(plan, kept)]
     return work, ranges
 
 
@@ -185,24 +184,6 @@ def _finish(futures: Sequence[Future[list[Any]]], count: int) -> list[Any]:
     if len(results) != count:
         raise RuntimeError(f"{count - len(results)} of {count} pieces of the output were not written")
     return results
-
-
-def _copy_ranges(plan: MergePlan, slots: Sequence[Slot]) -> list[_Range]:
-    """Join untouched tensors that follow each other in source and output into (file, start, stop, offset) pieces."""
-    runs: list[_Range] = []
-    for slot in slots:
-        source = plan.changes[slot.name].source
-        if runs and runs[-1][0] == source.file and runs[-1][2] == source.start:
-            file, start, stop, offset = runs[-1]
-            if slot.offset - offset == stop - start:
-                runs[-1] = (file, start, source.stop, offset)
-                continue
-        runs.append((source.file, source.start, source.stop, slot.offset))
-    return [
-        (file, at, min(at + _COPY, stop), offset + at - start)
-        for file, start, stop, offset in runs
-        for at in range(start, stop, _COPY)
-    ]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -216,7 +197,7 @@ class _Job:
     stop: Event
     mine: local
 
-    def copy(self, target: int, piece: _Range) -> None:
+    def copy(self, target: int, piece: Range) -> None:
         """Copy bytes of the base as they are."""
         path, start, stop, offset = piece
         if not self.stop.is_set():
@@ -262,6 +243,11 @@ class _Job:
         return result
 
     def _in_c(self, task: TensorTask, change: Change, run_with: Run | None = None) -> TensorResult:
+        if run_with is None and passed.passes(change):
+            if not hasattr(self.mine, "memory"):
+                self.mine.memory = Memory()
+            sums = load_sums(self.plan, change, task.name, self.mine.memory)
+            return self._tiled(task, passed.PassedRows(task, sums, self.mine.memory))
         if not hasattr(self.mine, "buffers"):
             from loratools.storage.codecs.floats import Buffers
 
@@ -296,4 +282,7 @@ class _Job:
         return is_wide(change, task.dtype) or any(term.needs_pass or term.needs_base for _, term in terms)
 
     def _run(self, task: TensorTask, arithmetic: Arithmetic) -> TensorResult:
-        return run(task, arithmetic, self.progress, self.stop.is_set, self.settings.tile)
+        return self._tiled(task, InMemory(task, arithmetic))
+
+    def _tiled(self, task: TensorTask, tiling: Tiling) -> TensorResult:
+        return run(task, tiling, self.progress, self.stop.is_set, self.settings.tile)

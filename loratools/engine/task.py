@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -101,19 +102,29 @@ class Changed:
     flushed: int = 0
 
 
-class Passage(Protocol):
-    """What takes tiles of one tensor from its file to the output's, changed, without their coming by Python."""
+Tile = Callable[[int, int], Changed]
+"""Writes the tile that begins at a row, of which so many first rows are measured."""
 
-    def __call__(self, stored: memoryview, first: int, measured: int, /) -> Changed:
-        """Read the tile whose first row is `first` into `stored`, change and write it; its `raw` is what was read.
 
-        `stored` is a part of what `room` gave. `measured` and what is raised are those of `change`, and `BadFile` where
-        the file ends too early.
+class Tiling(Protocol):
+    """What writes one tensor tile by tile; a thread's own."""
+
+    @property
+    def together(self) -> int:
+        """Number of rows that must come in one tile: tiles are multiples of it."""
+
+    def tiles(
+        self, step: int, take: Callable[[memoryview], None], stopped: Callable[[], bool]
+    ) -> AbstractContextManager[Tile]:
+        """Open the source, and give what reads, changes and writes a tile of `step` rows, the last one of the rest.
+
+        `take` sees each tile as it was stored. Once `stopped` says True, `InterruptedError` is raised instead. Raises
+        `IncompatibleAdapter` where a value is not finite in the output's dtype.
         """
 
 
 class Arithmetic(Protocol):
-    """What computes the tiles of one tensor. One file of `engine/arithmetic` each; a thread's own."""
+    """What computes the tiles of one tensor in memory, whoever reads and writes them; a thread's own."""
 
     @property
     def together(self) -> int:
@@ -125,9 +136,6 @@ class Arithmetic(Protocol):
 
     def room(self, rows: int) -> memoryview:
         """Return memory for a tile of so many rows as stored; valid until a thread's next tensor."""
-
-    def passage(self, source: int) -> Passage | None:
-        """Return what does all at once for a tensor that is stored as numbers in the file of a descriptor, or None."""
 
     def observe(self, stored: memoryview, first: int) -> None:
         """Take in a tile whose first row is `first`, if `needs_pass`."""

@@ -2,8 +2,7 @@
 
 A tile of about a megabyte is read into a reused buffer, changed and rounded by an arithmetic, and written. It stays in
 the core's cache from the read to the write; digests and retention are fed from the same tile. Tiles depend on the
-tensor's shape alone, so the bytes do not depend on threads. Where the arithmetic reads and writes by itself, a tile
-costs Python one call.
+tensor's shape alone, so the bytes do not depend on threads.
 """
 
 from __future__ import annotations
@@ -17,6 +16,8 @@ from loratools.engine.task import (
     Changed,
     TensorResult,
     TensorTask,
+    Tile,
+    Tiling,
     sampled_rows,
     sampled_tiles,
     tile_reader,
@@ -27,7 +28,7 @@ from loratools.storage.checkpoint import values
 
 
 def run(
-    task: TensorTask, arithmetic: Arithmetic, progress: Progress, stopped: Callable[[], bool], tile_bytes: int = TILE
+    task: TensorTask, tiling: Tiling, progress: Progress, stopped: Callable[[], bool], tile_bytes: int = TILE
 ) -> TensorResult:
     """Write one output tensor and return what was measured.
 
@@ -38,9 +39,8 @@ def run(
     spec, (rows, columns) = task.source, task.matrix
     width, out_width = (columns * dtypes.bits(dtype) // 8 for dtype in (spec.dtype, task.dtype))
     step = min(rows, tile_bytes // max(1, width, out_width))
-    step = max(arithmetic.together, step - step % arithmetic.together)
+    step = max(tiling.together, step - step % tiling.together)
     starts = range(0, rows, step)
-    room = arithmetic.room(min(step, rows))
     hashers = {name: values.start(spec, name) for name in task.hashes}
     sampled = sampled_tiles(task.name, task.seed, task.retention, len(starts))
     result, measured = TensorResult(task.name), 0
@@ -49,12 +49,11 @@ def run(
         for hasher in hashers.values():
             hasher.update(values.plain(spec, raw))
 
-    with _tiles(task, arithmetic, room, step, take, stopped) as tile:
+    with tiling.tiles(step, take, stopped) as tile:
         for index, start in enumerate(starts):
-            here = min(step, rows - start)
-            count = sampled_rows(task.retention, here, columns) if index in sampled else 0
+            count = sampled_rows(task.retention, min(step, rows - start), columns) if index in sampled else 0
             changed = tile(start, count)
-            progress(here * out_width)
+            progress(min(step, rows - start) * out_width)
             measured += count * columns
             result.retained += changed.retained
             result.total += changed.total
@@ -67,43 +66,34 @@ def run(
     return result
 
 
-Tile = Callable[[int, int], Changed]
-"""Writes the tile that begins at a row, of which so many first rows are measured."""
+class InMemory:
+    """Tiles that are read, changed in memory by an arithmetic, and written."""
 
+    def __init__(self, task: TensorTask, arithmetic: Arithmetic) -> None:
+        self._task, self._arithmetic = task, arithmetic
 
-@contextmanager
-def _tiles(
-    task: TensorTask, arithmetic: Arithmetic, room: memoryview, step: int, take: Callable[[memoryview], None],
-    stopped: Callable[[], bool],
-) -> Iterator[Tile]:  # fmt: skip
-    """Open the source, and yield what writes a tile of `step` rows; `take` sees each as it was stored."""
-    spec, (rows, columns) = task.source, task.matrix
-    width, out_width = (columns * dtypes.bits(dtype) // 8 for dtype in (spec.dtype, task.dtype))
-    if spec.encoding is None:
-        with files.descriptor(spec.file) as source:
-            if passage := arithmetic.passage(source):
+    @property
+    def together(self) -> int:
+        """Number of rows that the arithmetic must have in one tile."""
+        return self._arithmetic.together
 
-                def at_once(start: int, measured: int) -> Changed:
-                    if stopped():
-                        raise InterruptedError
-                    changed = passage(room[: min(step, rows - start) * width], start, measured)
-                    take(changed.raw)
-                    if task.watch:
-                        task.watch(changed.raw, start)
-                    return changed
+    @contextmanager
+    def tiles(self, step: int, take: Callable[[memoryview], None], stopped: Callable[[], bool]) -> Iterator[Tile]:
+        """Give what writes a tile; the arithmetic sees all of them before, where it needs that."""
+        task, arithmetic = self._task, self._arithmetic
+        (rows, columns), spec = task.matrix, task.source
+        width, out_width = (columns * dtypes.bits(dtype) // 8 for dtype in (spec.dtype, task.dtype))
+        room = arithmetic.room(min(step, rows))
+        with files.opened(spec) as fill:
+            read = tile_reader(fill, room, step, (rows, width), stopped)
+            for start in range(0, rows, step) if arithmetic.needs_pass else ():
+                arithmetic.observe(read(start), start)
 
-                yield at_once
-                return
-    with files.opened(spec) as fill:
-        read = tile_reader(fill, room, step, (rows, width), stopped)
-        for start in range(0, rows, step) if arithmetic.needs_pass else ():
-            arithmetic.observe(read(start), start)
+            def tile(start: int, measured: int) -> Changed:
+                raw = read(start)
+                take(raw)
+                changed = arithmetic.change(raw, start, measured)
+                files.write_from(task.target, changed.raw, task.offset + start * out_width)
+                return changed
 
-        def by_steps(start: int, measured: int) -> Changed:
-            raw = read(start)
-            take(raw)
-            changed = arithmetic.change(raw, start, measured)
-            files.write_from(task.target, changed.raw, task.offset + start * out_width)
-            return changed
-
-        yield by_steps
+            yield tile

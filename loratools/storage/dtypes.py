@@ -28,6 +28,9 @@ FLOATS = ("BF16", "F16", "F32", "F64")
 ROW_DTYPES = frozenset({"BF16", "F16", "F32"})
 """The dtypes of rows and factors that the C code of a merge reads."""
 
+INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
+"""The bits of infinity: those of every finite number, without the sign, are less as integers, those of NaN greater."""
+
 MANTISSA = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}
 """Bits of precision p, the hidden one included: rounding to nearest errs by at most 2^-p of the value."""
 

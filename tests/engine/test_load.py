@@ -16,13 +16,16 @@ from loratools.adapter.kinds._product import Product
 from loratools.adapter.model import Adapter, AdapterInput
 from loratools.adapter.placement.resolve import Placement
 from loratools.adapter.site import Site
-from loratools.engine.load import check_effect, is_stored, is_wide, load_products, load_terms
+from loratools.engine.load import check_effect, is_stored, is_wide, load_products, load_sums, load_terms
 from loratools.engine.plan import Change, MergePlan
 from loratools.errors import IncompatibleAdapter
+from loratools.linalg import native
+from loratools.linalg.native.factors import Memory
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import TensorSpec, read_header
 from loratools.storage.lazy import LazyTensor
 from tests.engine.models import numbers
+from tests.linalg.native.test_factors import held
 from tests.surgery.models import DTYPES, save_base
 
 OUT, IN = 12, 20
@@ -74,6 +77,28 @@ def test_arrays_and_terms_are_w_s_left_right(tmp_path: Path, dtype: str, site: S
     np.testing.assert_array_equal(term.factor.numpy(), product.factor)
     np.testing.assert_array_equal(term.right.numpy(), product.right)
     np.testing.assert_array_equal(term.scale.numpy(), product.scale)
+
+
+@pytest.mark.skipif(not native.available(), reason="installed without a C compiler")
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("site", [WHOLE, PART, TURNED], ids=["whole", "part", "turned"])
+def test_sums_are_what_the_arrays_are(tmp_path: Path, dtype: str, site: Site) -> None:
+    """Of two adapters side by side, in the order of their digests; with magnitudes where rows have them."""
+    for count, kind in ((2, "lora"), (1, "lora" if site.transposed else "dora")):
+        (tmp_path / kind).mkdir(exist_ok=True)
+        placements = []
+        for rank in (3, 2)[:count]:
+            parts = {name: tensor.to(DTYPES[dtype]) for name, tensor in factors(rank, rank, kind).items()}
+            placements.append(placed(tmp_path / kind, parts, site, kind))
+        (tmp_path / f"{count}").mkdir()
+        plan, change = planned(tmp_path / f"{count}", *placements, weights=(0.7, -1.0)[:count], digests="ba")
+        (product,), ((place, total),) = load_products(plan, change, "w"), load_sums(plan, change, "w", Memory())
+        assert place == product.site
+        assert (total.rows, total.columns, total.rank) == (len(product.factor), *product.right.shape[::-1])
+        for name, array in (("factor", product.factor), ("scale", product.scale), ("magnitude", product.magnitude)):
+            assert array is None or (held(total, name) == array).all()
+        assert (held(total, "right")[:, : total.columns] == product.right).all()
+        assert (product.magnitude is None) == (total.gains is None)
 
 
 def test_adapters_are_joined_in_the_order_of_their_digests(tmp_path: Path) -> None:

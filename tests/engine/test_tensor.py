@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from loratools.engine.task import Changed, TensorTask
-from loratools.engine.tensor import run
+from loratools.engine.task import Changed, TensorResult, TensorTask
+from loratools.engine.tensor import InMemory
+from loratools.engine.tensor import run as run_tiling
+from loratools.parallel import Progress
 from loratools.storage import digest
 from loratools.storage.header import TensorSpec
 
@@ -27,9 +29,6 @@ class Doubling:
     def room(self, rows: int) -> memoryview:
         return memoryview(bytearray(rows * COLUMNS * 2))
 
-    def passage(self, source: int) -> None:
-        """Nothing to offer."""
-
     def observe(self, stored: memoryview, first: int) -> None:
         self.seen.append(("observe", first, len(stored) // 2 // COLUMNS, 0))
 
@@ -38,6 +37,13 @@ class Doubling:
         raw = bytes(stored)
         doubled = b"".join(raw[i : i + 2] * 2 for i in range(0, len(raw), 2))
         return Changed(memoryview(doubled), 1.0 * measured, 2.0 * measured, 3.0 * measured)
+
+
+def run(
+    task: TensorTask, arithmetic: Doubling, progress: Progress, stopped: Callable[[], bool], tile: int = 1 << 20
+) -> TensorResult:
+    """Write the tensor by this arithmetic."""
+    return run_tiling(task, InMemory(task, arithmetic), progress, stopped, tile)
 
 
 @pytest.fixture

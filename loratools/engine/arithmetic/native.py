@@ -1,6 +1,7 @@
 """Products on rows of BF16, F16 and F32, as LoRA and DoRA are, in one pass of C (`linalg/native`) and without torch.
 
-What codes stand for comes as F32 and is rounded to 16 bit in that pass, changed or not.
+What codes stand for comes as F32 and is rounded to 16 bit in that pass, changed or not. Where the file has the numbers
+themselves, `passed.py` does the same without their coming by Python.
 
 Importing torch takes longer than merging a model of a billion parameters, so what most people merge does without.
 """
@@ -14,10 +15,9 @@ from loratools.adapter.kinds.dora import no_direction
 from loratools.adapter.placement.resolve import Placement
 from loratools.engine.load import SiteProduct, is_stored, is_wide
 from loratools.engine.plan import Change
-from loratools.engine.task import Changed, Passage, TensorTask, near_zero, not_finite
+from loratools.engine.task import Changed, TensorTask, near_zero, not_finite
 from loratools.linalg import native
-from loratools.linalg.native import tiles
-from loratools.storage import dtypes, files
+from loratools.storage import dtypes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,40 +86,6 @@ class NativeRows:
 
         return bytes_of(self._buffers.of("stored", rows * self._task.matrix[1], self._stored))
 
-    def passage(self, source: int) -> Passage | None:
-        """Return what does all of it in C, where W has the dtype of the result."""
-        import numpy as np
-
-        from loratools.storage.codecs import floats
-
-        if self._narrows or not self._sites or not tiles.available():
-            return None
-        task, columns, dtype = self._task, self._task.matrix[1], np.dtype(self._stored)
-        stored = self._buffers.of("stored", 1, self._stored)  # which `room` has made as large as a tile
-        made = self._buffers.of("made", tiles.room_for(columns, dtype), np.uint8)
-        sums = self._buffers.of("sums", max(site.products.memory for site in self._sites), np.float32)
-        places = [
-            tiles.Rectangle(each.site.rows, each.site.columns, each.products, each.gains, each.bound)
-            for each in self._sites
-        ]
-        way = tiles.Passage(places, columns, dtype, (stored, made, sums), everywhere=self._everywhere)
-        way.between(source, task.source.start, task.target, task.offset)
-        width = columns * dtype.itemsize
-
-        def tile(stored: memoryview, first: int, measured: int) -> Changed:
-            try:
-                passed = way.rows(first, len(stored) // width, measured)
-            except EOFError as end:
-                raise files.shortened(task.source.file, end.args[0]) from None
-            if passed.zero_row is not None:
-                place, row = passed.zero_row
-                raise no_direction(self._sites[place].site, row)
-            if passed.largest >= floats.INFINITY[task.dtype]:
-                raise not_finite(task.name, task.dtype)
-            return Changed(stored, passed.retained, passed.total, passed.changed)
-
-        return tile
-
     def observe(self, stored: memoryview, first: int) -> None:
         """Nothing to see: each row has all that its results take."""
 
@@ -154,7 +120,7 @@ class NativeRows:
             retained, total = retained + outcome.retained, total + outcome.total
             changed += outcome.changed
             overflowed, flushed = overflowed + outcome.overflowed, flushed + outcome.flushed
-        if self._sites and largest >= floats.INFINITY[self._task.dtype]:
+        if self._sites and largest >= dtypes.INFINITY[self._task.dtype]:
             raise not_finite(self._task.name, self._task.dtype)
         return Changed(floats.bytes_of(out), retained, total, changed, overflowed, flushed)
 

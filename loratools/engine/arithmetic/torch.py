@@ -106,9 +106,6 @@ class TorchRows:
         self._workspace.of("out", elements, self._out)
         return _bytes_of(self._workspace.of("stored", elements, self._stored))
 
-    def passage(self, source: int) -> None:
-        """Return None: torch reads no files."""
-
     def observe(self, stored: memoryview, first: int) -> None:
         """Let terms see unchanged rows, in working precision."""
         for start, block in self._blocks(stored):

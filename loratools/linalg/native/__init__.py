@@ -7,6 +7,7 @@ several times slower: only the last float32 bit of a sum may differ then.
 
     rows.c     who calls and what for, and which processor is served
     kernel.h   the arithmetic, compiled once for each width of vectors
+    factors    `factors.h`: what is multiplied, arranged for it
     tiles      `tiles.h`: a tensor passed through it from file to file
     floats.h   BF16, F16 and F32 as float32 and back, for rows.c, residual.c and delta.c
     codes      `codes.c` and `codes.h`: what the codes of quantized weights stand for
@@ -70,6 +71,8 @@ def _library() -> tuple[Any, str]:
     for function in (loaded.loratools_add_products, loaded.loratools_round_rows):
         function.argtypes = [ctypes.POINTER(Rows)]
         function.restype = None
+    loaded.loratools_bound.restype = ctypes.c_double
+    loaded.loratools_sum_size.restype = ctypes.c_size_t
     if hasattr(loaded, "loratools_pass_rows"):  # where files are read and written as POSIX has it
         loaded.loratools_pass_rows.argtypes = [ctypes.c_void_p, *[ctypes.c_size_t] * 3]
         loaded.loratools_tensor_size.restype = ctypes.c_size_t

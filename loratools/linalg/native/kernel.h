@@ -228,3 +228,21 @@ static TARGET void NAMED(round_rows, WIDTH)(Rows *at)
     if (at->result == BF16) NAMED(narrow, WIDTH)(at, BF16);
     else NAMED(narrow, WIDTH)(at, F16);
 }
+
+/* Return 16-bit numbers as float32; a constant dtype. */
+INLINE void NAMED(widen_all, WIDTH)(const char *raw, size_t count, int dtype, float *to)
+{
+    size_t whole = count - count % WIDTH;
+    for (size_t j = 0; j < whole; j += WIDTH) *(Vector *)(to + j) = NAMED(widened, WIDTH)(raw, j, dtype);
+    if (whole == count) return;
+    uint16_t block[WIDTH] = {0};
+    memcpy(block, raw + 2 * whole, 2 * (count - whole));
+    Vector last = NAMED(widened, WIDTH)((const char *)block, 0, dtype);
+    for (size_t j = whole; j < count; j++) to[j] = last[j - whole];
+}
+
+static TARGET __attribute__((unused)) void NAMED(widen, WIDTH)(const char *raw, size_t count, size_t dtype, float *to)
+{
+    if (dtype == BF16) NAMED(widen_all, WIDTH)(raw, count, BF16, to);
+    else NAMED(widen_all, WIDTH)(raw, count, F16, to);
+}

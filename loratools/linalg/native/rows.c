@@ -4,9 +4,9 @@
  * Products are summed by fused multiply-adds in the order of the rank, W is added to the sum, and the row is rescaled
  * where there is a magnitude (DoRA: g = m / ‖W + left·right‖, its squares summed in float64). 16-bit results so near
  * zero that float32's error shows in them are computed again in float64. No sum depends on the width of a processor's
- * vectors, so all processors write the same bytes. `kernel.h` has the arithmetic; it is compiled for each width, and
- * `tiles.h` what passes a tensor through it from file to file. C for its speed alone: a merge that has this waits for
- * the disk.
+ * vectors, so all processors write the same bytes. `kernel.h` has the arithmetic; it is compiled for each width,
+ * `factors.h` arranges what is multiplied, and `tiles.h` passes a tensor through it from file to file. C for its speed
+ * alone: a merge that has this waits for the disk.
  */
 #define _FILE_OFFSET_BITS 64
 #include <math.h>
@@ -77,6 +77,7 @@ static int served(void)
 
 void loratools_add_products(Rows *at) { wide() ? add_products_16(at) : add_products_8(at); }
 void loratools_round_rows(Rows *at) { wide() ? round_rows_16(at) : round_rows_8(at); }
+static void loratools_widen(const char *raw, size_t count, size_t dtype, float *to) { widen_8(raw, count, dtype, to); }
 #else
 #define TARGET
 #define WIDTH 4
@@ -87,8 +88,10 @@ static int served(void) { return 1; }
 
 void loratools_add_products(Rows *at) { add_products_4(at); }
 void loratools_round_rows(Rows *at) { round_rows_4(at); }
+static void loratools_widen(const char *raw, size_t count, size_t dtype, float *to) { widen_4(raw, count, dtype, to); }
 #endif
 
+#include "factors.h"
 #if defined(__unix__) || defined(__APPLE__)
 #include "tiles.h"
 #endif

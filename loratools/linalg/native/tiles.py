@@ -8,16 +8,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from loratools.linalg import native
+from loratools.linalg.native.factors import Memory, Sum
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from loratools.linalg.native import Array, Products
-
-BLOCK = 1 << 17  # as in tiles.h
+_BLOCK = 1 << 17  # as in tiles.h
+_DTYPES = {"BF16": (0, 2), "F16": (1, 2), "F32": (2, 4)}  # number in C, bytes
 _DONE, _READ_FAILED, _ENDED, _WRITE_FAILED, _NO_DIRECTION = range(5)
 
 
@@ -53,15 +49,11 @@ def available() -> bool:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rectangle:
-    """Rows × columns of a tensor, each (start, stop, step), and what is done there, as `native.add_products` does it.
-
-    `gains` are filled in where the products have magnitudes; `bound` is that of `native.add_products`.
-    """
+    """Rows × columns of a tensor, each (start, stop, step), and what is added there; `bound` is as in `rows.c`."""
 
     rows: tuple[int, int, int]
     columns: tuple[int, int, int]
-    products: Products
-    gains: Array | None
+    products: Sum
     bound: float
 
 
@@ -80,24 +72,25 @@ class Passed:
 
 
 class Passage:
-    """The way of one tensor from a file to another, by its rectangles, which do not meet.
+    """The way of one tensor, (rows, `columns`), from a file to another, by its rectangles, which do not meet.
 
-    `stored` is memory for a tile as it is read, `made` for `room_for` bytes, and `sums` for as many float32 numbers as
-    the products say; all of them are a thread's own.
+    `everywhere` says that they are all of it. `tile` is the most rows that a call may be for, and `stored` memory for
+    them, a thread's own as the rest of `memory` is.
     """
 
     def __init__(
-        self, places: Sequence[Rectangle], columns: int, dtype: np.dtype[Any], memory: tuple[Array, Array, Array], *,
-        everywhere: bool,
-    ) -> None:  # fmt: skip
-        stored, made, sums = memory
-        number = native.DTYPES[dtype.name]
-        self._places = (_Place * len(places))(*(_place(each, columns, number, sums) for each in places))
+        self, places: Sequence[Rectangle], columns: int, dtype: str, tile: int, memory: Memory, *, everywhere: bool
+    ) -> None:
+        number, size = _DTYPES[dtype]
+        stored, made = memory.of("stored", tile * columns * size), memory.of("made", max(_BLOCK, columns * size))
+        sums = memory.of("sums", max(each.products.sums for each in places))
+        self.stored = stored.view
+        self._places = (_Place * len(places))(*(_place(each, columns, number, sums.address) for each in places))
         self._tensor = _Tensor(
-            dtype=number, columns=columns, stored=native.pointer(stored), made=native.pointer(made),
-            places=self._places, count=len(places), everywhere=everywhere,
+            dtype=number, columns=columns, stored=stored.address, made=made.address, places=self._places,
+            count=len(places), everywhere=everywhere,
         )  # fmt: skip
-        self._held = (places, memory)  # what C has pointers to
+        self._held = (places, stored, made, sums)  # what C has pointers to
         self._call = native.library().loratools_pass_rows
 
     def between(self, source: int, start: int, target: int, offset: int) -> None:
@@ -126,17 +119,10 @@ class Passage:
         return Passed(tensor.largest, zero_row, retained, total, changed)
 
 
-def room_for(columns: int, dtype: np.dtype[Any]) -> int:
-    """Return the bytes of memory that rows of so many columns take while they are made."""
-    return max(BLOCK, columns * dtype.itemsize)
-
-
-def _place(each: Rectangle, columns: int, dtype: int, sums: Array) -> _Place:
-    (first, last, row_step), (column, _, column_step), terms = each.rows, each.columns, each.products
-    at = native.pointer
+def _place(each: Rectangle, columns: int, dtype: int, sums: int) -> _Place:
+    (first, last, row_step), (column, _, column_step) = each.rows, each.columns
     products = native.Rows(
-        dtype=dtype, result=dtype, stride=columns * row_step, step=column_step, columns=terms.columns,
-        rank=terms.left.shape[1], left=at(terms.left), right=at(terms.panels), factor=at(terms.factor),
-        scale=at(terms.scale), magnitude=at(terms.magnitude), gains=at(each.gains), bound=each.bound, sums=at(sums),
+        dtype=dtype, result=dtype, stride=columns * row_step, step=column_step, bound=each.bound, sums=sums,
+        **each.products.pointers(),
     )  # fmt: skip
     return _Place(first, last, row_step, column, products)

@@ -8,12 +8,9 @@ from typing import Any
 import numpy as np
 
 from loratools.storage import dtypes
+from loratools.storage.dtypes import INFINITY
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
-"""The bits of infinity: those of every finite number, without the sign, are less as integers, those of NaN greater."""
-
 
 _EXPONENTS = {"F64": ("<u8", 0x7FF << 52)} | {name: (f"<u{2 + 2 * (name == 'F32')}", n) for name, n in INFINITY.items()}
 

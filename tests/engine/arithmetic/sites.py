@@ -15,7 +15,7 @@ from loratools.adapter.kinds._product import Product
 from loratools.adapter.kinds.dora import Rescaling
 from loratools.adapter.site import Site
 from loratools.engine.load import SiteProduct
-from loratools.engine.task import Arithmetic, TensorResult, TensorTask
+from loratools.engine.task import TensorResult, TensorTask, Tiling
 from loratools.engine.tensor import run
 from loratools.storage.header import TensorSpec
 
@@ -111,7 +111,7 @@ def base(spec: TensorSpec) -> Array:
 
 def write(
     spec: TensorSpec,
-    make: Callable[[TensorTask], Arithmetic],
+    make: Callable[[TensorTask], Tiling],
     out: Path,
     tile: int = 1 << 20,
     dtype: str | None = None,

@@ -19,6 +19,7 @@ from loratools.engine.arithmetic.native import NativeRows, serves
 from loratools.engine.load import SiteProduct
 from loratools.engine.plan import Change
 from loratools.engine.task import TensorTask
+from loratools.engine.tensor import InMemory
 from loratools.errors import IncompatibleAdapter
 from loratools.linalg import native
 from loratools.storage.codecs import Module, encoded, floats, fp8
@@ -31,8 +32,8 @@ pytestmark = pytest.mark.skipif(not native.available(), reason="installed withou
 DTYPES = ["BF16", "F16", "F32"]
 
 
-def in_c(items: list[SiteProduct]) -> Callable[[TensorTask], NativeRows]:
-    return lambda task: NativeRows(task, items, floats.Buffers())
+def in_c(items: list[SiteProduct]) -> Callable[[TensorTask], InMemory]:
+    return lambda task: InMemory(task, NativeRows(task, items, floats.Buffers()))
 
 
 @settings(max_examples=120, deadline=None)

@@ -19,6 +19,7 @@ from loratools.engine import device
 from loratools.engine.arithmetic.native import NativeRows
 from loratools.engine.arithmetic.torch import TorchRows, Workspace
 from loratools.engine.task import TensorTask
+from loratools.engine.tensor import InMemory
 from loratools.errors import IncompatibleAdapter
 from loratools.linalg import native
 from loratools.storage.codecs import floats
@@ -32,9 +33,9 @@ DTYPES = sorted(TORCH)
 
 def in_torch(
     items: Sequence[tuple[Site, Term]], wide: bool = False, moves: bool = False
-) -> Callable[[TensorTask], TorchRows]:
+) -> Callable[[TensorTask], InMemory]:
     workspace = Workspace(CPU, moves=True) if moves else WORKSPACE
-    return lambda task: TorchRows(task, items, workspace, wide=wide)
+    return lambda task: InMemory(task, TorchRows(task, items, workspace, wide=wide))
 
 
 def work_of(*dtypes: str) -> torch.dtype:
@@ -84,10 +85,12 @@ def test_the_c_code_writes_the_same_but_for_the_last_bit_of_a_float32_sum(
     spec = cases.save(folder / "W", dtype, seed)
     products = cases.products(sites, rank, seed, dora)
     _, error = cases.expected(cases.base(spec), products)
+
+    def in_c(task: TensorTask) -> InMemory:
+        return InMemory(task, NativeRows(task, products, floats.Buffers()))
+
     here, result = cases.write(spec, in_torch(cases.terms(products)), folder / "out")
-    there, other = cases.write(
-        spec, lambda task: NativeRows(task, products, floats.Buffers()), folder / "out", retention="full"
-    )
+    there, other = cases.write(spec, in_c, folder / "out", retention="full")
     numbers, others = cases.numbers(here, dtype), cases.numbers(there, dtype)
     if dtype == "F32":
         assert (np.abs(numbers - others) <= 2 * error).all()

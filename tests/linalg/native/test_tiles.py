@@ -15,11 +15,14 @@ from hypothesis import strategies as st
 
 from loratools.linalg import native
 from loratools.linalg.native import tiles
+from loratools.linalg.native.factors import Memory
+from tests.linalg.native.test_factors import summed
 
 pytestmark = pytest.mark.skipif(not tiles.available(), reason="no C code, or files are read in another way")
 
 Array = np.ndarray[Any, np.dtype[Any]]
 DTYPES: list[type[Any]] = [np.uint16, np.float16, np.float32]
+NAMES = {"uint16": "BF16", "float16": "F16", "float32": "F32"}
 RECTANGLES = {
     "whole": [((0, 50, 1), (0, 70, 1))],
     "parts": [((0, 20, 1), (0, 70, 1)), ((20, 50, 1), (0, 70, 1))],
@@ -29,19 +32,20 @@ RECTANGLES = {
 }
 
 
-def draw(dtype: type[Any], rectangles: str, dora: bool) -> tuple[Array, list[tiles.Rectangle]]:
-    """Return a random W, and random products for its rectangles."""
+def draw(dtype: type[Any], rectangles: str, dora: bool) -> tuple[Array, list[tiles.Rectangle], list[native.Products]]:
+    """Return a random W, and random products for its rectangles, as they are passed and as arrays."""
     random = np.random.default_rng(len(rectangles))
     W = random.standard_normal((50, 70)).astype(np.float32)
     stored: Array = (W.view(np.uint32) >> 16).astype(np.uint16) if dtype is np.uint16 else W.astype(dtype)
-    places = []
+    places, arrays = [], []
     for rows, columns in RECTANGLES[rectangles]:
         count, across = len(range(*rows)), len(range(*columns))
         B, A = (random.standard_normal(shape).astype(np.float32) for shape in ((count, 5), (5, across)))
-        m = random.uniform(1, 3, count) if dora else None
+        m = random.uniform(1, 3, count).astype(np.float32).astype(float) if dora else None
         terms = native.products(B, A, B, np.ones(5), m)
-        places.append(tiles.Rectangle(rows, columns, terms, np.zeros(count) if dora else None, 1e-3))
-    return stored, places
+        places.append(tiles.Rectangle(rows, columns, summed([(B, A, 1.0)], m), 1e-3))
+        arrays.append(terms)
+    return stored, places, arrays
 
 
 @contextmanager
@@ -49,12 +53,8 @@ def passage(W: Array, places: list[tiles.Rectangle], folder: Path, cut: int = 0)
     """Open a file with W behind 6 bytes, without its last `cut` ones, and one to write it to, behind 10."""
     (folder / "in").write_bytes(b"before" + W.tobytes()[: W.nbytes - cut])
     source, target = os.open(folder / "in", os.O_RDONLY), os.open(folder / "out", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-    memory = (
-        np.empty_like(W), np.empty(tiles.room_for(70, W.dtype), np.uint8),
-        np.empty(max(each.products.memory for each in places), np.float32),
-    )  # fmt: skip
     covered = sum(len(range(*each.rows)) * len(range(*each.columns)) for each in places)
-    way = tiles.Passage(places, 70, W.dtype, memory, everywhere=covered == W.size)
+    way = tiles.Passage(places, 70, NAMES[W.dtype.name], 50, Memory(), everywhere=covered == W.size)
     way.between(source, 6, target, 10)
     try:
         yield way
@@ -69,14 +69,14 @@ def test_any_tiles_write_what_a_single_call_does(
     tmp_path_factory: pytest.TempPathFactory, dtype: type[Any], rectangles: str, step: int, dora: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("passed")
-    W, places = draw(dtype, rectangles, dora)
+    W, places, arrays = draw(dtype, rectangles, dora)
     wanted, retained, total, changed = W.copy(), 0.0, 0.0, 0
-    for each in places:
+    for each, terms in zip(places, arrays, strict=True):
         inside = (slice(*each.rows), slice(*each.columns))
         count = len(range(*each.rows))
         outcome = native.add_products(
-            W[inside], wanted[inside], each.products, slice(0, count), np.empty(each.products.memory, np.float32),
-            gains=each.gains, bound=each.bound, measured=count,
+            W[inside], wanted[inside], terms, slice(0, count), np.empty(terms.memory, np.float32),
+            gains=np.zeros(count) if dora else None, bound=each.bound, measured=count,
         )  # fmt: skip
         retained, total, changed = retained + outcome.retained, total + outcome.total, changed + outcome.changed
     with passage(W, places, folder) as way:
@@ -92,7 +92,7 @@ def test_any_tiles_write_what_a_single_call_does(
 
 @pytest.mark.parametrize("rectangles", sorted(RECTANGLES))
 def test_the_first_rows_of_a_tile_are_measured_and_no_others(tmp_path: Path, rectangles: str) -> None:
-    W, places = draw(np.float32, rectangles, False)
+    W, places, _ = draw(np.float32, rectangles, False)
     with passage(W, places, tmp_path) as way:
         passed = way.rows(10, 30, 11)
     made = np.frombuffer((tmp_path / "out").read_bytes()[10:], np.float32)[10 * 70 :].reshape(-1, 70)
@@ -102,8 +102,10 @@ def test_the_first_rows_of_a_tile_are_measured_and_no_others(tmp_path: Path, rec
 
 
 def test_a_row_without_direction_is_named_by_its_rectangle(tmp_path: Path) -> None:
-    W, places = draw(np.float32, "parts", True)
-    W[33], places[1].products.left[13] = 0, 0
+    W, places, _ = draw(np.float32, "parts", True)
+    left = np.ones((30, 2))
+    W[33], left[13] = 0, 0
+    places[1] = tiles.Rectangle((20, 50, 1), (0, 70, 1), summed([(left, np.ones((2, 70)), 1.0)], np.ones(30)), 0.0)
     with passage(W, places, tmp_path) as way:
         assert way.rows(0, 30, 0).zero_row is None
         assert way.rows(30, 20, 0).zero_row == (1, 13)
@@ -112,7 +114,7 @@ def test_a_row_without_direction_is_named_by_its_rectangle(tmp_path: Path) -> No
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("rectangles", sorted(RECTANGLES))
 def test_what_is_not_finite_shows_in_the_largest_wherever_it_lies(tmp_path: Path, bad: float, rectangles: str) -> None:
-    W, places = draw(np.float32, rectangles, False)
+    W, places, _ = draw(np.float32, rectangles, False)
     W[41, 69] = bad
     with passage(W, places, tmp_path) as way:
         assert way.rows(0, 41, 0).largest < 0x7F800000
@@ -120,7 +122,7 @@ def test_what_is_not_finite_shows_in_the_largest_wherever_it_lies(tmp_path: Path
 
 
 def test_a_file_that_ends_too_early_says_where(tmp_path: Path) -> None:
-    W, places = draw(np.float16, "whole", False)
+    W, places, _ = draw(np.float16, "whole", False)
     with passage(W, places, tmp_path, cut=3) as way:
         way.rows(0, 49, 0)
         with pytest.raises(EOFError) as ended:
@@ -129,7 +131,7 @@ def test_a_file_that_ends_too_early_says_where(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_read_or_written_is_raised(tmp_path: Path) -> None:
-    W, places = draw(np.float16, "whole", False)
+    W, places, _ = draw(np.float16, "whole", False)
     with passage(W, places, tmp_path) as way:
         only_read, only_written = os.open(tmp_path / "in", os.O_RDONLY), os.open(tmp_path / "out", os.O_WRONLY)
         for source, target in ((only_written, only_written), (only_read, only_read)):
