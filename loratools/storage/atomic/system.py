@@ -69,17 +69,36 @@ def copies_well(target: int, start: int, offset: int) -> bool:
 _NO_RESERVE = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EPERM}
 
 
+_TMPFS, _RAMFS = 0x01021994, 0x858458F6
+
+
 @cache
-def _fallocate() -> Any:
-    """Return Linux' own call, or None. `os.posix_fallocate` writes zeros where a file system lacks it."""
+def _libc() -> Any:
+    """Return the C library of a 64-bit Linux, or None."""
     if not sys.platform.startswith("linux") or sys.maxsize < 2**32:
         return None
     import ctypes
 
-    call = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
-    if call is not None:
-        call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
-    return call
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "fallocate") or not hasattr(libc, "fstatfs"):
+        return None
+    libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
+    return libc
+
+
+def _reserves(target: int) -> Any:
+    """Return Linux' own call that reserves room, or None where there is none or it does no good.
+
+    `os.posix_fallocate` writes zeros where a file system lacks the call, and so does a file system in memory itself.
+    """
+    if (libc := _libc()) is None:
+        return None
+    import ctypes
+
+    status = (ctypes.c_long * 32)()  # a struct statfs, and more; its first number is the file system's own
+    if libc.fstatfs(target, status) == 0 and status[0] & 0xFFFFFFFF in (_TMPFS, _RAMFS):
+        return None
+    return libc.fallocate
 
 
 def make_room(target: int, size: int) -> None:
@@ -87,7 +106,7 @@ def make_room(target: int, size: int) -> None:
 
     Raises `OSError` where the disk has no room for it.
     """
-    call = _fallocate()
+    call = _reserves(target)
     if call is not None and size:
         import ctypes
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import pytest
 
@@ -23,6 +24,8 @@ def test_a_new_file_has_its_length_and_reads_as_zeros(size: int, tmp_path: Path)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux says how many blocks a file has")
 def test_its_blocks_are_reserved_where_a_sparse_file_would_have_none(tmp_path: Path) -> None:
     with files.descriptor(tmp_path / "new", os.O_RDWR | os.O_CREAT | os.O_EXCL) as target:
+        if system._reserves(target) is None:
+            pytest.skip("this file system is memory")
         try:
             os.posix_fallocate(target, 0, 1 << 20)
         except OSError:
@@ -30,6 +33,16 @@ def test_its_blocks_are_reserved_where_a_sparse_file_would_have_none(tmp_path: P
         os.ftruncate(target, 0)
         system.make_room(target, 1 << 20)
         assert os.fstat(target).st_blocks * 512 >= 1 << 20
+
+
+def test_nothing_is_reserved_in_memory() -> None:
+    """There it costs as much as to write zeros."""
+    if not Path("/dev/shm").is_dir():
+        pytest.skip("no file system is known to be memory here")
+    with NamedTemporaryFile(dir="/dev/shm") as file:
+        system.make_room(file.fileno(), 1 << 20)
+        status = os.fstat(file.fileno())
+    assert (status.st_size, status.st_blocks) == (1 << 20, 0)
 
 
 def test_a_descriptor_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
