@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import sys
 
@@ -14,6 +15,7 @@ def main() -> int:
         with Handlers():
             # A command is over before cycles of garbage matter; looking for them takes a tenth of importing torch.
             gc.disable()
+            atexit.register(gc.freeze)  # or the interpreter looks for them once more when it ends, in all it imported
             from loratools.cli._run import run
 
             return run()

@@ -80,6 +80,11 @@ class Matrix:
         start, stop, _ = part.indices(self.shape[0])
         return replace(self, shape=(stop - start, self.shape[1]), first=self.first + start * self.down)
 
+    @property
+    def widened(self) -> int:
+        """Bytes of memory that C needs to have the numbers in float32: none where they are."""
+        return 0 if self.dtype == "F32" else _SINGLE * self.count
+
     def _for_c(self) -> _Matrix:
         number = _DTYPES[self.dtype]
         return _Matrix(self.raw.address, number, self.count, self.first, self.down, self.across)
@@ -143,7 +148,7 @@ class Sum:
         if (left.shape[0], right.shape) != (self.rows, (count, self.columns)) or end > self.rank:
             sizes = f"{(self.rows, self.rank)} x {self.columns} from {self._filled} on"
             raise ValueError(f"{left.shape} x {right.shape} do not fit into {sizes}")
-        room = scratch.of("numbers", _SINGLE * max(left.count, right.count))
+        room = scratch.of("numbers", max(left.widened, right.widened))
         ok = native.library().loratools_add_factors(
             ctypes.byref(self._sum), ctypes.byref(left._for_c()), ctypes.byref(right._for_c()),
             ctypes.c_size_t(self._filled), ctypes.c_size_t(count), ctypes.c_double(scale),
@@ -156,7 +161,7 @@ class Sum:
         """Set the magnitude of each row, a matrix with one column; tell whether all are finite."""
         if magnitudes.shape != (self.rows, 1):
             raise ValueError(f"{magnitudes.shape} are not magnitudes of {self.rows} rows")
-        room = scratch.of("numbers", _SINGLE * magnitudes.count)
+        room = scratch.of("numbers", magnitudes.widened)
         ok = native.library().loratools_set_magnitudes(
             ctypes.byref(self._sum), ctypes.byref(magnitudes._for_c()), ctypes.c_void_p(room.address)
         )
