@@ -194,7 +194,7 @@ def _step(
 ) -> Step:  # fmt: skip
     counts = {name: sum(tensor.outcome == name for tensor in outcomes) for name in CLASSES}
     parameters = {
-        "method": "block Krylov", "arithmetic": ROUNDED if any(tensor.rounded for tensor in outcomes) else "float32",
+        "method": "block Krylov", "products": ROUNDED if any(tensor.rounded for tensor in outcomes) else "float32",
         "ranks": options.rank_choice.to_json(),
         "dtype": options.stored, "tolerance": options.tolerance,
         "tensors": counts | {"missing": len(pairing.missing)},

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 Arithmetic = Literal["auto", "float32"]
-ROUNDED = "bfloat16, the last product float32"
+ROUNDED = "bfloat16, the last float32"
 """What a record says where the processor multiplied in bfloat16."""
 
 

@@ -42,9 +42,9 @@ def models(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
     return base, tuned
 
 
-def arithmetic_of(output: Path) -> str:
+def products_of(output: Path) -> str:
     """Return what the record of an adapter says."""
-    return str(open_adapter(output).provenance[-1].parameters["arithmetic"])
+    return str(open_adapter(output).provenance[-1].parameters["products"])
 
 
 def check_errors(found: Extraction, models: tuple[Path, Path], output: Path) -> None:
@@ -64,12 +64,12 @@ def check_errors(found: Extraction, models: tuple[Path, Path], output: Path) -> 
 
 @served
 def test_the_record_names_the_arithmetic_and_errors_are_true(models: tuple[Path, Path], tmp_path: Path) -> None:
-    for arithmetic, said in (("auto", "bfloat16, the last product float32"), ("float32", "float32")):
+    for arithmetic, said in (("auto", "bfloat16, the last float32"), ("float32", "float32")):
         found = extract(*models, tmp_path / arithmetic, 16, arithmetic=arithmetic)  # type: ignore[arg-type]
-        assert arithmetic_of(tmp_path / arithmetic) == said
+        assert products_of(tmp_path / arithmetic) == said
         check_errors(found, models, tmp_path / arithmetic)
     extract(*models, tmp_path / "tight", 16, tight=True)
-    assert arithmetic_of(tmp_path / "tight") == "float32"
+    assert products_of(tmp_path / "tight") == "float32"
 
 
 def test_a_processor_without_such_products_takes_the_steps_of_float32(
@@ -79,7 +79,7 @@ def test_a_processor_without_such_products_takes_the_steps_of_float32(
     monkeypatch.setattr(delta, "multiplies_bf16", lambda: False)
     found = extract(*models, tmp_path / "out", 16)
     assert found.digest == asked.digest
-    assert arithmetic_of(tmp_path / "out") == "float32"
+    assert products_of(tmp_path / "out") == "float32"
 
 
 def test_without_the_c_code_the_errors_are_as_true(
