@@ -147,7 +147,7 @@ INLINE uint32_t NAMED(settle, WIDTH)(
     Bits *largest, int changed, int source, int dtype)
 {
     enum { VECTORS = LANES / WIDTH };
-    const uint32_t bucket = dtype == BF16 ? ~0x7fffu : ~0xfffu; /* of a float32 between two results, or their middle */
+    const uint32_t bucket = dtype == BF16 ? ~0x7fffu : ~0xfffu; /* of float32: between a result and the middle to the next */
     Vector number[VECTORS];
     uint32_t above = 0;
     *open = 0;
@@ -165,9 +165,8 @@ INLINE uint32_t NAMED(settle, WIDTH)(
         for (int n = 0; n < VECTORS; n++) {
             Vector size = (Vector)((Bits)number[n] & 0x7fffffff);
             Vector least = size * (1 - 0x1p-22f) - error, most = size * (1 + 0x1p-22f) + error;
-            Bits differ = ((Bits)least - 1) ^ (Bits)most, all = {0};
-            if (dtype == F16) differ |= (Bits)((Integers)(Bits)least < 0x38800000); /* subnormal: another grid */
-            *open |= NAMED(having, WIDTH)(differ, all + bucket) << n * WIDTH;
+            Bits all = {0}; /* beyond the bounds even after their own rounding, so that no end of a bucket is met */
+            *open |= NAMED(having, WIDTH)((Bits)least ^ (Bits)most, all + bucket) << n * WIDTH;
         }
     }
 #pragma GCC unroll 8
@@ -209,10 +208,26 @@ INLINE uint64_t NAMED(once_more, WIDTH)(
     size_t k = 0;
     for (; k + 2 <= step->rank; k += 2, right += 2 * LANES) even += left[k] * right[0], odd += left[k + 1] * right[LANES];
     if (k < step->rank) even += left[k] * right[0];
+    float sum = (float)(even + odd);
+    if (source != F16 && dtype == BF16) { /* by itself: a vector of one number is slow to fill */
+        uint32_t bits;
+        uint16_t half;
+        float number, rounded;
+        memcpy(&half, after + column * 2, 2);
+        bits = (uint32_t)half << 16;
+        if (source == F32) memcpy(&bits, after + column * 4, 4);
+        memcpy(&number, &bits, 4);
+        number -= sum;
+        memcpy(&bits, &number, 4);
+        bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
+        memcpy(&rounded, &bits, 4);
+        half = (uint16_t)(bits >> 16);
+        memcpy(P + column * 2, &half, 2);
+        return number > rounded;
+    }
     char stored[4 * WIDTH] = {0}, rounded[2 * WIDTH];
     memcpy(stored, after + column * (source == F32 ? 4 : 2), source == F32 ? 4 : 2);
-    Vector number = NAMED(widened, WIDTH)(stored, 0, source);
-    number -= (float)(even + odd);
+    Vector number = NAMED(widened, WIDTH)(stored, 0, source) - sum;
     uint64_t above = NAMED(predicted, WIDTH)(rounded, 0, number, dtype) & 1;
     memcpy(P + column * 2, rounded, 2);
     return above;

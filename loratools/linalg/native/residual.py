@@ -143,11 +143,14 @@ def product(
     norms = np.sqrt(np.einsum("ij,ij->i", left, left)), np.sqrt(np.square(panels).sum(1).max(1, initial=0))
     near: tuple[Array | None, ...] = (None,) * 4
     if all(norm.max(initial=0) < _LARGEST for norm in norms):
-        # Of k products and their sums, and of both factors, each is rounded by at most 2^-24 of |left|·|right|.
-        errors = norms[0] * (rank + 8) * 2.0**-24 * 1.01, norms[1] * 1.01
+        # k sums and the exact one are rounded, by at most 2^-24 of |left|·|right| each, and so are factors that float32
+        # does not hold; 1 more is for what is of second order.
+        near_left, near_panels = left.astype(np.float32), panels.astype(np.float32)
+        held = bool((near_left == left).all() and (near_panels == panels).all())
+        errors = norms[0] * (rank + (2 if held else 4)) * 2.0**-24 * 1.01, norms[1] * 1.01
         smallest = np.finfo(np.float32).tiny
         bounds = [np.where(error > 0, np.maximum(error, smallest), 0).astype(np.float32) for error in errors]
-        near = (left.astype(np.float32), panels.astype(np.float32), *bounds)
+        near = (near_left, near_panels, *bounds)
     arrays = (left, panels, *near, *(None if g is None else np.ascontiguousarray(g) for _, g in gains))
     return Product(_Step(*rows, *columns, rank, *map(_at, arrays)), arrays)
 

@@ -124,6 +124,30 @@ def test_what_float32_leaves_open_is_summed_in_float64(size: float, dtype: str, 
 
 
 @pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("rows", [1, 8, 9])
+@pytest.mark.parametrize(
+    ("W", "products"),
+    [
+        (1.0, [-(2.0**-24) * (1 + 2.0**-23), 7 * 2.0**-51, 7 * 2.0**-51]),  # the difference is rounded, too
+        (-1.0, [2.0**-24 * (1 + 2.0**-23), -7 * 2.0**-51, -7 * 2.0**-51]),
+        (2.0**-126 * (1 + 2 / 128), [2.0**-134, 13 * 2.0**-154, 13 * 2.0**-154]),  # below the smallest normal float
+    ],
+)
+def test_a_sum_that_float32_rounds_to_the_other_side(W: float, products: list[float], rows: int, width: int) -> None:
+    """Summed one after another in float32 they lie beside the middle of two floats, or of float32 itself."""
+    columns = 70
+    size = 2.0 ** (np.frexp(products[0])[1] // 2)  # norms of either are near the root of the product
+    left, right = np.full((rows, 3), size), np.repeat(np.array(products)[:, None] / size, columns, 1)
+    after = narrow(np.full(rows * columns, W, np.float32), "BF16")
+    prediction = widen(after, "BF16", np.float32).reshape(rows, columns)
+    taken_back(prediction, left, right)
+    base = narrow(prediction, "BF16").reshape(-1)
+    base[1::2] += 1
+    product = residual.product((0, rows, 1), (0, columns), left, right)
+    check(residual.Coder([product], columns, "BF16", "BF16"), base, after, prediction, ("BF16", "BF16"), width)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dtypes", CASTS)
 def test_products_lie_on_rectangles_rows_apart_and_over_each_other(dtypes: tuple[str, str], width: int) -> None:
     """A tile may begin anywhere; what was added last is taken back first."""
