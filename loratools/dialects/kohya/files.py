@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from struct import pack
 
 from loratools.adapter import factors, kinds
 from loratools.adapter.kinds import Update
@@ -29,12 +29,7 @@ from loratools.dialects.kohya.names import NAMES_KEY, dotted, flattened, head_of
 from loratools.errors import BadFile, counted
 from loratools.format import keys
 from loratools.storage import save
-from loratools.storage.dtypes import to_torch
 from loratools.storage.lazy import LazyTensor
-
-if TYPE_CHECKING:
-    import torch
-
 
 _FILE = "lora.safetensors"
 _SUFFIXES = {A: "lora_down.weight", B: "lora_up.weight"}
@@ -244,12 +239,9 @@ def _number(value: float, dtypes: Collection[str]) -> LazyTensor:
     short = [dtype for dtype in _SHORT if set(dtypes) == {dtype} and is_float(value, dtype)]
     dtype = short[0] if short else "F32" if is_float(value, "F32") else "F64"
 
-    def load() -> torch.Tensor:
-        import torch
-
-        return torch.tensor(value, dtype=to_torch(dtype))
-
-    return LazyTensor(dtype, (), load)
+    # BF16 is the upper half of F32; the number is one of its dtype, so that nothing is rounded.
+    held = pack("<f", value)[2:] if dtype == "BF16" else pack({"F16": "<e", "F32": "<f", "F64": "<d"}[dtype], value)
+    return LazyTensor.holding(dtype, (), memoryview(held))
 
 
 def _metadata(adapter: Adapter) -> dict[str, str]:

@@ -15,6 +15,7 @@ from functools import lru_cache
 from loratools.adapter.naming.image import readings
 from loratools.adapter.naming.image.components import component
 from loratools.adapter.naming.image.groups import component_of, stated
+from loratools.adapter.naming.image.patterns import form_of
 from loratools.adapter.naming.image.readings import ENCODER, Reading
 from loratools.dialects._frame.build import some
 
@@ -244,8 +245,9 @@ def _ambiguous(prefix: str, outcomes: Sequence[tuple[dict[str, str], list[Readin
 
 def _unknown(prefix: str, flats: set[str]) -> str:
     """Say which names the family that knows most of them lacks."""
-    counts = {reading: {flat for flat in flats if reading.find(flat, flat=True)}
-              for reading in readings.every(_COMPONENTS[prefix])}  # fmt: skip
+    forms = set(map(form_of, flats))  # a few, where names are thousands
+    likely = (reading for reading in readings.every(_COMPONENTS[prefix]) if reading.has_any(forms, flat=True))
+    counts = {reading: {flat for flat in flats if reading.find(flat, flat=True)} for reading in likely}
     best = max(counts, key=lambda reading: len(counts[reading]), default=None)
     strange = sorted(flats - counts[best] if best else flats)
     near = f", most of them of {best.family.summary}" if best and len(strange) < len(flats) else ""

@@ -9,6 +9,15 @@ _NUMBER = re.compile(r"\d+|\{\}")
 _Mask = tuple[bool, ...]
 
 
+def form_of(name: str) -> str:
+    """Return a name with `{}` in the place of each number.
+
+    >>> form_of("blocks.12.ffn.0")
+    'blocks.{}.ffn.{}'
+    """
+    return _NUMBER.sub("{}", name)
+
+
 class Patterns:
     """Many patterns, of which a name is looked up in a few steps.
 
@@ -25,6 +34,10 @@ class Patterns:
             masks = self._forms.setdefault(_NUMBER.sub("{}", spelled), {})
             literal = tuple(number for number in numbers if number != "{}")
             masks.setdefault(tuple(number == "{}" for number in numbers), {}).setdefault(literal, pattern)
+
+    def has_any(self, forms: Iterable[str]) -> bool:
+        """Tell whether any pattern is of one of these forms, as `form_of` says them: other names fit none."""
+        return not self._forms.keys().isdisjoint(forms)
 
     def find(self, name: str) -> tuple[str, tuple[str, ...]] | None:
         """Return a pattern that a name fits, with the numbers in the places of its `{}`; None without one.

@@ -62,6 +62,10 @@ class Reading:
         """Return the pattern that a module fits, with its numbers."""
         return _patterns(self.name, self.naming, flat).find(module)
 
+    def has_any(self, forms: Iterable[str], *, flat: bool = False) -> bool:
+        """Tell whether the naming has names of any of these forms (`patterns.form_of`)."""
+        return _patterns(self.name, self.naming, flat).has_any(forms)
+
     def fits(self, modules: Iterable[str], *, flat: bool = False) -> bool:
         """Tell whether the naming has all these modules."""
         patterns = _patterns(self.name, self.naming, flat)
