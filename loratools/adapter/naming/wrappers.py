@@ -83,11 +83,16 @@ class Names:
     def __init__(self, tensors: Iterable[str], config: Mapping[str, Any] | None = None) -> None:
         self._tensors = frozenset(tensors)
         self.config = config or {}
-        self._by_normalized: dict[str, list[str]] = {}
-        for tensor in sorted(self._tensors):
-            self._by_normalized.setdefault(normalized(tensor), []).append(tensor)
         self._by_last: dict[str, list[str]] = {}
         self._asked = 0
+
+    @cached_property
+    def _by_normalized(self) -> dict[str, list[str]]:
+        """The tensors by their names past wrappers: nobody asks where exact names serve."""
+        by_normalized: dict[str, list[str]] = {}
+        for tensor in sorted(self._tensors):
+            by_normalized.setdefault(normalized(tensor), []).append(tensor)
+        return by_normalized
 
     @cached_property
     def loaded(self) -> Loaded | None:
