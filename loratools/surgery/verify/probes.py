@@ -32,7 +32,7 @@ _Group = list[tuple[int, Placement]]
 PROBES = 16
 # Of small tensors more columns are compared, up to so many elements: few cannot tell what survives of a change.
 _ELEMENTS, _COLUMNS = 1 << 16, 256
-_BLOCK = 1 << 18  # elements of a change that are worked out at once
+_BLOCK = 1 << 18  # elements of a change that are worked out, and kept, at once
 
 # Share of the elements that an exact check lets be one unit off, each where a float32 sum can come to the other side of
 # a tie. In float32 and float64 the sums themselves err by units, so there only the size of the error counts.
@@ -67,6 +67,16 @@ class Probe:
         if self.site.transposed:
             return measure(before, after, dtypes, self.X[rows], self.Y, across=True)
         return measure(before, after, dtypes, self.X, self.Y[rows])
+
+    def overlaps(self) -> tuple[float, float, float, float]:
+        """Return ‖Y − wanted‖², ‖Y‖², ‖wanted‖² and ⟨Y, wanted⟩; what is not finite gives NaN or infinity."""
+        import numpy as np
+
+        with np.errstate(invalid="ignore", over="ignore"):
+            E = self.Y - self.wanted
+            pairs = (E, E), (self.Y, self.Y), (self.wanted, self.wanted), (self.Y, self.wanted)
+            error, actual, expected, cross = (float(np.einsum("op,op", *pair)) for pair in pairs)
+        return error, actual, expected, cross
 
 
 @dataclass(slots=True)
@@ -153,18 +163,23 @@ def _by_products(plan: MergePlan, group: _Group, source: TensorSpec, X: Array, k
         wanted += left @ (right @ X)
         there = right[:, known]
         parts.append((there.T, left.T) if site.transposed else (left, there))
-    reach = sum(_largest(rows, columns) for rows, columns in parts)
     rows, columns = np.concatenate([rows for rows, _ in parts], 1), np.concatenate([columns for _, columns in parts])
+    if len(parts) == 1 and len(rows) * columns.shape[1] <= _BLOCK:
+        whole: Array = rows @ columns
+        return wanted, lambda some: whole[some], _largest(whole)
+    step = max(1, _BLOCK // max(1, columns.shape[1]))
+    reach = 0.0
+    for some, across in parts:
+        blocks = (some[first : first + step] @ across for first in range(0, len(some), step))
+        reach += float(np.max([_largest(block) for block in blocks]))
     return wanted, lambda some: rows[some] @ columns, reach
 
 
-def _largest(rows: Array, columns: Array) -> float:
-    """Return the largest magnitude in a product of two factors; NaN where there is one."""
+def _largest(matrix: Array) -> float:
+    """Return the largest magnitude in a matrix; NaN where there is one."""
     import numpy as np
 
-    step = max(1, _BLOCK // max(1, columns.shape[1]))
-    starts = range(0, len(rows), step)
-    return float(np.max([np.abs(rows[first : first + step] @ columns).max() for first in starts]))
+    return float(np.maximum(matrix.max(), -matrix.min()))
 
 
 def _by_projection(plan: MergePlan, group: _Group, source: TensorSpec, X: Array, known: Array) -> _Wanted:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import cast
 
 from loratools.engine.plan import MergePlan
 from loratools.parallel import Progress
@@ -13,11 +13,6 @@ from loratools.storage.codecs import Encoding
 from loratools.storage.header import TensorSpec
 from loratools.surgery.verify import probes as probing
 from loratools.surgery.verify.tiles import TILE, survey
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    Array = np.ndarray[Any, np.dtype[Any]]
 
 # On the bound: wide dtypes are no wider than their own sums.
 _SLACK = {"BF16": 1.02, "F16": 1.02, "F32": 8.0, "F64": 8.0}
@@ -79,8 +74,6 @@ def same(base: TensorSpec, merged: TensorSpec, coded: bool, progress: Progress) 
 
 def check(plan: MergePlan, name: str, merged: TensorSpec, exact: bool, seed: int, progress: Progress) -> TensorCheck:
     """Compare one changed tensor with its base and the adapters."""
-    import numpy as np
-
     source, bound = plan.changes[name].source, 2.0 ** -dtypes.MANTISSA.get(merged.dtype, 0)
     if merged.encoding:
         bound = _of_codes(merged)
@@ -89,13 +82,8 @@ def check(plan: MergePlan, name: str, merged: TensorSpec, exact: bool, seed: int
     probes = probing.draw(plan, name, exact, seed)
     sums = survey(source, merged, probes, exact, progress)
     norm, strays, tally = sums.squares, sums.strays, sums.tally
-
-    def mean(of: Callable[[probing.Probe], Array]) -> float:
-        with np.errstate(invalid="ignore", over="ignore"):
-            return sum(float(of(probe).sum()) for probe in probes) / probing.PROBES
-
-    error, actual = mean(lambda probe: (probe.Y - probe.wanted) ** 2), mean(lambda probe: probe.Y**2)
-    expected, cross = mean(lambda probe: probe.wanted**2), mean(lambda probe: probe.Y * probe.wanted)
+    overlaps = zip(*(probe.overlaps() for probe in probes), strict=True)
+    error, actual, expected, cross = (sum(parts) / probing.PROBES for parts in overlaps)
     of_weight = (error / norm) ** 0.5 if norm else 0.0
     rank = min(min(probe.site.shape) for probe in probes)
     slack = _SLACK[merged.dtype] * (1 + _SCATTER / (probing.PROBES * rank) ** 0.5)
