@@ -118,6 +118,26 @@ def test_merges_of_stored_factors_are_verified_without_torch(tmp_path: Path) -> 
     subprocess.run([sys.executable, "-c", code, *map(str, paths)], env=clean_env(), check=True)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells a process its memory")
+@pytest.mark.parametrize("exact", [False, True])
+def test_memory_does_not_grow_with_the_tensors(exact: bool, tmp_path: Path) -> None:
+    """Of a tensor of 16 million elements, 128 MB in float64, no more than tiles is held."""
+    weights = {"a.weight": torch.full((4096, 4096), 0.5, dtype=torch.bfloat16)}
+    given = lora({"a": (4096, 4096)}, scale=0.02)
+    paths = (
+        save_base(tmp_path / "model", models.merged(weights, [given])), save_base(tmp_path / "base", weights),
+        save_adapter(tmp_path / "adapter", given),
+    )  # fmt: skip
+    code = (
+        "import sys; from loratools import verify; paths = sys.argv[2:]; "
+        "assert verify(*paths, exact=sys.argv[1] == 'True', threads=2).ok; print(open('/proc/self/status').read())"
+    )
+    line = [sys.executable, "-c", code, str(exact), *map(str, paths)]
+    env = clean_env() | {"OPENBLAS_NUM_THREADS": "1"}
+    told = subprocess.run(line, env=env, check=True, capture_output=True, text=True).stdout
+    assert int(told.split("VmHWM:")[1].split()[0]) < 100_000  # kB
+
+
 def test_this_machine_serves_what_it_can() -> None:
     """A pass through files is there wherever the rest of the C code is, on systems that read as it does."""
     assert proof.passes() is (proof.available() and sys.platform != "win32")
