@@ -85,6 +85,19 @@ def test_noise_that_hides_from_the_probes_of_known_seeds_is_found_by_fresh_ones(
     assert all(check.error_of_weight == pytest.approx(0.01, rel=0.1) for one in accounts for check in one.checked)
 
 
+def test_adapters_that_cancel_reach_as_far_as_both(tmp_path: Path) -> None:
+    """The sums of a merge err by the terms that are in them, however small what they come to."""
+    base = save_base(tmp_path / "base", {"a.weight": random(40, 60)})
+    first, second = lora({"a": (40, 60)}), lora({"a": (40, 60)}, seed=7)
+    paths = [save_adapter(tmp_path / f"{number}", given) for number, given in enumerate((first, second))]
+    opened = open_model(base)
+    inputs, _ = settle(opened, open_adapters(paths, opened, [1.0, -2.0]), strict=False)
+    (probe,) = draw(plan_merge(opened, inputs, MergeOptions(check_base="off")), "a.weight", True, 0)
+    deltas = first.delta("a"), -2 * second.delta("a")
+    assert probe.reach == pytest.approx(sum(float(delta.abs().max()) for delta in deltas))
+    assert torch.allclose(torch.from_numpy(probe.change(slice(3, 9))), sum(deltas)[3:9])
+
+
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 @pytest.mark.parametrize("rank", [1, 4, None])
