@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 @options.to_option
 @options.factors_option
 @options.modules_option
+@options.device_option
 @options.threads_option
 @options.dry_run_option
 @options.force_option
@@ -52,7 +53,7 @@ def command(
     density: float | None, gamma: float | None, epsilon: float | None, seed: int | None, like: Library | None,
     normalize: bool | None, rescale: bool | None,
     initial: str | None, check_base: CheckBase, to: str | None, dtype: FloatName | None, modules: bool,
-    threads: int | None, dry_run: bool, force: bool, **ranks: Any,
+    device: str, threads: int | None, dry_run: bool, force: bool, **ranks: Any,
 ) -> show.Report:  # fmt: skip
     """Combine adapters into one, with weights, without the base model.
 
@@ -88,7 +89,7 @@ def command(
         "alpha": alpha, "method": method.replace("-", "_"), "density": density, "gamma": gamma, "epsilon": epsilon,
         "seed": seed, "like": like, "normalize": normalize, "rescale": rescale, "ranks": wanted,
         "initial": initial, "check_base": check_base, "to": to,
-        "dtype": dtype, "threads": threads, "force": force,
+        "dtype": dtype, "device": device, "threads": threads, "force": force,
     }  # fmt: skip
     if dry_run:
         return options.would(plan(combine, adapters, output, **given))

@@ -34,6 +34,7 @@ def _renamed(name: str, file: bool, values: Mapping[str, Any]) -> str:
 @options.modules_option
 @options.factors_option
 @options.adapter_options
+@options.device_option
 @options.threads_option
 @options.dry_run_option
 @options.force_option
@@ -41,7 +42,7 @@ def _renamed(name: str, file: bool, values: Mapping[str, Any]) -> str:
 def command(
     talk: Talk, /, adapter: str, output: Path, to: str | None, dtype: FloatName | None, dialect: str | None,
     alpha: float | None,
-    include: tuple[str, ...], exclude: tuple[str, ...], threads: int | None, modules: bool, dry_run: bool,
+    include: tuple[str, ...], exclude: tuple[str, ...], device: str, threads: int | None, modules: bool, dry_run: bool,
     force: bool, **ranks: Any,
 ) -> show.Report:  # fmt: skip
     """Give an adapter other ranks, with the least error there is; --modules prints what each module keeps.
@@ -73,8 +74,8 @@ def command(
             "say how ranks are chosen: --rank, --energy, --sv-ratio, --sv-fro, --sv-cumulative or --budget"
         )
     given: dict[str, Any] = {
-        "include": include or None, "exclude": exclude or None, "to": to, "dtype": dtype, "threads": threads,
-        "force": force,
+        "include": include or None, "exclude": exclude or None, "to": to, "dtype": dtype, "device": device,
+        "threads": threads, "force": force,
     }  # fmt: skip
     if dry_run:
         return options.would(plan(resize, adapter, output, wanted, dialect=dialect, alpha=alpha, **given))

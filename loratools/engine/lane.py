@@ -49,6 +49,11 @@ class Lane:
 
         return torch.cuda.stream(self._stream)
 
+    def wait(self) -> None:
+        """Wait until all that was asked of the device in this lane is done, so that another thread can use it."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
     def send(self, X: Tensor) -> Tensor:
         """Return X (m, n), of a processor's memory and any float dtype, on the device; in an open lane."""
         import torch

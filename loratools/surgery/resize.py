@@ -34,6 +34,7 @@ def resize(
     alpha: float | None = None,
     to: str | None = None,
     dtype: FloatName | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
     threads: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -58,6 +59,7 @@ def resize(
             reads it, and for one that is only read.
         dtype: The float dtype of the factors: `"f32"`, `"bf16"`, `"f16"`, `"f64"`, or torch's. Default: that of the
             adapter's factors, and `"F32"` where they have several, or a shorter one.
+        device: Where changes are decomposed, as for `combine`. Default: `"cpu"`.
         threads: Threads to work with; no byte depends on it. Default: one per core, at most 8.
         force: Whether to replace an output that exists. Default: no.
         progress: Called with the bytes of factors that were worked on since the last call. Default: nobody is told.
@@ -71,6 +73,7 @@ def resize(
         IncompatibleAdapter: Numbers are not finite, or every change is zero.
         LoraToolsError: A budget is too small, or a pattern names no module.
         OutputRefused: The output exists, or is the input.
+        NoDevice: The machine has no such device, it has no float64, or its memory is full.
 
     Example:
         >>> report = resize("adapter", "small", 2)
@@ -78,7 +81,7 @@ def resize(
         {2}
     """
     atomic.sweep(output)
-    options = CombineOptions(ranks=ranks, dtype=dtype, threads=threads, force=force)
+    options = CombineOptions(ranks=ranks, dtype=dtype, device=device, threads=threads, force=force)
     if to is not None:
         dialects.get(to)
     chosen = _chosen(include, exclude)

@@ -97,7 +97,7 @@ WITHOUT: dict[str, dict[str, str]] = {
     "--device": {
         "it does no arithmetic": f"{NOTHING} edit estimate find hash push pull validate",
         "a proof is made by other means than the merge: on the processor, in float64": "verify",
-        "factors are small, and found in float64": "combine compare convert inspect report resize",
+        "factors are small, and found in float64": "compare convert inspect report",
         "its bytes are those of the processor, which they have to be to undo a merge": "unmerge switch",
         "the same codes make the same numbers, bit by bit": "dequantize",
     },

@@ -25,6 +25,7 @@ from loratools.adapter.kinds import Update
 from loratools.adapter.model import BaseIdentity
 from loratools.adapter.weights import Weight
 from loratools.decisions import decided, detailed, warned
+from loratools.engine.device import check as check_device
 from loratools.errors import IncompatibleAdapter, LoraToolsError, counted
 from loratools.format.digest import adapter_digest
 from loratools.linalg.ranks.allocate import Ranks
@@ -99,6 +100,7 @@ def combine(
     check_base: CheckBase = "strict",
     to: str | None = None,
     dtype: FloatName | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
     threads: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -145,6 +147,9 @@ def combine(
             which reads it, for one that is only read, and for one that cannot say the result.
         dtype: The float dtype of the factors: `"f32"`, `"bf16"`, `"f16"`, `"f64"`, or torch's. Default: that of the
             adapters' factors, and `"F32"` where they have several, or a shorter one.
+        device: Where changes are multiplied out and decomposed: `"cpu"`, `"cuda"`, `"cuda:1"` (the second GPU), or a
+            device of torch. A GPU pays off for methods that look at single elements, and for ranks of hundreds; the
+            last digits of factors may differ there, and their signs. Default: `"cpu"`.
         threads: Threads to work with; no byte depends on it. Default: one per core, at most 8.
         force: Whether to replace an output that exists. Default: no.
         progress: Called with the bytes of factors that were worked on since the last call. Default: nobody is told.
@@ -161,6 +166,7 @@ def combine(
         WrongBase: The adapters belong to different bases, and `check_base` is `"strict"`.
         LoraToolsError: A pattern names no module, or a budget is too small.
         OutputRefused: The output exists, or is an input.
+        NoDevice: The machine has no such device, it has no float64, or its memory is full.
 
     Example:
         >>> report = combine(["adapter", "other"], "sum", weights=[0.7, -0.3], ranks=4)
@@ -170,7 +176,7 @@ def combine(
     atomic.sweep(output)
     options = CombineOptions(
         density=density, gamma=gamma, epsilon=epsilon, seed=seed, like=like, normalize=normalize, rescale=rescale,
-        method=method, ranks=ranks,        check_base=check_base, dtype=dtype, threads=threads, force=force,
+        method=method, ranks=ranks, check_base=check_base, dtype=dtype, device=device, threads=threads, force=force,
     )  # fmt: skip
     if to is not None:
         dialects.get(to)
@@ -187,6 +193,7 @@ def run(
     operation: str = "combine", to: str | None = None, progress: Progress | None = None,
 ) -> Combination:  # fmt: skip
     """Do what `combine` says; `operation` is what the provenance calls it, `to` the dialect, None: theirs."""
+    check_device(options.computes_on, wide=True)
     atomic.check_output(Path(output), force=options.force)
     atomic.refuse_inputs(Path(output), [Path(x) for x in (*adapters, initial) if isinstance(x, str | os.PathLike)])
     inputs = open_inputs(adapters, weights, initial, options.method)
@@ -261,13 +268,13 @@ def _settled(
 ) -> dict[str, Settled | None]:
     """Return module -> its change and what is stored of it; a sum of products takes no torch."""
     merge = methods.get(options.method).merge
-    if merge is None:
+    if merge is None and options.computes_on == "cpu":
         from loratools.surgery.combine import products
 
         return products.settle(inputs, aligned, options, progress)
     from loratools.surgery.combine import elementwise
 
-    return elementwise.settle(inputs, aligned, options, progress, merge)
+    return elementwise.settle(inputs, aligned, options, progress, merge or elementwise.side_by_side)
 
 
 def _updates(

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from loratools.adapter import low_rank
 from loratools.adapter.naming.compact import natural
+from loratools.engine.device import computing
+from loratools.engine.lane import Lane
 from loratools.errors import LoraToolsError
 from loratools.linalg.factored import factored_svd, rounding2, squared_norm
 from loratools.linalg.ranks.rules import Fixed, RankRule
@@ -26,7 +28,7 @@ from loratools.surgery.combine.change import Change, Kept, Known, Settled, choos
 from loratools.surgery.combine.inputs import Aligned, Input, Member
 from loratools.surgery.combine.methods import Merge
 from loratools.surgery.combine.methods._chance import AsPeft, Seeded
-from loratools.surgery.combine.methods._terms import Chance, Term
+from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Term, Terms
 from loratools.surgery.combine.options import CombineOptions
 
 
@@ -55,12 +57,20 @@ def settle(
         chance, threads = AsPeft(seed), 1
 
     def change(module: str, members: Sequence[Member]) -> _Decomposed | None:
+        with Lane.of(options.computes_on).open():
+            found = changed(module, members)
+            Lane.of(options.computes_on).wait()  # another thread may go on with it
+            return found
+
+    def changed(module: str, members: Sequence[Member]) -> _Decomposed | None:
         rule = _rule(members, options)
         single = not members[0].update.members
         of_each = []
         try:
             for expert in [None] if single else range(members[0].update.shape[0]):
-                terms = [term for member in members if (term := _term(module, member, inputs, expert)).weight != 0]
+                terms = [
+                    term for member in members if (term := _term(module, member, inputs, expert, options)).weight != 0
+                ]
                 merged = merge(terms, options, chance) if terms else None
                 size = sum(abs(term.weight) * float(squared_norm(term.left, term.right)) ** 0.5 for term in terms)
                 of_each.append(None if merged is None else _decompose(merged, rule, size))
@@ -71,21 +81,30 @@ def settle(
         return of_each[0] if single else _stacked(of_each)
 
     ordered = {module: aligned.modules[module] for module in sorted(aligned.modules, key=natural)}
-    looked = {module: found for module, found in each(change, ordered, threads, torch_threads=1).items() if found}
+    with computing(options.computes_on):
+        looked = {module: found for module, found in each(change, ordered, threads, torch_threads=1).items() if found}
     if problems:
         raise refused(problems)
     names = sorted(looked)
     ranks = dict(zip(names, choose([looked[name].change for name in names], options.rule), strict=True))
-    kept = each(lambda name, rank: _keep(looked[name], rank, options.stored), ranks, threads, torch_threads=1)
+    with computing(options.computes_on):
+        kept = each(lambda name, rank: _keep(looked[name], rank, options), ranks, threads, torch_threads=1)
     if faults := {name: fault for name, each in kept.items() if (fault := each.fault(options.stored))}:
         raise refused(faults)
     return dict.fromkeys(ordered) | {name: Settled(looked[name].change, ranks[name], kept[name]) for name in names}
 
 
-def _term(module: str, member: Member, inputs: Sequence[Input], expert: int | None) -> Term:
+def side_by_side(terms: Terms, options: MethodOptions, chance: Chance) -> tuple[Tensor, Tensor]:
+    """Return the sum of products as one, Σ wᵢ·Bᵢ·Aᵢ: B = [√|w₁|·B₁ | …] and A = [sgn(w₁)√|w₁|·A₁; …]."""
+    left = torch.cat([math.sqrt(abs(term.weight)) * term.left for term in terms], 1)
+    right = [math.copysign(math.sqrt(abs(term.weight)), term.weight) * term.right for term in terms]
+    return left, torch.cat(right)
+
+
+def _term(module: str, member: Member, inputs: Sequence[Input], expert: int | None, options: CombineOptions) -> Term:
     source = inputs[member.adapter]
     part = member.update if expert is None else member.update.members[expert]
-    left, right = low_rank.load(part)
+    left, right = (factor.to(options.computes_on) for factor in low_rank.load(part))
     number = "" if expert is None else f".{expert}"
     for name, factor in (("B", left), ("A", right)):
         if not bool(factor.isfinite().all()):
@@ -117,7 +136,7 @@ def _decompose(change: tuple[Tensor, Tensor] | Tensor, rule: RankRule, size: flo
     leading = truncated_svd(change, rule)
     if not leading.rank:
         return None
-    root = leading.S.sqrt()
+    root = leading.S.sqrt().to(leading.U.device)
     left, right = leading.U.double() * root, root[:, None] * leading.Vh.double()
     known = Change(tuple(leading.S.tolist()), leading.norm2, leading.error2, _sides(left, right), size)
     return _Decomposed(known, left, right)
@@ -133,8 +152,8 @@ def _stacked(each: Sequence[_Decomposed | None]) -> _Decomposed | None:
     if not known:
         return None
     rank, (out, inner) = max(len(found.change.sigma) for found in known), known[0].change.sides
-    left = torch.zeros(len(each), out, rank, dtype=torch.float64)
-    right = torch.zeros(len(each), rank, inner, dtype=torch.float64)
+    left = known[0].left.new_zeros(len(each), out, rank)
+    right = known[0].right.new_zeros(len(each), rank, inner)
     for e, found in enumerate(each):
         if found is not None:
             own = len(found.change.sigma)
@@ -144,11 +163,15 @@ def _stacked(each: Sequence[_Decomposed | None]) -> _Decomposed | None:
     return _Decomposed(Change.of_stack(spectra, len(each), size), left, right)
 
 
-def _keep(found: _Decomposed, rank: int, dtype: str) -> Kept:
-    """Return the leading `rank` of a change, rounded to `dtype` (a safetensors name)."""
-    left, right = found.left[..., :rank], found.right[..., :rank, :]
-    stored = left.to(dtypes.to_torch(dtype)).contiguous(), right.to(dtypes.to_torch(dtype)).contiguous()
-    held = LazyTensor.of(stored[0]), LazyTensor.of(stored[1])
+def _keep(found: _Decomposed, rank: int, options: CombineOptions) -> Kept:
+    """Return the leading `rank` of a change, rounded to the dtype that is stored, in the processor's memory."""
+    with Lane.of(options.computes_on).open():
+        return _rounded(found.left[..., :rank], found.right[..., :rank, :], dtypes.to_torch(options.stored))
+
+
+def _rounded(left: Tensor, right: Tensor, dtype: torch.dtype) -> Kept:
+    stored = left.to(dtype).contiguous(), right.to(dtype).contiguous()
+    held = LazyTensor.of(stored[0].cpu()), LazyTensor.of(stored[1].cpu())
     energy = float(squared_norm(left, right).sum())
     if not all(torch.isfinite(factor).all() for factor in stored):
         return Kept(*held, math.inf, energy)

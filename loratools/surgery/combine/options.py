@@ -26,6 +26,7 @@ class CombineOptions(MethodOptions):
     ranks: Ranks | int | None = None
     check_base: CheckBase = "strict"
     dtype: dtypes.FloatName | torch.dtype | None = None
+    device: str | torch.device = "cpu"
     threads: int | None = None
     force: bool = False
 
@@ -36,6 +37,7 @@ class CombineOptions(MethodOptions):
         checked.word("check_base", self.check_base, CheckBase)
         object.__setattr__(self, "dtype", checked.parsed("dtype", dtypes.parse_float, self.dtype))
         object.__setattr__(self, "ranks", checked.parsed("ranks", _ranks, self.ranks))
+        object.__setattr__(self, "device", checked.device(self.device))
         checked.number("threads", self.threads, least=1, optional=True)
         checked.flag("force", self.force)
         checked.done()
@@ -44,6 +46,11 @@ class CombineOptions(MethodOptions):
     def rule(self) -> Ranks | None:
         """`ranks` as it is held."""
         return self.ranks if isinstance(self.ranks, Ranks) else None
+
+    @property
+    def computes_on(self) -> str:
+        """`device` by its name."""
+        return str(self.device)
 
     @property
     def stored(self) -> str:

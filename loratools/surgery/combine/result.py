@@ -11,9 +11,10 @@ from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.adapter.placement.stacks import path_of
 from loratools.decisions import warned
+from loratools.engine.device import described
 from loratools.errors import UnsupportedAdapter
 from loratools.format import manifest
-from loratools.format.record import TOOL
+from loratools.format.record import ARITHMETIC, TOOL
 from loratools.storage.dtypes import FloatName
 from loratools.storage.lazy import LazyTensor
 from loratools.surgery.combine import methods
@@ -44,6 +45,8 @@ def step_of(operation: str, inputs: Sequence[Input], options: CombineOptions, in
     sources = tuple(
         {"digest": each.digest} | ({"weight": each.weight.default} if each.weight.plain else {}) for each in inputs
     )
+    if on := described(options.computes_on):
+        recorded[ARITHMETIC] = on
     return Step(operation, TOOL, recorded, sources, methods.seed_of(options.method, options))
 
 

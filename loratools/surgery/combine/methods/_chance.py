@@ -24,7 +24,7 @@ class Seeded:
         """Return the mask of one tile."""
         name = f"{self.seed}|{term.identity}|{tile}".encode()
         generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:8]) >> 1)
-        return torch.rand(probability.shape, generator=generator) < probability
+        return torch.rand(probability.shape, generator=generator).to(probability.device) < probability
 
 
 class AsPeft:
@@ -41,4 +41,4 @@ class AsPeft:
         """Return the mask of a whole matrix, which must come as one tile."""
         if tile:
             raise ValueError("PEFT draws the mask of a whole matrix at once")
-        return torch.bernoulli(probability, generator=self.generator).bool()
+        return torch.bernoulli(probability.cpu(), generator=self.generator).bool().to(probability.device)

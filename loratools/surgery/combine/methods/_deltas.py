@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +25,12 @@ class Deltas:
     def __init__(self, terms: Terms, *, whole: bool = False) -> None:
         self.terms = tuple(terms)
         self.factors = [(term.left.float(), term.right.float()) for term in terms]
+        self.device = terms[0].left.device
         self.shape = (terms[0].left.shape[0], terms[0].right.shape[1])
         self.step = self.shape[0] if whole else max(1, TILE // self.shape[1])
-        self.weights = torch.tensor([term.weight for term in terms], dtype=torch.float32)[:, None, None]
+        self.weights = torch.tensor([term.weight for term in terms], dtype=torch.float32, device=self.device)[
+            :, None, None
+        ]
 
     def tiles(self) -> Iterator[Tensor]:
         """Yield (T, rows, columns), the same numbers every time."""
@@ -39,7 +43,7 @@ class Deltas:
 
     def merged(self, combine: Callable[[Tensor, int], Tensor]) -> Tensor:
         """Return the matrix that `combine(rows of all, number of the tile)` makes tile by tile."""
-        D, start = torch.empty(self.shape), 0
+        D, start = torch.empty(self.shape, device=self.device), 0
         for number, tile in enumerate(self.tiles()):
             D[start : start + tile.shape[1]] = combine(tile, number)
             start += tile.shape[1]
@@ -48,7 +52,7 @@ class Deltas:
     def cuts(self, *counts: int) -> list[Tensor]:
         """Return the magnitude of the `count`-th largest element of each ΔW, (T, 1, 1), for each count."""
         cuts = [largest(partial(self.tiles_of, i), counts) for i in range(len(self.terms))]
-        return [torch.tensor(cut)[:, None, None] for cut in zip(*cuts, strict=True)]
+        return [torch.tensor(cut, device=self.device)[:, None, None] for cut in zip(*cuts, strict=True)]
 
     @property
     def elements(self) -> int:
@@ -64,20 +68,30 @@ def largest(tiles: Callable[[], Iterable[Tensor]], counts: Sequence[int]) -> tup
     """
     high = np.zeros(1 << 15, dtype=np.int64)
     for tile in tiles():
-        high += np.bincount(_bits(tile) >> 16, minlength=len(high))
+        high += _counts(_bits(tile) >> 16, len(high))
     places = {count: _bin(high, count) for count in counts if count > 0}
     low = {upper: np.zeros(1 << 16, dtype=np.int64) for upper, _ in places.values()}
     for tile in tiles():
         bits = _bits(tile)
         for upper, histogram in low.items():
-            histogram += np.bincount(bits[bits >> 16 == upper] & 0xFFFF, minlength=len(histogram))
+            histogram += _counts(bits[bits >> 16 == upper] & 0xFFFF, len(histogram))
     found = {count: upper << 16 | _bin(low[upper], count - above)[0] for count, (upper, above) in places.items()}
     magnitudes = {count: float(np.uint32(bits).view(np.float32)) for count, bits in found.items()}
     return tuple(magnitudes.get(count, float("inf")) for count in counts)
 
 
-def _bits(tile: Tensor) -> Bits:
-    return tile.contiguous().view(torch.int32).numpy().reshape(-1) & 0x7FFFFFFF
+def _bits(tile: Tensor) -> Any:
+    """Return magnitudes as integers in their order, in NumPy, which counts faster, or where the tile is."""
+    bits = tile.contiguous().view(torch.int32).reshape(-1)
+    return (bits.numpy() if bits.is_cpu else bits) & 0x7FFFFFFF
+
+
+def _counts(numbers: Any, length: int) -> Bits:
+    """Return how often each number below `length` occurs, of NumPy or torch."""
+    if isinstance(numbers, Tensor):
+        counted: Bits = torch.bincount(numbers, minlength=length).cpu().numpy()
+        return counted
+    return np.bincount(numbers, minlength=length)
 
 
 def _bin(histogram: Bits, count: int) -> tuple[int, int]:

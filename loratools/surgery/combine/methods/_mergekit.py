@@ -31,7 +31,7 @@ def merged(
     """
     normalize = normalize if options.normalize is None else options.normalize
     rescale = rescale if options.rescale is None else options.rescale
-    scale = _scales(deltas, kept) if rescale and options.share < 1 else torch.ones(len(deltas.terms), 1, 1)
+    scale = _scales(deltas, kept) if rescale and options.share < 1 else torch.ones_like(deltas.weights)
 
     def combine(X: Tensor, tile: int) -> Tensor:
         left = X if options.share >= 1 else kept(X, tile) * scale
@@ -44,7 +44,7 @@ def merged(
 
 def _scales(deltas: Deltas, kept: Kept) -> Tensor:
     """Return the ratio of the L1 norm of each ΔW to that of what is kept, 1 where one of them is almost 0."""
-    before = torch.zeros(len(deltas.terms), dtype=torch.float64)
+    before = torch.zeros(len(deltas.terms), dtype=torch.float64, device=deltas.device)
     after = torch.zeros_like(before)
     for number, X in enumerate(deltas.tiles()):
         before += X.abs().sum((1, 2), dtype=torch.float64)

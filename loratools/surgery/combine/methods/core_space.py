@@ -36,7 +36,15 @@ def _balanced(term: Term) -> tuple[Tensor, Tensor]:
 
 def _basis(stacked: Tensor) -> Tensor:
     """Return the left singular vectors of stacked factors, leading first, without those of rounding."""
+    if not stacked.is_cpu:  # the long side stays on the device, what is decomposed is small
+        Q, R = torch.linalg.qr(stacked)
+        whole: Tensor = Q @ _basis_of(R.cpu(), max(stacked.shape)).to(Q.device)
+        return whole
+    return _basis_of(stacked, max(stacked.shape))
+
+
+def _basis_of(stacked: Tensor, side: int) -> Tensor:
     U, S, _ = torch.linalg.svd(stacked, full_matrices=False)
-    kept = int(S.gt(S[:1] * max(stacked.shape) * torch.finfo(torch.float64).eps).sum())
+    kept = int(S.gt(S[:1] * side * torch.finfo(torch.float64).eps).sum())
     basis: Tensor = U[:, : max(1, kept)]
     return basis

@@ -31,7 +31,7 @@ def dropped(X: Tensor, terms: Terms, density: float, chance: Chance, tile: int) 
     """Return X·m/density, (T, rows, columns)."""
     if density == 1:
         return X
-    probability = torch.full(X.shape[1:], density)
+    probability = torch.full(X.shape[1:], density, device=X.device)
     return X * torch.stack([chance.keep(term, tile, probability) for term in terms]) / density
 
 
@@ -39,7 +39,7 @@ def drawn(terms: Terms, density: float, chance: Chance) -> _mergekit.Kept:
     """Return what drops elements of all ΔW with chance 1 − density, and leaves the others as they are."""
 
     def kept(X: Tensor, tile: int) -> Tensor:
-        probability = torch.full(X.shape[1:], density)
+        probability = torch.full(X.shape[1:], density, device=X.device)
         return X * torch.stack([chance.keep(term, tile, probability) for term in terms])
 
     return kept

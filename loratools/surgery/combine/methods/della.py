@@ -53,5 +53,5 @@ def drawn(terms: Terms, options: MethodOptions, chance: Chance) -> _mergekit.Kep
 def probabilities(X: Tensor, density: float, epsilon: float) -> Tensor:
     """Return density + epsilon·(2·(rank − 1)/(n − 1) − 1), the rank of |x| within its row of n counted from 1."""
     width = X.shape[-1]
-    chances = torch.linspace(density - epsilon, density + epsilon, width).expand(X.shape)
+    chances = torch.linspace(density - epsilon, density + epsilon, width, device=X.device).expand(X.shape)
     return torch.empty_like(X).scatter_(-1, X.abs().argsort(dim=-1, stable=True), chances)

@@ -30,10 +30,11 @@ def merge(terms: Terms, options: MethodOptions, chance: Chance) -> tuple[Tensor,
 
 def ties(X: Tensor, terms: Terms, density: float) -> Tensor:
     """Return TIES of X (T, m, n), a small matrix for each term, of which the share `density` of elements is kept."""
-    weights = torch.tensor([term.weight for term in terms], dtype=torch.float64)[:, None, None]
+    weights = torch.tensor([term.weight for term in terms], dtype=torch.float64, device=X.device)[:, None, None]
     size = X[0].numel()
     kept = int(density * size)
     if kept < 1:
         return torch.zeros_like(X[0])
-    cuts = X.abs().flatten(1).kthvalue(size - kept + 1, 1).values[:, None, None]
+    # On the host: the cores are small, and CUDA has no fixed order for it.
+    cuts = X.abs().flatten(1).cpu().kthvalue(size - kept + 1, 1).values[:, None, None].to(X.device)
     return disjoint_mean(X * (X.abs() >= cuts), weights)
