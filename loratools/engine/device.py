@@ -100,14 +100,14 @@ def _first_line(text: str) -> str:
 
 
 def described(device: str) -> dict[str, str]:
-    """Return what a result that is computed on a GPU records of it: device, its make, and torch's version; else {}."""
+    """Return what a result that is computed on a GPU records of it: its kind and make, and torch's version; else {}."""
     if device == "cpu":
         return {}
     import torch
 
     kind = kind_of(device)
     make = torch.cuda.get_device_name(device) if kind == "cuda" else "Apple"
-    return {"device": kind, "make": make, "torch": torch.__version__, "precision": "float32, no TF32"}
+    return {"kind": kind, "make": make, "torch": torch.__version__, "precision": "float32, no TF32"}
 
 
 @contextmanager

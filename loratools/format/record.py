@@ -46,7 +46,7 @@ KEPT = (
 """Entries of an adapter's header that a record keeps: no names, comments, captions, tags or pictures of a run."""
 CARRIED = "carried_from"
 """Field of an adapter's entry: the digest of the adapter of the original that was carried into a folded base."""
-ARITHMETIC = "arithmetic"
+DEVICE = "device"
 """Field: what computed the weights, where it was not the processor: whose bytes another device may not write."""
 BROUGHT = "brought"
 """Field: files beside the weights that an adapter brought, and that are not the base's."""

@@ -122,10 +122,10 @@ def test_a_device_computes_what_the_processor_does(
     assert all(torch.equal(cpu[name], cuda[name]) for name in cpu)
     assert 1 <= log.streams <= 2
     record = json.loads((tmp_path / "cuda" / "loratools.json").read_text())
-    told = {"device": "cuda", "make": GPU, "torch": torch.__version__, "precision": "float32, no TF32"}
-    assert record["arithmetic"] == told
+    told = {"kind": "cuda", "make": GPU, "torch": torch.__version__, "precision": "float32, no TF32"}
+    assert record["device"] == told
     plain = json.loads((tmp_path / "cpu" / "loratools.json").read_text())
-    assert "arithmetic" not in plain
+    assert "device" not in plain
     assert record["retention"] == pytest.approx(plain["retention"], rel=1e-12)
 
 
@@ -184,6 +184,16 @@ def test_sums_are_in_one_order_on_a_device_and_nothing_is_left_behind(
         assert not deterministic.fill_uninitialized_memory
     assert (torch.get_deterministic_debug_mode(), os.environ.get(name)) == (0, before)
     assert deterministic.fill_uninitialized_memory
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_gpu_writes_the_same_bytes_with_any_threads(dora: bool, tmp_path: Path) -> None:
+    base, adapter = models(tmp_path, dora=dora)
+    for threads in (1, 2, 8):
+        merge(base, [adapter], tmp_path / str(threads), device="cuda", threads=threads)
+    first, *others = (load(tmp_path / str(threads)) for threads in (1, 2, 8))
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
 
 
 def test_settings_of_torch_come_back() -> None:

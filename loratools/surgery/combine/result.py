@@ -14,7 +14,7 @@ from loratools.decisions import warned
 from loratools.engine.device import described
 from loratools.errors import UnsupportedAdapter
 from loratools.format import manifest
-from loratools.format.record import ARITHMETIC, TOOL
+from loratools.format.record import DEVICE, TOOL
 from loratools.storage.dtypes import FloatName
 from loratools.storage.lazy import LazyTensor
 from loratools.surgery.combine import methods
@@ -46,7 +46,7 @@ def step_of(operation: str, inputs: Sequence[Input], options: CombineOptions, in
         {"digest": each.digest} | ({"weight": each.weight.default} if each.weight.plain else {}) for each in inputs
     )
     if on := described(options.computes_on):
-        recorded[ARITHMETIC] = on
+        recorded[DEVICE] = on
     return Step(operation, TOOL, recorded, sources, methods.seed_of(options.method, options))
 
 

@@ -13,7 +13,7 @@ from loratools.adapter.placement.shared import ties_of
 from loratools.engine.device import described
 from loratools.errors import counted
 from loratools.format import manifest
-from loratools.format.record import ARITHMETIC, TOOL
+from loratools.format.record import DEVICE, TOOL
 from loratools.storage.beside.links import refuse_outside
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import stored_names
@@ -200,7 +200,7 @@ def _step(
         "tensors": counts | {"missing": len(pairing.missing)},
         "dropped_energy": float(f"{dropped_energy(outcomes):.6g}"),
         "certificate": to_json(layers),
-    } | ({ARITHMETIC: on} if (on := described(options.computes_on)) else {})  # fmt: skip
+    } | ({DEVICE: on} if (on := described(options.computes_on)) else {})  # fmt: skip
     inputs: tuple[Mapping[str, Any], ...] = ({"digest": identity.root}, {"digest": tuned_root})
     return Step("extract-svd", TOOL, parameters, inputs, options.seed)
 

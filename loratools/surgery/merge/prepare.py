@@ -19,7 +19,7 @@ from loratools.engine.device import described
 from loratools.engine.plan import MergePlan
 from loratools.engine.run import Settings, in_torch
 from loratools.errors import IncompatibleAdapter
-from loratools.format.record import ARITHMETIC, BROUGHT, CARRIED, REPLACED, of_merge, refuse_second_merge
+from loratools.format.record import BROUGHT, CARRIED, DEVICE, REPLACED, of_merge, refuse_second_merge
 from loratools.parallel import cores
 from loratools.storage import atomic
 from loratools.storage.beside import making, vocabulary
@@ -163,7 +163,7 @@ def decide(
     beside = single.left_behind(base, paths) if plan.single else companions(base, paths)
     record |= {"model_type": options.model_type} if options.model_type else {}
     record |= {BROUGHT: list(beside.brought)} if beside.brought else {}
-    record |= {ARITHMETIC: on} if (on := described(options.computes_on)) else {}
+    record |= {DEVICE: on} if (on := described(options.computes_on)) else {}
     record |= making.field()
     if is_gguf(base):
         refuse_what_needs_a_folder(options)

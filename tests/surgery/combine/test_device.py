@@ -58,8 +58,8 @@ def test_every_method_on_a_device(method: str, like: Any, adapters: list[Path], 
     assert [share.rank for share in there.shares] == [share.rank for share in here.shares]
     assert there.error == pytest.approx(here.error, rel=1e-4, abs=1e-9)
     expect_alike(tmp_path / "cpu", tmp_path / "cuda")
-    assert open_adapter(tmp_path / "cuda").provenance[-1].parameters["arithmetic"]["make"] == GPU
-    assert "arithmetic" not in open_adapter(tmp_path / "cpu").provenance[-1].parameters
+    assert open_adapter(tmp_path / "cuda").provenance[-1].parameters["device"]["make"] == GPU
+    assert "device" not in open_adapter(tmp_path / "cpu").provenance[-1].parameters
 
 
 @pytest.mark.parametrize("ranks", [2, Ranks(Energy(0.7)), Ranks(budget=3000)], ids=["rank", "energy", "budget"])
@@ -86,3 +86,13 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_written(
     with pytest.raises(NoDevice, match="device mps: it has no float64"):
         combine(adapters, tmp_path / "out", device="mps")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["linear", "ties", "core_space"])
+def test_a_gpu_combines_what_the_processor_does(method: str, adapters: list[Path], tmp_path: Path) -> None:
+    more: dict[str, Any] = {} if method == "linear" else {"density": 0.6}
+    for device in ("cpu", "cuda"):
+        combine(adapters, tmp_path / device, method=method, ranks=4, device=device, **more)
+    ours, theirs = change_of(tmp_path / "cpu"), change_of(tmp_path / "cuda")
+    assert all(float((ours[name] - theirs[name]).norm() / ours[name].norm()) < 1e-3 for name in ours)

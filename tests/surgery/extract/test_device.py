@@ -60,8 +60,8 @@ def test_a_device_extracts_what_the_processor_does(way: str, models: tuple[Path,
         products = [each[B].double() @ each[name].double() for each in (ours, theirs)]
         assert float((products[0] - products[1]).norm() / products[0].norm()) < (2e-2 if "dtype" in options else 1e-2)
     (step,) = open_adapter(tmp_path / "cuda").provenance
-    assert step.parameters["arithmetic"]["make"] == GPU
-    assert "arithmetic" not in open_adapter(tmp_path / "cpu").provenance[0].parameters
+    assert step.parameters["device"]["make"] == GPU
+    assert "device" not in open_adapter(tmp_path / "cpu").provenance[0].parameters
 
 
 def test_a_full_device_is_a_sentence_and_leaves_nothing(models: tuple[Path, Path], tmp_path: Path) -> None:
@@ -79,3 +79,12 @@ def test_a_gpu_without_float64_is_refused(
     with pytest.raises(NoDevice, match="device mps: it has no float64"):
         extract(*models, tmp_path / "out", device="mps")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_as_near_and_writes_the_same_bytes_again(models: tuple[Path, Path], tmp_path: Path) -> None:
+    here = extract(*models, tmp_path / "cpu", 8)
+    there = [extract(*models, tmp_path / f"cuda{threads}", 8, device="cuda", threads=threads) for threads in (1, 2)]
+    assert there[0].total.error == pytest.approx(here.total.error, rel=3e-4)
+    first, second = (load(tmp_path / f"cuda{threads}") for threads in (1, 2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
