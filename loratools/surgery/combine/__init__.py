@@ -129,8 +129,7 @@ def combine(
             space that the adapters share (`"knots"`, `"core_space"`). Default: `"linear"`.
         density: Share of elements that a method keeps, above 0 and at most 1; all methods but `linear` need it.
         gamma: Share of the largest elements that `breadcrumbs` drops, from 0 to below 1. Default: 0.01.
-        epsilon: How far `della` lets the chance of keeping an element lie from the density, to both sides. Default:
-            0.15, or less where the density leaves less.
+        epsilon: How far `della` lets the chance of keeping an element lie from the density. Default: 0.15 or less.
         seed: A whole number that chooses what `dare`, `dare_ties` and `della` keep. Default: 0.
         like: `"peft"` or `"mergekit"` takes that library's definition of a method where it differs from the paper's.
             Default: the paper's.
@@ -147,26 +146,22 @@ def combine(
             which reads it, for one that is only read, and for one that cannot say the result.
         dtype: The float dtype of the factors: `"f32"`, `"bf16"`, `"f16"`, `"f64"`, or torch's. Default: that of the
             adapters' factors, and `"F32"` where they have several, or a shorter one.
-        device: Where changes are multiplied out and decomposed: `"cpu"`, `"cuda"`, `"cuda:1"` (the second GPU), or a
-            device of torch. A GPU pays off for methods that look at single elements, and for ranks of hundreds; the
-            last digits of factors may differ there, and their signs. Default: `"cpu"`.
+        device: Where changes are multiplied out and decomposed: `"cpu"`, `"cuda"`, `"cuda:1"`, or a device of torch; on
+            a GPU the last digits of factors may differ, and their signs. Default: `"cpu"`.
         threads: Threads to work with; no byte depends on it. Default: one per core, at most 8.
         force: Whether to replace an output that exists. Default: no.
         progress: Called with the bytes of factors that were worked on since the last call. Default: nobody is told.
 
     Returns:
-        What was written, its error ‖asked − stored‖/‖asked‖ beside the least at these ranks, and what each module
-        keeps.
+        What was written, its error ‖asked − stored‖/‖asked‖ beside the least at these ranks, and each module's share.
 
     Raises:
-        InvalidOption: A word, a number or the count of weights is wrong, or a method does not take an option; all are
-            listed.
+        InvalidOption: A word, a number or the count of weights is wrong, or a method takes no such option; all of them.
         UnsupportedAdapter: A change is no product, or a tensor trained whole cannot be combined without its base.
         IncompatibleAdapter: Shapes differ, numbers are not finite, or the result is empty.
         WrongBase: The adapters belong to different bases, and `check_base` is `"strict"`.
         LoraToolsError: A pattern names no module, or a budget is too small.
-        OutputRefused: The output exists, or is an input.
-        NoDevice: The machine has no such device, it has no float64, or its memory is full.
+        OutputRefused, NoDevice: The output exists, or is an input; there is no such device, or its memory is full.
 
     Example:
         >>> report = combine(["adapter", "other"], "sum", weights=[0.7, -0.3], ranks=4)
