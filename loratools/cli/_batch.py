@@ -65,6 +65,14 @@ def batch_of(context: click.Context, argument: str, renamed: Renamed | None) -> 
         missing = next(each for each in context.command.params if each.name == argument)
         raise click.MissingParameter(ctx=context, param=missing, param_hint=f"'{argument.upper()}'")
     output: Path | None = params.get(OUTPUT)
+    if output is not None and output.is_dir():
+        from loratools.dialects._frame.items import items_in
+
+        if output in items_in(str(output)).paths:  # which is more than a folder that holds such
+            raise OutputRefused(
+                f"{output}: a model or an adapter itself; results beside its files would become files of it",
+                hint="Choose another -o FOLDER.",
+            )
     named = {path: _own_name(path) for path in paths}
     unread: list[tuple[Path, str]] = []
     for folder in folders:

@@ -81,10 +81,11 @@ def command(
 ) -> show.Report:  # fmt: skip
     """Merge adapters into a base model: W' = W + sum of weight x scaling x B A.
 
-    The sum is made in float32 and rounded once; it does not depend on the order of the adapters or on threads. Tensors
-    that no adapter touches are copied byte for byte, and every other file of the base comes along. An adapter that was
-    sealed with a base hash is checked against the base while it is read; a wrong base leaves no output. An output whose
-    name ends in .safetensors is one file, with the record of the merge in its header; any other is a folder.
+    The sum is made in float32 and rounded once; it depends neither on the order of adapters that only add, as LoRA
+    does, nor on threads. Tensors that no adapter touches are copied byte for byte, and every other file of the base
+    comes along. An adapter that was sealed with a base hash is checked against the base while it is read; a wrong base
+    leaves no output. An output whose name ends in .safetensors is one file, with the record of the merge in its header;
+    any other is a folder.
 
     \b
     Examples:
@@ -177,7 +178,7 @@ def _one_part(call: Call, part: str) -> show.Report:
         ("wrote", [*report.files] or "nothing: there are more parts than files"),
         ("kept", [*report.kept] or None),
         ("size", show.size(report.nbytes)),
-        ("next", f"loratools gather {call.arguments['output']}"),
+        ("next", f"loratools gather {call.arguments['output']}, when all {report.part.partition('/')[2]} are done"),
     )
     return show.Report(show.plain(report), text)
 
@@ -218,7 +219,9 @@ def _plan(prepared: Merge, plan: dict[str, Any]) -> Iterator[str]:
 def lines(report: MergeReport) -> Iterator[str]:
     """Yield the lines that tell of a merge."""
     through = "as codes" if report.recoded else "rounding"
-    kept = "not measured" if report.retention is None else f"{report.retention:.2%} of the change survives {through}"
+    kept = (
+        "not measured" if report.retention is None else f"about {report.retention:.2%} of the change survives {through}"
+    )
     base = f"{report.verified} tensors are those of the recorded base" if report.verified else "not verified"
     left = report.residual
     lost = f"{report.loss_share:.1%} of what codes lose is in {report.output}/loss" if report.loss_share else None

@@ -71,7 +71,7 @@ def command(
     wanted = ranks_of(ranks, ALIASES[dtype.lower()])
     if wanted is None:
         raise click.UsageError(
-            "say how ranks are chosen: --rank, --energy, --sv-ratio, --sv-fro, --sv-cumulative or --budget"
+            "say how ranks are chosen: --rank, --energy, --ratio, --budget, --sv-ratio, --sv-fro or --sv-cumulative"
         )
     given: dict[str, Any] = {
         "include": include or None, "exclude": exclude or None, "to": to, "dtype": dtype, "device": device,

@@ -70,7 +70,9 @@ def _lines(report: SwitchReport) -> Iterator[str]:
     how = "exactly: the residual brought every bit of the base back" if report.exact else "APPROXIMATE: no residual"
     error = f"at most {report.error_bound:.3g} in any element" if report.error_bound else "0: as merged into the base"
     left = report.residual
-    kept = "not measured" if report.retention is None else f"{report.retention:.2%} of the change survives rounding"
+    kept = (
+        "not measured" if report.retention is None else f"about {report.retention:.2%} of the change survives rounding"
+    )
     yield from show.fields(
         ("switched", report.output),
         ("how", how),

@@ -73,7 +73,8 @@ def agree(
         raise WrongBase(
             "these adapters belong to different base models, so their changes cannot be added up",
             differing,
-            hint="Use adapters of one base, or --check-base off if you know that the bases are the same.",
+            hint="Use adapters of one base. Where one model has two names, seal both with it (loratools convert "
+            "ADAPTER -o OUTPUT --base BASE), or say --check-base off.",
         )
     return _common(bases), [] if check == "off" else list(dict.fromkeys([*differing, *uncertain]))
 

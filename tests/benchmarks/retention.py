@@ -197,7 +197,7 @@ def merged_by_us(case: Case, model: Path, options: Sequence[str]) -> tuple[Path,
     remove(result)
     command = map(str, ["--no-progress", "merge", base, case.adapter, "-o", result, *options, "--threads", "1"])
     done = CliRunner().invoke(group(), list(command), catch_exceptions=False)
-    printed = re.search(r"retention +(-?[\d.]+)% of the change survives", done.stdout)
+    printed = re.search(r"retention +about (-?[\d.]+)% of the change survives", done.stdout)
     if done.exit_code or printed is None:
         raise RuntimeError(f"exit code {done.exit_code}: {done.output}")
     return result, float(printed[1]) / 100

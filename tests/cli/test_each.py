@@ -324,3 +324,10 @@ def _made(folder: Path) -> bool:
     time.sleep(0.02)
     folder.mkdir()
     return True
+
+
+def test_results_do_not_go_into_a_model(shell: Callable, workplace: Path) -> None:
+    done = shell("loratools resize --each . --rank 2 -o base", workplace)
+    assert done.code == 1
+    assert done.err.startswith("error: base: a model or an adapter itself; results beside its files")
+    assert sorted(path.name for path in (workplace / "base").iterdir() if path.is_dir()) == []

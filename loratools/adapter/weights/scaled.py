@@ -20,7 +20,9 @@ def scaled(adapter: Adapter, words: str, name: str) -> Adapter:
     weight = Weight.parse(words).bound(adapter, name)
     if unmatched := weight.unmatched([*adapter.updates, *adapter.replacements]):
         problems = [f"{name}: {pattern} names none of its modules" for pattern in unmatched]
-        raise LoraToolsError(f"{counted(len(unmatched), 'weight is', 'weights are')} for nothing", problems)
+        raise LoraToolsError(
+            f"{counted(len(unmatched), 'weight or pattern is', 'weights or patterns are')} for nothing", problems
+        )
     updates: dict[str, Update] = {}
     refused, out = [], [path for path in adapter.replacements if weight.of(path) == 0]
     for module, update in adapter.updates.items():

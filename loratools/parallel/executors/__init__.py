@@ -60,7 +60,8 @@ def opened(workers: Workers) -> Iterator[Pool]:
 
     Raises:
         InvalidOption: No kind of executor has such an address.
-        LoraToolsError: Dask is not installed, or no scheduler answers.
+        MissingExtra: Dask is not installed.
+        LoraToolsError: No scheduler answers.
 
     Example:
         >>> with opened(2) as pool:  # doctest: +SKIP

@@ -14,7 +14,7 @@ ANSWER = "15s"
 
 
 def package() -> Any:
-    """Return `distributed`; raise `LoraToolsError` where it is not installed."""
+    """Return `distributed`; raise `MissingExtra` where it is not installed."""
     try:
         import distributed
     except ImportError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import Executor
 
-from loratools.errors import LoraToolsError
+from loratools.errors import MissingExtra
 from loratools.options.frozen import dataclass
 
 
@@ -23,6 +23,6 @@ class Pool:
     lost: tuple[type[BaseException], ...] = ()
 
 
-def missing(package: str) -> LoraToolsError:
+def missing(package: str) -> MissingExtra:
     """Return the error of a kind whose package is not installed."""
-    return LoraToolsError(f"{package} is not installed", hint="pip install 'loratools[cluster]'")
+    return MissingExtra(f"{package} is not installed", hint="pip install 'loratools[cluster]'")

@@ -142,7 +142,9 @@ def align(inputs: Sequence[Input]) -> Aligned:
         for pattern in each.weight.unmatched([*common.values(), *each.adapter.replacements])
     ]
     if unmatched:
-        raise LoraToolsError(f"{counted(len(unmatched), 'weight is', 'weights are')} for nothing", unmatched)
+        raise LoraToolsError(
+            f"{counted(len(unmatched), 'weight or pattern is', 'weights or patterns are')} for nothing", unmatched
+        )
     return Aligned({module: tuple(members) for module, members in modules.items()}, tuple(renamed))
 
 
