@@ -32,7 +32,7 @@ from loratools.adapter.placement.settle import settle
 from loratools.adapter.placement.shared import flag_of
 from loratools.decisions import decided, detailed, warned
 from loratools.options import Options, Tied
-from loratools.parallel import Progress, cores, no_progress, workers
+from loratools.parallel import Progress, cores, no_progress, one_blas_thread, workers
 from loratools.storage.atomic.inputs import check_unchanged
 from loratools.storage.checkpoint.logical import logical
 from loratools.storage.codecs import schemes
@@ -178,7 +178,7 @@ def verify(
     touched = sorted(shared.keys() - untouched)
     how = "every element" if exact else f"{PROBES} columns and {PROBES} random probes of seed {seed}"
     decided("%d tensors change: %s of each are compared; %d are byte for byte", len(touched), how, len(untouched))
-    with workers(threads or min(8, cores())) as pool:
+    with one_blas_thread(), workers(threads or min(8, cores())) as pool:
         codes = schemes.find(base.specs, base.config).tensors
         same = [
             pool.submit(tensors.same, shared[name].source, model.specs[name], name in codes, progress)
