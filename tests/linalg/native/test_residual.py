@@ -130,7 +130,7 @@ def test_what_float32_leaves_open_is_summed_in_float64(size: float, dtype: str, 
     [
         (1.0, [-(2.0**-24) * (1 + 2.0**-23), 7 * 2.0**-51, 7 * 2.0**-51]),  # the difference is rounded, too
         (-1.0, [2.0**-24 * (1 + 2.0**-23), -7 * 2.0**-51, -7 * 2.0**-51]),
-        (2.0**-126 * (1 + 2 / 128), [2.0**-134, 13 * 2.0**-154, 13 * 2.0**-154]),  # below the smallest normal float
+        (2.0**-130, [2.0**-134, 13 * 2.0**-154, 13 * 2.0**-154]),  # below the smallest normal float
     ],
 )
 def test_a_sum_that_float32_rounds_to_the_other_side(W: float, products: list[float], rows: int, width: int) -> None:
