@@ -56,7 +56,7 @@ ELSEWHERE = {
     "dialects/_frame/test_frame": "storage: lazy",
     "dialects/gguf/test_gguf": "adapter/naming: llama_cpp llama_cpp_table",
     "surgery/extract/test_extract": "adapter/naming: selection; adapter/placement: owners; linalg/ranks: allocate",
-    "surgery/test_options": "surgery/inputs: opened",
+    "surgery/test_options": ".: options; surgery/inputs: opened",
     "surgery/folding/test_carry": "surgery/folding: choice original scales table",
     "surgery/unmerge/test_unmerge": "engine/residual: keep restore; storage: companions",
     "surgery/merge/test_gguf": "adapter/placement: gguf; storage/codecs: gguf; storage/gguf: container types",

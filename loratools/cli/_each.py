@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import click
@@ -22,7 +22,6 @@ from loratools.cli._show import line as show_line
 from loratools.cli._talk import Talk
 from loratools.decisions import warnings_to
 from loratools.errors import LoraToolsError
-from loratools.options.frozen import dataclass
 
 _HINTS = 3
 """Hints that are told after all errors; of more, each is about one file only."""

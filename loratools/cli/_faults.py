@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import click
 
 from loratools.cli._spelling import is_on
 from loratools.errors import InvalidOption, LoraToolsError, printable
-from loratools.options.frozen import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Self
 
 from loratools.errors import BadFile, InvalidOption
-from loratools.options.frozen import dataclass
 from loratools.version import __version__
 
 

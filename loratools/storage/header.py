@@ -13,12 +13,12 @@ import os
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from loratools.errors import BadFile
-from loratools.options.frozen import dataclass
 from loratools.storage import dtypes
 from loratools.storage.atomic.inputs import stamp
 from loratools.storage.sources import open_file, refuse_pointer, remember, remembered

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratools.errors import LoraToolsError
-from loratools.options.frozen import dataclass
 from loratools.storage import dtypes, files
 from loratools.storage.header import TensorSpec
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratools.adapter.model import BaseIdentity
 from loratools.format import reader
 from loratools.format import validate as rules
 from loratools.options import Options
-from loratools.options.frozen import dataclass
 from loratools.parallel import Progress
 from loratools.storage.sources import Location, local, session
 

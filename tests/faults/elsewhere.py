@@ -68,6 +68,7 @@ def become(system: str, *, compiled: bool) -> None:
     import click  # noqa: F401
     import huggingface_hub.file_download  # noqa: F401
     import safetensors.torch  # noqa: F401
+    import threadpoolctl  # noqa: F401
     import torch  # noqa: F401
     import tqdm  # noqa: F401
 

@@ -73,7 +73,7 @@ def test_every_system_writes_the_same_bytes(prepared: Path, tmp_path: Path, comp
     """Without a compiler too: what torch alone writes is compared with that."""
     expected, left = run(f"here{compiled}", prepared, tmp_path, COMMANDS)
     assert [int(each["code"]) for each in expected] == [0] * (len(COMMANDS) - 2) + [1, 1]
-    assert not [name for name in left if "/." in f"/{name}"]
+    assert not [name for name in left if "/." in f"/{name}" and not name.startswith(".gathered.")]
     for name in systems:
         said, files = run(f"{name}{compiled}", prepared, tmp_path, COMMANDS)
         for line, here, there in zip(COMMANDS, expected, said, strict=True):
@@ -179,7 +179,7 @@ def test_nothing_else_asks_for_calls_that_some_systems_lack() -> None:
     )
     allowed = {
         "storage/files.py", "storage/atomic/system.py", "storage/atomic/locks.py", "storage/atomic/sync.py",
-        "storage/atomic/temporary.py", "parallel.py", "surgery/extract/read.py", "dialects/peft/isolated.py",
+        "storage/atomic/temporary.py", "parallel/__init__.py", "surgery/extract/read.py", "dialects/peft/isolated.py",
         "storage/rewrite/__init__.py", "storage/rewrite/apply.py",
     }  # fmt: skip
     lines = [

@@ -14,6 +14,7 @@ on `_product.LowRank` (two tensors as they are: `TwoFactors`), one that can make
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,7 +23,6 @@ from loratools.adapter.kinds._term import Device, DType, Refinable, Tensor, Term
 from loratools.adapter.site import Site
 from loratools.errors import UnknownKind
 from loratools.options import modules_in
-from loratools.options.frozen import dataclass
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from loratools.adapter import kinds
 from loratools.adapter.kinds import Tensor, Update, Usual
-from loratools.options.frozen import dataclass
 from loratools.storage.lazy import LazyTensor
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from loratools.adapter.model import Adapter, Loss
 from loratools.dialects._frame.listing import Evidence, Listing
-from loratools.options.frozen import dataclass
 
 
 class Dialect(Protocol):

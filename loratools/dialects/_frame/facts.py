@@ -9,11 +9,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from loratools.dialects._frame.places import ALSO
-from loratools.options.frozen import dataclass
 
 MOST_TAGS = 20
 """So many of the most frequent tags are listed."""

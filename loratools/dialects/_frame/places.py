@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
-
-from loratools.options.frozen import dataclass
 
 Fact = Literal["trigger", "title", "tags", "base", "description", "author", "license", "thumbnail"]
 """What people write into an adapter's files about it."""

@@ -105,8 +105,8 @@ def meanwhile(plan: MergePlan, folder: Path, progress: Progress = no_progress) -
     """Give what codes the residual of a merge into `folder` while it runs; what it holds goes away with the block."""
     stored = plan.base.stored or plan.base
     path = folder / f".{residual_name(plan)}.early"
-    with path.open("w+b") as spool:
-        try:
+    try:
+        with path.open("w+b") as spool:
             yield Meanwhile({lost.name: lost for lost in lost_by(plan, stored, folder)}, spool, progress)
-        finally:
-            path.unlink(missing_ok=True)
+    finally:
+        path.unlink(missing_ok=True)  # once it is closed: Windows keeps the name of an open file

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from concurrent.futures import Executor
+from dataclasses import dataclass
 
 from loratools.errors import MissingExtra
-from loratools.options.frozen import dataclass
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from loratools.errors import BadFile
-from loratools.options.frozen import dataclass
 from loratools.storage import files
 from loratools.storage.header import MAX_HEADER, Header, encode_header
 from loratools.storage.rewrite.apply import BLOCK

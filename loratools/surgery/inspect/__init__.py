@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,6 @@ from loratools.dialects._frame.facts import Facts, facts_of
 from loratools.dialects._frame.metadata import metadata_of
 from loratools.errors import BadFile
 from loratools.format.manifest import METADATA_KEY, ORIGIN
-from loratools.options.frozen import dataclass
 from loratools.storage.beside.cards import read_card
 from loratools.storage.sources import Location, session
 from loratools.surgery.inspect.amounts import Amount, TensorSummary, amount_of, by_dtype, summary_of

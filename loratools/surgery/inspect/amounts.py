@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-from loratools.options.frozen import dataclass
 
 if TYPE_CHECKING:
     from loratools.storage.header import TensorSpec

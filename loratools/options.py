@@ -1,8 +1,6 @@
 """Check options when a value that holds them is built: every wrong word, number and switch is told at once.
 
 A list of words stands in one place, as a `Literal` type; `words` reads it back for messages and command lines.
-
-frozen   frozen dataclasses with slots, made fast
 """
 
 from __future__ import annotations
