@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from loratools.errors import NoSpace
+from loratools.errors import LoraToolsError, NoSpace
 from loratools.storage.atomic import leftovers, locks
 from loratools.storage.atomic.hidden import FULL, beside, make
 
@@ -36,15 +36,20 @@ def kept_folder(target: Path, key: str) -> Iterator[Path]:
 def part_folder(target: Path, key: str) -> Iterator[Path]:
     """Yield the hidden folder `.NAME.part-KEY` beside an output, for what one part of several makes of it.
 
-    It stays when the block ends, however it ends: `part_folders` finds it, and the run that makes the output of all
-    parts, or another output in its place, removes it. Raises `OutputRefused` while another process works in it.
+    It stays when the block ends or is interrupted: `part_folders` finds it, and the run that makes the output of all
+    parts, or another output in its place, removes it. A `LoraToolsError` removes it at once, for the next run would
+    meet the same error. Raises `OutputRefused` while another process works in it.
     """
     leftovers.sweep(target.absolute(), leftovers.GARBAGE)
     folder = beside(target.absolute(), f"part-{key}")
     lock = None
     try:
         lock = make(folder, target, kept=True)
-        yield folder
+        try:
+            yield folder
+        except LoraToolsError:
+            leftovers.remove(folder)
+            raise
     except OSError as error:
         if error.errno in FULL:
             reason = os.strerror(error.errno or 0).lower()

@@ -104,6 +104,13 @@ def test_an_error_of_a_part_says_where_it_was_met(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == []
 
 
+def test_a_part_that_is_refused_leaves_nothing(tmp_path: Path) -> None:
+    base, adapter = prepare(tmp_path)
+    with pytest.raises(IncompatibleAdapter):
+        merge_part(call_of(base, [adapter], tmp_path / "out", weights=1e40), "1/2")
+    assert leftovers(tmp_path) == []
+
+
 def test_what_cannot_be_shared_is_refused(tmp_path: Path) -> None:
     base, adapter = prepare(tmp_path)
     with pytest.raises(InvalidOption, match="it is one file, and processes share a merge by its files"):
