@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from loratools.linalg.orthonormal import frobenius2
-from loratools.linalg.svd.certificate import excess_bound, spectral_norm2
+from loratools.linalg.products import Rounded
+from loratools.linalg.svd.certificate import energy_beyond, excess_bound, spectral_norm2
 from loratools.linalg.svd.krylov import Krylov, sketched_start
+from loratools.linalg.svd.truncated import truncated_svd
 from tests.linalg.matrices import power_law, signal_and_noise
 
 
@@ -42,3 +46,30 @@ def test_bounds_hold_at_every_stage_of_the_iteration(matrix: str, steps: int) ->
     probed = excess_bound(basis, rank, norm2, probe=True, seed=0)
     assert -1e-6 * norm2 <= excess <= probed <= sure
     assert sure == pytest.approx(norm2 - float(basis.spectrum().sum()), rel=1e-9)
+
+
+def test_what_rounding_added_to_a_change_is_not_taken_for_energy_beyond() -> None:
+    """All numbers of D lie just above the middle between two of bfloat16, so that low is longer than D everywhere.
+
+    Multiplied are vectors that bfloat16 holds: float32 then gives what a processor's products in bfloat16 do.
+    """
+    signs = torch.randint(0, 2, (700, 520), generator=torch.Generator().manual_seed(0)).float() * 2 - 1
+    D = (1 + 2**-8 + 2**-12) * signs
+    low = D.bfloat16().float()
+    lost2 = float((D.double() - low.double()).square().sum())
+    V = sketched_start(low, 48, 0).bfloat16().float()
+    beyond = energy_beyond(Krylov(low, V), 32, lost2)
+    true = float(torch.linalg.svdvals(D.double() @ torch.linalg.qr(V.double())[0])[32:].square().sum())
+    assert 0.9 * true <= beyond <= true
+
+
+def test_the_bound_that_is_stated_counts_what_rounding_took() -> None:
+    """error² - bound = (1 - 1e-4)(s - ‖D - low‖)², of one s: the bound of an exact low tells it."""
+    D = power_law(-0.2, 640, 576).float()
+    low = D.bfloat16().float()
+    lost2 = float((D.double() - low.double()).square().sum())
+    exact, stated = (truncated_svd(D, 16, rounded=Rounded(low, lost)) for lost in (0.0, lost2))
+    assert exact.rounded and stated.rounded
+    assert exact.error2 == stated.error2
+    left = [math.sqrt((svd.error2 - svd.excess_bound) / (1 - 1e-4)) for svd in (exact, stated)]
+    assert left[0] - left[1] == pytest.approx(math.sqrt(lost2), rel=1e-6)

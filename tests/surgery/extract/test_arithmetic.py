@@ -16,6 +16,7 @@ from loratools.dialects import open_adapter
 from loratools.linalg.native import delta
 from loratools.linalg.products import Rounded
 from loratools.surgery.extract import Extraction, extract
+from loratools.surgery.extract.certify import certify
 from tests.conftest import clean_env
 
 SHAPES = {"up_proj": (640, 320), "down_proj": (320, 640), "o_proj": (384, 384), "odd": (301, 385)}
@@ -94,6 +95,28 @@ def test_without_the_c_code_the_errors_are_as_true(
         delta._library.cache_clear()
     assert math.isfinite(found.total.error)
     check_errors(found, models, tmp_path / "out")
+
+
+def test_torch_computes_on_one_thread_whatever_it_was_told(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """Its sums of float64 are in another order on another number of threads."""
+    before, seen = torch.get_num_threads(), set()
+    try:
+        torch.set_num_threads(3)
+        for threads in (1, 2):
+            extract(
+                *models,
+                tmp_path / str(threads),
+                16,
+                threads=threads,
+                progress=lambda _: seen.add(torch.get_num_threads()),
+            )
+            certify(
+                models[1], models[0], tmp_path / str(threads), threads=threads,
+                progress=lambda _: seen.add(torch.get_num_threads()),
+            )  # fmt: skip
+        assert (seen, torch.get_num_threads()) == ({1}, 3)
+    finally:
+        torch.set_num_threads(before)
 
 
 @served
