@@ -69,7 +69,8 @@ def test_the_bound_that_is_stated_counts_what_rounding_took() -> None:
     low = D.bfloat16().float()
     lost2 = float((D.double() - low.double()).square().sum())
     exact, stated = (truncated_svd(D, 16, rounded=Rounded(low, lost)) for lost in (0.0, lost2))
-    assert exact.rounded and stated.rounded
+    assert exact.rounded
+    assert stated.rounded
     assert exact.error2 == stated.error2
     left = [math.sqrt((svd.error2 - svd.excess_bound) / (1 - 1e-4)) for svd in (exact, stated)]
     assert left[0] - left[1] == pytest.approx(math.sqrt(lost2), rel=1e-6)
