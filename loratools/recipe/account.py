@@ -23,7 +23,7 @@ from loratools.errors import BadFile, LoraToolsError, UnsupportedAdapter
 from loratools.format import record
 from loratools.recipe import identity
 from loratools.recipe.catalog import Role
-from loratools.storage.beside.making import ENTRY, FIELD
+from loratools.storage.beside.making import ENTRY, FIELD, noted_root
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.gguf.container import read_container
 from loratools.storage.header import read_header
@@ -62,7 +62,7 @@ def _entry(place: str, role: Role, dialect: Any, numbers: bool) -> dict[str, Any
     if role == "adapter":
         entry["digest"] = identity.adapter_of(path, dialect) or entry["content"]
     elif numbers:
-        entry["digest"] = identity.tensors_of(path, "model")
+        entry["digest"] = noted_root(path) or identity.tensors_of(path, "model")
     else:
         entry["schema"] = identity.schema_of(path)
     before = of(path)

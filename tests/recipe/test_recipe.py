@@ -15,7 +15,7 @@ from loratools.cli._run import run
 from loratools.errors import BadFile, InvalidOption, LoraToolsError, OutputRefused
 from loratools.recipe import account, identity
 from loratools.recipe.run import RecipeReport
-from loratools.storage.beside.making import ENTRY
+from loratools.storage.beside.making import ENTRY, making, note_root, noted_root
 from loratools.storage.header import read_header
 from tests.hub.fixtures import hub, hub_home
 from tests.hub.server import LocalHub
@@ -253,6 +253,22 @@ def test_several_outputs_of_one_command_line_say_each_its_own_making(here: Path)
         loratools.recipe_of(f"small/{name}").recipe["inputs"]["adapter"]["digest"] for name in ("sealed", "other")
     ]
     assert digests == [loratools.hash(name).root for name in ("sealed", "other")]
+
+
+def test_a_model_that_was_read_whole_is_not_read_again(here: Path) -> None:
+    """What an extraction noted of its two models is what their files hold, and what the record then says."""
+    with making(lambda: None):
+        loratools.extract_svd("base", "tuned", "found", 2)
+        noted = [noted_root(Path(name)) for name in ("base", "tuned")]
+        assert noted == [loratools.hash(name, "root").root for name in ("base", "tuned")]
+        note_root(Path("base"), "blake3:noted")
+        inputs = {name: name for name in ("base", "tuned")}
+        said = account.describe("extract-svd", {}, inputs, dict.fromkeys(inputs, "model"))["inputs"]
+        assert [said[name]["digest"] for name in inputs] == ["blake3:noted", noted[1]]
+    assert noted_root(Path("base")) is None
+    assert run(["extract-svd", "base", "tuned", "--rank", "2", "-o", "made", "-q"]) == 0
+    said = loratools.recipe_of("made").recipe["inputs"]
+    assert [said[name]["digest"] for name in inputs] == noted
 
 
 def test_a_wrong_input_is_refused(here: Path) -> None:

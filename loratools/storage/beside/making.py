@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 FIELD = "recipe"
@@ -21,6 +22,7 @@ Describe = Callable[[], Mapping[str, Any] | None]
 """Makes the account when it is asked for: it opens the inputs, which only an output that is written is worth."""
 
 _CURRENT: ContextVar[Describe | None] = ContextVar("making", default=None)
+_ROOTS: ContextVar[dict[Path, str] | None] = ContextVar("roots", default=None)
 
 
 @contextmanager
@@ -33,11 +35,24 @@ def making(describe: Describe) -> Iterator[None]:
             made.append(describe())
         return made[0]
 
-    token = _CURRENT.set(once)
+    tokens = _CURRENT.set(once), _ROOTS.set({})
     try:
         yield
     finally:
-        _CURRENT.reset(token)
+        _CURRENT.reset(tokens[0])
+        _ROOTS.reset(tokens[1])
+
+
+def note_root(model: Path, root: str) -> None:
+    """Note the root hash of a model, which the command has read all of: the account need not read it again."""
+    roots = _ROOTS.get()
+    if roots is not None:
+        roots[model.resolve()] = root
+
+
+def noted_root(model: Path) -> str | None:
+    """Return the root hash that was noted of a model while the block of `making` runs; None where none was."""
+    return (_ROOTS.get() or {}).get(model.resolve())
 
 
 def account() -> Mapping[str, Any] | None:

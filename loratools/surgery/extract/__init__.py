@@ -38,6 +38,7 @@ from loratools.linalg.ranks.allocate import Ranks
 from loratools.options import Options
 from loratools.parallel import Progress, cores, no_progress
 from loratools.storage import atomic
+from loratools.storage.beside import making
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import logical
 from loratools.storage.dtypes import FloatName
@@ -178,6 +179,8 @@ def extract(
         spool = Spool(scratch / ".factors")
         work = Sweep(base, tuned, pairing, options, spool, progress or no_progress, coded)
         outcomes, hashes = work.run(threads or cores())
+        for model, root in ((base, hashes[0].root), (tuned, hashes[1])):
+            making.note_root(model.path, str(root))
         for outcome in outcomes:
             detailed("%s: %s%s", outcome.pair.path, outcome.outcome, f", {outcome.why}" if outcome.why else "")
         name, commit = (base_id, None) if base_id else _named(base, tuned)
