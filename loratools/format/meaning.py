@@ -23,7 +23,6 @@ def of(document: Mapping[str, Any], parts: Mapping[str, Iterable[str]], algorith
 
     Raises `ValueError` for what canonical JSON cannot hold.
     """
-    modules, replaced = ({p: _covered(e) for p, e in document.get(k, {}).items()} for k in ("modules", "replacements"))
     extensions = {
         each["name"]: each.get("configuration", {})
         for each in document.get("extensions", [])
@@ -31,8 +30,11 @@ def of(document: Mapping[str, Any], parts: Mapping[str, Iterable[str]], algorith
     }
     whole = {
         "extensions": extensions,
-        "modules": {path: {**entry, "parts": sorted(parts.get(path, ()))} for path, entry in modules.items()},
-        "replacements": replaced,
+        "modules": {
+            path: {**_covered(entry), "parts": sorted(parts.get(path, ()))}
+            for path, entry in document.get("modules", {}).items()
+        },
+        "replacements": {path: _covered(entry) for path, entry in document.get("replacements", {}).items()},
     }
     hasher = digest.new(algorithm)
     hasher.update(b"loratools.meaning.v1\0" + canonical_object(whole).encode())

@@ -46,12 +46,14 @@ class Kind:
 
     def accepts(self, parts: frozenset[str]) -> bool:
         """Tell whether a module of this kind may have exactly these parts."""
-        return any(required <= parts <= required | self.optional for required in self.required)
+        return parts in self.required or any(
+            required <= parts <= required | self.optional for required in self.required
+        )
 
     def ones(self, parts: Iterable[str]) -> list[str]:
         """Return which of rank and scaling mean nothing for a module with these parts, and so are 1."""
-        whole = set(parts) >= shapes.WHOLE_KRONECKER
-        return [name for name in ("rank", "scaling") if whole or name not in self.numbers]
+        numbers = () if shapes.WHOLE_KRONECKER.issubset(parts) else self.numbers
+        return [name for name in ("rank", "scaling") if name not in numbers]
 
 
 def _sets(*names: Iterable[str]) -> tuple[frozenset[str], ...]:

@@ -163,8 +163,10 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
         raise _Refused("M-01", path.name, f"the manifest is not a JSON object: {error}") from None
     level: list[Any] = [document]
     for _ in range(fields.MAX_DEPTH):
-        level = [child for parent in level for child in (parent.values() if isinstance(parent, dict) else parent)]
-        level = [child for child in level if isinstance(child, dict | list)]
+        if not level:
+            break
+        below = (parent.values() if isinstance(parent, dict) else parent for parent in level)
+        level = [child for children in below for child in children if isinstance(child, (dict, list))]
     if level:
         raise _Refused("S-08", path.name, f"the manifest is nested more than {fields.MAX_DEPTH} levels deep")
     return document

@@ -20,6 +20,9 @@ _TABLE: dict[str, tuple[int, str | None]] = {
     "I64": (64, "int64"), "U64": (64, "uint64"), "F64": (64, "float64"), "C64": (64, "complex64"),
 }  # fmt: skip
 
+BITS = {name: bits for name, (bits, _) in _TABLE.items()}
+"""Name of a dtype -> the size of one element in bits."""
+
 _FROM_TORCH = {twin: name for name, (_, twin) in _TABLE.items() if twin}
 
 FLOATS = ("BF16", "F16", "F32", "F64")
@@ -63,7 +66,7 @@ def is_known(dtype: str) -> bool:
 
 def bits(dtype: str) -> int:
     """Return the size of one element in bits (4 and 6 occur)."""
-    return _TABLE[dtype][0]
+    return BITS[dtype]
 
 
 def to_torch(dtype: str) -> torch.dtype:

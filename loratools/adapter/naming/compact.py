@@ -23,14 +23,19 @@ def compact(names: Iterable[str]) -> list[str]:
     >>> compact(["h.0.attn.q_proj", "h.0.attn.v_proj", "h.1.attn.q_proj", "h.1.attn.v_proj"])
     ['h.[0-1].attn.{q,v}_proj']
     """
-    patterns = {tuple(frozenset({part}) for part in name.split(".")) for name in names}
+    return list(_compact(tuple(names)))
+
+
+@lru_cache(64)  # the next adapter has the same modules
+def _compact(names: tuple[str, ...]) -> tuple[str, ...]:
+    patterns = {tuple([frozenset({part}) for part in name.split(".")]) for name in names}
     longest = max(map(len, patterns), default=0)
     places = range(longest - 1, -1, -1)
     for numbers in (True, False):
         for place in places:
             if len({pattern[place] for pattern in patterns if place < len(pattern)}) > 1:
                 patterns = _join(patterns, place, numbers)
-    return sorted((".".join(map(_show, pattern)) for pattern in patterns), key=natural)
+    return tuple(sorted((".".join(map(_show, pattern)) for pattern in patterns), key=natural))
 
 
 @lru_cache(_REMEMBERED)

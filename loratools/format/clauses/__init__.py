@@ -12,6 +12,7 @@ as far as other clauses go, so that one fault gives one problem.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -87,12 +88,29 @@ class Subject:
         return [(path, entry, self.kind(entry)) for path, entry in self.entries()]
 
     @cached_property
+    def whole(self) -> Mapping[str, frozenset[str]]:
+        """Path -> parts, of those of `modules()` that have exactly the parts of their kind."""
+        have = ((path, kind, frozenset(self.parts.get(path, ()))) for path, _, kind in self._modules)
+        return {path: parts for path, kind, parts in have if kind.accepts(parts)}
+
+    @cached_property
     def ranked(self) -> Mapping[str, Sequence[tuple[str, Mapping[str, Any], Kind]]]:
-        """Name of a kind -> those of `modules()` that are of it."""
+        """Name of a kind -> those of `modules()` that are of it, and have its parts."""
         grouped: dict[str, list[tuple[str, Mapping[str, Any], Kind]]] = {}
         for path, entry, kind in self._modules:
-            grouped.setdefault(kind.name, []).append((path, entry, kind))
+            if path in self.whole:
+                grouped.setdefault(kind.name, []).append((path, entry, kind))
         return grouped
+
+    @cached_property
+    def laid_out(self) -> Sequence[tuple[str, Mapping[str, Any], Kind]]:
+        """Those of `modules()` that have a layout, or need one."""
+        return [(path, entry, kind) for path, entry, kind in self._modules if kind.layout or "layout" in entry]
+
+    @cached_property
+    def foreign(self) -> Sequence[str]:
+        """The modules of kinds that PEFT's LoRA does not have."""
+        return [path for path, _, kind in self._modules if not kind.peft]
 
     def targeted(self) -> list[str]:
         """Return the modules that PEFT finds by `target_modules`; those of an unknown kind are among them."""
@@ -137,7 +155,7 @@ def text(value: Any) -> bool:
 
 def number(value: Any) -> bool:
     """Tell whether a JSON value is a finite number (and not a boolean)."""
-    return type(value) in (int, float) and abs(value) < float("inf")
+    return type(value) in (int, float) and -math.inf < value < math.inf
 
 
 def shown(value: Any) -> str:

@@ -51,19 +51,14 @@ def _strings(value: Any) -> list[str]:
 
 def _lora(subject: Subject) -> Mapping[str, Any] | None:
     """Return the config if it is to say what the manifest says; None where there is none, or L-14 binds it."""
-    return None if _foreign(subject) else subject.config
-
-
-def _foreign(subject: Subject) -> list[str]:
-    """Return the modules of kinds that PEFT's LoRA does not have."""
-    return [path for path, _, kind in subject.modules() if not kind.peft]
+    return None if subject.foreign else subject.config
 
 
 @CHAPTER.clause("L-14")
 def not_for_peft(subject: Subject) -> Iterator[Fault]:
     """Check that PEFT refuses an adapter that it would load only in part."""
-    if subject.config is not None and (foreign := _foreign(subject)) and subject.config.get("peft_type") != FOREIGN:
-        found = f"expected {FOREIGN}, for PEFT has no updates such as that of {foreign[0]}"
+    if subject.config is not None and subject.foreign and subject.config.get("peft_type") != FOREIGN:
+        found = f"expected {FOREIGN}, for PEFT has no updates such as that of {subject.foreign[0]}"
         yield "adapter_config.json", f"peft_type: {found}; found {shown(subject.config.get('peft_type'))}"
 
 
@@ -198,8 +193,9 @@ def switches(subject: Subject) -> Iterator[Fault]:
 @CHAPTER.clause("L-11")
 def neutral(subject: Subject) -> Iterator[Fault]:
     """Refuse fields that make PEFT compute another change from the same tensors."""
+    config = _lora(subject) or {}
     for field, allowed in _NEUTRAL.items():
-        value = (_lora(subject) or {}).get(field, allowed[0])
+        value = config.get(field, allowed[0])
         if not any(type(value) is type(harmless) and value == harmless for harmless in allowed):
             yield "adapter_config.json", f"{field}: {shown(value)} changes what the tensors mean"
 
@@ -218,8 +214,8 @@ def parameters(subject: Subject) -> Iterator[Fault]:
 
 def _parameter(path: str, entry: Mapping[str, Any]) -> str | None:
     """Return the base parameter of stacked experts; PEFT nests one `base_layer` for each further parameter."""
-    layout = entry.get("layout")
-    if entry.get("kind") != "experts" or not isinstance(layout, dict) or not isinstance(layout.get("parameter"), str):
+    layout = entry.get("layout") if entry.get("kind") == "experts" else None
+    if not isinstance(layout, dict) or not isinstance(layout.get("parameter"), str):
         return None
     while path.endswith(".base_layer"):
         path = path.removesuffix(".base_layer")

@@ -207,7 +207,7 @@ def layout_of_kind(subject: Subject) -> Iterator[Fault]:
 
 
 def _layout(subject: Subject, clause: str) -> Iterator[Fault]:
-    for path, entry, kind in subject.modules():
+    for path, entry, kind in subject.laid_out:
         yield from ((path, message) for identifier, message in layout_faults(kind, entry) if identifier == clause)
 
 
@@ -220,6 +220,8 @@ def layout_faults(kind: Kind, entry: Mapping[str, Any]) -> Iterator[tuple[str, s
         yield "M-18", f"layout: expected an object, found {shown(value)}"
         return
     needed = kind.layout or {}
+    if not needed and isinstance(value.get("transposed", False), bool):
+        return
     for name, kind_of in {"transposed": bool, **needed}.items():
         formed, expected = _LAYOUT[kind_of]
         if (name in needed or name in value) and not formed(value.get(name)):
@@ -231,8 +233,7 @@ def layout_faults(kind: Kind, entry: Mapping[str, Any]) -> Iterator[tuple[str, s
 def unscaled(subject: Subject) -> Iterator[Fault]:
     """Check that rank and scaling are 1 where the formula has none."""
     for path, entry, kind in subject.modules():
-        parts = frozenset(subject.parts.get(path, {}))
-        for field in kind.ones(parts) if kind.accepts(parts) else ():
+        for field in kind.ones(subject.whole[path]) if path in subject.whole else ():
             if number(entry.get(field)) and entry[field] != 1:
                 yield path, f"{field}: expected 1, for kind {kind.name} has none here; found {shown(entry[field])}"
 
@@ -280,7 +281,7 @@ def name_length(subject: Subject) -> Iterator[Fault]:
     entries = subject.entries("modules", "replacements")
     stated = (name for path, entry in entries for name in (path, entry.get("tensor")) if isinstance(name, str))
     for name in (*subject.tensors, *stated):
-        if len(name.encode()) > MAX_NAME:
+        if len(name) > MAX_NAME // 4 and len(name.encode()) > MAX_NAME:
             yield shown(name), f"the name is {len(name.encode())} bytes long; the limit is {MAX_NAME}"
 
 

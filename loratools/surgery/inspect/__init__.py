@@ -24,7 +24,7 @@ from loratools.errors import BadFile
 from loratools.format.manifest import METADATA_KEY, ORIGIN
 from loratools.storage.beside.cards import read_card
 from loratools.storage.sources import Location, session
-from loratools.surgery.inspect.amounts import Amount, TensorSummary, amount_of, by_dtype, summary_of
+from loratools.surgery.inspect.amounts import Amount, TensorSummary, by_dtype, summary_of, total_of
 from loratools.surgery.inspect.model import CheckpointSummary, describe_checkpoint, listed
 
 if TYPE_CHECKING:  # what the headers of one adapter do not need is not imported for it
@@ -206,12 +206,12 @@ def describe_adapter(
         for module, update in sorted(adapter.updates.items(), key=lambda item: natural(item[0]))
         for parts in [update.parts.values()]
     ])  # fmt: skip
-    tensors = adapter.tensors()
+    dtypes = by_dtype(adapter.tensors().values())
     return AdapterSummary(
         path=str(path), dialect=dialect, evidence=evidence, groups=_groups(modules), modules=modules,
         replacements=tuple(summary_of(name, adapter.replacements[name]) for name in sorted(adapter.replacements)),
-        total=amount_of(tensors.values()), dtypes=by_dtype(tensors.values()),
-        base=adapter.base, digest=adapter.settings.get(ORIGIN, {}).get("digest"), provenance=adapter.provenance,
+        total=total_of(dtypes.values()), dtypes=dtypes, base=adapter.base,
+        digest=adapter.settings.get(ORIGIN, {}).get("digest"), provenance=adapter.provenance,
         peft_type=adapter.settings.get("peft_type"), entries=entries,
         facts=facts_of(entries, adapter.base.id if adapter.base else None, card),
     )  # fmt: skip

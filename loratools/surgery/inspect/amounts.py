@@ -42,6 +42,15 @@ def amount_of(tensors: Iterable[Tensor]) -> Amount:
     return Amount(len(listed), sum([tensor.parameters for tensor in listed]), sum([tensor.nbytes for tensor in listed]))
 
 
+def total_of(amounts: Iterable[Amount]) -> Amount:
+    """Return the sum of amounts."""
+    listed = list(amounts)
+    return Amount(
+        sum([each.tensors for each in listed]), sum([each.parameters for each in listed]),
+        sum([each.nbytes for each in listed]),
+    )  # fmt: skip
+
+
 def by_dtype(tensors: Iterable[Tensor]) -> dict[str, Amount]:
     groups: dict[str, list[Tensor]] = defaultdict(list)
     for tensor in tensors:
