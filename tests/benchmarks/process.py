@@ -63,10 +63,12 @@ def warm(folder: Path) -> None:
 
 
 def alternate(
-    commands: Mapping[str, Sequence[object]], count: int, prepare: Callable[[], None], inputs: Mapping[str, Path] = {},
-    accepts: Sequence[int] = (0,),
+    commands: Mapping[str, Sequence[object]], count: int, prepare: Callable[[], None],
+    inputs: Mapping[str, Sequence[Path]] = {}, accepts: Sequence[int] = (0,),
 ) -> dict[str, Runs]:  # fmt: skip
     """Run every command in turn, `count` times after one warm-up, so that a drift of the machine meets all alike.
+
+    With a count of 0 each runs once, and that is what counts: for what takes minutes.
 
     `inputs` are folders and files that are read before the command of that name, to be in the page cache; `accepts`
     are the exit codes that are no failure.
@@ -75,10 +77,10 @@ def alternate(
     for turn in range(count + 1):
         for name, command in commands.items():
             prepare()
-            if name in inputs:
-                warm(inputs[name])
+            for read in inputs.get(name, ()):
+                warm(read)
             measured = measure_all(command, accepts)
-            if turn:
+            if turn or not count:
                 taken[name].append(measured)
     prepare()
     return {

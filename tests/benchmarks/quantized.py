@@ -43,9 +43,9 @@ def measure(folder: Path, size: str, count: int) -> None:
     merges = {"merge, bf16": (folder / "base", output), "merge, q8_0.gguf": (folder / "q8_0.gguf", gguf)}
     merges |= {f"merge, {scheme}": (folder / scheme, output) for scheme in SCHEMES}
     commands = {name: [*loratools, "merge", base, adapter, "-o", out] for name, (base, out) in merges.items()}
-    inputs = {name: base for name, (base, _) in merges.items()}
+    inputs = {name: [base] for name, (base, _) in merges.items()}
     for scheme in SCHEMES:
-        inputs[f"dequantize, {scheme}"] = folder / scheme
+        inputs[f"dequantize, {scheme}"] = [folder / scheme]
         commands[f"dequantize, {scheme}"] = [*loratools, "dequantize", folder / scheme, "-o", output]
 
     def prepare() -> None:
