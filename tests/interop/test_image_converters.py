@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import loratools
 from loratools.adapter.naming.image import families
@@ -103,3 +103,55 @@ def test_diffusers_loads_what_is_written(tmp_path: Path) -> None:
         delta = model.get_submodule(module).weight - before[f"{module}.weight"]
         wanted = updates[f"transformer.{module}"].delta_weight()
         torch.testing.assert_close(delta, wanted, rtol=1e-4, atol=1e-4)
+
+
+SDXL_ATTENTIONS = {
+    **dict.fromkeys(("input_blocks_4_1", "input_blocks_5_1"), 2),
+    **dict.fromkeys(("input_blocks_7_1", "input_blocks_8_1", "middle_block_1"), 10),
+    **dict.fromkeys((f"output_blocks_{n}_1" for n in range(3)), 10),
+    **dict.fromkeys((f"output_blocks_{n}_1" for n in range(3, 6)), 2),
+}
+"""Where sd-scripts' `SdxlUNet2DConditionModel` has a Transformer2DModel, and of how many blocks."""
+LINEAR = (*(f"{attention}_to_{x}" for attention in ("attn1", "attn2") for x in ("q", "k", "v", "out_0")),
+          "ff_net_0_proj", "ff_net_2")  # fmt: skip
+CLIP = (*(f"self_attn_{x}_proj" for x in ("q", "k", "v", "out")), "mlp_fc1", "mlp_fc2")
+
+
+def test_sdxl_gets_the_names_under_which_sd_scripts_looks_for_it(tmp_path: Path) -> None:
+    """Of the real SDXL: the 722 modules of its UNet and the 264 of its text encoders; diffusers reads each back."""
+    diffusers: Any = pytest.importorskip("diffusers")
+    from tests.dialects.test_unflatten import SDXL
+
+    unet = model_of(diffusers.UNet2DConditionModel, **SDXL, use_linear_projection=True)
+    modules = [f"unet.{name}" for name, layer in unet.named_modules()
+               if isinstance(layer, torch.nn.Linear) and "attentions" in name]  # fmt: skip
+    modules += [
+        f"{encoder}.text_model.encoder.layers.{n}.{layer}"
+        for encoder, layers in (("text_encoder", 12), ("text_encoder_2", 32))
+        for n in range(layers)
+        for layer in (*(f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
+    ]
+    tensors = {}
+    for number, module in enumerate(modules, 1):
+        tensors[f"{module}.lora_A.weight"] = torch.tensor([[float(number)]])
+        tensors[f"{module}.lora_B.weight"] = torch.ones(1, 1)
+    save_file(tensors, tmp_path / "a.safetensors")
+    loratools.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="kohya")
+    written = load_file(tmp_path / "b.safetensors")
+    heads = {name.partition(".")[0] for name in written}
+    wanted = {f"lora_unet_{a}_{p}" for a in SDXL_ATTENTIONS for p in ("proj_in", "proj_out")}
+    wanted |= {f"lora_unet_{a}_transformer_blocks_{n}_{layer}" for a, depth in SDXL_ATTENTIONS.items()
+               for n in range(depth) for layer in LINEAR}  # fmt: skip
+    assert len(wanted) == 722  # as sd-scripts says when it starts
+    wanted |= {f"lora_te{te}_text_model_encoder_layers_{n}_{layer}" for te, layers in ((1, 12), (2, 32))
+               for n in range(layers) for layer in CLIP}  # fmt: skip
+    assert heads == wanted
+    read = diffusers.StableDiffusionXLPipeline.lora_state_dict(written, unet_config=unet.config)[0]
+    of_unet = {name: tensor for name, tensor in read.items() if name.startswith("unet.")}
+    theirs = diffusers.utils.convert_unet_state_dict_to_peft(of_unet)
+    assert {name: tensor.item() for name, tensor in theirs.items()} == {
+        name: tensor.item() for name, tensor in tensors.items() if name.startswith("unet.")
+    }
+    loratools.convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", to="diffusers")
+    back = load_file(tmp_path / "c.safetensors")
+    assert {name: tensor.item() for name, tensor in back.items()} == {name: t.item() for name, t in tensors.items()}

@@ -15,6 +15,7 @@ from loratools.adapter.kinds.full import BIAS_PART, WEIGHT_PART
 from loratools.adapter.kinds.locon import MID_PART
 from loratools.adapter.model import Adapter, BaseIdentity, Loss
 from loratools.adapter.naming.image import groups, rename
+from loratools.adapter.naming.image.readings import summaries
 from loratools.adapter.parts import BIAS, MAGNITUDE, A, B
 from loratools.decisions import warned
 from loratools.dialects._frame import alphas
@@ -126,6 +127,14 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
     """Write one safetensors file with its hashes; alphas are in the factors' dtype, or a wider one that has them."""
     from loratools.dialects._frame.hashes import MODELSPEC, SHS, hashes  # `inspect` need not wait for it
 
+    for group in groups.groups(adapter) if adapter.dialect != "kohya" else ():
+        if group.stays and group.prefix != f"{groups.ORIGINAL}.":
+            few = some([group.prefix + name for name in group.updates])
+            warned(
+                "%s: names that %s share and kohya's trainers write in two ways; they stay diffusers', as those of "
+                "Stable Diffusion 1 and 2 are: convert with --base BASE where it is another model",
+                few, summaries(group.readings),
+            )  # fmt: skip
     adapter = left(rename.to_original(adapter, reader="kohya"), losses(adapter), target)
     homes = {module: home_of(module, update) for module, update in adapter.updates.items()}
     names, unknown = flattened(dict.fromkeys(homes.values()), groups.prefixes(adapter, "kohya"))

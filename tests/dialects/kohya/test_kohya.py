@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from loratools import dialects
 from loratools.adapter import kinds
 from loratools.adapter.model import Adapter, BaseIdentity
+from loratools.decisions import warnings_to
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
@@ -305,24 +306,35 @@ def test_delta_weights_are_those_of_lycoris(tmp_path: Path, options: dict[str, A
 
 @pytest.mark.interop
 @pytest.mark.filterwarnings("ignore")
-def test_diffusers_loads_what_is_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_diffusers_loads_what_is_written(name: str, tmp_path: Path) -> None:
+    """Each with the names that sd-scripts gives it: diffusers' own for Stable Diffusion, the original's for SDXL."""
     pytest.importorskip("diffusers")
     from tests.dialects import pipelines
     from tests.dialects.test_diffusers import compare, dense
+    from tests.interop import images
 
-    pipe = pipelines.pipeline("sd")
-    found = {}
-    for component, targets in (("unet", ["to_q", "to_out.0"]), ("text_encoder", ["q_proj", "out_proj"])):
+    pipe, found = images.pipeline(name), dict[str, torch.Tensor]()
+    for component in images.components(pipe):
+        targets = ["to_q", "to_out.0", "ff.net.2"] if component == "unet" else ["q_proj", "out_proj"]
         pipelines.train(getattr(pipe, component), targets)
         found |= pipelines.deltas(getattr(pipe, component), f"{component}.")
-    made = {
-        module.replace("text_encoder.encoder", "text_encoder.text_model.encoder"): _factor(delta, i)
-        for i, (module, delta) in enumerate(found.items())
-    }
+    made = {_of_clip(module): _factor(delta, i) for i, (module, delta) in enumerate(found.items())}
     dialects.save_adapter(Adapter(made), tmp_path / "a.safetensors", dialect="kohya")
-    loaded = pipelines.loaded("sd", tmp_path / "a.safetensors")
-    compare({module.replace("text_encoder.encoder", "text_encoder.text_model.encoder"): delta for module, delta in
-             loaded.items()}, dense(Adapter(made)))  # fmt: skip
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert any("input_blocks" in key for key in file.keys()) == (name == "sdxl")  # noqa: SIM118
+        assert any("down_blocks" in key for key in file.keys()) == (name == "sd")  # noqa: SIM118
+    fresh = images.pipeline(name)
+    fresh.load_lora_weights(tmp_path / "a.safetensors")
+    loaded = {module: delta for component in images.components(fresh)
+              for module, delta in pipelines.deltas(getattr(fresh, component), f"{component}.").items()}  # fmt: skip
+    compare({_of_clip(module): delta for module, delta in loaded.items()}, dense(Adapter(made)))
+
+
+def _of_clip(module: str) -> str:
+    """Return a module's name with CLIP's `text_model`, which transformers 5 leaves out."""
+    component, _, name = module.partition(".")
+    return f"{component}.text_model.{name}" if name.startswith("encoder.") else module
 
 
 def _factor(delta: torch.Tensor, seed: int) -> kinds.Update:
@@ -375,3 +387,44 @@ def test_names_of_a_unet_come_back_from_the_originals(modules: tuple[str, ...], 
     with safe_open(tmp_path / "back.safetensors", "pt") as file:
         back = {name for name in file.keys() if not name.endswith(".alpha")}  # noqa: SIM118
     assert back == tensors.keys()
+
+
+BLOCK = "down_blocks.1.attentions.0.transformer_blocks"
+
+
+@pytest.mark.parametrize(
+    ("module", "width", "flat"),
+    [
+        ("mid_block.attentions.0.transformer_blocks.0.attn2.to_k", 2048, "middle_block_1_transformer_blocks_0_attn2"),
+        ("mid_block.attentions.0.transformer_blocks.0.attn2.to_k", 768, "mid_block_attentions_0_transformer_blocks_0"),
+        (f"{BLOCK}.1.attn1.to_q", 640, "input_blocks_4_1_transformer_blocks_1_attn1"),
+        (f"{BLOCK}.0.attn1.to_q", 640, "down_blocks_1_attentions_0_transformer_blocks_0_attn1"),
+    ],
+    ids=["texts of SDXL", "texts of SD", "a second block is SDXL's", "open"],
+)
+def test_widths_and_blocks_tell_one_module_of_a_unet(module: str, width: int, flat: str, tmp_path: Path) -> None:
+    """What both UNets call alike sd-scripts calls by two names; where nothing tells them apart a warning says so."""
+    tensors = {f"unet.{module}.lora_A.weight": torch.ones(2, width), f"unet.{module}.lora_B.weight": torch.ones(640, 2)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    said: list[str] = []
+    with warnings_to(said.append):
+        convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="kohya")
+    with safe_open(tmp_path / "b.safetensors", "pt") as file:
+        assert all(name.startswith(f"lora_unet_{flat}") for name in file.keys())  # noqa: SIM118
+    assert any("Stable Diffusion 1 and 2, SDXL share" in text for text in said) == (module == f"{BLOCK}.0.attn1.to_q")
+
+
+def test_gemma_beside_lumina_has_the_prefix_of_sd_scripts(tmp_path: Path) -> None:
+    """networks/lora_lumina.py calls its one text encoder `lora_te`, as networks/lora_anima.py does."""
+    made = {"transformer.layers.0.attn.to_out.0": lora(1), "text_encoder.layers.3.self_attn.q_proj": lora(2),
+            "transformer.layers.0.feed_forward.linear_1": lora(3)}  # fmt: skip
+    dialects.save_adapter(Adapter(made), tmp_path / "a.safetensors", dialect="kohya")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        heads = {name.partition(".")[0] for name in file.keys()}  # noqa: SIM118
+    assert heads == {
+        "lora_unet_layers_0_attention_out", "lora_unet_layers_0_feed_forward_w1", "lora_te_layers_3_self_attn_q_proj"
+    }  # fmt: skip
+    assert dialects.open_adapter(tmp_path / "a.safetensors").updates.keys() == {
+        "diffusion_model.layers.0.attention.out", "diffusion_model.layers.0.feed_forward.w1",
+        "text_encoder.layers.3.self_attn.q_proj",
+    }  # fmt: skip

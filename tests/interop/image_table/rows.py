@@ -114,7 +114,7 @@ def _converting(
     family, output = changed.family, adapter.parent / f"to-{to}.safetensors"
     of: str = "diffusers" if to == "diffusers" or (to == "comfy" and family.diffusers_in_comfy) else "original"
     if to == "kohya":
-        of = NAMINGS[naming].of if family.kohya == "either" else family.kohya
+        of = family.kohya
 
     def check() -> str:
         outcome = YES

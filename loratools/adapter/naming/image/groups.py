@@ -6,7 +6,7 @@ A family is read under whichever of its namings the names are, and written under
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,9 +52,8 @@ class Group:
             return None
         if reader == "comfy":
             return "diffusers" if family.diffusers_in_comfy else "original", f"{ORIGINAL}."
-        kohya = reading.naming if family.kohya == "either" else family.kohya
-        if reader == "kohya" and kohya == "original":
-            return kohya, f"{ORIGINAL}."
+        if reader == "kohya" and family.kohya == "original":
+            return family.kohya, f"{ORIGINAL}."
         return "diffusers", home(self.prefix, family)
 
     def decided(self, reader: Reader) -> list[tuple[Reading, Naming, str]]:
@@ -63,9 +62,9 @@ class Group:
         Of readings that lead to the same names the first is returned that has the most to say of sizes.
         """
         outcomes: list[tuple[Reading, Naming, str, dict[str, Lead]]] = []
-        direct = [(way, target) for way in self.readings if (target := self.target(way, reader)) is not None]
-        if reader == "kohya" and len({to for _, (to, _) in direct}) > 1:  # open, as with few modules of a UNet
-            direct = [(way, self._kept(way) if self._both(direct) else target) for way, target in direct]
+        direct = self._direct(reader)
+        if reader == "kohya" and self.stays:
+            direct = [(way, self._kept(way)) for way, _ in direct]
         for reading, (to, prefix) in direct or self._around(reader):
             leads = self.leads(reading, to)
             if reader == "kohya" and _same_names(reading, to, leads):
@@ -78,14 +77,20 @@ class Group:
                 outcomes[same[0]] = (reading, to, prefix, leads)
         return [(reading, to, prefix) for reading, to, prefix, _ in outcomes]
 
+    @property
+    def stays(self) -> bool:
+        """Tell whether kohya's names are open, as of a few modules that UNets share: then they stay as they are."""
+        ways = self._direct("kohya")
+        return len({to for _, (to, _) in ways}) > 1 and all(way.family.component == "unet" for way, _ in ways)
+
+    def _direct(self, reader: Reader) -> list[tuple[Reading, tuple[Naming, str]]]:
+        """Return the readings whose names this reader knows, with their targets."""
+        return [(way, target) for way in self.readings if (target := self.target(way, reader)) is not None]
+
     def _kept(self, reading: Reading) -> tuple[Naming, str]:
         """Return the target that leaves this group's names as they are."""
         own = f"{ORIGINAL}." if reading.naming == "original" else home(self.prefix, reading.family)
         return reading.naming, own
-
-    def _both(self, ways: Sequence[tuple[Reading, tuple[Naming, str]]]) -> bool:
-        """Tell whether these are UNets, under either of whose names readers of kohya's files find their modules."""
-        return all(reading.family.component == "unet" for reading, _ in ways)
 
     def _around(self, reader: Reader) -> list[tuple[Reading, tuple[Naming, str]]]:
         """Return readings with their targets by the other names that a reader has for the same models."""

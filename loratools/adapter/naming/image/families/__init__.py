@@ -62,7 +62,7 @@ class Family:
                    flattened ones
     `encoders`     component of a text encoder -> (kohya's prefix, ComfyUI's name): ("lora_te3_", "t5xxl")
     `diffusers_in_comfy`  whether ComfyUI reads the family's adapters under diffusers' names only
-    `kohya`        whose names kohya's trainers flatten; "either" where their readers know both
+    `kohya`        whose names kohya's trainers flatten
     `called`       regular expressions that find the family in the lower-case name of a base, or in what a header says
                    of it (`modelspec.architecture`, `ss_base_model_version`)
     `depths`       list of blocks, in either naming -> the numbers of blocks that published models have: they tell
@@ -88,7 +88,7 @@ class Family:
     prefixes: Mapping[str, str] = field(default_factory=lambda: {"comfy": "diffusion_model.", "kohya": "lora_unet_"})
     encoders: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     diffusers_in_comfy: bool = False
-    kohya: Naming | Literal["either"] = "original"
+    kohya: Naming = "original"
     called: tuple[str, ...] = ()
     depths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)

@@ -8,7 +8,7 @@ after them: block n of the original is 3·i + j. Where a block on the way up has
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from loratools.adapter.naming.image.families import same, within
 
@@ -18,12 +18,42 @@ _RESNET = {
 }  # fmt: skip
 _LAYERS = (*(f"{attn}.{to}" for attn in ("attn1", "attn2") for to in ("to_q", "to_k", "to_v", "to_out.0")),
            "ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3")  # fmt: skip
+_OF_TEXTS = (("attn2", "k"), ("attn2", "v"))
+"""The projections whose input is the text's."""
 _ATTENTION = same("norm", "proj_in", "proj_out", *(f"transformer_blocks.{{}}.{layer}" for layer in _LAYERS))
 
 
 def unet(attention: tuple[bool, ...]) -> dict[str, str]:
     """Return the renames of a UNet; `attention` says of each resolution, the finest first, whether it has attention."""
     return dict(_renames(attention))
+
+
+def inputs(renames: Mapping[str, str], widths: tuple[int, ...], context: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Return the input features of a UNet's attentions by module, in both namings of `renames`.
+
+    `widths` has the channels of each resolution, the finest first, 0 where it has no attention; `context` the features
+    of the texts that published models take.
+    """
+    ours = {
+        f"{block}.transformer_blocks.{{}}.{attention}.to_{x}": context if (attention, x) in _OF_TEXTS else (width,)
+        for width, block in _attentions(widths) for attention in ("attn1", "attn2") for x in "qkv"
+    }  # fmt: skip
+    return ours | {original: ours[name] for original, name in renames.items() if name in ours}
+
+
+def depths(renames: Mapping[str, str], *published: int) -> dict[str, tuple[int, ...]]:
+    """Return the numbers of transformer blocks that published models have in an attention, by list of them."""
+    pairs = [(original, name) for original, name in renames.items() if ".{}" in name]
+    return {side.partition(".{}")[0]: published for pair in pairs for side in pair}
+
+
+def _attentions(widths: tuple[int, ...]) -> Iterator[tuple[int, str]]:
+    """Yield the width and the name of every attention, under diffusers' names."""
+    for i, width in enumerate(widths):
+        yield from ((width, f"down_blocks.{i}.attentions.{j}") for j in range(2) if width)
+    yield widths[-1] or widths[-2], "mid_block.attentions.0"
+    for i, width in enumerate(reversed(widths)):
+        yield from ((width, f"up_blocks.{i}.attentions.{j}") for j in range(3) if width)
 
 
 def _renames(attention: tuple[bool, ...]) -> Iterator[tuple[str, str]]:

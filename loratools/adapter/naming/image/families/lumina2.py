@@ -29,6 +29,7 @@ FAMILY = Family(
         f"{block}.attention.qkv": Fused(tuple(f"{block}.attn.to_{x}" for x in "qkv"), (1, None, None))
         for block in _BLOCKS
     },
+    encoders={"text_encoder": ("lora_te_", "gemma2_2b")},
     inputs={
         **{f"layers.{{}}.attn.to_{x}": (2304,) for x in "qkv"}, "layers.{}.attention.qkv": (2304,),
     },
