@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TypeVar
 
 from loratools.decisions import warned
@@ -20,6 +20,9 @@ TRIES = 3
 
 PATIENCE = 20
 """Seconds that tasks have to end which have begun when the work ends early."""
+
+GLANCE = 5
+"""Seconds without news after which it is asked whether there is a worker at all."""
 
 
 def place() -> str:
@@ -41,10 +44,8 @@ def run(
         stop: Called when the work ends early: tells tasks that have begun to end, which an executor cannot.
 
     Raises:
-        LoraToolsError: What a task raised, or workers were lost three times with the same task.
+        LoraToolsError: What a task raised; workers were lost with the same task again and again; none is left.
     """
-    ended = (BrokenExecutor, CancelledError)  # of the executor itself: nothing more can be begun
-    lost: tuple[type[BaseException], ...] = (*ended, *pool.lost)
     results: dict[int, Result] = {}
     tries = dict.fromkeys(range(len(tasks)), 0)
     waiting: dict[Future[Result], int] = {}
@@ -57,14 +58,20 @@ def run(
         for number in tries:
             begin(number)
         while waiting:
-            finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            finished, _ = wait(waiting, GLANCE, FIRST_COMPLETED)
+            if not finished and (gone := pool.nobody()):
+                raise _lost(pool, tasks[min(waiting.values())], gone)
             for future in finished:
                 number = waiting.pop(future)
                 try:
                     results[number] = future.result()
-                except lost as error:
-                    if tries[number] == TRIES or isinstance(error, ended):
-                        raise _lost(pool, tasks[number], error) from None
+                except BaseException as error:
+                    if final := pool.final(error):
+                        raise _lost(pool, tasks[number], final) from None
+                    if not isinstance(error, pool.lost):
+                        raise
+                    if tries[number] == TRIES:
+                        raise _lost(pool, tasks[number], f"{type(error).__name__}: {error}") from None
                     warned("%s: the worker of %s was lost; it is done again", pool.name, tasks[number])
                     begin(number)
                 else:
@@ -78,6 +85,6 @@ def run(
     return [results[number] for number in sorted(results)]
 
 
-def _lost(pool: Pool, task: object, error: BaseException) -> LoraToolsError:
-    hint = "Its process may have been ended for want of memory; look at the log of the worker or the scheduler."
-    return LoraToolsError(f"{pool.name}: {task} was not done: {type(error).__name__}: {error}", hint=hint)
+def _lost(pool: Pool, task: object, why: str) -> LoraToolsError:
+    hint = "A process may have been ended for want of memory; look at the log of the worker or the scheduler."
+    return LoraToolsError(f"{pool.name}: {task} was not done: {why}", hint=hint)

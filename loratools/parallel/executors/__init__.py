@@ -69,10 +69,8 @@ def opened(workers: Workers) -> Iterator[Pool]:
         1
     """
     if isinstance(workers, Executor):
-        lost: tuple[type[BaseException], ...] = ()
-        if type(workers).__module__.partition(".")[0] == "distributed":
-            lost = _dask.lost()
-        yield Pool(workers, type(workers).__name__, lost=lost)
+        of_dask = type(workers).__module__.partition(".")[0] == "distributed"
+        yield _dask.given(workers) if of_dask else Pool(workers, type(workers).__name__)
         return
     with _kind(workers).opened(str(workers)) as pool:
         yield pool

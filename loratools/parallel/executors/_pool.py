@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Executor
+from collections.abc import Callable
+from concurrent.futures import BrokenExecutor, CancelledError, Executor
 from dataclasses import dataclass
 
 from loratools.errors import MissingExtra
+
+
+def of_itself(error: BaseException) -> str | None:
+    """Return in words why an executor of the standard library does no more tasks; None for any other exception."""
+    broken = isinstance(error, BrokenExecutor | CancelledError)
+    return f"{type(error).__name__}: {error}".rstrip(": ") if broken else None
+
+
+def somebody() -> str | None:
+    """Return None: there is somebody to do the work, as far as anybody knows."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -13,7 +24,9 @@ class Pool:
     """An executor that is open, what it is called, and how many tasks it runs at once; None where that may change.
 
     `local` says that its workers share this machine, and so its cores. `lost` are the exceptions by which it says that
-    a worker is gone and its tasks were not done.
+    a task was not done for a worker's sake, and may be begun again. `final` puts an exception in words by which it says
+    that it does not do the task any more, and returns None for any other. `nobody` is asked every few seconds in which
+    nothing ends: it says in words that no worker is left to wait for, and returns None while there is one.
     """
 
     executor: Executor
@@ -21,6 +34,8 @@ class Pool:
     count: int | None = None
     local: bool = False
     lost: tuple[type[BaseException], ...] = ()
+    final: Callable[[BaseException], str | None] = of_itself
+    nobody: Callable[[], str | None] = somebody
 
 
 def missing(package: str) -> MissingExtra:

@@ -1,4 +1,9 @@
-"""Processes of this machine, which a Dask scheduler of their own looks after: one that ends is begun anew."""
+"""Processes of this machine, which a Dask scheduler of their own looks after: one that ends is begun anew.
+
+15 s after it lost a process Dask looks whether there is a new one, and stops beginning it anew if there is none. Where
+that one has just been lost as well, for another reason, it ends for good so, and the work would stand still: that look
+is put off for ever.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from loratools.errors import LoraToolsError
 from loratools.parallel.executors._dask import connected, package
 from loratools.parallel.executors._pool import Pool
 
@@ -13,14 +19,27 @@ SUMMARY = "processes of this machine, by their number"
 
 _HERE = "127.0.0.1"
 
+_NO_LOOK = {"distributed.deploy.lost-worker-timeout": "3650 days"}
+
+PATIENCE = 120
+"""Seconds in which there may be no process at all; beginning one takes two, or ten where much else is done."""
+
 
 @contextmanager
 def opened(address: str) -> Iterator[Pool]:
     """Begin as many processes as `address` says; they listen on this machine's own address only, with no dashboard."""
     count, distributed = int(address), package()
-    cluster = distributed.LocalCluster(
-        n_workers=count, threads_per_worker=1, processes=True, host=_HERE, dashboard_address=None,
-        silence_logs=logging.CRITICAL, memory_limit=0,
-    )  # fmt: skip
-    with cluster, connected(cluster, f"{count} processes of this machine", count=count, local=True) as pool:
-        yield pool
+    import dask
+
+    name = f"{count} processes of this machine"
+    with dask.config.set(_NO_LOOK):
+        try:
+            cluster = distributed.LocalCluster(
+                n_workers=count, threads_per_worker=1, processes=True, host=_HERE, dashboard_address=None,
+                silence_logs=logging.CRITICAL, memory_limit=0,
+            )  # fmt: skip
+        except (RuntimeError, OSError) as error:
+            hint = "A process may have been ended for want of memory; try fewer."
+            raise LoraToolsError(f"{name}: they could not be begun: {error}", hint=hint) from None
+        with cluster, connected(cluster, name, count=count, local=True, patience=PATIENCE) as pool:
+            yield pool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from loratools.errors import InvalidOption, LoraToolsError
 from loratools.parallel.executors._dask import connected
@@ -21,11 +22,11 @@ def opened(address: str) -> Iterator[Pool]:
     if number and not (number.isdecimal() and int(number)):
         raise InvalidOption(f"workers is {address!r}; after slurm: comes a number of jobs")
     try:
-        from dask_jobqueue import SLURMCluster
+        from dask_jobqueue.slurm import SLURMCluster
     except ImportError:
         raise missing("dask-jobqueue") from None
     try:
-        cluster = SLURMCluster()
+        cluster: Any = SLURMCluster()
     except (ValueError, TypeError) as error:
         raise LoraToolsError(
             f"slurm: dask-jobqueue cannot describe a job: {error}",
@@ -36,5 +37,5 @@ def opened(address: str) -> Iterator[Pool]:
             cluster.scale(jobs=int(number))
         else:
             cluster.adapt(minimum_jobs=0, maximum_jobs=_MOST)
-        with connected(cluster, address, count=int(number) if number else None) as pool:
+        with connected(cluster, address, count=int(number) if number else None, patience=None) as pool:
             yield pool

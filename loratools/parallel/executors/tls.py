@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
+from loratools.parallel.executors import _dask
 from loratools.parallel.executors._dask import connected
 from loratools.parallel.executors._pool import Pool
 
@@ -12,4 +13,4 @@ SUMMARY = "a Dask scheduler behind TLS, tls://host:8786"
 
 def opened(address: str) -> AbstractContextManager[Pool]:
     """Connect to the scheduler at an address."""
-    return connected(address, address)
+    return connected(address, address, patience=_dask.ALONE)

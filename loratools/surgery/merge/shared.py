@@ -84,10 +84,16 @@ def merge_shared(call: Call, workers: Workers, *, progress: Progress | None = No
 def work(task: _Task) -> PartReport:
     """Write one part, in a worker; what it warns of comes back with the report."""
     warnings: list[str] = []
-    wanted = _while_wanted(_mark(Path(task.call.arguments["output"]), task.key))
+    mark = _mark(Path(task.call.arguments["output"]), task.key)
+    wanted = _while_wanted(mark)
     try:
         with warnings_to(warnings.append), session():
             task.call.check_version()
+            if not mark.exists():
+                raise BadFile(
+                    f"{tasks.place()} does not see {mark}, which the caller has made: it was called off, or that is "
+                    "another folder there", hint="Every worker has to see the same folders under the same names.",
+                )  # fmt: skip
             prepared = decide_call(task.call)
             if fingerprint(prepared.plan, settings_of(prepared)) != task.key:
                 raise BadFile(
@@ -104,6 +110,9 @@ def work(task: _Task) -> PartReport:
                 report = write_part(task.call, prepared, task.part, token, wanted, durable=False)
             except OutputRefused:  # a worker that was given up still holds it: begin beside it
                 report = write_part(task.call, prepared, task.part, token + _random(), wanted, durable=False)
+            if not mark.exists():  # nobody else will remove it
+                atomic.remove(Path(report.folder))
+                raise LoraToolsError("the work was called off")
     except LoraToolsError as error:
         error.problems = (*error.problems, f"in {task} of the work, by {tasks.place()}")
         raise
@@ -129,11 +138,19 @@ def _while_wanted(mark: Path) -> Progress:
 
 
 def _remove(output: Path, key: str) -> None:
-    """Remove the folders of parts that workers made, but for those that one works in which could not be ended."""
-    for folder in leftovers.parts_of(output.absolute()):
-        if folder.name.startswith(f".{output.name}.part-{key[:4]}"):
+    """Remove the folders of parts that workers made, once those are out of them that were called off.
+
+    One that works on has lost its connection, or its machine stands still; it removes its own when it ends.
+    """
+    mine = f".{output.name}.part-{key[:4]}"
+    end = time.monotonic() + tasks.PATIENCE
+    while held := [each for each in leftovers.parts_of(output.absolute()) if each.name.startswith(mine)]:
+        for folder in held:
             with suppress(OutputRefused), atomic.part_folders(output, [folder]):
                 atomic.remove(folder)
+        if time.monotonic() > end:
+            return
+        time.sleep(0.05 if any(folder.exists() for folder in held) else 0)
 
 
 def _random() -> str:
