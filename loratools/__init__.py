@@ -158,3 +158,5 @@ __all__ = [
 ]  # fmt: skip
 
 resolvers.install("hf://", "loratools.hub.pull", "resolve")
+for _scheme in ("s3://", "gs://", "az://", "https://", "http://"):
+    resolvers.install(_scheme, "loratools.storage.stores.skeleton", "resolve")

@@ -109,3 +109,7 @@ class NoDevice(LoraToolsError):
 
 class HubError(LoraToolsError):
     """The Hub said no, or could not be reached."""
+
+
+class StoreError(LoraToolsError):
+    """An object store or a server said no, sent something else, or could not be reached."""

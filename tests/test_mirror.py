@@ -53,6 +53,7 @@ ELSEWHERE = {
     "storage/codecs/test_mxfp4": "storage/codecs: _powers",
     "storage/test_header": "storage: dtypes",
     "storage/test_sources": "storage: resolvers",
+    "storage/stores/test_client": "storage/stores: faults",
     "dialects/_frame/test_frame": "storage: lazy",
     "dialects/gguf/test_gguf": "adapter/naming: llama_cpp llama_cpp_table",
     "surgery/extract/test_extract": "adapter/naming: selection; adapter/placement: owners; linalg/ranks: allocate",

@@ -1,7 +1,8 @@
 """Bytes and files; nothing here knows of adapters.
 
 sources       an input: a path, or a reference of which an installed resolver makes a path
-resolvers     who makes a path of a reference: filled by `import loratools`, so it imports nothing
+resolvers     who makes a path of a reference: filled by `import loratools`, so it imports nothing; files read from afar
+stores        object stores and servers of files: read by ranges, written in parts
 checkpoint    a model on disk: one file, shards with an index, a folder, a pipeline
 header        the safetensors header: read, checked, written canonically
 strict_json   JSON files and texts of strangers

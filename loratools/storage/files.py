@@ -16,12 +16,18 @@ from loratools.errors import BadFile
 from loratools.storage import dtypes
 from loratools.storage.atomic import system
 from loratools.storage.header import TensorSpec
+from loratools.storage.resolvers import FAR
 
 if TYPE_CHECKING:
     import torch
 
+    from loratools.storage.resolvers import Far
+
 # Of copies in the kernel: another file system, or a kernel without the call.
 _NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY}
+
+_READS: dict[int, Far] = {}
+"""Descriptor -> what reads the file, where its bytes lie elsewhere."""
 
 CHUNK = 1 << 20
 """Bytes of one read: small enough to stay in a core's cache between reading, arithmetic and writing."""
@@ -29,16 +35,24 @@ CHUNK = 1 << 20
 
 @contextmanager
 def descriptor(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
-    """Open a file by its descriptor for `read_into` and friends; raise `BadFile` where it cannot be opened."""
+    """Open a file by its descriptor for `read_into` and friends; raise `BadFile` where it cannot be opened.
+
+    That of a file which lies elsewhere (`resolvers.FAR`) cannot be read by any other call, which would find zeros.
+    """
+    far = FAR.get(str(path)) if FAR and flags == os.O_RDONLY else None
     try:
-        number = os.open(path, flags | system.BINARY, 0o666)
+        number = os.open(path, (os.O_WRONLY if far else flags) | system.BINARY, 0o666)
     except OSError as error:
         if flags != os.O_RDONLY:
             raise
         raise BadFile(f"{path}: cannot be read: {error.strerror}") from None
+    if far:
+        _READS[number] = far
     try:
         yield number
     finally:
+        if far:
+            del _READS[number]
         os.close(number)
 
 
@@ -57,6 +71,9 @@ def temporary(folder: Path, prefix: str) -> Iterator[tuple[int, Path]]:
 
 def read_into(source: int, buffer: memoryview, offset: int, path: Path | str = "a file") -> None:
     """Fill `buffer` from a descriptor at `offset`; raise `BadFile`, which names `path`, at the end of the file."""
+    if far := _READS.get(source):
+        far.read_into(buffer, offset)
+        return
     done = 0
     while done < len(buffer):
         count = system.read_at(source, buffer[done:], offset + done)
@@ -82,7 +99,10 @@ def copy_range(source: int, start: int, stop: int, target: int, offset: int, pat
 
     Raises `BadFile`, which names `path`, where the source ends too early.
     """
-    kernel = system.copies_well(target, start, offset)
+    far = _READS.get(source)
+    if far:
+        far.ahead(start, stop)
+    kernel = not far and system.copies_well(target, start, offset)
     buffer = memoryview(b"")
     while start < stop:
         if kernel:

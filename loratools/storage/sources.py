@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 from loratools.errors import BadFile, InvalidOption, LoraToolsError
 from loratools.storage.atomic.inputs import Stamp, see, stamp, watched
-from loratools.storage.resolvers import RESOLVERS
+from loratools.storage.resolvers import FAR, RESOLVERS, SHOWN, forget
 
 if TYPE_CHECKING:
     from loratools.parallel import Progress
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Location = str | os.PathLike[str]
 """A path, or a reference. A reference is a text: a `Path` has lost one of its slashes."""
 
-_REFERENCE = r"[a-z]+://([^/@]+/[^/@]+)(?:@([^/]+))?"
+_REFERENCE = r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?"
 _CACHED = r"/models--(?:([^/]+?)--)?([^/]+)/snapshots/([0-9a-f]{7,64})(?:/|\Z)"
 _GENERIC = {"adapter_model", "adapters", "model", "pytorch_model", "pytorch_lora_weights", "diffusion_pytorch_model"}
 _FILES = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".npz", ".ckpt"}
@@ -56,6 +56,7 @@ class Session:
         self.names: dict[str, str] = {}
         self.read: dict[object, Any] = {}
         self.folders = ExitStack()
+        self.made: list[Path] = []
 
     def named(self, text: str) -> str:
         """Return a text with references in the place of paths that only this task knows."""
@@ -67,10 +68,13 @@ class Session:
         """Return a new folder that goes away with the task, or with the process."""
         from loratools.storage.atomic import temporary
 
-        return self.folders.enter_context(temporary("headers"))
+        self.made.append(made := self.folders.enter_context(temporary("headers")).resolve())
+        return made
 
     def close(self) -> None:
-        """Remove the folders."""
+        """Remove the folders, and let go of what is read for files in them."""
+        for folder in self.made:
+            forget(folder)
         self.folders.close()
 
 
@@ -112,7 +116,9 @@ def local(location: Location, need: Need = "adapter") -> Path:
     resolve = getattr(import_module(module), function)
     path: Path = resolve(location, need, partial(current.fetching, location), current.folder)
     current.paths[location, need] = path
-    if need == "header":
+    if known := [place for place in (path, path.parent) if str(place) in SHOWN]:
+        current.names[str(known[0])] = SHOWN[str(known[0])]
+    elif need == "header":
         current.names[str(path)] = location
     return path
 
@@ -207,7 +213,8 @@ def open_file(path: Path) -> IO[bytes]:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             raise BadFile(f"{path}: not a regular file")  # opening a pipe would wait for its writer
-        file = path.open("rb")
+        far = FAR.get(str(path)) if FAR else None
+        file = far.open() if far else path.open("rb")
         see(path, os.fstat(file.fileno()))
         return file
     except FileNotFoundError:

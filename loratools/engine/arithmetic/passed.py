@@ -15,11 +15,13 @@ from loratools.engine.task import Changed, TensorTask, Tile, near_zero, not_fini
 from loratools.linalg.native import factors, tiles
 from loratools.linalg.native.factors import Memory, Sum
 from loratools.storage import dtypes, files
+from loratools.storage.resolvers import is_far
 
 
 def passes(change: Change) -> bool:
     """Tell whether a tensor that `native.serves` is changed here: its numbers are in a file that C reads."""
-    return change.source.encoding is None and bool(change.placements) and factors.available() and tiles.available()
+    here = change.source.encoding is None and not is_far(change.source.file)
+    return here and bool(change.placements) and factors.available() and tiles.available()
 
 
 class PassedRows:

@@ -73,7 +73,7 @@ def _records(path: Path, begin: int, end: int) -> dict[str, tuple[int, int]]:
     """Map the name of each record of the zip at bytes [`begin`, `end`) to where its bytes begin and end."""
     records: dict[str, tuple[int, int]] = {}
     try:
-        with path.open("rb") as file, zipfile.ZipFile(Window(file, begin, end, MAX_DIRECTORY)) as archive:
+        with open_file(path) as file, zipfile.ZipFile(Window(file, begin, end, MAX_DIRECTORY)) as archive:
             for info in archive.infolist():
                 if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
                     raise BadFile(f"{path}: record {info.filename!r} is compressed; torch.save never does that")

@@ -25,6 +25,7 @@ from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.codecs.state import BESIDE, KEYS
 from loratools.storage.codecs.state import beside as beside_config
 from loratools.storage.companions import RECORD, RESIDUAL, tokenizer_files
+from loratools.storage.sources import open_file
 from loratools.storage.strict_json import read_json
 
 _CODE = frozenset({".py", ".pyi", ".pyc", ".so", ".pyd", ".dll", ".dylib", ".sh", ".c", ".cpp", ".cu", ".cuh", ".h"})
@@ -193,7 +194,7 @@ def _same(first: Path, second: Path) -> bool:
     """Tell whether two files have the same bytes, however long they are."""
     if first.stat().st_size != second.stat().st_size:
         return False
-    with first.open("rb") as one, second.open("rb") as other:
+    with open_file(first) as one, open_file(second) as other:
         while block := one.read(1 << 20):
             if block != other.read(1 << 20):
                 return False

@@ -15,6 +15,7 @@ from loratools.adapter.site import Site
 from loratools.parallel import Progress
 from loratools.storage import dtypes, files
 from loratools.storage.header import TensorSpec
+from loratools.storage.resolvers import is_far
 from loratools.surgery.verify.probes import Probe, Tally, compare
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def _passes(source: TensorSpec, merged: TensorSpec, probe: Probe) -> bool:
     from loratools.linalg.native import proof
 
     plain = not (source.encoding or merged.encoding or probe.site.transposed)
+    plain = plain and not is_far(source.file) and not is_far(merged.file)
     return plain and {source.dtype, merged.dtype} <= proof.DTYPES.keys() and proof.passes()
 
 
