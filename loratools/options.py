@@ -35,6 +35,9 @@ TrainedOn = Literal["original", "folded"]
 Device = Literal["cpu", "cuda", "mps"]
 """Where the arithmetic is done: on the processor, a GPU of NVIDIA or AMD (`cuda:1` is the second), or one of Apple."""
 
+Arithmetic = Literal["auto", "float32"]
+"""By what an extraction finds directions: products in bfloat16 where they serve, or in float32 alone."""
+
 _DEVICE = r"cpu|mps|cuda(:(0|[1-9][0-9]?))?"
 
 Value = TypeVar("Value")

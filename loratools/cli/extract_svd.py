@@ -43,7 +43,7 @@ _SHOWN = 8  # patterns of one class in the text
 @options.option("--tight", is_flag=True)
 @options.option("--tolerance", type=float, default=6e-4, show_default=True)
 @options.option(
-    "--arithmetic", type=options.Words("loratools.surgery.extract.options", "Arithmetic"), default="auto",
+    "--arithmetic", type=options.Words("loratools.options", "Arithmetic"), default="auto",
     show_default=True,
 )  # fmt: skip
 @options.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, more="Of the sketches.")
@@ -73,8 +73,7 @@ def command(talk: Talk, /, base: str, tuned: str, output: Path, **values: Any) -
       loratools extract-svd base tuned -o extracted --dry-run
     """
     from loratools.adapter.naming.selection import Selection
-    from loratools.storage.checkpoint import Checkpoint
-    from loratools.surgery.extract import extract, plan
+    from loratools.storage.checkpoint import Checkpoint, ahead
 
     before, after = Checkpoint.open(base), Checkpoint.open(tuned)
     kinds = {"kinds": frozenset(values["kinds"])} if values["kinds"] else {}
@@ -82,16 +81,22 @@ def command(talk: Talk, /, base: str, tuned: str, output: Path, **values: Any) -
         values["include"], values["exclude"], values["save"], drop_whole=values["drop_whole"], **kinds
     )
     if values["dry_run"]:
+        from loratools.surgery.extract import plan
+
         return _dry(plan(before, after, selection), before, after)
     dtype = values["dtype"].upper()
-    ranks = _ranks(values, dtype)
-    with talk.progress("extracting", before.nbytes + after.nbytes) as advance:
-        extraction = extract(
-            before, after, output, ranks, selection=selection, dtype=dtype, seed=values["seed"],
-            tolerance=values["tolerance"], tight=values["tight"], arithmetic=values["arithmetic"],
-            device=values["device"], base_id=values["base_id"], threads=values["threads"], force=values["force"],
-            progress=advance,
-        )  # fmt: skip
+    with ahead.hashing(before, after) as digests:
+        from loratools.surgery.extract import extract  # and torch, which takes one core as long as some hashing
+
+        ranks = _ranks(values, dtype)
+        digests.stop()
+        with talk.progress("extracting", before.nbytes + after.nbytes) as advance:
+            extraction = extract(
+                before, after, output, ranks, selection=selection, dtype=dtype, seed=values["seed"],
+                tolerance=values["tolerance"], tight=values["tight"], arithmetic=values["arithmetic"],
+                device=values["device"], base_id=values["base_id"], threads=values["threads"], force=values["force"],
+                progress=advance,
+            )  # fmt: skip
     talk.note(*extraction.notes)
     if extraction.dropped_energy > 0:
         talk.warn(f"{extraction.dropped_energy:.2%} of the change was left out on request")

@@ -35,17 +35,17 @@ from loratools.engine.device import computing
 from loratools.errors import IncompatibleAdapter, OutputRefused, counted
 from loratools.format import manifest
 from loratools.linalg.ranks.allocate import Ranks
-from loratools.options import Options
+from loratools.options import Arithmetic, Options
 from loratools.parallel import Progress, cores, no_progress
 from loratools.storage import atomic
 from loratools.storage.beside import making
-from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.checkpoint import Checkpoint, ahead
 from loratools.storage.checkpoint.logical import logical
 from loratools.storage.dtypes import FloatName
 from loratools.storage.sources import Location, origin, session
 from loratools.surgery.extract.assemble import Outcome, assemble, companion_files, dropped_energy
 from loratools.surgery.extract.layers import Total, total
-from loratools.surgery.extract.options import Arithmetic, ExtractOptions
+from loratools.surgery.extract.options import ExtractOptions
 from loratools.surgery.extract.pairs import Pairing, pair
 from loratools.surgery.extract.single import write as write_single
 from loratools.surgery.extract.spool import Spool
@@ -177,7 +177,7 @@ def extract(
     opened = atomic.new_files(output, (), force=force) if single else atomic.new_folder(output, force=force)
     with opened as scratch, computing(options.computes_on):
         spool = Spool(scratch / ".factors")
-        work = Sweep(base, tuned, pairing, options, spool, progress or no_progress, coded)
+        work = Sweep(base, tuned, pairing, options, spool, progress or no_progress, coded, ahead.found())
         outcomes, hashes = work.run(threads or cores())
         for model, root in ((base, hashes[0].root), (tuned, hashes[1])):
             making.note_root(model.path, str(root))

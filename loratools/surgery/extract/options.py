@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from loratools.linalg.ranks.allocate import Ranks
-from loratools.options import Options
+from loratools.options import Arithmetic, Options
 from loratools.storage import dtypes
 
 if TYPE_CHECKING:
     import torch
 
-
-Arithmetic = Literal["auto", "float32"]
 ROUNDED = "bfloat16, the last float32"
 """What a record says where the processor multiplied in bfloat16."""
 

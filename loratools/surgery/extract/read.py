@@ -87,10 +87,13 @@ def _columns(spec: TensorSpec) -> int:
     return max(1, spec.parameters // max(1, spec.shape[0] if spec.shape else 1))
 
 
-def read_delta(base: TensorSpec, tuned: TensorSpec, progress: Progress, *, keep: bool, rounded: bool = False) -> Delta:
+def read_delta(
+    base: TensorSpec, tuned: TensorSpec, progress: Progress, *, keep: bool, rounded: bool = False,
+    known: tuple[str | None, str | None] = (None, None),
+) -> Delta:  # fmt: skip
     """Compare two tensors of one shape; `keep` returns D too, with `rounded` also in bfloat16 where that serves.
 
-    Both are valid until this thread keeps the next.
+    Both are valid until this thread keeps the next. `known` are the digests of both, where they were taken before.
 
     Raises `BadFile` where a number is NaN or infinite.
     """
@@ -104,8 +107,9 @@ def read_delta(base: TensorSpec, tuned: TensorSpec, progress: Progress, *, keep:
     base_norm2 = norm2 = lost2 = 0.0
     rows: list[int] = []
     for start, raw, pair in files.row_tiles((base, tuned), columns, TILE):
-        for hasher, spec, piece in zip(hashers, (base, tuned), raw, strict=True):
-            hasher.update(values.plain(spec, piece))
+        for one, hasher, spec, piece in zip(known, hashers, (base, tuned), raw, strict=True):
+            if one is None:
+                hasher.update(values.plain(spec, piece))
         count = len(pair[0])
         target = work.resize_(pair[0].shape) if D is None else D[start : start + count]
         lows = None if low is None else low[start : start + count]
@@ -119,7 +123,7 @@ def read_delta(base: TensorSpec, tuned: TensorSpec, progress: Progress, *, keep:
     if norm2 and not (norm2 < math.inf and base_norm2 < math.inf):
         wrong = tuned if base_norm2 < math.inf else base
         raise BadFile(f"NaN or infinity in {wrong.file}, so the change has no norm")
-    old, new = (digest.finish(hasher) for hasher in hashers)
+    old, new = (one or digest.finish(hasher) for one, hasher in zip(known, hashers, strict=True))
     if old == new:  # also of codes and of the 16-bit numbers that they stand for: no change but a rounding
         norm2, rows, D = 0.0, [], None
     noise2 = rounding_energy(tuned) if norm2 and keep else 0.0

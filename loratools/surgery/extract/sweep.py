@@ -39,7 +39,7 @@ _Several = Callable[..., dict[str, "_Result"]]
 @dataclass(frozen=True, slots=True)
 class Sweep:
     """One run over all pairs. The tensors `coded` belong to a quantization, whose name they
-    have there, and may not differ."""
+    have there, and may not differ. `known` are digests that were taken before."""
 
     base: Checkpoint
     tuned: Checkpoint
@@ -48,6 +48,7 @@ class Sweep:
     spool: Spool
     progress: Progress
     coded: Mapping[str, str] = field(default_factory=dict)
+    known: Mapping[TensorSpec, str] = field(default_factory=dict)
 
     def run(self, threads: int) -> tuple[list[Outcome], tuple[BaseIdentity, str]]:
         """Work on all pairs, several at a time, then on those whose ranks need a second look."""
@@ -134,9 +135,13 @@ class Sweep:
             norm2, new = read_norm2(spec, self.progress)
             old = read_norm2(source, self.progress)[1] if pair.base else ""
             return _Result(pair, 0.0 if pair.plan == "ignore" else norm2, 0.0, (old, new))
+        known = self.known.get(source), self.known.get(spec)
+        if known[0] and known[0] == known[1]:
+            self.progress(source.nbytes + spec.nbytes)
+            return _Result(pair, 0.0, 0.0, (known[0], known[0]))
         stacked = pair.kind == "experts"
         keep = pair.plan == "factor" and not stacked
-        delta = read_delta(source, spec, self.progress, keep=keep, rounded=self.options.rounds)
+        delta = read_delta(source, spec, self.progress, keep=keep, rounded=self.options.rounds, known=known)
         if pair.plan == "factor" and stacked and delta.norm2:
             factored, norm2, base_norm2, noise2 = factor_stack(pair, source, spec, shapes, self.options, self.spool)
             return _Result(pair, norm2, base_norm2, delta.digests, factored, noise2=noise2)
