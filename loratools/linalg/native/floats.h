@@ -19,10 +19,11 @@ INLINE Vector NAMED(widened, WIDTH)(const char *row, size_t j, int dtype)
     if (dtype == BF16) return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)stored), 16);
     return (Vector)_mm512_cvtph_ps((__m256i)stored);
 #else
-    if (dtype == BF16) return (Vector)(__builtin_convertvector(stored, Bits) << 16);
 #if WIDTH == 8
+    if (dtype == BF16) return (Vector)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)stored), 16);
     return (Vector)_mm256_cvtph_ps((__m128i)stored);
 #else
+    if (dtype == BF16) return (Vector)(__builtin_convertvector(stored, Bits) << 16);
     Vector numbers;
     for (int n = 0; n < WIDTH; n++) {
         _Float16 number;
@@ -34,6 +35,9 @@ INLINE Vector NAMED(widened, WIDTH)(const char *row, size_t j, int dtype)
 #endif
 }
 
+/* The upper halves of numbers, rounded to nearest even. */
+INLINE Bits NAMED(upper, WIDTH)(Bits bits) { return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; }
+
 /* Store numbers from element j on, rounded to nearest even. */
 INLINE void NAMED(round_to, WIDTH)(char *row, size_t j, Vector numbers, int dtype)
 {
@@ -42,8 +46,7 @@ INLINE void NAMED(round_to, WIDTH)(char *row, size_t j, Vector numbers, int dtyp
         return;
     }
     if (dtype == BF16) {
-        Bits bits = (Bits)numbers;
-        bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        Bits bits = NAMED(upper, WIDTH)((Bits)numbers);
 #if WIDTH == 16
         *(Halves *)(row + 2 * j) = (Halves)_mm512_cvtepi32_epi16((__m512i)bits);
 #else

@@ -1,4 +1,5 @@
-/* The arithmetic of rows.c for vectors of WIDTH numbers, with the instructions of TARGET, TOGETHER rows at a time.
+/* The arithmetic of rows.c for vectors of WIDTH numbers, with the instructions of TARGET: TOGETHER rows and ACROSS
+ * vectors of each at a time.
  *
  * `dtype`, that of W, and `result`, that of out, are constants wherever these functions are inlined: what stands once
  * here becomes a loop for each of them.
@@ -7,24 +8,28 @@
 
 #define HalfVector NAMED(HalfVector, WIDTH)
 #define Doubles NAMED(Doubles, WIDTH)
+#define Integers NAMED(Integers, WIDTH)
+#define Pairs NAMED(Pairs, WIDTH)
 
 typedef float HalfVector __attribute__((vector_size(2 * WIDTH), aligned(4), may_alias));
 typedef double Doubles __attribute__((vector_size(4 * WIDTH), aligned(8), may_alias));
+typedef int32_t Integers __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef int16_t Pairs __attribute__((vector_size(4 * WIDTH), aligned(2), may_alias)); /* 16-bit numbers of two Vectors */
 
 /* sums = left·right for `count` rows, a constant where this is inlined. */
 INLINE void NAMED(multiply, WIDTH)(
     const float *left, const float *right, size_t rank, size_t panels, float *sums, int count)
 {
-    enum { VECTORS = LANES / WIDTH };
-    for (size_t p = 0; p < panels; p++, right += rank * LANES) {
-        Vector sum[TOGETHER][VECTORS] = {{{0}}}; /* these stay in registers */
-        for (size_t k = 0; k < rank; k++)
+    for (size_t p = 0; p < panels; p++, right += rank * LANES, sums += LANES)
+        for (int j = 0; j < LANES; j += ACROSS * WIDTH) {
+            Vector sum[TOGETHER][ACROSS] = {{{0}}}; /* these stay in registers */
+            for (size_t k = 0; k < rank; k++)
+                for (int i = 0; i < count; i++)
+                    for (int n = 0; n < ACROSS; n++)
+                        sum[i][n] += left[i * rank + k] * *(const Vector *)(right + k * LANES + j + n * WIDTH);
             for (int i = 0; i < count; i++)
-                for (int n = 0; n < VECTORS; n++)
-                    sum[i][n] += left[i * rank + k] * *(const Vector *)(right + k * LANES + n * WIDTH);
-        for (int i = 0; i < count; i++)
-            for (int n = 0; n < VECTORS; n++) *(Vector *)(sums + (i * panels + p) * LANES + n * WIDTH) = sum[i][n];
-    }
+                for (int n = 0; n < ACROSS; n++) *(Vector *)(sums + i * panels * LANES + j + n * WIDTH) = sum[i][n];
+        }
 }
 
 /* Add W to the sums of a row; return the sum of their squares. */
@@ -74,6 +79,70 @@ INLINE void NAMED(extremes, WIDTH)(const char *out, size_t first, size_t last, u
     *least = low;
 }
 
+/* The bits of numbers in 16 bit, those of x before those of y, rounded to nearest even. */
+INLINE Pairs NAMED(rounded, WIDTH)(Vector x, Vector y, int dtype)
+{
+#if WIDTH == 8
+    if (dtype == BF16) {
+        Bits low = NAMED(upper, WIDTH)((Bits)x), high = NAMED(upper, WIDTH)((Bits)y);
+        return (Pairs)_mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)low, (__m256i)high), 0xd8);
+    }
+#endif
+    struct { Halves x, y; } halves;
+    NAMED(round_to, WIDTH)((char *)&halves.x, 0, x, dtype);
+    NAMED(round_to, WIDTH)((char *)&halves.y, 0, y, dtype);
+#if WIDTH == 16
+    return (Pairs)_mm512_inserti64x4(_mm512_castsi256_si512((__m256i)halves.x), (__m256i)halves.y, 1);
+#elif WIDTH == 8
+    return (Pairs)_mm256_set_m128i((__m128i)halves.y, (__m128i)halves.x);
+#else
+    Pairs both;
+    memcpy(&both, &halves, sizeof both);
+    return both;
+#endif
+}
+
+/* The larger of each two numbers, and the lesser. */
+INLINE Pairs NAMED(larger, WIDTH)(Pairs x, Pairs y)
+{
+#if WIDTH == 16
+    return (Pairs)_mm512_max_epi16((__m512i)x, (__m512i)y);
+#elif WIDTH == 8
+    return (Pairs)_mm256_max_epi16((__m256i)x, (__m256i)y);
+#else
+    Pairs over = x > y;
+    return (x & over) | (y & ~over);
+#endif
+}
+
+INLINE Pairs NAMED(lesser, WIDTH)(Pairs x, Pairs y)
+{
+#if WIDTH == 16
+    return (Pairs)_mm512_min_epi16((__m512i)x, (__m512i)y);
+#elif WIDTH == 8
+    return (Pairs)_mm256_min_epi16((__m256i)x, (__m256i)y);
+#else
+    Pairs over = x > y;
+    return (y & over) | (x & ~over);
+#endif
+}
+
+/* Tell whether one of the numbers is at most so large. */
+INLINE int NAMED(any_within, WIDTH)(Pairs numbers, int16_t limit)
+{
+    Pairs limits = {0};
+    limits += limit;
+#if WIDTH == 16
+    return _mm512_cmple_epi16_mask((__m512i)numbers, (__m512i)limits) != 0;
+#elif WIDTH == 8
+    return _mm256_movemask_epi8((__m256i)(numbers > limits)) != -1;
+#else
+    int any = 0;
+    for (int n = 0; n < 2 * WIDTH; n++) any |= numbers[n] <= limits[n];
+    return any;
+#endif
+}
+
 /* Count the numbers of which rounding made an infinity, and those that were not zero and became it. */
 INLINE void NAMED(lost, WIDTH)(Rows *at, const float *numbers, const uint16_t *out, size_t count, uint16_t infinity)
 {
@@ -111,6 +180,16 @@ INLINE void NAMED(measure, WIDTH)(
     at->changed += (double)changed;
 }
 
+/* WIDTH numbers of a row: g(W + sum); `rescaled` sums have W in them. They are put into the sums where they are `kept`. */
+INLINE Vector NAMED(changed, WIDTH)(
+    const char *W, float *sums, size_t j, float by, int rescaled, int kept, int narrows, int dtype)
+{
+    Vector x = *(const Vector *)(sums + j);
+    x = rescaled ? x * by : NAMED(widened, WIDTH)(W, j, dtype) + x;
+    if (kept) *(Vector *)(sums + j) = x;
+    return narrows ? NAMED(plain_nan, WIDTH)(x) : x;
+}
+
 /* Make a row of results from W and the sums, which have zeros beyond the columns, up to a whole panel. */
 INLINE void NAMED(finish, WIDTH)(
     Rows *at, size_t i, const char *W, char *out, float *sums, size_t padded, int dtype, int result)
@@ -123,23 +202,38 @@ INLINE void NAMED(finish, WIDTH)(
         at->gains[i] = gain = at->magnitude[i] / sqrt(squares);
     }
     float by = (float)gain;
-    for (size_t j = 0; j < padded; j += WIDTH) {
-        Vector x = *(const Vector *)(sums + j);
-        x = rescaled ? x * by : NAMED(widened, WIDTH)(W, j, dtype) + x;
-        if (measured || narrows) *(Vector *)(sums + j) = x;
-        NAMED(round_to, WIDTH)(out, j, narrows ? NAMED(plain_nan, WIDTH)(x) : x, result);
-    }
+#define NUMBER(j) NAMED(changed, WIDTH)(W, sums, j, by, rescaled, measured || narrows, narrows, dtype)
     if (result == F32) {
-        uint32_t largest = 0;
-        for (size_t j = 0; j < at->columns; j++) {
-            uint32_t magnitude = ((const uint32_t *)out)[j] & 0x7fffffff;
-            largest = magnitude > largest ? magnitude : largest;
+        Integers most = {0};
+        for (size_t j = 0; j < padded; j += WIDTH) {
+            Vector x = NUMBER(j);
+            *(Vector *)(out + 4 * j) = x;
+            Integers magnitude = (Integers)x & 0x7fffffff, over = magnitude > most;
+            most = (magnitude & over) | (most & ~over);
         }
-        at->largest = largest > at->largest ? largest : at->largest;
+        for (int n = 0; n < WIDTH; n++)
+            at->largest = (uint32_t)most[n] > at->largest ? (uint32_t)most[n] : at->largest;
     } else {
         uint32_t limit = NAMED(half_of, WIDTH)((float)(at->bound * fabs(gain)), result) + 1;
+        int16_t within = limit < 0x8000 ? (int16_t)(limit - 1) : 0x7fff;
+        Pairs most = {0};
         for (size_t first = 0; first < at->columns; first += CHUNK) {
             size_t last = first + CHUNK < at->columns ? first + CHUNK : at->columns;
+            size_t end = first + CHUNK < padded ? first + CHUNK : padded;
+            Pairs high = {0}, low = {0};
+            low += 0x7fff;
+            for (size_t j = first; j < end; j += 2 * WIDTH) {
+                Vector x = NUMBER(j), y = NUMBER(j + WIDTH);
+                Pairs numbers = NAMED(rounded, WIDTH)(x, y, result);
+                *(Pairs *)(out + 2 * j) = numbers;
+                numbers &= 0x7fff;
+                high = NAMED(larger, WIDTH)(high, numbers);
+                low = NAMED(lesser, WIDTH)(low, numbers);
+            }
+            if (last - first == CHUNK && !narrows && !NAMED(any_within, WIDTH)(low, within)) {
+                most = NAMED(larger, WIDTH)(most, high);
+                continue;
+            }
             uint16_t largest, least;
             NAMED(extremes, WIDTH)(out, first, last, &largest, &least);
             if (least < limit) {
@@ -150,7 +244,10 @@ INLINE void NAMED(finish, WIDTH)(
             if (narrows && (largest >= INFINITE(result) || !least))
                 NAMED(lost, WIDTH)(at, sums + first, (const uint16_t *)out + first, last - first, INFINITE(result));
         }
+        for (int n = 0; n < 2 * WIDTH; n++)
+            at->largest = (uint32_t)most[n] > at->largest ? (uint32_t)most[n] : at->largest;
     }
+#undef NUMBER
     if (measured) NAMED(measure, WIDTH)(at, W, out, sums, padded, dtype, result);
 }
 

@@ -53,14 +53,17 @@ typedef struct {
 #include <immintrin.h>
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define WIDTH 8
-#define TOGETHER 3
+#define TOGETHER 6
+#define ACROSS 2
 #include "kernel.h"
 #undef TARGET
 #undef WIDTH
 #undef TOGETHER
+#undef ACROSS
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #define WIDTH 16
 #define TOGETHER 8
+#define ACROSS 2
 #include "kernel.h"
 
 static int wide(void)
@@ -75,6 +78,8 @@ static int served(void)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
+static size_t together(void) { return wide() ? 8 : 6; }
+
 void loratools_add_products(Rows *at) { wide() ? add_products_16(at) : add_products_8(at); }
 void loratools_round_rows(Rows *at) { wide() ? round_rows_16(at) : round_rows_8(at); }
 static void loratools_widen(const char *raw, size_t count, size_t dtype, float *to) { widen_8(raw, count, dtype, to); }
@@ -82,9 +87,11 @@ static void loratools_widen(const char *raw, size_t count, size_t dtype, float *
 #define TARGET
 #define WIDTH 4
 #define TOGETHER 2
+#define ACROSS 8
 #include "kernel.h"
 
 static int served(void) { return 1; }
+static size_t together(void) { return 2; }
 
 void loratools_add_products(Rows *at) { add_products_4(at); }
 void loratools_round_rows(Rows *at) { round_rows_4(at); }

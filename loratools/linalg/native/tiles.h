@@ -128,7 +128,7 @@ static int put(Tensor *at, const char *memory, size_t bytes, int64_t to)
 int loratools_pass_rows(Tensor *at, size_t first, size_t rows, size_t measured)
 {
     size_t row = at->columns * (at->dtype == F32 ? 4 : 2), step = row && row < BLOCK ? BLOCK / row : 1;
-    if (step > MOST_ROWS) step -= step % MOST_ROWS;
+    if (step > together()) step -= step % together();
     for (size_t n = 0; n < at->count; n++) {
         Rows *sums = &at->places[n].products;
         sums->retained = sums->total = sums->changed = 0;
