@@ -160,3 +160,4 @@ __all__ = [
 resolvers.install("hf://", "loratools.hub.pull", "resolve")
 for _scheme in ("s3://", "gs://", "az://", "https://", "http://"):
     resolvers.install(_scheme, "loratools.storage.stores.skeleton", "resolve")
+    resolvers.install_output(_scheme, "loratools.storage.stores.landing", "Landing")

@@ -66,7 +66,7 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
     ),
     "loratools.parallel": ("*", "executors", "tasks"),
     "loratools.storage": ("*", "pickles", "checkpoint", "companions"),
-    "loratools.storage.stores": ("address", "faults ranges", "client", "probed", "skeleton"),
+    "loratools.storage.stores": ("address", "faults ranges", "client", "probed", "skeleton", "landing"),
     "loratools.dialects": ("_frame", "*"),
     "loratools.dialects.peft": (
         "fields isolated names",

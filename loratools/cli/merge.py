@@ -118,6 +118,8 @@ def command(
         raise click.UsageError("--workers and --part go with neither --push nor --resume")
     if part and (workers or verify or dry_run):
         raise click.UsageError("--part writes one part of the output: without --workers, --verify and --dry-run")
+    if (workers or part) and output is not None:
+        atomic.afar.refuse_afar(output, "work that is shared out")
     call = None
     if (workers or part) and output is not None:
         from loratools.surgery.merge.parts import call_of

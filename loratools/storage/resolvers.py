@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 RESOLVERS: dict[str, tuple[str, str]] = {}
 """Beginning of a reference -> module and function."""
 
+OUTPUTS: dict[str, tuple[str, str]] = {}
+"""Beginning of a reference that is an output -> module and function, which makes an `atomic.afar.Landing` of it."""
+
 FAR: dict[str, Far] = {}
 """Path, from the root on -> what reads the file."""
 
@@ -54,6 +57,23 @@ def install(prefix: str, module: str, function: str) -> None:
     what is fetched, which goes away when that has been read.
     """
     RESOLVERS[prefix] = (module, function)
+
+
+def install_output(prefix: str, module: str, function: str) -> None:
+    """Have `function` of `module` take outputs whose references begin with `prefix`: it is called with one."""
+    OUTPUTS[prefix] = (module, function)
+
+
+def reference_of(target: Path) -> tuple[str, str, str] | None:
+    """Return the reference that an output is, and who takes it; None for a path.
+
+    As a path `s3://bucket/key` has lost a stroke.
+    """
+    first = target.parts[0] if target.parts else ""
+    home = OUTPUTS.get(f"{first}//")
+    if home is None or type(target)(first).exists():
+        return None
+    return (f"{first}//{'/'.join(target.parts[1:])}", *home)
 
 
 def is_far(path: Path) -> bool:

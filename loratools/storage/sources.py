@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 from loratools.errors import BadFile, InvalidOption, LoraToolsError
 from loratools.storage.atomic.inputs import Stamp, see, stamp, watched
-from loratools.storage.resolvers import FAR, RESOLVERS, SHOWN, forget
+from loratools.storage.resolvers import FAR, RESOLVERS, SHOWN, forget, reference_of
 
 if TYPE_CHECKING:
     from loratools.parallel import Progress
@@ -102,6 +102,8 @@ def local(location: Location, need: Need = "adapter") -> Path:
 
     Raises what the resolver raises (`HubError`, `BadFile`), and `InvalidOption` for what is neither a text nor a path.
     """
+    if isinstance(location, Path) and (written := reference_of(location)):  # an output, read again
+        location = written[0]
     if not isinstance(location, str) or not is_reference(location):
         return as_path(location)
     current = _CURRENT.get()

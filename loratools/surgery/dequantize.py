@@ -113,7 +113,7 @@ def dequantize(
     if verify:
         root, checked = _check(base, prepared.plan.base, Checkpoint.open(output), threads or cores())
     return DequantizeReport(
-        output=str(output), modules=len(every),
+        output=atomic.spelled(output), modules=len(every),
         schemes=_schemes(every),
         bytes_before=(base.stored or base).nbytes, bytes_written=report.bytes_written, root=root, verified=checked,
         notes=report.notes,

@@ -171,7 +171,7 @@ def switch(
         done = subtract(merged, inputs, options, output, progress, scratch)
     plan = done.prepared.plan
     return SwitchReport(
-        str(output), False, len(plan.touched()), len(plan.changes), done.bound, done.measured.retention,
+        atomic.spelled(output), False, len(plan.touched()), len(plan.changes), done.bound, done.measured.retention,
         (_APPROXIMATE, *done.notes), done.measured.warnings, done.prepared.accounts[: len(inputs)],
         left_behind=done.prepared.beside.left,
     )  # fmt: skip
@@ -237,7 +237,7 @@ class _Exact:
         record = {**prepared.record, **kinds, "base": of_base, "retention": measured.retention}
         write_companions(plan, prepared.beside, record | ({BROUGHT: brought} if brought else {}), self.scratch)
         return SwitchReport(
-            str(output), True, len(plan.touched().keys() | self.lost.keys()), len(plan.changes), 0.0,
+            atomic.spelled(output), True, len(plan.touched().keys() | self.lost.keys()), len(plan.changes), 0.0,
             measured.retention, plan.notes, measured.warnings, prepared.accounts, kept, prepared.beside.left,
         )  # fmt: skip
 

@@ -3,6 +3,7 @@
 Work happens in a scratch folder `.NAME.partial-XXXXXXXX` beside the output, locked by the process that writes it; at
 the end it is written to the disk itself, and renamed.
 
+    afar          outputs in a store, which are sent
     hidden        making and locking the folders beside an output
     inputs        inputs are what they were when they were opened
     kept          folders that outlive a run: what was fetched, and parts of an output
@@ -26,7 +27,8 @@ from pathlib import Path
 
 from loratools.decisions import warned
 from loratools.errors import BadFile, InvalidOption, LoraToolsError, NoSpace, OutputRefused
-from loratools.storage.atomic import leftovers, names
+from loratools.storage.atomic import afar, leftovers, names
+from loratools.storage.atomic.afar import reference as spelled
 from loratools.storage.atomic.hidden import FULL, Busy, beside, make
 from loratools.storage.atomic.inputs import check_unchanged
 from loratools.storage.atomic.kept import kept_folder, part_folder, part_folders
@@ -39,7 +41,7 @@ from loratools.storage.atomic.undisturbed import undisturbed
 
 __all__ = [
     "check_output", "check_space", "free_space", "kept_folder", "new_file", "new_files", "new_folder", "new_output",
-    "part_folder", "part_folders", "refuse_inputs", "remove", "sweep", "temporary",
+    "part_folder", "part_folders", "refuse_inputs", "remove", "spelled", "sweep", "temporary",
 ]  # fmt: skip
 
 
@@ -60,6 +62,10 @@ def new_folder(target: Path, *, force: bool = False, key: str | None = None, dur
     Raises `OutputRefused` if `target` exists and `force` is not set, or is a file, or another process is writing into
     the folder of that key; `NoSpace` when the disk is full.
     """
+    if afar.is_afar(target):
+        with afar.new_afar(target, force=force, key=key) as scratch:
+            yield scratch
+        return
     with _scratch(target, force, f"resume-{key[:8]}" if key else None) as scratch:
         _check_kind(target, folder=True)
         yield scratch
@@ -70,6 +76,10 @@ def new_folder(target: Path, *, force: bool = False, key: str | None = None, dur
 @contextmanager
 def new_file(target: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield the path of a scratch file that becomes `target` when the block succeeds; see `new_folder`."""
+    if afar.is_afar(target):
+        with afar.new_afar(target, force=force, beside=()) as scratch:
+            yield scratch / target.name
+        return
     with _scratch(target, force) as scratch:
         _check_kind(target, folder=False)
         path = scratch / target.name
@@ -85,6 +95,10 @@ def new_files(target: Path, beside: Sequence[str], *, force: bool = False, durab
     Files of the names `beside` it come along, and take the places of those that are there; one that is there and not in
     the scratch folder goes.
     """
+    if afar.is_afar(target):
+        with afar.new_afar(target, force=force, beside=tuple(beside)) as scratch:
+            yield scratch
+        return
     others = [target.with_name(name) for name in beside]
     with _scratch(target, force) as scratch:
         for path in (target, *others):
@@ -116,16 +130,22 @@ def new_output(target: Path, name: str, *, force: bool = False) -> Iterator[Path
 
 
 def free_space(target: Path) -> int:
-    """Return the bytes that are free on the disk of an output."""
+    """Return the bytes that are free on the disk of an output; for one in a store, where it is made."""
     import shutil
 
+    if afar.is_afar(target):
+        from tempfile import gettempdir
+
+        return shutil.disk_usage(gettempdir()).free
     return shutil.disk_usage(target.absolute().parent).free
 
 
 def check_space(target: Path, size: int) -> None:
     """Raise `NoSpace` where an output of `size` bytes does not fit on its disk."""
     if size > (free := free_space(target)):
-        raise NoSpace(f"{target}: the result takes {size} bytes, the disk has {free} free; nothing was written")
+        raise NoSpace(
+            f"{afar.reference(target)}: the result takes {size} bytes, the disk has {free} free; nothing was written"
+        )
 
 
 def check_output(target: Path, *, force: bool = False) -> None:
@@ -134,6 +154,9 @@ def check_output(target: Path, *, force: bool = False) -> None:
     With `force` an existing output is accepted, unless it is a symbolic link, or a folder that holds the current folder
     or the home folder: a slip like `-o . --force` must not delete those.
     """
+    if (landing := afar.landing(target)) is not None:
+        landing.check(force=force)
+        return
     if target.is_symlink() or target.exists():
         if not force:
             raise OutputRefused(f"{target} exists already", hint="Choose another output, or replace it with --force.")
@@ -157,6 +180,8 @@ def sweep(output: str | os.PathLike[str]) -> None:
     if not isinstance(output, str | os.PathLike) or not os.fspath(output):
         raise InvalidOption(f"expected a path to write to, found {output!r}")
     _refuse_reference(Path(output))
+    if afar.is_afar(Path(output)):
+        return
     if (target := Path(output).absolute()).name:
         leftovers.sweep(target, leftovers.GARBAGE)
 
@@ -241,6 +266,9 @@ def _tell_names(finished: Path, target: Path) -> None:
 
 def refuse_inputs(output: Path, inputs: Sequence[str | Path | None]) -> None:
     """Refuse an output that is an input, lies in one, or holds one."""
+    if afar.is_afar(output):
+        afar.refuse_inputs(output, [Path(path) for path in inputs if path is not None])
+        return
     target = output.resolve()
     for path in inputs:
         source = Path(path).resolve() if path is not None else None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from loratools.errors import LoraToolsError, NoSpace
 from loratools.storage.atomic import leftovers, locks
+from loratools.storage.atomic.afar import refuse_afar
 from loratools.storage.atomic.hidden import FULL, beside, make
 
 
@@ -20,6 +21,7 @@ def kept_folder(target: Path, key: str) -> Iterator[Path]:
     finds it; a run for the same output with another key, or by another command that gets as far as writing, removes
     it. Raises `OutputRefused` while another process works in it.
     """
+    refuse_afar(target, "what is fetched from the Hub")
     absolute = target.absolute()
     folder = beside(absolute, f"pull-{key}")
     leftovers.sweep(absolute, ("pull",), folder)
@@ -40,6 +42,7 @@ def part_folder(target: Path, key: str) -> Iterator[Path]:
     parts, or another output in its place, removes it. A `LoraToolsError` removes it at once, for the next run would
     meet the same error. Raises `OutputRefused` while another process works in it.
     """
+    refuse_afar(target, "work that is shared out")
     leftovers.sweep(target.absolute(), leftovers.GARBAGE)
     folder = beside(target.absolute(), f"part-{key}")
     lock = None
@@ -67,6 +70,7 @@ def part_folders(target: Path, only: Sequence[Path] | None = None) -> Iterator[l
 
     With `only` those of them that are in it. Raises `OutputRefused` where another process works in one.
     """
+    refuse_afar(target, "work that is shared out")
     target = target.absolute()
     held: list[locks.Lock] = []
     try:

@@ -6,5 +6,6 @@ before one is asked for; `obstore` (the extra `cloud`) does the talking, with it
     faults     what to say of what fails, and what is asked for again
     ranges     a file that is read by ranges: cut at its tensors, several on their way, in constant memory
     skeleton   a reference becomes a folder: headers and small files, and ranges for the rest
+    landing    an output goes to a store file by file, and is none before its last one
     probed     the usual names, where a server lists nothing
 """

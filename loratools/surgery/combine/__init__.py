@@ -251,7 +251,7 @@ def run(
         result = plain(result, opened[0].settings)
     dialects.save_adapter(result, output, dialect=to, force=options.force)
     return Combination(
-        str(output), adapter_digest(result), options.method,
+        atomic.spelled(output), adapter_digest(result), options.method,
         sum(lazy.parameters for lazy in result.tensors().values()),
         norm, error, optimum, tuple(shares), tuple(sorted(aligned.modules.keys() - updates.keys())),
         tuple(sorted(replaced)), result.base, done.inputs, done.seed, tuple(warnings),

@@ -212,7 +212,7 @@ def convert(
     # The digest is that of the modules under their own names, whatever the dialect calls them, unless some are lost.
     digest = adapter_digest(converted if {loss.where for loss in losses} <= _OF_NO_TENSOR else written)
     kept = kept_identity(converted, losses)
-    return Conversion(str(output), to, digest, len(written.updates), kept, tuple(losses), error)
+    return Conversion(atomic.spelled(output), to, digest, len(written.updates), kept, tuple(losses), error)
 
 
 def warn_not_finite(adapter: Adapter) -> None:

@@ -204,7 +204,7 @@ def extract(
             (scratch / "README.md").write_text(card, encoding="utf-8", newline="\n")
     tensors = adapter.tensors().values()
     return Extraction(
-        str(output), written, accounts, pairing.missing,
+        atomic.spelled(output), written, accounts, pairing.missing,
         total(outcome.layer for outcome in accounts if outcome.layer), dropped_energy(accounts),
         hashes[0].root or "", hashes[1], options.stored, seed,
         sum(lazy.parameters for lazy in tensors), sum(lazy.nbytes for lazy in tensors), (*pairing.notes, *notes),

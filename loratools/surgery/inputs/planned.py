@@ -82,4 +82,4 @@ def planned(
     """Stop here with a plan, where one was asked for; go on where not."""
     if _PLANNING.get():
         free = atomic.free_space(Path(output))
-        raise _Stop(Planned(operation, str(output), tuple(map(_place, reads)), facts, nbytes, free))
+        raise _Stop(Planned(operation, atomic.spelled(output), tuple(map(_place, reads)), facts, nbytes, free))

@@ -80,7 +80,7 @@ class Merge:
         """Return the plan as plain data, with the free space where the output goes."""
         on = Settings(self.threads, self.options.computes_on)
         return self.plan.to_json(self.threads, torch=bool(in_torch(self.plan, on))) | {
-            "output": str(self.output),
+            "output": atomic.spelled(self.output),
             "other_files": len(self.beside.sources.keys() | self.beside.texts),
             "left_behind": list(self.beside.left),
             "free_disk": atomic.free_space(self.output),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -14,8 +14,9 @@ from loratools.engine.plan import MergePlan
 from loratools.engine.run import Settings
 from loratools.engine.task import TensorResult
 from loratools.errors import BadFile, counted
-from loratools.storage import digest
+from loratools.storage import atomic, digest
 from loratools.storage.atomic.sync import sync, sync_names
+from loratools.storage.resolvers import FAR, SHOWN, is_far
 from loratools.storage.strict_json import MAX_INDEX, read_json
 
 _NAME = ".merge.json"
@@ -31,10 +32,17 @@ def fingerprint(plan: MergePlan, settings: Settings) -> str:
     files = [file.name for file in plan.files]
     sources = {change.source.file for change in plan.changes.values()}
     paths = sorted({path.resolve() for path in [*sources, *(shard.path for shard in plan.base.shards)]})
-    shards = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    document = {"plan": plan.to_json(1), "files": files, "base": shards, "settings": chosen}
+    shards = [
+        FAR[str(path)].told if is_far(path) else (str(path), path.stat().st_size, path.stat().st_mtime_ns)
+        for path in paths
+    ]
+    adapters = [(each.digest, each.weight) for each in plan.inputs]
+    document = {"plan": plan.to_json(1), "files": files, "base": shards, "settings": chosen, "adapters": adapters}
+    text = json.dumps(document, sort_keys=True, default=str)
+    for place, reference in SHOWN.items():  # where a reference lies here is another place in each run
+        text = text.replace(place, reference)
     hasher = digest.new()
-    hasher.update(json.dumps(document, sort_keys=True, default=str).encode())
+    hasher.update(text.encode())
     for file in plan.files:
         hasher.update(file.header)
     return hasher.hexdigest()
@@ -42,6 +50,8 @@ def fingerprint(plan: MergePlan, settings: Settings) -> str:
 
 def tell_others(output: Path, key: str) -> None:
     """Warn of what merges with other inputs or options left beside an output: this one cannot go on from it."""
+    if atomic.afar.is_afar(output):
+        return
     mine = f".{output.name}.resume-"
     names = [path.name for path in output.absolute().parent.iterdir() if path.name.startswith(mine)]
     if others := sorted(name for name in names if not key.startswith(name.removeprefix(mine))):
@@ -56,8 +66,13 @@ class Journal:
     and `damaged` those that are no longer what they were. With `durable` what is complete outlasts a power cut.
     """
 
-    def __init__(self, folder: Path, key: str, *, durable: bool = True) -> None:
-        """Find what an earlier run with the same `key` (a `fingerprint`) completed, and delete everything else."""
+    def __init__(
+        self, folder: Path, key: str, *, durable: bool = True, elsewhere: Mapping[str, Any] | None = None
+    ) -> None:
+        """Find what an earlier run with the same `key` (a `fingerprint`) completed, and delete everything else.
+
+        `elsewhere` is what was taken down of files that lie in a store already.
+        """
         self._folder, self._key, self._durable = folder, key, durable
         document: dict[str, Any] = {}
         with suppress(BadFile):  # as if there were none
@@ -68,6 +83,7 @@ class Journal:
             for name, entry in listed.items()
             if (folder / name).is_file() and _digest(folder / name) == entry["digest"]
         }
+        self.done |= elsewhere or {}
         self.kept = tuple(self.done)
         self.damaged = tuple(name for name in listed if name not in self.done)
         for path in folder.rglob("*"):

@@ -92,9 +92,10 @@ def execute(
     size = sum(file.size for file in plan.files)
     if is_gguf(plan.base):
         return _execute_file(prepared, progress, size, sink)
-    if not sink and not options.resume and not parts:
+    in_store = atomic.afar.is_afar(prepared.output)
+    if not sink and not options.resume and not parts and (plan.single or not in_store):
         atomic.check_space(prepared.output, size)
-    key = fingerprint(plan, settings_of(prepared)) if options.resume or parts else None
+    key = fingerprint(plan, settings_of(prepared)) if options.resume or parts or in_store else None
     if key:
         tell_others(prepared.output, key)
     output = prepared.output
@@ -104,7 +105,9 @@ def execute(
     ):
         whole = scratch / plan.files[0].name if plan.single else scratch
         sent = sink(whole) if sink else None
-        journal = Journal(scratch, key) if key else None
+        store = None if plan.single else atomic.afar.sender(scratch)
+        elsewhere = store.kept if store else None
+        journal = Journal(scratch, key, durable=store is None, elsewhere=elsewhere) if key else None
         if journal and parts:
             journal.adopt(parts, {file.name for file in plan.files})
         reused = journal.kept if journal else ()
@@ -113,6 +116,8 @@ def execute(
         def finished(path: Path, measured: list[TensorResult]) -> None:
             if journal:
                 journal.add(path, measured)
+            if store and journal:
+                store.shard(path, journal.done[path.relative_to(scratch).as_posix()])
             if sent and not plan.single:
                 sent.shard(path)
 
@@ -124,7 +129,7 @@ def execute(
                 write, scratch, progress, finished=finished if sent or journal else None, early=early
             )
         except BaseException as error:
-            if journal and not isinstance(error, LoraToolsError):  # which would come again
+            if journal and not store and not isinstance(error, LoraToolsError):  # which would come again
                 journal.tell_left(len(plan.files))
             raise
         measured = Measured.of(plan, journal.close()) if journal else measured
@@ -146,7 +151,7 @@ def execute(
         if sent:
             sent.finish(_commit_title(plan))
     return MergeReport(
-        output=str(prepared.output), changed=len(plan.touched()), tensors=plan.tensors, bytes_written=size,
+        output=atomic.spelled(prepared.output), changed=len(plan.touched()), tensors=plan.tensors, bytes_written=size,
         verified=measured.verified, adapters=in_short(prepared.record), consumed=prepared.accounts,
         notes=(*plan.notes, *resumed), warnings=measured.warnings, retention=measured.retention,
         by_tensor=measured.by_tensor, recoded=measured.recoded, loss_share=share, residual=kept,
@@ -191,7 +196,7 @@ def _execute_file(prepared: Merge, progress: Progress, size: int, sink: Callable
             sent.shard(path)
             sent.finish(_commit_title(plan))
     return MergeReport(
-        output=str(prepared.output), changed=len(plan.touched()), tensors=plan.tensors, bytes_written=size,
+        output=atomic.spelled(prepared.output), changed=len(plan.touched()), tensors=plan.tensors, bytes_written=size,
         verified=measured.verified, adapters=in_short(prepared.record), consumed=prepared.accounts,
         notes=plan.notes, warnings=measured.warnings, retention=measured.retention, by_tensor=measured.by_tensor,
         recoded=measured.recoded,

@@ -192,7 +192,7 @@ def unmerge(
             warned(_APPROXIMATE)
             plan = done.prepared.plan
             return UnmergeReport(
-                str(output), "approximate", len(plan.changes), len(plan.touched()), None, None, done.bound,
+                atomic.spelled(output), "approximate", len(plan.changes), len(plan.touched()), None, None, done.bound,
                 (_APPROXIMATE, *done.notes), done.prepared.beside.left, done.prepared.accounts,
             )  # fmt: skip
         proved: Proof = "verify"
@@ -201,7 +201,7 @@ def unmerge(
             proved = "root hash" if whole else "tensor digests"
         method: Method = "base" if original else "residual"
         root = digest.root(digests)
-        return UnmergeReport(str(output), method, len(digests), restored, root, proved, 0.0, (), left)
+        return UnmergeReport(atomic.spelled(output), method, len(digests), restored, root, proved, 0.0, (), left)
 
 
 def _copy_base(
