@@ -71,6 +71,7 @@ class Krylov:
         self.fresh = start.shape[1]
         self._generator = torch.Generator().manual_seed(seed)
         self._theta: Tensor | None = None
+        self._eigen: tuple[Tensor, Tensor] | None = None
         self._lines: tuple[Tensor, Tensor] | None = None
         self.append(start)
 
@@ -156,15 +157,23 @@ class Krylov:
     def spectrum(self) -> Tensor:
         """Return θ, the squared singular values of Y, in descending order, float64 (k,)."""
         if self._theta is None or len(self._theta) != self.width:
-            self._theta = torch.linalg.eigvalsh(self.G).flip(0).clamp_min(0)
+            # Of a complete basis no step follows: the vectors are asked for next.
+            values = self._eigenvectors()[0] if self.width == self.D.shape[1] else torch.linalg.eigvalsh(self.G)
+            self._theta = values.flip(0).clamp_min(0)
         return self._theta
+
+    def _eigenvectors(self) -> tuple[Tensor, Tensor]:
+        """Return the eigenvalues of YᵀY, ascending, and its eigenvectors."""
+        if self._eigen is None or len(self._eigen[0]) != self.width:
+            self._eigen = torch.linalg.eigh(self.G)
+        return self._eigen
 
     def leading(self, rank: int, *, rounded: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Return Y·X (m, r), θ (r,) and V·X (n, r) for the `rank` leading eigenvectors X of YᵀY.
 
         All in float64; with `rounded` Y·X is in D's dtype, as its products are: enough for factors in that dtype.
         """
-        values, vectors = torch.linalg.eigh(self.G)
+        values, vectors = self._eigenvectors()
         X = vectors[:, -rank:].flip(1).to(self.D.device)
         start = 0
         dtype = self.D.dtype if rounded else torch.float64
@@ -177,7 +186,7 @@ class Krylov:
 
     def directions(self, rank: int) -> Tensor:
         """Return V·X (n, r) in float64, as `leading` does."""
-        return product64(self.V, torch.linalg.eigh(self.G)[1][:, -rank:].flip(1).to(self.D.device))
+        return product64(self.V, self._eigenvectors()[1][:, -rank:].flip(1).to(self.D.device))
 
     def residual_edges(self) -> Tensor:
         """Return the max row norm + max column norm of D less the leading r-1 directions, for r = 1..k; (k,)."""
@@ -197,7 +206,7 @@ class Krylov:
         new = self.news(W)
         Y, theta, V = self.leading(rank)
         self.V, self.parts, self.G = V.to(self.D.dtype), [Y.to(self.D.dtype)], torch.diag(theta)
-        self._theta, self.restarted = None, True
+        self._theta, self._eigen, self.restarted = None, None, True
         if new.shape[1]:
             self.append(new)
 

@@ -187,7 +187,7 @@ class _Work:
     def norm2(self, name: str) -> float:
         """Return ‖W' − W‖_F² of a tensor that the adapter does not change."""
         tuned = self.tuned.specs[self.counterparts[name]]
-        return read_delta(self.base.specs[name], tuned, self.progress, keep=False).norm2
+        return read_delta(self.base.specs[name], tuned, self.progress, keep=False, hashed=False).norm2
 
 
 def _noise2(spec: TensorSpec, placement: Placement) -> float:

@@ -94,6 +94,6 @@ def changes(
 
 def _change(match: Pair, base: Checkpoint, tuned: Checkpoint, progress: Progress) -> TensorChange:
     spec = base.specs[str(match.base)]
-    delta = read_delta(spec, tuned.specs[match.name], progress, keep=False)
+    delta = read_delta(spec, tuned.specs[match.name], progress, keep=False, hashed=False)
     base_norm2 = delta.base_norm2 if delta.norm2 else 0.0
     return TensorChange(match.name, match.path, match.kind, math.sqrt(delta.norm2), math.sqrt(base_norm2))

@@ -78,9 +78,9 @@ def factor(
     D, rounded = _oriented(delta, pair.transposed or pair.kind == "embedding")
     assert D is not None
     rule = rule or _first_rule(tuned, shapes, options)
-    svd, rounded2 = _decompose(D, rounded, delta.norm2, rule, options)
+    svd, factors, rounded2 = _decompose(D, rounded, delta.norm2, rule, options)
     return Factored(
-        spool.add(*svd.factors()), tuple(svd.S.tolist()), _is_complete(svd.rank, D.shape, rule), svd.error2,
+        spool.add(*factors), tuple(svd.S.tolist()), _is_complete(svd.rank, D.shape, rule), svd.error2,
         rounded2, svd.excess_estimate, svd.excess_bound, rounded=svd.rounded,
     )  # fmt: skip
 
@@ -96,11 +96,12 @@ def factor_stack(
     """
 
     def look(e: int, rule: RankRule) -> tuple[Delta, TruncatedSVD | None]:
-        delta = read_delta(one_of(base, e), one_of(tuned, e), no_progress, keep=True, rounded=options.rounds)
+        old, new = one_of(base, e), one_of(tuned, e)
+        delta = read_delta(old, new, no_progress, keep=True, rounded=options.rounds, hashed=False)
         D, rounded = _oriented(delta, pair.transposed)
         if D is None:
             return delta, None
-        svd, rounded2[e] = _decompose(D, rounded, delta.norm2, rule, options)
+        svd, _, rounded2[e] = _decompose(D, rounded, delta.norm2, rule, options)
         return delta, svd
 
     shown, energies = [], []
@@ -176,8 +177,8 @@ def _oriented(delta: Delta, transposed: bool) -> tuple[torch.Tensor | None, Roun
 
 def _decompose(
     D: torch.Tensor, rounded: Rounded | None, norm2: float, rule: RankRule, options: ExtractOptions
-) -> tuple[TruncatedSVD, float]:
-    """Return the truncated SVD of a matrix, whose ‖D‖² is known, as the options ask for it; and what storing it costs.
+) -> tuple[TruncatedSVD, tuple[torch.Tensor, torch.Tensor], float]:
+    """Return the truncated SVD of a matrix, whose ‖D‖² is known, its balanced factors, and what storing them costs.
 
     It is made on the options' device, and is in the processor's memory then.
     """
@@ -188,17 +189,18 @@ def _decompose(
             D, rule, tolerance=options.tolerance, seed=options.seed, max_rank=options.rank_choice.maximum,
             probe=options.tight, norm2=norm2, rounded=rounded,
         )  # fmt: skip
-        rounded2 = _stored2(D, svd, options.stored)
-        return replace(svd, U=svd.U.cpu(), Vh=svd.Vh.cpu()), rounded2
+        B, A = svd.factors()
+        rounded2 = _stored2(D, svd, (B, A), options.stored)
+        return replace(svd, U=svd.U.cpu(), Vh=svd.Vh.cpu()), (B.cpu(), A.cpu()), rounded2
 
 
-def _stored2(D: torch.Tensor, svd: TruncatedSVD, dtype: str) -> float:
+def _stored2(D: torch.Tensor, svd: TruncatedSVD, factors: tuple[torch.Tensor, torch.Tensor], dtype: str) -> float:
     """Return what storing the balanced factors of D in a dtype adds to the squared error, which it may also lessen.
 
     Raises `LoraToolsError` where a factor has a number beyond the dtype.
     """
     wanted, root = dtypes.to_torch(dtype), svd.S.sqrt().to(D.device)
-    B, A = (factor.to(wanted) for factor in svd.factors())
+    B, A = (factor.to(wanted) for factor in factors)
     if not (torch.isfinite(B).all() and torch.isfinite(A).all()):
         raise LoraToolsError(f"its factors have numbers beyond {dtype}; BF16 and F32 hold them (--dtype)")
     if svd.error2 <= _AT_ROUNDING * svd.norm2:  # the two roundings are of one size then, and not independent

@@ -89,15 +89,17 @@ def _columns(spec: TensorSpec) -> int:
 
 def read_delta(
     base: TensorSpec, tuned: TensorSpec, progress: Progress, *, keep: bool, rounded: bool = False,
-    known: tuple[str | None, str | None] = (None, None),
+    known: tuple[str | None, str | None] = (None, None), hashed: bool = True,
 ) -> Delta:  # fmt: skip
     """Compare two tensors of one shape; `keep` returns D too, with `rounded` also in bfloat16 where that serves.
 
     Both are valid until this thread keeps the next. `known` are the digests of both, where they were taken before.
+    Where they are not wanted, `hashed`, they are empty, but for codes, which are compared by them.
 
     Raises `BadFile` where a number is NaN or infinite.
     """
     hashers = [values.start(spec) for spec in (base, tuned)]
+    hashed = hashed or base.encoding is not None or tuned.encoding is not None
     columns, wide = _columns(tuned), common_dtype(base, tuned)
     shape = tuned.parameters // columns, columns
     D = _scratch("D", shape, wide) if keep else None
@@ -108,7 +110,7 @@ def read_delta(
     rows: list[int] = []
     for start, raw, pair in files.row_tiles((base, tuned), columns, TILE):
         for one, hasher, spec, piece in zip(known, hashers, (base, tuned), raw, strict=True):
-            if one is None:
+            if hashed and one is None:
                 hasher.update(values.plain(spec, piece))
         count = len(pair[0])
         target = work.resize_(pair[0].shape) if D is None else D[start : start + count]
@@ -123,8 +125,8 @@ def read_delta(
     if norm2 and not (norm2 < math.inf and base_norm2 < math.inf):
         wrong = tuned if base_norm2 < math.inf else base
         raise BadFile(f"NaN or infinity in {wrong.file}, so the change has no norm")
-    old, new = (one or digest.finish(hasher) for one, hasher in zip(known, hashers, strict=True))
-    if old == new:  # also of codes and of the 16-bit numbers that they stand for: no change but a rounding
+    old, new = (one or (digest.finish(hasher) if hashed else "") for one, hasher in zip(known, hashers, strict=True))
+    if hashed and old == new:  # also of codes and of the 16-bit numbers that they stand for: no change but a rounding
         norm2, rows, D = 0.0, [], None
     noise2 = rounding_energy(tuned) if norm2 and keep else 0.0
     small = Rounded(low, lost2) if norm2 and low is not None else None
@@ -191,11 +193,11 @@ def rounding_energy(spec: TensorSpec) -> float:
     dtype, columns = dtypes.to_torch(spec.dtype), _columns(spec)
     total = spec.parameters // columns
     rows = min(total, max(1, (1 << 14) // columns))
-    raw = bytearray(rows * columns * dtype.itemsize)
-    sampled, blocks = 0.0, 8
+    blocks, size = 8, rows * columns * dtype.itemsize
+    raw = bytearray(blocks * size)
     with files.descriptor(spec.file) as source:
         for block in range(blocks):
-            row = (total - rows) * block // (blocks - 1)
-            files.read_into(source, memoryview(raw), spec.start + row * columns * dtype.itemsize, spec.file)
-            sampled += float(ulp(torch.frombuffer(raw, dtype=dtype), dtype).double().square().sum())
+            row, place = (total - rows) * block // (blocks - 1), memoryview(raw)[block * size : (block + 1) * size]
+            files.read_into(source, place, spec.start + row * columns * dtype.itemsize, spec.file)
+    sampled = float(ulp(torch.frombuffer(raw, dtype=dtype), dtype).double().square().sum())
     return sampled / (blocks * rows * columns) / 12 * spec.parameters

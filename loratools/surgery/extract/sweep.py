@@ -163,7 +163,7 @@ class Sweep:
         if result.pair.kind == "experts":
             factored = factor_stack(result.pair, source, spec, (), self.options, self.spool, rule)[0]
         else:
-            delta = read_delta(source, spec, no_progress, keep=True, rounded=self.options.rounds)
+            delta = read_delta(source, spec, no_progress, keep=True, rounded=self.options.rounds, hashed=False)
             factored = factor(result.pair, delta, spec, (), self.options, self.spool, rule)
         return replace(result, factored=factored)
 
