@@ -10,9 +10,9 @@ A LoRA adapter is a low-rank change of a model, W' = W + s·B·A. A first exampl
     assert loratools.verify("merged", "base", "sealed").ok   # proved by another path than the one that made it
 
 Every function is a command of `loratools` under the same name. An input is a path, a reference such as
-`hf://org/name`, or an opened value (`Adapter`, `Checkpoint`); where several adapters are expected, one may stand alone.
-An error is a `LoraToolsError`: one sentence, every problem, and what to do. `import loratools` is light: torch is
-imported by what computes.
+`hf://org/name` or `s3://bucket/key`, or an opened value (`Adapter`, `Checkpoint`); where several adapters are expected,
+one may stand alone. An error is a `LoraToolsError`: one sentence, every problem, and what to do. `import loratools` is
+light: torch is imported by what computes.
 
 Look
     inspect          what is in this file? An adapter or a model, from headers alone

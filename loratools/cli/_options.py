@@ -48,7 +48,7 @@ PATH = click.Path(path_type=Path)
 """A file or folder; the library says what is wrong with it, in its own words."""
 
 INPUT = click.Path()
-"""A text that the library takes as it is: a file or folder, here or on the Hub."""
+"""A text that the library takes as it is: a file or folder, here, on the Hub or in a store."""
 
 
 def option(*names: str, more: str = "", **settings: Any) -> Callable[[Decorated], Decorated]:

@@ -119,6 +119,6 @@ def _serve(work: Callable[[Any], Any], pipe: Connection) -> None:
 
 def _context() -> Any:
     """Return how processes are begun: as copies of this one, where no thread or library of threads forbids it."""
-    alone = threading.active_count() == 1 and "torch" not in sys.modules
+    alone = threading.active_count() == 1 and not {"torch", "obstore"} & sys.modules.keys()
     forks = sys.platform == "linux" and "fork" in multiprocessing.get_all_start_methods()
     return multiprocessing.get_context("fork" if forks and alone else "spawn")

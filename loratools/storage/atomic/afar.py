@@ -48,6 +48,10 @@ class Landing(Protocol):
         """Remove what was sent."""
         ...
 
+    def tell_left(self) -> None:
+        """Warn of what stays for the next run."""
+        ...
+
     def single(self, path: Path, beside: tuple[str, ...]) -> None:
         """Send an output that is one file, and before it what lies beside it."""
         ...
@@ -102,9 +106,11 @@ def new_afar(
                     place.finish(scratch)
                 else:
                     place.single(scratch / target.name, beside)
-            except LoraToolsError as error:
-                if not isinstance(error, StoreError):  # the next run would meet the same error
-                    place.abandon()
+            except BaseException as error:
+                if isinstance(error, LoraToolsError) and not isinstance(error, StoreError):
+                    place.abandon()  # the next run would meet the same error
+                else:
+                    place.tell_left()
                 raise
             finally:
                 del _OPEN[str(scratch)]

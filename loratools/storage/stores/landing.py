@@ -99,6 +99,12 @@ class Landing:
         if self._begun:
             self.store.remove([*map(self._at, self._done), self._at(UNFINISHED)])
 
+    def tell_left(self) -> None:
+        """Warn, as the upload is cut short, of what stays there for the next run."""
+        if self._begun:
+            files = counted(len(self._done), "file")
+            warned("%s is not finished: %s there, and the same command goes on from them", self.address, files)
+
     def single(self, path: Path, beside: tuple[str, ...]) -> None:
         """Send an output that is one file, and before it what lies beside it; one that is not made any more goes."""
         parent = self.address.key.rpartition("/")[0]

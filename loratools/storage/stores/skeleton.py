@@ -6,12 +6,14 @@ fetched comes when it is asked for (`ranges.py`), and never lies on this disk.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from loratools.errors import BadFile
+from loratools.errors import BadFile, NoSpace
 from loratools.parallel import Progress, each
+from loratools.storage.atomic.hidden import FULL
 from loratools.storage.beside import along
 from loratools.storage.header import MAX_HEADER, parse_header
 from loratools.storage.resolvers import FAR, SHOWN
@@ -117,7 +119,20 @@ class _Filling:
         return along.is_index(PurePosixPath(name).name) or (entry.size <= _MOST and along.may_come(name))
 
     def fill(self, progress: Progress, name: str, entry: Entry) -> None:
-        """Make one file."""
+        """Make one file; raise `BadFile` for one that no folder here can hold."""
+        try:
+            self._fill(progress, name, entry)
+        except OSError as error:
+            if error.errno in FULL - {errno.EFBIG}:
+                hint = "Give another temporary folder, with more space: TMPDIR."
+                raise NoSpace(f"{self._place(entry)}: no space for it in {self.place.parent}", hint=hint) from None
+            what = f"{entry.size} bytes under this name cannot be a file here: {(error.strerror or str(error)).lower()}"
+            raise BadFile(f"{self._place(entry)}: {what}") from None
+
+    def _place(self, entry: Entry) -> Address:
+        return self.store.address.at(entry.key)
+
+    def _fill(self, progress: Progress, name: str, entry: Entry) -> None:
         path = self.place / name
         path.parent.mkdir(parents=True, exist_ok=True)
         here, cuts = 0, [0]
@@ -135,7 +150,7 @@ class _Filling:
             file.truncate(entry.size)
         if name.endswith(_TENSORS):
             cuts = _cuts(path, here, entry.size)
-        told = f"{self.store.address.at(entry.key)} {entry.size} {entry.state}"
+        told = f"{self._place(entry)} {entry.size} {entry.state}"
         FAR[str(path)] = Ranges(path, entry.size, here, cuts, partial(self.store.part, entry), told)
 
     def _header(self, entry: Entry, write: Callable[[memoryview], int]) -> int:

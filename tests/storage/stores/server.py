@@ -25,6 +25,11 @@ class Request:
     sent: int = 0
     taken: int = 0
 
+    @property
+    def first(self) -> int:
+        """The first byte that is asked for."""
+        return int((self.range or "bytes=0-").removeprefix("bytes=").partition("-")[0])
+
 
 @dataclass
 class Rule:
@@ -104,7 +109,7 @@ class Broken:
     def _shortened(self, environ: Any, start: Any, request: Request, by: int) -> Iterable[bytes]:
         told: list[Any] = []
         body = b"".join(self.app(environ, lambda *answer: told.append(answer)))[:-by]
-        first = int(str(request.range).removeprefix("bytes=").partition("-")[0])
+        first = request.first
         changed = {"content-length": str(len(body)), "content-range": f"bytes {first}-{first + len(body) - 1}/*"}
         size = next(value for name, value in told[0][1] if name.lower() == "content-range").rpartition("/")[2]
         changed["content-range"] = changed["content-range"].replace("*", size)

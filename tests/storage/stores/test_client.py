@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
 from loratools import hash, inspect, merge
-from loratools.errors import LoraToolsError, MissingExtra, StoreError
-from loratools.storage.stores import client, skeleton
+from loratools.errors import BadFile, LoraToolsError, MissingExtra, StoreError
+from loratools.storage.stores import client, ranges, skeleton
 from loratools.storage.stores.address import parse
 from loratools.storage.stores.client import Store
 from tests.storage.stores.server import S3, Request, Rule
@@ -130,6 +132,77 @@ def test_no_bucket_no_credentials_no_answer(place: Path, s3: S3, monkeypatch: py
     )
     monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
     assert "the store does not let you" in _refused(lambda: inspect("s3://bucket/base"), s3)
+
+
+def test_a_container_without_an_account_asks_for_credentials(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("AZURE_")]:
+        monkeypatch.delenv(name)
+    assert _refused(lambda: inspect("az://container/model"), s3) == (
+        "az://container/model: no credentials for it were found\n"
+        "Set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or what else your account needs."
+    )
+
+
+def test_several_ranges_are_on_their_way_at_once(place: Path, s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of three requests is answered when all three have come: one after the other none would be."""
+    monkeypatch.setattr(ranges, "SEGMENT", 1 << 11)
+    monkeypatch.setattr(ranges, "TINY", 1 << 10)
+    together = Barrier(3, timeout=60)
+    rule = Rule(lambda request: _data(request) and request.first > 4_000, 3, before=together.wait)
+    s3.log.rules.append(rule)
+    assert hash("s3://bucket/base", threads=1) == hash(place / "base")
+    assert rule.times == 0
+    assert not together.broken
+
+
+def test_a_header_of_lies_is_refused(place: Path, s3: S3, tmp_path: Path) -> None:
+    data = bytearray((place / "base" / "model-00001-of-00002.safetensors").read_bytes())
+    data[:8] = (1 << 60).to_bytes(8, "little")
+    (tmp_path / "model.safetensors").write_bytes(data)
+    s3.put(tmp_path / "model.safetensors", "lies/model.safetensors")
+    with pytest.raises(
+        BadFile, match=r"model.safetensors: not a safetensors file, or truncated: found a header of \d+"
+    ):
+        inspect("s3://bucket/lies")
+    assert s3.log.sent < 2 * len(data) + 2_000
+
+
+def test_names_and_sizes_that_no_folder_can_have(place: Path, s3: S3, tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"{}")
+    s3.put(tmp_path / "x", "long/" + "a" * 300 + ".json")
+    with pytest.raises(
+        BadFile, match=r"^s3://bucket/long/a+.json: 2 bytes under this name cannot be a file here: file name"
+    ):
+        inspect("s3://bucket/long")
+    s3.put(tmp_path / "x", "both/a.json")
+    s3.put(tmp_path / "x", "both/a.json/b.json")
+    with pytest.raises(BadFile, match=r"^s3://bucket/both/a.json\S*: 2 bytes under this name cannot be a file here"):
+        inspect("s3://bucket/both")
+    filling = skeleton._Filling(Store(parse("s3://bucket/both")), tmp_path, "checkpoint")
+    with pytest.raises(
+        BadFile, match=r"^s3://bucket/h.onnx: 9223372036854775807 bytes under this name cannot be a file"
+    ):
+        filling.fill(lambda count: None, "h.onnx", client.Entry("h.onnx", 2**63 - 1, '"a"', ""))
+
+
+@pytest.mark.slow
+def test_workers_read_the_store_themselves(place: Path, s3: S3, tmp_path: Path) -> None:
+    from loratools.surgery.merge.parts import call_of
+    from loratools.surgery.merge.shared import merge_shared
+
+    pytest.importorskip("distributed")
+    call = call_of("s3://bucket/base", ["s3://bucket/adapter"], tmp_path / "there")
+    merge_shared(call, 2)
+    merge(place / "base", place / "adapter", tmp_path / "here")
+    for path in (tmp_path / "here").iterdir():
+        assert (tmp_path / "there" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_processes_that_ask_a_store_are_no_copies_of_one_that_did(place: Path, s3: S3) -> None:
+    from loratools.cli import _pool
+
+    inspect("s3://bucket/base")
+    assert _pool._context().get_start_method() == "spawn"
 
 
 def test_without_obstore_the_extra_is_named(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,9 @@ def test_large_files_go_in_parts(s3: S3, tmp_path: Path) -> None:
     assert s3.uploads() == 0
 
 
-def test_a_cut_upload_is_no_model_and_goes_on(place: Path, s3: S3, tmp_path: Path) -> None:
+def test_a_cut_upload_is_no_model_and_goes_on(
+    place: Path, s3: S3, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     merge(place / "base", place / "adapter", tmp_path / "here")
     second = Rule(lambda request: request.method == "PUT" and "/o/model/model-00002" in request.path, 1000, 500)
     s3.log.rules.append(second)
@@ -123,6 +125,7 @@ def test_a_cut_upload_is_no_model_and_goes_on(place: Path, s3: S3, tmp_path: Pat
         StoreError, match=r"^s3://bucket/o/model/model-00002-of-00002.safetensors: the store has a fault"
     ):
         merge("s3://bucket/in/base", place / "adapter", "s3://bucket/o/model")
+    assert "s3://bucket/o/model is not finished: 1 file there, and the same command goes on from them" in caplog.text
     assert sorted(s3.objects("o/")) == ["o/model/.loratools-upload.json", "o/model/model-00001-of-00002.safetensors"]
     with pytest.raises(
         BadFile, match=r"^s3://bucket/o/model: an output that is not finished: its upload was cut short"
