@@ -19,8 +19,9 @@ from loratools.linalg.products import Rounded
 from loratools.linalg.ranks.noise import rounding_edge
 from loratools.linalg.ranks.rules import Fixed, RankRule
 from loratools.linalg.svd.truncated import TruncatedSVD, residual2, truncated_svd
-from loratools.parallel import no_progress
+from loratools.parallel import Progress, no_progress
 from loratools.storage import dtypes, files
+from loratools.storage.digest import Hasher
 from loratools.storage.header import TensorSpec
 from loratools.surgery.extract.options import ExtractOptions
 from loratools.surgery.extract.pairs import Pair
@@ -87,17 +88,18 @@ def factor(
 
 def factor_stack(
     pair: Pair, base: TensorSpec, tuned: TensorSpec, shapes: Sequence[tuple[int, int]], options: ExtractOptions,
-    spool: Spool, rule: RankRule | None = None,
-) -> tuple[Factored, float, float, float]:  # fmt: skip
+    spool: Spool, rule: RankRule | None = None, *, hashers: Sequence[Hasher] = (), progress: Progress = no_progress,
+) -> tuple[Factored | None, float, float, float]:  # fmt: skip
     """Return the truncated SVD of each expert's ΔW at the largest rank that any of them calls for, and three sums.
 
     These are `norm2`, `base_norm2` and `noise2` of a `Delta`, over all experts. On disk the factors are B (E·out, r)
-    and A (r, E·in). An expert that did not change, or whose ΔW has a lower rank, gets zeros.
+    and A (r, E·in). An expert that did not change, or whose ΔW has a lower rank, gets zeros; where none changed there
+    is no SVD. `hashers` take in what is read of both stacks, `progress` how much it was.
     """
 
-    def look(e: int, rule: RankRule) -> tuple[Delta, TruncatedSVD | None]:
+    def look(e: int, rule: RankRule, told: Progress, hashers: Sequence[Hasher]) -> tuple[Delta, TruncatedSVD | None]:
         old, new = one_of(base, e), one_of(tuned, e)
-        delta = read_delta(old, new, no_progress, keep=True, rounded=options.rounds, hashed=False)
+        delta = read_delta(old, new, told, keep=True, rounded=options.rounds, hashed=False, hashers=hashers)
         D, rounded = _oriented(delta, pair.transposed)
         if D is None:
             return delta, None
@@ -108,14 +110,17 @@ def factor_stack(
     rounded2: dict[int, float] = {}
     for e in range(tuned.shape[0]):
         used = rule or _first_rule(one_of(tuned, e), shapes, options)
-        delta, svd = look(e, used)
+        delta, svd = look(e, used, progress, hashers)
         shown.append(svd)
         energies.append((delta.norm2, delta.base_norm2, delta.noise2))
     most = max((svd.rank for svd in shown if svd), default=0)
     for e, svd in enumerate(shown):
         if svd and svd.rank < most:
-            shown[e] = look(e, Fixed(most))[1]
+            shown[e] = look(e, Fixed(most), no_progress, ())[1]
+    norm2, base_norm2, noise2 = map(sum, zip(*energies, strict=True))
     svds = [svd for svd in shown if svd]
+    if not svds:
+        return None, norm2, base_norm2, noise2
     sides = tuned.shape[:0:-1] if pair.transposed else tuned.shape[1:]
     B, A, sigma2 = _stacked(shown, sides, common_dtype(base, tuned))
     factored = Factored(
@@ -124,7 +129,6 @@ def factor_stack(
         sum(svd.excess_estimate for svd in svds), sum(svd.excess_bound for svd in svds), len(shown),
         any(svd.rounded for svd in svds),
     )  # fmt: skip
-    norm2, base_norm2, noise2 = map(sum, zip(*energies, strict=True))
     return factored, norm2, base_norm2, noise2
 
 

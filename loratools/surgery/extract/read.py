@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import local
@@ -21,6 +21,7 @@ from loratools.parallel import Progress
 from loratools.storage import digest, dtypes, files
 from loratools.storage.checkpoint import values
 from loratools.storage.checkpoint.logical import stored_parts
+from loratools.storage.digest import Hasher
 from loratools.storage.header import TensorSpec
 
 TILE = 1 << 20
@@ -89,16 +90,17 @@ def _columns(spec: TensorSpec) -> int:
 
 def read_delta(
     base: TensorSpec, tuned: TensorSpec, progress: Progress, *, keep: bool, rounded: bool = False,
-    known: tuple[str | None, str | None] = (None, None), hashed: bool = True,
+    known: tuple[str | None, str | None] = (None, None), hashed: bool = True, hashers: Sequence[Hasher] = (),
 ) -> Delta:  # fmt: skip
     """Compare two tensors of one shape; `keep` returns D too, with `rounded` also in bfloat16 where that serves.
 
     Both are valid until this thread keeps the next. `known` are the digests of both, where they were taken before.
-    Where they are not wanted, `hashed`, they are empty, but for codes, which are compared by them.
+    Where they are not wanted, `hashed`, they are empty, but for codes, which are compared by them. `hashers` take in
+    what is read of base and fine-tune, for digests of more than these.
 
     Raises `BadFile` where a number is NaN or infinite.
     """
-    hashers = [values.start(spec) for spec in (base, tuned)]
+    own = [values.start(spec) for spec in (base, tuned)]
     hashed = hashed or base.encoding is not None or tuned.encoding is not None
     columns, wide = _columns(tuned), common_dtype(base, tuned)
     shape = tuned.parameters // columns, columns
@@ -109,9 +111,11 @@ def read_delta(
     base_norm2 = norm2 = lost2 = 0.0
     rows: list[int] = []
     for start, raw, pair in files.row_tiles((base, tuned), columns, TILE):
-        for one, hasher, spec, piece in zip(known, hashers, (base, tuned), raw, strict=True):
+        for one, hasher, spec, piece in zip(known, own, (base, tuned), raw, strict=True):
             if hashed and one is None:
                 hasher.update(values.plain(spec, piece))
+        for hasher, piece in zip(hashers, raw, strict=False):
+            hasher.update(piece)
         count = len(pair[0])
         target = work.resize_(pair[0].shape) if D is None else D[start : start + count]
         lows = None if low is None else low[start : start + count]
@@ -125,7 +129,7 @@ def read_delta(
     if norm2 and not (norm2 < math.inf and base_norm2 < math.inf):
         wrong = tuned if base_norm2 < math.inf else base
         raise BadFile(f"NaN or infinity in {wrong.file}, so the change has no norm")
-    old, new = (one or (digest.finish(hasher) if hashed else "") for one, hasher in zip(known, hashers, strict=True))
+    old, new = (one or (digest.finish(hasher) if hashed else "") for one, hasher in zip(known, own, strict=True))
     if hashed and old == new:  # also of codes and of the 16-bit numbers that they stand for: no change but a rounding
         norm2, rows, D = 0.0, [], None
     noise2 = rounding_energy(tuned) if norm2 and keep else 0.0

@@ -13,7 +13,7 @@ from loratools.errors import BadFile, LoraToolsError, counted
 from loratools.linalg.ranks.rules import Fixed
 from loratools.parallel import Progress, each, no_progress
 from loratools.storage import digest, files
-from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.checkpoint import Checkpoint, values
 from loratools.storage.checkpoint.logical import encodings
 from loratools.storage.header import TensorSpec
 from loratools.surgery.extract.assemble import Outcome
@@ -140,6 +140,13 @@ class Sweep:
             self.progress(source.nbytes + spec.nbytes)
             return _Result(pair, 0.0, 0.0, (known[0], known[0]))
         stacked = pair.kind == "experts"
+        if pair.plan == "factor" and stacked and not (source.encoding or spec.encoding):
+            hashers = [values.start(each) for each in (source, spec)]
+            made = factor_stack(
+                pair, source, spec, shapes, self.options, self.spool, hashers=hashers, progress=self.progress
+            )
+            old, new = map(digest.finish, hashers)
+            return _Result(pair, made[1], made[2], (old, new), made[0], noise2=made[3])
         keep = pair.plan == "factor" and not stacked
         delta = read_delta(source, spec, self.progress, keep=keep, rounded=self.options.rounds, known=known)
         if pair.plan == "factor" and stacked and delta.norm2:

@@ -14,9 +14,11 @@ from loratools.parallel import no_progress
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import logical
 from loratools.storage.header import TensorSpec
+from loratools.surgery.extract import extract
 from loratools.surgery.extract.read import read_delta, rounding_energy
 from loratools.surgery.hash import hash_tensors
 from tests.make import fp8, tiny
+from tests.surgery.finetunes import pair
 from tests.surgery.models import random
 
 NONE = f"blake3:{'0' * 64}"
@@ -67,3 +69,22 @@ def test_the_energy_of_rounding_is_that_of_half_units(tmp_path: Path) -> None:
     old, _ = specs(tmp_path, W, W)
     ulp = torch.frexp(W.double())[1].double().sub(8).exp2()
     assert rounding_energy(old) == pytest.approx(float(ulp.square().sum()) / 12, rel=0.05)
+
+
+def test_a_stack_is_read_once_and_its_digest_is_that_of_the_whole(tmp_path: Path) -> None:
+    """One expert of three changed, of another stack none, of a third none but the sign of a zero."""
+    base = {f"layers.{i}.mlp.experts.down_proj": random(3, 12, 8, seed=i) for i in range(3)}
+    base["layers.2.mlp.experts.down_proj"][1, 2, 3] = 0.0
+    tuned = {name: W.clone() for name, W in base.items()}
+    tuned["layers.0.mlp.experts.down_proj"][1] += random(12, 2, seed=8) @ random(2, 8, seed=9)
+    tuned["layers.2.mlp.experts.down_proj"][1, 2, 3] = -0.0
+    models = pair(tmp_path, base, tuned, model_type="mixtral")
+    seen: list[int] = []
+    found = extract(*models, tmp_path / "out", 2, progress=seen.append)
+    assert [one.outcome for one in found.outcomes] == ["factored", "unchanged", "unchanged"]
+    assert (found.base, found.tuned) == tuple(loratools.hash(model, "root").root for model in models)
+    assert sum(seen) == 2 * sum(W.nbytes for W in base.values())
+    layer = found.outcomes[0].layer
+    assert layer is not None
+    assert layer.base_norm == pytest.approx(float(base["layers.0.mlp.experts.down_proj"].norm()), rel=1e-6)
+    assert layer.error < 1e-5
