@@ -75,6 +75,10 @@ class InvalidOption(LoraToolsError, ValueError):
     """An option has a value that it cannot have; the message lists those that it can have."""
 
 
+class UnknownName(UnknownKind, InvalidOption):
+    """There is no dialect, method or profile of the name that a call gives; the message lists those that exist."""
+
+
 class UnsupportedAdapter(LoraToolsError):
     """A sound adapter carries something that loratools does not do, named."""
 

@@ -69,6 +69,20 @@ def either(choices: Sequence[str]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
+def near(name: str, names: Iterable[str], least: float = 0.75) -> str:
+    """Return `; did you mean X?` with the nearest name, or nothing.
+
+    `least` is how much of it has to be the same, from 0 to 1. Default: 0.75.
+
+    >>> near("merg", ["merge", "inspect"])
+    '; did you mean merge?'
+    """
+    from difflib import get_close_matches  # only what is wrong needs it
+
+    close = get_close_matches(name, list(names), 1, least)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
 def is_finite(value: object) -> bool:
     """Tell whether a value is a finite number, of any type but bool."""
     from numbers import Real  # the command line need not wait for it
@@ -88,7 +102,8 @@ class Options:
     def word(self, name: str, value: object, literal: Any) -> Self:
         """Note a problem unless `value` is one of the words of a `Literal` type."""
         if not isinstance(value, str) or value not in words(literal):
-            self.problems.append(f"{name} is {value!r}; it can be {either(words(literal))}")
+            like = near(value, words(literal)) if isinstance(value, str) else ""
+            self.problems.append(f"{name} is {value!r}; it can be {either(words(literal))}{like}")
         return self
 
     def number(self, name: str, value: object, *, least: int | None = None, optional: bool = False) -> Self:

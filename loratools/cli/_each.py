@@ -21,7 +21,7 @@ from loratools.cli._show import SCHEMA, Report, encode_line, exact
 from loratools.cli._show import line as show_line
 from loratools.cli._talk import Talk
 from loratools.decisions import warnings_to
-from loratools.errors import LoraToolsError
+from loratools.errors import LoraToolsError, UnknownName
 
 _HINTS = 3
 """Hints that are told after all errors; of more, each is about one file only."""
@@ -78,15 +78,13 @@ class Work:
     def __call__(self, item: Item) -> Outcome:
         """Run the command on one item; nothing but a signal and a closed stdout is raised."""
         root, command = self.load()
-        if item.listed and (other := _OTHER.get(self.argument)) and _is(other, item.path):
-            document = {"schema": SCHEMA, "path": item.path, "passed_over": other, "warnings": []}
-            return Outcome((self.talk.named(encode_line(document)),) if self.talk.json else (), passed=other)
         said: list[str] = []
         take = said.append if self.apart else None
         talk = replace(
             self.talk,
             warnings=[*self.talk.warnings],
             names={},
+            _held=[],
             _known=set(),
             _first={},
             _alike={},
@@ -99,6 +97,9 @@ class Work:
             output = {} if item.output is None else {OUTPUT: item.output}
             context.params = {**self.params, **output, self.argument: item.path}
             try:
+                if item.listed and (other := _OTHER.get(self.argument)) and _is(other, item.path):
+                    document = {"schema": SCHEMA, "path": item.path, "passed_over": other, "warnings": []}
+                    return Outcome((talk.named(encode_line(document)),) if talk.json else (), passed=other)
                 if item.output is not None:
                     item.output.parent.mkdir(parents=True, exist_ok=True)
                 with context:
@@ -106,9 +107,11 @@ class Work:
             except BrokenPipeError:
                 raise
             except Exception as error:
-                usage = error.message if isinstance(error, click.UsageError) else None
-                failed = _failed(item, fault_of(error), talk)
-                return replace(failed, err=(*said, *failed.err), usage=usage)
+                usage = error.message if isinstance(error, click.UsageError | UnknownName) else None
+                failed, late = _failed(item, fault_of(error), talk), list[str]()
+                talk.take = late.append
+                talk.count()
+                return replace(failed, err=(*said, *failed.err, *late), usage=usage)
 
 
 def run(work: Work, batch: Batch, context: click.Context) -> bool:
@@ -124,6 +127,7 @@ def run(work: Work, batch: Batch, context: click.Context) -> bool:
 
 def _run(work: Work, batch: Batch, context: click.Context) -> bool:
     talk, failed, passed, hints = work.talk, 0, 0, dict[str, None]()
+    talk.release()
     for path, reason in batch.unread:
         _print(_failed(Item(str(path)), Fault("BadFile", f"{path}: cannot be listed: {reason}"), talk), talk)
     for number, outcome in enumerate(_outcomes(work, batch)):

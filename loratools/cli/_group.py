@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import cache, partial
 from importlib import import_module
@@ -20,7 +20,7 @@ from loratools.cli._spelling import long_name
 from loratools.cli._talk import Talk
 from loratools.cli._words import GROUPS, WORDS
 from loratools.decisions import warnings_to
-from loratools.errors import LoraToolsError
+from loratools.errors import InvalidOption, LoraToolsError
 from loratools.options import modules_in
 
 if TYPE_CHECKING:
@@ -104,7 +104,9 @@ class Command(click.Command):
                 with nullcontext() if ctx.params.get("dry_run") else making(partial(_account, self.name or "", ctx)):
                     report = super().invoke(ctx)
             except LoraToolsError as error:
-                error.hint = error.hint and self._placed(error.hint, ctx)
+                hint = error.hint and self._placed(error.hint, ctx)
+                givers = self._givers(error, ctx) if isinstance(error, InvalidOption) else ()
+                error.hint = " ".join(filter(None, (hint, *givers))) or None
                 raise
         if not isinstance(report, Report):
             return None
@@ -113,6 +115,14 @@ class Command(click.Command):
         talk.note(*report.document.get("notes", ()))
         talk.count()
         return report
+
+    def _givers(self, error: InvalidOption, ctx: click.Context) -> Iterator[str]:
+        """Yield a sentence about each value in an error that an environment variable has set."""
+        said = "\n".join((error.message, *error.problems))
+        for option in self.params:
+            name = spelling.giver(ctx, option)
+            if name and repr(os.environ[name]) in said:
+                yield f"{long_name(option)} is set by {name} in the environment."
 
     def _placed(self, hint: str, ctx: click.Context) -> str:
         """Return a hint that says whose an option is that this command has not."""

@@ -12,6 +12,7 @@ import click
 from loratools.cli._show import Report, fields, plain, size
 from loratools.cli._words import WORDS
 from loratools.errors import counted
+from loratools.options import near
 
 if TYPE_CHECKING:
     from loratools.surgery.inputs import Planned
@@ -37,6 +38,13 @@ class Words(Choice):
         listed = getattr(import_module(module), attribute)
         self.choices = (*(words(listed) or listed), *self._more)
         return self.choices
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return one of the words; of one that is none the error has the nearest."""
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            self.fail(error.message.rstrip(".") + near(str(value), self.choices), param, ctx)
 
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])

@@ -15,7 +15,7 @@ from loratools.cli._faults import fault_of, sentence
 from loratools.cli._group import Commands, common_options
 from loratools.cli._hints import owners
 from loratools.cli._signals import code_of
-from loratools.cli._spelling import is_on, options_like
+from loratools.cli._spelling import giver, is_on, long_name, options_like
 from loratools.cli._talk import Talk
 from loratools.cli._words import REFUSED
 from loratools.version import __version__
@@ -87,6 +87,7 @@ def run(arguments: Sequence[str] | None = None, root: Commands | None = None) ->
             raise
         except Exception as error:
             code, explained = _explain(error, talk), True
+        talk.release()
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
@@ -122,6 +123,8 @@ def _invoke(root: Commands, arguments: list[str], talk: Talk) -> int:
 
 def _explain(error: Exception, talk: Talk) -> int:
     """Say what went wrong in a sentence, never a traceback unless it was asked for; return the exit code."""
+    if isinstance(error, click.BadParameter) and error.ctx and error.param and (name := giver(error.ctx, error.param)):
+        error.param_hint = f"{name} in the environment ({long_name(error.param)})"
     if isinstance(error, click.NoSuchOption) and error.ctx:
         owned = _owners(error.option_name, error.ctx)
         options = [name for option in error.ctx.command.get_params(error.ctx) for name in option.opts]

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from loratools.cli._words import COMMON, MEANT, MEANT_OPTIONS, RENAMED, WORDS
-from loratools.options import either
+from loratools.options import either, near
 
 PREFIX = "LORATOOLS_"
 ELSEWHERE = ("DEBUG", "REAL_MODELS", "LLAMA_CPP", "LLAMA_CPP_LOG", "TRANSFORMERS_4")
@@ -63,11 +63,8 @@ def defaults(
     """
     values: dict[str, Any] = {}
     warnings = []
-    old = {new.partition("=")[0]: name for name, new in RENAMED.get(command, {}).items()}
     for option in options:
-        name = long_name(option)
-        names = [variable(name, command), *([variable(old[name], command)] if name in old else []), variable(name)]
-        found = next((each for each in names if environment.get(each)), None)
+        found = default_of(command, option, environment)
         if found is None or option.name is None:
             continue
         value = values[option.name] = environment[found]
@@ -75,9 +72,28 @@ def defaults(
             import shlex
 
             values[option.name] = shlex.split(value)
-        if name in old and found == names[1]:
-            warnings.append(f"{found} is now {names[0]}; the old name goes away in the next version")
+        if found not in (new := variable(long_name(option), command), variable(long_name(option))):
+            warnings.append(f"{found} is now {new}; the old name goes away in the next version")
     return values, warnings
+
+
+def default_of(command: str, option: click.Option, environment: Mapping[str, str]) -> str | None:
+    """Return the variable that sets an option of a command; None where none does."""
+    name = long_name(option)
+    old = [before for before, new in RENAMED.get(command, {}).items() if new.partition("=")[0] == name]
+    names = [variable(name, command), *(variable(each, command) for each in old), variable(name)]
+    return next((each for each in names if environment.get(each)), None)
+
+
+def giver(context: click.Context, option: click.Parameter) -> str | None:
+    """Return the environment variable from which an option has its value; None where it has it from elsewhere."""
+    source = context.get_parameter_source(option.name or "")
+    if not isinstance(option, click.Option):
+        return None
+    if source is click.core.ParameterSource.ENVIRONMENT and isinstance(option.envvar, str):
+        return option.envvar
+    from_map = source is click.core.ParameterSource.DEFAULT_MAP
+    return default_of(context.command.name or "", option, os.environ) if from_map else None
 
 
 def unknown(names: Sequence[str], options: Callable[[], Mapping[str, Iterable[str]]]) -> list[str]:
@@ -92,18 +108,6 @@ def unknown(names: Sequence[str], options: Callable[[], Mapping[str, Iterable[st
         known |= {variable(option, command) for option in of_command if option.startswith("--")}
         known |= {variable(option, command) for option in RENAMED.get(command, {})}
     return [f"{name} is no variable of loratools{near(name, known)}" for name in sorted(set(names) - known)]
-
-
-def near(name: str, names: Iterable[str]) -> str:
-    """Return `; did you mean X?` with the nearest name, or nothing.
-
-    >>> near("merg", ["merge", "inspect"])
-    '; did you mean merge?'
-    """
-    from difflib import get_close_matches
-
-    close = get_close_matches(name, list(names), 1, 0.75)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def commands_like(name: str, names: Sequence[str]) -> str:

@@ -35,7 +35,8 @@ class Talk:
 
     With --json nothing goes to stderr: the result or the error is one document on stdout, with the warnings in it.
     `names` maps paths that are only known to this process to what the user called them. `about` is the path that all of
-    it is about, where a run has several; `take` takes the lines that would go to stderr.
+    it is about, where a run has several; `take` takes the lines that would go to stderr. Notes and warnings wait
+    until the work begins, so that an error that keeps it from beginning comes first.
     """
 
     json: bool = False
@@ -47,6 +48,7 @@ class Talk:
     names: dict[str, str] = field(default_factory=dict)
     about: str = ""
     take: Callable[[str], object] | None = None
+    _held: list[tuple[str, str, str]] | None = field(default_factory=list)
     _known: set[str] = field(default_factory=set)
     _first: dict[tuple[str, str], str] = field(default_factory=dict)
     _alike: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -56,7 +58,7 @@ class Talk:
         for text in () if self.quiet or self.json else texts:
             if text not in self._known:
                 self._known.add(text)
-                self._once(text)
+                self._later(text)
 
     def warn(self, *texts: str) -> None:
         """Warn, of the same thing once: -q does not silence it, and with --json it is part of the document."""
@@ -69,15 +71,29 @@ class Talk:
             elif self.warnings[-1] != _MORE:
                 self.warnings.append(_MORE)
             if not self.json:
-                self._once(text, "warning", "yellow")
+                self._later(text, "warning", "yellow")
+
+    def release(self) -> None:
+        """Say what was held back: the work has begun, or has ended, or an error was told before it."""
+        held, self._held = self._held, None
+        for text, prefix, color in held or ():
+            self._once(text, prefix, color)
 
     def count(self) -> None:
         """Say how often what was said once could have been said, of other modules or layers."""
+        self.release()
         for (prefix, first), more in self._alike.items():
             if more:
                 start = first if len(first) <= _BEGINNING else f"{first[:_BEGINNING]}…"
                 self._say(f"{more} more like this one, of other modules or layers: {start}", prefix, "yellow")
         self._alike.clear()
+
+    def _later(self, text: str, prefix: str = "", color: str = "") -> None:
+        """Say a text once it is known whether there is an error before the work begins, which is told first."""
+        if self._held is None or self.verbose:
+            self._once(text, prefix, color)
+        else:
+            self._held.append((text, prefix, color))
 
     def _once(self, text: str, prefix: str = "", color: str = "") -> None:
         """Say a text unless one was said that differs in numbers of modules and layers alone; count it then."""
@@ -101,7 +117,6 @@ class Talk:
             text = encode({"schema": SCHEMA, "error": document, "warnings": self.warnings})
             click.echo(self.named(text), err=lost)
             return
-        self.count()
         self._say(message, "error", "red")
         lines = counted(problems)
         for problem in lines[:MOST_PROBLEMS]:
@@ -110,6 +125,7 @@ class Talk:
             self._say(f"  … and {len(lines) - MOST_PROBLEMS} more; --json lists all")
         if hint:
             self._say(hint, "hint", "cyan")
+        self.count()
 
     @contextmanager
     def decisions(self) -> Iterator[None]:
@@ -140,10 +156,10 @@ class Talk:
         """Yield a function that takes the bytes done since the last call, from any thread.
 
         On a terminal it draws a bar once the work has taken `PATIENCE`. Elsewhere, and with -q, --json or
-        --no-progress, it does nothing.
+        --no-progress, it draws nothing. The first call says what was held back, for the work has begun.
         """
         if self.quiet or self.json or self.no_progress or sys.stderr is None or not sys.stderr.isatty():
-            yield lambda count: None
+            yield lambda count: self.release()
             return
         from tqdm import tqdm
 
@@ -155,6 +171,7 @@ class Talk:
 
             def advance(count: int) -> None:
                 with lock:
+                    self.release()
                     bar.update(count)
 
             yield advance

@@ -59,7 +59,8 @@ def command(talk: Talk, /, base: str, tuned: str, output: Path, **values: Any) -
 
     Every changed weight W' - W becomes factors B A near the best of their rank, in float32, with alpha = rank; what has
     no factors (norms, biases, embeddings) is saved whole, so that base + adapter is the fine-tune but for the printed
-    error. A layer's error is exact, and a bound says how far from the optimum it can be. The result is a PEFT adapter,
+    error. A layer's error is exact, and a bound says how far from the optimum it can be: it may be far above the truth,
+    and --tight spends as much work again on a nearer one. The result is a PEFT adapter,
     sealed with the base's hash; where the output's name ends in .safetensors it is one file, that of an image model in
     the layout of kohya or ComfyUI. A PATTERN is a name (q_proj), a glob (layers.*.mlp.*), or re: and a regular
     expression.
@@ -100,7 +101,7 @@ def command(talk: Talk, /, base: str, tuned: str, output: Path, **values: Any) -
     talk.note(*extraction.notes)
     if extraction.dropped_energy > 0:
         talk.warn(f"{extraction.dropped_energy:.2%} of the change was left out on request")
-    return show.Report(document(extraction), _lines(extraction, values["modules"]))
+    return show.Report(document(extraction), _lines(extraction, values["modules"], values["tight"]))
 
 
 def document(extraction: Extraction) -> dict[str, Any]:
@@ -140,7 +141,7 @@ def _dry(pairing: Pairing, before: Any, after: Any) -> show.Report:
     return show.Report(data, _classes({f"{p} {k}": {w: paths} for (p, k, w), paths in rows.items()}, pairing.missing))
 
 
-def _lines(extraction: Extraction, every: bool) -> Iterator[str]:
+def _lines(extraction: Extraction, every: bool, tight: bool) -> Iterator[str]:
     layers = [outcome.layer for outcome in extraction.outcomes if outcome.layer]
     if every:
         yield from table(layers)
@@ -159,7 +160,7 @@ def _lines(extraction: Extraction, every: bool) -> Iterator[str]:
         ("factors", f"{sums.layers} layers, {spread}, {show.exact(sums.parameters)} parameters, {extraction.dtype}"),
         ("change", f"{sums.delta_norm / sums.base_norm:.3%} of the weights they change" if sums.base_norm else "-"),
         ("captured", f"{sums.captured:.2%} of the energy of the factored layers"),
-        ("error", f"{sums.error:.4g} of the change; {_beside_optimum(sums)}"),
+        ("error", f"{sums.error:.4g} of the change; {_beside_optimum(sums, tight)}"),
         ("noise", f"{sums.noise:.2%} of the energy is what rounding to the fine-tune's dtype leaves"),
         ("dropped", f"{extraction.dropped_energy:.2%} of the whole change"),
         ("base hash", extraction.base),
@@ -167,11 +168,12 @@ def _lines(extraction: Extraction, every: bool) -> Iterator[str]:
     )  # fmt: skip
 
 
-def _beside_optimum(sums: Any) -> str:
+def _beside_optimum(sums: Any, tight: bool) -> str:
     if not math.isfinite(sums.excess_bound):
         return "that is rounding: these ranks can hold all of it"
+    loose = "" if tight else ", a bound that may be far above the truth (--tight lowers it)"
     lower = f"the optimum is lower by about {sums.excess:.1e} of it"
-    return f"{lower}, certainly by no more than a factor of {1 + sums.excess_bound:.4f}"
+    return f"{lower}, certainly by no more than a factor of {1 + sums.excess_bound:.4f}{loose}"
 
 
 def _classes(classes: dict[str, dict[str, list[str]]], missing: tuple[str, ...]) -> Iterator[str]:

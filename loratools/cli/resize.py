@@ -80,7 +80,7 @@ def command(
     if dry_run:
         return options.would(plan(resize, adapter, output, wanted, dialect=dialect, alpha=alpha, **given))
     with talk.progress("resizing", size_of([source])) as bar:
-        resized = resize(source, output, wanted, **given, progress=bar)
+        resized = resize(adapter, output, wanted, dialect=dialect, alpha=alpha, **given, progress=bar)
     line = f"wrote {resized.output} ({len(resized.shares)} modules, error {resized.error:.3g} of the change)"
     kept = table(resized) if modules else ()
     return show.Report(show.plain(resized), [*lines(resized, "resized", method=False), *kept], line=line)

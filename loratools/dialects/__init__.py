@@ -41,8 +41,8 @@ from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.once import once
 from loratools.dialects._frame.read_as import ReadAs, check_alpha, check_told, told
 from loratools.dialects._frame.values import HasAdapter, InMemory, is_pair, is_saved
-from loratools.errors import InvalidOption, LoraToolsError, UnknownKind
-from loratools.options import Options, modules_in
+from loratools.errors import InvalidOption, LoraToolsError, UnknownName
+from loratools.options import Options, modules_in, near
 
 if TYPE_CHECKING:
     from loratools.storage.checkpoint import Checkpoint
@@ -73,14 +73,14 @@ def get(name: str) -> Dialect:
         name: One of `names()`.
 
     Raises:
-        UnknownKind: There is no such dialect; the error lists those that exist.
+        UnknownName: There is no such dialect; the error lists those that exist.
 
     Example:
         >>> get("gguf").FILES
         ('.gguf',)
     """
     if name not in names():
-        raise UnknownKind(f"no dialect {name!r}; loratools knows {', '.join(names())}")
+        raise UnknownName(f"no dialect {name!r}; loratools knows {', '.join(names())}{near(name, names())}")
     return cast(Dialect, import_module(f"{__name__}.{name}"))
 
 
@@ -275,7 +275,7 @@ def save_adapter(
         LossyConversion: Something would be lost, and `allow_loss` is not set, or everything would; the error lists
             every loss.
         OutputRefused: The output exists, is also an input, or ends as no file of this dialect does.
-        UnknownKind: There is no such dialect.
+        UnknownName: There is no such dialect.
         NoSpace: The disk is too full.
 
     Example:

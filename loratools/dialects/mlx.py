@@ -38,7 +38,7 @@ from loratools.dialects._frame.losses import IDENTITY, common_losses, left, upda
 from loratools.dialects._frame.metadata import carried, settings_with
 from loratools.dialects._frame.numbers import is_number, most_common
 from loratools.dialects.peft.fields import unknown
-from loratools.errors import BadFile, UnsupportedAdapter
+from loratools.errors import BadFile, UnsupportedAdapter, counted
 from loratools.storage import save
 from loratools.storage.lazy import LazyTensor
 
@@ -143,6 +143,11 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
     adapter = left(adapter, losses(adapter), target)
     updates = adapter.updates
     rank = max((update.rank for update in updates.values()), default=8)
+    if filled := sum(update.rank < rank for update in updates.values()):
+        warned(
+            "%s: mlx-lm has one rank for all modules, so zeros fill %s to rank %d, the largest: the file is larger, "
+            "and no change is another", target, counted(filled, "module"), rank,
+        )  # fmt: skip
     scale = most_common((update.scaling for update in updates.values()), smallest=True)
     groups = _stacked({module: _of_peft(update, rank, scale) for module, update in updates.items()})
     config: dict[str, Any] = {

@@ -35,7 +35,7 @@ def agree(
     differs.
     """
     Options().word("check_base", check, CheckBase).done()
-    differing, uncertain = [], []
+    differing, uncertain, by_name = [], [], 0
     identities = [base or BaseIdentity() for base in bases]
     # What is sealed says more than a name, which may be that of another folder here.
     folders = [None if check == "off" or identity.sealed else _folder(identity.id) for identity in identities]
@@ -68,13 +68,16 @@ def agree(
             stated = f", at the revisions {' and '.join(sorted(revisions))}" if len(revisions) > 1 else ""
             uncertain.append(f"{both}: the base models are compared by name only, {first.id}{stated}")
         else:
-            differing.append(f"{name} belongs to {first.id}, {other_name} to {second.id}")
+            differing.append(f"{name} names {first.id}, {other_name} names {second.id}")
+            by_name += 1
     if differing and check == "strict":
         raise WrongBase(
-            "these adapters belong to different base models, so their changes cannot be added up",
+            "these adapters belong to different base models, so their changes cannot be added up"
+            if by_name < len(differing)
+            else "these adapters name different base models, and no hash tells whether they are one",
             differing,
-            hint="Use adapters of one base. Where one model has two names, seal both with it (loratools convert "
-            "ADAPTER -o OUTPUT --base BASE), or say --check-base off.",
+            hint="Use adapters of one base. Where both names are of one model, seal both with it, and its hash "
+            "decides: loratools convert ADAPTER -o OUTPUT --base BASE. Or say --check-base off.",
         )
     return _common(bases), [] if check == "off" else list(dict.fromkeys([*differing, *uncertain]))
 

@@ -107,7 +107,7 @@ def test_help_lists_the_commands_under_their_headings(arguments: list[str], caps
         (["inspect", "cut"], 1, "truncated"),
         (["hash", "cut"], 1, "truncated"),
         (["inspect", "text.safetensors"], 1, "text.safetensors: not a safetensors file"),
-        (["inspect", "adapter", "--dialect", "morse"], 1, "no dialect 'morse'"),
+        (["inspect", "adapter", "--dialect", "morse"], 2, "no dialect 'morse'"),
     ],
 )
 def test_every_fault_is_one_sentence(
@@ -261,6 +261,21 @@ def test_what_a_report_holds_is_shown_once(root: Commands, capsys: pytest.Captur
     assert run(["holds", "--json"], root) == 0
     document = json.loads(capsys.readouterr().out)
     assert (document["notes"], document["warnings"]) == (["aside", "more"], ["odd"])
+
+
+def test_an_error_before_the_work_comes_before_what_was_warned_of(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    config = Path("adapter/adapter_config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "use_hyper": 2}))
+    assert run(["convert", "adapter", "-o", "plain", "--to", "mlx", "--base", "nowhere"]) == 1
+    assert capsys.readouterr().err.startswith("error: nowhere: no such")
+    assert run(["convert", "adapter", "-o", "plain", "--to", "gguf"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("error: plain: ")
+    assert lines[-1].startswith("warning: ")
+    assert lines[-1].endswith("use_hyper")
 
 
 @pytest.mark.parametrize("command", ["inspect adapter", "merge base adapter -o out", "convert adapter -o out"])

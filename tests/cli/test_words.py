@@ -249,7 +249,38 @@ def test_a_variable_sets_a_switch_a_number_a_list_and_a_required_option(
     monkeypatch.setenv("LORATOOLS_DRY_RUN", "off")
     monkeypatch.setenv("LORATOOLS_THREADS", "none")
     assert run(["merge", "base", "adapter", "other"]) == 2
-    assert "invalid value for '--threads'" in capsys.readouterr().err
+    assert "invalid value for LORATOOLS_THREADS in the environment (--threads)" in capsys.readouterr().err
+    monkeypatch.setenv("LORATOOLS_THREADS", "1")
+    monkeypatch.setenv("LORATOOLS_COMBINE_METHOD", "tise")
+    assert run(["combine", "adapter", "other"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: method is 'tise'; it can be ")
+    assert said.endswith(
+        "; did you mean ties?\nhint: --method is set by LORATOOLS_COMBINE_METHOD in the environment.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("convert adapter -o out --to kohia", "no dialect 'kohia'; loratools knows comfy, "),
+        ("combine adapter other -o out --method tise", "method is 'tise'; it can be breadcrumbs, "),
+        ("combine adapter other -o out --check-base stric", "'stric' is not one of 'strict', 'warn', 'off'"),
+        ("hash adapter --algorithm blak3", "'blak3' is not one of "),
+        ("inspect adapter other --dialect pefft", "no dialect 'pefft'; loratools knows comfy, "),
+    ],
+)
+def test_a_word_that_is_none_is_wrong_use_with_the_nearest(
+    arguments: str, said: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever checks it, the command line or the library: the exit code is 2, and what was meant is said."""
+    monkeypatch.chdir(workplace)
+    assert run(arguments.split()) == 2
+    first = capsys.readouterr().err.splitlines()[0]
+    assert said in first
+    meant = {"kohia": "kohya", "tise": "ties", "stric": "strict", "blak3": "blake3", "pefft": "peft"}
+    assert first.endswith(next(f"; did you mean {to}?" for word, to in meant.items() if word in arguments))
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from loratools import dialects
 from loratools.adapter.model import Adapter, BaseIdentity, Step
+from loratools.decisions import warnings_to
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.storage.lazy import LazyTensor
 
@@ -109,7 +110,12 @@ def test_experts_of_a_switch_layer_are_read_one_by_one(tmp_path: Path) -> None:
 
 def test_ranks_and_scalings_are_made_equal_without_changing_delta_weights(tmp_path: Path) -> None:
     adapter = Adapter({Q0: lora(2, 2, 2), V0: lora(4, 4, 16, torch.pi), "x": lora(3, 4, 8, torch.pi)})
-    dialects.save_adapter(adapter, tmp_path / "a", dialect="mlx")
+    said: list[str] = []
+    with warnings_to(said.append):
+        dialects.save_adapter(adapter, tmp_path / "a", dialect="mlx")
+        dialects.save_adapter(Adapter({V0: lora(4, 4, 16)}), tmp_path / "one", dialect="mlx")
+    (note,) = said
+    assert "so zeros fill 1 module to rank 4, the largest" in note
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert config["lora_parameters"] == {"keys": sorted(adapter.updates), "rank": 4, "scale": torch.pi, "dropout": 0.0}
     written = load_file(tmp_path / "a" / "adapters.safetensors")

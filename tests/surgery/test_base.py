@@ -70,8 +70,10 @@ def test_two_unsealed_adapters_of_one_folder(first: str, work: Path) -> None:
 @pytest.mark.parametrize("name", ["ROOT/other/base", "other/base", "ROOT/elsewhere/llama", "org/model"])
 def test_another_base_is_refused_whatever_it_is_called(name: str, work: Path) -> None:
     for i, other in enumerate((work / "sealed", adapter(work / "one", "mine/base"))):
-        with pytest.raises(WrongBase, match="different base models"):
+        with pytest.raises(WrongBase, match="different base models") as caught:
             combine([other, adapter(work / f"a{i}", placed(name, work))], work / "sum")
+        told = "these adapters name different base models, and no hash tells whether they are one"
+        assert (caught.value.message == told) == (name not in ("ROOT/other/base", "other/base"))
         found = combine([other, work / f"a{i}"], work / f"sum{i}", check_base="warn")
         assert len(found.warnings) == 1
         assert combine([other, work / f"a{i}"], work / f"off{i}", check_base="off").warnings == ()

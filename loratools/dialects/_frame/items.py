@@ -14,6 +14,7 @@ from pathlib import Path
 
 from loratools.adapter.naming.compact import natural
 from loratools.errors import BadFile
+from loratools.options import near
 from loratools.storage.beside.along import is_index, is_of_training
 from loratools.storage.pickles import SUFFIXES as PICKLES
 from loratools.storage.sources import is_reference
@@ -61,7 +62,7 @@ def items_in(folder: str | os.PathLike[str], skip: Collection[str | os.PathLike[
     top = Path(folder)
     if not top.is_dir():
         if not top.exists():
-            raise BadFile(f"{folder}: no such folder")
+            raise BadFile(f"{folder}: no such folder", hint=_instead(top))
         hint = f"Give the folder in which it lies, {top.parent}, or the file itself to a command that takes one."
         raise BadFile(f"{folder}: this is a file, and a folder is expected", hint=hint)
     walk = _Walk(os.path.realpath(top), [Path(path).stat() for path in skip if Path(path).exists()])
@@ -71,6 +72,13 @@ def items_in(folder: str | os.PathLike[str], skip: Collection[str | os.PathLike[
         own.setdefault(os.path.realpath(path) if walk.links else path, path)
     kept = set(own.values())
     return Items(tuple(Path(path) for path, _ in listed if path in kept), tuple(walk.unread))
+
+
+def _instead(folder: Path) -> str:
+    """Return what to give where a folder is not there, with the one beside it of nearly its name."""
+    beside = folder.absolute().parent
+    named = near(folder.name, [each.name for each in beside.iterdir() if each.is_dir()]) if beside.is_dir() else ""
+    return f"Give the folder in which the adapters or models lie{named or '.'}"
 
 
 class _Walk:

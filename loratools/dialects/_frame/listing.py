@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from loratools.adapter.model import Adapter
@@ -231,7 +232,7 @@ class Listing:
 
 def by_convert(listing: Listing, option: str, what: str) -> str:
     """Return the hint to give an option where it can be given: `convert` has it, and every command reads the result."""
-    return f"{what}: loratools convert {listing.path} -o OUTPUT {option}"
+    return f"{what}: loratools convert {quote(str(listing.path))} -o OUTPUT {option}"
 
 
 def check_pointer(begin: bytes, path: Path) -> None:

@@ -19,7 +19,8 @@ from loratools.adapter.model import Adapter
 from loratools.adapter.naming.wrappers import normalized
 from loratools.adapter.parts import A_EMBEDDING, B_EMBEDDING, A, B
 from loratools.dialects._frame.numbers import most_common
-from loratools.errors import LossyConversion, UnknownKind, counted
+from loratools.errors import LossyConversion, UnknownName, counted
+from loratools.options import near
 
 _LAYER = re.compile(r"(.*?)\.(\d+)\.(.+)")
 Shapes = Mapping[str, tuple[int, ...]]
@@ -63,10 +64,10 @@ def apply(adapter: Adapter, name: str, base: Shapes | None = None) -> Adapter:
 
     `name` is one of `PROFILES`. `base` holds the shapes of the base's tensors: absent layers get zero factors by them,
     and without it they are refused. Raises `LossyConversion` with all that the consumer refuses or would drop,
-    `UnknownKind` for another name.
+    `UnknownName` for another name.
     """
     if name not in PROFILES:
-        raise UnknownKind(f"no profile {name!r}; there are {', '.join(PROFILES)}")
+        raise UnknownName(f"no profile {name!r}; there are {', '.join(PROFILES)}{near(name, PROFILES)}")
     profile = PROFILES[name]
     problems = list(_refused(adapter, profile))
     if profile.every_layer and not problems:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
 
 from loratools import dialects
 from loratools.adapter import low_rank
@@ -19,9 +21,10 @@ from loratools.adapter.naming.wrappers import normalized
 from loratools.adapter.weights import Weight
 from loratools.errors import IncompatibleAdapter, InvalidOption, LoraToolsError, UnsupportedAdapter, counted
 from loratools.format.digest import checked_digest
+from loratools.storage.sources import is_reference
 from loratools.surgery.inputs import AdapterSource, names_of
 
-_SEAL = "`loratools convert ADAPTER OUTPUT --base BASE` writes each as its base has it; then combine these."
+_SEAL = "`loratools convert ADAPTER -o OUTPUT --base BASE` writes each as its base has it; then combine these."
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -187,9 +190,21 @@ def _refuse(inputs: Sequence[Input]) -> None:
         for (name, reason), modules in reasons.items()
     ]
     name = next(iter(reasons))[0]
+    refused = [
+        update
+        for each in inputs
+        if each.name == name
+        for whole in each.adapter.updates.values()
+        for update in (whole.members or (whole,))
+        if low_rank.refusal(update)
+    ]
+    base = " --base BASE" if any(update.unsettled or not update.additive for update in refused) else ""
+    given = "needs the base model" if base else "needs no base model"
+    known = Path(name).exists() or is_reference(name)  # else it came open
+    source, output = (quote(name), quote(f"{Path(name).name}-lora")) if known else ("ADAPTER", "OUTPUT")
     hint = (
-        f"Make a LoRA of it first (loratools convert {name} -o OUTPUT --to-lora --rank R; some kinds need --base), "
-        "or merge such an adapter into its base model instead."
+        f"Make a LoRA of it first, which {given}: loratools convert {source} -o {output} --to-lora "
+        f"--rank 16{base}. Or merge such an adapter into its base model instead."
     )
     raise UnsupportedAdapter(
         f"{counted(count, 'module')} cannot be combined or resized in factor space", problems, hint=hint

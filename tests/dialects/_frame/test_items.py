@@ -117,3 +117,12 @@ def test_what_is_no_folder(path: str, reason: str, tmp_path: Path, monkeypatch: 
     with pytest.raises(BadFile, match=reason) as refusal:
         items_in(path)
     assert "--each" not in (refusal.value.hint or "")  # `find` and `report` take a folder without it
+
+
+def test_a_folder_that_is_not_there_is_told_with_the_one_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "styles").mkdir()
+    (tmp_path / "stylus.safetensors").touch()
+    for name, said in (("stiles", "; did you mean styles?"), ("else", "lie."), ("no/where", "lie.")):
+        with pytest.raises(BadFile, match="no such folder") as caught:
+            items_in(tmp_path / name)
+        assert (caught.value.hint or "").endswith(said)

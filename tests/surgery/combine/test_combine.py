@@ -323,6 +323,8 @@ def test_what_is_no_product_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedAdapter, match="2 module") as caught:
         combine([adapter(0), one], tmp_path / "sum")
     assert all("adapter 2: h." in problem and "dora" in problem for problem in caught.value.problems)
+    asked = "which needs the base model: loratools convert ADAPTER -o OUTPUT --to-lora --rank 16 --base BASE"
+    assert asked in (caught.value.hint or "")
 
 
 def test_shapes_and_kinds_that_differ_are_all_named(tmp_path: Path) -> None:
@@ -546,4 +548,6 @@ def test_what_is_no_product_is_told_once_with_the_way_to_a_lora(tmp_path: Path) 
     (problem,) = caught.value.problems
     assert "and 2 more: kind loha: its change is no product of two factors" in problem
     file = tmp_path / "loha.safetensors"
-    assert f"loratools convert {file} -o OUTPUT --to-lora --rank R" in (caught.value.hint or "")
+    assert f"which needs no base model: loratools convert {file} -o loha.safetensors-lora --to-lora --rank 16. Or" in (
+        caught.value.hint or ""
+    )

@@ -17,8 +17,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol, cast
 
-from loratools.errors import UnknownKind
-from loratools.options import either, modules_in
+from loratools.errors import UnknownName
+from loratools.options import either, modules_in, near
 from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Terms
 
 if TYPE_CHECKING:
@@ -47,9 +47,9 @@ def names() -> tuple[str, ...]:
 
 
 def get(name: str) -> Method:
-    """Return a method's module; raise `UnknownKind` with the list of those that exist."""
+    """Return a method's module; raise `UnknownName` with the list of those that exist."""
     if name not in names():
-        raise UnknownKind(f"no method {name!r}; loratools knows {', '.join(names())}")
+        raise UnknownName(f"no method {name!r}; loratools knows {', '.join(names())}{near(name, names())}")
     return cast(Method, import_module(f"{__name__}.{name}"))
 
 
@@ -61,7 +61,7 @@ def seed_of(name: str, options: MethodOptions) -> int | None:
 def problems(name: str, options: MethodOptions) -> list[str]:
     """Return a sentence about every option that a method does not take, or lacks; or about a name of no method."""
     if name not in names():
-        return [f"method is {name!r}; it can be {either(names())}"]
+        return [f"method is {name!r}; it can be {either(names())}{near(str(name), names())}"]
     method = get(name)
     stated = [option for option in ("density", "gamma", "epsilon", "seed") if getattr(options, option) is not None]
     faults = [f"it takes no {option}" for option in stated if option not in method.OPTIONS]
