@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache, partial
 from importlib import import_module
@@ -105,7 +105,8 @@ class Command(click.Command):
                     report = super().invoke(ctx)
             except LoraToolsError as error:
                 hint = error.hint and self._placed(error.hint, ctx)
-                givers = self._givers(error, ctx) if isinstance(error, InvalidOption) else ()
+                wrong = isinstance(error, InvalidOption)
+                givers = spelling.givers(ctx, (error.message, *error.problems)) if wrong else ()
                 error.hint = " ".join(filter(None, (hint, *givers))) or None
                 raise
         if not isinstance(report, Report):
@@ -115,14 +116,6 @@ class Command(click.Command):
         talk.note(*report.document.get("notes", ()))
         talk.count()
         return report
-
-    def _givers(self, error: InvalidOption, ctx: click.Context) -> Iterator[str]:
-        """Yield a sentence about each value in an error that an environment variable has set."""
-        said = "\n".join((error.message, *error.problems))
-        for option in self.params:
-            name = spelling.giver(ctx, option)
-            if name and repr(os.environ[name]) in said:
-                yield f"{long_name(option)} is set by {name} in the environment."
 
     def _placed(self, hint: str, ctx: click.Context) -> str:
         """Return a hint that says whose an option is that this command has not."""

@@ -96,6 +96,14 @@ def giver(context: click.Context, option: click.Parameter) -> str | None:
     return default_of(context.command.name or "", option, os.environ) if from_map else None
 
 
+def givers(context: click.Context, said: Iterable[str]) -> list[str]:
+    """Return a sentence for each environment variable whose value is in what an error has said."""
+    text = "\n".join(said)
+    by_name = {long_name(option): giver(context, option) for option in context.command.params}
+    return [f"{option} is set by {name} in the environment." for option, name in by_name.items()
+            if name and repr(os.environ[name]) in text]  # fmt: skip
+
+
 def unknown(names: Sequence[str], options: Callable[[], Mapping[str, Iterable[str]]]) -> list[str]:
     """Return a warning for each variable that begins as ours do and is none, with the nearest that is one.
 
