@@ -104,14 +104,13 @@ class Command(click.Command):
                 with nullcontext() if ctx.params.get("dry_run") else making(partial(_account, self.name or "", ctx)):
                     report = super().invoke(ctx)
             except LoraToolsError as error:
-                hint = error.hint and self._placed(error.hint, ctx)
-                wrong = isinstance(error, InvalidOption)
-                givers = spelling.givers(ctx, (error.message, *error.problems)) if wrong else ()
-                error.hint = " ".join(filter(None, (hint, *givers))) or None
+                givers = (
+                    spelling.givers(ctx, error.message, *error.problems) if isinstance(error, InvalidOption) else []
+                )
+                error.hint = " ".join(filter(None, (error.hint and self._placed(error.hint, ctx), *givers))) or None
                 raise
         if not isinstance(report, Report):
             return None
-        # What a report holds is shown, whether or not its command has said it already.
         talk.warn(*report.document.get("warnings", ()))
         talk.note(*report.document.get("notes", ()))
         talk.count()

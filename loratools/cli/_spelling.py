@@ -96,7 +96,7 @@ def giver(context: click.Context, option: click.Parameter) -> str | None:
     return default_of(context.command.name or "", option, os.environ) if from_map else None
 
 
-def givers(context: click.Context, said: Iterable[str]) -> list[str]:
+def givers(context: click.Context, *said: str) -> list[str]:
     """Return a sentence for each environment variable whose value is in what an error has said."""
     text = "\n".join(said)
     by_name = {long_name(option): giver(context, option) for option in context.command.params}
