@@ -20,7 +20,7 @@ from loratools.cli._spelling import long_name
 from loratools.cli._talk import Talk
 from loratools.cli._words import GROUPS, WORDS
 from loratools.decisions import warnings_to
-from loratools.errors import InvalidOption, LoraToolsError
+from loratools.errors import LoraToolsError
 from loratools.options import modules_in
 
 if TYPE_CHECKING:
@@ -104,10 +104,8 @@ class Command(click.Command):
                 with nullcontext() if ctx.params.get("dry_run") else making(partial(_account, self.name or "", ctx)):
                     report = super().invoke(ctx)
             except LoraToolsError as error:
-                givers = (
-                    spelling.givers(ctx, error.message, *error.problems) if isinstance(error, InvalidOption) else []
-                )
-                error.hint = " ".join(filter(None, (error.hint and self._placed(error.hint, ctx), *givers))) or None
+                hint = error.hint and self._placed(error.hint, ctx)
+                error.hint = " ".join(filter(None, (hint, *spelling.givers(ctx, error)))) or None
                 raise
         if not isinstance(report, Report):
             return None
@@ -290,11 +288,8 @@ def schema_option() -> click.Option:
 def emit(report: Report, talk: Talk) -> None:
     """Print a report to stdout: its document with --json, else its text."""
     if talk.json:
-        click.echo(
-            talk.named(
-                encode({"schema": SCHEMA} | dict(report.document) | {"schema": SCHEMA, "warnings": talk.warnings})
-            )
-        )
+        document = {"schema": SCHEMA} | dict(report.document) | {"schema": SCHEMA, "warnings": talk.warnings}
+        click.echo(talk.named(encode(document)))
         return
     for line in [report.text] if isinstance(report.text, str) else report.text:
         for part in fitted(show_line(talk.named(line)), None if report.verbatim else room()):

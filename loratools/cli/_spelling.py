@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from loratools.cli._words import COMMON, MEANT, MEANT_OPTIONS, RENAMED, WORDS
+from loratools.errors import InvalidOption, LoraToolsError
 from loratools.options import either, near
 
 PREFIX = "LORATOOLS_"
@@ -96,9 +97,9 @@ def giver(context: click.Context, option: click.Parameter) -> str | None:
     return default_of(context.command.name or "", option, os.environ) if from_map else None
 
 
-def givers(context: click.Context, *said: str) -> list[str]:
-    """Return a sentence for each environment variable whose value is in what an error has said."""
-    text = "\n".join(said)
+def givers(context: click.Context, error: LoraToolsError) -> list[str]:
+    """Return a sentence for each environment variable whose value is in what is said of a wrong option."""
+    text = "\n".join((error.message, *error.problems)) if isinstance(error, InvalidOption) else ""
     by_name = {long_name(option): giver(context, option) for option in context.command.params}
     return [f"{option} is set by {name} in the environment." for option, name in by_name.items()
             if name and repr(os.environ[name]) in text]  # fmt: skip
