@@ -75,7 +75,8 @@ class Talk:
 
     def release(self) -> None:
         """Say what was held back: the work has begun, or has ended, or an error was told before it."""
-        held, self._held = self._held, None
+        with _SAYING:
+            held, self._held = self._held, None
         for text, prefix, color in held or ():
             self._once(text, prefix, color)
 
