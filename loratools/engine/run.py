@@ -57,7 +57,7 @@ class Settings:
     """How to run: nothing here changes a byte of the output, but for `device` (`device.py` has the policy), and
     `rounding`, `nearest` or `stochastic`, which draws by `seed`. `before` has functions for tensors that are
     changed where they will lie in the output: each puts the base's bytes there, unless an adapter replaces them.
-    `watch` may return what sees a tensor's tiles, by its name and the descriptor of its file in the output.
+    `watch` may return what sees a tensor's tiles, by its name.
     """
 
     threads: int
@@ -67,7 +67,7 @@ class Settings:
     rounding: str = "nearest"
     tile_bytes: int | None = None
     before: Mapping[str, Restore] = field(default_factory=dict)
-    watch: Callable[[str, int], Watch | None] | None = None
+    watch: Callable[[str], Watch | None] | None = None
 
     @property
     def tile(self) -> int:
@@ -215,7 +215,7 @@ class _Job:
             before(target, slot.offset)
             if not change.placements and change.source.dtype == slot.dtype:
                 return TensorResult(slot.name)
-        watch = settings.watch(slot.name, target) if settings.watch and slot.name not in self.late else None
+        watch = settings.watch(slot.name) if settings.watch and slot.name not in self.late else None
         task = TensorTask(
             slot.name, change.source, change.matrix, slot.dtype, target, slot.offset, algorithms(change),
             settings.retention if change.placements else "off", settings.seed, watch,

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 Restore = Callable[[int, int], None]
 """Puts the bytes of a base's tensor to where it will lie in the output: a file's descriptor, and an offset in it."""
 
-Watch = Callable[[memoryview, int], None]
-"""Sees each tile of a tensor as it was, once it is written changed: its bytes, and its first row; in order."""
+Watch = Callable[[memoryview, memoryview, int], None]
+"""Sees each tile of a tensor once it is written, in order: its bytes as they were, as they are, and its first row."""
 
 TILE = 1 << 20
 """Bytes of one tile, about: it is cut at whole rows."""

@@ -6,7 +6,8 @@ names, whatever dialect they came in: its root is the digest that a sealed adapt
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from threading import Event
 from typing import get_args
@@ -158,6 +159,29 @@ def hash_tensors(
     for name, found in digests.items():
         detailed("%s: %s", name, found)
     return digests
+
+
+@contextmanager
+def hashing(specs: Mapping[str, TensorSpec], *, beside: bool) -> Iterator[Callable[[], dict[str, str]]]:
+    """Hash tensors beside other work: give what waits for the digests of `hash_tensors`; the block ends the work.
+
+    One thread does it; unless `beside` is set, nothing is hashed before the digests are asked for.
+    """
+    if not beside:
+        yield lambda: hash_tensors(specs, threads=1)
+        return
+    stop = Event()
+
+    def go_on(count: int) -> None:
+        if stop.is_set():
+            raise InterruptedError
+
+    with workers(1) as pool:
+        future = pool.submit(hash_tensors, specs, digest.DEFAULT, 1, go_on)
+        try:
+            yield future.result
+        finally:
+            stop.set()
 
 
 def _as_numbers(checkpoint: Checkpoint, *, alone: bool) -> Mapping[str, TensorSpec]:

@@ -39,7 +39,10 @@ class PassedRows:
         share = near_zero(task.dtype) or 0.0
         places = [tiles.Rectangle(site.rows, site.columns, each, each.bound() * share) for site, each in self._sums]
         everywhere = sum(site.shape[0] * site.shape[1] for site, _ in self._sums) == rows * columns
-        way = tiles.Passage(places, columns, spec.dtype, min(step, rows), self._memory, everywhere=everywhere)
+        way = tiles.Passage(
+            places, columns, spec.dtype, min(step, rows), self._memory, everywhere=everywhere,
+            keeps=task.watch is not None,
+        )  # fmt: skip
         width, infinity = columns * dtypes.bits(spec.dtype) // 8, dtypes.INFINITY[task.dtype]
 
         def tile(start: int, measured: int) -> Changed:
@@ -58,7 +61,7 @@ class PassedRows:
             raw = way.stored[: count * width]
             take(raw)
             if task.watch:
-                task.watch(raw, start)
+                task.watch(raw, way.made[: count * width], start)
             return Changed(raw, passed.retained, passed.total, passed.changed)
 
         with files.descriptor(spec.file) as source:

@@ -1,7 +1,7 @@
 """Code what a merge destroys while it happens: from its own tiles, which are still in the core's cache.
 
-A tile that was just written is read back from the page cache, and coded beside what it was before. What is not shown
-here, tensors that torch changes, rescaled, cast or stored ones, `keep` looks at afterwards; the bytes are the same.
+A tile that was just written is coded beside what it was before. What is not shown here, tensors that torch changes,
+rescaled, cast or stored ones, `keep` looks at afterwards; the bytes are the same.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from loratools.engine.residual.keep import Early, lost_by, residual_name
 from loratools.engine.residual.tiles import Coder
 from loratools.parallel import Progress, no_progress
 from loratools.storage import files
-from loratools.storage.codecs.floats import bytes_of, unsigned
+from loratools.storage.codecs.floats import unsigned
 
 if TYPE_CHECKING:
     from loratools.engine.plan import MergePlan
@@ -41,8 +41,8 @@ class Meanwhile:
         files.write_from(self.early.spool.fileno(), memoryview(blob), start)
         self.early.pieces[name] = start, len(blob)
 
-    def watch(self, name: str, target: int) -> Watch | None:
-        """Return what takes the tiles of a tensor as they were, in order, each when it was written to `target`.
+    def watch(self, name: str) -> Watch | None:
+        """Return what takes the tiles of a tensor, in order, each as it was and as it was written.
 
         None where this is not the time to code the tensor.
         """
@@ -52,29 +52,26 @@ class Meanwhile:
         steps = undo.steps(lost.placements)
         if any(step.gains is not None for step in steps):  # they are measured on all of the base first
             return None
-        return _Watched(lost, Coder(lost, steps), target, self.add, self._progress)
+        return _Watched(lost, Coder(lost, steps), self.add, self._progress)
 
 
 class _Watched:
     """Codes one tensor from tiles of any height; what does not fill one of the residual's is kept until it does."""
 
-    def __init__(
-        self, lost: Lost, coder: Coder, target: int, add: Callable[[str, bytes], None], progress: Progress
-    ) -> None:
+    def __init__(self, lost: Lost, coder: Coder, add: Callable[[str, bytes], None], progress: Progress) -> None:
         assert lost.after is not None
-        self._lost, self._after, self._coder, self._target, self._add = lost, lost.after, coder, target, add
+        self._lost, self._after, self._coder, self._add = lost, lost.after, coder, add
         self._progress = progress
         self._tiles = lost.tiles()
         self._tile = next(self._tiles, (0, 0))
         self._rest: tuple[Array, Array] | None = None
-        self._made = np.empty(0, unsigned(self._after.dtype))
         self._parts: list[bytes] = []
 
-    def __call__(self, stored: memoryview, first: int) -> None:
-        """Take a tile as it was, whose first row is `first`."""
+    def __call__(self, stored: memoryview, made: memoryview, first: int) -> None:
+        """Take a tile as it was and as it is, whose first row is `first`."""
         columns = self._lost.matrix[1]
         W = np.frombuffer(stored, unsigned(self._lost.dtype))
-        after = self._read(first * columns, len(W))
+        after = np.frombuffer(made, unsigned(self._after.dtype))
         if self._rest is not None:
             W, after = (np.concatenate(pair) for pair in zip(self._rest, (W, after), strict=True))
             self._rest = None
@@ -90,14 +87,6 @@ class _Watched:
             self._rest = W[at:].copy(), after[at:].copy()
         if stop == start:
             self._add(self._lost.name, b"".join(self._parts))
-
-    def _read(self, start: int, count: int) -> Array:
-        """Return merged numbers, which were written just now."""
-        if len(self._made) < count:
-            self._made = np.empty(count, self._made.dtype)
-        bits = self._made[:count]
-        files.read_into(self._target, bytes_of(bits), self._after.start + start * bits.itemsize, self._after.file)
-        return bits
 
 
 @contextmanager

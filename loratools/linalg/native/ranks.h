@@ -26,16 +26,29 @@ INLINE uint64_t OF(with)(Units numbers, Units some)
     return _mm512_test_epi16_mask((__m512i)numbers, (__m512i)some);
 #elif WIDTH == 16
     return _mm512_test_epi32_mask((__m512i)numbers, (__m512i)some);
-#elif WIDTH == 8 && SIZE == 2
-    __m256i all = (__m256i)((numbers & some) != 0);
-    return (uint32_t)_mm_movemask_epi8(_mm_packs_epi16(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
-#elif WIDTH == 8
+#elif WIDTH == 8 && SIZE == 4
     return (uint32_t)_mm256_movemask_ps((__m256)((numbers & some) != 0));
 #else
     uint64_t mask = 0;
     for (int n = 0; n < OF(ACROSS); n++) mask |= (uint64_t)((numbers[n] & some[n]) != 0) << n;
     return mask;
 #endif
+}
+
+/* A bit for each of CHUNK numbers that has one of some bits. */
+INLINE uint64_t OF(with_any)(const Units *numbers, Units some)
+{
+    uint64_t mask = 0;
+#if WIDTH == 8 && SIZE == 2
+    for (int n = 0; n < OF(VECTORS); n += 2) { /* two at a time, and those that have none */
+        __m256i x = (__m256i)((numbers[n] & some) == 0), y = (__m256i)((numbers[n + 1] & some) == 0);
+        uint32_t none = (uint32_t)_mm256_movemask_epi8(_mm256_permute4x64_epi64(_mm256_packs_epi16(x, y), 0xd8));
+        mask |= (uint64_t)~none << n * OF(ACROSS);
+    }
+#else
+    for (int n = 0; n < OF(VECTORS); n++) mask |= OF(with)(numbers[n], some) << n * OF(ACROSS);
+#endif
+    return mask;
 }
 
 /* All ones in each number whose bit is set. */
@@ -53,36 +66,21 @@ INLINE Units OF(chosen)(uint64_t mask)
 #endif
 }
 
-/* Numbers shifted to the left, each by so many bits. */
-INLINE Units OF(shifted)(Units numbers, Units by)
+/* Numbers whose lowest bits are ones, each so many: those of a rank that are open. */
+INLINE Units OF(ones)(Units count)
 {
-#if WIDTH == 8 && SIZE == 2
-    __m256i low = _mm256_sllv_epi32(
-        _mm256_unpacklo_epi16((__m256i)numbers, _mm256_setzero_si256()),
-        _mm256_unpacklo_epi16((__m256i)by, _mm256_setzero_si256()));
-    __m256i high = _mm256_sllv_epi32(
-        _mm256_unpackhi_epi16((__m256i)numbers, _mm256_setzero_si256()),
-        _mm256_unpackhi_epi16((__m256i)by, _mm256_setzero_si256()));
-    __m256i mask = _mm256_set1_epi32(0xffff);
-    return (Units)_mm256_packus_epi32(_mm256_and_si256(low, mask), _mm256_and_si256(high, mask));
+#if WIDTH == 8 && SIZE == 2 /* at most 10, for which shuffles of bytes are a table */
+    const __m256i low = _mm256_setr_epi8(
+        0, 1, 3, 7, 15, 31, 63, 127, -1, -1, -1, 0, 0, 0, 0, 0, 0, 1, 3, 7, 15, 31, 63, 127, -1, -1, -1, 0, 0, 0, 0, 0);
+    const __m256i high = _mm256_setr_epi8(
+        0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 3, 0, 0, 0, 0, 0);
+    __m256i all = _mm256_shuffle_epi8(low, _mm256_or_si256((__m256i)count, _mm256_set1_epi16((short)0x8000)));
+    __m256i more = _mm256_slli_epi16((__m256i)count, 8);
+    return (Units)_mm256_or_si256(all, _mm256_shuffle_epi8(high, _mm256_or_si256(more, _mm256_set1_epi16(0x80))));
 #else
-    return numbers << by;
-#endif
-}
-
-/* The same to the right. */
-INLINE Units OF(unshifted)(Units numbers, Units by)
-{
-#if WIDTH == 8 && SIZE == 2
-    return (Units)_mm256_packus_epi32(
-        _mm256_srlv_epi32(
-            _mm256_unpacklo_epi16((__m256i)numbers, _mm256_setzero_si256()),
-            _mm256_unpacklo_epi16((__m256i)by, _mm256_setzero_si256())),
-        _mm256_srlv_epi32(
-            _mm256_unpackhi_epi16((__m256i)numbers, _mm256_setzero_si256()),
-            _mm256_unpackhi_epi16((__m256i)by, _mm256_setzero_si256())));
-#else
-    return numbers >> by;
+    Units bit = {0};
+    bit += 1;
+    return (bit << count) - 1;
 #endif
 }
 
@@ -119,6 +117,11 @@ INLINE Units OF(ordered)(Units bits)
 /* How many bits of the rank are open: W' lies so many binades above the prediction, as far as a mantissa goes. */
 INLINE Units OF(spread_of)(Units P, Units after, int dtype)
 {
+#if WIDTH == 8 && SIZE == 2
+    __m256i exponents = _mm256_set1_epi16((short)EXPONENT[dtype]);
+    __m256i over = _mm256_subs_epu16(_mm256_and_si256((__m256i)after, exponents), _mm256_and_si256((__m256i)P, exponents));
+    return (Units)_mm256_min_epu16(_mm256_srli_epi16(over, MANTISSA[dtype]), _mm256_set1_epi16((short)MANTISSA[dtype]));
+#else
     Signed apart = (Signed)(after & (Unit)EXPONENT[dtype]) - (Signed)(P & (Unit)EXPONENT[dtype]), most = {0};
     apart &= ~(apart >> (8 * SIZE - 1)); /* not below 0 */
     apart >>= MANTISSA[dtype];
@@ -130,6 +133,7 @@ INLINE Units OF(spread_of)(Units P, Units after, int dtype)
 #else
     Signed over = apart > most;
     return (Units)((apart & ~over) | (most & over));
+#endif
 #endif
 }
 
@@ -161,26 +165,23 @@ INLINE void OF(encode_row)(
     enum { ACROSS = OF(ACROSS), VECTORS = OF(VECTORS) };
     Codes chunk;
     for (size_t j = 0; j < at->columns; j += CHUNK) {
-        Units fill[VECTORS], rank[VECTORS], high[VECTORS], all = {0}, bit = {0};
-        uint64_t exceptions = 0, mask = 0;
+        Units fill[VECTORS], rank[VECTORS], spread[VECTORS], beyond[VECTORS], bit = {0};
         OF(take)(&chunk, P, after, W, j, at->columns);
         bit += 1;
-        all = ~all;
         for (int n = 0; n < VECTORS; n++) {
             Units predicted = *(const Units *)(chunk.P + 4 * WIDTH * n), base = *(const Units *)(chunk.W + 4 * WIDTH * n);
-            Units spread = {0}, side = OF(chosen)(above[j / CHUNK] >> n * ACROSS);
-            if (after) spread = OF(spread_of)(predicted, *(const Units *)(chunk.after + 4 * WIDTH * n), dtype);
+            Units side = OF(chosen)(above[j / CHUNK] >> n * ACROSS);
+            spread[n] = (Units){0};
+            if (after) spread[n] = OF(spread_of)(predicted, *(const Units *)(chunk.after + 4 * WIDTH * n), dtype);
             Units steps = OF(ordered)(base) - OF(ordered)(predicted);
             steps = (steps ^ side) - side; /* negated where the prediction lies above */
             rank[n] = steps << 1 ^ (Units)((Signed)steps >> (8 * SIZE - 1));
-            fill[n] = OF(shifted)(bit, spread) - 1;
-            high[n] = OF(unshifted)(rank[n], spread);
-            exceptions |= OF(with)(high[n], all) << n * ACROSS;
-            mask |= OF(with)(fill[n], bit) << n * ACROSS;
+            fill[n] = OF(ones)(spread[n]);
+            beyond[n] = rank[n] & ~fill[n];
         }
+        uint64_t exceptions = OF(with_any)(beyond, ~(Units){0}), mask = OF(with_any)(fill, bit);
         for (Bitstream *plane = planes; mask; plane++) {
-            uint64_t bits = 0;
-            for (int n = 0; n < VECTORS; n++) bits |= OF(with)(rank[n], bit) << n * ACROSS;
+            uint64_t bits = OF(with_any)(rank, bit);
             unsigned count = (unsigned)__builtin_popcountll(mask);
             if (count <= 56) {
                 append(plane, OF(picked)(bits, mask), count);
@@ -190,16 +191,18 @@ INLINE void OF(encode_row)(
                 append(plane, OF(picked)(bits >> 32, mask >> 32), count - first);
             }
             bit <<= 1;
-            mask = 0;
-            for (int n = 0; n < VECTORS; n++) mask |= OF(with)(fill[n], bit) << n * ACROSS;
+            mask = OF(with_any)(fill, bit);
         }
         if (exceptions) {
-            Unit numbers[CHUNK];
-            for (int n = 0; n < VECTORS; n++) *(Units *)(numbers + n * ACROSS) = high[n];
+            Unit ranks[CHUNK], spreads[CHUNK];
+            for (int n = 0; n < VECTORS; n++) {
+                *(Units *)(ranks + n * ACROSS) = rank[n];
+                *(Units *)(spreads + n * ACROSS) = spread[n];
+            }
             for (; exceptions; exceptions &= exceptions - 1) {
                 int n = __builtin_ctzll(exceptions);
                 at->at[at->exceptions] = (uint32_t)(place + j) + (uint32_t)n;
-                at->high[at->exceptions++] = numbers[n];
+                at->high[at->exceptions++] = (uint32_t)ranks[n] >> spreads[n];
             }
         }
     }
@@ -231,24 +234,21 @@ INLINE size_t OF(encode_as)(Tile *at, int dtype)
 /* Count, for each plane, the numbers of a row whose ranks have a bit there. */
 INLINE void OF(count_row)(const char *P, const char *after, size_t columns, size_t *counts, int dtype)
 {
-    enum { ACROSS = OF(ACROSS), VECTORS = OF(VECTORS) };
+    enum { VECTORS = OF(VECTORS) };
     Codes chunk;
     for (size_t j = 0; j < columns; j += CHUNK) {
         Units fill[VECTORS], bit = {0};
-        uint64_t mask = 0;
         OF(take)(&chunk, P, after, NULL, j, columns);
         bit += 1;
         for (int n = 0; n < VECTORS; n++) {
             Units predicted = *(const Units *)(chunk.P + 4 * WIDTH * n);
-            Units spread = OF(spread_of)(predicted, *(const Units *)(chunk.after + 4 * WIDTH * n), dtype);
-            fill[n] = OF(shifted)(bit, spread) - 1;
-            mask |= OF(with)(fill[n], bit) << n * ACROSS;
+            fill[n] = OF(ones)(OF(spread_of)(predicted, *(const Units *)(chunk.after + 4 * WIDTH * n), dtype));
         }
+        uint64_t mask = OF(with_any)(fill, bit);
         for (size_t *plane = counts; mask; plane++) {
             *plane += (size_t)__builtin_popcountll(mask);
             bit <<= 1;
-            mask = 0;
-            for (int n = 0; n < VECTORS; n++) mask |= OF(with)(fill[n], bit) << n * ACROSS;
+            mask = OF(with_any)(fill, bit);
         }
     }
 }
@@ -262,16 +262,15 @@ INLINE void OF(decode_row)(
     Codes chunk;
     for (size_t j = 0; j < at->columns; j += CHUNK) {
         Units fill[VECTORS], rank[VECTORS], spread[VECTORS], bit = {0};
-        uint64_t mask = 0;
         OF(take)(&chunk, P, after, NULL, j, at->columns);
         bit += 1;
         for (int n = 0; n < VECTORS; n++) {
             Units predicted = *(const Units *)(chunk.P + 4 * WIDTH * n);
             spread[n] = rank[n] = (Units){0};
             if (after) spread[n] = OF(spread_of)(predicted, *(const Units *)(chunk.after + 4 * WIDTH * n), dtype);
-            fill[n] = OF(shifted)(bit, spread[n]) - 1;
-            mask |= OF(with)(fill[n], bit) << n * ACROSS;
+            fill[n] = OF(ones)(spread[n]);
         }
+        uint64_t mask = OF(with_any)(fill, bit);
         for (size_t *plane = places; mask; plane++) {
             unsigned count = (unsigned)__builtin_popcountll(mask), first = (unsigned)__builtin_popcount((uint32_t)mask);
             uint64_t bits;
@@ -282,8 +281,7 @@ INLINE void OF(decode_row)(
             *plane += count;
             for (int n = 0; n < VECTORS; n++) rank[n] |= OF(chosen)(bits >> n * ACROSS) & bit;
             bit <<= 1;
-            mask = 0;
-            for (int n = 0; n < VECTORS; n++) mask |= OF(with)(fill[n], bit) << n * ACROSS;
+            mask = OF(with_any)(fill, bit);
         }
         size_t end = place + (j + CHUNK < at->columns ? j + CHUNK : at->columns);
         if (*next < at->exceptions && at->at[*next] < end) {

@@ -31,6 +31,8 @@ INLINE uint32_t NAMED(greater, WIDTH)(Vector x, Vector y)
 {
 #if WIDTH == 16
     return _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_GT_OQ);
+#elif WIDTH == 8
+    return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps((__m256)x, (__m256)y, _CMP_GT_OQ));
 #else
     Bits all = (Bits)(x > y);
     return NAMED(having, WIDTH)(all, all);

@@ -16,9 +16,9 @@ typedef struct {
 typedef struct {
     int64_t source, start, target, offset; /* descriptors, and where the tensor begins in each file */
     size_t dtype, columns;
-    char *stored, *made; /* memory for a tile, and for BLOCK bytes or a row, whichever is more */
+    char *stored, *made; /* memory for a tile; and for BLOCK bytes or a row, whichever is more, or a tile if it `keeps` */
     Place *places;
-    size_t count, everywhere; /* places, which do not meet; whether they are the whole tensor */
+    size_t count, everywhere, keeps; /* places, which do not meet; whether they are the whole tensor; see `made` */
     /* results: */
     int64_t zero_row, ended; /* of a place, the row without direction; the byte at which a file ended */
     uint32_t largest, error; /* bits of the largest magnitude of out; errno */
@@ -137,10 +137,10 @@ int loratools_pass_rows(Tensor *at, size_t first, size_t rows, size_t measured)
     for (size_t done = 0; done < rows; done += step) {
         size_t count = rows - done < step ? rows - done : step;
         int64_t moved = (int64_t)((first + done) * row);
-        char *W = at->stored + done * row;
+        char *W = at->stored + done * row, *made = at->keeps ? at->made + done * row : at->made;
         int how = fill(at, W, count * row, at->start + moved);
-        if (!how) how = change(at, first + done, count, measured > done ? measured - done : 0, W, at->made);
-        if (!how) how = put(at, at->made, count * row, at->offset + moved);
+        if (!how) how = change(at, first + done, count, measured > done ? measured - done : 0, W, made);
+        if (!how) how = put(at, made, count * row, at->offset + moved);
         if (how) return how;
     }
     return DONE;

@@ -31,7 +31,7 @@ class _Tensor(ctypes.Structure):
         *((name, ctypes.c_size_t) for name in ("dtype", "columns")),
         *((name, ctypes.c_void_p) for name in ("stored", "made")),
         ("places", ctypes.POINTER(_Place)),
-        *((name, ctypes.c_size_t) for name in ("count", "everywhere")),
+        *((name, ctypes.c_size_t) for name in ("count", "everywhere", "keeps")),
         *((name, ctypes.c_int64) for name in ("zero_row", "ended")),
         *((name, ctypes.c_uint32) for name in ("largest", "error")),
         ("place", ctypes.c_size_t),
@@ -75,20 +75,22 @@ class Passage:
     """The way of one tensor, (rows, `columns`), from a file to another, by its rectangles, which do not meet.
 
     `everywhere` says that they are all of it. `tile` is the most rows that a call may be for, and `stored` memory for
-    them, a thread's own as the rest of `memory` is.
+    them, a thread's own as the rest of `memory` is; if it `keeps` what it makes that is in `made`, of the same size.
     """
 
     def __init__(
-        self, places: Sequence[Rectangle], columns: int, dtype: str, tile: int, memory: Memory, *, everywhere: bool
-    ) -> None:
+        self, places: Sequence[Rectangle], columns: int, dtype: str, tile: int, memory: Memory, *, everywhere: bool,
+        keeps: bool = False,
+    ) -> None:  # fmt: skip
         number, size = _DTYPES[dtype]
-        stored, made = memory.of("stored", tile * columns * size), memory.of("made", max(_BLOCK, columns * size))
+        stored = memory.of("stored", tile * columns * size)
+        made = memory.of("made", len(stored.view) if keeps else max(_BLOCK, columns * size))
         sums = memory.of("sums", max(each.products.sums for each in places))
-        self.stored = stored.view
+        self.stored, self.made = stored.view, made.view
         self._places = (_Place * len(places))(*(_place(each, columns, number, sums.address) for each in places))
         self._tensor = _Tensor(
             dtype=number, columns=columns, stored=stored.address, made=made.address, places=self._places,
-            count=len(places), everywhere=everywhere,
+            count=len(places), everywhere=everywhere, keeps=keeps,
         )  # fmt: skip
         self._held = (places, stored, made, sums)  # what C has pointers to
         self._call = native.library().loratools_pass_rows
@@ -101,8 +103,8 @@ class Passage:
     def rows(self, first: int, count: int, measured: int) -> Passed:
         """Read so many rows from `first` on, change and write them; the first `measured` are compared with W.
 
-        Afterwards `stored` holds them as they were. Raises `EOFError` with the byte at which the source ended, and
-        `OSError` as reading and writing do.
+        Afterwards `stored` holds them as they were, and `made` as they are where that is kept. Raises `EOFError` with
+        the byte at which the source ended, and `OSError` as reading and writing do.
         """
         how, tensor = self._call(ctypes.byref(self._tensor), first, count, measured), self._tensor
         if how == _ENDED:

@@ -19,7 +19,7 @@ from loratools.storage import atomic, digest
 from loratools.storage.checkpoint.logical import encodings
 from loratools.storage.files import chunks
 from loratools.storage.header import TensorSpec
-from loratools.surgery.hash import hash_tensors
+from loratools.surgery.hash import hash_tensors, hashing
 from loratools.surgery.merge.folder import write_companions
 from loratools.surgery.merge.measured import Measured
 from loratools.surgery.merge.prepare import Account, Merge
@@ -102,6 +102,7 @@ def execute(
     with (
         new_model(output, single=plan.single, force=options.force, key=key, durable=options.durable) as scratch,
         _residual(plan, scratch, progress, wanted=options.keep_residual) as early,
+        hashing(_untouched(plan) if options.keep_residual else {}, beside=threads > 1) as untouched,
     ):
         whole = scratch / plan.files[0].name if plan.single else scratch
         sent = sink(whole) if sink else None
@@ -142,9 +143,9 @@ def execute(
         share = _keep_loss(plan, measured, scratch, options.keep_loss) if options.keep_loss else None
         kept = _keep_residual(plan, scratch, threads, progress, early) if early else None
         if kept:
-            stored = plan.base.stored or plan.base
-            rest = {name: spec for name, spec in stored.specs.items() if name not in digests}
-            of_base["root"] = digest.root({**digests, **hash_tensors(rest, digest.DEFAULT, threads)})
+            every, known = (plan.base.stored or plan.base).specs, untouched() | digests
+            rest = {name: spec for name, spec in every.items() if name not in known}
+            of_base["root"] = digest.root(known | hash_tensors(rest, digest.DEFAULT, threads))
         write_companions(plan, prepared.beside, record, scratch)
         if sent and plan.single:  # its header is known now
             sent.shard(whole)
@@ -212,6 +213,12 @@ def _codes(plan: MergePlan) -> dict[str, TensorSpec]:
     every = encodings(plan.base)
     modules = [every[name].module for name in plan.touched() if name in every]
     return {name: module.specs[part] for module in modules for part, name in module.names.items()}
+
+
+def _untouched(plan: MergePlan) -> dict[str, TensorSpec]:
+    """Return the tensors of the base that the merge neither changes nor hashes, by their names on disk."""
+    hashed = plan.touched().keys() | _codes(plan).keys()
+    return {name: spec for name, spec in (plan.base.stored or plan.base).specs.items() if name not in hashed}
 
 
 def settings_of(

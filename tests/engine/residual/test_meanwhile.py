@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from loratools.engine.residual import LENGTH, Array, Lost
 from loratools.engine.residual.meanwhile import Meanwhile
 from loratools.engine.residual.predict import steps
 from loratools.engine.residual.tiles import Coder
-from loratools.storage import files
 from loratools.storage.codecs.floats import bytes_of, narrow, widen
 from loratools.storage.header import TensorSpec
 from loratools.surgery.merge import merge
@@ -51,14 +49,15 @@ def test_tiles_of_any_height_give_the_blocks_of_a_second_look(ends: list[int], d
         block = coder.encode(W[tile], after[tile], start)
         wanted += LENGTH.pack(len(block)) + block
     done: list[int] = []
-    with (tmp_path / "spool").open("w+b") as spool, files.descriptor(tmp_path / "merged", os.O_RDWR) as target:
+    with (tmp_path / "spool").open("w+b") as spool:
         early = Meanwhile({"w": lost}, spool, done.append)
         early.add("before", b"12345")
-        watch = early.watch("w", target)
+        watch = early.watch("w")
         assert watch is not None
         for start, stop in pairwise([0, *ends]):
             assert "w" not in early.early.pieces
-            watch(bytes_of(W[start * COLUMNS : stop * COLUMNS]), start)
+            tile = slice(start * COLUMNS, stop * COLUMNS)
+            watch(bytes_of(W[tile]), bytes_of(after[tile]), start)
         at, size = early.early.pieces["w"]
         assert at == 5
         assert (tmp_path / "spool").read_bytes()[at : at + size] == wanted
@@ -75,7 +74,7 @@ def test_what_takes_all_of_the_base_first_is_left_for_later(tmp_path: Path) -> N
     }  # fmt: skip
     with (tmp_path / "spool").open("w+b") as spool:
         early = Meanwhile(lost, spool, lambda count: None)
-        assert [early.watch(name, spool.fileno()) for name in (*lost, "as it was")] == [None] * 4
+        assert [early.watch(name) for name in (*lost, "as it was")] == [None] * 4
 
 
 def test_tiles_of_a_merge_that_are_not_those_of_its_residual(tmp_path: Path) -> None:

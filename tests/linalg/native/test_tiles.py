@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from loratools.linalg import native
 from loratools.linalg.native import tiles
 from loratools.linalg.native.factors import Memory
+from loratools.storage import files
 from tests.linalg.native.test_factors import summed
 
 pytestmark = pytest.mark.skipif(not tiles.available(), reason="no C code, or files are read in another way")
@@ -88,6 +89,20 @@ def test_any_tiles_write_what_a_single_call_does(
     assert sum(each.retained for each in passed) == pytest.approx(retained, rel=1e-12)
     assert sum(each.total for each in passed) == pytest.approx(total, rel=1e-12)
     assert sum(each.changed for each in passed) == changed
+
+
+def test_what_a_tile_was_and_what_it_became_can_both_be_seen(tmp_path: Path) -> None:
+    """2,000 rows of 280 bytes: C reads and writes them in several blocks."""
+    random = np.random.default_rng(0)
+    W, B, A = (random.standard_normal(shape).astype(np.float32) for shape in ((2000, 70), (2000, 5), (5, 70)))
+    places = [tiles.Rectangle((0, 2000, 1), (0, 70, 1), summed([(B, A, 1.0)], None), 0.0)]
+    (tmp_path / "in").write_bytes(W.tobytes())
+    way = tiles.Passage(places, 70, "F32", 1900, Memory(), everywhere=True, keeps=True)
+    with files.descriptor(tmp_path / "in") as source, files.descriptor(tmp_path / "out", os.O_RDWR | os.O_CREAT) as out:
+        way.between(source, 0, out, 0)
+        way.rows(100, 1900, 0)
+    assert bytes(way.stored) == W[100:].tobytes()
+    assert bytes(way.made) == (tmp_path / "out").read_bytes()[100 * 280 :] != bytes(way.stored)
 
 
 @pytest.mark.parametrize("rectangles", sorted(RECTANGLES))
