@@ -15,7 +15,7 @@ import loratools
 from loratools.dialects import open_adapter
 from loratools.errors import BadFile, InvalidOption, LoraToolsError
 from loratools.storage.checkpoint import Checkpoint
-from loratools.surgery.hash import hash_checkpoint, hash_tensors
+from loratools.surgery.hash import hash_checkpoint, hash_tensors, hashing
 from tests.make import fp8, tiny
 
 NAMES = {torch.bfloat16: b"BF16", torch.float32: b"F32", torch.int64: b"I64"}
@@ -131,6 +131,22 @@ def test_a_file_that_shrinks_after_it_was_opened_is_an_error(workplace: Path) ->
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(LoraToolsError, match="became shorter"):
         hash_tensors(dict(base.specs), threads=2)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_what_is_hashed_beside_other_work_has_the_same_digests(prepared: Path, beside: bool) -> None:
+    specs = Checkpoint.open(prepared / "base").specs
+    with hashing(specs, beside=beside) as digests:
+        assert digests() == hash_tensors(specs)
+
+
+def test_an_error_of_what_is_hashed_beside_comes_where_it_is_asked_for(workplace: Path) -> None:
+    base = Checkpoint.open(workplace / "base")
+    base.shards[0].path.write_bytes(b"")
+    with hashing(base.specs, beside=True) as digests, pytest.raises(BadFile, match="became shorter"):
+        digests()
+    with hashing(base.specs, beside=True):
+        pass  # nobody asked
 
 
 def test_a_callback_that_raises_stops_the_work(prepared: Path) -> None:
