@@ -161,6 +161,7 @@ def test_a_newcomers_walk_leads_there() -> None:
         "Where is TIES?",
         "Where is kohya's naming?",
         "Where are the bytes written?",
+        "How is a store read, how written?",
         "Where is the base compared?",
         "How do I add a kind?",
     ]
