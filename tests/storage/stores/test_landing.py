@@ -115,6 +115,27 @@ def test_large_files_go_in_parts(s3: S3, tmp_path: Path) -> None:
     assert s3.uploads() == 0
 
 
+def test_a_fault_while_it_is_sent_passes(place: Path, s3: S3, tmp_path: Path) -> None:
+    def meets(method: str, part: str) -> Callable[[Request], bool]:
+        return lambda request: request.method == method and part in request.path
+
+    faults = [
+        Rule(meets(method, part), status=status)
+        for method, part, status in (
+            ("PUT", "model-00001", 500),
+            ("PUT", "model-00002", 503),
+            ("PUT", skeleton.UNFINISHED, 500),
+            ("HEAD", "loratools.json", 503),
+            ("GET", "model-00002", 500),
+        )
+    ]
+    s3.log.rules += faults
+    merge("s3://bucket/in/base", "s3://bucket/in/adapter", "s3://bucket/o/model")
+    assert [rule.times for rule in faults] == [0] * len(faults)
+    merge(place / "base", place / "adapter", tmp_path / "here")
+    _same(s3, "o/model", tmp_path / "here")
+
+
 def test_a_cut_upload_is_no_model_and_goes_on(
     place: Path, s3: S3, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
