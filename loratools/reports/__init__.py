@@ -101,4 +101,4 @@ def report(
     content = made.draw().encode("utf-8")
     with atomic.new_file(target, force=force) as scratch:
         scratch.write_bytes(content)
-    return ReportPage(str(target), kind, made.name, made.lead, len(content))
+    return ReportPage(atomic.spelled(target), kind, made.name, made.lead, len(content))

@@ -235,6 +235,9 @@ def absent(path: Path | str, *, on_hub: bool = True) -> BadFile:
         path: The path as the user gave it.
         on_hub: Whether a reference to the Hub could stand there. Default: yes.
     """
+    if written := reference_of(Path(path)):
+        hint = "Copy it from the store to a folder here, and give that."
+        return BadFile(f"{written[0]}: this needs a file or a folder here", hint=hint)
     return BadFile(f"{path}: no such file or folder", hint=_meant(Path(path), str(path), on_hub))
 
 

@@ -28,7 +28,7 @@ FIRST = 1 << 16
 """Bytes of the first request for a header; a longer header takes a second one for exactly the rest."""
 
 WHOLE = 2 << 30
-"""Bytes of an adapter's file that is fetched whole: it is read more than once."""
+"""Bytes of an adapter that is fetched whole, for it is read more than once; a larger one is read by ranges."""
 
 UNFINISHED = ".loratools-upload.json"
 """An object that says that an output is not finished: put before its first file, and removed after its last."""
@@ -46,8 +46,8 @@ def resolve(reference: str, need: Need, watch: Watch, folder: Callable[[], Path]
 
     Args:
         reference: `s3://bucket/key`, `gs://…`, `az://…` or `https://…`, of a file or a folder.
-        need: `header` fetches headers and small JSON files; `checkpoint` tokenizers and texts too, `adapter` whole
-            files of weights up to `WHOLE` bytes.
+        need: `header` fetches headers and small JSON files; `checkpoint` tokenizers and texts too, `adapter` all of
+            an adapter of up to `WHOLE` bytes.
         watch: Shows the progress of what is fetched now.
         folder: Makes a folder for it, which goes away when the task ends.
 
@@ -64,8 +64,8 @@ def resolve(reference: str, need: Need, watch: Watch, folder: Callable[[], Path]
         raise BadFile(f"{root}: an output that is not finished: its upload was cut short", hint=hint)
     place = folder() / (root.name or "unnamed")
     place.mkdir()
-    fill = _Filling(store, place, need)
     wanted = {name: entry for name, entry in entries.items() if not _hidden(name)}
+    fill = _Filling(store, place, need, sum(entry.size for name, entry in wanted.items() if name.endswith(_WEIGHTS)))
     with watch(sum(entry.size for name, entry in wanted.items() if fill.whole(name, entry))) as advance:
         each(partial(fill.fill, advance), wanted, _AT_ONCE)
     SHOWN[str(place)] = str(root)
@@ -103,17 +103,16 @@ def _hidden(name: str) -> bool:
 class _Filling:
     """Makes the files of one folder: whole, or with what is needed to read them by ranges."""
 
-    def __init__(self, store: Store, place: Path, need: Need) -> None:
+    def __init__(self, store: Store, place: Path, need: Need, weights: int = 0) -> None:
         self.store, self.place, self.need = store, place, need
+        self.small = need == "adapter" and weights <= WHOLE
 
     def whole(self, name: str, entry: Entry) -> bool:
         """Tell whether a file is fetched whole now."""
         if name.endswith(_WEIGHTS):
-            small = (
-                self.need == "adapter" and entry.size <= WHOLE and not along.is_of_training(PurePosixPath(name).name)
-            )
             mapped = self.need != "header" and name.endswith(_MAPPED)
-            return (small or mapped or entry.size <= FIRST) and not along.is_of_training(PurePosixPath(name).name)
+            fetched = self.small or mapped or entry.size <= FIRST
+            return fetched and not along.is_of_training(PurePosixPath(name).name)
         if self.need == "header":
             return name.endswith(".json") and entry.size <= _SMALL and not _of_text(PurePosixPath(name).name)
         return along.is_index(PurePosixPath(name).name) or (entry.size <= _MOST and along.may_come(name))

@@ -122,9 +122,10 @@ def edit(
         atomic.sweep(target)
     in_place = target is None and not dry_run and wanted.anything
     if in_place and is_reference(adapter):
-        raise InvalidOption(
-            f"{adapter} lies on the Hub", hint="Write the edited one to a folder with -o, and push that."
-        )
+        if str(adapter).startswith("hf://"):
+            hint = "Write the edited one to a folder with -o, and push that."
+            raise InvalidOption(f"{adapter} lies on the Hub", hint=hint)
+        raise InvalidOption(f"{adapter} lies in a store", hint="Write the edited one elsewhere with -o.")
     if not is_reference(adapter):
         _recover(Path(adapter))
     listing, name, documents = _open(adapter, dialect)

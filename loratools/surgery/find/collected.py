@@ -13,7 +13,7 @@ from loratools.dialects._frame.items import items_in
 from loratools.errors import LoraToolsError
 from loratools.parallel import Progress, one_torch_thread
 from loratools.storage.checkpoint import Checkpoint
-from loratools.storage.sources import Location, as_path
+from loratools.storage.sources import Location, as_path, is_reference
 from loratools.surgery.find.selection import Wanted
 from loratools.surgery.find.sketches import Sketched, opened, sketched
 
@@ -47,7 +47,7 @@ def collect(folder: str | Path, base: Location | Checkpoint | None, progress: Pr
     """
     wanted = None if base is None else Wanted.of(base)
     top = as_path(folder)
-    items = items_in(top)
+    items = items_in(folder if is_reference(folder) else top)
     if wanted is not None and wanted.name:
         wanted = wanted.known_from(_bases(items.paths))
     failed = [Failed(_name(path, top), reason) for path, reason in items.unread]
