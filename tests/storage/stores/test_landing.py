@@ -11,7 +11,22 @@ from pathlib import Path
 
 import pytest
 
-from loratools import combine, convert, dequantize, edit, extract_svd, hash, inspect, merge, resize, unmerge, verify
+from loratools import (
+    combine,
+    convert,
+    dequantize,
+    edit,
+    extract_svd,
+    find,
+    hash,
+    inspect,
+    merge,
+    push,
+    report,
+    resize,
+    unmerge,
+    verify,
+)
 from loratools.errors import BadFile, IncompatibleAdapter, InvalidOption, OutputRefused, StoreError, WrongBase
 from loratools.storage import resolvers
 from loratools.storage.stores import client, ranges, skeleton
@@ -230,6 +245,28 @@ def test_places_that_no_output_can_have(place: Path, s3: S3, tmp_path: Path) -> 
         merge("s3://bucket/in/base", place / "adapter", "s3://bucket/in/base", force=True)
     with pytest.raises(StoreError, match=r"^s3://other/x: no such bucket"):
         merge(place / "base", place / "adapter", "s3://other/x")
+
+
+def test_what_needs_a_folder_here_says_so(place: Path, s3: S3, tmp_path: Path) -> None:
+    with pytest.raises(BadFile, match=r"^s3://bucket/in: a reference is no folder\n"):
+        find("s3://bucket/in")
+    with pytest.raises(BadFile, match=r"^s3://bucket/in/adapter: this needs a file or a folder here\nCopy it from the"):
+        push("s3://bucket/in/adapter", "lab/adapter")
+    with pytest.raises(InvalidOption, match=r"^s3://bucket/in/adapter lies in a store\nWrite the edited one elsewhere"):
+        edit("s3://bucket/in/adapter", tags=["a"])
+    page = report(place / "adapter", "s3://bucket/o/page.html")
+    assert page.output == "s3://bucket/o/page.html"
+    assert len(s3.objects()["o/page.html"]) == page.nbytes
+
+
+def test_a_large_adapter_is_read_by_ranges(
+    place: Path, s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(skeleton, "WHOLE", 1_000)
+    monkeypatch.setattr(skeleton, "FIRST", 1_000)
+    merge("s3://bucket/in/base", "s3://bucket/in/adapter", tmp_path / "there")
+    merge(place / "base", place / "adapter", tmp_path / "here")
+    assert hash(tmp_path / "there") == hash(tmp_path / "here")
 
 
 def test_the_disk_holds_one_shard(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
