@@ -44,7 +44,7 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
         "basis factors parts shown site",
         "kinds",
         "model",
-        "fusing identity low_rank",
+        "fusing identity input low_rank",
         "naming",
         "converted",
         "placement",
@@ -132,7 +132,7 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
         "reader writer record",
     ),
     "loratools.linalg": (
-        "native precision",
+        "angles native precision",
         "products",
         "orthonormal factored stacks",
         "ranks similarity",

@@ -17,7 +17,7 @@ PACKAGE, TESTS = REPOSITORY / "loratools", REPOSITORY / "tests"
 
 ELSEWHERE = {
     "adapter/fusing/test_products": "adapter: low_rank; adapter/fusing: rows",
-    "adapter/test_model": "adapter: shown",
+    "adapter/test_model": "adapter: input shown",
     "adapter/kinds/test_parts": "adapter: parts",
     "adapter/naming/image/test_readings": "adapter/naming/image: components patterns",
     "adapter/placement/test_image": "adapter/naming/image: groups rename translate",

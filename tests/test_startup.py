@@ -105,3 +105,7 @@ def test_help_needs_the_command_line_only(prepared: Path) -> None:
 @pytest.mark.skipif(not tiles.available(), reason="no C code that reads files")
 def test_a_merge_in_c_imports_neither_torch_nor_numpy(prepared: Path) -> None:
     assert imported(["merge", "base", "adapter", "-o", "in_c"], prepared) == {"click", "loratools", "blake3"}
+
+
+def test_products_are_compared_without_torch(prepared: Path) -> None:
+    assert "torch" not in imported(["compare", "adapter", "sealed"], prepared)

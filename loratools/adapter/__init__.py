@@ -1,6 +1,7 @@
 """What an adapter is: modules, the updates that change them, their names, and where they land in a base model.
 
 model       `Adapter`, which every dialect reads into and writes from; `BaseIdentity`, the base that it belongs to
+input       one adapter of a call, with its weight, its digest and where it came from
 identity    whether two identities are of one base
 kinds       one file for each kind of update: its formula
 parts       the names that PEFT gives the tensors of a module

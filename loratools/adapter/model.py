@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from loratools.adapter import kinds
 from loratools.adapter.kinds import Update
@@ -70,8 +69,7 @@ class Step:
     seed: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Loss:
+class Loss(NamedTuple):
     """Something that a destination dialect cannot say: `where` (a module, a field) and `what`."""
 
     where: str
@@ -193,22 +191,3 @@ class Adapter:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class AdapterInput:
-    """One adapter of a call, and what goes with it on its whole way: the weight of its change, digest, and origin.
-
-    `adapter` is replaced as the call goes on: by one under the base's names, without copies, with untied heads.
-    `words` are the weight of each module, which are in the scalings already; `weight` is 1 then.
-    `digest` stays that of the adapter as it was read. `path` is None for an adapter that came open. `name` is what it
-    is called elsewhere: the repository of one from the Hub, whose `commit` is known then, or the title in its file.
-    """
-
-    adapter: Adapter
-    weight: float = 1.0
-    digest: str = ""
-    path: Path | None = None
-    words: str = ""
-    name: str | None = None
-    commit: str | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import click
 
@@ -10,8 +10,7 @@ from loratools.cli._spelling import is_on
 from loratools.errors import InvalidOption, LoraToolsError, printable
 
 
-@dataclass(frozen=True, slots=True)
-class Fault:
+class Fault(NamedTuple):
     """What went wrong: the name of the exception, a sentence, all problems, a hint or None, and the exit code."""
 
     kind: str

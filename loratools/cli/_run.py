@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 
 import click
 
@@ -132,7 +131,7 @@ def _explain(error: Exception, talk: Talk) -> int:
         message = error.message.rstrip(".") + (f"; did you mean {like}?" if like else "")
         if error.ctx.parent and (why := REFUSED.get(error.option_name)):
             message, owned = f"{error.ctx.command.name} {why}: {owned.rstrip('. ')}", ""
-        fault = replace(fault_of(error), message=sentence(message), hint=f"{owned}{fault_of(error).hint}")
+        fault = fault_of(error)._replace(message=sentence(message), hint=f"{owned}{fault_of(error).hint}")
     else:
         fault = fault_of(error)
     talk.error(fault.kind, fault.message, fault.problems, fault.hint)

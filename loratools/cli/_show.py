@@ -17,7 +17,7 @@ SCHEMA = 1
 """Version of the JSON documents: it changes when a key is removed or changes its meaning."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Report:
     """What a command found: `document` for --json, `text` for people: lines, which may be made as they are printed.
 
@@ -53,12 +53,14 @@ _ATOMS = frozenset({str, int, bool, type(None)})
 
 @cache
 def _names(kind: type) -> tuple[str, ...]:
-    """Return the names of a dataclass's fields; () for any other type."""
+    """Return the names of the fields of a dataclass or a named tuple; () for any other type."""
+    if issubclass(kind, tuple):
+        return getattr(kind, "_fields", ())
     return tuple(field.name for field in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else ()
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON types: dataclasses as objects, paths as strings, NaN and infinity as null."""
+    """Return a value as JSON types: what has fields as an object, paths as strings, NaN and infinity as null."""
     kind = type(value)
     if kind in _ATOMS:
         return value
@@ -99,9 +101,7 @@ def entry(text: str, most: int) -> str:
     return f"a picture, {size(len(data) * 3 // 4)}" if head.startswith("data:image/") and data else clipped(text, most)
 
 
-_NUMBERS = re.compile(
-    r"(?<=[._])\d+(?=[._:;,)\]'\"\s]|$)|(?<=layer )\d+|(?<=layers )\d+|(?<=block )\d+|(?<=blocks )\d+"
-)
+_NUMBERS = r"(?<=[._])\d+(?=[._:;,)\]'\"\s]|$)|(?<=layer )\d+|(?<=layers )\d+|(?<=block )\d+|(?<=blocks )\d+"
 
 
 def alike(text: str) -> str:
@@ -112,7 +112,7 @@ def alike(text: str) -> str:
     >>> alike("m.0: rank 8") == alike("m.0: rank 4")
     False
     """
-    return _NUMBERS.sub("#", text)
+    return re.sub(_NUMBERS, "#", text)
 
 
 def counted(texts: Iterable[str]) -> list[str]:

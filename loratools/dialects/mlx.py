@@ -61,7 +61,7 @@ _ARGUMENTS = frozenset({
 """Arguments of mlx-lm's trainer: those that `read` asks for, and those that only say how it was trained."""
 _NAME = r"(.+)\.(lora_a|lora_b|m)"
 _SWITCH = r"(.+)\.switch_mlp\.(\w+)"
-_EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)")
+_EXPERT = r"(.+)\.experts\.(\d+)\.(\w+)"
 
 
 def detect(listing: Listing) -> Evidence | None:
@@ -230,7 +230,7 @@ def _of_peft(update: Update, rank: int, scale: float) -> dict[str, LazyTensor]:
 
 def _stack(module: str) -> tuple[str, int] | None:
     """Return the switch layer that an expert's module belongs to, and the expert's number."""
-    match = _EXPERT.fullmatch(module)
+    match = re.fullmatch(_EXPERT, module)
     return (f"{match[1]}.switch_mlp.{match[3]}", int(match[2])) if match else None
 
 

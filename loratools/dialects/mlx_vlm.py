@@ -29,14 +29,14 @@ FILES = ()
 CANNOT = ("anything: it is only read; later versions read MLX-LM's files",)
 
 _FILE, _CONFIG = "adapters.safetensors", "adapter_config.json"
-_NAME = re.compile(r"(.+\.layers\.\d+\..+|lm_head|.+\.lm_head)\.([AB])")
+_NAME = r"(.+\.layers\.\d+\..+|lm_head|.+\.lm_head)\.([AB])"
 
 
 def detect(listing: Listing) -> Evidence | None:
     """Look for matrices A and B of linear layers in the header, and for `rank` in the config."""
     name = _file(listing)
     header = listing.header(name) if name else None
-    matches = [match for tensor in header.tensors if (match := _NAME.fullmatch(tensor))] if header else []
+    matches = [match for tensor in header.tensors if (match := re.fullmatch(_NAME, tensor))] if header else []
     modules = {part: {match[1] for match in matches if match[2] == part} for part in "AB"}
     if not modules["A"] & modules["B"]:
         return None
@@ -69,7 +69,7 @@ def read(listing: Listing) -> Adapter:
     check_gathered(listing.path, tensors)
     whole = []
     for tensor, lazy in tensors.items():
-        if match := _NAME.fullmatch(tensor):
+        if match := re.fullmatch(_NAME, tensor):
             draft.add(match[1], match[2], lazy, tensor)
         else:
             whole.append(f"{tensor}: trained whole, in the layout of MLX")

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from loratools.adapter.model import Adapter, AdapterInput
+from loratools.adapter.input import AdapterInput
+from loratools.adapter.model import Adapter
 from loratools.adapter.placement.resolve import Placement
 from loratools.engine.task import TILE
 from loratools.storage.checkpoint import Checkpoint

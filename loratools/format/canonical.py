@@ -12,7 +12,7 @@ from typing import Any
 _SIGNS = bytes.maketrans(b"123456789,[", b"0" * 9 + b"::")
 """What a text becomes in which numbers are looked for: every digit is 0, and what comes before a number is a colon."""
 
-_UNUSUAL = re.compile(rb":(-?0+[.eE][-+.0eE]*|-?0{16,})")
+_UNUSUAL = rb":(-?0+[.eE][-+.0eE]*|-?0{16,})"
 """A number with a fraction or of many digits, or what looks like one in a string."""
 
 
@@ -28,7 +28,7 @@ def canonical_object(value: Mapping[str, Any]) -> str:
         return canonical(value)
     if not text.isascii():
         return canonical(value)
-    unusual = _UNUSUAL.finditer(text.encode().translate(_SIGNS))
+    unusual = re.finditer(_UNUSUAL, text.encode().translate(_SIGNS))
     return text if all(_is_canonical(text[slice(*match.span(1))]) for match in unusual) else canonical(value)
 
 

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loratools.adapter.identity import one_name
+from loratools.adapter.input import AdapterInput
 from loratools.adapter.kinds import Update
-from loratools.adapter.model import HEADER, Adapter, AdapterInput, BaseIdentity
+from loratools.adapter.model import HEADER, Adapter, BaseIdentity
 from loratools.errors import OutputRefused, counted
 from loratools.format.manifest import LAYERS, public, usual
 from loratools.storage.beside.paths import public_entries

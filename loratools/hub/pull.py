@@ -23,6 +23,7 @@ from loratools.hub.refs import Ref, is_plain, parse, repository
 from loratools.options import CheckBase, Options
 from loratools.parallel import Progress
 from loratools.storage import atomic, digest
+from loratools.storage.atomic import names as writable
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.sources import Location, Need, Watch
 
@@ -136,7 +137,7 @@ def plan(hub: Hub, ref: Ref, kind: files.Kind | None = None) -> Pull:
     selection, names = choose(hub, ref, commit, tree, kind)
     single = Path(ref.path).name if ref.path and ref.path in tree else None
     wanted = {name: tree[names[name]] for name in sorted(selection.paths)}
-    atomic.names.check(wanted, f"hf://{ref.repo}")
+    writable.check(wanted, f"hf://{ref.repo}")
     return Pull(hub, ref, commit, kind or files.kind_of(names), wanted, single)
 
 
@@ -154,7 +155,7 @@ def fetch(
     hub, ref = prepared.hub, prepared.ref
     with atomic.kept_folder(output, prepared.commit[:16]) as stage:
         try:
-            atomic.names.check_case(prepared.files, stage, output)
+            writable.check_case(prepared.files, stage, output)
             with quiet(), _watched(stage, progress):
                 for file in prepared.files.values():
                     hub.fetch(ref.repo, prepared.commit, file, stage)

@@ -4,6 +4,7 @@ factored      algebra of ΔW = B·A in factor space: SVD, norms, inner products;
 stacks        sums of products, and their SVDs, of many layers of one shape at once, in NumPy
 delta         one ΔW as factors or as a dense matrix: norms, angles and directions of either
 sketch        256 numbers of a change of many matrices, whose cosines are near those of the changes
+angles        subspaces of many pairs at once, in NumPy
 similarity    subspace similarity, principal angles and amplification, as in the LoRA paper
 precision     products in full float32, whatever the process allows
 orthonormal   orthonormal bases, also of columns that depend on each other; sums in float64

@@ -22,7 +22,7 @@ Algorithm = Literal["blake3", "sha256"]
 DEFAULT: Algorithm = "blake3"
 ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 
-_DIGITS = re.compile("[0-9a-f]{64}")
+_DIGITS = "[0-9a-f]{64}"
 
 
 class Hasher(Protocol):
@@ -51,7 +51,7 @@ def new(algorithm: str = DEFAULT) -> Hasher:
 def algorithm_of(digest: str) -> str:
     """Return the algorithm of a written digest, `blake3:…`; raise `BadFile` unless it is well formed."""
     algorithm, _, digits = digest.partition(":")
-    if algorithm not in ALGORITHMS or not _DIGITS.fullmatch(digits):
+    if algorithm not in ALGORITHMS or not re.fullmatch(_DIGITS, digits):
         raise BadFile(f"{digest!r} is not a digest; expected blake3: or sha256: and 64 lower-case hex digits")
     return algorithm
 

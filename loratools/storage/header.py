@@ -13,10 +13,9 @@ import os
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 from loratools.errors import BadFile
 from loratools.storage import dtypes
@@ -53,8 +52,7 @@ class Decoded(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """What a header knows of a tensor: safetensors dtype, shape, and the bytes [`start`, `stop`) of `file`.
 
     A weight that is stored as codes has an `encoding`: it reads as float32, and its bytes lie nowhere (`start` is far
@@ -84,8 +82,7 @@ class TensorSpec:
         return prod(self.shape)
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """A safetensors header: tensors in the order of their data, and the string metadata."""
 
     tensors: Mapping[str, TensorSpec]

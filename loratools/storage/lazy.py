@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,7 +60,7 @@ class LazyTensor:
         """
         if shape == self.shape:
             return self
-        load, spec = self.load, self.spec and replace(self.spec, shape=shape)
+        load, spec = self.load, self.spec and self.spec._replace(shape=shape)
         return LazyTensor(self.dtype, shape, lambda: load().reshape(shape), spec, self.file, self.held)
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...]) -> LazyTensor:

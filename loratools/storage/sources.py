@@ -225,7 +225,7 @@ def open_file(path: Path) -> IO[bytes]:
         raise BadFile(f"{path}: cannot be read: {error.strerror}") from None
 
 
-_REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?")
+_REPOSITORY = r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?"
 
 
 def absent(path: Path | str, *, on_hub: bool = True) -> BadFile:
@@ -244,7 +244,7 @@ def absent(path: Path | str, *, on_hub: bool = True) -> BadFile:
 def _meant(path: Path, text: str, on_hub: bool) -> str | None:
     from difflib import get_close_matches
 
-    if on_hub and _REPOSITORY.fullmatch(text) and not path.parent.exists():
+    if on_hub and re.fullmatch(_REPOSITORY, text) and not path.parent.exists():
         return f"A repository of the Hub is written hf://{text}"
     try:
         beside = sorted(entry.name for entry in path.parent.iterdir())

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from loratools.adapter import low_rank
 from loratools.adapter.gathered import gathered, under_one_naming
 from loratools.adapter.kinds import Update
-from loratools.adapter.kinds._product import BiasUpdate
+from loratools.adapter.kinds._bias import BiasUpdate
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.compact import compact
 from loratools.adapter.naming.wrappers import Names, normalized

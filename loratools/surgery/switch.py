@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from loratools.adapter.model import AdapterInput
+from loratools.adapter.input import AdapterInput
 from loratools.adapter.placement.settle import equal
 from loratools.decisions import decided
 from loratools.engine.residual import Lost, Residual

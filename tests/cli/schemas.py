@@ -57,7 +57,7 @@ def record(properties: Mapping[str, Schema], optional: Iterable[str] = (), about
 
 
 class Types:
-    """Schemas of annotations; those of dataclasses are definitions, one for each."""
+    """Schemas of annotations; those of dataclasses and named tuples are definitions, one for each."""
 
     def __init__(self) -> None:
         self.definitions: dict[str, Schema] = {}
@@ -75,8 +75,8 @@ class Types:
             return ANY
         if annotation in (bool, int, float, str):
             return {bool: FLAG, int: COUNT, float: NUMBER, str: TEXT}[annotation]
-        if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
-            return self.dataclass(annotation)
+        if isinstance(annotation, type) and names_of(annotation):
+            return self.record(annotation)
         kind = origin or annotation
         if isinstance(kind, type) and issubclass(kind, Mapping):
             return mapped(self.of(arguments[1]) if arguments else ANY)
@@ -88,18 +88,25 @@ class Types:
         return TEXT  # paths, dtypes and whatever else is printed as its text
 
     def fields(self, made: type) -> dict[str, Schema]:
-        """Return the properties of a dataclass."""
+        """Return the properties of a dataclass or a named tuple."""
         hints = hints_of(made)
-        return {field.name: self.of(hints[field.name]) for field in dataclasses.fields(made)}
+        return {name: self.of(hints[name]) for name in names_of(made)}
 
-    def dataclass(self, made: type) -> Schema:
-        """Return a reference to the definition of a dataclass."""
+    def record(self, made: type) -> Schema:
+        """Return a reference to the definition of a dataclass or a named tuple."""
         name = made.__name__
         if name not in self.definitions:
             self.definitions[name] = {}  # for one that holds itself
             about = " ".join((inspect.getdoc(made) or "").partition("\n\n")[0].split())
             self.definitions[name] = record(self.fields(made), about=about)
         return {"$ref": f"#/$defs/{name}"}
+
+
+def names_of(made: type) -> tuple[str, ...]:
+    """Return the names of the fields of a dataclass or a named tuple; () for any other type."""
+    if dataclasses.is_dataclass(made):
+        return tuple(field.name for field in dataclasses.fields(made))
+    return getattr(made, "_fields", ()) if issubclass(made, tuple) else ()
 
 
 def hints_of(made: type) -> dict[str, Any]:

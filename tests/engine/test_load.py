@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loratools.adapter import kinds
-from loratools.adapter.kinds._product import Product
-from loratools.adapter.model import Adapter, AdapterInput
+from loratools.adapter.input import AdapterInput
+from loratools.adapter.kinds._sum import Product
+from loratools.adapter.model import Adapter
 from loratools.adapter.placement.resolve import Placement
 from loratools.adapter.site import Site
 from loratools.engine.load import check_effect, is_stored, is_wide, load_products, load_sums, load_terms

@@ -179,7 +179,7 @@ def test_nothing_else_asks_for_calls_that_some_systems_lack() -> None:
     )
     allowed = {
         "storage/files.py", "storage/atomic/system.py", "storage/atomic/locks.py", "storage/atomic/sync.py",
-        "storage/atomic/temporary.py", "parallel/__init__.py", "surgery/extract/read.py", "dialects/peft/isolated.py",
+        "storage/atomic/fleeting.py", "parallel/__init__.py", "surgery/extract/read.py", "dialects/peft/isolated.py",
         "storage/rewrite/__init__.py", "storage/rewrite/apply.py",
     }  # fmt: skip
     lines = [

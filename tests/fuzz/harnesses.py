@@ -250,7 +250,7 @@ def residual(data: bytes, folder: Path) -> object:
 
 @cache
 def _merged() -> tuple[Checkpoint, list]:  # type: ignore[type-arg]
-    from loratools.adapter.model import AdapterInput
+    from loratools.adapter.input import AdapterInput
 
     adapter = dialects.open_adapter(samples() / "adapter")
     return Checkpoint.open(samples() / "merged"), [AdapterInput(adapter, 1.0)]

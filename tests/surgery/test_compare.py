@@ -64,6 +64,27 @@ def test_an_adapter_is_like_itself_however_it_is_written(tmp_path: Path) -> None
         assert one.output_overlap == pytest.approx(1, abs=1e-9)
 
 
+def test_modules_of_one_shape_whose_ranks_differ_are_each_what_they_are(tmp_path: Path) -> None:
+    shapes = {f"model.layers.{i}.q_proj": (32, 24) for i in range(5)}
+    first, second = lora(shapes, rank=4, seed=1), lora(shapes, rank=3, seed=2)
+    (A, B), (_, zero) = first.factors["model.layers.1.q_proj"], second.factors["model.layers.3.q_proj"]
+    B[:, 3] = B[:, 0]
+    A[3] = A[1] - A[0]  # three directions, of four columns
+    zero.zero_()
+    found = compare(save_adapter(tmp_path / "a", first), save_adapter(tmp_path / "b", second)).modules
+    assert [one.module for one in found] == list(shapes)
+    assert [one.ranks for one in found] == [(4, 3), (3, 3), (4, 3), (4, 0), (4, 3)]
+    assert (found[3].cosine, found[3].input_similarity, found[3].norms[1]) == (0, (), 0)
+    for one in (*found[:3], found[4]):
+        (U1, S1, V1), (U2, _, V2) = (torch.linalg.svd(dense(each, one.module)) for each in (first, second))
+        rank = one.ranks[0]
+        assert one.norms[0] == pytest.approx(float(S1.norm()), rel=1e-12)
+        assert one.input_overlap == pytest.approx(phi(V1.T, V2.T, rank, 3), abs=1e-9)
+        assert one.output_overlap == pytest.approx(phi(U1, U2, rank, 3), abs=1e-9)
+        cosines = torch.linalg.svdvals(V1[:rank] @ V2[:3].T).clamp(0, 1)
+        assert one.input_angles == pytest.approx(cosines.acos().tolist(), abs=1e-7)
+
+
 def test_random_subspaces_overlap_as_chance_says(tmp_path: Path) -> None:
     shapes = {f"m{i}": (300, 200) for i in range(6)}
     found = compare(*(save_adapter(tmp_path / str(s), lora(shapes, rank=r, seed=s)) for s, r in ((10, 8), (90, 20))))

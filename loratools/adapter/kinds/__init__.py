@@ -14,19 +14,18 @@ on `_product.LowRank` (two tensors as they are: `TwoFactors`), one that can make
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from loratools.adapter.kinds._term import Device, DType, Refinable, Tensor, Term
-from loratools.adapter.site import Site
 from loratools.errors import UnknownKind
 from loratools.options import modules_in
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
     from loratools.adapter.basis import Basis
+    from loratools.adapter.site import Site
 
 __all__ = [
     "ByRows", "DType", "Device", "Factors", "Refinable", "Rows", "Tensor", "Term", "Underlying", "Update", "Usual",
@@ -34,8 +33,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Factors:
+class Factors(NamedTuple):
     """A change that is a product: ΔW = scale·left·right of the weight seen as a matrix, first side × all others.
 
     `left` is (rows, k) and `right` (k, columns), for the weight as its module defines it ((V, d) of an embedding).
@@ -54,8 +52,7 @@ class Factors:
         return self.left.load(), self.right.load()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Underlying:
+class Underlying(NamedTuple):
     """The weight of a site under an update, for `Update.project`: by its products, or loaded.
 
     `below(X)` is X·Wᵀ with the weight W that the update finds; updates before it have changed it already, and W is

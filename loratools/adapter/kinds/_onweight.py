@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from loratools.adapter.kinds import Device, DType, Tensor, Term, Underlying
@@ -68,7 +68,7 @@ class Changing(NamedTensors, OnWeight):
         if not self.of_base:
             return now + weight * (self.outputs(X, under) - now)
         W = under.base()
-        first = replace(under, below=lambda probes: probes @ W.to(probes).T)
+        first = under._replace(below=lambda probes: probes @ W.to(probes).T)
         return now + weight * (self.outputs(X, first) - first.below(X))
 
 

@@ -1,4 +1,4 @@
-"""The sum that most kinds come to, W += left · right, and what kinds of two factors have in common."""
+"""A change that is a product, ΔW = s·left·right, and what kinds of two factors have in common."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from loratools.adapter import kinds
 from loratools.adapter import parts as part_names
-from loratools.adapter.kinds import Device, DType, Factors, Tensor, Term, Underlying, Update
+from loratools.adapter.kinds import Device, DType, Factors, Tensor, Underlying, Update
 from loratools.adapter.kinds._shared import Additive
 from loratools.adapter.parts import BIAS
-from loratools.adapter.site import Site
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:
     from loratools.adapter.basis import Basis
+    from loratools.adapter.kinds._sum import Product
+    from loratools.adapter.site import Site
 
 
 class LowRank(Additive):
@@ -34,6 +35,8 @@ class LowRank(Additive):
 
     def term(self, site: Site, weight: float, dtype: DType, device: Device) -> Product:
         """Return w·s·left · right, or w·s·rightᵀ · leftᵀ where the base stores the transpose."""
+        from loratools.adapter.kinds._sum import Product
+
         left, right = (factor.to(device=device, dtype=dtype) for factor in self.factored().load())
         left = left[site.part_rows]
         if site.transposed:
@@ -151,82 +154,3 @@ class TwoFactors(LowRank):
         """Return the update of two factors."""
         a, b = cls.names
         return cls(parts[a], parts[b], scaling, alpha, parts.get(BIAS))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class BiasUpdate(LowRank):
-    """PEFT's `lora_bias`, b' = b + s·c: the bias (out,) of the module is seen as a matrix of one column."""
-
-    c: LazyTensor
-    scaling: float
-    alpha: float
-
-    kind = "lora_bias"
-    rank = 1
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return *self.c.shape, 1
-
-    @property
-    def parts(self) -> Mapping[str, LazyTensor]:
-        return {BIAS: self.c}
-
-    def factored(self) -> Factors:
-        """Return c as a column, and a one."""
-        return Factors(self.c.reshaped(self.shape), self.c.map(lambda c: c.new_ones(1, 1), (1, 1)), self.scaling)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Product(Term):
-    """The term W += left · right, with left (rows, k) and right (k, columns).
-
-    `left` is `factor` · diag(`scale`), rounded. What it was made of is kept, for a product of w·s, which no float32
-    holds exactly, would cost single elements their last digits where they cancel.
-    """
-
-    left: Tensor
-    right: Tensor
-    factor: Tensor
-    scale: Tensor
-
-    @classmethod
-    def of(cls, scale: float, factor: Tensor, right: Tensor) -> Product:
-        """Return scale · factor · right."""
-        import torch
-
-        scales = torch.full((len(right),), scale, dtype=torch.float64, device=factor.device)
-        return cls(factor * scale, right, factor, scales)
-
-    def apply_rows(self, W: Tensor, rows: slice, base: Tensor | None) -> None:
-        """Add rows of the product in place: one GEMM, no temporary ΔW."""
-        W.addmm_(self.left[rows], self.right)
-
-    def bound(self) -> float:
-        """Return a bound on any element of the product: the largest row norm of left times column norm of right."""
-        return float(self.left.norm(dim=1).max() * self.right.norm(dim=0).max())
-
-    def gain(self, rows: slice) -> float:
-        """Return 1: nothing is scaled after the sum."""
-        return 1.0
-
-    def elements(self, W: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Return single elements of W + scale·factor·right in float64; `W` are those of the unchanged weight."""
-        device = self.left.device
-        change = self.factor[rows.to(device)].double() * self.scale * self.right[:, columns.to(device)].T.double()
-        return W + change.sum(1).to(W.device)
-
-    def is_zero(self) -> bool:
-        """Tell whether no rank has both a column of left and a row of right that are not zero."""
-        return not bool((self.left.any(0) & self.right.any(1)).any())
-
-    def plus(self, other: Term) -> Term | None:
-        """Return the sum of two products as one, exactly: factors side by side along k."""
-        import torch
-
-        if not isinstance(other, Product):
-            return None
-        return Product(
-            torch.cat([self.left, other.left], 1), torch.cat([self.right, other.right]),
-            torch.cat([self.factor, other.factor], 1), torch.cat([self.scale, other.scale]),
-        )  # fmt: skip

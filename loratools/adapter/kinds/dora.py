@@ -19,8 +19,9 @@ from typing import Self, cast
 
 from loratools.adapter.basis import Basis, rescaled
 from loratools.adapter.kinds import Device, DType, Factors, Tensor, Term, Underlying
-from loratools.adapter.kinds._product import LowRank, Product
-from loratools.adapter.kinds._shared import Wrapper
+from loratools.adapter.kinds._product import LowRank
+from loratools.adapter.kinds._sum import Product
+from loratools.adapter.kinds._wrapper import Wrapper
 from loratools.adapter.parts import MAGNITUDE
 from loratools.adapter.site import Site
 from loratools.errors import IncompatibleAdapter
@@ -70,7 +71,7 @@ class DoraUpdate(Wrapper):
     def factored(self) -> Factors:
         """Return the factors of the inner update, and m."""
         m = self.magnitude.reshaped((self.features,))
-        return replace(self.inner.factored(), magnitude=m, by_column=self.by_column)
+        return self.inner.factored()._replace(magnitude=m, by_column=self.by_column)
 
     def carried(self, basis: Basis) -> Self:
         """Return the inner update's like, and the magnitudes by which it gets the factors that it has in W.

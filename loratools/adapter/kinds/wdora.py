@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from loratools.adapter.kinds import Device, DType, Tensor, Term, Underlying
-from loratools.adapter.kinds._shared import Wrapper
+from loratools.adapter.kinds._wrapper import Wrapper
 from loratools.adapter.kinds.dora import gains, squares
 from loratools.adapter.site import Site
 from loratools.errors import IncompatibleAdapter

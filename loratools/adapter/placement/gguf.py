@@ -81,7 +81,7 @@ def _named(spec: TensorSpec, name: str) -> TensorSpec:
         return spec
     encoding = cast(Encoding, spec.encoding)
     module = replace(encoding.module, path=name.rpartition(".")[0], names={"weight": name})
-    return replace(spec, encoding=replace(encoding, module=module))
+    return spec._replace(encoding=replace(encoding, module=module))
 
 
 def stored_name(name: str, base: Checkpoint) -> str:

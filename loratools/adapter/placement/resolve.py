@@ -12,7 +12,7 @@ from typing import Any
 from loratools.adapter.converted.pieces import NoPlace
 from loratools.adapter.converted.sites import block_of, fitted, inside, sites_of
 from loratools.adapter.kinds import Update
-from loratools.adapter.kinds._product import BiasUpdate
+from loratools.adapter.kinds._bias import BiasUpdate
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.image.components import one_weight, widening
 from loratools.adapter.naming.wrappers import FUSIONS, Fusion, Names

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from loratools.adapter.input import AdapterInput
 from loratools.adapter.kinds import Update
-from loratools.adapter.model import AdapterInput
 from loratools.adapter.naming.wrappers import Names
 from loratools.adapter.placement.shared import Tie, Ties, ties_for
 from loratools.adapter.placement.whole import resolve_replacements

@@ -49,7 +49,7 @@ def check_gathered(
         )
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Draft:
     """An adapter that is being read from `path`.
 

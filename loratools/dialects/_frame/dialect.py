@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from loratools.adapter.model import Adapter, Loss
 from loratools.dialects._frame.listing import Evidence, Listing
@@ -35,8 +34,7 @@ class Dialect(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class DialectSummary:
+class DialectSummary(NamedTuple):
     """What `Dialect` says of itself: its name, what it is, the files it writes, what it cannot say, and its extra."""
 
     name: str

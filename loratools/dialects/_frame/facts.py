@@ -9,9 +9,8 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from loratools.dialects._frame.places import ALSO
 
@@ -22,8 +21,7 @@ _LONGEST = 1_000_000  # characters of an entry that is read as JSON; tags of lar
 _REPEATED = r"\d+_(?P<name>.+)"
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
+class Facts(NamedTuple):
     """What the metadata of an adapter say, None or () where they are silent.
 
     `frequent_tags` are the tags of the captions that it was trained on with their counts, the most frequent first, and
@@ -154,7 +152,7 @@ def _count(value: object) -> int | None:
 
 def _resolution(text: str | None) -> str | None:
     """Return `1024x1024` for what trainers write: `1024x1024`, `(1024, 1024)`, `1024`."""
-    sides = re.findall(r"\d+", text or "")[:2]
+    sides = re.findall(r"\d+", text)[:2] if text else []
     return "x".join(sides if len(sides) == 2 else sides * 2) or text
 
 
@@ -206,7 +204,7 @@ def _picture(uri: str | None) -> tuple[str, int] | None:
 
 def _of_card(card: str | None, name: str) -> str | None:
     """Return a plain text of a card's front matter, without reading all of its YAML."""
-    front = re.match(r"---[ \t]*\n(.*?)\n---", card or "", re.DOTALL)
+    front = re.match(r"---[ \t]*\n(.*?)\n---", card, re.DOTALL) if card else None
     lines: Iterable[str] = front[1].split("\n") if front else ()
     for line in lines:
         key, _, value = line.partition(":")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from loratools.adapter.model import Adapter
 from loratools.adapter.parts import factors_of
@@ -33,8 +33,7 @@ _MODULE = r"\d+_\w+"  # a folder of a sentence-transformer: 1_Pooling, 2_Dense
 _LFS = b"version https://git-lfs"
 
 
-@dataclass(frozen=True, slots=True)
-class Evidence:
+class Evidence(NamedTuple):
     """How sure a dialect is that a listing is its own: a score, and the reason for it.
 
     100        the file names its own format

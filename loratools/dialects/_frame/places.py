@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Fact = Literal["trigger", "title", "tags", "base", "description", "author", "license", "thumbnail"]
 """What people write into an adapter's files about it."""
@@ -14,8 +13,7 @@ Where = Literal["header", "config", "card", "manifest"]
 of the base model in the manifest of a sealed adapter."""
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where a fact stands: the `key` of an entry or a field, and the field `inner` where the entry holds JSON."""
 
     where: Where

@@ -52,7 +52,7 @@ CANNOT = ("the hash of the base model", "provenance", "DoRA on some modules and 
 
 _CONFIG = "adapter_config.json"
 _STEM = "adapter_model"
-_SHARD = re.compile(r"adapter_model-(\d{5})-of-(\d{5})\.(safetensors|bin)")
+_SHARD = r"adapter_model-(\d{5})-of-(\d{5})\.(safetensors|bin)"
 
 
 def detect(listing: Listing) -> Evidence | None:
@@ -158,7 +158,7 @@ def _files(listing: Listing) -> list[str]:
     for ending in (".safetensors", ".bin"):
         if _STEM + ending in listing.files:
             return [_STEM + ending]
-        if shards := [name for name in listing.files if _SHARD.fullmatch(name) and name.endswith(ending)]:
+        if shards := [name for name in listing.files if name.endswith(ending) and _shard(name)]:
             return shards
     return []
 
@@ -174,10 +174,15 @@ def _entries(header: Mapping[str, str]) -> dict[str, Any]:
     return settings_with(header, lambda name: name not in ("format", manifest.METADATA_KEY))
 
 
+def _shard(name: str) -> re.Match[str] | None:
+    """Return the number of a shard, how many there are, and the ending, by the name of a file."""
+    return re.fullmatch(_SHARD, name) if name.startswith(f"{_STEM}-") else None
+
+
 def _compare(listing: Listing, single: str) -> None:
     """Raise `BadFile` where shards beside the single file, which PEFT takes, hold other tensors."""
     ending = Path(single).suffix
-    shards = [name for name in listing.files if _SHARD.fullmatch(name) and name.endswith(ending)]
+    shards = [name for name in listing.files if name.endswith(ending) and _shard(name)]
     if listing.single or not shards or single in shards:
         return
     from loratools.storage.files import same_bytes
@@ -202,7 +207,7 @@ def _tensors(listing: Listing) -> dict[str, LazyTensor]:
         shown = ", ".join(listing.files[:12]) or "no files"
         raise BadFile(f"{listing.path}: no {_STEM}.safetensors or {_STEM}.bin in this folder; it holds {shown}")
     _compare(listing, files[0])
-    if shard := _SHARD.fullmatch(files[0]):
+    if shard := _shard(files[0]):
         if listing.single:
             raise BadFile(f"{listing.path}: this is one shard of several", hint=f"Give the folder: {listing.folder}")
         count, ending = int(shard[2]), shard[3]

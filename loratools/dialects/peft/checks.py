@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 _PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 _NUMBER = r"\.\d+(?=\.|$)"
 _NESTED = r"(\.base_layer)+$"
-_FACTOR = re.compile(r"\.lora_[AB]\.([^.]+\.)?weight$")
+_FACTOR = r"\.lora_[AB]\.([^.]+\.)?weight$"
 
 
 def is_flat(name: str, lazy: LazyTensor) -> bool:
     """Tell whether a tensor is flat where a factor has rows and columns, as in a save of one rank's share."""
-    return "_flat_param" in name or (len(lazy.shape) == 1 and _FACTOR.search(unwrap(name)) is not None)
+    return "_flat_param" in name or (len(lazy.shape) == 1 and re.search(_FACTOR, unwrap(name)) is not None)
 
 
 def faults(groups: Groups, config: PeftConfig, held: Collection[str]) -> list[str]:

@@ -54,13 +54,13 @@ _BY_TABLE = r"\\[dDwWsSbB]|^\(\?i\)"
 
 # A key of a pattern that is a name: each character means itself, and a dot any character.
 _NAME = r"(\^?)((?:\\[^a-zA-Z0-9\n]|[^\\^$*+?{}\[\]|()\n])*)\$?"
-_SEGMENT = re.compile(r"[\w-]+")
+_SEGMENT = r"[\w-]+"
 _ESCAPED_OR_DOT = r"\\(.)|\."
 _ANY = "\n"  # what stands for any character; no name of a module has it
 _MOST_SHAPES = 64  # of names of one length; real configs have one or two
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class ConfigFile:
     """The file of a config, what is wrong with its expressions, and the processor time that they have left.
 
@@ -220,7 +220,7 @@ class SavedModules:
 
     def __init__(self, names: Iterable[str], config: ConfigFile) -> None:
         names = frozenset(names)
-        self._segments = frozenset(filter(_SEGMENT.fullmatch, names))
+        self._segments = frozenset(name for name in names if re.fullmatch(_SEGMENT, name))
         self._expressions = [
             Expression(rf"(^|.*\.){name}($|\..*)", "modules_to_save", config, whole=False)
             for name in sorted(names - self._segments)

@@ -7,7 +7,7 @@ import os
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -160,7 +160,7 @@ def _encode(lost: Lost, base: TensorSpec, progress: Progress, folder: Path, rest
     if restore is not None:
         with files.temporary(folder, ".restored-") as (target, path):
             restore(target, 0)
-            return _encode(lost, replace(base, file=path, start=0, stop=base.nbytes), progress, folder)
+            return _encode(lost, base._replace(file=path, start=0, stop=base.nbytes), progress, folder)
     if lost.after is None:
         progress(base.nbytes)
         packer = zlib.compressobj(6)

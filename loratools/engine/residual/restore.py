@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loratools.adapter.model import AdapterInput
+from loratools.adapter.input import AdapterInput
 from loratools.adapter.placement.resolve import Placement, resolve
 from loratools.adapter.placement.tied import apply_policy
 from loratools.engine.residual import LENGTH, Layout, Lost, Residual, read_bits

@@ -17,7 +17,7 @@ CHAPTER = Chapter()
 UNDERSTOOD = frozenset({LAYERS})
 """Names of the extensions that this reader implements: those that the specification registers."""
 
-_NAME = re.compile(r"[a-z0-9]+([._-][a-z0-9]+)*")
+_NAME = r"[a-z0-9]+([._-][a-z0-9]+)*"
 
 
 @CHAPTER.clause("I-01")
@@ -163,7 +163,7 @@ def extensions(subject: Subject) -> Iterator[Fault]:
 def extension_name(subject: Subject) -> Iterator[Fault]:
     """Check the grammar of extension names."""
     for name, _ in _extensions(subject):
-        if len(name) > 64 or not _NAME.fullmatch(name):
+        if len(name) > 64 or not re.fullmatch(_NAME, name):
             yield "extensions", f"{shown(name)} is not a name of lower-case words with '.', '_' or '-' between them"
 
 

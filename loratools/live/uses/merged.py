@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from loratools.adapter.kinds._product import BiasUpdate
+from loratools.adapter.kinds._bias import BiasUpdate
 from loratools.adapter.placement.resolve import Placement
 from loratools.adapter.site import Site as Rectangle
 from loratools.engine.residual import ELEMENTS, codes

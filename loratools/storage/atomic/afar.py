@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from loratools.errors import InvalidOption, LoraToolsError, NoSpace, OutputRefused, StoreError
+from loratools.storage.atomic.fleeting import temporary
 from loratools.storage.atomic.hidden import FULL
 from loratools.storage.atomic.inputs import check_unchanged
-from loratools.storage.atomic.temporary import temporary
 from loratools.storage.resolvers import SHOWN, forget, reference_of
 
 

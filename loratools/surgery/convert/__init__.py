@@ -11,7 +11,8 @@ from pathlib import Path
 
 from loratools import dialects
 from loratools.adapter.identity import same_name
-from loratools.adapter.model import Adapter, AdapterInput, BaseIdentity, Loss, Step
+from loratools.adapter.input import AdapterInput
+from loratools.adapter.model import Adapter, BaseIdentity, Loss, Step
 from loratools.adapter.naming.wrappers import Names
 from loratools.adapter.placement.codes import refuse_codes
 from loratools.adapter.placement.gguf import STATED, resolve_on, under_adapters_names
@@ -28,7 +29,6 @@ from loratools.dialects._frame.losses import kept_identity
 from loratools.dialects.peft import profiles
 from loratools.format import manifest
 from loratools.format.digest import adapter_digest
-from loratools.format.manifest import NO_DIGEST
 from loratools.format.record import TOOL
 from loratools.options import Options, TrainedOn
 from loratools.parallel import Progress
@@ -285,7 +285,7 @@ def _placed(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, list[Placement
 
 def _records(dialect: str) -> bool:
     """Tell whether a dialect can record a base's hash and the provenance: ask it about an adapter of nothing else."""
-    probe = Adapter({}, base=BaseIdentity(root=NO_DIGEST), provenance=(Step("convert", TOOL),))
+    probe = Adapter({}, base=BaseIdentity(root=manifest.NO_DIGEST), provenance=(Step("convert", TOOL),))
     lost = {loss.where for loss in dialects.get(dialect).losses(probe)}
     return not lost & {"base model", "provenance"}
 

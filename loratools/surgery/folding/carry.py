@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loratools.adapter.basis import Basis, along, made
+from loratools.adapter.input import AdapterInput
 from loratools.adapter.kinds import Update
-from loratools.adapter.model import Adapter, AdapterInput, BaseIdentity, Step
+from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.adapter.placement.image import named_for
 from loratools.adapter.placement.resolve import Placement, resolve
 from loratools.adapter.placement.whole import resolve_replacements

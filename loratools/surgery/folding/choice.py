@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loratools.adapter.model import Adapter, AdapterInput
+from loratools.adapter.input import AdapterInput
+from loratools.adapter.model import Adapter
 from loratools.decisions import decided, warned
 from loratools.errors import IncompatibleAdapter, WrongBase, counted
 from loratools.options import CheckBase, TrainedOn

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from loratools import dialects
-from loratools.adapter.model import Adapter, AdapterInput
+from loratools.adapter.input import AdapterInput
+from loratools.adapter.model import Adapter
 from loratools.adapter.parts import factors_of
 from loratools.adapter.placement.codes import refuse_codes
 from loratools.adapter.placement.image import named_for

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ParamSpec
 
-from loratools.adapter.model import AdapterInput
+from loratools.adapter.input import AdapterInput
 from loratools.storage import atomic
 from loratools.storage.sources import Location
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.adapter.naming.compact import compact, natural
@@ -25,12 +25,12 @@ from loratools.format.manifest import METADATA_KEY, ORIGIN
 from loratools.storage.beside.cards import read_card
 from loratools.storage.sources import Location, session
 from loratools.surgery.inspect.amounts import Amount, TensorSummary, by_dtype, summary_of, total_of
-from loratools.surgery.inspect.model import CheckpointSummary, describe_checkpoint, listed
 
 if TYPE_CHECKING:  # what the headers of one adapter do not need is not imported for it
     from loratools.dialects import InMemory
     from loratools.storage.checkpoint import Checkpoint
     from loratools.surgery.inputs import Patterns
+    from loratools.surgery.inspect.model import CheckpointSummary, describe_checkpoint
 
     _Patterns = tuple[tuple[str, ...], tuple[str, ...]]
 
@@ -42,8 +42,16 @@ __all__ = [
 _CARD = "README.md"
 
 
-@dataclass(frozen=True, slots=True)
-class ModuleSummary:
+def __getattr__(name: str) -> Any:
+    """Return what is said of models, imported when it is asked for: an adapter does not wait for it."""
+    if name not in ("CheckpointSummary", "describe_checkpoint"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from loratools.surgery.inspect import model
+
+    return getattr(model, name)
+
+
+class ModuleSummary(NamedTuple):
     """One update of an adapter; `shape` is that of the weight it changes, (out, in, …)."""
 
     module: str
@@ -56,8 +64,7 @@ class ModuleSummary:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
+class Group(NamedTuple):
     """The modules that share kind, rank, alpha and scaling; `targets` are their names in few lines (`compact`)."""
 
     kind: str
@@ -149,6 +156,8 @@ def inspect(
             listing, candidates = below, []
         else:
             if not factors_of(model.specs):
+                from loratools.surgery.inspect.model import describe_checkpoint, listed
+
                 decided("%s: no dialect of adapters knows it, so it is a model", listing.path)
                 return listed(describe_checkpoint(model, path), patterns)
     dialect, evidence = detect(listing, candidates)
@@ -162,6 +171,8 @@ def _of_value(
     from loratools.storage.checkpoint import Checkpoint
 
     if isinstance(value, Checkpoint):
+        from loratools.surgery.inspect.model import describe_checkpoint, listed
+
         return listed(describe_checkpoint(value, value.path), patterns)
     adapter = open_adapter(value, dialect=dialect, alpha=alpha)
     # An adapter that was made in memory lies nowhere.

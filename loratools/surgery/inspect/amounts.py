@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from loratools.storage.header import TensorSpec
@@ -14,8 +13,7 @@ if TYPE_CHECKING:
     Tensor = LazyTensor | TensorSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Amount:
+class Amount(NamedTuple):
     """How much of something: tensors, parameters (elements), bytes."""
 
     tensors: int
@@ -23,8 +21,7 @@ class Amount:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSummary:
+class TensorSummary(NamedTuple):
     """One tensor of a checkpoint, or one that an adapter replaces whole."""
 
     name: str

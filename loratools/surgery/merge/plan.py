@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
-from loratools.adapter.model import AdapterInput, BaseIdentity
+from loratools.adapter.input import AdapterInput
+from loratools.adapter.model import BaseIdentity
 from loratools.adapter.placement.codes import HINT
 from loratools.adapter.placement.gguf import is_gguf, resolve_on
 from loratools.adapter.placement.resolve import Placement

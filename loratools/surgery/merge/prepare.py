@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loratools.adapter.model import AdapterInput, BaseIdentity
+from loratools.adapter.input import AdapterInput
+from loratools.adapter.model import BaseIdentity
 from loratools.adapter.placement.gguf import is_gguf, under_adapters_names
 from loratools.adapter.placement.layers import replicated
 from loratools.adapter.placement.settle import Equals, settle

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from loratools.adapter.identity import compare
-from loratools.adapter.model import AdapterInput, BaseIdentity
+from loratools.adapter.input import AdapterInput
+from loratools.adapter.model import BaseIdentity
 from loratools.adapter.naming.wrappers import normalized
 from loratools.adapter.placement.resolve import Placement
 from loratools.errors import WrongBase, counted

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from loratools.adapter.model import AdapterInput, BaseIdentity
+from loratools.adapter.input import AdapterInput
+from loratools.adapter.model import BaseIdentity
 from loratools.adapter.placement.gguf import is_gguf
 from loratools.adapter.placement.layers import replicates
 from loratools.decisions import warned

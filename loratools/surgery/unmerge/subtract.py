@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loratools.adapter.model import AdapterInput
+from loratools.adapter.input import AdapterInput
 from loratools.adapter.placement.codes import stored_as_codes
 from loratools.errors import IncompatibleAdapter, counted
 from loratools.format.record import BROUGHT, ERROR, REPLACED, TOOL, WORDS

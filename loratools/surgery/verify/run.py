@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from loratools import live
-from loratools.adapter.model import AdapterInput
+from loratools.adapter.input import AdapterInput
 from loratools.errors import MissingExtra, UnsupportedAdapter
 from loratools.storage import dtypes
 from loratools.storage.checkpoint import Checkpoint

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from loratools.adapter.kinds import Term
-from loratools.adapter.kinds._product import Product
+from loratools.adapter.kinds._sum import Product
 from loratools.adapter.kinds.dora import Rescaling
 from loratools.adapter.site import Site
 from loratools.engine.load import SiteProduct

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratools.adapter.kinds import Term
-from loratools.adapter.kinds._product import Product
+from loratools.adapter.kinds._sum import Product
 from loratools.adapter.kinds.dora import Rescaling
 from loratools.adapter.site import Site
 from loratools.engine import device

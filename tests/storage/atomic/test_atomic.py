@@ -179,7 +179,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from loratools.storage import atomic
-from loratools.storage.atomic import place
+from loratools.storage.atomic import outputs, place
 target, moment, force = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "force"
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -189,7 +189,7 @@ if moment == "between":  # after the old folder was moved aside, before the new 
 elif moment == "before":
     place._function = die
 elif moment == "after":  # before the old folder is deleted
-    atomic.remove = die
+    outputs.remove = die
 elif moment == "stop":
     die = lambda: (print("writing", flush=True), sys.stdin.read())
 with atomic.new_folder(target, force=force) as scratch:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loratools import dialects
-from loratools.adapter.model import AdapterInput
+from loratools.adapter.input import AdapterInput
 from loratools.engine.run import Settings, write_weights
 from loratools.storage.checkpoint import Checkpoint
 from loratools.surgery.merge import MergeOptions, merge, prepare

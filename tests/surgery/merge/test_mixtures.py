@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loratools.adapter import kinds
-from loratools.adapter.model import Adapter, AdapterInput
+from loratools.adapter.input import AdapterInput
+from loratools.adapter.model import Adapter
 from loratools.engine.device import TILES
 from loratools.engine.run import Settings, write_weights
 from loratools.storage.checkpoint import Checkpoint

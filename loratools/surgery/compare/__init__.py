@@ -2,106 +2,36 @@
 
 Products stay in factor space: ⟨ΔW₁, ΔW₂⟩ = tr((B₁ᵀB₂)(A₂A₁ᵀ)), and singular vectors from QR and small cores. Changes
 that are none (`change.py`) are matrices, of which the leading directions count. arXiv 2106.09685.
+
+    comparison   what is found, of each module and of two adapters
+    products     pairs of products, many of one shape at once
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from loratools.adapter.naming.compact import natural
 from loratools.adapter.naming.wrappers import normalized
 from loratools.errors import IncompatibleAdapter
-from loratools.linalg.factored import FactoredSVD
-from loratools.linalg.similarity import amplification, principal_angles
 from loratools.options import Options
 from loratools.parallel import cores, each
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.sources import Location, session
 from loratools.surgery.change import Changes, ModuleChange, measurable
+from loratools.surgery.compare.comparison import Comparison, ModuleComparison
+from loratools.surgery.compare.products import of_products
 from loratools.surgery.inputs import AdapterSource, Patterns
-from loratools.surgery.paper import Beside, beside, grid
+
+if TYPE_CHECKING:  # torch is for pairs that are no two products
+    from loratools.linalg.factored import FactoredSVD
+
+__all__ = ["Comparison", "ModuleComparison", "compare"]
 
 _LEADING = 64  # directions of a change whose update has no rank
 _SMALL = 1 << 22  # numbers of a matrix that a core has done before more of them would have shared it
-
-
-@dataclass(frozen=True, slots=True)
-class ModuleComparison:
-    """Two changes of one weight; `shape` is that of ΔW as a matrix (rows, columns), `norms` are ‖ΔW₁‖ and ‖ΔW₂‖.
-
-    `cosine` = ⟨ΔW₁, ΔW₂⟩/(‖ΔW₁‖‖ΔW₂‖). `ranks` are the numbers of singular vectors that are compared: all of a product;
-    of another change as many as its update has rank, or 64. `input_similarity[i-1][j-1]` = φ(i, j) of §7.2 between the
-    i and j leading right singular vectors of ΔW₁ and ΔW₂, `output_similarity` the same of the left ones; `chance` is
-    what φ of random subspaces of these ranks would be, for input and output. `input_angles` and `output_angles` are the
-    principal angles between the subspaces of these ranks, in radians, ascending. `amplification` = ‖ΔW‖/‖UᵀWV‖ of §7.3
-    for both, at their ranks; None without a base, or for ΔW = 0. `paper` is what §7 shows beside, where it was asked
-    for.
-    """
-
-    module: str
-    kinds: tuple[str, str]
-    shape: tuple[int, int]
-    ranks: tuple[int, int]
-    norms: tuple[float, float]
-    cosine: float
-    input_similarity: tuple[tuple[float, ...], ...]
-    output_similarity: tuple[tuple[float, ...], ...]
-    input_angles: tuple[float, ...]
-    output_angles: tuple[float, ...]
-    chance: tuple[float, float]
-    amplification: tuple[float | None, float | None]
-    paper: Beside | None = None
-
-    @property
-    def input_overlap(self) -> float:
-        """Return φ at full ranks, input side: the share of the smaller subspace that lies in the larger; 0 if none."""
-        return self.input_similarity[-1][-1] if self.input_similarity else 0.0
-
-    @property
-    def output_overlap(self) -> float:
-        """Return φ at full ranks, output side."""
-        return self.output_similarity[-1][-1] if self.output_similarity else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """All shared modules; `only` lists the modules of one adapter alone, first and second.
-
-    `norms` and `cosine` are those of the whole adapters, with every module of each: what only one of them changes
-    lowers the cosine. `distance` = ‖ΔW₁ − ΔW₂‖/‖ΔW₁‖. Of each adapter, `in_part` says of which modules a part alone is
-    measured and why, `left_out` which are not measured at all: what they do depends on the base model.
-    """
-
-    modules: tuple[ModuleComparison, ...]
-    only: tuple[tuple[str, ...], tuple[str, ...]]
-    norms: tuple[float, float]
-    cosine: float
-    distance: float
-    in_part: tuple[Mapping[str, str], Mapping[str, str]]
-    left_out: tuple[Mapping[str, str], Mapping[str, str]]
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return a plain dict of numbers for each shared module; `pandas.DataFrame(found.rows())` is a table of them.
-
-        What both adapters have ends in `_1` and `_2`.
-        """
-        return [
-            {
-                "module": each.module, **_both("kind", each.kinds), "out": each.shape[0], "in": each.shape[1],
-                **_both("rank", each.ranks), **_both("norm", each.norms), "cosine": each.cosine,
-                "input_overlap": each.input_overlap, "input_chance": each.chance[0],
-                "output_overlap": each.output_overlap, "output_chance": each.chance[1],
-                **_both("amplification", each.amplification),
-            }
-            for each in self.modules
-        ]  # fmt: skip
-
-
-def _both(name: str, values: tuple[Any, Any]) -> dict[str, Any]:
-    return {f"{name}_1": values[0], f"{name}_2": values[1]}
 
 
 @session()
@@ -165,12 +95,12 @@ def compare(
             raise IncompatibleAdapter(f"{module}: {error}") from None
 
     # Threads of torch wait for each other over small matrices; large ones are taken one by one, with all its threads.
-    small = all(math.prod(changes[0][module].shape) <= _SMALL for module in pairs)
-    measured = each(
-        work, dict(sorted(pairs.items(), key=lambda pair: natural(pair[0]))), (threads or cores()) if small else 1,
-        torch_threads=1 if small else threads,
-    )  # fmt: skip
-    modules, inner = zip(*measured.values(), strict=True)
+    known = {} if paper else of_products(changes, pairs, threads)
+    rest = {module: other for module, other in pairs.items() if module not in known}
+    small = all(math.prod(changes[0][module].shape) <= _SMALL for module in rest)
+    if rest:
+        known |= each(work, rest, (threads or cores()) if small else 1, torch_threads=1 if small else threads)
+    modules, inner = zip(*(known[module] for module in sorted(pairs, key=natural)), strict=True)
     only = (tuple(sorted(changes[0].keys() - pairs)), tuple(sorted(changes[1].keys() - set(pairs.values()))))
     squares = [
         math.fsum(module.norms[side] ** 2 for module in modules)
@@ -188,6 +118,9 @@ def compare(
 
 def _module(name: str, changes: tuple[ModuleChange, ModuleChange], seed: int | None) -> tuple[ModuleComparison, float]:
     """Return what is measured of one module, and ⟨ΔW₁, ΔW₂⟩; with a seed also what the paper shows beside."""
+    from loratools.linalg.similarity import principal_angles
+    from loratools.surgery.paper import beside, grid
+
     deltas = changes[0].load(), changes[1].load()
     measured = [delta.leading(change.rank or _LEADING) for delta, change in zip(deltas, changes, strict=True)]
     (first, first_norm), (second, second_norm) = measured
@@ -209,6 +142,8 @@ def _module(name: str, changes: tuple[ModuleChange, ModuleChange], seed: int | N
 
 
 def _amplification(svd: FactoredSVD, norm: float, change: ModuleChange) -> float | None:
+    from loratools.linalg.similarity import amplification
+
     rank = int(svd.rank())
     return None if change.base is None or not rank else amplification(svd, change.base(), rank, norm)
 
