@@ -14,6 +14,7 @@ several times slower: only the last float32 bit of a sum may differ then.
     proof      `proof.c` and `proof.h`: what two models differ by; `surgery/verify` shares nothing with a merge
     residual   `residual.c`, `residual.h` and `ranks.h`: what tells the base from a merged model and its adapters
     delta      `delta.c` and `delta.h`: ΔW with its norms, and products of a large matrix with few columns
+    loaded     loads libraries whose functions take a structure and a width of vectors: delta and residual
     thin       `thin.c` and `thin.h`: factors beside a linear layer of a running model, and their gradients
     build      compiles them when the package is installed
 """

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from loratools.linalg.native import loaded
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 LIBRARY = Path(__file__).with_name("libdelta.so")
@@ -48,19 +50,8 @@ class _Product(ctypes.Structure):
 @cache
 def _library() -> tuple[Any, int]:
     """Return the compiled library and the numbers of its widest vectors; None and 0 where it does not serve."""
-    try:
-        library = ctypes.CDLL(str(LIBRARY))
-    except OSError:  # not compiled here
-        return None, 0
-    for name in ("change_size", "product_size", "delta_width", "multiplies_bf16"):
-        getattr(library, f"loratools_{name}").restype = ctypes.c_size_t
-    sizes = ctypes.sizeof(_Change), ctypes.sizeof(_Product)
-    if (library.loratools_change_size(), library.loratools_product_size()) != sizes:
-        return None, 0  # of another delta.c
-    for name in ("difference", "times", "across", "times_bf16", "across_bf16", "gram"):
-        getattr(library, f"loratools_{name}").argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-        getattr(library, f"loratools_{name}").restype = None
-    return library, int(library.loratools_delta_width())
+    calls = ("difference", "times", "across", "times_bf16", "across_bf16", "gram")
+    return loaded.load(LIBRARY, "delta_width", {"change_size": _Change, "product_size": _Product}, calls)
 
 
 def available() -> bool:
@@ -73,7 +64,7 @@ def widths() -> list[int]:
 
     Empty where nothing serves.
     """
-    return [width for width in (16, 8, 4) if width <= _library()[1] and (width > 4 or _library()[1] == 4)]
+    return loaded.widths(_library()[1])
 
 
 def multiplies_bf16() -> bool:

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from loratools.linalg.native import loaded
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 LIBRARY = Path(__file__).with_name("libresidual.so")
@@ -57,19 +59,8 @@ class _Tile(ctypes.Structure):
 @cache
 def _library() -> tuple[Any, int]:
     """Return the compiled library and the numbers of its widest vectors; None and 0 where it does not serve."""
-    try:
-        library = ctypes.CDLL(str(LIBRARY))
-    except OSError:  # not compiled here
-        return None, 0
-    names = ("step_size", "tile_size", "residual_width", "encode", "decode")
-    if not all(hasattr(library, f"loratools_{name}") for name in names):
-        return None, 0  # of another residual.c
-    for name in names:
-        getattr(library, f"loratools_{name}").restype = ctypes.c_size_t
-    if (library.loratools_step_size(), library.loratools_tile_size()) != (ctypes.sizeof(_Step), ctypes.sizeof(_Tile)):
-        return None, 0
-    library.loratools_encode.argtypes = library.loratools_decode.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    return library, int(library.loratools_residual_width())
+    sizes = {"step_size": _Step, "tile_size": _Tile}
+    return loaded.load(LIBRARY, "residual_width", sizes, ("encode", "decode"))
 
 
 def available() -> bool:
@@ -82,7 +73,7 @@ def widths() -> list[int]:
 
     Empty where nothing serves.
     """
-    return [width for width in (16, 8, 4) if width <= _library()[1] and (width > 4 or _library()[1] == 4)]
+    return loaded.widths(_library()[1])
 
 
 class _Memory(local):
