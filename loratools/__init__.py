@@ -89,8 +89,8 @@ if TYPE_CHECKING:
     from loratools.surgery.inspect import inspect
     from loratools.surgery.merge import merge
     from loratools.surgery.merge.options import MergeOptions
-    from loratools.surgery.merge.parts import gather
     from loratools.surgery.resize import resize
+    from loratools.surgery.sharing.parts import gather
     from loratools.surgery.spectrum import spectrum
     from loratools.surgery.switch import switch
     from loratools.surgery.unmerge import unmerge
@@ -115,7 +115,7 @@ else:
         "extract": "loratools.surgery.extract:extract",
         "extract_svd": "loratools.surgery.extract:extract",
         "find": "loratools.surgery.find:find",
-        "gather": "loratools.surgery.merge.parts:gather",
+        "gather": "loratools.surgery.sharing.parts:gather",
         "hash": "loratools.surgery.hash:hash_checkpoint",
         "hash_checkpoint": "loratools.surgery.hash:hash_checkpoint",
         "inspect": "loratools.surgery.inspect:inspect",

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from loratools.cli._words import WORDS
 from loratools.errors import BadFile, OutputRefused, counted
 
 OUTPUT = "output"
@@ -35,11 +36,14 @@ class Item:
 class Batch:
     """The inputs of one command line in order, how many are worked on at once, and the folders that cannot be listed.
 
+    `workers` says who works on them, if not this process and its like.
+
     `after` has the numbers of the items that come before one, because its result goes into the folder of theirs.
     """
 
     items: tuple[Item, ...]
     jobs: int
+    workers: str | None = None
     unread: tuple[tuple[Path, str], ...] = ()
     after: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
@@ -52,7 +56,8 @@ class Batch:
 def batch_of(context: click.Context, argument: str, renamed: Renamed | None) -> Batch:
     """Return what a command line with several paths is about.
 
-    Takes --each and --jobs away from the context's options. `renamed` makes the names of outputs. Default: the inputs'.
+    Takes --each, --jobs and --workers away from the context's options. `renamed` makes the names of outputs. Default:
+    the inputs'.
 
     Raises:
         BadFile: A folder is not there, or there is nothing in it.
@@ -61,6 +66,9 @@ def batch_of(context: click.Context, argument: str, renamed: Renamed | None) -> 
     params = context.params
     paths, folders = params.pop(argument), params.pop("each")
     jobs: int | None = params.pop("jobs")
+    workers: str | None = params.pop("workers")
+    if workers and jobs:
+        raise click.UsageError("--workers says who works, and how many at once: without --jobs", context)
     if not paths and not folders:
         missing = next(each for each in context.command.params if each.name == argument)
         raise click.MissingParameter(ctx=context, param=missing, param_hint=f"'{argument.upper()}'")
@@ -79,7 +87,7 @@ def batch_of(context: click.Context, argument: str, renamed: Renamed | None) -> 
         named |= _below(folder, output, unread)
     if output is None:
         items = [Item(path, listed=path not in paths) for path in named]
-        return Batch(tuple(items), jobs or 1, tuple(unread))
+        return Batch(tuple(items), jobs or 1, workers, tuple(unread))
     if output.exists() and not output.is_dir():
         raise OutputRefused(f"{output}: a file; the results of several inputs go into a folder")
     items = []
@@ -87,7 +95,19 @@ def batch_of(context: click.Context, argument: str, renamed: Renamed | None) -> 
         name = renamed(name, Path(path).is_file(), params) if renamed else name
         items.append(Item(path, output / name, listed=path not in paths))
     _check(items)
-    return Batch(tuple(items), jobs or 1, tuple(unread), _after(items))
+    return Batch(tuple(items), jobs or 1, workers, tuple(unread), _after(items))
+
+
+def several_options(*, workers: bool) -> list[click.Parameter]:
+    """Return the options of a command that takes several paths; `workers` among them, unless it has its own."""
+    each, jobs, who = WORDS["--each"], WORDS["--jobs"], WORDS["--workers"]
+    count = f"{jobs.meaning}  [default: 1]"
+    own = [click.Option(["--workers"], metavar=who.metavar, help=who.meaning)] if workers else []
+    return [
+        *own,
+        click.Option(["--each"], multiple=True, metavar=each.metavar, type=click.Path(), help=each.meaning),
+        click.Option(["-j", "--jobs"], metavar=jobs.metavar, type=click.IntRange(min=1), help=count),
+    ]
 
 
 def named_for(name: str, dialect: str) -> str:

@@ -11,8 +11,8 @@ import click
 from loratools.cli import _options as options
 from loratools.cli import _show as show
 from loratools.cli._account import SENDS, account_of, is_recorded, long_name, role_of
-from loratools.cli._batch import batch_of
-from loratools.cli._group import Command, Commands, several_options
+from loratools.cli._batch import batch_of, several_options
+from loratools.cli._group import Command, Commands
 from loratools.cli._talk import Talk
 from loratools.errors import InvalidOption
 from loratools.recipe import catalog
@@ -61,7 +61,7 @@ class Catalog:
     def get(self, name: str) -> catalog.Command:
         """Return a command's keys: what it takes, but where its output goes, and how a run goes."""
         command = self._command(name)
-        several = [long_name(option) for option in several_options()] if command.each else []
+        several = [long_name(option) for option in several_options(workers=not command.shares)] if command.each else []
         keys, refused, known = dict[str, catalog.Key](), dict[str, str](), set[str]()
         for option in command.params:
             long = long_name(option)

@@ -8,9 +8,12 @@ in a folder of --each: that is a document with --json, else they are counted at 
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import click
@@ -168,23 +171,55 @@ def _is(kind: str, path: str) -> bool:
 
 def _outcomes(work: Work, batch: Batch) -> Iterator[Outcome]:
     """Yield what becomes of each item, in order."""
+    if batch.workers:
+        yield from _on_workers(work, batch, batch.workers)
+        return
     if batch.jobs == 1 or len(batch.items) < 2:
         yield from map(work, batch.items)
         return
     from loratools.cli._pool import in_order
-    from loratools.parallel import cores
-
-    params = dict(work.params)
-    if params.get("threads", 1) is None:
-        params["threads"] = max(1, cores() // batch.jobs)
-    apart = replace(work, params=params, talk=replace(work.talk, no_progress=True), apart=True)
 
     def lost(item: Item, code: int | None) -> Outcome:
         message = f"{item.path}: the process that worked on it ended with exit code {code}"
         hint = "-9 is how a system ends what takes more memory than there is; try a smaller -j."
         return _failed(item, Fault("ChildProcessError", message, (), hint), work.talk)
 
-    yield from in_order(apart, batch.items, batch.jobs, batch.after, lost)
+    yield from in_order(_apart(work, batch.jobs), batch.items, batch.jobs, batch.after, lost)
+
+
+def _apart(work: Work, jobs: int | None) -> Work:
+    """Return the work for a process that shares this machine with so many others, or, for None, has one of its own."""
+    from loratools.parallel import cores
+
+    params = dict(work.params)
+    if jobs and params.get("threads", 1) is None:
+        params["threads"] = max(1, cores() // jobs)
+    return replace(work, params=params, talk=replace(work.talk, no_progress=True), apart=True)
+
+
+def _on_workers(work: Work, batch: Batch, workers: str) -> Iterator[Outcome]:
+    """Yield what becomes of each item, in order, from processes of this machine or of others."""
+    from loratools.parallel import tasks
+    from loratools.parallel.executors import opened
+
+    def lost(item: Item, why: str) -> Outcome:
+        message = f"{item.path}: {why}"
+        return _failed(item, Fault("ChildProcessError", message, (), "See the logs of the workers."), work.talk)
+
+    with opened(workers) as pool:
+        apart = _apart(work, pool.count if pool.local else None)
+        yield from tasks.in_order(pool, partial(_there, apart, str(Path.cwd())), batch.items, batch.after, lost)
+
+
+def _there(work: Work, folder: str, item: Item) -> Outcome:
+    """Run the command on one item in a worker, whose current folder becomes the caller's: paths are as given."""
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        message = f"{folder}: the worker does not see the caller's current folder: {error.strerror}"
+        hint = "Every worker has to see the same folders under the same names."
+        return _failed(item, Fault("BadFile", message, (), hint), work.talk)
+    return work(item)
 
 
 def _outcome(item: Item, report: Report | None, talk: Talk) -> Outcome:

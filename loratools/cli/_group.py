@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loratools.cli import _spelling as spelling
+from loratools.cli._batch import several_options
 from loratools.cli._hints import placed
 from loratools.cli._show import SCHEMA, Report, encode, fitted, room
 from loratools.cli._show import line as show_line
@@ -49,7 +50,8 @@ class Command(click.Command):
             if argument.name == each:
                 argument.nargs, argument.required = -1, False
                 argument.metavar = argument.metavar or f"{each.upper()}..."
-        self.params += several_options() if each else []
+        self.shares = any(option.name == "workers" for option in self.params)
+        self.params += several_options(workers=not self.shares) if each else []
         self.common = [*common_options(), schema_option()]
         self.params += self.common
 
@@ -72,6 +74,8 @@ class Command(click.Command):
             from loratools.cli import _batch, _each
 
             batch = _batch.batch_of(ctx, self.each, self.renamed)
+            if self.shares:  # each path is the work of one process
+                ctx.params["workers"] = None
             root = ctx.find_root().command
             package = root.package if isinstance(root, Commands) else __package__
             load = partial(_loaded, package, str(ctx.info_name))
@@ -90,6 +94,8 @@ class Command(click.Command):
         if ctx.params["each"] or not paths or not (self.together or len(paths) == 1):
             return False
         del ctx.params["each"], ctx.params["jobs"]
+        if not self.shares:  # one input of such a command is the work of one process
+            del ctx.params["workers"]
         ctx.params[argument] = paths if self.together else paths[0]
         return True
 
@@ -257,16 +263,6 @@ def common_options() -> list[click.Parameter]:
         flag("-q", "--quiet", help="Say nothing on stderr but warnings and errors.", is_flag=True),
         flag("-v", "--verbose", help="Say on stderr what is decided, and why.", count=True),
         flag("--no-progress", help="Draw no progress bars.", is_flag=True),
-    ]
-
-
-def several_options() -> list[click.Parameter]:
-    """Return the options of a command that takes several paths."""
-    each, jobs = WORDS["--each"], WORDS["--jobs"]
-    count = f"{jobs.meaning}  [default: 1]"
-    return [
-        click.Option(["--each"], multiple=True, metavar=each.metavar, type=click.Path(), help=each.meaning),
-        click.Option(["-j", "--jobs"], metavar=jobs.metavar, type=click.IntRange(min=1), help=count),
     ]
 
 

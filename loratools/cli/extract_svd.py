@@ -15,6 +15,7 @@ from loratools.cli import _show as show
 from loratools.cli._certificate import table
 from loratools.cli._group import command as make
 from loratools.cli._ranks import rank_options, ranks_of
+from loratools.cli._shares import crew, part_of
 from loratools.cli._talk import Talk, pass_talk
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ _SHOWN = 8  # patterns of one class in the text
 @options.base_id_option
 @options.option("--modules", is_flag=True, more="Here: its certificate.")
 @options.option("--threads", type=click.IntRange(min=1), more="[default: one per core]")
+@options.workers_option
+@options.part_option
 @options.dry_run_option
 @options.force_option
 @pass_talk
@@ -86,22 +89,30 @@ def command(talk: Talk, /, base: str, tuned: str, output: Path, **values: Any) -
 
         return _dry(plan(before, after, selection), before, after)
     dtype = values["dtype"].upper()
+    names = ("seed", "tolerance", "tight", "arithmetic", "device", "base_id", "threads", "force")
+    if values["part"] and values["workers"]:
+        raise click.UsageError("--part writes one part of the output: without --workers")
     with ahead.hashing(before, after) as digests:
         from loratools.surgery.extract import extract  # and torch, which takes one core as long as some hashing
 
-        ranks = _ranks(values, dtype)
+        given: dict[str, Any] = {
+            "output": output, "ranks": _ranks(values, dtype), "selection": selection, "dtype": dtype,
+            **{name: values[name] for name in names},
+        }  # fmt: skip
         digests.stop()
-        with talk.progress("extracting", before.nbytes + after.nbytes) as advance:
-            extraction = extract(
-                before, after, output, ranks, selection=selection, dtype=dtype, seed=values["seed"],
-                tolerance=values["tolerance"], tight=values["tight"], arithmetic=values["arithmetic"],
-                device=values["device"], base_id=values["base_id"], threads=values["threads"], force=values["force"],
-                progress=advance,
-            )  # fmt: skip
-    talk.note(*extraction.notes)
+        call, sizes = {"base": base, "tuned": tuned, **given}, before.nbytes + after.nbytes
+        if values["part"]:
+            return part_of("extract-svd", call, values["part"])
+        with talk.progress("extracting", sizes) as advance, crew("extract-svd", call, values["workers"], advance):
+            extraction = extract(before, after, **given, progress=advance)
     if extraction.dropped_energy > 0:
         talk.warn(f"{extraction.dropped_energy:.2%} of the change was left out on request")
-    return show.Report(document(extraction), _lines(extraction, values["modules"], values["tight"]))
+    return gathered(extraction, every=values["modules"], tight=values["tight"])
+
+
+def gathered(extraction: Extraction, *, every: bool = False, tight: bool = False) -> show.Report:
+    """Return the report of an extraction, in one process or of parts."""
+    return show.Report(document(extraction), _lines(extraction, every, tight))
 
 
 def document(extraction: Extraction) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from loratools.cli import _options as options
 from loratools.cli._group import command as make
+from loratools.cli._shares import crew
 from loratools.cli._show import Report
 from loratools.cli._talk import Talk, pass_talk
 
@@ -31,10 +32,12 @@ if TYPE_CHECKING:
 @options.adapter_options
 @options.algorithm_option
 @options.threads_option
+@options.workers_option
 @pass_talk
 def command(
     talk: Talk, checkpoint: str, tier: Tier | Literal["all"], modules: bool, include: tuple[str, ...],
     exclude: tuple[str, ...], dialect: str | None, alpha: float | None, algorithm: Algorithm, threads: int | None,
+    workers: str | None,
 ) -> Report:  # fmt: skip
     """Print the hash of a model or an adapter: which one exactly is this?
 
@@ -66,16 +69,15 @@ def command(
     tiers: tuple[Tier, ...] = ("tensors",) if each else TIERS if tier == "all" else (tier,)
     opened = open_hashed(checkpoint, headers=tiers == ("schema",), dialect=dialect, alpha=alpha)
     total = 0 if isinstance(opened, Adapter) or tiers == ("schema",) else opened.nbytes
-    with talk.progress("hashing", total) as advance:
-        identity = hash_checkpoint(
-            opened,
-            tiers,
-            algorithm,
-            include=include or None,
-            exclude=exclude or None,
-            threads=threads,
-            progress=advance,
-        )
+    given: dict[str, Any] = {
+        "tiers": tiers, "algorithm": algorithm, "include": include or None, "exclude": exclude or None,
+        "threads": threads,
+    }  # fmt: skip
+    with (
+        talk.progress("hashing", total) as advance,
+        crew("hash", {"checkpoint": checkpoint, **given}, workers, advance),
+    ):
+        identity = hash_checkpoint(opened, **given, progress=advance)
     hashes = {tier: getattr(identity, tier) for tier in tiers}
     what = "adapter" if isinstance(opened, Adapter) else "checkpoint"
     document = {"path": checkpoint, "type": what, "algorithm": algorithm, "hash": hashes}

@@ -170,6 +170,11 @@ def command(
     return show.Report(document, [*text, *proof_lines(proof, every=False)], proof.ok)
 
 
+def gathered(report: MergeReport) -> show.Report:
+    """Return the report of a merge, of its parts."""
+    return show.Report(show.plain(report), list(lines(report)))
+
+
 def _one_part(call: Call, part: str) -> show.Report:
     """Write one part of the output, and say which files are in it."""
     from loratools.surgery.merge.parts import merge_part

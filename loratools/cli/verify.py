@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from loratools.cli import _options as options
 from loratools.cli import _show as show
 from loratools.cli._group import command as make
+from loratools.cli._shares import crew
 from loratools.cli._talk import Talk, pass_talk
 
 if TYPE_CHECKING:
@@ -32,11 +33,13 @@ _MOST = 10  # lines of one kind, where not all are asked for
 @options.option("--seed", type=int, more="Of the probes.  [default: a fresh one, which is printed]")
 @options.option("--run", is_flag=True)
 @options.threads_option
+@options.workers_option
 @pass_talk
 def command(
     talk: Talk, model: str, base: str, adapters: tuple[str, ...], weights: tuple[float | str, ...], exact: bool,
     modules: bool, include: tuple[str, ...], exclude: tuple[str, ...], dialect: str | None, alpha: float | None,
     model_type: str | None, certificate: bool, seed: int | None, run: bool, threads: int | None,
+    workers: str | None,
 ) -> show.Report:  # fmt: skip
     """Tell how far a model is from base + adapter.
 
@@ -63,18 +66,22 @@ def command(
     if certificate:
         from loratools.cli._certificate import report
 
-        if len(adapters) > 1 or weights:
-            raise click.UsageError("--certificate measures one adapter, at full strength")
+        if len(adapters) > 1 or weights or workers:
+            raise click.UsageError("--certificate measures one adapter, at full strength, in one process")
         return report(
             talk, merged, base, adapters[0], seed=seed or 0, threads=threads, include=include or None,
             exclude=exclude or None, dialect=dialect, alpha=alpha, model_type=model_type,
         )  # fmt: skip
-    with talk.progress("verifying", merged.nbytes) as advance:
-        verification = verify(
-            merged, base, adapters, weights=weights or None, include=include or None, exclude=exclude or None,
-            dialect=dialect, alpha=alpha, model_type=model_type, exact=exact, seed=seed, run=run, threads=threads,
-            progress=advance,
-        )  # fmt: skip
+    given: dict[str, Any] = {
+        "base": base, "adapters": list(adapters), "weights": list(weights) or None, "include": include or None,
+        "exclude": exclude or None, "dialect": dialect, "alpha": alpha, "model_type": model_type, "exact": exact,
+        "seed": seed, "run": run, "threads": threads,
+    }  # fmt: skip
+    with (
+        talk.progress("verifying", merged.nbytes) as advance,
+        crew("verify", {"model": model, **given}, workers, advance),
+    ):
+        verification = verify(merged, **given, progress=advance)
     line = None if modules else _in_a_line(verification)
     return show.Report(show.plain(verification), lines(verification, every=modules), verification.ok, line)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Self
 
 from loratools.errors import BadFile, InvalidOption
+from loratools.parallel.plain import NotPlain, to_plain
 from loratools.version import __version__
 
 
@@ -85,6 +86,12 @@ def _plain(name: str, value: Any, problems: list[str]) -> Any:
         return value
     if isinstance(value, PathLike):
         return fspath(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        try:
+            return to_plain(value, name)
+        except NotPlain as error:
+            problems.append(str(error))
+            return None
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {key: _plain(f"{name}[{key!r}]", each, problems) for key, each in value.items()}
     if isinstance(value, Sequence):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TypeVar
 
@@ -23,6 +23,12 @@ PATIENCE = 20
 
 GLANCE = 5
 """Seconds without news after which it is asked whether there is a worker at all."""
+
+
+AHEAD = 64
+"""Results for each worker that may wait for an earlier one, where they are given back in order."""
+
+_MANY = 16
 
 
 def place() -> str:
@@ -66,12 +72,8 @@ def run(
                 try:
                     results[number] = future.result()
                 except BaseException as error:
-                    if final := pool.final(error):
-                        raise _lost(pool, tasks[number], final) from None
-                    if not isinstance(error, pool.lost):
-                        raise
-                    if tries[number] == TRIES:
-                        raise _lost(pool, tasks[number], f"{type(error).__name__}: {error}") from None
+                    if why := _given_up(pool, error, tries[number]):
+                        raise _lost(pool, tasks[number], why) from None
                     warned("%s: the worker of %s was lost; it is done again", pool.name, tasks[number])
                     begin(number)
                 else:
@@ -83,6 +85,71 @@ def run(
         wait(waiting, timeout=PATIENCE)
         raise
     return [results[number] for number in sorted(results)]
+
+
+def in_order(
+    pool: Pool, work: Callable[[Task], Result], tasks: Sequence[Task], after: Mapping[int, Sequence[int]],
+    lost: Callable[[Task, str], Result],
+) -> Iterator[Result]:  # fmt: skip
+    """Yield `work(task)` of each task, in their order.
+
+    Args:
+        pool: Who does the work.
+        work: A function that pickles.
+        tasks: Values that pickle.
+        after: By the number of a task, those that must be done before it begins.
+        lost: Makes the result of a task that was the end of several workers, of it and of that in words.
+
+    Raises:
+        LoraToolsError: What a task raised; no worker is left; the executor does no more.
+    """
+    tries = dict.fromkeys(range(len(tasks)), 0)
+    waiting: dict[Future[Result], int] = {}
+    results: dict[int, Result] = {}
+    ended, todo, given = set[int](), list(tries), 0
+
+    def begin(number: int) -> None:
+        tries[number] += 1
+        waiting[pool.executor.submit(work, tasks[number])] = number
+
+    try:
+        while given < len(tasks):
+            near = [number for number in todo if number < given + AHEAD * (pool.count or _MANY)]
+            for number in near:
+                if ended.issuperset(after.get(number, ())):
+                    todo.remove(number)
+                    begin(number)
+            finished, _ = wait(waiting, GLANCE, FIRST_COMPLETED)
+            if not finished and (gone := pool.nobody()):
+                raise _lost(pool, tasks[min(waiting.values())], gone)
+            for future in finished:
+                number = waiting.pop(future)
+                try:
+                    results[number] = future.result()
+                except BaseException as error:
+                    why = _given_up(pool, error, tries[number])
+                    if why and not isinstance(error, pool.killed):
+                        raise _lost(pool, tasks[number], why) from None
+                    if not why:
+                        begin(number)
+                        continue
+                    results[number] = lost(tasks[number], why)
+                ended.add(number)
+            while given in results:
+                yield results.pop(given)
+                given += 1
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _given_up(pool: Pool, error: BaseException, tries: int) -> str | None:
+    """Return in words why a task is not begun again after an error, None where it is; raise an error of its own."""
+    if final := pool.final(error):
+        return final
+    if not isinstance(error, pool.lost):
+        raise error
+    return f"{type(error).__name__}: {error}" if tries == TRIES else None
 
 
 def _lost(pool: Pool, task: object, why: str) -> LoraToolsError:

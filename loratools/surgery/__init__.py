@@ -10,5 +10,6 @@ quantization                       how a model is quantized, as `inspect` says i
 combine, resize, extract, convert  make an adapter
 edit                               what an adapter's files say about it
 inputs, base, change               what a verb opens; whether it belongs to one base; what an adapter changes
+sharing                            verbs on several processes or machines
 paper                              what the LoRA paper measures, beside what `compare` does
 """

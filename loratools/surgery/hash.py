@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from os import PathLike
 from threading import Event
 from typing import get_args
@@ -23,6 +24,7 @@ from loratools.format import manifest
 from loratools.format.digest import tensor_digests
 from loratools.options import Options
 from loratools.parallel import Progress, cores, no_progress, workers
+from loratools.parallel.shared import shared
 from loratools.storage import digest
 from loratools.storage.checkpoint import Checkpoint, values
 from loratools.storage.checkpoint.logical import logical
@@ -109,9 +111,11 @@ def hash_checkpoint(
     coded = {name: spec for name, spec in view.items() if spec.encoding}
     every = set(checkpoint.specs) if "root" in tiers else {name for name in view if name not in coded}
     read = (selected if "tensors" in tiers else set()) | every
-    digests = hash_tensors({name: checkpoint.specs[name] for name in read}, algorithm, threads, progress)
-    numbers = hash_tensors(coded, algorithm, threads, progress)
-    as_numbers = {name: numbers[name] if name in coded else digests[name] for name in view}
+    stored = {name: checkpoint.specs[name] for name in read}
+    of_codes = {f"{name}, as numbers": spec for name, spec in coded.items()}
+    work = partial(hash_tensors, algorithm=algorithm, threads=threads, progress=progress)
+    digests = shared(work, {**stored, **of_codes}, lambda spec: spec.nbytes)
+    as_numbers = {name: digests[f"{name}, as numbers" if name in coded else name] for name in view}
     of_all = {name: digests[name] for name in checkpoint.specs} if "root" in tiers else {}
     return BaseIdentity(
         schema=checkpoint.schema(algorithm) if "schema" in tiers else None,

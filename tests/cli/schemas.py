@@ -177,7 +177,8 @@ def variants(command: str, types_of: Types) -> list[dict[str, Schema]]:
             layer = types_of.fields(load("surgery.extract.layers:Layer")) | {"change": NUMBER}
             pair = of("surgery.extract.pairs:Pair")
             dry = {"base": TEXT, "tuned": TEXT, "missing": listed(TEXT), "notes": listed(TEXT), "tensors": listed(pair)}
-            return [made | {"tensors": listed(record(tensor)), "layers": listed(record(layer))}, DRY | dry]
+            part = fields("surgery.sharing.parts:Written")
+            return [made | {"tensors": listed(record(tensor)), "layers": listed(record(layer))}, part, DRY | dry]
         case "find":
             return [fields("surgery.find:Findings")]
         case "hash":
@@ -194,7 +195,7 @@ def variants(command: str, types_of: Types) -> list[dict[str, Schema]]:
             short = {name: value for name, value in adapter.items() if name != "metadata"}
             return [short, adapter, short | measured, model | {"schema_hash": model.pop("schema")}]
         case "gather":
-            return [fields("surgery.merge.run:MergeReport")]
+            return [fields("surgery.merge.run:MergeReport"), variants("extract-svd", types_of)[0]]
         case "merge":
             merged, pushed = fields("surgery.merge.run:MergeReport"), {"pushed": of("hub.upload:Committed")}
             proof = {"verification": of("surgery.verify:Verification")}

@@ -33,6 +33,13 @@ def lost() -> tuple[type[BaseException], ...]:
     return (CommClosedError,)
 
 
+def killed() -> tuple[type[BaseException], ...]:
+    """Return the exceptions by which Dask says that a task was the end of several workers."""
+    from distributed.scheduler import KilledWorker
+
+    return (KilledWorker,)
+
+
 def final(error: BaseException) -> str | None:
     """Return in words why Dask does not do a task any more; None where it says nothing of the kind."""
     from concurrent.futures import CancelledError
@@ -74,7 +81,7 @@ class Watch:
 
 def given(executor: Any) -> Pool:
     """Return an executor of Dask that somebody else has opened, and will close."""
-    return Pool(executor, type(executor).__name__, None, False, lost(), final, Watch(executor._client, ALONE))
+    return Pool(executor, type(executor).__name__, None, False, lost(), killed(), final, Watch(executor._client, ALONE))
 
 
 @contextmanager
@@ -94,7 +101,7 @@ def connected(
     try:
         executor = client.get_executor(pure=False)
         try:
-            yield Pool(executor, name, count, local, lost(), final, Watch(client, patience))
+            yield Pool(executor, name, count, local, lost(), killed(), final, Watch(client, patience))
         finally:
             if client.status == "running":  # else there is nobody to tell
                 executor.shutdown(wait=False)

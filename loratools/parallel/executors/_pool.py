@@ -24,8 +24,9 @@ class Pool:
     """An executor that is open, what it is called, and how many tasks it runs at once; None where that may change.
 
     `local` says that its workers share this machine, and so its cores. `lost` are the exceptions by which it says that
-    a task was not done for a worker's sake, and may be begun again. `final` puts an exception in words by which it says
-    that it does not do the task any more, and returns None for any other. `nobody` is asked every few seconds in which
+    a task was not done for a worker's sake, and may be begun again. `killed` are those by which it
+    says that one task was the end of several workers. `final` puts an exception in words by which it says that it does
+    not do a task any more, and returns None for any other. `nobody` is asked every few seconds in which
     nothing ends: it says in words that no worker is left to wait for, and returns None while there is one.
     """
 
@@ -34,6 +35,7 @@ class Pool:
     count: int | None = None
     local: bool = False
     lost: tuple[type[BaseException], ...] = ()
+    killed: tuple[type[BaseException], ...] = ()
     final: Callable[[BaseException], str | None] = of_itself
     nobody: Callable[[], str | None] = somebody
 

@@ -47,6 +47,11 @@ def see(path: Path, status: os.stat_result | None = None) -> None:
         seen[key] = stamp(status or path.stat())
 
 
+def seen() -> dict[Path, Stamp]:
+    """Return the inputs that this task has opened, as each was when it was."""
+    return dict(_SEEN.get() or {})
+
+
 def forget(path: Path) -> None:
     """Let go of an input that the task itself has changed."""
     if (seen := _SEEN.get()) is not None:

@@ -37,6 +37,7 @@ from loratools.format import manifest
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.options import Arithmetic, Options
 from loratools.parallel import Progress, cores, no_progress
+from loratools.parallel.shared import place
 from loratools.storage import atomic
 from loratools.storage.beside import making
 from loratools.storage.checkpoint import Checkpoint, ahead
@@ -175,7 +176,7 @@ def extract(
     decided("%s beside %s: %s if they differ; sketches of seed %d, tolerance %g", tuned.path, base.path,
             ", ".join(f"{count} tensors {plan}" for plan, count in planned.items()), seed, tolerance)  # fmt: skip
     opened = atomic.new_files(output, (), force=force) if single else atomic.new_folder(output, force=force)
-    with opened as scratch, computing(options.computes_on):
+    with place(opened) as scratch, computing(options.computes_on):
         spool = Spool(scratch / ".factors")
         work = Sweep(base, tuned, pairing, options, spool, progress or no_progress, coded, ahead.found())
         outcomes, hashes = work.run(threads or cores())

@@ -12,6 +12,7 @@ from loratools.decisions import warned
 from loratools.errors import BadFile, LoraToolsError, counted
 from loratools.linalg.ranks.rules import Fixed
 from loratools.parallel import Progress, each, no_progress
+from loratools.parallel.shared import shared
 from loratools.storage import digest, files
 from loratools.storage.checkpoint import Checkpoint, values
 from loratools.storage.checkpoint.logical import encodings
@@ -69,12 +70,18 @@ class Sweep:
         pairs = sorted(self.pairing.pairs, key=lambda pair: (-self.tuned.specs[pair.name].nbytes, pair.path))
         shapes = [self._matrix(pair) for pair in pairs if pair.plan == "factor"]
 
-        def work(_: str, index: int) -> _Result:
-            if index + ahead < len(pairs):
-                prefetch(self._specs(pairs[index + ahead]))
-            return self._compared(pairs[index], shapes)
+        def some(wanted: Mapping[str, Pair]) -> dict[str, _Result]:
+            order = list(wanted.values())
 
-        return list(several(work, {pair.path: i for i, pair in enumerate(pairs)}).values())
+            def work(_: str, index: int) -> _Result:
+                if index + ahead < len(order):
+                    prefetch(self._specs(order[index + ahead]))
+                return self._compared(order[index], shapes)
+
+            return several(work, {path: i for i, path in enumerate(wanted)})
+
+        compared = shared(some, {pair.path: pair for pair in pairs}, lambda pair: self.tuned.specs[pair.name].nbytes)
+        return list(compared.values())
 
     def _decided(self, several: _Several, results: list[_Result]) -> list[Outcome]:
         """Decide all ranks; look again at layers that deserve more than was seen of them."""

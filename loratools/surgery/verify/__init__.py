@@ -22,7 +22,7 @@ The first two read names, orientation and layouts as `merge` reads them; the las
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,9 +33,11 @@ from loratools.adapter.placement.shared import flag_of
 from loratools.decisions import decided, detailed, warned
 from loratools.options import Options, Tied
 from loratools.parallel import Progress, cores, no_progress, one_blas_thread, workers
+from loratools.parallel.shared import agreed, shared
 from loratools.storage.atomic.inputs import check_unchanged
 from loratools.storage.checkpoint.logical import logical
 from loratools.storage.codecs import schemes
+from loratools.storage.header import TensorSpec
 from loratools.storage.sources import session
 from loratools.surgery.inputs import (
     AdapterSource,
@@ -159,7 +161,7 @@ def verify(
     adapters, weights = as_asked(adapters, weights, include, exclude, dialect, alpha, model_type)
     check_weights(adapters, weights)
     progress = progress or no_progress
-    seed = secrets.randbits(48) if seed is None else seed
+    seed = agreed(secrets.randbits(48)) if seed is None else seed
     model, base = logical(typed_model(model, model_type)), logical(typed_model(base, model_type))
     model.tell_unread()
     base.tell_unread()
@@ -173,20 +175,27 @@ def verify(
         warned("%s", note)
     plan = plan_merge(base, inputs, MergeOptions(tied=tied, check_base="off"))
     plan = as_it_was_written(plan, model)
-    shared = {name: change for name, change in plan.changes.items() if name in model.specs}
-    untouched = [name for name, change in shared.items() if not change.placements]
-    touched = sorted(shared.keys() - untouched)
+    found = {name: change for name, change in plan.changes.items() if name in model.specs}
+    untouched = [name for name, change in found.items() if not change.placements]
+    touched = sorted(found.keys() - untouched)
     how = "every element" if exact else f"{PROBES} columns and {PROBES} random probes of seed {seed}"
     decided("%d tensors change: %s of each are compared; %d are byte for byte", len(touched), how, len(untouched))
-    with one_blas_thread(), workers(threads or min(8, cores())) as pool:
-        codes = schemes.find(base.specs, base.config).tensors
-        same = [
-            pool.submit(tensors.same, shared[name].source, model.specs[name], name in codes, progress)
-            for name in untouched
-        ]
-        checks = [pool.submit(tensors.check, plan, name, model.specs[name], exact, seed, progress) for name in touched]
-        differing = tuple(sorted(name for name, future in zip(untouched, same, strict=True) if not future.result()))
-        checked = tensors.with_change(future.result() for future in checks)
+    codes = schemes.find(base.specs, base.config).tensors
+
+    def judged(some: Mapping[str, TensorSpec]) -> dict[str, bool | TensorCheck]:
+        with one_blas_thread(), workers(threads or min(8, cores())) as pool:
+            futures = {
+                name: pool.submit(tensors.same, found[name].source, spec, name in codes, progress)
+                if not found[name].placements
+                else pool.submit(tensors.check, plan, name, spec, exact, seed, progress)
+                for name, spec in some.items()
+            }
+            return {name: future.result() for name, future in futures.items()}
+
+    every = {name: model.specs[name] for name in (*untouched, *touched)}
+    outcome = shared(judged, every, lambda spec: spec.nbytes)
+    differing = tuple(sorted(name for name in untouched if not outcome[name]))
+    checked = tensors.with_change(check for check in map(outcome.get, touched) if isinstance(check, TensorCheck))
     for check in checked:
         detailed("%s: error %.2e of the weight, bound %.2e", check.name, check.error_of_weight, check.bound)
     missing = tuple(sorted(plan.changes.keys() - model.specs.keys()))
@@ -194,9 +203,9 @@ def verify(
     beside = judge(model, plan, [each.path for each in inputs])
     tensors_ok = not (differing or missing or extra) and all(check.within for check in checked)
     worst = max((check.error_of_weight for check in checked), default=0.0)
-    replaced = tuple(sorted(name for name in untouched if shared[name].replaced))
+    replaced = tuple(sorted(name for name in untouched if found[name].replaced))
     equal = set(untouched).difference(differing, replaced)
-    cast = sum(shared[name].source.dtype != model.specs[name].dtype for name in equal)
+    cast = sum(found[name].source.dtype != model.specs[name].dtype for name in equal)
     identical = len(equal) - cast
     unseen = tensors.unseen((model.specs[name] for name in touched), exact)
     ok = tensors_ok and not any(difference.decides for difference in beside.differences)

@@ -1,0 +1,79 @@
+"""Which verbs share their work by their items, and what has to be known of each to call it somewhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from loratools.errors import InvalidOption
+from loratools.options import either
+from loratools.parallel.call import Call
+from loratools.parallel.plain import from_plain
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """Where a verb's function is, and which of its arguments are `places`: paths or references.
+
+    `torch` says that torch computes what it makes, so that all must have the same; `output` that it writes one.
+    """
+
+    module: str
+    function: str
+    places: tuple[str, ...]
+    torch: bool = False
+    output: bool = False
+
+    def load(self) -> Callable[..., Any]:
+        """Return the function."""
+        function: Callable[..., Any] = getattr(import_module(self.module), self.function)
+        return function
+
+    def arithmetic(self) -> str:
+        """Return what computes its numbers here, as far as that decides the last bit."""
+        if not self.torch:
+            return "any"
+        import torch
+
+        return f"torch {torch.__version__.partition('+')[0]}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+VERBS: Mapping[str, Verb] = {
+    "combine": Verb(
+        "loratools.surgery.combine", "combine", ("adapters", "initial", "output"), torch=True, output=True
+    ),
+    "extract-svd": Verb(
+        "loratools.surgery.extract", "extract", ("base", "tuned", "output"), torch=True, output=True
+    ),
+    "hash": Verb("loratools.surgery.hash", "hash_checkpoint", ("checkpoint",)),
+    "resize": Verb("loratools.surgery.resize", "resize", ("adapter", "output"), torch=True, output=True),
+    "verify": Verb("loratools.surgery.verify", "verify", ("model", "base", "adapters")),
+}  # fmt: skip
+
+
+FILES: Mapping[str, str] = {"merge": "loratools.surgery.merge.parts"}
+"""Verbs that share their files: the module whose `gather` makes the output of the parts."""
+
+
+def verb(name: str) -> Verb:
+    """Return a verb by its name; raise `InvalidOption` for one whose work is not shared so.
+
+    Example:
+        >>> verb("hash").places
+        ('checkpoint',)
+    """
+    if name not in VERBS:
+        raise InvalidOption(f"{name!r} is no verb whose items are shared; expected {either(list(VERBS))}")
+    return VERBS[name]
+
+
+def call_of(name: str, arguments: Mapping[str, Any]) -> Call:
+    """Return a call of a verb as a value that travels; raise `InvalidOption` for what is held in memory."""
+    return Call.of(name, arguments, verb(name).places)
+
+
+def run(call: Call, **more: Any) -> Any:
+    """Call the verb of a call, with `more` arguments."""
+    return verb(call.verb).load()(**{name: from_plain(value) for name, value in call.arguments.items()}, **more)
