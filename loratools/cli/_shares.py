@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from loratools.cli._show import Report, fields, plain
+from loratools.cli._show import Report, fields, plain, size
 from loratools.errors import counted
 from loratools.parallel import Progress
+from loratools.parallel.call import Call
 
 
 def crew(
@@ -20,6 +21,28 @@ def crew(
     from loratools.surgery import sharing
 
     return sharing.crew(verb, arguments, workers, progress)
+
+
+def files_shared(call: Call, workers: str, progress: Progress) -> Any:
+    """Have the files of an output written by workers; return what the verb returns."""
+    from loratools.surgery.merge.shared import merge_shared
+
+    return merge_shared(call, workers, progress=progress)
+
+
+def files_of(call: Call, part: str) -> Report:
+    """Write one part of the files of an output, and say which they are."""
+    from loratools.surgery.merge.parts import merge_part
+
+    report = merge_part(call, part)
+    text = fields(
+        ("part", report.part),
+        ("wrote", [*report.files] or "nothing: there are more parts than files"),
+        ("kept", [*report.kept] or None),
+        ("size", size(report.nbytes)),
+        ("next", f"loratools gather {call.arguments['output']}, when all {report.part.partition('/')[2]} are done"),
+    )
+    return Report(plain(report), text)
 
 
 def part_of(verb: str, arguments: Mapping[str, Any], part: str) -> Report:

@@ -11,12 +11,12 @@ import click
 from loratools.cli import _options as options
 from loratools.cli import _show as show
 from loratools.cli._group import command as make
+from loratools.cli._shares import files_of, files_shared
 from loratools.cli._talk import Talk, pass_talk
 from loratools.errors import counted
 
 if TYPE_CHECKING:
     from loratools.hub.stream import Stream
-    from loratools.parallel.call import Call
     from loratools.surgery.inputs import AdapterSource
     from loratools.surgery.merge import Merge, MergeReport
 
@@ -129,7 +129,7 @@ def command(
             dialect=dialect, alpha=alpha, **choices,
         )  # fmt: skip
     if part and call:
-        return _one_part(call, part)
+        return files_of(call, part)
     read: Sequence[AdapterSource] = read_as(adapters, dialect, alpha)
     weighed = chosen_weights(len(read), weights or None, include, exclude)
     model = Checkpoint.open(sources.local(base, "header" if dry_run else "checkpoint"))
@@ -146,9 +146,7 @@ def command(
         total = plan["bytes"]["written"] + choices["keep_residual"] * plan["bytes"]["changed"]
         with talk.progress("merging", total) as advance:
             if workers and call:
-                from loratools.surgery.merge.shared import merge_shared
-
-                report = merge_shared(call, workers, progress=advance)
+                report = files_shared(call, workers, advance)
             else:
                 report = execute(prepared, progress=advance, sink=sink)
     document = show.plain(report)
@@ -173,21 +171,6 @@ def command(
 def gathered(report: MergeReport) -> show.Report:
     """Return the report of a merge, of its parts."""
     return show.Report(show.plain(report), list(lines(report)))
-
-
-def _one_part(call: Call, part: str) -> show.Report:
-    """Write one part of the output, and say which files are in it."""
-    from loratools.surgery.merge.parts import merge_part
-
-    report = merge_part(call, part)
-    text = show.fields(
-        ("part", report.part),
-        ("wrote", [*report.files] or "nothing: there are more parts than files"),
-        ("kept", [*report.kept] or None),
-        ("size", show.size(report.nbytes)),
-        ("next", f"loratools gather {call.arguments['output']}, when all {report.part.partition('/')[2]} are done"),
-    )
-    return show.Report(show.plain(report), text)
 
 
 def _sink(repo: str | None, sent: list[Stream], **choices: Any) -> Callable[[Path], Stream] | None:

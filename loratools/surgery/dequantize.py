@@ -16,11 +16,12 @@ from loratools.parallel import Progress, cores
 from loratools.storage import atomic, digest
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import encodings, logical
+from loratools.storage.codecs import Encoding
 from loratools.storage.dtypes import FloatName
 from loratools.storage.sources import Location, session
 from loratools.surgery.hash import hash_tensors
 from loratools.surgery.inputs import ModelSource, open_model, places_of, planned
-from loratools.surgery.merge import MergeOptions, decide, execute
+from loratools.surgery.merge import Merge, MergeOptions, MergeReport, decide, execute
 from loratools.surgery.verify.tensors import same
 
 if TYPE_CHECKING:
@@ -93,27 +94,53 @@ def dequantize(
     options = MergeOptions(
         dtype=dtype, max_shard_size=max_shard_size, retention="off", threads=threads, force=force, durable=durable
     )
-    output = Path(output)
-    atomic.check_output(output, force=force)
+    prepared, every = _decided(model, Path(output), options)
+    for name, encoding in every.items():
+        detailed("%s: %s, %s", name, encoding.module.scheme, encoding.label)
+    sizes = prepared.to_json()
+    planned("dequantize", prepared.output, [prepared.plan.base.path], nbytes=sizes["bytes"]["written"],
+            modules=len(every), files=len(sizes["files"]), schemes=_schemes(every))  # fmt: skip
+    return _reported(model, execute(prepared, progress=progress), verify=verify, threads=threads)
+
+
+PLACES = ("model", "output")
+"""Arguments that are paths or references."""
+
+
+def decided(arguments: Mapping[str, Any]) -> Merge:
+    """Decide what `dequantize` writes, of its arguments but `progress`, for processes that share its files."""
+    given = {name: value for name, value in arguments.items() if name not in ("model", "output", "verify")}
+    return _decided(arguments["model"], Path(arguments["output"]), MergeOptions(retention="off", **given))[0]
+
+
+def finished(arguments: Mapping[str, Any], report: MergeReport) -> DequantizeReport:
+    """Return what `dequantize` returns, when all files are written."""
+    verify, threads = bool(arguments.get("verify")), arguments.get("threads")
+    return _reported(arguments["model"], report, verify=verify, threads=threads)
+
+
+def _decided(model: ModelSource, output: Path, options: MergeOptions) -> tuple[Merge, Mapping[str, Encoding]]:
+    """Return what is to be written, and what is stored as codes."""
+    atomic.check_output(output, force=options.force)
     base = logical(open_model(model))
     atomic.refuse_inputs(output, places_of(base))
     refuse_all_codes(base)
     every = encodings(base)
     if not every:
         raise LoraToolsError(f"{base.path} is not quantized: none of its modules is stored as codes")
-    for name, encoding in every.items():
-        detailed("%s: %s, %s", name, encoding.module.scheme, encoding.label)
     prepared = decide(base, (), output, options)
-    prepared = replace(prepared, record=prepared.record | {"operation": "dequantize"})
-    sizes = prepared.to_json()
-    planned("dequantize", output, [base.path], nbytes=sizes["bytes"]["written"], modules=len(every),
-            files=len(sizes["files"]), schemes=_schemes(every))  # fmt: skip
-    report = execute(prepared, progress=progress)
+    return replace(prepared, record=prepared.record | {"operation": "dequantize"}), every
+
+
+def _reported(model: ModelSource, report: MergeReport, *, verify: bool, threads: int | None) -> DequantizeReport:
+    """Return the report, with the output read again where that is asked for."""
+    base = logical(open_model(model))
+    every = encodings(base)
     root = checked = None
     if verify:
-        root, checked = _check(base, prepared.plan.base, Checkpoint.open(output), threads or cores())
+        root, checked = _check(base, Checkpoint.open(report.output), threads or cores())
     return DequantizeReport(
-        output=atomic.spelled(output), modules=len(every),
+        output=report.output, modules=len(every),
         schemes=_schemes(every),
         bytes_before=(base.stored or base).nbytes, bytes_written=report.bytes_written, root=root, verified=checked,
         notes=report.notes,
@@ -124,10 +151,10 @@ def _schemes(every: Mapping[str, Any]) -> dict[str, int]:
     return dict(Counter(f"{encoding.module.scheme}, {encoding.label}" for encoding in every.values()))
 
 
-def _check(base: Checkpoint, planned: Checkpoint, written: Checkpoint, threads: int) -> tuple[str, int]:
+def _check(base: Checkpoint, written: Checkpoint, threads: int) -> tuple[str, int]:
     """Return the root hash of the output, and the number of its tensors; raise `BadFile` where one is another."""
-    if planned.specs.keys() != written.specs.keys():
-        names = sorted(planned.specs.keys() ^ written.specs.keys())
+    if base.specs.keys() != written.specs.keys():
+        names = sorted(base.specs.keys() ^ written.specs.keys())
         raise BadFile(f"{written.path}: tensors are missing or too many", names[:20])
     wrong = [name for name, spec in base.specs.items() if not same(spec, written.specs[name], False, lambda _: None)]
     if wrong:

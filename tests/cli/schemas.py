@@ -160,7 +160,7 @@ def variants(command: str, types_of: Types) -> list[dict[str, Schema]]:
             stop = {"type": "object", "properties": {"title": TEXT}, "required": ["title"]}
             return [{"seconds": NUMBER, "stops": listed(stop)}]
         case "dequantize":
-            return [fields("surgery.dequantize:DequantizeReport"), planned]
+            return [fields("surgery.dequantize:DequantizeReport"), fields("surgery.merge.parts:PartReport"), planned]
         case "dialects":
             return [{"dialects": listed(of("dialects:DialectSummary"))}]
         case "edit":
@@ -195,7 +195,8 @@ def variants(command: str, types_of: Types) -> list[dict[str, Schema]]:
             short = {name: value for name, value in adapter.items() if name != "metadata"}
             return [short, adapter, short | measured, model | {"schema_hash": model.pop("schema")}]
         case "gather":
-            return [fields("surgery.merge.run:MergeReport"), variants("extract-svd", types_of)[0]]
+            others = [variants(name, types_of)[0] for name in ("extract-svd", "dequantize")]
+            return [fields("surgery.merge.run:MergeReport"), *others]
         case "merge":
             merged, pushed = fields("surgery.merge.run:MergeReport"), {"pushed": of("hub.upload:Committed")}
             proof = {"verification": of("surgery.verify:Verification")}

@@ -7,9 +7,10 @@ a part lie in a hidden folder beside the output, with a journal as a resumed mer
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from loratools.adapter.placement.gguf import is_gguf
 from loratools.engine.device import described
 from loratools.engine.run import in_torch
 from loratools.errors import BadFile, InvalidOption, counted
+from loratools.options import either
 from loratools.parallel import Progress, no_progress
 from loratools.parallel.call import Call
 from loratools.parallel.shares import Part, balanced
@@ -32,6 +34,12 @@ from loratools.surgery.merge.run import MergeReport, execute, settings_of, write
 
 VERB, PLACES = "merge", ("base", "adapters", "output", "original")
 """The verb, and its arguments that are paths or references."""
+
+VERBS: Mapping[str, str] = {VERB: __name__, "dequantize": "loratools.surgery.dequantize"}
+"""Verbs that decide a `Merge` and share its files: modules with `decided(arguments)` and `finished(arguments, report)`.
+
+The first returns that `Merge`, the second what the verb returns.
+"""
 
 _CALL = ".part.json"
 
@@ -86,7 +94,7 @@ def merge_part(call: Call, part: Part | str, *, progress: Progress | None = None
 
 
 @session()
-def gather(output: str | Path, *, progress: Progress | None = None) -> MergeReport:
+def gather(output: str | Path, *, progress: Progress | None = None) -> Any:
     """Make the output of a merge of which all parts are written.
 
     Each file has the digest that its part took down. Everything else (index, configuration, record) is written here.
@@ -112,22 +120,37 @@ def gather(output: str | Path, *, progress: Progress | None = None) -> MergeRepo
             report = execute(decide_call(call), progress=progress, parts=folders)
         for folder in folders:
             atomic.remove(folder)
+        return finish(call, report)
+
+
+def decided(arguments: Mapping[str, Any]) -> Merge:
+    """Decide a merge of its arguments, as `merge` does."""
+    given = dict(arguments)
+    base, adapters, output = (given.pop(name) for name in ("base", "adapters", "output"))
+    asked = {name: given.pop(name, None) for name in ("weights", "include", "exclude", "dialect", "alpha")}
+    read, weights = as_asked(adapters, *asked.values())
+    return prepare(base, read, output, weights=weights, options=MergeOptions(**given))
+
+
+def finished(arguments: Mapping[str, Any], report: MergeReport) -> MergeReport:
+    """Return what a merge returns."""
     return report
 
 
+def finish(call: Call, report: MergeReport) -> Any:
+    """Return what the verb of a call returns, of what was written."""
+    return import_module(VERBS[call.verb]).finished(call.arguments, report)
+
+
 def decide_call(call: Call) -> Merge:
-    """Decide the merge of a call, as `merge` does."""
+    """Decide the merge of a call, as its verb does."""
     call.check_version()
-    if call.verb != VERB:
-        raise InvalidOption(f"{call.verb!r} is no verb whose parts are written here; expected {VERB!r}")
-    arguments = dict(call.arguments)
-    base, adapters, output = (arguments.pop(name) for name in ("base", "adapters", "output"))
-    asked = {name: arguments.pop(name, None) for name in ("weights", "include", "exclude", "dialect", "alpha")}
-    read, weights = as_asked(adapters, *asked.values())
-    prepared = prepare(base, read, output, weights=weights, options=MergeOptions(**arguments))
+    if call.verb not in VERBS:
+        raise InvalidOption(f"{call.verb!r} is no verb whose parts are written here; expected {either(list(VERBS))}")
+    prepared: Merge = import_module(VERBS[call.verb]).decided(call.arguments)
     if is_gguf(prepared.plan.base) or prepared.plan.single:
         raise InvalidOption(
-            f"{output}: it is one file, and processes share a merge by its files",
+            f"{prepared.output}: it is one file, and processes share a merge by its files",
             hint="Name a folder, and --max-shard-size where the base is one file; or merge in this process.",
         )
     if prepared.options.keep_loss:

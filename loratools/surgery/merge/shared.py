@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from loratools.decisions import decided, warned, warnings_to
 from loratools.errors import BadFile, InvalidOption, LoraToolsError, OutputRefused, counted
@@ -17,9 +18,9 @@ from loratools.parallel.shares import Part
 from loratools.storage import atomic
 from loratools.storage.atomic import leftovers
 from loratools.storage.sources import session
-from loratools.surgery.merge.parts import PartReport, arithmetic_of, decide_call, write_part
+from loratools.surgery.merge.parts import PartReport, arithmetic_of, decide_call, finish, write_part
 from loratools.surgery.merge.resume import fingerprint
-from loratools.surgery.merge.run import MergeReport, execute, settings_of
+from loratools.surgery.merge.run import execute, settings_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class _Task:
 
 
 @session()
-def merge_shared(call: Call, workers: Workers, *, progress: Progress | None = None) -> MergeReport:
+def merge_shared(call: Call, workers: Workers, *, progress: Progress | None = None) -> Any:
     """Merge as `merge` does, on several processes or machines; the bytes are those of one.
 
     Args:
@@ -76,7 +77,8 @@ def merge_shared(call: Call, workers: Workers, *, progress: Progress | None = No
             todo = [_Task(call, Part(number, count), key, arithmetic) for number in range(1, count + 1)]
             written = tasks.run(pool, work, todo, done, partial(atomic.remove, mark))
         with atomic.part_folders(output, [Path(each.folder) for each in written]) as folders:
-            return execute(prepared, parts=folders)
+            report = execute(prepared, parts=folders)
+        return finish(call, report)
     finally:
         _remove(output, key)
 

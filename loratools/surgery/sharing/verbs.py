@@ -11,6 +11,7 @@ from loratools.errors import InvalidOption
 from loratools.options import either
 from loratools.parallel.call import Call
 from loratools.parallel.plain import from_plain
+from loratools.surgery.merge import parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ VERBS: Mapping[str, Verb] = {
 }  # fmt: skip
 
 
-FILES: Mapping[str, str] = {"merge": "loratools.surgery.merge.parts"}
+FILES: Mapping[str, str] = dict.fromkeys(parts.VERBS, parts.__name__)
 """Verbs that share their files: the module whose `gather` makes the output of the parts."""
 
 

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from loratools.errors import BadFile, IncompatibleAdapter, InvalidOption
 from loratools.parallel.call import Call
+from loratools.surgery.dequantize import PLACES, dequantize
 from loratools.surgery.merge import merge
 from loratools.surgery.merge.parts import call_of, gather, merge_part
 from loratools.surgery.merge.shared import merge_shared
+from tests.faults.killer import hashes
 from tests.surgery.merge.test_resume import contents, leftovers, prepare
+from tests.surgery.models import Lora, random, save_adapter, save_base
 
 
 @pytest.mark.parametrize("of", [1, 2, 3, 5])
@@ -157,3 +163,70 @@ def test_a_killed_worker_changes_no_byte(tmp_path: Path) -> None:
         merge_shared(call_of(base, [adapter], tmp_path / "out"), executor)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert leftovers(tmp_path) == []
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "dora": ("base", {}),
+    "residual": ("base", {"keep_residual": True, "max_shard_size": 20_000}),
+    "quantized": ("quantized", {"max_shard_size": 20_000}),
+    "requantized": ("quantized", {"quantized": "requantize", "retention": "full", "check_base": "off"}),
+    "in another dtype": ("base", {"dtype": "f16", "max_shard_size": 20_000}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("of", [2, 3])
+def test_parts_of_every_kind_of_merge_have_the_bytes_of_one_process(case: str, of: int, workplace: Path) -> None:
+    base, options = CASES[case]
+    adapter = workplace / ("dora" if case == "dora" else "adapter")
+    if case == "dora":
+        _save_dora(workplace / "adapter", adapter)
+    merge(workplace / base, [adapter], workplace / "whole", **options)
+    call = call_of(workplace / base, [adapter], workplace / "out", **options)
+    for number in range(of, 0, -1):
+        merge_part(call, f"{number}/{of}")
+    gather(workplace / "out")
+    assert hashes(workplace / "out") == hashes(workplace / "whole")
+    with ThreadPoolExecutor(1) as executor:
+        merge_shared(call_of(workplace / base, [adapter], workplace / "apart", **options), executor)
+    assert hashes(workplace / "apart") == hashes(workplace / "whole")
+
+
+def test_experts_that_are_stacked_are_shared(tmp_path: Path) -> None:
+    weights = {f"layers.{i}.mlp.experts.gate_up_proj": random(4, 48, 32, seed=i) for i in range(3)}
+    base = save_base(tmp_path / "base", weights, shards=3)
+    factors = {f"layers.{i}.mlp.experts": (random(8, 32, seed=9), random(48, 8, seed=8)) for i in range(3)}
+    settings = {"r": 2, "target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]}
+    adapter = save_adapter(tmp_path / "adapter", Lora(factors, settings=settings))
+    merge(base, [adapter], tmp_path / "whole")
+    call = call_of(base, [adapter], tmp_path / "out")
+    for number in (2, 1):
+        merge_part(call, f"{number}/2")
+    assert gather(tmp_path / "out").changed == 3
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_model_is_dequantized_in_parts_and_on_workers(workplace: Path) -> None:
+    arguments = {"model": workplace / "quantized", "max_shard_size": 20_000, "verify": True}
+    alone = dequantize(output=workplace / "whole", **arguments)
+    call = Call.of("dequantize", {**arguments, "output": workplace / "out"}, PLACES)
+    for number in (3, 1, 2):
+        merge_part(call, f"{number}/3")
+    assert replace(gather(workplace / "out"), output="") == replace(alone, output="")
+    assert hashes(workplace / "out") == hashes(workplace / "whole")
+    with ThreadPoolExecutor(1) as executor:
+        call = Call.of("dequantize", {**arguments, "output": workplace / "apart"}, PLACES)
+        assert replace(merge_shared(call, executor), output="") == replace(alone, output="")
+    assert hashes(workplace / "apart") == hashes(workplace / "whole")
+
+
+def _save_dora(source: Path, target: Path) -> None:
+    """Save a LoRA adapter again with magnitudes, which makes it DoRA."""
+    shutil.copytree(source, target)
+    factors = load_file(target / "adapter_model.safetensors")
+    for name in [name for name in factors if "lora_B" in name]:
+        magnitude = name.replace("lora_B.weight", "lora_magnitude_vector")
+        factors[magnitude] = torch.linspace(0.5, 1.5, len(factors[name]))
+    save_file(factors, target / "adapter_model.safetensors", {"format": "pt"})
+    config = json.loads((target / "adapter_config.json").read_text())
+    (target / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
