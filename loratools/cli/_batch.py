@@ -10,7 +10,6 @@ from typing import Any
 
 import click
 
-from loratools.cli._words import WORDS
 from loratools.errors import BadFile, OutputRefused, counted
 
 OUTPUT = "output"
@@ -96,18 +95,6 @@ def batch_of(context: click.Context, argument: str, renamed: Renamed | None) -> 
         items.append(Item(path, output / name, listed=path not in paths))
     _check(items)
     return Batch(tuple(items), jobs or 1, workers, tuple(unread), _after(items))
-
-
-def several_options(*, workers: bool) -> list[click.Parameter]:
-    """Return the options of a command that takes several paths; `workers` among them, unless it has its own."""
-    each, jobs, who = WORDS["--each"], WORDS["--jobs"], WORDS["--workers"]
-    count = f"{jobs.meaning}  [default: 1]"
-    own = [click.Option(["--workers"], metavar=who.metavar, help=who.meaning)] if workers else []
-    return [
-        *own,
-        click.Option(["--each"], multiple=True, metavar=each.metavar, type=click.Path(), help=each.meaning),
-        click.Option(["-j", "--jobs"], metavar=jobs.metavar, type=click.IntRange(min=1), help=count),
-    ]
 
 
 def named_for(name: str, dialect: str) -> str:

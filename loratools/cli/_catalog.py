@@ -11,8 +11,9 @@ import click
 from loratools.cli import _options as options
 from loratools.cli import _show as show
 from loratools.cli._account import SENDS, account_of, is_recorded, long_name, role_of
-from loratools.cli._batch import batch_of, several_options
+from loratools.cli._batch import batch_of
 from loratools.cli._group import Command, Commands
+from loratools.cli._options import several_options
 from loratools.cli._talk import Talk
 from loratools.errors import InvalidOption
 from loratools.recipe import catalog

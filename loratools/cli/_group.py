@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loratools.cli import _spelling as spelling
-from loratools.cli._batch import several_options
 from loratools.cli._hints import placed
+from loratools.cli._options import several_options
 from loratools.cli._show import SCHEMA, Report, encode, fitted, room
 from loratools.cli._show import line as show_line
 from loratools.cli._spelling import long_name

@@ -153,6 +153,18 @@ algorithm_option = option(
 )
 
 
+def several_options(*, workers: bool) -> list[click.Parameter]:
+    """Return the options of a command that takes several paths; `workers` among them, unless it has its own."""
+    each, jobs, who = WORDS["--each"], WORDS["--jobs"], WORDS["--workers"]
+    count = f"{jobs.meaning}  [default: 1]"
+    own = [click.Option(["--workers"], metavar=who.metavar, help=who.meaning)] if workers else []
+    return [
+        *own,
+        click.Option(["--each"], multiple=True, metavar=each.metavar, type=click.Path(), help=each.meaning),
+        click.Option(["-j", "--jobs"], metavar=jobs.metavar, type=click.IntRange(min=1), help=count),
+    ]
+
+
 def would(made: Planned) -> Report:
     """Return the report of a plan, for --dry-run."""
     rows: list[tuple[str, str | Sequence[str] | None]] = [("would write", made.output), ("of", list(made.reads))]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratools.cli._show import Report, fields, plain, size
 from loratools.errors import counted
-from loratools.parallel import Progress
-from loratools.parallel.call import Call
+
+if TYPE_CHECKING:
+    from loratools.parallel import Progress
+    from loratools.parallel.call import Call
 
 
 def crew(

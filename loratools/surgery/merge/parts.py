@@ -172,12 +172,15 @@ def arithmetic_of(prepared: Merge) -> str:
 def write_part(
     call: Call, prepared: Merge, part: Part, token: str, progress: Progress, *, durable: bool = True
 ) -> PartReport:
-    """Write the files of a part into the folder of that token, beside the output, unless they are there already."""
+    """Write the files of a part into the folder of that token, beside the output, unless they are there already.
+
+    Without `durable` they go to the output before anything else can happen to them.
+    """
     plan = prepared.plan
     key, arithmetic = fingerprint(plan, settings_of(prepared)), arithmetic_of(prepared)
     names = balanced({file.name: file.size for file in plan.files}, part.of)[part.number - 1]
     with atomic.part_folder(prepared.output, token) as folder:
-        journal = Journal(folder, key, durable=durable)
+        journal = Journal(folder, key, durable=durable, passing=not durable)
         kept = tuple(name for name in journal.kept if name in names)
         files = tuple(file for file in plan.files if file.name in names and file.name not in kept)
         progress(sum(file.size for file in plan.files if file.name in kept))

@@ -63,17 +63,19 @@ class Journal:
     """The list of complete files in the folder of a merge that may be interrupted, written anew after each of them.
 
     `done` has the digest of each file, and what was measured while it was written; `kept` are those of an earlier run,
-    and `damaged` those that are no longer what they were. With `durable` what is complete outlasts a power cut.
+    and `damaged` those that are no longer what they were. With `durable` what is complete outlasts a power cut; with
+    `passing`, for files that go to the output at once, no digests are taken, which takes as long as a second read.
     """
 
     def __init__(
-        self, folder: Path, key: str, *, durable: bool = True, elsewhere: Mapping[str, Any] | None = None
-    ) -> None:
+        self, folder: Path, key: str, *, durable: bool = True, passing: bool = False,
+        elsewhere: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         """Find what an earlier run with the same `key` (a `fingerprint`) completed, and delete everything else.
 
         `elsewhere` is what was taken down of files that lie in a store already.
         """
-        self._folder, self._key, self._durable = folder, key, durable
+        self._folder, self._key, self._durable, self._passing = folder, key, durable, passing
         document: dict[str, Any] = {}
         with suppress(BadFile):  # as if there were none
             document = read_json(folder / _NAME, most=MAX_INDEX)
@@ -93,8 +95,8 @@ class Journal:
     def adopt(self, folders: Sequence[Path], names: Set[str]) -> None:
         """Take over the complete files that others wrote in folders of their own, with journals of the same key.
 
-        `names` are those of all files. Each must have the digest that was taken down when it was written. Raises
-        `BadFile` for one that has not, and for a journal of another merge.
+        `names` are those of all files. Each must have the digest, if any, that was taken down when it was written.
+        Raises `BadFile` for one that has not, and for a journal of another merge.
         """
         moves: dict[Path, Path] = {}
         for folder in folders:
@@ -105,7 +107,8 @@ class Journal:
                 if (folder / name).is_file():
                     moves[folder / name] = self._folder / name
                     self.done[name] = document["files"][name]
-        damaged = [str(path) for path, target in moves.items() if _digest(path) != self._of(target)["digest"]]
+        known = {path: digest for path, target in moves.items() if (digest := self._of(target)["digest"])}
+        damaged = [str(path) for path, digest in known.items() if _digest(path) != digest]
         if damaged:
             raise BadFile(f"{', '.join(damaged)}: not what it was when it was written; make its part again")
         self._write()  # first: a run that is killed here finds every file in one place or the other
@@ -141,7 +144,8 @@ class Journal:
             sync(path)
             sync_names(path.parent)
         name = path.relative_to(self._folder).as_posix()
-        self.done[name] = {"digest": _digest(path), "results": [asdict(result) for result in results]}
+        taken = None if self._passing else _digest(path)
+        self.done[name] = {"digest": taken, "results": [asdict(result) for result in results]}
         self._write()
 
     def flush(self) -> None:
