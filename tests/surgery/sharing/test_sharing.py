@@ -132,6 +132,9 @@ def test_what_cannot_be_shared_is_refused(workplace: Path) -> None:
         call_of("edit", {})
     with pytest.raises(InvalidOption, match="hash writes no output"):
         write_part(call_of("hash", {"checkpoint": workplace / "base"}), "1/2")
+    stored = call_of("extract-svd", {"base": workplace / "base", "tuned": workplace / "tuned", "output": "s3://b/k"})
+    with pytest.raises(InvalidOption, match="s3://b/k: work that is shared out needs a folder here"):
+        write_part(stored, "1/2")
     with pytest.raises(InvalidOption, match="held in memory"):
         call_of("hash", {"checkpoint": object()})
     with pytest.raises(InvalidOption, match="workers is 'http://x'"), crew("hash", {"checkpoint": "base"}, "http://x"):
