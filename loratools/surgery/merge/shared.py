@@ -55,6 +55,7 @@ def merge_shared(call: Call, workers: Workers, *, progress: Progress | None = No
         'merged'
     """
     output = Path(call.arguments["output"])
+    atomic.afar.refuse_afar(output, "work that is shared out")
     atomic.sweep(output)
     prepared = decide_call(call)
     key, arithmetic = fingerprint(prepared.plan, settings_of(prepared)), arithmetic_of(prepared)

@@ -42,14 +42,10 @@ class Verb:
 
 
 VERBS: Mapping[str, Verb] = {
-    "combine": Verb(
-        "loratools.surgery.combine", "combine", ("adapters", "initial", "output"), torch=True, output=True
-    ),
     "extract-svd": Verb(
         "loratools.surgery.extract", "extract", ("base", "tuned", "output"), torch=True, output=True
     ),
     "hash": Verb("loratools.surgery.hash", "hash_checkpoint", ("checkpoint",)),
-    "resize": Verb("loratools.surgery.resize", "resize", ("adapter", "output"), torch=True, output=True),
     "verify": Verb("loratools.surgery.verify", "verify", ("model", "base", "adapters")),
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -19,7 +20,9 @@ from loratools.errors import BadFile, IncompatibleAdapter, InvalidOption
 from loratools.parallel.call import Call
 from loratools.surgery.dequantize import PLACES, dequantize
 from loratools.surgery.merge import merge
-from loratools.surgery.merge.parts import call_of, gather, merge_part
+from loratools.surgery.merge.parts import call_of, decide_call, gather, merge_part
+from loratools.surgery.merge.resume import fingerprint
+from loratools.surgery.merge.run import settings_of
 from loratools.surgery.merge.shared import merge_shared
 from tests.faults.killer import hashes
 from tests.surgery.merge.test_resume import contents, leftovers, prepare
@@ -123,6 +126,8 @@ def test_what_cannot_be_shared_is_refused(tmp_path: Path) -> None:
         merge_part(call_of(base, [adapter], tmp_path / "out.safetensors"), "1/2")
     with pytest.raises(InvalidOption, match="held in memory"):
         call_of(base, [{"a": torch.zeros(1)}], tmp_path / "out")  # type: ignore[list-item]
+    with ThreadPoolExecutor(1) as executor, pytest.raises(InvalidOption, match="s3://b/k: work that is shared out"):
+        merge_shared(call_of(base, [adapter], "s3://b/k"), executor)
     with pytest.raises(InvalidOption, match="'resize' is no verb"):
         merge_part(Call.of("resize", {}), "1/2")
 
@@ -190,6 +195,18 @@ def test_parts_of_every_kind_of_merge_have_the_bytes_of_one_process(case: str, o
     with ThreadPoolExecutor(1) as executor:
         merge_shared(call_of(workplace / base, [adapter], workplace / "apart", **options), executor)
     assert hashes(workplace / "apart") == hashes(workplace / "whole")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_call_goes_to_json_and_back_to_a_plan_of_equal_fingerprint(case: str, workplace: Path) -> None:
+    base, options = CASES[case]
+    call = call_of(workplace / base, [workplace / "adapter"], workplace / "out", **options)
+    back = Call.from_json(json.loads(json.dumps(call.to_json())), "here")
+    again = pickle.loads(pickle.dumps(call))  # noqa: S301  (our own)
+    plans = [decide_call(each) for each in (call, back, again)]
+    assert len({fingerprint(plan.plan, settings_of(plan)) for plan in plans}) == 1
+    other = decide_call(call_of(workplace / base, [workplace / "adapter"], workplace / "out", **options, weights=2))
+    assert fingerprint(other.plan, settings_of(other)) != fingerprint(plans[0].plan, settings_of(plans[0]))
 
 
 def test_experts_that_are_stacked_are_shared(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,7 +18,8 @@ from loratools.errors import BadFile, InvalidOption
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.linalg.ranks.rules import Energy
 from loratools.parallel import tasks
-from loratools.surgery.extract import extract
+from loratools.parallel.plain import from_plain, to_plain
+from loratools.surgery.extract import extract, plan
 from loratools.surgery.hash import hash_checkpoint
 from loratools.surgery.sharing import VERBS, call_of, crew, gather, share, task, write_part
 from loratools.surgery.sharing import verbs as known
@@ -125,6 +127,12 @@ def test_an_error_names_the_worker_and_the_tensor(workplace: Path) -> None:
     assert any("q_proj" in problem for problem in problems)
     assert any(f"process {os.getpid()}" in problem and "in part " in problem for problem in problems)
     assert _left(workplace) == []
+
+
+def test_a_plan_of_an_extraction_pickles_and_goes_to_json_and_back(workplace: Path) -> None:
+    made = plan(workplace / "base", workplace / "tuned")
+    assert from_plain(json.loads(json.dumps(to_plain(made)))) == made
+    assert pickle.loads(pickle.dumps(made)) == made  # noqa: S301  (our own)
 
 
 def test_what_cannot_be_shared_is_refused(workplace: Path) -> None:
