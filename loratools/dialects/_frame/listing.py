@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 WEIGHTS = (".safetensors", ".gguf", ".npz", *PICKLES)
 """Endings of files that can hold an adapter's tensors."""
 
-_EMPTY_PICKLE = 1024  # bytes; the smallest file of torch.save with a tensor in it has more
 _Read = TypeVar("_Read")
 _MODULE = r"\d+_\w+"  # a folder of a sentence-transformer: 1_Pooling, 2_Dense
 _LFS = b"version https://git-lfs"
@@ -162,10 +161,7 @@ class Listing:
             from loratools.storage.pickles.archive import read_pickled
 
             self._inside(name)
-            with open_file(path) as file:
-                begin = file.read(_EMPTY_PICKLE + 1)
-            hollow = len(begin) <= _EMPTY_PICKLE and not begin.startswith(_LFS)
-            specs = {} if hollow else read_pickled(path)
+            specs = read_pickled(path)
             if not specs:
                 raise BadFile(
                     f"{path}: an empty state dict ({path.stat().st_size} bytes), as some early training scripts saved"

@@ -6,7 +6,7 @@
 
 s = alpha/r (sd-scripts 48d368fa, LyCORIS 4.1.3, which folds rsLoRA into alpha); without a tensor for it alpha is the
 header's `ss_network_alpha`, and s = 1 where that is missing too. The header's `ss_*` and `modelspec.*` stay with the
-adapter.
+adapter. What sd-scripts saves as .pt or .ckpt has the same names and no header; it is read, and never written.
 
     files    what is read and written
     names    flattened names and the way back, by look-up
@@ -22,6 +22,7 @@ from pathlib import Path
 from loratools.adapter.model import Adapter, Loss
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import IDENTITY
+from loratools.storage.pickles import SUFFIXES
 
 SUMMARY = "kohya-ss sd-scripts and LyCORIS: flattened names (lora_unet_…), lora_down and lora_up, alpha"
 EXTRA = None
@@ -35,7 +36,9 @@ def detect(listing: Listing) -> Evidence | None:
     """Look for kohya's prefixes in the names, and for `ss_network_module` in the header."""
     name = listing.only(*FILES)
     header = listing.header(name) if name else None
-    if header is None or not any(tensor.startswith(_BEGINNINGS) for tensor in header.tensors):
+    if header is None and listing.only(*SUFFIXES) is None:
+        return None
+    if header is not None and not any(tensor.startswith(_BEGINNINGS) for tensor in header.tensors):
         return None
     from loratools.dialects.kohya import files
 

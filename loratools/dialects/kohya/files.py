@@ -18,7 +18,7 @@ from loratools.adapter.naming.image import groups, rename
 from loratools.adapter.naming.image.readings import summaries
 from loratools.adapter.parts import BIAS, MAGNITUDE, A, B
 from loratools.decisions import warned
-from loratools.dialects._frame import alphas
+from loratools.dialects._frame import alphas, pickles
 from loratools.dialects._frame.build import Draft, some
 from loratools.dialects._frame.listing import Evidence, Listing, by_convert
 from loratools.dialects._frame.losses import common_losses, left
@@ -48,7 +48,7 @@ def evidence(listing: Listing) -> Evidence | None:
     name = listing.only(".safetensors")
     header = listing.header(name) if name else None
     if name is None or header is None:
-        return None
+        return pickles.evidence(listing, 75, head_of)
     flattened_names = [tensor for tensor in header.tensors if head_of(tensor)]
     if not flattened_names:
         return None
@@ -64,9 +64,9 @@ def read(listing: Listing) -> Adapter:
     Raises `BadFile` with all names that kohya does not write, that no list has, or that have two readings, and
     `UnsupportedAdapter` for parts of no known kind.
     """
-    name = listing.only(".safetensors")
+    name = listing.only(".safetensors") or pickles.file_of(listing)
     if name is None:
-        raise BadFile(f"{listing.path}: expected one safetensors file in this folder")
+        raise BadFile(f"{listing.path}: expected one safetensors file, or one file of torch.save, in this folder")
     header = listing.header(name)
     metadata = dict(header.metadata) if header else {}
     flat: dict[tuple[str, str], dict[str, LazyTensor]] = {}

@@ -2,6 +2,7 @@
 
 archive    the zip file of `torch.save`: where each tensor's bytes lie
 unpickle   its pickle, read as data
+bare       a pickle that is in no zip: what it would import, for the refusal
 tar        where the files of a tar archive lie
 window     a file inside a file: a member of a tar archive
 """

@@ -16,6 +16,7 @@ from typing import Any
 
 from loratools.errors import BadFile, counted
 from loratools.storage.header import TensorSpec, check_name, nbytes
+from loratools.storage.pickles.bare import foreign
 from loratools.storage.pickles.unpickle import Damaged, Refused, View, unpickle
 from loratools.storage.pickles.window import Window
 from loratools.storage.sources import open_file, refuse_pointer
@@ -47,6 +48,8 @@ def read_pickled(path: Path, within: tuple[int, int] | None = None) -> dict[str,
         magic = file.read(min(30, stop - start))
     refuse_pointer(magic, path)
     if not magic.startswith(b"PK\x03\x04"):
+        if stranger := foreign(path, start, stop):
+            raise _refused(path, stranger)
         fault = "not a zip file of torch.save (the format from before PyTorch 1.6, or not a checkpoint)"
         raise BadFile(f"{path}: {fault}", hint="Load it where it came from and save it again as safetensors.")
     records = _records(path, start, stop)
@@ -118,9 +121,7 @@ def _state_dict(path: Path, pickled: bytes) -> dict[str, View]:
     try:
         state = unpickle(pickled)
     except Refused as error:
-        hint = "Pickles can run code. Ask for a safetensors file, or convert it where you trust it."
-        fault = "this pickle holds more than tensors and will not be opened"
-        raise BadFile(f"{path}: {fault}: {error}", hint=hint) from None
+        raise _refused(path, str(error)) from None
     except Damaged as error:
         raise BadFile(f"{path}: damaged torch.save file: {error}") from None
     if not isinstance(state, dict):
@@ -133,6 +134,11 @@ def _state_dict(path: Path, pickled: bytes) -> dict[str, View]:
     ]:
         raise BadFile(f"{path}: expected a state dict of tensors only", strangers[:20])
     return state
+
+
+def _refused(path: Path, what: str) -> BadFile:
+    hint = "Pickles can run code. Ask for a safetensors file, or convert it where you trust it."
+    return BadFile(f"{path}: this pickle holds more than tensors and will not be opened: {what}", hint=hint)
 
 
 def _kind(value: Any) -> str:

@@ -165,8 +165,13 @@ def _stack_global(stack: list[Any], _: Any) -> None:
     stack.append(_known(f"{module}.{name}"))
 
 
+def is_known(name: str) -> bool:
+    """Tell whether a state dict has need of a name, such as `torch.FloatStorage`."""
+    return name in _CALLS or name in _STORAGES or _dtype(name) is not None
+
+
 def _known(name: str) -> Global:
-    if name not in _CALLS and name not in _STORAGES and _dtype(name) is None:
+    if not is_known(name):
         raise Refused(name[:200])
     return Global(name)
 

@@ -282,12 +282,9 @@ def test_git_lfs_pointers(tmp_path: Path, ending: str) -> None:
         dialects.open_adapter(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "make", [lambda path: torch.save({}, path), lambda path: path.write_bytes(b"PK\3\4" + bytes(439))]
-)
-def test_an_empty_bin(tmp_path: Path, make: Callable[[Path], None]) -> None:
+def test_an_empty_bin(tmp_path: Path) -> None:
     write_config(tmp_path)
-    make(tmp_path / "adapter_model.bin")
+    torch.save({}, tmp_path / "adapter_model.bin")
     size = (tmp_path / "adapter_model.bin").stat().st_size
     with pytest.raises(BadFile, match=rf"an empty state dict \({size} bytes\)"):
         dialects.open_adapter(tmp_path)
@@ -304,7 +301,7 @@ def test_a_pickle_with_code_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(BadFile, match="this pickle holds more than tensors and will not be opened"):
         dialects.open_adapter(tmp_path)
     (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps({"evil": Evil(), "pad": b"0" * 2000}))
-    with pytest.raises(BadFile, match=r"not a zip file of torch\.save"):
+    with pytest.raises(BadFile, match="this pickle holds more than tensors and will not be opened"):
         dialects.open_adapter(tmp_path)
 
 
