@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import prod
 from typing import TYPE_CHECKING
 
 from loratools.adapter import factors
@@ -70,6 +71,7 @@ class Stack(Rowwise):
     blocks: tuple[ByRows | None, ...]
     sizes: tuple[int, ...]
     kind: str
+    bias: LazyTensor | None = None
     scaling: float = 1.0
     alpha: float = 1.0
 
@@ -100,7 +102,7 @@ class Stack(Rowwise):
 
             block, rows = self.blocks[i], made[i]
             if block is None or rows is None:
-                sides = (last - first, self.sizes[i] if transposed else self.shape[1])
+                sides = (last - first, self.sizes[i] if transposed else prod(self.shape[1:]))
                 return torch.zeros(sides, dtype=dtype, device=device)
             return rows(slice(first, last)) * block.scaling
 
@@ -127,7 +129,9 @@ class Stack(Rowwise):
         import torch
 
         blocks = [
-            torch.zeros(size, self.shape[1], dtype=torch.float64) if block is None else block.scaling * block.dense()
+            torch.zeros(size, prod(self.shape[1:]), dtype=torch.float64)
+            if block is None
+            else block.scaling * block.dense()
             for block, size in zip(self.blocks, self.sizes, strict=True)
         ]
         return torch.cat(blocks)
@@ -152,18 +156,30 @@ def apart(update: Update, sizes: Sequence[int]) -> list[Update | None]:
 def together(blocks: Sequence[Update | None], sizes: Sequence[int]) -> Update:
     """Return one update of consecutive blocks, of `sizes` output features: joined factors where possible, else rows.
 
-    Raises `ValueError` where a block cannot give single rows, or has a bias.
+    Each may be of a weight or of a bias, which has one side. The biases beside weights are put together likewise, with
+    zeros where a block has none. Raises `ValueError` where a block cannot give single rows.
     """
     present = [block for block in blocks if block is not None]
     if all(products.divisible(block) for block in present):
         return products.together(blocks, sizes)
     by_rows = [None if block is None else block.by_rows for block in blocks]
     shapes = [None if block is None else block.shape for block in blocks]
-    fits = all(shape in (None, (size, present[0].shape[1])) for shape, size in zip(shapes, sizes, strict=True))
-    if not fits or any(block.by_rows is None or block.bias is not None for block in present):
+    inner = present[0].shape[1:]
+    fits = all(shape in (None, (size, *inner)) for shape, size in zip(shapes, sizes, strict=True))
+    if not fits or len(inner) > 1 or any(block.by_rows is None for block in present):
         raise ValueError("not all of them can be put together")
     kind = "+".join(sorted({block.kind for block in present}))
-    return Stack(tuple(by_rows), tuple(sizes), kind)
+    return Stack(tuple(by_rows), tuple(sizes), kind, _bias(blocks, sizes))
+
+
+def _bias(blocks: Sequence[Update | None], sizes: Sequence[int]) -> LazyTensor | None:
+    """Return the scaled biases of consecutive blocks as one; None where none has one."""
+    biases = [None if block is None or block.bias is None else factors.scaled(block.bias, block.scaling)
+              for block in blocks]  # fmt: skip
+    dtype = next((bias.dtype for bias in biases if bias is not None), None)
+    if dtype is None:
+        return None
+    return factors.joined([bias or factors.zeros((size,), dtype) for bias, size in zip(biases, sizes, strict=True)])
 
 
 def swapped(update: Update) -> Update:

@@ -47,8 +47,11 @@ _COMFY_ENCODER = re.compile(r"text_encoders\.\w+\.transformer\.(.+)")
 _LANGUAGE = ("model.", "model.language_model.", "language_model.model.", "language_model.", "")
 """What a language model, which may be a text encoder, has before its layers; trainers name them with and without."""
 
-_LAYER = re.compile(r"(?:text_model\.)?encoder\.layers\.(\d+)\.(.+)")
-_OPEN_CLIP_LAYER = {"self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+_LAYER = re.compile(r"(?:text_model\.)?encoder\.layers\.(\d+)\.(.+?)(\.bias)?")
+_OPEN_CLIP_LAYER = {
+    "self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+}  # fmt: skip
 _PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
@@ -190,7 +193,7 @@ def _named(adapter: Adapter, shapes: Shapes) -> dict[str, Update]:
 
 def _held(module: str, shapes: Shapes) -> bool:
     """Tell whether a base has the weight of a module, or is what a parameter that changes alone is called."""
-    return f"{module}.weight" in shapes or module in shapes
+    return f"{module}.weight" in shapes or module in shapes or f"{module}.in_proj_weight" in shapes
 
 
 def _spellings(module: str) -> Iterator[str]:
@@ -231,11 +234,13 @@ def _open_clip(updates: Mapping[str, Update], shapes: Shapes) -> dict[str, Updat
         if not match or layer is None or f"{module}.weight" in shapes:
             renamed[module] = update
         elif match[2] in _PROJECTIONS:
-            fused[f"{layer}attn"][_PROJECTIONS.index(match[2])] = module, update
+            name = f"{layer}attn.in_proj_bias" if match[3] else f"{layer}attn"
+            fused[name][_PROJECTIONS.index(match[2])] = module, update
         else:
-            renamed[layer + _OPEN_CLIP_LAYER[match[2]] if match[2] in _OPEN_CLIP_LAYER else module] = update
+            inside = _OPEN_CLIP_LAYER.get(match[2])
+            renamed[f"{layer}{inside}{match[3] or ''}" if inside else module] = update
     for name, parts in fused.items():
-        width = shapes[f"{name}.in_proj_weight"][0] // 3
+        width = shapes[f"{name.removesuffix('.in_proj_bias')}.in_proj_weight"][0] // 3
         renamed |= together(name, parts, (width,) * 3, rows)
     return renamed
 

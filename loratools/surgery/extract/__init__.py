@@ -3,6 +3,7 @@
 ΔW = W' − W is formed in float32 from each operand, one tensor at a time; `linalg/svd/truncated.py` factors it. What has
 no low-rank form is saved whole, so that base + adapter is the fine-tune but for the printed error.
 
+    fused         q, k and v of a fused tensor as three tensors
     pairs         every tensor of the fine-tune beside its counterpart, and what is to become of its change
     sweep         one pass over all pairs, several at a time
     read          two tensors side by side: ΔW, its norms, both digests
@@ -45,6 +46,7 @@ from loratools.storage.checkpoint.logical import logical
 from loratools.storage.dtypes import FloatName
 from loratools.storage.sources import Location, origin, session
 from loratools.surgery.extract.assemble import Outcome, assemble, companion_files, dropped_energy
+from loratools.surgery.extract.fused import apart
 from loratools.surgery.extract.layers import Total, total
 from loratools.surgery.extract.options import ExtractOptions
 from loratools.surgery.extract.pairs import Pairing, pair
@@ -170,6 +172,7 @@ def extract(
     base.tell_unread()
     tuned.tell_unread()
     coded = refuse_other_codes(base, tuned)
+    base, tuned = apart(base, tuned, selection or Selection())
     pairing = pair(base, tuned, selection or Selection())
     _tell_quantized(base, tuned, pairing)
     planned = Counter(pair.plan for pair in pairing.pairs)
@@ -214,7 +217,8 @@ def extract(
 
 def plan(base: ModelSource, tuned: ModelSource, selection: Selection | None = None) -> Pairing:
     """Return what would become of every tensor if it had changed, from headers alone; parameters as of `extract`."""
-    return pair(logical(open_model(base)), logical(open_model(tuned)), selection or Selection())
+    selection = selection or Selection()
+    return pair(*apart(logical(open_model(base)), logical(open_model(tuned)), selection), selection)
 
 
 def _named(base: Checkpoint, tuned: Checkpoint) -> tuple[str | None, str | None]:

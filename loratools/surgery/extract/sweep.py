@@ -242,7 +242,11 @@ class Sweep:
 
 def _stored(model: Checkpoint, known: Mapping[str, str], threads: int) -> tuple[dict[str, str], dict[str, str]]:
     """Return the digests of all tensors as they are stored, and as numbers, from those that are `known` of numbers."""
-    rest = {name: spec for name, spec in model.specs.items() if name not in known}
+    # A part of a fused tensor has no digest of its own: the tensor has.
+    known = {name: digests for name, digests in known.items() if name not in model.origins}
+    rest = {name: spec for name, spec in model.specs.items() if name not in known and name not in model.origins}
+    if model.stored is not None:
+        rest |= {name: model.stored.specs[name] for name in model.origins.values()}
     numbers = {**known, **hash_tensors(rest, threads=threads)}
     if model.stored is None:
         return numbers, numbers

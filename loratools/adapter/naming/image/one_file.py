@@ -29,7 +29,7 @@ _OPEN_CLIP = {
 _LAYER = re.compile(r"transformer\.resblocks\.(\d+)\.(.+?)(\.bias)?")
 _IN_LAYER = {
     "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2", "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
+    "ln_2": "layer_norm2", **{f"attn.{part}_proj": f"self_attn.{part}_proj" for part in "qkv"},
 }  # fmt: skip
 FUSED = {"attn.in_proj_weight": "", "attn.in_proj_bias": ".bias"}
 """OpenCLIP's parameters that hold q, k and v one above the other, and what follows the name of each."""
