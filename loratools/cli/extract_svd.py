@@ -105,8 +105,8 @@ def command(talk: Talk, /, base: str, tuned: str, output: Path, **values: Any) -
             return part_of("extract-svd", call, values["part"])
         with talk.progress("extracting", sizes) as advance, crew("extract-svd", call, values["workers"], advance):
             extraction = extract(before, after, **given, progress=advance)
-    if extraction.dropped_energy > 0:
-        talk.warn(f"{extraction.dropped_energy:.2%} of the change was left out on request")
+    if extraction.dropped > 0:
+        talk.warn(f"{extraction.dropped:.4g} of the change was left out: the error is {extraction.error:.4g} of it")
     return gathered(extraction, every=values["modules"], tight=values["tight"])
 
 
@@ -165,15 +165,16 @@ def _lines(extraction: Extraction, every: bool, tight: bool) -> Iterator[str]:
     yield ""
     sums, ranks = extraction.total, sorted(outcome.rank for outcome in layers) or [0, 0]
     spread = f"rank {ranks[0]}" if layers and ranks[0] == ranks[-1] else f"ranks {ranks[0]} to {ranks[-1]}"
+    lost = f"; what was left out is {extraction.dropped:.4g} of it" if extraction.dropped else ""
     wrote = f"{extraction.output}, {show.size(extraction.nbytes)}"
     yield from show.fields(
         ("wrote", f"{wrote}, {show.exact(extraction.parameters)} parameters"),
         ("factors", f"{sums.layers} layers, {spread}, {show.exact(sums.parameters)} parameters, {extraction.dtype}"),
         ("change", f"{sums.delta_norm / sums.base_norm:.3%} of the weights they change" if sums.base_norm else "-"),
         ("captured", f"{sums.captured:.2%} of the energy of the factored layers"),
-        ("error", f"{sums.error:.4g} of the change; {_beside_optimum(sums, tight)}"),
+        ("error", f"{extraction.error:.4g} of the whole change{lost}"),
+        ("in factors", f"{sums.error:.4g} of the change in the factored layers; {_beside_optimum(sums, tight)}"),
         ("noise", f"{sums.noise:.2%} of the energy is what rounding to the fine-tune's dtype leaves"),
-        ("dropped", f"{extraction.dropped_energy:.2%} of the whole change"),
         ("base hash", extraction.base),
         ("tuned hash", extraction.tuned),
     )  # fmt: skip

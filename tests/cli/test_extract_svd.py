@@ -52,8 +52,15 @@ def test_document_accounts_for_every_tensor(shell: Callable, workplace: Path) ->
     assert {one["why"] for one in found["tensors"] if one["class"] == "dropped"} == {"--exclude k_proj"}
     assert len(found["layers"]) == found["total"]["layers"] == 10
     assert all(0 < one["error"] < 1 and one["rank"] == 4 for one in found["layers"])
-    assert found["dropped_energy"] > 0
-    assert found["warnings"] == [f"{found['dropped_energy']:.2%} of the change was left out on request"]
+    squares = {name: sum(one["change_norm"] ** 2 for one in found["tensors"] if one["class"] in name)
+               for name in (("dropped",), ("dropped", "factored", "whole"))}  # fmt: skip
+    lost, energy = squares.values()
+    factors = sum((one["error"] * one["delta_norm"]) ** 2 for one in found["layers"])
+    assert found["dropped"] == pytest.approx((lost / energy) ** 0.5)
+    assert found["error"] == pytest.approx(((lost + factors) / energy) ** 0.5)
+    assert found["warnings"] == [
+        f"{found['dropped']:.4g} of the change was left out: the error is {found['error']:.4g} of it"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -84,8 +84,9 @@ def _classes(adapter: Adapter, stated: Mapping[str, object]) -> Section:
     held = [("as factors", list(adapter.updates)), ("saved whole", list(adapter.replacements))]
     rows = [[pattern, name] for name, paths in held for pattern in compact(paths)]
     more = [[f"and {len(rows) - _SHOWN} more", ""]] if len(rows) > _SHOWN else []
-    share = stated.get("dropped_energy")
-    dropped = f" {percent(share)} of the whole change was left out." if isinstance(share, float) and share > 0 else ""
+    share, error = stated.get("dropped"), stated.get("error")
+    numbers = isinstance(share, float) and isinstance(error, float) and 0 < share < math.inf and 0 < error < math.inf
+    dropped = f" {share:.4g} of the whole change was left out, which makes the error {error:.4g}." if numbers else ""
     figure = Figure(
         "Tensors by class", bars.draw(), "Every tensor of the fine-tune is in exactly one class.",
         Table(["class", "tensors"], [[words.get(name, name), whole(count)] for name, count in counted.items()]),

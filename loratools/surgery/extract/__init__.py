@@ -45,7 +45,7 @@ from loratools.storage.checkpoint import Checkpoint, ahead
 from loratools.storage.checkpoint.logical import logical
 from loratools.storage.dtypes import FloatName
 from loratools.storage.sources import Location, origin, session
-from loratools.surgery.extract.assemble import Outcome, assemble, companion_files, dropped_energy
+from loratools.surgery.extract.assemble import Outcome, assemble, companion_files, errors
 from loratools.surgery.extract.fused import apart
 from loratools.surgery.extract.layers import Total, total
 from loratools.surgery.extract.options import ExtractOptions
@@ -63,7 +63,8 @@ if TYPE_CHECKING:
 class Extraction:
     """What was extracted: the account of every tensor, the certificate's total, both models' hashes, and notes.
 
-    `dropped_energy` is the share of the whole change ‖ΔW‖² (over all tensors) that was left out on request.
+    `error` = ‖base + adapter − fine-tune‖/‖fine-tune − base‖ over all tensors, with what was left out on request; that
+    alone is `dropped`, in the same norm. `total` is of the factored layers alone.
     """
 
     output: str
@@ -71,7 +72,8 @@ class Extraction:
     outcomes: tuple[Outcome, ...]
     missing: tuple[str, ...]
     total: Total
-    dropped_energy: float
+    error: float
+    dropped: float
     base: str
     tuned: str
     dtype: str
@@ -209,7 +211,7 @@ def extract(
     tensors = adapter.tensors().values()
     return Extraction(
         atomic.spelled(output), written, accounts, pairing.missing,
-        total(outcome.layer for outcome in accounts if outcome.layer), dropped_energy(accounts),
+        total(outcome.layer for outcome in accounts if outcome.layer), *errors(accounts),
         hashes[0].root or "", hashes[1], options.stored, seed,
         sum(lazy.parameters for lazy in tensors), sum(lazy.nbytes for lazy in tensors), (*pairing.notes, *notes),
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -113,10 +114,16 @@ def companion_files(base: Checkpoint, tuned: Checkpoint, outcomes: Iterable[Outc
     return [path for path in companions if not (old[path].is_file() and old[path].read_bytes() == path.read_bytes())]
 
 
-def dropped_energy(outcomes: Sequence[Outcome]) -> float:
-    """Return the share of the whole change ‖ΔW‖² that was left out on request."""
-    energy = sum(tensor.norm2 for tensor in outcomes)
-    return sum(tensor.norm2 for tensor in outcomes if tensor.outcome == "dropped") / energy if energy else 0.0
+def errors(outcomes: Sequence[Outcome]) -> tuple[float, float]:
+    """Return how far base + adapter is from the fine-tune, and what of that was left out, in norms of the whole change.
+
+    error = √((Σ‖ΔW − s·B̃·Ã‖² + Σ_dropped ‖ΔW‖²)/Σ‖ΔW‖²), dropped = √(Σ_dropped ‖ΔW‖²/Σ‖ΔW‖²), over all tensors.
+    """
+    energy = math.fsum(tensor.norm2 for tensor in outcomes)
+    lost2 = math.fsum(tensor.norm2 for tensor in outcomes if tensor.outcome == "dropped")
+    layers = [tensor.layer for tensor in outcomes if tensor.layer]
+    factors2 = math.fsum((layer.error * layer.delta_norm) ** 2 for layer in layers)
+    return (math.sqrt((factors2 + lost2) / energy), math.sqrt(lost2 / energy)) if energy else (0.0, 0.0)
 
 
 def _factors(tensor: Outcome, options: ExtractOptions) -> tuple[LazyTensor, LazyTensor]:
@@ -193,12 +200,13 @@ def _step(
     identity: BaseIdentity, tuned_root: str,
 ) -> Step:  # fmt: skip
     counts = {name: sum(tensor.outcome == name for tensor in outcomes) for name in CLASSES}
+    error, dropped = errors(outcomes)
     parameters = {
         "method": "block Krylov", "products": ROUNDED if any(tensor.rounded for tensor in outcomes) else "float32",
         "ranks": options.rank_choice.to_json(),
         "dtype": options.stored, "tolerance": options.tolerance,
         "tensors": counts | {"missing": len(pairing.missing)},
-        "dropped_energy": float(f"{dropped_energy(outcomes):.6g}"),
+        "error": float(f"{error:.6g}"), "dropped": float(f"{dropped:.6g}"),
         "certificate": to_json(layers),
     } | ({DEVICE: on} if (on := described(options.computes_on)) else {})  # fmt: skip
     inputs: tuple[Mapping[str, Any], ...] = ({"digest": identity.root}, {"digest": tuned_root})
@@ -230,5 +238,6 @@ def _card(identity: BaseIdentity, outcomes: tuple[Outcome, ...], layers: list[La
         f"{f' at {identity.revision}' if identity.revision else ''} (`{identity.root}`).\n\n"
         f"| tensors | count |\n|---|---|\n{rows}\n\n"
         f"Of the change in the {sums.layers} factored layers, {sums.captured:.2%} of the energy is kept; the relative "
-        f"error is {sums.error:.4f}. The certificate of each layer is in the header of the safetensors file.\n"
+        f"error is {sums.error:.4f}; of the whole change, with what was left out, it is {errors(outcomes)[0]:.4f}. "
+        "The certificate of each layer is in the header of the safetensors file.\n"
     )

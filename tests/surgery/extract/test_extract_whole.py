@@ -221,7 +221,11 @@ def test_what_was_left_out_is_counted(tmp_path: Path) -> None:
         tmp_path, base, tuned, selection=Selection(exclude=("mlp.*",), save=("lm_head",), drop_whole=False)
     )
     lost = sum(energy[name] for name in base if "mlp" in name)
-    assert found.dropped_energy == pytest.approx(lost / sum(energy.values()), rel=1e-6)
+    assert found.dropped == pytest.approx((lost / sum(energy.values())) ** 0.5, rel=1e-6)
+    missed = sum(float((tuned[name].double() - merged[name].double()).square().sum()) for name in base)
+    assert found.error == pytest.approx((missed / sum(energy.values())) ** 0.5, rel=1e-6)
+    stated = open_adapter(Path(found.output)).provenance[-1].parameters
+    assert (stated["error"], stated["dropped"]) == pytest.approx((found.error, found.dropped), rel=1e-5)
     assert classes(found)["lm_head.weight"] == "whole"
     assert_same(merged, {name: base[name] if "mlp" in name else W for name, W in tuned.items()})
 
