@@ -165,15 +165,18 @@ def several_options(*, workers: bool) -> list[click.Parameter]:
     ]
 
 
-def would(made: Planned) -> Report:
-    """Return the report of a plan, for --dry-run."""
+def would(made: Planned, *, modules: bool = False) -> Report:
+    """Return the report of a plan, for --dry-run; `modules` says that the ranks of modules were asked for too."""
     rows: list[tuple[str, str | Sequence[str] | None]] = [("would write", made.output), ("of", list(made.reads))]
     for name, value in made.facts.items():
         if value not in (None, [], {}):
             listed = [f"{key}: {each}" for key, each in value.items()] if isinstance(value, dict) else value
             rows.append((name, [str(each) for each in listed] if isinstance(listed, list) else str(value)))
     rows.append(("size", None if made.nbytes is None else f"about {size(made.nbytes)}"))
-    return Report(plain(made), list(fields(*rows, ("free disk", size(made.free_disk)))))
+    rows.append(("free disk", size(made.free_disk)))
+    unknown = "not known: ranks need the singular values, which --dry-run leaves out"
+    rows.append(("per module", unknown if modules else None))
+    return Report(plain(made), list(fields(*rows)))
 
 
 def require_one_each(weights: Sequence[object], adapters: Sequence[str]) -> None:

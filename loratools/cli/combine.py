@@ -92,7 +92,7 @@ def command(
         "dtype": dtype, "device": device, "threads": threads, "force": force,
     }  # fmt: skip
     if dry_run:
-        return options.would(plan(combine, adapters, output, **given))
+        return options.would(plan(combine, adapters, output, **given), modules=modules)
     with talk.progress("combining", total) as bar:
         combination = combine(adapters, output, **given, progress=bar)
     talk.warn(*combination.warnings)

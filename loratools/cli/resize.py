@@ -48,7 +48,7 @@ def command(
     """Give an adapter other ranks, with the least error there is; --modules prints what each module keeps.
 
     The singular values of every change are found in factor space, in float64. --sv-ratio, --sv-fro and --sv-cumulative
-    are kohya's rules, without the one rank more that its script keeps; --energy E is --sv-fro of the square root of E.
+    are kohya's rules, with the ranks of its script (older ones keep one more); --energy E is --sv-fro of the root of E.
     --budget shares one number of parameters out among all modules. A rank above the true one changes nothing. The
     result is of the adapter's own dialect and dtype; only a PEFT adapter becomes one of ours, which PEFT reads too.
 
@@ -78,7 +78,9 @@ def command(
         "threads": threads, "force": force,
     }  # fmt: skip
     if dry_run:
-        return options.would(plan(resize, adapter, output, wanted, dialect=dialect, alpha=alpha, **given))
+        return options.would(
+            plan(resize, adapter, output, wanted, dialect=dialect, alpha=alpha, **given), modules=modules
+        )
     with talk.progress("resizing", size_of([source])) as bar:
         resized = resize(adapter, output, wanted, dialect=dialect, alpha=alpha, **given, progress=bar)
     line = f"wrote {resized.output} ({len(resized.shares)} modules, error {resized.error:.3g} of the change)"

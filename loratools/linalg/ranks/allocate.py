@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -60,6 +61,25 @@ class Ranks:
         stated = {field.name: getattr(self, field.name) for field in fields(self)}
         stated |= {"rule": self.rule and repr(self.rule), "noise": self.noise or None}
         return {name: value for name, value in stated.items() if value is not None}
+
+    def __str__(self) -> str:
+        """Say the choice in the words of the options.
+
+        >>> from loratools.linalg.ranks.rules import SvFro
+        >>> str(Ranks(SvFro(0.9), uniform=True, maximum=6))
+        'sv-fro 0.9, one rank for all modules, at most 6'
+        """
+        said = "above the noise" if self.noise else f"a budget of {self.budget} parameters"
+        if self.rule is not None:
+            values = " ".join(str(getattr(self.rule, each.name)) for each in fields(self.rule))  # type: ignore[arg-type]
+            name = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", type(self.rule).__name__).lower()
+            said = f"{'rank' if name == 'fixed' else name} {values}"
+        more = {
+            "one rank for all modules": self.uniform, f"at least {self.minimum}": self.minimum != 1,
+            f"at most {self.maximum}": self.maximum is not None,
+            f"in multiples of {self.multiple_of}": self.multiple_of != 1,
+        }  # fmt: skip
+        return ", ".join([said, *(words for words, holds in more.items() if holds)])
 
     def first(self, shapes: Shapes, edge: float) -> RankRule:
         """Return the rule of the first look at a layer; `edge` is the noise edge of its fine-tuned weight."""

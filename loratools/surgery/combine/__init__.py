@@ -199,7 +199,7 @@ def run(
     aligned = align(inputs)
     planned(operation, output, names_of(adapters), method=options.method, modules=len(aligned.modules),
             dtype=options.stored, dialect=to or "as the first adapter has it, ours for PEFT's",
-            ranks=None if options.rule is None else options.rule.to_json())  # fmt: skip
+            ranks=None if options.rule is None else str(options.rule))  # fmt: skip
     replaced = whole.replacements(inputs, aligned, options.method)
     biases = whole.biases(inputs, aligned, options.stored)
     try:
@@ -215,7 +215,7 @@ def run(
     rule, cut = options.rule, sum(share.rank < share.true_rank for share in shares)
     decided("%s of %s: %d modules, %d of them at a lower rank than their own; ranks by %s; stored as %s",
             options.method, counted(len(inputs), "adapter"), len(shares), cut,
-            "what there is" if rule is None else rule.to_json(), options.stored)  # fmt: skip
+            rule or "what there is", options.stored)  # fmt: skip
     for share in shares:
         detailed("%s: rank %d of %d, error %.2e of its change", share.module, share.rank, share.true_rank,
                  share.error / share.norm if share.norm else 0.0)  # fmt: skip

@@ -48,7 +48,7 @@ def test_a_plan_says_what_is_decided(workplace: Path, monkeypatch: pytest.Monkey
     assert (facts["from"], facts["dialect"], facts["modules"], facts["sealed"]) == ("peft", "kohya", 4, False)
     assert plan(loratools.dequantize, "quantized", "out").facts["modules"] == 14
     assert plan(loratools.unmerge, "merged", "adapter", "out", base="base").facts["from"] == "the base"
-    assert plan(loratools.combine, ["adapter", "other"], "out", ranks=3).facts["ranks"]["rule"] == "Fixed(r=3)"
+    assert plan(loratools.combine, ["adapter", "other"], "out", ranks=3).facts["ranks"] == "rank 3"
     assert plan(loratools.switch, "merged", "adapter", "other", "out").facts["exact"] is False
 
 
