@@ -109,7 +109,7 @@ class Absolute:
 
 @dataclass(frozen=True, slots=True)
 class SvRatio:
-    """Keep σᵢ > σ₁/t: kohya's sv_ratio, without the one more that kohya's resize keeps."""
+    """Keep σᵢ > σ₁/t: kohya's sv_ratio."""
 
     t: float
 

@@ -57,10 +57,24 @@ def test_rules_by_hand(rule: RankRule, whole: int, leading: int | None) -> None:
 
 
 def test_sv_cumulative_is_the_smallest_rank_that_reaches_the_sum() -> None:
-    # Of 9: 4, 6, 8, 9. kohya's resize would answer one more each time.
+    # Of 9: 4, 6, 8, 9.
     assert [SvCumulative(t).rank(WHOLE) for t in (0.4, 0.45, 6 / 9, 0.67, 0.9, 1.0)] == [1, 2, 2, 3, 4, 4]
     with pytest.raises(ValueError, match="sv_cumulative needs every singular value"):
         SvCumulative(0.9).rank(LEADING)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_kohyas_rules_give_the_ranks_of_its_script(seed: int) -> None:
+    """sd-scripts' networks/resize_lora.py keeps `index + 1` values, where the index is the first that reaches t."""
+    sigma = torch.rand(16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).sort(descending=True)[0]
+    norm2 = float(sigma.square().sum())
+    spectrum = Spectrum(sigma, norm2, (40, 30))
+    for t in (0.3, 0.5, 0.8, 0.9, 0.99):
+        by_norm = int(torch.searchsorted(sigma.square().cumsum(0) / norm2, t**2)) + 1
+        by_sum = int(torch.searchsorted(sigma.cumsum(0) / sigma.sum(), t)) + 1
+        assert (SvFro(t).rank(spectrum), SvCumulative(t).rank(spectrum)) == (by_norm, by_sum)
+    for t in (1.5, 2.0, 3.0, 20.0):
+        assert SvRatio(t).rank(spectrum) == max(1, int((sigma > sigma[0] / t).sum()))
 
 
 def test_all_of_the_energy_is_reached_despite_rounding() -> None:
