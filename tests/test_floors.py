@@ -61,6 +61,7 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
         "families",
         "readings",
         "groups",
+        "models",
         "translate one_file",
         "rename",
     ),

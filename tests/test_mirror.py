@@ -20,7 +20,7 @@ ELSEWHERE = {
     "adapter/test_model": "adapter: input shown",
     "adapter/kinds/test_parts": "adapter: parts",
     "adapter/naming/image/test_readings": "adapter/naming/image: components patterns",
-    "adapter/placement/test_image": "adapter/naming/image: groups rename translate",
+    "adapter/placement/test_image": "adapter/naming/image: groups models rename translate",
     "adapter/placement/test_resolve": "adapter/placement: layers settle whole",
     "adapter/placement/test_tied": "adapter/placement: apart shared spread",
     "cli/test_unsealed": "cli: convert validate",

@@ -14,7 +14,7 @@ from loratools.cli._faults import fault_of, sentence
 from loratools.cli._group import Commands, common_options
 from loratools.cli._hints import owners
 from loratools.cli._signals import code_of
-from loratools.cli._spelling import giver, is_on, long_name, options_like
+from loratools.cli._spelling import giver, is_on, long_name, meant, options_like
 from loratools.cli._talk import Talk
 from loratools.cli._words import REFUSED
 from loratools.version import __version__
@@ -125,8 +125,8 @@ def _explain(error: Exception, talk: Talk) -> int:
     if isinstance(error, click.BadParameter) and error.ctx and error.param and (name := giver(error.ctx, error.param)):
         error.param_hint = f"{name} in the environment ({long_name(error.param)})"
     if isinstance(error, click.NoSuchOption) and error.ctx:
-        owned = _owners(error.option_name, error.ctx)
         options = [name for option in error.ctx.command.get_params(error.ctx) for name in option.opts]
+        owned = "" if meant(error.option_name) in options else _owners(error.option_name, error.ctx)
         like = "" if owned else options_like(error.option_name, options)
         message = error.message.rstrip(".") + (f"; did you mean {like}?" if like else "")
         if error.ctx.parent and (why := REFUSED.get(error.option_name)):

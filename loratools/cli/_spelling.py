@@ -147,6 +147,15 @@ def topics_like(name: str, topics: Sequence[str], commands: Sequence[str]) -> st
     return repr(like[0]) if like else commands_like(name, commands)
 
 
+def meant(option: str) -> str | None:
+    """Return what an option of another tool is called here; None for one that is not known.
+
+    >>> meant("--save_to"), meant("--dim"), meant("--qqq")
+    ('--output', '--rank', None)
+    """
+    return MEANT_OPTIONS.get(option.replace("_", "-"))
+
+
 def options_like(option: str, options: Sequence[str]) -> str:
     """Return the options that someone may have meant, as "'--a' or '--b'", or nothing.
 
@@ -157,7 +166,7 @@ def options_like(option: str, options: Sequence[str]) -> str:
     """
     from difflib import get_close_matches
 
-    meant = [name for name in (MEANT_OPTIONS.get(option),) if name in options]
+    known = [name for name in (meant(option),) if name in options]
     begun = [name for name in options if len(option) > 3 and name.startswith(option)]
     close = get_close_matches(option, list(dict.fromkeys(options)), 3, 0.75)
-    return either([repr(name) for name in meant or begun or close])
+    return either([repr(name) for name in known or begun or close])

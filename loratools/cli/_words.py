@@ -201,10 +201,19 @@ MEANT: Mapping[str, str] = {
 }  # fmt: skip
 """What other tools call a command, or a command in words -> what it is called here: names, or a whole call."""
 
+MEANT_OF_KOHYA: Mapping[str, str] = {
+    "--ratio": "-w", "--ratios": "-w", "--lbws": "-w", "--dim": "--rank", "--new-rank": "--rank",
+    "--network-dim": "--rank", "--new-conv-rank": "--rank", "--conv-dim": "--rank", "--network-alpha": "--alpha",
+    "--save-precision": "--dtype", "--sd-model": "--base", "--model-org": "--base", "--merge-to": "--output",
+    "--dynamic-method": "--sv-fro", "--dynamic-param": "--sv-fro", "--network-weights": "--adapter",
+}  # fmt: skip
+"""What the scripts of kohya's sd-scripts call an option, with `-` for `_` -> what it is called here."""
+
 MEANT_OPTIONS: Mapping[str, str] = {
     "--scale": "-w", "--scales": "-w", "--scaling": "-w", "--strength": "-w",
     "--multiplier": "-w", "--lora-scale": "-w", "--weights": "-w", "--out": "--output",
     "--out-dir": "--output", "--output-dir": "--output", "--output-path": "--output", "--save-to": "--output",
     "--overwrite": "--force", "--precision": "--dtype", "--model": "--base", "--lora": "--adapter",
+    **MEANT_OF_KOHYA,
 }  # fmt: skip
 """What other tools call an option -> what it is called here."""

@@ -114,7 +114,8 @@ def _lines(conversion: Conversion) -> Iterator[str]:
     base = conversion.base
     yield from show.fields(
         ("wrote", f"{conversion.output} ({conversion.dialect}, {conversion.modules} modules)"),
-        ("digest", conversion.digest),
+        ("digest", conversion.output_digest),
+        ("read", conversion.digest if conversion.digest != conversion.output_digest else None),
         ("base", (base.id if base else None) or "not named"),
         ("base hash", _hash(conversion)),
         ("lora", f"rank {lora.rank}, relative error {lora.relative_error:.3g}" if (lora := conversion.lora) else None),

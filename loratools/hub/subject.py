@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools import dialects
+from loratools.dialects._frame.places import table_of
 from loratools.errors import BadFile
 from loratools.format import manifest, validate
 from loratools.format.peft_config import derive_config
@@ -126,7 +127,9 @@ def _adapter(
     base_path = stated if stated and manifest.is_path(stated) else None
     if base_path and not base_model:
         hint = "Name it as the Hub does: --base-model org/name"
-        raise BadFile(f"{path}: {_CONFIG} names the base model by a path of this machine, {base_path}", hint=hint)
+        header = [place.key for place in table_of(adapter.dialect).get("base", ()) if place.where == "header"]
+        where = header[0] if header else _CONFIG if _CONFIG in content else "the file"
+        raise BadFile(f"{path}: {where} names the base model by a path of this machine, {base_path}", hint=hint)
     name = _name(base_model or stated, path)
     if not path.is_dir() and adapter.dialect == "loratools":
         config = json.dumps(derive_config(adapter), indent=2, sort_keys=True, ensure_ascii=False)

@@ -183,3 +183,23 @@ def test_a_scaled_module_has_the_weight_times_its_change(kind: str, parts: dict[
     update = kinds.get(kind).build(lazies, 0.5, 1.0)
     made = scaled(Adapter({"a": update}), "a=-3,2", "one").updates["a"]
     torch.testing.assert_close(made.delta_weight(), -3 * update.delta_weight())
+
+
+def test_patterns_may_be_kohyas_flattened_names() -> None:
+    encoder = "text_model.encoder.layers.0.mlp.fc1"
+    modules = ["diffusion_model.input_blocks.4.1.proj_in", f"text_encoder.{encoder}", f"text_encoder_2.{encoder}"]
+    for pattern, numbers in {
+        "lora_te1*": [1.0, 0.5, 1.0], "lora_te2_*_fc1": [1.0, 1.0, 0.5], "lora_te*": [1.0, 0.5, 0.5],
+        "lora_unet_input_blocks_4_1_proj_in": [0.5, 1.0, 1.0], "re:lora_(unet|te1)_.*": [0.5, 0.5, 1.0],
+        "text_encoder.*": [1.0, 0.5, 1.0],
+    }.items():  # fmt: skip
+        weight = Weight.parse(f"{pattern}=0.5")
+        assert [weight.of(module) for module in modules] == numbers, pattern
+        assert weight.unmatched(modules) == []
+    assert Weight.parse("lora_te3_*=0").unmatched(["text_encoder.x", "model.layers.0.q_proj"]) == ["lora_te3_*"]
+
+
+def test_a_pattern_for_nothing_shows_a_name_that_is_there() -> None:
+    with pytest.raises(LoraToolsError) as caught:
+        scaled(adapter(["text_encoder.a.fc1"]), "q_proj=0", "adapter 1")
+    assert caught.value.problems == ("adapter 1: q_proj names none of its modules, such as text_encoder.a.fc1",)

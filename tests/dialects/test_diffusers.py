@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from loratools import dialects
 from loratools.adapter.model import Adapter, BaseIdentity
@@ -99,6 +100,24 @@ def test_the_header_holds_a_config_for_each_component(tmp_path: Path) -> None:
     assert config["unet.rank_pattern"] == {"^" + f"{UNET}.to_q".removeprefix("unet.").replace(".", r"\."): 4}
     assert config["text_encoder.target_modules"] == ["encoder.layers.0.self_attn.q_proj"]
     assert (config["text_encoder.r"], config["text_encoder.lora_alpha"]) == (4, 8)
+
+
+def test_a_scale_that_only_the_header_states_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    scaled = Adapter({f"{UNET}.to_q": lora(1), f"{UNET}.to_k": lora(2)})
+    plain = Adapter({name: replace(update, scaling=1.0) for name, update in scaled.updates.items()})
+    for name, adapter in {"a": scaled, "b": plain}.items():
+        dialects.save_adapter(adapter, tmp_path / f"{name}.safetensors", dialect="diffusers")
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(
+        f"{tmp_path / 'a.safetensors'}: the scale of 2 modules (2, {UNET}.to_k) stands in the header"
+    )
+    assert "ComfyUI" in said
+    # What a reader has that ignores the header: another change, by that scale.
+    save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "bare.safetensors")
+    scales = [
+        dialects.open_adapter(tmp_path / f"{n}.safetensors").updates[f"{UNET}.to_q"].scaling for n in ("a", "bare")
+    ]
+    assert scales == [2.0, 1.0]
 
 
 def test_what_contradicts_the_header_is_listed(tmp_path: Path) -> None:

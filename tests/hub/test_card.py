@@ -186,7 +186,7 @@ def test_no_path_of_this_machine_is_sent(hub: LocalHub, workplace: Path) -> None
     (workplace / "local" / "README.md").write_text(
         f"---\nbase_model: {path}\ntags:\n- base_model:adapter:{path}\n- lora\n---\nTuned from [{path}]({path}).\n"
     )
-    with pytest.raises(BadFile, match="names the base model by a path of this machine") as caught:
+    with pytest.raises(BadFile, match=r"adapter_config\.json names the base model by a path of this machine") as caught:
         send(workplace / "local")
     assert "--base-model" in str(caught.value.hint)
     hub.seed("lab/base", {})
@@ -198,6 +198,19 @@ def test_no_path_of_this_machine_is_sent(hub: LocalHub, workplace: Path) -> None
     assert b'"base_model_name_or_path": "lab/base"' in hub.files(REPO)["adapter_config.json"]
     with pytest.raises(BadFile, match="not the name of a model"):
         send(workplace / "adapter", base_model="../x")
+
+
+def test_a_path_is_said_to_stand_where_it_stands(workplace: Path, tmp_path: Path) -> None:
+    from loratools.adapter.model import Adapter, BaseIdentity
+    from loratools.dialects import save_adapter
+    from tests.dialects.adapters import lora
+
+    base = BaseIdentity("C:\\Users\\anna\\models\\sd_xl_base_1.0.safetensors")
+    module = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+    file = tmp_path / "char.safetensors"
+    save_adapter(Adapter({module: lora(1)}, base=base), file, dialect="kohya")
+    with pytest.raises(BadFile, match=r"char\.safetensors: ss_sd_model_name names the base model by a path"):
+        send(file)
 
 
 def test_text_of_a_file_cannot_break_out_of_its_cell(hub: LocalHub, workplace: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from loratools.surgery.merge import merge
 from loratools.surgery.validate import validate
 from tests.adapter.kinds.reference import build
 from tests.conftest import Result
+from tests.dialects.adapters import lora
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -44,6 +45,31 @@ def test_a_base_tells_names_and_heads_without_sealing_what_cannot_be_sealed(
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)  # s = 2, and all is moved by powers of two
+
+
+@pytest.mark.parametrize("to", ["peft", "mlx", "kohya", "gguf", "diffusers", "loratools"])
+def test_the_digest_of_what_was_written_is_the_one_that_hash_has(prepared: Path, tmp_path: Path, to: str) -> None:
+    from loratools.format.digest import adapter_digest
+
+    base = Checkpoint.open(prepared / "base")
+    found = convert(prepared / "adapter", tmp_path / "x", to=to, base=base)
+    assert found.output_digest == adapter_digest(dialects.open_adapter(tmp_path / "x", base=base))
+
+
+def test_both_digests_are_told_where_a_dialect_has_other_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from loratools.cli._run import run
+    from loratools.format.digest import adapter_digest
+
+    name = "diffusion_model.input_blocks.4.1.transformer_blocks.1.attn1.to_q"  # of SDXL
+    path, output = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    dialects.save_adapter(Adapter({name: lora(1)}), path, dialect="kohya")
+    assert run(["convert", str(path), "--to", "diffusers", "-o", str(output)]) == 0
+    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    read, written = (adapter_digest(dialects.open_adapter(each)) for each in (path, output))
+    assert (said["digest"], said["read"]) == (written, read)
+    assert written != read
 
 
 def test_a_sealed_adapter_remembers_what_gguf_needs(prepared: Path, tmp_path: Path) -> None:

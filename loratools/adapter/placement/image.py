@@ -22,6 +22,7 @@ from loratools.adapter.naming.image import families, readings, rename
 from loratools.adapter.naming.image.components import COMPONENTS
 from loratools.adapter.naming.image.families import Naming
 from loratools.adapter.naming.image.groups import ORIGINAL, Group, groups, home
+from loratools.adapter.naming.image.models import MODELS, ROOTS, inside
 from loratools.adapter.naming.image.readings import Lead, Reading
 from loratools.adapter.naming.image.translate import together, translated
 from loratools.adapter.naming.wrappers import Names
@@ -30,8 +31,6 @@ from loratools.storage.checkpoint import Checkpoint
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-_ROOTS = ("model.diffusion_model.", f"{ORIGINAL}.", "net.", "model.model.", "")
-_MODELS = tuple(sorted(f"{name}." for name in COMPONENTS if not name.startswith("text_encoder")))
 # Where one file keeps each text encoder: that of the original repositories, that of ComfyUI, or the encoder alone.
 _ENCODERS: Mapping[str, tuple[str, ...]] = {
     "text_encoder": ("text_encoder.", "cond_stage_model.transformer.", "conditioner.embedders.0.transformer.",
@@ -150,7 +149,7 @@ def _best(group: Group, shapes: Shapes) -> list[_Way]:
     if not best:
         return []
     if len(_outcomes(ways)) > 1:
-        stored = _inside(shapes, group.prefix)
+        stored = inside(shapes, group.prefix)
         there = {id(way): Reading(way.reading.name, way.to) for way in ways}
         known = {id(way): sum(there[id(way)].find(module) is not None for module in stored) for way in ways}
         ways = [way for way in ways if known[id(way)] == max(known.values())]
@@ -165,14 +164,6 @@ def _outcomes(ways: Sequence[_Way]) -> list[list[object]]:
     for way in ways:
         outcomes += [way.outcome] if way.outcome not in outcomes else []
     return outcomes
-
-
-def _inside(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
-    """Return the modules of the base's image model without what stands before them."""
-    weights = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight")}
-    roots = (*(root for root in _ROOTS if root), prefix, *_MODELS, "")
-    root = next(root for root in roots if any(module.startswith(root) for module in weights) or not root)
-    return {module.removeprefix(root): shape for module, shape in weights.items() if module.startswith(root)}
 
 
 def _spelled(module: str, shapes: Shapes) -> str | None:
@@ -210,9 +201,9 @@ def _spellings(module: str) -> Iterator[str]:
             yield f"{root}{match[1]}"
             yield from _in_language_model(root, match[1])
     elif component == ORIGINAL:
-        yield from (f"{root}{rest}" for root in (*_ROOTS, *_MODELS))
+        yield from (f"{root}{rest}" for root in (*ROOTS, *MODELS))
     elif component in COMPONENTS:
-        yield from (rest, *(f"{root}{rest}" for root in _ROOTS if root))
+        yield from (rest, *(f"{root}{rest}" for root in ROOTS if root))
 
 
 def _in_language_model(root: str, rest: str) -> Iterator[str]:
@@ -268,10 +259,10 @@ def named_for(adapter: Adapter, base: Checkpoint) -> Adapter:
 
 def _refuse_by_heads(adapter: Adapter, base: Checkpoint) -> None:
     """Raise `IncompatibleAdapter` for fused rows that lie by heads in shards: adapters have them stacked."""
-    bare = {m: next(m.removeprefix(root) for root in _ROOTS if m.startswith(root)) for m in adapter.updates}
+    bare = {m: next(m.removeprefix(root) for root in ROOTS if m.startswith(root)) for m in adapter.updates}
     for name, family in families.every():
         marks = [f"{pattern}.weight" for pattern in family.renames if "{}" not in pattern]
-        if not family.by_heads or not any(all(root + mark in base.specs for mark in marks) for root in _ROOTS):
+        if not family.by_heads or not any(all(root + mark in base.specs for mark in marks) for root in ROOTS):
             continue
         found = {module: Reading(name, "original").find(own) for module, own in bare.items()}
         hit = [module for module, way in found.items() if way is not None and way[0] in family.by_heads]

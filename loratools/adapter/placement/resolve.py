@@ -15,6 +15,7 @@ from loratools.adapter.kinds import Update
 from loratools.adapter.kinds._bias import BiasUpdate
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.image.components import one_weight, widening
+from loratools.adapter.naming.image.models import explained
 from loratools.adapter.naming.wrappers import FUSIONS, Fusion, Names
 from loratools.adapter.placement import experts, stacks
 from loratools.adapter.placement.conv1d import Conv1D
@@ -72,7 +73,7 @@ def resolve(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any] | None =
         raise IncompatibleAdapter(
             f"the adapter does not fit this base model: {counted(len(problems), 'problem')} in "
             f"{counted(len(adapter.updates), 'module')}",
-            problems,
+            explained(problems, adapter.updates, shapes),
         )
     for placement in placements:
         detailed("%s: %s of the base", placement.module, placement.site.tensor)

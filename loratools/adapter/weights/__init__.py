@@ -8,7 +8,7 @@ scaled    an adapter whose scalings have the weights in them, for a merge
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from loratools.adapter.model import Adapter
@@ -123,6 +123,15 @@ class Weight:
             return self.default
         named = dict(self.blocks) or dict(self.patterns)
         return {"default": self.default, "blocks" if self.blocks else "patterns": named}
+
+
+def example(modules: Iterable[str]) -> str:
+    """Return the first module in words, to follow a sentence; nothing where there is none.
+
+    >>> example(["h.0.q", "h.1.q"]), example([])
+    (', such as h.0.q', '')
+    """
+    return next((f", such as {module}" for module in modules), "")
 
 
 def _number(text: str, whole: str) -> float:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter
-from loratools.adapter.weights import Weight
+from loratools.adapter.weights import Weight, example
 from loratools.decisions import warned
 from loratools.errors import LoraToolsError, UnsupportedAdapter, counted
 
@@ -19,7 +19,8 @@ def scaled(adapter: Adapter, words: str, name: str) -> Adapter:
     """
     weight = Weight.parse(words).bound(adapter, name)
     if unmatched := weight.unmatched([*adapter.updates, *adapter.replacements]):
-        problems = [f"{name}: {pattern} names none of its modules" for pattern in unmatched]
+        shown = example(adapter.updates)
+        problems = [f"{name}: {pattern} names none of its modules{shown}" for pattern in unmatched]
         raise LoraToolsError(
             f"{counted(len(unmatched), 'weight or pattern is', 'weights or patterns are')} for nothing", problems
         )

@@ -22,7 +22,7 @@ from loratools.dialects._frame.losses import common_losses, left, update_losses,
 from loratools.dialects._frame.metadata import carried, settings_with
 from loratools.dialects._frame.numbers import read_number
 from loratools.dialects.peft.config import PeftConfig
-from loratools.errors import BadFile
+from loratools.errors import BadFile, counted
 from loratools.format import keys
 from loratools.format.peft_config import derive_config
 from loratools.storage import save
@@ -140,6 +140,13 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
         prefix = f"{name}." if name else ""
         configs |= {prefix + field: value for field, value in _config(adapter, name).items()}
     metadata |= {"format": "pt", _KEY: json.dumps(configs, indent=2, sort_keys=True)}
+    scaled = sorted(module for module, update in adapter.updates.items() if update.scaling != 1)
+    if scaled:  # tensors of alpha beside the header's config are refused by diffusers
+        warned(
+            "%s: the scale of %s (%g, %s) stands in the header's %s alone, where diffusers 0.34 and later read it; "
+            "ComfyUI and older diffusers take it for 1: --to comfy or --to kohya writes what they read",
+            target, counted(len(scaled), "module"), adapter.updates[scaled[0]].scaling, scaled[0], _KEY,
+        )  # fmt: skip
     save.save(target, f"{_STEM}.safetensors", tensors, metadata, force=force)
     return adapter
 

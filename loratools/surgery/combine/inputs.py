@@ -18,7 +18,7 @@ from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.stacked import nested
 from loratools.adapter.naming.wrappers import normalized
-from loratools.adapter.weights import Weight
+from loratools.adapter.weights import Weight, example
 from loratools.errors import IncompatibleAdapter, InvalidOption, LoraToolsError, UnsupportedAdapter, counted
 from loratools.format.digest import checked_digest
 from loratools.storage.sources import is_reference
@@ -140,7 +140,7 @@ def align(inputs: Sequence[Input]) -> Aligned:
         raise IncompatibleAdapter(f"{counted(len(turned), 'stack')} of experts may lie in two ways", turned, hint=_SEAL)
     _refuse_differences([each.name for each in inputs], modules)
     unmatched = [
-        f"{each.name}: {pattern} names none of its modules"
+        f"{each.name}: {pattern} names none of its modules{example(common.values())}"
         for each, common in zip(inputs, renamed, strict=True)
         for pattern in each.weight.unmatched([*common.values(), *each.adapter.replacements])
     ]
@@ -201,7 +201,8 @@ def _refuse(inputs: Sequence[Input]) -> None:
     base = " --base BASE" if any(update.unsettled or not update.additive for update in refused) else ""
     given = "needs the base model" if base else "needs no base model"
     known = Path(name).exists() or is_reference(name)  # else it came open
-    source, output = (quote(name), quote(f"{Path(name).name}-lora")) if known else ("ADAPTER", "OUTPUT")
+    made = f"{Path(name).name.removesuffix('.safetensors')}-lora"
+    source, output = (quote(name), quote(made)) if known else ("ADAPTER", "OUTPUT")
     hint = (
         f"Make a LoRA of it first, which {given}: loratools convert {source} -o {output} --to-lora "
         f"--rank 16{base}. Or merge such an adapter into its base model instead."

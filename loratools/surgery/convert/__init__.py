@@ -1,6 +1,6 @@
 """Rewrite an adapter in another dialect; sealing it with its base's hash is a conversion into our own.
 
-`as_lora` makes a LoRA of an adapter of another kind first.
+`as_lora` makes a LoRA of an adapter of another kind first; `finite` tells of NaN and infinity.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ from loratools.adapter.placement.stacks import as_peft_has_it
 from loratools.adapter.placement.tied import onto_stored
 from loratools.adapter.placement.whole import resolve_replacements
 from loratools.decisions import decided, warned
-from loratools.dialects._frame.build import some
 from loratools.dialects._frame.losses import kept_identity
 from loratools.dialects.peft import profiles
 from loratools.format import manifest
-from loratools.format.digest import adapter_digest
+from loratools.format.digest import adapter_digest, same_tensors
 from loratools.format.record import TOOL
 from loratools.options import Options, TrainedOn
 from loratools.parallel import Progress
@@ -38,6 +37,7 @@ from loratools.storage.checkpoint.logical import encodings, logical, stored_name
 from loratools.storage.lazy import LazyTensor
 from loratools.storage.sources import Location, session
 from loratools.surgery.convert.as_lora import LoraError, as_lora
+from loratools.surgery.convert.finite import warn_not_finite
 from loratools.surgery.folding import carried
 from loratools.surgery.hash import hash_checkpoint, hash_tensors
 from loratools.surgery.inputs import (
@@ -62,6 +62,7 @@ BASE_CONFIG = ("model_type", "num_attention_heads", "num_key_value_heads", "head
 class Conversion:
     """What was written: dialect, digest of the adapter's tensors, the base identity it carries, and what was lost.
 
+    `output_digest` is that of what was written, as `hash` has it: another one where the dialect has other modules.
     `lora` says how near the LoRA is that was made of it; None where none was.
     """
 
@@ -71,6 +72,7 @@ class Conversion:
     modules: int
     base: BaseIdentity | None
     losses: tuple[Loss, ...]
+    output_digest: str
     lora: LoraError | None = None
 
 
@@ -211,25 +213,9 @@ def convert(
     written, losses = dialects.write_adapter(converted, Path(output), dialect=to, allow_loss=allow_loss, force=force)
     # The digest is that of the modules under their own names, whatever the dialect calls them, unless some are lost.
     digest = adapter_digest(converted if {loss.where for loss in losses} <= _OF_NO_TENSOR else written)
+    own = digest if same_tensors(converted, written) else adapter_digest(written)
     kept = kept_identity(converted, losses)
-    return Conversion(atomic.spelled(output), to, digest, len(written.updates), kept, tuple(losses), error)
-
-
-def warn_not_finite(adapter: Adapter) -> None:
-    """Warn of modules and tensors with NaN or infinity: a merge or a combination would refuse them."""
-    from loratools.storage.codecs.floats import is_finite
-
-    odd = [
-        name
-        for name, parts in (
-            *((module, update.parts) for module, update in adapter.updates.items()),
-            *((path, {path: lazy}) for path, lazy in adapter.replacements.items()),
-        )
-        if not all(is_finite(lazy.chunks(name), lazy.dtype) for lazy in parts.values())
-    ]
-    if odd:
-        warned("%s: NaN or infinite numbers, which no merge takes: the training diverged, or the file is damaged",
-               some(sorted(odd)))  # fmt: skip
+    return Conversion(atomic.spelled(output), to, digest, len(written.updates), kept, tuple(losses), own, error)
 
 
 def seal(adapter: Adapter, base: Checkpoint, progress: Progress | None = None) -> Adapter:

@@ -184,6 +184,33 @@ def test_modules_of_another_model_are_refused_by_name(run: Run, tmp_path: Path) 
     assert not (tmp_path / "merged").exists()
 
 
+def test_an_adapter_of_another_image_model_is_called_so(run: Run, tmp_path: Path) -> None:
+    """Two UNets share many names: whose each is, is said first, and three modules of the rest."""
+    names = {name: families.get(name).renames for name in ("sd", "sdxl")}
+    words = {"sd": "Stable Diffusion 1 and 2", "sdxl": "SDXL"}
+    for name, other in (("sd", "sdxl"), ("sdxl", "sd")):
+        original, theirs = ({key.replace("{}", "0"): (8, 8) for key in names[name]}, names[other])
+        saved({f"model.diffusion_model.{key}": shape for key, shape in original.items()},
+              tmp_path / name / "model.safetensors")  # fmt: skip
+        pipeline(tmp_path / f"{name}-folder", unet={value.replace("{}", "0"): (8, 8) for value in names[name].values()})
+        own = {value.replace("{}", "0") for value in theirs.values()} - {
+            value.replace("{}", "0") for value in names[name].values()
+        }
+        assert len(own) > 4
+        modules = {f"unet.{module}": product(8, 8, 1) for module in sorted(theirs[key].replace("{}", "0")
+                                                                           for key in theirs)}  # fmt: skip
+        path = tmp_path / f"{other}.safetensors"
+        dialects.save_adapter(Adapter(modules), path, dialect="kohya", force=True)
+        for base in (tmp_path / name / "model.safetensors", tmp_path / f"{name}-folder"):
+            for command in (["merge", base, path, "-o"], ["convert", path, "--base", base, "-o"]):
+                said = run(*command, tmp_path / "out", code=1).splitlines()
+                said = [line for line in said if line.startswith(("error:", " "))]
+                assert said[1] == f"  this is an adapter of {words[other]}, and the base model is {words[name]}"
+                assert len(said) == 6
+                assert said[-1].startswith("  and ")
+    assert not (tmp_path / "out").exists()
+
+
 def test_two_encoders_do_not_share_one_folder(run: Run, tmp_path: Path) -> None:
     base = saved(encoder(), tmp_path / "base" / "model.safetensors").parent
     modules = {f"text_encoder{n}.{Q}": product(8, 8, 1) for n in ("", "_2")}

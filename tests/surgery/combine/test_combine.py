@@ -548,6 +548,24 @@ def test_what_is_no_product_is_told_once_with_the_way_to_a_lora(tmp_path: Path) 
     (problem,) = caught.value.problems
     assert "and 2 more: kind loha: its change is no product of two factors" in problem
     file = tmp_path / "loha.safetensors"
-    assert f"which needs no base model: loratools convert {file} -o loha.safetensors-lora --to-lora --rank 16. Or" in (
+    assert f"which needs no base model: loratools convert {file} -o loha-lora --to-lora --rank 16. Or" in (
         caught.value.hint or ""
     )
+
+
+def test_what_kohyas_concat_makes_is_what_the_topic_says(tmp_path: Path) -> None:
+    """sd-scripts' merge_lora.py: sqrt(alpha / the first alpha) times the ratio on both factors, then stacked."""
+    pairs = [
+        (random(6, 8, seed=n).double(), random(8, 5, seed=9 + n).double(), alpha) for n, alpha in enumerate((4.0, 2.0))
+    ]
+    ratios, first = (0.7, -0.3), pairs[0][2]
+    ups = [up * abs((alpha / first) ** 0.5 * ratio) for (up, _, alpha), ratio in zip(pairs, ratios, strict=True)]
+    downs = [down * (alpha / first) ** 0.5 * ratio for (_, down, alpha), ratio in zip(pairs, ratios, strict=True)]
+    theirs = torch.cat(ups, 1) @ torch.cat(downs, 0) * first / 16
+    inputs = []
+    for up, down, alpha in pairs:
+        parts = {"lora_A.weight": LazyTensor.of(down.float()), "lora_B.weight": LazyTensor.of(up.float())}
+        inputs.append(Adapter({"m.q": kinds.get("lora").build(parts, alpha / 8, alpha)}))
+    combine(inputs, tmp_path / "sum", weights=[0.245, -0.045])
+    (ours,) = dense(tmp_path / "sum").values()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
