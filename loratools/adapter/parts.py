@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 A, B, BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
 A_EMBEDDING, B_EMBEDDING = "lora_embedding_A", "lora_embedding_B"
@@ -15,6 +15,9 @@ _FACTOR = (
 )
 _BESIDE = r"(?:.*[._])?(?:alpha|dora_scale|(?:lora_magnitude_vector|magnitude)(?:\.\w+)*|diff(?:_b)?|network_\w+)"
 
+_EMBEDDINGS = frozenset({"emb_params", "clip_l", "clip_g", "t5xxl"})
+_WORD = re.compile(r"<[^<>]+>")
+
 
 def factors_of(names: Iterable[str]) -> list[str]:
     """Return the names that end as those of an adapter's factors do, where most of these do; else [].
@@ -24,3 +27,12 @@ def factors_of(names: Iterable[str]) -> list[str]:
     telling = [name for name in names if not re.fullmatch(_BESIDE, name)]
     factors = [name for name in telling if re.fullmatch(_FACTOR, name)]
     return factors if 2 * len(factors) > len(telling) else []
+
+
+def is_textual_inversion(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Tell by the names and shapes of a file's tensors whether they are the vectors of a new word for the prompt.
+
+    `emb_params` of sd-scripts and web UIs, `clip_l` and `clip_g` of those of SDXL and later, `<word>` of diffusers.
+    """
+    named = bool(shapes) and (all(map(_WORD.fullmatch, shapes)) or shapes.keys() <= _EMBEDDINGS)
+    return named and all(len(shape) in (1, 2) for shape in shapes.values())

@@ -26,6 +26,7 @@ def fact_lines(facts: Facts, *, base: bool = True) -> Iterator[tuple[str, str | 
     yield "tags", _clip(", ".join(facts.tags))
     yield "frequent tags", _clip(f"{tags} and {more} more" if more else tags)
     yield "base model", _clip(facts.base) if base else None
+    yield "base as stated", _clip(_of_base(facts))
     yield "family", _clip(facts.family)
     yield "resolution", _clip(facts.resolution)
     trained = ((facts.steps, "steps"), (facts.epochs, "epochs"), (facts.images, "images"))
@@ -40,8 +41,18 @@ def fact_lines(facts: Facts, *, base: bool = True) -> Iterator[tuple[str, str | 
     yield "thumbnail", f"{facts.thumbnail[0]}, {show.size(facts.thumbnail[1])}" if facts.thumbnail else None
 
 
+def _of_base(facts: Facts) -> str | None:
+    """Return what the file says of its base beside name and family; nobody compares that hash, of a whole file."""
+    version = facts.base_version if facts.base_version != facts.family else None
+    hashed = f"a file with the hash {facts.base_hash}, which is not compared" if facts.base_hash else None
+    return ", ".join(filter(None, (version, hashed))) or None
+
+
 def entry_lines(entries: Mapping[str, str]) -> Iterator[str]:
     """Yield a line for each entry of a header, its value cut where it is long."""
+    if not entries:
+        yield "no entries in the header"
+        return
     yield f"{len(entries)} entries in the header:"
     for key in sorted(entries)[:_MOST]:
         yield f"  {_clip(key)} = {show.entry(entries[key], _LONGEST)}"

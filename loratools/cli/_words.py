@@ -148,7 +148,7 @@ WORDS: Mapping[str, Word] = {
 
     "--last": Word(SHOW, "Only the last step; what it took in are inputs."),
     "--grid": Word(SHOW, "Print the whole grid of similarities of one module.", "MODULE"),
-    "--metadata": Word(SHOW, "List every entry of the header of an adapter's file."),
+    "--metadata": Word(SHOW, "List every entry of the file's header."),
     "--modules": Word(SHOW, "Print a line for every module or tensor."),
     "--paper": Word(SHOW, "What section 7 of the LoRA paper shows: A alone, random control, Table 7."),
     "--spectrum": Word(SHOW, "Singular values of every module of an adapter; this reads the factors."),

@@ -82,10 +82,10 @@ def command(
     if isinstance(summary, AdapterSummary):
         line = None if modules or metadata else _adapter_in_a_line(summary)
         return show.Report(_document(summary, metadata), _adapter(summary, modules, metadata), line=line)
-    document = show.plain(summary)
+    document = show.plain(_document(summary, metadata))
     document["schema_hash"] = document.pop("schema")  # for `schema` is the version of every document
-    line = None if modules else _checkpoint_in_a_line(summary)
-    return show.Report(document, _checkpoint(summary, modules), line=line)
+    line = None if modules or metadata else _checkpoint_in_a_line(summary)
+    return show.Report(document, _checkpoint(summary, modules, metadata), line=line)
 
 
 def _measured(
@@ -105,7 +105,7 @@ def _measured(
 
 
 def _document(summary: AdapterSummary | CheckpointSummary, metadata: bool) -> dict[str, Any]:
-    """Return the document of a summary, with the entries of an adapter's header only where they were asked for."""
+    """Return the document of a summary, with the entries of its header only where they were asked for."""
     document = {field.name: getattr(summary, field.name) for field in fields(summary)}
     entries = document.pop("entries", {})
     return document | ({"metadata": bounded(entries)} if metadata else {})
@@ -176,7 +176,7 @@ def _adapter(summary: AdapterSummary, modules: bool, metadata: bool) -> Iterator
         )  # fmt: skip
 
 
-def _checkpoint(summary: CheckpointSummary, modules: bool) -> Iterator[str]:
+def _checkpoint(summary: CheckpointSummary, modules: bool, metadata: bool) -> Iterator[str]:
     tied = ", tied embeddings" if summary.tied else ""
     yield from show.fields(
         ("model", f"{summary.path}"),
@@ -197,6 +197,9 @@ def _checkpoint(summary: CheckpointSummary, modules: bool) -> Iterator[str]:
             [(name, str(of.tensors), show.exact(of.parameters), show.size(of.nbytes)) for name, of in amounts.items()],
             right=(1, 2, 3),
         )
+    if metadata:
+        yield ""
+        yield from entry_lines(summary.entries)
     if modules:
         yield ""
         yield from show.table(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import click
@@ -14,6 +15,9 @@ from loratools.cli._show import Report
 from loratools.cli._talk import Talk, pass_talk
 from loratools.cli._words import UNSEALED
 from loratools.errors import counted
+
+_UNSEALED = "L-03"
+"""The clause of what has no manifest: an adapter of another dialect, which nothing is wrong with."""
 
 if TYPE_CHECKING:
     from loratools.storage.checkpoint import Checkpoint
@@ -76,7 +80,10 @@ def _lines(adapter: str, base: str | None, validation: Validation) -> Iterator[s
     for difference in validation.differences or ():
         yield f"[base] {difference}"
     if report.problems:
-        yield f"{adapter}: not valid: {counted(len(report.problems), 'problem')}"
+        unsealed = [problem.clause for problem in report.problems] == [_UNSEALED]
+        seal = f"not sealed in this format; to seal it: loratools convert {quote(adapter)} -o OUTPUT"
+        broken = f"not valid: {counted(len(report.problems), 'problem')}"
+        yield f"{adapter}: {seal if unsealed else broken}"
         return
     yield (
         f"{adapter}: valid, format {report.format_version}: {report.modules} modules, {report.tensors} tensors, "

@@ -193,7 +193,9 @@ def variants(command: str, types_of: Types) -> list[dict[str, Schema]]:
             measured = {"spectrum": of("surgery.spectrum:AdapterSpectrum")}
             model = fields("surgery.inspect:CheckpointSummary")
             short = {name: value for name, value in adapter.items() if name != "metadata"}
-            return [short, adapter, short | measured, model | {"schema_hash": model.pop("schema")}]
+            model |= {"schema_hash": model.pop("schema"), "metadata": model.pop("entries")}
+            bare = {name: value for name, value in model.items() if name != "metadata"}
+            return [short, adapter, short | measured, bare, model]
         case "gather":
             others = [variants(name, types_of)[0] for name in ("extract-svd", "dequantize")]
             return [fields("surgery.merge.run:MergeReport"), *others]

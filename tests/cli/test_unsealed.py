@@ -37,3 +37,18 @@ def test_no_hash_is_printed_that_the_output_cannot_hold(
     assert run([*command, "--base", str(prepared / "base"), "--force", "--json"]) == 0
     base = json.loads(capsys.readouterr().out)["base"]
     assert base is None or (base["root"], base["tensors"]) == (None, {})
+
+
+def test_another_dialect_is_not_called_broken(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, sealed = str(prepared / "adapter"), str(tmp_path / "it is sealed")
+    assert run(["validate", path]) == 1
+    out = capsys.readouterr().out
+    assert out.endswith(f"{path}: not sealed in this format; to seal it: loratools convert {path} -o OUTPUT\n")
+    assert "not valid" not in out
+    assert run(["convert", path, "-o", sealed]) == 0
+    (tmp_path / "it is sealed" / "adapter_config.json").write_text("{}")
+    capsys.readouterr()
+    assert run(["validate", sealed]) == 1
+    assert f"{sealed}: not valid: " in capsys.readouterr().out

@@ -118,6 +118,25 @@ PARTS: dict[str, dict[str, tuple[int, ...]]] = {
 }
 
 
+@pytest.mark.parametrize(("kind", "base"), [("loha", ""), ("hira", " --base BASE")])
+def test_of_what_a_dialect_has_no_kind_for_a_lora_can_be_made(kind: str, base: str, tmp_path: Path) -> None:
+    shapes = {"hira_A": (2, 8), "hira_B": (8, 2)} if kind == "hira" else PARTS[kind]
+    adapter = Adapter({"unet.conv_in": build({name: torch.ones(shape) for name, shape in shapes.items()})})
+    with pytest.raises(LossyConversion) as refusal:
+        dialects.save_adapter(adapter, tmp_path / "out.safetensors", dialect="diffusers")
+    assert refusal.value.problems == (f"unet.conv_in: diffusers has no updates of kind {kind}",)
+    assert (
+        refusal.value.hint == f"Make a LoRA of it with --to-lora --rank R{base}, or choose a dialect that keeps them."
+    )
+
+
+def test_what_is_no_update_can_be_left_out(prepared: Path, tmp_path: Path) -> None:
+    with pytest.raises(LossyConversion) as refusal:
+        dialects.save_adapter(prepared / "sealed", tmp_path / "out.safetensors", dialect="kohya")
+    way = "Write it without them with --allow-loss, or choose a dialect that keeps them."
+    assert refusal.value.hint == way
+
+
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", None])
 @pytest.mark.parametrize("kind", sorted(PARTS))
 def test_a_sealed_adapter_says_how_a_square_weight_lies(kind: str, model_type: str | None, tmp_path: Path) -> None:

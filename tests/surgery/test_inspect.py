@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from loratools import dialects
 from loratools.cli._run import run
 from loratools.cli._show import encode
 from loratools.errors import BadFile, UnknownKind
@@ -111,6 +112,52 @@ def test_checkpoint_of_a_bare_file(tmp_path: Path) -> None:
     assert (found.architecture, found.tied, found.model_type) == (None, None, None)
     assert found.dtypes == {"F16": Amount(1, 6, 12), "I8": Amount(1, 4, 4)}
     assert found.shards == {"x.safetensors": Amount(2, 10, 16)}
+
+
+def test_what_the_header_of_a_bare_file_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = {"modelspec.architecture": "stable-diffusion-xl-v1-base", "modelspec.title": "tiny"}
+    for name, entries in (("x.safetensors", said), ("bare.safetensors", None)):
+        save_file({"w": torch.zeros(2, 3)}, tmp_path / name, metadata=entries)
+    assert checkpoint(tmp_path / "x.safetensors").architecture == "stable-diffusion-xl-v1-base"
+    for arguments in (["inspect"], ["inspect", "--metadata"]):
+        assert run([*arguments, str(tmp_path / "x.safetensors")]) == 0
+        out = capsys.readouterr().out
+        assert "architecture  stable-diffusion-xl-v1-base\n" in out
+        assert ("2 entries in the header:\n" in out) == ("--metadata" in arguments)
+        assert ("\n  modelspec.title = tiny\n" in out) == ("--metadata" in arguments)
+        assert run([*arguments, str(tmp_path / "x.safetensors"), "--json"]) == 0
+        document = json.loads(capsys.readouterr().out)
+        assert document.get("metadata") == (said if "--metadata" in arguments else None)
+        assert "entries" not in document
+    assert run(["inspect", "--metadata", str(tmp_path / "bare.safetensors")]) == 0
+    assert "\nno entries in the header\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"emb_params": (4, 8)}, {"clip_l": (4, 8), "clip_g": (4, 16)}, {"<cat-toy>": (8,)},
+        {"<cat-toy>": (8,), "<dog toy>": (2, 8)},
+    ],
+    ids=["web-ui", "sdxl", "diffusers", "several"],
+)  # fmt: skip
+@pytest.mark.parametrize("ending", ["safetensors", "pt"])
+def test_an_embedding_is_no_model_and_no_adapter(
+    ending: str, tensors: dict[str, tuple[int, ...]], tmp_path: Path
+) -> None:
+    path = tmp_path / f"e.{ending}"
+    state = {name: torch.ones(shape) for name, shape in tensors.items()}
+    save_file(state, path) if ending == "safetensors" else torch.save(state, path)
+    for read in (inspect, dialects.open_adapter):
+        with pytest.raises(UnknownKind) as refusal:
+            read(path)
+        assert refusal.value.message == f"{path}: a textual-inversion embedding, not a LoRA"
+        assert not refusal.value.problems
+
+
+def test_what_only_resembles_an_embedding_is_none(tmp_path: Path) -> None:
+    save_file({"clip_l": torch.ones(4, 8, 3, 3), "clip_g": torch.ones(4)}, tmp_path / "x.safetensors")
+    assert checkpoint(tmp_path / "x.safetensors").total.tensors == 2
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,11 @@ Groups = dict[str, dict[str, LazyTensor]]
 EMBEDDINGS = frozenset({"embed_tokens", "wte", "wpe", "tok_embeddings", "word_embeddings", "embeddings", "embedding"})
 """What models call their embedding; its factors are shaped as a linear layer's, so only the name tells."""
 
+_PARTNERS = (
+    ("lora_down", "lora_up"), ("lora.down", "lora.up"), ("lora_A", "lora_B"), ("lora_a", "lora_b"),
+    ("linear_in", "linear_out"),
+)  # fmt: skip
+
 Rule = Callable[[str, int], tuple[float, float]]
 """(module, rank) -> (scaling, alpha)"""
 
@@ -59,6 +64,7 @@ class Draft:
     `unknown`  a line for each module that is sound, and of which the file does not say enough
     `alpha`    the user's, for every module; None: the file's
     `layout`   (module, kind) -> the keywords that a kind is built with besides its parts
+    `names`    (module, part) -> what the tensor is called in the file
     """
 
     path: Path
@@ -68,6 +74,7 @@ class Draft:
     unknown: list[str] = field(default_factory=list)
     alpha: float | None = None
     layout: Callable[[str, str], Mapping[str, Any]] = lambda *_: {}
+    names: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def add(self, module: str, part: str, lazy: LazyTensor, name: str) -> None:
         """Put a tensor into its group; a second one in the same place is a fault."""
@@ -75,6 +82,7 @@ class Draft:
         if part in home:
             self.faults.append(f"{name}: a second tensor for {module}.{part}")
         home[part] = lazy
+        self.names[module, part] = name
 
     def convert(self, change: Callable[[str, dict[str, LazyTensor]], Groups]) -> None:
         """Put what `change` makes of each module in its place; its `ValueError` is a fault, `LookupError` unknown."""
@@ -102,7 +110,7 @@ class Draft:
         self.check()
         check_read(self.path, self.unknown)
         tell_alpha(self.path, self.alpha, self.alphas.values())
-        updates, unsupported, faults = build_all(self.groups, rule or self.usual, layout=self.layout)
+        updates, unsupported, faults = build_all(self.groups, rule or self.usual, layout=self.layout, names=self.names)
         check_faults(self.path, faults)
         check_read(self.path, unsupported)
         if not updates:
@@ -120,9 +128,11 @@ def build_all(
     rule: Rule,
     choose: Callable[[str, Mapping[str, LazyTensor]], str | None] = lambda _, parts: kinds.claim(parts),
     layout: Callable[[str, str], Mapping[str, Any]] = lambda *_: {},
+    names: Mapping[tuple[str, str], str] | None = None,
 ) -> tuple[dict[str, Update], list[str], list[str]]:
     """Return the updates, a line for each set of parts that no kind claims, and a line for each contradiction.
 
+    Of factors whose partner is missing, `names` are those in the file.
     `choose` returns the kind of a module with these parts, `layout` the keywords that a module of a kind needs besides.
     A `rule` that finds a contradiction raises `ValueError`.
     """
@@ -134,6 +144,9 @@ def build_all(
             faults.append(f"{module}: {hollow[0]} is empty, as DeepSpeed ZeRO-3 and FSDP save what they did not gather")
             continue
         kind = choose(module, parts)
+        if kind is None and len(half := sorted(parts.keys() & {A, B})) == 1:
+            faults.append(f"{module}: {_missing((names or {}).get((module, half[0]), half[0]))}")
+            continue
         if kind is None:
             described = ", ".join(sorted(f"{part} ({len(lazy.shape)}-D)" for part, lazy in parts.items()))
             unclaimed[described].append(module)
@@ -148,6 +161,20 @@ def build_all(
         for parts, modules in unclaimed.items()
     ]
     return updates, unsupported, faults
+
+
+def _missing(name: str) -> str:
+    """Say of a factor, by its name in the file, that its partner is missing, and what that would be called.
+
+    >>> _missing("lora_unet_mid.lora_down.weight")
+    'lora_up.weight is missing, the partner of lora_unet_mid.lora_down.weight'
+    """
+    for one, other in _PARTNERS:
+        for found, missing in ((one, other), (other, one)):
+            head, there, tail = name.rpartition(found)
+            if there and "." not in tail.removesuffix(".weight"):
+                return f"{missing}{tail} is missing, the partner of {head}{found}{tail}"
+    return f"the partner of {name} is missing"
 
 
 def both(parts: Mapping[str, LazyTensor], a: str, b: str) -> tuple[LazyTensor, LazyTensor]:

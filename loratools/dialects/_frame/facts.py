@@ -25,8 +25,10 @@ class Facts(NamedTuple):
     """What the metadata of an adapter say, None or () where they are silent.
 
     `frequent_tags` are the tags of the captions that it was trained on with their counts, the most frequent first, and
-    `tags_in_all` is how many there are. `base` is the name that the metadata have for the base model or, where they
-    have none, for its family. `thumbnail` is the type of the picture and its bytes, `trained_with` the program.
+    `tags_in_all` is how many there are. `base_version` and `base_hash` are what sd-scripts wrote of the base model: its
+    version, and the SHA-256 of its file or, where that is missing, the short hash that web UIs had; neither is our base
+    hash, which is of tensors and not of files. `base` is the name that the metadata have for the base model or, where
+    they have none, for its family. `thumbnail` is the type of the picture and its bytes, `trained_with` the program.
     """
 
     trigger: tuple[str, ...] = ()
@@ -48,6 +50,8 @@ class Facts(NamedTuple):
     license: str | None = None
     comment: str | None = None
     thumbnail: tuple[str, int] | None = None
+    base_version: str | None = None
+    base_hash: str | None = None
 
 
 def facts_of(entries: Mapping[str, str], base: str | None = None, card: str | None = None) -> Facts:
@@ -82,6 +86,8 @@ def facts_of(entries: Mapping[str, str], base: str | None = None, card: str | No
         license=_first(entries, *ALSO["license"]),
         comment=_first(entries, "ss_training_comment"),
         thumbnail=_picture(entries.get("modelspec.thumbnail")),
+        base_version=_first(entries, "ss_base_model_version"),
+        base_hash=_first(entries, "ss_new_sd_model_hash", "ss_sd_model_hash"),
     )
 
 

@@ -12,10 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from loratools.adapter.naming.compact import natural
-from loratools.adapter.parts import factors_of
+from loratools.adapter.parts import factors_of, is_textual_inversion
 from loratools.decisions import warned
 from loratools.dialects._frame.listing import Listing
 from loratools.errors import BadFile, UnknownKind
+from loratools.storage.pickles import EMBEDDING, SUFFIXES
 
 MAX_FOLDERS, MAX_DEPTH = 1_000, 4
 """Folders that are looked into, and how far below: mistral-finetune has checkpoints/checkpoint_000010/consolidated."""
@@ -92,6 +93,10 @@ def unknown(listing: Listing, known: Sequence[str]) -> UnknownKind:
         shown = ", ".join(own[:6]) + (f" and {len(own) - 6} more" if len(own) > 6 else "")
         hint = f"Name one of them, or give --each {listing.path} to a command that takes many."
         return UnknownKind(f"{listing.path}: {len(own)} files of adapters: {shown}", hint=hint)
+    lone = listing.own_weights if len(listing.own_weights) == 1 else []
+    tensors = listing.tensors(lone[0]) if lone and lone[0].endswith((".safetensors", *SUFFIXES)) else {}
+    if is_textual_inversion({name: lazy.shape for name, lazy in tensors.items()}):
+        return embedding(listing)
     if factors := listing.factors:
         what = f"an adapter, with {len(factors)} factors such as {factors[0]}, whose names no dialect has"
         return UnknownKind(f"{listing.path}: {what}; loratools reads", known)
@@ -111,6 +116,11 @@ def unknown(listing: Listing, known: Sequence[str]) -> UnknownKind:
     if not listing.weights:
         return UnknownKind(f"{listing.path}: no dialect knows this folder; {holds}", hint=lists)
     return UnknownKind(f"{listing.path}: no dialect knows this folder; {holds}; loratools reads", known)
+
+
+def embedding(listing: Listing) -> UnknownKind:
+    """Return the error for a textual inversion where an adapter or a model was expected."""
+    return UnknownKind(f"{listing.path}: {EMBEDDING}", hint="It has a new word for the prompt, and changes no weight.")
 
 
 def _adapters_in(listing: Listing) -> list[str]:

@@ -56,12 +56,17 @@ def replication_losses(adapter: Adapter) -> list[Loss]:
     return [Loss("layer_replication", what)] if layers else []
 
 
+def no_kind(dialect: str, kind: str) -> str:
+    """Say that a dialect has no updates of a kind: what is lost of each such module."""
+    return f"{dialect} has no updates of kind {kind}"
+
+
 def update_losses(adapter: Adapter, dialect: str, kinds: Iterable[str], parts: Iterable[str]) -> list[Loss]:
     """List the modules whose update a dialect has no words for: it has only these kinds, and these parts of them."""
     kinds, parts, losses = frozenset(kinds), frozenset(parts), []
     for module, update in adapter.updates.items():
         if update.kind not in kinds:
-            losses.append(Loss(module, f"{dialect} has no updates of kind {update.kind}"))
+            losses.append(Loss(module, no_kind(dialect, update.kind)))
         elif unknown := sorted(update.parts.keys() - parts):
             losses.append(Loss(module, f"{dialect} has no {', '.join(unknown)}"))
     return losses

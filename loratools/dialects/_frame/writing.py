@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from loratools.adapter.model import Adapter, Loss
 from loratools.dialects._frame.dialect import Dialect
 from loratools.dialects._frame.listing import WEIGHTS
+from loratools.dialects._frame.losses import no_kind
 from loratools.errors import LossyConversion, OutputRefused, counted
 
 
@@ -22,7 +24,7 @@ def written(
         raise LossyConversion(
             f"{path}: the dialect {dialect} cannot say {counted(len(losses), 'thing')} of this adapter",
             [str(loss) for loss in losses],
-            hint="Write it without them with --allow-loss, or choose a dialect that keeps them.",
+            hint=_way_out(adapter, losses, dialect),
         )
     if path.suffix in WEIGHTS and path.suffix not in writer.FILES:
         written = " or ".join((*writer.FILES, "a folder"))
@@ -31,3 +33,13 @@ def written(
     if any(file == output or output in file.parents for file in map(Path.resolve, files)):
         raise OutputRefused(f"{path} is also an input", hint="Choose another output.")
     return writer.write(adapter, path, force=force), losses
+
+
+def _way_out(adapter: Adapter, losses: Sequence[Loss], dialect: str) -> str:
+    """Return the hint for losses: where they are of a kind that the dialect lacks, such as LoHa, a LoRA can be made."""
+    reasons = {loss.what for loss in losses}  # by which alone they are known: losses have the dialect's names
+    lacking = [update for update in adapter.updates.values() if no_kind(dialect, update.kind) in reasons]
+    if not lacking:
+        return "Write it without them with --allow-loss, or choose a dialect that keeps them."
+    base = " --base BASE" if any(update.unsettled or not update.additive for update in lacking) else ""
+    return f"Make a LoRA of it with --to-lora --rank R{base}, or choose a dialect that keeps them."

@@ -106,7 +106,9 @@ def dotted(
         strange = {flat for flat, candidates in known.items() if not candidates}
         faults += several
         if strange and not several:
-            faults.append(_ambiguous(prefix, outcomes) if outcomes else _unknown(prefix, strange))
+            faults.append(
+                _ambiguous(prefix, outcomes) if outcomes else _unknown(prefix, strange, len(by_prefix[prefix]))
+            )
     return modules, faults
 
 
@@ -243,15 +245,14 @@ def _ambiguous(prefix: str, outcomes: Sequence[tuple[dict[str, str], list[Readin
     return f"{prefix}{flat}: could be {', '.join(ways)}"
 
 
-def _unknown(prefix: str, flats: set[str]) -> str:
-    """Say which names the family that knows most of them lacks."""
+def _unknown(prefix: str, flats: set[str], names: int) -> str:
+    """Say which of a prefix's names, so many in all, the family that knows most of them lacks."""
     forms = set(map(form_of, flats))  # a few, where names are thousands
     likely = (reading for reading in readings.every(_COMPONENTS[prefix]) if reading.has_any(forms, flat=True))
     counts = {reading: {flat for flat in flats if reading.find(flat, flat=True)} for reading in likely}
     best = max(counts, key=lambda reading: len(counts[reading]), default=None)
     strange = sorted(flats - counts[best] if best else flats)
     near = f", most of them of {best.family.summary}" if best and len(strange) < len(flats) else ""
-    return (
-        f"{len(strange)} of {len(flats)} names under {prefix} are of no known family{near}: "
-        f"{some([prefix + flat for flat in strange])}"
-    )
+    verb = "is" if len(strange) == 1 < names else "are"
+    few = some([prefix + flat for flat in strange])
+    return f"{len(strange)} of {names} names under {prefix} {verb} of no known family{near}: {few}"

@@ -9,3 +9,6 @@ window     a file inside a file: a member of a tar archive
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 """Endings of files that `torch.save` wrote."""
+
+EMBEDDING = "a textual-inversion embedding, not a LoRA"
+"""What a file is that holds a word's vectors, of which web UIs keep many beside the adapters."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from loratools.errors import BadFile, counted
 from loratools.storage.header import TensorSpec, check_name, nbytes
+from loratools.storage.pickles import EMBEDDING
 from loratools.storage.pickles.bare import foreign
 from loratools.storage.pickles.unpickle import Damaged, Refused, View, unpickle
 from loratools.storage.pickles.window import Window
@@ -126,6 +127,8 @@ def _state_dict(path: Path, pickled: bytes) -> dict[str, View]:
         raise BadFile(f"{path}: damaged torch.save file: {error}") from None
     if not isinstance(state, dict):
         raise BadFile(f"{path}: expected a state dict of tensors, found {_kind(state)}")
+    if isinstance(state.get("string_to_param"), dict):
+        raise BadFile(f"{path}: {EMBEDDING}", hint="It has a new word for the prompt, and changes no weight.")
     state = next((state[name] for name in _WRAPPERS if isinstance(state.get(name), dict)), state)
     if strangers := [
         f"{name!r:.200}: {_kind(value)}"

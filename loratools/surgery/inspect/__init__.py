@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.adapter.naming.compact import compact, natural
-from loratools.adapter.parts import factors_of
+from loratools.adapter.parts import factors_of, is_textual_inversion
 from loratools.decisions import decided
 from loratools.dialects import Listing, candidates_for, check_alpha, detect, get, located, open_adapter
+from loratools.dialects._frame import folders
 from loratools.dialects._frame.facts import Facts, facts_of
 from loratools.dialects._frame.metadata import metadata_of
 from loratools.errors import BadFile
@@ -155,6 +156,8 @@ def inspect(
                 raise
             listing, candidates = below, []
         else:
+            if is_textual_inversion({name: spec.shape for name, spec in model.specs.items()}):
+                raise folders.embedding(listing)
             if not factors_of(model.specs):
                 from loratools.surgery.inspect.model import describe_checkpoint, listed
 

@@ -20,9 +20,10 @@ class CheckpointSummary:
     """What a model's files are; `schema` is the first tier of its base hash, `shards` maps file to what is in it.
 
     `architecture`, `model_type` and `quantization` are what its config.json says, or the fields and types of a GGUF
-    file, None where it is silent; `tied` is too, or what its class does by default; `parent` is the model that a GGUF
-    file says it was made from. `record` is what loratools.json says of the merge that it came out of. `codes` says how
-    a quantized model is, module by module; None for any other.
+    file, or `modelspec.architecture` in the header of a safetensors file, None where these are silent; `tied` is too,
+    or what its class does by default; `parent` is the model that a GGUF file says it was made from. `record` is what
+    loratools.json says of the merge that it came out of. `codes` says how a quantized model is, module by module; None
+    for any other. `entries` are those of its files' headers.
     """
 
     path: str
@@ -40,6 +41,7 @@ class CheckpointSummary:
     codes: Quantization | None = None
     type: str = "checkpoint"
     parent: str | None = None
+    entries: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 def describe_checkpoint(checkpoint: Checkpoint, path: Location) -> CheckpointSummary:
@@ -51,11 +53,12 @@ def describe_checkpoint(checkpoint: Checkpoint, path: Location) -> CheckpointSum
     config, specs = checkpoint.config, checkpoint.specs
     architectures, model_type = config.get("architectures"), config.get("model_type")
     record = read(checkpoint) or None
+    entries = {key: text for shard in checkpoint.shards for key, text in shard.metadata.items()}
     tied, in_gguf = _tied(checkpoint), config.get("gguf") or {}
     return CheckpointSummary(
         path=str(path), components=checkpoint.components, schema=checkpoint.schema(), record=record,
         architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else in_gguf.get(
-            "architecture"
+            "architecture", entries.get("modelspec.architecture")
         ),
         model_type=model_type if isinstance(model_type, str) else None,
         tied=tied, quantization=stated_codes(config) or gguf_codes(specs), parent=in_gguf.get("parent"),
@@ -65,7 +68,7 @@ def describe_checkpoint(checkpoint: Checkpoint, path: Location) -> CheckpointSum
             for shard in checkpoint.shards
         },
         tensors=tuple(summary_of(name, specs[name]) for name in sorted(specs, key=natural)),
-        codes=quantization(checkpoint, record),
+        codes=quantization(checkpoint, record), entries=entries,
     )  # fmt: skip
 
 

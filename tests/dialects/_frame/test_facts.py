@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from loratools import dialects
+from loratools.cli._facts import fact_lines
 from loratools.dialects._frame.facts import Facts, facts_of, words
 from loratools.dialects._frame.places import MODELSPEC, TABLES, table_of
 
@@ -26,7 +27,17 @@ def test_kohya() -> None:
         title="dog", frequent_tags=(("park", 11), ("sks dog", 10), ("dog", 3)), tags_in_all=3, base="v1-5.safetensors",
         family="sd_v1", resolution="512x768", steps=1500, epochs=10, images=30,
         learning_rate="0.0001, text encoder 5e-05", date="2023-11-14T22:13:20Z", trained_with="networks.lora",
+        base_version="sd_v1",
     )  # fmt: skip
+
+
+def test_what_the_file_says_of_its_base() -> None:
+    assert facts_of(KOHYA | {"ss_sd_model_hash": "be9edd61"}).base_hash == "be9edd61"
+    told = facts_of(KOHYA | {"ss_sd_model_hash": "be9edd61", "ss_new_sd_model_hash": "31e3" * 16})
+    assert told.base_hash == "31e3" * 16
+    assert ("base as stated", f"a file with the hash {'31e3' * 16}, which is not compared") in list(fact_lines(told))
+    named = told._replace(family="stable-diffusion-v1/lora", base_hash=None)
+    assert ("base as stated", "sd_v1") in list(fact_lines(named))
 
 
 def test_only_a_training_is_told_as_one() -> None:

@@ -428,3 +428,28 @@ def test_gemma_beside_lumina_has_the_prefix_of_sd_scripts(tmp_path: Path) -> Non
         "diffusion_model.layers.0.attention.out", "diffusion_model.layers.0.feed_forward.w1",
         "text_encoder.layers.3.self_attn.q_proj",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("gone", "left"), [("lora_up", "lora_down"), ("lora_down", "lora_up")])
+def test_a_factor_without_its_partner_is_told_in_the_files_own_names(gone: str, left: str, tmp_path: Path) -> None:
+    tensors = named(f"{FLAT}_to_q", 0) | named(f"{FLAT}_to_k", 1)
+    del tensors[f"{FLAT}_to_q.{gone}.weight"]
+    with pytest.raises(BadFile) as refusal:
+        dialects.open_adapter(saved(tmp_path / "a.safetensors", tensors))
+    assert refusal.value.problems == (
+        f"{UNET}.to_q: {gone}.weight is missing, the partner of {FLAT}_to_q.{left}.weight",
+    )
+
+
+def test_strange_names_are_counted_among_all(tmp_path: Path) -> None:
+    tensors = named(f"{FLAT}_to_q", 0) | named(f"{FLAT}_to_k", 1) | named("lora_unet_nonsense_block", 2)
+    tensors |= named("lora_te_text_model_encoder_layers_0_mlp_fc1", 3)
+    path = saved(tmp_path / "a.safetensors", tensors)
+    save_file(
+        {f"{UNET}.to_q.weight": torch.ones(12, 16), f"{UNET}.to_k.weight": torch.ones(12, 16)},
+        tmp_path / "b.safetensors",
+    )
+    with pytest.raises(BadFile) as refusal:
+        dialects.open_adapter(path, base=Checkpoint.open(tmp_path / "b.safetensors"))
+    (problem,) = [each for each in refusal.value.problems if "lora_unet_" in each]
+    assert problem == "1 of 3 names under lora_unet_ is of no known family: lora_unet_nonsense_block"

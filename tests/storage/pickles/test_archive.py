@@ -263,3 +263,10 @@ def test_the_table_of_dtypes_is_torch_s() -> None:
     assert dtypes.from_name("complex128") is None
     with pytest.raises(ValueError, match="complex128"):
         dtypes.from_torch(torch.complex128)
+
+
+def test_an_embedding_of_a_web_ui_is_called_so(tmp_path: Path) -> None:
+    path = tmp_path / "e.pt"
+    torch.save({"string_to_param": {"*": torch.ones(4, 8)}, "name": "cat"}, path)
+    with pytest.raises(BadFile, match=r"e\.pt: a textual-inversion embedding, not a LoRA"):
+        read_pickled(path)
