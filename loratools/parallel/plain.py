@@ -1,8 +1,8 @@
 """Values of loratools as JSON has them, and back: what a part writes down, another process reads again.
 
 A number, a text, a list and a mapping are themselves. Anything else is a mapping with the key `=`, which says what it
-is: a tuple, a set, a path, or a dataclass of loratools, by its module and name. Nothing but such is ever made of a
-document, so that one from a stranger can make no other object.
+is: a tuple, a set, a path, or a dataclass or named tuple of loratools, by its module and name. Nothing but such is ever
+made of a document, so that one from a stranger can make no other object.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def to_plain(value: Any, place: str = "value") -> Any:
     """Return a value as JSON has it; `from_plain` makes an equal one of that.
 
     Args:
-        value: Numbers, texts, paths, lists, tuples, sets and mappings with texts as keys, and dataclasses of loratools.
+        value: Numbers, texts, paths, lists, tuples, sets and mappings with texts as keys, and dataclasses and
+            named tuples of loratools.
         place: What the value is called in an error. Default: `"value"`.
 
     Raises:
@@ -43,15 +44,15 @@ def to_plain(value: Any, place: str = "value") -> Any:
         return {_WHAT: "path", "path": str(value)}
     if isinstance(value, list):
         return [to_plain(each, f"{place}[{i}]") for i, each in enumerate(value)]
-    if isinstance(value, tuple):
+    kind = type(value)
+    if isinstance(value, tuple) and not _names(kind):
         return {_WHAT: "tuple", "items": [to_plain(each, f"{place}[{i}]") for i, each in enumerate(value)]}
     if isinstance(value, frozenset | set):
         return {_WHAT: "frozenset", "items": sorted(to_plain(each, f"{place}{{}}") for each in value)}
     if isinstance(value, Mapping) and all(isinstance(key, str) and key != _WHAT for key in value):
         return {key: to_plain(each, f"{place}[{key!r}]") for key, each in value.items()}
-    kind = type(value)
-    if is_dataclass(kind) and kind.__module__.partition(".")[0] == _PACKAGE:
-        named = {each.name: to_plain(getattr(value, each.name), f"{place}.{each.name}") for each in fields(kind)}
+    if (names := _names(kind)) and kind.__module__.partition(".")[0] == _PACKAGE:
+        named = {name: to_plain(getattr(value, name), f"{place}.{name}") for name in names}
         return {_WHAT: f"{kind.__module__}:{kind.__qualname__}", **named}
     raise NotPlain(f"{place} is a {kind.__name__}")
 
@@ -83,11 +84,16 @@ _KINDS: Mapping[Any, Any] = {"tuple": tuple, "frozenset": frozenset, "path": Pat
 
 
 def _dataclass(what: Any) -> Any:
-    """Return the dataclass of loratools of a name such as `loratools.parallel.shares:Part`."""
+    """Return the dataclass or named tuple of loratools of a name such as `loratools.parallel.shares:Part`."""
     module, _, name = what.partition(":")
     if module.partition(".")[0] != _PACKAGE or not name.isidentifier():
         raise ValueError("it is no value of loratools")
     kind = getattr(import_module(module), name)
-    if not (isinstance(kind, type) and is_dataclass(kind) and kind.__module__ == module):
+    if not (isinstance(kind, type) and _names(kind) and kind.__module__ == module):
         raise ValueError("it is no value of loratools")
     return kind
+
+
+def _names(kind: type) -> tuple[str, ...]:
+    """Return the names of the fields of a dataclass or a named tuple; () of any other type."""
+    return tuple(each.name for each in fields(kind)) if is_dataclass(kind) else getattr(kind, "_fields", ())

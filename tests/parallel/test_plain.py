@@ -15,6 +15,7 @@ from loratools.linalg.ranks.allocate import Ranks
 from loratools.linalg.ranks.rules import Energy
 from loratools.parallel.plain import NotPlain, from_plain, to_plain
 from loratools.parallel.shares import Part
+from loratools.storage.header import TensorSpec
 
 ALONE = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=4)
 VALUES = st.recursive(
@@ -34,6 +35,13 @@ def test_a_value_comes_back_equal(value: Any) -> None:
     back = from_plain(json.loads(json.dumps(to_plain(value))))
     assert back == value
     assert type(back) is type(value)
+
+
+def test_a_named_tuple_of_ours_stays_one() -> None:
+    """`TensorSpec` says where the factors of a part lie: as a bare tuple, no extraction could be gathered."""
+    spec = TensorSpec("F32", (2, 3), Path("a"), 8, 32)
+    back = from_plain(json.loads(json.dumps(to_plain(spec))))
+    assert (back, type(back)) == (spec, TensorSpec)
 
 
 @pytest.mark.parametrize("value", [Part(3, 16), Ranks(Energy(0.7), maximum=8), Ranks(budget=3000, uniform=True)])
