@@ -51,7 +51,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     before: dict[str, tuple[int, Cost]] = {}
     for count in sorted(args.counts):
-        folder = args.folder / f"{count}"
+        folder, answer = args.folder / f"{count}", args.folder / "answer"
         # In a process of its own: the peak of a process is never told as less than that of the one which started it.
         maker = get_context("spawn").Process(target=make, args=(folder, count, args.modules, args.rank))
         maker.start()
@@ -59,9 +59,9 @@ def main() -> None:
         for name, words in commands(folder, args.jobs).items():
             if words[:2] == ["compare", "--all"] and count > args.pairs:
                 continue
-            answer, cost = run(words)
+            cost = run(words, answer)
             if name == "find":
-                check(answer, count)
+                check(answer.read_text(), count)
             more = ""
             if name in before:
                 less, earlier = before[name]
@@ -122,20 +122,17 @@ def write(folder: Path, factors: dict[str, tuple[np.ndarray, np.ndarray]], rank:
     )
 
 
-def run(words: list[str]) -> tuple[str, Cost]:
-    """Run a command to its end; return what it printed, and what it took."""
+def run(words: list[str], answer: Path) -> Cost:
+    """Run a command to its end, what it prints going into a file; return what it took."""
     start = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "loratools", *words, "--quiet"],
-        stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert process.stdout is not None
-    answer = process.stdout.read().decode()
+    command = [sys.executable, "-m", "loratools", *words, "--quiet"]
+    with answer.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, env=os.environ | {"PYTHONPATH": str(ROOT)})
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"{' '.join(words)} failed")
-    return answer, Cost(time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+    return Cost(time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
 def check(answer: str, count: int) -> None:
