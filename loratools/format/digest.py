@@ -6,6 +6,7 @@ from loratools.adapter.model import Adapter
 from loratools.errors import BadFile
 from loratools.format import manifest
 from loratools.storage import digest
+from loratools.storage.lazy import chunks_of_all, in_order_of_files
 from loratools.storage.sources import remember, remembered
 
 
@@ -24,9 +25,10 @@ def adapter_digest(adapter: Adapter, algorithm: str = digest.DEFAULT) -> str:
 
 def tensor_digests(adapter: Adapter, algorithm: str = digest.DEFAULT) -> dict[str, str]:
     """Return the digest of each of an adapter's own tensors, by PEFT's canonical names."""
+    tensors = manifest.tensors_of(adapter)
     return {
-        name: digest.tensor(lazy.dtype, lazy.shape, lazy.chunks(name), algorithm)
-        for name, lazy in manifest.tensors_of(adapter).items()
+        name: digest.tensor(tensors[name].dtype, tensors[name].shape, chunks, algorithm)
+        for name, chunks in chunks_of_all(in_order_of_files(tensors))
     }
 
 

@@ -15,7 +15,7 @@ from loratools.format.clauses import ADAPTER_FILE, CONFIG_FILE, Subject
 from loratools.format.peft_config import derive_config
 from loratools.storage import atomic, digest, files
 from loratools.storage.beside import making
-from loratools.storage.lazy import LazyTensor
+from loratools.storage.lazy import LazyTensor, chunks_of_all
 from loratools.storage.save import header, ordered
 
 
@@ -68,10 +68,11 @@ def _write_file(path: Path, document: dict[str, Any], lazies: Mapping[str, LazyT
     offset = len(encoded(manifest.NO_DIGEST))
     digests = {}
     with files.descriptor(path, os.O_RDWR | os.O_CREAT | os.O_EXCL) as output:
-        for name, lazy in lazies.items():
+        for name, pieces in chunks_of_all(lazies):
+            lazy = lazies[name]
             hasher = digest.start_tensor(lazy.dtype, lazy.shape)
             start = offset
-            for piece in lazy.chunks(name):
+            for piece in pieces:
                 hasher.update(piece)
                 files.write_from(output, piece, offset)
                 offset += len(piece)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,3 +97,25 @@ class LazyTensor:
     def nbytes(self) -> int:
         """Bytes in its stored dtype."""
         return self.parameters * dtypes.bits(self.dtype) // 8
+
+
+def chunks_of_all(tensors: Mapping[str, LazyTensor]) -> Iterator[tuple[str, Iterator[memoryview]]]:
+    """Yield each tensor's name and its bytes piece by piece, in their order, each valid until the next is asked for.
+
+    A file is opened once for tensors that follow each other in it, and small ones side by side are read at once.
+    """
+    for stored, run in groupby(tensors.items(), key=lambda item: item[1].spec is not None):
+        if stored:
+            yield from files.chunks_of_all({name: tensor.spec for name, tensor in run if tensor.spec})
+        else:
+            yield from ((name, tensor.chunks(name)) for name, tensor in run)
+
+
+def in_order_of_files(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Return the tensors as they lie in their files, and those of no file last: an order to read all of them in."""
+
+    def place(item: tuple[str, LazyTensor]) -> tuple[bool, str, int]:
+        spec = item[1].spec
+        return (False, str(spec.file), spec.start) if spec else (True, "", 0)
+
+    return dict(sorted(tensors.items(), key=place))
