@@ -19,6 +19,9 @@ SUMMARY = "processes of this machine, by their number"
 
 _HERE = "127.0.0.1"
 
+_ANY_PORT = {"dashboard_address": f"{_HERE}:0", "dashboard": False}
+"""A scheduler opens a port for its state, dashboard or not: 8787 if left to itself, and a warning if that is taken."""
+
 _NO_LOOK = {"distributed.deploy.lost-worker-timeout": "3650 days"}
 
 PATIENCE = 120
@@ -35,7 +38,7 @@ def opened(address: str) -> Iterator[Pool]:
     with dask.config.set(_NO_LOOK):
         try:
             cluster = distributed.LocalCluster(
-                n_workers=count, threads_per_worker=1, processes=True, host=_HERE, dashboard_address=None,
+                n_workers=count, threads_per_worker=1, processes=True, host=_HERE, scheduler_kwargs=_ANY_PORT,
                 silence_logs=logging.CRITICAL, memory_limit=0,
             )  # fmt: skip
         except (RuntimeError, OSError) as error:

@@ -63,3 +63,11 @@ def test_a_scheduler_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_slurm_address_has_a_number_of_jobs() -> None:
     with pytest.raises(InvalidOption, match="after slurm: comes a number of jobs"), opened("slurm:many"):
         pass
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken_is_no_matter() -> None:
+    """Two schedulers at a time: each has its own port for its state, and none warns, which is an error in tests."""
+    pytest.importorskip("distributed")
+    with opened(1) as one, opened(1) as two:
+        assert [pool.executor.submit(abs, -3).result() for pool in (one, two)] == [3, 3]

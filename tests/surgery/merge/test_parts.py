@@ -161,7 +161,8 @@ def test_a_killed_worker_changes_no_byte(tmp_path: Path) -> None:
     base, adapter = prepare(tmp_path)
     merge(base, [adapter], tmp_path / "whole")
     with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None, silence_logs=50
+        n_workers=2, threads_per_worker=1, host="127.0.0.1", silence_logs=50,
+        scheduler_kwargs={"dashboard_address": "127.0.0.1:0", "dashboard": False},
     ) as cluster, distributed.Client(cluster, set_as_default=False) as client:  # fmt: skip
         pids = sorted(client.run(os.getpid).values())
         executor = Late(client.get_executor(pure=False), pids[:1])
