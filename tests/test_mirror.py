@@ -54,7 +54,6 @@ ELSEWHERE = {
     "storage/test_header": "storage: dtypes",
     "storage/test_sources": "storage: resolvers",
     "storage/stores/test_client": "storage/stores: faults",
-    "dialects/_frame/test_frame": "storage: lazy",
     "dialects/gguf/test_gguf": "adapter/naming: llama_cpp llama_cpp_table",
     "surgery/extract/test_extract": "adapter/naming: selection; adapter/placement: owners; linalg/ranks: allocate",
     "surgery/test_options": ".: options; surgery/inputs: opened",
