@@ -49,7 +49,8 @@ PROFILES = "it can be serving, vllm or sglang"
     [
         ("unmerge", {"threads": 0}, [f"threads is 0; {THREADS}"]),
         ("unmerge", {"threads": 1.5, "force": "no"}, [f"threads is 1.5; {THREADS}", f"force is 'no'; {FLAG}"]),
-        ("switch", {"check_base": "Strict"}, ["check_base is 'Strict'; it can be strict, warn or off"]),
+        ("switch", {"check_base": "Strict"},
+         ["check_base is 'Strict'; it can be strict, warn or off; did you mean strict?"]),
         ("switch", {"threads": True, "force": 0}, [f"threads is True; {THREADS}", f"force is 0; {FLAG}"]),
         ("verify", {"exact": 1}, [f"exact is 1; {FLAG}"]),
         ("verify", {"seed": 1.5, "threads": "2"},
@@ -61,7 +62,7 @@ PROFILES = "it can be serving, vllm or sglang"
         ("hash", {"tiers": "all"}, ["tiers is 'all'; it can be schema, tensors, root or logical"]),
         ("hash", {"tiers": ["root", "rot"], "algorithm": "md5", "threads": 0},
          [
-            "tiers is 'rot'; it can be schema, tensors, root or logical",
+            "tiers is 'rot'; it can be schema, tensors, root or logical; did you mean root?",
           "algorithm is 'md5'; it can be blake3 or sha256",
           f"threads is 0; {THREADS}"]),
     ],
