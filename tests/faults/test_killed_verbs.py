@@ -17,9 +17,9 @@ from tests.faults.kill_verbs import VERBS, judge
 @pytest.mark.slow
 @pytest.mark.kills
 def test_killed_verbs(tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    """500 kills, or one of each verb in the sample."""
+    """500 kills, or eight in the sample."""
     pytest.importorskip("huggingface_hub")
-    kills = 500 if pytestconfig.option.whole else len(VERBS)
+    kills = 500 if pytestconfig.option.whole else 8
     command = [sys.executable, "-m", "tests.faults.kill_verbs", tmp_path, str(pytestconfig.option.seed), str(kills)]
     done = subprocess.run(command, capture_output=True, text=True, env=clean_env(), cwd=REPOSITORY, check=False)
     assert done.returncode == 0, done.stderr
@@ -28,7 +28,7 @@ def test_killed_verbs(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     assert [fault for trial in outcome["trials"] for fault in judge(trial)] == []
     killed = Counter(trial["verb"] for trial in outcome["trials"] if trial["code"] == -9)
     assert killed.total() == kills
-    assert len(killed) >= 0.8 * len(VERBS)  # a run may be over before its parent kills it
+    assert len(killed) >= 0.8 * min(kills, len(VERBS))  # a run may be over before its parent kills it
 
 
 RIGHT = {

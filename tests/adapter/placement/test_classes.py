@@ -25,6 +25,9 @@ def stated(inner: str | None, state: int, count: int) -> dict[str, Any]:
     return said if SAID[below] is None else said | {str(inner): {"tie_word_embeddings": SAID[below]}}
 
 
+SHARES = 24
+
+
 def compare(cls: Any) -> list[str]:
     """Return how the installed class differs from the table."""
     import transformers
@@ -52,17 +55,19 @@ def test_what_a_class_ties(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_what_every_class_ties() -> None:
-    """A class that its default config does not build is compared where it can be built."""
+@pytest.mark.sweep(6)
+@pytest.mark.parametrize("share", range(SHARES))
+def test_what_every_class_ties(share: int) -> None:
+    """A class that its default config does not build is compared where it can be built. Every class is of one share."""
     pytest.importorskip("transformers")
     problems, built = [], 0
-    for cls in classes():
+    for cls in list(classes())[share::SHARES]:
         try:
             problems += compare(cls)
             built += 1
         except Exception:
             continue
-    assert built > 500
+    assert built > 500 / SHARES * 0.8
     assert problems == []
 
 

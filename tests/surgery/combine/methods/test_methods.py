@@ -322,7 +322,7 @@ def test_words_that_do_not_exist_are_answered_with_the_list(tmp_path: Path) -> N
     with pytest.raises(InvalidOption) as caught:
         combine(adapter(0), tmp_path / "x", method="tie", dtype="int8", ranks=0, check_base="no")  # type: ignore[arg-type]
     method, base, dtype, ranks = caught.value.problems
-    assert method == f"method is 'tie'; it can be {', '.join(methods.names()[:-1])} or ties"
+    assert method == f"method is 'tie'; it can be {', '.join(methods.names()[:-1])} or ties; did you mean ties?"
     assert base == "check_base is 'no'; it can be strict, warn or off"
     assert dtype.endswith("it can be bf16, f16, f32 or f64")
     assert ranks == "ranks: a rank must be at least 1, not 0"
