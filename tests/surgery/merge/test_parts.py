@@ -177,51 +177,47 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "quantized": ("quantized", {"max_shard_size": 20_000}),
     "requantized": ("quantized", {"quantized": "requantize", "retention": "full", "check_base": "off"}),
     "in another dtype": ("base", {"dtype": "f16", "max_shard_size": 20_000}),
+    "experts": ("experts", {}),
 }
+
+
+def given(case: str, workplace: Path) -> tuple[Path, Path, dict[str, Any]]:
+    """Return the base, the adapter and the options of a case; make what the workplace has not."""
+    base, options = CASES[case]
+    if case == "dora" and not (workplace / "dora").exists():
+        _save_dora(workplace / "adapter", workplace / "dora")
+    if case == "experts" and not (workplace / "experts").exists():
+        _save_experts(workplace)
+    adapter = {"dora": "dora", "experts": "of experts"}.get(case, "adapter")
+    return workplace / base, workplace / adapter, options
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("of", [2, 3])
 def test_parts_of_every_kind_of_merge_have_the_bytes_of_one_process(case: str, of: int, workplace: Path) -> None:
-    base, options = CASES[case]
-    adapter = workplace / ("dora" if case == "dora" else "adapter")
-    if case == "dora":
-        _save_dora(workplace / "adapter", adapter)
-    merge(workplace / base, [adapter], workplace / "whole", **options)
-    call = call_of(workplace / base, [adapter], workplace / "out", **options)
+    base, adapter, options = given(case, workplace)
+    report = merge(base, [adapter], workplace / "whole", **options)
+    assert report.changed > 0
+    call = call_of(base, [adapter], workplace / "out", **options)
     for number in range(of, 0, -1):
         merge_part(call, f"{number}/{of}")
     gather(workplace / "out")
     assert hashes(workplace / "out") == hashes(workplace / "whole")
     with ThreadPoolExecutor(1) as executor:
-        merge_shared(call_of(workplace / base, [adapter], workplace / "apart", **options), executor)
+        merge_shared(call_of(base, [adapter], workplace / "apart", **options), executor)
     assert hashes(workplace / "apart") == hashes(workplace / "whole")
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_call_goes_to_json_and_back_to_a_plan_of_equal_fingerprint(case: str, workplace: Path) -> None:
-    base, options = CASES[case]
-    call = call_of(workplace / base, [workplace / "adapter"], workplace / "out", **options)
+    base, adapter, options = given(case, workplace)
+    call = call_of(base, [adapter], workplace / "out", **options)
     back = Call.from_json(json.loads(json.dumps(call.to_json())), "here")
     again = pickle.loads(pickle.dumps(call))  # noqa: S301  (our own)
     plans = [decide_call(each) for each in (call, back, again)]
     assert len({fingerprint(plan.plan, settings_of(plan)) for plan in plans}) == 1
-    other = decide_call(call_of(workplace / base, [workplace / "adapter"], workplace / "out", **options, weights=2))
+    other = decide_call(call_of(base, [adapter], workplace / "out", **options, weights=2))
     assert fingerprint(other.plan, settings_of(other)) != fingerprint(plans[0].plan, settings_of(plans[0]))
-
-
-def test_experts_that_are_stacked_are_shared(tmp_path: Path) -> None:
-    weights = {f"layers.{i}.mlp.experts.gate_up_proj": random(4, 48, 32, seed=i) for i in range(3)}
-    base = save_base(tmp_path / "base", weights, shards=3)
-    factors = {f"layers.{i}.mlp.experts": (random(8, 32, seed=9), random(48, 8, seed=8)) for i in range(3)}
-    settings = {"r": 2, "target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]}
-    adapter = save_adapter(tmp_path / "adapter", Lora(factors, settings=settings))
-    merge(base, [adapter], tmp_path / "whole")
-    call = call_of(base, [adapter], tmp_path / "out")
-    for number in (2, 1):
-        merge_part(call, f"{number}/2")
-    assert gather(tmp_path / "out").changed == 3
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_a_model_is_dequantized_in_parts_and_on_workers(workplace: Path) -> None:
@@ -248,3 +244,12 @@ def _save_dora(source: Path, target: Path) -> None:
     save_file(factors, target / "adapter_model.safetensors", {"format": "pt"})
     config = json.loads((target / "adapter_config.json").read_text())
     (target / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+
+
+def _save_experts(folder: Path) -> None:
+    """Save a base of stacked experts in three shards, and an adapter for them."""
+    weights = {f"layers.{i}.mlp.experts.gate_up_proj": random(4, 48, 32, seed=i) for i in range(3)}
+    save_base(folder / "experts", weights, shards=3)
+    factors = {f"layers.{i}.mlp.experts": (random(8, 32, seed=9), random(48, 8, seed=8)) for i in range(3)}
+    settings = {"r": 2, "target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]}
+    save_adapter(folder / "of experts", Lora(factors, settings=settings))

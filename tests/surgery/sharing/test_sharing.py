@@ -60,9 +60,9 @@ def test_an_extraction_on_workers_has_the_bytes_and_the_certificate_of_one(case:
     with ThreadPoolExecutor(1) as executor:
         apart = share("extract-svd", executor, progress=done.append, **arguments, output=str(workplace / "apart"))
     assert hashes(workplace / "apart") == hashes(workplace / "alone")
-    assert _plain(apart) == _plain(alone)
+    assert account(apart) == account(alone)
     assert sum(done) > 0
-    assert _left(workplace) == []
+    assert left(workplace) == []
 
 
 @pytest.mark.parametrize("of", [1, 2, 3])
@@ -76,8 +76,8 @@ def test_parts_of_an_extraction_in_any_order_have_the_bytes_of_one(case: str, of
     assert sum(part.items for part in written) == len(alone.outcomes)
     apart = gather(workplace / "apart")
     assert hashes(workplace / "apart") == hashes(workplace / "alone")
-    assert _plain(apart) == _plain(alone)
-    assert _left(workplace) == []
+    assert account(apart) == account(alone)
+    assert left(workplace) == []
 
 
 def test_parts_that_are_missing_or_of_another_input_are_named(workplace: Path) -> None:
@@ -126,7 +126,7 @@ def test_an_error_names_the_worker_and_the_tensor(workplace: Path) -> None:
     problems = caught.value.problems
     assert any("q_proj" in problem for problem in problems)
     assert any(f"process {os.getpid()}" in problem and "in part " in problem for problem in problems)
-    assert _left(workplace) == []
+    assert left(workplace) == []
 
 
 def test_a_plan_of_an_extraction_pickles_and_goes_to_json_and_back(workplace: Path) -> None:
@@ -159,36 +159,18 @@ def test_every_verb_is_there_and_has_the_arguments_that_are_places(name: str) ->
     assert verb.output == ("output" in names)
 
 
-@pytest.mark.slow
-def test_two_processes_give_what_one_gives(workplace: Path) -> None:
-    pytest.importorskip("distributed")
-    arguments = {"base": str(workplace / "base"), "tuned": str(workplace / "tuned"), "ranks": 4}
-    alone = extract(**arguments, output=workplace / "alone")
-    from loratools.parallel.executors import opened
-
-    with opened(2) as pool:
-        apart = share("extract-svd", pool.executor, **arguments, output=str(workplace / "apart"))
-        for case, (function, given) in inputs(workplace).items():
-            assert share(case.partition(" ")[0], pool.executor, **given) == function(**given), case
-        drawn = share("verify", pool.executor, **inputs(workplace)["verify"][1] | {"seed": None})
-    assert hashes(workplace / "apart") == hashes(workplace / "alone")
-    assert _plain(apart) == _plain(alone)
-    assert drawn == verify(**inputs(workplace)["verify"][1] | {"seed": drawn.seed})
-    assert _left(workplace) == []
-
-
 def known_part() -> Any:
     from loratools.parallel.shares import Part
 
     return Part(1, 2)
 
 
-def _plain(extraction: Any) -> Any:
+def account(extraction: Any) -> Any:
     """Return the account of every tensor, the certificate and the digests."""
     return document(extraction) | {"output": ""}
 
 
-def _left(folder: Path) -> list[str]:
+def left(folder: Path) -> list[str]:
     """Return what lies hidden beside the output; the fixture has the two parts of `gathered`."""
     return sorted(path.name for path in folder.iterdir() if path.name.startswith(".") and "gathered" not in path.name)
 
