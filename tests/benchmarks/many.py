@@ -21,9 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loratools.surgery.convert import convert
+from tests.benchmarks.process import environment
 from tests.make import tiny
-
-ROOT = Path(__file__).parents[2]
 
 
 def main() -> None:
@@ -73,7 +72,7 @@ def measure(arguments: Sequence[str | Path]) -> tuple[float, float]:
     """Run a command and return the milliseconds that it took of processor and of wall time."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     command = [sys.executable, "-m", "loratools", *map(str, arguments), "--quiet"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment())
     after, stop = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return spent * 1000, (stop - start) * 1000

@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-ROOT = Path(__file__).parents[2]
+from tests.benchmarks.process import environment
+
 SIDES = {"self_attn.q_proj": (64, 64), "mlp.up_proj": (160, 64)}
 CONFIG = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "base_model_name_or_path": "example/base"}
 TENTH = 10
@@ -127,7 +128,7 @@ def run(words: list[str], answer: Path) -> Cost:
     start = time.perf_counter()
     command = [sys.executable, "-m", "loratools", *words, "--quiet"]
     with answer.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        process = subprocess.Popen(command, stdout=output, env=environment())
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
