@@ -12,6 +12,7 @@ from loratools.cli import _options as options
 from loratools.cli import _show as show
 from loratools.cli._group import command as make
 from loratools.cli._ranks import rank_options, ranks_of
+from loratools.cli._shares import crew, part_of
 from loratools.cli._talk import Talk, pass_talk
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 @options.modules_option
 @options.device_option
 @options.threads_option
+@options.workers_option
+@options.part_option
 @options.dry_run_option
 @options.force_option
 @pass_talk
@@ -53,7 +56,7 @@ def command(
     density: float | None, gamma: float | None, epsilon: float | None, seed: int | None, like: Library | None,
     normalize: bool | None, rescale: bool | None,
     initial: str | None, check_base: CheckBase, to: str | None, dtype: FloatName | None, modules: bool,
-    device: str, threads: int | None, dry_run: bool, force: bool, **ranks: Any,
+    device: str, threads: int | None, workers: str | None, part: str | None, dry_run: bool, force: bool, **ranks: Any,
 ) -> show.Report:  # fmt: skip
     """Combine adapters into one, with weights, without the base model.
 
@@ -91,11 +94,21 @@ def command(
         "initial": initial, "check_base": check_base, "to": to,
         "dtype": dtype, "device": device, "threads": threads, "force": force,
     }  # fmt: skip
+    if part and (workers or dry_run):
+        raise click.UsageError("--part writes one part of the output: without --workers and --dry-run")
+    call = {"adapters": list(adapters), "output": output, **given}
+    if part:
+        return part_of("combine", call, part)
     if dry_run:
         return options.would(plan(combine, adapters, output, **given), modules=modules)
-    with talk.progress("combining", total) as bar:
+    with talk.progress("combining", total) as bar, crew("combine", call, workers, bar):
         combination = combine(adapters, output, **given, progress=bar)
     talk.warn(*combination.warnings)
+    return gathered(combination, modules=modules)
+
+
+def gathered(combination: Combination, *, modules: bool = False) -> show.Report:
+    """Return the report of a combination, in one process or of parts; with `modules` what each of them keeps."""
     kept = table(combination) if modules else ()
     return show.Report(show.plain(combination), [*lines(combination, "combined"), *kept])
 

@@ -13,10 +13,12 @@ from loratools.cli import _show as show
 from loratools.cli._batch import named_for
 from loratools.cli._group import command as make
 from loratools.cli._ranks import rank_options, ranks_of
+from loratools.cli._shares import crew, part_of
 from loratools.cli._talk import Talk, pass_talk
 
 if TYPE_CHECKING:
     from loratools.storage.dtypes import FloatName
+    from loratools.surgery.combine import Combination
 
 
 def _renamed(name: str, file: bool, values: Mapping[str, Any]) -> str:
@@ -36,14 +38,16 @@ def _renamed(name: str, file: bool, values: Mapping[str, Any]) -> str:
 @options.adapter_options
 @options.device_option
 @options.threads_option
+@options.workers_option
+@options.part_option
 @options.dry_run_option
 @options.force_option
 @pass_talk
 def command(
     talk: Talk, /, adapter: str, output: Path, to: str | None, dtype: FloatName | None, dialect: str | None,
     alpha: float | None,
-    include: tuple[str, ...], exclude: tuple[str, ...], device: str, threads: int | None, modules: bool, dry_run: bool,
-    force: bool, **ranks: Any,
+    include: tuple[str, ...], exclude: tuple[str, ...], device: str, threads: int | None, workers: str | None,
+    part: str | None, modules: bool, dry_run: bool, force: bool, **ranks: Any,
 ) -> show.Report:  # fmt: skip
     """Give an adapter other ranks, with the least error there is; --modules prints what each module keeps.
 
@@ -60,7 +64,7 @@ def command(
       loratools resize adapter --rank 4 --exclude '*.layers.0.*' -o small
     """
     from loratools import dialects
-    from loratools.cli.combine import lines, size_of, table
+    from loratools.cli.combine import size_of
     from loratools.storage.dtypes import ALIASES
     from loratools.surgery.combine.result import dtype_of
     from loratools.surgery.inputs import plan
@@ -77,12 +81,26 @@ def command(
         "include": include or None, "exclude": exclude or None, "to": to, "dtype": dtype, "device": device,
         "threads": threads, "force": force,
     }  # fmt: skip
+    call = {
+        "adapter": adapter, "output": output, "ranks": wanted, "dialect": dialect, "alpha": alpha, **given,
+    }  # fmt: skip
+    if part and (workers or dry_run):
+        raise click.UsageError("--part writes one part of the output: without --workers and --dry-run")
+    if part:
+        return part_of("resize", call, part)
     if dry_run:
         return options.would(
             plan(resize, adapter, output, wanted, dialect=dialect, alpha=alpha, **given), modules=modules
         )
-    with talk.progress("resizing", size_of([source])) as bar:
+    with talk.progress("resizing", size_of([source])) as bar, crew("resize", call, workers, bar):
         resized = resize(adapter, output, wanted, dialect=dialect, alpha=alpha, **given, progress=bar)
+    return gathered(resized, modules=modules)
+
+
+def gathered(resized: Combination, *, modules: bool = False) -> show.Report:
+    """Return the report of a resize, in one process or of parts; with `modules` what each of them keeps."""
+    from loratools.cli.combine import lines, table
+
     line = f"wrote {resized.output} ({len(resized.shares)} modules, error {resized.error:.3g} of the change)"
     kept = table(resized) if modules else ()
     return show.Report(show.plain(resized), [*lines(resized, "resized", method=False), *kept], line=line)

@@ -87,15 +87,16 @@ class Decomposition:
 
     `sigma` (n, k) are the singular values, descending; `ranks` (n,) how many of each are more than the rounding of
     terms as large as Σⱼ‖bⱼ‖·‖aⱼ‖. `grams` are BᵀB and AAᵀ (n, r, r), and `finite` (n,) tells where these
-    are finite; elsewhere there is nothing.
+    are finite; elsewhere there is nothing. `changes` (n, r, k) and (n, k, r) make the long sides: B·change is U√Σ and
+    change·A is √ΣVᵀ; of products for which no change is as exact `made` has those themselves.
     """
 
     sigma: Array
     ranks: Array
     grams: tuple[Array, Array]
     finite: Array
-    _changes: tuple[Array, Array]  # (n, r, k) and (n, k, r): B·change is U√Σ, change·A is √ΣVᵀ
-    _made: Mapping[int, tuple[Array, Array]] = field(default_factory=dict)  # those for which no change is as exact
+    changes: tuple[Array, Array]
+    made: Mapping[int, tuple[Array, Array]] = field(default_factory=dict)
 
     def balanced(self, B: Array, A: Array, rank: int, which: Sequence[int]) -> tuple[Array, Array]:
         """Return B' = U√Σ (m, out, rank) and A' = √ΣVᵀ (m, rank, in) of the leading directions of products `which`.
@@ -103,11 +104,11 @@ class Decomposition:
         Directions beyond a product's rank are zero. `B` and `A` are the stacks that were decomposed.
         """
         at = slice(None) if len(which) == len(B) else list(which)
-        left = B[at] @ self._changes[0][at, :, :rank]
-        right = self._changes[1][at, :rank] @ A[at]
+        left = B[at] @ self.changes[0][at, :, :rank]
+        right = self.changes[1][at, :rank] @ A[at]
         for place, i in enumerate(which):
-            if i in self._made:
-                left[place], right[place] = self._made[i][0][:, :rank], self._made[i][1][:rank]
+            if i in self.made:
+                left[place], right[place] = self.made[i][0][:, :rank], self.made[i][1][:rank]
         return left, right
 
     def term_norms(self, start: int, stop: int) -> Array:

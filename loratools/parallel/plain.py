@@ -16,6 +16,9 @@ from typing import Any
 from loratools.errors import BadFile
 
 _WHAT = "="
+_OWN = "PLAIN"
+"""Attribute of a dataclass that is not made of its fields: the names of what it is made of, by its `from_plain`."""
+
 _PACKAGE = __name__.partition(".")[0]
 
 
@@ -52,6 +55,8 @@ def to_plain(value: Any, place: str = "value") -> Any:
     if isinstance(value, Mapping) and all(isinstance(key, str) and key != _WHAT for key in value):
         return {key: to_plain(each, f"{place}[{key!r}]") for key, each in value.items()}
     if (names := _names(kind)) and kind.__module__.partition(".")[0] == _PACKAGE:
+        if hasattr(kind, _OWN) and any(getattr(value, name) is None for name in names):
+            raise NotPlain(f"{place} is a {kind.__name__} that is held in memory")
         named = {name: to_plain(getattr(value, name), f"{place}.{name}") for name in names}
         return {_WHAT: f"{kind.__module__}:{kind.__qualname__}", **named}
     raise NotPlain(f"{place} is a {kind.__name__}")
@@ -75,7 +80,8 @@ def from_plain(document: Any) -> Any:
     try:
         if what in _KINDS:
             return _KINDS[what](*rest.values())
-        return _dataclass(what)(**rest)
+        kind = _dataclass(what)
+        return (kind.from_plain if hasattr(kind, _OWN) else kind)(**rest)
     except (TypeError, ValueError, AttributeError, ImportError) as error:
         raise BadFile(f"{what!r} cannot be read back: {error}") from None
 
@@ -96,4 +102,6 @@ def _dataclass(what: Any) -> Any:
 
 def _names(kind: type) -> tuple[str, ...]:
     """Return the names of the fields of a dataclass or a named tuple; () of any other type."""
+    if own := getattr(kind, _OWN, None):
+        return tuple(own)
     return tuple(each.name for each in fields(kind)) if is_dataclass(kind) else getattr(kind, "_fields", ())

@@ -13,6 +13,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from loratools.errors import InvalidOption
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -71,11 +73,22 @@ def agreed(value: int) -> int:
     return crew.agreed(value) if crew else value
 
 
+def room() -> Path | None:
+    """Return the folder for what a part writes, in whoever does only that; None for whoever makes the output."""
+    crew = _CREW.get()
+    return crew.room() if crew else None
+
+
 def place(opened: AbstractContextManager[Path]) -> AbstractContextManager[Path]:
     """Return the context of the folder to write into: that of the output, or of a part in whoever does only that."""
-    crew = _CREW.get()
-    room = crew.room() if crew else None
-    return opened if room is None else nullcontext(room)
+    own = room()
+    return opened if own is None else nullcontext(own)
+
+
+def alone(why: str, hint: str) -> None:
+    """Raise `InvalidOption` where the work is shared: `why` it cannot be, and what to do."""
+    if _CREW.get():
+        raise InvalidOption(why, hint=hint)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ gguf          GGUF files: fields and tensors
 beside        files beside weights: names, links, chat templates, vocabularies
 companions    the files beside a model's weights: which of them come along
 layout        where each tensor of an output lies: shards, offsets, the index
-save          a safetensors file of lazy tensors
+save          a safetensors file of lazy tensors; one that tensors are put into as they are made
 atomic        an output appears whole, or not at all
 rewrite       files changed where they stand, all of them or none
 sizes         sizes in bytes, as people write them

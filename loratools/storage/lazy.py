@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from loratools.errors import LoraToolsError
 from loratools.storage import dtypes, files
@@ -32,6 +32,20 @@ class LazyTensor:
     spec: TensorSpec | None = None
     file: Path | None = None
     held: memoryview | None = None
+
+    PLAIN: ClassVar = ("spec",)
+    """What it is made of where it travels (`parallel/plain.py`): one that is in memory only does not go to JSON."""
+
+    @classmethod
+    def from_plain(cls, spec: TensorSpec) -> LazyTensor:
+        """Stand for a tensor in a file, that another process has said."""
+        return cls.stored(spec)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle where its bytes lie, or else the bytes."""
+        if self.spec is not None:
+            return LazyTensor.stored, (self.spec,)
+        return _held, (self.dtype, self.shape, b"".join(self.chunks("that is pickled")))
 
     @classmethod
     def stored(cls, spec: TensorSpec) -> LazyTensor:
@@ -97,6 +111,10 @@ class LazyTensor:
     def nbytes(self) -> int:
         """Bytes in its stored dtype."""
         return self.parameters * dtypes.bits(self.dtype) // 8
+
+
+def _held(dtype: str, shape: tuple[int, ...], raw: bytes) -> LazyTensor:
+    return LazyTensor.holding(dtype, shape, memoryview(raw))
 
 
 def chunks_of_all(tensors: Mapping[str, LazyTensor]) -> Iterator[tuple[str, Iterator[memoryview]]]:

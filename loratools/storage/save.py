@@ -1,13 +1,15 @@
-"""Write a safetensors file of lazy tensors, byte for byte the same every time."""
+"""Write a safetensors file of lazy tensors, byte for byte the same every time; a file that tensors are added to."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from threading import Lock
 
-from loratools.storage import atomic, dtypes
+from loratools.storage import atomic, dtypes, files
 from loratools.storage.beside import making
-from loratools.storage.header import encode_header
+from loratools.storage.header import TensorSpec, encode_header
 from loratools.storage.lazy import LazyTensor
 
 
@@ -45,3 +47,27 @@ def save(
         if target.suffix != path.suffix:
             for other, text in (beside or {}).items():
                 path.with_name(other).write_text(text, encoding="utf-8", newline="\n")
+
+
+class Spool:
+    """A file that threads append tensors to: memory stays that of a few, however many there will be."""
+
+    def __init__(self, path: Path) -> None:
+        """Make the file, which must not exist."""
+        self.path = path
+        self._end = 0
+        self._lock = Lock()
+        path.touch(exist_ok=False)
+
+    def append(self, dtype: str, shape: tuple[int, ...], raw: memoryview) -> TensorSpec:
+        """Write the bytes of a tensor, as a safetensors file has them; return where they lie."""
+        with self._lock:
+            start, self._end = self._end, self._end + len(raw)
+        with files.descriptor(self.path, os.O_WRONLY) as target:
+            files.write_from(target, raw, start)
+        return TensorSpec(dtype, shape, self.path, start, start + len(raw))
+
+    def stored(self, tensor: LazyTensor) -> LazyTensor:
+        """Write a tensor; return one that stands for what was written."""
+        raw = b"".join(tensor.chunks("it"))
+        return LazyTensor.stored(self.append(tensor.dtype, tensor.shape, memoryview(raw)))

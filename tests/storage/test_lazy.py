@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
+from loratools.parallel.plain import NotPlain, from_plain, to_plain
 from loratools.storage.header import read_header
 from loratools.storage.lazy import LazyTensor, chunks_of_all, in_order_of_files
+from loratools.storage.save import Spool
 
 
 def lazies(folder: Path) -> tuple[dict[str, LazyTensor], dict[str, torch.Tensor]]:
@@ -41,3 +46,16 @@ def test_the_order_of_files_is_that_of_their_bytes(tmp_path: Path) -> None:
     places = [(spec.file.name, spec.start) for spec in specs if spec]
     assert places == sorted(places)
     assert len(places) == 4
+
+
+def test_a_tensor_in_a_file_travels_as_its_place_and_one_in_memory_as_its_bytes(tmp_path: Path) -> None:
+    numbers = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)
+    held = LazyTensor.of(numbers)
+    stored = Spool(tmp_path / "spool").stored(held)
+    assert from_plain(json.loads(json.dumps(to_plain(stored)))).spec == stored.spec
+    with pytest.raises(NotPlain, match=r"value\[0\] is a LazyTensor that is held in memory"):
+        to_plain([held])
+    for lazy in (held, stored):
+        back = pickle.loads(pickle.dumps(lazy))  # noqa: S301  (our own)
+        assert (back.dtype, back.shape, back.spec) == ("BF16", (2, 3), lazy.spec)
+        assert torch.equal(back.load(), numbers)

@@ -6,6 +6,7 @@ entries    what the headers of several files say, in one
 methods    the ways to combine, one file each
 change     the combined change of a module, in numbers, and the rank that is chosen for it
 products   sums of products, many modules at once
+travel     what is found of changes, where others share the work
 elementwise  what the other methods make, one module after the other
 whole      tensors trained whole, and biases, combined
 result     the adapter that several become: its settings and provenance
@@ -204,6 +205,8 @@ def run(
     biases = whole.biases(inputs, aligned, options.stored)
     try:
         changes = _settled(inputs, aligned, options, progress or no_progress)
+    except LoraToolsError:
+        raise
     except ValueError as too_small:
         raise LoraToolsError(str(too_small)) from None
     updates, shares = _updates(aligned, changes, biases)
@@ -227,17 +230,14 @@ def run(
             "the adapters take each other away almost completely: what is left may be the rounding of their numbers"
         )
     if error > max(_MUCH, 2 * optimum):
-        lost = (
-            f"rounding the factors to {options.stored} loses {error:.0%} of the change: too small or too large for it"
-        )
-        warnings.append(lost)
-        warned("%s", lost)
+        lost = f"loses {error:.0%} of the change: too small or too large for it"
+        warnings.append(f"rounding the factors to {options.stored} {lost}")
+        warned("%s", warnings[-1])
     done = step_of(operation, inputs, options, initial is not None, error)
     final = aligned.for_peft(updates)
     own_name = dict(zip(aligned.modules, final.modules, strict=True))
     named = {own_name[path]: update for path, update in updates.items()}
-    weighted = [each.weight.to_json() for each in inputs]
-    result = assemble(opened, final, named, replaced, base, done, weighted)
+    result = assemble(opened, final, named, replaced, base, done, [each.weight.to_json() for each in inputs])
     if unsettled := sorted({update.unsettled for update in updates.values() if update.unsettled}):
         # The format says of every stack how it lies; PEFT says it with its version, as the input did.
         warnings.append(

@@ -6,8 +6,9 @@ A dense matrix is decomposed as far as the rule of ranks asks (`linalg.svd`), a 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +22,11 @@ from loratools.linalg.factored import factored_svd, rounding2, squared_norm
 from loratools.linalg.ranks.rules import Fixed, RankRule
 from loratools.linalg.svd.truncated import truncated_svd
 from loratools.parallel import Progress, cores, each
+from loratools.parallel.shared import alone, shared
 from loratools.storage import dtypes
 from loratools.storage.lazy import LazyTensor
-from loratools.surgery.combine import methods
+from loratools.storage.save import Spool
+from loratools.surgery.combine import methods, travel
 from loratools.surgery.combine.change import Change, Kept, Known, Settled, choose, refused
 from loratools.surgery.combine.inputs import Aligned, Input, Member
 from loratools.surgery.combine.methods import Merge
@@ -41,26 +44,45 @@ class _Decomposed:
     right: Tensor
 
 
+class _Laid(NamedTuple):
+    """The same, in a file or in memory."""
+
+    change: Change
+    left: LazyTensor
+    right: LazyTensor
+
+    @classmethod
+    def of(cls, found: _Decomposed, into: Spool | None) -> _Laid:
+        left, right = LazyTensor.of(found.left), LazyTensor.of(found.right)
+        return cls(found.change, *((left, right) if into is None else (into.stored(left), into.stored(right))))
+
+
 def settle(
     inputs: Sequence[Input], aligned: Aligned, options: CombineOptions, progress: Progress, merge: Merge
 ) -> dict[str, Settled | None]:
     """Return module -> its change by a method's `merge`, and what is stored of it; None where that is zero.
 
-    No number depends on the threads. Raises `IncompatibleAdapter` with every module that fails, and `ValueError` for a
-    budget that is too small.
+    No number depends on the threads, and others may share the work, module by module. Raises `IncompatibleAdapter` with
+    every module that fails, and `ValueError` for a budget that is too small.
     """
     seed, threads = options.seed or 0, options.threads or min(8, cores())
     chance: Chance = Seeded(seed)
     problems: dict[str, str] = {}
     if options.like == "peft" and methods.seed_of(options.method, options) is not None:
         # One stream for all modules: they must draw from it one after the other.
+        alone(
+            f"{options.method} with like 'peft' draws from one stream for all modules, in their order",
+            "Leave out --like, which gives each module its own; or work in this process.",
+        )
         chance, threads = AsPeft(seed), 1
 
-    def change(module: str, members: Sequence[Member]) -> _Decomposed | None:
+    into = travel.spool()
+
+    def change(module: str, members: Sequence[Member]) -> _Laid | None:
         with Lane.of(options.computes_on).open():
             found = changed(module, members)
             Lane.of(options.computes_on).wait()  # another thread may go on with it
-            return found
+            return None if found is None else _Laid.of(found, into)
 
     def changed(module: str, members: Sequence[Member]) -> _Decomposed | None:
         rule = _rule(members, options)
@@ -80,11 +102,15 @@ def settle(
         progress(sum(lazy.nbytes for member in members for lazy in member.update.parts.values()))
         return of_each[0] if single else _stacked(of_each)
 
+    def several(some: Mapping[str, Sequence[Member]]) -> dict[str, _Laid | None]:
+        with computing(options.computes_on):
+            done = each(change, some, threads, torch_threads=1)
+        if problems:
+            raise refused(problems)
+        return done
+
     ordered = {module: aligned.modules[module] for module in sorted(aligned.modules, key=natural)}
-    with computing(options.computes_on):
-        looked = {module: found for module, found in each(change, ordered, threads, torch_threads=1).items() if found}
-    if problems:
-        raise refused(problems)
+    looked = {module: found for module, found in shared(several, ordered, _numbers).items() if found}
     names = sorted(looked)
     ranks = dict(zip(names, choose([looked[name].change for name in names], options.rule), strict=True))
     with computing(options.computes_on):
@@ -163,10 +189,16 @@ def _stacked(each: Sequence[_Decomposed | None]) -> _Decomposed | None:
     return _Decomposed(Change.of_stack(spectra, len(each), size), left, right)
 
 
-def _keep(found: _Decomposed, rank: int, options: CombineOptions) -> Kept:
+def _numbers(members: Sequence[Member]) -> int:
+    """Return how many numbers the change of a module has: by them the work of modules is compared."""
+    return math.prod(members[0].update.shape)
+
+
+def _keep(found: _Laid, rank: int, options: CombineOptions) -> Kept:
     """Return the leading `rank` of a change, rounded to the dtype that is stored, in the processor's memory."""
     with Lane.of(options.computes_on).open():
-        return _rounded(found.left[..., :rank], found.right[..., :rank, :], dtypes.to_torch(options.stored))
+        left, right = (factor.load().to(options.computes_on) for factor in (found.left, found.right))
+        return _rounded(left[..., :rank], right[..., :rank, :], dtypes.to_torch(options.stored))
 
 
 def _rounded(left: Tensor, right: Tensor, dtype: torch.dtype) -> Kept:

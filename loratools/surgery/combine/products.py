@@ -8,8 +8,10 @@ r × r cores are kept, and the factors are read again. A module has the same num
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,8 +21,10 @@ from loratools.adapter.naming.compact import natural
 from loratools.linalg import stacks
 from loratools.linalg.stacks import Array, Decomposition
 from loratools.parallel import Progress, cores, each, one_blas_thread
+from loratools.parallel.shared import shared
 from loratools.storage.codecs import floats
 from loratools.storage.lazy import LazyTensor
+from loratools.surgery.combine import travel
 from loratools.surgery.combine.change import Change, Kept, Known, Settled, choose, refused
 from loratools.surgery.combine.inputs import Aligned, Input
 from loratools.surgery.combine.options import CombineOptions
@@ -59,21 +63,27 @@ class _Module:
 
 _Batch = Sequence[_Module]
 
+_Looked = tuple[Decomposition, Mapping[str, Change]]
+
+Result = TypeVar("Result")
+
 
 def settle(
     inputs: Sequence[Input], aligned: Aligned, options: CombineOptions, progress: Progress
 ) -> dict[str, Settled | None]:
     """Return module -> its change, decomposed, and what is stored of it; None where that is zero.
 
-    No number depends on the threads. Raises `IncompatibleAdapter` with every module that fails, and `ValueError` for a
-    budget that is too small.
+    No number depends on the threads. Others may share the work, stack by stack: all of it where each module's rank is
+    its own matter, else the decompositions. Raises `IncompatibleAdapter` with every module that fails, and `ValueError`
+    for a budget that is too small.
     """
     modules = _modules(inputs, aligned)
     weighed = [module for module in modules if module.weights]
     batches = list(stacks.batches(weighed, lambda module: module.alike, lambda module: module.numbers, stacks.NUMBERS))
     settled: dict[str, Settled | None] = dict.fromkeys(module.path for module in modules)
-    alone = options.rule is None or (options.rule.budget is None and not options.rule.uniform)
+    own = options.rule is None or (options.rule.budget is None and not options.rule.uniform)
     problems: dict[str, str] = {}
+    into, threads = travel.spool(), options.threads or min(8, cores())
 
     def decomposed(batch: _Batch) -> tuple[Factors, Decomposition, dict[str, Change]]:
         factors = _loaded(batch)
@@ -83,41 +93,51 @@ def settle(
         return factors, found, changes
 
     def stored(batch: _Batch, factors: Factors, found: Decomposition, changes: Mapping[str, Change],
-               ranks: Mapping[str, int]) -> None:  # fmt: skip
+               ranks: Mapping[str, int]) -> dict[str, Settled]:  # fmt: skip
         kept = _kept(batch, factors, found, ranks, options.stored)
-        for path, of_module in kept.items():
-            if fault := of_module.fault(options.stored):
-                problems[path] = fault
-            else:
-                settled[path] = Settled(changes[path], ranks[path], of_module)
+        problems.update({path: fault for path, each in kept.items() if (fault := each.fault(options.stored))})
+        return {
+            path: travel.settled(Settled(changes[path], ranks[path], each), into)
+            for path, each in kept.items()
+            if path not in problems
+        }
 
-    def at_once(_: int, batch: _Batch) -> None:
+    def at_once(name: str, batch: _Batch) -> dict[str, Settled]:
         factors, found, changes = decomposed(batch)
         ranks = choose(list(changes.values()), options.rule)
-        stored(batch, factors, found, changes, dict(zip(changes, ranks, strict=True)))
+        return stored(batch, factors, found, changes, dict(zip(changes, ranks, strict=True)))
 
-    def first(_: int, batch: _Batch) -> tuple[Decomposition, dict[str, Change]]:
-        return decomposed(batch)[1:]
+    def first(name: str, batch: _Batch) -> _Looked | travel.Looked:
+        found, changes = decomposed(batch)[1:]
+        return travel.looked(found, changes, into) if into else (found, changes)
 
-    threads = options.threads or min(8, cores())
-    numbered = dict(enumerate(batches))
-    with one_blas_thread():
-        if alone:
-            each(at_once, numbered, threads)
-        else:
-            looked = each(first, numbered, threads)
-            changes = {path: change for _, of_batch in looked.values() for path, change in of_batch.items()}
-            changes = dict(sorted(changes.items()))
-            ranks = dict(zip(changes, choose(list(changes.values()), options.rule), strict=True))
+    def several(work: Callable[[str, _Batch], Result], some: Mapping[str, _Batch]) -> dict[str, Result]:
+        with one_blas_thread():
+            done = each(work, some, threads)
+        if problems:
+            raise refused(problems)
+        return done
 
-            def second(number: int, batch: _Batch) -> None:
-                stored(batch, _loaded(batch), looked[number][0], changes, ranks)
+    numbered = {batch[0].path: batch for batch in batches}
+    if own:  # each module has the rank that its own numbers ask for
+        done = shared(partial(several, at_once), numbered, _nbytes)
+    else:
+        seen = shared(partial(several, first), numbered, _nbytes)
+        looked = {name: of.read() if isinstance(of, travel.Looked) else of for name, of in seen.items()}
+        changes = {path: change for _, of_batch in looked.values() for path, change in of_batch.items()}
+        changes = dict(sorted(changes.items()))
+        ranks = dict(zip(changes, choose(list(changes.values()), options.rule), strict=True))
 
-            if not problems:
-                each(second, numbered, threads)
-    if problems:
-        raise refused(problems)
-    return settled
+        def second(name: str, batch: _Batch) -> dict[str, Settled]:
+            return stored(batch, _loaded(batch), looked[name][0], changes, ranks)
+
+        done = several(second, numbered)
+    return settled | {path: one for of_batch in done.values() for path, one in of_batch.items()}
+
+
+def _nbytes(batch: _Batch) -> int:
+    """Return the bytes of the factors of a stack."""
+    return sum(module.nbytes for module in batch)
 
 
 def _modules(inputs: Sequence[Input], aligned: Aligned) -> list[_Module]:

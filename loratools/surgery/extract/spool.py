@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
-from threading import Lock
 
 import torch
 
-from loratools.storage import dtypes, files
+from loratools.storage import dtypes, files, save
 from loratools.storage.header import TensorSpec
 from loratools.storage.lazy import LazyTensor
 
@@ -41,23 +38,13 @@ class Spooled:
         )
 
 
-class Spool:
-    """A file that threads append tensors to."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._end = 0
-        self._lock = Lock()
-        path.touch(exist_ok=False)
+class Spool(save.Spool):
+    """A file that threads append factors to."""
 
     def add(self, B: torch.Tensor, A: torch.Tensor) -> Spooled:
         """Write the factors of one layer."""
-        return Spooled(self._append(B), self._append(A))
+        return Spooled(self._tensor(B), self._tensor(A))
 
-    def _append(self, tensor: torch.Tensor) -> TensorSpec:
+    def _tensor(self, tensor: torch.Tensor) -> TensorSpec:
         raw = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
-        with self._lock:
-            start, self._end = self._end, self._end + len(raw)
-        with files.descriptor(self.path, os.O_WRONLY) as target:
-            files.write_from(target, raw, start)
-        return TensorSpec(dtypes.from_torch(tensor.dtype), tuple(tensor.shape), self.path, start, start + len(raw))
+        return self.append(dtypes.from_torch(tensor.dtype), tuple(tensor.shape), raw)

@@ -18,13 +18,14 @@ from loratools.surgery.merge import parts
 class Verb:
     """Where a verb's function is, and which of its arguments are `places`: paths or references.
 
-    `torch` says that torch computes what it makes, so that all must have the same; `output` that it writes one.
+    `by` names what computes what it makes, of `ARITHMETIC`, so that all must have the same; `output` says that it
+    writes one.
     """
 
     module: str
     function: str
     places: tuple[str, ...]
-    torch: bool = False
+    by: tuple[str, ...] = ()
     output: bool = False
 
     def load(self) -> Callable[..., Any]:
@@ -34,17 +35,41 @@ class Verb:
 
     def arithmetic(self) -> str:
         """Return what computes its numbers here, as far as that decides the last bit."""
-        if not self.torch:
-            return "any"
-        import torch
+        return "; ".join(ARITHMETIC[name]() for name in self.by) or "any"
 
-        return f"torch {torch.__version__.partition('+')[0]}, {torch.backends.cpu.get_cpu_capability()}"
+
+def _torch() -> str:
+    import torch
+
+    return f"torch {torch.__version__.partition('+')[0]}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _numpy() -> str:
+    """Return NumPy's version and its BLAS, with the kernels that it has chosen for this processor."""
+    import numpy as np
+    from threadpoolctl import threadpool_info
+
+    known = [each for each in threadpool_info() if each.get("user_api") == "blas"]
+    # Torch may bring a BLAS of its own, once it is imported: NumPy's lies in its own folder.
+    own = [each for each in known if "numpy" in str(each.get("filepath"))] or known
+    blas = {" ".join(str(each.get(key)) for key in ("internal_api", "version", "architecture")) for each in own}
+    return ", ".join([f"numpy {np.__version__}", *sorted(blas)])
+
+
+ARITHMETIC: Mapping[str, Callable[[], str]] = {"torch": _torch, "numpy": _numpy}
+"""What computes -> what of it decides the last bit."""
+
+_BOTH = ("numpy", "torch")
 
 
 VERBS: Mapping[str, Verb] = {
     "extract-svd": Verb(
-        "loratools.surgery.extract", "extract", ("base", "tuned", "output"), torch=True, output=True
+        "loratools.surgery.extract", "extract", ("base", "tuned", "output"), by=("torch",), output=True
     ),
+    "combine": Verb(
+        "loratools.surgery.combine", "combine", ("adapters", "output", "initial"), by=_BOTH, output=True
+    ),
+    "resize": Verb("loratools.surgery.resize", "resize", ("adapter", "output"), by=_BOTH, output=True),
     "hash": Verb("loratools.surgery.hash", "hash_checkpoint", ("checkpoint",)),
     "verify": Verb("loratools.surgery.verify", "verify", ("model", "base", "adapters")),
 }  # fmt: skip

@@ -113,6 +113,8 @@ def crew(
         yield
         return
     check(workers)
+    if verbs.verb(name).output:
+        atomic.afar.refuse_afar(Path(arguments["output"]), "work that is shared out")
     with ExitStack() as stack, shared.by(
         Caller(verbs.call_of(name, arguments), workers, progress or no_progress, stack)
     ):  # fmt: skip

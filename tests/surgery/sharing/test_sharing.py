@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from loratools.cli.extract_svd import document
-from loratools.errors import BadFile, InvalidOption
+from loratools.errors import BadFile, InvalidOption, LoraToolsError
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.linalg.ranks.rules import Energy
 from loratools.parallel import tasks
@@ -77,6 +77,74 @@ def test_parts_of_an_extraction_in_any_order_have_the_bytes_of_one(case: str, of
     apart = gather(workplace / "apart")
     assert hashes(workplace / "apart") == hashes(workplace / "alone")
     assert account(apart) == account(alone)
+    assert left(workplace) == []
+
+
+COMBINED: dict[str, tuple[str, dict[str, Any]]] = {
+    "resized": ("resize", {"adapter": "other", "ranks": 1}),
+    "resized by energy": ("resize", {"adapter": "other", "ranks": Ranks(Energy(0.7)), "dtype": "BF16"}),
+    "resized to a budget": ("resize", {"adapter": "other", "ranks": Ranks(budget=2500)}),
+    "summed": ("combine", {"adapters": ["adapter", "other"], "weights": [0.7, -0.3]}),
+    "summed to one rank": ("combine", {"adapters": ["adapter", "other"], "ranks": Ranks(Energy(0.9), uniform=True)}),
+    "ties": ("combine", {"adapters": ["adapter", "other"], "method": "ties", "density": 0.5, "ranks": 3}),
+    "dare": ("combine", {"adapters": ["adapter", "other"], "method": "dare", "density": 0.5, "seed": 4}),
+}
+
+
+def combining(case: str, workplace: Path, output: str) -> tuple[str, dict[str, Any]]:
+    """Return a verb that combines, and its arguments."""
+    verb, arguments = COMBINED[case]
+    arguments = dict(arguments, output=str(workplace / output))
+    if "adapter" in arguments:
+        arguments["adapter"] = str(workplace / arguments["adapter"])
+    else:
+        arguments["adapters"] = [str(workplace / name) for name in arguments["adapters"]]
+    return verb, arguments
+
+
+@pytest.mark.parametrize("case", COMBINED)
+def test_adapters_are_combined_on_workers_and_in_parts_as_alone(case: str, workplace: Path) -> None:
+    verb, arguments = combining(case, workplace, "alone")
+    alone = known.verb(verb).load()(**arguments)
+    with ThreadPoolExecutor(1) as executor:
+        apart = share(verb, executor, **combining(case, workplace, "apart")[1])
+    call = call_of(verb, combining(case, workplace, "parts")[1])
+    written = [write_part(call, f"{number}/3") for number in (3, 1, 2)]
+    assert sum(part.items for part in written) > 1
+    gathered = gather(workplace / "parts")
+    assert hashes(workplace / "apart") == hashes(workplace / "parts") == hashes(workplace / "alone")
+    assert replace(apart, output="") == replace(gathered, output="") == replace(alone, output="")
+    assert left(workplace) == []
+
+
+def test_a_product_without_exact_changes_travels(workplace: Path) -> None:
+    """B whose columns depend on each other is decomposed by Householder's QR: its long sides travel themselves."""
+    from safetensors.torch import load_file, save_file
+
+    path = workplace / "other" / "adapter_model.safetensors"
+    factors = load_file(path)
+    for name in [name for name in factors if "lora_B" in name]:
+        factors[name][:, 1] = factors[name][:, 0]
+    save_file(factors, path, {"format": "pt"})
+    test_adapters_are_combined_on_workers_and_in_parts_as_alone("resized to a budget", workplace)
+
+
+def test_what_draws_from_one_stream_is_done_by_one(workplace: Path) -> None:
+    arguments = {"adapters": [str(workplace / "adapter"), str(workplace / "other")], "method": "dare", "like": "peft"}
+    call = call_of("combine", {**arguments, "density": 0.5, "output": workplace / "out"})
+    with pytest.raises(InvalidOption, match="dare with like 'peft' draws from one stream"):
+        write_part(call, "1/2")
+    assert left(workplace) == []
+
+
+def test_a_module_that_fails_is_named_with_its_worker(workplace: Path) -> None:
+    _with_nan(workplace / "adapter", workplace / "odd")
+    arguments = {"adapter": str(workplace / "odd"), "ranks": 2, "output": str(workplace / "out")}
+    with ThreadPoolExecutor(1) as executor, pytest.raises(LoraToolsError) as caught:
+        share("resize", executor, **arguments)
+    problems = caught.value.problems
+    assert any("q_proj: adapter 1 has NaN" in problem for problem in problems)
+    assert any(f"process {os.getpid()}" in problem and "in part " in problem for problem in problems)
     assert left(workplace) == []
 
 

@@ -19,10 +19,11 @@ from loratools.surgery.merge.parts import call_of as merge_call
 from loratools.surgery.merge.parts import merge_part
 from loratools.surgery.merge.shared import merge_shared
 from loratools.surgery.sharing import call_of, gather, share, write_part
+from loratools.surgery.sharing import verbs as known
 from loratools.surgery.verify import verify
 from tests.faults.killer import hashes
 from tests.surgery.merge.test_parts import CASES, given
-from tests.surgery.sharing.test_sharing import EXTRACTIONS, account, inputs, left
+from tests.surgery.sharing.test_sharing import COMBINED, EXTRACTIONS, account, combining, inputs, left
 
 pytestmark = pytest.mark.slow
 
@@ -80,6 +81,18 @@ def test_an_extraction_has_the_factors_the_certificate_and_the_digests_of_one_pr
     gathered = gather(workplace / "parts")
     assert hashes(workplace / "shared") == hashes(workplace / "parts") == hashes(workplace / "alone")
     assert account(shared) == account(gathered) == account(alone)
+    assert left(workplace) == []
+
+
+@pytest.mark.parametrize("case", COMBINED)
+def test_adapters_are_combined_by_two_processes_as_by_one(case: str, two: Executor, workplace: Path) -> None:
+    verb, arguments = combining(case, workplace, "alone")
+    alone = known.verb(verb).load()(**arguments)
+    shared = share(verb, two, **combining(case, workplace, "shared")[1])
+    apart(two, write_part, call_of(verb, combining(case, workplace, "parts")[1]), 3)
+    gathered = gather(workplace / "parts")
+    assert hashes(workplace / "shared") == hashes(workplace / "parts") == hashes(workplace / "alone")
+    assert replace(shared, output="") == replace(gathered, output="") == replace(alone, output="")
     assert left(workplace) == []
 
 
