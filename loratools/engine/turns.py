@@ -39,6 +39,11 @@ class Queue(Generic[Item]):
         """Let so many workers do the items; each future has the results of one. After an error none is begun."""
         return [pool.submit(self._work, do) for _ in range(workers)]
 
+    def end(self) -> None:
+        """Let no further item be begun."""
+        with self._turns.lock:
+            self._left.clear()
+
     def _work(self, do: Callable[[int, Item], Result]) -> list[Result]:
         done = []
         while taken := self._take():
@@ -46,8 +51,7 @@ class Queue(Generic[Item]):
             try:
                 done.append(do(file, item))
             except BaseException:
-                with self._turns.lock:
-                    self._left.clear()
+                self.end()
                 raise
             finally:
                 with self._turns.lock:

@@ -89,3 +89,19 @@ def test_after_an_error_nothing_is_begun() -> None:
         with pytest.raises(OSError, match="no space"):
             future.result()
     assert len(begun) == 5
+
+
+def test_a_queue_that_is_ended_begins_no_further_item() -> None:
+    begun = []
+
+    def do(file: int, item: str) -> str:
+        begun.append(item)
+        if len(begun) == 5:
+            queue.end()
+        return item
+
+    queue = Queue(Turns(), ITEMS)
+    with ThreadPoolExecutor(1) as pool:
+        (future,) = queue.start(pool, 1, do)
+        assert future.result() == begun
+    assert len(begun) == 5

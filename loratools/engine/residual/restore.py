@@ -16,8 +16,9 @@ from loratools.adapter.placement.tied import apply_policy
 from loratools.engine.residual import LENGTH, Layout, Lost, Residual, read_bits
 from loratools.engine.residual.predict import steps
 from loratools.engine.residual.tiles import Coder
+from loratools.engine.turns import Queue, Turns
 from loratools.errors import BadFile
-from loratools.parallel import Progress, each, no_progress
+from loratools.parallel import Progress, no_progress, workers
 from loratools.storage import digest, dtypes, files
 from loratools.storage.atomic import system
 from loratools.storage.checkpoint import Checkpoint
@@ -79,12 +80,22 @@ def restore(
             system.make_room(target, plan.size)
             files.write_from(target, memoryview(plan.header), 0)
 
-    def write(name: str, spec: TensorSpec) -> str:
+    def write(_: int, name: str) -> tuple[str, str]:
+        spec = specs[name]
         pieces = lost_bytes(lost[name], residual) if name in lost else files.chunks(model.specs[name])
         with files.descriptor(spec.file, os.O_WRONLY) as target:
-            return write_pieces(pieces, name, spec, target, residual.path, progress)
+            return name, write_pieces(pieces, name, spec, target, residual.path, progress)
 
-    digests = each(write, dict(sorted(specs.items(), key=lambda item: -item[1].nbytes)), threads)
+    numbers = {folder / plan.name: number for number, plan in enumerate(plans)}
+    order = sorted(specs, key=lambda name: -specs[name].nbytes)
+    queue = Queue(Turns(), [(numbers[specs[name].file], name) for name in order])
+    with workers(threads) as pool:
+        try:
+            done = queue.start(pool, threads, write)
+            digests = dict(pair for future in done for pair in future.result())
+        except BaseException:
+            queue.end()
+            raise
     for name, metadata in residual.indexes.items():
         part = Path(name).parent
         prefix = next((file.prefix for file in residual.layout if Path(file.name).parent == part), "")
