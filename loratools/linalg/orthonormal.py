@@ -96,13 +96,23 @@ def well_conditioned(Y: Tensor, G: Tensor) -> Tensor:
     One product in Y's dtype where columns hardly depend on each other, Cholesky leaving `_APART` of each; the steps of
     `orthonormal_columns` elsewhere.
     """
+    change = change_of_basis(G) if Y.dtype == torch.float32 else None
+    return orthonormal_columns(Y) if change is None else products.times(Y, change.to(Y.device, Y.dtype))
+
+
+def change_of_basis(G: Tensor) -> Tensor | None:
+    """Return R (b, b) that makes the columns of Y·R orthonormal, given G = YᵀY (b, b) in float64 on the CPU.
+
+    R is upper triangular. None where columns depend on each other, Cholesky leaving less than `_APART` of one.
+    """
     lengths = G.diagonal().clamp_min(0).sqrt()
-    if Y.dtype == torch.float32 and bool((lengths > 0).all()):
-        L, info = torch.linalg.cholesky_ex(G / lengths / lengths[:, None])
-        if int(info) == 0 and float(L.diagonal().min()) > _APART:
-            change = torch.linalg.solve_triangular(L, lengths.reciprocal().diag(), upper=False).T
-            return products.times(Y, change.to(Y.device, Y.dtype))
-    return orthonormal_columns(Y)
+    if not bool((lengths > 0).all()):
+        return None
+    L, info = torch.linalg.cholesky_ex(G / lengths / lengths[:, None])
+    if int(info) or float(L.diagonal().min()) <= _APART:
+        return None
+    change: Tensor = torch.linalg.solve_triangular(L, lengths.reciprocal().diag(), upper=False).T
+    return change
 
 
 def extend(V: Tensor, W: Tensor) -> Tensor:

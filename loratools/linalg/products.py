@@ -59,6 +59,17 @@ def across(D: Tensor, X: Tensor) -> Tensor:
     return product
 
 
+def both(D: Tensor, X: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return Y = D·X (m, k) and DᵀY (n, k), the same numbers as of `times` and `across`, from one pass over D.
+
+    None where there is no such pass: D has to be in float32 in the CPU's memory, its rows contiguous.
+    """
+    if D.dtype == torch.float32 and _served(D, X) and _has_rows(D):
+        Y, back = delta.both(D.numpy(), X.numpy())
+        return torch.from_numpy(Y), torch.from_numpy(back)
+    return None
+
+
 def gram64(X: Tensor, Y: Tensor) -> Tensor | None:
     """Return XᵀY in float64, X (m, a) and Y (m, b) with few columns in float32; None where torch has to do it."""
     if _served(X, Y) and _has_rows(X) and _has_rows(Y):

@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loratools.linalg.orthonormal import extend, frobenius2, gram, line_sums, orthonormal_columns, product64
+from loratools.linalg.orthonormal import (
+    change_of_basis,
+    extend,
+    frobenius2,
+    gram,
+    line_sums,
+    orthonormal_columns,
+    product64,
+)
 
 from .matrices import with_spectrum
 
@@ -82,3 +90,15 @@ def test_float64_sums_in_chunks_equal_whole_ones() -> None:
     rows, columns = line_sums(X)
     assert torch.allclose(rows, (X.double() ** 2).sum(1))
     assert torch.allclose(columns, (X.double() ** 2).sum(0))
+
+
+def test_a_change_of_basis_makes_orthonormal_what_hardly_depends_on_each_other() -> None:
+    Y = with_spectrum(10.0 ** -torch.linspace(0, 1, 6, dtype=torch.float64), 60, 6, 3) * 1e-3
+    R = change_of_basis(Y.T @ Y)
+    assert R is not None
+    assert R.equal(R.triu())
+    assert departure(Y @ R) < 1e-12
+    Y[:, 5] = Y[:, 0] + 1e-3 * Y[:, 1]
+    assert change_of_basis(Y.T @ Y) is None
+    Y[:, 5] = 0
+    assert change_of_basis(Y.T @ Y) is None

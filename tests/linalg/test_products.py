@@ -27,6 +27,13 @@ def test_products_are_right_however_d_lies(kind: str, compiled: bool, monkeypatc
     Y = torch.randn(D.shape[0], 24, generator=torch.Generator().manual_seed(3), dtype=D.dtype)
     torch.testing.assert_close(products.times(D, X).double(), D.double() @ X.double(), atol=1e-4, rtol=0)
     torch.testing.assert_close(products.across(D, Y).double(), D.T.double() @ Y.double(), atol=1e-4, rtol=0)
+    together = products.both(D, X)
+    if compiled and delta.available() and kind in ("rows", "a part"):
+        assert together is not None
+        assert together[0].equal(products.times(D, X))
+        assert together[1].equal(products.across(D, together[0]))
+    else:
+        assert together is None
     summed = products.gram64(Y, Y)
     if D.dtype == torch.float32 and delta.available():
         assert summed is not None

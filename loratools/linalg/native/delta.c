@@ -15,6 +15,8 @@ enum { BF16, F16, F32 };
 enum { LANES = 16, PARTS = 16 };               /* columns of a panel; sums of squares */
 enum { RUN = 512, FEW = 64 };                 /* numbers summed in one run; rows of a Gram matrix at once */
 enum { BLOCK = 2048, TILE = 32 };             /* columns, and rows, whose numbers stay in the cache */
+enum { BAND = 24576, MOST_BAND = 48 };        /* numbers, and rows at most, that stay in a smaller one */
+enum { PIECE = 48 };                          /* columns that are copied together */
 enum { ASIDE = BLOCK + 16, LINE = 64 };       /* numbers from row to row of a tile: a line more; bytes of a line */
 
 /* The same fields, in the same order, as `_Change` in delta.py. */
@@ -34,7 +36,8 @@ typedef struct {
     size_t down, over, k;
     void *out;    /* (rows or columns, k rounded up to LANES), float, or double of a Gram matrix */
     void *panels; /* for as many numbers as X has with k rounded up to LANES, and one row more */
-    void *memory; /* for TILE rows of ASIDE numbers; of a Gram matrix for FEW rows of D and X, rounded up to LANES */
+    float *back;  /* of `both`: (columns, k rounded up to LANES) */
+    void *memory; /* of BF16 for TILE rows of ASIDE numbers; of a Gram matrix for FEW rows of D and X, rounded up to LANES */
 } Product;
 
 #define INLINE static inline __attribute__((always_inline)) TARGET
@@ -42,6 +45,13 @@ typedef struct {
 #define NAMED(name, width) JOIN(name, width)
 
 static size_t padded(size_t k) { return (k + LANES - 1) / LANES * LANES; }
+
+/* Rows of `columns` numbers that are worked on one band after the other, whole groups of them. */
+static size_t band_of(size_t columns, size_t numbers, size_t group)
+{
+    size_t band = numbers / columns / group * group;
+    return band < group ? group : band > MOST_BAND ? MOST_BAND : band;
+}
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -117,6 +127,7 @@ size_t loratools_delta_width(void)
 void loratools_difference(Change *at, size_t width) { width == 16 ? difference_16(at) : difference_8(at); }
 void loratools_times(const Product *at, size_t width) { width == 16 ? times_f32_16(at) : times_f32_8(at); }
 void loratools_across(const Product *at, size_t width) { width == 16 ? across_f32_16(at) : across_f32_8(at); }
+void loratools_both(const Product *at, size_t width) { width == 16 ? both_f32_16(at) : both_f32_8(at); }
 void loratools_times_bf16(const Product *at, size_t width) { (void)width, times_bf16_16(at); }
 void loratools_across_bf16(const Product *at, size_t width) { (void)width, across_bf16_16(at); }
 
@@ -140,6 +151,7 @@ size_t loratools_delta_width(void) { return 4; }
 void loratools_difference(Change *at, size_t width) { (void)width, difference_4(at); }
 void loratools_times(const Product *at, size_t width) { (void)width, times_f32_4(at); }
 void loratools_across(const Product *at, size_t width) { (void)width, across_f32_4(at); }
+void loratools_both(const Product *at, size_t width) { (void)width, both_f32_4(at); }
 void loratools_times_bf16(const Product *at, size_t width) { (void)at, (void)width; }
 void loratools_across_bf16(const Product *at, size_t width) { (void)at, (void)width; }
 size_t loratools_multiplies_bf16(void) { return 0; }

@@ -43,14 +43,14 @@ class _Product(ctypes.Structure):
         *((name, ctypes.c_size_t) for name in ("stride", "rows", "columns")),
         ("X", ctypes.c_void_p),
         *((name, ctypes.c_size_t) for name in ("down", "over", "k")),
-        *((name, ctypes.c_void_p) for name in ("out", "panels", "memory")),
+        *((name, ctypes.c_void_p) for name in ("out", "panels", "back", "memory")),
     )
 
 
 @cache
 def _library() -> tuple[Any, int]:
     """Return the compiled library and the numbers of its widest vectors; None and 0 where it does not serve."""
-    calls = ("difference", "times", "across", "times_bf16", "across_bf16", "gram")
+    calls = ("difference", "times", "across", "both", "times_bf16", "across_bf16", "gram")
     return loaded.load(LIBRARY, "delta_width", {"change_size": _Change, "product_size": _Product}, calls)
 
 
@@ -163,6 +163,16 @@ def across(D: Array, X: Array, *, width: int | None = None) -> Array:
     return _product("across", D, X, np.empty((D.shape[1], _padded(X.shape[1])), np.float32), len(D), width)
 
 
+def both(D: Array, X: Array, *, width: int | None = None) -> tuple[Array, Array]:
+    """Return Y = D·X (rows, k) and DᵀY (columns, k), of a D and X in float32 as `times` takes them.
+
+    They are, bit for bit, what `times` and then `across` give, from one pass over D.
+    """
+    back = np.zeros((D.shape[1], _padded(X.shape[1])), np.float32)
+    out = np.empty((len(D), back.shape[1]), np.float32)
+    return _product("both", D, X, out, D.shape[1], width, back), back[:, : X.shape[1]]
+
+
 def gram(D: Array, X: Array, *, width: int | None = None) -> Array:
     """Return Dᵀ·X in float64 (columns, k), of D (rows, columns) and X (rows, k), both float32 with contiguous rows."""
     if X.shape[1] > 1 and X.strides[1] != 4:
@@ -174,9 +184,11 @@ def _padded(count: int) -> int:
     return -(-count // LANES) * LANES
 
 
-def _product(name: str, D: Array, X: Array, out: Array, length: int, width: int | None) -> Array:
+def _product(
+    name: str, D: Array, X: Array, out: Array, length: int, width: int | None, back: Array | None = None
+) -> Array:
     """Call a product of D with X (length, k); return the first k columns of `out`."""
-    size, wide, low = D.itemsize, out.shape[1], D.dtype == np.uint16 and name != "gram"
+    size, wide, low = D.itemsize, out.shape[1], D.dtype == np.uint16 and name in ("times", "across")
     known = X.dtype == np.float32 and (low or D.dtype == np.float32)
     together = len(X) == length and (not D.size or D.shape[1] <= 1 or D.strides[1] == size)
     if not known or not together or (low and (D.shape[1] % 2 or not multiplies_bf16())):
@@ -184,11 +196,11 @@ def _product(name: str, D: Array, X: Array, out: Array, length: int, width: int 
     if not out.size or not length:
         return np.zeros((len(out), X.shape[1]), out.dtype)
     panels = np.empty(0 if name == "gram" else (length + 1) * wide, np.float32)
-    rooms = {"gram": 2 * FEW * (_padded(D.shape[1]) + wide), "across": TILE * ASIDE}
+    rooms = {"gram": 2 * FEW * (_padded(D.shape[1]) + wide), "across": TILE * ASIDE * low}
     memory = np.empty(rooms.get(name, 0), np.float32)
     call = _Product(
         _at(D), D.strides[0] // size, *D.shape, _at(X), X.strides[0] // 4, X.strides[1] // 4, X.shape[1],
-        _at(out), _at(panels), _at(memory),
+        _at(out), _at(panels), _at(back), _at(memory),
     )  # fmt: skip
     library, widest = _library()
     getattr(library, f"loratools_{name}{'_bf16' if low else ''}")(ctypes.byref(call), width or widest)

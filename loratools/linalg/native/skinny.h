@@ -84,10 +84,13 @@ TARGET static void OF(times)(const Product *at)
     }
 }
 
-/* out (strip, count panels) += Dᵀ·X over `rows` rows of cells; they begin anew unless `add`. */
+/* out (strip, count panels) += Dᵀ·X over `rows` rows of cells; they begin anew unless `add`.
+ *
+ * From row to row there are `aside` cells of D and `down` of a panel, and from panel to panel `apart`.
+ */
 INLINE void OF(strip)(
-    const int strip, const int count, const Cell *D, size_t rows, const Cell *panel, size_t apart, float *out,
-    size_t wide, int add)
+    const int strip, const int count, const Cell *D, size_t aside, size_t rows, const Cell *panel, size_t down,
+    size_t apart, float *out, size_t wide, int add)
 {
     Vector sums[STRIP][PANELS * VECTORS];
     for (int i = 0; i < strip; i++)
@@ -96,16 +99,82 @@ INLINE void OF(strip)(
     for (size_t r = 0; r < rows; r++) {
         Vector x[PANELS * VECTORS];
         for (int n = 0; n < count * VECTORS; n++)
-            x[n] = *(const Vector *)(panel + n / VECTORS * apart + r * LANES + n % VECTORS * WIDTH);
+            x[n] = *(const Vector *)(panel + n / VECTORS * apart + r * down + n % VECTORS * WIDTH);
 #pragma GCC unroll 8
         for (int i = 0; i < strip; i++)
 #pragma GCC unroll 4
-            for (int n = 0; n < count * VECTORS; n++) sums[i][n] = OF(add)(sums[i][n], D[r * ASIDE + i], x[n]);
+            for (int n = 0; n < count * VECTORS; n++) sums[i][n] = OF(add)(sums[i][n], D[r * aside + i], x[n]);
     }
     for (int i = 0; i < strip; i++)
         for (int n = 0; n < count * VECTORS; n++) *(Vector *)(out + i * wide + n * WIDTH) = sums[i][n];
 }
 
+#if DEEP == 1
+/* back (columns, k) += Dᵀ·Y over rows [from, to), Y as a `strip` takes it, from row `from` on.
+ *
+ * PIECE columns at a time are copied beside each other, where no two rows need one place of a cache; meanwhile what lies
+ * from `next` on comes, unless that is NULL.
+ */
+INLINE void OF(back_rows)(
+    const Product *at, size_t from, size_t to, const char *next, const float *Y, size_t down, size_t apart, float *back)
+{
+    float piece[MOST_BAND * PIECE];
+    size_t wide = padded(at->k), rows = to - from;
+    for (size_t first = 0; first < at->columns; first += PIECE) {
+        size_t columns = at->columns - first < PIECE ? at->columns - first : PIECE;
+        for (size_t r = 0; r < rows; r++) {
+            const float *row = (const float *)at->D + (from + r) * at->stride + first;
+            if (next)
+                for (size_t line = 0; line < PIECE * sizeof(float); line += LINE, next += LINE)
+                    __builtin_prefetch(next, 0, 2);
+            if (columns == PIECE)
+                memcpy(piece + r * PIECE, row, PIECE * sizeof(float));
+            else
+                memcpy(piece + r * PIECE, row, columns * sizeof(float));
+        }
+        for (size_t p = 0, count; p < wide; p += count * LANES) {
+            const float *panel = Y + p / LANES * apart;
+            count = wide - p >= PANELS * LANES ? PANELS : 1;
+            for (size_t c = 0, width; c < columns; c += width) {
+                width = columns - c >= STRIP ? STRIP : 1;
+                float *out = back + (first + c) * wide + p;
+                if (width == STRIP && count == PANELS)
+                    OF(strip)(STRIP, PANELS, piece + c, PIECE, rows, panel, down, apart, out, wide, from > 0);
+                else if (width == STRIP)
+                    OF(strip)(STRIP, 1, piece + c, PIECE, rows, panel, down, 0, out, wide, from > 0);
+                else
+                    for (size_t q = 0; q < count; q++)
+                        OF(strip)(1, 1, piece + c, PIECE, rows, panel + q * apart, down, 0, out + q * LANES, wide, from > 0);
+            }
+        }
+    }
+}
+
+/* out (columns, k) = Dᵀ·X. */
+TARGET static void OF(across)(const Product *at)
+{
+    OF(pack)(at, at->rows);
+    size_t band = band_of(at->columns, BAND, TOGETHER);
+    for (size_t from = 0; from < at->rows; from += band) {
+        size_t to = at->rows - from < band ? at->rows : from + band;
+        const char *next = at->rows - to >= band ? (const char *)at->D + to * at->stride * sizeof(float) : NULL;
+        OF(back_rows)(at, from, to, next, (const float *)at->panels + from * LANES, LANES, at->rows * LANES, at->out);
+    }
+}
+
+/* out (rows, k) = D·X and back (columns, k) = Dᵀ·out: a band of rows takes both while it is in the cache. */
+TARGET static void OF(both)(const Product *at)
+{
+    size_t wide = padded(at->k), band = band_of(at->columns, 2 * BAND, TOGETHER);
+    OF(pack)(at, at->columns);
+    for (size_t from = 0; from < at->rows; from += band) {
+        size_t to = at->rows - from < band ? at->rows : from + band, i = from;
+        for (; i + TOGETHER <= to; i += TOGETHER) OF(times_rows)(at, TOGETHER, i, 0, at->columns);
+        for (; i < to; i++) OF(times_rows)(at, 1, i, 0, at->columns);
+        OF(back_rows)(at, from, to, NULL, (const float *)at->out + from * wide, wide, LANES, at->back);
+    }
+}
+#else
 /* Columns [first, last) of D over rows [from, to), which lie in `tile`: their part of Dᵀ·X. */
 INLINE void OF(across_tile)(const Product *at, const Cell *tile, size_t first, size_t last, size_t from, size_t to)
 {
@@ -127,12 +196,12 @@ INLINE void OF(across_tile)(const Product *at, const Cell *tile, size_t first, s
                 round++;
             }
             if (width == STRIP && count == PANELS)
-                OF(strip)(STRIP, PANELS, D, rows, panel, cells * LANES, out, wide, from > 0);
+                OF(strip)(STRIP, PANELS, D, ASIDE, rows, panel, LANES, cells * LANES, out, wide, from > 0);
             else if (width == STRIP)
-                OF(strip)(STRIP, 1, D, rows, panel, cells * LANES, out, wide, from > 0);
+                OF(strip)(STRIP, 1, D, ASIDE, rows, panel, LANES, cells * LANES, out, wide, from > 0);
             else
                 for (size_t q = 0; q < count; q++)
-                    OF(strip)(1, 1, D, rows, panel + q * cells * LANES, 0, out + q * LANES, wide, from > 0);
+                    OF(strip)(1, 1, D, ASIDE, rows, panel + q * cells * LANES, LANES, 0, out + q * LANES, wide, from > 0);
         }
     }
 }
@@ -156,5 +225,6 @@ TARGET static void OF(across)(const Product *at)
         }
     }
 }
+#endif
 
 #undef OF

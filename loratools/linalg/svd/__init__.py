@@ -1,6 +1,7 @@
 """Truncated singular value decompositions of large matrices, with certificates of their error.
 
 truncated     the decomposition: exact for small matrices, iterated for large ones
+start         the random sketch that it begins with
 krylov        the iteration: block Krylov, products with D and Dᵀ only
 certificate   how far from the optimum the result can be
 """

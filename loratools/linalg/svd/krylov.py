@@ -12,23 +12,25 @@ only random columns along which D has nothing say that all of D was seen.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from loratools.linalg.orthonormal import (
+    change_of_basis,
     extend,
     gram,
     line_sums,
-    orthonormal_columns,
     product64,
     well_conditioned,
 )
-from loratools.linalg.products import across, times
+from loratools.linalg.products import across, both, times
+from loratools.linalg.svd.start import sketched_start
 
-# Blocks kept beyond the wanted rank before a restart; a restart bounds memory and the size of the small problem.
-_EXTRA_BLOCKS = 6
+# Blocks, and columns, kept beyond the wanted rank before a restart; it bounds memory and the size of the small problem.
+_EXTRA_BLOCKS, _EXTRA = 6, 192
+# A gain of so many tolerances is not the last one.
+_FAR = 30
 _MOST_STEPS = 60
 # Random columns at once: each time as many as there were before, up to this.
 _MOST_FRESH = 256
@@ -52,13 +54,14 @@ class Krylov:
     """
 
     def __init__(
-        self, D: Tensor, start: Tensor, deflated: Tensor | None = None, seed: int = 0, low: Tensor | None = None
-    ) -> None:
+        self, D: Tensor, start: Tensor, deflated: Tensor | None = None, seed: int = 0, low: Tensor | None = None,
+        onward: bool = False,
+    ) -> None:  # fmt: skip
         """Start from the orthonormal columns `start` (n, b), and stay orthogonal to the columns `deflated` (n, d).
 
         `seed` draws the random columns that `refresh` adds; `fresh` counts them, with those of the start. `low` is D in
         bfloat16, to multiply instead of it: what is known of D is then known to about three digits. `restarted` tells
-        whether Y has been turned since.
+        whether Y has been turned since. `onward` is that of `append`.
         """
         self.D = D
         self.factor = D if low is None else low
@@ -73,7 +76,8 @@ class Krylov:
         self._theta: Tensor | None = None
         self._eigen: tuple[Tensor, Tensor] | None = None
         self._lines: tuple[Tensor, Tensor] | None = None
-        self.append(start)
+        self._back: Tensor | None = None
+        self.append(start, onward=onward)
 
     @classmethod
     def exact(cls, D: Tensor) -> Krylov:
@@ -88,9 +92,12 @@ class Krylov:
         """Return the number of columns of V."""
         return self.V.shape[1]
 
-    def append(self, new: Tensor) -> None:
-        """Add orthonormal columns `new` (n, b), orthogonal to V, with their products D·new."""
-        Y = times(self.factor, new)
+    def append(self, new: Tensor, *, onward: bool = False) -> None:
+        """Add orthonormal columns `new` (n, b), orthogonal to V, with their products D·new.
+
+        If the iteration is to go `onward` from them, what it multiplies next is formed in the same pass over D.
+        """
+        Y, self._back = (both(self.factor, new) if onward else None) or (times(self.factor, new), None)
         self.products += new.shape[1]
         self.V = torch.cat([self.V, new], 1)
         self.parts.append(Y)
@@ -112,13 +119,24 @@ class Krylov:
         """Return an orthonormal basis of what W (n, b) adds to V and to the deflated columns."""
         return extend(torch.cat([self.deflated, self.V], 1) if self.deflated.shape[1] else self.V, W)
 
-    def step(self) -> bool:
-        """Add one block: what Dᵀ·(last block of Y) shows that is new; return False when there is nothing new."""
-        W, _ = self.residual()
-        new = self.news(W)[:, : self.D.shape[1] - self.width]
+    def beyond(self) -> Tensor:
+        """Return W = Dᵀ·Q (n, b) as `residual` does, from DᵀY where that is known: it is DᵀY·R then, with Q = Y·R."""
+        size = self.parts[-1].shape[1]
+        change = None if self._back is None else change_of_basis(self.G[-size:, -size:])
+        if self._back is None or change is None:
+            return self.residual()[0]
+        self.products += size
+        return times(self._back, change.to(self._back.dtype))
+
+    def step(self, *, onward: bool = False) -> bool:
+        """Add one block: what Dᵀ·(last block of Y) shows that is new; return False when there is nothing new.
+
+        `onward` is that of `append`.
+        """
+        new = self.news(self.beyond())[:, : self.D.shape[1] - self.width]
         if new.shape[1] == 0:
             return False
-        self.append(new)
+        self.append(new, onward=onward)
         return True
 
     def refresh(self, block: int) -> bool:
@@ -202,30 +220,12 @@ class Krylov:
 
     def restart(self, rank: int) -> None:
         """Keep the `rank` leading directions only, and the last block's news; the iteration goes on from there."""
-        W, _ = self.residual()
-        new = self.news(W)
+        new = self.news(self.beyond())
         Y, theta, V = self.leading(rank)
         self.V, self.parts, self.G = V.to(self.D.dtype), [Y.to(self.D.dtype)], torch.diag(theta)
         self._theta, self._eigen, self.restarted = None, None, True
         if new.shape[1]:
             self.append(new)
-
-
-def sketched_start(D: Tensor, block: int, seed: int) -> Tensor:
-    """Return an orthonormal basis (n, k), k ≤ `block`, of the columns of Dᵀ·Sᵀ, S (block, m) Gaussian.
-
-    S is drawn on the CPU, the same for every device and thread. To begin with DᵀSᵀ instead of random columns
-    saves a product and a block: the columns already lean towards the leading directions.
-    """
-    dtype = torch.float32 if D.dtype == torch.bfloat16 else D.dtype
-    S = _gaussian(min(block, D.shape[1]), D.shape[0], seed, dtype).to(D.device)
-    return orthonormal_columns(across(D, S.T))
-
-
-@lru_cache(maxsize=4)
-def _gaussian(rows: int, columns: int, seed: int, dtype: torch.dtype) -> Tensor:
-    """Return S; most layers of a model have one of a few shapes."""
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def iterate(
@@ -243,11 +243,11 @@ def iterate(
     the digits do not suffice: what is left, or the last direction seen, is near their rounding, or the complete basis
     would be next.
     """
-    basis = Krylov(D, sketched_start(D if low is None else low, block, seed), seed=seed, low=low)
+    basis = Krylov(D, sketched_start(D if low is None else low, block, seed), seed=seed, low=low, onward=True)
     basis.products += block
     short = min(D.shape)
     last: tuple[int, float, float | None] | None = None  # rank, captured, gain
-    estimate = norm2
+    estimate = left = norm2
 
     def refreshed() -> bool:
         return basis.refresh(min(max(basis.fresh, block), _MOST_FRESH))
@@ -258,7 +258,7 @@ def iterate(
     for _ in range(_MOST_STEPS + 2 * short // block):
         if 2 * basis.width >= short:
             return whole(Krylov.exact(D) if low is None else basis)
-        if basis.width < least and basis.step():
+        if basis.width < least and basis.step(onward=True):
             continue
         theta = basis.spectrum()
         if low is not None and float(theta[-1]) <= _COARSE * norm2 / short:
@@ -287,10 +287,10 @@ def iterate(
                     last = None
                     continue
             last = (rank, captured, gain)
-            if basis.width + block > rank + _EXTRA_BLOCKS * block and basis.width < short // 2:
+            if basis.width + block > rank + max(_EXTRA_BLOCKS * block, _EXTRA) and basis.width < short // 2:
                 basis.restart(rank + block)
                 continue
-        if not basis.step():
+        if not basis.step(onward=last is None or last[2] is None or last[2] > _FAR * tolerance * left):
             if not refreshed():
                 return whole(basis)
             last = None

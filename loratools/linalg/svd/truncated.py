@@ -216,14 +216,12 @@ def _basis(
     if short <= _EXACT_SIDE or (short <= _EXACT_SIDE_LARGE_RANK and 8 * fixed > short) or 2 * fixed >= short:
         basis = krylov.Krylov.exact(D)
         return basis, wanted(basis, True) or 1, 0.0, "gram", None
-    # Wide enough to use the cores well, narrow enough that the basis deepens: both cost products with D.
-    block = min(64, max(16, -(-fixed // 8) * 8))
+    # Narrow, so that the basis deepens: with half the rank a quarter fewer products do. Those in bfloat16 cost little
+    # beside reading D, which is read less often for wide blocks.
+    narrow, wide = (min(64, max(16, -(-fixed // (16 * share)) * 16)) for share in (2, 1))
     tolerance = _FINER * tolerance if counted else tolerance
-    iterate = partial(
-        krylov.iterate, D, norm2, wanted, block=block, least=fixed + block, tolerance=tolerance, seed=seed,
-        counted=counted,
-    )  # fmt: skip
-    if rounded is not None and (found := iterate(low=rounded.low)):
+    iterate = partial(krylov.iterate, D, norm2, wanted, tolerance=tolerance, seed=seed, counted=counted)
+    if rounded is not None and (found := iterate(block=wide, least=fixed + wide, low=rounded.low)):
         rough, rank, estimate = found
         V = rough.directions(min(rank + _SPARE * counted, rough.width))
         basis = krylov.Krylov(D, V.to(D.dtype), seed=seed)
@@ -232,7 +230,7 @@ def _basis(
         captured = float(basis.spectrum()[:last].sum()) if last is not None and last <= basis.width else norm2
         if last is not None and norm2 - captured >= krylov.LEFT * norm2:
             return basis, last, estimate, "krylov", energy_beyond(rough, last, rounded.lost2)
-    found = iterate()
+    found = iterate(block=narrow, least=fixed + narrow)
     assert found is not None  # without `low` it always returns
     basis, rank, estimate = found
     return basis, rank, estimate, "krylov", None

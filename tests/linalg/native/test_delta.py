@@ -93,6 +93,22 @@ def test_products_are_those_of_float64_and_the_same_at_every_width(shape: tuple[
     np.testing.assert_allclose(sums[0], Y.T.astype(float) @ D, atol=1e-13 * shape[0])
 
 
+@pytest.mark.parametrize("k", [1, 16, 33, 50])
+@pytest.mark.parametrize("shape", [*SHAPES, (53, 49), (301, 96), (13, 4700)])
+def test_both_products_of_one_pass_have_the_bytes_of_two(shape: tuple[int, int], k: int) -> None:
+    if not WIDTHS:
+        pytest.skip("the C code is not compiled here")
+    rng = np.random.default_rng(k)
+    D = rng.standard_normal((shape[0], shape[1] + 3), dtype=np.float32)[:, : shape[1]]
+    X = rng.standard_normal((k, shape[1]), dtype=np.float32).T
+    for width in WIDTHS:
+        Y, back = delta.both(D, X, width=width)
+        np.testing.assert_array_equal(Y, delta.times(D, X))
+        np.testing.assert_array_equal(back, delta.across(D, Y))
+    exact = D.T.astype(float) @ (D.astype(float) @ X)
+    np.testing.assert_allclose(back, exact, atol=2e-6 * np.abs(exact).max() * max(shape) ** 0.5)
+
+
 @pytest.mark.skipif(not delta.multiplies_bf16(), reason="this processor does not multiply BF16")
 @pytest.mark.parametrize("k", [1, 16, 32, 50])
 @pytest.mark.parametrize("shape", [(2, 2), (7, 6), (64, 16), (33, 48), (130, 530), (70, 4200)])
@@ -130,4 +146,5 @@ def test_products_of_nothing_are_zero() -> None:
     nothing = np.empty((0, 3), np.float32)
     assert delta.times(nothing, np.ones((3, 2), np.float32)).shape == (0, 2)
     np.testing.assert_array_equal(delta.across(nothing, np.empty((0, 2), np.float32)), np.zeros((3, 2)))
+    np.testing.assert_array_equal(delta.both(nothing, np.ones((3, 2), np.float32))[1], np.zeros((3, 2)))
     np.testing.assert_array_equal(delta.times(np.empty((3, 0), np.float32), np.empty((0, 2), np.float32)), 0)

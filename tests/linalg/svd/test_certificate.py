@@ -10,7 +10,8 @@ import torch
 from loratools.linalg.orthonormal import frobenius2
 from loratools.linalg.products import Rounded
 from loratools.linalg.svd.certificate import energy_beyond, excess_bound, spectral_norm2
-from loratools.linalg.svd.krylov import Krylov, sketched_start
+from loratools.linalg.svd.krylov import Krylov
+from loratools.linalg.svd.start import sketched_start
 from loratools.linalg.svd.truncated import truncated_svd
 from tests.linalg.matrices import power_law, signal_and_noise
 

@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from loratools.linalg.native import delta
 from loratools.linalg.ranks.rules import Energy, Fixed, Ratio
+from loratools.linalg.svd.krylov import Krylov
+from loratools.linalg.svd.start import sketched_start
 from loratools.linalg.svd.truncated import truncated_svd
 from tests.linalg.matrices import power_law, signal_and_noise, with_spectrum
 
@@ -79,3 +82,34 @@ def test_exactly_low_rank_comes_back_to_the_last_digit_of_float32() -> None:
 def test_a_norm_beyond_float64_is_said() -> None:
     with pytest.raises(ValueError, match="squared norm of the 3 x 3 matrix is beyond float64"):
         truncated_svd(torch.full((3, 3), 1e200, dtype=torch.float64), 1)
+
+
+def test_one_pass_over_the_matrix_finds_what_two_find() -> None:
+    if not delta.available():
+        pytest.skip("the C code is not compiled here")
+    D = power_law(-0.8, 640, 600).float()
+    start = sketched_start(D, 16, 0)
+    two, one = Krylov(D, start), Krylov(D, start, onward=True)
+    for _ in range(4):
+        two.step()
+        one.step(onward=True)
+    assert one.products == two.products == 16 + 4 * 32
+    # The same space but for the rounding of float32, and the same values of it; V is orthonormal in both.
+    torch.testing.assert_close(one.spectrum(), two.spectrum(), rtol=1e-4, atol=1e-6 * float(two.spectrum()[0]))
+    V = one.V.double()
+    assert float((V.T @ V - torch.eye(80, dtype=torch.float64)).abs().max()) < 1e-6
+    assert float((V - two.V.double() @ (two.V.double().T @ V)).norm()) < 1e-3
+    Y = torch.cat(one.parts, 1).double()
+    torch.testing.assert_close(Y, D.double() @ V, rtol=0, atol=1e-6 * float(two.spectrum()[0]) ** 0.5)
+
+
+def test_the_error_is_that_of_the_optimum_with_a_quarter_fewer_products_than_blocks_as_wide_as_the_rank() -> None:
+    D = signal_and_noise(1200, 700, signals=64).float()
+    sigma = torch.linalg.svdvals(D.double())
+    svd = truncated_svd(D, 32)
+    best = float(sigma[32:].norm())
+    true = float((D.double() - (svd.U.double() * svd.S) @ svd.Vh.double()).norm())
+    assert best * (1 - 1e-7) <= true <= 1.0003 * best
+    assert abs(svd.error2 - true**2) <= 1e-6 * true**2
+    assert svd.error2 - svd.excess_bound <= best**2
+    assert svd.products < 256

@@ -13,7 +13,8 @@ from loratools.linalg.orthonormal import gram
 from loratools.linalg.products import Rounded
 from loratools.linalg.ranks.rules import Absolute, Energy, Ratio
 from loratools.linalg.svd.certificate import energy_beyond
-from loratools.linalg.svd.krylov import Krylov, sketched_start
+from loratools.linalg.svd.krylov import Krylov
+from loratools.linalg.svd.start import sketched_start
 from loratools.linalg.svd.truncated import truncated_svd
 from tests.linalg.matrices import power_law, signal_and_noise, with_spectrum
 
