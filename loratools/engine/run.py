@@ -104,9 +104,11 @@ def in_torch(plan: MergePlan, settings: Settings | None = None) -> Set[str]:
 
 def write_weights(
     plan: MergePlan, folder: Path, settings: Settings, progress: Progress,
-    finished: Callable[[Path, list[TensorResult]], None] | None = None,
+    finished: Callable[[FilePlan, list[TensorResult]], None] | None = None,
 ) -> list[TensorResult]:  # fmt: skip
     """Write every file of tensors of a plan into `folder`, and return what was measured of each rewritten tensor.
+
+    A file that is there already keeps what is not written here: others may write other tensors of it meanwhile.
 
     What the C code serves is merged first, without torch; where other tensors need torch it is imported beside that
     and the copies. With `finished` the files are written one after another, and it is called with each that is
@@ -147,7 +149,7 @@ def write_weights(
                     pool.shutdown(wait=True, cancel_futures=True)
                     raise
             if finished:
-                finished(folder / group[0].name, measured)
+                finished(group[0], measured)
     return sorted(results, key=lambda result: result.name)
 
 
@@ -163,8 +165,9 @@ def _open(
     ranges: list[tuple[int, Range]] = []
     for file in group:
         target = folder / file.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = descriptors.enter_context(files.descriptor(target, os.O_RDWR | os.O_CREAT | os.O_EXCL))
+        for parent in reversed(Path(file.name).parents[:-1]):  # not the folder itself: who made it may have removed it
+            (folder / parent).mkdir(exist_ok=True)
+        descriptor = descriptors.enter_context(files.descriptor(target, os.O_RDWR | os.O_CREAT))
         system.make_room(descriptor, file.size)
         files.write_from(descriptor, memoryview(file.header), 0)
         changed: dict[str, list[Slot]] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,16 +28,36 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class FilePlan:
-    """One output file: its name, its complete header, and the slots of its tensors in order."""
+    """One output file: its name, its complete header, and the slots of its tensors in order.
+
+    One of which others write the rest has some of the slots only, and the size of the `whole`; else that is None.
+    """
 
     name: str
     header: bytes
     slots: tuple[Slot, ...]
+    whole: int | None = None
 
     @property
     def size(self) -> int:
         """Bytes of the finished file."""
-        return max((slot.offset + slot.nbytes for slot in self.slots), default=len(self.header))
+        return self.whole or max((slot.offset + slot.nbytes for slot in self.slots), default=len(self.header))
+
+    @property
+    def ranges(self) -> list[list[int]]:
+        """Bytes [start, stop) of the slots, those that touch each other as one."""
+        found: list[list[int]] = []
+        for slot in self.slots:
+            if found and found[-1][1] == slot.offset:
+                found[-1][1] += slot.nbytes
+            else:
+                found.append([slot.offset, slot.offset + slot.nbytes])
+        return found
+
+    def only(self, names: Set[str]) -> FilePlan:
+        """Return the plan of those who write the tensors of these names, of which others write the rest."""
+        slots = tuple(slot for slot in self.slots if slot.name in names)
+        return self if slots == self.slots else FilePlan(self.name, self.header, slots, self.size)
 
     def specs(self, folder: Path) -> dict[str, TensorSpec]:
         """Return the tensors as they lie in the finished file in `folder`, by name."""

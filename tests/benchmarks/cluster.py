@@ -1,6 +1,6 @@
 """Measure two workers against one, and reckon how far a merge and an extraction of 70B scale on many.
 
-    python -m tests.benchmarks.cluster FOLDER [--runs 3] [--most 64]
+    python -m tests.benchmarks.cluster FOLDER [--runs 3] [--most 64] [--rates MERGE EXTRACT PLAN]
 
 FOLDER takes a model of 0.3 GB with a fine-tune and an adapter, and the headers of a Llama of 70B in files with holes,
 which take no room; both are kept for later runs. First the wall time of a merge and an extraction on two processes of
@@ -26,9 +26,10 @@ from loratools.parallel.executors import opened
 from loratools.surgery.extract import extract, plan
 from loratools.surgery.merge import MergeOptions, merge, prepare
 from loratools.surgery.merge.parts import call_of
+from loratools.surgery.merge.planned import Planned, decide_call
 from loratools.surgery.merge.resume import fingerprint
 from loratools.surgery.merge.run import settings_of
-from loratools.surgery.merge.shared import merge_shared
+from loratools.surgery.merge.shared import EACH, merge_shared
 from loratools.surgery.sharing import share
 
 HIDDEN, INNER, HEADS, LAYERS, WORDS = 8192, 28672, 1024, 80, 128256
@@ -38,32 +39,36 @@ STORAGES = (2e9, 10e9, 50e9)
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What was measured: bytes a second of one thread, seconds of a plan for each task, and of the end."""
+    """What was measured: bytes a second of one thread, seconds of a plan, for each task or `once`, and of the end."""
 
     bytes_a_second: float
     plan: float
     end: float
+    once: bool = False
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--rates", type=float, nargs=3, metavar=("MERGE", "EXTRACT", "PLAN"),
+                        help="GB/s of a thread and seconds of a plan, instead of measuring them")  # fmt: skip
     parser.add_argument("--most", type=int, default=64)
     args = parser.parse_args()
     small, large = args.folder / "small", args.folder / "70b"
-    make_small(small)
     make_large(large)
-    merging, extracting = measured(small, args.runs)
-    planned = timed(lambda: fingerprinted(large))
-    merges = {shard: sizes_of(large, shard) for shard in (None, "2GB", "1GB")}
+    if args.rates:
+        merging, extracting, planned = (1e9 * args.rates[0], 1e9 * args.rates[1], args.rates[2])
+    else:
+        make_small(small)
+        merging, extracting = measured(small, args.runs)
+        planned = timed(lambda: fingerprinted(large))
+    merges = {few: sizes_of(large, few) for few in (False, True)}
     tensors = {pair.path: 2 * parameters(pair.name) * 2 for pair in plan(large / "base", large / "base").pairs}
     rates = f"a thread merges {merging / 1e9:.2f} GB/s and extracts from {extracting / 1e9:.2f} GB/s"
     print(f"\nplan of 70B: {planned:.1f} s; {rates}\n")
-    rows = [
-        (f"merge, {len(files)} files{f' of {shard}' if shard else ''}", files, Rates(merging, planned, planned), 1)
-        for shard, files in merges.items()
-    ]
+    on = Rates(merging, planned, planned, once=True)
+    rows = [(f"merge, {'1 file' if one else '31 files'}", sizes, on, EACH) for one, sizes in merges.items()]
     factors = sum(2 * 4 * 32 * sum(shape) for shape in shapes().values() if len(shape) > 1)  # written, and read again
     end = planned + factors / merging
     rows.append((f"extract-svd, {len(tensors)} tensors", tensors, Rates(extracting, planned, end), 2))
@@ -80,18 +85,21 @@ def main() -> None:
 def wall(sizes: Mapping[str, int], workers: int, rates: Rates, storage: float, each: int) -> float:
     """Return the seconds of a run: the caller plans, parts are taken from a queue, the largest first, the caller ends.
 
-    `each` is 1 where an item is a part, else how many parts there are for a worker. As many bytes a second go to a part
-    as a thread can take, or its share of what the storage gives.
+    `each` is how many parts there are for a worker. As many bytes a second go to a part as a thread can take, or its
+    share of what the storage gives.
     """
     from loratools.parallel.shares import balanced
 
-    of = len(sizes) if each == 1 else min(len(sizes), each * workers)
+    of = min(len(sizes), each * workers)
     loads = sorted((sum(sizes[name] for name in names) for names in balanced(sizes, of)), reverse=True)
     queue, now = [float(load) for load in loads], 0.0
     running: list[list[float]] = []  # seconds of planning left, and bytes
+    begun = 0
     while queue or running:
         while queue and len(running) < workers:
-            running.append([rates.plan, queue.pop(0)])
+            planning = not rates.once or begun < workers
+            running.append([rates.plan if planning else 0.0, queue.pop(0)])
+            begun += 1
         moving = sum(left <= 0 for left, _ in running)
         rate = min(rates.bytes_a_second, storage / max(1, moving))
         step = min(left if left > 0 else load / rate for left, load in running)
@@ -114,7 +122,7 @@ def measured(small: Path, runs: int) -> tuple[float, float]:
     options = {"threads": 1, "retention": "off"}
     given = {"base": str(base), "tuned": str(tuned), "output": str(out), "ranks": 32, "threads": 1}
     verbs: dict[str, Callable[[object], object]] = {
-        "merge": lambda pool: merge_shared(call_of(base, [adapter], out, max_shard_size="30MB", **options), pool),
+        "merge": lambda pool: merge_shared(call_of(base, [adapter], out, **options), pool),
         "extract-svd": lambda pool: share("extract-svd", pool, **given),
     }
     least: dict[tuple[str, int], float] = {}
@@ -151,10 +159,12 @@ def fingerprinted(large: Path) -> str:
     return fingerprint(prepared.plan, settings_of(prepared))
 
 
-def sizes_of(large: Path, shard: str | None) -> dict[str, int]:
-    options = MergeOptions(threads=1, max_shard_size=shard)
-    prepared = prepare(large / "base", [str(large / "adapter")], large / "out", options=options)
-    return {file.name: file.size for file in prepared.plan.files}
+def sizes_of(large: Path, one: bool) -> dict[str, int]:
+    """Return the bytes of what a merge of 70B is shared out in, into the base's files or into one file."""
+    options = {"threads": 1, "max_shard_size": "1000GB" if one else None}
+    call = call_of(large / "base", [large / "adapter"], large / "out", **options)
+    prepared = decide_call(call)
+    return {name: piece.nbytes for name, piece in Planned.of(call, prepared).pieces(prepared.plan).items()}
 
 
 def make_small(folder: Path) -> None:

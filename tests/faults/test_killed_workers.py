@@ -22,7 +22,7 @@ from loratools.decisions import warnings_to
 from loratools.errors import BadFile, LoraToolsError, NoSpace
 from loratools.parallel import tasks
 from loratools.parallel.executors import _dask, opened
-from loratools.surgery.merge import merge
+from loratools.surgery.merge import merge, planned
 from loratools.surgery.merge.parts import call_of
 from loratools.surgery.merge.shared import merge_shared
 from tests.conftest import clean_env
@@ -37,9 +37,13 @@ WAIT = 120
 
 @pytest.mark.kills
 def test_workers_killed_at_random_moments_change_no_byte(
-    sizeable: Path, tmp_path: Path, pytestconfig: pytest.Config
+    sizeable: Path, tmp_path: Path, pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One worker or both are killed 30 times, or 4 in the sample; they are begun anew, and lost work is done again."""
+    """One worker or both are killed 30 times, or 4 in the sample; they are begun anew, and lost work is done again.
+
+    Every file has tensors of several parts, which its workers write at the same time.
+    """
+    monkeypatch.setattr(planned, "PIECE", 1 << 18)
     chance, times = random.Random(pytestconfig.option.seed), 30 if pytestconfig.option.whole else 4
     merge(sizeable / "base", [sizeable / "adapter"], tmp_path / "whole")
     right, out = hashes(tmp_path / "whole"), tmp_path / "room" / "out"

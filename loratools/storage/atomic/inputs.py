@@ -52,6 +52,14 @@ def seen() -> dict[Path, Stamp]:
     return dict(_SEEN.get() or {})
 
 
+def is_still(path: Path, was: Stamp) -> bool:
+    """Tell whether a file is there, and what it was."""
+    try:
+        return stamp(path.stat()) == was
+    except OSError:
+        return False
+
+
 def forget(path: Path) -> None:
     """Let go of an input that the task itself has changed."""
     if (seen := _SEEN.get()) is not None:

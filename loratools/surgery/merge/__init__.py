@@ -2,7 +2,8 @@
 
 options   the options, one value that is checked when it is built
 quantized what becomes of the codes of a quantized base
-parts     a merge that several processes share, each a part of the files
+planned   a plan that travels, for processes that share a merge, and what each of them writes
+parts     a merge that several processes share, each a part of the tensors
 shared    the same on workers: processes of this machine, or a cluster
 siblings  modules that are plain together, for a runtime stores them in one weight
 original  the unquantized model that a base was made from

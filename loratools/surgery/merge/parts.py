@@ -1,7 +1,9 @@
-"""A merge that several processes share: each writes some of the files, and one makes the output of them.
+"""A merge that several processes share: each writes some of the tensors, and one makes the output of the files.
 
-Every process decides the same merge from the same call, and shows by the merge's fingerprint that it has. The files of
-a part lie in a hidden folder beside the output, with a journal as a resumed merge has it; `gather` renames them.
+Every process decides the same merge from the same call, and shows by the merge's fingerprint that it has. The files lie
+in one hidden folder beside the output, long from the beginning, and each process writes its tensors where they will
+lie: others write the rest. What is done of a part is told in a folder of its own, with a journal as a resumed merge has
+it; `gather` renames the files.
 """
 
 from __future__ import annotations
@@ -14,45 +16,37 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from loratools.adapter.placement.gguf import is_gguf
-from loratools.engine.device import described
-from loratools.engine.run import in_torch
-from loratools.errors import BadFile, InvalidOption, counted
-from loratools.options import either
+from loratools.errors import BadFile, LoraToolsError, counted
 from loratools.parallel import Progress, no_progress
 from loratools.parallel.call import Call
-from loratools.parallel.shares import Part, balanced
+from loratools.parallel.shares import Part
 from loratools.storage import atomic
+from loratools.storage.atomic import leftovers
 from loratools.storage.beside import making
+from loratools.storage.layout import FilePlan
 from loratools.storage.sources import Location, session
 from loratools.storage.strict_json import read_json
 from loratools.surgery.inputs import as_asked
 from loratools.surgery.merge.options import MergeOptions
+from loratools.surgery.merge.planned import PLACES, VERB, VERBS, Planned, decide_call
 from loratools.surgery.merge.prepare import Merge, prepare
-from loratools.surgery.merge.resume import Journal, fingerprint
-from loratools.surgery.merge.run import MergeReport, execute, settings_of, write_tensors
-
-VERB, PLACES = "merge", ("base", "adapters", "output", "original")
-"""The verb, and its arguments that are paths or references."""
-
-VERBS: Mapping[str, str] = {VERB: __name__, "dequantize": "loratools.surgery.dequantize"}
-"""Verbs that decide a `Merge` and share its files: modules with `decided(arguments)` and `finished(arguments, report)`.
-
-The first returns that `Merge`, the second what the verb returns.
-"""
+from loratools.surgery.merge.resume import Journal
+from loratools.surgery.merge.run import MergeReport, execute, write_tensors
 
 _CALL = ".part.json"
 
 
 @dataclass(frozen=True, slots=True)
 class PartReport:
-    """What one part of a merge wrote: its `files`, and those that it kept of an earlier run; `folder` holds them.
+    """What one part of a merge wrote: `files`, whole or some of their tensors, and those kept of an earlier run.
 
-    `key` is the merge's fingerprint; `arithmetic` names what computes, where that decides the last bit.
+    `folder` has the list of them; they lie in `room`. `key` is the merge's fingerprint; `arithmetic` names what
+    computes, where that decides the last bit.
     """
 
     part: str
     folder: str
+    room: str
     files: tuple[str, ...]
     kept: tuple[str, ...]
     nbytes: int
@@ -75,7 +69,8 @@ def merge_part(call: Call, part: Part | str, *, progress: Progress | None = None
 
     Args:
         call: The merge, as `call_of` returns it.
-        part: Which part: a `Part`, or a text such as `"3/16"`, counted from 1. The files are shared out by their bytes.
+        part: Which part: a `Part`, or a text such as `"3/16"`, counted from 1. Tensors are shared out by their
+            bytes, small ones of a file together.
         progress: Called with the bytes written since the last call, from any thread. Default: nobody is told.
 
     Raises:
@@ -89,8 +84,14 @@ def merge_part(call: Call, part: Part | str, *, progress: Progress | None = None
     """
     part = Part.parse(part) if isinstance(part, str) else part
     prepared = decide_call(call)
-    key = fingerprint(prepared.plan, settings_of(prepared))
-    return write_part(call, prepared, part, f"{key[:8]}{part.number:04x}{part.of:04x}", progress or no_progress)
+    planned = Planned.of(call, prepared)
+    room, token = _room(prepared.output, planned.key, part.of), f"{planned.key[:8]}{part.number:04x}{part.of:04x}"
+    try:
+        return write_part(planned, prepared, part, token, progress or no_progress, room)
+    except LoraToolsError:
+        if leftovers.parts_of(prepared.output.absolute()) in ([], [room.absolute()]):  # nobody else's lies there
+            atomic.remove(room)
+        raise
 
 
 @session()
@@ -114,10 +115,11 @@ def gather(output: str | Path, *, progress: Progress | None = None) -> Any:
     """
     atomic.sweep(output)
     with atomic.part_folders(Path(output)) as folders:
-        call, account = _whole(Path(output), folders)
+        call, account, room = _whole(Path(output), folders)
         call = replace(call, arguments={**call.arguments, "output": str(output)})
         with making.making(lambda: account) if account else nullcontext():
-            report = execute(decide_call(call), progress=progress, parts=folders)
+            own = [folder for folder in folders if (folder / _CALL).is_file()]
+            report = execute(decide_call(call), progress=progress, parts=own, room=room)
         for folder in folders:
             atomic.remove(folder)
         return finish(call, report)
@@ -142,78 +144,67 @@ def finish(call: Call, report: MergeReport) -> Any:
     return import_module(VERBS[call.verb]).finished(call.arguments, report)
 
 
-def decide_call(call: Call) -> Merge:
-    """Decide the merge of a call, as its verb does."""
-    call.check_version()
-    if call.verb not in VERBS:
-        raise InvalidOption(f"{call.verb!r} is no verb whose parts are written here; expected {either(list(VERBS))}")
-    prepared: Merge = import_module(VERBS[call.verb]).decided(call.arguments)
-    if is_gguf(prepared.plan.base) or prepared.plan.single:
-        raise InvalidOption(
-            f"{prepared.output}: it is one file, and processes share a merge by its files",
-            hint="Name a folder, and --max-shard-size where the base is one file; or merge in this process.",
-        )
-    if prepared.options.keep_loss:
-        raise InvalidOption("keep_loss: what the codes lose is measured in one process", hint="Leave it out.")
-    return prepared
-
-
-def arithmetic_of(prepared: Merge) -> str:
-    """Return what computes the merge, as far as that decides the last bit: the C code has the same everywhere."""
-    if not in_torch(prepared.plan, settings_of(prepared)):
-        return "C"
-    if on := described(prepared.options.computes_on):
-        return ", ".join(on.values())
-    import torch
-
-    return f"torch {torch.__version__.partition('+')[0]}, {torch.backends.cpu.get_cpu_capability()}"
-
-
 def write_part(
-    call: Call, prepared: Merge, part: Part, token: str, progress: Progress, *, durable: bool = True
-) -> PartReport:
-    """Write the files of a part into the folder of that token, beside the output, unless they are there already.
+    planned: Planned, prepared: Merge, part: Part, token: str, progress: Progress, room: Path, *, durable: bool = True
+) -> PartReport:  # fmt: skip
+    """Write the tensors of a part into the files in `room`, unless they are there already.
 
-    Without `durable` they go to the output before anything else can happen to them.
+    A folder of that token, beside the output, has the list of them. Without `durable` they go to the output before
+    anything else can happen to them.
     """
-    plan = prepared.plan
-    key, arithmetic = fingerprint(plan, settings_of(prepared)), arithmetic_of(prepared)
-    names = balanced({file.name: file.size for file in plan.files}, part.of)[part.number - 1]
+    mine = planned.parts(prepared, part.of)[part.number - 1]
     with atomic.part_folder(prepared.output, token) as folder:
-        journal = Journal(folder, key, durable=durable, passing=not durable)
-        kept = tuple(name for name in journal.kept if name in names)
-        files = tuple(file for file in plan.files if file.name in names and file.name not in kept)
-        progress(sum(file.size for file in plan.files if file.name in kept))
-        write_tensors(replace(prepared, plan=replace(plan, files=files)), folder, progress, finished=journal.add)
+        if durable:
+            room.mkdir(exist_ok=True)
+        journal = Journal(folder, planned.key, durable=durable, passing=not durable, room=room)
+        kept = tuple(file.name for file in mine if file.name in journal.kept)
+        files = tuple(file for file in mine if file.name not in kept)
+        progress(sum(_nbytes(file) for file in mine if file.name in kept))
+        write = replace(prepared, plan=replace(prepared.plan, files=files))
+        write_tensors(write, room, progress, finished=journal.add)
         journal.flush()
-        document: dict[str, Any] = {"call": call.to_json(), "part": str(part), "key": key, "arithmetic": arithmetic}
+        document: dict[str, Any] = {**planned.to_json(), "part": str(part)}
         if part.number == 1 and (account := making.account()):
             document["account"] = dict(account)
         (folder / _CALL).write_text(json.dumps(document), encoding="utf-8", newline="\n")
-    nbytes = sum(file.size for file in plan.files if file.name in names)
-    return PartReport(str(part), str(folder), names, kept, nbytes, key, arithmetic)
+    names, nbytes = tuple(file.name for file in mine), sum(_nbytes(file) for file in mine)
+    return PartReport(
+        str(part), str(folder), str(room), names, kept, nbytes, planned.key, planned.arithmetic
+    )  # fmt: skip
 
 
-def _whole(output: Path, folders: Sequence[Path]) -> tuple[Call, dict[str, Any] | None]:
-    """Return the call of all parts, and how the output is made; raise `BadFile` unless all are there, of one merge."""
+def _nbytes(file: FilePlan) -> int:
+    return sum(slot.nbytes for slot in file.slots)
+
+
+def _room(output: Path, key: str, of: int) -> Path:
+    """Return the folder, that of a part 0, in which so many parts of a merge write the files."""
+    return output.with_name(f".{output.name}.part-{key[:8]}0000{of:04x}")
+
+
+def _whole(output: Path, folders: Sequence[Path]) -> tuple[Call, dict[str, Any] | None, Path]:
+    """Return the call of all parts, how the output is made, and where the files are.
+
+    Raises `BadFile` unless all parts are there, of one merge.
+    """
     read: dict[Path, Any] = {folder: read_json(folder / _CALL) for folder in folders if (folder / _CALL).is_file()}
     if not read:
         hint = "Each part is written by the command with --part, such as --part 1/16."
         raise BadFile(f"{output}: no part of it is complete", hint=hint)
+    folders = [folder for folder in folders if folder.name[-8:-4] != "0000"]
     problems = [f"{folder}: not complete" for folder in folders if folder not in read]
-    first = next(iter(read.values()))
-    calls = {folder: Call.from_json(document.get("call"), folder / _CALL) for folder, document in read.items()}
-    call = calls[next(iter(read))]
+    planned = {folder: Planned.from_json(document, folder / _CALL) for folder, document in read.items()}
+    one = planned[next(iter(read))]
     parts = {folder: Part.parse(str(document.get("part"))) for folder, document in read.items()}
     of = parts[next(iter(read))].of
-    for folder, document in read.items():
-        if document.get("key") != first.get("key") or parts[folder].of != of:
+    for folder in read:
+        if (planned[folder].key, planned[folder].piece, parts[folder].of) != (one.key, one.piece, of):
             problems.append(f"{folder}: part {parts[folder]} of another merge: other inputs, options or parts")
-        elif document.get("arithmetic") != first.get("arithmetic"):
-            problems.append(f"{folder}: computed by {document.get('arithmetic')}, others by {first.get('arithmetic')}")
+        elif planned[folder].arithmetic != one.arithmetic:
+            problems.append(f"{folder}: computed by {planned[folder].arithmetic}, others by {one.arithmetic}")
     there = {part.number for part in parts.values()}
     problems += [f"part {Part(number, of)} is missing" for number in range(1, of + 1) if number not in there]
     if problems:
         raise BadFile(f"{output}: {counted(len(problems), 'part')} of the merge cannot be taken", problems)
     accounts = [document["account"] for document in read.values() if isinstance(document.get("account"), dict)]
-    return call, accounts[0] if accounts else None
+    return one.call, accounts[0] if accounts else None, _room(output, one.key, of)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +16,7 @@ from loratools.engine.task import TensorResult
 from loratools.errors import BadFile, counted
 from loratools.storage import atomic, digest
 from loratools.storage.atomic.sync import sync, sync_names
+from loratools.storage.layout import FilePlan
 from loratools.storage.resolvers import FAR, SHOWN, is_far
 from loratools.storage.strict_json import MAX_INDEX, read_json
 
@@ -65,17 +66,20 @@ class Journal:
     `done` has the digest of each file, and what was measured while it was written; `kept` are those of an earlier run,
     and `damaged` those that are no longer what they were. With `durable` what is complete outlasts a power cut; with
     `passing`, for files that go to the output at once, no digests are taken, which takes as long as a second read.
+    Files lie in the folder, or in the `room` that several processes share: of a file of which others write the rest the
+    list has the ranges and their digest, and of one that several have written all of those.
     """
 
     def __init__(
         self, folder: Path, key: str, *, durable: bool = True, passing: bool = False,
-        elsewhere: Mapping[str, Any] | None = None,
+        elsewhere: Mapping[str, Any] | None = None, room: Path | None = None,
     ) -> None:  # fmt: skip
         """Find what an earlier run with the same `key` (a `fingerprint`) completed, and delete everything else.
 
         `elsewhere` is what was taken down of files that lie in a store already.
         """
         self._folder, self._key, self._durable, self._passing = folder, key, durable, passing
+        self._room = room or folder
         document: dict[str, Any] = {}
         with suppress(BadFile):  # as if there were none
             document = read_json(folder / _NAME, most=MAX_INDEX)
@@ -83,7 +87,7 @@ class Journal:
         self.done: dict[str, Any] = {
             name: entry
             for name, entry in listed.items()
-            if (folder / name).is_file() and _digest(folder / name) == entry["digest"]
+            if (self._room / name).is_file() and _intact(self._room / name, entry)
         }
         self.done |= elsewhere or {}
         self.kept = tuple(self.done)
@@ -92,34 +96,37 @@ class Journal:
             if not path.is_dir() and path.relative_to(folder).as_posix() not in self.done:
                 path.unlink()
 
-    def adopt(self, folders: Sequence[Path], names: Set[str]) -> None:
-        """Take over the complete files that others wrote in folders of their own, with journals of the same key.
+    def adopt(self, folders: Sequence[Path], room: Path, plans: Sequence[FilePlan]) -> None:
+        """Take over files in a `room` that others wrote, whose lists of the same key lie in folders of their own.
 
-        `names` are those of all files. Each must have the digest, if any, that was taken down when it was written.
-        Raises `BadFile` for one that has not, and for a journal of another merge.
+        `plans` are those of all files. What each wrote must have the digest, if any, that was taken down then. Raises
+        `BadFile` where one has not, where nobody wrote some of a file, and for a list of another merge.
         """
-        moves: dict[Path, Path] = {}
+        moves: list[FilePlan] = []
+        found: dict[str, list[dict[str, Any]]] = {}
         for folder in folders:
             document = read_json(folder / _NAME, most=MAX_INDEX)
             if document.get("key") != self._key:
                 raise BadFile(f"{folder}: a part of another merge: its inputs or options differ")
-            for name in names & document["files"].keys():
-                if (folder / name).is_file():
-                    moves[folder / name] = self._folder / name
-                    self.done[name] = document["files"][name]
-        known = {path: digest for path, target in moves.items() if (digest := self._of(target)["digest"])}
-        damaged = [str(path) for path, digest in known.items() if _digest(path) != digest]
+            for name, entry in document["files"].items():
+                found.setdefault(name, []).append(entry)
+        for plan in plans:
+            if plan.name in found and (room / plan.name).is_file():
+                moves.append(plan)
+                self.done[plan.name] = _joined(found[plan.name])
+        damaged = [
+            str(room / plan.name)
+            for plan in moves
+            if not _is_whole(plan, self.done[plan.name]) or not _intact(room / plan.name, self.done[plan.name], True)
+        ]
         if damaged:
             raise BadFile(f"{', '.join(damaged)}: not what it was when it was written; make its part again")
         self._write()  # first: a run that is killed here finds every file in one place or the other
-        for path, target in moves.items():
+        for plan in moves:
+            target = self._folder / plan.name
             target.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(target)
+            (room / plan.name).replace(target)
         self.kept = tuple(self.done)
-
-    def _of(self, path: Path) -> dict[str, Any]:
-        entry: dict[str, Any] = self.done[path.relative_to(self._folder).as_posix()]
-        return entry
 
     def tell(self, total: int) -> list[str]:
         """Return what is kept of an earlier run, of `total` files, and how that is known; warn of damage."""
@@ -138,14 +145,19 @@ class Journal:
             "any other on this output removes that", len(self.done), counted(total, "file"), self._folder,
         )  # fmt: skip
 
-    def add(self, path: Path, results: Sequence[TensorResult]) -> None:
-        """Take down a complete file, and what was measured while it was written."""
+    def add(self, file: FilePlan, results: Sequence[TensorResult]) -> None:
+        """Take down a complete file, or what is written of it here, and what was measured meanwhile."""
+        path = self._room / file.name
         if self._durable:
             sync(path)
             sync_names(path.parent)
-        name = path.relative_to(self._folder).as_posix()
-        taken = None if self._passing else _digest(path)
-        self.done[name] = {"digest": taken, "results": [asdict(result) for result in results]}
+        entry: dict[str, Any] = {"results": [asdict(result) for result in results]}
+        if file.whole is None:
+            entry["digest"] = None if self._passing else _digest(path)
+        else:
+            ranges = [[0, len(file.header)], *file.ranges]
+            entry["ranges"] = [[None if self._passing else _digest(path, ranges), ranges]]
+        self.done[file.name] = entry
         self._write()
 
     def flush(self) -> None:
@@ -169,9 +181,39 @@ class Journal:
         return sorted(results, key=lambda result: result.name)
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path, ranges: Sequence[Sequence[int]] | None = None) -> str:
+    """Return the digest of a file, or of ranges of it, one after the other."""
     hasher = digest.new()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            hasher.update(chunk)
+        for start, stop in [(0, path.stat().st_size)] if ranges is None else ranges:
+            file.seek(start)
+            while start < stop and (chunk := file.read(min(1 << 20, stop - start))):
+                start += len(chunk)
+                hasher.update(chunk)
     return hasher.hexdigest()
+
+
+def _intact(path: Path, entry: Mapping[str, Any], unknown: bool = False) -> bool:
+    """Tell whether a file is what it was when it was written; what has no digest is, if that may be `unknown`."""
+    known = entry["ranges"] if "ranges" in entry else [[entry["digest"], None]]
+    return all((unknown and was is None) or _digest(path, ranges) == was for was, ranges in known)
+
+
+def _joined(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the entry of a file that one or several have written."""
+    results = [result for entry in entries for result in entry["results"]]
+    if len(entries) == 1 and "digest" in entries[0]:
+        return {"digest": entries[0]["digest"], "results": results}
+    return {"ranges": [each for entry in entries for each in entry.get("ranges", [])], "results": results}
+
+
+def _is_whole(plan: FilePlan, entry: Mapping[str, Any]) -> bool:
+    """Tell whether every byte of a file was written by somebody."""
+    if "digest" in entry:
+        return True
+    end = 0
+    for start, stop in sorted(tuple(each) for _, ranges in entry["ranges"] for each in ranges):
+        if start > end:
+            return False
+        end = max(end, stop)
+    return end == plan.size

@@ -19,6 +19,7 @@ from loratools.storage import atomic, digest
 from loratools.storage.checkpoint.logical import encodings
 from loratools.storage.files import chunks
 from loratools.storage.header import TensorSpec
+from loratools.storage.layout import FilePlan
 from loratools.surgery.hash import hash_tensors, hashing
 from loratools.surgery.merge.folder import write_companions
 from loratools.surgery.merge.measured import Measured
@@ -74,13 +75,13 @@ class MergeReport:
 
 def execute(
     prepared: Merge, *, progress: Progress | None = None, sink: Callable[[Path], Sink] | None = None,
-    parts: Sequence[Path] = (),
+    parts: Sequence[Path] = (), room: Path | None = None,
 ) -> MergeReport:  # fmt: skip
     """Run a prepared merge, and return its report.
 
     `progress` is that of `merge`. `sink` makes, for the folder or the one file that is being written, what takes each
-    finished file of tensors. `parts` are folders with files that other processes have written of the same merge
-    (`parts.py`): they are taken over. Raises what `merge` raises.
+    finished file of tensors. `parts` are folders with lists of what other processes have written of the same merge
+    (`parts.py`) in the folder `room`: that is taken over. Raises what `merge` raises.
     """
     plan, options, threads = prepared.plan, prepared.options, prepared.threads
     progress = progress or no_progress
@@ -109,18 +110,18 @@ def execute(
         store = None if plan.single else atomic.afar.sender(scratch)
         elsewhere = store.kept if store else None
         journal = Journal(scratch, key, durable=store is None, elsewhere=elsewhere) if key else None
-        if journal and parts:
-            journal.adopt(parts, {file.name for file in plan.files})
+        if journal and room:
+            journal.adopt(parts, room, plan.files)
         reused = journal.kept if journal else ()
         resumed = journal.tell(len(plan.files)) if journal and not parts else []
 
-        def finished(path: Path, measured: list[TensorResult]) -> None:
+        def finished(file: FilePlan, measured: list[TensorResult]) -> None:
             if journal:
-                journal.add(path, measured)
+                journal.add(file, measured)
             if store and journal:
-                store.shard(path, journal.done[path.relative_to(scratch).as_posix()])
+                store.shard(scratch / file.name, journal.done[file.name])
             if sent and not plan.single:
-                sent.shard(path)
+                sent.shard(scratch / file.name)
 
         remaining = replace(plan, files=tuple(file for file in plan.files if file.name not in reused))
         progress(sum(file.size for file in plan.files if file.name in reused))
@@ -239,7 +240,7 @@ def settings_of(
 
 def write_tensors(
     prepared: Merge, scratch: Path, progress: Progress, *, before: Mapping[str, Restore] | None = None,
-    finished: Callable[[Path, list[TensorResult]], None] | None = None, early: Meanwhile | None = None,
+    finished: Callable[[FilePlan, list[TensorResult]], None] | None = None, early: Meanwhile | None = None,
 ) -> Measured:  # fmt: skip
     """Write the files of tensors of a merge into `scratch`, and return what was measured.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -10,27 +11,32 @@ from pathlib import Path
 from typing import Any
 
 from loratools.decisions import decided, warned, warnings_to
-from loratools.errors import BadFile, InvalidOption, LoraToolsError, OutputRefused, counted
+from loratools.errors import BadFile, LoraToolsError, OutputRefused, counted
 from loratools.parallel import Progress, cores, no_progress, tasks
 from loratools.parallel.call import Call
 from loratools.parallel.executors import Workers, opened
 from loratools.parallel.shares import Part
 from loratools.storage import atomic
-from loratools.storage.atomic import leftovers
+from loratools.storage.atomic import inputs, leftovers
 from loratools.storage.sources import session
-from loratools.surgery.merge.parts import PartReport, arithmetic_of, decide_call, finish, write_part
-from loratools.surgery.merge.resume import fingerprint
-from loratools.surgery.merge.run import execute, settings_of
+from loratools.surgery.merge.parts import PartReport, finish, write_part
+from loratools.surgery.merge.planned import Planned, decide_call
+from loratools.surgery.merge.prepare import Merge
+from loratools.surgery.merge.run import execute
+
+EACH = 4
+"""Parts for each worker: what one has done early, another has not to wait for, and little is lost with one."""
+
+_SOME = 16
+"""Workers that are reckoned with where their number may change."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """One part of a call, for a worker; what the caller decided, which the worker must come to as well."""
+    """One part of a merge, for a worker."""
 
-    call: Call
+    planned: Planned
     part: Part
-    key: str
-    arithmetic: str
 
     def __str__(self) -> str:
         return f"part {self.part}"
@@ -58,9 +64,8 @@ def merge_shared(call: Call, workers: Workers, *, progress: Progress | None = No
     atomic.afar.refuse_afar(output, "work that is shared out")
     atomic.sweep(output)
     prepared = decide_call(call)
-    key, arithmetic = fingerprint(prepared.plan, settings_of(prepared)), arithmetic_of(prepared)
+    planned = Planned.of(call, prepared)
     atomic.check_space(output, sum(file.size for file in prepared.plan.files))
-    count = len(prepared.plan.files)
     progress = progress or no_progress
 
     def done(_: _Task, written: PartReport) -> None:
@@ -68,51 +73,45 @@ def merge_shared(call: Call, workers: Workers, *, progress: Progress | None = No
         for warning in written.warnings:
             warned("%s", warning)
 
-    mark = _mark(output, key)
+    mark = _mark(output, planned.key)
     try:
         mark.mkdir(exist_ok=True)
         with opened(workers) as pool:
             if pool.local and pool.count and prepared.options.threads is None:
-                call = replace(call, arguments={**call.arguments, "threads": max(1, cores() // pool.count)})
-            decided("%s in %d parts on %s", counted(count, "file"), count, pool.name)
-            todo = [_Task(call, Part(number, count), key, arithmetic) for number in range(1, count + 1)]
+                alone = replace(call, arguments={**call.arguments, "threads": max(1, cores() // pool.count)})
+                planned = replace(planned, call=alone)
+            whole = EACH * (pool.count or _SOME)
+            count = sum(map(bool, planned.parts(prepared, whole))) or 1
+            files = counted(len(prepared.plan.files), "file")
+            decided("%s in %d parts on %s", files, count, pool.name)
+            todo = [_Task(planned, Part(number, count)) for number in range(1, count + 1)]
             written = tasks.run(pool, work, todo, done, partial(atomic.remove, mark))
         with atomic.part_folders(output, [Path(each.folder) for each in written]) as folders:
-            report = execute(prepared, parts=folders)
+            report = execute(prepared, parts=folders, room=mark)
         return finish(call, report)
     finally:
-        _remove(output, key)
+        _remove(output, planned.key)
 
 
 def work(task: _Task) -> PartReport:
     """Write one part, in a worker; what it warns of comes back with the report."""
     warnings: list[str] = []
-    mark = _mark(Path(task.call.arguments["output"]), task.key)
+    planned = task.planned
+    mark = _mark(Path(planned.call.arguments["output"]), planned.key)
     wanted = _while_wanted(mark)
     try:
         with warnings_to(warnings.append), session():
-            task.call.check_version()
+            planned.call.check_version()
             if not mark.exists():
                 raise BadFile(
                     f"{tasks.place()} does not see {mark}, which the caller has made: it was called off, or that is "
                     "another folder there", hint="Every worker has to see the same folders under the same names.",
                 )  # fmt: skip
-            prepared = decide_call(task.call)
-            if fingerprint(prepared.plan, settings_of(prepared)) != task.key:
-                raise BadFile(
-                    f"{tasks.place()} sees another merge than the caller: other inputs, or other files of them",
-                    hint="Every worker has to see the same folders under the same names.",
-                )
-            if (own := arithmetic_of(prepared)) != task.arithmetic:
-                raise InvalidOption(
-                    f"{tasks.place()} computes by {own}, the caller by {task.arithmetic}: the bytes could differ",
-                    hint="Give all workers the same torch and the same kind of processor, or a C compiler.",
-                )
-            token = f"{task.key[:4]}{task.part.number:04x}"
+            prepared, token = _again(planned), f"{planned.key[:4]}{task.part.number:04x}"
             try:
-                report = write_part(task.call, prepared, task.part, token, wanted, durable=False)
-            except OutputRefused:  # a worker that was given up still holds it: begin beside it
-                report = write_part(task.call, prepared, task.part, token + _random(), wanted, durable=False)
+                report = write_part(planned, prepared, task.part, token, wanted, mark, durable=False)
+            except OutputRefused:  # a worker that was given up still holds it: begin beside it, with the same bytes
+                report = write_part(planned, prepared, task.part, token + _random(), wanted, mark, durable=False)
             if not mark.exists():  # nobody else will remove it
                 atomic.remove(Path(report.folder))
                 raise LoraToolsError("the work was called off")
@@ -122,8 +121,29 @@ def work(task: _Task) -> PartReport:
     return replace(report, warnings=tuple(warnings))
 
 
+_LAST: list[tuple[Planned, dict[Path, inputs.Stamp], Merge]] = []
+"""What this process planned last, of inputs that were so: it does several parts of a merge."""
+
+
+def _again(planned: Planned) -> Merge:
+    """Return the merge of a plan, made anew unless it is the last one, and its inputs are what they were."""
+    for known, stamps, prepared in _LAST:
+        if known == planned and all(inputs.is_still(path, was) for path, was in stamps.items()):
+            for path in stamps:
+                inputs.see(path)
+            return prepared
+    prepared = planned.again()
+    # Where a reference lies here is another place in each task.
+    fetched = "://" in json.dumps(planned.call.to_json())
+    _LAST[:] = [] if fetched else [(planned, inputs.seen(), prepared)]
+    return prepared
+
+
 def _mark(output: Path, key: str) -> Path:
-    """Return the folder, that of a part 0, which is there as long as the caller of workers wants their work."""
+    """Return the folder, that of a part 0, which is there as long as the caller of workers wants their work.
+
+    The files lie in it.
+    """
     return output.with_name(f".{output.name}.part-{key[:4]}0000")
 
 

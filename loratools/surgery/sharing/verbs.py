@@ -12,6 +12,7 @@ from loratools.options import either
 from loratools.parallel.call import Call
 from loratools.parallel.plain import from_plain
 from loratools.surgery.merge import parts
+from loratools.surgery.merge.planned import VERBS as OF_FILES
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ VERBS: Mapping[str, Verb] = {
 }  # fmt: skip
 
 
-FILES: Mapping[str, str] = dict.fromkeys(parts.VERBS, parts.__name__)
+FILES: Mapping[str, str] = dict.fromkeys(OF_FILES, parts.__name__)
 """Verbs that share their files: the module whose `gather` makes the output of the parts."""
 
 

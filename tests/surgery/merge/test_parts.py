@@ -20,7 +20,8 @@ from loratools.errors import BadFile, IncompatibleAdapter, InvalidOption
 from loratools.parallel.call import Call
 from loratools.surgery.dequantize import PLACES, dequantize
 from loratools.surgery.merge import merge
-from loratools.surgery.merge.parts import call_of, decide_call, gather, merge_part
+from loratools.surgery.merge.parts import call_of, gather, merge_part
+from loratools.surgery.merge.planned import decide_call
 from loratools.surgery.merge.resume import fingerprint
 from loratools.surgery.merge.run import settings_of
 from loratools.surgery.merge.shared import merge_shared
@@ -85,7 +86,7 @@ def test_a_file_that_changed_since_is_refused(tmp_path: Path) -> None:
     call = call_of(base, [adapter], tmp_path / "out")
     for number in (1, 2):
         part = merge_part(call, f"{number}/2")
-    path = Path(part.folder) / part.files[0]
+    path = Path(part.room) / part.files[0]
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -122,8 +123,6 @@ def test_a_part_that_is_refused_leaves_nothing(tmp_path: Path) -> None:
 
 def test_what_cannot_be_shared_is_refused(tmp_path: Path) -> None:
     base, adapter = prepare(tmp_path)
-    with pytest.raises(InvalidOption, match="it is one file, and processes share a merge by its files"):
-        merge_part(call_of(base, [adapter], tmp_path / "out.safetensors"), "1/2")
     with pytest.raises(InvalidOption, match="held in memory"):
         call_of(base, [{"a": torch.zeros(1)}], tmp_path / "out")  # type: ignore[list-item]
     with ThreadPoolExecutor(1) as executor, pytest.raises(InvalidOption, match="s3://b/k: work that is shared out"):

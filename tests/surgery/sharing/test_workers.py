@@ -14,7 +14,7 @@ from loratools.parallel.call import Call
 from loratools.parallel.executors import opened
 from loratools.surgery.dequantize import PLACES, dequantize
 from loratools.surgery.extract import extract
-from loratools.surgery.merge import merge
+from loratools.surgery.merge import merge, planned
 from loratools.surgery.merge.parts import call_of as merge_call
 from loratools.surgery.merge.parts import merge_part
 from loratools.surgery.merge.shared import merge_shared
@@ -45,7 +45,11 @@ def apart(two: Executor, work: Any, call: Call, of: int) -> list[Any]:
 
 
 @pytest.mark.parametrize("case", ["plain", *CASES])
-def test_every_kind_of_merge_has_the_bytes_of_one_process(case: str, two: Executor, workplace: Path) -> None:
+def test_every_kind_of_merge_has_the_bytes_of_one_process(
+    case: str, two: Executor, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two share every file among them, tensor by tensor, and in parts its pieces."""
+    monkeypatch.setattr(planned, "PIECE", 1)
     base, adapter, options = (
         (workplace / "base", workplace / "sealed", {}) if case == "plain" else given(case, workplace)
     )
