@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,16 +95,31 @@ def connected(
     `patience` is for how many seconds there may be no worker; None: for ever, as where jobs wait in a queue.
     """
     distributed = package()
-    try:
-        client = distributed.Client(cluster, timeout=ANSWER, set_as_default=False)
-    except (OSError, TimeoutError, ValueError, TypeError) as error:
-        raise LoraToolsError(f"{name}: no scheduler answers: {error}") from None
-    try:
-        executor = client.get_executor(pure=False)
+    with _quiet():
         try:
-            yield Pool(executor, name, count, local, lost(), killed(), final, Watch(client, patience))
+            client = distributed.Client(cluster, timeout=ANSWER, set_as_default=False)
+        except (OSError, TimeoutError, ValueError, TypeError) as error:
+            raise LoraToolsError(f"{name}: no scheduler answers: {error}") from None
+        try:
+            executor = client.get_executor(pure=False)
+            try:
+                yield Pool(executor, name, count, local, lost(), killed(), final, Watch(client, patience))
+            finally:
+                if client.status == "running":  # else there is nobody to tell
+                    executor.shutdown(wait=False)
         finally:
-            if client.status == "running":  # else there is nobody to tell
-                executor.shutdown(wait=False)
+            client.close(timeout=5)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep from the terminal what Dask logs, pages where a connection is lost: an error says it in a sentence."""
+    handlers = [each for name in ("distributed", "distributed.client") for each in logging.getLogger(name).handlers]
+    levels = [each.level for each in handlers]
+    for each in handlers:
+        each.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
     finally:
-        client.close(timeout=5)
+        for each, level in zip(handlers, levels, strict=True):
+            each.setLevel(level)

@@ -1,6 +1,6 @@
 """A file or a folder appears under its final name whole, or not at all.
 
-Work happens in a scratch folder `.NAME.partial-XXXXXXXX` beside the output, locked by the process that writes it; at
+Work happens in a scratch folder `.NAME.partial-XXXXXXXX…` beside the output, locked by the process that writes it; at
 the end it is written to the disk itself, and renamed.
 
     afar          outputs in a store, which are sent
@@ -10,6 +10,7 @@ the end it is written to the disk itself, and renamed.
     kept          folders that outlive a run: what was fetched, and parts of an output
     leftovers     hidden folders beside an output: removing those of killed runs
     locks         whose they are
+    machine       whose they are where a lock does not tell
     names         names that not every system can write
     place         the final name, in one step
     sync          what was written outlasts a power cut

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Literal
 
 from loratools.options import words
-from loratools.storage.atomic import leftovers, locks
+from loratools.storage.atomic import leftovers, locks, machine
 from loratools.storage.atomic.undisturbed import undisturbed
 
 Use = Literal["headers", "demo", "merge", "adapter"]
 """What a temporary folder is for; part of its name."""
 
-_NAME = rf"loratools-({'|'.join(words(Use))})-[a-z0-9_]{{8}}"
+_NAME = rf"loratools-({'|'.join(words(Use))})-[a-z0-9_]{{8}}([0-9a-f]{{4}})?"
 
 
 @contextmanager
 def temporary(use: Use) -> Iterator[Path]:
-    """Yield a new folder `loratools-USE-XXXXXXXX` for temporary files (TMPDIR), which goes away with the block.
+    """Yield a new folder `loratools-USE-XXXXXXXXMMMM` for temporary files (TMPDIR), which goes away with the block.
 
     Those that this user's killed runs left there are removed first: a merge that kept nothing here may have left
     several gigabytes.
@@ -43,7 +43,7 @@ def _make(use: Use) -> tuple[Path, locks.Lock | None]:
     from tempfile import mkdtemp
 
     while True:
-        folder = Path(mkdtemp(prefix=f"loratools-{use}-"))
+        folder = Path(mkdtemp(prefix=f"loratools-{use}-", suffix=machine.mark()))
         try:
             return folder, locks.lock(folder)
         except (BlockingIOError, FileNotFoundError):
@@ -61,5 +61,6 @@ def _sweep(place: Path) -> None:
                 lock = locks.lock(path)
             except OSError:  # a living run's, or gone, or no folder, or nothing can be locked here
                 continue
-            leftovers.remove(path)
+            if not machine.perhaps_elsewhere(path):
+                leftovers.remove(path)
             lock.release()

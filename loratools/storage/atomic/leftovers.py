@@ -1,7 +1,7 @@
 """Hidden folders beside an output: who works in one is known by its lock, and what killed runs left is removed.
 
-.NAME.partial-XXXXXXXX    a run writes in it; after an exchange it holds the old output, to be deleted
-.NAME.replaced-XXXXXXXX   the old output, moved aside by the run of that `partial`, where nothing can be exchanged
+.NAME.partial-XXXXXXXX…   a run writes in it; after an exchange it holds the old output, to be deleted
+.NAME.replaced-XXXXXXXX…  the old output, moved aside by the run of that `partial`, where nothing can be exchanged
 .NAME.resume-XXXXXXXX     what a run that may be interrupted has finished
 .NAME.pull-X…             what has been fetched of a commit
 .NAME.part-X…             what one part of several has finished
@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from loratools.decisions import warned
-from loratools.storage.atomic import locks
+from loratools.storage.atomic import locks, machine
 from loratools.storage.atomic.together import put_back
 
 _HEX = r"-([0-9a-f]{8,16})"
@@ -30,6 +30,7 @@ KEPT = ("resume", "pull", "part")
 def sweep(target: Path, kinds: Sequence[str], mine: Path | None = None) -> None:
     """Remove what killed runs for the same target left, of these kinds; not `mine`, nor what a living run holds.
 
+    On the file system of a server, what may be the work of another machine stays (`machine`).
     A run that was killed in the middle of a replacement may have moved the old folder aside: that is put back.
     """
     pattern = re.compile(re.escape(f".{target.name}.") + rf"({'|'.join(kinds)}){_HEX}")
@@ -56,6 +57,8 @@ def _sweep(leftover: Path, owner: Path, target: Path) -> None:
     try:
         with suppress(FileNotFoundError):  # of an old output that was moved aside: its run was killed later
             held = locks.lock(owner)
+        if machine.perhaps_elsewhere(owner if held else leftover):
+            return
         if leftover != owner and not os.path.lexists(target):
             leftover.rename(target)
             return

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from loratools.decisions import warned
 from loratools.errors import BadFile, InvalidOption, LoraToolsError, NoSpace, OutputRefused
-from loratools.storage.atomic import afar, leftovers, names
+from loratools.storage.atomic import afar, leftovers, machine, names
 from loratools.storage.atomic.afar import reference as spelled
 from loratools.storage.atomic.fleeting import temporary
 from loratools.storage.atomic.hidden import FULL, Busy, beside, make
@@ -181,7 +181,7 @@ def _refuse_reference(target: Path) -> None:
 @contextmanager
 def _scratch(target: Path, force: bool, kept: str | None = None) -> Iterator[Path]:
     absolute = target.absolute()
-    scratch = beside(absolute, kept or f"partial-{os.urandom(4).hex()}")
+    scratch = beside(absolute, kept or f"partial-{machine.token()}")
     leftovers.sweep(absolute, (*leftovers.GARBAGE, *leftovers.KEPT), scratch)
     check_output(target, force=force)
     lock = None

@@ -71,6 +71,14 @@ _NO_RESERVE = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errn
 
 _TMPFS, _RAMFS = 0x01021994, 0x858458F6
 
+_SERVED = {
+    0x6969: "NFS", 0x65735546: "FUSE", 0xFF534D42: "CIFS", 0xFE534D42: "SMB 2", 0x517B: "SMB", 0x00C36400: "Ceph",
+    0x0BD00BD0: "Lustre", 0x47504653: "GPFS", 0x01021997: "9P", 0x5346414F: "AFS", 0x6B414653: "AFS of Linux",
+    0x19830326: "BeeGFS", 0x7461636F: "OCFS2", 0x01161970: "GFS2", 0x20030528: "OrangeFS", 0xAAD7AAEA: "PanFS",
+    0x786F4256: "VirtualBox",
+}  # fmt: skip
+"""The numbers of file systems that several machines may share, as statfs tells them."""
+
 
 @cache
 def _libc() -> Any:
@@ -99,6 +107,16 @@ def _reserves(target: int) -> Any:
     if libc.fstatfs(target, status) == 0 and status[0] & 0xFFFFFFFF in (_TMPFS, _RAMFS):
         return None
     return libc.fallocate
+
+
+def is_served(folder: str | os.PathLike[str]) -> bool:
+    """Tell whether a folder is on a file system that other machines may share; False where the system does not say."""
+    if (libc := _libc()) is None:
+        return False
+    import ctypes
+
+    status = (ctypes.c_long * 32)()
+    return libc.statfs(os.fsencode(folder), status) == 0 and status[0] & 0xFFFFFFFF in _SERVED
 
 
 def make_room(target: int, size: int) -> None:
